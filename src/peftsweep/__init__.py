@@ -1,0 +1,59 @@
+"""peftsweep: sweep parameter-efficient fine-tuning configurations and learn which one to use.
+
+>>> import peftsweep
+>>> result = peftsweep.run(["method=lora", "method.r=8", "quant=4bit"])      # doctest: +SKIP
+>>> result.eval_info["tiny_math"]["accuracy"]["value"]                       # doctest: +SKIP
+>>> table = peftsweep.load("default")                                        # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from peftsweep.errors import InputError
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from pandas import DataFrame
+
+    from peftsweep.record import Result
+
+# bitsandbytes warns on import that an optional CPU kernel is missing; the kernel is never used here.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+__version__ = "0.1.0"
+__all__ = ["InputError", "load", "run"]
+
+
+def run(overrides: Sequence[str] = ()) -> Result:
+    """Train and evaluate one trial, or return its record if the study already holds it.
+
+    ``overrides`` are the words of the command line: ``run(["method=lora", "method.r=16"])`` is
+    ``peftsweep method=lora method.r=16``. The folders are the same too. A trial that fails returns
+    its record, with ``result.status == "failed"`` and ``result.error``.
+
+    Raises:
+        InputError: the overrides do not describe a trial; nothing was loaded.
+    """
+    from peftsweep import cli  # imported late, as `import peftsweep` must stay instant
+
+    return cli.run_one(list(overrides))
+
+
+def load(study: str | PathLike[str] = "default") -> DataFrame:
+    """One row a trial of ``study``, with dotted columns such as ``config.method.r``.
+
+    ``study`` is the name of a study under ``multirun/`` or the path of its folder. The table is
+    read from the trials' records, so it is current whether or not ``peftsweep-collect`` has run:
+
+    >>> load("default")[["config.method.r", "eval_info.tiny_math.accuracy.value"]]  # doctest: +SKIP
+
+    Raises:
+        InputError: there is no such study.
+    """
+    from peftsweep import collect, study as studies
+
+    return collect.trials(collect.read(studies.find(study)))

@@ -1,0 +1,155 @@
+"""The doors: peftsweep and peftsweep-collect. Nothing here imports torch before a trial must run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from peftsweep import config as configuration
+from peftsweep.errors import InputError
+
+if TYPE_CHECKING:
+    from peftsweep.record import Result
+
+HELP = """\
+peftsweep: sweep parameter-efficient fine-tuning configurations and learn which one to use.
+
+usage: peftsweep [KEY=VALUE ...] [-m]      a comma-separated VALUE is swept, glob(*) sweeps a whole group
+
+{groups}
+
+Keys: every key of a group and of the trial, with its value now: peftsweep --cfg job
+  train.steps=500  train.epochs=3  train.learning_rate=1e-4  train.batch_size=16  method.r=16
+  dataset.path=FILE  dataset.samples=1000  study=NAME  label=NAME  seed=0  device=auto
+  dry_run=true lists the trials; force=true runs done ones again; quiet=true prints one line
+
+Examples:
+  peftsweep method=lora method.r=8,16,32 quant=4bit -m         three trials on the embedded model
+  peftsweep 'method=glob(*)' seed=0,1,2 -m                     every method, three seeds
+  peftsweep model=causal_lm model.name_or_path=DIR_OR_HUB_ID dataset=file dataset.path=rows.jsonl \\
+            'dataset.prompt="{{question}}"' 'dataset.answer="{{answer}}"'
+  peftsweep targets=qv,qkvo,mlp,all_linear dry_run=true -m     what would run, and how large it is
+  peftsweep --config-dir mine method=mymethod                  your own yaml: mine/method/mymethod.yaml
+
+Then: peftsweep-collect                                        tables and plots of every study
+"""
+
+
+def main() -> None:
+    """``peftsweep``: exit code 0 all done, 1 a trial failed, 2 wrong input, 130 interrupted."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(help_text(sys.argv[1:]))
+        return
+    sys.exit(_guarded(_hydra))
+
+
+def _hydra() -> int:
+    from peftsweep.errors import SweepFailed
+
+    _register()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would else print as ten lines
+    try:
+        hydra.main(version_base="1.3", config_path=configuration.conf_dir(), config_name="config")(_task)()
+    except SweepFailed:
+        return 1
+    return 0
+
+
+def _guarded(door: object) -> int:
+    assert callable(door)
+    try:
+        return int(door())
+    except InputError as error:
+        problem = str(error)
+    except (HydraException, OmegaConfBaseException) as error:
+        problem = configuration.one_line(error)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 130
+    print(f"peftsweep: {problem}", file=sys.stderr)
+    return 2
+
+
+def _task(cfg: DictConfig) -> Result:
+    """What a stock Hydra launcher runs for each point; ours runs the whole sweep at once."""
+    from peftsweep import sweep
+    from peftsweep.errors import SweepFailed
+
+    hydra_config = HydraConfig.get()
+    one = configuration.trial(cfg, hydra_config.runtime.choices, hydra_config.overrides.task)
+    result = sweep.run([one])[0]
+    if result is not None and not result.status.good:
+        raise SweepFailed(f"{result.trial}: {result.status.name}")
+    return result  # type: ignore[return-value]
+
+
+def run_one(overrides: list[str]) -> Result:
+    """The Python door: see ``peftsweep.run``."""
+    from peftsweep import trial
+
+    _register()
+    try:
+        with hydra.initialize_config_dir(configuration.conf_dir(), version_base="1.3"):
+            cfg = hydra.compose("config", overrides, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(configuration.one_line(error)) from None
+    one = configuration.trial(cfg, cfg.hydra.runtime.choices, overrides)
+    trial.check(one)
+    return trial.run(one)
+
+
+def _register() -> None:
+    configuration.register()
+    OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
+
+
+def help_text(arguments: list[str]) -> str:
+    """The help, with the groups and options that conf/ and --config-dir hold now."""
+    folders = [Path(configuration.conf_dir())]
+    for place, word in enumerate(arguments[:-1]):
+        if word in ("--config-dir", "-cd"):
+            folders.append(Path(arguments[place + 1]))
+    lines = ["Groups: what a trial can choose, with its options (the default first)"]
+    for group, question, default in _groups(folders[0]):
+        names = {file.stem for folder in folders for file in (folder / group).glob("*.yaml")}
+        options = " ".join([default, *sorted(names - {default})])
+        lines.append(f"  {group:9} {question:24} {options}")
+    return HELP.format(groups="\n".join(lines))
+
+
+def _groups(conf: Path) -> list[tuple[str, str, str]]:
+    """Group, question and default of every line of config.yaml's defaults list that asks a question."""
+    found = []
+    for line in (conf / "config.yaml").read_text(encoding="utf-8").splitlines():
+        entry, mark, question = line.partition("#")
+        if line.startswith("  - ") and mark:
+            group, _, default = entry.removeprefix("  - ").partition(":")
+            found.append((group, question.partition("?")[0].strip() + "?", default.strip(" []")))
+    return found
+
+
+def collect() -> None:
+    """``peftsweep-collect``: tables and plots of studies."""
+    parser = argparse.ArgumentParser(
+        prog="peftsweep-collect", description="Turn the trials of studies into results.parquet, plots and a table."
+    )
+    parser.add_argument("studies", nargs="*", metavar="STUDY_DIR", help="default: every study under multirun/")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the trials of all of them as one parquet")
+    parser.add_argument("--no-plots", action="store_true", help="tables only")
+    options = parser.parse_args()
+
+    def door() -> int:
+        from peftsweep import collect as collecting
+
+        return collecting.main(options.studies, options.out, plots=not options.no_plots)
+
+    sys.exit(_guarded(door))

@@ -1,0 +1,342 @@
+"""From a composed configuration to a trial: the schema's registration, validation, identity.
+
+The identity of a trial is a hash of everything that changes its numbers and of nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import re
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from peftsweep import data
+from peftsweep.errors import InputError, suggest
+from peftsweep.schema import Config, DatasetConfig, Init, ModelConfig, RowsConfig
+
+IDENTITY_LENGTH = 10  # hex digits: a study of 10,000 trials has a clash once in 20,000 studies
+ROWS_KEYS = tuple(field.name for field in dataclasses.fields(RowsConfig))
+LEAST = {
+    "model.architecture.num_hidden_layers": 1,
+    "dataset.samples": 1,
+    "dataset.validation_samples": 1,
+    "dataset.max_length": 2,
+    "train.learning_rate": 0,
+    "train.learning_rate_scale": 0,
+    "train.steps": 0,
+    "train.epochs": 0,
+    "train.batch_size": 1,
+    "train.accumulation": 1,
+    "train.warmup": 0,
+    "train.weight_decay": 0,
+    "train.clip": 0,
+    "train.log_every": 1,
+    "method.r": 1,
+    "method.lora_alpha": 1,
+}
+
+
+def register() -> None:
+    """Tell Hydra the schema, under a name of its own so that no group lists it as an option."""
+    ConfigStore.instance().store(name="peftsweep_schema", node=Config)
+
+
+def conf_dir() -> str:
+    """The folder of the configuration files: inside an installed wheel, else at the top of the checkout."""
+    here = Path(__file__).resolve().parent
+    packaged = here / "conf"
+    return str(packaged if packaged.is_dir() else here.parents[1] / "conf")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One point of a sweep, checked."""
+
+    config: Config
+    tree: dict[str, Any]  # the same as plain values, for result.json
+    choices: dict[str, str]  # the option chosen in each group
+    overrides: list[str]
+    rows: data.Rows | None  # None for hub data, which is not loaded before it is needed
+    identity: str
+    training: str  # the identity of the training alone, whatever is evaluated
+    slug: str
+
+    @property
+    def label(self) -> str:
+        """The name a sweep gave this point, by default its slug."""
+        return self.config.label or self.slug
+
+    @property
+    def method_name(self) -> str:
+        """The option chosen in the group ``method``."""
+        return self.choices["method"]
+
+
+def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterable[str] = ()) -> Trial:
+    """Check ``cfg`` and turn it into plain values. Reads local data files; loads no model.
+
+    Raises:
+        InputError: something in it is wrong; the line names the key and what is allowed.
+    """
+    cfg = cfg.copy()
+    OmegaConf.set_struct(cfg, False)
+    cfg.pop("hydra", None)
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
+        raise InputError(f"{missing[0]}: must be given")
+    try:
+        tree = typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
+        config = typing.cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), cfg)))
+    except OmegaConfBaseException as error:
+        raise InputError(one_line(error)) from None
+    # An interpolation such as ${model.dtype} is an Enum's member there and must be the name a library knows.
+    config = dataclasses.replace(config, method=tree["method"], quant=tree["quant"], eval=tree["eval"])
+    _check_values(tree)
+    _check_calls(config)
+    rows = None if config.dataset.hub and not config.dataset.path else _rows(config)
+    _check_templates(config, rows)
+    chosen = {group: str(option) for group, option in choices.items() if not group.startswith("hydra/")}
+    training = _training(config, rows)
+    return Trial(
+        config=config,
+        tree=tree,
+        choices=chosen,
+        overrides=list(overrides),
+        rows=rows,
+        identity=content_hash([training, _evaluating(config, rows)]),
+        training=content_hash(training),
+        slug=_slug(chosen, config),
+    )
+
+
+# ---- validation ------------------------------------------------------------------------------------
+
+
+def _check_values(tree: dict[str, Any]) -> None:
+    for key, least in LEAST.items():
+        value: Any = tree
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if isinstance(value, int | float) and not isinstance(value, bool) and value < least:
+            raise InputError(f"{key}={value}: must be at least {least}")
+    if not 0 < tree["dataset"]["train_fraction"] < 1:
+        raise InputError(f"dataset.train_fraction={tree['dataset']['train_fraction']}: must lie between 0 and 1")
+    if tree["train"]["keep_best"] and tree["train"]["eval_every"] is None:
+        raise InputError("train.keep_best=true: needs train.eval_every, the interval of the validations it compares")
+    for key in ("study", "label"):
+        value = tree[key]
+        if value is not None and (not value or "/" in value or value.startswith(".")):
+            raise InputError(f"{key}={value}: must be a plain name, without '/' and not beginning with '.'")
+
+
+def _check_calls(config: Config) -> None:
+    if config.method:
+        check_call(config.method, "method")
+    if config.quant:
+        check_call(config.quant, "quant")
+    if not config.eval and not config.train.steps:
+        raise InputError("eval: nothing is trained (train.steps=0) and nothing evaluated")
+    for name, node in config.eval.items():
+        options = {key: value for key, value in node.items() if key not in ROWS_KEYS}
+        check_call(options, f"eval.{name}", provided=("model", "tokenizer", "examples"), also=ROWS_KEYS)
+    from peftsweep import train  # imports torch, which `--help` must not
+
+    train.optimizer_class(config.train.optimizer)
+    train.validation_interval(config.train, rows=1)
+
+
+def check_call(node: Mapping[str, Any], key: str, provided: Iterable[str] = (), also: Iterable[str] = ()) -> None:
+    """Check that ``node`` names a callable by ``_target_`` and gives only options it takes, of their types.
+
+    ``provided`` are arguments that the caller adds; ``also`` are keys allowed beside the arguments.
+
+    Raises:
+        InputError: the line names the option and what the target takes.
+    """
+    target = node.get("_target_")
+    if not isinstance(target, str):
+        raise InputError(f"{key}._target_: must name a class or function, such as peft.LoraConfig")
+    try:
+        function = get_object(target)
+    except Exception as error:  # whatever importing a user's module raises
+        raise InputError(f"{key}._target_={target}: cannot be imported ({_first_line(error)})") from None
+    hints = _hints(function)
+    known = [name for name in _parameters(function) if name not in provided]
+    for name, value in node.items():
+        if name in ("_target_", "_partial_"):
+            continue
+        if name not in known:
+            raise InputError(f"{key}.{name}: {target} has no such option; {suggest(name, [*known, *also])}")
+        if isinstance(value, Mapping) and "_target_" in value:
+            check_call(value, f"{key}.{name}", provided=("prediction", "answer"))
+        elif name in hints and not _fits(value, hints[name]):
+            wanted = inspect.formatannotation(hints[name]).replace("typing.", "")
+            raise InputError(f"{key}.{name}={value}: must be {wanted}")
+
+
+def _parameters(function: Any) -> list[str]:
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [name for name, p in inspect.signature(function).parameters.items() if p.kind not in variadic]
+
+
+def _hints(function: Any) -> dict[str, Any]:
+    described = function if dataclasses.is_dataclass(function) or not inspect.isclass(function) else function.__init__
+    try:
+        return typing.get_type_hints(described)
+    except (NameError, TypeError):  # annotations that exist for type checkers only
+        return {}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    import pydantic
+
+    try:
+        adapter = pydantic.TypeAdapter(hint, config=pydantic.ConfigDict(arbitrary_types_allowed=False))
+    except pydantic.PydanticUserError:  # a type that cannot be checked, such as torch.dtype
+        return True
+    try:
+        # Strict, or "8" and true would pass as numbers; but a string may name an Enum's member.
+        adapter.validate_python(value, strict=not (isinstance(value, str) and not value.isnumeric()))
+    except pydantic.ValidationError:
+        return False
+    return True
+
+
+def _check_templates(config: Config, rows: data.Rows | None) -> None:
+    """Fill every template from every local row, so that a missing column is known before training."""
+    own = config.dataset
+    if rows is not None:
+        data.examples([*rows.train, *rows.validation], own.prompt, own.answer)
+    for name, node in config.eval.items():
+        source = rows_config(node)
+        if source.path or (not source.hub and rows is not None):
+            test = data.evaluation_rows(source, f"eval.{name}", rows.test if rows else [])
+            data.examples(test, source.prompt or own.prompt, source.answer or own.answer, f"eval.{name}")
+
+
+def rows_config(node: Mapping[str, Any]) -> RowsConfig:
+    """The part of an ``eval`` entry that names its rows."""
+    return RowsConfig(**{key: node[key] for key in ROWS_KEYS if key in node})
+
+
+def one_line(error: BaseException) -> str:
+    """What Hydra or OmegaConf found wrong, as one line that names the key and what is allowed."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        if type(cause).__name__ in ("ConfigAttributeError", "ConfigKeyError"):
+            parent = cause.parent_node
+            known = [str(key) for key in parent] if isinstance(parent, DictConfig) else []
+            return f"{cause.full_key}: no such key; {suggest(str(cause.key), known)}"
+        return f"{cause.full_key}: {_first_line(cause)}"
+    text = " ".join(str(error).split())
+    return re.sub(r"\s*(Check available|Set the environment variable|See https?://).*", "", text)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# ---- identity --------------------------------------------------------------------------------------
+
+
+_ROWS: dict[str, data.Rows] = {}
+
+
+def _rows(config: Config) -> data.Rows:
+    """The rows of a local dataset, read once for all points of a sweep."""
+    validation = config.train.eval_every is not None
+    key = content_hash([dataclasses.asdict(config.dataset), validation])
+    if key not in _ROWS:
+        _ROWS[key] = data.load_rows(config.dataset, validation=validation)
+    return _ROWS[key]
+
+
+def _training(config: Config, rows: data.Rows | None) -> dict[str, Any]:
+    """Everything that changes the trained weights."""
+    train = dataclasses.asdict(config.train)
+    train["learning_rate"] *= train.pop("learning_rate_scale")  # only their product matters
+    if config.train.epochs is not None:
+        train.pop("steps")
+    targets: dict[str, Any] = dataclasses.asdict(config.targets)
+    if config.targets.roles is not None:
+        targets["roles"] = {role: config.model.roles.get(role) for role in sorted(config.targets.roles)}
+    return {
+        "model": model_identity(config.model),
+        "method": config.method,
+        "targets": targets,
+        "quant": config.quant,
+        "dataset": _dataset_identity(config.dataset, rows),
+        "train": train,
+        "seed": config.seed,
+    }
+
+
+def _evaluating(config: Config, rows: data.Rows | None) -> dict[str, Any]:
+    """Everything else that changes the scores."""
+    return {
+        "test": data.fingerprint(rows.test) if rows is not None else None,
+        "eval": {name: evaluation_identity(node) for name, node in config.eval.items()},
+    }
+
+
+def evaluation_identity(node: Mapping[str, Any]) -> dict[str, Any]:
+    """An ``eval`` entry with its file, if it has one, by content instead of by name."""
+    source = rows_config(node)
+    if source.path is None:
+        return dict(node)
+    return dict(node) | {"path": data.fingerprint(data.read_rows(source.path))}
+
+
+def _dataset_identity(dataset: DatasetConfig, rows: data.Rows | None) -> dict[str, Any]:
+    how = {"prompt": dataset.prompt, "answer": dataset.answer, "max_length": dataset.max_length}
+    if rows is None:
+        return dataclasses.asdict(dataset)
+    return how | {"train": data.fingerprint(rows.train), "validation": data.fingerprint(rows.validation)}
+
+
+def model_identity(model: ModelConfig) -> dict[str, Any]:
+    """The base by what it is: a local folder by its files, a hub model by id and revision."""
+    from peftsweep.model import source  # imports torch, which `--help` must not
+
+    said = {"init": model.init, "dtype": model.dtype, "attn_implementation": model.attn_implementation}
+    if model.init is Init.random:
+        return said | {"architecture": model.architecture}
+    folder = Path(source(model))
+    if not folder.is_dir():
+        return said | {"hub": model.name_or_path, "revision": model.revision}
+    return said | {"files": {file.name: _file_hash(file) for file in sorted(folder.iterdir()) if file.is_file()}}
+
+
+def _file_hash(file: Path) -> str:
+    """A hash of the content; of weights beyond 32 MB, of their size and both ends, as reading all takes minutes."""
+    size, edge = file.stat().st_size, 16 * 2**20
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as stream:
+        digest.update(stream.read(edge))
+        stream.seek(max(edge, size - edge))
+        digest.update(stream.read())
+    return digest.hexdigest()
+
+
+def content_hash(content: Any) -> str:
+    """A short hash of plain values and enums."""
+    text = json.dumps(content, sort_keys=True, default=lambda value: value.name)  # enums
+    return hashlib.sha256(text.encode()).hexdigest()[:IDENTITY_LENGTH]
+
+
+def _slug(choices: Mapping[str, str], config: Config) -> str:
+    rank = f"r{config.method['r']}" if "r" in config.method else ""
+    targets = choices["targets"] if choices["targets"] != "default" else ""
+    parts = [choices["model"], choices["method"], rank, targets, choices["quant"], choices["dataset"]]
+    name = "-".join([*filter(None, parts), f"s{config.seed}"])
+    return re.sub(r"[^\w.-]+", "_", name)[:120]

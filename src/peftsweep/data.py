@@ -1,0 +1,331 @@
+"""Rows -> examples -> batches.
+
+A row is a dict of a file's columns; an example is its prompt and answer; tokens are an example in
+the model's vocabulary; a batch is right-padded tokens as tensors.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from peftsweep.errors import InputError, suggest
+from peftsweep.schema import DatasetConfig, RowsConfig
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, Any]
+
+FORMATS = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+GENERATED_TEST_ROWS = 1000
+BUCKET_BATCHES = 20  # batches sorted by length together: little padding, and the order stays random
+
+
+# ---- rows ------------------------------------------------------------------------------------------
+
+
+def read_rows(path: str | Path, key: str = "path") -> list[Row]:
+    """The rows of a local file; ``key`` is the configuration key an error names.
+
+    Raises:
+        InputError: no such file, an unknown format, or a line that cannot be read (its number is given).
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"{key}={path}: no such file")
+    if file.suffix not in FORMATS:
+        raise InputError(f"{key}={path}: unknown format '{file.suffix}'; allowed: {' '.join(FORMATS)}")
+    try:
+        rows = _READERS[file.suffix](file)
+    except _BrokenLine as broken:
+        raise InputError(f"{key}={path}: line {broken.line}: {broken}") from None
+    except (ValueError, OSError) as error:
+        raise InputError(f"{key}={path}: cannot be read: {str(error).splitlines()[0]}") from None
+    if not rows:
+        raise InputError(f"{key}={path}: holds no rows")
+    return rows
+
+
+class _BrokenLine(ValueError):
+    def __init__(self, line: int, problem: str) -> None:
+        super().__init__(problem)
+        self.line = line
+
+
+def _read_jsonl(file: Path) -> list[Row]:
+    rows = []
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise _BrokenLine(number, f"not JSON ({error.msg})") from None
+            if not isinstance(row, dict):
+                raise _BrokenLine(number, "not a JSON object")
+            rows.append(row)
+    return rows
+
+
+def _read_json(file: Path) -> list[Row]:
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise _BrokenLine(error.lineno, f"not JSON ({error.msg})") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("not a list of JSON objects")
+    return rows
+
+
+def _read_table(file: Path) -> list[Row]:
+    tabs = file.suffix == ".tsv"
+    with file.open(encoding="utf-8", newline="") as text:
+        # Tab-separated files as published (GLUE) do not quote; a lone " in them is a character.
+        options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
+        reader = csv.DictReader(text, restkey="", **options)
+        rows = []
+        try:
+            for row in reader:
+                if "" in row or None in row.values():
+                    raise _BrokenLine(reader.line_num, f"not {len(reader.fieldnames or [])} columns")
+                rows.append(row)
+        except csv.Error as error:
+            raise _BrokenLine(reader.line_num, str(error)) from None
+    return rows
+
+
+def _read_parquet(file: Path) -> list[Row]:
+    import pyarrow.parquet
+
+    rows: list[Row] = pyarrow.parquet.read_table(file).to_pylist()
+    return rows
+
+
+_READERS = {
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".csv": _read_table,
+    ".tsv": _read_table,
+    ".parquet": _read_parquet,
+}
+
+
+def hub_rows(hub: str, config: str | None, split: str, revision: str | None, key: str) -> list[Row]:
+    """The rows of a hub dataset, through its cache; needs the network the first time."""
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(hub, config, split=split, revision=revision)
+    except (OSError, ValueError) as error:  # no network, no such dataset, no such split
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{key}={hub}: cannot be loaded ({reason}); local rows can be given instead") from error
+    return [dict(row) for row in loaded]
+
+
+@dataclass
+class Rows:
+    """The rows of a dataset by what they are for."""
+
+    train: list[Row]
+    validation: list[Row] = field(default_factory=list)
+    test: list[Row] = field(default_factory=list)
+
+
+def load_rows(dataset: DatasetConfig, *, validation: bool = False) -> Rows:
+    """The dataset's rows; test rows are never training rows, and validation rows never test rows.
+
+    With ``validation`` true, up to ``validation_samples`` rows (at most a tenth) leave the training rows.
+
+    Raises:
+        InputError: a file or a hub dataset cannot be read, or nothing is left to train on.
+    """
+    train, test = _train_and_test(dataset)
+    shuffle = random.Random(dataset.split_seed)
+    if dataset.samples is not None and dataset.samples < len(train):
+        train = shuffle.sample(train, dataset.samples)
+    held_out = min(dataset.validation_samples, len(train) // 10) if validation else 0
+    if validation and not held_out:
+        raise InputError(f"train.eval_every: {len(train)} training rows are too few to hold out validation rows")
+    if held_out:
+        train = shuffle.sample(train, len(train))
+    return Rows(train=train[held_out:], validation=train[:held_out], test=test)
+
+
+def _train_and_test(dataset: DatasetConfig) -> tuple[list[Row], list[Row]]:
+    if dataset.generator is not None and dataset.path is None:
+        module, _, name = dataset.generator.rpartition(".")
+        make = getattr(importlib.import_module(module), name)
+        count = dataset.samples or 1000
+        return make("train", count, dataset.split_seed), make("test", GENERATED_TEST_ROWS, dataset.split_seed)
+    if dataset.path is not None:
+        train = read_rows(dataset.path, "dataset.path")
+    elif dataset.hub is not None:
+        train = hub_rows(dataset.hub, dataset.hub_config, dataset.hub_split, dataset.revision, "dataset.hub")
+    else:
+        raise InputError(f"dataset.path: dataset={dataset.name} needs the file of its training rows")
+    if dataset.test_path is not None:
+        return train, read_rows(dataset.test_path, "dataset.test_path")
+    if dataset.hub is not None and dataset.path is None and dataset.hub_test_split is not None:
+        test = hub_rows(dataset.hub, dataset.hub_config, dataset.hub_test_split, dataset.revision, "dataset.hub")
+        return train, test
+    order = random.Random(dataset.split_seed).sample(train, len(train))
+    cut = round(len(order) * dataset.train_fraction)
+    if not 0 < cut < len(order):
+        raise InputError(
+            f"dataset.train_fraction={dataset.train_fraction}: parts {len(order)} rows into {cut} training and "
+            f"{len(order) - cut} test rows; both need at least one (or give dataset.test_path)"
+        )
+    return order[:cut], order[cut:]
+
+
+def evaluation_rows(source: RowsConfig, key: str, own: Sequence[Row]) -> list[Row]:
+    """The rows an evaluation named ``key`` judges on: its own file, its hub dataset, or the dataset's test rows."""
+    if source.path is not None:
+        rows = read_rows(source.path, f"{key}.path")
+    elif source.hub is not None:
+        rows = hub_rows(source.hub, source.hub_config, source.hub_split, source.revision, f"{key}.hub")
+    else:
+        rows = list(own)
+    return rows[: source.samples]
+
+
+def fingerprint(rows: Iterable[Row]) -> str:
+    """A hash of the rows' content, whatever file they came from."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+# ---- examples --------------------------------------------------------------------------------------
+
+
+class Example(NamedTuple):
+    """A row as the model sees it."""
+
+    prompt: str
+    answer: str
+
+
+def examples(rows: Iterable[Row], prompt: str, answer: str, key: str = "dataset") -> list[Example]:
+    """Fill the templates, such as ``"{question}"``, from each row's columns.
+
+    Raises:
+        InputError: a template names a column that a row lacks, or is not a template.
+    """
+    return [
+        Example(_fill(prompt, row, f"{key}.prompt", n), _fill(answer, row, f"{key}.answer", n))
+        for n, row in enumerate(rows, start=1)
+    ]
+
+
+def _fill(template: str, row: Row, key: str, number: int) -> str:
+    try:
+        return template.format_map(row)
+    except KeyError as error:
+        column = str(error.args[0])
+        raise InputError(f"{key}: row {number} has no column '{column}'; {suggest(column, list(row))}") from None
+    except (ValueError, IndexError, AttributeError) as error:
+        raise InputError(f"{key}='{template}': not a template ({error}); write {{{{ for a brace") from None
+
+
+class Tokens(NamedTuple):
+    """An example in token ids; those from ``answer_start`` on are the answer and its end mark."""
+
+    ids: list[int]
+    answer_start: int
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], max_length: int) -> list[Tokens]:
+    """Prompt and answer are tokenised apart, so that the answer's tokens never depend on the border.
+
+    What is longer than ``max_length`` loses the beginning of its prompt; only an answer that is
+    too long by itself loses its end.
+    """
+    prompts = tokenizer([row.prompt for row in rows]).input_ids
+    answers = tokenizer([row.answer for row in rows], add_special_tokens=False).input_ids
+    tokens = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        answer = [*answer, tokenizer.eos_token_id][: max_length - 1]
+        prompt = prompt[max(0, len(prompt) + len(answer) - max_length) :]
+        tokens.append(Tokens(prompt + answer, len(prompt)))
+    return tokens
+
+
+# ---- batches ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """Right-padded tokens.
+
+    Shapes: ``input_ids`` and ``attention_mask`` are [rows, length], of int64. ``answer_mask``
+    is [rows, length - 1], bool: whether the token *after* a position belongs to an answer.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    answer_mask: torch.Tensor
+    tokens: int  # without padding
+    answer_tokens: int
+    answer_start: int  # the first position of any answer in the batch, at least 1
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on ``device``; the host does not wait for the copy."""
+        if device.type == "cpu":
+            return self
+        moved = [t.pin_memory().to(device, non_blocking=True) for t in self.tensors()]
+        return Batch(*moved, self.tokens, self.answer_tokens, self.answer_start)
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.input_ids, self.attention_mask, self.answer_mask
+
+
+def collate(rows: Sequence[Tokens], pad_id: int) -> Batch:
+    """Pad ``rows`` on the right to the longest of them."""
+    import torch
+
+    length = max(len(row.ids) for row in rows)
+    ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
+    attention = torch.zeros((len(rows), length), dtype=torch.int64)
+    answers = torch.zeros((len(rows), length - 1), dtype=torch.bool)
+    for n, row in enumerate(rows):
+        ids[n, : len(row.ids)] = torch.tensor(row.ids)
+        attention[n, : len(row.ids)] = 1
+        answers[n, max(row.answer_start, 1) - 1 : len(row.ids) - 1] = True
+    return Batch(
+        ids,
+        attention,
+        answers,
+        tokens=sum(len(row.ids) for row in rows),
+        answer_tokens=sum(len(row.ids) - max(row.answer_start, 1) for row in rows),
+        answer_start=max(min(row.answer_start for row in rows), 1),
+    )
+
+
+def batch_order(lengths: Sequence[int], batch_size: int, seed: int) -> Iterator[list[int]]:
+    """Endless batches of row numbers, each epoch shuffled anew, rows of like length together.
+
+    Buckets of ``BUCKET_BATCHES`` batches are sorted by length and their batches shuffled again, so
+    that padding is small and no epoch begins with all short rows. An epoch's last batch may be smaller.
+    """
+    shuffle = random.Random(seed)
+    while True:
+        order = shuffle.sample(range(len(lengths)), len(lengths))
+        bucket = BUCKET_BATCHES * batch_size
+        epoch = []
+        for start in range(0, len(order), bucket):
+            rows = sorted(order[start : start + bucket], key=lambda n: lengths[n])
+            epoch += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+        shuffle.shuffle(epoch)
+        yield from epoch

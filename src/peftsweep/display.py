@@ -1,0 +1,142 @@
+"""What a person sees while trials run: a live line on a terminal, plain lines in a pipe, summaries."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from peftsweep.record import Result, Status
+
+QUIET_SECONDS = 10.0  # at most a line this often from a running trial in a pipe
+
+
+class Display:
+    """Tells how a sweep of ``total`` trials comes along; the observer of each of its trials."""
+
+    def __init__(self, total: int, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._total, self._quiet, self._clock = total, quiet, clock
+        self._live = self.console.is_terminal and not quiet
+        self._number = 0
+        self._last_line = clock()
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self._live,
+        )
+        self._bar = self._progress.add_task("", total=None, figures="")
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        if not self._quiet:
+            self.console.print(text, markup=False)
+
+    def trial(self, name: str) -> None:
+        """The next trial begins."""
+        self._number += 1
+        self._name = name
+        self._progress.reset(self._bar, total=None, description=f"[{self._number}/{self._total}] {name}", figures="")
+        if not self._live:
+            self.say(f"[{self._number}/{self._total}] {name}")
+
+    def stage(self, name: str) -> None:
+        """The running trial enters a stage."""
+        self._progress.update(self._bar, figures=name)
+
+    def step(self, row: dict[str, Any]) -> None:
+        """The running trial logged a step."""
+        figures = "  ".join(
+            [
+                *([f"loss {row['loss']:.3f}"] if "loss" in row else []),
+                *([f"{row['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in row else []),
+                *(f"{key} {row[key]:.3f}" for key in row if key.startswith("validation_")),
+            ]
+        )
+        self._progress.update(self._bar, completed=row["step"], total=row["steps"], figures=figures)
+        now = self._clock()
+        if not self._live and now - self._last_line >= QUIET_SECONDS:
+            self._last_line = now
+            left = (row["steps"] - row["step"]) * row["seconds"] / row["step"] if "seconds" in row else None
+            until = "" if left is None else f"  {left:.0f} s left"
+            self.say(f"    step {row['step']}/{row['steps']}  {figures}{until}")
+
+    def end(self, result: Result) -> None:
+        """The running trial has ended."""
+        for line in summary(result):
+            self.say(f"    {line}")
+
+
+def summary(result: Result) -> list[str]:
+    """One trial in a few lines: how it ended, what it scores, what it cost."""
+    if result.error:
+        where = f" in {result.error['stage']}" if result.status is not Status.refused else ""
+        message = (result.error["message"].splitlines() or [""])[0]
+        kind = "" if result.status is Status.refused else f"{result.error['type']}: "
+        lines = [f"{result.status.name}{where}: {kind}{message}"]
+        if result.folder is not None and result.status in (Status.failed, Status.oom):
+            lines.append(f"see {result.folder / 'trial.log'}")
+        return lines
+    lines = [f"{name}: {text}" for name, scores in result.eval_info.items() if (text := scores_line(scores))]
+    info = result.train_info
+    rss = max((m["rss_peak"] for m in result.memory.values()), default=0)
+    device = result.memory.get("train", {}).get("allocated_peak")
+    share = info["trainable_parameters"] / info["total_parameters"]
+    rate = f", {info['tokens_per_second']:,.0f} tokens/s" if info.get("tokens_per_second") else ""
+    lines.append(
+        f"{info['trainable_parameters']:,} trainable parameters ({share:.2%}); "
+        f"trained {info['steps']} steps in {info['train_seconds']:.1f} s{rate}; "
+        + (f"peak {size(device)} on the device" if device else f"peak {size(rss)} resident")
+        + (f"; adapter {size(info['adapter_bytes'])}" if info.get("adapter_bytes") else "")
+    )
+    return lines
+
+
+def scores_line(scores: dict[str, Any]) -> str:
+    """``accuracy 0.84 ± 0.03 (base 0.01)`` for each metric that has no other one behind it."""
+    parts = []
+    for metric, score in scores.items():
+        if metric.startswith("base_") or metric in ("valid_fraction", "loss"):
+            continue
+        value, stderr = number(score, "value"), number(score, "stderr")
+        base = number(scores.get(f"base_{metric}"), "value")
+        text = f"{metric} {value:.3f}" if value is not None else f"{metric} infinite"
+        text += f" ± {stderr:.3f}" if stderr is not None else ""
+        parts.append(text + (f" (base {base:.3f})" if base is not None else ""))
+    return ", ".join(parts)
+
+
+def number(score: Any, field: str) -> float | None:
+    """A field of a score, which is a dict once it has been written and read."""
+    return score.get(field) if isinstance(score, dict) else getattr(score, field, None)
+
+
+def size(count: float | None) -> str:
+    """Bytes for a reader: ``3.2 MB``, in powers of 1000."""
+    if count is None:
+        return "?"
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

@@ -1,0 +1,18 @@
+"""What a command can end with besides success."""
+
+
+class InputError(ValueError):
+    """Wrong input, said in one line that names the key and what is allowed; exit code 2."""
+
+
+def suggest(wrong: str, known: list[str]) -> str:
+    """``; did you mean 'x'?`` when one of ``known`` is close to ``wrong``, else the choices."""
+    from difflib import get_close_matches
+
+    if close := get_close_matches(wrong, known, n=1):
+        return f"did you mean '{close[0]}'?"
+    return "there are: " + (", ".join(known) or "none")
+
+
+class SweepFailed(Exception):
+    """At least one trial of a sweep failed or ran out of memory; exit code 1."""

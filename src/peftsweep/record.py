@@ -1,0 +1,251 @@
+"""result.json: its schema, the stamp of the environment, written atomically and read back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import socket
+import subprocess
+import tempfile
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import Enum
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
+from typing import Any, Self
+
+SCHEMA_VERSION = 1
+RESULT = "result.json"
+STEPS = "steps.jsonl"
+PACKAGES = (
+    *("peftsweep", "torch", "transformers", "peft", "accelerate", "bitsandbytes"),
+    *("datasets", "tokenizers", "hydra-core", "numpy"),
+)
+
+
+class Status(Enum):
+    """How a trial ended."""
+
+    success = "success"
+    failed = "failed"
+    oom = "oom"  # out of memory
+    cancelled = "cancelled"  # interrupted by the user
+    refused = "refused"  # a combination that is known not to work
+    stopped = "stopped"  # ended early, on purpose
+
+    @property
+    def done(self) -> bool:
+        """Whether a rerun takes the trial as done; the others are tried again."""
+        return self not in (Status.failed, Status.cancelled)
+
+    @property
+    def good(self) -> bool:
+        """Whether a sweep that holds it has nothing to complain of (exit code 0)."""
+        return self in (Status.success, Status.refused, Status.stopped)
+
+
+class RecordError(ValueError):
+    """A result.json that cannot be read."""
+
+
+@dataclass
+class Result:
+    """The truth about one trial, as result.json holds it."""
+
+    run_info: dict[str, Any]
+    choices: dict[str, str]
+    config: dict[str, Any]
+    train_info: dict[str, Any] = field(default_factory=dict)
+    memory: dict[str, dict[str, Any]] = field(default_factory=dict)
+    eval_info: dict[str, dict[str, Any]] = field(default_factory=dict)
+    generation_info: dict[str, Any] = field(default_factory=dict)
+    meta_info: dict[str, Any] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+    folder: Path | None = None  # where it was read from; not written
+
+    @property
+    def status(self) -> Status:
+        """How the trial ended."""
+        return Status(self.run_info["status"])
+
+    @property
+    def trial(self) -> str:
+        """The trial's name, which is its folder's."""
+        return str(self.run_info["trial"])
+
+    @property
+    def error(self) -> dict[str, str] | None:
+        """``type``, ``message``, ``stage`` and ``traceback`` of what ended the trial, if anything did."""
+        return self.run_info.get("error")
+
+    def write(self, folder: Path) -> None:
+        """Write result.json, atomically: a reader sees the whole record or none."""
+        content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "folder"}
+        write_json(folder / RESULT, {"schema_version": content.pop("schema_version"), **content})
+        self.folder = folder
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read a trial's folder.
+
+        Raises:
+            RecordError: there is no record, or it is broken or of a later schema.
+        """
+        try:
+            content = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+            if content["schema_version"] > SCHEMA_VERSION:
+                raise RecordError(f"{folder / RESULT}: written by a later version of peftsweep")
+            known = {f.name for f in dataclasses.fields(cls)} - {"folder"}
+            result = cls(**{k: v for k, v in content.items() if k in known}, folder=folder)
+            Status(result.run_info["status"])
+        except RecordError:
+            raise
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise RecordError(f"{folder / RESULT}: {type(error).__name__}: {error}") from None
+        return result
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write ``content`` so that ``file`` is at every moment the whole old or the whole new text."""
+    write_text(file, json.dumps(plain(content), indent=1) + "\n")
+
+
+def read_json(file: Path) -> Any:
+    """What ``write_json`` wrote."""
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def line(row: dict[str, Any]) -> str:
+    """``row`` as a line of a .jsonl file."""
+    return json.dumps(plain(row)) + "\n"
+
+
+def write_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write a .jsonl file atomically."""
+    write_text(file, "".join(map(line, rows)))
+
+
+def write_text(file: Path, text: str) -> None:
+    """Atomically replace ``file``; it is on the disk when this returns."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, file)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON can say it: dataclasses as dicts, enums by name, no NaN or infinity (they become None)."""
+    if isinstance(value, Enum):
+        return value.name
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, set):
+        return sorted(plain(v) for v in value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def now() -> str:
+    """The time in UTC, as ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def failure(error: BaseException, stage: str | None) -> dict[str, str]:
+    """What result.json says of an exception."""
+    return {
+        "type": type(error).__name__,
+        "message": str(error),
+        "stage": stage or "setup",
+        "traceback": "".join(traceback.format_exception(error)),
+    }
+
+
+# ---- the environment -------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, Any]:
+    """Versions, system and device; never environment variables."""
+    return {
+        "packages": {name: _package(name) for name in PACKAGES},
+        "system": {
+            "system": platform.system(),
+            "release": platform.release(),
+            "machine": platform.machine(),
+            "processor": _processor(),
+            "cpus": os.cpu_count(),
+            "python": platform.python_version(),
+        },
+        "torch": _torch(),
+    }
+
+
+def git() -> dict[str, Any]:
+    """Commit, branch and dirtiness of the checkout the command runs in; ``category`` is ``main`` or ``test``."""
+    commit = _git("rev-parse", "HEAD")
+    branch = _git("rev-parse", "--abbrev-ref", "HEAD")
+    dirty = None if commit is None else bool(_git("status", "--porcelain", "--untracked-files=no"))
+    category = "main" if branch == "main" and dirty is False else "test"
+    return {"git_commit": commit, "git_branch": branch, "git_dirty": dirty, "category": category}
+
+
+def host() -> str:
+    """The name of this machine."""
+    return socket.gethostname()
+
+
+def _git(*words: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *words], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _package(name: str) -> dict[str, str | None] | None:
+    try:
+        installed = version(name)
+        origin = distribution(name).read_text("direct_url.json")  # of packages installed from a checkout
+    except PackageNotFoundError:
+        return None
+    commit = json.loads(origin).get("vcs_info", {}).get("commit_id") if origin else None
+    return {"version": installed, "commit": commit}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _torch() -> dict[str, Any]:
+    import torch
+
+    gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
+    return {
+        "version": torch.__version__,
+        "cuda": torch.version.cuda,
+        "gpus": gpus,
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,147 @@
+"""What a trial can be told: every key with its type and default, as plain dataclasses.
+
+The files in conf/ fill these in; config.py checks them; the modules below receive them as plain
+values and never learn where they came from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+MISSING: Any = "???"  # OmegaConf's mark of a mandatory value
+
+
+class Init(Enum):
+    """Where the base's weights come from."""
+
+    pretrained = "pretrained"
+    random = "random"
+
+
+class Dtype(Enum):
+    """Number formats of weights and of autocast, under torch's names."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Schedule(Enum):
+    """Shape of the learning rate after the warm-up."""
+
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+
+
+@dataclass
+class ModelConfig:
+    """The frozen base."""
+
+    name_or_path: str = MISSING  # hub id, local folder, or "tiny" for the embedded model
+    revision: str | None = None
+    init: Init = Init.pretrained  # random: the architecture below with untrained weights, no download
+    dtype: Dtype = Dtype.float32
+    attn_implementation: str | None = None  # eager, sdpa, flash_attention_2; null lets transformers choose
+    architecture: dict[str, Any] = field(default_factory=dict)  # model_type and sizes, for init=random
+    roles: dict[str, list[str]] = field(default_factory=dict)  # role -> names of the modules that play it
+
+
+@dataclass
+class TargetsConfig:
+    """Which modules an adapter is attached to; all null means what the method itself prefers."""
+
+    roles: list[str] | None = None  # of model.roles: q, k, v, o, mlp
+    modules: list[str] | None = None  # module names, for what the roles cannot say
+    all_linear: bool = False  # every linear layer but the output head
+
+
+@dataclass
+class DatasetConfig:
+    """Rows, and how a row becomes a prompt and its answer."""
+
+    name: str = MISSING
+    path: str | None = None  # local training rows: .json .jsonl .csv .tsv .parquet
+    test_path: str | None = None  # local rows the dataset's own evaluation judges on
+    hub: str | None = None
+    hub_config: str | None = None
+    revision: str | None = None
+    hub_split: str = "train"
+    hub_test_split: str | None = None
+    generator: str | None = None  # dotted path of rows(split, count, seed), for data made from a seed
+    train_fraction: float = 0.9  # parts `path` where no test rows are named
+    split_seed: int = 0  # of that parting, so that trials of different seeds share their test rows
+    samples: int | None = None  # limit of the training rows
+    validation_samples: int = 64  # held out of the training rows when train.eval_every is set
+    prompt: str = MISSING  # template over the row's columns
+    answer: str = MISSING
+    max_length: int = 768  # tokens of prompt and answer together
+
+
+@dataclass
+class TrainConfig:
+    """How long and how."""
+
+    learning_rate: float = 2e-4
+    learning_rate_scale: float = 1.0  # times the rate; a model's recipe sets it, not the user
+    steps: int = 500
+    epochs: float | None = None  # when given, counts instead of steps
+    batch_size: int = 16
+    accumulation: int = 1  # micro-batches of batch_size rows for one optimizer step
+    schedule: Schedule = Schedule.cosine
+    warmup: float = 0.05  # below 1 a fraction of the steps, from 1 on a number of steps
+    weight_decay: float = 0.0
+    clip: float = 1.0  # of the gradient's norm; 0 does not clip
+    optimizer: str = "torch.optim.AdamW"
+    optimizer_kwargs: dict[str, Any] = field(default_factory=dict)
+    autocast: Dtype | None = None
+    checkpointing: bool = False  # gradient checkpointing: less memory, more time
+    eval_every: str | None = None  # "100" steps or "0.5epochs": validation rows in steps.jsonl
+    keep_best: bool = False  # end with the weights of the best validation loss
+    log_every: int = 10  # steps to a line of steps.jsonl
+
+
+@dataclass
+class AdapterConfig:
+    """What becomes of the trained adapter."""
+
+    save: bool = True
+
+
+@dataclass
+class Config:
+    """One trial."""
+
+    study: str = "default"
+    label: str | None = None
+    seed: int = 0
+    device: str = "auto"
+    dry_run: bool = False
+    force: bool = False
+    quiet: bool = False
+    stop_on_failure: bool = False
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: dict[str, Any] = field(default_factory=dict)  # a PEFT config as _target_ and its fields; empty: full
+    targets: TargetsConfig = field(default_factory=TargetsConfig)
+    quant: dict[str, Any] = field(default_factory=dict)  # a transformers quantization config; empty: none
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    eval: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> function of evaluate and its options
+    train: TrainConfig = field(default_factory=TrainConfig)
+    profiler: dict[str, Any] = field(default_factory=dict)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+
+
+@dataclass
+class RowsConfig:
+    """The part of an `eval` entry that names its rows; all null means the dataset's own test rows."""
+
+    path: str | None = None
+    hub: str | None = None
+    hub_config: str | None = None
+    hub_split: str = "test"
+    revision: str | None = None
+    prompt: str | None = None  # null: the dataset's template
+    answer: str | None = None
+    samples: int | None = None  # the first rows only

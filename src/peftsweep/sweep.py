@@ -1,0 +1,94 @@
+"""Many trials: check all of them first, then run what is missing, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from peftsweep import record, study, trial
+from peftsweep.config import Trial
+from peftsweep.display import Display, size
+from peftsweep.record import Result, Status
+from peftsweep.trial import Forecast
+
+
+def run(trials: Sequence[Trial]) -> list[Result | None]:
+    """Run what is missing of ``trials`` and give the record of each; None for one that was not reached.
+
+    Every trial is checked before the first one starts. Points with the same identity are trained once.
+
+    Raises:
+        InputError: a trial is wrong; nothing was trained.
+    """
+    forecasts = [trial.check(one) for one in trials]  # raises before anything is written
+    config = trials[0].config
+    if config.dry_run:
+        _dry_run(trials, forecasts)
+        return [None] * len(trials)
+    results: list[Result | None] = [trial.finished(one) for one in trials]
+    missing = list(dict.fromkeys(one.identity for one, done in zip(trials, results, strict=True) if done is None))
+    with Display(len(missing), quiet=config.quiet) as display:
+        for done in _once(results):
+            display.say(f"done before: {done.trial} ({done.status.name})")
+        for number, one in enumerate(trials):
+            if results[number] is None:
+                display.trial(one.label)
+                results[number] = result = trial.run(one, display)
+                display.end(result)
+                _share(result, trials, results)
+                if config.stop_on_failure and not result.status.good:
+                    display.say("stopped at the first failure, as stop_on_failure=true says")
+                    break
+        _summarise(display, results, config.study)
+    return results
+
+
+def _share(result: Result, trials: Sequence[Trial], results: list[Result | None]) -> None:
+    """Give the record to every other point of the sweep with the same identity, and it their labels."""
+    for number, other in enumerate(trials):
+        if results[number] is None and other.identity == result.run_info["identity"]:
+            results[number] = result
+            if other.label not in result.run_info["labels"] and result.folder is not None:
+                result.run_info["labels"].append(other.label)
+                result.write(result.folder)
+
+
+def _once(results: Sequence[Result | None]) -> list[Result]:
+    return list({result.trial: result for result in results if result is not None}.values())
+
+
+def _summarise(display: Display, results: Sequence[Result | None], name: str) -> None:
+    reached = _once(results)
+    counts = {status: sum(result.status is status for result in reached) for status in Status}
+    said = ", ".join(f"{n} {status.name}" for status, n in counts.items() if n)
+    left = sum(result is None for result in results)
+    said += f", {left} not run" if left else ""
+    display.console.print(f"{len(reached)} trials: {said}  ({study.folder(name)})", markup=False)
+
+
+def _dry_run(trials: Sequence[Trial], forecasts: Sequence[Forecast]) -> None:
+    rows = [_plan_row(one, forecast) for one, forecast in zip(trials, forecasts, strict=True)]
+    config = trials[0].config
+    file = study.folder(config.study) / study.PLAN
+    record.write_json(file, rows)
+    if not config.quiet:
+        width = max(len(row["label"]) for row in rows)
+        for row in rows:
+            print(
+                f"{row['label']:{width}}  {row['state']:8}  {row['trainable_parameters']:>13,} trainable  "
+                f"{size(row['adapter_bytes']):>9}" + (f"  {row['refused']}" if row["refused"] else "")
+            )
+    print(f"{len(rows)} trials, {sum(row['state'] == 'new' for row in rows)} new; nothing was trained ({file})")
+
+
+def _plan_row(one: Trial, forecast: Forecast) -> dict[str, Any]:
+    held = study.result(trial.folder(one))
+    return {
+        "trial": trial.folder(one).name,
+        "label": one.label,
+        "state": held.status.name if held and not one.config.force else "new",
+        "trainable_parameters": forecast.trainable_parameters,
+        "total_parameters": forecast.total_parameters,
+        "adapter_bytes": forecast.adapter_bytes,
+        "refused": forecast.refused,
+    }

@@ -1,0 +1,252 @@
+"""The training loop, with one fenced step."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+from peftsweep.data import Tokens, batch_order, collate
+from peftsweep.errors import InputError
+from peftsweep.measure import Laps, Meter
+from peftsweep.model import answer_losses, trainable_parameters
+from peftsweep.schema import Dtype, Schedule, TrainConfig
+
+SCHEDULES = {Schedule.cosine: "cosine", Schedule.linear: "linear", Schedule.constant: "constant_with_warmup"}
+WARMUP_LAPS = 3  # first steps allocate and tune; they are trained on, but left out of the percentiles
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training run did. Losses are means over answer tokens, in nats."""
+
+    steps: int
+    epochs: float
+    tokens: int  # without padding
+    padding_fraction: float
+    final_loss: float | None  # mean over the last logged window
+    best_loss: float | None  # lowest validation loss, where validation was asked for
+    best_step: int | None
+    step_seconds: list[float]
+
+    @property
+    def steady_seconds(self) -> list[float]:
+        """Step times without the first few, unless there are no others."""
+        return self.step_seconds[WARMUP_LAPS:] or self.step_seconds
+
+
+Row = dict[str, Any]
+
+
+def train(
+    model: nn.Module,
+    rows: Sequence[Tokens],
+    config: TrainConfig,
+    *,
+    pad_id: int,
+    seed: int,
+    meter: Meter,
+    log: Callable[[Row], None],
+    validate: Callable[[], dict[str, float]] | None = None,
+) -> Trained:
+    """Train the parameters of ``model`` that require gradients; ``log`` gets a row a logged step.
+
+    The loss of a step is the mean over all answer tokens of its ``accumulation`` micro-batches, so
+    that accumulation changes memory and not results. ``validate`` is called every
+    ``config.eval_every``, must return at least ``loss``, and is not part of the training time.
+
+    Raises:
+        FloatingPointError: the loss is no longer finite.
+    """
+    device = meter.device
+    steps = total_steps(config, len(rows))
+    every = validation_interval(config, len(rows)) if validate else None
+    parameters = [p for _, p in trainable_parameters(model)]
+    optimizer = make_optimizer(parameters, config)
+    scheduler = _scheduler(optimizer, config, steps)
+    autocast = torch.autocast(
+        device.type, dtype=getattr(torch, (config.autocast or Dtype.bfloat16).value), enabled=bool(config.autocast)
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=config.autocast is Dtype.float16)
+    batches = batch_order([len(row.ids) for row in rows], config.batch_size, seed)
+    laps = Laps(device)
+    best = _Best(model) if config.keep_best else None
+    losses: list[torch.Tensor] = []
+    validations: list[tuple[float, int]] = []
+    tokens = positions = 0
+    final_loss = None
+
+    torch.manual_seed(seed)  # dropout does not depend on how many numbers the adapter's creation drew
+    _checkpointing(model, config.checkpointing)
+    model.train()
+    for step in range(1, steps + 1):
+        laps.start()
+        # ---- the step --------------------------------------------------------------------------
+        micro_batches = [
+            collate([rows[n] for n in numbers], pad_id).to(device)
+            for numbers in itertools.islice(batches, config.accumulation)
+        ]
+        answer_tokens = sum(batch.answer_tokens for batch in micro_batches)
+        loss = torch.zeros((), device=device)
+        for batch in micro_batches:
+            with autocast:
+                part = answer_losses(model, batch).sum() / answer_tokens
+            scaler.scale(part).backward()
+            loss += part.detach()
+        if config.clip:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(parameters, config.clip)
+        scaler.step(optimizer)
+        scaler.update()
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+        # ----------------------------------------------------------------------------------------
+        laps.stop()
+        meter.sample()
+        losses.append(loss)
+        tokens += sum(batch.tokens for batch in micro_batches)
+        positions += sum(batch.input_ids.numel() for batch in micro_batches)
+        if step % config.log_every == 0 or step == steps:
+            final_loss = torch.stack(losses).mean().item()  # the only place where the host waits for the device
+            losses.clear()
+            if not math.isfinite(final_loss):
+                raise FloatingPointError(f"the training loss is {final_loss} at step {step}; lower train.learning_rate")
+            seconds = sum(laps.seconds())
+            log(
+                {
+                    "step": step,
+                    "steps": steps,
+                    "epoch": in_epochs(step, config, len(rows)),
+                    "loss": final_loss,
+                    "learning_rate": scheduler.get_last_lr()[0],
+                    "tokens": tokens,
+                    "seconds": seconds,
+                    "tokens_per_second": tokens / seconds,
+                    "memory_allocated": torch.cuda.memory_allocated(device) if device.type == "cuda" else None,
+                }
+            )
+        if validate and every and (step % every == 0 or step == steps):
+            scores = validate()
+            model.train()
+            validations.append((scores["loss"], step))
+            log({"step": step, "steps": steps} | {f"validation_{name}": value for name, value in scores.items()})
+            if best and min(validations)[1] == step:
+                best.keep()
+    if best and validations:
+        best.restore()
+    model.eval()
+    best_loss, best_step = min(validations, default=(None, None))
+    return Trained(
+        steps=steps,
+        epochs=in_epochs(steps, config, len(rows)),
+        tokens=tokens,
+        padding_fraction=1 - tokens / positions if positions else 0.0,
+        final_loss=final_loss,
+        best_loss=best_loss,
+        best_step=best_step,
+        step_seconds=laps.seconds(),
+    )
+
+
+def total_steps(config: TrainConfig, rows: int) -> int:
+    """Optimizer steps of the run: ``epochs`` over ``rows`` rows where given, else ``steps``."""
+    if config.epochs is None:
+        return config.steps
+    return math.ceil(config.epochs * _steps_per_epoch(config, rows))
+
+
+def in_epochs(step: int, config: TrainConfig, rows: int) -> float:
+    """How often the data has been gone through after ``step`` steps."""
+    return step / _steps_per_epoch(config, rows)
+
+
+def _steps_per_epoch(config: TrainConfig, rows: int) -> float:
+    return math.ceil(rows / config.batch_size) / config.accumulation
+
+
+def validation_interval(config: TrainConfig, rows: int) -> int | None:
+    """``eval_every`` in steps: ``"100"`` is steps, ``"0.5epochs"`` or ``"1epoch"`` is epochs.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if config.eval_every is None:
+        return None
+    number, epochs, rest = config.eval_every.strip().partition("epoch")
+    try:
+        interval = float(number) * (_steps_per_epoch(config, rows) if epochs else 1)
+        valid = interval > 0 and math.isfinite(interval) and rest in ("", "s")
+    except ValueError:
+        valid = False
+    if not valid or not (epochs or interval.is_integer()):
+        raise InputError(f"train.eval_every={config.eval_every}: a number of steps (100) or epochs (0.5epochs)")
+    return max(1, round(interval))
+
+
+def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """A class by its name: ``AdamW`` of torch.optim, or a dotted path such as ``bitsandbytes.optim.AdamW8bit``.
+
+    Raises:
+        InputError: there is no such optimizer.
+    """
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module or "torch.optim"), attribute, None)
+    except ImportError:
+        found = None
+    if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
+        raise InputError(
+            f"train.optimizer={name}: no such optimizer; give a class of torch.optim (AdamW, SGD) or a dotted path"
+        )
+    return found
+
+
+def make_optimizer(parameters: Sequence[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer over ``parameters`` at the scaled learning rate, fused where torch offers that."""
+    kind = optimizer_class(config.optimizer)
+    known = inspect.signature(kind).parameters
+    options: dict[str, Any] = {"lr": config.learning_rate * config.learning_rate_scale}
+    if "weight_decay" in known:
+        options["weight_decay"] = config.weight_decay
+    if "fused" in known and all(p.dtype.is_floating_point for p in parameters):
+        options["fused"] = True
+    try:
+        return kind(cast(Any, parameters), **options | config.optimizer_kwargs)
+    except TypeError as error:
+        raise InputError(f"train.optimizer_kwargs: {error}") from None
+
+
+def _scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> Any:
+    warmup = round(config.warmup * steps) if config.warmup < 1 else round(config.warmup)
+    return get_scheduler(SCHEDULES[config.schedule], optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+
+
+def _checkpointing(model: Any, wanted: bool) -> None:
+    if wanted:
+        # Renamed in transformers 5.23; both names are in the supported range.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
+
+class _Best:
+    """The trainable weights of the best validation so far, kept on the host."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._weights: dict[str, torch.Tensor] = {}
+
+    def keep(self) -> None:
+        self._weights = {name: p.detach().to("cpu", copy=True) for name, p in trainable_parameters(self._model)}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for name, parameter in trainable_parameters(self._model):
+            parameter.copy_(self._weights[name])

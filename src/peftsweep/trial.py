@@ -1,0 +1,368 @@
+"""The task function: one trial from its configuration to its record.
+
+``run`` reads as the list of what happens; ``check`` is all that can be known without weights.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from peftsweep import config as configuration
+from peftsweep import data, evaluate, model, record, study, train
+from peftsweep.config import ROWS_KEYS, Trial, evaluation_identity, model_identity, rows_config
+from peftsweep.data import Example, Rows
+from peftsweep.errors import InputError
+from peftsweep.evaluate import Evaluation
+from peftsweep.measure import Meter, percentile
+from peftsweep.record import Result, Status
+
+log = logging.getLogger(__name__)
+
+Model = PreTrainedModel | PeftModel
+Evaluate = Callable[[Model, PreTrainedTokenizerBase, list[Example]], Evaluation]
+
+
+class Observer:
+    """Is told how a trial comes along; this one keeps it to itself."""
+
+    def stage(self, name: str) -> None:
+        """A stage begins."""
+
+    def step(self, row: dict[str, Any]) -> None:
+        """A line was added to steps.jsonl."""
+
+
+# ---- before ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is known of a trial before anything is loaded."""
+
+    trainable_parameters: int
+    total_parameters: int
+    adapter_bytes: int  # of the trained weights, without the file's header
+    refused: str | None  # why it will not be trained
+
+
+def check(trial: Trial) -> Forecast:
+    """Attach the method to the base's skeleton, without weights, data or network (for presets).
+
+    Raises:
+        InputError: targets, method or device do not fit.
+    """
+    config = trial.config
+    model.device(config.device)
+    quantization(trial)
+    for name in config.eval:
+        evaluator(trial, name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they come again, and go to the log, when the trial runs
+        base = model.skeleton(config.model)
+        if reason := model.refusal(config.method, config.quant):
+            return Forecast(0, model.count(base).total, 0, reason)
+        counts = model.count(_attach(trial, base))
+    return Forecast(counts.trainable, counts.total, counts.trainable_bytes, None)
+
+
+def folder(trial: Trial) -> Path:
+    """Where the trial's record is or will be."""
+    return study.trial_folder(study.folder(trial.config.study), trial.slug, trial.identity)
+
+
+def finished(trial: Trial) -> Result | None:
+    """The trial's record, if it is done and not forced to run again; it then carries this trial's label too."""
+    done = None if trial.config.force else study.result(folder(trial))
+    if done is None or not done.status.done:
+        return None
+    if trial.label not in done.run_info["labels"]:
+        done.run_info["labels"].append(trial.label)
+        done.write(folder(trial))
+    return done
+
+
+# ---- the trial -------------------------------------------------------------------------------------
+
+
+def run(trial: Trial, observer: Observer | None = None) -> Result:
+    """Train and evaluate ``trial``, unless its study already holds it; the record is written in any case.
+
+    A failure ends up in the record, with its stage and traceback, and not as an exception.
+
+    Raises:
+        KeyboardInterrupt: the user interrupted it; it is recorded as cancelled.
+    """
+    if done := finished(trial):
+        return done
+    place = folder(trial)
+    start = time.perf_counter()
+    meter = Meter(model.device(trial.config.device))
+    result = _begin(trial, place)
+    with _logged(place / "trial.log"):
+        status, failure = Status.success, None
+        try:
+            _run(trial, place, result, meter, observer or Observer())
+        except BaseException as error:
+            status, failure = _status(error), record.failure(error, meter.current)
+            log.log(logging.INFO if status is Status.refused else logging.ERROR, "%s", failure["traceback"])
+            if not isinstance(error, Exception):
+                _end(result, place, meter, start, status, failure)
+                raise
+        _end(result, place, meter, start, status, failure)
+    gc.collect()  # an exception's frames have held the model until now
+    if meter.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return result
+
+
+class Refused(Exception):
+    """The combination is known not to work."""
+
+
+def _status(error: BaseException) -> Status:
+    if isinstance(error, Refused):
+        return Status.refused
+    host = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's words for it
+    if host or isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return Status.oom
+    return Status.failed if isinstance(error, Exception) else Status.cancelled
+
+
+def _run(trial: Trial, place: Path, result: Result, meter: Meter, observer: Observer) -> None:
+    config = trial.config
+    info = result.train_info
+
+    @contextmanager
+    def stage(name: str) -> Iterator[None]:
+        observer.stage(name)
+        log.info("%s", name)
+        with meter.stage(name):
+            yield
+
+    if reason := model.refusal(config.method, config.quant):
+        raise Refused(reason)
+    earlier = None if config.force else study.trained(place.parent, trial.training)
+
+    with stage("load"):
+        tokenizer = model.load_tokenizer(config.model)
+        base = model.load(config.model, quantization(trial), meter.device)
+    info["base_parameters"] = model.count(base).total
+    info["base_bytes"] = base.get_memory_footprint()
+
+    with stage("data"):
+        rows = trial.rows or data.load_rows(config.dataset, validation=config.train.eval_every is not None)
+        examples = data.examples(rows.train, config.dataset.prompt, config.dataset.answer)
+        tokens = data.tokenize(tokenizer, examples, config.dataset.max_length)
+        tests = {name: _test_examples(trial, name, rows) for name in config.eval}
+    info["training_rows"] = len(tokens)
+    info["truncated_rows"] = sum(len(row.ids) >= config.dataset.max_length for row in tokens)
+
+    for name, test in tests.items():
+        with stage("baseline"):
+            scores = _base_scores(trial, name, test, base, tokenizer, place.parent)
+        result.eval_info[name] = {f"base_{metric}": score for metric, score in scores.items()}
+
+    if earlier:
+        with stage("attach"):
+            adapted = model.restore(base, earlier.folder / study.ADAPTER) if earlier.folder else base
+        info |= earlier.train_info | {"trained_by": earlier.trial}
+        result.memory["train"] = earlier.memory["train"]
+    else:
+        with stage("attach"):
+            torch.manual_seed(config.seed)  # the adapter's initial weights are drawn from here on
+            adapted = _attach(trial, base)
+        counts = model.count(adapted)
+        info |= {"trainable_parameters": counts.trainable, "total_parameters": counts.total}
+        with stage("train"), (place / record.STEPS).open("w", encoding="utf-8") as lines:
+            trained = train.train(
+                adapted,
+                tokens,
+                config.train,
+                pad_id=int(tokenizer.pad_token_id),
+                seed=config.seed,
+                meter=meter,
+                log=partial(_step, lines, observer),
+                validate=_validation(trial, rows, adapted, tokenizer) if rows.validation else None,
+            )
+        info |= _train_info(trained)
+
+    for name, test in tests.items():
+        with stage("eval"):
+            evaluation = evaluator(trial, name)(adapted, tokenizer, test)
+        result.eval_info[name] |= dict(evaluation.scores)
+        record.write_lines(place / "predictions" / f"{name}.jsonl", evaluation.predictions)
+
+    if config.adapter.save:
+        with stage("save"):
+            info["adapter_bytes"] = model.save(adapted, place / study.ADAPTER)
+
+
+# ---- its parts -------------------------------------------------------------------------------------
+
+
+def quantization(trial: Trial) -> Any:
+    """The transformers quantization config that ``quant`` names; None for none."""
+    return _instantiate(trial.config.quant, "quant") if trial.config.quant else None
+
+
+def evaluator(trial: Trial, name: str) -> Evaluate:
+    """The evaluation ``eval.<name>`` as a function of model, tokenizer and examples."""
+    node = trial.config.eval[name]
+    options = {key: value for key, value in node.items() if key not in ROWS_KEYS}
+    function: Evaluate = _instantiate(options | {"_partial_": True}, f"eval.{name}")
+    return function
+
+
+def _instantiate(node: dict[str, Any], key: str) -> Any:
+    try:
+        return instantiate(node, _convert_="all")
+    except HydraException as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise InputError(f"{key}: {reason}") from error
+
+
+def _attach(trial: Trial, base: PreTrainedModel) -> Model:
+    method = _instantiate(trial.config.method, "method") if trial.config.method else None
+    return model.attach(base, method, trial.config.targets, trial.config.model.roles)
+
+
+def _test_examples(trial: Trial, name: str, rows: Rows) -> list[Example]:
+    source, own = rows_config(trial.config.eval[name]), trial.config.dataset
+    test = data.evaluation_rows(source, f"eval.{name}", rows.test)
+    return data.examples(test, source.prompt or own.prompt, source.answer or own.answer, f"eval.{name}")
+
+
+def _base_scores(
+    trial: Trial, name: str, test: list[Example], base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, root: Path
+) -> dict[str, Any]:
+    """The untouched base's scores, kept in the study under everything that changes them."""
+    device = base.device
+    key = configuration.content_hash(
+        {
+            "model": model_identity(trial.config.model),
+            "quant": trial.config.quant,
+            "eval": evaluation_identity(trial.config.eval[name]),
+            "examples": data.fingerprint(example._asdict() for example in test),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "packages": record.environment()["packages"],
+        }
+    )
+    file = root / ".base" / f"{name}-{key}.json"
+    if not file.exists():
+        record.write_json(file, evaluator(trial, name)(base, tokenizer, test).scores)
+    return record.read_json(file)
+
+
+def _validation(
+    trial: Trial, rows: Rows, adapted: Model, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[], dict[str, float]]:
+    """Loss on the validation rows, and the evaluations that judge on the dataset's own rows, on them."""
+    config = trial.config
+    examples = data.examples(rows.validation, config.dataset.prompt, config.dataset.answer)
+    own = [name for name, node in config.eval.items() if not rows_config(node).path and not rows_config(node).hub]
+
+    def validate() -> dict[str, float]:
+        adapted.eval()
+        loss = evaluate.perplexity(adapted, tokenizer, examples, max_length=config.dataset.max_length).scores["loss"]
+        scores = {"loss": loss.value}
+        for name in own:
+            found = evaluator(trial, name)(adapted, tokenizer, examples).scores
+            scores |= {f"{name}.{metric}": score.value for metric, score in found.items()}
+        return scores
+
+    return validate
+
+
+def _step(lines: Any, observer: Observer, row: dict[str, Any]) -> None:
+    lines.write(record.line(row))
+    lines.flush()
+    observer.step(row)
+
+
+def _train_info(trained: train.Trained) -> dict[str, Any]:
+    seconds = sum(trained.step_seconds)
+    return {
+        "steps": trained.steps,
+        "epochs": trained.epochs,
+        "tokens": trained.tokens,
+        "padding_fraction": trained.padding_fraction,
+        "final_loss": trained.final_loss,
+        "best_loss": trained.best_loss,
+        "best_step": trained.best_step,
+        "train_seconds": seconds,
+        "tokens_per_second": trained.tokens / seconds if seconds else None,
+        **{f"step_seconds_p{p}": percentile(trained.steady_seconds, p) for p in (50, 95, 99)},
+    }
+
+
+# ---- the record ------------------------------------------------------------------------------------
+
+
+def _begin(trial: Trial, place: Path) -> Result:
+    """An empty folder but for the composed configuration, as Hydra writes it, and the record to be filled."""
+    place.mkdir(parents=True, exist_ok=True)
+    (place / record.RESULT).unlink(missing_ok=True)  # of a failed try
+    record.write_text(place / ".hydra" / "config.yaml", OmegaConf.to_yaml(trial.tree))
+    record.write_text(place / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(trial.overrides))
+    run_info = {
+        "trial": place.name,
+        "labels": [trial.label],
+        "study": trial.config.study,
+        "identity": trial.identity,
+        "training": trial.training,
+        "created_at": record.now(),
+        "host": record.host(),
+        **record.git(),
+    }
+    return Result(run_info, trial.choices, trial.tree, meta_info=record.environment())
+
+
+def _end(
+    result: Result, place: Path, meter: Meter, start: float, status: Status, failure: dict[str, str] | None
+) -> None:
+    result.run_info |= {"status": status.value, "error": failure, "total_seconds": time.perf_counter() - start}
+    for name, stage in meter.stages.items():
+        result.memory[name] = stage.memory()
+        if name != "train":  # whose seconds are the sum of its steps
+            result.train_info[f"{name}_seconds"] = stage.seconds
+    result.write(place)
+
+
+@contextmanager
+def _logged(file: Path) -> Iterator[None]:
+    """All logging and warnings of the block go to ``file``, and only there."""
+    transformers.utils.logging.disable_default_handler()
+    transformers.utils.logging.enable_propagation()
+    transformers.utils.logging.disable_progress_bar()
+    logging.captureWarnings(True)
+    handler = logging.FileHandler(file, mode="w", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    handlers, level = root.handlers, root.level
+    root.handlers = [handler]
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.handlers = handlers
+        root.setLevel(level)
+        logging.captureWarnings(False)
+        handler.close()
+
