@@ -9,7 +9,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftsweep.errors import InputError
@@ -20,6 +22,11 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
     from peftsweep.record import Result
+
+# GNU OpenMP's threads spin while they wait for each other. Beside any other busy process on the same
+# cores, small operations then take a hundred times as long; waiting asleep costs nothing measurable.
+# It is read when torch is imported, so it stands here.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # bitsandbytes warns on import that an optional CPU kernel is missing; the kernel is never used here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -54,6 +61,7 @@ def load(study: str | PathLike[str] = "default") -> DataFrame:
     Raises:
         InputError: there is no such study.
     """
-    from peftsweep import collect, study as studies
+    from peftsweep import collect
+    from peftsweep import study as studies
 
-    return collect.trials(collect.read(studies.find(study)))
+    return collect.trials(collect.read(studies.find(Path(study))))

@@ -49,6 +49,8 @@ def main() -> None:
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text(sys.argv[1:]))
         return
+    # Every command is a sweep; Hydra would accept -m at the end only.
+    sys.argv = [word for word in sys.argv if word not in ("-m", "--multirun")]
     sys.exit(_guarded(_hydra))
 
 
@@ -96,15 +98,20 @@ def run_one(overrides: list[str]) -> Result:
     """The Python door: see ``peftsweep.run``."""
     from peftsweep import trial
 
-    _register()
     try:
-        with hydra.initialize_config_dir(configuration.conf_dir(), version_base="1.3"):
-            cfg = hydra.compose("config", overrides, return_hydra_config=True)
+        cfg = compose(overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(configuration.one_line(error)) from None
     one = configuration.trial(cfg, cfg.hydra.runtime.choices, overrides)
     trial.check(one)
     return trial.run(one)
+
+
+def compose(overrides: list[str]) -> DictConfig:
+    """The configuration that the words of a command line compose, with Hydra's own node."""
+    _register()
+    with hydra.initialize_config_dir(configuration.conf_dir(), version_base="1.3"):
+        return hydra.compose("config", overrides, return_hydra_config=True)
 
 
 def _register() -> None:

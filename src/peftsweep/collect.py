@@ -106,7 +106,7 @@ def _flat(row: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _typed(table: pd.DataFrame) -> pd.DataFrame:
     """Integers stay integers beside gaps; a column of mixed types (an option given as text or number) becomes text."""
     typed = table.convert_dtypes()
-    for name in typed.columns[typed.dtypes == object]:
+    for name in typed.select_dtypes(object).columns:
         values = typed[name]
         typed[name] = values.where(values.isna(), values.map(lambda v: v if isinstance(v, str) else json.dumps(v)))
         typed[name] = typed[name].astype("string")
@@ -133,7 +133,7 @@ def print_table(table: pd.DataFrame, title: str) -> None:
 def varying(table: pd.DataFrame) -> list[str]:
     """The choices and settings that differ between the trials."""
     columns = [c for c in table.columns if c.startswith("choices.")]
-    columns += [c for c in ("config.method.r", "config.train.learning_rate", "config.train.steps", "config.seed")]
+    columns += ["config.method.r", "config.train.learning_rate", "config.train.steps", "config.seed"]
     return [c for c in columns if c in table and table[c].nunique(dropna=False) > 1]
 
 

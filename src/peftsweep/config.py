@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import inspect
 import json
+import pydoc
 import re
 import typing
 from collections.abc import Iterable, Mapping
@@ -17,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from hydra.utils import get_object
+from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from peftsweep import data
 from peftsweep.errors import InputError, suggest
-from peftsweep.schema import Config, DatasetConfig, Init, ModelConfig, RowsConfig
+from peftsweep.schema import Config, DatasetConfig, Dtype, Init, ModelConfig, RowsConfig
 
 IDENTITY_LENGTH = 10  # hex digits: a study of 10,000 trials has a clash once in 20,000 studies
 ROWS_KEYS = tuple(field.name for field in dataclasses.fields(RowsConfig))
@@ -44,6 +45,10 @@ LEAST = {
     "train.log_every": 1,
     "method.r": 1,
     "method.lora_alpha": 1,
+}
+ONE_OF = {
+    "quant.bnb_4bit_quant_type": ("nf4", "fp4"),
+    "quant.bnb_4bit_compute_dtype": tuple(Dtype.__members__),
 }
 
 
@@ -104,7 +109,7 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
     _check_values(tree)
     _check_calls(config)
     rows = None if config.dataset.hub and not config.dataset.path else _rows(config)
-    _check_templates(config, rows)
+    _check_evaluation_rows(config, rows)
     chosen = {group: str(option) for group, option in choices.items() if not group.startswith("hydra/")}
     training = _training(config, rows)
     return Trial(
@@ -123,10 +128,11 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
 
 
 def _check_values(tree: dict[str, Any]) -> None:
+    for key, allowed in ONE_OF.items():
+        if (value := _at(tree, key)) is not None and value not in allowed:
+            raise InputError(f"{key}={value}: must be one of {', '.join(allowed)}")
     for key, least in LEAST.items():
-        value: Any = tree
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
+        value = _at(tree, key)
         if isinstance(value, int | float) and not isinstance(value, bool) and value < least:
             raise InputError(f"{key}={value}: must be at least {least}")
     if not 0 < tree["dataset"]["train_fraction"] < 1:
@@ -137,6 +143,12 @@ def _check_values(tree: dict[str, Any]) -> None:
         value = tree[key]
         if value is not None and (not value or "/" in value or value.startswith(".")):
             raise InputError(f"{key}={value}: must be a plain name, without '/' and not beginning with '.'")
+
+
+def _at(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
 
 
 def _check_calls(config: Config) -> None:
@@ -167,9 +179,11 @@ def check_call(node: Mapping[str, Any], key: str, provided: Iterable[str] = (), 
     if not isinstance(target, str):
         raise InputError(f"{key}._target_: must name a class or function, such as peft.LoraConfig")
     try:
-        function = get_object(target)
-    except Exception as error:  # whatever importing a user's module raises
+        function = pydoc.locate(target)
+    except pydoc.ErrorDuringImport as error:
         raise InputError(f"{key}._target_={target}: cannot be imported ({_first_line(error)})") from None
+    if not callable(function):
+        raise InputError(f"{key}._target_={target}: no such class or function")
     hints = _hints(function)
     known = [name for name in _parameters(function) if name not in provided]
     for name, value in node.items():
@@ -212,11 +226,9 @@ def _fits(value: Any, hint: Any) -> bool:
     return True
 
 
-def _check_templates(config: Config, rows: data.Rows | None) -> None:
-    """Fill every template from every local row, so that a missing column is known before training."""
+def _check_evaluation_rows(config: Config, rows: data.Rows | None) -> None:
+    """Fill the evaluations' templates from every local row, so that a missing column is known before training."""
     own = config.dataset
-    if rows is not None:
-        data.examples([*rows.train, *rows.validation], own.prompt, own.answer)
     for name, node in config.eval.items():
         source = rows_config(node)
         if source.path or (not source.hub and rows is not None):
@@ -231,6 +243,9 @@ def rows_config(node: Mapping[str, Any]) -> RowsConfig:
 
 def one_line(error: BaseException) -> str:
     """What Hydra or OmegaConf found wrong, as one line that names the key and what is allowed."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        return f"{group}={option}: no such option; {suggest(option, list(error.options))}"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         if type(cause).__name__ in ("ConfigAttributeError", "ConfigKeyError"):

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import importlib
 import json
+import pydoc
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -163,12 +163,14 @@ def load_rows(dataset: DatasetConfig, *, validation: bool = False) -> Rows:
 
 def _train_and_test(dataset: DatasetConfig) -> tuple[list[Row], list[Row]]:
     if dataset.generator is not None and dataset.path is None:
-        module, _, name = dataset.generator.rpartition(".")
-        make = getattr(importlib.import_module(module), name)
+        make: Any = pydoc.locate(dataset.generator)
+        if not callable(make):
+            raise InputError(f"dataset.generator={dataset.generator}: no such function")
         count = dataset.samples or 1000
         return make("train", count, dataset.split_seed), make("test", GENERATED_TEST_ROWS, dataset.split_seed)
     if dataset.path is not None:
         train = read_rows(dataset.path, "dataset.path")
+        examples(train, dataset.prompt, dataset.answer, file=dataset.path)  # names the row in the file's own order
     elif dataset.hub is not None:
         train = hub_rows(dataset.hub, dataset.hub_config, dataset.hub_split, dataset.revision, "dataset.hub")
     else:
@@ -217,19 +219,20 @@ class Example(NamedTuple):
     answer: str
 
 
-def examples(rows: Iterable[Row], prompt: str, answer: str, key: str = "dataset") -> list[Example]:
-    """Fill the templates, such as ``"{question}"``, from each row's columns.
+def examples(rows: Iterable[Row], prompt: str, answer: str, key: str = "dataset", file: str = "") -> list[Example]:
+    """Fill the templates, such as ``"{question}"``, from each row's columns; errors name ``key`` and ``file``.
 
     Raises:
         InputError: a template names a column that a row lacks, or is not a template.
     """
+    where = f" of {file}" if file else ""
     return [
-        Example(_fill(prompt, row, f"{key}.prompt", n), _fill(answer, row, f"{key}.answer", n))
+        Example(_fill(prompt, row, f"{key}.prompt", f"{n}{where}"), _fill(answer, row, f"{key}.answer", f"{n}{where}"))
         for n, row in enumerate(rows, start=1)
     ]
 
 
-def _fill(template: str, row: Row, key: str, number: int) -> str:
+def _fill(template: str, row: Row, key: str, number: str) -> str:
     try:
         return template.format_map(row)
     except KeyError as error:
@@ -284,11 +287,9 @@ class Batch:
         """The batch on ``device``; the host does not wait for the copy."""
         if device.type == "cpu":
             return self
-        moved = [t.pin_memory().to(device, non_blocking=True) for t in self.tensors()]
-        return Batch(*moved, self.tokens, self.answer_tokens, self.answer_start)
-
-    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.input_ids, self.attention_mask, self.answer_mask
+        tensors = self.input_ids, self.attention_mask, self.answer_mask
+        moved = [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
+        return replace(self, input_ids=moved[0], attention_mask=moved[1], answer_mask=moved[2])
 
 
 def collate(rows: Sequence[Tokens], pad_id: int) -> Batch:

@@ -16,7 +16,17 @@ from peftsweep.record import Result, Status
 QUIET_SECONDS = 10.0  # at most a line this often from a running trial in a pipe
 
 
-class Display:
+class Observer:
+    """Is told how a trial comes along; this one keeps it to itself."""
+
+    def stage(self, name: str) -> None:
+        """A stage begins."""
+
+    def step(self, row: dict[str, Any]) -> None:
+        """A line was added to steps.jsonl."""
+
+
+class Display(Observer):
     """Tells how a sweep of ``total`` trials comes along; the observer of each of its trials."""
 
     def __init__(self, total: int, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -141,10 +141,9 @@ def percentile(values: list[float], percent: float) -> float | None:
 
 
 def _reset_rss_peak() -> None:
-    try:
-        CLEAR_REFS.write_text("5")  # Linux: resets VmHWM, the peak of the resident set
-    except OSError:
-        pass  # elsewhere the peak is that of the whole process so far, an upper bound
+    # Linux resets VmHWM, the peak of the resident set; elsewhere the peak stays that of the process so far.
+    with suppress(OSError):
+        CLEAR_REFS.write_text("5")
 
 
 def _rss_peak() -> int:

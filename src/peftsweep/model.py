@@ -59,13 +59,14 @@ def architecture(model: ModelConfig) -> transformers.PreTrainedConfig:
     if model.architecture:
         fields = dict(model.architecture)
         try:
-            return cast(transformers.PreTrainedConfig, AutoConfig.for_model(fields.pop("model_type"), **fields))
+            return AutoConfig.for_model(fields.pop("model_type"), **fields)
         except (KeyError, ValueError, TypeError) as error:
             raise InputError(f"model.architecture: {str(error).splitlines()[0]}") from None
     if model.init is Init.random:
         raise InputError("model.init=random needs model.architecture (model_type and sizes), as the presets have")
     try:
-        return AutoConfig.from_pretrained(source(model), revision=model.revision or "main")
+        found = AutoConfig.from_pretrained(source(model), revision=model.revision or "main")
+        return cast(transformers.PreTrainedConfig, found)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"model.name_or_path={model.name_or_path}: cannot be loaded ({reason})") from error
@@ -86,9 +87,7 @@ def skeleton(model: ModelConfig) -> PreTrainedModel:
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """The base's tokenizer; the embedded one where the weights are random. Pads with EOS if it must."""
     folder = str(TINY) if model.init is Init.random else source(model)
-    tokenizer = cast(
-        PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(folder, revision=model.revision or "main")
-    )
+    tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(folder, revision=model.revision or "main"))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -142,6 +141,7 @@ def keep_weights_unpacked(base: nn.Module) -> None:
     The packed form has no backward: every gradient after an evaluation would be silently wrong, and
     so would merging and saving.
     """
+    module: Any
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -213,8 +213,8 @@ def attach(
         if not hasattr(method, "target_modules"):
             raise InputError(f"targets: {type(method).__name__} has no target modules; leave targets=default")
         method.target_modules = modules
-    elif isinstance(wanted := getattr(method, "target_modules", None), list):
-        check_modules(base, wanted, "method.target_modules")
+    elif isinstance(wanted := getattr(method, "target_modules", None), list | set):
+        check_modules(base, sorted(wanted), "method.target_modules")
     if modules is not None and hasattr(method, "feedforward_modules"):
         # IA3 scales the input, not the output, of feed-forward layers, and must be told which those are.
         method.feedforward_modules = [name for name in modules if name in roles.get("mlp", [])]
@@ -293,6 +293,6 @@ def save(model: PreTrainedModel | PeftModel, folder: Path) -> int:
 def restore(base: PreTrainedModel, folder: Path) -> PreTrainedModel | PeftModel:
     """The trained model back from what ``save`` wrote, on the device of ``base``."""
     if (folder / "adapter_config.json").exists():
-        return cast(PeftModel, PeftModel.from_pretrained(base, str(folder)).eval())
+        return PeftModel.from_pretrained(base, str(folder)).eval()
     trained = AutoModelForCausalLM.from_pretrained(folder, dtype=base.dtype, device_map={"": base.device})
     return cast(PreTrainedModel, trained.eval())

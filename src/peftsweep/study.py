@@ -23,7 +23,7 @@ def find(study: str | Path) -> Path:
     Raises:
         InputError: there is no such folder.
     """
-    for candidate in (folder(str(study)), Path(study)):
+    for candidate in (ROOT / study, Path(study)):
         if candidate.is_dir():
             return candidate
     raise InputError(f"study={study}: no such folder; {suggest(str(study), [s.name for s in studies()])}")

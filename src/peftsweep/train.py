@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import itertools
 import math
+import pydoc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -197,10 +197,9 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     Raises:
         InputError: there is no such optimizer.
     """
-    module, _, attribute = name.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module or "torch.optim"), attribute, None)
-    except ImportError:
+        found = pydoc.locate(name if "." in name else f"torch.optim.{name}")
+    except pydoc.ErrorDuringImport:
         found = None
     if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
         raise InputError(

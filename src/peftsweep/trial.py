@@ -28,6 +28,7 @@ from peftsweep import config as configuration
 from peftsweep import data, evaluate, model, record, study, train
 from peftsweep.config import ROWS_KEYS, Trial, evaluation_identity, model_identity, rows_config
 from peftsweep.data import Example, Rows
+from peftsweep.display import Observer
 from peftsweep.errors import InputError
 from peftsweep.evaluate import Evaluation
 from peftsweep.measure import Meter, percentile
@@ -37,16 +38,6 @@ log = logging.getLogger(__name__)
 
 Model = PreTrainedModel | PeftModel
 Evaluate = Callable[[Model, PreTrainedTokenizerBase, list[Example]], Evaluation]
-
-
-class Observer:
-    """Is told how a trial comes along; this one keeps it to itself."""
-
-    def stage(self, name: str) -> None:
-        """A stage begins."""
-
-    def step(self, row: dict[str, Any]) -> None:
-        """A line was added to steps.jsonl."""
 
 
 # ---- before ----------------------------------------------------------------------------------------
@@ -267,7 +258,8 @@ def _base_scores(
     file = root / ".base" / f"{name}-{key}.json"
     if not file.exists():
         record.write_json(file, evaluator(trial, name)(base, tokenizer, test).scores)
-    return record.read_json(file)
+    scores: dict[str, Any] = record.read_json(file)
+    return scores
 
 
 def _validation(
@@ -348,8 +340,9 @@ def _end(
 @contextmanager
 def _logged(file: Path) -> Iterator[None]:
     """All logging and warnings of the block go to ``file``, and only there."""
-    transformers.utils.logging.disable_default_handler()
-    transformers.utils.logging.enable_propagation()
+    for name in ("transformers", "huggingface_hub", "datasets"):  # each prints to stderr by a handler of its own
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
     transformers.utils.logging.disable_progress_bar()
     logging.captureWarnings(True)
     handler = logging.FileHandler(file, mode="w", encoding="utf-8")
@@ -365,4 +358,3 @@ def _logged(file: Path) -> Iterator[None]:
         root.setLevel(level)
         logging.captureWarnings(False)
         handler.close()
-

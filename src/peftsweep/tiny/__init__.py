@@ -1,1 +1,1 @@
-"""The embedded model: weights that ship with the package, the task they are adapted to, and the script that made both."""
+"""The embedded model: its weights, its task, and the script that made it."""

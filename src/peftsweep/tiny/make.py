@@ -2,7 +2,7 @@
 
     python -m peftsweep.tiny.make --out DIR
 
-The script is seeded; on another machine the numbers differ in the last digits, the skills do not.
+The script is seeded: the same machine and versions give the same weights, others the same skills.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peftsweep.tiny import task
 
@@ -24,9 +25,9 @@ SKILL_ROWS = 200
 
 
 def train_tokenizer(texts: Iterator[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE, so that any text can be written, with one token per digit, so that numbers line up."""
+    """A byte-level BPE, so that any text can be written, with one token per digit, so that numbers align."""
     bpe = Tokenizer(models.BPE())
-    # Digits are cut first: the space before a number is then a token of its own, at a prompt's end as in a text.
+    # Digits are cut first: the space before a number is then a token of its own, wherever it stands.
     digits = pre_tokenizers.Digits(individual_digits=True)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     bpe.decoder = decoders.ByteLevel()
@@ -37,9 +38,14 @@ def train_tokenizer(texts: Iterator[str], vocabulary: int) -> PreTrainedTokenize
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    bos = (BOS, bpe.token_to_id(BOS))
-    bpe.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[bos])
-    return PreTrainedTokenizerFast(
+    # A prompt needs a BOS and no EOS, so that is what the tokenizer adds by itself.
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A",
+        pair=f"{BOS} $A $B",
+        special_tokens=[(BOS, bpe.token_to_id(BOS))],
+    )
+    wrap: Any = PreTrainedTokenizerFast  # its constructor carries no annotations
+    wrapped: PreTrainedTokenizerFast = wrap(
         tokenizer_object=bpe,
         pad_token=PAD,
         bos_token=BOS,
@@ -47,10 +53,11 @@ def train_tokenizer(texts: Iterator[str], vocabulary: int) -> PreTrainedTokenize
         model_max_length=2048,
         clean_up_tokenization_spaces=False,
     )
+    return wrapped
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of about 0.95M parameters; every width is a multiple of 64, as 4-bit blocks need."""
+    """A Llama of about 0.92M parameters; every width is a multiple of 64, as 4-bit blocks need."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -68,10 +75,13 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def pretrain(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: random.Random, args: argparse.Namespace
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    rng: random.Random,
+    args: argparse.Namespace,
 ) -> None:
     """Next-token prediction on endless fresh text, AdamW with a one-cycle learning rate."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, (0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.learning_rate, args.steps, pct_start=0.05)
     started = time.perf_counter()
     for step in range(1, args.steps + 1):
@@ -86,16 +96,18 @@ def pretrain(
         schedule.step()
         optimizer.zero_grad()
         if step % 100 == 0:
-            print(f"step {step}/{args.steps}  loss {loss.item():.3f}  {time.perf_counter() - started:.0f} s", flush=True)
+            seconds = time.perf_counter() - started
+            print(f"step {step}/{args.steps}  loss {loss.item():.3f}  {seconds:.0f} s", flush=True)
 
 
 @torch.no_grad()
-def accuracy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, asked: list[tuple[str, str]]) -> float:
+def accuracy(model: Any, tokenizer: PreTrainedTokenizerFast, asked: list[tuple[str, str]]) -> float:
     """The share of prompts that the model completes exactly as wanted, up to the end of the line."""
     batch = tokenizer([prompt for prompt, _ in asked], padding=True, padding_side="left", return_tensors="pt")
     out = model.generate(**batch, max_new_tokens=16, do_sample=False)
     said = tokenizer.batch_decode(out[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
-    return sum(text.split("\n")[0] == wanted for text, (_, wanted) in zip(said, asked, strict=True)) / len(asked)
+    right = [text.split("\n")[0] == wanted for text, (_, wanted) in zip(said, asked, strict=True)]
+    return sum(right) / len(right)
 
 
 def skills(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
@@ -110,18 +122,17 @@ def skills(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[
         stories = [task.draw_story(rng) for _ in range(SKILL_ROWS)]
         asked[name] = [(f"{story.text} {probe(story)[0]}\n", probe(story)[1]) for story in stories]
     asked["the task"] = [(row["question"] + "\n", row["answer"]) for row in task.rows("test", SKILL_ROWS)]
-    model.eval()
     return {name: accuracy(model, tokenizer, prompts) for name, prompts in asked.items()}
 
 
 def main() -> None:
     """Make the tokenizer and the model, save both, and print what the model can do."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description="Make the embedded model of peftsweep from nothing.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights and the tokenizer")
-    parser.add_argument("--steps", type=int, default=4000, help="training steps")
+    parser.add_argument("--steps", type=int, default=2500, help="training steps")
     parser.add_argument("--batch", type=int, default=96, help="documents per step")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak of the one-cycle schedule")
-    parser.add_argument("--vocabulary", type=int, default=768, help="size of the tokenizer's vocabulary")
+    parser.add_argument("--vocabulary", type=int, default=768, help="most tokens the tokenizer may have")
     parser.add_argument("--seed", type=int, default=0, help="seed of the text and of the weights")
     args = parser.parse_args()
 
@@ -131,9 +142,6 @@ def main() -> None:
     model = build_model(tokenizer)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
     pretrain(model, tokenizer, rng, args)
-    model.generation_config = GenerationConfig(
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
-    )
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     for name, share in skills(model, tokenizer).items():

@@ -43,7 +43,13 @@ class Story(NamedTuple):
     @property
     def text(self) -> str:
         """The two sentences."""
-        return f"{self.name} has {self.first} {self.thing}. {self.name} {self.verb} {self.second} {self.thing}."
+        name, thing = self.name, self.thing
+        return f"{name} has {self.first} {thing}. {name} {self.verb} {self.second} {thing}."
+
+    @property
+    def change(self) -> str:
+        """What the verb does to the number of things: +38 or -38."""
+        return f"{'+' if self.verb in GAINS else '-'}{self.second}"
 
     @property
     def equation(self) -> str:
@@ -73,8 +79,8 @@ def draw_story(rng: random.Random) -> Story:
 def split_of(story: Story) -> str:
     """The split that owns the story's calculation: 80% train, 10% validation, 10% test.
 
-    It looks only at the two numbers and the operation, so a calculation met in training never returns in a test,
-    whatever the names, the seed or the number of rows. a+b and b+a count as one.
+    It looks only at the two numbers and the operation: a calculation met in training never returns in a
+    test, whatever the names, the seed or the number of rows. a+b and b+a count as one.
     """
     numbers = sorted((story.first, story.second))
     bucket = zlib.crc32(f"{numbers[0]} {numbers[1]} {story.verb in GAINS}".encode()) % 10
@@ -89,6 +95,8 @@ def rows(split: str, count: int, seed: int = 0) -> list[dict[str, str]]:
     found: dict[str, str] = {}
     while len(found) < count:
         story = draw_story(rng)
+        # With the larger number always first, the numbers say nothing about the operation: only the verb does.
+        story = story._replace(first=max(story.first, story.second), second=min(story.first, story.second))
         if split_of(story) == split:
             equation = story.equation
             found[f"{story.text} How many {story.thing} now?"] = f"{equation} #{equation.split('=')[1]}"
@@ -96,18 +104,19 @@ def rows(split: str, count: int, seed: int = 0) -> list[dict[str, str]]:
 
 
 # What may follow a story in pretraining. The first part is the prompt, the second what the model should say.
-# A sum or a difference is asked for by name and of any story: nothing ties a verb to an operation.
+# A sum or a difference is asked for by name and of any story: the sign of a change is known, and how to
+# calculate, but nothing ties the one to the other.
 PROBES: dict[str, Callable[[Story], tuple[str, str]]] = {
     "first": lambda s: (f"How many {s.thing} at first?", f"{s.first}"),
-    "change": lambda s: ("How many then?", f"{s.second}"),
+    "change": lambda s: ("What change?", s.change),
     "who": lambda s: ("Who?", s.name),
     "what": lambda s: ("What?", s.thing),
     "direction": lambda s: ("More or less?", "more" if s.verb in GAINS else "less"),
-    "numbers": lambda s: ("Which numbers?", f"{s.first},{s.second}"),
+    "numbers": lambda s: ("Which numbers?", f"{s.first},{s.change}"),
     "sum": lambda s: ("Sum?", add(s.first, s.second)),
     "difference": lambda s: ("Difference?", subtract(s.first, s.second)),
 }
-PROBE_WEIGHTS = (2, 1, 1, 1, 3, 1, 4, 4)
+PROBE_WEIGHTS = (2, 2, 1, 1, 2, 3, 4, 4)
 
 
 def equation_lines(rng: random.Random) -> str:

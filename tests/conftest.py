@@ -1,0 +1,66 @@
+"""Shared fixtures: a scratch folder to run in, and trials small enough for a test."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from peftsweep import cli
+from peftsweep.config import Trial
+from peftsweep.config import trial as make_trial
+from peftsweep.record import Result
+
+SMALL = ["train.steps=4", "train.log_every=2", "dataset.samples=64", "eval.tiny_math.samples=8"]
+SMALL += ["eval.perplexity.samples=8", "train.batch_size=4"]
+
+
+@pytest.fixture(autouse=True)
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test runs in a folder of its own, offline."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path
+
+
+@pytest.fixture
+def compose() -> Callable[..., Trial]:
+    """Words of the command line -> a checked trial."""
+
+    def build(*overrides: str) -> Trial:
+        cfg = cli.compose(list(overrides))
+        return make_trial(cfg, cfg.hydra.runtime.choices, overrides)
+
+    return build
+
+
+@pytest.fixture
+def run_small() -> Callable[..., Result]:
+    """Run one small trial on the embedded model."""
+    return lambda *overrides: cli.run_one([*SMALL, *overrides])
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """Run `peftsweep` with the given words: exit code, stdout, stderr."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["peftsweep", *words])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capfd.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    """A local file of 40 rows with the columns question and answer."""
+    rows = [{"question": f"What is {n} plus {n}?", "answer": f"It is {2 * n}.\n#### {2 * n}"} for n in range(40)]
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
