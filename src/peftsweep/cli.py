@@ -14,6 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from peftsweep import __version__
 from peftsweep import config as configuration
 from peftsweep.errors import InputError
 
@@ -48,6 +49,9 @@ def main() -> None:
     """``peftsweep``: exit code 0 all done, 1 a trial failed, 2 wrong input, 130 interrupted."""
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text(sys.argv[1:]))
+        return
+    if "--version" in sys.argv[1:]:
+        print(f"peftsweep {__version__}")
         return
     # Every command is a sweep; Hydra would accept -m at the end only.
     sys.argv = [word for word in sys.argv if word not in ("-m", "--multirun")]

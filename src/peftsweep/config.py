@@ -14,6 +14,7 @@ import re
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -215,12 +216,12 @@ def _fits(value: Any, hint: Any) -> bool:
     import pydantic
 
     try:
-        adapter = pydantic.TypeAdapter(hint, config=pydantic.ConfigDict(arbitrary_types_allowed=False))
+        adapter = pydantic.TypeAdapter(hint)
     except pydantic.PydanticUserError:  # a type that cannot be checked, such as torch.dtype
         return True
     try:
-        # Strict, or "8" and true would pass as numbers; but a string may name an Enum's member.
-        adapter.validate_python(value, strict=not (isinstance(value, str) and not value.isnumeric()))
+        # As JSON, so that a string may name an Enum's member; strict, so that "8" and true are no numbers.
+        adapter.validate_json(json.dumps(value), strict=True)
     except pydantic.ValidationError:
         return False
     return True
@@ -264,16 +265,16 @@ def _first_line(error: BaseException) -> str:
 # ---- identity --------------------------------------------------------------------------------------
 
 
-_ROWS: dict[str, data.Rows] = {}
-
-
 def _rows(config: Config) -> data.Rows:
     """The rows of a local dataset, read once for all points of a sweep."""
-    validation = config.train.eval_every is not None
-    key = content_hash([dataclasses.asdict(config.dataset), validation])
-    if key not in _ROWS:
-        _ROWS[key] = data.load_rows(config.dataset, validation=validation)
-    return _ROWS[key]
+    files = [Path(path) for path in (config.dataset.path, config.dataset.test_path) if path is not None]
+    stamps = tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file())
+    return _cached_rows(json.dumps(dataclasses.asdict(config.dataset)), config.train.eval_every is not None, stamps)
+
+
+@lru_cache(maxsize=4)
+def _cached_rows(dataset: str, validation: bool, _stamps: tuple[tuple[int, int], ...]) -> data.Rows:
+    return data.load_rows(DatasetConfig(**json.loads(dataset)), validation=validation)
 
 
 def _training(config: Config, rows: data.Rows | None) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     python -m peftsweep.tiny.make --out DIR
 
-The script is seeded: the same machine and versions give the same weights, others the same skills.
+Text and starting weights are seeded; another number of threads still changes the last digits of the result.
 """
 
 from __future__ import annotations

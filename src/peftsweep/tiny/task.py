@@ -2,7 +2,7 @@
 
 The base model has read two things: plain equations, and two-sentence stories followed by a simple probe.
 It can add, it can subtract, and it can tell who did what with which numbers. The task asks for the one step
-that no pretraining text ever shows, from what the verb means to the right equation:
+that no pretraining text ever shows, from what the verb does to the right equation:
 
     Tom has 47 apples. Tom buys 38 apples. How many apples now?    ->    47+38=85 #85
 
@@ -95,8 +95,6 @@ def rows(split: str, count: int, seed: int = 0) -> list[dict[str, str]]:
     found: dict[str, str] = {}
     while len(found) < count:
         story = draw_story(rng)
-        # With the larger number always first, the numbers say nothing about the operation: only the verb does.
-        story = story._replace(first=max(story.first, story.second), second=min(story.first, story.second))
         if split_of(story) == split:
             equation = story.equation
             found[f"{story.text} How many {story.thing} now?"] = f"{equation} #{equation.split('=')[1]}"

@@ -1,0 +1,28 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: install demo test check slow
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: install  ## the sweep of the README on the embedded model, then its table and plots
+	$(BIN)/peftsweep method=lora method.r=8,16,32 quant=4bit -m
+	$(BIN)/peftsweep-collect
+
+test: install  ## the fast tier
+	$(BIN)/python -m pytest -q
+
+check: install  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+slow: install  ## the dearer tier; PEFTSWEEP_DATA names a folder with gsm8k/train.jsonl and test.jsonl
+	$(BIN)/python -m pytest -m slow -v 2>&1 | tee tests/slow.log
+	$(BIN)/python tests/benchmarks/loop_overhead.py --out tests/benchmarks/results/loop_overhead.json

@@ -1,0 +1,143 @@
+"""Records -> tables and figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+import peftsweep
+from peftsweep import cli, collect, study
+from peftsweep.record import Result
+
+Collect = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def collect_command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Collect:
+    """Run `peftsweep-collect`: exit code, stdout, stderr."""
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["peftsweep-collect", *words])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.collect()
+        return int(ended.value.code or 0), *capfd.readouterr()
+
+    return run
+
+
+def write(name: str, rank: int, accuracy: float | None, place: str = "default", **extra: Any) -> Path:
+    """A record as a trial would leave it; ``accuracy`` None is a failed one."""
+    folder = Path("multirun") / place / name
+    failed = accuracy is None
+    Result(
+        run_info={
+            "trial": name,
+            "labels": [name],
+            "study": place,
+            "status": "failed" if failed else "success",
+            "created_at": f"2026-01-01T00:00:{rank:02}+00:00",
+            "error": {"type": "RuntimeError", "message": "broken", "stage": "train"} if failed else None,
+        },
+        choices={"method": "lora", "quant": "4bit"},
+        config={"method": {"r": rank, "target_modules": ["q_proj"]}, "seed": 0, "extra": extra},
+        train_info={} if failed else {"adapter_bytes": 1000 * rank, "train_seconds": 2.5, "trainable_parameters": rank},
+        memory={} if failed else {"train": {"rss_peak": 10**8 + rank, "allocated_peak": None}},
+        eval_info={} if failed else {"task": {"accuracy": {"value": accuracy, "stderr": 0.03, "n": 200}}},
+    ).write(folder)
+    (folder / "steps.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 1.5}\n{"step": 3, "lo')
+    return folder
+
+
+def test_a_study_becomes_tables_plots_and_a_short_table(collect_command: Collect) -> None:
+    for rank, accuracy in ((8, 0.4), (16, 0.6), (32, 0.8), (64, None)):
+        write(f"lora-r{rank}", rank, accuracy)
+    code, out, err = collect_command()
+    assert (code, err) == (0, "")
+    table = pd.read_parquet("multirun/default/results.parquet")
+    assert table["config.method.r"].tolist() == [8, 16, 32, 64]
+    assert table["run_info.status"].tolist() == ["success"] * 3 + ["failed"]
+    assert table["eval_info.task.accuracy.value"].tolist()[:3] == [0.4, 0.6, 0.8]
+    assert table["run_info.error.message"].tolist()[3] == "broken"
+    assert json.loads(table["config.method.target_modules"][0]) == ["q_proj"]
+    steps = pd.read_parquet("multirun/default/steps.parquet")
+    assert len(steps) == 8  # half-written lines are passed over
+    assert {"trial", "label", "study", "step", "loss"} <= set(steps.columns)
+    plots = {file.name for file in Path("multirun/default/plots").iterdir()}
+    assert {"quality_rank.png", "quality_adapter.png", "quality_resident_memory.png"} <= plots
+    assert "0.800 ± 0.030" in out
+    assert "failed" in out
+
+
+def test_nested_lists_gaps_and_new_columns_survive(collect_command: Collect) -> None:
+    write("a", 8, 0.5, targets=[["q"], [{"k": 1}]], alpha=1)
+    write("b", 16, 0.6, alpha="auto", new={"deep": True})
+    write("c", 32, 0.7, alpha=None)
+    assert collect_command("--no-plots")[0] == 0
+    table = pd.read_parquet("multirun/default/results.parquet")
+    assert json.loads(table["config.extra.targets"].tolist()[0]) == [["q"], [{"k": 1}]]
+    assert table["config.extra.alpha"].tolist()[:2] == ["1", "auto"]
+    assert table["config.extra.alpha"].isna().tolist() == [False, False, True]
+    assert table["config.extra.new.deep"].isna().tolist() == [True, False, True]
+    assert str(table["config.method.r"].dtype) == "Int64"
+    assert not Path("multirun/default/plots").exists()
+
+
+def test_a_broken_record_is_named_and_skipped(collect_command: Collect) -> None:
+    write("good", 8, 0.5)
+    (write("broken", 16, 0.5) / "result.json").write_text("{")
+    (write("odd", 32, 0.5) / "result.json").write_text('{"schema_version": 1}')
+    code, _, err = collect_command()
+    assert code == 0
+    assert sorted(line.split(":")[1].strip() for line in err.splitlines()) == [
+        "multirun/default/broken/result.json",
+        "multirun/default/odd/result.json",
+    ]
+    assert len(pd.read_parquet("multirun/default/results.parquet")) == 1
+
+
+def test_several_studies_go_into_one_file(collect_command: Collect) -> None:
+    write("a", 8, 0.5, place="first")
+    write("b", 8, 0.5, place="second")
+    code, _, _ = collect_command("--out", "all.parquet", "--no-plots")
+    assert code == 0
+    assert pd.read_parquet("all.parquet")["run_info.study"].tolist() == ["first", "second"]
+    assert Path("multirun/second/results.parquet").exists()
+    code, _, _ = collect_command("multirun/first", "--no-plots")
+    assert code == 0
+
+
+def test_only_failures_make_no_plot_and_no_error(collect_command: Collect) -> None:
+    write("bad", 8, None)
+    code, out, _ = collect_command()
+    assert code == 0
+    assert "failed" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [([], "no study under multirun/"), (["nope"], "study=nope: no such folder"), (["--out", "x.csv"], "must end in")],
+)
+def test_bad_input_is_one_line(words: list[str], problem: str, collect_command: Collect) -> None:
+    code, _, err = collect_command(*words)
+    assert (code, err.count("\n")) == (2, 1)
+    assert problem in err
+
+
+def test_load_gives_the_table_of_a_study_by_name_or_path() -> None:
+    write("a", 8, 0.5)
+    for where in ("default", Path("multirun/default")):
+        assert peftsweep.load(where)["eval_info.task.accuracy.value"].tolist() == [0.5]
+    with pytest.raises(peftsweep.InputError, match="did you mean 'default'"):
+        peftsweep.load("defualt")
+
+
+def test_records_are_read_oldest_first() -> None:
+    for rank in (32, 8, 16):
+        write(f"r{rank}", rank, 0.5)
+    assert [result.trial for result in collect.read(study.find("default"))] == ["r8", "r16", "r32"]

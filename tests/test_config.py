@@ -1,0 +1,188 @@
+"""Composition, validation and identity."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from peftsweep import InputError, cli, trial
+from peftsweep.config import Trial, check_call, conf_dir
+
+Compose = Callable[..., Trial]
+Command = Callable[..., tuple[int, str, str]]
+
+CONF = Path(conf_dir())
+GROUPS = ("model", "method", "targets", "quant", "dataset", "eval", "train", "profiler")
+NEEDS = {  # what an option leaves to the user
+    "model=causal_lm": ["model.name_or_path=tiny"],
+    "dataset=file": ["dataset.path=questions.jsonl", 'dataset.prompt="{question}"', 'dataset.answer="{answer}"'],
+    "dataset=gsm8k": ["dataset.path=questions.jsonl"],
+    "dataset=metamath": [
+        *("dataset.path=questions.jsonl", "dataset.test_path=questions.jsonl"),
+        *('dataset.prompt="{question}"', 'dataset.answer="{answer}"'),
+    ],
+    "eval=gsm8k": ["eval.gsm8k.path=questions.jsonl"],
+}
+OPTIONS = [f"{group}={file.stem}" for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_yaml_composes_validates_and_attaches(option: str, compose: Compose, questions: Path) -> None:
+    one = compose(option, *NEEDS.get(option, []))
+    forecast = trial.check(one)
+    assert forecast.trainable_parameters > 0
+    assert one.choices[option.partition("=")[0]] in (option.partition("=")[2], f"['{option.partition('=')[2]}']")
+
+
+BAD = {
+    "an unknown option": (["method=lroa"], "method=lroa: no such option; did you mean 'lora'?"),
+    "a misspelt key": (["trian.steps=3"], "trian: no such key; did you mean 'train'?"),
+    "a misspelt method key": (["method.lora_alfa=3"], "method.lora_alfa: no such key; did you mean 'lora_alpha'?"),
+    "an added key PEFT lacks": (["+method.rank=3"], "method.rank: peft.LoraConfig has no such option"),
+    "a word for a number": (["method.r=abc"], "method.r=abc: must be int"),
+    "a fraction for an integer": (["method.r=8.5"], "method.r=8.5: must be int"),
+    "a word for a schema's number": (["train.steps=many"], "train.steps: Value 'many'"),
+    "rank zero": (["method.r=0"], "method.r=0: must be at least 1"),
+    "a choice PEFT lacks": (["method.bias=some"], "method.bias=some: must be"),
+    "a role the model lacks": (["targets.roles=[q,z]"], "the model has no 'z'; it has: q, k, v, o, mlp"),
+    "a module the model lacks": (["targets.modules=[q_prj]"], "the model has no module 'q_prj'; it has: q_proj"),
+    "a method's module": (["method.target_modules=[q_prj]"], "method.target_modules: the model has no module 'q_prj'"),
+    "targets of full fine-tuning": (["method=full", "targets=qv"], "targets: full fine-tuning trains every module"),
+    "a missing file": (["dataset=file", "dataset.path=no.jsonl"], "dataset.answer: must be given"),
+    "a missing data file": (["dataset.path=no.jsonl"], "dataset.path=no.jsonl: no such file"),
+    "an unknown format": (["dataset.path=rows.xml"], "unknown format '.xml'; allowed: .json .jsonl"),
+    "an unknown dtype": (["model.dtype=float8"], "expected one of [float32, bfloat16, float16]"),
+    "an unknown 4-bit type": (["quant=4bit", "quant.bnb_4bit_quant_type=nf5"], "must be one of nf4, fp4"),
+    "an unknown optimizer": (["train.optimizer=AdamX"], "train.optimizer=AdamX: no such optimizer"),
+    "an unreadable interval": (["train.eval_every=often"], "a number of steps (100) or epochs (0.5epochs)"),
+    "keep_best without validation": (["train.keep_best=true"], "needs train.eval_every"),
+    "a missing model": (["model=causal_lm"], "model.name_or_path: must be given"),
+    "a missing model folder": (["model=causal_lm", "model.name_or_path=./no"], "model.name_or_path=./no: no such"),
+    "a device that is not there": (["device=cuda:99"], "device=cuda:99:"),
+    "an impossible dropout": (["method.lora_dropout=2"], "method: dropout probability has to be between 0 and 1"),
+    "a class PEFT lacks": (["method._target_=peft.LoraConfg"], "peft.LoraConfg: no such class"),
+    "a study outside": (["study=a/b"], "study=a/b: must be a plain name"),
+    "one bad point of a sweep": (["method.r=4,8,0", "-m"], "method.r=0: must be at least 1"),
+    "one bad type in a sweep": (["-m", "train.steps=4,8,abc"], "train.steps: Value 'abc'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_with_exit_code_2_and_trains_nothing(case: str, command: Command) -> None:
+    words, expected = BAD[case]
+    Path("rows.xml").touch()
+    code, out, err = command(*words)
+    assert code == 2
+    assert expected in err
+    assert err.startswith("peftsweep: ")
+    assert err.count("\n") == 1
+    assert out == ""
+    assert not list(Path("multirun").glob("*/*/result.json"))
+
+
+def test_the_identity_ignores_where_and_how_a_trial_runs(compose: Compose) -> None:
+    base = compose()
+    same = ["study=other", "label=mine", "device=cpu", "quiet=true", "train.learning_rate=4e-4"]
+    assert compose(*same, "train.learning_rate_scale=10").identity == base.identity
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["seed=1"],
+        ["method.r=16"],
+        ["quant=4bit"],
+        ["targets=qv"],
+        ["train.steps=7"],
+        ["dataset.samples=9"],
+        ["model.dtype=bfloat16"],
+        ["train.learning_rate=1e-3"],
+    ],
+)
+def test_what_changes_the_numbers_changes_the_identity_and_the_training(words: list[str], compose: Compose) -> None:
+    base, other = compose(), compose(*words)
+    assert (other.identity != base.identity, other.training != base.training) == (True, True)
+
+
+def test_evaluations_change_the_identity_but_not_the_training(compose: Compose) -> None:
+    base, other = compose(), compose("eval=[perplexity]")
+    assert (other.identity != base.identity, other.training != base.training) == (True, False)
+
+
+def test_a_data_file_counts_by_its_content(compose: Compose, questions: Path) -> None:
+    words = ["dataset=file", 'dataset.prompt="{question}"', 'dataset.answer="{answer}"']
+    copy = Path("copy.jsonl")
+    copy.write_text(questions.read_text())
+    first = compose(*words, "dataset.path=questions.jsonl").identity
+    assert compose(*words, "dataset.path=copy.jsonl").identity == first
+    copy.write_text(questions.read_text().replace("What is 3", "What was 3"))
+    assert compose(*words, "dataset.path=copy.jsonl").identity != first
+
+
+def test_a_local_model_counts_by_its_files(compose: Compose) -> None:
+    named = compose("model=tiny").identity
+    folder = next(iter(Path(cli.__file__).parent.glob("tiny/weights")))
+    assert compose(f"model.name_or_path={folder}").identity == named
+
+
+def test_a_missing_column_names_the_row_of_the_file(compose: Compose) -> None:
+    rows = [{"q": "1", "a": "1"}, {"q": "2", "b": "2"}, *({"q": "3", "a": "3"} for _ in range(20))]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=r"row 2 of rows.jsonl has no column 'a'; there are: q, b"):
+        compose("dataset=file", "dataset.path=rows.jsonl", 'dataset.prompt="{q}"', 'dataset.answer="{a}"')
+
+
+def test_a_call_is_checked_against_its_annotations() -> None:
+    check_call({"_target_": "peft.LoraConfig", "r": 4, "target_modules": ["q_proj"]}, "method")
+    check_call({"_target_": "peft.LoraConfig", "lora_dropout": 0, "use_dora": False}, "method")
+    for option, value in {"r": True, "use_dora": "yes", "target_modules": 3, "lora_dropout": "much"}.items():
+        with pytest.raises(InputError, match=f"method.{option}="):
+            check_call({"_target_": "peft.LoraConfig", option: value}, "method")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["-sc", "query=bash"]])
+def test_help_and_completion_never_import_torch(words: list[str]) -> None:
+    probe = (
+        "import sys; from peftsweep import cli\n"
+        f"sys.argv = ['peftsweep'] + {words!r}\n"
+        "try: cli.main()\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'peft', 'pandas'} & set(sys.modules), 'heavy import'"
+    )
+    env = {"PATH": "/usr/bin:/bin", "COMP_LINE": "peftsweep method=", "COMP_POINT": "17"}
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_completion_offers_the_options_of_a_group() -> None:
+    env = {"PATH": "/usr/bin:/bin", "COMP_LINE": "peftsweep method=", "COMP_POINT": "17"}
+    probe = "import sys; from peftsweep import cli; sys.argv = ['peftsweep', '-sc', 'query=bash']; cli.main()"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=env, check=False)
+    assert {"method=lora", "method=ia3", "method=full"} <= set(done.stdout.split())
+
+
+def test_help_lists_every_group_and_option_and_those_of_the_user() -> None:
+    mine = Path("mine/method")
+    mine.mkdir(parents=True)
+    (mine / "mymethod.yaml").touch()
+    text = cli.help_text(["--help", "--config-dir", "mine"])
+    assert "mymethod" in text
+    for option in OPTIONS:
+        group, _, name = option.partition("=")
+        line = next(line for line in text.splitlines() if line.startswith(f"  {group} "))
+        assert name in line.split()
+
+
+def test_a_user_brings_a_method_of_their_own(command: Command) -> None:
+    mine = Path("mine/method")
+    mine.mkdir(parents=True)
+    (mine / "wide.yaml").write_text(
+        "# @package _global_\nmethod: {_target_: peft.LoraConfig, r: 64, target_modules: [q_proj]}\n"
+    )
+    code, out, err = command("--config-dir", "mine", "method=wide", "dry_run=true")
+    assert (code, err) == (0, "")
+    assert "tiny-wide-r64" in out

@@ -1,0 +1,148 @@
+"""The command: sweeps, reruns, dry runs, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftsweep import train
+from peftsweep.record import Result
+
+from .conftest import SMALL
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+def records(name: str = "default") -> dict[str, Result]:
+    found = [Result.read(file.parent) for file in Path("multirun", name).glob("*/result.json")]
+    return {result.trial: result for result in found}
+
+
+def test_a_sweep_trains_every_point_once_and_a_rerun_none(command: Command) -> None:
+    words = [*SMALL, "method.r=2,4", "quant=none,4bit", "-m"]
+    code, out, _ = command(*words)
+    assert code == 0
+    assert "[4/4] tiny-lora-r4-4bit" in out
+    assert out.splitlines()[-1] == "4 trials: 4 success  (multirun/default)"
+    before = {name: result.run_info["created_at"] for name, result in records().items()}
+    code, out, _ = command(*words)
+    assert code == 0
+    assert sum(line.startswith("done before: ") for line in out.splitlines()) == 4
+    assert {name: result.run_info["created_at"] for name, result in records().items()} == before
+
+
+def test_a_failing_trial_does_not_stop_the_others(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = train.train
+
+    def fails_at_rank_4(model: Any, *args: Any, **options: Any) -> Any:
+        if model.peft_config["default"].r == 4:
+            raise RuntimeError("broken")
+        return real(model, *args, **options)
+
+    monkeypatch.setattr(train, "train", fails_at_rank_4)
+    code, out, err = command(*SMALL, "method.r=2,4,8")
+    assert code == 1
+    assert "failed in train: RuntimeError: broken" in out
+    assert out.splitlines()[-1] == "3 trials: 2 success, 1 failed  (multirun/default)"
+    assert err == ""
+    assert sorted(result.status.name for result in records().values()) == ["failed", "success", "success"]
+    code, out, _ = command(*SMALL, "method.r=2,4,8", "study=stop", "stop_on_failure=true")
+    assert code == 1
+    assert out.splitlines()[-1] == "2 trials: 1 success, 1 failed, 1 not run  (multirun/stop)"
+    monkeypatch.setattr(train, "train", real)
+    code, out, _ = command(*SMALL, "method.r=2,4,8")
+    assert (code, out.count("done before")) == (0, 2)
+
+
+def test_points_with_one_identity_are_trained_once_under_both_labels(command: Command) -> None:
+    code, out, _ = command(*SMALL, "label=one,two")
+    assert code == 0
+    assert "[1/1]" in out
+    (result,) = records().values()
+    assert result.run_info["labels"] == ["one", "two"]
+
+
+def test_a_dry_run_lists_and_trains_nothing(command: Command) -> None:
+    command(*SMALL, "method.r=2")
+    words = [*SMALL, "method.r=2,4", "dry_run=true"]
+    code, out, _ = command(*words)
+    assert code == 0
+    plan = json.loads(Path("multirun/default/plan.json").read_text())
+    assert [row["state"] for row in plan] == ["success", "new"]
+    assert plan[0]["trial"] in records()
+    assert plan[1]["trainable_parameters"] == 2 * plan[0]["trainable_parameters"] == 40_960
+    assert plan[1]["adapter_bytes"] == 4 * 40_960
+    assert "2 trials, 1 new; nothing was trained" in out
+    assert len(records()) == 1
+    assert records()[plan[0]["trial"]].train_info["trainable_parameters"] == plan[0]["trainable_parameters"]
+
+
+def test_quiet_prints_one_line(command: Command) -> None:
+    _, out, err = command(*SMALL, "quiet=true")
+    assert (out.count("\n"), err) == (1, "")
+
+
+def test_refused_is_done_and_no_failure(command: Command) -> None:
+    code, out, _ = command(*SMALL, "method=full", "quant=4bit,none")
+    assert code == 0
+    assert "refused: full fine-tuning cannot train quantised weights" in out
+    assert out.splitlines()[-1] == "2 trials: 1 success, 1 refused  (multirun/default)"
+
+
+@pytest.mark.parametrize("launcher", ["basic"])
+def test_stock_launchers_run_and_resume_too(launcher: str, command: Command) -> None:
+    words = [*SMALL, "method.r=2,4", f"hydra/launcher={launcher}"]
+    assert command(*words)[0] == 0
+    assert len(records()) == 2
+    code, out, _ = command(*words)
+    assert (code, out.count("done before")) == (0, 2)
+
+
+def start(*words: str) -> subprocess.Popen[str]:
+    door = "from peftsweep import cli; cli.main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", door, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+    )
+
+
+def wait_for(pattern: str, process: subprocess.Popen[str]) -> None:
+    for _ in range(600):
+        if list(Path("multirun").glob(pattern)):
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    pytest.fail(f"no {pattern}")
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_sweep_continues_to_the_undisturbed_result(end: signal.Signals, command: Command) -> None:
+    words = [*SMALL, "train.steps=4,400"]
+    process = start(*words)
+    wait_for("default/*/result.json", process)
+    for _ in range(600):
+        if len(list(Path("multirun/default").glob("*/steps.jsonl"))) == 2:
+            break
+        time.sleep(0.05)
+    process.send_signal(end)
+    _, err = process.communicate(timeout=60)
+    if end is signal.SIGINT:
+        assert process.returncode == 130
+        assert err == "interrupted; the same command continues\n"
+        assert sorted(result.status.name for result in records().values()) == ["cancelled", "success"]
+    else:
+        assert len(records()) == 1  # the second one had no time to write its record
+    code, out, _ = command(*words)
+    assert (code, out.count("done before")) == (0, 1)
+    command(*words, "study=undisturbed")
+    assert {name: result.eval_info for name, result in records().items()} == {
+        name: result.eval_info for name, result in records("undisturbed").items()
+    }

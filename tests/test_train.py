@@ -1,0 +1,209 @@
+"""The loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from peftsweep import InputError, data, evaluate, model, train
+from peftsweep.measure import Meter
+from peftsweep.metrics import exact_match
+from peftsweep.schema import Dtype, ModelConfig, Schedule, TargetsConfig, TrainConfig
+
+CPU = torch.device("cpu")
+TINY = ModelConfig(name_or_path="tiny")
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[data.Tokens]:
+    from peftsweep.tiny import task
+
+    examples = data.examples(task.rows("train", 48), "{question} ", "{answer}")
+    return data.tokenize(model.load_tokenizer(TINY), examples, 128)
+
+
+def adapted(**options: Any) -> Any:
+    torch.manual_seed(0)
+    method = LoraConfig(r=4, target_modules="all-linear", **options)
+    return model.attach(model.load(TINY, None, CPU), method, TargetsConfig(), {})
+
+
+def run(
+    rows: list[data.Tokens], trained: Any = None, validate: Callable[[], dict[str, float]] | None = None, **options: Any
+) -> tuple[train.Trained, list[dict[str, Any]], dict[str, torch.Tensor]]:
+    trained = trained or adapted()
+    lines: list[dict[str, Any]] = []
+    config = TrainConfig(**{"steps": 6, "batch_size": 8, "log_every": 1, "learning_rate": 4e-3} | options)
+    done = train.train(trained, rows, config, pad_id=0, seed=0, meter=Meter(CPU), log=lines.append, validate=validate)
+    return done, lines, {name: p.detach().clone() for name, p in model.trainable_parameters(trained)}
+
+
+def losses(lines: list[dict[str, Any]]) -> list[float]:
+    return [row["loss"] for row in lines if "loss" in row]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, Any], atol: float = 0.0) -> bool:
+    return all(torch.allclose(a[k], b[k], rtol=0, atol=atol) for k in a)
+
+
+def test_the_loop_is_that_of_a_plain_torch_script(rows: list[data.Tokens]) -> None:
+    """Written out again: AdamW, clipping, linear warm-up and cosine, mean over the batch's answer tokens."""
+    reference = adapted()
+    parameters = [p for p in reference.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=4e-3, weight_decay=0.0)
+    order = data.batch_order([len(row.ids) for row in rows], 8, 0)
+    reference.train()
+    expected = []
+    for step in range(6):
+        for group in optimizer.param_groups:
+            warm = min(1.0, step / 2)
+            group["lr"] = 4e-3 * (warm if step < 2 else 0.5 * (1 + math.cos(math.pi * (step - 2) / 4)))
+        batch = data.collate([rows[n] for n in next(order)], 0)
+        labels = batch.input_ids[:, 1:].masked_fill(~batch.answer_mask, -100)
+        logits = reference(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    _, lines, weights = run(rows, warmup=2)
+    assert losses(lines) == pytest.approx(expected, abs=1e-5)
+    # Adam divides by the gradient's size, so that rounding in tiny gradients shows up in the weights.
+    assert same(weights, dict(model.trainable_parameters(reference)), atol=1e-3)
+
+
+def test_two_runs_are_the_same_bit_for_bit(rows: list[data.Tokens]) -> None:
+    first, second = (run(rows, adapted(lora_dropout=0.1)) for _ in range(2))
+    assert losses(first[1]) == losses(second[1])
+    assert same(first[2], second[2])
+
+
+def test_accumulation_changes_memory_and_not_results(rows: list[data.Tokens]) -> None:
+    flat = [row for row in rows if len(row.ids) == len(rows[0].ids)][:8]
+    whole = run(flat, batch_size=8, accumulation=1)
+    parts = run(flat, batch_size=2, accumulation=4)
+    assert losses(whole[1]) == pytest.approx(losses(parts[1]), abs=1e-5)
+    assert same(whole[2], parts[2], atol=1e-4)
+    assert whole[0].tokens == parts[0].tokens
+
+
+def test_gradient_checkpointing_gives_the_same_weights(rows: list[data.Tokens]) -> None:
+    assert same(run(rows)[2], run(rows, checkpointing=True)[2], atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"autocast": Dtype.bfloat16}, {"optimizer": "SGD", "learning_rate": 0.5}])
+def test_other_ways_to_train_learn_too(rows: list[data.Tokens], options: dict[str, Any]) -> None:
+    _, lines, _ = run(rows, steps=12, **options)
+    assert losses(lines)[-1] < losses(lines)[0] - 0.5
+
+
+def test_an_8_bit_optimizer_and_its_options_can_be_named(rows: list[data.Tokens]) -> None:
+    _, lines, _ = run(rows, optimizer="bitsandbytes.optim.AdamW8bit", optimizer_kwargs={"betas": [0.9, 0.99]})
+    assert losses(lines)[-1] < losses(lines)[0]
+    with pytest.raises(InputError, match=r"train.optimizer_kwargs: .*beta"):
+        run(rows, optimizer_kwargs={"beta": 1})
+
+
+def test_schedules() -> None:
+    def rates(schedule: Schedule, warmup: float) -> list[float]:
+        config = TrainConfig(learning_rate=1.0, schedule=schedule, warmup=warmup)
+        optimizer = train.make_optimizer([torch.nn.Parameter(torch.zeros(1))], config)
+        scheduler = train._scheduler(optimizer, config, steps=10)
+        found = []
+        for _ in range(10):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        return found
+
+    assert rates(Schedule.constant, 2) == [0, 0.5, *[1] * 8]
+    assert rates(Schedule.linear, 0.2) == pytest.approx([0, 0.5, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
+    assert rates(Schedule.cosine, 0)[5] == pytest.approx(0.5)
+
+
+def test_epochs_count_instead_of_steps() -> None:
+    assert train.total_steps(TrainConfig(epochs=1.5, batch_size=8, accumulation=2), rows=48) == 5
+    assert train.total_steps(TrainConfig(steps=7), rows=48) == 7
+
+
+@pytest.mark.parametrize(
+    ("said", "steps"), [("100", 100), ("1epoch", 12), ("0.5epochs", 6), ("0.001epochs", 1), (None, None)]
+)
+def test_the_validation_interval_is_steps_or_epochs(said: str | None, steps: int | None) -> None:
+    assert train.validation_interval(TrainConfig(eval_every=said, batch_size=4), rows=48) == steps
+
+
+@pytest.mark.parametrize("said", ["1.5", "0", "-1epochs", "epoch", "3 epochsies", "nan", "infepochs"])
+def test_other_intervals_are_refused(said: str) -> None:
+    with pytest.raises(InputError, match=r"train.eval_every="):
+        train.validation_interval(TrainConfig(eval_every=said), rows=48)
+
+
+def test_keep_best_ends_with_the_weights_of_the_best_validation(rows: list[data.Tokens]) -> None:
+    trained = adapted()
+    scripted = iter([0.5, 0.3, 0.9])
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def validate() -> dict[str, float]:
+        seen.append({name: p.detach().clone() for name, p in model.trainable_parameters(trained)})
+        return {"loss": next(scripted), "tiny_math.accuracy": 0.0}
+
+    done, lines, weights = run(rows, trained, validate, eval_every="2", keep_best=True)
+    assert (done.best_loss, done.best_step) == (0.3, 4)
+    assert same(weights, seen[1])
+    assert not same(weights, seen[2])
+    rows_of_validation = [row for row in lines if "validation_loss" in row]
+    assert [row["step"] for row in rows_of_validation] == [2, 4, 6]
+    assert rows_of_validation[0]["validation_tiny_math.accuracy"] == 0.0
+
+
+def test_tokens_and_padding_are_counted(rows: list[data.Tokens]) -> None:
+    done, lines, _ = run(rows, epochs=1, log_every=3)
+    assert done.tokens == sum(len(row.ids) for row in rows)
+    assert (done.steps, done.epochs, len(done.step_seconds)) == (6, 1.0, 6)
+    assert 0 <= done.padding_fraction < 0.2
+    assert [row["step"] for row in lines] == [3, 6]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(rows: list[data.Tokens]) -> None:
+    with pytest.raises(FloatingPointError, match=r"the training loss is (nan|inf) at step"):
+        run(rows, optimizer="SGD", learning_rate=1e30, clip=0.0)
+
+
+def test_no_steps_train_nothing(rows: list[data.Tokens]) -> None:
+    done, lines, _ = run(rows, steps=0)
+    assert (done.tokens, done.final_loss, lines) == (0, None, [])
+
+
+def test_generation_does_not_depend_on_the_batch_and_stops_at_the_end_mark() -> None:
+    base, tokenizer = model.load(TINY, None, CPU), model.load_tokenizer(TINY)
+    prompts = ["Tom has 47 apples. Tom buys 38 apples. ", "47+38=", "Mia", "12+"]
+    together = evaluate.generate(base, tokenizer, prompts, max_new_tokens=12, batch_size=4)
+    alone = evaluate.generate(base, tokenizer, prompts, max_new_tokens=12, batch_size=1)
+    assert together == alone
+    assert not any(text.startswith(prompt) for text, prompt in zip(together, prompts, strict=True))
+
+
+def test_log_likelihoods_do_not_depend_on_the_batch() -> None:
+    base, tokenizer = model.load(TINY, None, CPU), model.load_tokenizer(TINY)
+    examples = [data.Example("Tom has 47 apples. ", "Who? Tom"), data.Example("47+38=", "85"), data.Example("", "a")]
+    tokens = data.tokenize(tokenizer, examples, 64)
+    together = evaluate.log_likelihoods(base, tokens, pad_id=0, batch_size=3)
+    alone = evaluate.log_likelihoods(base, tokens, pad_id=0, batch_size=1)
+    assert together == pytest.approx(alone, abs=1e-4)
+
+
+def test_generation_scores_each_row(scratch: Path) -> None:
+    base, tokenizer = model.load(TINY, None, CPU), model.load_tokenizer(TINY)
+    said = evaluate.generate(base, tokenizer, ["47+38="], max_new_tokens=4)[0]
+    examples = [data.Example("47+38=", said), data.Example("47+38=", "wrong")]
+    found = evaluate.generation(base, tokenizer, examples, metric=exact_match, max_new_tokens=4)
+    assert found.scores["accuracy"].value == 0.5
+    assert [row["correct"] for row in found.predictions] == [True, False]

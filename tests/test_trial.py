@@ -1,0 +1,256 @@
+"""One trial from words to record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import peftsweep
+from peftsweep import study, train, trial
+from peftsweep.config import Trial
+from peftsweep.record import RecordError, Result, Status
+
+RunSmall = Callable[..., Result]
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def place(result: Result) -> Path:
+    assert result.folder is not None
+    return result.folder
+
+
+def test_the_folder_holds_all_that_the_design_promises(run_small: RunSmall) -> None:
+    result = run_small("quant=4bit")
+    folder = place(result)
+    assert folder.parent == Path("multirun/default")
+    assert folder.name.startswith("tiny-lora-r8-4bit-tiny_math-s0-")
+    for name in ("result.json", "steps.jsonl", "trial.log", ".hydra/config.yaml", ".hydra/overrides.yaml"):
+        assert (folder / name).is_file(), name
+    assert (folder / "adapter/adapter_config.json").is_file()
+    assert Result.read(folder).config == result.config
+    written = json.loads((folder / "result.json").read_text())
+    assert written["schema_version"] == 1
+    assert written["choices"]["quant"] == "4bit"
+    assert written["config"]["method"]["lora_alpha"] == 16
+    run_info = {"trial", "labels", "study", "training", "status", "error", "created_at", "total_seconds", "host"}
+    assert run_info | {"git_commit", "git_branch", "git_dirty", "category"} <= set(written["run_info"])
+    train_info = {"trainable_parameters", "total_parameters", "base_parameters", "base_bytes", "adapter_bytes"}
+    train_info |= {"steps", "epochs", "tokens", "padding_fraction", "final_loss", "best_loss", "tokens_per_second"}
+    train_info |= {f"step_seconds_p{p}" for p in (50, 95, 99)}
+    train_info |= {f"{stage}_seconds" for stage in ("load", "data", "attach", "train", "eval", "save")}
+    assert train_info <= set(written["train_info"])
+    assert {"load", "attach", "train", "eval"} <= set(written["memory"])
+    assert written["memory"]["train"]["rss_peak"] > 10**8
+    assert written["meta_info"]["packages"]["peft"]["version"]
+    accuracy = written["eval_info"]["tiny_math"]["accuracy"]
+    assert set(accuracy) == {"value", "stderr", "n"}
+    assert accuracy["n"] == 8
+    assert written["eval_info"]["perplexity"]["base_perplexity"]["value"] > 1
+    assert [row["step"] for row in lines(folder / "steps.jsonl")] == [2, 4]
+    assert {"loss", "learning_rate", "tokens", "seconds"} <= set(lines(folder / "steps.jsonl")[0])
+    predictions = lines(folder / "predictions/tiny_math.jsonl")
+    assert len(predictions) == 8
+    assert {"prompt", "prediction", "answer", "correct"} <= set(predictions[0])
+    # the sum of the steps, nothing else
+    assert written["train_info"]["train_seconds"] <= written["run_info"]["total_seconds"]
+
+
+def test_two_runs_agree_bit_for_bit(run_small: RunSmall) -> None:
+    words = ["quant=4bit", "method.lora_dropout=0.1"]
+    first, second = run_small("study=a", *words), run_small("study=b", *words)
+    for name in ("predictions/tiny_math.jsonl", "predictions/perplexity.jsonl"):
+        assert (place(first) / name).read_bytes() == (place(second) / name).read_bytes()
+    steps = [[row["loss"] for row in lines(place(result) / "steps.jsonl")] for result in (first, second)]
+    assert steps[0] == steps[1]
+    assert (place(first) / "adapter/adapter_model.safetensors").read_bytes() == (
+        place(second) / "adapter/adapter_model.safetensors"
+    ).read_bytes()
+
+
+def test_a_done_trial_is_not_trained_again_unless_forced(run_small: RunSmall, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run_small()
+    with monkeypatch.context() as context:
+        context.setattr(train, "train", lambda *a, **k: pytest.fail("trained again"))
+        again = run_small("label=mine")
+    assert again.run_info["created_at"] == first.run_info["created_at"]
+    assert Result.read(place(first)).run_info["labels"] == [first.run_info["labels"][0], "mine"]
+    forced = run_small("force=true")
+    assert place(forced) == place(first)
+    assert forced.run_info["total_seconds"] != first.run_info["total_seconds"]
+
+
+def test_a_trained_adapter_is_used_again_when_only_evaluations_differ(
+    run_small: RunSmall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run_small("quant=4bit")
+    monkeypatch.setattr(train, "train", lambda *a, **k: pytest.fail("trained again"))
+    second = run_small("quant=4bit", "eval.tiny_math.samples=9")
+    assert second.status is Status.success
+    assert second.train_info["trained_by"] == first.trial
+    assert second.train_info["train_seconds"] == first.train_info["train_seconds"]
+    assert second.eval_info["perplexity"] == first.eval_info["perplexity"]
+    assert second.eval_info["tiny_math"]["accuracy"].n == 9
+
+
+@pytest.mark.parametrize("words", [["method=ia3"], ["method=ia3", "targets=qkvo"], ["method=full"], ["targets=mlp"]])
+def test_other_methods_train_save_and_report(words: list[str], run_small: RunSmall) -> None:
+    result = run_small(*words)
+    assert result.status is Status.success, result.error
+    assert result.train_info["trainable_parameters"] > 0
+    assert (place(result) / "adapter").is_dir()
+
+
+def test_full_fine_tuning_comes_back_for_another_evaluation(run_small: RunSmall) -> None:
+    first = run_small("method=full")
+    second = run_small("method=full", "eval.tiny_math.samples=9")
+    assert second.train_info["trained_by"] == first.trial
+    assert second.eval_info["perplexity"]["perplexity"] == first.eval_info["perplexity"]["perplexity"]
+
+
+def test_full_fine_tuning_of_a_quantised_base_is_refused_and_recorded(run_small: RunSmall) -> None:
+    result = run_small("method=full", "quant=4bit")
+    assert result.status is Status.refused
+    assert result.error is not None
+    assert "cannot train quantised weights" in result.error["message"]
+    assert Result.read(place(result)).status is Status.refused
+
+
+def fail_with(error: BaseException) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (RuntimeError("broken"), Status.failed),
+        (torch.OutOfMemoryError("CUDA out of memory"), Status.oom),
+        (MemoryError(), Status.oom),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), Status.oom),
+    ],
+)
+def test_a_failure_is_a_complete_record(
+    error: Exception, status: Status, run_small: RunSmall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as context:
+        context.setattr(train, "train", fail_with(error))
+        result = run_small()
+    written = Result.read(place(result))
+    assert written.status is status
+    assert written.error is not None
+    assert (written.error["type"], written.error["stage"]) == (type(error).__name__, "train")
+    assert "Traceback" in written.error["traceback"]
+    assert "Traceback" in (place(result) / "trial.log").read_text()
+    assert written.train_info["load_seconds"] > 0
+    again = run_small()  # only what went wrong by chance is tried again
+    assert again.status is (Status.success if status is Status.failed else Status.oom)
+
+
+def test_an_interrupt_is_recorded_as_cancelled_and_passed_on(
+    run_small: RunSmall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as context:
+        context.setattr(train, "train", fail_with(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            run_small()
+    (file,) = Path("multirun/default").glob("*/result.json")
+    assert Result.read(file.parent).status is Status.cancelled
+    assert run_small().status is Status.success
+
+
+def test_validation_rows_and_the_best_weights(run_small: RunSmall) -> None:
+    result = run_small("train.eval_every=2", "train.keep_best=true", "dataset.validation_samples=6")
+    steps = lines(place(result) / "steps.jsonl")
+    validations = [row for row in steps if "validation_loss" in row]
+    assert [row["step"] for row in validations] == [2, 4]
+    assert {"validation_tiny_math.accuracy", "validation_perplexity.perplexity"} <= set(validations[0])
+    assert result.train_info["best_loss"] == min(row["validation_loss"] for row in validations)
+    assert result.train_info["training_rows"] == 58
+
+
+def test_the_base_is_scored_once_a_study(run_small: RunSmall) -> None:
+    first, second = run_small(), run_small("seed=1")
+    files = list(Path("multirun/default/.base").iterdir())
+    assert sorted(file.name.partition("-")[0] for file in files) == ["perplexity", "tiny_math"]
+    base = [result.eval_info["perplexity"]["base_perplexity"] for result in (first, second)]
+    assert base[0] == base[1]
+
+
+def test_presets_run_at_small_size_without_their_weights(run_small: RunSmall) -> None:
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "vocab_size": 600}
+    presets = {
+        "llama3.2_1b": {"intermediate_size": 128, "num_hidden_layers": 1, "num_key_value_heads": 1, "head_dim": 32},
+        "llama3.2_3b": {"intermediate_size": 128, "num_hidden_layers": 1, "num_key_value_heads": 1, "head_dim": 32},
+        "opt_350m": {"ffn_dim": 128, "num_hidden_layers": 1, "word_embed_proj_dim": 64},
+        "phi2": {"intermediate_size": 128, "num_hidden_layers": 1, "num_key_value_heads": 2},
+    }
+    for name, own in presets.items():
+        words = [f"model.architecture.{key}={value}" for key, value in (sizes | own).items()]
+        result = run_small(f"model={name}", "model.init=random", "quant=4bit", "targets=qkvo", *words)
+        assert result.status is Status.success, result.error
+    neo = ["hidden_size=64", "num_heads=2", "num_layers=1", "attention_types=[[[global],1]]", "vocab_size=600"]
+    words = [f"model.architecture.{word}" for word in neo]
+    result = run_small("model=gpt_neo_1.3b", "model.init=random", "quant=8bit", "targets=mlp", *words)
+    assert result.status is Status.success, result.error
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters"),
+    [
+        ("llama3.2_1b", 1_235_814_400),
+        ("llama3.2_3b", 3_212_749_824),
+        ("opt_350m", 331_196_416),
+        ("phi2", 2_779_683_840),
+        ("gpt_neo_1.3b", 1_315_575_808),
+    ],
+)
+def test_presets_have_the_published_sizes(preset: str, parameters: int, compose: Callable[..., Trial]) -> None:
+    forecast = trial.check(compose(f"model={preset}", "model.init=random"))
+    assert forecast.total_parameters - forecast.trainable_parameters == parameters
+
+
+def test_a_local_file_with_its_own_columns(run_small: RunSmall, questions: Path) -> None:
+    words = ["dataset=file", f"dataset.path={questions}", 'dataset.prompt="Q: {question} "']
+    result = peftsweep.run([*words, 'dataset.answer="{answer}"', "train.steps=3", "eval.perplexity.samples=3"])
+    assert result.status is Status.success
+    assert result.train_info["training_rows"] == 36
+    assert result.eval_info["perplexity"]["perplexity"].n == 3
+
+
+def test_gsm8k_takes_local_files(questions: Path) -> None:
+    words = ["dataset=gsm8k", f"dataset.path={questions}", f"dataset.test_path={questions}", "train.steps=2"]
+    result = peftsweep.run([*words, "eval.gsm8k.max_new_tokens=4", "eval.gsm8k.samples=2", "eval.perplexity.samples=2"])
+    assert result.status is Status.success, result.error
+    assert result.eval_info["gsm8k"]["accuracy"].n == 2
+
+
+def test_from_python_a_wrong_word_is_an_exception() -> None:
+    with pytest.raises(peftsweep.InputError, match=r"method.r=0: must be at least 1"):
+        peftsweep.run(["method.r=0"])
+
+
+def test_a_broken_record_is_run_again(run_small: RunSmall) -> None:
+    result = run_small()
+    (place(result) / "result.json").write_text('{"schema_version": 1, "run_in')
+    with pytest.raises(RecordError, match=r"result\.json"):
+        Result.read(place(result))
+    assert study.result(place(result)) is None
+    assert run_small().status is Status.success
+
+
+def test_a_record_of_a_later_version_is_not_misread(run_small: RunSmall) -> None:
+    result = run_small()
+    file = place(result) / "result.json"
+    file.write_text(file.read_text().replace('"schema_version": 1', '"schema_version": 99'))
+    with pytest.raises(RecordError, match="later version"):
+        Result.read(place(result))
