@@ -87,7 +87,7 @@ def test_bad_input_is_one_line_with_exit_code_2_and_trains_nothing(case: str, co
 
 def test_the_identity_ignores_where_and_how_a_trial_runs(compose: Compose) -> None:
     base = compose()
-    same = ["study=other", "label=mine", "device=cpu", "quiet=true", "train.learning_rate=4e-4"]
+    same = ["study=other", "label=mine", "device=cpu", "quiet=true", "train.learning_rate=1e-4"]
     assert compose(*same, "train.learning_rate_scale=10").identity == base.identity
 
 

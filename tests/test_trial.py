@@ -97,7 +97,7 @@ def test_a_trained_adapter_is_used_again_when_only_evaluations_differ(
     assert second.train_info["trained_by"] == first.trial
     assert second.train_info["train_seconds"] == first.train_info["train_seconds"]
     assert second.eval_info["perplexity"] == first.eval_info["perplexity"]
-    assert second.eval_info["tiny_math"]["accuracy"].n == 9
+    assert second.eval_info["tiny_math"]["accuracy"]["n"] == 9
 
 
 @pytest.mark.parametrize("words", [["method=ia3"], ["method=ia3", "targets=qkvo"], ["method=full"], ["targets=mlp"]])
@@ -224,14 +224,14 @@ def test_a_local_file_with_its_own_columns(run_small: RunSmall, questions: Path)
     result = peftsweep.run([*words, 'dataset.answer="{answer}"', "train.steps=3", "eval.perplexity.samples=3"])
     assert result.status is Status.success
     assert result.train_info["training_rows"] == 36
-    assert result.eval_info["perplexity"]["perplexity"].n == 3
+    assert result.eval_info["perplexity"]["perplexity"]["n"] == 3
 
 
 def test_gsm8k_takes_local_files(questions: Path) -> None:
     words = ["dataset=gsm8k", f"dataset.path={questions}", f"dataset.test_path={questions}", "train.steps=2"]
     result = peftsweep.run([*words, "eval.gsm8k.max_new_tokens=4", "eval.gsm8k.samples=2", "eval.perplexity.samples=2"])
     assert result.status is Status.success, result.error
-    assert result.eval_info["gsm8k"]["accuracy"].n == 2
+    assert result.eval_info["gsm8k"]["accuracy"]["n"] == 2
 
 
 def test_from_python_a_wrong_word_is_an_exception() -> None:

@@ -300,7 +300,7 @@ def _training(config: Config, rows: data.Rows | None) -> dict[str, Any]:
 def _evaluating(config: Config, rows: data.Rows | None) -> dict[str, Any]:
     """Everything else that changes the scores."""
     return {
-        "test": data.fingerprint(rows.test) if rows is not None else None,
+        "test": rows.fingerprints["test"] if rows is not None else None,
         "eval": {name: evaluation_identity(node) for name, node in config.eval.items()},
     }
 
@@ -317,7 +317,7 @@ def _dataset_identity(dataset: DatasetConfig, rows: data.Rows | None) -> dict[st
     how = {"prompt": dataset.prompt, "answer": dataset.answer, "max_length": dataset.max_length}
     if rows is None:
         return dataclasses.asdict(dataset)
-    return how | {"train": data.fingerprint(rows.train), "validation": data.fingerprint(rows.validation)}
+    return how | {part: rows.fingerprints[part] for part in ("train", "validation")}
 
 
 def model_identity(model: ModelConfig) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import pydoc
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -140,6 +141,11 @@ class Rows:
     validation: list[Row] = field(default_factory=list)
     test: list[Row] = field(default_factory=list)
 
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """A hash of each part's content, whatever file it came from."""
+        return {part: fingerprint(getattr(self, part)) for part in ("train", "validation", "test")}
+
 
 def load_rows(dataset: DatasetConfig, *, validation: bool = False) -> Rows:
     """The dataset's rows; test rows are never training rows, and validation rows never test rows.
@@ -202,7 +208,7 @@ def evaluation_rows(source: RowsConfig, key: str, own: Sequence[Row]) -> list[Ro
 
 
 def fingerprint(rows: Iterable[Row]) -> str:
-    """A hash of the rows' content, whatever file they came from."""
+    """A hash of the rows' content."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from peftsweep.record import Result, Status
@@ -41,12 +42,13 @@ class Display(Observer):
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
             TimeElapsedColumn(),
+            TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
             transient=True,
             disable=not self._live,
         )
-        self._bar = self._progress.add_task("", total=None, figures="")
+        self._bar = self._progress.add_task("", total=None, figures="", visible=False)
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -66,7 +68,8 @@ class Display(Observer):
         """The next trial begins."""
         self._number += 1
         self._name = name
-        self._progress.reset(self._bar, total=None, description=f"[{self._number}/{self._total}] {name}", figures="")
+        place = escape(f"[{self._number}/{self._total}] {name}")
+        self._progress.reset(self._bar, total=None, visible=True, description=place, figures="")
         if not self._live:
             self.say(f"[{self._number}/{self._total}] {name}")
 
@@ -128,17 +131,12 @@ def scores_line(scores: dict[str, Any]) -> str:
     for metric, score in scores.items():
         if metric.startswith("base_") or metric in ("valid_fraction", "loss"):
             continue
-        value, stderr = number(score, "value"), number(score, "stderr")
-        base = number(scores.get(f"base_{metric}"), "value")
+        value, stderr = score["value"], score["stderr"]
+        base = scores.get(f"base_{metric}", {}).get("value")
         text = f"{metric} {value:.3f}" if value is not None else f"{metric} infinite"
         text += f" ± {stderr:.3f}" if stderr is not None else ""
         parts.append(text + (f" (base {base:.3f})" if base is not None else ""))
     return ", ".join(parts)
-
-
-def number(score: Any, field: str) -> float | None:
-    """A field of a score, which is a dict once it has been written and read."""
-    return score.get(field) if isinstance(score, dict) else getattr(score, field, None)
 
 
 def size(count: float | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from peftsweep.errors import InputError, suggest
-from peftsweep.record import RESULT, RecordError, Result, Status
+from peftsweep.record import RESULT, RecordError, Result, Status, write_text
 
 ROOT = Path("multirun")
 PLAN = "plan.json"
@@ -50,11 +50,23 @@ def result(trial: Path) -> Result | None:
         return None
 
 
+def mark_trained(done: Result) -> None:
+    """Note the trial as the one whose adapter stands for its training."""
+    if done.folder is not None:
+        write_text(_mark(done.folder.parent, done.run_info["training"]), done.folder.name)
+
+
 def trained(study: Path, training: str) -> Result | None:
     """A successful trial of this study with the same training whose adapter is still there."""
-    for file in sorted(study.glob(f"*/{RESULT}")):
-        done = result(file.parent)
-        same = done and done.status is Status.success and done.run_info.get("training") == training
-        if done and same and any((file.parent / ADAPTER).glob("*.safetensors")):
-            return done
-    return None
+    try:
+        folder = study / _mark(study, training).read_text(encoding="utf-8")
+    except OSError:
+        return None
+    done = result(folder)
+    same = done and done.status is Status.success and done.run_info.get("training") == training
+    return done if same and any((folder / ADAPTER).glob("*.safetensors")) else None
+
+
+def _mark(study: Path, training: str) -> Path:
+    """Looked up by name, as reading every record of a large study before each trial would take minutes."""
+    return study / ".trained" / training

@@ -63,7 +63,8 @@ def _summarise(display: Display, results: Sequence[Result | None], name: str) ->
     said = ", ".join(f"{n} {status.name}" for status, n in counts.items() if n)
     left = sum(result is None for result in results)
     said += f", {left} not run" if left else ""
-    display.console.print(f"{len(reached)} trials: {said}  ({study.folder(name)})", markup=False)
+    trials = "1 trial" if len(reached) == 1 else f"{len(reached)} trials"
+    display.console.print(f"{trials}: {said}  ({study.folder(name)})", markup=False)
 
 
 def _dry_run(trials: Sequence[Trial], forecasts: Sequence[Forecast]) -> None:

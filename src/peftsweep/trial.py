@@ -59,6 +59,16 @@ def check(trial: Trial) -> Forecast:
     Raises:
         InputError: targets, method or device do not fit.
     """
+    key = configuration.content_hash([trial.tree[k] for k in ("device", "model", "method", "targets", "quant", "eval")])
+    if key not in _FORECASTS:
+        _FORECASTS[key] = _forecast(trial)
+    return _FORECASTS[key]
+
+
+_FORECASTS: dict[str, Forecast] = {}  # of a sweep over seeds or data, one is enough
+
+
+def _forecast(trial: Trial) -> Forecast:
     config = trial.config
     model.device(config.device)
     quantization(trial)
@@ -117,6 +127,8 @@ def run(trial: Trial, observer: Observer | None = None) -> Result:
                 _end(result, place, meter, start, status, failure)
                 raise
         _end(result, place, meter, start, status, failure)
+    if status is Status.success and trial.config.adapter.save:
+        study.mark_trained(result)
     gc.collect()  # an exception's frames have held the model until now
     if meter.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -197,7 +209,7 @@ def _run(trial: Trial, place: Path, result: Result, meter: Meter, observer: Obse
     for name, test in tests.items():
         with stage("eval"):
             evaluation = evaluator(trial, name)(adapted, tokenizer, test)
-        result.eval_info[name] |= dict(evaluation.scores)
+        result.eval_info[name] |= record.plain(evaluation.scores)
         record.write_lines(place / "predictions" / f"{name}.jsonl", evaluation.predictions)
 
     if config.adapter.save:

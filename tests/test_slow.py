@@ -1,0 +1,72 @@
+"""The dearer tier: what the embedded model promises, and real rows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import peftsweep
+
+pytestmark = pytest.mark.slow
+
+Command = Callable[..., tuple[int, str, str]]
+ACCURACY = "eval_info.tiny_math.accuracy.value"
+BASE = "eval_info.tiny_math.base_accuracy.value"
+
+
+def test_every_seed_and_quantisation_learns_the_task_at_rank_32(command: Command) -> None:
+    assert command("method.r=32", "quant=none,8bit,4bit", "seed=0,1,2", "adapter.save=false")[0] == 0
+    table = peftsweep.load()
+    print(table[["choices.quant", "config.seed", ACCURACY, BASE, "run_info.total_seconds"]].to_string())
+    assert len(table) == 9
+    assert table[ACCURACY].min() >= 0.8
+    assert table[BASE].max() <= 0.05
+
+
+def test_accuracy_rises_with_the_rank(command: Command) -> None:
+    assert command("method.r=1,8,32", "quant=4bit", "seed=0,1,2", "adapter.save=false")[0] == 0
+    means = peftsweep.load().groupby("config.method.r")[ACCURACY].mean()
+    print(means)
+    assert means[1] < means[8] - 0.1
+    assert means[8] < means[32] - 0.1
+
+
+def test_accuracy_rises_with_the_modules(command: Command) -> None:
+    assert command("method.r=32", "targets=q,qv,qkvo,all_linear", "adapter.save=false")[0] == 0
+    assert command("method.r=1", "targets=qv", "seed=0,1,2", "study=least", "adapter.save=false")[0] == 0
+    means = peftsweep.load().set_index("choices.targets")[ACCURACY]
+    print(means)
+    assert means["q"] < means["qv"] < means["qkvo"] < means["all_linear"] + 0.05
+    assert means["qv"] < means["all_linear"] - 0.1
+    assert peftsweep.load("least")[ACCURACY].max() <= 0.05
+
+
+def test_other_methods_learn_too(command: Command) -> None:
+    assert command("method=full,ia3", "adapter.save=false")[0] == 0
+    means = peftsweep.load().set_index("choices.method")[ACCURACY]
+    print(means)
+    assert means["full"] > 0.6
+    assert means["ia3"] > 0.1
+
+
+@pytest.fixture
+def gsm8k() -> Path:
+    """Real rows, where PEFTSWEEP_DATA says they are."""
+    folder = Path(os.environ.get("PEFTSWEEP_DATA", "")) / "gsm8k"
+    if not (folder / "train.jsonl").is_file():
+        pytest.skip("PEFTSWEEP_DATA names no folder with gsm8k/train.jsonl and gsm8k/test.jsonl")
+    return folder
+
+
+def test_a_rank_sweep_on_gsm8k_lowers_the_perplexity(command: Command, gsm8k: Path) -> None:
+    words = ["dataset=gsm8k", f"dataset.path={gsm8k / 'train.jsonl'}", f"dataset.test_path={gsm8k / 'test.jsonl'}"]
+    words += ["dataset.samples=500", "quant=4bit", "eval=perplexity", "eval.perplexity.samples=100"]
+    assert command(*words, "train.steps=60", "method.r=2,8,32")[0] == 0
+    table = peftsweep.load()
+    before, after = (table[f"eval_info.perplexity.{kind}perplexity.value"] for kind in ("base_", ""))
+    print(table[["config.method.r", "eval_info.perplexity.base_perplexity.value"]].assign(after=after).to_string())
+    assert len(table) == 3
+    assert (after < before / 10).all()
