@@ -24,5 +24,5 @@ check: install  ## lint, format and types
 	$(BIN)/mypy
 
 slow: install  ## the dearer tier; PEFTSWEEP_DATA names a folder with gsm8k/train.jsonl and test.jsonl
-	$(BIN)/python -m pytest -m slow -v 2>&1 | tee tests/slow.log
+	$(BIN)/python -m pytest -m slow -v -s --no-header --disable-warnings | tee tests/slow.log
 	$(BIN)/python tests/benchmarks/loop_overhead.py --out tests/benchmarks/results/loop_overhead.json
