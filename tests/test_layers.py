@@ -10,7 +10,7 @@ import peftsweep
 PACKAGE = Path(peftsweep.__file__).parent
 # Lowest first: a module may import those on lower floors, and those before it on its own.
 FLOORS = (
-    ("errors", "schema", "data", "metrics", "measure", "record", "study", "model"),
+    ("errors", "schema", "compatibility", "data", "metrics", "measure", "record", "study", "model"),
     ("display", "train", "evaluate", "plot"),
     ("config", "trial", "sweep", "collect"),
     ("cli",),

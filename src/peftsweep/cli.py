@@ -121,6 +121,7 @@ def compose(overrides: list[str]) -> DictConfig:
 def _register() -> None:
     configuration.register()
     OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
+    OmegaConf.register_new_resolver("share", lambda a, b: round(a * b), replace=True)
 
 
 def help_text(arguments: list[str]) -> str:

@@ -140,10 +140,8 @@ def _check_values(tree: dict[str, Any]) -> None:
         raise InputError(f"dataset.train_fraction={tree['dataset']['train_fraction']}: must lie between 0 and 1")
     if tree["train"]["keep_best"] and tree["train"]["eval_every"] is None:
         raise InputError("train.keep_best=true: needs train.eval_every, the interval of the validations it compares")
-    for key in ("study", "label"):
-        value = tree[key]
-        if value is not None and (not value or "/" in value or value.startswith(".")):
-            raise InputError(f"{key}={value}: must be a plain name, without '/' and not beginning with '.'")
+    if not tree["study"] or "/" in tree["study"] or tree["study"].startswith("."):
+        raise InputError(f"study={tree['study']}: must be a plain name, without '/' and not beginning with '.'")
 
 
 def _at(tree: Any, key: str) -> Any:
@@ -289,6 +287,7 @@ def _training(config: Config, rows: data.Rows | None) -> dict[str, Any]:
     return {
         "model": model_identity(config.model),
         "method": config.method,
+        "method_inputs": config.method_inputs,
         "targets": targets,
         "quant": config.quant,
         "dataset": _dataset_identity(config.dataset, rows),

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from peftsweep import metrics
 from peftsweep.data import Example, Tokens, collate, tokenize
 from peftsweep.metrics import Judgement, Score
-from peftsweep.model import answer_losses
+from peftsweep.model import answer_losses, row_inputs
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,7 @@ def generate(
             top_k=None,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
+            **row_inputs(model, ids.to(device)),
         )
         for n, text in zip(numbers, tokenizer.batch_decode(made[:, longest:], skip_special_tokens=True), strict=True):
             texts[n] = text

@@ -19,6 +19,7 @@ from peftsweep.errors import InputError
 from peftsweep.schema import Init, ModelConfig, TargetsConfig
 
 TINY = Path(__file__).parent / "tiny" / "weights"
+METHOD_INPUTS = "peftsweep_method_inputs"  # the attribute of an adapted model that holds them
 LINEAR = (nn.Linear, Conv1D)  # bitsandbytes' quantised layers are subclasses of nn.Linear
 
 
@@ -72,12 +73,17 @@ def architecture(model: ModelConfig) -> transformers.PreTrainedConfig:
         raise InputError(f"model.name_or_path={model.name_or_path}: cannot be loaded ({reason})") from error
 
 
-def skeleton(model: ModelConfig) -> PreTrainedModel:
-    """The base without its weights, on the meta device: enough to attach a method and to count."""
+def skeleton(model: ModelConfig, where: str = "meta") -> PreTrainedModel:
+    """The base without its weights: enough to attach a method and to count.
+
+    On the meta device it takes no memory; on another its weights are random numbers.
+    """
     config = architecture(model)
     try:
-        with torch.device("meta"):
-            return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
+        with torch.device(where):
+            return cast(
+                PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=getattr(torch, model.dtype.value))
+            )
     except ValueError as error:  # transformers has no causal model of this type
         raise InputError(
             f"model.name_or_path={model.name_or_path}: not a causal language model (model_type {config.model_type})"
@@ -189,17 +195,16 @@ def _has(base: nn.Module, name: str) -> bool:
     return any(full == name or full.endswith(f".{name}") for full, _ in base.named_modules())
 
 
-def refusal(method: Any, quantization: Any) -> str | None:
-    """Why this method cannot be trained on a base quantised like this, or None where it can."""
-    if not method and quantization:
-        return "full fine-tuning cannot train quantised weights; take quant=none or an adapter method"
-    return None
-
-
 def attach(
-    base: PreTrainedModel, method: PeftConfig | None, targets: TargetsConfig, roles: dict[str, list[str]]
+    base: PreTrainedModel,
+    method: PeftConfig | None,
+    targets: TargetsConfig,
+    roles: dict[str, list[str]],
+    inputs: dict[str, int] | None = None,
 ) -> PreTrainedModel | PeftModel:
     """Attach ``method`` to ``base``, in place; None makes all of the base trainable (full fine-tuning).
+
+    ``inputs`` are what the method's forward wants beside the tokens, such as ``{"task_ids": 0}``.
 
     Raises:
         InputError: the targets do not fit the model or the method, or PEFT refuses the options.
@@ -220,9 +225,11 @@ def attach(
         method.feedforward_modules = [name for name in modules if name in roles.get("mlp", [])]
     method.task_type = method.task_type or TaskType.CAUSAL_LM
     try:
-        return get_peft_model(base, method)
-    except (ValueError, TypeError) as error:
+        adapted = get_peft_model(base, method)
+    except (ValueError, TypeError, ImportError) as error:
         raise InputError(f"method: {' '.join(str(error).split())}") from error
+    setattr(adapted, METHOD_INPUTS, inputs or {})
+    return adapted
 
 
 # ---- using -----------------------------------------------------------------------------------------
@@ -241,11 +248,44 @@ def answer_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
         attention_mask=batch.attention_mask,
         use_cache=False,
         logits_to_keep=positions,
+        **row_inputs(model, batch.input_ids),
     )
     mask = batch.answer_mask[:, batch.answer_start - 1 :]
     logits = output.logits[:, -positions:-1][mask]
     targets = batch.input_ids[:, batch.answer_start :][mask]
     return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def row_inputs(model: nn.Module, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the method wants beside the tokens, such as ``task_ids``: one number a row, shape [rows]."""
+    wanted: dict[str, int] = getattr(model, METHOD_INPUTS, {})
+    return {name: input_ids.new_full((len(input_ids),), value) for name, value in wanted.items()}
+
+
+def auxiliary_loss(model: nn.Module, batch: Batch) -> torch.Tensor | None:
+    """The regularisers that the attached method adds to the loss of the task; None where it has none.
+
+    AdaLoRA keeps its factors orthogonal (PEFT adds that only to a loss of its own making), KaSA and
+    MonteCLoRA offer theirs to the caller, Shadow trains its own path on the same labels.
+    """
+    base: Any = getattr(model, "base_model", None)
+    config: Any = next(iter(getattr(model, "peft_config", {}).values()), None)
+    terms = []
+    for name in ("_get_kasa_loss", "_get_monteclora_loss"):
+        if offered := getattr(base, name, None):
+            terms.append(offered())
+    if weight := getattr(config, "orth_reg_weight", 0):
+        factors = [p for name, p in trainable_parameters(model) if "lora_A" in name or "lora_B" in name]
+        squares = [p @ p.T if p.shape[0] <= p.shape[1] else p.T @ p for p in factors]
+        norms = [torch.linalg.matrix_norm(s - torch.eye(len(s), device=s.device, dtype=s.dtype)) for s in squares]
+        terms.append(weight * torch.stack(norms).mean())
+    if shadow := getattr(base, "shadow_auxiliary_loss", None):
+        labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+        labels[:, 1:] = labels[:, 1:].masked_fill(~batch.answer_mask, -100)
+        term = shadow(labels, attention_mask=batch.attention_mask)
+        terms.append(0.0 if term is None else config.auxiliary_loss_weight * term)
+    tensors = [term for term in terms if isinstance(term, torch.Tensor)]
+    return torch.stack(tensors).sum() if tensors else None
 
 
 # ---- counting and saving ---------------------------------------------------------------------------

@@ -124,6 +124,9 @@ class Config:
     stop_on_failure: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
     method: dict[str, Any] = field(default_factory=dict)  # a PEFT config as _target_ and its fields; empty: full
+    method_inputs: dict[str, int] = field(
+        default_factory=dict
+    )  # what the method's forward wants, the same for each row
     targets: TargetsConfig = field(default_factory=TargetsConfig)
     quant: dict[str, Any] = field(default_factory=dict)  # a transformers quantization config; empty: none
     dataset: DatasetConfig = field(default_factory=DatasetConfig)

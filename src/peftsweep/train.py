@@ -17,7 +17,7 @@ from transformers import get_scheduler
 from peftsweep.data import Tokens, batch_order, collate
 from peftsweep.errors import InputError
 from peftsweep.measure import Laps, Meter
-from peftsweep.model import answer_losses, trainable_parameters
+from peftsweep.model import answer_losses, auxiliary_loss, trainable_parameters
 from peftsweep.schema import Dtype, Schedule, TrainConfig
 
 SCHEDULES = {Schedule.cosine: "cosine", Schedule.linear: "linear", Schedule.constant: "constant_with_warmup"}
@@ -87,6 +87,8 @@ def train(
     torch.manual_seed(seed)  # dropout does not depend on how many numbers the adapter's creation drew
     _checkpointing(model, config.checkpointing)
     model.train()
+    allocate = getattr(getattr(model, "base_model", None), "update_and_allocate", None)
+    regularised: bool | None = None  # known after the first forward
     for step in range(1, steps + 1):
         laps.start()
         # ---- the step --------------------------------------------------------------------------
@@ -99,7 +101,9 @@ def train(
         for batch in micro_batches:
             with autocast:
                 part = answer_losses(model, batch).sum() / answer_tokens
-            scaler.scale(part).backward()
+                regulariser = auxiliary_loss(model, batch) if regularised is not False else None
+                regularised = regulariser is not None
+            scaler.scale(part if regulariser is None else part + regulariser / len(micro_batches)).backward()
             loss += part.detach()
         if config.clip:
             scaler.unscale_(optimizer)
@@ -107,6 +111,8 @@ def train(
         scaler.step(optimizer)
         scaler.update()
         scheduler.step()
+        if allocate:
+            allocate(step)  # AdaLoRA, AdaMSS: ranks are dealt out anew from this step's gradients
         optimizer.zero_grad(set_to_none=True)
         # ----------------------------------------------------------------------------------------
         laps.stop()

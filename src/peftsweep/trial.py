@@ -24,8 +24,8 @@ from omegaconf import OmegaConf
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from peftsweep import compatibility, data, evaluate, model, record, study, train
 from peftsweep import config as configuration
-from peftsweep import data, evaluate, model, record, study, train
 from peftsweep.config import ROWS_KEYS, Trial, evaluation_identity, model_identity, rows_config
 from peftsweep.data import Example, Rows
 from peftsweep.display import Observer
@@ -77,9 +77,13 @@ def _forecast(trial: Trial) -> Forecast:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come again, and go to the log, when the trial runs
         base = model.skeleton(config.model)
-        if reason := model.refusal(config.method, config.quant):
+        if reason := compatibility.refusal(config.method, config.quant):
             return Forecast(0, model.count(base).total, 0, reason)
-        counts = model.count(_attach(trial, base))
+        try:
+            counts = model.count(_attach(trial, base, config.train.steps))
+        except (NotImplementedError, RuntimeError):
+            # Some methods begin with the base's numbers (SVD, masks), which the meta device lacks; any will do.
+            counts = model.count(_attach(trial, model.skeleton(config.model, "cpu"), config.train.steps))
     return Forecast(counts.trainable, counts.total, counts.trainable_bytes, None)
 
 
@@ -159,7 +163,7 @@ def _run(trial: Trial, place: Path, result: Result, meter: Meter, observer: Obse
         with meter.stage(name):
             yield
 
-    if reason := model.refusal(config.method, config.quant):
+    if reason := compatibility.refusal(config.method, config.quant):
         raise Refused(reason)
     earlier = None if config.force else study.trained(place.parent, trial.training)
 
@@ -190,7 +194,7 @@ def _run(trial: Trial, place: Path, result: Result, meter: Meter, observer: Obse
     else:
         with stage("attach"):
             torch.manual_seed(config.seed)  # the adapter's initial weights are drawn from here on
-            adapted = _attach(trial, base)
+            adapted = _attach(trial, base, train.total_steps(config.train, len(tokens)))
         counts = model.count(adapted)
         info |= {"trainable_parameters": counts.trainable, "total_parameters": counts.total}
         with stage("train"), (place / record.STEPS).open("w", encoding="utf-8") as lines:
@@ -241,9 +245,14 @@ def _instantiate(node: dict[str, Any], key: str) -> Any:
         raise InputError(f"{key}: {reason}") from error
 
 
-def _attach(trial: Trial, base: PreTrainedModel) -> Model:
-    method = _instantiate(trial.config.method, "method") if trial.config.method else None
-    return model.attach(base, method, trial.config.targets, trial.config.model.roles)
+def _attach(trial: Trial, base: PreTrainedModel, steps: int) -> Model:
+    config = trial.config
+    method = _instantiate({"task_type": "CAUSAL_LM"} | config.method, "method") if config.method else None
+    if method is not None and getattr(method, "total_step", None) and steps:
+        # AdaLoRA plans its budget over the run, whose length in steps is known only with the data.
+        method.tinit, method.tfinal = (round(n * steps / method.total_step) for n in (method.tinit, method.tfinal))
+        method.total_step = steps
+    return model.attach(base, method, config.targets, config.model.roles, config.method_inputs)
 
 
 def _test_examples(trial: Trial, name: str, rows: Rows) -> list[Example]:

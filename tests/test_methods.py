@@ -1,0 +1,159 @@
+"""Every PEFT method: it learns, changes what it should and nothing else, or is refused for a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+from peftsweep import compatibility, data, model, train, trial
+from peftsweep.config import Trial, conf_dir
+from peftsweep.measure import Meter
+from peftsweep.tiny import task
+
+Compose = Callable[..., Trial]
+
+METHODS = {file.stem: yaml.safe_load(file.read_text()) for file in sorted(Path(conf_dir(), "method").glob("*.yaml"))}
+WITHOUT_YAML = {"XLORA"}  # it mixes adapters that must have been trained before
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[data.Tokens]:
+    examples = data.examples(task.rows("train", 96), "{question}\n", "{answer}")
+    return data.tokenize(model.load_tokenizer(tiny()), examples, 128)
+
+
+def tiny() -> Any:
+    from peftsweep.schema import ModelConfig
+
+    return ModelConfig(name_or_path="tiny")
+
+
+def adapt(one: Trial, rows: list[data.Tokens], steps: int) -> tuple[float, float, dict[str, Any], dict[str, Any]]:
+    """Attach and train: the loss on one fixed batch in eval mode before and after, and the tensors that changed."""
+    batch = data.collate(rows[:16], 0)
+    base = model.load(one.config.model, trial.quantization(one), CPU)
+    torch.manual_seed(0)
+    adapted = trial._attach(one, base, steps).eval()
+    state = {name: tensor.detach().clone() for name, tensor in adapted.state_dict().items()}
+    expected = {name for name, _ in model.trainable_parameters(adapted)}
+    with torch.no_grad():
+        before = model.answer_losses(adapted, batch).mean().item()
+    config = one.config.train
+    config.steps, config.warmup = steps, 0.0
+    train.train(adapted, rows, config, pad_id=0, seed=0, meter=Meter(CPU), log=lambda row: None)
+    with torch.no_grad():
+        after = model.answer_losses(adapted, batch).mean().item()
+    changed = {
+        name
+        for name, tensor in adapted.state_dict().items()
+        if name in state and (tensor.shape != state[name].shape or not torch.equal(tensor, state[name]))
+    }
+    return before, after, dict.fromkeys(expected), dict.fromkeys(changed)
+
+
+def test_every_type_of_the_installed_peft_has_a_yaml() -> None:
+    classes = {str(kind.value): config.__name__ for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    named = {method["method"]["_target_"].removeprefix("peft.") for method in METHODS.values() if method.get("method")}
+    missing = {kind for kind, config in classes.items() if config not in named}
+    assert missing == WITHOUT_YAML
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.get("method")])
+def test_a_method_learns_and_changes_only_its_own(name: str, compose: Compose, rows: list[data.Tokens]) -> None:
+    before, after, expected, changed = adapt(compose(f"method={name}"), rows, steps=4)
+    assert after < before
+    # AdaLoRA masks singular values by name; buffers such as the statistics of a router may move with training.
+    parameters = {name for name in changed if name in expected}
+    frozen = {name for name in changed if name not in expected and "base_layer" in name}
+    assert parameters, "nothing was trained"
+    assert not frozen, "the base has moved"
+
+
+def test_full_fine_tuning_changes_every_weight(compose: Compose, rows: list[data.Tokens]) -> None:
+    before, after, expected, changed = adapt(compose("method=full"), rows, steps=4)
+    assert after < before
+    assert set(expected) <= set(changed)
+
+
+def test_qlora_is_the_same_trial_as_lora_on_a_4_bit_base(compose: Compose) -> None:
+    assert compose("method=qlora").identity == compose("method=lora", "quant=4bit").identity
+
+
+def test_adalora_prunes_to_its_budget(compose: Compose, rows: list[data.Tokens]) -> None:
+    one = compose("method=adalora", "method.tinit=2", "method.tfinal=2", "method.target_r=4")
+    base = model.load(one.config.model, None, CPU)
+    torch.manual_seed(0)
+    adapted: Any = trial._attach(one, base, 12)
+    one.config.train.steps = 12
+    train.train(adapted, rows, one.config.train, pad_id=0, seed=0, meter=Meter(CPU), log=lambda row: None)
+    values = torch.cat([p.flatten() for name, p in adapted.named_parameters() if "lora_E" in name])
+    assert (values != 0).sum() == 4 * 8  # a budget of target_r a module, 8 modules
+
+
+@pytest.mark.parametrize("name", ["kasa", "adalora", "shadow"])
+def test_a_method_with_a_regulariser_adds_it_and_others_do_not(
+    name: str, compose: Compose, rows: list[data.Tokens]
+) -> None:
+    one = compose(f"method={name}")
+    adapted = trial._attach(one, model.load(one.config.model, None, CPU), 10).train()
+    batch = data.collate(rows[:4], 0)
+    model.answer_losses(adapted, batch)
+    found = model.auxiliary_loss(adapted, batch)
+    assert found is not None
+    assert found.requires_grad
+    assert found.item() > 0
+    plain = trial._attach(compose("method=lora"), model.load(one.config.model, None, CPU), 10)
+    assert model.auxiliary_loss(plain, batch) is None
+
+
+QUANTISED = [(name, quant) for name in METHODS for quant in ("8bit", "4bit")]
+
+
+def test_the_refusals_are_those_of_the_table(compose: Compose) -> None:
+    refused = {
+        (name, quant)
+        for name, quant in QUANTISED
+        if name != "qlora"  # lora, as its yaml says
+        and compatibility.refusal(METHODS[name].get("method") or {}, {f"load_in_{quant}": True})
+    }
+    both = {"adamss", "delora", "frod", "full", "glora", "kasa", "mica", "osf", "pissa", "psoft", "supertuning"}
+    both |= {"deft", "hra", "peanut", "tinylora", "unilora"}
+    expected = {(name, quant) for name in both for quant in ("8bit", "4bit")}
+    assert refused == expected | {("loha", "4bit"), ("lokr", "4bit"), ("dora", "8bit")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "quant"), QUANTISED)
+def test_every_pair_either_learns_or_deserves_its_refusal(
+    name: str, quant: str, compose: Compose, rows: list[data.Tokens]
+) -> None:
+    """A refused pair, tried all the same, fails, or starts elsewhere than the base, or learns nothing, or is LoRA."""
+    one = compose(f"method={name}", f"quant={quant}")
+    refused = compatibility.refusal(one.config.method, one.config.quant)
+    if not refused:
+        before, after, _, _ = adapt(one, rows, steps=20)
+        assert after < before
+        return
+    if not one.config.method:
+        return  # full fine-tuning would train embeddings and norms alone, which is seen in its counts
+    try:
+        before, after, _, _ = adapt(one, rows, steps=20)
+    except Exception as error:
+        print(f"{name} {quant}: {type(error).__name__}: {str(error).splitlines()[0][:90]}")
+        return
+    start, end, _, _ = adapt(compose(f"method={name}"), rows, steps=20)
+    lora_before, lora_after, _, _ = adapt(
+        compose("method=lora", f"quant={quant}", f"train.learning_rate={one.config.train.learning_rate}"), rows, 20
+    )
+    off = max(abs(before - start), abs(after - end)) > 0.05  # 8-bit rounding alone moves a loss by 0.01
+    idle = abs(after - before) < 1e-3
+    lora = abs(after - lora_after) < 1e-6 and abs(before - lora_before) < 1e-6
+    print(f"{name} {quant}: off={off} idle={idle} lora={lora} {before:.3f} -> {after:.3f}")
+    assert off or idle or lora
