@@ -40,7 +40,7 @@ def test_every_yaml_composes_validates_and_attaches(option: str, compose: Compos
 
 
 BAD = {
-    "an unknown option": (["method=lroa"], "method=lroa: no such option; did you mean 'lora'?"),
+    "an unknown option": (["quant=4bits"], "quant=4bits: no such option; did you mean '4bit'?"),
     "a misspelt key": (["trian.steps=3"], "trian: no such key; did you mean 'train'?"),
     "a misspelt method key": (["method.lora_alfa=3"], "method.lora_alfa: no such key; did you mean 'lora_alpha'?"),
     "an added key PEFT lacks": (["+method.rank=3"], "method.rank: peft.LoraConfig has no such option"),

@@ -111,7 +111,9 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
     _check_calls(config)
     rows = None if config.dataset.hub and not config.dataset.path else _rows(config)
     _check_evaluation_rows(config, rows)
-    chosen = {group: str(option) for group, option in choices.items() if not group.startswith("hydra/")}
+    chosen = {group: str(option) for group, option in choices.items() if option and not group.startswith("hydra/")}
+    if config.method and chosen["method"] == "full":  # a named point, which brings its method itself
+        chosen["method"] = config.method["_target_"].rpartition(".")[2].removesuffix("Config").lower()
     training = _training(config, rows)
     return Trial(
         config=config,
@@ -353,5 +355,7 @@ def _slug(choices: Mapping[str, str], config: Config) -> str:
     rank = f"r{config.method['r']}" if "r" in config.method else ""
     targets = choices["targets"] if choices["targets"] != "default" else ""
     parts = [choices["model"], choices["method"], rank, targets, choices["quant"], choices["dataset"]]
+    if config.label and any(group.startswith("point") for group in choices):
+        parts = [choices["model"], config.label, choices["quant"], choices["dataset"]]
     name = "-".join([*filter(None, parts), f"s{config.seed}"])
     return re.sub(r"[^\w.-]+", "_", name)[:120]

@@ -8,6 +8,7 @@ from typing import Any
 from peftsweep import record, study, trial
 from peftsweep.config import Trial
 from peftsweep.display import Display, size
+from peftsweep.errors import InputError
 from peftsweep.record import Result, Status
 from peftsweep.trial import Forecast
 
@@ -20,6 +21,8 @@ def run(trials: Sequence[Trial]) -> list[Result | None]:
     Raises:
         InputError: a trial is wrong; nothing was trained.
     """
+    if not trials:
+        raise InputError("the sweep is empty: a glob in it matches no option")
     forecasts = [trial.check(one) for one in trials]  # raises before anything is written
     config = trials[0].config
     if config.dry_run:
