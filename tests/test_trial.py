@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import peftsweep
-from peftsweep import study, train, trial
+from peftsweep import model, study, train, trial
 from peftsweep.config import Trial
 from peftsweep.record import RecordError, Result, Status
 
@@ -59,6 +59,7 @@ def test_the_folder_holds_all_that_the_design_promises(run_small: RunSmall) -> N
     predictions = lines(folder / "predictions/tiny_math.jsonl")
     assert len(predictions) == 8
     assert {"prompt", "prediction", "answer", "correct"} <= set(predictions[0])
+    assert written["train_info"]["reloads"] is True
     # the sum of the steps, nothing else
     assert written["train_info"]["train_seconds"] <= written["run_info"]["total_seconds"]
 
@@ -176,6 +177,20 @@ def test_validation_rows_and_the_best_weights(run_small: RunSmall) -> None:
     assert {"validation_tiny_math.accuracy", "validation_perplexity.perplexity"} <= set(validations[0])
     assert result.train_info["best_loss"] == min(row["validation_loss"] for row in validations)
     assert result.train_info["training_rows"] == 58
+
+
+def test_an_adapter_that_does_not_come_back_is_reported(run_small: RunSmall, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as context:
+        context.setattr(model, "restore", fail_with(KeyError("router")))
+        result = run_small()
+    assert result.status is Status.success
+    assert result.train_info["reloads"] is False
+    assert result.train_info["reload_error"] == "KeyError: 'router'"
+    with monkeypatch.context() as context:
+        context.setattr(model, "restore", lambda base, folder, inputs: base)  # the untouched base
+        result = run_small("seed=1")
+    assert result.train_info["reloads"] is False
+    assert result.train_info["reload_difference"] > 0.01
 
 
 def test_the_base_is_scored_once_a_study(run_small: RunSmall) -> None:

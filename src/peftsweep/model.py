@@ -330,9 +330,11 @@ def save(model: PreTrainedModel | PeftModel, folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def restore(base: PreTrainedModel, folder: Path) -> PreTrainedModel | PeftModel:
-    """The trained model back from what ``save`` wrote, on the device of ``base``."""
+def restore(base: PreTrainedModel, folder: Path, inputs: dict[str, int] | None = None) -> PreTrainedModel | PeftModel:
+    """The trained model back from what ``save`` wrote, on the device of ``base``; ``inputs`` as for ``attach``."""
     if (folder / "adapter_config.json").exists():
-        return PeftModel.from_pretrained(base, str(folder)).eval()
+        adapted = PeftModel.from_pretrained(base, str(folder))
+        setattr(adapted, METHOD_INPUTS, inputs or {})
+        return adapted.eval()
     trained = AutoModelForCausalLM.from_pretrained(folder, dtype=base.dtype, device_map={"": base.device})
     return cast(PreTrainedModel, trained.eval())

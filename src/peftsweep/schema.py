@@ -108,6 +108,7 @@ class AdapterConfig:
     """What becomes of the trained adapter."""
 
     save: bool = True
+    check: bool = True  # load the saved adapter onto a fresh base and compare the two
 
 
 @dataclass

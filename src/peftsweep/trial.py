@@ -36,6 +36,8 @@ from peftsweep.record import Result, Status
 
 log = logging.getLogger(__name__)
 
+RELOAD_TOLERANCE = 1e-4  # of a token's loss, in nats: above rounding, far below what an evaluation sees
+
 Model = PreTrainedModel | PeftModel
 Evaluate = Callable[[Model, PreTrainedTokenizerBase, list[Example]], Evaluation]
 
@@ -188,7 +190,7 @@ def _run(trial: Trial, place: Path, result: Result, meter: Meter, observer: Obse
 
     if earlier:
         with stage("attach"):
-            adapted = model.restore(base, earlier.folder / study.ADAPTER) if earlier.folder else base
+            adapted = model.restore(base, (earlier.folder or place) / study.ADAPTER, config.method_inputs)
         info |= earlier.train_info | {"trained_by": earlier.trial}
         result.memory["train"] = earlier.memory["train"]
     else:
@@ -219,6 +221,13 @@ def _run(trial: Trial, place: Path, result: Result, meter: Meter, observer: Obse
     if config.adapter.save:
         with stage("save"):
             info["adapter_bytes"] = model.save(adapted, place / study.ADAPTER)
+    if config.adapter.save and config.adapter.check:
+        probe = data.collate(tokens[: config.train.batch_size], int(tokenizer.pad_token_id)).to(meter.device)
+        with torch.no_grad():
+            losses = model.answer_losses(adapted, probe)
+        del adapted, base  # two bases would not fit where one just does
+        with stage("reload"):
+            info |= _reload(trial, place, probe, losses)
 
 
 # ---- its parts -------------------------------------------------------------------------------------
@@ -281,6 +290,19 @@ def _base_scores(
         record.write_json(file, evaluator(trial, name)(base, tokenizer, test).scores)
     scores: dict[str, Any] = record.read_json(file)
     return scores
+
+
+def _reload(trial: Trial, place: Path, probe: data.Batch, losses: torch.Tensor) -> dict[str, Any]:
+    """Load what was saved onto a fresh base: does it answer a batch as the trained model does?"""
+    try:
+        base = model.load(trial.config.model, quantization(trial), losses.device)
+        again = model.restore(base, place / study.ADAPTER, trial.config.method_inputs)
+        with torch.no_grad():
+            difference = (model.answer_losses(again, probe) - losses).abs().max().item()
+    except Exception as error:  # whatever PEFT raises; the trial itself has succeeded
+        log.exception("the saved adapter cannot be loaded")
+        return {"reloads": False, "reload_error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+    return {"reloads": difference < RELOAD_TOLERANCE, "reload_difference": difference}
 
 
 def _validation(
