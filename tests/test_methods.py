@@ -86,6 +86,17 @@ def test_qlora_is_the_same_trial_as_lora_on_a_4_bit_base(compose: Compose) -> No
     assert compose("method=qlora").identity == compose("method=lora", "quant=4bit").identity
 
 
+@pytest.mark.parametrize("name", ["lora_plus", "lora_fa", "riemannian"])
+def test_an_optimizer_made_for_lora_learns(name: str, compose: Compose, rows: list[data.Tokens]) -> None:
+    one = compose(f"method={name}")
+    before, after, _, changed = adapt(one, rows, steps=6)
+    assert after < before
+    assert any("lora_B" in key for key in changed)
+    assert any("lora_A" in key for key in changed) == (name != "lora_fa")
+    halved = trial.check(one).trainable_parameters < trial.check(compose("method=lora")).trainable_parameters
+    assert halved == (name == "lora_fa")
+
+
 def test_adalora_prunes_to_its_budget(compose: Compose, rows: list[data.Tokens]) -> None:
     one = compose("method=adalora", "method.tinit=2", "method.tfinal=2", "method.target_r=4")
     base = model.load(one.config.model, None, CPU)
@@ -120,8 +131,8 @@ def test_the_refusals_are_those_of_the_table(compose: Compose) -> None:
     refused = {
         (name, quant)
         for name, quant in QUANTISED
-        if name != "qlora"  # lora, as its yaml says
-        and compatibility.refusal(METHODS[name].get("method") or {}, {f"load_in_{quant}": True})
+        if "method" in METHODS[name]  # the others are lora's, with another optimizer or base
+        and compatibility.refusal(METHODS[name]["method"], {f"load_in_{quant}": True})
     }
     both = {"adamss", "delora", "frod", "full", "glora", "kasa", "mica", "osf", "pissa", "psoft", "supertuning"}
     both |= {"deft", "hra", "peanut", "tinylora", "unilora"}

@@ -114,7 +114,7 @@ def test_an_8_bit_optimizer_and_its_options_can_be_named(rows: list[data.Tokens]
 def test_schedules() -> None:
     def rates(schedule: Schedule, warmup: float) -> list[float]:
         config = TrainConfig(learning_rate=1.0, schedule=schedule, warmup=warmup)
-        optimizer = train.make_optimizer([torch.nn.Parameter(torch.zeros(1))], config)
+        optimizer = train.make_optimizer(torch.nn.Linear(1, 1), config)
         scheduler = train._scheduler(optimizer, config, steps=10)
         found = []
         for _ in range(10):

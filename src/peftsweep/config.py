@@ -164,7 +164,7 @@ def _check_calls(config: Config) -> None:
         check_call(options, f"eval.{name}", provided=("model", "tokenizer", "examples"), also=ROWS_KEYS)
     from peftsweep import train  # imports torch, which `--help` must not
 
-    train.optimizer_class(config.train.optimizer)
+    train.find_optimizer(config.train.optimizer)
     train.validation_interval(config.train, rows=1)
 
 

@@ -8,7 +8,7 @@ import math
 import pydoc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from peftsweep.model import answer_losses, auxiliary_loss, trainable_parameters
 from peftsweep.schema import Dtype, Schedule, TrainConfig
 
 SCHEDULES = {Schedule.cosine: "cosine", Schedule.linear: "linear", Schedule.constant: "constant_with_warmup"}
+FUSED = ("cpu", "cuda")  # devices that have torch's fused optimizers
 WARMUP_LAPS = 3  # first steps allocate and tune; they are trained on, but left out of the percentiles
 
 
@@ -69,8 +70,8 @@ def train(
     device = meter.device
     steps = total_steps(config, len(rows))
     every = validation_interval(config, len(rows)) if validate else None
+    optimizer = make_optimizer(model, config)
     parameters = [p for _, p in trainable_parameters(model)]
-    optimizer = make_optimizer(parameters, config)
     scheduler = _scheduler(optimizer, config, steps)
     autocast = torch.autocast(
         device.type, dtype=getattr(torch, (config.autocast or Dtype.bfloat16).value), enabled=bool(config.autocast)
@@ -197,34 +198,48 @@ def validation_interval(config: TrainConfig, rows: int) -> int | None:
     return max(1, round(interval))
 
 
-def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
-    """A class by its name: ``AdamW`` of torch.optim, or a dotted path such as ``bitsandbytes.optim.AdamW8bit``.
+def find_optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:
+    """What ``train.optimizer`` names: ``AdamW`` is a class of torch.optim, others by their dotted path.
+
+    Beside classes of optimizers it may be a function that makes one for a model, as PEFT's
+    ``peft.optimizers.create_loraplus_optimizer``.
 
     Raises:
         InputError: there is no such optimizer.
     """
     try:
-        found = pydoc.locate(name if "." in name else f"torch.optim.{name}")
+        found: Any = pydoc.locate(name if "." in name else f"torch.optim.{name}")
     except pydoc.ErrorDuringImport:
         found = None
-    if not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
+    of_model = inspect.isfunction(found) and "model" in inspect.signature(found).parameters
+    if not of_model and not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
         raise InputError(
             f"train.optimizer={name}: no such optimizer; give a class of torch.optim (AdamW, SGD) or a dotted path"
         )
-    return found
+    make: Callable[..., torch.optim.Optimizer] = found
+    return make
 
 
-def make_optimizer(parameters: Sequence[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer over ``parameters`` at the scaled learning rate, fused where torch offers that."""
-    kind = optimizer_class(config.optimizer)
-    known = inspect.signature(kind).parameters
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer of the model's trainable parameters at the scaled learning rate, fused where torch offers that.
+
+    Making it may freeze some of them, as LoRA-FA does with the A matrices.
+
+    Raises:
+        InputError: ``train.optimizer_kwargs`` does not fit it.
+    """
+    make = find_optimizer(config.optimizer)
+    known = inspect.signature(make).parameters
+    parameters = [p for _, p in trainable_parameters(model)]
     options: dict[str, Any] = {"lr": config.learning_rate * config.learning_rate_scale}
-    if "weight_decay" in known:
+    if "weight_decay" in known or "optimizer_cls" in known:
         options["weight_decay"] = config.weight_decay
-    if "fused" in known and all(p.dtype.is_floating_point for p in parameters):
+    if "optimizer_cls" in known:
+        options["optimizer_cls"] = torch.optim.AdamW
+    if "fused" in known and all(p.dtype.is_floating_point and p.device.type in FUSED for p in parameters):
         options["fused"] = True
     try:
-        return kind(cast(Any, parameters), **options | config.optimizer_kwargs)
+        return make(model if "model" in known else parameters, **options | config.optimizer_kwargs)
     except TypeError as error:
         raise InputError(f"train.optimizer_kwargs: {error}") from None
 

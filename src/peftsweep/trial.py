@@ -61,7 +61,9 @@ def check(trial: Trial) -> Forecast:
     Raises:
         InputError: targets, method or device do not fit.
     """
-    key = configuration.content_hash([trial.tree[k] for k in ("device", "model", "method", "targets", "quant", "eval")])
+    key = configuration.content_hash(
+        [trial.tree[k] for k in ("device", "model", "method", "targets", "quant", "eval", "train")]
+    )
     if key not in _FORECASTS:
         _FORECASTS[key] = _forecast(trial)
     return _FORECASTS[key]
@@ -82,10 +84,12 @@ def _forecast(trial: Trial) -> Forecast:
         if reason := compatibility.refusal(config.method, config.quant):
             return Forecast(0, model.count(base).total, 0, reason)
         try:
-            counts = model.count(_attach(trial, base, config.train.steps))
+            adapted = _attach(trial, base, config.train.steps)
         except (NotImplementedError, RuntimeError):
             # Some methods begin with the base's numbers (SVD, masks), which the meta device lacks; any will do.
-            counts = model.count(_attach(trial, model.skeleton(config.model, "cpu"), config.train.steps))
+            adapted = _attach(trial, model.skeleton(config.model, "cpu"), config.train.steps)
+        train.make_optimizer(adapted, config.train)  # which may freeze some of the parameters
+        counts = model.count(adapted)
     return Forecast(counts.trainable, counts.total, counts.trainable_bytes, None)
 
 
@@ -197,8 +201,6 @@ def _run(trial: Trial, place: Path, result: Result, meter: Meter, observer: Obse
         with stage("attach"):
             torch.manual_seed(config.seed)  # the adapter's initial weights are drawn from here on
             adapted = _attach(trial, base, train.total_steps(config.train, len(tokens)))
-        counts = model.count(adapted)
-        info |= {"trainable_parameters": counts.trainable, "total_parameters": counts.total}
         with stage("train"), (place / record.STEPS).open("w", encoding="utf-8") as lines:
             trained = train.train(
                 adapted,
@@ -210,7 +212,8 @@ def _run(trial: Trial, place: Path, result: Result, meter: Meter, observer: Obse
                 log=partial(_step, lines, observer),
                 validate=_validation(trial, rows, adapted, tokenizer) if rows.validation else None,
             )
-        info |= _train_info(trained)
+        counts = model.count(adapted)
+        info |= {"trainable_parameters": counts.trainable, "total_parameters": counts.total} | _train_info(trained)
 
     for name, test in tests.items():
         with stage("eval"):
