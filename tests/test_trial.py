@@ -157,6 +157,15 @@ def test_a_failure_is_a_complete_record(
     assert again.status is (Status.success if status is Status.failed else Status.oom)
 
 
+def test_what_cannot_be_foreseen_is_tried_and_recorded(
+    compose: Callable[..., Trial], run_small: RunSmall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "attach", fail_with(AttributeError("a bug of a method")))
+    assert trial.check(compose("seed=7")).trainable_parameters is None
+    result = run_small("seed=7")
+    assert (result.status, (result.error or {})["stage"]) == (Status.failed, "attach")
+
+
 def test_an_interrupt_is_recorded_as_cancelled_and_passed_on(
     run_small: RunSmall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,6 +240,8 @@ def test_presets_run_at_small_size_without_their_weights(run_small: RunSmall) ->
 )
 def test_presets_have_the_published_sizes(preset: str, parameters: int, compose: Callable[..., Trial]) -> None:
     forecast = trial.check(compose(f"model={preset}", "model.init=random"))
+    assert forecast.total_parameters is not None
+    assert forecast.trainable_parameters is not None
     assert forecast.total_parameters - forecast.trainable_parameters == parameters
 
 

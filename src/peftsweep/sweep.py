@@ -78,8 +78,9 @@ def _dry_run(trials: Sequence[Trial], forecasts: Sequence[Forecast]) -> None:
     if not config.quiet:
         width = max(len(row["label"]) for row in rows)
         for row in rows:
+            trainable = "?" if row["trainable_parameters"] is None else f"{row['trainable_parameters']:,}"
             print(
-                f"{row['label']:{width}}  {row['state']:8}  {row['trainable_parameters']:>13,} trainable  "
+                f"{row['label']:{width}}  {row['state']:8}  {trainable:>13} trainable  "
                 f"{size(row['adapter_bytes']):>9}" + (f"  {row['refused']}" if row["refused"] else "")
             )
     print(f"{len(rows)} trials, {sum(row['state'] == 'new' for row in rows)} new; nothing was trained ({file})")

@@ -49,10 +49,10 @@ Evaluate = Callable[[Model, PreTrainedTokenizerBase, list[Example]], Evaluation]
 class Forecast:
     """What is known of a trial before anything is loaded."""
 
-    trainable_parameters: int
-    total_parameters: int
-    adapter_bytes: int  # of the trained weights, without the file's header
-    refused: str | None  # why it will not be trained
+    trainable_parameters: int | None = None  # None where attaching failed; the trial itself will say why
+    total_parameters: int | None = None
+    adapter_bytes: int | None = None  # of the trained weights, without the file's header
+    refused: str | None = None  # why it will not be trained
 
 
 def check(trial: Trial) -> Forecast:
@@ -80,17 +80,20 @@ def _forecast(trial: Trial) -> Forecast:
         evaluator(trial, name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come again, and go to the log, when the trial runs
-        base = model.skeleton(config.model)
         if reason := compatibility.refusal(config.method, config.quant):
-            return Forecast(0, model.count(base).total, 0, reason)
-        try:
-            adapted = _attach(trial, base, config.train.steps)
-        except (NotImplementedError, RuntimeError):
-            # Some methods begin with the base's numbers (SVD, masks), which the meta device lacks; any will do.
-            adapted = _attach(trial, model.skeleton(config.model, "cpu"), config.train.steps)
-        train.make_optimizer(adapted, config.train)  # which may freeze some of the parameters
-        counts = model.count(adapted)
-    return Forecast(counts.trainable, counts.total, counts.trainable_bytes, None)
+            return Forecast(0, model.count(model.skeleton(config.model)).total, 0, reason)
+        # Some methods begin with the base's numbers (SVD, masks), which the meta device lacks; any will do.
+        for where in ("meta", "cpu"):
+            try:
+                adapted = _attach(trial, model.skeleton(config.model, where), config.train.steps)
+                train.make_optimizer(adapted, config.train)  # which may freeze some of the parameters
+                counts = model.count(adapted)
+                return Forecast(counts.trainable, counts.total, counts.trainable_bytes)
+            except InputError:
+                raise
+            except Exception:
+                log.debug("%s cannot be attached on the device %s", trial.slug, where, exc_info=True)
+    return Forecast()
 
 
 def folder(trial: Trial) -> Path:
