@@ -64,9 +64,10 @@ def check(trial: Trial) -> Forecast:
     key = configuration.content_hash(
         [trial.tree[k] for k in ("device", "model", "method", "targets", "quant", "eval", "train")]
     )
-    if key not in _FORECASTS:
-        _FORECASTS[key] = _forecast(trial)
-    return _FORECASTS[key]
+    forecast = _FORECASTS.get(key) or _forecast(trial)
+    if forecast.trainable_parameters is not None:
+        _FORECASTS[key] = forecast
+    return forecast
 
 
 _FORECASTS: dict[str, Forecast] = {}  # of a sweep over seeds or data, one is enough
