@@ -161,8 +161,8 @@ def test_what_cannot_be_foreseen_is_tried_and_recorded(
     compose: Callable[..., Trial], run_small: RunSmall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model, "attach", fail_with(AttributeError("a bug of a method")))
-    assert trial.check(compose("seed=7")).trainable_parameters is None
-    result = run_small("seed=7")
+    assert trial.check(compose("method.r=5")).trainable_parameters is None
+    result = run_small("method.r=5")
     assert (result.status, (result.error or {})["stage"]) == (Status.failed, "attach")
 
 
