@@ -83,11 +83,6 @@ class Trial:
         """The name a sweep gave this point, by default its slug."""
         return self.config.label or self.slug
 
-    @property
-    def method_name(self) -> str:
-        """The option chosen in the group ``method``."""
-        return self.choices["method"]
-
 
 def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterable[str] = ()) -> Trial:
     """Check ``cfg`` and turn it into plain values. Reads local data files; loads no model.
