@@ -11,7 +11,7 @@ PACKAGE = Path(peftsweep.__file__).parent
 # Lowest first: a module may import those on lower floors, and those before it on its own.
 FLOORS = (
     ("errors", "schema", "compatibility", "data", "metrics", "measure", "record", "study", "model"),
-    ("display", "train", "evaluate", "plot"),
+    ("display", "attach", "initialise", "train", "evaluate", "plot"),
     ("config", "trial", "sweep", "collect"),
     ("cli",),
 )

@@ -11,7 +11,7 @@ import torch
 import yaml
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from peftsweep import compatibility, data, model, train, trial
+from peftsweep import data, model, train, trial
 from peftsweep.config import Trial, conf_dir
 from peftsweep.measure import Meter
 from peftsweep.tiny import task
@@ -19,7 +19,13 @@ from peftsweep.tiny import task
 Compose = Callable[..., Trial]
 
 METHODS = {file.stem: yaml.safe_load(file.read_text()) for file in sorted(Path(conf_dir(), "method").glob("*.yaml"))}
-WITHOUT_YAML = {"XLORA"}  # it mixes adapters that must have been trained before
+LEFT_OUT = ("xlora",)  # it mixes adapters that must have been trained before
+ON = {"loftq": "quant=4bit"}  # what a method cannot do without
+SMALL_ENCODER = (
+    *("model=distilbert", "model.init=random", "model.architecture.dim=64", "model.architecture.n_layers=2"),
+    *("model.architecture.hidden_dim=128", "model.architecture.n_heads=2", "dataset=tiny_direction"),
+)
+ADAPTERS = [name for name, method in METHODS.items() if method.get("method") and name not in LEFT_OUT]
 CPU = torch.device("cpu")
 
 
@@ -38,9 +44,10 @@ def tiny() -> Any:
 def adapt(one: Trial, rows: list[data.Tokens], steps: int) -> tuple[float, float, dict[str, Any], dict[str, Any]]:
     """Attach and train: the loss on one fixed batch in eval mode before and after, and the tensors that changed."""
     batch = data.collate(rows[:16], 0)
-    base = model.load(one.config.model, trial.quantization(one), CPU)
+    base = model.load(one.config.model, trial.quantization(one), CPU, len(one.config.dataset.classes))
     torch.manual_seed(0)
-    adapted = trial._attach(one, base, steps).eval()
+    tokenizer = model.load_tokenizer(one.config.model)
+    adapted = trial._attach(one, base, steps, trial._initialise(one, Path(), base, rows, tokenizer)).eval()
     state = {name: tensor.detach().clone() for name, tensor in adapted.state_dict().items()}
     expected = {name for name, _ in model.trainable_parameters(adapted)}
     with torch.no_grad():
@@ -60,20 +67,54 @@ def adapt(one: Trial, rows: list[data.Tokens], steps: int) -> tuple[float, float
 
 def test_every_type_of_the_installed_peft_has_a_yaml() -> None:
     classes = {str(kind.value): config.__name__ for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    named = {method["method"]["_target_"].removeprefix("peft.") for method in METHODS.values() if method.get("method")}
-    missing = {kind for kind, config in classes.items() if config not in named}
-    assert missing == WITHOUT_YAML
+    methods = [method["method"] for method in METHODS.values() if "_target_" in method.get("method", {})]
+    named = {method["_target_"].removeprefix("peft.") for method in methods}
+    assert not {kind for kind, config in classes.items() if config not in named}
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.get("method")])
+@pytest.mark.parametrize("name", ADAPTERS)
 def test_a_method_learns_and_changes_only_its_own(name: str, compose: Compose, rows: list[data.Tokens]) -> None:
-    before, after, expected, changed = adapt(compose(f"method={name}"), rows, steps=4)
+    before, after, expected, changed = adapt(compose(f"method={name}", ON.get(name, "quant=none")), rows, steps=4)
     assert after < before
     # AdaLoRA masks singular values by name; buffers such as the statistics of a router may move with training.
     parameters = {name for name in changed if name in expected}
     frozen = {name for name in changed if name not in expected and "base_layer" in name}
     assert parameters, "nothing was trained"
     assert not frozen, "the base has moved"
+
+
+@pytest.fixture(scope="module")
+def directions() -> list[data.Tokens]:
+    examples = data.examples(task.direction_rows("train", 96), "{story}", "{direction}", classes=["less", "more"])
+    return data.tokenize_for_classes(model.load_tokenizer(tiny()), examples, 128, ["less", "more"])
+
+
+@pytest.mark.parametrize("name", ["full", "qlora", *ADAPTERS])
+def test_a_classifier_learns_with_its_head_or_is_refused(
+    name: str, compose: Compose, directions: list[data.Tokens]
+) -> None:
+    words = [ON[name]] if name in ON else []
+    one = compose(*SMALL_ENCODER, f"method={name}", "train.learning_rate=1e-3", *words)
+    if name in ("adaption_prompt", "cartridge", "cpt", "prefix_tuning", "shadow", "trainable_tokens"):
+        reason = trial.refusal(one) or ""
+        assert reason.startswith(("not with a classifier's head", "not on an encoder"))
+        return
+    assert trial.refusal(one) is None
+    before, after, expected, changed = adapt(one, directions, steps=10)
+    assert after < before
+    heads = [name for name in changed if "classifier" in name and name in expected]
+    assert {name.rpartition(".")[2] for name in heads} == {"weight", "bias"}
+    assert {"pre_" in name for name in heads} == {True, False}
+
+
+def test_no_head_is_quantised(compose: Compose) -> None:
+    for words in (SMALL_ENCODER, ("dataset=tiny_direction", "model.task=seq_cls")):
+        for quant in ("4bit", "8bit"):
+            one = compose(*words, f"quant={quant}")
+            base = model.load(one.config.model, trial.quantization(one), CPU, 2)
+            head = [type(m) for n, m in base.named_modules() if n in ("pre_classifier", "classifier", "score")]
+            assert set(head) == {torch.nn.Linear}
+            assert any("bit" in type(module).__name__ for module in base.modules())
 
 
 def test_full_fine_tuning_changes_every_weight(compose: Compose, rows: list[data.Tokens]) -> None:
@@ -124,20 +165,39 @@ def test_a_method_with_a_regulariser_adds_it_and_others_do_not(
     assert model.auxiliary_loss(plain, batch) is None
 
 
-QUANTISED = [(name, quant) for name in METHODS for quant in ("8bit", "4bit")]
+QUANTISED = [(name, quant) for name in METHODS if name not in LEFT_OUT for quant in ("8bit", "4bit")]
 
 
 def test_the_refusals_are_those_of_the_table(compose: Compose) -> None:
+    same = ("qlora", "lora_plus", "lora_fa", "riemannian")  # lora's, with another optimizer or base
     refused = {
         (name, quant)
         for name, quant in QUANTISED
-        if "method" in METHODS[name]  # the others are lora's, with another optimizer or base
-        and compatibility.refusal(METHODS[name]["method"], {f"load_in_{quant}": True})
+        if name not in same and trial.refusal(compose(f"method={name}", f"quant={quant}"))
     }
-    both = {"adamss", "delora", "frod", "full", "glora", "kasa", "mica", "osf", "pissa", "psoft", "supertuning"}
-    both |= {"deft", "hra", "peanut", "tinylora", "unilora"}
+    both = {
+        "corda",
+        "lora_ga",
+        "adamss",
+        "delora",
+        "frod",
+        "full",
+        "glora",
+        "kasa",
+        "mica",
+        "osf",
+        "psoft",
+        "supertuning",
+    }
+    both |= {"corda", "lora_ga", "deft", "hra", "peanut", "tinylora", "unilora"}
     expected = {(name, quant) for name in both for quant in ("8bit", "4bit")}
-    assert refused == expected | {("loha", "4bit"), ("lokr", "4bit"), ("dora", "8bit")}
+    assert refused == expected | {
+        ("loha", "4bit"),
+        ("lokr", "4bit"),
+        ("dora", "8bit"),
+        ("pissa", "8bit"),
+        ("loftq", "8bit"),
+    }
 
 
 @pytest.mark.slow
@@ -147,7 +207,7 @@ def test_every_pair_either_learns_or_deserves_its_refusal(
 ) -> None:
     """A refused pair, tried all the same, fails, or starts elsewhere than the base, or learns nothing, or is LoRA."""
     one = compose(f"method={name}", f"quant={quant}")
-    refused = compatibility.refusal(one.config.method, one.config.quant)
+    refused = trial.refusal(one)
     if not refused:
         before, after, _, _ = adapt(one, rows, steps=20)
         assert after < before

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
+import statistics
 
 import pytest
+from sklearn.metrics import f1_score
 
 from peftsweep import metrics
 from peftsweep.metrics import Judgement
@@ -70,3 +73,23 @@ def test_the_perplexity_error_matches_resampling_rows() -> None:
     mean = sum(losses) / len(losses)
     spread = math.sqrt(sum((loss - mean) ** 2 for loss in losses) / (len(losses) - 1))
     assert found == pytest.approx(spread, rel=0.15)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_f1_is_that_of_scikit_learn_and_its_error_that_of_a_bootstrap(classes: int) -> None:
+    rng = random.Random(classes)
+    gold = [rng.randrange(classes) for _ in range(400)]
+    said = [g if rng.random() < 0.7 else rng.randrange(classes) for g in gold]
+    found = metrics.classification(said, gold, classes)
+    average = "binary" if classes == 2 else "macro"
+    assert found["f1"].value == pytest.approx(f1_score(gold, said, average=average))
+    assert found["accuracy"].value == pytest.approx(sum(s == g for s, g in zip(said, gold, strict=True)) / 400)
+    draws = []
+    for _ in range(600):
+        rows = [rng.randrange(400) for _ in range(400)]
+        draws.append(f1_score([gold[n] for n in rows], [said[n] for n in rows], average=average))
+    assert found["f1"].stderr == pytest.approx(statistics.stdev(draws), rel=0.15)
+
+
+def test_a_class_that_is_never_said_nor_meant_has_f1_zero() -> None:
+    assert metrics.classification([0, 0], [0, 0], 2)["f1"].value == 0

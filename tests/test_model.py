@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig
+import yaml
+from peft import IA3Config, LoraConfig, PromptTuningConfig
 from transformers import BitsAndBytesConfig
 
-from peftsweep import InputError, data, model
-from peftsweep.schema import Init, ModelConfig, TargetsConfig
+from peftsweep import InputError, attach, data, model
+from peftsweep.config import conf_dir
+from peftsweep.schema import Init, ModelConfig, TargetsConfig, Task
 
 CPU = torch.device("cpu")
 TINY = ModelConfig(name_or_path="tiny")
@@ -39,7 +43,7 @@ def lora(**options: Any) -> LoraConfig:
 
 def gradients(base: Any) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    adapted = model.attach(base, lora(target_modules="all-linear"), TargetsConfig(), ROLES)
+    adapted = attach.attach(base, lora(target_modules="all-linear"), TargetsConfig(), ROLES)
     adapted.train()
     model.answer_losses(adapted, batch()).sum().backward()
     return {name: p.grad.clone() for name, p in model.trainable_parameters(adapted) if p.grad is not None}
@@ -70,7 +74,7 @@ def test_the_packing_of_4_bit_weights_is_switched_off_on_every_layer() -> None:
 def test_counts_do_not_depend_on_the_quantisation(quant: str) -> None:
     base = model.load(TINY, QUANTS[quant], CPU)
     bare = model.count(base).total
-    counts = model.count(model.attach(base, lora(target_modules="all-linear"), TargetsConfig(), ROLES))
+    counts = model.count(attach.attach(base, lora(target_modules="all-linear"), TargetsConfig(), ROLES))
     assert bare == sum(p.numel() for p in model.skeleton(TINY).parameters())
     assert counts.total == bare + counts.trainable
     assert counts.trainable == 4 * 4 * (4 * (128 + 128) + 3 * (128 + 384))
@@ -86,17 +90,63 @@ def test_counts_do_not_depend_on_the_quantisation(quant: str) -> None:
     ],
 )
 def test_targets_speak_in_roles(targets: TargetsConfig, expected: list[str] | None) -> None:
-    assert model.target_modules(model.skeleton(TINY), targets, ROLES) == expected
+    assert attach.target_modules(model.skeleton(TINY), targets, ROLES) == expected
 
 
 def test_all_linear_leaves_the_head_alone() -> None:
-    names = model.target_modules(model.skeleton(TINY), TargetsConfig(all_linear=True), ROLES)
+    names = attach.target_modules(model.skeleton(TINY), TargetsConfig(all_linear=True), ROLES)
     assert names == [n for role in ("q", "k", "v", "o", "mlp") for n in ROLES[role]]
+
+
+def families() -> Iterator[tuple[str, dict[str, Any], str, dict[str, list[str]]]]:
+    """Architecture, its sizes, the yaml that maps its roles, and what roles mean there (as PEFT takes them)."""
+    llama = {"q": ["q_proj"], "o": ["o_proj"], "down": ["down_proj"], "mlp": ["gate_proj", "up_proj", "down_proj"]}
+    for kind in ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text"):
+        yield kind, {}, "causal_lm", llama
+    yield "opt", {}, "causal_lm", {"o": ["self_attn.out_proj"], "mlp": ["fc1", "fc2"]}
+    yield "phi", {}, "causal_lm", {"o": ["self_attn.dense"], "mlp": ["fc1", "fc2"], "q": ["q_proj"]}
+    yield "phi3", {}, "causal_lm", {"qkv": ["qkv_proj"], "o": ["o_proj"], "mlp": ["down_proj", "gate_up_proj"]}
+    types = [[["global", "local"], 1]]
+    gpt_neo = {"v": ["v_proj"], "o": ["attention.out_proj"], "mlp": ["c_fc", "c_proj"]}
+    yield "gpt_neo", {"attention_types": types}, "causal_lm", gpt_neo
+    layers = [f"transformer.h.{n}.mlp.{name}" for n in (0, 1) for name in ("c_fc", "c_proj")]
+    yield "gpt2", {}, "causal_lm", {"qkv": ["c_attn"], "o": ["attn.c_proj"], "mlp": layers}
+    yield "distilbert", {}, "encoder", {"q": ["q_lin"], "o": ["out_lin"], "mlp": ["lin1", "lin2"]}
+    for kind in ("bert", "roberta"):
+        body = [f"{kind}.encoder.layer.{n}.{part}.dense" for n in (0, 1) for part in ("intermediate", "output")]
+        yield kind, {}, "encoder", {"v": ["value"], "o": ["attention.output.dense"], "mlp": body}
+
+
+@pytest.mark.parametrize(("kind", "sizes", "file", "expected"), list(families()))
+def test_roles_of_every_family(kind: str, sizes: dict[str, Any], file: str, expected: dict[str, Any]) -> None:
+    said = yaml.safe_load((Path(conf_dir()) / "model" / f"{file}.yaml").read_text())
+    roles = said["roles"] if file == "causal_lm" else said["model"]["roles"]
+    task = Task.causal_lm if file == "causal_lm" else Task.seq_cls
+    sizes = {"num_hidden_layers": 2} | sizes
+    config = ModelConfig(name_or_path=kind, architecture={"model_type": kind, **sizes}, task=task)
+    base = model.skeleton(config, classes=2)
+    for role, names in expected.items():
+        assert attach.role_modules(base, [role], roles) == names
+    assert not set(attach.linear_names(base)) & set(model.head_names(base))
+    attach.attach(base, LoraConfig(r=2, target_modules="all-linear"), TargetsConfig(), roles)
+
+
+def test_a_fused_layer_stands_for_query_key_and_value_together_only() -> None:
+    base = model.skeleton(ModelConfig(name_or_path="x", architecture={"model_type": "gpt2", "n_layer": 1}))
+    roles = {"q": ["q_proj"], "k": ["k_proj"], "v": ["v_proj"], "qkv": ["c_attn"], "o": ["attn.c_proj"]}
+    assert attach.role_modules(base, ["q", "k", "v", "o"], roles) == ["c_attn", "attn.c_proj"]
+    with pytest.raises(InputError, match="the model has no 'q'; it has: qkv, o"):
+        attach.role_modules(base, ["q", "v"], roles)
+
+
+def test_a_method_without_target_modules_says_so() -> None:
+    with pytest.raises(InputError, match="PromptTuningConfig has no target modules; leave targets=default"):
+        attach.attach(model.skeleton(TINY), PromptTuningConfig(num_virtual_tokens=2), TargetsConfig(roles=["q"]), ROLES)
 
 
 def test_ia3_is_told_which_targets_are_feed_forward() -> None:
     method = IA3Config()
-    model.attach(model.skeleton(TINY), method, TargetsConfig(roles=["k", "mlp"]), ROLES)
+    attach.attach(model.skeleton(TINY), method, TargetsConfig(roles=["k", "mlp"]), ROLES)
     assert set(method.feedforward_modules or ()) == {"gate_proj", "up_proj", "down_proj"}
 
 
@@ -116,7 +166,7 @@ def test_a_random_base_is_the_same_each_time_and_can_be_quantised() -> None:
 
 def test_a_model_that_is_no_causal_lm_is_refused() -> None:
     config = ModelConfig(name_or_path="x", init=Init.random, architecture={"model_type": "vit"})
-    with pytest.raises(InputError, match="not a causal language model"):
+    with pytest.raises(InputError, match="is no causal language model"):
         model.skeleton(config)
 
 
@@ -140,7 +190,7 @@ def test_answer_losses_are_those_of_the_whole_logits() -> None:
 def test_a_saved_adapter_comes_back_exactly(quant: str, tmp_path: Any) -> None:
     torch.manual_seed(0)
     method = lora(target_modules=["q_proj"], init_lora_weights=False)
-    adapted = model.attach(model.load(TINY, QUANTS[quant], CPU), method, TargetsConfig(), ROLES).eval()
+    adapted = attach.attach(model.load(TINY, QUANTS[quant], CPU), method, TargetsConfig(), ROLES).eval()
     size = model.save(adapted, tmp_path)
     again = model.restore(model.load(TINY, QUANTS[quant], CPU), tmp_path)
     assert size == (tmp_path / "adapter_model.safetensors").stat().st_size

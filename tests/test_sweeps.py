@@ -28,7 +28,15 @@ COMPARISON = {  # what PEFT's comparison trains with unless an experiment says o
     "warmup": 0.1,
     "clip": 1.0,
 }
-SWEEPS = ("hira_baselines", "methods", "module_ablation", "peft_comparison", "quant_study", "rank_ablation")
+SWEEPS = (
+    "distilbert_sst2",
+    "hira_baselines",
+    "methods",
+    "module_ablation",
+    "peft_comparison",
+    "quant_study",
+    "rank_ablation",
+)
 LACKING = 2  # of the 71 experiments: a prefix from a text, OSF (autocast_adapter_dtype=false)
 POINTS = sorted(f"{file.parent.name}/{file.stem}" for file in (CONF / "point").glob("*/*.yaml"))
 POINTS = [point for point in POINTS if not point.startswith("base/")]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from peftsweep import InputError, data, evaluate, model, train
+from peftsweep import InputError, attach, data, evaluate, model, train
 from peftsweep.measure import Meter
 from peftsweep.metrics import exact_match
 from peftsweep.schema import Dtype, ModelConfig, Schedule, TargetsConfig, TrainConfig
@@ -31,7 +31,7 @@ def rows() -> list[data.Tokens]:
 def adapted(**options: Any) -> Any:
     torch.manual_seed(0)
     method = LoraConfig(r=4, target_modules="all-linear", **options)
-    return model.attach(model.load(TINY, None, CPU), method, TargetsConfig(), {})
+    return attach.attach(model.load(TINY, None, CPU), method, TargetsConfig(), {})
 
 
 def run(

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import peftsweep
-from peftsweep import model, study, train, trial
+from peftsweep import data, model, study, train, trial
 from peftsweep.config import Trial
+from peftsweep.data import Example
 from peftsweep.record import RecordError, Result, Status
+from peftsweep.schema import ModelConfig
 
 RunSmall = Callable[..., Result]
 
@@ -160,7 +163,7 @@ def test_a_failure_is_a_complete_record(
 def test_what_cannot_be_foreseen_is_tried_and_recorded(
     compose: Callable[..., Trial], run_small: RunSmall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model, "attach", fail_with(AttributeError("a bug of a method")))
+    monkeypatch.setattr(trial, "attach", fail_with(AttributeError("a bug of a method")))
     assert trial.check(compose("method.r=5")).trainable_parameters is None
     result = run_small("method.r=5")
     assert (result.status, (result.error or {})["stage"]) == (Status.failed, "attach")
@@ -196,10 +199,78 @@ def test_an_adapter_that_does_not_come_back_is_reported(run_small: RunSmall, mon
     assert result.train_info["reloads"] is False
     assert result.train_info["reload_error"] == "KeyError: 'router'"
     with monkeypatch.context() as context:
-        context.setattr(model, "restore", lambda base, folder, inputs: base)  # the untouched base
+        context.setattr(model, "restore", lambda base, *_, **__: base)  # the untouched base
         result = run_small("seed=1")
     assert result.train_info["reloads"] is False
     assert result.train_info["reload_difference"] > 0.01
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "eva", "corda", "lora_ga", "loftq", "lora_pissa_niter_2"])
+@pytest.mark.parametrize("quant", ["none", "4bit"])
+def test_what_is_saved_comes_back_and_merges(run_small: RunSmall, method: str, quant: str) -> None:
+    words = [f"method={method}", f"quant={quant}", "adapter.merge=true", "train.learning_rate_scale=50"]
+    if method == "lora_pissa_niter_2":
+        words[0] = "method=pissa"
+        words.append("method.init_lora_weights=pissa_niter_2")
+    if method in ("eva", "corda", "lora_ga"):
+        words.append("method_setup.rows=16")
+    result = run_small(*words)
+    if (method, quant) in {("corda", "4bit"), ("lora_ga", "4bit"), ("loftq", "none")}:
+        assert result.status is Status.refused
+        return
+    info = result.train_info
+    assert result.status is Status.success
+    assert (info["reloads"], info["merges"]) == (True, True)
+    assert max(info["reload_difference"], info["merge_difference"]) < 1e-3
+    merged: Any = AutoModelForCausalLM.from_pretrained(place(result) / "merged")
+    config = ModelConfig(name_or_path="tiny")
+    rows = data.tokenize(model.load_tokenizer(config), [Example("Tom has 3 pens.", "Tom has 4 pens.")], 64)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    base = model.load(config, quantization if quant == "4bit" else None, torch.device("cpu"))
+    adapted = model.restore(base, place(result) / "adapter")
+    with torch.no_grad():
+        losses = [model.answer_losses(one.eval(), data.collate(rows, 0)) for one in (merged, adapted)]
+    assert (losses[0] - losses[1]).abs().max() < 1e-3
+
+
+def test_what_cannot_be_merged_says_so(run_small: RunSmall) -> None:
+    result = run_small("method=prompt_tuning", "adapter.merge=true")
+    assert result.status is Status.success
+    assert result.train_info["merges"] is False
+    assert "merge_and_unload" in result.train_info["merge_error"]
+    assert not (place(result) / "merged").exists()
+
+
+def test_a_residual_base_is_quantised_in_place_of_the_whole(run_small: RunSmall) -> None:
+    result = run_small("method=pissa", "quant=4bit", "train.steps=0", "train=none")
+    base = result.eval_info["perplexity"]["base_loss"]["value"]
+    assert result.eval_info["perplexity"]["loss"]["value"] == pytest.approx(base, abs=0.2)
+    assert (place(result) / "adapter" / "base").is_dir()
+
+
+def test_loftq_begins_closer_to_the_unquantised_base_than_lora(run_small: RunSmall) -> None:
+    """The point of LoftQ (arXiv 2310.08659): quantised base and adapter together are nearer to the weights."""
+    config = ModelConfig(name_or_path="tiny")
+    whole: Any = model.load(config, None, torch.device("cpu"))
+    kept = run_small("method=loftq", "quant=4bit", "train=none", "adapter.merge=true", "method.r=16")
+    merged: Any = AutoModelForCausalLM.from_pretrained(place(kept) / "merged")
+    plain = run_small("method=lora", "quant=4bit", "train=none", "adapter.merge=true", "method.r=16")
+    rounded: Any = AutoModelForCausalLM.from_pretrained(place(plain) / "merged")
+    for name, weight in whole.named_parameters():
+        if "proj" in name:
+            error = (merged.get_parameter(name) - weight).norm()
+            assert error < 0.9 * (rounded.get_parameter(name) - weight).norm(), name
+
+
+def test_x_lora_mixes_adapters_trained_before(run_small: RunSmall) -> None:
+    first, second = run_small(), run_small("method.r=4")
+    a, b = ((place(one) / "adapter").resolve() for one in (first, second))
+    refused = run_small("method=xlora")
+    assert "method.adapters={a: DIR, b: DIR}" in (refused.error or {})["message"]
+    mixed = run_small("method=xlora", f"method.adapters={{a: '{a}', b: '{b}'}}")
+    assert mixed.status is Status.success
+    assert mixed.train_info["trainable_parameters"] == 128 * 2 + 2  # a router over two adapters
+    assert mixed.train_info["reloads"] is False  # PEFT does not save the router: the record says so
 
 
 def test_the_base_is_scored_once_a_study(run_small: RunSmall) -> None:

@@ -21,6 +21,7 @@ from peftsweep.errors import InputError
 if TYPE_CHECKING:
     from peftsweep.record import Result
 
+OTHER_COMMANDS = {"--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--hydra-help"}
 HELP = """\
 peftsweep: sweep parameter-efficient fine-tuning configurations and learn which one to use.
 
@@ -53,8 +54,10 @@ def main() -> None:
     if "--version" in sys.argv[1:]:
         print(f"peftsweep {__version__}")
         return
-    # Every command is a sweep; Hydra would accept -m at the end only.
-    sys.argv = [word for word in sys.argv if word not in ("-m", "--multirun")]
+    # Every command is a sweep. Hydra would accept -m at the end only, and without it would call a comma in one
+    # override ambiguous whenever another is wrong.
+    words = [word for word in sys.argv if word not in ("-m", "--multirun")]
+    sys.argv = words if {word.partition("=")[0] for word in words} & OTHER_COMMANDS else [*words, "--multirun"]
     sys.exit(_guarded(_hydra))
 
 
@@ -122,6 +125,7 @@ def _register() -> None:
     configuration.register()
     OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
     OmegaConf.register_new_resolver("share", lambda a, b: round(a * b), replace=True)
+    OmegaConf.register_new_resolver("choose", lambda key, options: options[getattr(key, "name", key)], replace=True)
 
 
 def help_text(arguments: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Which methods cannot be trained on which quantised base, and why.
+"""Which methods cannot be trained on which kind of base, and why.
 
 Each rule was seen with PEFT 0.21 and bitsandbytes 0.50 on a CPU: the method fails, or it runs and is silently
 something else. Such a trial is refused before anything is loaded, and its record says why.
@@ -6,14 +6,24 @@ something else. Such a trial is refused before anything is loaded, and its recor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 PACKED = "it calculates with the base's weights, which 4-bit storage packs and 8-bit storage keeps as integers"
 PACKED_4BIT = "it calculates with the base's weights, which 4-bit storage packs"
 RAW_8BIT = "it would take the stored 8-bit integers for the weights, without their scales"
+HEADLESS = "PEFT leaves the new head untrained, and what is trained below a random head means nothing"
+CACHELESS = "it prepends keys and values, and the model takes none"
 BOTH = ("4bit", "8bit")
+ANY = ("none", *BOTH)
+KINDS = {  # of bases
+    "none": "on a base that is not quantised",
+    "4bit": "on a 4bit base",
+    "8bit": "on an 8bit base",
+    "classifier": "with a classifier's head",
+    "encoder": "on an encoder",
+}
 
 
 @dataclass(frozen=True)
@@ -21,16 +31,24 @@ class Rule:
     """A PEFT config class, perhaps with certain options, that does not work on some kinds of base."""
 
     config: str
-    quants: tuple[str, ...]
+    kinds: tuple[str, ...]
     reason: str
     when: Mapping[str, Any] = field(default_factory=dict)  # options and the values that the rule is about
 
-    def holds(self, config: str, options: Mapping[str, Any], quant: str) -> bool:
-        """Whether the rule is about this method on this base."""
+    def holds(self, config: str, options: Mapping[str, Any], kind: str) -> bool:
+        """Whether the rule is about this method on this kind of base."""
         matches = all(_matches(options.get(key), value) for key, value in self.when.items())
-        return config == self.config and quant in self.quants and matches
+        return config == self.config and kind in self.kinds and matches
 
 
+SETUPS = "peftsweep.initialise"
+UNQUANTISED: dict[str, dict[str, Any]] = {  # initialisations of LoRA from the weights
+    "PiSSA": {"init_lora_weights": "pissa*", "method_setup": None},
+    "MiCA": {"init_lora_weights": "mica"},
+    "CorDA": {"init_lora_weights": "corda"},
+    "LoRA-GA": {"init_lora_weights": "lora_ga"},
+    "the orthogonal initialisation": {"init_lora_weights": "orthogonal"},
+}
 RULES = (
     *(
         Rule(config, BOTH, PACKED)
@@ -44,35 +62,49 @@ RULES = (
     Rule(
         "UniLoraConfig", BOTH, "its scales are cast to the integer type of the stored weights: nothing would be learned"
     ),
+    Rule("XLoraConfig", ANY, "it mixes adapters trained before: method.adapters={a: DIR, b: DIR}", {"adapters": None}),
     Rule("XLoraConfig", BOTH, "its router calls the quantised layers with arguments they do not take"),
     *(
         Rule("LoraConfig", BOTH, f"{name} takes apart the base's weights, which must be floating point", when)
-        for name, when in {
-            "PiSSA": {"init_lora_weights": "pissa*"},
-            "MiCA": {"init_lora_weights": "mica"},
-            "CorDA": {"init_lora_weights": "corda"},
-            "LoRA-GA": {"init_lora_weights": "lora_ga"},
-            "the orthogonal initialisation": {"init_lora_weights": "orthogonal"},
-        }.items()
+        for name, when in UNQUANTISED.items()
     ),
+    Rule("LoraConfig", ("8bit",), "its residual would have to be quantised again", {"init_lora_weights": "pissa*"}),
+    Rule(
+        "LoraConfig",
+        ("none", "8bit"),
+        "LoftQ makes up for 4-bit storage",
+        {"method_setup": "peftsweep.initialise.loftq"},
+    ),
+    Rule("LoraConfig", ANY, "PEFT's own LoftQ runs on CUDA only; take method=loftq", {"init_lora_weights": "loftq"}),
     Rule("LoraConfig", ("8bit",), "DoRA loses the scales of 8-bit weights after the first step", {"use_dora": True}),
     Rule("LoraConfig", BOTH, "KaSA on quantised layers is silently plain LoRA", {"kasa_config": Mapping}),
     Rule("LoraConfig", BOTH, "MonteCLoRA on quantised layers is silently plain LoRA", {"monteclora_config": Mapping}),
+    Rule("AdaptionPromptConfig", ("classifier",), HEADLESS),
+    Rule("TrainableTokensConfig", ("classifier",), HEADLESS),
+    Rule("CPTConfig", ("classifier",), "its loss is that of a language model"),
+    Rule("ShadowConfig", ("classifier",), "its second path is a decoder that writes text"),
+    Rule("PrefixTuningConfig", ("encoder",), CACHELESS),
+    Rule("CartridgeConfig", ("encoder",), CACHELESS),
     Rule("LoraConfig", BOTH, "VeLoRA does not support quantised layers", {"velora_config": Mapping}),
 )
 FULL = "full fine-tuning cannot train quantised weights; take quant=none or an adapter method"
 
 
-def refusal(method: Mapping[str, Any], quant: Mapping[str, Any]) -> str | None:
-    """Why ``method`` (a PEFT config's ``_target_`` and options) cannot be trained on this base; None where it can."""
-    stored = "4bit" if quant.get("load_in_4bit") else "8bit" if quant.get("load_in_8bit") else None
-    if stored is None:
-        return None
-    if not method:
-        return FULL
-    config = method["_target_"].rpartition(".")[2]
-    reasons = [rule.reason for rule in RULES if rule.holds(config, method, stored)]
-    return f"not on a {stored} base: {reasons[0]}" if reasons else None
+def stored(quant: Mapping[str, Any]) -> str:
+    """The kind of base that a transformers quantization config makes."""
+    return "4bit" if quant.get("load_in_4bit") else "8bit" if quant.get("load_in_8bit") else "none"
+
+
+def refusal(method: Mapping[str, Any], kinds: Iterable[str]) -> str | None:
+    """Why ``method`` (a PEFT config's ``_target_`` and options) cannot be trained on such a base; None where it can."""
+    for kind in kinds:
+        if not method and kind in BOTH:
+            return FULL
+        config = method.get("_target_", "").rpartition(".")[2]
+        for rule in RULES:
+            if rule.holds(config, method, kind):
+                return rule.reason if rule.kinds == ANY else f"not {KINDS[kind]}: {rule.reason}"
+    return None
 
 
 def _matches(value: Any, wanted: Any) -> bool:

@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from peftsweep import data
 from peftsweep.errors import InputError, suggest
-from peftsweep.schema import Config, DatasetConfig, Dtype, Init, ModelConfig, RowsConfig
+from peftsweep.schema import Config, DatasetConfig, Dtype, Init, ModelConfig, RowsConfig, Task
 
 IDENTITY_LENGTH = 10  # hex digits: a study of 10,000 trials has a clash once in 20,000 studies
 ROWS_KEYS = tuple(field.name for field in dataclasses.fields(RowsConfig))
@@ -47,6 +47,8 @@ LEAST = {
     "method.r": 1,
     "method.lora_alpha": 1,
 }
+LANGUAGE_MODEL_ONLY = ("peftsweep.evaluate.perplexity", "peftsweep.evaluate.generation")
+LOOSE = {"init_lora_weights": r"lora_ga|pissa_niter_\d+"}  # values that PEFT takes beside what it annotates
 ONE_OF = {
     "quant.bnb_4bit_quant_type": ("nf4", "fp4"),
     "quant.bnb_4bit_compute_dtype": tuple(Dtype.__members__),
@@ -150,10 +152,13 @@ def _at(tree: Any, key: str) -> Any:
 def _check_calls(config: Config) -> None:
     if config.method:
         check_call(config.method, "method")
+    if config.method_setup:
+        check_call(config.method_setup, "method_setup", provided=("setting",))
     if config.quant:
         check_call(config.quant, "quant")
     if not config.eval and not config.train.steps:
         raise InputError("eval: nothing is trained (train.steps=0) and nothing evaluated")
+    _check_task(config)
     for name, node in config.eval.items():
         options = {key: value for key, value in node.items() if key not in ROWS_KEYS}
         check_call(options, f"eval.{name}", provided=("model", "tokenizer", "examples"), also=ROWS_KEYS)
@@ -161,6 +166,20 @@ def _check_calls(config: Config) -> None:
 
     train.find_optimizer(config.train.optimizer)
     train.validation_interval(config.train, rows=1)
+
+
+def _check_task(config: Config) -> None:
+    """A classifier needs classes, and can be asked for nothing but them."""
+    classifier = config.model.task is Task.seq_cls
+    if classifier and len(config.dataset.classes) < 2:
+        raise InputError(
+            "dataset.classes: model.task=seq_cls needs the names of the classes, in the order of their numbers"
+        )
+    for name, node in config.eval.items():
+        if classifier and node.get("_target_") in LANGUAGE_MODEL_ONLY:
+            raise InputError(f"eval.{name}: a classifier (model.task=seq_cls) writes no text; take eval=classification")
+        if node.get("classes") == []:
+            raise InputError(f"eval.{name}.classes: must name at least two classes (or dataset.classes must)")
 
 
 def check_call(node: Mapping[str, Any], key: str, provided: Iterable[str] = (), also: Iterable[str] = ()) -> None:
@@ -189,7 +208,11 @@ def check_call(node: Mapping[str, Any], key: str, provided: Iterable[str] = (), 
             raise InputError(f"{key}.{name}: {target} has no such option; {suggest(name, [*known, *also])}")
         if isinstance(value, Mapping) and "_target_" in value:
             check_call(value, f"{key}.{name}", provided=("prediction", "answer"))
-        elif name in hints and not _fits(value, hints[name]):
+        elif name in hints and not (
+            _fits(value, hints[name])
+            or value == inspect.signature(function).parameters[name].default  # None, annotated as if it could not be
+            or re.fullmatch(LOOSE.get(name, ""), str(value))
+        ):
             wanted = inspect.formatannotation(hints[name]).replace("typing.", "")
             raise InputError(f"{key}.{name}={value}: must be {wanted}")
 
@@ -224,12 +247,18 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _check_evaluation_rows(config: Config, rows: data.Rows | None) -> None:
     """Fill the evaluations' templates from every local row, so that a missing column is known before training."""
-    own = config.dataset
     for name, node in config.eval.items():
         source = rows_config(node)
         if source.path or (not source.hub and rows is not None):
-            test = data.evaluation_rows(source, f"eval.{name}", rows.test if rows else [])
-            data.examples(test, source.prompt or own.prompt, source.answer or own.answer, f"eval.{name}")
+            test_examples(config, name, data.evaluation_rows(source, f"eval.{name}", rows.test if rows else []))
+
+
+def test_examples(config: Config, name: str, rows: Iterable[data.Row]) -> list[data.Example]:
+    """``rows`` as ``eval.<name>`` shows them to the model: by its own templates, else by the dataset's."""
+    node, own = config.eval[name], config.dataset
+    source = rows_config(node)
+    classes = node.get("classes") or (own.classes if source.answer is None else ())
+    return data.examples(rows, source.prompt or own.prompt, source.answer or own.answer, f"eval.{name}", "", classes)
 
 
 def rows_config(node: Mapping[str, Any]) -> RowsConfig:
@@ -285,6 +314,7 @@ def _training(config: Config, rows: data.Rows | None) -> dict[str, Any]:
         "model": model_identity(config.model),
         "method": config.method,
         "method_inputs": config.method_inputs,
+        "method_setup": config.method_setup,
         "targets": targets,
         "quant": config.quant,
         "dataset": _dataset_identity(config.dataset, rows),
@@ -310,7 +340,7 @@ def evaluation_identity(node: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _dataset_identity(dataset: DatasetConfig, rows: data.Rows | None) -> dict[str, Any]:
-    how = {"prompt": dataset.prompt, "answer": dataset.answer, "max_length": dataset.max_length}
+    how = {key: getattr(dataset, key) for key in ("prompt", "answer", "classes", "max_length")}
     if rows is None:
         return dataclasses.asdict(dataset)
     return how | {part: rows.fingerprints[part] for part in ("train", "validation")}
@@ -320,7 +350,7 @@ def model_identity(model: ModelConfig) -> dict[str, Any]:
     """The base by what it is: a local folder by its files, a hub model by id and revision."""
     from peftsweep.model import source  # imports torch, which `--help` must not
 
-    said = {"init": model.init, "dtype": model.dtype, "attn_implementation": model.attn_implementation}
+    said = {key: getattr(model, key) for key in ("task", "init", "dtype", "attn_implementation")}
     if model.init is Init.random:
         return said | {"architecture": model.architecture}
     folder = Path(source(model))

@@ -176,7 +176,8 @@ def _train_and_test(dataset: DatasetConfig) -> tuple[list[Row], list[Row]]:
         return make("train", count, dataset.split_seed), make("test", GENERATED_TEST_ROWS, dataset.split_seed)
     if dataset.path is not None:
         train = read_rows(dataset.path, "dataset.path")
-        examples(train, dataset.prompt, dataset.answer, file=dataset.path)  # names the row in the file's own order
+        # Here, in the file's own order, an error can name the row.
+        examples(train, dataset.prompt, dataset.answer, file=dataset.path, classes=dataset.classes)
     elif dataset.hub is not None:
         train = hub_rows(dataset.hub, dataset.hub_config, dataset.hub_split, dataset.revision, "dataset.hub")
     else:
@@ -225,17 +226,38 @@ class Example(NamedTuple):
     answer: str
 
 
-def examples(rows: Iterable[Row], prompt: str, answer: str, key: str = "dataset", file: str = "") -> list[Example]:
+def examples(
+    rows: Iterable[Row],
+    prompt: str,
+    answer: str,
+    key: str = "dataset",
+    file: str = "",
+    classes: Sequence[str] = (),
+) -> list[Example]:
     """Fill the templates, such as ``"{question}"``, from each row's columns; errors name ``key`` and ``file``.
 
+    With ``classes``, an answer must be one of them or its number, which is replaced by its name.
+
     Raises:
-        InputError: a template names a column that a row lacks, or is not a template.
+        InputError: a template names a column that a row lacks, or is not a template; an answer is no class.
     """
-    where = f" of {file}" if file else ""
-    return [
-        Example(_fill(prompt, row, f"{key}.prompt", f"{n}{where}"), _fill(answer, row, f"{key}.answer", f"{n}{where}"))
-        for n, row in enumerate(rows, start=1)
-    ]
+    made = []
+    for n, row in enumerate(rows, start=1):
+        number = f"{n} of {file}" if file else f"{n}"
+        said = _fill(answer, row, f"{key}.answer", number)
+        if classes:
+            said = _class_name(said, classes, f"{key}.answer", number)
+        made.append(Example(_fill(prompt, row, f"{key}.prompt", number), said))
+    return made
+
+
+def _class_name(answer: str, classes: Sequence[str], key: str, number: str) -> str:
+    name = answer.strip()
+    if name not in classes:
+        if not name.isdecimal() or int(name) >= len(classes):
+            raise InputError(f"{key}: row {number} is '{name}', which is no class; dataset.classes={[*classes]}")
+        name = classes[int(name)]
+    return answer.replace(answer.strip(), name) if answer.strip() else name
 
 
 def _fill(template: str, row: Row, key: str, number: str) -> str:
@@ -249,10 +271,19 @@ def _fill(template: str, row: Row, key: str, number: str) -> str:
 
 
 class Tokens(NamedTuple):
-    """An example in token ids; those from ``answer_start`` on are the answer and its end mark."""
+    """An example in token ids; those from ``answer_start`` on are the answer and its end mark.
+
+    For a classifier all of them are the prompt, and the answer is ``label``, the number of its class.
+    """
 
     ids: list[int]
     answer_start: int
+    label: int | None = None
+
+    @property
+    def answer_tokens(self) -> int:
+        """How many predictions the loss is over: the answer's tokens, or the one class."""
+        return len(self.ids) - max(self.answer_start, 1) if self.label is None else 1
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], max_length: int) -> list[Tokens]:
@@ -261,6 +292,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], max_le
     What is longer than ``max_length`` loses the beginning of its prompt; only an answer that is
     too long by itself loses its end.
     """
+    max_length = min(max_length, tokenizer.model_max_length)
     prompts = tokenizer([row.prompt for row in rows]).input_ids
     answers = tokenizer([row.answer for row in rows], add_special_tokens=False).input_ids
     tokens = []
@@ -269,6 +301,20 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], max_le
         prompt = prompt[max(0, len(prompt) + len(answer) - max_length) :]
         tokens.append(Tokens(prompt + answer, len(prompt)))
     return tokens
+
+
+def tokenize_for_classes(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], max_length: int, classes: Sequence[str]
+) -> list[Tokens]:
+    """Prompts as a classifier reads them, with the tokenizer's marks around them, and the number of their class.
+
+    What is longer than ``max_length`` loses its end.
+    """
+    limit = min(max_length, tokenizer.model_max_length)
+    ids = tokenizer([row.prompt for row in rows], truncation=True, max_length=limit).input_ids
+    return [
+        Tokens(prompt, len(prompt), classes.index(row.answer.strip())) for prompt, row in zip(ids, rows, strict=True)
+    ]
 
 
 # ---- batches ---------------------------------------------------------------------------------------
@@ -280,6 +326,7 @@ class Batch:
 
     Shapes: ``input_ids`` and ``attention_mask`` are [rows, length], of int64. ``answer_mask``
     is [rows, length - 1], bool: whether the token *after* a position belongs to an answer.
+    ``labels`` are a classifier's, [rows], of int64.
     """
 
     input_ids: torch.Tensor
@@ -288,14 +335,22 @@ class Batch:
     tokens: int  # without padding
     answer_tokens: int
     answer_start: int  # the first position of any answer in the batch, at least 1
+    labels: torch.Tensor | None = None
+
+    @property
+    def owners(self) -> torch.Tensor:
+        """The row that each predicted answer token (or class) belongs to: [answer_tokens], of int64."""
+        if self.labels is not None:
+            return self.labels.new_ones(len(self.labels)).cumsum(0) - 1
+        return self.answer_mask.nonzero()[:, 0]
 
     def to(self, device: torch.device) -> Batch:
         """The batch on ``device``; the host does not wait for the copy."""
         if device.type == "cpu":
             return self
-        tensors = self.input_ids, self.attention_mask, self.answer_mask
-        moved = [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
-        return replace(self, input_ids=moved[0], attention_mask=moved[1], answer_mask=moved[2])
+        names = ("input_ids", "attention_mask", "answer_mask", "labels")
+        tensors = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+        return replace(self, **{n: t.pin_memory().to(device, non_blocking=True) for n, t in tensors.items()})
 
 
 def collate(rows: Sequence[Tokens], pad_id: int) -> Batch:
@@ -310,13 +365,15 @@ def collate(rows: Sequence[Tokens], pad_id: int) -> Batch:
         ids[n, : len(row.ids)] = torch.tensor(row.ids)
         attention[n, : len(row.ids)] = 1
         answers[n, max(row.answer_start, 1) - 1 : len(row.ids) - 1] = True
+    labels = [row.label for row in rows if row.label is not None]
     return Batch(
         ids,
         attention,
         answers,
         tokens=sum(len(row.ids) for row in rows),
-        answer_tokens=sum(len(row.ids) - max(row.answer_start, 1) for row in rows),
+        answer_tokens=sum(row.answer_tokens for row in rows),
         answer_start=max(min(row.answer_start for row in rows), 1),
+        labels=torch.tensor(labels) if labels else None,
     )
 
 

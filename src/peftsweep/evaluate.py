@@ -14,9 +14,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from peftsweep import metrics
-from peftsweep.data import Example, Tokens, collate, tokenize
+from peftsweep.data import Example, Tokens, collate, tokenize, tokenize_for_classes
 from peftsweep.metrics import Judgement, Score
-from peftsweep.model import answer_losses, row_inputs
+from peftsweep.model import answer_losses, class_logits, classifies, row_inputs
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def perplexity(
     """Perplexity of the answers given their prompts; neither prompts nor padding count."""
     tokens = tokenize(tokenizer, examples, max_length)
     sums = log_likelihoods(model, tokens, pad_id=_pad_id(tokenizer), batch_size=batch_size)
-    counts = [len(row.ids) - max(row.answer_start, 1) for row in tokens]
+    counts = [row.answer_tokens for row in tokens]
     lines = [
         {"prompt": row.prompt, "answer": row.answer, "log_likelihood": total, "tokens": n}
         for row, total, n in zip(examples, sums, counts, strict=True)
@@ -81,22 +81,75 @@ def generation(
     return Evaluation(metrics.accuracy(judged), lines)
 
 
+def classification(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    classes: Sequence[str],
+    batch_size: int = 32,
+    max_length: int = 512,
+) -> Evaluation:
+    """Share of rows whose likeliest class is the right one, and F1.
+
+    A classifier says how likely each class is; of a language model it is asked by the probability
+    of the class's name as the answer.
+    """
+    gold = [classes.index(row.answer.strip()) for row in examples]
+    if classifies(model):
+        rows = tokenize_for_classes(tokenizer, examples, max_length, classes)
+        scores = _class_scores(model, rows, pad_id=_pad_id(tokenizer), batch_size=batch_size)
+    else:
+        named = [Example(row.prompt, row.answer.replace(row.answer.strip(), c)) for row in examples for c in classes]
+        tokens = tokenize(tokenizer, named, max_length)
+        sums = log_likelihoods(model, tokens, pad_id=_pad_id(tokenizer), batch_size=batch_size)
+        scores = [sums[start : start + len(classes)] for start in range(0, len(sums), len(classes))]
+    said = [max(range(len(classes)), key=row.__getitem__) for row in scores]
+    lines = [
+        {
+            "prompt": row.prompt,
+            "prediction": classes[mine],
+            "answer": classes[right],
+            "correct": mine == right,
+            "log_likelihoods": score,
+        }
+        for row, mine, right, score in zip(examples, said, gold, scores, strict=True)
+    ]
+    return Evaluation(metrics.classification(said, gold, len(classes)), lines)
+
+
+@torch.no_grad()
+def _class_scores(model: nn.Module, rows: Sequence[Tokens], *, pad_id: int, batch_size: int) -> list[list[float]]:
+    """The log-probability of every class of each row."""
+    device = next(model.parameters()).device
+    scores: list[list[float]] = [[] for _ in rows]
+    for numbers in _batches_by_length([len(row.ids) for row in rows], batch_size):
+        batch = collate([rows[n] for n in numbers], pad_id).to(device)
+        for n, score in zip(numbers, class_logits(model, batch).log_softmax(-1).tolist(), strict=True):
+            scores[n] = score
+    return scores
+
+
 # ---- the two primitives ----------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def log_likelihoods(model: nn.Module, rows: Sequence[Tokens], *, pad_id: int, batch_size: int = 16) -> list[float]:
-    """The log-probability of each row's answer given its prompt, summed over the answer's tokens."""
+    """The log-probability of each row's answer (or class) given its prompt, summed over the answer's tokens."""
     device = next(model.parameters()).device
     sums = [0.0] * len(rows)
     for numbers in _batches_by_length([len(row.ids) for row in rows], batch_size):
         batch = collate([rows[n] for n in numbers], pad_id).to(device)
         losses = answer_losses(model, batch)
-        owners = batch.answer_mask.nonzero()[:, 0]
-        totals = torch.zeros(len(numbers), device=device).index_add_(0, owners, -losses)
+        totals = torch.zeros(len(numbers), device=device).index_add_(0, batch.owners, -losses)
         for n, total in zip(numbers, totals.tolist(), strict=True):
             sums[n] = total
     return sums
+
+
+def mean_loss(model: nn.Module, rows: Sequence[Tokens], *, pad_id: int, batch_size: int = 16) -> float:
+    """The mean loss an answer token (or class), in nats."""
+    return -sum(log_likelihoods(model, rows, pad_id=pad_id, batch_size=batch_size)) / sum(r.answer_tokens for r in rows)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Load the base, quantise it, attach a method, count, save."""
+"""Load the base, quantise it, use it, count, save, merge."""
 
 from __future__ import annotations
 
@@ -9,18 +9,29 @@ from typing import Any, cast
 
 import torch
 import transformers
-from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import PeftModel
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from peftsweep.data import Batch
 from peftsweep.errors import InputError
-from peftsweep.schema import Init, ModelConfig, TargetsConfig
+from peftsweep.schema import Init, ModelConfig, Task
 
 TINY = Path(__file__).parent / "tiny" / "weights"
+INITIAL = "initial"  # beside a saved adapter: as it began, where the base was changed by its initialisation
+RESIDUAL = "base"  # the base that it belongs to, where that is not the trial's
 METHOD_INPUTS = "peftsweep_method_inputs"  # the attribute of an adapted model that holds them
-LINEAR = (nn.Linear, Conv1D)  # bitsandbytes' quantised layers are subclasses of nn.Linear
+CLASSES: dict[Task, Any] = {
+    Task.causal_lm: AutoModelForCausalLM,
+    Task.seq_cls: AutoModelForSequenceClassification,
+}
 
 
 def source(model: ModelConfig) -> str:
@@ -73,45 +84,67 @@ def architecture(model: ModelConfig) -> transformers.PreTrainedConfig:
         raise InputError(f"model.name_or_path={model.name_or_path}: cannot be loaded ({reason})") from error
 
 
-def skeleton(model: ModelConfig, where: str = "meta") -> PreTrainedModel:
+def skeleton(model: ModelConfig, where: str = "meta", classes: int = 0) -> PreTrainedModel:
     """The base without its weights: enough to attach a method and to count.
 
-    On the meta device it takes no memory; on another its weights are random numbers.
+    On the meta device it takes no memory; on another its weights are random numbers. A classifier
+    has ``classes`` outputs.
     """
-    config = architecture(model)
+    config = _shape(model, classes)
     try:
         with torch.device(where):
-            return cast(
-                PreTrainedModel, AutoModelForCausalLM.from_config(config, dtype=getattr(torch, model.dtype.value))
-            )
-    except ValueError as error:  # transformers has no causal model of this type
+            dtype = getattr(torch, model.dtype.value)
+            return cast(PreTrainedModel, CLASSES[model.task].from_config(config, dtype=dtype))
+    except ValueError as error:  # transformers has no such model of this type
+        what = "causal language model" if model.task is Task.causal_lm else "classifier"
         raise InputError(
-            f"model.name_or_path={model.name_or_path}: not a causal language model (model_type {config.model_type})"
+            f"model.task={model.task.value}: {model.name_or_path} is no {what} (model_type {config.model_type})"
         ) from error
+
+
+def _shape(model: ModelConfig, classes: int) -> transformers.PreTrainedConfig:
+    config = architecture(model)
+    if model.task is Task.seq_cls:
+        config.num_labels = classes
+    return config
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """The base's tokenizer; the embedded one where the weights are random. Pads with EOS if it must."""
     folder = str(TINY) if model.init is Init.random else source(model)
     tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(folder, revision=model.revision or "main"))
+    if model.init is Init.random:
+        tokenizer.model_max_length = getattr(architecture(model), "max_position_embeddings", tokenizer.model_max_length)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load(model: ModelConfig, quantization: Any, where: torch.device) -> PreTrainedModel:
-    """The frozen base on ``where``, in eval mode; ``quantization`` is a transformers quantization config or None."""
-    options: dict[str, Any] = {"dtype": getattr(torch, model.dtype.value)}
+def load(
+    model: ModelConfig, quantization: Any, where: torch.device, classes: int = 0, seed: int = 0
+) -> PreTrainedModel:
+    """The frozen base on ``where``, in eval mode; ``quantization`` is a transformers quantization config or None.
+
+    A classifier gets ``classes`` outputs. A head that the checkpoint lacks is drawn from ``seed``, and
+    no head is ever quantised.
+    """
+    options: dict[str, Any] = {"dtype": getattr(torch, model.dtype.value), "config": _shape(model, classes)}
     if model.attn_implementation is not None:
         options["attn_implementation"] = model.attn_implementation
+    if model.task is Task.seq_cls and hasattr(quantization, "llm_int8_skip_modules"):
+        # bitsandbytes would quantise an encoder's head too, and then it could not be trained.
+        skipped = quantization.llm_int8_skip_modules or []
+        quantization.llm_int8_skip_modules = [*skipped, *head_names(skeleton(model, classes=classes))]
     if model.init is Init.random:
         base = _random(model, quantization, where, options)
     else:
-        base = AutoModelForCausalLM.from_pretrained(
+        torch.manual_seed(seed)
+        base = CLASSES[model.task].from_pretrained(
             source(model),
             revision=model.revision or "main",
             quantization_config=quantization,
             device_map={"": where},
+            ignore_mismatched_sizes=model.task is Task.seq_cls,  # a head over other classes is no head
             **options,
         )
     keep_weights_unpacked(base)
@@ -120,10 +153,9 @@ def load(model: ModelConfig, quantization: Any, where: torch.device) -> PreTrain
 
 
 def _random(model: ModelConfig, quantization: Any, where: torch.device, options: dict[str, Any]) -> PreTrainedModel:
-    config = architecture(model)
     torch.manual_seed(0)  # the base is the same for every seed of a trial
     with where:
-        base = AutoModelForCausalLM.from_config(config, **options)
+        base = CLASSES[model.task].from_config(**options)
     if quantization is None:
         return cast(PreTrainedModel, base)
     # Quantisation happens while weights are loaded, so the random ones are handed over as a checkpoint.
@@ -132,13 +164,24 @@ def _random(model: ModelConfig, quantization: Any, where: torch.device, options:
         PreTrainedModel,
         type(base).from_pretrained(
             None,
-            config=config,
             state_dict=weights,
             quantization_config=quantization,
             device_map={"": where},
             **options,
         ),
     )
+
+
+def head_names(base: PreTrainedModel) -> list[str]:
+    """The names of the parts beside the model's body that hold weights: ``lm_head``, ``score``, ``classifier``."""
+    parts = base.named_children()
+    return [name for name, part in parts if name != base.base_model_prefix and any(True for _ in part.parameters())]
+
+
+def classifies(model: nn.Module) -> bool:
+    """Whether the model has a head over classes in place of one over the vocabulary."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return type(base).__name__.endswith("ForSequenceClassification")
 
 
 def keep_weights_unpacked(base: nn.Module) -> None:
@@ -153,95 +196,18 @@ def keep_weights_unpacked(base: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-# ---- attaching -------------------------------------------------------------------------------------
-
-
-def target_modules(base: nn.Module, targets: TargetsConfig, roles: dict[str, list[str]]) -> list[str] | None:
-    """The names of the modules that ``targets`` means in ``base``; None leaves them to the method.
-
-    Raises:
-        InputError: a role or module that the model lacks; the line lists what it has.
-    """
-    if targets.all_linear:
-        return linear_names(base)
-    if targets.roles is not None:
-        found = {role: [name for name in names if _has(base, name)] for role, names in roles.items()}
-        for role in targets.roles:
-            if not found.get(role):
-                available = ", ".join(role for role, names in found.items() if names) or "none"
-                raise InputError(f"targets.roles: the model has no '{role}'; it has: {available}")
-        return [name for role in targets.roles for name in found[role]]
-    if targets.modules is not None:
-        check_modules(base, targets.modules, "targets.modules")
-        return list(targets.modules)
-    return None
-
-
-def check_modules(base: nn.Module, names: list[str], key: str) -> None:
-    """Refuse module names that ``base`` lacks, naming those that it has."""
-    for name in names:
-        if not _has(base, name):
-            raise InputError(f"{key}: the model has no module '{name}'; it has: {', '.join(linear_names(base))}")
-
-
-def linear_names(base: nn.Module) -> list[str]:
-    """The last names of all linear layers but the output head, in order of appearance."""
-    head = base.get_output_embeddings() if isinstance(base, PreTrainedModel) else None
-    names = (name for name, module in base.named_modules() if isinstance(module, LINEAR) and module is not head)
-    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-
-
-def _has(base: nn.Module, name: str) -> bool:
-    return any(full == name or full.endswith(f".{name}") for full, _ in base.named_modules())
-
-
-def attach(
-    base: PreTrainedModel,
-    method: PeftConfig | None,
-    targets: TargetsConfig,
-    roles: dict[str, list[str]],
-    inputs: dict[str, int] | None = None,
-) -> PreTrainedModel | PeftModel:
-    """Attach ``method`` to ``base``, in place; None makes all of the base trainable (full fine-tuning).
-
-    ``inputs`` are what the method's forward wants beside the tokens, such as ``{"task_ids": 0}``.
-
-    Raises:
-        InputError: the targets do not fit the model or the method, or PEFT refuses the options.
-    """
-    modules = target_modules(base, targets, roles)
-    if method is None:
-        if modules is not None:
-            raise InputError("targets: full fine-tuning trains every module; leave targets=default")
-        return base.requires_grad_(True)
-    if modules is not None:
-        if not hasattr(method, "target_modules"):
-            raise InputError(f"targets: {type(method).__name__} has no target modules; leave targets=default")
-        method.target_modules = modules
-    elif isinstance(wanted := getattr(method, "target_modules", None), list | set):
-        check_modules(base, sorted(wanted), "method.target_modules")
-    if modules is not None and hasattr(method, "feedforward_modules"):
-        # IA3 scales the input, not the output, of feed-forward layers, and must be told which those are.
-        method.feedforward_modules = [name for name in modules if name in roles.get("mlp", [])]
-    method.task_type = method.task_type or TaskType.CAUSAL_LM
-    try:
-        adapted = get_peft_model(base, method)
-    except (ValueError, TypeError, ImportError) as error:
-        raise InputError(f"method: {' '.join(str(error).split())}") from error
-    setattr(adapted, METHOD_INPUTS, inputs or {})
-    return adapted
-
-
 # ---- using -----------------------------------------------------------------------------------------
 
 
 def answer_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Cross-entropy of every answer token of ``batch``, in float32: shape [batch.answer_tokens].
+    """Cross-entropy of every answer token (a classifier: class) of ``batch``, in float32: [batch.answer_tokens].
 
     Logits are asked for from the first answer on only: with a large vocabulary they are most of the
     memory. Methods that put virtual tokens before the input return longer logits; the last positions
     are those of the input.
     """
+    if batch.labels is not None:
+        return nn.functional.cross_entropy(class_logits(model, batch), batch.labels, reduction="none")
     positions = batch.input_ids.shape[1] - batch.answer_start + 1  # the one before the first answer predicts it
     output = model(
         input_ids=batch.input_ids,
@@ -254,6 +220,13 @@ def answer_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
     logits = output.logits[:, -positions:-1][mask]
     targets = batch.input_ids[:, batch.answer_start :][mask]
     return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def class_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """What a classifier says of each row, in float32: shape [rows, classes]."""
+    inputs = row_inputs(model, batch.input_ids)
+    logits: torch.Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **inputs).logits
+    return logits.float()
 
 
 def row_inputs(model: nn.Module, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -321,20 +294,52 @@ def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
 
 
 def save(model: PreTrainedModel | PeftModel, folder: Path) -> int:
-    """Write the adapter (or, after full fine-tuning, the model) and return its size in bytes on disk."""
+    """Write the adapter (or, after full fine-tuning, the model) and return its size in bytes on disk.
+
+    Where its beginning was kept, what it has learned is written as a LoRA of twice the rank that
+    belongs to the untouched base.
+    """
     if isinstance(model, PeftModel):
+        initial = folder / INITIAL
         # "auto" would ask the hub whether the base's vocabulary changed; nothing here changes it.
-        model.save_pretrained(str(folder), save_embedding_layers=False)
+        model.save_pretrained(
+            str(folder),
+            save_embedding_layers=False,
+            path_initial_model_for_weight_conversion=str(initial) if initial.exists() else None,
+        )
     else:
         model.save_pretrained(str(folder))
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def restore(base: PreTrainedModel, folder: Path, inputs: dict[str, int] | None = None) -> PreTrainedModel | PeftModel:
-    """The trained model back from what ``save`` wrote, on the device of ``base``; ``inputs`` as for ``attach``."""
+def restore(
+    base: PreTrainedModel, folder: Path, inputs: dict[str, int] | None = None, *, float32: bool = True
+) -> PreTrainedModel | PeftModel:
+    """The trained model back from what ``save`` wrote, on the device of ``base``; the rest as for ``attach``."""
+    options: dict[str, Any] = {"dtype": base.dtype, "device_map": {"": base.device}}
+    if (folder / RESIDUAL).exists():
+        base = type(base).from_pretrained(folder / RESIDUAL, **options)
+        keep_weights_unpacked(base)
     if (folder / "adapter_config.json").exists():
-        adapted = PeftModel.from_pretrained(base, str(folder))
+        adapted = PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=float32)
         setattr(adapted, METHOD_INPUTS, inputs or {})
         return adapted.eval()
-    trained = AutoModelForCausalLM.from_pretrained(folder, dtype=base.dtype, device_map={"": base.device})
+    trained = type(base).from_pretrained(folder, **options)
     return cast(PreTrainedModel, trained.eval())
+
+
+def merge(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The adapter saved in ``folder`` merged into ``base``, which is dequantised first and consumed.
+
+    Raises:
+        Exception: whatever PEFT raises for a method that cannot be merged.
+    """
+    options: dict[str, Any] = {"dtype": base.dtype, "device_map": {"": base.device}}
+    if (folder / RESIDUAL).exists():
+        base = type(base).from_pretrained(folder / RESIDUAL, **options)
+        keep_weights_unpacked(base)
+    if getattr(base, "is_quantized", False):
+        base = cast(Any, base).dequantize()
+        vars(base)["_weight_conversions"] = None  # by which transformers would pack a saved base's weights again
+    adapted = PeftModel.from_pretrained(base, str(folder))
+    return cast(PreTrainedModel, cast(Any, adapted).merge_and_unload(safe_merge=True).eval())

@@ -20,6 +20,13 @@ class Init(Enum):
     random = "random"
 
 
+class Task(Enum):
+    """What the base is loaded for: its head, and what its loss is on."""
+
+    causal_lm = "causal_lm"
+    seq_cls = "seq_cls"
+
+
 class Dtype(Enum):
     """Number formats of weights and of autocast, under torch's names."""
 
@@ -42,6 +49,7 @@ class ModelConfig:
 
     name_or_path: str = MISSING  # hub id, local folder, or "tiny" for the embedded model
     revision: str | None = None
+    task: Task = Task.causal_lm  # seq_cls: a head over dataset.classes in place of that over the vocabulary
     init: Init = Init.pretrained  # random: the architecture below with untrained weights, no download
     dtype: Dtype = Dtype.float32
     attn_implementation: str | None = None  # eager, sdpa, flash_attention_2; null lets transformers choose
@@ -56,6 +64,7 @@ class TargetsConfig:
     roles: list[str] | None = None  # of model.roles: q, k, v, o, mlp
     modules: list[str] | None = None  # module names, for what the roles cannot say
     all_linear: bool = False  # every linear layer but the output head
+    otherwise: list[str] = field(default_factory=lambda: ["q", "v"])  # roles, where the method prefers none
 
 
 @dataclass
@@ -77,6 +86,7 @@ class DatasetConfig:
     validation_samples: int = 64  # held out of the training rows when train.eval_every is set
     prompt: str = MISSING  # template over the row's columns
     answer: str = MISSING
+    classes: list[str] = field(default_factory=list)  # of a classification; an answer is one of them or its number
     max_length: int = 768  # tokens of prompt and answer together
 
 
@@ -97,6 +107,7 @@ class TrainConfig:
     optimizer: str = "torch.optim.AdamW"
     optimizer_kwargs: dict[str, Any] = field(default_factory=dict)
     autocast: Dtype | None = None
+    autocast_adapter_dtype: bool = True  # an adapter on a 16-bit base has 32-bit weights
     checkpointing: bool = False  # gradient checkpointing: less memory, more time
     eval_every: str | None = None  # "100" steps or "0.5epochs": validation rows in steps.jsonl
     keep_best: bool = False  # end with the weights of the best validation loss
@@ -109,6 +120,7 @@ class AdapterConfig:
 
     save: bool = True
     check: bool = True  # load the saved adapter onto a fresh base and compare the two
+    merge: bool = False  # write the model with the adapter merged into it, dequantised, to the trial's folder merged/
 
 
 @dataclass
@@ -125,9 +137,8 @@ class Config:
     stop_on_failure: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
     method: dict[str, Any] = field(default_factory=dict)  # a PEFT config as _target_ and its fields; empty: full
-    method_inputs: dict[str, int] = field(
-        default_factory=dict
-    )  # what the method's forward wants, the same for each row
+    method_inputs: dict[str, int] = field(default_factory=dict)  # what its forward wants, the same for each row
+    method_setup: dict[str, Any] = field(default_factory=dict)  # a function of initialise, for what needs data
     targets: TargetsConfig = field(default_factory=TargetsConfig)
     quant: dict[str, Any] = field(default_factory=dict)  # a transformers quantization config; empty: none
     dataset: DatasetConfig = field(default_factory=DatasetConfig)

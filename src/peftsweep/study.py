@@ -10,6 +10,7 @@ from peftsweep.record import RESULT, RecordError, Result, Status, write_text
 ROOT = Path("multirun")
 PLAN = "plan.json"
 ADAPTER = "adapter"
+MERGED = "merged"
 
 
 def folder(study: str) -> Path:

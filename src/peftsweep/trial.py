@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import logging
 import time
 import warnings
@@ -26,13 +27,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftsweep import compatibility, data, evaluate, model, record, study, train
 from peftsweep import config as configuration
+from peftsweep.attach import attach
 from peftsweep.config import ROWS_KEYS, Trial, evaluation_identity, model_identity, rows_config
-from peftsweep.data import Example, Rows
+from peftsweep.data import Example, Rows, Tokens
 from peftsweep.display import Observer
 from peftsweep.errors import InputError
 from peftsweep.evaluate import Evaluation
+from peftsweep.initialise import Setting
 from peftsweep.measure import Meter, percentile
 from peftsweep.record import Result, Status
+from peftsweep.schema import Task
 
 log = logging.getLogger(__name__)
 
@@ -81,12 +85,14 @@ def _forecast(trial: Trial) -> Forecast:
         evaluator(trial, name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come again, and go to the log, when the trial runs
-        if reason := compatibility.refusal(config.method, config.quant):
-            return Forecast(0, model.count(model.skeleton(config.model)).total, 0, reason)
+        if reason := refusal(trial):
+            bare = model.skeleton(config.model, classes=len(config.dataset.classes))
+            return Forecast(0, model.count(bare).total, 0, reason)
         # Some methods begin with the base's numbers (SVD, masks), which the meta device lacks; any will do.
         for where in ("meta", "cpu"):
             try:
-                adapted = _attach(trial, model.skeleton(config.model, where), config.train.steps)
+                bare = model.skeleton(config.model, where, len(config.dataset.classes))
+                adapted = _attach(trial, bare, config.train.steps)
                 train.make_optimizer(adapted, config.train)  # which may freeze some of the parameters
                 counts = model.count(adapted)
                 return Forecast(counts.trainable, counts.total, counts.trainable_bytes)
@@ -95,6 +101,19 @@ def _forecast(trial: Trial) -> Forecast:
             except Exception:
                 log.debug("%s cannot be attached on the device %s", trial.slug, where, exc_info=True)
     return Forecast()
+
+
+def refusal(trial: Trial) -> str | None:
+    """Why the trial's method cannot be trained on its base; None where it can."""
+    config = trial.config
+    kinds = [compatibility.stored(config.quant)]
+    if config.model.task is Task.seq_cls:
+        kinds.append("classifier")
+        forward = model.skeleton(config.model, classes=len(config.dataset.classes)).forward
+        if "past_key_values" not in inspect.signature(forward).parameters:
+            kinds.append("encoder")
+    setup = {"method_setup": config.method_setup.get("_target_")}
+    return compatibility.refusal(config.method | setup if config.method else {}, kinds)
 
 
 def folder(trial: Trial) -> Path:
@@ -173,23 +192,23 @@ def _run(trial: Trial, place: Path, result: Result, meter: Meter, observer: Obse
         with meter.stage(name):
             yield
 
-    if reason := compatibility.refusal(config.method, config.quant):
+    if reason := refusal(trial):
         raise Refused(reason)
     earlier = None if config.force else study.trained(place.parent, trial.training)
 
     with stage("load"):
         tokenizer = model.load_tokenizer(config.model)
-        base = model.load(config.model, quantization(trial), meter.device)
+        base = _load(trial, tokenizer, meter.device)
     info["base_parameters"] = model.count(base).total
     info["base_bytes"] = base.get_memory_footprint()
 
     with stage("data"):
         rows = trial.rows or data.load_rows(config.dataset, validation=config.train.eval_every is not None)
-        examples = data.examples(rows.train, config.dataset.prompt, config.dataset.answer)
-        tokens = data.tokenize(tokenizer, examples, config.dataset.max_length)
+        tokens = _tokens(trial, tokenizer, rows.train)
         tests = {name: _test_examples(trial, name, rows) for name in config.eval}
     info["training_rows"] = len(tokens)
-    info["truncated_rows"] = sum(len(row.ids) >= config.dataset.max_length for row in tokens)
+    longest = min(config.dataset.max_length, tokenizer.model_max_length)
+    info["truncated_rows"] = sum(len(row.ids) >= longest for row in tokens)
 
     for name, test in tests.items():
         with stage("baseline"):
@@ -198,13 +217,14 @@ def _run(trial: Trial, place: Path, result: Result, meter: Meter, observer: Obse
 
     if earlier:
         with stage("attach"):
-            adapted = model.restore(base, (earlier.folder or place) / study.ADAPTER, config.method_inputs)
+            adapted = _restore(trial, base, (earlier.folder or place) / study.ADAPTER)
         info |= earlier.train_info | {"trained_by": earlier.trial}
         result.memory["train"] = earlier.memory["train"]
     else:
         with stage("attach"):
             torch.manual_seed(config.seed)  # the adapter's initial weights are drawn from here on
-            adapted = _attach(trial, base, train.total_steps(config.train, len(tokens)))
+            steps = train.total_steps(config.train, len(tokens))
+            adapted = _attach(trial, base, steps, _initialise(trial, place, base, tokens, tokenizer))
         with stage("train"), (place / record.STEPS).open("w", encoding="utf-8") as lines:
             trained = train.train(
                 adapted,
@@ -214,7 +234,7 @@ def _run(trial: Trial, place: Path, result: Result, meter: Meter, observer: Obse
                 seed=config.seed,
                 meter=meter,
                 log=partial(_step, lines, observer),
-                validate=_validation(trial, rows, adapted, tokenizer) if rows.validation else None,
+                validate=_validation(trial, rows.validation, adapted, tokenizer) if rows.validation else None,
             )
         counts = model.count(adapted)
         info |= {"trainable_parameters": counts.trainable, "total_parameters": counts.total} | _train_info(trained)
@@ -234,7 +254,10 @@ def _run(trial: Trial, place: Path, result: Result, meter: Meter, observer: Obse
             losses = model.answer_losses(adapted, probe)
         del adapted, base  # two bases would not fit where one just does
         with stage("reload"):
-            info |= _reload(trial, place, probe, losses)
+            info |= _reload(trial, place, tokenizer, probe, losses)
+        if config.adapter.merge and config.method:
+            with stage("merge"):
+                info |= _merge(trial, place, tokenizer, probe, losses)
 
 
 # ---- its parts -------------------------------------------------------------------------------------
@@ -261,20 +284,84 @@ def _instantiate(node: dict[str, Any], key: str) -> Any:
         raise InputError(f"{key}: {reason}") from error
 
 
-def _attach(trial: Trial, base: PreTrainedModel, steps: int) -> Model:
+def _attach(
+    trial: Trial,
+    base: PreTrainedModel,
+    steps: int,
+    initialise: Callable[[Any, Callable[..., PeftModel]], PeftModel] | None = None,
+) -> Model:
     config = trial.config
-    method = _instantiate({"task_type": "CAUSAL_LM"} | config.method, "method") if config.method else None
+    task = {"task_type": config.model.task.value.upper()}  # PEFT's names of them
+    method: Any = _instantiate(task | config.method, "method") if config.method else None
     if method is not None and getattr(method, "total_step", None) and steps:
         # AdaLoRA plans its budget over the run, whose length in steps is known only with the data.
         method.tinit, method.tfinal = (round(n * steps / method.total_step) for n in (method.tinit, method.tfinal))
         method.total_step = steps
-    return model.attach(base, method, config.targets, config.model.roles, config.method_inputs)
+    if config.method_setup and initialise is None and hasattr(method, "init_lora_weights"):
+        method.init_lora_weights = True  # a forecast, without data: as many weights, other numbers
+    return attach(
+        base,
+        method,
+        config.targets,
+        config.model.roles,
+        config.method_inputs,
+        float32=config.train.autocast_adapter_dtype,
+        initialise=initialise,
+    )
+
+
+def _initialise(
+    trial: Trial, place: Path, base: PreTrainedModel, tokens: list[Tokens], tokenizer: PreTrainedTokenizerBase
+) -> Callable[[Any, Callable[..., PeftModel]], PeftModel] | None:
+    """What ``method_setup`` names, as ``attach`` calls it; None where the method needs no such thing."""
+    config = trial.config
+    if not config.method_setup:
+        return None
+    function = _instantiate(config.method_setup | {"_partial_": True}, "method_setup")
+    classes = len(config.dataset.classes)
+
+    def initialise(method: Any, put: Callable[..., PeftModel]) -> PeftModel:
+        setting = Setting(
+            base=base,
+            method=method,
+            attach=put,
+            unquantised=lambda: model.load(config.model, None, base.device, classes, config.seed),
+            rows=tokens,
+            tokenizer=tokenizer,
+            folder=place / study.ADAPTER if config.adapter.save else None,
+            seed=config.seed,
+        )
+        adapted: PeftModel = function(setting)
+        return adapted
+
+    return initialise
+
+
+def _restore(trial: Trial, base: PreTrainedModel, saved: Path) -> Model:
+    config = trial.config
+    return model.restore(base, saved, config.method_inputs, float32=config.train.autocast_adapter_dtype)
+
+
+def _load(trial: Trial, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> PreTrainedModel:
+    config = trial.config
+    base = model.load(config.model, quantization(trial), device, len(config.dataset.classes), config.seed)
+    if model.classifies(base):
+        base.config.pad_token_id = tokenizer.pad_token_id  # a decoder's head looks at the last token before it
+    return base
+
+
+def _tokens(trial: Trial, tokenizer: PreTrainedTokenizerBase, rows: list[data.Row]) -> list[Tokens]:
+    """The dataset's rows as the model is trained on them."""
+    own = trial.config.dataset
+    examples = data.examples(rows, own.prompt, own.answer, classes=own.classes)
+    if trial.config.model.task is Task.seq_cls:
+        return data.tokenize_for_classes(tokenizer, examples, own.max_length, own.classes)
+    return data.tokenize(tokenizer, examples, own.max_length)
 
 
 def _test_examples(trial: Trial, name: str, rows: Rows) -> list[Example]:
-    source, own = rows_config(trial.config.eval[name]), trial.config.dataset
-    test = data.evaluation_rows(source, f"eval.{name}", rows.test)
-    return data.examples(test, source.prompt or own.prompt, source.answer or own.answer, f"eval.{name}")
+    test = data.evaluation_rows(rows_config(trial.config.eval[name]), f"eval.{name}", rows.test)
+    return configuration.test_examples(trial.config, name, test)
 
 
 def _base_scores(
@@ -286,6 +373,7 @@ def _base_scores(
         {
             "model": model_identity(trial.config.model),
             "quant": trial.config.quant,
+            "head": trial.config.seed if model.classifies(base) else None,  # a new one is drawn from the seed
             "eval": evaluation_identity(trial.config.eval[name]),
             "examples": data.fingerprint(example._asdict() for example in test),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -299,33 +387,58 @@ def _base_scores(
     return scores
 
 
-def _reload(trial: Trial, place: Path, probe: data.Batch, losses: torch.Tensor) -> dict[str, Any]:
+def _reload(
+    trial: Trial, place: Path, tokenizer: PreTrainedTokenizerBase, probe: data.Batch, losses: torch.Tensor
+) -> dict[str, Any]:
     """Load what was saved onto a fresh base: does it answer a batch as the trained model does?"""
     try:
-        base = model.load(trial.config.model, quantization(trial), losses.device)
-        again = model.restore(base, place / study.ADAPTER, trial.config.method_inputs)
+        base = _load(trial, tokenizer, losses.device)
+        again = _restore(trial, base, place / study.ADAPTER)
         with torch.no_grad():
             difference = (model.answer_losses(again, probe) - losses).abs().max().item()
     except Exception as error:  # whatever PEFT raises; the trial itself has succeeded
         log.exception("the saved adapter cannot be loaded")
-        return {"reloads": False, "reload_error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+        return {"reloads": False, "reload_error": _first_line(error)}
     return {"reloads": difference < RELOAD_TOLERANCE, "reload_difference": difference}
 
 
+def _merge(
+    trial: Trial, place: Path, tokenizer: PreTrainedTokenizerBase, probe: data.Batch, losses: torch.Tensor
+) -> dict[str, Any]:
+    """Write the merged model: does it answer a batch as the base with its adapter does?
+
+    A quantised base is dequantised first, exactly; 8-bit layers also round what flows through them, so
+    their merged model differs by that.
+    """
+    try:
+        merged = model.merge(_load(trial, tokenizer, losses.device), place / study.ADAPTER)
+        with torch.no_grad():
+            difference = (model.answer_losses(merged, probe) - losses).abs().max().item()
+        merged.save_pretrained(place / study.MERGED)
+        tokenizer.save_pretrained(place / study.MERGED)
+    except Exception as error:  # whatever PEFT raises; the trial itself has succeeded
+        log.exception("the adapter cannot be merged")
+        return {"merges": False, "merge_error": _first_line(error)}
+    return {"merges": True, "merge_difference": difference}
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(": ")
+
+
 def _validation(
-    trial: Trial, rows: Rows, adapted: Model, tokenizer: PreTrainedTokenizerBase
+    trial: Trial, rows: list[data.Row], adapted: Model, tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[], dict[str, float]]:
     """Loss on the validation rows, and the evaluations that judge on the dataset's own rows, on them."""
     config = trial.config
-    examples = data.examples(rows.validation, config.dataset.prompt, config.dataset.answer)
+    tokens = _tokens(trial, tokenizer, rows)
     own = [name for name, node in config.eval.items() if not rows_config(node).path and not rows_config(node).hub]
 
     def validate() -> dict[str, float]:
         adapted.eval()
-        loss = evaluate.perplexity(adapted, tokenizer, examples, max_length=config.dataset.max_length).scores["loss"]
-        scores = {"loss": loss.value}
+        scores = {"loss": evaluate.mean_loss(adapted, tokens, pad_id=int(tokenizer.pad_token_id))}
         for name in own:
-            found = evaluator(trial, name)(adapted, tokenizer, examples).scores
+            found = evaluator(trial, name)(adapted, tokenizer, configuration.test_examples(config, name, rows)).scores
             scores |= {f"{name}.{metric}": score.value for metric, score in found.items()}
         return scores
 

@@ -27,7 +27,7 @@ import torch
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig, get_scheduler
 
-from peftsweep import data, model, train
+from peftsweep import attach, data, model, train
 from peftsweep.measure import Laps, Meter
 from peftsweep.schema import ModelConfig, TargetsConfig, TrainConfig
 from peftsweep.tiny import task
@@ -46,7 +46,7 @@ def adapted() -> Any:
     )
     torch.manual_seed(0)
     base = model.load(TINY, quantization, CPU)
-    return model.attach(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"), TargetsConfig(), {})
+    return attach.attach(base, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"), TargetsConfig(), {})
 
 
 def bare_steps(rows: list[data.Tokens], config: TrainConfig) -> Iterator[float]:

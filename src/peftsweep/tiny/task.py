@@ -101,6 +101,15 @@ def rows(split: str, count: int, seed: int = 0) -> list[dict[str, str]]:
     return [{"question": question, "answer": answer} for question, answer in found.items()]
 
 
+def direction_rows(split: str, count: int, seed: int = 0) -> list[dict[str, str]]:
+    """The same stories with the class of what happened in them: more or less."""
+    found = []
+    for row in rows(split, count, seed):
+        story = row["question"].partition(" How many")[0]
+        found.append({"story": story, "direction": "more" if "+" in row["answer"] else "less"})
+    return found
+
+
 # What may follow a story in pretraining. The first part is the prompt, the second what the model should say.
 # A sum or a difference is asked for by name and of any story: the sign of a change is known, and how to
 # calculate, but nothing ties the one to the other.
