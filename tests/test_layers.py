@@ -10,14 +10,14 @@ import peftsweep
 PACKAGE = Path(peftsweep.__file__).parent
 # Lowest first: a module may import those on lower floors, and those before it on its own.
 FLOORS = (
-    ("errors", "schema", "compatibility", "data", "metrics", "measure", "record", "study", "model"),
+    ("errors", "schema", "compatibility", "data", "metrics", "measure", "record", "study", "experiment", "model"),
     ("display", "attach", "initialise", "train", "evaluate", "plot"),
     ("config", "trial", "sweep", "collect"),
     ("cli",),
 )
 ORDER = [module for floor in FLOORS for module in floor]
 HYDRA_FROM = ORDER.index("config")
-WITHOUT_TORCH = ("collect", "plot", "display", "study", "cli", "config")
+WITHOUT_TORCH = ("collect", "plot", "display", "study", "cli", "config", "experiment")
 
 
 def imports(file: Path, *, top_level_only: bool = False) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -29,15 +30,9 @@ COMPARISON = {  # what PEFT's comparison trains with unless an experiment says o
     "clip": 1.0,
 }
 SWEEPS = (
-    "distilbert_sst2",
-    "hira_baselines",
-    "methods",
-    "module_ablation",
-    "peft_comparison",
-    "quant_study",
-    "rank_ablation",
+    *("distilbert_sst2", "experiments", "hira_baselines", "methods", "module_ablation"),
+    *("peft_comparison", "quant_study", "rank_ablation"),
 )
-LACKING = 2  # of the 71 experiments: a prefix from a text, OSF (autocast_adapter_dtype=false)
 POINTS = sorted(f"{file.parent.name}/{file.stem}" for file in (CONF / "point").glob("*/*.yaml"))
 POINTS = [point for point in POINTS if not point.startswith("base/")]
 
@@ -60,11 +55,98 @@ def plan(command: Command, *words: str) -> list[dict[str, Any]]:
     return rows
 
 
+REFERENCE = Path(os.environ.get("PEFTSWEEP_DATA", "/no")).parent / "reference" / "peft_metamath_experiments.tsv"
+
+
+def experiment(folder: Path, adapter: dict[str, Any], training: dict[str, Any]) -> str:
+    """Write an experiment as PEFT's comparison keeps it; what is empty has no file."""
+    folder.mkdir(parents=True)
+    for name, said in (("adapter_config.json", adapter), ("training_params.json", training)):
+        if said:
+            (folder / name).write_text(json.dumps(said))
+    return str(folder)
+
+
+def from_folder(folder: str) -> list[str]:
+    return ["method=from/adapter_config", f"method.path='{folder}'", f"train.params_file='{folder}'"]
+
+
+LORA = {
+    "peft_type": "LORA",
+    "r": 4,
+    "lora_alpha": 8,
+    "task_type": "CAUSAL_LM",
+    "inference_mode": True,
+    "new_flag": None,
+}
+
+
+def test_an_experiment_folder_runs_as_it_is(compose: Compose, tmp_path: Path) -> None:
+    kasa = LORA | {"use_dora": False, "kasa_config": {"beta": 0.5, "gamma": 0.1}}
+    folder = experiment(
+        tmp_path / "lora" / "kasa-r4", kasa, {"max_steps": 7, "optimizer_kwargs": {"lr": 0.5}, "max_seq_length": 99}
+    )
+    one = compose(*from_folder(folder))
+    assert (one.label, one.choices["method"]) == ("lora/kasa-r4", "lora")
+    assert one.tree["method"]["kasa_config"]["_target_"].endswith(".KasaConfig")
+    assert (one.tree["method"]["r"], "inference_mode" in one.tree["method"]) == (4, False)
+    train = one.config.train
+    assert (train.steps, train.learning_rate, train.weight_decay, train.batch_size) == (7, 0.5, 0.01, 4)
+    assert (train.learning_rate_scale, one.config.dataset.max_length) == (1.0, 99)
+    assert (trial.check(one).trainable_parameters or 0) > 0
+    mine = compose(*from_folder(folder), "+method.r=2", "train.steps=3", "seed=4")
+    assert (mine.config.method["r"], mine.config.train.steps, mine.config.seed) == (2, 3, 4)
+
+
+def test_a_folder_of_experiments_is_a_sweep(command: Command, tmp_path: Path) -> None:
+    for name, adapter in (("lora/r4", LORA), ("lora/it's r2", LORA | {"r": 2}), ("full/default", {})):
+        experiment(tmp_path / "experiments" / name, adapter, {} if adapter else {"optimizer_kwargs": {"lr": 1e-5}})
+    rows = plan(command, "sweep=experiments", f"experiments={tmp_path}/experiments", *SMALL)
+    assert {row["label"]: row["trainable_parameters"] for row in rows} == {
+        "full/default": 921_344,
+        "lora/it's r2": 4_096,
+        "lora/r4": 8_192,
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["method=from/adapter_config", "method.path=no"], "method.path=no: no such folder"),
+        (["method=from/adapter_config", "method.path=."], "method.path=.: holds no adapter_config.json"),
+        (["train.params_file=no.json"], "train.params_file=no.json: no such file"),
+        (["sweep=experiments", "experiments=no"], "experiments=no: no folder below it holds an adapter_config.json"),
+        (["train.params_file=bad.json"], "max_stepz: no such parameter; did you mean 'max_steps'?"),
+    ],
+)
+def test_an_experiment_that_cannot_be_read_is_one_line(words: list[str], problem: str, command: Command) -> None:
+    Path("bad.json").write_text('{"max_stepz": 3}')
+    code, _, err = command(*words, *SMALL)
+    assert (code, err.count("\n")) == (2, 1)
+    assert problem in err
+
+
+@pytest.mark.skipif(not REFERENCE.is_file(), reason="the list of the experiments is not here")
+def test_the_files_of_the_comparison_say_what_its_points_say(compose: Compose, tmp_path: Path) -> None:
+    named = {said(point)["label"]: point for point in POINTS if point.startswith("peft_comparison/")}
+    lines = REFERENCE.read_text(encoding="utf-8").splitlines()[1:]
+    assert len(lines) == len(named)
+    for line in lines:
+        name, adapter, training = line.split("\t")
+        folder = experiment(tmp_path / name, json.loads(adapter or "{}"), json.loads(training or "{}"))
+        file, point = compose(*SMALL, *from_folder(folder)), compose(*SMALL, swept(named[name]))
+        assert file.label == point.label
+        for theirs, ours in ((file.tree["method"], point.tree["method"]), (file.tree["train"], point.tree["train"])):
+            for key in {*theirs, *ours} - {"target_modules", "learning_rate_scale"}:
+                assert theirs.get(key) == ours.get(key), (name, key)
+        assert file.tree["method_setup"] == point.tree["method_setup"]
+
+
 def test_every_sweep_is_known_here() -> None:
     assert {file.stem for file in (CONF / "sweep").glob("*.yaml")} == set(SWEEPS)
 
 
-@pytest.mark.parametrize("name", SWEEPS)
+@pytest.mark.parametrize("name", [name for name in SWEEPS if name != "experiments"])
 def test_every_sweep_composes_validates_and_names_its_points(name: str, compose: Compose) -> None:
     compose(f"sweep={name}", *SMALL)
     params = cli.compose([f"sweep={name}", *SMALL]).hydra.sweeper.params
@@ -92,7 +174,7 @@ def test_every_point_is_its_label_its_method_and_its_training(point: str, compos
 def test_the_points_of_the_comparison_carry_the_names_of_its_experiments() -> None:
     points = [point for point in POINTS if point.startswith("peft_comparison/")]
     labels = [said(point)["label"] for point in points]
-    assert len(set(labels)) == len(labels) == 71 - LACKING
+    assert len(set(labels)) == len(labels) == 71
     for point, label in zip(points, labels, strict=True):
         file = re.sub(r"[^a-z0-9_.-]+", "-", label.lower().replace("/", "--"))
         assert point == f"peft_comparison/{file}"

@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peftsweep import __version__
+from peftsweep import __version__, experiment
 from peftsweep import config as configuration
 from peftsweep.errors import InputError
 
@@ -125,7 +125,15 @@ def _register() -> None:
     configuration.register()
     OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
     OmegaConf.register_new_resolver("share", lambda a, b: round(a * b), replace=True)
+    OmegaConf.register_new_resolver(
+        "folders", lambda root: ",".join(map(_quoted, experiment.folders(root))), replace=True
+    )
     OmegaConf.register_new_resolver("choose", lambda key, options: options[getattr(key, "name", key)], replace=True)
+
+
+def _quoted(path: Path) -> str:
+    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{text}'"
 
 
 def help_text(arguments: list[str]) -> str:

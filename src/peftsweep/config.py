@@ -23,7 +23,7 @@ from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peftsweep import data
+from peftsweep import data, experiment
 from peftsweep.errors import InputError, suggest
 from peftsweep.schema import Config, DatasetConfig, Dtype, Init, ModelConfig, RowsConfig, Task
 
@@ -47,6 +47,7 @@ LEAST = {
     "method.r": 1,
     "method.lora_alpha": 1,
 }
+FROM_FILE = "from/adapter_config"  # the option of method that reads one
 LANGUAGE_MODEL_ONLY = ("peftsweep.evaluate.perplexity", "peftsweep.evaluate.generation")
 LOOSE = {"init_lora_weights": r"lora_ga|pissa_niter_\d+"}  # values that PEFT takes beside what it annotates
 ONE_OF = {
@@ -95,6 +96,8 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
     cfg = cfg.copy()
     OmegaConf.set_struct(cfg, False)
     cfg.pop("hydra", None)
+    overrides = list(overrides)
+    _fill_from_files(cfg, overrides)
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise InputError(f"{missing[0]}: must be given")
     try:
@@ -109,19 +112,36 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
     rows = None if config.dataset.hub and not config.dataset.path else _rows(config)
     _check_evaluation_rows(config, rows)
     chosen = {group: str(option) for group, option in choices.items() if option and not group.startswith("hydra/")}
-    if config.method and chosen["method"] == "full":  # a named point, which brings its method itself
+    if config.method and chosen["method"] in ("full", FROM_FILE):  # a named point, which brings its method itself
         chosen["method"] = config.method["_target_"].rpartition(".")[2].removesuffix("Config").lower()
+    elif chosen["method"] == FROM_FILE:
+        chosen["method"] = "full"
     training = _training(config, rows)
     return Trial(
         config=config,
         tree=tree,
         choices=chosen,
-        overrides=list(overrides),
+        overrides=overrides,
         rows=rows,
         identity=content_hash([training, _evaluating(config, rows)]),
         training=content_hash(training),
         slug=_slug(chosen, config),
     )
+
+
+def _fill_from_files(cfg: DictConfig, overrides: Iterable[str]) -> None:
+    """Put what an experiment's files say in its place; what the command line says stands above it."""
+    said = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    folder, file = cfg.method.get("path"), cfg.train.params_file  # which may be told by method.path
+    if folder is not None:
+        own = {key: value for key, value in cfg.method.items() if key != "path"}
+        cfg.method = experiment.adapter(folder) | own
+        cfg.label = cfg.label or experiment.label(folder)
+    if file is not None:
+        cfg.train.params_file = None  # the same trial as one that is told the same by keys
+        for key, value in experiment.training(file).items():
+            if key not in said:
+                OmegaConf.update(cfg, key, value, merge=False)
 
 
 # ---- validation ------------------------------------------------------------------------------------

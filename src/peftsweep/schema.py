@@ -111,6 +111,7 @@ class TrainConfig:
     checkpointing: bool = False  # gradient checkpointing: less memory, more time
     eval_every: str | None = None  # "100" steps or "0.5epochs": validation rows in steps.jsonl
     keep_best: bool = False  # end with the weights of the best validation loss
+    params_file: str | None = None  # training_params.json of PEFT's comparison, or a folder that may hold one
     log_every: int = 10  # steps to a line of steps.jsonl
 
 
@@ -128,6 +129,7 @@ class Config:
     """One trial."""
 
     study: str = "default"
+    experiments: str | None = None  # the folder that sweep=experiments walks
     label: str | None = None
     seed: int = 0
     device: str = "auto"
