@@ -70,3 +70,21 @@ def test_a_rank_sweep_on_gsm8k_lowers_the_perplexity(command: Command, gsm8k: Pa
     print(table[["config.method.r", "eval_info.perplexity.base_perplexity.value"]].assign(after=after).to_string())
     assert len(table) == 3
     assert (after < before / 10).all()
+
+
+ENCODER, DATA = os.environ.get("PEFTSWEEP_ENCODER", ""), os.environ.get("PEFTSWEEP_DATA", "")
+
+
+@pytest.mark.skipif(not ENCODER or not DATA, reason="PEFTSWEEP_ENCODER names a pretrained encoder, PEFTSWEEP_DATA rows")
+def test_a_pretrained_encoder_learns_sentiment(command: Command) -> None:
+    words = ["sweep=distilbert_sst2", "model=encoder", f"model.name_or_path={ENCODER}", "dataset.samples=2000"]
+    words += [f"dataset.path={DATA}/sst2/train.tsv", f"dataset.test_path={DATA}/sst2/validation.tsv"]
+    assert command(*words, "train.learning_rate=1e-3,1e-4", "quiet=true")[0] == 0
+    table = peftsweep.load()
+    accuracy, rate = "eval_info.sst2.accuracy.value", "config.train.learning_rate"
+    print(table[["choices.method", rate, accuracy, "eval_info.sst2.f1.value"]].to_string())
+    assert table["train_info.reloads"].all()
+    best = table.groupby("choices.method")[accuracy].max()
+    assert best["lora"] > 0.75
+    assert best["full"] > 0.75
+    assert table[table["choices.quant"] == "4bit"][accuracy].max() > 0.7

@@ -235,3 +235,27 @@ def test_a_sweep_of_points_carries_their_labels(command: Command) -> None:
 )
 def test_a_point_attaches_to_any_model_with_its_modules(name: str, compose: Compose) -> None:
     assert (trial.check(compose(*SMALL, swept(f"peft_comparison/{name}"))).trainable_parameters or 0) > 0
+
+
+PUBLISHED = {
+    label: (int(trainable), int(total), int(size))
+    for label, trainable, total, size in (
+        line.split("\t") for line in (Path(__file__).parent / "published.tsv").read_text().splitlines()[3:]
+    )
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("label", sorted(PUBLISHED))
+def test_counts_and_sizes_are_those_that_peft_published(label: str, compose: Compose) -> None:
+    """Llama 3.2 3B in its shape alone; FRoD, SHiRA, UniLoRA and AdaMSS want random weights in place of none."""
+    point = next(point for point in POINTS if said(point)["label"] == label)
+    one = compose("sweep=peft_comparison", "model.init=random", "dataset=tiny_math", swept(point))
+    forecast, (trainable, total, size) = trial.check(one), PUBLISHED[label]
+    print(
+        f"{label}: {forecast.trainable_parameters:,} of {forecast.total_parameters:,}, {forecast.adapter_bytes:,} bytes"
+    )
+    assert (forecast.trainable_parameters, forecast.total_parameters) == (trainable, total)
+    if not label.startswith("adalora"):  # whose file is written after it has dropped ranks
+        # AdaMSS: another version of PEFT wrote 816 bytes fewer of header
+        assert forecast.adapter_bytes == (size + 816 if label.startswith("adamss") else size)

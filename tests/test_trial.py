@@ -205,6 +205,15 @@ def test_an_adapter_that_does_not_come_back_is_reported(run_small: RunSmall, mon
     assert result.train_info["reload_difference"] > 0.01
 
 
+@pytest.mark.parametrize("method", ["lora", "vera", "boft", "prefix_tuning", "mica", "trainable_tokens"])
+def test_the_size_of_the_adapter_is_foreseen_to_the_byte(
+    method: str, run_small: RunSmall, compose: Callable[..., Trial]
+) -> None:
+    forecast, found = trial.check(compose(f"method={method}")), run_small(f"method={method}").train_info
+    assert forecast.trainable_parameters == found["trainable_parameters"]
+    assert forecast.adapter_bytes == found["adapter_bytes"]
+
+
 @pytest.mark.parametrize("method", ["lora", "pissa", "eva", "corda", "lora_ga", "loftq", "lora_pissa_niter_2"])
 @pytest.mark.parametrize("quant", ["none", "4bit"])
 def test_what_is_saved_comes_back_and_merges(run_small: RunSmall, method: str, quant: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, cast
 
 import torch
 import transformers
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -291,6 +292,27 @@ def _size(parameter: nn.Parameter) -> int:
 def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Names and parameters that training changes."""
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def saved_bytes(model: PeftModel) -> int:
+    """The size of the safetensors file that ``save`` writes, to the byte, without writing it.
+
+    Eight bytes of length, a JSON header of each tensor's type, shape and place, padded to a multiple of
+    eight, then the tensors, those of wide types first (github.com/huggingface/safetensors, its format).
+    """
+    if hasattr(model, "prompt_encoder"):  # what is saved is what it says, so that it must be there to be asked
+        model.prompt_encoder.to_empty(device="cpu")
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.int32: "I32"}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, tensor in sorted(state.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        end = start + tensor.numel() * tensor.element_size()
+        kind = names.get(tensor.dtype, "U8")
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + (length + 7) // 8 * 8 + start
 
 
 def save(model: PreTrainedModel | PeftModel, folder: Path) -> int:

@@ -55,7 +55,7 @@ class Forecast:
 
     trainable_parameters: int | None = None  # None where attaching failed; the trial itself will say why
     total_parameters: int | None = None
-    adapter_bytes: int | None = None  # of the trained weights, without the file's header
+    adapter_bytes: int | None = None  # of the file that holds the adapter
     refused: str | None = None  # why it will not be trained
 
 
@@ -88,18 +88,21 @@ def _forecast(trial: Trial) -> Forecast:
         if reason := refusal(trial):
             bare = model.skeleton(config.model, classes=len(config.dataset.classes))
             return Forecast(0, model.count(bare).total, 0, reason)
-        # Some methods begin with the base's numbers (SVD, masks), which the meta device lacks; any will do.
-        for where in ("meta", "cpu"):
+        # Some methods begin with random numbers that the meta device lacks, some with the base's (SVD, masks),
+        # of which any will do.
+        for base, adapter in (("meta", "meta"), ("meta", "cpu"), ("cpu", "cpu")):
             try:
-                bare = model.skeleton(config.model, where, len(config.dataset.classes))
-                adapted = _attach(trial, bare, config.train.steps)
+                bare = model.skeleton(config.model, base, len(config.dataset.classes))
+                with torch.device(adapter):
+                    adapted = _attach(trial, bare, config.train.steps)
                 train.make_optimizer(adapted, config.train)  # which may freeze some of the parameters
                 counts = model.count(adapted)
-                return Forecast(counts.trainable, counts.total, counts.trainable_bytes)
+                size = model.saved_bytes(adapted) if isinstance(adapted, PeftModel) else counts.trainable_bytes
+                return Forecast(counts.trainable, counts.total, size)
             except InputError:
                 raise
             except Exception:
-                log.debug("%s cannot be attached on the device %s", trial.slug, where, exc_info=True)
+                log.debug("%s cannot be attached on the device %s", trial.slug, adapter, exc_info=True)
     return Forecast()
 
 
