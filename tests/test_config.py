@@ -13,6 +13,8 @@ import pytest
 from peftsweep import InputError, cli, trial
 from peftsweep.config import Trial, check_call, conf_dir
 
+from . import schemas
+
 Compose = Callable[..., Trial]
 Command = Callable[..., tuple[int, str, str]]
 
@@ -30,18 +32,19 @@ NEEDS = {  # what an option leaves to the user
     "eval=sst2": ["dataset=tiny_direction"],
     "eval=tiny_direction": ["dataset=tiny_direction"],
     "dataset=file": ["dataset.path=questions.jsonl", 'dataset.prompt="{question}"', 'dataset.answer="{answer}"'],
-    "dataset=gsm8k": ["dataset.path=questions.jsonl"],
-    "dataset=metamath": [
-        *("dataset.path=questions.jsonl", "dataset.test_path=questions.jsonl"),
-        *('dataset.prompt="{question}"', 'dataset.answer="{answer}"'),
-    ],
+    **{f"dataset={name}": [f"dataset.path={name}.jsonl"] for name in schemas.SCHEMAS},
+    "dataset=metamath": ["dataset.path=metamath.jsonl", "dataset.test_path=gsm8k.jsonl"],
     "eval=gsm8k": ["eval.gsm8k.path=questions.jsonl"],
+    "eval=forgetting": ["eval.forgetting.path=text.jsonl"],
+    "eval=substring": ["eval.substring.path=questions.jsonl", 'eval.substring.prompt="{question}"'],
 }
 OPTIONS = [f"{group}={file.stem}" for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_yaml_composes_validates_and_attaches(option: str, compose: Compose, questions: Path) -> None:
+    for name in schemas.SCHEMAS:
+        schemas.write(name, Path())
     one = compose(option, *NEEDS.get(option, []))
     forecast = trial.check(one)
     assert (forecast.trainable_parameters or 0) > 0 or (option == "method=xlora" and forecast.refused)

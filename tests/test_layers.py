@@ -10,8 +10,20 @@ import peftsweep
 PACKAGE = Path(peftsweep.__file__).parent
 # Lowest first: a module may import those on lower floors, and those before it on its own.
 FLOORS = (
-    ("errors", "schema", "compatibility", "data", "metrics", "measure", "record", "study", "experiment", "model"),
-    ("display", "attach", "initialise", "train", "evaluate", "plot"),
+    (
+        "errors",
+        "schema",
+        "compatibility",
+        "data",
+        "metrics",
+        "measure",
+        "record",
+        "study",
+        "experiment",
+        "tasks",
+        "model",
+    ),
+    ("display", "attach", "initialise", "train", "evaluate", "harness", "plot"),
     ("config", "trial", "sweep", "collect"),
     ("cli",),
 )

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
+import re
 import statistics
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+import yaml
 from sklearn.metrics import f1_score
 
 from peftsweep import metrics
+from peftsweep.errors import InputError
 from peftsweep.metrics import Judgement
+
+ANSWERS = Path(__file__).with_name("written_answers.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -24,6 +33,33 @@ from peftsweep.metrics import Judgement
         ("it is 7", "#### 7", False, None),
         ("#### seven", "#### 7", False, None),
         ("#### 7", "7", True, "7"),
+        # the order of the markers, and the text that PEFT keeps
+        ("#### 5\nThe answer is 6", "#### 6", True, "6"),
+        ("The answer is 5\nThe answer is: 6\nThe final answer is 5", "#### 6", True, "6"),
+        ("The final answer is 4", "#### 4", True, "4"),
+        ("#### 7\n####", "#### 7", True, "7"),
+        ("The answer is: 50%!", "#### 50", True, "50"),
+        ("The answer is: 20/35", "The answer is: 0.5714285714285714", True, "0.571428571428571"),
+        ("The answer is: 5/0", "#### 5", False, None),
+        ("The answer is: .5", "#### 0.5", True, "0.5"),
+        ("#### 1234567", "#### 1234567", True, "1234567"),
+        ("#### 1234567", "#### 1234568", False, "1234567"),
+        # LaTeX
+        (r"so $\boxed{\frac{1}{2}}$.", "#### 0.5", True, "0.5"),
+        (r"\boxed{1}, no: \boxed{\dfrac{-3}{4}}", "#### -0.75", True, "-0.75"),
+        (r"\boxed{2} but the answer is 3", "#### 2", True, "2"),
+        (r"The answer is: $\boxed{\$18}$. Or \boxed{5", "#### 18", False, None),
+        (r"The answer is: $\boxed{\$1{,}8}$", "#### 18", False, None),
+        (r"The answer is: \boxed{\$18 \text{ dollars}}", "18", True, "18"),
+        (r"\boxed{18", "18", False, None),
+        # answers that are no number
+        ("The answer is: x+1.", "The answer is: x+1", True, "x+1"),
+        ("The answer is: x+2", "The answer is: x+1", False, "x+2"),
+        ("The answer is: 3", "The answer is: x+1", False, "3"),
+        ("no idea", "The answer is: x+1", False, None),
+        (r"The answer is: \text{Friday}", "The answer is: Friday", True, "Friday"),
+        (r"\boxed{\dfrac{\sqrt{3}}{2}}", r"\boxed{\frac{\sqrt{3}}{2}}", True, r"\frac{\sqrt{3}}{2}"),
+        ("The answer is: x+1", "#### 1", False, None),
     ],
 )
 def test_numbers_are_read_after_the_marker(prediction: str, answer: str, correct: bool, extracted: str | None) -> None:
@@ -35,9 +71,203 @@ def test_the_marker_can_be_chosen() -> None:
     assert not metrics.number_match("47+38=85", "47+38=85 #85", markers=["#"]).correct
 
 
-def test_a_reference_without_a_number_is_an_error() -> None:
+@pytest.mark.parametrize("answer", ["seven", "", "x+1", "#### ", r"\boxed{}", r"\boxed{\text{.}}", r"\boxed{x"])
+def test_a_reference_without_a_number_is_an_error(answer: str) -> None:
     with pytest.raises(ValueError, match="holds no number"):
-        metrics.number_match("#### 7", "seven")
+        metrics.number_match("#### 7", answer)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("18 dollars", 18),
+        ("$1,234.50", 1234.5),
+        ("-$5", -5),
+        ("\N{MINUS SIGN}5", -5),
+        ("12%", 12),
+        (r"12\%", 12),
+        ("3 km", 3),
+        ("3km", 3),
+        ("5 m", 5),
+        (r"5\text{cm}", 5),
+        (r"90^\circ", 90),
+        (r"1,\!000", 1000),
+        (r"-\frac{1}{2}", -0.5),
+        ("5/2 cups", 2.5),
+        ("18. So she makes 18", 18),
+        ("1e3", 1000),
+    ],
+)
+def test_a_number_may_carry_separators_units_and_latex(text: str, value: float) -> None:
+    assert metrics.as_number(text) == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "x", "x+1", "3x", "3xy", "3 x", r"3\sqrt{2}", "2 pi", r"11\frac{1}{2}", r"\frac{1}{2}x", "3+4i"),
+        *("3 or 5", "3 million", "1,2", "2, 3", "(1,2)", "12-13", "1:2", "1/2/3", "1/0"),
+    ],
+)
+def test_what_is_a_term_or_several_numbers_is_no_number(text: str) -> None:
+    assert metrics.as_number(text) is None
+
+
+@pytest.mark.parametrize(("name", "judge"), [("strict-match", "gsm8k_strict"), ("flexible-extract", "gsm8k_flexible")])
+def test_gsm8k_is_judged_as_by_lm_evaluation_harness(name: str, judge: str) -> None:
+    extraction = pytest.importorskip("lm_eval.filters.extraction")
+    exact_match = pytest.importorskip("lm_eval.api.metrics").exact_match_hf_evaluate
+    task = yaml.safe_load((Path(extraction.__file__).parents[1] / "tasks" / "gsm8k" / "gsm8k.yaml").read_text())
+    steps = {entry["name"]: entry["filter"] for entry in task["filter_list"]}[name]
+    assert [step["function"] for step in steps] == ["regex", "take_first"]
+    regex = extraction.RegexFilter(**{key: value for key, value in steps[0].items() if key != "function"})
+    options = {key: task["metric_list"][0][key] for key in ("ignore_case", "ignore_punctuation", "regexes_to_ignore")}
+
+    rows = [json.loads(line) for line in ANSWERS.read_text().splitlines()]
+    kinds = {"right": 0, "wrong": 0, "none": 0}
+    for row in rows:
+        [[filtered]] = regex.apply([[row["prediction"]]], [row])
+        score = exact_match(predictions=[filtered], references=[row["answer"]], **options)["exact_match"]
+        found = getattr(metrics, judge)(**row)
+        assert found.correct == bool(score), row
+        assert (found.extracted is None) == (filtered == "[invalid]"), row
+        for pattern in options["regexes_to_ignore"]:
+            filtered = re.sub(pattern, "", filtered)
+        assert found.extracted in (None, filtered), row
+        kinds["none" if found.extracted is None else "right" if found.correct else "wrong"] += 1
+    assert len(rows) == 200
+    assert min(kinds.values()) >= 30, kinds
+
+
+def test_the_two_gsm8k_filters_differ() -> None:
+    assert metrics.gsm8k_strict("#### 7\nCheck: 3 + 4", "#### 7") == Judgement(True, "7")
+    assert metrics.gsm8k_flexible("#### 7\nCheck: 3 + 4", "#### 7") == Judgement(False, "4")
+    assert metrics.gsm8k_strict("It is $1,080.", "#### 1080") == Judgement(False, None)
+    assert metrics.gsm8k_flexible("It is $1,080.", "#### 1080") == Judgement(True, "1080")
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "correct", "extracted"),
+    [
+        (r"It is $\frac{1}{2}$.", "0.5", True, r"\frac{1}{2}"),
+        (r"so \boxed{(x+1)^2}", "The answer is: x^2+2x+1", True, "(x+1)^2"),
+        ("The answer is: x+1", "x+1", True, "x+1"),
+        (r"\boxed{x+2}", "x+1", False, "x+2"),
+        ("#### 1,234", r"\$1234", True, "1,234"),
+        ("no idea", "7", False, None),
+    ],
+)
+def test_math_verify_compares_what_answers_mean(
+    prediction: str, answer: str, correct: bool, extracted: str | None
+) -> None:
+    pytest.importorskip("math_verify")
+    assert metrics.math_verify_match(prediction, answer) == Judgement(correct, extracted)
+
+
+def test_math_verify_is_quiet_and_works_in_a_thread(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("math_verify")
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(metrics.math_verify_match, r"\boxed{\frac{1}{2}}", "0.5").result()
+    assert found == Judgement(True, r"\frac{1}{2}")
+    assert not caplog.records
+
+
+def test_math_verify_gives_up_what_cannot_be_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("math_verify")
+    monkeypatch.setattr(metrics, "MATH_VERIFY_SECONDS", 1)
+    assert not metrics.math_verify_match(r"\boxed{9^{9^{9^{9}}}}", "9").correct
+
+
+def test_math_verify_needs_a_reference_and_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("math_verify")
+    with pytest.raises(ValueError, match="reads nothing from the reference"):
+        metrics.math_verify_match("7", "")
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(InputError, match=r"^.*pip install 'peftsweep\[lm_eval\]'$"):
+        metrics.math_verify_match("7", "7")
+
+
+FIVE = [f"answer{n}" for n in range(1, 6)]
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "labels", "correct", "extracted"),
+    [
+        ("the correct answer is answer2", "the correct answer is answer2", FIVE, True, "answer2"),
+        ("answer3, not answer2", "answer2", FIVE, False, "answer3"),
+        ("answer10 or answer4", "answer4", FIVE, True, "answer4"),
+        ("answer10", "answer1", FIVE, False, None),
+        ("untrue, so false", "false", ["true", "false"], True, "false"),
+        ("True", "true", ["true", "false"], False, None),
+        ("very likely.", "likely", ["likely", "very likely"], False, "very likely"),
+        ("a is b", "a is b", ["a", "a is b"], True, "a is b"),
+        ("it is (A).", "(A)", ["(A)", "(B)"], True, "(A)"),
+        ("", "true", ["true", "false"], False, None),
+    ],
+)
+def test_the_first_label_word_is_the_answer(
+    prediction: str, answer: str, labels: list[str], correct: bool, extracted: str | None
+) -> None:
+    assert metrics.label_match(prediction, answer, labels) == Judgement(correct, extracted)
+
+
+def test_labels_may_be_read_in_any_case_and_are_given_as_listed() -> None:
+    found = metrics.label_match("TRUE!", "it is True", ["true", "false"], case_sensitive=False)
+    assert found == Judgement(True, "true")
+
+
+@pytest.mark.parametrize("labels", [["true", "false"], []])
+def test_a_reference_without_a_label_is_an_error(labels: list[str]) -> None:
+    with pytest.raises(ValueError, match="'maybe untrue'"):
+        metrics.label_match("nothing", "maybe untrue", labels)
+
+
+def test_the_expected_text_may_stand_anywhere() -> None:
+    assert metrics.contains("It is PARIS, of course", "Paris") == Judgement(True, "Paris")
+    assert metrics.contains("It is Lyon", "Paris") == Judgement(False, None)
+    assert metrics.contains("H2O or water", "Water | H2O") == Judgement(True, "Water")
+    assert metrics.contains("a+b", "c|a+b|") == Judgement(True, "a+b")
+    with pytest.raises(ValueError, match="holds no text"):
+        metrics.contains("anything", " | ")
+
+
+def test_baselines_are_those_of_the_references() -> None:
+    gold = ["true"] * 60 + ["false"] * 40
+    found = metrics.answer_baselines(["true", None, "false", "true"], gold)
+    assert found == {
+        "majority": 0.6,
+        "random": 0.5,
+        "histogram": {"true": 2, "": 1, "false": 1},
+        "degenerate": False,
+    }
+    assert next(iter(found["histogram"])) == "true"
+    assert metrics.answer_baselines([], gold, labels=["true", "false", "maybe", "no"])["random"] == 0.25
+
+
+def test_the_histogram_keeps_the_twenty_most_frequent() -> None:
+    said = [str(n) for n in range(30) for _ in range(n + 1)]
+    histogram = metrics.answer_baselines(said, ["1"])["histogram"]
+    assert list(histogram.items())[:2] == [("29", 30), ("28", 29)]
+    assert len(histogram) == 20
+
+
+@pytest.mark.parametrize(
+    ("said", "gold", "degenerate"),
+    [
+        (["a"] * 19 + ["b"], ["a", "b"] * 10, True),
+        (["a"] * 18 + ["b"] * 2, ["a", "b"] * 10, False),  # 90% are not 95%
+        (["a"] * 19, ["a", "b"] * 10, False),  # too few
+        (["a"] * 20 + [None] * 30, ["a", "b"] * 25, True),  # of those that could be read
+        (["a"] * 19 + [None] * 30, ["a", "b"] * 25, False),
+        ([None] * 30, ["a", "b"] * 15, False),
+        (["a"] * 20, ["a"] * 19 + ["b"], False),  # so are the references
+        (["b"] * 20, ["a"] * 18 + ["b"] * 2, True),
+    ],
+)
+def test_answers_that_are_nearly_all_the_same_are_degenerate(
+    said: list[str | None], gold: list[str], degenerate: bool
+) -> None:
+    assert metrics.answer_baselines(said, gold)["degenerate"] is degenerate
 
 
 def test_exact_match_passes_over_white_space_at_the_ends() -> None:

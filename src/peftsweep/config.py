@@ -34,6 +34,7 @@ LEAST = {
     "dataset.samples": 1,
     "dataset.validation_samples": 1,
     "dataset.max_length": 2,
+    "dataset.max_characters": 1,
     "train.learning_rate": 0,
     "train.learning_rate_scale": 0,
     "train.steps": 0,
@@ -267,8 +268,8 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _check_evaluation_rows(config: Config, rows: data.Rows | None) -> None:
     """Fill the evaluations' templates from every local row, so that a missing column is known before training."""
-    for name, node in config.eval.items():
-        source = rows_config(node)
+    for name in config.eval:
+        source = evaluation_source(config, name)
         if source.path or (not source.hub and rows is not None):
             test_examples(config, name, data.evaluation_rows(source, f"eval.{name}", rows.test if rows else []))
 
@@ -277,8 +278,20 @@ def test_examples(config: Config, name: str, rows: Iterable[data.Row]) -> list[d
     """``rows`` as ``eval.<name>`` shows them to the model: by its own templates, else by the dataset's."""
     node, own = config.eval[name], config.dataset
     source = rows_config(node)
-    classes = node.get("classes") or (own.classes if source.answer is None else ())
-    return data.examples(rows, source.prompt or own.prompt, source.answer or own.answer, f"eval.{name}", "", classes)
+    mine = source.prompt is None and source.answer is None  # then the rows are as the dataset's
+    classes = node.get("classes") or (own.classes if mine else ())
+    prompt = own.prompt if source.prompt is None else source.prompt
+    answer = own.answer if source.answer is None else source.answer
+    reader = source.reader or (own.reader if mine else None)
+    return data.examples(rows, prompt, answer, f"eval.{name}", "", classes, reader)
+
+
+def evaluation_source(config: Config, name: str) -> RowsConfig:
+    """The rows of ``eval.<name>``: those of the trial's files, where these stand for the evaluation's hub dataset."""
+    source, own = rows_config(config.eval[name]), config.dataset
+    if own.path and source.hub and source.hub == own.hub:
+        return dataclasses.replace(source, hub=None)
+    return source
 
 
 def rows_config(node: Mapping[str, Any]) -> RowsConfig:
@@ -360,7 +373,8 @@ def evaluation_identity(node: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _dataset_identity(dataset: DatasetConfig, rows: data.Rows | None) -> dict[str, Any]:
-    how = {key: getattr(dataset, key) for key in ("prompt", "answer", "classes", "max_length")}
+    how = {key: getattr(dataset, key) for key in ("reader", "prompt", "answer", "classes", "max_length")}
+    how |= {key: getattr(dataset, key) for key in ("drop_long", "chat")}
     if rows is None:
         return dataclasses.asdict(dataset)
     return how | {part: rows.fingerprints[part] for part in ("train", "validation")}

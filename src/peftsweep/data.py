@@ -11,7 +11,7 @@ import hashlib
 import json
 import pydoc
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-FORMATS = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+FORMATS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 GENERATED_TEST_ROWS = 1000
 BUCKET_BATCHES = 20  # batches sorted by length together: little padding, and the order stays random
 
@@ -112,7 +112,14 @@ def _read_parquet(file: Path) -> list[Row]:
     return rows
 
 
+def _read_text(file: Path) -> list[Row]:
+    """Paragraphs, which empty lines part."""
+    paragraphs = file.read_text(encoding="utf-8").split("\n\n")
+    return [{"text": paragraph.strip()} for paragraph in paragraphs if paragraph.strip()]
+
+
 _READERS = {
+    ".txt": _read_text,
     ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".csv": _read_table,
@@ -140,6 +147,7 @@ class Rows:
     train: list[Row]
     validation: list[Row] = field(default_factory=list)
     test: list[Row] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)  # of the training rows, by reason
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -150,12 +158,14 @@ class Rows:
 def load_rows(dataset: DatasetConfig, *, validation: bool = False) -> Rows:
     """The dataset's rows; test rows are never training rows, and validation rows never test rows.
 
-    With ``validation`` true, up to ``validation_samples`` rows (at most a tenth) leave the training rows.
+    A training row whose prompt is that of a test row is left out. With ``validation`` true, up to
+    ``validation_samples`` rows (at most a tenth) leave the training rows.
 
     Raises:
         InputError: a file or a hub dataset cannot be read, or nothing is left to train on.
     """
     train, test = _train_and_test(dataset)
+    train, left_out = _clean(dataset, train, test)
     shuffle = random.Random(dataset.split_seed)
     if dataset.samples is not None and dataset.samples < len(train):
         train = shuffle.sample(train, dataset.samples)
@@ -164,7 +174,36 @@ def load_rows(dataset: DatasetConfig, *, validation: bool = False) -> Rows:
         raise InputError(f"train.eval_every: {len(train)} training rows are too few to hold out validation rows")
     if held_out:
         train = shuffle.sample(train, len(train))
-    return Rows(train=train[held_out:], validation=train[:held_out], test=test)
+    return Rows(train=train[held_out:], validation=train[:held_out], test=test, left_out=left_out)
+
+
+def _clean(dataset: DatasetConfig, train: list[Row], test: list[Row]) -> tuple[list[Row], dict[str, int]]:
+    """Training rows without those that are tested on, are too long, or (if so wished) come twice; and their numbers."""
+    try:
+        tested = {_question(row) for row in dataset_examples(dataset, test)}
+    except InputError:
+        tested = set()  # of other columns, which the evaluation has a template for
+    seen: set[tuple[str, str]] = set()
+    kept = []
+    left_out = {"tested_rows": 0, "long_rows": 0, "duplicate_rows": 0}
+    for row, example in zip(train, dataset_examples(dataset, train), strict=True):
+        again = example[:2] in seen
+        seen.add(example[:2])
+        left_out["duplicate_rows"] += again
+        if _question(example) in tested:
+            left_out["tested_rows"] += 1
+        elif dataset.max_characters and len(example.prompt) + len(example.answer) > dataset.max_characters:
+            left_out["long_rows"] += 1
+        elif not (again and dataset.deduplicate):
+            kept.append(row)
+    if not kept:
+        raise InputError(f"dataset: none of {len(train)} training rows is left ({left_out})")
+    return kept, left_out
+
+
+def _question(example: Example) -> str:
+    """What two examples have in common that ask the same: the prompt, or the text where there is none."""
+    return " ".join((example.prompt if example.prompt.strip() else example.answer).split()).lower()
 
 
 def _train_and_test(dataset: DatasetConfig) -> tuple[list[Row], list[Row]]:
@@ -177,7 +216,7 @@ def _train_and_test(dataset: DatasetConfig) -> tuple[list[Row], list[Row]]:
     if dataset.path is not None:
         train = read_rows(dataset.path, "dataset.path")
         # Here, in the file's own order, an error can name the row.
-        examples(train, dataset.prompt, dataset.answer, file=dataset.path, classes=dataset.classes)
+        dataset_examples(dataset, train, dataset.path)
     elif dataset.hub is not None:
         train = hub_rows(dataset.hub, dataset.hub_config, dataset.hub_split, dataset.revision, "dataset.hub")
     else:
@@ -219,11 +258,22 @@ def fingerprint(rows: Iterable[Row]) -> str:
 # ---- examples --------------------------------------------------------------------------------------
 
 
+class Choice(NamedTuple):
+    """One of the answers a question offers, with the prompt before it (most often that of all)."""
+
+    prompt: str
+    answer: str
+    label: str  # the answer without the template
+    text: str  # what the label stands for
+
+
 class Example(NamedTuple):
     """A row as the model sees it."""
 
     prompt: str
     answer: str
+    choices: tuple[Choice, ...] = ()
+    gold: int | None = None  # the number of the right one
 
 
 def examples(
@@ -233,22 +283,69 @@ def examples(
     key: str = "dataset",
     file: str = "",
     classes: Sequence[str] = (),
+    reader: str | None = None,
 ) -> list[Example]:
     """Fill the templates, such as ``"{question}"``, from each row's columns; errors name ``key`` and ``file``.
 
-    With ``classes``, an answer must be one of them or its number, which is replaced by its name.
+    With ``classes``, an answer must be one of them or its number, which is replaced by its name. A
+    ``reader`` makes questions with choices of the rows; the templates are then filled for each choice too.
 
     Raises:
         InputError: a template names a column that a row lacks, or is not a template; an answer is no class.
     """
+    read = find_reader(reader, key)
     made = []
     for n, row in enumerate(rows, start=1):
         number = f"{n} of {file}" if file else f"{n}"
+        if read:
+            row = _read(read, row, f"{key}.reader", number)
         said = _fill(answer, row, f"{key}.answer", number)
         if classes:
             said = _class_name(said, classes, f"{key}.answer", number)
-        made.append(Example(_fill(prompt, row, f"{key}.prompt", number), said))
+        choices = tuple(
+            Choice(
+                _fill(prompt, row | choice, f"{key}.prompt", number),
+                _fill(answer, row | choice, f"{key}.answer", number),
+                choice["answer"],
+                choice.get("text", choice["answer"]),
+            )
+            for choice in (row["choices"] if read and "gold" in row else ())
+        )
+        made.append(
+            Example(_fill(prompt, row, f"{key}.prompt", number), said, choices, row.get("gold") if read else None)
+        )
     return made
+
+
+def dataset_examples(dataset: DatasetConfig, rows: Iterable[Row], file: str = "") -> list[Example]:
+    """``rows`` by the dataset's own templates."""
+    templates = dataset.prompt, dataset.answer
+    return examples(rows, *templates, file=file, classes=dataset.classes, reader=dataset.reader)
+
+
+def find_reader(name: str | None, key: str = "dataset") -> Callable[[Row], Row] | None:
+    """The function that a dotted path names; None for none.
+
+    Raises:
+        InputError: there is no such function.
+    """
+    if name is None:
+        return None
+    found: Any = pydoc.locate(name)
+    if not callable(found):
+        raise InputError(f"{key}.reader={name}: no such function")
+    reader: Callable[[Row], Row] = found
+    return reader
+
+
+def _read(reader: Callable[[Row], Row], row: Row, key: str, number: str) -> Row:
+    try:
+        return reader(row)
+    except KeyError as error:
+        column = str(error.args[0])
+        raise InputError(f"{key}: row {number} has no column '{column}'; {suggest(column, list(row))}") from None
+    except (ValueError, TypeError, IndexError) as error:
+        raise InputError(f"{key}: row {number} cannot be read: {error}") from None
 
 
 def _class_name(answer: str, classes: Sequence[str], key: str, number: str) -> str:
@@ -268,6 +365,26 @@ def _fill(template: str, row: Row, key: str, number: str) -> str:
         raise InputError(f"{key}: row {number} has no column '{column}'; {suggest(column, list(row))}") from None
     except (ValueError, IndexError, AttributeError) as error:
         raise InputError(f"{key}='{template}': not a template ({error}); write {{{{ for a brace") from None
+
+
+def through_chat_template(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example]) -> list[Example]:
+    """The same examples with their prompts as a user's turn (or, in JSON, a list of turns) and the assistant's begun.
+
+    Raises:
+        InputError: the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise InputError("dataset.chat=true: the model's tokenizer has no chat template")
+
+    def turn(prompt: str) -> str:
+        turns = json.loads(prompt) if prompt.startswith('[{"role"') else [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return str(text).removeprefix(tokenizer.bos_token or "")  # which the tokenizer adds by itself
+
+    return [
+        row._replace(prompt=turn(row.prompt), choices=tuple(c._replace(prompt=turn(c.prompt)) for c in row.choices))
+        for row in rows
+    ]
 
 
 class Tokens(NamedTuple):
@@ -301,6 +418,24 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], max_le
         prompt = prompt[max(0, len(prompt) + len(answer) - max_length) :]
         tokens.append(Tokens(prompt + answer, len(prompt)))
     return tokens
+
+
+def tokenize_pairs(
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], max_length: int
+) -> list[Tokens]:
+    """A context and what may follow it, tokenised as one text, as lm-evaluation-harness does; no end mark.
+
+    White space at the end of a context counts to what follows.
+    """
+    limit = min(max_length, tokenizer.model_max_length)
+    contexts = [context.rstrip() for context, _ in pairs]
+    starts = [len(ids) for ids in tokenizer(contexts).input_ids]
+    wholes = tokenizer([context + following for context, following in pairs]).input_ids
+    rows = []
+    for ids, start in zip(wholes, starts, strict=True):
+        cut = max(0, len(ids) - limit)
+        rows.append(Tokens(ids[cut:], max(start - cut, 1)))
+    return rows
 
 
 def tokenize_for_classes(

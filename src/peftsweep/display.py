@@ -129,14 +129,22 @@ def scores_line(scores: dict[str, Any]) -> str:
     """``accuracy 0.84 ± 0.03 (base 0.01)`` for each metric that has no other one behind it."""
     parts = []
     for metric, score in scores.items():
-        if metric.startswith("base_") or metric in ("valid_fraction", "loss"):
+        if metric.startswith("base_") or metric in ("valid_fraction", "loss") or not _is_score(score):
             continue
         value, stderr = score["value"], score["stderr"]
         base = scores.get(f"base_{metric}", {}).get("value")
         text = f"{metric} {value:.3f}" if value is not None else f"{metric} infinite"
         text += f" ± {stderr:.3f}" if stderr is not None else ""
         parts.append(text + (f" (base {base:.3f})" if base is not None else ""))
+    if scores.get("majority") is not None and parts:
+        parts.append(f"majority {scores['majority']:.3f}")
+    if scores.get("degenerate"):
+        parts.append("degenerate: nearly always the same answer")
     return ", ".join(parts)
+
+
+def _is_score(score: Any) -> bool:
+    return isinstance(score, dict) and {"value", "stderr", "n"} <= set(score)
 
 
 def size(count: float | None) -> str:

@@ -6,7 +6,7 @@ All rest on two primitives: ``log_likelihoods`` of given answers and ``generate`
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -14,17 +14,18 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from peftsweep import metrics
-from peftsweep.data import Example, Tokens, collate, tokenize, tokenize_for_classes
+from peftsweep.data import Example, Tokens, collate, tokenize, tokenize_for_classes, tokenize_pairs
 from peftsweep.metrics import Judgement, Score
 from peftsweep.model import answer_losses, class_logits, classifies, row_inputs
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores by name, and a line a row for predictions/<eval>.jsonl."""
+    """The scores by name, a line a row for predictions/<eval>.jsonl, and what else tells how far to trust them."""
 
     scores: dict[str, Score]
     predictions: list[dict[str, Any]]
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def perplexity(
@@ -100,11 +101,9 @@ def classification(
         rows = tokenize_for_classes(tokenizer, examples, max_length, classes)
         scores = _class_scores(model, rows, pad_id=_pad_id(tokenizer), batch_size=batch_size)
     else:
-        named = [Example(row.prompt, row.answer.replace(row.answer.strip(), c)) for row in examples for c in classes]
-        tokens = tokenize(tokenizer, named, max_length)
-        sums = log_likelihoods(model, tokens, pad_id=_pad_id(tokenizer), batch_size=batch_size)
-        scores = [sums[start : start + len(classes)] for start in range(0, len(sums), len(classes))]
-    said = [max(range(len(classes)), key=row.__getitem__) for row in scores]
+        pairs = [[(row.prompt, row.answer.replace(row.answer.strip(), name)) for name in classes] for row in examples]
+        scores = _grouped_likelihoods(model, tokenizer, pairs, batch_size=batch_size, max_length=max_length)
+    said = [_likeliest(row) for row in scores]
     lines = [
         {
             "prompt": row.prompt,
@@ -115,7 +114,169 @@ def classification(
         }
         for row, mine, right, score in zip(examples, said, gold, scores, strict=True)
     ]
-    return Evaluation(metrics.classification(said, gold, len(classes)), lines)
+    facts = metrics.answer_baselines([classes[n] for n in said], [classes[n] for n in gold], classes)
+    return Evaluation(metrics.classification(said, gold, len(classes)), lines, facts)
+
+
+def multiple_choice(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 16,
+    max_length: int = 2048,
+) -> Evaluation:
+    """Share of questions whose right choice is the likeliest, as lm-evaluation-harness scores them.
+
+    ``acc`` compares the summed log-likelihoods of the choices, ``acc_norm`` those divided by the
+    number of characters of each choice.
+    """
+    pairs = [[(choice.prompt, choice.answer) for choice in row.choices] for row in examples]
+    scores = _grouped_likelihoods(model, tokenizer, pairs, batch_size=batch_size, max_length=max_length)
+    gold = [row.gold for row in examples]
+    said = [_likeliest(row) for row in scores]
+    by_length = [
+        _likeliest([score / max(len(choice.text), 1) for score, choice in zip(found, row.choices, strict=True)])
+        for found, row in zip(scores, examples, strict=True)
+    ]
+    lines = [
+        {
+            "prompt": row.choices[right].prompt,
+            "choices": [choice.text for choice in row.choices],
+            "prediction": row.choices[mine].text,
+            "answer": row.choices[right].text,
+            "correct": mine == right,
+            "correct_norm": normed == right,
+            "log_likelihoods": score,
+        }
+        for row, mine, normed, right, score in zip(
+            examples, said, by_length, cast(list[int], gold), scores, strict=True
+        )
+    ]
+    measured = {"acc": _share(said, gold), "acc_norm": _share(by_length, gold)}
+    return Evaluation(measured, lines, _position_baselines(said, examples))
+
+
+def instruction(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    ways: Sequence[str] = ("generation", "labels", "choices"),
+    max_new_tokens: int = 16,
+    batch_size: int = 16,
+    max_length: int = 768,
+    num_beams: int = 1,
+) -> Evaluation:
+    """Questions in the format of commonsense_170k, judged in up to three ways, each with a metric of its own.
+
+    ``accuracy``: the first label (answer2, true) in what the model writes, as LLM-Adapters reads it.
+    ``label_acc``: the label whose sentence is likeliest. ``choice_acc`` and ``choice_acc_norm``: the choice
+    whose text is, by sum and by character.
+    """
+    scores: dict[str, Score] = {}
+    facts: dict[str, Any] = {}
+    gold = [row.gold for row in examples]
+    lines: list[dict[str, Any]] = [
+        {"prompt": row.prompt, "answer": cast(int, row.gold) + 1, "label": row.choices[cast(int, row.gold)].label}
+        for row in examples
+    ]
+    sizes: dict[str, int] = {"batch_size": batch_size, "max_length": max_length}
+    if "generation" in ways:
+        prompts = [row.prompt for row in examples]
+        texts = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, num_beams=num_beams, **sizes)
+        labels = [[choice.label for choice in row.choices] for row in examples]
+        judged = [metrics.label_match(t, r.answer, names) for t, r, names in zip(texts, examples, labels, strict=True)]
+        scores |= metrics.accuracy(judged)
+        right = [row.choices[cast(int, row.gold)].label for row in examples]
+        facts |= metrics.answer_baselines([j.extracted for j in judged], right)
+        for line, text, judgement in zip(lines, texts, judged, strict=True):
+            line |= {"prediction": text, "extracted": judgement.extracted, "correct": judgement.correct}
+    if "labels" in ways:
+        pairs = [[(choice.prompt, choice.answer) for choice in row.choices] for row in examples]
+        said = [_likeliest(row) for row in _grouped_likelihoods(model, tokenizer, pairs, **sizes)]
+        scores["label_acc"] = _share(said, gold)
+        facts = facts or _position_baselines(said, examples)
+        for line, n, row in zip(lines, said, examples, strict=True):
+            line["label_prediction"] = row.choices[n].label
+    if "choices" in ways and any(choice.text != choice.label for row in examples for choice in row.choices):
+        found = multiple_choice(model, tokenizer, [_by_texts(row) for row in examples], **sizes)
+        scores |= {f"choice_{name}": score for name, score in found.scores.items()}
+        facts = facts or found.facts
+        for line, other in zip(lines, found.predictions, strict=True):
+            line["choice_prediction"] = other["prediction"]
+    return Evaluation(scores, lines, facts)
+
+
+def text_perplexity(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 4,
+    max_length: int = 1024,
+    stride: int | None = None,
+) -> Evaluation:
+    """Perplexity of whole texts, of any length, each token once and given at most ``max_length`` - 1 before it.
+
+    Texts are read in windows of ``max_length`` tokens, of which the last ``stride`` are judged (null: all but
+    the first, which is lm-evaluation-harness's rolling likelihood); a shorter stride gives each token more
+    of what stands before it, at more cost.
+    """
+    size = min(max_length, tokenizer.model_max_length)
+    step = min(stride or size, size - 1)
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    windows: list[Tokens] = []
+    owners: list[int] = []
+    for n, row in enumerate(examples):
+        ids = tokenizer(row.prompt + row.answer, add_special_tokens=False).input_ids
+        for start in range(0, len(ids), step):
+            end = min(start + step, len(ids))
+            context = [first, *ids[:start]] if end < size else ids[end - size : start]
+            windows.append(Tokens([*context, *ids[start:end]], len(context)))
+            owners.append(n)
+    sums = log_likelihoods(model, windows, pad_id=_pad_id(tokenizer), batch_size=batch_size)
+    lines: list[dict[str, Any]] = [
+        {"prompt": "", "answer": row.prompt + row.answer, "log_likelihood": 0.0, "tokens": 0} for row in examples
+    ]
+    for n, window, total in zip(owners, windows, sums, strict=True):
+        lines[n]["log_likelihood"] += total
+        lines[n]["tokens"] += window.answer_tokens
+    read = [line for line in lines if line["tokens"]]
+    return Evaluation(metrics.perplexity([r["log_likelihood"] for r in read], [r["tokens"] for r in read]), lines)
+
+
+def _grouped_likelihoods(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    groups: Sequence[Sequence[tuple[str, str]]],
+    *,
+    batch_size: int,
+    max_length: int,
+) -> list[list[float]]:
+    """The log-likelihood of what follows in each pair of context and following text, group by group."""
+    tokens = tokenize_pairs(tokenizer, [pair for group in groups for pair in group], max_length)
+    sums = iter(log_likelihoods(model, tokens, pad_id=_pad_id(tokenizer), batch_size=batch_size))
+    return [[next(sums) for _ in group] for group in groups]
+
+
+def _likeliest(scores: Sequence[float]) -> int:
+    return max(range(len(scores)), key=scores.__getitem__)
+
+
+def _share(said: Sequence[int], gold: Sequence[int | None]) -> Score:
+    return metrics.proportion(sum(s == g for s, g in zip(said, gold, strict=True)), len(gold))
+
+
+def _position_baselines(said: Sequence[int], examples: Sequence[Example]) -> dict[str, Any]:
+    """Baselines over the positions of the choices, counted from 1, as their texts differ from row to row."""
+    longest = max(len(row.choices) for row in examples)
+    gold = [str(cast(int, row.gold) + 1) for row in examples]
+    return metrics.answer_baselines([str(n + 1) for n in said], gold, [str(n + 1) for n in range(longest)])
+
+
+def _by_texts(row: Example) -> Example:
+    return row._replace(choices=tuple(choice._replace(answer=choice.text) for choice in row.choices))
 
 
 @torch.no_grad()

@@ -82,12 +82,17 @@ class DatasetConfig:
     generator: str | None = None  # dotted path of rows(split, count, seed), for data made from a seed
     train_fraction: float = 0.9  # parts `path` where no test rows are named
     split_seed: int = 0  # of that parting, so that trials of different seeds share their test rows
+    reader: str | None = None  # dotted path of a function row -> row, see tasks.py
+    max_characters: int | None = None  # of prompt and answer; training rows that are longer are left out
+    deduplicate: bool = False  # leave out training rows that repeat an earlier one
     samples: int | None = None  # limit of the training rows
     validation_samples: int = 64  # held out of the training rows when train.eval_every is set
     prompt: str = MISSING  # template over the row's columns
     answer: str = MISSING
     classes: list[str] = field(default_factory=list)  # of a classification; an answer is one of them or its number
     max_length: int = 768  # tokens of prompt and answer together
+    drop_long: bool = False  # leave out training rows of more tokens, instead of cutting them
+    chat: bool = False  # prompts go through the tokenizer's chat template
 
 
 @dataclass
@@ -159,6 +164,7 @@ class RowsConfig:
     hub_config: str | None = None
     hub_split: str = "test"
     revision: str | None = None
+    reader: str | None = None  # null: the dataset's
     prompt: str | None = None  # null: the dataset's template
     answer: str | None = None
     samples: int | None = None  # the first rows only

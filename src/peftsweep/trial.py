@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peftsweep import compatibility, data, evaluate, model, record, study, train
 from peftsweep import config as configuration
 from peftsweep.attach import attach
-from peftsweep.config import ROWS_KEYS, Trial, evaluation_identity, model_identity, rows_config
+from peftsweep.config import ROWS_KEYS, Trial, evaluation_identity, model_identity
 from peftsweep.data import Example, Rows, Tokens
 from peftsweep.display import Observer
 from peftsweep.errors import InputError
@@ -210,6 +210,7 @@ def _run(trial: Trial, place: Path, result: Result, meter: Meter, observer: Obse
         tokens = _tokens(trial, tokenizer, rows.train)
         tests = {name: _test_examples(trial, name, rows) for name in config.eval}
     info["training_rows"] = len(tokens)
+    info |= rows.left_out
     longest = min(config.dataset.max_length, tokenizer.model_max_length)
     info["truncated_rows"] = sum(len(row.ids) >= longest for row in tokens)
 
@@ -245,7 +246,7 @@ def _run(trial: Trial, place: Path, result: Result, meter: Meter, observer: Obse
     for name, test in tests.items():
         with stage("eval"):
             evaluation = evaluator(trial, name)(adapted, tokenizer, test)
-        result.eval_info[name] |= record.plain(evaluation.scores)
+        result.eval_info[name] |= record.plain(evaluation.scores) | evaluation.facts
         record.write_lines(place / "predictions" / f"{name}.jsonl", evaluation.predictions)
 
     if config.adapter.save:
@@ -356,14 +357,14 @@ def _load(trial: Trial, tokenizer: PreTrainedTokenizerBase, device: torch.device
 def _tokens(trial: Trial, tokenizer: PreTrainedTokenizerBase, rows: list[data.Row]) -> list[Tokens]:
     """The dataset's rows as the model is trained on them."""
     own = trial.config.dataset
-    examples = data.examples(rows, own.prompt, own.answer, classes=own.classes)
+    examples = data.dataset_examples(own, rows)
     if trial.config.model.task is Task.seq_cls:
         return data.tokenize_for_classes(tokenizer, examples, own.max_length, own.classes)
     return data.tokenize(tokenizer, examples, own.max_length)
 
 
 def _test_examples(trial: Trial, name: str, rows: Rows) -> list[Example]:
-    test = data.evaluation_rows(rows_config(trial.config.eval[name]), f"eval.{name}", rows.test)
+    test = data.evaluation_rows(configuration.evaluation_source(trial.config, name), f"eval.{name}", rows.test)
     return configuration.test_examples(trial.config, name, test)
 
 
@@ -435,7 +436,8 @@ def _validation(
     """Loss on the validation rows, and the evaluations that judge on the dataset's own rows, on them."""
     config = trial.config
     tokens = _tokens(trial, tokenizer, rows)
-    own = [name for name, node in config.eval.items() if not rows_config(node).path and not rows_config(node).hub]
+    sources = {name: configuration.evaluation_source(config, name) for name in config.eval}
+    own = [name for name, source in sources.items() if not source.path and not source.hub]
 
     def validate() -> dict[str, float]:
         adapted.eval()

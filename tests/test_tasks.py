@@ -1,0 +1,185 @@
+"""The readers of the published question sets, and their scores beside those of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from peftsweep import InputError, cli, data, evaluate, harness, metrics, model, tasks
+from peftsweep import config as configuration
+from peftsweep.config import Trial, conf_dir
+from peftsweep.data import Example
+from peftsweep.schema import ModelConfig
+
+from . import schemas
+
+Compose = Callable[..., Trial]
+TINY = ModelConfig(name_or_path="tiny")
+CPU = torch.device("cpu")
+THEIRS = {  # our evaluation and the task's yaml in lm-evaluation-harness
+    "boolq": "super_glue/boolq/default.yaml",
+    "piqa": "piqa/piqa.yaml",
+    "social_i_qa": "siqa/siqa.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "openbookqa": "openbookqa/openbookqa.yaml",
+    "commonsense_qa": "commonsense_qa/default.yaml",
+}
+
+
+@pytest.fixture(scope="module")
+def base() -> Any:
+    return model.load(TINY, None, CPU)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return model.load_tokenizer(TINY)
+
+
+def examples(name: str, compose: Compose) -> list[Example]:
+    rows = schemas.write(name, Path())
+    one = compose(f"eval=[{name}]", f"eval.{name}.path={rows}")
+    return configuration.test_examples(one.config, name, data.read_rows(rows))
+
+
+@pytest.mark.parametrize("name", sorted(THEIRS))
+def test_scores_are_those_of_lm_evaluation_harness(name: str, compose: Compose, base: Any, tokenizer: Any) -> None:
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    theirs = load_yaml(Path(lm_eval.__file__).parent / "tasks" / THEIRS[name], resolve_func=True)
+    rows = [row | {"label": int(row["answer"])} if name == "boolq" else row for row in schemas.SCHEMAS[name]]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    local = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": {"test": "rows.jsonl"}}}
+    theirs |= local | {"training_split": None, "validation_split": None, "test_split": "test"}
+    found = harness.lm_eval(base, tokenizer, [], tasks=[theirs]).scores
+    mine = evaluate.multiple_choice(base, tokenizer, examples(name, compose)).scores
+    kept = {key.removeprefix(f"{theirs['task']}_"): score for key, score in found.items()}
+    assert "acc" in kept
+    for metric, score in kept.items():
+        assert mine[metric].value == score.value, metric
+        assert mine[metric].n == score.n == len(rows)
+        assert mine[metric].stderr == pytest.approx(score.stderr)
+
+
+def test_rolling_perplexity_is_that_of_lm_evaluation_harness(base: Any, tokenizer: Any) -> None:
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    texts = ["Tom has 3 apples. " * 40, "Mia sells 4 pens.", "3+4=7\n" * 33]
+    wrapped = HFLM(pretrained=base, tokenizer=tokenizer, max_length=31, backend="causal", add_bos_token=False)
+    requests = [Instance("loglikelihood_rolling", {}, (text,), n, (None, None, None)) for n, text in enumerate(texts)]
+    theirs = wrapped.loglikelihood_rolling(requests, disable_tqdm=True)
+    found = evaluate.text_perplexity(base, tokenizer, [Example("", text) for text in texts], max_length=32)
+    assert [line["log_likelihood"] for line in found.predictions] == pytest.approx(theirs, rel=1e-4)
+    tokens = [len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+    assert [line["tokens"] for line in found.predictions] == tokens
+    closer = evaluate.text_perplexity(base, tokenizer, [Example("", texts[0])], max_length=32, stride=4)
+    assert closer.predictions[0]["tokens"] == tokens[0]  # each token once, however the windows overlap
+    assert closer.predictions[0]["log_likelihood"] != found.predictions[0]["log_likelihood"]
+
+
+@pytest.mark.parametrize("name", ["boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "arc_easy", "openbookqa"])
+def test_the_same_question_in_the_format_of_commonsense_170k(name: str, compose: Compose, tmp_path: Path) -> None:
+    rows = schemas.write(name, tmp_path)
+    one = compose(f"eval=[{name}_170k]", f"eval.{name}_170k.path={rows}")
+    row = configuration.test_examples(one.config, f"{name}_170k", data.read_rows(rows))[1]
+    labels = [choice.label for choice in row.choices]
+    assert "### Instruction:\nPlease " in row.prompt
+    assert row.prompt.endswith(f"Answer format: {'/'.join(labels)}\n\n### Response:\n")
+    assert row.gold is not None
+    assert row.answer == f"the correct answer is {labels[row.gold]}"
+    texts = [choice.text for choice in row.choices]
+    plain = examples(name, compose)[1]
+    if name != "boolq":
+        assert texts == [choice.text.strip() for choice in plain.choices]
+    assert row.gold == (plain.gold if name != "boolq" else 1 - (plain.gold or 0))  # there true comes first
+
+
+def test_an_instruction_is_judged_in_three_ways(compose: Compose, base: Any, tokenizer: Any) -> None:
+    rows = schemas.write("commonsense_170k", Path())
+    one = compose("eval=[arc_easy_170k]", f"eval.arc_easy_170k.path={rows}")
+    questions = configuration.test_examples(one.config, "arc_easy_170k", data.read_rows(rows))
+    found = evaluate.instruction(base, tokenizer, questions, max_new_tokens=4)
+    assert {"accuracy", "valid_fraction", "label_acc", "choice_acc", "choice_acc_norm"} == set(found.scores)
+    assert found.facts["majority"] == pytest.approx(1 / 3)
+    assert [choice.text for choice in questions[0].choices] == ["a thing", "no: nothing", "rain"]
+    labels = evaluate.instruction(base, tokenizer, questions, ways=["labels"])
+    assert set(labels.scores) == {"label_acc"}
+
+
+@pytest.mark.parametrize(
+    ("reader", "row", "problem"),
+    [
+        ("arc", {"question": "?", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "E"}, "cannot be read"),
+        ("piqa", {"goal": "g", "sol1": "a", "label": 0}, "has no column 'sol2'"),
+        ("instruction", {"instruction": "No labels here.", "answer": "true"}, "none of the instruction's labels"),
+        ("messages", {"messages": [{"role": "user", "content": "hi"}]}, "must end with the assistant's turn"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_named(reader: str, row: dict[str, Any], problem: str) -> None:
+    with pytest.raises(InputError, match=r"eval\.x\.reader: row 1 ") as error:
+        data.examples([row], "", "", "eval.x", reader=f"peftsweep.tasks.{reader}")
+    assert problem in str(error.value)
+
+
+def test_a_conversation_goes_through_the_chat_template(tokenizer: Any) -> None:
+    row = tasks.messages({"conversations": [{"from": "human", "value": "Hi {x}"}, {"from": "gpt", "value": "Ho"}]})
+    (example,) = data.examples([row], "{prompt}", "{answer}")
+    with pytest.raises(InputError, match=r"dataset\.chat=true: the model's tokenizer has no chat template"):
+        data.through_chat_template(tokenizer, [example])
+    chatty = model.load_tokenizer(TINY)
+    chatty.chat_template = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}" + (
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    (turn,) = data.through_chat_template(chatty, [example])
+    assert (turn.prompt, turn.answer) == ("<user>Hi {x}<assistant>", "Ho")
+    (plain,) = data.through_chat_template(chatty, [Example("Hi", "Ho")])
+    assert plain.prompt == "<user>Hi<assistant>"
+
+
+def test_a_trial_on_lm_eval_tasks_of_its_own() -> None:
+    pytest.importorskip("lm_eval")
+    Path("tasks").mkdir()
+    rows = schemas.write("piqa", Path()).resolve()
+    task = {
+        "task": "own_piqa",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(rows)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "Question: {{goal}}\nAnswer:",
+        "doc_to_target": "label",
+        "doc_to_choice": "{{[sol1, sol2]}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    Path("tasks/own_piqa.yaml").write_text(yaml.safe_dump(task))
+    words = ["eval=[lm_eval]", "eval.lm_eval.tasks=[own_piqa]", f"eval.lm_eval.include_path={Path('tasks').resolve()}"]
+    result = cli.run_one([*words, "train.steps=2", "dataset.samples=32"])
+    assert result.error is None
+    assert {"own_piqa_acc", "base_own_piqa_acc"} <= set(result.eval_info["lm_eval"])
+
+
+def test_a_constant_answer_is_called_degenerate(base: Any, tokenizer: Any) -> None:
+    rows = [Example(f"Tom has {n} pens. More?", "yes" if n % 2 else "no") for n in range(40)]
+    found = evaluate.classification(base, tokenizer, rows, classes=["no", "yes"])
+    same = len({line["prediction"] for line in found.predictions}) == 1
+    assert found.facts["majority"] == 0.5
+    assert found.facts["degenerate"] == same
+    assert metrics.answer_baselines(["a"] * 40, ["a", "b"] * 20)["degenerate"]
+
+
+def test_every_question_set_has_its_three_yamls() -> None:
+    conf = Path(conf_dir())
+    for name in THEIRS:
+        for file in (f"eval/{name}.yaml", f"eval/{name}_170k.yaml", f"dataset/{name}.yaml"):
+            assert (conf / file).is_file(), file
