@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import peftsweep
-from peftsweep import data, model, study, train, trial
+from peftsweep import cli, data, model, study, train, trial
 from peftsweep.config import Trial
 from peftsweep.data import Example
 from peftsweep.record import RecordError, Result, Status
@@ -360,3 +361,40 @@ def test_a_record_of_a_later_version_is_not_misread(run_small: RunSmall) -> None
     file.write_text(file.read_text().replace('"schema_version": 1', '"schema_version": 99'))
     with pytest.raises(RecordError, match="later version"):
         Result.read(place(result))
+
+
+def test_a_saved_adapter_is_scored_as_the_trial_that_made_it(run_small: RunSmall) -> None:
+    trained = run_small("method.r=4", "targets=qv", "quant=4bit", "train.learning_rate_scale=50")
+    for path in (place(trained), place(trained) / "adapter"):
+        again = run_small(f"adapter.path={path}", "eval.tiny_math.max_new_tokens=21")
+        assert again.status is Status.success
+        assert {key: again.config[key] for key in ("method", "quant", "targets")} == {
+            key: trained.config[key] for key in ("method", "quant", "targets")
+        }
+        assert (again.choices["quant"], again.choices["targets"]) == ("4bit", "qv")
+        for metric in ("loss", "perplexity", "base_loss"):
+            assert again.eval_info["perplexity"][metric] == trained.eval_info["perplexity"][metric]
+        assert again.train_info["steps"] == 0
+        assert not (place(again) / "adapter").exists()
+
+
+def test_an_adapter_from_elsewhere_is_scored_too(run_small: RunSmall, tmp_path: Path) -> None:
+    trained = run_small("method=ia3", "train.learning_rate_scale=50")
+    elsewhere = tmp_path / "downloads" / "ia3"
+    shutil.copytree(place(trained) / "adapter", elsewhere)
+    again = run_small(f"adapter.path={elsewhere}")
+    assert again.config["method"]["_target_"] == "peft.IA3Config"
+    assert again.config["model"]["name_or_path"] == str(model.TINY)
+    assert again.eval_info["perplexity"]["loss"] == trained.eval_info["perplexity"]["loss"]
+    assert run_small(f"adapter.path={elsewhere}").run_info["created_at"] == again.run_info["created_at"]
+    with pytest.raises(peftsweep.InputError, match=r"adapter\.path=nowhere: holds no adapter_config\.json"):
+        run_small("adapter.path=nowhere")
+
+
+def test_a_classifier_is_scored_again_with_its_head(run_small: RunSmall) -> None:
+    words = ["dataset=tiny_direction", "model.task=seq_cls", "eval=[classification]"]
+    trained = cli.run_one([*words, "train.steps=20", "dataset.samples=320", "eval.classification.samples=40"])
+    again = cli.run_one(["dataset=tiny_direction", f"adapter.path={place(trained)}", "eval.tiny_direction.samples=40"])
+    found = [one.eval_info[name]["accuracy"] for one, name in ((trained, "classification"), (again, "tiny_direction"))]
+    assert found[0] == found[1]
+    assert again.config["model"]["task"] == "seq_cls"

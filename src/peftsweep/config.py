@@ -23,7 +23,7 @@ from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peftsweep import data, experiment
+from peftsweep import data, experiment, study
 from peftsweep.errors import InputError, suggest
 from peftsweep.schema import Config, DatasetConfig, Dtype, Init, ModelConfig, RowsConfig, Task
 
@@ -98,7 +98,7 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
     OmegaConf.set_struct(cfg, False)
     cfg.pop("hydra", None)
     overrides = list(overrides)
-    _fill_from_files(cfg, overrides)
+    choices = dict(choices) | _fill_from_files(cfg, overrides)
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise InputError(f"{missing[0]}: must be given")
     try:
@@ -130,9 +130,13 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
     )
 
 
-def _fill_from_files(cfg: DictConfig, overrides: Iterable[str]) -> None:
-    """Put what an experiment's files say in its place; what the command line says stands above it."""
+def _fill_from_files(cfg: DictConfig, overrides: Iterable[str]) -> dict[str, str]:
+    """Put what an experiment's or an adapter's files say in its place, below what the command line says.
+
+    Returns the choices that the files have made.
+    """
     said = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    made = _fill_from_adapter(cfg, said) if cfg.adapter.path is not None else {}
     folder, file = cfg.method.get("path"), cfg.train.params_file  # which may be told by method.path
     if folder is not None:
         own = {key: value for key, value in cfg.method.items() if key != "path"}
@@ -143,6 +147,33 @@ def _fill_from_files(cfg: DictConfig, overrides: Iterable[str]) -> None:
         for key, value in experiment.training(file).items():
             if key not in said:
                 OmegaConf.update(cfg, key, value, merge=False)
+    return made
+
+
+def _fill_from_adapter(cfg: DictConfig, said: set[str]) -> dict[str, str]:
+    """The model, method, targets and quantisation that a saved adapter was trained with; nothing is trained."""
+    folder = study.adapter(cfg.adapter.path)
+    cfg.label = cfg.label or experiment.label(str(folder.parent if folder.name == study.ADAPTER else folder))
+    cfg.train.steps, cfg.train.epochs, cfg.adapter.save, cfg.method_setup = 0, None, False, {}
+    groups = {key.partition(".")[0] for key in said}
+    trained = study.result(folder.parent)
+    if trained is None:  # an adapter from elsewhere says its method, and the name of its base
+        cfg.method = experiment.adapter(str(folder))
+        base = experiment.base_model(folder)
+        if base and "model" not in groups:
+            cfg.model.name_or_path = base
+        return {"method": FROM_FILE, **({"model": "from_adapter"} if base and "model" not in groups else {})}
+    keys = {"model": "model", "method": "method", "method_inputs": "method", "targets": "targets", "quant": "quant"}
+    kept = {key: group for key, group in keys.items() if group not in groups}
+    for key in kept:
+        for name in list(cfg[key]):  # replaced, not merged with what the defaults say
+            if name not in trained.config[key]:
+                del cfg[key][name]
+        for name, value in trained.config[key].items():
+            cfg[key][name] = value
+    if not cfg.dataset.classes:
+        cfg.dataset.classes = trained.config["dataset"]["classes"]  # as many as the saved head has
+    return {group: trained.choices[group] for group in kept.values() if group in trained.choices}
 
 
 # ---- validation ------------------------------------------------------------------------------------
@@ -348,6 +379,7 @@ def _training(config: Config, rows: data.Rows | None) -> dict[str, Any]:
         "method": config.method,
         "method_inputs": config.method_inputs,
         "method_setup": config.method_setup,
+        "adapter": _adapter_files(config.adapter.path),
         "targets": targets,
         "quant": config.quant,
         "dataset": _dataset_identity(config.dataset, rows),
@@ -391,6 +423,14 @@ def model_identity(model: ModelConfig) -> dict[str, Any]:
     if not folder.is_dir():
         return said | {"hub": model.name_or_path, "revision": model.revision}
     return said | {"files": {file.name: _file_hash(file) for file in sorted(folder.iterdir()) if file.is_file()}}
+
+
+def _adapter_files(path: str | None) -> dict[str, str] | None:
+    """A saved adapter by its content, wherever it lies."""
+    if path is None:
+        return None
+    names = sorted(study.adapter(path).glob("*.safetensors"))
+    return {file.name: _file_hash(file) for file in names}
 
 
 def _file_hash(file: Path) -> str:

@@ -107,6 +107,13 @@ def adapter(folder: str) -> dict[str, Any]:
     return method
 
 
+def base_model(folder: Path) -> str | None:
+    """The hub id or folder of the base that a saved adapter names."""
+    said = _read(folder / ADAPTER_FILE, "adapter.path")
+    name = said.get("base_model_name_or_path")
+    return str(name) if name else None
+
+
 def training(path: str) -> dict[str, Any]:
     """The keys that a training_params.json sets, dotted, over the defaults of PEFT's comparison.
 

@@ -124,6 +124,7 @@ class TrainConfig:
 class AdapterConfig:
     """What becomes of the trained adapter."""
 
+    path: str | None = None  # evaluate this saved adapter (a trial's folder, or any PEFT adapter) and train nothing
     save: bool = True
     check: bool = True  # load the saved adapter onto a fresh base and compare the two
     merge: bool = False  # write the model with the adapter merged into it, dequantised, to the trial's folder merged/

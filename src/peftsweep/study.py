@@ -18,6 +18,19 @@ def folder(study: str) -> Path:
     return ROOT / study
 
 
+def adapter(path: str) -> Path:
+    """The folder of a saved adapter: ``path``, or that of the trial in ``path``.
+
+    Raises:
+        InputError: neither holds one.
+    """
+    given = Path(path).expanduser()
+    for candidate in (given, given / ADAPTER):
+        if any((candidate / name).is_file() for name in ("adapter_config.json", "config.json")):
+            return candidate
+    raise InputError(f"adapter.path={path}: holds no adapter_config.json, and no trial with one")
+
+
 def find(study: str | Path) -> Path:
     """An existing study by its name under multirun/ or its path.
 

@@ -219,7 +219,12 @@ def _run(trial: Trial, place: Path, result: Result, meter: Meter, observer: Obse
             scores = _base_scores(trial, name, test, base, tokenizer, place.parent)
         result.eval_info[name] = {f"base_{metric}": score for metric, score in scores.items()}
 
-    if earlier:
+    if config.adapter.path is not None:
+        with stage("attach"):
+            adapted = _restore(trial, base, study.adapter(config.adapter.path))
+        counts = model.count(adapted)
+        info |= {"trainable_parameters": 0, "total_parameters": counts.total, "steps": 0, "train_seconds": 0.0}
+    elif earlier:
         with stage("attach"):
             adapted = _restore(trial, base, (earlier.folder or place) / study.ADAPTER)
         info |= earlier.train_info | {"trained_by": earlier.trial}
