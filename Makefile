@@ -23,6 +23,7 @@ check: install  ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-slow: install  ## the dearer tier; PEFTSWEEP_DATA names a folder with gsm8k/train.jsonl and test.jsonl
+slow: install  ## the dearer tier; PEFTSWEEP_DATA names a folder of real rows, PEFTSWEEP_ENCODER a pretrained encoder
 	$(BIN)/python -m pytest -m slow -v -s --no-header --disable-warnings | tee tests/slow.log
 	$(BIN)/python tests/benchmarks/loop_overhead.py --out tests/benchmarks/results/loop_overhead.json
+	$(BIN)/python tests/benchmarks/generation.py --out tests/benchmarks/results/generation.json

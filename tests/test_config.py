@@ -35,6 +35,7 @@ NEEDS = {  # what an option leaves to the user
     **{f"dataset={name}": [f"dataset.path={name}.jsonl"] for name in schemas.SCHEMAS},
     "dataset=metamath": ["dataset.path=metamath.jsonl", "dataset.test_path=gsm8k.jsonl"],
     "eval=gsm8k": ["eval.gsm8k.path=questions.jsonl"],
+    "eval=lm_eval": ["eval.lm_eval.tasks=[piqa]"],
     "eval=forgetting": ["eval.forgetting.path=text.jsonl"],
     "eval=substring": ["eval.substring.path=questions.jsonl", 'eval.substring.prompt="{question}"'],
 }

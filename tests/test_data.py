@@ -143,3 +143,30 @@ def test_the_embedded_task_never_repeats_a_test_row_in_training() -> None:
 def test_a_text_file_is_its_paragraphs() -> None:
     Path("book.txt").write_text("One\nline.\n\n\n  Two. \n")
     assert data.read_rows("book.txt") == [{"text": "One\nline."}, {"text": "Two."}]
+
+
+def test_a_training_row_that_is_tested_on_is_left_out() -> None:
+    rows = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(8)]
+    train = [*rows, rows[0], {"question": " Q3 ", "answer": "other"}, {"question": "long", "answer": "x" * 99}]
+    write(train, "train.jsonl")
+    write([rows[3], rows[7]], "test.jsonl")
+    dataset = DatasetConfig(
+        name="x", path="train.jsonl", test_path="test.jsonl", prompt="{question}", answer="{answer}"
+    )
+    found = data.load_rows(dataset)
+    assert {row["question"] for row in found.train} == {"q0", "q1", "q2", "q4", "q5", "q6", "long"}
+    assert found.left_out == {"tested_rows": 3, "long_rows": 0, "duplicate_rows": 1}
+    assert len(found.train) == 8
+    dataset.deduplicate, dataset.max_characters = True, 50
+    found = data.load_rows(dataset)
+    assert [len(found.train), found.left_out["long_rows"]] == [6, 1]
+    assert data.seen_in_training(dataset, found.train, [Example("Q1", ""), Example("q3", "")]) == 1
+
+
+def test_a_test_file_of_other_columns_is_left_to_its_evaluation() -> None:
+    write([{"question": f"q{n}", "answer": "a"} for n in range(4)], "train.jsonl")
+    write([{"text": "b"}], "test.jsonl")
+    dataset = DatasetConfig(
+        name="x", path="train.jsonl", test_path="test.jsonl", prompt="{question}", answer="{answer}"
+    )
+    assert len(data.load_rows(dataset).train) == 4

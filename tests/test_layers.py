@@ -24,12 +24,12 @@ FLOORS = (
         "model",
     ),
     ("display", "attach", "initialise", "train", "evaluate", "harness", "plot"),
-    ("config", "trial", "sweep", "collect"),
+    ("config", "prepare", "trial", "sweep", "collect"),
     ("cli",),
 )
 ORDER = [module for floor in FLOORS for module in floor]
 HYDRA_FROM = ORDER.index("config")
-WITHOUT_TORCH = ("collect", "plot", "display", "study", "cli", "config", "experiment")
+WITHOUT_TORCH = ("collect", "plot", "display", "study", "cli", "config", "experiment", "prepare")
 
 
 def imports(file: Path, *, top_level_only: bool = False) -> set[str]:

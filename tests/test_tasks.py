@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import pytest
 import torch
 import yaml
 
-from peftsweep import InputError, cli, data, evaluate, harness, metrics, model, tasks
+from peftsweep import InputError, cli, data, evaluate, harness, metrics, model, tasks, train, trial
 from peftsweep import config as configuration
 from peftsweep.config import Trial, conf_dir
 from peftsweep.data import Example
+from peftsweep.measure import Meter
 from peftsweep.schema import ModelConfig
+from peftsweep.tiny import task
 
 from . import schemas
 
@@ -50,7 +53,10 @@ def examples(name: str, compose: Compose) -> list[Example]:
     return configuration.test_examples(one.config, name, data.read_rows(rows))
 
 
-@pytest.mark.parametrize("name", sorted(THEIRS))
+FAST = ("boolq", "hellaswag", "winogrande")  # of three kinds; the others belong to the slow tier
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in sorted(THEIRS)])
 def test_scores_are_those_of_lm_evaluation_harness(name: str, compose: Compose, base: Any, tokenizer: Any) -> None:
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.tasks._yaml_loader import load_yaml
@@ -151,7 +157,7 @@ def test_a_trial_on_lm_eval_tasks_of_its_own() -> None:
     pytest.importorskip("lm_eval")
     Path("tasks").mkdir()
     rows = schemas.write("piqa", Path()).resolve()
-    task = {
+    own = {
         "task": "own_piqa",
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(rows)}},
@@ -162,7 +168,7 @@ def test_a_trial_on_lm_eval_tasks_of_its_own() -> None:
         "doc_to_choice": "{{[sol1, sol2]}}",
         "metric_list": [{"metric": "acc"}],
     }
-    Path("tasks/own_piqa.yaml").write_text(yaml.safe_dump(task))
+    Path("tasks/own_piqa.yaml").write_text(yaml.safe_dump(own))
     words = ["eval=[lm_eval]", "eval.lm_eval.tasks=[own_piqa]", f"eval.lm_eval.include_path={Path('tasks').resolve()}"]
     result = cli.run_one([*words, "train.steps=2", "dataset.samples=32"])
     assert result.error is None
@@ -183,3 +189,63 @@ def test_every_question_set_has_its_three_yamls() -> None:
     for name in THEIRS:
         for file in (f"eval/{name}.yaml", f"eval/{name}_170k.yaml", f"dataset/{name}.yaml"):
             assert (conf / file).is_file(), file
+
+
+@pytest.mark.parametrize("quant", ["none", "4bit"])
+def test_rows_that_have_ended_leave_the_batch_and_nothing_else_changes(
+    quant: str, compose: Compose, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = compose(f"quant={quant}", "train.steps=60")
+    adapted: Any = trial._attach(one, model.load(one.config.model, trial.quantization(one), CPU), 60)
+    rows = data.examples(task.rows("train", 1000), "{question}\n", "{answer}")
+    tokens = data.tokenize(tokenizer, rows, 64)
+    train.train(adapted, tokens, one.config.train, pad_id=0, seed=0, meter=Meter(CPU), log=lambda row: None)
+    prompts = [row.prompt for row in rows[:40]]
+    assert evaluate._takes_a_cache(adapted)
+    ours = evaluate.generate(adapted, tokenizer, prompts, max_new_tokens=20, batch_size=16)
+    assert len({len(text) for text in ours}) > 1
+    monkeypatch.setattr(evaluate, "_takes_a_cache", lambda model: False)
+    assert evaluate.generate(adapted, tokenizer, prompts, max_new_tokens=20, batch_size=16) == ours
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning", "poly"])
+def test_methods_that_prepare_their_inputs_are_left_to_transformers(method: str, compose: Compose) -> None:
+    one = compose(f"method={method}")
+    assert not evaluate._takes_a_cache(trial._attach(one, model.load(TINY, None, CPU), 10))
+
+
+def test_an_evaluation_that_runs_out_of_memory_goes_on_with_half_the_batch(caplog: pytest.LogCaptureFixture) -> None:
+    done: list[list[int]] = []
+
+    def work(numbers: list[int]) -> None:
+        if len(numbers) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        done.append(numbers)
+
+    evaluate._in_batches([5, 9, 1, 7, 3, 8, 2], 8, work)
+    assert [n for numbers in done for n in numbers] == [1, 5, 3, 0, 4, 6, 2]
+    assert "going on with batches of 3 rows" in caplog.text
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate._in_batches([1], 1, lambda numbers: (_ for _ in ()).throw(torch.OutOfMemoryError("one row")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        evaluate._in_batches([1, 2], 2, lambda numbers: (_ for _ in ()).throw(RuntimeError("a bug")))
+
+
+def test_conversations_are_trained_on_through_the_template(tmp_path: Path) -> None:
+    shutil.copytree(model.TINY, tmp_path / "chatty")
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    (tmp_path / "chatty" / "chat_template.jinja").write_text(template)
+    words = [
+        "dataset=chat",
+        f"dataset.path={schemas.write('chat', tmp_path)}",
+        "model=causal_lm",
+        "model.dtype=float32",
+    ]
+    words += [f"model.name_or_path={tmp_path / 'chatty'}", "train.steps=2", "dataset.drop_long=true"]
+    result = cli.run_one(words)
+    assert result.error is None
+    assert result.train_info["long_rows"] == 0
+    predictions = (Path("multirun/default") / result.run_info["trial"] / "predictions" / "perplexity.jsonl").read_text()
+    assert json.loads(predictions.splitlines()[0])["prompt"].startswith("<user>Say ")
+    short = cli.run_one([*words, "dataset.max_length=4", "seed=1"])
+    assert (short.error or {})["type"] == "InputError"  # every row is too long

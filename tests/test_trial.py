@@ -19,6 +19,8 @@ from peftsweep.data import Example
 from peftsweep.record import RecordError, Result, Status
 from peftsweep.schema import ModelConfig
 
+from . import schemas
+
 RunSmall = Callable[..., Result]
 
 
@@ -335,10 +337,17 @@ def test_a_local_file_with_its_own_columns(run_small: RunSmall, questions: Path)
 
 
 def test_gsm8k_takes_local_files(questions: Path) -> None:
-    words = ["dataset=gsm8k", f"dataset.path={questions}", f"dataset.test_path={questions}", "train.steps=2"]
+    test = schemas.write("gsm8k", questions.parent)
+    words = ["dataset=gsm8k", f"dataset.path={questions}", f"dataset.test_path={test}", "train.steps=2"]
     result = peftsweep.run([*words, "eval.gsm8k.max_new_tokens=4", "eval.gsm8k.samples=2", "eval.perplexity.samples=2"])
     assert result.status is Status.success, result.error
     assert result.eval_info["gsm8k"]["accuracy"]["n"] == 2
+
+
+def test_training_on_the_test_file_alone_is_wrong_input(questions: Path) -> None:
+    words = ["dataset=gsm8k", f"dataset.path={questions}", f"dataset.test_path={questions}"]
+    with pytest.raises(peftsweep.InputError, match=r"none of 40 training rows is left \(.*'tested_rows': 40"):
+        peftsweep.run(words)
 
 
 def test_from_python_a_wrong_word_is_an_exception() -> None:

@@ -1,12 +1,13 @@
-"""The doors: peftsweep and peftsweep-collect. Nothing here imports torch before a trial must run."""
+"""The doors: peftsweep, peftsweep-collect and peftsweep-data. Nothing here imports torch before a trial must run."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -177,3 +178,38 @@ def collect() -> None:
         return collecting.main(options.studies, options.out, plots=not options.no_plots)
 
     sys.exit(_guarded(door))
+
+
+def data() -> None:
+    """``peftsweep-data``: a dataset as two local files, to train and to test on."""
+
+    def door() -> int:
+        from peftsweep import prepare
+
+        words = vars(_data_parser(prepare.FORMATS).parse_args())
+        return prepare.main(compose([f"dataset={words.pop('dataset')}"]), prepare.Options(**words))
+
+    sys.exit(_guarded(door))
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message.removeprefix("argument "))
+
+
+def _data_parser(formats: Sequence[str]) -> argparse.ArgumentParser:
+    parser = _OneLineParser(
+        prog="peftsweep-data", description="Write a sample of a dataset as two files, to train and to test on."
+    )
+    names = sorted(file.stem for file in (Path(configuration.conf_dir()) / "dataset").glob("*.yaml"))
+    parser.add_argument("dataset", metavar="NAME", choices=names, help="a dataset of peftsweep: " + " ".join(names))
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="x.jsonl; tests go to x.test.jsonl")
+    parser.add_argument("--samples", type=int, metavar="N", help="of both parts together (default: all rows)")
+    parser.add_argument("--split", type=float, default=0.9, metavar="SHARE", help="that is trained on (default: 0.9)")
+    parser.add_argument("--format", choices=formats, default="raw", help="default: raw, the source's columns")
+    parser.add_argument("--path", metavar="FILE", help="instead of the hub: .json .jsonl .csv .tsv .parquet")
+    parser.add_argument("--prompt", metavar="TEMPLATE", help="instead of the dataset's, such as '{question}'")
+    parser.add_argument("--answer", metavar="TEMPLATE", help="instead of the dataset's, such as '{answer}'")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sample and its parts (default: 0)")
+    parser.add_argument("--force", action="store_true", help="replace files that exist")
+    return parser

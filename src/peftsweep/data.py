@@ -201,6 +201,12 @@ def _clean(dataset: DatasetConfig, train: list[Row], test: list[Row]) -> tuple[l
     return kept, left_out
 
 
+def seen_in_training(dataset: DatasetConfig, train: Iterable[Row], test: Iterable[Example]) -> int:
+    """How many test examples ask what a training row asks; the dataset's own do not."""
+    asked = {_question(example) for example in dataset_examples(dataset, train)}
+    return sum(_question(example) in asked for example in test)
+
+
 def _question(example: Example) -> str:
     """What two examples have in common that ask the same: the prompt, or the text where there is none."""
     return " ".join((example.prompt if example.prompt.strip() else example.answer).split()).lower()

@@ -5,11 +5,14 @@ All rest on two primitives: ``log_likelihoods`` of given answers and ``generate`
 
 from __future__ import annotations
 
+import inspect
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -17,6 +20,10 @@ from peftsweep import metrics
 from peftsweep.data import Example, Tokens, collate, tokenize, tokenize_for_classes, tokenize_pairs
 from peftsweep.metrics import Judgement, Score
 from peftsweep.model import answer_losses, class_logits, classifies, row_inputs
+
+log = logging.getLogger(__name__)
+
+HOST_OUT_OF_MEMORY = "can't allocate memory"  # torch's words for it
 
 
 @dataclass(frozen=True)
@@ -284,10 +291,13 @@ def _class_scores(model: nn.Module, rows: Sequence[Tokens], *, pad_id: int, batc
     """The log-probability of every class of each row."""
     device = next(model.parameters()).device
     scores: list[list[float]] = [[] for _ in rows]
-    for numbers in _batches_by_length([len(row.ids) for row in rows], batch_size):
+
+    def score(numbers: list[int]) -> None:
         batch = collate([rows[n] for n in numbers], pad_id).to(device)
-        for n, score in zip(numbers, class_logits(model, batch).log_softmax(-1).tolist(), strict=True):
-            scores[n] = score
+        for n, found in zip(numbers, class_logits(model, batch).log_softmax(-1).tolist(), strict=True):
+            scores[n] = found
+
+    _in_batches([len(row.ids) for row in rows], batch_size, score)
     return scores
 
 
@@ -299,12 +309,15 @@ def log_likelihoods(model: nn.Module, rows: Sequence[Tokens], *, pad_id: int, ba
     """The log-probability of each row's answer (or class) given its prompt, summed over the answer's tokens."""
     device = next(model.parameters()).device
     sums = [0.0] * len(rows)
-    for numbers in _batches_by_length([len(row.ids) for row in rows], batch_size):
+
+    def score(numbers: list[int]) -> None:
         batch = collate([rows[n] for n in numbers], pad_id).to(device)
         losses = answer_losses(model, batch)
         totals = torch.zeros(len(numbers), device=device).index_add_(0, batch.owners, -losses)
         for n, total in zip(numbers, totals.tolist(), strict=True):
             sums[n] = total
+
+    _in_batches([len(row.ids) for row in rows], batch_size, score)
     return sums
 
 
@@ -328,35 +341,134 @@ def generate(
     device = next(model.parameters()).device
     encoded = [ids[-max_length:] for ids in tokenizer(list(prompts)).input_ids]
     texts = [""] * len(prompts)
-    for numbers in _batches_by_length([len(ids) for ids in encoded], batch_size):
+    greedy = num_beams == 1 and _takes_a_cache(model)
+
+    def write(numbers: list[int]) -> None:
         longest = max(len(encoded[n]) for n in numbers)
         ids = torch.full((len(numbers), longest), _pad_id(tokenizer), dtype=torch.int64)
         attention = torch.zeros_like(ids)
         for place, n in enumerate(numbers):  # padded on the left: generation goes on at the right
             ids[place, longest - len(encoded[n]) :] = torch.tensor(encoded[n])
             attention[place, longest - len(encoded[n]) :] = 1
-        made = cast(Any, model).generate(
-            input_ids=ids.to(device),
-            attention_mask=attention.to(device),
-            max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-            do_sample=False,
-            temperature=None,  # a base's own sampling defaults must not leak in
-            top_p=None,
-            top_k=None,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            **row_inputs(model, ids.to(device)),
+        ids, attention = ids.to(device), attention.to(device)
+        made = (
+            _greedy(model, ids, attention, max_new_tokens, _end_ids(model, tokenizer))
+            if greedy
+            else _searched(model, tokenizer, ids, attention, max_new_tokens, num_beams)
         )
-        for n, text in zip(numbers, tokenizer.batch_decode(made[:, longest:], skip_special_tokens=True), strict=True):
+        for n, text in zip(numbers, tokenizer.batch_decode(made, skip_special_tokens=True), strict=True):
             texts[n] = text
+
+    _in_batches([len(ids) for ids in encoded], batch_size, write)
     return texts
 
 
-def _batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Row numbers in batches, longest rows first, so that too large a batch fails at once."""
-    order = sorted(range(len(lengths)), key=lambda n: -lengths[n])
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+def _greedy(
+    model: nn.Module, ids: torch.Tensor, attention: torch.Tensor, max_new_tokens: int, end: Sequence[int]
+) -> list[list[int]]:
+    """The likeliest next token again and again; a row that has ended leaves the batch, and its cache with it.
+
+    ``ids`` and ``attention`` are [rows, length], padded on the left.
+    """
+    written: list[list[int]] = [[] for _ in ids]
+    running = list(range(len(ids)))
+    ends = torch.tensor(end, device=ids.device)
+    positions = (attention.cumsum(-1) - 1).clamp(min=0)
+    cache: Any = None
+    for step in range(max_new_tokens):
+        output = model(
+            input_ids=ids,
+            attention_mask=attention,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = output.past_key_values
+        chosen = output.logits[:, -1].argmax(-1)
+        ended = torch.isin(chosen, ends).tolist()
+        for row, token, over in zip(running, chosen.tolist(), ended, strict=True):
+            if not over:
+                written[row].append(token)
+        if all(ended) or step == max_new_tokens - 1:
+            break
+        if any(ended):
+            kept = torch.tensor([n for n, over in enumerate(ended) if not over], device=ids.device)
+            cache.batch_select_indices(kept)
+            running = [running[n] for n in kept.tolist()]
+            chosen, attention, positions = chosen[kept], attention[kept], positions[kept]
+        ids = chosen[:, None]
+        attention = torch.cat([attention, attention.new_ones(len(attention), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+    return written
+
+
+def _searched(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: torch.Tensor,
+    attention: torch.Tensor,
+    max_new_tokens: int,
+    num_beams: int,
+) -> list[list[int]]:
+    """What transformers' own generation writes: with beams, and for methods that prepare their inputs themselves."""
+    made: torch.Tensor = cast(Any, model).generate(
+        input_ids=ids,
+        attention_mask=attention,
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        do_sample=False,
+        temperature=None,  # a base's own sampling defaults must not leak in
+        top_p=None,
+        top_k=None,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=_end_ids(model, tokenizer),
+        **row_inputs(model, ids),
+    )
+    tokens: list[list[int]] = made[:, ids.shape[1] :].tolist()
+    return tokens
+
+
+def _takes_a_cache(model: nn.Module) -> bool:
+    """Whether the model can be called a token at a time: not with virtual tokens, nor if it reads each token twice."""
+    config: Any = model.config
+    if not config.use_cache or row_inputs(model, torch.zeros(1, 1)):
+        return False
+    if isinstance(model, PeftModel):
+        if model.active_peft_config.is_prompt_learning:
+            return False
+        model = model.get_base_model()
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def _end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The end marks of the tokenizer and of the model's generation config, such as the end of a turn."""
+    known = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or []
+    marks = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
+    return sorted(int(mark) for mark in marks if mark is not None)
+
+
+def _in_batches(lengths: Sequence[int], batch_size: int, work: Callable[[list[int]], None]) -> None:
+    """Do ``work`` on the numbers of all rows in batches, longest first, so that too large a batch fails at once.
+
+    Where memory runs out the batch is halved, and the rest goes on so.
+    """
+    left = sorted(range(len(lengths)), key=lambda n: -lengths[n])
+    while left:
+        numbers = left[:batch_size]
+        try:
+            work(numbers)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if len(numbers) == 1 or not (isinstance(error, torch.OutOfMemoryError) or HOST_OUT_OF_MEMORY in str(error)):
+                raise
+            numbers = []
+        if numbers:
+            left = left[batch_size:]
+            continue
+        batch_size = max(1, min(batch_size, len(left)) // 2)
+        log.warning("out of memory in an evaluation; going on with batches of %d rows", batch_size)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

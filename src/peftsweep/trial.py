@@ -178,7 +178,7 @@ class Refused(Exception):
 def _status(error: BaseException) -> Status:
     if isinstance(error, Refused):
         return Status.refused
-    host = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's words for it
+    host = isinstance(error, RuntimeError) and evaluate.HOST_OUT_OF_MEMORY in str(error)
     if host or isinstance(error, torch.OutOfMemoryError | MemoryError):
         return Status.oom
     return Status.failed if isinstance(error, Exception) else Status.cancelled
@@ -208,9 +208,9 @@ def _run(trial: Trial, place: Path, result: Result, meter: Meter, observer: Obse
     with stage("data"):
         rows = trial.rows or data.load_rows(config.dataset, validation=config.train.eval_every is not None)
         tokens = _tokens(trial, tokenizer, rows.train)
-        tests = {name: _test_examples(trial, name, rows) for name in config.eval}
+        tests = {name: _test_examples(trial, name, rows, tokenizer) for name in config.eval}
     info["training_rows"] = len(tokens)
-    info |= rows.left_out
+    info |= rows.left_out | {"long_rows": rows.left_out.get("long_rows", 0) + len(rows.train) - len(tokens)}
     longest = min(config.dataset.max_length, tokenizer.model_max_length)
     info["truncated_rows"] = sum(len(row.ids) >= longest for row in tokens)
 
@@ -218,6 +218,7 @@ def _run(trial: Trial, place: Path, result: Result, meter: Meter, observer: Obse
         with stage("baseline"):
             scores = _base_scores(trial, name, test, base, tokenizer, place.parent)
         result.eval_info[name] = {f"base_{metric}": score for metric, score in scores.items()}
+        result.eval_info[name]["seen_in_training"] = data.seen_in_training(config.dataset, rows.train, test)
 
     if config.adapter.path is not None:
         with stage("attach"):
@@ -365,12 +366,25 @@ def _tokens(trial: Trial, tokenizer: PreTrainedTokenizerBase, rows: list[data.Ro
     examples = data.dataset_examples(own, rows)
     if trial.config.model.task is Task.seq_cls:
         return data.tokenize_for_classes(tokenizer, examples, own.max_length, own.classes)
-    return data.tokenize(tokenizer, examples, own.max_length)
+    if own.chat:
+        examples = data.through_chat_template(tokenizer, examples)
+    tokens = data.tokenize(tokenizer, examples, own.max_length + own.drop_long)  # by one more, to see what is too long
+    if own.drop_long:
+        tokens = [row for row in tokens if len(row.ids) <= own.max_length]
+    if not tokens:
+        raise InputError(f"dataset.drop_long=true: no row has at most dataset.max_length={own.max_length} tokens")
+    return tokens
 
 
-def _test_examples(trial: Trial, name: str, rows: Rows) -> list[Example]:
+def _test_examples(trial: Trial, name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     test = data.evaluation_rows(configuration.evaluation_source(trial.config, name), f"eval.{name}", rows.test)
-    return configuration.test_examples(trial.config, name, test)
+    return _asked(trial, name, test, tokenizer)
+
+
+def _asked(trial: Trial, name: str, rows: list[data.Row], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """Rows as ``eval.<name>`` shows them to the model."""
+    examples = configuration.test_examples(trial.config, name, rows)
+    return data.through_chat_template(tokenizer, examples) if trial.config.dataset.chat else examples
 
 
 def _base_scores(
@@ -448,7 +462,7 @@ def _validation(
         adapted.eval()
         scores = {"loss": evaluate.mean_loss(adapted, tokens, pad_id=int(tokenizer.pad_token_id))}
         for name in own:
-            found = evaluator(trial, name)(adapted, tokenizer, configuration.test_examples(config, name, rows)).scores
+            found = evaluator(trial, name)(adapted, tokenizer, _asked(trial, name, rows, tokenizer)).scores
             scores |= {f"{name}.{metric}": score.value for metric, score in found.items()}
         return scores
 
