@@ -180,7 +180,7 @@ def load_rows(dataset: DatasetConfig, *, validation: bool = False) -> Rows:
 def _clean(dataset: DatasetConfig, train: list[Row], test: list[Row]) -> tuple[list[Row], dict[str, int]]:
     """Training rows without those that are tested on, are too long, or (if so wished) come twice; and their numbers."""
     try:
-        tested = {_question(row) for row in dataset_examples(dataset, test)}
+        tested = questions(dataset_examples(dataset, test))
     except InputError:
         tested = set()  # of other columns, which the evaluation has a template for
     seen: set[tuple[str, str]] = set()
@@ -190,7 +190,7 @@ def _clean(dataset: DatasetConfig, train: list[Row], test: list[Row]) -> tuple[l
         again = example[:2] in seen
         seen.add(example[:2])
         left_out["duplicate_rows"] += again
-        if _question(example) in tested:
+        if question(example) in tested:
             left_out["tested_rows"] += 1
         elif dataset.max_characters and len(example.prompt) + len(example.answer) > dataset.max_characters:
             left_out["long_rows"] += 1
@@ -201,14 +201,13 @@ def _clean(dataset: DatasetConfig, train: list[Row], test: list[Row]) -> tuple[l
     return kept, left_out
 
 
-def seen_in_training(dataset: DatasetConfig, train: Iterable[Row], test: Iterable[Example]) -> int:
-    """How many test examples ask what a training row asks; the dataset's own do not."""
-    asked = {_question(example) for example in dataset_examples(dataset, train)}
-    return sum(_question(example) in asked for example in test)
+def questions(examples: Iterable[Example]) -> set[str]:
+    """What the examples ask."""
+    return {question(example) for example in examples}
 
 
-def _question(example: Example) -> str:
-    """What two examples have in common that ask the same: the prompt, or the text where there is none."""
+def question(example: Example) -> str:
+    """What two examples that ask the same have in common: the prompt (or text), but for case and white space."""
     return " ".join((example.prompt if example.prompt.strip() else example.answer).split()).lower()
 
 

@@ -151,7 +151,7 @@ def split(pairs: Sequence[Pair], options: Options) -> tuple[list[Pair], list[Pai
     count = min(options.samples or len(pairs), len(pairs))
     asked: dict[str, list[Pair]] = {}
     for pair in random.Random(options.seed).sample(pairs, count):
-        asked.setdefault(_question(pair.example), []).append(pair)
+        asked.setdefault(data.question(pair.example), []).append(pair)
     train: list[Pair] = []
     test: list[Pair] = []
     for group in asked.values():
@@ -162,11 +162,6 @@ def split(pairs: Sequence[Pair], options: Options) -> tuple[list[Pair], list[Pai
             "both need at least one, and rows of one prompt stay together"
         )
     return train, test
-
-
-def _question(example: Example) -> str:
-    """What two prompts that differ in spaces and capitals have in common, as ``data.load_rows`` compares them."""
-    return " ".join((example.prompt if example.prompt.strip() else example.answer).split()).lower()
 
 
 # ---- formats ---------------------------------------------------------------------------------------

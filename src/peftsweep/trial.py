@@ -214,11 +214,12 @@ def _run(trial: Trial, place: Path, result: Result, meter: Meter, observer: Obse
     longest = min(config.dataset.max_length, tokenizer.model_max_length)
     info["truncated_rows"] = sum(len(row.ids) >= longest for row in tokens)
 
+    trained_on = data.questions(data.dataset_examples(config.dataset, rows.train))
     for name, test in tests.items():
         with stage("baseline"):
             scores = _base_scores(trial, name, test, base, tokenizer, place.parent)
         result.eval_info[name] = {f"base_{metric}": score for metric, score in scores.items()}
-        result.eval_info[name]["seen_in_training"] = data.seen_in_training(config.dataset, rows.train, test)
+        result.eval_info[name]["seen_in_training"] = sum(bool(data.questions([one]) & trained_on) for one in test)
 
     if config.adapter.path is not None:
         with stage("attach"):
