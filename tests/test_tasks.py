@@ -249,3 +249,19 @@ def test_conversations_are_trained_on_through_the_template(tmp_path: Path) -> No
     assert json.loads(predictions.splitlines()[0])["prompt"].startswith("<user>Say ")
     short = cli.run_one([*words, "dataset.max_length=4", "seed=1"])
     assert (short.error or {})["type"] == "InputError"  # every row is too long
+
+
+@pytest.mark.parametrize("quant", ["none", "4bit"])
+@pytest.mark.parametrize("name", ["arc_easy", "winogrande", "boolq"])
+def test_what_choices_begin_with_is_read_once_and_the_scores_are_the_same(
+    name: str, quant: str, compose: Compose, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = compose(f"quant={quant}")
+    adapted: Any = trial._attach(one, model.load(one.config.model, trial.quantization(one), CPU), 10).eval()
+    rows = examples(name, compose)
+    shared = evaluate.multiple_choice(adapted, tokenizer, rows, batch_size=9)
+    monkeypatch.setattr(evaluate, "_takes_a_cache", lambda model: False)
+    apart = evaluate.multiple_choice(adapted, tokenizer, rows, batch_size=9)
+    assert shared.scores == apart.scores
+    for mine, theirs in zip(shared.predictions, apart.predictions, strict=True):
+        assert mine["log_likelihoods"] == pytest.approx(theirs["log_likelihoods"], abs=1e-3)

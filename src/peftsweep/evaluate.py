@@ -261,10 +261,80 @@ def _grouped_likelihoods(
     batch_size: int,
     max_length: int,
 ) -> list[list[float]]:
-    """The log-likelihood of what follows in each pair of context and following text, group by group."""
-    tokens = tokenize_pairs(tokenizer, [pair for group in groups for pair in group], max_length)
-    sums = iter(log_likelihoods(model, tokens, pad_id=_pad_id(tokenizer), batch_size=batch_size))
+    """The log-likelihood of what follows in each pair of context and following text, group by group.
+
+    What the pairs of a group begin with in common is read once, where the model takes a cache.
+    """
+    pad_id = _pad_id(tokenizer)
+    tokens = iter(tokenize_pairs(tokenizer, [pair for group in groups for pair in group], max_length))
+    rows = [[next(tokens) for _ in group] for group in groups]
+    if _takes_a_cache(model) and all(_common_length(group) for group in rows):
+        return _shared_likelihoods(model, rows, pad_id=pad_id, batch_size=batch_size)
+    flat = [row for group in rows for row in group]
+    sums = iter(log_likelihoods(model, flat, pad_id=pad_id, batch_size=batch_size))
     return [[next(sums) for _ in group] for group in groups]
+
+
+@torch.no_grad()
+def _shared_likelihoods(
+    model: nn.Module, groups: Sequence[Sequence[Tokens]], *, pad_id: int, batch_size: int
+) -> list[list[float]]:
+    """``log_likelihoods`` of groups of rows whose beginnings are the same, each beginning read once."""
+    device = next(model.parameters()).device
+    scores: list[list[float]] = [[] for _ in groups]
+    shared = [_common_length(group) for group in groups]
+
+    def score(numbers: list[int]) -> None:
+        starts = [groups[n][0].ids[: shared[n]] for n in numbers]
+        ids, attention = _padded(starts, pad_id, device, left=True)
+        positions = (attention.cumsum(-1) - 1).clamp(min=0)
+        output = model(
+            input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=True, logits_to_keep=1
+        )
+        owners = torch.tensor([place for place, n in enumerate(numbers) for _ in groups[n]], device=device)
+        cache: Any = output.past_key_values
+        cache.batch_select_indices(owners)
+        rows = [row.ids[shared[n] :] for n in numbers for row in groups[n]]
+        rest, present = _padded(rows, pad_id, device, left=False)
+        after = model(
+            input_ids=rest,
+            attention_mask=torch.cat([attention[owners], present], dim=1),
+            position_ids=positions[owners, -1:] + present.cumsum(-1),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits = torch.cat([output.logits[owners], after.logits[:, :-1]], dim=1)
+        losses = nn.functional.cross_entropy(logits.float().transpose(1, 2), rest, reduction="none")
+        first = torch.tensor([r.answer_start - shared[n] for n in numbers for r in groups[n]], device=device)
+        answers = present.bool() & (torch.arange(rest.shape[1], device=device) >= first[:, None])
+        totals = iter((-losses * answers).sum(-1).tolist())
+        for n in numbers:
+            scores[n] = [next(totals) for _ in groups[n]]
+
+    most = max(len(group) for group in groups)
+    _in_batches([len(group[0].ids) for group in groups], max(1, batch_size // most), score)
+    return scores
+
+
+def _common_length(rows: Sequence[Tokens]) -> int:
+    """How many tokens the rows begin with in common, up to the one before the first answer."""
+    limit = min(row.answer_start for row in rows)
+    same = [len(set(column)) == 1 for column in zip(*(row.ids[:limit] for row in rows), strict=True)]
+    return same.index(False) if False in same else limit
+
+
+def _padded(
+    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device, *, left: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask of ``rows``, [rows, length] on ``device``."""
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
+    attention = torch.zeros_like(ids)
+    for n, row in enumerate(rows):
+        place = slice(longest - len(row), None) if left else slice(len(row))
+        ids[n, place] = torch.tensor(row)
+        attention[n, place] = 1
+    return ids.to(device), attention.to(device)
 
 
 def _likeliest(scores: Sequence[float]) -> int:
@@ -344,13 +414,8 @@ def generate(
     greedy = num_beams == 1 and _takes_a_cache(model)
 
     def write(numbers: list[int]) -> None:
-        longest = max(len(encoded[n]) for n in numbers)
-        ids = torch.full((len(numbers), longest), _pad_id(tokenizer), dtype=torch.int64)
-        attention = torch.zeros_like(ids)
-        for place, n in enumerate(numbers):  # padded on the left: generation goes on at the right
-            ids[place, longest - len(encoded[n]) :] = torch.tensor(encoded[n])
-            attention[place, longest - len(encoded[n]) :] = 1
-        ids, attention = ids.to(device), attention.to(device)
+        # Padded on the left, as generation goes on at the right.
+        ids, attention = _padded([encoded[n] for n in numbers], _pad_id(tokenizer), device, left=True)
         made = (
             _greedy(model, ids, attention, max_new_tokens, _end_ids(model, tokenizer))
             if greedy
