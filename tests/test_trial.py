@@ -407,3 +407,21 @@ def test_a_classifier_is_scored_again_with_its_head(run_small: RunSmall) -> None
     found = [one.eval_info[name]["accuracy"] for one, name in ((trained, "classification"), (again, "tiny_direction"))]
     assert found[0] == found[1]
     assert again.config["model"]["task"] == "seq_cls"
+
+
+def test_rows_are_tokenised_once_for_all_trials_that_share_them(
+    run_small: RunSmall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, tokenize = [], data.tokenize
+
+    def counted(*given: Any) -> list[data.Tokens]:
+        calls.append(given)
+        return tokenize(*given)
+
+    monkeypatch.setattr(trial, "_TOKENS", {})
+    monkeypatch.setattr(data, "tokenize", counted)
+    run_small("adapter.check=false"), run_small("method.r=2"), run_small("seed=1")
+    assert len(calls) == 1
+    run_small("dataset.max_length=64")
+    run_small("dataset.samples=48")
+    assert len(calls) == 3

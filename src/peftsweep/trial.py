@@ -40,6 +40,7 @@ from peftsweep.schema import Task
 
 log = logging.getLogger(__name__)
 
+REMEMBERED = 4  # tokenised training sets: training and validation rows of two datasets
 RELOAD_TOLERANCE = 1e-4  # of a token's loss, in nats: above rounding, far below what an evaluation sees
 
 Model = PreTrainedModel | PeftModel
@@ -362,7 +363,22 @@ def _load(trial: Trial, tokenizer: PreTrainedTokenizerBase, device: torch.device
 
 
 def _tokens(trial: Trial, tokenizer: PreTrainedTokenizerBase, rows: list[data.Row]) -> list[Tokens]:
-    """The dataset's rows as the model is trained on them."""
+    """The dataset's rows as the model is trained on them; those of the last trials are remembered by their content."""
+    own, task = trial.config.dataset, trial.config.model.task
+    how = [own.prompt, own.answer, own.reader, own.classes, own.max_length, own.drop_long, own.chat, task]
+    vocabulary = [tokenizer.name_or_path, trial.config.model.revision, tokenizer.model_max_length]
+    key = configuration.content_hash([how, vocabulary, data.fingerprint(rows)])
+    if key not in _TOKENS:
+        _TOKENS[key] = _tokenize(trial, tokenizer, rows)
+        while len(_TOKENS) > REMEMBERED:
+            _TOKENS.pop(next(iter(_TOKENS)))
+    return _TOKENS[key]
+
+
+_TOKENS: dict[str, list[Tokens]] = {}
+
+
+def _tokenize(trial: Trial, tokenizer: PreTrainedTokenizerBase, rows: list[data.Row]) -> list[Tokens]:
     own = trial.config.dataset
     examples = data.dataset_examples(own, rows)
     if trial.config.model.task is Task.seq_cls:
