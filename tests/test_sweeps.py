@@ -260,5 +260,5 @@ def test_counts_and_sizes_are_those_that_peft_published(label: str, compose: Com
     )
     assert (forecast.trainable_parameters, forecast.total_parameters) == (trainable, total)
     if not label.startswith("adalora"):  # whose file is written after it has dropped ranks
-        # An earlier version of PEFT wrote 816 bytes fewer of AdaMSS's header, and 24 of one of SHiRA's two.
+        # An earlier version of PEFT wrote 816 bytes fewer of AdaMSS's header, and 24 of SHiRA's.
         assert (forecast.adapter_bytes or 0) - size == HEADERS.get(label, 0)

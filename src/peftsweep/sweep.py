@@ -83,8 +83,8 @@ def _dry_run(trials: Sequence[Trial], forecasts: Sequence[Forecast]) -> None:
                 f"{row['label']:{width}}  {row['state']:8}  {trainable:>13} trainable  "
                 f"{size(row['adapter_bytes']):>9}" + (f"  {row['refused']}" if row["refused"] else "")
             )
-    trials = "1 trial" if len(rows) == 1 else f"{len(rows)} trials"
-    print(f"{trials}, {sum(row['state'] == 'new' for row in rows)} new; nothing was trained ({file})")
+    listed = "1 trial" if len(rows) == 1 else f"{len(rows)} trials"
+    print(f"{listed}, {sum(row['state'] == 'new' for row in rows)} new; nothing was trained ({file})")
 
 
 def _plan_row(one: Trial, forecast: Forecast) -> dict[str, Any]:
