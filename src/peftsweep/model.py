@@ -338,16 +338,26 @@ def restore(
     base: PreTrainedModel, folder: Path, inputs: dict[str, int] | None = None, *, float32: bool = True
 ) -> PreTrainedModel | PeftModel:
     """The trained model back from what ``save`` wrote, on the device of ``base``; the rest as for ``attach``."""
-    options: dict[str, Any] = {"dtype": base.dtype, "device_map": {"": base.device}}
-    if (folder / RESIDUAL).exists():
-        base = type(base).from_pretrained(folder / RESIDUAL, **options)
-        keep_weights_unpacked(base)
+    base = _base_of(base, folder)
     if (folder / "adapter_config.json").exists():
         adapted = PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=float32)
         setattr(adapted, METHOD_INPUTS, inputs or {})
         return adapted.eval()
-    trained = type(base).from_pretrained(folder, **options)
-    return cast(PreTrainedModel, trained.eval())
+    return cast(PreTrainedModel, _like(base, folder).eval())
+
+
+def _base_of(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The base that the adapter in ``folder`` belongs to: the one kept beside it, else ``base``."""
+    if not (folder / RESIDUAL).exists():
+        return base
+    residual = _like(base, folder / RESIDUAL)
+    keep_weights_unpacked(residual)
+    return residual
+
+
+def _like(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The model saved in ``folder``, of the class and dtype and on the device of ``base``."""
+    return type(base).from_pretrained(folder, dtype=base.dtype, device_map={"": base.device})
 
 
 def merge(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
@@ -356,10 +366,7 @@ def merge(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     Raises:
         Exception: whatever PEFT raises for a method that cannot be merged.
     """
-    options: dict[str, Any] = {"dtype": base.dtype, "device_map": {"": base.device}}
-    if (folder / RESIDUAL).exists():
-        base = type(base).from_pretrained(folder / RESIDUAL, **options)
-        keep_weights_unpacked(base)
+    base = _base_of(base, folder)
     if getattr(base, "is_quantized", False):
         base = cast(Any, base).dequantize()
         vars(base)["_weight_conversions"] = None  # by which transformers would pack a saved base's weights again

@@ -66,8 +66,11 @@ def _summarise(display: Display, results: Sequence[Result | None], name: str) ->
     said = ", ".join(f"{n} {status.name}" for status, n in counts.items() if n)
     left = sum(result is None for result in results)
     said += f", {left} not run" if left else ""
-    trials = "1 trial" if len(reached) == 1 else f"{len(reached)} trials"
-    display.console.print(f"{trials}: {said}  ({study.folder(name)})", markup=False)
+    display.console.print(f"{_number(len(reached))}: {said}  ({study.folder(name)})", markup=False)
+
+
+def _number(trials: int) -> str:
+    return "1 trial" if trials == 1 else f"{trials} trials"
 
 
 def _dry_run(trials: Sequence[Trial], forecasts: Sequence[Forecast]) -> None:
@@ -83,8 +86,7 @@ def _dry_run(trials: Sequence[Trial], forecasts: Sequence[Forecast]) -> None:
                 f"{row['label']:{width}}  {row['state']:8}  {trainable:>13} trainable  "
                 f"{size(row['adapter_bytes']):>9}" + (f"  {row['refused']}" if row["refused"] else "")
             )
-    listed = "1 trial" if len(rows) == 1 else f"{len(rows)} trials"
-    print(f"{listed}, {sum(row['state'] == 'new' for row in rows)} new; nothing was trained ({file})")
+    print(f"{_number(len(rows))}, {sum(row['state'] == 'new' for row in rows)} new; nothing was trained ({file})")
 
 
 def _plan_row(one: Trial, forecast: Forecast) -> dict[str, Any]:
