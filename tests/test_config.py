@@ -74,6 +74,7 @@ BAD = {
     "an unknown optimizer": (["train.optimizer=AdamX"], "train.optimizer=AdamX: no such optimizer"),
     "an unreadable interval": (["train.eval_every=often"], "a number of steps (100) or epochs (0.5epochs)"),
     "keep_best without validation": (["train.keep_best=true"], "needs train.eval_every"),
+    "a best metric of nothing": (["train.best_metric=gsm8k.f1"], "must be loss or <eval>.<metric> of tiny_math"),
     "a missing model": (["model=causal_lm"], "model.name_or_path: must be given"),
     "a classifier without classes": (["model.task=seq_cls"], "dataset.classes: model.task=seq_cls needs the names"),
     "text of a classifier": (

@@ -103,7 +103,7 @@ def test_the_commonsense_tasks_are_judged_in_every_way_beside_their_majority(com
     words = ["dataset=commonsense_170k", f"dataset.path={folder}/commonsense_17k.jsonl", "dataset.samples=2000"]
     words += [f"eval=[{','.join(f'{name}_170k' for name in names)}]"]
     for name in names:
-        words += [f"eval.{name}_170k.path={folder}/{name}_test.jsonl", f"eval.{name}_170k.max_new_tokens=8"]
+        words += [f"eval.{name}_170k.path={folder}/{name}_test.jsonl", f"eval.{name}_170k.max_new_tokens=24"]
         words += [f"eval.{name}_170k.batch_size=64"]
     assert command(*words, "train.epochs=1", "train.steps=0", "method.r=8")[0] == 0
     (result,) = [Result.read(file.parent) for file in Path("multirun/default").glob("*/result.json")]

@@ -164,6 +164,28 @@ def test_keep_best_ends_with_the_weights_of_the_best_validation(rows: list[data.
     assert rows_of_validation[0]["validation_tiny_math.accuracy"] == 0.0
 
 
+@pytest.mark.parametrize(("metric", "best"), [("tiny_math.accuracy", 6), ("tiny_math.perplexity", 2), ("loss", 4)])
+def test_the_best_validation_is_chosen_by_the_metric_asked_for(rows: list[data.Tokens], metric: str, best: int) -> None:
+    scripted = zip([0.5, 0.3, 0.9], [0.1, 0.4, 0.6], [2.0, 3.0, 4.0], strict=True)
+
+    def validate() -> dict[str, float]:
+        return dict(zip(("loss", "tiny_math.accuracy", "tiny_math.perplexity"), next(scripted), strict=True))
+
+    done, _, _ = run(rows, adapted(), validate, eval_every="2", keep_best=True, best_metric=metric)
+    assert (done.best_loss, done.best_step) == (0.3, best)
+
+
+def test_a_metric_that_no_validation_has_is_named_with_those_it_has(rows: list[data.Tokens]) -> None:
+    with pytest.raises(InputError, match=r"tiny_math.f1: the validation has loss, tiny_math.accuracy"):
+        run(
+            rows,
+            adapted(),
+            lambda: {"loss": 1.0, "tiny_math.accuracy": 0.0},
+            eval_every="2",
+            best_metric="tiny_math.f1",
+        )
+
+
 def test_tokens_and_padding_are_counted(rows: list[data.Tokens]) -> None:
     done, lines, _ = run(rows, epochs=1, log_every=3)
     assert done.tokens == sum(len(row.ids) for row in rows)

@@ -406,6 +406,7 @@ def test_a_classifier_is_scored_again_with_its_head(run_small: RunSmall) -> None
     again = cli.run_one(["dataset=tiny_direction", f"adapter.path={place(trained)}", "eval.tiny_direction.samples=40"])
     found = [one.eval_info[name]["accuracy"] for one, name in ((trained, "classification"), (again, "tiny_direction"))]
     assert found[0] == found[1]
+    assert sum(again.eval_info["tiny_direction"]["base_histogram"].values()) == 40
     assert again.config["model"]["task"] == "seq_cls"
 
 
@@ -425,3 +426,16 @@ def test_rows_are_tokenised_once_for_all_trials_that_share_them(
     run_small("dataset.max_length=64")
     run_small("dataset.samples=48")
     assert len(calls) == 3
+
+
+def test_tokenised_rows_that_took_long_are_read_back_from_the_study(
+    run_small: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "WORTH_KEEPING", 0.0)
+    monkeypatch.setattr(trial, "_TOKENS", {})
+    first = run_small()
+    assert len(list(Path("multirun/default/.tokens").glob("*.parquet"))) == 1
+    monkeypatch.setattr(trial, "_TOKENS", {})
+    monkeypatch.setattr(trial, "_tokenize", None)
+    again = run_small("force=true")
+    assert again.train_info["final_loss"] == first.train_info["final_loss"]

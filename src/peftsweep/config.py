@@ -191,6 +191,9 @@ def _check_values(tree: dict[str, Any]) -> None:
         raise InputError(f"dataset.train_fraction={tree['dataset']['train_fraction']}: must lie between 0 and 1")
     if tree["train"]["keep_best"] and tree["train"]["eval_every"] is None:
         raise InputError("train.keep_best=true: needs train.eval_every, the interval of the validations it compares")
+    metric = tree["train"]["best_metric"]
+    if metric != "loss" and metric.partition(".")[0] not in tree["eval"]:
+        raise InputError(f"train.best_metric={metric}: must be loss or <eval>.<metric> of {', '.join(tree['eval'])}")
     if not tree["study"] or "/" in tree["study"] or tree["study"].startswith("."):
         raise InputError(f"study={tree['study']}: must be a plain name, without '/' and not beginning with '.'")
 

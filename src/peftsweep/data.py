@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 import pydoc
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -455,6 +456,28 @@ def tokenize_for_classes(
     return [
         Tokens(prompt, len(prompt), classes.index(row.answer.strip())) for prompt, row in zip(ids, rows, strict=True)
     ]
+
+
+def write_tokens(file: Path, rows: Sequence[Tokens]) -> None:
+    """Keep tokenised rows as a parquet, atomically."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    columns = zip(*rows, strict=True) if rows else ((), (), ())
+    kinds = (pa.list_(pa.int32()), pa.int32(), pa.int32())
+    arrays = [pa.array(column, kind) for column, kind in zip(columns, kinds, strict=True)]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    pa.parquet.write_table(pa.table(arrays, names=Tokens._fields), temporary)
+    temporary.replace(file)
+
+
+def read_tokens(file: Path) -> list[Tokens]:
+    """What ``write_tokens`` kept."""
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(file)
+    return [Tokens(*row) for row in zip(*(table[name].to_pylist() for name in Tokens._fields), strict=True)]
 
 
 # ---- batches ---------------------------------------------------------------------------------------

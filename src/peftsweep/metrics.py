@@ -39,6 +39,8 @@ LATEX = (
     ("\N{MINUS SIGN}", "-"),
 )
 
+LOWER_IS_BETTER = ("loss", "perplexity")
+
 GSM8K_STRICT = re.compile(r"#### (-?[0-9.,]+)")
 GSM8K_FLEXIBLE = re.compile(r"-?(?:[$0-9.,]{2,}|[0-9]+)")
 MATH_VERIFY_SECONDS = 5  # its own default, for reading and for each comparison

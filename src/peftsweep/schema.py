@@ -115,7 +115,8 @@ class TrainConfig:
     autocast_adapter_dtype: bool = True  # an adapter on a 16-bit base has 32-bit weights
     checkpointing: bool = False  # gradient checkpointing: less memory, more time
     eval_every: str | None = None  # "100" steps or "0.5epochs": validation rows in steps.jsonl
-    keep_best: bool = False  # end with the weights of the best validation loss
+    keep_best: bool = False  # end with the weights of the best validation
+    best_metric: str = "loss"  # which one that is: the lowest loss, or <eval>.<metric> on the validation rows
     params_file: str | None = None  # training_params.json of PEFT's comparison, or a folder that may hold one
     log_every: int = 10  # steps to a line of steps.jsonl
 

@@ -17,6 +17,7 @@ from transformers import get_scheduler
 from peftsweep.data import Tokens, batch_order, collate
 from peftsweep.errors import InputError
 from peftsweep.measure import Laps, Meter
+from peftsweep.metrics import LOWER_IS_BETTER
 from peftsweep.model import answer_losses, auxiliary_loss, trainable_parameters
 from peftsweep.schema import Dtype, Schedule, TrainConfig
 
@@ -35,7 +36,7 @@ class Trained:
     padding_fraction: float
     final_loss: float | None  # mean over the last logged window
     best_loss: float | None  # lowest validation loss, where validation was asked for
-    best_step: int | None
+    best_step: int | None  # of the best validation by config.best_metric
     step_seconds: list[float]
 
     @property
@@ -62,7 +63,8 @@ def train(
 
     The loss of a step is the mean over all answer tokens of its ``accumulation`` micro-batches, so
     that accumulation changes memory and not results. ``validate`` is called every
-    ``config.eval_every``, must return at least ``loss``, and is not part of the training time.
+    ``config.eval_every``, must return at least ``loss`` and ``config.best_metric``, and is not part of
+    the training time.
 
     Raises:
         FloatingPointError: the loss is no longer finite.
@@ -81,7 +83,7 @@ def train(
     laps = Laps(device)
     best = _Best(model) if config.keep_best else None
     losses: list[torch.Tensor] = []
-    validations: list[tuple[float, int]] = []
+    validations: list[tuple[float, float, int]] = []  # how bad, its loss, its step
     tokens = positions = 0
     final_loss = None
 
@@ -143,22 +145,21 @@ def train(
         if validate and every and (step % every == 0 or step == steps):
             scores = validate()
             model.train()
-            validations.append((scores["loss"], step))
+            validations.append((_badness(scores, config.best_metric), scores["loss"], step))
             log({"step": step, "steps": steps} | {f"validation_{name}": value for name, value in scores.items()})
-            if best and min(validations)[1] == step:
+            if best and min(validations)[-1] == step:
                 best.keep()
     if best and validations:
         best.restore()
     model.eval()
-    best_loss, best_step = min(validations, default=(None, None))
     return Trained(
         steps=steps,
         epochs=in_epochs(steps, config, len(rows)),
         tokens=tokens,
         padding_fraction=1 - tokens / positions if positions else 0.0,
         final_loss=final_loss,
-        best_loss=best_loss,
-        best_step=best_step,
+        best_loss=min((loss for _, loss, _ in validations), default=None),
+        best_step=min(validations, default=[None])[-1],
         step_seconds=laps.seconds(),
     )
 
@@ -254,6 +255,13 @@ def _checkpointing(model: Any, wanted: bool) -> None:
         # Renamed in transformers 5.23; both names are in the supported range.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+
+
+def _badness(scores: dict[str, float], metric: str) -> float:
+    """The value of ``metric``, turned so that less is better."""
+    if metric not in scores:
+        raise InputError(f"train.best_metric={metric}: the validation has {', '.join(scores)}")
+    return scores[metric] if metric.rpartition(".")[2] in LOWER_IS_BETTER else -scores[metric]
 
 
 class _Best:

@@ -40,6 +40,8 @@ from peftsweep.schema import Task
 
 log = logging.getLogger(__name__)
 
+WORTH_KEEPING = 5.0  # seconds of tokenising, after which its result is kept in the study's folder
+OF_THE_ROWS = ("majority", "random")  # facts that are the same whatever the model says
 REMEMBERED = 4  # tokenised training sets: training and validation rows of two datasets
 RELOAD_TOLERANCE = 1e-4  # of a token's loss, in nats: above rounding, far below what an evaluation sees
 
@@ -363,13 +365,23 @@ def _load(trial: Trial, tokenizer: PreTrainedTokenizerBase, device: torch.device
 
 
 def _tokens(trial: Trial, tokenizer: PreTrainedTokenizerBase, rows: list[data.Row]) -> list[Tokens]:
-    """The dataset's rows as the model is trained on them; those of the last trials are remembered by their content."""
+    """The dataset's rows as the model is trained on them; remembered by their content.
+
+    Those of the last trials are kept in memory, those that took long also in the study's folder.
+    """
     own, task = trial.config.dataset, trial.config.model.task
     how = [own.prompt, own.answer, own.reader, own.classes, own.max_length, own.drop_long, own.chat, task]
     vocabulary = [tokenizer.name_or_path, trial.config.model.revision, tokenizer.model_max_length]
     key = configuration.content_hash([how, vocabulary, data.fingerprint(rows)])
     if key not in _TOKENS:
-        _TOKENS[key] = _tokenize(trial, tokenizer, rows)
+        file = study.folder(trial.config.study) / ".tokens" / f"{key}.parquet"
+        if file.exists():
+            _TOKENS[key] = data.read_tokens(file)
+        else:
+            start = time.perf_counter()
+            _TOKENS[key] = _tokenize(trial, tokenizer, rows)
+            if time.perf_counter() - start > WORTH_KEEPING:
+                data.write_tokens(file, _TOKENS[key])
         while len(_TOKENS) > REMEMBERED:
             _TOKENS.pop(next(iter(_TOKENS)))
     return _TOKENS[key]
@@ -407,7 +419,7 @@ def _asked(trial: Trial, name: str, rows: list[data.Row], tokenizer: PreTrainedT
 def _base_scores(
     trial: Trial, name: str, test: list[Example], base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, root: Path
 ) -> dict[str, Any]:
-    """The untouched base's scores, kept in the study under everything that changes them."""
+    """The untouched base's scores and what it answers, kept in the study under everything that changes them."""
     device = base.device
     key = configuration.content_hash(
         {
@@ -422,7 +434,9 @@ def _base_scores(
     )
     file = root / ".base" / f"{name}-{key}.json"
     if not file.exists():
-        record.write_json(file, evaluator(trial, name)(base, tokenizer, test).scores)
+        found = evaluator(trial, name)(base, tokenizer, test)
+        own = {fact: value for fact, value in found.facts.items() if fact not in OF_THE_ROWS}
+        record.write_json(file, found.scores | own)
     scores: dict[str, Any] = record.read_json(file)
     return scores
 
