@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from peftsweep import InputError, cli, trial
+from peftsweep import InputError, cli, forecast
 from peftsweep.config import Trial, check_call, conf_dir
 
 from . import schemas
@@ -47,8 +47,8 @@ def test_every_yaml_composes_validates_and_attaches(option: str, compose: Compos
     for name in schemas.SCHEMAS:
         schemas.write(name, Path())
     one = compose(option, *NEEDS.get(option, []))
-    forecast = trial.check(one)
-    assert (forecast.trainable_parameters or 0) > 0 or (option == "method=xlora" and forecast.refused)
+    foreseen = forecast.check(one)
+    assert (foreseen.trainable_parameters or 0) > 0 or (option == "method=xlora" and foreseen.refused)
     assert one.choices[option.partition("=")[0]] in (option.partition("=")[2], f"['{option.partition('=')[2]}']")
 
 
@@ -73,6 +73,7 @@ BAD = {
     "an unknown 4-bit type": (["quant=4bit", "quant.bnb_4bit_quant_type=nf5"], "must be one of nf4, fp4"),
     "an unknown optimizer": (["train.optimizer=AdamX"], "train.optimizer=AdamX: no such optimizer"),
     "an unreadable interval": (["train.eval_every=often"], "a number of steps (100) or epochs (0.5epochs)"),
+    "a backend torch lacks": (["train.compile=indctor"], "no such backend; did you mean 'inductor'?"),
     "keep_best without validation": (["train.keep_best=true"], "needs train.eval_every"),
     "a best metric of nothing": (["train.best_metric=gsm8k.f1"], "must be loss or <eval>.<metric> of tiny_math"),
     "a missing model": (["model=causal_lm"], "model.name_or_path: must be given"),

@@ -11,7 +11,7 @@ import torch
 import yaml
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from peftsweep import data, model, train, trial
+from peftsweep import build, data, forecast, model, train
 from peftsweep.config import Trial, conf_dir
 from peftsweep.measure import Meter
 from peftsweep.tiny import task
@@ -44,10 +44,10 @@ def tiny() -> Any:
 def adapt(one: Trial, rows: list[data.Tokens], steps: int) -> tuple[float, float, dict[str, Any], dict[str, Any]]:
     """Attach and train: the loss on one fixed batch in eval mode before and after, and the tensors that changed."""
     batch = data.collate(rows[:16], 0)
-    base = model.load(one.config.model, trial.quantization(one), CPU, len(one.config.dataset.classes))
+    base = model.load(one.config.model, build.quantization(one), CPU, len(one.config.dataset.classes))
     torch.manual_seed(0)
     tokenizer = model.load_tokenizer(one.config.model)
-    adapted = trial._attach(one, base, steps, trial._initialise(one, Path(), base, rows, tokenizer)).eval()
+    adapted = build.attach_method(one, base, steps, build.initialisation(one, Path(), base, rows, tokenizer)).eval()
     state = {name: tensor.detach().clone() for name, tensor in adapted.state_dict().items()}
     expected = {name for name, _ in model.trainable_parameters(adapted)}
     with torch.no_grad():
@@ -96,10 +96,10 @@ def test_a_classifier_learns_with_its_head_or_is_refused(
     words = [ON[name]] if name in ON else []
     one = compose(*SMALL_ENCODER, f"method={name}", "train.learning_rate=1e-3", *words)
     if name in ("adaption_prompt", "cartridge", "cpt", "prefix_tuning", "shadow", "trainable_tokens"):
-        reason = trial.refusal(one) or ""
+        reason = forecast.refusal(one) or ""
         assert reason.startswith(("not with a classifier's head", "not on an encoder"))
         return
-    assert trial.refusal(one) is None
+    assert forecast.refusal(one) is None
     before, after, expected, changed = adapt(one, directions, steps=10)
     assert after < before
     heads = [name for name in changed if "classifier" in name and name in expected]
@@ -111,7 +111,7 @@ def test_no_head_is_quantised(compose: Compose) -> None:
     for words in (SMALL_ENCODER, ("dataset=tiny_direction", "model.task=seq_cls")):
         for quant in ("4bit", "8bit"):
             one = compose(*words, f"quant={quant}")
-            base = model.load(one.config.model, trial.quantization(one), CPU, 2)
+            base = model.load(one.config.model, build.quantization(one), CPU, 2)
             head = [type(m) for n, m in base.named_modules() if n in ("pre_classifier", "classifier", "score")]
             assert set(head) == {torch.nn.Linear}
             assert any("bit" in type(module).__name__ for module in base.modules())
@@ -134,15 +134,15 @@ def test_an_optimizer_made_for_lora_learns(name: str, compose: Compose, rows: li
     assert after < before
     assert any("lora_B" in key for key in changed)
     assert any("lora_A" in key for key in changed) == (name != "lora_fa")
-    plain = trial.check(compose("method=lora")).trainable_parameters
-    assert (trial.check(one).trainable_parameters == plain) == (name != "lora_fa")
+    plain = forecast.check(compose("method=lora")).trainable_parameters
+    assert (forecast.check(one).trainable_parameters == plain) == (name != "lora_fa")
 
 
 def test_adalora_prunes_to_its_budget(compose: Compose, rows: list[data.Tokens]) -> None:
     one = compose("method=adalora", "method.tinit=2", "method.tfinal=2", "method.target_r=4")
     base = model.load(one.config.model, None, CPU)
     torch.manual_seed(0)
-    adapted: Any = trial._attach(one, base, 12)
+    adapted: Any = build.attach_method(one, base, 12)
     one.config.train.steps = 12
     train.train(adapted, rows, one.config.train, pad_id=0, seed=0, meter=Meter(CPU), log=lambda row: None)
     values = torch.cat([p.flatten() for name, p in adapted.named_parameters() if "lora_E" in name])
@@ -154,14 +154,14 @@ def test_a_method_with_a_regulariser_adds_it_and_others_do_not(
     name: str, compose: Compose, rows: list[data.Tokens]
 ) -> None:
     one = compose(f"method={name}")
-    adapted = trial._attach(one, model.load(one.config.model, None, CPU), 10).train()
+    adapted = build.attach_method(one, model.load(one.config.model, None, CPU), 10).train()
     batch = data.collate(rows[:4], 0)
     model.answer_losses(adapted, batch)
     found = model.auxiliary_loss(adapted, batch)
     assert found is not None
     assert found.requires_grad
     assert found.item() > 0
-    plain = trial._attach(compose("method=lora"), model.load(one.config.model, None, CPU), 10)
+    plain = build.attach_method(compose("method=lora"), model.load(one.config.model, None, CPU), 10)
     assert model.auxiliary_loss(plain, batch) is None
 
 
@@ -173,7 +173,7 @@ def test_the_refusals_are_those_of_the_table(compose: Compose) -> None:
     refused = {
         (name, quant)
         for name, quant in QUANTISED
-        if name not in same and trial.refusal(compose(f"method={name}", f"quant={quant}"))
+        if name not in same and forecast.refusal(compose(f"method={name}", f"quant={quant}"))
     }
     both = {
         "corda",
@@ -207,7 +207,7 @@ def test_every_pair_either_learns_or_deserves_its_refusal(
 ) -> None:
     """A refused pair, tried all the same, fails, or starts elsewhere than the base, or learns nothing, or is LoRA."""
     one = compose(f"method={name}", f"quant={quant}")
-    refused = trial.refusal(one)
+    refused = forecast.refusal(one)
     if not refused:
         before, after, _, _ = adapt(one, rows, steps=20)
         assert after < before

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from peftsweep import cli, trial
+from peftsweep import cli, forecast
 from peftsweep.config import Trial, conf_dir
 
 Compose = Callable[..., Trial]
@@ -93,7 +93,7 @@ def test_an_experiment_folder_runs_as_it_is(compose: Compose, tmp_path: Path) ->
     train = one.config.train
     assert (train.steps, train.learning_rate, train.weight_decay, train.batch_size) == (7, 0.5, 0.01, 4)
     assert (train.learning_rate_scale, one.config.dataset.max_length) == (1.0, 99)
-    assert (trial.check(one).trainable_parameters or 0) > 0
+    assert (forecast.check(one).trainable_parameters or 0) > 0
     mine = compose(*from_folder(folder), "+method.r=2", "train.steps=3", "seed=4")
     assert (mine.config.method["r"], mine.config.train.steps, mine.config.seed) == (2, 3, 4)
 
@@ -234,7 +234,7 @@ def test_a_sweep_of_points_carries_their_labels(command: Command) -> None:
     ],
 )
 def test_a_point_attaches_to_any_model_with_its_modules(name: str, compose: Compose) -> None:
-    assert (trial.check(compose(*SMALL, swept(f"peft_comparison/{name}"))).trainable_parameters or 0) > 0
+    assert (forecast.check(compose(*SMALL, swept(f"peft_comparison/{name}"))).trainable_parameters or 0) > 0
 
 
 PUBLISHED = {
@@ -254,11 +254,11 @@ def test_counts_and_sizes_are_those_that_peft_published(label: str, compose: Com
     """Llama 3.2 3B in its shape alone; FRoD, SHiRA, UniLoRA and AdaMSS want random weights in place of none."""
     point = next(point for point in POINTS if said(point)["label"] == label)
     one = compose("sweep=peft_comparison", "model.init=random", "dataset=tiny_math", swept(point))
-    forecast, (trainable, total, size) = trial.check(one), PUBLISHED[label]
+    foreseen, (trainable, total, size) = forecast.check(one), PUBLISHED[label]
     print(
-        f"{label}: {forecast.trainable_parameters:,} of {forecast.total_parameters:,}, {forecast.adapter_bytes:,} bytes"
+        f"{label}: {foreseen.trainable_parameters:,} of {foreseen.total_parameters:,}, {foreseen.adapter_bytes:,} bytes"
     )
-    assert (forecast.trainable_parameters, forecast.total_parameters) == (trainable, total)
+    assert (foreseen.trainable_parameters, foreseen.total_parameters) == (trainable, total)
     if not label.startswith("adalora"):  # whose file is written after it has dropped ranks
         # An earlier version of PEFT wrote 816 bytes fewer of AdaMSS's header, and 24 of SHiRA's.
-        assert (forecast.adapter_bytes or 0) - size == HEADERS.get(label, 0)
+        assert (foreseen.adapter_bytes or 0) - size == HEADERS.get(label, 0)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from peftsweep import InputError, cli, data, evaluate, harness, metrics, model, tasks, train, trial
+from peftsweep import InputError, build, cli, data, evaluate, harness, metrics, model, tasks, train
 from peftsweep import config as configuration
 from peftsweep.config import Trial, conf_dir
 from peftsweep.data import Example
@@ -196,7 +196,7 @@ def test_rows_that_have_ended_leave_the_batch_and_nothing_else_changes(
     quant: str, compose: Compose, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = compose(f"quant={quant}", "train.steps=60")
-    adapted: Any = trial._attach(one, model.load(one.config.model, trial.quantization(one), CPU), 60)
+    adapted: Any = build.attach_method(one, model.load(one.config.model, build.quantization(one), CPU), 60)
     rows = data.examples(task.rows("train", 1000), "{question}\n", "{answer}")
     tokens = data.tokenize(tokenizer, rows, 64)
     train.train(adapted, tokens, one.config.train, pad_id=0, seed=0, meter=Meter(CPU), log=lambda row: None)
@@ -211,7 +211,7 @@ def test_rows_that_have_ended_leave_the_batch_and_nothing_else_changes(
 @pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning", "poly"])
 def test_methods_that_prepare_their_inputs_are_left_to_transformers(method: str, compose: Compose) -> None:
     one = compose(f"method={method}")
-    assert not evaluate._takes_a_cache(trial._attach(one, model.load(TINY, None, CPU), 10))
+    assert not evaluate._takes_a_cache(build.attach_method(one, model.load(TINY, None, CPU), 10))
 
 
 def test_an_evaluation_that_runs_out_of_memory_goes_on_with_half_the_batch(caplog: pytest.LogCaptureFixture) -> None:
@@ -257,7 +257,7 @@ def test_what_choices_begin_with_is_read_once_and_the_scores_are_the_same(
     name: str, quant: str, compose: Compose, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = compose(f"quant={quant}")
-    adapted: Any = trial._attach(one, model.load(one.config.model, trial.quantization(one), CPU), 10).eval()
+    adapted: Any = build.attach_method(one, model.load(one.config.model, build.quantization(one), CPU), 10).eval()
     rows = examples(name, compose)
     shared = evaluate.multiple_choice(adapted, tokenizer, rows, batch_size=9)
     monkeypatch.setattr(evaluate, "_takes_a_cache", lambda model: False)

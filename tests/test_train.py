@@ -191,7 +191,7 @@ def test_tokens_and_padding_are_counted(rows: list[data.Tokens]) -> None:
     assert done.tokens == sum(len(row.ids) for row in rows)
     assert (done.steps, done.epochs, len(done.step_seconds)) == (6, 1.0, 6)
     assert 0 <= done.padding_fraction < 0.2
-    assert [row["step"] for row in lines] == [3, 6]
+    assert [row["step"] for row in lines if "loss" in row] == [3, 6]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(rows: list[data.Tokens]) -> None:
@@ -229,3 +229,56 @@ def test_generation_scores_each_row(scratch: Path) -> None:
     found = evaluate.generation(base, tokenizer, examples, metric=exact_match, max_new_tokens=4)
     assert found.scores["accuracy"].value == 0.5
     assert [row["correct"] for row in found.predictions] == [True, False]
+
+
+def test_every_whole_epoch_has_a_row_of_its_own(rows: list[data.Tokens]) -> None:
+    done, lines, _ = run(rows, steps=15, batch_size=8)  # of 6 steps an epoch
+    epochs = [row for row in lines if "epoch_loss" in row]
+    assert [(row["step"], row["epoch"]) for row in epochs] == [(6, 1), (12, 2)]
+    assert epochs[1]["epoch_loss"] == pytest.approx(sum(losses(lines)[6:12]) / 6)
+    assert epochs[1]["epoch_seconds"] == pytest.approx(sum(done.step_seconds[6:12]))
+    tokens = sum(len(row.ids) for row in rows)
+    assert epochs[0]["epoch_tokens_per_second"] == pytest.approx(tokens / epochs[0]["epoch_seconds"])
+
+
+def test_an_epoch_that_ends_between_two_steps_ends_with_the_later_one(rows: list[data.Tokens]) -> None:
+    _, lines, _ = run(rows, steps=8, batch_size=8, accumulation=4)  # of 1.5 steps an epoch
+    assert [row["step"] for row in lines if "epoch_loss" in row] == [2, 3, 5, 6, 8]
+
+
+def test_padding_to_a_multiple_changes_no_loss(rows: list[data.Tokens]) -> None:
+    plain, lines, _ = run(rows)
+    padded, others, _ = run(rows, pad_to_multiple_of=16)
+    assert losses(others) == pytest.approx(losses(lines), rel=1e-5)
+    assert padded.padding_fraction > plain.padding_fraction
+
+
+def test_a_compiled_step_gives_the_same_losses_and_says_what_was_compiled(rows: list[data.Tokens]) -> None:
+    _, lines, _ = run(rows)
+    done, others, _ = run(rows, compile="eager")
+    assert losses(others) == pytest.approx(losses(lines), rel=1e-5)
+    assert done.compilation["compile_seconds"] > 0
+    assert done.compilation["compile_graphs"] >= 1
+    assert done.compilation["compile_graph_breaks"] == 0
+    assert min(done.step_seconds) > 0
+
+
+@pytest.mark.parametrize(("fault", "reason"), [("raises", "no compiler"), ("lies", "the compiled model's loss is")])
+def test_compiling_that_fails_is_off_with_its_reason(
+    rows: list[data.Tokens], monkeypatch: pytest.MonkeyPatch, fault: str, reason: str
+) -> None:
+    def broken(trained: Any, **_: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if fault == "raises":
+                raise RuntimeError("no compiler")
+            output = trained(*arguments, **options)
+            output.logits = output.logits * 3
+            return output
+
+        return call
+
+    _, lines, _ = run(rows)
+    monkeypatch.setattr(torch, "compile", broken)
+    done, others, _ = run(rows, compile="inductor")
+    assert reason in done.compilation["compile_off"]
+    assert losses(others) == losses(lines)

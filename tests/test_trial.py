@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import peftsweep
-from peftsweep import cli, data, model, study, train, trial
+from peftsweep import build, cli, data, forecast, model, study, train
 from peftsweep.config import Trial
 from peftsweep.data import Example
 from peftsweep.record import RecordError, Result, Status
@@ -103,7 +103,7 @@ def test_a_trained_adapter_is_used_again_when_only_evaluations_differ(
     assert second.status is Status.success
     assert second.train_info["trained_by"] == first.trial
     assert second.train_info["train_seconds"] == first.train_info["train_seconds"]
-    assert second.eval_info["perplexity"] == first.eval_info["perplexity"]
+    assert second.eval_info["perplexity"]["perplexity"] == first.eval_info["perplexity"]["perplexity"]
     assert second.eval_info["tiny_math"]["accuracy"]["n"] == 9
 
 
@@ -166,8 +166,8 @@ def test_a_failure_is_a_complete_record(
 def test_what_cannot_be_foreseen_is_tried_and_recorded(
     compose: Callable[..., Trial], run_small: RunSmall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trial, "attach", fail_with(AttributeError("a bug of a method")))
-    assert trial.check(compose("method.r=5")).trainable_parameters is None
+    monkeypatch.setattr(build, "attach", fail_with(AttributeError("a bug of a method")))
+    assert forecast.check(compose("method.r=5")).trainable_parameters is None
     result = run_small("method.r=5")
     assert (result.status, (result.error or {})["stage"]) == (Status.failed, "attach")
 
@@ -212,9 +212,9 @@ def test_an_adapter_that_does_not_come_back_is_reported(run_small: RunSmall, mon
 def test_the_size_of_the_adapter_is_foreseen_to_the_byte(
     method: str, run_small: RunSmall, compose: Callable[..., Trial]
 ) -> None:
-    forecast, found = trial.check(compose(f"method={method}")), run_small(f"method={method}").train_info
-    assert forecast.trainable_parameters == found["trainable_parameters"]
-    assert forecast.adapter_bytes == found["adapter_bytes"]
+    foreseen, found = forecast.check(compose(f"method={method}")), run_small(f"method={method}").train_info
+    assert foreseen.trainable_parameters == found["trainable_parameters"]
+    assert foreseen.adapter_bytes == found["adapter_bytes"]
 
 
 @pytest.mark.parametrize("method", ["lora", "pissa", "eva", "corda", "lora_ga", "loftq", "lora_pissa_niter_2"])
@@ -322,10 +322,10 @@ def test_presets_run_at_small_size_without_their_weights(run_small: RunSmall) ->
     ],
 )
 def test_presets_have_the_published_sizes(preset: str, parameters: int, compose: Callable[..., Trial]) -> None:
-    forecast = trial.check(compose(f"model={preset}", "model.init=random"))
-    assert forecast.total_parameters is not None
-    assert forecast.trainable_parameters is not None
-    assert forecast.total_parameters - forecast.trainable_parameters == parameters
+    foreseen = forecast.check(compose(f"model={preset}", "model.init=random"))
+    assert foreseen.total_parameters is not None
+    assert foreseen.trainable_parameters is not None
+    assert foreseen.total_parameters - foreseen.trainable_parameters == parameters
 
 
 def test_a_local_file_with_its_own_columns(run_small: RunSmall, questions: Path) -> None:
@@ -419,7 +419,7 @@ def test_rows_are_tokenised_once_for_all_trials_that_share_them(
         calls.append(given)
         return tokenize(*given)
 
-    monkeypatch.setattr(trial, "_TOKENS", {})
+    monkeypatch.setattr(build, "_TOKENS", {})
     monkeypatch.setattr(data, "tokenize", counted)
     run_small("adapter.check=false"), run_small("method.r=2"), run_small("seed=1")
     assert len(calls) == 1
@@ -431,11 +431,11 @@ def test_rows_are_tokenised_once_for_all_trials_that_share_them(
 def test_tokenised_rows_that_took_long_are_read_back_from_the_study(
     run_small: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trial, "WORTH_KEEPING", 0.0)
-    monkeypatch.setattr(trial, "_TOKENS", {})
+    monkeypatch.setattr(build, "WORTH_KEEPING", 0.0)
+    monkeypatch.setattr(build, "_TOKENS", {})
     first = run_small()
     assert len(list(Path("multirun/default/.tokens").glob("*.parquet"))) == 1
-    monkeypatch.setattr(trial, "_TOKENS", {})
-    monkeypatch.setattr(trial, "_tokenize", None)
+    monkeypatch.setattr(build, "_TOKENS", {})
+    monkeypatch.setattr(build, "_tokenize", None)
     again = run_small("force=true")
     assert again.train_info["final_loss"] == first.train_info["final_loss"]

@@ -104,14 +104,14 @@ def _task(cfg: DictConfig) -> Result:
 
 def run_one(overrides: list[str]) -> Result:
     """The Python door: see ``peftsweep.run``."""
-    from peftsweep import trial
+    from peftsweep import forecast, trial
 
     try:
         cfg = compose(overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(configuration.one_line(error)) from None
     one = configuration.trial(cfg, cfg.hydra.runtime.choices, overrides)
-    trial.check(one)
+    forecast.check(one)
     return trial.run(one)
 
 

@@ -63,7 +63,7 @@ def trials(results: Iterable[Result]) -> pd.DataFrame:
     rows = [record.plain(result) for result in results]
     for row in rows:
         row.pop("folder")
-    return _typed(pd.DataFrame([_flat(row) for row in rows]))
+    return _typed(pd.DataFrame([record.flat(row) for row in rows]))
 
 
 def steps(results: Iterable[Result]) -> pd.DataFrame:
@@ -73,7 +73,7 @@ def steps(results: Iterable[Result]) -> pd.DataFrame:
         file = (result.folder or Path()) / STEPS
         info = result.run_info
         name = {"trial": result.trial, "label": info["labels"][0], "study": info["study"]}
-        rows += [name | _flat(json.loads(line)) for line in _whole_lines(file)]
+        rows += [name | record.flat(json.loads(line)) for line in _whole_lines(file)]
     return _typed(pd.DataFrame(rows, columns=None if rows else ["trial", "label", "study", "step"]))
 
 
@@ -90,17 +90,6 @@ def _whole_lines(file: Path) -> list[str]:
     if not file.exists():
         return []
     return [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-
-
-def _flat(row: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as dotted keys; an empty dict gives no column, a list its JSON text."""
-    flat: dict[str, Any] = {}
-    for key, value in row.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = json.dumps(value) if isinstance(value, list) else value
-    return flat
 
 
 def _typed(table: pd.DataFrame) -> pd.DataFrame:

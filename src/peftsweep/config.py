@@ -41,6 +41,7 @@ LEAST = {
     "train.epochs": 0,
     "train.batch_size": 1,
     "train.accumulation": 1,
+    "train.pad_to_multiple_of": 1,
     "train.warmup": 0,
     "train.weight_decay": 0,
     "train.clip": 0,
@@ -48,6 +49,7 @@ LEAST = {
     "method.r": 1,
     "method.lora_alpha": 1,
 }
+UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 FROM_FILE = "from/adapter_config"  # the option of method that reads one
 LANGUAGE_MODEL_ONLY = ("peftsweep.evaluate.perplexity", "peftsweep.evaluate.generation")
 LOOSE = {"init_lora_weights": r"lora_ga|pissa_niter_\d+"}  # values that PEFT takes beside what it annotates
@@ -194,8 +196,22 @@ def _check_values(tree: dict[str, Any]) -> None:
     metric = tree["train"]["best_metric"]
     if metric != "loss" and metric.partition(".")[0] not in tree["eval"]:
         raise InputError(f"train.best_metric={metric}: must be loss or <eval>.<metric> of {', '.join(tree['eval'])}")
+    if tree["memory_limit"] is not None:
+        size_in_bytes(tree["memory_limit"], "memory_limit")
     if not tree["study"] or "/" in tree["study"] or tree["study"].startswith("."):
         raise InputError(f"study={tree['study']}: must be a plain name, without '/' and not beginning with '.'")
+
+
+def size_in_bytes(text: str, key: str) -> float:
+    """``24GB`` or ``512 MiB`` as a number.
+
+    Raises:
+        InputError: it is no such size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
+    if found is None or found[2] not in UNITS:
+        raise InputError(f"{key}={text}: must be a size such as 24GB; units: {', '.join(UNITS)}")
+    return float(found[1]) * UNITS[found[2]]
 
 
 def _at(tree: Any, key: str) -> Any:
@@ -211,14 +227,25 @@ def _check_calls(config: Config) -> None:
         check_call(config.method_setup, "method_setup", provided=("setting",))
     if config.quant:
         check_call(config.quant, "quant")
+    if config.inference:
+        check_call(config.inference, "inference", provided=("variants", "tokenizer", "saved", "clock"))
+    if config.profiler:
+        check_call(config.profiler, "profiler", provided=("run", "folder", "device"))
+    if config.tracker:
+        check_call(config.tracker, "tracker", provided=("folder", "name", "study"))
     if not config.eval and not config.train.steps:
         raise InputError("eval: nothing is trained (train.steps=0) and nothing evaluated")
     _check_task(config)
     for name, node in config.eval.items():
         options = {key: value for key, value in node.items() if key not in ROWS_KEYS}
         check_call(options, f"eval.{name}", provided=("model", "tokenizer", "examples"), also=ROWS_KEYS)
-    from peftsweep import train  # imports torch, which `--help` must not
+    from peftsweep import compiled, inference, tracker, train  # which import torch, as `--help` must not
 
+    if config.inference.get("_target_") == "peftsweep.inference.benchmark":
+        inference.plan(**config.inference)
+    if config.tracker:
+        tracker.check(config.tracker["_target_"])
+    compiled.check(config.train)
     train.find_optimizer(config.train.optimizer)
     train.validation_interval(config.train, rows=1)
 
@@ -230,6 +257,8 @@ def _check_task(config: Config) -> None:
         raise InputError(
             "dataset.classes: model.task=seq_cls needs the names of the classes, in the order of their numbers"
         )
+    if classifier and config.inference:
+        raise InputError("inference: a classifier (model.task=seq_cls) writes no text; take inference=none")
     for name, node in config.eval.items():
         if classifier and node.get("_target_") in LANGUAGE_MODEL_ONLY:
             raise InputError(f"eval.{name}: a classifier (model.task=seq_cls) writes no text; take eval=classification")
@@ -396,6 +425,7 @@ def _evaluating(config: Config, rows: data.Rows | None) -> dict[str, Any]:
     return {
         "test": rows.fingerprints["test"] if rows is not None else None,
         "eval": {name: evaluation_identity(node) for name, node in config.eval.items()},
+        "inference": config.inference | {"prompts_file": _file_identity(config.inference.get("prompts_file"))},
     }
 
 
@@ -419,7 +449,7 @@ def model_identity(model: ModelConfig) -> dict[str, Any]:
     """The base by what it is: a local folder by its files, a hub model by id and revision."""
     from peftsweep.model import source  # imports torch, which `--help` must not
 
-    said = {key: getattr(model, key) for key in ("task", "init", "dtype", "attn_implementation")}
+    said = {key: getattr(model, key) for key in ("task", "init", "dtype", "attn_implementation", "device_map")}
     if model.init is Init.random:
         return said | {"architecture": model.architecture}
     folder = Path(source(model))
@@ -434,6 +464,10 @@ def _adapter_files(path: str | None) -> dict[str, str] | None:
         return None
     names = sorted(study.adapter(path).glob("*.safetensors"))
     return {file.name: _file_hash(file) for file in names}
+
+
+def _file_identity(path: str | None) -> str | None:
+    return None if path is None else _file_hash(Path(path).expanduser())
 
 
 def _file_hash(file: Path) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 import os
 import pydoc
 import random
@@ -516,11 +517,11 @@ class Batch:
         return replace(self, **{n: t.pin_memory().to(device, non_blocking=True) for n, t in tensors.items()})
 
 
-def collate(rows: Sequence[Tokens], pad_id: int) -> Batch:
-    """Pad ``rows`` on the right to the longest of them."""
+def collate(rows: Sequence[Tokens], pad_id: int, multiple: int = 1) -> Batch:
+    """Pad ``rows`` on the right to the longest of them, or to the next length that ``multiple`` divides."""
     import torch
 
-    length = max(len(row.ids) for row in rows)
+    length = math.ceil(max(len(row.ids) for row in rows) / multiple) * multiple
     ids = torch.full((len(rows), length), pad_id, dtype=torch.int64)
     attention = torch.zeros((len(rows), length), dtype=torch.int64)
     answers = torch.zeros((len(rows), length - 1), dtype=torch.bool)

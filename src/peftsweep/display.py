@@ -112,7 +112,7 @@ def summary(result: Result) -> list[str]:
         return lines
     lines = [f"{name}: {text}" for name, scores in result.eval_info.items() if (text := scores_line(scores))]
     info = result.train_info
-    rss = max((m["rss_peak"] for m in result.memory.values()), default=0)
+    rss = max((m.get("rss_peak", 0) for m in result.memory.values()), default=0)
     device = result.memory.get("train", {}).get("allocated_peak")
     share = info["trainable_parameters"] / info["total_parameters"]
     rate = f", {info['tokens_per_second']:,.0f} tokens/s" if info.get("tokens_per_second") else ""

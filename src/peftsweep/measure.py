@@ -26,29 +26,45 @@ STATUS = Path("/proc/self/status")
 
 @dataclass
 class Stage:
-    """What a stage took. Memory in bytes; device figures are None where the device is the CPU."""
+    """What a stage took. Memory in bytes; device figures are None where the device is the CPU.
+
+    Means and percentiles are over the samples of the stage: its two ends, and every step's end.
+    """
 
     seconds: float = 0.0
     allocated_peak: int | None = None
-    allocated_mean: float | None = None
     reserved_peak: int | None = None
-    reserved_mean: float | None = None
     rss_peak: int = 0
-    _samples: list[tuple[int, int]] = field(default_factory=list, repr=False)
+    samples: list[tuple[int, int]] = field(default_factory=list, repr=False)  # allocated, reserved
 
     def memory(self) -> dict[str, int | float | None]:
         """The figures of result.json's ``memory.<stage>``."""
+        allocated, reserved = ([float(one[n]) for one in self.samples] for n in (0, 1))
         return {
             "allocated_peak": self.allocated_peak,
-            "allocated_mean": self.allocated_mean,
+            "allocated_mean": _mean(allocated),
+            "allocated_p99": percentile(allocated, 99),
             "reserved_peak": self.reserved_peak,
-            "reserved_mean": self.reserved_mean,
+            "reserved_mean": _mean(reserved),
+            "reserved_p99": percentile(reserved, 99),
             "rss_peak": self.rss_peak,
         }
 
+    def add(self, other: Stage) -> None:
+        """Count ``other`` in: seconds add up, the higher peak stays."""
+        self.seconds += other.seconds
+        self.allocated_peak = _higher(self.allocated_peak, other.allocated_peak)
+        self.reserved_peak = _higher(self.reserved_peak, other.reserved_peak)
+        self.rss_peak = max(self.rss_peak, other.rss_peak)
+        self.samples += other.samples
+
 
 class Meter:
-    """Measures the stages of one trial on one device."""
+    """Measures the stages of one trial on one device.
+
+    Stages may be nested: while an inner one runs the outer one stands still, so that no second and no
+    byte counts twice, and the seconds of all stages add up to those of the outermost.
+    """
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
         self.device = device
@@ -56,41 +72,79 @@ class Meter:
         self.current: str | None = None  # the stage a failure is recorded under
         self._clock = clock
         self._on_gpu = device.type == "cuda"
+        self._open: list[tuple[str, Stage]] = []  # outermost first
+        self._since = 0.0  # when the innermost began or went on
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
-        """Measure the block as ``name``; a stage entered twice adds its seconds and keeps its highest peak."""
-        stage = self.stages.setdefault(name, Stage())
+        """Measure the block as ``name``, and give what this block alone took.
+
+        A stage entered twice adds its seconds and keeps its highest peak.
+        """
+        if self._open:
+            self._stop()
+        own = Stage()
+        self._open.append((name, own))
         self.current = name
+        self._begin()
+        try:
+            yield own
+        finally:
+            self._stop()
+            self._open.pop()
+            self.stages.setdefault(name, Stage()).add(own)
+            if self._open:
+                self._begin()
+        # Not after an exception: the failing stage keeps its name.
+        self.current = self._open[-1][0] if self._open else None
+
+    def sample(self) -> None:
+        """Note the memory in use now, for the mean of the current stage; cheap, and it does not wait for the device."""
+        if self._on_gpu and self._open:
+            now = torch.cuda.memory_allocated(self.device), torch.cuda.memory_reserved(self.device)
+            self._open[-1][1].samples.append(now)
+
+    def split(self) -> int | None:
+        """The highest memory since the stage began or was last split: allocated on a device, else resident.
+
+        None outside of every stage.
+        """
+        if not self._open:
+            return None
+        name, before = self._open[-1]
+        self._open[-1] = (name, part := Stage())
+        self._stop()
+        before.add(part)
+        self._open[-1] = (name, before)
+        self._begin()
+        return part.rss_peak if part.allocated_peak is None else part.allocated_peak
+
+    def start(self) -> dict[str, int | None]:
+        """Memory in use before the trial, in bytes: its process's, and on a device what it and others hold there."""
+        rss = int(psutil.Process().memory_info().rss)
+        if not self._on_gpu:
+            return {"rss": rss, "allocated": None, "others": None}
+        free, total = torch.cuda.mem_get_info(self.device)
+        allocated, reserved = torch.cuda.memory_allocated(self.device), torch.cuda.memory_reserved(self.device)
+        return {"rss": rss, "allocated": allocated, "others": total - free - reserved}
+
+    def _begin(self) -> None:
         self._synchronise()
         if self._on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
         _reset_rss_peak()
         self.sample()
-        start = self._clock()
-        try:
-            yield stage
-        finally:
-            self._synchronise()
-            stage.seconds += self._clock() - start
-            self.sample()
-            self._close(stage)
-        self.current = None  # not after an exception: the failing stage keeps its name
+        self._since = self._clock()
 
-    def sample(self) -> None:
-        """Note the memory in use now, for the mean of the current stage; cheap, and it does not wait for the device."""
-        if self._on_gpu and self.current is not None:
-            now = torch.cuda.memory_allocated(self.device), torch.cuda.memory_reserved(self.device)
-            self.stages[self.current]._samples.append(now)
-
-    def _close(self, stage: Stage) -> None:
+    def _stop(self) -> None:
+        stage = self._open[-1][1]
+        self._synchronise()
+        stage.seconds += self._clock() - self._since
+        self.sample()
         stage.rss_peak = max(stage.rss_peak, _rss_peak())
         if self._on_gpu:
-            stage.allocated_peak = max(stage.allocated_peak or 0, torch.cuda.max_memory_allocated(self.device))
-            stage.reserved_peak = max(stage.reserved_peak or 0, torch.cuda.max_memory_reserved(self.device))
-            allocated, reserved = zip(*stage._samples, strict=True)
-            stage.allocated_mean = sum(allocated) / len(allocated)
-            stage.reserved_mean = sum(reserved) / len(reserved)
+            stage.allocated_peak = _higher(stage.allocated_peak, torch.cuda.max_memory_allocated(self.device))
+            stage.reserved_peak = _higher(stage.reserved_peak, torch.cuda.max_memory_reserved(self.device))
 
     def _synchronise(self) -> None:
         if self._on_gpu:
@@ -108,6 +162,7 @@ class Laps:
         self._clock = clock
         self._times: list[float] = []
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._left_out: list[float] = []  # of each event
         self._start: float = 0.0
 
     def start(self) -> None:
@@ -119,25 +174,36 @@ class Laps:
         else:
             self._start = self._clock()
 
-    def stop(self) -> None:
-        """End the lap."""
+    def stop(self, without: float = 0.0) -> None:
+        """End the lap, and leave ``without`` seconds of it out."""
         if self._on_gpu:
             self._events[-1][1].record()
+            self._left_out.append(without)
         else:
-            self._times.append(self._clock() - self._start)
+            self._times.append(self._clock() - self._start - without)
 
     def seconds(self) -> list[float]:
         """The seconds of every finished lap, in order; on a GPU this waits for the last of them."""
         if self._events:
             self._events[-1][1].synchronize()
-            self._times += [start.elapsed_time(end) / 1000 for start, end in self._events]
+            ended = zip(self._events, self._left_out, strict=True)
+            self._times += [start.elapsed_time(end) / 1000 - without for (start, end), without in ended]
             self._events.clear()
+            self._left_out.clear()
         return self._times
 
 
 def percentile(values: list[float], percent: float) -> float | None:
     """Linear interpolation between the nearest values; None of no values."""
     return float(torch.tensor(values, dtype=torch.float64).quantile(percent / 100)) if values else None
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _higher(a: int | None, b: int | None) -> int | None:
+    return max((value for value in (a, b) if value is not None), default=None)
 
 
 def _reset_rss_peak() -> None:

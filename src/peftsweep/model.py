@@ -144,7 +144,7 @@ def load(
             source(model),
             revision=model.revision or "main",
             quantization_config=quantization,
-            device_map={"": where},
+            device_map=model.device_map or {"": where},
             ignore_mismatched_sizes=model.task is Task.seq_cls,  # a head over other classes is no head
             **options,
         )
@@ -201,14 +201,21 @@ def keep_weights_unpacked(base: nn.Module) -> None:
 
 
 def answer_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Cross-entropy of every answer token (a classifier: class) of ``batch``, in float32: [batch.answer_tokens].
+    """Cross-entropy of every answer token (a classifier: class) of ``batch``, in float32: [batch.answer_tokens]."""
+    return nn.functional.cross_entropy(*answer_logits(model, batch), reduction="none")
+
+
+def answer_logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """What ``model`` says of every answer token (a classifier: class), and what is right.
+
+    Shapes: [batch.answer_tokens, vocabulary or classes], of float32, and [batch.answer_tokens], of int64.
 
     Logits are asked for from the first answer on only: with a large vocabulary they are most of the
     memory. Methods that put virtual tokens before the input return longer logits; the last positions
     are those of the input.
     """
     if batch.labels is not None:
-        return nn.functional.cross_entropy(class_logits(model, batch), batch.labels, reduction="none")
+        return class_logits(model, batch), batch.labels
     positions = batch.input_ids.shape[1] - batch.answer_start + 1  # the one before the first answer predicts it
     output = model(
         input_ids=batch.input_ids,
@@ -219,8 +226,7 @@ def answer_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
     )
     mask = batch.answer_mask[:, batch.answer_start - 1 :]
     logits = output.logits[:, -positions:-1][mask]
-    targets = batch.input_ids[:, batch.answer_start :][mask]
-    return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    return logits.float(), batch.input_ids[:, batch.answer_start :][mask]
 
 
 def class_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -335,12 +341,19 @@ def save(model: PreTrainedModel | PeftModel, folder: Path) -> int:
 
 
 def restore(
-    base: PreTrainedModel, folder: Path, inputs: dict[str, int] | None = None, *, float32: bool = True
+    base: PreTrainedModel,
+    folder: Path,
+    inputs: dict[str, int] | None = None,
+    *,
+    float32: bool = True,
+    trainable: bool = False,
 ) -> PreTrainedModel | PeftModel:
     """The trained model back from what ``save`` wrote, on the device of ``base``; the rest as for ``attach``."""
     base = _base_of(base, folder)
     if (folder / "adapter_config.json").exists():
-        adapted = PeftModel.from_pretrained(base, str(folder), autocast_adapter_dtype=float32)
+        adapted = PeftModel.from_pretrained(
+            base, str(folder), is_trainable=trainable, autocast_adapter_dtype=float32
+        )
         setattr(adapted, METHOD_INPUTS, inputs or {})
         return adapted.eval()
     return cast(PreTrainedModel, _like(base, folder).eval())

@@ -53,6 +53,7 @@ class ModelConfig:
     init: Init = Init.pretrained  # random: the architecture below with untrained weights, no download
     dtype: Dtype = Dtype.float32
     attn_implementation: str | None = None  # eager, sdpa, flash_attention_2; null lets transformers choose
+    device_map: Any = None  # as in transformers: module name -> device, or auto; null: all on `device`
     architecture: dict[str, Any] = field(default_factory=dict)  # model_type and sizes, for init=random
     roles: dict[str, list[str]] = field(default_factory=dict)  # role -> names of the modules that play it
 
@@ -114,6 +115,9 @@ class TrainConfig:
     autocast: Dtype | None = None
     autocast_adapter_dtype: bool = True  # an adapter on a 16-bit base has 32-bit weights
     checkpointing: bool = False  # gradient checkpointing: less memory, more time
+    compile: str = "none"  # a backend of torch.compile: inductor, aot_eager, cudagraphs, eager
+    compile_dynamic: bool | None = None  # null: shapes become dynamic when a second one is seen; false: one graph each
+    pad_to_multiple_of: int = 1  # of tokens: fewer shapes to compile for, more padding
     eval_every: str | None = None  # "100" steps or "0.5epochs": validation rows in steps.jsonl
     keep_best: bool = False  # end with the weights of the best validation
     best_metric: str = "loss"  # which one that is: the lowest loss, or <eval>.<metric> on the validation rows
@@ -141,6 +145,8 @@ class Config:
     seed: int = 0
     device: str = "auto"
     dry_run: bool = False
+    memory_limit: str | None = None  # such as 24GB; null: what the device has, unknown on a CPU
+    skip_oversized: bool = False  # refuse a trial that is predicted to need more
     force: bool = False
     quiet: bool = False
     stop_on_failure: bool = False
@@ -153,7 +159,9 @@ class Config:
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     eval: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> function of evaluate and its options
     train: TrainConfig = field(default_factory=TrainConfig)
-    profiler: dict[str, Any] = field(default_factory=dict)
+    inference: dict[str, Any] = field(default_factory=dict)  # a function of inference and its options; empty: not timed
+    profiler: dict[str, Any] = field(default_factory=dict)  # of profiler; empty: none
+    tracker: dict[str, Any] = field(default_factory=dict)  # of tracker; empty: none
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from peftsweep import record, study, trial
+from peftsweep import forecast, record, study, trial
 from peftsweep.config import Trial
 from peftsweep.display import Display, size
 from peftsweep.errors import InputError
+from peftsweep.forecast import Forecast
 from peftsweep.record import Result, Status
-from peftsweep.trial import Forecast
 
 
 def run(trials: Sequence[Trial]) -> list[Result | None]:
@@ -23,7 +23,7 @@ def run(trials: Sequence[Trial]) -> list[Result | None]:
     """
     if not trials:
         raise InputError("the sweep is empty: a glob in it matches no option")
-    forecasts = [trial.check(one) for one in trials]  # raises before anything is written
+    forecasts = [forecast.check(one) for one in trials]  # raises before anything is written
     config = trials[0].config
     if config.dry_run:
         _dry_run(trials, forecasts)
@@ -74,7 +74,7 @@ def _number(trials: int) -> str:
 
 
 def _dry_run(trials: Sequence[Trial], forecasts: Sequence[Forecast]) -> None:
-    rows = [_plan_row(one, forecast) for one, forecast in zip(trials, forecasts, strict=True)]
+    rows = [_plan_row(one, foreseen) for one, foreseen in zip(trials, forecasts, strict=True)]
     config = trials[0].config
     file = study.folder(config.study) / study.PLAN
     record.write_json(file, rows)
@@ -84,19 +84,23 @@ def _dry_run(trials: Sequence[Trial], forecasts: Sequence[Forecast]) -> None:
             trainable = "?" if row["trainable_parameters"] is None else f"{row['trainable_parameters']:,}"
             print(
                 f"{row['label']:{width}}  {row['state']:8}  {trainable:>13} trainable  "
-                f"{size(row['adapter_bytes']):>9}" + (f"  {row['refused']}" if row["refused"] else "")
+                f"{size(row['adapter_bytes']):>9}  memory {size(row['predicted_memory_bytes']):>9}"
+                + "".join(f"  {row[key]}" for key in ("refused", "oversized") if row[key])
             )
     print(f"{_number(len(rows))}, {sum(row['state'] == 'new' for row in rows)} new; nothing was trained ({file})")
 
 
-def _plan_row(one: Trial, forecast: Forecast) -> dict[str, Any]:
+def _plan_row(one: Trial, foreseen: Forecast) -> dict[str, Any]:
     held = study.result(trial.folder(one))
+    predicted = forecast.prediction(one)
     return {
         "trial": trial.folder(one).name,
         "label": one.label,
         "state": held.status.name if held and not one.config.force else "new",
-        "trainable_parameters": forecast.trainable_parameters,
-        "total_parameters": forecast.total_parameters,
-        "adapter_bytes": forecast.adapter_bytes,
-        "refused": forecast.refused,
+        "trainable_parameters": foreseen.trainable_parameters,
+        "total_parameters": foreseen.total_parameters,
+        "adapter_bytes": foreseen.adapter_bytes,
+        "refused": foreseen.refused,
+        "predicted_memory_bytes": None if predicted is None else predicted.peak_bytes,
+        "oversized": forecast.oversized(one),
     }

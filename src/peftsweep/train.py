@@ -6,19 +6,22 @@ import inspect
 import itertools
 import math
 import pydoc
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.profiler import record_function
 from transformers import get_scheduler
 
-from peftsweep.data import Tokens, batch_order, collate
+from peftsweep.compiled import compiled
+from peftsweep.data import Batch, Tokens, batch_order, collate
 from peftsweep.errors import InputError
 from peftsweep.measure import Laps, Meter
 from peftsweep.metrics import LOWER_IS_BETTER
-from peftsweep.model import answer_losses, auxiliary_loss, trainable_parameters
+from peftsweep.model import answer_logits, answer_losses, auxiliary_loss, trainable_parameters
 from peftsweep.schema import Dtype, Schedule, TrainConfig
 
 SCHEDULES = {Schedule.cosine: "cosine", Schedule.linear: "linear", Schedule.constant: "constant_with_warmup"}
@@ -38,6 +41,7 @@ class Trained:
     best_loss: float | None  # lowest validation loss, where validation was asked for
     best_step: int | None  # of the best validation by config.best_metric
     step_seconds: list[float]
+    compilation: dict[str, Any] = field(default_factory=dict)  # facts of torch.compile
 
     @property
     def steady_seconds(self) -> list[float]:
@@ -58,13 +62,14 @@ def train(
     meter: Meter,
     log: Callable[[Row], None],
     validate: Callable[[], dict[str, float]] | None = None,
+    after_step: Callable[[], None] | None = None,
 ) -> Trained:
-    """Train the parameters of ``model`` that require gradients; ``log`` gets a row a logged step.
+    """Train the parameters of ``model`` that require gradients; ``log`` gets a row a logged step and a row an epoch.
 
     The loss of a step is the mean over all answer tokens of its ``accumulation`` micro-batches, so
     that accumulation changes memory and not results. ``validate`` is called every
-    ``config.eval_every``, must return at least ``loss`` and ``config.best_metric``, and is not part of
-    the training time.
+    ``config.eval_every``, must return at least ``loss`` and ``config.best_metric``, and is a stage of its
+    own. With ``after_step``, a profiler's, the parts of a step carry names in its trace.
 
     Raises:
         FloatingPointError: the loss is no longer finite.
@@ -79,76 +84,100 @@ def train(
         device.type, dtype=getattr(torch, (config.autocast or Dtype.bfloat16).value), enabled=bool(config.autocast)
     )
     scaler = torch.amp.GradScaler(device.type, enabled=config.autocast is Dtype.float16)
-    batches = batch_order([len(row.ids) for row in rows], config.batch_size, seed)
+
+    def batches() -> Iterator[Batch]:
+        for numbers in batch_order([len(row.ids) for row in rows], config.batch_size, seed):
+            yield collate([rows[n] for n in numbers], pad_id, config.pad_to_multiple_of).to(device)
+
+    def losses_of(called: nn.Module, batch: Batch) -> torch.Tensor:
+        with autocast:
+            return answer_losses(called, batch)
+
     laps = Laps(device)
+    epoch = _Epoch(_steps_per_epoch(config, len(rows)), laps, meter)
+    span = record_function if after_step else nullcontext
     best = _Best(model) if config.keep_best else None
     losses: list[torch.Tensor] = []
     validations: list[tuple[float, float, int]] = []  # how bad, its loss, its step
     tokens = positions = 0
     final_loss = None
 
-    torch.manual_seed(seed)  # dropout does not depend on how many numbers the adapter's creation drew
     _checkpointing(model, config.checkpointing)
     model.train()
     allocate = getattr(getattr(model, "base_model", None), "update_and_allocate", None)
     regularised: bool | None = None  # known after the first forward
-    for step in range(1, steps + 1):
-        laps.start()
-        # ---- the step --------------------------------------------------------------------------
-        micro_batches = [
-            collate([rows[n] for n in numbers], pad_id).to(device)
-            for numbers in itertools.islice(batches, config.accumulation)
-        ]
-        answer_tokens = sum(batch.answer_tokens for batch in micro_batches)
-        loss = torch.zeros((), device=device)
-        for batch in micro_batches:
-            with autocast:
-                part = answer_losses(model, batch).sum() / answer_tokens
-                regulariser = auxiliary_loss(model, batch) if regularised is not False else None
-                regularised = regulariser is not None
-            scaler.scale(part if regulariser is None else part + regulariser / len(micro_batches)).backward()
-            loss += part.detach()
-        if config.clip:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(parameters, config.clip)
-        scaler.step(optimizer)
-        scaler.update()
-        scheduler.step()
-        if allocate:
-            allocate(step)  # AdaLoRA, AdaMSS: ranks are dealt out anew from this step's gradients
-        optimizer.zero_grad(set_to_none=True)
-        # ----------------------------------------------------------------------------------------
-        laps.stop()
-        meter.sample()
-        losses.append(loss)
-        tokens += sum(batch.tokens for batch in micro_batches)
-        positions += sum(batch.input_ids.numel() for batch in micro_batches)
-        if step % config.log_every == 0 or step == steps:
-            final_loss = torch.stack(losses).mean().item()  # the only place where the host waits for the device
-            losses.clear()
-            if not math.isfinite(final_loss):
-                raise FloatingPointError(f"the training loss is {final_loss} at step {step}; lower train.learning_rate")
-            seconds = sum(laps.seconds())
-            log(
-                {
-                    "step": step,
-                    "steps": steps,
-                    "epoch": in_epochs(step, config, len(rows)),
-                    "loss": final_loss,
-                    "learning_rate": scheduler.get_last_lr()[0],
-                    "tokens": tokens,
-                    "seconds": seconds,
-                    "tokens_per_second": tokens / seconds,
-                    "memory_allocated": torch.cuda.memory_allocated(device) if device.type == "cuda" else None,
-                }
-            )
-        if validate and every and (step % every == 0 or step == steps):
-            scores = validate()
-            model.train()
-            validations.append((_badness(scores, config.best_metric), scores["loss"], step))
-            log({"step": step, "steps": steps} | {f"validation_{name}": value for name, value in scores.items()})
-            if best and min(validations)[-1] == step:
-                best.keep()
+    with compiled(model, config, batches, losses_of, meter) as compilation:
+        torch.manual_seed(seed)  # dropout does not depend on how many numbers the adapter's creation drew
+        stream = batches()
+        for step in range(1, steps + 1):
+            laps.start()
+            # ---- the step ----------------------------------------------------------------------
+            micro_batches = list(itertools.islice(stream, config.accumulation))
+            answer_tokens = sum(batch.answer_tokens for batch in micro_batches)
+            loss = torch.zeros((), device=device)
+            for batch in micro_batches:
+                with span("forward"), autocast:
+                    logits, targets = answer_logits(compilation.model, batch)
+                    part = nn.functional.cross_entropy(logits, targets, reduction="none").sum() / answer_tokens
+                    regulariser = auxiliary_loss(model, batch) if regularised is not False else None
+                    regularised = regulariser is not None
+                if batch.labels is not None:
+                    epoch.hits += (logits.argmax(-1) == targets).sum()
+                del logits  # with a large vocabulary most of the memory, and the backward has its own
+                with span("backward"):
+                    scaler.scale(part if regulariser is None else part + regulariser / len(micro_batches)).backward()
+                loss += part.detach()
+            with span("optimizer"):
+                if config.clip:
+                    scaler.unscale_(optimizer)
+                    nn.utils.clip_grad_norm_(parameters, config.clip)
+                scaler.step(optimizer)
+                scaler.update()
+                scheduler.step()
+                if allocate:
+                    allocate(step)  # AdaLoRA, AdaMSS: ranks are dealt out anew from this step's gradients
+                optimizer.zero_grad(set_to_none=True)
+            # ------------------------------------------------------------------------------------
+            laps.stop(compilation.end_step())
+            if after_step:
+                after_step()
+            meter.sample()
+            losses.append(loss)
+            tokens += sum(batch.tokens for batch in micro_batches)
+            positions += sum(batch.input_ids.numel() for batch in micro_batches)
+            epoch.add(loss, micro_batches)
+            if step % config.log_every == 0 or step == steps:
+                final_loss = torch.stack(losses).mean().item()  # the only place where the host waits for the device
+                losses.clear()
+                if not math.isfinite(final_loss):
+                    raise FloatingPointError(
+                        f"the training loss is {final_loss} at step {step}; lower train.learning_rate"
+                    )
+                seconds = sum(laps.seconds())
+                log(
+                    {
+                        "step": step,
+                        "steps": steps,
+                        "epoch": in_epochs(step, config, len(rows)),
+                        "loss": final_loss,
+                        "learning_rate": scheduler.get_last_lr()[0],
+                        "tokens": tokens,
+                        "seconds": seconds,
+                        "tokens_per_second": tokens / seconds,
+                        "memory_allocated": torch.cuda.memory_allocated(device) if device.type == "cuda" else None,
+                    }
+                )
+            if epoch.over(step):
+                log({"step": step, "steps": steps} | epoch.close())
+            if validate and every and (step % every == 0 or step == steps):
+                with meter.stage("validate"), torch.compiler.set_stance("force_eager"):
+                    scores = validate()
+                model.train()
+                validations.append((_badness(scores, config.best_metric), scores["loss"], step))
+                log({"step": step, "steps": steps} | {f"validation_{name}": value for name, value in scores.items()})
+                if best and min(validations)[-1] == step:
+                    best.keep()
+        facts = compilation.facts()
     if best and validations:
         best.restore()
     model.eval()
@@ -161,7 +190,48 @@ def train(
         best_loss=min((loss for _, loss, _ in validations), default=None),
         best_step=min(validations, default=[None])[-1],
         step_seconds=laps.seconds(),
+        compilation=facts,
     )
+
+
+class _Epoch:
+    """Sums up the steps of an epoch; only its end makes the host wait for the device."""
+
+    def __init__(self, steps: float, laps: Laps, meter: Meter) -> None:
+        self._steps, self._laps, self._meter = steps, laps, meter
+        self._number = 1
+        self._seconds = 0.0  # until the last epoch's end
+        self._reset()
+
+    def _reset(self) -> None:
+        self.hits = torch.zeros((), dtype=torch.int64, device=self._meter.device)
+        self._loss = torch.zeros((), device=self._meter.device)
+        self._count = self._tokens = self._rows = 0
+
+    def add(self, loss: torch.Tensor, batches: Sequence[Batch]) -> None:
+        self._loss += loss
+        self._count += 1
+        self._tokens += sum(batch.tokens for batch in batches)
+        self._rows += sum(len(batch.labels) for batch in batches if batch.labels is not None)
+
+    def over(self, step: int) -> bool:
+        return step >= self._number * self._steps
+
+    def close(self) -> Row:
+        """The finished epoch's row of steps.jsonl; memory in bytes, on the device where there is one."""
+        total = sum(self._laps.seconds())
+        seconds, self._seconds = total - self._seconds, total
+        row = {
+            "epoch": self._number,
+            "epoch_loss": self._loss.item() / self._count,
+            "epoch_accuracy": self.hits.item() / self._rows if self._rows else None,  # a classifier's
+            "epoch_seconds": seconds,
+            "epoch_tokens_per_second": self._tokens / seconds,
+            "epoch_memory_peak": self._meter.split(),
+        }
+        self._number += 1
+        self._reset()
+        return row
 
 
 def total_steps(config: TrainConfig, rows: int) -> int:

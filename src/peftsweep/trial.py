@@ -1,125 +1,43 @@
 """The task function: one trial from its configuration to its record.
 
-``run`` reads as the list of what happens; ``check`` is all that can be known without weights.
+``run`` reads as the list of what happens.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import gc
-import inspect
 import logging
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from hydra.errors import HydraException
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peftsweep import compatibility, data, evaluate, model, record, study, train
+from peftsweep import build, data, evaluate, forecast, inference, model, record, study, train
 from peftsweep import config as configuration
-from peftsweep.attach import attach
-from peftsweep.config import ROWS_KEYS, Trial, evaluation_identity, model_identity
-from peftsweep.data import Example, Rows, Tokens
+from peftsweep.build import Model
+from peftsweep.config import Trial, evaluation_identity, model_identity
+from peftsweep.data import Example
 from peftsweep.display import Observer
-from peftsweep.errors import InputError
-from peftsweep.evaluate import Evaluation
-from peftsweep.initialise import Setting
-from peftsweep.measure import Meter, percentile
+from peftsweep.measure import Meter, Stage, percentile
 from peftsweep.record import Result, Status
-from peftsweep.schema import Task
+from peftsweep.tracker import Tracker
 
 log = logging.getLogger(__name__)
 
-WORTH_KEEPING = 5.0  # seconds of tokenising, after which its result is kept in the study's folder
 OF_THE_ROWS = ("majority", "random")  # facts that are the same whatever the model says
-REMEMBERED = 4  # tokenised training sets: training and validation rows of two datasets
 RELOAD_TOLERANCE = 1e-4  # of a token's loss, in nats: above rounding, far below what an evaluation sees
-
-Model = PreTrainedModel | PeftModel
-Evaluate = Callable[[Model, PreTrainedTokenizerBase, list[Example]], Evaluation]
+OCCUPIED = 1e9  # bytes that others hold on a device, beyond what its driver takes
 
 
 # ---- before ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """What is known of a trial before anything is loaded."""
-
-    trainable_parameters: int | None = None  # None where attaching failed; the trial itself will say why
-    total_parameters: int | None = None
-    adapter_bytes: int | None = None  # of the file that holds the adapter
-    refused: str | None = None  # why it will not be trained
-
-
-def check(trial: Trial) -> Forecast:
-    """Attach the method to the base's skeleton, without weights, data or network (for presets).
-
-    Raises:
-        InputError: targets, method or device do not fit.
-    """
-    key = configuration.content_hash(
-        [trial.tree[k] for k in ("device", "model", "method", "targets", "quant", "eval", "train")]
-    )
-    forecast = _FORECASTS.get(key) or _forecast(trial)
-    if forecast.trainable_parameters is not None:
-        _FORECASTS[key] = forecast
-    return forecast
-
-
-_FORECASTS: dict[str, Forecast] = {}  # of a sweep over seeds or data, one is enough
-
-
-def _forecast(trial: Trial) -> Forecast:
-    config = trial.config
-    model.device(config.device)
-    quantization(trial)
-    for name in config.eval:
-        evaluator(trial, name)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they come again, and go to the log, when the trial runs
-        if reason := refusal(trial):
-            bare = model.skeleton(config.model, classes=len(config.dataset.classes))
-            return Forecast(0, model.count(bare).total, 0, reason)
-        # Some methods begin with random numbers that the meta device lacks, some with the base's (SVD, masks),
-        # of which any will do.
-        for base, adapter in (("meta", "meta"), ("meta", "cpu"), ("cpu", "cpu")):
-            try:
-                bare = model.skeleton(config.model, base, len(config.dataset.classes))
-                with torch.device(adapter):
-                    adapted = _attach(trial, bare, config.train.steps)
-                train.make_optimizer(adapted, config.train)  # which may freeze some of the parameters
-                counts = model.count(adapted)
-                size = model.saved_bytes(adapted) if isinstance(adapted, PeftModel) else counts.trainable_bytes
-                return Forecast(counts.trainable, counts.total, size)
-            except InputError:
-                raise
-            except Exception:
-                log.debug("%s cannot be attached on the device %s", trial.slug, adapter, exc_info=True)
-    return Forecast()
-
-
-def refusal(trial: Trial) -> str | None:
-    """Why the trial's method cannot be trained on its base; None where it can."""
-    config = trial.config
-    kinds = [compatibility.stored(config.quant)]
-    if config.model.task is Task.seq_cls:
-        kinds.append("classifier")
-        forward = model.skeleton(config.model, classes=len(config.dataset.classes)).forward
-        if "past_key_values" not in inspect.signature(forward).parameters:
-            kinds.append("encoder")
-    setup = {"method_setup": config.method_setup.get("_target_")}
-    return compatibility.refusal(config.method | setup if config.method else {}, kinds)
 
 
 def folder(trial: Trial) -> Path:
@@ -128,14 +46,29 @@ def folder(trial: Trial) -> Path:
 
 
 def finished(trial: Trial) -> Result | None:
-    """The trial's record, if it is done and not forced to run again; it then carries this trial's label too."""
-    done = None if trial.config.force else study.result(folder(trial))
-    if done is None or not done.status.done:
+    """The trial's record, if nothing is left to do for it; it then carries this trial's label too.
+
+    A trial that was too large for another memory limit is tried again under one that it fits.
+    """
+    done = _done(trial)
+    if done is None or _lacks_profile(trial, done):
+        return None
+    if done.error and done.error["type"] == Oversized.__name__ and not forecast.oversized(trial):
         return None
     if trial.label not in done.run_info["labels"]:
         done.run_info["labels"].append(trial.label)
         done.write(folder(trial))
     return done
+
+
+def _done(trial: Trial) -> Result | None:
+    done = None if trial.config.force else study.result(folder(trial))
+    return done if done is not None and done.status.done else None
+
+
+def _lacks_profile(trial: Trial, done: Result) -> bool:
+    wanted = bool(trial.config.profiler) and done.status is Status.success
+    return wanted and trial.choices["profiler"] not in done.train_info.get("profile", {})
 
 
 # ---- the trial -------------------------------------------------------------------------------------
@@ -144,28 +77,38 @@ def finished(trial: Trial) -> Result | None:
 def run(trial: Trial, observer: Observer | None = None) -> Result:
     """Train and evaluate ``trial``, unless its study already holds it; the record is written in any case.
 
-    A failure ends up in the record, with its stage and traceback, and not as an exception.
+    Of a done trial that lacks the profile asked for, only that is made. A failure ends up in the
+    record, with its stage and traceback, and not as an exception.
 
     Raises:
         KeyboardInterrupt: the user interrupted it; it is recorded as cancelled.
     """
     if done := finished(trial):
         return done
-    place = folder(trial)
     start = time.perf_counter()
+    place = folder(trial)
+    tracker = Tracker(observer or Observer())
     meter = Meter(model.device(trial.config.device))
+    if (held := _done(trial)) and _lacks_profile(trial, held):
+        with _logged(place / "profile.log"):
+            _Session(trial, held, meter, tracker).profile_only()
+        held.write(place)
+        return held
     result = _begin(trial, place)
     with _logged(place / "trial.log"):
+        if trial.config.tracker:
+            tracker.start(partial(build.tracker, trial, place), record.flat(result.config))
         status, failure = Status.success, None
         try:
-            _run(trial, place, result, meter, observer or Observer())
+            with meter.stage("setup"):  # and all that is between the stages
+                _run(_Session(trial, result, meter, tracker))
         except BaseException as error:
             status, failure = _status(error), record.failure(error, meter.current)
             log.log(logging.INFO if status is Status.refused else logging.ERROR, "%s", failure["traceback"])
             if not isinstance(error, Exception):
-                _end(result, place, meter, start, status, failure)
+                _end(result, place, meter, start, status, failure, tracker)
                 raise
-        _end(result, place, meter, start, status, failure)
+        _end(result, place, meter, start, status, failure, tracker)
     if status is Status.success and trial.config.adapter.save:
         study.mark_trained(result)
     gc.collect()  # an exception's frames have held the model until now
@@ -178,6 +121,10 @@ class Refused(Exception):
     """The combination is known not to work."""
 
 
+class Oversized(Refused):
+    """The trial is predicted not to fit into the memory."""
+
+
 def _status(error: BaseException) -> Status:
     if isinstance(error, Refused):
         return Status.refused
@@ -187,233 +134,209 @@ def _status(error: BaseException) -> Status:
     return Status.failed if isinstance(error, Exception) else Status.cancelled
 
 
-def _run(trial: Trial, place: Path, result: Result, meter: Meter, observer: Observer) -> None:
-    config = trial.config
-    info = result.train_info
+def _run(session: _Session) -> None:
+    config = session.trial.config
+    session.refuse()
+    session.load()
+    session.read()
+    session.score_base()
+    session.adapt()
+    session.evaluate()
+    if config.adapter.save:
+        session.save()
+    if config.inference:
+        session.time_inference()
+    answers = session.answers() if config.adapter.save and config.adapter.check else None
+    if config.profiler:
+        session.profile()
+    session.let_go()  # two bases would not fit where one just does
+    if answers is not None:
+        session.check(answers)
+        if config.adapter.merge and config.method:
+            session.merge(answers)
+
+
+class _Session:
+    """A trial under way: each method is a step of it and writes what it finds into the record."""
+
+    base: PreTrainedModel
+    adapted: Model
+
+    def __init__(self, trial: Trial, result: Result, meter: Meter, observer: Observer) -> None:
+        self.trial, self.result, self.meter, self.observer = trial, result, meter, observer
+        self.config, self.info, self.place = trial.config, result.train_info, folder(trial)
+        self.bare: Any = None  # the untouched base, kept beside the adapted one to be timed
 
     @contextmanager
-    def stage(name: str) -> Iterator[None]:
-        observer.stage(name)
+    def stage(self, name: str) -> Iterator[Stage]:
+        self.observer.stage(name)
         log.info("%s", name)
-        with meter.stage(name):
-            yield
+        with self.meter.stage(name) as own:
+            yield own
 
-    if reason := refusal(trial):
-        raise Refused(reason)
-    earlier = None if config.force else study.trained(place.parent, trial.training)
+    def refuse(self) -> None:
+        if reason := forecast.refusal(self.trial):
+            raise Refused(reason)
+        if self.config.skip_oversized and (reason := forecast.oversized(self.trial)):
+            raise Oversized(reason)
+        self.result.memory["start"] = before = self.meter.start()
+        if (before["others"] or 0) > OCCUPIED or before["allocated"]:
+            log.warning("the device is not empty: others hold %s bytes", before["others"])
 
-    with stage("load"):
-        tokenizer = model.load_tokenizer(config.model)
-        base = _load(trial, tokenizer, meter.device)
-    info["base_parameters"] = model.count(base).total
-    info["base_bytes"] = base.get_memory_footprint()
+    def load(self) -> None:
+        with self.stage("load"):
+            self.tokenizer = model.load_tokenizer(self.config.model)
+            self.base = build.load_base(self.trial, self.tokenizer, self.meter.device)
+            self.pad_id = int(self.tokenizer.pad_token_id)
+        self.info["base_parameters"] = model.count(self.base).total
+        self.info["base_bytes"] = self.base.get_memory_footprint()
 
-    with stage("data"):
-        rows = trial.rows or data.load_rows(config.dataset, validation=config.train.eval_every is not None)
-        tokens = _tokens(trial, tokenizer, rows.train)
-        tests = {name: _test_examples(trial, name, rows, tokenizer) for name in config.eval}
-    info["training_rows"] = len(tokens)
-    info |= rows.left_out | {"long_rows": rows.left_out.get("long_rows", 0) + len(rows.train) - len(tokens)}
-    longest = min(config.dataset.max_length, tokenizer.model_max_length)
-    info["truncated_rows"] = sum(len(row.ids) >= longest for row in tokens)
+    def read(self) -> None:
+        config, tokenizer = self.config, self.tokenizer
+        with self.stage("data"):
+            validated = config.train.eval_every is not None
+            self.rows = rows = self.trial.rows or data.load_rows(config.dataset, validation=validated)
+            self.tokens = build.training_tokens(self.trial, tokenizer, rows.train)
+            self.tests = {name: build.test_examples(self.trial, name, rows, tokenizer) for name in config.eval}
+        long_rows = rows.left_out.get("long_rows", 0) + len(rows.train) - len(self.tokens)
+        longest = min(config.dataset.max_length, tokenizer.model_max_length)
+        self.info |= {"training_rows": len(self.tokens)} | rows.left_out | {"long_rows": long_rows}
+        self.info["truncated_rows"] = sum(len(row.ids) >= longest for row in self.tokens)
 
-    trained_on = data.questions(data.dataset_examples(config.dataset, rows.train))
-    for name, test in tests.items():
-        with stage("baseline"):
-            scores = _base_scores(trial, name, test, base, tokenizer, place.parent)
-        result.eval_info[name] = {f"base_{metric}": score for metric, score in scores.items()}
-        result.eval_info[name]["seen_in_training"] = sum(bool(data.questions([one]) & trained_on) for one in test)
+    def score_base(self) -> None:
+        trained_on = data.questions(data.dataset_examples(self.config.dataset, self.rows.train))
+        for name, test in self.tests.items():
+            with self.stage("baseline"):
+                scores = _base_scores(self.trial, name, test, self.base, self.tokenizer, self.place.parent)
+            seen = sum(bool(data.questions([one]) & trained_on) for one in test)
+            known = {f"base_{metric}": score for metric, score in scores.items()}
+            self.result.eval_info[name] = known | {"seen_in_training": seen}
 
-    if config.adapter.path is not None:
-        with stage("attach"):
-            adapted = _restore(trial, base, study.adapter(config.adapter.path))
-        counts = model.count(adapted)
-        info |= {"trainable_parameters": 0, "total_parameters": counts.total, "steps": 0, "train_seconds": 0.0}
-    elif earlier:
-        with stage("attach"):
-            adapted = _restore(trial, base, (earlier.folder or place) / study.ADAPTER)
-        info |= earlier.train_info | {"trained_by": earlier.trial}
-        result.memory["train"] = earlier.memory["train"]
-    else:
-        with stage("attach"):
-            torch.manual_seed(config.seed)  # the adapter's initial weights are drawn from here on
-            steps = train.total_steps(config.train, len(tokens))
-            adapted = _attach(trial, base, steps, _initialise(trial, place, base, tokens, tokenizer))
-        with stage("train"), (place / record.STEPS).open("w", encoding="utf-8") as lines:
+    def adapt(self) -> None:
+        """Attach the method and train it, or take an adapter that was trained before."""
+        config, info = self.config, self.info
+        earlier = None if config.force else study.trained(self.place.parent, self.trial.training)
+        if config.inference:
+            self.bare = inference.bare(self.base)
+        if config.adapter.path is not None:
+            self._restore(study.adapter(config.adapter.path))
+            total = model.count(self.adapted).total
+            info |= {"trainable_parameters": 0, "total_parameters": total, "steps": 0, "train_seconds": 0.0}
+        elif earlier:
+            self._restore((earlier.folder or self.place) / study.ADAPTER)
+            info |= earlier.train_info | {"trained_by": earlier.trial}
+            info.pop("profile", None)  # which is the earlier trial's own
+            self.result.memory["train"] = earlier.memory["train"]
+        else:
+            self._attach()
+            self._train()
+
+    def _restore(self, saved: Path) -> None:
+        with self.stage("attach"):
+            self.adapted = build.restore(self.trial, self.base, saved)
+
+    def _attach(self) -> None:
+        with self.stage("attach"):
+            torch.manual_seed(self.config.seed)  # the adapter's initial weights are drawn from here on
+            steps = train.total_steps(self.config.train, len(self.tokens))
+            initialise = build.initialisation(self.trial, self.place, self.base, self.tokens, self.tokenizer)
+            self.adapted = build.attach_method(self.trial, self.base, steps, initialise)
+
+    def _train(self) -> None:
+        validation = self.rows.validation
+        if predicted := forecast.prediction(self.trial, self.tokens):
+            self.result.memory["predicted"] = dataclasses.asdict(predicted) | {"peak_bytes": predicted.peak_bytes}
+        with self.stage("train"), (self.place / record.STEPS).open("w", encoding="utf-8") as lines:
             trained = train.train(
-                adapted,
-                tokens,
-                config.train,
-                pad_id=int(tokenizer.pad_token_id),
-                seed=config.seed,
-                meter=meter,
-                log=partial(_step, lines, observer),
-                validate=_validation(trial, rows.validation, adapted, tokenizer) if rows.validation else None,
+                self.adapted,
+                self.tokens,
+                self.config.train,
+                pad_id=self.pad_id,
+                seed=self.config.seed,
+                meter=self.meter,
+                log=partial(_step, lines, self.observer),
+                validate=_validation(self.trial, validation, self.adapted, self.tokenizer) if validation else None,
             )
-        counts = model.count(adapted)
-        info |= {"trainable_parameters": counts.trainable, "total_parameters": counts.total} | _train_info(trained)
+        counts = model.count(self.adapted)
+        self.info |= {"trainable_parameters": counts.trainable, "total_parameters": counts.total}
+        self.info |= _train_info(trained)
 
-    for name, test in tests.items():
-        with stage("eval"):
-            evaluation = evaluator(trial, name)(adapted, tokenizer, test)
-        result.eval_info[name] |= record.plain(evaluation.scores) | evaluation.facts
-        record.write_lines(place / "predictions" / f"{name}.jsonl", evaluation.predictions)
+    def evaluate(self) -> None:
+        for name, test in self.tests.items():
+            with self.stage("eval") as own:
+                evaluation = build.evaluator(self.trial, name)(self.adapted, self.tokenizer, test)
+            cost = {"seconds": own.seconds, "allocated_peak": own.allocated_peak, "rss_peak": own.rss_peak}
+            self.result.eval_info[name] |= record.plain(evaluation.scores) | evaluation.facts | cost
+            record.write_lines(self.place / "predictions" / f"{name}.jsonl", evaluation.predictions)
 
-    if config.adapter.save:
-        with stage("save"):
-            info["adapter_bytes"] = model.save(adapted, place / study.ADAPTER)
-    if config.adapter.save and config.adapter.check:
-        probe = data.collate(tokens[: config.train.batch_size], int(tokenizer.pad_token_id)).to(meter.device)
+    def save(self) -> None:
+        with self.stage("save"):
+            self.info["adapter_bytes"] = model.save(self.adapted, self.place / study.ADAPTER)
+
+    def time_inference(self) -> None:
+        saved = self.place / study.ADAPTER if self.config.adapter.save else self.config.adapter.path
+        # After full fine-tuning the two are one and the same to a clock.
+        variants = {"base": self.bare, "adapted": self.adapted} if self.config.method else {"base": self.adapted}
+        with self.stage("inference"):
+            timed = build.inference_benchmark(self.trial)(variants, self.tokenizer, saved=saved and Path(saved))
+        self.bare = None
+        self.result.generation_info = timed.info
+        record.write_lines(self.place / "generation.jsonl", timed.runs)
+
+    def answers(self) -> tuple[data.Batch, torch.Tensor]:
+        """A batch and the trained model's losses on it, by which what was saved is judged."""
+        probe = data.collate(self.tokens[: self.config.train.batch_size], self.pad_id).to(self.meter.device)
         with torch.no_grad():
-            losses = model.answer_losses(adapted, probe)
-        del adapted, base  # two bases would not fit where one just does
-        with stage("reload"):
-            info |= _reload(trial, place, tokenizer, probe, losses)
-        if config.adapter.merge and config.method:
-            with stage("merge"):
-                info |= _merge(trial, place, tokenizer, probe, losses)
+            return probe, model.answer_losses(self.adapted, probe)
+
+    def profile(self) -> None:
+        """Look closely at some further steps, whose weights are thrown away; the trial itself is done."""
+        name = self.trial.choices["profiler"]
+        with self.stage("profile"):
+            try:
+                found = build.profiler(self.trial)(self._further_steps, self.place / "profile", self.meter.device)
+            except Exception as error:  # the trial has succeeded all the same
+                log.exception("the trial cannot be profiled")
+                found = {"error": _first_line(error)}
+        self.info.setdefault("profile", {})[name] = found
+
+    def _further_steps(self, steps: int, after_step: Callable[[], None]) -> None:
+        config = dataclasses.replace(self.config.train, steps=steps, epochs=None, keep_best=False, log_every=steps)
+        train.train(
+            self.adapted,
+            self.tokens,
+            config,
+            pad_id=self.pad_id,
+            seed=self.config.seed,
+            meter=Meter(self.meter.device),
+            log=lambda row: None,
+            after_step=after_step,
+        )
+
+    def profile_only(self) -> None:
+        with self.meter.stage("setup"):
+            self.load()
+            self.read()
+            if any((self.place / study.ADAPTER).glob("*.safetensors")):
+                self._restore(self.place / study.ADAPTER)
+            else:
+                self._attach()
+            self.profile()
+
+    def let_go(self) -> None:
+        del self.base, self.adapted
+        self.bare = None
+
+    def check(self, answers: tuple[data.Batch, torch.Tensor]) -> None:
+        with self.stage("reload"):
+            self.info |= _reload(self.trial, self.place, self.tokenizer, *answers)
+
+    def merge(self, answers: tuple[data.Batch, torch.Tensor]) -> None:
+        with self.stage("merge"):
+            self.info |= _merge(self.trial, self.place, self.tokenizer, *answers)
 
 
 # ---- its parts -------------------------------------------------------------------------------------
-
-
-def quantization(trial: Trial) -> Any:
-    """The transformers quantization config that ``quant`` names; None for none."""
-    return _instantiate(trial.config.quant, "quant") if trial.config.quant else None
-
-
-def evaluator(trial: Trial, name: str) -> Evaluate:
-    """The evaluation ``eval.<name>`` as a function of model, tokenizer and examples."""
-    node = trial.config.eval[name]
-    options = {key: value for key, value in node.items() if key not in ROWS_KEYS}
-    function: Evaluate = _instantiate(options | {"_partial_": True}, f"eval.{name}")
-    return function
-
-
-def _instantiate(node: dict[str, Any], key: str) -> Any:
-    try:
-        return instantiate(node, _convert_="all")
-    except HydraException as error:
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise InputError(f"{key}: {reason}") from error
-
-
-def _attach(
-    trial: Trial,
-    base: PreTrainedModel,
-    steps: int,
-    initialise: Callable[[Any, Callable[..., PeftModel]], PeftModel] | None = None,
-) -> Model:
-    config = trial.config
-    task = {"task_type": config.model.task.value.upper()}  # PEFT's names of them
-    method: Any = _instantiate(task | config.method, "method") if config.method else None
-    if method is not None and getattr(method, "total_step", None) and steps:
-        # AdaLoRA plans its budget over the run, whose length in steps is known only with the data.
-        method.tinit, method.tfinal = (round(n * steps / method.total_step) for n in (method.tinit, method.tfinal))
-        method.total_step = steps
-    if config.method_setup and initialise is None and hasattr(method, "init_lora_weights"):
-        method.init_lora_weights = True  # a forecast, without data: as many weights, other numbers
-    return attach(
-        base,
-        method,
-        config.targets,
-        config.model.roles,
-        config.method_inputs,
-        float32=config.train.autocast_adapter_dtype,
-        initialise=initialise,
-    )
-
-
-def _initialise(
-    trial: Trial, place: Path, base: PreTrainedModel, tokens: list[Tokens], tokenizer: PreTrainedTokenizerBase
-) -> Callable[[Any, Callable[..., PeftModel]], PeftModel] | None:
-    """What ``method_setup`` names, as ``attach`` calls it; None where the method needs no such thing."""
-    config = trial.config
-    if not config.method_setup:
-        return None
-    function = _instantiate(config.method_setup | {"_partial_": True}, "method_setup")
-    classes = len(config.dataset.classes)
-
-    def initialise(method: Any, put: Callable[..., PeftModel]) -> PeftModel:
-        setting = Setting(
-            base=base,
-            method=method,
-            attach=put,
-            unquantised=lambda: model.load(config.model, None, base.device, classes, config.seed),
-            rows=tokens,
-            tokenizer=tokenizer,
-            folder=place / study.ADAPTER if config.adapter.save else None,
-            seed=config.seed,
-        )
-        adapted: PeftModel = function(setting)
-        return adapted
-
-    return initialise
-
-
-def _restore(trial: Trial, base: PreTrainedModel, saved: Path) -> Model:
-    config = trial.config
-    return model.restore(base, saved, config.method_inputs, float32=config.train.autocast_adapter_dtype)
-
-
-def _load(trial: Trial, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> PreTrainedModel:
-    config = trial.config
-    base = model.load(config.model, quantization(trial), device, len(config.dataset.classes), config.seed)
-    if model.classifies(base):
-        base.config.pad_token_id = tokenizer.pad_token_id  # a decoder's head looks at the last token before it
-    return base
-
-
-def _tokens(trial: Trial, tokenizer: PreTrainedTokenizerBase, rows: list[data.Row]) -> list[Tokens]:
-    """The dataset's rows as the model is trained on them; remembered by their content.
-
-    Those of the last trials are kept in memory, those that took long also in the study's folder.
-    """
-    own, task = trial.config.dataset, trial.config.model.task
-    how = [own.prompt, own.answer, own.reader, own.classes, own.max_length, own.drop_long, own.chat, task]
-    vocabulary = [tokenizer.name_or_path, trial.config.model.revision, tokenizer.model_max_length]
-    key = configuration.content_hash([how, vocabulary, data.fingerprint(rows)])
-    if key not in _TOKENS:
-        file = study.folder(trial.config.study) / ".tokens" / f"{key}.parquet"
-        if file.exists():
-            _TOKENS[key] = data.read_tokens(file)
-        else:
-            start = time.perf_counter()
-            _TOKENS[key] = _tokenize(trial, tokenizer, rows)
-            if time.perf_counter() - start > WORTH_KEEPING:
-                data.write_tokens(file, _TOKENS[key])
-        while len(_TOKENS) > REMEMBERED:
-            _TOKENS.pop(next(iter(_TOKENS)))
-    return _TOKENS[key]
-
-
-_TOKENS: dict[str, list[Tokens]] = {}
-
-
-def _tokenize(trial: Trial, tokenizer: PreTrainedTokenizerBase, rows: list[data.Row]) -> list[Tokens]:
-    own = trial.config.dataset
-    examples = data.dataset_examples(own, rows)
-    if trial.config.model.task is Task.seq_cls:
-        return data.tokenize_for_classes(tokenizer, examples, own.max_length, own.classes)
-    if own.chat:
-        examples = data.through_chat_template(tokenizer, examples)
-    tokens = data.tokenize(tokenizer, examples, own.max_length + own.drop_long)  # by one more, to see what is too long
-    if own.drop_long:
-        tokens = [row for row in tokens if len(row.ids) <= own.max_length]
-    if not tokens:
-        raise InputError(f"dataset.drop_long=true: no row has at most dataset.max_length={own.max_length} tokens")
-    return tokens
-
-
-def _test_examples(trial: Trial, name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    test = data.evaluation_rows(configuration.evaluation_source(trial.config, name), f"eval.{name}", rows.test)
-    return _asked(trial, name, test, tokenizer)
-
-
-def _asked(trial: Trial, name: str, rows: list[data.Row], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """Rows as ``eval.<name>`` shows them to the model."""
-    examples = configuration.test_examples(trial.config, name, rows)
-    return data.through_chat_template(tokenizer, examples) if trial.config.dataset.chat else examples
 
 
 def _base_scores(
@@ -434,7 +357,7 @@ def _base_scores(
     )
     file = root / ".base" / f"{name}-{key}.json"
     if not file.exists():
-        found = evaluator(trial, name)(base, tokenizer, test)
+        found = build.evaluator(trial, name)(base, tokenizer, test)
         own = {fact: value for fact, value in found.facts.items() if fact not in OF_THE_ROWS}
         record.write_json(file, found.scores | own)
     scores: dict[str, Any] = record.read_json(file)
@@ -446,8 +369,8 @@ def _reload(
 ) -> dict[str, Any]:
     """Load what was saved onto a fresh base: does it answer a batch as the trained model does?"""
     try:
-        base = _load(trial, tokenizer, losses.device)
-        again = _restore(trial, base, place / study.ADAPTER)
+        base = build.load_base(trial, tokenizer, losses.device)
+        again = build.restore(trial, base, place / study.ADAPTER)
         with torch.no_grad():
             difference = (model.answer_losses(again, probe) - losses).abs().max().item()
     except Exception as error:  # whatever PEFT raises; the trial itself has succeeded
@@ -465,7 +388,7 @@ def _merge(
     their merged model differs by that.
     """
     try:
-        merged = model.merge(_load(trial, tokenizer, losses.device), place / study.ADAPTER)
+        merged = model.merge(build.load_base(trial, tokenizer, losses.device), place / study.ADAPTER)
         with torch.no_grad():
             difference = (model.answer_losses(merged, probe) - losses).abs().max().item()
         merged.save_pretrained(place / study.MERGED)
@@ -485,7 +408,7 @@ def _validation(
 ) -> Callable[[], dict[str, float]]:
     """Loss on the validation rows, and the evaluations that judge on the dataset's own rows, on them."""
     config = trial.config
-    tokens = _tokens(trial, tokenizer, rows)
+    tokens = build.training_tokens(trial, tokenizer, rows)
     sources = {name: configuration.evaluation_source(config, name) for name in config.eval}
     own = [name for name, source in sources.items() if not source.path and not source.hub]
 
@@ -493,7 +416,7 @@ def _validation(
         adapted.eval()
         scores = {"loss": evaluate.mean_loss(adapted, tokens, pad_id=int(tokenizer.pad_token_id))}
         for name in own:
-            found = evaluator(trial, name)(adapted, tokenizer, _asked(trial, name, rows, tokenizer)).scores
+            found = build.evaluator(trial, name)(adapted, tokenizer, build.asked(trial, name, rows, tokenizer)).scores
             scores |= {f"{name}.{metric}": score.value for metric, score in found.items()}
         return scores
 
@@ -517,6 +440,7 @@ def _train_info(trained: train.Trained) -> dict[str, Any]:
         "best_loss": trained.best_loss,
         "best_step": trained.best_step,
         "train_seconds": seconds,
+        **trained.compilation,
         "tokens_per_second": trained.tokens / seconds if seconds else None,
         **{f"step_seconds_p{p}": percentile(trained.steady_seconds, p) for p in (50, 95, 99)},
     }
@@ -545,14 +469,21 @@ def _begin(trial: Trial, place: Path) -> Result:
 
 
 def _end(
-    result: Result, place: Path, meter: Meter, start: float, status: Status, failure: dict[str, str] | None
+    result: Result,
+    place: Path,
+    meter: Meter,
+    start: float,
+    status: Status,
+    failure: dict[str, str] | None,
+    tracker: Tracker,
 ) -> None:
     result.run_info |= {"status": status.value, "error": failure, "total_seconds": time.perf_counter() - start}
     for name, stage in meter.stages.items():
         result.memory[name] = stage.memory()
-        if name != "train":  # whose seconds are the sum of its steps
-            result.train_info[f"{name}_seconds"] = stage.seconds
+        # The seconds of the training are the sum of its steps; those of its stage are more.
+        result.train_info["train_stage_seconds" if name == "train" else f"{name}_seconds"] = stage.seconds
     result.write(place)
+    tracker.end(record.flat(record.plain({"train": result.train_info, "eval": result.eval_info})), status.value)
 
 
 @contextmanager

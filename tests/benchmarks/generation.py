@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from peftsweep import data, evaluate, model, train, trial
+from peftsweep import build, data, evaluate, model, train
 from peftsweep.cli import compose
 from peftsweep.config import trial as make_trial
 from peftsweep.measure import Meter
@@ -65,7 +65,7 @@ def setting() -> tuple[Any, Any, list[str]]:
     cfg = compose(["train.steps=150", "train.warmup=0"])
     one = make_trial(cfg, cfg.hydra.runtime.choices)
     tokenizer = model.load_tokenizer(one.config.model)
-    adapted = trial._attach(one, model.load(one.config.model, None, CPU), 150)
+    adapted = build.attach_method(one, model.load(one.config.model, None, CPU), 150)
     rng = random.Random(0)
     rows = []
     for row in task.rows("train", 1500):

@@ -1,0 +1,201 @@
+"""What a trial's configuration names, made: the base, the method on it, the rows in tokens, the evaluations."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.tracking import GeneralTracker
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from peftsweep import config as configuration
+from peftsweep import data, model, study
+from peftsweep.attach import attach
+from peftsweep.config import ROWS_KEYS, Trial
+from peftsweep.data import Example, Rows, Tokens
+from peftsweep.errors import InputError
+from peftsweep.evaluate import Evaluation
+from peftsweep.inference import Benchmark
+from peftsweep.initialise import Setting
+from peftsweep.schema import Task
+
+WORTH_KEEPING = 5.0  # seconds of tokenising, after which its result is kept in the study's folder
+REMEMBERED = 4  # tokenised training sets: training and validation rows of two datasets
+
+
+Model = PreTrainedModel | PeftModel
+Evaluate = Callable[[Model, PreTrainedTokenizerBase, list[Example]], Evaluation]
+
+
+def quantization(trial: Trial) -> Any:
+    """The transformers quantization config that ``quant`` names; None for none."""
+    return _instantiate(trial.config.quant, "quant") if trial.config.quant else None
+
+
+def evaluator(trial: Trial, name: str) -> Evaluate:
+    """The evaluation ``eval.<name>`` as a function of model, tokenizer and examples."""
+    node = trial.config.eval[name]
+    options = {key: value for key, value in node.items() if key not in ROWS_KEYS}
+    function: Evaluate = _instantiate(options | {"_partial_": True}, f"eval.{name}")
+    return function
+
+
+def inference_benchmark(trial: Trial) -> Callable[..., Benchmark]:
+    """The benchmark that ``inference`` names, as a function of models by name and a tokenizer."""
+    function: Callable[..., Benchmark] = _instantiate(trial.config.inference | {"_partial_": True}, "inference")
+    return function
+
+
+def profiler(trial: Trial) -> Callable[..., dict[str, Any]]:
+    """What ``profiler`` names, as a function of a run of training steps, a folder and a device."""
+    function: Callable[..., dict[str, Any]] = _instantiate(trial.config.profiler | {"_partial_": True}, "profiler")
+    return function
+
+
+def tracker(trial: Trial, place: Path) -> GeneralTracker:
+    """The tool that ``tracker`` names, for the trial in the folder ``place``."""
+    given = {"folder": place.parent / "tracker", "name": place.name, "study": trial.config.study}
+    tool: GeneralTracker = _instantiate(trial.config.tracker | given, "tracker")
+    return tool
+
+
+def _instantiate(node: dict[str, Any], key: str) -> Any:
+    try:
+        return instantiate(node, _convert_="all")
+    except HydraException as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise InputError(f"{key}: {reason}") from error
+
+
+def load_base(trial: Trial, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> PreTrainedModel:
+    """The frozen base on ``device``, quantised as the trial says."""
+    config = trial.config
+    base = model.load(config.model, quantization(trial), device, len(config.dataset.classes), config.seed)
+    if model.classifies(base):
+        base.config.pad_token_id = tokenizer.pad_token_id  # a decoder's head looks at the last token before it
+    return base
+
+
+def attach_method(
+    trial: Trial,
+    base: PreTrainedModel,
+    steps: int,
+    initialise: Callable[[Any, Callable[..., PeftModel]], PeftModel] | None = None,
+) -> Model:
+    """``base`` with the trial's method on it, planned for ``steps`` steps; full fine-tuning trains the base itself."""
+    config = trial.config
+    task = {"task_type": config.model.task.value.upper()}  # PEFT's names of them
+    method: Any = _instantiate(task | config.method, "method") if config.method else None
+    if method is not None and getattr(method, "total_step", None) and steps:
+        # AdaLoRA plans its budget over the run, whose length in steps is known only with the data.
+        method.tinit, method.tfinal = (round(n * steps / method.total_step) for n in (method.tinit, method.tfinal))
+        method.total_step = steps
+    if config.method_setup and initialise is None and hasattr(method, "init_lora_weights"):
+        method.init_lora_weights = True  # a forecast, without data: as many weights, other numbers
+    return attach(
+        base,
+        method,
+        config.targets,
+        config.model.roles,
+        config.method_inputs,
+        float32=config.train.autocast_adapter_dtype,
+        initialise=initialise,
+    )
+
+
+def initialisation(
+    trial: Trial, place: Path, base: PreTrainedModel, tokens: list[Tokens], tokenizer: PreTrainedTokenizerBase
+) -> Callable[[Any, Callable[..., PeftModel]], PeftModel] | None:
+    """What ``method_setup`` names, as ``attach`` calls it; None where the method needs no such thing."""
+    config = trial.config
+    if not config.method_setup:
+        return None
+    function = _instantiate(config.method_setup | {"_partial_": True}, "method_setup")
+    classes = len(config.dataset.classes)
+
+    def initialise(method: Any, put: Callable[..., PeftModel]) -> PeftModel:
+        setting = Setting(
+            base=base,
+            method=method,
+            attach=put,
+            unquantised=lambda: model.load(config.model, None, base.device, classes, config.seed),
+            rows=tokens,
+            tokenizer=tokenizer,
+            folder=place / study.ADAPTER if config.adapter.save else None,
+            seed=config.seed,
+        )
+        adapted: PeftModel = function(setting)
+        return adapted
+
+    return initialise
+
+
+def restore(trial: Trial, base: PreTrainedModel, saved: Path) -> Model:
+    """``base`` with the adapter (or as the whole model) in the folder ``saved``."""
+    config = trial.config
+    return model.restore(
+        base,
+        saved,
+        config.method_inputs,
+        float32=config.train.autocast_adapter_dtype,
+        trainable=bool(config.profiler),  # which takes further steps
+    )
+
+
+def training_tokens(trial: Trial, tokenizer: PreTrainedTokenizerBase, rows: list[data.Row]) -> list[Tokens]:
+    """The dataset's rows as the model is trained on them; remembered by their content.
+
+    Those of the last trials are kept in memory, those that took long also in the study's folder.
+    """
+    own, task = trial.config.dataset, trial.config.model.task
+    how = [own.prompt, own.answer, own.reader, own.classes, own.max_length, own.drop_long, own.chat, task]
+    vocabulary = [tokenizer.name_or_path, trial.config.model.revision, tokenizer.model_max_length]
+    key = configuration.content_hash([how, vocabulary, data.fingerprint(rows)])
+    if key not in _TOKENS:
+        file = study.folder(trial.config.study) / ".tokens" / f"{key}.parquet"
+        if file.exists():
+            _TOKENS[key] = data.read_tokens(file)
+        else:
+            start = time.perf_counter()
+            _TOKENS[key] = _tokenize(trial, tokenizer, rows)
+            if time.perf_counter() - start > WORTH_KEEPING:
+                data.write_tokens(file, _TOKENS[key])
+        while len(_TOKENS) > REMEMBERED:
+            _TOKENS.pop(next(iter(_TOKENS)))
+    return _TOKENS[key]
+
+
+_TOKENS: dict[str, list[Tokens]] = {}
+
+
+def _tokenize(trial: Trial, tokenizer: PreTrainedTokenizerBase, rows: list[data.Row]) -> list[Tokens]:
+    own = trial.config.dataset
+    examples = data.dataset_examples(own, rows)
+    if trial.config.model.task is Task.seq_cls:
+        return data.tokenize_for_classes(tokenizer, examples, own.max_length, own.classes)
+    if own.chat:
+        examples = data.through_chat_template(tokenizer, examples)
+    tokens = data.tokenize(tokenizer, examples, own.max_length + own.drop_long)  # by one more, to see what is too long
+    if own.drop_long:
+        tokens = [row for row in tokens if len(row.ids) <= own.max_length]
+    if not tokens:
+        raise InputError(f"dataset.drop_long=true: no row has at most dataset.max_length={own.max_length} tokens")
+    return tokens
+
+
+def test_examples(trial: Trial, name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """The test rows of ``eval.<name>`` as it shows them to the model."""
+    test = data.evaluation_rows(configuration.evaluation_source(trial.config, name), f"eval.{name}", rows.test)
+    return asked(trial, name, test, tokenizer)
+
+
+def asked(trial: Trial, name: str, rows: list[data.Row], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """Rows as ``eval.<name>`` shows them to the model."""
+    examples = configuration.test_examples(trial.config, name, rows)
+    return data.through_chat_template(tokenizer, examples) if trial.config.dataset.chat else examples

@@ -1,0 +1,177 @@
+"""What is known of a trial before anything is loaded: whether it is refused, how large it is, what it will need."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from peft import PeftModel
+
+from peftsweep import build, compatibility, model, train
+from peftsweep import config as configuration
+from peftsweep.config import Trial
+from peftsweep.data import Tokens
+from peftsweep.display import size
+from peftsweep.errors import InputError
+from peftsweep.predict import Prediction, Shape, predict, shapes, skeleton
+from peftsweep.schema import Init, Task, TrainConfig
+
+log = logging.getLogger(__name__)
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is known of a trial before anything is loaded."""
+
+    trainable_parameters: int | None = None  # None where attaching failed; the trial itself will say why
+    total_parameters: int | None = None
+    adapter_bytes: int | None = None  # of the file that holds the adapter
+    refused: str | None = None  # why it will not be trained
+
+
+KEYS = ("device", "model", "method", "targets", "quant", "eval", "train")  # of a configuration, that change a forecast
+_FORECASTS: dict[str, Forecast] = {}  # of a sweep over seeds or data, one is enough
+_PREDICTIONS: dict[str, Prediction | None] = {}
+
+
+def check(trial: Trial) -> Forecast:
+    """Attach the method to the base's skeleton, without weights, data or network (for presets).
+
+    Raises:
+        InputError: targets, method or device do not fit.
+    """
+    key = configuration.content_hash([trial.tree[k] for k in KEYS])
+    forecast = _FORECASTS.get(key) or _forecast(trial)
+    if forecast.trainable_parameters is not None:
+        _FORECASTS[key] = forecast
+    return forecast
+
+
+def _forecast(trial: Trial) -> Forecast:
+    config = trial.config
+    model.device(config.device)
+    build.quantization(trial)
+    for name in config.eval:
+        build.evaluator(trial, name)
+    with _quietly():
+        if reason := refusal(trial):
+            bare = model.skeleton(config.model, classes=len(config.dataset.classes))
+            return Forecast(0, model.count(bare).total, 0, reason)
+        return _with_skeleton(trial, None, lambda adapted: _sizes(adapted, config.train)) or Forecast()
+
+
+def _sizes(adapted: build.Model, config: TrainConfig) -> Forecast:
+    train.make_optimizer(adapted, config)  # which may freeze some of the parameters
+    counts = model.count(adapted)
+    file_size = model.saved_bytes(adapted) if isinstance(adapted, PeftModel) else counts.trainable_bytes
+    return Forecast(counts.trainable, counts.total, file_size)
+
+
+def _with_skeleton(trial: Trial, quantization: Any, work: Callable[[build.Model], Found]) -> Found | None:
+    """``work`` of the method on a skeleton of the base; None where that cannot be done without the base's weights.
+
+    Some methods begin with random numbers that the meta device lacks, some with the base's (SVD, masks), of
+    which any will do.
+    """
+    config = trial.config
+    for base, adapter in (("meta", "meta"), ("meta", "cpu"), ("cpu", "cpu")):
+        try:
+            bare = skeleton(config.model, quantization, base, len(config.dataset.classes))
+            with torch.device(adapter):
+                adapted = build.attach_method(trial, bare, config.train.steps)
+            return work(adapted)
+        except InputError:
+            raise
+        except Exception:
+            log.debug("%s cannot be attached on the device %s", trial.slug, adapter, exc_info=True)
+    return None
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without warnings and log lines, which come again, and go to the trial's log, when it runs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+def refusal(trial: Trial) -> str | None:
+    """Why the trial's method cannot be trained on its base; None where it can."""
+    config = trial.config
+    kinds = [compatibility.stored(config.quant)]
+    if config.model.task is Task.seq_cls:
+        kinds.append("classifier")
+        forward = model.skeleton(config.model, classes=len(config.dataset.classes)).forward
+        if "past_key_values" not in inspect.signature(forward).parameters:
+            kinds.append("encoder")
+    setup = {"method_setup": config.method_setup.get("_target_")}
+    return compatibility.refusal(config.method | setup if config.method else {}, kinds)
+
+
+# ---- memory ----------------------------------------------------------------------------------------
+
+
+def prediction(trial: Trial, tokens: Sequence[Tokens] | None = None) -> Prediction | None:
+    """The memory that training will take, from ``tokens`` or as far as the rows are known; None if nobody can say.
+
+    With a ``memory_limit`` it is that of a GPU, on which the trial may be meant to run.
+    """
+    config = trial.config
+    where = "cuda" if config.memory_limit else model.device(config.device).type
+    batches = _shapes(trial, tokens)
+    key = configuration.content_hash(
+        [where, [dataclasses.asdict(one) for one in batches], *(trial.tree[k] for k in KEYS)]
+    )
+    if key not in _PREDICTIONS:
+        _PREDICTIONS[key] = _predict(trial, batches, where)
+    return _PREDICTIONS[key]
+
+
+def _predict(trial: Trial, batches: Sequence[Shape], where: str) -> Prediction | None:
+    if trial.config.adapter.path is not None or refusal(trial):
+        return None
+    with _quietly():
+        quantization = build.quantization(trial)
+        return _with_skeleton(trial, quantization, lambda adapted: predict(adapted, trial.config.train, batches, where))
+
+
+def _shapes(trial: Trial, tokens: Sequence[Tokens] | None) -> list[Shape]:
+    """Those of the micro-batches: of ``tokens``, of local rows, else as long as ``dataset.max_length`` allows."""
+    config = trial.config
+    local = config.model.init is Init.random or Path(model.source(config.model)).is_dir()
+    if tokens is None and trial.rows is not None and local:
+        tokens = build.training_tokens(trial, model.load_tokenizer(config.model), trial.rows.train)
+    if tokens and (found := shapes(tokens, config.train, config.seed)):
+        return found
+    rows, length = config.train.batch_size, config.dataset.max_length
+    return [Shape(rows, length, length - 1, rows * (length - 1))]
+
+
+def oversized(trial: Trial) -> str | None:
+    """Why the trial will not fit into the memory; None where it will, or nobody knows."""
+    limit = memory_limit(trial)
+    if limit is None or (found := prediction(trial)) is None or found.peak_bytes <= limit:
+        return None
+    return f"predicted to need {size(found.peak_bytes)}, there are {size(limit)}"
+
+
+def memory_limit(trial: Trial) -> float | None:
+    """The bytes that ``memory_limit`` grants, else those of the device; None on a CPU."""
+    if trial.config.memory_limit is not None:
+        return configuration.size_in_bytes(trial.config.memory_limit, "memory_limit")
+    device = model.device(trial.config.device)
+    return float(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None

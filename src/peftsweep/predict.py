@@ -1,0 +1,505 @@
+"""The memory that a training step will take, without weights, data or device.
+
+The step itself is run, on the meta device: every operation happens but none computes, and an
+allocator that only counts follows what is alive. So each method of PEFT, each optimizer, gradient
+checkpointing and autocast are counted as they are, by no formula for an architecture. What a device's
+kernels do otherwise than the meta device's is stood in for (``_Kernels``).
+
+    adapted = attach(skeleton(config.model, quantization), ...)
+    predict(adapted, config.train, shapes(rows, config.train, seed), "cuda").peak_bytes
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import AutoHfQuantizer
+
+from peftsweep import train
+from peftsweep.data import Batch, Tokens, batch_order
+from peftsweep.model import answer_losses, auxiliary_loss, classifies, head_names, trainable_parameters
+from peftsweep.model import skeleton as bare_skeleton
+from peftsweep.schema import Dtype, ModelConfig, TrainConfig
+
+META = torch.device("meta")
+# Every block of CUDA's caching allocator is a multiple of this (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize).
+BLOCK = {"cuda": 512}
+MASK_ALIGNMENT = 16  # to which the memory-efficient attention pads the rows of a mask
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a micro-batch."""
+
+    rows: int
+    length: int  # tokens of its longest row
+    answer_length: int  # positions from the first answer token of any row on
+    answer_tokens: int  # of all rows together
+
+
+def shapes(rows: Sequence[Tokens], config: TrainConfig, seed: int) -> list[Shape]:
+    """Those of all micro-batches of a run on ``rows``, each once."""
+    count = train.total_steps(config, len(rows)) * config.accumulation
+    found = set()
+    for numbers in islice(batch_order([len(row.ids) for row in rows], config.batch_size, seed), count):
+        batch = [rows[n] for n in numbers]
+        length = math.ceil(max(len(row.ids) for row in batch) / config.pad_to_multiple_of) * config.pad_to_multiple_of
+        answers = length - max(min(row.answer_start for row in batch), 1)
+        found.add(Shape(len(batch), length, answers, sum(row.answer_tokens for row in batch)))
+    return sorted(found, key=lambda shape: (shape.length, shape.rows, shape.answer_length))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes on the training device. What is kept adds up; the peaks are measured while it all happens.
+
+    The forward ends with ``weights + adapter + optimizer + activations + logits`` (and, in a second
+    micro-batch, gradients); the backward frees the activations as it makes the gradients; the optimizer's
+    step has ``weights + adapter + gradient + optimizer`` and what it needs in between.
+    """
+
+    weights_bytes: int  # of the base, as it is stored, with its buffers
+    adapter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int  # kept from the forward for the backward, without
+    logits_bytes: int  # those that the head and the loss keep
+    forward_peak: int
+    backward_peak: int
+    step_peak: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is alive at any time of a step after the first."""
+        return max(self.forward_peak, self.backward_peak, self.step_peak)
+
+
+# ---- the base as it is stored ----------------------------------------------------------------------
+
+
+def skeleton(model: ModelConfig, quantization: Any, where: str = "meta", classes: int = 0) -> PreTrainedModel:
+    """``model.skeleton`` with its layers as ``quantization`` stores them.
+
+    ``quantization`` is a transformers quantization config of bitsandbytes, or None for none. Which layers
+    stay as they are is transformers' own choice, so that a method attaches as it does to the loaded base.
+    """
+    base = bare_skeleton(model, where, classes)
+    if model.attn_implementation is not None:
+        base.set_attn_implementation(model.attn_implementation)
+    if quantization is None:
+        return base
+    import bitsandbytes
+
+    if classifies(base):  # as model.load does
+        skipped = quantization.llm_int8_skip_modules or []
+        quantization.llm_int8_skip_modules = [*skipped, *head_names(base)]
+    plain = dict(base.named_modules())
+    AutoHfQuantizer.from_config(quantization).preprocess_model(base, device_map=None)
+    with patch.dict(bitsandbytes.functional.name2qmap):  # a cache that must not keep a tensor without numbers
+        for name, module in base.named_modules():
+            if module is not plain.get(name):
+                _store(module, plain[name])
+    return base
+
+
+def _store(module: Any, plain: Any) -> None:
+    """Give the quantised layer ``module`` the weights of the layer it stands for."""
+    import bitsandbytes
+
+    weight = plain.weight.detach().T if isinstance(plain, Conv1D) else plain.weight.detach()
+    old = module.weight
+    if isinstance(module, bitsandbytes.nn.Linear4bit):
+        options = {name: getattr(old, name) for name in ("blocksize", "compress_statistics", "quant_type")}
+        packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_storage=old.quant_storage, **options)
+        options |= {"quant_state": state, "quant_storage": old.quant_storage, "module": module, "bnb_quantized": True}
+        module.weight, module.quant_state = bitsandbytes.nn.Params4bit(packed, requires_grad=False, **options), state
+    else:
+        numbers, scales, _ = bitsandbytes.functional.int8_vectorwise_quant(weight.half())
+        module.weight = bitsandbytes.nn.Int8Params(numbers, requires_grad=False, CB=numbers, SCB=scales)
+        module.state.threshold = 0.0  # how many outliers there are only data says; they are few
+    if plain.bias is not None:
+        module.bias = nn.Parameter(plain.bias.detach(), requires_grad=False)
+
+
+# ---- the step --------------------------------------------------------------------------------------
+
+
+def predict(adapted: nn.Module, config: TrainConfig, shapes: Sequence[Shape], device: str) -> Prediction:
+    """The memory of the largest training step of ``adapted`` on a ``device`` ("cuda", "cpu"); the model is used up.
+
+    ``adapted`` is made of ``skeleton`` with its method attached; ``shapes`` are those of the micro-batches.
+
+    Raises:
+        Exception: whatever is raised by a method that cannot run without numbers.
+    """
+    _to_meta(adapted)
+    if adapted.config.pad_token_id is None:
+        adapted.config.pad_token_id = 0
+    train._checkpointing(adapted, config.checkpointing)
+    adapted.train()
+    longest = max(shapes, key=lambda shape: (shape.rows * shape.length, shape.answer_length))
+    first = _trace(adapted, config, longest, device)
+    # Another may hold more positions of the vocabulary. What a token and what such a position takes is known now.
+    token = first.activation_bytes / (longest.rows * longest.length)
+    position = 2 * first.logits_bytes / (longest.rows * longest.answer_length)  # and as much again for its gradient
+    other = max(shapes, key=lambda shape: shape.rows * (shape.length * token + shape.answer_length * position))
+    if other == longest:
+        return first
+    return max(first, _trace(adapted, config, other, device), key=lambda one: one.peak_bytes)
+
+
+def _trace(adapted: nn.Module, config: TrainConfig, shape: Shape, device: str) -> Prediction:
+    optimizer = train.make_optimizer(adapted, config)
+    batch = _batch(adapted, shape)
+    allocator = _Allocator(BLOCK.get(device, 1), batch.answer_tokens)
+    kernels = _Kernels(device, config.autocast)
+    tensors = [(_is_adapter(name, adapted), tensor) for name, tensor in _named_tensors(adapted)]
+    weights = allocator.hold(tensor for own, tensor in tensors if not own)
+    adapter = allocator.hold(tensor for own, tensor in tensors if own)
+    forward = backward = kept = logits = 0
+    with _as_on(device, config.autocast), allocator:
+        for _ in range(min(2, config.accumulation)):  # the second micro-batch finds the gradients of the first
+            before = allocator.mark()
+            with kernels, _at_head(adapted, lambda: allocator.live) as at_head:
+                loss = answer_losses(adapted, batch).sum() / batch.answer_tokens
+                regulariser = auxiliary_loss(adapted, batch)
+                loss = loss if regulariser is None else loss + regulariser
+            kept, logits = at_head[-1] - before, allocator.live - at_head[-1]
+            forward = max(forward, allocator.peak)
+            allocator.mark()
+            kernels.backward(loss)
+            del loss, regulariser
+            backward = max(backward, allocator.peak)
+        gradients = allocator.measure(p.grad for _, p in trainable_parameters(adapted) if p.grad is not None)
+        before = allocator.mark()
+        step = _step(optimizer, allocator, device)
+        states = allocator.live - before
+    optimizer.zero_grad(set_to_none=True)
+    return Prediction(
+        weights_bytes=weights,
+        adapter_bytes=adapter,
+        gradient_bytes=gradients,
+        optimizer_bytes=states,
+        activation_bytes=kept,
+        logits_bytes=logits,
+        forward_peak=forward + states,
+        backward_peak=backward + states,
+        step_peak=step,
+    )
+
+
+def _to_meta(adapted: nn.Module) -> None:
+    """Leave only shapes of what an attaching with numbers has made on another device."""
+    moved: dict[int, Any] = {}  # tied weights stay tied
+    for module in adapted.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.device != META:
+                    tensors[name] = moved.setdefault(id(tensor), _shape_of(tensor))
+
+
+def _shape_of(tensor: torch.Tensor) -> torch.Tensor:
+    bare = tensor.detach().to(META)
+    return nn.Parameter(bare, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else bare
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors that ``model`` keeps, with what bitsandbytes keeps beside its weights."""
+    yield from model.named_buffers()
+    for name, parameter in model.named_parameters():
+        yield name, parameter
+        if getattr(parameter, "SCB", None) is not None:
+            yield name, parameter.SCB
+        state = getattr(parameter, "quant_state", None)
+        while state is not None:
+            parts = (state.absmax, state.code, state.offset)
+            yield from ((name, part) for part in parts if isinstance(part, torch.Tensor))
+            state = state.state2
+
+
+def _is_adapter(name: str, model: nn.Module) -> bool:
+    """Whether PEFT has made the tensor: its name then holds that of the adapter."""
+    return isinstance(model, PeftModel) and not set(model.peft_config).isdisjoint(name.split("."))
+
+
+def _batch(adapted: nn.Module, shape: Shape) -> Batch:
+    ids = torch.zeros(shape.rows, shape.length, dtype=torch.int64, device=META)
+    classifier = classifies(adapted)
+    return Batch(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        answer_mask=torch.zeros(shape.rows, shape.length - 1, dtype=torch.bool, device=META),
+        tokens=ids.numel(),
+        answer_tokens=shape.rows if classifier else shape.answer_tokens,
+        answer_start=shape.length - shape.answer_length,
+        labels=ids[:, 0] if classifier else None,
+    )
+
+
+@contextmanager
+def _at_head(adapted: Any, note: Callable[[], int]) -> Iterator[list[int]]:
+    """What ``note`` says each time that the head over the vocabulary (or over classes) begins."""
+    base = adapted.get_base_model() if isinstance(adapted, PeftModel) else adapted
+    heads = [base.get_submodule(name) for name in head_names(base)] or [base.get_output_embeddings()]
+    notes: list[int] = []
+    hook = heads[-1].register_forward_pre_hook(lambda *_: notes.append(note()))
+    try:
+        yield notes
+    finally:
+        hook.remove()
+
+
+# ---- the optimizer ---------------------------------------------------------------------------------
+
+
+def _step(optimizer: torch.optim.Optimizer, allocator: _Allocator, device: str) -> int:
+    """Make what the first step of ``optimizer`` makes; returns the most that is alive in it, in bytes."""
+    fused = "fused" in inspect.signature(type(optimizer)).parameters  # and so train has it on a real device
+    if hasattr(optimizer, "init_state"):
+        _init_states(optimizer, device)
+        return allocator.live  # the kernels of bitsandbytes take nothing more
+    for group in optimizer.param_groups:
+        if device == "cuda" and "foreach" in group and not fused:
+            group["foreach"] = True  # torch's default there: all parameters at once
+    optimizer.step()
+    return allocator.live if fused else allocator.peak
+
+
+def _init_states(optimizer: Any, device: str) -> None:
+    import bitsandbytes
+
+    optimizer.is_paged = optimizer.is_paged and device == "cuda"
+    # Paged states are in memory that the device shares with the host, outside of torch's allocator.
+    nothing = lambda *shape, **options: torch.empty(0)
+    with patch.multiple(bitsandbytes.functional, get_paged=nothing, fill=lambda *_: None):
+        for n, group in enumerate(optimizer.param_groups):
+            for m, parameter in enumerate(group["params"]):
+                if parameter.grad is not None:
+                    optimizer.init_state(group, parameter, n, m)
+
+
+# ---- the allocator ---------------------------------------------------------------------------------
+
+
+class _Allocator(TorchDispatchMode):
+    """Follows the storages that operations make, from their making to their end, and computes nothing.
+
+    ``live`` and ``peak`` are bytes, in whole blocks. What only numbers could say is answered as for a
+    padded batch: that many positions of a mask are ``answers``, that not all is true.
+    """
+
+    def __init__(self, block: int, answers: int) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._block = block
+        self._answers = answers
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def hold(self, tensors: Iterable[torch.Tensor]) -> int:
+        """Count what there is already; returns the bytes."""
+        before = self.live
+        for tensor in tensors:
+            self._note(tensor)
+        return self.live - before
+
+    def mark(self) -> int:
+        """Let a new peak begin; returns what is alive."""
+        self.peak = self.live
+        return self.live
+
+    def measure(self, tensors: Iterable[torch.Tensor]) -> int:
+        """The bytes of ``tensors``."""
+        return sum(self._size(tensor.untyped_storage()) for tensor in tensors)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = self._without_numbers(func, args, kwargs or {})
+        if result is None:
+            result = func(*args, **kwargs or {})
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor)
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _without_numbers(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The result of an operation that the meta device lacks as its shape depends on numbers; else None."""
+        if func is aten._local_scalar_dense.default and args[0].device == META:
+            return 0
+        if func is aten.index_put.default:
+            func = (
+                aten.index_put_.default
+            )  # as autograd does where no mode watches it (FunctionsManual.cpp, index_backward)
+        if func is aten.nonzero.default:
+            return args[0].new_empty((self._answers, args[0].dim()), dtype=torch.int64)
+        if func in (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default):
+            places = [place for index in args[1] for place in self._positions(index)]
+            return func(args[0], places, *args[2:], **kwargs)
+        return None
+
+    def _positions(self, index: torch.Tensor | None) -> list[torch.Tensor | None]:
+        if index is None or index.dtype != torch.bool:
+            return [index]
+        return [index.new_empty(self._answers, dtype=torch.int64) for _ in index.shape]
+
+    def _note(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        known = self._known.get(key)
+        if tensor.device != META or (known is not None and known() is storage):
+            return
+        size = self._size(storage)
+        self.live += size
+        self._known[key] = weakref.ref(storage, lambda _: self._free(key, size))
+
+    def _free(self, key: int, size: int) -> None:
+        self.live -= size
+        del self._known[key]
+
+    def _size(self, storage: torch.UntypedStorage) -> int:
+        return -(-storage.nbytes() // self._block) * self._block
+
+
+# ---- what a device does otherwise ------------------------------------------------------------------
+
+# Autocast's lists (docs.pytorch.org/docs/stable/amp.html, "Autocast Op Reference") as far as models use them.
+LOWERED = {
+    *("linear", "matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "mv", "addmm", "baddbmm", "addbmm", "einsum"),
+    *("conv1d", "conv2d", "conv3d", "prelu", "scaled_dot_product_attention"),
+}
+RAISED = {
+    *("softmax", "log_softmax", "layer_norm", "group_norm", "norm", "cross_entropy", "nll_loss", "mse_loss"),
+    *("pow", "__pow__", "rsqrt", "exp", "log", "sum", "prod", "cumsum", "cumprod", "softplus", "cosine_similarity"),
+}
+
+
+class _Kernels(TorchFunctionMode):
+    """Calls, in place of what the meta device would, the kernels of ``device``; casts as autocast does there."""
+
+    def __init__(self, device: str, autocast: Dtype | None) -> None:
+        super().__init__()
+        self._cuda = device == "cuda"
+        self._dtype = getattr(torch, autocast.value) if autocast else None
+        self._casts: dict[torch.Tensor, torch.Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        kwargs = kwargs or {}
+        if self._dtype is not None and torch.is_grad_enabled():  # autocast is off in a backward written in python
+            if name in LOWERED:
+                args, kwargs = tree_map_only(torch.Tensor, self._lowered, (args, kwargs))
+            elif name in RAISED and self._cuda:
+                args, kwargs = tree_map_only(torch.Tensor, _raised, (args, kwargs))
+        if name == "scaled_dot_product_attention":
+            return self._attention(func, *args, **kwargs)
+        if name == "dropout" and self._cuda:
+            return _dropout(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._casts.clear()  # as those of autocast end with its block
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """The backward of ``loss`` with these kernels, where checkpointing computes layers again.
+
+        ``loss.backward()`` would suspend the mode for its time; this is what it calls in the end.
+        """
+        run: Any = torch.autograd.Variable._execution_engine.run_backward
+        with self:
+            run((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+    def _lowered(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype != torch.float32:
+            return tensor
+        if not (tensor.is_leaf and tensor.requires_grad):
+            return tensor.to(self._dtype)
+        if tensor not in self._casts:
+            self._casts[tensor] = tensor.to(self._dtype)
+        return self._casts[tensor]
+
+    def _attention(
+        self,
+        func: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        """Fused attention, of which the backward needs a number a row in place of the matrix of weights.
+
+        CUDA has the memory-efficient kernel for masks and for 32 bits, flash attention for the rest; the CPU
+        has its own, without dropout.
+        """
+        bias = _bias(attn_mask, query, MASK_ALIGNMENT if self._cuda else 1)
+        repeat = query.shape[1] // key.shape[1]
+        if self._cuda and (bias is not None or query.dtype == torch.float32):
+            if bias is not None:
+                bias = bias.expand(*query.shape[:3], key.shape[2])
+            if enable_gqa and repeat > 1:
+                key, value = (tensor.repeat_interleave(repeat, 1) for tensor in (key, value))
+            log_sums = torch.is_grad_enabled() and query.requires_grad
+            arguments = (query, key, value, bias, log_sums, dropout_p, is_causal)
+            result = aten._scaled_dot_product_efficient_attention(*arguments, scale=scale)
+        elif self._cuda:
+            result = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)
+        elif dropout_p == 0:
+            options = {"attn_mask": bias, "scale": scale}
+            result = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, **options)
+        else:
+            options = {"scale": scale, "enable_gqa": enable_gqa}
+            return func(query, key, value, attn_mask, dropout_p, is_causal, **options)
+        return result[0]
+
+
+def _bias(mask: torch.Tensor | None, query: torch.Tensor, alignment: int) -> torch.Tensor | None:
+    """The mask in the numbers that attention adds, its rows padded to the alignment."""
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
+    if mask is not None and (odd := mask.shape[-1] % alignment):
+        mask = nn.functional.pad(mask, (0, alignment - odd))[..., : -(alignment - odd)]
+    return mask
+
+
+def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    """CUDA's keeps a mask of one byte a number."""
+    return torch.native_dropout(input, p, training)[0] if training and 0 < p < 1 else input
+
+
+def _raised(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+@contextmanager
+def _as_on(device: str, autocast: Dtype | None) -> Iterator[None]:
+    """What PEFT and bitsandbytes ask before they choose how to go on is answered as on ``device``."""
+    from bitsandbytes.autograd import _functions
+
+    before = torch.is_autocast_enabled(device)
+    torch.set_autocast_enabled(device, autocast is not None)
+    try:
+        with patch.object(_functions, "MatMul8bitLt", _functions.MatMul8bitFp) if device == "cpu" else nullcontext():
+            yield
+    finally:
+        torch.set_autocast_enabled(device, before)
