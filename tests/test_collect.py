@@ -141,3 +141,50 @@ def test_records_are_read_oldest_first() -> None:
     for rank in (32, 8, 16):
         write(f"r{rank}", rank, 0.5)
     assert [result.trial for result in collect.read(study.find("default"))] == ["r8", "r16", "r32"]
+
+
+def test_compiling_is_compared_with_the_same_trial_without_it(collect_command: Collect) -> None:
+    facts = {"compile_graphs": 2, "compile_seconds": 9.0, "recompile_seconds": 1.0}
+    for rank in (8, 16):
+        for backend, seconds in (("none", 0.5), ("inductor", 0.25 if rank == 8 else 0.75)):
+            folder = write(f"r{rank}-{backend}", rank, 0.5)
+            result = Result.read(folder)
+            result.config["train"] = {"compile": backend, "compile_dynamic": None}
+            result.train_info |= {"step_seconds_p50": seconds} | (facts if backend == "inductor" else {})
+            result.write(folder)
+    _, out, _ = collect_command()
+    assert "r8-inductor: inductor steps are 2.00 times as fast as eager ones; pays from step 40 on" in out
+    assert "r16-inductor: inductor steps are 0.67 times as fast as eager ones; never pays" in out
+    table = peftsweep.load().set_index("run_info.trial")
+    assert table["train_info.compile_speed_up"].to_dict()["r8-inductor"] == 2.0
+    assert table["train_info.compile_break_even_step"].isna().sum() == 2
+
+
+def test_the_predicted_memory_is_held_against_the_measured(collect_command: Collect) -> None:
+    for rank, predicted, allocated in ((8, 90, 100), (16, 120, 100), (32, 40, None)):
+        folder = write(f"r{rank}", rank, 0.5)
+        result = Result.read(folder)
+        result.memory = {
+            "predicted": {"peak_bytes": predicted},
+            "start": {"rss": 1000},
+            "train": {"allocated_peak": allocated, "rss_peak": 1050},
+        }
+        result.write(folder)
+    _, out, _ = collect_command()
+    assert "predicted training memory: median error -10% (-20% to +20% over 3 trials)\n" in out
+
+
+def test_generation_has_a_table_of_its_own(collect_command: Collect) -> None:
+    folder = write("r8", 8, 0.5)
+    result = Result.read(folder)
+    figures = {"seconds_p50": 0.5, "time_to_first_token_p50": 0.0201, "seconds_per_token_p50": 0.0035}
+    overhead = {"value": 1.25, "low": 1.2, "high": 1.31}
+    batch = {"batch_16": {"tokens_per_second": 4321.0}, "batch_1": {"tokens_per_second": 123.0}}
+    result.generation_info = {"overall": {"base": figures, "adapted": figures | batch | {"overhead": overhead}}}
+    result.write(folder)
+    _, out, _ = collect_command()
+    generation = out[out.index("generation") :]
+    assert "+25.0% [+20.0%, +31.0%]" in generation
+    assert "20.1" in generation
+    assert generation.index("tokens/s at 1 ") < generation.index("tokens/s at 16")
+    assert "4,321" in generation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,6 +20,13 @@ from peftsweep.record import RESULT, STEPS, RecordError, Result
 
 RESULTS_FILE = "results.parquet"
 STEPS_FILE = "steps.parquet"
+STEP, COMPILE = "train_info.step_seconds_p50", "config.train.compile"
+NOT_TWINS = (COMPILE, "config.train.compile_dynamic", "config.train.pad_to_multiple_of", "config.label")
+NO_SETTINGS = ("choices.profiler", "choices.tracker", "choices.inference")  # that change nothing of a trial
+SPEED_UP, BREAK_EVEN = "train_info.compile_speed_up", "train_info.compile_break_even_step"
+PREDICTED, PREDICTION_ERROR = "memory.predicted.peak_bytes", "memory.predicted.error"
+RESIDENT_NOTE = "; on a CPU of the process's resident memory, in which a small model drowns"
+ALLOCATED, RESIDENT = "memory.train.allocated_peak", "memory.train.rss_peak"
 
 
 def main(names: Sequence[str], out: Path | None, *, plots: bool = True) -> int:
@@ -39,6 +47,9 @@ def main(names: Sequence[str], out: Path | None, *, plots: bool = True) -> int:
         write_parquet(table, folder / RESULTS_FILE)
         write_parquet(steps(results), folder / STEPS_FILE)
         print_table(table, str(folder))
+        print_generation(table)
+        for line in notes(table):
+            print(line)
         written = [folder / RESULTS_FILE, folder / STEPS_FILE, *(plot.study(table, folder / "plots") if plots else [])]
         print("wrote " + ", ".join(str(file) for file in written))
     if out is not None:
@@ -63,7 +74,35 @@ def trials(results: Iterable[Result]) -> pd.DataFrame:
     rows = [record.plain(result) for result in results]
     for row in rows:
         row.pop("folder")
-    return _typed(pd.DataFrame([record.flat(row) for row in rows]))
+    return _typed(_with_comparisons(pd.DataFrame([record.flat(row) for row in rows])))
+
+
+def _with_comparisons(table: pd.DataFrame) -> pd.DataFrame:
+    """Add what only several figures together tell: the error of the predicted memory, the gain of compiling."""
+    if PREDICTED in table and RESIDENT in table:
+        resident = table[RESIDENT] - table["memory.start.rss"]  # beyond what the process held before
+        measured = table[ALLOCATED].fillna(resident) if ALLOCATED in table else resident
+        table[PREDICTION_ERROR] = (table[PREDICTED] / measured.astype(float)).sub(1)
+    if "train_info.compile_graphs" in table:
+        same = [c for c in table.columns if c.startswith("config.") and c not in NOT_TWINS]
+        twins = table[same].map(lambda value: "" if pd.isna(value) else str(value)).agg("|".join, axis=1)
+        eager = table[table[COMPILE] == "none"].groupby(twins)[STEP].median()
+        gains = [_compile_gain(row, eager.get(twin)) for (_, row), twin in zip(table.iterrows(), twins, strict=True)]
+        table[[SPEED_UP, BREAK_EVEN]] = pd.DataFrame(gains, index=table.index, dtype=float)
+    return table
+
+
+def _compile_gain(row: pd.Series[Any], eager: float | None) -> tuple[float | None, float | None]:
+    """How many times faster a compiled trial's median step is than its eager twin's, and after how many steps it pays.
+
+    ``eager`` is the twin's, in seconds: of the trial that differs in nothing but how it is compiled. The break-even
+    step is that at which the seconds of compiling have come back, and infinite where they never do.
+    """
+    if pd.isna(row["train_info.compile_graphs"]) or eager is None:
+        return None, None
+    compiled = float(row[STEP])
+    spent = row["train_info.compile_seconds"] + row["train_info.recompile_seconds"]
+    return eager / compiled, spent / (eager - compiled) if compiled < eager else math.inf
 
 
 def steps(results: Iterable[Result]) -> pd.DataFrame:
@@ -107,13 +146,68 @@ def _typed(table: pd.DataFrame) -> pd.DataFrame:
 
 def print_table(table: pd.DataFrame, title: str) -> None:
     """What differs between the trials, how they ended, what they score and cost."""
+    _show(title, [_short(row, varying(table), scores(table)) for _, row in table.iterrows()])
+
+
+def print_generation(table: pd.DataFrame) -> None:
+    """How fast each trial generates: the medians over its categories, and the overheads with their 95% intervals."""
+    rows = [
+        _generated(row, variant)
+        for _, row in table.iterrows()
+        for variant in ("base", "adapted", "merged")
+        if pd.notna(row.get(f"generation_info.overall.{variant}.seconds_p50"))
+    ]
+    if rows:
+        _show("generation", rows)
+
+
+def _generated(row: pd.Series[Any], variant: str) -> dict[str, str]:
+    prefix = f"generation_info.overall.{variant}."
+
+    def cell(name: str, form: str, factor: float = 1.0) -> str:
+        value = row.get(prefix + name)
+        return "" if value is None or pd.isna(value) else form.format(value * factor)
+
+    overhead, low, high = (row.get(f"{prefix}overhead.{part}") for part in ("value", "low", "high"))
+    interval = "" if low is None or high is None or pd.isna(low) else f" [{low - 1:+.1%}, {high - 1:+.1%}]"
+    sizes = sorted(
+        int(name.split("_")[1].split(".")[0])
+        for name in (c.removeprefix(prefix) for c in row.index if c.startswith(prefix))
+        if name.startswith("batch_") and name.endswith(".tokens_per_second")
+    )
+    return {
+        "trial": json.loads(row["run_info.labels"])[0],
+        "model": variant,
+        "first token ms": cell("time_to_first_token_p50", "{:.1f}", 1000),
+        "next token ms": cell("seconds_per_token_p50", "{:.2f}", 1000),
+        "overhead": "" if overhead is None or pd.isna(overhead) else f"{overhead - 1:+.1%}{interval}",
+        **{f"tokens/s at {n}": cell(f"batch_{n}.tokens_per_second", "{:,.0f}") for n in sizes},
+    }
+
+
+def notes(table: pd.DataFrame) -> list[str]:
+    """What compiling gained, and how far the predicted memory was from the measured."""
+    lines = []
+    for _, row in table[table[SPEED_UP].notna()].iterrows() if SPEED_UP in table else []:
+        pays = "never pays" if math.isinf(row[BREAK_EVEN]) else f"pays from step {row[BREAK_EVEN]:,.0f} on"
+        name = json.loads(row["run_info.labels"])[0]
+        lines.append(f"{name}: {row[COMPILE]} steps are {row[SPEED_UP]:.2f} times as fast as eager ones; {pays}")
+    errors = table[PREDICTION_ERROR].dropna().astype(float) if PREDICTION_ERROR in table else pd.Series(dtype=float)
+    if not errors.empty:
+        where = "" if ALLOCATED in table and table[ALLOCATED].notna().any() else RESIDENT_NOTE
+        spread = f"{errors.min():+.0%} to {errors.max():+.0%} over {len(errors)} trials"
+        lines.append(f"predicted training memory: median error {errors.median():+.0%} ({spread}){where}")
+    return lines
+
+
+def _show(title: str, rows: list[dict[str, str]]) -> None:
     console = Console(highlight=False)
     shown = Table(title=title, title_justify="left", header_style="bold")
-    rows = [_short(row, varying(table), scores(table)) for _, row in table.iterrows()]
-    for column in rows[0]:
-        shown.add_column(column, justify="left" if column in ("trial", "status") else "right")
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    for column in columns:
+        shown.add_column(column, justify="left" if column in ("trial", "status", "model") else "right")
     for row in rows:
-        shown.add_row(*row.values())
+        shown.add_row(*(row.get(column, "") for column in columns))
     if not console.is_terminal:
         console.width = 200  # a pipe has no width; wrapping would break the rows
     console.print(shown)
@@ -121,8 +215,8 @@ def print_table(table: pd.DataFrame, title: str) -> None:
 
 def varying(table: pd.DataFrame) -> list[str]:
     """The choices and settings that differ between the trials."""
-    columns = [c for c in table.columns if c.startswith("choices.")]
-    columns += ["config.method.r", "config.train.learning_rate", "config.train.steps", "config.seed"]
+    columns = [c for c in table.columns if c.startswith("choices.") and c not in NO_SETTINGS]
+    columns += ["config.method.r", "config.train.learning_rate", "config.train.steps", COMPILE, "config.seed"]
     return [c for c in columns if c in table and table[c].nunique(dropna=False) > 1]
 
 

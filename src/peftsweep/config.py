@@ -490,7 +490,8 @@ def content_hash(content: Any) -> str:
 def _slug(choices: Mapping[str, str], config: Config) -> str:
     rank = f"r{config.method['r']}" if "r" in config.method else ""
     targets = choices["targets"] if choices["targets"] != "default" else ""
-    parts = [choices["model"], choices["method"], rank, targets, choices["quant"], choices["dataset"]]
+    compiled = config.train.compile if config.train.compile != "none" else ""
+    parts = [choices["model"], choices["method"], rank, targets, choices["quant"], choices["dataset"], compiled]
     if config.label and any(group.startswith("point") for group in choices):
         parts = [choices["model"], config.label, choices["quant"], choices["dataset"]]
     name = "-".join([*filter(None, parts), f"s{config.seed}"])

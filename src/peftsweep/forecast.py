@@ -89,6 +89,9 @@ def _with_skeleton(trial: Trial, quantization: Any, work: Callable[[build.Model]
             bare = skeleton(config.model, quantization, base, len(config.dataset.classes))
             with torch.device(adapter):
                 adapted = build.attach_method(trial, bare, config.train.steps)
+            if isinstance(adapted, PeftModel) and not config.train.autocast_adapter_dtype:
+                for _, parameter in model.trainable_parameters(adapted):
+                    parameter.data = parameter.data.to(bare.dtype)  # as PEFT does, but not on the meta device
             return work(adapted)
         except InputError:
             raise

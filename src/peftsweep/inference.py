@@ -60,7 +60,7 @@ def benchmark(
     variants: Mapping[str, nn.Module],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    categories: Mapping[str, Mapping[str, Any]],
+    categories: Mapping[str, Mapping[str, Any] | None],
     prompts_file: str | None = None,
     samples: int = 5,
     runs: int = 6,
@@ -139,7 +139,7 @@ class Category:
 
 
 def plan(
-    categories: Mapping[str, Mapping[str, Any]],
+    categories: Mapping[str, Mapping[str, Any] | None],
     prompts_file: str | None = None,
     *,
     samples: int = 5,
@@ -156,10 +156,11 @@ def plan(
     least = [("samples", samples, 1), ("runs", runs, 1), ("warmup", warmup, 0)]
     for key, number, smallest in [*least, *(("batch_sizes", size, 1) for size in batch_sizes)]:
         _at_least(f"inference.{key}", number, smallest)
-    if not categories:
+    wanted = {name: node for name, node in categories.items() if node is not None}
+    if not wanted:
         raise InputError("inference.categories: must name at least one category")
     lists = read_prompts(prompts_file)
-    return {name: _category(name, node, lists, samples) for name, node in categories.items()}
+    return {name: _category(name, node, lists, samples) for name, node in wanted.items()}
 
 
 def read_prompts(file: str | None = None) -> dict[str | None, list[str]]:

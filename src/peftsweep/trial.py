@@ -94,13 +94,14 @@ def run(trial: Trial, observer: Observer | None = None) -> Result:
             _Session(trial, held, meter, tracker).profile_only()
         held.write(place)
         return held
-    result = _begin(trial, place)
+    with meter.stage("setup"):  # and all that is between the stages
+        result = _begin(trial, place)
     with _logged(place / "trial.log"):
         if trial.config.tracker:
             tracker.start(partial(build.tracker, trial, place), record.flat(result.config))
         status, failure = Status.success, None
         try:
-            with meter.stage("setup"):  # and all that is between the stages
+            with meter.stage("setup"):
                 _run(_Session(trial, result, meter, tracker))
         except BaseException as error:
             status, failure = _status(error), record.failure(error, meter.current)
