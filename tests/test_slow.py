@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import scipy.stats
 
@@ -116,3 +117,31 @@ def test_the_commonsense_tasks_are_judged_in_every_way_beside_their_majority(com
         assert found["majority"] == pytest.approx(majority, abs=5e-5)
         wanted = {"accuracy", "valid_fraction", "label_acc", "base_accuracy", "base_label_acc"}
         assert wanted | ({"choice_acc", "choice_acc_norm"} if name != "boolq" else set()) <= set(found)
+
+
+def test_an_adapter_costs_time_in_generation_and_a_merged_one_does_not(command: Command) -> None:
+    words = ["train=quick", "inference=standard", "inference.runs=20", "inference.samples=2"]
+    assert command(*words, "inference.categories.long=null", "inference.batch_sizes=[1]", "eval=[perplexity]")[0] == 0
+    table = peftsweep.load()
+    found = {}
+    for variant in ("adapted", "merged"):
+        ends = (table[f"generation_info.overall.{variant}.overhead.{end}"][0] for end in ("low", "value", "high"))
+        found[variant] = tuple(round(float(end) - 1, 4) for end in ends)
+    print("overhead over the base, 95% interval:", found)
+    assert found["adapted"][0] > 0
+    assert found["merged"][0] <= 0.01  # 0 lies in the interval, or within a hundredth of it
+    assert found["merged"][2] >= -0.01
+
+
+def test_inductor_is_compared_with_eager_for_full_lora_and_qlora(command: Command) -> None:
+    assert command("sweep=compile_study", "train.steps=60", "eval=[perplexity]", "adapter.save=false")[0] == 0
+    table = peftsweep.load()
+    gains = ["train_info.compile_speed_up", "train_info.compile_break_even_step", "train_info.compile_seconds"]
+    counts = ["train_info.compile_graphs", "train_info.compile_graph_breaks", "train_info.compile_recompiles"]
+    compiled = table[table["config.train.compile"] == "inductor"].set_index(["choices.method", "choices.quant"])
+    print(compiled[gains + counts].to_string())
+    assert len(compiled) == 3
+    assert (compiled["train_info.compile_graph_breaks"] == 0).all()
+    eager = table[table["config.train.compile"] == "none"].set_index(["choices.method", "choices.quant"])
+    losses = pd.concat([compiled["train_info.final_loss"], eager["train_info.final_loss"]], axis=1, keys=["c", "e"])
+    assert ((losses["c"] / losses["e"] - 1).abs() < 0.05).all()
