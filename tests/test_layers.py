@@ -37,7 +37,7 @@ FLOORS = (
         "harness",
         "plot",
     ),
-    ("config", "prepare", "build", "forecast", "trial", "sweep", "collect"),
+    ("config", "prepare", "build", "forecast", "guide", "trial", "sweep", "collect"),
     ("cli",),
 )
 ORDER = [module for floor in FLOORS for module in floor]

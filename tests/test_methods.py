@@ -14,6 +14,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peftsweep import build, data, forecast, model, train
 from peftsweep.config import Trial, conf_dir
 from peftsweep.measure import Meter
+from peftsweep.record import Result, Status
 from peftsweep.tiny import task
 
 Compose = Callable[..., Trial]
@@ -228,3 +229,19 @@ def test_every_pair_either_learns_or_deserves_its_refusal(
     lora = abs(after - lora_after) < 1e-6 and abs(before - lora_before) < 1e-6
     print(f"{name} {quant}: off={off} idle={idle} lora={lora} {before:.3f} -> {after:.3f}")
     assert off or idle or lora
+
+
+@pytest.mark.parametrize("quant", ["4bit", "8bit"])
+@pytest.mark.parametrize("name", ["ia3", "road", "randlora", "pvera", "adalora"])
+def test_a_quantised_base_of_16_bits_trains_and_comes_back(
+    name: str, quant: str, run_small: Callable[..., Result]
+) -> None:
+    result = run_small(f"method={name}", f"quant={quant}", "model.dtype=bfloat16")
+    assert result.status is Status.success, result.error
+    assert result.train_info["reloads"], result.train_info
+
+
+def test_what_cannot_be_had_on_a_16_bit_base_is_refused(compose: Compose) -> None:
+    words = ["method=shira", "quant=8bit"]
+    assert "whose other weights have 16 bits" in (forecast.refusal(compose(*words, "model.dtype=bfloat16")) or "")
+    assert forecast.refusal(compose(*words)) is None

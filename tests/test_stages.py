@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from peftsweep import InputError, build, cli, evaluate, forecast, train, trial
+from peftsweep import InputError, build, cli, evaluate, forecast, model, train, trial
 from peftsweep.config import Trial
 from peftsweep.record import Result, Status
 
@@ -180,13 +180,13 @@ def test_a_trial_that_runs_out_of_memory_keeps_what_it_measured_and_holds_nothin
     run_small: RunSmall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: list[weakref.ref[Any]] = []
-    plain = train.answer_logits
+    plain = model.answer_logits
 
-    def full(model: Any, batch: Any) -> Any:
-        held.append(weakref.ref(model))
+    def full(called: Any, batch: Any) -> Any:
+        held.append(weakref.ref(called))
         if len(held) == 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return plain(model, batch)
+        return plain(called, batch)
 
     with monkeypatch.context() as context:
         context.setattr(train, "answer_logits", full)

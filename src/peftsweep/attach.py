@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peftsweep.errors import InputError
-from peftsweep.model import METHOD_INPUTS, classifies, head_names
+from peftsweep.model import METHOD_INPUTS, classifies, head_names, keep_dtype
 from peftsweep.schema import TargetsConfig
 
 LINEAR = (nn.Linear, Conv1D)  # bitsandbytes' quantised layers are subclasses of nn.Linear
@@ -67,6 +67,7 @@ def attach(
     if classifies(base) and not _head_is_trained(adapted, head_names(base)):
         raise InputError(f"method: {type(method).__name__} leaves the new head of a classifier untrained")
     setattr(adapted, METHOD_INPUTS, inputs or {})
+    keep_dtype(adapted)
     return adapted
 
 

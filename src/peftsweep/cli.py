@@ -106,13 +106,17 @@ def run_one(overrides: list[str]) -> Result:
     """The Python door: see ``peftsweep.run``."""
     from peftsweep import forecast, trial
 
-    try:
-        cfg = compose(overrides)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(configuration.one_line(error)) from None
-    one = configuration.trial(cfg, cfg.hydra.runtime.choices, overrides)
+    one = _trial(*overrides)
     forecast.check(one)
     return trial.run(one)
+
+
+def _trial(*words: str) -> configuration.Trial:
+    try:
+        cfg = compose(list(words))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(configuration.one_line(error)) from None
+    return configuration.trial(cfg, cfg.hydra.runtime.choices, words)
 
 
 def compose(overrides: list[str]) -> DictConfig:
@@ -170,9 +174,18 @@ def collect() -> None:
     parser.add_argument("studies", nargs="*", metavar="STUDY_DIR", help="default: every study under multirun/")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the trials of all of them as one parquet")
     parser.add_argument("--no-plots", action="store_true", help="tables only")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--memory-guide", metavar="MODEL", help="instead: which method and quantisation of it fits which GPU, predicted"
+    )
+    options, words = parser.parse_args(), []
+    if options.memory_guide:
+        words, options.studies = options.studies, []
 
     def door() -> int:
+        if options.memory_guide:
+            from peftsweep import guide
+
+            return guide.main(options.memory_guide, _trial, words)
         from peftsweep import collect as collecting
 
         return collecting.main(options.studies, options.out, plots=not options.no_plots)

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from rich.console import Console
-from rich.table import Table
 
 from peftsweep import plot, record, study
-from peftsweep.display import size
+from peftsweep.display import show_table, size
 from peftsweep.errors import InputError
 from peftsweep.record import RESULT, STEPS, RecordError, Result
 
@@ -146,7 +144,7 @@ def _typed(table: pd.DataFrame) -> pd.DataFrame:
 
 def print_table(table: pd.DataFrame, title: str) -> None:
     """What differs between the trials, how they ended, what they score and cost."""
-    _show(title, [_short(row, varying(table), scores(table)) for _, row in table.iterrows()])
+    show_table(title, [_short(row, varying(table), scores(table)) for _, row in table.iterrows()])
 
 
 def print_generation(table: pd.DataFrame) -> None:
@@ -158,7 +156,7 @@ def print_generation(table: pd.DataFrame) -> None:
         if pd.notna(row.get(f"generation_info.overall.{variant}.seconds_p50"))
     ]
     if rows:
-        _show("generation", rows)
+        show_table("generation", rows)
 
 
 def _generated(row: pd.Series[Any], variant: str) -> dict[str, str]:
@@ -198,19 +196,6 @@ def notes(table: pd.DataFrame) -> list[str]:
         spread = f"{errors.min():+.0%} to {errors.max():+.0%} over {len(errors)} trials"
         lines.append(f"predicted training memory: median error {errors.median():+.0%} ({spread}){where}")
     return lines
-
-
-def _show(title: str, rows: list[dict[str, str]]) -> None:
-    console = Console(highlight=False)
-    shown = Table(title=title, title_justify="left", header_style="bold")
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    for column in columns:
-        shown.add_column(column, justify="left" if column in ("trial", "status", "model") else "right")
-    for row in rows:
-        shown.add_row(*(row.get(column, "") for column in columns))
-    if not console.is_terminal:
-        console.width = 200  # a pipe has no width; wrapping would break the rows
-    console.print(shown)
 
 
 def varying(table: pd.DataFrame) -> list[str]:

@@ -21,6 +21,7 @@ KINDS = {  # of bases
     "none": "on a base that is not quantised",
     "4bit": "on a 4bit base",
     "8bit": "on an 8bit base",
+    "narrow 8bit": "on an 8bit base whose other weights have 16 bits",
     "classifier": "with a classifier's head",
     "encoder": "on an encoder",
 }
@@ -79,6 +80,7 @@ RULES = (
     Rule("LoraConfig", ("8bit",), "DoRA loses the scales of 8-bit weights after the first step", {"use_dora": True}),
     Rule("LoraConfig", BOTH, "KaSA on quantised layers is silently plain LoRA", {"kasa_config": Mapping}),
     Rule("LoraConfig", BOTH, "MonteCLoRA on quantised layers is silently plain LoRA", {"monteclora_config": Mapping}),
+    Rule("ShiraConfig", ("narrow 8bit",), "it multiplies 32-bit weights with 16-bit inputs; take model.dtype=float32"),
     Rule("AdaptionPromptConfig", ("classifier",), HEADLESS),
     Rule("TrainableTokensConfig", ("classifier",), HEADLESS),
     Rule("CPTConfig", ("classifier",), "its loss is that of a language model"),

@@ -11,10 +11,14 @@ from typing import Any, Self
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from peftsweep.record import Result, Status
 
 QUIET_SECONDS = 10.0  # at most a line this often from a running trial in a pipe
+
+
+WORDS = ("trial", "status", "model", "method", "quant")  # columns of a table that are no numbers
 
 
 class Observer:
@@ -156,3 +160,19 @@ def size(count: float | None) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
+
+
+def show_table(title: str, rows: list[dict[str, str]]) -> None:
+    """Print rows as a table with a column a key."""
+    console = Console(highlight=False)
+    shown = Table(title=title, title_justify="left", header_style="bold")
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    for column in columns:
+        shown.add_column(
+            column, justify="left" if column in ("trial", "status", "model", "method", "quant") else "right"
+        )
+    for row in rows:
+        shown.add_row(*(row.get(column, "") for column in columns))
+    if not console.is_terminal:
+        console.width = 200  # a pipe has no width; wrapping would break the rows
+    console.print(shown)

@@ -22,7 +22,7 @@ from peftsweep.data import Tokens
 from peftsweep.display import size
 from peftsweep.errors import InputError
 from peftsweep.predict import Prediction, Shape, predict, shapes, skeleton
-from peftsweep.schema import Init, Task, TrainConfig
+from peftsweep.schema import Dtype, Init, Task, TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,9 @@ class Forecast:
 
 
 KEYS = ("device", "model", "method", "targets", "quant", "eval", "train")  # of a configuration, that change a forecast
+# Of base and adapter. Some methods begin with random numbers that the meta device lacks, some with the base's (SVD,
+# masks), of which any will do.
+PLACES = (("meta", "meta"), ("meta", "cpu"), ("cpu", "cpu"))
 _FORECASTS: dict[str, Forecast] = {}  # of a sweep over seeds or data, one is enough
 _PREDICTIONS: dict[str, Prediction | None] = {}
 
@@ -77,14 +80,15 @@ def _sizes(adapted: build.Model, config: TrainConfig) -> Forecast:
     return Forecast(counts.trainable, counts.total, file_size)
 
 
-def _with_skeleton(trial: Trial, quantization: Any, work: Callable[[build.Model], Found]) -> Found | None:
-    """``work`` of the method on a skeleton of the base; None where that cannot be done without the base's weights.
-
-    Some methods begin with random numbers that the meta device lacks, some with the base's (SVD, masks), of
-    which any will do.
-    """
+def _with_skeleton(
+    trial: Trial,
+    quantization: Any,
+    work: Callable[[build.Model], Found],
+    places: Sequence[tuple[str, str]] = PLACES,
+) -> Found | None:
+    """``work`` of the method on a skeleton of the base; None where that cannot be done in any of the ``places``."""
     config = trial.config
-    for base, adapter in (("meta", "meta"), ("meta", "cpu"), ("cpu", "cpu")):
+    for base, adapter in places:
         try:
             bare = skeleton(config.model, quantization, base, len(config.dataset.classes))
             with torch.device(adapter):
@@ -116,6 +120,8 @@ def refusal(trial: Trial) -> str | None:
     """Why the trial's method cannot be trained on its base; None where it can."""
     config = trial.config
     kinds = [compatibility.stored(config.quant)]
+    if config.model.dtype is not Dtype.float32:
+        kinds.append(f"narrow {kinds[0]}")
     if config.model.task is Task.seq_cls:
         kinds.append("classifier")
         forward = model.skeleton(config.model, classes=len(config.dataset.classes)).forward
@@ -140,16 +146,31 @@ def prediction(trial: Trial, tokens: Sequence[Tokens] | None = None) -> Predicti
         [where, [dataclasses.asdict(one) for one in batches], *(trial.tree[k] for k in KEYS)]
     )
     if key not in _PREDICTIONS:
-        _PREDICTIONS[key] = _predict(trial, batches, where)
+        _PREDICTIONS[key] = predicted(trial, batches, where)
     return _PREDICTIONS[key]
 
 
-def _predict(trial: Trial, batches: Sequence[Shape], where: str) -> Prediction | None:
+def predicted(trial: Trial, batches: Sequence[Shape], where: str) -> Prediction | None:
+    """The memory that training on micro-batches of these shapes takes on a device "cuda" or "cpu"."""
     if trial.config.adapter.path is not None or refusal(trial):
         return None
+    if "init_lora_weights" in trial.config.method:  # of which none changes a shape, but some take the base apart
+        method = trial.config.method | {"init_lora_weights": True}
+        trial = dataclasses.replace(trial, config=dataclasses.replace(trial.config, method=method))
     with _quietly():
         quantization = build.quantization(trial)
-        return _with_skeleton(trial, quantization, lambda adapted: predict(adapted, trial.config.train, batches, where))
+        return _with_skeleton(
+            trial,
+            quantization,
+            lambda adapted: predict(adapted, trial.config.train, batches, where),
+            (("meta", "meta"), ("meta", "cpu")),
+        )
+
+
+def longest(trial: Trial) -> Shape:
+    """A micro-batch of rows as long as ``dataset.max_length`` allows, a half of each the answer."""
+    rows, length = trial.config.train.batch_size, trial.config.dataset.max_length
+    return Shape(rows, length, length // 2, rows * (length // 2))
 
 
 def _shapes(trial: Trial, tokens: Sequence[Tokens] | None) -> list[Shape]:
@@ -158,10 +179,7 @@ def _shapes(trial: Trial, tokens: Sequence[Tokens] | None) -> list[Shape]:
     local = config.model.init is Init.random or Path(model.source(config.model)).is_dir()
     if tokens is None and trial.rows is not None and local:
         tokens = build.training_tokens(trial, model.load_tokenizer(config.model), trial.rows.train)
-    if tokens and (found := shapes(tokens, config.train, config.seed)):
-        return found
-    rows, length = config.train.batch_size, config.dataset.max_length
-    return [Shape(rows, length, length - 1, rows * (length - 1))]
+    return (shapes(tokens, config.train, config.seed) if tokens else []) or [longest(trial)]
 
 
 def oversized(trial: Trial) -> str | None:

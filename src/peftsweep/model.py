@@ -10,7 +10,9 @@ from typing import Any, cast
 
 import torch
 import transformers
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -28,6 +30,7 @@ from peftsweep.schema import Init, ModelConfig, Task
 TINY = Path(__file__).parent / "tiny" / "weights"
 INITIAL = "initial"  # beside a saved adapter: as it began, where the base was changed by its initialisation
 RESIDUAL = "base"  # the base that it belongs to, where that is not the trial's
+QUANTISED = (Linear4bit, Linear8bitLt)
 METHOD_INPUTS = "peftsweep_method_inputs"  # the attribute of an adapted model that holds them
 CLASSES: dict[Task, Any] = {
     Task.causal_lm: AutoModelForCausalLM,
@@ -197,6 +200,28 @@ def keep_weights_unpacked(base: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def keep_dtype(adapted: PeftModel) -> None:
+    """Have adapters on quantised layers answer in the number format they are asked in.
+
+    Those of several methods (IA3, RoAd, RandLora, PVeRA, on 8 bits AdaLoRA) calculate in 32 bits and stay
+    there, so that on a 16-bit base attention meets queries, keys and values of two formats.
+    """
+
+    def cast_back(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> Any:
+        wanted = inputs[0].dtype
+        device = inputs[0].device.type
+        autocast = device != "meta" and torch.is_autocast_enabled(device)
+        if autocast or not isinstance(output, torch.Tensor):
+            return output
+        return output.to(wanted)
+
+    if adapted.get_base_model().dtype == torch.float32:
+        return
+    for module in adapted.modules():
+        if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), QUANTISED):
+            module.register_forward_hook(cast_back)
+
+
 # ---- using -----------------------------------------------------------------------------------------
 
 
@@ -351,10 +376,9 @@ def restore(
     """The trained model back from what ``save`` wrote, on the device of ``base``; the rest as for ``attach``."""
     base = _base_of(base, folder)
     if (folder / "adapter_config.json").exists():
-        adapted = PeftModel.from_pretrained(
-            base, str(folder), is_trainable=trainable, autocast_adapter_dtype=float32
-        )
+        adapted = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable, autocast_adapter_dtype=float32)
         setattr(adapted, METHOD_INPUTS, inputs or {})
+        keep_dtype(adapted)
         return adapted.eval()
     return cast(PreTrainedModel, _like(base, folder).eval())
 

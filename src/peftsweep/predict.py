@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import AutoHfQuantizer
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from peftsweep import train
 from peftsweep.data import Batch, Tokens, batch_order
@@ -112,28 +112,31 @@ def skeleton(model: ModelConfig, quantization: Any, where: str = "meta", classes
         skipped = quantization.llm_int8_skip_modules or []
         quantization.llm_int8_skip_modules = [*skipped, *head_names(base)]
     plain = dict(base.named_modules())
-    AutoHfQuantizer.from_config(quantization).preprocess_model(base, device_map=None)
+    quantizer: Any = AutoHfQuantizer.from_config(quantization)
+    quantizer.preprocess_model(base, device_map=None)
     with patch.dict(bitsandbytes.functional.name2qmap):  # a cache that must not keep a tensor without numbers
         for name, module in base.named_modules():
             if module is not plain.get(name):
                 _store(module, plain[name])
+    quantizer.postprocess_model(base)  # marks the model, by which PEFT knows it
     return base
 
 
 def _store(module: Any, plain: Any) -> None:
     """Give the quantised layer ``module`` the weights of the layer it stands for."""
     import bitsandbytes
+    from bitsandbytes.nn.modules import Int8Params, Linear4bit, Params4bit
 
     weight = plain.weight.detach().T if isinstance(plain, Conv1D) else plain.weight.detach()
     old = module.weight
-    if isinstance(module, bitsandbytes.nn.Linear4bit):
+    if isinstance(module, Linear4bit):
         options = {name: getattr(old, name) for name in ("blocksize", "compress_statistics", "quant_type")}
         packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_storage=old.quant_storage, **options)
         options |= {"quant_state": state, "quant_storage": old.quant_storage, "module": module, "bnb_quantized": True}
-        module.weight, module.quant_state = bitsandbytes.nn.Params4bit(packed, requires_grad=False, **options), state
+        module.weight, module.quant_state = Params4bit(packed, requires_grad=False, **options), state
     else:
         numbers, scales, _ = bitsandbytes.functional.int8_vectorwise_quant(weight.half())
-        module.weight = bitsandbytes.nn.Int8Params(numbers, requires_grad=False, CB=numbers, SCB=scales)
+        module.weight = Int8Params(numbers, requires_grad=False, CB=numbers, SCB=scales)
         module.state.threshold = 0.0  # how many outliers there are only data says; they are few
     if plain.bias is not None:
         module.bias = nn.Parameter(plain.bias.detach(), requires_grad=False)
@@ -142,7 +145,7 @@ def _store(module: Any, plain: Any) -> None:
 # ---- the step --------------------------------------------------------------------------------------
 
 
-def predict(adapted: nn.Module, config: TrainConfig, shapes: Sequence[Shape], device: str) -> Prediction:
+def predict(adapted: Any, config: TrainConfig, shapes: Sequence[Shape], device: str) -> Prediction:
     """The memory of the largest training step of ``adapted`` on a ``device`` ("cuda", "cpu"); the model is used up.
 
     ``adapted`` is made of ``skeleton`` with its method attached; ``shapes`` are those of the micro-batches.
@@ -153,7 +156,7 @@ def predict(adapted: nn.Module, config: TrainConfig, shapes: Sequence[Shape], de
     _to_meta(adapted)
     if adapted.config.pad_token_id is None:
         adapted.config.pad_token_id = 0
-    train._checkpointing(adapted, config.checkpointing)
+    train.enable_checkpointing(adapted, config.checkpointing)
     adapted.train()
     longest = max(shapes, key=lambda shape: (shape.rows * shape.length, shape.answer_length))
     first = _trace(adapted, config, longest, device)
@@ -178,17 +181,19 @@ def _trace(adapted: nn.Module, config: TrainConfig, shape: Shape, device: str) -
     with _as_on(device, config.autocast), allocator:
         for _ in range(min(2, config.accumulation)):  # the second micro-batch finds the gradients of the first
             before = allocator.mark()
-            with kernels, _at_head(adapted, lambda: allocator.live) as at_head:
+            with kernels.forward(), _at_head(adapted, lambda: allocator.live) as at_head:
                 loss = answer_losses(adapted, batch).sum() / batch.answer_tokens
                 regulariser = auxiliary_loss(adapted, batch)
                 loss = loss if regulariser is None else loss + regulariser
             kept, logits = at_head[-1] - before, allocator.live - at_head[-1]
             forward = max(forward, allocator.peak)
             allocator.mark()
+            allocator.in_backward = True
             kernels.backward(loss)
+            allocator.in_backward = False
             del loss, regulariser
             backward = max(backward, allocator.peak)
-        gradients = allocator.measure(p.grad for _, p in trainable_parameters(adapted) if p.grad is not None)
+        gradients = [p.grad for _, p in trainable_parameters(adapted) if p.grad is not None]
         before = allocator.mark()
         step = _step(optimizer, allocator, device)
         states = allocator.live - before
@@ -196,7 +201,7 @@ def _trace(adapted: nn.Module, config: TrainConfig, shape: Shape, device: str) -
     return Prediction(
         weights_bytes=weights,
         adapter_bytes=adapter,
-        gradient_bytes=gradients,
+        gradient_bytes=allocator.measure(gradients),
         optimizer_bytes=states,
         activation_bytes=kept,
         logits_bytes=logits,
@@ -217,6 +222,8 @@ def _to_meta(adapted: nn.Module) -> None:
 
 
 def _shape_of(tensor: torch.Tensor) -> torch.Tensor:
+    if type(tensor) not in (torch.Tensor, nn.Parameter):  # bitsandbytes' move what belongs to them
+        return tensor.to(META)
     bare = tensor.detach().to(META)
     return nn.Parameter(bare, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else bare
 
@@ -226,8 +233,9 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers()
     for name, parameter in model.named_parameters():
         yield name, parameter
-        if getattr(parameter, "SCB", None) is not None:
-            yield name, parameter.SCB
+        scales = getattr(parameter, "SCB", None)
+        if scales is not None:
+            yield name, scales
         state = getattr(parameter, "quant_state", None)
         while state is not None:
             parts = (state.absmax, state.code, state.offset)
@@ -257,7 +265,7 @@ def _batch(adapted: nn.Module, shape: Shape) -> Batch:
 @contextmanager
 def _at_head(adapted: Any, note: Callable[[], int]) -> Iterator[list[int]]:
     """What ``note`` says each time that the head over the vocabulary (or over classes) begins."""
-    base = adapted.get_base_model() if isinstance(adapted, PeftModel) else adapted
+    base: Any = adapted.get_base_model() if isinstance(adapted, PeftModel) else adapted
     heads = [base.get_submodule(name) for name in head_names(base)] or [base.get_output_embeddings()]
     notes: list[int] = []
     hook = heads[-1].register_forward_pre_hook(lambda *_: notes.append(note()))
@@ -288,8 +296,7 @@ def _init_states(optimizer: Any, device: str) -> None:
 
     optimizer.is_paged = optimizer.is_paged and device == "cuda"
     # Paged states are in memory that the device shares with the host, outside of torch's allocator.
-    nothing = lambda *shape, **options: torch.empty(0)
-    with patch.multiple(bitsandbytes.functional, get_paged=nothing, fill=lambda *_: None):
+    with patch.multiple(bitsandbytes.functional, get_paged=lambda *_, **__: torch.empty(0), fill=lambda *_: None):
         for n, group in enumerate(optimizer.param_groups):
             for m, parameter in enumerate(group["params"]):
                 if parameter.grad is not None:
@@ -312,6 +319,7 @@ class _Allocator(TorchDispatchMode):
         self._block = block
         self._answers = answers
         self._known: dict[int, weakref.ref[Any]] = {}
+        self.in_backward = False
 
     def hold(self, tensors: Iterable[torch.Tensor]) -> int:
         """Count what there is already; returns the bytes."""
@@ -330,6 +338,8 @@ class _Allocator(TorchDispatchMode):
         return sum(self._size(tensor.untyped_storage()) for tensor in tensors)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is aten.add.Tensor and self._accumulates(*args):
+            func = aten.add_.Tensor
         result = self._without_numbers(func, args, kwargs or {})
         if result is None:
             result = func(*args, **kwargs or {})
@@ -339,14 +349,17 @@ class _Allocator(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
         return result
 
+    def _accumulates(self, gradient: torch.Tensor, more: Any) -> bool:
+        """Whether autograd sums up gradients, which it does in place where no mode watches it (input_buffer.cpp)."""
+        whole = gradient.untyped_storage().nbytes() == gradient.numel() * gradient.element_size()
+        return self.in_backward and not torch.is_grad_enabled() and whole and gradient.shape == more.shape
+
     def _without_numbers(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The result of an operation that the meta device lacks as its shape depends on numbers; else None."""
         if func is aten._local_scalar_dense.default and args[0].device == META:
             return 0
         if func is aten.index_put.default:
-            func = (
-                aten.index_put_.default
-            )  # as autograd does where no mode watches it (FunctionsManual.cpp, index_backward)
+            func = aten.index_put_.default  # as autograd does where no mode watches it (FunctionsManual.cpp)
         if func is aten.nonzero.default:
             return args[0].new_empty((self._answers, args[0].dim()), dtype=torch.int64)
         if func in (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default):
@@ -360,10 +373,12 @@ class _Allocator(TorchDispatchMode):
         return [index.new_empty(self._answers, dtype=torch.int64) for _ in index.shape]
 
     def _note(self, tensor: torch.Tensor) -> None:
+        if tensor.device != META or tensor.layout != torch.strided:
+            return
         storage = tensor.untyped_storage()
         key = id(storage)
         known = self._known.get(key)
-        if tensor.device != META or (known is not None and known() is storage):
+        if known is not None and known() is storage:
             return
         size = self._size(storage)
         self.live += size
@@ -397,7 +412,7 @@ class _Kernels(TorchFunctionMode):
         super().__init__()
         self._cuda = device == "cuda"
         self._dtype = getattr(torch, autocast.value) if autocast else None
-        self._casts: dict[torch.Tensor, torch.Tensor] = {}
+        self._casts: dict[torch.Tensor, torch.Tensor] | None = None  # of the weights that are trained
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
@@ -413,9 +428,13 @@ class _Kernels(TorchFunctionMode):
             return _dropout(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._casts.clear()  # as those of autocast end with its block
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """The block of autocast: until its end it keeps its casts of the weights that are trained."""
+        self._casts = {}
+        with self:
+            yield
+        self._casts = None
 
     def backward(self, loss: torch.Tensor) -> None:
         """The backward of ``loss`` with these kernels, where checkpointing computes layers again.
@@ -429,7 +448,7 @@ class _Kernels(TorchFunctionMode):
     def _lowered(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.dtype != torch.float32:
             return tensor
-        if not (tensor.is_leaf and tensor.requires_grad):
+        if self._casts is None or not (tensor.is_leaf and tensor.requires_grad):
             return tensor.to(self._dtype)
         if tensor not in self._casts:
             self._casts[tensor] = tensor.to(self._dtype)
@@ -446,7 +465,7 @@ class _Kernels(TorchFunctionMode):
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
-    ) -> torch.Tensor:
+    ) -> Any:
         """Fused attention, of which the backward needs a number a row in place of the matrix of weights.
 
         CUDA has the memory-efficient kernel for masks and for 32 bits, flash attention for the rest; the CPU

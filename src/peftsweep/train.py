@@ -102,7 +102,7 @@ def train(
     tokens = positions = 0
     final_loss = None
 
-    _checkpointing(model, config.checkpointing)
+    enable_checkpointing(model, config.checkpointing)
     model.train()
     allocate = getattr(getattr(model, "base_model", None), "update_and_allocate", None)
     regularised: bool | None = None  # known after the first forward
@@ -127,6 +127,7 @@ def train(
                 with span("backward"):
                     scaler.scale(part if regulariser is None else part + regulariser / len(micro_batches)).backward()
                 loss += part.detach()
+                del part, regulariser  # bitsandbytes' 8-bit layers keep activations as long as the graph is held
             with span("optimizer"):
                 if config.clip:
                     scaler.unscale_(optimizer)
@@ -320,7 +321,8 @@ def _scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int
     return get_scheduler(SCHEDULES[config.schedule], optimizer, num_warmup_steps=warmup, num_training_steps=steps)
 
 
-def _checkpointing(model: Any, wanted: bool) -> None:
+def enable_checkpointing(model: Any, wanted: bool) -> None:
+    """Switch gradient checkpointing on if it is ``wanted``: activations are calculated again in the backward."""
     if wanted:
         # Renamed in transformers 5.23; both names are in the supported range.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

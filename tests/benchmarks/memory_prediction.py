@@ -38,7 +38,7 @@ PHI = "model=phi2 model.init=random"
 BERT = "model=distilbert model.init=random dataset=sst2"
 
 # Of each architecture the sizes for a CPU; `--scale large` takes the presets as they are.
-SMALL = {
+SMALL: dict[str, dict[str, Any]] = {
     LLAMA: {"vocab_size": 8000, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 3, "head_dim": 64}
     | {"num_attention_heads": 8, "num_key_value_heads": 2},
     GPT_NEO: {"vocab_size": 8000, "hidden_size": 512, "num_layers": 2, "num_heads": 8}
