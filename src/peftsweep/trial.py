@@ -35,8 +35,7 @@ log = logging.getLogger(__name__)
 
 OF_THE_ROWS = ("majority", "random")  # facts that are the same whatever the model says
 RELOAD_TOLERANCE = 1e-4  # of any token's loss, in nats: above rounding, far below what an evaluation sees
-# Of the mean token's, on a 16-bit base: where another order of sums rounds otherwise it was seen up to 0.013, and single
-# tokens up to 0.3.
+# Of the mean token's, on a 16-bit base: sums in another order were seen to round by 0.013 (by 0.3 for one token).
 NARROW_TOLERANCE = 0.03
 OCCUPIED = 1e9  # bytes that others hold on a device, beyond what its driver takes
 
