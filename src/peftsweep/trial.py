@@ -94,7 +94,8 @@ def run(trial: Trial, observer: Observer | None = None) -> Result:
     meter = Meter(model.device(trial.config.device))
     if (held := _done(trial)) and _lacks_profile(trial, held):
         with _logged(place / "profile.log"):
-            _Session(trial, held, meter, tracker).profile_only()
+            session = _Session(trial, held, meter, tracker)
+            session.profile(session.resume)
         held.write(place)
         return held
     with meter.stage("setup"):  # and all that is between the stages
@@ -293,16 +294,19 @@ class _Session:
         with torch.no_grad():
             return probe, model.answer_losses(self.adapted, probe)
 
-    def profile(self) -> None:
-        """Look closely at some further steps, whose weights are thrown away; the trial itself is done."""
-        name = self.trial.choices["profiler"]
+    def profile(self, prepare: Callable[[], None] = lambda: None) -> None:
+        """Look closely at some further steps, whose weights are thrown away.
+
+        That this fails is a fact of the record, as the trial itself has succeeded.
+        """
         with self.stage("profile"):
             try:
+                prepare()
                 found = build.profiler(self.trial)(self._further_steps, self.place / "profile", self.meter.device)
-            except Exception as error:  # the trial has succeeded all the same
+            except Exception as error:
                 log.exception("the trial cannot be profiled")
                 found = {"error": _first_line(error)}
-        self.info.setdefault("profile", {})[name] = found
+        self.info.setdefault("profile", {})[self.trial.choices["profiler"]] = found
 
     def _further_steps(self, steps: int, after_step: Callable[[], None]) -> None:
         config = dataclasses.replace(self.config.train, steps=steps, epochs=None, keep_best=False, log_every=steps)
@@ -317,15 +321,14 @@ class _Session:
             after_step=after_step,
         )
 
-    def profile_only(self) -> None:
-        with self.meter.stage("setup"):
-            self.load()
-            self.read()
-            if any((self.place / study.ADAPTER).glob("*.safetensors")):
-                self._restore(self.place / study.ADAPTER)
-            else:
-                self._attach()
-            self.profile()
+    def resume(self) -> None:
+        """The trained model of a trial that is done; where its adapter was not kept, one as large."""
+        self.load()
+        self.read()
+        if any((self.place / study.ADAPTER).glob("*.safetensors")):
+            self._restore(self.place / study.ADAPTER)
+        else:
+            self._attach()
 
     def let_go(self) -> None:
         del self.base, self.adapted
