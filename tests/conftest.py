@@ -47,6 +47,8 @@ def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
     """Run `peftsweep` with the given words: exit code, stdout, stderr."""
 
     def run(*words: str) -> tuple[int, str, str]:
+        if not any("hydra/launcher" in word or "hydra.launcher" in word for word in words):
+            words = (*words, "hydra.launcher.workers=0")  # in this process: no imports, and mocks are seen
         monkeypatch.setattr("sys.argv", ["peftsweep", *words])
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
@@ -64,3 +66,11 @@ def questions(tmp_path: Path) -> Path:
     file = tmp_path / "questions.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
+
+
+def scores(result: Result) -> dict[str, dict[str, object]]:
+    """What the evaluations found, without what they took."""
+    return {
+        name: {key: value for key, value in found.items() if isinstance(value, dict)}
+        for name, found in result.eval_info.items()
+    }

@@ -29,6 +29,7 @@ FLOORS = (
         "tracker",
         "attach",
         "initialise",
+        "checkpoint",
         "compiled",
         "train",
         "evaluate",
@@ -37,7 +38,7 @@ FLOORS = (
         "harness",
         "plot",
     ),
-    ("config", "prepare", "build", "forecast", "guide", "trial", "sweep", "collect"),
+    ("config", "prepare", "build", "forecast", "guide", "trial", "workers", "sweep", "collect"),
     ("cli",),
 )
 ORDER = [module for floor in FLOORS for module in floor]

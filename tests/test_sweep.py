@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,7 @@ import pytest
 from peftsweep import train
 from peftsweep.record import Result
 
-from .conftest import SMALL
+from .conftest import SMALL, scores
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -142,6 +144,52 @@ def test_an_interrupted_sweep_continues_to_the_undisturbed_result(end: signal.Si
     code, out, _ = command(*words)
     assert (code, out.count("done before")) == (0, 1)
     command(*words, "study=undisturbed")
-    assert {name: result.eval_info for name, result in records().items()} == {
-        name: result.eval_info for name, result in records("undisturbed").items()
+    assert {name: scores(result) for name, result in records().items()} == {
+        name: scores(result) for name, result in records("undisturbed").items()
     }
+
+
+def contents() -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in Path("multirun/default").rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_study_that_cannot_be_written_is_one_line_and_keeps_what_it_holds(
+    number: int, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command(*SMALL, "method.r=2")
+    before = contents()
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(number, os.strerror(number), "multirun/default/x")
+
+    with monkeypatch.context() as context:
+        context.setattr(tempfile, "mkstemp", full)
+        code, _, err = command(*SMALL, "method.r=2,4")
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"multirun/default/x: {os.strerror(number)}; what is done is kept" in err
+    assert (
+        before.items()
+        <= {file: file.read_bytes() for file in Path("multirun/default").rglob("*") if file.is_file()}.items()
+    )
+    assert command(*SMALL, "method.r=2,4")[0] == 0
+    assert len(records()) == 2
+
+
+def test_a_record_of_a_later_version_is_one_line_and_not_overwritten(command: Command) -> None:
+    command(*SMALL)
+    (file,) = Path("multirun/default").glob("*/result.json")
+    file.write_text(later := file.read_text().replace('"schema_version": 1', '"schema_version": 99'))
+    code, out, err = command(*SMALL)
+    assert (code, out) == (2, "")
+    assert "written by a later version of peftsweep; take another study=" in err
+    assert file.read_text() == later
+
+
+def test_a_record_that_was_cut_off_is_run_again(command: Command) -> None:
+    command(*SMALL)
+    (file,) = Path("multirun/default").glob("*/result.json")
+    whole = Result.read(file.parent)
+    file.write_text(file.read_text()[:200])
+    assert command(*SMALL)[0] == 0
+    assert scores(Result.read(file.parent)) == scores(whole)

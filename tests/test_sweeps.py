@@ -30,7 +30,7 @@ COMPARISON = {  # what PEFT's comparison trains with unless an experiment says o
     "clip": 1.0,
 }
 SWEEPS = (
-    *("distilbert_sst2", "experiments", "hira_baselines", "methods", "module_ablation"),
+    *("compile_study", "distilbert_sst2", "experiments", "hira_baselines", "methods", "module_ablation"),
     *("peft_comparison", "quant_study", "rank_ablation"),
 )
 POINTS = sorted(f"{file.parent.name}/{file.stem}" for file in (CONF / "point").glob("*/*.yaml"))
@@ -152,7 +152,7 @@ def test_every_sweep_composes_validates_and_names_its_points(name: str, compose:
     params = cli.compose([f"sweep={name}", *SMALL]).hydra.sweeper.params
     assert all(isinstance(values, str) for values in params.values())
     (key, values), *others = params.items()
-    assert {key for key, _ in others} <= {"seed"}
+    assert {key for key, _ in others} <= {"seed", "train.compile"}
     group = CONF / key.removeprefix("+")
     options = [file.stem for file in group.glob("*.yaml")] if values == "glob(*)" else values.split(",")
     assert len(options) >= 3

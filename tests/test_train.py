@@ -136,14 +136,15 @@ def test_epochs_count_instead_of_steps() -> None:
 @pytest.mark.parametrize(
     ("said", "steps"), [("100", 100), ("1epoch", 12), ("0.5epochs", 6), ("0.001epochs", 1), (None, None)]
 )
-def test_the_validation_interval_is_steps_or_epochs(said: str | None, steps: int | None) -> None:
-    assert train.validation_interval(TrainConfig(eval_every=said, batch_size=4), rows=48) == steps
+def test_an_interval_is_steps_or_epochs(said: str | None, steps: int | None) -> None:
+    assert train.interval(TrainConfig(eval_every=said, batch_size=4), "eval_every", rows=48) == steps
 
 
 @pytest.mark.parametrize("said", ["1.5", "0", "-1epochs", "epoch", "3 epochsies", "nan", "infepochs"])
 def test_other_intervals_are_refused(said: str) -> None:
-    with pytest.raises(InputError, match=r"train.eval_every="):
-        train.validation_interval(TrainConfig(eval_every=said), rows=48)
+    for key in ("eval_every", "checkpoint_every"):
+        with pytest.raises(InputError, match=rf"train.{key}="):
+            train.interval(TrainConfig(**{key: said}), key, rows=48)
 
 
 def test_keep_best_ends_with_the_weights_of_the_best_validation(rows: list[data.Tokens]) -> None:
@@ -257,7 +258,7 @@ def test_a_compiled_step_gives_the_same_losses_and_says_what_was_compiled(rows: 
     _, lines, _ = run(rows)
     done, others, _ = run(rows, compile="eager")
     assert losses(others) == pytest.approx(losses(lines), rel=1e-5)
-    assert done.compilation["compile_seconds"] > 0
+    assert done.compilation["recompile_seconds"] >= 0
     assert done.compilation["compile_graphs"] >= 1
     assert done.compilation["compile_graph_breaks"] == 0
     assert min(done.step_seconds) > 0

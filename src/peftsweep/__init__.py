@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 # It is read when torch is imported, so it stands here.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+# torch's profiler prints "USDT:" lines to stderr at every start and stop (level 5); read at its first use.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
 # bitsandbytes warns on import that an optional CPU kernel is missing; the kernel is never used here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.tracking import GeneralTracker
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftsweep import config as configuration
 from peftsweep import data, model, study
 from peftsweep.attach import attach
-from peftsweep.config import ROWS_KEYS, Trial
+from peftsweep.config import ROWS_KEYS, Trial, content_hash, model_identity
 from peftsweep.data import Example, Rows, Tokens
 from peftsweep.errors import InputError
 from peftsweep.evaluate import Evaluation
-from peftsweep.inference import Benchmark
+from peftsweep.inference import Benchmark, bare
 from peftsweep.initialise import Setting
 from peftsweep.schema import Task
 
@@ -74,12 +76,51 @@ def _instantiate(node: dict[str, Any], key: str) -> Any:
 
 
 def load_base(trial: Trial, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> PreTrainedModel:
-    """The frozen base on ``device``, quantised as the trial says."""
+    """The frozen base on ``device``, quantised as the trial says; where bases are kept, that of the last trial.
+
+    Of a kept base a trial gets the modules anew, over the same weights, so that nothing is left of what
+    the trial before attached; if that changed a weight, all is loaded again.
+    """
     config = trial.config
+    seed = config.seed if config.model.task is Task.seq_cls else 0  # of which a new head is drawn
+    key = content_hash([model_identity(config.model), config.quant, str(device), config.dataset.classes, seed])
+    if _KEPT and (_KEPT[0].key != key or _KEPT[0].weights != _fingerprint(_KEPT[0].base)):
+        _KEPT.clear()
+    if _KEPT:
+        return cast(PreTrainedModel, bare(_KEPT[0].base))
     base = model.load(config.model, quantization(trial), device, len(config.dataset.classes), config.seed)
     if model.classifies(base):
         base.config.pad_token_id = tokenizer.pad_token_id  # a decoder's head looks at the last token before it
-    return base
+    if not _KEEPING:
+        return base
+    _KEPT.append(_Base(key, base, _fingerprint(base)))
+    return cast(PreTrainedModel, bare(base))
+
+
+@dataclass(frozen=True)
+class _Base:
+    key: str
+    base: PreTrainedModel
+    weights: int
+
+
+_KEEPING: list[bool] = []
+_KEPT: list[_Base] = []  # at most one
+
+
+def keep_bases() -> None:
+    """From here on keep the last base between trials: for a process that runs nothing else."""
+    _KEEPING.append(True)
+
+
+def _fingerprint(base: PreTrainedModel) -> int:
+    """A sum over all bits of the weights and buffers, and where they lie; another one after any change that is seen."""
+    total = 0
+    for number, tensor in enumerate([*base.parameters(), *base.buffers()], start=1):
+        raw = tensor.detach().contiguous().flatten().view(torch.uint8)
+        words = nn.functional.pad(raw, (0, -len(raw) % 8)).view(torch.int64)
+        total += number * int(words.sum())
+    return total
 
 
 def attach_method(

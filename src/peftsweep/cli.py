@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from peftsweep.record import Result
 
 OTHER_COMMANDS = {"--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--hydra-help"}
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # to write a study
 HELP = """\
 peftsweep: sweep parameter-efficient fine-tuning configurations and learn which one to use.
 
@@ -82,6 +84,10 @@ def _guarded(door: object) -> int:
         problem = str(error)
     except (HydraException, OmegaConfBaseException) as error:
         problem = configuration.one_line(error)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        problem = f"{error.filename or 'multirun'}: {error.strerror}; what is done is kept, the same command continues"
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         return 130

@@ -110,7 +110,7 @@ def steps(results: Iterable[Result]) -> pd.DataFrame:
         file = (result.folder or Path()) / STEPS
         info = result.run_info
         name = {"trial": result.trial, "label": info["labels"][0], "study": info["study"]}
-        rows += [name | record.flat(json.loads(line)) for line in _whole_lines(file)]
+        rows += [name | record.flat(row) for row in record.read_lines(file)]
     return _typed(pd.DataFrame(rows, columns=None if rows else ["trial", "label", "study", "step"]))
 
 
@@ -120,13 +120,6 @@ def write_parquet(table: pd.DataFrame, file: Path) -> None:
     temporary = file.with_name(f".{file.name}")
     table.to_parquet(temporary, index=False)
     temporary.replace(file)
-
-
-def _whole_lines(file: Path) -> list[str]:
-    """The lines of ``file``; what a killed trial left half written is passed over."""
-    if not file.exists():
-        return []
-    return [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _typed(table: pd.DataFrame) -> pd.DataFrame:

@@ -49,6 +49,14 @@ LEAST = {
     "method.r": 1,
     "method.lora_alpha": 1,
 }
+LAUNCHER = {
+    "workers": 0,
+    "devices": None,
+    "retries": 0,
+    "timeout": None,
+    "limit": 1,
+    "deadline": None,
+}  # with the least
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 FROM_FILE = "from/adapter_config"  # the option of method that reads one
 LANGUAGE_MODEL_ONLY = ("peftsweep.evaluate.perplexity", "peftsweep.evaluate.generation")
@@ -132,6 +140,24 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
     )
 
 
+def without_rows(trial: Trial) -> Trial:
+    """The trial without its rows, to be sent to another process, which reads them itself."""
+    return dataclasses.replace(trial, rows=None)
+
+
+def with_rows(trial: Trial) -> Trial:
+    """The trial of ``without_rows`` with its rows, read again.
+
+    Raises:
+        InputError: they are not those any more that it was checked with.
+    """
+    config = trial.config
+    rows = None if config.dataset.hub and not config.dataset.path else _rows(config)
+    if content_hash(_training(config, rows)) != trial.training:
+        raise InputError("dataset: the files have changed since the sweep began")
+    return dataclasses.replace(trial, rows=rows)
+
+
 def _fill_from_files(cfg: DictConfig, overrides: Iterable[str]) -> dict[str, str]:
     """Put what an experiment's or an adapter's files say in its place, below what the command line says.
 
@@ -202,6 +228,36 @@ def _check_values(tree: dict[str, Any]) -> None:
         raise InputError(f"study={tree['study']}: must be a plain name, without '/' and not beginning with '.'")
 
 
+def placement(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of ``hydra.launcher`` as ``workers.Options`` takes them.
+
+    Raises:
+        InputError: one is unknown, or out of range.
+    """
+    for key, value in options.items():
+        if key not in LAUNCHER:
+            raise InputError(f"hydra.launcher.{key}: no such key; {suggest(key, list(LAUNCHER))}")
+        least = LAUNCHER[key]
+        if least is not None and value is not None and not (isinstance(value, int) and value >= least):
+            raise InputError(f"hydra.launcher.{key}={value}: must be a whole number, at least {least}")
+    times = {key: seconds(options.get(key), f"hydra.launcher.{key}") for key in ("timeout", "deadline")}
+    return dict(options) | times
+
+
+def seconds(text: str | float | None, key: str) -> float | None:
+    """``2h``, ``30m``, ``90s`` or a number of seconds; None stays None.
+
+    Raises:
+        InputError: it is no such time.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", str(text).strip())
+    if found is None:
+        raise InputError(f"{key}={text}: must be a time such as 90s, 30m, 2h or 1d")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+
+
 def size_in_bytes(text: str, key: str) -> float:
     """``24GB`` or ``512 MiB`` as a number.
 
@@ -247,7 +303,8 @@ def _check_calls(config: Config) -> None:
         tracker.check(config.tracker["_target_"])
     compiled.check(config.train)
     train.find_optimizer(config.train.optimizer)
-    train.validation_interval(config.train, rows=1)
+    for key in ("eval_every", "checkpoint_every"):
+        train.interval(config.train, key, rows=1)
 
 
 def _check_task(config: Config) -> None:
@@ -400,6 +457,7 @@ def _cached_rows(dataset: str, validation: bool, _stamps: tuple[tuple[int, int],
 def _training(config: Config, rows: data.Rows | None) -> dict[str, Any]:
     """Everything that changes the trained weights."""
     train = dataclasses.asdict(config.train)
+    train.pop("checkpoint_every")  # which changes no weight
     train["learning_rate"] *= train.pop("learning_rate_scale")  # only their product matters
     if config.train.epochs is not None:
         train.pop("steps")

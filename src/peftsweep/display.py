@@ -31,16 +31,16 @@ class Observer:
         """A line was added to steps.jsonl."""
 
 
-class Display(Observer):
-    """Tells how a sweep of ``total`` trials comes along; the observer of each of its trials."""
+class Display:
+    """Tells how a sweep of ``total`` trials comes along: a live line a running trial, or plain lines in a pipe."""
 
     def __init__(self, total: int, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
         self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
-        self._total, self._quiet, self._clock = total, quiet, clock
-        self._live = self.console.is_terminal and not quiet
-        self._number = 0
-        self._last_line = clock()
-        self._progress = Progress(
+        self.clock = clock
+        self._total, self._quiet = total, quiet
+        self.live = self.console.is_terminal and not quiet
+        self._number = self._done = self._bad = 0
+        self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
@@ -50,58 +50,84 @@ class Display(Observer):
             TimeRemainingColumn(),
             console=self.console,
             transient=True,
-            disable=not self._live,
+            disable=not self.live,
         )
-        self._bar = self._progress.add_task("", total=None, figures="", visible=False)
+        self._all = self.progress.add_task("all trials", total=total, figures="", visible=total > 1)
 
     def __enter__(self) -> Self:
-        self._progress.start()
+        self.progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        self.progress.stop()
 
     def say(self, text: str) -> None:
         """A line of its own."""
         if not self._quiet:
             self.console.print(text, markup=False)
 
-    def trial(self, name: str) -> None:
-        """The next trial begins."""
+    def trial(self, name: str) -> TrialView:
+        """The next trial begins; what is given is its observer."""
         self._number += 1
-        self._name = name
-        place = escape(f"[{self._number}/{self._total}] {name}")
-        self._progress.reset(self._bar, total=None, visible=True, description=place, figures="")
-        if not self._live:
-            self.say(f"[{self._number}/{self._total}] {name}")
+        return TrialView(self, f"[{self._number}/{self._total}] {name}")
+
+    def uncount(self) -> None:
+        """The trial that began last, or another one, begins again later."""
+        self._number -= 1
+
+    def count(self, result: Result) -> None:
+        """A trial has ended."""
+        self._done, self._bad = self._done + 1, self._bad + (not result.status.good)
+        figures = f"{self._bad} failed" if self._bad else ""
+        self.progress.update(self._all, completed=self._done, figures=figures)
+
+
+class TrialView(Observer):
+    """The line of one running trial."""
+
+    def __init__(self, display: Display, name: str) -> None:
+        self._display, self._name = display, name
+        self._task = display.progress.add_task(escape(name), total=None, figures="")
+        self._last_line = display.clock()
+        if not display.live:
+            display.say(name)
 
     def stage(self, name: str) -> None:
-        """The running trial enters a stage."""
-        self._progress.update(self._bar, figures=name)
+        """The trial enters a stage."""
+        self._display.progress.update(self._task, figures=name)
 
     def step(self, row: dict[str, Any]) -> None:
-        """The running trial logged a step."""
+        """The trial logged a step."""
         figures = "  ".join(
             [
                 *([f"loss {row['loss']:.3f}"] if "loss" in row else []),
                 *([f"{row['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in row else []),
+                *([size(row["memory_allocated"])] if row.get("memory_allocated") else []),
                 *(f"{key} {row[key]:.3f}" for key in row if key.startswith("validation_")),
             ]
         )
-        self._progress.update(self._bar, completed=row["step"], total=row["steps"], figures=figures)
-        now = self._clock()
-        if not self._live and now - self._last_line >= QUIET_SECONDS:
+        self._display.progress.update(self._task, completed=row["step"], total=row["steps"], figures=figures)
+        now = self._display.clock()
+        if not self._display.live and now - self._last_line >= QUIET_SECONDS:
             self._last_line = now
             left = (row["steps"] - row["step"]) * row["seconds"] / row["step"] if "seconds" in row else None
             until = "" if left is None else f"  {left:.0f} s left"
-            self.say(f"    step {row['step']}/{row['steps']}  {figures}{until}")
+            self._display.say(f"    step {row['step']}/{row['steps']}  {figures}{until}")
 
-    def end(self, result: Result) -> None:
-        """The running trial has ended."""
+    def drop(self) -> None:
+        """The trial is not run after all, or not here."""
+        self._display.progress.remove_task(self._task)
+
+    def end(self, result: Result, *, named: bool = False) -> None:
+        """The trial has ended; ``named`` where others run beside it, so that its lines may be far from its first."""
+        self.drop()
+        self._display.count(result)
+        if self._display.live or named:
+            self._display.say(self._name)
         for line in summary(result):
-            self.say(f"    {line}")
+            self._display.say(f"    {line}")
 
 
 def summary(result: Result) -> list[str]:

@@ -12,7 +12,6 @@ import bisect
 import gzip
 import json
 import logging
-import os
 import re
 import time
 from collections import Counter
@@ -40,7 +39,6 @@ DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 WAITS = re.compile(r"(cuda|hip)(Stream|Device|Event)Synchronize|(cuda|hip)Memcpy(_v\d+)?")  # calls that stop the host
 PRODUCT = re.compile(r"(?!aten::|autograd::)\w+::\w*(mm|gemv|matmul|attn|attention)(?!_dequant)\w*")
 SIZES = {"cuda": (2048, 4096, 8192), "cpu": (512, 1024, 2048)}
-KINETO_QUIET = "6"  # above its USDT lines (5), which torch 2.13 prints to stderr at every start and stop
 
 Run = Callable[[int, Callable[[], None]], None]
 Facts = dict[str, Any]
@@ -169,7 +167,6 @@ def _profile(
     run: Run, folder: Path, device: torch.device, name: str, plan: Any, steps: int, compressed: bool, **options: Any
 ) -> tuple[Any, Path]:
     """Run ``steps`` steps under the profiler: the profiler and the trace that it wrote, in place of an earlier one."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", KINETO_QUIET)
     for earlier in folder.glob(f"{name}.*{TRACE}*"):
         earlier.unlink()
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])

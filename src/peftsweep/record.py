@@ -53,6 +53,10 @@ class RecordError(ValueError):
     """A result.json that cannot be read."""
 
 
+class LaterVersion(RecordError):
+    """A result.json of a later schema, which must not be overwritten."""
+
+
 @dataclass
 class Result:
     """The truth about one trial, as result.json holds it."""
@@ -99,7 +103,7 @@ class Result:
         try:
             content = json.loads((folder / RESULT).read_text(encoding="utf-8"))
             if content["schema_version"] > SCHEMA_VERSION:
-                raise RecordError(f"{folder / RESULT}: written by a later version of peftsweep")
+                raise LaterVersion(f"{folder / RESULT}: written by a later version of peftsweep")
             known = {f.name for f in dataclasses.fields(cls)} - {"folder"}
             result = cls(**{k: v for k, v in content.items() if k in known}, folder=folder)
             Status(result.run_info["status"])
@@ -128,6 +132,14 @@ def line(row: dict[str, Any]) -> str:
 def write_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write a .jsonl file atomically."""
     write_text(file, "".join(map(line, rows)))
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file, none if there is none; what a killed trial left half written is passed over."""
+    if not file.exists():
+        return []
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def write_text(file: Path, text: str) -> None:

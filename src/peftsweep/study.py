@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+from filelock import FileLock
+
 from peftsweep.errors import InputError, suggest
-from peftsweep.record import RESULT, RecordError, Result, Status, write_text
+from peftsweep.record import RESULT, LaterVersion, RecordError, Result, Status, host, read_json, write_json, write_text
 
 ROOT = Path("multirun")
 PLAN = "plan.json"
 ADAPTER = "adapter"
 MERGED = "merged"
+HEARTBEAT = 15.0  # seconds between two signs of life of a running trial
+LEASE = 120.0  # seconds of silence after which a trial of another machine is taken for dead
 
 
 def folder(study: str) -> Path:
@@ -57,9 +66,15 @@ def trial_folder(study: Path, slug: str, identity: str) -> Path:
 
 
 def result(trial: Path) -> Result | None:
-    """The trial's record; None where it has none or a broken one, so that it is run again."""
+    """The trial's record; None where it has none or a broken one, so that it is run again.
+
+    Raises:
+        InputError: it was written by a later version, and must not be overwritten.
+    """
     try:
         return Result.read(trial)
+    except LaterVersion as error:
+        raise InputError(f"{error}; take another study=") from None
     except RecordError:
         return None
 
@@ -84,3 +99,68 @@ def trained(study: Path, training: str) -> Result | None:
 def _mark(study: Path, training: str) -> Path:
     """Looked up by name, as reading every record of a large study before each trial would take minutes."""
     return study / ".trained" / training
+
+
+# ---- who runs what ---------------------------------------------------------------------------------
+
+
+class Claimed(Exception):
+    """Another process runs the trial."""
+
+
+@contextmanager
+def claim(study: Path, identity: str) -> Iterator[None]:
+    """Hold the trial for this process during the block, so that no other one of any sweep runs it too.
+
+    A claim ends with its process: that of a dead one of this machine is taken at once, that of a silent
+    one of another machine after ``LEASE`` seconds.
+
+    Raises:
+        Claimed: another process that is alive holds it.
+    """
+    file = study / ".claims" / f"{identity}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_name(".lock")):  # of the few milliseconds in which it is decided whose it is
+        if _held(file):
+            raise Claimed(f"{identity} is run by another process")
+        write_json(file, _me())
+    over = threading.Event()
+    pulse = threading.Thread(target=_beat, args=(file, over), daemon=True)
+    pulse.start()
+    try:
+        yield
+    finally:
+        over.set()
+        pulse.join()
+        file.unlink(missing_ok=True)
+
+
+def _me() -> dict[str, str | int | float]:
+    return {"host": host(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+
+
+def _held(file: Path) -> bool:
+    try:
+        holder = read_json(file)
+        if holder["host"] != host():
+            return _now(file) - file.stat().st_mtime < LEASE
+        process = psutil.Process(holder["pid"])
+        # A number may have gone to another process since; a zombie runs nothing any more.
+        return bool(process.create_time() == holder["started"] and process.status() != psutil.STATUS_ZOMBIE)
+    except (OSError, ValueError, KeyError, TypeError, psutil.NoSuchProcess):
+        return False
+
+
+def _now(file: Path) -> float:
+    """The time by the clock of the file system, which several machines share."""
+    mark = file.with_name(".now")
+    mark.touch()
+    return mark.stat().st_mtime
+
+
+def _beat(file: Path, over: threading.Event) -> None:
+    while not over.wait(HEARTBEAT):
+        try:
+            os.utime(file)
+        except OSError:
+            return

@@ -1,49 +1,73 @@
-"""Many trials: check all of them first, then run what is missing, one after the other."""
+"""Many trials: check all of them first, then run what is missing."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from peftsweep import forecast, record, study, trial
+from peftsweep import forecast, record, study, trial, workers
 from peftsweep.config import Trial
 from peftsweep.display import Display, size
 from peftsweep.errors import InputError
 from peftsweep.forecast import Forecast
 from peftsweep.record import Result, Status
+from peftsweep.workers import Options
 
 
-def run(trials: Sequence[Trial]) -> list[Result | None]:
+def run(trials: Sequence[Trial], options: Options | None = None) -> list[Result | None]:
     """Run what is missing of ``trials`` and give the record of each; None for one that was not reached.
 
     Every trial is checked before the first one starts. Points with the same identity are trained once.
 
     Raises:
         InputError: a trial is wrong; nothing was trained.
+        KeyboardInterrupt: the user interrupted it.
     """
     if not trials:
         raise InputError("the sweep is empty: a glob in it matches no option")
-    forecasts = [forecast.check(one) for one in trials]  # raises before anything is written
+    options = options or Options(workers=0)
     config = trials[0].config
+    if not config.dry_run and options.workers != 0:
+        workers.prepare()
+    forecasts = [forecast.check(one) for one in trials]  # raises before anything is written
     if config.dry_run:
         _dry_run(trials, forecasts)
         return [None] * len(trials)
     results: list[Result | None] = [trial.finished(one) for one in trials]
-    missing = list(dict.fromkeys(one.identity for one, done in zip(trials, results, strict=True) if done is None))
-    with Display(len(missing), quiet=config.quiet) as display:
-        for done in _once(results):
-            display.say(f"done before: {done.trial} ({done.status.name})")
-        for number, one in enumerate(trials):
-            if results[number] is None:
-                display.trial(one.label)
-                results[number] = result = trial.run(one, display)
-                display.end(result)
-                _share(result, trials, results)
-                if config.stop_on_failure and not result.status.good:
-                    display.say("stopped at the first failure, as stop_on_failure=true says")
-                    break
+    missing: dict[str, Trial] = {}
+    for one, done in zip(trials, results, strict=True):
+        if done is None:
+            missing.setdefault(one.identity, one)
+    with Display(len(missing), quiet=config.quiet) as display, _terminable():
+        for held in _once(results):
+            display.say(f"done before: {held.trial} ({held.status.name})")
+        for _, result in workers.run(list(missing.values()), options, display):
+            _share(result, trials, results)
+            if config.stop_on_failure and not result.status.good:
+                display.say("stopped at the first failure, as stop_on_failure=true says")
+                break
         _summarise(display, results, config.study)
     return results
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM, by which schedulers end a job, interrupts like Ctrl-C, so that running trials are recorded."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _share(result: Result, trials: Sequence[Trial], results: list[Result | None]) -> None:

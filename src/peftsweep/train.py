@@ -16,6 +16,7 @@ from torch import nn
 from torch.profiler import record_function
 from transformers import get_scheduler
 
+from peftsweep.checkpoint import Checkpoints, OptimizerState, Part, Randomness, Weights
 from peftsweep.compiled import compiled
 from peftsweep.data import Batch, Tokens, batch_order, collate
 from peftsweep.errors import InputError
@@ -63,30 +64,35 @@ def train(
     log: Callable[[Row], None],
     validate: Callable[[], dict[str, float]] | None = None,
     after_step: Callable[[], None] | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> Trained:
     """Train the parameters of ``model`` that require gradients; ``log`` gets a row a logged step and a row an epoch.
 
     The loss of a step is the mean over all answer tokens of its ``accumulation`` micro-batches, so
     that accumulation changes memory and not results. ``validate`` is called every
     ``config.eval_every``, must return at least ``loss`` and ``config.best_metric``, and is a stage of its
-    own. With ``after_step``, a profiler's, the parts of a step carry names in its trace.
+    own. With ``after_step``, a profiler's, the parts of a step carry names in its trace. ``checkpoints`` gets one
+    every ``config.checkpoint_every``, and training goes on from that which it has found.
 
     Raises:
         FloatingPointError: the loss is no longer finite.
     """
     device = meter.device
     steps = total_steps(config, len(rows))
-    every = validation_interval(config, len(rows)) if validate else None
+    every = interval(config, "eval_every", len(rows)) if validate else None
+    kept_every = interval(config, "checkpoint_every", len(rows)) if checkpoints else None
     optimizer = make_optimizer(model, config)
-    parameters = [p for _, p in trainable_parameters(model)]
+    trained = dict(trainable_parameters(model))
+    parameters = list(trained.values())
     scheduler = _scheduler(optimizer, config, steps)
     autocast = torch.autocast(
         device.type, dtype=getattr(torch, (config.autocast or Dtype.bfloat16).value), enabled=bool(config.autocast)
     )
     scaler = torch.amp.GradScaler(device.type, enabled=config.autocast is Dtype.float16)
 
-    def batches() -> Iterator[Batch]:
-        for numbers in batch_order([len(row.ids) for row in rows], config.batch_size, seed):
+    def batches(first: int = 0) -> Iterator[Batch]:
+        order = batch_order([len(row.ids) for row in rows], config.batch_size, seed)
+        for numbers in itertools.islice(order, first, None):
             yield collate([rows[n] for n in numbers], pad_id, config.pad_to_multiple_of).to(device)
 
     def losses_of(called: nn.Module, batch: Batch) -> torch.Tensor:
@@ -96,11 +102,14 @@ def train(
     laps = Laps(device)
     epoch = _Epoch(_steps_per_epoch(config, len(rows)), laps, meter)
     span = record_function if after_step else nullcontext
-    best = _Best(model) if config.keep_best else None
-    losses: list[torch.Tensor] = []
-    validations: list[tuple[float, float, int]] = []  # how bad, its loss, its step
-    tokens = positions = 0
+    best = _Best(trained) if config.keep_best else None
+    progress = _Progress(laps)
     final_loss = None
+    parts: dict[str, Part] = {}
+    if checkpoints:
+        parts = {"weights": Weights(model), "optimizer": OptimizerState(optimizer), "scheduler": scheduler}
+        parts |= {"scaler": scaler, "random": Randomness(device), "progress": progress, "epoch": epoch}
+        parts |= {"best": best} if best else {}
 
     enable_checkpointing(model, config.checkpointing)
     model.train()
@@ -108,8 +117,10 @@ def train(
     regularised: bool | None = None  # known after the first forward
     with compiled(model, config, batches, losses_of, meter) as compilation:
         torch.manual_seed(seed)  # dropout does not depend on how many numbers the adapter's creation drew
-        stream = batches()
-        for step in range(1, steps + 1):
+        if checkpoints:
+            checkpoints.restore(parts)
+        stream = batches(progress.step * config.accumulation)
+        for step in range(progress.step + 1, steps + 1):
             laps.start()
             # ---- the step ----------------------------------------------------------------------
             micro_batches = list(itertools.islice(stream, config.accumulation))
@@ -143,13 +154,10 @@ def train(
             if after_step:
                 after_step()
             meter.sample()
-            losses.append(loss)
-            tokens += sum(batch.tokens for batch in micro_batches)
-            positions += sum(batch.input_ids.numel() for batch in micro_batches)
+            progress.add(loss, micro_batches)
             epoch.add(loss, micro_batches)
             if step % config.log_every == 0 or step == steps:
-                final_loss = torch.stack(losses).mean().item()  # the only place where the host waits for the device
-                losses.clear()
+                final_loss = progress.mean_loss()  # the only place where the host waits for the device
                 if not math.isfinite(final_loss):
                     raise FloatingPointError(
                         f"the training loss is {final_loss} at step {step}; lower train.learning_rate"
@@ -162,9 +170,9 @@ def train(
                         "epoch": in_epochs(step, config, len(rows)),
                         "loss": final_loss,
                         "learning_rate": scheduler.get_last_lr()[0],
-                        "tokens": tokens,
+                        "tokens": progress.tokens,
                         "seconds": seconds,
-                        "tokens_per_second": tokens / seconds,
+                        "tokens_per_second": progress.tokens / seconds,
                         "memory_allocated": torch.cuda.memory_allocated(device) if device.type == "cuda" else None,
                     }
                 )
@@ -174,25 +182,59 @@ def train(
                 with meter.stage("validate"), torch.compiler.set_stance("force_eager"):
                     scores = validate()
                 model.train()
-                validations.append((_badness(scores, config.best_metric), scores["loss"], step))
+                progress.validations.append((_badness(scores, config.best_metric), scores["loss"], step))
                 log({"step": step, "steps": steps} | {f"validation_{name}": value for name, value in scores.items()})
-                if best and min(validations)[-1] == step:
+                if best and min(progress.validations)[-1] == step:
                     best.keep()
+            if checkpoints and kept_every and step % kept_every == 0 and step < steps:
+                with meter.stage("checkpoint"):
+                    checkpoints.save(step, parts)
         facts = compilation.facts()
-    if best and validations:
+    if best and progress.validations:
         best.restore()
     model.eval()
     return Trained(
         steps=steps,
         epochs=in_epochs(steps, config, len(rows)),
-        tokens=tokens,
-        padding_fraction=1 - tokens / positions if positions else 0.0,
+        tokens=progress.tokens,
+        padding_fraction=1 - progress.tokens / progress.positions if progress.positions else 0.0,
         final_loss=final_loss,
-        best_loss=min((loss for _, loss, _ in validations), default=None),
-        best_step=min(validations, default=[None])[-1],
+        best_loss=min((loss for _, loss, _ in progress.validations), default=None),
+        best_step=min(progress.validations, default=[None])[-1],
         step_seconds=laps.seconds(),
         compilation=facts,
     )
+
+
+@dataclass
+class _Progress:
+    """How far the loop has come."""
+
+    laps: Laps
+    step: int = 0
+    tokens: int = 0  # without padding
+    positions: int = 0  # with it
+    losses: list[torch.Tensor] = field(default_factory=list)  # since the last logged step
+    validations: list[tuple[float, float, int]] = field(default_factory=list)  # how bad, its loss, its step
+
+    def add(self, loss: torch.Tensor, batches: Sequence[Batch]) -> None:
+        self.step += 1
+        self.losses.append(loss)
+        self.tokens += sum(batch.tokens for batch in batches)
+        self.positions += sum(batch.input_ids.numel() for batch in batches)
+
+    def mean_loss(self) -> float:
+        """Of the steps since it was last asked for."""
+        mean = torch.stack(self.losses).mean().item()
+        self.losses.clear()
+        return mean
+
+    def state_dict(self) -> dict[str, Any]:
+        return vars(self) | {"laps": self.laps.seconds()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.laps.seconds().extend(state["laps"])  # into the laps' own list
+        vars(self).update(state | {"laps": self.laps})
 
 
 class _Epoch:
@@ -234,6 +276,12 @@ class _Epoch:
         self._reset()
         return row
 
+    def state_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_steps", "_laps", "_meter")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
 
 def total_steps(config: TrainConfig, rows: int) -> int:
     """Optimizer steps of the run: ``epochs`` over ``rows`` rows where given, else ``steps``."""
@@ -251,23 +299,24 @@ def _steps_per_epoch(config: TrainConfig, rows: int) -> float:
     return math.ceil(rows / config.batch_size) / config.accumulation
 
 
-def validation_interval(config: TrainConfig, rows: int) -> int | None:
-    """``eval_every`` in steps: ``"100"`` is steps, ``"0.5epochs"`` or ``"1epoch"`` is epochs.
+def interval(config: TrainConfig, key: str, rows: int) -> int | None:
+    """``eval_every`` or ``checkpoint_every`` in steps: ``"100"`` is steps, ``"0.5epochs"`` or ``"1epoch"`` is epochs.
 
     Raises:
         InputError: it is neither.
     """
-    if config.eval_every is None:
+    said: str | None = getattr(config, key)
+    if said is None:
         return None
-    number, epochs, rest = config.eval_every.strip().partition("epoch")
+    number, epochs, rest = said.strip().partition("epoch")
     try:
-        interval = float(number) * (_steps_per_epoch(config, rows) if epochs else 1)
-        valid = interval > 0 and math.isfinite(interval) and rest in ("", "s")
+        every = float(number) * (_steps_per_epoch(config, rows) if epochs else 1)
+        valid = every > 0 and math.isfinite(every) and rest in ("", "s")
     except ValueError:
         valid = False
-    if not valid or not (epochs or interval.is_integer()):
-        raise InputError(f"train.eval_every={config.eval_every}: a number of steps (100) or epochs (0.5epochs)")
-    return max(1, round(interval))
+    if not valid or not (epochs or every.is_integer()):
+        raise InputError(f"train.{key}={said}: a number of steps (100) or epochs (0.5epochs)")
+    return max(1, round(every))
 
 
 def find_optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:
@@ -339,14 +388,20 @@ def _badness(scores: dict[str, float], metric: str) -> float:
 class _Best:
     """The trainable weights of the best validation so far, kept on the host."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        self._parameters = parameters
         self._weights: dict[str, torch.Tensor] = {}
 
     def keep(self) -> None:
-        self._weights = {name: p.detach().to("cpu", copy=True) for name, p in trainable_parameters(self._model)}
+        self._weights = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
 
     @torch.no_grad()
     def restore(self) -> None:
-        for name, parameter in trainable_parameters(self._model):
+        for name, parameter in self._parameters.items():
             parameter.copy_(self._weights[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._weights
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._weights = state

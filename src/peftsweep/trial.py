@@ -20,7 +20,7 @@ import transformers
 from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peftsweep import build, data, evaluate, forecast, inference, model, record, study, train
+from peftsweep import build, checkpoint, data, evaluate, forecast, inference, model, record, study, train
 from peftsweep import config as configuration
 from peftsweep.build import Model
 from peftsweep.config import Trial, evaluation_identity, model_identity
@@ -85,12 +85,31 @@ def run(trial: Trial, observer: Observer | None = None) -> Result:
 
     Raises:
         KeyboardInterrupt: the user interrupted it; it is recorded as cancelled.
+        study.Claimed: another process runs it.
     """
     if done := finished(trial):
         return done
-    start = time.perf_counter()
     place = folder(trial)
-    tracker = Tracker(observer or Observer())
+    with study.claim(place.parent, trial.identity):
+        return finished(trial) or _run_claimed(trial, place, observer or Observer())
+
+
+def died(trial: Trial, status: Status, failure: dict[str, str], seconds: float) -> Result:
+    """Record a trial whose process could not: how it ended, and what it had logged until then."""
+    place = folder(trial)
+    with study.claim(place.parent, trial.identity):
+        result = _begin(trial, place)
+        logged = record.read_lines(place / record.STEPS)
+        if steps := [row for row in logged if "loss" in row]:
+            result.train_info |= {"steps": steps[-1]["step"], "final_loss": steps[-1]["loss"]}
+        result.run_info |= {"status": status.value, "error": failure, "total_seconds": seconds}
+        result.write(place)
+    return result
+
+
+def _run_claimed(trial: Trial, place: Path, observer: Observer) -> Result:
+    start = time.perf_counter()
+    tracker = Tracker(observer)
     meter = Meter(model.device(trial.config.device))
     if (held := _done(trial)) and _lacks_profile(trial, held):
         with _logged(place / "profile.log"):
@@ -251,7 +270,13 @@ class _Session:
         validation = self.rows.validation
         if predicted := forecast.prediction(self.trial, self.tokens):
             self.result.memory["predicted"] = dataclasses.asdict(predicted) | {"peak_bytes": predicted.peak_bytes}
-        with self.stage("train"), (self.place / record.STEPS).open("w", encoding="utf-8") as lines:
+        steps = self.place / record.STEPS
+        stamp = checkpoint.stamp(self.trial.training, self.meter.device)
+        checkpoints = checkpoint.Checkpoints(self.place / "checkpoints", stamp, steps)
+        if self.config.force:
+            checkpoints.clear()
+        self.result.run_info["resumed"] = resumed = checkpoints.find()  # from this step on; 0: from the beginning
+        with self.stage("train"), steps.open("a" if resumed else "w", encoding="utf-8") as lines:
             trained = train.train(
                 self.adapted,
                 self.tokens,
@@ -261,7 +286,9 @@ class _Session:
                 meter=self.meter,
                 log=partial(_step, lines, self.observer),
                 validate=_validation(self.trial, validation, self.adapted, self.tokenizer) if validation else None,
+                checkpoints=checkpoints if resumed or self.config.train.checkpoint_every else None,
             )
+        checkpoints.clear()
         counts = model.count(self.adapted)
         self.info |= {"trainable_parameters": counts.trainable, "total_parameters": counts.total}
         self.info |= _train_info(trained)

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, open_dict
 
 
 class LocalLauncher(Launcher):
-    """Runs the trials of a sweep in this process, after all of them have been checked."""
+    """Runs the trials of a sweep in warm worker processes, after all of them have been checked."""
 
     def __init__(self, **options: Any) -> None:
         self.options = options
@@ -28,6 +28,9 @@ class LocalLauncher(Launcher):
         from peftsweep import config as configuration
         from peftsweep import sweep
         from peftsweep.errors import SweepFailed
+        from peftsweep.workers import Options
+
+        placement = configuration.placement(self.options)
 
         points = []
         for number, overrides in enumerate(job_overrides, start=initial_job_idx):
@@ -39,7 +42,7 @@ class LocalLauncher(Launcher):
             configuration.trial(point, point.hydra.runtime.choices, overrides)
             for point, overrides in zip(points, job_overrides, strict=True)
         ]
-        results = sweep.run(trials)
+        results = sweep.run(trials, Options(**placement))
         if bad := [result for result in results if result is not None and not result.status.good]:
             # Raised here, not from JobReturn.return_value, which prints to stderr what is said already.
             raise SweepFailed(", ".join(f"{result.trial}: {result.status.name}" for result in bad))

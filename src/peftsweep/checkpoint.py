@@ -1,0 +1,241 @@
+"""The state of a training on the disk, from which one that was cut off goes on as if it had not been.
+
+A part of the training is whatever has torch's ``state_dict`` and ``load_state_dict``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import weakref
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from peftsweep import record
+from peftsweep.model import trainable_parameters
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+# Classes of PEFT, and what beside parameters and buffers changes in them from step to step.
+CHANGING = {
+    "RankAllocator": ("ipt", "exp_avg_ipt", "exp_avg_unc"),
+    "AdaLoraConfig": ("rank_pattern",),
+    "AdamssLayer": ("exp_avg_ipt_A", "exp_avg_ipt_B", "exp_avg_unc_A", "exp_avg_unc_B"),
+    "BufferedMontecloraSampler": ("buffer", "index"),
+    "PveraLayer": ("pvera_generator",),
+}
+
+
+class Part(Protocol):
+    """A part of the training that can say its state and take it back."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers and text, in dicts, lists and tuples."""
+
+    def load_state_dict(self, state: dict[str, Any], /) -> Any:
+        """Go on from what ``state_dict`` gave."""
+
+
+# ---- the files -------------------------------------------------------------------------------------
+
+
+def stamp(training: str, device: torch.device) -> dict[str, Any]:
+    """What must be the same for a training to go on: its identity, the device, the packages."""
+    return {
+        "format": FORMAT,
+        "training": training,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "packages": record.environment()["packages"],
+    }
+
+
+class Checkpoints:
+    """The newest checkpoint of one training in ``folder``, which also knows how long its file ``rows`` was then.
+
+    A kill at any moment leaves a whole checkpoint, once there is one.
+    """
+
+    def __init__(self, folder: Path, stamp: dict[str, Any], rows: Path) -> None:
+        self._folder, self._stamp, self._rows = folder, stamp, rows
+        self._found: dict[str, Any] | None = None
+
+    def find(self) -> int:
+        """The step of the newest usable checkpoint, which is then held for ``restore``; 0 without one.
+
+        What was appended to the file of rows after it is cut off.
+        """
+        for file in sorted(self._folder.glob("step-*.pt"), key=lambda file: (len(file.name), file.name), reverse=True):
+            try:
+                found = self._read(file)
+            except Exception as error:  # whatever a file of any content makes torch raise
+                reason = (str(error).splitlines() or [""])[0]
+                log.warning("the checkpoint %s is ignored: %s: %s", file.name, type(error).__name__, reason)
+                continue
+            os.truncate(self._rows, found["rows"])
+            self._found = found
+            return int(found["step"])
+        return 0
+
+    def _read(self, file: Path) -> dict[str, Any]:
+        found: dict[str, Any] = torch.load(file, weights_only=True)  # every tensor on the device it was on
+        if found["stamp"] != self._stamp:
+            raise ValueError("it is of another training, device or version of a package")
+        if self._rows.stat().st_size < found["rows"]:
+            raise ValueError(f"{self._rows.name} is shorter than it was then")
+        return found
+
+    def restore(self, parts: Mapping[str, Part]) -> None:
+        """Give each of ``parts`` the state that was found, if one was."""
+        found, self._found = self._found, None  # memory that is not to be held while it trains
+        if found is not None:
+            for name, part in parts.items():
+                part.load_state_dict(found["state"][name])
+
+    def save(self, step: int, parts: Mapping[str, Part]) -> None:
+        """Write a checkpoint and then delete the one before; it is on the disk when this returns."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        file = self._folder / f"step-{step}.pt"
+        _sync(self._rows)
+        content = {
+            "stamp": self._stamp,
+            "step": step,
+            "rows": self._rows.stat().st_size,
+            "state": {name: part.state_dict() for name, part in parts.items()},
+        }
+        temporary = file.with_name(f".{file.name}")
+        with temporary.open("wb") as stream:
+            torch.save(content, stream)
+        _sync(temporary)
+        temporary.replace(file)
+        _sync(self._folder)
+        for other in self._folder.iterdir():
+            if other != file:
+                other.unlink()
+
+    def clear(self) -> None:
+        """Delete what there is, as it is not needed or not wanted any more."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- the parts -------------------------------------------------------------------------------------
+
+
+class Weights:
+    """What training changes in a model: its trainable parameters, and what its method keeps beside them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._parameters = dict(trainable_parameters(model))
+        self._buffers = {name: (weakref.ref(buffer), buffer._version) for name, buffer in model.named_buffers()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Parameters and the buffers that have changed, by name, which of the former train, and the method's own."""
+        return {
+            "parameters": {name: p.detach() for name, p in self._parameters.items()},
+            "trained": [name for name, p in self._parameters.items() if p.requires_grad],  # AdaMSS drops subspaces
+            "buffers": {name: buffer.detach() for name, buffer in self._changed_buffers()},
+            "attributes": {name: _saved(getattr(holder, key)) for name, holder, key in _attributes(self._model)},
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put everything in its place, in a model that was made in the same way."""
+        for name, parameter in self._parameters.items():
+            parameter.copy_(state["parameters"][name])
+            parameter.requires_grad_(name in state["trained"])
+        buffers = dict(self._model.named_buffers())
+        for name, value in state["buffers"].items():
+            buffers[name].copy_(value)
+        for name, holder, key in list(_attributes(self._model)):
+            setattr(holder, key, _restored(getattr(holder, key), state["attributes"][name]))
+
+    def _changed_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Without the others: a quantised base's or BOFT's would make gigabytes of each checkpoint."""
+        for name, buffer in self._model.named_buffers():
+            first, version = self._buffers.get(name, (None, None))
+            owner = self._model.get_submodule(name.rpartition(".")[0])
+            # A batch norm's statistics are changed without being counted.
+            if first is not None and (
+                first() is not buffer or buffer._version != version or isinstance(owner, _NormBase)
+            ):
+                yield name, buffer
+
+
+def _attributes(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
+    """A name, the object and its attribute, for every one of ``CHANGING`` in ``model``."""
+    holders = [(f"peft_config.{name}", config) for name, config in getattr(model, "peft_config", {}).items()]
+    for name, module in model.named_modules():
+        holders += [(name, module), *((f"{name}.{key}", value) for key, value in vars(module).items())]
+    for name, holder in holders:
+        for kind in type(holder).__mro__:
+            for key in CHANGING.get(kind.__name__, ()):
+                yield f"{name}.{key}", holder, key
+
+
+def _saved(value: Any) -> Any:
+    """``value`` with generators of random numbers as their states."""
+    if isinstance(value, dict):
+        return {key: _saved(one) for key, one in value.items()}
+    return value.get_state() if isinstance(value, torch.Generator) else value
+
+
+def _restored(now: Any, saved: Any) -> Any:
+    """``saved`` as it was, where ``now`` has the generators that are to go on."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        return {key: _restored(now.get(key), one) for key, one in saved.items()}
+    return now.set_state(saved) if isinstance(now, torch.Generator) else saved
+
+
+class OptimizerState:
+    """An optimizer's state, to the bit: torch itself rounds it to the format of the parameters when it is loaded."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of torch, or of the optimizer's own making."""
+        return self._optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load it, and put back what was rounded."""
+        self._optimizer.load_state_dict(state)
+        parameters = list(chain.from_iterable(group["params"] for group in self._optimizer.param_groups))
+        for key, values in state["state"].items():
+            own = self._optimizer.state[parameters[key] if isinstance(key, int) else key]  # LoRA-FA's are by name
+            for name, value in values.items():
+                now = own.get(name)
+                if isinstance(value, torch.Tensor) and isinstance(now, torch.Tensor) and now.dtype != value.dtype:
+                    own[name] = value.to(now.device)
+
+
+class Randomness:
+    """The random numbers that torch draws next, on the CPU and on every CUDA device where ``device`` is one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The generators' states."""
+        return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if self._on_gpu else []}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Draw the same again."""
+        torch.set_rng_state(state["cpu"])
+        if self._on_gpu:
+            torch.cuda.set_rng_state_all(state["cuda"])

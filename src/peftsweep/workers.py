@@ -1,0 +1,357 @@
+"""Where trials run: in warm worker processes, so that a crash costs one trial and imports are paid once.
+
+A worker runs one trial after the other on its device and keeps the frozen base between those that share
+it. It ends with its parent, however that ends. What it did stands in the study; what it tells on its
+way are messages for the display.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import tempfile
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import connection, forkserver
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from peftsweep import build, study, trial
+from peftsweep import config as configuration
+from peftsweep.config import Trial
+from peftsweep.display import Display, Observer, TrialView
+from peftsweep.record import Result, Status
+
+CONTEXT = multiprocessing.get_context("forkserver")  # a fork of a process that has imported all and started nothing
+LOOK = 1.0  # seconds between two looks at the workers, if none has news
+RETRY_CLAIMED = 1.0  # seconds until a trial that another process runs is looked at again
+PATIENCE = 30.0  # seconds that an interrupted trial has to write its record
+SAID = 4000  # last characters of a dead worker's output that its trial's record keeps
+
+
+@dataclass(frozen=True)
+class Options:
+    """How trials are placed; the keys of ``hydra.launcher``."""
+
+    workers: int | None = None  # null: one a device; 0: in this process
+    devices: Sequence[str] | None = None  # of CUDA, by their numbers; null: all that are visible
+    retries: int = 0  # of a trial whose worker dies
+    timeout: float | None = None  # seconds a trial may take
+    limit: int | None = None  # trials to run at most
+    deadline: float | None = None  # seconds after which none should be running any more
+
+
+def prepare() -> None:
+    """Begin to import what workers need, while this process does other things."""
+    CONTEXT.set_forkserver_preload([__name__])
+    forkserver.ensure_running()
+
+
+def run(trials: Sequence[Trial], options: Options, display: Display) -> Iterator[tuple[Trial, Result]]:
+    """Run ``trials`` and give each with its record as it ends; those that ``options`` leaves no room for are left out.
+
+    Raises:
+        KeyboardInterrupt: the user interrupted it; running trials are recorded as cancelled.
+    """
+    budget = _Budget(options)
+    if options.workers == 0:
+        yield from _here(trials, budget, display)
+        return
+    places = _places(options)
+    threads = max(1, (os.cpu_count() or 1) // len(places)) if places[0] is None and len(places) > 1 else None
+    pool = [_Worker(place, threads) for place in places[: len(trials)]]
+    queue = deque(trials)
+    try:
+        yield from _in_pool(queue, pool, budget, display, options)
+    except KeyboardInterrupt:
+        _cancel(pool)
+        raise
+    finally:
+        for worker in pool:
+            worker.kill()
+
+
+# ---- in this process -------------------------------------------------------------------------------
+
+
+def _here(trials: Sequence[Trial], budget: _Budget, display: Display) -> Iterator[tuple[Trial, Result]]:
+    for one in trials:
+        if not budget.allows():
+            return
+        view = display.trial(one.label)
+        while True:
+            try:
+                result = trial.run(one, view)
+                break
+            except study.Claimed:
+                view.stage("run by another process")
+                time.sleep(RETRY_CLAIMED)
+        budget.spend(result)
+        view.end(result)
+        yield one, result
+
+
+class _Budget:
+    """What ``limit`` and ``deadline`` leave."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._begun = time.monotonic()
+        self._started = 0
+        self._took: list[float] = []  # seconds of the trials that have ended
+
+    def allows(self) -> bool:
+        """Whether one more trial may start; if so, it is counted."""
+        elapsed = time.monotonic() - self._begun
+        late = self._options.deadline is not None and elapsed + self.estimate() > self._options.deadline
+        if late or (self._options.limit is not None and self._started >= self._options.limit):
+            return False
+        self._started += 1
+        return True
+
+    def give_back(self) -> None:
+        """A trial that was counted has not run."""
+        self._started -= 1
+
+    def spend(self, result: Result) -> None:
+        self._took.append(result.run_info["total_seconds"])
+
+    def estimate(self) -> float:
+        """The seconds that a trial takes: the median of those that have ended, 0 before the first."""
+        return median(self._took) if self._took else 0.0
+
+
+# ---- the parent's side -----------------------------------------------------------------------------
+
+
+class _Worker:
+    """A worker process as its parent sees it."""
+
+    def __init__(self, place: str | None, threads: int | None) -> None:
+        self._place, self._threads = place, threads
+        self.job: Trial | None = None
+        self._start()
+
+    def _start(self) -> None:
+        self._output = Path(tempfile.mkstemp(prefix="peftsweep-worker-", suffix=".log")[1])
+        self.connection, theirs = CONTEXT.Pipe()
+        arguments = (theirs, str(self._output), self._place, self._threads)
+        self.process = CONTEXT.Process(target=_work, args=arguments, daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def give(self, job: Trial, view: TrialView) -> None:
+        if not self.process.is_alive():
+            self.replace()
+        self.job, self.view, self.stage = job, view, "setup"
+        self.since, self._oom_kills = time.monotonic(), _oom_kills()
+        self._output.write_text("")
+        self.connection.send(configuration.without_rows(job))
+
+    def take(self) -> Trial:
+        """The trial that it ran; it is free again."""
+        assert self.job is not None
+        job, self.job = self.job, None
+        return job
+
+    def news(self) -> tuple[str, str] | None:
+        """Pass on what the worker has told; its last word on the trial (how it ended, and a traceback), if it came."""
+        try:
+            while self.connection.poll():
+                kind, *content = self.connection.recv()
+                if kind == "end":
+                    return content[0], content[1]
+                if kind == "stage":
+                    self.stage = content[0]
+                getattr(self.view, kind)(*content)
+        except (EOFError, OSError):
+            pass
+        return None if self.process.is_alive() else ("died", "")
+
+    def death(self) -> tuple[Status, dict[str, str]]:
+        """How the worker died, for the record of its trial."""
+        self.process.join()
+        code = self.process.exitcode or 0
+        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        starved = code == -signal.SIGKILL and _oom_kills() > self._oom_kills
+        status = Status.oom if starved else Status.failed
+        message = f"its process ended by {name}" + (", as the host was out of memory" if starved else "")
+        return status, self.failure("WorkerDied", message)
+
+    def failure(self, kind: str, message: str) -> dict[str, str]:
+        said = self._output.read_text(errors="replace")[-SAID:]
+        return {"type": kind, "message": message, "stage": self.stage, "traceback": said}
+
+    def replace(self) -> None:
+        self.kill()
+        self._start()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+        self._output.unlink(missing_ok=True)
+
+
+def _in_pool(
+    queue: deque[Trial], pool: list[_Worker], budget: _Budget, display: Display, options: Options
+) -> Iterator[tuple[Trial, Result]]:
+    tries: dict[str, int] = {}
+    later: list[tuple[float, Trial]] = []  # to be looked at again, and when
+
+    def postpone(worker: _Worker, seconds: float) -> None:
+        worker.view.drop()
+        display.uncount()
+        budget.give_back()
+        later.append((time.monotonic() + seconds, worker.take()))
+
+    while True:
+        now = time.monotonic()
+        queue.extend(one for when, one in later if when <= now)
+        later = [(when, one) for when, one in later if when > now]
+        for worker in pool:
+            if worker.job is None and queue and budget.allows():
+                job = queue.popleft()
+                worker.give(job, display.trial(job.label))
+        busy = [worker for worker in pool if worker.job is not None]
+        if not busy and not later:
+            return
+        channels = [channel for worker in busy for channel in (worker.connection, worker.process.sentinel)]
+        connection.wait(channels, LOOK) if busy else time.sleep(LOOK)
+        for worker in busy:
+            if (ended := _ended(worker, options)) is None or worker.job is None:
+                continue
+            how, said = ended
+            one = worker.job
+            tries[one.identity] = tries.get(one.identity, 0) + (how == "died")
+            if how == "claimed":
+                postpone(worker, RETRY_CLAIMED)
+            elif how == "died" and tries[one.identity] <= options.retries:
+                postpone(worker, 0.0)
+            else:
+                result = None if how == "timeout" else study.result(trial.folder(one))
+                result = result or _record(worker, one, how, said, options)
+                budget.spend(result)
+                worker.take()
+                worker.view.end(result, named=len(pool) > 1)
+                yield one, result
+
+
+def _ended(worker: _Worker, options: Options) -> tuple[str, str] | None:
+    """How the worker's trial has ended, if it has; a trial that hangs is ended here."""
+    if ended := worker.news():
+        return ended
+    if options.timeout is not None and time.monotonic() - worker.since > options.timeout:
+        worker.process.kill()
+        worker.process.join()
+        return "timeout", ""
+    return None
+
+
+def _record(worker: _Worker, one: Trial, how: str, said: str, options: Options) -> Result:
+    """The record of a trial that could not write its own."""
+    if how == "died":
+        status, failure = worker.death()
+    elif how == "timeout":
+        message = f"it took longer than hydra.launcher.timeout, {options.timeout:g} seconds"
+        status, failure = Status.failed, worker.failure("TimeoutError", message)
+    else:
+        lines = said.strip().splitlines() or ["unknown"]
+        status, failure = Status.failed, worker.failure("WorkerFailed", lines[-1]) | {"traceback": said}
+    return trial.died(one, status, failure, time.monotonic() - worker.since)
+
+
+def _cancel(pool: list[_Worker]) -> None:
+    """Let running trials write what they have; a second interrupt ends them at once."""
+    running = [worker for worker in pool if worker.job is not None]
+    for worker in running:
+        if worker.process.is_alive() and worker.process.pid is not None:
+            os.kill(worker.process.pid, signal.SIGINT)
+    end = time.monotonic() + PATIENCE
+    while running and time.monotonic() < end:
+        connection.wait([worker.connection for worker in running], 0.5)
+        running = [worker for worker in running if worker.news() is None]
+
+
+def _places(options: Options) -> list[str | None]:
+    """A worker each: the number of a CUDA device, or None for the CPU."""
+    visible = [str(n) for n in range(torch.cuda.device_count())]
+    if (masked := os.environ.get("CUDA_VISIBLE_DEVICES")) and visible:
+        visible = masked.split(",")[: len(visible)]
+    devices: list[str | None] = [*(map(str, options.devices) if options.devices is not None else visible)] or [None]
+    wanted = options.workers or len(devices)
+    return [devices[n % len(devices)] for n in range(wanted)]
+
+
+def _oom_kills() -> int:
+    """How often the kernel has killed a process for memory since it started; 0 where it does not say."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+    except (OSError, StopIteration):
+        return 0
+
+
+# ---- the worker's side -----------------------------------------------------------------------------
+
+
+class _Reporter(Observer):
+    """Tells the parent how the trial comes along."""
+
+    def __init__(self, channel: connection.Connection[Any, Any]) -> None:
+        self._channel = channel
+
+    def stage(self, name: str) -> None:
+        self._channel.send(("stage", name))
+
+    def step(self, row: dict[str, Any]) -> None:
+        self._channel.send(("step", row))
+
+
+def _work(channel: connection.Connection[Any, Any], output: str, place: str | None, threads: int | None) -> None:
+    """The life of a worker: trials come through ``channel`` until it is closed."""
+    os.setpgid(0, 0)  # Ctrl-C is for the parent, which then interrupts the trial once
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    faulthandler.enable()
+    if place is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = place  # read at the first use of CUDA, which is yet to come
+    if threads is not None:
+        torch.set_num_threads(threads)
+    build.keep_bases()
+    while True:
+        try:
+            channel.send(("end", *_run_one(channel.recv(), channel)))
+        except (EOFError, OSError, KeyboardInterrupt):
+            return
+
+
+def _end_with(sentinel: int) -> None:
+    connection.wait([sentinel])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _run_one(one: Trial, channel: connection.Connection[Any, Any]) -> tuple[str, str]:
+    """How the trial ended: as its record says, or not at all, and why."""
+    try:
+        trial.run(configuration.with_rows(one), _Reporter(channel))
+    except study.Claimed:
+        return "claimed", ""
+    except KeyboardInterrupt:
+        return "cancelled", ""
+    except BaseException:
+        return "broken", traceback.format_exc()
+    return "done", ""

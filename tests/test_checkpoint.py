@@ -1,0 +1,379 @@
+"""A training that was cut off goes on as if it had not been."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from peftsweep import build, checkpoint, data, evaluate, model, record, train
+from peftsweep import trial as trials
+from peftsweep.config import Trial
+from peftsweep.measure import Meter
+from peftsweep.record import Result, Status
+from peftsweep.tiny import task
+from tests.test_methods import ADAPTERS, ON, tiny
+
+Compose = Callable[..., Trial]
+Run = Callable[..., Result]
+
+CPU = torch.device("cpu")
+COST = ("seconds", "tokens_per_second", "epoch_seconds", "epoch_tokens_per_second", "epoch_memory_peak")
+BASE = ("train.steps=8", "train.batch_size=8", "train.log_every=1", "train.learning_rate=4e-3")
+WAYS = {
+    "dropout": ["method.lora_dropout=0.1"],
+    "an adapter on 4 bits": ["quant=4bit"],
+    "DoRA": ["method=dora"],
+    "full fine-tuning": ["method=full", "train.learning_rate=1e-4"],
+    "AdaLoRA": ["method=adalora", "method.tinit=1", "method.tfinal=2", "method.target_r=4"],
+    "AdaLoRA, its ranks dealt out": ["method=adalora", "method.tinit=1", "method.tfinal=5", "method.target_r=4"],
+    "AdaMSS that drops subspaces": [
+        *("method=adamss", "method.use_asa=true", "+method.init_warmup=0", "+method.final_warmup=6"),
+        *("+method.mask_interval=2", "+method.asa_target_subspaces=3"),
+    ],
+    "PVeRA with a generator of its own": ["method=pvera", "+method.generator_seed=3"],
+    "MonteCLoRA": [
+        *("targets=qv", "+method.monteclora_config._target_=peft.tuners.lora.config.MontecloraConfig"),
+        *("+method.monteclora_config.num_samples=2", "+method.monteclora_config.buffer_size=3"),
+    ],
+    "an optimizer of 8 bits": [
+        "train.optimizer=bitsandbytes.optim.AdamW8bit",
+        "+train.optimizer_kwargs.min_8bit_size=16",
+    ],
+    "LoRA-FA, whose optimizer keeps its state by name": ["method=lora_fa"],
+    "LoRA+": ["method=lora_plus"],
+    "an optimizer of wider state": [
+        *("method=full", "model.dtype=bfloat16", "train.learning_rate=1e-4"),
+        *("train.optimizer=transformers.optimization.Adafactor", "+train.optimizer_kwargs.relative_step=false"),
+        *("+train.optimizer_kwargs.scale_parameter=false", "+train.optimizer_kwargs.beta1=0.9"),
+    ],
+    "the best weights": ["train.eval_every=2", "train.keep_best=true", "train.learning_rate=2e-1"],
+    "accumulation": ["train.accumulation=3"],
+    "windows of losses": ["train.log_every=5"],
+    "scaled losses": ["train.autocast=float16"],
+    "gradient checkpointing": ["train.checkpointing=true", "method.lora_dropout=0.1"],
+}
+
+
+class Cut(Exception):
+    """What ends a training in these tests."""
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[data.Tokens]:
+    examples = data.examples(task.rows("train", 40), "{question} ", "{answer}")  # 5 batches of 8 an epoch
+    return data.tokenize(model.load_tokenizer(tiny()), examples, 128)
+
+
+class Training:
+    """A small training in ``folder``, which may be cut off and gone on with."""
+
+    def __init__(self, one: Trial, rows: list[data.Tokens], folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        self.one, self.rows, self.folder, self.file = one, rows, folder, folder / "steps.jsonl"
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def checkpoints(self) -> checkpoint.Checkpoints:
+        return checkpoint.Checkpoints(self.folder / "checkpoints", checkpoint.stamp("it", CPU), self.file)
+
+    def run(self, every: int | None = None, cut_after: int | None = None) -> int:
+        """Train from the last checkpoint on, and end with the weights or in the step after ``cut_after``."""
+        one, checkpoints = self.one, self.checkpoints()
+        config = one.config.train
+        config.checkpoint_every = every and str(every)
+        resumed = checkpoints.find()
+        adapted = _adapted(one, self.rows)
+
+        def cut() -> None:
+            self.done += 1
+            if self.done == cut_after:
+                raise Cut
+
+        def validate() -> dict[str, float]:
+            adapted.eval()
+            return {"loss": evaluate.mean_loss(adapted, self.rows[:8], pad_id=0)}
+
+        self.done = resumed
+        with self.file.open("a" if resumed else "w") as lines:
+
+            def log(row: dict[str, Any]) -> None:
+                lines.write(record.line(row))
+                lines.flush()
+
+            self.trained = train.train(
+                adapted,
+                self.rows,
+                config,
+                pad_id=0,
+                seed=0,
+                meter=Meter(CPU),
+                log=log,
+                validate=validate if config.eval_every else None,
+                after_step=cut if cut_after else None,
+                checkpoints=checkpoints,
+            )
+        self.weights = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
+        return resumed
+
+    def logged(self) -> list[dict[str, Any]]:
+        return without_cost(self.file)
+
+
+def _adapted(one: Trial, rows: list[data.Tokens]) -> nn.Module:
+    base = model.load(one.config.model, build.quantization(one), CPU)
+    tokenizer = model.load_tokenizer(one.config.model)
+    torch.manual_seed(0)
+    steps = train.total_steps(one.config.train, len(rows))
+    return build.attach_method(one, base, steps, build.initialisation(one, Path(), base, rows, tokenizer))
+
+
+def without_cost(file: Path) -> list[dict[str, Any]]:
+    """The rows of steps.jsonl but for what another run must not repeat."""
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in COST} for row in lines]
+
+
+def cut_off_and_gone_on_with(one: Trial, rows: list[data.Tokens], scratch: Path) -> tuple[Training, Training]:
+    """The training of ``one`` at a stretch, and cut off in step 7, after a checkpoint at step 4."""
+    whole, parted = Training(one, rows, scratch / "whole"), Training(one, rows, scratch / "parted")
+    whole.run()
+    with pytest.raises(Cut):
+        parted.run(every=4, cut_after=7)
+    torch.randn(7)  # another process draws other numbers before
+    assert parted.run(every=4) == 4
+    return whole, parted
+
+
+def assert_same(one: Training, other: Training) -> None:
+    assert one.logged() == other.logged()
+    assert one.weights.keys() == other.weights.keys()
+    assert not [name for name in one.weights if not torch.equal(one.weights[name], other.weights[name])]
+    assert len(one.trained.step_seconds) == len(other.trained.step_seconds)
+    for fact in ("steps", "tokens", "padding_fraction", "final_loss", "best_loss", "best_step"):
+        assert getattr(one.trained, fact) == getattr(other.trained, fact)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_was_cut_off_goes_on_to_the_bit(
+    way: str, compose: Compose, rows: list[data.Tokens], scratch: Path
+) -> None:
+    assert_same(*cut_off_and_gone_on_with(compose(*BASE, *WAYS[way]), rows, scratch))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_every_method_goes_on_to_the_bit(name: str, compose: Compose, rows: list[data.Tokens], scratch: Path) -> None:
+    one = compose(*BASE, f"method={name}", ON.get(name, "quant=none"))
+    assert_same(*cut_off_and_gone_on_with(one, rows, scratch))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["dropout", "AdaLoRA", "an optimizer of 8 bits", "scaled losses", "the best weights"])
+def test_a_gpu_goes_on_too(way: str, compose: Compose, rows: list[data.Tokens], scratch: Path) -> None:
+    monkey = pytest.MonkeyPatch()
+    monkey.setitem(globals(), "CPU", torch.device("cuda"))
+    with monkey.context():
+        whole, parted = cut_off_and_gone_on_with(compose(*BASE, *WAYS[way]), rows, scratch)
+    monkey.undo()
+    losses = [[row["loss"] for row in one.logged() if "loss" in row] for one in (whole, parted)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # not to the bit: sums of atomic additions
+
+
+def test_the_state_that_is_kept_is_what_makes_it_so(
+    compose: Compose, rows: list[data.Tokens], scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each part that is left out is missed, so that the tests above would notice."""
+    one = compose(*BASE, "method.lora_dropout=0.1")
+    whole = Training(one, rows, scratch / "whole")
+    whole.run()
+    for part in (checkpoint.Weights, checkpoint.OptimizerState, checkpoint.Randomness):
+        parted = Training(one, rows, scratch / part.__name__)
+        with pytest.raises(Cut):
+            parted.run(every=4, cut_after=7)
+        with monkeypatch.context() as patch:
+            patch.setattr(part, "load_state_dict", lambda self, state: None)
+            parted.run()
+        assert whole.logged() != parted.logged(), part
+
+
+# ---- the files -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept(scratch: Path) -> checkpoint.Checkpoints:
+    (scratch / "steps.jsonl").write_text("12345\n")
+    return checkpoint.Checkpoints(scratch / "checkpoints", checkpoint.stamp("it", CPU), scratch / "steps.jsonl")
+
+
+def parts(value: float = 0.0) -> dict[str, checkpoint.Part]:
+    layer = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(layer.weight, value)
+    return {"weights": checkpoint.Weights(layer), "random": checkpoint.Randomness(CPU)}
+
+
+def weight(of: dict[str, checkpoint.Part]) -> float:
+    return float(of["weights"].state_dict()["parameters"]["weight"])
+
+
+def test_only_the_newest_is_kept_and_rows_after_it_are_cut_off(kept: checkpoint.Checkpoints, scratch: Path) -> None:
+    for step in (9, 10):
+        kept.save(step, parts(step))
+    (scratch / "steps.jsonl").write_text("12345\n678")
+    assert [file.name for file in (scratch / "checkpoints").iterdir()] == ["step-10.pt"]
+    assert kept.find() == 10
+    assert (scratch / "steps.jsonl").read_text() == "12345\n"
+    fresh = parts()
+    kept.restore(fresh)
+    assert weight(fresh) == 10
+    kept.clear()
+    assert not (scratch / "checkpoints").exists()
+    assert kept.find() == 0
+
+
+def test_a_kill_while_writing_leaves_the_one_before(
+    kept: checkpoint.Checkpoints, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(content: Any, stream: Any) -> None:
+        stream.write(b"half of it")
+        raise KeyboardInterrupt
+
+    kept.save(4, parts(4))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            kept.save(8, parts(8))
+    assert kept.find() == 4
+    kept.save(12, parts(12))
+    assert [file.name for file in (scratch / "checkpoints").iterdir()] == ["step-12.pt"]
+
+
+def test_one_that_is_broken_is_ignored_with_a_warning(
+    kept: checkpoint.Checkpoints, scratch: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept.save(4, parts(4))
+    whole = (scratch / "checkpoints" / "step-4.pt").read_bytes()
+    for content in (b"", b"no checkpoint", whole[: len(whole) // 2]):
+        (scratch / "checkpoints" / "step-8.pt").write_bytes(content)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert kept.find() == 4
+        assert "the checkpoint step-8.pt is ignored: " in caplog.text
+    (scratch / "steps.jsonl").write_text("")
+    with caplog.at_level(logging.WARNING):
+        assert kept.find() == 0
+    assert "steps.jsonl is shorter than it was then" in caplog.text
+
+
+def test_a_checkpoint_runs_no_code_of_its_own(kept: checkpoint.Checkpoints, scratch: Path) -> None:
+    class Harmful:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return (scratch / "harmed").write_text, ("",)
+
+    kept.save(4, parts())
+    torch.save({"stamp": Harmful()}, scratch / "checkpoints" / "step-8.pt")
+    assert kept.find() == 4
+    assert not (scratch / "harmed").exists()
+
+
+@pytest.mark.parametrize("other", [{"training": "another"}, {"device": "a GPU"}, {"packages": {"torch": "1.0"}}])
+def test_one_of_another_training_is_ignored(
+    kept: checkpoint.Checkpoints, scratch: Path, other: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    kept.save(4, parts())
+    stamp = checkpoint.stamp("it", CPU) | other
+    assert checkpoint.Checkpoints(scratch / "checkpoints", stamp, scratch / "steps.jsonl").find() == 0
+    assert "it is of another training" in caplog.text
+
+
+def test_only_buffers_that_training_changes_are_kept() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("constant", "added_to", "replaced"):
+                self.register_buffer(name, torch.zeros(2))
+            self.norm = nn.BatchNorm1d(2, affine=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.added_to += 1
+            self.replaced = self.replaced + 1
+            normal: torch.Tensor = self.norm(x)
+            return normal
+
+    trained, fresh = Counting(), Counting()
+    weights = checkpoint.Weights(trained)
+    trained(torch.tensor([[1.0, 2.0], [3.0, 5.0]]))
+    state = weights.state_dict()
+    assert "constant" not in state["buffers"]
+    checkpoint.Weights(fresh).load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(trained.buffers(), fresh.buffers(), strict=True))
+    assert float(fresh.norm.running_mean[0]) > 0
+
+
+# ---- the trial -------------------------------------------------------------------------------------
+
+
+def place(result: Result) -> Path:
+    assert result.folder
+    return result.folder
+
+
+@pytest.fixture
+def cut_trial(run_small: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a trial whose third step's row cannot be written any more."""
+
+    def broken(lines: Any, observer: Any, row: dict[str, Any]) -> None:
+        written(lines, observer, row)
+        if row["step"] == 3:
+            raise Cut
+
+    written = trials._step
+
+    def run(*words: str) -> Result:
+        with monkeypatch.context() as patch:
+            patch.setattr(trials, "_step", broken)
+            return run_small(*words)
+
+    return run
+
+
+def test_a_trial_goes_on_from_its_last_checkpoint(cut_trial: Run, run_small: Run) -> None:
+    words = ["train.log_every=1", "method.lora_dropout=0.1"]
+    first = cut_trial(*words, "train.checkpoint_every=2")
+    assert (first.status, first.run_info["resumed"]) == (Status.failed, 0)
+    assert [file.name for file in (place(first) / "checkpoints").iterdir()] == ["step-2.pt"]
+    second = run_small(*words)  # without new ones, and yet the same trial
+    assert (second.status, second.run_info["resumed"], place(second)) == (Status.success, 2, place(first))
+    assert not (place(second) / "checkpoints").exists()
+    whole = run_small(*words, "study=other")
+    assert whole.run_info["resumed"] == 0
+    assert without_cost(place(second) / "steps.jsonl") == without_cost(place(whole) / "steps.jsonl")
+    for fact in ("final_loss", "tokens", "steps"):
+        assert second.train_info[fact] == whole.train_info[fact]
+    adapters = [(place(one) / "adapter" / "adapter_model.safetensors").read_bytes() for one in (second, whole)]
+    assert adapters[0] == adapters[1]
+
+
+def test_force_starts_anew(cut_trial: Run, run_small: Run) -> None:
+    words = ["train.log_every=1", "train.checkpoint_every=2"]
+    cut_trial(*words)
+    assert run_small(*words, "force=true").run_info["resumed"] == 0
+
+
+def test_a_trial_whose_checkpoint_is_broken_starts_anew(cut_trial: Run, run_small: Run) -> None:
+    words = ["train.log_every=1", "train.checkpoint_every=2"]
+    (place(cut_trial(*words)) / "checkpoints" / "step-2.pt").write_bytes(b"broken")
+    result = run_small(*words)
+    assert (result.status, result.run_info["resumed"]) == (Status.success, 0)
+    assert "the checkpoint step-2.pt is ignored" in (place(result) / "trial.log").read_text()
+    assert [row["step"] for row in without_cost(place(result) / "steps.jsonl") if "loss" in row] == [1, 2, 3, 4]
+
+
+def test_checkpoints_do_not_make_another_trial_of_it(compose: Compose) -> None:
+    without, often = compose(), compose("train.checkpoint_every=0.5epochs")
+    assert (without.identity, without.training) == (often.identity, often.training)

@@ -1,0 +1,330 @@
+"""Worker processes: faults, time, claims, budgets, and numbers that depend on nothing of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from peftsweep import InputError, build, config, model, record, study, workers
+from peftsweep.config import Trial
+from peftsweep.record import Result, Status, host
+
+from .conftest import SMALL, scores
+
+Command = Callable[..., tuple[int, str, str]]
+Compose = Callable[..., Trial]
+BAD = """
+import os, signal, time, resource
+from peftsweep.evaluate import perplexity as plain
+
+def exits(model, tokenizer, examples, *, batch_size: int = 16, max_length: int = 768):
+    if is_adapted(model):
+        os._exit(7)
+    return plain(model, tokenizer, examples, batch_size=batch_size, max_length=max_length)
+
+def raises(model, tokenizer, examples, *, batch_size: int = 16, max_length: int = 768):
+    if is_adapted(model):
+        raise ValueError("no")
+    return plain(model, tokenizer, examples, batch_size=batch_size, max_length=max_length)
+
+def eats(model, tokenizer, examples, *, batch_size: int = 16, max_length: int = 768):
+    if is_adapted(model):
+        import torch
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (2**33, before[1]))
+        try:
+            torch.ones(2**34)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, before)
+    return plain(model, tokenizer, examples, batch_size=batch_size, max_length=max_length)
+
+def hangs(model, tokenizer, examples, *, batch_size: int = 16, max_length: int = 768):
+    if is_adapted(model):
+        time.sleep(3600)
+    return plain(model, tokenizer, examples, batch_size=batch_size, max_length=max_length)
+
+def is_adapted(model):
+    return hasattr(model, "peft_config")
+"""
+
+
+@pytest.fixture
+def bad(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Evaluations that go wrong in four ways, importable here and in workers."""
+    (scratch / "bad_evaluations.py").write_text(BAD)
+    monkeypatch.syspath_prepend(str(scratch))
+    yield
+    sys.modules.pop("bad_evaluations", None)
+
+
+def records(name: str = "default") -> dict[str, Result]:
+    found = [Result.read(file.parent) for file in Path("multirun", name).glob("*/result.json")]
+    return {result.trial: result for result in found}
+
+
+def start(*words: str) -> subprocess.Popen[str]:
+    door = "from peftsweep import cli; cli.main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", door, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+    )
+
+
+@pytest.mark.usefixtures("bad")
+def test_four_ways_to_go_wrong_cost_one_trial_each(command: Command) -> None:
+    words = [*SMALL[:3], "train.batch_size=4", "eval=[perplexity]", "eval.perplexity.samples=8"]
+    targets = ",".join(f"bad_evaluations.{name}" for name in ("exits", "raises", "eats", "hangs"))
+    code, out, _ = command(
+        *words,
+        f"eval.perplexity._target_={targets},peftsweep.evaluate.perplexity",
+        "hydra.launcher.timeout=20",
+        "hydra.launcher.workers=2",
+    )
+    assert code == 1
+    ended = {one.config["eval"]["perplexity"]["_target_"].rpartition(".")[2]: one for one in records().values()}
+    assert {name: one.status.name for name, one in ended.items()} == {
+        "exits": "failed",
+        "raises": "failed",
+        "eats": "oom",
+        "hangs": "failed",
+        "perplexity": "success",
+    }
+    assert (ended["exits"].error or {})["message"] == "its process ended by exit code 7"
+    assert (ended["raises"].error or {})["message"] == "no"
+    assert (ended["hangs"].error or {})["type"] == "TimeoutError"
+    assert {(one.error or {}).get("stage") for name, one in ended.items() if name != "perplexity"} == {"eval"}
+    assert ended["hangs"].train_info["steps"] == 4  # what it had logged until then
+    assert out.splitlines()[-1] == "5 trials: 1 success, 3 failed, 1 oom  (multirun/default)"
+
+
+def worker_of(process: subprocess.Popen[str]) -> psutil.Process:
+    """The process that holds a claim."""
+    for _ in range(600):
+        for file in Path("multirun/default/.claims").glob("*.json"):
+            try:
+                return psutil.Process(json.loads(file.read_text())["pid"])
+            except (ValueError, OSError, psutil.NoSuchProcess):
+                continue
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    pytest.fail("no worker claims a trial")
+
+
+def test_a_killed_worker_costs_its_trial_and_a_retry_saves_it(command: Command) -> None:
+    words = [*SMALL, "method.r=2,4"]
+    for retries, statuses in ((0, ["failed", "success"]), (1, ["success", "success"])):
+        process = start(*words, f"hydra.launcher.retries={retries}")
+        worker_of(process).kill()
+        out, err = process.communicate(timeout=120)
+        assert (process.returncode, err) == (1 - retries, ""), out
+        assert sorted(one.status.name for one in records().values()) == statuses
+        if not retries:
+            assert "its process ended by SIGKILL" in out
+            for file in Path("multirun/default").glob("*/result.json"):  # the second time from the beginning
+                if Result.read(file.parent).status is Status.success:
+                    file.unlink()
+
+
+def test_workers_end_with_their_parent_however_it_ends() -> None:
+    process = start(*SMALL, "train.steps=2000")
+    worker = worker_of(process)
+    family = [worker, *psutil.Process(process.pid).children(recursive=True)]
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
+
+
+def shoot(words: list[str], kills: int, chance: random.Random) -> None:
+    """Run the command until it ends by itself; its parent or its worker is killed ``kills`` times on the way."""
+    shots = 0
+    while True:
+        process = start(*words)
+        while shots < kills and process.poll() is None:
+            worker = worker_of(process)
+            time.sleep(chance.uniform(0.0, 1.5))
+            target = chance.choice(["parent", "worker"])
+            shots += 1
+            if target == "parent":
+                process.kill()
+                break
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.kill()
+        process.communicate(timeout=240)
+        if shots >= kills and process.returncode == 0:
+            return
+
+
+def final(name: str) -> dict[str, Any]:
+    return {name: (one.status, scores(one), one.train_info["final_loss"]) for name, one in records(name).items()}
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_at_random_a_sweep_ends_with_the_table_of_an_undisturbed_one(kills: int, command: Command) -> None:
+    words = [*SMALL, "method.r=1,2,3,4,5,6", "seed=0,1", "eval=[perplexity]"]
+    words.remove("eval.tiny_math.samples=8")
+    assert command(*words, "study=undisturbed")[0] == 0
+    shoot(words, kills, random.Random(kills))
+    assert final("default") == final("undisturbed")
+    assert len(records()) == 12
+    for folder in Path("multirun/default").glob("tiny-*"):  # and none of them is half written
+        assert record.read_lines(folder / "steps.jsonl")
+        assert record.read_lines(folder / "predictions/perplexity.jsonl")
+    assert not [
+        one for one in psutil.process_iter(["cwd"]) if one.info["cwd"] == str(Path.cwd()) and one.pid != os.getpid()
+    ]
+
+
+def test_two_sweeps_on_a_study_share_the_work() -> None:
+    words = [*SMALL, "method.r=2,4,8,16"]
+    both = [start(*words) for _ in range(2)]
+    for process in both:
+        out, err = process.communicate(timeout=240)
+        assert (process.returncode, err) == (0, ""), out
+        assert out.splitlines()[-1] == "4 trials: 4 success  (multirun/default)"
+    assert len(records()) == 4
+    times = sorted(one.run_info["created_at"] for one in records().values())
+    assert len(list(Path("multirun/default").glob("*/trial.log"))) == len(times) == 4
+    assert not list(Path("multirun/default/.claims").glob("*.json"))
+
+
+def test_a_claim_is_held_by_one_and_ends_with_its_process(scratch: Path) -> None:
+    with study.claim(scratch, "x"):
+        with pytest.raises(study.Claimed), study.claim(scratch, "x"):
+            pass
+        with study.claim(scratch, "y"):
+            pass
+    with study.claim(scratch, "x"):
+        pass
+    (file := scratch / ".claims/x.json").write_text(
+        json.dumps({"host": host(), "pid": os.getpid(), "started": 0.0})  # a number that was given anew
+    )
+    with study.claim(scratch, "x"):
+        pass
+    file.write_text("{")  # half written, as by a power loss
+    with study.claim(scratch, "x"):
+        pass
+
+
+def test_a_claim_of_another_machine_lapses_when_it_is_silent(scratch: Path) -> None:
+    file = scratch / ".claims/x.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": 0.0}))
+    with pytest.raises(study.Claimed), study.claim(scratch, "x"):
+        pass
+    silent = time.time() - study.LEASE - 60
+    os.utime(file, (silent, silent))
+    with study.claim(scratch, "x"):
+        pass
+
+
+def test_numbers_do_not_depend_on_the_place(command: Command) -> None:
+    words = [*SMALL, "method=lora,full,pissa", "quant=none,4bit", "seed=0,1"]
+    assert command(*words, "study=warm", "hydra.launcher.workers=1")[0] == 0
+    assert command(*words, "study=here")[0] == 0
+    assert command(*words, "study=basic", "hydra/launcher=basic")[0] == 0
+    warm, here, basic = (
+        {name: (scores(one), one.train_info.get("final_loss")) for name, one in records(where).items()}
+        for where in ("warm", "here", "basic")
+    )
+    assert warm == here == basic
+    assert len(warm) == 12
+
+
+def test_a_base_that_a_method_changed_is_loaded_again(compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "_KEPT", [])
+    monkeypatch.setattr(build, "_KEEPING", [True])
+    loads: list[int] = []
+    real = model.load
+    monkeypatch.setattr(model, "load", lambda *a, **k: loads.append(1) or real(*a, **k))  # type: ignore[func-returns-value]
+    one, tokenizer = compose(), model.load_tokenizer(compose().config.model)
+    first, second = (build.load_base(one, tokenizer, model.device("cpu")) for _ in range(2))
+    assert len(loads) == 1
+    assert first is not second
+    assert all(a.data_ptr() == b.data_ptr() for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    next(first.parameters()).data[0, 0] += 1e-7
+    build.load_base(one, tokenizer, model.device("cpu"))
+    assert len(loads) == 2
+    build.load_base(compose("quant=4bit"), tokenizer, model.device("cpu"))
+    assert len(loads) == 3
+
+
+def test_a_limit_of_trials_and_of_time(command: Command) -> None:
+    words = [*SMALL, "method.r=2,4,8"]
+    code, out, _ = command(*words, "hydra.launcher.workers=0", "hydra.launcher.limit=2")
+    assert (code, len(records())) == (0, 2)
+    assert out.splitlines()[-1] == "2 trials: 2 success, 1 not run  (multirun/default)"
+    command(*words, "hydra.launcher.workers=0", "hydra.launcher.deadline=0s", "study=late")
+    assert not records("late")
+
+
+def test_no_trial_starts_that_would_not_be_over_by_the_deadline() -> None:
+    budget = workers._Budget(workers.Options(deadline=100.0))
+    assert budget.allows()  # before the first one ends nobody knows how long it takes
+    budget.spend(took(60.0))
+    assert budget.allows()
+    for _ in range(2):
+        budget.spend(took(101.0))
+    assert not budget.allows()
+
+
+def took(seconds: float) -> Result:
+    return Result(run_info={"total_seconds": seconds}, choices={}, config={})
+
+
+def test_what_a_limit_left_is_run_by_the_next_command(command: Command) -> None:
+    words = [*SMALL, "method.r=2,4"]
+    command(*words, "hydra.launcher.workers=0", "hydra.launcher.limit=1")
+    assert command(*words)[0] == 0
+    assert len(records()) == 2
+
+
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        ("hydra.launcher.workers=-1", "hydra.launcher.workers=-1: must be a whole number, at least 0"),
+        ("hydra.launcher.limit=0", "hydra.launcher.limit=0: must be a whole number, at least 1"),
+        ("hydra.launcher.timeout=soon", "hydra.launcher.timeout=soon: must be a time such as 90s, 30m, 2h or 1d"),
+    ],
+)
+def test_a_wrong_placement_is_one_line(word: str, line: str, command: Command) -> None:
+    code, out, err = command(*SMALL, word)
+    assert (code, out) == (2, "")
+    assert line in err
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("90s", 90), ("30m", 1800), ("2h", 7200), ("1.5d", 129600), (7, 7)])
+def test_times(text: str, wanted: float) -> None:
+    assert config.seconds(text, "key") == wanted
+
+
+def test_rows_that_change_during_a_sweep_are_noticed(compose: Compose, questions: Path) -> None:
+    words = ["dataset=file", f"dataset.path={questions}", 'dataset.prompt="{question} "', 'dataset.answer="{answer}"']
+    one = config.without_rows(compose(*words))
+    assert config.with_rows(one).rows is not None
+    questions.write_text(questions.read_text().replace("plus", "and"))
+    with pytest.raises(InputError, match="the files have changed since the sweep began"):
+        config.with_rows(one)
+
+
+def test_devices_are_dealt_out_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert workers._places(workers.Options()) == ["0", "1"]
+    assert workers._places(workers.Options(workers=3)) == ["0", "1", "0"]
+    assert workers._places(workers.Options(devices=["1"])) == ["1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    assert workers._places(workers.Options()) == ["4", "7"]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert workers._places(workers.Options(workers=2)) == [None, None]
