@@ -142,9 +142,10 @@ def test_an_interval_is_steps_or_epochs(said: str | None, steps: int | None) -> 
 
 @pytest.mark.parametrize("said", ["1.5", "0", "-1epochs", "epoch", "3 epochsies", "nan", "infepochs"])
 def test_other_intervals_are_refused(said: str) -> None:
+    config = TrainConfig(eval_every=said, checkpoint_every=said)
     for key in ("eval_every", "checkpoint_every"):
         with pytest.raises(InputError, match=rf"train.{key}="):
-            train.interval(TrainConfig(**{key: said}), key, rows=48)
+            train.interval(config, key, rows=48)
 
 
 def test_keep_best_ends_with_the_weights_of_the_best_validation(rows: list[data.Tokens]) -> None:

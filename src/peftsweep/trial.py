@@ -99,12 +99,16 @@ def died(trial: Trial, status: Status, failure: dict[str, str], seconds: float) 
     place = folder(trial)
     with study.claim(place.parent, trial.identity):
         result = _begin(trial, place)
-        logged = record.read_lines(place / record.STEPS)
-        if steps := [row for row in logged if "loss" in row]:
-            result.train_info |= {"steps": steps[-1]["step"], "final_loss": steps[-1]["loss"]}
+        result.train_info |= _so_far(place)
         result.run_info |= {"status": status.value, "error": failure, "total_seconds": seconds}
         result.write(place)
     return result
+
+
+def _so_far(place: Path) -> dict[str, Any]:
+    """What a training that did not end had come to."""
+    steps = [row for row in record.read_lines(place / record.STEPS) if "loss" in row]
+    return {"steps": steps[-1]["step"], "final_loss": steps[-1]["loss"]} if steps else {}
 
 
 def _run_claimed(trial: Trial, place: Path, observer: Observer) -> Result:
@@ -515,6 +519,7 @@ def _end(
     tracker: Tracker,
 ) -> None:
     result.run_info |= {"status": status.value, "error": failure, "total_seconds": time.perf_counter() - start}
+    result.train_info = (_so_far(place) if status is not Status.success else {}) | result.train_info
     for name, stage in meter.stages.items():
         result.memory[name] = stage.memory()
         # The seconds of the training are the sum of its steps; those of its stage are more.
