@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from peftsweep import build, checkpoint, data, evaluate, model, record, train
+from peftsweep import InputError, build, checkpoint, data, evaluate, model, record, train
 from peftsweep import trial as trials
 from peftsweep.config import Trial
 from peftsweep.measure import Meter
 from peftsweep.record import Result, Status
+from peftsweep.schema import TrainConfig
 from peftsweep.tiny import task
 from tests.test_methods import ADAPTERS, ON, tiny
 
@@ -383,3 +384,22 @@ def test_a_trial_whose_checkpoint_is_broken_starts_anew(cut_trial: Run, run_smal
 def test_checkpoints_do_not_make_another_trial_of_it(compose: Compose) -> None:
     without, often = compose(), compose("train.checkpoint_every=0.5epochs")
     assert (without.identity, without.training) == (often.identity, often.training)
+
+
+def test_a_checkpoint_is_due_by_steps_epochs_or_minutes() -> None:
+    def due_at(said: str | None, seconds_a_step: float = 1.0) -> list[int]:
+        now = 0.0
+        due = train.checkpoint_due(TrainConfig(checkpoint_every=said, batch_size=4), 48, lambda: now)
+        found = []
+        for step in range(1, 26):
+            now = step * seconds_a_step
+            found += [step] if due(step) else []
+        return found
+
+    assert due_at(None) == []
+    assert due_at("10") == [10, 20]
+    assert due_at("1epoch") == [12, 24]
+    assert due_at("0.1min") == [6, 12, 18, 24]
+    assert due_at("0.1min", seconds_a_step=0.1) == []
+    with pytest.raises(InputError, match=r"or epochs \(0.5epochs\) or minutes \(10min\)"):
+        due_at("10hours")

@@ -303,8 +303,8 @@ def _check_calls(config: Config) -> None:
         tracker.check(config.tracker["_target_"])
     compiled.check(config.train)
     train.find_optimizer(config.train.optimizer)
-    for key in ("eval_every", "checkpoint_every"):
-        train.interval(config.train, key, rows=1)
+    train.interval(config.train, "eval_every", rows=1)
+    train.checkpoint_due(config.train, rows=1)
 
 
 def _check_task(config: Config) -> None:

@@ -18,6 +18,7 @@ ROOT = Path("multirun")
 PLAN = "plan.json"
 ADAPTER = "adapter"
 MERGED = "merged"
+CHECKPOINTS = "checkpoints"
 HEARTBEAT = 15.0  # seconds between two signs of life of a running trial
 LEASE = 120.0  # seconds of silence after which a trial of another machine is taken for dead
 

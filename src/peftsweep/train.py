@@ -6,6 +6,8 @@ import inspect
 import itertools
 import math
 import pydoc
+import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -80,7 +82,7 @@ def train(
     device = meter.device
     steps = total_steps(config, len(rows))
     every = interval(config, "eval_every", len(rows)) if validate else None
-    kept_every = interval(config, "checkpoint_every", len(rows)) if checkpoints else None
+    due = checkpoint_due(config, len(rows))
     optimizer = make_optimizer(model, config)
     trained = dict(trainable_parameters(model))
     parameters = list(trained.values())
@@ -186,7 +188,7 @@ def train(
                 log({"step": step, "steps": steps} | {f"validation_{name}": value for name, value in scores.items()})
                 if best and min(progress.validations)[-1] == step:
                     best.keep()
-            if checkpoints and kept_every and step % kept_every == 0 and step < steps:
+            if checkpoints and step < steps and due(step):
                 with meter.stage("checkpoint"):
                     checkpoints.save(step, parts)
         facts = compilation.facts()
@@ -315,8 +317,33 @@ def interval(config: TrainConfig, key: str, rows: int) -> int | None:
     except ValueError:
         valid = False
     if not valid or not (epochs or every.is_integer()):
-        raise InputError(f"train.{key}={said}: a number of steps (100) or epochs (0.5epochs)")
+        others = " or minutes (10min)" if key == "checkpoint_every" else ""
+        raise InputError(f"train.{key}={said}: a number of steps (100) or epochs (0.5epochs){others}")
     return max(1, round(every))
+
+
+def checkpoint_due(
+    config: TrainConfig, rows: int, clock: Callable[[], float] = time.monotonic
+) -> Callable[[int], bool]:
+    """Whether a checkpoint is due after a step: ``checkpoint_every`` is steps or epochs, or ``"10min"``.
+
+    Raises:
+        InputError: it is none of these.
+    """
+    timed = re.fullmatch(r"(\d+(?:\.\d+)?)\s*min", (config.checkpoint_every or "").strip())
+    if timed is None:
+        every = interval(config, "checkpoint_every", rows)
+        return lambda step: every is not None and step % every == 0
+    seconds, last = 60 * float(timed[1]), clock()
+
+    def due(_: int) -> bool:
+        nonlocal last
+        if clock() - last < seconds:
+            return False
+        last = clock()
+        return True
+
+    return due
 
 
 def find_optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:

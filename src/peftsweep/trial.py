@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -137,8 +138,10 @@ def _run_claimed(trial: Trial, place: Path, observer: Observer) -> Result:
                 _end(result, place, meter, start, status, failure, tracker)
                 raise
         _end(result, place, meter, start, status, failure, tracker)
-    if status is Status.success and trial.config.adapter.save:
-        study.mark_trained(result)
+    if status is Status.success:
+        shutil.rmtree(place / study.CHECKPOINTS, ignore_errors=True)
+        if trial.config.adapter.save:
+            study.mark_trained(result)
     gc.collect()  # an exception's frames have held the model until now
     if meter.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -276,7 +279,7 @@ class _Session:
             self.result.memory["predicted"] = dataclasses.asdict(predicted) | {"peak_bytes": predicted.peak_bytes}
         steps = self.place / record.STEPS
         stamp = checkpoint.stamp(self.trial.training, self.meter.device)
-        checkpoints = checkpoint.Checkpoints(self.place / "checkpoints", stamp, steps)
+        checkpoints = checkpoint.Checkpoints(self.place / study.CHECKPOINTS, stamp, steps)
         if self.config.force:
             checkpoints.clear()
         self.result.run_info["resumed"] = resumed = checkpoints.find()  # from this step on; 0: from the beginning
@@ -292,7 +295,6 @@ class _Session:
                 validate=_validation(self.trial, validation, self.adapted, self.tokenizer) if validation else None,
                 checkpoints=checkpoints if resumed or self.config.train.checkpoint_every else None,
             )
-        checkpoints.clear()
         counts = model.count(self.adapted)
         self.info |= {"trainable_parameters": counts.trainable, "total_parameters": counts.total}
         self.info |= _train_info(trained)
