@@ -126,7 +126,7 @@ def wait_for(pattern: str, process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_sweep_continues_to_the_undisturbed_result(end: signal.Signals, command: Command) -> None:
-    words = [*SMALL, "train.steps=4,400"]
+    words = [*SMALL, "train.steps=4,200"]
     process = start(*words)
     wait_for("default/*/result.json", process)
     for _ in range(600):

@@ -229,8 +229,8 @@ def test_a_claim_of_another_machine_lapses_when_it_is_silent(scratch: Path) -> N
         pass
 
 
-def test_numbers_do_not_depend_on_the_place(command: Command) -> None:
-    words = [*SMALL, "method=lora,full,pissa", "quant=none,4bit", "seed=0,1"]
+def test_numbers_do_not_depend_on_the_place_or_on_what_ran_before(command: Command) -> None:
+    words = [*SMALL, "method=pissa,lora", "quant=none,4bit", "eval.perplexity.batch_size=8"]
     assert command(*words, "study=warm", "hydra.launcher.workers=1")[0] == 0
     assert command(*words, "study=here")[0] == 0
     assert command(*words, "study=basic", "hydra/launcher=basic")[0] == 0
@@ -239,7 +239,7 @@ def test_numbers_do_not_depend_on_the_place(command: Command) -> None:
         for where in ("warm", "here", "basic")
     )
     assert warm == here == basic
-    assert len(warm) == 12
+    assert len(warm) == 4
 
 
 def test_a_base_that_a_method_changed_is_loaded_again(compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
