@@ -10,7 +10,7 @@ from typing import Any
 
 from peftsweep import forecast, record, study, trial, workers
 from peftsweep.config import Trial
-from peftsweep.display import Display, size
+from peftsweep.display import Display, size, summary
 from peftsweep.errors import InputError
 from peftsweep.forecast import Forecast
 from peftsweep.record import Result, Status
@@ -86,6 +86,9 @@ def _once(results: Sequence[Result | None]) -> list[Result]:
 
 def _summarise(display: Display, results: Sequence[Result | None], name: str) -> None:
     reached = _once(results)
+    bad = [result for result in reached if not result.status.good]
+    for result in bad if len(reached) > 1 else []:
+        display.say(f"{result.run_info['labels'][0]}: {summary(result)[0]}")
     counts = {status: sum(result.status is status for result in reached) for status in Status}
     said = ", ".join(f"{n} {status.name}" for status, n in counts.items() if n)
     left = sum(result is None for result in results)

@@ -142,7 +142,9 @@ class _Worker:
         self._start()
 
     def _start(self) -> None:
-        self._output = Path(tempfile.mkstemp(prefix="peftsweep-worker-", suffix=".log")[1])
+        descriptor, name = tempfile.mkstemp(prefix="peftsweep-worker-", suffix=".log")
+        os.close(descriptor)
+        self._output = Path(name)
         self.connection, theirs = CONTEXT.Pipe()
         arguments = (theirs, str(self._output), self._place, self._threads)
         self.process = CONTEXT.Process(target=_work, args=arguments, daemon=True)
