@@ -124,7 +124,7 @@ def wait_for(pattern: str, process: subprocess.Popen[str]) -> None:
     pytest.fail(f"no {pattern}")
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_sweep_continues_to_the_undisturbed_result(end: signal.Signals, command: Command) -> None:
     words = [*SMALL, "train.steps=4,200"]
     process = start(*words)
@@ -135,12 +135,9 @@ def test_an_interrupted_sweep_continues_to_the_undisturbed_result(end: signal.Si
         time.sleep(0.05)
     process.send_signal(end)
     _, err = process.communicate(timeout=60)
-    if end is signal.SIGINT:
-        assert process.returncode == 130
-        assert err == "interrupted; the same command continues\n"
-        assert sorted(result.status.name for result in records().values()) == ["cancelled", "success"]
-    else:
-        assert len(records()) == 1  # the second one had no time to write its record
+    assert process.returncode == 130
+    assert err == "interrupted; the same command continues\n"
+    assert sorted(result.status.name for result in records().values()) == ["cancelled", "success"]
     code, out, _ = command(*words)
     assert (code, out.count("done before")) == (0, 1)
     command(*words, "study=undisturbed")
