@@ -29,10 +29,11 @@ from scipy.stats import quantile_test
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from peftsweep import record
 from peftsweep.data import read_rows
 from peftsweep.errors import InputError, suggest
 from peftsweep.evaluate import HOST_OUT_OF_MEMORY
-from peftsweep.measure import percentile
+from peftsweep.measure import percentile, synchronise
 from peftsweep.model import row_inputs
 
 log = logging.getLogger(__name__)
@@ -312,7 +313,7 @@ def _timed(
     ids, attention = batch["input_ids"].to(device), batch["attention_mask"].to(device)
     marks = _Marks(device, clock)
     resident = _reset_peak(device)
-    _synchronise(device)
+    synchronise(device)
     start = clock()
     written: torch.Tensor = cast(Any, model).generate(
         input_ids=ids,
@@ -326,7 +327,7 @@ def _timed(
         stopping_criteria=StoppingCriteriaList([marks]),
         **row_inputs(model, ids),
     )
-    _synchronise(device)
+    synchronise(device)
     seconds = clock() - start
     first, last, further = marks.times[0], marks.times[-1], len(marks.times) - 1
     return {
@@ -350,7 +351,7 @@ class _Marks(StoppingCriteria):
         self._device, self._clock = device, clock
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        _synchronise(self._device)
+        synchronise(self._device)
         self.times.append(self._clock())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
@@ -370,11 +371,6 @@ def _generating(model: nn.Module) -> Iterator[None]:
             module.training = training
         for module, config in kept:
             module.generation_config = config
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _reset_peak(device: torch.device) -> int | None:
@@ -539,7 +535,7 @@ def merged(adapted: nn.Module) -> tuple[nn.Module | None, str | None]:
         return cast(nn.Module, joined), None
     except Exception as error:  # whatever PEFT raises for a method that it cannot merge
         log.info("the adapter cannot be merged", exc_info=True)
-        reason = OUT_OF_MEMORY if _out_of_memory(error) else _first_line(error)
+        reason = OUT_OF_MEMORY if _out_of_memory(error) else record.one_line(error)
     _release()
     return None, reason
 
@@ -563,7 +559,7 @@ def _adapter_seconds(adapted: nn.Module, saved: Path | None, warmup: int, runs: 
                     switches += [there, back]
         except Exception as error:  # whatever PEFT raises for a method that takes no second adapter
             log.info("a second adapter cannot be loaded", exc_info=True)
-            reason = _first_line(error)
+            reason = record.one_line(error)
         for parameter, learns in trained:
             parameter.requires_grad_(learns)
     figures: dict[str, Any] = _spread("load_seconds", loads) | _spread("switch_seconds", switches)
@@ -588,10 +584,10 @@ def _load_and_switch(adapted: PeftModel, saved: Path, clock: Clock) -> tuple[flo
     ]
     seconds = []
     for step in work:
-        _synchronise(device)
+        synchronise(device)
         start = clock()
         step()
-        _synchronise(device)
+        synchronise(device)
         seconds.append(clock() - start)
     load, there, back = seconds
     return load, there, back
@@ -624,7 +620,3 @@ def _tensors(module: nn.Module) -> Iterator[Any]:
     for value in vars(module).values():
         if isinstance(value, torch.Tensor) or type(value).__module__.startswith("bitsandbytes"):
             yield value
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(": ")

@@ -129,7 +129,7 @@ class Meter:
         return {"rss": rss, "allocated": allocated, "others": total - free - reserved}
 
     def _begin(self) -> None:
-        self._synchronise()
+        synchronise(self.device)
         if self._on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
         _reset_rss_peak()
@@ -138,17 +138,13 @@ class Meter:
 
     def _stop(self) -> None:
         stage = self._open[-1][1]
-        self._synchronise()
+        synchronise(self.device)
         stage.seconds += self._clock() - self._since
         self.sample()
         stage.rss_peak = max(stage.rss_peak, _rss_peak())
         if self._on_gpu:
             stage.allocated_peak = _higher(stage.allocated_peak, torch.cuda.max_memory_allocated(self.device))
             stage.reserved_peak = _higher(stage.reserved_peak, torch.cuda.max_memory_reserved(self.device))
-
-    def _synchronise(self) -> None:
-        if self._on_gpu:
-            torch.cuda.synchronize(self.device)
 
 
 class Laps:
@@ -191,6 +187,12 @@ class Laps:
             self._events.clear()
             self._left_out.clear()
         return self._times
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until a GPU has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def percentile(values: list[float], percent: float) -> float | None:

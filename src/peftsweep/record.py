@@ -203,6 +203,11 @@ def failure(error: BaseException, stage: str | None) -> dict[str, str]:
     }
 
 
+def one_line(error: BaseException) -> str:
+    """An exception's type and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(": ")
+
+
 # ---- the environment -------------------------------------------------------------------------------
 
 

@@ -338,7 +338,7 @@ class _Session:
                 found = build.profiler(self.trial)(self._further_steps, self.place / "profile", self.meter.device)
             except Exception as error:
                 log.exception("the trial cannot be profiled")
-                found = {"error": _first_line(error)}
+                found = {"error": record.one_line(error)}
         self.info.setdefault("profile", {})[self.trial.choices["profiler"]] = found
 
     def _further_steps(self, steps: int, after_step: Callable[[], None]) -> None:
@@ -415,7 +415,7 @@ def _reload(
             differences = (model.answer_losses(again, probe) - losses).abs()
     except Exception as error:  # whatever PEFT raises; the trial itself has succeeded
         log.exception("the saved adapter cannot be loaded")
-        return {"reloads": False, "reload_error": _first_line(error)}
+        return {"reloads": False, "reload_error": record.one_line(error)}
     worst, mean = differences.max().item(), differences.mean().item()
     exact = trial.config.model.dtype is Dtype.float32
     same = worst < RELOAD_TOLERANCE if exact else mean < NARROW_TOLERANCE
@@ -438,12 +438,8 @@ def _merge(
         tokenizer.save_pretrained(place / study.MERGED)
     except Exception as error:  # whatever PEFT raises; the trial itself has succeeded
         log.exception("the adapter cannot be merged")
-        return {"merges": False, "merge_error": _first_line(error)}
+        return {"merges": False, "merge_error": record.one_line(error)}
     return {"merges": True, "merge_difference": difference}
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(": ")
 
 
 def _validation(
