@@ -18,12 +18,11 @@ from transformers import PreTrainedTokenizerBase
 
 from peftsweep import metrics
 from peftsweep.data import Example, Tokens, collate, tokenize, tokenize_for_classes, tokenize_pairs
+from peftsweep.measure import out_of_memory
 from peftsweep.metrics import Judgement, Score
 from peftsweep.model import answer_losses, class_logits, classifies, row_inputs
 
 log = logging.getLogger(__name__)
-
-HOST_OUT_OF_MEMORY = "can't allocate memory"  # torch's words for it
 
 
 @dataclass(frozen=True)
@@ -524,7 +523,7 @@ def _in_batches(lengths: Sequence[int], batch_size: int, work: Callable[[list[in
         try:
             work(numbers)
         except (torch.OutOfMemoryError, RuntimeError) as error:
-            if len(numbers) == 1 or not (isinstance(error, torch.OutOfMemoryError) or HOST_OUT_OF_MEMORY in str(error)):
+            if len(numbers) == 1 or not out_of_memory(error):
                 raise
             numbers = []
         if numbers:

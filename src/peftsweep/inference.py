@@ -32,8 +32,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 from peftsweep import record
 from peftsweep.data import read_rows
 from peftsweep.errors import InputError, suggest
-from peftsweep.evaluate import HOST_OUT_OF_MEMORY
-from peftsweep.measure import percentile, synchronise
+from peftsweep.measure import out_of_memory, percentile, synchronise
 from peftsweep.model import row_inputs
 
 log = logging.getLogger(__name__)
@@ -288,7 +287,7 @@ def _take_turns(
                 try:
                     row |= _timed(model, batch, category.new_tokens, tokenizer, clock)
                 except (RuntimeError, MemoryError) as error:
-                    if not _out_of_memory(error):
+                    if not out_of_memory(error):
                         raise
                     full.add(name)
                     row |= {LEFT_OUT: OUT_OF_MEMORY}
@@ -379,10 +378,6 @@ def _reset_peak(device: torch.device) -> int | None:
         return None
     torch.cuda.reset_peak_memory_stats(device)
     return torch.cuda.memory_allocated(device)
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or HOST_OUT_OF_MEMORY in str(error)
 
 
 def _release() -> None:
@@ -535,7 +530,7 @@ def merged(adapted: nn.Module) -> tuple[nn.Module | None, str | None]:
         return cast(nn.Module, joined), None
     except Exception as error:  # whatever PEFT raises for a method that it cannot merge
         log.info("the adapter cannot be merged", exc_info=True)
-        reason = OUT_OF_MEMORY if _out_of_memory(error) else record.one_line(error)
+        reason = OUT_OF_MEMORY if out_of_memory(error) else record.one_line(error)
     _release()
     return None, reason
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 import torch
 
+HOST_OUT_OF_MEMORY = "can't allocate memory"  # torch's words for it
 CLEAR_REFS = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
 
@@ -187,6 +188,12 @@ class Laps:
             self._events.clear()
             self._left_out.clear()
         return self._times
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had no memory left."""
+    host = isinstance(error, RuntimeError) and HOST_OUT_OF_MEMORY in str(error)
+    return host or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def synchronise(device: torch.device) -> None:

@@ -27,7 +27,7 @@ from peftsweep.build import Model
 from peftsweep.config import Trial, evaluation_identity, model_identity
 from peftsweep.data import Example
 from peftsweep.display import Observer
-from peftsweep.measure import Meter, Stage, percentile
+from peftsweep.measure import Meter, Stage, out_of_memory, percentile
 from peftsweep.record import Result, Status
 from peftsweep.schema import Dtype
 from peftsweep.tracker import Tracker
@@ -159,8 +159,7 @@ class Oversized(Refused):
 def _status(error: BaseException) -> Status:
     if isinstance(error, Refused):
         return Status.refused
-    host = isinstance(error, RuntimeError) and evaluate.HOST_OUT_OF_MEMORY in str(error)
-    if host or isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if out_of_memory(error):
         return Status.oom
     return Status.failed if isinstance(error, Exception) else Status.cancelled
 
