@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+from safetensors import SafetensorError
 
 from peftsweep import InputError, build, config, model, record, study, workers
 from peftsweep.config import Trial
@@ -25,6 +26,7 @@ from .conftest import SMALL, scores
 
 Command = Callable[..., tuple[int, str, str]]
 Compose = Callable[..., Trial]
+WITHOUT_WRITING = [*(word for word in SMALL if "tiny_math" not in word), "eval=[perplexity]"]
 BAD = """
 import os, signal, time, resource
 from peftsweep.evaluate import perplexity as plain
@@ -55,6 +57,15 @@ def hangs(model, tokenizer, examples, *, batch_size: int = 16, max_length: int =
         time.sleep(3600)
     return plain(model, tokenizer, examples, batch_size=batch_size, max_length=max_length)
 
+def ignores_interrupts(model, tokenizer, examples, *, batch_size: int = 16, max_length: int = 768):
+    while is_adapted(model):
+        try:
+            open("reached", "w").close()
+            time.sleep(3600)
+        except KeyboardInterrupt:
+            open("interrupted", "w").close()
+    return plain(model, tokenizer, examples, batch_size=batch_size, max_length=max_length)
+
 def is_adapted(model):
     return hasattr(model, "peft_config")
 """
@@ -74,8 +85,7 @@ def records(name: str = "default") -> dict[str, Result]:
     return {result.trial: result for result in found}
 
 
-def start(*words: str) -> subprocess.Popen[str]:
-    door = "from peftsweep import cli; cli.main()"
+def start(*words: str, door: str = "from peftsweep import cli; cli.main()") -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", door, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
     )
@@ -83,10 +93,9 @@ def start(*words: str) -> subprocess.Popen[str]:
 
 @pytest.mark.usefixtures("bad")
 def test_four_ways_to_go_wrong_cost_one_trial_each(command: Command) -> None:
-    words = [*SMALL[:3], "train.batch_size=4", "eval=[perplexity]", "eval.perplexity.samples=8"]
     targets = ",".join(f"bad_evaluations.{name}" for name in ("exits", "raises", "eats", "hangs"))
     code, out, _ = command(
-        *words,
+        *WITHOUT_WRITING,
         f"eval.perplexity._target_={targets},peftsweep.evaluate.perplexity",
         "hydra.launcher.timeout=20",
         "hydra.launcher.workers=2",
@@ -146,6 +155,84 @@ def test_workers_end_with_their_parent_however_it_ends() -> None:
     assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
 
 
+def wait_for(file: str, process: subprocess.Popen[str]) -> None:
+    for _ in range(4800):
+        if Path(file).exists():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    pytest.fail(f"no {file}")
+
+
+@pytest.mark.usefixtures("bad")
+def test_a_second_interrupt_does_not_wait_for_a_trial_that_ignores_the_first() -> None:
+    target = "eval.perplexity._target_=bad_evaluations.ignores_interrupts"
+    endless = "from peftsweep import cli, workers; workers.PATIENCE = 1e6; cli.main()"
+    process = start(*WITHOUT_WRITING, target, door=endless)
+    wait_for("reached", process)
+    process.send_signal(signal.SIGINT)
+    wait_for("interrupted", process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=240)
+    assert (process.returncode, err) == (130, "interrupted; the same command continues\n"), out
+    assert not records()
+
+
+def test_a_trial_that_finds_the_disk_full_ends_the_sweep_in_one_line(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*WITHOUT_WRITING, "method.r=2,4"]
+
+    def full(*_: Any) -> Any:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as context:
+        context.setattr(model, "save", full)
+        code, _, err = command(*words)
+    line = "peftsweep: multirun: No space left on device; what is done is kept, the same command continues\n"
+    assert (code, err) == (2, line)
+    assert [one.status for one in records().values()] == [Status.failed]  # the second was not trained for nothing
+    assert command(*words)[0] == 0
+    assert {one.status for one in records().values()} == {Status.success}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder to run in is a file system of one megabyte."""
+    (disk := tmp_path / "disk").mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("a file system can be mounted by root only")
+    monkeypatch.chdir(disk)
+    yield disk
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_and_one_that_is_read_only(small_disk: Path) -> None:
+    words = [*SMALL, "method.r=2,8,32"]
+
+    def run() -> tuple[str, int]:
+        process = start(*words)
+        return process.communicate(timeout=240)[1], process.returncode
+
+    assert run() == (
+        "peftsweep: multirun: No space left on device; what is done is kept, the same command continues\n",
+        2,
+    )
+    held = {name: one for name, one in records().items() if one.status is Status.success}
+    assert held
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    err, code = run()
+    assert code == 2
+    assert err.endswith("Read-only file system; what is done is kept, the same command continues\n")
+    assert err.count("\n") == 1
+    subprocess.run(["mount", "-o", "remount,rw,size=20m", small_disk], check=True)
+    assert run() == ("", 0)
+    assert {one.status for one in records().values()} == {Status.success}
+    assert held.items() <= records().items()
+
+
 def shoot(words: list[str], kills: int, chance: random.Random) -> None:
     """Run the command until it ends by itself; its parent or its worker is killed ``kills`` times on the way."""
     shots = 0
@@ -172,8 +259,7 @@ def final(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_random_a_sweep_ends_with_the_table_of_an_undisturbed_one(kills: int, command: Command) -> None:
-    words = [*SMALL, "method.r=1,2,3,4,5,6", "seed=0,1", "eval=[perplexity]"]
-    words.remove("eval.tiny_math.samples=8")
+    words = [*WITHOUT_WRITING, "method.r=1,2,3,4,5,6", "seed=0,1"]
     assert command(*words, "study=undisturbed")[0] == 0
     shoot(words, kills, random.Random(kills))
     assert final("default") == final("undisturbed")

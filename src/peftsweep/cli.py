@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -16,15 +15,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peftsweep import __version__, experiment
+from peftsweep import __version__, experiment, study
 from peftsweep import config as configuration
-from peftsweep.errors import InputError
+from peftsweep.errors import InputError, Unwritable
 
 if TYPE_CHECKING:
     from peftsweep.record import Result
 
 OTHER_COMMANDS = {"--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--hydra-help"}
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # to write a study
 HELP = """\
 peftsweep: sweep parameter-efficient fine-tuning configurations and learn which one to use.
 
@@ -85,10 +83,10 @@ def _guarded(door: object) -> int:
         problem = str(error)
     except (HydraException, OmegaConfBaseException) as error:
         problem = configuration.one_line(error)
-    except OSError as error:
-        if error.errno not in NO_ROOM:
+    except (OSError, Unwritable) as error:
+        if (reason := study.unwritable(error)) is None:
             raise
-        problem = f"{error.filename or 'multirun'}: {error.strerror}; what is done is kept, the same command continues"
+        problem = str(reason)
     except KeyboardInterrupt:
         print("interrupted; the same command continues", file=sys.stderr)
         return 130

@@ -14,5 +14,9 @@ def suggest(wrong: str, known: list[str]) -> str:
     return "there are: " + (", ".join(known) or "none")
 
 
+class Unwritable(Exception):
+    """A study cannot be written, as on a full disk: no trial can be recorded; exit code 2."""
+
+
 class SweepFailed(Exception):
     """At least one trial of a sweep failed or ran out of memory; exit code 1."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 import psutil
 from filelock import FileLock
 
-from peftsweep.errors import InputError, suggest
+from peftsweep.errors import InputError, Unwritable, suggest
 from peftsweep.record import RESULT, LaterVersion, RecordError, Result, Status, host, read_json, write_json, write_text
 
 ROOT = Path("multirun")
@@ -20,6 +21,10 @@ ADAPTER = "adapter"
 MERGED = "merged"
 CHECKPOINTS = "checkpoints"
 HEARTBEAT = 15.0  # seconds between two signs of life of a running trial
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+NOT_ALLOWED = (errno.EACCES, errno.EPERM)
+# How writers that raise no OSError put it: safetensors in the system's words, torch in its own.
+NO_ROOM_SAID = (*map(os.strerror, NO_ROOM), "PytorchStreamWriter failed writing")
 LEASE = 120.0  # seconds of silence after which a trial of another machine is taken for dead
 
 
@@ -100,6 +105,19 @@ def trained(study: Path, training: str) -> Result | None:
 def _mark(study: Path, training: str) -> Path:
     """Looked up by name, as reading every record of a large study before each trial would take minutes."""
     return study / ".trained" / training
+
+
+def unwritable(error: BaseException) -> Unwritable | None:
+    """What ``error`` says of a disk that takes no more or may not be written; None if it is about something else."""
+    if isinstance(error, Unwritable):
+        return error
+    where = Path(str(getattr(error, "filename", None) or ROOT))
+    if isinstance(error, OSError):
+        ours = ROOT.resolve() in (where.resolve(), *where.resolve().parents)
+        reason = error.strerror if error.errno in NO_ROOM or (error.errno in NOT_ALLOWED and ours) else None
+    else:
+        reason = next((said for said in NO_ROOM_SAID if said in str(error)), None)
+    return Unwritable(f"{where}: {reason}; what is done is kept, the same command continues") if reason else None
 
 
 # ---- who runs what ---------------------------------------------------------------------------------

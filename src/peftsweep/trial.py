@@ -87,6 +87,7 @@ def run(trial: Trial, observer: Observer | None = None) -> Result:
     Raises:
         KeyboardInterrupt: the user interrupted it; it is recorded as cancelled.
         study.Claimed: another process runs it.
+        Unwritable: its folder cannot be written.
     """
     if done := finished(trial):
         return done
@@ -134,9 +135,10 @@ def _run_claimed(trial: Trial, place: Path, observer: Observer) -> Result:
         except BaseException as error:
             status, failure = _status(error), record.failure(error, meter.current)
             log.log(logging.INFO if status is Status.refused else logging.ERROR, "%s", failure["traceback"])
-            if not isinstance(error, Exception):
+            full = study.unwritable(error)  # the next trial would train for nothing
+            if full or not isinstance(error, Exception):
                 _end(result, place, meter, start, status, failure, tracker)
-                raise
+                raise full or error
         _end(result, place, meter, start, status, failure, tracker)
     if status is Status.success:
         shutil.rmtree(place / study.CHECKPOINTS, ignore_errors=True)

@@ -29,6 +29,7 @@ from peftsweep import build, study, trial
 from peftsweep import config as configuration
 from peftsweep.config import Trial
 from peftsweep.display import Display, Observer, TrialView
+from peftsweep.errors import Unwritable
 from peftsweep.record import Result, Status
 
 CONTEXT = multiprocessing.get_context("forkserver")  # a fork of a process that has imported all and started nothing
@@ -61,6 +62,7 @@ def run(trials: Sequence[Trial], options: Options, display: Display) -> Iterator
 
     Raises:
         KeyboardInterrupt: the user interrupted it; running trials are recorded as cancelled.
+        Unwritable: the study cannot be written; running trials end as if they were killed.
     """
     budget = _Budget(options)
     if options.workers == 0:
@@ -235,6 +237,8 @@ def _in_pool(
             how, said = ended
             one = worker.job
             tries[one.identity] = tries.get(one.identity, 0) + (how == "died")
+            if how == "unwritable":
+                raise Unwritable(said)
             if how == "claimed":
                 postpone(worker, RETRY_CLAIMED)
             elif how == "died" and tries[one.identity] <= options.retries:
@@ -354,6 +358,10 @@ def _run_one(one: Trial, channel: connection.Connection[Any, Any]) -> tuple[str,
         return "claimed", ""
     except KeyboardInterrupt:
         return "cancelled", ""
+    except Exception as error:
+        if reason := study.unwritable(error):
+            return "unwritable", str(reason)
+        return "broken", traceback.format_exc()
     except BaseException:
         return "broken", traceback.format_exc()
     return "done", ""
