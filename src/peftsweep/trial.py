@@ -138,7 +138,9 @@ def _run_claimed(trial: Trial, place: Path, observer: Observer) -> Result:
             full = study.unwritable(error)  # the next trial would train for nothing
             if full or not isinstance(error, Exception):
                 _end(result, place, meter, start, status, failure, tracker)
-                raise full or error
+                if full:
+                    raise full from error
+                raise
         _end(result, place, meter, start, status, failure, tracker)
     if status is Status.success:
         shutil.rmtree(place / study.CHECKPOINTS, ignore_errors=True)
