@@ -32,6 +32,7 @@ FLOORS = (
         "checkpoint",
         "compiled",
         "train",
+        "packed",
         "evaluate",
         "inference",
         "predict",

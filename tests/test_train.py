@@ -115,7 +115,7 @@ def test_schedules() -> None:
     def rates(schedule: Schedule, warmup: float) -> list[float]:
         config = TrainConfig(learning_rate=1.0, schedule=schedule, warmup=warmup)
         optimizer = train.make_optimizer(torch.nn.Linear(1, 1), config)
-        scheduler = train._scheduler(optimizer, config, steps=10)
+        scheduler = train.make_scheduler(optimizer, config, steps=10)
         found = []
         for _ in range(10):
             found.append(optimizer.param_groups[0]["lr"])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
+import torch
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import constants
@@ -69,6 +70,37 @@ def attach(
     setattr(adapted, METHOD_INPUTS, inputs or {})
     keep_dtype(adapted)
     return adapted
+
+
+def attach_lanes(
+    base: PreTrainedModel,
+    lanes: Mapping[str, tuple[PeftConfig, TargetsConfig]],
+    seed: int,
+    roles: Roles,
+    *,
+    float32: bool = True,
+) -> PeftModel:
+    """Attach several adapters of one kind to ``base``, by their names, each as ``attach`` would after ``seed``.
+
+    Raises:
+        InputError: as ``attach``.
+    """
+    for method, targets in lanes.values():  # all of them before the first changes what the base has
+        _aim(method, base, target_modules(base, targets, roles), targets, roles)
+        method.task_type = method.task_type or TaskType.CAUSAL_LM
+    adapted: Any = None
+    try:
+        for name, (method, _) in lanes.items():
+            torch.manual_seed(seed)
+            if adapted is None:
+                adapted = get_peft_model(base, method, adapter_name=name, autocast_adapter_dtype=float32)
+            else:
+                method.base_model_name_or_path = adapted.active_peft_config.base_model_name_or_path
+                adapted.add_adapter(name, method, autocast_adapter_dtype=float32)
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(f"method: {' '.join(str(error).split())}") from error
+    keep_dtype(adapted)
+    return cast(PeftModel, adapted)
 
 
 def _aim(method: Any, base: PreTrainedModel, modules: list[str] | None, targets: TargetsConfig, roles: Roles) -> None:

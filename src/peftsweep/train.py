@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,26 +87,23 @@ def train(
     optimizer = make_optimizer(model, config)
     trained = dict(trainable_parameters(model))
     parameters = list(trained.values())
-    scheduler = _scheduler(optimizer, config, steps)
+    scheduler = make_scheduler(optimizer, config, steps)
     autocast = torch.autocast(
         device.type, dtype=getattr(torch, (config.autocast or Dtype.bfloat16).value), enabled=bool(config.autocast)
     )
     scaler = torch.amp.GradScaler(device.type, enabled=config.autocast is Dtype.float16)
 
-    def batches(first: int = 0) -> Iterator[Batch]:
-        order = batch_order([len(row.ids) for row in rows], config.batch_size, seed)
-        for numbers in itertools.islice(order, first, None):
-            yield collate([rows[n] for n in numbers], pad_id, config.pad_to_multiple_of).to(device)
+    numbered = partial(batches, rows, config, pad_id=pad_id, seed=seed, device=device)
 
     def losses_of(called: nn.Module, batch: Batch) -> torch.Tensor:
         with autocast:
             return answer_losses(called, batch)
 
     laps = Laps(device)
-    epoch = _Epoch(_steps_per_epoch(config, len(rows)), laps, meter)
+    epoch = Epoch(steps_per_epoch(config, len(rows)), laps, meter)
     span = record_function if after_step else nullcontext
-    best = _Best(trained) if config.keep_best else None
-    progress = _Progress(laps)
+    best = Best(trained) if config.keep_best else None
+    progress = Progress(laps)
     final_loss = None
     parts: dict[str, Part] = {}
     if checkpoints:
@@ -117,11 +115,11 @@ def train(
     model.train()
     allocate = getattr(getattr(model, "base_model", None), "update_and_allocate", None)
     regularised: bool | None = None  # known after the first forward
-    with compiled(model, config, batches, losses_of, meter) as compilation:
+    with compiled(model, config, numbered, losses_of, meter) as compilation:
         torch.manual_seed(seed)  # dropout does not depend on how many numbers the adapter's creation drew
         if checkpoints:
             checkpoints.restore(parts)
-        stream = batches(progress.step * config.accumulation)
+        stream = numbered(first=progress.step * config.accumulation)
         for step in range(progress.step + 1, steps + 1):
             laps.start()
             # ---- the step ----------------------------------------------------------------------
@@ -160,10 +158,7 @@ def train(
             epoch.add(loss, micro_batches)
             if step % config.log_every == 0 or step == steps:
                 final_loss = progress.mean_loss()  # the only place where the host waits for the device
-                if not math.isfinite(final_loss):
-                    raise FloatingPointError(
-                        f"the training loss is {final_loss} at step {step}; lower train.learning_rate"
-                    )
+                check_finite(final_loss, step)
                 seconds = sum(laps.seconds())
                 log(
                     {
@@ -184,7 +179,7 @@ def train(
                 with meter.stage("validate"), torch.compiler.set_stance("force_eager"):
                     scores = validate()
                 model.train()
-                progress.validations.append((_badness(scores, config.best_metric), scores["loss"], step))
+                progress.validations.append((badness(scores, config.best_metric), scores["loss"], step))
                 log({"step": step, "steps": steps} | {f"validation_{name}": value for name, value in scores.items()})
                 if best and min(progress.validations)[-1] == step:
                     best.keep()
@@ -195,21 +190,20 @@ def train(
     if best and progress.validations:
         best.restore()
     model.eval()
-    return Trained(
-        steps=steps,
-        epochs=in_epochs(steps, config, len(rows)),
-        tokens=progress.tokens,
-        padding_fraction=1 - progress.tokens / progress.positions if progress.positions else 0.0,
-        final_loss=final_loss,
-        best_loss=min((loss for _, loss, _ in progress.validations), default=None),
-        best_step=min(progress.validations, default=[None])[-1],
-        step_seconds=laps.seconds(),
-        compilation=facts,
-    )
+    return progress.trained(config, len(rows), final_loss, facts)
+
+
+def batches(
+    rows: Sequence[Tokens], config: TrainConfig, *, pad_id: int, seed: int, device: torch.device, first: int = 0
+) -> Iterator[Batch]:
+    """The batches that a run with ``seed`` trains on, without end, from number ``first`` on."""
+    order = batch_order([len(row.ids) for row in rows], config.batch_size, seed)
+    for numbers in itertools.islice(order, first, None):
+        yield collate([rows[n] for n in numbers], pad_id, config.pad_to_multiple_of).to(device)
 
 
 @dataclass
-class _Progress:
+class Progress:
     """How far the loop has come."""
 
     laps: Laps
@@ -231,6 +225,22 @@ class _Progress:
         self.losses.clear()
         return mean
 
+    def trained(
+        self, config: TrainConfig, rows: int, final_loss: float | None, compilation: dict[str, Any] | None = None
+    ) -> Trained:
+        """What the run over ``rows`` rows has done, now that it has ended."""
+        return Trained(
+            steps=self.step,
+            epochs=in_epochs(self.step, config, rows),
+            tokens=self.tokens,
+            padding_fraction=1 - self.tokens / self.positions if self.positions else 0.0,
+            final_loss=final_loss,
+            best_loss=min((loss for _, loss, _ in self.validations), default=None),
+            best_step=min(self.validations, default=[None])[-1],
+            step_seconds=self.laps.seconds(),
+            compilation=compilation or {},
+        )
+
     def state_dict(self) -> dict[str, Any]:
         return vars(self) | {"laps": self.laps.seconds()}
 
@@ -239,7 +249,7 @@ class _Progress:
         vars(self).update(state | {"laps": self.laps})
 
 
-class _Epoch:
+class Epoch:
     """Sums up the steps of an epoch; only its end makes the host wait for the device."""
 
     def __init__(self, steps: float, laps: Laps, meter: Meter) -> None:
@@ -289,15 +299,16 @@ def total_steps(config: TrainConfig, rows: int) -> int:
     """Optimizer steps of the run: ``epochs`` over ``rows`` rows where given, else ``steps``."""
     if config.epochs is None:
         return config.steps
-    return math.ceil(config.epochs * _steps_per_epoch(config, rows))
+    return math.ceil(config.epochs * steps_per_epoch(config, rows))
 
 
 def in_epochs(step: int, config: TrainConfig, rows: int) -> float:
     """How often the data has been gone through after ``step`` steps."""
-    return step / _steps_per_epoch(config, rows)
+    return step / steps_per_epoch(config, rows)
 
 
-def _steps_per_epoch(config: TrainConfig, rows: int) -> float:
+def steps_per_epoch(config: TrainConfig, rows: int) -> float:
+    """Optimizer steps to go through ``rows`` rows once; not always a whole number with accumulation."""
     return math.ceil(rows / config.batch_size) / config.accumulation
 
 
@@ -312,7 +323,7 @@ def interval(config: TrainConfig, key: str, rows: int) -> int | None:
         return None
     number, epochs, rest = said.strip().partition("epoch")
     try:
-        every = float(number) * (_steps_per_epoch(config, rows) if epochs else 1)
+        every = float(number) * (steps_per_epoch(config, rows) if epochs else 1)
         valid = every > 0 and math.isfinite(every) and rest in ("", "s")
     except ValueError:
         valid = False
@@ -368,17 +379,20 @@ def find_optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:
     return make
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer of the model's trainable parameters at the scaled learning rate, fused where torch offers that.
+def make_optimizer(
+    model: nn.Module, config: TrainConfig, parameters: Sequence[nn.Parameter] | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer of ``parameters`` at the scaled learning rate, fused where torch offers that.
 
-    Making it may freeze some of them, as LoRA-FA does with the A matrices.
+    Without ``parameters`` it is that of all the model's trainable ones. Making it may freeze some of them, as
+    LoRA-FA does with the A matrices.
 
     Raises:
         InputError: ``train.optimizer_kwargs`` does not fit it.
     """
     make = find_optimizer(config.optimizer)
     known = inspect.signature(make).parameters
-    parameters = [p for _, p in trainable_parameters(model)]
+    parameters = list(parameters or (p for _, p in trainable_parameters(model)))
     options: dict[str, Any] = {"lr": config.learning_rate * config.learning_rate_scale}
     if "weight_decay" in known or "optimizer_cls" in known:
         options["weight_decay"] = config.weight_decay
@@ -392,7 +406,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         raise InputError(f"train.optimizer_kwargs: {error}") from None
 
 
-def _scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> Any:
+def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> Any:
+    """The learning rate's schedule over ``steps`` steps, with its warm-up."""
     warmup = round(config.warmup * steps) if config.warmup < 1 else round(config.warmup)
     return get_scheduler(SCHEDULES[config.schedule], optimizer, num_warmup_steps=warmup, num_training_steps=steps)
 
@@ -405,14 +420,24 @@ def enable_checkpointing(model: Any, wanted: bool) -> None:
         enable({"use_reentrant": False})
 
 
-def _badness(scores: dict[str, float], metric: str) -> float:
+def check_finite(loss: float, step: int) -> None:
+    """Refuse to go on from a loss that is no number.
+
+    Raises:
+        FloatingPointError: it is not finite.
+    """
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the training loss is {loss} at step {step}; lower train.learning_rate")
+
+
+def badness(scores: dict[str, float], metric: str) -> float:
     """The value of ``metric``, turned so that less is better."""
     if metric not in scores:
         raise InputError(f"train.best_metric={metric}: the validation has {', '.join(scores)}")
     return scores[metric] if metric.rpartition(".")[2] in LOWER_IS_BETTER else -scores[metric]
 
 
-class _Best:
+class Best:
     """The trainable weights of the best validation so far, kept on the host."""
 
     def __init__(self, parameters: dict[str, nn.Parameter]) -> None:

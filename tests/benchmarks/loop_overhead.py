@@ -144,7 +144,7 @@ def measure_the_measuring(pairs: int) -> dict[str, Any]:
     rows = data.tokenize(model.load_tokenizer(TINY), examples, 128) * 16 * (steps + 1)
     laps = EverySecond()
 
-    class Sums(train._Epoch):
+    class Sums(train.Epoch):
         def add(self, loss: torch.Tensor, batches: Any) -> None:
             if laps.on:
                 super().add(loss, batches)
@@ -156,7 +156,7 @@ def measure_the_measuring(pairs: int) -> dict[str, Any]:
 
     config = TrainConfig(steps=steps, learning_rate=4e-3, log_every=steps)
     train.Laps = lambda device: laps  # type: ignore[attr-defined,assignment,misc]
-    train._Epoch = Sums  # type: ignore[misc]
+    train.Epoch = Sums  # type: ignore[misc]
     meter = Sampler(CPU)
     with meter.stage("train"):
         train.train(adapted(), rows, config, pad_id=0, seed=0, meter=meter, log=lambda row: None)

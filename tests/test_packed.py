@@ -1,0 +1,340 @@
+"""Packing: many adapters on one base come to the numbers that each comes to alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig
+
+from peftsweep import attach, data, evaluate, model, packed, train
+from peftsweep.measure import Meter
+from peftsweep.schema import Dtype, ModelConfig, Schedule, TargetsConfig, TrainConfig
+
+CPU = torch.device("cpu")
+TINY = ModelConfig(name_or_path="tiny")
+SEED = 3
+QUANTS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "8bit": {"load_in_8bit": True},
+    "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+}
+SAME = 1e-5  # relative to the largest number of a tensor
+
+
+@dataclass
+class Spec:
+    """A lane in the words of a trial."""
+
+    r: int = 8
+    alpha: int = 16
+    rslora: bool = False
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("q_proj", "v_proj", "up_proj")
+    train: dict[str, Any] = field(default_factory=dict)
+    layers: list[int] | None = None
+
+    def method(self) -> LoraConfig:
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=self.alpha,
+            use_rslora=self.rslora,
+            lora_dropout=self.dropout,
+            target_modules=list(self.targets),
+            layers_to_transform=self.layers,
+        )
+
+    def config(self, **shared: Any) -> TrainConfig:
+        return TrainConfig(
+            **{"steps": 10, "batch_size": 4, "log_every": 1, "learning_rate": 4e-3} | shared | self.train
+        )
+
+
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LANES = [
+    Spec(),
+    Spec(r=2, alpha=8, targets=ALL, train={"learning_rate": 1e-3}),
+    Spec(r=16, alpha=16, rslora=True, targets=("k_proj", "down_proj"), train={"weight_decay": 0.1}),
+    Spec(r=5, targets=ALL, train={"steps": 7, "schedule": Schedule.linear, "clip": 0.05}),
+]
+
+
+@dataclass
+class Found:
+    """What a training came to."""
+
+    losses: list[float]
+    weights: dict[str, torch.Tensor]
+    texts: list[str]
+    trained: train.Trained
+    error: Exception | None = None
+
+
+def base(quant: str = "none", dtype: Dtype = Dtype.float32) -> Any:
+    options = BitsAndBytesConfig(**QUANTS[quant]) if QUANTS[quant] else None
+    return model.load(ModelConfig(name_or_path="tiny", dtype=dtype), options, CPU)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return model.load_tokenizer(TINY)
+
+
+@pytest.fixture(scope="module")
+def rows(tokenizer: Any) -> list[data.Tokens]:
+    from peftsweep.tiny import task
+
+    examples = data.examples(task.rows("train", 48), "{question} ", "{answer}")
+    return data.tokenize(tokenizer, examples, 128)
+
+
+def texts(adapted: Any, tokenizer: Any) -> list[str]:
+    adapted.eval()
+    return evaluate.generate(adapted, tokenizer, ["What is 3 plus 4? ", "Tom has 5 apples. "], max_new_tokens=8)
+
+
+def alone(spec: Spec, rows: list[data.Tokens], tokenizer: Any, on: Any, **shared: Any) -> Found:
+    torch.manual_seed(SEED)
+    adapted = attach.attach(on, spec.method(), TargetsConfig(), {})
+    lines: list[dict[str, Any]] = []
+    config = spec.config(**shared)
+    done = train.train(adapted, rows, config, pad_id=0, seed=SEED, meter=Meter(CPU), log=lines.append)
+    weights = {name: p.detach() for name, p in model.trainable_parameters(adapted)}
+    return Found([line["loss"] for line in lines if "loss" in line], weights, texts(adapted, tokenizer), done)
+
+
+def together(specs: list[Spec], rows: list[data.Tokens], tokenizer: Any, on: Any, **shared: Any) -> list[Found]:
+    names = [f"lane{n}" for n in range(len(specs))]
+    methods = {name: (spec.method(), TargetsConfig()) for name, spec in zip(names, specs, strict=True)}
+    adapted = attach.attach_lanes(on, methods, SEED, {})
+    lines: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    lanes = [
+        packed.Lane(name, spec.config(**shared), lines[name].append) for name, spec in zip(names, specs, strict=True)
+    ]
+    ended = packed.train_packed(adapted, rows, lanes, pad_id=0, seed=SEED, meter=Meter(CPU))
+    found = []
+    for name in names:
+        adapted.set_adapter(name)
+        weights = {key.replace(name, "default"): p.detach() for key, p in model.trainable_parameters(adapted)}
+        losses = [line["loss"] for line in lines[name] if "loss" in line]
+        found.append(Found(losses, weights, texts(adapted, tokenizer), ended[name].trained, ended[name].error))
+    return found
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest one, relative to the largest number."""
+    return ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
+
+
+def worst(packed: Found, single: Found) -> float:
+    assert packed.weights.keys() == single.weights.keys()
+    assert len(packed.losses) == len(single.losses)
+    losses = difference(torch.tensor(packed.losses), torch.tensor(single.losses))
+    return max(losses, *(difference(packed.weights[name], single.weights[name]) for name in single.weights))
+
+
+def check_same(packed: list[Found], single: list[Found]) -> None:
+    for one, other in zip(packed, single, strict=True):
+        assert worst(one, other) <= SAME
+        assert one.texts == other.texts
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_a_lane_is_the_trial_alone(rows: list[data.Tokens], tokenizer: Any, quant: str) -> None:
+    single = [alone(spec, rows, tokenizer, base(quant)) for spec in LANES]
+    many = together(LANES, rows, tokenizer, base(quant))
+    check_same(many, single)
+    assert [one.trained.steps for one in many] == [10, 10, 10, 7]
+    with pytest.raises(AssertionError):  # the check can fail
+        check_same([many[1], many[0], *many[2:]], single)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quant", QUANTS)
+def test_eight_lanes_are_the_trials_alone_after_100_steps(
+    rows: list[data.Tokens], tokenizer: Any, quant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    eight = [
+        Spec(r=r, alpha=alpha, targets=targets, train={"learning_rate": rate})
+        for r, alpha in ((2, 4), (16, 16))
+        for rate in (1e-3, 4e-3)
+        for targets in (("q_proj", "v_proj"), ALL)
+    ]
+    single = [alone(spec, rows, tokenizer, base(quant), steps=100) for spec in eight]
+    many = together(eight, rows, tokenizer, base(quant), steps=100)
+    with capsys.disabled():
+        largest = max(worst(one, other) for one, other in zip(many, single, strict=True))
+        print(f"\n{quant}: the largest relative difference of 8 lanes after 100 steps is {largest:.2g}")
+    check_same(many, single)
+    with pytest.raises(AssertionError):
+        check_same([many[1], many[0], *many[2:]], single)
+
+
+def test_swapped_configurations_are_found_out(rows: list[data.Tokens], tokenizer: Any) -> None:
+    """The nearest two lanes can be: they differ in nothing but the rate, by a thousandth."""
+    specs = [Spec(train={"learning_rate": rate}) for rate in (4e-3, 4.004e-3)]
+    single = [alone(spec, rows, tokenizer, base(), steps=5) for spec in specs]
+    with pytest.raises(AssertionError):
+        check_same(together(specs[::-1], rows, tokenizer, base(), steps=5), single)
+
+
+@pytest.mark.parametrize(
+    "shared",
+    [
+        {"accumulation": 2},
+        {"checkpointing": True},
+        {"optimizer": "SGD", "learning_rate": 0.5},
+    ],
+    ids=str,
+)
+def test_other_ways_to_train(rows: list[data.Tokens], tokenizer: Any, shared: dict[str, Any]) -> None:
+    specs = [Spec(), Spec(r=3, targets=("q_proj", "o_proj"))]
+    single = [alone(spec, rows, tokenizer, base(), steps=4, **shared) for spec in specs]
+    many = together(specs, rows, tokenizer, base(), steps=4, **shared)
+    check_same(many, single)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("autocast", [None, Dtype.bfloat16])
+def test_16_bits_differ_as_much_as_two_layouts_of_the_trial_alone(
+    rows: list[data.Tokens], tokenizer: Any, quant: str, autocast: Dtype | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """More padding changes nothing but the order in which numbers are summed up."""
+    dtype = Dtype.float32 if autocast else Dtype.bfloat16
+    many = together(LANES, rows, tokenizer, base(quant, dtype), steps=50, autocast=autocast)
+    own, packs = [], []
+    for spec, lane in zip(LANES, many, strict=True):
+        one, padded = (
+            alone(spec, rows, tokenizer, base(quant, dtype), steps=50, autocast=autocast, pad_to_multiple_of=multiple)
+            for multiple in (1, 16)
+        )
+        own.append(difference(torch.tensor(padded.losses), torch.tensor(one.losses)))
+        packs.append(difference(torch.tensor(lane.losses), torch.tensor(one.losses)))
+    with capsys.disabled():
+        print(f"\n{quant}, {autocast or dtype}: losses differ by {max(packs):.2g} packed, by {max(own):.2g} padded")
+    assert max(packs) <= 2 * max(own)
+
+
+def test_dropout_is_that_of_the_trial_alone_whatever_the_pack_mates(rows: list[data.Tokens], tokenizer: Any) -> None:
+    lane = Spec(dropout=0.3, targets=ALL)
+    others = [Spec(dropout=0.5, r=4), Spec(), Spec(dropout=0.1, targets=("down_proj",), train={"steps": 2})]
+    single = alone(lane, rows, tokenizer, base(), steps=5)
+    check_same(together([lane, *others], rows, tokenizer, base(), steps=5)[:1], [single])
+    check_same(together([*others[1:], lane], rows, tokenizer, base(), steps=5)[-1:], [single])
+    without = alone(Spec(targets=ALL), rows, tokenizer, base(), steps=5)
+    assert worst(single, without) > 1e-2
+
+
+def test_layers_before_the_first_adapted_one_see_the_rows_once(rows: list[data.Tokens], tokenizer: Any) -> None:
+    specs = [Spec(layers=[2, 3]), Spec(r=2, layers=[3]), Spec(layers=[2])]
+    single = [alone(spec, rows, tokenizer, base(), steps=4) for spec in specs]
+    watched = base()
+    seen: list[int] = []
+    for layer in watched.model.layers:
+        layer.mlp.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    check_same(together(specs, rows, tokenizer, watched, steps=4), single)
+    assert seen[:4] == [4, 4, 12, 12]
+
+
+def test_a_lane_that_diverges_leaves_the_others_unharmed(rows: list[data.Tokens], tokenizer: Any) -> None:
+    bad = Spec(train={"learning_rate": 1e30, "clip": 0.0}, targets=ALL)
+    many = together([LANES[0], bad, LANES[1]], rows, tokenizer, base())
+    check_same([many[0], many[2]], [alone(spec, rows, tokenizer, base()) for spec in LANES[:2]])
+    assert isinstance(many[1].error, FloatingPointError)
+    assert many[1].trained.steps < 10
+    assert [many[0].error, many[2].error] == [None, None]
+
+
+def test_a_lane_that_fails_in_its_own_part_leaves_the_others_unharmed(
+    rows: list[data.Tokens], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            raise RuntimeError("no more of this")
+
+    monkeypatch.setattr(torch.optim, "Failing", Failing, raising=False)
+    many = together([Spec(train={"optimizer": "Failing"}), LANES[1]], rows, tokenizer, base(), steps=3)
+    assert str(many[0].error) == "no more of this"
+    check_same(many[1:], [alone(LANES[1], rows, tokenizer, base(), steps=3)])
+
+
+def test_memory_that_runs_out_is_not_one_lanes_failure(
+    rows: list[data.Tokens], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grads_with_norm_", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        together(LANES[:2], rows, tokenizer, base(), steps=2)
+
+
+def test_each_lane_has_its_own_validations_and_best_weights(rows: list[data.Tokens]) -> None:
+    specs = {"lane0": Spec(), "lane1": Spec(r=2, train={"eval_every": "2", "keep_best": True})}
+    adapted = attach.attach_lanes(base(), {n: (s.method(), TargetsConfig()) for n, s in specs.items()}, SEED, {})
+    losses = iter([1.0, 3.0])
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def validate() -> dict[str, float]:
+        assert adapted.active_adapter == "lane1"
+        adapted.eval()
+        assert evaluate.mean_loss(adapted, rows[:3], pad_id=0) > 0  # as many rows as it likes
+        seen.append({name: p.detach().clone() for name, p in adapted.named_parameters() if "lane1" in name})
+        return {"loss": next(losses)}
+
+    lines: list[dict[str, Any]] = []
+    lanes = [
+        packed.Lane("lane0", specs["lane0"].config(steps=4), lines.append),
+        packed.Lane("lane1", specs["lane1"].config(steps=4), lambda row: None, validate),
+    ]
+    ended = packed.train_packed(adapted, rows, lanes, pad_id=0, seed=SEED, meter=Meter(CPU))
+    assert (ended["lane1"].trained.best_step, ended["lane1"].trained.best_loss) == (2, 1.0)
+    kept = {name: p for name, p in adapted.named_parameters() if "lane1" in name}
+    assert all(torch.equal(kept[name], value) for name, value in seen[0].items())
+    assert not any("validation_loss" in line for line in lines)
+
+
+def test_a_lane_can_be_stopped_early_and_the_shares_add_up(rows: list[data.Tokens]) -> None:
+    methods = {name: (Spec().method(), TargetsConfig()) for name in ("lane0", "lane1")}
+    adapted = attach.attach_lanes(base(), methods, SEED, {})
+    config = Spec().config(steps=6)
+    lanes = [
+        packed.Lane("lane0", config, lambda row: None, stop=lambda step: step == 2),
+        packed.Lane("lane1", config, lambda row: None),
+    ]
+    ended = packed.train_packed(adapted, rows, lanes, pad_id=0, seed=SEED, meter=Meter(CPU))
+    assert (ended["lane0"].trained.steps, ended["lane1"].trained.steps) == (2, 6)
+    assert ended["lane0"].trained.step_seconds == ended["lane1"].trained.step_seconds[:2]
+    total = sum(ended["lane1"].trained.step_seconds)
+    assert sum(one.share_seconds for one in ended.values()) == pytest.approx(total)
+
+
+def test_pefts_adapters_are_the_storage_again_when_the_pack_is_closed(rows: list[data.Tokens]) -> None:
+    methods = {name: (Spec(r=r).method(), TargetsConfig()) for name, r in (("lane0", 2), ("lane1", 6))}
+    adapted = attach.attach_lanes(base(), methods, SEED, {})
+    before = {name: p.detach().clone() for name, p in adapted.named_parameters()}
+    forward = {name: vars(module).get("forward") for name, module in adapted.named_modules()}
+    pack = packed.Pack(adapted, ["lane0", "lane1"], SEED)
+    layer = adapted.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    assert (
+        layer.lora_A["a"].weight.untyped_storage().data_ptr() == layer.lora_A["b"].weight.untyped_storage().data_ptr()
+    )
+    pack.close()
+    for name, p in adapted.named_parameters():
+        assert torch.equal(p, before[name])
+        assert p.is_contiguous()
+        assert p.grad is None
+    assert forward == {name: vars(module).get("forward") for name, module in adapted.named_modules()}
+
+
+def test_a_layer_that_is_not_given_all_rows_is_refused(rows: list[data.Tokens]) -> None:
+    adapted = attach.attach_lanes(base(), {n: (Spec().method(), TargetsConfig()) for n in ("lane0", "lane1")}, SEED, {})
+    pack = packed.Pack(adapted, ["lane0", "lane1"], SEED)
+    batch = data.collate(rows[:3], 0)
+    pack.for_all(batch)
+    with pytest.raises(ValueError, match="cannot be packed"):
+        model.answer_losses(adapted, batch)
