@@ -339,11 +339,11 @@ def cut_trial(run_small: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
         if row["step"] == 3:
             raise Cut
 
-    written = trials._step
+    written = trials.log_step
 
     def run(*words: str) -> Result:
         with monkeypatch.context() as patch:
-            patch.setattr(trials, "_step", broken)
+            patch.setattr(trials, "log_step", broken)
             return run_small(*words)
 
     return run

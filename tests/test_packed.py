@@ -319,10 +319,8 @@ def test_pefts_adapters_are_the_storage_again_when_the_pack_is_closed(rows: list
     before = {name: p.detach().clone() for name, p in adapted.named_parameters()}
     forward = {name: vars(module).get("forward") for name, module in adapted.named_modules()}
     pack = packed.Pack(adapted, ["lane0", "lane1"], SEED)
-    layer = adapted.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
-    assert (
-        layer.lora_A["a"].weight.untyped_storage().data_ptr() == layer.lora_A["b"].weight.untyped_storage().data_ptr()
-    )
+    layer: Any = adapted.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    assert len({layer.lora_A[name].weight.untyped_storage().data_ptr() for name in ("lane0", "lane1")}) == 1
     pack.close()
     for name, p in adapted.named_parameters():
         assert torch.equal(p, before[name])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,9 +16,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from peftsweep import attach, data, model, study
 from peftsweep import config as configuration
-from peftsweep import data, model, study
-from peftsweep.attach import attach
 from peftsweep.config import ROWS_KEYS, Trial, content_hash, model_identity
 from peftsweep.data import Example, Rows, Tokens
 from peftsweep.errors import InputError
@@ -131,15 +130,14 @@ def attach_method(
 ) -> Model:
     """``base`` with the trial's method on it, planned for ``steps`` steps; full fine-tuning trains the base itself."""
     config = trial.config
-    task = {"task_type": config.model.task.value.upper()}  # PEFT's names of them
-    method: Any = _instantiate(task | config.method, "method") if config.method else None
+    method = _method(trial) if config.method else None
     if method is not None and getattr(method, "total_step", None) and steps:
         # AdaLoRA plans its budget over the run, whose length in steps is known only with the data.
         method.tinit, method.tfinal = (round(n * steps / method.total_step) for n in (method.tinit, method.tfinal))
         method.total_step = steps
     if config.method_setup and initialise is None and hasattr(method, "init_lora_weights"):
         method.init_lora_weights = True  # a forecast, without data: as many weights, other numbers
-    return attach(
+    return attach.attach(
         base,
         method,
         config.targets,
@@ -148,6 +146,20 @@ def attach_method(
         float32=config.train.autocast_adapter_dtype,
         initialise=initialise,
     )
+
+
+def attach_lanes(lanes: Mapping[str, Trial], base: PreTrainedModel) -> PeftModel:
+    """``base`` with the adapters of several trials of one seed, by their names in the model."""
+    config = next(iter(lanes.values())).config
+    methods = {name: (_method(trial), trial.config.targets) for name, trial in lanes.items()}
+    float32 = config.train.autocast_adapter_dtype
+    return attach.attach_lanes(base, methods, config.seed, config.model.roles, float32=float32)
+
+
+def _method(trial: Trial) -> Any:
+    """The PEFT config that ``method`` names."""
+    task = {"task_type": trial.config.model.task.value.upper()}  # PEFT's names of them
+    return _instantiate(task | trial.config.method, "method")
 
 
 def initialisation(

@@ -143,12 +143,14 @@ def summary(result: Result) -> list[str]:
     lines = [f"{name}: {text}" for name, scores in result.eval_info.items() if (text := scores_line(scores))]
     info = result.train_info
     rss = max((m.get("rss_peak", 0) for m in result.memory.values()), default=0)
-    device = result.memory.get("train", {}).get("allocated_peak")
+    device = result.memory.get("packed_train", result.memory.get("train", {})).get("allocated_peak")
     share = info["trainable_parameters"] / info["total_parameters"]
-    rate = f", {info['tokens_per_second']:,.0f} tokens/s" if info.get("tokens_per_second") else ""
+    took = info.get("packed", info)  # what a pack took is not the trial's own
+    rate = f", {took['tokens_per_second']:,.0f} tokens/s" if took.get("tokens_per_second") else ""
+    others = f" with {took['lanes'] - 1} others" if "packed" in info else ""
     lines.append(
         f"{info['trainable_parameters']:,} trainable parameters ({share:.2%}); "
-        f"trained {info['steps']} steps in {info['train_seconds']:.1f} s{rate}; "
+        f"trained {info['steps']} steps in {took['train_seconds']:.1f} s{rate}{others}; "
         + (f"peak {size(device)} on the device" if device else f"peak {size(rss)} resident")
         + (f"; adapter {size(info['adapter_bytes'])}" if info.get("adapter_bytes") else "")
     )

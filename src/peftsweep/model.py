@@ -347,19 +347,25 @@ def saved_bytes(model: PeftModel) -> int:
 
 
 def save(model: PreTrainedModel | PeftModel, folder: Path) -> int:
-    """Write the adapter (or, after full fine-tuning, the model) and return its size in bytes on disk.
+    """Write the active adapter (or, after full fine-tuning, the model) and return its size in bytes on disk.
 
     Where its beginning was kept, what it has learned is written as a LoRA of twice the rank that
     belongs to the untouched base.
     """
     if isinstance(model, PeftModel):
         initial = folder / INITIAL
+        name = model.active_adapter
         # "auto" would ask the hub whether the base's vocabulary changed; nothing here changes it.
         model.save_pretrained(
             str(folder),
+            selected_adapters=[name],
             save_embedding_layers=False,
             path_initial_model_for_weight_conversion=str(initial) if initial.exists() else None,
         )
+        for file in (folder / name).glob("*"):  # where PEFT puts one of several
+            file.replace(folder / file.name)
+        if name != "default":
+            (folder / name).rmdir()
     else:
         model.save_pretrained(str(folder))
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

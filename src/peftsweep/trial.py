@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import logging
@@ -38,6 +39,7 @@ OF_THE_ROWS = ("majority", "random")  # facts that are the same whatever the mod
 RELOAD_TOLERANCE = 1e-4  # of any token's loss, in nats: above rounding, far below what an evaluation sees
 # Of the mean token's, on a 16-bit base: sums in another order were seen to round by 0.013 (by 0.3 for one token).
 NARROW_TOLERANCE = 0.03
+Answers = tuple[data.Batch, torch.Tensor]  # a batch, and a model's losses on it
 OCCUPIED = 1e9  # bytes that others hold on a device, beyond what its driver takes
 
 
@@ -100,7 +102,7 @@ def died(trial: Trial, status: Status, failure: dict[str, str], seconds: float) 
     """Record a trial whose process could not: how it ended, and what it had logged until then."""
     place = folder(trial)
     with study.claim(place.parent, trial.identity):
-        result = _begin(trial, place)
+        result = begin(trial, place)
         result.train_info |= _so_far(place)
         result.run_info |= {"status": status.value, "error": failure, "total_seconds": seconds}
         result.write(place)
@@ -118,38 +120,39 @@ def _run_claimed(trial: Trial, place: Path, observer: Observer) -> Result:
     tracker = Tracker(observer)
     meter = Meter(model.device(trial.config.device))
     if (held := _done(trial)) and _lacks_profile(trial, held):
-        with _logged(place / "profile.log"):
-            session = _Session(trial, held, meter, tracker)
+        with logged(place / "profile.log"):
+            session = Session(trial, held, meter, tracker)
             session.profile(session.resume)
         held.write(place)
         return held
     with meter.stage("setup"):  # and all that is between the stages
-        result = _begin(trial, place)
-    with _logged(place / "trial.log"):
+        result = begin(trial, place)
+    with logged(place / "trial.log"):
         if trial.config.tracker:
             tracker.start(partial(build.tracker, trial, place), record.flat(result.config))
         status, failure = Status.success, None
         try:
             with meter.stage("setup"):
-                _run(_Session(trial, result, meter, tracker))
+                _run(Session(trial, result, meter, tracker))
         except BaseException as error:
-            status, failure = _status(error), record.failure(error, meter.current)
+            status, failure = status_of(error), record.failure(error, meter.current)
             log.log(logging.INFO if status is Status.refused else logging.ERROR, "%s", failure["traceback"])
             full = study.unwritable(error)  # the next trial would train for nothing
             if full or not isinstance(error, Exception):
-                _end(result, place, meter, start, status, failure, tracker)
+                end(result, place, meter, start, status, failure, tracker)
                 if full:
                     raise full from error
                 raise
-        _end(result, place, meter, start, status, failure, tracker)
-    if status is Status.success:
-        shutil.rmtree(place / study.CHECKPOINTS, ignore_errors=True)
-        if trial.config.adapter.save:
-            study.mark_trained(result)
-    gc.collect()  # an exception's frames have held the model until now
-    if meter.device.type == "cuda":
-        torch.cuda.empty_cache()
+        end(result, place, meter, start, status, failure, tracker)
+    empty(meter.device)
     return result
+
+
+def empty(device: torch.device) -> None:
+    """Give back the memory of what is not used any more: until now an exception's frames may have held a model."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 class Refused(Exception):
@@ -160,7 +163,8 @@ class Oversized(Refused):
     """The trial is predicted not to fit into the memory."""
 
 
-def _status(error: BaseException) -> Status:
+def status_of(error: BaseException) -> Status:
+    """How a trial ends that ``error`` ends."""
     if isinstance(error, Refused):
         return Status.refused
     if out_of_memory(error):
@@ -168,29 +172,18 @@ def _status(error: BaseException) -> Status:
     return Status.failed if isinstance(error, Exception) else Status.cancelled
 
 
-def _run(session: _Session) -> None:
-    config = session.trial.config
+def _run(session: Session) -> None:
     session.refuse()
     session.load()
     session.read()
     session.score_base()
     session.adapt()
-    session.evaluate()
-    if config.adapter.save:
-        session.save()
-    if config.inference:
-        session.time_inference()
-    answers = session.answers() if config.adapter.save and config.adapter.check else None
-    if config.profiler:
-        session.profile()
+    answers = session.judge()
     session.let_go()  # two bases would not fit where one just does
-    if answers is not None:
-        session.check(answers)
-        if config.adapter.merge and config.method:
-            session.merge(answers)
+    session.compare(answers)
 
 
-class _Session:
+class Session:
     """A trial under way: each method is a step of it and writes what it finds into the record."""
 
     base: PreTrainedModel
@@ -246,6 +239,14 @@ class _Session:
             known = {f"base_{metric}": score for metric, score in scores.items()}
             self.result.eval_info[name] = known | {"seen_in_training": seen}
 
+    def share(self, other: Session) -> None:
+        """Take over what ``other``, of a trial on the same base and rows, has loaded, read and found out."""
+        self.base, self.adapted = other.base, other.adapted
+        self.tokenizer, self.pad_id = other.tokenizer, other.pad_id
+        self.rows, self.tokens, self.tests = other.rows, other.tokens, other.tests
+        self.info |= other.info
+        self.result.eval_info = copy.deepcopy(other.result.eval_info)
+
     def adapt(self) -> None:
         """Attach the method and train it, or take an adapter that was trained before."""
         config, info = self.config, self.info
@@ -277,7 +278,6 @@ class _Session:
             self.adapted = build.attach_method(self.trial, self.base, steps, initialise)
 
     def _train(self) -> None:
-        validation = self.rows.validation
         if predicted := forecast.prediction(self.trial, self.tokens):
             self.result.memory["predicted"] = dataclasses.asdict(predicted) | {"peak_bytes": predicted.peak_bytes}
         steps = self.place / record.STEPS
@@ -294,13 +294,53 @@ class _Session:
                 pad_id=self.pad_id,
                 seed=self.config.seed,
                 meter=self.meter,
-                log=partial(_step, lines, self.observer),
-                validate=_validation(self.trial, validation, self.adapted, self.tokenizer) if validation else None,
+                log=partial(log_step, lines, self.observer),
+                validate=self.validation(),
                 checkpoints=checkpoints if resumed or self.config.train.checkpoint_every else None,
             )
         counts = model.count(self.adapted)
         self.info |= {"trainable_parameters": counts.trainable, "total_parameters": counts.total}
-        self.info |= _train_info(trained)
+        self.info |= train_info(trained) | train_cost(trained)
+
+    def judge(self) -> Answers | None:
+        """All that is asked of the trained model; its answers to a batch, where what is saved is to be compared."""
+        config = self.config
+        self.evaluate()
+        if config.adapter.save:
+            self.save()
+        if config.inference:
+            self.time_inference()
+        answers = self.answers() if config.adapter.save and config.adapter.check else None
+        if config.profiler:
+            self.profile()
+        return answers
+
+    def compare(self, answers: Answers | None) -> None:
+        """Load what was saved, and merge it: do both answer as the trained model did?"""
+        if answers is not None:
+            self.check(answers)
+            if self.config.adapter.merge and self.config.method:
+                self.merge(answers)
+
+    def validation(self) -> Callable[[], dict[str, float]] | None:
+        """Loss on the validation rows, and the evaluations that judge on the dataset's own rows, on them."""
+        trial, rows, adapted, tokenizer = self.trial, self.rows.validation, self.adapted, self.tokenizer
+        if not rows:
+            return None
+        tokens = build.training_tokens(trial, tokenizer, rows)
+        sources = {name: configuration.evaluation_source(trial.config, name) for name in trial.config.eval}
+        own = [name for name, source in sources.items() if not source.path and not source.hub]
+
+        def validate() -> dict[str, float]:
+            adapted.eval()
+            scores = {"loss": evaluate.mean_loss(adapted, tokens, pad_id=self.pad_id)}
+            for name in own:
+                asked = build.asked(trial, name, rows, tokenizer)
+                found = build.evaluator(trial, name)(adapted, tokenizer, asked).scores
+                scores |= {f"{name}.{metric}": score.value for metric, score in found.items()}
+            return scores
+
+        return validate
 
     def evaluate(self) -> None:
         for name, test in self.tests.items():
@@ -324,7 +364,7 @@ class _Session:
         self.result.generation_info = timed.info
         record.write_lines(self.place / "generation.jsonl", timed.runs)
 
-    def answers(self) -> tuple[data.Batch, torch.Tensor]:
+    def answers(self) -> Answers:
         """A batch and the trained model's losses on it, by which what was saved is judged."""
         probe = data.collate(self.tokens[: self.config.train.batch_size], self.pad_id).to(self.meter.device)
         with torch.no_grad():
@@ -370,11 +410,11 @@ class _Session:
         del self.base, self.adapted
         self.bare = None
 
-    def check(self, answers: tuple[data.Batch, torch.Tensor]) -> None:
+    def check(self, answers: Answers) -> None:
         with self.stage("reload"):
             self.info |= _reload(self.trial, self.place, self.tokenizer, *answers)
 
-    def merge(self, answers: tuple[data.Batch, torch.Tensor]) -> None:
+    def merge(self, answers: Answers) -> None:
         with self.stage("merge"):
             self.info |= _merge(self.trial, self.place, self.tokenizer, *answers)
 
@@ -445,34 +485,15 @@ def _merge(
     return {"merges": True, "merge_difference": difference}
 
 
-def _validation(
-    trial: Trial, rows: list[data.Row], adapted: Model, tokenizer: PreTrainedTokenizerBase
-) -> Callable[[], dict[str, float]]:
-    """Loss on the validation rows, and the evaluations that judge on the dataset's own rows, on them."""
-    config = trial.config
-    tokens = build.training_tokens(trial, tokenizer, rows)
-    sources = {name: configuration.evaluation_source(config, name) for name in config.eval}
-    own = [name for name, source in sources.items() if not source.path and not source.hub]
-
-    def validate() -> dict[str, float]:
-        adapted.eval()
-        scores = {"loss": evaluate.mean_loss(adapted, tokens, pad_id=int(tokenizer.pad_token_id))}
-        for name in own:
-            found = build.evaluator(trial, name)(adapted, tokenizer, build.asked(trial, name, rows, tokenizer)).scores
-            scores |= {f"{name}.{metric}": score.value for metric, score in found.items()}
-        return scores
-
-    return validate
-
-
-def _step(lines: Any, observer: Observer, row: dict[str, Any]) -> None:
+def log_step(lines: Any, observer: Observer, row: dict[str, Any]) -> None:
+    """A row of steps.jsonl, which ``lines`` is, on the disk and told to ``observer``."""
     lines.write(record.line(row))
     lines.flush()
     observer.step(row)
 
 
-def _train_info(trained: train.Trained) -> dict[str, Any]:
-    seconds = sum(trained.step_seconds)
+def train_info(trained: train.Trained) -> dict[str, Any]:
+    """What the training did, for the record."""
     return {
         "steps": trained.steps,
         "epochs": trained.epochs,
@@ -481,8 +502,15 @@ def _train_info(trained: train.Trained) -> dict[str, Any]:
         "final_loss": trained.final_loss,
         "best_loss": trained.best_loss,
         "best_step": trained.best_step,
-        "train_seconds": seconds,
         **trained.compilation,
+    }
+
+
+def train_cost(trained: train.Trained) -> dict[str, Any]:
+    """What the training took, for the record."""
+    seconds = sum(trained.step_seconds)
+    return {
+        "train_seconds": seconds,
         "tokens_per_second": trained.tokens / seconds if seconds else None,
         **{f"step_seconds_p{p}": percentile(trained.steady_seconds, p) for p in (50, 95, 99)},
     }
@@ -491,7 +519,7 @@ def _train_info(trained: train.Trained) -> dict[str, Any]:
 # ---- the record ------------------------------------------------------------------------------------
 
 
-def _begin(trial: Trial, place: Path) -> Result:
+def begin(trial: Trial, place: Path) -> Result:
     """An empty folder but for the composed configuration, as Hydra writes it, and the record to be filled."""
     place.mkdir(parents=True, exist_ok=True)
     (place / record.RESULT).unlink(missing_ok=True)  # of a failed try
@@ -510,7 +538,7 @@ def _begin(trial: Trial, place: Path) -> Result:
     return Result(run_info, trial.choices, trial.tree, meta_info=record.environment())
 
 
-def _end(
+def end(
     result: Result,
     place: Path,
     meter: Meter,
@@ -519,6 +547,7 @@ def _end(
     failure: dict[str, str] | None,
     tracker: Tracker,
 ) -> None:
+    """Complete the record, write it, and leave the folder as a trial that has ended leaves it."""
     result.run_info |= {"status": status.value, "error": failure, "total_seconds": time.perf_counter() - start}
     result.train_info = (_so_far(place) if status is not Status.success else {}) | result.train_info
     for name, stage in meter.stages.items():
@@ -526,22 +555,27 @@ def _end(
         # The seconds of the training are the sum of its steps; those of its stage are more.
         result.train_info["train_stage_seconds" if name == "train" else f"{name}_seconds"] = stage.seconds
     result.write(place)
+    if status is Status.success:
+        shutil.rmtree(place / study.CHECKPOINTS, ignore_errors=True)
+        if result.config["adapter"]["save"]:
+            study.mark_trained(result)
     tracker.end(record.flat(record.plain({"train": result.train_info, "eval": result.eval_info})), status.value)
 
 
 @contextmanager
-def _logged(file: Path) -> Iterator[None]:
-    """All logging and warnings of the block go to ``file``, and only there."""
+def logged(*files: Path) -> Iterator[None]:
+    """All logging and warnings of the block go to ``files``, and only there."""
     for name in ("transformers", "huggingface_hub", "datasets"):  # each prints to stderr by a handler of its own
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
     transformers.utils.logging.disable_progress_bar()
     logging.captureWarnings(True)
-    handler = logging.FileHandler(file, mode="w", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    own: list[logging.Handler] = [logging.FileHandler(file, mode="w", encoding="utf-8") for file in files]
+    for handler in own:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     handlers, level = root.handlers, root.level
-    root.handlers = [handler]
+    root.handlers = own
     root.setLevel(logging.INFO)
     try:
         yield
@@ -549,4 +583,5 @@ def _logged(file: Path) -> Iterator[None]:
         root.handlers = handlers
         root.setLevel(level)
         logging.captureWarnings(False)
-        handler.close()
+        for handler in own:
+            handler.close()

@@ -1,0 +1,334 @@
+"""Several trials trained at once on one frozen base: which can be, and the running of those that are.
+
+What is alike in them is done once: the base is loaded, the rows are read, the base is scored. Then their
+adapters are trained together (packed.py), and each is evaluated, saved and recorded as a trial alone is.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, TextIO, cast
+
+import torch
+from peft import LoraConfig, PeftModel
+
+from peftsweep import build, model, packed, record, study, train, trial
+from peftsweep.config import Trial, content_hash
+from peftsweep.display import Observer
+from peftsweep.errors import InputError
+from peftsweep.measure import Meter, out_of_memory
+from peftsweep.record import Result, Status
+from peftsweep.schema import Task, TrainConfig
+from peftsweep.tracker import Tracker
+from peftsweep.trial import Answers, Session
+
+log = logging.getLogger(__name__)
+
+# What lanes of a pack may differ in: of a LoRA's configuration, and of its training.
+ADAPTER = ("r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights", "rank_pattern", "alpha_pattern")
+PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+OWN = ("learning_rate", "learning_rate_scale", "weight_decay", "schedule", "warmup", "steps", "epochs", "clip")
+OWN_TOO = ("optimizer", "optimizer_kwargs", "log_every", "keep_best", "best_metric", "checkpoint_every", "params_file")
+PLAIN = (True, "gaussian", False)  # ways to begin that draw numbers and do not look at the base
+
+
+# ---- which -----------------------------------------------------------------------------------------
+
+
+def plan(trials: Sequence[Trial], limit: int) -> list[list[Trial]]:
+    """``trials`` in packs of at most ``limit``, in the order of their first ones; what cannot be packed is alone.
+
+    Trials of a pack share all but what an adapter and its optimizer may have of their own; those of like length are
+    put together, and the packs made as even as can be.
+    """
+    groups: dict[str, list[Trial]] = {}
+    for one in trials:
+        groups.setdefault(one.identity if alone(one) else _shared(one), []).append(one)
+    packs = []
+    for group in groups.values():
+        in_order = sorted(group, key=_length) if len(group) > limit else group
+        size = math.ceil(len(group) / math.ceil(len(group) / limit))
+        packs += [in_order[start : start + size] for start in range(0, len(group), size)]
+    return packs
+
+
+def alone(trial: Trial) -> str | None:
+    """Why the trial cannot be trained together with others; None where it can."""
+    config = trial.config
+    checks = {
+        "its method is not plain LoRA": not _plain_lora(config.method) or config.method_setup or config.method_inputs,
+        "it trains nothing": config.adapter.path is not None or not (config.train.steps or config.train.epochs),
+        "it is a classifier": config.model.task is not Task.causal_lm,
+        "it is compiled": config.train.compile != "none",
+        "its optimizer is not torch's own": not _of_torch(config.train),
+        "it is profiled or timed": config.profiler or config.inference,
+        "its base is spread over devices": config.model.device_map is not None,
+        "dropout under gradient checkpointing": config.train.checkpointing and config.method.get("lora_dropout"),
+        "its base has dropout of its own": _base_drops(trial),
+    }
+    return next((reason for reason, holds in checks.items() if holds), None)
+
+
+def _plain_lora(method: dict[str, Any]) -> bool:
+    if method.get("_target_") not in ("peft.LoraConfig", "peft.tuners.lora.LoraConfig"):
+        return False
+    usual = LoraConfig()
+    rest = {key: value for key, value in method.items() if key not in ("_target_", *ADAPTER, *PLACES)}
+    unusual = [key for key, value in rest.items() if value not in (None, getattr(usual, key, None))]
+    return not unusual and method.get("init_lora_weights", True) in PLAIN
+
+
+def _of_torch(config: TrainConfig) -> bool:
+    """Others may look at how a weight lies in memory, which packing changes."""
+    made = train.find_optimizer(config.optimizer)
+    return isinstance(made, type) and made.__module__.startswith("torch.optim")
+
+
+def _base_drops(trial: Trial) -> bool:
+    """Its random numbers are drawn for all lanes at once, so that a lane's would depend on the others."""
+    key = content_hash(trial.tree["model"])
+    if key not in _DROPS:
+        try:
+            fields = model.architecture(trial.config.model).to_dict()
+        except InputError:  # which is said when it is loaded
+            return True
+        _DROPS[key] = any("drop" in name and isinstance(p, float) and p > 0 for name, p in fields.items())
+    return _DROPS[key]
+
+
+_DROPS: dict[str, bool] = {}  # by model
+
+
+def _length(trial: Trial) -> float:
+    """How long it trains, in a measure that is the same for all of a pack."""
+    config = trial.config.train
+    return config.steps if config.epochs is None else math.inf
+
+
+def _shared(trial: Trial) -> str:
+    """What must be alike in the trials of a pack."""
+    tree = trial.tree
+    kept = {key: tree[key] for key in ("study", "seed", "device", "model", "quant", "dataset", "eval")}
+    kept["train"] = {key: value for key, value in tree["train"].items() if key not in (*OWN, *OWN_TOO, "eval_every")}
+    kept["validated"] = trial.config.train.eval_every is not None  # its rows are taken from those to train on
+    if trial.rows is not None:
+        kept["rows"] = trial.rows.fingerprints
+    return content_hash(kept)
+
+
+# ---- the pack --------------------------------------------------------------------------------------
+
+
+def run(trials: Sequence[Trial], observers: Sequence[Observer] | None = None) -> list[Result]:
+    """Train and evaluate the trials of one pack; the record of each is written in any case.
+
+    Those that are done, or were trained before and need only be evaluated, do not join. If what all share fails, two
+    halves try it again where memory ran out, else each trial alone, so that no failure is put down to the wrong one.
+
+    Raises:
+        KeyboardInterrupt: the user interrupted it; those that had not ended are recorded as cancelled.
+        study.Claimed: another process runs one of them.
+    """
+    told = dict(zip((one.identity for one in trials), observers or [Observer() for _ in trials], strict=True))
+    done = {one.identity: found for one in trials if (found := trial.finished(one))}
+    together = [one for one in trials if one.identity not in done and not _begun(one)]
+    if len(together) > 1:
+        with ExitStack() as claims:
+            for one in together:
+                claims.enter_context(study.claim(trial.folder(one).parent, one.identity))
+            try:
+                results = _Pack(together, [told[one.identity] for one in together]).run()
+                done |= {one.identity: result for one, result in zip(together, results, strict=True)}
+                together = []
+            except _SharedFailure as failure:
+                reason, memory = str(failure), failure.memory
+        if together:
+            trial.empty(model.device(together[0].config.device))
+            log.warning("the trials of a pack are not trained together: %s", reason)
+            half = (len(together) + 1) // 2 if memory else 0
+            for part in (together[:half], together[half:]) if half > 1 else ():
+                ended = run(part, [told[one.identity] for one in part])
+                done |= {one.identity: result for one, result in zip(part, ended, strict=True)}
+    rest = (one for one in trials if one.identity not in done)
+    done |= {one.identity: trial.run(one, told[one.identity]) for one in rest}
+    return [done[one.identity] for one in trials]
+
+
+def _begun(one: Trial) -> bool:
+    """Whether it need not be trained from the beginning: its adapter is there, or a checkpoint on the way to it."""
+    place = trial.folder(one)
+    checkpoint = any((place / study.CHECKPOINTS).glob("step-*.pt"))
+    return not one.config.force and (checkpoint or study.trained(place.parent, one.training) is not None)
+
+
+class _SharedFailure(Exception):
+    """What the lanes share has failed."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(record.one_line(error))
+        self.memory = out_of_memory(error)
+
+
+class _Everyone(Observer):
+    """Tells every lane's observer what all do together."""
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        self._observers = observers
+
+    def stage(self, name: str) -> None:
+        for observer in self._observers:
+            observer.stage(name)
+
+
+class _Lane:
+    """One trial of a pack: its session, and how it has ended."""
+
+    def __init__(self, name: str, one: Trial, observer: Observer, device: torch.device) -> None:
+        self.name, self.trial, self.place = name, one, trial.folder(one)
+        self.tracker, self.meter = Tracker(observer), Meter(device)
+        self.result = trial.begin(one, self.place)
+        self.session = Session(one, self.result, self.meter, self.tracker)
+        self.status: Status | None = None
+
+    @contextmanager
+    def own(self) -> Iterator[None]:
+        """What fails in the block ends this trial and no other."""
+        try:
+            yield
+        except Exception as error:
+            self.fail(error, self.meter.current)
+
+    def fail(self, error: BaseException, stage: str | None) -> None:
+        self.status, self.failure = trial.status_of(error), record.failure(error, stage)
+        log.log(logging.INFO if self.status is Status.refused else logging.ERROR, "%s", self.failure["traceback"])
+
+    def steps(self) -> TextIO:
+        """The lane's steps.jsonl, to be written."""
+        return (self.place / record.STEPS).open("w", encoding="utf-8")
+
+    def drop(self) -> None:
+        """It runs again, in another pack or alone."""
+        self.tracker.end({}, Status.cancelled.value)
+
+    def end(self, start: float) -> Result:
+        status, failure = self.status or Status.success, self.failure if self.status else None
+        trial.end(self.result, self.place, self.meter, start, status, failure, self.tracker)
+        return self.result
+
+
+class _Pack:
+    """Trials on their way together. The first one's session does, under a meter of the pack, what all share."""
+
+    def __init__(self, trials: Sequence[Trial], observers: Sequence[Observer]) -> None:
+        device = model.device(trials[0].config.device)
+        self.start = time.perf_counter()
+        self.meter = Meter(device)
+        self.everyone = _Everyone(observers)
+        self.lanes = [
+            _Lane(f"lane{number}", one, observer, device)
+            for number, (one, observer) in enumerate(zip(trials, observers, strict=True))
+        ]
+
+    def run(self) -> list[Result]:
+        """The record of each trial.
+
+        Raises:
+            _SharedFailure: what they share has failed; nothing is recorded of those that it hit.
+        """
+        with trial.logged(*(lane.place / "trial.log" for lane in self.lanes)):
+            for lane in self.lanes:
+                if lane.trial.config.tracker:
+                    lane.tracker.start(partial(build.tracker, lane.trial, lane.place), record.flat(lane.result.config))
+                with lane.own():
+                    lane.session.refuse()
+            try:
+                self._train()
+                answers = {lane.name: self._judge(lane) for lane in self._alive()}
+                self._let_go()
+                for lane in self._alive():
+                    with lane.own():
+                        lane.session.compare(answers[lane.name])
+            except BaseException as error:
+                for lane in self._alive():
+                    lane.fail(error, self.meter.current or lane.meter.current)
+                for lane in self.lanes:
+                    lane.drop() if isinstance(error, _SharedFailure) else lane.end(self.start)
+                raise
+            results = [lane.end(self.start) for lane in self.lanes]
+        trial.empty(self.meter.device)
+        return results
+
+    def _train(self) -> None:
+        lanes = self._alive()
+        if not lanes:
+            return
+        lead = Session(lanes[0].trial, copy.deepcopy(lanes[0].result), self.meter, self.everyone)
+        try:
+            lead.load()
+            lead.read()
+            lead.score_base()
+            with lead.stage("attach"):
+                lead.adapted = build.attach_lanes({lane.name: lane.trial for lane in lanes}, lead.base)
+            for lane in lanes:
+                lane.session.share(lead)
+            ended = self._trained(lead, lanes)
+        except Exception as error:
+            raise _SharedFailure(error) from error
+        for lane in lanes:
+            self._note(lane, lanes, ended[lane.name])
+
+    def _trained(self, lead: Session, lanes: Sequence[_Lane]) -> dict[str, packed.Ended]:
+        with lead.stage("train"), ExitStack() as files:
+            return packed.train_packed(
+                cast(PeftModel, lead.adapted),
+                lead.tokens,
+                [
+                    packed.Lane(
+                        name=lane.name,
+                        config=lane.trial.config.train,
+                        log=partial(trial.log_step, files.enter_context(lane.steps()), lane.tracker),
+                        validate=lane.session.validation(),
+                    )
+                    for lane in lanes
+                ],
+                pad_id=lead.pad_id,
+                seed=lead.config.seed,
+                meter=self.meter,
+            )
+
+    def _note(self, lane: _Lane, lanes: Sequence[_Lane], ended: packed.Ended) -> None:
+        """What the lane has come to. What it took is the pack's, and stands where no trial's own figure stands."""
+        session, stages = lane.session, self.meter.stages
+        cast(PeftModel, session.adapted).set_adapter(lane.name)
+        trainable = model.count(session.adapted).trainable
+        lane.result.run_info["packed_with"] = [other.place.name for other in lanes if other is not lane]
+        session.info |= {"trainable_parameters": trainable, "steps": ended.trained.steps}
+        session.info["total_parameters"] = session.info["base_parameters"] + trainable
+        session.info |= trial.train_info(ended.trained)
+        session.info["packed"] = {"lanes": len(lanes), "share_seconds": ended.share_seconds}
+        session.info["packed"] |= trial.train_cost(ended.trained)
+        session.info["packed"] |= {f"{name}_seconds": one.seconds for name, one in stages.items() if name != "train"}
+        lane.result.memory |= {f"packed_{name}": one.memory() for name, one in stages.items()}
+        if ended.error is not None:
+            lane.fail(ended.error, "train")
+
+    def _judge(self, lane: _Lane) -> Answers | None:
+        answers = None
+        with lane.own():
+            cast(PeftModel, lane.session.adapted).set_adapter(lane.name)
+            answers = lane.session.judge()
+        return answers
+
+    def _let_go(self) -> None:
+        for lane in self.lanes:
+            if hasattr(lane.session, "adapted"):  # which one that was refused has not
+                lane.session.let_go()
+
+    def _alive(self) -> list[_Lane]:
+        return [lane for lane in self.lanes if lane.status is None]

@@ -1,0 +1,213 @@
+"""Trials that are trained together, from their configurations to their records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from peftsweep import pack, packed, record, study, trial
+from peftsweep.config import Trial
+from peftsweep.record import Result, Status
+
+from .conftest import SMALL, scores
+
+Compose = Callable[..., Trial]
+POINTS = (
+    ["method.r=4"],
+    ["method.r=2", "targets=qv", "train.learning_rate=0.001"],
+    ["method.lora_alpha=4", "method.use_rslora=true", "train.weight_decay=0.1", "train.steps=3"],
+)
+
+
+def trials(compose: Compose, name: str, *shared: str) -> list[Trial]:
+    return [compose(*SMALL, f"study={name}", *shared, *point) for point in POINTS]
+
+
+def lines(result: Result, file: str) -> list[dict[str, Any]]:
+    assert result.folder is not None
+    return record.read_lines(result.folder / file)
+
+
+def weights(result: Result) -> dict[str, torch.Tensor]:
+    assert result.folder is not None
+    return load_file(result.folder / study.ADAPTER / "adapter_model.safetensors")
+
+
+def check_same(one: Result, other: Result) -> None:
+    """The trial's own numbers: losses, weights, predictions, scores."""
+    for a, b in zip(lines(one, record.STEPS), lines(other, record.STEPS), strict=True):
+        assert {key: a[key] for key in a if key in b} == {key: b[key] for key in b if key in a}
+    assert weights(one).keys() == weights(other).keys()
+    assert all(torch.equal(value, weights(other)[name]) for name, value in weights(one).items())
+    for name in one.eval_info:
+        assert lines(one, f"predictions/{name}.jsonl") == lines(other, f"predictions/{name}.jsonl")
+    assert scores(one) == scores(other)
+
+
+def test_a_packed_trial_is_recorded_as_it_is_alone(compose: Compose) -> None:
+    together = pack.run(trials(compose, "packed"))
+    for one, mine in zip(trials(compose, "alone"), together, strict=True):
+        single = trial.run(one)
+        check_same(mine, single)
+        assert mine.status is Status.success
+        assert mine.train_info["reloads"]
+        assert mine.folder is not None
+        assert single.folder is not None
+        names = [{file.name for file in (folder / study.ADAPTER).iterdir()} for folder in (mine.folder, single.folder)]
+        assert names[0] == names[1]
+        configs = [json.loads((r.folder / study.ADAPTER / "adapter_config.json").read_text()) for r in (mine, single)]
+        assert configs[0] == configs[1]
+        facts = ("trainable_parameters", "total_parameters", "adapter_bytes", "steps", "tokens", "base_bytes")
+        assert [mine.train_info[fact] for fact in facts] == [single.train_info[fact] for fact in facts]
+
+
+def test_what_a_pack_took_stands_where_no_trials_own_figure_stands(compose: Compose) -> None:
+    together = pack.run(trials(compose, "packed"))
+    names = {result.trial for result in together}
+    for result in together:
+        assert set(result.run_info["packed_with"]) == names - {result.trial}
+        assert not {"train_seconds", "tokens_per_second", "step_seconds_p50", "load_seconds"} & set(result.train_info)
+        assert not {"train", "load", "attach"} & set(result.memory)
+        assert result.memory["packed_train"]["rss_peak"] > 0
+        assert result.train_info["packed"]["lanes"] == 3
+        assert all("seconds" not in row and "tokens_per_second" not in row for row in lines(result, record.STEPS))
+    longest = max(result.train_info["packed"]["train_seconds"] for result in together)
+    assert sum(result.train_info["packed"]["share_seconds"] for result in together) == pytest.approx(longest)
+
+
+def test_a_second_run_finds_all_done_and_a_cut_off_pack_runs_what_is_left(compose: Compose) -> None:
+    first = pack.run(trials(compose, "packed"))
+    assert first[1].folder is not None
+    (first[1].folder / record.RESULT).unlink()
+    (study.folder("packed") / ".trained" / first[1].run_info["training"]).unlink()
+    again = pack.run(trials(compose, "packed"))
+    assert [r.run_info["created_at"] for r in (again[0], again[2])] == [
+        r.run_info["created_at"] for r in (first[0], first[2])
+    ]
+    assert again[1].train_info["final_loss"] == first[1].train_info["final_loss"]
+
+
+def test_a_lane_that_diverges_is_recorded_and_harms_no_other(compose: Compose) -> None:
+    points = trials(compose, "packed")[:2]
+    bad = compose(*SMALL, "study=packed", "train.learning_rate=1e30", "train.clip=0")
+    results = pack.run([points[0], bad, points[1]])
+    assert [result.status for result in results] == [Status.success, Status.failed, Status.success]
+    assert results[1].error is not None
+    assert (results[1].error["type"], results[1].error["stage"]) == ("FloatingPointError", "train")
+    check_same(results[0], trial.run(trials(compose, "alone")[0]))
+
+
+def test_an_evaluation_that_fails_is_one_lanes_failure(compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge, judged = trial.Session.evaluate, []
+
+    def failing(session: trial.Session) -> None:
+        judged.append(session)
+        if len(judged) == 2:
+            raise RuntimeError("no words")
+        judge(session)
+
+    monkeypatch.setattr(trial.Session, "evaluate", failing)
+    results = pack.run(trials(compose, "packed"))
+    assert [result.status.name for result in results] == ["success", "failed", "success"]
+    assert results[1].error is not None
+    assert results[1].error["message"] == "no words"
+
+
+@pytest.mark.parametrize(
+    ("error", "packs"), [(torch.OutOfMemoryError("CUDA out of memory"), [3, 2]), (ValueError("cannot be packed"), [3])]
+)
+def test_what_fails_for_all_is_tried_again_by_fewer(
+    compose: Compose, monkeypatch: pytest.MonkeyPatch, error: Exception, packs: list[int]
+) -> None:
+    tried = []
+
+    def failing(model: Any, rows: Any, lanes: Any, **_: Any) -> Any:
+        tried.append(len(lanes))
+        raise error
+
+    monkeypatch.setattr(packed, "train_packed", failing)
+    results = pack.run(trials(compose, "packed", "eval.tiny_math.samples=2", "adapter.check=false"))
+    assert tried == packs
+    assert [result.status for result in results] == [Status.success] * 3
+    assert all("packed_with" not in result.run_info for result in results)
+
+
+def test_an_interrupted_pack_is_recorded_as_cancelled(compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(packed, "train_packed", interrupted)
+    points = trials(compose, "packed")
+    with pytest.raises(KeyboardInterrupt):
+        pack.run(points)
+    found = [study.result(trial.folder(one)) for one in points]
+    assert [one and one.status for one in found] == [Status.cancelled] * 3
+
+
+def test_a_trial_that_another_process_runs_is_left_to_it(compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = trials(compose, "packed")
+    with study.claim(study.folder("packed"), points[1].identity), pytest.raises(study.Claimed):
+        pack.run(points)
+    assert not any((study.folder("packed") / ".claims").glob("*.json"))
+
+
+# ---- which -----------------------------------------------------------------------------------------
+
+
+def sizes(packs: list[list[Trial]]) -> list[int]:
+    return [len(one) for one in packs]
+
+
+def test_a_plan_puts_together_what_shares_base_rows_and_batches(compose: Compose) -> None:
+    grid = [
+        compose(*SMALL, f"method.r={r}", f"train.batch_size={size}", f"seed={seed}", f"quant={quant}")
+        for r in (2, 4, 8)
+        for size in (2, 4)
+        for seed in (0, 1)
+        for quant in ("none", "4bit")
+    ]
+    packs = pack.plan(grid, 8)
+    assert sizes(packs) == [3] * 8
+    for one in packs:
+        assert len({(t.config.train.batch_size, t.config.seed, str(t.config.quant)) for t in one}) == 1
+    assert [packs[0][0], *(p[0] for p in packs)][0] is grid[0]
+
+
+def test_packs_are_even_and_of_trials_of_like_length(compose: Compose) -> None:
+    points = [compose(*SMALL, f"train.steps={steps}", f"method.r={r}") for r in (1, 2, 3) for steps in (9, 2, 5)]
+    packs = pack.plan(points, 4)
+    assert sizes(packs) == [3, 3, 3]
+    assert [[t.config.train.steps for t in one] for one in packs] == [[2] * 3, [5] * 3, [9] * 3]
+    assert sizes(pack.plan(points, 1)) == [1] * 9
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "method=dora",
+        "method=ia3",
+        "method=full",
+        "method=pissa",
+        "method=lora_plus",
+        "method.bias=all",
+        "train.compile=eager",
+        "train.optimizer=bitsandbytes.optim.AdamW8bit",
+        "inference=standard",
+        "profiler=memory",
+        "train.steps=0",
+    ],
+)
+def test_what_cannot_be_packed_stays_alone(compose: Compose, word: str) -> None:
+    points = [compose(*SMALL, f"train.learning_rate={rate}", word) for rate in (0.1, 0.2)]
+    assert pack.alone(points[0])
+    assert sizes(pack.plan(points, 8)) == [1, 1]
+
+
+def test_a_base_with_dropout_of_its_own_stays_alone(compose: Compose) -> None:
+    assert "dropout" in (pack.alone(compose("model=opt_350m", "model.init=random", "dataset=tiny_math")) or "")
+    assert pack.alone(compose("model=llama3.2_1b", "model.init=random", "dataset=tiny_math")) is None
