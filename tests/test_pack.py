@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from peftsweep import pack, packed, record, study, trial
+from peftsweep import build, model, pack, packed, record, study, trial
+from peftsweep import config as configuration
 from peftsweep.config import Trial
+from peftsweep.measure import Meter
 from peftsweep.record import Result, Status
 
 from .conftest import SMALL, scores
 
 Compose = Callable[..., Trial]
+Command = Callable[..., tuple[int, str, str]]
 POINTS = (
     ["method.r=4"],
     ["method.r=2", "targets=qv", "train.learning_rate=0.001"],
@@ -60,7 +65,8 @@ def test_a_packed_trial_is_recorded_as_it_is_alone(compose: Compose) -> None:
         assert single.folder is not None
         names = [{file.name for file in (folder / study.ADAPTER).iterdir()} for folder in (mine.folder, single.folder)]
         assert names[0] == names[1]
-        configs = [json.loads((r.folder / study.ADAPTER / "adapter_config.json").read_text()) for r in (mine, single)]
+        folders = (mine.folder, single.folder)
+        configs = [json.loads((folder / study.ADAPTER / "adapter_config.json").read_text()) for folder in folders]
         assert configs[0] == configs[1]
         facts = ("trainable_parameters", "total_parameters", "adapter_bytes", "steps", "tokens", "base_bytes")
         assert [mine.train_info[fact] for fact in facts] == [single.train_info[fact] for fact in facts]
@@ -154,6 +160,119 @@ def test_a_trial_that_another_process_runs_is_left_to_it(compose: Compose, monke
     with study.claim(study.folder("packed"), points[1].identity), pytest.raises(study.Claimed):
         pack.run(points)
     assert not any((study.folder("packed") / ".claims").glob("*.json"))
+
+
+# ---- whether it pays -------------------------------------------------------------------------------
+
+
+def test_a_probe_trains_nothing(compose: Compose) -> None:
+    one = trials(compose, "packed")[0]
+    base = build.load_base(one, model.load_tokenizer(one.config.model), torch.device("cpu"))
+    adapted = build.attach_lanes({"lane0": one, "lane1": one}, base)
+    before = {name: p.detach().clone() for name, p in adapted.named_parameters()}
+    assert one.rows is not None
+    rows = build.training_tokens(one, model.load_tokenizer(one.config.model), one.rows.train)
+    meter = Meter(torch.device("cpu"))
+    assert packed.speedup(adapted, ["lane0", "lane1"], rows, one.config.train, pad_id=0, meter=meter) > 0
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in adapted.named_parameters())
+
+
+@pytest.mark.parametrize(("found", "lanes"), [(0.9, 0), (1.5, 3)])
+def test_auto_packs_only_what_is_faster_so_and_tries_it_out_once(
+    compose: Compose, monkeypatch: pytest.MonkeyPatch, found: float, lanes: int
+) -> None:
+    tried = []
+
+    def speedup(*_: Any, **__: Any) -> float:
+        tried.append(1)
+        return found
+
+    monkeypatch.setattr(packed, "speedup", speedup)
+    monkeypatch.setattr(pack, "_SPEEDUPS", {})
+    for name in ("first", "second"):
+        results = pack.run(trials(compose, name, "adapter.save=false"), probe=True)
+        assert [result.status for result in results] == [Status.success] * 3
+        assert [result.train_info.get("packed", {}).get("lanes", 0) for result in results] == [lanes] * 3
+    assert len(tried) == 1
+
+
+def test_measured_alone_a_packed_trial_has_a_speed_and_a_memory_of_its_own(compose: Compose) -> None:
+    measured = pack.run(trials(compose, "packed"), measure=True)
+    for result in measured:
+        assert result.status is Status.success
+        assert result.train_info["step_seconds_p50"] > 0
+        assert result.train_info["tokens_per_second"] > 0
+        assert result.memory["train"]["rss_peak"] > 0
+        assert result.train_info["measured_steps"] == trial.MEASURED_STEPS
+        assert "train_seconds" not in result.train_info
+        assert result.train_info["steps"] in (3, 4)
+
+
+# ---- in a sweep ------------------------------------------------------------------------------------
+
+
+def test_a_sweep_trains_together_what_it_is_told_to(command: Command) -> None:
+    words = [*SMALL, "method.r=1,2,3", "train.batch_size=2,4", "hydra.launcher.pack=3", "hydra.launcher.limit=4"]
+    assert command("study=one", *words, "hydra.launcher.workers=1")[0] == 0
+    found = [study.result(folder) for folder in sorted(study.folder("one").iterdir()) if folder.name[0] != "."]
+    assert [r.status.name for r in found if r] == ["success"] * 4
+    assert sorted(len(r.run_info.get("packed_with", [])) for r in found if r) == [0, 2, 2, 2]
+    code, out, _ = command("study=one", *words)
+    assert code == 0
+    assert "6 success" in out or "4 success" in out
+
+
+def test_a_worker_that_dies_of_a_pack_costs_no_trial(command: Command, scratch: Path) -> None:
+    (scratch / "deadly.py").write_text(
+        "import os, peft\n"
+        "from peftsweep.evaluate import perplexity as plain\n"
+        "def perplexity(model, tokenizer, examples, *, batch_size: int = 16):\n"
+        "    if len(getattr(model, 'peft_config', ())) > 1:\n"
+        "        os._exit(9)\n"
+        "    return plain(model, tokenizer, examples, batch_size=batch_size)\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(scratch))
+        patch.setenv("PYTHONPATH", str(scratch), prepend=os.pathsep)
+        code, _, err = command(
+            *(word for word in SMALL if "eval" not in word),
+            "eval=[perplexity]",
+            "eval.perplexity._target_=deadly.perplexity",
+            "eval.perplexity.samples=4",
+            "~eval.perplexity.max_length",
+            "method.r=1,2",
+            "study=deadly",
+            "hydra.launcher.pack=2",
+            "hydra.launcher.workers=1",
+        )
+    assert code == 0, err
+    found = [study.result(folder) for folder in sorted(study.folder("deadly").iterdir()) if folder.name[0] != "."]
+    assert [r.status.name for r in found if r] == ["success"] * 2
+    assert all("packed_with" not in r.run_info for r in found if r)
+
+
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        ("hydra.launcher.pack=1", "hydra.launcher.pack=1: must be auto, off or a number of trials, at least 2"),
+        ("hydra.launcher.pack=many", "hydra.launcher.pack=many: must be auto, off or a number"),
+        ("hydra.launcher.measure=all", "hydra.launcher.measure=all: must be alone or null"),
+    ],
+)
+def test_a_wrong_word_is_one_line(word: str, line: str, command: Command) -> None:
+    code, _, err = command(*SMALL, word)
+    assert code == 2
+    assert line in err
+
+
+def test_the_words_of_the_launcher() -> None:
+    assert configuration.placement({"pack": "auto"})["pack"] == configuration.PACK
+    assert configuration.placement({"pack": "auto"})["probe"]
+    assert configuration.placement({"pack": 4}) == {"pack": 4, "probe": False, "measure": False} | dict.fromkeys(
+        ("timeout", "deadline")
+    )
+    for said in ("off", False, None):
+        assert configuration.placement({"pack": said})["pack"] is None
 
 
 # ---- which -----------------------------------------------------------------------------------------

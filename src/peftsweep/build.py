@@ -130,7 +130,7 @@ def attach_method(
 ) -> Model:
     """``base`` with the trial's method on it, planned for ``steps`` steps; full fine-tuning trains the base itself."""
     config = trial.config
-    method = _method(trial) if config.method else None
+    method: Any = _method(trial) if config.method else None
     if method is not None and getattr(method, "total_step", None) and steps:
         # AdaLoRA plans its budget over the run, whose length in steps is known only with the data.
         method.tinit, method.tfinal = (round(n * steps / method.total_step) for n in (method.tinit, method.tfinal))

@@ -56,7 +56,11 @@ LAUNCHER = {
     "timeout": None,
     "limit": 1,
     "deadline": None,
+    "pack": None,
+    "measure": None,
 }  # with the least
+PACK = 8  # trials at once that pack=auto tries
+OFF = "off"
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 FROM_FILE = "from/adapter_config"  # the option of method that reads one
 LANGUAGE_MODEL_ONLY = ("peftsweep.evaluate.perplexity", "peftsweep.evaluate.generation")
@@ -241,7 +245,22 @@ def placement(options: Mapping[str, Any]) -> dict[str, Any]:
         if least is not None and value is not None and not (isinstance(value, int) and value >= least):
             raise InputError(f"hydra.launcher.{key}={value}: must be a whole number, at least {least}")
     times = {key: seconds(options.get(key), f"hydra.launcher.{key}") for key in ("timeout", "deadline")}
-    return dict(options) | times
+    return dict(options) | times | _packing(options.get("pack", OFF), options.get("measure"))
+
+
+def _packing(size: Any, measure: Any) -> dict[str, Any]:
+    """``hydra.launcher.pack`` and ``measure`` as ``workers.Options`` takes them."""
+    if measure not in (None, "alone"):
+        raise InputError(f"hydra.launcher.measure={measure}: must be alone or null")
+    if size in (OFF, None) or size is False:  # which yaml makes of a bare off
+        number = None
+    elif size == "auto":
+        number = PACK
+    elif isinstance(size, int) and not isinstance(size, bool) and size >= 2:
+        number = size
+    else:
+        raise InputError(f"hydra.launcher.pack={size}: must be auto, off or a number of trials, at least 2")
+    return {"pack": number, "probe": size == "auto", "measure": measure == "alone"}
 
 
 def seconds(text: str | float | None, key: str) -> float | None:

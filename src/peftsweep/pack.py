@@ -35,6 +35,7 @@ ADAPTER = ("r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights",
 PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 OWN = ("learning_rate", "learning_rate_scale", "weight_decay", "schedule", "warmup", "steps", "epochs", "clip")
 OWN_TOO = ("optimizer", "optimizer_kwargs", "log_every", "keep_best", "best_metric", "checkpoint_every", "params_file")
+WORTH_IT = 1.05  # times as fast as one by one
 PLAIN = (True, "gaussian", False)  # ways to begin that draw numbers and do not look at the base
 
 
@@ -125,8 +126,17 @@ def _shared(trial: Trial) -> str:
 # ---- the pack --------------------------------------------------------------------------------------
 
 
-def run(trials: Sequence[Trial], observers: Sequence[Observer] | None = None) -> list[Result]:
+def run(
+    trials: Sequence[Trial],
+    observers: Sequence[Observer] | None = None,
+    *,
+    probe: bool = False,
+    measure: bool = False,
+) -> list[Result]:
     """Train and evaluate the trials of one pack; the record of each is written in any case.
+
+    With ``probe`` they are trained together only if some steps, tried out, are faster so. With ``measure`` each takes
+    some steps alone afterwards, for a speed and a memory of its own.
 
     Those that are done, or were trained before and need only be evaluated, do not join. If what all share fails, two
     halves try it again where memory ran out, else each trial alone, so that no failure is put down to the wrong one.
@@ -143,7 +153,7 @@ def run(trials: Sequence[Trial], observers: Sequence[Observer] | None = None) ->
             for one in together:
                 claims.enter_context(study.claim(trial.folder(one).parent, one.identity))
             try:
-                results = _Pack(together, [told[one.identity] for one in together]).run()
+                results = _Pack(together, [told[one.identity] for one in together], probe, measure).run()
                 done |= {one.identity: result for one, result in zip(together, results, strict=True)}
                 together = []
             except _SharedFailure as failure:
@@ -153,7 +163,7 @@ def run(trials: Sequence[Trial], observers: Sequence[Observer] | None = None) ->
             log.warning("the trials of a pack are not trained together: %s", reason)
             half = (len(together) + 1) // 2 if memory else 0
             for part in (together[:half], together[half:]) if half > 1 else ():
-                ended = run(part, [told[one.identity] for one in part])
+                ended = run(part, [told[one.identity] for one in part], probe=probe, measure=measure)
                 done |= {one.identity: result for one, result in zip(part, ended, strict=True)}
     rest = (one for one in trials if one.identity not in done)
     done |= {one.identity: trial.run(one, told[one.identity]) for one in rest}
@@ -165,6 +175,13 @@ def _begun(one: Trial) -> bool:
     place = trial.folder(one)
     checkpoint = any((place / study.CHECKPOINTS).glob("step-*.pt"))
     return not one.config.force and (checkpoint or study.trained(place.parent, one.training) is not None)
+
+
+class NotWorthIt(Exception):
+    """The trials are faster one by one."""
+
+
+_SPEEDUPS: dict[str, float] = {}  # of packs that this process has tried out
 
 
 class _SharedFailure(Exception):
@@ -225,7 +242,8 @@ class _Lane:
 class _Pack:
     """Trials on their way together. The first one's session does, under a meter of the pack, what all share."""
 
-    def __init__(self, trials: Sequence[Trial], observers: Sequence[Observer]) -> None:
+    def __init__(self, trials: Sequence[Trial], observers: Sequence[Observer], probe: bool, measure: bool) -> None:
+        self._probe, self._measure = probe, measure
         device = model.device(trials[0].config.device)
         self.start = time.perf_counter()
         self.meter = Meter(device)
@@ -254,6 +272,8 @@ class _Pack:
                 for lane in self._alive():
                     with lane.own():
                         lane.session.compare(answers[lane.name])
+                        if self._measure:
+                            lane.session.measure()
             except BaseException as error:
                 for lane in self._alive():
                     lane.fail(error, self.meter.current or lane.meter.current)
@@ -275,6 +295,8 @@ class _Pack:
             lead.score_base()
             with lead.stage("attach"):
                 lead.adapted = build.attach_lanes({lane.name: lane.trial for lane in lanes}, lead.base)
+            if self._probe:
+                self._try_out(lead, lanes)
             for lane in lanes:
                 lane.session.share(lead)
             ended = self._trained(lead, lanes)
@@ -282,6 +304,19 @@ class _Pack:
             raise _SharedFailure(error) from error
         for lane in lanes:
             self._note(lane, lanes, ended[lane.name])
+
+    def _try_out(self, lead: Session, lanes: Sequence[_Lane]) -> None:
+        """Raise unless the lanes are faster together, by what was found for such a pack before, or by trying it."""
+        key = content_hash([_shared(lead.trial), len(lanes)])
+        if key not in _SPEEDUPS:
+            with lead.stage("probe"):
+                names, config = [lane.name for lane in lanes], lead.config.train
+                _SPEEDUPS[key] = packed.speedup(
+                    cast(PeftModel, lead.adapted), names, lead.tokens, config, pad_id=lead.pad_id, meter=self.meter
+                )
+        log.info("%d together are %.2f times as fast as one by one", len(lanes), _SPEEDUPS[key])
+        if _SPEEDUPS[key] < WORTH_IT:
+            raise NotWorthIt(f"together they would be {_SPEEDUPS[key]:.2f} times as fast as one by one")
 
     def _trained(self, lead: Session, lanes: Sequence[_Lane]) -> dict[str, packed.Ended]:
         with lead.stage("train"), ExitStack() as files:
@@ -322,7 +357,7 @@ class _Pack:
         answers = None
         with lane.own():
             cast(PeftModel, lane.session.adapted).set_adapter(lane.name)
-            answers = lane.session.judge()
+            answers = lane.session.assess()
         return answers
 
     def _let_go(self) -> None:

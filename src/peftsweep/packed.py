@@ -23,7 +23,7 @@ from torch import nn
 
 from peftsweep.data import Batch, Tokens
 from peftsweep.measure import Laps, Meter, out_of_memory
-from peftsweep.model import QUANTISED, answer_logits
+from peftsweep.model import QUANTISED, answer_logits, answer_losses
 from peftsweep.schema import Dtype, TrainConfig
 from peftsweep.train import (
     Best,
@@ -263,6 +263,8 @@ def _each(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
 
 # ---- the loop --------------------------------------------------------------------------------------
 
+PROBES = 2  # steps of each kind
+PROBED_BATCHES = 16
 EPOCH_OF_A_LANE = ("epoch", "epoch_loss", "epoch_accuracy")  # the rest of an epoch's row is the pack's
 
 
@@ -300,11 +302,7 @@ def train_packed(
     ended: dict[str, Ended] = {}
     enable_checkpointing(model, shared.checkpointing)
     model.train()
-    autocast = torch.autocast(
-        meter.device.type,
-        dtype=getattr(torch, (shared.autocast or Dtype.bfloat16).value),
-        enabled=bool(shared.autocast),
-    )
+    autocast = _autocast(shared, meter.device)
     stream = batches(rows, shared, pad_id=pad_id, seed=seed, device=meter.device)
     taking_part: list[int] = []  # of each step
     try:
@@ -344,6 +342,44 @@ def train_packed(
         pack.close()
     model.eval()
     return ended
+
+
+def speedup(
+    model: PeftModel, names: Sequence[str], rows: Sequence[Tokens], config: TrainConfig, *, pad_id: int, meter: Meter
+) -> float:
+    """How many times as fast the adapters ``names`` take a step together as one by one; nothing is trained.
+
+    Some steps of both kinds, in turn, on the longest of the first batches, forward and backward.
+    """
+    some = itertools.islice(batches(rows, config, pad_id=pad_id, seed=0, device=meter.device), PROBED_BATCHES)
+    batch = max(some, key=lambda one: one.input_ids.numel())
+    model.train()
+    enable_checkpointing(model, config.checkpointing)
+    seconds: dict[int, list[float]] = {1: [], len(names): []}
+    for _ in range(PROBES + 1):  # the first ones allocate and tune
+        for lanes, took in seconds.items():
+            took.append(_probe(model, names[:lanes], batch, config, meter))
+    alone, together = (min(took[1:]) for took in seconds.values())
+    return len(names) * alone / together
+
+
+def _probe(model: PeftModel, names: Sequence[str], batch: Batch, config: TrainConfig, meter: Meter) -> float:
+    """The seconds of one forward and backward pass of these lanes."""
+    pack, laps = Pack(model, names, seed=0), Laps(meter.device)
+    try:
+        laps.start()
+        with _autocast(config, meter.device):
+            losses = answer_losses(model, pack.for_all(batch))
+        losses.sum().backward()
+        laps.stop()
+        return laps.seconds()[0]
+    finally:
+        pack.close()
+
+
+def _autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
+    dtype = getattr(torch, (config.autocast or Dtype.bfloat16).value)
+    return torch.autocast(device.type, dtype=dtype, enabled=bool(config.autocast))
 
 
 class _Running:

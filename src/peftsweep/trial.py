@@ -40,6 +40,7 @@ RELOAD_TOLERANCE = 1e-4  # of any token's loss, in nats: above rounding, far bel
 # Of the mean token's, on a 16-bit base: sums in another order were seen to round by 0.013 (by 0.3 for one token).
 NARROW_TOLERANCE = 0.03
 Answers = tuple[data.Batch, torch.Tensor]  # a batch, and a model's losses on it
+MEASURED_STEPS = 13  # the first three of them are left out
 OCCUPIED = 1e9  # bytes that others hold on a device, beyond what its driver takes
 
 
@@ -178,7 +179,7 @@ def _run(session: Session) -> None:
     session.read()
     session.score_base()
     session.adapt()
-    answers = session.judge()
+    answers = session.assess()
     session.let_go()  # two bases would not fit where one just does
     session.compare(answers)
 
@@ -302,7 +303,7 @@ class Session:
         self.info |= {"trainable_parameters": counts.trainable, "total_parameters": counts.total}
         self.info |= train_info(trained) | train_cost(trained)
 
-    def judge(self) -> Answers | None:
+    def assess(self) -> Answers | None:
         """All that is asked of the trained model; its answers to a batch, where what is saved is to be compared."""
         config = self.config
         self.evaluate()
@@ -385,14 +386,17 @@ class Session:
         self.info.setdefault("profile", {})[self.trial.choices["profiler"]] = found
 
     def _further_steps(self, steps: int, after_step: Callable[[], None]) -> None:
+        self._steps(steps, Meter(self.meter.device), after_step)
+
+    def _steps(self, steps: int, meter: Meter, after_step: Callable[[], None] | None = None) -> train.Trained:
         config = dataclasses.replace(self.config.train, steps=steps, epochs=None, keep_best=False, log_every=steps)
-        train.train(
+        return train.train(
             self.adapted,
             self.tokens,
             config,
             pad_id=self.pad_id,
             seed=self.config.seed,
-            meter=Meter(self.meter.device),
+            meter=meter,
             log=lambda row: None,
             after_step=after_step,
         )
@@ -405,6 +409,18 @@ class Session:
             self._restore(self.place / study.ADAPTER)
         else:
             self._attach()
+
+    def measure(self) -> None:
+        """What a step takes alone, of a trial that was trained with others: some steps of it, thrown away."""
+        with self.stage("load"):
+            self.base = build.load_base(self.trial, self.tokenizer, self.meter.device)
+        self._attach()
+        with self.stage("train"):
+            trained = self._steps(MEASURED_STEPS, self.meter)
+        cost = train_cost(trained)
+        del cost["train_seconds"]  # that of all its steps nobody has measured
+        self.info |= cost | {"measured_steps": MEASURED_STEPS}
+        self.let_go()
 
     def let_go(self) -> None:
         del self.base, self.adapted

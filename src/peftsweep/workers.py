@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from peftsweep import build, study, trial
+from peftsweep import build, pack, study, trial
 from peftsweep import config as configuration
 from peftsweep.config import Trial
 from peftsweep.display import Display, Observer, TrialView
@@ -36,6 +36,7 @@ CONTEXT = multiprocessing.get_context("forkserver")  # a fork of a process that 
 LOOK = 1.0  # seconds between two looks at the workers, if none has news
 RETRY_CLAIMED = 1.0  # seconds until a trial that another process runs is looked at again
 PATIENCE = 30.0  # seconds that an interrupted trial has to write its record
+Job = list[Trial]  # one, or several that are trained together
 SAID = 4000  # last characters of a dead worker's output that its trial's record keeps
 
 
@@ -49,6 +50,9 @@ class Options:
     timeout: float | None = None  # seconds a trial may take
     limit: int | None = None  # trials to run at most
     deadline: float | None = None  # seconds after which none should be running any more
+    pack: int | None = None  # trials to train at once at most, on one base; null: each alone
+    probe: bool = False  # try out first whether that is faster
+    measure: bool = False  # take some steps of each packed trial alone afterwards, for its own speed and memory
 
 
 def prepare() -> None:
@@ -65,15 +69,15 @@ def run(trials: Sequence[Trial], options: Options, display: Display) -> Iterator
         Unwritable: the study cannot be written; running trials end as if they were killed.
     """
     budget = _Budget(options)
+    jobs: list[Job] = pack.plan(trials, options.pack) if options.pack else [[one] for one in trials]
     if options.workers == 0:
-        yield from _here(trials, budget, display)
+        yield from _here(deque(jobs), budget, display, options)
         return
     places = _places(options)
     threads = max(1, (os.cpu_count() or 1) // len(places)) if places[0] is None and len(places) > 1 else None
-    pool = [_Worker(place, threads) for place in places[: len(trials)]]
-    queue = deque(trials)
+    pool = [_Worker(place, threads) for place in places[: len(jobs)]]
     try:
-        yield from _in_pool(queue, pool, budget, display, options)
+        yield from _in_pool(deque(jobs), pool, budget, display, options)
     except KeyboardInterrupt:
         _cancel(pool)
         raise
@@ -85,21 +89,31 @@ def run(trials: Sequence[Trial], options: Options, display: Display) -> Iterator
 # ---- in this process -------------------------------------------------------------------------------
 
 
-def _here(trials: Sequence[Trial], budget: _Budget, display: Display) -> Iterator[tuple[Trial, Result]]:
-    for one in trials:
-        if not budget.allows():
-            return
-        view = display.trial(one.label)
-        while True:
-            try:
-                result = trial.run(one, view)
-                break
-            except study.Claimed:
-                view.stage("run by another process")
+def _here(queue: deque[Job], budget: _Budget, display: Display, options: Options) -> Iterator[tuple[Trial, Result]]:
+    while queue and (room := budget.take(len(queue[0]))):
+        job = queue.popleft()[:room]
+        views = [display.trial(one.label) for one in job]
+        try:
+            results = _run_job(job, views, options)
+        except study.Claimed:
+            for view in views:
+                view.drop()
+                display.uncount()
+            budget.give_back(len(job))
+            queue.extendleft([one] for one in reversed(job))  # of several, the others can go on
+            if len(job) == 1:
                 time.sleep(RETRY_CLAIMED)
-        budget.spend(result)
-        view.end(result)
-        yield one, result
+            continue
+        for one, view, result in zip(job, views, results, strict=True):
+            budget.spend(result)
+            view.end(result)
+            yield one, result
+
+
+def _run_job(job: Job, observers: Sequence[Observer], options: Options) -> list[Result]:
+    if len(job) == 1:
+        return [trial.run(job[0], observers[0])]
+    return pack.run(job, observers, probe=options.probe, measure=options.measure)
 
 
 class _Budget:
@@ -111,18 +125,18 @@ class _Budget:
         self._started = 0
         self._took: list[float] = []  # seconds of the trials that have ended
 
-    def allows(self) -> bool:
-        """Whether one more trial may start; if so, it is counted."""
+    def take(self, wanted: int) -> int:
+        """How many of the ``wanted`` trials may start now; they are counted."""
         elapsed = time.monotonic() - self._begun
         late = self._options.deadline is not None and elapsed + self.estimate() > self._options.deadline
-        if late or (self._options.limit is not None and self._started >= self._options.limit):
-            return False
-        self._started += 1
-        return True
+        limit = self._options.limit
+        room = 0 if late else wanted if limit is None else min(wanted, limit - self._started)
+        self._started += room
+        return room
 
-    def give_back(self) -> None:
-        """A trial that was counted has not run."""
-        self._started -= 1
+    def give_back(self, count: int) -> None:
+        """Trials that were counted have not run."""
+        self._started -= count
 
     def spend(self, result: Result) -> None:
         self._took.append(result.run_info["total_seconds"])
@@ -140,7 +154,7 @@ class _Worker:
 
     def __init__(self, place: str | None, threads: int | None) -> None:
         self._place, self._threads = place, threads
-        self.job: Trial | None = None
+        self.job: Job = []
         self._start()
 
     def _start(self) -> None:
@@ -153,30 +167,29 @@ class _Worker:
         self.process.start()
         theirs.close()
 
-    def give(self, job: Trial, view: TrialView) -> None:
+    def give(self, job: Job, views: list[TrialView], options: Options) -> None:
         if not self.process.is_alive():
             self.replace()
-        self.job, self.view, self.stage = job, view, "setup"
+        self.job, self.views, self.stage = job, views, "setup"
         self.since, self._oom_kills = time.monotonic(), _oom_kills()
         self._output.write_text("")
-        self.connection.send(configuration.without_rows(job))
+        self.connection.send(([configuration.without_rows(one) for one in job], options))
 
-    def take(self) -> Trial:
-        """The trial that it ran; it is free again."""
-        assert self.job is not None
-        job, self.job = self.job, None
+    def take(self) -> Job:
+        """What it ran; it is free again."""
+        job, self.job = self.job, []
         return job
 
     def news(self) -> tuple[str, str] | None:
-        """Pass on what the worker has told; its last word on the trial (how it ended, and a traceback), if it came."""
+        """Pass on what the worker has told; its last word on its job (how it ended, and a traceback), if it came."""
         try:
             while self.connection.poll():
-                kind, *content = self.connection.recv()
+                kind, number, content = self.connection.recv()
                 if kind == "end":
-                    return content[0], content[1]
+                    return number, content
                 if kind == "stage":
-                    self.stage = content[0]
-                getattr(self.view, kind)(*content)
+                    self.stage = content
+                getattr(self.views[number], kind)(content)
         except (EOFError, OSError):
             pass
         return None if self.process.is_alive() else ("died", "")
@@ -207,35 +220,48 @@ class _Worker:
 
 
 def _in_pool(
-    queue: deque[Trial], pool: list[_Worker], budget: _Budget, display: Display, options: Options
+    queue: deque[Job], pool: list[_Worker], budget: _Budget, display: Display, options: Options
 ) -> Iterator[tuple[Trial, Result]]:
     tries: dict[str, int] = {}
-    later: list[tuple[float, Trial]] = []  # to be looked at again, and when
+    later: list[tuple[float, Job]] = []  # to be looked at again, and when
 
     def postpone(worker: _Worker, seconds: float) -> None:
-        worker.view.drop()
-        display.uncount()
-        budget.give_back()
-        later.append((time.monotonic() + seconds, worker.take()))
+        for view in worker.views:
+            view.drop()
+            display.uncount()
+        job = worker.take()
+        budget.give_back(len(job))
+        later.extend((time.monotonic() + seconds, [one]) for one in job)
 
     while True:
         now = time.monotonic()
         queue.extend(one for when, one in later if when <= now)
         later = [(when, one) for when, one in later if when > now]
         for worker in pool:
-            if worker.job is None and queue and budget.allows():
-                job = queue.popleft()
-                worker.give(job, display.trial(job.label))
-        busy = [worker for worker in pool if worker.job is not None]
+            if not worker.job and queue and (room := budget.take(len(queue[0]))):
+                job = queue.popleft()[:room]
+                worker.give(job, [display.trial(one.label) for one in job], options)
+        busy = [worker for worker in pool if worker.job]
         if not busy and not later:
             return
         channels = [channel for worker in busy for channel in (worker.connection, worker.process.sentinel)]
         connection.wait(channels, LOOK) if busy else time.sleep(LOOK)
         for worker in busy:
-            if (ended := _ended(worker, options)) is None or worker.job is None:
+            if (ended := _ended(worker, options)) is None or not worker.job:
                 continue
             how, said = ended
-            one = worker.job
+            if len(worker.job) > 1:
+                if how not in ("done", "cancelled"):  # whose fault that is shows when each runs alone
+                    postpone(worker, 0.0)
+                    continue
+                for one, view in zip(worker.job, worker.views, strict=True):
+                    if (found := study.result(trial.folder(one))) is not None:
+                        budget.spend(found)
+                        view.end(found, named=True)
+                        yield one, found
+                worker.take()
+                continue
+            (one,) = worker.job
             tries[one.identity] = tries.get(one.identity, 0) + (how == "died")
             if how == "unwritable":
                 raise Unwritable(said)
@@ -248,7 +274,7 @@ def _in_pool(
                 result = result or _record(worker, one, how, said, options)
                 budget.spend(result)
                 worker.take()
-                worker.view.end(result, named=len(pool) > 1)
+                worker.views[0].end(result, named=len(pool) > 1)
                 yield one, result
 
 
@@ -256,7 +282,7 @@ def _ended(worker: _Worker, options: Options) -> tuple[str, str] | None:
     """How the worker's trial has ended, if it has; a trial that hangs is ended here."""
     if ended := worker.news():
         return ended
-    if options.timeout is not None and time.monotonic() - worker.since > options.timeout:
+    if options.timeout is not None and time.monotonic() - worker.since > options.timeout * len(worker.job):
         worker.process.kill()
         worker.process.join()
         return "timeout", ""
@@ -278,7 +304,7 @@ def _record(worker: _Worker, one: Trial, how: str, said: str, options: Options) 
 
 def _cancel(pool: list[_Worker]) -> None:
     """Let running trials write what they have; a second interrupt ends them at once."""
-    running = [worker for worker in pool if worker.job is not None]
+    running = [worker for worker in pool if worker.job]
     for worker in running:
         if worker.process.is_alive() and worker.process.pid is not None:
             os.kill(worker.process.pid, signal.SIGINT)
@@ -311,16 +337,16 @@ def _oom_kills() -> int:
 
 
 class _Reporter(Observer):
-    """Tells the parent how the trial comes along."""
+    """Tells the parent how a trial of its job comes along."""
 
-    def __init__(self, channel: connection.Connection[Any, Any]) -> None:
-        self._channel = channel
+    def __init__(self, channel: connection.Connection[Any, Any], number: int) -> None:
+        self._channel, self._number = channel, number
 
     def stage(self, name: str) -> None:
-        self._channel.send(("stage", name))
+        self._channel.send(("stage", self._number, name))
 
     def step(self, row: dict[str, Any]) -> None:
-        self._channel.send(("step", row))
+        self._channel.send(("step", self._number, row))
 
 
 def _work(channel: connection.Connection[Any, Any], output: str, place: str | None, threads: int | None) -> None:
@@ -340,7 +366,8 @@ def _work(channel: connection.Connection[Any, Any], output: str, place: str | No
     build.keep_bases()
     while True:
         try:
-            channel.send(("end", *_run_one(channel.recv(), channel)))
+            job, options = channel.recv()
+            channel.send(("end", *_in_worker(job, options, channel)))
         except (EOFError, OSError, KeyboardInterrupt):
             return
 
@@ -350,10 +377,11 @@ def _end_with(sentinel: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _run_one(one: Trial, channel: connection.Connection[Any, Any]) -> tuple[str, str]:
-    """How the trial ended: as its record says, or not at all, and why."""
+def _in_worker(job: Job, options: Options, channel: connection.Connection[Any, Any]) -> tuple[str, str]:
+    """How the job ended: as its records say, or not at all, and why."""
+    reporters = [_Reporter(channel, number) for number in range(len(job))]
     try:
-        trial.run(configuration.with_rows(one), _Reporter(channel))
+        _run_job([configuration.with_rows(one) for one in job], reporters, options)
     except study.Claimed:
         return "claimed", ""
     except KeyboardInterrupt:

@@ -1,0 +1,179 @@
+"""How much sooner are eight LoRA trials done when they are trained together on one base?
+
+    python tests/benchmarks/packing.py [--scale large|small] [--rounds 2] [--minutes 8] [--out FILE]
+
+Three ways to train the same eight adapters (ranks, rates and targets differ) in one warm process, on the same rows:
+together (packed.train_packed), one by one (train.train), and PEFT's plain loop, in which every adapter is made
+the active one in turn and takes its step. Each round runs all three; their order changes from round to round. A
+side's seconds are those of attaching and of all steps. `probe` is what pack=auto would find, and `auto` how fast
+its choice is beside the better one.
+
+`large` is a Llama of 1B parameters with random weights in bfloat16, 512 tokens a row, for a CUDA device; `small`
+is the embedded model with 64 tokens a row. No new setting begins when ``minutes`` are over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+
+from peftsweep import attach, build, cli, data, model, packed, record, train
+from peftsweep.config import trial as make_trial
+from peftsweep.inference import bare
+from peftsweep.measure import Meter, synchronise
+from peftsweep.schema import TargetsConfig, TrainConfig
+
+SCALES: dict[str, dict[str, Any]] = {
+    "large": {
+        "words": ["model=llama3.2_1b", "model.init=random", "model.dtype=bfloat16"],
+        "tokens": 512,
+        "batches": (1, 2, 4, 8),
+        "steps": 10,
+    },
+    "small": {"words": ["model=tiny"], "tokens": 64, "batches": (1, 4, 16), "steps": 6},
+}
+LANES = 8
+QV = ["q_proj", "v_proj"]
+ALL = [*QV, "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def method(lane: int) -> LoraConfig:
+    return LoraConfig(r=(8, 16, 32, 64)[lane % 4], lora_alpha=16, target_modules=list(ALL if lane < 6 else QV))
+
+
+def config(lane: int, batch: int, steps: int) -> TrainConfig:
+    return TrainConfig(steps=steps, batch_size=batch, learning_rate=1e-4 * (1 + lane), log_every=steps)
+
+
+def rows_of(tokens: int, vocabulary: int) -> list[data.Tokens]:
+    chance = random.Random(0)
+    return [data.Tokens([chance.randrange(3, vocabulary) for _ in range(tokens)], tokens // 2) for _ in range(64)]
+
+
+def together(base: Any, rows: list[data.Tokens], batch: int, steps: int, meter: Meter) -> None:
+    names = [f"lane{lane}" for lane in range(LANES)]
+    adapted = attach.attach_lanes(bare(base), {n: (method(i), TargetsConfig()) for i, n in enumerate(names)}, 0, {})
+    lanes = [packed.Lane(n, config(i, batch, steps), lambda row: None) for i, n in enumerate(names)]
+    packed.train_packed(adapted, rows, lanes, pad_id=0, seed=0, meter=meter)
+
+
+def one_by_one(base: Any, rows: list[data.Tokens], batch: int, steps: int, meter: Meter) -> None:
+    for lane in range(LANES):
+        torch.manual_seed(0)
+        adapted = attach.attach(bare(base), method(lane), TargetsConfig(), {})
+        train.train(adapted, rows, config(lane, batch, steps), pad_id=0, seed=0, meter=meter, log=lambda row: None)
+
+
+def plain_loop(base: Any, rows: list[data.Tokens], batch: int, steps: int, meter: Meter) -> None:
+    names = [f"lane{lane}" for lane in range(LANES)]
+    adapted = attach.attach_lanes(bare(base), {n: (method(i), TargetsConfig()) for i, n in enumerate(names)}, 0, {})
+    adapted.train()
+    sides = []
+    for lane, name in enumerate(names):
+        weights = [p for key, p in adapted.named_parameters() if f".{name}." in key]
+        optimizer = train.make_optimizer(adapted, config(lane, batch, steps), weights)
+        sides.append((name, weights, optimizer, train.make_scheduler(optimizer, config(lane, batch, steps), steps)))
+    stream = train.batches(rows, config(0, batch, steps), pad_id=0, seed=0, device=meter.device)
+    for _ in range(steps):
+        one = next(stream)
+        for name, weights, optimizer, scheduler in sides:
+            adapted.set_adapter(name)
+            model.answer_losses(adapted, one).mean().backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+
+
+SIDES: dict[str, Callable[..., None]] = {"together": together, "one_by_one": one_by_one, "plain_loop": plain_loop}
+
+
+def timed(side: str, *arguments: Any, meter: Meter) -> tuple[float, int | None]:
+    """Seconds, and the peak of the memory on the device in bytes."""
+    on_gpu = meter.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    synchronise(meter.device)
+    start = time.perf_counter()
+    SIDES[side](*arguments, meter)
+    synchronise(meter.device)
+    return time.perf_counter() - start, torch.cuda.max_memory_allocated() if on_gpu else None
+
+
+def compare(base: Any, rows: list[data.Tokens], batch: int, steps: int, rounds: int, meter: Meter) -> dict[str, Any]:
+    """All sides at one batch size."""
+    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    memory: dict[str, int | None] = {}
+    for number in range(rounds + 1):  # the first one warms up, with few steps
+        order = [*SIDES] if number % 2 else [*reversed(SIDES)]
+        for side in order:
+            took, memory[side] = timed(side, base, rows, batch, steps if number else 2, meter=meter)
+            seconds[side].append(took)
+    adapters = {f"lane{lane}": (method(lane), TargetsConfig()) for lane in range(LANES)}
+    adapted = attach.attach_lanes(bare(base), adapters, 0, {})
+    probe = packed.speedup(adapted, [*adapters], rows, config(0, batch, steps), pad_id=0, meter=meter)
+    found = {side: took[1:] for side, took in seconds.items()}
+    ratio = statistics.median(a / b for a, b in zip(found["one_by_one"], found["together"], strict=True))
+    from peftsweep.pack import WORTH_IT
+
+    return {
+        "batch_size": batch,
+        "steps": steps,
+        "ratio_to_one_by_one": ratio,
+        "ratio_to_plain_loop": statistics.median(
+            a / b for a, b in zip(found["plain_loop"], found["together"], strict=True)
+        ),
+        "probe": probe,
+        "auto": (ratio if probe >= WORTH_IT else 1.0) / max(ratio, 1.0),
+        "seconds": found,
+        "device_memory_peak": memory,
+    }
+
+
+def main() -> None:
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("--scale", choices=SCALES, default="large" if torch.cuda.is_available() else "small")
+    words.add_argument("--rounds", type=int, default=2)
+    words.add_argument("--minutes", type=float, default=8)
+    words.add_argument("--out", type=Path)
+    said = words.parse_args()
+    scale, begun = SCALES[said.scale], time.monotonic()
+    meter = Meter(model.device("auto"))
+    settings = []
+    for quant in ("none", "4bit"):
+        told = [*scale["words"], f"quant={quant}"]
+        cfg = cli.compose(told)
+        one = make_trial(cfg, cfg.hydra.runtime.choices, told)
+        base = build.load_base(one, model.load_tokenizer(one.config.model), meter.device)
+        rows = rows_of(scale["tokens"], min(base.config.vocab_size, 500))
+        for batch in scale["batches"]:
+            if time.monotonic() - begun > 60 * said.minutes:
+                continue
+            found = {"quant": quant} | compare(base, rows, batch, scale["steps"], said.rounds, meter)
+            settings.append(found)
+            print(
+                f"{quant:5} batch {batch:2}: {found['ratio_to_one_by_one']:.2f} x one by one, "
+                f"{found['ratio_to_plain_loop']:.2f} x PEFT's loop, probe {found['probe']:.2f}, "
+                f"auto {found['auto']:.2f}",
+                flush=True,
+            )
+        del base
+    content = {"scale": said.scale, "lanes": LANES, "tokens": scale["tokens"], "settings": settings}
+    if said.out:
+        record.write_json(said.out, content | {"environment": record.environment()})
+    else:
+        print(json.dumps(content, indent=1))
+
+
+if __name__ == "__main__":
+    main()
