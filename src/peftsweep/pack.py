@@ -115,7 +115,7 @@ def _length(trial: Trial) -> float:
 def _shared(trial: Trial) -> str:
     """What must be alike in the trials of a pack."""
     tree = trial.tree
-    kept = {key: tree[key] for key in ("study", "seed", "device", "model", "quant", "dataset", "eval")}
+    kept = {key: tree[key] for key in ("seed", "device", "model", "quant", "dataset", "eval")}
     kept["train"] = {key: value for key, value in tree["train"].items() if key not in (*OWN, *OWN_TOO, "eval_every")}
     kept["validated"] = trial.config.train.eval_every is not None  # its rows are taken from those to train on
     if trial.rows is not None:

@@ -94,20 +94,27 @@ def _here(queue: deque[Job], budget: _Budget, display: Display, options: Options
         job = queue.popleft()[:room]
         views = [display.trial(one.label) for one in job]
         try:
-            results = _run_job(job, views, options)
-        except study.Claimed:
+            results = _run_job(job, views, options) if len(job) > 1 else [_patiently(job[0], views[0])]
+        except study.Claimed:  # one of several, so that the others go on alone
             for view in views:
                 view.drop()
                 display.uncount()
             budget.give_back(len(job))
-            queue.extendleft([one] for one in reversed(job))  # of several, the others can go on
-            if len(job) == 1:
-                time.sleep(RETRY_CLAIMED)
+            queue.extendleft([one] for one in reversed(job))
             continue
         for one, view, result in zip(job, views, results, strict=True):
             budget.spend(result)
             view.end(result)
             yield one, result
+
+
+def _patiently(one: Trial, view: TrialView) -> Result:
+    while True:
+        try:
+            return trial.run(one, view)
+        except study.Claimed:
+            view.stage("run by another process")
+            time.sleep(RETRY_CLAIMED)
 
 
 def _run_job(job: Job, observers: Sequence[Observer], options: Options) -> list[Result]:

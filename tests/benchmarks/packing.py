@@ -54,6 +54,11 @@ def config(lane: int, batch: int, steps: int) -> TrainConfig:
     return TrainConfig(steps=steps, batch_size=batch, learning_rate=1e-4 * (1 + lane), log_every=steps)
 
 
+def fresh(base: Any) -> Any:
+    """The base's modules anew, over the same weights."""
+    return bare(base)
+
+
 def rows_of(tokens: int, vocabulary: int) -> list[data.Tokens]:
     chance = random.Random(0)
     return [data.Tokens([chance.randrange(3, vocabulary) for _ in range(tokens)], tokens // 2) for _ in range(64)]
@@ -61,7 +66,7 @@ def rows_of(tokens: int, vocabulary: int) -> list[data.Tokens]:
 
 def together(base: Any, rows: list[data.Tokens], batch: int, steps: int, meter: Meter) -> None:
     names = [f"lane{lane}" for lane in range(LANES)]
-    adapted = attach.attach_lanes(bare(base), {n: (method(i), TargetsConfig()) for i, n in enumerate(names)}, 0, {})
+    adapted = attach.attach_lanes(fresh(base), {n: (method(i), TargetsConfig()) for i, n in enumerate(names)}, 0, {})
     lanes = [packed.Lane(n, config(i, batch, steps), lambda row: None) for i, n in enumerate(names)]
     packed.train_packed(adapted, rows, lanes, pad_id=0, seed=0, meter=meter)
 
@@ -69,13 +74,13 @@ def together(base: Any, rows: list[data.Tokens], batch: int, steps: int, meter: 
 def one_by_one(base: Any, rows: list[data.Tokens], batch: int, steps: int, meter: Meter) -> None:
     for lane in range(LANES):
         torch.manual_seed(0)
-        adapted = attach.attach(bare(base), method(lane), TargetsConfig(), {})
+        adapted = attach.attach(fresh(base), method(lane), TargetsConfig(), {})
         train.train(adapted, rows, config(lane, batch, steps), pad_id=0, seed=0, meter=meter, log=lambda row: None)
 
 
 def plain_loop(base: Any, rows: list[data.Tokens], batch: int, steps: int, meter: Meter) -> None:
     names = [f"lane{lane}" for lane in range(LANES)]
-    adapted = attach.attach_lanes(bare(base), {n: (method(i), TargetsConfig()) for i, n in enumerate(names)}, 0, {})
+    adapted = attach.attach_lanes(fresh(base), {n: (method(i), TargetsConfig()) for i, n in enumerate(names)}, 0, {})
     adapted.train()
     sides = []
     for lane, name in enumerate(names):
@@ -120,7 +125,7 @@ def compare(base: Any, rows: list[data.Tokens], batch: int, steps: int, rounds: 
             took, memory[side] = timed(side, base, rows, batch, steps if number else 2, meter=meter)
             seconds[side].append(took)
     adapters = {f"lane{lane}": (method(lane), TargetsConfig()) for lane in range(LANES)}
-    adapted = attach.attach_lanes(bare(base), adapters, 0, {})
+    adapted = attach.attach_lanes(fresh(base), adapters, 0, {})
     probe = packed.speedup(adapted, [*adapters], rows, config(0, batch, steps), pad_id=0, meter=meter)
     found = {side: took[1:] for side, took in seconds.items()}
     ratio = statistics.median(a / b for a, b in zip(found["one_by_one"], found["together"], strict=True))
