@@ -10,9 +10,10 @@ difference of two, the effect of a factor, the gain per doubling of a rank) is t
 
 - the variance over rows of the contrast of each row's score, averaged over seeds, divided by the number of rows.
   What all configurations find hard or easy cancels here, which is what pairing on rows gains;
-- the variance between seeds of each configuration, less what the rows already explain of it, divided by its seeds,
+- the variance between seeds of each configuration, less what the rows already explain of it, divided by its seeds
+  (see `Measured` for how two or three seeds are kept from looking too much alike),
 
-and its degrees of freedom are Satterthwaite's. These are the variance components of a crossed random-effects design
+with Satterthwaite's degrees of freedom. These are the variance components of a design with crossed random effects
 (Brennan, Generalizability Theory, 2001, ch. 3). A bootstrap of two or three seeds would understate their spread.
 """
 
@@ -250,7 +251,8 @@ class Measured:
     numbers: NDArray[np.int64]  # [k] of identify
     means: Floats  # [k] over seeds
     seeds: NDArray[np.int64]  # [k] how many
-    between: Floats  # [k] variance between seeds, beyond what rows explain; missing with one seed
+    between: Floats  # [k] variance between seeds' scores; missing with one seed
+    answered: Floats  # [k] the part of it that comes from seeds answering single rows differently; 0 without rows
     rows: Floats | None  # [k, rows] the score of each test row, averaged over seeds; None where not known
     stderrs: Floats  # [k] of one trial's score over its rows; missing for costs
 
@@ -267,8 +269,7 @@ class Measured:
 
     def contrasts(self, weights: Floats) -> Contrasts:
         """The contrasts ``weights`` [c, k] of the configurations' means."""
-        by_seeds, seed_freedom = self._of_seeds()
-        variances = weights**2 * by_seeds
+        alone, whole, seed_freedom = self._of_seeds()
         if self.rows is not None:
             by_rows = (weights @ self.rows).var(axis=1, ddof=1) / self.rows.shape[1]
             row_freedom = float(self.rows.shape[1] - 1)
@@ -276,23 +277,29 @@ class Measured:
             by_rows, row_freedom = weights**2 @ self.stderrs**2, math.inf  # as if each had rows of its own
         else:
             by_rows, row_freedom = np.zeros(len(weights)), math.inf
-        total = variances.sum(axis=1) + by_rows
+        total = weights**2 @ alone + by_rows
         with np.errstate(divide="ignore", invalid="ignore"):
-            spread = (variances**2 / seed_freedom).sum(axis=1) + by_rows**2 / row_freedom
+            spread = weights**4 @ (whole**2 / seed_freedom) + by_rows**2 / row_freedom
             df = np.where(spread > 0, total**2 / spread, math.inf)
         return Contrasts(weights @ self.means, np.sqrt(total), df)
 
-    def _of_seeds(self) -> tuple[Floats, Floats]:
-        """The variance of each configuration's mean by its seeds [k], and its degrees of freedom.
+    def _of_seeds(self) -> tuple[Floats, Floats, Floats]:
+        """The variance of each configuration's mean by its seeds [k], the same with what the rows explain, and its df.
 
-        A configuration with one seed is taken to vary as the others do on average.
+        Two or three seeds are often close together by chance, and among many pairs some are. So each configuration
+        is taken to vary at least as the study's do on average, which has more degrees of freedom; those of one that varies
+        more fall to its own the further it is above.
         """
-        several, freedom = self.seeds > 1, self.seeds - 1
+        several, own = self.seeds > 1, np.maximum(self.seeds - 1, 0)
         if not several.any():
-            return np.zeros(len(self.seeds)), np.ones(len(self.seeds))
-        pooled = np.average(self.between[several], weights=freedom[several])
-        between = np.where(several, self.between, pooled)
-        return between / self.seeds, np.where(several, freedom, freedom.sum()).astype(float)
+            return np.zeros(len(self.seeds)), np.zeros(len(self.seeds)), np.ones(len(self.seeds))
+        beyond = self.between - self.answered
+        pooled, pooled_beyond = (np.average(v[several], weights=own[several]) for v in (self.between, beyond))
+        total = np.fmax(self.between, pooled)
+        alone = np.fmax(beyond, max(pooled_beyond, 0.0))
+        share = np.divide(pooled, total, out=np.ones(len(total)), where=total > 0)
+        df = np.clip(own.sum() * share**2, np.maximum(own, 1), own.sum())
+        return alone / self.seeds, total / self.seeds, df
 
     def pairs(self, first: NDArray[np.int64], second: NDArray[np.int64]) -> tuple[Contrasts, Floats]:
         """The differences first - second of the configurations at these places, and their p-values.
@@ -342,7 +349,7 @@ class Measured:
             found = weights / weights.sum(axis=1, keepdims=True) @ self.rows.T
         elif not (self.seeds > 1).any():
             found += generator.standard_normal(size) * np.nan_to_num(self.stderrs)
-        variances, freedoms = self._of_seeds()
+        variances, _, freedoms = self._of_seeds()
         drawn: Floats = found + generator.standard_t(freedoms, size) * np.sqrt(variances)
         return drawn
 
@@ -374,10 +381,10 @@ def measure(
     counts = np.asarray(seeds, dtype=np.int64)
     between = _floats(groups.var())
     by_row = _by_row(trials, column, _floats(values), predictions) if predictions else None
-    rows = None
+    rows, answered = None, np.zeros(len(counts))
     if by_row is not None:
         rows = _sums(by_row, places, len(seeds)) / counts[:, None]
-        between = np.maximum(between - _interaction(by_row, rows, places, counts), 0)
+        answered = _interaction(by_row, rows, places, counts)
     return Measured(
         column,
         ratio,
@@ -385,6 +392,7 @@ def measure(
         _floats(groups.mean()),
         counts,
         between,
+        answered,
         rows,
         _floats(stderr.groupby(trials["configuration"]).mean()),
     )
