@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from peftsweep import plot, record, study
+from peftsweep import plot, record, report, study
 from peftsweep.display import show_table, size
 from peftsweep.errors import InputError
 from peftsweep.record import RESULT, STEPS, RecordError, Result
@@ -48,7 +48,9 @@ def main(names: Sequence[str], out: Path | None, *, plots: bool = True) -> int:
         print_generation(table)
         for line in notes(table):
             print(line)
-        written = [folder / RESULTS_FILE, folder / STEPS_FILE, *(plot.study(table, folder / "plots") if plots else [])]
+        drawn = plot.study(table, folder / "plots") if plots else []
+        written = [folder / RESULTS_FILE, folder / STEPS_FILE, *drawn]
+        written.append(report.write(folder, table, steps(results), drawn))
         print("wrote " + ", ".join(str(file) for file in written))
     if out is not None:
         write_parquet(trials(everything), out)

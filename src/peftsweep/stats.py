@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +105,12 @@ def settings(table: pd.DataFrame) -> list[str]:
 
 
 def identify(table: pd.DataFrame) -> pd.Series[int]:
-    """The number of each trial's configuration, counted from 0 in the order of their first trials."""
+    """The number of each trial's configuration, counted from 0 in the order of their first trials.
+
+    A table may carry it as its column ``configuration``, which is then taken as it is.
+    """
+    if "configuration" in table:
+        return table["configuration"]
     keys = table[[c for c in settings(table) if table[c].nunique(dropna=False) > 1]]
     if keys.empty:
         return pd.Series(0, index=table.index)
@@ -287,8 +292,8 @@ class Measured:
         """The variance of each configuration's mean by its seeds [k], the same with what the rows explain, and its df.
 
         Two or three seeds are often close together by chance, and among many pairs some are. So each configuration
-        is taken to vary at least as the study's do on average, which has more degrees of freedom; those of one that varies
-        more fall to its own the further it is above.
+        is taken to vary at least as the study's do on average, which has more degrees of freedom; one that varies more
+        has fewer, down to its own.
         """
         several, own = self.seeds > 1, np.maximum(self.seeds - 1, 0)
         if not several.any():
@@ -568,7 +573,7 @@ def _ranks(measured: Measured, family: int, sign: int) -> NDArray[np.int64]:
 
 def factors(table: pd.DataFrame) -> list[str]:
     """What a study varied: choices first, then rank, then other settings, without those that follow from others."""
-    configs = configurations(table[[c for c in table.columns if not c.startswith(MEASURED)]])
+    configs = configurations(_without_figures(table))
     keys = [c for c in settings(table) if configs[c].nunique(dropna=False) > 1]
     text = configs[keys].astype("string").fillna("")
     chosen = [c for c in keys if c.startswith("choices.")]
@@ -589,21 +594,27 @@ def _follows(text: pd.DataFrame, column: str, others: Sequence[str]) -> bool:
     return False
 
 
-def effects(table: pd.DataFrame, column: str, predictions: Predictions | None = None) -> pd.DataFrame:
+def effects(
+    table: pd.DataFrame,
+    column: str,
+    predictions: Predictions | None = None,
+    references: Mapping[str, str] | None = None,
+) -> pd.DataFrame:
     """What each level of each factor does to ``column``, among configurations that are otherwise equal.
 
-    A level is held against the factor's reference, the best level on average, over the ``contexts`` (combinations of
-    the other factors) in which both were measured. Columns: ``factor``, ``level``, ``reference``, ``contexts``,
-    ``value`` and ``reference_value`` (means over these contexts), ``difference`` with ``low`` to ``high`` (relative
-    to one where ``scale`` is ``ratio``), ``p``, ``p_adjusted`` for all pairs of levels of the factor, ``verdict`` of
-    the level, ``agreeing`` contexts (whose own difference has the same sign) and ``chance``. The interval is of these
-    contexts; it does not say that the effect is the same in others.
+    A level is held against the factor's reference, the best level on average unless ``references`` names one, over
+    the ``contexts`` (combinations of the other factors) in which both were measured. Columns: ``factor``, ``level``,
+    ``reference``, ``contexts``, ``value`` and ``reference_value`` (means over these contexts), ``difference`` with
+    ``low`` to ``high`` (relative to one where ``scale`` is ``ratio``), ``p``, ``p_adjusted`` for all pairs of levels
+    of the factor, ``verdict`` of the level, ``agreeing`` contexts (whose own difference has the same sign) and
+    ``chance``. The interval is of these contexts; it does not say that the effect is the same in others.
     """
     found = factors(table)
     measured = measure(table, column, predictions)
-    configs = configurations(table[[c for c in table.columns if not c.startswith(MEASURED)]])
+    configs = configurations(_without_figures(table))
     text = configs.loc[measured.numbers, found].astype("string").fillna("")
-    rows = [row for factor in found for row in _effect(measured, configs, text, factor)]
+    given = references or {}
+    rows = [row for factor in found for row in _effect(measured, text, factor, given.get(factor))]
     names = ["factor", "level", "reference", "contexts", "value", "reference_value", "difference", "low", "high"]
     return pd.DataFrame(rows, columns=[*names, "p", "p_adjusted", "verdict", "agreeing", "scale", "chance"])
 
@@ -626,7 +637,7 @@ def _number(level: str) -> tuple[int, float, str]:
         return 1, 0.0, level
 
 
-def _effect(measured: Measured, configs: pd.DataFrame, text: pd.DataFrame, factor: str) -> list[dict[str, Any]]:
+def _effect(measured: Measured, text: pd.DataFrame, factor: str, named: str | None) -> list[dict[str, Any]]:
     cells = _cells(text, factor)
     if len(cells) < 2:
         return []
@@ -636,7 +647,7 @@ def _effect(measured: Measured, configs: pd.DataFrame, text: pd.DataFrame, facto
     means = np.where(there, measured.means[places], np.nan)
     complete = there.all(axis=0)
     of_levels = np.nanmean(means[:, complete] if complete.any() else means, axis=1)
-    reference = int(np.argmax(sign * of_levels))
+    reference = list(cells.index).index(named) if named in cells.index else int(np.argmax(sign * of_levels))
     rows, weights = [], []
     for level in range(len(cells)):
         shared = there[[level, reference]].all(axis=0)
@@ -688,7 +699,7 @@ def returns(
     if factor not in found:
         return pd.DataFrame(columns=[*names, "contexts"])
     measured = measure(table, column, predictions)
-    configs = configurations(table[[c for c in table.columns if not c.startswith(MEASURED)]])
+    configs = configurations(_without_figures(table))
     cells = _cells(configs.loc[measured.numbers, found].astype("string").fillna(""), factor)
     complete = cells.loc[:, cells.notna().all()]
     if complete.empty:
@@ -847,15 +858,28 @@ def rungs(steps: pd.DataFrame, metric: str = "validation_loss") -> pd.DataFrame:
 
 
 def labels(table: pd.DataFrame) -> pd.Series[str]:
-    """A short name of each configuration: what its factors say, such as ``lora, r=8, 4bit``."""
-    configs = configurations(table[[c for c in table.columns if not c.startswith(MEASURED)]])
-    found = factors(table) or [c for c in ("choices.method",) if c in configs]
+    """A short name of each configuration: the one it was given, else its factors, ``lora, r=8, quant=4bit``."""
+    configs = configurations(_without_figures(table))
+    given = table.groupby(identify(table))["config.label"].first() if "config.label" in table else pd.Series(dtype=str)
+    if len(given) == len(configs) and given.notna().all() and given.is_unique:
+        return given.astype("string")
+    found = factors(table)
+    named = [c for c in ("choices.method",) if c in configs and c not in found] + found
 
     def name(row: pd.Series[Any]) -> str:
-        said = ((c, row[c]) for c in found if not pd.isna(row[c]))
-        return ", ".join(str(v) if c.startswith("choices.") else f"{c.rpartition('.')[2]}={_said(v)}" for c, v in said)
+        said = [(c, row[c]) for c in named if not pd.isna(row[c])]
+        return ", ".join(said_of(c, v) for c, v in said)
 
     return pd.Series([name(row) for _, row in configs.iterrows()], index=configs.index, dtype="string")
+
+
+def said_of(column: str, value: Any) -> str:
+    """A setting as a person writes it: ``lora`` for the method, else ``r=8``, ``quant=4bit``."""
+    return _said(value) if column == "choices.method" else f"{column.rpartition('.')[2]}={_said(value)}"
+
+
+def _without_figures(table: pd.DataFrame) -> pd.DataFrame:
+    return table[[c for c in table.columns if not c.startswith(MEASURED)]]
 
 
 def _said(value: Any) -> str:
