@@ -50,7 +50,10 @@ def main(names: Sequence[str], out: Path | None, *, plots: bool = True) -> int:
             print(line)
         drawn = plot.study(table, folder / "plots") if plots else []
         written = [folder / RESULTS_FILE, folder / STEPS_FILE, *drawn]
-        written.append(report.write(folder, table, steps(results), drawn))
+        file, summary = report.write(folder, table, steps(results), drawn)
+        for line in summary:
+            print(line)
+        written.append(file)
         print("wrote " + ", ".join(str(file) for file in written))
     if out is not None:
         write_parquet(trials(everything), out)

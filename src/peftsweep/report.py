@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,15 +21,18 @@ from peftsweep.display import size
 from peftsweep.record import Status
 
 RESULTS = "RESULTS.md"
+APPROXIMATE = "≈ marks a difference that may be chance."
+PREDICTED = "memory.predicted.peak_bytes"
 ROWS = 25  # of a ranking; results.parquet has all
 GPUS = (8, 12, 16, 24, 40, 48, 80)  # GB, the common sizes
 # What tells whether a trial fits on a device, the best source first, and what to call it.
 MEMORY = (
     ("memory.train.reserved_peak", "memory the allocator held on the device while training"),
-    ("memory.predicted.peak_bytes", "predicted training memory"),
+    (PREDICTED, "predicted training memory"),
     ("memory.train.rss_peak", "memory of the whole process on the host, as no device was measured"),
 )
-SHOWN_MEMORY = ("memory.train.allocated_peak", "memory.train.rss_peak")
+MEMORY_ON_DEVICE = "memory.train.allocated_peak"
+SHOWN_MEMORY = (MEMORY_ON_DEVICE, PREDICTED, "memory.train.rss_peak")
 ADAPTER, SECONDS, PARAMETERS = "train_info.adapter_bytes", "train_info.train_seconds", "train_info.trainable_parameters"
 SPEED = "train_info.tokens_per_second"
 NAMES = {
@@ -42,6 +46,7 @@ NAMES = {
     SECONDS: "training time",
     ADAPTER: "adapter size",
     "memory.train.allocated_peak": "peak memory",
+    PREDICTED: "predicted memory",
     "memory.train.rss_peak": "resident memory",
 }
 FIGURES = {  # how the figures of a factor are called
@@ -56,20 +61,19 @@ TASK = ("choices.model", "config.model.name_or_path", "choices.dataset", "config
 TASK_ROWS = ("config.dataset.name", "config.dataset.test_path", "config.dataset.hub", "config.dataset.revision")
 
 
-def write(folder: Path, table: pd.DataFrame, steps: pd.DataFrame, plots: Sequence[Path] = ()) -> Path:
-    """Write RESULTS.md of the study in ``folder``, whose trials are ``table``; gives the file."""
+def write(folder: Path, table: pd.DataFrame, steps: pd.DataFrame, plots: Sequence[Path] = ()) -> tuple[Path, list[str]]:
+    """Write RESULTS.md of the study in ``folder``, whose trials are ``table``; the file, and its summary as text."""
     file = folder / RESULTS
-    record.write_text(file, "\n".join(_document(folder, table, steps, plots)).rstrip() + "\n")
-    return file
+    tasks = _tasks(table, reader(folder)) if len(table) else []
+    summary = {task.name: list(_summary(task)) for task in tasks}
+    lines = _document(folder, table, tasks, summary, steps, plots)
+    record.write_text(file, "\n".join(lines).rstrip() + "\n")
+    plain = [line.removeprefix("- ") for said in summary.values() for line in said]
+    return file, [_unmarked(line) for line in plain]
 
 
-def headline(table: pd.DataFrame, predictions: stats.Predictions | None = None) -> list[str]:
-    """The summary alone, a sentence a line, without markdown."""
-    return [
-        line.removeprefix("- ").replace("**", "").replace("`", "")
-        for task in _tasks(table, predictions)
-        for line in _summary(task)
-    ]
+def _unmarked(text: str) -> str:
+    return re.sub(r"\[([^\]]*)\]\(#[^)]*\)", r"\1", text).replace("**", "").replace("`", "")
 
 
 def reader(folder: Path) -> stats.Predictions:
@@ -101,6 +105,7 @@ class _Task:
     table: pd.DataFrame
     predictions: stats.Predictions | None
     _compared: dict[str, pd.DataFrame] = field(default_factory=dict)
+    _effects: dict[tuple[str, str | None], pd.DataFrame] = field(default_factory=dict)
 
     @cached_property
     def configurations(self) -> pd.DataFrame:
@@ -124,6 +129,15 @@ class _Task:
                 found[name] = column
         return list(found.values())
 
+    def effects(self, column: str, factor: str, reference: str | None = None) -> pd.DataFrame:
+        """What the levels of one factor do to a score, or to a cost against the level ``reference``."""
+        if (column, reference) not in self._effects:
+            predictions = None if reference else self.predictions
+            named = {factor: reference} if reference else None
+            self._effects[column, reference] = stats.effects(self.table, column, predictions, named)
+        found = self._effects[column, reference]
+        return found[found["factor"] == factor]
+
     def compare(self, score: str) -> pd.DataFrame:
         if score not in self._compared:
             self._compared[score] = stats.compare(self.table, score, self.predictions)
@@ -133,6 +147,11 @@ class _Task:
         """The best configuration and those that are not certainly worse."""
         compared = self.compare(score)
         return compared.index[compared["verdict"].isin(["best", "tie", "unknown"])]
+
+    def near(self, score: str) -> pd.Index[Any]:
+        """Those of the tie that lie within one standard error of the best, among which costs may decide."""
+        compared = self.compare(score)
+        return compared.index[compared.index.isin(self.tied(score)) & compared["near"]]
 
     @cached_property
     def memory(self) -> str | None:
@@ -148,9 +167,9 @@ def _tasks(table: pd.DataFrame, predictions: stats.Predictions | None) -> list[_
     """One for each model, dataset and way of judging: scores of different ones are never compared."""
     judged = [c for c in table.columns if c.startswith("config.eval.") and table[c].nunique(dropna=True) > 1]
     keys = [c for c in (*TASK, *TASK_ROWS, *judged) if c in table]
-    differing = [c for c in keys if table[c].nunique(dropna=False) > 1]
+    differing: list[str] = [c for c in keys if table[c].nunique(dropna=False) > 1]
     text = table[keys].astype("string").fillna("")
-    groups = text.groupby([c for c in differing] or [pd.Series(0, index=table.index)], sort=False).groups
+    groups = text.groupby(differing, sort=False).groups if differing else {"": table.index}
     found = []
     for index in groups.values():
         one = text.loc[index[0]]
@@ -163,8 +182,14 @@ def _tasks(table: pd.DataFrame, predictions: stats.Predictions | None) -> list[_
     return found
 
 
-def _document(folder: Path, table: pd.DataFrame, steps: pd.DataFrame, plots: Sequence[Path]) -> Iterator[str]:
-    tasks = _tasks(table, reader(folder)) if len(table) else []
+def _document(
+    folder: Path,
+    table: pd.DataFrame,
+    tasks: Sequence[_Task],
+    summary: Mapping[str, Sequence[str]],
+    steps: pd.DataFrame,
+    plots: Sequence[Path],
+) -> Iterator[str]:
     left = {plot.stem: plot for plot in plots}
     yield f"# Results of the study `{folder.name}`"
     yield ""
@@ -172,11 +197,11 @@ def _document(folder: Path, table: pd.DataFrame, steps: pd.DataFrame, plots: Seq
     yield ""
     yield "## Summary"
     yield ""
-    for task in tasks:
+    for name, lines in summary.items():
         if len(tasks) > 1:
-            yield f"**{task.name}**"
+            yield f"**{name}**"
             yield ""
-        yield from _summary(task)
+        yield from lines
         yield ""
     for task in tasks:
         mark = f" ({task.name})" if len(tasks) > 1 else ""
@@ -214,7 +239,8 @@ def _counts(table: pd.DataFrame, tasks: Sequence[_Task]) -> str:
     configurations = sum(len(task.configurations) for task in tasks)
     seeds = [n for task in tasks for n in task.configurations["n"] if n]
     each = f"{min(seeds)}" if seeds and min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}" if seeds else ""
-    tail = f", {each} successful {_plural('seed', max(seeds), number=False)} each" if seeds else ""
+    of_each = " each" if configurations > 1 else ""
+    tail = f", {each} successful {_plural('seed', max(seeds), number=False)}{of_each}" if seeds else ""
     trials = f"{_plural('trial', len(table))} ({ended}) of {_plural('configuration', configurations)}{tail}."
     return trials + " Written by `peftsweep-collect` from the trials' records."
 
@@ -233,15 +259,16 @@ def _summary(task: _Task) -> Iterator[str]:
         return
     if not task.scores:
         yield "- No trial was judged by an evaluation; costs are all that can be compared."
+    if task.scores:
+        yield from _advice(task, task.scores[0])
+    if task.seeds == 1 and len(task.configurations) > 1:
+        yield "- **One seed each**: all of this is of these trained models; other seeds may order them otherwise."
     for score in task.scores:
         yield _best(task, score)
         yield from _against_baselines(task, score)
     if task.scores:
-        yield from _cheapest_of_tie(task, task.scores[0])
         for factor in task.factors:
             yield from (f"- {sentence}" for sentence in _findings(task, factor, task.scores[0])[:1])
-    if task.seeds == 1:
-        yield "- **One seed each**: no difference here tells a method from its luck in one training run."
     bad = task.table[stats.SUCCESS].isin([Status.failed.name, Status.oom.name, Status.refused.name]).sum()
     if bad:
         yield f"- {_plural('trial', int(bad))} ended without a result: see [what did not work](#what-did-not-work)."
@@ -259,7 +286,7 @@ def _best(task: _Task, score: str) -> str:
     if compared["verdict"].eq("unknown").any():
         return f"- **{what}**: highest is `{task.labels[best]}`, {figure}; how far chance reaches is not known."
     if len(others) == len(compared) - 1:
-        gap = _difference(compared.iloc[-1], score)
+        gap = _difference(compared.iloc[-1])
         return (
             f"- **{what}**: all {len(compared)} configurations are a tie; the best figure is that of "
             f"`{task.labels[best]}`, {figure}, and the last differs by {gap}."
@@ -267,8 +294,9 @@ def _best(task: _Task, score: str) -> str:
     if not others:
         second = compared.iloc[1]
         return (
-            f"- **{what}**: `{task.labels[best]}` is best, {figure}; all {len(compared) - 1} others are worse, "
-            f"the next, `{task.labels[compared.index[1]]}`, by {_difference(second, score)}."
+            f"- **{what}**: `{task.labels[best]}` is best, {figure}; "
+            f"the next, `{task.labels[compared.index[1]]}`, is worse by {_difference(second)}"
+            + (f", and so are the other {len(compared) - 2}." if len(compared) > 2 else ".")
         )
     named = ", ".join(f"`{task.labels[n]}`" for n in others[:6]) + (
         f" and {len(others) - 6} more" if len(others) > 6 else ""
@@ -295,27 +323,34 @@ def _against_baselines(task: _Task, score: str) -> Iterator[str]:
             yield f"- The untouched base scores {_number(base)} on the same rows."
     majority = row.get(f"eval_info.{name}.majority")
     if _known(majority) and _known(bound) and sign > 0 and metric == "accuracy" and bound <= majority:
-        yield f"- **Chance level**: always giving the most frequent answer scores {_number(majority)}, which the best does not pass."
+        yield f"- **Chance level**: always giving the most frequent answer scores {_number(majority)}."
     degenerate = task.configurations.get(f"eval_info.{name}.degenerate")
     if degenerate is not None and (count := int((degenerate > 0).sum())):
-        yield f"- {_plural('configuration', count)} nearly always gave the same answer on {name}: the model ignores its input."
+        yield f"- {_plural('configuration', count)} nearly always gave the same answer on {name}, whatever was asked."
     seen = row.get(f"eval_info.{name}.seen_in_training")
     if _known(seen) and seen > 0:
         yield f"- **{seen:.0f} test rows of {name} were trained on**; the score says less than it seems to."
 
 
-def _cheapest_of_tie(task: _Task, score: str) -> Iterator[str]:
-    tied = task.tied(score)
-    if len(tied) < 2 or ADAPTER not in task.configurations:
+def _advice(task: _Task, score: str) -> Iterator[str]:
+    """The one configuration to use: of those near the best the smallest adapter, of about equal ones the fastest."""
+    near, configs = task.near(score), task.configurations
+    if len(task.compare(score)) < 2:
         return
-    bytes_ = task.configurations.loc[tied, ADAPTER].dropna()
-    best = tied[0]
-    if len(bytes_) and bytes_.idxmin() != best and best in bytes_ and bytes_.min() < bytes_[best]:
-        small = bytes_.idxmin()
-        yield (
-            f"- Of that tie `{task.labels[small]}` has the smallest adapter, {size(bytes_[small])} "
-            f"against {size(bytes_[best])}, at {_score_name(score)} {_value(task, score, small)}."
-        )
+    chosen, why = near[0], f"the best by {_score_name(score)}"
+    if len(near) > 1:
+        sizes = configs.loc[near, ADAPTER].astype(float) if ADAPTER in configs else pd.Series(1.0, index=near)
+        small = sizes[sizes <= 1.05 * sizes.min()].index if sizes.notna().any() else near
+        seconds = configs.loc[small, SECONDS].astype(float) if SECONDS in configs else pd.Series(dtype=float)
+        chosen = seconds.idxmin() if seconds.notna().any() else small[0]
+        why = f"of the {len(near)} within one standard error of the best {_score_name(score)}, the smallest adapter"
+        why += ", and of those within 5% of it the fastest" if len(small) > 1 else ""
+    costs = [
+        f"{_cost(c, configs.loc[chosen, c])} {words}"
+        for c, words in ((ADAPTER, "adapter"), (SECONDS, "of training"), (task.memory or "", _name(task.memory or "")))
+        if c in configs and _known(configs.loc[chosen, c])
+    ]
+    yield f"- **Use `{task.labels[chosen]}`**: {_value(task, score, chosen)}, {', '.join(costs)}; {why}."
 
 
 # ---- rankings and factors --------------------------------------------------------------------------
@@ -323,17 +358,18 @@ def _cheapest_of_tie(task: _Task, score: str) -> Iterator[str]:
 
 def _ranking(task: _Task, score: str, mark: str) -> Iterator[str]:
     compared, configs = task.compare(score), task.configurations
-    yield f"## {_score_name(score)[0].upper()}{_score_name(score)[1:]}{mark}"
+    yield f"## Ranking by {_score_name(score)}{mark}"
     yield ""
     rows = []
-    for number, row in compared.head(ROWS).iterrows():
+    for number in compared.index[:ROWS]:
+        row = compared.loc[number]
         rows.append(
             {
                 "rank": "" if pd.isna(row["rank"]) else str(row["rank"]),
                 "configuration": task.labels[number],
                 "seeds": _seeds(configs.loc[number]),
                 stats.evaluation(score)[1]: _value(task, score, number),
-                "against the best": _difference(row, score) if row["verdict"] != "best" else "",
+                "against the best": _difference(row) if row["verdict"] != "best" else "",
                 "p": _p(row["p_adjusted"]),
                 "": {"best": "**best**", "tie": "tie", "unknown": "?"}.get(row["verdict"], "worse"),
                 **_costs(task, configs.loc[number]),
@@ -366,8 +402,8 @@ def _meaning(compared: pd.DataFrame, count: int, score: str) -> str:
     if count < 2:
         return f"In brackets: the 95% interval, which covers {covers}."
     return (
-        f"In brackets: 95% intervals, which cover {covers}. p is adjusted for all {count * (count - 1) // 2} pairs (Holm); "
-        f"a tie is a configuration than which none is better for certain.{scale}"
+        f"In brackets: 95% intervals, which cover {covers}. "
+        f"p is adjusted for {_plural('pair', count * (count - 1) // 2)} (Holm); in a tie are configurations than which none is better for certain.{scale}"
     )
 
 
@@ -375,13 +411,12 @@ def _factor(task: _Task, factor: str, mark: str, figures: Sequence[str]) -> Iter
     name = _name(factor)
     yield f"## {name[0].upper()}{name[1:]}{mark}"
     yield ""
-    quality = {score: stats.effects(task.table, score, task.predictions) for score in task.scores}
-    quality = {score: found[found["factor"] == factor] for score, found in quality.items()}
+    quality = {score: task.effects(score, factor) for score in task.scores}
     first = next((found for found in quality.values() if len(found)), None)
     if first is not None:
         reference = str(first["reference"].iloc[0])
         costs = {
-            column: _effects_of(task, column, factor, reference)
+            column: task.effects(column, factor, reference)
             for column in (task.memory, SECONDS, ADAPTER)
             if column and column in task.table
         }
@@ -390,7 +425,7 @@ def _factor(task: _Task, factor: str, mark: str, figures: Sequence[str]) -> Iter
         over = f"{contexts[0]} to {contexts[-1]}" if len(contexts) > 1 else str(contexts[0])
         others = len(task.factors) > 1
         if others:
-            yield f"Averaged over {over} settings of the other factors in which both levels were measured; relative where marked %."
+            yield f"Averaged over the {over} settings of the other factors that have both levels. {APPROXIMATE}"
             yield ""
         yield from (f"- {line}" for score in task.scores for line in _findings(task, factor, score))
         yield from (f"- {line}" for line in _cost_findings(task, factor, costs))
@@ -399,11 +434,6 @@ def _factor(task: _Task, factor: str, mark: str, figures: Sequence[str]) -> Iter
     yield from _budget(task, factor)
     yield ""
     yield from figures
-
-
-def _effects_of(task: _Task, column: str, factor: str, reference: str) -> pd.DataFrame:
-    found = stats.effects(task.table, column, references={factor: reference})
-    return found[found["factor"] == factor]
 
 
 def _levels(
@@ -424,24 +454,27 @@ def _levels(
             if len(mine):
                 one = mine.iloc[0]
                 row[title] = _number(one["value"])
-                row[f"against {_plain(str(one['reference']))}"] = _difference(one, score)
+                row[f"{title} against {_plain(str(one['reference']))}"] = _difference(one)
             else:
                 at = found[found["reference"] == level]["reference_value"]
                 row[title] = _number(at.iloc[0]) if len(at) else ""
+                row[f"{title} against {_plain(level)}"] = ""
         for column, found in costs.items():
             mine = found[found["level"] == level]
-            row[_name(column)] = _change(mine.iloc[0]) if len(mine) else ("=" if level == reference else "")
+            row[_name(column)] = _change(column, mine.iloc[0]) if len(mine) else ("=" if level == reference else "")
         rows.append(row)
     return rows
 
 
 def _findings(task: _Task, factor: str, score: str) -> list[str]:
     """What the data says of a factor, in sentences."""
-    found = stats.effects(task.table, score, task.predictions)
-    found = found[found["factor"] == factor]
+    found = task.effects(score, factor)
     what, sentences = _score_name(score), []
+    is_ = "is" if task.seeds > 1 else "came out"
     if factor == "config.method.r" and (line := _enough_rank(task, score)):
-        sentences.append(line)
+        return [line]
+    if len(found) > 2:
+        return [_several(factor, score, found)]
     for row in found.to_dict("records"):
         level, reference = stats.said_of(factor, row["level"]), stats.said_of(factor, row["reference"])
         where = f" ({row['agreeing']} of {row['contexts']} settings agree)" if row["contexts"] > 1 else ""
@@ -449,17 +482,30 @@ def _findings(task: _Task, factor: str, score: str) -> list[str]:
             bound = max(abs(row["low"]), abs(row["high"]))
             sentences.append(
                 f"{what}: no difference between `{level}` and `{reference}` is shown "
-                f"({_difference(row, score)}); one of more than {_amount(bound, row['scale'])} is unlikely."
+                f"({_difference(row)}); one of more than {_amount(bound, row['scale'])} is unlikely."
             )
         elif row["verdict"] in ("worse", "better"):
             sentences.append(
-                f"{what}: `{level}` is {row['verdict']} than `{reference}` by {_difference(row, score)}, p {_p_is(row['p_adjusted'])}{where}."
+                f"{what}: `{level}` {is_} {row['verdict']} than `{reference}` by {_difference(row)}, "
+                f"p {_p_is(row['p_adjusted'])}{where}."
             )
         else:
             sentences.append(
-                f"{what}: `{level}` differs from `{reference}` by {_difference(row, score)}; chance is not known."
+                f"{what}: `{level}` differs from `{reference}` by {_difference(row)}; chance is not known."
             )
     return sentences
+
+
+def _several(factor: str, score: str, found: pd.DataFrame) -> str:
+    """One sentence of a factor with many levels."""
+    reference = stats.said_of(factor, found["reference"].iloc[0])
+    parts = [f"{_score_name(score)}: `{reference}` has the best figure"]
+    for verdict, words in (("tie", "no difference is shown from"), ("worse", "worse are"), ("unknown", "next to it")):
+        those = found[found["verdict"] == verdict].to_dict("records")
+        if those:
+            named = (f"`{stats.said_of(factor, row['level'])}` ({_difference(row)})" for row in those[:8])
+            parts.append(f"{words} {', '.join(named)}" + (f" and {len(those) - 8} more" if len(those) > 8 else ""))
+    return "; ".join(parts) + "."
 
 
 def _enough_rank(task: _Task, score: str) -> str:
@@ -469,26 +515,31 @@ def _enough_rank(task: _Task, score: str) -> str:
     enough = found[found["verdict"].isin(["best", "tie"])].iloc[0]
     best, last = found[found["verdict"] == "best"].iloc[0], found.iloc[-1]
     before = found.iloc[-2]["level"]
-    gain = f"{_amount(last['gain'], _scale(score), signed=True)} [{_amount(last['gain_low'], _scale(score), signed=True)}, {_amount(last['gain_high'], _scale(score), signed=True)}]"
+    gain = _difference(
+        {"difference": last["gain"], "low": last["gain_low"], "high": last["gain_high"], "scale": _scale(score)}
+    )
     doubling = (
-        f"The last step, from rank {before:g} to {last['level']:g}, brought {gain} per doubling (plus is better)."
+        f"The step from rank {before:g} to {last['level']:g} changed it by {gain} per doubling, plus being better."
     )
-    if enough["level"] == best["level"]:
-        smaller = "; no smaller one comes near it" if enough["level"] > found["level"].min() else ""
-        return f"{_score_name(score)}: rank {best['level']:g} is best{smaller}. {doubling}"
-    return (
-        f"{_score_name(score)}: rank {enough['level']:g} is the smallest that is not separable from the best, "
-        f"{best['level']:g} ({_difference(enough, score)}). {doubling}"
-    )
+    if enough["level"] < best["level"]:
+        return (
+            f"{_score_name(score)}: rank {enough['level']:g} is the smallest that is not separable from the best, "
+            f"{best['level']:g} ({_difference(enough)}). {doubling}"
+        )
+    if best["level"] == last["level"] and last["gain_low"] > 0:
+        end = "the largest tried, is best, and returns have not ended there"
+        return f"{_score_name(score)}: rank {best['level']:g}, {end}. {doubling}"
+    return f"{_score_name(score)}: rank {best['level']:g} is best, and the smaller ones are worse. {doubling}"
 
 
 def _cost_findings(task: _Task, factor: str, costs: Mapping[str, pd.DataFrame]) -> Iterator[str]:
     for column, found in costs.items():
         for row in found.to_dict("records"):
             certain = row["verdict"] in ("worse", "better")
-            if certain and abs(row["difference"]) >= 0.01 and column != ADAPTER:
+            if certain and abs(row["difference"]) >= 0.01 and column in (SECONDS, MEMORY_ON_DEVICE):
                 level, reference = stats.said_of(factor, row["level"]), stats.said_of(factor, row["reference"])
-                yield f"{_name(column)}: `{level}` takes {1 + row['difference']:.2f} times that of `{reference}`{_times(row)}."
+                times = f"{1 + row['difference']:.2f} times [{1 + row['low']:.2f}, {1 + row['high']:.2f}]"
+                yield f"{_name(column)}: `{level}` takes {times} that of `{reference}`."
 
 
 def _best_of_each(task: _Task, factor: str) -> Iterator[str]:
@@ -504,7 +555,7 @@ def _best_of_each(task: _Task, factor: str) -> Iterator[str]:
                     _name(factor): _plain(str(level[number])),
                     "best configuration": task.labels[number],
                     _score_name(score): _value(task, score, number),
-                    "against the best": _difference(row, score) if row["verdict"] != "best" else "",
+                    "against the best": _difference(row) if row["verdict"] != "best" else "",
                     "": f"**{row['verdict']}**" if row["verdict"] == "best" else str(row["verdict"]),
                     **_costs(task, task.configurations.loc[number]),
                 }
@@ -518,7 +569,7 @@ def _budget(task: _Task, factor: str) -> Iterator[str]:
     if factor != "choices.method":
         return
     found = stats.budget(task.table)
-    unequal = [c for c in found.columns if found[c].nunique() > 1]
+    unequal = [c for c in found.columns if found[c][found[c] > 0].nunique() > 1]
     if unequal:
         said = "; ".join(
             f"{column.replace('_', ' ')}: "
@@ -526,7 +577,8 @@ def _budget(task: _Task, factor: str) -> Iterator[str]:
             for column in unequal[:3]
         )
         yield ""
-        yield f"**Unequal budgets**: the methods were not given the same tries ({said}). More tries find a better best by luck alone."
+        yield f"**Unequal budgets**: the methods were not given the same tries ({said})."
+        yield "More tries find a better best by luck alone."
 
 
 # ---- the frontier and what to use ------------------------------------------------------------------
@@ -552,12 +604,13 @@ def _frontier(task: _Task, score: str, mark: str, figures: Sequence[str]) -> Ite
                 **{_name(c): _cost(c, row[c]) for c in costs},
                 "on the front": ("yes" if row["front"] else "no") + f", in {row['share']:.0%} of redraws",
             }
-            for number, row in kept.iterrows()
+            for number, row in zip(kept.index, kept.to_dict("records"), strict=True)
         ]
     )
     yield (
-        f"No other configuration is better in one of {_score_name(score)}, {', '.join(map(_name, costs))} and as good in "
-        f"the others. Redraws of {'seeds and ' if task.seeds > 1 else ''}test rows tell how much of that is chance; "
+        f"On the front is what no other configuration beats in one of {_score_name(score)}, "
+        f"{', '.join(map(_name, costs))} without losing in another. "
+        f"Redraws of {'seeds and ' if task.seeds > 1 else ''}test rows tell how much of that is chance; "
         f"{len(found) - len(kept)} of {len(found)} configurations are not listed."
     )
     yield ""
@@ -565,33 +618,56 @@ def _frontier(task: _Task, score: str, mark: str, figures: Sequence[str]) -> Ite
 
 
 def _recommendations(task: _Task, mark: str) -> Iterator[str]:
-    if not task.scores:
+    judged = [score for score in task.scores if len(task.compare(score))]
+    if not judged:
+        return
+    if max(len(task.compare(score)) for score in judged) < 2:
+        yield from _room(task)
         return
     yield f"## Recommendations{mark}"
     yield ""
-    for score in task.scores:
-        if not len(task.compare(score)):
-            continue
-        rows = [
-            {"for": need, "use": task.labels[number], _score_name(score): _value(task, score, number), "because": why}
-            for need, number, why in _uses(task, score)
-        ]
-        yield from _table(rows)
+    for score in judged:
+        needs: dict[Any, list[tuple[str, str]]] = {}
+        for need, number, why in _uses(task, score):
+            needs.setdefault(number, []).append((need, why))
+        yield from _table(
+            [
+                {
+                    "use": task.labels[number],
+                    _score_name(score): _value(task, score, number),
+                    "for": "; ".join(f"{need} ({why})" for need, why in reasons),
+                }
+                for number, reasons in needs.items()
+            ]
+        )
+    yield from _room(task)
+
+
+def _room(task: _Task) -> Iterator[str]:
+    """Where every configuration fits into the smallest GPU."""
+    column, name = _memory(task.configurations)
+    if column and (most := task.configurations[column].max()) <= GPUS[0] * 1e9:
+        yield f"Every configuration fits into {GPUS[0]} GB: at most {size(most)} of {name}."
+        yield ""
+
+
+def _memory(configs: pd.DataFrame) -> tuple[str | None, str]:
+    """The column that tells what a trial needs, and what it is."""
+    return next(((c, name) for c, name in MEMORY if c in configs and configs[c].notna().any()), (None, ""))
 
 
 def _uses(task: _Task, score: str) -> Iterator[tuple[str, Any, str]]:
-    compared, configs, tied = task.compare(score), task.configurations, task.tied(score)
+    compared, configs = task.compare(score), task.configurations
+    tied, near = task.tied(score), task.near(score)
     best = compared.index[0]
-    why = "the only configuration" if len(compared) == 1 else "the best figure"
-    why += f", in a tie with {len(tied) - 1} more" if len(tied) > 1 else ""
-    yield "quality", best, why
     if len(compared) == 1:
+        yield "what was measured", best, "the only one with this score"
         return
-    within = f"of the {len(tied)} in the tie" if len(tied) > 1 else ""
-    for need, column in (("a small adapter", ADAPTER), ("fast training", SECONDS), ("little memory", task.memory)):
-        known = configs.loc[tied, column].dropna() if column and column in configs else pd.Series(dtype=float)
-        if len(tied) > 1 and len(known) and column:
-            yield f"{need} at that quality", known.idxmin(), f"{_cost(column, known.min())}, the least {within}"
+    yield "quality", best, "the best figure" + (f", in a tie with {len(tied) - 1} more" if len(tied) > 1 else "")
+    for need, column in (("small adapter", ADAPTER), ("fast training", SECONDS), ("little memory", task.memory)):
+        known = configs.loc[near, column].dropna() if column and column in configs else pd.Series(dtype=float)
+        if len(known) > 1 and column and known.max() > 1.01 * known.min():
+            yield f"{need} at that quality", known.idxmin(), _cost(column, known.min())
     yield from _fitting(task, compared)
     if SECONDS in configs and (every := configs.loc[compared.index, SECONDS].dropna()).size:
         fast = every.idxmin()
@@ -599,15 +675,15 @@ def _uses(task: _Task, score: str) -> Iterator[tuple[str, Any, str]]:
             yield (
                 "speed before quality",
                 fast,
-                f"{_cost(SECONDS, every.min())} of training, but {_difference(compared.loc[fast], score)}",
+                f"{_cost(SECONDS, every.min())}, at {_difference(compared.loc[fast])}",
             )
 
 
 def _fitting(task: _Task, compared: pd.DataFrame) -> Iterator[tuple[str, Any, str]]:
     """The best configuration for each size of GPU, where the size makes a difference."""
     configs = task.configurations
-    column, name = next(((c, n) for c, n in MEMORY if c in configs and configs[c].notna().any()), (None, ""))
-    if column is None:
+    column, name = _memory(configs)
+    if column is None or configs[column].max() <= GPUS[0] * 1e9:
         return
     need = configs.loc[compared.index, column]
     answers: list[tuple[int, Any]] = []
@@ -645,7 +721,7 @@ def _failures(table: pd.DataFrame, tasks: Sequence[_Task]) -> Iterator[str]:
     label = {
         trial: task.labels[n] for task in tasks for trial, n in task.table[[stats.TRIAL, "configuration"]].to_numpy()
     }
-    rows: dict[tuple[str, ...], list[Any]] = {}
+    rows: dict[tuple[Any, ...], list[Any]] = {}
     for row in ended.to_dict("records"):
         message = str(row.get("run_info.error.message") or "").strip().splitlines()
         kind = row.get("run_info.error.type")
@@ -698,7 +774,7 @@ def _measured(task: _Task, several: bool) -> Iterator[str]:
     mark = f" ({task.name})" if several else ""
     seeds = _values(task.table, stats.SEED)
     counts = task.configurations["n"].value_counts().sort_index()
-    each = ", ".join(f"{count} with {_plural('seed', int(n))}" for n, count in counts.items())
+    each = ", ".join(f"{counts[n]} with {_plural('seed', n)}" for n in counts.index)
     yield f"Seeds{mark}: {', '.join(seeds[:20])}; configurations: {each}. Only successful trials count in means."
     for score in task.scores:
         n = f"{score.removesuffix('value')}n"
@@ -707,29 +783,33 @@ def _measured(task: _Task, several: bool) -> Iterator[str]:
             yield f"{_score_name(score)}{mark}: {' / '.join(rows)} test rows, the same for all trials."
     reload = task.configurations.get("train_info.reloads")
     if reload is not None and (bad := int((reload < 1).sum())):
-        yield f"**{_plural('configuration', bad)}{mark} saved an adapter that does not answer as the trained model did** when loaded."
+        yield f"**{_plural('configuration', bad)}{mark} saved an adapter that answers otherwise than the trained model**."
 
 
 def _tests(tasks: Sequence[_Task]) -> Iterator[str]:
-    chances = {c for task in tasks for score in task.scores for c in task.compare(score)["chance"].dropna()}
+    judged = [(task, score) for task in tasks for score in task.scores if len(task.compare(score)) > 1]
+    chances = {chance for task, score in judged for chance in task.compare(score)["chance"].dropna()}
     if "seeds and rows" in chances:
         yield (
-            "Configurations are compared on the same test rows, each row's score averaged over seeds. The variance of a "
-            "difference is that between rows plus that between seeds, with Satterthwaite's degrees of freedom and Student's t; "
-            "a configuration's seeds are taken to vary at least as the study's do on average."
+            "Configurations are compared on the same test rows, each row's score averaged over seeds. The variance of "
+            "a difference is that between rows plus that between seeds, with Satterthwaite's degrees of freedom and "
+            "Student's t; a configuration's seeds are taken to vary at least as the study's do on average."
         )
     if "rows" in chances:
         yield (
-            "With one seed each, right and wrong answers on the same test rows are compared by McNemar's exact test, other "
-            "scores by the paired t test over rows. Both are of these trained models, not of what another seed would give."
+            "With one seed each, right and wrong answers on the same test rows are compared by McNemar's exact test, "
+            "other scores by the paired t test over rows. Both are of these trained models, not of what another seed "
+            "would give."
         )
     if "seeds" in chances:
-        yield "Where rows could not be paired, configurations are compared by Student's t over seeds, on the test rows at hand."
+        yield "Where rows could not be paired, Student's t over seeds compares configurations, on these test rows."
     if chances:
         yield (
-            "p-values are adjusted by Holm's method for all pairs, as which one is best was read from the same data; below "
-            "0.05 counts. A tie means that no difference is shown, not that there is none: the interval says how large it may be."
+            "p-values are adjusted by Holm's method for all pairs, as which one is best was read from the same data; "
+            "below 0.05 counts. A tie means that no difference is shown, not that there is none: the interval says how "
+            "large it may be. So costs choose only among those of a tie that lie within one standard error of the best."
         )
+    if any(score for _, score in judged if _scale(score) == "ratio"):
         yield "Perplexities and costs are compared by ratios."
 
 
@@ -743,7 +823,8 @@ def _rungs(table: pd.DataFrame, steps: pd.DataFrame) -> Iterator[str]:
     yield "### Could it have been stopped earlier?"
     yield ""
     if stopped:
-        yield f"{_plural('trial', stopped)} {'was' if stopped == 1 else 'were'} stopped early; how they would have ended is not known."
+        were = "was" if stopped == 1 else "were"
+        yield f"{_plural('trial', stopped)} {were} stopped early; how they would have ended is not known."
         yield ""
     yield from _table(
         [
@@ -758,7 +839,7 @@ def _rungs(table: pd.DataFrame, steps: pd.DataFrame) -> Iterator[str]:
         ]
     )
     if len(found):
-        yield "Spearman's correlation of the validation loss at a step with that at the end, over the trials that got there."
+        yield "Spearman's correlation of the validation loss there with that at the end, over trials that got so far."
         yield ""
 
 
@@ -773,7 +854,7 @@ def _table(rows: Sequence[Mapping[str, str]]) -> Iterator[str]:
     columns = [c for c in columns if any(row.get(c) for row in rows)]
     cells = [[str(row.get(c, "")).replace("|", "\\|").replace("\n", " ") for c in columns] for row in rows]
     widths = [max(len(c), 3, *(len(line[n]) for line in cells)) for n, c in enumerate(columns)]
-    numeric = [all(not line[n] or line[n][0] in "0123456789+-−=<" for line in cells) for n in range(len(columns))]
+    numeric = [all(not line[n] or line[n][0] in "0123456789+-−=<≈" for line in cells) for n in range(len(columns))]
 
     def line(parts: Sequence[str]) -> str:
         fitted = (p.rjust(w) if right else p.ljust(w) for p, w, right in zip(parts, widths, numeric, strict=True))
@@ -816,21 +897,21 @@ def _number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:,.4g}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
-def _difference(row: Any, score: str) -> str:
+def _difference(row: Any) -> str:
     """A difference with its interval."""
     middle = _amount(row["difference"], row["scale"], signed=True)
     if not _known(row["low"]):
         return middle
-    return f"{middle} [{_amount(row['low'], row['scale'], signed=True)}, {_amount(row['high'], row['scale'], signed=True)}]"
+    low, high = (_amount(row[end], row["scale"], signed=True) for end in ("low", "high"))
+    return f"{middle} [{low}, {high}]"
 
 
-def _change(row: pd.Series[Any]) -> str:
-    """A cost's difference; without an interval, which findings give where it is certain."""
-    return _amount(row["difference"], row["scale"], signed=True)
-
-
-def _times(row: Mapping[str, Any]) -> str:
-    return f" [{1 + row['low']:.2f}, {1 + row['high']:.2f}]" if _known(row["low"]) and row["low"] != row["high"] else ""
+def _change(column: str, row: pd.Series[Any]) -> str:
+    """A cost's difference; marked where it may be chance."""
+    if row["difference"] == 0:
+        return "="
+    certain = column in (ADAPTER, PREDICTED) or row["verdict"] in ("worse", "better")
+    return ("" if certain else "≈ ") + _amount(row["difference"], row["scale"], signed=True)
 
 
 def _amount(value: float, scale: str, *, signed: bool = False) -> str:

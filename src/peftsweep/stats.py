@@ -55,7 +55,20 @@ LESS = ("bytes", "seconds", "parameters", "_peak", "_mean", "rss", "loss", "padd
 MORE = ("tokens_per_second", "speed_up")
 # The figure of a line of predictions that a metric is the mean of.
 RIGHT = {"accuracy": "correct", "acc": "correct", "acc_norm": "correct_norm"}
-COMPARED = ("value", "seeds", "difference", "low", "high", "p", "p_adjusted", "verdict", "scale", "chance", "rank")
+COMPARED = (
+    "value",
+    "seeds",
+    "difference",
+    "low",
+    "high",
+    "p",
+    "p_adjusted",
+    "verdict",
+    "near",
+    "scale",
+    "chance",
+    "rank",
+)
 MOST_COMPARED = 40  # configurations: the best ones, of each pair of which the rows are compared
 MOST_READ = 400  # trials whose predictions are read
 
@@ -498,7 +511,9 @@ def compare(
     for all pairs of configurations; ``rank``: one more than the number of configurations that are better for
     certain (p_adjusted < 0.05), known of the best 40; ``verdict``: ``best``, ``tie`` where no configuration is better
     for certain, else ``worse``, and ``unknown`` where nothing tells the spread; against a ``reference`` that was
-    given, ``better``, ``worse`` or ``tie`` with it; ``chance``: what p covers, seeds, rows or both.
+    given, ``better``, ``worse`` or ``tie`` with it; ``near``: within one standard error of the reference's own value,
+    which a choice by other criteria may count as equal (the rule of Breiman et al., Classification and Regression
+    Trees, 1984), where a tie may be no more than a lack of trials; ``chance``: what p covers, seeds, rows or both.
     """
     rough = measure(table, column)
     k, sign = len(rough.means), direction(column) or 1
@@ -532,6 +547,7 @@ def _against(measured: Measured, reference: int, family: int, *, ranked: bool) -
     adjusted[others] = holm(p[others], family)
     (low, high), (difference,) = measured.change(contrasts.interval), measured.change((contrasts.estimate,))
     low, high = np.where(others, low, 0.0), np.where(others, high, 0.0)
+    own = measured.contrasts(np.eye(1, k, place)).stderr[0]
     return pd.DataFrame(
         {
             "value": measured.back((measured.means,))[0],
@@ -542,6 +558,7 @@ def _against(measured: Measured, reference: int, family: int, *, ranked: bool) -
             "p": np.where(others, p, np.nan),
             "p_adjusted": adjusted,
             "verdict": [_verdict(sign * d, a) for d, a in zip(difference, adjusted, strict=True)],
+            "near": ~others | (sign * contrasts.estimate >= -own),
             "scale": "ratio" if measured.ratio else "difference",
             "chance": measured.chance,
             "rank": pd.array(_ranks(measured, family, sign) if ranked else [pd.NA] * k, dtype="Int64"),
@@ -723,10 +740,11 @@ def returns(
     gained = [*measured.change((gains.estimate,)), *measured.change(gains.interval)]
     verdicts = [_verdict(sign * d, a) for d, a in zip(difference, adjusted, strict=True)]
     verdicts[best] = "best"
-    whole = {"level": size, "value": measured.back((levels @ measured.means,))[0]}
+    whole: dict[str, Any] = {"level": size, "value": measured.back((levels @ measured.means,))[0]}
     whole |= {name: np.append(np.nan, part) for name, part in zip(names[2:5], gained, strict=True)}
     whole |= {"difference": difference, "low": low, "high": high, "p_adjusted": adjusted}
-    return pd.DataFrame({**whole, "verdict": verdicts, "contexts": complete.shape[1]})
+    whole |= {"verdict": verdicts, "contexts": complete.shape[1], "scale": "ratio" if measured.ratio else "difference"}
+    return pd.DataFrame(whole)
 
 
 # ---- several metrics at once -----------------------------------------------------------------------
