@@ -151,7 +151,8 @@ class _Task:
     def near(self, score: str) -> pd.Index[Any]:
         """Those of the tie that lie within one standard error of the best, among which costs may decide."""
         compared = self.compare(score)
-        return compared.index[compared.index.isin(self.tied(score)) & compared["near"]]
+        near: pd.Index[Any] = compared.index[compared.index.isin(self.tied(score)) & compared["near"]]
+        return near
 
     @cached_property
     def memory(self) -> str | None:
@@ -403,7 +404,8 @@ def _meaning(compared: pd.DataFrame, count: int, score: str) -> str:
         return f"In brackets: the 95% interval, which covers {covers}."
     return (
         f"In brackets: 95% intervals, which cover {covers}. "
-        f"p is adjusted for {_plural('pair', count * (count - 1) // 2)} (Holm); in a tie are configurations than which none is better for certain.{scale}"
+        f"p is adjusted for {_plural('pair', count * (count - 1) // 2)} (Holm); than those in a tie none is better "
+        f"for certain.{scale}"
     )
 
 
@@ -783,7 +785,7 @@ def _measured(task: _Task, several: bool) -> Iterator[str]:
             yield f"{_score_name(score)}{mark}: {' / '.join(rows)} test rows, the same for all trials."
     reload = task.configurations.get("train_info.reloads")
     if reload is not None and (bad := int((reload < 1).sum())):
-        yield f"**{_plural('configuration', bad)}{mark} saved an adapter that answers otherwise than the trained model**."
+        yield f"**{_plural('configuration', bad)}{mark} saved an adapter that answers unlike the trained model**."
 
 
 def _tests(tasks: Sequence[_Task]) -> Iterator[str]:

@@ -51,7 +51,7 @@ NO_SETTINGS = (
 )
 OF_SOME = ("config.eval.", "config.inference.")  # settings that a trial may lack and yet be the same training
 FACTS = ("valid_fraction", "majority", "random", "seen_in_training")  # that explain a score and are none
-LESS = ("bytes", "seconds", "parameters", "_peak", "_mean", "rss", "loss", "padding_fraction", "overhead.value")
+LESS = ("bytes", "parameters", "_peak", "_mean", "rss", "loss", "padding_fraction", "overhead.value")
 MORE = ("tokens_per_second", "speed_up")
 # The figure of a line of predictions that a metric is the mean of.
 RIGHT = {"accuracy": "correct", "acc": "correct", "acc_norm": "correct_norm"}
@@ -83,9 +83,10 @@ def direction(column: str) -> int:
         lower = any(word in metric for word in (*LOWER_IS_BETTER, "bits_per_byte"))
         return 0 if metric in FACTS else -1 if lower else 1
     name = column.removeprefix("train_info.").removesuffix("_p50").removesuffix("_p95").removesuffix("_p99")
-    if any(name.endswith(word) for word in MORE):
+    if name.endswith(MORE):
         return 1
-    return -1 if any(name.endswith(word) for word in LESS) and column.startswith(MEASURED) else 0
+    less = name.endswith(LESS) or "seconds" in name or "time_to_" in name
+    return -1 if less and column.startswith(MEASURED) else 0
 
 
 def scores(table: pd.DataFrame) -> list[str]:
@@ -135,6 +136,7 @@ def _one_a_seed(table: pd.DataFrame, numbers: pd.Series[int]) -> pd.DataFrame:
 
     A repeated seed is no second draw: it gives the same numbers again.
     """
+    table = table.drop(columns="configuration", errors="ignore")
     columns = [c for c in (SUCCESS, CREATED) if c in table]
     order = table[columns].assign(good=table[SUCCESS].eq(Status.success.name)).sort_values(["good", *columns[1:]]).index
     seed = table[SEED] if SEED in table else pd.Series(0, index=table.index)
@@ -165,11 +167,9 @@ def configurations(table: pd.DataFrame, predictions: Predictions | None = None) 
     found = groups[[c for c in settings(table) if c in trials]].first()
     counts = pd.crosstab(trials["configuration"], trials[SUCCESS])
     statuses = counts.reindex(columns=[s.name for s in Status], fill_value=0).astype(int)
-    names = good.groupby("configuration")[TRIAL].agg(list).reindex(found.index)
-    columns = {"n": statuses["success"], "trials": names.map(lambda n: n if isinstance(n, list) else [])}
+    columns: dict[str, Any] = {"n": statuses["success"], "trials": _lists(good, TRIAL, found.index)}
     if SEED in good:
-        seeds = good.groupby("configuration")[SEED].agg(list).reindex(found.index)
-        columns["seeds"] = seeds.map(lambda n: n if isinstance(n, list) else [])
+        columns["seeds"] = _lists(good, SEED, found.index)
     measured = _summary(good, list(found.index))
     whole = pd.concat([found, pd.DataFrame(columns), statuses, measured], axis=1)
     if predictions is not None:
@@ -178,6 +178,12 @@ def configurations(table: pd.DataFrame, predictions: Predictions | None = None) 
             for part in found_interval.columns:
                 whole.loc[found_interval.index, f"{column}.{part}"] = found_interval[part]
     return whole
+
+
+def _lists(good: pd.DataFrame, column: str, order: pd.Index[Any]) -> pd.Series[Any]:
+    """The values of ``column`` of each configuration as a list."""
+    lists = {n: values.tolist() for n, values in good.groupby("configuration")[column]}
+    return pd.Series([lists.get(n, []) for n in order], index=order, dtype=object)
 
 
 def _summary(good: pd.DataFrame, order: list[int]) -> pd.DataFrame:
