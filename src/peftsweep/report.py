@@ -113,11 +113,15 @@ class _Task:
 
     @cached_property
     def labels(self) -> pd.Series[str]:
-        return stats.labels(self.table)
+        return stats.labels(self.table, self.design)
 
     @cached_property
+    def design(self) -> stats.Design:
+        return stats.design(self.table)
+
+    @property
     def factors(self) -> list[str]:
-        return stats.factors(self.table)
+        return self.design.factors
 
     @cached_property
     def scores(self) -> list[str]:
@@ -134,7 +138,7 @@ class _Task:
         if (column, reference) not in self._effects:
             predictions = None if reference else self.predictions
             named = {factor: reference} if reference else None
-            self._effects[column, reference] = stats.effects(self.table, column, predictions, named)
+            self._effects[column, reference] = stats.effects(self.table, column, predictions, named, self.design)
         found = self._effects[column, reference]
         return found[found["factor"] == factor]
 
@@ -511,7 +515,7 @@ def _several(factor: str, score: str, found: pd.DataFrame) -> str:
 
 
 def _enough_rank(task: _Task, score: str) -> str:
-    found = stats.returns(task.table, score, task.predictions)
+    found = stats.returns(task.table, score, task.predictions, plan=task.design)
     if found.empty or found["verdict"].eq("unknown").any():
         return ""
     enough = found[found["verdict"].isin(["best", "tie"])].iloc[0]

@@ -70,6 +70,7 @@ COMPARED = (
     "rank",
 )
 MOST_COMPARED = 40  # configurations: the best ones, of each pair of which the rows are compared
+MOST_LEVELS = 30  # of a factor whose levels are held against each other
 MOST_READ = 400  # trials whose predictions are read
 
 
@@ -182,8 +183,10 @@ def configurations(table: pd.DataFrame, predictions: Predictions | None = None) 
 
 def _lists(good: pd.DataFrame, column: str, order: pd.Index[Any]) -> pd.Series[Any]:
     """The values of ``column`` of each configuration as a list."""
-    lists = {n: values.tolist() for n, values in good.groupby("configuration")[column]}
-    return pd.Series([lists.get(n, []) for n in order], index=order, dtype=object)
+    lists: dict[int, list[Any]] = {n: [] for n in order}
+    for number, value in zip(good["configuration"].tolist(), good[column].tolist(), strict=True):
+        lists[number].append(value)
+    return pd.Series(list(lists.values()), index=order, dtype=object)
 
 
 def _summary(good: pd.DataFrame, order: list[int]) -> pd.DataFrame:
@@ -594,18 +597,33 @@ def _ranks(measured: Measured, family: int, sign: int) -> NDArray[np.int64]:
 # ---- factors ---------------------------------------------------------------------------------------
 
 
-def factors(table: pd.DataFrame) -> list[str]:
-    """What a study varied: choices first, then rank, then other settings, without those that follow from others."""
-    configs = configurations(_without_figures(table))
-    keys = [c for c in settings(table) if configs[c].nunique(dropna=False) > 1]
-    text = configs[keys].astype("string").fillna("")
+@dataclass(frozen=True)
+class Design:
+    """What a study varied, and the level of each of these factors in each configuration, as text ("": has none)."""
+
+    factors: list[str]
+    levels: pd.DataFrame  # a row a configuration, a column a factor
+
+
+def design(table: pd.DataFrame) -> Design:
+    """The factors: choices first, then rank, then other settings, without those that follow from others."""
+    numbers = identify(table)
+    first = table[~numbers.duplicated()]
+    keys = [c for c in settings(table) if table[c].nunique(dropna=False) > 1]
+    text = first[keys].astype("string").fillna("")
+    text.index = pd.Index(numbers[first.index], name="configuration")
     chosen = [c for c in keys if c.startswith("choices.")]
     found: list[str] = [c for c in chosen if not _follows(text, c, [o for o in chosen if o < c])]
     rest = [c for c in keys if c.startswith("config.")]
     for column in sorted(rest, key=lambda c: (c != "config.method.r", text[c].nunique())):
         if not _follows(text, column, found):
             found.append(column)
-    return found
+    return Design(found, text[found])
+
+
+def factors(table: pd.DataFrame) -> list[str]:
+    """The names of the factors of ``design``."""
+    return design(table).factors
 
 
 def _follows(text: pd.DataFrame, column: str, others: Sequence[str]) -> bool:
@@ -622,6 +640,7 @@ def effects(
     column: str,
     predictions: Predictions | None = None,
     references: Mapping[str, str] | None = None,
+    plan: Design | None = None,
 ) -> pd.DataFrame:
     """What each level of each factor does to ``column``, among configurations that are otherwise equal.
 
@@ -630,25 +649,26 @@ def effects(
     ``reference``, ``contexts``, ``value`` and ``reference_value`` (means over these contexts), ``difference`` with
     ``low`` to ``high`` (relative to one where ``scale`` is ``ratio``), ``p``, ``p_adjusted`` for all pairs of levels
     of the factor, ``verdict`` of the level, ``agreeing`` contexts (whose own difference has the same sign) and
-    ``chance``. The interval is of these contexts; it does not say that the effect is the same in others.
+    ``chance``. The interval is of these contexts; it does not say that the effect is the same in others. Factors of
+    more than 30 levels are passed over. ``plan`` is the table's ``design``, where it is known.
     """
-    found = factors(table)
+    plan = plan or design(table)
     measured = measure(table, column, predictions)
-    configs = configurations(_without_figures(table))
-    text = configs.loc[measured.numbers, found].astype("string").fillna("")
-    given = references or {}
-    rows = [row for factor in found for row in _effect(measured, text, factor, given.get(factor))]
+    levels, given = plan.levels.loc[measured.numbers], references or {}
+    rows = [row for factor in plan.factors for row in _effect(measured, levels, factor, given.get(factor))]
     names = ["factor", "level", "reference", "contexts", "value", "reference_value", "difference", "low", "high"]
     return pd.DataFrame(rows, columns=[*names, "p", "p_adjusted", "verdict", "agreeing", "scale", "chance"])
 
 
 def _cells(text: pd.DataFrame, factor: str) -> pd.DataFrame:
-    """The places of configurations by level (rows, in order of appearance) and context (columns)."""
+    """The places of configurations by level (rows, by size) and context (columns); empty with too many levels."""
     others = [c for c in text.columns if c != factor]
-    context = text[others].agg("|".join, axis=1) if others else pd.Series("", index=text.index)
-    frame = pd.DataFrame({"level": text[factor], "context": context, "place": range(len(text))})
-    frame = frame[frame["level"] != ""]
-    cells = frame.pivot_table(index="level", columns="context", values="place", aggfunc="first", sort=False)
+    frame = pd.DataFrame({"level": text[factor].to_numpy(), "place": np.arange(len(text))})
+    frame["context"] = text.groupby(others, sort=False).ngroup().to_numpy() if others and len(text) else 0
+    frame = frame[frame["level"] != ""].drop_duplicates(["level", "context"])
+    if frame["level"].nunique() > MOST_LEVELS:
+        return pd.DataFrame()
+    cells = frame.set_index(["level", "context"])["place"].unstack()
     return cells.loc[sorted(cells.index, key=_number)]
 
 
@@ -707,7 +727,11 @@ def _effect(measured: Measured, text: pd.DataFrame, factor: str, named: str | No
 
 
 def returns(
-    table: pd.DataFrame, column: str, predictions: Predictions | None = None, factor: str = "config.method.r"
+    table: pd.DataFrame,
+    column: str,
+    predictions: Predictions | None = None,
+    factor: str = "config.method.r",
+    plan: Design | None = None,
 ) -> pd.DataFrame:
     """Diminishing returns: what each doubling of ``factor`` brought, a row a level, smallest first.
 
@@ -718,12 +742,11 @@ def returns(
     ``tie`` is the smallest that is not separable from the best one.
     """
     names = ["level", "value", "gain", "gain_low", "gain_high", "difference", "low", "high", "p_adjusted", "verdict"]
-    found = factors(table)
-    if factor not in found:
+    plan = plan or design(table)
+    if factor not in plan.factors:
         return pd.DataFrame(columns=[*names, "contexts"])
     measured = measure(table, column, predictions)
-    configs = configurations(_without_figures(table))
-    cells = _cells(configs.loc[measured.numbers, found].astype("string").fillna(""), factor)
+    cells = _cells(plan.levels.loc[measured.numbers], factor)
     complete = cells.loc[:, cells.notna().all()]
     if complete.empty:
         context = cells.notna().sum().idxmax() if cells.size else None
@@ -758,16 +781,12 @@ def returns(
 
 def front(values: Floats) -> NDArray[np.bool_]:
     """Which rows of ``values`` [k, metrics], less being better, no other one equals in all and beats in one."""
-    order = np.lexsort(values.T[::-1])
-    kept: list[int] = []
+    left = np.lexsort(values.T[::-1])  # whoever dominates another comes before it
     found = np.zeros(len(values), dtype=bool)
-    for place in order:  # whoever could dominate it comes before it
-        if (
-            not kept
-            or not ((values[kept] <= values[place]).all(axis=1) & (values[kept] < values[place]).any(axis=1)).any()
-        ):
-            kept.append(int(place))
-            found[place] = True
+    while len(left):
+        best, found[left[0]] = values[left[0]], True
+        rest = values[left]
+        left = left[(rest < best).any(axis=1) | ((rest == best).all(axis=1) & (left != left[0]))]
     return found
 
 
@@ -777,8 +796,8 @@ def pareto(
     """The front of several metrics, a row a configuration that has them all.
 
     ``front`` says whether no other configuration is better in one of ``columns`` and at least as good in all;
-    ``share`` is the part of ``draws`` redraws of seeds and test rows (`Measured.draws`) in which it is so. A cost
-    with one seed does not vary in them.
+    ``share`` is the part of ``draws`` redraws of seeds and test rows (`Measured.draws`) in which it is so, of fewer
+    where there are more than 500 configurations. A cost with one seed does not vary in them.
 
     Raises:
         ValueError: of one of them it is not known whether more or less is better.
@@ -787,6 +806,7 @@ def pareto(
         raise ValueError(f"{unknown[0]}: not known whether more or less is better")
     measured = [measure(table, column, predictions) for column in columns]
     shared = sorted(set.intersection(*(set(m.numbers.tolist()) for m in measured))) if measured else []
+    draws = min(draws, max(50, 200_000 // max(1, len(shared))))
     generator = np.random.default_rng(0)
     found, drawn = [], []
     for m in measured:
@@ -881,29 +901,25 @@ def rungs(steps: pd.DataFrame, metric: str = "validation_loss") -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names)
 
 
-def labels(table: pd.DataFrame) -> pd.Series[str]:
+def labels(table: pd.DataFrame, plan: Design | None = None) -> pd.Series[str]:
     """A short name of each configuration: the one it was given, else its factors, ``lora, r=8, quant=4bit``."""
-    configs = configurations(_without_figures(table))
-    given = table.groupby(identify(table))["config.label"].first() if "config.label" in table else pd.Series(dtype=str)
-    if len(given) == len(configs) and given.notna().all() and given.is_unique:
-        return given.astype("string")
-    found = factors(table)
-    named = [c for c in ("choices.method",) if c in configs and c not in found] + found
-
-    def name(row: pd.Series[Any]) -> str:
-        said = [(c, row[c]) for c in named if not pd.isna(row[c])]
-        return ", ".join(said_of(c, v) for c, v in said)
-
-    return pd.Series([name(row) for _, row in configs.iterrows()], index=configs.index, dtype="string")
+    plan = plan or design(table)
+    first = table[~identify(table).duplicated()]
+    given = first["config.label"] if "config.label" in first else pd.Series(dtype="string")
+    if len(given) and given.notna().all() and given.is_unique:
+        return pd.Series(given.to_numpy(), index=plan.levels.index, dtype="string")
+    named = [c for c in ("choices.method",) if c in first and c not in plan.factors] + plan.factors
+    values = [first[c].tolist() for c in named]
+    names = [
+        ", ".join(said_of(c, v) for c, v in zip(named, row, strict=True) if not pd.isna(v))
+        for row in zip(*values, strict=True)
+    ]
+    return pd.Series(names, index=plan.levels.index, dtype="string")
 
 
 def said_of(column: str, value: Any) -> str:
     """A setting as a person writes it: ``lora`` for the method, else ``r=8``, ``quant=4bit``."""
     return _said(value) if column == "choices.method" else f"{column.rpartition('.')[2]}={_said(value)}"
-
-
-def _without_figures(table: pd.DataFrame) -> pd.DataFrame:
-    return table[[c for c in table.columns if not c.startswith(MEASURED)]]
 
 
 def _said(value: Any) -> str:
