@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,6 +56,7 @@ FIGURES = {  # how the figures of a factor are called
     "choices.targets": ("modules",),
 }
 FRONTIER = ("frontier", "quality_")
+STATUSES = tuple(status.name for status in Status)
 KEPT = ("correct", "correct_norm", "log_likelihood", "tokens", "label", "label_prediction")  # of a line of predictions
 # A process on a CPU holds the libraries too, in which a small model's memory drowns.
 TASK = ("choices.model", "config.model.name_or_path", "choices.dataset", "config.dataset.path")
@@ -158,6 +160,14 @@ class _Task:
         near: pd.Index[Any] = compared.index[compared.index.isin(self.tied(score)) & compared["near"]]
         return near
 
+    def row(self, number: Any, prefix: str | tuple[str, ...]) -> dict[str, Any]:
+        """What is known of a configuration in the columns that begin so; the whole wide row would take long."""
+        return {c: self._columns[c].at[number] for c in self._columns if c.startswith(prefix)}
+
+    @cached_property
+    def _columns(self) -> dict[str, pd.Series[Any]]:
+        return {c: self.configurations[c] for c in self.configurations.columns}
+
     @cached_property
     def memory(self) -> str | None:
         return next((c for c in SHOWN_MEMORY if c in self.table and self.table[c].notna().any()), None)
@@ -174,7 +184,8 @@ def _tasks(table: pd.DataFrame, predictions: stats.Predictions | None) -> list[_
     keys = [c for c in (*TASK, *TASK_ROWS, *judged) if c in table]
     differing: list[str] = [c for c in keys if table[c].nunique(dropna=False) > 1]
     text = table[keys].astype("string").fillna("")
-    groups = text.groupby(differing, sort=False).groups if differing else {"": table.index}
+    same = text.groupby(differing, sort=False).ngroup() if differing else pd.Series(0, index=table.index)
+    groups = {number: same.index[same == number] for number in range(same.max() + 1)}
     found = []
     for index in groups.values():
         one = text.loc[index[0]]
@@ -317,22 +328,22 @@ def _against_baselines(task: _Task, score: str) -> Iterator[str]:
     """The untouched base, always the same answer, and what makes a score worth less than it looks."""
     name, metric = stats.evaluation(score)
     sign, best = stats.direction(score) or 1, task.compare(score).index[0]
-    row = task.configurations.loc[best]
+    row = task.row(best, f"eval_info.{name}.")
     bound = row[f"{score}.low"] if sign > 0 else row[f"{score}.high"]
-    base, stderr = (row.get(f"eval_info.{name}.base_{metric}.{part}") for part in ("value", "stderr"))
+    base, stderr = (row.get(f"eval_info.{name}.base_{metric}.{part}", math.nan) for part in ("value", "stderr"))
     if _known(base):
         gain = sign * (bound - base) - 1.96 * (stderr if _known(stderr) else 0.0)
         if _known(bound) and gain <= 0:
             yield f"- **No gain shown** over the untouched base, which scores {_number(base)} on the same rows."
         else:
             yield f"- The untouched base scores {_number(base)} on the same rows."
-    majority = row.get(f"eval_info.{name}.majority")
+    majority = row.get(f"eval_info.{name}.majority", math.nan)
     if _known(majority) and _known(bound) and sign > 0 and metric == "accuracy" and bound <= majority:
         yield f"- **Chance level**: always giving the most frequent answer scores {_number(majority)}."
     degenerate = task.configurations.get(f"eval_info.{name}.degenerate")
     if degenerate is not None and (count := int((degenerate > 0).sum())):
         yield f"- {_plural('configuration', count)} nearly always gave the same answer on {name}, whatever was asked."
-    seen = row.get(f"eval_info.{name}.seen_in_training")
+    seen = row.get(f"eval_info.{name}.seen_in_training", math.nan)
     if _known(seen) and seen > 0:
         yield f"- **{seen:.0f} test rows of {name} were trained on**; the score says less than it seems to."
 
@@ -372,12 +383,12 @@ def _ranking(task: _Task, score: str, mark: str) -> Iterator[str]:
             {
                 "rank": "" if pd.isna(row["rank"]) else str(row["rank"]),
                 "configuration": task.labels[number],
-                "seeds": _seeds(configs.loc[number]),
+                "seeds": _seeds(task.row(number, STATUSES)),
                 stats.evaluation(score)[1]: _value(task, score, number),
                 "against the best": _difference(row) if row["verdict"] != "best" else "",
                 "p": _p(row["p_adjusted"]),
                 "": {"best": "**best**", "tie": "tie", "unknown": "?"}.get(row["verdict"], "worse"),
-                **_costs(task, configs.loc[number]),
+                **_costs(task, number),
             }
         )
     yield from _table(rows)
@@ -386,7 +397,7 @@ def _ranking(task: _Task, score: str, mark: str) -> Iterator[str]:
         yield ""
     missing = configs.index.difference(compared.index)
     if len(missing):
-        named = "; ".join(f"`{task.labels[n]}` ({_ended(configs.loc[n])})" for n in missing[:10])
+        named = "; ".join(f"`{task.labels[n]}` ({_ended(task.row(n, STATUSES))})" for n in missing[:10])
         yield f"Without this score: {named}{' and others' if len(missing) > 10 else ''}."
         yield ""
     yield _meaning(compared, len(compared), score)
@@ -435,6 +446,8 @@ def _factor(task: _Task, factor: str, mark: str, figures: Sequence[str]) -> Iter
             yield ""
         yield from (f"- {line}" for score in task.scores for line in _findings(task, factor, score))
         yield from (f"- {line}" for line in _cost_findings(task, factor, costs))
+    elif task.design.levels[factor].nunique() > stats.MOST_LEVELS:
+        yield from _trend(task, factor)
     elif task.scores:
         yield from _best_of_each(task, factor)
     yield from _budget(task, factor)
@@ -563,12 +576,26 @@ def _best_of_each(task: _Task, factor: str) -> Iterator[str]:
                     _score_name(score): _value(task, score, number),
                     "against the best": _difference(row) if row["verdict"] != "best" else "",
                     "": f"**{row['verdict']}**" if row["verdict"] == "best" else str(row["verdict"]),
-                    **_costs(task, task.configurations.loc[number]),
+                    **_costs(task, number),
                 }
             )
         yield from _table(rows)
     yield "The levels share no setting of the other factors, so this compares the best configuration of each."
     yield ""
+
+
+def _trend(task: _Task, factor: str) -> Iterator[str]:
+    """A factor of many values: whether scores rise with it."""
+    levels = pd.to_numeric(task.design.levels[factor], errors="coerce")
+    yield f"{task.design.levels[factor].nunique()} values."
+    yield ""
+    for score in task.scores:
+        found = stats.rank_correlation(levels.tolist(), task.configurations[score].reindex(levels.index).tolist())
+        if _known(found.low):
+            yield (
+                f"- {_score_name(score)}: Spearman's correlation with it is {found.rho:.2f} "
+                f"[{found.low:.2f}, {found.high:.2f}] over {found.n} configurations, whatever else differs."
+            )
 
 
 def _budget(task: _Task, factor: str) -> Iterator[str]:
@@ -874,9 +901,10 @@ def _table(rows: Sequence[Mapping[str, str]]) -> Iterator[str]:
     yield ""
 
 
-def _costs(task: _Task, row: pd.Series[Any]) -> dict[str, str]:
+def _costs(task: _Task, number: Any) -> dict[str, str]:
     shown = {PARAMETERS: "trainable", ADAPTER: "adapter", task.memory or "": "", SECONDS: "train", SPEED: "tokens/s"}
     shown[task.memory or ""] = _name(task.memory) if task.memory else ""
+    row = task.row(number, tuple(c for c in shown if c))
     return {name: _cost(c, row[c]) for c, name in shown.items() if c in row and _known(row[c])}
 
 
@@ -892,8 +920,8 @@ def _cost(column: str, value: float) -> str:
 
 def _value(task: _Task, score: str, number: Any) -> str:
     """A score with its interval."""
-    row = task.configurations.loc[number]
-    low, high = row.get(f"{score}.low"), row.get(f"{score}.high")
+    row = task.row(number, score)
+    low, high = row.get(f"{score}.low", math.nan), row.get(f"{score}.high", math.nan)
     return _number(row[score]) + (f" [{_number(low)}, {_number(high)}]" if _known(low) and _known(high) else "")
 
 
@@ -963,13 +991,13 @@ def _sortable(level: str) -> tuple[int, float, str]:
         return 1, 0.0, level
 
 
-def _seeds(row: pd.Series[Any]) -> str:
+def _seeds(row: Mapping[str, Any]) -> str:
     """The successful seeds, and how the others ended."""
     others = _ended(row, without=Status.success)
-    return f"{row['n']}" + (f" ({others})" if others else "")
+    return f"{row[Status.success.name]}" + (f" ({others})" if others else "")
 
 
-def _ended(row: pd.Series[Any], without: Status | None = None) -> str:
+def _ended(row: Mapping[str, Any], without: Status | None = None) -> str:
     return ", ".join(f"{row[s.name]} {s.name}" for s in Status if s is not without and row[s.name])
 
 

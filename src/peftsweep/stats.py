@@ -199,7 +199,9 @@ def _summary(good: pd.DataFrame, order: list[int]) -> pd.DataFrame:
     half = std / np.sqrt(n) * stats.t.ppf(1 - ALPHA / 2, np.maximum(n - 1, 1))
     low, high = mean - half, mean + half
     kind = (n > 1).astype(object).replace({True: "seeds", False: None})
-    for column in (c for c in names if c.endswith(".value") and c.removesuffix("value") + "stderr" in mean):
+    known = set(names)
+    with_errors = (c for c in names if c.endswith(".value") and {c[:-5] + "stderr", c[:-5] + "n"} <= known)
+    for column in with_errors:
         single = (n[column] == 1) & mean[column.removesuffix("value") + "stderr"].notna()
         stem = column.removesuffix("value")
         bounds = row_interval(column, mean[column], mean[f"{stem}stderr"], mean[f"{stem}n"])
@@ -390,14 +392,14 @@ def measure(
     table: pd.DataFrame, column: str, predictions: Predictions | None = None, only: NDArray[np.int64] | None = None
 ) -> Measured:
     """``column`` of every configuration, or of ``only`` those, in which a successful trial has it."""
-    numbers = identify(table)
+    numbers, stem = identify(table), column.removesuffix("value")
+    table = table[[c for c in (SUCCESS, CREATED, TRIAL, SEED, column, f"{stem}stderr") if c in table]]
     there = table[SUCCESS].eq(Status.success.name) & table[column].notna()
     if only is not None:
         there &= numbers.isin(only)
     trials = _one_a_seed(table[there], numbers[there])
     values = trials[column].astype("float64")
     ratio = is_ratio(column, values)
-    stem = column.removesuffix("value")
     stderr = trials[f"{stem}stderr"].astype("float64") if f"{stem}stderr" in trials else values * np.nan
     if ratio:
         values, stderr = values.transform("log"), stderr / values
