@@ -309,7 +309,7 @@ class Measured:
         total = weights**2 @ alone + by_rows
         with np.errstate(divide="ignore", invalid="ignore"):
             spread = weights**4 @ (whole**2 / seed_freedom) + by_rows**2 / row_freedom
-            df = np.where(spread > 0, total**2 / spread, math.inf)
+            df = np.where(spread > 0, np.maximum(total**2 / spread, 1), math.inf)
         return Contrasts(weights @ self.means, np.sqrt(total), df)
 
     def _of_seeds(self) -> tuple[Floats, Floats, Floats]:
