@@ -36,6 +36,7 @@ FLOORS = (
         "inference",
         "predict",
         "harness",
+        "stats",
         "plot",
     ),
     ("config", "prepare", "build", "forecast", "guide", "trial", "workers", "sweep", "collect"),
@@ -43,7 +44,7 @@ FLOORS = (
 )
 ORDER = [module for floor in FLOORS for module in floor]
 HYDRA_FROM = ORDER.index("config")
-WITHOUT_TORCH = ("collect", "plot", "display", "study", "cli", "config", "experiment", "prepare")
+WITHOUT_TORCH = ("collect", "stats", "plot", "display", "study", "cli", "config", "experiment", "prepare")
 
 
 def imports(file: Path, *, top_level_only: bool = False) -> set[str]:
