@@ -1,4 +1,4 @@
-"""What the columns of a table of trials mean: what was varied, what is a score or a cost, and how it is said in words."""
+"""What the columns of a table of trials say: what was varied, what is a score or a cost, and its name in words."""
 
 from __future__ import annotations
 
@@ -14,12 +14,6 @@ from peftsweep.record import Status
 
 RANK, STATUS = "config.method.r", "run_info.status"
 METHOD, QUANT, TARGETS = "choices.method", "choices.quant", "choices.targets"
-NO_CHOICES = ("choices.profiler", "choices.tracker", "choices.inference")  # that change nothing of a trial's scores
-NO_SETTINGS = (  # that name or watch a trial, or say what a choice means
-    *("study", "experiments", "label", "seed", "device", "dry_run", "memory_limit", "skip_oversized", "force", "quiet"),
-    *("stop_on_failure", "eval.", "inference.", "profiler.", "tracker.", "adapter.", "quant.", "model.roles."),
-    *("train.checkpoint_every", "train.log_every"),
-)
 SHORT = {"learning_rate": "lr", "target_modules": "modules"}
 LONGEST = 48  # characters of a label
 MAIN_METRICS = ("accuracy", "acc_norm", "acc", "label_acc", "f1", "perplexity")  # of an evaluation, the first it has
@@ -95,25 +89,6 @@ def score_name(score: str) -> str:
 # ---- what was varied -------------------------------------------------------------------------------
 
 
-def varied(table: pd.DataFrame) -> list[str]:
-    """The choices and settings that differ between the trials, besides the seed; none that follows from the others."""
-    choices = [c for c in table.columns if c.startswith("choices.") and c not in NO_CHOICES and _differs(table, c)]
-    settings = [c for c in table.columns if c.startswith("config.") and not _is_no_setting(c) and _differs(table, c)]
-    found = choices
-    for column in sorted(settings, key=lambda c: c != RANK):  # of what goes with the rank, the rank is meant
-        if not found or table.groupby(found, dropna=False)[column].nunique(dropna=False).gt(1).any():
-            found = [*found, column]
-    return found
-
-
-def _is_no_setting(column: str) -> bool:
-    return column.removeprefix("config.").startswith(NO_SETTINGS)
-
-
-def _differs(table: pd.DataFrame, column: str) -> bool:
-    return table[column].nunique(dropna=False) > 1
-
-
 def labels(table: pd.DataFrame, factors: Sequence[str]) -> pd.Series[Any]:
     """What each row is called: its values of ``factors``, such as ``lora, 4bit, r=8``."""
     parts = [table[c].map(lambda value, c=c: in_words(c, value)) for c in factors]
@@ -153,7 +128,13 @@ def shortened(text: str) -> str:
 
 def outcomes(merged: pd.DataFrame) -> pd.Series[Any]:
     """What did not succeed in each row of configurations, counted: ``2 failed, 1 oom``; empty where all did."""
-    names = [s.name for s in Status if s is not Status.success and s.name in merged]
-    rows = merged[names].to_dict("records") if names else [{}] * len(merged)
-    texts = [", ".join(f"{n} {name}" for name, n in row.items() if n) for row in rows]
-    return pd.Series(texts, merged.index, dtype=object)
+    return pd.Series([outcome(merged.loc[[place]]) for place in merged.index], merged.index, dtype=object)
+
+
+def outcome(rows: pd.DataFrame) -> str:
+    """What did not succeed in all of these rows, of trials or of configurations, counted; empty where all did."""
+    if STATUS in rows:
+        counts = rows[STATUS].value_counts()
+    else:
+        counts = rows[[name for name in NOT_SUCCESS if name in rows]].sum()
+    return ", ".join(f"{int(counts[name])} {name}" for name in NOT_SUCCESS if counts.get(name, 0))

@@ -60,6 +60,12 @@ STYLE = {
 }
 
 
+NAMES = (
+    *("rank_", "frontier_", "modules_", "quantisation_", "heatmap_", "training_time.", "adapter_size.", "parameters."),
+    *("latency.", "memory_stages.", "memory_predicted.", "learning_curves."),
+)
+
+
 def study(table: pd.DataFrame, steps: pd.DataFrame, folder: Path, kind: str = "png") -> list[Path]:
     """Write the figures that ``table`` (a row a trial) and its ``steps`` have something to say for.
 
@@ -67,6 +73,8 @@ def study(table: pd.DataFrame, steps: pd.DataFrame, folder: Path, kind: str = "p
     """
     import matplotlib
 
+    for old in (file for name in NAMES for ending in KINDS for file in folder.glob(f"{name}*{ending}")):
+        old.unlink()  # of a study as it was, which may have had other things to show
     written = []
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a label may be in any script
@@ -108,9 +116,9 @@ def figures(table: pd.DataFrame, steps: pd.DataFrame) -> Iterator[tuple[str, Any
 
 
 def _configurations(table: pd.DataFrame) -> pd.DataFrame:
-    """One row a configuration with its ``label`` and the ``outcome`` of what did not succeed; attrs: the ``factors``."""
+    """One row a configuration, its ``label``, and in ``outcome`` what did not succeed; its attrs hold the factors."""
     merged = stats.configurations(table).copy()
-    factors = columns.varied(merged)
+    factors = stats.factors(table)
     merged = merged.assign(label=columns.labels(merged, factors), outcome=columns.outcomes(merged))
     merged.attrs["factors"] = factors
     return merged
@@ -143,7 +151,7 @@ def _against(merged: pd.DataFrame, factor: str, shown: Sequence[str | Cost]) -> 
         return None
     others = [c for c in factors if c != factor]
     series = columns.labels(rows, others) if others else pd.Series("", rows.index)
-    best = _best_first(rows, shown[0] if isinstance(shown[0], str) else None)
+    best = list(series[_best_first(rows, shown[0] if isinstance(shown[0], str) else None)])
     numeric = pd.api.types.is_numeric_dtype(rows[factor])
     x = rows[factor].astype(float) if numeric else rows[factor].map(lambda v: columns.in_words(factor, v))
     long = pd.concat([_panel(rows, what, x, series) for what in shown])
@@ -155,8 +163,8 @@ def _against(merged: pd.DataFrame, factor: str, shown: Sequence[str | Cost]) -> 
     base = None
     if isinstance(shown[0], str) and columns.measured(merged, columns.base_of(shown[0])):
         base = float(merged[columns.base_of(shown[0])].mean())
-    names = list(dict.fromkeys(series[best]))
-    return _facets(long, names, columns.factor_name(factor), merged, base=base, joined=numeric, note=SPREADS)
+    styles = _styles(list(series), best)
+    return _facets(long, styles, columns.factor_name(factor), merged, base=base, joined=numeric, note=SPREADS)
 
 
 def frontier(merged: pd.DataFrame, score: str) -> Any:
@@ -168,11 +176,11 @@ def frontier(merged: pd.DataFrame, score: str) -> Any:
         return None
     factors = merged.attrs["factors"]
     series = columns.labels(good, factors[:1])
-    styles = _styles(list(dict.fromkeys(series[_best_first(good, score)])))
+    styles = _styles(list(columns.labels(merged, factors[:1])), list(series[_best_first(good, score)]))
     figure, axes = _figure(len(shown), WIDTHS[len(shown)], 3.6, sharey=True)
     fronts = [_trade_off(ax, good.assign(series=series), c, score, styles) for ax, c in zip(axes, shown, strict=True)]
     axes[0].set_ylabel(columns.score_name(score))
-    _legend(figure, {n: look | {"linestyle": "none"} for n, look in styles.items()} if series.nunique() > 1 else {})
+    _legend(figure, {name: look | {"linestyle": "none"} for name, look in styles.items() if name in set(series)})
     _signed(figure, merged, "filled and joined: nothing is both better and cheaper; bars: 95% interval")
     figure.draw_without_rendering()  # settles the layout, so that there is a room to write names in
     for ax, (x, y, names) in zip(axes, fronts, strict=True):
@@ -185,7 +193,7 @@ def _trade_off(ax: Any, good: pd.DataFrame, cost: Cost, score: str, styles: dict
     rows = good[good[cost.column].notna()]
     factor, name = cost.scale(rows[cost.column].max())
     x, y = rows[cost.column] / factor, rows[score]
-    front = pareto(x, y, lower_is_better=columns.lower_is_better(score))
+    front = stats.front(np.column_stack([x, y if columns.lower_is_better(score) else -y]).astype(float))
     ax.set_xlabel(name)
     ax.margins(x=0.12, y=0.1)
     if x.min() > 0 and x.max() / x.min() > 30:
@@ -195,23 +203,14 @@ def _trade_off(ax: Any, good: pd.DataFrame, cost: Cost, score: str, styles: dict
     for label, place in rows.groupby("series", sort=False).groups.items():
         style = styles.get(str(label), GREY)
         point = {"marker": style["marker"], "color": style["color"], "linestyle": "none"}
-        for inside, look in ((~front[place], {"alpha": 0.35, "fillstyle": "none"}), (front[place], {})):
-            chosen = place[inside]
+        for on_it, look in ((False, {"alpha": 0.35, "fillstyle": "none"}), (True, {})):
+            chosen = place[front[rows.index.get_indexer(place)] == on_it]
             ax.errorbar(x[chosen], y[chosen], yerr=_arms(rows.loc[chosen], score), elinewidth=0.8, **point, **look)
     line = x[front].sort_values()
     if len(line) > 1:
         ax.plot(line, y[line.index], color=INK, linewidth=0.9, linestyle="--", zorder=1.5)
     best = y[line.index].sort_values(ascending=columns.lower_is_better(score)).index[:NAMED]
     return x, y, rows["label"][best]
-
-
-def pareto(cost: pd.Series[Any], quality: pd.Series[Any], *, lower_is_better: bool) -> pd.Series[Any]:
-    """Which points no other one beats: cheaper and at least as good, or better and at most as dear."""
-    gain = quality.astype(float) * (-1 if lower_is_better else 1)
-    points = pd.DataFrame({"cost": cost.astype(float), "gain": gain})
-    ordered = points.sort_values(["cost", "gain"], ascending=[True, False])
-    front = ordered[ordered["gain"] > ordered["gain"].cummax().shift(fill_value=-np.inf)]
-    return pd.Series(pd.MultiIndex.from_frame(points).isin(pd.MultiIndex.from_frame(front)), cost.index)
 
 
 def bars(merged: pd.DataFrame, cost: Cost) -> Any:
@@ -229,9 +228,7 @@ def bars(merged: pd.DataFrame, cost: Cost) -> Any:
     tops = values + _arms(rows, cost.column)[1] / factor
     for place, value, top, why in zip(y, values, tops, rows["outcome"], strict=True):
         text = why if pd.isna(value) else f"{value:.3g}" + (f"  ({why})" if why else "")
-        ax.annotate(
-            text, (0 if pd.isna(top) else top, place), (4, 0), textcoords="offset points", va="center", fontsize=7
-        )
+        ax.annotate(text, (0 if pd.isna(top) else top, place), (4, 0), **BESIDE)
     ax.set_yticks(y, rows["label"])
     ax.set_ylim(-0.6, len(rows) - 0.4)
     ax.grid(axis="y", visible=False)
@@ -254,9 +251,7 @@ def parameters(merged: pd.DataFrame) -> Any:
     ax.plot(rows[trainable], y, "o", color=COLOURS[0], label="trainable")
     ax.plot(rows[total], y, "D", color=COLOURS[1], fillstyle="none", label="all")
     for place, some, everything in zip(y, rows[trainable], rows[total], strict=True):
-        ax.annotate(
-            f"{some / everything:.2%}", (everything, place), (7, 0), textcoords="offset points", va="center", fontsize=7
-        )
+        ax.annotate(f"{some / everything:.2%}", (everything, place), (7, 0), **BESIDE)
     _log_axis(ax.xaxis)
     ax.margins(x=0.12)
     ax.set_yticks(y, rows["label"])
@@ -274,11 +269,7 @@ def heatmap(merged: pd.DataFrame, score: str) -> Any:
     rows = merged.assign(gain=-merged[score] if columns.lower_is_better(score) else merged[score])
     pairs = [columns.METHOD, QUANT]
     best = rows.sort_values("gain", ascending=False).groupby(pairs)[score].first().unstack()
-    why = (
-        rows[rows[score].isna()]
-        .groupby(pairs)["outcome"]
-        .agg(lambda found: found.iloc[0].partition(" ")[2].partition(",")[0])
-    )
+    why = rows[rows[score].isna()].groupby(pairs)["outcome"].agg(_first_word)
     order = best.mean(axis=1).sort_values(ascending=columns.lower_is_better(score), na_position="last").index
     quants = [q for q in QUANTS if q in best] + [q for q in best if q not in QUANTS]
     best = best.loc[order, quants]
@@ -302,17 +293,21 @@ def heatmap(merged: pd.DataFrame, score: str) -> Any:
     return _signed(figure, merged, "the best configuration of each pair" if several else "")
 
 
+def _first_word(outcomes: pd.Series[Any]) -> str:
+    return str(outcomes.iloc[0]).partition(" ")[2].partition(",")[0]  # of "2 failed, 1 oom"
+
+
 def learning_curves(table: pd.DataFrame, steps: pd.DataFrame) -> Any:
     """Training loss by step, and validation loss beside it where trials were validated."""
     shown = [c for c in ("loss", "validation_loss") if columns.measured(steps, c)]
     rows = steps[steps["step"].notna()] if "step" in steps else steps[:0]
     if not shown or rows.groupby("trial")[shown[0]].count().max() < 2:
         return None
-    factors = columns.varied(table)
+    factors = stats.factors(table)
     names = columns.labels(table, factors).set_axis(table["run_info.trial"])
     score = next(iter(columns.main_scores(table)), None)
     best = names.to_numpy()[table.index.get_indexer(_best_first(table, score))]
-    styles = _styles(list(dict.fromkeys(best)))
+    styles = _styles(list(names), list(best))
     figure, axes = _figure(len(shown), WIDTHS[len(shown)], 3.3, sharey=True)
     trials = [trial for trial in dict.fromkeys(rows["trial"]) if trial in names.index]
     drawn = sorted(trials[:CURVES], key=lambda trial: names[trial] in styles)  # the named ones on top
@@ -326,7 +321,7 @@ def learning_curves(table: pd.DataFrame, steps: pd.DataFrame) -> Any:
     values = rows[shown].astype(float)
     if values.min().min() > 0 and values.max().max() / values.min().min() > 30:
         _log_axis(axes[0].yaxis)
-    _legend(figure, styles if len(set(names)) > 1 else {})
+    _legend(figure, styles)
     left_out = f"{len(trials) - CURVES} trials left out" if len(trials) > CURVES else ""
     others = len(set(names)) - len(styles)
     grey = f"grey: {others} other configurations" if others > 0 else ""
@@ -361,18 +356,16 @@ def latency(merged: pd.DataFrame) -> Any:
             parts.append(pd.DataFrame({**percent, "panel": over, **plain}))
     long = pd.concat(parts).reindex(columns=["panel", "series", "x", "value", "low", "high", "mark"])
     long["x"] = pd.Categorical(long["x"], kinds, ordered=True)
-    order = list(dict.fromkeys(long["series"]))
     note = f"{chosen}; bars: 95% interval over paired runs".removeprefix("; ")
-    return _facets(long, order, "category of prompts", rows, joined=True, note=note)
+    return _facets(long, _styles(list(long["series"])), "category of prompts", rows, joined=True, note=note)
 
 
 def memory_stages(merged: pd.DataFrame) -> Any:
     """The peak of memory in each stage of a trial."""
     device = columns.measured(merged, columns.DEVICE_MEMORY.column)
     ending = ".allocated_peak" if device else ".rss_peak"
-    peaks = [
-        c for c in merged.columns if c.startswith("memory.") and c.endswith(ending) and columns.measured(merged, c)
-    ]
+    peaks = [c for c in merged.columns if c.startswith("memory.") and c.endswith(ending)]
+    peaks = [c for c in peaks if columns.measured(merged, c)]
     if len(peaks) < 2:
         return None
     rows, chosen = _room_for(merged[merged[peaks].notna().any(axis=1)], SERIES)
@@ -383,7 +376,7 @@ def memory_stages(merged: pd.DataFrame) -> Any:
     long = table.melt("label", var_name="x", value_name="value").rename(columns={"label": "series"})
     long = long.assign(value=long["value"] / factor, low=np.nan, high=np.nan, mark="", panel=name)
     long["x"] = pd.Categorical(long["x"], list(stages.values()), ordered=True)
-    return _facets(long, list(rows["label"]), "stage of a trial", merged, joined=True, note=chosen)
+    return _facets(long, _styles(list(rows["label"])), "stage of a trial", merged, joined=True, note=chosen)
 
 
 def memory_predicted(merged: pd.DataFrame) -> Any:
@@ -400,11 +393,11 @@ def memory_predicted(merged: pd.DataFrame) -> Any:
     factor, _ = Cost("", "", "bytes").scale(largest)
     unit = Cost("", "", "bytes").scale(largest)[1].strip()
     series = columns.labels(rows, merged.attrs["factors"][:1])
-    styles = _styles(list(dict.fromkeys(series)))
+    styles = {name: look | {"linestyle": "none"} for name, look in _styles(list(series)).items()}
     figure, (ax,) = _figure(1, 4.6, 4.4)
     for label, place in rows.groupby(series, sort=False).groups.items():
-        look = styles.get(str(label), GREY)
-        ax.plot(measured[place] / factor, rows.loc[place, predicted] / factor, **look | {"linestyle": "none"})
+        look = styles.get(str(label), GREY | {"linestyle": "none"})
+        ax.plot(measured[place] / factor, rows.loc[place, predicted] / factor, **look)
     top = 1.08 * largest / factor
     ax.plot([0, top], [0, top], color=INK, linewidth=0.9)
     ax.fill_between([0, top], [0, 0.9 * top], [0, 1.1 * top], color=RULE, zorder=0, linewidth=0)
@@ -418,14 +411,21 @@ def memory_predicted(merged: pd.DataFrame) -> Any:
 
 WIDTHS = {1: 5.0, 2: 3.5, 3: 2.6}  # of a panel, in inches, by how many there are
 NAME_SIZE = 6.5
+BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 7}
+PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.4}
 AROUND = ((5, 3), (5, -3), (-5, 3), (-5, -3), (0, 6), (0, -6), (6, 0), (-6, 0))  # a point, in points
 GREY: dict[str, Any] = {"color": FADED, "marker": ".", "linestyle": "-"}
 
 
-def _styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour, marker and line of the first series; the others are to be grey."""
+def _styles(names: Sequence[str], best: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """Colour, marker and line of the series that are told apart: the ``best`` ones, where there are many.
+
+    They are dealt out in the order of ``names``, that of the table, so that a series looks the same in all figures.
+    """
+    chosen = set(list(dict.fromkeys(best or names))[:SERIES])
     looks = zip(COLOURS, MARKERS, LINES, strict=True)
-    return {n: {"color": c, "marker": m, "linestyle": s} for n, (c, m, s) in zip(names, looks, strict=False)}
+    told = [name for name in dict.fromkeys(names) if name in chosen]
+    return {n: {"color": c, "marker": m, "linestyle": s} for n, (c, m, s) in zip(told, looks, strict=False)}
 
 
 def _figure(panels: int, width: float, height: float, **options: Any) -> tuple[Any, list[Any]]:
@@ -481,7 +481,7 @@ def _arms(rows: pd.DataFrame, column: str) -> Any:
 
 def _facets(
     long: pd.DataFrame,
-    order: Sequence[str],
+    styles: dict[str, dict[str, Any]],
     x_label: str,
     merged: pd.DataFrame,
     *,
@@ -494,9 +494,12 @@ def _facets(
     Numeric x stand on a logarithmic axis, categories at even distances. Rows without a value show their ``mark``;
     ``base`` is the untouched base's score, for the first panel.
     """
+    from matplotlib.ticker import EngFormatter
+
     long = long.reset_index(drop=True)
     panels = list(dict.fromkeys(long["panel"]))
-    styles = {name: look if joined else look | {"linestyle": "none"} for name, look in _styles(order).items()}
+    styles = {name: look if joined else look | {"linestyle": "none"} for name, look in styles.items()}
+    order = sorted(long["series"].unique(), key=lambda name: list(styles).index(name) if name in styles else SERIES)
     figure, axes = _figure(len(panels), WIDTHS.get(len(panels), 2.6), 3.3)
     numeric = not isinstance(long["x"].dtype, pd.CategoricalDtype)
     for ax, panel in zip(axes, panels, strict=True):
@@ -505,13 +508,15 @@ def _facets(
         _series_of(ax, rows, places, order, styles, dodge=0.12 if numeric else 0.0 if joined else 0.6)
         ax.set_ylabel(panel)
         ax.set_xlabel(x_label)
+        if rows["value"].max() >= 10_000:
+            ax.yaxis.set_major_formatter(EngFormatter(sep=""))
         if numeric:
             _rank_axis(ax, sorted(long["x"].unique()))
         else:
             _category_axis(ax, [str(name) for name in long["x"].cat.categories])
     if base is not None:
         _draw_base(axes[0], base)
-    _legend(figure, styles if len(order) > 1 else {})
+    _legend(figure, styles)
     others = len(order) - len(styles)
     return _signed(figure, merged, "; ".join(filter(None, [note, f"grey: {others} further" if others > 0 else ""])))
 
@@ -581,7 +586,7 @@ def _legend(figure: Any, styles: dict[str, dict[str, Any]]) -> None:
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], label=name, **style) for name, style in styles.items()]
-    if handles:
+    if len(handles) > 1:
         longest = max(len(name) for name in styles)
         room = max(1, int(figure.get_size_inches()[0] * 16 / (longest + 8)))
         figure.legend(handles=handles, loc="outside upper center", ncols=min(room, len(handles)))
@@ -593,9 +598,10 @@ def _signed(figure: Any, rows: pd.DataFrame, note: str = "") -> Any:
     if "n" in rows:
         several = f" of {len(rows)} configurations" if rows["n"].max() > 1 else ""
         parts.append(f"{int(rows['n'].sum())} trials{several}")
-        counts = {status: int(rows[status].sum()) for status in columns.NOT_SUCCESS if status in rows}
-        parts += [f"{n} {status}" for status, n in counts.items() if n]
-    text = textwrap.fill("; ".join(parts), int(19 * figure.get_size_inches()[0]))
+    else:
+        parts.append(f"{len(rows)} trials")
+    parts += [columns.outcome(rows)] if columns.outcome(rows) else []
+    text = textwrap.fill("; ".join(filter(None, parts)), int(19 * figure.get_size_inches()[0]))
     figure.supxlabel(text, x=0.01, ha="left", fontsize=6.5, color="#666666")
     return figure
 
@@ -641,5 +647,5 @@ def _name(ax: Any, at: tuple[float, float], name: str, dx: float, dy: float) -> 
     leader = {"arrowstyle": "-", "color": FADED, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2} if far else None
     side = "left" if dx > 0 else "right" if dx < 0 else "center"
     level = "center" if dy == 0 else "bottom" if dy > 0 else "top"
-    options = {"fontsize": NAME_SIZE, "ha": side, "va": level, "color": INK, "arrowprops": leader}
+    options = {"fontsize": NAME_SIZE, "ha": side, "va": level, "color": INK, "arrowprops": leader, "bbox": PAPER}
     ax.annotate(name, at, (dx, dy), textcoords="offset points", **options).set_in_layout(False)
