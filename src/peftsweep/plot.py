@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -205,7 +206,8 @@ def _trade_off(ax: Any, good: pd.DataFrame, cost: Cost, score: str, styles: dict
         point = {"marker": style["marker"], "color": style["color"], "linestyle": "none"}
         for on_it, look in ((False, {"alpha": 0.35, "fillstyle": "none"}), (True, {})):
             chosen = place[front[rows.index.get_indexer(place)] == on_it]
-            ax.errorbar(x[chosen], y[chosen], yerr=_arms(rows.loc[chosen], score), elinewidth=0.8, **point, **look)
+            arms = _arms(rows.loc[chosen], score) if label in styles or on_it else None  # in grey they are a fog
+            ax.errorbar(x[chosen], y[chosen], yerr=arms, elinewidth=0.8, **point, **look)
     line = x[front].sort_values()
     if len(line) > 1:
         ax.plot(line, y[line.index], color=INK, linewidth=0.9, linestyle="--", zorder=1.5)
@@ -336,7 +338,7 @@ def latency(merged: pd.DataFrame) -> Any:
     kinds = [kind for kind in kinds if kind != "overall"]
     if not kinds:
         return None
-    rows, chosen = _room_for(merged[merged[found].notna().any(axis=1)], SERIES // 2)
+    rows, chosen = _room_for(merged[merged[found].notna().any(axis=1)], (SERIES - 1) // 2)
     time, over = Cost("", "median time of a text", "seconds"), "overhead over the base (%)"
     prefix = "generation_info.{}.{}."
     largest = max(rows[prefix.format(kind, "adapted") + "seconds_p50"].max() for kind in kinds)
@@ -393,7 +395,8 @@ def memory_predicted(merged: pd.DataFrame) -> Any:
     factor, _ = Cost("", "", "bytes").scale(largest)
     unit = Cost("", "", "bytes").scale(largest)[1].strip()
     series = columns.labels(rows, merged.attrs["factors"][:1])
-    styles = {name: look | {"linestyle": "none"} for name, look in _styles(list(series)).items()}
+    told = list(series) if series.nunique() <= SERIES else []
+    styles = {name: look | {"linestyle": "none"} for name, look in _styles(told).items()}
     figure, (ax,) = _figure(1, 4.6, 4.4)
     for label, place in rows.groupby(series, sort=False).groups.items():
         look = styles.get(str(label), GREY | {"linestyle": "none"})
@@ -494,7 +497,7 @@ def _facets(
     Numeric x stand on a logarithmic axis, categories at even distances. Rows without a value show their ``mark``;
     ``base`` is the untouched base's score, for the first panel.
     """
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import FuncFormatter
 
     long = long.reset_index(drop=True)
     panels = list(dict.fromkeys(long["panel"]))
@@ -509,7 +512,7 @@ def _facets(
         ax.set_ylabel(panel)
         ax.set_xlabel(x_label)
         if rows["value"].max() >= 10_000:
-            ax.yaxis.set_major_formatter(EngFormatter(sep=""))
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short_number(value)))
         if numeric:
             _rank_axis(ax, sorted(long["x"].unique()))
         else:
@@ -563,22 +566,27 @@ def _series_of(ax: Any, rows: pd.DataFrame, places: Any, order: Sequence[str], s
     missing = rows[rows["value"].isna() & rows["mark"].ne("")]
     for place, marks in missing["mark"].groupby(places[missing.index]):
         words = "\n".join(dict.fromkeys(f"\N{MULTIPLICATION SIGN} {mark.partition(' ')[2]}" for mark in marks))
-        ax.text(place, 0.02, words, transform=ax.get_xaxis_transform(), ha="center", fontsize=7)
+        ax.text(place, 0.02, words, transform=ax.get_xaxis_transform(), ha="center", fontsize=7, bbox=PAPER)
 
 
 def _log_axis(axis: Any) -> None:
-    """A logarithmic axis whose ticks are plain numbers."""
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+    """A logarithmic axis whose ticks are plain numbers, as many as there is room for."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+    low, high = axis.get_data_interval()
     axis._set_axes_scale("log")
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if _decades(axis) < 2.5 else (1.0,)))
-    axis.set_major_formatter(EngFormatter(sep=""))
+    axis.set_major_locator(
+        LogLocator(subs=(1.0, 2.0, 5.0) if high < 12 * low else (1.0, 3.0) if high < 120 * low else (1.0,))
+    )
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _short_number(value)))
     axis.set_minor_formatter(NullFormatter())
 
 
-def _decades(axis: Any) -> float:
-    low, high = axis.get_view_interval()
-    return float(np.log10(high / low)) if low > 0 else 3.0
+def _short_number(value: float) -> str:
+    for factor, sign in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= 10 * factor or (value >= factor and sign != "k"):
+            return f"{value / factor:g}{sign}"
+    return f"{value:g}"
 
 
 def _legend(figure: Any, styles: dict[str, dict[str, Any]]) -> None:
@@ -588,7 +596,9 @@ def _legend(figure: Any, styles: dict[str, dict[str, Any]]) -> None:
     handles = [Line2D([], [], label=name, **style) for name, style in styles.items()]
     if len(handles) > 1:
         longest = max(len(name) for name in styles)
-        room = max(1, int(figure.get_size_inches()[0] * 16 / (longest + 8)))
+        width, height = figure.get_size_inches()
+        room = max(1, int(width * 16 / (longest + 8)))
+        figure.set_size_inches(width, height + 0.17 * math.ceil(len(handles) / room))  # its rows take no panel's room
         figure.legend(handles=handles, loc="outside upper center", ncols=min(room, len(handles)))
 
 
