@@ -607,9 +607,9 @@ def _signed(figure: Any, rows: pd.DataFrame, note: str = "") -> Any:
     parts = [note] if note else []
     if "n" in rows:
         several = f" of {len(rows)} configurations" if rows["n"].max() > 1 else ""
-        parts.append(f"{int(rows['n'].sum())} trials{several}")
+        parts.append(f"{counted(int(rows['n'].sum()), 'trial')}{several}")
     else:
-        parts.append(f"{len(rows)} trials")
+        parts.append(counted(len(rows), "trial"))
     parts += [columns.outcome(rows)] if columns.outcome(rows) else []
     text = textwrap.fill("; ".join(filter(None, parts)), int(19 * figure.get_size_inches()[0]))
     figure.supxlabel(text, x=0.01, ha="left", fontsize=6.5, color="#666666")
