@@ -138,3 +138,8 @@ def outcome(rows: pd.DataFrame) -> str:
     else:
         counts = rows[[name for name in NOT_SUCCESS if name in rows]].sum()
     return ", ".join(f"{int(counts[name])} {name}" for name in NOT_SUCCESS if counts.get(name, 0))
+
+
+def trials_in_words(count: int) -> str:
+    """``1 trial``, ``2 trials``."""
+    return f"{count} trial" + ("s" if count != 1 else "")

@@ -89,7 +89,7 @@ def write(table: pd.DataFrame, steps: pd.DataFrame, folder: Path) -> Path:
     shown = [(heading, name, text) for heading, name, text in sections if text]
     body = "\n".join(f'<section id="{name}"><h2>{heading}</h2>\n{text}</section>' for heading, name, text in shown)
     file = folder / REPORT
-    title = f"{folder.name}: {len(table)} trials"
+    title = f"{folder.name}: {columns.trials_in_words(len(table))}"
     content = {
         "title": html.escape(title),
         "style": STYLE,
@@ -114,7 +114,7 @@ def _scripts() -> str:
 def _heading(table: pd.DataFrame, folder: Path) -> str:
     counts = table[STATUS].value_counts()
     ended = ", ".join(f"{count} {status}" for status, count in counts.items())
-    parts = [f"{len(table)} trials: {ended}"]
+    parts = [f"{columns.trials_in_words(len(table))}: {ended}"]
     for column, name in (("meta_info.torch.version", "torch"), ("meta_info.packages.peft.version", "PEFT")):
         if columns.measured(table, column):
             parts.append(f"{name} " + ", ".join(map(str, table[column].dropna().unique())))

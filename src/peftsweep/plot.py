@@ -29,7 +29,7 @@ SERIES = len(COLOURS)  # that are told apart; the others are drawn in grey
 EVALUATIONS = 4  # with figures of their own; report.html has all
 BARS = 40  # configurations a figure of bars has room for
 NAMED = 10  # points of a frontier that are named
-CURVES = 300  # trials whose curves are drawn
+CURVES = 100  # trials whose curves are drawn
 QUANTS = ("none", "8bit", "4bit", "8bit_offload")  # in the order of figures
 LEAST_HOST_MEMORY = 256e6  # bytes that training must add to a process for its resident memory to say something
 SPREADS = "bars: 95% interval of scores, standard deviation of costs"
@@ -502,13 +502,12 @@ def _facets(
     long = long.reset_index(drop=True)
     panels = list(dict.fromkeys(long["panel"]))
     styles = {name: look if joined else look | {"linestyle": "none"} for name, look in styles.items()}
-    order = sorted(long["series"].unique(), key=lambda name: list(styles).index(name) if name in styles else SERIES)
     figure, axes = _figure(len(panels), WIDTHS.get(len(panels), 2.6), 3.3)
     numeric = not isinstance(long["x"].dtype, pd.CategoricalDtype)
     for ax, panel in zip(axes, panels, strict=True):
         rows = long[long["panel"] == panel]
         places = rows["x"].astype(float) if numeric else rows["x"].cat.codes.astype(float)
-        _series_of(ax, rows, places, order, styles, dodge=0.12 if numeric else 0.0 if joined else 0.6)
+        _series_of(ax, rows, places, styles, dodge=0.12 if numeric else 0.0 if joined else 0.6)
         ax.set_ylabel(panel)
         ax.set_xlabel(x_label)
         if rows["value"].max() >= 10_000:
@@ -520,7 +519,7 @@ def _facets(
     if base is not None:
         _draw_base(axes[0], base)
     _legend(figure, styles)
-    others = len(order) - len(styles)
+    others = long["series"].nunique() - len(styles)
     return _signed(figure, merged, "; ".join(filter(None, [note, f"grey: {others} further" if others > 0 else ""])))
 
 
@@ -552,16 +551,21 @@ def _draw_base(ax: Any, base: float) -> None:
         ax.set_title(f"untouched base: {base:.3g}", fontsize=7, loc="right")
 
 
-def _series_of(ax: Any, rows: pd.DataFrame, places: Any, order: Sequence[str], styles: Any, *, dodge: float) -> None:
-    spread = np.linspace(-0.5, 0.5, len(order)) * dodge if 1 < len(order) <= SERIES else np.zeros(len(order))
+def _series_of(ax: Any, rows: pd.DataFrame, places: Any, styles: Any, *, dodge: float) -> None:
     by_factors = not isinstance(rows["x"].dtype, pd.CategoricalDtype)  # on an axis of powers of two
-    for name, shift in reversed(list(zip(order, spread, strict=True))):
-        mine = rows[(rows["series"] == name) & rows["value"].notna()]
-        at = places[mine.index].sort_values()
-        mine = mine.loc[at.index]
-        at = at * 2**shift if by_factors else at + shift
+    spread = np.linspace(-0.5, 0.5, len(styles)) * dodge if len(styles) > 1 else [0.0]
+    shown = rows[rows["value"].notna()].assign(at=places)
+    grey = shown[~shown["series"].isin(styles)].sort_values(["series", "at"])
+    if len(grey):
+        ends = grey["series"] != grey["series"].shift(-1)
+        gaps = grey[ends].assign(value=np.nan)  # one line for all, broken between series
+        line = pd.concat([grey, gaps]).sort_values(["series", "at"], kind="stable")
+        look = GREY | {"alpha": 0.5, "linestyle": "-" if by_factors else "none"}
+        ax.plot(line["at"], line["value"].astype(float), **look)
+    for (name, look), shift in reversed(list(zip(styles.items(), spread, strict=True))):
+        mine = shown[shown["series"] == name].sort_values("at")
+        at = mine["at"] * 2**shift if by_factors else mine["at"] + shift
         arms = np.array([mine["value"] - mine["low"], mine["high"] - mine["value"]], dtype=float)
-        look = styles.get(name, GREY | {"alpha": 0.5, "linestyle": "-" if by_factors else "none"})
         ax.errorbar(at, mine["value"], yerr=np.nan_to_num(arms).clip(min=0), elinewidth=0.8, capsize=2, **look)
     missing = rows[rows["value"].isna() & rows["mark"].ne("")]
     for place, marks in missing["mark"].groupby(places[missing.index]):
@@ -607,9 +611,9 @@ def _signed(figure: Any, rows: pd.DataFrame, note: str = "") -> Any:
     parts = [note] if note else []
     if "n" in rows:
         several = f" of {len(rows)} configurations" if rows["n"].max() > 1 else ""
-        parts.append(f"{counted(int(rows['n'].sum()), 'trial')}{several}")
+        parts.append(f"{columns.trials_in_words(int(rows['n'].sum()))}{several}")
     else:
-        parts.append(counted(len(rows), "trial"))
+        parts.append(columns.trials_in_words(len(rows)))
     parts += [columns.outcome(rows)] if columns.outcome(rows) else []
     text = textwrap.fill("; ".join(filter(None, parts)), int(19 * figure.get_size_inches()[0]))
     figure.supxlabel(text, x=0.01, ha="left", fontsize=6.5, color="#666666")
