@@ -26,7 +26,9 @@ def trials(
     """
     points = list(itertools.product(*factors.values(), range(seeds)))
     rows = [
-        _trial(place, dict(zip(factors, values, strict=True)), seed, evaluations, (statuses or {}).get(place), generated)
+        _trial(
+            place, dict(zip(factors, values, strict=True)), seed, evaluations, (statuses or {}).get(place), generated
+        )
         for place, (*values, seed) in enumerate(points)
     ]
     return pd.DataFrame(rows).convert_dtypes()
