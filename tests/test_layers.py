@@ -46,7 +46,10 @@ FLOORS = (
 )
 ORDER = [module for floor in FLOORS for module in floor]
 HYDRA_FROM = ORDER.index("config")
-WITHOUT_TORCH = ("collect", "stats", "columns", "plot", "page", "display", "study", "cli", "config", "experiment", "prepare")
+WITHOUT_TORCH = (
+    *("collect", "stats", "columns", "plot", "page", "display", "study"),
+    *("cli", "config", "experiment", "prepare"),
+)
 
 
 def imports(file: Path, *, top_level_only: bool = False) -> set[str]:

@@ -28,7 +28,7 @@ ALLOCATED, RESIDENT = "memory.train.allocated_peak", "memory.train.rss_peak"
 
 
 def main(names: Sequence[str], out: Path | None, *, plots: bool = True, kind: str = "png") -> int:
-    """``peftsweep-collect``: tables, plots (``kind``) and report.html into each study, all trials as a table to ``out``."""
+    """``peftsweep-collect``: tables, plots and report.html into each study, one table of all trials to ``out``."""
     if out is not None and out.suffix != ".parquet":
         raise InputError(f"--out {out}: must end in .parquet")
     found = [study.find(name) for name in names] if names else study.studies()
