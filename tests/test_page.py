@@ -31,7 +31,7 @@ def study(table: pd.DataFrame, commands: bool = True) -> str:
 def test_every_trial_its_command_and_its_configuration_are_there() -> None:
     table = tables.trials({"config.method.r": [8, 16]}, statuses={1: "oom"}).assign(**{"config.model.name": "tiny"})
     text = study(table)
-    assert [f'<a href=\\"#trial-{n}\\">trial-{n}</a>' in text for n in range(2)] == [True, True]
+    assert [f"#trial-{n}" in text for n in range(2)] == [True, True]
     assert [f'id="trial-{n}"' in text for n in range(2)] == [True, True]
     assert "peftsweep method=lora 'dataset.prompt=\"{question} &lt;b&gt;\"'" in text
     assert "<dt>method.r</dt><dd>16</dd>" in text
