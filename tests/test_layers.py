@@ -37,14 +37,19 @@ FLOORS = (
         "predict",
         "harness",
         "stats",
+        "columns",
         "plot",
+        "page",
     ),
     ("config", "prepare", "build", "forecast", "guide", "trial", "workers", "sweep", "report", "collect"),
     ("cli",),
 )
 ORDER = [module for floor in FLOORS for module in floor]
 HYDRA_FROM = ORDER.index("config")
-WITHOUT_TORCH = ("collect", "report", "stats", "plot", "display", "study", "cli", "config", "experiment", "prepare")
+WITHOUT_TORCH = (
+    *("collect", "report", "stats", "columns", "plot", "page", "display", "study"),
+    *("cli", "config", "experiment", "prepare"),
+)
 
 
 def imports(file: Path, *, top_level_only: bool = False) -> set[str]:

@@ -178,7 +178,8 @@ def collect() -> None:
     )
     parser.add_argument("studies", nargs="*", metavar="STUDY_DIR", help="default: every study under multirun/")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the trials of all of them as one parquet")
-    parser.add_argument("--no-plots", action="store_true", help="tables only")
+    parser.add_argument("--no-plots", action="store_true", help="tables only, no plots and no report.html")
+    parser.add_argument("--svg", action="store_true", help="plots as .svg instead of .png")
     parser.add_argument(
         "--memory-guide", metavar="MODEL", help="instead: which method and quantisation of it fits which GPU, predicted"
     )
@@ -193,7 +194,8 @@ def collect() -> None:
             return guide.main(options.memory_guide, _trial, words)
         from peftsweep import collect as collecting
 
-        return collecting.main(options.studies, options.out, plots=not options.no_plots)
+        kind = "svg" if options.svg else "png"
+        return collecting.main(options.studies, options.out, plots=not options.no_plots, kind=kind)
 
     sys.exit(_guarded(door))
 

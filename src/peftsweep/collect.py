@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from peftsweep import plot, record, report, study
+from peftsweep import page, plot, record, report, study
 from peftsweep.display import show_table, size
 from peftsweep.errors import InputError
 from peftsweep.record import RESULT, STEPS, RecordError, Result
@@ -27,8 +27,8 @@ RESIDENT_NOTE = "; on a CPU of the process's resident memory, in which a small m
 ALLOCATED, RESIDENT = "memory.train.allocated_peak", "memory.train.rss_peak"
 
 
-def main(names: Sequence[str], out: Path | None, *, plots: bool = True) -> int:
-    """``peftsweep-collect``: tables and plots into each study, one table of all trials to ``out``."""
+def main(names: Sequence[str], out: Path | None, *, plots: bool = True, kind: str = "png") -> int:
+    """``peftsweep-collect``: tables, plots and report.html into each study, one table of all trials to ``out``."""
     if out is not None and out.suffix != ".parquet":
         raise InputError(f"--out {out}: must end in .parquet")
     found = [study.find(name) for name in names] if names else study.studies()
@@ -41,19 +41,19 @@ def main(names: Sequence[str], out: Path | None, *, plots: bool = True) -> int:
         if not results:
             print(f"{folder}: no trial yet")
             continue
-        table = trials(results)
+        table, logged = trials(results), steps(results)
         write_parquet(table, folder / RESULTS_FILE)
-        write_parquet(steps(results), folder / STEPS_FILE)
+        write_parquet(logged, folder / STEPS_FILE)
         print_table(table, str(folder))
         print_generation(table)
         for line in notes(table):
             print(line)
-        drawn = plot.study(table, folder / "plots") if plots else []
-        written = [folder / RESULTS_FILE, folder / STEPS_FILE, *drawn]
-        file, summary = report.write(folder, table, steps(results), drawn)
+        drawn = plot.study(table, logged, folder / "plots", kind) if plots else []
+        file, summary = report.write(folder, table, logged, drawn)
         for line in summary:
             print(line)
-        written.append(file)
+        written = [folder / RESULTS_FILE, folder / STEPS_FILE, file, *drawn]
+        written += [page.write(table, logged, folder)] if plots else []
         print("wrote " + ", ".join(str(file) for file in written))
     if out is not None:
         write_parquet(trials(everything), out)

@@ -548,7 +548,9 @@ def _enough_rank(task: _Task, score: str) -> str:
     if best["level"] == last["level"] and last["gain_low"] > 0:
         end = "the largest tried, is best, and returns have not ended there"
         return f"{_score_name(score)}: rank {best['level']:g}, {end}. {doubling}"
-    return f"{_score_name(score)}: rank {best['level']:g} is best, and the smaller ones are worse. {doubling}"
+    smallest = best["level"] == found["level"].iloc[0]
+    end = ", the smallest tried, has the best figure" if smallest else " is best, and the smaller ones are worse"
+    return f"{_score_name(score)}: rank {best['level']:g}{end}. {doubling}"
 
 
 def _cost_findings(task: _Task, factor: str, costs: Mapping[str, pd.DataFrame]) -> Iterator[str]:
