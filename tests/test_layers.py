@@ -36,14 +36,19 @@ FLOORS = (
         "inference",
         "predict",
         "harness",
+        "table",
+        "where",
         "plot",
     ),
-    ("config", "prepare", "build", "forecast", "guide", "trial", "workers", "sweep", "collect"),
+    ("config", "prepare", "build", "forecast", "guide", "trial", "workers", "sweep", "interchange", "collect"),
     ("cli",),
 )
 ORDER = [module for floor in FLOORS for module in floor]
 HYDRA_FROM = ORDER.index("config")
-WITHOUT_TORCH = ("collect", "plot", "display", "study", "cli", "config", "experiment", "prepare")
+WITHOUT_TORCH = (
+    *("collect", "table", "where", "interchange", "plot", "display", "study", "cli", "config"),
+    *("experiment", "prepare"),
+)
 
 
 def imports(file: Path, *, top_level_only: bool = False) -> set[str]:
