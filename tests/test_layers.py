@@ -38,6 +38,7 @@ FLOORS = (
         "harness",
         "table",
         "where",
+        "repeat",
         "plot",
     ),
     ("config", "prepare", "build", "forecast", "guide", "trial", "workers", "sweep", "interchange", "collect"),
@@ -46,7 +47,7 @@ FLOORS = (
 ORDER = [module for floor in FLOORS for module in floor]
 HYDRA_FROM = ORDER.index("config")
 WITHOUT_TORCH = (
-    *("collect", "table", "where", "interchange", "plot", "display", "study", "cli", "config"),
+    *("collect", "table", "where", "interchange", "repeat", "plot", "display", "study", "cli", "config"),
     *("experiment", "prepare"),
 )
 

@@ -107,7 +107,7 @@ def _hand_over(chosen: pd.DataFrame, results: Sequence[Result], options: Options
         return
     kept = newest(chosen)
     if (left := len(chosen) - len(kept)) > 0:
-        print(f"{left} of {len(chosen)} trials have the same configuration as a newer one, which is kept")
+        print(f"{left} of {len(chosen)} trials have the same configuration as another one; the newest is kept")
     records = set(kept["collected.record"])
     mine = [result for result in results if record_file(result) in records]
     if options.out is not None:

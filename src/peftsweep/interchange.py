@@ -373,7 +373,7 @@ def _peft_config(method: Mapping[str, Any]) -> dict[str, Any] | None:
         return options
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # takes seconds, which a table has not
 
-    name = method["_target_"].rpartition(".")[2]
+    name = str(method.get("_target_", "")).rpartition(".")[2]
     kinds = [kind.value for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items() if config.__name__ == name]
     return {"peft_type": kinds[0] if kinds else name, **options}
 

@@ -155,8 +155,11 @@ class _Condition:
 
     def _column(self, value: Any) -> pd.Series[Any]:
         """A constant for every row; nothing but missing values becomes a column of truths."""
-        series = value if isinstance(value, pd.Series) else pd.Series(value, index=self.table.index)
-        return series.astype("boolean") if _kind(series) in ("truth", None) else series
+        condition = _kind(value) in ("truth", None)
+        if not isinstance(value, pd.Series):
+            value = pd.Series([pd.NA if value is None else value] * len(self.table), self.table.index)
+        series: pd.Series[Any] = value
+        return series.astype("boolean") if condition else series
 
 
 def _name(node: ast.expr) -> str:
