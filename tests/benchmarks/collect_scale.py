@@ -4,8 +4,9 @@
 
 Writes studies of synthetic trials, as a sweep leaves them on the disk (a record of 200 columns and ten logged steps
 each), and runs `peftsweep-collect --no-plots` on each in a process of its own, so that its imports count too and its
-peak memory is its own. The sizes take turns, ``--repeats`` times; the median counts. Growth is the exponent of the
-time beyond that of the smallest command (`--help` with the same imports) between sizes: 1 is linear.
+peak memory is its own. The sizes take turns, ``--repeats`` times; the median counts. Beside the time on the clock,
+which other processes lengthen, stands that of the processor. Growth is the exponent of the processor's time, beyond
+that of the imports alone, between sizes: 1 is linear.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    out = options.out and options.out.resolve()
     with tempfile.TemporaryDirectory() as place:
         os.chdir(place)
         for trials in options.trials:
@@ -48,33 +50,35 @@ def main() -> None:
         runs: dict[int, list[dict[str, float]]] = {trials: [] for trials in options.trials}
         starts = []
         for _ in range(options.repeats):
-            starts.append(timed(["-c", IMPORTS])["seconds"])
+            starts.append(timed(["-c", IMPORTS])["cpu_seconds"])
             for trials in options.trials:
                 runs[trials].append(timed(["-c", COLLECT, f"multirun/n{trials}", "--no-plots"]))
                 print(f"{trials:6} trials: {runs[trials][-1]}", flush=True)
         columns = table_width(Path("multirun") / f"n{options.trials[0]}" / "results.parquet")
     report = summarise(runs, statistics.median(starts), columns)
     print(json.dumps(report, indent=1))
-    if options.out:
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
+    if out:
+        out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def summarise(runs: dict[int, list[dict[str, float]]], start: float, columns: int) -> dict[str, Any]:
     """Medians, and the exponent of the growth between neighbouring sizes."""
-    seconds = {trials: statistics.median(run["seconds"] for run in found) for trials, found in runs.items()}
-    sizes = sorted(seconds)
+    sizes = sorted(runs)
+    cpu = {trials: statistics.median(run["cpu_seconds"] for run in runs[trials]) for trials in sizes}
     growth = {
-        f"{small} to {large}": math.log((seconds[large] - start) / (seconds[small] - start)) / math.log(large / small)
+        f"{small} to {large}": math.log((cpu[large] - start) / (cpu[small] - start)) / math.log(large / small)
         for small, large in itertools.pairwise(sizes)
     }
     return {
         "columns": columns,
         "steps_a_trial": STEPS,
-        "imports_seconds": start,
-        "seconds": seconds,
-        "seconds_of_each_run": {trials: [run["seconds"] for run in found] for trials, found in runs.items()},
-        "peak_memory_bytes": {trials: max(run["peak"] for run in found) for trials, found in runs.items()},
+        "seconds": {trials: statistics.median(run["seconds"] for run in runs[trials]) for trials in sizes},
+        "cpu_seconds": cpu,
+        "cpu_seconds_of_imports": start,
         "growth_exponent": growth,
+        "peak_memory_bytes": {trials: max(run["peak"] for run in runs[trials]) for trials in sizes},
+        "runs": runs,
+        "load_average": os.getloadavg()[0],
         "versions": {name: version(name) for name in ("peftsweep", "pandas", "pyarrow", "numpy")},
         "python": platform.python_version(),
         "cpus": os.cpu_count(),
@@ -82,20 +86,21 @@ def summarise(runs: dict[int, list[dict[str, float]]], start: float, columns: in
 
 
 def timed(words: list[str]) -> dict[str, float]:
-    """Wall time and peak resident memory of a Python process of its own."""
+    """Wall time, time of the processor and peak resident memory of a Python process of its own."""
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"the collector ended with {status}")
-    return {"seconds": time.perf_counter() - start, "peak": usage.ru_maxrss * 1024.0}
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "cpu_seconds": usage.ru_utime + usage.ru_stime, "peak": usage.ru_maxrss * 1024.0}
 
 
 def table_width(file: Path) -> int:
     """How many columns the table has."""
     from pyarrow import parquet
 
-    return int(parquet.read_schema(file).names.__len__())
+    return len(parquet.read_schema(file).names)
 
 
 def write_study(folder: Path, trials: int) -> None:
@@ -148,7 +153,7 @@ def record(study: str, trial: str, number: int) -> dict[str, Any]:
         else {"task": {"accuracy": {"value": (number % 97) / 97, "stderr": 0.01, "n": 1319}, "seconds": 12.5}},
         "meta_info": {"packages": {name: {"version": "1.0", "commit": None} for name in ("torch", "peft")}},
     }
-    held = 83 + 2 * len(METHODS)  # columns that a table of these has beside the ones below
+    held = 90  # columns that a table of these has beside the ones below
     kinds = (number * 0.5, number, f"option {number % 7}", number % 2 == 0, None if number % 3 else number)
     content["config"]["extra"] = {f"key_{n:03}": kinds[n % len(kinds)] for n in range(COLUMNS - held)}
     return content
