@@ -36,19 +36,25 @@ FLOORS = (
         "inference",
         "predict",
         "harness",
+        "table",
+        "where",
+        "repeat",
         "stats",
         "columns",
         "plot",
         "page",
     ),
-    ("config", "prepare", "build", "forecast", "guide", "trial", "workers", "sweep", "report", "collect"),
+    (
+        *("config", "prepare", "build", "forecast", "guide", "trial", "workers", "sweep"),
+        *("interchange", "report", "collect"),
+    ),
     ("cli",),
 )
 ORDER = [module for floor in FLOORS for module in floor]
 HYDRA_FROM = ORDER.index("config")
 WITHOUT_TORCH = (
-    *("collect", "report", "stats", "columns", "plot", "page", "display", "study"),
-    *("cli", "config", "experiment", "prepare"),
+    *("collect", "table", "where", "interchange", "repeat", "report", "stats", "columns", "plot", "page"),
+    *("display", "study", "cli", "config", "experiment", "prepare"),
 )
 
 

@@ -173,31 +173,61 @@ def _groups(conf: Path) -> list[tuple[str, str, str]]:
 
 def collect() -> None:
     """``peftsweep-collect``: tables and plots of studies."""
-    parser = argparse.ArgumentParser(
+
+    def door() -> int:
+        words = _collect_parser().parse_args()
+        if words.memory_guide:
+            from peftsweep import guide
+
+            return guide.main(words.memory_guide, _trial, words.studies)
+        from peftsweep import collect as collecting
+
+        if words.status:
+            return collecting.status(words.studies)
+        return collecting.main(
+            collecting.Options(
+                studies=words.studies,
+                out=words.out,
+                where=words.where,
+                plots=not words.no_plots,
+                kind="svg" if words.svg else "png",
+                from_peft=words.from_peft,
+                to_peft=words.to_peft,
+            )
+        )
+
+    sys.exit(_guarded(door))
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message.removeprefix("argument "))
+
+
+def _collect_parser() -> argparse.ArgumentParser:
+    parser = _OneLineParser(
         prog="peftsweep-collect", description="Turn the trials of studies into results.parquet, plots and a table."
     )
     parser.add_argument("studies", nargs="*", metavar="STUDY_DIR", help="default: every study under multirun/")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the trials of all of them as one parquet")
-    parser.add_argument("--no-plots", action="store_true", help="tables only, no plots and no report.html")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="also the trials of all: .parquet .csv .json .jsonl .sqlite .db"
+    )
+    parser.add_argument(
+        "--where",
+        metavar="EXPR",
+        help="show, and write to --out, only these: \"choices.quant == '4bit'\"",
+    )
+    parser.add_argument("--no-plots", action="store_true", help="no plots and no report.html")
     parser.add_argument("--svg", action="store_true", help="plots as .svg instead of .png")
+    parser.add_argument("--status", action="store_true", help="instead: how the studies stand, and what failed and why")
+    parser.add_argument(
+        "--from-peft", type=Path, metavar="DIR", help="results of PEFT's comparison on MetaMathQA, as a study"
+    )
+    parser.add_argument("--to-peft", type=Path, metavar="DIR", help="also the trials, as results of that comparison")
     parser.add_argument(
         "--memory-guide", metavar="MODEL", help="instead: which method and quantisation of it fits which GPU, predicted"
     )
-    options, words = parser.parse_args(), []
-    if options.memory_guide:
-        words, options.studies = options.studies, []
-
-    def door() -> int:
-        if options.memory_guide:
-            from peftsweep import guide
-
-            return guide.main(options.memory_guide, _trial, words)
-        from peftsweep import collect as collecting
-
-        kind = "svg" if options.svg else "png"
-        return collecting.main(options.studies, options.out, plots=not options.no_plots, kind=kind)
-
-    sys.exit(_guarded(door))
+    return parser
 
 
 def data() -> None:
@@ -210,11 +240,6 @@ def data() -> None:
         return prepare.main(compose([f"dataset={words.pop('dataset')}"]), prepare.Options(**words))
 
     sys.exit(_guarded(door))
-
-
-class _OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message.removeprefix("argument "))
 
 
 def _data_parser(formats: Sequence[str]) -> argparse.ArgumentParser:

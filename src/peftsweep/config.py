@@ -23,7 +23,7 @@ from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peftsweep import data, experiment, study
+from peftsweep import data, experiment, repeat, study
 from peftsweep.errors import InputError, suggest
 from peftsweep.schema import Config, DatasetConfig, Dtype, Init, ModelConfig, RowsConfig, Task
 
@@ -164,7 +164,8 @@ def _fill_from_files(cfg: DictConfig, overrides: Iterable[str]) -> dict[str, str
     Returns the choices that the files have made.
     """
     said = {override.lstrip("+~").partition("=")[0] for override in overrides}
-    made = _fill_from_adapter(cfg, said) if cfg.adapter.path is not None else {}
+    made = _fill_from_record(cfg, said) if cfg.repeat is not None else {}
+    made |= _fill_from_adapter(cfg, said) if cfg.adapter.path is not None else {}
     folder, file = cfg.method.get("path"), cfg.train.params_file  # which may be told by method.path
     if folder is not None:
         own = {key: value for key, value in cfg.method.items() if key != "path"}
@@ -176,6 +177,30 @@ def _fill_from_files(cfg: DictConfig, overrides: Iterable[str]) -> dict[str, str
             if key not in said:
                 OmegaConf.update(cfg, key, value, merge=False)
     return made
+
+
+def _fill_from_record(cfg: DictConfig, said: set[str]) -> dict[str, str]:
+    """All that the record of a trial says, key by key; what it lacks, as records of older versions do, stays."""
+    original = repeat.original(cfg.repeat)
+    if "study" not in said:
+        cfg.study = f"{original.run_info['study']}-repeat"
+    if original.folder and original.folder.parent.resolve() == study.folder(cfg.study).resolve():
+        raise InputError(f"repeat={cfg.repeat}: study={cfg.study} holds the original, which is kept; take another")
+    cfg.force = True  # or a second repeat, with other versions, would be told the first one's numbers
+    own = {key: OmegaConf.select(cfg, key) for key in said if "." in key}
+    for key, value in original.config.items():
+        if key in repeat.NOT_REPEATED or key in said or key not in cfg:
+            continue
+        if not (isinstance(value, dict) and OmegaConf.get_type(cfg, key) is not dict):
+            OmegaConf.update(cfg, key, value, merge=False)
+            continue
+        for name, part in value.items():
+            if name in cfg[key]:  # not one that this version has no more
+                OmegaConf.update(cfg, f"{key}.{name}", part, merge=False)
+    for key, value in own.items():
+        if not key.startswith("hydra."):
+            OmegaConf.update(cfg, key, value, merge=False)
+    return {group: option for group, option in original.choices.items() if group not in said}
 
 
 def _fill_from_adapter(cfg: DictConfig, said: set[str]) -> dict[str, str]:

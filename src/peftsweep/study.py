@@ -154,6 +154,26 @@ def claim(study: Path, identity: str) -> Iterator[None]:
         file.unlink(missing_ok=True)
 
 
+def running(study: Path) -> list[str]:
+    """What runs now: the trial's folder, the machine and the process that hold it."""
+    found = []
+    for file in sorted((study / ".claims").glob("*.json")):
+        if _held(file):
+            holder = read_json(file)
+            name = trial_folder(study, "trial", file.stem).name
+            found.append(f"{name} on {holder['host']}, process {holder['pid']}")
+    return found
+
+
+def cut_off(study: Path) -> list[Path]:
+    """The folders of trials that began, left no record and do not run."""
+    begun = [file.parents[1] for file in study.glob("*/.hydra/config.yaml")]
+    claims = study / ".claims"
+    held = {file.stem for file in claims.glob("*.json") if _held(file)}
+    left = [place for place in begun if not (place / RESULT).exists() and place.name.rpartition("-")[2] not in held]
+    return sorted(left)
+
+
 def _me() -> dict[str, str | int | float]:
     return {"host": host(), "pid": os.getpid(), "started": psutil.Process().create_time()}
 

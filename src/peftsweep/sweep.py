@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from peftsweep import forecast, record, study, trial, workers
+from peftsweep import forecast, record, repeat, study, trial, workers
 from peftsweep.config import Trial
 from peftsweep.display import Display, size, summary
-from peftsweep.errors import InputError
+from peftsweep.errors import InputError, SweepFailed
 from peftsweep.forecast import Forecast
 from peftsweep.record import Result, Status
 from peftsweep.workers import Options
@@ -24,6 +24,7 @@ def run(trials: Sequence[Trial], options: Options | None = None) -> list[Result 
 
     Raises:
         InputError: a trial is wrong; nothing was trained.
+        SweepFailed: a trial that was to be repeated came out otherwise.
         KeyboardInterrupt: the user interrupted it.
     """
     if not trials:
@@ -50,7 +51,24 @@ def run(trials: Sequence[Trial], options: Options | None = None) -> list[Result 
                 display.say("stopped at the first failure, as stop_on_failure=true says")
                 break
         _summarise(display, results, config.study)
+        again = [
+            _compared(display, one, result) for one, result in zip(trials, results, strict=True) if one.config.repeat
+        ]
+    if not all(again):
+        raise SweepFailed("a repeated trial is not the same")
     return results
+
+
+def _compared(display: Display, one: Trial, result: Result | None) -> bool:
+    """Say how the trial and the one that it repeats compare; gives whether they are the same."""
+    if result is None:
+        return True  # not reached
+    comparison = repeat.compare(repeat.original(str(one.config.repeat)), result)
+    repeat.write(comparison, result)
+    display.say(f"repeat of {comparison.of}:")
+    for line in comparison.lines():
+        display.say(f"    {line}")
+    return comparison.same
 
 
 @contextmanager
