@@ -38,12 +38,12 @@ FLOORS = (
         "harness",
         "plot",
     ),
-    ("config", "prepare", "build", "forecast", "guide", "trial", "workers", "sweep", "collect"),
+    ("config", "prepare", "halving", "build", "forecast", "guide", "trial", "workers", "sweep", "collect"),
     ("cli",),
 )
 ORDER = [module for floor in FLOORS for module in floor]
 HYDRA_FROM = ORDER.index("config")
-WITHOUT_TORCH = ("collect", "plot", "display", "study", "cli", "config", "experiment", "prepare")
+WITHOUT_TORCH = ("collect", "halving", "plot", "display", "study", "cli", "config", "experiment", "prepare")
 
 
 def imports(file: Path, *, top_level_only: bool = False) -> set[str]:

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -94,17 +94,16 @@ def _guarded(door: object) -> int:
     return 2
 
 
-def _task(cfg: DictConfig) -> Result:
+def _task(cfg: DictConfig) -> Any:
     """What a stock Hydra launcher runs for each point; ours runs the whole sweep at once."""
     from peftsweep import sweep
-    from peftsweep.errors import SweepFailed
 
     hydra_config = HydraConfig.get()
     one = configuration.trial(cfg, hydra_config.runtime.choices, hydra_config.overrides.task)
-    result = sweep.run([one])[0]
-    if result is not None and not result.status.good:
-        raise SweepFailed(f"{result.trial}: {result.status.name}")
-    return result  # type: ignore[return-value]
+    answer = sweep.answer(one, sweep.run([one])[0])
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def run_one(overrides: list[str]) -> Result:
