@@ -17,8 +17,8 @@ from omegaconf import DictConfig, open_dict
 class PointReturn(JobReturn):
     """A point's answer to a sweeper. Hydra's own prints to stderr what has been said of a failure already."""
 
-    @property
-    def return_value(self) -> Any:  # type: ignore[misc]
+    @property  # type: ignore[misc]
+    def return_value(self) -> Any:
         if self.status is JobStatus.FAILED:
             raise self._return_value
         return self._return_value
