@@ -44,6 +44,9 @@ Examples:
   peftsweep targets=qv,qkvo,mlp,all_linear dry_run=true -m     what would run, and how large it is
   peftsweep --config-dir mine method=mymethod                  your own yaml: mine/method/mymethod.yaml
 
+  peftsweep method.r=2,8,32 targets=q,qv,all_linear halving.min_steps=10 -m
+                                                               only the best third goes on at each rung
+
 Then: peftsweep-collect                                        tables and plots of every study
 """
 
@@ -72,6 +75,10 @@ def _hydra() -> int:
         hydra.main(version_base="1.3", config_path=configuration.conf_dir(), config_name="config")(_task)()
     except SweepFailed:
         return 1
+    except ValueError as error:
+        if "No trials are completed" not in str(error):
+            raise
+        return 1  # Optuna's word for a search of which every trial failed, as has been said of each
     return 0
 
 

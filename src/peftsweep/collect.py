@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from peftsweep import plot, record, study
+from peftsweep import halving, plot, record, study
 from peftsweep.display import show_table, size
 from peftsweep.errors import InputError
 from peftsweep.record import RESULT, STEPS, RecordError, Result
@@ -46,7 +46,7 @@ def main(names: Sequence[str], out: Path | None, *, plots: bool = True) -> int:
         write_parquet(steps(results), folder / STEPS_FILE)
         print_table(table, str(folder))
         print_generation(table)
-        for line in notes(table):
+        for line in [*notes(table), *halving.notes(results)]:
             print(line)
         written = [folder / RESULTS_FILE, folder / STEPS_FILE, *(plot.study(table, folder / "plots") if plots else [])]
         print("wrote " + ", ".join(str(file) for file in written))
