@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
 from peftsweep import halving, record, train
 from peftsweep.config import Trial
@@ -188,6 +189,30 @@ def test_stock_launchers_halve_too(command: Command) -> None:
         assert (code, err) == (0, "")
         assert "rung 1: the best 1 of 4 by loss go on" in out
         assert sorted(one.status.name for one in records().values()) == ["stopped"] * 3 + ["success"]
+
+
+def test_force_trains_each_step_anew_but_only_once(command: Command) -> None:
+    words = [*SWEEP, "halving.min_steps=1", "method.r=2"]
+    assert command(*words)[0] == 0
+    assert command(*words, "force=true")[0] == 0
+    assert sorted((one.train_info["steps"], one.run_info["resumed"]) for one in records().values()) == [(1, 0)] * 3 + [
+        (9, 1)
+    ]
+
+
+def test_each_point_is_composed_once_where_the_launcher_checks_it(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    composed = []
+    real = ConfigLoaderImpl.load_sweep_config
+
+    def counted(self: Any, config: Any, words: list[str]) -> Any:
+        composed.append(words)
+        return real(self, config, words)
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", counted)
+    assert command("seed=0,1", "dry_run=true")[0] == 0
+    assert len(composed) == 2
 
 
 def held(identity: str, values: list[float | None], status: Status = Status.stopped) -> Result:
