@@ -45,7 +45,7 @@ FLOORS = (
         "page",
     ),
     (
-        *("config", "prepare", "build", "forecast", "guide", "trial", "workers", "sweep"),
+        *("config", "prepare", "halving", "build", "forecast", "guide", "trial", "workers", "sweep"),
         *("interchange", "report", "collect"),
     ),
     ("cli",),
@@ -54,7 +54,7 @@ ORDER = [module for floor in FLOORS for module in floor]
 HYDRA_FROM = ORDER.index("config")
 WITHOUT_TORCH = (
     *("collect", "table", "where", "interchange", "repeat", "report", "stats", "columns", "plot", "page"),
-    *("display", "study", "cli", "config", "experiment", "prepare"),
+    *("display", "study", "cli", "config", "halving", "experiment", "prepare"),
 )
 
 

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -44,6 +44,9 @@ Examples:
   peftsweep targets=qv,qkvo,mlp,all_linear dry_run=true -m     what would run, and how large it is
   peftsweep --config-dir mine method=mymethod                  your own yaml: mine/method/mymethod.yaml
 
+  peftsweep method.r=2,8,32 targets=q,qv,all_linear halving.min_steps=10 -m
+                                                               only the best third goes on at each rung
+
 Then: peftsweep-collect                                        tables and plots of every study
 """
 
@@ -72,6 +75,10 @@ def _hydra() -> int:
         hydra.main(version_base="1.3", config_path=configuration.conf_dir(), config_name="config")(_task)()
     except SweepFailed:
         return 1
+    except ValueError as error:
+        if "No trials are completed" not in str(error):
+            raise
+        return 1  # Optuna's word for a search of which every trial failed, as has been said of each
     return 0
 
 
@@ -94,17 +101,16 @@ def _guarded(door: object) -> int:
     return 2
 
 
-def _task(cfg: DictConfig) -> Result:
+def _task(cfg: DictConfig) -> Any:
     """What a stock Hydra launcher runs for each point; ours runs the whole sweep at once."""
     from peftsweep import sweep
-    from peftsweep.errors import SweepFailed
 
     hydra_config = HydraConfig.get()
     one = configuration.trial(cfg, hydra_config.runtime.choices, hydra_config.overrides.task)
-    result = sweep.run([one])[0]
-    if result is not None and not result.status.good:
-        raise SweepFailed(f"{result.trial}: {result.status.name}")
-    return result  # type: ignore[return-value]
+    answer = sweep.answer(one, sweep.run([one])[0])
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def run_one(overrides: list[str]) -> Result:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from peftsweep import interchange, page, plot, report, study
+from peftsweep import halving, interchange, page, plot, report, study
 from peftsweep.display import show_table, size, summary
 from peftsweep.errors import InputError
 from peftsweep.metrics import LOWER_IS_BETTER
@@ -68,7 +68,7 @@ class Collected:
 
 
 def main(options: Options) -> int:
-    """``peftsweep-collect``: tables, plots and reports into each study, and the table of all trials that was asked for."""
+    """``peftsweep-collect``: tables, plots and reports into each study, and one table of all that was asked for."""
     if options.out is not None:
         check_ending(options.out)
     collected = [Collected(folder, read(folder)) for folder in _folders(options)]
@@ -86,7 +86,7 @@ def main(options: Options) -> int:
         print_study(mine, str(one.folder), of=len(one.table))
         drawn = plot.study(one.table, logged, one.folder / "plots", options.kind) if options.plots else []
         findings, said = report.write(one.folder, one.table, logged, drawn)
-        for line in said:
+        for line in [*said, *halving.notes(one.results)]:
             print(line)
         written = [one.folder / RESULTS_FILE, one.folder / STEPS_FILE, findings, *drawn]
         written += [page.write(one.table, logged, one.folder)] if options.plots else []

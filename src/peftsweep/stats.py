@@ -46,6 +46,7 @@ NO_SETTINGS = (
     *("choices.profiler", "choices.tracker", "choices.inference", "choices.sweep", "choices.point"),
     *("config.seed", "config.label", "config.study", "config.experiments", "config.device", "config.dry_run"),
     *("config.memory_limit", "config.skip_oversized", "config.force", "config.quiet", "config.stop_on_failure"),
+    *("config.halving.", "config.objective", "config.repeat"),
     *("config.profiler.", "config.tracker.", "config.train.checkpoint_every", "config.train.log_every"),
     *("config.train.params_file", "config.adapter.save", "config.adapter.check", "config.adapter.merge"),
 )

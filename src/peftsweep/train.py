@@ -67,6 +67,7 @@ def train(
     validate: Callable[[], dict[str, float]] | None = None,
     after_step: Callable[[], None] | None = None,
     checkpoints: Checkpoints | None = None,
+    stop_at: int | None = None,
 ) -> Trained:
     """Train the parameters of ``model`` that require gradients; ``log`` gets a row a logged step and a row an epoch.
 
@@ -74,7 +75,8 @@ def train(
     that accumulation changes memory and not results. ``validate`` is called every
     ``config.eval_every``, must return at least ``loss`` and ``config.best_metric``, and is a stage of its
     own. With ``after_step``, a profiler's, the parts of a step carry names in its trace. ``checkpoints`` gets one
-    every ``config.checkpoint_every``, and training goes on from that which it has found.
+    every ``config.checkpoint_every``, and training goes on from that which it has found. With ``stop_at``, a rung's
+    step, it ends there with a checkpoint, on the schedule of its full length.
 
     Raises:
         FloatingPointError: the loss is no longer finite.
@@ -122,7 +124,8 @@ def train(
         if checkpoints:
             checkpoints.restore(parts)
         stream = batches(progress.step * config.accumulation)
-        for step in range(progress.step + 1, steps + 1):
+        last = steps if stop_at is None else min(stop_at, steps)
+        for step in range(progress.step + 1, last + 1):
             laps.start()
             # ---- the step ----------------------------------------------------------------------
             micro_batches = list(itertools.islice(stream, config.accumulation))
@@ -188,16 +191,16 @@ def train(
                 log({"step": step, "steps": steps} | {f"validation_{name}": value for name, value in scores.items()})
                 if best and min(progress.validations)[-1] == step:
                     best.keep()
-            if checkpoints and step < steps and due(step):
+            if checkpoints and step < steps and (due(step) or step == last):
                 with meter.stage("checkpoint"):
                     checkpoints.save(step, parts)
         facts = compilation.facts()
-    if best and progress.validations:
+    if best and progress.validations and progress.step == steps:
         best.restore()
     model.eval()
     return Trained(
-        steps=steps,
-        epochs=in_epochs(steps, config, len(rows)),
+        steps=progress.step,
+        epochs=in_epochs(progress.step, config, len(rows)),
         tokens=progress.tokens,
         padding_fraction=1 - progress.tokens / progress.positions if progress.positions else 0.0,
         final_loss=final_loss,

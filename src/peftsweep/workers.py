@@ -57,14 +57,14 @@ def prepare() -> None:
     forkserver.ensure_running()
 
 
-def run(trials: Sequence[Trial], options: Options, display: Display) -> Iterator[tuple[Trial, Result]]:
-    """Run ``trials`` and give each with its record as it ends; those that ``options`` leaves no room for are left out.
+def run(trials: Sequence[Trial], options: Options, budget: Budget, display: Display) -> Iterator[tuple[Trial, Result]]:
+    """Run ``trials`` and give each with its record as it ends; those that ``budget`` leaves no room for are left out.
 
     Raises:
         KeyboardInterrupt: the user interrupted it; running trials are recorded as cancelled.
         Unwritable: the study cannot be written; running trials end as if they were killed.
     """
-    budget = _Budget(options)
+    budget.begin()
     if options.workers == 0:
         yield from _here(trials, budget, display)
         return
@@ -85,7 +85,7 @@ def run(trials: Sequence[Trial], options: Options, display: Display) -> Iterator
 # ---- in this process -------------------------------------------------------------------------------
 
 
-def _here(trials: Sequence[Trial], budget: _Budget, display: Display) -> Iterator[tuple[Trial, Result]]:
+def _here(trials: Sequence[Trial], budget: Budget, display: Display) -> Iterator[tuple[Trial, Result]]:
     for one in trials:
         if not budget.allows():
             return
@@ -102,14 +102,18 @@ def _here(trials: Sequence[Trial], budget: _Budget, display: Display) -> Iterato
         yield one, result
 
 
-class _Budget:
-    """What ``limit`` and ``deadline`` leave."""
+class Budget:
+    """What ``limit`` and ``deadline`` leave to one command, which may run trials several times."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
         self._begun = time.monotonic()
         self._started = 0
         self._took: list[float] = []  # seconds of the trials that have ended
+
+    def begin(self) -> None:
+        """Other trials begin, that may take another time."""
+        self._took.clear()
 
     def allows(self) -> bool:
         """Whether one more trial may start; if so, it is counted."""
@@ -125,6 +129,7 @@ class _Budget:
         self._started -= 1
 
     def spend(self, result: Result) -> None:
+        """A trial has ended."""
         self._took.append(result.run_info["total_seconds"])
 
     def estimate(self) -> float:
@@ -207,7 +212,7 @@ class _Worker:
 
 
 def _in_pool(
-    queue: deque[Trial], pool: list[_Worker], budget: _Budget, display: Display, options: Options
+    queue: deque[Trial], pool: list[_Worker], budget: Budget, display: Display, options: Options
 ) -> Iterator[tuple[Trial, Result]]:
     tries: dict[str, int] = {}
     later: list[tuple[float, Trial]] = []  # to be looked at again, and when
