@@ -38,7 +38,7 @@ FLOORS = (
         "harness",
         "plot",
     ),
-    ("config", "prepare", "build", "forecast", "guide", "trial", "workers", "sweep", "collect"),
+    ("config", "prepare", "build", "forecast", "guide", "trial", "workers", "engine", "sweep", "collect"),
     ("cli",),
 )
 ORDER = [module for floor in FLOORS for module in floor]

@@ -48,6 +48,18 @@ Then: peftsweep-collect                                        tables and plots 
 """
 
 
+def _quoted(path: Path) -> str:
+    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{text}'"
+
+
+# What conf/ calculates with. A job of another launcher composes its point in a process that only imports this module.
+OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
+OmegaConf.register_new_resolver("share", lambda a, b: round(a * b), replace=True)
+OmegaConf.register_new_resolver("folders", lambda root: ",".join(map(_quoted, experiment.folders(root))), replace=True)
+OmegaConf.register_new_resolver("choose", lambda key, options: options[getattr(key, "name", key)], replace=True)
+
+
 def main() -> None:
     """``peftsweep``: exit code 0 all done, 1 a trial failed, 2 wrong input, 130 interrupted."""
     if {"--help", "-h"} & set(sys.argv[1:]):
@@ -66,7 +78,7 @@ def main() -> None:
 def _hydra() -> int:
     from peftsweep.errors import SweepFailed
 
-    _register()
+    configuration.register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would else print as ten lines
     try:
         hydra.main(version_base="1.3", config_path=configuration.conf_dir(), config_name="config")(_task)()
@@ -94,17 +106,12 @@ def _guarded(door: object) -> int:
     return 2
 
 
-def _task(cfg: DictConfig) -> Result:
-    """What a stock Hydra launcher runs for each point; ours runs the whole sweep at once."""
-    from peftsweep import sweep
-    from peftsweep.errors import SweepFailed
+def _task(cfg: DictConfig) -> None:
+    """What another launcher of Hydra's than ours runs for each point, in a process that may be anywhere."""
+    from peftsweep import engine
 
     hydra_config = HydraConfig.get()
-    one = configuration.trial(cfg, hydra_config.runtime.choices, hydra_config.overrides.task)
-    result = sweep.run([one])[0]
-    if result is not None and not result.status.good:
-        raise SweepFailed(f"{result.trial}: {result.status.name}")
-    return result  # type: ignore[return-value]
+    engine.job(configuration.trial(cfg, hydra_config.runtime.choices, hydra_config.overrides.task))
 
 
 def run_one(overrides: list[str]) -> Result:
@@ -126,24 +133,9 @@ def _trial(*words: str) -> configuration.Trial:
 
 def compose(overrides: list[str]) -> DictConfig:
     """The configuration that the words of a command line compose, with Hydra's own node."""
-    _register()
+    configuration.register()
     with hydra.initialize_config_dir(configuration.conf_dir(), version_base="1.3"):
         return hydra.compose("config", overrides, return_hydra_config=True)
-
-
-def _register() -> None:
-    configuration.register()
-    OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
-    OmegaConf.register_new_resolver("share", lambda a, b: round(a * b), replace=True)
-    OmegaConf.register_new_resolver(
-        "folders", lambda root: ",".join(map(_quoted, experiment.folders(root))), replace=True
-    )
-    OmegaConf.register_new_resolver("choose", lambda key, options: options[getattr(key, "name", key)], replace=True)
-
-
-def _quoted(path: Path) -> str:
-    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{text}'"
 
 
 def help_text(arguments: list[str]) -> str:

@@ -8,19 +8,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from peftsweep import forecast, record, study, trial, workers
+from peftsweep import engine, forecast, record, study, trial, workers
 from peftsweep.config import Trial
 from peftsweep.display import Display, size, summary
+from peftsweep.engine import Launch
 from peftsweep.errors import InputError
 from peftsweep.forecast import Forecast
 from peftsweep.record import Result, Status
 from peftsweep.workers import Options
 
 
-def run(trials: Sequence[Trial], options: Options | None = None) -> list[Result | None]:
+def run(
+    trials: Sequence[Trial], options: Options | None = None, launch: Launch | None = None
+) -> list[Result | None]:
     """Run what is missing of ``trials`` and give the record of each; None for one that was not reached.
 
     Every trial is checked before the first one starts. Points with the same identity are trained once.
+    They run in workers of this machine as ``options`` says, or where ``launch`` places them.
 
     Raises:
         InputError: a trial is wrong; nothing was trained.
@@ -30,6 +34,8 @@ def run(trials: Sequence[Trial], options: Options | None = None) -> list[Result 
         raise InputError("the sweep is empty: a glob in it matches no option")
     options = options or Options(workers=0)
     config = trials[0].config
+    if launch and config.stop_on_failure:
+        raise InputError("stop_on_failure=true: only with hydra/launcher=local; others are given all trials at once")
     if not config.dry_run and options.workers != 0:
         workers.prepare()
     forecasts = [forecast.check(one) for one in trials]  # raises before anything is written
@@ -44,7 +50,8 @@ def run(trials: Sequence[Trial], options: Options | None = None) -> list[Result 
     with Display(len(missing), quiet=config.quiet) as display, _terminable():
         for held in _once(results):
             display.say(f"done before: {held.trial} ({held.status.name})")
-        for _, result in workers.run(list(missing.values()), options, display):
+        todo = list(missing.values())
+        for _, result in engine.run(todo, launch, display) if launch else workers.run(todo, options, display):
             _share(result, trials, results)
             if config.stop_on_failure and not result.status.good:
                 display.say("stopped at the first failure, as stop_on_failure=true says")
