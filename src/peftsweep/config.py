@@ -49,6 +49,12 @@ LEAST = {
     "method.r": 1,
     "method.lora_alpha": 1,
 }
+LAUNCHER_PACKAGES = {  # options of hydra/launcher that a package brings
+    "submitit_slurm": "peftsweep[slurm]",
+    "submitit_local": "peftsweep[slurm]",
+    "ray": "peftsweep[ray]",
+    "joblib": "hydra-joblib-launcher",
+}
 LAUNCHER = {
     "workers": 0,
     "devices": None,
@@ -421,8 +427,12 @@ def rows_config(node: Mapping[str, Any]) -> RowsConfig:
 
 def one_line(error: BaseException) -> str:
     """What Hydra or OmegaConf found wrong, as one line that names the key and what is allowed."""
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
+        if option in LAUNCHER_PACKAGES:
+            named = re.search(rf"In '{group}/(\w+)'", str(error))  # ours, which begins with the missing one
+            return f"{group}={named[1] if named else option}: pip install '{LAUNCHER_PACKAGES[option]}'"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         return f"{group}={option}: no such option; {suggest(option, list(error.options))}"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:

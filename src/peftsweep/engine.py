@@ -25,6 +25,7 @@ from peftsweep.workers import RETRY_CLAIMED
 
 LOOK = 1.0  # seconds between two looks at the study
 TRIES = 2  # of a trial whose process dies: where one job's death ends others, nobody says whose it was
+WAIT = 60.0  # seconds without a trial after which the display says so
 LAST_LINE = 4096  # bytes at the end of steps.jsonl that surely hold it
 
 Launch = Callable[[Sequence[Trial]], Sequence[BaseException | None]]  # runs ``job`` for each; what went wrong in it
@@ -92,7 +93,7 @@ class _Watch:
     def __init__(self, trials: Sequence[Trial], display: Display) -> None:
         self.results: dict[str, Result] = {}  # new ones, by identity
         self._display = display
-        self._latest = ""  # the trial that began last
+        self._named = ""  # the trial whose name was printed last
         self._running = {one.identity: one for one in trials}
         self._folders = {one.identity: trial.folder(one) for one in trials}
         self._before = {identity: _written(folder) for identity, folder in self._folders.items()}
@@ -103,10 +104,15 @@ class _Watch:
     def looking(self) -> Iterator[None]:
         """Look at the study now and then during the block, and once after it."""
         over = threading.Event()
+        begun = time.monotonic()
 
         def look() -> None:
+            waiting = True
             while not over.wait(LOOK):
                 self._look()
+                if waiting and not self._named and time.monotonic() - begun > WAIT:
+                    waiting = False
+                    self._display.say("no trial has begun yet: the launcher waits for a machine such as its keys ask for")
 
         looker = threading.Thread(target=look, daemon=True)
         looker.start()
@@ -150,13 +156,14 @@ class _Watch:
 
     def _view(self, one: Trial) -> TrialView:
         if one.identity not in self._views:
-            self._latest = one.identity
+            self._named = one.identity
             self._views[one.identity] = self._display.trial(one.label)
         return self._views[one.identity]
 
     def end(self, one: Trial, result: Result) -> Result:
-        """Show that the trial has ended; with its name, if others have begun since it did."""
-        self._view(one).end(result, named=self._latest != one.identity)
+        """Show that the trial has ended; with its name, if others were told of since."""
+        self._view(one).end(result, named=self._named != one.identity)
+        self._named = one.identity
         return result
 
 
