@@ -57,7 +57,12 @@ class Interruption:
     handler puts the job back into the queue. A second signal is not held, nor one that has waited its seconds.
     """
 
-    SECONDS: Mapping[int, float] = {signal.SIGINT: 20.0, signal.SIGTERM: 20.0, signal.SIGUSR1: 90.0, signal.SIGUSR2: 90.0}
+    SECONDS: Mapping[int, float] = {
+        signal.SIGINT: 20.0,
+        signal.SIGTERM: 20.0,
+        signal.SIGUSR1: 90.0,
+        signal.SIGUSR2: 90.0,
+    }
 
     def __init__(self, *, wanted: bool) -> None:
         self._wanted = wanted and threading.current_thread() is threading.main_thread()

@@ -28,6 +28,11 @@ TRIES = 2  # of a trial whose process dies: where one job's death ends others, n
 WAIT = 60.0  # seconds without a trial after which the display says so
 LAST_LINE = 4096  # bytes at the end of steps.jsonl that surely hold it
 
+
+class WorkerDied(Exception):
+    """A job is over, and its launcher does not say why it left no record."""
+
+
 Launch = Callable[[Sequence[Trial]], Sequence[BaseException | None]]  # runs ``job`` for each; what went wrong in it
 
 
@@ -83,7 +88,12 @@ def run(trials: Sequence[Trial], launch: Launch, display: Display) -> Iterator[t
 def _failure(error: BaseException | None) -> dict[str, str]:
     """What the record of a trial says that could not write its own."""
     if error is None:
-        return {"type": "WorkerDied", "message": "its process ended without a record", "stage": "setup", "traceback": ""}
+        return {
+            "type": "WorkerDied",
+            "message": "its process ended without a record",
+            "stage": "setup",
+            "traceback": "",
+        }
     return record.failure(error, None)
 
 
@@ -112,7 +122,9 @@ class _Watch:
                 self._look()
                 if waiting and not self._named and time.monotonic() - begun > WAIT:
                     waiting = False
-                    self._display.say("no trial has begun yet: the launcher waits for a machine such as its keys ask for")
+                    self._display.say(
+                        "no trial has begun yet: the launcher waits for a machine such as its keys ask for"
+                    )
 
         looker = threading.Thread(target=look, daemon=True)
         looker.start()
@@ -123,7 +135,7 @@ class _Watch:
             looker.join()
             self._look(last=True)
             for identity in self._running.keys() & self._views.keys():
-                self._views[identity].drop()
+                self._views.pop(identity).drop()
                 self._display.uncount()
 
     def waits(self) -> bool:

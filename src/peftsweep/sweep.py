@@ -18,9 +18,7 @@ from peftsweep.record import Result, Status
 from peftsweep.workers import Options
 
 
-def run(
-    trials: Sequence[Trial], options: Options | None = None, launch: Launch | None = None
-) -> list[Result | None]:
+def run(trials: Sequence[Trial], options: Options | None = None, launch: Launch | None = None) -> list[Result | None]:
     """Run what is missing of ``trials`` and give the record of each; None for one that was not reached.
 
     Every trial is checked before the first one starts. Points with the same identity are trained once.
