@@ -87,14 +87,7 @@ def run(trials: Sequence[Trial], launch: Launch, display: Display) -> Iterator[t
 
 def _failure(error: BaseException | None) -> dict[str, str]:
     """What the record of a trial says that could not write its own."""
-    if error is None:
-        return {
-            "type": "WorkerDied",
-            "message": "its process ended without a record",
-            "stage": "setup",
-            "traceback": "",
-        }
-    return record.failure(error, None)
+    return record.failure(error or WorkerDied("its process ended without a record"), None)
 
 
 class _Watch:
