@@ -34,6 +34,7 @@ Keys: every key of a group and of the trial, with its value now: peftsweep --cfg
   train.steps=500  train.epochs=3  train.learning_rate=1e-4  train.batch_size=16  method.r=16
   dataset.path=FILE  dataset.samples=1000  study=NAME  label=NAME  seed=0  device=auto
   hydra.launcher.workers=2 .timeout=2h .retries=1 .limit=10 .deadline=8h: where and for how long trials run
+  hydra/launcher=slurm, ray_cluster, or any other of Hydra's: on a cluster
   dry_run=true lists the trials; force=true runs done ones again; quiet=true prints one line
 
 Examples:
