@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ from hydra.core.plugins import Plugins
 from peftsweep import InputError, engine, record, study, trial
 from peftsweep.config import Trial
 from peftsweep.display import Display
+from peftsweep.errors import Unwritable
 from peftsweep.record import Result, Status
 
 from .conftest import SMALL, scores
@@ -152,6 +154,13 @@ def test_a_job_that_ends_without_a_record_is_tried_twice(three: list[Trial]) -> 
 def test_what_a_job_could_not_even_begin_is_its_trials_failure(three: list[Trial]) -> None:
     ended = run(three[:1], lambda trials: [InputError("dataset.path=x: no such file")])
     assert (ended["r2"].error or {})["message"] == "dataset.path=x: no such file"
+
+
+def test_a_disk_that_takes_no_more_ends_the_sweep(three: list[Trial]) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "multirun/default")
+    with pytest.raises(Unwritable, match="No space left"):
+        run(three[:1], lambda trials: [full])
+    assert not records()
 
 
 def test_a_launcher_that_runs_nothing_says_why(three: list[Trial]) -> None:
@@ -289,7 +298,7 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_same_numbers_on_every_launcher(place: str) -> None:
     words = [*SMALL, "method=pissa,lora", "quant=none,4bit", "train.steps=10"]
     for study_name, placing in (("local", []), (place, PLACES[place])):
-        out, err = (process := start(*words, f"study={study_name}", *placing)).communicate(timeout=600)
+        out, err = (process := start(*words, f"study={study_name}", *placing)).communicate(timeout=1800)
         assert (process.returncode, err) == (0, ""), out
     assert numbers(place) == numbers("local")
     assert len(records(place)) == 4
@@ -307,7 +316,7 @@ def test_a_process_that_dies_costs_its_trial_on_every_launcher(
     words = [*SMALL[:3], "train.batch_size=4", "eval=[perplexity]", "eval.perplexity.samples=8", "method.r=2,4"]
     words.append("eval.perplexity._target_=exiting.exits,peftsweep.evaluate.perplexity")
     process = start(*words, *PLACES[place])
-    out, _ = process.communicate(timeout=600)
+    out, _ = process.communicate(timeout=1800)
     assert process.returncode == 1, out
     assert out.splitlines()[-1] == "4 trials: 2 success, 2 failed  (multirun/default)"
     for one in records().values():
@@ -330,13 +339,13 @@ def test_a_ray_cluster_that_loses_a_machine_ends_with_the_whole_table() -> None:
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
         cluster.remove_node(other, allow_graceful=False)
-        out, err = process.communicate(timeout=600)
+        out, err = process.communicate(timeout=1800)
         assert (process.returncode, err) == (0, ""), out
     finally:
         cluster.shutdown()
     assert not psutil.pid_exists(victim)
     undisturbed = start(*words, "study=undisturbed")
-    assert undisturbed.wait(600) == 0
+    assert undisturbed.wait(1800) == 0
     assert numbers("default") == numbers("undisturbed")
     assert len(records()) == 4
     assert max(one.run_info["resumed"] for one in records().values()) >= 10  # the lost one went on

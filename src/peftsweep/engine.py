@@ -57,6 +57,7 @@ def run(trials: Sequence[Trial], launch: Launch, display: Display) -> Iterator[t
 
     Raises:
         InputError: the launcher runs nothing; it says why.
+        Unwritable: a job cannot write the study.
     """
     left, tries = list(trials), Counter[str]()
     while left:
@@ -70,6 +71,8 @@ def run(trials: Sequence[Trial], launch: Launch, display: Display) -> Iterator[t
                 raised = error
             while watch.waits():  # for jobs that go on all the same, or were lost with their machine
                 time.sleep(LOOK)
+        if full := next(filter(None, map(study.unwritable, filter(None, [raised, *problems]))), None):
+            raise full
         claims = {one.identity: study.claimed(trial.folder(one).parent, one.identity) for one in left}
         if raised and not watch.results and not any(claims.values()):
             raise InputError(f"hydra/launcher: {record.one_line(raised)}") from raised
