@@ -45,7 +45,7 @@ FLOORS = (
         "page",
     ),
     (
-        *("config", "prepare", "halving", "build", "forecast", "guide", "trial", "workers", "sweep"),
+        *("config", "prepare", "halving", "build", "forecast", "guide", "trial", "workers", "engine", "sweep"),
         *("interchange", "report", "collect"),
     ),
     ("cli",),

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -34,6 +34,7 @@ Keys: every key of a group and of the trial, with its value now: peftsweep --cfg
   train.steps=500  train.epochs=3  train.learning_rate=1e-4  train.batch_size=16  method.r=16
   dataset.path=FILE  dataset.samples=1000  study=NAME  label=NAME  seed=0  device=auto
   hydra.launcher.workers=2 .timeout=2h .retries=1 .limit=10 .deadline=8h: where and for how long trials run
+  hydra/launcher=slurm, ray_cluster, or any other of Hydra's: on a cluster
   dry_run=true lists the trials; force=true runs done ones again; quiet=true prints one line
 
 Examples:
@@ -49,6 +50,18 @@ Examples:
 
 Then: peftsweep-collect                                        tables and plots of every study
 """
+
+
+def _quoted(path: Path) -> str:
+    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{text}'"
+
+
+# What conf/ calculates with. A job of another launcher composes its point in a process that only imports this module.
+OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
+OmegaConf.register_new_resolver("share", lambda a, b: round(a * b), replace=True)
+OmegaConf.register_new_resolver("folders", lambda root: ",".join(map(_quoted, experiment.folders(root))), replace=True)
+OmegaConf.register_new_resolver("choose", lambda key, options: options[getattr(key, "name", key)], replace=True)
 
 
 def main() -> None:
@@ -69,7 +82,7 @@ def main() -> None:
 def _hydra() -> int:
     from peftsweep.errors import SweepFailed
 
-    _register()
+    configuration.register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would else print as ten lines
     try:
         hydra.main(version_base="1.3", config_path=configuration.conf_dir(), config_name="config")(_task)()
@@ -101,16 +114,12 @@ def _guarded(door: object) -> int:
     return 2
 
 
-def _task(cfg: DictConfig) -> Any:
-    """What a stock Hydra launcher runs for each point; ours runs the whole sweep at once."""
-    from peftsweep import sweep
+def _task(cfg: DictConfig) -> None:
+    """What another launcher of Hydra's than ours runs for each point, in a process that may be anywhere."""
+    from peftsweep import engine
 
     hydra_config = HydraConfig.get()
-    one = configuration.trial(cfg, hydra_config.runtime.choices, hydra_config.overrides.task)
-    answer = sweep.answer(one, sweep.run([one])[0])
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
+    engine.job(configuration.trial(cfg, hydra_config.runtime.choices, hydra_config.overrides.task))
 
 
 def run_one(overrides: list[str]) -> Result:
@@ -132,24 +141,9 @@ def _trial(*words: str) -> configuration.Trial:
 
 def compose(overrides: list[str]) -> DictConfig:
     """The configuration that the words of a command line compose, with Hydra's own node."""
-    _register()
+    configuration.register()
     with hydra.initialize_config_dir(configuration.conf_dir(), version_base="1.3"):
         return hydra.compose("config", overrides, return_hydra_config=True)
-
-
-def _register() -> None:
-    configuration.register()
-    OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
-    OmegaConf.register_new_resolver("share", lambda a, b: round(a * b), replace=True)
-    OmegaConf.register_new_resolver(
-        "folders", lambda root: ",".join(map(_quoted, experiment.folders(root))), replace=True
-    )
-    OmegaConf.register_new_resolver("choose", lambda key, options: options[getattr(key, "name", key)], replace=True)
-
-
-def _quoted(path: Path) -> str:
-    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{text}'"
 
 
 def help_text(arguments: list[str]) -> str:

@@ -60,7 +60,13 @@ LAUNCHER = {
     "limit": 1,
     "deadline": None,
 }  # with the least
-PACKAGES = {"hydra/sweeper/optuna": "peftsweep[optuna]"}  # options that an extra brings
+PACKAGES = {  # options that a package brings
+    "hydra/launcher/submitit_slurm": "peftsweep[slurm]",
+    "hydra/launcher/submitit_local": "peftsweep[slurm]",
+    "hydra/launcher/ray": "peftsweep[ray]",
+    "hydra/launcher/joblib": "hydra-joblib-launcher",
+    "hydra/sweeper/optuna": "peftsweep[optuna]",
+}
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 FROM_FILE = "from/adapter_config"  # the option of method that reads one
 LANGUAGE_MODEL_ONLY = ("peftsweep.evaluate.perplexity", "peftsweep.evaluate.generation")
@@ -490,10 +496,12 @@ def rows_config(node: Mapping[str, Any]) -> RowsConfig:
 
 def one_line(error: BaseException) -> str:
     """What Hydra or OmegaConf found wrong, as one line that names the key and what is allowed."""
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         if package := PACKAGES.get(error.missing_cfg_file):
-            return f"{group}={option}: pip install '{package}'"
+            named = re.search(rf"In '{group}/(\w+)'", str(error))  # ours, which begins with the missing one
+            return f"{group}={named[1] if named else option}: pip install '{package}'"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         return f"{group}={option}: no such option; {suggest(option, list(error.options))}"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:

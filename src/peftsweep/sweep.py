@@ -8,19 +8,26 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from peftsweep import forecast, record, repeat, study, trial, workers
+from peftsweep import engine, forecast, record, repeat, study, trial, workers
 from peftsweep.config import Trial
 from peftsweep.display import Display, size, summary
+from peftsweep.engine import Launch
 from peftsweep.errors import InputError, SweepFailed, suggest
 from peftsweep.forecast import Forecast
 from peftsweep.record import Result, Status
 from peftsweep.workers import Budget, Options
 
 
-def run(trials: Sequence[Trial], options: Options | None = None, budget: Budget | None = None) -> list[Result | None]:
+def run(
+    trials: Sequence[Trial],
+    options: Options | None = None,
+    budget: Budget | None = None,
+    launch: Launch | None = None,
+) -> list[Result | None]:
     """Run what is missing of ``trials`` and give the record of each; None for one that was not reached.
 
-    Every trial is checked before the first one starts. Points with the same identity are trained once. ``budget``
+    Every trial is checked before the first one starts. Points with the same identity are trained once.
+    They run in workers of this machine as ``options`` says, or where ``launch`` places them. ``budget``
     is what ``options`` leave, where it is not only for this sweep.
 
     Raises:
@@ -32,6 +39,8 @@ def run(trials: Sequence[Trial], options: Options | None = None, budget: Budget 
         raise InputError("the sweep is empty: a glob in it matches no option")
     options = options or Options(workers=0)
     config = trials[0].config
+    if launch and config.stop_on_failure:
+        raise InputError("stop_on_failure=true: only with hydra/launcher=local; others are given all trials at once")
     if not config.dry_run and options.workers != 0:
         workers.prepare()
     forecasts = [forecast.check(one) for one in trials]  # raises before anything is written
@@ -48,7 +57,9 @@ def run(trials: Sequence[Trial], options: Options | None = None, budget: Budget 
             display.say(f"done before: {held.trial} ({held.status.name})")
         if again := sum(trial.resumes_full(one) for one in missing.values()):
             display.say(f"{_number(again)} that halving stopped will go on to the end")
-        for _, result in workers.run(list(missing.values()), options, budget or Budget(options), display):
+        todo, budget = list(missing.values()), budget or Budget(options)
+        ended = engine.run(todo, launch, display) if launch else workers.run(todo, options, budget, display)
+        for _, result in ended:
             _share(result, trials, results)
             if config.stop_on_failure and not result.status.good:
                 display.say("stopped at the first failure, as stop_on_failure=true says")

@@ -18,7 +18,7 @@ from torch import nn
 from torch.profiler import record_function
 from transformers import get_scheduler
 
-from peftsweep.checkpoint import Checkpoints, OptimizerState, Part, Randomness, Weights
+from peftsweep.checkpoint import Checkpoints, Interruption, OptimizerState, Part, Randomness, Weights
 from peftsweep.compiled import compiled
 from peftsweep.data import Batch, Tokens, batch_order, collate
 from peftsweep.errors import InputError
@@ -119,7 +119,10 @@ def train(
     model.train()
     allocate = getattr(getattr(model, "base_model", None), "update_and_allocate", None)
     regularised: bool | None = None  # known after the first forward
-    with compiled(model, config, batches, losses_of, meter) as compilation:
+    with (
+        compiled(model, config, batches, losses_of, meter) as compilation,
+        Interruption(wanted=checkpoints is not None) as interruption,
+    ):
         torch.manual_seed(seed)  # dropout does not depend on how many numbers the adapter's creation drew
         if checkpoints:
             checkpoints.restore(parts)
@@ -191,9 +194,10 @@ def train(
                 log({"step": step, "steps": steps} | {f"validation_{name}": value for name, value in scores.items()})
                 if best and min(progress.validations)[-1] == step:
                     best.keep()
-            if checkpoints and step < steps and (due(step) or step == last):
+            if checkpoints and step < steps and (due(step) or interruption.pending or step == last):
                 with meter.stage("checkpoint"):
                     checkpoints.save(step, parts)
+            interruption.deliver()
         facts = compilation.facts()
     if best and progress.validations and progress.step == steps:
         best.restore()
