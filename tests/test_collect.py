@@ -42,7 +42,7 @@ def write(name: str, rank: int, accuracy: float | None, place: str = "default", 
             "labels": [name],
             "study": place,
             "status": "failed" if failed else "success",
-            "created_at": f"2026-01-01T00:00:{rank:02}+00:00",
+            "created_at": f"2026-01-01T00:{rank // 60:02}:{rank % 60:02}+00:00",
             "error": {"type": "RuntimeError", "message": "broken", "stage": "train"} if failed else None,
         },
         choices={"method": "lora", "quant": "4bit"},
@@ -70,7 +70,7 @@ def test_a_study_becomes_tables_plots_and_a_short_table(collect_command: Collect
     assert len(steps) == 8  # half-written lines are passed over
     assert {"trial", "label", "study", "step", "loss"} <= set(steps.columns)
     plots = {file.name for file in Path("multirun/default/plots").iterdir()}
-    assert {"quality_rank.png", "quality_adapter.png", "quality_resident_memory.png"} <= plots
+    assert {"rank_task.png", "adapter_size.png"} <= plots
     assert "0.800 ± 0.030" in out
     assert "failed" in out
 

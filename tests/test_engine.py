@@ -363,7 +363,7 @@ def training() -> list[int]:
 
 def parent(pid: int) -> int | None:
     with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid).ppid()
+        return int(psutil.Process(pid).ppid())
     return None
 
 

@@ -190,7 +190,7 @@ def _fresh(name: str, taken: Mapping[str, Any]) -> str:
 def _numbers(values: pd.Series[Any]) -> list[str]:
     """Numbers to four digits, large ones whole; empty where there is none."""
     floats = values.astype(float).to_numpy(dtype=float, na_value=np.nan)
-    return ["" if np.isnan(value) else _number(value) for value in floats]
+    return ["" if np.isnan(value) else _number(float(value)) for value in floats]
 
 
 def _number(value: float) -> str:
@@ -344,7 +344,7 @@ def _curves(table: pd.DataFrame, steps: pd.DataFrame, found: Sequence[str]) -> s
         mine = rows[rows["trial"] == trial]
         for column in shown:
             traces += _curve(mine, column, place, name)
-    scales = [(f"loss {kind}", {}, {"yaxis.type": kind}) for kind in ("linear", "log")]
+    scales: list[Any] = [(f"loss {kind}", {}, {"yaxis.type": kind}) for kind in ("linear", "log")]
     layout = _layout("step", "loss") | {"updatemenus": [_menu(0.0, scales)], "hovermode": "closest"}
     note = "Lines: training loss; dotted, with marks: validation loss. A click in the legend hides a trial, a double "
     note += "click shows it alone."

@@ -279,9 +279,9 @@ def heatmap(merged: pd.DataFrame, score: str) -> Any:
     dark_is_good = "cividis_r" if not columns.lower_is_better(score) else "cividis"
     image = ax.imshow(np.ma.masked_invalid(best.astype(float)), cmap=dark_is_good, aspect="auto")
     for (row, method), (column, quant) in itertools.product(enumerate(order), enumerate(quants)):
-        value = best.loc[method, quant]
+        value: Any = best.iat[row, column]
         text = str(why.get((method, quant), "n/a")) if pd.isna(value) else f"{value:.3g}"
-        shade = 0.0 if pd.isna(value) else np.dot(image.cmap(image.norm(value))[:3], (0.3, 0.6, 0.1))
+        shade = 0.0 if pd.isna(value) else float(np.dot(image.cmap(image.norm(value))[:3], (0.3, 0.6, 0.1)))
         colour = FADED if pd.isna(value) else "white" if shade < 0.5 else "black"
         ax.text(column, row, text, ha="center", va="center", fontsize=7, color=INK if pd.isna(value) else colour)
     ax.set_xticks(range(len(quants)), [columns.in_words(QUANT, quant) for quant in quants])
@@ -308,7 +308,7 @@ def learning_curves(table: pd.DataFrame, steps: pd.DataFrame) -> Any:
     factors = stats.factors(table)
     names = columns.labels(table, factors).set_axis(table["run_info.trial"])
     score = next(iter(columns.main_scores(table)), None)
-    best = names.to_numpy()[table.index.get_indexer(_best_first(table, score))]
+    best = names.to_numpy()[table.index.get_indexer(pd.Index(_best_first(table, score)))]
     styles = _styles(list(names), list(best))
     figure, axes = _figure(len(shown), WIDTHS[len(shown)], 3.3, sharey=True)
     trials = [trial for trial in dict.fromkeys(rows["trial"]) if trial in names.index]
