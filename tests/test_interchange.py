@@ -156,7 +156,7 @@ def test_their_results_become_a_study(collect_command: Collect) -> None:
     assert sorted(rows["choices.method"]) == ["dora", "full", "lora"]
     steps = pd.read_parquet("multirun/peft_comparison/steps.parquet")
     assert steps["loss"].tolist() == [0.2, 0.1] * 3
-    assert "training_time.png" in {file.name for file in Path("multirun/peft_comparison/plots").iterdir()}
+    assert "learning_curves.png" in {file.name for file in Path("multirun/peft_comparison/plots").iterdir()}
     assert collect_command("--from-peft", "theirs", "mine", "--no-plots")[0] == 0
     assert len(peftsweep.load("mine")) == 3
 
