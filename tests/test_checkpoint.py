@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
-from collections.abc import Callable
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -364,6 +368,61 @@ def test_a_trial_goes_on_from_its_last_checkpoint(cut_trial: Run, run_small: Run
         assert second.train_info[fact] == whole.train_info[fact]
     adapters = [(place(one) / "adapter" / "adapter_model.safetensors").read_bytes() for one in (second, whole)]
     assert adapters[0] == adapters[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR2])
+def test_a_trial_that_is_interrupted_goes_on_from_the_end_of_its_step(
+    number: signal.Signals, run_small: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leave(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def interrupt(order: Iterator[list[int]], batches: int) -> Iterator[list[int]]:
+        yield from itertools.islice(order, batches)
+        os.kill(os.getpid(), number)  # the next step has only begun
+        yield from order
+
+    before = signal.signal(number, leave)
+    try:
+        real = data.batch_order
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "batch_order", lambda *words: interrupt(real(*words), 2))
+            with pytest.raises(KeyboardInterrupt):
+                run_small("train.log_every=1")
+        assert signal.getsignal(number) is leave
+    finally:
+        signal.signal(number, before)
+    (cancelled,) = (Result.read(file.parent) for file in Path("multirun/default").glob("*/result.json"))
+    assert (cancelled.status, (cancelled.error or {})["stage"]) == (Status.cancelled, "train")
+    assert cancelled.train_info["steps"] == 3
+    second = run_small("train.log_every=1")
+    assert (second.status, second.run_info["resumed"]) == (Status.success, 3)
+    whole = run_small("train.log_every=1", "study=other")
+    assert without_cost(place(second) / "steps.jsonl") == without_cost(place(whole) / "steps.jsonl")
+
+
+def interrupted(*doings: Callable[[], Any], wanted: bool = True) -> int:
+    """How many of ``doings`` were done under an Interruption before Ctrl-C came through."""
+    done = 0
+    try:
+        with checkpoint.Interruption(wanted=wanted):
+            for do in doings:
+                do()
+                done += 1
+    except KeyboardInterrupt:
+        return done
+    pytest.fail("it never came through")
+
+
+def test_a_signal_is_held_once_and_not_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ctrl_c() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(checkpoint.Interruption, "SECONDS", {signal.SIGINT: 0.5})
+    assert interrupted(ctrl_c, time.monotonic) == 2  # held until the end of the block
+    assert interrupted(ctrl_c, ctrl_c, time.monotonic) == 1  # a second one is not
+    assert interrupted(ctrl_c, lambda: time.sleep(60)) == 1  # nor one that has waited too long
+    assert interrupted(ctrl_c, time.monotonic, wanted=False) == 0
 
 
 def test_force_starts_anew(cut_trial: Run, run_small: Run) -> None:

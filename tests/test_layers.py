@@ -37,14 +37,26 @@ FLOORS = (
         "inference",
         "predict",
         "harness",
+        "table",
+        "where",
+        "repeat",
+        "stats",
+        "columns",
         "plot",
+        "page",
     ),
-    ("config", "prepare", "build", "forecast", "guide", "trial", "pack", "workers", "sweep", "collect"),
+    (
+        *("config", "prepare", "halving", "build", "forecast", "guide", "trial", "pack", "workers", "engine", "sweep"),
+        *("interchange", "report", "collect"),
+    ),
     ("cli",),
 )
 ORDER = [module for floor in FLOORS for module in floor]
 HYDRA_FROM = ORDER.index("config")
-WITHOUT_TORCH = ("collect", "plot", "display", "study", "cli", "config", "experiment", "prepare")
+WITHOUT_TORCH = (
+    *("collect", "table", "where", "interchange", "repeat", "report", "stats", "columns", "plot", "page"),
+    *("display", "study", "cli", "config", "halving", "experiment", "prepare"),
+)
 
 
 def imports(file: Path, *, top_level_only: bool = False) -> set[str]:

@@ -356,7 +356,7 @@ def test_a_limit_of_trials_and_of_time(command: Command) -> None:
 
 
 def test_no_trial_starts_that_would_not_be_over_by_the_deadline() -> None:
-    budget = workers._Budget(workers.Options(deadline=100.0))
+    budget = workers.Budget(workers.Options(deadline=100.0))
     assert budget.take(1) == 1  # before the first one ends nobody knows how long it takes
     budget.spend(took(60.0))
     assert budget.take(2) == 2

@@ -64,7 +64,7 @@ def load(study: str | PathLike[str] = "default") -> DataFrame:
     Raises:
         InputError: there is no such study.
     """
-    from peftsweep import collect
     from peftsweep import study as studies
+    from peftsweep import table
 
-    return collect.trials(collect.read(studies.find(Path(study))))
+    return table.trials(table.read(studies.find(Path(study))))

@@ -8,11 +8,14 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
+import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from types import FrameType, TracebackType
+from typing import Any, Protocol, Self
 
 import torch
 from torch import nn
@@ -42,6 +45,60 @@ class Part(Protocol):
 
     def load_state_dict(self, state: dict[str, Any], /) -> Any:
         """Go on from what ``state_dict`` gave."""
+
+
+# ---- the moment ------------------------------------------------------------------------------------
+
+
+class Interruption:
+    """Holds signals that end a training back until the running step is over and a checkpoint of it is written.
+
+    Held is what Python handles: Ctrl-C, a scheduler's SIGTERM, and the signal before SLURM's preemption, whose
+    handler puts the job back into the queue. A second signal is not held, nor one that has waited its seconds.
+    """
+
+    SECONDS: Mapping[int, float] = {
+        signal.SIGINT: 20.0,
+        signal.SIGTERM: 20.0,
+        signal.SIGUSR1: 90.0,
+        signal.SIGUSR2: 90.0,
+    }
+
+    def __init__(self, *, wanted: bool) -> None:
+        self._wanted = wanted and threading.current_thread() is threading.main_thread()
+        self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+        self._overdue: threading.Timer | None = None
+        self.pending: int | None = None  # the signal that is held
+
+    def __enter__(self) -> Self:
+        for number in self.SECONDS if self._wanted else ():
+            if callable(handler := signal.getsignal(number)):
+                self._handlers[number] = handler
+                signal.signal(number, self._hold)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self.deliver()
+
+    def _hold(self, number: int, frame: FrameType | None) -> None:
+        if self.pending is not None:
+            self.deliver()
+            return
+        self.pending = number
+        self._overdue = threading.Timer(self.SECONDS[number], os.kill, (os.getpid(), number))
+        self._overdue.daemon = True
+        self._overdue.start()
+
+    def deliver(self) -> None:
+        """Do what the signal that is held asks for, if there is one; that mostly raises."""
+        number, self.pending = self.pending, None
+        if number is not None and self._overdue is not None:
+            self._overdue.cancel()
+            self._handlers[number](number, None)
 
 
 # ---- the files -------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ Keys: every key of a group and of the trial, with its value now: peftsweep --cfg
   train.steps=500  train.epochs=3  train.learning_rate=1e-4  train.batch_size=16  method.r=16
   dataset.path=FILE  dataset.samples=1000  study=NAME  label=NAME  seed=0  device=auto
   hydra.launcher.workers=2 .timeout=2h .retries=1 .limit=10 .deadline=8h: where and for how long trials run
+  hydra/launcher=slurm, ray_cluster, or any other of Hydra's: on a cluster
   dry_run=true lists the trials; force=true runs done ones again; quiet=true prints one line
 
 Examples:
@@ -44,8 +45,23 @@ Examples:
   peftsweep targets=qv,qkvo,mlp,all_linear dry_run=true -m     what would run, and how large it is
   peftsweep --config-dir mine method=mymethod                  your own yaml: mine/method/mymethod.yaml
 
+  peftsweep method.r=2,8,32 targets=q,qv,all_linear halving.min_steps=10 -m
+                                                               only the best third goes on at each rung
+
 Then: peftsweep-collect                                        tables and plots of every study
 """
+
+
+def _quoted(path: Path) -> str:
+    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{text}'"
+
+
+# What conf/ calculates with. A job of another launcher composes its point in a process that only imports this module.
+OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
+OmegaConf.register_new_resolver("share", lambda a, b: round(a * b), replace=True)
+OmegaConf.register_new_resolver("folders", lambda root: ",".join(map(_quoted, experiment.folders(root))), replace=True)
+OmegaConf.register_new_resolver("choose", lambda key, options: options[getattr(key, "name", key)], replace=True)
 
 
 def main() -> None:
@@ -66,12 +82,16 @@ def main() -> None:
 def _hydra() -> int:
     from peftsweep.errors import SweepFailed
 
-    _register()
+    configuration.register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would else print as ten lines
     try:
         hydra.main(version_base="1.3", config_path=configuration.conf_dir(), config_name="config")(_task)()
     except SweepFailed:
         return 1
+    except ValueError as error:
+        if "No trials are completed" not in str(error):
+            raise
+        return 1  # Optuna's word for a search of which every trial failed, as has been said of each
     return 0
 
 
@@ -94,17 +114,12 @@ def _guarded(door: object) -> int:
     return 2
 
 
-def _task(cfg: DictConfig) -> Result:
-    """What a stock Hydra launcher runs for each point; ours runs the whole sweep at once."""
-    from peftsweep import sweep
-    from peftsweep.errors import SweepFailed
+def _task(cfg: DictConfig) -> None:
+    """What another launcher of Hydra's than ours runs for each point, in a process that may be anywhere."""
+    from peftsweep import engine
 
     hydra_config = HydraConfig.get()
-    one = configuration.trial(cfg, hydra_config.runtime.choices, hydra_config.overrides.task)
-    result = sweep.run([one])[0]
-    if result is not None and not result.status.good:
-        raise SweepFailed(f"{result.trial}: {result.status.name}")
-    return result  # type: ignore[return-value]
+    engine.job(configuration.trial(cfg, hydra_config.runtime.choices, hydra_config.overrides.task))
 
 
 def run_one(overrides: list[str]) -> Result:
@@ -126,24 +141,9 @@ def _trial(*words: str) -> configuration.Trial:
 
 def compose(overrides: list[str]) -> DictConfig:
     """The configuration that the words of a command line compose, with Hydra's own node."""
-    _register()
+    configuration.register()
     with hydra.initialize_config_dir(configuration.conf_dir(), version_base="1.3"):
         return hydra.compose("config", overrides, return_hydra_config=True)
-
-
-def _register() -> None:
-    configuration.register()
-    OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
-    OmegaConf.register_new_resolver("share", lambda a, b: round(a * b), replace=True)
-    OmegaConf.register_new_resolver(
-        "folders", lambda root: ",".join(map(_quoted, experiment.folders(root))), replace=True
-    )
-    OmegaConf.register_new_resolver("choose", lambda key, options: options[getattr(key, "name", key)], replace=True)
-
-
-def _quoted(path: Path) -> str:
-    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{text}'"
 
 
 def help_text(arguments: list[str]) -> str:
@@ -173,29 +173,61 @@ def _groups(conf: Path) -> list[tuple[str, str, str]]:
 
 def collect() -> None:
     """``peftsweep-collect``: tables and plots of studies."""
-    parser = argparse.ArgumentParser(
+
+    def door() -> int:
+        words = _collect_parser().parse_args()
+        if words.memory_guide:
+            from peftsweep import guide
+
+            return guide.main(words.memory_guide, _trial, words.studies)
+        from peftsweep import collect as collecting
+
+        if words.status:
+            return collecting.status(words.studies)
+        return collecting.main(
+            collecting.Options(
+                studies=words.studies,
+                out=words.out,
+                where=words.where,
+                plots=not words.no_plots,
+                kind="svg" if words.svg else "png",
+                from_peft=words.from_peft,
+                to_peft=words.to_peft,
+            )
+        )
+
+    sys.exit(_guarded(door))
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message.removeprefix("argument "))
+
+
+def _collect_parser() -> argparse.ArgumentParser:
+    parser = _OneLineParser(
         prog="peftsweep-collect", description="Turn the trials of studies into results.parquet, plots and a table."
     )
     parser.add_argument("studies", nargs="*", metavar="STUDY_DIR", help="default: every study under multirun/")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the trials of all of them as one parquet")
-    parser.add_argument("--no-plots", action="store_true", help="tables only")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="also the trials of all: .parquet .csv .json .jsonl .sqlite .db"
+    )
+    parser.add_argument(
+        "--where",
+        metavar="EXPR",
+        help="show, and write to --out, only these: \"choices.quant == '4bit'\"",
+    )
+    parser.add_argument("--no-plots", action="store_true", help="no plots and no report.html")
+    parser.add_argument("--svg", action="store_true", help="plots as .svg instead of .png")
+    parser.add_argument("--status", action="store_true", help="instead: how the studies stand, and what failed and why")
+    parser.add_argument(
+        "--from-peft", type=Path, metavar="DIR", help="results of PEFT's comparison on MetaMathQA, as a study"
+    )
+    parser.add_argument("--to-peft", type=Path, metavar="DIR", help="also the trials, as results of that comparison")
     parser.add_argument(
         "--memory-guide", metavar="MODEL", help="instead: which method and quantisation of it fits which GPU, predicted"
     )
-    options, words = parser.parse_args(), []
-    if options.memory_guide:
-        words, options.studies = options.studies, []
-
-    def door() -> int:
-        if options.memory_guide:
-            from peftsweep import guide
-
-            return guide.main(options.memory_guide, _trial, words)
-        from peftsweep import collect as collecting
-
-        return collecting.main(options.studies, options.out, plots=not options.no_plots)
-
-    sys.exit(_guarded(door))
+    return parser
 
 
 def data() -> None:
@@ -208,11 +240,6 @@ def data() -> None:
         return prepare.main(compose([f"dataset={words.pop('dataset')}"]), prepare.Options(**words))
 
     sys.exit(_guarded(door))
-
-
-class _OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message.removeprefix("argument "))
 
 
 def _data_parser(formats: Sequence[str]) -> argparse.ArgumentParser:

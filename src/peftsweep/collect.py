@@ -1,150 +1,212 @@
-"""Runs -> tables: the records of a study as results.parquet and steps.parquet, and a short table."""
+"""Runs -> answers: the trials of studies as tables, plots and a short summary; how a study stands."""
 
 from __future__ import annotations
 
 import json
 import math
-import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from peftsweep import plot, record, study
-from peftsweep.display import show_table, size
+from peftsweep import halving, interchange, page, plot, report, study
+from peftsweep.display import show_table, size, summary
 from peftsweep.errors import InputError
-from peftsweep.record import RESULT, STEPS, RecordError, Result
+from peftsweep.metrics import LOWER_IS_BETTER
+from peftsweep.record import Result, Status
+from peftsweep.table import (
+    ALLOCATED,
+    BREAK_EVEN,
+    COMPILE,
+    PREDICTION_ERROR,
+    RESULTS_FILE,
+    SPEED_UP,
+    STEPS_FILE,
+    check_ending,
+    newest,
+    read,
+    record_file,
+    steps,
+    together,
+    trials,
+    write,
+    write_parquet,
+)
+from peftsweep.where import where
 
-RESULTS_FILE = "results.parquet"
-STEPS_FILE = "steps.parquet"
-STEP, COMPILE = "train_info.step_seconds_p50", "config.train.compile"
-NOT_TWINS = (COMPILE, "config.train.compile_dynamic", "config.train.pad_to_multiple_of", "config.label")
 NO_SETTINGS = ("choices.profiler", "choices.tracker", "choices.inference")  # that change nothing of a trial
-SPEED_UP, BREAK_EVEN = "train_info.compile_speed_up", "train_info.compile_break_even_step"
-PREDICTED, PREDICTION_ERROR = "memory.predicted.peak_bytes", "memory.predicted.error"
-RESIDENT_NOTE = "; on a CPU of the process's resident memory, in which a small model drowns"
-ALLOCATED, RESIDENT = "memory.train.allocated_peak", "memory.train.rss_peak"
+SHOWN = 40  # trials that a printed table holds
+Row = dict[Any, Any]  # of a table, by column
 
 
-def main(names: Sequence[str], out: Path | None, *, plots: bool = True) -> int:
-    """``peftsweep-collect``: tables and plots into each study, one table of all trials to ``out``."""
-    if out is not None and out.suffix != ".parquet":
-        raise InputError(f"--out {out}: must end in .parquet")
-    found = [study.find(name) for name in names] if names else study.studies()
-    if not found:
-        raise InputError(f"no study under {study.ROOT}/; run peftsweep first, or name a study's folder")
-    everything: list[Result] = []
-    for folder in found:
-        results = read(folder)
-        everything += results
-        if not results:
-            print(f"{folder}: no trial yet")
-            continue
-        table = trials(results)
-        write_parquet(table, folder / RESULTS_FILE)
-        write_parquet(steps(results), folder / STEPS_FILE)
-        print_table(table, str(folder))
-        print_generation(table)
-        for line in notes(table):
+@dataclass(frozen=True)
+class Options:
+    """What ``peftsweep-collect`` is asked for."""
+
+    studies: Sequence[str] = ()  # names or folders; none: all of them
+    out: Path | None = None  # one table of the trials of all
+    where: str | None = None  # of the trials that are shown and written to `out`
+    plots: bool = True  # and report.html
+    kind: str = "png"  # of the plots' files, or svg
+    from_peft: Path | None = None  # result files of PEFT's comparison, which become a study
+    to_peft: Path | None = None  # where the trials are written as such
+
+
+@dataclass
+class Collected:
+    """A study as it was read."""
+
+    folder: Path
+    results: list[Result]
+    table: pd.DataFrame = field(init=False)  # a row a trial
+
+    def __post_init__(self) -> None:
+        self.table = trials(self.results)
+
+
+def main(options: Options) -> int:
+    """``peftsweep-collect``: tables, plots and reports into each study, and one table of all that was asked for."""
+    if options.out is not None:
+        check_ending(options.out)
+    collected = [Collected(folder, read(folder)) for folder in _folders(options)]
+    for one in collected:
+        if not one.results:
+            print(f"{one.folder}: no trial yet")
+    collected = [one for one in collected if one.results]
+    every = together([one.table for one in collected])
+    chosen = every[where(every, options.where)] if options.where else every
+    for one in collected:
+        logged = steps(one.results)
+        write_parquet(one.table, one.folder / RESULTS_FILE)
+        write_parquet(logged, one.folder / STEPS_FILE)
+        mine = one.table[one.table["collected.record"].isin(chosen["collected.record"])]
+        print_study(mine, str(one.folder), of=len(one.table))
+        drawn = plot.study(one.table, logged, one.folder / "plots", options.kind) if options.plots else []
+        findings, said = report.write(one.folder, one.table, logged, drawn)
+        for line in [*said, *halving.notes(one.results)]:
             print(line)
-        written = [folder / RESULTS_FILE, folder / STEPS_FILE, *(plot.study(table, folder / "plots") if plots else [])]
+        written = [one.folder / RESULTS_FILE, one.folder / STEPS_FILE, findings, *drawn]
+        written += [page.write(one.table, logged, one.folder)] if options.plots else []
         print("wrote " + ", ".join(str(file) for file in written))
-    if out is not None:
-        write_parquet(trials(everything), out)
-        print(f"wrote {out}")
+    if collected:
+        _hand_over(chosen, [result for one in collected for result in one.results], options)
     return 0
 
 
-def read(folder: Path) -> list[Result]:
-    """The records of a study, oldest first; a broken one is named on stderr and skipped."""
-    results = []
-    for file in folder.glob(f"*/{RESULT}"):
-        try:
-            results.append(Result.read(file.parent))
-        except RecordError as error:
-            print(f"skipped: {error}", file=sys.stderr)
-    return sorted(results, key=lambda result: (result.run_info["created_at"], result.trial))
+def _folders(options: Options) -> list[Path]:
+    if options.from_peft is not None:
+        if len(options.studies) > 1:
+            raise InputError(f"--from-peft: fills one study, not {len(options.studies)}")
+        return [interchange.from_peft(options.from_peft, *map(Path, options.studies))]
+    found = [study.find(name) for name in options.studies] if options.studies else study.studies()
+    if not found:
+        raise InputError(f"no study under {study.ROOT}/; run peftsweep first, or name a study's folder")
+    return found
 
 
-def trials(results: Iterable[Result]) -> pd.DataFrame:
-    """One row a trial, with dotted columns such as ``config.method.r``; lists are kept as JSON text."""
-    rows = [record.plain(result) for result in results]
-    for row in rows:
-        row.pop("folder")
-    return _typed(_with_comparisons(pd.DataFrame([record.flat(row) for row in rows])))
+def _hand_over(chosen: pd.DataFrame, results: Sequence[Result], options: Options) -> None:
+    """Write the chosen trials of all studies to where else they were asked for."""
+    if options.out is None and options.to_peft is None:
+        return
+    kept = newest(chosen)
+    if (left := len(chosen) - len(kept)) > 0:
+        print(f"{left} of {len(chosen)} trials have the same configuration as another one; the newest is kept")
+    records = set(kept["collected.record"])
+    mine = [result for result in results if record_file(result) in records]
+    if options.out is not None:
+        write(kept, options.out, lambda: steps(mine))
+        print(f"wrote {options.out}")
+    if options.to_peft is not None:
+        for line in interchange.to_peft(mine, options.to_peft):
+            print(line)
 
 
-def _with_comparisons(table: pd.DataFrame) -> pd.DataFrame:
-    """Add what only several figures together tell: the error of the predicted memory, the gain of compiling."""
-    if PREDICTED in table and RESIDENT in table:
-        resident = table[RESIDENT] - table["memory.start.rss"]  # beyond what the process held before
-        measured = table[ALLOCATED].fillna(resident) if ALLOCATED in table else resident
-        table[PREDICTION_ERROR] = (table[PREDICTED] / measured.astype(float)).sub(1)
-    if "train_info.compile_graphs" in table:
-        same = [c for c in table.columns if c.startswith("config.") and c not in NOT_TWINS]
-        twins = table[same].map(lambda value: "" if pd.isna(value) else str(value)).agg("|".join, axis=1)
-        eager = table[table[COMPILE] == "none"].groupby(twins)[STEP].median()
-        gains = [_compile_gain(row, eager.get(twin)) for (_, row), twin in zip(table.iterrows(), twins, strict=True)]
-        table[[SPEED_UP, BREAK_EVEN]] = pd.DataFrame(gains, index=table.index, dtype=float)
-    return table
+# ---- how a study stands ----------------------------------------------------------------------------
 
 
-def _compile_gain(row: pd.Series[Any], eager: float | None) -> tuple[float | None, float | None]:
-    """How many times faster a compiled trial's median step is than its eager twin's, and after how many steps it pays.
+def status(names: Sequence[str]) -> int:
+    """``peftsweep-collect --status``: counts by status, what runs, what failed and why; writes nothing."""
+    for folder in [study.find(name) for name in names] if names else study.studies():
+        results = read(folder)
+        claims = study.running(folder)
+        print(f"{folder}: {_counts(result.status.name for result in results)}, {len(claims)} running")
+        for claim in claims:
+            print(f"    running: {claim}")
+        if cut_off := study.cut_off(folder):
+            print(f"    cut off, the same command continues: {', '.join(place.name for place in cut_off)}")
+        for reason, labels in _failures(results).items():
+            more = f" and {len(labels) - 3} more" if labels[3:] else ""
+            print(f"    {reason}: {', '.join(labels[:3])}{more}")
+    return 0
 
-    ``eager`` is the twin's, in seconds: of the trial that differs in nothing but how it is compiled. The break-even
-    step is that at which the seconds of compiling have come back, and infinite where they never do.
-    """
-    if pd.isna(row["train_info.compile_graphs"]) or eager is None:
-        return None, None
-    compiled = float(row[STEP])
-    spent = row["train_info.compile_seconds"] + row["train_info.recompile_seconds"]
-    return eager / compiled, spent / (eager - compiled) if compiled < eager else math.inf
 
-
-def steps(results: Iterable[Result]) -> pd.DataFrame:
-    """One row a logged step, with the trial's name, label and study before its own columns."""
-    rows = []
+def _failures(results: Sequence[Result]) -> dict[str, list[str]]:
+    """Why trials did not succeed -> the labels of those it befell."""
+    found: dict[str, list[str]] = {}
     for result in results:
-        file = (result.folder or Path()) / STEPS
-        info = result.run_info
-        name = {"trial": result.trial, "label": info["labels"][0], "study": info["study"]}
-        rows += [name | record.flat(row) for row in record.read_lines(file)]
-    return _typed(pd.DataFrame(rows, columns=None if rows else ["trial", "label", "study", "step"]))
+        if result.status is not Status.success:
+            reason = summary(result)[0] if result.error else result.status.name
+            found.setdefault(reason, []).append(result.run_info["labels"][0])
+    return found
 
 
-def write_parquet(table: pd.DataFrame, file: Path) -> None:
-    """Replace ``file`` by ``table``, atomically."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}")
-    table.to_parquet(temporary, index=False)
-    temporary.replace(file)
-
-
-def _typed(table: pd.DataFrame) -> pd.DataFrame:
-    """Integers stay integers beside gaps; a column of mixed types (an option given as text or number) becomes text."""
-    typed = table.convert_dtypes()
-    for name in typed.select_dtypes(object).columns:
-        values = typed[name]
-        typed[name] = values.where(values.isna(), values.map(lambda v: v if isinstance(v, str) else json.dumps(v)))
-        typed[name] = typed[name].astype("string")
-    return typed
+def _counts(statuses: Iterable[str]) -> str:
+    counts = Counter(statuses)
+    trials_of_all = "1 trial" if counts.total() == 1 else f"{counts.total():,} trials"
+    said = ", ".join(f"{counts[status.name]:,} {status.name}" for status in Status if counts[status.name])
+    return f"{trials_of_all}: {said}" if said else trials_of_all
 
 
 # ---- the short table -------------------------------------------------------------------------------
 
 
+def print_study(table: pd.DataFrame, name: str, *, of: int) -> None:
+    """The trials of a study, ``of`` which ``table`` holds those that were chosen: a row each, or the best of many."""
+    title = f"{name}: {_counts(table['run_info.status'])}" + (f" ({of:,} in the study)" if len(table) < of else "")
+    shown = _best(table)
+    if len(shown) < len(table):
+        by = _main_score(table)
+        title += f"; the {SHOWN} " + (f"best by {by}" if by else "newest")
+    print_table(shown, title)
+    print_generation(shown)
+    for line in notes(table, shown):
+        print(line)
+
+
+def _main_score(table: pd.DataFrame) -> str | None:
+    """The first accuracy of a table, else its first score."""
+    names = scores(table)
+    return next((name for name in names if name.endswith("accuracy")), names[0] if names else None)
+
+
+def _best(table: pd.DataFrame) -> pd.DataFrame:
+    """All rows of a short table; of a long one the best by its main score, or the newest where none has a score."""
+    if len(table) <= SHOWN:
+        return table
+    score = _main_score(table)
+    if score is None:
+        return table.tail(SHOWN)
+    values = table[f"eval_info.{score}.value"].astype(float)
+    down = score.rpartition(".")[2] in LOWER_IS_BETTER
+    return table.loc[values.sort_values(ascending=down, na_position="last", kind="stable").index[:SHOWN]]
+
+
 def print_table(table: pd.DataFrame, title: str) -> None:
     """What differs between the trials, how they ended, what they score and cost."""
-    show_table(title, [_short(row, varying(table), scores(table)) for _, row in table.iterrows()])
+    differing, metrics = varying(table), scores(table)
+    named = not differing or bool(table[differing].duplicated().any())  # they differ in something else
+    show_table(title, [_short(row, differing, metrics, named=named) for row in table.to_dict("records")])
 
 
 def print_generation(table: pd.DataFrame) -> None:
     """How fast each trial generates: the medians over its categories, and the overheads with their 95% intervals."""
+    columns = [c for c in table.columns if c.startswith("generation_info.overall.") or c == "run_info.labels"]
     rows = [
         _generated(row, variant)
-        for _, row in table.iterrows()
+        for row in table[columns].to_dict("records")
         for variant in ("base", "adapted", "merged")
         if pd.notna(row.get(f"generation_info.overall.{variant}.seconds_p50"))
     ]
@@ -152,7 +214,7 @@ def print_generation(table: pd.DataFrame) -> None:
         show_table("generation", rows)
 
 
-def _generated(row: pd.Series[Any], variant: str) -> dict[str, str]:
+def _generated(row: Row, variant: str) -> dict[str, str]:
     prefix = f"generation_info.overall.{variant}."
 
     def cell(name: str, form: str, factor: float = 1.0) -> str:
@@ -163,7 +225,7 @@ def _generated(row: pd.Series[Any], variant: str) -> dict[str, str]:
     interval = "" if low is None or high is None or pd.isna(low) else f" [{low - 1:+.1%}, {high - 1:+.1%}]"
     sizes = sorted(
         int(name.split("_")[1].split(".")[0])
-        for name in (c.removeprefix(prefix) for c in row.index if c.startswith(prefix))
+        for name in (c.removeprefix(prefix) for c in row if c.startswith(prefix))
         if name.startswith("batch_") and name.endswith(".tokens_per_second")
     )
     return {
@@ -176,18 +238,20 @@ def _generated(row: pd.Series[Any], variant: str) -> dict[str, str]:
     }
 
 
-def notes(table: pd.DataFrame) -> list[str]:
-    """What compiling gained, and how far the predicted memory was from the measured."""
+def notes(table: pd.DataFrame, shown: pd.DataFrame) -> list[str]:
+    """What compiling gained the ``shown`` trials, and how far the predicted memory of all was from the measured."""
     lines = []
-    for _, row in table[table[SPEED_UP].notna()].iterrows() if SPEED_UP in table else []:
+    for row in shown[shown[SPEED_UP].notna()].to_dict("records") if SPEED_UP in shown else []:
         pays = "never pays" if math.isinf(row[BREAK_EVEN]) else f"pays from step {row[BREAK_EVEN]:,.0f} on"
         name = json.loads(row["run_info.labels"])[0]
         lines.append(f"{name}: {row[COMPILE]} steps are {row[SPEED_UP]:.2f} times as fast as eager ones; {pays}")
     errors = table[PREDICTION_ERROR].dropna().astype(float) if PREDICTION_ERROR in table else pd.Series(dtype=float)
     if not errors.empty:
-        where = "" if ALLOCATED in table and table[ALLOCATED].notna().any() else RESIDENT_NOTE
+        where_measured = "on the device" if table[ALLOCATED].notna().any() else "by the process's resident memory"
         spread = f"{errors.min():+.0%} to {errors.max():+.0%} over {len(errors)} trials"
-        lines.append(f"predicted training memory: median error {errors.median():+.0%} ({spread}){where}")
+        lines.append(
+            f"predicted training memory: median error {errors.median():+.0%} ({spread}), measured {where_measured}"
+        )
     return lines
 
 
@@ -205,12 +269,13 @@ def scores(table: pd.DataFrame) -> list[str]:
     return [c for c in known if c.rpartition(".")[2] not in ("loss", "valid_fraction") and ".base_" not in c]
 
 
-def _short(row: pd.Series[Any], differing: list[str], metrics: list[str]) -> dict[str, str]:
+def _short(row: Row, differing: list[str], metrics: list[str], *, named: bool) -> dict[str, str]:
     def cell(column: str, form: str = "{}") -> str:
         value = row.get(column)
         return "" if value is None or pd.isna(value) else form.format(value)
 
-    short = {c.rpartition(".")[2]: cell(c) for c in differing} or {"trial": json.loads(row["run_info.labels"])[0]}
+    name = {"trial": json.loads(row["run_info.labels"])[0]} if named else {}
+    short = name | {c.rpartition(".")[2]: cell(c) for c in differing}
     measured = {
         name: cell(f"eval_info.{name}.value", "{:.3f}") + cell(f"eval_info.{name}.stderr", " ± {:.3f}")
         for name in metrics
@@ -218,13 +283,13 @@ def _short(row: pd.Series[Any], differing: list[str], metrics: list[str]) -> dic
     return short | {"status": row["run_info.status"]} | measured | _cost(row, cell)
 
 
-def _cost(row: pd.Series[Any], cell: Any) -> dict[str, str]:
-    device = row.get("memory.train.allocated_peak")
-    peak = row.get("memory.train.rss_peak") if device is None or pd.isna(device) else device
+def _cost(row: Row, cell: Any) -> dict[str, str]:
+    peaks = [row.get(f"memory.train.{name}") for name in ("allocated_peak", "reserved_peak", "rss_peak")]
+    peak = next((value for value in peaks if pd.notna(value)), None)
     return {
         "trainable": cell("train_info.trainable_parameters", "{:,}"),
         "adapter": size(row["train_info.adapter_bytes"]) if cell("train_info.adapter_bytes") else "",
-        "peak memory": "" if peak is None or pd.isna(peak) else size(peak),
+        "peak memory": "" if peak is None else size(peak),
         "train s": cell("train_info.train_seconds", "{:.1f}"),
         "tokens/s": cell("train_info.tokens_per_second", "{:,.0f}"),
     }

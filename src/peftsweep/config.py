@@ -23,8 +23,9 @@ from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peftsweep import data, experiment, study
+from peftsweep import data, experiment, repeat, study
 from peftsweep.errors import InputError, suggest
+from peftsweep.record import SECTIONS
 from peftsweep.schema import Config, DatasetConfig, Dtype, Init, ModelConfig, RowsConfig, Task
 
 IDENTITY_LENGTH = 10  # hex digits: a study of 10,000 trials has a clash once in 20,000 studies
@@ -48,6 +49,8 @@ LEAST = {
     "train.log_every": 1,
     "method.r": 1,
     "method.lora_alpha": 1,
+    "halving.factor": 2,
+    "halving.min_steps": 1,
 }
 LAUNCHER = {
     "workers": 0,
@@ -61,6 +64,13 @@ LAUNCHER = {
 }  # with the least
 PACK = 8  # trials at once that pack=auto tries
 OFF = "off"
+PACKAGES = {  # options that a package brings
+    "hydra/launcher/submitit_slurm": "peftsweep[slurm]",
+    "hydra/launcher/submitit_local": "peftsweep[slurm]",
+    "hydra/launcher/ray": "peftsweep[ray]",
+    "hydra/launcher/joblib": "hydra-joblib-launcher",
+    "hydra/sweeper/optuna": "peftsweep[optuna]",
+}
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 FROM_FILE = "from/adapter_config"  # the option of method that reads one
 LANGUAGE_MODEL_ONLY = ("peftsweep.evaluate.perplexity", "peftsweep.evaluate.generation")
@@ -113,6 +123,9 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
     cfg.pop("hydra", None)
     overrides = list(overrides)
     choices = dict(choices) | _fill_from_files(cfg, overrides)
+    if cfg.halving.min_steps is not None:
+        cfg.train.eval_every = cfg.train.eval_every or str(cfg.halving.min_steps)
+        cfg.halving.metric = cfg.halving.metric or cfg.train.best_metric
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise InputError(f"{missing[0]}: must be given")
     try:
@@ -123,6 +136,8 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
     # An interpolation such as ${model.dtype} is an Enum's member there and must be the name a library knows.
     config = dataclasses.replace(config, method=tree["method"], quant=tree["quant"], eval=tree["eval"])
     _check_values(tree)
+    _check_halving(config, choices.get("hydra/sweeper"))
+    _check_objective(config)
     _check_calls(config)
     rows = None if config.dataset.hub and not config.dataset.path else _rows(config)
     _check_evaluation_rows(config, rows)
@@ -132,6 +147,7 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
     elif chosen["method"] == FROM_FILE:
         chosen["method"] = "full"
     training = _training(config, rows)
+    del tree["halving"]["rung"]  # how far the trial goes now is no part of what it is
     return Trial(
         config=config,
         tree=tree,
@@ -168,7 +184,8 @@ def _fill_from_files(cfg: DictConfig, overrides: Iterable[str]) -> dict[str, str
     Returns the choices that the files have made.
     """
     said = {override.lstrip("+~").partition("=")[0] for override in overrides}
-    made = _fill_from_adapter(cfg, said) if cfg.adapter.path is not None else {}
+    made = _fill_from_record(cfg, said) if cfg.repeat is not None else {}
+    made |= _fill_from_adapter(cfg, said) if cfg.adapter.path is not None else {}
     folder, file = cfg.method.get("path"), cfg.train.params_file  # which may be told by method.path
     if folder is not None:
         own = {key: value for key, value in cfg.method.items() if key != "path"}
@@ -180,6 +197,30 @@ def _fill_from_files(cfg: DictConfig, overrides: Iterable[str]) -> dict[str, str
             if key not in said:
                 OmegaConf.update(cfg, key, value, merge=False)
     return made
+
+
+def _fill_from_record(cfg: DictConfig, said: set[str]) -> dict[str, str]:
+    """All that the record of a trial says, key by key; what it lacks, as records of older versions do, stays."""
+    original = repeat.original(cfg.repeat)
+    if "study" not in said:
+        cfg.study = f"{original.run_info['study']}-repeat"
+    if original.folder and original.folder.parent.resolve() == study.folder(cfg.study).resolve():
+        raise InputError(f"repeat={cfg.repeat}: study={cfg.study} holds the original, which is kept; take another")
+    cfg.force = True  # or a second repeat, with other versions, would be told the first one's numbers
+    own = {key: OmegaConf.select(cfg, key) for key in said if "." in key}
+    for key, value in original.config.items():
+        if key in repeat.NOT_REPEATED or key in said or key not in cfg:
+            continue
+        if not (isinstance(value, dict) and OmegaConf.get_type(cfg, key) is not dict):
+            OmegaConf.update(cfg, key, value, merge=False)
+            continue
+        for name, part in value.items():
+            if name in cfg[key]:  # not one that this version has no more
+                OmegaConf.update(cfg, f"{key}.{name}", part, merge=False)
+    for key, value in own.items():
+        if not key.startswith("hydra."):
+            OmegaConf.update(cfg, key, value, merge=False)
+    return {group: option for group, option in original.choices.items() if group not in said}
 
 
 def _fill_from_adapter(cfg: DictConfig, said: set[str]) -> dict[str, str]:
@@ -223,13 +264,47 @@ def _check_values(tree: dict[str, Any]) -> None:
         raise InputError(f"dataset.train_fraction={tree['dataset']['train_fraction']}: must lie between 0 and 1")
     if tree["train"]["keep_best"] and tree["train"]["eval_every"] is None:
         raise InputError("train.keep_best=true: needs train.eval_every, the interval of the validations it compares")
-    metric = tree["train"]["best_metric"]
-    if metric != "loss" and metric.partition(".")[0] not in tree["eval"]:
-        raise InputError(f"train.best_metric={metric}: must be loss or <eval>.<metric> of {', '.join(tree['eval'])}")
+    for key in ("train.best_metric", "halving.metric"):
+        metric = _at(tree, key) or "loss"
+        if metric != "loss" and metric.partition(".")[0] not in tree["eval"]:
+            raise InputError(f"{key}={metric}: must be loss or <eval>.<metric> of {', '.join(tree['eval'])}")
     if tree["memory_limit"] is not None:
         size_in_bytes(tree["memory_limit"], "memory_limit")
     if not tree["study"] or "/" in tree["study"] or tree["study"].startswith("."):
         raise InputError(f"study={tree['study']}: must be a plain name, without '/' and not beginning with '.'")
+
+
+def _check_halving(config: Config, sweeper: str | None) -> None:
+    """A rung must be a step at which the trial is validated anyway, so that it changes nothing of the trial."""
+    halving, every = config.halving, config.train.eval_every
+    if halving.min_steps is None:
+        return
+    if sweeper not in (None, "grid"):
+        raise InputError(f"halving: is done by hydra/sweeper=grid, not by {sweeper}")
+    if config.objective is not None:
+        raise InputError("objective: is for a sweeper such as hydra/sweeper=optuna; halving judges by halving.metric")
+    if not (every or "").isdigit() or int(every or 1) < 1 or halving.min_steps % int(every or 1):
+        raise InputError(f"train.eval_every={every}: must be steps that divide halving.min_steps={halving.min_steps}")
+    steps, most = config.train.steps, config.train.steps // halving.factor
+    if config.train.epochs is None and steps and halving.min_steps > most:
+        said = f"halving.min_steps={halving.min_steps}: must be at most {most}"
+        raise InputError(f"{said}, train.steps={steps} divided by halving.factor={halving.factor}")
+
+
+def _check_objective(config: Config) -> None:
+    """As far as it can be known before a record is there."""
+    said = config.objective
+    columns = [said] if isinstance(said, str) else [] if said is None else said
+    if not isinstance(columns, list) or not all(isinstance(column, str) for column in columns):
+        raise InputError(f"objective={said}: must be a column of the record, or a list of columns")
+    for column in columns:
+        section, *names = column.split(".")
+        if section not in SECTIONS or not names:
+            raise InputError(f"objective={column}: must be a column of {', '.join(SECTIONS)}")
+        if section == "eval_info" and names[0] not in config.eval:
+            raise InputError(
+                f"objective={column}: eval_info.{names[0]} is not evaluated; {suggest(names[0], list(config.eval))}"
+            )
 
 
 def placement(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -440,8 +515,12 @@ def rows_config(node: Mapping[str, Any]) -> RowsConfig:
 
 def one_line(error: BaseException) -> str:
     """What Hydra or OmegaConf found wrong, as one line that names the key and what is allowed."""
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
+        if package := PACKAGES.get(error.missing_cfg_file):
+            named = re.search(rf"In '{group}/(\w+)'", str(error))  # ours, which begins with the missing one
+            return f"{group}={named[1] if named else option}: pip install '{package}'"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         return f"{group}={option}: no such option; {suggest(option, list(error.options))}"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:

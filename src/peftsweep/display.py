@@ -140,6 +140,9 @@ def summary(result: Result) -> list[str]:
         if result.folder is not None and result.status in (Status.failed, Status.oom):
             lines.append(f"see {result.folder / 'trial.log'}")
         return lines
+    if rung := result.run_info.get("rung"):
+        value = "no number" if rung["value"] is None else f"{rung['value']:.4f}"
+        return [f"stopped at rung {rung['number']}, step {rung['step']}: {rung['metric']} {value}"]
     lines = [f"{name}: {text}" for name, scores in result.eval_info.items() if (text := scores_line(scores))]
     info = result.train_info
     rss = max((m.get("rss_peak", 0) for m in result.memory.values()), default=0)

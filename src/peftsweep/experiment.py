@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,11 +128,20 @@ def training(path: str) -> dict[str, Any]:
         file /= TRAINING_FILE
     elif not file.is_file():
         raise InputError(f"train.params_file={path}: no such file")
-    said = DEFAULTS | (_read(file, "train.params_file") if file.is_file() else {})
+    return translated(_read(file, "train.params_file") if file.is_file() else {}, f"train.params_file={file}")
+
+
+def translated(parameters: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The keys that training parameters of PEFT's comparison set, dotted, over its defaults.
+
+    Raises:
+        InputError: one is unknown; ``source`` says where it stands.
+    """
+    said = DEFAULTS | dict(parameters)
     known = (*KEYS, *TRANSLATED, *ELSEWHERE)
     for name in said:
         if name not in known:
-            raise InputError(f"train.params_file={file}: {name}: no such parameter; {suggest(name, list(known))}")
+            raise InputError(f"{source}: {name}: no such parameter; {suggest(name, list(known))}")
     keys = {ours: said[theirs] for theirs, ours in KEYS.items() if theirs in said}
     kind, options = said["optimizer_type"], dict(said["optimizer_kwargs"])
     keys["train.optimizer"] = OPTIMIZERS.get(str(kind).lower(), f"torch.optim.{kind}")
@@ -140,7 +150,7 @@ def training(path: str) -> dict[str, Any]:
     keys["train.weight_decay"] = options.pop("weight_decay", 0.01)  # torch's own
     keys["train.optimizer_kwargs"] = options
     if said["lr_scheduler"] not in ("cosine", None):
-        raise InputError(f"train.params_file={file}: lr_scheduler must be cosine or null")
+        raise InputError(f"{source}: lr_scheduler must be cosine or null")
     cosine = said["lr_scheduler"] == "cosine"
     keys |= {"train.schedule": "cosine" if cosine else "constant", "train.warmup": 0.1 if cosine else 0.0}
     keys["train.autocast"] = "bfloat16" if said["use_amp"] else None

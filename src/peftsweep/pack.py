@@ -69,6 +69,7 @@ def alone(trial: Trial) -> str | None:
         "it is compiled": config.train.compile != "none",
         "its optimizer is not torch's own": not _of_torch(config.train),
         "it is profiled or timed": config.profiler or config.inference,
+        "it stops at rungs": config.halving.min_steps is not None,
         "its base is spread over devices": config.model.device_map is not None,
         "dropout under gradient checkpointing": config.train.checkpointing and config.method.get("lora_dropout"),
         "its base has dropout of its own": _base_drops(trial),

@@ -28,6 +28,9 @@ PACKAGES = (
 )
 
 
+SECTIONS = ("run_info", "train_info", "memory", "eval_info", "generation_info")  # of a record, that were measured
+
+
 class Status(Enum):
     """How a trial ended."""
 

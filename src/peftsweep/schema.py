@@ -137,6 +137,16 @@ class AdapterConfig:
 
 
 @dataclass
+class HalvingConfig:
+    """Successive halving: trials run to a rung, and only the best of them on to the next."""
+
+    metric: str | None = None  # of the validation, as train.best_metric, which it is by default
+    factor: int = 3  # one trial in so many goes on, for so many times the steps
+    min_steps: int | None = None  # steps until the first rung; null: every trial runs to its end
+    rung: int | None = None  # at which this trial stops, from 1 on; the sweeper's to say
+
+
+@dataclass
 class Config:
     """One trial."""
 
@@ -149,6 +159,7 @@ class Config:
     memory_limit: str | None = None  # such as 24GB; null: what the device has, unknown on a CPU
     skip_oversized: bool = False  # refuse a trial that is predicted to need more
     force: bool = False
+    repeat: str | None = None  # the folder of a trial that is run again from its record, and compared
     quiet: bool = False
     stop_on_failure: bool = False
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -164,6 +175,8 @@ class Config:
     profiler: dict[str, Any] = field(default_factory=dict)  # of profiler; empty: none
     tracker: dict[str, Any] = field(default_factory=dict)  # of tracker; empty: none
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    halving: HalvingConfig = field(default_factory=HalvingConfig)
+    objective: Any = None  # a column of the record, or a list of them, that a sweeper such as Optuna's is told
 
 
 @dataclass

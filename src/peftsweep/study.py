@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum, auto
 from pathlib import Path
 
 import psutil
@@ -127,6 +128,21 @@ class Claimed(Exception):
     """Another process runs the trial."""
 
 
+class Claim(Enum):
+    """How a trial is claimed."""
+
+    held = auto()  # by a process that is alive, or may be
+    left = auto()  # by one that died
+
+
+def claimed(study: Path, identity: str) -> Claim | None:
+    """Whether the trial is claimed by a process; None where it is by none."""
+    file = _claim(study, identity)
+    if not file.exists():
+        return None
+    return Claim.held if _held(file) else Claim.left
+
+
 @contextmanager
 def claim(study: Path, identity: str) -> Iterator[None]:
     """Hold the trial for this process during the block, so that no other one of any sweep runs it too.
@@ -137,7 +153,7 @@ def claim(study: Path, identity: str) -> Iterator[None]:
     Raises:
         Claimed: another process that is alive holds it.
     """
-    file = study / ".claims" / f"{identity}.json"
+    file = _claim(study, identity)
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(file.with_name(".lock")):  # of the few milliseconds in which it is decided whose it is
         if _held(file):
@@ -152,6 +168,30 @@ def claim(study: Path, identity: str) -> Iterator[None]:
         over.set()
         pulse.join()
         file.unlink(missing_ok=True)
+
+
+def running(study: Path) -> list[str]:
+    """What runs now: the trial's folder, the machine and the process that hold it."""
+    found = []
+    for file in sorted((study / ".claims").glob("*.json")):
+        if _held(file):
+            holder = read_json(file)
+            name = trial_folder(study, "trial", file.stem).name
+            found.append(f"{name} on {holder['host']}, process {holder['pid']}")
+    return found
+
+
+def cut_off(study: Path) -> list[Path]:
+    """The folders of trials that began, left no record and do not run."""
+    begun = [file.parents[1] for file in study.glob("*/.hydra/config.yaml")]
+    claims = study / ".claims"
+    held = {file.stem for file in claims.glob("*.json") if _held(file)}
+    left = [place for place in begun if not (place / RESULT).exists() and place.name.rpartition("-")[2] not in held]
+    return sorted(left)
+
+
+def _claim(study: Path, identity: str) -> Path:
+    return study / ".claims" / f"{identity}.json"
 
 
 def _me() -> dict[str, str | int | float]:

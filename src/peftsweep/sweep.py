@@ -8,28 +8,39 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from peftsweep import forecast, record, study, trial, workers
+from peftsweep import engine, forecast, record, repeat, study, trial, workers
 from peftsweep.config import Trial
 from peftsweep.display import Display, size, summary
-from peftsweep.errors import InputError
+from peftsweep.engine import Launch
+from peftsweep.errors import InputError, SweepFailed, suggest
 from peftsweep.forecast import Forecast
 from peftsweep.record import Result, Status
-from peftsweep.workers import Options
+from peftsweep.workers import Budget, Options
 
 
-def run(trials: Sequence[Trial], options: Options | None = None) -> list[Result | None]:
+def run(
+    trials: Sequence[Trial],
+    options: Options | None = None,
+    budget: Budget | None = None,
+    launch: Launch | None = None,
+) -> list[Result | None]:
     """Run what is missing of ``trials`` and give the record of each; None for one that was not reached.
 
     Every trial is checked before the first one starts. Points with the same identity are trained once.
+    They run in workers of this machine as ``options`` says, or where ``launch`` places them. ``budget``
+    is what ``options`` leave, where it is not only for this sweep.
 
     Raises:
         InputError: a trial is wrong; nothing was trained.
+        SweepFailed: a trial that was to be repeated came out otherwise.
         KeyboardInterrupt: the user interrupted it.
     """
     if not trials:
         raise InputError("the sweep is empty: a glob in it matches no option")
     options = options or Options(workers=0)
     config = trials[0].config
+    if launch and config.stop_on_failure:
+        raise InputError("stop_on_failure=true: only with hydra/launcher=local; others are given all trials at once")
     if not config.dry_run and options.workers != 0:
         workers.prepare()
     forecasts = [forecast.check(one) for one in trials]  # raises before anything is written
@@ -44,13 +55,54 @@ def run(trials: Sequence[Trial], options: Options | None = None) -> list[Result 
     with Display(len(missing), quiet=config.quiet) as display, _terminable():
         for held in _once(results):
             display.say(f"done before: {held.trial} ({held.status.name})")
-        for _, result in workers.run(list(missing.values()), options, display):
+        if again := sum(trial.resumes_full(one) for one in missing.values()):
+            display.say(f"{_number(again)} that halving stopped will go on to the end")
+        todo, budget = list(missing.values()), budget or Budget(options)
+        ended = engine.run(todo, launch, display) if launch else workers.run(todo, options, budget, display)
+        for _, result in ended:
             _share(result, trials, results)
             if config.stop_on_failure and not result.status.good:
                 display.say("stopped at the first failure, as stop_on_failure=true says")
                 break
         _summarise(display, results, config.study)
+        same = [
+            _compared(display, one, result) for one, result in zip(trials, results, strict=True) if one.config.repeat
+        ]
+    if not all(same):
+        raise SweepFailed("a repeated trial is not the same")
     return results
+
+
+def _compared(display: Display, one: Trial, result: Result | None) -> bool:
+    """Say how the trial and the one that it repeats compare; gives whether they are the same."""
+    if result is None:
+        return True  # not reached
+    comparison = repeat.compare(repeat.original(str(one.config.repeat)), result)
+    repeat.write(comparison, result)
+    display.say(f"repeat of {comparison.of}:")
+    for line in comparison.lines():
+        display.say(f"    {line}")
+    return comparison.same
+
+
+def answer(one: Trial, result: Result | None) -> Any:
+    """What a sweeper is told of the trial: its record, the numbers of ``objective``, or an exception if it failed.
+
+    Raises:
+        InputError: ``objective`` names no number of the record.
+    """
+    columns = one.config.objective
+    if result is None:
+        return None if columns is None else SweepFailed(f"{one.label}: not run")
+    if not result.status.good or (columns is not None and result.status is not Status.success):
+        return SweepFailed(f"{result.trial}: {result.status.name}")
+    if columns is None:
+        return result
+    row = record.flat(record.plain({key: getattr(result, key) for key in record.SECTIONS}))
+    for column in [columns] if isinstance(columns, str) else columns:
+        if column not in row:
+            raise InputError(f"objective={column}: no such column; {suggest(column, list(row))}")
+    return row[columns] if isinstance(columns, str) else tuple(row[column] for column in columns)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch import nn
 from torch.profiler import record_function
 from transformers import get_scheduler
 
-from peftsweep.checkpoint import Checkpoints, OptimizerState, Part, Randomness, Weights
+from peftsweep.checkpoint import Checkpoints, Interruption, OptimizerState, Part, Randomness, Weights
 from peftsweep.compiled import compiled
 from peftsweep.data import Batch, Tokens, batch_order, collate
 from peftsweep.errors import InputError
@@ -68,6 +68,7 @@ def train(
     validate: Callable[[], dict[str, float]] | None = None,
     after_step: Callable[[], None] | None = None,
     checkpoints: Checkpoints | None = None,
+    stop_at: int | None = None,
 ) -> Trained:
     """Train the parameters of ``model`` that require gradients; ``log`` gets a row a logged step and a row an epoch.
 
@@ -75,7 +76,8 @@ def train(
     that accumulation changes memory and not results. ``validate`` is called every
     ``config.eval_every``, must return at least ``loss`` and ``config.best_metric``, and is a stage of its
     own. With ``after_step``, a profiler's, the parts of a step carry names in its trace. ``checkpoints`` gets one
-    every ``config.checkpoint_every``, and training goes on from that which it has found.
+    every ``config.checkpoint_every``, and training goes on from that which it has found. With ``stop_at``, a rung's
+    step, it ends there with a checkpoint, on the schedule of its full length.
 
     Raises:
         FloatingPointError: the loss is no longer finite.
@@ -115,12 +117,16 @@ def train(
     model.train()
     allocate = getattr(getattr(model, "base_model", None), "update_and_allocate", None)
     regularised: bool | None = None  # known after the first forward
-    with compiled(model, config, numbered, losses_of, meter) as compilation:
+    with (
+        compiled(model, config, numbered, losses_of, meter) as compilation,
+        Interruption(wanted=checkpoints is not None) as interruption,
+    ):
         torch.manual_seed(seed)  # dropout does not depend on how many numbers the adapter's creation drew
         if checkpoints:
             checkpoints.restore(parts)
         stream = numbered(first=progress.step * config.accumulation)
-        for step in range(progress.step + 1, steps + 1):
+        last = steps if stop_at is None else min(stop_at, steps)
+        for step in range(progress.step + 1, last + 1):
             laps.start()
             # ---- the step ----------------------------------------------------------------------
             micro_batches = list(itertools.islice(stream, config.accumulation))
@@ -183,11 +189,12 @@ def train(
                 log({"step": step, "steps": steps} | {f"validation_{name}": value for name, value in scores.items()})
                 if best and min(progress.validations)[-1] == step:
                     best.keep()
-            if checkpoints and step < steps and due(step):
+            if checkpoints and step < steps and (due(step) or interruption.pending or step == last):
                 with meter.stage("checkpoint"):
                     checkpoints.save(step, parts)
+            interruption.deliver()
         facts = compilation.facts()
-    if best and progress.validations:
+    if best and progress.validations and progress.step == steps:
         best.restore()
     model.eval()
     return progress.trained(config, len(rows), final_loss, facts)

@@ -22,7 +22,7 @@ import transformers
 from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peftsweep import build, checkpoint, data, evaluate, forecast, inference, model, record, study, train
+from peftsweep import build, checkpoint, data, evaluate, forecast, halving, inference, model, record, study, train
 from peftsweep import config as configuration
 from peftsweep.build import Model
 from peftsweep.config import Trial, evaluation_identity, model_identity
@@ -55,7 +55,8 @@ def folder(trial: Trial) -> Path:
 def finished(trial: Trial) -> Result | None:
     """The trial's record, if nothing is left to do for it; it then carries this trial's label too.
 
-    A trial that was too large for another memory limit is tried again under one that it fits.
+    A trial that was too large for another memory limit is tried again under one that it fits, and one that
+    was stopped at a rung goes on for a later one, or to its end.
     """
     done = _done(trial)
     if done is None or _lacks_profile(trial, done):
@@ -68,9 +69,15 @@ def finished(trial: Trial) -> Result | None:
     return done
 
 
+def resumes_full(trial: Trial) -> bool:
+    """Whether the trial was stopped at a rung, of a halving that is not asked for any more."""
+    held = study.result(folder(trial)) if trial.config.halving.min_steps is None else None
+    return held is not None and held.status is Status.stopped
+
+
 def _done(trial: Trial) -> Result | None:
     done = None if trial.config.force else study.result(folder(trial))
-    return done if done is not None and done.status.done else None
+    return done if done is not None and done.status.done and halving.reached(trial.config.halving, done) else None
 
 
 def _lacks_profile(trial: Trial, done: Result) -> bool:
@@ -134,7 +141,7 @@ def _run_claimed(trial: Trial, place: Path, observer: Observer) -> Result:
         status, failure = Status.success, None
         try:
             with meter.stage("setup"):
-                _run(Session(trial, result, meter, tracker))
+                status = _run(Session(trial, result, meter, tracker))
         except BaseException as error:
             status, failure = status_of(error), record.failure(error, meter.current)
             log.log(logging.INFO if status is Status.refused else logging.ERROR, "%s", failure["traceback"])
@@ -173,15 +180,20 @@ def status_of(error: BaseException) -> Status:
     return Status.failed if isinstance(error, Exception) else Status.cancelled
 
 
-def _run(session: Session) -> None:
+def _run(session: Session) -> Status:
     session.refuse()
     session.load()
     session.read()
+    if session.stop_at is not None:
+        session.adapt()
+        session.judge()
+        return Status.stopped
     session.score_base()
     session.adapt()
     answers = session.assess()
     session.let_go()  # two bases would not fit where one just does
     session.compare(answers)
+    return Status.success
 
 
 class Session:
@@ -194,6 +206,7 @@ class Session:
         self.trial, self.result, self.meter, self.observer = trial, result, meter, observer
         self.config, self.info, self.place = trial.config, result.train_info, folder(trial)
         self.bare: Any = None  # the untouched base, kept beside the adapted one to be timed
+        self.earlier = None if self.config.force else study.trained(self.place.parent, trial.training)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
@@ -230,6 +243,8 @@ class Session:
         longest = min(config.dataset.max_length, tokenizer.model_max_length)
         self.info |= {"training_rows": len(self.tokens)} | rows.left_out | {"long_rows": long_rows}
         self.info["truncated_rows"] = sum(len(row.ids) >= longest for row in self.tokens)
+        total = train.total_steps(config.train, len(self.tokens))
+        self.stop_at = None if self.earlier else halving.stop_at(config.halving, total)
 
     def score_base(self) -> None:
         trained_on = data.questions(data.dataset_examples(self.config.dataset, self.rows.train))
@@ -250,8 +265,7 @@ class Session:
 
     def adapt(self) -> None:
         """Attach the method and train it, or take an adapter that was trained before."""
-        config, info = self.config, self.info
-        earlier = None if config.force else study.trained(self.place.parent, self.trial.training)
+        config, info, earlier = self.config, self.info, self.earlier
         if config.inference:
             self.bare = inference.bare(self.base)
         if config.adapter.path is not None:
@@ -297,7 +311,8 @@ class Session:
                 meter=self.meter,
                 log=partial(log_step, lines, self.observer),
                 validate=self.validation(),
-                checkpoints=checkpoints if resumed or self.config.train.checkpoint_every else None,
+                checkpoints=checkpoints if resumed or self.config.train.checkpoint_every or self.stop_at else None,
+                stop_at=self.stop_at,
             )
         counts = model.count(self.adapted)
         self.info |= {"trainable_parameters": counts.trainable, "total_parameters": counts.total}
@@ -342,6 +357,11 @@ class Session:
             return scores
 
         return validate
+
+    def judge(self) -> None:
+        """What the validation says at the rung at which the trial stops; the test rows are left alone."""
+        assert self.stop_at is not None
+        self.result.run_info["rung"] = halving.rung(self.config.halving, self.place, self.stop_at)
 
     def evaluate(self) -> None:
         for name, test in self.tests.items():

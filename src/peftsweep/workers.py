@@ -61,14 +61,14 @@ def prepare() -> None:
     forkserver.ensure_running()
 
 
-def run(trials: Sequence[Trial], options: Options, display: Display) -> Iterator[tuple[Trial, Result]]:
-    """Run ``trials`` and give each with its record as it ends; those that ``options`` leaves no room for are left out.
+def run(trials: Sequence[Trial], options: Options, budget: Budget, display: Display) -> Iterator[tuple[Trial, Result]]:
+    """Run ``trials`` and give each with its record as it ends; those that ``budget`` leaves no room for are left out.
 
     Raises:
         KeyboardInterrupt: the user interrupted it; running trials are recorded as cancelled.
         Unwritable: the study cannot be written; running trials end as if they were killed.
     """
-    budget = _Budget(options)
+    budget.begin()
     jobs: list[Job] = pack.plan(trials, options.pack) if options.pack else [[one] for one in trials]
     if options.workers == 0:
         yield from _here(deque(jobs), budget, display, options)
@@ -89,7 +89,7 @@ def run(trials: Sequence[Trial], options: Options, display: Display) -> Iterator
 # ---- in this process -------------------------------------------------------------------------------
 
 
-def _here(queue: deque[Job], budget: _Budget, display: Display, options: Options) -> Iterator[tuple[Trial, Result]]:
+def _here(queue: deque[Job], budget: Budget, display: Display, options: Options) -> Iterator[tuple[Trial, Result]]:
     while queue and (room := budget.take(len(queue[0]))):
         job = queue.popleft()[:room]
         views = [display.trial(one.label) for one in job]
@@ -123,14 +123,18 @@ def _run_job(job: Job, observers: Sequence[Observer], options: Options) -> list[
     return pack.run(job, observers, probe=options.probe, measure=options.measure)
 
 
-class _Budget:
-    """What ``limit`` and ``deadline`` leave."""
+class Budget:
+    """What ``limit`` and ``deadline`` leave to one command, which may run trials several times."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
         self._begun = time.monotonic()
         self._started = 0
         self._took: list[float] = []  # seconds of the trials that have ended
+
+    def begin(self) -> None:
+        """Other trials begin, that may take another time."""
+        self._took.clear()
 
     def take(self, wanted: int) -> int:
         """How many of the ``wanted`` trials may start now; they are counted."""
@@ -146,6 +150,7 @@ class _Budget:
         self._started -= count
 
     def spend(self, result: Result) -> None:
+        """A trial has ended."""
         self._took.append(result.run_info["total_seconds"])
 
     def estimate(self) -> float:
@@ -227,7 +232,7 @@ class _Worker:
 
 
 def _in_pool(
-    queue: deque[Job], pool: list[_Worker], budget: _Budget, display: Display, options: Options
+    queue: deque[Job], pool: list[_Worker], budget: Budget, display: Display, options: Options
 ) -> Iterator[tuple[Trial, Result]]:
     tries: dict[str, int] = {}
     later: list[tuple[float, Job]] = []  # to be looked at again, and when

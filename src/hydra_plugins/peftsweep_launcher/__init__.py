@@ -1,15 +1,30 @@
-"""What Hydra must see of the launcher; the work is in peftsweep.sweep.
+"""What Hydra must see of the launchers and the sweeper; the work is in peftsweep.sweep and peftsweep.halving.
 
 Hydra executes this module at every start, also for `--help`, so it imports nothing heavy.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
+
+
+class PointReturn(JobReturn):
+    """A point's answer to a sweeper. Hydra's own prints to stderr what has been said of a failure already."""
+
+    @property  # type: ignore[misc]
+    def return_value(self) -> Any:
+        if self.status is JobStatus.FAILED:
+            raise self._return_value
+        return self._return_value
 
 
 class LocalLauncher(Launcher):
@@ -17,6 +32,7 @@ class LocalLauncher(Launcher):
 
     def __init__(self, **options: Any) -> None:
         self.options = options
+        self.budget: Any = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Hydra hands over what `launch` needs."""
@@ -24,16 +40,26 @@ class LocalLauncher(Launcher):
         self.config = config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
-        """Compose every point, run the sweep, and answer with one JobReturn a point."""
+        """Compose every point, run the sweep, and answer with one JobReturn a point.
+
+        A sweeper may call it many times; the launcher's limit and deadline are those of all of them together.
+        """
         from peftsweep import config as configuration
         from peftsweep import sweep
-        from peftsweep.errors import SweepFailed
-        from peftsweep.workers import Options
+        from peftsweep.workers import Budget, Options
 
-        placement = configuration.placement(self.options)
+        options = Options(**configuration.placement(self.options))
+        self.budget = self.budget or Budget(options)
+        return self._launch(job_overrides, initial_job_idx, lambda trials: sweep.run(trials, options, self.budget))
+
+    def _launch(
+        self, job_overrides: Sequence[Sequence[str]], first: int, run: Callable[[list[Any]], list[Any]]
+    ) -> list[JobReturn]:
+        from peftsweep import config as configuration
+        from peftsweep import sweep
 
         points = []
-        for number, overrides in enumerate(job_overrides, start=initial_job_idx):
+        for number, overrides in enumerate(job_overrides, start=first):
             point = self.context.config_loader.load_sweep_config(self.config, list(overrides))
             with open_dict(point):
                 point.hydra.job.id, point.hydra.job.num = str(number), number
@@ -42,19 +68,83 @@ class LocalLauncher(Launcher):
             configuration.trial(point, point.hydra.runtime.choices, overrides)
             for point, overrides in zip(points, job_overrides, strict=True)
         ]
-        results = sweep.run(trials, Options(**placement))
-        if bad := [result for result in results if result is not None and not result.status.good]:
-            # Raised here, not from JobReturn.return_value, which prints to stderr what is said already.
-            raise SweepFailed(", ".join(f"{result.trial}: {result.status.name}" for result in bad))
+        Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)  # into which sweepers write
+        results = run(trials)
+        answers = [sweep.answer(one, result) for one, result in zip(trials, results, strict=True)]
         return [
-            JobReturn(
+            PointReturn(
                 overrides=list(overrides),
                 cfg=point,
                 hydra_cfg=point.hydra,
                 working_dir=str(result.folder) if result else None,
                 task_name="peftsweep",
-                status=JobStatus.COMPLETED,
-                _return_value=result,
+                status=JobStatus.FAILED if isinstance(answer, Exception) else JobStatus.COMPLETED,
+                _return_value=answer,
             )
-            for point, overrides, result in zip(points, job_overrides, results, strict=True)
+            for point, overrides, result, answer in zip(points, job_overrides, results, answers, strict=True)
         ]
+
+
+class GridSweeper(BasicSweeper):
+    """Runs every point of a grid: to its end, or with ``halving.min_steps`` only the best of them."""
+
+    def sweep(self, arguments: list[str]) -> list[JobReturn]:
+        """Run the points of the words; a failure among them is raised when all of them have run."""
+        assert self.hydra_context is not None
+        assert self.config is not None
+        assert self.launcher is not None
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        jobs: list[JobReturn] = []
+        for points in self.split_arguments(overrides, self.max_batch_size):  # the launcher checks all of them
+            jobs += self._launch(points, len(jobs))
+        if failures := [job._return_value for job in jobs if job.status is JobStatus.FAILED]:
+            raise failures[0]
+        return jobs
+
+    def _launch(self, points: list[list[str]], first: int) -> Sequence[JobReturn]:
+        from peftsweep import halving
+
+        assert self.config is not None
+        assert self.launcher is not None
+        plan = halving.plan(self.config, points)
+        if plan is None:
+            return self.launcher.launch(points, initial_job_idx=first)
+        return halving.run(self.launcher.launch, points, plan, quiet=self.config.quiet)
+
+
+class EngineLauncher(LocalLauncher):
+    """Gives another launcher what is missing of a sweep, after all of its trials have been checked here."""
+
+    def __init__(self, engine: DictConfig) -> None:
+        self.engine = engine
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Hydra hands over what `launch` needs, and what the other launcher does."""
+        config = config.copy()
+        config.hydra.launcher = self.engine
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+        """Compose every point, have what is missing run, and answer with one JobReturn a point."""
+        from peftsweep import sweep
+
+        def place(trials: Sequence[Any]) -> list[BaseException | None]:
+            jobs = self.launcher.launch([one.overrides for one in trials], initial_job_idx)
+            return [one._return_value if one.status is JobStatus.FAILED else None for one in jobs]
+
+        return self._launch(job_overrides, initial_job_idx, lambda trials: sweep.run(trials, launch=place))
+
+
+class Engines(Callback):
+    """Has every launcher but ours used through `EngineLauncher`, so that a sweep is the same everywhere."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Called by Hydra before it makes the launcher."""
+        engine = config.hydra.launcher
+        if not engine._target_.startswith(f"{__name__}."):
+            target = f"{__name__}.{EngineLauncher.__name__}"
+            config.hydra.launcher = {"_target_": target, "_recursive_": False, "engine": engine}

@@ -1,0 +1,934 @@
+"""Trials -> what can be said of them: intervals over seeds and test rows, ties, fronts, effects.
+
+Everything here is a pure function of the table of trials, a row a trial with the dotted columns of results.parquet,
+and of ``predictions``, a function (trial, eval) -> the lines of its predictions. A *configuration* is what
+trials that differ only in their seed have in common; it goes by its number in ``identify``.
+
+A score has two sources of chance: the seed of the training, and the test rows that happened to be drawn. Seeds are
+crossed with rows, as every trial is judged on the same ones. So the variance of a contrast of configurations (the
+difference of two, the effect of a factor, the gain per doubling of a rank) is the sum of
+
+- the variance over rows of the contrast of each row's score, averaged over seeds, divided by the number of rows.
+  What all configurations find hard or easy cancels here, which is what pairing on rows gains;
+- the variance between seeds of each configuration, less what the rows already explain of it, divided by its seeds
+  (see `Measured` for how two or three seeds are kept from looking too much alike),
+
+with Satterthwaite's degrees of freedom. These are the variance components of a design with crossed random effects
+(Brennan, Generalizability Theory, 2001, ch. 3). A bootstrap of two or three seeds would understate their spread.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy import stats
+
+from peftsweep.metrics import LOWER_IS_BETTER
+from peftsweep.record import Status
+
+Floats = NDArray[np.float64]
+Predictions = Callable[[str, str], Sequence[dict[str, Any]]]
+
+ALPHA = 0.05
+SUCCESS, CREATED, TRIAL, SEED = "run_info.status", "run_info.created_at", "run_info.trial", "config.seed"
+MEASURED = ("train_info.", "memory.", "eval_info.", "generation_info.")
+SETTINGS = ("choices.", "config.")
+# What changes no number of a trial, or is no choice of a person.
+NO_SETTINGS = (
+    *("choices.profiler", "choices.tracker", "choices.inference", "choices.sweep", "choices.point"),
+    *("config.seed", "config.label", "config.study", "config.experiments", "config.device", "config.dry_run"),
+    *("config.memory_limit", "config.skip_oversized", "config.force", "config.quiet", "config.stop_on_failure"),
+    *("config.halving.", "config.objective", "config.repeat"),
+    *("config.profiler.", "config.tracker.", "config.train.checkpoint_every", "config.train.log_every"),
+    *("config.train.params_file", "config.adapter.save", "config.adapter.check", "config.adapter.merge"),
+)
+OF_SOME = ("config.eval.", "config.inference.")  # settings that a trial may lack and yet be the same training
+FACTS = ("valid_fraction", "majority", "random", "seen_in_training")  # that explain a score and are none
+LESS = ("bytes", "parameters", "_peak", "_mean", "rss", "loss", "padding_fraction", "overhead.value")
+MORE = ("tokens_per_second", "speed_up")
+# The figure of a line of predictions that a metric is the mean of.
+RIGHT = {"accuracy": "correct", "acc": "correct", "acc_norm": "correct_norm"}
+COMPARED = (
+    "value",
+    "seeds",
+    "difference",
+    "low",
+    "high",
+    "p",
+    "p_adjusted",
+    "verdict",
+    "near",
+    "scale",
+    "chance",
+    "rank",
+)
+MOST_COMPARED = 40  # configurations: the best ones, of each pair of which the rows are compared
+MOST_LEVELS = 30  # of a factor whose levels are held against each other
+MOST_READ = 400  # trials whose predictions are read
+
+
+# ---- what a column means ---------------------------------------------------------------------------
+
+
+def direction(column: str) -> int:
+    """1 where more is better, -1 where less is, 0 where that is not known."""
+    if column.startswith("eval_info.") and column.endswith(".value"):
+        metric = column.removesuffix(".value").rpartition(".")[2].removeprefix("base_")
+        lower = any(word in metric for word in (*LOWER_IS_BETTER, "bits_per_byte"))
+        return 0 if metric in FACTS else -1 if lower else 1
+    name = column.removeprefix("train_info.").removesuffix("_p50").removesuffix("_p95").removesuffix("_p99")
+    if name.endswith(MORE):
+        return 1
+    less = name.endswith(LESS) or "seconds" in name or "time_to_" in name
+    return -1 if less and column.startswith(MEASURED) else 0
+
+
+def scores(table: pd.DataFrame) -> list[str]:
+    """The columns of all scores, in the order of the record; without the base's, and those that explain another."""
+    found = [c for c in table.columns if c.startswith("eval_info.") and c.endswith(".value")]
+    own = [c for c in found if not evaluation(c)[1].startswith("base_") and evaluation(c)[1] not in (*FACTS, "loss")]
+    return [c for c in own if table[c].notna().any()]
+
+
+def evaluation(column: str) -> tuple[str, str]:
+    """The evaluation and the metric of a score's column."""
+    name, _, metric = column.removeprefix("eval_info.").removesuffix(".value").rpartition(".")
+    return name, metric
+
+
+def primary(table: pd.DataFrame) -> str | None:
+    """The score a study is judged by unless told otherwise: the first in which more is better, else the first."""
+    found = scores(table)
+    return next((c for c in found if direction(c) > 0), found[0] if found else None)
+
+
+# ---- configurations --------------------------------------------------------------------------------
+
+
+def settings(table: pd.DataFrame) -> list[str]:
+    """The columns that make a configuration: all choices and settings but the seed and what changes no number."""
+    columns = [c for c in table.columns if c.startswith(SETTINGS) and not c.startswith(NO_SETTINGS)]
+    # A trial with one evaluation more is the same configuration, unless the two disagree on one they share.
+    return [c for c in columns if not c.startswith(OF_SOME) or table[c].nunique(dropna=True) > 1]
+
+
+def identify(table: pd.DataFrame) -> pd.Series[int]:
+    """The number of each trial's configuration, counted from 0 in the order of their first trials.
+
+    A table may carry it as its column ``configuration``, which is then taken as it is.
+    """
+    if "configuration" in table:
+        return table["configuration"]
+    keys = table[[c for c in settings(table) if table[c].nunique(dropna=False) > 1]]
+    if keys.empty:
+        return pd.Series(0, index=table.index)
+    return keys.astype("string").fillna("").groupby(list(keys.columns), sort=False).ngroup()
+
+
+def _one_a_seed(table: pd.DataFrame, numbers: pd.Series[int]) -> pd.DataFrame:
+    """The trials without repetitions: of those with the same configuration and seed, what the newest good one says.
+
+    A repeated seed is no second draw: it gives the same numbers again.
+    """
+    table = table.drop(columns="configuration", errors="ignore")
+    columns = [c for c in (SUCCESS, CREATED) if c in table]
+    order = table[columns].assign(good=table[SUCCESS].eq(Status.success.name)).sort_values(["good", *columns[1:]]).index
+    seed = table[SEED] if SEED in table else pd.Series(0, index=table.index)
+    keys = [numbers.rename("configuration"), seed.rename("seed")]
+    if not pd.concat(keys, axis=1).duplicated().any():
+        return table.assign(configuration=numbers)
+    kept = table.loc[order].groupby([key.loc[order] for key in keys], sort=False, dropna=False).last()
+    return kept.reset_index("configuration").reset_index(drop=True).sort_values("configuration", kind="stable")
+
+
+def configurations(table: pd.DataFrame, predictions: Predictions | None = None) -> pd.DataFrame:
+    """One row a configuration, in the order of ``identify``: its settings, how its trials ended, what they measured.
+
+    ``n`` is the number of successful seeds; ``success``, ``failed``, ``oom``, ``refused``, ``stopped`` and
+    ``cancelled`` count trials; ``trials`` and ``seeds`` are lists of the successful ones. A measured column holds the
+    mean over the seeds, with ``<column>.std``, and a 95% interval from ``<column>.low`` to ``<column>.high``. What
+    the interval is of says ``<column>.interval``:
+
+    - ``seeds``: Student's t over seeds; what other seeds would give on these test rows, or for a cost on this machine;
+    - ``rows``: one seed; what this one trained model would score on other test rows;
+    - ``seeds and rows``: both, for scores whose ``predictions`` are given (`Measured.intervals`);
+    - missing: one seed of a cost, whose spread is not known.
+    """
+    numbers = identify(table)
+    trials = _one_a_seed(table, numbers)
+    good = trials[trials[SUCCESS] == Status.success.name]
+    groups = trials.groupby("configuration", sort=True)
+    found = groups[[c for c in settings(table) if c in trials]].first()
+    counts = pd.crosstab(trials["configuration"], trials[SUCCESS])
+    statuses = counts.reindex(columns=[s.name for s in Status], fill_value=0).astype(int)
+    columns: dict[str, Any] = {"n": statuses["success"], "trials": _lists(good, TRIAL, found.index)}
+    if SEED in good:
+        columns["seeds"] = _lists(good, SEED, found.index)
+    measured = _summary(good, list(found.index))
+    whole = pd.concat([found, pd.DataFrame(columns), statuses, measured], axis=1)
+    if predictions is not None:
+        for column in scores(table):
+            found_interval = measure(table, column, predictions).intervals()
+            for part in found_interval.columns:
+                whole.loc[found_interval.index, f"{column}.{part}"] = found_interval[part]
+    return whole
+
+
+def _lists(good: pd.DataFrame, column: str, order: pd.Index[Any]) -> pd.Series[Any]:
+    """The values of ``column`` of each configuration as a list."""
+    lists: dict[int, list[Any]] = {n: [] for n in order}
+    for number, value in zip(good["configuration"].tolist(), good[column].tolist(), strict=True):
+        lists[number].append(value)
+    return pd.Series(list(lists.values()), index=order, dtype=object)
+
+
+def _summary(good: pd.DataFrame, order: list[int]) -> pd.DataFrame:
+    """Mean, standard deviation and interval of every measured column, a row a configuration."""
+    numeric = good.select_dtypes(["number", "bool", "boolean"]).columns
+    names = [c for c in numeric if c.startswith(MEASURED)]
+    values = good[names].astype("float64")
+    groups = values.groupby(good["configuration"])
+    mean, std, n = (getattr(groups, how)().reindex(order) for how in ("mean", "std", "count"))
+    half = std / np.sqrt(n) * stats.t.ppf(1 - ALPHA / 2, np.maximum(n - 1, 1))
+    low, high = mean - half, mean + half
+    kind = (n > 1).astype(object).replace({True: "seeds", False: None})
+    known = set(names)
+    with_errors = (c for c in names if c.endswith(".value") and {c[:-5] + "stderr", c[:-5] + "n"} <= known)
+    for column in with_errors:
+        single = (n[column] == 1) & mean[column.removesuffix("value") + "stderr"].notna()
+        stem = column.removesuffix("value")
+        bounds = row_interval(column, mean[column], mean[f"{stem}stderr"], mean[f"{stem}n"])
+        low[column], high[column] = (b.where(single, o[column]) for b, o in zip(bounds, (low, high), strict=True))
+        kind.loc[single, column] = "rows"
+    for column in (c for c in names if is_share(c, values[c])):
+        low[column], high[column] = low[column].clip(lower=0), high[column].clip(upper=1)
+    parts = {"": mean, ".std": std, ".low": low, ".high": high, ".interval": kind.astype("string")}
+    joined = pd.concat([part.add_suffix(suffix) for suffix, part in parts.items()], axis=1)
+    ordered: pd.DataFrame = joined[[name + suffix for name in names for suffix in parts]]
+    return ordered
+
+
+def is_share(column: str, values: pd.Series[float]) -> bool:
+    """Whether a column is a share of test rows, such as an accuracy."""
+    return column.endswith(".value") and direction(column) >= 0 and bool(values.dropna().between(0, 1).all())
+
+
+def row_interval(
+    column: str, value: pd.Series[float], stderr: pd.Series[float], n: pd.Series[float]
+) -> tuple[pd.Series[float], pd.Series[float]]:
+    """A 95% interval over the test rows from a score's standard error and its number of rows.
+
+    That of a share is Wilson's, which is not empty at 0 and 1; that of a perplexity is symmetric in its logarithm.
+    """
+    quantile = pd.Series(stats.t.ppf(1 - ALPHA / 2, np.maximum(n - 1, 1)), index=value.index)
+    if is_share(column, value) and np.allclose(stderr**2 * (n - 1), value * (1 - value), equal_nan=True):
+        centre = (value + quantile**2 / (2 * n)) / (1 + quantile**2 / n)
+        half = quantile / (1 + quantile**2 / n) * np.sqrt(value * (1 - value) / n + quantile**2 / (4 * n**2))
+        return centre - half, centre + half
+    if is_ratio(column, value):
+        factor = np.exp(quantile * stderr / value)
+        return value / factor, value * factor
+    return value - quantile * stderr, value + quantile * stderr
+
+
+def is_ratio(column: str, values: Iterable[float]) -> bool:
+    """Whether a column is compared by ratios, which perplexities and costs are, and not by differences."""
+    cost = not column.endswith(".value") and direction(column) != 0 and not column.endswith(("loss", "fraction"))
+    known = [value for value in values if not pd.isna(value)]
+    return ("perplexity" in column.rpartition(".value")[0] or cost) and all(value > 0 for value in known)
+
+
+# ---- one measured column, and contrasts of configurations ------------------------------------------
+
+
+@dataclass(frozen=True)
+class Contrasts:
+    """Estimates with their uncertainty, one a contrast; of logarithms where the column is compared by ratios."""
+
+    estimate: Floats
+    stderr: Floats  # missing where nothing tells it
+    df: Floats
+
+    @property
+    def p(self) -> Floats:
+        """Two-sided, against no difference; without any spread a difference is certain."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            t = np.where(self.estimate == 0, 0.0, np.abs(self.estimate) / self.stderr)
+        found: Floats = np.where(np.isnan(self.stderr), np.nan, 2 * stats.t.sf(t, self.df))
+        return found
+
+    @property
+    def interval(self) -> tuple[Floats, Floats]:
+        """The ends of the 95% interval of each."""
+        half = stats.t.ppf(1 - ALPHA / 2, self.df) * self.stderr
+        return self.estimate - half, self.estimate + half
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One column of k configurations; all figures are of its logarithm where ``ratio``."""
+
+    column: str
+    ratio: bool
+    numbers: NDArray[np.int64]  # [k] of identify
+    means: Floats  # [k] over seeds
+    seeds: NDArray[np.int64]  # [k] how many
+    between: Floats  # [k] variance between seeds' scores; missing with one seed
+    answered: Floats  # [k] the part of it that comes from seeds answering single rows differently; 0 without rows
+    rows: Floats | None  # [k, rows] the score of each test row, averaged over seeds; None where not known
+    stderrs: Floats  # [k] of one trial's score over its rows; missing for costs
+
+    @property
+    def chance(self) -> str | None:
+        """What the uncertainty covers: seeds, rows or both; None where there is only one seed of a cost."""
+        seeds, rows = bool((self.seeds > 1).any()), self.rows is not None or not (self.seeds > 1).any()
+        known = [name for name, there in (("seeds", seeds), ("rows", rows and not self._no_rows)) if there]
+        return " and ".join(known) or None
+
+    @property
+    def _no_rows(self) -> bool:
+        return self.rows is None and bool(np.isnan(self.stderrs).all())
+
+    def contrasts(self, weights: Floats) -> Contrasts:
+        """The contrasts ``weights`` [c, k] of the configurations' means."""
+        alone, whole, seed_freedom = self._of_seeds()
+        if self.rows is not None:
+            by_rows = (weights @ self.rows).var(axis=1, ddof=1) / self.rows.shape[1]
+            row_freedom = float(self.rows.shape[1] - 1)
+        elif not (self.seeds > 1).any():
+            by_rows, row_freedom = weights**2 @ self.stderrs**2, math.inf  # as if each had rows of its own
+        else:
+            by_rows, row_freedom = np.zeros(len(weights)), math.inf
+        total = weights**2 @ alone + by_rows
+        with np.errstate(divide="ignore", invalid="ignore"):
+            spread = weights**4 @ (whole**2 / seed_freedom) + by_rows**2 / row_freedom
+            df = np.where(spread > 0, np.maximum(total**2 / spread, 1), math.inf)
+        return Contrasts(weights @ self.means, np.sqrt(total), df)
+
+    def _of_seeds(self) -> tuple[Floats, Floats, Floats]:
+        """The variance of each configuration's mean by its seeds [k], the same with what the rows explain, and its df.
+
+        Two or three seeds are often close together by chance, and among many pairs some are. So each configuration
+        is taken to vary at least as the study's do on average, which has more degrees of freedom; one that varies more
+        has fewer, down to its own.
+        """
+        several, own = self.seeds > 1, np.maximum(self.seeds - 1, 0)
+        if not several.any():
+            return np.zeros(len(self.seeds)), np.zeros(len(self.seeds)), np.ones(len(self.seeds))
+        beyond = self.between - self.answered
+        pooled, pooled_beyond = (np.average(v[several], weights=own[several]) for v in (self.between, beyond))
+        total = np.fmax(self.between, pooled)
+        alone = np.fmax(beyond, max(pooled_beyond, 0.0))
+        share = np.divide(pooled, total, out=np.ones(len(total)), where=total > 0)
+        df = np.clip(own.sum() * share**2, np.maximum(own, 1), own.sum())
+        return alone / self.seeds, total / self.seeds, df
+
+    def pairs(self, first: NDArray[np.int64], second: NDArray[np.int64]) -> tuple[Contrasts, Floats]:
+        """The differences first - second of the configurations at these places, and their p-values.
+
+        Those of right and wrong answers of one trained model each are exact (McNemar), all others by Student's t.
+        """
+        weights = np.zeros((len(first), len(self.means)))
+        weights[np.arange(len(first)), first] += 1
+        weights[np.arange(len(first)), second] -= 1
+        found = self.contrasts(weights)
+        p = found.p
+        if self.rows is not None and not (self.seeds > 1).any() and set(np.unique(self.rows)) <= {0.0, 1.0}:
+            apart = weights @ self.rows
+            p = mcnemar((apart > 0).sum(axis=1), (apart < 0).sum(axis=1))
+        return found, p
+
+    def intervals(self) -> pd.DataFrame:
+        """The 95% interval of each configuration's own value over seeds and rows; empty if rows are not known."""
+        if self.rows is None:
+            return pd.DataFrame()
+        low, high = self.back(self.contrasts(np.eye(len(self.means))).interval)
+        if not self.ratio and self.rows.min() >= 0 and self.rows.max() <= 1:
+            n = np.full(len(self.means), float(self.rows.shape[1]))
+            value = pd.Series(self.means)
+            wilson = row_interval(self.column, value, np.sqrt(value * (1 - value) / (n - 1)), pd.Series(n))
+            same = self.rows.var(axis=1) == 0  # all right or all wrong, which does not mean that all others are
+            low, high = np.where(same, wilson[0], low).clip(0, 1), np.where(same, wilson[1], high).clip(0, 1)
+        return pd.DataFrame({"low": low, "high": high, "interval": self.chance}, index=self.numbers)
+
+    def back(self, values: tuple[Floats, ...]) -> tuple[Floats, ...]:
+        """``values`` in the column's own units."""
+        return tuple(np.exp(value) if self.ratio else value for value in values)
+
+    def change(self, values: tuple[Floats, ...]) -> tuple[Floats, ...]:
+        """Differences as a person reads them: relative to one (0.08: 8% more) where compared by ratios."""
+        return tuple(np.expm1(value) if self.ratio else value for value in values)
+
+    def draws(self, count: int, generator: np.random.Generator) -> Floats:
+        """``count`` values of each configuration [count, k] that seeds and rows could have given.
+
+        Rows are reweighted at random, for all configurations alike (Rubin's Bayesian bootstrap); seeds follow a t.
+        """
+        size = (count, len(self.means))
+        found = np.broadcast_to(self.means, size).copy()
+        if self.rows is not None:
+            weights = generator.standard_exponential((count, self.rows.shape[1]))
+            found = weights / weights.sum(axis=1, keepdims=True) @ self.rows.T
+        elif not (self.seeds > 1).any():
+            found += generator.standard_normal(size) * np.nan_to_num(self.stderrs)
+        variances, _, freedoms = self._of_seeds()
+        drawn: Floats = found + generator.standard_t(freedoms, size) * np.sqrt(variances)
+        return drawn
+
+    def take(self, places: NDArray[np.int64]) -> Measured:
+        """The configurations at ``places`` alone."""
+        parts: dict[str, Any] = {n: v[places] for n, v in vars(self).items() if isinstance(v, np.ndarray)}
+        return dataclasses.replace(self, **parts)
+
+
+def measure(
+    table: pd.DataFrame, column: str, predictions: Predictions | None = None, only: NDArray[np.int64] | None = None
+) -> Measured:
+    """``column`` of every configuration, or of ``only`` those, in which a successful trial has it."""
+    numbers, stem = identify(table), column.removesuffix("value")
+    table = table[[c for c in (SUCCESS, CREATED, TRIAL, SEED, column, f"{stem}stderr") if c in table]]
+    there = table[SUCCESS].eq(Status.success.name) & table[column].notna()
+    if only is not None:
+        there &= numbers.isin(only)
+    trials = _one_a_seed(table[there], numbers[there])
+    values = trials[column].astype("float64")
+    ratio = is_ratio(column, values)
+    stderr = trials[f"{stem}stderr"].astype("float64") if f"{stem}stderr" in trials else values * np.nan
+    if ratio:
+        values, stderr = values.transform("log"), stderr / values
+    groups = values.groupby(trials["configuration"])
+    seeds = groups.count()
+    place_of = {n: place for place, n in enumerate(seeds.index)}
+    places = np.asarray(trials["configuration"].map(place_of), dtype=np.int64)
+    counts = np.asarray(seeds, dtype=np.int64)
+    between = _floats(groups.var())
+    by_row = _by_row(trials, column, _floats(values), predictions) if predictions else None
+    rows, answered = None, np.zeros(len(counts))
+    if by_row is not None:
+        rows = _sums(by_row, places, len(seeds)) / counts[:, None]
+        answered = _interaction(by_row, rows, places, counts)
+    return Measured(
+        column,
+        ratio,
+        seeds.index.to_numpy(dtype=np.int64),
+        _floats(groups.mean()),
+        counts,
+        between,
+        answered,
+        rows,
+        _floats(stderr.groupby(trials["configuration"]).mean()),
+    )
+
+
+def _floats(values: Any) -> Floats:
+    return np.asarray(values, dtype=np.float64)
+
+
+def _sums(values: Floats, places: NDArray[np.int64], count: int) -> Floats:
+    sums = np.zeros((count, values.shape[1]))
+    np.add.at(sums, places, values)
+    return sums
+
+
+def _interaction(by_row: Floats, rows: Floats, places: NDArray[np.int64], seeds: NDArray[np.int64]) -> Floats:
+    """The part of the variance between seeds' means [k] that comes from seeds answering single rows differently."""
+    apart = by_row - by_row.mean(axis=1, keepdims=True) - rows[places] + rows.mean(axis=1)[places, None]
+    squares = _sums(apart**2, places, len(rows)).sum(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found: Floats = squares / ((seeds - 1) * (rows.shape[1] - 1)) / rows.shape[1]
+    return found
+
+
+def _by_row(trials: pd.DataFrame, column: str, values: Floats, predictions: Predictions) -> Floats | None:
+    """Each trial's score of each test row [trials, rows]; None unless all were judged on the same rows."""
+    name, metric = evaluation(column)
+    if len(trials) > MOST_READ or not column.endswith(".value"):
+        return None
+    found: list[Floats] = []
+    asked: list[Any] = []
+    for trial, value in zip(trials[TRIAL], values, strict=True):
+        lines = predictions(trial, name)
+        row = row_scores(lines, metric)
+        asked = asked or _asked(lines)
+        # What the rows come to must be what the record says: a file may be of another run, or of other rows.
+        if row is None or len(row) < 2 or asked != _asked(lines) or abs(row.mean() - value) > 1e-6 * max(1, abs(value)):
+            return None
+        found.append(row)
+    return np.stack(found) if found else None
+
+
+def _asked(lines: Sequence[dict[str, Any]]) -> list[Any]:
+    return [(line.get("prompt"), line.get("answer")) for line in lines]
+
+
+def row_scores(lines: Sequence[dict[str, Any]], metric: str) -> Floats | None:
+    """What each line of predictions adds to ``metric``, so that their mean is it; None where lines do not tell.
+
+    That of a perplexity is its logarithm, the mean loss a token. It is a ratio of sums over rows, so a row's part is
+    by linearisation: the loss plus how far the row's own loss lies above what its tokens make expected.
+    """
+    if not lines:
+        return None
+    if metric in ("perplexity", "loss") and "log_likelihood" in lines[0]:
+        tokens = np.array([line["tokens"] for line in lines], dtype=float)
+        losses = -np.array([line["log_likelihood"] for line in lines], dtype=float)
+        loss = losses.sum() / tokens.sum()
+        found: Floats = loss + (losses - loss * tokens) / tokens.mean()
+        return found
+    if metric == "label_acc" and "label_prediction" in lines[0]:
+        return np.array([line["label_prediction"] == line["label"] for line in lines], dtype=float)
+    key = RIGHT.get(metric, "")
+    return np.array([line[key] for line in lines], dtype=float) if key in lines[0] else None
+
+
+# ---- comparisons -----------------------------------------------------------------------------------
+
+
+def mcnemar(first: NDArray[np.int64], second: NDArray[np.int64]) -> Floats:
+    """McNemar's exact two-sided p: ``first`` rows that only one got right, ``second`` that only the other did."""
+    found: Floats = np.minimum(1, 2 * stats.binom.cdf(np.minimum(first, second), first + second, 0.5))
+    return found
+
+
+def holm(p: Floats, family: int | None = None) -> Floats:
+    """p-values adjusted by Holm's step-down method for ``family`` tests, of which ``p`` may be some.
+
+    Against the best of k configurations the family is all k(k-1)/2 pairs: which is best was read from the same data,
+    and the best of equals differs from the others by luck. With the ranks taken within ``p`` alone
+    the result is never smaller than that of the whole family.
+    """
+    count = family or len(p)
+    order = np.argsort(p)
+    steps = np.minimum(1, p[order] * (count - np.arange(len(p))))
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.maximum.accumulate(steps)
+    return adjusted
+
+
+def compare(
+    table: pd.DataFrame, column: str, predictions: Predictions | None = None, reference: int | None = None
+) -> pd.DataFrame:
+    """Every configuration against the best one, or against ``reference``; the best first, by number of ``identify``.
+
+    Columns: ``value`` and ``seeds``; ``difference`` from the reference with its 95% interval ``low`` to ``high``,
+    relative to one (0.08: 8% more) where ``scale`` is ``ratio``; ``p``, and ``p_adjusted`` by Holm's method
+    for all pairs of configurations; ``rank``: one more than the number of configurations that are better for
+    certain (p_adjusted < 0.05), known of the best 40; ``verdict``: ``best``, ``tie`` where no configuration is better
+    for certain, else ``worse``, and ``unknown`` where nothing tells the spread; against a ``reference`` that was
+    given, ``better``, ``worse`` or ``tie`` with it; ``near``: within one standard error of the reference's own value,
+    which a choice by other criteria may count as equal (the rule of Breiman et al., Classification and Regression
+    Trees, 1984), where a tie may be no more than a lack of trials; ``chance``: what p covers, seeds, rows or both.
+    """
+    rough = measure(table, column)
+    k, sign = len(rough.means), direction(column) or 1
+    if not k:
+        return pd.DataFrame(columns=COMPARED)
+    order = np.argsort(-sign * rough.means, kind="stable")
+    given = reference is not None
+    place = int(np.flatnonzero(rough.numbers == reference)[0]) if given else int(order[0])
+    near = np.union1d(order[:MOST_COMPARED], place)
+    family = max(1, k * (k - 1) // 2)
+    best = int(rough.numbers[place])
+    exact = measure(table, column, predictions, rough.numbers[near]) if predictions else rough.take(near)
+    parts = [_against(exact, best, family, ranked=True)]
+    rest = np.setdiff1d(order, near)
+    for some in np.array_split(rest, math.ceil(len(rest) / 200)) if len(rest) else []:
+        parts.append(_against(rough.take(np.append(place, some)), best, family, ranked=False).drop(best))
+    whole = pd.concat(parts)
+    if not given:
+        whole.loc[whole["rank"].eq(1) & whole["verdict"].ne("unknown"), "verdict"] = "tie"
+        whole.loc[whole["rank"].gt(1) & whole["verdict"].ne("unknown"), "verdict"] = "worse"
+    whole.loc[best, "verdict"] = "reference" if given else "best"
+    return whole.iloc[np.argsort(-sign * whole["value"].to_numpy(), kind="stable")]
+
+
+def _against(measured: Measured, reference: int, family: int, *, ranked: bool) -> pd.DataFrame:
+    k, sign = len(measured.means), direction(measured.column) or 1
+    place = int(np.flatnonzero(measured.numbers == reference)[0])
+    contrasts, p = measured.pairs(np.arange(k), np.full(k, place))
+    others = np.arange(k) != place
+    adjusted = np.full(k, np.nan)
+    adjusted[others] = holm(p[others], family)
+    (low, high), (difference,) = measured.change(contrasts.interval), measured.change((contrasts.estimate,))
+    low, high = np.where(others, low, 0.0), np.where(others, high, 0.0)
+    own = measured.contrasts(np.eye(1, k, place)).stderr[0]
+    return pd.DataFrame(
+        {
+            "value": measured.back((measured.means,))[0],
+            "seeds": measured.seeds,
+            "difference": difference,
+            "low": low,
+            "high": high,
+            "p": np.where(others, p, np.nan),
+            "p_adjusted": adjusted,
+            "verdict": [_verdict(sign * d, a) for d, a in zip(difference, adjusted, strict=True)],
+            "near": ~others | (sign * contrasts.estimate >= -own),
+            "scale": "ratio" if measured.ratio else "difference",
+            "chance": measured.chance,
+            "rank": pd.array(_ranks(measured, family, sign) if ranked else [pd.NA] * k, dtype="Int64"),
+        },
+        index=pd.Index(measured.numbers, name="configuration"),
+    )
+
+
+def _verdict(gain: float, p: float) -> str:
+    if math.isnan(p):
+        return "unknown"
+    return "tie" if p >= ALPHA else "better" if gain > 0 else "worse"
+
+
+def _ranks(measured: Measured, family: int, sign: int) -> NDArray[np.int64]:
+    """One more than the number of configurations that are better for certain."""
+    first, second = np.triu_indices(len(measured.means), 1)
+    ranks = np.ones(len(measured.means), dtype=np.int64)
+    if len(first):
+        contrasts, p = measured.pairs(first, second)
+        certain = holm(p, family) < ALPHA
+        losers = np.where(sign * contrasts.estimate > 0, second, first)[certain]
+        np.add.at(ranks, losers, 1)
+    return ranks
+
+
+# ---- factors ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Design:
+    """What a study varied, and the level of each of these factors in each configuration, as text ("": has none)."""
+
+    factors: list[str]
+    levels: pd.DataFrame  # a row a configuration, a column a factor
+
+
+def design(table: pd.DataFrame) -> Design:
+    """The factors: choices first, then rank, then other settings, without those that follow from others."""
+    numbers = identify(table)
+    first = table[~numbers.duplicated()]
+    keys = [c for c in settings(table) if table[c].nunique(dropna=False) > 1]
+    text = first[keys].astype("string").fillna("")
+    text.index = pd.Index(numbers[first.index], name="configuration")
+    chosen = [c for c in keys if c.startswith("choices.")]
+    found: list[str] = [c for c in chosen if not _follows(text, c, [o for o in chosen if o < c])]
+    rest = [c for c in keys if c.startswith("config.")]
+    for column in sorted(rest, key=lambda c: (c != "config.method.r", text[c].nunique())):
+        if not _follows(text, column, found):
+            found.append(column)
+    return Design(found, text[found])
+
+
+def factors(table: pd.DataFrame) -> list[str]:
+    """The names of the factors of ``design``."""
+    return design(table).factors
+
+
+def _follows(text: pd.DataFrame, column: str, others: Sequence[str]) -> bool:
+    """Whether ``column`` is told by the choices among ``others``, or by them and one setting more."""
+    chosen = [c for c in others if c.startswith("choices.")]
+    for known in [chosen, *([*chosen, c] for c in others if c not in chosen)]:
+        if known and text.groupby(known)[column].nunique().max() <= 1:
+            return True
+    return False
+
+
+def effects(
+    table: pd.DataFrame,
+    column: str,
+    predictions: Predictions | None = None,
+    references: Mapping[str, str] | None = None,
+    plan: Design | None = None,
+) -> pd.DataFrame:
+    """What each level of each factor does to ``column``, among configurations that are otherwise equal.
+
+    A level is held against the factor's reference, the best level on average unless ``references`` names one, over
+    the ``contexts`` (combinations of the other factors) in which both were measured. Columns: ``factor``, ``level``,
+    ``reference``, ``contexts``, ``value`` and ``reference_value`` (means over these contexts), ``difference`` with
+    ``low`` to ``high`` (relative to one where ``scale`` is ``ratio``), ``p``, ``p_adjusted`` for all pairs of levels
+    of the factor, ``verdict`` of the level, ``agreeing`` contexts (whose own difference has the same sign) and
+    ``chance``. The interval is of these contexts; it does not say that the effect is the same in others. Factors of
+    more than 30 levels are passed over. ``plan`` is the table's ``design``, where it is known.
+    """
+    plan = plan or design(table)
+    measured = measure(table, column, predictions)
+    levels, given = plan.levels.loc[measured.numbers], references or {}
+    rows = [row for factor in plan.factors for row in _effect(measured, levels, factor, given.get(factor))]
+    names = ["factor", "level", "reference", "contexts", "value", "reference_value", "difference", "low", "high"]
+    return pd.DataFrame(rows, columns=[*names, "p", "p_adjusted", "verdict", "agreeing", "scale", "chance"])
+
+
+def _cells(text: pd.DataFrame, factor: str) -> pd.DataFrame:
+    """The places of configurations by level (rows, by size) and context (columns); empty with too many levels."""
+    others = [c for c in text.columns if c != factor]
+    frame = pd.DataFrame({"level": text[factor].to_numpy(), "place": np.arange(len(text))})
+    frame["context"] = text.groupby(others, sort=False).ngroup().to_numpy() if others and len(text) else 0
+    frame = frame[frame["level"] != ""].drop_duplicates(["level", "context"])
+    if frame["level"].nunique() > MOST_LEVELS:
+        return pd.DataFrame()
+    cells = frame.set_index(["level", "context"])["place"].unstack()
+    return cells.loc[sorted(cells.index, key=_number)]
+
+
+def _number(level: str) -> tuple[int, float, str]:
+    """By size where it is a number."""
+    try:
+        return 0, float(level), ""
+    except ValueError:
+        return 1, 0.0, level
+
+
+def _effect(measured: Measured, text: pd.DataFrame, factor: str, named: str | None) -> list[dict[str, Any]]:
+    cells = _cells(text, factor)
+    if len(cells) < 2:
+        return []
+    sign = direction(measured.column) or 1
+    there = cells.notna().to_numpy()
+    places = cells.fillna(0).to_numpy(dtype=np.int64)
+    means = np.where(there, measured.means[places], np.nan)
+    complete = there.all(axis=0)
+    of_levels = np.nanmean(means[:, complete] if complete.any() else means, axis=1)
+    reference = list(cells.index).index(named) if named in cells.index else int(np.argmax(sign * of_levels))
+    rows, weights = [], []
+    for level in range(len(cells)):
+        shared = there[[level, reference]].all(axis=0)
+        if level == reference or not shared.any():
+            continue
+        weight = np.zeros(len(measured.means))
+        weight[places[level, shared]] += 1 / shared.sum()
+        weight[places[reference, shared]] -= 1 / shared.sum()
+        weights.append(weight)
+        gaps = means[level, shared] - means[reference, shared]
+        (value, reference_value) = measured.back((means[level, shared].mean(), means[reference, shared].mean()))
+        rows.append(
+            {
+                "factor": factor,
+                "level": str(cells.index[level]),
+                "reference": str(cells.index[reference]),
+                "contexts": int(shared.sum()),
+                "value": float(value),
+                "reference_value": float(reference_value),
+                "agreeing": int((np.sign(gaps) == np.sign(gaps.mean())).sum()),
+            }
+        )
+    if not rows:
+        return []
+    contrasts = measured.contrasts(np.stack(weights))
+    p = contrasts.p
+    adjusted = holm(p, len(cells) * (len(cells) - 1) // 2)
+    (low, high), (difference,) = measured.change(contrasts.interval), measured.change((contrasts.estimate,))
+    for n, row in enumerate(rows):
+        row |= {"difference": difference[n], "low": low[n], "high": high[n], "p": p[n], "p_adjusted": adjusted[n]}
+        row |= {"verdict": _verdict(sign * difference[n], adjusted[n]), "chance": measured.chance}
+        row["scale"] = "ratio" if measured.ratio else "difference"
+    return rows
+
+
+def returns(
+    table: pd.DataFrame,
+    column: str,
+    predictions: Predictions | None = None,
+    factor: str = "config.method.r",
+    plan: Design | None = None,
+) -> pd.DataFrame:
+    """Diminishing returns: what each doubling of ``factor`` brought, a row a level, smallest first.
+
+    Averaged over the ``contexts`` (combinations of the other factors) in which every level was measured, or over the
+    one with the most levels. Columns: ``level``, ``value``; ``gain`` per doubling since the level before, with
+    ``gain_low`` to ``gain_high``, relative to one for ratios, positive for the better; ``difference`` from the best
+    level with ``low``, ``high``, ``p_adjusted`` for all pairs and ``verdict``. The first level that is ``best`` or a
+    ``tie`` is the smallest that is not separable from the best one.
+    """
+    names = ["level", "value", "gain", "gain_low", "gain_high", "difference", "low", "high", "p_adjusted", "verdict"]
+    plan = plan or design(table)
+    if factor not in plan.factors:
+        return pd.DataFrame(columns=[*names, "contexts"])
+    measured = measure(table, column, predictions)
+    cells = _cells(plan.levels.loc[measured.numbers], factor)
+    complete = cells.loc[:, cells.notna().all()]
+    if complete.empty:
+        context = cells.notna().sum().idxmax() if cells.size else None
+        complete = cells[[context]].dropna() if context is not None else cells
+    if len(complete) < 2:
+        return pd.DataFrame(columns=[*names, "contexts"])
+    sign = direction(column) or 1
+    levels = np.zeros((len(complete), len(measured.means)))
+    for n, places in enumerate(complete.to_numpy(dtype=int)):
+        levels[n, places] = 1 / len(places)
+    size = np.array([float(level) for level in complete.index])
+    doublings = np.diff(np.log2(size))[:, None]
+    gains = measured.contrasts(sign * np.diff(levels, axis=0) / doublings)
+    best = int(np.argmax(sign * (levels @ measured.means)))
+    against = measured.contrasts(levels - levels[best])
+    others = np.arange(len(size)) != best
+    adjusted = np.full(len(size), np.nan)
+    adjusted[others] = holm(against.p[others], len(size) * (len(size) - 1) // 2)
+    (low, high), (difference,) = measured.change(against.interval), measured.change((against.estimate,))
+    gained = [*measured.change((gains.estimate,)), *measured.change(gains.interval)]
+    verdicts = [_verdict(sign * d, a) for d, a in zip(difference, adjusted, strict=True)]
+    verdicts[best] = "best"
+    whole: dict[str, Any] = {"level": size, "value": measured.back((levels @ measured.means,))[0]}
+    whole |= {name: np.append(np.nan, part) for name, part in zip(names[2:5], gained, strict=True)}
+    whole |= {"difference": difference, "low": low, "high": high, "p_adjusted": adjusted}
+    whole |= {"verdict": verdicts, "contexts": complete.shape[1], "scale": "ratio" if measured.ratio else "difference"}
+    return pd.DataFrame(whole)
+
+
+# ---- several metrics at once -----------------------------------------------------------------------
+
+
+def front(values: Floats) -> NDArray[np.bool_]:
+    """Which rows of ``values`` [k, metrics], less being better, no other one equals in all and beats in one."""
+    left = np.lexsort(values.T[::-1])  # whoever dominates another comes before it
+    found = np.zeros(len(values), dtype=bool)
+    while len(left):
+        best, found[left[0]] = values[left[0]], True
+        rest = values[left]
+        left = left[(rest < best).any(axis=1) | ((rest == best).all(axis=1) & (left != left[0]))]
+    return found
+
+
+def pareto(
+    table: pd.DataFrame, columns: Sequence[str], predictions: Predictions | None = None, draws: int = 400
+) -> pd.DataFrame:
+    """The front of several metrics, a row a configuration that has them all.
+
+    ``front`` says whether no other configuration is better in one of ``columns`` and at least as good in all;
+    ``share`` is the part of ``draws`` redraws of seeds and test rows (`Measured.draws`) in which it is so, of fewer
+    where there are more than 500 configurations. A cost with one seed does not vary in them.
+
+    Raises:
+        ValueError: of one of them it is not known whether more or less is better.
+    """
+    if unknown := [c for c in columns if not direction(c)]:
+        raise ValueError(f"{unknown[0]}: not known whether more or less is better")
+    measured = [measure(table, column, predictions) for column in columns]
+    shared = sorted(set.intersection(*(set(m.numbers.tolist()) for m in measured))) if measured else []
+    draws = min(draws, max(50, 200_000 // max(1, len(shared))))
+    generator = np.random.default_rng(0)
+    found, drawn = [], []
+    for m in measured:
+        places = np.array([int(np.flatnonzero(m.numbers == n)[0]) for n in shared], dtype=int)
+        found.append(-direction(m.column) * m.means[places])
+        drawn.append(-direction(m.column) * m.draws(draws, generator)[:, places])
+    if not shared:
+        return pd.DataFrame(columns=[*columns, "front", "share"])
+    values = {m.column: m.back((-direction(m.column) * x,))[0] for m, x in zip(measured, found, strict=True)}
+    times = np.sum([front(np.stack([d[n] for d in drawn], axis=1)) for n in range(draws)], axis=0)
+    parts = {**values, "front": front(np.stack(found, axis=1)), "share": times / draws}
+    return pd.DataFrame(parts, index=pd.Index(shared, name="configuration"))
+
+
+def budget(table: pd.DataFrame, by: str = "choices.method") -> pd.DataFrame:
+    """How much was tried of each method: ``configurations``, ``learning_rates``, ``ranks``, ``steps``, ``seeds``.
+
+    The best of many tries is better than the best of few by luck alone, so a method that was given more of them
+    has an advantage that no test here takes away. ``steps`` is the median, ``seeds`` that of each configuration.
+    """
+    if by not in table:
+        return pd.DataFrame()
+    trials = table.assign(configuration=identify(table))
+    counted = {
+        "configurations": ("configuration", "nunique"),
+        "learning_rates": ("config.train.learning_rate", "nunique"),
+        "ranks": ("config.method.r", "nunique"),
+        "steps": ("config.train.steps", "median"),
+    }
+    there = {name: how for name, how in counted.items() if how[0] in trials}
+    found = trials.groupby(by).agg(**there)
+    if SEED in trials:
+        seeds = trials.groupby([by, "configuration"])[SEED].nunique()
+        found["seeds"] = seeds.groupby(level=0).median()
+    return pd.DataFrame(found)
+
+
+# ---- the course of a training ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Spearman's rank correlation with its 95% interval, missing below four points, and the number of points."""
+
+    rho: float
+    low: float
+    high: float
+    n: int
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> Correlation:
+    """Whether what is better in ``first`` is better in ``second``; pairs with a gap are left out.
+
+    The interval is by Fisher's z with the standard error of Bonett and Wright (Psychometrika 65, 2000).
+    """
+    pairs = np.array([first, second], dtype=float)
+    pairs = pairs[:, np.isfinite(pairs).all(axis=0)]
+    n = pairs.shape[1]
+    if n < 2 or (pairs == pairs[:, :1]).all(axis=1).any():
+        return Correlation(math.nan, math.nan, math.nan, n)
+    rho = float(stats.spearmanr(*pairs).statistic)
+    if n < 4:
+        return Correlation(rho, math.nan, math.nan, n)
+    half = stats.norm.ppf(1 - ALPHA / 2) * math.sqrt((1 + rho**2 / 2) / (n - 3))
+    centre = math.atanh(min(max(rho, -1 + 1e-12), 1 - 1e-12))
+    return Correlation(rho, math.tanh(centre - half), math.tanh(centre + half), n)
+
+
+def rungs(steps: pd.DataFrame, metric: str = "validation_loss") -> pd.DataFrame:
+    """How well ``metric`` at each validated step foretells that at the last one, over trials that have both.
+
+    Columns: ``step``, ``rho``, ``low``, ``high``, ``n``, and ``place``: where the trial that ends best stood at that
+    step, 1 being first. Successive halving that keeps fewer than this many there would have lost it.
+    """
+    names = ["step", "rho", "low", "high", "n", "place"]
+    if metric not in steps or steps[metric].notna().sum() == 0:
+        return pd.DataFrame(columns=names)
+    seen = steps[steps[metric].notna()]
+    by_step = seen.pivot_table(index="trial", columns="step", values=metric, aggfunc="last").astype(float)
+    last = by_step.columns.max()
+    sign = -1.0 if metric.rpartition(".")[2].removeprefix("validation_") in LOWER_IS_BETTER else 1.0
+    rows = []
+    for step in by_step.columns[:-1]:
+        both = by_step[[step, last]].dropna()
+        found = rank_correlation(both[step].tolist(), both[last].tolist())
+        place = (
+            (sign * both[step]).rank(ascending=False, method="min").get((sign * both[last]).idxmax())
+            if len(both)
+            else None
+        )
+        rows.append([int(step), found.rho, found.low, found.high, found.n, place])
+    return pd.DataFrame(rows, columns=names)
+
+
+def labels(table: pd.DataFrame, plan: Design | None = None) -> pd.Series[str]:
+    """A short name of each configuration: the one it was given, else its factors, ``lora, r=8, quant=4bit``."""
+    plan = plan or design(table)
+    first = table[~identify(table).duplicated()]
+    given = first["config.label"] if "config.label" in first else pd.Series(dtype="string")
+    if len(given) and given.notna().all() and given.is_unique:
+        return pd.Series(given.to_numpy(), index=plan.levels.index, dtype="string")
+    named = [c for c in ("choices.method",) if c in first and c not in plan.factors] + plan.factors
+    values = [first[c].tolist() for c in named]
+    names = [
+        ", ".join(said_of(c, v) for c, v in zip(named, row, strict=True) if not pd.isna(v))
+        for row in zip(*values, strict=True)
+    ]
+    return pd.Series(names, index=plan.levels.index, dtype="string")
+
+
+def said_of(column: str, value: Any) -> str:
+    """A setting as a person writes it: ``lora`` for the method, else ``r=8``, ``quant=4bit``."""
+    return _said(value) if column == "choices.method" else f"{column.rpartition('.')[2]}={_said(value)}"
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    try:
+        return ",".join(map(str, json.loads(value))) if str(value).startswith("[") else str(value)
+    except ValueError:
+        return str(value)

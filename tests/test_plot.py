@@ -1,0 +1,94 @@
+"""Figures of made-up tables: which are drawn, and that nothing breaks them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from peftsweep import plot
+from tests import tables
+
+METHODS, QUANTS = ["lora", "dora", "ia3"], ["none", "4bit"]
+
+
+def names(table: pd.DataFrame) -> set[str]:
+    """The names of the figures of ``table``."""
+    return {name for name, _ in plot.figures(table, tables.steps(table))}
+
+
+def texts(name: str, table: pd.DataFrame) -> str:
+    """All that is written in a figure."""
+    from matplotlib.text import Text
+
+    figure: Any = dict(plot.figures(table, tables.steps(table)))[name]
+    return "\n".join(text.get_text() for text in figure.findobj(Text))
+
+
+def test_what_was_varied_chooses_the_figures() -> None:
+    of_all = {"training_time", "adapter_size", "parameters", "memory_stages", "memory_predicted"}
+    of_all |= {"learning_curves", "frontier_task"}
+    assert names(tables.trials({"config.method.r": [8, 16, 32]})) == of_all | {"rank_task"}
+    assert names(tables.trials({"choices.targets": ["q", "qv", "mlp"]})) == of_all | {"modules_task"}
+    both = tables.trials({"choices.method": METHODS, "choices.quant": QUANTS}, generated=True)
+    assert names(both) == of_all | {"quantisation_task", "heatmap_task", "latency"}
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        tables.trials({}),
+        tables.trials({}, statuses={0: "failed"}),
+        tables.trials({"choices.method": METHODS}, statuses=dict.fromkeys(range(3), "oom")),
+    ],
+    ids=["one trial", "one failed", "all out of memory"],
+)
+def test_a_study_with_nothing_to_compare_has_fewer_figures(table: pd.DataFrame) -> None:
+    assert names(table) <= {"memory_stages", "learning_curves"}
+
+
+def test_a_study_without_a_score_still_shows_what_it_cost() -> None:
+    found = names(tables.trials({"config.method.r": [8, 16, 32]}, evaluations=[]))
+    assert "training_time" in found
+    assert not any(name.startswith(("rank_", "frontier_")) for name in found)
+
+
+def test_what_did_not_succeed_is_marked_by_its_word() -> None:
+    factors = {"choices.method": METHODS, "choices.quant": QUANTS}
+    table = tables.trials(factors, statuses={0: "oom", 3: "refused", 4: "failed"})
+    heat = texts("heatmap_task", table)
+    assert {"oom", "refused", "failed"} <= set(heat.splitlines())
+    assert "1 failed, 1 oom, 1 refused" in heat
+    assert "1 oom" in texts("training_time", table)
+    assert "\N{MULTIPLICATION SIGN} refused" in texts("quantisation_task", table)
+
+
+def test_series_differ_in_more_than_colour_and_look_the_same_in_every_figure() -> None:
+    assert plot._styles(METHODS, ["ia3", "dora", "lora"]) == plot._styles(METHODS)
+    many = [str(n) for n in range(20)]
+    for key in ("color", "marker", "linestyle"):
+        assert len({str(look[key]) for look in plot._styles(many).values()}) == plot.SERIES
+    assert set(plot._styles(many, many[::-1])) == set(many[-plot.SERIES :])  # the best are told apart
+
+
+def test_any_label_can_be_written_and_old_figures_go() -> None:
+    from PIL import Image
+
+    folder = Path("plots")
+    folder.mkdir()
+    for file in ("rank_old.png", "mine.png"):
+        (folder / file).write_bytes(b"")
+    table = tables.trials({"choices.method": ["<b>$x_1$</b>\n\\alpha", "метод", "方法", "x" * 300]})
+    written = plot.study(table, tables.steps(table), folder)
+    assert {file.name for file in folder.iterdir()} == {file.name for file in written} | {"mine.png"}
+    with Image.open(folder / "frontier_task.png") as image:
+        assert image.info["dpi"] == pytest.approx((300, 300), abs=0.5)
+
+
+def test_svg_is_written_when_asked() -> None:
+    table = tables.trials({"choices.quant": QUANTS}, evaluations=[])
+    written = plot.study(table, tables.steps(table), Path("plots"), "svg")
+    assert {file.suffix for file in written} == {".svg"}
+    assert written[0].read_text(encoding="utf-8").startswith("<?xml")

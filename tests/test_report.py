@@ -1,0 +1,239 @@
+"""RESULTS.md says what the data carries, and no more."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from peftsweep import report
+
+ROWS = 100
+
+
+def trial(number: int, correct: int | None, seed: int = 0, **settings: Any) -> dict[str, Any]:
+    """A row of the table of trials, ``correct`` of whose 100 test rows are right; None is one that failed."""
+    good = correct is not None
+    share = (correct or 0) / ROWS
+    row = {
+        "run_info.trial": f"t{number}",
+        "run_info.status": "success" if good else "failed",
+        "run_info.created_at": f"2026-01-01T00:00:{number:02}+00:00",
+        "run_info.error.type": None if good else "RuntimeError",
+        "run_info.error.message": None if good else "broken | badly\nand more",
+        "run_info.error.stage": None if good else "train",
+        "choices.model": "tiny",
+        "choices.dataset": "task",
+        "choices.method": "lora",
+        "choices.quant": "none",
+        "config.method.r": 8,
+        "config.seed": seed,
+        "train_info.adapter_bytes": 1000 * settings.get("config.method.r", 8) if good else None,
+        "train_info.train_seconds": 10.0 + number if good else None,
+        "memory.train.rss_peak": 5e8 if good else None,
+        "eval_info.task.accuracy.value": share if good else None,
+        "eval_info.task.accuracy.stderr": math.sqrt(share * (1 - share) / (ROWS - 1)) if good else None,
+        "eval_info.task.accuracy.n": ROWS if good else None,
+        "eval_info.task.base_accuracy.value": 0.1 if good else None,
+        "eval_info.task.base_accuracy.stderr": 0.03 if good else None,
+    }
+    return row | settings
+
+
+def written(folder: Path, *rows: dict[str, Any], steps: pd.DataFrame | None = None, plots: tuple[str, ...] = ()) -> str:
+    """The report of a study of these trials, the first of whose test rows are those that are right."""
+    for row in rows:
+        if row["run_info.status"] == "success" and not pd.isna(row.get("eval_info.task.accuracy.value")):
+            right = round(row["eval_info.task.accuracy.value"] * ROWS)
+            lines = [{"prompt": str(n), "answer": "x", "correct": n < right} for n in range(ROWS)]
+            file = folder / row["run_info.trial"] / "predictions" / "task.jsonl"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    files = [folder / "plots" / f"{name}.png" for name in plots]
+    table = pd.DataFrame(rows).convert_dtypes()
+    file, _ = report.write(folder, table, pd.DataFrame() if steps is None else steps, files)
+    return file.read_text()
+
+
+def ranks(*scores: int, seeds: int = 3) -> list[dict[str, Any]]:
+    """A study of the ranks 8, 16, 32 ..., with seeds that differ by one row."""
+    cells = [(8 * 2**n, score, seed) for n, score in enumerate(scores) for seed in range(seeds)]
+    return [trial(i, score + seed % 2, seed, **{"config.method.r": r}) for i, (r, score, seed) in enumerate(cells)]
+
+
+def test_a_study_is_told_from_its_answer_to_its_methods(tmp_path: Path) -> None:
+    text = written(tmp_path, *ranks(40, 80, 81))
+    heads = [line for line in text.splitlines() if line.startswith("## ")]
+    assert heads == [
+        "## Summary",
+        "## Ranking by task accuracy",
+        "## Rank",
+        "## Frontier",
+        "## Recommendations",
+        "## Methodology",
+    ]
+    assert "9 trials (9 success) of 3 configurations, 3 successful seeds each." in text
+    assert "- **Use `lora, r=16`**: 0.803" in text  # near the best, and half its size
+    assert "It is a tie with `lora, r=16`; 1 configuration of 3 is worse." in text
+    assert "rank 16 is the smallest that is not separable from the best, 32" in text
+    assert "The untouched base scores 0.100 on the same rows." in text
+    assert "Seeds: 0, 1, 2; configurations: 3 with 3 seeds." in text
+
+
+def test_every_table_is_one(tmp_path: Path) -> None:
+    lines = written(tmp_path, *ranks(40, 80, 81), trial(20, None, **{"config.method.r": 64})).splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    assert len(rows) > 10
+    for above, below in itertools.pairwise(lines):
+        if above.startswith("|") and below.startswith("|"):
+            assert above.replace("\\|", "").count("|") == below.replace("\\|", "").count("|")
+
+
+def test_one_seed_is_called_one_seed(tmp_path: Path) -> None:
+    text = written(tmp_path, *ranks(40, 80, seeds=1))
+    assert "**One seed each**: all of this is of these trained models" in text
+    assert "which cover other test rows, but not other seeds: there is one seed each" in text
+    assert "McNemar" in text
+    assert "Student's t; a configuration's seeds" not in text
+    assert "One seed each" not in written(tmp_path, *ranks(40, 80))
+
+
+def test_a_tie_for_lack_of_seeds_is_not_advised(tmp_path: Path) -> None:
+    wild = [trial(n, score, n % 2, **{"config.method.r": 8 + 8 * (n // 2)}) for n, score in enumerate([20, 60, 75, 77])]
+    text = written(tmp_path, *wild)
+    assert "is a tie with" in text or "are a tie" in text
+    assert "- **Use `lora, r=16`**" in text  # not the smaller one, which may be far worse
+
+
+def test_what_is_all_the_same_is_called_a_tie(tmp_path: Path) -> None:
+    text = written(tmp_path, *ranks(70, 70, 70))
+    assert "all 3 configurations are a tie" in text
+    assert "worse" not in text.partition("## Methodology")[0]
+
+
+def test_failures_stay_visible_with_their_reason(tmp_path: Path) -> None:
+    oom = trial(21, None, 1, **{"config.method.r": 16}) | {"run_info.status": "oom"}
+    text = written(tmp_path, *ranks(40, 80)[:4], oom, trial(22, None, **{"config.method.r": 64}))
+    assert "6 trials (4 success, 1 oom, 1 failed)" in text
+    assert "| 1 (1 oom) |" in text
+    assert "Without this score: `lora, r=64` (1 failed)." in text
+    assert "| RuntimeError: broken \\| badly |" in text
+    assert "2 trials ended without a result" in text
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ([], "No trial yet."),
+        ([trial(0, None), trial(1, None, 1)], "No trial has succeeded, so there is nothing to recommend."),
+        ([trial(0, 50)], "`lora` reaches task accuracy 0.500"),
+        ([trial(0, 50), trial(1, None, **{"choices.quant": "4bit"})], "`lora, quant=none` reaches task accuracy"),
+        ([trial(0, 0), trial(1, 0, **{"choices.quant": "4bit"})], "No gain shown"),
+        ([trial(0, 100), trial(1, 100, **{"choices.quant": "4bit"})], "all 2 configurations are a tie"),
+    ],
+)
+def test_small_and_broken_studies_have_a_report(rows: list[dict[str, Any]], says: str, tmp_path: Path) -> None:
+    assert says in written(tmp_path, *rows)
+
+
+def test_a_study_without_scores_compares_nothing(tmp_path: Path) -> None:
+    rows = [{k: v for k, v in row.items() if not k.startswith("eval_info")} for row in ranks(40, 80)]
+    text = written(tmp_path, *rows)
+    assert "No trial was judged by an evaluation" in text
+    assert "Recommendations" not in text
+
+
+def test_an_infinite_perplexity_is_a_missing_score(tmp_path: Path) -> None:
+    score = {"eval_info.task.perplexity.value": None, "eval_info.task.perplexity.n": 100}
+    rows = [row | score for row in ranks(40, 80)]
+    rows[0]["eval_info.task.perplexity.value"] = 3.5
+    assert "## Ranking by task accuracy" in written(tmp_path, *rows)
+
+
+def test_scores_of_different_models_are_never_compared(tmp_path: Path) -> None:
+    other = [row | {"choices.model": "large", "run_info.trial": f"l{n}"} for n, row in enumerate(ranks(90, 95))]
+    text = written(tmp_path, *ranks(40, 80), *other)
+    assert "**tiny on task**" in text
+    assert "**large on task**" in text
+    small = text.partition("## Ranking by task accuracy (tiny on task)")[2].partition("## Ranking")[0]
+    assert "0.953" not in small
+    assert "model" not in [line for line in text.splitlines() if line.startswith("## ")]
+
+
+def test_different_test_rows_are_never_compared(tmp_path: Path) -> None:
+    rows = [row | {"config.eval.task.samples": 100 + n // 3} for n, row in enumerate(ranks(40, 80))]
+    assert "eval.task.samples=101" in written(tmp_path, *rows)
+
+
+def test_figures_stand_where_they_belong_and_once(tmp_path: Path) -> None:
+    text = written(tmp_path, *ranks(40, 80), plots=("rank_task", "frontier_task", "learning_curves"))
+    assert text.index("## Rank\n") < text.index("![rank task](plots/rank_task.png)") < text.index("## Frontier")
+    assert text.index("## Figures") < text.index("plots/learning_curves.png")
+    assert [text.count(f"plots/{name}.png") for name in ("rank_task", "frontier_task", "learning_curves")] == [1, 1, 1]
+
+
+def test_sizes_of_gpus_are_named_where_they_decide(tmp_path: Path) -> None:
+    rows = ranks(40, 80)
+    for row in rows:
+        row["memory.train.reserved_peak"] = 6e9 if row["config.method.r"] == 8 else 14e9
+    text = written(tmp_path, *rows)
+    assert "8 GB of memory (6.0 GB memory the allocator held on the device while training)" in text
+    assert "16 GB of memory (14.0 GB" in text
+    assert "Every configuration fits" not in text
+
+
+def test_warnings_come_with_the_scores_they_concern(tmp_path: Path) -> None:
+    facts = {
+        "eval_info.task.majority": 0.62,
+        "eval_info.task.degenerate": True,
+        "eval_info.task.seen_in_training": 7,
+        "train_info.reloads": False,
+    }
+    text = written(tmp_path, *(row | facts for row in ranks(60, 62)))
+    assert "**Chance level**: always giving the most frequent answer scores 0.620" in text
+    assert "2 configurations nearly always gave the same answer" in text
+    assert "**7 test rows of task were trained on**" in text
+    assert "**2 configurations saved an adapter that answers unlike the trained model**" in text
+
+
+def test_unequal_budgets_are_told(tmp_path: Path) -> None:
+    dora = [row | {"choices.method": "dora", "run_info.trial": f"d{n}"} for n, row in enumerate(ranks(70))]
+    assert "(configurations: dora 1, lora 2; ranks: dora 1, lora 2)" in written(tmp_path, *ranks(40, 80), *dora)
+    assert "Unequal" not in written(tmp_path, *ranks(40), *dora)
+
+
+def test_stopped_trials_come_with_the_rank_correlation(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    steps = [
+        {"trial": f"t{n}", "step": step, "validation_loss": n + 5.0 / step + generator.normal(0, 0.01)}
+        for n in range(6)
+        for step in (10, 20, 30)
+    ]
+    stopped = trial(9, None, **{"config.method.r": 64}) | {"run_info.status": "stopped"}
+    text = written(tmp_path, *ranks(40, 80), stopped, steps=pd.DataFrame(steps))
+    assert "1 trial was stopped early; how they would have ended is not known." in text
+    assert "1.00" in text.partition("### Could it have been stopped earlier?")[2]
+
+
+def test_methods_that_share_no_setting_are_compared_by_their_best(tmp_path: Path) -> None:
+    other = [
+        row | {"choices.method": "ia3", "config.method.r": None, "run_info.trial": f"i{n}"}
+        for n, row in enumerate(ranks(60))
+    ]
+    text = written(tmp_path, *ranks(40, 80), *other)
+    assert "The levels share no setting of the other factors" in text
+    assert text.count("| ia3") >= 1
+
+
+def test_the_summary_is_also_given_as_plain_text(tmp_path: Path) -> None:
+    rows = [*ranks(40, 80), trial(22, None, **{"config.method.r": 64})]
+    _, lines = report.write(tmp_path, pd.DataFrame(rows).convert_dtypes(), pd.DataFrame())
+    assert lines[0].startswith("Use lora, r=16: ")
+    assert lines[-1] == "1 trial ended without a result: see what did not work."
+    assert not [line for line in lines if "*" in line or "`" in line or "](" in line]

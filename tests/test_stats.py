@@ -1,0 +1,409 @@
+"""What is said of a study, against studies whose truth is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats as reference
+
+from peftsweep import stats
+from peftsweep.stats import Floats, Measured
+
+ACCURACY, PERPLEXITY = "eval_info.task.accuracy.value", "eval_info.task.perplexity.value"
+
+
+def trial(number: int, rank: int, seed: int, accuracy: float | None, **extra: Any) -> dict[str, Any]:
+    """A row of the table of trials; ``accuracy`` None is one that failed."""
+    failed = accuracy is None
+    return {
+        "run_info.trial": f"t{number}",
+        "run_info.status": "failed" if failed else "success",
+        "run_info.created_at": f"2026-01-01T00:00:{number:02}",
+        "choices.method": "lora",
+        "choices.quant": "none",
+        "config.method.r": rank,
+        "config.method.lora_alpha": 2 * rank,
+        "config.seed": seed,
+        "config.label": None,
+        "train_info.adapter_bytes": None if failed else 1000 * rank,
+        "train_info.train_seconds": None if failed else 10.0 + seed,
+        ACCURACY: accuracy,
+        "eval_info.task.accuracy.stderr": None if accuracy is None else math.sqrt(accuracy * (1 - accuracy) / 99),
+        "eval_info.task.accuracy.n": None if failed else 100,
+        **extra,
+    }
+
+
+def study(scores: dict[int, Sequence[float | None]], **extra: Any) -> pd.DataFrame:
+    """A study of ranks, each with its seeds' accuracies."""
+    cells = [(rank, seed, score) for rank, seeds in scores.items() for seed, score in enumerate(seeds)]
+    return pd.DataFrame([trial(n, *cell, **extra) for n, cell in enumerate(cells)]).convert_dtypes()
+
+
+def answers(rows: dict[str, Sequence[bool]]) -> Callable[[str, str], list[dict[str, Any]]]:
+    """Predictions of trials, given which of their rows are right."""
+
+    def read(name: str, _: str) -> list[dict[str, Any]]:
+        return [{"prompt": str(n), "answer": "", "correct": bool(right)} for n, right in enumerate(rows[name])]
+
+    return read
+
+
+def drawn(
+    generator: np.random.Generator, configs: int, seeds: int, spread: Sequence[float], rows: int = 200
+) -> Measured:
+    """Configurations of the same expected score: logits of rows, of seeds (``spread`` of each), then right or wrong."""
+    logits = generator.normal(0, 1.5, (1, 1, rows))
+    logits = logits + generator.normal(0, 1, (configs, seeds, 1)) * np.asarray(spread)[:, None, None]
+    by_row = (generator.random((configs, seeds, rows)) < 1 / (1 + np.exp(-logits))).astype(float)
+    return measured(by_row)
+
+
+def measured(by_row: Floats) -> Measured:
+    """What ``stats.measure`` makes of each configuration's, seed's and row's score [configurations, seeds, rows]."""
+    configs, seeds, rows = by_row.shape
+    numbers = np.arange(configs, dtype=np.int64)
+    places, counts = np.repeat(numbers, seeds), np.full(configs, seeds, dtype=np.int64)
+    means = by_row.mean(axis=2)
+    of_rows = by_row.mean(axis=1)
+    between = means.var(axis=1, ddof=1) if seeds > 1 else np.full(configs, np.nan)
+    answered = stats._interaction(by_row.reshape(-1, rows), of_rows, places, counts)
+    missing = np.full(configs, np.nan)
+    return Measured(ACCURACY, False, numbers, means.mean(axis=1), counts, between, answered, of_rows, missing)
+
+
+# ---- configurations --------------------------------------------------------------------------------
+
+
+def test_trials_that_differ_only_in_their_seed_become_one_row() -> None:
+    found = stats.configurations(study({8: [0.4, 0.5, 0.6], 16: [0.7, 0.8, None]}))
+    assert found["config.method.r"].tolist() == [8, 16]
+    assert (found["n"].tolist(), found["failed"].tolist()) == ([3, 2], [0, 1])
+    assert found[ACCURACY].tolist() == pytest.approx([0.5, 0.75])
+    assert found[f"{ACCURACY}.std"].tolist() == pytest.approx([0.1, math.sqrt(0.005)])
+    low, high = reference.t.interval(0.95, 2, loc=0.5, scale=0.1 / math.sqrt(3))
+    assert found.loc[0, [f"{ACCURACY}.low", f"{ACCURACY}.high"]].tolist() == pytest.approx([low, high])
+    assert found[f"{ACCURACY}.interval"].tolist() == ["seeds", "seeds"]
+    assert found["trials"].tolist() == [["t0", "t1", "t2"], ["t3", "t4"]]
+
+
+def test_what_changes_no_number_makes_no_configuration_and_a_setting_does() -> None:
+    table = study({8: [0.4, 0.5]})
+    table["config.study"], table["choices.tracker"] = ["a", "b"], ["none", "wandb"]
+    assert len(stats.configurations(table)) == 1
+    table["config.train.learning_rate"] = [1e-4, 2e-4]
+    assert len(stats.configurations(table)) == 2
+
+
+def test_one_seed_has_an_interval_over_rows_and_a_cost_none() -> None:
+    found = stats.configurations(study({8: [0.0], 16: [0.5]}))
+    assert found[f"{ACCURACY}.interval"].tolist() == ["rows", "rows"]
+    assert found[f"{ACCURACY}.low"].tolist()[0] == 0.0
+    assert found[f"{ACCURACY}.high"].tolist()[0] == pytest.approx(0.038, abs=0.002)  # Wilson's, which is not empty at 0
+    assert found["train_info.train_seconds.interval"].isna().all()
+
+
+def test_a_repeated_seed_is_no_second_draw() -> None:
+    table = pd.concat([study({8: [0.4, 0.6]})] * 2, ignore_index=True)
+    table["run_info.status"] = ["success", "success", "failed", "success"]
+    found = stats.configurations(table)
+    assert (found["n"].tolist(), found["failed"].tolist()) == ([2], [0])
+    assert found[ACCURACY].tolist() == pytest.approx([0.5])
+    assert stats.configurations(table.assign(configuration=stats.identify(table)))["n"].tolist() == [2]
+
+
+def test_a_trial_with_one_evaluation_more_is_the_same_configuration() -> None:
+    table = study({8: [0.4, 0.5]})
+    table["config.eval.other.samples"] = [None, 100]
+    assert len(stats.configurations(table)) == 1
+    table["config.eval.other.samples"] = [50, 100]
+    assert len(stats.configurations(table)) == 2
+
+
+def test_directions_are_known() -> None:
+    assert [stats.direction(c) for c in (ACCURACY, PERPLEXITY, "train_info.adapter_bytes")] == [1, -1, -1]
+    assert stats.direction("train_info.tokens_per_second") == 1
+    assert stats.direction("memory.train.allocated_peak") == -1
+    assert stats.direction("generation_info.overall.adapted.seconds_per_token_p50") == -1
+    assert stats.direction("train_info.steps") == stats.direction("config.method.r") == 0
+
+
+# ---- intervals and ties, on studies whose truth is known -------------------------------------------
+
+
+def test_the_interval_over_seeds_covers_the_truth_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(0)
+    table = pd.concat([study({8: [0.5, 0.5, 0.5]})] * 1000, ignore_index=True)
+    table["config.method.r"] = np.repeat(np.arange(1000), 3)
+    table[ACCURACY] = generator.normal(0.5, 0.05, len(table))
+    found = stats.configurations(table)
+    covered = (found[f"{ACCURACY}.low"] <= 0.5) & (found[f"{ACCURACY}.high"] >= 0.5)
+    assert 0.93 <= covered.mean() <= 0.97
+
+
+@pytest.mark.parametrize(("seeds", "spread"), [(1, 0.0), (2, 0.2), (3, 0.0), (3, 0.5), (5, 0.2)])
+def test_the_interval_over_seeds_and_rows_covers_the_truth(seeds: int, spread: float) -> None:
+    generator = np.random.default_rng(seeds)
+    covered = []
+    for _ in range(250):  # studies of four configurations each: 1,000 intervals
+        found = drawn(generator, 4, seeds, [spread] * 4).intervals()
+        covered.append(((found["low"] <= 0.5) & (found["high"] >= 0.5)).mean())
+    assert 0.93 <= np.mean(covered) <= 0.97
+
+
+@pytest.mark.parametrize(
+    ("configs", "seeds", "spread"),
+    [
+        (2, 1, [0.0] * 2),
+        (6, 1, [0.0] * 6),
+        (2, 3, [0.2] * 2),
+        (6, 2, [0.1] * 6),
+        (6, 3, [0.5] * 6),
+        (6, 3, [0.05, 0.1, 0.2, 0.3, 0.4, 0.5]),
+        (12, 3, [0.2] * 12),
+    ],
+)
+def test_equal_methods_are_a_tie_in_95_of_100_studies(configs: int, seeds: int, spread: list[float]) -> None:
+    generator = np.random.default_rng(configs + seeds)
+    first, second = np.triu_indices(configs, 1)
+    studies = (drawn(generator, configs, seeds, spread).pairs(first, second) for _ in range(400))
+    ties = np.mean([(stats.holm(p) >= 0.05).all() for _, p in studies])
+    assert ties >= 0.93  # 0.95 less two standard errors of 400 studies
+
+
+def test_a_real_difference_is_found() -> None:
+    generator = np.random.default_rng(3)
+    found = 0
+    for _ in range(50):
+        right = generator.random((2, 3, 300)) < np.array([0.6, 0.8])[:, None, None]
+        _, p = measured(right.astype(float)).pairs(np.array([0]), np.array([1]))
+        found += bool(p[0] < 0.05)
+    assert found >= 48
+
+
+# ---- comparisons -----------------------------------------------------------------------------------
+
+
+def test_right_and_wrong_answers_of_one_seed_are_compared_by_mcnemar() -> None:
+    first = [True] * 60 + [False] * 40
+    second = [True] * 50 + [False] * 10 + [True] * 2 + [False] * 38
+    found = stats.compare(study({8: [0.6], 16: [0.52]}), ACCURACY, answers({"t0": first, "t1": second}))
+    assert found.loc[1, "p"] == pytest.approx(reference.binomtest(2, 12).pvalue)
+    assert found["verdict"].tolist() == ["best", "worse"]
+    assert found.loc[1, "difference"] == pytest.approx(-0.08)
+
+
+def test_paired_rows_agree_with_the_paired_bootstrap() -> None:
+    generator = np.random.default_rng(5)
+    base = generator.gamma(2, 1, 300)
+    rows = np.stack([base, base + generator.normal(0.05, 0.3, 300)])
+    contrasts, p = measured(rows[:, None, :]).pairs(np.array([1]), np.array([0]))
+    differences = rows[1] - rows[0]
+    boot = reference.bootstrap((differences,), np.mean, n_resamples=4000, rng=generator).confidence_interval
+    low, high = (float(end[0]) for end in contrasts.interval)
+    assert (low, high) == pytest.approx((boot.low, boot.high), abs=0.006)
+    assert p[0] == pytest.approx(reference.ttest_1samp(differences, 0).pvalue)
+
+
+def test_pairing_tells_apart_what_rows_of_their_own_could_not() -> None:
+    generator = np.random.default_rng(1)
+    first = generator.random(100) < 0.5
+    second = first.copy()
+    second[np.flatnonzero(~first)[:12]] = True  # right wherever the first is, and 12 times more
+    table = study({8: [first.mean()], 16: [second.mean()]})
+    assert stats.compare(table, ACCURACY)["verdict"].tolist() == ["best", "tie"]
+    paired = stats.compare(table, ACCURACY, answers({"t0": list(first), "t1": list(second)}))
+    assert paired["verdict"].tolist() == ["best", "worse"]
+
+
+def test_rows_that_do_not_belong_to_the_record_are_not_used() -> None:
+    table = study({8: [0.5], 16: [0.6]})
+    good = answers({"t0": [True] * 50 + [False] * 50, "t1": [True] * 60 + [False] * 40})
+    assert stats.measure(table, ACCURACY, good).rows is not None
+    stale = answers({"t0": [True] * 70 + [False] * 30, "t1": [True] * 60 + [False] * 40})
+    assert stats.measure(table, ACCURACY, stale).rows is None
+    others = answers({"t0": [True] * 50 + [False] * 50, "t1": [True] * 6 + [False] * 4})
+    assert stats.measure(table, ACCURACY, others).rows is None
+    assert stats.measure(table, ACCURACY, lambda *_: []).rows is None
+
+
+def test_perplexity_is_compared_by_ratios_of_its_rows() -> None:
+    generator = np.random.default_rng(2)
+    tokens = generator.integers(5, 40, 200)
+    lines, table = {}, study({8: [0.5], 16: [0.6]})
+    for n in range(2):
+        losses = tokens * generator.normal(1.0 + 0.1 * n, 0.2, 200)
+        rows = zip(losses.tolist(), tokens.tolist(), strict=True)
+        lines[f"t{n}"] = [{"prompt": str(i), "log_likelihood": -x, "tokens": k} for i, (x, k) in enumerate(rows)]
+        table.loc[n, PERPLEXITY] = math.exp(losses.sum() / tokens.sum())
+    row = stats.row_scores(lines["t0"], "perplexity")
+    assert row is not None
+    assert math.exp(row.mean()) == pytest.approx(table.loc[0, PERPLEXITY])
+    found = stats.compare(table, PERPLEXITY, lambda name, _: lines[name])
+    assert found.index.tolist() == [0, 1]
+    assert found.loc[1, "difference"] == pytest.approx(table.loc[1, PERPLEXITY] / table.loc[0, PERPLEXITY] - 1)
+    assert (found.loc[1, "verdict"], found.loc[1, "scale"]) == ("worse", "ratio")
+
+
+def test_holm_is_what_its_definition_says() -> None:
+    assert stats.holm(np.array([0.01, 0.04, 0.03])).tolist() == pytest.approx([0.03, 0.06, 0.06])
+    assert stats.holm(np.array([0.01, 0.04]), 10).tolist() == pytest.approx([0.1, 0.36])
+
+
+def test_ranks_leave_ties_together() -> None:
+    right = {"t0": [True] * 90 + [False] * 10, "t1": [True] * 89 + [False] * 11, "t2": [True] * 20 + [False] * 80}
+    found = stats.compare(study({8: [0.9], 16: [0.89], 32: [0.2]}), ACCURACY, answers(right))
+    assert found["rank"].tolist() == [1, 1, 3]
+    assert found["verdict"].tolist() == ["best", "tie", "worse"]
+    assert found["near"].tolist() == [True, True, False]
+
+
+def test_against_a_reference_that_is_given_there_is_better_too() -> None:
+    right = {"t0": [True] * 20 + [False] * 80, "t1": [True] * 90 + [False] * 10}
+    found = stats.compare(study({8: [0.2], 16: [0.9]}), ACCURACY, answers(right), reference=0)
+    assert found["verdict"].to_dict() == {1: "better", 0: "reference"}
+
+
+def test_a_tie_of_few_seeds_is_not_near_the_best() -> None:
+    found = stats.compare(study({8: [0.3, 0.7], 16: [0.7, 0.72]}), ACCURACY)
+    assert found.loc[0, "verdict"] == "tie"
+    assert not found.loc[0, "near"]
+
+
+def test_a_cost_of_one_seed_has_no_verdict() -> None:
+    found = stats.compare(study({8: [0.5], 16: [0.6]}), "train_info.adapter_bytes")
+    assert found["verdict"].tolist() == ["best", "unknown"]
+    assert found.loc[1, "difference"] == pytest.approx(1.0)  # twice as large
+
+
+def test_hundreds_of_configurations_are_compared_too() -> None:
+    generator = np.random.default_rng(0)
+    table = study({rank: list(generator.normal(0.5 + rank / 2000, 0.01, 2)) for rank in range(1, 300)})
+    found = stats.compare(table, ACCURACY)
+    assert len(found) == 299
+    assert found["rank"].notna().sum() == stats.MOST_COMPARED
+    assert found["value"].is_monotonic_decreasing
+    assert found["verdict"].iloc[-1] == "worse"
+
+
+# ---- factors ---------------------------------------------------------------------------------------
+
+
+def grid(effect: float, seeds: int = 3) -> pd.DataFrame:
+    """Ranks x quantisations, of which 4bit costs ``effect``; the accuracy grows by 0.1 a doubling up to rank 16."""
+    generator = np.random.default_rng(1)
+    rows = []
+    for rank in (4, 8, 16, 32):
+        for quant in ("none", "4bit"):
+            for seed in range(seeds):
+                score = 0.4 + 0.1 * min(math.log2(rank), 4) - effect * (quant == "4bit") + generator.normal(0, 0.01)
+                own = {"choices.quant": quant, "config.quant.bits": 4 if quant == "4bit" else None}
+                rows.append(trial(len(rows), rank, seed, score, **own))
+    return pd.DataFrame(rows).convert_dtypes()
+
+
+def test_what_follows_from_a_choice_or_the_rank_is_no_factor_of_its_own() -> None:
+    assert stats.factors(grid(0.1)) == ["choices.quant", "config.method.r"]  # not the bits, not lora_alpha
+    assert stats.factors(study({8: [0.5, 0.6]})) == []
+
+
+def test_the_effect_of_a_factor_is_that_put_in() -> None:
+    found = stats.effects(grid(0.1), ACCURACY)
+    row = found[found["factor"] == "choices.quant"].iloc[0]
+    assert (row["level"], row["reference"], row["contexts"], row["agreeing"]) == ("4bit", "none", 4, 4)
+    assert row["low"] < -0.1 < row["high"]
+    assert (row["verdict"], row["high"] < 0) == ("worse", True)
+    nothing = stats.effects(grid(0.0), ACCURACY)
+    assert nothing[nothing["factor"] == "choices.quant"]["verdict"].tolist() == ["tie"]
+
+
+def test_an_effect_uses_only_settings_that_have_both_levels() -> None:
+    table = grid(0.1)
+    missing = table["config.method.r"].eq(4) & table["choices.quant"].eq("4bit")
+    found = stats.effects(table[~missing], ACCURACY)
+    row = found[found["factor"] == "choices.quant"].iloc[0]
+    assert row["contexts"] == 3
+    assert row["difference"] == pytest.approx(-0.1, abs=0.02)
+
+
+def test_returns_over_rank_end_where_they_were_made_to_end() -> None:
+    found = stats.returns(grid(0.1), ACCURACY).set_index("level")
+    assert found.loc[8, "gain"] == pytest.approx(0.1, abs=0.02)
+    assert found.loc[8, "gain_low"] < 0.1 < found.loc[8, "gain_high"]
+    assert found.loc[32, "gain_low"] < 0 < found.loc[32, "gain_high"]
+    enough = found[found["verdict"].isin(["best", "tie"])]
+    assert enough.index[0] == 16
+
+
+def test_unequal_budgets_are_counted() -> None:
+    table = grid(0.1)
+    table["choices.method"] = ["dora" if rank == 4 else "lora" for rank in table["config.method.r"]]
+    found = stats.budget(table)
+    assert found["configurations"].to_dict() == {"dora": 2, "lora": 6}
+    assert found["ranks"].to_dict() == {"dora": 1, "lora": 3}
+
+
+# ---- fronts and correlations -----------------------------------------------------------------------
+
+
+def test_the_front_is_what_a_comparison_of_all_pairs_finds() -> None:
+    generator = np.random.default_rng(0)
+    values = generator.integers(0, 12, (200, 3)).astype(float)
+    as_good = (values[:, None] <= values[None]).all(axis=2)
+    better = (values[:, None] < values[None]).any(axis=2)
+    assert stats.front(values).tolist() == (~(as_good & better).any(axis=0)).tolist()
+
+
+def test_a_front_tells_how_sure_it_is() -> None:
+    table = study({8: [0.5, 0.51, 0.49], 16: [0.9, 0.91, 0.89], 32: [0.9, 0.93, 0.87]})
+    found = stats.pareto(table, [ACCURACY, "train_info.adapter_bytes"])
+    assert found["front"].tolist()[:2] == [True, True]
+    assert found["share"].tolist()[:2] == [1.0, 1.0]  # the smallest, and the smallest of the good ones
+    assert 0.2 < found["share"].tolist()[2] < 0.8
+    with pytest.raises(ValueError, match="not known whether more or less is better"):
+        stats.pareto(table, [ACCURACY, "config.method.r"])
+
+
+def test_rank_correlation_is_scipys_and_covers_the_truth() -> None:
+    generator = np.random.default_rng(0)
+    true = 6 / math.pi * math.asin(0.7 / 2)  # Spearman's of a normal pair whose Pearson's is 0.7
+    covered = 0
+    for _ in range(1000):
+        x = generator.normal(size=30)
+        y = 0.7 * x + math.sqrt(1 - 0.49) * generator.normal(size=30)
+        found = stats.rank_correlation(x.tolist(), y.tolist())
+        covered += found.low <= true <= found.high
+    assert found.rho == pytest.approx(reference.spearmanr(x, y).statistic)
+    assert 930 <= covered <= 970
+    assert math.isnan(stats.rank_correlation([1.0, 1.0], [1.0, 2.0]).rho)
+
+
+def test_rungs_say_where_the_winner_stood() -> None:
+    losses = {"a": [3.0, 2.0, 1.0], "b": [2.0, 1.9, 1.8], "c": [1.0, 1.5, 1.6], "d": [4.0, None, None]}
+    rows = [
+        {"trial": name, "step": 10 * (n + 1), "validation_loss": value}
+        for name, course in losses.items()
+        for n, value in enumerate(course)
+    ]
+    found = stats.rungs(pd.DataFrame(rows))
+    assert found["step"].tolist() == [10, 20]
+    assert found["n"].tolist() == [3, 3]
+    assert found["rho"].tolist() == pytest.approx([-0.5, -0.5])
+    assert found["place"].tolist() == [3, 3]  # keeping the best two would have lost it
+
+
+def test_nothing_measured_is_no_error() -> None:
+    empty = study({8: [None], 16: [None]})
+    assert stats.scores(empty) == []
+    assert stats.primary(empty) is None
+    assert stats.configurations(empty)["n"].tolist() == [0, 0]
+    assert stats.compare(empty, ACCURACY).empty
+    assert stats.effects(empty, ACCURACY).empty
+    assert stats.returns(empty, ACCURACY).empty
+    assert stats.pareto(empty, [ACCURACY]).empty
+    assert stats.rungs(pd.DataFrame({"trial": [], "step": []})).empty
