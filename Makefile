@@ -17,7 +17,7 @@ demo: install  ## the sweep of the README on the embedded model, then its table 
 	$(BIN)/peftsweep-collect
 
 test: install  ## the fast tier
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 check: install  ## lint, format and types
 	$(BIN)/ruff check .

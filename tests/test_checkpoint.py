@@ -64,6 +64,7 @@ WAYS = {
     "scaled losses": ["train.autocast=float16", "train.batch_size=1"],  # so large that the scale is lowered
     "gradient checkpointing": ["train.checkpointing=true", "method.lora_dropout=0.1"],
 }
+QUICK = ("dropout", "an adapter on 4 bits", "AdaLoRA, its ranks dealt out", "the best weights", "accumulation")
 
 
 class Cut(Exception):
@@ -171,7 +172,7 @@ def assert_same(one: Training, other: Training) -> None:
         assert getattr(one.trained, fact) == getattr(other.trained, fact)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*QUICK, *(pytest.param(w, marks=pytest.mark.slow) for w in WAYS if w not in QUICK)])
 def test_what_was_cut_off_goes_on_to_the_bit(
     way: str, compose: Compose, rows: list[data.Tokens], scratch: Path
 ) -> None:

@@ -73,6 +73,7 @@ def logged(name: str) -> list[dict[str, Any]]:
 
 
 @needs("submitit")
+@pytest.mark.slow
 def test_a_preempted_job_writes_a_checkpoint_and_goes_on_to_the_bit(command: Command) -> None:
     words = [*SMALL, "train.steps=30", "train.log_every=1"]
     process = start(*words, "hydra/launcher=submitit_local")

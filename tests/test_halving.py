@@ -146,6 +146,7 @@ def first_loss(one: Result) -> float:
     return float(next(row["validation_loss"] for row in rows if row["step"] == 1 and "validation_loss" in row))
 
 
+@pytest.mark.slow
 def test_a_failed_trial_is_dropped_and_tried_again_by_the_same_command(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +172,7 @@ def test_a_failed_trial_is_dropped_and_tried_again_by_the_same_command(
     assert best.status is Status.success
 
 
+@pytest.mark.slow
 def test_a_rung_that_is_not_complete_is_not_decided(command: Command) -> None:
     words = [*SWEEP, "halving.min_steps=1", "method.r=2", "hydra.launcher.workers=0"]
     code, out, _ = command(*words, "hydra.launcher.limit=3")
@@ -182,6 +184,7 @@ def test_a_rung_that_is_not_complete_is_not_decided(command: Command) -> None:
     assert sorted(one.status.name for one in records().values()) == ["stopped"] * 3 + ["success"]
 
 
+@pytest.mark.slow
 def test_stock_launchers_halve_too(command: Command) -> None:
     words = [*SWEEP, "halving.min_steps=1", "method.r=2", "hydra/launcher=basic"]
     for _ in range(2):
@@ -191,6 +194,7 @@ def test_stock_launchers_halve_too(command: Command) -> None:
         assert sorted(one.status.name for one in records().values()) == ["stopped"] * 3 + ["success"]
 
 
+@pytest.mark.slow
 def test_force_trains_each_step_anew_but_only_once(command: Command) -> None:
     words = [*SWEEP, "halving.min_steps=1", "method.r=2"]
     assert command(*words)[0] == 0

@@ -46,6 +46,7 @@ def test_a_search_is_told_its_objective_and_goes_on_where_it_was(command: Comman
     assert found()["best_value"] == min(losses.values())
 
 
+@pytest.mark.slow
 def test_a_search_may_have_several_objectives(command: Command) -> None:
     words = [*SEARCH, "method.r=choice(2,32)", f"objective=[{LOSS},{MEMORY}]", "hydra.sweeper.n_trials=2"]
     assert command(*words, "hydra.sweeper.direction=[minimize,minimize]")[0] == 0
@@ -55,6 +56,7 @@ def test_a_search_may_have_several_objectives(command: Command) -> None:
     assert {tuple(solution["values"]) for solution in found()["solutions"]} <= measured
 
 
+@pytest.mark.slow
 def test_a_failed_trial_has_no_value_and_the_search_goes_on(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     real = train.train
 

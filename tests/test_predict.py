@@ -45,15 +45,19 @@ def predicted(
     [
         (LLAMA, "method=lora", 0.01),
         (LLAMA, "method=lora quant=4bit targets=all_linear method.lora_dropout=0.1", 0.01),
-        (LLAMA, "method=lora quant=8bit", 0.05),
-        (LLAMA, "method=lora model.attn_implementation=eager train.checkpointing=true", 0.01),
-        (LLAMA, "method=lora train.autocast=bfloat16", 0.01),
-        (LLAMA, "method=ia3", 0.01),
-        (LLAMA, "method=dora quant=4bit", 0.01),
-        (LLAMA, "method=prompt_tuning train.checkpointing=true", 0.01),
+        pytest.param(LLAMA, "method=lora quant=8bit", 0.05, marks=pytest.mark.slow),
+        pytest.param(
+            LLAMA, "method=lora model.attn_implementation=eager train.checkpointing=true", 0.01, marks=pytest.mark.slow
+        ),
+        pytest.param(LLAMA, "method=lora train.autocast=bfloat16", 0.01, marks=pytest.mark.slow),
+        pytest.param(LLAMA, "method=ia3", 0.01, marks=pytest.mark.slow),
+        pytest.param(LLAMA, "method=dora quant=4bit", 0.01, marks=pytest.mark.slow),
+        pytest.param(LLAMA, "method=prompt_tuning train.checkpointing=true", 0.01, marks=pytest.mark.slow),
         (LLAMA, "method=full train.accumulation=2", 0.05),  # the two largest micro-batches seldom meet
-        (LLAMA, "method=full train.optimizer=SGD", 0.01),
-        (GPT_NEO, "method=full train.checkpointing=true train.autocast=bfloat16", 0.01),
+        pytest.param(LLAMA, "method=full train.optimizer=SGD", 0.01, marks=pytest.mark.slow),
+        pytest.param(
+            GPT_NEO, "method=full train.checkpointing=true train.autocast=bfloat16", 0.01, marks=pytest.mark.slow
+        ),
         (BERT, "method=lora targets=qv", 0.01),
     ],
 )

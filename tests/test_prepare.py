@@ -111,7 +111,12 @@ def test_a_text_without_a_prompt_is_no_conversation(data_command: Data) -> None:
 
 @pytest.mark.parametrize(
     ("name", "format"),
-    [(n, f) for n in sorted(schemas.SCHEMAS) for f in ("alpaca", "chatml", "raw") if (n, f) != ("text", "chatml")],
+    [
+        pytest.param(n, f, marks=[] if n in ("alpaca", "chat", "gsm8k", "piqa", "text") else pytest.mark.slow)
+        for n in sorted(schemas.SCHEMAS)
+        for f in ("alpaca", "chatml", "raw")
+        if (n, f) != ("text", "chatml")
+    ],
 )
 def test_what_is_written_is_read_as_the_same_prompts(
     name: str, format: str, data_command: Data, compose: Callable[..., Trial]
