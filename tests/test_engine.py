@@ -219,6 +219,7 @@ def test_a_dry_run_is_one_list_whatever_the_launcher(command: Command) -> None:
     assert (code, out.splitlines()[-1]) == (0, "2 trials, 2 new; nothing was trained (multirun/default/plan.json)")
 
 
+@pytest.mark.slow
 def test_a_failing_trial_is_told_in_the_same_words(command: Command) -> None:
     words = [*SMALL, "train.learning_rate=1e-3,1e30"]
     said = {}

@@ -48,6 +48,7 @@ def test_a_wrong_word_is_one_line(compose: Compose) -> None:
         guide("tiny", compose, methods=["full"], quants=["none"], words=["targets=qv"])
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table_and_takes_further_words(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

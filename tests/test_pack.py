@@ -86,6 +86,7 @@ def test_what_a_pack_took_stands_where_no_trials_own_figure_stands(compose: Comp
     assert sum(result.train_info["packed"]["share_seconds"] for result in together) == pytest.approx(longest)
 
 
+@pytest.mark.slow
 def test_a_second_run_finds_all_done_and_a_cut_off_pack_runs_what_is_left(compose: Compose) -> None:
     first = pack.run(trials(compose, "packed"))
     assert first[1].folder is not None
@@ -127,6 +128,7 @@ def test_an_evaluation_that_fails_is_one_lanes_failure(compose: Compose, monkeyp
 @pytest.mark.parametrize(
     ("error", "packs"), [(torch.OutOfMemoryError("CUDA out of memory"), [3, 2]), (ValueError("cannot be packed"), [3])]
 )
+@pytest.mark.slow
 def test_what_fails_for_all_is_tried_again_by_fewer(
     compose: Compose, monkeypatch: pytest.MonkeyPatch, error: Exception, packs: list[int]
 ) -> None:
@@ -178,6 +180,7 @@ def test_a_probe_trains_nothing(compose: Compose) -> None:
 
 
 @pytest.mark.parametrize(("found", "lanes"), [(0.9, 0), (1.5, 3)])
+@pytest.mark.slow
 def test_auto_packs_only_what_is_faster_so_and_tries_it_out_once(
     compose: Compose, monkeypatch: pytest.MonkeyPatch, found: float, lanes: int
 ) -> None:
@@ -211,6 +214,7 @@ def test_measured_alone_a_packed_trial_has_a_speed_and_a_memory_of_its_own(compo
 # ---- in a sweep ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_together_what_it_is_told_to(command: Command) -> None:
     words = [*SMALL, "method.r=1,2,3", "train.batch_size=2,4", "hydra.launcher.pack=3", "hydra.launcher.limit=4"]
     assert command("study=one", *words, "hydra.launcher.workers=1")[0] == 0
@@ -222,6 +226,7 @@ def test_a_sweep_trains_together_what_it_is_told_to(command: Command) -> None:
     assert "6 success" in out or "4 success" in out
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_of_a_pack_costs_no_trial(command: Command, scratch: Path) -> None:
     (scratch / "deadly.py").write_text(
         "import os, peft\n"

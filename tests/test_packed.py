@@ -142,7 +142,7 @@ def check_same(packed: list[Found], single: list[Found]) -> None:
         assert one.texts == other.texts
 
 
-@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("quant", ["4bit", *(pytest.param(q, marks=pytest.mark.slow) for q in QUANTS if q != "4bit")])
 def test_a_lane_is_the_trial_alone(rows: list[data.Tokens], tokenizer: Any, quant: str) -> None:
     single = [alone(spec, rows, tokenizer, base(quant)) for spec in LANES]
     many = together(LANES, rows, tokenizer, base(quant))
