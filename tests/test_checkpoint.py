@@ -64,7 +64,7 @@ WAYS = {
     "scaled losses": ["train.autocast=float16", "train.batch_size=1"],  # so large that the scale is lowered
     "gradient checkpointing": ["train.checkpointing=true", "method.lora_dropout=0.1"],
 }
-QUICK = ("dropout", "an adapter on 4 bits", "AdaLoRA, its ranks dealt out", "the best weights", "accumulation")
+QUICK = ("dropout", "an adapter on 4 bits", "AdaLoRA, its ranks dealt out", "the best weights")
 
 
 class Cut(Exception):
@@ -426,12 +426,14 @@ def test_a_signal_is_held_once_and_not_for_long(monkeypatch: pytest.MonkeyPatch)
     assert interrupted(ctrl_c, time.monotonic, wanted=False) == 0
 
 
+@pytest.mark.slow
 def test_force_starts_anew(cut_trial: Run, run_small: Run) -> None:
     words = ["train.log_every=1", "train.checkpoint_every=2"]
     cut_trial(*words)
     assert run_small(*words, "force=true").run_info["resumed"] == 0
 
 
+@pytest.mark.slow
 def test_a_trial_whose_checkpoint_is_broken_starts_anew(cut_trial: Run, run_small: Run) -> None:
     words = ["train.log_every=1", "train.checkpoint_every=2"]
     (place(cut_trial(*words)) / "checkpoints" / "step-2.pt").write_bytes(b"broken")

@@ -72,6 +72,7 @@ def test_a_packed_trial_is_recorded_as_it_is_alone(compose: Compose) -> None:
         assert [mine.train_info[fact] for fact in facts] == [single.train_info[fact] for fact in facts]
 
 
+@pytest.mark.slow
 def test_what_a_pack_took_stands_where_no_trials_own_figure_stands(compose: Compose) -> None:
     together = pack.run(trials(compose, "packed"))
     names = {result.trial for result in together}
@@ -99,6 +100,7 @@ def test_a_second_run_finds_all_done_and_a_cut_off_pack_runs_what_is_left(compos
     assert again[1].train_info["final_loss"] == first[1].train_info["final_loss"]
 
 
+@pytest.mark.slow
 def test_a_lane_that_diverges_is_recorded_and_harms_no_other(compose: Compose) -> None:
     points = trials(compose, "packed")[:2]
     bad = compose(*SMALL, "study=packed", "train.learning_rate=1e30", "train.clip=0")
@@ -109,6 +111,7 @@ def test_a_lane_that_diverges_is_recorded_and_harms_no_other(compose: Compose) -
     check_same(results[0], trial.run(trials(compose, "alone")[0]))
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_fails_is_one_lanes_failure(compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
     judge, judged = trial.Session.evaluate, []
 
@@ -199,6 +202,7 @@ def test_auto_packs_only_what_is_faster_so_and_tries_it_out_once(
     assert len(tried) == 1
 
 
+@pytest.mark.slow
 def test_measured_alone_a_packed_trial_has_a_speed_and_a_memory_of_its_own(compose: Compose) -> None:
     measured = pack.run(trials(compose, "packed"), measure=True)
     for result in measured:
