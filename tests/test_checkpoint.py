@@ -194,6 +194,7 @@ def test_a_gpu_goes_on_too(way: str, compose: Compose, rows: list[data.Tokens], 
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # not to the bit: sums of atomic additions
 
 
+@pytest.mark.slow
 def test_the_state_that_is_kept_is_what_makes_it_so(
     compose: Compose, rows: list[data.Tokens], scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -371,7 +372,7 @@ def test_a_trial_goes_on_from_its_last_checkpoint(cut_trial: Run, run_small: Run
     assert adapters[0] == adapters[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGUSR2, marks=pytest.mark.slow)])
 def test_a_trial_that_is_interrupted_goes_on_from_the_end_of_its_step(
     number: signal.Signals, run_small: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

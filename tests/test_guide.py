@@ -23,6 +23,7 @@ def test_a_row_says_which_gpus_hold_it(compose: Compose) -> None:
     assert row.smallest < 24 < max(row.fits)
 
 
+@pytest.mark.slow
 def test_quantisation_and_methods_are_told_apart(compose: Compose) -> None:
     rows = guide("llama3.2_1b", compose, methods=["lora", "full"], quants=["none", "4bit"])
     peaks = {(row.method, row.quant): row.peak_bytes or 0 for row in rows}

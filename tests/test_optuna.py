@@ -32,6 +32,7 @@ def found() -> Any:
     return OmegaConf.to_container(OmegaConf.load("multirun/.hydra/optimization_results.yaml"))
 
 
+@pytest.mark.slow
 def test_a_search_is_told_its_objective_and_goes_on_where_it_was(command: Command) -> None:
     words = [*SEARCH, RATES, f"objective={LOSS}", "hydra.sweeper.n_trials=2"]
     words += ["hydra.sweeper.storage=sqlite:///optuna.db", "hydra.sweeper.study_name=mine"]

@@ -43,7 +43,7 @@ def predicted(
 @pytest.mark.parametrize(
     ("base", "words", "tolerance"),
     [
-        (LLAMA, "method=lora", 0.01),
+        pytest.param(LLAMA, "method=lora", 0.01, marks=pytest.mark.slow),
         (LLAMA, "method=lora quant=4bit targets=all_linear method.lora_dropout=0.1", 0.01),
         pytest.param(LLAMA, "method=lora quant=8bit", 0.05, marks=pytest.mark.slow),
         pytest.param(
@@ -53,7 +53,8 @@ def predicted(
         pytest.param(LLAMA, "method=ia3", 0.01, marks=pytest.mark.slow),
         pytest.param(LLAMA, "method=dora quant=4bit", 0.01, marks=pytest.mark.slow),
         pytest.param(LLAMA, "method=prompt_tuning train.checkpointing=true", 0.01, marks=pytest.mark.slow),
-        (LLAMA, "method=full train.accumulation=2", 0.05),  # the two largest micro-batches seldom meet
+        # The two largest micro-batches seldom meet.
+        pytest.param(LLAMA, "method=full train.accumulation=2", 0.05, marks=pytest.mark.slow),
         pytest.param(LLAMA, "method=full train.optimizer=SGD", 0.01, marks=pytest.mark.slow),
         pytest.param(
             GPT_NEO, "method=full train.checkpointing=true train.autocast=bfloat16", 0.01, marks=pytest.mark.slow

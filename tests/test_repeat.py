@@ -132,6 +132,7 @@ def test_a_trial_is_run_again_from_its_record_alone(run_small: Run, command: Com
     assert "changed: config.train.of_another_version: 1 -> not recorded" in out
 
 
+@pytest.mark.slow
 def test_what_the_command_says_beats_the_record(run_small: Run, command: Command) -> None:
     before = run_small("train=none")
     code, _, _ = command(

@@ -255,6 +255,7 @@ def test_padding_to_a_multiple_changes_no_loss(rows: list[data.Tokens]) -> None:
     assert padded.padding_fraction > plain.padding_fraction
 
 
+@pytest.mark.slow
 def test_a_compiled_step_gives_the_same_losses_and_says_what_was_compiled(rows: list[data.Tokens]) -> None:
     _, lines, _ = run(rows)
     done, others, _ = run(rows, compile="eager")

@@ -217,7 +217,14 @@ def test_the_size_of_the_adapter_is_foreseen_to_the_byte(
     assert foreseen.adapter_bytes == found["adapter_bytes"]
 
 
-@pytest.mark.parametrize("method", ["lora", "pissa", "eva", "corda", "lora_ga", "loftq", "lora_pissa_niter_2"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "lora",
+        "pissa",
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("eva", "corda", "lora_ga", "loftq", "lora_pissa_niter_2")),
+    ],
+)
 @pytest.mark.parametrize("quant", ["none", "4bit"])
 def test_what_is_saved_comes_back_and_merges(run_small: RunSmall, method: str, quant: str) -> None:
     words = [f"method={method}", f"quant={quant}", "adapter.merge=true", "train.learning_rate_scale=50"]

@@ -272,6 +272,7 @@ def test_killed_at_random_a_sweep_ends_with_the_table_of_an_undisturbed_one(kill
     ]
 
 
+@pytest.mark.slow
 def test_two_sweeps_on_a_study_share_the_work() -> None:
     words = [*SMALL, "method.r=2,4,8,16"]
     both = [start(*words) for _ in range(2)]
