@@ -73,7 +73,12 @@ def test_every_type_of_the_installed_peft_has_a_yaml() -> None:
     assert not {kind for kind, config in classes.items() if config not in named}
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+def some(names: list[str], every: int) -> list[Any]:
+    """All of ``names``, of which the fast tier takes every second or fourth."""
+    return [name if n % every == 0 else pytest.param(name, marks=pytest.mark.slow) for n, name in enumerate(names)]
+
+
+@pytest.mark.parametrize("name", some(ADAPTERS, 2))
 def test_a_method_learns_and_changes_only_its_own(name: str, compose: Compose, rows: list[data.Tokens]) -> None:
     before, after, expected, changed = adapt(compose(f"method={name}", ON.get(name, "quant=none")), rows, steps=4)
     assert after < before
@@ -90,7 +95,7 @@ def directions() -> list[data.Tokens]:
     return data.tokenize_for_classes(model.load_tokenizer(tiny()), examples, 128, ["less", "more"])
 
 
-@pytest.mark.parametrize("name", ["full", "qlora", *ADAPTERS])
+@pytest.mark.parametrize("name", ["full", "qlora", *some(ADAPTERS, 4)])
 def test_a_classifier_learns_with_its_head_or_is_refused(
     name: str, compose: Compose, directions: list[data.Tokens]
 ) -> None:
@@ -169,6 +174,7 @@ def test_a_method_with_a_regulariser_adds_it_and_others_do_not(
 QUANTISED = [(name, quant) for name in METHODS if name not in LEFT_OUT for quant in ("8bit", "4bit")]
 
 
+@pytest.mark.slow
 def test_the_refusals_are_those_of_the_table(compose: Compose) -> None:
     same = ("qlora", "lora_plus", "lora_fa", "riemannian")  # lora's, with another optimizer or base
     refused = {
@@ -232,7 +238,7 @@ def test_every_pair_either_learns_or_deserves_its_refusal(
 
 
 @pytest.mark.parametrize("quant", ["4bit", "8bit"])
-@pytest.mark.parametrize("name", ["ia3", "road", "randlora", "pvera", "adalora"])
+@pytest.mark.parametrize("name", some(["ia3", "road", "randlora", "pvera", "adalora"], 5))
 def test_a_quantised_base_of_16_bits_trains_and_comes_back(
     name: str, quant: str, run_small: Callable[..., Result]
 ) -> None:

@@ -281,6 +281,7 @@ def test_loftq_begins_closer_to_the_unquantised_base_than_lora(run_small: RunSma
             assert error < 0.9 * (rounded.get_parameter(name) - weight).norm(), name
 
 
+@pytest.mark.slow
 def test_x_lora_mixes_adapters_trained_before(run_small: RunSmall) -> None:
     first, second = run_small(), run_small("method.r=4")
     a, b = ((place(one) / "adapter").resolve() for one in (first, second))
@@ -417,6 +418,7 @@ def test_a_classifier_is_scored_again_with_its_head(run_small: RunSmall) -> None
     assert again.config["model"]["task"] == "seq_cls"
 
 
+@pytest.mark.slow
 def test_rows_are_tokenised_once_for_all_trials_that_share_them(
     run_small: RunSmall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
