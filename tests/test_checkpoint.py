@@ -421,10 +421,14 @@ def test_a_signal_is_held_once_and_not_for_long(monkeypatch: pytest.MonkeyPatch)
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(checkpoint.Interruption, "SECONDS", {signal.SIGINT: 0.5})
-    assert interrupted(ctrl_c, time.monotonic) == 2  # held until the end of the block
-    assert interrupted(ctrl_c, ctrl_c, time.monotonic) == 1  # a second one is not
-    assert interrupted(ctrl_c, lambda: time.sleep(60)) == 1  # nor one that has waited too long
-    assert interrupted(ctrl_c, time.monotonic, wanted=False) == 0
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which pytest's own processes ignore
+    try:
+        assert interrupted(ctrl_c, time.monotonic) == 2  # held until the end of the block
+        assert interrupted(ctrl_c, ctrl_c, time.monotonic) == 1  # a second one is not
+        assert interrupted(ctrl_c, lambda: time.sleep(60)) == 1  # nor one that has waited too long
+        assert interrupted(ctrl_c, time.monotonic, wanted=False) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.slow

@@ -54,6 +54,7 @@ def check_same(one: Result, other: Result) -> None:
     assert scores(one) == scores(other)
 
 
+@pytest.mark.slow
 def test_a_packed_trial_is_recorded_as_it_is_alone(compose: Compose) -> None:
     together = pack.run(trials(compose, "packed"))
     for one, mine in zip(trials(compose, "alone"), together, strict=True):

@@ -124,7 +124,7 @@ def wait_for(pattern: str, process: subprocess.Popen[str]) -> None:
     pytest.fail(f"no {pattern}")
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("end", [pytest.param(end, marks=pytest.mark.slow) for end in (signal.SIGINT, signal.SIGTERM)])
 def test_an_interrupted_sweep_continues_to_the_undisturbed_result(end: signal.Signals, command: Command) -> None:
     words = [*SMALL, "train.steps=4,200"]
     process = start(*words)

@@ -130,6 +130,7 @@ def worker_of(process: subprocess.Popen[str]) -> psutil.Process:
     pytest.fail("no worker claims a trial")
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_its_trial_and_a_retry_saves_it(command: Command) -> None:
     words = [*SMALL, "method.r=2,4"]
     for retries, statuses in ((0, ["failed", "success"]), (1, ["success", "success"])):
@@ -257,7 +258,7 @@ def final(name: str) -> dict[str, Any]:
     return {name: (one.status, scores(one), one.train_info["final_loss"]) for name, one in records(name).items()}
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (5, 50))])
 def test_killed_at_random_a_sweep_ends_with_the_table_of_an_undisturbed_one(kills: int, command: Command) -> None:
     words = [*WITHOUT_WRITING, "method.r=1,2,3,4,5,6", "seed=0,1"]
     assert command(*words, "study=undisturbed")[0] == 0
