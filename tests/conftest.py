@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from peftsweep import cli
+from peftsweep import cli, train
 from peftsweep.config import Trial
 from peftsweep.config import trial as make_trial
 from peftsweep.record import Result
@@ -57,6 +58,22 @@ def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         return int(ended.value.code or 0), out, err
 
     return run
+
+
+@pytest.fixture
+def fails_at_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Have every training of this rank, in this process, raise an error that says ``broken``."""
+    real = train.train
+
+    def arrange(rank: int) -> None:
+        def broken(model: Any, *args: Any, **options: Any) -> Any:
+            if model.peft_config["default"].r == rank:
+                raise RuntimeError("broken")
+            return real(model, *args, **options)
+
+        monkeypatch.setattr(train, "train", broken)
+
+    return arrange
 
 
 @pytest.fixture

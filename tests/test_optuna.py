@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from peftsweep import cli, config, train
+from peftsweep import cli, config
 from peftsweep.record import Result
 
 from .conftest import SMALL
@@ -58,15 +58,10 @@ def test_a_search_may_have_several_objectives(command: Command) -> None:
 
 
 @pytest.mark.slow
-def test_a_failed_trial_has_no_value_and_the_search_goes_on(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = train.train
-
-    def fails_at_rank_2(model: Any, *args: Any, **options: Any) -> Any:
-        if model.peft_config["default"].r == 2:
-            raise RuntimeError("broken")
-        return real(model, *args, **options)
-
-    monkeypatch.setattr(train, "train", fails_at_rank_2)
+def test_a_failed_trial_has_no_value_and_the_search_goes_on(
+    command: Command, fails_at_rank: Callable[[int], None]
+) -> None:
+    fails_at_rank(2)
     words = [*SEARCH, f"objective={LOSS}", "hydra.sweeper.max_failure_rate=1.0", "hydra.sweeper.n_trials=2"]
     words += ["hydra.sweeper.sampler.seed=0"]  # which draws both ranks
     code, out, _ = command(*words, "method.r=choice(2,4)")

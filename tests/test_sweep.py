@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from peftsweep import train
 from peftsweep.record import Result
 
 from .conftest import SMALL, scores
@@ -42,15 +41,8 @@ def test_a_sweep_trains_every_point_once_and_a_rerun_none(command: Command) -> N
     assert {name: result.run_info["created_at"] for name, result in records().items()} == before
 
 
-def test_a_failing_trial_does_not_stop_the_others(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = train.train
-
-    def fails_at_rank_4(model: Any, *args: Any, **options: Any) -> Any:
-        if model.peft_config["default"].r == 4:
-            raise RuntimeError("broken")
-        return real(model, *args, **options)
-
-    monkeypatch.setattr(train, "train", fails_at_rank_4)
+def test_a_failing_trial_does_not_stop_the_others(command: Command, fails_at_rank: Callable[[int], None]) -> None:
+    fails_at_rank(4)
     code, out, err = command(*SMALL, "method.r=2,4,8")
     assert code == 1
     assert "failed in train: RuntimeError: broken" in out
@@ -60,7 +52,7 @@ def test_a_failing_trial_does_not_stop_the_others(command: Command, monkeypatch:
     code, out, _ = command(*SMALL, "method.r=2,4,8", "study=stop", "stop_on_failure=true")
     assert code == 1
     assert out.splitlines()[-1] == "2 trials: 1 success, 1 failed, 1 not run  (multirun/stop)"
-    monkeypatch.setattr(train, "train", real)
+    fails_at_rank(0)  # none any more
     code, out, _ = command(*SMALL, "method.r=2,4,8")
     assert (code, out.count("done before")) == (0, 2)
 

@@ -26,8 +26,6 @@ PACKAGES = (
     *("peftsweep", "torch", "transformers", "peft", "accelerate", "bitsandbytes"),
     *("datasets", "tokenizers", "hydra-core", "numpy"),
 )
-
-
 SECTIONS = ("run_info", "train_info", "memory", "eval_info", "generation_info")  # of a record, that were measured
 
 
