@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -16,6 +20,7 @@ from peftsweep.record import Result
 
 SMALL = ["train.steps=4", "train.log_every=2", "dataset.samples=64", "eval.tiny_math.samples=8"]
 SMALL += ["eval.perplexity.samples=8", "train.batch_size=4"]
+Found = TypeVar("Found")
 
 
 @pytest.fixture(autouse=True)
@@ -85,9 +90,35 @@ def questions(tmp_path: Path) -> Path:
     return file
 
 
+def records(name: str = "default") -> dict[str, Result]:
+    """The study's records, by the names of their trials."""
+    found = [Result.read(file.parent) for file in Path("multirun", name).glob("*/result.json")]
+    return {result.trial: result for result in found}
+
+
 def scores(result: Result) -> dict[str, dict[str, object]]:
     """What the evaluations found, without what they took."""
     return {
         name: {key: value for key, value in found.items() if isinstance(value, dict)}
         for name, found in result.eval_info.items()
     }
+
+
+def start(*words: str, door: str = "from peftsweep import cli; cli.main()") -> subprocess.Popen[str]:
+    """`peftsweep` with the given words, in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", door, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+    )
+
+
+def wait_for(what: Callable[[], Found], process: subprocess.Popen[str]) -> Found | None:
+    """What the process brings about, None if it ends without; a start takes a minute where many want the cores."""
+    end = time.monotonic() + 240
+    while time.monotonic() < end:
+        over = process.poll() is not None
+        if found := what():
+            return found
+        if over:
+            return None
+        time.sleep(0.05)
+    raise AssertionError("waited in vain")

@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +26,7 @@ from peftsweep.display import Display
 from peftsweep.errors import Unwritable
 from peftsweep.record import Result, Status
 
-from .conftest import SMALL, scores
+from .conftest import SMALL, records, scores, start, wait_for
 
 Command = Callable[..., tuple[int, str, str]]
 Compose = Callable[..., Trial]
@@ -39,32 +38,23 @@ def needs(launcher: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(find_spec(package) is None, reason=f"hydra-{launcher}-launcher is not installed")
 
 
-def records(name: str = "default") -> dict[str, Result]:
-    found = [Result.read(file.parent) for file in Path("multirun", name).glob("*/result.json")]
-    return {result.trial: result for result in found}
-
-
 def numbers(name: str) -> dict[str, Any]:
     return {name: (one.status, scores(one), one.train_info["final_loss"]) for name, one in records(name).items()}
 
 
-def start(*words: str) -> subprocess.Popen[str]:
-    door = "from peftsweep import cli; cli.main()"
-    return subprocess.Popen(
-        [sys.executable, "-c", door, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
-    )
-
-
 def trained(process: subprocess.Popen[str], rows: int) -> int:
     """The process that trains, once it has logged so many rows."""
-    for _ in range(1200):
+
+    def trainer() -> int | None:
         for claim in Path("multirun/default/.claims").glob("*.json"):
             folder = next(Path("multirun/default").glob(f"*-{claim.stem}"), Path())
             if len(record.read_lines(folder / "steps.jsonl")) >= rows:
                 return int(json.loads(claim.read_text())["pid"])
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    pytest.fail("nothing is trained")
+        return None
+
+    found = wait_for(trainer, process)
+    assert found, process.communicate()
+    return found
 
 
 def logged(name: str) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import errno
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum, auto
 from pathlib import Path
 
@@ -158,7 +158,7 @@ def claim(study: Path, identity: str) -> Iterator[None]:
     with FileLock(file.with_name(".lock")):  # of the few milliseconds in which it is decided whose it is
         if _held(file):
             raise Claimed(f"{identity} is run by another process")
-        write_json(file, _me())
+        write_json(file, me := _me())
     over = threading.Event()
     pulse = threading.Thread(target=_beat, args=(file, over), daemon=True)
     pulse.start()
@@ -167,7 +167,9 @@ def claim(study: Path, identity: str) -> Iterator[None]:
     finally:
         over.set()
         pulse.join()
-        file.unlink(missing_ok=True)
+        with suppress(OSError, ValueError):
+            if read_json(file) == me:  # else it lapsed, and is another's now
+                file.unlink()
 
 
 def running(study: Path) -> list[str]:

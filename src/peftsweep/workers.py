@@ -37,7 +37,7 @@ LOOK = 1.0  # seconds between two looks at the workers, if none has news
 RETRY_CLAIMED = 1.0  # seconds until a trial that another process runs is looked at again
 PATIENCE = 30.0  # seconds that an interrupted trial has to write its record
 Job = list[Trial]  # one, or several that are trained together
-SAID = 4000  # last characters of a dead worker's output that its trial's record keeps
+SAID = 4000  # last bytes of a dead worker's output that its trial's record keeps
 
 
 @dataclass(frozen=True)
@@ -170,11 +170,9 @@ class _Worker:
         self._start()
 
     def _start(self) -> None:
-        descriptor, name = tempfile.mkstemp(prefix="peftsweep-worker-", suffix=".log")
-        os.close(descriptor)
-        self._output = Path(name)
+        self._said, self._output = tempfile.mkstemp(prefix="peftsweep-worker-", suffix=".log")
         self.connection, theirs = CONTEXT.Pipe()
-        arguments = (theirs, str(self._output), self._place, self._threads)
+        arguments = (theirs, self._output, self._place, self._threads)
         self.process = CONTEXT.Process(target=_work, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
@@ -184,7 +182,7 @@ class _Worker:
             self.replace()
         self.job, self.views, self.stage = job, views, "setup"
         self.since, self._oom_kills = time.monotonic(), _oom_kills()
-        self._output.write_text("")
+        os.ftruncate(self._said, 0)
         self.connection.send(([configuration.without_rows(one) for one in job], options))
 
     def take(self) -> Job:
@@ -217,7 +215,7 @@ class _Worker:
         return status, self.failure("WorkerDied", message)
 
     def failure(self, kind: str, message: str) -> dict[str, str]:
-        said = self._output.read_text(errors="replace")[-SAID:]
+        said = os.pread(self._said, SAID, max(0, os.fstat(self._said).st_size - SAID)).decode(errors="replace")
         return {"type": kind, "message": message, "stage": self.stage, "traceback": said}
 
     def replace(self) -> None:
@@ -228,7 +226,8 @@ class _Worker:
         self.process.kill()
         self.process.join()
         self.connection.close()
-        self._output.unlink(missing_ok=True)
+        os.close(self._said)
+        Path(self._output).unlink(missing_ok=True)
 
 
 def _in_pool(
@@ -367,7 +366,8 @@ def _work(channel: connection.Connection[Any, Any], output: str, place: str | No
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.unlink(output)  # the parent holds it open, and nothing is left however the two end
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     faulthandler.enable()
