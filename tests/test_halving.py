@@ -205,7 +205,7 @@ def test_force_trains_each_step_anew_but_only_once(command: Command) -> None:
     ]
 
 
-def test_each_point_is_composed_once_where_the_launcher_checks_it(
+def test_each_choice_of_groups_is_composed_once_where_the_launcher_checks_it(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     composed = []
@@ -216,8 +216,8 @@ def test_each_point_is_composed_once_where_the_launcher_checks_it(
         return real(self, config, words)
 
     monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", counted)
-    assert command("seed=0,1", "dry_run=true")[0] == 0
-    assert len(composed) == 2
+    assert command("seed=0,1,2", "quant=none,4bit", "dry_run=true")[0] == 0
+    assert composed == [["quant=none"], ["quant=4bit"]]
 
 
 def held(identity: str, values: list[float | None], status: Status = Status.stopped) -> Result:

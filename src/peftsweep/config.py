@@ -6,6 +6,7 @@ The identity of a trial is a hash of everything that changes its numbers and of 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -130,7 +131,7 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
         raise InputError(f"{missing[0]}: must be given")
     try:
         tree = typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
-        config = typing.cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), cfg)))
+        config = typing.cast(Config, OmegaConf.to_object(OmegaConf.merge(_schema(), cfg)))
     except OmegaConfBaseException as error:
         raise InputError(one_line(error)) from None
     # An interpolation such as ${model.dtype} is an Enum's member there and must be the name a library knows.
@@ -158,6 +159,11 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
         training=content_hash(training),
         slug=_slug(chosen, config),
     )
+
+
+@functools.cache
+def _schema() -> DictConfig:
+    return OmegaConf.structured(Config)
 
 
 def without_rows(trial: Trial) -> Trial:

@@ -40,6 +40,7 @@ class Forecast:
 
 
 KEYS = ("device", "model", "method", "targets", "quant", "eval", "train")  # of a configuration, that change a forecast
+RATES = ("learning_rate", "learning_rate_scale", "schedule", "warmup", "weight_decay", "clip")  # that take no memory
 # Of base and adapter. Some methods begin with random numbers that the meta device lacks, some with the base's (SVD,
 # masks), of which any will do.
 PLACES = (("meta", "meta"), ("meta", "cpu"), ("cpu", "cpu"))
@@ -142,9 +143,9 @@ def prediction(trial: Trial, tokens: Sequence[Tokens] | None = None) -> Predicti
     config = trial.config
     where = "cuda" if config.memory_limit else model.device(config.device).type
     batches = _shapes(trial, tokens)
-    key = configuration.content_hash(
-        [where, [dataclasses.asdict(one) for one in batches], *(trial.tree[k] for k in KEYS)]
-    )
+    relevant = {key: trial.tree[key] for key in KEYS}
+    relevant["train"] = {key: value for key, value in trial.tree["train"].items() if key not in RATES}
+    key = configuration.content_hash([where, [dataclasses.asdict(one) for one in batches], relevant])
     if key not in _PREDICTIONS:
         _PREDICTIONS[key] = predicted(trial, batches, where)
     return _PREDICTIONS[key]

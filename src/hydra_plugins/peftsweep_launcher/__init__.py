@@ -3,18 +3,22 @@
 Hydra executes this module at every start, also for `--help`, so it imports nothing heavy.
 """
 
+import copy
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import OverrideType
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 
 class PointReturn(JobReturn):
@@ -58,12 +62,7 @@ class LocalLauncher(Launcher):
         from peftsweep import config as configuration
         from peftsweep import sweep
 
-        points = []
-        for number, overrides in enumerate(job_overrides, start=first):
-            point = self.context.config_loader.load_sweep_config(self.config, list(overrides))
-            with open_dict(point):
-                point.hydra.job.id, point.hydra.job.num = str(number), number
-            points.append(point)
+        points = self._compose(job_overrides, first)
         trials = [
             configuration.trial(point, point.hydra.runtime.choices, overrides)
             for point, overrides in zip(points, job_overrides, strict=True)
@@ -83,6 +82,34 @@ class LocalLauncher(Launcher):
             )
             for point, overrides, result, answer in zip(points, job_overrides, results, answers, strict=True)
         ]
+
+    def _compose(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[DictConfig]:
+        """The configuration of every point.
+
+        Hydra composes it once for each choice of groups, which takes it long; plain values are put into copies.
+        """
+        loader = self.context.config_loader
+        parser = OverridesParser.create(config_loader=loader)
+        is_group = functools.cache(lambda key: bool(loader.get_group_options(key)))
+        compose = functools.cache(lambda words: loader.load_sweep_config(self.config, list(words)))
+        points = []
+        for number, words in enumerate(job_overrides, start=first):
+            parsed = parser.parse_overrides(list(words))
+            groups = tuple(word for word, one in zip(words, parsed, strict=True) if is_group(one.key_or_group))
+            values = [one for one in parsed if not is_group(one.key_or_group)]
+            try:
+                if not all(one.type is OverrideType.CHANGE and not one.is_hydra_override() for one in values):
+                    raise ValueError("Hydra's own way with what is added or deleted")
+                point = copy.deepcopy(compose(groups))
+                for one in values:
+                    OmegaConf.update(point, one.key_or_group, one.value())
+            except (OmegaConfBaseException, ValueError):  # of which Hydra says what is wrong
+                point = loader.load_sweep_config(self.config, list(words))
+            with open_dict(point):
+                point.hydra.overrides.task = list(words)
+                point.hydra.job.id, point.hydra.job.num = str(number), number
+            points.append(point)
+        return points
 
 
 class GridSweeper(BasicSweeper):
