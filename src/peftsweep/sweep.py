@@ -142,10 +142,10 @@ def _summarise(display: Display, results: Sequence[Result | None], name: str) ->
     for result in bad if len(reached) > 1 else []:
         display.say(f"{result.run_info['labels'][0]}: {summary(result)[0]}")
     counts = {status: sum(result.status is status for result in reached) for status in Status}
-    said = ", ".join(f"{n} {status.name}" for status, n in counts.items() if n)
-    left = sum(result is None for result in results)
-    said += f", {left} not run" if left else ""
-    display.console.print(f"{_number(len(reached))}: {said}  ({study.folder(name)})", markup=False)
+    said = [f"{n} {status.name}" for status, n in counts.items() if n]
+    if left := sum(result is None for result in results):
+        said.append(f"{left} not run")
+    display.console.print(f"{_number(len(reached))}: {', '.join(said)}  ({study.folder(name)})", markup=False)
 
 
 def _number(trials: int) -> str:
