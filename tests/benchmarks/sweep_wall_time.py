@@ -5,8 +5,9 @@
 Twelve LoRA trials of the embedded model (four ranks, three seeds) on the same rows: by `peftsweep`, and by a loop
 that starts `train_one.py` for each, which does the same with plain transformers and PEFT: the same number of steps of
 the same size, perplexity and written answers of base and adapter on 200 rows, the adapter saved. Both in turns, in
-fresh folders. How many steps are ``--train-seconds`` of training is found out first. `planning` is the time from the command to the first trial (composed, checked,
-hashed, looked up) of a sweep over so many points, less that of ten, for each point.
+fresh folders. How many steps are ``--train-seconds`` of training is found out first. `planning` is the time from the
+command to the first trial (composed, checked, hashed, looked up) of a sweep over so many points, less that of ten,
+for each point.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def main() -> None:
                 seconds[name].append(time.perf_counter() - start)
                 print(f"{name}: {seconds[name][-1]:.1f} s, accuracies {scores}", flush=True)
         studies = [f"peftsweep{number}" for number in range(options.rounds)]
-        train_seconds = peftsweep.load(*studies)["train_info.train_seconds"].median()
+        train_seconds = [float(peftsweep.load(one)["train_info.train_seconds"].median()) for one in studies]
         planned = {points: planning(points) for points in (FEW, options.points)}
     ratios = [ours / theirs for ours, theirs in zip(seconds["peftsweep"], seconds["shell_loop"], strict=True)]
     result = {
