@@ -23,7 +23,7 @@ Command = Callable[..., tuple[int, str, str]]
 Compose = Callable[..., Trial]
 RunSmall = Callable[..., Result]
 
-TEST_ROWS, STEPS = 100, 36
+TEST_ROWS, STEPS = 100, 54
 GRID = ["method.r=2,8,32", "train.learning_rate=4e-5,2e-4,1e-3", "targets=q,qv,all_linear"]
 
 
@@ -99,6 +99,10 @@ def test_a_rung_lies_where_at_most_a_factor_th_is_done() -> None:
         (["halving.min_steps=9", "train.eval_every=1epoch"], "train.eval_every=1epoch: must be steps that divide"),
         (["halving.min_steps=9", "objective=train_info.steps"], "objective: is for a sweeper such as"),
         (["halving.min_steps=9", "hydra/sweeper=basic"], "halving: is done by hydra/sweeper=grid, not by basic"),
+        (
+            ["halving.min_steps=9", "hydra.sweeper.max_batch_size=2", "seed=0,1,2"],
+            "hydra.sweeper.max_batch_size: must be null, as halving compares all points of a sweep",
+        ),
         (["halving.min_steps=3,9"], "halving: is of the sweep as a whole, and cannot be swept"),
     ],
 )
@@ -269,10 +273,10 @@ def right(result: Result) -> np.ndarray[Any, np.dtype[np.float64]]:
 def test_halving_keeps_the_best_of_27_at_a_third_of_the_steps(seed: int, command: Command, tmp_path: Path) -> None:
     test = tmp_path / "test.jsonl"  # in a file of its own, so that the validation asks for the loss alone
     test.write_text("".join(record.line(row) for row in task.rows("test", TEST_ROWS)))
-    words = [f"train.steps={STEPS}", "train.batch_size=8", "train.log_every=9", "train.eval_every=4", f"seed={seed}"]
+    words = [f"train.steps={STEPS}", "train.batch_size=8", "train.log_every=18", "train.eval_every=6", f"seed={seed}"]
     words += ["eval=[tiny_math]", f"eval.tiny_math.path={test}", f"eval.tiny_math.samples={TEST_ROWS}"]
     words += ["dataset.samples=1000", "dataset.validation_samples=32", "adapter.save=false", "quiet=true", *GRID]
-    assert command(*words, "halving.min_steps=4")[0] == 0
+    assert command(*words, "halving.min_steps=6")[0] == 0
     halved = records()
     notes = halving.notes(halved.values())
     spent = sum(one.train_info["steps"] for one in halved.values()) / (27 * STEPS)

@@ -122,21 +122,25 @@ class GridSweeper(BasicSweeper):
         assert self.launcher is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        batches = self.split_arguments(overrides, self.max_batch_size)  # the launcher checks all points of each
         jobs: list[JobReturn] = []
-        for points in self.split_arguments(overrides, self.max_batch_size):  # the launcher checks all of them
-            jobs += self._launch(points, len(jobs))
+        for points in batches:
+            jobs += self._launch(points, len(jobs), whole=len(batches) == 1)
         if failures := [job._return_value for job in jobs if job.status is JobStatus.FAILED]:
             raise failures[0]
         return jobs
 
-    def _launch(self, points: list[list[str]], first: int) -> Sequence[JobReturn]:
+    def _launch(self, points: list[list[str]], first: int, whole: bool) -> Sequence[JobReturn]:
         from peftsweep import halving
+        from peftsweep.errors import InputError
 
         assert self.config is not None
         assert self.launcher is not None
         plan = halving.plan(self.config, points)
         if plan is None:
             return self.launcher.launch(points, initial_job_idx=first)
+        if not whole:
+            raise InputError("hydra.sweeper.max_batch_size: must be null, as halving compares all points of a sweep")
         return halving.run(self.launcher.launch, points, plan, quiet=self.config.quiet)
 
 
