@@ -218,7 +218,7 @@ def test_a_full_disk_and_one_that_is_read_only(small_disk: Path) -> None:
 
 def shoot(words: list[str], kills: int, chance: random.Random) -> int:
     """Run the command until it ends by itself; how often its parent or its worker was killed on the way."""
-    shots = 0
+    shots, done = 0, set[tuple[str, str]]()
     while True:
         process = start(*words)
         while shots < kills and (worker := worker_of(process)) is not None:
@@ -232,6 +232,9 @@ def shoot(words: list[str], kills: int, chance: random.Random) -> int:
                 worker.kill()
         _, err = process.communicate(timeout=600)
         assert not err
+        found = {(name, one.run_info["created_at"]) for name, one in records().items() if one.status is Status.success}
+        assert done <= found  # none is trained again
+        done = found
         if process.returncode == 0:
             return shots
 
