@@ -17,7 +17,7 @@ from peftsweep.record import Result, Status
 from peftsweep.schema import HalvingConfig
 from peftsweep.tiny import task
 
-from .conftest import SMALL, scores
+from .conftest import SMALL, scores, start, wait_for
 
 Command = Callable[..., tuple[int, str, str]]
 Compose = Callable[..., Trial]
@@ -187,6 +187,23 @@ def test_a_rung_that_is_not_complete_is_not_decided(command: Command) -> None:
     assert "rung 2 is not complete, 1 of 1 were not run" in out
     assert command(*words)[0] == 0
     assert sorted(one.status.name for one in records().values()) == ["stopped"] * 3 + ["success"]
+
+
+@pytest.mark.slow
+def test_killed_within_a_rung_the_same_command_decides_as_undisturbed(command: Command) -> None:
+    words = [*SWEEP, *HALVING]
+    assert command(*words, "study=undisturbed")[0] == 0
+    for reached in (3, 9):  # within the first rung, and after it
+        process = start(*words)
+        wait_for(lambda most=reached: sum(one.train_info["steps"] for one in records().values()) >= most, process)
+        process.kill()
+        process.communicate()
+    assert command(*words)[0] == 0
+    ended, undisturbed = (
+        {key: (one.status, one.train_info["steps"], one.run_info.get("rung")) for key, one in records(name).items()}
+        for name in ("default", "undisturbed")
+    )
+    assert ended == undisturbed
 
 
 @pytest.mark.slow
