@@ -121,8 +121,9 @@ def test_a_trial_whose_process_dies_twice_is_recorded_and_costs_no_other(three: 
     def launch(trials: Sequence[Trial]) -> list[None]:
         given.append([one.label for one in trials])
         for one in trials:
-            if one.label == "r4":
-                left_behind(one)
+            if one.label == "r4":  # and ends those that run beside it
+                for other in trials[trials.index(one) :]:
+                    left_behind(other)
                 raise RuntimeError("a worker was terminated")
             engine.job(one)
         return [None] * len(trials)
@@ -134,7 +135,7 @@ def test_a_trial_whose_process_dies_twice_is_recorded_and_costs_no_other(three: 
         "r8": "success",
     }
     assert (ended["r4"].error or {})["message"] == "a worker was terminated"
-    assert given == [["r2", "r4", "r8"], ["r4", "r8"], ["r8"]]
+    assert given == [["r2", "r4", "r8"], ["r4"], ["r8"]]
 
 
 def test_a_job_that_ends_without_a_record_is_tried_twice(three: list[Trial]) -> None:

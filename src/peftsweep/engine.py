@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +24,7 @@ from peftsweep.study import Claim
 from peftsweep.workers import RETRY_CLAIMED
 
 LOOK = 1.0  # seconds between two looks at the study
-TRIES = 2  # of a trial whose process dies: where one job's death ends others, nobody says whose it was
+TRIES = 2  # of a trial whose process dies: where that ends others too, the second time shows whose fault it was
 WAIT = 60.0  # seconds without a trial after which the display says so
 LAST_LINE = 4096  # bytes at the end of steps.jsonl that surely hold it
 
@@ -59,8 +59,9 @@ def run(trials: Sequence[Trial], launch: Launch, display: Display) -> Iterator[t
         InputError: the launcher runs nothing; it says why.
         Unwritable: a job cannot write the study.
     """
-    left, tries = list(trials), Counter[str]()
-    while left:
+    batches, tries = deque([list(trials)]), Counter[str]()
+    while batches:
+        left = batches.popleft()
         watch = _Watch(left, display)
         problems: Sequence[BaseException | None] = [None] * len(left)
         raised: Exception | None = None
@@ -76,7 +77,7 @@ def run(trials: Sequence[Trial], launch: Launch, display: Display) -> Iterator[t
         claims = {one.identity: study.claimed(trial.folder(one).parent, one.identity) for one in left}
         if raised and not watch.results and not any(claims.values()):
             raise InputError(f"hydra/launcher: {record.one_line(raised)}") from raised
-        again = []
+        again, suspects = list[Trial](), list[Trial]()
         for one, problem in zip(left, problems, strict=True):
             tries[one.identity] += claims[one.identity] is Claim.left or raised is None
             if result := watch.results.get(one.identity) or trial.finished(one):
@@ -84,8 +85,10 @@ def run(trials: Sequence[Trial], launch: Launch, display: Display) -> Iterator[t
             elif problem or tries[one.identity] >= TRIES:
                 yield one, watch.end(one, trial.died(one, Status.failed, _failure(problem or raised), 0.0))
             else:
-                again.append(one)
-        left = again
+                (suspects if raised and tries[one.identity] else again).append(one)
+        batches += [[one] for one in suspects]
+        if again:
+            batches.append(again)
 
 
 def _failure(error: BaseException | None) -> dict[str, str]:
