@@ -128,15 +128,18 @@ def shortened(text: str) -> str:
 
 def outcomes(merged: pd.DataFrame) -> pd.Series[Any]:
     """What did not succeed in each row of configurations, counted: ``2 failed, 1 oom``; empty where all did."""
-    return pd.Series([outcome(merged.loc[[place]]) for place in merged.index], merged.index, dtype=object)
+    counts = merged[[name for name in NOT_SUCCESS if name in merged]].to_dict("records")
+    return pd.Series([_counted(row) for row in counts], merged.index, dtype=object)
 
 
 def outcome(rows: pd.DataFrame) -> str:
     """What did not succeed in all of these rows, of trials or of configurations, counted; empty where all did."""
     if STATUS in rows:
-        counts = rows[STATUS].value_counts()
-    else:
-        counts = rows[[name for name in NOT_SUCCESS if name in rows]].sum()
+        return _counted(rows[STATUS].value_counts())
+    return _counted(rows[[name for name in NOT_SUCCESS if name in rows]].sum())
+
+
+def _counted(counts: Any) -> str:
     return ", ".join(f"{int(counts[name])} {name}" for name in NOT_SUCCESS if counts.get(name, 0))
 
 

@@ -588,7 +588,7 @@ def _best_of_each(task: _Task, factor: str) -> Iterator[str]:
 
 def _trend(task: _Task, factor: str) -> Iterator[str]:
     """A factor of many values: whether scores rise with it."""
-    levels = pd.to_numeric(task.design.levels[factor], errors="coerce")
+    levels = pd.to_numeric(task.design.levels[factor], errors="coerce").astype("float64")
     yield f"{task.design.levels[factor].nunique()} values."
     yield ""
     for score in task.scores:

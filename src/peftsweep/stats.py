@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special  # scipy.stats takes longer to load than a small study to collect
 
 from peftsweep.metrics import LOWER_IS_BETTER
 from peftsweep.record import Status
@@ -197,7 +197,7 @@ def _summary(good: pd.DataFrame, order: list[int]) -> pd.DataFrame:
     values = good[names].astype("float64")
     groups = values.groupby(good["configuration"])
     mean, std, n = (getattr(groups, how)().reindex(order) for how in ("mean", "std", "count"))
-    half = std / np.sqrt(n) * stats.t.ppf(1 - ALPHA / 2, np.maximum(n - 1, 1))
+    half = std / np.sqrt(n) * special.stdtrit(np.maximum(n - 1, 1), 1 - ALPHA / 2)
     low, high = mean - half, mean + half
     kind = (n > 1).astype(object).replace({True: "seeds", False: None})
     known = set(names)
@@ -228,7 +228,7 @@ def row_interval(
 
     That of a share is Wilson's, which is not empty at 0 and 1; that of a perplexity is symmetric in its logarithm.
     """
-    quantile = pd.Series(stats.t.ppf(1 - ALPHA / 2, np.maximum(n - 1, 1)), index=value.index)
+    quantile = pd.Series(special.stdtrit(np.maximum(n - 1, 1), 1 - ALPHA / 2), index=value.index)
     if is_share(column, value) and np.allclose(stderr**2 * (n - 1), value * (1 - value), equal_nan=True):
         centre = (value + quantile**2 / (2 * n)) / (1 + quantile**2 / n)
         half = quantile / (1 + quantile**2 / n) * np.sqrt(value * (1 - value) / n + quantile**2 / (4 * n**2))
@@ -262,13 +262,13 @@ class Contrasts:
         """Two-sided, against no difference; without any spread a difference is certain."""
         with np.errstate(divide="ignore", invalid="ignore"):
             t = np.where(self.estimate == 0, 0.0, np.abs(self.estimate) / self.stderr)
-        found: Floats = np.where(np.isnan(self.stderr), np.nan, 2 * stats.t.sf(t, self.df))
+        found: Floats = np.where(np.isnan(self.stderr), np.nan, 2 * special.stdtr(self.df, -t))
         return found
 
     @property
     def interval(self) -> tuple[Floats, Floats]:
         """The ends of the 95% interval of each."""
-        half = stats.t.ppf(1 - ALPHA / 2, self.df) * self.stderr
+        half = special.stdtrit(self.df, 1 - ALPHA / 2) * self.stderr
         return self.estimate - half, self.estimate + half
 
 
@@ -494,7 +494,7 @@ def row_scores(lines: Sequence[dict[str, Any]], metric: str) -> Floats | None:
 
 def mcnemar(first: NDArray[np.int64], second: NDArray[np.int64]) -> Floats:
     """McNemar's exact two-sided p: ``first`` rows that only one got right, ``second`` that only the other did."""
-    found: Floats = np.minimum(1, 2 * stats.binom.cdf(np.minimum(first, second), first + second, 0.5))
+    found: Floats = np.minimum(1, 2 * special.bdtr(np.minimum(first, second), first + second, 0.5))
     return found
 
 
@@ -870,10 +870,10 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> Correla
     n = pairs.shape[1]
     if n < 2 or (pairs == pairs[:, :1]).all(axis=1).any():
         return Correlation(math.nan, math.nan, math.nan, n)
-    rho = float(stats.spearmanr(*pairs).statistic)
+    rho = float(np.corrcoef([pd.Series(values).rank() for values in pairs])[0, 1])
     if n < 4:
         return Correlation(rho, math.nan, math.nan, n)
-    half = stats.norm.ppf(1 - ALPHA / 2) * math.sqrt((1 + rho**2 / 2) / (n - 3))
+    half = special.ndtri(1 - ALPHA / 2) * math.sqrt((1 + rho**2 / 2) / (n - 3))
     centre = math.atanh(min(max(rho, -1 + 1e-12), 1 - 1e-12))
     return Correlation(rho, math.tanh(centre - half), math.tanh(centre + half), n)
 

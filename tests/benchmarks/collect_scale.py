@@ -2,11 +2,12 @@
 
     python tests/benchmarks/collect_scale.py [--trials 1000 3000 10000] [--out FILE]
 
-Writes studies of synthetic trials, as a sweep leaves them on the disk (a record of 200 columns and ten logged steps
-each), and runs `peftsweep-collect --no-plots` on each in a process of its own, so that its imports count too and its
-peak memory is its own. The sizes take turns, ``--repeats`` times; the median counts. Beside the time on the clock,
-which other processes lengthen, stands that of the processor. Growth is the exponent of the processor's time, beyond
-that of the imports alone, between sizes: 1 is linear.
+Writes studies of made-up trials, as a sweep of methods, quantisations, ranks, rates and seeds leaves them on the disk
+(a record of 200 columns, ten logged steps and answers to 100 test rows each), and runs `peftsweep-collect`, with its
+figures and report.html, on each in a process of its own, so that its imports count too and its peak memory is its own.
+The sizes take turns, ``--repeats`` times; the median counts. Beside the time on the clock, which other processes
+lengthen, stands that of the processor. Growth is the exponent of the processor's time, beyond that of the imports,
+between sizes: 1 is linear.
 """
 
 from __future__ import annotations
@@ -26,9 +27,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-COLUMNS = 200
+import numpy as np
+
+COLUMNS, OTHERS = 200, 93  # of a table, and what it has beside the settings that fill it up
 STEPS = 10
-METHODS = ("lora", "dora", "ia3", "hira")
+TEST_ROWS = 100
+METHODS = ("lora", "dora", "rslora", "pissa", "hira", "oft", "vera", "loha", "adalora", "fourierft")
+QUANTS, RANKS, SEEDS = ("none", "8bit", "4bit"), (1, 2, 4, 8, 16, 32, 64), 3
 STAGES = ("load", "data", "baseline", "attach", "train", "eval", "save", "reload")
 MEMORY = ("allocated_peak", "allocated_mean", "allocated_p99", "reserved_peak", "reserved_mean", "reserved_p99")
 COLLECT = "import sys; from peftsweep.cli import collect; sys.argv[0] = 'peftsweep-collect'; collect()"
@@ -52,10 +57,11 @@ def main() -> None:
         for _ in range(options.repeats):
             starts.append(timed(["-c", IMPORTS])["cpu_seconds"])
             for trials in options.trials:
-                runs[trials].append(timed(["-c", COLLECT, f"multirun/n{trials}", "--no-plots"]))
+                runs[trials].append(timed(["-c", COLLECT, f"multirun/n{trials}"]))
                 print(f"{trials:6} trials: {runs[trials][-1]}", flush=True)
         columns = table_width(Path("multirun") / f"n{options.trials[0]}" / "results.parquet")
-    report = summarise(runs, statistics.median(starts), columns)
+        pages = {n: (Path("multirun") / f"n{n}" / "report.html").stat().st_size for n in options.trials}
+    report = summarise(runs, statistics.median(starts), columns) | {"report_html_bytes": pages}
     print(json.dumps(report, indent=1))
     if out:
         out.write_text(json.dumps(report, indent=1) + "\n")
@@ -104,24 +110,52 @@ def table_width(file: Path) -> int:
 
 
 def write_study(folder: Path, trials: int) -> None:
-    """``trials`` records and logs of steps, with a gap here and a failure there as real studies have them."""
-    for number in range(trials):
-        place = folder / f"tiny-{METHODS[number % 4]}-r{number}-{number:010x}"
-        place.mkdir(parents=True)
-        (place / "result.json").write_text(json.dumps(record(folder.name, place.name, number), indent=1) + "\n")
+    """``trials`` of a sweep of methods, quantisations, ranks, learning rates and seeds, with some failures."""
+    generator = np.random.default_rng(0)
+    difficulty = generator.normal(0.0, 1.5, TEST_ROWS)
+    asked = [{"prompt": f"What is {n} times {n + 1}?", "answer": str(n * (n + 1))} for n in range(TEST_ROWS)]
+    grid = itertools.product(range(trials), METHODS, QUANTS, RANKS, range(SEEDS))
+    for number, (rate, method, quant, rank, seed) in enumerate(itertools.islice(grid, trials)):
+        place = folder / f"tiny-{method}-{quant}-r{rank}-{seed}-{number:010x}"
+        ability = METHODS.index(method) / 10 + math.log2(rank) / 4 - QUANTS.index(quant) / 3 - rate / 5
+        ability += generator.normal(0.0, 0.2)
+        correct = generator.logistic(ability - difficulty) > 0
+        choices = {"method": method, "quant": quant, "model": "tiny", "dataset": "made_up"}
+        config = {"seed": seed, "method": {"r": rank, "target_modules": ["q_proj", "v_proj"]}}
+        config["train"] = {"learning_rate": 1e-4 * (1 + rate), "steps": 100, "clip": None}
+        content = record(folder.name, place.name, number, choices, config, float(correct.mean()))
+        (place / "predictions").mkdir(parents=True)
+        (place / ".hydra").mkdir()
+        words = [f"method={method}", f"quant={quant}", f"method.r={rank}", f"seed={seed}"]
+        (place / ".hydra" / "overrides.yaml").write_text("".join(f"- {word}\n" for word in words))
+        (place / "result.json").write_text(json.dumps(content, indent=1) + "\n")
         rows = [
-            {"step": s, "steps": STEPS, "epoch": s / STEPS, "loss": 3 / s, "learning_rate": 1e-4, "tokens": 512 * s}
-            | {"seconds": 0.1 * s, "tokens_per_second": 5120.0, "memory_allocated": 10**9 + s}
+            {"step": s, "steps": STEPS, "epoch": s / STEPS, "loss": (3 - ability) / s, "learning_rate": 1e-4}
+            | {"seconds": 0.1 * s, "tokens": 512 * s, "tokens_per_second": 5120.0, "memory_allocated": 10**9 + s}
             for s in range(1, STEPS + 1)
         ]
         (place / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        said = (row | {"prediction": "42", "correct": bool(c)} for row, c in zip(asked, correct, strict=True))
+        (place / "predictions" / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
 
 
-def record(study: str, trial: str, number: int) -> dict[str, Any]:
-    """A record of ``COLUMNS`` values; every tenth trial failed, so that its scores are missing."""
-    failed = number % 10 == 9
+def record(
+    study: str, trial: str, number: int, choices: dict[str, Any], config: dict[str, Any], accuracy: float
+) -> dict[str, Any]:
+    """A record of ``COLUMNS`` values; every fiftieth trial failed, so that its scores are missing."""
+    failed, rank = number % 50 == 49, config["method"]["r"]
     error = {"type": "RuntimeError", "message": "broken", "stage": "train", "traceback": "line\n" * 20}
-    content: dict[str, Any] = {
+    parameters, quantised = 10_240 * rank, choices["quant"] != "none"
+    seconds = 30.0 + number % 7 + (10.0 if quantised else 0.0)
+    stderr = math.sqrt(accuracy * (1 - accuracy) / (TEST_ROWS - 1))
+    scores = {"accuracy": {"value": accuracy, "stderr": stderr, "n": TEST_ROWS}, "seconds": 12.5}
+    base = {"base_accuracy": {"value": 0.1, "stderr": 0.03, "n": TEST_ROWS}}
+    peaks = {stage: dict.fromkeys(MEMORY, 10**9 + 8 * parameters - 10**8 * quantised) for stage in STAGES}
+    extra = (0.5, 7, "option", True, None)
+    config["extra"] = {f"key_{n:03}": extra[n % len(extra)] for n in range(COLUMNS - OTHERS)}
+    trained = {"trainable_parameters": parameters, "total_parameters": 900_000 + parameters}
+    trained |= {"adapter_bytes": 4 * parameters + 1000, "train_seconds": seconds, "tokens_per_second": 5120.0}
+    return {
         "schema_version": 1,
         "run_info": {
             "trial": trial,
@@ -129,34 +163,20 @@ def record(study: str, trial: str, number: int) -> dict[str, Any]:
             "study": study,
             "identity": f"{number:010x}",
             "training": f"{number:010x}",
-            "created_at": f"2026-01-{1 + number % 28:02}T{number % 24:02}:00:00+00:00",
+            "created_at": f"2026-01-{1 + number // 1440:02}T{number // 60 % 24:02}:{number % 60:02}:00+00:00",
             "host": "host",
             "category": "main",
             "status": "failed" if failed else "success",
             "error": error if failed else None,
-            "total_seconds": 60.5 + number,
+            "total_seconds": 30.0 + seconds,
         },
-        "choices": {"method": METHODS[number % 4], "quant": ("none", "8bit", "4bit")[number % 3], "model": "tiny"},
-        "config": {
-            "seed": number % 5,
-            "method": {
-                "r": 2 ** (number % 7),
-                "target_modules": ["q_proj", "v_proj"],
-                "alpha": ("auto", 16)[number % 2],
-            },
-            "train": {"learning_rate": 1e-4 * (1 + number % 9), "steps": 100 + number % 3, "clip": None},
-        },
-        "train_info": {"trainable_parameters": 1000 * number, "train_seconds": 30.5 + number, "adapter_bytes": number},
-        "memory": {} if failed else {stage: dict.fromkeys(MEMORY, 10**9 + number) for stage in STAGES},
-        "eval_info": {}
-        if failed
-        else {"task": {"accuracy": {"value": (number % 97) / 97, "stderr": 0.01, "n": 1319}, "seconds": 12.5}},
+        "choices": choices,
+        "config": config,
+        "train_info": {} if failed else trained,
+        "memory": {} if failed else peaks,
+        "eval_info": {} if failed else {"task": scores | base},
         "meta_info": {"packages": {name: {"version": "1.0", "commit": None} for name in ("torch", "peft")}},
     }
-    held = 90  # columns that a table of these has beside the ones below
-    kinds = (number * 0.5, number, f"option {number % 7}", number % 2 == 0, None if number % 3 else number)
-    content["config"]["extra"] = {f"key_{n:03}": kinds[n % len(kinds)] for n in range(COLUMNS - held)}
-    return content
 
 
 if __name__ == "__main__":
