@@ -189,7 +189,7 @@ def test_a_large_study_shows_its_best_trials(collect_command: Collect) -> None:
     for rank in range(1, 51):
         write(f"r{rank}", rank, None if rank == 50 else rank / 100)
     _, out, _ = collect_command("--no-plots")
-    assert "50 trials: 49 success, 1 failed; the 40 best by task.accuracy" in out
+    assert "50 trials: 49 success, 1 failed; the 40 best by task accuracy" in out
     rows = [line for line in out.splitlines() if "success" in line and "│" in line]
     assert len(rows) == 40
     assert "0.490" in rows[0]

@@ -40,14 +40,21 @@ FLOORS = (
         "table",
         "where",
         "repeat",
-        "stats",
         "columns",
+        "stats",
+        "effects",
+        "frontier",
+        "rungs",
+        "words",
+        "findings",
+        "methodology",
+        "report",
         "plot",
         "page",
     ),
     (
         *("config", "prepare", "halving", "build", "forecast", "guide", "trial", "pack", "workers", "engine", "sweep"),
-        *("interchange", "report", "collect"),
+        *("interchange", "collect"),
     ),
     ("cli",),
 )
@@ -55,6 +62,7 @@ ORDER = [module for floor in FLOORS for module in floor]
 HYDRA_FROM = ORDER.index("config")
 WITHOUT_TORCH = (
     *("collect", "table", "where", "interchange", "repeat", "report", "stats", "columns", "plot", "page"),
+    *("effects", "frontier", "rungs", "words", "findings", "methodology"),
     *("display", "study", "cli", "config", "halving", "experiment", "prepare"),
 )
 

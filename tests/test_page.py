@@ -74,7 +74,7 @@ def test_the_page_loads_nothing() -> None:
 def test_a_study_with_nothing_to_compare_has_its_table(table: pd.DataFrame) -> None:
     text = study(table)
     assert 'id="all-trials"' in text
-    assert "frontier-plot" not in text
+    assert "frontier-plot-0" not in text
 
 
 def test_a_front_is_drawn_for_each_pair_of_axes_and_shown_for_the_chosen_one() -> None:
@@ -122,10 +122,10 @@ def _use_the_table(view: Any) -> None:
 
 
 def _use_the_frontier(view: Any) -> None:
-    plot = view.locator("#frontier-plot")
+    plot = view.locator("#frontier-plot-0")
     plot.locator(".updatemenu-header").nth(1).click()
     plot.locator(".updatemenu-dropdown-button", has_text="training time").click()
-    view.wait_for_function("document.querySelector('#frontier-plot .xtitle').textContent === 'training time (s)'")
+    view.wait_for_function("document.querySelector('#frontier-plot-0 .xtitle').textContent === 'training time (s)'")
     plot.scroll_into_view_if_needed()
     box = plot.locator(".scatterlayer .points path").first.bounding_box()
     view.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from peftsweep import plot
+from peftsweep import plot, stats
 from tests import tables
 
 METHODS, QUANTS = ["lora", "dora", "ia3"], ["none", "4bit"]
@@ -92,3 +92,20 @@ def test_svg_is_written_when_asked() -> None:
     written = plot.study(table, tables.steps(table), Path("plots"), "svg")
     assert {file.suffix for file in written} == {".svg"}
     assert written[0].read_text(encoding="utf-8").startswith("<?xml")
+
+
+def test_models_and_datasets_are_never_in_one_figure() -> None:
+    table = tables.trials({"choices.model": ["small", "large"], "config.method.r": [8, 16]})
+    names = [name for name, _ in plot.figures(table, tables.steps(table))]
+    assert {"rank_task__small-on-dataset", "rank_task__large-on-dataset"} <= set(names)
+    assert all(name.endswith(("__small-on-dataset", "__large-on-dataset")) for name in names)
+
+
+def test_a_pack_s_memory_is_no_trial_s_stage() -> None:
+    table = tables.trials({"config.method.r": [8, 16]})
+    table["memory.packed_train.allocated_peak"] = 9_000_000_000
+    table["run_info.packed_with"] = ["[]", '["trial-0"]']
+    (part,) = stats.tasks(table).values()
+    assert part["memory.train.allocated_peak"].isna().tolist() == [False, True]
+    assert part["train_info.train_seconds"].isna().tolist() == [False, True]
+    assert part["memory.predicted.peak_bytes"].notna().all()

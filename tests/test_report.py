@@ -80,7 +80,7 @@ def test_a_study_is_told_from_its_answer_to_its_methods(tmp_path: Path) -> None:
     ]
     assert "9 trials (9 success) of 3 configurations, 3 successful seeds each." in text
     assert "- **Use `lora, r=16`**: 0.803" in text  # near the best, and half its size
-    assert "It is a tie with `lora, r=16`; 1 configuration of 3 is worse." in text
+    assert "It is a tie with `lora, r=16`. 1 configuration of 3 is worse." in text
     assert "rank 16 is the smallest that is not separable from the best, 32" in text
     assert "The untouched base scores 0.100 on the same rows." in text
     assert "Seeds: 0, 1, 2; configurations: 3 with 3 seeds." in text
@@ -133,9 +133,9 @@ def test_failures_stay_visible_with_their_reason(tmp_path: Path) -> None:
         ([], "No trial yet."),
         ([trial(0, None), trial(1, None, 1)], "No trial has succeeded, so there is nothing to recommend."),
         ([trial(0, 50)], "`lora` reaches task accuracy 0.500"),
-        ([trial(0, 50), trial(1, None, **{"choices.quant": "4bit"})], "`lora, quant=none` reaches task accuracy"),
+        ([trial(0, 50), trial(1, None, **{"choices.quant": "4bit"})], "`lora, unquantised` reaches task accuracy"),
         ([trial(0, 0), trial(1, 0, **{"choices.quant": "4bit"})], "No gain shown"),
-        ([trial(0, 100), trial(1, 100, **{"choices.quant": "4bit"})], "all 2 configurations are a tie"),
+        ([trial(0, 100), trial(1, 100, **{"choices.quant": "4bit"})], "both configurations are a tie"),
     ],
 )
 def test_small_and_broken_studies_have_a_report(rows: list[dict[str, Any]], says: str, tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_stopped_trials_come_with_the_rank_correlation(tmp_path: Path) -> None:
     ]
     stopped = trial(9, None, **{"config.method.r": 64}) | {"run_info.status": "stopped"}
     text = written(tmp_path, *ranks(40, 80), stopped, steps=pd.DataFrame(steps))
-    assert "1 trial was stopped early; how they would have ended is not known." in text
+    assert "1 trial was stopped early; how it would have ended is not known." in text
     assert "1.00" in text.partition("### Could it have been stopped earlier?")[2]
 
 
@@ -237,3 +237,42 @@ def test_the_summary_is_also_given_as_plain_text(tmp_path: Path) -> None:
     assert lines[0].startswith("Use lora, r=16: ")
     assert lines[-1] == "1 trial ended without a result: see what did not work."
     assert not [line for line in lines if "*" in line or "`" in line or "](" in line]
+
+
+def test_what_a_pack_took_is_compared_with_nothing(tmp_path: Path) -> None:
+    rows = ranks(70, 71, 72, seeds=2)
+    for row in rows[2:4]:  # those of rank 16
+        row |= {"run_info.packed_with": '["another"]', "train_info.train_seconds": 0.5, "memory.train.rss_peak": 10.0}
+    text = written(tmp_path, *rows)
+    assert "2 trials were trained in packs" in text
+    level = next(line for line in text.split("## Rank\n")[1].splitlines() if line.startswith("|   16 "))
+    assert [cell.strip() for cell in level.split("|")][-4:-2] == ["", ""]  # neither memory nor time
+    assert " 0.5 s" not in text
+    assert "Without some of these figures: 1." in text
+
+
+def test_nothing_is_recommended_that_does_not_beat_the_untouched_base(tmp_path: Path) -> None:
+    base = {"eval_info.task.base_accuracy.value": 0.85}
+    text = written(tmp_path, *(row | base for row in ranks(40, 80)))
+    assert "**Use none of these**" in text
+    assert "**Use `" not in text
+    assert "## Recommendations" not in text
+
+
+def test_intervals_of_two_equal_seeds_are_not_empty(tmp_path: Path) -> None:
+    rows = [trial(n, 60 + 5 * (n // 2), n % 2, **{"config.method.r": 8 << n // 2}) for n in range(4)]
+    text = written(tmp_path, *rows)
+    assert "0.600 [0.600, 0.600]" not in text
+
+
+def test_costs_are_told_where_nothing_was_judged(tmp_path: Path) -> None:
+    rows = [{k: v for k, v in row.items() if not k.startswith("eval_info")} for row in ranks(40, 80)]
+    text = written(tmp_path, *rows)
+    assert "costs are all that can be compared" in text
+    assert "| rank | resident memory | training time | adapter size |" in text
+
+
+def test_a_factor_of_many_values_is_told_as_a_trend(tmp_path: Path) -> None:
+    rates = [{"config.train.learning_rate": (n + 1) / 1000 if n < 39 else None} for n in range(40)]
+    text = written(tmp_path, *(trial(n, 30 + n, **rate) for n, rate in enumerate(rates)))
+    assert "Spearman's correlation with it is 1.00" in text

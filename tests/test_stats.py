@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from scipy import stats as reference
 
-from peftsweep import stats
+from peftsweep import columns, effects, frontier, rungs, stats
 from peftsweep.stats import Floats, Measured
 
 ACCURACY, PERPLEXITY = "eval_info.task.accuracy.value", "eval_info.task.perplexity.value"
@@ -86,10 +86,19 @@ def test_trials_that_differ_only_in_their_seed_become_one_row() -> None:
     assert (found["n"].tolist(), found["failed"].tolist()) == ([3, 2], [0, 1])
     assert found[ACCURACY].tolist() == pytest.approx([0.5, 0.75])
     assert found[f"{ACCURACY}.std"].tolist() == pytest.approx([0.1, math.sqrt(0.005)])
-    low, high = reference.t.interval(0.95, 2, loc=0.5, scale=0.1 / math.sqrt(3))
-    assert found.loc[0, [f"{ACCURACY}.low", f"{ACCURACY}.high"]].tolist() == pytest.approx([low, high])
     assert found[f"{ACCURACY}.interval"].tolist() == ["seeds", "seeds"]
     assert found["trials"].tolist() == [["t0", "t1", "t2"], ["t3", "t4"]]
+
+
+def test_the_interval_over_seeds_is_student_s_and_two_equal_seeds_are_no_certainty() -> None:
+    bounds = [f"{ACCURACY}.low", f"{ACCURACY}.high"]
+    alone = stats.configurations(study({8: [0.4, 0.5, 0.6]}))
+    expected = reference.t.interval(0.95, 2, loc=0.5, scale=0.1 / math.sqrt(3))
+    assert alone.loc[0, bounds].tolist() == pytest.approx(list(expected))
+    beside = stats.configurations(study({8: [0.4, 0.5, 0.6], 16: [0.7, 0.7]}))
+    low, high = beside.loc[1, bounds]
+    assert low < 0.6
+    assert high > 0.8
 
 
 def test_what_changes_no_number_makes_no_configuration_and_a_setting_does() -> None:
@@ -126,11 +135,11 @@ def test_a_trial_with_one_evaluation_more_is_the_same_configuration() -> None:
 
 
 def test_directions_are_known() -> None:
-    assert [stats.direction(c) for c in (ACCURACY, PERPLEXITY, "train_info.adapter_bytes")] == [1, -1, -1]
-    assert stats.direction("train_info.tokens_per_second") == 1
-    assert stats.direction("memory.train.allocated_peak") == -1
-    assert stats.direction("generation_info.overall.adapted.seconds_per_token_p50") == -1
-    assert stats.direction("train_info.steps") == stats.direction("config.method.r") == 0
+    assert [columns.direction(c) for c in (ACCURACY, PERPLEXITY, "train_info.adapter_bytes")] == [1, -1, -1]
+    assert columns.direction("train_info.tokens_per_second") == 1
+    assert columns.direction("memory.train.allocated_peak") == -1
+    assert columns.direction("generation_info.overall.adapted.seconds_per_token_p50") == -1
+    assert columns.direction("train_info.steps") == columns.direction("config.method.r") == 0
 
 
 # ---- intervals and ties, on studies whose truth is known -------------------------------------------
@@ -311,31 +320,31 @@ def grid(effect: float, seeds: int = 3) -> pd.DataFrame:
 
 
 def test_what_follows_from_a_choice_or_the_rank_is_no_factor_of_its_own() -> None:
-    assert stats.factors(grid(0.1)) == ["choices.quant", "config.method.r"]  # not the bits, not lora_alpha
-    assert stats.factors(study({8: [0.5, 0.6]})) == []
+    assert effects.factors(grid(0.1)) == ["choices.quant", "config.method.r"]  # not the bits, not lora_alpha
+    assert effects.factors(study({8: [0.5, 0.6]})) == []
 
 
 def test_the_effect_of_a_factor_is_that_put_in() -> None:
-    found = stats.effects(grid(0.1), ACCURACY)
+    found = effects.effects(grid(0.1), ACCURACY)
     row = found[found["factor"] == "choices.quant"].iloc[0]
     assert (row["level"], row["reference"], row["contexts"], row["agreeing"]) == ("4bit", "none", 4, 4)
     assert row["low"] < -0.1 < row["high"]
     assert (row["verdict"], row["high"] < 0) == ("worse", True)
-    nothing = stats.effects(grid(0.0), ACCURACY)
+    nothing = effects.effects(grid(0.0), ACCURACY)
     assert nothing[nothing["factor"] == "choices.quant"]["verdict"].tolist() == ["tie"]
 
 
 def test_an_effect_uses_only_settings_that_have_both_levels() -> None:
     table = grid(0.1)
     missing = table["config.method.r"].eq(4) & table["choices.quant"].eq("4bit")
-    found = stats.effects(table[~missing], ACCURACY)
+    found = effects.effects(table[~missing], ACCURACY)
     row = found[found["factor"] == "choices.quant"].iloc[0]
     assert row["contexts"] == 3
     assert row["difference"] == pytest.approx(-0.1, abs=0.02)
 
 
 def test_returns_over_rank_end_where_they_were_made_to_end() -> None:
-    found = stats.returns(grid(0.1), ACCURACY).set_index("level")
+    found = effects.returns(grid(0.1), ACCURACY).set_index("level")
     assert found.loc[8, "gain"] == pytest.approx(0.1, abs=0.02)
     assert found.loc[8, "gain_low"] < 0.1 < found.loc[8, "gain_high"]
     assert found.loc[32, "gain_low"] < 0 < found.loc[32, "gain_high"]
@@ -346,7 +355,7 @@ def test_returns_over_rank_end_where_they_were_made_to_end() -> None:
 def test_unequal_budgets_are_counted() -> None:
     table = grid(0.1)
     table["choices.method"] = ["dora" if rank == 4 else "lora" for rank in table["config.method.r"]]
-    found = stats.budget(table)
+    found = effects.budget(table)
     assert found["configurations"].to_dict() == {"dora": 2, "lora": 6}
     assert found["ranks"].to_dict() == {"dora": 1, "lora": 3}
 
@@ -359,17 +368,17 @@ def test_the_front_is_what_a_comparison_of_all_pairs_finds() -> None:
     values = generator.integers(0, 12, (200, 3)).astype(float)
     as_good = (values[:, None] <= values[None]).all(axis=2)
     better = (values[:, None] < values[None]).any(axis=2)
-    assert stats.front(values).tolist() == (~(as_good & better).any(axis=0)).tolist()
+    assert frontier.front(values).tolist() == (~(as_good & better).any(axis=0)).tolist()
 
 
 def test_a_front_tells_how_sure_it_is() -> None:
     table = study({8: [0.5, 0.51, 0.49], 16: [0.9, 0.91, 0.89], 32: [0.9, 0.93, 0.87]})
-    found = stats.pareto(table, [ACCURACY, "train_info.adapter_bytes"])
+    found = frontier.pareto(table, [ACCURACY, "train_info.adapter_bytes"])
     assert found["front"].tolist()[:2] == [True, True]
     assert found["share"].tolist()[:2] == [1.0, 1.0]  # the smallest, and the smallest of the good ones
     assert 0.2 < found["share"].tolist()[2] < 0.8
     with pytest.raises(ValueError, match="not known whether more or less is better"):
-        stats.pareto(table, [ACCURACY, "config.method.r"])
+        frontier.pareto(table, [ACCURACY, "config.method.r"])
 
 
 def test_rank_correlation_is_scipys_and_covers_the_truth() -> None:
@@ -379,11 +388,11 @@ def test_rank_correlation_is_scipys_and_covers_the_truth() -> None:
     for _ in range(1000):
         x = generator.normal(size=30)
         y = 0.7 * x + math.sqrt(1 - 0.49) * generator.normal(size=30)
-        found = stats.rank_correlation(x.tolist(), y.tolist())
+        found = rungs.rank_correlation(x.tolist(), y.tolist())
         covered += found.low <= true <= found.high
     assert found.rho == pytest.approx(reference.spearmanr(x, y).statistic)
     assert 930 <= covered <= 970
-    assert math.isnan(stats.rank_correlation([1.0, 1.0], [1.0, 2.0]).rho)
+    assert math.isnan(rungs.rank_correlation([1.0, 1.0], [1.0, 2.0]).rho)
 
 
 def test_rungs_say_where_the_winner_stood() -> None:
@@ -393,7 +402,7 @@ def test_rungs_say_where_the_winner_stood() -> None:
         for name, course in losses.items()
         for n, value in enumerate(course)
     ]
-    found = stats.rungs(pd.DataFrame(rows))
+    found = rungs.rungs(pd.DataFrame(rows))
     assert found["step"].tolist() == [10, 20]
     assert found["n"].tolist() == [3, 3]
     assert found["rho"].tolist() == pytest.approx([-0.5, -0.5])
@@ -402,11 +411,11 @@ def test_rungs_say_where_the_winner_stood() -> None:
 
 def test_nothing_measured_is_no_error() -> None:
     empty = study({8: [None], 16: [None]})
-    assert stats.scores(empty) == []
-    assert stats.primary(empty) is None
+    assert columns.scores(empty) == []
+    assert columns.main_scores(empty) == []
     assert stats.configurations(empty)["n"].tolist() == [0, 0]
     assert stats.compare(empty, ACCURACY).empty
-    assert stats.effects(empty, ACCURACY).empty
-    assert stats.returns(empty, ACCURACY).empty
-    assert stats.pareto(empty, [ACCURACY]).empty
-    assert stats.rungs(pd.DataFrame({"trial": [], "step": []})).empty
+    assert effects.effects(empty, ACCURACY).empty
+    assert effects.returns(empty, ACCURACY).empty
+    assert frontier.pareto(empty, [ACCURACY]).empty
+    assert rungs.rungs(pd.DataFrame({"trial": [], "step": []})).empty

@@ -5,8 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +13,10 @@ from typing import Any
 
 import pandas as pd
 
-from peftsweep import halving, interchange, page, plot, report, study
+from peftsweep import columns, halving, interchange, page, plot, report, stats, study
 from peftsweep.display import show_table, size, summary
 from peftsweep.errors import InputError
-from peftsweep.metrics import LOWER_IS_BETTER
-from peftsweep.record import Result, Status
+from peftsweep.record import Result, Status, counted
 from peftsweep.table import (
     ALLOCATED,
     BREAK_EVEN,
@@ -147,7 +145,7 @@ def status(names: Sequence[str]) -> int:
     for folder in [study.find(name) for name in names] if names else study.studies():
         results = read(folder)
         claims = study.running(folder)
-        print(f"{folder}: {_counts(result.status.name for result in results)}, {len(claims)} running")
+        print(f"{folder}: {counted(result.status.name for result in results)}, {len(claims)} running")
         for claim in claims:
             print(f"    running: {claim}")
         if cut_off := study.cut_off(folder):
@@ -168,50 +166,40 @@ def _failures(results: Sequence[Result]) -> dict[str, list[str]]:
     return found
 
 
-def _counts(statuses: Iterable[str]) -> str:
-    counts = Counter(statuses)
-    trials_of_all = "1 trial" if counts.total() == 1 else f"{counts.total():,} trials"
-    said = ", ".join(f"{counts[status.name]:,} {status.name}" for status in Status if counts[status.name])
-    return f"{trials_of_all}: {said}" if said else trials_of_all
-
-
 # ---- the short table -------------------------------------------------------------------------------
 
 
 def print_study(table: pd.DataFrame, name: str, *, of: int) -> None:
     """The trials of a study, ``of`` which ``table`` holds those that were chosen: a row each, or the best of many."""
-    title = f"{name}: {_counts(table['run_info.status'])}" + (f" ({of:,} in the study)" if len(table) < of else "")
-    shown = _best(table)
+    tasks = stats.tasks(table)
+    title = f"{name}: {counted(table['run_info.status'])}" + (f" ({of:,} in the study)" if len(table) < of else "")
+    shown = _best(table, tasks)
     if len(shown) < len(table):
-        by = _main_score(table)
-        title += f"; the {SHOWN} " + (f"best by {by}" if by else "newest")
+        by = {columns.score_name(score) for task in tasks.values() for score in columns.main_scores(task)[:1]}
+        title += f"; the {len(shown)} " + (f"best by {', '.join(sorted(by))}" if by else "newest")
+        title += " of each model and dataset" if len(tasks) > 1 else ""
     print_table(shown, title)
     print_generation(shown)
     for line in notes(table, shown):
         print(line)
 
 
-def _main_score(table: pd.DataFrame) -> str | None:
-    """The first accuracy of a table, else its first score."""
-    names = scores(table)
-    return next((name for name in names if name.endswith("accuracy")), names[0] if names else None)
-
-
-def _best(table: pd.DataFrame) -> pd.DataFrame:
-    """All rows of a short table; of a long one the best by its main score, or the newest where none has a score."""
+def _best(table: pd.DataFrame, tasks: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """All rows of a short table; of a long one the best of each task by its main score, or its newest without one."""
     if len(table) <= SHOWN:
         return table
-    score = _main_score(table)
-    if score is None:
-        return table.tail(SHOWN)
-    values = table[f"eval_info.{score}.value"].astype(float)
-    down = score.rpartition(".")[2] in LOWER_IS_BETTER
-    return table.loc[values.sort_values(ascending=down, na_position="last", kind="stable").index[:SHOWN]]
+    chosen: list[Any] = []
+    for task in tasks.values():
+        values = task[next(iter(columns.main_scores(task)), "run_info.created_at")]
+        down = columns.direction(str(values.name)) < 0
+        best = values.sort_values(ascending=down, na_position="last", kind="stable").index
+        chosen += list(best[: max(1, SHOWN // len(tasks))])
+    return table.loc[chosen]
 
 
 def print_table(table: pd.DataFrame, title: str) -> None:
     """What differs between the trials, how they ended, what they score and cost."""
-    differing, metrics = varying(table), scores(table)
+    differing, metrics = varying(table), columns.scores(table)
     named = not differing or bool(table[differing].duplicated().any())  # they differ in something else
     show_table(title, [_short(row, differing, metrics, named=named) for row in table.to_dict("records")])
 
@@ -277,13 +265,6 @@ def varying(table: pd.DataFrame) -> list[str]:
     return [c for c in columns if c in table and table[c].nunique(dropna=False) > 1]
 
 
-def scores(table: pd.DataFrame) -> list[str]:
-    """``<eval>.<metric>`` of every score, without the base's and those that explain another."""
-    names = [c.removeprefix("eval_info.").removesuffix(".value") for c in table.columns if c.startswith("eval_info.")]
-    known = [c for c in names if f"eval_info.{c}.value" in table]
-    return [c for c in known if c.rpartition(".")[2] not in ("loss", "valid_fraction") and ".base_" not in c]
-
-
 def _short(row: Row, differing: list[str], metrics: list[str], *, named: bool) -> dict[str, str]:
     def cell(column: str, form: str = "{}") -> str:
         value = row.get(column)
@@ -292,8 +273,8 @@ def _short(row: Row, differing: list[str], metrics: list[str], *, named: bool) -
     name = {"trial": json.loads(row["run_info.labels"])[0]} if named else {}
     short = name | {c.rpartition(".")[2]: cell(c) for c in differing}
     measured = {
-        name: cell(f"eval_info.{name}.value", "{:.3f}") + cell(f"eval_info.{name}.stderr", " ± {:.3f}")
-        for name in metrics
+        columns.score_name(score): cell(score, "{:.3f}") + cell(f"{score.removesuffix('value')}stderr", " ± {:.3f}")
+        for score in metrics
     }
     return short | {"status": row["run_info.status"]} | measured | _cost(row, cell)
 

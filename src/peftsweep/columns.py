@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
-from peftsweep import stats
+from peftsweep.metrics import LOWER_IS_BETTER
 from peftsweep.record import Status
 
 RANK, STATUS = "config.method.r", "run_info.status"
 METHOD, QUANT, TARGETS = "choices.method", "choices.quant", "choices.targets"
 SHORT = {"learning_rate": "lr", "target_modules": "modules"}
+FRACTION = re.compile(r"-?\d+\.\d+(e-?\d+)?|-?\d+e-\d+")  # a number, as text
 LONGEST = 48  # characters of a label
 MAIN_METRICS = ("accuracy", "acc_norm", "acc", "label_acc", "f1", "perplexity")  # of an evaluation, the first it has
+WITHOUT_RESULT = (Status.failed.name, Status.oom.name, Status.refused.name, Status.cancelled.name)
 NOT_SUCCESS = tuple(s.name for s in Status if s is not Status.success)
+MEASURED = ("train_info.", "memory.", "eval_info.", "generation_info.")
+FACTS = ("valid_fraction", "majority", "random", "seen_in_training")  # that explain a score and are none
+LESS = ("bytes", "parameters", "_peak", "_mean", "rss", "loss", "padding_fraction", "overhead.value")
+MORE = ("tokens_per_second", "speed_up")
 UNITS = {
     "bytes": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")),
     "seconds": ((7200.0, "h"), (300.0, "min"), (1.0, "s"), (1e-3, "ms")),
@@ -45,7 +52,47 @@ HOST_MEMORY = Cost("memory.train.rss_peak", "training memory, host", "bytes")
 TRAINING_TIME = Cost("train_info.train_seconds", "training time", "seconds")
 ADAPTER = Cost("train_info.adapter_bytes", "adapter on disk", "bytes")
 TRAINABLE = Cost("train_info.trainable_parameters", "trainable parameters")
+PREDICTED = "memory.predicted.peak_bytes"
+NAMES = {
+    RANK: "rank",
+    METHOD: "method",
+    QUANT: "quantisation",
+    TARGETS: "target modules",
+    "choices.train": "training recipe",
+    "config.train.steps": "training steps",
+    TRAINING_TIME.column: "training time",
+    ADAPTER.column: "adapter size",
+    DEVICE_MEMORY.column: "peak memory",
+    PREDICTED: "predicted memory",
+    HOST_MEMORY.column: "resident memory",
+}
 LATENCY = Cost("generation_info.overall.adapted.seconds_p50", "generation of a text, median", "seconds")
+
+
+def direction(column: str) -> int:
+    """1 where more is better, -1 where less is, 0 where that is not known."""
+    if column.startswith("eval_info.") and column.endswith(".value"):
+        metric = column.removesuffix(".value").rpartition(".")[2].removeprefix("base_")
+        lower = any(word in metric for word in (*LOWER_IS_BETTER, "bits_per_byte"))
+        return 0 if metric in FACTS else -1 if lower else 1
+    name = column.removeprefix("train_info.").removesuffix("_p50").removesuffix("_p95").removesuffix("_p99")
+    if name.endswith(MORE):
+        return 1
+    less = name.endswith(LESS) or "seconds" in name or "time_to_" in name
+    return -1 if less and column.startswith(MEASURED) else 0
+
+
+def scores(table: pd.DataFrame) -> list[str]:
+    """The columns of all scores, in the order of the record; without the base's, and those that explain another."""
+    found = [c for c in table.columns if c.startswith("eval_info.") and c.endswith(".value")]
+    own = [c for c in found if not evaluation(c)[1].startswith("base_") and evaluation(c)[1] not in (*FACTS, "loss")]
+    return [c for c in own if table[c].notna().any()]
+
+
+def evaluation(column: str) -> tuple[str, str]:
+    """The evaluation and the metric of a score's column."""
+    name, _, metric = column.removeprefix("eval_info.").removesuffix(".value").rpartition(".")
+    return name, metric
 
 
 def costs(table: pd.DataFrame) -> list[Cost]:
@@ -60,30 +107,39 @@ def measured(table: pd.DataFrame, column: str) -> bool:
 
 
 def main_scores(table: pd.DataFrame) -> list[str]:
-    """One score an evaluation: the metric that it is judged by."""
+    """The score that each evaluation is judged by; first the one that the study is judged by unless told otherwise.
+
+    That is the first in which more is better, if there is one.
+    """
     found: dict[str, list[str]] = {}
-    for column in stats.scores(table):
-        found.setdefault(stats.evaluation(column)[0], []).append(column)
+    for column in scores(table):
+        found.setdefault(evaluation(column)[0], []).append(column)
     order = {name: place for place, name in enumerate(MAIN_METRICS)}
-    return [min(every, key=lambda c: order.get(stats.evaluation(c)[1], len(order))) for every in found.values()]
+    main = [min(every, key=lambda c: order.get(evaluation(c)[1], len(order))) for every in found.values()]
+    first = next((column for column in main if direction(column) > 0), None)
+    return main if first is None else [first, *(column for column in main if column != first)]
 
 
 def base_of(score: str) -> str:
     """The column of the untouched base's score."""
-    evaluation, metric = stats.evaluation(score)
-    return f"eval_info.{evaluation}.base_{metric}.value"
+    name, metric = evaluation(score)
+    return f"eval_info.{name}.base_{metric}.value"
 
 
 def lower_is_better(score: str) -> bool:
     """Whether the smaller value of a score is the better one."""
-    return stats.direction(score) < 0
+    return direction(score) < 0
 
 
 def score_name(score: str) -> str:
-    """Such as ``gsm8k accuracy``, or ``perplexity (lower is better)``."""
-    evaluation, metric = stats.evaluation(score)
-    name = evaluation if evaluation.endswith(metric) else f"{evaluation} {metric}"
-    return name + (" (lower is better)" if lower_is_better(score) else "")
+    """Such as ``gsm8k accuracy``; ``perplexity`` alone where evaluation and metric are called the same."""
+    judged, metric = evaluation(score)
+    return judged if judged.endswith(metric) else f"{judged} {metric}"
+
+
+def axis_name(score: str) -> str:
+    """The name of a score for an axis, which says when less is better."""
+    return score_name(score) + (" (lower is better)" if lower_is_better(score) else "")
 
 
 # ---- what was varied -------------------------------------------------------------------------------
@@ -92,11 +148,8 @@ def score_name(score: str) -> str:
 def labels(table: pd.DataFrame, factors: Sequence[str]) -> pd.Series[Any]:
     """What each row is called: its values of ``factors``, such as ``lora, 4bit, r=8``."""
     parts = [table[c].map(lambda value, c=c: in_words(c, value)) for c in factors]
-    if not parts:
-        names = table[METHOD] if METHOD in table else pd.Series("", table.index)
-        return names.astype(str).map(shortened)
-    rows = zip(*parts, strict=True)
-    return pd.Series([shortened(", ".join(filter(None, row)) or "default") for row in rows], table.index, dtype=object)
+    rows = zip(*parts, strict=True) if parts else [()] * len(table)
+    return pd.Series([", ".join(filter(None, row)) or "default" for row in rows], table.index, dtype=object)
 
 
 def in_words(factor: str, value: Any) -> str:
@@ -108,15 +161,25 @@ def in_words(factor: str, value: Any) -> str:
     if factor.startswith("choices."):
         return f"{factor.rpartition('.')[2]} {value}" if value in ("default", "none") else str(value)
     name = factor.rpartition(".")[2]
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    if isinstance(value, str) and value.startswith('["'):  # a list of names, kept as JSON
-        text = "+".join(map(str, json.loads(value)))
-    return f"{SHORT.get(name, name)}={text}"
+    return f"{SHORT.get(name, name)}={plain(value)}"
 
 
-def factor_name(factor: str) -> str:
-    """The name of a choice or setting, for an axis."""
-    return "rank" if factor == RANK else factor.rpartition(".")[2].replace("_", " ")
+def plain(value: Any) -> str:
+    """A value without its name: a number in no more digits than it was given in, a list as its entries."""
+    text = str(value)
+    if isinstance(value, float) or FRACTION.fullmatch(text):
+        return f"{float(value):g}"
+    return "+".join(map(str, json.loads(text))) if text.startswith('["') else text  # lists are kept as JSON
+
+
+def factor_name(column: str) -> str:
+    """The name of a choice, a setting or a cost: ``target modules``, ``learning rate``."""
+    return NAMES.get(column, column.rpartition(".")[2].replace("_", " "))
+
+
+def file_mark(task: str) -> str:
+    """What is added to the names of the figures of one of several tasks."""
+    return "__" + re.sub(r"[^\w.]+", "-", task.lower()).strip("-")
 
 
 def shortened(text: str) -> str:
@@ -141,8 +204,3 @@ def outcome(rows: pd.DataFrame) -> str:
 
 def _counted(counts: Any) -> str:
     return ", ".join(f"{int(counts[name])} {name}" for name in NOT_SUCCESS if counts.get(name, 0))
-
-
-def trials_in_words(count: int) -> str:
-    """``1 trial``, ``2 trials``."""
-    return f"{count} trial" + ("s" if count != 1 else "")

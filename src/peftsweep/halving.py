@@ -209,10 +209,10 @@ def _notes(results: Sequence[Result], config: HalvingConfig) -> list[str]:
 
 def _correlation(pairs: Sequence[tuple[float | None, float | None]]) -> str:
     """Spearman's rank correlation of the two values, in words."""
-    from peftsweep import stats  # with pandas and scipy, which no running trial needs
+    from peftsweep import rungs  # with pandas and scipy, which no running trial needs
 
     known = [(math.nan if first is None else first, math.nan if then is None else then) for first, then in pairs]
-    found = stats.rank_correlation(*zip(*known, strict=True))
+    found = rungs.rank_correlation(*zip(*known, strict=True))
     if found.n < FEWEST:
         return f"{found.n} trials went on, too few for a correlation"
     return f"rank correlation {found.rho:.2f} (Spearman, the {found.n} trials that went on)"

@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from peftsweep import columns, stats
+from peftsweep import columns, effects, frontier, stats
 from peftsweep.columns import STATUS
 from peftsweep.plot import COLOURS, FADED, INK, RULE
-from peftsweep.record import write_text
+from peftsweep.record import counted, trials_in_words, write_text
 
 REPORT = "report.html"
 PANELS = 2000  # trials with a panel of their own: the newest
+TASKS = 6  # pairs of model and dataset with plots: those of the most trials
 CURVES = 40  # trials whose curves are drawn: the best
 CURVE_POINTS = 200  # of one curve
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
@@ -76,20 +77,25 @@ PAGE = """<!DOCTYPE html>
 
 def write(table: pd.DataFrame, steps: pd.DataFrame, folder: Path) -> Path:
     """Write the page of the study in ``folder``: ``table`` has a row a trial, ``steps`` a row a logged step."""
-    found = stats.factors(table)
-    merged = stats.configurations(table).copy()
     shared, differing = _settings(table)
+    every = stats.tasks(table)
+    tasks = dict(sorted(every.items(), key=lambda task: -len(task[1]))[:TASKS])
+    left = f"<p class='note'>The {TASKS} of {len(every)} models and datasets with the most trials.</p>"
+    drawn = [(name if len(every) > 1 else "", part) for name, part in tasks.items()]
+    fronts = [_frontier(name, part, f"frontier-plot-{n}") for n, (name, part) in enumerate(drawn)]
+    curves = [_curves(name, part, steps, f"curves-plot-{n}") for n, (name, part) in enumerate(drawn)]
+    more = left if len(every) > len(tasks) else ""
     sections = [
-        ("Trials", "trials", _trials(table, found)),
-        ("Quality and cost", "frontier", _frontier(merged, found)),
-        ("Learning curves", "curves", _curves(table, steps, found)),
+        ("Trials", "trials", _trials(table, effects.factors(table))),
+        ("Quality and cost", "frontier", more + "\n".join(fronts) if any(fronts) else ""),
+        ("Learning curves", "curves", more + "\n".join(curves) if any(curves) else ""),
         ("A trial", "trial", _panels(table, differing, folder)),
         ("What all trials have in common", "common", f"<div>{_definitions(shared)}</div>" if shared else ""),
     ]
     shown = [(heading, name, text) for heading, name, text in sections if text]
     body = "\n".join(f'<section id="{name}"><h2>{heading}</h2>\n{text}</section>' for heading, name, text in shown)
     file = folder / REPORT
-    title = f"{folder.name}: {columns.trials_in_words(len(table))}"
+    title = f"{folder.name}: {trials_in_words(len(table))}"
     content = {
         "title": html.escape(title),
         "style": STYLE,
@@ -112,9 +118,7 @@ def _scripts() -> str:
 
 
 def _heading(table: pd.DataFrame, folder: Path) -> str:
-    counts = table[STATUS].value_counts()
-    ended = ", ".join(f"{count} {status}" for status, count in counts.items())
-    parts = [f"{columns.trials_in_words(len(table))}: {ended}"]
+    parts = [counted(table[STATUS])]
     for column, name in (("meta_info.torch.version", "torch"), ("meta_info.packages.peft.version", "PEFT")):
         if columns.measured(table, column):
             parts.append(f"{name} " + ", ".join(map(str, table[column].dropna().unique())))
@@ -141,8 +145,8 @@ def _trials(table: pd.DataFrame, found: Sequence[str]) -> str:
     for column in [*found, *seeds]:
         values = (value if pd.isna(value) or column != columns.RANK else int(value) for value in table[column])
         cells[_fresh(_text(columns.factor_name(column)), cells)] = ["" if pd.isna(v) else _text(v) for v in values]
-    for column in stats.scores(table):
-        cells[_fresh(_text(columns.score_name(column).partition(" (")[0]), cells)] = _numbers(table[column])
+    for column in columns.scores(table):
+        cells[_fresh(_text(columns.score_name(column)), cells)] = _numbers(table[column])
     for cost in columns.costs(table):
         factor, name = cost.scale(float(table[cost.column].max()))
         cells[_fresh(_text(name), cells)] = _numbers(table[cost.column] / factor)
@@ -222,23 +226,28 @@ def _axes(merged: pd.DataFrame) -> tuple[list[Axis], list[Axis]]:
     for cost in columns.costs(merged):
         factor, name = cost.scale(float(merged[cost.column].max()))
         across.append(Axis(cost.column, name, factor))
-    up = [Axis(score, columns.score_name(score)) for score in stats.scores(merged)]
+    up = [Axis(score, columns.axis_name(score)) for score in columns.scores(merged)]
     return across, [*up, *([Axis(SPEED, "tokens a second in training")] if columns.measured(merged, SPEED) else [])]
 
 
-def _frontier(merged: pd.DataFrame, found: Sequence[str]) -> str:
+def _named(task: str) -> str:
+    return f"<h3>{_text(task)}</h3>\n" if task else ""
+
+
+def _frontier(task: str, table: pd.DataFrame, name: str) -> str:
     """Every configuration with a score, on axes that two menus choose, the best trade-offs of each pair joined.
 
     A front belongs to a pair of axes, and is a trace of its own. The menu of one axis gives its x to the fronts of
     that axis and none to the others, the other menu does so with y; a trace without x or y is not drawn.
     """
+    merged, found = stats.configurations(table).copy(), effects.factors(table)
     across, up = _axes(merged)
     good = merged[merged["n"] > 0]
-    if not across or not stats.scores(merged) or len(good) < 2:
+    if not across or not columns.scores(merged) or len(good) < 2:
         return ""
     series = columns.labels(good, found[:1])
-    groups = [(str(name), good.loc[places]) for name, places in good.groupby(series, sort=False).groups.items()]
-    names = columns.labels(good, found)
+    groups = [(str(label), good.loc[places]) for label, places in good.groupby(series, sort=False).groups.items()]
+    names = effects.labels(table).loc[good.index]
     hover = dict(zip(good.index, _hover(good, names, [*up, *across]), strict=True))
     fronts = [(x, y, *_front(good, x, y)) for x, y in itertools.product(across, up)]
 
@@ -253,7 +262,7 @@ def _frontier(merged: pd.DataFrame, found: Sequence[str]) -> str:
         } | bars
 
     start = x_of(across[0]) | y_of(up[0])
-    looks = [_look(place, name, [hover[n] for n in rows.index]) for place, (name, rows) in enumerate(groups)]
+    looks = [_look(place, label, [hover[n] for n in rows.index]) for place, (label, rows) in enumerate(groups)]
     traces = [
         look | {"x": start["x"][place], "y": start["y"][place]}
         for place, look in enumerate(looks + [FRONT] * len(fronts))
@@ -273,7 +282,7 @@ def _frontier(merged: pd.DataFrame, found: Sequence[str]) -> str:
         "is better and cheaper. Hover for all figures; the menus choose the axes; a click in the legend hides a series."
     )
     note += f" Without a point: {failed}." if failed else ""
-    return f"<p class='note'>{note}</p>\n" + _plot(traces, layout, "frontier-plot")
+    return f"{_named(task)}<p class='note'>{note}</p>\n" + _plot(traces, layout, name)
 
 
 FRONT: dict[str, Any] = {
@@ -288,11 +297,11 @@ FRONT: dict[str, Any] = {
 
 def _front(merged: pd.DataFrame, x: Axis, y: Axis) -> tuple[list[float], list[float]]:
     """x and y of the configurations that no other is better and cheaper than, the cheapest first."""
-    sign = stats.direction(y.column)
+    sign = columns.direction(y.column)
     both = merged[[x.column, y.column]].dropna().astype(float).sort_values(x.column, kind="stable")
     gain = both[y.column] * sign
     both = both[gain >= gain.cummax()]  # the few that come into question
-    both = both[stats.front(np.column_stack([both[x.column], -sign * both[y.column]]))]
+    both = both[frontier.front(np.column_stack([both[x.column], -sign * both[y.column]]))]
     return (both[x.column] / x.factor).tolist(), (both[y.column] / y.factor).tolist()
 
 
@@ -329,28 +338,30 @@ def _figure_line(axis: Axis, value: float | None, low: float | None, high: float
 # ---- learning curves -------------------------------------------------------------------------------
 
 
-def _curves(table: pd.DataFrame, steps: pd.DataFrame, found: Sequence[str]) -> str:
+def _curves(task: str, table: pd.DataFrame, steps: pd.DataFrame, name: str) -> str:
     """Loss and validation loss by step, of the best trials."""
     shown = [c for c in ("loss", "validation_loss") if columns.measured(steps, c)]
     if not shown:
         return ""
-    score = stats.primary(table)
-    best = table.sort_values(score, ascending=stats.direction(score) < 0, na_position="last") if score else table
+    score = next(iter(columns.main_scores(table)), None)
+    best = table.sort_values(score, ascending=columns.direction(score) < 0, na_position="last") if score else table
     inside = best[best[TRIAL].isin(set(steps.loc[steps[shown].notna().any(axis=1), "trial"]))][:CURVES].sort_index()
     names = dict(zip(inside[TRIAL], _labels(inside), strict=True))
     rows = steps[steps["trial"].isin(names)]
     traces = []
-    for place, (trial, name) in enumerate(names.items()):
+    for place, (trial, label) in enumerate(names.items()):
         mine = rows[rows["trial"] == trial]
         for column in shown:
-            traces += _curve(mine, column, place, name)
+            traces += _curve(mine, column, place, label)
+    if not traces:
+        return ""
     scales: list[Any] = [(f"loss {kind}", {}, {"yaxis.type": kind}) for kind in ("linear", "log")]
     layout = _layout("step", "loss") | {"updatemenus": [_menu(0.0, scales)], "hovermode": "closest"}
     note = "Lines: training loss; dotted, with marks: validation loss. A click in the legend hides a trial, a double "
     note += "click shows it alone."
     if len(table) > len(names):
         note += f" Shown: {len(names)} of {len(table)} trials, the best that have logged steps."
-    return f"<p class='note'>{note}</p>\n" + _plot(traces, layout, "curves-plot")
+    return f"{_named(task)}<p class='note'>{note}</p>\n" + _plot(traces, layout, name)
 
 
 def _curve(mine: pd.DataFrame, column: str, place: int, name: str) -> list[dict[str, Any]]:

@@ -18,14 +18,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from peftsweep import columns, stats
+from peftsweep import columns, effects, stats
 from peftsweep.columns import QUANT, RANK, TARGETS, Cost
+from peftsweep.frontier import front as frontier_of
+from peftsweep.record import trials_in_words
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#7F7F7F")  # Okabe and Ito's
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 3)))
 INK, FADED, RULE = "#333333", "#9A9A9A", "#E3E3E3"
 SERIES = len(COLOURS)  # that are told apart; the others are drawn in grey
+TASKS = 4  # pairs of model and dataset with figures: those of the most trials
 EVALUATIONS = 4  # with figures of their own; report.html has all
 BARS = 40  # configurations a figure of bars has room for
 NAMED = 10  # points of a frontier that are named
@@ -62,8 +65,8 @@ STYLE = {
 
 
 NAMES = (
-    *("rank_", "frontier_", "modules_", "quantisation_", "heatmap_", "training_time.", "adapter_size.", "parameters."),
-    *("latency.", "memory_stages.", "memory_predicted.", "learning_curves."),
+    *("rank_", "frontier_", "modules_", "quantisation_", "heatmap_", "training_time", "adapter_size", "parameters"),
+    *("latency", "memory_stages", "memory_predicted", "learning_curves"),
 )
 
 
@@ -88,7 +91,21 @@ def study(table: pd.DataFrame, steps: pd.DataFrame, folder: Path, kind: str = "p
 
 
 def figures(table: pd.DataFrame, steps: pd.DataFrame) -> Iterator[tuple[str, Any]]:
-    """Name and figure of everything that the study can show; a figure of a score carries its evaluation's name."""
+    """Name and figure of everything that the study can show, apart for each model and dataset.
+
+    A figure of a score carries its evaluation's name; where there are several tasks, each figure its task's.
+    """
+    tasks = stats.tasks(table)
+    most = sorted(tasks, key=lambda name: len(tasks[name]), reverse=True)[:TASKS]
+    for name in most:
+        one = tasks[name].copy()
+        one.attrs["task"] = name if len(tasks) > 1 else ""
+        mark = columns.file_mark(name) if len(tasks) > 1 else ""
+        mine = steps[steps["trial"].isin(one["run_info.trial"])] if "trial" in steps else steps
+        yield from ((stem + mark, figure) for stem, figure in _of_task(one, mine))
+
+
+def _of_task(table: pd.DataFrame, steps: pd.DataFrame) -> Iterator[tuple[str, Any]]:
     merged = _configurations(table)
     by_score: dict[str, Callable[[pd.DataFrame, str], Any]] = {
         "rank": rank,
@@ -100,7 +117,7 @@ def figures(table: pd.DataFrame, steps: pd.DataFrame) -> Iterator[tuple[str, Any
     for score in columns.main_scores(table)[:EVALUATIONS]:
         for name, make in by_score.items():
             if (figure := make(merged, score)) is not None:
-                yield f"{name}_{stats.evaluation(score)[0]}", figure
+                yield f"{name}_{columns.evaluation(score)[0]}", figure
     of_all: dict[str, Callable[[pd.DataFrame], Any]] = {
         "training_time": functools.partial(bars, cost=columns.TRAINING_TIME),
         "adapter_size": functools.partial(bars, cost=columns.ADAPTER),
@@ -119,9 +136,9 @@ def figures(table: pd.DataFrame, steps: pd.DataFrame) -> Iterator[tuple[str, Any
 def _configurations(table: pd.DataFrame) -> pd.DataFrame:
     """One row a configuration, its ``label``, and in ``outcome`` what did not succeed; its attrs hold the factors."""
     merged = stats.configurations(table).copy()
-    factors = stats.factors(table)
-    merged = merged.assign(label=columns.labels(merged, factors), outcome=columns.outcomes(merged))
-    merged.attrs["factors"] = factors
+    factors = effects.factors(table)
+    merged = merged.assign(label=effects.labels(table).map(columns.shortened), outcome=columns.outcomes(merged))
+    merged.attrs |= {"factors": factors, "task": table.attrs["task"]}
     return merged
 
 
@@ -151,7 +168,7 @@ def _against(merged: pd.DataFrame, factor: str, shown: Sequence[str | Cost]) -> 
     if rows[factor].nunique() < 2 if factor in factors else True:
         return None
     others = [c for c in factors if c != factor]
-    series = columns.labels(rows, others) if others else pd.Series("", rows.index)
+    series = _labels(rows, others) if others else pd.Series("", rows.index)
     best = list(series[_best_first(rows, shown[0] if isinstance(shown[0], str) else None)])
     numeric = pd.api.types.is_numeric_dtype(rows[factor])
     x = rows[factor].astype(float) if numeric else rows[factor].map(lambda v: columns.in_words(factor, v))
@@ -176,11 +193,11 @@ def frontier(merged: pd.DataFrame, score: str) -> Any:
     if len(good) < 2 or not shown:
         return None
     factors = merged.attrs["factors"]
-    series = columns.labels(good, factors[:1])
-    styles = _styles(list(columns.labels(merged, factors[:1])), list(series[_best_first(good, score)]))
+    series = _labels(good, factors[:1])
+    styles = _styles(list(_labels(merged, factors[:1])), list(series[_best_first(good, score)]))
     figure, axes = _figure(len(shown), WIDTHS[len(shown)], 3.6, sharey=True)
     fronts = [_trade_off(ax, good.assign(series=series), c, score, styles) for ax, c in zip(axes, shown, strict=True)]
-    axes[0].set_ylabel(columns.score_name(score))
+    axes[0].set_ylabel(columns.axis_name(score))
     _legend(figure, {name: look | {"linestyle": "none"} for name, look in styles.items() if name in set(series)})
     _signed(figure, merged, "filled and joined: nothing is both better and cheaper; bars: 95% interval")
     figure.draw_without_rendering()  # settles the layout, so that there is a room to write names in
@@ -194,7 +211,7 @@ def _trade_off(ax: Any, good: pd.DataFrame, cost: Cost, score: str, styles: dict
     rows = good[good[cost.column].notna()]
     factor, name = cost.scale(rows[cost.column].max())
     x, y = rows[cost.column] / factor, rows[score]
-    front = stats.front(np.column_stack([x, y if columns.lower_is_better(score) else -y]).astype(float))
+    front = frontier_of(np.column_stack([x, y if columns.lower_is_better(score) else -y]).astype(float))
     ax.set_xlabel(name)
     ax.margins(x=0.12, y=0.1)
     if x.min() > 0 and x.max() / x.min() > 30:
@@ -236,7 +253,8 @@ def bars(merged: pd.DataFrame, cost: Cost) -> Any:
     ax.grid(axis="y", visible=False)
     ax.margins(x=0.14)
     ax.set_xlabel(name)
-    return _signed(figure, merged, f"{chosen}; lines: standard deviation over seeds".removeprefix("; "))
+    lines = "lines: standard deviation over seeds" if merged["n"].max() > 1 else ""
+    return _signed(figure, merged, "; ".join(filter(None, [chosen, lines])))
 
 
 def parameters(merged: pd.DataFrame) -> Any:
@@ -290,9 +308,13 @@ def heatmap(merged: pd.DataFrame, score: str) -> Any:
     ax.tick_params(length=0)
     ax.grid(visible=False)
     ax.spines[:].set_visible(False)
-    ax.set_title(columns.score_name(score), pad=8)
+    ax.set_title(columns.axis_name(score), pad=8)
     several = merged.groupby(pairs).size().max() > 1
     return _signed(figure, merged, "the best configuration of each pair" if several else "")
+
+
+def _labels(rows: pd.DataFrame, factors: Sequence[str]) -> pd.Series[Any]:
+    return columns.labels(rows, factors).map(columns.shortened)
 
 
 def _first_word(outcomes: pd.Series[Any]) -> str:
@@ -305,8 +327,7 @@ def learning_curves(table: pd.DataFrame, steps: pd.DataFrame) -> Any:
     rows = steps[steps["step"].notna()] if "step" in steps else steps[:0]
     if not shown or rows.groupby("trial")[shown[0]].count().max() < 2:
         return None
-    factors = stats.factors(table)
-    names = columns.labels(table, factors).set_axis(table["run_info.trial"])
+    names = table["configuration"].map(effects.labels(table)).map(columns.shortened).set_axis(table["run_info.trial"])
     score = next(iter(columns.main_scores(table)), None)
     best = names.to_numpy()[table.index.get_indexer(pd.Index(_best_first(table, score)))]
     styles = _styles(list(names), list(best))
@@ -394,7 +415,7 @@ def memory_predicted(merged: pd.DataFrame) -> Any:
     largest = max(rows[predicted].max(), measured.max())
     factor, _ = Cost("", "", "bytes").scale(largest)
     unit = Cost("", "", "bytes").scale(largest)[1].strip()
-    series = columns.labels(rows, merged.attrs["factors"][:1])
+    series = _labels(rows, merged.attrs["factors"][:1])
     told = list(series) if series.nunique() <= SERIES else []
     styles = {name: look | {"linestyle": "none"} for name, look in _styles(told).items()}
     figure, (ax,) = _figure(1, 4.6, 4.4)
@@ -443,7 +464,7 @@ def _figure(panels: int, width: float, height: float, **options: Any) -> tuple[A
 
 def _panel(rows: pd.DataFrame, what: str | Cost, x: pd.Series[Any], series: pd.Series[Any]) -> pd.DataFrame:
     """The rows of a panel for `_facets`: of a score with its interval, of a cost with its standard deviation."""
-    column, name, factor = (what, columns.score_name(what), 1.0) if isinstance(what, str) else (what.column, "", 1.0)
+    column, name, factor = (what, columns.axis_name(what), 1.0) if isinstance(what, str) else (what.column, "", 1.0)
     value = rows[column].astype(float) if column in rows else pd.Series(np.nan, rows.index)
     if isinstance(what, Cost):
         factor, name = what.scale(value.max())
@@ -464,7 +485,7 @@ def _room_for(merged: pd.DataFrame, room: int) -> tuple[pd.DataFrame, str]:
     """At most ``room`` rows, those of the best score, and the words that say so."""
     if len(merged) <= room:
         return merged, ""
-    score = stats.primary(merged)
+    score = next(iter(columns.main_scores(merged)), None)
     words = f"the {room} of {len(merged)} configurations with the best {columns.score_name(score)}" if score else ""
     return merged.loc[_best_first(merged, score)[:room]], words or f"the first {room} of {len(merged)} configurations"
 
@@ -608,12 +629,12 @@ def _legend(figure: Any, styles: dict[str, dict[str, Any]]) -> None:
 
 def _signed(figure: Any, rows: pd.DataFrame, note: str = "") -> Any:
     """Write below the figure what it shows, how many trials stand behind it, and how many did not succeed."""
-    parts = [note] if note else []
+    parts = [rows.attrs.get("task", ""), note]
     if "n" in rows:
         several = f" of {len(rows)} configurations" if rows["n"].max() > 1 else ""
-        parts.append(f"{columns.trials_in_words(int(rows['n'].sum()))}{several}")
+        parts.append(f"{trials_in_words(int(rows['n'].sum()))}{several}")
     else:
-        parts.append(columns.trials_in_words(len(rows)))
+        parts.append(trials_in_words(len(rows)))
     parts += [columns.outcome(rows)] if columns.outcome(rows) else []
     text = textwrap.fill("; ".join(filter(None, parts)), int(19 * figure.get_size_inches()[0]))
     figure.supxlabel(text, x=0.01, ha="left", fontsize=6.5, color="#666666")

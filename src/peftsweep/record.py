@@ -11,6 +11,7 @@ import socket
 import subprocess
 import tempfile
 import traceback
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -56,6 +57,18 @@ class RecordError(ValueError):
 
 class LaterVersion(RecordError):
     """A result.json of a later schema, which must not be overwritten."""
+
+
+def trials_in_words(count: int) -> str:
+    """``1 trial``, ``2,000 trials``."""
+    return f"{count:,} trial" + ("s" if count != 1 else "")
+
+
+def counted(statuses: Iterable[str]) -> str:
+    """How trials ended: ``3 trials: 2 success, 1 failed``."""
+    counts = Counter(statuses)
+    said = ", ".join(f"{counts[status.name]:,} {status.name}" for status in Status if counts[status.name])
+    return trials_in_words(counts.total()) + (f": {said}" if said else "")
 
 
 @dataclass

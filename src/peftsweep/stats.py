@@ -1,4 +1,4 @@
-"""Trials -> what can be said of them: intervals over seeds and test rows, ties, fronts, effects.
+"""Trials -> what can be said of them: intervals over seeds and test rows, comparisons, ties.
 
 Everything here is a pure function of the table of trials, a row a trial with the dotted columns of results.parquet,
 and of ``predictions``, a function (trial, eval) -> the lines of its predictions. A *configuration* is what
@@ -20,9 +20,8 @@ with Satterthwaite's degrees of freedom. These are the variance components of a 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +30,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import special  # scipy.stats takes longer to load than a small study to collect
 
-from peftsweep.metrics import LOWER_IS_BETTER
+from peftsweep.columns import MEASURED, direction, evaluation, scores
 from peftsweep.record import Status
 
 Floats = NDArray[np.float64]
@@ -39,8 +38,12 @@ Predictions = Callable[[str, str], Sequence[dict[str, Any]]]
 
 ALPHA = 0.05
 SUCCESS, CREATED, TRIAL, SEED = "run_info.status", "run_info.created_at", "run_info.trial", "config.seed"
-MEASURED = ("train_info.", "memory.", "eval_info.", "generation_info.")
+PACKED, PERCENTILES = "run_info.packed_with", ("_p50", "_p95", "_p99")
 SETTINGS = ("choices.", "config.")
+TASK = (
+    *("choices.model", "config.model.name_or_path", "choices.dataset", "config.dataset.path", "config.dataset.name"),
+    *("config.dataset.test_path", "config.dataset.hub", "config.dataset.revision"),
+)
 # What changes no number of a trial, or is no choice of a person.
 NO_SETTINGS = (
     *("choices.profiler", "choices.tracker", "choices.inference", "choices.sweep", "choices.point"),
@@ -51,9 +54,6 @@ NO_SETTINGS = (
     *("config.train.params_file", "config.adapter.save", "config.adapter.check", "config.adapter.merge"),
 )
 OF_SOME = ("config.eval.", "config.inference.")  # settings that a trial may lack and yet be the same training
-FACTS = ("valid_fraction", "majority", "random", "seen_in_training")  # that explain a score and are none
-LESS = ("bytes", "parameters", "_peak", "_mean", "rss", "loss", "padding_fraction", "overhead.value")
-MORE = ("tokens_per_second", "speed_up")
 # The figure of a line of predictions that a metric is the mean of.
 RIGHT = {"accuracy": "correct", "acc": "correct", "acc_norm": "correct_norm"}
 COMPARED = (
@@ -71,43 +71,54 @@ COMPARED = (
     "rank",
 )
 MOST_COMPARED = 40  # configurations: the best ones, of each pair of which the rows are compared
-MOST_LEVELS = 30  # of a factor whose levels are held against each other
 MOST_READ = 400  # trials whose predictions are read
 
 
-# ---- what a column means ---------------------------------------------------------------------------
+# ---- what can be compared --------------------------------------------------------------------------
 
 
-def direction(column: str) -> int:
-    """1 where more is better, -1 where less is, 0 where that is not known."""
-    if column.startswith("eval_info.") and column.endswith(".value"):
-        metric = column.removesuffix(".value").rpartition(".")[2].removeprefix("base_")
-        lower = any(word in metric for word in (*LOWER_IS_BETTER, "bits_per_byte"))
-        return 0 if metric in FACTS else -1 if lower else 1
-    name = column.removeprefix("train_info.").removesuffix("_p50").removesuffix("_p95").removesuffix("_p99")
-    if name.endswith(MORE):
-        return 1
-    less = name.endswith(LESS) or "seconds" in name or "time_to_" in name
-    return -1 if less and column.startswith(MEASURED) else 0
+def tasks(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The trials that can be compared: one table for each model, dataset and way of judging, by its name.
+
+    Each has its column ``configuration``. What a pack of trials took together is no trial's own: it is left out.
+    """
+    judged = [c for c in table.columns if c.startswith("config.eval.") and table[c].nunique(dropna=True) > 1]
+    differing = [c for c in (*TASK, *judged) if c in table and table[c].nunique(dropna=False) > 1]
+    shown = table[[c for c in (*TASK, *judged) if c in table]].astype("string").fillna("")
+    same = shown.groupby(differing, sort=False).ngroup() if differing else pd.Series(0, index=table.index)
+    parts = [table[same == number] for number in range(same.max() + 1)] if len(table) else []
+    firsts = [shown.loc[part.index[0]] for part in parts]
+    names = [_task_name(first) for first in firsts]
+    if len(set(names)) < len(names):
+        own = [", ".join(f"{c.removeprefix('config.')}={v}" for c, v in first[differing].items()) for first in firsts]
+        names = [f"{name} ({what})" for name, what in zip(names, own, strict=True)]
+    return {name: _own_costs(_numbered(part)) for name, part in zip(names, parts, strict=True)}
 
 
-def scores(table: pd.DataFrame) -> list[str]:
-    """The columns of all scores, in the order of the record; without the base's, and those that explain another."""
-    found = [c for c in table.columns if c.startswith("eval_info.") and c.endswith(".value")]
-    own = [c for c in found if not evaluation(c)[1].startswith("base_") and evaluation(c)[1] not in (*FACTS, "loss")]
-    return [c for c in own if table[c].notna().any()]
+def _task_name(first: pd.Series[str]) -> str:
+    model = first.get("choices.model") or first.get("config.model.name_or_path") or "model"
+    return f"{model} on {first.get('choices.dataset') or first.get('config.dataset.name') or 'dataset'}"
 
 
-def evaluation(column: str) -> tuple[str, str]:
-    """The evaluation and the metric of a score's column."""
-    name, _, metric = column.removeprefix("eval_info.").removesuffix(".value").rpartition(".")
-    return name, metric
+def _numbered(table: pd.DataFrame) -> pd.DataFrame:
+    table = table.drop(columns="configuration", errors="ignore")
+    return table.assign(configuration=identify(table))
 
 
-def primary(table: pd.DataFrame) -> str | None:
-    """The score a study is judged by unless told otherwise: the first in which more is better, else the first."""
-    found = scores(table)
-    return next((c for c in found if direction(c) > 0), found[0] if found else None)
+def packed(table: pd.DataFrame) -> pd.Series[bool]:
+    """Which trials were trained in a pack with others."""
+    if PACKED not in table:
+        return pd.Series(False, index=table.index)
+    return table[PACKED].notna() & table[PACKED].ne("[]").fillna(False).astype(bool)
+
+
+def _own_costs(table: pd.DataFrame) -> pd.DataFrame:
+    if not (shared := packed(table)).any():
+        return table
+    costs = [c for c in table.columns if c.startswith("memory.") and not c.startswith("memory.predicted.")]
+    ends = ("seconds", "per_second", *PERCENTILES)
+    costs += [c for c in table.columns if c.startswith("train_info.") and c.endswith(ends)]
+    return table.assign(**{c: table[c].mask(shared) for c in costs})
 
 
 # ---- configurations --------------------------------------------------------------------------------
@@ -157,9 +168,10 @@ def configurations(table: pd.DataFrame, predictions: Predictions | None = None) 
     mean over the seeds, with ``<column>.std``, and a 95% interval from ``<column>.low`` to ``<column>.high``. What
     the interval is of says ``<column>.interval``:
 
-    - ``seeds``: Student's t over seeds; what other seeds would give on these test rows, or for a cost on this machine;
+    - ``seeds``: Student's t over seeds; what other seeds would give on these test rows, or for a cost on this machine.
+      That of a score takes the spread between seeds as `Measured` does, so that two close seeds are not certainty;
     - ``rows``: one seed; what this one trained model would score on other test rows;
-    - ``seeds and rows``: both, for scores whose ``predictions`` are given (`Measured.intervals`);
+    - ``seeds and rows``: both, for scores whose ``predictions`` are given (`Measured.intervals`), of the best 40;
     - missing: one seed of a cost, whose spread is not known.
     """
     numbers = identify(table)
@@ -174,10 +186,14 @@ def configurations(table: pd.DataFrame, predictions: Predictions | None = None) 
         columns["seeds"] = _lists(good, SEED, found.index)
     measured = _summary(good, list(found.index))
     whole = pd.concat([found, pd.DataFrame(columns), statuses, measured], axis=1)
-    if predictions is not None:
-        for column in scores(table):
-            found_interval = measure(table, column, predictions).intervals()
-            for part in found_interval.columns:
+    for column in scores(table):
+        rough = measure(table, column)
+        intervals = [rough.intervals()]
+        if predictions is not None:
+            best = np.argsort(-(direction(column) or 1) * rough.means, kind="stable")[:MOST_COMPARED]
+            intervals.append(measure(table, column, predictions, rough.numbers[best]).intervals())
+        for part in ("low", "high", "interval"):
+            for found_interval in intervals:
                 whole.loc[found_interval.index, f"{column}.{part}"] = found_interval[part]
     return whole
 
@@ -302,16 +318,20 @@ class Measured:
         alone, whole, seed_freedom = self._of_seeds()
         if self.rows is not None:
             by_rows = (weights @ self.rows).var(axis=1, ddof=1) / self.rows.shape[1]
-            row_freedom = float(self.rows.shape[1] - 1)
         elif not (self.seeds > 1).any():
-            by_rows, row_freedom = weights**2 @ self.stderrs**2, math.inf  # as if each had rows of its own
+            by_rows = weights**2 @ self.stderrs**2  # as if each had rows of its own
         else:
-            by_rows, row_freedom = np.zeros(len(weights)), math.inf
-        total = weights**2 @ alone + by_rows
+            by_rows = np.zeros(len(weights))
+        by_seeds, spread = weights**2 @ alone, weights**4 @ (whole**2 / seed_freedom)
+        return self._with_rows(weights @ self.means, by_seeds, spread, by_rows)
+
+    def _with_rows(self, estimate: Floats, by_seeds: Floats, spread: Floats, by_rows: Floats) -> Contrasts:
+        """The contrasts with these parts of their variance, by Satterthwaite; ``spread`` is that of ``by_seeds``."""
+        row_freedom = math.inf if self.rows is None else float(self.rows.shape[1] - 1)
+        total, spread = by_seeds + by_rows, spread + by_rows**2 / row_freedom
         with np.errstate(divide="ignore", invalid="ignore"):
-            spread = weights**4 @ (whole**2 / seed_freedom) + by_rows**2 / row_freedom
             df = np.where(spread > 0, np.maximum(total**2 / spread, 1), math.inf)
-        return Contrasts(weights @ self.means, np.sqrt(total), df)
+        return Contrasts(estimate, np.sqrt(total), df)
 
     def _of_seeds(self) -> tuple[Floats, Floats, Floats]:
         """The variance of each configuration's mean by its seeds [k], the same with what the rows explain, and its df.
@@ -347,17 +367,23 @@ class Measured:
         return found, p
 
     def intervals(self) -> pd.DataFrame:
-        """The 95% interval of each configuration's own value over seeds and rows; empty if rows are not known."""
+        """The 95% interval of each configuration's own value over seeds and rows, as far as they are known."""
+        if self.rows is None and not (self.seeds > 1).any():
+            return pd.DataFrame(columns=["low", "high", "interval"])
+        by_rows = np.zeros(len(self.means)) if self.rows is None else self.rows.var(axis=1, ddof=1) / self.rows.shape[1]
+        alone, whole, seed_freedom = self._of_seeds()
+        low, high = self.back(self._with_rows(self.means, alone, whole**2 / seed_freedom, by_rows).interval)
         if self.rows is None:
-            return pd.DataFrame()
-        low, high = self.back(self.contrasts(np.eye(len(self.means))).interval)
-        if not self.ratio and self.rows.min() >= 0 and self.rows.max() <= 1:
+            if is_share(self.column, pd.Series(self.back((self.means,))[0])):
+                low, high = low.clip(0, 1), high.clip(0, 1)
+        elif not self.ratio and self.rows.min() >= 0 and self.rows.max() <= 1:
             n = np.full(len(self.means), float(self.rows.shape[1]))
             value = pd.Series(self.means)
             wilson = row_interval(self.column, value, np.sqrt(value * (1 - value) / (n - 1)), pd.Series(n))
             same = self.rows.var(axis=1) == 0  # all right or all wrong, which does not mean that all others are
             low, high = np.where(same, wilson[0], low).clip(0, 1), np.where(same, wilson[1], high).clip(0, 1)
-        return pd.DataFrame({"low": low, "high": high, "interval": self.chance}, index=self.numbers)
+        found = pd.DataFrame({"low": low, "high": high, "interval": self.chance}, index=self.numbers)
+        return found if self.rows is not None else found[self.seeds > 1]
 
     def back(self, values: tuple[Floats, ...]) -> tuple[Floats, ...]:
         """``values`` in the column's own units."""
@@ -569,7 +595,7 @@ def _against(measured: Measured, reference: int, family: int, *, ranked: bool) -
             "high": high,
             "p": np.where(others, p, np.nan),
             "p_adjusted": adjusted,
-            "verdict": [_verdict(sign * d, a) for d, a in zip(difference, adjusted, strict=True)],
+            "verdict": [verdict(sign * d, a) for d, a in zip(difference, adjusted, strict=True)],
             "near": ~others | (sign * contrasts.estimate >= -own),
             "scale": "ratio" if measured.ratio else "difference",
             "chance": measured.chance,
@@ -579,7 +605,8 @@ def _against(measured: Measured, reference: int, family: int, *, ranked: bool) -
     )
 
 
-def _verdict(gain: float, p: float) -> str:
+def verdict(gain: float, p: float) -> str:
+    """``better``, ``worse`` or ``tie`` by an adjusted p; ``unknown`` where there is none."""
     if math.isnan(p):
         return "unknown"
     return "tie" if p >= ALPHA else "better" if gain > 0 else "worse"
@@ -595,340 +622,3 @@ def _ranks(measured: Measured, family: int, sign: int) -> NDArray[np.int64]:
         losers = np.where(sign * contrasts.estimate > 0, second, first)[certain]
         np.add.at(ranks, losers, 1)
     return ranks
-
-
-# ---- factors ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Design:
-    """What a study varied, and the level of each of these factors in each configuration, as text ("": has none)."""
-
-    factors: list[str]
-    levels: pd.DataFrame  # a row a configuration, a column a factor
-
-
-def design(table: pd.DataFrame) -> Design:
-    """The factors: choices first, then rank, then other settings, without those that follow from others."""
-    numbers = identify(table)
-    first = table[~numbers.duplicated()]
-    keys = [c for c in settings(table) if table[c].nunique(dropna=False) > 1]
-    text = first[keys].astype("string").fillna("")
-    text.index = pd.Index(numbers[first.index], name="configuration")
-    chosen = [c for c in keys if c.startswith("choices.")]
-    found: list[str] = [c for c in chosen if not _follows(text, c, [o for o in chosen if o < c])]
-    rest = [c for c in keys if c.startswith("config.")]
-    for column in sorted(rest, key=lambda c: (c != "config.method.r", text[c].nunique())):
-        if not _follows(text, column, found):
-            found.append(column)
-    return Design(found, text[found])
-
-
-def factors(table: pd.DataFrame) -> list[str]:
-    """The names of the factors of ``design``."""
-    return design(table).factors
-
-
-def _follows(text: pd.DataFrame, column: str, others: Sequence[str]) -> bool:
-    """Whether ``column`` is told by the choices among ``others``, or by them and one setting more."""
-    chosen = [c for c in others if c.startswith("choices.")]
-    for known in [chosen, *([*chosen, c] for c in others if c not in chosen)]:
-        if known and text.groupby(known)[column].nunique().max() <= 1:
-            return True
-    return False
-
-
-def effects(
-    table: pd.DataFrame,
-    column: str,
-    predictions: Predictions | None = None,
-    references: Mapping[str, str] | None = None,
-    plan: Design | None = None,
-) -> pd.DataFrame:
-    """What each level of each factor does to ``column``, among configurations that are otherwise equal.
-
-    A level is held against the factor's reference, the best level on average unless ``references`` names one, over
-    the ``contexts`` (combinations of the other factors) in which both were measured. Columns: ``factor``, ``level``,
-    ``reference``, ``contexts``, ``value`` and ``reference_value`` (means over these contexts), ``difference`` with
-    ``low`` to ``high`` (relative to one where ``scale`` is ``ratio``), ``p``, ``p_adjusted`` for all pairs of levels
-    of the factor, ``verdict`` of the level, ``agreeing`` contexts (whose own difference has the same sign) and
-    ``chance``. The interval is of these contexts; it does not say that the effect is the same in others. Factors of
-    more than 30 levels are passed over. ``plan`` is the table's ``design``, where it is known.
-    """
-    plan = plan or design(table)
-    measured = measure(table, column, predictions)
-    levels, given = plan.levels.loc[measured.numbers], references or {}
-    rows = [row for factor in plan.factors for row in _effect(measured, levels, factor, given.get(factor))]
-    names = ["factor", "level", "reference", "contexts", "value", "reference_value", "difference", "low", "high"]
-    return pd.DataFrame(rows, columns=[*names, "p", "p_adjusted", "verdict", "agreeing", "scale", "chance"])
-
-
-def _cells(text: pd.DataFrame, factor: str) -> pd.DataFrame:
-    """The places of configurations by level (rows, by size) and context (columns); empty with too many levels."""
-    others = [c for c in text.columns if c != factor]
-    frame = pd.DataFrame({"level": text[factor].to_numpy(), "place": np.arange(len(text))})
-    frame["context"] = text.groupby(others, sort=False).ngroup().to_numpy() if others and len(text) else 0
-    frame = frame[frame["level"] != ""].drop_duplicates(["level", "context"])
-    if frame["level"].nunique() > MOST_LEVELS:
-        return pd.DataFrame()
-    cells = frame.set_index(["level", "context"])["place"].unstack()
-    return cells.loc[sorted(cells.index, key=_number)]
-
-
-def _number(level: str) -> tuple[int, float, str]:
-    """By size where it is a number."""
-    try:
-        return 0, float(level), ""
-    except ValueError:
-        return 1, 0.0, level
-
-
-def _effect(measured: Measured, text: pd.DataFrame, factor: str, named: str | None) -> list[dict[str, Any]]:
-    cells = _cells(text, factor)
-    if len(cells) < 2:
-        return []
-    sign = direction(measured.column) or 1
-    there = cells.notna().to_numpy()
-    places = cells.fillna(0).to_numpy(dtype=np.int64)
-    means = np.where(there, measured.means[places], np.nan)
-    complete = there.all(axis=0)
-    of_levels = np.nanmean(means[:, complete] if complete.any() else means, axis=1)
-    reference = list(cells.index).index(named) if named in cells.index else int(np.argmax(sign * of_levels))
-    rows, weights = [], []
-    for level in range(len(cells)):
-        shared = there[[level, reference]].all(axis=0)
-        if level == reference or not shared.any():
-            continue
-        weight = np.zeros(len(measured.means))
-        weight[places[level, shared]] += 1 / shared.sum()
-        weight[places[reference, shared]] -= 1 / shared.sum()
-        weights.append(weight)
-        gaps = means[level, shared] - means[reference, shared]
-        (value, reference_value) = measured.back((means[level, shared].mean(), means[reference, shared].mean()))
-        rows.append(
-            {
-                "factor": factor,
-                "level": str(cells.index[level]),
-                "reference": str(cells.index[reference]),
-                "contexts": int(shared.sum()),
-                "value": float(value),
-                "reference_value": float(reference_value),
-                "agreeing": int((np.sign(gaps) == np.sign(gaps.mean())).sum()),
-            }
-        )
-    if not rows:
-        return []
-    contrasts = measured.contrasts(np.stack(weights))
-    p = contrasts.p
-    adjusted = holm(p, len(cells) * (len(cells) - 1) // 2)
-    (low, high), (difference,) = measured.change(contrasts.interval), measured.change((contrasts.estimate,))
-    for n, row in enumerate(rows):
-        row |= {"difference": difference[n], "low": low[n], "high": high[n], "p": p[n], "p_adjusted": adjusted[n]}
-        row |= {"verdict": _verdict(sign * difference[n], adjusted[n]), "chance": measured.chance}
-        row["scale"] = "ratio" if measured.ratio else "difference"
-    return rows
-
-
-def returns(
-    table: pd.DataFrame,
-    column: str,
-    predictions: Predictions | None = None,
-    factor: str = "config.method.r",
-    plan: Design | None = None,
-) -> pd.DataFrame:
-    """Diminishing returns: what each doubling of ``factor`` brought, a row a level, smallest first.
-
-    Averaged over the ``contexts`` (combinations of the other factors) in which every level was measured, or over the
-    one with the most levels. Columns: ``level``, ``value``; ``gain`` per doubling since the level before, with
-    ``gain_low`` to ``gain_high``, relative to one for ratios, positive for the better; ``difference`` from the best
-    level with ``low``, ``high``, ``p_adjusted`` for all pairs and ``verdict``. The first level that is ``best`` or a
-    ``tie`` is the smallest that is not separable from the best one.
-    """
-    names = ["level", "value", "gain", "gain_low", "gain_high", "difference", "low", "high", "p_adjusted", "verdict"]
-    plan = plan or design(table)
-    if factor not in plan.factors:
-        return pd.DataFrame(columns=[*names, "contexts"])
-    measured = measure(table, column, predictions)
-    cells = _cells(plan.levels.loc[measured.numbers], factor)
-    complete = cells.loc[:, cells.notna().all()]
-    if complete.empty:
-        context = cells.notna().sum().idxmax() if cells.size else None
-        complete = cells[[context]].dropna() if context is not None else cells
-    if len(complete) < 2:
-        return pd.DataFrame(columns=[*names, "contexts"])
-    sign = direction(column) or 1
-    levels = np.zeros((len(complete), len(measured.means)))
-    for n, places in enumerate(complete.to_numpy(dtype=int)):
-        levels[n, places] = 1 / len(places)
-    size = np.array([float(level) for level in complete.index])
-    doublings = np.diff(np.log2(size))[:, None]
-    gains = measured.contrasts(sign * np.diff(levels, axis=0) / doublings)
-    best = int(np.argmax(sign * (levels @ measured.means)))
-    against = measured.contrasts(levels - levels[best])
-    others = np.arange(len(size)) != best
-    adjusted = np.full(len(size), np.nan)
-    adjusted[others] = holm(against.p[others], len(size) * (len(size) - 1) // 2)
-    (low, high), (difference,) = measured.change(against.interval), measured.change((against.estimate,))
-    gained = [*measured.change((gains.estimate,)), *measured.change(gains.interval)]
-    verdicts = [_verdict(sign * d, a) for d, a in zip(difference, adjusted, strict=True)]
-    verdicts[best] = "best"
-    whole: dict[str, Any] = {"level": size, "value": measured.back((levels @ measured.means,))[0]}
-    whole |= {name: np.append(np.nan, part) for name, part in zip(names[2:5], gained, strict=True)}
-    whole |= {"difference": difference, "low": low, "high": high, "p_adjusted": adjusted}
-    whole |= {"verdict": verdicts, "contexts": complete.shape[1], "scale": "ratio" if measured.ratio else "difference"}
-    return pd.DataFrame(whole)
-
-
-# ---- several metrics at once -----------------------------------------------------------------------
-
-
-def front(values: Floats) -> NDArray[np.bool_]:
-    """Which rows of ``values`` [k, metrics], less being better, no other one equals in all and beats in one."""
-    left = np.lexsort(values.T[::-1])  # whoever dominates another comes before it
-    found = np.zeros(len(values), dtype=bool)
-    while len(left):
-        best, found[left[0]] = values[left[0]], True
-        rest = values[left]
-        left = left[(rest < best).any(axis=1) | ((rest == best).all(axis=1) & (left != left[0]))]
-    return found
-
-
-def pareto(
-    table: pd.DataFrame, columns: Sequence[str], predictions: Predictions | None = None, draws: int = 400
-) -> pd.DataFrame:
-    """The front of several metrics, a row a configuration that has them all.
-
-    ``front`` says whether no other configuration is better in one of ``columns`` and at least as good in all;
-    ``share`` is the part of ``draws`` redraws of seeds and test rows (`Measured.draws`) in which it is so, of fewer
-    where there are more than 500 configurations. A cost with one seed does not vary in them.
-
-    Raises:
-        ValueError: of one of them it is not known whether more or less is better.
-    """
-    if unknown := [c for c in columns if not direction(c)]:
-        raise ValueError(f"{unknown[0]}: not known whether more or less is better")
-    measured = [measure(table, column, predictions) for column in columns]
-    shared = sorted(set.intersection(*(set(m.numbers.tolist()) for m in measured))) if measured else []
-    draws = min(draws, max(50, 200_000 // max(1, len(shared))))
-    generator = np.random.default_rng(0)
-    found, drawn = [], []
-    for m in measured:
-        places = np.array([int(np.flatnonzero(m.numbers == n)[0]) for n in shared], dtype=int)
-        found.append(-direction(m.column) * m.means[places])
-        drawn.append(-direction(m.column) * m.draws(draws, generator)[:, places])
-    if not shared:
-        return pd.DataFrame(columns=[*columns, "front", "share"])
-    values = {m.column: m.back((-direction(m.column) * x,))[0] for m, x in zip(measured, found, strict=True)}
-    times = np.sum([front(np.stack([d[n] for d in drawn], axis=1)) for n in range(draws)], axis=0)
-    parts = {**values, "front": front(np.stack(found, axis=1)), "share": times / draws}
-    return pd.DataFrame(parts, index=pd.Index(shared, name="configuration"))
-
-
-def budget(table: pd.DataFrame, by: str = "choices.method") -> pd.DataFrame:
-    """How much was tried of each method: ``configurations``, ``learning_rates``, ``ranks``, ``steps``, ``seeds``.
-
-    The best of many tries is better than the best of few by luck alone, so a method that was given more of them
-    has an advantage that no test here takes away. ``steps`` is the median, ``seeds`` that of each configuration.
-    """
-    if by not in table:
-        return pd.DataFrame()
-    trials = table.assign(configuration=identify(table))
-    counted = {
-        "configurations": ("configuration", "nunique"),
-        "learning_rates": ("config.train.learning_rate", "nunique"),
-        "ranks": ("config.method.r", "nunique"),
-        "steps": ("config.train.steps", "median"),
-    }
-    there = {name: how for name, how in counted.items() if how[0] in trials}
-    found = trials.groupby(by).agg(**there)
-    if SEED in trials:
-        seeds = trials.groupby([by, "configuration"])[SEED].nunique()
-        found["seeds"] = seeds.groupby(level=0).median()
-    return pd.DataFrame(found)
-
-
-# ---- the course of a training ----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Correlation:
-    """Spearman's rank correlation with its 95% interval, missing below four points, and the number of points."""
-
-    rho: float
-    low: float
-    high: float
-    n: int
-
-
-def rank_correlation(first: Sequence[float], second: Sequence[float]) -> Correlation:
-    """Whether what is better in ``first`` is better in ``second``; pairs with a gap are left out.
-
-    The interval is by Fisher's z with the standard error of Bonett and Wright (Psychometrika 65, 2000).
-    """
-    pairs = np.array([first, second], dtype=float)
-    pairs = pairs[:, np.isfinite(pairs).all(axis=0)]
-    n = pairs.shape[1]
-    if n < 2 or (pairs == pairs[:, :1]).all(axis=1).any():
-        return Correlation(math.nan, math.nan, math.nan, n)
-    rho = float(np.corrcoef([pd.Series(values).rank() for values in pairs])[0, 1])
-    if n < 4:
-        return Correlation(rho, math.nan, math.nan, n)
-    half = special.ndtri(1 - ALPHA / 2) * math.sqrt((1 + rho**2 / 2) / (n - 3))
-    centre = math.atanh(min(max(rho, -1 + 1e-12), 1 - 1e-12))
-    return Correlation(rho, math.tanh(centre - half), math.tanh(centre + half), n)
-
-
-def rungs(steps: pd.DataFrame, metric: str = "validation_loss") -> pd.DataFrame:
-    """How well ``metric`` at each validated step foretells that at the last one, over trials that have both.
-
-    Columns: ``step``, ``rho``, ``low``, ``high``, ``n``, and ``place``: where the trial that ends best stood at that
-    step, 1 being first. Successive halving that keeps fewer than this many there would have lost it.
-    """
-    names = ["step", "rho", "low", "high", "n", "place"]
-    if metric not in steps or steps[metric].notna().sum() == 0:
-        return pd.DataFrame(columns=names)
-    seen = steps[steps[metric].notna()]
-    by_step = seen.pivot_table(index="trial", columns="step", values=metric, aggfunc="last").astype(float)
-    last = by_step.columns.max()
-    sign = -1.0 if metric.rpartition(".")[2].removeprefix("validation_") in LOWER_IS_BETTER else 1.0
-    rows = []
-    for step in by_step.columns[:-1]:
-        both = by_step[[step, last]].dropna()
-        found = rank_correlation(both[step].tolist(), both[last].tolist())
-        place = (
-            (sign * both[step]).rank(ascending=False, method="min").get((sign * both[last]).idxmax())
-            if len(both)
-            else None
-        )
-        rows.append([int(step), found.rho, found.low, found.high, found.n, place])
-    return pd.DataFrame(rows, columns=names)
-
-
-def labels(table: pd.DataFrame, plan: Design | None = None) -> pd.Series[str]:
-    """A short name of each configuration: the one it was given, else its factors, ``lora, r=8, quant=4bit``."""
-    plan = plan or design(table)
-    first = table[~identify(table).duplicated()]
-    given = first["config.label"] if "config.label" in first else pd.Series(dtype="string")
-    if len(given) and given.notna().all() and given.is_unique:
-        return pd.Series(given.to_numpy(), index=plan.levels.index, dtype="string")
-    named = [c for c in ("choices.method",) if c in first and c not in plan.factors] + plan.factors
-    values = [first[c].tolist() for c in named]
-    names = [
-        ", ".join(said_of(c, v) for c, v in zip(named, row, strict=True) if not pd.isna(v))
-        for row in zip(*values, strict=True)
-    ]
-    return pd.Series(names, index=plan.levels.index, dtype="string")
-
-
-def said_of(column: str, value: Any) -> str:
-    """A setting as a person writes it: ``lora`` for the method, else ``r=8``, ``quant=4bit``."""
-    return _said(value) if column == "choices.method" else f"{column.rpartition('.')[2]}={_said(value)}"
-
-
-def _said(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:g}"
-    try:
-        return ",".join(map(str, json.loads(value))) if str(value).startswith("[") else str(value)
-    except ValueError:
-        return str(value)

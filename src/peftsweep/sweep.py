@@ -14,7 +14,7 @@ from peftsweep.display import Display, size, summary
 from peftsweep.engine import Launch
 from peftsweep.errors import InputError, SweepFailed, suggest
 from peftsweep.forecast import Forecast
-from peftsweep.record import Result, Status
+from peftsweep.record import Result, Status, counted, trials_in_words
 from peftsweep.workers import Budget, Options
 
 
@@ -56,7 +56,7 @@ def run(
         for held in _once(results):
             display.say(f"done before: {held.trial} ({held.status.name})")
         if again := sum(trial.resumes_full(one) for one in missing.values()):
-            display.say(f"{_number(again)} that halving stopped will go on to the end")
+            display.say(f"{trials_in_words(again)} that halving stopped will go on to the end")
         todo, budget = list(missing.values()), budget or Budget(options)
         ended = engine.run(todo, launch, display) if launch else workers.run(todo, options, budget, display)
         for _, result in ended:
@@ -141,15 +141,9 @@ def _summarise(display: Display, results: Sequence[Result | None], name: str) ->
     bad = [result for result in reached if not result.status.good]
     for result in bad if len(reached) > 1 else []:
         display.say(f"{result.run_info['labels'][0]}: {summary(result)[0]}")
-    counts = {status: sum(result.status is status for result in reached) for status in Status}
-    said = [f"{n} {status.name}" for status, n in counts.items() if n]
-    if left := sum(result is None for result in results):
-        said.append(f"{left} not run")
-    display.console.print(f"{_number(len(reached))}: {', '.join(said)}  ({study.folder(name)})", markup=False)
-
-
-def _number(trials: int) -> str:
-    return "1 trial" if trials == 1 else f"{trials} trials"
+    said, left = counted(result.status.name for result in reached), sum(result is None for result in results)
+    said += f", {left} not run" if left else ""
+    display.console.print(f"{said}  ({study.folder(name)})", markup=False)
 
 
 def _dry_run(trials: Sequence[Trial], forecasts: Sequence[Forecast]) -> None:
@@ -166,7 +160,8 @@ def _dry_run(trials: Sequence[Trial], forecasts: Sequence[Forecast]) -> None:
                 f"{size(row['adapter_bytes']):>9}  memory {size(row['predicted_memory_bytes']):>9}"
                 + "".join(f"  {row[key]}" for key in ("refused", "oversized") if row[key])
             )
-    print(f"{_number(len(rows))}, {sum(row['state'] == 'new' for row in rows)} new; nothing was trained ({file})")
+    new = sum(row["state"] == "new" for row in rows)
+    print(f"{trials_in_words(len(rows))}, {new} new; nothing was trained ({file})")
 
 
 def _plan_row(one: Trial, foreseen: Forecast) -> dict[str, Any]:
