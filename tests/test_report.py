@@ -80,7 +80,7 @@ def test_a_study_is_told_from_its_answer_to_its_methods(tmp_path: Path) -> None:
     ]
     assert "9 trials (9 success) of 3 configurations, 3 successful seeds each." in text
     assert "- **Use `lora, r=16`**: 0.803" in text  # near the best, and half its size
-    assert "It is a tie with `lora, r=16`. 1 configuration of 3 is worse." in text
+    assert "It is a tie with `lora, r=16`. 1 configuration of 3 is worse than one of these." in text
     assert "rank 16 is the smallest that is not separable from the best, 32" in text
     assert "The untouched base scores 0.100 on the same rows." in text
     assert "Seeds: 0, 1, 2; configurations: 3 with 3 seeds." in text
@@ -276,3 +276,19 @@ def test_a_factor_of_many_values_is_told_as_a_trend(tmp_path: Path) -> None:
     rates = [{"config.train.learning_rate": (n + 1) / 1000 if n < 39 else None} for n in range(40)]
     text = written(tmp_path, *(trial(n, 30 + n, **rate) for n, rate in enumerate(rates)))
     assert "Spearman's correlation with it is 1.00" in text
+
+
+def test_what_loses_to_one_of_the_tie_is_not_called_worse_than_the_best(tmp_path: Path) -> None:
+    scores = {2: (100, 62), 4: (80, 80)} | {
+        r: (r, r) for r in range(21, 30)
+    }  # the best figure is the least certain one
+    cells = [(r, score, seed) for r, of_seeds in scores.items() for seed, score in enumerate(of_seeds)]
+    text = written(
+        tmp_path, *(trial(n, score, seed, **{"config.method.r": r}) for n, (r, score, seed) in enumerate(cells))
+    )
+    ranking = text.split("## Ranking")[1].split("## ")[0]
+    assert "| worse than another |" in ranking
+    for line in ranking.splitlines():
+        if " worse" in line and line.startswith("|"):
+            p = line.split("|")[6].strip()
+            assert ("worse than another" in line) == (p not in ("<0.001",) and float(p) >= 0.05)

@@ -164,6 +164,11 @@ def in_words(factor: str, value: Any) -> str:
     return f"{SHORT.get(name, name)}={plain(value)}"
 
 
+def level_name(factor: str, value: Any) -> str:
+    """One value of a choice or setting below the name of it."""
+    return in_words(QUANT, value) if factor == QUANT else plain(value)
+
+
 def plain(value: Any) -> str:
     """A value without its name: a number in no more digits than it was given in, a list as its entries."""
     text = str(value)

@@ -145,7 +145,7 @@ def _best(task: Task, score: str) -> str:
     return (
         f"- **{what}**: the best figure is that of `{task.labels[best]}`, {figure}. It is a tie with {named}. "
         f"{words.plural('configuration', len(compared) - 1 - len(others))} of {len(compared):,} "
-        f"{'is' if len(compared) - 1 - len(others) == 1 else 'are'} worse."
+        f"{'is' if len(compared) - 1 - len(others) == 1 else 'are'} worse than one of these."
     )
 
 

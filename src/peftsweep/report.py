@@ -155,7 +155,7 @@ def _ranking(task: Task, score: str, mark: str) -> Iterator[str]:
                 columns.evaluation(score)[1]: findings.value_of(task, score, number),
                 "against the best": words.difference(row) if row["verdict"] != "best" else "",
                 "p": words.p(row["p_adjusted"]),
-                "": {"best": "**best**", "tie": "tie", "unknown": "?"}.get(row["verdict"], "worse"),
+                "": _standing(row),
                 **_costs(task, number),
             }
         )
@@ -172,6 +172,12 @@ def _ranking(task: Task, score: str, mark: str) -> Iterator[str]:
     yield ""
 
 
+def _standing(row: pd.Series[Any]) -> str:
+    """A configuration may be no worse than the best for certain, and yet than one that is in a tie with it."""
+    other = row["verdict"] == "worse" and row["p_adjusted"] >= stats.ALPHA
+    return "worse than another" if other else {"best": "**best**", "unknown": "?"}.get(row["verdict"], row["verdict"])
+
+
 def _meaning(compared: pd.DataFrame, count: int, score: str) -> str:
     """What the intervals and p-values of a ranking are."""
     chance = compared["chance"].dropna().unique()
@@ -185,10 +191,12 @@ def _meaning(compared: pd.DataFrame, count: int, score: str) -> str:
     scale = " Differences are relative." if len(compared) and compared["scale"].iloc[0] == "ratio" else ""
     if count < 2:
         return f"In brackets: the 95% interval, which covers {covers}."
+    others = (compared["verdict"] == "worse") & (compared["p_adjusted"] >= stats.ALPHA)
+    another = " Worse than another: than one of the tie, not for certain than the best." if others.any() else ""
     return (
         f"In brackets: 95% intervals, which cover {covers}. p is adjusted for "
         f"{words.plural('pair', count * (count - 1) // 2)} (Holm), the intervals are not; than those in a tie none is "
-        f"better for certain.{scale}"
+        f"better for certain.{another}{scale}"
     )
 
 
@@ -237,18 +245,18 @@ def _levels(
     levels = {level: None for found in tables for level in [*found["reference"], *found["level"]]}
     rows = []
     for level in sorted(levels, key=words.sortable):
-        row = {columns.factor_name(factor): columns.plain(level)}
+        row = {columns.factor_name(factor): columns.level_name(factor, level)}
         for score, found in quality.items():
             title = columns.score_name(score)
             mine = found[found["level"] == level]
             if len(mine):
                 one = mine.iloc[0]
                 row[title] = words.number(one["value"])
-                row[f"{title} against {columns.plain(str(one['reference']))}"] = words.difference(one)
+                row[f"{title} against {columns.level_name(factor, one['reference'])}"] = words.difference(one)
             else:
                 at = found[found["reference"] == level]["reference_value"]
                 row[title] = words.number(at.iloc[0]) if len(at) else ""
-                row[f"{title} against {columns.plain(level)}"] = ""
+                row[f"{title} against {columns.level_name(factor, level)}"] = ""
         for column, found in costs.items():
             mine = found[found["level"] == level]
             row[columns.factor_name(column)] = (
@@ -272,7 +280,7 @@ def _best_of_each(task: Task, factor: str) -> Iterator[str]:
             row = compared.loc[number]
             rows.append(
                 {
-                    columns.factor_name(factor): columns.plain(str(level[number])),
+                    columns.factor_name(factor): columns.level_name(factor, level[number]),
                     "best configuration": task.labels[number],
                     columns.score_name(score): findings.value_of(task, score, number),
                     "against the best": words.difference(row) if row["verdict"] != "best" else "",
