@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 
 from peftsweep import report
+from peftsweep.table import predictions
 
 ROWS = 100
 
@@ -57,7 +58,8 @@ def written(folder: Path, *rows: dict[str, Any], steps: pd.DataFrame | None = No
             file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     files = [folder / "plots" / f"{name}.png" for name in plots]
     table = pd.DataFrame(rows).convert_dtypes()
-    file, _ = report.write(folder, table, pd.DataFrame() if steps is None else steps, files)
+    logged = pd.DataFrame() if steps is None else steps
+    file, _ = report.write(folder, table, logged, files, predictions(folder))
     return file.read_text()
 
 

@@ -27,6 +27,7 @@ from peftsweep.table import (
     STEPS_FILE,
     check_ending,
     newest,
+    predictions,
     read,
     record_file,
     steps,
@@ -97,12 +98,13 @@ def main(options: Options) -> int:
         write_parquet(logged, one.folder / STEPS_FILE)
         mine = one.table[one.table["collected.record"].isin(chosen["collected.record"])]
         print_study(mine, str(one.folder), of=len(one.table))
-        drawn = plot.study(one.table, logged, one.folder / "plots", options.kind) if options.plots else []
-        findings, said = report.write(one.folder, one.table, logged, drawn)
+        rows = predictions(one.folder)
+        drawn = plot.study(one.table, logged, one.folder / "plots", options.kind, rows) if options.plots else []
+        findings, said = report.write(one.folder, one.table, logged, drawn, rows)
         for line in [*said, *halving.notes(one.results)]:
             print(line)
         written = [one.folder / RESULTS_FILE, one.folder / STEPS_FILE, findings, *drawn]
-        written += [page.write(one.table, logged, one.folder)] if options.plots else []
+        written += [page.write(one.table, logged, one.folder, rows)] if options.plots else []
         print("wrote " + ", ".join(str(file) for file in written))
     if collected:
         _hand_over(chosen, [result for one in collected for result in one.results], options)

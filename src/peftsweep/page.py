@@ -26,6 +26,7 @@ from peftsweep.record import counted, trials_in_words, write_text
 REPORT = "report.html"
 PANELS = 2000  # trials with a panel of their own: the newest
 TASKS = 6  # pairs of model and dataset with plots: those of the most trials
+BARS = 400  # configurations with their intervals: of more, they would be a fog
 CURVES = 40  # trials whose curves are drawn: the best
 CURVE_POINTS = 200  # of one curve
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
@@ -75,14 +76,17 @@ PAGE = """<!DOCTYPE html>
 """
 
 
-def write(table: pd.DataFrame, steps: pd.DataFrame, folder: Path) -> Path:
+def write(table: pd.DataFrame, steps: pd.DataFrame, folder: Path, predictions: stats.Predictions | None = None) -> Path:
     """Write the page of the study in ``folder``: ``table`` has a row a trial, ``steps`` a row a logged step."""
     shared, differing = _settings(table)
     every = stats.tasks(table)
     tasks = dict(sorted(every.items(), key=lambda task: -len(task[1]))[:TASKS])
     left = f"<p class='note'>The {TASKS} of {len(every)} models and datasets with the most trials.</p>"
     drawn = [(name if len(every) > 1 else "", part) for name, part in tasks.items()]
-    fronts = [_frontier(name, part, f"frontier-plot-{n}") for n, (name, part) in enumerate(drawn)]
+    fronts = [
+        _frontier(name, stats.configurations(part, predictions), part, f"frontier-plot-{n}")
+        for n, (name, part) in enumerate(drawn)
+    ]
     curves = [_curves(name, part, steps, f"curves-plot-{n}") for n, (name, part) in enumerate(drawn)]
     more = left if len(every) > len(tasks) else ""
     sections = [
@@ -234,13 +238,13 @@ def _named(task: str) -> str:
     return f"<h3>{_text(task)}</h3>\n" if task else ""
 
 
-def _frontier(task: str, table: pd.DataFrame, name: str) -> str:
+def _frontier(task: str, merged: pd.DataFrame, table: pd.DataFrame, name: str) -> str:
     """Every configuration with a score, on axes that two menus choose, the best trade-offs of each pair joined.
 
     A front belongs to a pair of axes, and is a trace of its own. The menu of one axis gives its x to the fronts of
     that axis and none to the others, the other menu does so with y; a trace without x or y is not drawn.
     """
-    merged, found = stats.configurations(table).copy(), effects.factors(table)
+    found = effects.factors(table)
     across, up = _axes(merged)
     good = merged[merged["n"] > 0]
     if not across or not columns.scores(merged) or len(good) < 2:
@@ -255,7 +259,7 @@ def _frontier(task: str, table: pd.DataFrame, name: str) -> str:
         return {"x": [axis.numbers(rows) for _, rows in groups] + [xs if x == axis else [] for x, _, xs, _ in fronts]}
 
     def y_of(axis: Axis) -> dict[str, Any]:
-        arms = [_arms(rows, axis) for _, rows in groups] + [([], [])] * len(fronts)
+        arms = [_arms(rows, axis) if len(good) <= BARS else ([], []) for _, rows in groups] + [([], [])] * len(fronts)
         bars = {"error_y.array": [arm[0] for arm in arms], "error_y.arrayminus": [arm[1] for arm in arms]}
         return {
             "y": [axis.numbers(rows) for _, rows in groups] + [ys if y == axis else [] for _, y, _, ys in fronts]
@@ -277,7 +281,8 @@ def _frontier(task: str, table: pd.DataFrame, name: str) -> str:
     ]
     layout = _layout(across[0].name, up[0].name) | {"updatemenus": menus, "showlegend": len(groups) > 1}
     failed = columns.outcome(merged)
-    note = "A point is a configuration, the mean of its seeds, with its 95% interval. Ringed and joined: no other one "
+    bars = ", with its 95% interval" if len(good) <= BARS else ""
+    note = f"A point is a configuration, the mean of its seeds{bars}. Ringed and joined: no other one "
     note += (
         "is better and cheaper. Hover for all figures; the menus choose the axes; a click in the legend hides a series."
     )

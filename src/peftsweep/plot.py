@@ -70,7 +70,13 @@ NAMES = (
 )
 
 
-def study(table: pd.DataFrame, steps: pd.DataFrame, folder: Path, kind: str = "png") -> list[Path]:
+def study(
+    table: pd.DataFrame,
+    steps: pd.DataFrame,
+    folder: Path,
+    kind: str = "png",
+    predictions: stats.Predictions | None = None,
+) -> list[Path]:
     """Write the figures that ``table`` (a row a trial) and its ``steps`` have something to say for.
 
     Gives the files written, as .png of 300 dots an inch or as .svg (``kind``).
@@ -82,7 +88,7 @@ def study(table: pd.DataFrame, steps: pd.DataFrame, folder: Path, kind: str = "p
     written = []
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a label may be in any script
-        for name, figure in figures(table, steps):
+        for name, figure in figures(table, steps, predictions):
             folder.mkdir(parents=True, exist_ok=True)
             file = folder / f"{name}.{kind}"
             figure.savefig(file, metadata={"Date": None} if kind == "svg" else None)
@@ -90,7 +96,9 @@ def study(table: pd.DataFrame, steps: pd.DataFrame, folder: Path, kind: str = "p
     return written
 
 
-def figures(table: pd.DataFrame, steps: pd.DataFrame) -> Iterator[tuple[str, Any]]:
+def figures(
+    table: pd.DataFrame, steps: pd.DataFrame, predictions: stats.Predictions | None = None
+) -> Iterator[tuple[str, Any]]:
     """Name and figure of everything that the study can show, apart for each model and dataset.
 
     A figure of a score carries its evaluation's name; where there are several tasks, each figure its task's.
@@ -102,11 +110,13 @@ def figures(table: pd.DataFrame, steps: pd.DataFrame) -> Iterator[tuple[str, Any
         one.attrs["task"] = name if len(tasks) > 1 else ""
         mark = columns.file_mark(name) if len(tasks) > 1 else ""
         mine = steps[steps["trial"].isin(one["run_info.trial"])] if "trial" in steps else steps
-        yield from ((stem + mark, figure) for stem, figure in _of_task(one, mine))
+        yield from ((stem + mark, figure) for stem, figure in _of_task(one, mine, predictions))
 
 
-def _of_task(table: pd.DataFrame, steps: pd.DataFrame) -> Iterator[tuple[str, Any]]:
-    merged = _configurations(table)
+def _of_task(
+    table: pd.DataFrame, steps: pd.DataFrame, predictions: stats.Predictions | None
+) -> Iterator[tuple[str, Any]]:
+    merged = _configurations(table, predictions)
     by_score: dict[str, Callable[[pd.DataFrame, str], Any]] = {
         "rank": rank,
         "frontier": frontier,
@@ -133,9 +143,9 @@ def _of_task(table: pd.DataFrame, steps: pd.DataFrame) -> Iterator[tuple[str, An
         yield "learning_curves", figure
 
 
-def _configurations(table: pd.DataFrame) -> pd.DataFrame:
+def _configurations(table: pd.DataFrame, predictions: stats.Predictions | None) -> pd.DataFrame:
     """One row a configuration, its ``label``, and in ``outcome`` what did not succeed; its attrs hold the factors."""
-    merged = stats.configurations(table).copy()
+    merged = stats.configurations(table, predictions).copy()
     factors = effects.factors(table)
     merged = merged.assign(label=effects.labels(table).map(columns.shortened), outcome=columns.outcomes(merged))
     merged.attrs |= {"factors": factors, "task": table.attrs["task"]}

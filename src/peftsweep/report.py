@@ -5,8 +5,6 @@ Every sentence is made from figures of the study; where the data does not tell, 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,13 +35,17 @@ FIGURES = {  # how the figures of a factor are called
 }
 FRONTIER = ("frontier", "quality_")
 STATUSES = tuple(status.name for status in Status)
-KEPT = ("correct", "correct_norm", "log_likelihood", "tokens", "label", "label_prediction")  # of a line of predictions
 
 
-def write(folder: Path, table: pd.DataFrame, steps: pd.DataFrame, plots: Sequence[Path] = ()) -> tuple[Path, list[str]]:
+def write(
+    folder: Path,
+    table: pd.DataFrame,
+    steps: pd.DataFrame,
+    plots: Sequence[Path] = (),
+    predictions: stats.Predictions | None = None,
+) -> tuple[Path, list[str]]:
     """Write RESULTS.md of the study in ``folder``, whose trials are ``table``; the file, and its summary as text."""
     file = folder / RESULTS
-    predictions = reader(folder)
     tasks = [Task(name, part, predictions) for name, part in stats.tasks(table).items()]
     summary = {task.name: list(findings.summary(task)) for task in tasks}
     lines = _document(folder, table, tasks, summary, steps, plots)
@@ -54,24 +56,6 @@ def write(folder: Path, table: pd.DataFrame, steps: pd.DataFrame, plots: Sequenc
 
 def _unmarked(text: str) -> str:
     return re.sub(r"\[([^\]]*)\]\(#[^)]*\)", r"\1", text).replace("**", "").replace("`", "")
-
-
-def reader(folder: Path) -> stats.Predictions:
-    """The lines of predictions of a study's trials, each file read once and kept without its texts."""
-    known: dict[tuple[str, str], list[dict[str, Any]]] = {}
-
-    def read(trial: str, evaluation: str) -> list[dict[str, Any]]:
-        if (trial, evaluation) not in known:
-            lines = record.read_lines(folder / trial / "predictions" / f"{evaluation}.jsonl")
-            known[trial, evaluation] = [_slim(line) for line in lines]
-        return known[trial, evaluation]
-
-    return read
-
-
-def _slim(line: dict[str, Any]) -> dict[str, Any]:
-    asked = json.dumps([line.get("prompt"), line.get("answer")]).encode()
-    return {key: line[key] for key in KEPT if key in line} | {"prompt": hashlib.blake2b(asked, digest_size=8).digest()}
 
 
 def _document(

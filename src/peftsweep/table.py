@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sqlite3
@@ -20,6 +21,7 @@ from peftsweep.record import RESULT, STEPS, RecordError, Result, Status
 RESULTS_FILE = "results.parquet"
 STEPS_FILE = "steps.parquet"
 AS_TEXT = ("histogram", "base_histogram")  # whose keys are answers: a column each would make thousands
+KEPT = ("correct", "correct_norm", "log_likelihood", "tokens", "label", "label_prediction")  # of a line of predictions
 DTYPES: tuple[tuple[set[type], str], ...] = ({bool}, "boolean"), ({int}, "Int64"), ({int, float}, "Float64")
 SCALARS = {str, int, float, bool, type(None)}
 INTEGERS = 2**63  # beyond them, a number is kept as a float
@@ -83,6 +85,24 @@ def steps(results: Iterable[Result]) -> pd.DataFrame:
         for row in record.read_lines((result.folder or Path()) / STEPS):
             columns.add(name | row)
     return columns.frame()
+
+
+def predictions(folder: Path) -> Callable[[str, str], list[dict[str, Any]]]:
+    """Trial, evaluation -> the lines of its predictions in a study; each file is read once and kept without texts."""
+    known: dict[tuple[str, str], list[dict[str, Any]]] = {}
+
+    def read(trial: str, evaluation: str) -> list[dict[str, Any]]:
+        if (trial, evaluation) not in known:
+            lines = record.read_lines(folder / trial / "predictions" / f"{evaluation}.jsonl")
+            known[trial, evaluation] = [_slim(line) for line in lines]
+        return known[trial, evaluation]
+
+    return read
+
+
+def _slim(line: dict[str, Any]) -> dict[str, Any]:
+    asked = json.dumps([line.get("prompt"), line.get("answer")]).encode()
+    return {key: line[key] for key in KEPT if key in line} | {"prompt": hashlib.blake2b(asked, digest_size=8).digest()}
 
 
 def together(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
