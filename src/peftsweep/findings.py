@@ -138,7 +138,7 @@ def _best(task: Task, score: str) -> str:
         return (
             f"- **{what}**: `{task.labels[best]}` is best, {figure}; "
             f"the next, `{task.labels[compared.index[1]]}`, is worse by {words.difference(second)}"
-            + (f", and so are the other {len(compared) - 2}." if len(compared) > 2 else ".")
+            + {2: ".", 3: ", and so is the third."}.get(len(compared), f", and so are the other {len(compared) - 2:,}.")
         )
     named = "; ".join(f"`{task.labels[n]}`" for n in others[:6])
     named += f"; and {len(others) - 6} more" if len(others) > 6 else ""
@@ -281,7 +281,9 @@ def _enough_rank(task: Task, score: str) -> str:
         end = "the largest tried, is best, and returns have not ended there"
         return f"{columns.score_name(score)}: rank {best['level']:g}, {end}. {doubling}"
     smallest = best["level"] == found["level"].iloc[0]
-    end = ", the smallest tried, has the best figure" if smallest else " is best, and the smaller ones are worse"
+    end = (
+        ", the smallest tried, has the best figure" if smallest else " has the best figure; the smaller ones are worse"
+    )
     return f"{columns.score_name(score)}: rank {best['level']:g}{end}. {doubling}"
 
 

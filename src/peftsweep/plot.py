@@ -31,7 +31,8 @@ SERIES = len(COLOURS)  # that are told apart; the others are drawn in grey
 TASKS = 4  # pairs of model and dataset with figures: those of the most trials
 EVALUATIONS = 4  # with figures of their own; report.html has all
 BARS = 40  # configurations a figure of bars has room for
-NAMED = 10  # points of a frontier that are named
+EACH = 400  # configurations of a frontier that are drawn one by one; of more, those it dominates are grey dots
+NAMED = 160  # letters of names in a panel of a frontier, the best points first
 CURVES = 100  # trials whose curves are drawn
 QUANTS = ("none", "8bit", "4bit", "8bit_offload")  # in the order of figures
 LEAST_HOST_MEMORY = 256e6  # bytes that training must add to a process for its resident memory to say something
@@ -208,16 +209,19 @@ def frontier(merged: pd.DataFrame, score: str) -> Any:
     figure, axes = _figure(len(shown), WIDTHS[len(shown)], 3.6, sharey=True)
     fronts = [_trade_off(ax, good.assign(series=series), c, score, styles) for ax, c in zip(axes, shown, strict=True)]
     axes[0].set_ylabel(columns.axis_name(score))
+    if len(good) > EACH:
+        series = series[sorted(set().union(*(line for *_, line in fronts)))]
     _legend(figure, {name: look | {"linestyle": "none"} for name, look in styles.items() if name in set(series)})
-    _signed(figure, merged, "filled and joined: nothing is both better and cheaper; bars: 95% interval")
+    grey = "; grey: what they dominate" if len(good) > EACH else ""
+    _signed(figure, merged, f"filled and joined: nothing is both better and cheaper; bars: 95% interval{grey}")
     figure.draw_without_rendering()  # settles the layout, so that there is a room to write names in
-    for ax, (x, y, names) in zip(axes, fronts, strict=True):
+    for ax, (x, y, names, _) in zip(axes, fronts, strict=True):
         _name_points(ax, x[names.index], y[names.index], names, x, y)
     return figure
 
 
 def _trade_off(ax: Any, good: pd.DataFrame, cost: Cost, score: str, styles: dict[str, dict[str, Any]]) -> Any:
-    """Draw one panel; gives x and y of all points, and the names of the best on the front."""
+    """Draw one panel; gives x and y of all points, the names of the best on the front, and where the front is."""
     rows = good[good[cost.column].notna()]
     factor, name = cost.scale(rows[cost.column].max())
     x, y = rows[cost.column] / factor, rows[score]
@@ -228,18 +232,25 @@ def _trade_off(ax: Any, good: pd.DataFrame, cost: Cost, score: str, styles: dict
         _log_axis(ax.xaxis)
     if columns.lower_is_better(score) and y.min() > 0 and y.max() / y.min() > 10:
         _log_axis(ax.yaxis)
+    if len(rows) > EACH:
+        ax.plot(
+            x[~front], y[~front], color=FADED, marker=".", markersize=3, alpha=0.3, linestyle="none", rasterized=True
+        )
     for label, place in rows.groupby("series", sort=False).groups.items():
         style = styles.get(str(label), GREY)
         point = {"marker": style["marker"], "color": style["color"], "linestyle": "none"}
         for on_it, look in ((False, {"alpha": 0.35, "fillstyle": "none"}), (True, {})):
+            if not on_it and len(rows) > EACH:
+                continue
             chosen = place[front[rows.index.get_indexer(place)] == on_it]
             arms = _arms(rows.loc[chosen], score) if label in styles or on_it else None  # in grey they are a fog
             ax.errorbar(x[chosen], y[chosen], yerr=arms, elinewidth=0.8, **point, **look)
     line = x[front].sort_values()
     if len(line) > 1:
         ax.plot(line, y[line.index], color=INK, linewidth=0.9, linestyle="--", zorder=1.5)
-    best = y[line.index].sort_values(ascending=columns.lower_is_better(score)).index[:NAMED]
-    return x, y, rows["label"][best]
+    best = y[line.index].sort_values(ascending=columns.lower_is_better(score)).index
+    names = rows["label"][best]
+    return x, y, names[names.str.len().cumsum() <= NAMED], line.index
 
 
 def bars(merged: pd.DataFrame, cost: Cost) -> Any:
@@ -448,6 +459,7 @@ NAME_SIZE = 6.5
 BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 7}
 PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.4}
 AROUND = ((5, 3), (5, -3), (-5, 3), (-5, -3), (0, 6), (0, -6), (6, 0), (-6, 0))  # a point, in points
+NO_ROOM = 10.0  # of _cover: over another name, or out of the panel
 GREY: dict[str, Any] = {"color": FADED, "marker": ".", "linestyle": "-"}
 
 
@@ -652,7 +664,7 @@ def _signed(figure: Any, rows: pd.DataFrame, note: str = "") -> Any:
 
 
 def _name_points(ax: Any, x: Any, y: Any, names: Any, all_x: Any, all_y: Any) -> None:
-    """Write the name of each point where it covers neither a point nor a name, as near as there is room.
+    """Write the name of each point where it covers no name and little else, as near as there is room; or not at all.
 
     To be called when all else of the figure is drawn, as it settles the layout.
     """
@@ -667,7 +679,10 @@ def _name_points(ax: Any, x: Any, y: Any, names: Any, all_x: Any, all_y: Any) ->
         place = ax.transData.transform(at)
         offsets = [(dx * far, dy * far) for far in (1, 2, 3.5, 5, 7) for dx, dy in AROUND]
         boxes = np.array([_box(place, np.array(offset) * points, size) for offset in offsets])
-        best = int(np.argmin([_cover(box, taken, dots, inside.extents) for box in boxes]))
+        covered = [_cover(box, taken, dots, inside.extents) for box in boxes]
+        best = int(np.argmin(covered))
+        if covered[best] >= NO_ROOM and len(taken):
+            continue
         taken = np.vstack([taken, boxes[best]])
         _name(ax, at, name, *offsets[best])
 
