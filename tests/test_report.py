@@ -294,3 +294,18 @@ def test_what_loses_to_one_of_the_tie_is_not_called_worse_than_the_best(tmp_path
         if " worse" in line and line.startswith("|"):
             p = line.split("|")[6].strip()
             assert ("worse than another" in line) == (p not in ("<0.001",) and float(p) >= 0.05)
+
+
+def test_what_few_ranks_show_is_said_of_them_alone(tmp_path: Path) -> None:
+    other = {"choices.method": "dora", "config.method.r": 128}
+    text = written(tmp_path, *ranks(40, 80), trial(10, 60, 0, **other), trial(11, 61, 1, **other))
+    assert "task accuracy, where only the rank differs (8, 16): rank 16, the largest tried, is best" in text
+
+
+def test_unpaired_rows_are_not_called_paired(tmp_path: Path) -> None:
+    rows = [row | {"run_info.trial": f"elsewhere{n}"} for n, row in enumerate(ranks(40, 80, seeds=1))]
+    table = pd.DataFrame(rows).convert_dtypes()
+    file, _ = report.write(tmp_path, table, pd.DataFrame(), (), predictions(tmp_path))  # which holds none
+    text = file.read_text()
+    assert "McNemar" not in text
+    assert "as if each had been judged on rows of its own" in text

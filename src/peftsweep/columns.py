@@ -187,11 +187,11 @@ def file_mark(task: str) -> str:
     return "__" + re.sub(r"[^\w.]+", "-", task.lower()).strip("-")
 
 
-def shortened(text: str) -> str:
+def shortened(text: str, longest: int = LONGEST) -> str:
     """``text`` in one line, with its middle left out where it is long."""
     line = " ".join(text.split())
-    half = LONGEST // 2
-    return line if len(line) <= LONGEST else f"{line[: half - 1]}…{line[-half:]}"
+    half = longest // 2
+    return line if len(line) <= longest else f"{line[: half - 1]}…{line[-half:]}"
 
 
 def outcomes(merged: pd.DataFrame) -> pd.Series[Any]:

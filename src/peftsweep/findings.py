@@ -125,7 +125,8 @@ def _best(task: Task, score: str) -> str:
         )
     others = [n for n in task.tied(score) if n != best]
     if compared["verdict"].eq("unknown").any():
-        return f"- **{what}**: highest is `{task.labels[best]}`, {figure}; how far chance reaches is not known."
+        best_is = f"the best figure is that of `{task.labels[best]}`, {figure}"
+        return f"- **{what}**: {best_is}; how far chance reaches is not known."
     if len(others) == len(compared) - 1:
         gap = words.difference(compared.iloc[-1])
         every = "both" if len(compared) == 2 else f"all {len(compared)}"
@@ -263,6 +264,10 @@ def _enough_rank(task: Task, score: str) -> str:
     found = effects.returns(task.table, score, task.predictions, plan=task.design)
     if found.empty or found["verdict"].eq("unknown").any():
         return ""
+    tried, of_these = task.design.levels[RANK], ", ".join(f"{level:g}" for level in found["level"])
+    what = columns.score_name(score)
+    if len(found) < tried[tried != ""].nunique():
+        what += f", where only the rank differs ({of_these})"
     enough = found[found["verdict"].isin(["best", "tie"])].iloc[0]
     best, last = found[found["verdict"] == "best"].iloc[0], found.iloc[-1]
     before = found.iloc[-2]["level"]
@@ -274,17 +279,17 @@ def _enough_rank(task: Task, score: str) -> str:
     )
     if enough["level"] < best["level"]:
         return (
-            f"{columns.score_name(score)}: rank {enough['level']:g} is the smallest that is not separable from the "
+            f"{what}: rank {enough['level']:g} is the smallest that is not separable from the "
             f"best, {best['level']:g} ({words.difference(enough)}). {doubling}"
         )
     if best["level"] == last["level"] and last["gain_low"] > 0:
         end = "the largest tried, is best, and returns have not ended there"
-        return f"{columns.score_name(score)}: rank {best['level']:g}, {end}. {doubling}"
+        return f"{what}: rank {best['level']:g}, {end}. {doubling}"
     smallest = best["level"] == found["level"].iloc[0]
     end = (
         ", the smallest tried, has the best figure" if smallest else " has the best figure; the smaller ones are worse"
     )
-    return f"{columns.score_name(score)}: rank {best['level']:g}{end}. {doubling}"
+    return f"{what}: rank {best['level']:g}{end}. {doubling}"
 
 
 def cost_findings(task: Task, factor: str, costs: Mapping[str, pd.DataFrame]) -> Iterator[str]:

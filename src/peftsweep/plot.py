@@ -182,7 +182,7 @@ def _against(merged: pd.DataFrame, factor: str, shown: Sequence[str | Cost]) -> 
     series = _labels(rows, others) if others else pd.Series("", rows.index)
     best = list(series[_best_first(rows, shown[0] if isinstance(shown[0], str) else None)])
     numeric = pd.api.types.is_numeric_dtype(rows[factor])
-    x = rows[factor].astype(float) if numeric else rows[factor].map(lambda v: columns.in_words(factor, v))
+    x = rows[factor].astype(float) if numeric else rows[factor].map(lambda v: columns.level_name(factor, v))
     long = pd.concat([_panel(rows, what, x, series) for what in shown])
     if not numeric:
         first = [columns.in_words(QUANT, quant) for quant in QUANTS]
@@ -575,6 +575,7 @@ def _rank_axis(ax: Any, ticks: Sequence[float]) -> None:
 
 
 def _category_axis(ax: Any, names: Sequence[str]) -> None:
+    names = [columns.shortened(name, 24) for name in names]
     ax.set_xticks(range(len(names)), names)
     ax.set_xlim(-0.5, len(names) - 0.5)
     if sum(len(name) + 2 for name in names) > 11 * ax.figure.get_size_inches()[0] / len(ax.figure.axes):

@@ -21,6 +21,7 @@ from peftsweep.words import ADAPTER, PARAMETERS, ROWS, SECONDS, SPEED
 
 RESULTS = "RESULTS.md"
 APPROXIMATE = "≈ marks a difference that may be chance."
+MOST_NAMED = 12  # methods whose budgets are told one by one
 GPUS = (8, 12, 16, 24, 40, 48, 80)  # GB, the common sizes
 # What tells whether a trial fits on a device, the best source first, and what to call it.
 MEMORY = (
@@ -203,10 +204,10 @@ def _told(task: Task, factor: str) -> Iterator[str]:
         costs = {column: task.effects(column, factor, reference) for column in measured}
         yield from words.table(_levels(task, factor, reference, quality, costs))
         contexts = sorted(set(first["contexts"]))
-        over = f"{contexts[0]} to {contexts[-1]}" if len(contexts) > 1 else str(contexts[0])
-        others = len(task.factors) > 1
-        if others:
-            yield f"Averaged over the {over} settings of the other factors that have both levels. {APPROXIMATE}"
+        if len(task.factors) > 1:
+            over = f"{contexts[0]} to {contexts[-1]}" if len(contexts) > 1 else str(contexts[0])
+            averaged = f"Averaged over the {over} settings of the other factors that have both levels."
+            yield f"{averaged if contexts[-1] > 1 else 'In the one setting that has both levels.'} {APPROXIMATE}"
             yield ""
         yield from (f"- {line}" for score in task.scores for line in findings.of_factor(task, factor, score))
         yield from (f"- {line}" for line in findings.cost_findings(task, factor, costs))
@@ -298,9 +299,11 @@ def _budget(task: Task, factor: str) -> Iterator[str]:
     found = effects.budget(task.table)
     unequal = [c for c in found.columns if found[c][found[c] > 0].nunique() > 1]
     if unequal:
+        each = len(found) <= MOST_NAMED
         said = "; ".join(
             f"{column.replace('_', ' ')}: "
-            + ", ".join(f"{method} {value:g}" for method, value in found[column].items())
+            + ", ".join(f"{method} {value:g}" for method, value in found[column].items() if each)
+            + ("" if each else f"{found[column].min():g} to {found[column].max():g}")
             for column in unequal[:3]
         )
         yield ""

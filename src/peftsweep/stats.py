@@ -552,6 +552,7 @@ def compare(
     given, ``better``, ``worse`` or ``tie`` with it; ``near``: within one standard error of the reference's own value,
     which a choice by other criteria may count as equal (the rule of Breiman et al., Classification and Regression
     Trees, 1984), where a tie may be no more than a lack of trials; ``chance``: what p covers, seeds, rows or both.
+    ``attrs["paired"]`` says whether the best were compared row by row.
     """
     rough = measure(table, column)
     k, sign = len(rough.means), direction(column) or 1
@@ -573,7 +574,9 @@ def compare(
         whole.loc[whole["rank"].eq(1) & whole["verdict"].ne("unknown"), "verdict"] = "tie"
         whole.loc[whole["rank"].gt(1) & whole["verdict"].ne("unknown"), "verdict"] = "worse"
     whole.loc[best, "verdict"] = "reference" if given else "best"
-    return whole.iloc[np.argsort(-sign * whole["value"].to_numpy(), kind="stable")]
+    ordered = whole.iloc[np.argsort(-sign * whole["value"].to_numpy(), kind="stable")]
+    ordered.attrs["paired"] = exact.rows is not None
+    return ordered
 
 
 def _against(measured: Measured, reference: int, family: int, *, ranked: bool) -> pd.DataFrame:
