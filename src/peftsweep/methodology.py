@@ -126,8 +126,8 @@ def _tests(tasks: Sequence[Task]) -> Iterator[str]:
     by_rows = [task.compare(score) for task, score in judged if "rows" in set(task.compare(score)["chance"])]
     if any(not compared.attrs["paired"] for compared in by_rows):
         yield (
-            "Where there is one seed each and no record of single rows, scores are compared by their standard errors, as "
-            "if each had been judged on rows of its own, which shows fewer differences than pairing the rows would."
+            "Where there is one seed each and no record of single rows, scores are compared by their standard errors, "
+            "as if each had been judged on rows of its own, which shows fewer differences than pairing the rows would."
         )
     if any(compared.attrs["paired"] for compared in by_rows):
         yield (
