@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -193,9 +194,13 @@ def test_a_rung_that_is_not_complete_is_not_decided(command: Command) -> None:
 def test_killed_within_a_rung_the_same_command_decides_as_undisturbed(command: Command) -> None:
     words = [*SWEEP, *HALVING]
     assert command(*words, "study=undisturbed")[0] == 0
-    for reached in (3, 9):  # within the first rung, and after it
+
+    def trained(steps: int) -> bool:
+        return sum(one.train_info["steps"] for one in records().values()) >= steps
+
+    for steps in (3, 9):  # within the first rung, and after it
         process = start(*words)
-        wait_for(lambda most=reached: sum(one.train_info["steps"] for one in records().values()) >= most, process)
+        wait_for(partial(trained, steps), process)
         process.kill()
         process.communicate()
     assert command(*words)[0] == 0

@@ -163,7 +163,7 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
 
 @functools.cache
 def _schema() -> DictConfig:
-    return OmegaConf.structured(Config)
+    return typing.cast(DictConfig, OmegaConf.structured(Config))
 
 
 def without_rows(trial: Trial) -> Trial:
