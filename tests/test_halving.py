@@ -196,7 +196,7 @@ def test_killed_within_a_rung_the_same_command_decides_as_undisturbed(command: C
     assert command(*words, "study=undisturbed")[0] == 0
 
     def trained(steps: int) -> bool:
-        return sum(one.train_info["steps"] for one in records().values()) >= steps
+        return bool(sum(one.train_info["steps"] for one in records().values()) >= steps)
 
     for steps in (3, 9):  # within the first rung, and after it
         process = start(*words)
