@@ -508,6 +508,13 @@ class Batch:
             return self.labels.new_ones(len(self.labels)).cumsum(0) - 1
         return self.answer_mask.nonzero()[:, 0]
 
+    def repeated(self, times: int) -> Batch:
+        """All rows that many times, one after the other."""
+        names = ("input_ids", "attention_mask", "answer_mask")
+        counts = {"tokens": self.tokens * times, "answer_tokens": self.answer_tokens * times}
+        labels = None if self.labels is None else self.labels.repeat(times)
+        return replace(self, labels=labels, **counts, **{name: getattr(self, name).repeat(times, 1) for name in names})
+
     def to(self, device: torch.device) -> Batch:
         """The batch on ``device``; the host does not wait for the copy."""
         if device.type == "cpu":

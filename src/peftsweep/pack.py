@@ -22,7 +22,8 @@ from peftsweep import build, model, packed, record, study, train, trial
 from peftsweep.config import Trial, content_hash
 from peftsweep.display import Observer
 from peftsweep.errors import InputError
-from peftsweep.measure import Meter, out_of_memory
+from peftsweep.lanes import Pack
+from peftsweep.measure import Meter, Stage, out_of_memory
 from peftsweep.record import Result, Status
 from peftsweep.schema import Task, TrainConfig
 from peftsweep.tracker import Tracker
@@ -268,7 +269,8 @@ class _Pack:
                     lane.session.refuse()
             try:
                 self._train()
-                answers = {lane.name: self._judge(lane) for lane in self._alive()}
+                self._evaluate()
+                answers = {lane.name: self._keep(lane) for lane in self._alive()}
                 self._let_go()
                 for lane in self._alive():
                     with lane.own():
@@ -354,11 +356,41 @@ class _Pack:
         if ended.error is not None:
             lane.fail(ended.error, "train")
 
-    def _judge(self, lane: _Lane) -> Answers | None:
+    def _evaluate(self) -> None:
+        """Evaluate the lanes, what is asked of each asked of all at once; so what it took is the pack's."""
+        lanes = self._alive()
+        if not lanes:
+            return
+        together = Pack(cast(PeftModel, lanes[0].session.adapted), [lane.name for lane in lanes])
+        try:
+            for lane in lanes:
+                with lane.own(), together.asked(lane.name):
+                    lane.session.evaluate()
+        finally:
+            together.close()
+        self._note_evaluations(lanes)
+
+    def _note_evaluations(self, lanes: Sequence[_Lane]) -> None:
+        """What they took, which was measured with the lane that asked first, is that of the pack."""
+        whole = self.meter.stages["eval"] = Stage()
+        for lane in lanes:
+            whole.add(lane.meter.stages.pop("eval", Stage()))
+        for lane in lanes:
+            lane.session.info["packed"]["eval_seconds"] = whole.seconds
+            lane.result.memory["packed_eval"] = whole.memory()
+        for name in lanes[0].session.tests:
+            found = [lane.result.eval_info[name] for lane in lanes]
+            seconds = sum(one.pop("seconds", 0.0) for one in found)
+            for one in found:
+                one["packed_seconds"] = seconds
+                for peak in ("allocated_peak", "rss_peak"):
+                    one.pop(peak, None)
+
+    def _keep(self, lane: _Lane) -> Answers | None:
         answers = None
         with lane.own():
             cast(PeftModel, lane.session.adapted).set_adapter(lane.name)
-            answers = lane.session.assess()
+            answers = lane.session.keep()
         return answers
 
     def _let_go(self) -> None:

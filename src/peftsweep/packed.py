@@ -1,29 +1,25 @@
 """Several LoRA adapters trained at once on one frozen base, each to the numbers it would come to alone.
 
-The lanes of a pack see the same rows in the same order. A batch holds these rows once for each lane, lane after
-lane; the base is multiplied with all of them at once (quantised weights are unpacked once for all), each
-adapter with its own. PEFT's adapters stay the storage: while they are packed, their weights are
-parts of larger tensors.
+The lanes of a pack see the same rows in the same order, in batches that hold them for all (lanes.py); each has its
+own loss, clipping, optimizer, schedule, dropout and end.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
-from bitsandbytes.nn.modules import Linear8bitLt
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from peftsweep.data import Batch, Tokens
+from peftsweep.lanes import Pack
 from peftsweep.measure import Laps, Meter, out_of_memory
-from peftsweep.model import QUANTISED, answer_logits, answer_losses
+from peftsweep.model import answer_logits, answer_losses
 from peftsweep.schema import Dtype, TrainConfig
 from peftsweep.train import (
     Best,
@@ -42,224 +38,6 @@ from peftsweep.train import (
     steps_per_epoch,
     total_steps,
 )
-
-# ---- the layer -------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Bank:
-    """The adapters of one layer, ranks filled up with zeros to the largest, R.
-
-    Shapes: ``a`` [adapters, R, in], ``b`` [adapters, R, out], ``scale`` [adapters, 1, 1]. A filled-up part has no
-    gradient that anybody takes, and stays zero.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: torch.Tensor
-    lanes: torch.Tensor | None  # the places in the pack of those that have an adapter here; None: all have
-    dropout: list[tuple[float, torch.Generator]]
-
-
-class Pack:
-    """The adapters ``names`` of ``model``, trained together from here to ``close``; some may ``leave`` before.
-
-    A forward pass then takes a batch made by ``for_all``. ``seed`` is that of every lane's dropout.
-    """
-
-    def __init__(self, model: PeftModel, names: Sequence[str], seed: int) -> None:
-        self.names = list(names)
-        self.model = model
-        device = next(model.parameters()).device
-        self._generators = {name: torch.Generator(device).manual_seed(seed) for name in names}
-        self._layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
-        self._banks: dict[Any, _Bank] = {}
-        self._gradients: list[torch.Tensor] = []
-        self._packed = True
-        self._rows = 0  # of each lane, in this forward pass
-        self._fill()
-        for layer in self._layers:
-            vars(layer)["forward"] = partial(self._forward, layer)
-        self._patched: list[Any] = [*self._layers]
-        if device.type == "cuda":
-            self._patched += [self._apart(module) for module in model.modules() if isinstance(module, Linear8bitLt)]
-        self._hooks = self._share_first_layers()
-
-    def for_all(self, batch: Batch) -> Batch:
-        """``batch`` once for each lane, lane after lane, as the model takes it."""
-        lanes, self._rows = len(self.names), len(batch.input_ids)
-        return replace(
-            batch,
-            input_ids=batch.input_ids.repeat(lanes, 1),
-            attention_mask=batch.attention_mask.repeat(lanes, 1),
-            answer_mask=batch.answer_mask.repeat(lanes, 1),
-        )
-
-    def weights(self, name: str) -> dict[str, nn.Parameter]:
-        """The parameters of an adapter by their names in the model, in their order there."""
-        parts = ("lora_A", "lora_B")
-        return {
-            parameter: weight
-            for parameter, weight in self.model.named_parameters()
-            if parameter.rsplit(".", 3)[1] in parts and parameter.rsplit(".", 3)[2] == name
-        }
-
-    def leave(self, names: Sequence[str]) -> None:
-        """Let these adapters go, as PEFT had them; the rest is packed anew."""
-        self._free()
-        self.names = [name for name in self.names if name not in names]
-        self._fill()
-
-    def zero_grad(self) -> None:
-        """Forget all gradients."""
-        if self._gradients:
-            torch._foreach_zero_(self._gradients)
-
-    @contextmanager
-    def alone(self, name: str) -> Iterator[None]:
-        """In the block the model is that of one adapter, and takes any number of rows."""
-        self._packed = False
-        self.model.set_adapter(name)
-        try:
-            yield
-        finally:
-            self._packed = True
-
-    def close(self) -> None:
-        """Make the model again what PEFT made it."""
-        self._free()
-        for module in self._patched:
-            del vars(module)["forward"]
-        for hook in self._hooks:
-            hook.remove()
-
-    def _fill(self) -> None:
-        for layer in self._layers:
-            if names := [name for name in self.names if name in layer.lora_A]:
-                self._banks[layer] = self._bank(layer, names)
-        tensors = [tensor for bank in self._banks.values() for tensor in (bank.a, bank.b)]
-        self._gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
-
-    def _bank(self, layer: Any, names: list[str]) -> _Bank:
-        like = layer.lora_A[names[0]].weight
-        rank = max(layer.r[name] for name in names)
-        a = like.new_zeros(len(names), rank, layer.in_features)
-        b = like.new_zeros(len(names), rank, layer.out_features)
-        a.grad, b.grad = torch.zeros_like(a), torch.zeros_like(b)
-        for place, name in enumerate(names):
-            own = slice(layer.r[name])
-            for weight, part, gradient in (
-                (layer.lora_A[name].weight, a[place, own], a.grad[place, own]),
-                (layer.lora_B[name].weight, b[place, own].T, b.grad[place, own].T),
-            ):
-                part.copy_(weight.data)
-                weight.data, weight.grad = part, gradient
-        scale = torch.tensor([layer.scaling[name] for name in names], device=like.device)
-        places = [self.names.index(name) for name in names]
-        return _Bank(
-            a.requires_grad_(),
-            b.requires_grad_(),
-            scale[:, None, None],
-            None if len(places) == len(self.names) else torch.tensor(places, device=like.device),
-            [(getattr(layer.lora_dropout[name], "p", 0.0), self._generators[name]) for name in names],
-        )
-
-    def _free(self) -> None:
-        for layer in self._banks:
-            for name in self.names:
-                for weights in (layer.lora_A, layer.lora_B):
-                    if name in weights:
-                        weight = weights[name].weight
-                        weight.grad, weight.data = None, weight.data.clone(memory_format=torch.contiguous_format)
-        self._banks.clear()
-        self._gradients = []
-
-    def _forward(self, layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The layer's output for the rows of all lanes: [lanes * rows, ..., out]."""
-        if not self._packed:
-            output: torch.Tensor = type(layer).forward(layer, x, *args, **kwargs)
-            return output
-        result: torch.Tensor = layer.base_layer(x, *args, **kwargs)
-        bank = self._banks.get(layer)
-        if bank is None:
-            return result
-        lanes = len(self.names)
-        if x.ndim != 3 or len(x) != lanes * self._rows:
-            raise ValueError(f"a layer that is given {list(x.shape)} in place of all rows cannot be packed")
-        mine = x.reshape(lanes, -1, x.shape[-1])
-        mine = (mine if bank.lanes is None else mine[bank.lanes]).to(bank.a.dtype)
-        if layer.training and any(p for p, _ in bank.dropout):
-            mine = mine * _noise(mine, bank.dropout)
-        update = torch.bmm(torch.bmm(mine, bank.a.mT), bank.b) * bank.scale
-        if isinstance(layer.base_layer, QUANTISED):
-            update = update.to(result.dtype)  # PEFT adds in the base's format there, elsewhere in the adapter's
-        flat = result.reshape(lanes, -1, result.shape[-1])
-        added = flat + update if bank.lanes is None else flat.to(update.dtype).index_add(0, bank.lanes, update)
-        return added.reshape(result.shape).to(result.dtype)
-
-    def _apart(self, module: Linear8bitLt) -> Linear8bitLt:
-        """Have an 8-bit layer of CUDA look at each lane by itself.
-
-        Which columns it takes for outliers, and so how it rounds, depends on all rows that it is given at once.
-        """
-
-        def forward(x: torch.Tensor) -> torch.Tensor:
-            lanes = len(self.names) if self._packed and len(x) == len(self.names) * self._rows else 1
-            return torch.cat([Linear8bitLt.forward(module, part) for part in x.chunk(lanes)])
-
-        vars(module)["forward"] = forward
-        return module
-
-    def _share_first_layers(self) -> list[Any]:
-        """Have the layers before the first adapted one see the rows once, as all lanes are the same there."""
-        before = _before_the_adapters(self.model)
-
-        def once(_: nn.Module, args: Any, kwargs: Any) -> Any:
-            every = len(self.names) * self._rows
-            return _each(lambda t: t[: self._rows] if self._packed and len(t) == every else t, (args, kwargs))
-
-        def for_all(_: nn.Module, args: Any, kwargs: Any) -> Any:
-            lanes = len(self.names)
-            return _each(
-                lambda t: torch.cat([t] * lanes) if self._packed and len(t) == self._rows else t, (args, kwargs)
-            )
-
-        hooks = [layer.register_forward_pre_hook(once, with_kwargs=True) for layer in before[:-1]]
-        return [*hooks, *(layer.register_forward_pre_hook(for_all, with_kwargs=True) for layer in before[-1:])]
-
-
-def _noise(x: torch.Tensor, dropout: Sequence[tuple[float, torch.Generator]]) -> torch.Tensor:
-    """What dropout multiplies ``x`` with, [adapters, rows, in]: on a CPU each lane's numbers are those of torch's own.
-
-    Every lane draws from its own generator, so that its numbers do not depend on the other lanes.
-    """
-    noise = torch.ones_like(x)
-    for mine, (p, generator) in zip(noise, dropout, strict=True):
-        if p:
-            mine.bernoulli_(1 - p, generator=generator).div_(1 - p)
-    return noise
-
-
-def _before_the_adapters(model: nn.Module) -> list[nn.Module]:
-    """The layers of the model's stack up to and with the first adapted one; none if there is nothing to share."""
-    adapted = {module for module in model.modules() if isinstance(module, LoraLayer)}
-    for stack in model.modules():
-        if isinstance(stack, nn.ModuleList) and adapted <= set(stack.modules()):
-            first = next(n for n, layer in enumerate(stack) if adapted & set(layer.modules()))
-            return list(stack)[: first + 1] if first else []
-    return []
-
-
-def _each(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
-    """``value`` with every tensor in it that has rows changed."""
-    if isinstance(value, torch.Tensor):
-        return change(value) if value.ndim > 1 else value
-    if isinstance(value, tuple | list):
-        return type(value)(_each(change, one) for one in value)
-    if isinstance(value, dict):
-        return {key: _each(change, one) for key, one in value.items()}
-    return value
-
 
 # ---- the loop --------------------------------------------------------------------------------------
 
@@ -336,8 +114,12 @@ def train_packed(
             laps.stop()
             taking_part.append(len(running))
             meter.sample()
+            pack.forget()
             for one, loss in zip(running, losses, strict=True):
-                one.after_step(loss, micro_batches)
+                one.count(loss, micro_batches)
+            alike = all(one.validates for one in running)
+            for one in running:
+                one.after_step(pack.asked if alike else pack.alone)
     finally:
         pack.close()
     model.eval()
@@ -401,6 +183,7 @@ class _Running:
         self._final_loss: float | None = None
         self.error: Exception | None = None
         self.over = not self._steps
+        self.validates = False  # after this step
 
     def update(self) -> None:
         """The end of a step, from its gradients on."""
@@ -416,16 +199,22 @@ class _Running:
             self.scaler.update()
             self._scheduler.step()
 
-    def after_step(self, loss: torch.Tensor, batches: Sequence[Batch]) -> None:
-        """Log, validate, see whether it is over."""
+    def count(self, loss: torch.Tensor, batches: Sequence[Batch]) -> None:
+        """See how far it has come."""
+        with self._own():
+            self._progress.add(loss, batches)
+            self._epoch.add(loss, batches)
+            step = self._progress.step
+            self.over = step == self._steps or self.lane.stop(step)
+            self.validates = bool(self._every) and (step % cast(int, self._every) == 0 or self.over)
+
+    def after_step(self, as_lane: Callable[[str], AbstractContextManager[None]]) -> None:
+        """Log and validate, in a block ``as_lane`` in which the model is that of this lane."""
         if self.error is not None:
             return
         with self._own():
             progress, config = self._progress, self.config
-            progress.add(loss, batches)
-            self._epoch.add(loss, batches)
             step = progress.step
-            self.over = step == self._steps or self.lane.stop(step)
             numbers = {"step": step, "steps": self._steps}
             if step % config.log_every == 0 or self.over:
                 self._final_loss = progress.mean_loss()
@@ -441,12 +230,12 @@ class _Running:
                 )
             if self._epoch.over(step):
                 self.lane.log(numbers | {key: v for key, v in self._epoch.close().items() if key in EPOCH_OF_A_LANE})
-            if self.lane.validate and self._every and (step % self._every == 0 or self.over):
-                self._validate(self.lane.validate, numbers)
+            if self.validates and self.lane.validate:
+                with self._meter.stage("validate"), as_lane(self.lane.name):
+                    scores = self.lane.validate()
+                self._note(scores, numbers)
 
-    def _validate(self, validate: Callable[[], dict[str, float]], numbers: Row) -> None:
-        with self._meter.stage("validate"), self._pack.alone(self.lane.name):
-            scores = validate()
+    def _note(self, scores: dict[str, float], numbers: Row) -> None:
         self._pack.model.train()
         validations = self._progress.validations
         validations.append((badness(scores, self.config.best_metric), scores["loss"], numbers["step"]))

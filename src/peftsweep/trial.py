@@ -190,7 +190,8 @@ def _run(session: Session) -> Status:
         return Status.stopped
     session.score_base()
     session.adapt()
-    answers = session.assess()
+    session.evaluate()
+    answers = session.keep()
     session.let_go()  # two bases would not fit where one just does
     session.compare(answers)
     return Status.success
@@ -318,10 +319,9 @@ class Session:
         self.info |= {"trainable_parameters": counts.trainable, "total_parameters": counts.total}
         self.info |= train_info(trained) | train_cost(trained)
 
-    def assess(self) -> Answers | None:
-        """All that is asked of the trained model; its answers to a batch, where what is saved is to be compared."""
+    def keep(self) -> Answers | None:
+        """Save, time and profile the trained model; its answers to a batch, where what is saved is to be compared."""
         config = self.config
-        self.evaluate()
         if config.adapter.save:
             self.save()
         if config.inference:
