@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from peftsweep import build, model, pack, packed, record, study, trial
+from peftsweep import build, forecast, model, pack, packed, record, study, trial
 from peftsweep import config as configuration
 from peftsweep.config import Trial
 from peftsweep.measure import Meter
@@ -316,6 +316,30 @@ def test_packs_are_even_and_of_trials_of_like_length(compose: Compose) -> None:
     assert sizes(packs) == [3, 3, 3]
     assert [[t.config.train.steps for t in one] for one in packs] == [[2] * 3, [5] * 3, [9] * 3]
     assert sizes(pack.plan(points, 1)) == [1] * 9
+
+
+def test_a_pack_is_no_larger_than_what_fits(compose: Compose) -> None:
+    points = [compose(*SMALL, f"method.r={r}") for r in (2, 4, 5, 6)]
+
+    def fits(group: list[Trial]) -> bool:
+        return sum(one.config.method["r"] for one in group) <= 12
+
+    assert sizes(pack.plan(points, 8, fits)) == [2, 2]  # 6 + 5, whichever come together
+    assert sizes(pack.plan(points[:3], 8, fits)) == [3]
+    assert sizes(pack.plan(points, 8, lambda group: len(group) <= 3)) == [2, 2]
+    assert sizes(pack.plan(points, 8, lambda group: False)) == [1] * 4
+
+
+@pytest.mark.slow
+def test_packs_are_planned_within_the_memory(compose: Compose) -> None:
+    words = [*SMALL, "dataset.samples=16", "method=lora"]
+    points = [compose(*words, f"method.r={r}", "memory_limit=80GB") for r in (4, 8, 16, 32)]
+    bytes_of = [found.peak_bytes for n in (2, 3, 4) if (found := forecast.together(points[::-1][:n]))]
+    assert bytes_of == sorted(bytes_of)
+    assert len(bytes_of) == 3
+    for size, packs in ((bytes_of[2], [4]), (bytes_of[1], [2, 2]), (bytes_of[0] - 1, [1] * 4)):
+        limited = [compose(*words, f"method.r={r}", f"memory_limit={size / 1000}kB") for r in (4, 8, 16, 32)]
+        assert sizes(pack.plan(limited, 8, pack.fits_memory)) == packs
 
 
 @pytest.mark.parametrize(

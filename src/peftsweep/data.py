@@ -510,10 +510,15 @@ class Batch:
 
     def repeated(self, times: int) -> Batch:
         """All rows that many times, one after the other."""
-        names = ("input_ids", "attention_mask", "answer_mask")
-        counts = {"tokens": self.tokens * times, "answer_tokens": self.answer_tokens * times}
-        labels = None if self.labels is None else self.labels.repeat(times)
-        return replace(self, labels=labels, **counts, **{name: getattr(self, name).repeat(times, 1) for name in names})
+        return replace(
+            self,
+            input_ids=self.input_ids.repeat(times, 1),
+            attention_mask=self.attention_mask.repeat(times, 1),
+            answer_mask=self.answer_mask.repeat(times, 1),
+            tokens=self.tokens * times,
+            answer_tokens=self.answer_tokens * times,
+            labels=None if self.labels is None else self.labels.repeat(times),
+        )
 
     def to(self, device: torch.device) -> Batch:
         """The batch on ``device``; the host does not wait for the copy."""

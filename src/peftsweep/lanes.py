@@ -67,10 +67,11 @@ class Pack:
         self.model = model
         self._trained = seed is not None
         device = next(model.parameters()).device
-        self._generators = {name: torch.Generator(device).manual_seed(seed or 0) for name in names}
+        on = "cpu" if device.type == "meta" else device
+        self._generators = {name: torch.Generator(on).manual_seed(seed or 0) for name in names}
         self._layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
         self._banks: dict[Any, _Bank] = {}
-        self._gradients: list[torch.Tensor] = []
+        self.gradients: list[torch.Tensor] = []  # of all lanes
         self._packed = True
         self._rows = 0  # of each lane, in this forward pass; 0: any number
         self._answers: list[tuple[partial[Any], list[Any] | None]] = []  # of each lane, to what was asked of one
@@ -105,8 +106,8 @@ class Pack:
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
-        if self._gradients:
-            torch._foreach_zero_(self._gradients)
+        if self.gradients:
+            torch._foreach_zero_(self.gradients)
 
     @contextmanager
     def alone(self, name: str) -> Iterator[None]:
@@ -166,7 +167,7 @@ class Pack:
             if names := [name for name in self.names if name in layer.lora_A]:
                 self._banks[layer] = self._bank(layer, names)
         tensors = [tensor for bank in self._banks.values() for tensor in (bank.a, bank.b)]
-        self._gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
+        self.gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
 
     def _bank(self, layer: Any, names: list[str]) -> _Bank:
         like = layer.lora_A[names[0]].weight
@@ -200,7 +201,7 @@ class Pack:
                         weight = weights[name].weight
                         weight.grad, weight.data = None, weight.data.clone(memory_format=torch.contiguous_format)
         self._banks.clear()
-        self._gradients = []
+        self.gradients = []
 
     def _forward(self, layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The layer's output for the rows of all lanes: [lanes * rows, ..., out]."""

@@ -7,10 +7,12 @@ adapters are trained together (packed.py), and each is evaluated, saved and reco
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, TextIO, cast
@@ -18,7 +20,7 @@ from typing import Any, TextIO, cast
 import torch
 from peft import LoraConfig, PeftModel
 
-from peftsweep import build, model, packed, record, study, train, trial
+from peftsweep import build, forecast, model, packed, record, study, train, trial
 from peftsweep.config import Trial, content_hash
 from peftsweep.display import Observer
 from peftsweep.errors import InputError
@@ -43,21 +45,44 @@ PLAIN = (True, "gaussian", False)  # ways to begin that draw numbers and do not 
 # ---- which -----------------------------------------------------------------------------------------
 
 
-def plan(trials: Sequence[Trial], limit: int) -> list[list[Trial]]:
+Fits = Callable[[Sequence[Trial]], bool]
+
+
+def plan(trials: Sequence[Trial], limit: int, fits: Fits = lambda trials: True) -> list[list[Trial]]:
     """``trials`` in packs of at most ``limit``, in the order of their first ones; what cannot be packed is alone.
 
     Trials of a pack share all but what an adapter and its optimizer may have of their own; those of like length are
-    put together, and the packs made as even as can be.
+    put together, and the packs made as even as can be. Any pack ``fits``, the memory for instance, if the heaviest of
+    its group do.
     """
     groups: dict[str, list[Trial]] = {}
     for one in trials:
         groups.setdefault(one.identity if alone(one) else _shared(one), []).append(one)
     packs = []
     for group in groups.values():
-        in_order = sorted(group, key=_length) if len(group) > limit else group
-        size = math.ceil(len(group) / math.ceil(len(group) / limit))
+        most = _most(group, min(limit, len(group)), fits)
+        in_order = sorted(group, key=_length) if len(group) > most else group
+        size = math.ceil(len(group) / math.ceil(len(group) / most))
         packs += [in_order[start : start + size] for start in range(0, len(group), size)]
     return packs
+
+
+def _most(group: Sequence[Trial], limit: int, fits: Fits) -> int:
+    """How many of the group fit together, whichever these are."""
+    if limit < 2:
+        return 1
+    heaviest = sorted(group, key=lambda one: -(forecast.check(one).trainable_parameters or 0))
+    if fits(heaviest[:limit]):
+        return limit
+    return 1 + bisect_left(range(2, limit), True, key=lambda size: not fits(heaviest[:size]))
+
+
+def fits_memory(trials: Sequence[Trial]) -> bool:
+    """Whether they can be trained together in the memory of the device, as far as can be said."""
+    limit = forecast.memory_limit(trials[0])
+    if limit is None or (predicted := forecast.together(trials)) is None:
+        return True
+    return predicted.peak_bytes <= limit
 
 
 def alone(trial: Trial) -> str | None:
@@ -298,6 +323,7 @@ class _Pack:
             lead.score_base()
             with lead.stage("attach"):
                 lead.adapted = build.attach_lanes({lane.name: lane.trial for lane in lanes}, lead.base)
+            predicted = forecast.together([lane.trial for lane in lanes], lead.tokens)
             if self._probe:
                 self._try_out(lead, lanes)
             for lane in lanes:
@@ -307,6 +333,9 @@ class _Pack:
             raise _SharedFailure(error) from error
         for lane in lanes:
             self._note(lane, lanes, ended[lane.name])
+            if predicted:
+                facts = dataclasses.asdict(predicted) | {"peak_bytes": predicted.peak_bytes}
+                lane.result.memory["packed_predicted"] = facts
 
     def _try_out(self, lead: Session, lanes: Sequence[_Lane]) -> None:
         """Raise unless the lanes are faster together, by what was found for such a pack before, or by trying it."""
