@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
 from peftsweep import attach, data, evaluate, model, packed, train
+from peftsweep.checkpoint import Checkpoints
 from peftsweep.lanes import Pack
 from peftsweep.measure import Meter
 from peftsweep.schema import Dtype, ModelConfig, Schedule, TargetsConfig, TrainConfig
@@ -307,14 +309,14 @@ def test_a_lane_can_be_stopped_early_and_the_shares_add_up(rows: list[data.Token
     adapted = attach.attach_lanes(base(), methods, SEED, {})
     config = Spec().config(steps=6)
     lanes = [
-        packed.Lane("lane0", config, lambda row: None, stop=lambda step: step == 2),
+        packed.Lane("lane0", config, lambda row: None, stop_at=2),
         packed.Lane("lane1", config, lambda row: None),
     ]
     ended = packed.train_packed(adapted, rows, lanes, pad_id=0, seed=SEED, meter=Meter(CPU))
     assert (ended["lane0"].trained.steps, ended["lane1"].trained.steps) == (2, 6)
     assert ended["lane0"].trained.step_seconds == ended["lane1"].trained.step_seconds[:2]
     total = sum(ended["lane1"].trained.step_seconds)
-    assert sum(one.share_seconds for one in ended.values()) == pytest.approx(total)
+    assert sum(one.trained.share_seconds for one in ended.values()) == pytest.approx(total)
 
 
 def test_pefts_adapters_are_the_storage_again_when_the_pack_is_closed(rows: list[data.Tokens]) -> None:
@@ -340,6 +342,103 @@ def test_a_layer_that_is_not_given_all_rows_is_refused(rows: list[data.Tokens]) 
     pack.for_all(batch)
     with pytest.raises(ValueError, match="cannot be packed"):
         model.answer_losses(adapted, batch)
+
+
+# ---- cut off, and going on -------------------------------------------------------------------------
+
+CUT = [
+    Spec(dropout=0.3, targets=ALL),
+    Spec(r=2, train={"clip": 0.05, "steps": 6}),
+    Spec(r=5, train={"keep_best": True}),
+]
+
+
+class Cut:
+    """Lanes whose training is done in parts, with checkpoints in a folder."""
+
+    def __init__(self, folder: Path, rows: list[data.Tokens]) -> None:
+        self._folder, self._rows = folder, rows
+        self.lines: dict[int, list[dict[str, Any]]] = {}
+        self._scores: dict[int, Iterator[float]] = {}
+
+    def checkpoints(self, number: int) -> Checkpoints:
+        file = self._folder / f"{number}.jsonl"
+        file.touch()
+        found = Checkpoints(self._folder / str(number), {"stamp": 1}, file)
+        found.find()
+        return found
+
+    def log(self, number: int) -> Any:
+        return self.lines.setdefault(number, []).append
+
+    def scores(self, number: int) -> Any:
+        scores = self._scores.setdefault(number, iter([3.0, 1.0, 2.0, 5.0]))  # of all parts
+        return lambda: {"loss": next(scores)}
+
+    def alone(self, number: int, stop_at: int | None = None, **shared: Any) -> dict[str, torch.Tensor]:
+        on = base()
+        torch.manual_seed(SEED)
+        adapted = attach.attach(on, CUT[number].method(), TargetsConfig(), {})
+        options: dict[str, Any] = {"pad_id": 0, "seed": SEED, "meter": Meter(CPU), "validate": self.scores(number)}
+        options |= {"checkpoints": self.checkpoints(number), "log": self.log(number), "stop_at": stop_at}
+        self.trained = train.train(adapted, self._rows, CUT[number].config(steps=8, eval_every="2"), **options)
+        return {name: p.detach().clone() for name, p in model.trainable_parameters(adapted)}
+
+    def together(self, numbers: Sequence[int], stop_at: int | None = None) -> list[dict[str, torch.Tensor]]:
+        names = {f"lane{n}": n for n in numbers}
+        methods = {name: (CUT[n].method(), TargetsConfig()) for name, n in names.items()}
+        adapted = attach.attach_lanes(base(), methods, SEED, {})
+        lanes = [
+            packed.Lane(
+                name,
+                CUT[n].config(steps=8, eval_every="2"),
+                self.log(n),
+                self.scores(n),
+                checkpoints=self.checkpoints(n),
+                stop_at=stop_at,
+            )
+            for name, n in names.items()
+        ]
+        self.ended = packed.train_packed(adapted, self._rows, lanes, pad_id=0, seed=SEED, meter=Meter(CPU))
+        weights = [
+            {key.replace(f".{name}.", ".default."): p for key, p in adapted.named_parameters() if f".{name}." in key}
+            for name in names
+        ]
+        return [{key: p.detach().clone() for key, p in one.items()} for one in weights]
+
+
+def losses(lines: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+@pytest.mark.parametrize("parts", ["pa", "ap", *(pytest.param(p, marks=pytest.mark.slow) for p in ("pp", "ppa"))])
+def test_lanes_go_on_from_checkpoints_together_or_alone(rows: list[data.Tokens], tmp_path: Path, parts: str) -> None:
+    """Parts in a (p)ack or (a)lone, cut after 3 and 5 steps."""
+    for folder in ("whole", "cut"):
+        (tmp_path / folder).mkdir()
+    whole, cut = Cut(tmp_path / "whole", rows), Cut(tmp_path / "cut", rows)
+    expected = [whole.alone(number) for number in range(len(CUT))]
+    for part, stop_at in zip(parts, [*(3, 5)[: len(parts) - 1], None], strict=True):
+        found = cut.together((0, 1, 2), stop_at) if part == "p" else [cut.alone(n, stop_at) for n in range(3)]
+    for mine, other in zip(found, expected, strict=True):
+        assert mine.keys() == other.keys()
+        assert all(torch.equal(mine[name], other[name]) for name in mine)
+    assert [losses(cut.lines[n]) for n in range(3)] == [losses(whole.lines[n]) for n in range(3)]
+    if parts[-1] == "p":
+        trained = cut.ended["lane0"].trained
+        assert (trained.steps, len(trained.step_seconds), trained.lanes[-1]) == (8, 8, 2)
+    else:
+        assert cut.trained.packed
+        assert cut.trained.lanes == [3] * (5 if len(parts) > 2 else 3) + [1] * (3 if len(parts) > 2 else 5)
+        assert not any("seconds" in line for line in cut.lines[2])  # which would be the pack's too
+
+
+@pytest.mark.slow
+def test_lanes_of_different_steps_do_not_go_on_together(rows: list[data.Tokens], tmp_path: Path) -> None:
+    cut = Cut(tmp_path, rows)
+    cut.together([0, 1], stop_at=3)
+    with pytest.raises(ValueError, match=r"from different steps: \[0, 3\]"):
+        cut.together([0, 2])
 
 
 # ---- evaluated together ----------------------------------------------------------------------------

@@ -98,6 +98,10 @@ class Pack:
             if parameter.rsplit(".", 3)[1] in parts and parameter.rsplit(".", 3)[2] == name
         }
 
+    def dropout(self, name: str) -> torch.Generator:
+        """What an adapter's dropout is drawn from."""
+        return self._generators[name]
+
     def leave(self, names: Sequence[str]) -> None:
         """Let these adapters go, as PEFT had them; the rest is packed anew."""
         self._free()

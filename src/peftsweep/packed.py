@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
-from typing import cast
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
+from peftsweep.checkpoint import Checkpoints, Interruption, OptimizerState, Part
 from peftsweep.data import Batch, Tokens
 from peftsweep.lanes import Pack
 from peftsweep.measure import Laps, Meter, out_of_memory
@@ -30,6 +32,7 @@ from peftsweep.train import (
     badness,
     batches,
     check_finite,
+    checkpoint_due,
     enable_checkpointing,
     in_epochs,
     interval,
@@ -43,7 +46,7 @@ from peftsweep.train import (
 
 PROBES = 2  # steps of each kind
 PROBED_BATCHES = 16
-EPOCH_OF_A_LANE = ("epoch", "epoch_loss", "epoch_accuracy")  # the rest of an epoch's row is the pack's
+DEFAULT = "default"  # PEFT's name of an adapter that is alone
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ class Lane:
     config: TrainConfig
     log: Callable[[Row], None]
     validate: Callable[[], dict[str, float]] | None = None
-    stop: Callable[[int], bool] = lambda step: False  # asked after every step: whether the lane ends here
+    checkpoints: Checkpoints | None = None
+    stop_at: int | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,6 @@ class Ended:
     """How a lane ended: what it did (its step times are those of the whole pack), and the error that ended it early."""
 
     trained: Trained
-    share_seconds: float  # of all step times, each divided by the lanes that took part
     error: Exception | None = None
 
 
@@ -72,24 +75,33 @@ def train_packed(
     """Train the adapters of ``lanes`` in one loop, each as ``train.train`` would alone; the rest as for that.
 
     What the lanes' configurations say of batches, autocast, checkpointing and padding must be the same. A lane that
-    has taken its steps, or whose loss is no longer finite, or that fails in its own part, leaves the pack.
+    has taken its steps, or whose loss is no longer finite, or that fails in its own part, leaves the pack. The lanes
+    go on from checkpoints of the same step, which each may have written in a pack or alone; where one is due, each
+    writes one.
+
+    Raises:
+        ValueError: the checkpoints are of different steps.
     """
     laps, shared = Laps(meter.device), lanes[0].config
     pack = Pack(model, [lane.name for lane in lanes], seed)
-    running = [_Running(lane, pack, rows, laps, meter) for lane in lanes]
     ended: dict[str, Ended] = {}
     enable_checkpointing(model, shared.checkpointing)
     model.train()
     autocast = _autocast(shared, meter.device)
-    stream = batches(rows, shared, pad_id=pad_id, seed=seed, device=meter.device)
-    taking_part: list[int] = []  # of each step
-    try:
+    due = {lane.config.checkpoint_every: checkpoint_due(lane.config, len(rows)) for lane in lanes if lane.checkpoints}
+    with closing(pack), Interruption(wanted=bool(due)) as interruption:
+        running = [_Running(lane, pack, rows, laps, meter) for lane in lanes]
+        step, *others = {one.step for one in running}
+        if others:
+            raise ValueError(f"lanes cannot go on together from different steps: {sorted([step, *others])}")
+        first = step * shared.accumulation
+        stream = batches(rows, shared, pad_id=pad_id, seed=seed, device=meter.device, first=first)
         while True:
             leaving = [one for one in running if one.over or one.error is not None]
             running = [one for one in running if one not in leaving]
             if leaving:
                 pack.leave([one.lane.name for one in leaving])
-                ended |= {one.lane.name: one.end(laps, taking_part) for one in leaving}
+                ended |= {one.lane.name: one.end() for one in leaving}
             if not running:
                 break
             laps.start()
@@ -112,16 +124,19 @@ def train_packed(
             pack.zero_grad()
             # ------------------------------------------------------------------------------------
             laps.stop()
-            taking_part.append(len(running))
             meter.sample()
+            step += 1
             pack.forget()
             for one, loss in zip(running, losses, strict=True):
-                one.count(loss, micro_batches)
+                one.count(loss, micro_batches, len(running))
             alike = all(one.validates for one in running)
             for one in running:
                 one.after_step(pack.asked if alike else pack.alone)
-    finally:
-        pack.close()
+            now = [check(step) for check in due.values()]  # each of them, as they remember when they were asked
+            for one in running:
+                if any(now) or interruption.pending or one.over:
+                    one.save()
+            interruption.deliver()
     model.eval()
     return ended
 
@@ -170,20 +185,34 @@ class _Running:
     def __init__(self, lane: Lane, pack: Pack, rows: Sequence[Tokens], laps: Laps, meter: Meter) -> None:
         self.lane, self.config = lane, lane.config
         self._pack, self._meter, self._rows = pack, meter, len(rows)
-        weights = pack.weights(lane.name)
+        weights = {
+            name.replace(f".{lane.name}.", f".{DEFAULT}."): weight for name, weight in pack.weights(lane.name).items()
+        }
         self._parameters = list(weights.values())
         self.optimizer = make_optimizer(nn.Module(), self.config, self._parameters)
         self._steps = total_steps(self.config, self._rows)
         self._every = interval(self.config, "eval_every", self._rows) if lane.validate else None
         self._scheduler = make_scheduler(self.optimizer, self.config, self._steps)
         self.scaler = torch.amp.GradScaler(meter.device.type, enabled=self.config.autocast is Dtype.float16)
-        self._progress = Progress(laps)
-        self._epoch = Epoch(steps_per_epoch(self.config, self._rows), laps, meter)
+        own = _LaneLaps(laps)
+        self._progress = Progress(own)
+        self._epoch = Epoch(steps_per_epoch(self.config, self._rows), own, meter)
         self._best = Best(weights) if self.config.keep_best else None
         self._final_loss: float | None = None
+        self._parts: dict[str, Part] = {"weights": _Weights(weights), "optimizer": _OptimizerState(self.optimizer)}
+        self._parts |= {"scheduler": self._scheduler, "scaler": self.scaler}
+        self._parts |= {"random": _Dropout(pack.dropout(lane.name)), "progress": self._progress, "epoch": self._epoch}
+        self._parts |= {"best": self._best} if self._best else {}
+        if lane.checkpoints:
+            lane.checkpoints.restore(self._parts)
+        self._last = self._steps if lane.stop_at is None else min(lane.stop_at, self._steps)
         self.error: Exception | None = None
-        self.over = not self._steps
+        self.over = self.step >= self._last
         self.validates = False  # after this step
+
+    @property
+    def step(self) -> int:
+        return self._progress.step
 
     def update(self) -> None:
         """The end of a step, from its gradients on."""
@@ -199,24 +228,21 @@ class _Running:
             self.scaler.update()
             self._scheduler.step()
 
-    def count(self, loss: torch.Tensor, batches: Sequence[Batch]) -> None:
+    def count(self, loss: torch.Tensor, batches: Sequence[Batch], lanes: int) -> None:
         """See how far it has come."""
-        with self._own():
-            self._progress.add(loss, batches)
-            self._epoch.add(loss, batches)
-            step = self._progress.step
-            self.over = step == self._steps or self.lane.stop(step)
-            self.validates = bool(self._every) and (step % cast(int, self._every) == 0 or self.over)
+        self._progress.add(loss, batches, lanes)
+        self._epoch.add(loss, batches)
+        self.over = self.step == self._last
+        self.validates = self._every is not None and (self.step % self._every == 0 or self.step == self._steps)
 
     def after_step(self, as_lane: Callable[[str], AbstractContextManager[None]]) -> None:
         """Log and validate, in a block ``as_lane`` in which the model is that of this lane."""
         if self.error is not None:
             return
         with self._own():
-            progress, config = self._progress, self.config
-            step = progress.step
+            progress, config, step = self._progress, self.config, self.step
             numbers = {"step": step, "steps": self._steps}
-            if step % config.log_every == 0 or self.over:
+            if step % config.log_every == 0 or step == self._steps:
                 self._final_loss = progress.mean_loss()
                 check_finite(self._final_loss, step)
                 self.lane.log(
@@ -229,7 +255,7 @@ class _Running:
                     }
                 )
             if self._epoch.over(step):
-                self.lane.log(numbers | {key: v for key, v in self._epoch.close().items() if key in EPOCH_OF_A_LANE})
+                self.lane.log(numbers | progress.own(self._epoch.close()))
             if self.validates and self.lane.validate:
                 with self._meter.stage("validate"), as_lane(self.lane.name):
                     scores = self.lane.validate()
@@ -253,11 +279,83 @@ class _Running:
                 raise
             self.error = error
 
-    def end(self, laps: Laps, taking_part: Sequence[int]) -> Ended:
+    def save(self) -> None:
+        """Write a checkpoint, as the trial alone would, unless it has come to its end."""
+        if self.lane.checkpoints and self.step < self._steps and self.error is None:
+            with self._meter.stage("checkpoint"):
+                self.lane.checkpoints.save(self.step, self._parts)
+
+    def end(self) -> Ended:
         """What it has come to, once it has left the pack."""
-        if self._best and self._progress.validations and self.error is None:
+        if self._best and self._progress.validations and self.step == self._steps and self.error is None:
             self._best.restore()
-        trained = self._progress.trained(self.config, self._rows, self._final_loss)
-        seconds = laps.seconds()[: trained.steps]
-        share = sum(took / lanes for took, lanes in zip(seconds, taking_part, strict=False))
-        return Ended(replace(trained, step_seconds=seconds), share, self.error)
+        return Ended(self._progress.trained(self.config, self._rows, self._final_loss), self.error)
+
+
+# ---- its checkpoint, which is that of the trial alone ----------------------------------------------
+
+
+class _LaneLaps(Laps):
+    """The laps of a pack, after those that a lane brings along."""
+
+    def __init__(self, laps: Laps) -> None:
+        self._before: list[float] = []
+        self._laps = laps
+
+    def resume(self, seconds: list[float]) -> None:
+        self._before = seconds
+
+    def seconds(self) -> list[float]:
+        return self._before + self._laps.seconds()
+
+
+class _Weights:
+    """What ``checkpoint.Weights`` keeps of a plain LoRA, of one lane."""
+
+    def __init__(self, weights: dict[str, nn.Parameter]) -> None:
+        self._weights = weights
+
+    def state_dict(self) -> dict[str, Any]:
+        parameters = {name: _apart(weight) for name, weight in self._weights.items()}
+        return {"parameters": parameters, "trained": [*parameters], "buffers": {}, "attributes": {}}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, weight in self._weights.items():
+            weight.copy_(state["parameters"][name])
+
+
+class _OptimizerState(OptimizerState):
+    """An optimizer's state in the order of the weights alone, while these lie in a pack in another."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return tree_map_only(torch.Tensor, _apart, super().state_dict())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        for weight, own in self._optimizer.state.items():
+            for name, value in own.items():
+                if isinstance(value, torch.Tensor) and value.shape == weight.shape:
+                    own[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
+
+
+class _Dropout:
+    """What ``checkpoint.Randomness`` keeps, with the numbers of one lane."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self._generator.get_state()
+        if self._generator.device.type == "cpu":
+            return {"cpu": state, "cuda": []}
+        return {"cpu": torch.get_rng_state(), "cuda": [state] * torch.cuda.device_count()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        on_cpu, number = self._generator.device.type == "cpu", self._generator.device.index or 0
+        self._generator.set_state(state["cpu"] if on_cpu else state["cuda"][number])
+
+
+def _apart(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that is no part of a larger tensor."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
