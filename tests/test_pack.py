@@ -177,7 +177,8 @@ def test_an_interrupted_pack_goes_on_to_the_numbers_of_the_trials_alone(
     compose: Compose, monkeypatch: pytest.MonkeyPatch, quant: str, signalled: bool, step: int
 ) -> None:
     """By a signal, which waits for a checkpoint of every lane, or by an error, after which the last ones are there."""
-    log_step, sent = trial.log_step, []
+    log_step = trial.log_step
+    sent: list[Any] = []
 
     def interrupted(lines: Any, observer: Any, row: dict[str, Any]) -> None:
         log_step(lines, observer, row)

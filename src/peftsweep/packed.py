@@ -329,7 +329,8 @@ class _OptimizerState(OptimizerState):
     """An optimizer's state in the order of the weights alone, while these lie in a pack in another."""
 
     def state_dict(self) -> dict[str, Any]:
-        return tree_map_only(torch.Tensor, _apart, super().state_dict())
+        state: dict[str, Any] = tree_map_only(torch.Tensor, _apart, super().state_dict())
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)

@@ -31,8 +31,10 @@ from peftsweep.schema import Dtype, Schedule, TrainConfig
 SCHEDULES = {Schedule.cosine: "cosine", Schedule.linear: "linear", Schedule.constant: "constant_with_warmup"}
 FUSED = ("cpu", "cuda")  # devices that have torch's fused optimizers
 # Of a row of steps.jsonl, what is shared by trials that take their steps together.
-OF_A_PACK = ("seconds", "tokens_per_second", "memory_allocated")
-OF_A_PACK += tuple(f"epoch_{name}" for name in ("seconds", "tokens_per_second", "memory_peak"))
+OF_A_PACK = (
+    *("seconds", "tokens_per_second", "memory_allocated"),
+    *("epoch_seconds", "epoch_tokens_per_second", "epoch_memory_peak"),
+)
 WARMUP_LAPS = 3  # first steps allocate and tune; they are trained on, but left out of the percentiles
 
 
