@@ -150,12 +150,19 @@ def prediction(trial: Trial, tokens: Sequence[Tokens] | None = None) -> Predicti
     config = trial.config
     where = "cuda" if config.memory_limit else model.device(config.device).type
     batches = _shapes(trial, tokens)
-    relevant = {key: trial.tree[key] for key in KEYS}
-    relevant["train"] = {key: value for key, value in trial.tree["train"].items() if key not in RATES}
-    key = configuration.content_hash([where, [dataclasses.asdict(one) for one in batches], relevant])
+    key = _key(where, batches, [trial])
     if key not in _PREDICTIONS:
         _PREDICTIONS[key] = predicted(trial, batches, where)
     return _PREDICTIONS[key]
+
+
+def _key(where: str, batches: Sequence[Shape], trials: Sequence[Trial]) -> str:
+    """Of a prediction: the same for whatever changes none."""
+    said: list[Any] = [where, [dataclasses.asdict(one) for one in batches]]
+    for one in trials:
+        train = {key: value for key, value in one.tree["train"].items() if key not in RATES}
+        said.append({key: one.tree[key] for key in KEYS} | {"train": train})
+    return configuration.content_hash(said)
 
 
 def predicted(trial: Trial, batches: Sequence[Shape], where: str) -> Prediction | None:
@@ -181,9 +188,9 @@ def together(
     """``prediction`` of training ``trials`` at once, as ``pack`` does, on a device "cuda" or "cpu"."""
     config = trials[0].config
     where = where or ("cuda" if config.memory_limit else model.device(config.device).type)
-    batches = _shapes(max(trials, key=lambda one: one.config.train.steps), tokens)
-    known = [where, [dataclasses.asdict(one) for one in batches], *([one.tree[k] for k in KEYS] for one in trials)]
-    if (key := configuration.content_hash(known)) not in _PREDICTIONS:
+    batches = _shapes(max(trials, key=lambda one: (one.config.train.epochs or 0, one.config.train.steps)), tokens)
+    key = _key(where, batches, trials)
+    if key not in _PREDICTIONS:
         lanes = {f"lane{number}": one for number, one in enumerate(trials)}
         trained = {name: one.config.train for name, one in lanes.items()}
         with _quietly():

@@ -48,7 +48,7 @@ PLAIN = (True, "gaussian", False)  # ways to begin that draw numbers and do not 
 Fits = Callable[[Sequence[Trial]], bool]
 
 
-def plan(trials: Sequence[Trial], limit: int, fits: Fits = lambda trials: True) -> list[list[Trial]]:
+def plan(trials: Sequence[Trial], limit: int, fits: Fits | None = None) -> list[list[Trial]]:
     """``trials`` in packs of at most ``limit``, in the order of their first ones; what cannot be packed is alone.
 
     Trials of a pack share all but what an adapter and its optimizer may have of their own; those of like length are
@@ -67,10 +67,10 @@ def plan(trials: Sequence[Trial], limit: int, fits: Fits = lambda trials: True) 
     return packs
 
 
-def _most(group: Sequence[Trial], limit: int, fits: Fits) -> int:
+def _most(group: Sequence[Trial], limit: int, fits: Fits | None) -> int:
     """How many of the group fit together, whichever these are."""
-    if limit < 2:
-        return 1
+    if limit < 2 or fits is None:
+        return limit
     heaviest = sorted(group, key=lambda one: -(forecast.check(one).trainable_parameters or 0))
     if fits(heaviest[:limit]):
         return limit
