@@ -147,6 +147,29 @@ def test_the_best_go_on_and_the_same_command_decides_the_same(command: Command) 
     assert sorted(one.run_info["resumed"] for one in records().values()) == [1] * 6 + [3, 3]
 
 
+@pytest.mark.slow
+def test_rungs_in_packs_are_those_of_the_trials_alone(command: Command) -> None:
+    said = {}
+    for name, pack in (("alone", "off"), ("packed", "4")):
+        words = [*SWEEP, *HALVING, f"study={name}", f"hydra.launcher.pack={pack}", "hydra.launcher.workers=0"]
+        code, out, err = command(*words)
+        assert (code, err) == (0, "")
+        said[name] = [line for line in out.splitlines() if line.startswith(("rung", "halving"))]
+        code, again, _ = command(*words)  # decides the same, and runs nothing
+        assert (code, [line for line in again.splitlines() if line.startswith("[")]) == (0, [])
+    assert [line.partition("their checkpoints hold")[0] for line in said["alone"]] == [
+        line.partition("their checkpoints hold")[0] for line in said["packed"]
+    ]
+    alone, packed = records("alone"), records("packed")
+    assert alone.keys() == packed.keys()
+    assert sorted(len(one.run_info.get("packed_with", [])) for one in packed.values()) == [0] + [1] + [3] * 6
+    for key, one in packed.items():
+        other = alone[key]
+        assert (one.status, one.run_info.get("rung")) == (other.status, other.run_info.get("rung"))
+        assert one.train_info["steps"] == other.train_info["steps"]
+        assert (scores(one), one.run_info["resumed"]) == (scores(other), other.run_info["resumed"])
+
+
 def first_loss(one: Result) -> float:
     rows = record.read_lines((one.folder or Path()) / record.STEPS)
     return float(next(row["validation_loss"] for row in rows if row["step"] == 1 and "validation_loss" in row))

@@ -32,6 +32,7 @@ FLOORS = (
         "checkpoint",
         "compiled",
         "train",
+        "lanes",
         "packed",
         "evaluate",
         "inference",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import shutil
+import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from peftsweep import build, model, pack, packed, record, study, trial
+from peftsweep import build, forecast, model, pack, packed, record, study, train, trial
 from peftsweep import config as configuration
 from peftsweep.config import Trial
 from peftsweep.measure import Meter
@@ -46,7 +48,8 @@ def weights(result: Result) -> dict[str, torch.Tensor]:
 def check_same(one: Result, other: Result) -> None:
     """The trial's own numbers: losses, weights, predictions, scores."""
     for a, b in zip(lines(one, record.STEPS), lines(other, record.STEPS), strict=True):
-        assert {key: a[key] for key in a if key in b} == {key: b[key] for key in b if key in a}
+        kept = {*a, *b} - {*train.OF_A_PACK}
+        assert {key: a.get(key) for key in kept} == {key: b.get(key) for key in kept}
     assert weights(one).keys() == weights(other).keys()
     assert all(torch.equal(value, weights(other)[name]) for name, value in weights(one).items())
     for name in one.eval_info:
@@ -80,7 +83,10 @@ def test_what_a_pack_took_stands_where_no_trials_own_figure_stands(compose: Comp
     for result in together:
         assert set(result.run_info["packed_with"]) == names - {result.trial}
         assert not {"train_seconds", "tokens_per_second", "step_seconds_p50", "load_seconds"} & set(result.train_info)
-        assert not {"train", "load", "attach"} & set(result.memory)
+        assert not {"train", "load", "attach", "eval"} & set(result.memory)
+        assert "eval_seconds" not in result.train_info
+        assert all("seconds" not in found and found["packed_seconds"] > 0 for found in result.eval_info.values())
+        assert result.memory["packed_eval"]["rss_peak"] > 0
         assert result.memory["packed_train"]["rss_peak"] > 0
         assert result.train_info["packed"]["lanes"] == 3
         assert all("seconds" not in row and "tokens_per_second" not in row for row in lines(result, record.STEPS))
@@ -159,6 +165,56 @@ def test_an_interrupted_pack_is_recorded_as_cancelled(compose: Compose, monkeypa
         pack.run(points)
     found = [study.result(trial.folder(one)) for one in points]
     assert [one and one.status for one in found] == [Status.cancelled] * 3
+
+
+CUT = ["train.checkpoint_every=2", "train.log_every=1", "method.lora_dropout=0.2", "dataset.validation_samples=8"]
+CUT += ["train.eval_every=2", "train.keep_best=true", "adapter.check=false"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("quant", "signalled", "step"), [("none", True, 3), ("4bit", False, 2)])
+def test_an_interrupted_pack_goes_on_to_the_numbers_of_the_trials_alone(
+    compose: Compose, monkeypatch: pytest.MonkeyPatch, quant: str, signalled: bool, step: int
+) -> None:
+    """By a signal, which waits for a checkpoint of every lane, or by an error, after which the last ones are there."""
+    log_step = trial.log_step
+    sent: list[Any] = []
+
+    def interrupted(lines: Any, observer: Any, row: dict[str, Any]) -> None:
+        log_step(lines, observer, row)
+        if row["step"] == 3 and "loss" in row and not sent:
+            sent.append(row)
+            if not signalled:
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(trial, "log_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pack.run(trials(compose, "packed", *CUT, f"quant={quant}"))
+    monkeypatch.setattr(trial, "log_step", log_step)
+    points = trials(compose, "packed", *CUT, f"quant={quant}")
+    assert [pack._step(one) for one in points] == [step, step, 2]  # the third was to have three steps
+    shutil.rmtree(trial.folder(points[0]) / study.CHECKPOINTS)  # it begins anew, alone
+    together = pack.run(points)
+    assert [result.run_info["resumed"] for result in together] == [0, step, 2]
+    packs = [len(result.run_info.get("packed_with", [])) for result in together]
+    assert packs == [0, 0, 0] if signalled else [0, 1, 1]
+    assert [result.train_info["packed"]["lanes"] for result in together[1:]] == [3, 3]
+    for one, mine in zip(trials(compose, "alone", *CUT, f"quant={quant}"), together, strict=True):
+        check_same(mine, trial.run(one))
+        assert not (trial.folder(one) / study.CHECKPOINTS).exists()
+
+
+@pytest.mark.slow
+def test_what_was_begun_in_a_pack_ends_alone_without_a_speed_of_its_own(compose: Compose) -> None:
+    words = [*CUT, "halving.min_steps=1", "train.eval_every=1"]
+    points = trials(compose, "packed", *words, "halving.rung=1")[:2]
+    assert [result.status for result in pack.run(points)] == [Status.stopped] * 2
+    found = trial.run(trials(compose, "packed", *words)[0])
+    assert (found.status, found.run_info["resumed"]) == (Status.success, 1)
+    assert found.train_info["packed"]["lanes"] == 2
+    assert not {"train_seconds", "tokens_per_second", "step_seconds_p50"} & set(found.train_info)
+    check_same(found, trial.run(trials(compose, "alone", *words)[0]))
 
 
 def test_a_trial_that_another_process_runs_is_left_to_it(compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,6 +369,30 @@ def test_packs_are_even_and_of_trials_of_like_length(compose: Compose) -> None:
     assert sizes(packs) == [3, 3, 3]
     assert [[t.config.train.steps for t in one] for one in packs] == [[2] * 3, [5] * 3, [9] * 3]
     assert sizes(pack.plan(points, 1)) == [1] * 9
+
+
+def test_a_pack_is_no_larger_than_what_fits(compose: Compose) -> None:
+    points = [compose(*SMALL, f"method.r={r}") for r in (2, 4, 5, 6)]
+
+    def fits(group: Sequence[Trial]) -> bool:
+        return sum(int(one.config.method["r"]) for one in group) <= 12
+
+    assert sizes(pack.plan(points, 8, fits)) == [2, 2]  # 6 + 5, whichever come together
+    assert sizes(pack.plan(points[:3], 8, fits)) == [3]
+    assert sizes(pack.plan(points, 8, lambda group: len(group) <= 3)) == [2, 2]
+    assert sizes(pack.plan(points, 8, lambda group: False)) == [1] * 4
+
+
+@pytest.mark.slow
+def test_packs_are_planned_within_the_memory(compose: Compose) -> None:
+    words = [*SMALL, "dataset.samples=16", "method=lora"]
+    points = [compose(*words, f"method.r={r}", "memory_limit=80GB") for r in (4, 8, 16, 32)]
+    bytes_of = [found.peak_bytes for n in (2, 3, 4) if (found := forecast.together(points[::-1][:n]))]
+    assert bytes_of == sorted(bytes_of)
+    assert len(bytes_of) == 3
+    for size, packs in ((bytes_of[2], [4]), (bytes_of[1], [2, 2]), (bytes_of[0] - 1, [1] * 4)):
+        limited = [compose(*words, f"method.r={r}", f"memory_limit={size / 1000}kB") for r in (4, 8, 16, 32)]
+        assert sizes(pack.plan(limited, 8, pack.fits_memory)) == packs
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +16,11 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
 from peftsweep import attach, data, evaluate, model, packed, train
+from peftsweep.checkpoint import Checkpoints
+from peftsweep.lanes import Pack
 from peftsweep.measure import Meter
 from peftsweep.schema import Dtype, ModelConfig, Schedule, TargetsConfig, TrainConfig
+from peftsweep.tiny import task
 
 CPU = torch.device("cpu")
 TINY = ModelConfig(name_or_path="tiny")
@@ -85,8 +93,6 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def rows(tokenizer: Any) -> list[data.Tokens]:
-    from peftsweep.tiny import task
-
     examples = data.examples(task.rows("train", 48), "{question} ", "{answer}")
     return data.tokenize(tokenizer, examples, 128)
 
@@ -303,14 +309,14 @@ def test_a_lane_can_be_stopped_early_and_the_shares_add_up(rows: list[data.Token
     adapted = attach.attach_lanes(base(), methods, SEED, {})
     config = Spec().config(steps=6)
     lanes = [
-        packed.Lane("lane0", config, lambda row: None, stop=lambda step: step == 2),
+        packed.Lane("lane0", config, lambda row: None, stop_at=2),
         packed.Lane("lane1", config, lambda row: None),
     ]
     ended = packed.train_packed(adapted, rows, lanes, pad_id=0, seed=SEED, meter=Meter(CPU))
     assert (ended["lane0"].trained.steps, ended["lane1"].trained.steps) == (2, 6)
     assert ended["lane0"].trained.step_seconds == ended["lane1"].trained.step_seconds[:2]
     total = sum(ended["lane1"].trained.step_seconds)
-    assert sum(one.share_seconds for one in ended.values()) == pytest.approx(total)
+    assert sum(one.trained.share_seconds for one in ended.values()) == pytest.approx(total)
 
 
 def test_pefts_adapters_are_the_storage_again_when_the_pack_is_closed(rows: list[data.Tokens]) -> None:
@@ -318,7 +324,7 @@ def test_pefts_adapters_are_the_storage_again_when_the_pack_is_closed(rows: list
     adapted = attach.attach_lanes(base(), methods, SEED, {})
     before = {name: p.detach().clone() for name, p in adapted.named_parameters()}
     forward = {name: vars(module).get("forward") for name, module in adapted.named_modules()}
-    pack = packed.Pack(adapted, ["lane0", "lane1"], SEED)
+    pack = Pack(adapted, ["lane0", "lane1"], SEED)
     layer: Any = adapted.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
     assert len({layer.lora_A[name].weight.untyped_storage().data_ptr() for name in ("lane0", "lane1")}) == 1
     pack.close()
@@ -331,8 +337,223 @@ def test_pefts_adapters_are_the_storage_again_when_the_pack_is_closed(rows: list
 
 def test_a_layer_that_is_not_given_all_rows_is_refused(rows: list[data.Tokens]) -> None:
     adapted = attach.attach_lanes(base(), {n: (Spec().method(), TargetsConfig()) for n in ("lane0", "lane1")}, SEED, {})
-    pack = packed.Pack(adapted, ["lane0", "lane1"], SEED)
+    pack = Pack(adapted, ["lane0", "lane1"], SEED)
     batch = data.collate(rows[:3], 0)
     pack.for_all(batch)
     with pytest.raises(ValueError, match="cannot be packed"):
         model.answer_losses(adapted, batch)
+
+
+# ---- cut off, and going on -------------------------------------------------------------------------
+
+CUT = [
+    Spec(dropout=0.3, targets=ALL),
+    Spec(r=2, train={"clip": 0.05, "steps": 6}),
+    Spec(r=5, train={"keep_best": True}),
+]
+
+
+class Cut:
+    """Lanes whose training is done in parts, with checkpoints in a folder."""
+
+    def __init__(self, folder: Path, rows: list[data.Tokens]) -> None:
+        self._folder, self._rows = folder, rows
+        self.lines: dict[int, list[dict[str, Any]]] = {}
+        self._scores: dict[int, Iterator[float]] = {}
+
+    def checkpoints(self, number: int) -> Checkpoints:
+        file = self._folder / f"{number}.jsonl"
+        file.touch()
+        found = Checkpoints(self._folder / str(number), {"stamp": 1}, file)
+        found.find()
+        return found
+
+    def log(self, number: int) -> Any:
+        return self.lines.setdefault(number, []).append
+
+    def scores(self, number: int) -> Any:
+        scores = self._scores.setdefault(number, iter([3.0, 1.0, 2.0, 5.0]))  # of all parts
+        return lambda: {"loss": next(scores)}
+
+    def alone(self, number: int, stop_at: int | None = None, **shared: Any) -> dict[str, torch.Tensor]:
+        on = base()
+        torch.manual_seed(SEED)
+        adapted = attach.attach(on, CUT[number].method(), TargetsConfig(), {})
+        options: dict[str, Any] = {"pad_id": 0, "seed": SEED, "meter": Meter(CPU), "validate": self.scores(number)}
+        options |= {"checkpoints": self.checkpoints(number), "log": self.log(number), "stop_at": stop_at}
+        self.trained = train.train(adapted, self._rows, CUT[number].config(steps=8, eval_every="2"), **options)
+        return {name: p.detach().clone() for name, p in model.trainable_parameters(adapted)}
+
+    def together(self, numbers: Sequence[int], stop_at: int | None = None) -> list[dict[str, torch.Tensor]]:
+        names = {f"lane{n}": n for n in numbers}
+        methods = {name: (CUT[n].method(), TargetsConfig()) for name, n in names.items()}
+        adapted = attach.attach_lanes(base(), methods, SEED, {})
+        lanes = [
+            packed.Lane(
+                name,
+                CUT[n].config(steps=8, eval_every="2"),
+                self.log(n),
+                self.scores(n),
+                checkpoints=self.checkpoints(n),
+                stop_at=stop_at,
+            )
+            for name, n in names.items()
+        ]
+        self.ended = packed.train_packed(adapted, self._rows, lanes, pad_id=0, seed=SEED, meter=Meter(CPU))
+        weights = [
+            {key.replace(f".{name}.", ".default."): p for key, p in adapted.named_parameters() if f".{name}." in key}
+            for name in names
+        ]
+        return [{key: p.detach().clone() for key, p in one.items()} for one in weights]
+
+
+def losses(lines: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+@pytest.mark.parametrize("parts", ["pa", "ap", *(pytest.param(p, marks=pytest.mark.slow) for p in ("pp", "ppa"))])
+def test_lanes_go_on_from_checkpoints_together_or_alone(rows: list[data.Tokens], tmp_path: Path, parts: str) -> None:
+    """Parts in a (p)ack or (a)lone, cut after 3 and 5 steps."""
+    for folder in ("whole", "cut"):
+        (tmp_path / folder).mkdir()
+    whole, cut = Cut(tmp_path / "whole", rows), Cut(tmp_path / "cut", rows)
+    expected = [whole.alone(number) for number in range(len(CUT))]
+    for part, stop_at in zip(parts, [*(3, 5)[: len(parts) - 1], None], strict=True):
+        found = cut.together((0, 1, 2), stop_at) if part == "p" else [cut.alone(n, stop_at) for n in range(3)]
+    for mine, other in zip(found, expected, strict=True):
+        assert mine.keys() == other.keys()
+        assert all(torch.equal(mine[name], other[name]) for name in mine)
+    assert [losses(cut.lines[n]) for n in range(3)] == [losses(whole.lines[n]) for n in range(3)]
+    if parts[-1] == "p":
+        trained = cut.ended["lane0"].trained
+        assert (trained.steps, len(trained.step_seconds), trained.lanes[-1]) == (8, 8, 2)
+    else:
+        assert cut.trained.packed
+        assert cut.trained.lanes == [3] * (5 if len(parts) > 2 else 3) + [1] * (3 if len(parts) > 2 else 5)
+        assert not any("seconds" in line for line in cut.lines[2])  # which would be the pack's too
+
+
+@pytest.mark.slow
+def test_lanes_of_different_steps_do_not_go_on_together(rows: list[data.Tokens], tmp_path: Path) -> None:
+    cut = Cut(tmp_path, rows)
+    cut.together([0, 1], stop_at=3)
+    with pytest.raises(ValueError, match=r"from different steps: \[0, 3\]"):
+        cut.together([0, 2])
+
+
+# ---- evaluated together ----------------------------------------------------------------------------
+
+
+def differing(quant: str = "none", specs: Sequence[Spec] = LANES) -> Any:
+    """Lanes on one base whose adapters are far from their beginning, and from each other."""
+    methods = {f"lane{n}": (spec.method(), TargetsConfig()) for n, spec in enumerate(specs)}
+    adapted = attach.attach_lanes(base(quant), methods, SEED, {})
+    torch.manual_seed(SEED)
+    for name, p in adapted.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(0, 0.1)
+    return adapted.eval()
+
+
+def questions(rows: int = 8) -> list[data.Example]:
+    asked = data.examples(task.rows("test", rows), "{question} ", "{answer}")
+    return [
+        row._replace(
+            choices=tuple(data.Choice(row.prompt, answer, answer.strip(), str(n)) for n, answer in enumerate(words)),
+            gold=0,
+        )
+        for row, words in zip(asked, itertools.cycle([(" 4", " 12 apples"), (" 7", " 19", " 3 more")]), strict=False)
+    ]
+
+
+EVALUATIONS: dict[str, Any] = {
+    "perplexity": partial(evaluate.perplexity, batch_size=5),
+    "generation": partial(evaluate.generation, max_new_tokens=8, batch_size=5),
+    "multiple_choice": partial(evaluate.multiple_choice, batch_size=6),
+    "beams": partial(evaluate.generation, max_new_tokens=6, batch_size=5, num_beams=2),
+}
+
+
+def evaluations(adapted: Any, tokenizer: Any, kinds: Sequence[str], pack: Pack | None) -> list[list[Any]]:
+    """Those of every lane, alone or beside the others."""
+    found = []
+    for name in adapted.peft_config:
+        adapted.set_adapter(name)
+        with pack.asked(name) if pack else nullcontext():
+            found.append([EVALUATIONS[kind](adapted, tokenizer, questions()) for kind in kinds])
+    return found
+
+
+def check_evaluations(packed: list[list[Any]], single: list[list[Any]]) -> None:
+    for one, other in zip(itertools.chain(*packed), itertools.chain(*single), strict=True):
+        for a, b in zip(one.predictions, other.predictions, strict=True):
+            assert a.keys() == b.keys()
+            for key in a:
+                assert a[key] == (pytest.approx(b[key], rel=SAME) if "likelihood" in key else b[key])
+        for name, score in one.scores.items():
+            assert score.value == pytest.approx(other.scores[name].value, rel=SAME)
+
+
+@pytest.mark.parametrize("quant", ["4bit", *(pytest.param(q, marks=pytest.mark.slow) for q in QUANTS if q != "4bit")])
+def test_lanes_evaluated_at_once_answer_as_each_does_alone(tokenizer: Any, quant: str) -> None:
+    adapted, kinds = differing(quant), ["perplexity", "generation", "multiple_choice"]
+    single = evaluations(adapted, tokenizer, kinds, None)
+    lengths = [[len(line["prediction"]) for line in lane[1].predictions] for lane in single]
+    assert len({tuple(lane) for lane in lengths}) > 1  # their rows end at different times
+    calls: list[int] = []
+    hook = adapted.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    pack = Pack(adapted, [*adapted.peft_config])
+    together = evaluations(adapted, tokenizer, kinds, pack)
+    check_evaluations(together, single)
+    if quant == "8bit":  # whose layers round by all rows at once
+        assert calls.count(5) > 4
+    else:
+        assert all(rows % len(LANES) == 0 for rows in calls)
+    hook.remove()
+    pack.close()
+    check_evaluations(evaluations(adapted, tokenizer, kinds, None), single)
+    with pytest.raises(AssertionError):  # the check can fail
+        check_evaluations([together[1], together[0], *together[2:]], single)
+
+
+def test_beams_and_lanes_that_have_ended_are_no_other_lanes_matter(tokenizer: Any) -> None:
+    adapted = differing(specs=LANES[:2])
+    for name, p in adapted.named_parameters():
+        if "lora_B.lane1" in name:
+            p.data.fill_(float("nan"))
+    single = evaluations(adapted, tokenizer, ["beams", "generation", "perplexity"], None)
+    pack = Pack(adapted, [*adapted.peft_config])
+    check_evaluations(evaluations(adapted, tokenizer, ["beams", "generation", "perplexity"], pack)[:1], single[:1])
+
+
+def test_what_fails_together_is_asked_of_each_lane(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted = differing(specs=LANES[:2])
+    single = evaluations(adapted, tokenizer, ["perplexity"], None)
+    losses, rows = model.answer_losses, []
+
+    def failing(asked: Any, batch: data.Batch) -> torch.Tensor:
+        rows.append(len(batch.input_ids))
+        if rows[-1] > 5:
+            raise RuntimeError("too many at once")
+        return losses(asked, batch)
+
+    monkeypatch.setattr(evaluate, "answer_losses", failing)
+    pack = Pack(adapted, [*adapted.peft_config])
+    check_evaluations(evaluations(adapted, tokenizer, ["perplexity"], pack), single)
+    assert rows == [10, 5, 3, 5, 3]  # tried together once
+
+
+def test_the_answers_of_changed_adapters_are_found_anew(tokenizer: Any) -> None:
+    adapted = differing(specs=LANES[:2])
+    pack = Pack(adapted, [*adapted.peft_config])
+    before = evaluations(adapted, tokenizer, ["perplexity"], pack)
+    for p in pack.weights("lane1").values():
+        p.data.mul_(1.5)
+    pack.forget()
+    after = evaluations(adapted, tokenizer, ["perplexity"], pack)
+    pack.close()
+    check_evaluations(after, evaluations(adapted, tokenizer, ["perplexity"], None))
+    with pytest.raises(AssertionError):
+        check_evaluations(after, before)

@@ -15,7 +15,7 @@ from peftsweep.config import trial as make_trial
 from peftsweep.data import Tokens
 from peftsweep.predict import Prediction, Shape
 from peftsweep.schema import Dtype, ModelConfig, TargetsConfig, TrainConfig
-from tests.benchmarks.memory_prediction import BERT, GPT_NEO, LLAMA, _storage_bytes, compare
+from tests.benchmarks.memory_prediction import BERT, GPT_NEO, LLAMA, WIDE, _storage_bytes, compare, compare_pack
 
 CPU = torch.device("cpu")
 SHAPE = Shape(rows=4, length=128, answer_length=32, answer_tokens=100)
@@ -64,6 +64,33 @@ def predicted(
 )
 def test_the_prediction_is_what_the_allocator_is_asked_for(base: str, words: str, tolerance: float) -> None:
     assert abs(compare((base, words), "small", CPU, 128)["error"]) <= tolerance
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        "method=lora",
+        "method=lora quant=4bit method.lora_dropout=0.1",
+        "method=lora targets=all_linear train.checkpointing=true",
+    ],
+)
+def test_the_prediction_of_a_pack_is_what_the_allocator_is_asked_for(words: str) -> None:
+    assert abs(compare_pack((LLAMA, words, WIDE), "small", CPU, 128)["error"]) <= 0.1
+
+
+def test_lanes_share_the_base_and_nothing_else() -> None:
+    def lanes(count: int) -> Prediction:
+        methods = {f"lane{n}": (LoraConfig(r=8, target_modules=["q_proj"]), TargetsConfig()) for n in range(count)}
+        with torch.device("meta"):
+            adapted = attach.attach_lanes(predict.skeleton(LLAMA_SMALL, None), methods, 0, {})
+        return predict.predict(adapted, TrainConfig(), [SHAPE], "cpu", dict.fromkeys(methods, TrainConfig()))
+
+    one, four = lanes(1), lanes(4)
+    assert four.weights_bytes == one.weights_bytes
+    for part in ("adapter_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes", "logits_bytes"):
+        assert getattr(four, part) == pytest.approx(4 * getattr(one, part), rel=0.01), part
+    assert four.peak_bytes - four.weights_bytes == pytest.approx(4 * (one.peak_bytes - one.weights_bytes), rel=0.02)
 
 
 @pytest.mark.gpu

@@ -26,7 +26,7 @@ from peftsweep.model import trainable_parameters
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 # Classes of PEFT, and what beside parameters and buffers changes in them from step to step.
 CHANGING = {
     "RankAllocator": ("ipt", "exp_avg_ipt", "exp_avg_unc"),

@@ -508,6 +508,18 @@ class Batch:
             return self.labels.new_ones(len(self.labels)).cumsum(0) - 1
         return self.answer_mask.nonzero()[:, 0]
 
+    def repeated(self, times: int) -> Batch:
+        """All rows that many times, one after the other."""
+        return replace(
+            self,
+            input_ids=self.input_ids.repeat(times, 1),
+            attention_mask=self.attention_mask.repeat(times, 1),
+            answer_mask=self.answer_mask.repeat(times, 1),
+            tokens=self.tokens * times,
+            answer_tokens=self.answer_tokens * times,
+            labels=None if self.labels is None else self.labels.repeat(times),
+        )
+
     def to(self, device: torch.device) -> Batch:
         """The batch on ``device``; the host does not wait for the copy."""
         if device.type == "cpu":

@@ -1,6 +1,7 @@
 """Evaluations, each a function of (model, tokenizer, examples) named by a yaml in conf/eval/.
 
-All rest on two primitives: ``log_likelihoods`` of given answers and ``generate``.
+All rest on two primitives: ``log_likelihoods`` of given answers and ``generate``. Of a model that is a lane of a
+pack, these find the answers of all lanes at once (``of_lane``), which evaluations need not know.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import inspect
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peftsweep import metrics
 from peftsweep.data import Example, Tokens, collate, tokenize, tokenize_for_classes, tokenize_pairs
+from peftsweep.lanes import of_lane
 from peftsweep.measure import out_of_memory
 from peftsweep.metrics import Judgement, Score
 from peftsweep.model import answer_losses, class_logits, classifies, row_inputs
@@ -268,7 +271,7 @@ def _grouped_likelihoods(
     tokens = iter(tokenize_pairs(tokenizer, [pair for group in groups for pair in group], max_length))
     rows = [[next(tokens) for _ in group] for group in groups]
     if _takes_a_cache(model) and all(_common_length(group) for group in rows):
-        return _shared_likelihoods(model, rows, pad_id=pad_id, batch_size=batch_size)
+        return of_lane(partial(_shared_likelihoods, model, rows, pad_id=pad_id, batch_size=batch_size))
     flat = [row for group in rows for row in group]
     sums = iter(log_likelihoods(model, flat, pad_id=pad_id, batch_size=batch_size))
     return [[next(sums) for _ in group] for group in groups]
@@ -276,24 +279,25 @@ def _grouped_likelihoods(
 
 @torch.no_grad()
 def _shared_likelihoods(
-    model: nn.Module, groups: Sequence[Sequence[Tokens]], *, pad_id: int, batch_size: int
-) -> list[list[float]]:
-    """``log_likelihoods`` of groups of rows whose beginnings are the same, each beginning read once."""
+    model: nn.Module, groups: Sequence[Sequence[Tokens]], *, pad_id: int, batch_size: int, lanes: int
+) -> list[list[list[float]]]:
+    """``log_likelihoods`` of groups of rows whose beginnings are the same, each beginning read once; of each lane."""
     device = next(model.parameters()).device
-    scores: list[list[float]] = [[] for _ in groups]
+    scores: list[list[list[float]]] = [[[] for _ in groups] for _ in range(lanes)]
     shared = [_common_length(group) for group in groups]
 
     def score(numbers: list[int]) -> None:
-        starts = [groups[n][0].ids[: shared[n]] for n in numbers]
+        every = numbers * lanes
+        starts = [groups[n][0].ids[: shared[n]] for n in every]
         ids, attention = _padded(starts, pad_id, device, left=True)
         positions = (attention.cumsum(-1) - 1).clamp(min=0)
         output = model(
             input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=True, logits_to_keep=1
         )
-        owners = torch.tensor([place for place, n in enumerate(numbers) for _ in groups[n]], device=device)
+        owners = torch.tensor([place for place, n in enumerate(every) for _ in groups[n]], device=device)
         cache: Any = output.past_key_values
         cache.batch_select_indices(owners)
-        rows = [row.ids[shared[n] :] for n in numbers for row in groups[n]]
+        rows = [row.ids[shared[n] :] for n in every for row in groups[n]]
         rest, present = _padded(rows, pad_id, device, left=False)
         after = model(
             input_ids=rest,
@@ -304,11 +308,12 @@ def _shared_likelihoods(
         )
         logits = torch.cat([output.logits[owners], after.logits[:, :-1]], dim=1)
         losses = nn.functional.cross_entropy(logits.float().transpose(1, 2), rest, reduction="none")
-        first = torch.tensor([r.answer_start - shared[n] for n in numbers for r in groups[n]], device=device)
+        first = torch.tensor([r.answer_start - shared[n] for n in every for r in groups[n]], device=device)
         answers = present.bool() & (torch.arange(rest.shape[1], device=device) >= first[:, None])
         totals = iter((-losses * answers).sum(-1).tolist())
-        for n in numbers:
-            scores[n] = [next(totals) for _ in groups[n]]
+        for mine in scores:
+            for n in numbers:
+                mine[n] = [next(totals) for _ in groups[n]]
 
     most = max(len(group) for group in groups)
     _in_batches([len(group[0].ids) for group in groups], max(1, batch_size // most), score)
@@ -373,18 +378,25 @@ def _class_scores(model: nn.Module, rows: Sequence[Tokens], *, pad_id: int, batc
 # ---- the two primitives ----------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def log_likelihoods(model: nn.Module, rows: Sequence[Tokens], *, pad_id: int, batch_size: int = 16) -> list[float]:
     """The log-probability of each row's answer (or class) given its prompt, summed over the answer's tokens."""
+    return of_lane(partial(_log_likelihoods, model, rows, pad_id=pad_id, batch_size=batch_size))
+
+
+@torch.no_grad()
+def _log_likelihoods(
+    model: nn.Module, rows: Sequence[Tokens], *, pad_id: int, batch_size: int, lanes: int
+) -> list[list[float]]:
     device = next(model.parameters()).device
-    sums = [0.0] * len(rows)
+    sums = [[0.0] * len(rows) for _ in range(lanes)]
 
     def score(numbers: list[int]) -> None:
-        batch = collate([rows[n] for n in numbers], pad_id).to(device)
+        batch = collate([rows[n] for n in numbers], pad_id).repeated(lanes).to(device)
         losses = answer_losses(model, batch)
-        totals = torch.zeros(len(numbers), device=device).index_add_(0, batch.owners, -losses)
-        for n, total in zip(numbers, totals.tolist(), strict=True):
-            sums[n] = total
+        totals = torch.zeros(lanes * len(numbers), device=device).index_add_(0, batch.owners, -losses)
+        for mine, found in zip(sums, totals.view(lanes, -1).tolist(), strict=True):
+            for n, total in zip(numbers, found, strict=True):
+                mine[n] = total
 
     _in_batches([len(row.ids) for row in rows], batch_size, score)
     return sums
@@ -395,7 +407,6 @@ def mean_loss(model: nn.Module, rows: Sequence[Tokens], *, pad_id: int, batch_si
     return -sum(log_likelihoods(model, rows, pad_id=pad_id, batch_size=batch_size)) / sum(r.answer_tokens for r in rows)
 
 
-@torch.no_grad()
 def generate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -407,35 +418,55 @@ def generate(
     num_beams: int = 1,
 ) -> list[str]:
     """The model's continuation of each prompt, without the prompt, up to its end mark."""
+    sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "max_length": max_length}
+    return of_lane(partial(_generate, model, tokenizer, prompts, **sizes, num_beams=num_beams))
+
+
+@torch.no_grad()
+def _generate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    max_length: int,
+    num_beams: int,
+    lanes: int,
+) -> list[list[str]]:
     device = next(model.parameters()).device
     encoded = [ids[-max_length:] for ids in tokenizer(list(prompts)).input_ids]
-    texts = [""] * len(prompts)
+    texts = [[""] * len(prompts) for _ in range(lanes)]
     greedy = num_beams == 1 and _takes_a_cache(model)
 
     def write(numbers: list[int]) -> None:
         # Padded on the left, as generation goes on at the right.
-        ids, attention = _padded([encoded[n] for n in numbers], _pad_id(tokenizer), device, left=True)
+        ids, attention = _padded([encoded[n] for n in numbers * lanes], _pad_id(tokenizer), device, left=True)
         made = (
-            _greedy(model, ids, attention, max_new_tokens, _end_ids(model, tokenizer))
+            _greedy(model, ids, attention, max_new_tokens, _end_ids(model, tokenizer), lanes)
             if greedy
             else _searched(model, tokenizer, ids, attention, max_new_tokens, num_beams)
         )
-        for n, text in zip(numbers, tokenizer.batch_decode(made, skip_special_tokens=True), strict=True):
-            texts[n] = text
+        written = iter(tokenizer.batch_decode(made, skip_special_tokens=True))
+        for mine in texts:
+            for n in numbers:
+                mine[n] = next(written)
 
     _in_batches([len(ids) for ids in encoded], batch_size, write)
     return texts
 
 
 def _greedy(
-    model: nn.Module, ids: torch.Tensor, attention: torch.Tensor, max_new_tokens: int, end: Sequence[int]
+    model: nn.Module, ids: torch.Tensor, attention: torch.Tensor, max_new_tokens: int, end: Sequence[int], lanes: int
 ) -> list[list[int]]:
     """The likeliest next token again and again; a row that has ended leaves the batch, and its cache with it.
 
-    ``ids`` and ``attention`` are [rows, length], padded on the left.
+    ``ids`` and ``attention`` are [lanes * rows, length], padded on the left. Lanes stay of one size: in one that
+    has ended more of its rows than another, some that have ended are read on, for nothing.
     """
     written: list[list[int]] = [[] for _ in ids]
     running = list(range(len(ids)))
+    over = [False] * len(ids)  # of each that is running
     ends = torch.tensor(end, device=ids.device)
     positions = (attention.cumsum(-1) - 1).clamp(min=0)
     cache: Any = None
@@ -450,21 +481,29 @@ def _greedy(
         )
         cache = output.past_key_values
         chosen = output.logits[:, -1].argmax(-1)
-        ended = torch.isin(chosen, ends).tolist()
-        for row, token, over in zip(running, chosen.tolist(), ended, strict=True):
-            if not over:
+        over = [before or now for before, now in zip(over, torch.isin(chosen, ends).tolist(), strict=True)]
+        for row, token, ended in zip(running, chosen.tolist(), over, strict=True):
+            if not ended:
                 written[row].append(token)
-        if all(ended) or step == max_new_tokens - 1:
+        if all(over) or step == max_new_tokens - 1:
             break
-        if any(ended):
-            kept = torch.tensor([n for n, over in enumerate(ended) if not over], device=ids.device)
+        if len(places := _unfinished(over, lanes)) < len(running):
+            kept = torch.tensor(places, device=ids.device)
             cache.batch_select_indices(kept)
-            running = [running[n] for n in kept.tolist()]
+            running, over = [running[n] for n in places], [over[n] for n in places]
             chosen, attention, positions = chosen[kept], attention[kept], positions[kept]
         ids = chosen[:, None]
         attention = torch.cat([attention, attention.new_ones(len(attention), 1)], dim=1)
         positions = positions[:, -1:] + 1
     return written
+
+
+def _unfinished(over: Sequence[bool], lanes: int) -> list[int]:
+    """The places that are not over; and in each lane as many others that all keep as many."""
+    size = len(over) // lanes
+    ordered = [sorted(range(size * n, size * (n + 1)), key=over.__getitem__) for n in range(lanes)]
+    most = max(sum(not over[place] for place in mine) for mine in ordered)
+    return [place for mine in ordered for place in mine[:most]]
 
 
 def _searched(

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,16 +86,23 @@ def _with_skeleton(
     quantization: Any,
     work: Callable[[build.Model], Found],
     places: Sequence[tuple[str, str]] = PLACES,
+    lanes: Mapping[str, Trial] | None = None,
 ) -> Found | None:
-    """``work`` of the method on a skeleton of the base; None where that cannot be done in any of the ``places``."""
+    """``work`` of the method on a skeleton of the base; None where that cannot be done in any of the ``places``.
+
+    With ``lanes`` it is that of all these trials on one skeleton.
+    """
     config = trial.config
     for base, adapter in places:
         try:
             bare = skeleton(config.model, quantization, base, len(config.dataset.classes))
             with torch.device(adapter):
-                adapted = build.attach_method(trial, bare, config.train.steps)
+                adapted = (
+                    build.attach_lanes(lanes, bare) if lanes else build.attach_method(trial, bare, config.train.steps)
+                )
             if isinstance(adapted, PeftModel) and not config.train.autocast_adapter_dtype:
-                for _, parameter in model.trainable_parameters(adapted):
+                own = [(name, p) for name, p in adapted.named_parameters() if "lora_" in name]
+                for _, parameter in own if lanes else model.trainable_parameters(adapted):
                     parameter.data = parameter.data.to(bare.dtype)  # as PEFT does, but not on the meta device
             return work(adapted)
         except InputError:
@@ -143,12 +150,19 @@ def prediction(trial: Trial, tokens: Sequence[Tokens] | None = None) -> Predicti
     config = trial.config
     where = "cuda" if config.memory_limit else model.device(config.device).type
     batches = _shapes(trial, tokens)
-    relevant = {key: trial.tree[key] for key in KEYS}
-    relevant["train"] = {key: value for key, value in trial.tree["train"].items() if key not in RATES}
-    key = configuration.content_hash([where, [dataclasses.asdict(one) for one in batches], relevant])
+    key = _key(where, batches, [trial])
     if key not in _PREDICTIONS:
         _PREDICTIONS[key] = predicted(trial, batches, where)
     return _PREDICTIONS[key]
+
+
+def _key(where: str, batches: Sequence[Shape], trials: Sequence[Trial]) -> str:
+    """Of a prediction: the same for whatever changes none."""
+    said: list[Any] = [where, [dataclasses.asdict(one) for one in batches]]
+    for one in trials:
+        train = {key: value for key, value in one.tree["train"].items() if key not in RATES}
+        said.append({key: one.tree[key] for key in KEYS} | {"train": train})
+    return configuration.content_hash(said)
 
 
 def predicted(trial: Trial, batches: Sequence[Shape], where: str) -> Prediction | None:
@@ -166,6 +180,28 @@ def predicted(trial: Trial, batches: Sequence[Shape], where: str) -> Prediction 
             lambda adapted: predict(adapted, trial.config.train, batches, where),
             (("meta", "meta"), ("meta", "cpu")),
         )
+
+
+def together(
+    trials: Sequence[Trial], tokens: Sequence[Tokens] | None = None, where: str | None = None
+) -> Prediction | None:
+    """``prediction`` of training ``trials`` at once, as ``pack`` does, on a device "cuda" or "cpu"."""
+    config = trials[0].config
+    where = where or ("cuda" if config.memory_limit else model.device(config.device).type)
+    batches = _shapes(max(trials, key=lambda one: (one.config.train.epochs or 0, one.config.train.steps)), tokens)
+    key = _key(where, batches, trials)
+    if key not in _PREDICTIONS:
+        lanes = {f"lane{number}": one for number, one in enumerate(trials)}
+        trained = {name: one.config.train for name, one in lanes.items()}
+        with _quietly():
+            _PREDICTIONS[key] = _with_skeleton(
+                trials[0],
+                build.quantization(trials[0]),
+                lambda adapted: predict(adapted, config.train, batches, where, trained),
+                (("meta", "meta"), ("meta", "cpu")),
+                lanes,
+            )
+    return _PREDICTIONS[key]
 
 
 def longest(trial: Trial) -> Shape:

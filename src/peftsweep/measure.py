@@ -179,6 +179,10 @@ class Laps:
         else:
             self._times.append(self._clock() - self._start - without)
 
+    def resume(self, seconds: list[float]) -> None:
+        """Go on after laps that took this."""
+        self._times += seconds
+
     def seconds(self) -> list[float]:
         """The seconds of every finished lap, in order; on a GPU this waits for the last of them."""
         if self._events:

@@ -7,22 +7,25 @@ adapters are trained together (packed.py), and each is evaluated, saved and reco
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, TextIO, cast
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel
 
-from peftsweep import build, model, packed, record, study, train, trial
+from peftsweep import build, forecast, model, packed, record, study, train, trial
 from peftsweep.config import Trial, content_hash
 from peftsweep.display import Observer
 from peftsweep.errors import InputError
-from peftsweep.measure import Meter, out_of_memory
+from peftsweep.lanes import Pack
+from peftsweep.measure import Meter, Stage, out_of_memory
 from peftsweep.record import Result, Status
 from peftsweep.schema import Task, TrainConfig
 from peftsweep.tracker import Tracker
@@ -35,28 +38,51 @@ ADAPTER = ("r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights",
 PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 OWN = ("learning_rate", "learning_rate_scale", "weight_decay", "schedule", "warmup", "steps", "epochs", "clip")
 OWN_TOO = ("optimizer", "optimizer_kwargs", "log_every", "keep_best", "best_metric", "checkpoint_every", "params_file")
-WORTH_IT = 1.05  # times as fast as one by one
+WORTH_IT = 1.0  # times as fast as one by one; what else is done once for all comes on top
 PLAIN = (True, "gaussian", False)  # ways to begin that draw numbers and do not look at the base
 
 
 # ---- which -----------------------------------------------------------------------------------------
 
 
-def plan(trials: Sequence[Trial], limit: int) -> list[list[Trial]]:
+Fits = Callable[[Sequence[Trial]], bool]
+
+
+def plan(trials: Sequence[Trial], limit: int, fits: Fits | None = None) -> list[list[Trial]]:
     """``trials`` in packs of at most ``limit``, in the order of their first ones; what cannot be packed is alone.
 
     Trials of a pack share all but what an adapter and its optimizer may have of their own; those of like length are
-    put together, and the packs made as even as can be.
+    put together, and the packs made as even as can be. Any pack ``fits``, the memory for instance, if the heaviest of
+    its group do.
     """
     groups: dict[str, list[Trial]] = {}
     for one in trials:
         groups.setdefault(one.identity if alone(one) else _shared(one), []).append(one)
     packs = []
     for group in groups.values():
-        in_order = sorted(group, key=_length) if len(group) > limit else group
-        size = math.ceil(len(group) / math.ceil(len(group) / limit))
+        most = _most(group, min(limit, len(group)), fits)
+        in_order = sorted(group, key=_length) if len(group) > most else group
+        size = math.ceil(len(group) / math.ceil(len(group) / most))
         packs += [in_order[start : start + size] for start in range(0, len(group), size)]
     return packs
+
+
+def _most(group: Sequence[Trial], limit: int, fits: Fits | None) -> int:
+    """How many of the group fit together, whichever these are."""
+    if limit < 2 or fits is None:
+        return limit
+    heaviest = sorted(group, key=lambda one: -(forecast.check(one).trainable_parameters or 0))
+    if fits(heaviest[:limit]):
+        return limit
+    return 1 + bisect_left(range(2, limit), True, key=lambda size: not fits(heaviest[:size]))
+
+
+def fits_memory(trials: Sequence[Trial]) -> bool:
+    """Whether they can be trained together in the memory of the device, as far as can be said."""
+    limit = forecast.memory_limit(trials[0])
+    if limit is None or (predicted := forecast.together(trials)) is None:
+        return True
+    return predicted.peak_bytes <= limit
 
 
 def alone(trial: Trial) -> str | None:
@@ -69,7 +95,6 @@ def alone(trial: Trial) -> str | None:
         "it is compiled": config.train.compile != "none",
         "its optimizer is not torch's own": not _of_torch(config.train),
         "it is profiled or timed": config.profiler or config.inference,
-        "it stops at rungs": config.halving.min_steps is not None,
         "its base is spread over devices": config.model.device_map is not None,
         "dropout under gradient checkpointing": config.train.checkpointing and config.method.get("lora_dropout"),
         "its base has dropout of its own": _base_drops(trial),
@@ -139,8 +164,9 @@ def run(
     With ``probe`` they are trained together only if some steps, tried out, are faster so. With ``measure`` each takes
     some steps alone afterwards, for a speed and a memory of its own.
 
-    Those that are done, or were trained before and need only be evaluated, do not join. If what all share fails, two
-    halves try it again where memory ran out, else each trial alone, so that no failure is put down to the wrong one.
+    Those that are done, or were trained before and need only be evaluated, do not join; those that were cut off go on
+    with those at the same step. If what all share fails, two halves try it again where memory ran out, else each trial
+    alone, so that no failure is put down to the wrong one.
 
     Raises:
         KeyboardInterrupt: the user interrupted it; those that had not ended are recorded as cancelled.
@@ -148,34 +174,47 @@ def run(
     """
     told = dict(zip((one.identity for one in trials), observers or [Observer() for _ in trials], strict=True))
     done = {one.identity: found for one in trials if (found := trial.finished(one))}
-    together = [one for one in trials if one.identity not in done and not _begun(one)]
-    if len(together) > 1:
-        with ExitStack() as claims:
-            for one in together:
-                claims.enter_context(study.claim(trial.folder(one).parent, one.identity))
-            try:
-                results = _Pack(together, [told[one.identity] for one in together], probe, measure).run()
-                done |= {one.identity: result for one, result in zip(together, results, strict=True)}
-                together = []
-            except _SharedFailure as failure:
-                reason, memory = str(failure), failure.memory
-        if together:
-            trial.empty(model.device(together[0].config.device))
-            log.warning("the trials of a pack are not trained together: %s", reason)
-            half = (len(together) + 1) // 2 if memory else 0
-            for part in (together[:half], together[half:]) if half > 1 else ():
-                ended = run(part, [told[one.identity] for one in part], probe=probe, measure=measure)
-                done |= {one.identity: result for one, result in zip(part, ended, strict=True)}
+    at_step: dict[int, list[Trial]] = {}
+    for one in trials:
+        if one.identity not in done and not _trained(one):
+            at_step.setdefault(_step(one), []).append(one)
+    for group in at_step.values():
+        if len(group) > 1:
+            done |= _together(group, told, probe=probe, measure=measure)
     rest = (one for one in trials if one.identity not in done)
     done |= {one.identity: trial.run(one, told[one.identity]) for one in rest}
     return [done[one.identity] for one in trials]
 
 
-def _begun(one: Trial) -> bool:
-    """Whether it need not be trained from the beginning: its adapter is there, or a checkpoint on the way to it."""
-    place = trial.folder(one)
-    checkpoint = any((place / study.CHECKPOINTS).glob("step-*.pt"))
-    return not one.config.force and (checkpoint or study.trained(place.parent, one.training) is not None)
+def _together(trials: Sequence[Trial], told: dict[str, Observer], *, probe: bool, measure: bool) -> dict[str, Result]:
+    """The records by identity, of none that each has to run alone."""
+    names = [one.identity for one in trials]
+    with ExitStack() as claims:
+        for one in trials:
+            claims.enter_context(study.claim(trial.folder(one).parent, one.identity))
+        try:
+            return dict(zip(names, _Pack(trials, [told[name] for name in names], probe, measure).run(), strict=True))
+        except _SharedFailure as failure:
+            reason, memory = str(failure), failure.memory
+    trial.empty(model.device(trials[0].config.device))
+    log.warning("the trials of a pack are not trained together: %s", reason)
+    half = (len(trials) + 1) // 2 if memory else 0
+    done: dict[str, Result] = {}
+    for part in (trials[:half], trials[half:]) if half > 1 else ():
+        ended = run(part, [told[one.identity] for one in part], probe=probe, measure=measure)
+        done |= {one.identity: result for one, result in zip(part, ended, strict=True)}
+    return done
+
+
+def _trained(one: Trial) -> bool:
+    """Whether its adapter is there already."""
+    return not one.config.force and study.trained(trial.folder(one).parent, one.training) is not None
+
+
+def _step(one: Trial) -> int:
+    """That of the checkpoint from which it would go on; 0 without one."""
+    files = [] if one.config.force else (trial.folder(one) / study.CHECKPOINTS).glob("step-*.pt")
+    return max((int(file.stem.partition("-")[2]) for file in files), default=0)
 
 
 class NotWorthIt(Exception):
@@ -213,6 +252,7 @@ class _Lane:
         self.result = trial.begin(one, self.place)
         self.session = Session(one, self.result, self.meter, self.tracker)
         self.status: Status | None = None
+        self.failure: dict[str, str] | None = None
 
     @contextmanager
     def own(self) -> Iterator[None]:
@@ -226,17 +266,13 @@ class _Lane:
         self.status, self.failure = trial.status_of(error), record.failure(error, stage)
         log.log(logging.INFO if self.status is Status.refused else logging.ERROR, "%s", self.failure["traceback"])
 
-    def steps(self) -> TextIO:
-        """The lane's steps.jsonl, to be written."""
-        return (self.place / record.STEPS).open("w", encoding="utf-8")
-
     def drop(self) -> None:
         """It runs again, in another pack or alone."""
         self.tracker.end({}, Status.cancelled.value)
 
     def end(self, start: float) -> Result:
-        status, failure = self.status or Status.success, self.failure if self.status else None
-        trial.end(self.result, self.place, self.meter, start, status, failure, self.tracker)
+        status = self.status or Status.success
+        trial.end(self.result, self.place, self.meter, start, status, self.failure, self.tracker)
         return self.result
 
 
@@ -268,7 +304,9 @@ class _Pack:
                     lane.session.refuse()
             try:
                 self._train()
-                answers = {lane.name: self._judge(lane) for lane in self._alive()}
+                self._judge()
+                self._evaluate()
+                answers = {lane.name: self._keep(lane) for lane in self._alive()}
                 self._let_go()
                 for lane in self._alive():
                     with lane.own():
@@ -293,9 +331,11 @@ class _Pack:
         try:
             lead.load()
             lead.read()
-            lead.score_base()
+            if any(lane.session.rung_step(len(lead.tokens)) is None for lane in lanes):
+                lead.score_base()
             with lead.stage("attach"):
                 lead.adapted = build.attach_lanes({lane.name: lane.trial for lane in lanes}, lead.base)
+            predicted = forecast.together([lane.trial for lane in lanes], lead.tokens)
             if self._probe:
                 self._try_out(lead, lanes)
             for lane in lanes:
@@ -305,6 +345,9 @@ class _Pack:
             raise _SharedFailure(error) from error
         for lane in lanes:
             self._note(lane, lanes, ended[lane.name])
+            if predicted:
+                facts = dataclasses.asdict(predicted) | {"peak_bytes": predicted.peak_bytes}
+                lane.result.memory["packed_predicted"] = facts
 
     def _try_out(self, lead: Session, lanes: Sequence[_Lane]) -> None:
         """Raise unless the lanes are faster together, by what was found for such a pack before, or by trying it."""
@@ -328,8 +371,10 @@ class _Pack:
                     packed.Lane(
                         name=lane.name,
                         config=lane.trial.config.train,
-                        log=partial(trial.log_step, files.enter_context(lane.steps()), lane.tracker),
+                        checkpoints=lane.session.checkpoints(),
+                        log=partial(trial.log_step, files.enter_context(lane.session.steps()), lane.tracker),
                         validate=lane.session.validation(),
+                        stop_at=lane.session.stop_at,
                     )
                     for lane in lanes
                 ],
@@ -347,18 +392,56 @@ class _Pack:
         session.info |= {"trainable_parameters": trainable, "steps": ended.trained.steps}
         session.info["total_parameters"] = session.info["base_parameters"] + trainable
         session.info |= trial.train_info(ended.trained)
-        session.info["packed"] = {"lanes": len(lanes), "share_seconds": ended.share_seconds}
-        session.info["packed"] |= trial.train_cost(ended.trained)
-        session.info["packed"] |= {f"{name}_seconds": one.seconds for name, one in stages.items() if name != "train"}
+        session.info |= trial.train_cost(ended.trained)
+        took = {f"{name}_seconds": one.seconds for name, one in stages.items() if name != "train"}
+        session.info["packed"] = session.info.get("packed", {}) | took
         lane.result.memory |= {f"packed_{name}": one.memory() for name, one in stages.items()}
         if ended.error is not None:
             lane.fail(ended.error, "train")
 
-    def _judge(self, lane: _Lane) -> Answers | None:
+    def _judge(self) -> None:
+        """End those that have come to their rung."""
+        for lane in self._alive():
+            if lane.session.stop_at is not None:
+                with lane.own():
+                    lane.session.judge()
+                    lane.status = Status.stopped
+
+    def _evaluate(self) -> None:
+        """Evaluate the lanes, what is asked of each asked of all at once; so what it took is the pack's."""
+        lanes = self._alive()
+        if not lanes:
+            return
+        together = Pack(cast(PeftModel, lanes[0].session.adapted), [lane.name for lane in lanes])
+        try:
+            for lane in lanes:
+                with lane.own(), together.asked(lane.name):
+                    lane.session.evaluate()
+        finally:
+            together.close()
+        self._note_evaluations(lanes)
+
+    def _note_evaluations(self, lanes: Sequence[_Lane]) -> None:
+        """What they took, which was measured with the lane that asked first, is that of the pack."""
+        whole = self.meter.stages["eval"] = Stage()
+        for lane in lanes:
+            whole.add(lane.meter.stages.pop("eval", Stage()))
+        for lane in lanes:
+            lane.session.info["packed"]["eval_seconds"] = whole.seconds
+            lane.result.memory["packed_eval"] = whole.memory()
+        for name in lanes[0].session.tests:
+            found = [lane.result.eval_info[name] for lane in lanes]
+            seconds = sum(one.pop("seconds", 0.0) for one in found)
+            for one in found:
+                one["packed_seconds"] = seconds
+                for peak in ("allocated_peak", "rss_peak"):
+                    one.pop(peak, None)
+
+    def _keep(self, lane: _Lane) -> Answers | None:
         answers = None
         with lane.own():
             cast(PeftModel, lane.session.adapted).set_adapter(lane.name)
-            answers = lane.session.assess()
+            answers = lane.session.keep()
         return answers
 
     def _let_go(self) -> None:

@@ -1,29 +1,27 @@
 """Several LoRA adapters trained at once on one frozen base, each to the numbers it would come to alone.
 
-The lanes of a pack see the same rows in the same order. A batch holds these rows once for each lane, lane after
-lane; the base is multiplied with all of them at once (quantised weights are unpacked once for all), each
-adapter with its own. PEFT's adapters stay the storage: while they are packed, their weights are
-parts of larger tensors.
+The lanes of a pack see the same rows in the same order, in batches that hold them for all (lanes.py); each has its
+own loss, clipping, optimizer, schedule, dropout and end.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from bitsandbytes.nn.modules import Linear8bitLt
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
+from peftsweep.checkpoint import Checkpoints, Interruption, OptimizerState, Part
 from peftsweep.data import Batch, Tokens
+from peftsweep.lanes import Pack
 from peftsweep.measure import Laps, Meter, out_of_memory
-from peftsweep.model import QUANTISED, answer_logits, answer_losses
+from peftsweep.model import answer_logits, answer_losses
 from peftsweep.schema import Dtype, TrainConfig
 from peftsweep.train import (
     Best,
@@ -34,6 +32,7 @@ from peftsweep.train import (
     badness,
     batches,
     check_finite,
+    checkpoint_due,
     enable_checkpointing,
     in_epochs,
     interval,
@@ -43,229 +42,11 @@ from peftsweep.train import (
     total_steps,
 )
 
-# ---- the layer -------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Bank:
-    """The adapters of one layer, ranks filled up with zeros to the largest, R.
-
-    Shapes: ``a`` [adapters, R, in], ``b`` [adapters, R, out], ``scale`` [adapters, 1, 1]. A filled-up part has no
-    gradient that anybody takes, and stays zero.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: torch.Tensor
-    lanes: torch.Tensor | None  # the places in the pack of those that have an adapter here; None: all have
-    dropout: list[tuple[float, torch.Generator]]
-
-
-class Pack:
-    """The adapters ``names`` of ``model``, trained together from here to ``close``; some may ``leave`` before.
-
-    A forward pass then takes a batch made by ``for_all``. ``seed`` is that of every lane's dropout.
-    """
-
-    def __init__(self, model: PeftModel, names: Sequence[str], seed: int) -> None:
-        self.names = list(names)
-        self.model = model
-        device = next(model.parameters()).device
-        self._generators = {name: torch.Generator(device).manual_seed(seed) for name in names}
-        self._layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
-        self._banks: dict[Any, _Bank] = {}
-        self._gradients: list[torch.Tensor] = []
-        self._packed = True
-        self._rows = 0  # of each lane, in this forward pass
-        self._fill()
-        for layer in self._layers:
-            vars(layer)["forward"] = partial(self._forward, layer)
-        self._patched: list[Any] = [*self._layers]
-        if device.type == "cuda":
-            self._patched += [self._apart(module) for module in model.modules() if isinstance(module, Linear8bitLt)]
-        self._hooks = self._share_first_layers()
-
-    def for_all(self, batch: Batch) -> Batch:
-        """``batch`` once for each lane, lane after lane, as the model takes it."""
-        lanes, self._rows = len(self.names), len(batch.input_ids)
-        return replace(
-            batch,
-            input_ids=batch.input_ids.repeat(lanes, 1),
-            attention_mask=batch.attention_mask.repeat(lanes, 1),
-            answer_mask=batch.answer_mask.repeat(lanes, 1),
-        )
-
-    def weights(self, name: str) -> dict[str, nn.Parameter]:
-        """The parameters of an adapter by their names in the model, in their order there."""
-        parts = ("lora_A", "lora_B")
-        return {
-            parameter: weight
-            for parameter, weight in self.model.named_parameters()
-            if parameter.rsplit(".", 3)[1] in parts and parameter.rsplit(".", 3)[2] == name
-        }
-
-    def leave(self, names: Sequence[str]) -> None:
-        """Let these adapters go, as PEFT had them; the rest is packed anew."""
-        self._free()
-        self.names = [name for name in self.names if name not in names]
-        self._fill()
-
-    def zero_grad(self) -> None:
-        """Forget all gradients."""
-        if self._gradients:
-            torch._foreach_zero_(self._gradients)
-
-    @contextmanager
-    def alone(self, name: str) -> Iterator[None]:
-        """In the block the model is that of one adapter, and takes any number of rows."""
-        self._packed = False
-        self.model.set_adapter(name)
-        try:
-            yield
-        finally:
-            self._packed = True
-
-    def close(self) -> None:
-        """Make the model again what PEFT made it."""
-        self._free()
-        for module in self._patched:
-            del vars(module)["forward"]
-        for hook in self._hooks:
-            hook.remove()
-
-    def _fill(self) -> None:
-        for layer in self._layers:
-            if names := [name for name in self.names if name in layer.lora_A]:
-                self._banks[layer] = self._bank(layer, names)
-        tensors = [tensor for bank in self._banks.values() for tensor in (bank.a, bank.b)]
-        self._gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
-
-    def _bank(self, layer: Any, names: list[str]) -> _Bank:
-        like = layer.lora_A[names[0]].weight
-        rank = max(layer.r[name] for name in names)
-        a = like.new_zeros(len(names), rank, layer.in_features)
-        b = like.new_zeros(len(names), rank, layer.out_features)
-        a.grad, b.grad = torch.zeros_like(a), torch.zeros_like(b)
-        for place, name in enumerate(names):
-            own = slice(layer.r[name])
-            for weight, part, gradient in (
-                (layer.lora_A[name].weight, a[place, own], a.grad[place, own]),
-                (layer.lora_B[name].weight, b[place, own].T, b.grad[place, own].T),
-            ):
-                part.copy_(weight.data)
-                weight.data, weight.grad = part, gradient
-        scale = torch.tensor([layer.scaling[name] for name in names], device=like.device)
-        places = [self.names.index(name) for name in names]
-        return _Bank(
-            a.requires_grad_(),
-            b.requires_grad_(),
-            scale[:, None, None],
-            None if len(places) == len(self.names) else torch.tensor(places, device=like.device),
-            [(getattr(layer.lora_dropout[name], "p", 0.0), self._generators[name]) for name in names],
-        )
-
-    def _free(self) -> None:
-        for layer in self._banks:
-            for name in self.names:
-                for weights in (layer.lora_A, layer.lora_B):
-                    if name in weights:
-                        weight = weights[name].weight
-                        weight.grad, weight.data = None, weight.data.clone(memory_format=torch.contiguous_format)
-        self._banks.clear()
-        self._gradients = []
-
-    def _forward(self, layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The layer's output for the rows of all lanes: [lanes * rows, ..., out]."""
-        if not self._packed:
-            output: torch.Tensor = type(layer).forward(layer, x, *args, **kwargs)
-            return output
-        result: torch.Tensor = layer.base_layer(x, *args, **kwargs)
-        bank = self._banks.get(layer)
-        if bank is None:
-            return result
-        lanes = len(self.names)
-        if x.ndim != 3 or len(x) != lanes * self._rows:
-            raise ValueError(f"a layer that is given {list(x.shape)} in place of all rows cannot be packed")
-        mine = x.reshape(lanes, -1, x.shape[-1])
-        mine = (mine if bank.lanes is None else mine[bank.lanes]).to(bank.a.dtype)
-        if layer.training and any(p for p, _ in bank.dropout):
-            mine = mine * _noise(mine, bank.dropout)
-        update = torch.bmm(torch.bmm(mine, bank.a.mT), bank.b) * bank.scale
-        if isinstance(layer.base_layer, QUANTISED):
-            update = update.to(result.dtype)  # PEFT adds in the base's format there, elsewhere in the adapter's
-        flat = result.reshape(lanes, -1, result.shape[-1])
-        added = flat + update if bank.lanes is None else flat.to(update.dtype).index_add(0, bank.lanes, update)
-        return added.reshape(result.shape).to(result.dtype)
-
-    def _apart(self, module: Linear8bitLt) -> Linear8bitLt:
-        """Have an 8-bit layer of CUDA look at each lane by itself.
-
-        Which columns it takes for outliers, and so how it rounds, depends on all rows that it is given at once.
-        """
-
-        def forward(x: torch.Tensor) -> torch.Tensor:
-            lanes = len(self.names) if self._packed and len(x) == len(self.names) * self._rows else 1
-            return torch.cat([Linear8bitLt.forward(module, part) for part in x.chunk(lanes)])
-
-        vars(module)["forward"] = forward
-        return module
-
-    def _share_first_layers(self) -> list[Any]:
-        """Have the layers before the first adapted one see the rows once, as all lanes are the same there."""
-        before = _before_the_adapters(self.model)
-
-        def once(_: nn.Module, args: Any, kwargs: Any) -> Any:
-            every = len(self.names) * self._rows
-            return _each(lambda t: t[: self._rows] if self._packed and len(t) == every else t, (args, kwargs))
-
-        def for_all(_: nn.Module, args: Any, kwargs: Any) -> Any:
-            lanes = len(self.names)
-            return _each(
-                lambda t: torch.cat([t] * lanes) if self._packed and len(t) == self._rows else t, (args, kwargs)
-            )
-
-        hooks = [layer.register_forward_pre_hook(once, with_kwargs=True) for layer in before[:-1]]
-        return [*hooks, *(layer.register_forward_pre_hook(for_all, with_kwargs=True) for layer in before[-1:])]
-
-
-def _noise(x: torch.Tensor, dropout: Sequence[tuple[float, torch.Generator]]) -> torch.Tensor:
-    """What dropout multiplies ``x`` with, [adapters, rows, in]: on a CPU each lane's numbers are those of torch's own.
-
-    Every lane draws from its own generator, so that its numbers do not depend on the other lanes.
-    """
-    noise = torch.ones_like(x)
-    for mine, (p, generator) in zip(noise, dropout, strict=True):
-        if p:
-            mine.bernoulli_(1 - p, generator=generator).div_(1 - p)
-    return noise
-
-
-def _before_the_adapters(model: nn.Module) -> list[nn.Module]:
-    """The layers of the model's stack up to and with the first adapted one; none if there is nothing to share."""
-    adapted = {module for module in model.modules() if isinstance(module, LoraLayer)}
-    for stack in model.modules():
-        if isinstance(stack, nn.ModuleList) and adapted <= set(stack.modules()):
-            first = next(n for n, layer in enumerate(stack) if adapted & set(layer.modules()))
-            return list(stack)[: first + 1] if first else []
-    return []
-
-
-def _each(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
-    """``value`` with every tensor in it that has rows changed."""
-    if isinstance(value, torch.Tensor):
-        return change(value) if value.ndim > 1 else value
-    if isinstance(value, tuple | list):
-        return type(value)(_each(change, one) for one in value)
-    if isinstance(value, dict):
-        return {key: _each(change, one) for key, one in value.items()}
-    return value
-
-
 # ---- the loop --------------------------------------------------------------------------------------
 
 PROBES = 2  # steps of each kind
 PROBED_BATCHES = 16
-EPOCH_OF_A_LANE = ("epoch", "epoch_loss", "epoch_accuracy")  # the rest of an epoch's row is the pack's
+DEFAULT = "default"  # PEFT's name of an adapter that is alone
 
 
 @dataclass(frozen=True)
@@ -276,7 +57,8 @@ class Lane:
     config: TrainConfig
     log: Callable[[Row], None]
     validate: Callable[[], dict[str, float]] | None = None
-    stop: Callable[[int], bool] = lambda step: False  # asked after every step: whether the lane ends here
+    checkpoints: Checkpoints | None = None
+    stop_at: int | None = None
 
 
 @dataclass(frozen=True)
@@ -284,7 +66,6 @@ class Ended:
     """How a lane ended: what it did (its step times are those of the whole pack), and the error that ended it early."""
 
     trained: Trained
-    share_seconds: float  # of all step times, each divided by the lanes that took part
     error: Exception | None = None
 
 
@@ -294,24 +75,33 @@ def train_packed(
     """Train the adapters of ``lanes`` in one loop, each as ``train.train`` would alone; the rest as for that.
 
     What the lanes' configurations say of batches, autocast, checkpointing and padding must be the same. A lane that
-    has taken its steps, or whose loss is no longer finite, or that fails in its own part, leaves the pack.
+    has taken its steps, or whose loss is no longer finite, or that fails in its own part, leaves the pack. The lanes
+    go on from checkpoints of the same step, which each may have written in a pack or alone; where one is due, each
+    writes one.
+
+    Raises:
+        ValueError: the checkpoints are of different steps.
     """
     laps, shared = Laps(meter.device), lanes[0].config
     pack = Pack(model, [lane.name for lane in lanes], seed)
-    running = [_Running(lane, pack, rows, laps, meter) for lane in lanes]
     ended: dict[str, Ended] = {}
     enable_checkpointing(model, shared.checkpointing)
     model.train()
     autocast = _autocast(shared, meter.device)
-    stream = batches(rows, shared, pad_id=pad_id, seed=seed, device=meter.device)
-    taking_part: list[int] = []  # of each step
-    try:
+    due = {lane.config.checkpoint_every: checkpoint_due(lane.config, len(rows)) for lane in lanes if lane.checkpoints}
+    with closing(pack), Interruption(wanted=bool(due)) as interruption:
+        running = [_Running(lane, pack, rows, laps, meter) for lane in lanes]
+        step, *others = {one.step for one in running}
+        if others:
+            raise ValueError(f"lanes cannot go on together from different steps: {sorted([step, *others])}")
+        first = step * shared.accumulation
+        stream = batches(rows, shared, pad_id=pad_id, seed=seed, device=meter.device, first=first)
         while True:
             leaving = [one for one in running if one.over or one.error is not None]
             running = [one for one in running if one not in leaving]
             if leaving:
                 pack.leave([one.lane.name for one in leaving])
-                ended |= {one.lane.name: one.end(laps, taking_part) for one in leaving}
+                ended |= {one.lane.name: one.end() for one in leaving}
             if not running:
                 break
             laps.start()
@@ -334,12 +124,19 @@ def train_packed(
             pack.zero_grad()
             # ------------------------------------------------------------------------------------
             laps.stop()
-            taking_part.append(len(running))
             meter.sample()
+            step += 1
+            pack.forget()
             for one, loss in zip(running, losses, strict=True):
-                one.after_step(loss, micro_batches)
-    finally:
-        pack.close()
+                one.count(loss, micro_batches, len(running))
+            alike = all(one.validates for one in running)
+            for one in running:
+                one.after_step(pack.asked if alike else pack.alone)
+            now = [check(step) for check in due.values()]  # each of them, as they remember when they were asked
+            for one in running:
+                if any(now) or interruption.pending or one.over:
+                    one.save()
+            interruption.deliver()
     model.eval()
     return ended
 
@@ -388,19 +185,34 @@ class _Running:
     def __init__(self, lane: Lane, pack: Pack, rows: Sequence[Tokens], laps: Laps, meter: Meter) -> None:
         self.lane, self.config = lane, lane.config
         self._pack, self._meter, self._rows = pack, meter, len(rows)
-        weights = pack.weights(lane.name)
+        weights = {
+            name.replace(f".{lane.name}.", f".{DEFAULT}."): weight for name, weight in pack.weights(lane.name).items()
+        }
         self._parameters = list(weights.values())
         self.optimizer = make_optimizer(nn.Module(), self.config, self._parameters)
         self._steps = total_steps(self.config, self._rows)
         self._every = interval(self.config, "eval_every", self._rows) if lane.validate else None
         self._scheduler = make_scheduler(self.optimizer, self.config, self._steps)
         self.scaler = torch.amp.GradScaler(meter.device.type, enabled=self.config.autocast is Dtype.float16)
-        self._progress = Progress(laps)
-        self._epoch = Epoch(steps_per_epoch(self.config, self._rows), laps, meter)
+        own = _LaneLaps(laps)
+        self._progress = Progress(own)
+        self._epoch = Epoch(steps_per_epoch(self.config, self._rows), own, meter)
         self._best = Best(weights) if self.config.keep_best else None
         self._final_loss: float | None = None
+        self._parts: dict[str, Part] = {"weights": _Weights(weights), "optimizer": _OptimizerState(self.optimizer)}
+        self._parts |= {"scheduler": self._scheduler, "scaler": self.scaler}
+        self._parts |= {"random": _Dropout(pack.dropout(lane.name)), "progress": self._progress, "epoch": self._epoch}
+        self._parts |= {"best": self._best} if self._best else {}
+        if lane.checkpoints:
+            lane.checkpoints.restore(self._parts)
+        self._last = self._steps if lane.stop_at is None else min(lane.stop_at, self._steps)
         self.error: Exception | None = None
-        self.over = not self._steps
+        self.over = self.step >= self._last
+        self.validates = False  # after this step
+
+    @property
+    def step(self) -> int:
+        return self._progress.step
 
     def update(self) -> None:
         """The end of a step, from its gradients on."""
@@ -416,18 +228,21 @@ class _Running:
             self.scaler.update()
             self._scheduler.step()
 
-    def after_step(self, loss: torch.Tensor, batches: Sequence[Batch]) -> None:
-        """Log, validate, see whether it is over."""
+    def count(self, loss: torch.Tensor, batches: Sequence[Batch], lanes: int) -> None:
+        """See how far it has come."""
+        self._progress.add(loss, batches, lanes)
+        self._epoch.add(loss, batches)
+        self.over = self.step == self._last
+        self.validates = self._every is not None and (self.step % self._every == 0 or self.step == self._steps)
+
+    def after_step(self, as_lane: Callable[[str], AbstractContextManager[None]]) -> None:
+        """Log and validate, in a block ``as_lane`` in which the model is that of this lane."""
         if self.error is not None:
             return
         with self._own():
-            progress, config = self._progress, self.config
-            progress.add(loss, batches)
-            self._epoch.add(loss, batches)
-            step = progress.step
-            self.over = step == self._steps or self.lane.stop(step)
+            progress, config, step = self._progress, self.config, self.step
             numbers = {"step": step, "steps": self._steps}
-            if step % config.log_every == 0 or self.over:
+            if step % config.log_every == 0 or step == self._steps:
                 self._final_loss = progress.mean_loss()
                 check_finite(self._final_loss, step)
                 self.lane.log(
@@ -440,13 +255,13 @@ class _Running:
                     }
                 )
             if self._epoch.over(step):
-                self.lane.log(numbers | {key: v for key, v in self._epoch.close().items() if key in EPOCH_OF_A_LANE})
-            if self.lane.validate and self._every and (step % self._every == 0 or self.over):
-                self._validate(self.lane.validate, numbers)
+                self.lane.log(numbers | progress.own(self._epoch.close()))
+            if self.validates and self.lane.validate:
+                with self._meter.stage("validate"), as_lane(self.lane.name):
+                    scores = self.lane.validate()
+                self._note(scores, numbers)
 
-    def _validate(self, validate: Callable[[], dict[str, float]], numbers: Row) -> None:
-        with self._meter.stage("validate"), self._pack.alone(self.lane.name):
-            scores = validate()
+    def _note(self, scores: dict[str, float], numbers: Row) -> None:
         self._pack.model.train()
         validations = self._progress.validations
         validations.append((badness(scores, self.config.best_metric), scores["loss"], numbers["step"]))
@@ -464,11 +279,84 @@ class _Running:
                 raise
             self.error = error
 
-    def end(self, laps: Laps, taking_part: Sequence[int]) -> Ended:
+    def save(self) -> None:
+        """Write a checkpoint, as the trial alone would, unless it has come to its end."""
+        if self.lane.checkpoints and self.step < self._steps and self.error is None:
+            with self._meter.stage("checkpoint"):
+                self.lane.checkpoints.save(self.step, self._parts)
+
+    def end(self) -> Ended:
         """What it has come to, once it has left the pack."""
-        if self._best and self._progress.validations and self.error is None:
+        if self._best and self._progress.validations and self.step == self._steps and self.error is None:
             self._best.restore()
-        trained = self._progress.trained(self.config, self._rows, self._final_loss)
-        seconds = laps.seconds()[: trained.steps]
-        share = sum(took / lanes for took, lanes in zip(seconds, taking_part, strict=False))
-        return Ended(replace(trained, step_seconds=seconds), share, self.error)
+        return Ended(self._progress.trained(self.config, self._rows, self._final_loss), self.error)
+
+
+# ---- its checkpoint, which is that of the trial alone ----------------------------------------------
+
+
+class _LaneLaps(Laps):
+    """The laps of a pack, after those that a lane brings along."""
+
+    def __init__(self, laps: Laps) -> None:
+        self._before: list[float] = []
+        self._laps = laps
+
+    def resume(self, seconds: list[float]) -> None:
+        self._before = seconds
+
+    def seconds(self) -> list[float]:
+        return self._before + self._laps.seconds()
+
+
+class _Weights:
+    """What ``checkpoint.Weights`` keeps of a plain LoRA, of one lane."""
+
+    def __init__(self, weights: dict[str, nn.Parameter]) -> None:
+        self._weights = weights
+
+    def state_dict(self) -> dict[str, Any]:
+        parameters = {name: _apart(weight) for name, weight in self._weights.items()}
+        return {"parameters": parameters, "trained": [*parameters], "buffers": {}, "attributes": {}}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, weight in self._weights.items():
+            weight.copy_(state["parameters"][name])
+
+
+class _OptimizerState(OptimizerState):
+    """An optimizer's state in the order of the weights alone, while these lie in a pack in another."""
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = tree_map_only(torch.Tensor, _apart, super().state_dict())
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        for weight, own in self._optimizer.state.items():
+            for name, value in own.items():
+                if isinstance(value, torch.Tensor) and value.shape == weight.shape:
+                    own[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
+
+
+class _Dropout:
+    """What ``checkpoint.Randomness`` keeps, with the numbers of one lane."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self._generator.get_state()
+        if self._generator.device.type == "cpu":
+            return {"cpu": state, "cuda": []}
+        return {"cpu": torch.get_rng_state(), "cuda": [state] * torch.cuda.device_count()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        on_cpu, number = self._generator.device.type == "cpu", self._generator.device.index or 0
+        self._generator.set_state(state["cpu"] if on_cpu else state["cuda"][number])
+
+
+def _apart(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that is no part of a larger tensor."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -33,6 +33,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from peftsweep import train
 from peftsweep.data import Batch, Tokens, batch_order
+from peftsweep.lanes import Pack
 from peftsweep.model import answer_losses, auxiliary_loss, classifies, head_names, trainable_parameters
 from peftsweep.model import skeleton as bare_skeleton
 from peftsweep.schema import Dtype, ModelConfig, TrainConfig
@@ -145,10 +146,17 @@ def _store(module: Any, plain: Any) -> None:
 # ---- the step --------------------------------------------------------------------------------------
 
 
-def predict(adapted: Any, config: TrainConfig, shapes: Sequence[Shape], device: str) -> Prediction:
+def predict(
+    adapted: Any,
+    config: TrainConfig,
+    shapes: Sequence[Shape],
+    device: str,
+    lanes: Mapping[str, TrainConfig] | None = None,
+) -> Prediction:
     """The memory of the largest training step of ``adapted`` on a ``device`` ("cuda", "cpu"); the model is used up.
 
-    ``adapted`` is made of ``skeleton`` with its method attached; ``shapes`` are those of the micro-batches.
+    ``adapted`` is made of ``skeleton`` with its method attached; ``shapes`` are those of the micro-batches. With
+    ``lanes``, its adapters by name, these are trained together.
 
     Raises:
         Exception: whatever is raised by a method that cannot run without numbers.
@@ -159,24 +167,45 @@ def predict(adapted: Any, config: TrainConfig, shapes: Sequence[Shape], device: 
     train.enable_checkpointing(adapted, config.checkpointing)
     adapted.train()
     longest = max(shapes, key=lambda shape: (shape.rows * shape.length, shape.answer_length))
-    first = _trace(adapted, config, longest, device)
+    first = _trace(adapted, config, longest, device, lanes)
     # Another may hold more positions of the vocabulary. What a token and what such a position takes is known now.
     token = first.activation_bytes / (longest.rows * longest.length)
     position = 2 * first.logits_bytes / (longest.rows * longest.answer_length)  # and as much again for its gradient
     other = max(shapes, key=lambda shape: shape.rows * (shape.length * token + shape.answer_length * position))
     if other == longest:
         return first
-    return max(first, _trace(adapted, config, other, device), key=lambda one: one.peak_bytes)
+    return max(first, _trace(adapted, config, other, device, lanes), key=lambda one: one.peak_bytes)
 
 
-def _trace(adapted: nn.Module, config: TrainConfig, shape: Shape, device: str) -> Prediction:
-    optimizer = train.make_optimizer(adapted, config)
+def _trace(
+    adapted: Any, config: TrainConfig, shape: Shape, device: str, lanes: Mapping[str, TrainConfig] | None
+) -> Prediction:
     batch = _batch(adapted, shape)
+    if lanes is None:
+        return _traced(adapted, config, batch, device, [train.make_optimizer(adapted, config)], None)
+    pack = Pack(adapted, [*lanes], seed=0)
+    try:
+        weights = {name: list(pack.weights(name).values()) for name in lanes}
+        optimizers = [train.make_optimizer(nn.Module(), one, weights[name]) for name, one in lanes.items()]
+        return _traced(adapted, config, pack.for_all(batch), device, optimizers, pack)
+    finally:
+        pack.close()
+
+
+def _traced(
+    adapted: nn.Module,
+    config: TrainConfig,
+    batch: Batch,
+    device: str,
+    optimizers: Sequence[torch.optim.Optimizer],
+    pack: Pack | None,
+) -> Prediction:
     allocator = _Allocator(BLOCK.get(device, 1), batch.answer_tokens)
     kernels = _Kernels(device, config.autocast)
     tensors = [(_is_adapter(name, adapted), tensor) for name, tensor in _named_tensors(adapted)]
     weights = allocator.hold(tensor for own, tensor in tensors if not own)
     adapter = allocator.hold(tensor for own, tensor in tensors if own)
+    allocator.hold(pack.gradients if pack else [])  # which a pack has from the beginning
     forward = backward = kept = logits = 0
     with _as_on(device, config.autocast), allocator:
         for _ in range(min(2, config.accumulation)):  # the second micro-batch finds the gradients of the first
@@ -193,11 +222,11 @@ def _trace(adapted: nn.Module, config: TrainConfig, shape: Shape, device: str) -
             allocator.in_backward = False
             del loss, regulariser
             backward = max(backward, allocator.peak)
-        gradients = [p.grad for _, p in trainable_parameters(adapted) if p.grad is not None]
-        before = allocator.mark()
-        step = _step(optimizer, allocator, device)
+        alone = [p.grad for _, p in trainable_parameters(adapted) if p.grad is not None]
+        before, gradients = allocator.mark(), pack.gradients if pack else alone
+        step = max(_step(optimizer, allocator, device) for optimizer in optimizers)
         states = allocator.live - before
-    optimizer.zero_grad(set_to_none=True)
+    adapted.zero_grad(set_to_none=True)
     return Prediction(
         weights_bytes=weights,
         adapter_bytes=adapter,

@@ -30,6 +30,11 @@ from peftsweep.schema import Dtype, Schedule, TrainConfig
 
 SCHEDULES = {Schedule.cosine: "cosine", Schedule.linear: "linear", Schedule.constant: "constant_with_warmup"}
 FUSED = ("cpu", "cuda")  # devices that have torch's fused optimizers
+# Of a row of steps.jsonl, what is shared by trials that take their steps together.
+OF_A_PACK = (
+    *("seconds", "tokens_per_second", "memory_allocated"),
+    *("epoch_seconds", "epoch_tokens_per_second", "epoch_memory_peak"),
+)
 WARMUP_LAPS = 3  # first steps allocate and tune; they are trained on, but left out of the percentiles
 
 
@@ -46,11 +51,22 @@ class Trained:
     best_step: int | None  # of the best validation by config.best_metric
     step_seconds: list[float]
     compilation: dict[str, Any] = field(default_factory=dict)  # facts of torch.compile
+    lanes: list[int] = field(default_factory=list)  # how many trials took each step together
 
     @property
     def steady_seconds(self) -> list[float]:
         """Step times without the first few, unless there are no others."""
         return self.step_seconds[WARMUP_LAPS:] or self.step_seconds
+
+    @property
+    def packed(self) -> bool:
+        """Whether steps were taken together with other trials, whose time they then are too."""
+        return max(self.lanes, default=1) > 1
+
+    @property
+    def share_seconds(self) -> float:
+        """Of all step times, each divided by the trials that took part."""
+        return sum(seconds / lanes for seconds, lanes in zip(self.step_seconds, self.lanes, strict=True))
 
 
 Row = dict[str, Any]
@@ -167,20 +183,22 @@ def train(
                 check_finite(final_loss, step)
                 seconds = sum(laps.seconds())
                 log(
-                    {
-                        "step": step,
-                        "steps": steps,
-                        "epoch": in_epochs(step, config, len(rows)),
-                        "loss": final_loss,
-                        "learning_rate": scheduler.get_last_lr()[0],
-                        "tokens": progress.tokens,
-                        "seconds": seconds,
-                        "tokens_per_second": progress.tokens / seconds,
-                        "memory_allocated": torch.cuda.memory_allocated(device) if device.type == "cuda" else None,
-                    }
+                    progress.own(
+                        {
+                            "step": step,
+                            "steps": steps,
+                            "epoch": in_epochs(step, config, len(rows)),
+                            "loss": final_loss,
+                            "learning_rate": scheduler.get_last_lr()[0],
+                            "tokens": progress.tokens,
+                            "seconds": seconds,
+                            "tokens_per_second": progress.tokens / seconds,
+                            "memory_allocated": torch.cuda.memory_allocated(device) if device.type == "cuda" else None,
+                        }
+                    )
                 )
             if epoch.over(step):
-                log({"step": step, "steps": steps} | epoch.close())
+                log({"step": step, "steps": steps} | progress.own(epoch.close()))
             if validate and every and (step % every == 0 or step == steps):
                 with meter.stage("validate"), torch.compiler.set_stance("force_eager"):
                     scores = validate()
@@ -219,9 +237,11 @@ class Progress:
     positions: int = 0  # with it
     losses: list[torch.Tensor] = field(default_factory=list)  # since the last logged step
     validations: list[tuple[float, float, int]] = field(default_factory=list)  # how bad, its loss, its step
+    lanes: list[int] = field(default_factory=list)  # how many trials took each step together
 
-    def add(self, loss: torch.Tensor, batches: Sequence[Batch]) -> None:
+    def add(self, loss: torch.Tensor, batches: Sequence[Batch], lanes: int = 1) -> None:
         self.step += 1
+        self.lanes.append(lanes)
         self.losses.append(loss)
         self.tokens += sum(batch.tokens for batch in batches)
         self.positions += sum(batch.input_ids.numel() for batch in batches)
@@ -231,6 +251,10 @@ class Progress:
         mean = torch.stack(self.losses).mean().item()
         self.losses.clear()
         return mean
+
+    def own(self, row: Row) -> Row:
+        """A row of steps.jsonl without what is a pack's, if steps were taken in one."""
+        return {key: value for key, value in row.items() if max(self.lanes) == 1 or key not in OF_A_PACK}
 
     def trained(
         self, config: TrainConfig, rows: int, final_loss: float | None, compilation: dict[str, Any] | None = None
@@ -246,13 +270,14 @@ class Progress:
             best_step=min(self.validations, default=[None])[-1],
             step_seconds=self.laps.seconds(),
             compilation=compilation or {},
+            lanes=self.lanes,
         )
 
     def state_dict(self) -> dict[str, Any]:
         return vars(self) | {"laps": self.laps.seconds()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.laps.seconds().extend(state["laps"])  # into the laps' own list
+        self.laps.resume(state["laps"])
         vars(self).update(state | {"laps": self.laps})
 
 

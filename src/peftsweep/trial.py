@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import transformers
@@ -190,7 +190,8 @@ def _run(session: Session) -> Status:
         return Status.stopped
     session.score_base()
     session.adapt()
-    answers = session.assess()
+    session.evaluate()
+    answers = session.keep()
     session.let_go()  # two bases would not fit where one just does
     session.compare(answers)
     return Status.success
@@ -243,8 +244,12 @@ class Session:
         longest = min(config.dataset.max_length, tokenizer.model_max_length)
         self.info |= {"training_rows": len(self.tokens)} | rows.left_out | {"long_rows": long_rows}
         self.info["truncated_rows"] = sum(len(row.ids) >= longest for row in self.tokens)
-        total = train.total_steps(config.train, len(self.tokens))
-        self.stop_at = None if self.earlier else halving.stop_at(config.halving, total)
+        self.stop_at = self.rung_step(len(self.tokens))
+
+    def rung_step(self, rows: int) -> int | None:
+        """The step at which training on so many rows stops, for a rung; None: at its end."""
+        total = train.total_steps(self.config.train, rows)
+        return None if self.earlier else halving.stop_at(self.config.halving, total)
 
     def score_base(self) -> None:
         trained_on = data.questions(data.dataset_examples(self.config.dataset, self.rows.train))
@@ -261,7 +266,8 @@ class Session:
         self.tokenizer, self.pad_id = other.tokenizer, other.pad_id
         self.rows, self.tokens, self.tests = other.rows, other.tokens, other.tests
         self.info |= other.info
-        self.result.eval_info = copy.deepcopy(other.result.eval_info)
+        self.stop_at = self.rung_step(len(self.tokens))
+        self.result.eval_info = copy.deepcopy(other.result.eval_info) if self.stop_at is None else {}
 
     def adapt(self) -> None:
         """Attach the method and train it, or take an adapter that was trained before."""
@@ -295,13 +301,8 @@ class Session:
     def _train(self) -> None:
         if predicted := forecast.prediction(self.trial, self.tokens):
             self.result.memory["predicted"] = dataclasses.asdict(predicted) | {"peak_bytes": predicted.peak_bytes}
-        steps = self.place / record.STEPS
-        stamp = checkpoint.stamp(self.trial.training, self.meter.device)
-        checkpoints = checkpoint.Checkpoints(self.place / study.CHECKPOINTS, stamp, steps)
-        if self.config.force:
-            checkpoints.clear()
-        self.result.run_info["resumed"] = resumed = checkpoints.find()  # from this step on; 0: from the beginning
-        with self.stage("train"), steps.open("a" if resumed else "w", encoding="utf-8") as lines:
+        checkpoints = self.checkpoints()
+        with self.stage("train"), self.steps() as lines:
             trained = train.train(
                 self.adapted,
                 self.tokens,
@@ -311,17 +312,30 @@ class Session:
                 meter=self.meter,
                 log=partial(log_step, lines, self.observer),
                 validate=self.validation(),
-                checkpoints=checkpoints if resumed or self.config.train.checkpoint_every or self.stop_at else None,
+                checkpoints=checkpoints,
                 stop_at=self.stop_at,
             )
         counts = model.count(self.adapted)
         self.info |= {"trainable_parameters": counts.trainable, "total_parameters": counts.total}
         self.info |= train_info(trained) | train_cost(trained)
 
-    def assess(self) -> Answers | None:
-        """All that is asked of the trained model; its answers to a batch, where what is saved is to be compared."""
+    def checkpoints(self) -> checkpoint.Checkpoints | None:
+        """Those of the training, if any are wanted or there is one, from whose step it then goes on."""
+        stamp = checkpoint.stamp(self.trial.training, self.meter.device)
+        found = checkpoint.Checkpoints(self.place / study.CHECKPOINTS, stamp, self.place / record.STEPS)
+        if self.config.force:
+            found.clear()
+        self.result.run_info["resumed"] = resumed = found.find()  # from this step on; 0: from the beginning
+        return found if resumed or self.config.train.checkpoint_every or self.stop_at else None
+
+    def steps(self) -> TextIO:
+        """The trial's steps.jsonl, to be written on."""
+        file = self.place / record.STEPS
+        return file.open("a", encoding="utf-8") if self.result.run_info["resumed"] else file.open("w", encoding="utf-8")
+
+    def keep(self) -> Answers | None:
+        """Save, time and profile the trained model; its answers to a batch, where what is saved is to be compared."""
         config = self.config
-        self.evaluate()
         if config.adapter.save:
             self.save()
         if config.inference:
@@ -543,13 +557,15 @@ def train_info(trained: train.Trained) -> dict[str, Any]:
 
 
 def train_cost(trained: train.Trained) -> dict[str, Any]:
-    """What the training took, for the record."""
+    """What the training took, for the record; of steps taken together with other trials, where none's own stands."""
     seconds = sum(trained.step_seconds)
-    return {
+    cost = {
         "train_seconds": seconds,
         "tokens_per_second": trained.tokens / seconds if seconds else None,
         **{f"step_seconds_p{p}": percentile(trained.steady_seconds, p) for p in (50, 95, 99)},
     }
+    shared = {"lanes": max(trained.lanes, default=1), "share_seconds": trained.share_seconds}
+    return {"packed": shared | cost} if trained.packed else cost
 
 
 # ---- the record ------------------------------------------------------------------------------------

@@ -69,7 +69,9 @@ def run(trials: Sequence[Trial], options: Options, budget: Budget, display: Disp
         Unwritable: the study cannot be written; running trials end as if they were killed.
     """
     budget.begin()
-    jobs: list[Job] = pack.plan(trials, options.pack) if options.pack else [[one] for one in trials]
+    jobs: list[Job] = [[one] for one in trials]
+    if options.pack:
+        jobs = pack.plan(trials, options.pack, pack.fits_memory)
     if options.workers == 0:
         yield from _here(deque(jobs), budget, display, options)
         return

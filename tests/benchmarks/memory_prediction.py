@@ -1,11 +1,12 @@
 """How far is the predicted training peak from the measured one?
 
     python tests/benchmarks/memory_prediction.py [--scale small|large] [--device auto] [--only WORDS] [--out FILE]
+    python tests/benchmarks/memory_prediction.py --packs [--scale small|large] [--device auto] [--out FILE]
 
-Thirty configurations of random models are trained for a few steps. On a GPU the truth is the peak of
-torch's allocator (``max_memory_allocated``). On a CPU it is what the allocator was asked for, block by block,
-as torch.profiler reports it, which unlike the resident set is free of noise and of other libraries; the growth
-of the resident set is given beside it. The error is predicted / measured - 1.
+Thirty configurations of random models are trained for a few steps; with --packs, sets of LoRA trials together. On
+a GPU the truth is the peak of torch's allocator (``max_memory_allocated``). On a CPU it is what the allocator was
+asked for, block by block, as torch.profiler reports it, which unlike the resident set is free of noise and of other
+libraries; the growth of the resident set is given beside it. The error is predicted / measured - 1.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import platform
 import random
 import statistics
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from peftsweep import build, cli, model, predict, train
+from peftsweep import build, cli, forecast, model, packed, predict, train
 from peftsweep.config import Trial
 from peftsweep.config import trial as make_trial
 from peftsweep.data import Tokens
@@ -84,6 +86,24 @@ POINTS = [
 ]
 
 
+# Packs, by what their trials share, and what each has of its own.
+WIDE = ["method.r=64", "method.r=8 targets=all_linear", "method.r=16 targets=qv", "method.r=8 targets=mlp"]
+ALIKE = [f"method.r=8 train.learning_rate={rate}" for rate in ("1e-4", "2e-4")]
+PACKS = [
+    (LLAMA, "method=lora", ALIKE),
+    (LLAMA, "method=lora", WIDE),
+    (LLAMA, "method=lora targets=all_linear", 4 * ALIKE),
+    (LLAMA, "method=lora quant=4bit", ALIKE),
+    (LLAMA, "method=lora quant=4bit", WIDE),
+    (LLAMA, "method=lora quant=4bit targets=all_linear method.lora_dropout=0.1", 4 * ALIKE),
+    (LLAMA, "method=lora quant=8bit", WIDE),
+    (LLAMA, "method=lora quant=4bit train.checkpointing=true", WIDE),
+    (LLAMA, "method=lora train.accumulation=2 train.optimizer=SGD", WIDE),
+    (LLAMA, "method=lora train.autocast=bfloat16", WIDE),
+    (LLAMA, "method=lora model.dtype=bfloat16 quant=4bit", WIDE),
+]
+
+
 def compose(point: tuple[str, str], scale: str) -> Trial:
     """The trial of a point of the list, at that scale."""
     words = [*point[0].split(), *point[1].split(), "train.batch_size=4", f"train.steps={STEPS}", "quiet=true"]
@@ -121,16 +141,27 @@ def predicted(trial: Trial, tokens: list[Tokens], device: str) -> predict.Predic
 def measured(trial: Trial, tokens: list[Tokens], device: torch.device) -> dict[str, int]:
     """Bytes at the peak of a real training: of the allocator, and (on a CPU) of the resident set."""
     config = trial.config
+
+    def prepare() -> tuple[torch.nn.Module, Callable[[Meter], Any]]:
+        base = model.load(config.model, build.quantization(trial), device, len(config.dataset.classes))
+        if model.classifies(base):
+            base.config.pad_token_id = 0
+        torch.manual_seed(0)
+        adapted = build.attach_method(trial, base, config.train.steps)
+        options: dict[str, Any] = {"pad_id": 0, "seed": config.seed, "log": lambda row: None}
+        return adapted, lambda meter: train.train(adapted, tokens, config.train, meter=meter, **options)
+
+    return peak(prepare, device)
+
+
+def peak(prepare: Callable[[], tuple[torch.nn.Module, Callable[[Meter], Any]]], device: torch.device) -> dict[str, int]:
+    """The bytes at the peak of a training, and of the model that it is given."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     meter = Meter(device)
-    base = model.load(config.model, build.quantization(trial), device, len(config.dataset.classes))
-    if model.classifies(base):
-        base.config.pad_token_id = 0
-    torch.manual_seed(0)
-    adapted = build.attach_method(trial, base, config.train.steps)
+    adapted, run = prepare()
     with (
         profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
         if device.type == "cpu"
@@ -138,10 +169,24 @@ def measured(trial: Trial, tokens: list[Tokens], device: torch.device) -> dict[s
         meter.stage("train") as stage,
     ):
         start = _storage_bytes(adapted)
-        train.train(adapted, tokens, config.train, pad_id=0, seed=config.seed, meter=meter, log=lambda row: None)
+        run(meter)
     if device.type == "cuda":
         return {"measured": int(stage.allocated_peak or 0) - held}
     return {"measured": start + _most(watch), "rss_peak": stage.rss_peak}
+
+
+def measured_pack(trials: list[Trial], tokens: list[Tokens], device: torch.device) -> dict[str, int]:
+    """``measured`` of trials that are trained together."""
+    config = trials[0].config
+    lanes = {f"lane{number}": one for number, one in enumerate(trials)}
+
+    def prepare() -> tuple[torch.nn.Module, Callable[[Meter], Any]]:
+        base = model.load(config.model, build.quantization(trials[0]), device)
+        adapted = build.attach_lanes(lanes, base)
+        sides = [packed.Lane(name, one.config.train, lambda row: None) for name, one in lanes.items()]
+        return adapted, lambda meter: packed.train_packed(adapted, tokens, sides, pad_id=0, seed=0, meter=meter)
+
+    return peak(prepare, device)
 
 
 def _storage_bytes(adapted: torch.nn.Module) -> int:
@@ -157,6 +202,23 @@ def _most(watch: Any) -> int:
         now += event.nbytes()
         most = max(most, now)
     return most
+
+
+def compare_pack(point: tuple[str, str, list[str]], scale: str, device: torch.device, length: int) -> dict[str, Any]:
+    """One line of the result, of a pack."""
+    base, shared, own = point
+    trials = [compose((base, f"{shared} {words}"), scale) for words in own]
+    tokens = rows(trials[0], length)
+    start = time.perf_counter()
+    prediction = forecast.together(trials, tokens, device.type)
+    assert prediction is not None
+    seconds = time.perf_counter() - start
+    truth = measured_pack(trials, tokens, device)
+    error = prediction.peak_bytes / truth["measured"] - 1
+    name = f"{base.split()[0]} {shared}: {len(own)} lanes{' of different targets' if own is WIDE else ''}"
+    return {"point": name, "predicted": prediction.peak_bytes, **truth, "error": error, "seconds": seconds} | vars(
+        prediction
+    )
 
 
 def compare(point: tuple[str, str], scale: str, device: torch.device, length: int) -> dict[str, Any]:
@@ -181,14 +243,16 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--length", type=int, default=256, help="tokens of the longest row")
     parser.add_argument("--only", default="", help="points that contain this")
+    parser.add_argument("--packs", action="store_true", help="trials together")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     device = model.device(options.device)
     lines = []
-    for point in POINTS:
-        if options.only not in " ".join(point):
+    for point in PACKS if options.packs else POINTS:
+        if options.only not in " ".join(point[:2]):
             continue
-        line = compare(point, options.scale, device, options.length)
+        find: Callable[..., dict[str, Any]] = compare_pack if options.packs else compare
+        line = find(point, options.scale, device, options.length)
         lines.append(line)
         sizes = f"{line['predicted'] / 2**20:9.1f} {line['measured'] / 2**20:9.1f} MiB"
         print(f"{line['point']:75s} {sizes} {line['error']:+7.1%} {line['seconds']:5.1f} s", flush=True)

@@ -6,7 +6,8 @@ Three ways to train the same eight adapters (ranks, rates and targets differ) in
 together (packed.train_packed), one by one (train.train), and PEFT's plain loop, in which every adapter is made
 the active one in turn and takes its step. Each round runs all three; their order changes from round to round. A
 side's seconds are those of attaching and of all steps. `probe` is what pack=auto would find, and `auto` how fast
-its choice is beside the better one.
+its choice is beside the better one. `ratio_evaluated` is how many times as fast the eight write answers to the same
+questions at once as one after the other.
 
 `large` is a Llama of 1B parameters with random weights in bfloat16, 512 tokens a row, for a CUDA device; `small`
 is the embedded model with 64 tokens a row. No new setting begins when ``minutes`` are over.
@@ -16,21 +17,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
 
-from peftsweep import attach, build, cli, data, model, packed, record, train
+from peftsweep import attach, build, cli, data, evaluate, lanes, model, packed, record, train
 from peftsweep.config import trial as make_trial
 from peftsweep.inference import bare
 from peftsweep.measure import Meter, synchronise
 from peftsweep.schema import TargetsConfig, TrainConfig
+from peftsweep.tiny import task
 
 SCALES: dict[str, dict[str, Any]] = {
     "large": {
@@ -67,8 +71,8 @@ def rows_of(tokens: int, vocabulary: int) -> list[data.Tokens]:
 def together(base: Any, rows: list[data.Tokens], batch: int, steps: int, meter: Meter) -> None:
     names = [f"lane{lane}" for lane in range(LANES)]
     adapted = attach.attach_lanes(fresh(base), {n: (method(i), TargetsConfig()) for i, n in enumerate(names)}, 0, {})
-    lanes = [packed.Lane(n, config(i, batch, steps), lambda row: None) for i, n in enumerate(names)]
-    packed.train_packed(adapted, rows, lanes, pad_id=0, seed=0, meter=meter)
+    sides = [packed.Lane(n, config(i, batch, steps), lambda row: None) for i, n in enumerate(names)]
+    packed.train_packed(adapted, rows, sides, pad_id=0, seed=0, meter=meter)
 
 
 def one_by_one(base: Any, rows: list[data.Tokens], batch: int, steps: int, meter: Meter) -> None:
@@ -100,6 +104,32 @@ def plain_loop(base: Any, rows: list[data.Tokens], batch: int, steps: int, meter
 
 
 SIDES: dict[str, Callable[..., None]] = {"together": together, "one_by_one": one_by_one, "plain_loop": plain_loop}
+
+
+def evaluated(base: Any, tokenizer: Any, tokens: int, rounds: int) -> dict[str, Any]:
+    """How long the lanes take to answer sixteen questions at once, and each by PEFT's own layers."""
+    names = [f"lane{lane}" for lane in range(LANES)]
+    adapted = attach.attach_lanes(fresh(base), {n: (method(i), TargetsConfig()) for i, n in enumerate(names)}, 0, {})
+    adapted.eval()
+    asked = data.examples(task.rows("test", 16), "{question} ", "{answer}")
+    seconds: dict[str, list[float]] = {"together": [], "one_by_one": []}
+    for number in range(rounds + 1):  # the first one warms up
+        for side in sorted(seconds, reverse=bool(number % 2)):
+            synchronise(base.device)
+            start = time.perf_counter()
+            together = lanes.Pack(adapted, names) if side == "together" else None
+            for name in names:
+                adapted.set_adapter(name)
+                with together.asked(name) if together else nullcontext():
+                    evaluate.generation(adapted, tokenizer, asked, max_new_tokens=tokens // 2)
+                    evaluate.perplexity(adapted, tokenizer, asked)
+            if together:
+                together.close()
+            synchronise(base.device)
+            seconds[side].append(time.perf_counter() - start)
+    found = {side: took[1:] for side, took in seconds.items()}
+    ratios = [a / b for a, b in zip(found["one_by_one"], found["together"], strict=True)]
+    return {"ratio_evaluated": statistics.median(ratios), "seconds": found}
 
 
 def timed(side: str, *arguments: Any, meter: Meter) -> tuple[float, int | None]:
@@ -154,12 +184,13 @@ def main() -> None:
     said = words.parse_args()
     scale, begun = SCALES[said.scale], time.monotonic()
     meter = Meter(model.device("auto"))
-    settings = []
+    settings, answers = [], {}
     for quant in ("none", "4bit"):
         told = [*scale["words"], f"quant={quant}"]
         cfg = cli.compose(told)
         one = make_trial(cfg, cfg.hydra.runtime.choices, told)
-        base = build.load_base(one, model.load_tokenizer(one.config.model), meter.device)
+        tokenizer = model.load_tokenizer(one.config.model)
+        base = build.load_base(one, tokenizer, meter.device)
         rows = rows_of(scale["tokens"], min(base.config.vocab_size, 500))
         for batch in scale["batches"]:
             if time.monotonic() - begun > 60 * said.minutes:
@@ -172,8 +203,11 @@ def main() -> None:
                 f"auto {found['auto']:.2f}",
                 flush=True,
             )
+        answers[quant] = evaluated(base, tokenizer, scale["tokens"], said.rounds)
+        print(f"{quant:5} evaluated: {answers[quant]['ratio_evaluated']:.2f} x one by one", flush=True)
         del base
     content = {"scale": said.scale, "lanes": LANES, "tokens": scale["tokens"], "settings": settings}
+    content |= {"evaluations": answers, "load": os.getloadavg()}
     if said.out:
         record.write_json(said.out, content | {"environment": record.environment()})
     else:
