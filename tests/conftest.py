@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -105,9 +107,14 @@ def scores(result: Result) -> dict[str, dict[str, object]]:
 
 
 def start(*words: str, door: str = "from peftsweep import cli; cli.main()") -> subprocess.Popen[str]:
-    """`peftsweep` with the given words, in a process of its own."""
+    """`peftsweep` with the given words, in a process of its own, which hears Ctrl-C even if this one does not."""
     return subprocess.Popen(
-        [sys.executable, "-c", door, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+        [sys.executable, "-c", door, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
 
