@@ -17,7 +17,8 @@ import pandas as pd
 import pytest
 
 import peftsweep
-from peftsweep import interchange, record
+from peftsweep import record
+from peftsweep.answer import interchange
 from peftsweep.record import Result
 from tests.test_collect import Collect, collect_command, write
 

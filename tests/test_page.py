@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from peftsweep import page
+from peftsweep.answer import page
 from tests import tables
 
 EVIL = "</script><img src=x onerror=alert(1)><b>&amp;"

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from peftsweep import plot, stats
+from peftsweep.answer import plot, stats
 from tests import tables
 
 METHODS, QUANTS = ["lora", "dora", "ia3"], ["none", "4bit"]

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from peftsweep import report
-from peftsweep.table import predictions
+from peftsweep.answer import report
+from peftsweep.answer.table import predictions
 
 ROWS = 100
 

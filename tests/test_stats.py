@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 from scipy import stats as reference
 
-from peftsweep import columns, effects, frontier, rungs, stats
-from peftsweep.stats import Floats, Measured
+from peftsweep.answer import columns, effects, frontier, rungs, stats
+from peftsweep.answer.stats import Floats, Measured
 
 ACCURACY, PERPLEXITY = "eval_info.task.accuracy.value", "eval_info.task.perplexity.value"
 

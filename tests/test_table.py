@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 
 import peftsweep
-from peftsweep import study, table
+from peftsweep import study
+from peftsweep.answer import table
 from peftsweep.errors import InputError
 from peftsweep.record import Result
 from tests.test_collect import Collect, collect_command, write

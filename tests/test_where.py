@@ -7,8 +7,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from peftsweep.answer.where import where
 from peftsweep.errors import InputError
-from peftsweep.where import where
 
 TABLE = pd.DataFrame(
     {

@@ -65,6 +65,6 @@ def load(study: str | PathLike[str] = "default") -> DataFrame:
         InputError: there is no such study.
     """
     from peftsweep import study as studies
-    from peftsweep import table
+    from peftsweep.answer import table
 
     return table.trials(table.read(studies.find(Path(study))))

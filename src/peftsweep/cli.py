@@ -180,7 +180,7 @@ def collect() -> None:
             from peftsweep import guide
 
             return guide.main(words.memory_guide, _trial, words.studies)
-        from peftsweep import collect as collecting
+        from peftsweep.answer import collect as collecting
 
         if words.status:
             return collecting.status(words.studies)

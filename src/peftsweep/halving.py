@@ -209,7 +209,7 @@ def _notes(results: Sequence[Result], config: HalvingConfig) -> list[str]:
 
 def _correlation(pairs: Sequence[tuple[float | None, float | None]]) -> str:
     """Spearman's rank correlation of the two values, in words."""
-    from peftsweep import rungs  # with pandas and scipy, which no running trial needs
+    from peftsweep.answer import rungs
 
     known = [(math.nan if first is None else first, math.nan if then is None else then) for first, then in pairs]
     found = rungs.rank_correlation(*zip(*known, strict=True))

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 from scipy import special
 
+from peftsweep.answer.stats import ALPHA
 from peftsweep.metrics import LOWER_IS_BETTER
-from peftsweep.stats import ALPHA
 
 
 @dataclass(frozen=True)

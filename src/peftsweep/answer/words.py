@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from peftsweep import columns
-from peftsweep.columns import DEVICE_MEMORY, HOST_MEMORY, PREDICTED
+from peftsweep.answer import columns
+from peftsweep.answer.columns import DEVICE_MEMORY, HOST_MEMORY, PREDICTED
 from peftsweep.display import size
 from peftsweep.record import Status
 

@@ -12,12 +12,13 @@ from typing import Any
 
 import pandas as pd
 
-from peftsweep import columns, effects, findings, frontier, methodology, record, rungs, stats, words
-from peftsweep.columns import HOST_MEMORY, PREDICTED, QUANT, RANK, TARGETS
+from peftsweep import record
+from peftsweep.answer import columns, effects, findings, frontier, methodology, rungs, stats, words
+from peftsweep.answer.columns import HOST_MEMORY, PREDICTED, QUANT, RANK, TARGETS
+from peftsweep.answer.findings import Task
+from peftsweep.answer.words import ADAPTER, PARAMETERS, ROWS, SECONDS, SPEED
 from peftsweep.display import size
-from peftsweep.findings import Task
 from peftsweep.record import Status
-from peftsweep.words import ADAPTER, PARAMETERS, ROWS, SECONDS, SPEED
 
 RESULTS = "RESULTS.md"
 APPROXIMATE = "≈ marks a difference that may be chance."

@@ -13,10 +13,10 @@ from typing import Any
 
 import pandas as pd
 
-from peftsweep import columns, effects, stats, words
-from peftsweep.columns import DEVICE_MEMORY, RANK, WITHOUT_RESULT
+from peftsweep.answer import columns, effects, stats, words
+from peftsweep.answer.columns import DEVICE_MEMORY, RANK, WITHOUT_RESULT
+from peftsweep.answer.words import ADAPTER, SECONDS, SHOWN_MEMORY
 from peftsweep.record import Status
-from peftsweep.words import ADAPTER, SECONDS, SHOWN_MEMORY
 
 
 @dataclass

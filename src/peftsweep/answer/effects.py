@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from peftsweep import columns
-from peftsweep.columns import METHOD, RANK, direction
-from peftsweep.stats import SEED, Measured, Predictions, holm, identify, measure, settings, verdict
+from peftsweep.answer import columns
+from peftsweep.answer.columns import METHOD, RANK, direction
+from peftsweep.answer.stats import SEED, Measured, Predictions, holm, identify, measure, settings, verdict
 
 MOST_LEVELS = 30  # of a factor whose levels are held against each other
 

@@ -30,7 +30,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import special  # scipy.stats takes longer to load than a small study to collect
 
-from peftsweep.columns import MEASURED, direction, evaluation, scores
+from peftsweep.answer.columns import MEASURED, direction, evaluation, scores
 from peftsweep.record import Status
 
 Floats = NDArray[np.float64]

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from peftsweep import columns, effects, stats
-from peftsweep.columns import QUANT, RANK, TARGETS, Cost
-from peftsweep.frontier import front as frontier_of
+from peftsweep.answer import columns, effects, stats
+from peftsweep.answer.columns import QUANT, RANK, TARGETS, Cost
+from peftsweep.answer.frontier import front as frontier_of
 from peftsweep.record import trials_in_words
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#7F7F7F")  # Okabe and Ito's

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from peftsweep.columns import direction
-from peftsweep.stats import Floats, Predictions, measure
+from peftsweep.answer.columns import direction
+from peftsweep.answer.stats import Floats, Predictions, measure
 
 
 def front(values: Floats) -> NDArray[np.bool_]:

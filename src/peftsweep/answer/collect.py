@@ -13,11 +13,9 @@ from typing import Any
 
 import pandas as pd
 
-from peftsweep import columns, halving, interchange, page, plot, report, stats, study
-from peftsweep.display import show_table, size, summary
-from peftsweep.errors import InputError
-from peftsweep.record import Result, Status, counted
-from peftsweep.table import (
+from peftsweep import halving, study
+from peftsweep.answer import columns, interchange, page, plot, report, stats
+from peftsweep.answer.table import (
     ALLOCATED,
     BREAK_EVEN,
     COMPILE,
@@ -36,7 +34,10 @@ from peftsweep.table import (
     write,
     write_parquet,
 )
-from peftsweep.where import where
+from peftsweep.answer.where import where
+from peftsweep.display import show_table, size, summary
+from peftsweep.errors import InputError
+from peftsweep.record import Result, Status, counted
 
 NO_SETTINGS = ("choices.profiler", "choices.tracker", "choices.inference")  # that change nothing of a trial
 SHOWN = 40  # trials that a printed table holds

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from peftsweep import columns, effects, frontier, stats
-from peftsweep.columns import STATUS
-from peftsweep.plot import COLOURS, FADED, INK, RULE
+from peftsweep.answer import columns, effects, frontier, stats
+from peftsweep.answer.columns import STATUS
+from peftsweep.answer.plot import COLOURS, FADED, INK, RULE
 from peftsweep.record import counted, trials_in_words, write_text
 
 REPORT = "report.html"

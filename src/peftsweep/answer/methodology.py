@@ -8,11 +8,11 @@ from typing import Any
 
 import pandas as pd
 
-from peftsweep import columns, rungs, stats, words
-from peftsweep.columns import WITHOUT_RESULT
-from peftsweep.findings import Task
+from peftsweep.answer import columns, rungs, stats, words
+from peftsweep.answer.columns import WITHOUT_RESULT
+from peftsweep.answer.findings import Task
+from peftsweep.answer.words import ROWS
 from peftsweep.record import Status
-from peftsweep.words import ROWS
 
 
 def methodology(table: pd.DataFrame, tasks: Sequence[Task], steps: pd.DataFrame) -> Iterator[str]:
