@@ -15,7 +15,8 @@ FLOORS = (
     "repeat",
     "answer.table answer.where answer.columns answer.stats answer.effects answer.frontier answer.rungs answer.words "
     "answer.findings answer.methodology answer.report answer.plot answer.page",
-    "config prepare halving build forecast guide trial pack workers engine sweep answer.interchange answer.collect",
+    "config prepare halving build forecast guide trial pack workers engine sweep everything "
+    "answer.interchange answer.collect",
     "cli",
 )
 ORDER = [module for floor in FLOORS for module in floor.split()]

@@ -41,8 +41,6 @@ def run(
     config = trials[0].config
     if launch and config.stop_on_failure:
         raise InputError("stop_on_failure=true: only with hydra/launcher=local; others are given all trials at once")
-    if not config.dry_run and options.workers != 0:
-        workers.prepare()
     forecasts = [forecast.check(one) for one in trials]  # raises before anything is written
     if config.dry_run:
         _dry_run(trials, forecasts)

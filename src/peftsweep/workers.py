@@ -18,7 +18,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import connection, forkserver
+from multiprocessing import connection
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -53,12 +53,6 @@ class Options:
     pack: int | None = None  # trials to train at once at most, on one base; null: each alone
     probe: bool = False  # try out first whether that is faster
     measure: bool = False  # take some steps of each packed trial alone afterwards, for its own speed and memory
-
-
-def prepare() -> None:
-    """Begin to import what workers need, while this process does other things."""
-    CONTEXT.set_forkserver_preload([__name__])
-    forkserver.ensure_running()
 
 
 def run(trials: Sequence[Trial], options: Options, budget: Budget, display: Display) -> Iterator[tuple[Trial, Result]]:

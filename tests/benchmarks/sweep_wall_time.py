@@ -2,8 +2,8 @@
 
     python tests/benchmarks/sweep_wall_time.py [--rounds 3] [--train-seconds 3] [--points 1000] [--out FILE]
 
-Twelve LoRA trials of the embedded model (four ranks, three seeds) on the same rows: by `peftsweep`, and by a loop
-that starts `train_one.py` for each, which does the same with plain transformers and PEFT: the same number of steps of
+Twelve LoRA trials of the embedded model (four ranks, three seeds) on the same rows: by `peftsweep` with one worker
+(the default on a CPU, which takes all cores) and with two, and by a loop that starts `train_one.py` for each, which does the same with plain transformers and PEFT: the same number of steps of
 the same size, perplexity and written answers of base and adapter on 200 rows, the adapter saved. Both in turns, in
 fresh folders. How many steps are ``--train-seconds`` of training is found out first. `planning` is the time from the
 command to the first trial (composed, checked, hashed, looked up) of a sweep over so many points, less that of ten,
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def main() -> None:
         sweep("first", 30)
         step_seconds = peftsweep.load("first")["train_info.step_seconds_p50"].median()
         steps = round(options.train_seconds / step_seconds)
-        sides = {"peftsweep": sweep, "shell_loop": shell_loop}
+        sides = {"one_worker": sweep, "shell_loop": shell_loop, "two_workers": partial(sweep, workers=2)}
         seconds: dict[str, list[float]] = {name: [] for name in sides}
         for number in range(options.rounds):
             for name in list(sides)[:: 1 if number % 2 else -1]:
@@ -58,12 +59,17 @@ def main() -> None:
                 scores = sides[name](f"{name}{number}", steps)
                 seconds[name].append(time.perf_counter() - start)
                 print(f"{name}: {seconds[name][-1]:.1f} s, accuracies {scores}", flush=True)
-        studies = [f"peftsweep{number}" for number in range(options.rounds)]
+        studies = [f"one_worker{number}" for number in range(options.rounds)]
         train_seconds = [float(peftsweep.load(one)["train_info.train_seconds"].median()) for one in studies]
         planned = {points: planning(points) for points in (FEW, options.points)}
-    ratios = [ours / theirs for ours, theirs in zip(seconds["peftsweep"], seconds["shell_loop"], strict=True)]
+    ratios = {
+        name: [ours / theirs for ours, theirs in zip(seconds[name], seconds["shell_loop"], strict=True)]
+        for name in ("one_worker", "two_workers")
+    }
     result = {
-        "wall_time_of_the_shell_loop": {"median": statistics.median(ratios), "all": ratios},
+        "share_of_the_shell_loops_time": {
+            name: {"median": statistics.median(every), "all": every} for name, every in ratios.items()
+        },
         "seconds": seconds,
         "trials": len(RANKS) * len(SEEDS),
         "steps": steps,
@@ -97,9 +103,10 @@ def rows_of_the_task(folder: Path) -> None:
         (folder / f"{split}.jsonl").write_text("\n".join(lines))
 
 
-def sweep(name: str, steps: int) -> list[float]:
+def sweep(name: str, steps: int, workers: int = 1) -> list[float]:
     ranks, seeds = (",".join(map(str, values)) for values in (RANKS, SEEDS))
     words = [f"method.r={ranks}", f"seed={seeds}", f"train.steps={steps}", f"study={name}"]
+    words.append(f"hydra.launcher.workers={workers}")
     subprocess.run([sys.executable, "-c", OURS, *words], check=True, stdout=subprocess.DEVNULL)
     return sorted(float(value) for value in peftsweep.load(name)["eval_info.tiny_math.accuracy.value"])
 

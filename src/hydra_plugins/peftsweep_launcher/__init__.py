@@ -5,7 +5,9 @@ Hydra executes this module at every start, also for `--help`, so it imports noth
 
 import copy
 import functools
+import multiprocessing
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +51,15 @@ class LocalLauncher(Launcher):
         A sweeper may call it many times; the launcher's limit and deadline are those of all of them together.
         """
         from peftsweep import config as configuration
-        from peftsweep import sweep
+
+        placement = configuration.placement(self.options)
+        if placement["workers"] != 0 and not self.config.dry_run:  # it imports what this process imports next
+            multiprocessing.get_context("forkserver").set_forkserver_preload(["peftsweep.everything"])
+            forkserver.ensure_running()
+        from peftsweep.everything import sweep
         from peftsweep.workers import Budget, Options
 
-        options = Options(**configuration.placement(self.options))
+        options = Options(**placement)
         self.budget = self.budget or Budget(options)
         return self._launch(job_overrides, initial_job_idx, lambda trials: sweep.run(trials, options, self.budget))
 
@@ -60,7 +67,7 @@ class LocalLauncher(Launcher):
         self, job_overrides: Sequence[Sequence[str]], first: int, run: Callable[[list[Any]], list[Any]]
     ) -> list[JobReturn]:
         from peftsweep import config as configuration
-        from peftsweep import sweep
+        from peftsweep.everything import sweep
 
         points = self._compose(job_overrides, first)
         trials = [
