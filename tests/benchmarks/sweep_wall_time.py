@@ -3,11 +3,11 @@
     python tests/benchmarks/sweep_wall_time.py [--rounds 3] [--train-seconds 3] [--points 1000] [--out FILE]
 
 Twelve LoRA trials of the embedded model (four ranks, three seeds) on the same rows: by `peftsweep` with one worker
-(the default on a CPU, which takes all cores) and with two, and by a loop that starts `train_one.py` for each, which does the same with plain transformers and PEFT: the same number of steps of
-the same size, perplexity and written answers of base and adapter on 200 rows, the adapter saved. Both in turns, in
-fresh folders. How many steps are ``--train-seconds`` of training is found out first. `planning` is the time from the
-command to the first trial (composed, checked, hashed, looked up) of a sweep over so many points, less that of ten,
-for each point.
+(the default on a CPU, which takes all cores) and with two, and by a loop that starts `train_one.py` for each, which does
+the same with plain transformers and PEFT: the same number of steps of the same size, perplexity and written answers of
+base and adapter on 200 rows, the adapter saved. All in turns, in fresh folders. How many steps are ``--train-seconds``
+of training is found out first. `planning` is the time from the command to the first trial (composed, checked, hashed,
+looked up) of a sweep over so many points, less that of ten, for each point.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -51,6 +52,7 @@ def main() -> None:
         sweep("first", 30)
         step_seconds = peftsweep.load("first")["train_info.step_seconds_p50"].median()
         steps = round(options.train_seconds / step_seconds)
+        sides: dict[str, Callable[[str, int], list[float]]]
         sides = {"one_worker": sweep, "shell_loop": shell_loop, "two_workers": partial(sweep, workers=2)}
         seconds: dict[str, list[float]] = {name: [] for name in sides}
         for number in range(options.rounds):
