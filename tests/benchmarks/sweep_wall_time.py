@@ -3,7 +3,7 @@
     python tests/benchmarks/sweep_wall_time.py [--rounds 3] [--train-seconds 3] [--points 1000] [--out FILE]
 
 Twelve LoRA trials of the embedded model (four ranks, three seeds) on the same rows: by `peftsweep` with one worker
-(the default on a CPU, which takes all cores) and with two, and by a loop that starts `train_one.py` for each, which does
+(the default on a CPU; it takes all cores) and with two, and by a loop that starts `train_one.py` for each, which does
 the same with plain transformers and PEFT: the same number of steps of the same size, perplexity and written answers of
 base and adapter on 200 rows, the adapter saved. All in turns, in fresh folders. How many steps are ``--train-seconds``
 of training is found out first. `planning` is the time from the command to the first trial (composed, checked, hashed,
