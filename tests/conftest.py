@@ -106,14 +106,20 @@ def scores(result: Result) -> dict[str, dict[str, object]]:
     }
 
 
-def start(*words: str, door: str = "from peftsweep import cli; cli.main()") -> subprocess.Popen[str]:
-    """`peftsweep` with the given words, in a process of its own, which hears Ctrl-C even if this one does not."""
+def start(
+    *words: str, door: str = "from peftsweep import cli; cli.main()", terminal: bool = False
+) -> subprocess.Popen[str]:
+    """`peftsweep` with the given words, in a process of its own, which hears Ctrl-C even if this one does not.
+
+    As in a ``terminal`` it leads a group, so that one signal can be sent to it and all that it has started.
+    """
     return subprocess.Popen(
         [sys.executable, "-c", door, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ,
+        start_new_session=terminal,
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 

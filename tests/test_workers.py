@@ -161,6 +161,15 @@ def test_a_second_interrupt_does_not_wait_for_a_trial_that_ignores_the_first() -
     assert not records()
 
 
+def test_ctrl_c_in_a_terminal_while_all_is_imported_is_one_line() -> None:
+    process = start(*SMALL, terminal=True)
+    assert wait_for(psutil.Process(process.pid).children, process)
+    time.sleep(1.0)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=240)
+    assert (process.returncode, out, err) == (130, "", "interrupted; the same command continues\n")
+
+
 def test_a_trial_that_finds_the_disk_full_ends_the_sweep_in_one_line(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

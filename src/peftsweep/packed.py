@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -44,7 +44,7 @@ from peftsweep.train import (
 
 # ---- the loop --------------------------------------------------------------------------------------
 
-PROBES = 2  # steps of each kind
+PROBES = 3  # steps of each kind
 PROBED_BATCHES = 16
 DEFAULT = "default"  # PEFT's name of an adapter that is alone
 
@@ -161,12 +161,13 @@ def speedup(
 
 
 def _probe(model: PeftModel, names: Sequence[str], batch: Batch, config: TrainConfig, meter: Meter) -> float:
-    """The seconds of one forward and backward pass of these lanes."""
+    """The seconds of one forward and backward pass of these lanes; of one by PEFT's own layers, as it is trained."""
     pack, laps = Pack(model, names, seed=0), Laps(meter.device)
+    single = len(names) == 1
     try:
         laps.start()
-        with _autocast(config, meter.device):
-            losses = answer_losses(model, pack.for_all(batch))
+        with pack.alone(names[0]) if single else nullcontext(), _autocast(config, meter.device):
+            losses = answer_losses(model, batch if single else pack.for_all(batch))
         losses.sum().backward()
         laps.stop()
         return laps.seconds()[0]

@@ -359,6 +359,7 @@ class _Reporter(Observer):
 def _work(channel: connection.Connection[Any, Any], output: str, place: str | None, threads: int | None) -> None:
     """The life of a worker: trials come through ``channel`` until it is closed."""
     os.setpgid(0, 0)  # Ctrl-C is for the parent, which then interrupts the trial once
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()

@@ -43,7 +43,7 @@ SCALES: dict[str, dict[str, Any]] = {
         "batches": (1, 2, 4, 8),
         "steps": 10,
     },
-    "small": {"words": ["model=tiny"], "tokens": 64, "batches": (1, 4, 16), "steps": 6},
+    "small": {"words": ["model=tiny"], "tokens": 64, "batches": (1, 4, 16), "steps": 24},
 }
 LANES = 8
 QV = ["q_proj", "v_proj"]

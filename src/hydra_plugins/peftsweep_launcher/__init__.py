@@ -6,8 +6,9 @@ Hydra executes this module at every start, also for `--help`, so it imports noth
 import copy
 import functools
 import multiprocessing
+import signal
 from collections.abc import Callable, Sequence
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,17 @@ class PointReturn(JobReturn):
         return self._return_value
 
 
+def _begin_to_import() -> None:
+    """Start the process that workers are forked from; it imports what this process imports at the same time."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["peftsweep.everything"])
+    resource_tracker.ensure_running()  # which unblocks Ctrl-C when it has started
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # in a terminal it reaches that process too
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 class LocalLauncher(Launcher):
     """Runs the trials of a sweep in warm worker processes, after all of them have been checked."""
 
@@ -53,9 +65,8 @@ class LocalLauncher(Launcher):
         from peftsweep import config as configuration
 
         placement = configuration.placement(self.options)
-        if placement["workers"] != 0 and not self.config.dry_run:  # it imports what this process imports next
-            multiprocessing.get_context("forkserver").set_forkserver_preload(["peftsweep.everything"])
-            forkserver.ensure_running()
+        if placement["workers"] != 0 and not self.config.dry_run:
+            _begin_to_import()
         from peftsweep.everything import sweep
         from peftsweep.workers import Budget, Options
 
