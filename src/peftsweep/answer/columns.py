@@ -53,6 +53,8 @@ TRAINING_TIME = Cost("train_info.train_seconds", "training time", "seconds")
 ADAPTER = Cost("train_info.adapter_bytes", "adapter on disk", "bytes")
 TRAINABLE = Cost("train_info.trainable_parameters", "trainable parameters")
 PREDICTED = "memory.predicted.peak_bytes"
+# The first that is known; a process's memory is that of all it has imported, and of what ran in it before.
+MEMORY = (DEVICE_MEMORY, Cost(PREDICTED, "training memory, predicted", "bytes"), HOST_MEMORY)
 NAMES = {
     RANK: "rank",
     METHOD: "method",
@@ -96,9 +98,9 @@ def evaluation(column: str) -> tuple[str, str]:
 
 
 def costs(table: pd.DataFrame) -> list[Cost]:
-    """What the trials cost, as far as it was measured; memory is the device's, and the process's on a CPU."""
-    memory = DEVICE_MEMORY if measured(table, DEVICE_MEMORY.column) else HOST_MEMORY
-    return [c for c in (memory, TRAINING_TIME, ADAPTER, TRAINABLE, LATENCY) if measured(table, c.column)]
+    """What the trials cost, as far as it is known."""
+    memory = [c for c in MEMORY if measured(table, c.column)][:1]
+    return [*memory, *(c for c in (TRAINING_TIME, ADAPTER, TRAINABLE, LATENCY) if measured(table, c.column))]
 
 
 def measured(table: pd.DataFrame, column: str) -> bool:

@@ -8,13 +8,13 @@ from typing import Any
 import pandas as pd
 
 from peftsweep.answer import columns
-from peftsweep.answer.columns import DEVICE_MEMORY, HOST_MEMORY, PREDICTED
+from peftsweep.answer.columns import PREDICTED
 from peftsweep.display import size
 from peftsweep.record import Status
 
 ADAPTER, SECONDS = columns.ADAPTER.column, columns.TRAINING_TIME.column
 PARAMETERS, SPEED = columns.TRAINABLE.column, "train_info.tokens_per_second"
-SHOWN_MEMORY = (DEVICE_MEMORY.column, PREDICTED, HOST_MEMORY.column)  # the first that is known
+SHOWN_MEMORY = tuple(memory.column for memory in columns.MEMORY)  # the first that is known
 ROWS = 25  # of a table; results.parquet has all
 
 
