@@ -121,7 +121,6 @@ SWEEP = [word for word in SWEEP if "tiny_math" not in word] + ["train.learning_r
 HALVING = ["halving.min_steps=1", "method.r=2,4"]
 
 
-@pytest.mark.slow
 def test_the_best_go_on_and_the_same_command_decides_the_same(command: Command) -> None:
     code, out, err = command(*SWEEP, *HALVING)
     assert (code, err) == (0, "")

@@ -118,7 +118,6 @@ def worker_of(process: subprocess.Popen[str]) -> psutil.Process | None:
     return wait_for(holder, process)
 
 
-@pytest.mark.slow
 def test_a_killed_worker_costs_its_trial_and_a_retry_saves_it(command: Command) -> None:
     words = [*SMALL, "method.r=2,4"]
     for retries, statuses in ((0, ["failed", "success"]), (1, ["success", "success"])):
