@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 RAY = .venv-ray
+BENCHMARKS = loop_overhead generation memory_prediction sweep_wall_time collect_scale
 
 .PHONY: install demo test check slow
 
@@ -33,5 +34,6 @@ $(RAY)/installed: pyproject.toml constraints.txt  # its launcher wants older ver
 slow: install $(RAY)/installed  ## the dearer tier; PEFTSWEEP_DATA names a folder of real rows, PEFTSWEEP_ENCODER a pretrained encoder
 	$(BIN)/python -m pytest -m slow -v -s --no-header --disable-warnings | tee tests/slow.log
 	$(RAY)/bin/python -m pytest -m slow -v -s --no-header --disable-warnings -k ray tests/test_engine.py | tee -a tests/slow.log
-	$(BIN)/python tests/benchmarks/loop_overhead.py --out tests/benchmarks/results/loop_overhead.json
-	$(BIN)/python tests/benchmarks/generation.py --out tests/benchmarks/results/generation.json
+	for name in $(BENCHMARKS); do \
+		$(BIN)/python tests/benchmarks/$$name.py --out tests/benchmarks/results/$$name.json || exit 1; \
+	done
