@@ -13,7 +13,7 @@ FLOORS = (
     "errors schema compatibility data metrics measure record study experiment tasks model profiler",
     "display tracker attach initialise checkpoint compiled train lanes packed evaluate inference predict harness "
     "repeat",
-    "answer.table answer.where answer.columns answer.stats answer.effects answer.frontier answer.rungs answer.words "
+    "answer.columns answer.table answer.where answer.stats answer.effects answer.frontier answer.rungs answer.words "
     "answer.findings answer.methodology answer.report answer.plot answer.page",
     "config prepare halving build forecast guide trial pack workers engine sweep everything "
     "answer.interchange answer.collect",

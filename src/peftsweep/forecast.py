@@ -22,7 +22,7 @@ from peftsweep.data import Tokens
 from peftsweep.display import size
 from peftsweep.errors import InputError
 from peftsweep.predict import Prediction, Shape, predict, shapes, skeleton
-from peftsweep.schema import Dtype, Init, Task, TrainConfig
+from peftsweep.schema import Config, Dtype, Init, Task, TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -148,12 +148,17 @@ def prediction(trial: Trial, tokens: Sequence[Tokens] | None = None) -> Predicti
     With a ``memory_limit`` it is that of a GPU, on which the trial may be meant to run.
     """
     config = trial.config
-    where = "cuda" if config.memory_limit else model.device(config.device).type
+    where = _where(config)
     batches = _shapes(trial, tokens)
     key = _key(where, batches, [trial])
     if key not in _PREDICTIONS:
         _PREDICTIONS[key] = predicted(trial, batches, where)
     return _PREDICTIONS[key]
+
+
+def _where(config: Config) -> str:
+    """The kind of device that a prediction is for."""
+    return "cuda" if config.memory_limit else model.device(config.device).type
 
 
 def _key(where: str, batches: Sequence[Shape], trials: Sequence[Trial]) -> str:
@@ -187,7 +192,7 @@ def together(
 ) -> Prediction | None:
     """``prediction`` of training ``trials`` at once, as ``pack`` does, on a device "cuda" or "cpu"."""
     config = trials[0].config
-    where = where or ("cuda" if config.memory_limit else model.device(config.device).type)
+    where = where or _where(config)
     batches = _shapes(max(trials, key=lambda one: (one.config.train.epochs or 0, one.config.train.steps)), tokens)
     key = _key(where, batches, trials)
     if key not in _PREDICTIONS:

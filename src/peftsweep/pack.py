@@ -7,7 +7,6 @@ adapters are trained together (packed.py), and each is evaluated, saved and reco
 from __future__ import annotations
 
 import copy
-import dataclasses
 import logging
 import math
 import time
@@ -346,8 +345,7 @@ class _Pack:
         for lane in lanes:
             self._note(lane, lanes, ended[lane.name])
             if predicted:
-                facts = dataclasses.asdict(predicted) | {"peak_bytes": predicted.peak_bytes}
-                lane.result.memory["packed_predicted"] = facts
+                lane.result.memory["packed_predicted"] = predicted.facts()
 
     def _try_out(self, lead: Session, lanes: Sequence[_Lane]) -> None:
         """Raise unless the lanes are faster together, by what was found for such a pack before, or by trying it."""

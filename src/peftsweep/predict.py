@@ -11,6 +11,7 @@ kernels do otherwise than the meta device's is stood in for (``_Kernels``).
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 import weakref
@@ -91,6 +92,10 @@ class Prediction:
     def peak_bytes(self) -> int:
         """The most that is alive at any time of a step after the first."""
         return max(self.forward_peak, self.backward_peak, self.step_peak)
+
+    def facts(self) -> dict[str, int]:
+        """All of it by name, for a trial's record."""
+        return dataclasses.asdict(self) | {"peak_bytes": self.peak_bytes}
 
 
 # ---- the base as it is stored ----------------------------------------------------------------------

@@ -300,7 +300,7 @@ class Session:
 
     def _train(self) -> None:
         if predicted := forecast.prediction(self.trial, self.tokens):
-            self.result.memory["predicted"] = dataclasses.asdict(predicted) | {"peak_bytes": predicted.peak_bytes}
+            self.result.memory["predicted"] = predicted.facts()
         checkpoints = self.checkpoints()
         with self.stage("train"), self.steps() as lines:
             trained = train.train(

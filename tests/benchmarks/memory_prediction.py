@@ -19,6 +19,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -209,28 +210,31 @@ def compare_pack(point: tuple[str, str, list[str]], scale: str, device: torch.de
     base, shared, own = point
     trials = [compose((base, f"{shared} {words}"), scale) for words in own]
     tokens = rows(trials[0], length)
-    start = time.perf_counter()
-    prediction = forecast.together(trials, tokens, device.type)
-    assert prediction is not None
-    seconds = time.perf_counter() - start
-    truth = measured_pack(trials, tokens, device)
-    error = prediction.peak_bytes / truth["measured"] - 1
+
+    def predict_all() -> predict.Prediction:
+        prediction = forecast.together(trials, tokens, device.type)
+        assert prediction is not None
+        return prediction
+
     name = f"{base.split()[0]} {shared}: {len(own)} lanes{' of different targets' if own is WIDE else ''}"
-    return {"point": name, "predicted": prediction.peak_bytes, **truth, "error": error, "seconds": seconds} | vars(
-        prediction
-    )
+    return line(name, predict_all, partial(measured_pack, trials, tokens, device))
 
 
 def compare(point: tuple[str, str], scale: str, device: torch.device, length: int) -> dict[str, Any]:
     """One line of the result."""
     trial = compose(point, scale)
     tokens = rows(trial, length)
-    start = time.perf_counter()
-    prediction = predicted(trial, tokens, device.type)
-    seconds = time.perf_counter() - start
-    truth = measured(trial, tokens, device)
-    error = prediction.peak_bytes / truth["measured"] - 1
     name = f"{point[0].split()[0]} {point[1]}"
+    return line(name, partial(predicted, trial, tokens, device.type), partial(measured, trial, tokens, device))
+
+
+def line(name: str, foresee: Callable[[], predict.Prediction], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What is foreseen beside what is measured."""
+    start = time.perf_counter()
+    prediction = foresee()
+    seconds = time.perf_counter() - start
+    truth = measure()
+    error = prediction.peak_bytes / truth["measured"] - 1
     return {"point": name, "predicted": prediction.peak_bytes, **truth, "error": error, "seconds": seconds} | vars(
         prediction
     )

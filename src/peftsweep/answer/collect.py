@@ -15,11 +15,11 @@ import pandas as pd
 
 from peftsweep import halving, study
 from peftsweep.answer import columns, interchange, page, plot, report, stats
+from peftsweep.answer.columns import PREDICTION_ERROR
 from peftsweep.answer.table import (
     ALLOCATED,
     BREAK_EVEN,
     COMPILE,
-    PREDICTION_ERROR,
     RESULTS_FILE,
     SPEED_UP,
     STEPS_FILE,

@@ -52,7 +52,7 @@ HOST_MEMORY = Cost("memory.train.rss_peak", "training memory, host", "bytes")
 TRAINING_TIME = Cost("train_info.train_seconds", "training time", "seconds")
 ADAPTER = Cost("train_info.adapter_bytes", "adapter on disk", "bytes")
 TRAINABLE = Cost("train_info.trainable_parameters", "trainable parameters")
-PREDICTED = "memory.predicted.peak_bytes"
+PREDICTED, PREDICTION_ERROR = "memory.predicted.peak_bytes", "memory.predicted.error"
 # The first that is known; a process's memory is that of all it has imported, and of what ran in it before.
 MEMORY = (DEVICE_MEMORY, Cost(PREDICTED, "training memory, predicted", "bytes"), HOST_MEMORY)
 NAMES = {

@@ -425,7 +425,7 @@ def memory_stages(merged: pd.DataFrame) -> Any:
 
 def memory_predicted(merged: pd.DataFrame) -> Any:
     """Predicted against measured training memory; on the line they agree."""
-    predicted, error = "memory.predicted.peak_bytes", "memory.predicted.error"
+    predicted, error = columns.PREDICTED, columns.PREDICTION_ERROR
     if not columns.measured(merged, error):
         return None
     rows = merged[merged[error].notna() & merged[predicted].notna()]

@@ -15,6 +15,7 @@ import pandas as pd
 
 import peftsweep
 from peftsweep import record
+from peftsweep.answer.columns import PREDICTED, PREDICTION_ERROR
 from peftsweep.errors import InputError
 from peftsweep.record import RESULT, STEPS, RecordError, Result, Status
 
@@ -29,7 +30,6 @@ INTEGERS = 2**63  # beyond them, a number is kept as a float
 STEP, COMPILE = "train_info.step_seconds_p50", "config.train.compile"
 NOT_TWINS = (COMPILE, "config.train.compile_dynamic", "config.train.pad_to_multiple_of", "config.label")
 SPEED_UP, BREAK_EVEN = "train_info.compile_speed_up", "train_info.compile_break_even_step"
-PREDICTED, PREDICTION_ERROR = "memory.predicted.peak_bytes", "memory.predicted.error"
 ALLOCATED, RESIDENT = "memory.train.allocated_peak", "memory.train.rss_peak"
 # Of a process on a CPU only the resident set is known, and torch's own part of it grows by 0.1 GB while a model of
 # 4 MB is trained. Where less than this is predicted, the two have nothing to say of each other.
