@@ -165,6 +165,7 @@ def test_the_interval_over_seeds_and_rows_covers_the_truth(seeds: int, spread: f
     for _ in range(250):  # studies of four configurations each: 1,000 intervals
         found = drawn(generator, 4, seeds, [spread] * 4).intervals()
         covered.append(((found["low"] <= 0.5) & (found["high"] >= 0.5)).mean())
+    print(f"seeds {seeds}, spread {spread}: {np.mean(covered):.1%} of 1,000 intervals cover the truth")
     assert 0.93 <= np.mean(covered) <= 0.97
 
 
