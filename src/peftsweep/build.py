@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +17,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peftsweep import attach, data, model, study
+from peftsweep import attach, data, model, probe, study
 from peftsweep import config as configuration
 from peftsweep.config import ROWS_KEYS, Trial, content_hash, model_identity
 from peftsweep.data import Example, Rows, Tokens
@@ -24,7 +25,10 @@ from peftsweep.errors import InputError
 from peftsweep.evaluate import Evaluation
 from peftsweep.inference import Benchmark, bare
 from peftsweep.initialise import Setting
-from peftsweep.schema import Task
+from peftsweep.probe import Abilities
+from peftsweep.schema import Init, Task
+
+log = logging.getLogger(__name__)
 
 WORTH_KEEPING = 5.0  # seconds of tokenising, after which its result is kept in the study's folder
 REMEMBERED = 4  # tokenised training sets: training and validation rows of two datasets
@@ -43,6 +47,8 @@ def evaluator(trial: Trial, name: str) -> Evaluate:
     """The evaluation ``eval.<name>`` as a function of model, tokenizer and examples."""
     node = trial.config.eval[name]
     options = {key: value for key, value in node.items() if key not in ROWS_KEYS}
+    if options.get("classes"):
+        options["classes"] = classes(trial, options["classes"])
     function: Evaluate = _instantiate(options | {"_partial_": True}, f"eval.{name}")
     return function
 
@@ -74,22 +80,70 @@ def _instantiate(node: dict[str, Any], key: str) -> Any:
         raise InputError(f"{key}: {reason}") from error
 
 
-def load_base(trial: Trial, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> PreTrainedModel:
+def load_tokenizer(trial: Trial) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, limited to the positions that the method's virtual tokens leave.
+
+    Raises:
+        InputError: as ``model.load_tokenizer``.
+    """
+    return model.load_tokenizer(trial.config.model, virtual_tokens(trial))
+
+
+def virtual_tokens(trial: Trial) -> int:
+    """How many tokens the method puts before every row."""
+    method = trial.config.method
+    return int(method.get("num_virtual_tokens") or len(method.get("cpt_token_ids") or ()))
+
+
+def classes(trial: Trial, names: Sequence[str] | None = None) -> list[str]:
+    """The classes in the order of the head's outputs: that of a checkpoint whose head names them, else as they stand.
+
+    ``names`` are ``dataset.classes`` by default. Capitals do not count.
+    """
+    mine = list(trial.config.dataset.classes if names is None else names)
+    if trial.config.model.task is not Task.seq_cls or trial.config.model.init is Init.random:
+        return mine
+    theirs = model.head_classes(model.architecture(trial.config.model))
+    if theirs is None:
+        return mine
+    by_name = {name.casefold(): name for name in mine}
+    if sorted(by_name) == sorted(name.casefold() for name in theirs):
+        return [by_name[name.casefold()] for name in theirs]
+    if len(theirs) == len(mine):  # with another number of outputs the head is drawn anew
+        log.warning(
+            "dataset.classes=%s are not the names of the head's outputs, %s: they are taken in their order",
+            mine,
+            theirs,
+        )
+    return mine
+
+
+def load_base(
+    trial: Trial, tokenizer: PreTrainedTokenizerBase, device: torch.device, seed: int | None = None
+) -> PreTrainedModel:
     """The frozen base on ``device``, quantised as the trial says; where bases are kept, that of the last trial.
 
     Of a kept base a trial gets the modules anew, over the same weights, so that nothing is left of what
-    the trial before attached; if that changed a weight, all is loaded again.
+    the trial before attached; if that changed a weight, all is loaded again. ``seed``, the trial's by default, is
+    that of a classifier's new weights. What a language model does with padding and its cache has been probed.
+
+    Raises:
+        InputError: as ``model.load`` and ``probe.probe``.
     """
     config = trial.config
-    seed = config.seed if config.model.task is Task.seq_cls else 0  # of which a new head is drawn
+    seed = (config.seed if seed is None else seed) if config.model.task is Task.seq_cls else 0
     key = content_hash([model_identity(config.model), config.quant, str(device), config.dataset.classes, seed])
     if _KEPT and (_KEPT[0].key != key or _KEPT[0].weights != _fingerprint(_KEPT[0].base)):
         _KEPT.clear()
     if _KEPT:
         return cast(PreTrainedModel, bare(_KEPT[0].base))
-    base = model.load(config.model, quantization(trial), device, len(config.dataset.classes), config.seed)
+    base = model.load(config.model, quantization(trial), device, len(config.dataset.classes), seed)
     if model.classifies(base):
-        base.config.pad_token_id = tokenizer.pad_token_id  # a decoder's head looks at the last token before it
+        model.text_config(base).pad_token_id = tokenizer.pad_token_id  # a decoder's head looks at the token before it
+        base.config.id2label = dict(enumerate(classes(trial)))
+        base.config.label2id = {name: number for number, name in base.config.id2label.items()}
+    else:
+        _PROBED[key] = probe.abilities(base, _PROBED.get(key))
     if not _KEEPING:
         return base
     _KEPT.append(_Base(key, base, _fingerprint(base)))
@@ -103,6 +157,7 @@ class _Base:
     weights: int
 
 
+_PROBED: dict[str, Abilities] = {}  # of bases that are loaded again
 _KEEPING: list[bool] = []
 _KEPT: list[_Base] = []  # at most one
 
@@ -170,14 +225,14 @@ def initialisation(
     if not config.method_setup:
         return None
     function = _instantiate(config.method_setup | {"_partial_": True}, "method_setup")
-    classes = len(config.dataset.classes)
+    outputs = len(config.dataset.classes)
 
     def initialise(method: Any, put: Callable[..., PeftModel]) -> PeftModel:
         setting = Setting(
             base=base,
             method=method,
             attach=put,
-            unquantised=lambda: model.load(config.model, None, base.device, classes, config.seed),
+            unquantised=lambda: model.load(config.model, None, base.device, outputs, config.seed),
             rows=tokens,
             tokenizer=tokenizer,
             folder=place / study.ADAPTER if config.adapter.save else None,
@@ -207,7 +262,7 @@ def training_tokens(trial: Trial, tokenizer: PreTrainedTokenizerBase, rows: list
     Those of the last trials are kept in memory, those that took long also in the study's folder.
     """
     own, task = trial.config.dataset, trial.config.model.task
-    how = [own.prompt, own.answer, own.reader, own.classes, own.max_length, own.drop_long, own.chat, task]
+    how = [own.prompt, own.answer, own.reader, classes(trial), own.max_length, own.drop_long, own.chat, task]
     vocabulary = [tokenizer.name_or_path, trial.config.model.revision, tokenizer.model_max_length]
     key = configuration.content_hash([how, vocabulary, data.fingerprint(rows)])
     if key not in _TOKENS:
@@ -231,7 +286,7 @@ def _tokenize(trial: Trial, tokenizer: PreTrainedTokenizerBase, rows: list[data.
     own = trial.config.dataset
     examples = data.dataset_examples(own, rows)
     if trial.config.model.task is Task.seq_cls:
-        return data.tokenize_for_classes(tokenizer, examples, own.max_length, own.classes)
+        return data.tokenize_for_classes(tokenizer, examples, own.max_length, classes(trial))
     if own.chat:
         examples = data.through_chat_template(tokenizer, examples)
     tokens = data.tokenize(tokenizer, examples, own.max_length + own.drop_long)  # by one more, to see what is too long

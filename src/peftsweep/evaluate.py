@@ -6,7 +6,6 @@ pack, these find the answers of all lanes at once (``of_lane``), which evaluatio
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,10 +19,12 @@ from transformers import PreTrainedTokenizerBase
 
 from peftsweep import metrics
 from peftsweep.data import Example, Tokens, collate, tokenize, tokenize_for_classes, tokenize_pairs
+from peftsweep.errors import InputError
 from peftsweep.lanes import of_lane
 from peftsweep.measure import out_of_memory
 from peftsweep.metrics import Judgement, Score
 from peftsweep.model import answer_losses, class_logits, classifies, row_inputs
+from peftsweep.probe import abilities
 
 log = logging.getLogger(__name__)
 
@@ -435,9 +436,13 @@ def _generate(
     lanes: int,
 ) -> list[list[str]]:
     device = next(model.parameters()).device
-    encoded = [ids[-max_length:] for ids in tokenizer(list(prompts)).input_ids]
+    limit = min(max_length, tokenizer.model_max_length - max_new_tokens)
+    if limit < 1:
+        raise InputError(f"max_new_tokens={max_new_tokens}: the model sees {tokenizer.model_max_length} tokens at once")
+    encoded = [ids[-limit:] for ids in tokenizer(list(prompts)).input_ids]
     texts = [[""] * len(prompts) for _ in range(lanes)]
     greedy = num_beams == 1 and _takes_a_cache(model)
+    batch_size = batch_size if abilities(model).padded_batches else 1
 
     def write(numbers: list[int]) -> None:
         # Padded on the left, as generation goes on at the right.
@@ -533,15 +538,17 @@ def _searched(
 
 
 def _takes_a_cache(model: nn.Module) -> bool:
-    """Whether the model can be called a token at a time: not with virtual tokens, nor if it reads each token twice."""
+    """Whether the model can be called a token at a time, on a cache that gives up the rows that have ended.
+
+    Not with virtual tokens, nor if it reads each token twice, nor where the probe of its base has found otherwise.
+    """
     config: Any = model.config
-    if not config.use_cache or row_inputs(model, torch.zeros(1, 1)):
+    if not getattr(config, "use_cache", True) or row_inputs(model, torch.zeros(1, 1)):
         return False
-    if isinstance(model, PeftModel):
-        if model.active_peft_config.is_prompt_learning:
-            return False
-        model = model.get_base_model()
-    return "position_ids" in inspect.signature(model.forward).parameters
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        return False
+    able = abilities(model)
+    return able.padded_batches and able.row_cache
 
 
 def _end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -15,14 +15,14 @@ from typing import Any, TypeVar
 import torch
 from peft import PeftModel
 
-from peftsweep import build, compatibility, model, train
+from peftsweep import build, compatibility, model, probe, train
 from peftsweep import config as configuration
 from peftsweep.config import Trial
 from peftsweep.data import Tokens
 from peftsweep.display import size
 from peftsweep.errors import InputError
 from peftsweep.predict import Prediction, Shape, predict, shapes, skeleton
-from peftsweep.schema import Config, Dtype, Init, Task, TrainConfig
+from peftsweep.schema import Config, Dtype, Init, ModelConfig, Task, TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -65,13 +65,38 @@ def _forecast(trial: Trial) -> Forecast:
     config = trial.config
     model.device(config.device)
     build.quantization(trial)
-    for name in config.eval:
-        build.evaluator(trial, name)
+    _check_reading(trial)
     with _quietly():
         if reason := refusal(trial):
             bare = model.skeleton(config.model, classes=len(config.dataset.classes))
             return Forecast(0, model.count(bare).total, 0, reason)
         return _with_skeleton(trial, None, lambda adapted: _sizes(adapted, config.train)) or Forecast()
+
+
+def _check_reading(trial: Trial) -> None:
+    """That the base is a causal model where one is asked for, has its tokenizer, and room for what it is to write."""
+    config = trial.config
+    if config.model.task is Task.causal_lm:
+        probe.check_causal(model.architecture(config.model), model.CLASSES[Task.causal_lm].from_config)
+    room = _room(trial)
+    for name in config.eval:
+        options = inspect.signature(build.evaluator(trial, name)).parameters
+        new = options["max_new_tokens"].default if "max_new_tokens" in options else 0
+        if room is not None and new >= room:
+            raise InputError(f"eval.{name}.max_new_tokens={new}: must be below {room}, the tokens the model sees at once")
+
+
+def _room(trial: Trial) -> int | None:
+    """How many tokens a row may have; None where there is no limit. Of a local model also by its tokenizer."""
+    config = trial.config.model
+    if _is_local(config):
+        return int(build.load_tokenizer(trial).model_max_length)
+    limit = model.token_limit(model.skeleton(config, classes=len(trial.config.dataset.classes)))
+    return None if limit is None else limit - build.virtual_tokens(trial)
+
+
+def _is_local(config: ModelConfig) -> bool:
+    return config.init is Init.random or Path(model.source(config)).is_dir()
 
 
 def _sizes(adapted: build.Model, config: TrainConfig) -> Forecast:
@@ -210,17 +235,17 @@ def together(
 
 
 def longest(trial: Trial) -> Shape:
-    """A micro-batch of rows as long as ``dataset.max_length`` allows, a half of each the answer."""
-    rows, length = trial.config.train.batch_size, trial.config.dataset.max_length
+    """A micro-batch of rows as long as ``dataset.max_length`` and the model allow, a half of each the answer."""
+    rows, room = trial.config.train.batch_size, _room(trial)
+    length = min(trial.config.dataset.max_length, room or trial.config.dataset.max_length)
     return Shape(rows, length, length // 2, rows * (length // 2))
 
 
 def _shapes(trial: Trial, tokens: Sequence[Tokens] | None) -> list[Shape]:
     """Those of the micro-batches: of ``tokens``, of local rows, else as long as ``dataset.max_length`` allows."""
     config = trial.config
-    local = config.model.init is Init.random or Path(model.source(config.model)).is_dir()
-    if tokens is None and trial.rows is not None and local:
-        tokens = build.training_tokens(trial, model.load_tokenizer(config.model), trial.rows.train)
+    if tokens is None and trial.rows is not None and _is_local(config.model):
+        tokens = build.training_tokens(trial, build.load_tokenizer(trial), trial.rows.train)
     return (shapes(tokens, config.train, config.seed) if tokens else []) or [longest(trial)]
 
 

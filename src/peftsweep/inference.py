@@ -33,7 +33,7 @@ from peftsweep import record
 from peftsweep.data import read_rows
 from peftsweep.errors import InputError, suggest
 from peftsweep.measure import out_of_memory, percentile, synchronise
-from peftsweep.model import row_inputs
+from peftsweep.model import row_inputs, token_limit
 
 log = logging.getLogger(__name__)
 
@@ -222,7 +222,7 @@ def _positions(models: Iterable[nn.Module], tokenizer: PreTrainedTokenizerBase) 
     """How many tokens of prompt and answer fit into every model, beside the virtual tokens of its method."""
     room = [int(min(tokenizer.model_max_length, 1 << 62))]
     for model in models:
-        positions = getattr(cast(Any, model).config.get_text_config(), "max_position_embeddings", None)
+        positions = token_limit(model)
         method = model.active_peft_config if isinstance(model, PeftModel) else None
         virtual = method.num_virtual_tokens if method is not None and method.is_prompt_learning else 0
         room.append((positions or room[0]) - virtual)
@@ -321,7 +321,7 @@ def _timed(
         max_new_tokens=new_tokens,
         do_sample=False,
         num_beams=1,
-        use_cache=cast(Any, model).config.use_cache,
+        use_cache=getattr(cast(Any, model).config, "use_cache", True),
         pad_token_id=tokenizer.pad_token_id,
         stopping_criteria=StoppingCriteriaList([marks]),
         **row_inputs(model, ids),

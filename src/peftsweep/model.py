@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -32,6 +36,10 @@ INITIAL = "initial"  # beside a saved adapter: as it began, where the base was c
 RESIDUAL = "base"  # the base that it belongs to, where that is not the trial's
 QUANTISED = (Linear4bit, Linear8bitLt)
 METHOD_INPUTS = "peftsweep_method_inputs"  # the attribute of an adapted model that holds them
+NEW_PARTS = "peftsweep_new_parts"  # the attribute of a classifier that names the modules its checkpoint lacked
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")  # names of a configuration's longest sequence
+SHARED = ("vblora_vector_bank", "prompt_encoder")  # of an adapter's weights, saved once and under other names
+NAMED = 5  # of many parameters, so many are named in a message
 CLASSES: dict[Task, Any] = {
     Task.causal_lm: AutoModelForCausalLM,
     Task.seq_cls: AutoModelForSequenceClassification,
@@ -113,15 +121,79 @@ def _shape(model: ModelConfig, classes: int) -> transformers.PreTrainedConfig:
     return config
 
 
-def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The base's tokenizer; the embedded one where the weights are random. Pads with EOS if it must."""
+def text_config(model: Any) -> Any:
+    """The part of a configuration (or of a model's) that is about text; all of it, where the model reads only text."""
+    config = getattr(model, "config", model)
+    return config.get_text_config(decoder=True)
+
+
+def token_limit(model: nn.Module) -> int | None:
+    """How many tokens the model may see at once, without virtual ones; None where there is no limit.
+
+    It is the least of what the text configuration says and the rows of learned position embeddings, of which
+    some architectures use none for the first positions (OPT's ``offset``, RoBERTa's padding).
+    """
+    config = text_config(base_of(model))
+    limits = [getattr(config, name, None) for name in POSITIONS]
+    for name, module in text_part(base_of(model)).named_modules():
+        leaf = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and re.search("^wpe$|pos", leaf) and "rel" not in leaf:
+            unused = 0 if module.padding_idx is None else module.padding_idx + 1
+            limits.append(module.num_embeddings - int(getattr(module, "offset", 0)) - unused)
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+
+
+@lru_cache(maxsize=8)
+def _token_limit(architecture: str, task: Task) -> int | None:
+    fields = json.loads(architecture)
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    with torch.device("meta"):
+        return token_limit(CLASSES[task].from_config(config))
+
+
+def load_tokenizer(model: ModelConfig, virtual_tokens: int = 0) -> PreTrainedTokenizerBase:
+    """The base's tokenizer; the embedded one where the weights are random. Pads with EOS if it must.
+
+    Its ``model_max_length`` is what is left of the model's positions beside ``virtual_tokens``, which a method
+    puts before every row.
+
+    Raises:
+        InputError: there is none, or its marks do not fit the model.
+    """
     folder = str(TINY) if model.init is Init.random else source(model)
-    tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(folder, revision=model.revision or "main"))
+    key = f"model.name_or_path={model.name_or_path}"
+    try:
+        found: Any = AutoTokenizer.from_pretrained(folder, revision=model.revision or "main")
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
+        raise InputError(f"{key}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:200]})") from error
+    tokenizer = cast(PreTrainedTokenizerBase, found)
+    config = architecture(model)
+    limit = _token_limit(config.to_json_string(use_diff=False), model.task)
     if model.init is Init.random:
-        tokenizer.model_max_length = getattr(architecture(model), "max_position_embeddings", tokenizer.model_max_length)
+        tokenizer.model_max_length = limit or tokenizer.model_max_length
+    if limit is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, limit) - virtual_tokens
+    if tokenizer.model_max_length < 2:
+        raise InputError(f"method: {virtual_tokens} virtual tokens leave no room in the model's {limit} positions")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    _check_marks(tokenizer, model, text_config(config).vocab_size, key)
     return tokenizer
+
+
+def _check_marks(tokenizer: PreTrainedTokenizerBase, model: ModelConfig, vocabulary: int, key: str) -> None:
+    """Refuse a tokenizer without the marks that rows end and are padded with, or with some that the model lacks."""
+    if model.task is Task.causal_lm and tokenizer.eos_token_id is None:
+        raise InputError(f"{key}: its tokenizer has no eos_token, with which an answer ends")
+    if tokenizer.pad_token_id is None:
+        raise InputError(f"{key}: its tokenizer has neither a pad_token nor an eos_token to pad with")
+    for name in ("pad_token", "eos_token", "bos_token", "cls_token", "sep_token"):
+        number = getattr(tokenizer, f"{name}_id")
+        if number is not None and number >= vocabulary:
+            raise InputError(
+                f"{key}: the {name} {getattr(tokenizer, name)!r} of its tokenizer is number {number}, "
+                f"outside of the model's {vocabulary:,} embeddings"
+            )
 
 
 def load(
@@ -129,8 +201,11 @@ def load(
 ) -> PreTrainedModel:
     """The frozen base on ``where``, in eval mode; ``quantization`` is a transformers quantization config or None.
 
-    A classifier gets ``classes`` outputs. A head that the checkpoint lacks is drawn from ``seed``, and
-    no head is ever quantised.
+    A classifier gets ``classes`` outputs. A head that the checkpoint lacks is drawn from ``seed``, as is whatever
+    else it lacks (``new_parts``), and neither is ever quantised.
+
+    Raises:
+        InputError: the checkpoint lacks weights of the model, or has them in other shapes.
     """
     options: dict[str, Any] = {"dtype": getattr(torch, model.dtype.value), "config": _shape(model, classes)}
     if model.attn_implementation is not None:
@@ -142,18 +217,51 @@ def load(
     if model.init is Init.random:
         base = _random(model, quantization, where, options)
     else:
-        torch.manual_seed(seed)
-        base = CLASSES[model.task].from_pretrained(
-            source(model),
-            revision=model.revision or "main",
-            quantization_config=quantization,
-            device_map=model.device_map or {"": where},
-            ignore_mismatched_sizes=model.task is Task.seq_cls,  # a head over other classes is no head
-            **options,
-        )
+        options |= {"revision": model.revision or "main", "device_map": model.device_map or {"": where}}
+        base = _pretrained(model, quantization, options, seed)
+        if any(isinstance(base.get_submodule(name), QUANTISED) for name in new_parts(base)):
+            quantization.llm_int8_skip_modules = [*quantization.llm_int8_skip_modules, *new_parts(base)]
+            base = _pretrained(model, quantization, options, seed)  # what is trained is never quantised
     keep_weights_unpacked(base)
     base.requires_grad_(False)
     return cast(PreTrainedModel, base.eval())
+
+
+def _pretrained(model: ModelConfig, quantization: Any, options: dict[str, Any], seed: int) -> PreTrainedModel:
+    """The model with the weights of its checkpoint, which must have them all, but for parts of a classifier."""
+    torch.manual_seed(seed)
+    base, info = CLASSES[model.task].from_pretrained(
+        source(model),
+        quantization_config=quantization,
+        ignore_mismatched_sizes=True,  # so that the line below names them
+        output_loading_info=True,
+        **options,
+    )
+    lacking = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if not lacking:
+        return cast(PreTrainedModel, base)
+    names = ", ".join(lacking[:NAMED]) + (f" and {len(lacking) - NAMED} more" if len(lacking) > NAMED else "")
+    if model.task is Task.causal_lm:
+        raise InputError(
+            f"model.name_or_path={model.name_or_path}: the checkpoint lacks weights of {type(base).__name__}, "
+            f"or has them in other shapes: {names}"
+        )
+    parts = sorted({key.rpartition(".")[0] for key in lacking})
+    bodies = [part for part in parts if part.partition(".")[0] == base.base_model_prefix]
+    if 2 * sum(_own_size(base, part) for part in bodies) > sum(_size(p) for p in base.base_model.parameters()):
+        raise InputError(f"model.name_or_path={model.name_or_path}: the checkpoint is of another model; it lacks {names}")
+    setattr(base, NEW_PARTS, parts)
+    return cast(PreTrainedModel, base)
+
+
+def _own_size(base: nn.Module, part: str) -> int:
+    return sum(_size(parameter) for parameter in base.get_submodule(part).parameters(recurse=False))
+
+
+def new_parts(base: nn.Module) -> list[str]:
+    """The names of the modules whose weights the checkpoint of a classifier lacked, so that they were drawn anew."""
+    parts: list[str] = getattr(base, NEW_PARTS, [])
+    return parts
 
 
 def _random(model: ModelConfig, quantization: Any, where: torch.device, options: dict[str, Any]) -> PreTrainedModel:
@@ -176,16 +284,37 @@ def _random(model: ModelConfig, quantization: Any, where: torch.device, options:
     )
 
 
+def base_of(model: Any) -> Any:
+    """The model that an adapter is attached to; without an adapter the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def text_part(base: Any) -> nn.Module:
+    """The submodule that reads text, without the head: in models that also take images or sound, one of several."""
+    config = text_config(base)
+    if config is base.config:
+        return cast(nn.Module, base)
+    parts = (m for m in base.modules() if isinstance(m, PreTrainedModel) and m.config is config)
+    return next(parts, cast(nn.Module, base))
+
+
 def head_names(base: PreTrainedModel) -> list[str]:
     """The names of the parts beside the model's body that hold weights: ``lm_head``, ``score``, ``classifier``."""
     parts = base.named_children()
     return [name for name, part in parts if name != base.base_model_prefix and any(True for _ in part.parameters())]
 
 
+def head_classes(config: transformers.PreTrainedConfig) -> list[str] | None:
+    """The names of the outputs of a checkpoint's head over classes; None where it has none, or only numbers them."""
+    made_for = (getattr(config, "architectures", None) or [""])[0]
+    names = [config.id2label[number] for number in sorted(config.id2label)] if config.id2label else []
+    numbered = all(re.fullmatch(r"(?i)(label|class)?_?\d+", str(name)) for name in names)
+    return None if numbered or not made_for.endswith("ForSequenceClassification") else [str(name) for name in names]
+
+
 def classifies(model: nn.Module) -> bool:
     """Whether the model has a head over classes in place of one over the vocabulary."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return type(base).__name__.endswith("ForSequenceClassification")
+    return type(base_of(model)).__name__.endswith("ForSequenceClassification")
 
 
 def keep_weights_unpacked(base: nn.Module) -> None:
@@ -379,14 +508,48 @@ def restore(
     float32: bool = True,
     trainable: bool = False,
 ) -> PreTrainedModel | PeftModel:
-    """The trained model back from what ``save`` wrote, on the device of ``base``; the rest as for ``attach``."""
+    """The trained model back from what ``save`` wrote, on the device of ``base``; the rest as for ``attach``.
+
+    Raises:
+        InputError: the adapter does not fit the base.
+    """
     base = _base_of(base, folder)
     if (folder / "adapter_config.json").exists():
-        adapted = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable, autocast_adapter_dtype=float32)
+        adapted = _with_adapter(base, folder, is_trainable=trainable, autocast_adapter_dtype=float32)
         setattr(adapted, METHOD_INPUTS, inputs or {})
         keep_dtype(adapted)
         return adapted.eval()
     return cast(PreTrainedModel, _like(base, folder).eval())
+
+
+def _with_adapter(base: PreTrainedModel, folder: Path, **options: Any) -> PeftModel:
+    """``PeftModel.from_pretrained``, which is silent about weights that it has no place for, as an error."""
+    with _load_results() as results:
+        adapted = PeftModel.from_pretrained(base, str(folder), **options)
+    missing = [key for result in results for key in result.missing_keys if not any(name in key for name in SHARED)]
+    unknown = [key for result in results for key in result.unexpected_keys if "." in key]  # a prompt's have no dot
+    for what, keys in (("the model has no place for", unknown), ("the file lacks", missing)):
+        if keys:
+            more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
+            raise InputError(
+                f"adapter {folder}: it is of another model than {type(base).__name__}: {what} "
+                f"{', '.join(keys[:NAMED])}{more}"
+            )
+    return cast(PeftModel, adapted)
+
+
+@contextmanager
+def _load_results() -> Iterator[list[Any]]:
+    """What PEFT finds out while it loads adapters and does not tell."""
+    results: list[Any] = []
+    load = PeftModel.load_adapter
+
+    def noted(self: PeftModel, *args: Any, **options: Any) -> Any:
+        results.append(load(self, *args, **options))
+        return results[-1]
+
+    with patch.object(PeftModel, "load_adapter", noted):
+        yield results
 
 
 def _base_of(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
@@ -413,5 +576,5 @@ def merge(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     if getattr(base, "is_quantized", False):
         base = cast(Any, base).dequantize()
         vars(base)["_weight_conversions"] = None  # by which transformers would pack a saved base's weights again
-    adapted = PeftModel.from_pretrained(base, str(folder))
+    adapted = _with_adapter(base, folder)
     return cast(PreTrainedModel, cast(Any, adapted).merge_and_unload(safe_merge=True).eval())

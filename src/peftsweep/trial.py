@@ -22,7 +22,20 @@ import transformers
 from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peftsweep import build, checkpoint, data, evaluate, forecast, halving, inference, model, record, study, train
+from peftsweep import (
+    build,
+    checkpoint,
+    data,
+    evaluate,
+    forecast,
+    halving,
+    inference,
+    model,
+    probe,
+    record,
+    study,
+    train,
+)
 from peftsweep import config as configuration
 from peftsweep.build import Model
 from peftsweep.config import Trial, evaluation_identity, model_identity
@@ -227,11 +240,13 @@ class Session:
 
     def load(self) -> None:
         with self.stage("load"):
-            self.tokenizer = model.load_tokenizer(self.config.model)
+            self.tokenizer = build.load_tokenizer(self.trial)
             self.base = build.load_base(self.trial, self.tokenizer, self.meter.device)
             self.pad_id = int(self.tokenizer.pad_token_id)
         self.info["base_parameters"] = model.count(self.base).total
         self.info["base_bytes"] = self.base.get_memory_footprint()
+        if not model.classifies(self.base):
+            self.info |= probe.abilities(self.base).facts()
 
     def read(self) -> None:
         config, tokenizer = self.config, self.tokenizer
@@ -500,9 +515,12 @@ def _base_scores(
 def _reload(
     trial: Trial, place: Path, tokenizer: PreTrainedTokenizerBase, probe: data.Batch, losses: torch.Tensor
 ) -> dict[str, Any]:
-    """Load what was saved onto a fresh base: does it answer a batch as the trained model does?"""
+    """Load what was saved onto a fresh base: does it answer a batch as the trained model does?
+
+    Of a classifier's base what its checkpoint lacks is drawn from another seed, so that it must have been saved.
+    """
     try:
-        base = build.load_base(trial, tokenizer, losses.device)
+        base = build.load_base(trial, tokenizer, losses.device, seed=trial.config.seed + 1)
         again = build.restore(trial, base, place / study.ADAPTER)
         with torch.no_grad():
             differences = (model.answer_losses(again, probe) - losses).abs()

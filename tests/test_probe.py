@@ -1,0 +1,1 @@
+"""What an architecture does with padding, later tokens and its cache is found out, not assumed."""
