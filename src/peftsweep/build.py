@@ -17,9 +17,10 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peftsweep import attach, data, model, probe, study
+from peftsweep import attach, coverage, data, model, probe, study
 from peftsweep import config as configuration
 from peftsweep.config import ROWS_KEYS, Trial, content_hash, model_identity
+from peftsweep.coverage import COVERAGE, Coverage
 from peftsweep.data import Example, Rows, Tokens
 from peftsweep.errors import InputError
 from peftsweep.evaluate import Evaluation
@@ -185,6 +186,7 @@ def attach_method(
 ) -> Model:
     """``base`` with the trial's method on it, planned for ``steps`` steps; full fine-tuning trains the base itself."""
     config = trial.config
+    before = coverage.weights(base, config.model.roles)
     method: Any = _method(trial) if config.method else None
     if method is not None and getattr(method, "total_step", None) and steps:
         # AdaLoRA plans its budget over the run, whose length in steps is known only with the data.
@@ -192,7 +194,7 @@ def attach_method(
         method.total_step = steps
     if config.method_setup and initialise is None and hasattr(method, "init_lora_weights"):
         method.init_lora_weights = True  # a forecast, without data: as many weights, other numbers
-    return attach.attach(
+    adapted = attach.attach(
         base,
         method,
         config.targets,
@@ -201,6 +203,15 @@ def attach_method(
         float32=config.train.autocast_adapter_dtype,
         initialise=initialise,
     )
+    setattr(adapted, COVERAGE, coverage.coverage(before, adapted))
+    return adapted
+
+
+def coverage_of(adapted: Model, lane: str | None = None) -> dict[str, Any]:
+    """How far the method (of a pack: that of one lane) reaches into the base, for the record."""
+    found: Any = getattr(adapted, COVERAGE)
+    reached: Coverage = found if lane is None else found[lane]
+    return reached.facts()
 
 
 def attach_lanes(lanes: Mapping[str, Trial], base: PreTrainedModel) -> PeftModel:
@@ -208,7 +219,10 @@ def attach_lanes(lanes: Mapping[str, Trial], base: PreTrainedModel) -> PeftModel
     config = next(iter(lanes.values())).config
     methods = {name: (_method(trial), trial.config.targets) for name, trial in lanes.items()}
     float32 = config.train.autocast_adapter_dtype
-    return attach.attach_lanes(base, methods, config.seed, config.model.roles, float32=float32)
+    before = coverage.weights(base, config.model.roles)
+    adapted = attach.attach_lanes(base, methods, config.seed, config.model.roles, float32=float32)
+    setattr(adapted, COVERAGE, {name: coverage.coverage(before, adapted, name) for name in lanes})
+    return adapted
 
 
 def _method(trial: Trial) -> Any:
@@ -247,13 +261,16 @@ def initialisation(
 def restore(trial: Trial, base: PreTrainedModel, saved: Path) -> Model:
     """``base`` with the adapter (or as the whole model) in the folder ``saved``."""
     config = trial.config
-    return model.restore(
+    before = coverage.weights(base, config.model.roles)
+    adapted = model.restore(
         base,
         saved,
         config.method_inputs,
         float32=config.train.autocast_adapter_dtype,
         trainable=bool(config.profiler),  # which takes further steps
     )
+    setattr(adapted, COVERAGE, coverage.coverage(before, adapted))
+    return adapted
 
 
 def training_tokens(trial: Trial, tokenizer: PreTrainedTokenizerBase, rows: list[data.Row]) -> list[Tokens]:

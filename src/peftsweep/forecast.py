@@ -37,9 +37,16 @@ class Forecast:
     total_parameters: int | None = None
     adapter_bytes: int | None = None  # of the file that holds the adapter
     refused: str | None = None  # why it will not be trained
+    coverage: str | None = None  # how far it reaches into the base, in words
+    attached: str | None = None  # a hash of what is trained, by names and shapes
 
 
 KEYS = ("device", "model", "method", "targets", "quant", "eval", "train")  # of a configuration, that change a forecast
+ALL_ELSE = (  # of a configuration, what changes numbers beside the modules that a method is attached to
+    *("seed", "device", "model", "method", "method_inputs", "method_setup", "quant", "dataset", "eval", "train"),
+    *("inference", "profiler", "adapter", "halving", "memory_limit", "skip_oversized", "force", "repeat"),
+)
+AIMS = ("target_modules", "target_parameters", "exclude_modules")  # of a method: by which modules are named
 RATES = ("learning_rate", "learning_rate_scale", "schedule", "warmup", "weight_decay", "clip")  # that take no memory
 # Of base and adapter. Some methods begin with random numbers that the meta device lacks, some with the base's (SVD,
 # masks), of which any will do.
@@ -83,7 +90,9 @@ def _check_reading(trial: Trial) -> None:
         options = inspect.signature(build.evaluator(trial, name)).parameters
         new = options["max_new_tokens"].default if "max_new_tokens" in options else 0
         if room is not None and new >= room:
-            raise InputError(f"eval.{name}.max_new_tokens={new}: must be below {room}, the tokens the model sees at once")
+            raise InputError(
+                f"eval.{name}.max_new_tokens={new}: must be below {room}, the tokens the model sees at once"
+            )
 
 
 def _room(trial: Trial) -> int | None:
@@ -101,9 +110,27 @@ def _is_local(config: ModelConfig) -> bool:
 
 def _sizes(adapted: build.Model, config: TrainConfig) -> Forecast:
     train.make_optimizer(adapted, config)  # which may freeze some of the parameters
-    counts = model.count(adapted)
+    counts, reach = model.count(adapted), build.coverage_of(adapted)
+    attached = [(name, list(p.shape), str(p.dtype)) for name, p in model.trainable_parameters(adapted)]
     file_size = model.saved_bytes(adapted) if isinstance(adapted, PeftModel) else counts.trainable_bytes
-    return Forecast(counts.trainable, counts.total, file_size)
+    return Forecast(
+        counts.trainable,
+        counts.total,
+        file_size,
+        coverage=reach["line"],
+        attached=configuration.content_hash(attached),
+    )
+
+
+def twin_key(trial: Trial, foreseen: Forecast) -> str:
+    """The same for trials that attach the same parameters, all else equal, by whatever names they call the modules."""
+    if foreseen.attached is None:
+        return trial.identity
+    tree = {key: trial.tree[key] for key in ALL_ELSE}
+    tree["method"] = {key: value for key, value in tree["method"].items() if key not in AIMS}
+    tree["model"] = {key: value for key, value in tree["model"].items() if key != "roles"}
+    rows = trial.rows.fingerprints if trial.rows else None
+    return configuration.content_hash([tree, rows, foreseen.attached])
 
 
 def _with_skeleton(

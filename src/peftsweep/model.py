@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +17,8 @@ import transformers
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import transformers_weight_conversion
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -248,14 +250,16 @@ def _pretrained(model: ModelConfig, quantization: Any, options: dict[str, Any], 
         )
     parts = sorted({key.rpartition(".")[0] for key in lacking})
     bodies = [part for part in parts if part.partition(".")[0] == base.base_model_prefix]
-    if 2 * sum(_own_size(base, part) for part in bodies) > sum(_size(p) for p in base.base_model.parameters()):
-        raise InputError(f"model.name_or_path={model.name_or_path}: the checkpoint is of another model; it lacks {names}")
+    if 2 * sum(_own_size(base, part) for part in bodies) > sum(weight_count(p) for p in base.base_model.parameters()):
+        raise InputError(
+            f"model.name_or_path={model.name_or_path}: the checkpoint is of another model; it lacks {names}"
+        )
     setattr(base, NEW_PARTS, parts)
     return cast(PreTrainedModel, base)
 
 
 def _own_size(base: nn.Module, part: str) -> int:
-    return sum(_size(parameter) for parameter in base.get_submodule(part).parameters(recurse=False))
+    return sum(weight_count(parameter) for parameter in base.get_submodule(part).parameters(recurse=False))
 
 
 def new_parts(base: nn.Module) -> list[str]:
@@ -307,7 +311,7 @@ def head_names(base: PreTrainedModel) -> list[str]:
 def head_classes(config: transformers.PreTrainedConfig) -> list[str] | None:
     """The names of the outputs of a checkpoint's head over classes; None where it has none, or only numbers them."""
     made_for = (getattr(config, "architectures", None) or [""])[0]
-    names = [config.id2label[number] for number in sorted(config.id2label)] if config.id2label else []
+    names = [name for _, name in sorted((config.id2label or {}).items(), key=lambda item: int(item[0]))]
     numbered = all(re.fullmatch(r"(?i)(label|class)?_?\d+", str(name)) for name in names)
     return None if numbered or not made_for.endswith("ForSequenceClassification") else [str(name) for name in names]
 
@@ -439,12 +443,13 @@ def count(model: nn.Module) -> Counts:
     trainable = [p for p in model.parameters() if p.requires_grad]
     return Counts(
         trainable=sum(p.numel() for p in trainable),
-        total=sum(_size(p) for p in model.parameters()),
+        total=sum(weight_count(p) for p in model.parameters()),
         trainable_bytes=sum(p.numel() * p.element_size() for p in trainable),
     )
 
 
-def _size(parameter: nn.Parameter) -> int:
+def weight_count(parameter: nn.Parameter) -> int:
+    """How many numbers the parameter stands for; 4-bit ones are packed."""
     packed = getattr(parameter, "quant_state", None)
     return parameter.numel() if packed is None else int(torch.Size(packed.shape).numel())
 
@@ -524,7 +529,7 @@ def restore(
 
 def _with_adapter(base: PreTrainedModel, folder: Path, **options: Any) -> PeftModel:
     """``PeftModel.from_pretrained``, which is silent about weights that it has no place for, as an error."""
-    with _load_results() as results:
+    with _load_results() as results, names_as_written() if _written_now(folder) else nullcontext():
         adapted = PeftModel.from_pretrained(base, str(folder), **options)
     missing = [key for result in results for key in result.missing_keys if not any(name in key for name in SHARED)]
     unknown = [key for result in results for key in result.unexpected_keys if "." in key]  # a prompt's have no dot
@@ -535,7 +540,27 @@ def _with_adapter(base: PreTrainedModel, folder: Path, **options: Any) -> PeftMo
                 f"adapter {folder}: it is of another model than {type(base).__name__}: {what} "
                 f"{', '.join(keys[:NAMED])}{more}"
             )
-    return cast(PeftModel, adapted)
+    return adapted
+
+
+def _written_now(folder: Path) -> bool:
+    """Whether no weight in the file is of a single expert, as transformers 4 named them."""
+    file = folder / "adapter_model.safetensors"
+    if not file.exists():
+        return False
+    with safe_open(file, framework="pt") as weights:
+        return not any(re.search(r"experts\.\d+\.", key) for key in weights.keys())  # noqa: SIM118
+
+
+@contextmanager
+def names_as_written() -> Iterator[None]:
+    """PEFT attaches LoRA to the modules that are named.
+
+    Without this it takes ``gate_proj``, ``up_proj`` and ``down_proj`` of many mixtures of experts, those of dense
+    layers and of shared experts too, for the names of experts in transformers 4, and adapts the experts instead.
+    """
+    with patch.object(transformers_weight_conversion, "convert_peft_config_for_transformers", lambda *_, **__: None):
+        yield
 
 
 @contextmanager

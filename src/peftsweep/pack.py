@@ -339,6 +339,7 @@ class _Pack:
                 self._try_out(lead, lanes)
             for lane in lanes:
                 lane.session.share(lead)
+                lane.session.info["coverage"] = build.coverage_of(lead.adapted, lane.name)
             ended = self._trained(lead, lanes)
         except Exception as error:
             raise _SharedFailure(error) from error

@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from bitsandbytes.nn.modules import Linear8bitLt
 from torch import nn
 
 from peftsweep.errors import InputError
-from peftsweep.model import QUANTISED, Linear8bitLt, base_of, text_config
+from peftsweep.model import QUANTISED, base_of, text_config
 
 log = logging.getLogger(__name__)
 

@@ -42,14 +42,14 @@ def run(
     if launch and config.stop_on_failure:
         raise InputError("stop_on_failure=true: only with hydra/launcher=local; others are given all trials at once")
     forecasts = [forecast.check(one) for one in trials]  # raises before anything is written
+    stand_ins = _stand_ins(trials, forecasts)
     if config.dry_run:
-        _dry_run(trials, forecasts)
+        _dry_run(trials, forecasts, stand_ins)
         return [None] * len(trials)
     results: list[Result | None] = [trial.finished(one) for one in trials]
-    missing: dict[str, Trial] = {}
-    for one, done in zip(trials, results, strict=True):
-        if done is None:
-            missing.setdefault(one.identity, one)
+    for done in _once(results):
+        _share(done, trials, results, stand_ins)
+    missing = {stand_ins[n].identity: stand_ins[n] for n, done in enumerate(results) if done is None}
     with Display(len(missing), quiet=config.quiet) as display, _terminable():
         for held in _once(results):
             display.say(f"done before: {held.trial} ({held.status.name})")
@@ -58,7 +58,7 @@ def run(
         todo, budget = list(missing.values()), budget or Budget(options)
         ended = engine.run(todo, launch, display) if launch else workers.run(todo, options, budget, display)
         for _, result in ended:
-            _share(result, trials, results)
+            _share(result, trials, results, stand_ins)
             if config.stop_on_failure and not result.status.good:
                 display.say("stopped at the first failure, as stop_on_failure=true says")
                 break
@@ -120,10 +120,24 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _share(result: Result, trials: Sequence[Trial], results: list[Result | None]) -> None:
-    """Give the record to every other point of the sweep with the same identity, and it their labels."""
+def _stand_ins(trials: Sequence[Trial], forecasts: Sequence[Forecast]) -> list[Trial]:
+    """For each trial the one that is trained in its place: itself, or one that attaches the same, all else equal.
+
+    That is the first of them, unless another has its own record already.
+    """
+    chosen: dict[str, Trial] = {}
+    keys = [forecast.twin_key(one, foreseen) for one, foreseen in zip(trials, forecasts, strict=True)]
+    for one, key in zip(trials, keys, strict=True):
+        held = chosen.setdefault(key, one)
+        if held.identity != one.identity and not trial.finished(held) and trial.finished(one):
+            chosen[key] = one
+    return [chosen[key] for key in keys]
+
+
+def _share(result: Result, trials: Sequence[Trial], results: list[Result | None], stand_ins: Sequence[Trial]) -> None:
+    """Give the record to every other point of the sweep that it stands for, and it their labels."""
     for number, other in enumerate(trials):
-        if results[number] is None and other.identity == result.run_info["identity"]:
+        if results[number] is None and stand_ins[number].identity == result.run_info["identity"]:
             results[number] = result
             if other.label not in result.run_info["labels"] and result.folder is not None:
                 result.run_info["labels"].append(other.label)
@@ -144,8 +158,8 @@ def _summarise(display: Display, results: Sequence[Result | None], name: str) ->
     display.console.print(f"{said}  ({study.folder(name)})", markup=False)
 
 
-def _dry_run(trials: Sequence[Trial], forecasts: Sequence[Forecast]) -> None:
-    rows = [_plan_row(one, foreseen) for one, foreseen in zip(trials, forecasts, strict=True)]
+def _dry_run(trials: Sequence[Trial], forecasts: Sequence[Forecast], stand_ins: Sequence[Trial]) -> None:
+    rows = [_plan_row(*row) for row in zip(trials, forecasts, stand_ins, strict=True)]
     config = trials[0].config
     file = study.folder(config.study) / study.PLAN
     record.write_json(file, rows)
@@ -156,22 +170,28 @@ def _dry_run(trials: Sequence[Trial], forecasts: Sequence[Forecast]) -> None:
             print(
                 f"{row['label']:{width}}  {row['state']:8}  {trainable:>13} trainable  "
                 f"{size(row['adapter_bytes']):>9}  memory {size(row['predicted_memory_bytes']):>9}"
-                + "".join(f"  {row[key]}" for key in ("refused", "oversized") if row[key])
+                + "".join(f"  {row[key]}" for key in ("refused", "oversized", "same_as") if row[key])
             )
+        for line in dict.fromkeys(row["coverage"] for row in rows if row["coverage"]):
+            same = [row["label"] for row in rows if row["coverage"] == line]
+            print(f"{', '.join(same)}: {line}")
     new = sum(row["state"] == "new" for row in rows)
     print(f"{trials_in_words(len(rows))}, {new} new; nothing was trained ({file})")
 
 
-def _plan_row(one: Trial, foreseen: Forecast) -> dict[str, Any]:
-    held = study.result(trial.folder(one))
+def _plan_row(one: Trial, foreseen: Forecast, stand_in: Trial) -> dict[str, Any]:
+    same = stand_in.identity != one.identity
+    held = study.result(trial.folder(stand_in))
     predicted = forecast.prediction(one)
     return {
-        "trial": trial.folder(one).name,
+        "trial": trial.folder(stand_in).name,
         "label": one.label,
-        "state": held.status.name if held and not one.config.force else "new",
+        "state": held.status.name if held and not one.config.force else "same" if same else "new",
         "trainable_parameters": foreseen.trainable_parameters,
         "total_parameters": foreseen.total_parameters,
         "adapter_bytes": foreseen.adapter_bytes,
+        "coverage": foreseen.coverage,
+        "same_as": f"attaches the same as {stand_in.label}" if same else None,
         "refused": foreseen.refused,
         "predicted_memory_bytes": None if predicted is None else predicted.peak_bytes,
         "oversized": forecast.oversized(one),

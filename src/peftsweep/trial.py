@@ -305,6 +305,7 @@ class Session:
     def _restore(self, saved: Path) -> None:
         with self.stage("attach"):
             self.adapted = build.restore(self.trial, self.base, saved)
+            self.info["coverage"] = build.coverage_of(self.adapted)
 
     def _attach(self) -> None:
         with self.stage("attach"):
@@ -312,6 +313,7 @@ class Session:
             steps = train.total_steps(self.config.train, len(self.tokens))
             initialise = build.initialisation(self.trial, self.place, self.base, self.tokens, self.tokenizer)
             self.adapted = build.attach_method(self.trial, self.base, steps, initialise)
+            self.info["coverage"] = build.coverage_of(self.adapted)
 
     def _train(self) -> None:
         if predicted := forecast.prediction(self.trial, self.tokens):
