@@ -85,15 +85,20 @@ class Coverage:
         ]
         said = f"adapts {percent(self.share)} of the weights" + (f": {', '.join(reached)}" if reached else "")
         said += f"; not {', '.join(left)}" if left and reached else ""
-        for bits, size in self.quantised.items():
-            said += f"; {percent(size / self.weights)} of the base are stored in {bits} bits"
-        return said
+        return said + stored(self.quantised, self.weights)
 
     def _reached(self, role: str, reach: Reach) -> str:
         notes = [] if reach.adapted == reach.weights else [percent(reach.adapted / reach.weights)]
         if reach.layers and reach.adapted_layers < self.layers:
             notes.append(f"{reach.adapted_layers} of {self.layers} layers")
         return f"{role} ({', '.join(notes)})" if notes else role
+
+
+def stored(quantised: dict[int, int], total: int) -> str:
+    """``; 91% of the base are stored in 4 bits``; empty for a base that is not quantised."""
+    return "".join(
+        f"; {percent(size / total)} of the base are stored in {bits} bits" for bits, size in quantised.items()
+    )
 
 
 def percent(share: float) -> str:
@@ -135,9 +140,13 @@ def coverage(before: dict[str, Weight], adapted: nn.Module, adapter: str | None 
             len({weight.layer for weight in reached.values()} - {None}),
         )
     layers = len({weight.layer for weight in before.values()} - {None})
+    return Coverage(roles, layers, quantised(before))
+
+
+def quantised(before: dict[str, Weight]) -> dict[int, int]:
+    """How many of the weights are stored in 4 and 8 bits: fused experts, for example, are not."""
     kinds = sorted({weight.bits for weight in before.values() if weight.bits})
-    quantised = {bits: sum(weight.size for weight in before.values() if weight.bits == bits) for bits in kinds}
-    return Coverage(roles, layers, quantised)
+    return {bits: sum(weight.size for weight in before.values() if weight.bits == bits) for bits in kinds}
 
 
 def _adapted_names(adapted: nn.Module, adapter: str | None) -> set[str]:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from peft import PeftModel
 
-from peftsweep import build, compatibility, model, probe, train
+from peftsweep import build, compatibility, coverage, model, probe, train
 from peftsweep import config as configuration
 from peftsweep.config import Trial
 from peftsweep.data import Tokens
@@ -77,7 +77,17 @@ def _forecast(trial: Trial) -> Forecast:
         if reason := refusal(trial):
             bare = model.skeleton(config.model, classes=len(config.dataset.classes))
             return Forecast(0, model.count(bare).total, 0, reason)
-        return _with_skeleton(trial, None, lambda adapted: _sizes(adapted, config.train)) or Forecast()
+        foreseen = _with_skeleton(trial, None, lambda adapted: _sizes(adapted, config.train)) or Forecast()
+        return dataclasses.replace(foreseen, coverage=foreseen.coverage and foreseen.coverage + _stored(trial))
+
+
+def _stored(trial: Trial) -> str:
+    """How much of the base is really quantised, in words."""
+    if not trial.config.quant:
+        return ""
+    base = skeleton(trial.config.model, build.quantization(trial), classes=len(trial.config.dataset.classes))
+    weights = coverage.weights(base, trial.config.model.roles)
+    return coverage.stored(coverage.quantised(weights), sum(weight.size for weight in weights.values()))
 
 
 def _check_reading(trial: Trial) -> None:

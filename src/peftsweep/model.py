@@ -18,6 +18,7 @@ from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import transformers_weight_conversion
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
 from torch import nn
 from transformers import (
@@ -524,7 +525,7 @@ def restore(
         setattr(adapted, METHOD_INPUTS, inputs or {})
         keep_dtype(adapted)
         return adapted.eval()
-    return cast(PreTrainedModel, _like(base, folder).eval())
+    return cast(PreTrainedModel, read(folder, base).eval())
 
 
 def _with_adapter(base: PreTrainedModel, folder: Path, **options: Any) -> PeftModel:
@@ -581,25 +582,46 @@ def _base_of(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """The base that the adapter in ``folder`` belongs to: the one kept beside it, else ``base``."""
     if not (folder / RESIDUAL).exists():
         return base
-    residual = _like(base, folder / RESIDUAL)
+    residual = read(folder / RESIDUAL, base)
     keep_weights_unpacked(residual)
     return residual
 
 
-def _like(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The model saved in ``folder``, of the class and dtype and on the device of ``base``."""
-    return type(base).from_pretrained(folder, dtype=base.dtype, device_map={"": base.device})
+def read(folder: Path, like: PreTrainedModel) -> PreTrainedModel:
+    """The model saved in ``folder``, of the class and dtype and on the device of ``like``."""
+    return type(like).from_pretrained(folder, dtype=like.dtype, device_map={"": like.device})
 
 
-def merge(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The adapter saved in ``folder`` merged into ``base``, which is dequantised first and consumed.
-
-    Raises:
-        Exception: whatever PEFT raises for a method that cannot be merged.
-    """
+def dequantised(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """The adapter saved in ``folder`` on ``base``, which is dequantised first and consumed."""
     base = _base_of(base, folder)
     if getattr(base, "is_quantized", False):
         base = cast(Any, base).dequantize()
         vars(base)["_weight_conversions"] = None  # by which transformers would pack a saved base's weights again
-    adapted = _with_adapter(base, folder)
+    return _with_adapter(base, folder).eval()
+
+
+def merge(adapted: PeftModel) -> PreTrainedModel:
+    """The base of ``adapted`` with the adapter merged into its weights; both are consumed.
+
+    Where the method changes one of two tied weights (embeddings and head), they are untied.
+
+    Raises:
+        Exception: whatever PEFT raises for a method that cannot be merged.
+    """
+    _untie(adapted.get_base_model())
     return cast(PreTrainedModel, cast(Any, adapted).merge_and_unload(safe_merge=True).eval())
+
+
+def _untie(base: Any) -> None:
+    """Give the head a weight of its own, where it is the embeddings' and one of the two has an adapter."""
+    ends: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
+    layers: list[Any] = [end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends]
+    touched = any(isinstance(end, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for end in ends)
+    if None in ends or not touched:
+        return
+    first, last = (layer.original_module if hasattr(layer, "original_module") else layer for layer in layers)
+    if first.weight is last.weight:
+        last.weight = nn.Parameter(last.weight.detach().clone(), requires_grad=False)
+    for config in (base.config, text_config(base)):
+        config.tie_word_embeddings = False

@@ -100,6 +100,7 @@ def trained(study: Path, training: str) -> Result | None:
         return None
     done = result(folder)
     same = done and done.status is Status.success and done.run_info.get("training") == training
+    same = same and done and done.train_info.get("reloads") is not False
     return done if same and any((folder / ADAPTER).glob("*.safetensors")) else None
 
 

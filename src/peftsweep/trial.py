@@ -525,34 +525,57 @@ def _reload(
         base = build.load_base(trial, tokenizer, losses.device, seed=trial.config.seed + 1)
         again = build.restore(trial, base, place / study.ADAPTER)
         with torch.no_grad():
-            differences = (model.answer_losses(again, probe) - losses).abs()
+            answered = model.answer_losses(again, probe)
     except Exception as error:  # whatever PEFT raises; the trial itself has succeeded
         log.exception("the saved adapter cannot be loaded")
         return {"reloads": False, "reload_error": record.one_line(error)}
-    worst, mean = differences.max().item(), differences.mean().item()
-    exact = trial.config.model.dtype is Dtype.float32
-    same = worst < RELOAD_TOLERANCE if exact else mean < NARROW_TOLERANCE
-    return {"reloads": same, "reload_difference": worst}
+    same = _same(trial, answered, losses)
+    if not same:
+        log.warning("the saved adapter does not answer as the trained one does; no other trial will go on from it")
+    return {"reloads": same, "reload_difference": (answered - losses).abs().max().item()}
 
 
 def _merge(
     trial: Trial, place: Path, tokenizer: PreTrainedTokenizerBase, probe: data.Batch, losses: torch.Tensor
 ) -> dict[str, Any]:
-    """Write the merged model: does it answer a batch as the base with its adapter does?
+    """Write the merged model and read it back: does it answer a batch as the base with its adapter does?
 
-    A quantised base is dequantised first, exactly; 8-bit layers also round what flows through them, so
-    their merged model differs by that.
+    A quantised base is dequantised first, exactly. 8-bit layers also round what flows through them, so that the
+    merged model is held to the adapter on the dequantised base, and its difference from the trained one is told.
     """
+    folder = place / study.MERGED
     try:
-        merged = model.merge(build.load_base(trial, tokenizer, losses.device), place / study.ADAPTER)
+        adapted = model.dequantised(build.load_base(trial, tokenizer, losses.device), place / study.ADAPTER)
         with torch.no_grad():
-            difference = (model.answer_losses(merged, probe) - losses).abs().max().item()
-        merged.save_pretrained(place / study.MERGED)
-        tokenizer.save_pretrained(place / study.MERGED)
+            expected = model.answer_losses(adapted, probe) if _rounds(trial) else losses
+        written = model.merge(adapted)
+        written.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        merged = model.read(folder, written)
+        with torch.no_grad():
+            found = model.answer_losses(merged, probe)
     except Exception as error:  # whatever PEFT raises; the trial itself has succeeded
         log.exception("the adapter cannot be merged")
+        shutil.rmtree(folder, ignore_errors=True)
         return {"merges": False, "merge_error": record.one_line(error)}
-    return {"merges": True, "merge_difference": difference}
+    merges = _same(trial, found, expected)
+    if not merges:
+        log.warning("the merged model does not answer as the trained one does: %s is taken away", folder)
+        shutil.rmtree(folder, ignore_errors=True)
+    return {"merges": merges, "merge_difference": (found - losses).abs().max().item()}
+
+
+def _rounds(trial: Trial) -> bool:
+    """Whether the base's layers round their inputs, as 8-bit ones do."""
+    return bool(trial.config.quant.get("load_in_8bit"))
+
+
+def _same(trial: Trial, found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether losses of answer tokens are equal but for the rounding of the base's number format."""
+    differences = (found - expected).abs()
+    if trial.config.model.dtype is Dtype.float32:
+        return differences.max().item() < RELOAD_TOLERANCE
+    return differences.mean().item() < NARROW_TOLERANCE
 
 
 def log_step(lines: Any, observer: Observer, row: dict[str, Any]) -> None:
@@ -629,7 +652,7 @@ def end(
     result.write(place)
     if status is Status.success:
         shutil.rmtree(place / study.CHECKPOINTS, ignore_errors=True)
-        if result.config["adapter"]["save"]:
+        if result.config["adapter"]["save"] and result.train_info.get("reloads", True):
             study.mark_trained(result)
     tracker.end(record.flat(record.plain({"train": result.train_info, "eval": result.eval_info})), status.value)
 
