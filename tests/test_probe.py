@@ -1,1 +1,97 @@
-"""What an architecture does with padding, later tokens and its cache is found out, not assumed."""
+"""What an architecture does with later tokens, padding and its cache is found out, not assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from peftsweep import InputError, evaluate, forecast, inference, model, probe
+from peftsweep.config import Trial
+from peftsweep.probe import Abilities
+from peftsweep.schema import ModelConfig
+from tests.architectures import GENERATING, SIZES, make, write
+
+Compose = Callable[..., Trial]
+FAST = ("llama", "lfm2", "rwkv")
+PROMPTS = ["Tom has 3 pens.", "One day a cat went out to see the big garden and it", "a", "What is 2 plus 2? It is"]
+KINDS = [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in GENERATING]
+
+
+def alone(base: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
+    """What is likeliest, token by token, read from the beginning each time, without cache and padding."""
+    ids = tokenizer(prompt).input_ids
+    start = len(ids)
+    for _ in range(new_tokens):
+        row = torch.tensor([ids])
+        with torch.no_grad():
+            likeliest = int(base(input_ids=row, attention_mask=torch.ones_like(row)).logits[0, -1].argmax())
+        if likeliest in evaluate._end_ids(base, tokenizer):
+            break
+        ids = [*ids, likeliest]
+    return str(tokenizer.decode(ids[start:], skip_special_tokens=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_writes_what_each_row_writes_alone(kind: str) -> None:
+    base, tokenizer = make(kind), model.load_tokenizer(ModelConfig(name_or_path="tiny"))
+    expected = [alone(base, tokenizer, prompt, 8) for prompt in PROMPTS]
+    assert evaluate.generate(base, tokenizer, PROMPTS, max_new_tokens=8, batch_size=4) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("llama", Abilities(padded_batches=True, row_cache=True)),
+        ("gemma3", Abilities(padded_batches=True, row_cache=True)),
+        ("lfm2", Abilities(padded_batches=True, row_cache=False)),  # its cache cannot give up rows
+        ("rwkv", Abilities(padded_batches=False, row_cache=False)),  # it knows no mask
+        ("mamba", Abilities(padded_batches=True, row_cache=False)),
+    ],
+)
+def test_the_probe_finds_what_evaluations_may_rely_on(kind: str, expected: Abilities) -> None:
+    assert probe.probe(make(kind)) == expected
+
+
+def test_a_cache_that_gives_wrong_rows_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.cache_utils import DynamicLayer
+
+    monkeypatch.setattr(DynamicLayer, "batch_select_indices", lambda self, indices: None)
+    monkeypatch.setattr("transformers.cache_utils.Cache.batch_select_indices", lambda self, indices: None)
+    assert not probe.probe(make("llama")).row_cache
+
+
+def test_a_second_tree_of_the_base_is_not_probed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = make("rwkv")
+    known = probe.abilities(base)
+    monkeypatch.setattr(probe, "probe", lambda base: pytest.fail("probed again"))
+    assert probe.abilities(inference.bare(base)) == known
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_an_encoder_is_no_causal_model(kind: str) -> None:
+    config = AutoConfig.for_model(kind, **SIZES)
+    with pytest.raises(InputError, match="sees the tokens that it is to predict, as encoders do; take model=encoder"):
+        probe.probe(AutoModelForCausalLM.from_config(config).eval())
+    config.is_decoder = True
+    probe.probe(AutoModelForCausalLM.from_config(config).eval())
+
+
+def test_an_encoder_and_a_translator_are_refused_before_the_sweep(compose: Compose, tmp_path: Path) -> None:
+    words = ("model=causal_lm", f"model.name_or_path={write('bert', tmp_path / 'bert')}")
+    with pytest.raises(InputError, match="sees the tokens that it is to predict"):
+        forecast.check(compose(*words))
+    shape = "{model_type: t5, d_model: 32, d_kv: 8, d_ff: 64, num_layers: 2, num_heads: 4}"
+    translator = ("model=causal_lm", "model.name_or_path=t5", "model.init=random", f"+model.architecture={shape}")
+    with pytest.raises(InputError, match="is no causal language model"):
+        forecast.check(compose(*translator))
+
+
+def test_a_decoder_whose_configuration_could_be_an_encoder_s_is_taken() -> None:
+    config = AutoConfig.for_model("gpt_neox", **SIZES)
+    assert config.is_decoder is False
+    probe.check_causal(config, AutoModelForCausalLM.from_config)

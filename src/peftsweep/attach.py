@@ -33,6 +33,8 @@ from peftsweep.schema import TargetsConfig
 log = logging.getLogger(__name__)
 
 LINEAR = (nn.Linear, Conv1D)  # bitsandbytes' quantised layers are subclasses of nn.Linear
+# Layers that a model never calls, as it multiplies with their weights itself: an adapter on them would do nothing.
+NEVER_CALLED = dict.fromkeys(("mamba", "falcon_mamba", "jamba"), ("dt_proj",))
 EXPERTS = "experts"  # a role of every mixture of experts, whose members are found by their shapes
 FORWARD = ("gate_proj", "up_proj", "down_proj")
 RECURRENT = ("in_proj", "x_proj", "dt_proj", "out_proj")
@@ -283,14 +285,16 @@ def linear_names(base: PreTrainedModel, method: Any = None) -> list[str]:
 
 
 def _without_refused(method: Any, base: PreTrainedModel, names: list[str]) -> list[str]:
-    """``names`` without those that PEFT refuses; all of them, for its own line to say why, where none is left."""
+    """``names`` without those that PEFT refuses or the model never calls; all of them where none would be left."""
     taken = [name for name in names if _is_taken(method, base, name)]
     if refused := sorted({name.rpartition(".")[2] for name in names if name not in taken}):
-        log.warning("targets: left out %s, which PEFT takes in no %s", ", ".join(refused), base.config.model_type)
+        log.warning("targets: left out %s, which cannot be adapted in %s", ", ".join(refused), base.config.model_type)
     return taken or names
 
 
 def _is_taken(method: Any, base: PreTrainedModel, name: str) -> bool:
+    if name.rpartition(".")[2] in NEVER_CALLED.get(text_config(base).model_type, ()):
+        return False
     try:
         if method is not None:
             _check_lora_target_modules_mamba(method, base, name.rpartition(".")[2])
@@ -324,6 +328,8 @@ def check_modules(base: PreTrainedModel, names: Sequence[str], key: str) -> None
     for name in names:
         if not any(_ends(full, name) for full, _ in base.named_modules()):
             raise InputError(f"{key}: the model has no module '{name}'; it has: {', '.join(linear_names(base))}")
+        if name.rpartition(".")[2] in NEVER_CALLED.get(text_config(base).model_type, ()):
+            raise InputError(f"{key}: the model never calls '{name}', so that an adapter on it would do nothing")
 
 
 def role_members(base: PreTrainedModel, roles: Roles) -> dict[str, list[str]]:

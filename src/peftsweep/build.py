@@ -314,6 +314,21 @@ def _tokenize(trial: Trial, tokenizer: PreTrainedTokenizerBase, rows: list[data.
     return tokens
 
 
+def check_tokens(tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel, tokens: Sequence[Tokens]) -> None:
+    """Refuse rows with a token that the base has no embedding for.
+
+    Raises:
+        InputError: the line names the token.
+    """
+    known = int(base.get_input_embeddings().num_embeddings)
+    outside = max((token for row in tokens for token in row.ids), default=0)
+    if outside >= known:
+        name = tokenizer.convert_ids_to_tokens(outside)
+        raise InputError(
+            f"model.name_or_path: token {outside} ({name!r}) of its tokenizer is none of {known} embeddings"
+        )
+
+
 def test_examples(trial: Trial, name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """The test rows of ``eval.<name>`` as it shows them to the model."""
     test = data.evaluation_rows(configuration.evaluation_source(trial.config, name), f"eval.{name}", rows.test)

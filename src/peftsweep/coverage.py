@@ -16,7 +16,8 @@ from peftsweep.attach import EXPERTS, Roles, expert_parameters, role_members
 from peftsweep.model import base_of, head_names, text_part, weight_count
 
 COVERAGE = "peftsweep_coverage"  # the attribute of an adapted model that holds its coverage
-EMBEDDINGS, HEAD, BESIDE_TEXT, OTHER = "embeddings", "head", "beside_text", "other"  # of weights without another role
+EMBEDDINGS, HEAD, ROUTER, BESIDE_TEXT, OTHER = "embeddings", "head", "router", "beside_text", "other"
+ROUTERS = ("gate", "router", "shared_expert_gate")  # names of the layers that choose among experts
 # What PEFT puts into the name of a weight that it wraps.
 WRAPPING = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
 WORTH_NAMING = 0.01  # share of all weights from which a role that is not adapted is named
@@ -118,6 +119,8 @@ def weights(base: Any, roles: Roles) -> dict[str, Weight]:
     for name, parameter in base.named_parameters():
         owner, _, own = name.rpartition(".")
         role = EXPERTS if name in experts else playing.get(owner) or special.get(id(parameter), OTHER)
+        if role == OTHER and owner.rpartition(".")[2] in ROUTERS:
+            role = ROUTER
         role, number = (role, re.search(r"\.(\d+)\.", name)) if id(parameter) in text else (BESIDE_TEXT, None)
         module = base.get_submodule(owner)
         bits = 4 if isinstance(module, Linear4bit) else 8 if isinstance(module, Linear8bitLt) else None
@@ -158,7 +161,9 @@ def _adapted_names(adapted: nn.Module, adapter: str | None) -> set[str]:
             if isinstance(module, BaseTunerLayer):
                 if adapter is not None and adapter not in module._get_available_adapters():
                     continue
-                names.add(f"{_plain(name)}.{getattr(module, 'parameter_name', 'weight')}")
+                own = getattr(module, "parameter_name", None)
+                parts = [own] if own else [part for part, _ in module.get_base_layer().named_parameters()]
+                names |= {f"{_plain(name)}.{part}" for part in parts}
             elif isinstance(module, AuxiliaryTrainingWrapper):
                 names |= {f"{_plain(name)}.{own}" for own, _ in module.original_module.named_parameters()}
     return names

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -94,7 +95,7 @@ def _check_reading(trial: Trial) -> None:
     """That the base is a causal model where one is asked for, has its tokenizer, and room for what it is to write."""
     config = trial.config
     if config.model.task is Task.causal_lm:
-        probe.check_causal(model.architecture(config.model), model.CLASSES[Task.causal_lm].from_config)
+        probe.check_causal(model.architecture(config.model), partial(model.made, config.model))
     room = _room(trial)
     for name in config.eval:
         options = inspect.signature(build.evaluator(trial, name)).parameters

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import patch
@@ -105,11 +105,18 @@ def skeleton(model: ModelConfig, where: str = "meta", classes: int = 0) -> PreTr
     On the meta device it takes no memory; on another its weights are random numbers. A classifier
     has ``classes`` outputs.
     """
-    config = _shape(model, classes)
+    with torch.device(where):
+        return made(model, _shape(model, classes), dtype=getattr(torch, model.dtype.value))
+
+
+def made(model: ModelConfig, config: transformers.PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    """A model of the configuration ``config``, of random weights, for the task of ``model``.
+
+    Raises:
+        InputError: the architecture is of another kind.
+    """
     try:
-        with torch.device(where):
-            dtype = getattr(torch, model.dtype.value)
-            return cast(PreTrainedModel, CLASSES[model.task].from_config(config, dtype=dtype))
+        return cast(PreTrainedModel, CLASSES[model.task].from_config(config, **options))
     except ValueError as error:  # transformers has no such model of this type
         what = "causal language model" if model.task is Task.causal_lm else "classifier"
         raise InputError(
@@ -146,12 +153,15 @@ def token_limit(model: nn.Module) -> int | None:
     return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 
 
-@lru_cache(maxsize=8)
-def _token_limit(architecture: str, task: Task) -> int | None:
-    fields = json.loads(architecture)
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    with torch.device("meta"):
-        return token_limit(CLASSES[task].from_config(config))
+def _token_limit(model: ModelConfig, config: transformers.PreTrainedConfig) -> int | None:
+    key = f"{model.task.name} {config.to_json_string(use_diff=False)}"
+    if key not in _LIMITS:
+        with torch.device("meta"):
+            _LIMITS[key] = token_limit(made(model, copy.deepcopy(config)))
+    return _LIMITS[key]
+
+
+_LIMITS: dict[str, int | None] = {}  # by all that a configuration says
 
 
 def load_tokenizer(model: ModelConfig, virtual_tokens: int = 0) -> PreTrainedTokenizerBase:
@@ -171,7 +181,7 @@ def load_tokenizer(model: ModelConfig, virtual_tokens: int = 0) -> PreTrainedTok
         raise InputError(f"{key}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:200]})") from error
     tokenizer = cast(PreTrainedTokenizerBase, found)
     config = architecture(model)
-    limit = _token_limit(config.to_json_string(use_diff=False), model.task)
+    limit = _token_limit(model, config)
     if model.init is Init.random:
         tokenizer.model_max_length = limit or tokenizer.model_max_length
     if limit is not None:

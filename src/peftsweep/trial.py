@@ -254,6 +254,7 @@ class Session:
             validated = config.train.eval_every is not None
             self.rows = rows = self.trial.rows or data.load_rows(config.dataset, validation=validated)
             self.tokens = build.training_tokens(self.trial, tokenizer, rows.train)
+            build.check_tokens(tokenizer, self.base, self.tokens)
             self.tests = {name: build.test_examples(self.trial, name, rows, tokenizer) for name in config.eval}
         long_rows = rows.left_out.get("long_rows", 0) + len(rows.train) - len(self.tokens)
         longest = min(config.dataset.max_length, tokenizer.model_max_length)

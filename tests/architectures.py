@@ -1,0 +1,79 @@
+"""Tiny random models of many architectures, made from transformers' configuration classes without a download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from peftsweep.model import load_tokenizer
+from peftsweep.schema import ModelConfig
+
+SIZES = {
+    "vocab_size": 533,  # the embedded tokenizer has as many
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+HEADS: dict[str, Any] = {"head_dim": 8}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+SHARED = EXPERTS | {"shared_expert_intermediate_size": 16}
+LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 4, "mamba_n_groups": 1}
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": HEADS,
+    "qwen3_moe": HEADS | EXPERTS,
+    "qwen3_next": HEADS | SHARED | LINEAR | {"num_hidden_layers": 4},
+    "qwen3_5_text": HEADS | LINEAR | {"num_hidden_layers": 4},
+    "qwen2_moe": SHARED,
+    "gpt_oss": HEADS | EXPERTS | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "mixtral": EXPERTS,
+    "gemma3_text": HEADS,
+    "gemma3": {
+        "text_config": SIZES | HEADS | {"model_type": "gemma3_text"},
+        "vision_config": VISION | {"image_size": 28, "patch_size": 14},
+        "mm_tokens_per_image": 4,
+    },
+    "phi3": {},
+    "gpt_neox": {},
+    "gpt2": {"max_position_embeddings": 64},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "mamba": {"state_size": 4},
+    "jamba": {
+        **{"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+        **{"mamba_d_state": 4, "num_experts": 4, "num_hidden_layers": 4},
+    },
+    "bamba": MAMBA | {"attn_layer_indices": [1]},
+    "falcon_h1": HEADS | MAMBA | {"mamba_d_ssm": 32, "mamba_d_head": 8},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 16},
+    "rwkv": {"attention_hidden_size": 32, "context_length": 128},
+    "bert": {},
+}
+GENERATING = [kind for kind in ARCHITECTURES if kind != "bert"]
+
+
+def make(kind: str, seed: int = 0, **options: Any) -> PreTrainedModel:
+    """A model of random weights, in eval mode."""
+    sizes = {} if "text_config" in ARCHITECTURES[kind] else SIZES
+    config = AutoConfig.for_model(kind, **sizes | ARCHITECTURES[kind] | options)
+    torch.manual_seed(seed)
+    made: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return made
+
+
+def write(kind: str, folder: Path, **options: Any) -> Path:
+    """The model as a checkpoint with the embedded tokenizer beside it."""
+    make(kind, **options).save_pretrained(folder)
+    load_tokenizer(ModelConfig(name_or_path="tiny")).save_pretrained(folder)
+    return folder
