@@ -38,7 +38,7 @@ ALL_LINEAR: dict[str, dict[str, tuple[float, int]]] = {
     "gpt_neox": {"qkv": (1.0, 2), "o": (1.0, 2), "mlp": (1.0, 2)},
     "gpt2": {"qkv": (1.0, 2), "o": (1.0, 2), "mlp": (1.0, 2)},
     "opt": WHOLE | {"mlp": (1.0, 2)},
-    "mamba": {"linear_attention": (0.661, 2)},  # without dt_proj and out_proj
+    "mamba": {"linear_attention": (0.679, 2)},  # without dt_proj and out_proj
     "falcon_h1": WHOLE | {"mlp": (1.0, 2), "linear_attention": (0.704, 2)},
     "jamba": WHOLE | {"mlp": (1.0, 2), "linear_attention": (0.972, 2)},  # without dt_proj, which it never calls
     "lfm2": QUARTER | {"mlp": (1.0, 2), "linear_attention": (1.0, 1)},
@@ -133,9 +133,9 @@ def test_what_peft_does_not_take_is_left_out_and_said(caplog: pytest.LogCaptureF
     with caplog.at_level(logging.WARNING):
         _, found = adapt("mamba", TargetsConfig(roles=["linear_attention"]))
     assert "left out dt_proj, out_proj, which cannot be adapted in mamba" in caplog.text
-    assert "linear_attention (66.1%)" in found.line()
+    assert "linear_attention (67.9%)" in found.line()
     _, found = adapt("mamba", TargetsConfig(roles=["linear_attention"]), LoHaConfig(r=2))
-    assert "linear_attention (95.4%)" in found.line()
+    assert "linear_attention (97.2%)" in found.line()
 
 
 def test_a_layer_that_the_model_never_calls_is_refused() -> None:
