@@ -70,14 +70,15 @@ def test_how_many_tokens_a_model_may_see(kind: str, options: dict[str, Any], lim
 def test_rows_are_no_longer_than_the_positions_of_gpt_2(tmp_path: Path) -> None:
     """Beyond them it has no embedding: an IndexError here, an assertion that kills the worker on CUDA."""
     folder = write("gpt2", tmp_path / "gpt2")
-    rows = [{"question": "many words " * 40, "answer": f"more of them {n}"} for n in range(24)]
+    rows = [{"question": f"{n} " + "many words " * 40, "answer": f"more of them {n}"} for n in range(24)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ("model=causal_lm", f"model.name_or_path={folder}", "model.dtype=float32", "dataset=file", "quiet=true")
-    words += ("dataset.path=rows.jsonl", 'dataset.prompt="{question}"', 'dataset.answer="{answer}"', "train.steps=2")
-    words += ("eval=[perplexity,exact_match,text]", "eval.text.path=text.jsonl", "train.batch_size=4")
-    words += ("eval.exact_match.max_new_tokens=20",)
-    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "a story without an end " * 40}) + "\n")
-    result = cli.run_one(list(words))
+    words = ["model=causal_lm", f"model.name_or_path={folder}", "model.dtype=float32", "dataset=file", "quiet=true"]
+    words += ["dataset.path=rows.jsonl", 'dataset.prompt="{question}"', 'dataset.answer="{answer}"', "train.steps=2"]
+    words += ["eval=[perplexity,exact_match,text]", "eval.text.path=text.jsonl", "train.batch_size=4"]
+    words += ["eval.exact_match.max_new_tokens=20"]
+    story = {"question": "a story without an end " * 40, "answer": " or nearly so", "text": "a story " * 90}
+    (tmp_path / "text.jsonl").write_text(json.dumps(story) + "\n")
+    result = cli.run_one(words)
     assert result.status is Status.success, result.error
     assert result.train_info["truncated_rows"] == result.train_info["training_rows"]
     with_prompt = cli.run_one([*words, "method=prompt_tuning"])  # whose tokens take positions too
@@ -89,7 +90,8 @@ def test_a_prompt_leaves_room_for_what_is_written(compose: Compose, tmp_path: Pa
     words = ("model=causal_lm", f"model.name_or_path={folder}", "eval.tiny_math.max_new_tokens=64")
     with pytest.raises(InputError, match=r"eval.tiny_math.max_new_tokens=64: must be below 64"):
         forecast.check(compose(*words))
-    base, tokenizer = model.load(config_of(folder), None, CPU), model.load_tokenizer(config_of(folder))
+    base: Any = model.load(config_of(folder), None, CPU)
+    tokenizer = model.load_tokenizer(config_of(folder))
     seen: list[int] = []
     base.transformer.wpe.register_forward_pre_hook(lambda _, inputs: seen.append(int(inputs[0].max())))
     evaluate.generate(base, tokenizer, ["many words " * 60], max_new_tokens=40)
@@ -268,6 +270,6 @@ def test_a_token_without_an_embedding_is_named(tmp_path: Path) -> None:
 
 def test_new_parts_are_not_quantised(masked: Path) -> None:
     four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    base = model.load(config_of(masked, task=Task.seq_cls), four, CPU, classes=2)
+    base: Any = model.load(config_of(masked, task=Task.seq_cls), four, CPU, classes=2)
     assert type(base.bert.pooler.dense).__name__ == "Linear"
     assert type(base.bert.encoder.layer[0].attention.self.query).__name__ == "Linear4bit"

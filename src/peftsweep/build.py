@@ -320,7 +320,8 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel, toke
     Raises:
         InputError: the line names the token.
     """
-    known = int(base.get_input_embeddings().num_embeddings)
+    embeddings: Any = base.get_input_embeddings()
+    known = int(embeddings.weight.shape[0])
     outside = max((token for row in tokens for token in row.ids), default=0)
     if outside >= known:
         name = tokenizer.convert_ids_to_tokens(outside)
