@@ -166,7 +166,7 @@ def test_the_plan_and_the_record_say_what_is_covered(command: Any) -> None:
     command(*words, "quant=4bit")
     (result,) = records().values()
     found = result.train_info["coverage"]
-    assert found["roles"]["q"] == {"weights": 65_536, "share": 1.0, "layers": 4, "adapted_layers": 4}
+    assert found["roles"]["q"] == {"weights": 65_536, "share": 1.0, "layers": "4 of 4"}
     assert found["share"] == pytest.approx(65_536 / 921_344)
     assert found["share_in_4bit"] == pytest.approx(851_968 / 921_344)
 

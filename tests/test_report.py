@@ -204,6 +204,13 @@ def test_warnings_come_with_the_scores_they_concern(tmp_path: Path) -> None:
     assert "**2 configurations saved an adapter that answers unlike the trained model**" in text
 
 
+def test_what_was_adapted_is_told_once_for_all_that_reach_as_far(tmp_path: Path) -> None:
+    line = {"train_info.coverage.line": "adapts 7.1% of the weights: q; not experts (80% of them)"}
+    text = written(tmp_path, *(row | line for row in ranks(60, 62)))
+    assert text.count("adapts 7.1% of the weights: q; not experts (80% of them).") == 1
+    assert "What was adapted: " in text
+
+
 def test_unequal_budgets_are_told(tmp_path: Path) -> None:
     dora = [row | {"choices.method": "dora", "run_info.trial": f"d{n}"} for n, row in enumerate(ranks(70))]
     assert "(configurations: dora 1, lora 2; ranks: dora 1, lora 2)" in written(tmp_path, *ranks(40, 80), *dora)

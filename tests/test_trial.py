@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import peftsweep
-from peftsweep import build, cli, data, forecast, model, study, train
+from peftsweep import attach, build, cli, data, forecast, model, study, train
 from peftsweep.config import Trial
 from peftsweep.data import Example
 from peftsweep.record import RecordError, Result, Status
-from peftsweep.schema import ModelConfig
+from peftsweep.schema import ModelConfig, TargetsConfig
 
 from . import schemas
 
@@ -448,3 +449,59 @@ def test_tokenised_rows_that_took_long_are_read_back_from_the_study(
     monkeypatch.setattr(build, "_tokenize", None)
     again = run_small("force=true")
     assert again.train_info["final_loss"] == first.train_info["final_loss"]
+
+
+def test_a_merged_folder_that_answers_otherwise_is_taken_away(
+    run_small: RunSmall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record's word is about what was read back from the disk, not about the model in memory."""
+    untouched = model.load(ModelConfig(name_or_path="tiny"), None, torch.device("cpu"))
+    monkeypatch.setattr(model, "read", lambda folder, like: untouched)
+    result = run_small("adapter.merge=true", "train.learning_rate_scale=50")
+    assert result.status is Status.success
+    assert result.train_info["merges"] is False
+    assert result.train_info["merge_difference"] > 0.01
+    assert not (place(result) / "merged").exists()
+
+
+@pytest.mark.slow
+def test_no_trial_goes_on_from_an_adapter_that_does_not_come_back(
+    run_small: RunSmall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as context:
+        context.setattr(model, "restore", lambda base, *_, **__: base)
+        assert run_small().train_info["reloads"] is False
+    again = run_small("eval.tiny_math.samples=4")
+    assert again.train_info["reloads"] is True
+    assert "trained_by" not in again.train_info
+    assert run_small("eval.tiny_math.samples=5").train_info["trained_by"] == again.trial
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["embed_tokens"], "init_lora_weights": False},
+        {"target_modules": ["lm_head"], "init_lora_weights": False},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "init_lora_weights": False},
+    ],
+)
+def test_tied_weights_are_untied_before_a_merge_that_touches_one_of_them(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    config = ModelConfig(name_or_path="tiny")
+    torch.manual_seed(0)
+    adapted: Any = attach.attach(
+        model.load(config, None, torch.device("cpu")), LoraConfig(r=4, **options), TargetsConfig(), {}
+    )
+    for name, parameter in model.trainable_parameters(adapted):
+        if "modules_to_save" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save(adapted, tmp_path / "adapter")
+    again = model.dequantised(model.load(config, None, torch.device("cpu")), tmp_path / "adapter")
+    written = model.merge(again)
+    written.save_pretrained(tmp_path / "merged")
+    merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        difference = (merged(input_ids=ids).logits - adapted.eval()(input_ids=ids).logits).abs().max().item()
+    assert difference < 1e-3

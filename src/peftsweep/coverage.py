@@ -67,13 +67,12 @@ class Coverage:
             role: {
                 "weights": reach.weights,
                 "share": reach.adapted / reach.weights,
-                "layers": reach.layers,
-                "adapted_layers": reach.adapted_layers,
+                "layers": f"{reach.adapted_layers} of {self.layers}" if reach.layers else None,
             }
             for role, reach in self.roles.items()
         }
-        stored = {f"share_in_{bits}bit": size / self.weights for bits, size in self.quantised.items()}
-        return {"share": self.share, "model_layers": self.layers, **stored, "roles": roles, "line": self.line()}
+        kept = {f"share_in_{bits}bit": size / self.weights for bits, size in self.quantised.items()}
+        return {"share": self.share, **kept, "roles": roles, "line": self.line()}
 
     def line(self) -> str:
         """``adapts 4.2% of the weights: q, v (2 of 8 layers); not experts (80.1% of them), ...``."""

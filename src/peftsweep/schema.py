@@ -62,7 +62,7 @@ class ModelConfig:
 class TargetsConfig:
     """Which modules an adapter is attached to; all null means what the method itself prefers."""
 
-    roles: list[str] | None = None  # of model.roles: q, k, v, o, mlp
+    roles: list[str] | None = None  # q, k, v, o, mlp, experts, shared_experts, linear_attention, or of model.roles
     modules: list[str] | None = None  # module names, for what the roles cannot say
     all_linear: bool = False  # every linear layer but the output head
     otherwise: list[str] = field(default_factory=lambda: ["q", "v"])  # roles, where the method prefers none

@@ -14,6 +14,9 @@ from peftsweep.answer.findings import Task
 from peftsweep.answer.words import ROWS
 from peftsweep.record import Status
 
+COVERED = "train_info.coverage.line"
+NAMES = 8  # of configurations that reach as far, so many are named
+
 
 def methodology(table: pd.DataFrame, tasks: Sequence[Task], steps: pd.DataFrame) -> Iterator[str]:
     """The last section of the report, and before it what did not work."""
@@ -109,9 +112,20 @@ def _measured(task: Task, several: bool) -> Iterator[str]:
     if packed := int(stats.packed(task.table).sum()):
         trained = f"{words.plural('trial', packed)}{mark} {'was' if packed == 1 else 'were'} trained in packs"
         yield f"{trained}: what a pack took in time and memory is not a trial's, and is left out."
+    yield from _covered(task, mark)
     reload = task.configurations.get("train_info.reloads")
     if reload is not None and (bad := int((reload < 1).sum())):
         yield f"**{words.plural('configuration', bad)}{mark} saved an adapter that answers unlike the trained model**."
+
+
+def _covered(task: Task, mark: str) -> Iterator[str]:
+    """How far each configuration reaches into the base, those that reach as far together."""
+    if COVERED not in task.table:
+        return
+    known = task.table.dropna(subset=[COVERED])
+    for line, rows in list(known.groupby(COVERED, sort=False))[:ROWS]:
+        names = list(dict.fromkeys(task.labels[number] for number in rows["configuration"]))
+        yield f"What was adapted{mark}: {', '.join(names[:NAMES])}{', ...' if len(names) > NAMES else ''}: {line}."
 
 
 def _tests(tasks: Sequence[Task]) -> Iterator[str]:
