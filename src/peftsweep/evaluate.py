@@ -439,7 +439,10 @@ def _generate(
     limit = min(max_length, tokenizer.model_max_length - max_new_tokens)
     if limit < 1:
         raise InputError(f"max_new_tokens={max_new_tokens}: the model sees {tokenizer.model_max_length} tokens at once")
-    encoded = [ids[-limit:] for ids in tokenizer(list(prompts)).input_ids]
+    whole = tokenizer(list(prompts)).input_ids
+    encoded = [ids[-limit:] for ids in whole]
+    if cut := sum(len(ids) > limit for ids in whole):
+        log.warning("%d of %d prompts lose their beginning: they have more than %d tokens", cut, len(whole), limit)
     texts = [[""] * len(prompts) for _ in range(lanes)]
     greedy = num_beams == 1 and _takes_a_cache(model)
     batch_size = batch_size if abilities(model).padded_batches else 1

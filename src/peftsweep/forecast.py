@@ -54,6 +54,7 @@ RATES = ("learning_rate", "learning_rate_scale", "schedule", "warmup", "weight_d
 PLACES = (("meta", "meta"), ("meta", "cpu"), ("cpu", "cpu"))
 _FORECASTS: dict[str, Forecast] = {}  # of a sweep over seeds or data, one is enough
 _PREDICTIONS: dict[str, Prediction | None] = {}
+_ROOMS: dict[str, int] = {}  # by model, its files and the virtual tokens of the method
 
 
 def check(trial: Trial) -> Forecast:
@@ -108,11 +109,17 @@ def _check_reading(trial: Trial) -> None:
 
 def _room(trial: Trial) -> int | None:
     """How many tokens a row may have; None where there is no limit. Of a local model also by its tokenizer."""
-    config = trial.config.model
-    if _is_local(config):
-        return int(build.load_tokenizer(trial).model_max_length)
-    limit = model.token_limit(model.skeleton(config, classes=len(trial.config.dataset.classes)))
-    return None if limit is None else limit - build.virtual_tokens(trial)
+    config, virtual = trial.config.model, build.virtual_tokens(trial)
+    if not _is_local(config):
+        limit = model.positions(config)
+        return None if limit is None else limit - virtual
+    folder = Path(model.source(config))
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    stamps = [[file.name, file.stat().st_mtime_ns, file.stat().st_size] for file in files]
+    key = configuration.content_hash([trial.tree["model"], virtual, stamps])
+    if key not in _ROOMS:
+        _ROOMS[key] = int(build.load_tokenizer(trial).model_max_length)
+    return _ROOMS[key]
 
 
 def _is_local(config: ModelConfig) -> bool:

@@ -12,6 +12,7 @@ from peftsweep.data import Example
 from peftsweep.errors import InputError
 from peftsweep.evaluate import Evaluation
 from peftsweep.metrics import Score
+from peftsweep.probe import abilities
 
 
 def lm_eval(
@@ -48,8 +49,8 @@ def lm_eval(
     wrapped = HFLM(
         pretrained=model,
         tokenizer=tokenizer,
-        batch_size=batch_size,
-        max_length=max_length,
+        batch_size=batch_size if abilities(model).padded_batches else 1,
+        max_length=min(max_length or tokenizer.model_max_length, tokenizer.model_max_length),
         backend="causal",
     )
     found: dict[str, Any] = simple_evaluate(

@@ -153,7 +153,9 @@ def token_limit(model: nn.Module) -> int | None:
     return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 
 
-def _token_limit(model: ModelConfig, config: transformers.PreTrainedConfig) -> int | None:
+def positions(model: ModelConfig) -> int | None:
+    """``token_limit`` of a model that is not loaded, by its configuration alone."""
+    config = architecture(model)
     key = f"{model.task.name} {config.to_json_string(use_diff=False)}"
     if key not in _LIMITS:
         with torch.device("meta"):
@@ -180,8 +182,7 @@ def load_tokenizer(model: ModelConfig, virtual_tokens: int = 0) -> PreTrainedTok
     except (OSError, ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
         raise InputError(f"{key}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:200]})") from error
     tokenizer = cast(PreTrainedTokenizerBase, found)
-    config = architecture(model)
-    limit = _token_limit(model, config)
+    limit = positions(model)
     if model.init is Init.random:
         tokenizer.model_max_length = limit or tokenizer.model_max_length
     if limit is not None:
@@ -190,7 +191,7 @@ def load_tokenizer(model: ModelConfig, virtual_tokens: int = 0) -> PreTrainedTok
         raise InputError(f"method: {virtual_tokens} virtual tokens leave no room in the model's {limit} positions")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    _check_marks(tokenizer, model, text_config(config).vocab_size, key)
+    _check_marks(tokenizer, model, text_config(architecture(model)).vocab_size, key)
     return tokenizer
 
 

@@ -35,7 +35,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from peftsweep import train
 from peftsweep.data import Batch, Tokens, batch_order
 from peftsweep.lanes import Pack
-from peftsweep.model import answer_losses, auxiliary_loss, classifies, head_names, trainable_parameters
+from peftsweep.model import answer_losses, auxiliary_loss, classifies, head_names, text_config, trainable_parameters
 from peftsweep.model import skeleton as bare_skeleton
 from peftsweep.schema import Dtype, ModelConfig, TrainConfig
 
@@ -167,8 +167,9 @@ def predict(
         Exception: whatever is raised by a method that cannot run without numbers.
     """
     _to_meta(adapted)
-    if adapted.config.pad_token_id is None:
-        adapted.config.pad_token_id = 0
+    text = text_config(adapted)
+    if getattr(text, "pad_token_id", None) is None:
+        text.pad_token_id = 0
     train.enable_checkpointing(adapted, config.checkpointing)
     adapted.train()
     longest = max(shapes, key=lambda shape: (shape.rows * shape.length, shape.answer_length))
