@@ -34,7 +34,7 @@ def first_version(scratch: Path) -> None:
 
 @pytest.mark.parametrize("study", STUDIES)
 def test_trials_of_the_first_version_are_done(study: str, command: Command) -> None:
-    code, out, _ = command(f"study={study}", "dry_run=true", *STUDIES[study])
+    code, out, _ = command(*STUDIES[study], f"study={study}", "dry_run=true")
     assert code == 0
     plan = json.loads(Path("multirun", study, "plan.json").read_text())
     assert {row["trial"]: row["state"] for row in plan} == dict.fromkeys(records(study), "success")
