@@ -10,12 +10,12 @@ import peftsweep
 PACKAGE = Path(peftsweep.__file__).parent
 # Lowest first: a module may import those on lower floors, and those before it on its own.
 FLOORS = (
-    "errors schema compatibility data metrics measure record study experiment tasks model profiler",
+    "errors schema processes compatibility data metrics measure record study experiment tasks model profiler",
     "display tracker attach initialise checkpoint compiled train lanes packed evaluate inference predict harness "
     "repeat",
     "answer.columns answer.table answer.where answer.stats answer.effects answer.frontier answer.rungs answer.words "
     "answer.findings answer.methodology answer.report answer.plot answer.page",
-    "config prepare halving build forecast guide trial pack workers engine sweep everything "
+    "config prepare halving build forecast guide trial pack workers engine sweep everything preload "
     "answer.interchange answer.collect",
     "cli",
 )

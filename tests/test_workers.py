@@ -398,15 +398,3 @@ def test_rows_that_change_during_a_sweep_are_noticed(compose: Compose, questions
     questions.write_text(questions.read_text().replace("plus", "and"))
     with pytest.raises(InputError, match="the files have changed since the sweep began"):
         config.with_rows(one)
-
-
-def test_devices_are_dealt_out_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert workers._places(workers.Options()) == ["0", "1"]
-    assert workers._places(workers.Options(workers=3)) == ["0", "1", "0"]
-    assert workers._places(workers.Options(devices=["1"])) == ["1"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    assert workers._places(workers.Options()) == ["4", "7"]
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert workers._places(workers.Options(workers=2)) == [None, None]

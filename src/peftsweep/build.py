@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -74,17 +75,18 @@ def _instantiate(node: dict[str, Any], key: str) -> Any:
         raise InputError(f"{key}: {reason}") from error
 
 
-def load_base(trial: Trial, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> PreTrainedModel:
+def load_base(
+    trial: Trial, tokenizer: PreTrainedTokenizerBase, device: torch.device, *, dropped: bool = False
+) -> PreTrainedModel:
     """The frozen base on ``device``, quantised as the trial says; where bases are kept, that of the last trial.
 
     Of a kept base a trial gets the modules anew, over the same weights, so that nothing is left of what
-    the trial before attached; if that changed a weight, all is loaded again.
+    the trial before attached; if that changed a weight, all is loaded again. ``dropped`` says that
+    ``drop_other_base`` was just called.
     """
     config = trial.config
-    seed = config.seed if config.model.task is Task.seq_cls else 0  # of which a new head is drawn
-    key = content_hash([model_identity(config.model), config.quant, str(device), config.dataset.classes, seed])
-    if _KEPT and (_KEPT[0].key != key or _KEPT[0].weights != _fingerprint(_KEPT[0].base)):
-        _KEPT.clear()
+    if not dropped:
+        drop_other_base(trial, device)
     if _KEPT:
         return cast(PreTrainedModel, bare(_KEPT[0].base))
     base = model.load(config.model, quantization(trial), device, len(config.dataset.classes), config.seed)
@@ -92,8 +94,23 @@ def load_base(trial: Trial, tokenizer: PreTrainedTokenizerBase, device: torch.de
         base.config.pad_token_id = tokenizer.pad_token_id  # a decoder's head looks at the last token before it
     if not _KEEPING:
         return base
-    _KEPT.append(_Base(key, base, _fingerprint(base)))
+    _KEPT.append(_Base(_base_key(trial, device), base, _fingerprint(base)))
     return cast(PreTrainedModel, bare(base))
+
+
+def drop_other_base(trial: Trial, device: torch.device) -> None:
+    """Free a kept base that is not this trial's, before the memory of loading is measured."""
+    if _KEPT and (_KEPT[0].key != _base_key(trial, device) or _KEPT[0].weights != _fingerprint(_KEPT[0].base)):
+        _KEPT.clear()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _base_key(trial: Trial, device: torch.device) -> str:
+    config = trial.config
+    seed = config.seed if config.model.task is Task.seq_cls else 0  # of which a new head is drawn
+    return content_hash([model_identity(config.model), config.quant, str(device), config.dataset.classes, seed])
 
 
 @dataclass(frozen=True)

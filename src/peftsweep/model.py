@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,17 +54,22 @@ def source(model: ModelConfig) -> str:
 
 
 def device(name: str) -> torch.device:
-    """``auto`` is the first CUDA device, or the CPU where there is none.
+    """``auto`` is the first CUDA device, or the CPU where there is none. CUDA is not initialised.
 
     Raises:
-        InputError: torch knows no such device, or it is not there.
+        InputError: it is another kind of device, or not there.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device={name}: {str(error).splitlines()[0]}") from None
+    found = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", name)
+    if found is None:
+        raise InputError(f"device={name}: must be auto, cpu, cuda, or cuda:1 for the second CUDA device")
+    count = torch.cuda.device_count()
+    if name == "cpu" or (name == "auto" and not count):
+        return torch.device("cpu")
+    number = int(found[1] or 0)
+    if number >= count:
+        there = ", ".join(f"cuda:{n}" for n in range(count)) or "none"
+        raise InputError(f"device={name}: no such CUDA device; there are: {there}")
+    return torch.device("cuda", number)
 
 
 def architecture(model: ModelConfig) -> transformers.PreTrainedConfig:
@@ -382,7 +388,13 @@ def restore(
     """The trained model back from what ``save`` wrote, on the device of ``base``; the rest as for ``attach``."""
     base = _base_of(base, folder)
     if (folder / "adapter_config.json").exists():
-        adapted = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable, autocast_adapter_dtype=float32)
+        adapted = PeftModel.from_pretrained(
+            base,
+            str(folder),
+            is_trainable=trainable,
+            autocast_adapter_dtype=float32,
+            torch_device=str(base.device),  # PEFT would take the first GPU there is
+        )
         setattr(adapted, METHOD_INPUTS, inputs or {})
         keep_dtype(adapted)
         return adapted.eval()
@@ -413,5 +425,5 @@ def merge(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
     if getattr(base, "is_quantized", False):
         base = cast(Any, base).dequantize()
         vars(base)["_weight_conversions"] = None  # by which transformers would pack a saved base's weights again
-    adapted = PeftModel.from_pretrained(base, str(folder))
+    adapted = PeftModel.from_pretrained(base, str(folder), torch_device=str(base.device))
     return cast(PreTrainedModel, cast(Any, adapted).merge_and_unload(safe_merge=True).eval())
