@@ -4,7 +4,7 @@ BIN = $(VENV)/bin
 RAY = .venv-ray
 BENCHMARKS = loop_overhead generation memory_prediction sweep_wall_time collect_scale
 
-.PHONY: install demo test check slow
+.PHONY: install demo test gpu check slow
 
 install: $(VENV)/installed
 
@@ -18,7 +18,10 @@ demo: install  ## the sweep of the README on the embedded model, then its table 
 	$(BIN)/peftsweep-collect
 
 test: install  ## the fast tier
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
+
+gpu: install  ## the tests that need a GPU, four at a time on it
+	$(BIN)/python -m pytest -q -m gpu -n 4
 
 check: install  ## lint, format and types
 	$(BIN)/ruff check .

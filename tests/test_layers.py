@@ -10,7 +10,8 @@ import peftsweep
 PACKAGE = Path(peftsweep.__file__).parent
 # Lowest first: a module may import those on lower floors, and those before it on its own.
 FLOORS = (
-    "errors schema processes compatibility data metrics measure record study experiment tasks model profiler",
+    "errors schema processes compatibility data metrics measure record sweep_record study experiment tasks model "
+    "profiler",
     "display tracker attach initialise checkpoint compiled train lanes packed evaluate inference predict harness "
     "repeat",
     "answer.columns answer.table answer.where answer.stats answer.effects answer.frontier answer.rungs answer.words "
@@ -22,7 +23,18 @@ FLOORS = (
 ORDER = [module for floor in FLOORS for module in floor.split()]
 HYDRA_FROM = ORDER.index("config")
 WITHOUT_TORCH = [module for module in ORDER if module.startswith("answer.")]
-WITHOUT_TORCH += ["display", "study", "repeat", "cli", "config", "halving", "experiment", "prepare"]
+WITHOUT_TORCH += [
+    "display",
+    "study",
+    "repeat",
+    "cli",
+    "config",
+    "halving",
+    "experiment",
+    "prepare",
+    "processes",
+    "sweep_record",
+]
 
 
 def place(module: str) -> Path:

@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peftsweep import __version__, experiment, study
+from peftsweep import __version__, experiment, study, sweep_record
 from peftsweep import config as configuration
 from peftsweep.errors import InputError, Unwritable
 
@@ -66,6 +66,7 @@ OmegaConf.register_new_resolver("choose", lambda key, options: options[getattr(k
 
 def main() -> None:
     """``peftsweep``: exit code 0 all done, 1 a trial failed, 2 wrong input, 130 interrupted."""
+    sweep_record.command_begins()
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text(sys.argv[1:]))
         return

@@ -43,6 +43,7 @@ class LocalLauncher(Launcher):
     def __init__(self, **options: Any) -> None:
         self.options = options
         self.budget: Any = None
+        self._sweep_record: Any = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Hydra hands over what `launch` needs."""
@@ -61,6 +62,7 @@ class LocalLauncher(Launcher):
         asked = _devices(self.config, job_overrides)
         if asked == {"cpu"}:
             processes.hide_gpus()
+        places: list[processes.Place] = []
         if placement.get("workers") != 0 and not self.config.dry_run:
             processes.begin_to_import()
             places = processes.places(placement.get("workers"), placement.get("devices"), asked)
@@ -71,9 +73,21 @@ class LocalLauncher(Launcher):
 
             options = Options(**placement)
             self.budget = self.budget or Budget(options)
-            return self._launch(job_overrides, initial_job_idx, lambda trials: sweep.run(trials, options, self.budget))
+            run = functools.partial(
+                sweep.run, options=options, budget=self.budget, sweep_record=self._record(len(places) or 1)
+            )
+            return self._launch(job_overrides, initial_job_idx, run)
         finally:
             processes.end_ahead()
+
+    def _record(self, workers: int | None) -> Any:
+        """That of all that this launcher launches."""
+        from peftsweep import study
+        from peftsweep.sweep_record import SweepRecord
+
+        words = self.config.hydra.overrides.task
+        self._sweep_record = self._sweep_record or SweepRecord(study.folder(self.config.study), words, workers)
+        return self._sweep_record
 
     def _launch(
         self, job_overrides: Sequence[Sequence[str]], first: int, run: Callable[[list[Any]], list[Any]]
@@ -167,6 +181,7 @@ class EngineLauncher(LocalLauncher):
     """Gives another launcher what is missing of a sweep, after all of its trials have been checked here."""
 
     def __init__(self, engine: DictConfig) -> None:
+        super().__init__()
         self.engine = engine
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -190,7 +205,8 @@ class EngineLauncher(LocalLauncher):
             jobs = self.launcher.launch([one.overrides for one in trials], initial_job_idx)
             return [one._return_value if one.status is JobStatus.FAILED else None for one in jobs]
 
-        return self._launch(job_overrides, initial_job_idx, lambda trials: sweep.run(trials, launch=place))
+        run = functools.partial(sweep.run, launch=place, sweep_record=self._record(None))
+        return self._launch(job_overrides, initial_job_idx, run)
 
 
 class Engines(Callback):
