@@ -6,13 +6,18 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from peftsweep import InputError, processes
+from peftsweep import InputError, forecast, processes
+from peftsweep.config import Trial
 
 from .conftest import SMALL, records
+from .test_layers import imports
+
+Command = Callable[..., tuple[int, str, str]]
 
 # Python imports it at its start. It has torch say that there are GPUs, and CUDA behave as it does where they are:
 # whatever initialises it is written to a log, and raises an error in a process that was forked after that.
@@ -153,3 +158,30 @@ def test_a_device_that_is_not_there_is_refused(
     monkeypatch.setattr("torch.cuda.device_count", lambda: count)
     with pytest.raises(InputError, match=re.escape(f"hydra.launcher.devices: {line}")):
         processes.places(None, devices, [asked])
+
+
+# ---- systems other than Linux ----------------------------------------------------------------------
+
+
+def test_windows_is_refused_in_one_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "win32")
+    code, out, err = command(*TINY)
+    assert (code, out) == (2, "")
+    assert err == "peftsweep: Windows is not supported: workers need Unix processes and signals; use WSL\n"
+
+
+def test_an_untested_system_is_named_once(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "darwin")
+    code, _, err = command("method.r=2,4", "dry_run=true")
+    assert code == 0
+    assert err.count("not tested on darwin, only on Linux") == 1
+
+
+def test_no_module_of_ours_imports_what_only_unix_has() -> None:
+    for file in Path(processes.__file__).parent.rglob("*.py"):
+        assert not imports(file) & {"fcntl", "resource", "termios", "pwd", "grp", "posix"}, file
+
+
+def test_devices_of_other_makers_are_refused(compose: Callable[..., Trial]) -> None:
+    with pytest.raises(InputError, match=re.escape("device=mps: must be auto, cpu, cuda, or cuda:1")):
+        forecast.check(compose("device=mps"))

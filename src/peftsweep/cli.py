@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from peftsweep import __version__, experiment, study, sweep_record
 from peftsweep import config as configuration
-from peftsweep.errors import InputError, Unwritable
+from peftsweep.errors import InputError, Unwritable, check_platform
 
 if TYPE_CHECKING:
     from peftsweep.record import Result
@@ -99,6 +99,7 @@ def _hydra() -> int:
 def _guarded(door: object) -> int:
     assert callable(door)
     try:
+        check_platform()
         return int(door())
     except InputError as error:
         problem = str(error)
@@ -125,6 +126,7 @@ def _task(cfg: DictConfig) -> None:
 
 def run_one(overrides: list[str]) -> Result:
     """The Python door: see ``peftsweep.run``."""
+    check_platform()
     from peftsweep import forecast, trial
 
     one = _trial(*overrides)
