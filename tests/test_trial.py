@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import peftsweep
-from peftsweep import build, cli, data, forecast, model, study, train
+from peftsweep import build, cli, data, forecast, model, study, train, trial
 from peftsweep.config import Trial
 from peftsweep.data import Example
 from peftsweep.record import RecordError, Result, Status
@@ -130,6 +130,43 @@ def test_full_fine_tuning_of_a_quantised_base_is_refused_and_recorded(run_small:
     assert Result.read(place(result)).status is Status.refused
 
 
+TRIED = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB, of which ...\nProcess 7 has"
+)
+
+
+@pytest.mark.parametrize(
+    ("said", "stage", "words", "line"),
+    [
+        (
+            TRIED,
+            "train",
+            [],
+            "no memory left for 2.00 GiB more; try train.batch_size=8 train.accumulation=2, train.checkpointing=true, "
+            "quant=4bit, or a smaller dataset.max_length or model",
+        ),
+        (
+            "CUDA error: out of memory",
+            "train",
+            ["train.checkpointing=true", "quant=4bit", "train.batch_size=1"],
+            "no memory left; try a smaller dataset.max_length or model",
+        ),
+        (
+            TRIED,
+            "load",
+            [],
+            "no memory left for 2.00 GiB more; try quant=4bit, or a smaller dataset.max_length or model",
+        ),
+    ],
+)
+def test_memory_that_ran_out_is_one_line_with_what_to_change(
+    said: str, stage: str, words: list[str], line: str, compose: Callable[..., Trial]
+) -> None:
+    failure = trial.failure_of(torch.OutOfMemoryError(said), stage, compose("train.batch_size=16", *words).config)
+    assert failure["message"] == line
+    assert said in failure["traceback"]  # what the allocator says of its state
+
+
 def fail_with(error: BaseException) -> Callable[..., Any]:
     def fail(*_: Any, **__: Any) -> Any:
         raise error
@@ -143,7 +180,6 @@ def fail_with(error: BaseException) -> Callable[..., Any]:
         (RuntimeError("broken"), Status.failed),
         (torch.OutOfMemoryError("CUDA out of memory"), Status.oom),
         (MemoryError(), Status.oom),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), Status.oom),
     ],
 )
 def test_a_failure_is_a_complete_record(
