@@ -130,7 +130,8 @@ def start_ahead(chosen: Sequence[Place]) -> None:
 def end_ahead() -> None:
     """End the workers that were started ahead and not needed."""
     while _ahead:
-        _ahead.pop()[1].result().end()
+        with suppress(OSError):  # one that could not be started
+            _ahead.pop()[1].result().end()
 
 
 def start(place: Place, threads: int | None) -> Child:
