@@ -63,6 +63,7 @@ def test_adapters_of_the_first_version_score_as_recorded(study: str) -> None:
             f"eval=[{name}]",
             f"eval.{name}.samples=8",
             "study=again",
+            "device=cpu",
             *words,
         ]
     )
