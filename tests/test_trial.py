@@ -373,10 +373,8 @@ def test_presets_have_the_published_sizes(preset: str, parameters: int, compose:
 
 
 def test_a_local_file_with_its_own_columns(run_small: RunSmall, questions: Path) -> None:
-    words = ["dataset=file", f"dataset.path={questions}", 'dataset.prompt="Q: {question} "']
-    result = peftsweep.run(
-        [*words, "device=cpu", 'dataset.answer="{answer}"', "train.steps=3", "eval.perplexity.samples=3"]
-    )
+    words = ["device=cpu", "dataset=file", f"dataset.path={questions}", 'dataset.prompt="Q: {question} "']
+    result = peftsweep.run([*words, 'dataset.answer="{answer}"', "train.steps=3", "eval.perplexity.samples=3"])
     assert result.status is Status.success
     assert result.train_info["training_rows"] == 36
     assert result.eval_info["perplexity"]["perplexity"]["n"] == 3
@@ -384,10 +382,8 @@ def test_a_local_file_with_its_own_columns(run_small: RunSmall, questions: Path)
 
 def test_gsm8k_takes_local_files(questions: Path) -> None:
     test = schemas.write("gsm8k", questions.parent)
-    words = ["dataset=gsm8k", f"dataset.path={questions}", f"dataset.test_path={test}", "train.steps=2"]
-    result = peftsweep.run(
-        [*words, "device=cpu", "eval.gsm8k.max_new_tokens=4", "eval.gsm8k.samples=2", "eval.perplexity.samples=2"]
-    )
+    words = ["device=cpu", "dataset=gsm8k", f"dataset.path={questions}", f"dataset.test_path={test}", "train.steps=2"]
+    result = peftsweep.run([*words, "eval.gsm8k.max_new_tokens=4", "eval.gsm8k.samples=2", "eval.perplexity.samples=2"])
     assert result.status is Status.success, result.error
     assert result.eval_info["gsm8k"]["accuracy"]["n"] == 2
 
@@ -449,10 +445,8 @@ def test_an_adapter_from_elsewhere_is_scored_too(run_small: RunSmall, tmp_path: 
 
 
 def test_a_classifier_is_scored_again_with_its_head(run_small: RunSmall) -> None:
-    words = ["dataset=tiny_direction", "model.task=seq_cls", "eval=[classification]"]
-    trained = cli.run_one(
-        [*words, "device=cpu", "train.steps=20", "dataset.samples=320", "eval.classification.samples=40"]
-    )
+    words = ["device=cpu", "dataset=tiny_direction", "model.task=seq_cls", "eval=[classification]"]
+    trained = cli.run_one([*words, "train.steps=20", "dataset.samples=320", "eval.classification.samples=40"])
     again = cli.run_one(
         ["device=cpu", "dataset=tiny_direction", f"adapter.path={place(trained)}", "eval.tiny_direction.samples=40"]
     )
