@@ -4,7 +4,7 @@ BIN = $(VENV)/bin
 RAY = .venv-ray
 BENCHMARKS = loop_overhead generation memory_prediction sweep_wall_time collect_scale
 
-.PHONY: install demo test check slow
+.PHONY: install demo test gpu oldest newest check slow
 
 install: $(VENV)/installed
 
@@ -18,7 +18,28 @@ demo: install  ## the sweep of the README on the embedded model, then its table 
 	$(BIN)/peftsweep-collect
 
 test: install  ## the fast tier
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
+
+gpu: install  ## the tests that need a GPU, four at a time on it
+	$(BIN)/python -m pytest -q -m gpu -n 4
+
+# An environment $(1) of the versions that uv resolves to with the options $(2). torch stays that of constraints.txt:
+# of other versions package indexes offer builds for CUDA only, of several gigabytes.
+define versions
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/pip install --quiet uv
+	$(1)/bin/uv pip compile --quiet --no-header --no-annotate $(2) --extra dev pyproject.toml \
+		| grep -vE '^(torch|triton|nvidia-.*)==' > $(1)/versions.txt
+	grep '^torch==' constraints.txt >> $(1)/versions.txt
+	$(1)/bin/pip install --quiet --no-compile -c $(1)/versions.txt -e '.[dev]'
+	OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q -n auto --dist worksteal
+endef
+
+oldest:  ## the fast tests with the lowest versions that pyproject.toml allows
+	$(call versions,.venv-oldest,--resolution lowest-direct)
+
+newest:  ## the fast tests with the highest versions that pyproject.toml allows
+	$(call versions,.venv-newest,--resolution highest)
 
 check: install  ## lint, format and types
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+import torch
 
 from peftsweep import cli, train
 from peftsweep.config import Trial
@@ -21,7 +22,7 @@ from peftsweep.config import trial as make_trial
 from peftsweep.record import Result
 
 SMALL = ["train.steps=4", "train.log_every=2", "dataset.samples=64", "eval.tiny_math.samples=8"]
-SMALL += ["eval.perplexity.samples=8", "train.batch_size=4"]
+SMALL += ["eval.perplexity.samples=8", "train.batch_size=4", "device=cpu"]
 Found = TypeVar("Found")
 
 
@@ -33,11 +34,25 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests mean the CPU, also where there is a GPU; those of the GPU are chosen by their mark (`make gpu`)."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests of a GPU are skipped where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+
+
 @pytest.fixture
-def compose() -> Callable[..., Trial]:
-    """Words of the command line -> a checked trial."""
+def compose(request: pytest.FixtureRequest) -> Callable[..., Trial]:
+    """Words of the command line -> a checked trial, on the CPU unless they say otherwise or the test is a GPU's."""
+    on_cpu = [] if request.node.get_closest_marker("gpu") else ["device=cpu"]
 
     def build(*overrides: str) -> Trial:
+        overrides = (*on_cpu, *overrides)
         cfg = cli.compose(list(overrides))
         return make_trial(cfg, cfg.hydra.runtime.choices, overrides)
 
@@ -57,6 +72,8 @@ def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
     def run(*words: str) -> tuple[int, str, str]:
         if not any("hydra/launcher" in word or "hydra.launcher" in word for word in words):
             words = (*words, "hydra.launcher.workers=0")  # in this process: no imports, and mocks are seen
+        if not any("device=" in word for word in words):
+            words = (*words, "device=cpu")
         monkeypatch.setattr("sys.argv", ["peftsweep", *words])
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:

@@ -10,19 +10,31 @@ import peftsweep
 PACKAGE = Path(peftsweep.__file__).parent
 # Lowest first: a module may import those on lower floors, and those before it on its own.
 FLOORS = (
-    "errors schema compatibility data metrics measure record study experiment tasks model probe profiler",
+    "errors schema processes compatibility data metrics measure record sweep_record study experiment tasks model probe "
+    "profiler",
     "display tracker attach coverage initialise checkpoint compiled train lanes packed evaluate inference predict "
     "harness repeat",
     "answer.columns answer.table answer.where answer.stats answer.effects answer.frontier answer.rungs answer.words "
     "answer.findings answer.methodology answer.report answer.plot answer.page",
-    "config prepare halving build forecast guide trial pack workers engine sweep everything "
+    "config prepare halving build forecast guide trial pack workers engine sweep everything preload "
     "answer.interchange answer.collect",
     "cli",
 )
 ORDER = [module for floor in FLOORS for module in floor.split()]
 HYDRA_FROM = ORDER.index("config")
 WITHOUT_TORCH = [module for module in ORDER if module.startswith("answer.")]
-WITHOUT_TORCH += ["display", "study", "repeat", "cli", "config", "halving", "experiment", "prepare"]
+WITHOUT_TORCH += [
+    "display",
+    "study",
+    "repeat",
+    "cli",
+    "config",
+    "halving",
+    "experiment",
+    "prepare",
+    "processes",
+    "sweep_record",
+]
 
 
 def place(module: str) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from peftsweep import measure
 from peftsweep.measure import Laps, Meter, percentile
 
 CPU = torch.device("cpu")
@@ -71,6 +72,52 @@ def test_what_is_no_part_of_a_lap_is_left_out() -> None:
     clock.now += 5.0
     laps.stop(3.0)
     assert laps.seconds() == [2.0]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:122] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"),
+    ],
+)
+def test_every_way_to_say_that_memory_ran_out(error: Exception) -> None:
+    assert measure.out_of_memory(error)
+    wrapped = RuntimeError("the backend failed")
+    wrapped.__cause__ = error
+    assert measure.out_of_memory(wrapped)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("CUDA error: device-side assert triggered"), ValueError("out of memory"), KeyError(1)],
+)
+def test_other_errors_are_not_taken_for_it(error: Exception) -> None:
+    assert not measure.out_of_memory(error)
+
+
+def test_laps_are_those_of_the_device_that_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    marks: list[object] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: object) -> None:
+            marks.append(stream)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    laps = Laps(torch.device("cuda", 1))
+    laps.start()
+    laps.stop()
+    assert marks == ["stream of cuda:1"] * 2
 
 
 def test_percentiles() -> None:

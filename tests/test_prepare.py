@@ -286,7 +286,7 @@ def test_a_written_file_trains(format: str, data_command: Data, questions: Path)
     else:
         words = hint(out)
         assert "dataset=file" in words
-    result = cli.run_one([*words, "train.steps=2", "train.batch_size=2"])
+    result = cli.run_one([*words, "device=cpu", "train.steps=2", "train.batch_size=2"])
     assert result.status is Status.success, result.error
     assert result.train_info["training_rows"] == 18
     assert result.eval_info["perplexity"]["perplexity"]["n"] == 2

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import peftsweep
-from peftsweep import attach, build, cli, data, forecast, model, study, train
+from peftsweep import attach, build, cli, data, forecast, model, study, train, trial
 from peftsweep.config import Trial
 from peftsweep.data import Example
 from peftsweep.record import RecordError, Result, Status
@@ -131,6 +131,43 @@ def test_full_fine_tuning_of_a_quantised_base_is_refused_and_recorded(run_small:
     assert Result.read(place(result)).status is Status.refused
 
 
+TRIED = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB, of which ...\nProcess 7 has"
+)
+
+
+@pytest.mark.parametrize(
+    ("said", "stage", "words", "line"),
+    [
+        (
+            TRIED,
+            "train",
+            [],
+            "no memory left for 2.00 GiB more; try train.batch_size=8 train.accumulation=2, train.checkpointing=true, "
+            "quant=4bit, or a smaller dataset.max_length or model",
+        ),
+        (
+            "CUDA error: out of memory",
+            "train",
+            ["train.checkpointing=true", "quant=4bit", "train.batch_size=1"],
+            "no memory left; try a smaller dataset.max_length or model",
+        ),
+        (
+            TRIED,
+            "load",
+            [],
+            "no memory left for 2.00 GiB more; try quant=4bit, or a smaller dataset.max_length or model",
+        ),
+    ],
+)
+def test_memory_that_ran_out_is_one_line_with_what_to_change(
+    said: str, stage: str, words: list[str], line: str, compose: Callable[..., Trial]
+) -> None:
+    failure = trial.failure_of(torch.OutOfMemoryError(said), stage, compose("train.batch_size=16", *words).config)
+    assert failure["message"] == line
+    assert said in failure["traceback"]  # what the allocator says of its state
+
+
 def fail_with(error: BaseException) -> Callable[..., Any]:
     def fail(*_: Any, **__: Any) -> Any:
         raise error
@@ -144,7 +181,6 @@ def fail_with(error: BaseException) -> Callable[..., Any]:
         (RuntimeError("broken"), Status.failed),
         (torch.OutOfMemoryError("CUDA out of memory"), Status.oom),
         (MemoryError(), Status.oom),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), Status.oom),
     ],
 )
 def test_a_failure_is_a_complete_record(
@@ -338,7 +374,7 @@ def test_presets_have_the_published_sizes(preset: str, parameters: int, compose:
 
 
 def test_a_local_file_with_its_own_columns(run_small: RunSmall, questions: Path) -> None:
-    words = ["dataset=file", f"dataset.path={questions}", 'dataset.prompt="Q: {question} "']
+    words = ["device=cpu", "dataset=file", f"dataset.path={questions}", 'dataset.prompt="Q: {question} "']
     result = peftsweep.run([*words, 'dataset.answer="{answer}"', "train.steps=3", "eval.perplexity.samples=3"])
     assert result.status is Status.success
     assert result.train_info["training_rows"] == 36
@@ -347,7 +383,7 @@ def test_a_local_file_with_its_own_columns(run_small: RunSmall, questions: Path)
 
 def test_gsm8k_takes_local_files(questions: Path) -> None:
     test = schemas.write("gsm8k", questions.parent)
-    words = ["dataset=gsm8k", f"dataset.path={questions}", f"dataset.test_path={test}", "train.steps=2"]
+    words = ["device=cpu", "dataset=gsm8k", f"dataset.path={questions}", f"dataset.test_path={test}", "train.steps=2"]
     result = peftsweep.run([*words, "eval.gsm8k.max_new_tokens=4", "eval.gsm8k.samples=2", "eval.perplexity.samples=2"])
     assert result.status is Status.success, result.error
     assert result.eval_info["gsm8k"]["accuracy"]["n"] == 2
@@ -410,9 +446,11 @@ def test_an_adapter_from_elsewhere_is_scored_too(run_small: RunSmall, tmp_path: 
 
 
 def test_a_classifier_is_scored_again_with_its_head(run_small: RunSmall) -> None:
-    words = ["dataset=tiny_direction", "model.task=seq_cls", "eval=[classification]"]
+    words = ["device=cpu", "dataset=tiny_direction", "model.task=seq_cls", "eval=[classification]"]
     trained = cli.run_one([*words, "train.steps=20", "dataset.samples=320", "eval.classification.samples=40"])
-    again = cli.run_one(["dataset=tiny_direction", f"adapter.path={place(trained)}", "eval.tiny_direction.samples=40"])
+    again = cli.run_one(
+        ["device=cpu", "dataset=tiny_direction", f"adapter.path={place(trained)}", "eval.tiny_direction.samples=40"]
+    )
     found = [one.eval_info[name]["accuracy"] for one, name in ((trained, "classification"), (again, "tiny_direction"))]
     assert found[0] == found[1]
     assert sum(again.eval_info["tiny_direction"]["base_histogram"].values()) == 40

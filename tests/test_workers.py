@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import pytest
@@ -342,6 +342,39 @@ def test_a_base_that_a_method_changed_is_loaded_again(compose: Compose, monkeypa
     assert len(loads) == 3
 
 
+def test_a_kept_base_is_gone_before_the_memory_of_loading_another_is_measured(
+    run_small: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "_KEPT", [])
+    monkeypatch.setattr(build, "_KEEPING", [True])
+    real, held = model.load_tokenizer, list[int]()  # the first that is done in the stage
+    monkeypatch.setattr(model, "load_tokenizer", lambda *a: held.append(len(build._KEPT)) or real(*a))  # type: ignore[func-returns-value]
+    for words in (["method.r=2"], ["method.r=4"], ["quant=8bit"]):
+        run_small("adapter.check=false", *words)
+    assert held == [0, 1, 0]
+
+
+def test_a_worker_whose_gpu_has_failed_takes_no_other_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    class Channel:
+        sent: ClassVar[list[Any]] = []
+
+        def recv(self) -> Any:
+            return [], None
+
+        def send(self, what: Any) -> None:
+            self.sent.append(what)
+
+    monkeypatch.setattr(build, "_KEEPING", [])
+    monkeypatch.setattr(workers, "_in_worker", lambda *_: ("done", ""))
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.synchronize", fails)
+    workers.serve(Channel(), None)  # type: ignore[arg-type]
+    assert Channel.sent == [("end", "done", "")]
+
+
 def test_a_limit_of_trials_and_of_time(command: Command) -> None:
     words = [*SMALL, "method.r=2,4,8"]
     code, out, _ = command(*words, "hydra.launcher.workers=0", "hydra.launcher.limit=2")
@@ -398,15 +431,3 @@ def test_rows_that_change_during_a_sweep_are_noticed(compose: Compose, questions
     questions.write_text(questions.read_text().replace("plus", "and"))
     with pytest.raises(InputError, match="the files have changed since the sweep began"):
         config.with_rows(one)
-
-
-def test_devices_are_dealt_out_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert workers._places(workers.Options()) == ["0", "1"]
-    assert workers._places(workers.Options(workers=3)) == ["0", "1", "0"]
-    assert workers._places(workers.Options(devices=["1"])) == ["1"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    assert workers._places(workers.Options()) == ["4", "7"]
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    assert workers._places(workers.Options(workers=2)) == [None, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -120,25 +121,23 @@ def classes(trial: Trial, names: Sequence[str] | None = None) -> list[str]:
 
 
 def load_base(
-    trial: Trial, tokenizer: PreTrainedTokenizerBase, device: torch.device, seed: int | None = None
+    trial: Trial, tokenizer: PreTrainedTokenizerBase, device: torch.device, *, dropped: bool = False
 ) -> PreTrainedModel:
     """The frozen base on ``device``, quantised as the trial says; where bases are kept, that of the last trial.
 
     Of a kept base a trial gets the modules anew, over the same weights, so that nothing is left of what
-    the trial before attached; if that changed a weight, all is loaded again. ``seed``, the trial's by default, is
-    that of a classifier's new weights. What a language model does with padding and its cache has been probed.
+    the trial before attached; if that changed a weight, all is loaded again. ``dropped`` says that
+    ``drop_other_base`` was just called. What a language model does with padding and its cache has been probed.
 
     Raises:
         InputError: as ``model.load`` and ``probe.probe``.
     """
-    config = trial.config
-    seed = (config.seed if seed is None else seed) if config.model.task is Task.seq_cls else 0
-    key = content_hash([model_identity(config.model), config.quant, str(device), config.dataset.classes, seed])
-    if _KEPT and (_KEPT[0].key != key or _KEPT[0].weights != _fingerprint(_KEPT[0].base)):
-        _KEPT.clear()
+    config, key = trial.config, _base_key(trial, device)
+    if not dropped:
+        drop_other_base(trial, device)
     if _KEPT:
         return cast(PreTrainedModel, bare(_KEPT[0].base))
-    base = model.load(config.model, quantization(trial), device, len(config.dataset.classes), seed)
+    base = model.load(config.model, quantization(trial), device, len(config.dataset.classes), config.seed)
     if model.classifies(base):
         model.text_config(base).pad_token_id = tokenizer.pad_token_id  # a decoder's head looks at the token before it
         base.config.id2label = dict(enumerate(classes(trial)))
@@ -149,6 +148,21 @@ def load_base(
         return base
     _KEPT.append(_Base(key, base, _fingerprint(base)))
     return cast(PreTrainedModel, bare(base))
+
+
+def drop_other_base(trial: Trial, device: torch.device) -> None:
+    """Free a kept base that is not this trial's, before the memory of loading is measured."""
+    if _KEPT and (_KEPT[0].key != _base_key(trial, device) or _KEPT[0].weights != _fingerprint(_KEPT[0].base)):
+        _KEPT.clear()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _base_key(trial: Trial, device: torch.device) -> str:
+    config = trial.config
+    seed = config.seed if config.model.task is Task.seq_cls else 0  # of which a new head is drawn
+    return content_hash([model_identity(config.model), config.quant, str(device), config.dataset.classes, seed])
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def stamp(training: str, device: torch.device) -> dict[str, Any]:
         "format": FORMAT,
         "training": training,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "packages": record.environment()["packages"],
+        "packages": record.packages(),
     }
 
 

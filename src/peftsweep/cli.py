@@ -15,9 +15,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peftsweep import __version__, experiment, study
+from peftsweep import __version__, experiment, study, sweep_record
 from peftsweep import config as configuration
-from peftsweep.errors import InputError, Unwritable
+from peftsweep.errors import InputError, Unwritable, check_platform
 
 if TYPE_CHECKING:
     from peftsweep.record import Result
@@ -66,6 +66,7 @@ OmegaConf.register_new_resolver("choose", lambda key, options: options[getattr(k
 
 def main() -> None:
     """``peftsweep``: exit code 0 all done, 1 a trial failed, 2 wrong input, 130 interrupted."""
+    sweep_record.command_begins()
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text(sys.argv[1:]))
         return
@@ -98,6 +99,7 @@ def _hydra() -> int:
 def _guarded(door: object) -> int:
     assert callable(door)
     try:
+        check_platform()
         return int(door())
     except InputError as error:
         problem = str(error)
@@ -124,6 +126,7 @@ def _task(cfg: DictConfig) -> None:
 
 def run_one(overrides: list[str]) -> Result:
     """The Python door: see ``peftsweep.run``."""
+    check_platform()
     from peftsweep import forecast, trial
 
     one = _trial(*overrides)

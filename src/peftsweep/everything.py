@@ -8,9 +8,9 @@ import gc
 
 gc.disable()
 try:
-    from peftsweep import sweep
+    from peftsweep import sweep, workers
 finally:
     gc.enable()
 gc.freeze()
 
-__all__ = ["sweep"]
+__all__ = ["sweep", "workers"]

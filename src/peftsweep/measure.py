@@ -11,16 +11,21 @@ and its peaks are reset at the start: the memory of one stage never counts as an
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 import torch
 
-HOST_OUT_OF_MEMORY = "can't allocate memory"  # torch's words for it
+# How torch, the CUDA libraries and C++ say that an allocation failed, where it is no OutOfMemoryError.
+NO_MEMORY = re.compile(
+    r"can't allocate memory|CUDA error: out of memory|out of memory\. Tried to allocate|std::bad_alloc"
+    r"|cudaErrorMemoryAllocation|CU[A-Z]+_STATUS_\w*ALLOC\w*"
+)
 CLEAR_REFS = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
 
@@ -155,7 +160,7 @@ class Laps:
     """
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._on_gpu = device.type == "cuda"
+        self._device, self._on_gpu = device, device.type == "cuda"
         self._clock = clock
         self._times: list[float] = []
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -166,7 +171,7 @@ class Laps:
         """Begin a lap."""
         if self._on_gpu:
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            events[0].record()
+            events[0].record(torch.cuda.current_stream(self._device))
             self._events.append(events)
         else:
             self._start = self._clock()
@@ -174,7 +179,7 @@ class Laps:
     def stop(self, without: float = 0.0) -> None:
         """End the lap, and leave ``without`` seconds of it out."""
         if self._on_gpu:
-            self._events[-1][1].record()
+            self._events[-1][1].record(torch.cuda.current_stream(self._device))
             self._left_out.append(without)
         else:
             self._times.append(self._clock() - self._start - without)
@@ -195,9 +200,18 @@ class Laps:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host had no memory left."""
-    host = isinstance(error, RuntimeError) and HOST_OUT_OF_MEMORY in str(error)
-    return host or isinstance(error, torch.OutOfMemoryError | MemoryError)
+    """Whether a device or the host had no memory left, as ``error`` or what it was raised from says."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)) is not None
+    return said or (error.__cause__ is not None and out_of_memory(error.__cause__))
+
+
+@contextmanager
+def current(device: torch.device) -> Iterator[None]:
+    """Make a CUDA device the current one in the block: libraries launch kernels there when they are told of none."""
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        yield
 
 
 def synchronise(device: torch.device) -> None:

@@ -64,17 +64,22 @@ def source(model: ModelConfig) -> str:
 
 
 def device(name: str) -> torch.device:
-    """``auto`` is the first CUDA device, or the CPU where there is none.
+    """``auto`` is the first CUDA device, or the CPU where there is none. CUDA is not initialised.
 
     Raises:
-        InputError: torch knows no such device, or it is not there.
+        InputError: it is another kind of device, or not there.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device={name}: {str(error).splitlines()[0]}") from None
+    found = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", name)
+    if found is None:
+        raise InputError(f"device={name}: must be auto, cpu, cuda, or cuda:1 for the second CUDA device")
+    count = torch.cuda.device_count()
+    if name == "cpu" or (name == "auto" and not count):
+        return torch.device("cpu")
+    number = int(found[1] or 0)
+    if number >= count:
+        there = ", ".join(f"cuda:{n}" for n in range(count)) or "none"
+        raise InputError(f"device={name}: no such CUDA device; there are: {there}")
+    return torch.device("cuda", number)
 
 
 def architecture(model: ModelConfig) -> transformers.PreTrainedConfig:
@@ -542,7 +547,8 @@ def restore(
 def _with_adapter(base: PreTrainedModel, folder: Path, **options: Any) -> PeftModel:
     """``PeftModel.from_pretrained``, which is silent about weights that it has no place for, as an error."""
     with _load_results() as results, names_as_written() if _written_now(folder) else nullcontext():
-        adapted = PeftModel.from_pretrained(base, str(folder), **options)
+        where = str(base.device)  # PEFT would take the first GPU there is
+        adapted = PeftModel.from_pretrained(base, str(folder), torch_device=where, **options)
     missing = [key for result in results for key in result.missing_keys if not any(name in key for name in SHARED)]
     unknown = [key for result in results for key in result.unexpected_keys if "." in key]  # a prompt's have no dot
     for what, keys in (("the model has no place for", unknown), ("the file lacks", missing)):

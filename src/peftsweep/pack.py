@@ -24,7 +24,7 @@ from peftsweep.config import Trial, content_hash
 from peftsweep.display import Observer
 from peftsweep.errors import InputError
 from peftsweep.lanes import Pack
-from peftsweep.measure import Meter, Stage, out_of_memory
+from peftsweep.measure import Meter, Stage, current, out_of_memory
 from peftsweep.record import Result, Status
 from peftsweep.schema import Task, TrainConfig
 from peftsweep.tracker import Tracker
@@ -262,8 +262,8 @@ class _Lane:
             self.fail(error, self.meter.current)
 
     def fail(self, error: BaseException, stage: str | None) -> None:
-        self.status, self.failure = trial.status_of(error), record.failure(error, stage)
-        log.log(logging.INFO if self.status is Status.refused else logging.ERROR, "%s", self.failure["traceback"])
+        self.status = trial.status_of(error)
+        self.failure = trial.failure_of(error, stage, self.trial.config)
 
     def drop(self) -> None:
         """It runs again, in another pack or alone."""
@@ -295,7 +295,7 @@ class _Pack:
         Raises:
             _SharedFailure: what they share has failed; nothing is recorded of those that it hit.
         """
-        with trial.logged(*(lane.place / "trial.log" for lane in self.lanes)):
+        with trial.logged(*(lane.place / "trial.log" for lane in self.lanes)), current(self.meter.device):
             for lane in self.lanes:
                 if lane.trial.config.tracker:
                     lane.tracker.start(partial(build.tracker, lane.trial, lane.place), record.flat(lane.result.config))

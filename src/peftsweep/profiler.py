@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trac
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from peftsweep.errors import InputError
-from peftsweep.measure import Laps, percentile
+from peftsweep.measure import Laps, out_of_memory, percentile
 from peftsweep.record import write_json
 
 log = logging.getLogger(__name__)
@@ -468,8 +468,8 @@ def matmul_ceiling(
         try:
             left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
             product = left @ right
-        except torch.OutOfMemoryError:
-            if best:
+        except RuntimeError as error:
+            if best and out_of_memory(error):
                 break
             raise
         laps = Laps(device, clock)

@@ -225,10 +225,10 @@ def one_line(error: BaseException) -> str:
 # ---- the environment -------------------------------------------------------------------------------
 
 
-def environment() -> dict[str, Any]:
-    """Versions, system and device; never environment variables."""
+def environment(*, gpus: bool = True) -> dict[str, Any]:
+    """Versions, system and device; never environment variables. Without ``gpus`` no GPU is asked for its name."""
     return {
-        "packages": {name: _package(name) for name in PACKAGES},
+        "packages": packages(),
         "system": {
             "system": platform.system(),
             "release": platform.release(),
@@ -237,7 +237,7 @@ def environment() -> dict[str, Any]:
             "cpus": os.cpu_count(),
             "python": platform.python_version(),
         },
-        "torch": _torch(),
+        "torch": _torch(gpus),
     }
 
 
@@ -281,13 +281,18 @@ def _processor() -> str:
         return platform.processor()
 
 
-def _torch() -> dict[str, Any]:
+def packages() -> dict[str, dict[str, str | None] | None]:
+    """The versions of the packages that change numbers."""
+    return {name: _package(name) for name in PACKAGES}
+
+
+def _torch(gpus: bool) -> dict[str, Any]:
     import torch
 
-    gpus = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
+    count = torch.cuda.device_count() if gpus else 0
     return {
         "version": torch.__version__,
         "cuda": torch.version.cuda,
-        "gpus": gpus,
+        "gpus": [torch.cuda.get_device_name(number) for number in range(count)],
         "threads": torch.get_num_threads(),
     }

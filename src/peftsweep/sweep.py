@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from peftsweep import engine, forecast, record, repeat, study, trial, workers
@@ -15,6 +15,7 @@ from peftsweep.engine import Launch
 from peftsweep.errors import InputError, SweepFailed, suggest
 from peftsweep.forecast import Forecast
 from peftsweep.record import Result, Status, counted, trials_in_words
+from peftsweep.sweep_record import SweepRecord
 from peftsweep.workers import Budget, Options
 
 
@@ -23,12 +24,13 @@ def run(
     options: Options | None = None,
     budget: Budget | None = None,
     launch: Launch | None = None,
+    sweep_record: SweepRecord | None = None,
 ) -> list[Result | None]:
     """Run what is missing of ``trials`` and give the record of each; None for one that was not reached.
 
     Every trial is checked before the first one starts. Points with the same identity are trained once.
     They run in workers of this machine as ``options`` says, or where ``launch`` places them. ``budget``
-    is what ``options`` leave, where it is not only for this sweep.
+    is what ``options`` leave, where it is not only for this sweep. ``sweep_record`` notes what this command has run.
 
     Raises:
         InputError: a trial is wrong; nothing was trained.
@@ -57,11 +59,17 @@ def run(
             display.say(f"{trials_in_words(again)} that halving stopped will go on to the end")
         todo, budget = list(missing.values()), budget or Budget(options)
         ended = engine.run(todo, launch, display) if launch else workers.run(todo, options, budget, display)
-        for _, result in ended:
-            _share(result, trials, results, stand_ins)
-            if config.stop_on_failure and not result.status.good:
-                display.say("stopped at the first failure, as stop_on_failure=true says")
-                break
+        sweep_record = sweep_record or SweepRecord(study.folder(config.study), [], options.workers)
+        try:
+            for _, result in ended:
+                sweep_record.add(result)
+                _share(result, trials, results, stand_ins)
+                if config.stop_on_failure and not result.status.good:
+                    display.say("stopped at the first failure, as stop_on_failure=true says")
+                    break
+        finally:
+            with suppress(OSError):  # a full disk, of which the trials have said so
+                sweep_record.write()
         _summarise(display, results, config.study)
         same = [
             _compared(display, one, result) for one, result in zip(trials, results, strict=True) if one.config.repeat

@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import gc
 import logging
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -41,9 +42,9 @@ from peftsweep.build import Model
 from peftsweep.config import Trial, evaluation_identity, model_identity
 from peftsweep.data import Example
 from peftsweep.display import Observer
-from peftsweep.measure import Meter, Stage, out_of_memory, percentile
+from peftsweep.measure import Meter, Stage, current, out_of_memory, percentile
 from peftsweep.record import Result, Status
-from peftsweep.schema import Dtype
+from peftsweep.schema import Config, Dtype
 from peftsweep.tracker import Tracker
 
 log = logging.getLogger(__name__)
@@ -142,7 +143,7 @@ def _run_claimed(trial: Trial, place: Path, observer: Observer) -> Result:
     tracker = Tracker(observer)
     meter = Meter(model.device(trial.config.device))
     if (held := _done(trial)) and _lacks_profile(trial, held):
-        with logged(place / "profile.log"):
+        with logged(place / "profile.log"), current(meter.device):
             session = Session(trial, held, meter, tracker)
             session.profile(session.resume)
         held.write(place)
@@ -154,11 +155,10 @@ def _run_claimed(trial: Trial, place: Path, observer: Observer) -> Result:
             tracker.start(partial(build.tracker, trial, place), record.flat(result.config))
         status, failure = Status.success, None
         try:
-            with meter.stage("setup"):
+            with meter.stage("setup"), current(meter.device):
                 status = _run(Session(trial, result, meter, tracker))
         except BaseException as error:
-            status, failure = status_of(error), record.failure(error, meter.current)
-            log.log(logging.INFO if status is Status.refused else logging.ERROR, "%s", failure["traceback"])
+            status, failure = status_of(error), failure_of(error, meter.current, trial.config)
             full = study.unwritable(error)  # the next trial would train for nothing
             if full or not isinstance(error, Exception):
                 end(result, place, meter, start, status, failure, tracker)
@@ -192,6 +192,32 @@ def status_of(error: BaseException) -> Status:
     if out_of_memory(error):
         return Status.oom
     return Status.failed if isinstance(error, Exception) else Status.cancelled
+
+
+def failure_of(error: BaseException, stage: str | None, config: Config) -> dict[str, str]:
+    """What the record says of ``error``; of memory that ran out one line, with what to change."""
+    found = record.failure(error, stage)
+    log.log(logging.INFO if isinstance(error, Refused) else logging.ERROR, "%s", found["traceback"])
+    if out_of_memory(error):
+        asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+        what = f"no memory left for {asked[1]} more" if asked else "no memory left"
+        found["message"] = f"{what}; {', '.join(_smaller(config, found['stage']))}"
+    return found
+
+
+def _smaller(config: Config, stage: str) -> Iterator[str]:
+    """The keys that would make the trial smaller, of those that are not set already."""
+    train, yet = config.train, False
+    if stage == "train" and train.batch_size > 1:
+        yet = True
+        yield f"try train.batch_size={train.batch_size // 2} train.accumulation={2 * train.accumulation}"
+    if stage == "train" and not train.checkpointing:
+        yield ("" if yet else "try ") + "train.checkpointing=true"
+        yet = True
+    if not config.quant:
+        yield ("" if yet else "try ") + "quant=4bit"
+        yet = True
+    yield ("or " if yet else "try ") + "a smaller dataset.max_length or model"
 
 
 def _run(session: Session) -> Status:
@@ -240,9 +266,10 @@ class Session:
             log.warning("the device is not empty: others hold %s bytes", before["others"])
 
     def load(self) -> None:
+        build.drop_other_base(self.trial, self.meter.device)
         with self.stage("load"):
             self.tokenizer = build.load_tokenizer(self.trial)
-            self.base = build.load_base(self.trial, self.tokenizer, self.meter.device)
+            self.base = build.load_base(self.trial, self.tokenizer, self.meter.device, dropped=True)
             self.pad_id = int(self.tokenizer.pad_token_id)
         self.info["base_parameters"] = model.count(self.base).total
         self.info["base_bytes"] = self.base.get_memory_footprint()
@@ -504,7 +531,7 @@ def _base_scores(
             "eval": evaluation_identity(trial.config.eval[name]),
             "examples": data.fingerprint(example._asdict() for example in test),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "packages": record.environment()["packages"],
+            "packages": record.packages(),
         }
     )
     file = root / ".base" / f"{name}-{key}.json"
@@ -524,7 +551,8 @@ def _reload(
     Of a classifier's base what its checkpoint lacks is drawn from another seed, so that it must have been saved.
     """
     try:
-        base = build.load_base(trial, tokenizer, losses.device, seed=trial.config.seed + 1)
+        other = dataclasses.replace(trial.config, seed=trial.config.seed + 1)
+        base = build.load_base(dataclasses.replace(trial, config=other), tokenizer, losses.device)
         again = build.restore(trial, base, place / study.ADAPTER)
         with torch.no_grad():
             answered = model.answer_losses(again, probe)
@@ -632,7 +660,8 @@ def begin(trial: Trial, place: Path) -> Result:
         "host": record.host(),
         **record.git(),
     }
-    return Result(run_info, trial.choices, trial.tree, meta_info=record.environment())
+    on_gpu = model.device(trial.config.device).type == "cuda"
+    return Result(run_info, trial.choices, trial.tree, meta_info=record.environment(gpus=on_gpu))
 
 
 def end(

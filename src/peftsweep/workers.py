@@ -7,11 +7,8 @@ way are messages for the display.
 
 from __future__ import annotations
 
-import faulthandler
-import multiprocessing
 import os
 import signal
-import tempfile
 import threading
 import time
 import traceback
@@ -19,20 +16,21 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from peftsweep import build, pack, study, trial
+from peftsweep import build, pack, processes, study, trial
 from peftsweep import config as configuration
 from peftsweep.config import Trial
 from peftsweep.display import Display, Observer, TrialView
 from peftsweep.errors import Unwritable
 from peftsweep.record import Result, Status
 
-CONTEXT = multiprocessing.get_context("forkserver")  # a fork of a process that has imported all and started nothing
 LOOK = 1.0  # seconds between two looks at the workers, if none has news
 RETRY_CLAIMED = 1.0  # seconds until a trial that another process runs is looked at again
 PATIENCE = 30.0  # seconds that an interrupted trial has to write its record
@@ -69,17 +67,19 @@ def run(trials: Sequence[Trial], options: Options, budget: Budget, display: Disp
     if options.workers == 0:
         yield from _here(deque(jobs), budget, display, options)
         return
-    places = _places(options)
-    threads = max(1, (os.cpu_count() or 1) // len(places)) if places[0] is None and len(places) > 1 else None
-    pool = [_Worker(place, threads) for place in places[: len(jobs)]]
+    places = processes.places(options.workers, options.devices, [one.config.device for one in trials])
+    on_cpu = places[0] == processes.CPU and len(places) > 1
+    threads = max(1, (os.cpu_count() or 1) // len(places)) if on_cpu else None
+    pool: list[_Worker] = []
     try:
+        pool += [_Worker(place, threads) for place in places[: len(jobs)]]
         yield from _in_pool(deque(jobs), pool, budget, display, options)
     except KeyboardInterrupt:
         _cancel(pool)
         raise
     finally:
         for worker in pool:
-            worker.kill()
+            worker.end()
 
 
 # ---- in this process -------------------------------------------------------------------------------
@@ -160,25 +160,25 @@ class Budget:
 class _Worker:
     """A worker process as its parent sees it."""
 
-    def __init__(self, place: str | None, threads: int | None) -> None:
+    def __init__(self, place: processes.Place, threads: int | None) -> None:
         self._place, self._threads = place, threads
         self.job: Job = []
-        self._start()
+        self._child = processes.start(place, threads)
 
-    def _start(self) -> None:
-        self._said, self._output = tempfile.mkstemp(prefix="peftsweep-worker-", suffix=".log")
-        self.connection, theirs = CONTEXT.Pipe()
-        arguments = (theirs, self._output, self._place, self._threads)
-        self.process = CONTEXT.Process(target=_work, args=arguments, daemon=True)
-        self.process.start()
-        theirs.close()
+    @property
+    def process(self) -> BaseProcess:
+        return self._child.process
+
+    @property
+    def connection(self) -> connection.Connection[Any, Any]:
+        return self._child.connection
 
     def give(self, job: Job, views: list[TrialView], options: Options) -> None:
         if not self.process.is_alive():
             self.replace()
         self.job, self.views, self.stage = job, views, "setup"
         self.since, self._oom_kills = time.monotonic(), _oom_kills()
-        os.ftruncate(self._said, 0)
+        os.ftruncate(self._child.output, 0)
         self.connection.send(([configuration.without_rows(one) for one in job], options))
 
     def take(self) -> Job:
@@ -211,19 +211,16 @@ class _Worker:
         return status, self.failure("WorkerDied", message)
 
     def failure(self, kind: str, message: str) -> dict[str, str]:
-        said = os.pread(self._said, SAID, max(0, os.fstat(self._said).st_size - SAID)).decode(errors="replace")
+        output = self._child.output
+        said = os.pread(output, SAID, max(0, os.fstat(output).st_size - SAID)).decode(errors="replace")
         return {"type": kind, "message": message, "stage": self.stage, "traceback": said}
 
     def replace(self) -> None:
-        self.kill()
-        self._start()
+        self._child.end()
+        self._child = processes.start(self._place, self._threads)
 
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.join()
-        self.connection.close()
-        os.close(self._said)
-        Path(self._output).unlink(missing_ok=True)
+    def end(self) -> None:
+        self._child.end(0.0 if self.job else processes.EXIT_SECONDS)
 
 
 def _in_pool(
@@ -321,16 +318,6 @@ def _cancel(pool: list[_Worker]) -> None:
         running = [worker for worker in running if worker.news() is None]
 
 
-def _places(options: Options) -> list[str | None]:
-    """A worker each: the number of a CUDA device, or None for the CPU."""
-    visible = [str(n) for n in range(torch.cuda.device_count())]
-    if (masked := os.environ.get("CUDA_VISIBLE_DEVICES")) and visible:
-        visible = masked.split(",")[: len(visible)]
-    devices: list[str | None] = [*(map(str, options.devices) if options.devices is not None else visible)] or [None]
-    wanted = options.workers or len(devices)
-    return [devices[n % len(devices)] for n in range(wanted)]
-
-
 def _oom_kills() -> int:
     """How often the kernel has killed a process for memory since it started; 0 where it does not say."""
     try:
@@ -356,22 +343,11 @@ class _Reporter(Observer):
         self._channel.send(("step", self._number, row))
 
 
-def _work(channel: connection.Connection[Any, Any], output: str, place: str | None, threads: int | None) -> None:
-    """The life of a worker: trials come through ``channel`` until it is closed."""
-    os.setpgid(0, 0)  # Ctrl-C is for the parent, which then interrupts the trial once
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
-    os.unlink(output)  # the parent holds it open, and nothing is left however the two end
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    faulthandler.enable()
-    if place is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = place  # read at the first use of CUDA, which is yet to come
+def serve(channel: connection.Connection[Any, Any], threads: int | None) -> None:
+    """Run the jobs that come through ``channel``, one after the other, until it is closed."""
     if threads is not None:
         torch.set_num_threads(threads)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process would leave behind
     build.keep_bases()
     while True:
         try:
@@ -379,11 +355,18 @@ def _work(channel: connection.Connection[Any, Any], output: str, place: str | No
             channel.send(("end", *_in_worker(job, options, channel)))
         except (EOFError, OSError, KeyboardInterrupt):
             return
+        if _device_broken():
+            return  # the next trial gets a new process
 
 
-def _end_with(sentinel: int) -> None:
-    connection.wait([sentinel])
-    os.kill(os.getpid(), signal.SIGKILL)
+def _device_broken() -> bool:
+    """Whether a fault, such as an illegal address, has left this process without the use of its GPU."""
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _in_worker(job: Job, options: Options, channel: connection.Connection[Any, Any]) -> tuple[str, str]:

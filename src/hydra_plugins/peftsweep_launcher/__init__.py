@@ -5,10 +5,7 @@ Hydra executes this module at every start, also for `--help`, so it imports noth
 
 import copy
 import functools
-import multiprocessing
-import signal
 from collections.abc import Callable, Sequence
-from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +31,10 @@ class PointReturn(JobReturn):
         return self._return_value
 
 
-def _begin_to_import() -> None:
-    """Start the process that workers are forked from; it imports what this process imports at the same time."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["peftsweep.everything"])
-    resource_tracker.ensure_running()  # which unblocks Ctrl-C when it has started
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # in a terminal it reaches that process too
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+def _devices(config: DictConfig, points: Sequence[Sequence[str]]) -> set[str]:
+    """What the points of a sweep say, or leave, of ``device``."""
+    said = [{key: value.strip("'\"") for key, _, value in (word.partition("=") for word in words)} for words in points]
+    return {words.get("device", config.device) for words in said}
 
 
 class LocalLauncher(Launcher):
@@ -51,6 +43,7 @@ class LocalLauncher(Launcher):
     def __init__(self, **options: Any) -> None:
         self.options = options
         self.budget: Any = None
+        self._sweep_record: Any = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Hydra hands over what `launch` needs."""
@@ -63,16 +56,38 @@ class LocalLauncher(Launcher):
         A sweeper may call it many times; the launcher's limit and deadline are those of all of them together.
         """
         from peftsweep import config as configuration
+        from peftsweep import processes
 
         placement = configuration.placement(self.options)
-        if placement["workers"] != 0 and not self.config.dry_run:
-            _begin_to_import()
-        from peftsweep.everything import sweep
-        from peftsweep.workers import Budget, Options
+        asked = _devices(self.config, job_overrides)
+        if asked == {"cpu"}:
+            processes.hide_gpus()
+        places: list[processes.Place] = []
+        if placement.get("workers") != 0 and not self.config.dry_run:
+            processes.begin_to_import()
+            places = processes.places(placement.get("workers"), placement.get("devices"), asked)
+            processes.start_ahead(places[: len(job_overrides)])
+        try:
+            from peftsweep.everything import sweep
+            from peftsweep.workers import Budget, Options
 
-        options = Options(**placement)
-        self.budget = self.budget or Budget(options)
-        return self._launch(job_overrides, initial_job_idx, lambda trials: sweep.run(trials, options, self.budget))
+            options = Options(**placement)
+            self.budget = self.budget or Budget(options)
+            run = functools.partial(
+                sweep.run, options=options, budget=self.budget, sweep_record=self._record(len(places) or 1)
+            )
+            return self._launch(job_overrides, initial_job_idx, run)
+        finally:
+            processes.end_ahead()
+
+    def _record(self, workers: int | None) -> Any:
+        """That of all that this launcher launches."""
+        from peftsweep import study
+        from peftsweep.sweep_record import SweepRecord
+
+        words = self.config.hydra.overrides.task
+        self._sweep_record = self._sweep_record or SweepRecord(study.folder(self.config.study), words, workers)
+        return self._sweep_record
 
     def _launch(
         self, job_overrides: Sequence[Sequence[str]], first: int, run: Callable[[list[Any]], list[Any]]
@@ -166,6 +181,7 @@ class EngineLauncher(LocalLauncher):
     """Gives another launcher what is missing of a sweep, after all of its trials have been checked here."""
 
     def __init__(self, engine: DictConfig) -> None:
+        super().__init__()
         self.engine = engine
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -179,13 +195,18 @@ class EngineLauncher(LocalLauncher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Compose every point, have what is missing run, and answer with one JobReturn a point."""
+        from peftsweep import processes
+
+        if _devices(self.config, job_overrides) == {"cpu"}:
+            processes.hide_gpus()
         from peftsweep import sweep
 
         def place(trials: Sequence[Any]) -> list[BaseException | None]:
             jobs = self.launcher.launch([one.overrides for one in trials], initial_job_idx)
             return [one._return_value if one.status is JobStatus.FAILED else None for one in jobs]
 
-        return self._launch(job_overrides, initial_job_idx, lambda trials: sweep.run(trials, launch=place))
+        run = functools.partial(sweep.run, launch=place, sweep_record=self._record(None))
+        return self._launch(job_overrides, initial_job_idx, run)
 
 
 class Engines(Callback):

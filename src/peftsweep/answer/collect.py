@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from peftsweep import halving, study
+from peftsweep import halving, study, sweep_record
 from peftsweep.answer import columns, interchange, page, plot, report, stats
 from peftsweep.answer.columns import PREDICTION_ERROR
 from peftsweep.answer.table import (
@@ -153,6 +153,9 @@ def status(names: Sequence[str]) -> int:
             print(f"    running: {claim}")
         if cut_off := study.cut_off(folder):
             print(f"    cut off, the same command continues: {', '.join(place.name for place in cut_off)}")
+        if last := sweep_record.last(folder):
+            outside = last["seconds_outside_trials"]
+            print(f"    last sweep: {last['seconds']:.0f} s, {outside:.0f} s of them outside trials")
         for reason, labels in _failures(results).items():
             more = f" and {len(labels) - 3} more" if labels[3:] else ""
             print(f"    {reason}: {', '.join(labels[:3])}{more}")

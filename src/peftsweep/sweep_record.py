@@ -1,0 +1,75 @@
+"""multirun/<study>/sweeps/: a file for each command that ran trials, with the seconds in which none was running.
+
+Those seconds are the cost of sweeping: imports, the check of all points, the start of workers, waiting, the end.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from peftsweep import record
+from peftsweep.record import Result
+
+FOLDER = "sweeps"
+_began: list[float] = []
+
+
+def command_begins() -> None:
+    """Note that the process of a command has just started."""
+    _began[:] = [time.perf_counter()]
+
+
+class SweepRecord:
+    """What one command did in a study. A command may run trials several times, as halving does."""
+
+    def __init__(self, study: Path, words: Sequence[str], workers: int | None) -> None:
+        self._began = _began.pop() if _began else time.perf_counter()
+        self._file = study / FOLDER / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.json"
+        self._facts = {
+            "command": list(words),
+            "created_at": record.now(),
+            "host": record.host(),
+            "workers": workers,  # of this machine; null: placed by another launcher
+        }
+        self._spans: list[tuple[float, float]] = []  # of each trial, by time.perf_counter
+        self._ended: Counter[str] = Counter()
+
+    def add(self, result: Result) -> None:
+        """A trial has just ended."""
+        now = time.perf_counter()
+        self._spans.append((max(self._began, now - result.run_info["total_seconds"]), now))
+        self._ended[result.status.name] += 1
+
+    def write(self) -> None:
+        """Write what is known so far. Nothing is written where no trial has run."""
+        if not self._spans:
+            return
+        seconds = time.perf_counter() - self._began
+        trials = covered(self._spans)
+        times = {"seconds": seconds, "seconds_in_trials": trials, "seconds_outside_trials": seconds - trials}
+        record.write_json(self._file, self._facts | {"trials": dict(self._ended)} | times)
+
+
+def last(study: Path) -> dict[str, Any] | None:
+    """What the newest command that ran trials in this study wrote; None where there is none that can be read."""
+    for file in sorted((study / FOLDER).glob("*.json"), reverse=True):
+        with suppress(OSError, ValueError):
+            found = record.read_json(file)
+            if isinstance(found, dict) and {"seconds", "seconds_outside_trials"} <= found.keys():
+                return found
+    return None
+
+
+def covered(spans: Sequence[tuple[float, float]]) -> float:
+    """The seconds in which at least one of the spans (begin, end) runs."""
+    total, until = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return total

@@ -1,0 +1,187 @@
+"""Where worker processes run and how they start, on a host with a GPU too: one that a child process is made to see."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from peftsweep import InputError, forecast, processes
+from peftsweep.config import Trial
+
+from .conftest import SMALL, records
+from .test_layers import imports
+
+Command = Callable[..., tuple[int, str, str]]
+
+# Python imports it at its start. It has torch say that there are GPUs, and CUDA behave as it does where they are:
+# whatever initialises it is written to a log, and raises an error in a process that was forked after that.
+GPU_HOST = """
+import builtins, os, sys
+
+initialised_by = None
+
+def log(line):
+    with open(os.environ["GPU_LOG"], "a") as file:
+        file.write(f"{line}\\n")
+
+def initialises(name, answer):
+    def called(*_, **__):
+        global initialised_by
+        if initialised_by not in (None, os.getpid()):
+            raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+        if initialised_by is None:
+            initialised_by = os.getpid()
+            log(f"{os.getpid()} initialises CUDA: {name}, sees {os.environ.get('CUDA_VISIBLE_DEVICES')}")
+        return answer
+    return called
+
+class Properties:
+    total_memory, name, major, minor = 2**35, "fake", 9, 0
+
+def patch(torch):
+    torch._C._cuda_isInBadFork = lambda: initialised_by not in (None, os.getpid())
+    torch._C._cuda_getCurrentRawStream = lambda *_: 0
+    torch.cuda.is_available = lambda: True
+    torch.cuda.device_count = lambda: 2
+    answers = {
+        "init": None, "_lazy_init": None, "current_device": 0, "get_device_capability": (9, 0),
+        "get_device_name": "fake", "get_device_properties": Properties(), "mem_get_info": (2**35, 2**35),
+    }
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, initialises(name, answer))
+
+plain = builtins.__import__
+
+def watched(name, *rest, **options):
+    module = plain(name, *rest, **options)
+    torch = sys.modules.get("torch")
+    if torch is not None and hasattr(torch, "compile") and not hasattr(torch, "gpu_host"):
+        torch.gpu_host = True
+        patch(torch)
+        if os.environ.get("GPU_EAGER"):
+            torch.cuda.init()
+    return module
+
+builtins.__import__ = watched
+os.register_at_fork(before=lambda: log("forks") if initialised_by else None)
+"""
+TINY = [*(word for word in SMALL if "tiny_math" not in word), "eval=[perplexity]", "method.r=2,4"]
+
+
+def on_gpu_host(scratch: Path, *words: str, **environment: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """`peftsweep` with these words on a host that seems to have two GPUs, and what initialised CUDA there."""
+    (scratch / "site").mkdir(exist_ok=True)
+    (scratch / "site" / "sitecustomize.py").write_text(GPU_HOST)
+    log = scratch / "gpu.log"
+    log.write_text("")
+    path = os.pathsep.join(filter(None, [str(scratch / "site"), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-c", "from peftsweep import cli; cli.main()", *words],
+        env=os.environ | environment | {"PYTHONPATH": path, "GPU_LOG": str(log)},
+        capture_output=True,
+        text=True,
+    )
+    return done, log.read_text().splitlines()
+
+
+def test_workers_are_forked_before_cuda_is_initialised(scratch: Path) -> None:
+    done, lines = on_gpu_host(scratch, *TINY, "device=cpu")
+    assert "forks" not in lines
+    assert {one.status.name for one in records().values()} == {"success"}, done.stdout
+    assert done.returncode == 0
+
+
+def test_a_worker_names_its_gpu_before_anything_looks_at_one(scratch: Path) -> None:
+    done, lines = on_gpu_host(scratch, *TINY)
+    assert "forks" not in lines
+    errors = {(one.error or {})["message"] for one in records().values()}
+    assert len(records()) == 2, done.stderr
+    assert all("compiled with" in error for error in errors), errors  # on it, as far as this torch goes
+    seen = {re.sub(r"^\d+ initialises CUDA: \w+, ", "", line) for line in lines}
+    assert {"sees 0", "sees 1"} <= seen
+
+
+@pytest.mark.slow
+def test_where_an_import_initialises_cuda_all_the_same_workers_are_spawned(scratch: Path) -> None:
+    done, _ = on_gpu_host(scratch, *TINY, "device=cpu", GPU_EAGER="1")
+    assert {one.status.name for one in records().values()} == {"success"}, done.stdout
+    assert done.returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "place",
+    ["hydra.launcher.workers=0", "hydra/launcher=basic", "hydra/launcher=joblib", "hydra/launcher=submitit_local"],
+)
+def test_every_launcher_runs_on_the_cpu_of_a_gpu_host(place: str, scratch: Path) -> None:
+    done, lines = on_gpu_host(scratch, *TINY, "device=cpu", place)
+    assert "forks" not in lines
+    assert {one.status.name for one in records().values()} == {"success"}, done.stdout
+    assert done.returncode == 0
+
+
+def test_devices_are_dealt_out_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert processes.places(None, None, ["auto"]) == ["0", "1"]
+    assert processes.places(3, None, ["cuda"]) == ["0", "1", "0"]
+    assert processes.places(None, [1], ["auto"]) == ["1"]
+    assert processes.places(None, None, ["cpu"]) == [processes.CPU]
+    assert processes.places(3, None, ["cpu"]) == [processes.CPU] * 3
+    assert processes.places(None, None, ["cpu", "auto"]) == ["0", "1"]
+    assert processes.places(None, None, ["cuda:1"]) == [None]  # of all that are visible
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    assert processes.places(None, None, ["auto"]) == ["4", "7"]
+    assert processes.places(None, ["1"], ["auto"]) == ["7"]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert processes.places(2, None, ["auto"]) == [processes.CPU] * 2
+
+
+@pytest.mark.parametrize(
+    ("count", "devices", "asked", "line"),
+    [
+        (1, [9], "auto", "no CUDA device 9; there are: 0"),
+        (2, [0, "x"], "auto", "no CUDA device x; there are: 0, 1"),
+        (0, [0], "auto", "no CUDA device 0; there are: none"),
+        (2, [0], "cpu", "no CUDA device 0; there are: none; device=cpu uses none"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(
+    count: int, devices: list[object], asked: str, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    with pytest.raises(InputError, match=re.escape(f"hydra.launcher.devices: {line}")):
+        processes.places(None, devices, [asked])
+
+
+# ---- systems other than Linux ----------------------------------------------------------------------
+
+
+def test_windows_is_refused_in_one_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "win32")
+    code, out, err = command(*TINY)
+    assert (code, out) == (2, "")
+    assert err == "peftsweep: Windows is not supported: workers need Unix processes and signals; use WSL\n"
+
+
+def test_an_untested_system_is_named_once(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "darwin")
+    code, _, err = command("method.r=2,4", "dry_run=true")
+    assert code == 0
+    assert err.count("not tested on darwin, only on Linux") == 1
+
+
+def test_no_module_of_ours_imports_what_only_unix_has() -> None:
+    for file in Path(processes.__file__).parent.rglob("*.py"):
+        assert not imports(file) & {"fcntl", "resource", "termios", "pwd", "grp", "posix"}, file
+
+
+def test_devices_of_other_makers_are_refused(compose: Callable[..., Trial]) -> None:
+    with pytest.raises(InputError, match=re.escape("device=mps: must be auto, cpu, cuda, or cuda:1")):
+        forecast.check(compose("device=mps"))
