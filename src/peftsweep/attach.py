@@ -93,7 +93,7 @@ def attach(
     config = text_config(base)
     if hasattr(method, "token_dim") and method.token_dim is None:  # PEFT looks for fewer names than there are
         method.token_dim = config.hidden_size
-        method.num_attention_heads = method.num_attention_heads or config.num_attention_heads
+        method.num_attention_heads = method.num_attention_heads or getattr(config, "num_attention_heads", None)
     if hasattr(method, "adapters"):  # X-LoRA reads each token twice, and its router the last hidden states
         method.adapters = {str(n): path for n, path in enumerate(method.adapters.values())}  # it knows numbers only
         method.hidden_size = config.hidden_size

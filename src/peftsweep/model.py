@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -196,11 +197,11 @@ def load_tokenizer(model: ModelConfig, virtual_tokens: int = 0) -> PreTrainedTok
         raise InputError(f"method: {virtual_tokens} virtual tokens leave no room in the model's {limit} positions")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    _check_marks(tokenizer, model, text_config(architecture(model)).vocab_size, key)
+    _check_marks(tokenizer, model, getattr(text_config(architecture(model)), "vocab_size", math.inf), key)
     return tokenizer
 
 
-def _check_marks(tokenizer: PreTrainedTokenizerBase, model: ModelConfig, vocabulary: int, key: str) -> None:
+def _check_marks(tokenizer: PreTrainedTokenizerBase, model: ModelConfig, vocabulary: float, key: str) -> None:
     """Refuse a tokenizer without the marks that rows end and are padded with, or with some that the model lacks."""
     if model.task is Task.causal_lm and tokenizer.eos_token_id is None:
         raise InputError(f"{key}: its tokenizer has no eos_token, with which an answer ends")
