@@ -30,6 +30,7 @@ from typing import Any
 from peftsweep.errors import InputError
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+PRELOAD = "peftsweep.preload"  # what the process that workers are forked from imports
 PROGRAM = "peftsweep.everything"  # by its name, as what it imports comes after the device is set
 CPU = ""  # the place of a worker that sees no GPU
 Place = str | None  # a worker's CUDA_VISIBLE_DEVICES; None: as in this process
@@ -106,7 +107,7 @@ def begin_to_import() -> None:
     """Start the process that workers are forked from; it imports what this process imports at the same time."""
     from multiprocessing import forkserver, resource_tracker
 
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["peftsweep.preload"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload([PRELOAD])
     resource_tracker.ensure_running()  # which unblocks Ctrl-C when it has started
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # in a terminal it reaches that process too
     try:
