@@ -511,7 +511,8 @@ def _base_scores(
             "head": trial.config.seed if model.classifies(base) else None,  # a new one is drawn from the seed
             "eval": evaluation_identity(trial.config.eval[name]),
             "examples": data.fingerprint(example._asdict() for example in test),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else record.processor(),
+            "kernels": None if device.type == "cuda" else record.kernels(),
             "packages": record.packages(),
         }
     )
