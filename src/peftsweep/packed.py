@@ -221,8 +221,6 @@ class _Running:
             if self.config.clip:
                 self.scaler.unscale_(self.optimizer)
                 gradients = [cast(torch.Tensor, weight.grad) for weight in self._parameters]
-                if self._meter.device.type == "cpu":  # summed up in the order of the trial alone, to the same bit
-                    gradients = [gradient.contiguous() for gradient in gradients]
                 norm = nn.utils.get_total_norm(gradients)
                 nn.utils.clip_grads_with_norm_(self._parameters, self.config.clip, norm)
             self.scaler.step(self.optimizer)
