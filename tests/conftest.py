@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -121,6 +121,18 @@ def scores(result: Result) -> dict[str, dict[str, object]]:
         name: {key: value for key, value in found.items() if isinstance(value, dict)}
         for name, found in result.eval_info.items()
     }
+
+
+# The same weights after training with sums in another order. An optimizer that divides by the gradient's size moves a
+# weight whose gradient is all rounding by a whole learning rate, so that single weights can be further apart.
+SAME_WEIGHTS = 5e-5
+
+
+def apart(weights: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> float:
+    """How far the weights are from the others, relative to the norm of all of these."""
+    assert weights.keys() == others.keys()
+    one, other = (torch.cat([tensors[name].detach().flatten() for name in others]) for tensors in (weights, others))
+    return float((one - other).norm() / other.norm())
 
 
 def start(

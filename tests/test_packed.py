@@ -24,6 +24,7 @@ from peftsweep.lanes import Pack
 from peftsweep.measure import Meter
 from peftsweep.schema import Dtype, ModelConfig, Schedule, TargetsConfig, TrainConfig
 from peftsweep.tiny import task
+from tests.conftest import SAME_WEIGHTS, apart
 
 CPU = torch.device("cpu")
 TINY = ModelConfig(name_or_path="tiny")
@@ -34,9 +35,6 @@ QUANTS: dict[str, dict[str, Any]] = {
     "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
 }
 SAME = 1e-5  # relative: of a loss in the first 20 steps, of a likelihood; 170 times the unit roundoff of 32 bits
-# Of an adapter's weights, relative to their norm. An optimizer that divides by the gradient's size moves a weight whose
-# gradient is all rounding by a whole learning rate, so that single weights can be further apart.
-SAME_WEIGHTS = 5e-5
 pytestmark = pytest.mark.kernels
 
 
@@ -140,13 +138,6 @@ def together(specs: list[Spec], rows: list[data.Tokens], tokenizer: Any, on: Any
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """The largest one, relative to the largest number."""
     return ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
-
-
-def apart(packed: dict[str, torch.Tensor], single: dict[str, torch.Tensor]) -> float:
-    """How far two adapters are from each other, relative to the norm of all weights."""
-    assert packed.keys() == single.keys()
-    one, other = (torch.cat([weights[name].flatten() for name in single]) for weights in (packed, single))
-    return float((one - other).norm() / other.norm())
 
 
 def worst_loss(packed: Found, single: Found, steps: int = 20) -> float:

@@ -153,6 +153,7 @@ def test_a_score_that_is_gone_and_another_end_are_not_the_same() -> None:
     assert found.lines()[-1] == "not the same: success before, failed now"
 
 
+@pytest.mark.kernels
 def test_a_trial_is_run_again_from_its_record_alone(run_small: Run, command: Command) -> None:
     words = [
         "quant=4bit",

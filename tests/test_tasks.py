@@ -191,6 +191,7 @@ def test_every_question_set_has_its_three_yamls() -> None:
             assert (conf / file).is_file(), file
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("quant", ["none", "4bit"])
 def test_rows_that_have_ended_leave_the_batch_and_nothing_else_changes(
     quant: str, compose: Compose, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
@@ -251,6 +252,7 @@ def test_conversations_are_trained_on_through_the_template(tmp_path: Path) -> No
     assert (short.error or {})["type"] == "InputError"  # every row is too long
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("quant", ["none", "4bit"])
 @pytest.mark.parametrize("name", ["arc_easy", "winogrande", "boolq"])
 def test_what_choices_begin_with_is_read_once_and_the_scores_are_the_same(

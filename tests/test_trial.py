@@ -70,6 +70,7 @@ def test_the_folder_holds_all_that_the_design_promises(run_small: RunSmall) -> N
     assert written["train_info"]["train_seconds"] <= written["run_info"]["total_seconds"]
 
 
+@pytest.mark.kernels
 def test_two_runs_agree_bit_for_bit(run_small: RunSmall) -> None:
     words = ["quant=4bit", "method.lora_dropout=0.1"]
     first, second = run_small("study=a", *words), run_small("study=b", *words)
