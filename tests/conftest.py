@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
-from peftsweep import cli, train
+from peftsweep import cli, record, train
 from peftsweep.config import Trial
 from peftsweep.config import trial as make_trial
 from peftsweep.record import Result
@@ -133,6 +133,26 @@ def apart(weights: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor
     assert weights.keys() == others.keys()
     one, other = (torch.cat([tensors[name].detach().flatten() for name in others]) for tensors in (weights, others))
     return float((one - other).norm() / other.norm())
+
+
+SAME = 1e-5  # relative: of numbers that rounding alone may change, in the few steps of a test
+
+
+def check_row(row: dict[str, Any], other: dict[str, Any]) -> None:
+    """The same texts and counts, and the same numbers within rounding."""
+    assert row.keys() == other.keys()
+    for key, value in other.items():
+        assert row[key] == (pytest.approx(value, rel=SAME) if isinstance(value, float) else value)
+
+
+def check_scores(one: Result, other: Result) -> None:
+    """The same evaluations, each score within a standard error of the other's."""
+    found, expected = record.flat(scores(one)), record.flat(scores(other))
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        if key.endswith(".value"):
+            stderr = expected[key.removesuffix("value") + "stderr"] or 0.0
+            assert abs(found[key] - value) <= max(stderr, SAME * abs(value))
 
 
 def start(

@@ -26,7 +26,9 @@ OWN = "own kernels"
 COMPATIBLE = "MKL_CBWR=COMPATIBLE"
 ATEN_DEFAULT = "ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41"
 AVX2 = "MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2"
-SETS = {OWN: {}} | {name: dict(word.split("=") for word in name.split()) for name in (AVX2, COMPATIBLE, ATEN_DEFAULT)}
+SETS: dict[str, dict[str, str]] = {OWN: {}} | {
+    name: dict(word.split("=") for word in name.split()) for name in (AVX2, COMPATIBLE, ATEN_DEFAULT)
+}
 THREADS = (1, 2)
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "docs" / "tested_on.md"

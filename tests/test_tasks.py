@@ -191,8 +191,7 @@ def test_every_question_set_has_its_three_yamls() -> None:
             assert (conf / file).is_file(), file
 
 
-@pytest.mark.kernels
-@pytest.mark.parametrize("quant", ["none", "4bit"])
+@pytest.mark.parametrize("quant", ["none", pytest.param("4bit", marks=pytest.mark.kernels)])
 def test_rows_that_have_ended_leave_the_batch_and_nothing_else_changes(
     quant: str, compose: Compose, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
