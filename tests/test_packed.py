@@ -215,6 +215,7 @@ def test_swapped_configurations_are_found_out(rows: list[data.Tokens], tokenizer
 @pytest.mark.parametrize(
     "shared",
     [
+        {"batch_size": 1, "steps": 20},  # so few rows that some kernels sum up a pack's in another order
         {"accumulation": 2},
         {"checkpointing": True},
         {"optimizer": "SGD", "learning_rate": 0.1},
@@ -223,8 +224,9 @@ def test_swapped_configurations_are_found_out(rows: list[data.Tokens], tokenizer
 )
 def test_other_ways_to_train(rows: list[data.Tokens], tokenizer: Any, shared: dict[str, Any]) -> None:
     specs = [Spec(), Spec(r=3, targets=("q_proj", "o_proj"))]
-    single = [alone(spec, rows, tokenizer, base(), steps=4, **shared) for spec in specs]
-    many = together(specs, rows, tokenizer, base(), steps=4, **shared)
+    shared = {"steps": 4} | shared
+    single = [alone(spec, rows, tokenizer, base(), **shared) for spec in specs]
+    many = together(specs, rows, tokenizer, base(), **shared)
     check_same(many, single)
 
 

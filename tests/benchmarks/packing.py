@@ -210,7 +210,7 @@ def arithmetic(base: Any, rows: list[data.Tokens], batch: int, steps: int, round
 def in_parts(module: torch.nn.Module) -> None:
     """Have the module multiply the rows of each lane by themselves."""
     forward = module.forward
-    module.forward = lambda x: torch.cat([forward(part) for part in x.chunk(LANES)])  # type: ignore[method-assign]
+    module.forward = lambda x: torch.cat([forward(part) for part in x.chunk(LANES)])
 
 
 def main() -> None:
