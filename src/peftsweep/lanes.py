@@ -3,16 +3,16 @@
 The rows of a batch stand once for each lane, lane after lane; the base is multiplied with all of them at once
 (quantised weights are unpacked once for all), each adapter with its own.
 
-How near a lane comes to the trial alone. The last bits of a matrix product depend on the kernel that the library (on
-a CPU MKL) takes for its shape and layout. On a CPU each adapter is therefore multiplied by itself, in the shapes and
+How near a lane comes to the trial alone. The last bits of a matrix product depend on the kernel that the library (on a
+CPU MKL) takes for its shape and layout. On a CPU each adapter is therefore multiplied by itself, in the shapes and
 layouts of the trial alone: a step takes 0.92 to 1.02 times as long as with one batched product for all lanes, whose
-ranks must be filled up to the largest (tests/benchmarks/packing.py --arithmetic). The base's product has the rows of all lanes. MKL's kernels for AVX2 and AVX-512
-were seen to sum up a row in the same order however many rows there are, so that a lane is the trial alone to the bit;
-its compatible ones (MKL_CBWR=COMPATIBLE) take another order for few rows. A product for each lane would make a step 2%
-to 8% longer on an unquantised base, and on a 4-bit one unpack the weights for each lane. What is promised is therefore a tolerance: in 32 bits the losses
-of the first 20 steps are those of the trial alone within 1e-5 relative, which is 170 times the rounding of one
-operation (2**-24). On CUDA, where starting a kernel costs more than a small product, adapters are multiplied in one
-batch.
+ranks must be filled up to the largest (tests/benchmarks/packing.py --arithmetic). The base's product has the rows of
+all lanes. MKL's kernels for AVX2 and AVX-512 were seen to sum up a row in the same order however many rows there are,
+so that a lane is the trial alone to the bit; its compatible ones (MKL_CBWR=COMPATIBLE) take another order for few rows.
+A product for each lane would make a step 2% to 8% longer on an unquantised base, and on a 4-bit one unpack the weights
+for each lane. What is promised is therefore a tolerance: in 32 bits the losses of the first 20 steps are those of the
+trial alone within 1e-5 relative, which is 170 times the rounding of one operation (2**-24). On CUDA, where starting a
+kernel costs more than a small product, adapters are multiplied in one batch.
 """
 
 from __future__ import annotations
