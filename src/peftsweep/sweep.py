@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from peftsweep import config as configuration
 from peftsweep import engine, forecast, record, repeat, study, trial, workers
 from peftsweep.config import Trial
 from peftsweep.display import Display, size, summary
@@ -45,6 +46,8 @@ def run(
         raise InputError("stop_on_failure=true: only with hydra/launcher=local; others are given all trials at once")
     forecasts = [forecast.check(one) for one in trials]  # raises before anything is written
     if config.dry_run:
+        for one in trials:
+            configuration.check_conversations(one.config)
         _dry_run(trials, forecasts)
         return [None] * len(trials)
     results: list[Result | None] = [trial.finished(one) for one in trials]
@@ -52,6 +55,8 @@ def run(
     for one, done in zip(trials, results, strict=True):
         if done is None:
             missing.setdefault(one.identity, one)
+    for one in missing.values():
+        configuration.check_conversations(one.config)
     with Display(len(missing), quiet=config.quiet) as display, _terminable():
         for held in _once(results):
             display.say(f"done before: {held.trial} ({held.status.name})")

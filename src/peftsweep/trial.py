@@ -279,11 +279,11 @@ class Session:
         return None if self.earlier else halving.stop_at(self.config.halving, total)
 
     def score_base(self) -> None:
-        trained_on = data.questions(data.dataset_examples(self.config.dataset, self.rows.train))
+        trained_on = {one.written for one in data.dataset_examples(self.config.dataset, self.rows.train)}
         for name, test in self.tests.items():
             with self.stage("baseline"):
                 scores = _base_scores(self.trial, name, test, self.base, self.tokenizer, self.place.parent)
-            seen = sum(bool(data.questions([one]) & trained_on) for one in test)
+            seen = sum(one.written in trained_on for one in test)
             known = {f"base_{metric}": score for metric, score in scores.items()}
             self.result.eval_info[name] = known | {"seen_in_training": seen}
 

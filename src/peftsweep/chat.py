@@ -1,0 +1,349 @@
+"""Conversations -> tokens by a chat template, and which of the tokens are trained on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from peftsweep.schema import Turns
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+Message = dict[str, Any]
+Span = tuple[int, int]  # of characters, the end excluded
+
+# The layout of a conversation without a chat template: a paragraph a turn, which its role begins; the tokenizer's
+# own marks stand before the first turn and after each of the assistant's.
+PLAIN = (
+    "{{ begin }}{% if tools %}Tools: {{ tools | tojson }}{{ '\n\n' }}{% endif %}"
+    "{% for m in messages %}{{ m.role | capitalize }}:"
+    "{% if m.role == 'assistant' %}{% generation %}"
+    "{% if m.content %} {{ m.content }}{% endif %}{% if m.tool_calls %} {{ m.tool_calls | tojson }}{% endif %}"
+    "{{ eos_token }}{% endgeneration %}{% else %} {{ m.content }}{% endif %}{{ '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
+PROBE = "\ue000\ue001"  # private characters, which no template strips, escapes or looks for
+ARGUMENTS = {"probe_key": "probe_value"}
+
+
+class Conversation(NamedTuple):
+    """Messages of role and content, and the tools that the assistant may call, as chat templates take them."""
+
+    messages: list[Message]
+    tools: list[Any] | None = None  # JSON schemas of functions
+
+    @property
+    def prompt(self) -> str:
+        """All that stands before the last turn, as JSON."""
+        before: Any = {"messages": self.messages[:-1], "tools": self.tools} if self.tools else self.messages[:-1]
+        return json.dumps(before, ensure_ascii=False)
+
+    @property
+    def answer(self) -> str:
+        """What the last turn says; if it only calls tools, these calls as JSON."""
+        last = self.messages[-1]
+        return content_text(last.get("content")) or json.dumps(last.get("tool_calls"), ensure_ascii=False)
+
+
+class Rendered(NamedTuple):
+    """A conversation in tokens: ``ids`` and ``trained`` (whether a token is trained on), [tokens] both."""
+
+    ids: list[int]
+    trained: list[bool]
+    prompt: str  # up to where the last turn is to be written, as text with all special tokens
+    end: int | None  # the token that ends the last turn, if it has a special one
+    written: tuple[str, str]  # prompt and answer before the template
+
+
+def says_something_else(message: Message) -> bool:
+    """Whether a message without content still says something: it calls tools, or reasons."""
+    return any(message.get(key) for key in ("tool_calls", "reasoning_content", "reasoning", "thinking"))
+
+
+def content_text(content: Any) -> str:
+    """Content as text: its text parts, a line each, where it is a list of parts."""
+    if isinstance(content, list):
+        return "\n".join(part["text"] for part in content)
+    return content or ""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The tokenizer's chat template, or ``source``, with what it can read found out by probing it."""
+
+    tokenizer: PreTrainedTokenizerBase
+    source: str | None = None
+    variables: dict[str, Any] = field(default_factory=dict)
+
+    def text(self, conversation: Conversation, *, begun: bool = False) -> str:
+        """The conversation as text; with ``begun``, up to where the assistant goes on."""
+        return str(
+            self.tokenizer.apply_chat_template(
+                conversation.messages,
+                tools=conversation.tools,
+                chat_template=self.source,
+                add_generation_prompt=begun,
+                tokenize=False,
+                **self.variables,
+            )
+        )
+
+    def generated(self, conversation: Conversation) -> list[Span] | None:
+        """What the template itself marks by ``{% generation %}``; None where it has no such mark."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        source = self.tokenizer.get_chat_template(self.source, conversation.tools)
+        if not GENERATION.search(source):
+            return None
+        # apply_chat_template returns these as a mask of tokens, which goes on to the end of the row where a span
+        # ends in white space that the tokenizer's offsets leave out.
+        present = [{key: value for key, value in m.items() if value is not None} for m in conversation.messages]
+        render: Any = render_jinja_template  # whose annotations are not those of what it returns
+        _, spans = render(
+            conversations=[present],
+            tools=conversation.tools,
+            chat_template=source,
+            return_assistant_tokens_mask=True,
+            **{**self.tokenizer.special_tokens_map, **self.variables},
+        )
+        return [(start, end) for start, end in spans[0] if start < end]
+
+    def readable(self, conversation: Conversation) -> Conversation:
+        """The same conversation, with contents and arguments in the form that the template writes out."""
+        return conversation._replace(messages=[self._readable(message) for message in conversation.messages])
+
+    def _readable(self, message: Message) -> Message:
+        message = dict(message)
+        if isinstance(content := message.get("content"), str if self._parts_only else list):
+            if self._parts_only:
+                message["content"] = [{"type": "text", "text": content}]
+            elif not self._takes_parts:
+                message["content"] = content_text(content)
+        if calls := message.get("tool_calls"):
+            message["tool_calls"] = [self._readable_call(call) for call in calls]
+        return message
+
+    def _readable_call(self, call: dict[str, Any]) -> dict[str, Any]:
+        function = call.get("function", call)
+        given = function.get("arguments")
+        if isinstance(given, str) and self._takes_objects and not self._takes_json:
+            function = function | {"arguments": json.loads(given)}
+        elif isinstance(given, dict) and self._takes_json and not self._takes_objects:
+            function = function | {"arguments": json.dumps(given, ensure_ascii=False)}
+        return call | {"function": function} if "function" in call else function
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        said = self._probe([{"role": "user", "content": [{"type": "text", "text": PROBE}]}])
+        return PROBE in said and "'text'" not in said and '"text"' not in said
+
+    @cached_property
+    def _parts_only(self) -> bool:
+        return self._takes_parts and PROBE not in self._probe([{"role": "user", "content": PROBE}])
+
+    @cached_property
+    def _takes_objects(self) -> bool:
+        said = self._probe_arguments(ARGUMENTS)
+        return "probe_key" in said and str(ARGUMENTS) not in said
+
+    @cached_property
+    def _takes_json(self) -> bool:
+        text = json.dumps(ARGUMENTS)
+        return text in self._probe_arguments(text)
+
+    def _probe_arguments(self, arguments: Any) -> str:
+        call = {"id": "probecall", "type": "function", "function": {"name": "probe", "arguments": arguments}}
+        user = [{"type": "text", "text": "probe"}] if self._parts_only else "probe"
+        return self._probe([{"role": "user", "content": user}, {"role": "assistant", "tool_calls": [call]}])
+
+    def _probe(self, messages: list[Message]) -> str:
+        try:
+            return self.text(Conversation(messages))
+        except Exception:  # a template raises what it likes: then it does not take this
+            return ""
+
+    @cached_property
+    def special(self) -> dict[int, str]:
+        """The tokenizer's special tokens by id, ends of turns among them."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        return {number: str(token) for number, token in added if token.special}
+
+
+def plain_layout(tokenizer: PreTrainedTokenizerBase, lead: Sequence[int]) -> ChatTemplate:
+    """The layout of conversations where no chat template is wished for; ``lead`` stands before a text's tokens."""
+    return ChatTemplate(tokenizer, PLAIN, {"begin": str(tokenizer.decode([*lead])) if lead else ""})
+
+
+def render(template: ChatTemplate, conversation: Conversation, turns: Turns, written: tuple[str, str]) -> Rendered:
+    """``conversation`` in the tokens of ``apply_chat_template(tokenize=True)``; ``turns`` of the assistant are trained.
+
+    Raises:
+        ValueError: the template leaves out a part of the conversation, or a turn's place in the text cannot be told.
+        jinja2.TemplateError, and what else a template may raise: it refuses the conversation.
+    """
+    conversation = template.readable(conversation)
+    text = template.text(conversation)
+    _check_written_out(conversation, text)
+    spans = template.generated(conversation)
+    if spans is None:
+        spans = _turns(template, conversation, text, only_last=turns is Turns.last)
+    elif turns is Turns.last:
+        start = _turn(template, conversation, text, len(conversation.messages) - 1)[0]
+        spans = [span for span in spans if span[1] > start]
+    encoded = template.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    trained = _covered(encoded.offset_mapping, spans)
+    if not any(trained[1:]):
+        raise ValueError("no token of it would be trained on")
+    end = _end(encoded.input_ids, trained, template.special)
+    return Rendered(encoded.input_ids, trained, _begun(template, conversation), end, written)
+
+
+def prompt(template: ChatTemplate, conversation: Conversation) -> str:
+    """The text up to where the last turn of ``conversation`` is to be written."""
+    return _begun(template, template.readable(conversation))
+
+
+def _begun(template: ChatTemplate, conversation: Conversation) -> str:
+    return template.text(conversation._replace(messages=conversation.messages[:-1]), begun=True)
+
+
+def _end(ids: Sequence[int], trained: Sequence[bool], special: dict[int, str]) -> int | None:
+    last = len(trained) - 1 - trained[::-1].index(True)
+    begin = last
+    while begin > 0 and trained[begin - 1] and ids[begin] not in special:
+        begin -= 1
+    return next((token for token in ids[begin:] if token in special), None)
+
+
+def _covered(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
+    """Whether each token has a character of a span; tokens of white space may come without any in ``offsets``."""
+    covered = [False] * len(offsets)
+    ends = [end for _, end in offsets]
+    for start, end in spans:
+        n = bisect_right(ends, start)
+        while n < len(offsets) and min(offsets[n][0], ends[n] - 1) < end:
+            covered[n] = True
+            n += 1
+    return covered
+
+
+# ---- where the assistant's turns are ---------------------------------------------------------------
+
+
+def _turns(template: ChatTemplate, conversation: Conversation, text: str, *, only_last: bool) -> list[Span]:
+    marks = tuple(template.special.values())
+    messages = conversation.messages
+    found: list[Span] = []
+    for number in range(len(messages) - 1 if only_last else 0, len(messages)):
+        if messages[number]["role"] != "assistant":
+            continue
+        start, end = _turn(template, conversation, text, number)
+        if (said := text[start:end].rstrip()).endswith(marks):
+            end = start + len(said)  # the white space after an end mark is the template's, not the assistant's
+        if not (found[-1][1] if found else 0) <= start < end:
+            raise ValueError(_unknown(number))
+        found.append((start, end))
+    return found
+
+
+def _unknown(number: int) -> str:
+    return (
+        f"where turn {number + 1} begins and ends cannot be told from the chat template's text; "
+        "dataset.turns=last trains the last turn alone, and a template with {% generation %} marks its turns itself"
+    )
+
+
+def _turn(template: ChatTemplate, conversation: Conversation, text: str, number: int) -> Span:
+    """Where the assistant's turn ``number`` is in ``text``: from where it would be generated to where it ends.
+
+    Both are known where the conversation up to there is rendered as it is within the whole. Templates that
+    write a turn otherwise once others follow it (without its reasoning, say) are asked by a probe.
+    """
+    before = conversation._replace(messages=conversation.messages[:number])
+    so_far = conversation._replace(messages=conversation.messages[: number + 1])
+    last = number == len(conversation.messages) - 1
+    start = _length_within(text, template, before, begun=True) if number else None
+    end = len(text) if last else _length_within(text, template, so_far)
+    if start is None or end is None:
+        content, after = _around(template, conversation, text, number)
+        if start is None:
+            start = content
+            if last:
+                _warn_of_another_prompt(template)
+        if end is None:
+            tail = _probed(template, so_far, number)[1]
+            if not tail or not text[after:].startswith(tail):
+                raise ValueError(_unknown(number))
+            end = after + len(tail)
+    return start, end
+
+
+def _length_within(text: str, template: ChatTemplate, part: Conversation, *, begun: bool = False) -> int | None:
+    try:
+        beginning = template.text(part, begun=begun)
+    except Exception:  # a template may refuse a part of a conversation that it takes as a whole
+        return None
+    return len(beginning) if text.startswith(beginning) else None
+
+
+def _around(template: ChatTemplate, conversation: Conversation, text: str, number: int) -> Span:
+    """Where the content of a turn begins and ends, by what stands around another content in its place."""
+    before, after = _probed(template, conversation, number)
+    if not text.startswith(before) or not text.endswith(after) or len(before) + len(after) > len(text):
+        raise ValueError(_unknown(number))
+    return len(before), len(text) - len(after)
+
+
+def _probed(template: ChatTemplate, conversation: Conversation, number: int) -> tuple[str, str]:
+    probe = (
+        [{"type": "text", "text": PROBE}] if isinstance(conversation.messages[number].get("content"), list) else PROBE
+    )
+    messages = [*conversation.messages]
+    messages[number] = messages[number] | {"content": probe}
+    before, found, after = template.text(conversation._replace(messages=messages)).partition(PROBE)
+    if not found:
+        raise ValueError(_unknown(number))
+    return before, after
+
+
+def _warn_of_another_prompt(template: ChatTemplate) -> None:
+    if "warned" not in vars(template):
+        vars(template)["warned"] = True
+        log.warning(
+            "the chat template's generation prompt is not how a written turn of the assistant begins (as with "
+            "templates that open the reasoning): the turn's content is trained on, and asked for after another prompt"
+        )
+
+
+# ---- whether all of a conversation is written out ------------------------------------------------------
+
+
+def _check_written_out(conversation: Conversation, text: str) -> None:
+    for number, message in enumerate(conversation.messages, start=1):
+        said = content_text(message.get("content")).strip()
+        # The last line, as templates may leave out the reasoning that stands before an answer.
+        if said and not _occurs(said.splitlines()[-1].strip(), text):
+            raise ValueError(f"the chat template does not write the content of turn {number} ({message['role']})")
+        for call in message.get("tool_calls") or ():
+            function = call.get("function", call)
+            given = function.get("arguments")
+            names = [function["name"], *(given if isinstance(given, dict) else [given] if given else [])]
+            if not all(_occurs(name, text) for name in names):
+                raise ValueError(f"the chat template does not write the tool call of turn {number}")
+    for tool in conversation.tools or ():
+        if (name := tool.get("function", tool).get("name")) and not _occurs(name, text):
+            raise ValueError(f"the chat template does not write the tool '{name}'")
+
+
+def _occurs(piece: str, text: str) -> bool:
+    return piece in text or any(json.dumps(piece, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True))
