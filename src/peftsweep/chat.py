@@ -61,6 +61,7 @@ class Rendered(NamedTuple):
     ids: list[int]
     trained: list[bool]
     prompt: str  # up to where the last turn is to be written, as text with all special tokens
+    said: str  # the last turn, as text without special tokens
     end: int | None  # the token that ends the last turn, if it has a special one
     written: tuple[str, str]  # prompt and answer before the template
 
@@ -204,8 +205,27 @@ def render(template: ChatTemplate, conversation: Conversation, turns: Turns, wri
     trained = _covered(encoded.offset_mapping, spans)
     if not any(trained[1:]):
         raise ValueError("no token of it would be trained on")
-    end = _end(encoded.input_ids, trained, template.special)
-    return Rendered(encoded.input_ids, trained, _begun(template, conversation), end, written)
+    ids: list[int] = encoded.input_ids
+    last = len(trained) - trained[::-1].index(True)
+    first = next((n + 1 for n in range(last - 1, -1, -1) if not trained[n]), 0)
+    return Rendered(
+        ids,
+        trained,
+        prompt=_begun(template, conversation),
+        said=str(template.tokenizer.decode(ids[first:last], skip_special_tokens=True)).strip(),
+        end=_end(template, ids, first, last),
+        written=written,
+    )
+
+
+def _end(template: ChatTemplate, ids: Sequence[int], first: int, last: int) -> int | None:
+    """The special token that ends the last turn, the tokens ``first`` to ``last``; white space may stand after it."""
+    within = last - 1
+    while within > first and not str(template.tokenizer.decode([ids[within]])).strip():
+        within -= 1
+    if ids[within] in template.special:
+        return ids[within]
+    return next((token for token in ids[last:] if token in template.special), None)
 
 
 def prompt(template: ChatTemplate, conversation: Conversation) -> str:
@@ -215,14 +235,6 @@ def prompt(template: ChatTemplate, conversation: Conversation) -> str:
 
 def _begun(template: ChatTemplate, conversation: Conversation) -> str:
     return template.text(conversation._replace(messages=conversation.messages[:-1]), begun=True)
-
-
-def _end(ids: Sequence[int], trained: Sequence[bool], special: dict[int, str]) -> int | None:
-    last = len(trained) - 1 - trained[::-1].index(True)
-    begin = last
-    while begin > 0 and trained[begin - 1] and ids[begin] not in special:
-        begin -= 1
-    return next((token for token in ids[begin:] if token in special), None)
 
 
 def _covered(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
@@ -257,10 +269,10 @@ def _turns(template: ChatTemplate, conversation: Conversation, text: str, *, onl
 
 
 def _unknown(number: int) -> str:
-    return (
-        f"where turn {number + 1} begins and ends cannot be told from the chat template's text; "
-        "dataset.turns=last trains the last turn alone, and a template with {% generation %} marks its turns itself"
-    )
+    return f"where turn {number + 1} begins and ends cannot be told; {_WAYS}"
+
+
+_WAYS = "dataset.turns=last trains the last turn alone, and a template with {% generation %} marks its turns itself"
 
 
 def _turn(template: ChatTemplate, conversation: Conversation, text: str, number: int) -> Span:
@@ -268,32 +280,57 @@ def _turn(template: ChatTemplate, conversation: Conversation, text: str, number:
 
     Both are known where the conversation up to there is rendered as it is within the whole. Templates that
     write a turn otherwise once others follow it (without its reasoning, say) are asked by a probe.
+
+    Raises:
+        ValueError: neither way tells.
     """
     before = conversation._replace(messages=conversation.messages[:number])
     so_far = conversation._replace(messages=conversation.messages[: number + 1])
     last = number == len(conversation.messages) - 1
-    start = _length_within(text, template, before, begun=True) if number else None
-    end = len(text) if last else _length_within(text, template, so_far)
-    if start is None or end is None:
-        content, after = _around(template, conversation, text, number)
-        if start is None:
-            start = content
-            if last:
-                _warn_of_another_prompt(template)
-        if end is None:
-            tail = _probed(template, so_far, number)[1]
-            if not tail or not text[after:].startswith(tail):
-                raise ValueError(_unknown(number))
-            end = after + len(tail)
+    start = _begin(template, before, text) if number else None
+    end = len(text) if last else _length_within(text, _text(template, so_far))
+    if start is None and conversation.messages[number].get("content"):
+        start = _around(template, conversation, text, number)[0]
+    if end is None:
+        end = _around(template, conversation, text, number)[1]
+        as_last = _probed(template, so_far, number)[1]
+        end += _end_mark(template, text[end:], as_last)
+    if start is None:
+        raise ValueError(_unknown(number))
     return start, end
 
 
-def _length_within(text: str, template: ChatTemplate, part: Conversation, *, begun: bool = False) -> int | None:
+def _begin(template: ChatTemplate, before: Conversation, text: str) -> int | None:
+    """Where generation after ``before`` begins in ``text``.
+
+    If a written turn begins otherwise than the generation prompt (which may open the reasoning), where they part.
+    """
+    asked = _text(template, before, begun=True)
+    if (whole := _length_within(text, asked)) is not None:
+        return whole
+    closed = _length_within(text, _text(template, before))
+    if closed is None or asked is None:
+        return None
+    if (shared := _shared(text, asked)) < closed:
+        return None
+    _warn_of_another_prompt(template)
+    return shared
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters both begin with."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _text(template: ChatTemplate, part: Conversation, *, begun: bool = False) -> str | None:
     try:
-        beginning = template.text(part, begun=begun)
+        return template.text(part, begun=begun)
     except Exception:  # a template may refuse a part of a conversation that it takes as a whole
         return None
-    return len(beginning) if text.startswith(beginning) else None
+
+
+def _length_within(text: str, beginning: str | None) -> int | None:
+    return len(beginning) if beginning is not None and text.startswith(beginning) else None
 
 
 def _around(template: ChatTemplate, conversation: Conversation, text: str, number: int) -> Span:
@@ -305,15 +342,36 @@ def _around(template: ChatTemplate, conversation: Conversation, text: str, numbe
 
 
 def _probed(template: ChatTemplate, conversation: Conversation, number: int) -> tuple[str, str]:
-    probe = (
-        [{"type": "text", "text": PROBE}] if isinstance(conversation.messages[number].get("content"), list) else PROBE
-    )
+    """What stands before and after the content of a turn, or the name of the tool that a turn without content calls."""
     messages = [*conversation.messages]
-    messages[number] = messages[number] | {"content": probe}
+    messages[number] = _with_probe(messages[number])
     before, found, after = template.text(conversation._replace(messages=messages)).partition(PROBE)
     if not found:
         raise ValueError(_unknown(number))
     return before, after
+
+
+def _with_probe(message: Message) -> Message:
+    if message.get("content") or not message.get("tool_calls"):
+        parts = isinstance(message.get("content"), list)
+        return message | {"content": [{"type": "text", "text": PROBE}] if parts else PROBE}
+    first, *others = message["tool_calls"]
+    called = first.get("function", first) | {"name": PROBE}
+    return message | {"tool_calls": [first | {"function": called} if "function" in first else called, *others]}
+
+
+def _end_mark(template: ChatTemplate, after: str, as_last: str) -> int:
+    """How long the end of a turn is at the beginning of ``after``, by what ends it ``as_last`` turn.
+
+    Some templates end the last turn with a further mark; then the mark that both have in common is the end.
+    """
+    if after.startswith(as_last):
+        return len(as_last)
+    shared = after[: _shared(after, as_last)]
+    ends = [shared.rfind(mark) + len(mark) for mark in template.special.values() if mark in shared]
+    if not ends:
+        raise ValueError("where its turns end cannot be told; " + _WAYS)
+    return max(ends)
 
 
 def _warn_of_another_prompt(template: ChatTemplate) -> None:

@@ -461,8 +461,11 @@ def _rendered(template: ChatTemplate, row: Example, turns: Turns, where: str) ->
         choices = tuple(c._replace(prompt=chat.prompt(template, asking(c.prompt))) for c in row.choices)
     except Exception as error:  # a template raises what it likes
         raise InputError(f"{where} does not go through the chat template: {' '.join(str(error).split())}") from error
-    shown = rendered.prompt.removeprefix(template.tokenizer.bos_token or "")
-    return row._replace(prompt=shown, choices=choices, rendered=rendered)
+    begin = template.tokenizer.decode([*lead(template.tokenizer)])
+    answer = rendered.said if "tool_calls" in conversation.messages[-1] else row.answer
+    return row._replace(
+        prompt=rendered.prompt.removeprefix(str(begin)), answer=answer, choices=choices, rendered=rendered
+    )
 
 
 def lead(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
