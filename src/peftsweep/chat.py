@@ -6,7 +6,7 @@ import json
 import logging
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -131,6 +131,8 @@ class ChatTemplate:
             elif not self._takes_parts:
                 message["content"] = content_text(content)
         if calls := message.get("tool_calls"):
+            if message.get("content") is None and self._needs_content:
+                message["content"] = ""
             message["tool_calls"] = [self._readable_call(call) for call in calls]
         return message
 
@@ -162,10 +164,14 @@ class ChatTemplate:
         text = json.dumps(ARGUMENTS)
         return text in self._probe_arguments(text)
 
-    def _probe_arguments(self, arguments: Any) -> str:
+    @cached_property
+    def _needs_content(self) -> bool:
+        return not self._probe_arguments(ARGUMENTS, {}) and bool(self._probe_arguments(ARGUMENTS))
+
+    def _probe_arguments(self, arguments: Any, content: Mapping[str, str] = {"content": ""}) -> str:
         call = {"id": "probecall", "type": "function", "function": {"name": "probe", "arguments": arguments}}
         user = [{"type": "text", "text": "probe"}] if self._parts_only else "probe"
-        return self._probe([{"role": "user", "content": user}, {"role": "assistant", "tool_calls": [call]}])
+        return self._probe([{"role": "user", "content": user}, {"role": "assistant", "tool_calls": [call], **content}])
 
     def _probe(self, messages: list[Message]) -> str:
         try:
@@ -180,9 +186,9 @@ class ChatTemplate:
         return {number: str(token) for number, token in added if token.special}
 
 
-def plain_layout(tokenizer: PreTrainedTokenizerBase, lead: Sequence[int]) -> ChatTemplate:
-    """The layout of conversations where no chat template is wished for; ``lead`` stands before a text's tokens."""
-    return ChatTemplate(tokenizer, PLAIN, {"begin": str(tokenizer.decode([*lead])) if lead else ""})
+def plain_layout(tokenizer: PreTrainedTokenizerBase, begin: str) -> ChatTemplate:
+    """The layout of conversations where no chat template is wished for; ``begin`` stands before the first turn."""
+    return ChatTemplate(tokenizer, PLAIN, {"begin": begin})
 
 
 def render(template: ChatTemplate, conversation: Conversation, turns: Turns, written: tuple[str, str]) -> Rendered:

@@ -14,6 +14,7 @@ import pydoc
 import random
 import re
 import string
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -442,14 +443,15 @@ def through_chat_template(
         raise InputError("dataset.chat=true: the model's tokenizer has no chat template")
     if not tokenizer.is_fast:
         raise InputError("dataset.chat: the model's tokenizer gives no offsets; must be one of the tokenizers library")
-    template = ChatTemplate(tokenizer) if chat_template else chat.plain_layout(tokenizer, lead(tokenizer))
+    begin = str(tokenizer.decode([*lead(tokenizer)]))
+    template = ChatTemplate(tokenizer) if chat_template else chat.plain_layout(tokenizer, begin)
     return [
-        _rendered(template, row, turns, f"{key}: row {n} of {file}" if file else f"{key}: row {n}")
+        _rendered(template, begin, row, turns, f"{key}: row {n} of {file}" if file else f"{key}: row {n}")
         for n, row in enumerate(rows, start=1)
     ]
 
 
-def _rendered(template: ChatTemplate, row: Example, turns: Turns, where: str) -> Example:
+def _rendered(template: ChatTemplate, begin: str, row: Example, turns: Turns, where: str) -> Example:
     def asking(prompt: str) -> Conversation:
         return Conversation([{"role": "user", "content": prompt}, {"role": "assistant", "content": row.answer}])
 
@@ -461,11 +463,8 @@ def _rendered(template: ChatTemplate, row: Example, turns: Turns, where: str) ->
         choices = tuple(c._replace(prompt=chat.prompt(template, asking(c.prompt))) for c in row.choices)
     except Exception as error:  # a template raises what it likes
         raise InputError(f"{where} does not go through the chat template: {' '.join(str(error).split())}") from error
-    begin = template.tokenizer.decode([*lead(template.tokenizer)])
     answer = rendered.said if "tool_calls" in conversation.messages[-1] else row.answer
-    return row._replace(
-        prompt=rendered.prompt.removeprefix(str(begin)), answer=answer, choices=choices, rendered=rendered
-    )
+    return row._replace(prompt=rendered.prompt.removeprefix(begin), answer=answer, choices=choices, rendered=rendered)
 
 
 def lead(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -476,7 +475,7 @@ def lead(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | Example], max_length: int
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | Example], max_length: int = sys.maxsize
 ) -> list[list[int]]:
     """Prompts as the model goes on from them, at least a token each; a longer one loses its beginning, but for BOS."""
     marks = list(lead(tokenizer))
@@ -530,16 +529,22 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], max_le
     """
     limit = min(max_length, tokenizer.model_max_length)
     marks = list(lead(tokenizer))
+    apart = iter(_apart(tokenizer, marks, [row for row in rows if not row.rendered]))
+    whole = [(row.rendered.ids, row.rendered.trained) if row.rendered else next(apart) for row in rows]
+    return [_shortened(ids, trained, _kept(ids, marks, tokenizer.bos_token_id), limit) for ids, trained in whole]
+
+
+def _apart(
+    tokenizer: PreTrainedTokenizerBase, marks: list[int], rows: Sequence[Example]
+) -> Iterator[tuple[list[int], list[bool]]]:
+    """Each row's prompt and answer in tokens, and whether each of them is the answer's."""
+    if not rows:
+        return
     prompts = tokenizer([row.prompt for row in rows], add_special_tokens=False).input_ids
     answers = tokenizer([row.answer for row in rows], add_special_tokens=False).input_ids
-    tokens = []
-    for row, prompt, answer in zip(rows, prompts, answers, strict=True):
-        prompt, answer = [*marks, *prompt], [*answer, tokenizer.eos_token_id]
-        ids, trained = prompt + answer, [False] * len(prompt) + [True] * len(answer)
-        if row.rendered:
-            ids, trained = row.rendered.ids, row.rendered.trained
-        tokens.append(_shortened(ids, trained, _kept(ids, marks, tokenizer.bos_token_id), limit))
-    return tokens
+    for prompt, answer in zip(prompts, answers, strict=True):
+        asked, said = [*marks, *prompt], [*answer, tokenizer.eos_token_id]
+        yield asked + said, [False] * len(asked) + [True] * len(said)
 
 
 def _shortened(ids: list[int], trained: list[bool], kept: int, limit: int) -> Tokens:
