@@ -49,6 +49,11 @@ class Conversation(NamedTuple):
         return json.dumps(before, ensure_ascii=False)
 
     @property
+    def written(self) -> tuple[str, str]:
+        """The prompt, and all of the last turn as JSON."""
+        return self.prompt, json.dumps(self.messages[-1], ensure_ascii=False)
+
+    @property
     def answer(self) -> str:
         """What the last turn says; if it only calls tools, these calls as JSON."""
         last = self.messages[-1]
@@ -394,8 +399,8 @@ def _warn_of_another_prompt(template: ChatTemplate) -> None:
 
 def _check_written_out(conversation: Conversation, text: str) -> None:
     for number, message in enumerate(conversation.messages, start=1):
-        said = content_text(message.get("content")).strip()
-        # The last line, as templates may leave out the reasoning that stands before an answer.
+        # The last line after any reasoning, which templates may leave out.
+        said = content_text(message.get("content")).rpartition("</think>")[2].strip()
         if said and not _occurs(said.splitlines()[-1].strip(), text):
             raise ValueError(f"the chat template does not write the content of turn {number} ({message['role']})")
         for call in message.get("tool_calls") or ():

@@ -195,7 +195,9 @@ class Example(NamedTuple):
     @property
     def written(self) -> tuple[str, str]:
         """Prompt and answer before any chat template: what makes two examples the same."""
-        return self.rendered.written if self.rendered else (self.prompt, self.answer)
+        if self.rendered:
+            return self.rendered.written
+        return self.conversation.written if self.conversation else (self.prompt, self.answer)
 
     @property
     def asked(self) -> str:
