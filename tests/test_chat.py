@@ -216,10 +216,7 @@ def test_tools_and_their_calls_are_written_by_the_template() -> None:
 
 def test_json_text_and_files_of_arrow_give_the_same_tokens_as_objects(tmp_path: Path) -> None:
     made = tokenizer(TOOLS)
-    plain = [
-        turn | ({} if turn["role"] != "assistant" or turn["content"] else {"tool_calls": [_call(4)]})
-        for turn in CALLING
-    ]
+    plain: list[Row] = [{**turn, "tool_calls": [_call(4)]} if "tool_calls" in turn else {**turn} for turn in CALLING]
     row: Row = {"messages": plain, "tools": [SCHEMA]}
     same = tokens(made, row).ids
     as_text = {key: json.dumps(value) for key, value in row.items()}

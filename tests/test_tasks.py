@@ -128,6 +128,9 @@ def test_an_instruction_is_judged_in_three_ways(compose: Compose, base: Any, tok
     [
         ("arc", {"question": "?", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "E"}, "cannot be read"),
         ("piqa", {"goal": "g", "sol1": "a", "label": 0}, "has no column 'sol2'"),
+        ("piqa", {"goal": "g", "sol1": "a", "sol2": "b", "label": -1}, "its label names choice 0 of 2"),
+        ("winogrande", {"sentence": "a _", "option1": "a", "option2": "b", "answer": "0"}, "its label names choice 0"),
+        ("boolq", {"passage": "p", "question": "q", "label": -1}, "its answer '-1' is none of 0, false, no"),
         ("instruction", {"instruction": "No labels here.", "answer": "true"}, "none of the instruction's labels"),
         ("messages", {"messages": [{"role": "user", "content": "hi"}]}, "must end with the assistant's turn"),
     ],

@@ -37,6 +37,7 @@ def read_rows(path: str | Path, key: str = "path", encoding: str | None = None) 
     file = Path(path)
     if not file.is_file():
         raise InputError(f"{key}={path}: no such file")
+    option = f"{key.rpartition('.')[0]}.encoding" if key.startswith(("dataset.", "eval.")) else "encoding"
     packed = file.suffix.lower() == ".gz"
     suffix = Path(file.stem if packed else file.name).suffix.lower()
     if suffix not in FORMATS:
@@ -46,13 +47,13 @@ def read_rows(path: str | Path, key: str = "path", encoding: str | None = None) 
             rows = _read_parquet(file)
         else:
             rows = _READERS[suffix](
-                _decoded(gzip.decompress(file.read_bytes()) if packed else file.read_bytes(), encoding)
+                _decoded(gzip.decompress(file.read_bytes()) if packed else file.read_bytes(), encoding, option)
             )
     except _BrokenLine as broken:
         raise InputError(f"{key}={path}: line {broken.line}: {broken}") from None
     except LookupError:
         allowed = "such as utf-8, utf-16, cp1252, latin-1"
-        raise InputError(f"{key}={path}: encoding={encoding}: no such encoding; {allowed}") from None
+        raise InputError(f"{option}={encoding}: no such encoding; {allowed}") from None
     except (ValueError, OSError, EOFError, zlib.error) as error:
         raise InputError(
             f"{key}={path}: cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}"
@@ -83,16 +84,16 @@ class _BrokenLine(ValueError):
         self.line = line
 
 
-def _decoded(content: bytes, encoding: str | None) -> str:
+def _decoded(content: bytes, encoding: str | None, option: str) -> str:
     found = next((name for mark, name in BYTE_ORDER_MARKS.items() if content.startswith(mark)), "utf-8")
     try:
         text = content.decode(encoding or found)
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        hint = "; encoding=cp1252 (Windows) or utf-16 may be that of this file" if encoding is None else ""
+        hint = f"; {option}=cp1252 (Windows) may be that of this file" if encoding is None else ""
         raise _BrokenLine(line, f"not {encoding or found} (byte 0x{content[error.start]:02x}){hint}") from None
     if encoding is None and "\0" in text:
-        raise ValueError("it holds zero bytes, as UTF-16 does: encoding=utf-16")
+        raise ValueError(f"it holds zero bytes, as UTF-16 does: {option}=utf-16")
     return text.removeprefix("\ufeff")
 
 
