@@ -196,7 +196,7 @@ def test_tokenised_conversations_are_kept_and_read_as_they_were(tmp_path: Path) 
 
 SCHEMA = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 3, "b": [4, None]}}}
-CALLING = [
+CALLING: list[Row] = [
     {"role": "user", "content": "3+4?"},
     {"role": "assistant", "content": None, "tool_calls": [CALL]},
     {"role": "tool", "tool_call_id": "c1", "content": "7"},
