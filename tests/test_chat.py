@@ -147,6 +147,15 @@ def test_reasoning_that_a_template_leaves_out_of_earlier_turns_is_not_trained() 
     ]
 
 
+def test_after_a_prompt_that_opens_the_reasoning_a_turn_is_trained_from_its_first_character(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    made = tokenizer(CHATML.replace("assistant\n{% endif", "assistant\n<think>{% endif"))
+    messages = turns("3?", "<three>", "4?", "<th")
+    assert trained(made, tokens(made, {"messages": messages})) == ["<three><|im_end|>", "<th<|im_end|>"]
+    assert caplog.text.count("generation prompt is not how a written turn of the assistant begins") == 1
+
+
 def test_a_turn_whose_end_depends_on_its_place_is_refused_and_the_last_one_can_be_trained() -> None:
     template = CHATML.replace("<|im_end|>\n", "{{ '<|im_end|>' if loop.last else '<|end|>' }}\n")
     made = tokenizer(template)
@@ -234,6 +243,17 @@ def _call(value: Any) -> Row:
     return {"id": "c1", "type": "function", "function": {"name": "add", "arguments": arguments}}
 
 
+def test_arguments_are_json_text_for_a_template_that_writes_them_as_they_are() -> None:
+    made = tokenizer(TOOLS.replace("call.function.arguments | tojson", "'=' + call.function.arguments"))
+    found = trained(made, tokens(made, {"messages": CALLING}))
+    assert found[0] == '<call>add={"a": 3, "b": [4, null]}</call><|im_end|>'
+    # One that would write an object as Python does, and one that adds content to each call.
+    made = tokenizer(
+        TOOLS.replace(" | tojson }}</call>", " }}</call>").replace("{% if m.content %}", "{% if '' + m.content %}")
+    )
+    assert trained(made, tokens(made, {"messages": CALLING})) == [found[0].replace("=", ""), "Seven.<|im_end|>"]
+
+
 @pytest.mark.parametrize("template", [CHATML, PARTS])
 def test_content_is_written_by_a_template_of_texts_and_by_one_of_parts(template: str) -> None:
     made = tokenizer(template)
@@ -268,6 +288,8 @@ def test_without_the_template_conversations_have_a_plain_layout() -> None:
         (CHATML.replace("%}<|im_start|>{{ m.role", "if m.role != 'system' %}<|im_start|>{{ m.role"),
          [{"role": "system", "content": "Be kind."}, *TALK], r"does not write the content of turn 1 \(system\)"),
         (CHATML, CALLING, "does not write the tool call of turn 2"),
+        # The name and the argument of the call stand in the text anyway, as those of the tool.
+        (TOOLS.replace("in m.tool_calls or []", "in []"), CALLING, "does not write the tool call of turn 2"),
         (CHATML, turns(" ", "Ho"), None),
     ],
 )  # fmt: skip
@@ -275,7 +297,8 @@ def test_what_the_template_refuses_or_leaves_out_is_named_by_row(
     template: str, messages: list[Row], reason: str | None
 ) -> None:
     made = tokenizer(template)
-    rows = read({"messages": TALK}, {"messages": messages})
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"a": {}, "b": {}}}}
+    rows = read({"messages": TALK}, {"messages": messages} | ({"tools": [tool]} if "tools" in template else {}))
     if reason is None:
         assert data.through_chat_template(made, rows)
         return

@@ -247,7 +247,7 @@ _TOKENS: dict[str, list[Tokens]] = {}
 
 def _tokenize(trial: Trial, tokenizer: PreTrainedTokenizerBase, rows: list[data.Row]) -> list[Tokens]:
     own = trial.config.dataset
-    examples = configuration.rendered(own, data.dataset_examples(own, rows), tokenizer)
+    examples = configuration.rendered(own, data.dataset_examples(own, rows), tokenizer, file="the training rows")
     if trial.config.model.task is Task.seq_cls:
         return data.tokenize_for_classes(tokenizer, examples, own.max_length, own.classes)
     tokens = data.tokenize(tokenizer, examples, own.max_length + own.drop_long)  # by one more, to see what is too long
@@ -267,4 +267,4 @@ def test_examples(trial: Trial, name: str, rows: Rows, tokenizer: PreTrainedToke
 def asked(trial: Trial, name: str, rows: list[data.Row], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """Rows as ``eval.<name>`` shows them to the model."""
     examples = configuration.test_examples(trial.config, name, rows)
-    return configuration.rendered(trial.config.dataset, examples, tokenizer, f"eval.{name}")
+    return configuration.rendered(trial.config.dataset, examples, tokenizer, f"eval.{name}", "the test rows")

@@ -6,7 +6,8 @@ import json
 import logging
 import re
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -90,6 +91,7 @@ class ChatTemplate:
     tokenizer: PreTrainedTokenizerBase
     source: str | None = None
     variables: dict[str, Any] = field(default_factory=dict)
+    complete: set[tuple[Any, ...]] = field(default_factory=set)  # shapes of conversations that it writes out wholly
 
     def text(self, conversation: Conversation, *, begun: bool = False) -> str:
         """The conversation as text; with ``begun``, up to where the assistant goes on."""
@@ -171,17 +173,19 @@ class ChatTemplate:
 
     @cached_property
     def _needs_content(self) -> bool:
-        return not self._probe_arguments(ARGUMENTS, {}) and bool(self._probe_arguments(ARGUMENTS))
+        form = json.dumps(ARGUMENTS) if self._takes_json else ARGUMENTS
+        return not self._probe_arguments(form, content=None) and bool(self._probe_arguments(form))
 
-    def _probe_arguments(self, arguments: Any, content: Mapping[str, str] = {"content": ""}) -> str:
+    def _probe_arguments(self, arguments: Any, *, content: str | None = "") -> str:
         call = {"id": "probecall", "type": "function", "function": {"name": "probe", "arguments": arguments}}
         user = [{"type": "text", "text": "probe"}] if self._parts_only else "probe"
-        return self._probe([{"role": "user", "content": user}, {"role": "assistant", "tool_calls": [call], **content}])
+        answer = {"role": "assistant", "content": content, "tool_calls": [call]}  # null is left out
+        return self._probe([{"role": "user", "content": user}, answer])
 
     def _probe(self, messages: list[Message]) -> str:
         try:
             return self.text(Conversation(messages))
-        except Exception:  # a template raises what it likes: then it does not take this
+        except Exception:  # a template may raise anything: then it does not take this
             return ""
 
     @cached_property
@@ -205,7 +209,7 @@ def render(template: ChatTemplate, conversation: Conversation, turns: Turns, wri
     """
     conversation = template.readable(conversation)
     text = template.text(conversation)
-    _check_written_out(conversation, text)
+    _check_written_out(template, conversation, text)
     spans = template.generated(conversation)
     if spans is None:
         spans = _turns(template, conversation, text, only_last=turns is Turns.last)
@@ -298,33 +302,31 @@ def _turn(template: ChatTemplate, conversation: Conversation, text: str, number:
     before = conversation._replace(messages=conversation.messages[:number])
     so_far = conversation._replace(messages=conversation.messages[: number + 1])
     last = number == len(conversation.messages) - 1
-    start = _begin(template, before, text) if number else None
-    end = len(text) if last else _length_within(text, _text(template, so_far))
-    if start is None and conversation.messages[number].get("content"):
-        start = _around(template, conversation, text, number)[0]
-    if end is None:
-        end = _around(template, conversation, text, number)[1]
-        as_last = _probed(template, so_far, number)[1]
-        end += _end_mark(template, text[end:], as_last)
+    start = _length_within(text, _text(template, before, begun=True))
     if start is None:
-        raise ValueError(_unknown(number))
+        start = _begin(template, conversation, text, number)
+    end = len(text) if last else _length_within(text, _text(template, so_far))
+    if end is None:
+        _, end = _around(template, conversation, text, number)
+        _, as_last = _probed(template, so_far, number)
+        end += _end_mark(template, text[end:], as_last)
     return start, end
 
 
-def _begin(template: ChatTemplate, before: Conversation, text: str) -> int | None:
-    """Where generation after ``before`` begins in ``text``.
+def _begin(template: ChatTemplate, conversation: Conversation, text: str, number: int) -> int:
+    """Where a turn begins that the template writes otherwise than after its generation prompt, which may reason.
 
-    If a written turn begins otherwise than the generation prompt (which may open the reasoning), where they part.
+    That is where its content begins; where that cannot be told, where it and the generation prompt part.
     """
-    asked = _text(template, before, begun=True)
-    if (whole := _length_within(text, asked)) is not None:
-        return whole
-    closed = _length_within(text, _text(template, before))
-    if closed is None or asked is None:
-        return None
-    if (shared := _shared(text, asked)) < closed:
-        return None
-    _warn_of_another_prompt(template)
+    before = conversation._replace(messages=conversation.messages[:number])
+    if number:
+        _warn_of_another_prompt(template)
+    if conversation.messages[number].get("content"):
+        with suppress(ValueError):
+            return _around(template, conversation, text, number)[0]
+    asked, closed = _text(template, before, begun=True), _length_within(text, _text(template, before))
+    if asked is None or closed is None or (shared := _shared(text, asked)) < closed:
+        raise ValueError(_unknown(number))
     return shared
 
 
@@ -366,9 +368,13 @@ def _with_probe(message: Message) -> Message:
     if message.get("content") or not message.get("tool_calls"):
         parts = isinstance(message.get("content"), list)
         return message | {"content": [{"type": "text", "text": PROBE}] if parts else PROBE}
-    first, *others = message["tool_calls"]
-    called = first.get("function", first) | {"name": PROBE}
-    return message | {"tool_calls": [first | {"function": called} if "function" in first else called, *others]}
+    return message | {"tool_calls": [_named(message["tool_calls"][0]), *message["tool_calls"][1:]]}
+
+
+def _named(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool or a call with a probe as the function's name."""
+    renamed: dict[str, Any] = tool.get("function", tool) | {"name": PROBE}
+    return tool | {"function": renamed} if "function" in tool else renamed
 
 
 def _end_mark(template: ChatTemplate, after: str, as_last: str) -> int:
@@ -397,21 +403,43 @@ def _warn_of_another_prompt(template: ChatTemplate) -> None:
 # ---- whether all of a conversation is written out ------------------------------------------------------
 
 
-def _check_written_out(conversation: Conversation, text: str) -> None:
-    for number, message in enumerate(conversation.messages, start=1):
+def _check_written_out(template: ChatTemplate, conversation: Conversation, text: str) -> None:
+    """See that ``text`` holds every message, call and tool.
+
+    Whether the template writes a message of that role and place at all is found out by probes, once for all
+    conversations of the same shape; that it writes this one, by the text itself.
+    """
+    messages = conversation.messages
+    shape = (bool(conversation.tools), *((m["role"], bool(m.get("content")), "tool_calls" in m) for m in messages))
+    for n, message in enumerate(messages):
+        calls = message.get("tool_calls") or []
         # The last line after any reasoning, which templates may leave out.
         said = content_text(message.get("content")).rpartition("</think>")[2].strip()
-        if said and not _occurs(said.splitlines()[-1].strip(), text):
-            raise ValueError(f"the chat template does not write the content of turn {number} ({message['role']})")
-        for call in message.get("tool_calls") or ():
-            function = call.get("function", call)
-            given = function.get("arguments")
-            names = [function["name"], *(given if isinstance(given, dict) else [given] if given else [])]
-            if not all(_occurs(name, text) for name in names):
-                raise ValueError(f"the chat template does not write the tool call of turn {number}")
+        pieces = {"content": said.splitlines()[-1:], "tool call": [part for call in calls for part in _pieces(call)]}
+        probes = {"content": _with_probe(message), "tool call": message | {"tool_calls": [*map(_named, calls)]}}
+        for part, wanted in pieces.items():
+            written = all(_occurs(piece.strip(), text) for piece in wanted)
+            if wanted and shape not in template.complete:
+                written = written and _writes(template, conversation, n, probes[part])
+            if not written:
+                raise ValueError(f"the chat template does not write the {part} of turn {n + 1} ({message['role']})")
     for tool in conversation.tools or ():
         if (name := tool.get("function", tool).get("name")) and not _occurs(name, text):
             raise ValueError(f"the chat template does not write the tool '{name}'")
+    template.complete.add(shape)
+
+
+def _writes(template: ChatTemplate, conversation: Conversation, number: int, probe: Message) -> bool:
+    """Whether the text holds the probe that is in this message; a template that takes none is not asked."""
+    messages = [*conversation.messages[:number], probe, *conversation.messages[number + 1 :]]
+    text = _text(template, conversation._replace(messages=messages))
+    return text is None or PROBE in text
+
+
+def _pieces(call: dict[str, Any]) -> list[str]:
+    function = call.get("function", call)
+    given = function.get("arguments")
+    return [function["name"], *(given if isinstance(given, dict) else [given] if given else [])]
 
 
 def _occurs(piece: str, text: str) -> bool:

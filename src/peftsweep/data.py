@@ -463,7 +463,7 @@ def _rendered(template: ChatTemplate, begin: str, row: Example, turns: Turns, wh
         conversation = row.conversation or asking(row.prompt)
         rendered = chat.render(template, conversation, turns, row.written)
         choices = tuple(c._replace(prompt=chat.prompt(template, asking(c.prompt))) for c in row.choices)
-    except Exception as error:  # a template raises what it likes
+    except Exception as error:  # a template may raise anything
         raise InputError(f"{where} does not go through the chat template: {' '.join(str(error).split())}") from error
     answer = rendered.said if "tool_calls" in conversation.messages[-1] else row.answer
     return row._replace(prompt=rendered.prompt.removeprefix(begin), answer=answer, choices=choices, rendered=rendered)

@@ -37,7 +37,7 @@ def read_rows(path: str | Path, key: str = "path", encoding: str | None = None) 
     file = Path(path)
     if not file.is_file():
         raise InputError(f"{key}={path}: no such file")
-    option = f"{key.rpartition('.')[0]}.encoding" if key.startswith(("dataset.", "eval.")) else "encoding"
+    option = f"{key.rpartition('.')[0]}.encoding" if "." in key else "--encoding"
     packed = file.suffix.lower() == ".gz"
     suffix = Path(file.stem if packed else file.name).suffix.lower()
     if suffix not in FORMATS:
@@ -64,17 +64,18 @@ def read_rows(path: str | Path, key: str = "path", encoding: str | None = None) 
 
 
 def plain_rows(rows: Iterable[Row]) -> list[Row]:
-    """Rows that come from Arrow: NaN is None, and a struct has no keys for what only other rows' structs hold."""
+    """Rows that come from Arrow: NaN is None, and an object of a list has no keys that only others of its kind have."""
     return [{name: _plain(value) for name, value in row.items()} for row in rows]
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, *, listed: bool = False) -> Any:
     if isinstance(value, float):
         return None if value != value else value
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [_plain(item, listed=True) for item in value]
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items() if item is not None}
+        present = {key: item for key, item in value.items() if item is not None or not listed}
+        return {key: _plain(item, listed=listed) for key, item in present.items()}
     return value
 
 

@@ -34,6 +34,7 @@ class Options:
     format: str = "raw"
     seed: int = 0
     path: str | None = None
+    encoding: str | None = None
     prompt: str | None = None
     answer: str | None = None
     force: bool = False
@@ -106,7 +107,7 @@ def dataset_config(cfg: DictConfig, options: Options) -> DatasetConfig:
     Raises:
         InputError: it says neither where its rows are nor a template, and no option does.
     """
-    for key in ("path", "prompt", "answer"):
+    for key in ("path", "encoding", "prompt", "answer"):
         if (value := getattr(options, key)) is not None:
             cfg.dataset[key] = value
     for key in ("prompt", "answer"):
@@ -122,7 +123,7 @@ def dataset_config(cfg: DictConfig, options: Options) -> DatasetConfig:
 def read(dataset: DatasetConfig, options: Options) -> list[Row]:
     """The rows of the local file, else those that are made from a seed, else the hub's."""
     if dataset.path is not None:
-        return data.read_rows(dataset.path, "--path")
+        return data.read_rows(dataset.path, "--path", dataset.encoding)
     if dataset.generator is not None:
         make: Any = pydoc.locate(dataset.generator)
         rows: list[Row] = make("train", options.samples or dataset.samples, options.seed)
