@@ -179,7 +179,9 @@ class ChatTemplate:
     def _probe_arguments(self, arguments: Any, *, content: str | None = "") -> str:
         call = {"id": "probecall", "type": "function", "function": {"name": "probe", "arguments": arguments}}
         user = [{"type": "text", "text": "probe"}] if self._parts_only else "probe"
-        answer = {"role": "assistant", "content": content, "tool_calls": [call]}  # null is left out
+        answer: Message = {"role": "assistant", "tool_calls": [call]}
+        if content is not None:
+            answer["content"] = content
         return self._probe([{"role": "user", "content": user}, answer])
 
     def _probe(self, messages: list[Message]) -> str:
