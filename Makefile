@@ -4,7 +4,7 @@ BIN = $(VENV)/bin
 RAY = .venv-ray
 BENCHMARKS = loop_overhead generation memory_prediction sweep_wall_time collect_scale
 
-.PHONY: install demo test gpu oldest newest check slow
+.PHONY: install demo test gpu kernels oldest newest check slow
 
 install: $(VENV)/installed
 
@@ -45,6 +45,9 @@ check: install  ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+kernels: install  ## the numeric tests with the kernels of other CPUs, one thread and two; writes docs/tested_on.md
+	$(BIN)/python tests/kernels.py
 
 $(RAY)/installed: pyproject.toml constraints.txt  # its launcher wants older versions of these than all the others
 	$(PYTHON) -m venv $(RAY)

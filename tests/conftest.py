@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
-from peftsweep import cli, train
+from peftsweep import cli, record, train
 from peftsweep.config import Trial
 from peftsweep.config import trial as make_trial
 from peftsweep.record import Result
@@ -121,6 +121,38 @@ def scores(result: Result) -> dict[str, dict[str, object]]:
         name: {key: value for key, value in found.items() if isinstance(value, dict)}
         for name, found in result.eval_info.items()
     }
+
+
+# The same weights after training with sums in another order. An optimizer that divides by the gradient's size moves a
+# weight whose gradient is all rounding by a whole learning rate, so that single weights can be further apart.
+SAME_WEIGHTS = 5e-5
+
+
+def apart(weights: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> float:
+    """How far the weights are from the others, relative to the norm of all of these."""
+    assert weights.keys() == others.keys()
+    one, other = (torch.cat([tensors[name].detach().flatten() for name in others]) for tensors in (weights, others))
+    return float((one - other).norm() / other.norm())
+
+
+SAME = 1e-5  # relative: of numbers that rounding alone may change, in the few steps of a test
+
+
+def check_row(row: dict[str, Any], other: dict[str, Any]) -> None:
+    """The same texts and counts, and the same numbers within rounding."""
+    assert row.keys() == other.keys()
+    for key, value in other.items():
+        assert row[key] == (pytest.approx(value, rel=SAME) if isinstance(value, float) else value)
+
+
+def check_scores(one: Result, other: Result) -> None:
+    """The same evaluations, each score within a standard error of the other's."""
+    found, expected = record.flat(scores(one)), record.flat(scores(other))
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        if key.endswith(".value"):
+            stderr = expected[key.removesuffix("value") + "stderr"] or 0.0
+            assert abs(found[key] - value) <= max(stderr, SAME * abs(value))
 
 
 def start(

@@ -172,6 +172,7 @@ def assert_same(one: Training, other: Training) -> None:
         assert getattr(one.trained, fact) == getattr(other.trained, fact)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("way", [*QUICK, *(pytest.param(w, marks=pytest.mark.slow) for w in WAYS if w not in QUICK)])
 def test_what_was_cut_off_goes_on_to_the_bit(
     way: str, compose: Compose, rows: list[data.Tokens], scratch: Path

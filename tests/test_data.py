@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
+from tokenizers import processors
 
 from peftsweep import InputError, data, model
 from peftsweep.data import Example, Tokens
-from peftsweep.schema import DatasetConfig, ModelConfig
+from peftsweep.schema import DatasetConfig, ModelConfig, OnMissing
 
 ROWS = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(30)]
 
@@ -60,6 +65,138 @@ def test_a_tsv_keeps_lone_quotes() -> None:
     assert data.read_rows("rows.tsv") == [{"sentence": 'a "lone quote', "label": "1"}]
 
 
+CELLS = [{"a": "1", "b": ""}, {"a": 'say "hi", you', "b": "two\nlines"}, {"a": "NA", "b": "é" * 200_000}]
+
+
+def quoted(rows: list[dict[str, str]], delimiter: str = ",", end: str = "\r\n") -> str:
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    return "".join(delimiter.join('"' + cell.replace('"', '""') + '"' for cell in line) + end for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("excel.csv", quoted(CELLS).encode("utf-8-sig")),
+        ("european.csv", quoted(CELLS, ";").encode()),
+        ("separator.csv", ("sep=;\r\n" + quoted(CELLS, ";")).encode()),
+        ("UNICODE.CSV", quoted(CELLS).encode("utf-16")),
+        ("big_endian.csv", b"\xfe\xff" + quoted(CELLS).encode("utf-16-be")),
+        ("packed.csv.gz", gzip.compress(quoted(CELLS).encode())),
+        ("index.csv", pd.DataFrame(CELLS).to_csv().encode()),
+        ("trailing.csv", quoted(CELLS, end=",\n").encode()),
+        ("trailing_rows.csv", quoted(CELLS, end=",\n").replace(",\n", "\n", 1).encode()),
+        ("bare.csv", ("\n" + pd.DataFrame(CELLS).to_csv(index=False)).encode()),
+        ("lines.json", "\n".join(json.dumps(row) for row in CELLS).encode()),
+        ("wrapped.json", json.dumps({"version": 1, "data": CELLS}).encode("utf-8-sig")),
+        ("list.jsonl", json.dumps(CELLS, indent=1).encode()),
+        ("Packed.JSONL.GZ", gzip.compress("\n".join(json.dumps(row) for row in CELLS).encode())),
+        ("wide.jsonl", "\n".join(json.dumps(row, ensure_ascii=False) for row in CELLS).encode("utf-16")),
+    ],
+)
+def test_files_are_read_as_people_have_them(name: str, content: bytes) -> None:
+    Path(name).write_bytes(content)
+    assert data.read_rows(name) == CELLS
+
+
+def test_an_encoding_can_be_given_and_a_wrong_one_is_said_with_its_line() -> None:
+    Path("rows.csv").write_bytes("a\nplain\nnaïve – “so”\n".encode("cp1252"))
+    with pytest.raises(InputError, match=r"dataset\.path=rows\.csv: line 3: not utf-8 .*dataset\.encoding=cp1252"):
+        data.load_rows(DatasetConfig(name="x", path="rows.csv", prompt="", answer="{a}"))
+    own = DatasetConfig(name="x", path="rows.csv", prompt="", answer="{a}", encoding="cp1252", train_fraction=0.5)
+    found = data.load_rows(own)
+    assert {row["a"] for row in found.train + found.test} == {"plain", "naïve – “so”"}
+    with pytest.raises(InputError, match=r"dataset\.encoding=cp1253x: no such encoding"):
+        data.read_rows("rows.csv", "dataset.path", "cp1253x")
+    Path("rows.csv").write_bytes("a\nplain\n".encode("utf-16-le"))
+    with pytest.raises(InputError, match=r"zero bytes, as UTF-16 does: dataset\.encoding=utf-16"):
+        data.read_rows("rows.csv", "dataset.path")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("rows.csv", "a,b,a\n1,2,3\n", "line 1: the column 'a' comes twice"),
+        ("rows.csv", "a,,b\n1,2,3\n", "line 1: column 2 has no name"),
+        ("rows.csv", 'a,b\n1,"open\n2,3\n', "line 3: unexpected end of data"),
+        ("rows.csv", 'a,b\n"one"two,3\n', "line 2: "),
+        ("rows.csv", 'a,b\n"1\n1",2\n3\n', "line 4: not 2 columns"),
+        ("rows.jsonl", '{"a": 1}\n{"a": 1, "a": 2}\n', "line 2: the key 'a' comes twice"),
+        ("rows.json", '[{"a": {"b": 1, "b": 2}}]', "the key 'b' comes twice"),
+        ("rows.json", '{"train": [{"a": 1}], "test": [{"a": 2}]}', "several lists of rows .train, test."),
+        ("rows.json", '{"a": 1}\n{"a": \n', "line 2: not JSON"),
+        ("rows.csv.gz", "a\n1\n", "cannot be read"),
+        ("rows.xlsx", "", "unknown format '.xlsx'"),
+    ],
+)
+def test_what_would_be_read_wrongly_is_an_error(name: str, text: str, problem: str) -> None:
+    Path(name).write_text(text)
+    with pytest.raises(InputError, match=f"dataset.path={name}: .*{problem}"):
+        data.read_rows(name, "dataset.path")
+
+
+def test_a_parquet_with_a_column_twice_is_an_error() -> None:
+    pyarrow.parquet.write_table(pa.table([pa.array(["1"]), pa.array(["2"])], names=["a", "a"]), "rows.parquet")
+    with pytest.raises(InputError, match="the column 'a' comes twice"):
+        data.read_rows("rows.parquet")
+
+
+# ---- missing values, and what is no text -----------------------------------------------------------
+
+
+def missing_in(name: str) -> None:
+    values = [{"question": "q0", "score": 0.5}, {"question": None, "score": 1.5}, {"question": "q2", "score": None}]
+    if name.endswith(".parquet"):
+        pd.DataFrame(values).astype({"score": float}).to_parquet(name)
+    else:
+        Path(name).write_text("\n".join(json.dumps(row).replace("null}", "NaN}") for row in values))
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.jsonl"])
+@pytest.mark.parametrize(("column", "row"), [("question", 2), ("score", 3)])
+def test_a_missing_value_is_an_error_that_names_row_and_column(name: str, column: str, row: int) -> None:
+    missing_in(name)
+    dataset = DatasetConfig(name="x", path=name, prompt="", answer=f"{{{column}}}", train_fraction=0.5)
+    with pytest.raises(InputError, match=rf"dataset\.answer: row {row} of {name} has no value for '{column}'"):
+        data.load_rows(dataset)
+    dataset.missing = OnMissing.drop
+    found = data.load_rows(dataset)
+    assert [len(found.train) + len(found.test), found.left_out["missing_rows"]] == [2, 1]
+    dataset.missing = OnMissing.empty
+    found = data.load_rows(dataset)
+    said = sorted(example.answer for example in data.dataset_examples(dataset, found.train + found.test))
+    assert said == (["", "q0", "q2"] if column == "question" else ["", "0.5", "1.5"])
+
+
+def test_an_empty_string_is_a_value() -> None:
+    Path("rows.csv").write_text("question,answer\n,nan\n")
+    assert data.examples(data.read_rows("rows.csv"), "{question}", "{answer}") == [Example("", "nan")]
+
+
+def test_lists_and_objects_are_json_and_nothing_is_python() -> None:
+    row = {"tags": ["a", "ü", None], "meta": {"ok": True, "rank": None}, "n": 3}
+    made = data.examples([row], "{tags} {meta} {meta[ok]}", "{n:03d} {tags[1]}")
+    assert made == [Example('["a", "ü", null] {"ok": true, "rank": null} True', "003 ü")]
+    with pytest.raises(InputError, match=r"row 1 has no value for 'meta\[rank\]'"):
+        data.examples([row], "{meta[rank]}", "")
+    with pytest.raises(InputError, match="row 1 cannot be written into it: it holds bytes"):
+        data.examples([{"a": b"x"}], "{a}", "")
+
+
+def test_half_a_surrogate_pair_is_named_by_its_row() -> None:
+    Path("rows.jsonl").write_text('{"a": "\\ud83d\\ude00"}\n{"a": "x\\ud83d"}\n')
+    with pytest.raises(InputError, match=r"dataset\.answer: row 2 of rows\.jsonl holds U\+D83D, half a surrogate pair"):
+        data.load_rows(DatasetConfig(name="x", path="rows.jsonl", prompt="", answer="{a}"))
+
+
+def test_a_reader_is_given_no_null_either() -> None:
+    row = {"passage": "p", "question": "q", "answer": None}
+    with pytest.raises(InputError, match=r"eval\.x\.reader: row 1 has no value for 'answer'"):
+        data.examples([row], "{passage}", "{answer}", "eval.x", reader="peftsweep.tasks.boolq")
+    alpaca = {"instruction": "i", "input": None, "output": "o"}
+    (made,) = data.examples([alpaca], "{instruction}{with_input}{input}", "{output}", reader="peftsweep.tasks.alpaca")
+    assert made == Example("i", "o")
+
+
 def local(**options: object) -> DatasetConfig:
     return DatasetConfig(name="file", prompt="{question}", answer="{answer}", **options)  # type: ignore[arg-type]
 
@@ -94,18 +231,57 @@ def test_templates_take_columns_and_braces() -> None:
         data.examples(ROWS, "{questoin}", "{answer}")
 
 
-def test_the_answer_ends_and_long_rows_lose_the_beginning_of_the_prompt() -> None:
+def test_the_answer_ends_and_long_rows_lose_the_beginning_of_the_prompt_but_for_bos() -> None:
     tokenizer = model.load_tokenizer(ModelConfig(name_or_path="tiny"))
     row = Example("Tom has 47 apples. " * 10, "47+38=85")
     (whole,) = data.tokenize(tokenizer, [row], 500)
     (cut,) = data.tokenize(tokenizer, [row], 20)
     assert whole.ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(whole.ids[whole.answer_start : -1]) == "47+38=85"
-    assert len(cut.ids) == 20
-    assert cut.ids == whole.ids[-20:]
+    assert cut.ids == [tokenizer.bos_token_id, *whole.ids[-19:]]
     assert cut.ids[cut.answer_start :] == whole.ids[whole.answer_start :]
     (short,) = data.tokenize(tokenizer, [row], 5)
-    assert short == Tokens(whole.ids[whole.answer_start - 1 :][:5], 1)
+    assert short == Tokens([tokenizer.bos_token_id, *whole.ids[whole.answer_start :][:4]], 1)
+
+
+def marked(begin: str, end: str) -> Any:
+    """The embedded tokenizer, which puts other marks around a text."""
+    made: Any = model.load_tokenizer(ModelConfig(name_or_path="tiny"))
+    marks = [("<s>", made.bos_token_id), ("</s>", made.eos_token_id)]
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A {end}".strip(), special_tokens=marks
+    )
+    return made
+
+
+@pytest.mark.parametrize(("begin", "end"), [("", ""), ("<s>", ""), ("", "</s>"), ("<s>", "</s>")])
+def test_marks_of_the_tokenizer_stand_before_the_prompt_and_never_between_it_and_the_answer(
+    begin: str, end: str
+) -> None:
+    tokenizer = marked(begin, end)
+    assert tokenizer.decode(tokenizer("a b").input_ids) == f"{begin}a b{end}"
+    (row,) = data.tokenize(tokenizer, [Example("Is it so? ", "yes")], 64)
+    assert tokenizer.decode(row.ids) == f"{begin}Is it so? yes</s>"
+    assert tokenizer.decode(row.ids[row.answer_start :]) == "yes</s>"
+    (asked,) = data.prompt_ids(tokenizer, ["Is it so? "])
+    assert asked == row.ids[: row.answer_start]
+    (pair,) = data.tokenize_pairs(tokenizer, [("Is it so?", " yes")], 64)
+    assert tokenizer.decode(pair.ids) == f"{begin}Is it so? yes"
+    (short,) = data.prompt_ids(tokenizer, ["Is it so? "], 4)
+    (cut,) = data.tokenize_pairs(tokenizer, [("Is it so?" * 9, " yes")], 6)
+    kept = len(begin) // 3
+    assert short == asked[:kept] + asked[kept - 4 :]
+    assert tokenizer.decode(cut.ids[:kept]) == begin
+    assert tokenizer.decode(cut.ids[cut.answer_start :]) == " yes"
+
+
+def test_an_empty_prompt_is_gone_on_from_by_the_mark_before_a_text() -> None:
+    tokenizer = marked("", "")
+    assert data.prompt_ids(tokenizer, ["", "a"]) == [[tokenizer.bos_token_id], tokenizer("a").input_ids]
+    (pair,) = data.tokenize_pairs(tokenizer, [("", "yes")], 64)
+    assert pair == Tokens([tokenizer.bos_token_id, *tokenizer("yes").input_ids], 1)
+    tokenizer.bos_token = None
+    assert data.prompt_ids(tokenizer, [""]) == [[tokenizer.eos_token_id]]
 
 
 def test_collate_masks_padding_and_prompts() -> None:
@@ -147,21 +323,29 @@ def test_a_text_file_is_its_paragraphs() -> None:
 
 def test_a_training_row_that_is_tested_on_is_left_out() -> None:
     rows = [{"question": f"q{n}", "answer": f"a{n}"} for n in range(8)]
-    train = [*rows, rows[0], {"question": " Q3 ", "answer": "other"}, {"question": "long", "answer": "x" * 99}]
+    train = [*rows, rows[0], {"question": " Q3 ", "answer": "a3"}, {"question": "q3", "answer": "other"}]
+    train += [{"question": "long", "answer": "x" * 99}]
     write(train, "train.jsonl")
     write([rows[3], rows[7]], "test.jsonl")
     dataset = DatasetConfig(
         name="x", path="train.jsonl", test_path="test.jsonl", prompt="{question}", answer="{answer}"
     )
     found = data.load_rows(dataset)
-    assert {row["question"] for row in found.train} == {"q0", "q1", "q2", "q4", "q5", "q6", "long"}
-    assert found.left_out == {"tested_rows": 3, "long_rows": 0, "duplicate_rows": 1}
-    assert len(found.train) == 8
+    # " Q3 " and "q3" of another answer are other rows: case, space and answers count, as in code.
+    assert [row["question"] for row in found.train] == ["q0", "q1", "q2", "q4", "q5", "q6", "q0", " Q3 ", "q3", "long"]
+    assert found.left_out == {"tested_rows": 2, "long_rows": 0, "duplicate_rows": 1}
     dataset.deduplicate, dataset.max_characters = True, 50
     found = data.load_rows(dataset)
-    assert [len(found.train), found.left_out["long_rows"]] == [6, 1]
-    asked = data.questions(data.dataset_examples(dataset, found.train))
-    assert [data.questions([Example(prompt, "")]) <= asked for prompt in (" Q1", "q3")] == [True, False]
+    assert [len(found.train), found.left_out["long_rows"]] == [8, 1]
+    dataset.leave_out_tested = False
+    found = data.load_rows(dataset)
+    assert [len(found.train), found.left_out["tested_rows"]] == [10, 2]
+
+
+def test_a_dataset_of_one_constant_prompt_trains() -> None:
+    write([{"text": f"Story {n}."} for n in range(20)], "rows.jsonl")
+    found = data.load_rows(DatasetConfig(name="x", path="rows.jsonl", prompt="Tell me a story.", answer="{text}"))
+    assert [len(found.train), len(found.test), found.left_out["tested_rows"]] == [18, 2, 0]
 
 
 def test_a_test_file_of_other_columns_is_left_to_its_evaluation() -> None:

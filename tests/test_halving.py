@@ -18,7 +18,7 @@ from peftsweep.record import Result, Status
 from peftsweep.schema import HalvingConfig
 from peftsweep.tiny import task
 
-from .conftest import SMALL, scores, start, wait_for
+from .conftest import SMALL, check_row, check_scores, scores, start, wait_for
 
 Command = Callable[..., tuple[int, str, str]]
 Compose = Callable[..., Trial]
@@ -164,9 +164,11 @@ def test_rungs_in_packs_are_those_of_the_trials_alone(command: Command) -> None:
     assert sorted(len(one.run_info.get("packed_with", [])) for one in packed.values()) == [0] + [1] + [3] * 6
     for key, one in packed.items():
         other = alone[key]
-        assert (one.status, one.run_info.get("rung")) == (other.status, other.run_info.get("rung"))
+        assert one.status == other.status
+        check_row(one.run_info.get("rung", {}), other.run_info.get("rung", {}))
         assert one.train_info["steps"] == other.train_info["steps"]
-        assert (scores(one), one.run_info["resumed"]) == (scores(other), other.run_info["resumed"])
+        assert one.run_info["resumed"] == other.run_info["resumed"]
+        check_scores(one, other)
 
 
 def first_loss(one: Result) -> float:

@@ -49,6 +49,7 @@ def gradients(base: Any) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.trainable_parameters(adapted) if p.grad is not None}
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("quant", QUANTS)
 def test_an_evaluation_before_training_changes_no_gradient(quant: str) -> None:
     """On a CPU with AVX512-BF16 bitsandbytes would repack 4-bit weights into a form without backward."""
@@ -178,6 +179,7 @@ def test_an_unknown_architecture_is_named() -> None:
         model.architecture(config)
 
 
+@pytest.mark.kernels
 def test_answer_losses_are_those_of_the_whole_logits() -> None:
     base, rows = model.load(TINY, None, CPU), batch()
     with torch.no_grad():
@@ -188,6 +190,7 @@ def test_answer_losses_are_those_of_the_whole_logits() -> None:
         assert torch.allclose(model.answer_losses(base, rows), expected, atol=1e-5)
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("quant", ["none", "4bit"])
 def test_a_saved_adapter_comes_back_exactly(quant: str, tmp_path: Any) -> None:
     torch.manual_seed(0)

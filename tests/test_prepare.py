@@ -102,6 +102,27 @@ def test_a_conversation_keeps_its_turns(data_command: Data) -> None:
     assert "--format=alpaca: a conversation of several turns" in err
 
 
+def test_tools_and_their_calls_are_kept(data_command: Data) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    turns = [{"role": "user", "content": "Add."}, {"role": "assistant", "tool_calls": [call]}]
+    rows = [{"messages": [{"role": "system", "content": str(n)}, *turns], "tools": json.dumps(tools)} for n in range(4)]
+    words = ("chat", "--path", write(rows), "--out", "out.jsonl", "--split", "0.5", "--format", "chatml")
+    assert data_command(*words)[0] == 0
+    assert sorted(row["messages"][0]["content"] for row in written()) == list("0123")
+    assert all((row["messages"][1:], row["tools"]) == (turns, tools) for row in written())
+
+
+def test_rows_of_one_constant_prompt_are_parted_and_another_encoding_is_read(data_command: Data) -> None:
+    Path("source.csv").write_bytes(b"text\n" + "".join(f"née {n}\n" for n in range(8)).encode("cp1252"))
+    words = ("file", "--path", "source.csv", "--prompt", "Say.", "--answer", "{text}", "--out", "out.jsonl")
+    code, _, err = data_command(*words)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--path=source.csv: line 2: not utf-8 (byte 0xe9); --encoding=cp1252" in err
+    assert data_command(*words, "--encoding", "cp1252")[0] == 0
+    assert sorted(row["text"] for row in written()) == [f"née {n}" for n in range(8)]
+
+
 def test_a_text_without_a_prompt_is_no_conversation(data_command: Data) -> None:
     path = write(schemas.SCHEMAS["text"])
     code, _, err = data_command("text", "--path", path, "--out", "out.jsonl", "--format", "chatml")

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from peftsweep import record
 from peftsweep.record import Result, Status
@@ -41,10 +42,15 @@ def test_a_writer_that_dies_leaves_the_old_record(tmp_path: Path, monkeypatch: p
     assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
 
 
-def test_the_stamp_has_versions_and_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stamp_has_versions_and_of_the_environment_only_what_chooses_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
     stamp = json.dumps(record.environment())
     assert "hf_secret" not in stamp
+    assert record.environment()["torch"]["kernel_switches"]["MKL_CBWR"] == "COMPATIBLE"  # which changes sums
+    assert record.environment()["torch"]["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
     assert record.environment()["packages"]["torch"]["version"]
 
 

@@ -17,6 +17,10 @@ Run = Callable[..., Result]
 Command = Callable[..., tuple[int, str, str]]
 
 
+TORCH: dict[str, Any] = {"gpus": [], "threads": 2, "cpu_capability": "AVX2", "kernel_switches": {}}
+BITS = "judged to the bit: the same CPU, kernels, versions, thread count and settings"
+
+
 def made(
     name: str = "before", accuracy: float = 0.5, loss: float = 1.25, status: str = "success", **meta: Any
 ) -> Result:
@@ -30,11 +34,17 @@ def made(
         train_info={"final_loss": loss, "train_seconds": 2.0, "steps": 4},
         memory={"train": {"rss_peak": 10**9}},
         eval_info={"task": {"accuracy": {"value": accuracy, "stderr": 0.03, "n": 200}}},
-        meta_info={"packages": {"torch": {"version": "2.13.0"}}, "torch": {"gpus": [], "threads": 2}} | meta,
+        meta_info={"packages": {"torch": {"version": "2.13.0"}}, "torch": TORCH} | meta,
     )
     result.write(folder)
     (folder / "steps.jsonl").write_text(f'{{"step": 2, "loss": 2.0}}\n{{"step": 4, "loss": {loss}}}\n')
     return result
+
+
+@pytest.fixture
+def elsewhere() -> dict[str, Any]:
+    """What a record of another machine says of it."""
+    return {"torch": TORCH | {"cpu_capability": "AVX512"}}
 
 
 def test_the_same_numbers_are_equal_to_the_bit() -> None:
@@ -42,12 +52,13 @@ def test_the_same_numbers_are_equal_to_the_bit() -> None:
     assert (found.equal, found.same, found.changed) == (True, True, {})
     assert found.lines()[0] == "changed: nothing; the same versions, device and code"
     assert found.lines()[-1] == "equal to the bit: 3 figures, 2 logged losses"
+    assert BITS in found.lines()
 
 
 def test_on_a_cpu_with_the_same_versions_any_difference_counts() -> None:
     found = repeat.compare(made(), made("after", loss=1.2500001))
     assert not found.same
-    assert found.lines()[-1] == "not the same: on a CPU with the same versions every bit should be"
+    assert found.lines()[-1] == "not the same: on the same CPU with the same versions and threads every bit should be"
     assert "logged losses: different from step 4 on" in found.lines()
     changed_code = made("after", accuracy=0.505)
     changed_code.run_info["git_commit"] = "abc"
@@ -57,19 +68,23 @@ def test_on_a_cpu_with_the_same_versions_any_difference_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    "meta",
+    ("meta", "reason"),
     [
-        {"packages": {"torch": {"version": "2.14.0"}}},
-        {"torch": {"gpus": [], "threads": 4}},
-        {"torch": {"gpus": ["NVIDIA L40S"], "threads": 2}},
-        {"packages": {}},  # a record of an older version
+        ({"packages": {"torch": {"version": "2.14.0"}}}, "packages.torch.version changed"),
+        ({"packages": {}}, "packages.torch.version changed"),  # a record of an older version
+        ({"torch": TORCH | {"threads": 4}}, "torch.threads changed"),
+        ({"torch": TORCH | {"cpu_capability": "AVX512"}}, "torch.cpu_capability changed"),
+        ({"torch": TORCH | {"kernel_switches": {"MKL_CBWR": "COMPATIBLE"}}}, "torch.kernel_switches.MKL_CBWR changed"),
+        ({"system": {"processor": "AMD EPYC"}}, "system.processor changed"),
+        ({"torch": TORCH | {"gpus": ["NVIDIA L40S"]}}, "on a GPU sums have no fixed order; torch.gpus changed"),
     ],
 )
-def test_other_versions_or_devices_may_differ_by_two_standard_errors(meta: dict[str, Any]) -> None:
+def test_other_versions_or_devices_may_differ_by_two_standard_errors(meta: dict[str, Any], reason: str) -> None:
     close = repeat.compare(made(), made("after", accuracy=0.55, loss=1.3, **meta))
     assert close.same
     assert not close.equal
     assert close.changed
+    assert f"judged within 2 standard errors: {reason}" in close.lines()
     assert "task.accuracy: 0.5 -> 0.55 (+0.05, 1.2 standard errors)" in close.lines()
     assert close.lines()[-1] == "the same within 2 standard errors, not to the bit"
     far = repeat.compare(made(), made("after", accuracy=0.6, **meta))
@@ -77,8 +92,52 @@ def test_other_versions_or_devices_may_differ_by_two_standard_errors(meta: dict[
     assert far.lines()[-1] == "not the same: task.accuracy by more than 2 standard errors"
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"packed": {"lanes": 3}}, "trained in a pack, in which sums are taken in another order"),
+        ({"resumed": 2}, "went on from a checkpoint, which another machine may have written"),
+    ],
+)
+def test_a_trial_of_a_pack_or_a_checkpoint_may_differ_by_two_standard_errors(
+    change: dict[str, Any], reason: str
+) -> None:
+    before = made()
+    (before.train_info if "packed" in change else before.run_info).update(change)
+    found = repeat.compare(before, made("after", accuracy=0.505))
+    assert (found.same, found.because) == (True, [reason])
+
+
+def test_a_record_that_does_not_say_which_kernels_it_used_is_judged_within_the_tolerance() -> None:
+    before = made(torch={"gpus": [], "threads": 2})
+    found = repeat.compare(before, made("after", accuracy=0.505))
+    assert (found.same, found.equal) == (True, False)
+    assert found.because == ["the record of before does not say which kernels its CPU used"]
+    repeat.write(found, before)
+    assert before.folder is not None
+    written = read_json(before.folder / repeat.FILE)
+    assert (written["judged"], written["because"]) == ("within a tolerance", found.because)
+
+
+def test_a_count_that_differs_is_never_the_same(elsewhere: dict[str, Any]) -> None:
+    after = made("after", **elsewhere)
+    after.train_info["steps"] = 5
+    found = repeat.compare(made(), after)
+    assert not found.same
+    assert found.lines()[-1] == "not the same: train_info.steps, which no rounding changes"
+
+
+def test_without_a_score_the_losses_are_judged(elsewhere: dict[str, Any]) -> None:
+    for loss, same in ((1.26, True), (1.3, False)):
+        before, after = made(), made("after", loss=loss, **elsewhere)
+        before.eval_info = after.eval_info = {}
+        found = repeat.compare(before, after)
+        assert found.same is same
+        assert "2%" in found.lines()[-1]
+
+
 def test_two_runs_on_a_gpu_need_not_agree_to_the_bit() -> None:
-    gpu: dict[str, Any] = {"torch": {"gpus": ["NVIDIA L40S"], "threads": 2}}
+    gpu: dict[str, Any] = {"torch": TORCH | {"gpus": ["NVIDIA L40S"]}}
     found = repeat.compare(made(**gpu), made("after", accuracy=0.505, **gpu))
     assert (found.same, found.equal, found.changed) == (True, False, {})
 
@@ -94,6 +153,7 @@ def test_a_score_that_is_gone_and_another_end_are_not_the_same() -> None:
     assert found.lines()[-1] == "not the same: success before, failed now"
 
 
+@pytest.mark.kernels
 def test_a_trial_is_run_again_from_its_record_alone(run_small: Run, command: Command) -> None:
     words = [
         "quant=4bit",
@@ -127,7 +187,7 @@ def test_a_trial_is_run_again_from_its_record_alone(run_small: Run, command: Com
     write_json(before.folder / "result.json", content)
     code, out, _ = command(f"repeat={before.folder}")
     assert code == 1
-    assert "not the same: on a CPU with the same versions every bit should be" in out
+    assert "not the same: on the same CPU with the same versions and threads every bit should be" in out
     assert "changed: config.adapter.save: not recorded -> True" in out
     assert "changed: config.train.of_another_version: 1 -> not recorded" in out
 

@@ -128,6 +128,9 @@ def test_an_instruction_is_judged_in_three_ways(compose: Compose, base: Any, tok
     [
         ("arc", {"question": "?", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "E"}, "cannot be read"),
         ("piqa", {"goal": "g", "sol1": "a", "label": 0}, "has no column 'sol2'"),
+        ("piqa", {"goal": "g", "sol1": "a", "sol2": "b", "label": -1}, "its label names choice 0 of 2"),
+        ("winogrande", {"sentence": "a _", "option1": "a", "option2": "b", "answer": "0"}, "its label names choice 0"),
+        ("boolq", {"passage": "p", "question": "q", "label": -1}, "its answer '-1' is none of 0, false, no"),
         ("instruction", {"instruction": "No labels here.", "answer": "true"}, "none of the instruction's labels"),
         ("messages", {"messages": [{"role": "user", "content": "hi"}]}, "must end with the assistant's turn"),
     ],
@@ -191,7 +194,7 @@ def test_every_question_set_has_its_three_yamls() -> None:
             assert (conf / file).is_file(), file
 
 
-@pytest.mark.parametrize("quant", ["none", "4bit"])
+@pytest.mark.parametrize("quant", ["none", pytest.param("4bit", marks=pytest.mark.kernels)])
 def test_rows_that_have_ended_leave_the_batch_and_nothing_else_changes(
     quant: str, compose: Compose, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,6 +254,7 @@ def test_conversations_are_trained_on_through_the_template(tmp_path: Path) -> No
     assert (short.error or {})["type"] == "InputError"  # every row is too long
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("quant", ["none", "4bit"])
 @pytest.mark.parametrize("name", ["arc_easy", "winogrande", "boolq"])
 def test_what_choices_begin_with_is_read_once_and_the_scores_are_the_same(

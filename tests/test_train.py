@@ -15,6 +15,7 @@ from peftsweep import InputError, attach, data, evaluate, model, train
 from peftsweep.measure import Meter
 from peftsweep.metrics import exact_match
 from peftsweep.schema import Dtype, ModelConfig, Schedule, TargetsConfig, TrainConfig
+from tests.conftest import SAME_WEIGHTS, apart
 
 CPU = torch.device("cpu")
 TINY = ModelConfig(name_or_path="tiny")
@@ -52,6 +53,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, Any], atol: float = 0.0) -> bo
     return all(torch.allclose(a[k], b[k], rtol=0, atol=atol) for k in a)
 
 
+@pytest.mark.kernels
 def test_the_loop_is_that_of_a_plain_torch_script(rows: list[data.Tokens]) -> None:
     """Written out again: AdamW, clipping, linear warm-up and cosine, mean over the batch's answer tokens."""
     reference = adapted()
@@ -75,25 +77,27 @@ def test_the_loop_is_that_of_a_plain_torch_script(rows: list[data.Tokens]) -> No
         expected.append(loss.item())
     _, lines, weights = run(rows, warmup=2)
     assert losses(lines) == pytest.approx(expected, abs=1e-5)
-    # Adam divides by the gradient's size, so that rounding in tiny gradients shows up in the weights.
-    assert same(weights, dict(model.trainable_parameters(reference)), atol=1e-3)
+    assert apart(weights, dict(model.trainable_parameters(reference))) <= SAME_WEIGHTS
 
 
+@pytest.mark.kernels
 def test_two_runs_are_the_same_bit_for_bit(rows: list[data.Tokens]) -> None:
     first, second = (run(rows, adapted(lora_dropout=0.1)) for _ in range(2))
     assert losses(first[1]) == losses(second[1])
     assert same(first[2], second[2])
 
 
+@pytest.mark.kernels
 def test_accumulation_changes_memory_and_not_results(rows: list[data.Tokens]) -> None:
     flat = [row for row in rows if len(row.ids) == len(rows[0].ids)][:8]
     whole = run(flat, batch_size=8, accumulation=1)
     parts = run(flat, batch_size=2, accumulation=4)
     assert losses(whole[1]) == pytest.approx(losses(parts[1]), abs=1e-5)
-    assert same(whole[2], parts[2], atol=1e-4)
+    assert apart(parts[2], whole[2]) <= SAME_WEIGHTS
     assert whole[0].tokens == parts[0].tokens
 
 
+@pytest.mark.kernels
 def test_gradient_checkpointing_gives_the_same_weights(rows: list[data.Tokens]) -> None:
     assert same(run(rows)[2], run(rows, checkpointing=True)[2], atol=1e-6)
 
@@ -206,6 +210,7 @@ def test_no_steps_train_nothing(rows: list[data.Tokens]) -> None:
     assert (done.tokens, done.final_loss, lines) == (0, None, [])
 
 
+@pytest.mark.kernels
 def test_generation_does_not_depend_on_the_batch_and_stops_at_the_end_mark() -> None:
     base, tokenizer = model.load(TINY, None, CPU), model.load_tokenizer(TINY)
     prompts = ["Tom has 47 apples. Tom buys 38 apples. ", "47+38=", "Mia", "12+"]
@@ -215,6 +220,7 @@ def test_generation_does_not_depend_on_the_batch_and_stops_at_the_end_mark() -> 
     assert not any(text.startswith(prompt) for text, prompt in zip(together, prompts, strict=True))
 
 
+@pytest.mark.kernels
 def test_log_likelihoods_do_not_depend_on_the_batch() -> None:
     base, tokenizer = model.load(TINY, None, CPU), model.load_tokenizer(TINY)
     examples = [data.Example("Tom has 47 apples. ", "Who? Tom"), data.Example("47+38=", "85"), data.Example("", "a")]
@@ -248,6 +254,7 @@ def test_an_epoch_that_ends_between_two_steps_ends_with_the_later_one(rows: list
     assert [row["step"] for row in lines if "epoch_loss" in row] == [2, 3, 5, 6, 8]
 
 
+@pytest.mark.kernels
 def test_padding_to_a_multiple_changes_no_loss(rows: list[data.Tokens]) -> None:
     plain, lines, _ = run(rows)
     padded, others, _ = run(rows, pad_to_multiple_of=16)

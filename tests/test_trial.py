@@ -14,7 +14,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import peftsweep
-from peftsweep import attach, build, cli, data, forecast, model, study, train, trial
+from peftsweep import attach, build, cli, data, forecast, model, record, study, train, trial
 from peftsweep.config import Trial
 from peftsweep.data import Example
 from peftsweep.record import RecordError, Result, Status
@@ -71,6 +71,7 @@ def test_the_folder_holds_all_that_the_design_promises(run_small: RunSmall) -> N
     assert written["train_info"]["train_seconds"] <= written["run_info"]["total_seconds"]
 
 
+@pytest.mark.kernels
 def test_two_runs_agree_bit_for_bit(run_small: RunSmall) -> None:
     words = ["quant=4bit", "method.lora_dropout=0.1"]
     first, second = run_small("study=a", *words), run_small("study=b", *words)
@@ -81,6 +82,18 @@ def test_two_runs_agree_bit_for_bit(run_small: RunSmall) -> None:
     assert (place(first) / "adapter/adapter_model.safetensors").read_bytes() == (
         place(second) / "adapter/adapter_model.safetensors"
     ).read_bytes()
+
+
+def test_a_base_score_kept_with_other_kernels_is_measured_anew(
+    run_small: RunSmall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["train=none", "force=true"]
+    kept = []
+    for kernels in ({"threads": 1, "cpu_capability": name} for name in ("AVX2", "AVX2", "AVX512")):
+        monkeypatch.setattr(record, "kernels", lambda found=kernels: found)
+        run_small(*words)
+        kept.append(len([*Path("multirun/default/.base").iterdir()]))
+    assert kept == [2, 2, 4]  # of two evaluations
 
 
 def test_a_done_trial_is_not_trained_again_unless_forced(run_small: RunSmall, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -294,8 +294,9 @@ def training_tokens(trial: Trial, tokenizer: PreTrainedTokenizerBase, rows: list
     """
     own, task = trial.config.dataset, trial.config.model.task
     how = [own.prompt, own.answer, own.reader, classes(trial), own.max_length, own.drop_long, own.chat, task]
+    later = [own.turns, own.missing, tokenizer.chat_template]
     vocabulary = [tokenizer.name_or_path, trial.config.model.revision, tokenizer.model_max_length]
-    key = configuration.content_hash([how, vocabulary, data.fingerprint(rows)])
+    key = configuration.content_hash([how, later, vocabulary, data.fingerprint(rows)])
     if key not in _TOKENS:
         file = study.folder(trial.config.study) / ".tokens" / f"{key}.parquet"
         if file.exists():
@@ -315,11 +316,9 @@ _TOKENS: dict[str, list[Tokens]] = {}
 
 def _tokenize(trial: Trial, tokenizer: PreTrainedTokenizerBase, rows: list[data.Row]) -> list[Tokens]:
     own = trial.config.dataset
-    examples = data.dataset_examples(own, rows)
+    examples = configuration.rendered(own, data.dataset_examples(own, rows), tokenizer, file="the training rows")
     if trial.config.model.task is Task.seq_cls:
         return data.tokenize_for_classes(tokenizer, examples, own.max_length, classes(trial))
-    if own.chat:
-        examples = data.through_chat_template(tokenizer, examples)
     tokens = data.tokenize(tokenizer, examples, own.max_length + own.drop_long)  # by one more, to see what is too long
     if own.drop_long:
         tokens = [row for row in tokens if len(row.ids) <= own.max_length]
@@ -353,4 +352,4 @@ def test_examples(trial: Trial, name: str, rows: Rows, tokenizer: PreTrainedToke
 def asked(trial: Trial, name: str, rows: list[data.Row], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """Rows as ``eval.<name>`` shows them to the model."""
     examples = configuration.test_examples(trial.config, name, rows)
-    return data.through_chat_template(tokenizer, examples) if trial.config.dataset.chat else examples
+    return configuration.rendered(trial.config.dataset, examples, tokenizer, f"eval.{name}", "the test rows")

@@ -1,5 +1,8 @@
 """The state of a training on the disk, from which one that was cut off goes on as if it had not been.
 
+On the same CPU with the same kernels, versions and thread count the rest of the training is the same to the bit; on
+another, or on a GPU, within rounding. The state itself is kept to the bit.
+
 A part of the training is whatever has torch's ``state_dict`` and ``load_state_dict``.
 """
 

@@ -256,6 +256,7 @@ def _data_parser(formats: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--split", type=float, default=0.9, metavar="SHARE", help="that is trained on (default: 0.9)")
     parser.add_argument("--format", choices=formats, default="raw", help="default: raw, the source's columns")
     parser.add_argument("--path", metavar="FILE", help="instead of the hub: .json .jsonl .csv .tsv .parquet")
+    parser.add_argument("--encoding", metavar="NAME", help="of that file, such as cp1252 (default: UTF-8)")
     parser.add_argument("--prompt", metavar="TEMPLATE", help="instead of the dataset's, such as '{question}'")
     parser.add_argument("--answer", metavar="TEMPLATE", help="instead of the dataset's, such as '{answer}'")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sample and its parts (default: 0)")

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import inspect
 import json
+import pickle
 import pydoc
 import re
 import typing
@@ -27,8 +28,9 @@ from omegaconf.errors import OmegaConfBaseException
 from peftsweep import data, experiment, repeat, study
 from peftsweep.errors import InputError, suggest
 from peftsweep.record import SECTIONS
-from peftsweep.schema import Config, DatasetConfig, Dtype, Init, ModelConfig, RowsConfig, Task
+from peftsweep.schema import Config, DatasetConfig, Dtype, Init, ModelConfig, OnMissing, RowsConfig, Task, Turns
 
+CONVERSATIONS = "peftsweep.tasks.messages"  # the reader of datasets that hold them
 IDENTITY_LENGTH = 10  # hex digits: a study of 10,000 trials has a clash once in 20,000 studies
 ROWS_KEYS = tuple(field.name for field in dataclasses.fields(RowsConfig))
 LEAST = {
@@ -494,6 +496,50 @@ def _check_evaluation_rows(config: Config, rows: data.Rows | None) -> None:
             test_examples(config, name, data.evaluation_rows(source, f"eval.{name}", rows.test if rows else []))
 
 
+def check_conversations(config: Config) -> None:
+    """Let a local tokenizer's chat template render all local rows, so that what it refuses is known before training."""
+    from peftsweep.model import source  # imports torch, which `--help` must not
+
+    if not config.dataset.chat or config.model.init is Init.random:
+        return
+    own = {name: evaluation_source(config, name) for name in config.eval}
+    paths = [config.dataset.path, config.dataset.test_path, *(rows.path for rows in own.values())]
+    folder = Path(source(config.model))
+    files = [*(Path(path) for path in paths if path), *(folder.iterdir() if folder.is_dir() else ())]
+    stamps = tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(files))
+    if folder.is_dir():
+        _render_all(pickle.dumps((config.model, config.dataset, config.eval)), stamps)
+
+
+@lru_cache(maxsize=4)
+def _render_all(settings: bytes, _stamps: tuple[tuple[str, int, int], ...]) -> None:
+    from peftsweep.model import load_tokenizer
+
+    config = Config()
+    config.model, config.dataset, config.eval = pickle.loads(settings)
+    tokenizer, own = load_tokenizer(config.model), config.dataset
+    for key in ("path", "test_path"):
+        if path := getattr(own, key):
+            read = data.read_rows(path, f"dataset.{key}", own.encoding)
+            rendered(own, data.dataset_examples(own, read, path), tokenizer, file=path)
+    for name in config.eval:
+        source = evaluation_source(config, name)
+        if source.path:
+            made = test_examples(config, name, data.evaluation_rows(source, f"eval.{name}", []))
+            rendered(own, made, tokenizer, f"eval.{name}", source.path)
+
+
+def rendered(
+    dataset: DatasetConfig, examples: list[data.Example], tokenizer: Any, key: str = "dataset", file: str = ""
+) -> list[data.Example]:
+    """``examples`` as the tokenizer's chat template (or the plain layout) renders them, if the dataset wishes so.
+
+    Texts, which have no prompts at all, are no conversations.
+    """
+    chat = dataset.chat and any(example.prompt for example in examples)
+    return data.through_chat_template(tokenizer, examples, chat_template=chat, turns=dataset.turns, key=key, file=file)
+
+
 def test_examples(config: Config, name: str, rows: Iterable[data.Row]) -> list[data.Example]:
     """``rows`` as ``eval.<name>`` shows them to the model: by its own templates, else by the dataset's."""
     node, own = config.eval[name], config.dataset
@@ -503,7 +549,7 @@ def test_examples(config: Config, name: str, rows: Iterable[data.Row]) -> list[d
     prompt = own.prompt if source.prompt is None else source.prompt
     answer = own.answer if source.answer is None else source.answer
     reader = source.reader or (own.reader if mine else None)
-    return data.examples(rows, prompt, answer, f"eval.{name}", "", classes, reader)
+    return data.examples(rows, prompt, answer, f"eval.{name}", "", classes, reader, own.missing)
 
 
 def evaluation_source(config: Config, name: str) -> RowsConfig:
@@ -550,12 +596,12 @@ def _rows(config: Config) -> data.Rows:
     """The rows of a local dataset, read once for all points of a sweep."""
     files = [Path(path) for path in (config.dataset.path, config.dataset.test_path) if path is not None]
     stamps = tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file())
-    return _cached_rows(json.dumps(dataclasses.asdict(config.dataset)), config.train.eval_every is not None, stamps)
+    return _cached_rows(pickle.dumps(config.dataset), config.train.eval_every is not None, stamps)
 
 
 @lru_cache(maxsize=4)
-def _cached_rows(dataset: str, validation: bool, _stamps: tuple[tuple[int, int], ...]) -> data.Rows:
-    return data.load_rows(DatasetConfig(**json.loads(dataset)), validation=validation)
+def _cached_rows(dataset: bytes, validation: bool, _stamps: tuple[tuple[int, int], ...]) -> data.Rows:
+    return data.load_rows(pickle.loads(dataset), validation=validation)
 
 
 def _training(config: Config, rows: data.Rows | None) -> dict[str, Any]:
@@ -596,14 +642,21 @@ def evaluation_identity(node: Mapping[str, Any]) -> dict[str, Any]:
     source = rows_config(node)
     if source.path is None:
         return dict(node)
-    return dict(node) | {"path": data.fingerprint(data.read_rows(source.path))}
+    return dict(node) | {"path": data.fingerprint(data.read_rows(source.path, encoding=source.encoding))}
 
 
 def _dataset_identity(dataset: DatasetConfig, rows: data.Rows | None) -> dict[str, Any]:
     how = {key: getattr(dataset, key) for key in ("reader", "prompt", "answer", "classes", "max_length")}
     how |= {key: getattr(dataset, key) for key in ("drop_long", "chat")}
+    added: dict[str, Any] = {} if dataset.missing is not OnMissing.empty else {"missing": dataset.missing}
+    if dataset.chat or dataset.reader == CONVERSATIONS:
+        added["turns"] = dataset.turns
+    how |= added
     if rows is None:
-        return dataclasses.asdict(dataset)
+        usual = {"missing": OnMissing.error, "encoding": None, "leave_out_tested": True, "turns": Turns.all}
+        said = dataclasses.asdict(dataset).items()
+        # What came later changes no hash of a dataset that does not use it.
+        return {key: value for key, value in said if key not in usual or value != usual[key]} | added
     return how | {part: rows.fingerprints[part] for part in ("train", "validation")}
 
 

@@ -6,128 +6,39 @@ the model's vocabulary; a batch is right-padded tokens as tensors.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import math
 import os
 import pydoc
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+import string
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from peftsweep import chat
+from peftsweep.chat import ChatTemplate, Conversation, Rendered
 from peftsweep.errors import InputError, suggest
-from peftsweep.schema import DatasetConfig, RowsConfig
+from peftsweep.files import FORMATS as FORMATS
+from peftsweep.files import Row as Row
+from peftsweep.files import plain_rows
+from peftsweep.files import read_rows as read_rows
+from peftsweep.schema import DatasetConfig, OnMissing, RowsConfig, Turns
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-Row = dict[str, Any]
-
-FORMATS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 GENERATED_TEST_ROWS = 1000
 BUCKET_BATCHES = 20  # batches sorted by length together: little padding, and the order stays random
 
 
 # ---- rows ------------------------------------------------------------------------------------------
-
-
-def read_rows(path: str | Path, key: str = "path") -> list[Row]:
-    """The rows of a local file; ``key`` is the configuration key an error names.
-
-    Raises:
-        InputError: no such file, an unknown format, or a line that cannot be read (its number is given).
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise InputError(f"{key}={path}: no such file")
-    if file.suffix not in FORMATS:
-        raise InputError(f"{key}={path}: unknown format '{file.suffix}'; allowed: {' '.join(FORMATS)}")
-    try:
-        rows = _READERS[file.suffix](file)
-    except _BrokenLine as broken:
-        raise InputError(f"{key}={path}: line {broken.line}: {broken}") from None
-    except (ValueError, OSError) as error:
-        raise InputError(f"{key}={path}: cannot be read: {str(error).splitlines()[0]}") from None
-    if not rows:
-        raise InputError(f"{key}={path}: holds no rows")
-    return rows
-
-
-class _BrokenLine(ValueError):
-    def __init__(self, line: int, problem: str) -> None:
-        super().__init__(problem)
-        self.line = line
-
-
-def _read_jsonl(file: Path) -> list[Row]:
-    rows = []
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise _BrokenLine(number, f"not JSON ({error.msg})") from None
-            if not isinstance(row, dict):
-                raise _BrokenLine(number, "not a JSON object")
-            rows.append(row)
-    return rows
-
-
-def _read_json(file: Path) -> list[Row]:
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise _BrokenLine(error.lineno, f"not JSON ({error.msg})") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError("not a list of JSON objects")
-    return rows
-
-
-def _read_table(file: Path) -> list[Row]:
-    tabs = file.suffix == ".tsv"
-    with file.open(encoding="utf-8", newline="") as text:
-        # Tab-separated files as published (GLUE) do not quote; a lone " in them is a character.
-        options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
-        reader = csv.DictReader(text, restkey="", **options)
-        rows = []
-        try:
-            for row in reader:
-                if "" in row or None in row.values():
-                    raise _BrokenLine(reader.line_num, f"not {len(reader.fieldnames or [])} columns")
-                rows.append(row)
-        except csv.Error as error:
-            raise _BrokenLine(reader.line_num, str(error)) from None
-    return rows
-
-
-def _read_parquet(file: Path) -> list[Row]:
-    import pyarrow.parquet
-
-    rows: list[Row] = pyarrow.parquet.read_table(file).to_pylist()
-    return rows
-
-
-def _read_text(file: Path) -> list[Row]:
-    """Paragraphs, which empty lines part."""
-    paragraphs = file.read_text(encoding="utf-8").split("\n\n")
-    return [{"text": paragraph.strip()} for paragraph in paragraphs if paragraph.strip()]
-
-
-_READERS = {
-    ".txt": _read_text,
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".csv": _read_table,
-    ".tsv": _read_table,
-    ".parquet": _read_parquet,
-}
 
 
 def hub_rows(hub: str, config: str | None, split: str, revision: str | None, key: str) -> list[Row]:
@@ -139,7 +50,7 @@ def hub_rows(hub: str, config: str | None, split: str, revision: str | None, key
     except (OSError, ValueError) as error:  # no network, no such dataset, no such split
         reason = str(error).splitlines()[0]
         raise InputError(f"{key}={hub}: cannot be loaded ({reason}); local rows can be given instead") from error
-    return [dict(row) for row in loaded]
+    return plain_rows(loaded)
 
 
 @dataclass
@@ -160,14 +71,16 @@ class Rows:
 def load_rows(dataset: DatasetConfig, *, validation: bool = False) -> Rows:
     """The dataset's rows; test rows are never training rows, and validation rows never test rows.
 
-    A training row whose prompt is that of a test row is left out. With ``validation`` true, up to
-    ``validation_samples`` rows (at most a tenth) leave the training rows.
+    A training row with the prompt and answer of a test row is left out, unless ``leave_out_tested`` is
+    false. With ``validation`` true, up to ``validation_samples`` rows (at most a tenth) leave the training rows.
 
     Raises:
         InputError: a file or a hub dataset cannot be read, or nothing is left to train on.
     """
-    train, test = _train_and_test(dataset)
+    train, test, missing = _train_and_test(dataset)
     train, left_out = _clean(dataset, train, test)
+    if dataset.missing is OnMissing.drop:
+        left_out["missing_rows"] = missing
     shuffle = random.Random(dataset.split_seed)
     if dataset.samples is not None and dataset.samples < len(train):
         train = shuffle.sample(train, dataset.samples)
@@ -182,19 +95,21 @@ def load_rows(dataset: DatasetConfig, *, validation: bool = False) -> Rows:
 def _clean(dataset: DatasetConfig, train: list[Row], test: list[Row]) -> tuple[list[Row], dict[str, int]]:
     """Training rows without those that are tested on, are too long, or (if so wished) come twice; and their numbers."""
     try:
-        tested = questions(dataset_examples(dataset, test))
+        known = dataset_examples(replace(dataset, missing=OnMissing.drop), test)
+        tested = {example.written for example in known}
     except InputError:
         tested = set()  # of other columns, which the evaluation has a template for
     seen: set[tuple[str, str]] = set()
     kept = []
     left_out = {"tested_rows": 0, "long_rows": 0, "duplicate_rows": 0}
     for row, example in zip(train, dataset_examples(dataset, train), strict=True):
-        again = example[:2] in seen
-        seen.add(example[:2])
+        again = example.written in seen
+        seen.add(example.written)
         left_out["duplicate_rows"] += again
-        if question(example) in tested:
-            left_out["tested_rows"] += 1
-        elif dataset.max_characters and len(example.prompt) + len(example.answer) > dataset.max_characters:
+        left_out["tested_rows"] += example.written in tested
+        if dataset.leave_out_tested and example.written in tested:
+            continue
+        if dataset.max_characters and len(example.prompt) + len(example.answer) > dataset.max_characters:
             left_out["long_rows"] += 1
         elif not (again and dataset.deduplicate):
             kept.append(row)
@@ -203,36 +118,29 @@ def _clean(dataset: DatasetConfig, train: list[Row], test: list[Row]) -> tuple[l
     return kept, left_out
 
 
-def questions(examples: Iterable[Example]) -> set[str]:
-    """What the examples ask."""
-    return {question(example) for example in examples}
-
-
-def question(example: Example) -> str:
-    """What two examples that ask the same have in common: the prompt (or text), but for case and white space."""
-    return " ".join((example.prompt if example.prompt.strip() else example.answer).split()).lower()
-
-
-def _train_and_test(dataset: DatasetConfig) -> tuple[list[Row], list[Row]]:
+def _train_and_test(dataset: DatasetConfig) -> tuple[list[Row], list[Row], int]:
+    """Training rows, test rows, and how many of the former were left out for a missing value."""
     if dataset.generator is not None and dataset.path is None:
         make: Any = pydoc.locate(dataset.generator)
         if not callable(make):
             raise InputError(f"dataset.generator={dataset.generator}: no such function")
         count = dataset.samples or 1000
-        return make("train", count, dataset.split_seed), make("test", GENERATED_TEST_ROWS, dataset.split_seed)
+        return make("train", count, dataset.split_seed), make("test", GENERATED_TEST_ROWS, dataset.split_seed), 0
     if dataset.path is not None:
-        train = read_rows(dataset.path, "dataset.path")
-        # Here, in the file's own order, an error can name the row.
-        dataset_examples(dataset, train, dataset.path)
+        read = read_rows(dataset.path, "dataset.path", dataset.encoding)
     elif dataset.hub is not None:
-        train = hub_rows(dataset.hub, dataset.hub_config, dataset.hub_split, dataset.revision, "dataset.hub")
+        read = hub_rows(dataset.hub, dataset.hub_config, dataset.hub_split, dataset.revision, "dataset.hub")
     else:
         raise InputError(f"dataset.path: dataset={dataset.name} needs the file of its training rows")
+    # Here, in the file's own order, an error can name the row.
+    made = templates(dataset, dataset.path or "").each(read)
+    train = [row for row, example in zip(read, made, strict=True) if example]
+    missing = len(read) - len(train)
     if dataset.test_path is not None:
-        return train, read_rows(dataset.test_path, "dataset.test_path")
+        return train, read_rows(dataset.test_path, "dataset.test_path", dataset.encoding), missing
     if dataset.hub is not None and dataset.path is None and dataset.hub_test_split is not None:
         test = hub_rows(dataset.hub, dataset.hub_config, dataset.hub_test_split, dataset.revision, "dataset.hub")
-        return train, test
+        return train, test, missing
     order = random.Random(dataset.split_seed).sample(train, len(train))
     cut = round(len(order) * dataset.train_fraction)
     if not 0 < cut < len(order):
@@ -240,13 +148,13 @@ def _train_and_test(dataset: DatasetConfig) -> tuple[list[Row], list[Row]]:
             f"dataset.train_fraction={dataset.train_fraction}: parts {len(order)} rows into {cut} training and "
             f"{len(order) - cut} test rows; both need at least one (or give dataset.test_path)"
         )
-    return order[:cut], order[cut:]
+    return order[:cut], order[cut:], missing
 
 
 def evaluation_rows(source: RowsConfig, key: str, own: Sequence[Row]) -> list[Row]:
     """The rows an evaluation named ``key`` judges on: its own file, its hub dataset, or the dataset's test rows."""
     if source.path is not None:
-        rows = read_rows(source.path, f"{key}.path")
+        rows = read_rows(source.path, f"{key}.path", source.encoding)
     elif source.hub is not None:
         rows = hub_rows(source.hub, source.hub_config, source.hub_split, source.revision, f"{key}.hub")
     else:
@@ -281,6 +189,81 @@ class Example(NamedTuple):
     answer: str
     choices: tuple[Choice, ...] = ()
     gold: int | None = None  # the number of the right one
+    conversation: Conversation | None = None  # which prompt and answer are of, as JSON and as the last turn
+    rendered: Rendered | None = None  # in tokens, by a chat template
+
+    @property
+    def written(self) -> tuple[str, str]:
+        """Prompt and answer before any chat template: what makes two examples the same."""
+        if self.rendered:
+            return self.rendered.written
+        return self.conversation.written if self.conversation else (self.prompt, self.answer)
+
+    @property
+    def asked(self) -> str:
+        """The prompt; one that a chat template rendered, with all its special tokens as text."""
+        return self.rendered.prompt if self.rendered else self.prompt
+
+
+class MissingValue(InputError):
+    """A row has no value for a column that it needs."""
+
+
+@dataclass(frozen=True)
+class Templates:
+    """How rows become examples: templates over a row's columns, such as ``"{question}"``.
+
+    Lists and dicts are written as JSON. With ``classes``, an answer must be one of them or its number, which is
+    replaced by its name. A ``reader`` makes questions with choices, or conversations, of the rows; the templates
+    are then filled for each choice too. Errors name ``key`` and ``file``.
+    """
+
+    prompt: str
+    answer: str
+    key: str = "dataset"
+    file: str = ""
+    classes: Sequence[str] = ()
+    reader: str | None = None
+    missing: OnMissing = OnMissing.error
+
+    def each(self, rows: Iterable[Row]) -> Iterator[Example | None]:
+        """The example of each row; None for one without a value that it needs, where ``missing`` is drop.
+
+        Raises:
+            InputError: a template names a column that a row lacks, or is not a template; an answer is no class;
+                a value is missing; a text holds half a surrogate pair.
+        """
+        read = find_reader(self.reader, self.key)
+        for n, row in enumerate(rows, start=1):
+            number = f"{n} of {self.file}" if self.file else f"{n}"
+            try:
+                yield self._example(_Row(row, self.missing), number, read)
+            except MissingValue:
+                if self.missing is not OnMissing.drop:
+                    raise
+                yield None
+
+    def _example(self, row: _Row, number: str, read: Callable[[Row], Row] | None) -> Example:
+        if read:
+            row = _Row(_read(read, row, f"{self.key}.reader", number), self.missing)
+        conversation = row.get("conversation")
+        if isinstance(conversation, Conversation):
+            return _conversation_example(conversation, self, number)
+        prompt, answer = self._fill(row, number)
+        if self.classes:
+            answer = _class_name(answer, self.classes, f"{self.key}.answer", number)
+        if read is None or "gold" not in row:
+            return Example(prompt, answer)
+        choices = tuple(
+            Choice(*self._fill(row | choice, number), choice["answer"], choice.get("text", choice["answer"]))
+            for choice in row["choices"]
+        )
+        return Example(prompt, answer, choices, row["gold"])
+
+    def _fill(self, columns: Row, number: str) -> tuple[str, str]:
+        row = _Row(columns, self.missing)
+        answer = _fill(self.answer, row, f"{self.key}.answer", number)
+        return _fill(self.prompt, row, f"{self.key}.prompt", number), answer
 
 
 def examples(
@@ -291,43 +274,40 @@ def examples(
     file: str = "",
     classes: Sequence[str] = (),
     reader: str | None = None,
+    missing: OnMissing = OnMissing.error,
 ) -> list[Example]:
-    """Fill the templates, such as ``"{question}"``, from each row's columns; errors name ``key`` and ``file``.
+    """The examples of ``rows`` by ``Templates``, without rows that are left out for a missing value."""
+    each = Templates(prompt, answer, key, file, classes, reader, missing).each(rows)
+    return [example for example in each if example]
 
-    With ``classes``, an answer must be one of them or its number, which is replaced by its name. A
-    ``reader`` makes questions with choices of the rows; the templates are then filled for each choice too.
 
-    Raises:
-        InputError: a template names a column that a row lacks, or is not a template; an answer is no class.
-    """
-    read = find_reader(reader, key)
-    made = []
-    for n, row in enumerate(rows, start=1):
-        number = f"{n} of {file}" if file else f"{n}"
-        if read:
-            row = _read(read, row, f"{key}.reader", number)
-        said = _fill(answer, row, f"{key}.answer", number)
-        if classes:
-            said = _class_name(said, classes, f"{key}.answer", number)
-        choices = tuple(
-            Choice(
-                _fill(prompt, row | choice, f"{key}.prompt", number),
-                _fill(answer, row | choice, f"{key}.answer", number),
-                choice["answer"],
-                choice.get("text", choice["answer"]),
-            )
-            for choice in (row["choices"] if read and "gold" in row else ())
+def _conversation_example(conversation: Conversation, how: Templates, number: str) -> Example:
+    if (how.prompt, how.answer) != ("{prompt}", "{answer}"):
+        raise InputError(
+            f"{how.key}.prompt: a conversation is not put into templates; must be {{prompt}} and {{answer}}"
         )
-        made.append(
-            Example(_fill(prompt, row, f"{key}.prompt", number), said, choices, row.get("gold") if read else None)
-        )
-    return made
+    messages = []
+    for n, message in enumerate(conversation.messages):
+        if message.get("content") is None and not chat.says_something_else(message):
+            if how.missing is not OnMissing.empty:
+                raise _missing(f"{how.key}.reader", number, f"messages[{n}].content")
+            message = message | {"content": ""}
+        messages.append(message)
+    conversation = conversation._replace(messages=messages)
+    for text in (conversation.prompt, conversation.answer):
+        _check_encodable(text, f"{how.key}.reader", number)
+    return Example(conversation.prompt, conversation.answer, conversation=conversation)
 
 
 def dataset_examples(dataset: DatasetConfig, rows: Iterable[Row], file: str = "") -> list[Example]:
-    """``rows`` by the dataset's own templates."""
-    templates = dataset.prompt, dataset.answer
-    return examples(rows, *templates, file=file, classes=dataset.classes, reader=dataset.reader)
+    """``rows`` by the dataset's own templates, without those that are left out for a missing value."""
+    return [example for example in templates(dataset, file).each(rows) if example]
+
+
+def templates(dataset: DatasetConfig, file: str = "") -> Templates:
+    """The dataset's own, which fill in the rows of ``file``."""
+    own = dataset
+    return Templates(own.prompt, own.answer, file=file, classes=own.classes, reader=own.reader, missing=own.missing)
 
 
 def find_reader(name: str | None, key: str = "dataset") -> Callable[[Row], Row] | None:
@@ -348,10 +328,12 @@ def find_reader(name: str | None, key: str = "dataset") -> Callable[[Row], Row] 
 def _read(reader: Callable[[Row], Row], row: Row, key: str, number: str) -> Row:
     try:
         return reader(row)
+    except _NoValue as error:
+        raise _missing(key, number, str(error)) from None
     except KeyError as error:
         column = str(error.args[0])
         raise InputError(f"{key}: row {number} has no column '{column}'; {suggest(column, list(row))}") from None
-    except (ValueError, TypeError, IndexError) as error:
+    except (ValueError, TypeError, IndexError, AttributeError) as error:
         raise InputError(f"{key}: row {number} cannot be read: {error}") from None
 
 
@@ -364,84 +346,243 @@ def _class_name(answer: str, classes: Sequence[str], key: str, number: str) -> s
     return answer.replace(answer.strip(), name) if answer.strip() else name
 
 
-def _fill(template: str, row: Row, key: str, number: str) -> str:
+class _NoValue(Exception):
+    """A column is null."""
+
+
+class _Row(Row):
+    """A row that does not give out null: it is missing, or an empty text where ``missing`` says so."""
+
+    def __init__(self, row: Row, missing: OnMissing) -> None:
+        super().__init__(row)
+        self.missing = missing
+
+    def __getitem__(self, name: str) -> Any:
+        if (value := super().__getitem__(name)) is not None:
+            return value
+        if self.missing is OnMissing.empty:
+            return ""
+        raise _NoValue(name)
+
+
+class _Formatter(string.Formatter):
+    """Fills templates as ``str.format`` does, but for nulls inside a column's value, and lists and dicts, as JSON."""
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        value, first = super().get_field(field_name, args, kwargs)
+        if value is None:
+            raise _NoValue(field_name)
+        return value, first
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if isinstance(value, bytes):
+            raise TypeError("it holds bytes, not text")
+        if isinstance(value, list | dict):
+            value = json.dumps(value, ensure_ascii=False, default=str)
+        return str(super().format_field(value, format_spec))
+
+
+@lru_cache(maxsize=64)
+def _columns(template: str) -> tuple[str, ...]:
+    """The columns that a template names."""
+    names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    return tuple(re.split(r"[.\[]", name)[0] for name in names)
+
+
+def _fill(template: str, row: _Row, key: str, number: str) -> str:
     try:
-        return template.format_map(row)
+        plain = all(type(row.get(name)) is str for name in _columns(template))
+        text = template.format_map(row) if plain else _Formatter().vformat(template, (), row)
+    except _NoValue as error:
+        raise _missing(key, number, str(error)) from None
     except KeyError as error:
         column = str(error.args[0])
         raise InputError(f"{key}: row {number} has no column '{column}'; {suggest(column, list(row))}") from None
+    except TypeError as error:
+        raise InputError(f"{key}='{template}': row {number} cannot be written into it: {error}") from None
     except (ValueError, IndexError, AttributeError) as error:
         raise InputError(f"{key}='{template}': not a template ({error}); write {{{{ for a brace") from None
+    _check_encodable(text, key, number)
+    return text
 
 
-def through_chat_template(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example]) -> list[Example]:
-    """The same examples with their prompts as a user's turn (or, in JSON, a list of turns) and the assistant's begun.
+def _missing(key: str, number: str, column: str) -> MissingValue:
+    ways = "dataset.missing=drop leaves such rows out, dataset.missing=empty takes an empty text"
+    return MissingValue(f"{key}: row {number} has no value for '{column}' (null or NaN); {ways}")
+
+
+def _check_encodable(text: str, key: str, number: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X}"
+        raise InputError(f"{key}: row {number} holds {half}, half a surrogate pair, which no tokenizer takes") from None
+
+
+# ---- tokens ----------------------------------------------------------------------------------------
+
+
+def through_chat_template(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Example],
+    *,
+    chat_template: bool = True,
+    turns: Turns = Turns.all,
+    key: str = "dataset",
+    file: str = "",
+) -> list[Example]:
+    """The same examples as the tokenizer's chat template renders them, with the prompt of their last turn as text.
+
+    An example that is no conversation is one of a user's turn, its prompt, and the assistant's, its answer. Without
+    ``chat_template`` conversations are laid out plainly (``chat.PLAIN``) and other examples stay as they are.
 
     Raises:
-        InputError: the tokenizer has no chat template.
+        InputError: the tokenizer has no chat template or gives no offsets, or the template refuses a row.
     """
-    if not tokenizer.chat_template:
+    if not chat_template and not any(row.conversation for row in rows):
+        return list(rows)
+    if chat_template and not tokenizer.chat_template:
         raise InputError("dataset.chat=true: the model's tokenizer has no chat template")
-
-    def turn(prompt: str) -> str:
-        turns = json.loads(prompt) if prompt.startswith('[{"role"') else [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return str(text).removeprefix(tokenizer.bos_token or "")  # which the tokenizer adds by itself
-
+    if not tokenizer.is_fast:
+        raise InputError("dataset.chat: the model's tokenizer gives no offsets; must be one of the tokenizers library")
+    begin = str(tokenizer.decode([*lead(tokenizer)]))
+    template = ChatTemplate(tokenizer) if chat_template else chat.plain_layout(tokenizer, begin)
     return [
-        row._replace(prompt=turn(row.prompt), choices=tuple(c._replace(prompt=turn(c.prompt)) for c in row.choices))
-        for row in rows
+        _rendered(template, begin, row, turns, f"{key}: row {n} of {file}" if file else f"{key}: row {n}")
+        for n, row in enumerate(rows, start=1)
     ]
+
+
+def _rendered(template: ChatTemplate, begin: str, row: Example, turns: Turns, where: str) -> Example:
+    def asking(prompt: str) -> Conversation:
+        return Conversation([{"role": "user", "content": prompt}, {"role": "assistant", "content": row.answer}])
+
+    try:
+        if not row.conversation and not row.prompt.strip():
+            raise ValueError("its prompt is empty, which is no user's turn")
+        conversation = row.conversation or asking(row.prompt)
+        rendered = chat.render(template, conversation, turns, row.written)
+        choices = tuple(c._replace(prompt=chat.prompt(template, asking(c.prompt))) for c in row.choices)
+    except Exception as error:  # a template may raise anything
+        raise InputError(f"{where} does not go through the chat template: {' '.join(str(error).split())}") from error
+    answer = rendered.said if "tool_calls" in conversation.messages[-1] else row.answer
+    return row._replace(prompt=rendered.prompt.removeprefix(begin), answer=answer, choices=choices, rendered=rendered)
+
+
+def lead(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The marks that the tokenizer puts before a text, such as BOS; those after it are not for a prompt."""
+    plain, marked = (tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
+    starts = range(len(marked) - len(plain) + 1)
+    return tuple(next((marked[:n] for n in starts if marked[n : n + len(plain)] == plain), ()))
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | Example], max_length: int = sys.maxsize
+) -> list[list[int]]:
+    """Prompts as the model goes on from them, at least a token each; a longer one loses its beginning, but for BOS."""
+    marks = list(lead(tokenizer))
+    encoded = []
+    for prompt in prompts:
+        row = Example(prompt, "") if isinstance(prompt, str) else prompt
+        before = [] if row.rendered else marks
+        ids = [*before, *tokenizer(row.asked, add_special_tokens=False).input_ids] or [_first(tokenizer)]
+        kept = _kept(ids, marks, tokenizer.bos_token_id)
+        encoded.append(ids if len(ids) <= max_length else ids[:kept] + ids[len(ids) - max_length + kept :])
+    return encoded
+
+
+def _first(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What an empty text begins with: BOS, else the end mark of the text before, as lm-evaluation-harness has it."""
+    return int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
+
+
+def _kept(ids: Sequence[int], marks: Sequence[int], bos: int | None) -> int:
+    """How many tokens at the beginning stay when ``ids`` are cut: the marks before a text, or a template's BOS."""
+    if marks and [*ids[: len(marks)]] == [*marks]:
+        return len(marks)
+    return int(bool(ids) and ids[0] == bos)
 
 
 class Tokens(NamedTuple):
     """An example in token ids; those from ``answer_start`` on are the answer and its end mark.
 
-    For a classifier all of them are the prompt, and the answer is ``label``, the number of its class.
+    For a classifier all of them are the prompt, and the answer is ``label``, the number of its class. Where not
+    all tokens from ``answer_start`` on are the answer's, ``trained`` says of each token whether it is: [tokens].
     """
 
     ids: list[int]
     answer_start: int
     label: int | None = None
+    trained: list[bool] | None = None
 
     @property
     def answer_tokens(self) -> int:
         """How many predictions the loss is over: the answer's tokens, or the one class."""
-        return len(self.ids) - max(self.answer_start, 1) if self.label is None else 1
+        if self.label is not None:
+            return 1
+        return len(self.ids) - max(self.answer_start, 1) if self.trained is None else sum(self.trained[1:])
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], max_length: int) -> list[Tokens]:
     """Prompt and answer are tokenised apart, so that the answer's tokens never depend on the border.
 
-    What is longer than ``max_length`` loses the beginning of its prompt; only an answer that is
-    too long by itself loses its end.
+    What is longer than ``max_length`` loses the beginning of its prompt, but for BOS; only an answer that is too
+    long by itself loses its end. An example that a chat template rendered is the template's tokens.
     """
-    max_length = min(max_length, tokenizer.model_max_length)
-    prompts = tokenizer([row.prompt for row in rows]).input_ids
+    limit = min(max_length, tokenizer.model_max_length)
+    marks = list(lead(tokenizer))
+    apart = iter(_apart(tokenizer, marks, [row for row in rows if not row.rendered]))
+    whole = [(row.rendered.ids, row.rendered.trained) if row.rendered else next(apart) for row in rows]
+    return [_shortened(ids, trained, _kept(ids, marks, tokenizer.bos_token_id), limit) for ids, trained in whole]
+
+
+def _apart(
+    tokenizer: PreTrainedTokenizerBase, marks: list[int], rows: Sequence[Example]
+) -> Iterator[tuple[list[int], list[bool]]]:
+    """Each row's prompt and answer in tokens, and whether each of them is the answer's."""
+    if not rows:
+        return
+    prompts = tokenizer([row.prompt for row in rows], add_special_tokens=False).input_ids
     answers = tokenizer([row.answer for row in rows], add_special_tokens=False).input_ids
-    tokens = []
     for prompt, answer in zip(prompts, answers, strict=True):
-        answer = [*answer, tokenizer.eos_token_id][: max_length - 1]
-        prompt = prompt[max(0, len(prompt) + len(answer) - max_length) :]
-        tokens.append(Tokens(prompt + answer, len(prompt)))
-    return tokens
+        asked, said = [*marks, *prompt], [*answer, tokenizer.eos_token_id]
+        yield asked + said, [False] * len(asked) + [True] * len(said)
+
+
+def _shortened(ids: list[int], trained: list[bool], kept: int, limit: int) -> Tokens:
+    """At most ``limit`` tokens: the first ``kept`` and the last, among them the last answer as far as it fits."""
+    if (surplus := len(ids) - limit) > 0:
+        if limit < max(kept, 1) + 1:
+            raise InputError(f"max_length={limit}: leaves no room for an answer; must be at least {max(kept, 1) + 1}")
+        end = len(trained) - trained[::-1].index(True)
+        start = next((n + 1 for n in range(end - 1, -1, -1) if not trained[n]), 0)  # of the last answer
+        first = min(kept + surplus, max(start, 1) - (kept == 0))
+        places = [*range(kept), *range(max(first, kept), len(ids))][:limit]
+        ids, trained = [ids[n] for n in places], [trained[n] for n in places]
+    start = trained.index(True)
+    return Tokens(ids, start, trained=None if all(trained[start:]) else trained)
 
 
 def tokenize_pairs(
-    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], max_length: int
+    tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], max_length: int, *, marked: bool = False
 ) -> list[Tokens]:
     """A context and what may follow it, tokenised as one text, as lm-evaluation-harness does; no end mark.
 
-    White space at the end of a context counts to what follows.
+    White space at the end of a context counts to what follows. ``marked`` contexts hold their special tokens as
+    text, as those of a chat template do. A longer pair loses its beginning, but for BOS.
     """
     limit = min(max_length, tokenizer.model_max_length)
+    marks = [] if marked else list(lead(tokenizer))
     contexts = [context.rstrip() for context, _ in pairs]
-    starts = [len(ids) for ids in tokenizer(contexts).input_ids]
-    wholes = tokenizer([context + following for context, following in pairs]).input_ids
+    starts = [len(ids) for ids in tokenizer(contexts, add_special_tokens=False).input_ids]
+    wholes = tokenizer([context + following for context, following in pairs], add_special_tokens=False).input_ids
     rows = []
-    for ids, start in zip(wholes, starts, strict=True):
+    for whole, length in zip(wholes, starts, strict=True):
+        before = marks or ([] if length else [_first(tokenizer)])
+        ids, start = [*before, *whole], len(before) + length
+        kept = _kept(ids, marks, tokenizer.bos_token_id)
         cut = max(0, len(ids) - limit)
-        rows.append(Tokens(ids[cut:], max(start - cut, 1)))
+        rows.append(Tokens(ids[:kept] + ids[kept + cut :], max(start - cut, kept, 1)))
     return rows
 
 
@@ -453,7 +594,10 @@ def tokenize_for_classes(
     What is longer than ``max_length`` loses its end.
     """
     limit = min(max_length, tokenizer.model_max_length)
-    ids = tokenizer([row.prompt for row in rows], truncation=True, max_length=limit).input_ids
+    rendered = any(row.rendered for row in rows)
+    ids = tokenizer(
+        [row.asked for row in rows], truncation=True, max_length=limit, add_special_tokens=not rendered
+    ).input_ids
     return [
         Tokens(prompt, len(prompt), classes.index(row.answer.strip())) for prompt, row in zip(ids, rows, strict=True)
     ]
@@ -464,8 +608,8 @@ def write_tokens(file: Path, rows: Sequence[Tokens]) -> None:
     import pyarrow as pa
     import pyarrow.parquet
 
-    columns = zip(*rows, strict=True) if rows else ((), (), ())
-    kinds = (pa.list_(pa.int32()), pa.int32(), pa.int32())
+    columns = zip(*rows, strict=True) if rows else ((),) * len(Tokens._fields)
+    kinds = (pa.list_(pa.int32()), pa.int32(), pa.int32(), pa.list_(pa.bool_()))
     arrays = [pa.array(column, kind) for column, kind in zip(columns, kinds, strict=True)]
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
@@ -540,7 +684,8 @@ def collate(rows: Sequence[Tokens], pad_id: int, multiple: int = 1) -> Batch:
     for n, row in enumerate(rows):
         ids[n, : len(row.ids)] = torch.tensor(row.ids)
         attention[n, : len(row.ids)] = 1
-        answers[n, max(row.answer_start, 1) - 1 : len(row.ids) - 1] = True
+        trained = True if row.trained is None else torch.tensor(row.trained[max(row.answer_start, 1) :])
+        answers[n, max(row.answer_start, 1) - 1 : len(row.ids) - 1] = trained
     labels = [row.label for row in rows if row.label is not None]
     return Batch(
         ids,

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from peftsweep import metrics
-from peftsweep.data import Example, Tokens, collate, tokenize, tokenize_for_classes, tokenize_pairs
+from peftsweep.data import Example, Tokens, collate, prompt_ids, tokenize, tokenize_for_classes, tokenize_pairs
 from peftsweep.errors import InputError
 from peftsweep.lanes import of_lane
 from peftsweep.measure import out_of_memory
@@ -72,7 +72,7 @@ def generation(
     predictions = generate(
         model,
         tokenizer,
-        [row.prompt for row in examples],
+        examples,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         max_length=max_length,
@@ -111,8 +111,9 @@ def classification(
         rows = tokenize_for_classes(tokenizer, examples, max_length, classes)
         scores = _class_scores(model, rows, pad_id=_pad_id(tokenizer), batch_size=batch_size)
     else:
-        pairs = [[(row.prompt, row.answer.replace(row.answer.strip(), name)) for name in classes] for row in examples]
-        scores = _grouped_likelihoods(model, tokenizer, pairs, batch_size=batch_size, max_length=max_length)
+        pairs = [[(row.asked, row.answer.replace(row.answer.strip(), name)) for name in classes] for row in examples]
+        sizes: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "marked": _marked(examples)}
+        scores = _grouped_likelihoods(model, tokenizer, pairs, **sizes)
     said = [_likeliest(row) for row in scores]
     lines = [
         {
@@ -142,7 +143,8 @@ def multiple_choice(
     number of characters of each choice.
     """
     pairs = [[(choice.prompt, choice.answer) for choice in row.choices] for row in examples]
-    scores = _grouped_likelihoods(model, tokenizer, pairs, batch_size=batch_size, max_length=max_length)
+    sizes: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "marked": _marked(examples)}
+    scores = _grouped_likelihoods(model, tokenizer, pairs, **sizes)
     gold = [row.gold for row in examples]
     said = [_likeliest(row) for row in scores]
     by_length = [
@@ -193,8 +195,7 @@ def instruction(
     ]
     sizes: dict[str, int] = {"batch_size": batch_size, "max_length": max_length}
     if "generation" in ways:
-        prompts = [row.prompt for row in examples]
-        texts = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, num_beams=num_beams, **sizes)
+        texts = generate(model, tokenizer, examples, max_new_tokens=max_new_tokens, num_beams=num_beams, **sizes)
         labels = [[choice.label for choice in row.choices] for row in examples]
         judged = [metrics.label_match(t, r.answer, names) for t, r, names in zip(texts, examples, labels, strict=True)]
         scores |= metrics.accuracy(judged)
@@ -204,7 +205,8 @@ def instruction(
             line |= {"prediction": text, "extracted": judgement.extracted, "correct": judgement.correct}
     if "labels" in ways:
         pairs = [[(choice.prompt, choice.answer) for choice in row.choices] for row in examples]
-        said = [_likeliest(row) for row in _grouped_likelihoods(model, tokenizer, pairs, **sizes)]
+        found_labels = _grouped_likelihoods(model, tokenizer, pairs, marked=_marked(examples), **sizes)
+        said = [_likeliest(row) for row in found_labels]
         scores["label_acc"] = _share(said, gold)
         facts = facts or _position_baselines(said, examples)
         for line, n, row in zip(lines, said, examples, strict=True):
@@ -240,6 +242,8 @@ def text_perplexity(
     owners: list[int] = []
     for n, row in enumerate(examples):
         ids = tokenizer(row.prompt + row.answer, add_special_tokens=False).input_ids
+        if row.rendered:
+            ids = row.rendered.ids[int(row.rendered.ids[0] == first) :]
         for start in range(0, len(ids), step):
             end = min(start + step, len(ids))
             context = [first, *ids[:start]] if end < size else ids[end - size : start]
@@ -263,13 +267,15 @@ def _grouped_likelihoods(
     *,
     batch_size: int,
     max_length: int,
+    marked: bool,
 ) -> list[list[float]]:
     """The log-likelihood of what follows in each pair of context and following text, group by group.
 
-    What the pairs of a group begin with in common is read once, where the model takes a cache.
+    What the pairs of a group begin with in common is read once, where the model takes a cache. ``marked``
+    contexts hold their special tokens as text, see ``tokenize_pairs``.
     """
     pad_id = _pad_id(tokenizer)
-    tokens = iter(tokenize_pairs(tokenizer, [pair for group in groups for pair in group], max_length))
+    tokens = iter(tokenize_pairs(tokenizer, [pair for group in groups for pair in group], max_length, marked=marked))
     rows = [[next(tokens) for _ in group] for group in groups]
     if _takes_a_cache(model) and all(_common_length(group) for group in rows):
         return of_lane(partial(_shared_likelihoods, model, rows, pad_id=pad_id, batch_size=batch_size))
@@ -342,6 +348,11 @@ def _padded(
     return ids.to(device), attention.to(device)
 
 
+def _marked(examples: Sequence[Example]) -> bool:
+    """Whether the prompts hold their special tokens as text, which the tokenizer then adds no more."""
+    return any(row.rendered for row in examples)
+
+
 def _likeliest(scores: Sequence[float]) -> int:
     return max(range(len(scores)), key=scores.__getitem__)
 
@@ -411,14 +422,17 @@ def mean_loss(model: nn.Module, rows: Sequence[Tokens], *, pad_id: int, batch_si
 def generate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Example],
     *,
     max_new_tokens: int,
     batch_size: int = 16,
     max_length: int = 768,
     num_beams: int = 1,
 ) -> list[str]:
-    """The model's continuation of each prompt, without the prompt, up to its end mark."""
+    """The model's continuation of each prompt (of an example, its prompt), without the prompt, up to its end mark.
+
+    What a chat template rendered also ends where the template ends a turn.
+    """
     sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "max_length": max_length}
     return of_lane(partial(_generate, model, tokenizer, prompts, **sizes, num_beams=num_beams))
 
@@ -427,7 +441,7 @@ def generate(
 def _generate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Example],
     *,
     max_new_tokens: int,
     batch_size: int,
@@ -439,10 +453,10 @@ def _generate(
     limit = min(max_length, tokenizer.model_max_length - max_new_tokens)
     if limit < 1:
         raise InputError(f"max_new_tokens={max_new_tokens}: the model sees {tokenizer.model_max_length} tokens at once")
-    whole = tokenizer(list(prompts)).input_ids
-    encoded = [ids[-limit:] for ids in whole]
-    if cut := sum(len(ids) > limit for ids in whole):
-        log.warning("%d of %d prompts lose their beginning: they have more than %d tokens", cut, len(whole), limit)
+    encoded = prompt_ids(tokenizer, prompts, limit)
+    if cut := sum(len(ids) >= limit for ids in encoded):
+        log.warning("%d of %d prompts may have lost their beginning: they fill %d tokens", cut, len(encoded), limit)
+    ends = sorted({*_end_ids(model, tokenizer), *_turn_ends(prompts)})
     texts = [[""] * len(prompts) for _ in range(lanes)]
     greedy = num_beams == 1 and _takes_a_cache(model)
     batch_size = batch_size if abilities(model).padded_batches else 1
@@ -451,9 +465,9 @@ def _generate(
         # Padded on the left, as generation goes on at the right.
         ids, attention = _padded([encoded[n] for n in numbers * lanes], _pad_id(tokenizer), device, left=True)
         made = (
-            _greedy(model, ids, attention, max_new_tokens, _end_ids(model, tokenizer), lanes)
+            _greedy(model, ids, attention, max_new_tokens, ends, lanes)
             if greedy
-            else _searched(model, tokenizer, ids, attention, max_new_tokens, num_beams)
+            else _searched(model, tokenizer, ids, attention, max_new_tokens, num_beams, ends)
         )
         written = iter(tokenizer.batch_decode(made, skip_special_tokens=True))
         for mine in texts:
@@ -521,6 +535,7 @@ def _searched(
     attention: torch.Tensor,
     max_new_tokens: int,
     num_beams: int,
+    ends: Sequence[int],
 ) -> list[list[int]]:
     """What transformers' own generation writes: with beams, and for methods that prepare their inputs themselves."""
     made: torch.Tensor = cast(Any, model).generate(
@@ -533,7 +548,7 @@ def _searched(
         top_p=None,
         top_k=None,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=_end_ids(model, tokenizer),
+        eos_token_id=list(ends),
         **row_inputs(model, ids),
     )
     tokens: list[list[int]] = made[:, ids.shape[1] :].tolist()
@@ -559,6 +574,11 @@ def _end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     known = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or []
     marks = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
     return sorted(int(mark) for mark in marks if mark is not None)
+
+
+def _turn_ends(prompts: Sequence[str | Example]) -> set[int]:
+    rendered = [prompt.rendered for prompt in prompts if isinstance(prompt, Example)]
+    return {row.end for row in rendered if row is not None and row.end is not None}
 
 
 def _in_batches(lengths: Sequence[int], batch_size: int, work: Callable[[list[int]], None]) -> None:

@@ -30,7 +30,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from peftsweep import record
-from peftsweep.data import read_rows
+from peftsweep.data import prompt_ids, read_rows
 from peftsweep.errors import InputError, suggest
 from peftsweep.measure import out_of_memory, percentile, synchronise
 from peftsweep.model import row_inputs, token_limit
@@ -234,10 +234,10 @@ def _encode(category: Category, tokenizer: PreTrainedTokenizerBase, room: int) -
 
     A prompt of a given length begins with its own text and goes on with those after it, again and again.
     """
-    starts: list[list[int]] = tokenizer(category.texts).input_ids
+    starts = prompt_ids(tokenizer, category.texts)
     if category.prompt_tokens is None:
         limit = room - category.new_tokens
-        return [ids[-limit:] for ids in starts], sum(len(ids) > limit for ids in starts)
+        return prompt_ids(tokenizer, category.texts, limit), sum(len(ids) > limit for ids in starts)
     following = tokenizer([f"\n\n{text}" for text in category.texts], add_special_tokens=False).input_ids
     prompts = []
     for n, start in enumerate(starts):

@@ -1,8 +1,18 @@
 """Several LoRA adapters on one frozen base at once: a batch that holds the rows of all of them.
 
 The rows of a batch stand once for each lane, lane after lane; the base is multiplied with all of them at once
-(quantised weights are unpacked once for all), each adapter with its own. PEFT's adapters stay the storage: while
-they are packed, their weights are parts of larger tensors.
+(quantised weights are unpacked once for all), each adapter with its own.
+
+How near a lane comes to the trial alone. The last bits of a matrix product depend on the kernel that the library (on a
+CPU MKL) takes for its shape and layout. On a CPU each adapter is therefore multiplied by itself, in the shapes and
+layouts of the trial alone: a step takes 0.92 to 1.02 times as long as with one batched product for all lanes, whose
+ranks must be filled up to the largest (tests/benchmarks/packing.py --arithmetic). The base's product has the rows of
+all lanes. MKL's kernels for AVX2 and AVX-512 were seen to sum up a row in the same order however many rows there are,
+so that a lane is the trial alone to the bit; its compatible ones (MKL_CBWR=COMPATIBLE) take another order for few rows.
+A product for each lane would make a step 2% to 8% longer on an unquantised base, and on a 4-bit one unpack the weights
+for each lane. What is promised is therefore a tolerance: in 32 bits the losses of the first 20 steps are those of the
+trial alone within 1e-5 relative, which is 170 times the rounding of one operation (2**-24). On CUDA, where starting a
+kernel costs more than a small product, adapters are multiplied in one batch.
 """
 
 from __future__ import annotations
@@ -12,13 +22,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from bitsandbytes.nn.modules import Linear8bitLt
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.nn import functional
 
 from peftsweep.data import Batch
 from peftsweep.model import QUANTISED
@@ -29,17 +40,67 @@ Found = TypeVar("Found")
 ASKED = "peftsweep_lane"  # attribute of a pack's model, by which the lane that is asked is answered
 
 
-@dataclass
-class _Bank:
-    """The adapters of one layer, ranks filled up with zeros to the largest, R.
+class _Adapters(Protocol):
+    """The adapters of one layer: their weights as leaves of the graph, whose gradients are those of PEFT's weights."""
 
-    Shapes: ``a`` [adapters, R, in], ``b`` [adapters, R, out], ``scale`` [adapters, 1, 1]. A filled-up part has no
-    gradient that anybody takes, and stays zero.
+    leaves: list[torch.Tensor]
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        """What they add to the base's output: [adapters, rows, in] -> [adapters, rows, out]."""
+
+
+class _Separate:
+    """Each multiplied by itself, in the shapes and layouts of the trial alone."""
+
+    def __init__(self, layer: Any, names: Sequence[str], trained: bool) -> None:
+        self._scales = [layer.scaling[name] for name in names]
+        weights = [part[name].weight for name in names for part in (layer.lora_A, layer.lora_B)]
+        self.leaves = [weight.detach().requires_grad_() for weight in weights]
+        for weight, leaf in zip(weights, self.leaves, strict=True) if trained else ():
+            weight.grad = leaf.grad = torch.zeros_like(leaf)
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        """See ``_Adapters``."""
+        parts = zip(x, self.leaves[::2], self.leaves[1::2], self._scales, strict=True)
+        return torch.stack([functional.linear(functional.linear(rows, a), b) * scale for rows, a, b, scale in parts])
+
+
+class _Stacked:
+    """All multiplied in one batch, ranks filled up with zeros to the largest, R.
+
+    Shapes: ``a`` [adapters, R, in], ``b`` [adapters, R, out], ``scale`` [adapters, 1, 1]; PEFT's weights become parts
+    of the first two. A filled-up part has no gradient that anybody takes, and stays zero.
     """
 
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: torch.Tensor
+    def __init__(self, layer: Any, names: Sequence[str], trained: bool) -> None:
+        like = layer.lora_A[names[0]].weight
+        rank = max(layer.r[name] for name in names)
+        a = like.new_zeros(len(names), rank, layer.in_features)
+        b = like.new_zeros(len(names), rank, layer.out_features)
+        if trained:
+            a.grad, b.grad = torch.zeros_like(a), torch.zeros_like(b)
+        for place, name in enumerate(names):
+            own, down, up = slice(layer.r[name]), layer.lora_A[name].weight, layer.lora_B[name].weight
+            for weight, part in ((down, a[place, own]), (up, b[place, own].T)):
+                part.copy_(weight.data)
+                weight.data = part
+            if a.grad is not None and b.grad is not None:
+                down.grad, up.grad = a.grad[place, own], b.grad[place, own].T
+        self.leaves = [a.requires_grad_(), b.requires_grad_()]
+        self._scale = torch.tensor([layer.scaling[name] for name in names], device=like.device)[:, None, None]
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        """See ``_Adapters``."""
+        a, b = self.leaves
+        return torch.bmm(torch.bmm(x, a.mT), b) * self._scale
+
+
+@dataclass
+class _Bank:
+    """The adapters of one layer, and whose they are."""
+
+    adapters: _Adapters
+    dtype: torch.dtype
     lanes: torch.Tensor | None  # the places in the pack of those that have an adapter here; None: all have
     dropout: list[tuple[float, torch.Generator]]
 
@@ -59,15 +120,19 @@ class Pack:
     """The adapters ``names`` of ``model``, used together from here to ``close``; some may ``leave`` before.
 
     A forward pass then takes a batch made by ``for_all``. ``seed`` is that of every lane's dropout; None: nothing
-    is trained, and no memory taken for gradients.
+    is trained, and no memory taken for gradients. ``stacked``: the adapters are multiplied in one batch, as is usual
+    on CUDA, else each by itself.
     """
 
-    def __init__(self, model: PeftModel, names: Sequence[str], seed: int | None = None) -> None:
+    def __init__(
+        self, model: PeftModel, names: Sequence[str], seed: int | None = None, *, stacked: bool | None = None
+    ) -> None:
         self.names = list(names)
         self.model = model
         self._trained = seed is not None
         device = next(model.parameters()).device
         on = "cpu" if device.type == "meta" else device
+        self._kind = _Stacked if (device.type == "cuda" if stacked is None else stacked) else _Separate
         self._generators = {name: torch.Generator(on).manual_seed(seed or 0) for name in names}
         self._layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
         self._banks: dict[Any, _Bank] = {}
@@ -170,29 +235,15 @@ class Pack:
         for layer in self._layers:
             if names := [name for name in self.names if name in layer.lora_A]:
                 self._banks[layer] = self._bank(layer, names)
-        tensors = [tensor for bank in self._banks.values() for tensor in (bank.a, bank.b)]
-        self.gradients = [tensor.grad for tensor in tensors if tensor.grad is not None]
+        leaves = [leaf for bank in self._banks.values() for leaf in bank.adapters.leaves]
+        self.gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
 
     def _bank(self, layer: Any, names: list[str]) -> _Bank:
         like = layer.lora_A[names[0]].weight
-        rank = max(layer.r[name] for name in names)
-        a = like.new_zeros(len(names), rank, layer.in_features)
-        b = like.new_zeros(len(names), rank, layer.out_features)
-        if self._trained:
-            a.grad, b.grad = torch.zeros_like(a), torch.zeros_like(b)
-        for place, name in enumerate(names):
-            own, down, up = slice(layer.r[name]), layer.lora_A[name].weight, layer.lora_B[name].weight
-            for weight, part in ((down, a[place, own]), (up, b[place, own].T)):
-                part.copy_(weight.data)
-                weight.data = part
-            if a.grad is not None and b.grad is not None:
-                down.grad, up.grad = a.grad[place, own], b.grad[place, own].T
-        scale = torch.tensor([layer.scaling[name] for name in names], device=like.device)
         places = [self.names.index(name) for name in names]
         return _Bank(
-            a.requires_grad_(),
-            b.requires_grad_(),
-            scale[:, None, None],
+            self._kind(layer, names, self._trained),
+            like.dtype,
             None if len(places) == len(self.names) else torch.tensor(places, device=like.device),
             [(getattr(layer.lora_dropout[name], "p", 0.0), self._generators[name]) for name in names],
         )
@@ -220,10 +271,10 @@ class Pack:
         if x.ndim != 3 or len(x) % lanes or self._rows not in (0, len(x) // lanes):
             raise ValueError(f"a layer that is given {list(x.shape)} in place of all rows cannot be packed")
         mine = x.reshape(lanes, -1, x.shape[-1])
-        mine = (mine if bank.lanes is None else mine[bank.lanes]).to(bank.a.dtype)
+        mine = (mine if bank.lanes is None else mine[bank.lanes]).to(bank.dtype)
         if layer.training and any(p for p, _ in bank.dropout):
             mine = mine * _noise(mine, bank.dropout)
-        update = torch.bmm(torch.bmm(mine, bank.a.mT), bank.b) * bank.scale
+        update = bank.adapters.update(mine)
         if isinstance(layer.base_layer, QUANTISED):
             update = update.to(result.dtype)  # PEFT adds in the base's format there, elsewhere in the adapter's
         flat = result.reshape(lanes, -1, result.shape[-1])

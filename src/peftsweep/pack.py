@@ -1,7 +1,8 @@
 """Several trials trained at once on one frozen base: which can be, and the running of those that are.
 
 What is alike in them is done once: the base is loaded, the rows are read, the base is scored. Then their
-adapters are trained together (packed.py), and each is evaluated, saved and recorded as a trial alone is.
+adapters are trained together (packed.py), and each is evaluated, saved and recorded as a trial alone is. Its numbers
+are those of the trial alone within rounding, not to the bit (lanes.py says why).
 """
 
 from __future__ import annotations

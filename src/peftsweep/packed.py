@@ -1,4 +1,4 @@
-"""Several LoRA adapters trained at once on one frozen base, each to the numbers it would come to alone.
+"""Several LoRA adapters trained at once on one frozen base, each to the numbers it would come to alone within rounding.
 
 The lanes of a pack see the same rows in the same order, in batches that hold them for all (lanes.py); each has its
 own loss, clipping, optimizer, schedule, dropout and end.
@@ -73,6 +73,8 @@ def train_packed(
     model: PeftModel, rows: Sequence[Tokens], lanes: Sequence[Lane], *, pad_id: int, seed: int, meter: Meter
 ) -> dict[str, Ended]:
     """Train the adapters of ``lanes`` in one loop, each as ``train.train`` would alone; the rest as for that.
+
+    How near the losses come to those of the trial alone is said in lanes.py.
 
     What the lanes' configurations say of batches, autocast, checkpointing and padding must be the same. A lane that
     has taken its steps, or whose loss is no longer finite, or that fails in its own part, leaves the pack. The lanes
@@ -221,8 +223,6 @@ class _Running:
             if self.config.clip:
                 self.scaler.unscale_(self.optimizer)
                 gradients = [cast(torch.Tensor, weight.grad) for weight in self._parameters]
-                if self._meter.device.type == "cpu":  # summed up in the order of the trial alone, to the same bit
-                    gradients = [gradient.contiguous() for gradient in gradients]
                 norm = nn.utils.get_total_norm(gradients)
                 nn.utils.clip_grads_with_norm_(self._parameters, self.config.clip, norm)
             self.scaler.step(self.optimizer)

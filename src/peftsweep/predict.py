@@ -189,7 +189,7 @@ def _trace(
     batch = _batch(adapted, shape)
     if lanes is None:
         return _traced(adapted, config, batch, device, [train.make_optimizer(adapted, config)], None)
-    pack = Pack(adapted, [*lanes], seed=0)
+    pack = Pack(adapted, [*lanes], seed=0, stacked=device == "cuda")
     try:
         weights = {name: list(pack.weights(name).values()) for name in lanes}
         optimizers = [train.make_optimizer(nn.Module(), one, weights[name]) for name, one in lanes.items()]

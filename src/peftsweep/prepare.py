@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pydoc
 import random
@@ -35,6 +34,7 @@ class Options:
     format: str = "raw"
     seed: int = 0
     path: str | None = None
+    encoding: str | None = None
     prompt: str | None = None
     answer: str | None = None
     force: bool = False
@@ -61,7 +61,8 @@ def main(cfg: DictConfig, options: Options) -> int:
     check(options)
     dataset = dataset_config(cfg, options)
     rows = read(dataset, options)
-    pairs = unique(list(map(Pair, rows, data.dataset_examples(dataset, rows, options.path or ""))))
+    made = data.templates(dataset, options.path or "").each(rows)
+    pairs = unique([Pair(row, example) for row, example in zip(rows, made, strict=True) if example])
     train, test = split(pairs, options)
     shape, how = shaping(dataset, options, rows)
     files = {options.out: [shape(pair) for pair in train], options.test_out: [shape(pair) for pair in test]}
@@ -106,7 +107,7 @@ def dataset_config(cfg: DictConfig, options: Options) -> DatasetConfig:
     Raises:
         InputError: it says neither where its rows are nor a template, and no option does.
     """
-    for key in ("path", "prompt", "answer"):
+    for key in ("path", "encoding", "prompt", "answer"):
         if (value := getattr(options, key)) is not None:
             cfg.dataset[key] = value
     for key in ("prompt", "answer"):
@@ -122,7 +123,7 @@ def dataset_config(cfg: DictConfig, options: Options) -> DatasetConfig:
 def read(dataset: DatasetConfig, options: Options) -> list[Row]:
     """The rows of the local file, else those that are made from a seed, else the hub's."""
     if dataset.path is not None:
-        return data.read_rows(dataset.path, "--path")
+        return data.read_rows(dataset.path, "--path", dataset.encoding)
     if dataset.generator is not None:
         make: Any = pydoc.locate(dataset.generator)
         rows: list[Row] = make("train", options.samples or dataset.samples, options.seed)
@@ -138,20 +139,22 @@ def unique(pairs: Sequence[Pair]) -> list[Pair]:
     """The first of those that have both prompt and answer in common."""
     first: dict[tuple[str, str], Pair] = {}
     for pair in pairs:
-        first.setdefault((pair.example.prompt, pair.example.answer), pair)
+        first.setdefault(pair.example.written, pair)
     return list(first.values())
 
 
 def split(pairs: Sequence[Pair], options: Options) -> tuple[list[Pair], list[Pair]]:
-    """A sample in two parts; all that share a prompt are in the same one.
+    """A sample in two parts; all that share a prompt are in the same one, unless all share one.
 
     Raises:
         InputError: one of the parts would be empty.
     """
     count = min(options.samples or len(pairs), len(pairs))
     asked: dict[str, list[Pair]] = {}
+    constant = len({pair.example.prompt for pair in pairs}) == 1
     for pair in random.Random(options.seed).sample(pairs, count):
-        asked.setdefault(data.question(pair.example), []).append(pair)
+        same = pair.example.answer if constant else pair.example.prompt
+        asked.setdefault(" ".join(same.split()).lower(), []).append(pair)
     train: list[Pair] = []
     test: list[Pair] = []
     for group in asked.values():
@@ -184,8 +187,8 @@ def shaping(
 
 
 def _alpaca(pair: Pair) -> Row:
-    turns = _turns(pair.example)
-    if len(turns) > 1:
+    turns, conversation = _turns(pair.example), pair.example.conversation
+    if len(turns) > 2 or (conversation and (conversation.tools or not isinstance(turns[0].get("content"), str))):
         raise InputError("--format=alpaca: a conversation of several turns is no instruction; take chatml or raw")
     return {"instruction": turns[0]["content"], "input": "", "output": pair.example.answer}
 
@@ -193,15 +196,16 @@ def _alpaca(pair: Pair) -> Row:
 def _chatml(pair: Pair) -> Row:
     if not pair.example.prompt.strip():
         raise InputError("--format=chatml: a row without a prompt is no conversation; take alpaca or raw")
-    return {"messages": [*_turns(pair.example), {"role": "assistant", "content": pair.example.answer}]}
+    conversation = pair.example.conversation
+    tools = {"tools": conversation.tools} if conversation and conversation.tools else {}
+    return {"messages": _turns(pair.example)} | tools
 
 
-def _turns(example: Example) -> list[dict[str, str]]:
-    """The prompt as turns, which that of a conversation is already (see ``tasks.messages``)."""
-    if example.prompt.startswith('[{"role"'):
-        turns: list[dict[str, str]] = json.loads(example.prompt)
-        return turns
-    return [{"role": "user", "content": example.prompt}]
+def _turns(example: Example) -> list[Row]:
+    """The turns of a conversation, or prompt and answer as two of them."""
+    if example.conversation:
+        return example.conversation.messages
+    return [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.answer}]
 
 
 def _paths(options: Options) -> list[str]:

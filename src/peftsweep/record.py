@@ -27,6 +27,12 @@ PACKAGES = (
     *("peftsweep", "torch", "transformers", "peft", "accelerate", "bitsandbytes"),
     *("datasets", "tokenizers", "hydra-core", "numpy"),
 )
+# Environment variables that choose the CPU's kernels, and so the order in which numbers are summed up.
+KERNEL_SWITCHES = (
+    *("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "MKL_DEBUG_CPU_TYPE", "MKL_NUM_THREADS"),
+    *("MKL_DYNAMIC", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE"),
+    *("DNNL_DEFAULT_FPMATH_MODE", "OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS"),
+)
 SECTIONS = ("run_info", "train_info", "memory", "eval_info", "generation_info")  # of a record, that were measured
 
 
@@ -226,14 +232,17 @@ def one_line(error: BaseException) -> str:
 
 
 def environment(*, gpus: bool = True) -> dict[str, Any]:
-    """Versions, system and device; never environment variables. Without ``gpus`` no GPU is asked for its name."""
+    """Versions, system and device; of the environment variables only ``KERNEL_SWITCHES``.
+
+    Without ``gpus`` no GPU is asked for its name.
+    """
     return {
         "packages": packages(),
         "system": {
             "system": platform.system(),
             "release": platform.release(),
             "machine": platform.machine(),
-            "processor": _processor(),
+            "processor": processor(),
             "cpus": os.cpu_count(),
             "python": platform.python_version(),
         },
@@ -273,7 +282,8 @@ def _package(name: str) -> dict[str, str | None] | None:
     return {"version": installed, "commit": commit}
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The CPU's model name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -290,9 +300,19 @@ def _torch(gpus: bool) -> dict[str, Any]:
     import torch
 
     count = torch.cuda.device_count() if gpus else 0
+    names = [torch.cuda.get_device_name(number) for number in range(count)]
+    return {"version": torch.__version__, "cuda": torch.version.cuda, "gpus": names} | kernels()
+
+
+def kernels() -> dict[str, Any]:
+    """What decides the last bits of a sum on a CPU, beside its model and the versions of the packages.
+
+    The instruction set that torch uses, its threads, and the environment variables that choose other kernels.
+    """
+    import torch
+
     return {
-        "version": torch.__version__,
-        "cuda": torch.version.cuda,
-        "gpus": [torch.cuda.get_device_name(number) for number in range(count)],
         "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "kernel_switches": {name: os.environ[name] for name in KERNEL_SWITCHES if os.environ.get(name)},
     }

@@ -1,4 +1,9 @@
-"""A trial run again: is it the same, to the bit or within its errors, and what changed in between?"""
+"""A trial run again: is it the same, and what changed in between?
+
+Two rules. On the same CPU with the same kernels, versions, thread count and settings every number must be equal to the
+bit. Where any of these differs, or is not recorded, sums may be taken in another order; a score may then differ by
+``CLOSE`` standard errors. The comparison says which rule it applied and why.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +33,10 @@ ENVIRONMENT = (
     *("meta_info.packages.", "meta_info.torch.", "meta_info.system.machine", "meta_info.system.processor"),
     "meta_info.system.python",
 )
+CAPABILITY = "meta_info.torch.cpu_capability"  # not in records of before it was recorded
 CLOSE = 2.0  # standard errors between two scores that count as one: 95% of equal ones lie closer
-CLOSE_WITHOUT_ERROR = 0.02  # and the share by which those may differ that have none
+CLOSE_WITHOUT_ERROR = 0.02  # and the share by which those may differ that have none, and losses where there is no score
+NEVER_ROUNDED = ("steps", "tokens", "training_rows", "trainable_parameters", "total_parameters")
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class Figure:
     after: float | None
     stderr: float | None = None  # of the difference, as if the two rested on different rows: an upper bound
     score: bool = False  # of an evaluation
+    count: bool = False  # of rows, tokens, steps or parameters
 
     @property
     def equal(self) -> bool:
@@ -74,6 +82,7 @@ class Comparison:
     losses: tuple[int, int | None]  # how many were logged in both, and the first step that differs
     adapter: bool | None  # whether the saved weights are the same bytes; None where one has none
     costs: list[str]  # how long it took and what it held, before and now: never judged
+    because: list[str]  # why the numbers need not be equal to the bit; none: they must be
 
     @property
     def different(self) -> list[Figure]:
@@ -87,21 +96,26 @@ class Comparison:
 
     @property
     def exact(self) -> bool:
-        """Whether the bits must be the same: a CPU, with the same settings, versions and threads."""
-        return not any(key.startswith((*ENVIRONMENT, IDENTITY)) for key in self.changed) and not self._on_gpu
+        """Whether the bits must be the same: a CPU, with the same kernels, settings, versions and threads."""
+        return not self.because
+
+    @property
+    def far(self) -> list[Figure]:
+        """What differs by more than another order of sums would explain: of the scores (else losses), and of counts."""
+        scored = any(figure.score for figure in self.figures)
+        judged = [figure for figure in self.figures if figure.score or figure.count or not scored]
+        return [figure for figure in judged if not (figure.equal if figure.count else figure.close)]
 
     @property
     def same(self) -> bool:
-        """Whether no score differs by more than what changed would allow."""
+        """Whether no figure differs by more than what changed would allow."""
         if self._other_end:
             return False
-        return self.equal if self.exact else all(figure.close for figure in self.figures if figure.score)
+        return self.equal if self.exact else not self.far
 
     @property
     def _other_end(self) -> bool:
         return self.status[0] != self.status[1]
-
-    _on_gpu: bool = False
 
     def lines(self) -> list[str]:
         """What there is to say, the verdict last."""
@@ -109,12 +123,19 @@ class Comparison:
         lines = [f"changed: {line}" for line in said] or ["changed: nothing; the same versions, device and code"]
         if self._other_end:
             return [*lines, f"not the same: {self.status[0]} before, {self.status[1]} now"]
-        lines += map(str, self.different)
+        lines += [self.rule, *map(str, self.different)]
         if self.losses[1] is not None:
             lines.append(f"logged losses: different from step {self.losses[1]} on")
         if self.adapter is False:
             lines.append("the adapter's weights: different")
         return [*lines, *self.costs, self.verdict]
+
+    @property
+    def rule(self) -> str:
+        """Which of the two rules holds, and why."""
+        if self.exact:
+            return "judged to the bit: the same CPU, kernels, versions, thread count and settings"
+        return f"judged within {CLOSE:g} standard errors: {'; '.join(self.because)}"
 
     @property
     def verdict(self) -> str:
@@ -123,11 +144,18 @@ class Comparison:
             weights = " and the adapter's weights" if self.adapter else ""
             return f"equal to the bit: {len(self.figures)} figures, {self.losses[0]} logged losses{weights}"
         if self.exact:
-            return "not the same: on a CPU with the same versions every bit should be"
-        far = ", ".join(figure.name for figure in self.figures if figure.score and not figure.close)
-        if far:
-            return f"not the same: {far} by more than {CLOSE:g} standard errors"
-        return f"the same within {CLOSE:g} standard errors, not to the bit"
+            return "not the same: on the same CPU with the same versions and threads every bit should be"
+        if counts := [figure.name for figure in self.far if figure.count]:
+            return f"not the same: {', '.join(counts)}, which no rounding changes"
+        if self.far:
+            return f"not the same: {', '.join(figure.name for figure in self.far)} by more than {self._tolerance}"
+        return f"the same within {self._tolerance}, not to the bit"
+
+    @property
+    def _tolerance(self) -> str:
+        if any(figure.stderr for figure in self.figures):
+            return f"{CLOSE:g} standard errors"
+        return f"{CLOSE_WITHOUT_ERROR:.0%}"
 
 
 def original(path: str) -> Result:
@@ -151,16 +179,16 @@ def original(path: str) -> Result:
 def compare(before: Result, after: Result) -> Comparison:
     """Hold the record ``after`` against that of the trial it repeats."""
     flat = [record.flat(record.plain(vars(one) | {"folder": None})) for one in (before, after)]
-    gpus = [one.meta_info.get("torch", {}).get("gpus") for one in (before, after)]
+    changed = _changed(*flat)
     return Comparison(
         of=before.folder or Path(),
-        changed=_changed(*flat),
+        changed=changed,
         figures=_figures(*flat),
         status=(before.status.name, after.status.name),
         losses=_losses(before.folder or Path(), after.folder or Path()),
         adapter=_same_files(before.folder or Path(), after.folder or Path()),
         costs=_costs(*flat),
-        _on_gpu=any(gpus) and after.config.get("device") != "cpu",
+        because=[*_other_device(before, after), *_other_kernels(changed, flat[0]), *_other_sums(before, after)],
     )
 
 
@@ -169,6 +197,8 @@ def write(comparison: Comparison, after: Result) -> None:
     found = {
         "repeat_of": comparison.of,
         "equal_to_the_bit": comparison.equal,
+        "judged": "to the bit" if comparison.exact else "within a tolerance",
+        "because": comparison.because,
         "same": comparison.same,
         "verdict": comparison.verdict if after.status is Status.success else comparison.lines()[-1],
         "changed": {key: {"before": before, "now": now} for key, (before, now) in comparison.changed.items()},
@@ -178,6 +208,31 @@ def write(comparison: Comparison, after: Result) -> None:
 
 
 Flat = Mapping[str, Any]
+
+
+def _other_device(before: Result, after: Result) -> list[str]:
+    gpus = [one.meta_info.get("torch", {}).get("gpus") for one in (before, after)]
+    return ["on a GPU sums have no fixed order"] if any(gpus) and after.config.get("device") != "cpu" else []
+
+
+def _other_kernels(changed: Mapping[str, tuple[Any, Any]], before: Flat) -> list[str]:
+    """What of the environment or the settings differs, or is not known."""
+    unknown = before.get(CAPABILITY) is None
+    keys = [key for key in changed if key.startswith((*ENVIRONMENT, IDENTITY)) and not (unknown and key == CAPABILITY)]
+    reasons = [f"{', '.join(key.removeprefix('meta_info.') for key in keys)} changed"] if keys else []
+    if unknown:
+        reasons.append("the record of before does not say which kernels its CPU used")
+    return reasons
+
+
+def _other_sums(before: Result, after: Result) -> list[str]:
+    """Ways to train that take sums in another order, or did so where nothing is recorded of."""
+    sides = (before, after)
+    packs = any(one.train_info.get("packed") or one.run_info.get("packed_with") for one in sides)
+    reasons = ["trained in a pack, in which sums are taken in another order"] if packs else []
+    if any(one.run_info.get("resumed") for one in sides):
+        reasons.append("went on from a checkpoint, which another machine may have written")
+    return reasons
 
 
 def _changed(before: Flat, after: Flat) -> dict[str, tuple[Any, Any]]:
@@ -203,8 +258,10 @@ def _figures(before: Flat, after: Flat) -> list[Figure]:
         stderr = math.hypot(*errors) if None not in errors else None  # type: ignore[arg-type]
         values = (before.get(f"{name}.value"), after.get(f"{name}.value"))
         found.append(Figure(name.removeprefix("eval_info."), *values, stderr, score=True))
-    names = [f"train_info.{name}" for name in COUNTED]
-    return found + [Figure(name, before.get(name), after.get(name)) for name in names if name in before]
+    names = {f"train_info.{name}": name in NEVER_ROUNDED for name in COUNTED}
+    return found + [
+        Figure(name, before.get(name), after.get(name), count=count) for name, count in names.items() if name in before
+    ]
 
 
 def _losses(before: Path, after: Path) -> tuple[int, int | None]:

@@ -68,13 +68,29 @@ class TargetsConfig:
     otherwise: list[str] = field(default_factory=lambda: ["q", "v"])  # roles, where the method prefers none
 
 
+class OnMissing(Enum):
+    """What becomes of a row without a value for a column that a template or reader needs."""
+
+    error = "error"
+    drop = "drop"  # the row is left out
+    empty = "empty"  # the value is an empty text
+
+
+class Turns(Enum):
+    """Which turns of the assistant are trained on, and judged by perplexity."""
+
+    all = "all"
+    last = "last"
+
+
 @dataclass
 class DatasetConfig:
     """Rows, and how a row becomes a prompt and its answer."""
 
     name: str = MISSING
-    path: str | None = None  # local training rows: .json .jsonl .csv .tsv .parquet
+    path: str | None = None  # local training rows: .json .jsonl .csv .tsv .parquet .txt, and .gz of them
     test_path: str | None = None  # local rows the dataset's own evaluation judges on
+    encoding: str | None = None  # of these files, such as cp1252; null: by the byte order mark, else UTF-8
     hub: str | None = None
     hub_config: str | None = None
     revision: str | None = None
@@ -84,6 +100,8 @@ class DatasetConfig:
     train_fraction: float = 0.9  # parts `path` where no test rows are named
     split_seed: int = 0  # of that parting, so that trials of different seeds share their test rows
     reader: str | None = None  # dotted path of a function row -> row, see tasks.py
+    missing: OnMissing = OnMissing.error  # what a null or NaN in a column that a template names does
+    leave_out_tested: bool = True  # leave out training rows whose prompt and answer are a test row's
     max_characters: int | None = None  # of prompt and answer; training rows that are longer are left out
     deduplicate: bool = False  # leave out training rows that repeat an earlier one
     samples: int | None = None  # limit of the training rows
@@ -93,7 +111,8 @@ class DatasetConfig:
     classes: list[str] = field(default_factory=list)  # of a classification; an answer is one of them or its number
     max_length: int = 768  # tokens of prompt and answer together
     drop_long: bool = False  # leave out training rows of more tokens, instead of cutting them
-    chat: bool = False  # prompts go through the tokenizer's chat template
+    chat: bool = False  # rows go through the tokenizer's chat template; false: conversations in a plain layout
+    turns: Turns = Turns.all  # of the assistant in a conversation that are trained on
 
 
 @dataclass
@@ -184,6 +203,7 @@ class RowsConfig:
     """The part of an `eval` entry that names its rows; all null means the dataset's own test rows."""
 
     path: str | None = None
+    encoding: str | None = None  # of the file, see DatasetConfig
     hub: str | None = None
     hub_config: str | None = None
     hub_split: str = "test"

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from peftsweep import config as configuration
 from peftsweep import engine, forecast, record, repeat, study, trial, workers
 from peftsweep.config import Trial
 from peftsweep.display import Display, size, summary
@@ -46,12 +47,16 @@ def run(
     forecasts = [forecast.check(one) for one in trials]  # raises before anything is written
     stand_ins = _stand_ins(trials, forecasts)
     if config.dry_run:
+        for one in trials:
+            configuration.check_conversations(one.config)
         _dry_run(trials, forecasts, stand_ins)
         return [None] * len(trials)
     results: list[Result | None] = [trial.finished(one) for one in trials]
     for done in _once(results):
         _share(done, trials, results, stand_ins)
     missing = {stand_ins[n].identity: stand_ins[n] for n, done in enumerate(results) if done is None}
+    for one in missing.values():
+        configuration.check_conversations(one.config)
     with Display(len(missing), quiet=config.quiet) as display, _terminable():
         for held in _once(results):
             display.say(f"done before: {held.trial} ({held.status.name})")

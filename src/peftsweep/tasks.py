@@ -13,21 +13,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from peftsweep.chat import Conversation
+
 Row = dict[str, Any]
 Reader = Callable[[Row], Row]
 
 OPTION = re.compile(r"(?:Answer|Solution|Ending|Option)\d:\s*(.*?)\s*(?=(?:Answer|Solution|Ending|Option)\d:|\Z)", re.S)
+TRUTH = {"0": 0, "false": 0, "no": 0, "1": 1, "true": 1, "yes": 1}
 LABELS = re.compile(r"\s*Answer format:\s*(\S+)\s*\Z")
 
 
 def _with_choices(row: Row, texts: Sequence[str], gold: int) -> Row:
+    _check_gold(gold, len(texts))
     return row | {"choices": [{"answer": text} for text in texts], "gold": gold, "answer": texts[gold]}
+
+
+def _check_gold(gold: int, choices: int) -> None:
+    # Test sets without labels say -1 or 0, which as a place in a list would be its last.
+    if not 0 <= gold < choices:
+        raise ValueError(f"its label names choice {gold + 1} of {choices}")
 
 
 def boolq(row: Row) -> Row:
     """BoolQ: ``passage``, ``question`` and ``answer`` (or, in SuperGLUE, ``label``), true or false."""
-    said = row.get("label", row.get("answer"))
-    return _with_choices(row, ["no", "yes"], int(str(said).lower() in ("1", "true")))
+    said = str(row["label" if "label" in row else "answer"]).lower()
+    if said not in TRUTH:
+        raise ValueError(f"its answer '{said}' is none of {', '.join(TRUTH)}")
+    return _with_choices(row, ["no", "yes"], TRUTH[said])
 
 
 def piqa(row: Row) -> Row:
@@ -58,6 +70,7 @@ def winogrande(row: Row) -> Row:
     options = [row["option1"], row["option2"]]
     choices = [{"context": before + text, "answer": rest.strip(), "text": text} for text in options]
     gold = int(row["answer"]) - 1
+    _check_gold(gold, len(choices))
     return row | choices[gold] | {"choices": choices, "gold": gold}
 
 
@@ -91,22 +104,67 @@ def dolly(row: Row) -> Row:
     return alpaca(row | {"input": row.get("context"), "output": row["response"]})
 
 
-def messages(row: Row) -> Row:
-    """A conversation, ``messages`` of role and content (or ``conversations`` of from and value): its last turn is said.
+ROLES = {"human": "user", "gpt": "assistant"}  # as conversations of ``from`` and ``value`` call them
 
-    The turns before it become the ``prompt``, as JSON for the chat template.
+
+def messages(row: Row) -> Row:
+    """A conversation: ``messages`` of role and content (or ``conversations`` of from and value), and its ``tools``.
+
+    Both may be given as JSON text. The last turn, the assistant's, is the ``answer``; all before it, as JSON, the
+    ``prompt``. Content that is a list holds text parts; what else is a list or dict is JSON.
+
+    Raises:
+        ValueError: it is no such list, holds no turn of the assistant at its end, or a part that is no text.
     """
-    names = {"human": "user", "gpt": "assistant"}
-    turns = [
-        {
-            "role": names.get(said := turn.get("role") or turn["from"], said),
-            "content": turn.get("content", turn.get("value")),
-        }
-        for turn in row.get("messages") or row["conversations"]
-    ]
-    if len(turns) < 2 or turns[-1]["role"] != "assistant":
+    turns = _parsed(row["messages" if row.get("messages") is not None else "conversations"], "messages")
+    tools = _parsed(row["tools"], "tools") if row.get("tools") else None
+    conversation = Conversation(
+        [_message(turn) for turn in turns], [json.loads(t) if isinstance(t, str) else t for t in tools or ()] or None
+    )
+    said = conversation.messages
+    if len(said) < 2 or said[-1]["role"] != "assistant":
         raise ValueError("a conversation must end with the assistant's turn, after another")
-    return row | {"prompt": json.dumps(turns[:-1], ensure_ascii=False), "answer": turns[-1]["content"]}
+    if not all(
+        isinstance(tool, dict) and isinstance(tool.get("function", {}), dict) for tool in conversation.tools or ()
+    ):
+        raise ValueError("its tools are not JSON schemas of functions")
+    return row | {"conversation": conversation, "prompt": conversation.prompt, "answer": conversation.answer}
+
+
+def _parsed(value: Any, name: str) -> list[Any]:
+    found = json.loads(value) if isinstance(value, str) else value
+    if not isinstance(found, list):
+        raise ValueError(f"its {name} are not a list")
+    return found
+
+
+def _message(turn: Any) -> Row:
+    """A turn as chat templates take it; what is null in it is absent."""
+    if not isinstance(turn, dict) or not isinstance(said := turn.get("role") or turn.get("from"), str):
+        raise ValueError("a turn is not an object with a role")
+    rest = {key: value for key, value in turn.items() if value is not None and key not in ("from", "value")}
+    content = turn.get("content", turn.get("value"))
+    message = rest | {"role": ROLES.get(said, said)} | ({} if content is None else {"content": _content(content)})
+    if (calls := message.get("tool_calls")) is not None:
+        message["tool_calls"] = [_call(call) for call in _parsed(calls, "tool_calls")]
+    return {key: value for key, value in message.items() if key != "tool_calls" or value}
+
+
+def _content(content: Any) -> Any:
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(isinstance(part, dict) and "type" in part for part in content):
+        if other := [part["type"] for part in content if not isinstance(part.get("text"), str)]:
+            raise ValueError(f"a part of type '{other[0]}' is no text")
+        return content
+    return json.dumps(content, ensure_ascii=False)
+
+
+def _call(call: Any) -> Row:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError("a tool call names no function")
+    return dict(call)
 
 
 # ---- the format of commonsense_170k ----------------------------------------------------------------

@@ -296,11 +296,11 @@ class Session:
         return None if self.earlier else halving.stop_at(self.config.halving, total)
 
     def score_base(self) -> None:
-        trained_on = data.questions(data.dataset_examples(self.config.dataset, self.rows.train))
+        trained_on = {one.written for one in data.dataset_examples(self.config.dataset, self.rows.train)}
         for name, test in self.tests.items():
             with self.stage("baseline"):
                 scores = _base_scores(self.trial, name, test, self.base, self.tokenizer, self.place.parent)
-            seen = sum(bool(data.questions([one]) & trained_on) for one in test)
+            seen = sum(one.written in trained_on for one in test)
             known = {f"base_{metric}": score for metric, score in scores.items()}
             self.result.eval_info[name] = known | {"seen_in_training": seen}
 
@@ -530,7 +530,8 @@ def _base_scores(
             "head": trial.config.seed if model.classifies(base) else None,  # a new one is drawn from the seed
             "eval": evaluation_identity(trial.config.eval[name]),
             "examples": data.fingerprint(example._asdict() for example in test),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else record.processor(),
+            "kernels": None if device.type == "cuda" else record.kernels(),
             "packages": record.packages(),
         }
     )

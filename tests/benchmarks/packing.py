@@ -11,6 +11,10 @@ questions at once as one after the other.
 
 `large` is a Llama of 1B parameters with random weights in bfloat16, 512 tokens a row, for a CUDA device; `small`
 is the embedded model with 64 tokens a row. No new setting begins when ``minutes`` are over.
+
+`--arithmetic` compares instead three ways to take the matrix products of a step on a CPU: adapters each by itself, as
+a pack does; adapters in one batch; and the base's product for each lane too, which would make a lane's numbers
+independent of the others on every CPU. The figures are CPU seconds beside the first, so other work does not count.
 """
 
 from __future__ import annotations
@@ -23,11 +27,14 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 
 from peftsweep import attach, build, cli, data, evaluate, lanes, model, packed, record, train
 from peftsweep.config import trial as make_trial
@@ -175,11 +182,43 @@ def compare(base: Any, rows: list[data.Tokens], batch: int, steps: int, rounds: 
     }
 
 
+def arithmetic(base: Any, rows: list[data.Tokens], batch: int, steps: int, rounds: int, meter: Meter) -> dict[str, Any]:
+    """CPU seconds of a pack's steps in the three ways, and their ratio to the first."""
+    seconds: dict[str, list[float]] = {"each_adapter": [], "adapters_in_one_batch": [], "base_for_each_lane": []}
+    names = [f"lane{lane}" for lane in range(LANES)]
+    for number in range(rounds + 1):  # the first one warms up
+        for way in sorted(seconds, reverse=bool(number % 2)):
+            adapted = attach.attach_lanes(
+                fresh(base), {n: (method(i), TargetsConfig()) for i, n in enumerate(names)}, 0, {}
+            )
+            if way == "base_for_each_lane":
+                for layer in {m for m in adapted.modules() if isinstance(m, LoraLayer)}:
+                    in_parts(layer.get_base_layer())
+            sides = [packed.Lane(n, config(i, batch, steps), lambda row: None) for i, n in enumerate(names)]
+            with patch.object(packed, "Pack", partial(lanes.Pack, stacked=way == "adapters_in_one_batch")):
+                start = time.process_time()
+                packed.train_packed(adapted, rows, sides, pad_id=0, seed=0, meter=meter)
+            seconds[way].append(time.process_time() - start)
+    found = {way: took[1:] for way, took in seconds.items()}
+    ratios = {
+        way: statistics.median(a / b for a, b in zip(took, found["each_adapter"], strict=True))
+        for way, took in found.items()
+    }
+    return {"batch_size": batch, "steps": steps, "ratio": ratios, "seconds": found}
+
+
+def in_parts(module: torch.nn.Module) -> None:
+    """Have the module multiply the rows of each lane by themselves."""
+    forward = module.forward
+    module.forward = lambda x: torch.cat([forward(part) for part in x.chunk(LANES)])
+
+
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--scale", choices=SCALES, default="large" if torch.cuda.is_available() else "small")
     words.add_argument("--rounds", type=int, default=2)
     words.add_argument("--minutes", type=float, default=8)
+    words.add_argument("--arithmetic", action="store_true")
     words.add_argument("--out", type=Path)
     said = words.parse_args()
     scale, begun = SCALES[said.scale], time.monotonic()
@@ -195,6 +234,11 @@ def main() -> None:
         for batch in scale["batches"]:
             if time.monotonic() - begun > 60 * said.minutes:
                 continue
+            if said.arithmetic:
+                found = {"quant": quant} | arithmetic(base, rows, batch, scale["steps"] // 3, said.rounds, meter)
+                settings.append(found)
+                print(f"{quant:5} batch {batch:2}: {found['ratio']}", flush=True)
+                continue
             found = {"quant": quant} | compare(base, rows, batch, scale["steps"], said.rounds, meter)
             settings.append(found)
             print(
@@ -203,6 +247,8 @@ def main() -> None:
                 f"auto {found['auto']:.2f}",
                 flush=True,
             )
+        if said.arithmetic:
+            continue
         answers[quant] = evaluated(base, tokenizer, scale["tokens"], said.rounds)
         print(f"{quant:5} evaluated: {answers[quant]['ratio_evaluated']:.2f} x one by one", flush=True)
         del base

@@ -1,0 +1,244 @@
+"""A file of rows -> its rows, as dicts of its columns; missing values (null, NaN) are None.
+
+JSON and CSV are read by the standard library: of the parsers at hand it alone reports an open quote and a
+short line (pandas pads the line, pyarrow reads on to the end of the file), and it changes no value's type.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from peftsweep.errors import InputError
+
+Row = dict[str, Any]
+
+FORMATS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")  # in capitals too, and each but parquet with .gz
+BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+
+csv.field_size_limit(2**31 - 1)  # the default ends a field at 128 KiB
+
+
+def read_rows(path: str | Path, key: str = "path", encoding: str | None = None) -> list[Row]:
+    """The rows of a local file; ``key`` is the configuration key an error names.
+
+    ``encoding`` None is that of the byte order mark, else UTF-8.
+
+    Raises:
+        InputError: no such file, an unknown format or encoding, or a line that cannot be read (its number is given).
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"{key}={path}: no such file")
+    option = f"{key.rpartition('.')[0]}.encoding" if "." in key else "--encoding"
+    packed = file.suffix.lower() == ".gz"
+    suffix = Path(file.stem if packed else file.name).suffix.lower()
+    if suffix not in FORMATS:
+        raise InputError(f"{key}={path}: unknown format '{suffix}'; allowed: {' '.join(FORMATS)}, and .gz of them")
+    try:
+        if suffix == ".parquet":
+            rows = _read_parquet(file)
+        else:
+            rows = _READERS[suffix](
+                _decoded(gzip.decompress(file.read_bytes()) if packed else file.read_bytes(), encoding, option)
+            )
+    except _BrokenLine as broken:
+        raise InputError(f"{key}={path}: line {broken.line}: {broken}") from None
+    except LookupError:
+        allowed = "such as utf-8, utf-16, cp1252, latin-1"
+        raise InputError(f"{option}={encoding}: no such encoding; {allowed}") from None
+    except (ValueError, OSError, EOFError, zlib.error) as error:
+        raise InputError(
+            f"{key}={path}: cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}"
+        ) from None
+    if not rows:
+        raise InputError(f"{key}={path}: holds no rows")
+    return rows
+
+
+def plain_rows(rows: Iterable[Row]) -> list[Row]:
+    """Rows that come from Arrow: NaN is None, and an object of a list has no keys that only others of its kind have."""
+    return [{name: _plain(value) for name, value in row.items()} for row in rows]
+
+
+def _plain(value: Any, *, listed: bool = False) -> Any:
+    if isinstance(value, float):
+        return None if value != value else value
+    if isinstance(value, list):
+        return [_plain(item, listed=True) for item in value]
+    if isinstance(value, dict):
+        present = {key: item for key, item in value.items() if item is not None or not listed}
+        return {key: _plain(item, listed=listed) for key, item in present.items()}
+    return value
+
+
+class _BrokenLine(ValueError):
+    def __init__(self, line: int, problem: str) -> None:
+        super().__init__(problem)
+        self.line = line
+
+
+def _decoded(content: bytes, encoding: str | None, option: str) -> str:
+    found = next((name for mark, name in BYTE_ORDER_MARKS.items() if content.startswith(mark)), "utf-8")
+    try:
+        text = content.decode(encoding or found)
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        hint = f"; {option}=cp1252 (Windows) may be that of this file" if encoding is None else ""
+        raise _BrokenLine(line, f"not {encoding or found} (byte 0x{content[error.start]:02x}){hint}") from None
+    if encoding is None and "\0" in text:
+        raise ValueError(f"it holds zero bytes, as UTF-16 does: {option}=utf-16")
+    return text.removeprefix("\ufeff")
+
+
+# ---- formats ---------------------------------------------------------------------------------------
+
+
+def _read_json(text: str) -> list[Row]:
+    """A list of objects, an object that holds one such list (as in ``{"data": [...]}``), or lines of objects."""
+    try:
+        found = _parsed(text, 1)
+    except _BrokenLine:
+        if text.lstrip()[:1] != "{" or not _is_object(text.lstrip().partition("\n")[0]):
+            raise
+        return _read_lines(text)
+    if isinstance(found, dict):
+        lists = {key: value for key, value in found.items() if _is_rows(value)}
+        if len(lists) > 1:
+            raise ValueError(f"an object with several lists of rows ({', '.join(lists)}); must be one")
+        found = next(iter(lists.values()), None)
+    if not _is_rows(found):
+        raise ValueError("not a list of JSON objects")
+    rows: list[Row] = found
+    return rows
+
+
+def _read_jsonl(text: str) -> list[Row]:
+    """A line an object; a file that is one list of objects is taken too."""
+    if text.lstrip()[:1] == "[" and _is_rows(rows := _parsed(text, 1)):
+        return list(rows)
+    return _read_lines(text)
+
+
+def _read_lines(text: str) -> list[Row]:
+    rows = []
+    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = _parsed(line.strip(), number)
+        except _BrokenLine:
+            raise
+        except ValueError as error:
+            raise _BrokenLine(number, str(error)) from None
+        if not isinstance(row, dict):
+            raise _BrokenLine(number, "not a JSON object")
+        rows.append(row)
+    return rows
+
+
+def _parsed(text: str, line: int) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+    except json.JSONDecodeError as error:
+        raise _BrokenLine(line + error.lineno - 1, f"not JSON ({error.msg})") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError(f"the key '{_repeated([key for key, _ in pairs])}' comes twice in one object")
+    return made
+
+
+def _constant(name: str) -> float | None:
+    return None if name == "NaN" else float(name)
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(_parsed(line, 1), dict)
+    except ValueError:
+        return False
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
+def _read_csv(text: str) -> list[Row]:
+    """Comma-separated, or as Excel writes it where the comma is the decimal mark: with semicolons."""
+    first = text.partition("\n")[0].strip()
+    if named := first.startswith("sep=") and len(first) == 5:
+        text = text.partition("\n")[2]
+    delimiter = first[4] if named else ";" if ";" in first and "," not in first else ","
+    return _read_table(text, int(named), delimiter=delimiter, strict=True)
+
+
+def _read_tsv(text: str) -> list[Row]:
+    # Tab-separated files as published (GLUE) do not quote; a lone " in them is a character.
+    return _read_table(text, 0, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def _read_table(text: str, skipped: int, **options: Any) -> list[Row]:
+    reader = csv.reader(io.StringIO(text, newline=""), **options)
+    names: list[str] | None = None
+    records = []
+    try:
+        for record in filter(None, reader):
+            if names is None:
+                names = record
+            elif len(record) < len(names) or any(record[len(names) :]):
+                raise _BrokenLine(reader.line_num + skipped, f"not {len(names)} columns")
+            else:
+                records.append(record)
+    except csv.Error as error:
+        raise _BrokenLine(reader.line_num + skipped, str(error)) from None
+    columns = _named_columns(names or [], records)
+    return [{name: record[place] for place, name in columns.items()} for record in records]
+
+
+def _named_columns(names: Sequence[str], records: Sequence[Sequence[str]]) -> dict[int, str]:
+    """The names by their places, without an unnamed index in the first and unnamed columns that hold nothing."""
+    named = {place: name for place, name in enumerate(names) if name.strip()}
+    if len(set(named.values())) < len(named):
+        raise _BrokenLine(1, f"the column '{_repeated(list(named.values()))}' comes twice")
+    for place in range(1, len(names)):
+        if place not in named and any(record[place] for record in records):
+            raise _BrokenLine(1, f"column {place + 1} has no name")
+    return named
+
+
+def _repeated(names: Sequence[str]) -> str:
+    return next(name for n, name in enumerate(names) if name in names[:n])
+
+
+def _read_parquet(file: Path) -> list[Row]:
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.ParquetFile(file).read()
+    if len(set(table.column_names)) < table.num_columns:
+        raise ValueError(f"the column '{_repeated(table.column_names)}' comes twice")
+    return plain_rows(table.to_pylist())
+
+
+def _read_text(text: str) -> list[Row]:
+    """Paragraphs, which empty lines part."""
+    paragraphs = io.StringIO(text, newline=None).read().split("\n\n")
+    return [{"text": paragraph.strip()} for paragraph in paragraphs if paragraph.strip()]
+
+
+_READERS: dict[str, Callable[[str], list[Row]]] = {
+    ".txt": _read_text,
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+}

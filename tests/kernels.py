@@ -1,0 +1,121 @@
+"""The numeric tests under several sets of CPU kernels, with one thread and with two.
+
+    python tests/kernels.py            # all sets; writes their rows of docs/tested_on.md
+    python tests/kernels.py --other    # one set that is not the machine's own; writes nothing
+
+A set is chosen by environment variables that MKL, oneDNN and ATen read when they are loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+import torch
+
+from peftsweep import record
+
+MARKED = "kernels and not slow and not gpu"
+OWN = "own kernels"
+COMPATIBLE = "MKL_CBWR=COMPATIBLE"
+ATEN_DEFAULT = "ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41"
+AVX2 = "MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2"
+SETS: dict[str, dict[str, str]] = {OWN: {}} | {
+    name: dict(word.split("=") for word in name.split()) for name in (AVX2, COMPATIBLE, ATEN_DEFAULT)
+}
+THREADS = (1, 2)
+ROOT = Path(__file__).parents[1]
+TABLE = ROOT / "docs" / "tested_on.md"
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What pytest came to."""
+
+    code: int
+    passed: int
+    failed: int
+    seconds: float
+
+
+def run_tests(kernels: dict[str, str], threads: int) -> Run:
+    """Run the marked tests in as many processes as have ``threads`` cores each."""
+    environment = {key: value for key, value in os.environ.items() if key not in record.KERNEL_SWITCHES}
+    environment |= kernels | {"OMP_NUM_THREADS": str(threads)}
+    processes = max(1, min(4, (os.cpu_count() or 1) // threads))
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        words = [
+            "-q",
+            "--durations=5",
+            "-m",
+            MARKED,
+            "-n",
+            str(processes),
+            "--dist",
+            "worksteal",
+            f"--junitxml={report}",
+        ]
+        code = subprocess.run([sys.executable, "-m", "pytest", *words], cwd=ROOT, env=environment).returncode
+        if not report.exists():
+            sys.exit(f"pytest ended without a report, with exit code {code}")
+        suite = ElementTree.parse(report).getroot()[0]
+    failed = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
+    passed = int(suite.get("tests", 0)) - failed - int(suite.get("skipped", 0))
+    return Run(code, passed, failed, float(suite.get("time", 0)))
+
+
+def other_set() -> str:
+    """A set that is not what this machine takes by itself."""
+    return COMPATIBLE if torch.backends.mkl.is_available() else ATEN_DEFAULT
+
+
+def row(name: str, threads: int, run: Run) -> str:
+    """A line of the table: what was run, how it ended, on what, and when."""
+    stamp = record.environment()
+    versions = ", ".join(f"{name} {stamp['packages'][name]['version']}" for name in PACKAGES)
+    system = f"{stamp['system']['processor']}, {stamp['torch']['cpu_capability']}, {stamp['system']['cpus']} cores"
+    python = f"Python {stamp['system']['python']}"
+    cells = [name, threads, run.passed, run.failed, f"{run.seconds:.0f}", system, f"{python}, {versions}"]
+    return f"| {' | '.join(map(str, cells))} | {record.now()[:10]} |"
+
+
+def write(name: str, threads: int, run: Run) -> None:
+    """Put the row into docs/tested_on.md, in place of the last one of the same set and number of threads."""
+    lines = TABLE.read_text(encoding="utf-8").splitlines()
+    key, new = f"| {name} | {threads} |", row(name, threads, run)
+    at = next((number for number, line in enumerate(lines) if line.startswith(key)), None)
+    if at is None:
+        lines.insert(max(number for number, line in enumerate(lines) if line.startswith("|")) + 1, new)
+    else:
+        lines[at] = new
+    record.write_text(TABLE, "\n".join(lines) + "\n")
+
+
+def main() -> None:
+    """Run what the command line asks for; the exit code is 1 if any test failed."""
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("--other", action="store_true", help="only one set that is not the machine's own, one thread")
+    words.add_argument("--set", choices=SETS, action="append", help="only this set")
+    words.add_argument("--threads", type=int, choices=THREADS, action="append", help="only with so many threads")
+    said = words.parse_args()
+    codes = []
+    for name in [other_set()] if said.other else said.set or SETS:
+        for threads in [1] if said.other else said.threads or THREADS:
+            print(f"== {name}, {threads} thread{'s'[: threads - 1]}", flush=True)
+            run = run_tests(SETS[name], threads)
+            codes.append(run.code)
+            if not said.other:
+                write(name, threads, run)
+    sys.exit(any(codes))
+
+
+if __name__ == "__main__":
+    main()
