@@ -13,9 +13,10 @@ import torch
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from peftsweep import InputError, data, evaluate, model
+from peftsweep import InputError, data, evaluate, model, probe
 from peftsweep.config import Trial
 from peftsweep.data import Example, Tokens
+from peftsweep.probe import Abilities
 from peftsweep.schema import DatasetConfig, OnMissing, Turns
 
 Row = dict[str, Any]
@@ -350,6 +351,7 @@ class Writer(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.config = type("Config", (), {"use_cache": False})
         self.asked: Row = {}
+        probe.abilities(self, Abilities(padded_batches=True, row_cache=False))
 
     def generate(self, **asked: Any) -> torch.Tensor:
         self.asked = asked
