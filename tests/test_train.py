@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -89,12 +90,34 @@ def test_two_runs_are_the_same_bit_for_bit(rows: list[data.Tokens]) -> None:
 
 @pytest.mark.kernels
 def test_accumulation_changes_memory_and_not_results(rows: list[data.Tokens]) -> None:
-    flat = [row for row in rows if len(row.ids) == len(rows[0].ids)][:8]
-    whole = run(flat, batch_size=8, accumulation=1)
-    parts = run(flat, batch_size=2, accumulation=4)
-    assert losses(whole[1]) == pytest.approx(losses(parts[1]), abs=1e-5)
-    assert apart(parts[2], whole[2]) <= SAME_WEIGHTS
-    assert whole[0].tokens == parts[0].tokens
+    some = rows[:43]  # of unlike lengths; an epoch ends with a step of 11 rows
+    whole, parts, single = (run(some, batch_size=size, accumulation=16 // size) for size in (16, 4, 1))
+    for other in (parts, single):
+        assert losses(other[1]) == pytest.approx(losses(whole[1]), rel=1e-4)
+        assert other[0].tokens == whole[0].tokens
+        assert other[0].epochs == whole[0].epochs == 2
+        assert [row["step"] for row in other[1] if "epoch_loss" in row] == [3, 6]
+
+
+def test_a_step_takes_the_same_rows_however_they_are_accumulated(rows: list[data.Tokens]) -> None:
+    def steps(batch_size: int) -> list[list[int]]:
+        config = TrainConfig(batch_size=batch_size, accumulation=16 // batch_size)
+        found = list(itertools.islice(train.step_order(rows[:43], config, seed=3), 7))
+        assert all(len(part) <= batch_size for step in found for part in step)
+        return [sorted(itertools.chain.from_iterable(step)) for step in found]
+
+    assert steps(16) == steps(4) == steps(1) == steps(8)
+    assert sorted(itertools.chain.from_iterable(steps(4)[:3])) == list(range(43))  # an epoch, each row once
+
+
+def test_a_data_dependent_regulariser_counts_by_answer_tokens(
+    rows: list[data.Tokens], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is a mean over the answer tokens of its micro-batch is, summed up, the mean over those of the step."""
+    monkeypatch.setattr(train, "auxiliary_loss", lambda trained, batch: model.answer_losses(trained, batch).mean())
+    one = run(rows[:43], steps=2, warmup=0, optimizer="SGD", clip=0.0, batch_size=16)
+    parts = run(rows[:43], steps=2, warmup=0, optimizer="SGD", clip=0.0, batch_size=4, accumulation=4)
+    assert same(one[2], parts[2], atol=1e-6)
 
 
 @pytest.mark.kernels
@@ -249,9 +272,10 @@ def test_every_whole_epoch_has_a_row_of_its_own(rows: list[data.Tokens]) -> None
     assert epochs[0]["epoch_tokens_per_second"] == pytest.approx(tokens / epochs[0]["epoch_seconds"])
 
 
-def test_an_epoch_that_ends_between_two_steps_ends_with_the_later_one(rows: list[data.Tokens]) -> None:
-    _, lines, _ = run(rows, steps=8, batch_size=8, accumulation=4)  # of 1.5 steps an epoch
-    assert [row["step"] for row in lines if "epoch_loss" in row] == [2, 3, 5, 6, 8]
+def test_an_epoch_ends_with_a_smaller_step(rows: list[data.Tokens]) -> None:
+    done, lines, _ = run(rows, steps=4, batch_size=8, accumulation=4)  # of 32 and 16 rows
+    assert [row["step"] for row in lines if "epoch_loss" in row] == [2, 4]
+    assert done.tokens == 2 * sum(len(row.ids) for row in rows)
 
 
 @pytest.mark.kernels

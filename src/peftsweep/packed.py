@@ -96,8 +96,7 @@ def train_packed(
         step, *others = {one.step for one in running}
         if others:
             raise ValueError(f"lanes cannot go on together from different steps: {sorted([step, *others])}")
-        first = step * shared.accumulation
-        stream = batches(rows, shared, pad_id=pad_id, seed=seed, device=meter.device, first=first)
+        stream = batches(rows, shared, pad_id=pad_id, seed=seed, device=meter.device, first=step)
         while True:
             leaving = [one for one in running if one.over or one.error is not None]
             running = [one for one in running if one not in leaving]
@@ -108,7 +107,7 @@ def train_packed(
                 break
             laps.start()
             # ---- the step ----------------------------------------------------------------------
-            micro_batches = list(itertools.islice(stream, shared.accumulation))
+            micro_batches = next(stream)
             answer_tokens = sum(batch.answer_tokens for batch in micro_batches)
             losses = torch.zeros(len(running), device=meter.device)
             for batch in micro_batches:
@@ -150,7 +149,8 @@ def speedup(
 
     Some steps of both kinds, in turn, on the longest of the first batches, forward and backward.
     """
-    some = itertools.islice(batches(rows, config, pad_id=pad_id, seed=0, device=meter.device), PROBED_BATCHES)
+    steps = batches(rows, config, pad_id=pad_id, seed=0, device=meter.device)
+    some = itertools.islice(itertools.chain.from_iterable(steps), PROBED_BATCHES)
     batch = max(some, key=lambda one: one.input_ids.numel())
     model.train()
     enable_checkpointing(model, config.checkpointing)

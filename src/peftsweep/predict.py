@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 from unittest.mock import patch
 
@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from peftsweep import train
-from peftsweep.data import Batch, Tokens, batch_order
+from peftsweep.data import Batch, Tokens
 from peftsweep.lanes import Pack
 from peftsweep.model import answer_losses, auxiliary_loss, classifies, head_names, text_config, trainable_parameters
 from peftsweep.model import skeleton as bare_skeleton
@@ -59,9 +59,9 @@ class Shape:
 
 def shapes(rows: Sequence[Tokens], config: TrainConfig, seed: int) -> list[Shape]:
     """Those of all micro-batches of a run on ``rows``, each once."""
-    count = train.total_steps(config, len(rows)) * config.accumulation
+    steps = islice(train.step_order(rows, config, seed), train.total_steps(config, len(rows)))
     found = set()
-    for numbers in islice(batch_order([len(row.ids) for row in rows], config.batch_size, seed), count):
+    for numbers in chain.from_iterable(steps):
         batch = [rows[n] for n in numbers]
         length = math.ceil(max(len(row.ids) for row in batch) / config.pad_to_multiple_of) * config.pad_to_multiple_of
         answers = length - max(min(row.answer_start for row in batch), 1)

@@ -88,8 +88,9 @@ def train(
 ) -> Trained:
     """Train the parameters of ``model`` that require gradients; ``log`` gets a row a logged step and a row an epoch.
 
-    The loss of a step is the mean over all answer tokens of its ``accumulation`` micro-batches, so
-    that accumulation changes memory and not results. ``validate`` is called every
+    A step takes ``batch_size * accumulation`` rows, the same ones however they are parted into micro-batches, and its
+    loss is the mean over all their answer tokens, so that accumulation changes memory and not results (to rounding,
+    and but for what dropout draws). ``validate`` is called every
     ``config.eval_every``, must return at least ``loss`` and ``config.best_metric``, and is a stage of its
     own. With ``after_step``, a profiler's, the parts of a step carry names in its trace. ``checkpoints`` gets one
     every ``config.checkpoint_every``, and training goes on from that which it has found. With ``stop_at``, a rung's
@@ -134,18 +135,18 @@ def train(
     allocate = getattr(getattr(model, "base_model", None), "update_and_allocate", None)
     regularised: bool | None = None  # known after the first forward
     with (
-        compiled(model, config, numbered, losses_of, meter) as compilation,
+        compiled(model, config, lambda: itertools.chain.from_iterable(numbered()), losses_of, meter) as compilation,
         Interruption(wanted=checkpoints is not None) as interruption,
     ):
         torch.manual_seed(seed)  # dropout does not depend on how many numbers the adapter's creation drew
         if checkpoints:
             checkpoints.restore(parts)
-        stream = numbered(first=progress.step * config.accumulation)
+        stream = numbered(first=progress.step)
         last = steps if stop_at is None else min(stop_at, steps)
         for step in range(progress.step + 1, last + 1):
             laps.start()
             # ---- the step ----------------------------------------------------------------------
-            micro_batches = list(itertools.islice(stream, config.accumulation))
+            micro_batches = next(stream)
             answer_tokens = sum(batch.answer_tokens for batch in micro_batches)
             loss = torch.zeros((), device=device)
             for batch in micro_batches:
@@ -158,7 +159,8 @@ def train(
                     epoch.hits += (logits.argmax(-1) == targets).sum()
                 del logits  # with a large vocabulary most of the memory, and the backward has its own
                 with span("backward"):
-                    scaler.scale(part if regulariser is None else part + regulariser / len(micro_batches)).backward()
+                    share = batch.answer_tokens / answer_tokens
+                    scaler.scale(part if regulariser is None else part + regulariser * share).backward()
                 loss += part.detach()
                 del part, regulariser  # bitsandbytes' 8-bit layers keep activations as long as the graph is held
             with span("optimizer"):
@@ -220,11 +222,28 @@ def train(
 
 def batches(
     rows: Sequence[Tokens], config: TrainConfig, *, pad_id: int, seed: int, device: torch.device, first: int = 0
-) -> Iterator[Batch]:
-    """The batches that a run with ``seed`` trains on, without end, from number ``first`` on."""
-    order = batch_order([len(row.ids) for row in rows], config.batch_size, seed)
-    for numbers in itertools.islice(order, first, None):
-        yield collate([rows[n] for n in numbers], pad_id, config.pad_to_multiple_of).to(device)
+) -> Iterator[list[Batch]]:
+    """The micro-batches of each step that a run with ``seed`` takes, without end, after the first ``first`` steps."""
+    for micro_batches in itertools.islice(step_order(rows, config, seed), first, None):
+        yield [
+            collate([rows[n] for n in numbers], pad_id, config.pad_to_multiple_of).to(device)
+            for numbers in micro_batches
+        ]
+
+
+def step_order(rows: Sequence[Tokens], config: TrainConfig, seed: int) -> Iterator[list[list[int]]]:
+    """The row numbers of each micro-batch of each step, without end.
+
+    Which rows a step takes depends on ``batch_size * accumulation`` alone. They are in the order of their length, so
+    that micro-batches hold little padding. An epoch's last step may have fewer rows, and fewer micro-batches.
+    """
+    for step in batch_order([len(row.ids) for row in rows], rows_per_step(config), seed):
+        yield [step[start : start + config.batch_size] for start in range(0, len(step), config.batch_size)]
+
+
+def rows_per_step(config: TrainConfig) -> int:
+    """Rows that an optimizer step takes, but for an epoch's last one."""
+    return config.batch_size * config.accumulation
 
 
 @dataclass
@@ -284,7 +303,7 @@ class Progress:
 class Epoch:
     """Sums up the steps of an epoch; only its end makes the host wait for the device."""
 
-    def __init__(self, steps: float, laps: Laps, meter: Meter) -> None:
+    def __init__(self, steps: int, laps: Laps, meter: Meter) -> None:
         self._steps, self._laps, self._meter = steps, laps, meter
         self._number = 1
         self._seconds = 0.0  # until the last epoch's end
@@ -339,9 +358,9 @@ def in_epochs(step: int, config: TrainConfig, rows: int) -> float:
     return step / steps_per_epoch(config, rows)
 
 
-def steps_per_epoch(config: TrainConfig, rows: int) -> float:
-    """Optimizer steps to go through ``rows`` rows once; not always a whole number with accumulation."""
-    return math.ceil(rows / config.batch_size) / config.accumulation
+def steps_per_epoch(config: TrainConfig, rows: int) -> int:
+    """Optimizer steps to go through ``rows`` rows once."""
+    return math.ceil(rows / rows_per_step(config))
 
 
 def interval(config: TrainConfig, key: str, rows: int) -> int | None:
