@@ -278,6 +278,40 @@ def test_an_epoch_ends_with_a_smaller_step(rows: list[data.Tokens]) -> None:
     assert done.tokens == 2 * sum(len(row.ids) for row in rows)
 
 
+@pytest.mark.parametrize("options", [{"learning_rate": 1e30}, {"learning_rate": math.inf}])
+def test_a_step_that_ruins_the_weights_is_a_failure(rows: list[data.Tokens], options: dict[str, Any]) -> None:
+    with pytest.raises(FloatingPointError, match=r"after step 1.*; lower train.learning_rate$"):
+        run(rows, steps=1, warmup=0, **options)
+
+
+def test_overflow_in_float16_is_told_by_the_key_that_chose_it(rows: list[data.Tokens]) -> None:
+    with pytest.raises(FloatingPointError, match=r"train.autocast=float16 overflows above 65504: take bfloat16"):
+        run(rows, steps=1, warmup=0, learning_rate=1e30, autocast=Dtype.float16)
+    half = attach.attach(
+        model.load(ModelConfig(name_or_path="tiny", dtype=Dtype.float16), None, CPU),
+        LoraConfig(r=4, target_modules="all-linear"),
+        TargetsConfig(),
+        {},
+    )
+    with pytest.raises(FloatingPointError, match=r"model.dtype=float16 overflows above 65504: take bfloat16"):
+        run(rows, half, steps=1, warmup=0, learning_rate=1e30)
+
+
+def test_a_validation_that_is_no_number_is_never_the_best(rows: list[data.Tokens]) -> None:
+    found = iter([math.nan, 2.0, 3.0])
+    done, _, _ = run(rows, validate=lambda: {"loss": next(found)}, steps=3, eval_every="1", keep_best=True)
+    assert (done.best_step, done.best_loss) == (2, 2.0)
+
+
+@pytest.mark.parametrize(("warmup", "steps", "allowed"), [(4, 4, False), (3, 4, True), (0.9, 4, False), (0.5, 1, True)])
+def test_a_warmup_must_be_shorter_than_the_training(warmup: float, steps: int, allowed: bool) -> None:
+    if allowed:
+        train.check_warmup(TrainConfig(warmup=warmup), steps)
+        return
+    with pytest.raises(InputError, match=rf"train.warmup={warmup:g}: 4 steps, must be fewer than the {steps} of the"):
+        train.check_warmup(TrainConfig(warmup=warmup), steps)
+
+
 @pytest.mark.kernels
 def test_padding_to_a_multiple_changes_no_loss(rows: list[data.Tokens]) -> None:
     plain, lines, _ = run(rows)

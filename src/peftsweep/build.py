@@ -33,6 +33,7 @@ from peftsweep.schema import Init, Task
 log = logging.getLogger(__name__)
 
 WORTH_KEEPING = 5.0  # seconds of tokenising, after which its result is kept in the study's folder
+LEAST_ADALORA = 2  # steps: in the first one PEFT gathers how much each rank matters
 REMEMBERED = 4  # tokenised training sets: training and validation rows of two datasets
 
 
@@ -206,6 +207,9 @@ def attach_method(
         # AdaLoRA plans its budget over the run, whose length in steps is known only with the data.
         method.tinit, method.tfinal = (round(n * steps / method.total_step) for n in (method.tinit, method.tfinal))
         method.total_step = steps
+        if steps - method.tfinal < LEAST_ADALORA:
+            least = f"the ranks are dealt out after at least {LEAST_ADALORA} steps"
+            raise InputError(f"method.tfinal={method.tfinal}: of {steps} steps; {least}, so take more train.steps")
     if config.method_setup and initialise is None and hasattr(method, "init_lora_weights"):
         method.init_lora_weights = True  # a forecast, without data: as many weights, other numbers
     adapted = attach.attach(

@@ -144,6 +144,7 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
     _check_calls(config)
     rows = None if config.dataset.hub and not config.dataset.path else _rows(config)
     _check_evaluation_rows(config, rows)
+    _check_warmup(config, rows)
     chosen = {group: str(option) for group, option in choices.items() if option and not group.startswith("hydra/")}
     if config.method and chosen["method"] in ("full", FROM_FILE):  # a named point, which brings its method itself
         chosen["method"] = config.method["_target_"].rpartition(".")[2].removesuffix("Config").lower()
@@ -423,6 +424,14 @@ def _check_task(config: Config) -> None:
             raise InputError(f"eval.{name}: a classifier (model.task=seq_cls) writes no text; take eval=classification")
         if node.get("classes") == []:
             raise InputError(f"eval.{name}.classes: must name at least two classes (or dataset.classes must)")
+
+
+def _check_warmup(config: Config, rows: data.Rows | None) -> None:
+    """As far as the length of the training is known: with epochs from the rows, whose tokens are not counted yet."""
+    from peftsweep import train  # imports torch, which `--help` must not
+
+    if config.adapter.path is None and (rows is not None or config.train.epochs is None):
+        train.check_warmup(config.train, train.total_steps(config.train, len(rows.train) if rows is not None else 1))
 
 
 def check_call(node: Mapping[str, Any], key: str, provided: Iterable[str] = (), also: Iterable[str] = ()) -> None:

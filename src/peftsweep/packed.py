@@ -29,9 +29,11 @@ from peftsweep.train import (
     Progress,
     Row,
     Trained,
+    autocast,
     badness,
     batches,
     check_finite,
+    check_trained,
     checkpoint_due,
     enable_checkpointing,
     in_epochs,
@@ -89,7 +91,7 @@ def train_packed(
     ended: dict[str, Ended] = {}
     enable_checkpointing(model, shared.checkpointing)
     model.train()
-    autocast = _autocast(shared, meter.device)
+    narrowed = autocast(shared, meter.device)
     due = {lane.config.checkpoint_every: checkpoint_due(lane.config, len(rows)) for lane in lanes if lane.checkpoints}
     with closing(pack), Interruption(wanted=bool(due)) as interruption:
         running = [_Running(lane, pack, rows, laps, meter) for lane in lanes]
@@ -111,7 +113,7 @@ def train_packed(
             answer_tokens = sum(batch.answer_tokens for batch in micro_batches)
             losses = torch.zeros(len(running), device=meter.device)
             for batch in micro_batches:
-                with autocast:
+                with narrowed:
                     logits, targets = answer_logits(model, pack.for_all(batch))
                     each = nn.functional.cross_entropy(logits, targets, reduction="none")
                     parts = each.view(len(running), -1).sum(1) / answer_tokens
@@ -168,18 +170,13 @@ def _probe(model: PeftModel, names: Sequence[str], batch: Batch, config: TrainCo
     single = len(names) == 1
     try:
         laps.start()
-        with pack.alone(names[0]) if single else nullcontext(), _autocast(config, meter.device):
+        with pack.alone(names[0]) if single else nullcontext(), autocast(config, meter.device):
             losses = answer_losses(model, batch if single else pack.for_all(batch))
         losses.sum().backward()
         laps.stop()
         return laps.seconds()[0]
     finally:
         pack.close()
-
-
-def _autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
-    dtype = getattr(torch, (config.autocast or Dtype.bfloat16).value)
-    return torch.autocast(device.type, dtype=dtype, enabled=bool(config.autocast))
 
 
 class _Running:
@@ -202,6 +199,7 @@ class _Running:
         self._epoch = Epoch(steps_per_epoch(self.config, self._rows), own, meter)
         self._best = Best(weights) if self.config.keep_best else None
         self._final_loss: float | None = None
+        self._seen: Batch | None = None  # the last micro-batch
         self._parts: dict[str, Part] = {"weights": _Weights(weights), "optimizer": _OptimizerState(self.optimizer)}
         self._parts |= {"scheduler": self._scheduler, "scaler": self.scaler}
         self._parts |= {"random": _Dropout(pack.dropout(lane.name)), "progress": self._progress, "epoch": self._epoch}
@@ -233,6 +231,7 @@ class _Running:
         """See how far it has come."""
         self._progress.add(loss, batches, lanes)
         self._epoch.add(loss, batches)
+        self._seen = batches[-1]
         self.over = self.step == self._last
         self.validates = self._every is not None and (self.step % self._every == 0 or self.step == self._steps)
 
@@ -245,7 +244,7 @@ class _Running:
             numbers = {"step": step, "steps": self._steps}
             if step % config.log_every == 0 or step == self._steps:
                 self._final_loss = progress.mean_loss()
-                check_finite(self._final_loss, step)
+                check_finite(self._final_loss, f"at step {step}", self._pack.model, config)
                 self.lane.log(
                     numbers
                     | {
@@ -290,6 +289,10 @@ class _Running:
         """What it has come to, once it has left the pack."""
         if self._best and self._progress.validations and self.step == self._steps and self.error is None:
             self._best.restore()
+        if self._seen is not None and self.error is None:
+            with self._own(), self._pack.alone(self.lane.name):
+                check_trained(self._pack.model, self._parameters, self._seen, self.config, self.step)
+            self._pack.model.train()
         return Ended(self._progress.trained(self.config, self._rows, self._final_loss), self.error)
 
 

@@ -97,7 +97,7 @@ def train(
     step, it ends there with a checkpoint, on the schedule of its full length.
 
     Raises:
-        FloatingPointError: the loss is no longer finite.
+        FloatingPointError: the loss is no longer finite, or at the end the weights or the loss that they give.
     """
     device = meter.device
     steps = total_steps(config, len(rows))
@@ -107,15 +107,13 @@ def train(
     trained = dict(trainable_parameters(model))
     parameters = list(trained.values())
     scheduler = make_scheduler(optimizer, config, steps)
-    autocast = torch.autocast(
-        device.type, dtype=getattr(torch, (config.autocast or Dtype.bfloat16).value), enabled=bool(config.autocast)
-    )
+    narrowed = autocast(config, device)
     scaler = torch.amp.GradScaler(device.type, enabled=config.autocast is Dtype.float16)
 
     numbered = partial(batches, rows, config, pad_id=pad_id, seed=seed, device=device)
 
     def losses_of(called: nn.Module, batch: Batch) -> torch.Tensor:
-        with autocast:
+        with narrowed:
             return answer_losses(called, batch)
 
     laps = Laps(device)
@@ -124,6 +122,7 @@ def train(
     best = Best(trained) if config.keep_best else None
     progress = Progress(laps)
     final_loss = None
+    micro_batches: list[Batch] = []
     parts: dict[str, Part] = {}
     if checkpoints:
         parts = {"weights": Weights(model), "optimizer": OptimizerState(optimizer), "scheduler": scheduler}
@@ -150,7 +149,7 @@ def train(
             answer_tokens = sum(batch.answer_tokens for batch in micro_batches)
             loss = torch.zeros((), device=device)
             for batch in micro_batches:
-                with span("forward"), autocast:
+                with span("forward"), narrowed:
                     logits, targets = answer_logits(compilation.model, batch)
                     part = nn.functional.cross_entropy(logits, targets, reduction="none").sum() / answer_tokens
                     regulariser = auxiliary_loss(model, batch) if regularised is not False else None
@@ -182,7 +181,7 @@ def train(
             epoch.add(loss, micro_batches)
             if step % config.log_every == 0 or step == steps:
                 final_loss = progress.mean_loss()  # the only place where the host waits for the device
-                check_finite(final_loss, step)
+                check_finite(final_loss, f"at step {step}", model, config)
                 seconds = sum(laps.seconds())
                 log(
                     progress.own(
@@ -216,6 +215,9 @@ def train(
         facts = compilation.facts()
     if best and progress.validations and progress.step == steps:
         best.restore()
+    if micro_batches:
+        with torch.compiler.set_stance("force_eager"):
+            check_trained(model, parameters, micro_batches[-1], config, progress.step)
     model.eval()
     return progress.trained(config, len(rows), final_loss, facts)
 
@@ -285,7 +287,7 @@ class Progress:
             tokens=self.tokens,
             padding_fraction=1 - self.tokens / self.positions if self.positions else 0.0,
             final_loss=final_loss,
-            best_loss=min((loss for _, loss, _ in self.validations), default=None),
+            best_loss=min((loss for _, loss, _ in self.validations if not math.isnan(loss)), default=None),
             best_step=min(self.validations, default=[None])[-1],
             step_seconds=self.laps.seconds(),
             compilation=compilation or {},
@@ -459,8 +461,25 @@ def make_optimizer(
 
 def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> Any:
     """The learning rate's schedule over ``steps`` steps, with its warm-up."""
-    warmup = round(config.warmup * steps) if config.warmup < 1 else round(config.warmup)
+    warmup = warmup_steps(config, steps)
     return get_scheduler(SCHEDULES[config.schedule], optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+
+
+def warmup_steps(config: TrainConfig, steps: int) -> int:
+    """The steps of the warm-up of a training of ``steps`` steps."""
+    return round(config.warmup * steps) if config.warmup < 1 else round(config.warmup)
+
+
+def check_warmup(config: TrainConfig, steps: int) -> None:
+    """Refuse a warm-up that never ends: no step of such a training would have the learning rate asked for.
+
+    Raises:
+        InputError: it is not shorter than the training of ``steps`` steps.
+    """
+    if steps and (warmup := warmup_steps(config, steps)) >= steps:
+        raise InputError(
+            f"train.warmup={config.warmup:g}: {warmup} steps, must be fewer than the {steps} of the training"
+        )
 
 
 def enable_checkpointing(model: Any, wanted: bool) -> None:
@@ -471,21 +490,57 @@ def enable_checkpointing(model: Any, wanted: bool) -> None:
         enable({"use_reentrant": False})
 
 
-def check_finite(loss: float, step: int) -> None:
-    """Refuse to go on from a loss that is no number.
+def check_finite(loss: float, when: str, model: nn.Module, config: TrainConfig) -> None:
+    """Refuse to go on from a training loss that is no number; the message says ``when``.
 
     Raises:
         FloatingPointError: it is not finite.
     """
     if not math.isfinite(loss):
-        raise FloatingPointError(f"the training loss is {loss} at step {step}; lower train.learning_rate")
+        raise FloatingPointError(f"the training loss is {loss} {when}; {_remedy(model, config)}")
+
+
+@torch.no_grad()
+def check_trained(
+    model: nn.Module, weights: Sequence[torch.Tensor], batch: Batch, config: TrainConfig, step: int
+) -> None:
+    """Refuse a model that its last step has ruined: the loss that was logged is of the weights before it.
+
+    Raises:
+        FloatingPointError: one of ``weights`` is not finite after ``step`` steps, or the loss on ``batch`` is not.
+    """
+    if not all(bool(weight.isfinite().all()) for weight in weights):
+        raise FloatingPointError(f"weights are not finite after step {step}; {_remedy(model, config)}")
+    model.eval()
+    with autocast(config, batch.input_ids.device):
+        loss = answer_losses(model, batch).mean().item()
+    check_finite(loss, f"after step {step}", model, config)
+
+
+def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
+    """What ``train.autocast`` asks for."""
+    dtype = getattr(torch, (config.autocast or Dtype.bfloat16).value)
+    return torch.autocast(device.type, dtype=dtype, enabled=bool(config.autocast))
+
+
+def _remedy(model: nn.Module, config: TrainConfig) -> str:
+    """What to change where numbers have overflowed."""
+    lower = "lower train.learning_rate"
+    if config.autocast is Dtype.float16:
+        key = "train.autocast"
+    elif any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        key = "model.dtype"
+    else:
+        return lower
+    return f"{key}=float16 overflows above 65504: take bfloat16 or float32, or {lower}"
 
 
 def badness(scores: dict[str, float], metric: str) -> float:
-    """The value of ``metric``, turned so that less is better."""
+    """The value of ``metric``, turned so that less is better; what is no number is worst."""
     if metric not in scores:
         raise InputError(f"train.best_metric={metric}: the validation has {', '.join(scores)}")
-    return scores[metric] if metric.rpartition(".")[2] in LOWER_IS_BETTER else -scores[metric]
+    value = scores[metric] if metric.rpartition(".")[2] in LOWER_IS_BETTER else -scores[metric]
+    return math.inf if math.isnan(value) else value
 
 
 class Best:

@@ -288,6 +288,7 @@ class Session:
         longest = min(config.dataset.max_length, tokenizer.model_max_length)
         self.info |= {"training_rows": len(self.tokens)} | rows.left_out | {"long_rows": long_rows}
         self.info["truncated_rows"] = sum(len(row.ids) >= longest for row in self.tokens)
+        train.check_warmup(config.train, train.total_steps(config.train, len(self.tokens)))
         self.stop_at = self.rung_step(len(self.tokens))
 
     def rung_step(self, rows: int) -> int | None:

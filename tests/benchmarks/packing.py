@@ -100,7 +100,7 @@ def plain_loop(base: Any, rows: list[data.Tokens], batch: int, steps: int, meter
         sides.append((name, weights, optimizer, train.make_scheduler(optimizer, config(lane, batch, steps), steps)))
     stream = train.batches(rows, config(0, batch, steps), pad_id=0, seed=0, device=meter.device)
     for _ in range(steps):
-        one = next(stream)
+        (one,) = next(stream)
         for name, weights, optimizer, scheduler in sides:
             adapted.set_adapter(name)
             model.answer_losses(adapted, one).mean().backward()
