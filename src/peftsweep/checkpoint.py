@@ -14,7 +14,7 @@ import shutil
 import signal
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -107,24 +107,29 @@ class Interruption:
 # ---- the files -------------------------------------------------------------------------------------
 
 
-def stamp(training: str, device: torch.device) -> dict[str, Any]:
-    """What must be the same for a training to go on: its identity, the device, the packages."""
-    return {
+def stamp(training: str, device: torch.device, since: int = 1) -> dict[str, Any]:
+    """What must be the same for a training to go on: its identity, the device, the packages.
+
+    With ``since`` above 1, checkpoints are of no use that were written before that version of the identity's rule.
+    """
+    found = {
         "format": FORMAT,
         "training": training,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "packages": record.packages(),
     }
+    return found | ({"since": since} if since > 1 else {})
 
 
 class Checkpoints:
     """The newest checkpoint of one training in ``folder``, which also knows how long its file ``rows`` was then.
 
-    A kill at any moment leaves a whole checkpoint, once there is one.
+    A kill at any moment leaves a whole checkpoint, once there is one. Those with one of the
+    stamps ``also`` are usable too.
     """
 
-    def __init__(self, folder: Path, stamp: dict[str, Any], rows: Path) -> None:
-        self._folder, self._stamp, self._rows = folder, stamp, rows
+    def __init__(self, folder: Path, stamp: dict[str, Any], rows: Path, also: Sequence[dict[str, Any]] = ()) -> None:
+        self._folder, self._stamps, self._rows = folder, [stamp, *also], rows
         self._found: dict[str, Any] | None = None
 
     def find(self) -> int:
@@ -146,7 +151,7 @@ class Checkpoints:
 
     def _read(self, file: Path) -> dict[str, Any]:
         found: dict[str, Any] = torch.load(file, weights_only=True)  # every tensor on the device it was on
-        if found["stamp"] != self._stamp:
+        if found["stamp"] not in self._stamps:
             raise ValueError("it is of another training, device or version of a package")
         if self._rows.stat().st_size < found["rows"]:
             raise ValueError(f"{self._rows.name} is shorter than it was then")
@@ -165,7 +170,7 @@ class Checkpoints:
         file = self._folder / f"step-{step}.pt"
         _sync(self._rows)
         content = {
-            "stamp": self._stamp,
+            "stamp": self._stamps[0],
             "step": step,
             "rows": self._rows.stat().st_size,
             "state": {name: part.state_dict() for name, part in parts.items()},

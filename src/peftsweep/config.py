@@ -14,7 +14,7 @@ import pickle
 import pydoc
 import re
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,13 +25,33 @@ from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peftsweep import data, experiment, repeat, study
+from peftsweep import data, experiment, fingerprint, repeat, study
 from peftsweep.errors import InputError, suggest
-from peftsweep.record import SECTIONS
-from peftsweep.schema import Config, DatasetConfig, Dtype, Init, ModelConfig, OnMissing, RowsConfig, Task, Turns
+from peftsweep.record import SECTIONS, Result
+from peftsweep.schema import Config, DatasetConfig, Dtype, Init, ModelConfig, OnMissing, RowsConfig, Task
 
 CONVERSATIONS = "peftsweep.tasks.messages"  # the reader of datasets that hold them
 IDENTITY_LENGTH = 10  # hex digits: a study of 10,000 trials has a clash once in 20,000 studies
+IDENTITY_RULE = 2  # its version, which a record keeps; a study's trials are recognised by earlier ones too
+# Former names of modules, classes and functions, and their names now. In an identity they keep the former ones.
+MOVED: dict[str, str] = {}
+CALLS = ("method", "method_setup", "quant")  # sections of an identity that name what is called
+FILE_OPTIONS = ("adapters", "include_path", "cache_file", "covariance_file")  # of methods and evaluations
+# Keys that were there when the first rule was made.
+FIRST_TRAIN_KEYS = (
+    *("learning_rate", "learning_rate_scale", "steps", "epochs", "batch_size", "accumulation", "schedule", "warmup"),
+    *("weight_decay", "clip", "optimizer", "optimizer_kwargs", "autocast", "autocast_adapter_dtype", "checkpointing"),
+    *("compile", "compile_dynamic", "pad_to_multiple_of", "eval_every", "keep_best", "best_metric", "params_file"),
+    "log_every",
+)
+FIRST_TARGETS_KEYS = ("roles", "modules", "all_linear", "otherwise")
+# Of the dataset's, what chooses rows, whose content is hashed where they are local, and what is made of them.
+CHOOSES_ROWS = (
+    *("name", "path", "test_path", "hub", "hub_config", "revision", "hub_split", "hub_test_split", "generator"),
+    *("train_fraction", "split_seed", "max_characters", "deduplicate", "samples", "validation_samples"),
+    *("encoding", "leave_out_tested"),
+)
+FIRST_DATASET_KEYS = (*CHOOSES_ROWS[:-2], "reader", "prompt", "answer", "classes", "max_length", "drop_long", "chat")
 ROWS_KEYS = tuple(field.name for field in dataclasses.fields(RowsConfig))
 LEAST = {
     "model.architecture.num_hidden_layers": 1,
@@ -97,6 +117,15 @@ def conf_dir() -> str:
 
 
 @dataclass(frozen=True)
+class Identity:
+    """What a trial is recognised by, and its training alone, by one version of the rule."""
+
+    rule: int
+    trial: str
+    training: str
+
+
+@dataclass(frozen=True)
 class Trial:
     """One point of a sweep, checked."""
 
@@ -108,6 +137,7 @@ class Trial:
     identity: str
     training: str  # the identity of the training alone, whatever is evaluated
     slug: str
+    earlier: Identity | None = None  # by the first rule, where another
 
     @property
     def label(self) -> str:
@@ -126,6 +156,7 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
     cfg.pop("hydra", None)
     overrides = list(overrides)
     choices = dict(choices) | _fill_from_files(cfg, overrides)
+    _use_current_names(cfg)
     if cfg.halving.min_steps is not None:
         cfg.train.eval_every = cfg.train.eval_every or str(cfg.halving.min_steps)
         cfg.halving.metric = cfg.halving.metric or cfg.train.best_metric
@@ -150,7 +181,7 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
         chosen["method"] = config.method["_target_"].rpartition(".")[2].removesuffix("Config").lower()
     elif chosen["method"] == FROM_FILE:
         chosen["method"] = "full"
-    training = _training(config, rows)
+    identity, first = _identity(config, rows), _identity(config, rows, rule=1)
     del tree["halving"]["rung"]  # how far the trial goes now is no part of what it is
     return Trial(
         config=config,
@@ -158,9 +189,10 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
         choices=chosen,
         overrides=overrides,
         rows=rows,
-        identity=content_hash([training, _evaluating(config, rows)]),
-        training=content_hash(training),
+        identity=identity.trial,
+        training=identity.training,
         slug=_slug(chosen, config),
+        earlier=first if first.trial != identity.trial else None,
     )
 
 
@@ -182,9 +214,25 @@ def with_rows(trial: Trial) -> Trial:
     """
     config = trial.config
     rows = None if config.dataset.hub and not config.dataset.path else _rows(config)
-    if content_hash(_training(config, rows)) != trial.training:
+    if _identity(config, rows).training != trial.training:
         raise InputError("dataset: the files have changed since the sweep began")
     return dataclasses.replace(trial, rows=rows)
+
+
+def _use_current_names(cfg: DictConfig) -> None:
+    """Have every ``_target_`` that has moved since a record or a yaml was written name what it is now."""
+    if not MOVED:
+        return
+    nodes = [cfg]
+    while nodes:
+        node = nodes.pop()
+        for key in [*node]:
+            if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
+                continue
+            if isinstance(node[key], DictConfig):
+                nodes.append(node[key])
+            elif key in ("_target_", "optimizer") and isinstance(node[key], str):
+                node[key] = current_name(node[key])
 
 
 def _fill_from_files(cfg: DictConfig, overrides: Iterable[str]) -> dict[str, str]:
@@ -604,72 +652,98 @@ def _first_line(error: BaseException) -> str:
 def _rows(config: Config) -> data.Rows:
     """The rows of a local dataset, read once for all points of a sweep."""
     files = [Path(path) for path in (config.dataset.path, config.dataset.test_path) if path is not None]
-    stamps = tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file())
-    return _cached_rows(pickle.dumps(config.dataset), config.train.eval_every is not None, stamps)
+    contents = tuple(fingerprint.file_hash(file) for file in files if file.is_file())
+    return _cached_rows(pickle.dumps(config.dataset), config.train.eval_every is not None, contents)
 
 
 @lru_cache(maxsize=4)
-def _cached_rows(dataset: bytes, validation: bool, _stamps: tuple[tuple[int, int], ...]) -> data.Rows:
+def _cached_rows(dataset: bytes, validation: bool, _contents: tuple[str, ...]) -> data.Rows:
     return data.load_rows(pickle.loads(dataset), validation=validation)
 
 
-def _training(config: Config, rows: data.Rows | None) -> dict[str, Any]:
+def _identity(config: Config, rows: data.Rows | None, rule: int = IDENTITY_RULE) -> Identity:
+    training = _training(config, rows, rule)
+    return Identity(rule, content_hash([training, _evaluating(config, rows, rule)]), content_hash(training))
+
+
+def _training(config: Config, rows: data.Rows | None, rule: int) -> dict[str, Any]:
     """Everything that changes the trained weights."""
-    train = dataclasses.asdict(config.train)
-    train.pop("checkpoint_every")  # which changes no weight
+    train = _said(config.train, FIRST_TRAIN_KEYS)
+    train.pop("checkpoint_every", None)  # which changes no weight
     train["learning_rate"] *= train.pop("learning_rate_scale")  # only their product matters
     if config.train.epochs is not None:
         train.pop("steps")
-    targets: dict[str, Any] = dataclasses.asdict(config.targets)
+    targets = _said(config.targets, FIRST_TARGETS_KEYS)
     if config.targets.roles is not None:
         targets["roles"] = {role: config.model.roles.get(role) for role in sorted(config.targets.roles)}
-    return {
-        "model": model_identity(config.model),
+    said = {
+        "model": model_identity(config.model, rule),
         "method": config.method,
         "method_inputs": config.method_inputs,
         "method_setup": config.method_setup,
-        "adapter": _adapter_files(config.adapter.path),
+        "adapter": _adapter_files(config.adapter.path, rule),
         "targets": targets,
         "quant": config.quant,
-        "dataset": _dataset_identity(config.dataset, rows),
+        "dataset": _dataset_identity(config.dataset, rows, rule),
         "train": train,
         "seed": config.seed,
     }
+    name = config.train.optimizer
+    train["optimizer"] = canonical_name(name if rule == 1 or "." in name else f"torch.optim.{name}", rule)
+    return {key: _canonical(value, rule) if key in CALLS else value for key, value in said.items()}
 
 
-def _evaluating(config: Config, rows: data.Rows | None) -> dict[str, Any]:
-    """Everything else that changes the scores."""
+def _said(section: Any, first: tuple[str, ...]) -> dict[str, Any]:
+    """A section of the configuration by its keys; one that is not among the ``first`` only where it was changed.
+
+    A key that a later version brings thus leaves the identities of all other trials as they were.
+    """
+    blank = {field.name: field for field in dataclasses.fields(section)}
     return {
-        "test": rows.fingerprints["test"] if rows is not None else None,
-        "eval": {name: evaluation_identity(node) for name, node in config.eval.items()},
-        "inference": config.inference | {"prompts_file": _file_identity(config.inference.get("prompts_file"))},
+        key: value
+        for key, value in dataclasses.asdict(section).items()
+        if key in first or value != _default(blank[key])
     }
 
 
-def evaluation_identity(node: Mapping[str, Any]) -> dict[str, Any]:
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _evaluating(config: Config, rows: data.Rows | None, rule: int) -> dict[str, Any]:
+    """Everything else that changes the scores."""
+    prompts = config.inference.get("prompts_file")
+    said = {
+        "test": rows.fingerprints["test"] if rows is not None else None,
+        "eval": {name: evaluation_identity(node, rule) for name, node in config.eval.items()},
+        "inference": _canonical(config.inference, rule)
+        | {"prompts_file": None if prompts is None else _file_hash(Path(prompts).expanduser(), rule)},
+    }
+    return said
+
+
+def evaluation_identity(node: Mapping[str, Any], rule: int = IDENTITY_RULE) -> dict[str, Any]:
     """An ``eval`` entry with its file, if it has one, by content instead of by name."""
     source = rows_config(node)
+    said: dict[str, Any] = _canonical(node, rule)
     if source.path is None:
-        return dict(node)
-    return dict(node) | {"path": data.fingerprint(data.read_rows(source.path, encoding=source.encoding))}
+        return said
+    return said | {"path": data.fingerprint(data.read_rows(source.path, encoding=source.encoding))}
 
 
-def _dataset_identity(dataset: DatasetConfig, rows: data.Rows | None) -> dict[str, Any]:
-    how = {key: getattr(dataset, key) for key in ("reader", "prompt", "answer", "classes", "max_length")}
-    how |= {key: getattr(dataset, key) for key in ("drop_long", "chat")}
-    added: dict[str, Any] = {} if dataset.missing is not OnMissing.empty else {"missing": dataset.missing}
-    if dataset.chat or dataset.reader == CONVERSATIONS:
-        added["turns"] = dataset.turns
-    how |= added
+def _dataset_identity(dataset: DatasetConfig, rows: data.Rows | None, rule: int) -> dict[str, Any]:
+    said = _said(dataset, FIRST_DATASET_KEYS)
+    if rule > 1 and _is_chat(dataset.chat, dataset.reader):
+        said["turns"] = dataset.turns
     if rows is None:
-        usual = {"missing": OnMissing.error, "encoding": None, "leave_out_tested": True, "turns": Turns.all}
-        said = dataclasses.asdict(dataset).items()
-        # What came later changes no hash of a dataset that does not use it.
-        return {key: value for key, value in said if key not in usual or value != usual[key]} | added
+        return said
+    how = {key: value for key, value in said.items() if key not in CHOOSES_ROWS}
+    if dataset.missing is not OnMissing.empty:  # the others choose rows
+        how.pop("missing", None)
     return how | {part: rows.fingerprints[part] for part in ("train", "validation")}
 
 
-def model_identity(model: ModelConfig) -> dict[str, Any]:
+def model_identity(model: ModelConfig, rule: int = IDENTITY_RULE) -> dict[str, Any]:
     """The base by what it is: a local folder by its files, a hub model by id and revision."""
     from peftsweep.model import source  # imports torch, which `--help` must not
 
@@ -679,30 +753,133 @@ def model_identity(model: ModelConfig) -> dict[str, Any]:
     folder = Path(source(model))
     if not folder.is_dir():
         return said | {"hub": model.name_or_path, "revision": model.revision}
-    return said | {"files": {file.name: _file_hash(file) for file in sorted(folder.iterdir()) if file.is_file()}}
+    if rule > 1:
+        return said | {"files": fingerprint.folder_hashes(folder)}
+    return said | {"files": {file.name: _file_hash(file, rule) for file in sorted(folder.iterdir()) if file.is_file()}}
 
 
-def _adapter_files(path: str | None) -> dict[str, str] | None:
-    """A saved adapter by its content, wherever it lies."""
+def _is_chat(chat: bool | None, reader: str | None) -> bool:
+    return bool(chat) or reader == CONVERSATIONS
+
+
+def _adapter_files(path: str | None, rule: int) -> dict[str, str] | None:
+    """A saved adapter by its content, wherever it lies, with the base that was kept beside it."""
     if path is None:
         return None
-    names = sorted(study.adapter(path).glob("*.safetensors"))
-    return {file.name: _file_hash(file) for file in names}
+    folder = study.adapter(path)
+    if rule == 1:
+        return {file.name: _file_hash(file, rule) for file in sorted(folder.glob("*.safetensors"))}
+    kept = folder / study.RESIDUAL
+    beside = fingerprint.folder_hashes(kept) if kept.is_dir() else {}
+    return fingerprint.folder_hashes(folder) | {f"{study.RESIDUAL}/{name}": found for name, found in beside.items()}
 
 
-def _file_identity(path: str | None) -> str | None:
-    return None if path is None else _file_hash(Path(path).expanduser())
-
-
-def _file_hash(file: Path) -> str:
-    """A hash of the content; of weights beyond 32 MB, of their size and both ends, as reading all takes minutes."""
+def _file_hash(file: Path, rule: int) -> str:
+    """A file's hash; by the first rule that of its size and both ends, where it is larger than 32 MB."""
     size, edge = file.stat().st_size, 16 * 2**20
+    if rule > 1 or size <= 2 * edge:
+        return fingerprint.file_hash(file)
     digest = hashlib.sha256(str(size).encode())
     with file.open("rb") as stream:
         digest.update(stream.read(edge))
-        stream.seek(max(edge, size - edge))
+        stream.seek(size - edge)
         digest.update(stream.read())
     return digest.hexdigest()
+
+
+def _canonical(node: Any, rule: int) -> Any:
+    """Plain values with every ``_target_`` under its one name, and files that options name by their content."""
+    if isinstance(node, list | tuple):
+        return [_canonical(value, rule) for value in node]
+    if not isinstance(node, Mapping):
+        return node
+    found = {key: _canonical(value, rule) for key, value in node.items()}
+    if isinstance(target := node.get("_target_"), str):
+        found["_target_"] = canonical_name(target, rule)
+    if rule > 1:
+        found |= {key: _by_content(value) for key, value in node.items() if key in FILE_OPTIONS}
+    return found
+
+
+def _by_content(value: Any) -> Any:
+    """A path, or several, by what is there; what is no local file or folder stays as it is."""
+    if isinstance(value, Mapping):
+        return {key: _by_content(one) for key, one in value.items()}
+    if not isinstance(value, str) or not (place := Path(value).expanduser()).exists():
+        return value
+    return fingerprint.folder_hashes(place) if place.is_dir() else fingerprint.file_hash(place)
+
+
+def canonical_name(target: str, rule: int = IDENTITY_RULE) -> str:
+    """The one name under which a class or function enters an identity, whichever of its names was given.
+
+    That is the shortest dotted name under which it can be imported; of one that has moved, its first name.
+    """
+    return _renamed(target if rule == 1 else _shortest(target), {now: before for before, now in MOVED.items()})
+
+
+@functools.cache
+def _shortest(target: str) -> str:
+    *packages, name = target.split(".")
+    found = pydoc.locate(target)
+    for end in range(1, len(packages) + 1):
+        if found is not None and getattr(pydoc.locate(".".join(packages[:end])), name, None) is found:
+            return ".".join([*packages[:end], name])
+    return target
+
+
+def current_name(target: str) -> str:
+    """Where a class or function is now, by any of its names."""
+    return _renamed(target, MOVED)
+
+
+def _renamed(target: str, names: Mapping[str, str]) -> str:
+    for before, after in names.items():
+        if target == before or target.startswith(f"{before}."):
+            return after + target.removeprefix(before)
+    return target
+
+
+# ---- records of earlier versions -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mended:
+    """A fault that made the numbers of some trials wrong, until a rule of identities."""
+
+    rule: int  # of the first version without it
+    concerns: Callable[[Mapping[str, Any]], bool]  # a trial's configuration
+    reason: str
+
+
+MENDED = (
+    Mended(
+        2,
+        lambda config: config["train"]["accumulation"] > 1,
+        "with train.accumulation above 1 a step took other rows than one large batch would have",
+    ),
+    Mended(
+        2,
+        lambda config: _is_chat(config["dataset"].get("chat"), config["dataset"].get("reader")),
+        "conversations were tokenised by other rules than the chat template's, and trained on the last turn only",
+    ),
+)
+
+
+def rule_of(result: Result) -> int:
+    """The version of the rule that made a record's identity; the first version did not write it."""
+    return int(result.run_info.get("identity_rule", 1))
+
+
+def outdated(result: Result) -> str | None:
+    """Why the numbers of a record, of an earlier version, are known to be wrong; None where they are not."""
+    faults = (fault for fault in MENDED if rule_of(result) < fault.rule and fault.concerns(result.config))
+    return next((fault.reason for fault in faults), None)
+
+
+def right_since(tree: Mapping[str, Any]) -> int:
+    """The first rule by which a trial of this configuration has the numbers that it has now."""
+    return max((fault.rule for fault in MENDED if fault.concerns(tree)), default=1)
 
 
 def content_hash(content: Any) -> str:

@@ -23,7 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftsweep.data import Batch, Tokens, collate
 from peftsweep.errors import InputError
-from peftsweep.model import INITIAL, RESIDUAL, answer_losses, keep_weights_unpacked
+from peftsweep.model import INITIAL, answer_losses, keep_weights_unpacked
+from peftsweep.study import RESIDUAL
 
 
 @dataclass(frozen=True)

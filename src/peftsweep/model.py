@@ -34,10 +34,10 @@ from transformers import (
 from peftsweep.data import Batch
 from peftsweep.errors import InputError
 from peftsweep.schema import Init, ModelConfig, Task
+from peftsweep.study import RESIDUAL
 
 TINY = Path(__file__).parent / "tiny" / "weights"
 INITIAL = "initial"  # beside a saved adapter: as it began, where the base was changed by its initialisation
-RESIDUAL = "base"  # the base that it belongs to, where that is not the trial's
 QUANTISED = (Linear4bit, Linear8bitLt)
 METHOD_INPUTS = "peftsweep_method_inputs"  # the attribute of an adapted model that holds them
 NEW_PARTS = "peftsweep_new_parts"  # the attribute of a classifier that names the modules its checkpoint lacked

@@ -208,7 +208,7 @@ def _together(trials: Sequence[Trial], told: dict[str, Observer], *, probe: bool
 
 def _trained(one: Trial) -> bool:
     """Whether its adapter is there already."""
-    return not one.config.force and study.trained(trial.folder(one).parent, one.training) is not None
+    return trial.trained(one) is not None
 
 
 def _step(one: Trial) -> int:

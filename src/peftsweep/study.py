@@ -19,6 +19,7 @@ from peftsweep.record import RESULT, LaterVersion, RecordError, Result, Status, 
 ROOT = Path("multirun")
 PLAN = "plan.json"
 ADAPTER = "adapter"
+RESIDUAL = "base"  # beside an adapter: the base that it belongs to, where that is not the trial's
 MERGED = "merged"
 CHECKPOINTS = "checkpoints"
 HEARTBEAT = 15.0  # seconds between two signs of life of a running trial
@@ -99,9 +100,29 @@ def trained(study: Path, training: str) -> Result | None:
     except OSError:
         return None
     done = result(folder)
-    same = done and done.status is Status.success and done.run_info.get("training") == training
+    names = (done.run_info.get("training"), (done.run_info.get("recognised") or {}).get("training")) if done else ()
+    same = done and done.status is Status.success and training in names
     same = same and done and done.train_info.get("reloads") is not False
     return done if same and any((folder / ADAPTER).glob("*.safetensors")) else None
+
+
+def mark_recognised(done: Result) -> None:
+    """Note whose record, made by an earlier version, this is by today's identity, and that of its training."""
+    if done.folder is None:
+        return
+    names, root = done.run_info["recognised"], done.folder.parent
+    write_text(root / ".recognised" / names["identity"], done.folder.name)
+    if done.status is Status.success and done.config["adapter"]["save"]:
+        write_text(_mark(root, names["training"]), done.folder.name)
+
+
+def recognised(study: Path, identity: str) -> Path | None:
+    """The folder of the trial that ``mark_recognised`` noted under this identity, if it is still there."""
+    try:
+        folder = study / (study / ".recognised" / identity).read_text(encoding="utf-8")
+    except OSError:
+        return None
+    return folder if folder.is_dir() else None
 
 
 def _mark(study: Path, training: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -62,6 +63,11 @@ def run(
             display.say(f"done before: {held.trial} ({held.status.name})")
         if again := sum(trial.resumes_full(one) for one in missing.values()):
             display.say(f"{trials_in_words(again)} that halving stopped will go on to the end")
+        again_for = Counter(reason for one in missing.values() if (reason := trial.outdated(one)))
+        for reason, count in again_for.items():
+            display.say(
+                f"{trials_in_words(count)} run again, as the numbers of an earlier version were wrong: {reason}"
+            )
         todo, budget = list(missing.values()), budget or Budget(options)
         ended = engine.run(todo, launch, display) if launch else workers.run(todo, options, budget, display)
         sweep_record = sweep_record or SweepRecord(study.folder(config.study), [], options.workers)
@@ -183,7 +189,7 @@ def _dry_run(trials: Sequence[Trial], forecasts: Sequence[Forecast], stand_ins: 
             print(
                 f"{row['label']:{width}}  {row['state']:8}  {trainable:>13} trainable  "
                 f"{size(row['adapter_bytes']):>9}  memory {size(row['predicted_memory_bytes']):>9}"
-                + "".join(f"  {row[key]}" for key in ("refused", "oversized", "same_as") if row[key])
+                + "".join(f"  {row[key]}" for key in ("refused", "oversized", "same_as", "outdated") if row[key])
             )
         for line in dict.fromkeys(row["coverage"] for row in rows if row["coverage"]):
             same = [row["label"] for row in rows if row["coverage"] == line]
@@ -194,12 +200,13 @@ def _dry_run(trials: Sequence[Trial], forecasts: Sequence[Forecast], stand_ins: 
 
 def _plan_row(one: Trial, foreseen: Forecast, stand_in: Trial) -> dict[str, Any]:
     same = stand_in.identity != one.identity
-    held = study.result(trial.folder(stand_in))
+    held, outdated = study.result(trial.folder(stand_in)), trial.outdated(stand_in)
     predicted = forecast.prediction(one)
     return {
         "trial": trial.folder(stand_in).name,
         "label": one.label,
-        "state": held.status.name if held and not one.config.force else "same" if same else "new",
+        "state": held.status.name if held and not one.config.force and not outdated else "same" if same else "new",
+        "outdated": outdated,
         "trainable_parameters": foreseen.trainable_parameters,
         "total_parameters": foreseen.total_parameters,
         "adapter_bytes": foreseen.adapter_bytes,

@@ -63,8 +63,46 @@ OCCUPIED = 1e9  # bytes that others hold on a device, beyond what its driver tak
 
 
 def folder(trial: Trial) -> Path:
-    """Where the trial's record is or will be."""
-    return study.trial_folder(study.folder(trial.config.study), trial.slug, trial.identity)
+    """Where the trial's record is or will be; one of an earlier version stays where it is."""
+    root = study.folder(trial.config.study)
+    place = study.trial_folder(root, trial.slug, trial.identity)
+    if place.exists():
+        return place
+    if (before := study.recognised(root, trial.identity)) is not None:
+        return before
+    if trial.earlier is not None:
+        before = study.trial_folder(root, trial.slug, trial.earlier.trial)
+        held = study.result(before) if before.exists() else None
+        if held is not None and _recognised(trial, held, "identity", trial.earlier.trial):
+            return before
+    return place
+
+
+def _recognised(trial: Trial, held: Result, key: str, earlier: str) -> bool:
+    """Whether a record is the trial's (``key`` is identity) or of the same training (training).
+
+    By its own rule; of an earlier one only if no other trial, that this rule could not tell from it, took it before.
+    """
+    mine, taken = getattr(trial, key), held.run_info.get("recognised") or {}
+    return mine in (held.run_info.get(key), taken.get(key)) or (
+        configuration.rule_of(held) == 1 and held.run_info.get(key) == earlier and not taken
+    )
+
+
+def outdated(trial: Trial) -> str | None:
+    """Why the trial is run again, though its study holds it: the numbers of an earlier version were wrong."""
+    held = None if trial.config.force else study.result(folder(trial))
+    return configuration.outdated(held) if held is not None and held.status in halving.HAVE_TRAINED else None
+
+
+def trained(trial: Trial) -> Result | None:
+    """A trial of the study with the same training, whose adapter can be taken instead of training again."""
+    root, earlier = study.folder(trial.config.study), trial.earlier
+    for training in (trial.training, *([earlier.training] if earlier else [])):
+        held = None if trial.config.force else study.trained(root, training)
+        if held and not configuration.outdated(held) and _recognised(trial, held, "training", training):
+            return held
+    return None
 
 
 def finished(trial: Trial) -> Result | None:
@@ -78,9 +116,16 @@ def finished(trial: Trial) -> Result | None:
         return None
     if done.error and done.error["type"] == Oversized.__name__ and not forecast.oversized(trial):
         return None
-    if trial.label not in done.run_info["labels"]:
+    new_label = trial.label not in done.run_info["labels"]
+    by_earlier_rule = done.run_info.get("identity") != trial.identity and not done.run_info.get("recognised")
+    if new_label:
         done.run_info["labels"].append(trial.label)
+    if by_earlier_rule:
+        done.run_info["recognised"] = {"identity": trial.identity, "training": trial.training}
+    if new_label or by_earlier_rule:
         done.write(folder(trial))
+    if by_earlier_rule:
+        study.mark_recognised(done)
     return done
 
 
@@ -92,7 +137,9 @@ def resumes_full(trial: Trial) -> bool:
 
 def _done(trial: Trial) -> Result | None:
     done = None if trial.config.force else study.result(folder(trial))
-    return done if done is not None and done.status.done and halving.reached(trial.config.halving, done) else None
+    if done is None or not done.status.done or outdated(trial):
+        return None
+    return done if halving.reached(trial.config.halving, done) else None
 
 
 def _lacks_profile(trial: Trial, done: Result) -> bool:
@@ -247,7 +294,7 @@ class Session:
         self.trial, self.result, self.meter, self.observer = trial, result, meter, observer
         self.config, self.info, self.place = trial.config, result.train_info, folder(trial)
         self.bare: Any = None  # the untouched base, kept beside the adapted one to be timed
-        self.earlier = None if self.config.force else study.trained(self.place.parent, trial.training)
+        self.earlier = trained(trial)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
@@ -368,8 +415,11 @@ class Session:
 
     def checkpoints(self) -> checkpoint.Checkpoints | None:
         """Those of the training, if any are wanted or there is one, from whose step it then goes on."""
-        stamp = checkpoint.stamp(self.trial.training, self.meter.device)
-        found = checkpoint.Checkpoints(self.place / study.CHECKPOINTS, stamp, self.place / record.STEPS)
+        trial, since = self.trial, configuration.right_since(self.trial.tree)
+        trainings = [trial.training, *([trial.earlier.training] if trial.earlier else [])]
+        stamps = [checkpoint.stamp(training, self.meter.device, since) for training in trainings]
+        place = self.place / study.CHECKPOINTS
+        found = checkpoint.Checkpoints(place, stamps[0], self.place / record.STEPS, also=stamps[1:])
         if self.config.force:
             found.clear()
         self.result.run_info["resumed"] = resumed = found.find()  # from this step on; 0: from the beginning
@@ -657,6 +707,7 @@ def begin(trial: Trial, place: Path) -> Result:
         "labels": [trial.label],
         "study": trial.config.study,
         "identity": trial.identity,
+        "identity_rule": configuration.IDENTITY_RULE,
         "training": trial.training,
         "created_at": record.now(),
         "host": record.host(),
