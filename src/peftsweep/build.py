@@ -6,7 +6,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peftsweep import attach, coverage, data, model, probe, study
+from peftsweep import attach, coverage, data, fingerprint, model, probe, record, study
 from peftsweep import config as configuration
 from peftsweep.config import ROWS_KEYS, Trial, content_hash, model_identity
 from peftsweep.coverage import COVERAGE, Coverage
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 WORTH_KEEPING = 5.0  # seconds of tokenising, after which its result is kept in the study's folder
 LEAST_ADALORA = 2  # steps: in the first one PEFT gathers how much each rank matters
+TOKENS_FORMAT = 2  # of what is kept of rows in tokens; another one where the same rows become other tokens
 REMEMBERED = 4  # tokenised training sets: training and validation rows of two datasets
 
 
@@ -296,11 +297,11 @@ def training_tokens(trial: Trial, tokenizer: PreTrainedTokenizerBase, rows: list
 
     Those of the last trials are kept in memory, those that took long also in the study's folder.
     """
-    own, task = trial.config.dataset, trial.config.model.task
-    how = [own.prompt, own.answer, own.reader, classes(trial), own.max_length, own.drop_long, own.chat, task]
-    later = [own.turns, own.missing, tokenizer.chat_template]
-    vocabulary = [tokenizer.name_or_path, trial.config.model.revision, tokenizer.model_max_length]
-    key = configuration.content_hash([how, later, vocabulary, data.fingerprint(rows)])
+    own, task = asdict(trial.config.dataset) | {"classes": classes(trial)}, trial.config.model.task
+    how = {key: value for key, value in own.items() if key not in configuration.CHOOSES_ROWS}
+    versions = [TOKENS_FORMAT, record.packages()]
+    vocabulary = fingerprint.tokenizer_hash(tokenizer)
+    key = configuration.content_hash([how, task, vocabulary, data.fingerprint(rows), versions])
     if key not in _TOKENS:
         file = study.folder(trial.config.study) / ".tokens" / f"{key}.parquet"
         if file.exists():

@@ -35,6 +35,8 @@ IDENTITY_LENGTH = 10  # hex digits: a study of 10,000 trials has a clash once in
 IDENTITY_RULE = 2  # its version, which a record keeps; a study's trials are recognised by earlier ones too
 # Former names of modules, classes and functions, and their names now. In an identity they keep the former ones.
 MOVED: dict[str, str] = {}
+# Names that are not the shortest, under which identities of the first rule have what conf/ names.
+FIRST_NAMES = {f"peft.{name}": f"peft.tuners.lora.config.{name}" for name in ("KasaConfig", "BdLoraConfig")}
 CALLS = ("method", "method_setup", "quant")  # sections of an identity that name what is called
 FILE_OPTIONS = ("adapters", "include_path", "cache_file", "covariance_file")  # of methods and evaluations
 # Keys that were there when the first rule was made.
@@ -815,7 +817,8 @@ def canonical_name(target: str, rule: int = IDENTITY_RULE) -> str:
 
     That is the shortest dotted name under which it can be imported; of one that has moved, its first name.
     """
-    return _renamed(target if rule == 1 else _shortest(target), {now: before for before, now in MOVED.items()})
+    before = {now: before for before, now in MOVED.items()}
+    return _renamed(target, before) if rule == 1 else _renamed(_shortest(target), before | FIRST_NAMES)
 
 
 @functools.cache
@@ -884,8 +887,7 @@ def right_since(tree: Mapping[str, Any]) -> int:
 
 def content_hash(content: Any) -> str:
     """A short hash of plain values and enums."""
-    text = json.dumps(content, sort_keys=True, default=lambda value: value.name)  # enums
-    return hashlib.sha256(text.encode()).hexdigest()[:IDENTITY_LENGTH]
+    return fingerprint.of_values(content)[:IDENTITY_LENGTH]
 
 
 def _slug(choices: Mapping[str, str], config: Config) -> str:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import tempfile
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peftsweep import study
 from peftsweep.record import read_json, write_json
@@ -19,9 +20,12 @@ from peftsweep.record import read_json, write_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
+
 HASHES = ".hashes"  # under multirun/: the hashes of large files
 LARGE = 32 * 2**20  # bytes from which a hash is kept on the disk
 CHUNK = 2**20
+HUB_PATIENCE = 5.0  # seconds
 # Of a model's or an adapter's folder, what neither transformers nor PEFT reads: texts, images, other frameworks'
 # weights, and what transformers' Trainer keeps beside a model.
 NOT_READ = {
@@ -95,6 +99,26 @@ def _may_be_read(name: str, beside: dict[str, Path]) -> bool:
 def folder_hashes(folder: Path) -> dict[str, str]:
     """``file_hash`` of each of ``files_read``."""
     return {name: file_hash(file) for name, file in files_read(folder).items()}
+
+
+def of_values(content: Any) -> str:
+    """A hash of plain values and enums."""
+    text = json.dumps(content, sort_keys=True, default=lambda value: value.name)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@lru_cache(maxsize=100)
+def on_hub(repository: str, kind: str, revision: str | None) -> tuple[str | None, str | None]:
+    """The commit of a hub repository (``kind`` is model or dataset) and when it was created; None where unknown."""
+    from huggingface_hub import HfApi
+
+    try:
+        found = HfApi().repo_info(repository, revision=revision, repo_type=kind, timeout=HUB_PATIENCE)
+    except Exception as error:  # no network, no such repository, no access: whatever the client raises
+        log.info("the hub says nothing of %s: %s", repository, type(error).__name__)
+        return None, None
+    created = getattr(found, "created_at", None)
+    return found.sha, None if created is None else created.isoformat()
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -42,7 +42,8 @@ class Forecast:
     attached: str | None = None  # a hash of what is trained, by names and shapes
 
 
-KEYS = ("device", "model", "method", "targets", "quant", "eval", "train")  # of a configuration, that change a forecast
+# Of a configuration, what changes a forecast, beside the model, which counts by its content.
+KEYS = ("device", "adapter", "method", "method_inputs", "method_setup", "targets", "quant", "eval", "train")
 ALL_ELSE = (  # of a configuration, what changes numbers beside the modules that a method is attached to
     *("seed", "device", "model", "method", "method_inputs", "method_setup", "quant", "dataset", "eval", "train"),
     *("inference", "profiler", "adapter", "halving", "memory_limit", "skip_oversized", "force", "repeat"),
@@ -63,11 +64,17 @@ def check(trial: Trial) -> Forecast:
     Raises:
         InputError: targets, method or device do not fit.
     """
-    key = configuration.content_hash([trial.tree[k] for k in KEYS])
+    key = configuration.content_hash([*_of_the_model(trial), *(trial.tree[k] for k in KEYS)])
     forecast = _FORECASTS.get(key) or _forecast(trial)
     if forecast.trainable_parameters is not None:
         _FORECASTS[key] = forecast
     return forecast
+
+
+def _of_the_model(trial: Trial) -> list[Any]:
+    """The model as keys of forecasts have it: its files, its roles, the classes of its head."""
+    model = trial.config.model
+    return [configuration.model_identity(model), model.roles, trial.config.dataset.classes]
 
 
 def _forecast(trial: Trial) -> Forecast:
@@ -236,7 +243,7 @@ def _key(where: str, batches: Sequence[Shape], trials: Sequence[Trial]) -> str:
     said: list[Any] = [where, [dataclasses.asdict(one) for one in batches]]
     for one in trials:
         train = {key: value for key, value in one.tree["train"].items() if key not in RATES}
-        said.append({key: one.tree[key] for key in KEYS} | {"train": train})
+        said.append([*_of_the_model(one), {key: one.tree[key] for key in KEYS} | {"train": train}])
     return configuration.content_hash(said)
 
 

@@ -137,6 +137,11 @@ def _shape(model: ModelConfig, classes: int) -> transformers.PreTrainedConfig:
     return config
 
 
+def commit(base: PreTrainedModel) -> str | None:
+    """The hub's commit that the base was loaded from; None for a local folder."""
+    return getattr(base.config, "_commit_hash", None)
+
+
 def text_config(model: Any) -> Any:
     """The part of a configuration (or of a model's) that is about text; all of it, where the model reads only text."""
     config = getattr(model, "config", model)

@@ -21,6 +21,7 @@ import torch
 from peft import LoraConfig, PeftModel
 
 from peftsweep import build, forecast, model, packed, record, study, train, trial
+from peftsweep import config as configuration
 from peftsweep.config import Trial, content_hash
 from peftsweep.display import Observer
 from peftsweep.errors import InputError
@@ -119,7 +120,7 @@ def _of_torch(config: TrainConfig) -> bool:
 
 def _base_drops(trial: Trial) -> bool:
     """Its random numbers are drawn for all lanes at once, so that a lane's would depend on the others."""
-    key = content_hash(trial.tree["model"])
+    key = content_hash(configuration.model_identity(trial.config.model))
     if key not in _DROPS:
         try:
             fields = model.architecture(trial.config.model).to_dict()
@@ -143,6 +144,7 @@ def _shared(trial: Trial) -> str:
     tree = trial.tree
     kept = {key: tree[key] for key in ("seed", "device", "model", "quant", "dataset", "eval")}
     kept["train"] = {key: value for key, value in tree["train"].items() if key not in (*OWN, *OWN_TOO, "eval_every")}
+    kept["model_content"] = configuration.model_identity(trial.config.model)
     kept["validated"] = trial.config.train.eval_every is not None  # its rows are taken from those to train on
     if trial.rows is not None:
         kept["rows"] = trial.rows.fingerprints

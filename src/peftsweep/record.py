@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import Enum
+from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any, Self
@@ -272,7 +273,9 @@ def _git(*words: str) -> str | None:
     return done.stdout.strip()
 
 
-def _package(name: str) -> dict[str, str | None] | None:
+@cache
+def package(name: str) -> dict[str, str | None] | None:
+    """An installed package's version, and its commit where it was installed from a checkout."""
     try:
         installed = version(name)
         origin = distribution(name).read_text("direct_url.json")  # of packages installed from a checkout
@@ -293,7 +296,7 @@ def processor() -> str:
 
 def packages() -> dict[str, dict[str, str | None] | None]:
     """The versions of the packages that change numbers."""
-    return {name: _package(name) for name in PACKAGES}
+    return {name: package(name) for name in PACKAGES}
 
 
 def _torch(gpus: bool) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from peftsweep import (
     checkpoint,
     data,
     evaluate,
+    fingerprint,
     forecast,
     halving,
     inference,
@@ -334,6 +335,7 @@ class Session:
         long_rows = rows.left_out.get("long_rows", 0) + len(rows.train) - len(self.tokens)
         longest = min(config.dataset.max_length, tokenizer.model_max_length)
         self.info |= {"training_rows": len(self.tokens)} | rows.left_out | {"long_rows": long_rows}
+        self.result.meta_info |= _sources(self.trial, self.base, tokenizer, rows)
         self.info["truncated_rows"] = sum(len(row.ids) >= longest for row in self.tokens)
         train.check_warmup(config.train, train.total_steps(config.train, len(self.tokens)))
         self.stop_at = self.rung_step(len(self.tokens))
@@ -358,6 +360,7 @@ class Session:
         self.tokenizer, self.pad_id = other.tokenizer, other.pad_id
         self.rows, self.tokens, self.tests = other.rows, other.tokens, other.tests
         self.info |= other.info
+        self.result.meta_info |= other.result.meta_info
         self.stop_at = self.rung_step(len(self.tokens))
         self.result.eval_info = copy.deepcopy(other.result.eval_info) if self.stop_at is None else {}
 
@@ -569,6 +572,29 @@ class Session:
 # ---- its parts -------------------------------------------------------------------------------------
 
 
+def _sources(
+    trial: Trial, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: data.Rows
+) -> dict[str, Any]:
+    """What the model, the tokenizer and the rows were: the hub's commits and dates, else hashes of the content."""
+    config = trial.config
+    model_sha, model_created = model.commit(base), None
+    if model_sha is None:
+        model_sha = fingerprint.of_values(model_identity(config.model))
+    else:
+        model_created = fingerprint.on_hub(config.model.name_or_path, "model", model_sha)[1]
+    dataset_sha, dataset_created = None, None
+    if config.dataset.hub and not config.dataset.path:
+        dataset_sha, dataset_created = fingerprint.on_hub(config.dataset.hub, "dataset", config.dataset.revision)
+    return {
+        "model_sha": model_sha,
+        "model_created_at": model_created,
+        "tokenizer_sha": fingerprint.tokenizer_hash(tokenizer),
+        "dataset_sha": dataset_sha or fingerprint.of_values(rows.fingerprints),
+        "dataset_created_at": dataset_created,
+        "rows_sha": rows.fingerprints,
+    }
+
+
 def _base_scores(
     trial: Trial, name: str, test: list[Example], base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, root: Path
 ) -> dict[str, Any]:
@@ -577,13 +603,16 @@ def _base_scores(
     key = configuration.content_hash(
         {
             "model": model_identity(trial.config.model),
+            "commit": model.commit(base),
+            "tokenizer": fingerprint.tokenizer_hash(tokenizer),
             "quant": trial.config.quant,
-            "head": trial.config.seed if model.classifies(base) else None,  # a new one is drawn from the seed
+            # A new head is drawn from the seed, for each class an output.
+            "head": [trial.config.seed, trial.config.dataset.classes] if model.classifies(base) else None,
             "eval": evaluation_identity(trial.config.eval[name]),
             "examples": data.fingerprint(example._asdict() for example in test),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else record.processor(),
             "kernels": None if device.type == "cuda" else record.kernels(),
-            "packages": record.packages(),
+            "packages": record.packages() | {"lm_eval": record.package("lm_eval")},
         }
     )
     file = root / ".base" / f"{name}-{key}.json"

@@ -193,7 +193,8 @@ def _about(about: Mapping[str, Any], run: Mapping[str, Any]) -> dict[str, Any]:
         "packages": found,
         "torch": {"version": packages.get("torch-version"), "gpus": [system.pop("accelerator", None)]},
         "system": system,
-        "model": about["model_info"],
+        "model_sha": about["model_info"].get("sha"),
+        "model_created_at": about["model_info"].get("created_at"),
         "dataset": about["dataset_info"],
     }
 
@@ -384,8 +385,18 @@ def _their_meta_info(result: Result) -> dict[str, Any]:
     versions = {f"{name}-version": package.get("version") for name, package in packages.items()}
     gpus = (about.get("torch") or {}).get("gpus") or ["cpu"]
     return {
-        "model_info": about.get("model") or {"sha": result.config["model"].get("revision"), "created_at": None},
-        "dataset_info": about.get("dataset") or {},
+        "model_info": {
+            "sha": about.get("model_sha") or result.config["model"].get("revision"),
+            "created_at": about.get("model_created_at"),
+        }
+        | (about.get("model") or {}),
+        "dataset_info": about.get("dataset")
+        or {
+            (result.config.get("dataset") or {}).get("name"): {
+                "sha": about.get("dataset_sha"),
+                "created_at": about.get("dataset_created_at"),
+            }
+        },
         "package_info": versions | {f"{name}-commit-hash": package.get("commit") for name, package in packages.items()},
         "system_info": (about.get("system") or {}) | {"accelerator": gpus[0]},
         "pytorch_info": f"torch {versions['torch-version']}",
