@@ -350,8 +350,15 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel, toke
 
 def test_examples(trial: Trial, name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """The test rows of ``eval.<name>`` as it shows them to the model."""
-    test = data.evaluation_rows(configuration.evaluation_source(trial.config, name), f"eval.{name}", rows.test)
-    return asked(trial, name, test, tokenizer)
+    return asked(trial, name, configuration.test_rows(trial.config, name, rows), tokenizer)
+
+
+def validation_examples(
+    trial: Trial, name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase
+) -> list[Example] | None:
+    """The rows that ``eval.<name>`` validates on, as it shows them to the model; None where it does not validate."""
+    found = configuration.validation_rows(trial.config, name, rows)
+    return None if found is None else asked(trial, name, found, tokenizer)
 
 
 def asked(trial: Trial, name: str, rows: list[data.Row], tokenizer: PreTrainedTokenizerBase) -> list[Example]:

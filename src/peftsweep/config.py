@@ -89,6 +89,7 @@ LAUNCHER = {
 }  # with the least
 PACK = 8  # trials at once that pack=auto tries
 OFF = "off"
+HARNESS = "peftsweep.harness.lm_eval"  # whose tasks bring their own rows
 PACKAGES = {  # options that a package brings
     "hydra/launcher/submitit_slurm": "peftsweep[slurm]",
     "hydra/launcher/submitit_local": "peftsweep[slurm]",
@@ -178,6 +179,7 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
     rows = None if config.dataset.hub and not config.dataset.path else _rows(config)
     _check_evaluation_rows(config, rows)
     _check_warmup(config, rows)
+    _check_metrics(config)
     chosen = {group: str(option) for group, option in choices.items() if option and not group.startswith("hydra/")}
     if config.method and chosen["method"] in ("full", FROM_FILE):  # a named point, which brings its method itself
         chosen["method"] = config.method["_target_"].rpartition(".")[2].removesuffix("Config").lower()
@@ -553,6 +555,63 @@ def _check_evaluation_rows(config: Config, rows: data.Rows | None) -> None:
         source = evaluation_source(config, name)
         if source.path or (not source.hub and rows is not None):
             test_examples(config, name, data.evaluation_rows(source, f"eval.{name}", rows.test if rows else []))
+            test_rows(config, name, rows or data.Rows([]))  # are there enough to set some aside?
+
+
+def test_rows(config: Config, name: str, rows: data.Rows) -> list[data.Row]:
+    """The rows that ``eval.<name>`` judges on, without those that it sets aside for validation."""
+    return _parted(config, name, rows)[1]
+
+
+def validation_rows(config: Config, name: str, rows: data.Rows) -> list[data.Row] | None:
+    """The rows that ``eval.<name>`` validates on; None where it does not.
+
+    One that judges on the dataset's test rows validates on the dataset's validation rows. One with rows of its own
+    validates only where a metric of it chooses among weights or trials, and then on some that it sets aside.
+    """
+    if not rows.validation or config.eval[name].get("_target_") == HARNESS:
+        return None
+    source = evaluation_source(config, name)
+    return _parted(config, name, rows)[0] if source.path or source.hub else rows.validation
+
+
+def _parted(config: Config, name: str, rows: data.Rows) -> tuple[list[data.Row] | None, list[data.Row]]:
+    found = data.evaluation_rows(evaluation_source(config, name), f"eval.{name}", rows.test)
+    if not sets_aside(config, name):
+        return None, found
+    own = config.dataset
+    return data.set_aside(found, own.validation_samples, own.split_seed, f"eval.{name}")
+
+
+def sets_aside(config: Config, name: str) -> bool:
+    """Whether ``eval.<name>`` sets rows of its own aside, as its metric is asked for in validation."""
+    source = evaluation_source(config, name)
+    named = [metric.partition(".")[0] for metric in _validation_metrics(config).values()]
+    return config.train.eval_every is not None and bool(source.path or source.hub) and name in named
+
+
+def _validation_metrics(config: Config) -> dict[str, str]:
+    """The metrics by which a validation chooses, by their keys."""
+    found = {"train.best_metric": config.train.best_metric, "halving.metric": config.halving.metric}
+    return {key: metric for key, metric in found.items() if metric is not None and metric != "loss"}
+
+
+def _check_metrics(config: Config) -> None:
+    """Refuse a metric that its evaluation does not measure, or that can only be measured on test rows."""
+    from peftsweep import evaluate  # imports torch, which `--help` must not
+
+    asked = [(key, *metric.partition(".")[::2]) for key, metric in _validation_metrics(config).items()]
+    for key, name, _ in asked:
+        if config.eval[name].get("_target_") == HARNESS:
+            raise InputError(f"{key}: eval.{name} judges on the test rows of its tasks, and cannot validate")
+    said = [config.objective] if isinstance(config.objective, str) else config.objective or []
+    columns = [column.split(".") for column in said if column.startswith("eval_info.") and column.endswith(".value")]
+    asked += [("objective", column[1], ".".join(column[2:-1]).removeprefix("base_")) for column in columns]
+    for key, name, metric in asked:
+        node = config.eval[name]
+        known = evaluate.measures(pydoc.locate(node["_target_"]), node)
+        if known is not None and metric not in known:
+            raise InputError(f"{key}: eval.{name} does not measure '{metric}'; {suggest(metric, list(known))}")
 
 
 def check_conversations(config: Config) -> None:
@@ -678,7 +737,7 @@ def _training(config: Config, rows: data.Rows | None, rule: int) -> dict[str, An
     targets = _said(config.targets, FIRST_TARGETS_KEYS)
     if config.targets.roles is not None:
         targets["roles"] = {role: config.model.roles.get(role) for role in sorted(config.targets.roles)}
-    said = {
+    said: dict[str, Any] = {
         "model": model_identity(config.model, rule),
         "method": config.method,
         "method_inputs": config.method_inputs,
@@ -690,6 +749,9 @@ def _training(config: Config, rows: data.Rows | None, rule: int) -> dict[str, An
         "train": train,
         "seed": config.seed,
     }
+    if rule > 1 and config.train.keep_best and (judge := config.train.best_metric.partition(".")[0]) in config.eval:
+        own = sets_aside(config, judge)
+        said["best_by"] = [evaluation_identity(config.eval[judge]), config.dataset.validation_samples if own else None]
     name = config.train.optimizer
     train["optimizer"] = canonical_name(name if rule == 1 or "." in name else f"torch.optim.{name}", rule)
     return {key: _canonical(value, rule) if key in CALLS else value for key, value in said.items()}
@@ -721,6 +783,8 @@ def _evaluating(config: Config, rows: data.Rows | None, rule: int) -> dict[str, 
         "inference": _canonical(config.inference, rule)
         | {"prompts_file": None if prompts is None else _file_hash(Path(prompts).expanduser(), rule)},
     }
+    if any(sets_aside(config, name) for name in config.eval):
+        said["set_aside"] = [config.dataset.validation_samples, config.dataset.split_seed]
     return said
 
 

@@ -162,6 +162,19 @@ def evaluation_rows(source: RowsConfig, key: str, own: Sequence[Row]) -> list[Ro
     return rows[: source.samples]
 
 
+def set_aside(rows: Sequence[Row], count: int, seed: int, key: str) -> tuple[list[Row], list[Row]]:
+    """Up to ``count`` rows of an evaluation (at most a half) to validate on, and those that are left to judge on.
+
+    Raises:
+        InputError: there are too few.
+    """
+    numbers = set(random.Random(seed).sample(range(len(rows)), min(count, len(rows) // 2)))
+    if not numbers:
+        raise InputError(f"{key}: {len(rows)} rows are too few to set some aside for validation")
+    parts = [[row for n, row in enumerate(rows) if (n in numbers) is chosen] for chosen in (True, False)]
+    return parts[0], parts[1]
+
+
 def fingerprint(rows: Iterable[Row]) -> str:
     """A hash of the rows' content."""
     digest = hashlib.sha256()

@@ -7,7 +7,7 @@ pack, these find the answers of all lanes at once (``of_lane``), which evaluatio
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -385,6 +385,28 @@ def _class_scores(model: nn.Module, rows: Sequence[Tokens], *, pad_id: int, batc
 
     _in_batches([len(row.ids) for row in rows], batch_size, score)
     return scores
+
+
+# What each evaluation measures, by name, so that a misspelt one is found before anything is loaded.
+MEASURES: dict[Callable[..., Evaluation], tuple[str, ...]] = {
+    perplexity: ("perplexity", "loss"),
+    text_perplexity: ("perplexity", "loss"),
+    generation: ("accuracy", "valid_fraction"),
+    classification: ("accuracy", "f1"),
+    multiple_choice: ("acc", "acc_norm"),
+}
+WAYS = {  # of instruction
+    "generation": ("accuracy", "valid_fraction"),
+    "labels": ("label_acc",),
+    "choices": ("choice_acc", "choice_acc_norm"),
+}
+
+
+def measures(function: Any, options: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The metrics of an evaluation with these options; None of one that is not of this module."""
+    if function is instruction:
+        return tuple(name for way in options.get("ways", WAYS) for name in WAYS.get(way, ()))
+    return MEASURES.get(function)
 
 
 # ---- the two primitives ----------------------------------------------------------------------------

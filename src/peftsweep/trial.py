@@ -453,20 +453,20 @@ class Session:
                 self.merge(answers)
 
     def validation(self) -> Callable[[], dict[str, float]] | None:
-        """Loss on the validation rows, and the evaluations that judge on the dataset's own rows, on them."""
+        """Loss on the validation rows, and the evaluations that validate, each on its validation rows."""
         trial, rows, adapted, tokenizer = self.trial, self.rows.validation, self.adapted, self.tokenizer
         if not rows:
             return None
         tokens = build.training_tokens(trial, tokenizer, rows)
-        sources = {name: configuration.evaluation_source(trial.config, name) for name in trial.config.eval}
-        own = [name for name, source in sources.items() if not source.path and not source.hub]
+        asked = {name: build.validation_examples(trial, name, self.rows, tokenizer) for name in trial.config.eval}
 
         def validate() -> dict[str, float]:
             adapted.eval()
             scores = {"loss": evaluate.mean_loss(adapted, tokens, pad_id=self.pad_id)}
-            for name in own:
-                asked = build.asked(trial, name, rows, tokenizer)
-                found = build.evaluator(trial, name)(adapted, tokenizer, asked).scores
+            for name, examples in asked.items():
+                if examples is None:
+                    continue
+                found = build.evaluator(trial, name)(adapted, tokenizer, examples).scores
                 scores |= {f"{name}.{metric}": score.value for metric, score in found.items()}
             return scores
 
