@@ -43,7 +43,8 @@ def run(overrides: Sequence[str] = ()) -> Result:
 
     ``overrides`` are the words of the command line: ``run(["method=lora", "method.r=16"])`` is
     ``peftsweep method=lora method.r=16``. The folders are the same too. A trial that fails returns
-    its record, with ``result.status == "failed"`` and ``result.error``.
+    its record, with ``result.status == "failed"`` and ``result.error``. With ``dry_run=true`` nothing is trained:
+    the plan is printed and written, and of a new trial a record comes back, with ``result.status == "planned"``.
 
     Raises:
         InputError: the overrides do not describe a trial; nothing was loaded.

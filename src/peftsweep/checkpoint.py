@@ -56,13 +56,14 @@ class Part(Protocol):
 class Interruption:
     """Holds signals that end a training back until the running step is over and a checkpoint of it is written.
 
-    Held is what Python handles: Ctrl-C, a scheduler's SIGTERM, and the signal before SLURM's preemption, whose
-    handler puts the job back into the queue. A second signal is not held, nor one that has waited its seconds.
+    Held is what Python handles: Ctrl-C, a scheduler's SIGTERM, a hangup, and the signal before SLURM's preemption,
+    whose handler puts the job back into the queue. A second signal is not held, nor one that has waited its seconds.
     """
 
     SECONDS: Mapping[int, float] = {
         signal.SIGINT: 20.0,
         signal.SIGTERM: 20.0,
+        signal.SIGHUP: 20.0,
         signal.SIGUSR1: 90.0,
         signal.SIGUSR2: 90.0,
     }
@@ -130,6 +131,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, stamp: dict[str, Any], rows: Path, also: Sequence[dict[str, Any]] = ()) -> None:
         self._folder, self._stamps, self._rows = folder, [stamp, *also], rows
+        self.seconds: Callable[[], dict[str, float]] = dict  # of the trial until now, which a checkpoint keeps
+        self.earlier: dict[str, float] = {}  # those that the found one keeps
         self._found: dict[str, Any] | None = None
 
     def find(self) -> int:
@@ -145,7 +148,7 @@ class Checkpoints:
                 log.warning("the checkpoint %s is ignored: %s: %s", file.name, type(error).__name__, reason)
                 continue
             os.truncate(self._rows, found["rows"])
-            self._found = found
+            self._found, self.earlier = found, found.get("seconds", {})
             return int(found["step"])
         return 0
 
@@ -172,6 +175,7 @@ class Checkpoints:
         content = {
             "stamp": self._stamps[0],
             "step": step,
+            "seconds": self.seconds(),
             "rows": self._rows.stat().st_size,
             "state": {name: part.state_dict() for name, part in parts.items()},
         }

@@ -121,17 +121,22 @@ def _task(cfg: DictConfig) -> None:
     from peftsweep import engine
 
     hydra_config = HydraConfig.get()
+    if (here := Path(hydra_config.runtime.cwd)).is_dir():
+        os.chdir(here)  # all paths are relative to where the command runs, whatever hydra.job.chdir says
     engine.job(configuration.trial(cfg, hydra_config.runtime.choices, hydra_config.overrides.task))
 
 
 def run_one(overrides: list[str]) -> Result:
     """The Python door: see ``peftsweep.run``."""
     check_platform()
-    from peftsweep import forecast, trial
+    from peftsweep import forecast, sweep, trial
 
     one = _trial(*overrides)
+    if one.config.dry_run:
+        return sweep.planned(one)
     forecast.check(one)
-    return trial.run(one)
+    with sweep.terminable():
+        return trial.run(one)
 
 
 def _trial(*words: str) -> configuration.Trial:

@@ -15,6 +15,8 @@ PACKED_4BIT = "it calculates with the base's weights, which 4-bit storage packs"
 RAW_8BIT = "it would take the stored 8-bit integers for the weights, without their scales"
 HEADLESS = "PEFT leaves the new head untrained, and what is trained below a random head means nothing"
 CACHELESS = "it prepends keys and values, and the model takes none"
+RECOMPUTED = "the layers, computed again in the backward pass, find their keys and values in the cache twice"
+UNSCALED = "gradients of 16 bits cannot be unscaled: take train.autocast=bfloat16 or model.dtype=float32"
 BOTH = ("4bit", "8bit")
 ANY = ("none", *BOTH)
 KINDS = {  # of bases
@@ -24,6 +26,9 @@ KINDS = {  # of bases
     "narrow 8bit": "on an 8bit base whose other weights have 16 bits",
     "classifier": "with a classifier's head",
     "encoder": "on an encoder",
+    "checkpointing": "with train.checkpointing=true",
+    "float16": "with model.dtype=float16 and train.autocast=float16",
+    "float16 adapter": "with model.dtype=float16, train.autocast=float16 and train.autocast_adapter_dtype=false",
 }
 
 
@@ -87,6 +92,17 @@ RULES = (
     Rule("ShadowConfig", ("classifier",), "its second path is a decoder that writes text"),
     Rule("PrefixTuningConfig", ("encoder",), CACHELESS),
     Rule("CartridgeConfig", ("encoder",), CACHELESS),
+    *(Rule(config, ("checkpointing",), RECOMPUTED) for config in ("PrefixTuningConfig", "CartridgeConfig")),
+    Rule("PolyConfig", ("checkpointing",), "its layers are told of their tasks in the forward pass only"),
+    *(
+        Rule(config, ("float16",), UNSCALED)
+        for config in (
+            "AdaptionPromptConfig",
+            "LNTuningConfig",
+            "ShadowConfig",
+        )  # which train weights of the base's format
+    ),
+    Rule("LoraConfig", ("float16",), UNSCALED, {"method_setup": "peftsweep.initialise.eva"}),
     Rule("LoraConfig", BOTH, "VeLoRA does not support quantised layers", {"velora_config": Mapping}),
 )
 FULL = "full fine-tuning cannot train quantised weights; take quant=none or an adapter method"
@@ -102,6 +118,8 @@ def refusal(method: Mapping[str, Any], kinds: Iterable[str]) -> str | None:
     for kind in kinds:
         if not method and kind in BOTH:
             return FULL
+        if kind == "float16 adapter" or (kind == "float16" and not method):
+            return f"not {KINDS[kind]}: {UNSCALED}"
         config = method.get("_target_", "").rpartition(".")[2]
         for rule in RULES:
             if rule.holds(config, method, kind):

@@ -104,7 +104,8 @@ class _Watch:
         self._display = display
         self._named = ""  # the trial whose name was printed last
         self._running = {one.identity: one for one in trials}
-        self._folders = {one.identity: trial.folder(one) for one in trials}
+        # Absolute, as a launcher that runs jobs in this process may change its folder meanwhile.
+        self._folders = {one.identity: trial.folder(one).absolute() for one in trials}
         self._before = {identity: _written(folder) for identity, folder in self._folders.items()}
         self._views: dict[str, TrialView] = {}
         self._seen: dict[str, int] = {}  # bytes of steps.jsonl

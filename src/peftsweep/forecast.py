@@ -212,6 +212,10 @@ def refusal(trial: Trial) -> str | None:
         forward = model.skeleton(config.model, classes=len(config.dataset.classes)).forward
         if "past_key_values" not in inspect.signature(forward).parameters:
             kinds.append("encoder")
+    if config.train.checkpointing:
+        kinds.append("checkpointing")
+    if config.model.dtype is Dtype.float16 and config.train.autocast is Dtype.float16:
+        kinds += ["float16"] if config.train.autocast_adapter_dtype else ["float16", "float16 adapter"]
     setup = {"method_setup": config.method_setup.get("_target_")}
     return compatibility.refusal(config.method | setup if config.method else {}, kinds)
 

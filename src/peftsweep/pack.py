@@ -251,8 +251,9 @@ class _Lane:
     def __init__(self, name: str, one: Trial, observer: Observer, device: torch.device) -> None:
         self.name, self.trial, self.place = name, one, trial.folder(one)
         self.tracker, self.meter = Tracker(observer), Meter(device)
+        sittings = trial.Sittings(self.place, self.meter)
         self.result = trial.begin(one, self.place)
-        self.session = Session(one, self.result, self.meter, self.tracker)
+        self.session = Session(one, self.result, self.meter, self.tracker, sittings)
         self.status: Status | None = None
         self.failure: dict[str, str] | None = None
 
@@ -274,7 +275,8 @@ class _Lane:
 
     def end(self, start: float) -> Result:
         status = self.status or Status.success
-        trial.end(self.result, self.place, self.meter, start, status, self.failure, self.tracker)
+        earlier = self.session.sittings.earlier
+        trial.end(self.result, self.place, self.meter, start, status, self.failure, self.tracker, earlier)
         return self.result
 
 

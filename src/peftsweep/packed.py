@@ -22,7 +22,7 @@ from peftsweep.data import Batch, Tokens
 from peftsweep.lanes import Pack
 from peftsweep.measure import Laps, Meter, out_of_memory
 from peftsweep.model import answer_logits, answer_losses
-from peftsweep.schema import Dtype, TrainConfig
+from peftsweep.schema import TrainConfig
 from peftsweep.train import (
     Best,
     Epoch,
@@ -33,12 +33,14 @@ from peftsweep.train import (
     badness,
     batches,
     check_finite,
+    check_stepped,
     check_trained,
     checkpoint_due,
     enable_checkpointing,
     in_epochs,
     interval,
     make_optimizer,
+    make_scaler,
     make_scheduler,
     steps_per_epoch,
     total_steps,
@@ -193,7 +195,7 @@ class _Running:
         self._steps = total_steps(self.config, self._rows)
         self._every = interval(self.config, "eval_every", self._rows) if lane.validate else None
         self._scheduler = make_scheduler(self.optimizer, self.config, self._steps)
-        self.scaler = torch.amp.GradScaler(meter.device.type, enabled=self.config.autocast is Dtype.float16)
+        self.scaler = make_scaler(self.config, meter.device)
         own = _LaneLaps(laps)
         self._progress = Progress(own)
         self._epoch = Epoch(steps_per_epoch(self.config, self._rows), own, meter)
@@ -292,6 +294,7 @@ class _Running:
         if self._seen is not None and self.error is None:
             with self._own(), self._pack.alone(self.lane.name):
                 check_trained(self._pack.model, self._parameters, self._seen, self.config, self.step)
+                check_stepped(self.scaler, self.step)
             self._pack.model.train()
         return Ended(self._progress.trained(self.config, self._rows, self._final_loss), self.error)
 

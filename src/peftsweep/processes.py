@@ -108,12 +108,17 @@ def begin_to_import() -> None:
     from multiprocessing import forkserver, resource_tracker
 
     multiprocessing.get_context("forkserver").set_forkserver_preload([PRELOAD])
+    in_main = threading.current_thread() is threading.main_thread()
+    # A terminal that is closed tells all its processes; it is the command that then interrupts the workers.
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN) if in_main else None
     resource_tracker.ensure_running()  # which unblocks Ctrl-C when it has started
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # in a terminal it reaches that process too
     try:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        if hangup is not None:
+            signal.signal(signal.SIGHUP, hangup)
 
 
 def start_ahead(chosen: Sequence[Place]) -> None:
@@ -173,6 +178,8 @@ def _start(place: Place, threads: int | None) -> Child:
 def _work(channel: connection.Connection[Any, Any], output: str, place: Place, threads: int | None) -> None:
     """The life of a worker."""
     os.setpgid(0, 0)  # Ctrl-C is for the parent, which then interrupts the trial once
+    # By it the parent interrupts a trial, also where the command ignores it, as one in the background of a script does.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -46,16 +46,17 @@ class Status(Enum):
     cancelled = "cancelled"  # interrupted by the user
     refused = "refused"  # a combination that is known not to work
     stopped = "stopped"  # ended early, on purpose
+    planned = "planned"  # not run, as dry_run=true says; never written
 
     @property
     def done(self) -> bool:
         """Whether a rerun takes the trial as done; the others are tried again."""
-        return self not in (Status.failed, Status.cancelled)
+        return self not in (Status.failed, Status.cancelled, Status.planned)
 
     @property
     def good(self) -> bool:
         """Whether a sweep that holds it has nothing to complain of (exit code 0)."""
-        return self in (Status.success, Status.refused, Status.stopped)
+        return self in (Status.success, Status.refused, Status.stopped, Status.planned)
 
 
 class RecordError(ValueError):

@@ -58,7 +58,7 @@ def run(
     missing = {stand_ins[n].identity: stand_ins[n] for n, done in enumerate(results) if done is None}
     for one in missing.values():
         configuration.check_conversations(one.config)
-    with Display(len(missing), quiet=config.quiet) as display, _terminable():
+    with Display(len(missing), quiet=config.quiet) as display, terminable():
         for held in _once(results):
             display.say(f"done before: {held.trial} ({held.status.name})")
         if again := sum(trial.resumes_full(one) for one in missing.values()):
@@ -123,8 +123,11 @@ def answer(one: Trial, result: Result | None) -> Any:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM, by which schedulers end a job, interrupts like Ctrl-C, so that running trials are recorded."""
+def terminable() -> Iterator[None]:
+    """SIGTERM, by which schedulers end a job, and SIGHUP interrupt like Ctrl-C, so that running trials are recorded.
+
+    A hangup that is ignored, as under nohup, stays so: it is to outlive the terminal.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -132,11 +135,13 @@ def _terminable() -> Iterator[None]:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    wanted = [signal.SIGTERM, *([signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL else [])]
+    before = {number: signal.signal(number, interrupt) for number in wanted}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _stand_ins(trials: Sequence[Trial], forecasts: Sequence[Forecast]) -> list[Trial]:
@@ -156,7 +161,8 @@ def _stand_ins(trials: Sequence[Trial], forecasts: Sequence[Forecast]) -> list[T
 def _share(result: Result, trials: Sequence[Trial], results: list[Result | None], stand_ins: Sequence[Trial]) -> None:
     """Give the record to every other point of the sweep that it stands for, and it their labels."""
     for number, other in enumerate(trials):
-        if results[number] is None and stand_ins[number].identity == result.run_info["identity"]:
+        known = result.run_info["identity"], (result.run_info.get("recognised") or {}).get("identity")
+        if results[number] is None and stand_ins[number].identity in known:
             results[number] = result
             if other.label not in result.run_info["labels"] and result.folder is not None:
                 result.run_info["labels"].append(other.label)
@@ -196,6 +202,15 @@ def _dry_run(trials: Sequence[Trial], forecasts: Sequence[Forecast], stand_ins: 
             print(f"{', '.join(same)}: {line}")
     new = sum(row["state"] == "new" for row in rows)
     print(f"{trials_in_words(len(rows))}, {new} new; nothing was trained ({file})")
+
+
+def planned(one: Trial) -> Result:
+    """What ``dry_run=true`` says of one trial, as a record of status ``planned`` that is not written; none is trained.
+
+    Of a trial that is done it is its record.
+    """
+    run([one])
+    return trial.finished(one) or trial.planned(one, record.plain(vars(forecast.check(one))))
 
 
 def _plan_row(one: Trial, foreseen: Forecast, stand_in: Trial) -> dict[str, Any]:

@@ -35,6 +35,7 @@ OF_A_PACK = (
     *("seconds", "tokens_per_second", "memory_allocated"),
     *("epoch_seconds", "epoch_tokens_per_second", "epoch_memory_peak"),
 )
+SCALE = 2.0**16  # of the loss at first, with float16; torch's default
 WARMUP_LAPS = 3  # first steps allocate and tune; they are trained on, but left out of the percentiles
 
 
@@ -108,7 +109,7 @@ def train(
     parameters = list(trained.values())
     scheduler = make_scheduler(optimizer, config, steps)
     narrowed = autocast(config, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.autocast is Dtype.float16)
+    scaler = make_scaler(config, device)
 
     numbered = partial(batches, rows, config, pad_id=pad_id, seed=seed, device=device)
 
@@ -218,6 +219,7 @@ def train(
     if micro_batches:
         with torch.compiler.set_stance("force_eager"):
             check_trained(model, parameters, micro_batches[-1], config, progress.step)
+        check_stepped(scaler, progress.step)
     model.eval()
     return progress.trained(config, len(rows), final_loss, facts)
 
@@ -515,6 +517,22 @@ def check_trained(
     with autocast(config, batch.input_ids.device):
         loss = answer_losses(model, batch).mean().item()
     check_finite(loss, f"after step {step}", model, config)
+
+
+def make_scaler(config: TrainConfig, device: torch.device) -> torch.amp.GradScaler:
+    """What scales the loss where ``train.autocast`` is float16, and skips steps whose gradients overflow."""
+    return torch.amp.GradScaler(device.type, init_scale=SCALE, enabled=config.autocast is Dtype.float16)
+
+
+def check_stepped(scaler: torch.amp.GradScaler, steps: int) -> None:
+    """Refuse a training of which the scaler has skipped each of the ``steps``: nothing was trained.
+
+    Raises:
+        FloatingPointError: the scale was lowered as often as there were steps.
+    """
+    if scaler.is_enabled() and scaler.get_scale() <= SCALE * scaler.get_backoff_factor() ** steps:
+        said = f"the gradients of all {steps} steps overflowed, and none was taken"
+        raise FloatingPointError(f"{said}; take train.autocast=bfloat16, or more steps: the scale is halved in each")
 
 
 def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:

@@ -196,6 +196,7 @@ def _run_claimed(trial: Trial, place: Path, observer: Observer) -> Result:
             session.profile(session.resume)
         held.write(place)
         return held
+    sittings = Sittings(place, meter)
     with meter.stage("setup"):  # and all that is between the stages
         result = begin(trial, place)
     with logged(place / "trial.log"):
@@ -204,16 +205,16 @@ def _run_claimed(trial: Trial, place: Path, observer: Observer) -> Result:
         status, failure = Status.success, None
         try:
             with meter.stage("setup"), current(meter.device):
-                status = _run(Session(trial, result, meter, tracker))
+                status = _run(Session(trial, result, meter, tracker, sittings))
         except BaseException as error:
             status, failure = status_of(error), failure_of(error, meter.current, trial.config)
             full = study.unwritable(error)  # the next trial would train for nothing
             if full or not isinstance(error, Exception):
-                end(result, place, meter, start, status, failure, tracker)
+                end(result, place, meter, start, status, failure, tracker, sittings.earlier)
                 if full:
                     raise full from error
                 raise
-        end(result, place, meter, start, status, failure, tracker)
+        end(result, place, meter, start, status, failure, tracker, sittings.earlier)
     empty(meter.device)
     return result
 
@@ -285,15 +286,56 @@ def _run(session: Session) -> Status:
     return Status.success
 
 
+class Sittings:
+    """The seconds of a trial, in all and by stage, over all the times that it was sat down to.
+
+    Those before this one are what its record says, or where it was killed what its last checkpoint says. They count
+    once it goes on from there; what a trial that begins anew had done before is lost.
+    """
+
+    TOTAL = "total"
+
+    def __init__(self, place: Path, meter: Meter) -> None:
+        self._begun, self._meter = time.perf_counter(), meter
+        held = study.result(place)
+        self._recorded = _recorded_seconds(held) if held is not None else {}
+        self.earlier: dict[str, float] = {}
+
+    def resume(self, kept: dict[str, float]) -> None:
+        """It goes on from a checkpoint that keeps these."""
+        recorded = self._recorded if self._recorded.get(self.TOTAL, 0.0) >= kept.get(self.TOTAL, 0.0) else {}
+        self.earlier = recorded or kept
+
+    def seconds(self) -> dict[str, float]:
+        """Of all sittings until now."""
+        now = {name: stage.seconds for name, stage in self._meter.stages.items()}
+        now[self.TOTAL] = time.perf_counter() - self._begun
+        return {name: self.earlier.get(name, 0.0) + now.get(name, 0.0) for name in {**self.earlier, **now}}
+
+
+def _recorded_seconds(held: Result) -> dict[str, float]:
+    found = {name: held.train_info.get(_seconds_key(name)) for name in held.memory}
+    found[Sittings.TOTAL] = held.run_info.get("total_seconds")
+    return {name: seconds for name, seconds in found.items() if seconds is not None}
+
+
+def _seconds_key(stage: str) -> str:
+    """Where a record has a stage's seconds. Those of the training are the sum of its steps; its stage's are more."""
+    return "train_stage_seconds" if stage == "train" else f"{stage}_seconds"
+
+
 class Session:
     """A trial under way: each method is a step of it and writes what it finds into the record."""
 
     base: PreTrainedModel
     adapted: Model
 
-    def __init__(self, trial: Trial, result: Result, meter: Meter, observer: Observer) -> None:
+    def __init__(
+        self, trial: Trial, result: Result, meter: Meter, observer: Observer, sittings: Sittings | None = None
+    ) -> None:
         self.trial, self.result, self.meter, self.observer = trial, result, meter, observer
         self.config, self.info, self.place = trial.config, result.train_info, folder(trial)
+        self.sittings = sittings or Sittings(self.place, meter)
         self.bare: Any = None  # the untouched base, kept beside the adapted one to be timed
         self.earlier = trained(trial)
 
@@ -426,6 +468,9 @@ class Session:
         if self.config.force:
             found.clear()
         self.result.run_info["resumed"] = resumed = found.find()  # from this step on; 0: from the beginning
+        if resumed:
+            self.sittings.resume(found.earlier)
+        found.seconds = self.sittings.seconds
         return found if resumed or self.config.train.checkpoint_every or self.stop_at else None
 
     def steps(self) -> TextIO:
@@ -731,7 +776,14 @@ def begin(trial: Trial, place: Path) -> Result:
     (place / record.RESULT).unlink(missing_ok=True)  # of a failed try
     record.write_text(place / ".hydra" / "config.yaml", OmegaConf.to_yaml(trial.tree))
     record.write_text(place / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(trial.overrides))
-    run_info = {
+    on_gpu = model.device(trial.config.device).type == "cuda"
+    about = record.environment(gpus=on_gpu)
+    return Result(run_info(trial, place), trial.choices, trial.tree, meta_info=about)
+
+
+def run_info(trial: Trial, place: Path) -> dict[str, Any]:
+    """What a record says of the run of a trial in the folder ``place``, as far as it is known at the beginning."""
+    return {
         "trial": place.name,
         "labels": [trial.label],
         "study": trial.config.study,
@@ -742,8 +794,12 @@ def begin(trial: Trial, place: Path) -> Result:
         "host": record.host(),
         **record.git(),
     }
-    on_gpu = model.device(trial.config.device).type == "cuda"
-    return Result(run_info, trial.choices, trial.tree, meta_info=record.environment(gpus=on_gpu))
+
+
+def planned(trial: Trial, foreseen: dict[str, Any]) -> Result:
+    """A record of a trial that is only planned, with the sizes that are ``foreseen``; it is not written."""
+    known = run_info(trial, folder(trial)) | {"status": Status.planned.value, "error": None}
+    return Result(known, trial.choices, trial.tree, train_info=foreseen)
 
 
 def end(
@@ -754,14 +810,19 @@ def end(
     status: Status,
     failure: dict[str, str] | None,
     tracker: Tracker,
+    earlier: dict[str, float] | None = None,
 ) -> None:
-    """Complete the record, write it, and leave the folder as a trial that has ended leaves it."""
-    result.run_info |= {"status": status.value, "error": failure, "total_seconds": time.perf_counter() - start}
+    """Complete the record, write it, and leave the folder as a trial that has ended leaves it.
+
+    ``earlier`` are the seconds of the sittings before this one, in all and by stage.
+    """
+    before = earlier or {}
+    seconds = time.perf_counter() - start + before.get(Sittings.TOTAL, 0.0)
+    result.run_info |= {"status": status.value, "error": failure, "total_seconds": seconds}
     result.train_info = (_so_far(place) if status is not Status.success else {}) | result.train_info
     for name, stage in meter.stages.items():
         result.memory[name] = stage.memory()
-        # The seconds of the training are the sum of its steps; those of its stage are more.
-        result.train_info["train_stage_seconds" if name == "train" else f"{name}_seconds"] = stage.seconds
+        result.train_info[_seconds_key(name)] = stage.seconds + before.get(name, 0.0)
     result.write(place)
     if status is Status.success:
         shutil.rmtree(place / study.CHECKPOINTS, ignore_errors=True)
