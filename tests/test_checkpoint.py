@@ -432,6 +432,34 @@ def test_a_signal_is_held_once_and_not_for_long(monkeypatch: pytest.MonkeyPatch)
         signal.signal(signal.SIGINT, before)
 
 
+def test_the_seconds_of_a_trial_are_those_of_all_its_sittings(cut_trial: Run, run_small: Run) -> None:
+    words = ["train.log_every=1", "train.checkpoint_every=2"]
+    first = cut_trial(*words)
+    assert isinstance(first.train_info["load_seconds"], float)
+    first.run_info["total_seconds"], first.train_info["load_seconds"] = 1000.0, 500.0
+    first.write(place(first))
+    second = run_small(*words)
+    assert second.run_info["resumed"] == 2
+    assert 1000 < second.run_info["total_seconds"] < 1100
+    assert 500 < second.train_info["load_seconds"] < 600
+    again = run_small(*words, "force=true")  # which does not go on from there
+    assert again.run_info["total_seconds"] < 100
+
+
+def test_the_seconds_of_a_sitting_that_was_killed_are_those_until_its_checkpoint(
+    cut_trial: Run, run_small: Run
+) -> None:
+    words = ["train.log_every=1", "train.checkpoint_every=2"]
+    first = cut_trial(*words)
+    (place(first) / "result.json").unlink()  # which one that is killed has not written
+    file = place(first) / "checkpoints" / "step-2.pt"
+    kept = torch.load(file, weights_only=True)
+    assert 0 < kept["seconds"]["total"] < first.run_info["total_seconds"]
+    kept["seconds"]["total"] = 2000.0
+    torch.save(kept, file)
+    assert 2000 < run_small(*words).run_info["total_seconds"] < 2100
+
+
 @pytest.mark.slow
 def test_force_starts_anew(cut_trial: Run, run_small: Run) -> None:
     words = ["train.log_every=1", "train.checkpoint_every=2"]

@@ -11,7 +11,7 @@ import torch
 import yaml
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from peftsweep import build, data, forecast, model, train
+from peftsweep import InputError, build, data, forecast, model, train
 from peftsweep.config import Trial, conf_dir
 from peftsweep.measure import Meter
 from peftsweep.record import Result, Status
@@ -235,6 +235,70 @@ def test_every_pair_either_learns_or_deserves_its_refusal(
     lora = abs(after - lora_after) < 1e-6 and abs(before - lora_before) < 1e-6
     print(f"{name} {quant}: off={off} idle={idle} lora={lora} {before:.3f} -> {after:.3f}")
     assert off or idle or lora
+
+
+OPTIONS = {  # of training, beside those that are numbers only
+    "checkpointing": ["train.checkpointing=true"],
+    "autocast": ["train.autocast=bfloat16"],
+    "float16": ["model.dtype=float16", "train.autocast=float16"],
+    "narrow adapter": ["model.dtype=bfloat16", "train.autocast_adapter_dtype=false"],
+    "accumulation": ["train.accumulation=2", "train.batch_size=2", "train.pad_to_multiple_of=8"],
+    "compile": ["train.compile=eager"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_method_trains_with_every_option_or_is_refused(
+    option: str, compose: Compose, rows: list[data.Tokens]
+) -> None:
+    """A refused one, tried all the same, fails."""
+    wrong = {}
+    for name in METHODS.keys() - {*LEFT_OUT, *ON}:
+        one = compose(f"method={name}", "train.batch_size=4", *OPTIONS[option])
+        refused, failed = forecast.refusal(one), None
+        try:
+            adapt(one, rows, steps=4)
+        except FloatingPointError:
+            pass  # its steps overflowed, which is said; the gradient scaler needs more of them
+        except Exception as error:
+            failed = f"{type(error).__name__}: {error}"
+        if bool(refused) != bool(failed):
+            wrong[name] = refused, failed
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (
+            ["method=prefix_tuning", "train.checkpointing=true"],
+            "not with train.checkpointing=true: the layers, computed",
+        ),
+        (["method=cartridge", "train.checkpointing=true"], "not with train.checkpointing=true: the layers, computed"),
+        (["method=poly", "train.checkpointing=true"], "not with train.checkpointing=true"),
+        (
+            ["method=full", "model.dtype=float16", "train.autocast=float16"],
+            "not with model.dtype=float16 and train.auto",
+        ),
+        (["method=eva", "model.dtype=float16", "train.autocast=float16"], "gradients of 16 bits cannot be unscaled"),
+        (
+            ["model.dtype=float16", "train.autocast=float16", "train.autocast_adapter_dtype=false"],
+            "train.autocast_adapter_dtype=false: gradients of 16 bits",
+        ),
+        (["train.checkpointing=true"], None),
+        (["model.dtype=float16", "train.autocast=float16"], None),
+    ],
+)
+def test_what_a_library_cannot_train_is_refused(words: list[str], reason: str | None, compose: Compose) -> None:
+    refused = forecast.refusal(compose(*words))
+    assert refused is None if reason is None else reason in (refused or "")
+
+
+def test_adalora_needs_steps_to_weigh_its_ranks(compose: Compose) -> None:
+    with pytest.raises(InputError, match=r"method.tfinal=1: of 2 steps; the ranks are dealt out after at least 2"):
+        forecast.check(compose("method=adalora", "train.steps=2"))
+    assert forecast.check(compose("method=adalora", "train.steps=3")).trainable_parameters
 
 
 @pytest.mark.parametrize("quant", ["4bit", "8bit"])

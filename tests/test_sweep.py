@@ -6,14 +6,17 @@ import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from peftsweep.record import Result
+from peftsweep.record import Result, Status
 
 from .conftest import SMALL, records, scores, start, wait_for
 
@@ -71,6 +74,16 @@ def test_a_dry_run_lists_and_trains_nothing(command: Command) -> None:
     assert records()[plan[0]["trial"]].train_info["trainable_parameters"] == plan[0]["trainable_parameters"]
 
 
+def test_a_dry_run_from_python_trains_nothing(run_small: Callable[..., Result]) -> None:
+    planned = run_small("dry_run=true")
+    assert planned.status is Status.planned
+    assert planned.train_info["trainable_parameters"] == 81_920
+    assert Path("multirun/default/plan.json").is_file()
+    assert not list(Path("multirun/default").glob("*/"))
+    done = run_small()
+    assert (run_small("dry_run=true").status, done.status) == (Status.success, Status.success)
+
+
 def test_quiet_prints_one_line(command: Command) -> None:
     _, out, err = command(*SMALL, "quiet=true")
     assert (out.count("\n"), err) == (1, "")
@@ -86,8 +99,9 @@ def test_refused_is_done_and_no_failure(command: Command) -> None:
 @pytest.mark.parametrize("launcher", ["basic"])
 def test_stock_launchers_run_and_resume_too(launcher: str, command: Command) -> None:
     words = [*SMALL, "method.r=2,4", f"hydra/launcher={launcher}"]
-    assert command(*words)[0] == 0
+    assert command(*words, "hydra.job.chdir=true")[0] == 0  # paths are relative to where the command runs all the same
     assert len(records()) == 2
+    assert not list(Path("multirun/.hydra").rglob("result.json"))
     code, out, _ = command(*words)
     assert (code, out.count("done before")) == (0, 2)
 
@@ -109,6 +123,31 @@ def test_an_interrupted_sweep_continues_to_the_undisturbed_result(end: signal.Si
     assert {name: scores(result) for name, result in records().items()} == {
         name: scores(result) for name, result in records("undisturbed").items()
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("place", ["hydra.launcher.workers=1", "hydra.launcher.workers=0"])
+def test_a_command_that_ignores_ctrl_c_is_ended_by_other_signals_as_well(place: str, end: signal.Signals) -> None:
+    """As one that was started with nohup, or in the background of a script."""
+    words = [*SMALL, "train.steps=2000", "train.checkpoint_every=100000", place]
+    code = "from peftsweep import cli; cli.main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_IGN),
+    )
+    assert wait_for(lambda: [f for f in Path("multirun/default").glob("*/steps.jsonl") if f.stat().st_size], process)
+    os.killpg(process.pid, end) if end is signal.SIGHUP else process.send_signal(end)
+    _, err = process.communicate(timeout=240)
+    assert (process.returncode, err) == (130, "interrupted; the same command continues\n")
+    (result,) = records().values()
+    assert result.status is Status.cancelled
+    assert result.folder is not None
+    assert len(list(result.folder.glob("checkpoints/step-*.pt"))) == 1
 
 
 def contents() -> dict[Path, bytes]:
