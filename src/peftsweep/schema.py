@@ -105,7 +105,7 @@ class DatasetConfig:
     max_characters: int | None = None  # of prompt and answer; training rows that are longer are left out
     deduplicate: bool = False  # leave out training rows that repeat an earlier one
     samples: int | None = None  # limit of the training rows
-    validation_samples: int = 64  # held out of the training rows when train.eval_every is set
+    validation_samples: int = 64  # held out of the training rows when train.eval_every is set, see also best_metric
     prompt: str = MISSING  # template over the row's columns
     answer: str = MISSING
     classes: list[str] = field(default_factory=list)  # of a classification; an answer is one of them or its number
@@ -124,9 +124,9 @@ class TrainConfig:
     steps: int = 500
     epochs: float | None = None  # when given, counts instead of steps
     batch_size: int = 16
-    accumulation: int = 1  # micro-batches of batch_size rows for one optimizer step
+    accumulation: int = 1  # micro-batches of batch_size rows for one optimizer step, which takes the same rows as one
     schedule: Schedule = Schedule.cosine
-    warmup: float = 0.05  # below 1 a fraction of the steps, from 1 on a number of steps
+    warmup: float = 0.05  # below 1 a fraction of the steps, from 1 on a number of steps; fewer than all
     weight_decay: float = 0.0
     clip: float = 1.0  # of the gradient's norm; 0 does not clip
     optimizer: str = "torch.optim.AdamW"
@@ -139,7 +139,7 @@ class TrainConfig:
     pad_to_multiple_of: int = 1  # of tokens: fewer shapes to compile for, more padding
     eval_every: str | None = None  # "100" steps or "0.5epochs": validation rows in steps.jsonl
     keep_best: bool = False  # end with the weights of the best validation
-    best_metric: str = "loss"  # which one that is: the lowest loss, or <eval>.<metric> on the validation rows
+    best_metric: str = "loss"  # which one that is: the lowest loss, or <eval>.<metric> on validation rows
     checkpoint_every: str | None = "10min"  # or steps or epochs as above: what was cut off goes on from the last one
     params_file: str | None = None  # training_params.json of PEFT's comparison, or a folder that may hold one
     log_every: int = 10  # steps to a line of steps.jsonl
