@@ -102,7 +102,8 @@ def test_accumulation_changes_memory_and_not_results(rows: list[data.Tokens]) ->
 def test_a_step_takes_the_same_rows_however_they_are_accumulated(rows: list[data.Tokens]) -> None:
     def steps(batch_size: int) -> list[list[int]]:
         config = TrainConfig(batch_size=batch_size, accumulation=16 // batch_size)
-        found = list(itertools.islice(train.step_order(rows[:43], config, seed=3), 7))
+        order = data.batch_order([len(row.ids) for row in rows[:43]], train.rows_per_step(config), 3)
+        found = list(itertools.islice(data.micro_batches(order, batch_size), 7))
         assert all(len(part) <= batch_size for step in found for part in step)
         return [sorted(itertools.chain.from_iterable(step)) for step in found]
 
@@ -136,6 +137,15 @@ def test_an_8_bit_optimizer_and_its_options_can_be_named(rows: list[data.Tokens]
     assert losses(lines)[-1] < losses(lines)[0]
     with pytest.raises(InputError, match=r"train.optimizer_kwargs: .*beta"):
         run(rows, optimizer_kwargs={"beta": 1})
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "reason"),
+    [("LBFGS", "want a closure"), ("SparseAdam", "sparse gradients only"), ("bitsandbytes.optim.SGD8bit", "momentum")],
+)
+def test_an_optimizer_that_cannot_take_a_step_is_refused(rows: list[data.Tokens], optimizer: str, reason: str) -> None:
+    with pytest.raises(InputError, match=rf"train.optimizer\w*[=:].*{reason}"):
+        run(rows, optimizer=optimizer)
 
 
 def test_schedules() -> None:

@@ -727,3 +727,13 @@ def batch_order(lengths: Sequence[int], batch_size: int, seed: int) -> Iterator[
             epoch += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
         shuffle.shuffle(epoch)
         yield from epoch
+
+
+def micro_batches(steps: Iterable[list[int]], batch_size: int) -> Iterator[list[list[int]]]:
+    """The row numbers of each step in micro-batches of ``batch_size``; a step's last one may be smaller.
+
+    Which rows a step takes does not depend on how many micro-batches it has. ``batch_order`` gives them in the order
+    of their length, so that micro-batches hold little padding.
+    """
+    for step in steps:
+        yield [step[start : start + batch_size] for start in range(0, len(step), batch_size)]

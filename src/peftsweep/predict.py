@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from peftsweep import train
-from peftsweep.data import Batch, Tokens
+from peftsweep.data import Batch, Tokens, batch_order, micro_batches
 from peftsweep.lanes import Pack
 from peftsweep.model import answer_losses, auxiliary_loss, classifies, head_names, text_config, trainable_parameters
 from peftsweep.model import skeleton as bare_skeleton
@@ -59,7 +59,8 @@ class Shape:
 
 def shapes(rows: Sequence[Tokens], config: TrainConfig, seed: int) -> list[Shape]:
     """Those of all micro-batches of a run on ``rows``, each once."""
-    steps = islice(train.step_order(rows, config, seed), train.total_steps(config, len(rows)))
+    order = batch_order([len(row.ids) for row in rows], train.rows_per_step(config), seed)
+    steps = islice(micro_batches(order, config.batch_size), train.total_steps(config, len(rows)))
     found = set()
     for numbers in chain.from_iterable(steps):
         batch = [rows[n] for n in numbers]

@@ -21,7 +21,7 @@ from transformers import get_scheduler
 
 from peftsweep.checkpoint import Checkpoints, Interruption, OptimizerState, Part, Randomness, Weights
 from peftsweep.compiled import compiled
-from peftsweep.data import Batch, Tokens, batch_order, collate
+from peftsweep.data import Batch, Tokens, batch_order, collate, micro_batches
 from peftsweep.errors import InputError
 from peftsweep.measure import Laps, Meter
 from peftsweep.metrics import LOWER_IS_BETTER
@@ -123,7 +123,7 @@ def train(
     best = Best(trained) if config.keep_best else None
     progress = Progress(laps)
     final_loss = None
-    micro_batches: list[Batch] = []
+    taken: list[Batch] = []
     parts: dict[str, Part] = {}
     if checkpoints:
         parts = {"weights": Weights(model), "optimizer": OptimizerState(optimizer), "scheduler": scheduler}
@@ -146,10 +146,10 @@ def train(
         for step in range(progress.step + 1, last + 1):
             laps.start()
             # ---- the step ----------------------------------------------------------------------
-            micro_batches = next(stream)
-            answer_tokens = sum(batch.answer_tokens for batch in micro_batches)
+            taken = next(stream)
+            answer_tokens = sum(batch.answer_tokens for batch in taken)
             loss = torch.zeros((), device=device)
-            for batch in micro_batches:
+            for batch in taken:
                 with span("forward"), narrowed:
                     logits, targets = answer_logits(compilation.model, batch)
                     part = nn.functional.cross_entropy(logits, targets, reduction="none").sum() / answer_tokens
@@ -178,8 +178,8 @@ def train(
             if after_step:
                 after_step()
             meter.sample()
-            progress.add(loss, micro_batches)
-            epoch.add(loss, micro_batches)
+            progress.add(loss, taken)
+            epoch.add(loss, taken)
             if step % config.log_every == 0 or step == steps:
                 final_loss = progress.mean_loss()  # the only place where the host waits for the device
                 check_finite(final_loss, f"at step {step}", model, config)
@@ -216,9 +216,9 @@ def train(
         facts = compilation.facts()
     if best and progress.validations and progress.step == steps:
         best.restore()
-    if micro_batches:
+    if taken:
         with torch.compiler.set_stance("force_eager"):
-            check_trained(model, parameters, micro_batches[-1], config, progress.step)
+            check_trained(model, parameters, taken[-1], config, progress.step)
         check_stepped(scaler, progress.step)
     model.eval()
     return progress.trained(config, len(rows), final_loss, facts)
@@ -228,21 +228,9 @@ def batches(
     rows: Sequence[Tokens], config: TrainConfig, *, pad_id: int, seed: int, device: torch.device, first: int = 0
 ) -> Iterator[list[Batch]]:
     """The micro-batches of each step that a run with ``seed`` takes, without end, after the first ``first`` steps."""
-    for micro_batches in itertools.islice(step_order(rows, config, seed), first, None):
-        yield [
-            collate([rows[n] for n in numbers], pad_id, config.pad_to_multiple_of).to(device)
-            for numbers in micro_batches
-        ]
-
-
-def step_order(rows: Sequence[Tokens], config: TrainConfig, seed: int) -> Iterator[list[list[int]]]:
-    """The row numbers of each micro-batch of each step, without end.
-
-    Which rows a step takes depends on ``batch_size * accumulation`` alone. They are in the order of their length, so
-    that micro-batches hold little padding. An epoch's last step may have fewer rows, and fewer micro-batches.
-    """
-    for step in batch_order([len(row.ids) for row in rows], rows_per_step(config), seed):
-        yield [step[start : start + config.batch_size] for start in range(0, len(step), config.batch_size)]
+    order = batch_order([len(row.ids) for row in rows], rows_per_step(config), seed)
+    for step in itertools.islice(micro_batches(order, config.batch_size), first, None):
+        yield [collate([rows[n] for n in numbers], pad_id, config.pad_to_multiple_of).to(device) for numbers in step]
 
 
 def rows_per_step(config: TrainConfig) -> int:
@@ -430,6 +418,11 @@ def find_optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:
         raise InputError(
             f"train.optimizer={name}: no such optimizer; give a class of torch.optim (AdamW, SGD) or a dotted path"
         )
+    if found is torch.optim.SparseAdam:
+        raise InputError(f"train.optimizer={name}: takes sparse gradients only; those of a trial are dense")
+    closure = inspect.signature(getattr(found, "step", found)).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise InputError(f"train.optimizer={name}: its steps want a closure that calculates the loss again")
     make: Callable[..., torch.optim.Optimizer] = found
     return make
 
@@ -457,7 +450,7 @@ def make_optimizer(
         options["fused"] = True
     try:
         return make(model if "model" in known else parameters, **options | config.optimizer_kwargs)
-    except TypeError as error:
+    except (TypeError, ValueError, NotImplementedError) as error:  # as of bitsandbytes' SGD without momentum
         raise InputError(f"train.optimizer_kwargs: {error}") from None
 
 
