@@ -146,6 +146,11 @@ def read_json(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
+def sitting_seconds(result: Result) -> float:
+    """How long the trial ran the last time; its total counts earlier times too, where it went on from a checkpoint."""
+    return float(result.run_info.get("sitting_seconds", result.run_info["total_seconds"]))
+
+
 def line(row: dict[str, Any]) -> str:
     """``row`` as a line of a .jsonl file."""
     return json.dumps(plain(row)) + "\n"

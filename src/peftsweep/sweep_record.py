@@ -43,7 +43,7 @@ class SweepRecord:
     def add(self, result: Result) -> None:
         """A trial has just ended."""
         now = time.perf_counter()
-        self._spans.append((max(self._began, now - result.run_info["total_seconds"]), now))
+        self._spans.append((max(self._began, now - record.sitting_seconds(result)), now))
         self._ended[result.status.name] += 1
 
     def write(self) -> None:

@@ -175,7 +175,8 @@ def died(trial: Trial, status: Status, failure: dict[str, str], seconds: float) 
     with study.claim(place.parent, trial.identity):
         result = begin(trial, place)
         result.train_info |= _so_far(place)
-        result.run_info |= {"status": status.value, "error": failure, "total_seconds": seconds}
+        result.run_info |= {"status": status.value, "error": failure}
+        result.run_info |= {"sitting_seconds": seconds, "total_seconds": seconds}
         result.write(place)
     return result
 
@@ -304,7 +305,7 @@ class Sittings:
     def resume(self, kept: dict[str, float]) -> None:
         """It goes on from a checkpoint that keeps these."""
         recorded = self._recorded if self._recorded.get(self.TOTAL, 0.0) >= kept.get(self.TOTAL, 0.0) else {}
-        self.earlier = recorded or kept
+        self.earlier = kept | recorded
 
     def seconds(self) -> dict[str, float]:
         """Of all sittings until now."""
@@ -817,8 +818,9 @@ def end(
     ``earlier`` are the seconds of the sittings before this one, in all and by stage.
     """
     before = earlier or {}
-    seconds = time.perf_counter() - start + before.get(Sittings.TOTAL, 0.0)
-    result.run_info |= {"status": status.value, "error": failure, "total_seconds": seconds}
+    now = time.perf_counter() - start
+    result.run_info |= {"status": status.value, "error": failure, "sitting_seconds": now}
+    result.run_info["total_seconds"] = now + before.get(Sittings.TOTAL, 0.0)
     result.train_info = (_so_far(place) if status is not Status.success else {}) | result.train_info
     for name, stage in meter.stages.items():
         result.memory[name] = stage.memory()

@@ -29,7 +29,7 @@ from peftsweep import config as configuration
 from peftsweep.config import Trial
 from peftsweep.display import Display, Observer, TrialView
 from peftsweep.errors import Unwritable
-from peftsweep.record import Result, Status
+from peftsweep.record import Result, Status, sitting_seconds
 
 LOOK = 1.0  # seconds between two looks at the workers, if none has news
 RETRY_CLAIMED = 1.0  # seconds until a trial that another process runs is looked at again
@@ -147,7 +147,7 @@ class Budget:
 
     def spend(self, result: Result) -> None:
         """A trial has ended."""
-        self._took.append(result.run_info["total_seconds"])
+        self._took.append(record.sitting_seconds(result))
 
     def estimate(self) -> float:
         """The seconds that a trial takes: the median of those that have ended, 0 before the first."""
