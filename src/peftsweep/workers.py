@@ -147,7 +147,7 @@ class Budget:
 
     def spend(self, result: Result) -> None:
         """A trial has ended."""
-        self._took.append(record.sitting_seconds(result))
+        self._took.append(sitting_seconds(result))
 
     def estimate(self) -> float:
         """The seconds that a trial takes: the median of those that have ended, 0 before the first."""
