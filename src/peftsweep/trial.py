@@ -93,7 +93,11 @@ def _recognised(trial: Trial, held: Result, key: str, earlier: str) -> bool:
 def outdated(trial: Trial) -> str | None:
     """Why the trial is run again, though its study holds it: the numbers of an earlier version were wrong."""
     held = None if trial.config.force else study.result(folder(trial))
-    return configuration.outdated(held) if held is not None and held.status in halving.HAVE_TRAINED else None
+    return None if held is None else _fault(held)
+
+
+def _fault(held: Result) -> str | None:
+    return configuration.outdated(held) if held.status in halving.HAVE_TRAINED else None
 
 
 def trained(trial: Trial) -> Result | None:
@@ -138,7 +142,7 @@ def resumes_full(trial: Trial) -> bool:
 
 def _done(trial: Trial) -> Result | None:
     done = None if trial.config.force else study.result(folder(trial))
-    if done is None or not done.status.done or outdated(trial):
+    if done is None or not done.status.done or _fault(done):
         return None
     return done if halving.reached(trial.config.halving, done) else None
 
