@@ -797,7 +797,7 @@ def evaluation_identity(node: Mapping[str, Any], rule: int = IDENTITY_RULE) -> d
     return said | {"path": data.fingerprint(data.read_rows(source.path, encoding=source.encoding))}
 
 
-def _dataset_identity(dataset: DatasetConfig, rows: data.Rows | None, rule: int) -> dict[str, Any]:
+def _dataset_identity(dataset: DatasetConfig, rows: data.Rows | None, rule: int = IDENTITY_RULE) -> dict[str, Any]:
     said = _said(dataset, FIRST_DATASET_KEYS)
     if rule > 1 and _is_chat(dataset.chat, dataset.reader):
         said["turns"] = dataset.turns
@@ -922,12 +922,12 @@ class Mended:
 MENDED = (
     Mended(
         2,
-        lambda config: config["train"]["accumulation"] > 1,
+        lambda config: (_at(config, "train.accumulation") or 1) > 1,
         "with train.accumulation above 1 a step took other rows than one large batch would have",
     ),
     Mended(
         2,
-        lambda config: _is_chat(config["dataset"].get("chat"), config["dataset"].get("reader")),
+        lambda config: _is_chat(_at(config, "dataset.chat"), _at(config, "dataset.reader")),
         "conversations were tokenised by other rules than the chat template's, and trained on the last turn only",
     ),
 )
