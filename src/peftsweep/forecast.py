@@ -120,10 +120,7 @@ def _room(trial: Trial) -> int | None:
     if not _is_local(config):
         limit = model.positions(config)
         return None if limit is None else limit - virtual
-    folder = Path(model.source(config))
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    stamps = [[file.name, file.stat().st_mtime_ns, file.stat().st_size] for file in files]
-    key = configuration.content_hash([trial.tree["model"], virtual, stamps])
+    key = configuration.content_hash([configuration.model_identity(config), virtual])
     if key not in _ROOMS:
         _ROOMS[key] = int(build.load_tokenizer(trial).model_max_length)
     return _ROOMS[key]
