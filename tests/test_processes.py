@@ -71,7 +71,10 @@ def watched(name, *rest, **options):
 builtins.__import__ = watched
 os.register_at_fork(before=lambda: log("forks") if initialised_by else None)
 """
-TINY = [*(word for word in SMALL if "tiny_math" not in word), "eval=[perplexity]", "method.r=2,4"]
+TINY = [word for word in SMALL if "tiny_math" not in word and "device" not in word] + [
+    "eval=[perplexity]",
+    "method.r=2,4",
+]
 
 
 def on_gpu_host(scratch: Path, *words: str, **environment: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
