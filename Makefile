@@ -23,7 +23,7 @@ test: install  ## the fast tier
 gpu: install  ## the tests that need a GPU, four at a time on it
 	$(BIN)/python -m pytest -q -m gpu -n 4
 
-# An environment $(1) of the versions that uv resolves to with the options $(2). torch stays that of constraints.txt:
+# An environment $(1) of the versions that uv resolves to with the options $(2), called $(3) in docs/tested_on.md. torch stays that of constraints.txt:
 # of other versions package indexes offer builds for CUDA only, of several gigabytes.
 define versions
 	$(PYTHON) -m venv $(1)
@@ -32,14 +32,14 @@ define versions
 		| grep -vE '^(torch|triton|nvidia-.*)==' > $(1)/versions.txt
 	grep '^torch==' constraints.txt >> $(1)/versions.txt
 	$(1)/bin/pip install --quiet --no-compile -c $(1)/versions.txt -e '.[dev]'
-	OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q -n auto --dist worksteal
+	$(1)/bin/python tests/tested_on.py --versions $(3)
 endef
 
 oldest:  ## the fast tests with the lowest versions that pyproject.toml allows
-	$(call versions,.venv-oldest,--resolution lowest-direct)
+	$(call versions,.venv-oldest,--resolution lowest-direct,lowest)
 
 newest:  ## the fast tests with the highest versions that pyproject.toml allows
-	$(call versions,.venv-newest,--resolution highest)
+	$(call versions,.venv-newest,--resolution highest,highest)
 
 check: install  ## lint, format and types
 	$(BIN)/ruff check .
@@ -47,7 +47,7 @@ check: install  ## lint, format and types
 	$(BIN)/mypy
 
 kernels: install  ## the numeric tests with the kernels of other CPUs, one thread and two; writes docs/tested_on.md
-	$(BIN)/python tests/kernels.py
+	$(BIN)/python tests/tested_on.py
 
 $(RAY)/installed: pyproject.toml constraints.txt  # its launcher wants older versions of these than all the others
 	$(PYTHON) -m venv $(RAY)

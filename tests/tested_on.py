@@ -1,7 +1,8 @@
-"""The numeric tests under several sets of CPU kernels, with one thread and with two.
+"""Tests under other kernels and versions than usual; how they ended is written into docs/tested_on.md.
 
-    python tests/kernels.py            # all sets; writes their rows of docs/tested_on.md
-    python tests/kernels.py --other    # one set that is not the machine's own; writes nothing
+    python tests/tested_on.py                    # the numeric tests under all sets of CPU kernels, one thread and two
+    python tests/tested_on.py --other            # under one set that is not the machine's own; writes nothing
+    python tests/tested_on.py --versions lowest  # the fast tests in this environment, under that name
 
 A set is chosen by environment variables that MKL, oneDNN and ATen read when they are loaded.
 """
@@ -21,7 +22,8 @@ import torch
 
 from peftsweep import record
 
-MARKED = "kernels and not slow and not gpu"
+FAST = "not slow and not gpu"
+MARKED = f"kernels and {FAST}"
 OWN = "own kernels"
 COMPATIBLE = "MKL_CBWR=COMPATIBLE"
 ATEN_DEFAULT = "ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41"
@@ -45,8 +47,8 @@ class Run:
     seconds: float
 
 
-def run_tests(kernels: dict[str, str], threads: int) -> Run:
-    """Run the marked tests in as many processes as have ``threads`` cores each."""
+def run_tests(kernels: dict[str, str], threads: int, chosen: str = MARKED) -> Run:
+    """Run the tests with the marks ``chosen`` in as many processes as have ``threads`` cores each."""
     environment = {key: value for key, value in os.environ.items() if key not in record.KERNEL_SWITCHES}
     environment |= kernels | {"OMP_NUM_THREADS": str(threads)}
     processes = max(1, min(4, (os.cpu_count() or 1) // threads))
@@ -56,7 +58,7 @@ def run_tests(kernels: dict[str, str], threads: int) -> Run:
             "-q",
             "--durations=5",
             "-m",
-            MARKED,
+            chosen,
             "-n",
             str(processes),
             "--dist",
@@ -105,7 +107,12 @@ def main() -> None:
     words.add_argument("--other", action="store_true", help="only one set that is not the machine's own, one thread")
     words.add_argument("--set", choices=SETS, action="append", help="only this set")
     words.add_argument("--threads", type=int, choices=THREADS, action="append", help="only with so many threads")
+    words.add_argument("--versions", metavar="NAME", help="instead: the fast tests with the versions installed here")
     said = words.parse_args()
+    if said.versions:
+        run = run_tests({}, 1, FAST)
+        write(f"{said.versions} versions", 1, run)
+        sys.exit(run.code)
     codes = []
     for name in [other_set()] if said.other else said.set or SETS:
         for threads in [1] if said.other else said.threads or THREADS:
