@@ -245,13 +245,17 @@ PUBLISHED = {
 }
 
 
-HEADERS = {"adamss/llama-3.2-3B-rank32": 816, "shira/llama-3.2-3B-lr_0.0003-random_seed_42": 24}
+# Bytes more than published. PEFT's AdaMSS has clusters of sizes that the weights decide, and a header of other numbers
+# for them; an earlier version of PEFT wrote 24 bytes fewer of SHiRA's header.
+HEADERS = {"adamss/llama-3.2-3B-rank32": 648, "shira/llama-3.2-3B-lr_0.0003-random_seed_42": 24}
+# AdaLoRA's training left more ranks to the smaller of its two kinds of layers than to the larger: 4.5% fewer bytes.
+UNEVEN_RANKS = 1_597_488
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("label", sorted(PUBLISHED))
 def test_counts_and_sizes_are_those_that_peft_published(label: str, compose: Compose) -> None:
-    """Llama 3.2 3B in its shape alone; FRoD, SHiRA, UniLoRA and AdaMSS want random weights in place of none."""
+    """Llama 3.2 3B in its shape alone."""
     point = next(point for point in POINTS if said(point)["label"] == label)
     one = compose("sweep=peft_comparison", "model.init=random", "dataset=tiny_math", swept(point))
     foreseen, (trainable, total, size) = forecast.check(one), PUBLISHED[label]
@@ -259,6 +263,5 @@ def test_counts_and_sizes_are_those_that_peft_published(label: str, compose: Com
         f"{label}: {foreseen.trainable_parameters:,} of {foreseen.total_parameters:,}, {foreseen.adapter_bytes:,} bytes"
     )
     assert (foreseen.trainable_parameters, foreseen.total_parameters) == (trainable, total)
-    if not label.startswith("adalora"):  # whose file is written after it has dropped ranks
-        # An earlier version of PEFT wrote 816 bytes fewer of AdaMSS's header, and 24 of SHiRA's.
-        assert (foreseen.adapter_bytes or 0) - size == HEADERS.get(label, 0)
+    more = UNEVEN_RANKS if label.startswith("adalora") else HEADERS.get(label, 0)
+    assert (foreseen.adapter_bytes or 0) - size == more

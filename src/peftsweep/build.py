@@ -28,7 +28,7 @@ from peftsweep.evaluate import Evaluation
 from peftsweep.inference import Benchmark, bare
 from peftsweep.initialise import Setting
 from peftsweep.probe import Abilities
-from peftsweep.schema import Init, Task
+from peftsweep.schema import Init, LossOn, Task
 
 log = logging.getLogger(__name__)
 
@@ -324,7 +324,8 @@ def _tokenize(trial: Trial, tokenizer: PreTrainedTokenizerBase, rows: list[data.
     examples = configuration.rendered(own, data.dataset_examples(own, rows), tokenizer, file="the training rows")
     if trial.config.model.task is Task.seq_cls:
         return data.tokenize_for_classes(tokenizer, examples, own.max_length, classes(trial))
-    tokens = data.tokenize(tokenizer, examples, own.max_length + own.drop_long)  # by one more, to see what is too long
+    limit = own.max_length + own.drop_long  # by one more, to see what is too long
+    tokens = data.tokenize(tokenizer, examples, limit, whole=own.loss_on is LossOn.text)
     if own.drop_long:
         tokens = [row for row in tokens if len(row.ids) <= own.max_length]
     if not tokens:

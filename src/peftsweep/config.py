@@ -13,6 +13,7 @@ import json
 import pickle
 import pydoc
 import re
+import string
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -26,9 +27,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from peftsweep import data, experiment, fingerprint, repeat, study
+from peftsweep.compatibility import stored
 from peftsweep.errors import InputError, suggest
 from peftsweep.record import SECTIONS, Result
-from peftsweep.schema import Config, DatasetConfig, Dtype, Init, ModelConfig, OnMissing, RowsConfig, Task
+from peftsweep.schema import Config, DatasetConfig, Dtype, Init, LossOn, ModelConfig, OnMissing, RowsConfig, Task
 
 CONVERSATIONS = "peftsweep.tasks.messages"  # the reader of datasets that hold them
 IDENTITY_LENGTH = 10  # hex digits: a study of 10,000 trials has a clash once in 20,000 studies
@@ -51,9 +53,9 @@ FIRST_TARGETS_KEYS = ("roles", "modules", "all_linear", "otherwise")
 CHOOSES_ROWS = (
     *("name", "path", "test_path", "hub", "hub_config", "revision", "hub_split", "hub_test_split", "generator"),
     *("train_fraction", "split_seed", "max_characters", "deduplicate", "samples", "validation_samples"),
-    *("encoding", "leave_out_tested"),
+    *("encoding", "leave_out_tested", "validation"),
 )
-FIRST_DATASET_KEYS = (*CHOOSES_ROWS[:-2], "reader", "prompt", "answer", "classes", "max_length", "drop_long", "chat")
+FIRST_DATASET_KEYS = (*CHOOSES_ROWS[:-3], "reader", "prompt", "answer", "classes", "max_length", "drop_long", "chat")
 ROWS_KEYS = tuple(field.name for field in dataclasses.fields(RowsConfig))
 LEAST = {
     "model.architecture.num_hidden_layers": 1,
@@ -98,8 +100,9 @@ PACKAGES = {  # options that a package brings
     "hydra/sweeper/optuna": "peftsweep[optuna]",
 }
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+GENERATION = "peftsweep.evaluate.generation"
 FROM_FILE = "from/adapter_config"  # the option of method that reads one
-LANGUAGE_MODEL_ONLY = ("peftsweep.evaluate.perplexity", "peftsweep.evaluate.generation")
+LANGUAGE_MODEL_ONLY = ("peftsweep.evaluate.perplexity", GENERATION)
 LOOSE = {"init_lora_weights": r"lora_ga|pissa_niter_\d+"}  # values that PEFT takes beside what it annotates
 ONE_OF = {
     "quant.bnb_4bit_quant_type": ("nf4", "fp4"),
@@ -141,6 +144,8 @@ class Trial:
     training: str  # the identity of the training alone, whatever is evaluated
     slug: str
     earlier: Identity | None = None  # by the first rule, where another
+    # Which fields of an experiment's files were taken, and which not: see experiment.Reading.facts.
+    experiment: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -158,7 +163,8 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
     OmegaConf.set_struct(cfg, False)
     cfg.pop("hydra", None)
     overrides = list(overrides)
-    choices = dict(choices) | _fill_from_files(cfg, overrides)
+    made, heeded = _fill_from_files(cfg, overrides)
+    choices = dict(choices) | made
     _use_current_names(cfg)
     if cfg.halving.min_steps is not None:
         cfg.train.eval_every = cfg.train.eval_every or str(cfg.halving.min_steps)
@@ -197,6 +203,7 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
         training=identity.training,
         slug=_slug(chosen, config),
         earlier=first if first.trial != identity.trial else None,
+        experiment=heeded,
     )
 
 
@@ -239,25 +246,120 @@ def _use_current_names(cfg: DictConfig) -> None:
                 node[key] = current_name(node[key])
 
 
-def _fill_from_files(cfg: DictConfig, overrides: Iterable[str]) -> dict[str, str]:
+def _fill_from_files(cfg: DictConfig, overrides: Iterable[str]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
     """Put what an experiment's or an adapter's files say in its place, below what the command line says.
 
-    Returns the choices that the files have made.
+    Returns the choices that the files have made, and what became of each field of an experiment's.
     """
     said = {override.lstrip("+~").partition("=")[0] for override in overrides}
     made = _fill_from_record(cfg, said) if cfg.repeat is not None else {}
     made |= _fill_from_adapter(cfg, said) if cfg.adapter.path is not None else {}
     folder, file = cfg.method.get("path"), cfg.train.params_file  # which may be told by method.path
+    if folder is None and file is None:
+        return made, repeat.original(cfg.repeat).run_info.get("experiment", {}) if cfg.repeat is not None else {}
+    found = experiment.read(folder, file)
+    cfg.train.params_file = None  # the same trial as one that is told the same by keys
+    for key in said - {"method", "quant", "inference"}:  # whole groups, of which an experiment's files tell more
+        found.refuse(key, f"{experiment.OVERRIDDEN} {key}")
     if folder is not None:
-        own = {key: value for key, value in cfg.method.items() if key != "path"}
-        cfg.method = experiment.adapter(folder) | own
+        cfg.method = found.keys.pop("method") | {key: value for key, value in cfg.method.items() if key != "path"}
         cfg.label = cfg.label or experiment.label(folder)
-    if file is not None:
-        cfg.train.params_file = None  # the same trial as one that is told the same by keys
-        for key, value in experiment.training(file).items():
-            if key not in said:
-                OmegaConf.update(cfg, key, value, merge=False)
+    made |= _fill_model(cfg, found, said) | _fill_groups(cfg, found, said)
+    _fill_evaluations(cfg, found, said)
+    for key, value in found.keys.items():
+        OmegaConf.update(cfg, key, value, merge=False)
+    return made, found.facts()
+
+
+def _fill_model(cfg: DictConfig, found: experiment.Reading, said: set[str]) -> dict[str, str]:
+    """Have the model that an experiment names, as the preset of that name has it, unless the command line has one."""
+    if "model" in said:
+        found.refuse(experiment.MODEL, f"{experiment.OVERRIDDEN} model")
+    if experiment.MODEL not in found.keys:
+        found.refuse("model.revision", f"{experiment.OVERRIDDEN} model")
+        return {}
+    name = found.keys.pop(experiment.MODEL)
+    if not OmegaConf.is_missing(cfg.model, "name_or_path") and cfg.model.name_or_path == name:
+        return {}
+    own = {key: OmegaConf.select(cfg, key) for key in said if key.startswith("model.")}
+    choice, node = _model_node(name)
+    cfg.model = OmegaConf.merge(_schema().model, node, {"name_or_path": name})
+    for key, value in own.items():
+        OmegaConf.update(cfg, key, value, merge=False)
+    if "train.learning_rate_scale" not in said:
+        cfg.train.learning_rate_scale = 1.0  # that of another model's recipe
+    return {"model": choice}
+
+
+def _model_node(name: str) -> tuple[str, DictConfig]:
+    """The option of ``model`` that is called ``name`` on the hub, with its keys; of another, what any has."""
+    folder = Path(conf_dir()) / "model"
+
+    def load(option: str) -> DictConfig:
+        node = typing.cast(DictConfig, OmegaConf.load(folder / f"{option}.yaml"))
+        above = [load(other) for other in node.pop("defaults", [])]
+        return typing.cast(DictConfig, OmegaConf.merge(*above, node))
+
+    for file in sorted(folder.glob("*.yaml")):
+        if OmegaConf.select(OmegaConf.load(file), "name_or_path", throw_on_missing=False) == name:
+            return file.stem, load(file.stem)
+    return "causal_lm", load("causal_lm")
+
+
+def _fill_groups(cfg: DictConfig, found: experiment.Reading, said: set[str]) -> dict[str, str]:
+    """How the base is stored and how inference is timed, unless the command line chooses them."""
+    made = {}
+    for group in ("quant", "inference"):
+        if any(key.partition(".")[0] == group and (key == group or group == "quant") for key in said):
+            for key in [key for key in found.keys if key.partition(".")[0] == group]:
+                found.refuse(key, f"{experiment.OVERRIDDEN} {group}")
+    if "quant" in found.keys:
+        made["quant"] = stored(found.keys["quant"])
+    if option := found.keys.pop("inference", None):
+        cfg.inference = OmegaConf.load(Path(conf_dir()) / "inference" / f"{option}.yaml")
+        made["inference"] = str(option)
     return made
+
+
+def _fill_evaluations(cfg: DictConfig, found: experiment.Reading, said: set[str]) -> None:
+    """Put what an experiment says of all evaluations into those that have such an option, and its template into all."""
+    general = {key: key.removeprefix(experiment.EVALUATIONS) for key in found.keys if experiment.EVALUATIONS in key}
+    for key, option in general.items():
+        value, names = found.keys[key], [name for name in found.taken if key in found.taken[name]]
+        nodes = {
+            f"eval.{name}.{option}": node
+            for name, node in cfg.eval.items()
+            if node.get(option) is not None and (option != "prompt" or node._target_ == GENERATION)
+        }
+        mine = {where: node for where, node in nodes.items() if where not in said}
+        for where, node in mine.items():
+            template = _with_columns(value, node.prompt) if option == "prompt" else value
+            if template is None:
+                found.not_taken[f"{names[0]}, in {where}"] = f"its rows have no one column for {{query}}: {node.prompt}"
+                continue
+            found.keys[where] = template
+            for name in names:
+                found.taken[name].append(where)
+        reason = f"{experiment.OVERRIDDEN} {', '.join(nodes)}" if nodes else f"no evaluation of the trial has {option}"
+        del found.keys[key]
+        for name in names:
+            found.taken[name].remove(key)
+            if not found.taken[name]:
+                del found.taken[name]
+                found.not_taken[name] = reason
+    prompt = found.keys.get("dataset.prompt")
+    if prompt is not None and not OmegaConf.is_missing(cfg.dataset, "prompt"):
+        found.keys["dataset.prompt"] = _with_columns(prompt, cfg.dataset.prompt)
+        if found.keys["dataset.prompt"] is None:
+            found.refuse("dataset.prompt", f"the dataset has no one column for {{query}}: {cfg.dataset.prompt}")
+
+
+def _with_columns(template: str, current: str) -> str | None:
+    """``template``, over a column query, for rows whose question is the one column of ``current``; None for more."""
+    columns = {column for _, column, _, _ in string.Formatter().parse(current) if column}
+    if "query" in columns:
+        return template
+    return template.replace("{query}", f"{{{columns.pop()}}}") if len(columns) == 1 else None
 
 
 def _fill_from_record(cfg: DictConfig, said: set[str]) -> dict[str, str]:
@@ -292,10 +394,10 @@ def _fill_from_adapter(cfg: DictConfig, said: set[str]) -> dict[str, str]:
     groups = {key.partition(".")[0] for key in said}
     trained = study.result(folder.parent)
     if trained is None:  # an adapter from elsewhere says its method, and the name of its base
-        cfg.method = experiment.adapter(str(folder))
-        base = experiment.base_model(folder)
+        read = experiment.adapter(str(folder)).keys
+        cfg.method, base = read["method"], read.get(experiment.MODEL)
         if base and "model" not in groups:
-            cfg.model.name_or_path = base
+            cfg.model.name_or_path, cfg.model.revision = base, read.get("model.revision")
         return {"method": FROM_FILE, **({"model": "from_adapter"} if base and "model" not in groups else {})}
     keys = {"model": "model", "method": "method", "method_inputs": "method", "targets": "targets", "quant": "quant"}
     kept = {key: group for key, group in keys.items() if group not in groups}
@@ -319,6 +421,8 @@ def _check_values(tree: dict[str, Any]) -> None:
             raise InputError(f"{key}={value}: must be one of {', '.join(allowed)}")
     for key, least in LEAST.items():
         value = _at(tree, key)
+        if key.startswith("method."):
+            least = _least_of_method(tree["method"], key.removeprefix("method."), least)
         if isinstance(value, int | float) and not isinstance(value, bool) and value < least:
             raise InputError(f"{key}={value}: must be at least {least}")
     if not 0 < tree["dataset"]["train_fraction"] < 1:
@@ -333,6 +437,14 @@ def _check_values(tree: dict[str, Any]) -> None:
         size_in_bytes(tree["memory_limit"], "memory_limit")
     if not tree["study"] or "/" in tree["study"] or tree["study"].startswith("."):
         raise InputError(f"study={tree['study']}: must be a plain name, without '/' and not beginning with '.'")
+
+
+def _least_of_method(method: Mapping[str, Any], option: str, least: int) -> int:
+    """``least``, but for a method whose own default is lower: of OFT r=0 means that its block size decides."""
+    config = pydoc.locate(str(method.get("_target_")))
+    fields = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
+    own = next((one.default for one in fields if one.name == option), None)
+    return min(least, own) if isinstance(own, int) else least
 
 
 def _check_halving(config: Config, sweeper: str | None) -> None:
@@ -469,6 +581,10 @@ def _check_task(config: Config) -> None:
         raise InputError(
             "dataset.classes: model.task=seq_cls needs the names of the classes, in the order of their numbers"
         )
+    if classifier and config.dataset.loss_on is LossOn.text:
+        raise InputError(
+            "dataset.loss_on=text: a classifier (model.task=seq_cls) is trained on the class; must be answer"
+        )
     if classifier and config.inference:
         raise InputError("inference: a classifier (model.task=seq_cls) writes no text; take inference=none")
     for name, node in config.eval.items():
@@ -571,6 +687,8 @@ def validation_rows(config: Config, name: str, rows: data.Rows) -> list[data.Row
     """
     if not rows.validation or config.eval[name].get("_target_") == HARNESS:
         return None
+    if same_source(config, name):
+        return rows.validation
     source = evaluation_source(config, name)
     return _parted(config, name, rows)[0] if source.path or source.hub else rows.validation
 
@@ -587,7 +705,8 @@ def sets_aside(config: Config, name: str) -> bool:
     """Whether ``eval.<name>`` sets rows of its own aside, as its metric is asked for in validation."""
     source = evaluation_source(config, name)
     named = [metric.partition(".")[0] for metric in _validation_metrics(config).values()]
-    return config.train.eval_every is not None and bool(source.path or source.hub) and name in named
+    own = bool(source.path or source.hub) and not same_source(config, name)
+    return config.train.eval_every is not None and own and name in named
 
 
 def _validation_metrics(config: Config) -> dict[str, str]:
@@ -678,6 +797,12 @@ def evaluation_source(config: Config, name: str) -> RowsConfig:
     return source
 
 
+def same_source(config: Config, name: str) -> bool:
+    """Whether the rows of ``eval.<name>`` are of the hub dataset that ``dataset.validation`` names, of another part."""
+    hub = config.dataset.validation.hub
+    return hub is not None and rows_config(config.eval[name]).hub == hub
+
+
 def rows_config(node: Mapping[str, Any]) -> RowsConfig:
     """The part of an ``eval`` entry that names its rows."""
     return RowsConfig(**{key: node[key] for key in ROWS_KEYS if key in node})
@@ -712,7 +837,8 @@ def _first_line(error: BaseException) -> str:
 
 def _rows(config: Config) -> data.Rows:
     """The rows of a local dataset, read once for all points of a sweep."""
-    files = [Path(path) for path in (config.dataset.path, config.dataset.test_path) if path is not None]
+    own = config.dataset
+    files = [Path(path) for path in (own.path, own.test_path, own.validation.path) if path is not None]
     contents = tuple(fingerprint.file_hash(file) for file in files if file.is_file())
     return _cached_rows(pickle.dumps(config.dataset), config.train.eval_every is not None, contents)
 
@@ -771,7 +897,8 @@ def _said(section: Any, first: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    made = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return dataclasses.asdict(made) if dataclasses.is_dataclass(made) and not isinstance(made, type) else made
 
 
 def _evaluating(config: Config, rows: data.Rows | None, rule: int) -> dict[str, Any]:

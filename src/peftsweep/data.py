@@ -72,7 +72,8 @@ def load_rows(dataset: DatasetConfig, *, validation: bool = False) -> Rows:
     """The dataset's rows; test rows are never training rows, and validation rows never test rows.
 
     A training row with the prompt and answer of a test row is left out, unless ``leave_out_tested`` is
-    false. With ``validation`` true, up to ``validation_samples`` rows (at most a tenth) leave the training rows.
+    false. With ``validation`` true, up to ``validation_samples`` rows (at most a tenth) leave the training rows,
+    unless ``validation`` names a source of them.
 
     Raises:
         InputError: a file or a hub dataset cannot be read, or nothing is left to train on.
@@ -84,12 +85,38 @@ def load_rows(dataset: DatasetConfig, *, validation: bool = False) -> Rows:
     shuffle = random.Random(dataset.split_seed)
     if dataset.samples is not None and dataset.samples < len(train):
         train = shuffle.sample(train, dataset.samples)
+    if validation and (dataset.validation.path or dataset.validation.hub):
+        return Rows(train=train, validation=validation_rows(dataset), test=test, left_out=left_out)
     held_out = min(dataset.validation_samples, len(train) // 10) if validation else 0
     if validation and not held_out:
         raise InputError(f"train.eval_every: {len(train)} training rows are too few to hold out validation rows")
     if held_out:
         train = shuffle.sample(train, len(train))
     return Rows(train=train[held_out:], validation=train[:held_out], test=test, left_out=left_out)
+
+
+def validation_rows(dataset: DatasetConfig) -> list[Row]:
+    """``validation_samples`` rows of the source that ``validation`` names, with the dataset's columns beside their own.
+
+    With ``split_seed=0`` they are the rows that PEFT's comparison takes (the first of NumPy's legacy shuffle).
+
+    Raises:
+        InputError: the source cannot be read, or lacks a column.
+    """
+    import numpy
+
+    own = dataset.validation
+    where = RowsConfig(own.path, own.encoding, own.hub, own.hub_config, own.hub_split, own.revision)
+    read = evaluation_rows(where, "dataset.validation", [])
+    for column in own.columns.values():
+        if any(column not in row for row in read):
+            raise InputError(f"dataset.validation.columns: a row has no '{column}'; {suggest(column, list(read[0]))}")
+    order = numpy.random.RandomState(dataset.split_seed).permutation(len(read))[: dataset.validation_samples]
+    rows = [read[n] | {mine: read[n][theirs] for mine, theirs in own.columns.items()} for n in order]
+    if not rows:
+        raise InputError("dataset.validation: its source has no rows")
+    dataset_examples(dataset, rows, own.path or own.hub or "")  # the templates must fit them too
+    return rows
 
 
 def _clean(dataset: DatasetConfig, train: list[Row], test: list[Row]) -> tuple[list[Row], dict[str, int]]:
@@ -536,17 +563,22 @@ class Tokens(NamedTuple):
         return len(self.ids) - max(self.answer_start, 1) if self.trained is None else sum(self.trained[1:])
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], max_length: int) -> list[Tokens]:
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], max_length: int, *, whole: bool = False
+) -> list[Tokens]:
     """Prompt and answer are tokenised apart, so that the answer's tokens never depend on the border.
 
     What is longer than ``max_length`` loses the beginning of its prompt, but for BOS; only an answer that is too
-    long by itself loses its end. An example that a chat template rendered is the template's tokens.
+    long by itself loses its end. An example that a chat template rendered is the template's tokens. With ``whole``
+    all tokens are the answer's, those of the prompt too, and what is too long loses its end.
     """
     limit = min(max_length, tokenizer.model_max_length)
     marks = list(lead(tokenizer))
     apart = iter(_apart(tokenizer, marks, [row for row in rows if not row.rendered]))
-    whole = [(row.rendered.ids, row.rendered.trained) if row.rendered else next(apart) for row in rows]
-    return [_shortened(ids, trained, _kept(ids, marks, tokenizer.bos_token_id), limit) for ids, trained in whole]
+    found = [(row.rendered.ids, row.rendered.trained) if row.rendered else next(apart) for row in rows]
+    if whole:
+        return [Tokens(ids[:limit], 0) for ids, _ in found]
+    return [_shortened(ids, trained, _kept(ids, marks, tokenizer.bos_token_id), limit) for ids, trained in found]
 
 
 def _apart(

@@ -7,7 +7,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from peftsweep.display import size
 from peftsweep.errors import InputError
 from peftsweep.predict import Prediction, Shape, predict, shapes, skeleton
 from peftsweep.schema import Config, Dtype, Init, ModelConfig, Task, TrainConfig
+from peftsweep.shapes import without_numbers
 
 log = logging.getLogger(__name__)
 
@@ -170,7 +171,7 @@ def _with_skeleton(
     for base, adapter in places:
         try:
             bare = skeleton(config.model, quantization, base, len(config.dataset.classes))
-            with torch.device(adapter):
+            with without_numbers() if base == "meta" else nullcontext(), torch.device(adapter):
                 adapted = (
                     build.attach_lanes(lanes, bare) if lanes else build.attach_method(trial, bare, config.train.steps)
                 )

@@ -34,6 +34,7 @@ from transformers import (
 from peftsweep.data import Batch
 from peftsweep.errors import InputError
 from peftsweep.schema import Init, ModelConfig, Task
+from peftsweep.shapes import at_target_rank
 from peftsweep.study import RESIDUAL
 
 TINY = Path(__file__).parent / "tiny" / "weights"
@@ -486,11 +487,13 @@ def saved_bytes(model: PeftModel) -> int:
     """The size of the safetensors file that ``save`` writes, to the byte, without writing it.
 
     Eight bytes of length, a JSON header of each tensor's type, shape and place, padded to a multiple of
-    eight, then the tensors, those of wide types first (github.com/huggingface/safetensors, its format).
+    eight, then the tensors, those of wide types first (github.com/huggingface/safetensors, its format). Of
+    AdaLoRA it is the file after training, with as many ranks in each layer, see ``shapes.at_target_rank``.
     """
     if hasattr(model, "prompt_encoder"):  # what is saved is what it says, so that it must be there to be asked
         model.prompt_encoder.to_empty(device="cpu")
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    state = at_target_rank(state, model.active_peft_config)
     names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.int32: "I32"}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0

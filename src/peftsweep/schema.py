@@ -83,6 +83,26 @@ class Turns(Enum):
     last = "last"
 
 
+class LossOn(Enum):
+    """Which tokens of a training row the loss is over."""
+
+    answer = "answer"
+    text = "text"  # prompt and answer
+
+
+@dataclass
+class ValidationConfig:
+    """Rows to validate on that are not held out of the training rows; all null means that those are."""
+
+    path: str | None = None  # a local file, which wins over the hub
+    encoding: str | None = None  # of the file, see DatasetConfig
+    hub: str | None = None
+    hub_config: str | None = None
+    hub_split: str = "train"
+    revision: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)  # the dataset's column -> its name in these rows
+
+
 @dataclass
 class DatasetConfig:
     """Rows, and how a row becomes a prompt and its answer."""
@@ -106,10 +126,12 @@ class DatasetConfig:
     deduplicate: bool = False  # leave out training rows that repeat an earlier one
     samples: int | None = None  # limit of the training rows
     validation_samples: int = 64  # held out of the training rows when train.eval_every is set, see also best_metric
+    validation: ValidationConfig = field(default_factory=ValidationConfig)  # or so many rows of another source
     prompt: str = MISSING  # template over the row's columns
     answer: str = MISSING
     classes: list[str] = field(default_factory=list)  # of a classification; an answer is one of them or its number
     max_length: int = 768  # tokens of prompt and answer together
+    loss_on: LossOn = LossOn.answer  # what is trained on; text: the prompt too
     drop_long: bool = False  # leave out training rows of more tokens, instead of cutting them
     chat: bool = False  # rows go through the tokenizer's chat template; false: conversations in a plain layout
     turns: Turns = Turns.all  # of the assistant in a conversation that are trained on

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from peftsweep import config as configuration
-from peftsweep import engine, forecast, record, repeat, study, trial, workers
+from peftsweep import engine, experiment, forecast, record, repeat, study, trial, workers
 from peftsweep.config import Trial
 from peftsweep.display import Display, size, summary
 from peftsweep.engine import Launch
@@ -45,13 +45,10 @@ def run(
     config = trials[0].config
     if launch and config.stop_on_failure:
         raise InputError("stop_on_failure=true: only with hydra/launcher=local; others are given all trials at once")
-    forecasts = [forecast.check(one) for one in trials]  # raises before anything is written
-    stand_ins = _stand_ins(trials, forecasts)
     if config.dry_run:
-        for one in trials:
-            configuration.check_conversations(one.config)
-        _dry_run(trials, forecasts, stand_ins)
+        _dry_run(trials)
         return [None] * len(trials)
+    stand_ins = _stand_ins(trials, [forecast.check(one) for one in trials])  # raises before anything is written
     results: list[Result | None] = [trial.finished(one) for one in trials]
     for done in _once(results):
         _share(done, trials, results, stand_ins)
@@ -68,6 +65,9 @@ def run(
             display.say(
                 f"{trials_in_words(count)} run again, as the numbers of an earlier version were wrong: {reason}"
             )
+        for one in missing.values():
+            if warning := experiment.unheeded(one.experiment):
+                display.say(f"{one.label}: {warning}")
         todo, budget = list(missing.values()), budget or Budget(options)
         ended = engine.run(todo, launch, display) if launch else workers.run(todo, options, budget, display)
         sweep_record = sweep_record or SweepRecord(study.folder(config.study), [], options.workers)
@@ -183,25 +183,41 @@ def _summarise(display: Display, results: Sequence[Result | None], name: str) ->
     display.console.print(f"{said}  ({study.folder(name)})", markup=False)
 
 
-def _dry_run(trials: Sequence[Trial], forecasts: Sequence[Forecast], stand_ins: Sequence[Trial]) -> None:
-    rows = [_plan_row(*row) for row in zip(trials, forecasts, stand_ins, strict=True)]
-    config = trials[0].config
+def _dry_run(trials: Sequence[Trial]) -> None:
+    """Print a line a trial as soon as it is known, and write all of them as the study's plan.json."""
+    config, forecasts = trials[0].config, list[Forecast]()
+    first: dict[str, Trial] = {}  # of those that attach the same
+    width, printed = max(len(one.label) for one in trials), []
+    for one in trials:
+        configuration.check_conversations(one.config)
+        forecasts.append(foreseen := forecast.check(one))
+        stand_in = first.setdefault(forecast.twin_key(one, foreseen), one)
+        printed.append(row := _plan_row(one, foreseen, stand_in))
+        if not config.quiet:
+            print(_plan_line(row, width), flush=True)
+            if warning := experiment.unheeded(one.experiment):
+                print(f"  {one.label}: {warning}", flush=True)
+    rows = [_plan_row(*row) for row in zip(trials, forecasts, _stand_ins(trials, forecasts), strict=True)]
     file = study.folder(config.study) / study.PLAN
     record.write_json(file, rows)
     if not config.quiet:
-        width = max(len(row["label"]) for row in rows)
-        for row in rows:
-            trainable = "?" if row["trainable_parameters"] is None else f"{row['trainable_parameters']:,}"
-            print(
-                f"{row['label']:{width}}  {row['state']:8}  {trainable:>13} trainable  "
-                f"{size(row['adapter_bytes']):>9}  memory {size(row['predicted_memory_bytes']):>9}"
-                + "".join(f"  {row[key]}" for key in ("refused", "oversized", "same_as", "outdated") if row[key])
-            )
+        for row, before in zip(rows, printed, strict=True):
+            if row != before:  # another point of the sweep, which came later, has its record already
+                print(_plan_line(row, width))
         for line in dict.fromkeys(row["coverage"] for row in rows if row["coverage"]):
             same = [row["label"] for row in rows if row["coverage"] == line]
             print(f"{', '.join(same)}: {line}")
     new = sum(row["state"] == "new" for row in rows)
     print(f"{trials_in_words(len(rows))}, {new} new; nothing was trained ({file})")
+
+
+def _plan_line(row: dict[str, Any], width: int) -> str:
+    trainable = "?" if row["trainable_parameters"] is None else f"{row['trainable_parameters']:,}"
+    return (
+        f"{row['label']:{width}}  {row['state']:8}  {trainable:>13} trainable  "
+        f"{size(row['adapter_bytes']):>9}  memory {size(row['predicted_memory_bytes']):>9}"
+        + "".join(f"  {row[key]}" for key in ("refused", "oversized", "same_as", "outdated") if row[key])
+    )
 
 
 def planned(one: Trial) -> Result:

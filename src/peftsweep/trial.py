@@ -28,6 +28,7 @@ from peftsweep import (
     checkpoint,
     data,
     evaluate,
+    experiment,
     fingerprint,
     forecast,
     halving,
@@ -205,6 +206,8 @@ def _run_claimed(trial: Trial, place: Path, observer: Observer) -> Result:
     with meter.stage("setup"):  # and all that is between the stages
         result = begin(trial, place)
     with logged(place / "trial.log"):
+        if warning := experiment.unheeded(trial.experiment):
+            log.warning(warning)
         if trial.config.tracker:
             tracker.start(partial(build.tracker, trial, place), record.flat(result.config))
         status, failure = Status.success, None
@@ -798,6 +801,7 @@ def run_info(trial: Trial, place: Path) -> dict[str, Any]:
         "created_at": record.now(),
         "host": record.host(),
         **record.git(),
+        **({"experiment": trial.experiment} if trial.experiment else {}),
     }
 
 

@@ -157,14 +157,12 @@ def _method_name(method: Mapping[str, Any], optimizer: str) -> str:
 
 
 def _config(method: dict[str, Any], parameters: Mapping[str, Any], name: str) -> dict[str, Any]:
-    keys = experiment.translated(parameters, "--from-peft")
+    keys = experiment.translated(parameters, "--from-peft").keys
     said: dict[str, Any] = {"study": name, "method": method, "model": {"name_or_path": parameters["model_id"]}}
-    if parameters["dtype"] in QUANTS:
-        del keys["model.dtype"]  # which is that of the weights there
     tree = OmegaConf.create(said | {"dataset": {"name": "metamath"}})
     for key, value in keys.items():
-        OmegaConf.update(tree, key, value)
-    tree.train.compile = "inductor" if parameters["compile"] else "none"
+        if not key.startswith(experiment.EVALUATIONS):
+            OmegaConf.update(tree, key, value)
     tree.eval = {"gsm8k": {"batch_size": parameters["batch_size_eval"], **parameters["generation_kwargs"]}}
     config: dict[str, Any] = OmegaConf.to_container(tree)  # type: ignore[assignment]
     return config
