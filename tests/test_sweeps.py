@@ -162,11 +162,12 @@ def test_every_sweep_composes_validates_and_names_its_points(name: str, compose:
 
 @pytest.mark.parametrize("point", POINTS)
 def test_every_point_is_its_label_its_method_and_its_training(point: str, compose: Compose) -> None:
-    one = compose(*SMALL, swept(point))
+    long = [] if point.startswith("peft_comparison/") else ["train.epochs=100"]  # than its warm-up
+    one = compose(*SMALL, *long, swept(point))
     assert one.label == said(point)["label"]
     assert one.tree["method"] == said(point).get("method", {})  # and no field of another method
     recipe = COMPARISON if point.startswith("peft_comparison/") else {}
-    expected = recipe | said(point).get("train", {})
+    expected = recipe | said(point).get("train", {}) | ({"epochs": 100} if long else {})
     assert {key: one.tree["train"][key] for key in expected} == expected
     assert one.config.train.optimizer_kwargs == expected.get("optimizer_kwargs", {})
 
@@ -188,7 +189,7 @@ def test_the_command_line_wins_over_a_point_and_over_a_sweep(compose: Compose) -
         assert (train.learning_rate, train.steps, one.config.method["r"]) == (0.5, 7, 3)
         assert (one.config.seed, one.label) == (5, "mine")
         assert (one.choices["model"], one.choices["dataset"]) == ("tiny", "tiny_math")
-    assert compose(swept("hira/lora"), *SMALL).config.seed == 36
+    assert compose(swept("hira/lora"), *SMALL).config.seed == 36  # whose warm-up is short
     assert compose(swept("hira/lora"), *SMALL, "seed=5").config.seed == 5
 
 
@@ -214,7 +215,7 @@ def test_the_command_line_replaces_the_values_of_a_grid(command: Command) -> Non
 
 
 def test_a_sweep_of_points_carries_their_labels(command: Command) -> None:
-    rows = plan(command, "sweep=hira_baselines", *SMALL)
+    rows = plan(command, "sweep=hira_baselines", *SMALL, "train.epochs=100")
     assert [row["label"] for row in rows] == ["full", "hira", "ia3", "lora"]
     few = "+point/peft_comparison=glob([lora--*, full*], exclude=*rank64*)"  # the sweep's own key, so it replaces it
     rows = plan(command, "sweep=peft_comparison", *SMALL, few)
