@@ -250,6 +250,7 @@ def test_a_dry_run_counts_on_shapes(method: str, compose: Compose, monkeypatch: 
         return bare(config, quantization, where, classes)
 
     monkeypatch.setattr(forecast, "skeleton", skeleton)
+    monkeypatch.setattr(forecast, "_FORECASTS", {})  # without those of other tests
     one = compose(f"method={method}")
     foreseen = forecast.check(one)
     assert set(places) == {"meta"}

@@ -379,7 +379,8 @@ def _fill_from_record(cfg: DictConfig, said: set[str]) -> dict[str, str]:
             continue
         for name, part in value.items():
             if name in cfg[key]:  # not one that this version has no more
-                OmegaConf.update(cfg, f"{key}.{name}", part, merge=False)
+                typed = isinstance(part, dict) and OmegaConf.get_type(cfg[key], name) is not dict
+                OmegaConf.update(cfg, f"{key}.{name}", part, merge=typed)
     for key, value in own.items():
         if not key.startswith("hydra."):
             OmegaConf.update(cfg, key, value, merge=False)
