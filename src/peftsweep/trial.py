@@ -258,23 +258,20 @@ def failure_of(error: BaseException, stage: str | None, config: Config) -> dict[
     if out_of_memory(error):
         asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
         what = f"no memory left for {asked[1]} more" if asked else "no memory left"
-        found["message"] = f"{what}; {', '.join(_smaller(config, found['stage']))}"
+        found["message"] = f"{what}; {_smaller(config, found['stage'])}"
     return found
 
 
-def _smaller(config: Config, stage: str) -> Iterator[str]:
+def _smaller(config: Config, stage: str) -> str:
     """The keys that would make the trial smaller, of those that are not set already."""
-    train, yet = config.train, False
+    train, keys = config.train, []
     if stage == "train" and train.batch_size > 1:
-        yet = True
-        yield f"try train.batch_size={train.batch_size // 2} train.accumulation={2 * train.accumulation}"
+        keys.append(f"train.batch_size={train.batch_size // 2} train.accumulation={2 * train.accumulation}")
     if stage == "train" and not train.checkpointing:
-        yield ("" if yet else "try ") + "train.checkpointing=true"
-        yet = True
+        keys.append("train.checkpointing=true")
     if not config.quant:
-        yield ("" if yet else "try ") + "quant=4bit"
-        yet = True
-    yield ("or " if yet else "try ") + "a smaller dataset.max_length or model"
+        keys.append("quant=4bit")
+    return "try " + ", ".join([*keys, ("or " if keys else "") + "a smaller dataset.max_length or model"])
 
 
 def _run(session: Session) -> Status:
