@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from peftsweep import build, config, evaluate, fingerprint, forecast, model, pack, study, trial
+from peftsweep import build, config, evaluate, fingerprint, forecast, mended, model, pack, study, trial
 from peftsweep.config import Trial
 from peftsweep.record import Result
 
+from .architectures import write
 from .conftest import SMALL, records
 
 Compose = Callable[..., Trial]
@@ -162,7 +163,7 @@ def test_a_trial_of_the_first_version_is_done_under_its_rule(folder: Path, compo
     as_of_the_first_version(trial.run(one), one)
     held = trial.finished(one)
     assert held is not None
-    assert config.rule_of(held) == 1
+    assert mended.rule_of(held) == 1
     (folder / "README.md").unlink()  # it is recognised from now on, by what counts today
     assert trial.finished(compose(*QUICK)) is not None
     other_scores = compose(*QUICK, "eval.perplexity.max_length=100")
@@ -190,11 +191,52 @@ def test_a_trial_that_a_mended_fault_made_wrong_is_run_again_and_one_line_says_w
     assert "done before" in command(*words)[1]
 
 
+def told(folder: Path, train_info: dict[str, Any] | None = None, **sections: Any) -> str:
+    """Why a record of the first version, of a trial on that base, is run again; empty where it counts."""
+    config = {"model": {"name_or_path": str(folder)}, "method": {"r": 2}, "targets": {"roles": ["q"]}} | sections
+    return mended.outdated(Result({}, {}, config=config, train_info=train_info or {})) or ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("llama", ""),
+        ("gemma3", "parts of the model that read no text were adapted too"),
+        ("qwen2_moe", "the roles of a mixture of experts named other weights"),
+        ("mamba", "left-padded batches changed"),
+        ("lfm2", "left-padded batches changed"),
+    ],
+)
+def test_a_record_of_the_first_version_is_known_to_be_wrong_by_its_architecture(
+    kind: str, why: str, tmp_path: Path
+) -> None:
+    assert told(write(kind, tmp_path)).startswith(why)
+    assert bool(told(tmp_path)) == bool(why)
+
+
+def test_a_record_of_the_first_version_is_known_to_be_wrong_by_its_tokens_and_classes(folder: Path) -> None:
+    assert told(folder) == ""
+    assert "beginning-of-sequence" in told(folder, {"truncated_rows": 3})
+    edited = json.loads((folder / "tokenizer.json").read_text())
+    edited["post_processor"]["single"].append({"SpecialToken": {"id": "</s>", "type_id": 0}})
+    edited["post_processor"]["special_tokens"]["</s>"] = {"id": "</s>", "ids": [2], "tokens": ["</s>"]}
+    ends = folder.with_name("ends")
+    shutil.copytree(folder, ends)
+    (ends / "tokenizer.json").write_text(json.dumps(edited))
+    assert "between prompt and answer" in told(ends)
+    shape = json.loads((folder / "config.json").read_text())
+    shape |= {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "no", "1": "yes"}}
+    (folder / "config.json").write_text(json.dumps(shape))
+    as_classifier = {"model": {"name_or_path": str(folder), "task": "seq_cls"}}
+    assert told(folder, **as_classifier, dataset={"classes": ["no", "yes"]}) == ""
+    assert "order of the dataset's" in told(folder, **as_classifier, dataset={"classes": ["yes", "no"]})
+
+
 def test_a_checkpoint_that_a_mended_fault_made_wrong_is_not_gone_on_from() -> None:
     from peftsweep import checkpoint
 
-    assert config.right_since({"train": {"accumulation": 1}}) == 1
-    assert config.right_since({"train": {"accumulation": 2}}) == 2
+    assert mended.right_since({"train": {"accumulation": 1}}) == 1
+    assert mended.right_since({"train": {"accumulation": 2}}) == 2
     assert checkpoint.stamp("it", CPU, 2) != checkpoint.stamp("it", CPU, 1) == checkpoint.stamp("it", CPU)
 
 

@@ -16,7 +16,7 @@ FLOORS = (
     "harness repeat",
     "answer.columns answer.table answer.where answer.stats answer.effects answer.frontier answer.rungs answer.words "
     "answer.findings answer.methodology answer.report answer.plot answer.page",
-    "config prepare halving build forecast guide trial pack workers engine sweep everything preload "
+    "config mended prepare halving build forecast guide trial pack workers engine sweep everything preload "
     "answer.interchange answer.collect",
     "cli",
 )
@@ -34,6 +34,7 @@ WITHOUT_TORCH += [
     "prepare",
     "processes",
     "sweep_record",
+    "mended",
 ]
 
 

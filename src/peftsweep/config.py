@@ -1035,48 +1035,6 @@ def _renamed(target: str, names: Mapping[str, str]) -> str:
     return target
 
 
-# ---- records of earlier versions -------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Mended:
-    """A fault that made the numbers of some trials wrong, until a rule of identities."""
-
-    rule: int  # of the first version without it
-    concerns: Callable[[Mapping[str, Any]], bool]  # a trial's configuration
-    reason: str
-
-
-MENDED = (
-    Mended(
-        2,
-        lambda config: (_at(config, "train.accumulation") or 1) > 1,
-        "with train.accumulation above 1 a step took other rows than one large batch would have",
-    ),
-    Mended(
-        2,
-        lambda config: _is_chat(_at(config, "dataset.chat"), _at(config, "dataset.reader")),
-        "conversations were tokenised by other rules than the chat template's, and trained on the last turn only",
-    ),
-)
-
-
-def rule_of(result: Result) -> int:
-    """The version of the rule that made a record's identity; the first version did not write it."""
-    return int(result.run_info.get("identity_rule", 1))
-
-
-def outdated(result: Result) -> str | None:
-    """Why the numbers of a record, of an earlier version, are known to be wrong; None where they are not."""
-    faults = (fault for fault in MENDED if rule_of(result) < fault.rule and fault.concerns(result.config))
-    return next((fault.reason for fault in faults), None)
-
-
-def right_since(tree: Mapping[str, Any]) -> int:
-    """The first rule by which a trial of this configuration has the numbers that it has now."""
-    return max((fault.rule for fault in MENDED if fault.concerns(tree)), default=1)
-
-
 def content_hash(content: Any) -> str:
     """A short hash of plain values and enums."""
     return fingerprint.of_values(content)[:IDENTITY_LENGTH]

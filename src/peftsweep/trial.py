@@ -33,6 +33,7 @@ from peftsweep import (
     forecast,
     halving,
     inference,
+    mended,
     model,
     probe,
     record,
@@ -87,7 +88,7 @@ def _recognised(trial: Trial, held: Result, key: str, earlier: str) -> bool:
     """
     mine, taken = getattr(trial, key), held.run_info.get("recognised") or {}
     return mine in (held.run_info.get(key), taken.get(key)) or (
-        configuration.rule_of(held) == 1 and held.run_info.get(key) == earlier and not taken
+        mended.rule_of(held) == 1 and held.run_info.get(key) == earlier and not taken
     )
 
 
@@ -98,7 +99,7 @@ def outdated(trial: Trial) -> str | None:
 
 
 def _fault(held: Result) -> str | None:
-    return configuration.outdated(held) if held.status in halving.HAVE_TRAINED else None
+    return mended.outdated(held) if held.status in halving.HAVE_TRAINED else None
 
 
 def trained(trial: Trial) -> Result | None:
@@ -106,7 +107,7 @@ def trained(trial: Trial) -> Result | None:
     root, earlier = study.folder(trial.config.study), trial.earlier
     for training in (trial.training, *([earlier.training] if earlier else [])):
         held = None if trial.config.force else study.trained(root, training)
-        if held and not configuration.outdated(held) and _recognised(trial, held, "training", training):
+        if held and not mended.outdated(held) and _recognised(trial, held, "training", training):
             return held
     return None
 
@@ -465,7 +466,7 @@ class Session:
 
     def checkpoints(self) -> checkpoint.Checkpoints | None:
         """Those of the training, if any are wanted or there is one, from whose step it then goes on."""
-        trial, since = self.trial, configuration.right_since(self.trial.tree)
+        trial, since = self.trial, mended.right_since(self.trial.tree)
         trainings = [trial.training, *([trial.earlier.training] if trial.earlier else [])]
         stamps = [checkpoint.stamp(training, self.meter.device, since) for training in trainings]
         place = self.place / study.CHECKPOINTS
