@@ -359,7 +359,7 @@ def _parameters(result: Result) -> dict[str, Any]:
         "compile": train.get("compile", "none") != "none",
         "batch_size_eval": judged.get("batch_size"),
         "generation_kwargs": {key: judged[key] for key in ("max_length", "max_new_tokens") if key in judged},
-        "eval_steps": None,
+        "eval_steps": int(every) if (every := str(train.get("eval_every"))).isdecimal() else None,
         "init_kv_cache_prefix": (config.get("method_setup") or {}).get("text"),
     }
 
