@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from peftsweep import record
+from peftsweep.atomic import replacing, sync
 from peftsweep.model import trainable_parameters
 
 log = logging.getLogger(__name__)
@@ -171,7 +172,7 @@ class Checkpoints:
         """Write a checkpoint and then delete the one before; it is on the disk when this returns."""
         self._folder.mkdir(parents=True, exist_ok=True)
         file = self._folder / f"step-{step}.pt"
-        _sync(self._rows)
+        sync(self._rows)
         content = {
             "stamp": self._stamps[0],
             "step": step,
@@ -179,12 +180,9 @@ class Checkpoints:
             "rows": self._rows.stat().st_size,
             "state": {name: part.state_dict() for name, part in parts.items()},
         }
-        temporary = file.with_name(f".{file.name}")
-        with temporary.open("wb") as stream:
+        with replacing(file) as temporary, temporary.open("wb") as stream:
             torch.save(content, stream)
-        _sync(temporary)
-        temporary.replace(file)
-        _sync(self._folder)
+        sync(self._folder)
         for other in self._folder.iterdir():
             if other != file:
                 other.unlink()
@@ -192,14 +190,6 @@ class Checkpoints:
     def clear(self) -> None:
         """Delete what there is, as it is not needed or not wanted any more."""
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---- the parts -------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import pydoc
 import re
 import string
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from peftsweep import data, experiment, fingerprint, repeat, study
 from peftsweep.compatibility import stored
 from peftsweep.errors import InputError, suggest
-from peftsweep.record import SECTIONS, Result
+from peftsweep.record import SECTIONS
 from peftsweep.schema import Config, DatasetConfig, Dtype, Init, LossOn, ModelConfig, OnMissing, RowsConfig, Task
 
 CONVERSATIONS = "peftsweep.tasks.messages"  # the reader of datasets that hold them

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import pydoc
 import random
 import re
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftsweep import chat
+from peftsweep.atomic import replacing
 from peftsweep.chat import ChatTemplate, Conversation, Rendered
 from peftsweep.errors import InputError, suggest
 from peftsweep.files import FORMATS as FORMATS
@@ -656,10 +656,8 @@ def write_tokens(file: Path, rows: Sequence[Tokens]) -> None:
     columns = zip(*rows, strict=True) if rows else ((),) * len(Tokens._fields)
     kinds = (pa.list_(pa.int32()), pa.int32(), pa.int32(), pa.list_(pa.bool_()))
     arrays = [pa.array(column, kind) for column, kind in zip(columns, kinds, strict=True)]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    pa.parquet.write_table(pa.table(arrays, names=Tokens._fields), temporary)
-    temporary.replace(file)
+    with replacing(file) as temporary:
+        pa.parquet.write_table(pa.table(arrays, names=Tokens._fields), temporary)
 
 
 def read_tokens(file: Path) -> list[Tokens]:

@@ -9,7 +9,6 @@ import os
 import platform
 import socket
 import subprocess
-import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Iterable
@@ -20,6 +19,8 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any, Self
+
+from peftsweep.atomic import replacing
 
 SCHEMA_VERSION = 1
 RESULT = "result.json"
@@ -171,18 +172,8 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 def write_text(file: Path, text: str) -> None:
     """Atomically replace ``file``; it is on the disk when this returns."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def plain(value: Any) -> Any:

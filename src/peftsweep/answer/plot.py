@@ -21,6 +21,7 @@ import pandas as pd
 from peftsweep.answer import columns, effects, stats
 from peftsweep.answer.columns import QUANT, RANK, TARGETS, Cost
 from peftsweep.answer.frontier import front as frontier_of
+from peftsweep.atomic import replacing
 from peftsweep.record import trials_in_words
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#7F7F7F")  # Okabe and Ito's
@@ -90,9 +91,9 @@ def study(
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a label may be in any script
         for name, figure in figures(table, steps, predictions):
-            folder.mkdir(parents=True, exist_ok=True)
             file = folder / f"{name}.{kind}"
-            figure.savefig(file, metadata={"Date": None} if kind == "svg" else None)
+            with replacing(file) as temporary:
+                figure.savefig(temporary, format=kind, metadata={"Date": None} if kind == "svg" else None)
             written.append(file)
     return written
 

@@ -16,6 +16,7 @@ import pandas as pd
 import peftsweep
 from peftsweep import record
 from peftsweep.answer.columns import PREDICTED, PREDICTION_ERROR
+from peftsweep.atomic import replacing
 from peftsweep.errors import InputError
 from peftsweep.record import RESULT, STEPS, RecordError, Result, Status
 
@@ -229,11 +230,8 @@ def write(table: pd.DataFrame, file: Path, logged: Callable[[], pd.DataFrame]) -
 
     A database gets a second table, of the ``logged`` steps, which are not read for another format.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}")
-    temporary.unlink(missing_ok=True)
-    WRITERS[file.suffix](table, temporary, logged)
-    temporary.replace(file)
+    with replacing(file) as temporary:
+        WRITERS[file.suffix](table, temporary, logged)
 
 
 def write_parquet(table: pd.DataFrame, file: Path) -> None:

@@ -1,0 +1,54 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from peftsweep import record
+from peftsweep.answer import table
+from peftsweep.atomic import replacing
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o002, 0o664), (0o022, 0o644)])
+def test_who_may_read_a_file_is_for_the_umask(umask: int, mode: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        record.write_json(tmp_path / "result.json", {})
+        table.write_parquet(pd.DataFrame({"a": [1]}), tmp_path / "results.parquet")
+    finally:
+        os.umask(before)
+    assert {file.name: file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {
+        "result.json": mode,
+        "results.parquet": mode,
+    }
+
+
+def test_writers_of_one_file_at_once_leave_what_one_of_them_wrote(tmp_path: Path) -> None:
+    file, texts = tmp_path / "RESULTS.md", [letter * 20_000 for letter in "abcd"]
+    writers = [threading.Thread(target=record.write_text, args=(file, text)) for text in texts * 8]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert file.read_text() in texts
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_a_writer_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    file.write_text("old")
+
+    def fail() -> None:
+        with replacing(file) as temporary:
+            temporary.write_text("new")
+            raise RuntimeError("half")
+
+    with pytest.raises(RuntimeError, match="half"):
+        fail()
+    assert file.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
