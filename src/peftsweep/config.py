@@ -436,8 +436,12 @@ def _check_values(tree: dict[str, Any]) -> None:
             raise InputError(f"{key}={metric}: must be loss or <eval>.<metric> of {', '.join(tree['eval'])}")
     if tree["memory_limit"] is not None:
         size_in_bytes(tree["memory_limit"], "memory_limit")
-    if not tree["study"] or "/" in tree["study"] or tree["study"].startswith("."):
-        raise InputError(f"study={tree['study']}: must be a plain name, without '/' and not beginning with '.'")
+    for key, name in [("study", tree["study"]), *(("eval", name) for name in tree["eval"])]:
+        if not study.is_plain(str(name)):
+            raise InputError(
+                f'{key}={name}: must be a plain name of at most 100 characters, without any of /\\:*?"<>| and '
+                "not beginning with '.'"
+            )
 
 
 def _least_of_method(method: Mapping[str, Any], option: str, least: int) -> int:

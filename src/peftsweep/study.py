@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ from peftsweep.errors import InputError, Unwritable, suggest
 from peftsweep.record import RESULT, LaterVersion, RecordError, Result, Status, host, read_json, write_json, write_text
 
 ROOT = Path("multirun")
+NAME = re.compile(r"(?![. ])[^\x00-\x1f/\\:*?\"<>|]{1,100}(?<![. ])")  # of a study or an evaluation, which become paths
 PLAN = "plan.json"
 ADAPTER = "adapter"
 RESIDUAL = "base"  # beside an adapter: the base that it belongs to, where that is not the trial's
@@ -46,6 +48,11 @@ def adapter(path: str) -> Path:
         if any((candidate / name).is_file() for name in ("adapter_config.json", "config.json")):
             return candidate
     raise InputError(f"adapter.path={path}: holds no adapter_config.json, and no trial with one")
+
+
+def is_plain(name: str) -> bool:
+    """Whether a file or folder may be called so, on any system, without leaving the folder that it is made in."""
+    return NAME.fullmatch(name) is not None
 
 
 def find(study: str | Path) -> Path:

@@ -1,0 +1,105 @@
+"""What a record or another file from elsewhere may say: values as text, and names only of what this project offers.
+
+A configuration may name code (``_target_``, an optimizer, a reader of rows), which is then imported and called. Who
+writes a yaml or a command line may name any; a record, an adapter's folder or an experiment's file may come from
+somebody else and may name only what is listed here.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Container, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from peftsweep.errors import InputError
+
+CODE = ("_target_", "optimizer", "generator", "reader")  # keys whose values name code
+INTERPOLATION = re.compile(r"(\\*)\$\{")
+PACKAGE = re.compile(r"# @package (\w+)")
+# By section, names of libraries whose classes take part in no more than what the section is for.
+OPTIMIZERS = re.compile(r"\w+|torch\.optim\.\w+|bitsandbytes\.optim\.\w+|peft\.optimizers\.create_\w+_optimizer")
+
+
+def as_text(value: Any) -> Any:
+    """``value``, plain, so that OmegaConf reads every ``${`` of its texts as these characters."""
+    if isinstance(value, Mapping):
+        return {key: as_text(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_text(part) for part in value]
+    return INTERPOLATION.sub(lambda found: found[1] * 2 + r"\${", value) if isinstance(value, str) else value
+
+
+def names(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Each dotted key of ``tree`` that names code, with the name."""
+    if isinstance(tree, list | tuple):
+        tree = {str(number): part for number, part in enumerate(tree)}
+    if not isinstance(tree, Mapping):
+        return
+    for name, value in tree.items():
+        here = f"{key}.{name}" if key else str(name)
+        if name in CODE and value is not None and not isinstance(value, Mapping):
+            yield here, str(value)
+        else:
+            yield from names(value, here)
+
+
+def check(tree: Mapping[str, Any], conf: Path, own: Container[str], source: str) -> None:
+    """Refuse a configuration that was read from ``source`` and names code that neither we nor the user's words name.
+
+    ``conf`` is the folder of our own yamls, ``own`` the names in what the user has composed. Nothing is imported of
+    what the configuration names.
+
+    Raises:
+        InputError: the line names the key and the name.
+    """
+    for key, name in names(tree):
+        if name not in own and not _is_offered(key, name, conf):
+            raise InputError(
+                f"{source}: names {name} in {key}, which is no part of peftsweep and would be run; "
+                f"give {key}={name} yourself, or trust=true, if you know what it does"
+            )
+
+
+def _is_offered(key: str, name: str, conf: Path) -> bool:
+    section = key.partition(".")[0]
+    if (section, key.rpartition(".")[2], name) in _offered(conf):
+        return True
+    package, _, kind = name.rpartition(".")
+    if section in ("method", "method_inputs", "quant") and re.fullmatch(r"[\w.]+", name):
+        library = "transformers" if section == "quant" else "peft"
+        return package.partition(".")[0] == library and kind in _configs(library)
+    return key == "train.optimizer" and OPTIMIZERS.fullmatch(name) is not None
+
+
+@functools.cache
+def _offered(conf: Path) -> frozenset[tuple[str, str, str]]:
+    """(section, key, name) of all code that our own yamls name."""
+    found = set()
+    for file in conf.rglob("*.yaml"):
+        text = file.read_text(encoding="utf-8")
+        package = PACKAGE.match(text)
+        section = package[1] if package else file.relative_to(conf).parts[0]
+        tree = yaml.safe_load(text) or {}
+        for key, name in names(tree if section == "_global_" else {section: tree}):
+            found.add((key.partition(".")[0], key.rpartition(".")[2], name))
+    return frozenset(found)
+
+
+@functools.cache
+def _configs(library: str) -> frozenset[str]:
+    """The names of the library's configuration classes: of PEFT's methods, of transformers' quantisations."""
+    if library == "peft":
+        import peft
+
+        return frozenset(name for name in dir(peft) if name.endswith("Config")) | {"KasaConfig", "BdLoraConfig"}
+    from transformers.utils import quantization_config
+
+    return frozenset(
+        name
+        for name, kind in vars(quantization_config).items()
+        if isinstance(kind, type) and issubclass(kind, quantization_config.QuantizationConfigMixin)
+    )
