@@ -27,6 +27,7 @@ from peftsweep.errors import InputError
 from peftsweep.evaluate import Evaluation
 from peftsweep.inference import Benchmark, bare
 from peftsweep.initialise import Setting
+from peftsweep.isolation import process_state_kept
 from peftsweep.probe import Abilities
 from peftsweep.schema import Init, LossOn, Task
 
@@ -48,13 +49,13 @@ def quantization(trial: Trial) -> Any:
 
 
 def evaluator(trial: Trial, name: str) -> Evaluate:
-    """The evaluation ``eval.<name>`` as a function of model, tokenizer and examples."""
+    """The evaluation ``eval.<name>`` as a function of model, tokenizer and examples; the process stays as it was."""
     node = trial.config.eval[name]
     options = {key: value for key, value in node.items() if key not in ROWS_KEYS}
     if options.get("classes"):
         options["classes"] = classes(trial, options["classes"])
     function: Evaluate = _instantiate(options | {"_partial_": True}, f"eval.{name}")
-    return function
+    return process_state_kept()(function)
 
 
 def inference_benchmark(trial: Trial) -> Callable[..., Benchmark]:

@@ -29,6 +29,7 @@ from peftsweep import config as configuration
 from peftsweep.config import Trial
 from peftsweep.display import Display, Observer, TrialView
 from peftsweep.errors import Unwritable
+from peftsweep.isolation import LEAKED, open_files, process_state_kept
 from peftsweep.record import Result, Status, sitting_seconds
 
 LOOK = 1.0  # seconds between two looks at the workers, if none has news
@@ -107,7 +108,8 @@ def _here(queue: deque[Job], budget: Budget, display: Display, options: Options)
 def _patiently(one: Trial, view: TrialView) -> Result:
     while True:
         try:
-            return trial.run(one, view)
+            with process_state_kept():
+                return trial.run(one, view)
         except study.Claimed:
             view.stage("run by another process")
             time.sleep(RETRY_CLAIMED)
@@ -349,13 +351,14 @@ def serve(channel: connection.Connection[Any, Any], threads: int | None) -> None
         torch.set_num_threads(threads)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process would leave behind
     build.keep_bases()
+    opened = open_files()
     while True:
         try:
             job, options = channel.recv()
             channel.send(("end", *_in_worker(job, options, channel)))
         except (EOFError, OSError, KeyboardInterrupt):
             return
-        if _device_broken():
+        if _device_broken() or open_files() > opened + LEAKED:
             return  # the next trial gets a new process
 
 
@@ -373,7 +376,8 @@ def _in_worker(job: Job, options: Options, channel: connection.Connection[Any, A
     """How the job ended: as its records say, or not at all, and why."""
     reporters = [_Reporter(channel, number) for number in range(len(job))]
     try:
-        _run_job([configuration.with_rows(one) for one in job], reporters, options)
+        with process_state_kept():
+            _run_job([configuration.with_rows(one) for one in job], reporters, options)
     except study.Claimed:
         return "claimed", ""
     except KeyboardInterrupt:
