@@ -54,7 +54,7 @@ def test_it_is_put_back_after_an_error(tmp_path: Path) -> None:
     assert os.getcwd() == before
 
 
-def wanders(model: Any, tokenizer: Any, examples: Any, batch_size: int) -> Evaluation:
+def wanders(model: Any, tokenizer: Any, examples: Any, batch_size: int, max_length: int) -> Evaluation:
     """An evaluation that leaves by another folder and switches gradients off."""
     os.chdir("/")
     torch.set_grad_enabled(False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,11 @@ def test_every_format_holds_the_same_trials(ending: str, collect_command: Collec
     write("b", 16, None, place="second")
     file = Path(f"new/all{ending}")
     assert collect_command("--out", str(file), "--no-plots")[0] == 0
-    readers: dict[str, Any] = {".parquet": pd.read_parquet, ".csv": pd.read_csv, ".json": pd.read_json}
+    readers: dict[str, Any] = {
+        ".parquet": pd.read_parquet,
+        ".csv": partial(pd.read_csv, engine="python"),
+        ".json": pd.read_json,
+    }
     found = pd.read_json(file, lines=True) if ending == ".jsonl" else readers[ending](file)
     assert found["run_info.trial"].tolist() == ["a", "b"]
     assert found["config.method.r"].tolist() == [8, 16]
