@@ -30,6 +30,7 @@ from peftsweep.initialise import Setting
 from peftsweep.isolation import process_state_kept
 from peftsweep.probe import Abilities
 from peftsweep.schema import Init, LossOn, Task
+from peftsweep.trust import as_text
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def tracker(trial: Trial, place: Path) -> GeneralTracker:
 
 def _instantiate(node: dict[str, Any], key: str) -> Any:
     try:
-        return instantiate(node, _convert_="all")
+        return instantiate(as_text(node), _convert_="all")
     except HydraException as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise InputError(f"{key}: {reason}") from error

@@ -5,6 +5,7 @@ The identity of a trial is a hash of everything that changes its numbers and of 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -26,11 +27,12 @@ from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peftsweep import data, experiment, fingerprint, repeat, study
+from peftsweep import data, experiment, fingerprint, repeat, restored, study, trust
 from peftsweep.compatibility import stored
 from peftsweep.errors import InputError, suggest
 from peftsweep.record import SECTIONS
 from peftsweep.schema import Config, DatasetConfig, Dtype, Init, LossOn, ModelConfig, OnMissing, RowsConfig, Task
+from peftsweep.trust import as_text
 
 CONVERSATIONS = "peftsweep.tasks.messages"  # the reader of datasets that hold them
 IDENTITY_LENGTH = 10  # hex digits: a study of 10,000 trials has a clash once in 20,000 studies
@@ -89,6 +91,10 @@ LAUNCHER = {
     "pack": None,
     "measure": None,
 }  # with the least
+WHOLE_SWEEP = (  # keys with one value for all points of a sweep
+    *("study", "dry_run", "quiet", "stop_on_failure", "halving", "hydra.launcher", "hydra.sweeper._target_"),
+    *("hydra.sweeper.max_batch_size", "hydra.sweep.dir"),
+)
 PACK = 8  # trials at once that pack=auto tries
 OFF = "off"
 HARNESS = "peftsweep.harness.lm_eval"  # whose tasks bring their own rows
@@ -163,9 +169,12 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
     OmegaConf.set_struct(cfg, False)
     cfg.pop("hydra", None)
     overrides = list(overrides)
-    made, heeded = _fill_from_files(cfg, overrides)
+    source, own = _source(cfg), {name for _, name in trust.names(OmegaConf.to_container(cfg))}
+    made, heeded = _fill_from_files(cfg, overrides, choices)
     choices = dict(choices) | made
     _use_current_names(cfg)
+    if source and not cfg.trust:
+        trust.check(typing.cast(dict[str, Any], OmegaConf.to_container(cfg)), Path(conf_dir()), own, source)
     if cfg.halving.min_steps is not None:
         cfg.train.eval_every = cfg.train.eval_every or str(cfg.halving.min_steps)
         cfg.halving.metric = cfg.halving.metric or cfg.train.best_metric
@@ -182,8 +191,9 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
     _check_halving(config, choices.get("hydra/sweeper"))
     _check_objective(config)
     _check_calls(config)
+    _check_files(config)
     rows = None if config.dataset.hub and not config.dataset.path else _rows(config)
-    _check_evaluation_rows(config, rows)
+    _check_evaluation_rows(config, rows or _test_rows(config))
     _check_warmup(config, rows)
     _check_metrics(config)
     chosen = {group: str(option) for group, option in choices.items() if option and not group.startswith("hydra/")}
@@ -230,6 +240,13 @@ def with_rows(trial: Trial) -> Trial:
     return dataclasses.replace(trial, rows=rows)
 
 
+def _source(cfg: DictConfig) -> str | None:
+    """The key that names a record, an adapter or an experiment to be read, with its value."""
+    paths = {"repeat": cfg.repeat, "adapter.path": cfg.adapter.path, "method.path": cfg.method.get("path")}
+    paths["train.params_file"] = cfg.train.params_file
+    return next((f"{key}={path}" for key, path in paths.items() if path is not None), None)
+
+
 def _use_current_names(cfg: DictConfig) -> None:
     """Have every ``_target_`` that has moved since a record or a yaml was written name what it is now."""
     if not MOVED:
@@ -246,14 +263,16 @@ def _use_current_names(cfg: DictConfig) -> None:
                 node[key] = current_name(node[key])
 
 
-def _fill_from_files(cfg: DictConfig, overrides: Iterable[str]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+def _fill_from_files(
+    cfg: DictConfig, overrides: Iterable[str], choices: Mapping[str, str | None]
+) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
     """Put what an experiment's or an adapter's files say in its place, below what the command line says.
 
     Returns the choices that the files have made, and what became of each field of an experiment's.
     """
     said = {override.lstrip("+~").partition("=")[0] for override in overrides}
     made = _fill_from_record(cfg, said) if cfg.repeat is not None else {}
-    made |= _fill_from_adapter(cfg, said) if cfg.adapter.path is not None else {}
+    made |= _fill_from_adapter(cfg, said, choices) if cfg.adapter.path is not None else {}
     folder, file = cfg.method.get("path"), cfg.train.params_file  # which may be told by method.path
     if folder is None and file is None:
         return made, repeat.original(cfg.repeat).run_info.get("experiment", {}) if cfg.repeat is not None else {}
@@ -262,12 +281,14 @@ def _fill_from_files(cfg: DictConfig, overrides: Iterable[str]) -> tuple[dict[st
     for key in said - {"method", "quant", "inference"}:  # whole groups, of which an experiment's files tell more
         found.refuse(key, f"{experiment.OVERRIDDEN} {key}")
     if folder is not None:
-        cfg.method = found.keys.pop("method") | {key: value for key, value in cfg.method.items() if key != "path"}
-        cfg.label = cfg.label or experiment.label(folder)
+        cfg.method = as_text(found.keys.pop("method")) | {
+            key: value for key, value in cfg.method.items() if key != "path"
+        }
+        cfg.label = cfg.label or as_text(experiment.label(folder))
     made |= _fill_model(cfg, found, said) | _fill_groups(cfg, found, said)
     _fill_evaluations(cfg, found, said)
     for key, value in found.keys.items():
-        OmegaConf.update(cfg, key, value, merge=False)
+        OmegaConf.update(cfg, key, as_text(value), merge=False)
     return made, found.facts()
 
 
@@ -283,7 +304,7 @@ def _fill_model(cfg: DictConfig, found: experiment.Reading, said: set[str]) -> d
         return {}
     own = {key: OmegaConf.select(cfg, key) for key in said if key.startswith("model.")}
     choice, node = _model_node(name)
-    cfg.model = OmegaConf.merge(_schema().model, node, {"name_or_path": name})
+    cfg.model = OmegaConf.merge(_schema().model, node, {"name_or_path": as_text(name)})
     for key, value in own.items():
         OmegaConf.update(cfg, key, value, merge=False)
     if "train.learning_rate_scale" not in said:
@@ -370,47 +391,42 @@ def _fill_from_record(cfg: DictConfig, said: set[str]) -> dict[str, str]:
     if original.folder and original.folder.parent.resolve() == study.folder(cfg.study).resolve():
         raise InputError(f"repeat={cfg.repeat}: study={cfg.study} holds the original, which is kept; take another")
     cfg.force = True  # or a second repeat, with other versions, would be told the first one's numbers
-    own = {key: OmegaConf.select(cfg, key) for key in said if "." in key}
+    own = restored.own_values(cfg, said)
     for key, value in original.config.items():
-        if key in repeat.NOT_REPEATED or key in said or key not in cfg:
-            continue
-        if not (isinstance(value, dict) and OmegaConf.get_type(cfg, key) is not dict):
-            OmegaConf.update(cfg, key, value, merge=False)
-            continue
-        for name, part in value.items():
-            if name in cfg[key]:  # not one that this version has no more
-                typed = isinstance(part, dict) and OmegaConf.get_type(cfg[key], name) is not dict
-                OmegaConf.update(cfg, f"{key}.{name}", part, merge=typed)
-    for key, value in own.items():
-        if not key.startswith("hydra."):
-            OmegaConf.update(cfg, key, value, merge=False)
+        if key not in repeat.NOT_REPEATED and key not in said and key in cfg:
+            restored.put(cfg, key, value)
+    restored.put_back(cfg, own)
     return {group: option for group, option in original.choices.items() if group not in said}
 
 
-def _fill_from_adapter(cfg: DictConfig, said: set[str]) -> dict[str, str]:
-    """The model, method, targets and quantisation that a saved adapter was trained with; nothing is trained."""
+def _fill_from_adapter(cfg: DictConfig, said: set[str], choices: Mapping[str, str | None]) -> dict[str, str]:
+    """The trial that a saved adapter is of, or of one from elsewhere its method and base; nothing is trained."""
     folder = study.adapter(cfg.adapter.path)
-    cfg.label = cfg.label or experiment.label(str(folder.parent if folder.name == study.ADAPTER else folder))
+    cfg.label = cfg.label or as_text(experiment.label(str(folder.parent if folder.name == study.ADAPTER else folder)))
+    made: dict[str, str] = {}
+    if cfg.repeat is None:  # whose record holds all that the adapter's held
+        if trained := study.result(folder.parent):
+            made = restored.from_trial(cfg, said, choices, trained, model_identity)
+        else:
+            made, base = restored.from_elsewhere(cfg, said, choices, folder, model_identity)
+            if base is not None:
+                made["model"] = _use_base(cfg, base, said)
     cfg.train.steps, cfg.train.epochs, cfg.adapter.save, cfg.method_setup = 0, None, False, {}
-    groups = {key.partition(".")[0] for key in said}
-    trained = study.result(folder.parent)
-    if trained is None:  # an adapter from elsewhere says its method, and the name of its base
-        read = experiment.adapter(str(folder)).keys
-        cfg.method, base = read["method"], read.get(experiment.MODEL)
-        if base and "model" not in groups:
-            cfg.model.name_or_path, cfg.model.revision = base, read.get("model.revision")
-        return {"method": FROM_FILE, **({"model": "from_adapter"} if base and "model" not in groups else {})}
-    keys = {"model": "model", "method": "method", "method_inputs": "method", "targets": "targets", "quant": "quant"}
-    kept = {key: group for key, group in keys.items() if group not in groups}
-    for key in kept:
-        for name in list(cfg[key]):  # replaced, not merged with what the defaults say
-            if name not in trained.config[key]:
-                del cfg[key][name]
-        for name, value in trained.config[key].items():
-            cfg[key][name] = value
-    if not cfg.dataset.classes:
-        cfg.dataset.classes = trained.config["dataset"]["classes"]  # as many as the saved head has
-    return {group: trained.choices[group] for group in kept.values() if group in trained.choices}
+    return made
+
+
+def _use_base(cfg: DictConfig, base: str, said: set[str]) -> str:
+    """Have the base that an adapter names, a local one in the format that it is stored in; gives the option it is."""
+    option, node = _model_node(base)
+    own = restored.own_values(cfg, {key for key in said if key.startswith("model.")})
+    cfg.model = OmegaConf.merge(_schema().model, node, {"name_or_path": as_text(base), "revision": cfg.model.revision})
+    with contextlib.suppress(OSError, ValueError):
+        stored = json.loads((Path(base).expanduser() / "config.json").read_text(encoding="utf-8"))
+        dtype = stored.get("dtype", stored.get("torch_dtype"))
+        if dtype in Dtype.__members__:
+            cfg.model.dtype = dtype
+    restored.put_back(cfg, own)
+    return option
 
 
 # ---- validation ------------------------------------------------------------------------------------
@@ -483,6 +499,47 @@ def _check_objective(config: Config) -> None:
             raise InputError(
                 f"objective={column}: eval_info.{names[0]} is not evaluated; {suggest(names[0], list(config.eval))}"
             )
+
+
+def check_expanded(cfg: DictConfig, given: Iterable[str]) -> None:
+    """Refuse a composed point whose options bring axes that were not expanded: it is a trial nobody asked for.
+
+    ``given`` are the keys of the point's words.
+
+    Raises:
+        InputError: the line names the axes.
+    """
+    axes = OmegaConf.select(cfg, "hydra.sweeper.params") or {}
+    lacking = [name for name in (str(key).lstrip("+") for key in axes) if name not in given]
+    if lacking:
+        options = [f"{group}={option}" for group, option in cfg.hydra.runtime.choices.items() if group == "sweep"]
+        raise InputError(
+            f"{', '.join(options)}: is more than one trial, it sweeps {', '.join(lacking)}; only the command line "
+            "expands it, with hydra/sweeper=grid"
+        )
+
+
+def check_joinable(word: str, sweeps: Mapping[str, DictConfig]) -> None:
+    """Refuse a ``word`` of options of ``sweep``, composed one by one, that differ in what is of a sweep as a whole.
+
+    Raises:
+        InputError: the line names the key and the values, or there is no option.
+    """
+    if not sweeps:
+        raise InputError(f"{word}: matches no option of sweep")
+    for key in WHOLE_SWEEP:
+        (first, value), *others = ((option, _plain(cfg, key)) for option, cfg in sweeps.items())
+        for option, other in others:
+            if other != value:
+                raise InputError(
+                    f"{word}: cannot be joined, as {key} is of the sweep as a whole, and is {value} in {first} and "
+                    f"{other} in {option}; give it on the command line"
+                )
+
+
+def _plain(cfg: DictConfig, key: str) -> Any:
+    value = OmegaConf.select(cfg, key)
+    return OmegaConf.to_container(value, enum_to_str=True) if OmegaConf.is_config(value) else value
 
 
 def placement(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -670,6 +727,15 @@ def _fits(value: Any, hint: Any) -> bool:
     return True
 
 
+def _check_files(config: Config) -> None:
+    """A file that is named must be there, whether or not this trial would read it."""
+    own = config.dataset
+    files = {"path": own.path, "test_path": own.test_path, "validation.path": own.validation.path}
+    for key, path in files.items():
+        if path is not None and not Path(path).is_file():
+            raise InputError(f"dataset.{key}={path}: no such file")
+
+
 def _check_evaluation_rows(config: Config, rows: data.Rows | None) -> None:
     """Fill the evaluations' templates from every local row, so that a missing column is known before training."""
     for name in config.eval:
@@ -823,6 +889,11 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         return f"{group}={option}: no such option; {suggest(option, list(error.options))}"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    below: BaseException | None = error
+    while below is not None:
+        if isinstance(below, InputError):  # raised by a resolver of conf/
+            return str(below)
+        below = below.__cause__ or below.__context__
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         if type(cause).__name__ in ("ConfigAttributeError", "ConfigKeyError"):
             parent = cause.parent_node
@@ -846,6 +917,14 @@ def _rows(config: Config) -> data.Rows:
     files = [Path(path) for path in (own.path, own.test_path, own.validation.path) if path is not None]
     contents = tuple(fingerprint.file_hash(file) for file in files if file.is_file())
     return _cached_rows(pickle.dumps(config.dataset), config.train.eval_every is not None, contents)
+
+
+def _test_rows(config: Config) -> data.Rows | None:
+    """Of a dataset of the hub the local test rows, where a file of them is given; None without."""
+    own = config.dataset
+    if own.test_path is None:
+        return None
+    return data.Rows([], test=data.read_rows(own.test_path, "dataset.test_path", own.encoding))
 
 
 @lru_cache(maxsize=4)
@@ -934,7 +1013,9 @@ def _dataset_identity(dataset: DatasetConfig, rows: data.Rows | None, rule: int 
     if rule > 1 and _is_chat(dataset.chat, dataset.reader):
         said["turns"] = dataset.turns
     if rows is None:
-        return said
+        files = {"test_path": dataset.test_path, "validation": dataset.validation.path}
+        local = {key: _file_hash(Path(path), rule) for key, path in files.items() if path and rule > 1}
+        return said | ({"files": local} if local else {})
     how = {key: value for key, value in said.items() if key not in CHOOSES_ROWS}
     if dataset.missing is not OnMissing.empty:  # the others choose rows
         how.pop("missing", None)

@@ -22,7 +22,18 @@ from peftsweep.study import ADAPTER
 
 FILE = "repeat.json"  # what the comparison found, in the folder of the second trial
 # Keys that are not taken from the record: they say where and how a command runs, and change no number.
-NOT_REPEATED = ("study", "repeat", "experiments", "force", "dry_run", "quiet", "stop_on_failure", "tracker", "profiler")
+NOT_REPEATED = (
+    "study",
+    "repeat",
+    "experiments",
+    "force",
+    "trust",
+    "dry_run",
+    "quiet",
+    "stop_on_failure",
+    "tracker",
+    "profiler",
+)
 COUNTED = ("final_loss", "best_loss", "steps", "tokens", "training_rows", "trainable_parameters", "total_parameters")
 TIMED = ("train_info.train_seconds", "train_info.tokens_per_second", "run_info.total_seconds")
 MEMORY = ("memory.train.allocated_peak", "memory.train.rss_peak")

@@ -200,6 +200,7 @@ class Config:
     memory_limit: str | None = None  # such as 24GB; null: what the device has, unknown on a CPU
     skip_oversized: bool = False  # refuse a trial that is predicted to need more
     force: bool = False
+    trust: bool = False  # run what a record or an experiment names, though it is no part of peftsweep
     repeat: str | None = None  # the folder of a trial that is run again from its record, and compared
     quiet: bool = False
     stop_on_failure: bool = False

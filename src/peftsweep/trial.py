@@ -49,6 +49,7 @@ from peftsweep.measure import Meter, Stage, current, out_of_memory, percentile
 from peftsweep.record import Result, Status
 from peftsweep.schema import Config, Dtype
 from peftsweep.tracker import Tracker
+from peftsweep.trust import as_text
 
 log = logging.getLogger(__name__)
 
@@ -716,6 +717,9 @@ def _merge(
         merged = model.read(folder, written)
         with torch.no_grad():
             found = model.answer_losses(merged, probe)
+    except model.NotMergeable as error:
+        log.warning("adapter.merge=true: %s", error)
+        return {"merges": False, "merge_error": str(error)}
     except Exception as error:  # whatever PEFT raises; the trial itself has succeeded
         log.exception("the adapter cannot be merged")
         shutil.rmtree(folder, ignore_errors=True)
@@ -780,7 +784,7 @@ def begin(trial: Trial, place: Path) -> Result:
     """An empty folder but for the composed configuration, as Hydra writes it, and the record to be filled."""
     place.mkdir(parents=True, exist_ok=True)
     (place / record.RESULT).unlink(missing_ok=True)  # of a failed try
-    record.write_text(place / ".hydra" / "config.yaml", OmegaConf.to_yaml(trial.tree))
+    record.write_text(place / ".hydra" / "config.yaml", OmegaConf.to_yaml(as_text(trial.tree)))
     record.write_text(place / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(trial.overrides))
     on_gpu = model.device(trial.config.device).type == "cuda"
     about = record.environment(gpus=on_gpu)
