@@ -80,7 +80,7 @@ def tracker(trial: Trial, place: Path) -> GeneralTracker:
 
 def _instantiate(node: dict[str, Any], key: str) -> Any:
     try:
-        return instantiate(as_text(node), _convert_="all")
+        return instantiate(as_text(as_text(node)), _convert_="all")  # which resolves interpolations twice
     except HydraException as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise InputError(f"{key}: {reason}") from error
