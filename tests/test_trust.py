@@ -94,10 +94,10 @@ def test_a_name_of_one_s_own_is_repeated_where_it_is_given_again_or_trusted(
     code, _, err = command(f"repeat={place}", "dry_run=true")
     assert code == 2
     assert "names mymetrics.judge in eval.tiny_math.metric._target_" in err
-    code, out, err = command(f"repeat={place}", "dry_run=true", "trust=true")
+    code, _, err = command(f"repeat={place}", "dry_run=true", "trust=true")
     assert code == 0, err
     given = "eval.tiny_math.metric={_target_:mymetrics.judge,_partial_:true}"
-    code, out, err = command(f"repeat={place}", "dry_run=true", given)
+    code, _, err = command(f"repeat={place}", "dry_run=true", given)
     assert code == 0, err
 
 
