@@ -16,9 +16,8 @@ FLOORS = (
     "harness repeat",
     "answer.columns answer.table answer.where answer.stats answer.effects answer.frontier answer.rungs answer.words "
     "answer.findings answer.methodology answer.report answer.plot answer.page",
-    "trust restored config mended prepare halving build forecast guide trial pack workers engine sweep everything "
-    "preload "
-    "answer.interchange answer.collect",
+    "trust limits restored config mended prepare halving build forecast guide trial pack workers engine sweep "
+    "everything preload answer.interchange answer.collect",
     "cli",
 )
 ORDER = [module for floor in FLOORS for module in floor.split()]

@@ -27,7 +27,7 @@ from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peftsweep import data, experiment, fingerprint, repeat, restored, study, trust
+from peftsweep import data, experiment, fingerprint, limits, repeat, restored, study, trust
 from peftsweep.compatibility import stored
 from peftsweep.errors import InputError, suggest
 from peftsweep.record import SECTIONS
@@ -59,28 +59,6 @@ CHOOSES_ROWS = (
 )
 FIRST_DATASET_KEYS = (*CHOOSES_ROWS[:-3], "reader", "prompt", "answer", "classes", "max_length", "drop_long", "chat")
 ROWS_KEYS = tuple(field.name for field in dataclasses.fields(RowsConfig))
-LEAST = {
-    "model.architecture.num_hidden_layers": 1,
-    "dataset.samples": 1,
-    "dataset.validation_samples": 1,
-    "dataset.max_length": 2,
-    "dataset.max_characters": 1,
-    "train.learning_rate": 0,
-    "train.learning_rate_scale": 0,
-    "train.steps": 0,
-    "train.epochs": 0,
-    "train.batch_size": 1,
-    "train.accumulation": 1,
-    "train.pad_to_multiple_of": 1,
-    "train.warmup": 0,
-    "train.weight_decay": 0,
-    "train.clip": 0,
-    "train.log_every": 1,
-    "method.r": 1,
-    "method.lora_alpha": 1,
-    "halving.factor": 2,
-    "halving.min_steps": 1,
-}
 LAUNCHER = {
     "workers": 0,
     "devices": None,
@@ -436,14 +414,7 @@ def _check_values(tree: dict[str, Any]) -> None:
     for key, allowed in ONE_OF.items():
         if (value := _at(tree, key)) is not None and value not in allowed:
             raise InputError(f"{key}={value}: must be one of {', '.join(allowed)}")
-    for key, least in LEAST.items():
-        value = _at(tree, key)
-        if key.startswith("method."):
-            least = _least_of_method(tree["method"], key.removeprefix("method."), least)
-        if isinstance(value, int | float) and not isinstance(value, bool) and value < least:
-            raise InputError(f"{key}={value}: must be at least {least}")
-    if not 0 < tree["dataset"]["train_fraction"] < 1:
-        raise InputError(f"dataset.train_fraction={tree['dataset']['train_fraction']}: must lie between 0 and 1")
+    limits.check(tree, _least_of_method(tree["method"]))
     if tree["train"]["keep_best"] and tree["train"]["eval_every"] is None:
         raise InputError("train.keep_best=true: needs train.eval_every, the interval of the validations it compares")
     for key in ("train.best_metric", "halving.metric"):
@@ -460,12 +431,11 @@ def _check_values(tree: dict[str, Any]) -> None:
             )
 
 
-def _least_of_method(method: Mapping[str, Any], option: str, least: int) -> int:
-    """``least``, but for a method whose own default is lower: of OFT r=0 means that its block size decides."""
+def _least_of_method(method: Mapping[str, Any]) -> dict[str, float]:
+    """The defaults of the method's own class: of OFT r=0, for one, means that its block size decides."""
     config = pydoc.locate(str(method.get("_target_")))
     fields = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
-    own = next((one.default for one in fields if one.name == option), None)
-    return min(least, own) if isinstance(own, int) else least
+    return {f"method.{one.name}": one.default for one in fields if isinstance(one.default, int | float)}
 
 
 def _check_halving(config: Config, sweeper: str | None) -> None:
