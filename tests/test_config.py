@@ -80,6 +80,14 @@ BAD = {
     "nothing timed": (["inference=standard", "inference.runs=0"], "inference.runs=0: must be at least 1"),
     "a batch of none": (["inference=standard", "inference.batch_sizes=[1,0]"], "inference.batch_sizes.1=0: must be"),
     "nothing profiled": (["profiler=torch", "profiler.active=0"], "profiler.active=0: must be at least 1"),
+    "another library's word for a rate": (["train.lr=1e-3"], "train.lr: no such key; did you mean 'learning_rate'?"),
+    "another word for the batch": (["train.bs=4"], "train.bs: no such key; did you mean 'batch_size'?"),
+    "two letters swapped": (["method=lroa"], "method=lroa: no such option; did you mean 'lora'?"),
+    "an added key that nobody reads": (
+        ["+train.learning_rte=1e-3"],
+        "train.learning_rte: no such key; did you mean 'learning_rate'?",
+    ),
+    "an added section": (["+trian.steps=3"], "trian: no such key; did you mean 'train'?"),
     "a choice PEFT lacks": (["method.bias=some"], "method.bias=some: must be"),
     "a role the model lacks": (["targets.roles=[q,z]"], "the model has no 'z'; it has: q, k, v, o, mlp"),
     "a module the model lacks": (["targets.modules=[q_prj]"], "the model has no module 'q_prj'; it has: q_proj"),
@@ -128,6 +136,12 @@ def test_bad_input_is_one_line_with_exit_code_2_and_trains_nothing(case: str, co
     assert err.count("\n") == 1
     assert out == ""
     assert not list(Path("multirun").glob("*/*/result.json"))
+
+
+@pytest.mark.parametrize("word", ["no", "off", "never", "false", "null"])
+def test_an_interval_may_be_switched_off_in_words(word: str, compose: Compose) -> None:
+    one = compose(f"train.eval_every={word}", f"train.checkpoint_every={word}")
+    assert (one.config.train.eval_every, one.config.train.checkpoint_every) == (None, None)
 
 
 def test_the_identity_ignores_where_and_how_a_trial_runs(compose: Compose) -> None:

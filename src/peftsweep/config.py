@@ -75,6 +75,7 @@ WHOLE_SWEEP = (  # keys with one value for all points of a sweep
 )
 PACK = 8  # trials at once that pack=auto tries
 OFF = "off"
+NEVER = ("no", "off", "false", "never", "none", "0")  # as people write null for an interval
 HARNESS = "peftsweep.harness.lm_eval"  # whose tasks bring their own rows
 PACKAGES = {  # options that a package brings
     "hydra/launcher/submitit_slurm": "peftsweep[slurm]",
@@ -153,6 +154,9 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
     _use_current_names(cfg)
     if source and not cfg.trust:
         trust.check(typing.cast(dict[str, Any], OmegaConf.to_container(cfg)), Path(conf_dir()), own, source)
+    for key in ("eval_every", "checkpoint_every"):
+        if str(cfg.train[key]).lower() in NEVER:
+            cfg.train[key] = None
     if cfg.halving.min_steps is not None:
         cfg.train.eval_every = cfg.train.eval_every or str(cfg.halving.min_steps)
         cfg.halving.metric = cfg.halving.metric or cfg.train.best_metric
@@ -163,6 +167,7 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
         config = typing.cast(Config, OmegaConf.to_object(OmegaConf.merge(_schema(), cfg)))
     except OmegaConfBaseException as error:
         raise InputError(one_line(error)) from None
+    _check_keys(tree, Config)
     # An interpolation such as ${model.dtype} is an Enum's member there and must be the name a library knows.
     config = dataclasses.replace(config, method=tree["method"], quant=tree["quant"], eval=tree["eval"])
     _check_values(tree)
@@ -408,6 +413,16 @@ def _use_base(cfg: DictConfig, base: str, said: set[str]) -> str:
 
 
 # ---- validation ------------------------------------------------------------------------------------
+
+
+def _check_keys(tree: Mapping[str, Any], schema: Any, where: str = "") -> None:
+    """Refuse a key that nobody reads, as an added one (``+train.learning_rte``) may be."""
+    kinds = typing.get_type_hints(schema)
+    for key, value in tree.items():
+        if key not in kinds:
+            raise InputError(f"{where}{key}: no such key; {suggest(str(key), list(kinds))}")
+        if dataclasses.is_dataclass(kinds[key]) and isinstance(value, Mapping):
+            _check_keys(value, kinds[key], f"{where}{key}.")
 
 
 def _check_values(tree: dict[str, Any]) -> None:

@@ -2,6 +2,32 @@
 
 import sys
 
+SYNONYMS = {  # what other libraries call our keys
+    "learning_rate": ("lr",),
+    "r": ("rank", "lora_r", "lora_rank"),
+    "lora_alpha": ("alpha",),
+    "lora_dropout": ("dropout",),
+    "batch_size": ("bs", "batch", "train_batch_size", "per_device_train_batch_size", "per_device_batch_size"),
+    "accumulation": ("grad_accum", "gradient_accumulation", "gradient_accumulation_steps", "accumulation_steps"),
+    "checkpointing": ("gradient_checkpointing", "use_gradient_checkpointing", "use_gc"),
+    "steps": ("max_steps", "num_steps", "train_steps"),
+    "epochs": ("num_epochs", "num_train_epochs", "n_epochs", "epoch"),
+    "weight_decay": ("wd",),
+    "clip": ("max_grad_norm", "grad_clip", "gradient_clipping", "grad_norm_clip"),
+    "optimizer": ("optim",),
+    "schedule": ("scheduler", "lr_scheduler", "lr_scheduler_type"),
+    "warmup": ("warmup_ratio", "warmup_steps"),
+    "eval_every": ("eval_steps", "eval_interval", "validate_every"),
+    "log_every": ("logging_steps", "log_interval"),
+    "checkpoint_every": ("save_steps", "save_every"),
+    "max_length": ("max_seq_length", "max_seq_len", "seq_len", "seq_length", "cutoff_len", "block_size"),
+    "name_or_path": ("model_name_or_path", "model_id", "name", "path", "pretrained"),
+    "dtype": ("torch_dtype", "precision"),
+    "modules": ("target_modules",),
+    "samples": ("limit", "num_samples", "max_samples", "n"),
+    "seed": ("random_seed",),
+}
+
 
 class InputError(ValueError):
     """Wrong input, said in one line that names the key and what is allowed; exit code 2."""
@@ -23,7 +49,9 @@ def suggest(wrong: str, known: list[str]) -> str:
     """``; did you mean 'x'?`` when one of ``known`` is close to ``wrong``, else the choices."""
     from difflib import get_close_matches
 
-    if close := get_close_matches(wrong, known, n=1):
+    synonyms = [name for name in known if wrong.lower() in SYNONYMS.get(name, ())]
+    swapped = [name for name in known if sorted(name) == sorted(wrong.lower())]
+    if close := synonyms or swapped or get_close_matches(wrong, known, n=1):
         return f"did you mean '{close[0]}'?"
     return "there are: " + (", ".join(known) or "none")
 
