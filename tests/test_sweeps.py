@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from peftsweep import cli, forecast
+from peftsweep import cli, forecast, sweep
 from peftsweep.config import Trial, conf_dir
+from peftsweep.errors import InputError
+from tests.conftest import records
 
 Compose = Callable[..., Trial]
 Command = Callable[..., tuple[int, str, str]]
@@ -266,3 +268,108 @@ def test_counts_and_sizes_are_those_that_peft_published(label: str, compose: Com
     assert (foreseen.trainable_parameters, foreseen.total_parameters) == (trainable, total)
     more = UNEVEN_RANKS if label.startswith("adalora") else HEADERS.get(label, 0)
     assert (foreseen.adapter_bytes or 0) - size == more
+
+
+ABLATIONS = {(r, "qkvo", "4bit") for r in (4, 8, 16, 32, 64)}
+ABLATIONS |= {(16, targets, "none") for targets in ("qv", "qkv", "qkvo", "all_linear", "mlp")}
+
+
+@pytest.fixture
+def planned(command: Command, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Trial]]:
+    """The trials that a command's words make, of which none is run."""
+
+    def of(*words: str) -> list[Trial]:
+        found: list[Trial] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(sweep, "_dry_run", found.extend)
+            code, _, err = command(*words, "dry_run=true")
+        assert (code, err) == (0, "")
+        return found
+
+    return of
+
+
+def point(one: Trial) -> tuple[Any, ...]:
+    return one.config.method["r"], one.choices["targets"], one.choices["quant"]
+
+
+@pytest.mark.parametrize(
+    ("words", "launcher"),
+    [
+        ("sweep=rank_ablation,module_ablation", "local"),
+        pytest.param("sweep=glob(*_ablation)", "basic", marks=pytest.mark.slow),
+    ],
+)
+def test_several_options_of_sweep_are_the_union_of_their_points(words: str, launcher: str, planned: Any) -> None:
+    trials = planned(words, f"hydra/launcher={launcher}")
+    assert {point(one) for one in trials} == ABLATIONS
+    assert len({one.identity for one in trials}) == len(trials) == 10
+
+
+@pytest.mark.slow
+def test_axes_of_the_command_line_are_multiplied_into_each_option_of_sweep(planned: Any) -> None:
+    trials = planned("sweep=rank_ablation,module_ablation", "seed=0,1", "targets=q,v", "-m")
+    expected = {(r, targets, "4bit") for r in (4, 8, 16, 32, 64) for targets in ("q", "v")}
+    expected |= {(16, targets, "none") for targets in ("q", "v")}  # in place of the option's own targets
+    for seed in (0, 1):
+        assert {point(one) for one in trials if one.config.seed == seed} == expected
+    assert len(trials) == 2 * len(expected)
+
+
+def own_sweep(name: str, text: str, seeds: str) -> None:
+    """Write an option of ``sweep`` over ``seeds`` into the user's folder ``mine``."""
+    Path("mine/sweep").mkdir(parents=True, exist_ok=True)
+    axes = f"hydra: {{sweeper: {{params: {{seed: '{seeds}'}}}}}}"
+    Path(f"mine/sweep/{name}.yaml").write_text(f"# @package _global_\n{text}\n{axes}\n")
+
+
+@pytest.mark.parametrize("text", ["study: other", "halving: {min_steps: 5}", "hydra: {launcher: {workers: 2}}"])
+def test_options_of_sweep_that_cannot_be_joined_are_one_line(text: str, command: Command) -> None:
+    Path("mine/sweep").mkdir(parents=True)
+    Path("mine/sweep/own.yaml").write_text(f"# @package _global_\n{text}\n")
+    code, _, err = command("--config-dir", "mine", "dry_run=true", "sweep=quant_study,own", "hydra.launcher.retries=0")
+    assert (code, err.count("\n")) == (2, 1)
+    key = {"hydra: {launcher: {workers: 2}}": "hydra.launcher"}.get(text, text.partition(":")[0])
+    assert f"sweep=quant_study,own: cannot be joined, as {key} is of the sweep as a whole" in err
+
+
+def test_options_of_sweep_that_share_a_point_have_it_once(command: Command) -> None:
+    own_sweep("one", "study: other", "1,2")  # what they agree in is of the sweep as a whole
+    own_sweep("two", "study: other", "2,3")
+    code, out, err = command("--config-dir", "mine", "dry_run=true", "sweep=one,two,null", "study=other")
+    assert (code, err) == (0, "")
+    assert "4 trials, 4 new; nothing was trained (multirun/other/plan.json)" in out  # and of null seed 0
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["sweep=glob(no*)"], "sweep=glob(no*): matches no option of sweep"),
+        (["sweep=rank_ablation,no"], "sweep=no: no such option"),
+        (["sweep=rank_ablation,experiments"], "experiments: must be given"),
+        (["sweep=rank_ablation,quant_study", "hydra/sweeper=basic"], "sweep=rank_ablation: is more than one trial"),
+    ],
+)
+def test_a_sweep_that_would_not_be_what_was_asked_is_one_line(words: list[str], problem: str, command: Command) -> None:
+    code, _, err = command(*words, "dry_run=true")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith(f"peftsweep: {problem}")
+
+
+@pytest.mark.parametrize("word", ["sweep=rank_ablation", "sweep=rank_ablation,module_ablation", "method.r=4,8"])
+def test_from_python_a_sweep_is_refused_instead_of_one_trial_that_nobody_asked_for(word: str) -> None:
+    with pytest.raises(InputError, match=r"more than one trial|takes one trial"):
+        cli.run_one([word, "dry_run=true"])
+
+
+@pytest.mark.slow
+def test_joined_sweeps_are_halved_and_resumed_as_any_other(command: Command) -> None:
+    small = ["train.steps=9", "halving.min_steps=3", "dataset.samples=64", "eval.perplexity.samples=4"]
+    words = ["sweep=rank_ablation,quant_study", "method.r=2,4", "eval=[perplexity]", "train.warmup=1", *small]
+    code, out, _ = command(*words)
+    assert code == 0
+    assert "rung 1: the best 2 of 8 by loss go on" in out
+    before = {name: result.run_info for name, result in records().items()}
+    assert len(before) == 8
+    assert command(*words)[0] == 0
+    assert {name: result.run_info for name, result in records().items()} == before

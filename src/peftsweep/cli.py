@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -131,6 +132,11 @@ def run_one(overrides: list[str]) -> Result:
     check_platform()
     from peftsweep import forecast, sweep, trial
 
+    for word in OverridesParser.create().parse_overrides(overrides):
+        if word.is_sweep_override():
+            raise InputError(
+                f"{word.input_line}: peftsweep.run takes one trial; a sweep is a command, peftsweep ... -m"
+            )
     one = _trial(*overrides)
     if one.config.dry_run:
         return sweep.planned(one)
@@ -144,6 +150,7 @@ def _trial(*words: str) -> configuration.Trial:
         cfg = compose(list(words))
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(configuration.one_line(error)) from None
+    configuration.check_expanded(cfg, [word.lstrip("+~").partition("=")[0] for word in words])
     return configuration.trial(cfg, cfg.hydra.runtime.choices, words)
 
 

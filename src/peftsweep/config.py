@@ -89,6 +89,10 @@ LAUNCHER = {
     "pack": None,
     "measure": None,
 }  # with the least
+WHOLE_SWEEP = (  # keys with one value for all points of a sweep
+    *("study", "dry_run", "quiet", "stop_on_failure", "halving", "hydra.launcher", "hydra.sweeper._target_"),
+    *("hydra.sweeper.max_batch_size", "hydra.sweep.dir"),
+)
 PACK = 8  # trials at once that pack=auto tries
 OFF = "off"
 HARNESS = "peftsweep.harness.lm_eval"  # whose tasks bring their own rows
@@ -485,6 +489,47 @@ def _check_objective(config: Config) -> None:
             )
 
 
+def check_expanded(cfg: DictConfig, given: Iterable[str]) -> None:
+    """Refuse a composed point whose options bring axes that were not expanded: it is a trial nobody asked for.
+
+    ``given`` are the keys of the point's words.
+
+    Raises:
+        InputError: the line names the axes.
+    """
+    axes = OmegaConf.select(cfg, "hydra.sweeper.params") or {}
+    lacking = [name for name in (str(key).lstrip("+") for key in axes) if name not in given]
+    if lacking:
+        options = [f"{group}={option}" for group, option in cfg.hydra.runtime.choices.items() if group == "sweep"]
+        raise InputError(
+            f"{', '.join(options)}: is more than one trial, it sweeps {', '.join(lacking)}; only the command line "
+            "expands it, with hydra/sweeper=grid"
+        )
+
+
+def check_joinable(word: str, sweeps: Mapping[str, DictConfig]) -> None:
+    """Refuse a ``word`` of options of ``sweep``, composed one by one, that differ in what is of a sweep as a whole.
+
+    Raises:
+        InputError: the line names the key and the values, or there is no option.
+    """
+    if not sweeps:
+        raise InputError(f"{word}: matches no option of sweep")
+    for key in WHOLE_SWEEP:
+        (first, value), *others = ((option, _plain(cfg, key)) for option, cfg in sweeps.items())
+        for option, other in others:
+            if other != value:
+                raise InputError(
+                    f"{word}: cannot be joined, as {key} is of the sweep as a whole, and is {value} in {first} and "
+                    f"{other} in {option}; give it on the command line"
+                )
+
+
+def _plain(cfg: DictConfig, key: str) -> Any:
+    value = OmegaConf.select(cfg, key)
+    return OmegaConf.to_container(value, enum_to_str=True) if OmegaConf.is_config(value) else value
+
+
 def placement(options: Mapping[str, Any]) -> dict[str, Any]:
     """The keys of ``hydra.launcher`` as ``workers.Options`` takes them.
 
@@ -823,6 +868,11 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         return f"{group}={option}: no such option; {suggest(option, list(error.options))}"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    below: BaseException | None = error
+    while below is not None:
+        if isinstance(below, InputError):  # raised by a resolver of conf/
+            return str(below)
+        below = below.__cause__ or below.__context__
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         if type(cause).__name__ in ("ConfigAttributeError", "ConfigKeyError"):
             parent = cause.parent_node

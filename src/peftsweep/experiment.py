@@ -141,12 +141,14 @@ def unheeded(facts: Mapping[str, Mapping[str, str]]) -> str | None:
     return f"not taken of the experiment's files: {'; '.join(said)}" if said else None
 
 
-def folders(root: str) -> list[Path]:
+def folders(root: str | None) -> list[Path]:
     """The experiments below ``root``, in order of their names.
 
     Raises:
         InputError: there is none.
     """
+    if root is None:
+        raise InputError("experiments: must be given, the folder of the experiments")
     found = {file.parent for name in FILES for file in Path(root).expanduser().rglob(name)}
     if not found:
         raise InputError(f"experiments={root}: no folder below it holds an {ADAPTER_FILE} or a {TRAINING_FILES[0]}")

@@ -184,8 +184,15 @@ def _summarise(display: Display, results: Sequence[Result | None], name: str) ->
 
 
 def _dry_run(trials: Sequence[Trial]) -> None:
-    """Print a line a trial as soon as it is known, and write all of them as the study's plan.json."""
+    """Print a line a trial as soon as it is known, and write all of them as the study's plan.json.
+
+    Points that are one trial under one label are listed once.
+    """
     config, forecasts = trials[0].config, list[Forecast]()
+    listed: dict[tuple[str, str], Trial] = {}
+    for one in trials:
+        listed.setdefault((one.identity, one.label), one)
+    trials = list(listed.values())
     first: dict[str, Trial] = {}  # of those that attach the same
     width, printed = max(len(one.label) for one in trials), []
     for one in trials:
@@ -230,7 +237,8 @@ def planned(one: Trial) -> Result:
 
 
 def _plan_row(one: Trial, foreseen: Forecast, stand_in: Trial) -> dict[str, Any]:
-    same = stand_in.identity != one.identity
+    same = stand_in is not one
+    how = "attaches the same as" if stand_in.identity != one.identity else "is the same trial as"
     held, outdated = study.result(trial.folder(stand_in)), trial.outdated(stand_in)
     predicted = forecast.prediction(one)
     return {
@@ -242,7 +250,7 @@ def _plan_row(one: Trial, foreseen: Forecast, stand_in: Trial) -> dict[str, Any]
         "total_parameters": foreseen.total_parameters,
         "adapter_bytes": foreseen.adapter_bytes,
         "coverage": foreseen.coverage,
-        "same_as": f"attaches the same as {stand_in.label}" if same else None,
+        "same_as": f"{how} {stand_in.label}" if same else None,
         "refused": foreseen.refused,
         "predicted_memory_bytes": None if predicted is None else predicted.peak_bytes,
         "oversized": forecast.oversized(one),

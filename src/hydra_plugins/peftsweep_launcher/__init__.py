@@ -11,14 +11,16 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import OverrideType
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.plugins.launcher import Launcher
-from hydra.types import HydraContext, TaskFunction
+from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+
+SWEEP = "sweep"  # the group whose options bring axes of their own
 
 
 class PointReturn(JobReturn):
@@ -121,6 +123,8 @@ class LocalLauncher(Launcher):
 
         Hydra composes it once for each choice of groups, which takes it long; plain values are put into copies.
         """
+        from peftsweep import config as configuration
+
         loader = self.context.config_loader
         parser = OverridesParser.create(config_loader=loader)
         is_group = functools.cache(lambda key: bool(loader.get_group_options(key)))
@@ -138,6 +142,7 @@ class LocalLauncher(Launcher):
                     OmegaConf.update(point, one.key_or_group, one.value())
             except (OmegaConfBaseException, ValueError):  # of which Hydra says what is wrong
                 point = loader.load_sweep_config(self.config, list(words))
+            configuration.check_expanded(point, [one.key_or_group for one in parsed])
             with open_dict(point):
                 point.hydra.overrides.task = list(words)
                 point.hydra.job.id, point.hydra.job.num = str(number), number
@@ -145,23 +150,62 @@ class LocalLauncher(Launcher):
         return points
 
 
+def _sweeps_sweeps(word: Override) -> bool:
+    """Whether the word names several options of ``sweep``."""
+    return bool(word.key_or_group == SWEEP and word.is_sweep_override())
+
+
 class GridSweeper(BasicSweeper):
     """Runs every point of a grid: to its end, or with ``halving.min_steps`` only the best of them."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Hydra hands over what `sweep` needs."""
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        self._task_function = task_function
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
         """Run the points of the words; a failure among them is raised when all of them have run."""
         assert self.hydra_context is not None
-        assert self.config is not None
-        assert self.launcher is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
-        batches = self.split_arguments(overrides, self.max_batch_size)  # the launcher checks all points of each
+        grids = self._joined(arguments, parser.parse_overrides(arguments)) or [[*self._parse_config(), *arguments]]
+        points = [point for grid in grids for point in self.split_arguments(parser.parse_overrides(grid), None)[0]]
+        size = self.max_batch_size or max(len(points), 1)
+        batches = [points[start : start + size] for start in range(0, len(points), size)] or [[]]
         jobs: list[JobReturn] = []
-        for points in batches:
-            jobs += self._launch(points, len(jobs), whole=len(batches) == 1)
+        for batch in batches:  # the launcher checks all points of each
+            jobs += self._launch(batch, len(jobs), whole=len(batches) == 1)
         if failures := [job._return_value for job in jobs if job.status is JobStatus.FAILED]:
             raise failures[0]
         return jobs
+
+    def _joined(self, arguments: list[str], parsed: Sequence[Override]) -> list[list[str]]:
+        """For each of several options of ``sweep`` the words of its grid: its axes below those of the command line.
+
+        What is of the sweep as a whole is what these options say of it. Without several options there is nothing.
+        """
+        from peftsweep import config as configuration
+
+        swept = [word for word, one in zip(arguments, parsed, strict=True) if _sweeps_sweeps(one)]
+        if not swept:
+            return []
+        assert self.hydra_context is not None
+        assert self.config is not None
+        others = [word for word in arguments if word not in swept]
+        words, composed = {}, {}
+        for option in [option for one in parsed if _sweeps_sweeps(one) for option in one.sweep_string_iterator()]:
+            words[option] = [*others, f"{SWEEP}={option}"] if option != "null" else others
+            composed[option] = self.hydra_context.config_loader.load_configuration(
+                self.config.hydra.job.config_name,
+                [*self.config.hydra.overrides.hydra, *words[option]],
+                run_mode=RunMode.MULTIRUN,
+            )
+            Engines().on_multirun_start(composed[option])
+        configuration.check_joinable(swept[0], composed)
+        whole = next(iter(composed.values()))
+        self.setup(hydra_context=self.hydra_context, task_function=self._task_function, config=whole)
+        self.max_batch_size = whole.hydra.sweeper.max_batch_size
+        axes = {option: one.hydra.sweeper.params.items() for option, one in composed.items()}
+        return [[*(f"{key}={value}" for key, value in axes[option]), *words[option]] for option in composed]
 
     def _launch(self, points: list[list[str]], first: int, whole: bool) -> Sequence[JobReturn]:
         from peftsweep import halving
