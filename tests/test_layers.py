@@ -16,17 +16,19 @@ FLOORS = (
     "harness repeat",
     "answer.columns answer.table answer.where answer.stats answer.effects answer.frontier answer.rungs answer.words "
     "answer.findings answer.methodology answer.report answer.plot answer.page",
-    "trust config mended prepare halving build forecast guide trial pack workers engine sweep everything preload "
+    "trust restored config mended prepare halving build forecast guide trial pack workers engine sweep everything "
+    "preload "
     "answer.interchange answer.collect",
     "cli",
 )
 ORDER = [module for floor in FLOORS for module in floor.split()]
-HYDRA_FROM = ORDER.index("config")
+HYDRA_FROM = ORDER.index("restored")
 WITHOUT_TORCH = [module for module in ORDER if module.startswith("answer.")]
 WITHOUT_TORCH += [
     "display",
     "study",
     "repeat",
+    "restored",
     "cli",
     "config",
     "halving",

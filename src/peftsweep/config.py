@@ -5,6 +5,7 @@ The identity of a trial is a hash of everything that changes its numbers and of 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -26,7 +27,7 @@ from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peftsweep import data, experiment, fingerprint, repeat, study
+from peftsweep import data, experiment, fingerprint, repeat, restored, study
 from peftsweep.compatibility import stored
 from peftsweep.errors import InputError, suggest
 from peftsweep.record import SECTIONS
@@ -167,7 +168,7 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
     OmegaConf.set_struct(cfg, False)
     cfg.pop("hydra", None)
     overrides = list(overrides)
-    made, heeded = _fill_from_files(cfg, overrides)
+    made, heeded = _fill_from_files(cfg, overrides, choices)
     choices = dict(choices) | made
     _use_current_names(cfg)
     if cfg.halving.min_steps is not None:
@@ -250,14 +251,16 @@ def _use_current_names(cfg: DictConfig) -> None:
                 node[key] = current_name(node[key])
 
 
-def _fill_from_files(cfg: DictConfig, overrides: Iterable[str]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+def _fill_from_files(
+    cfg: DictConfig, overrides: Iterable[str], choices: Mapping[str, str | None]
+) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
     """Put what an experiment's or an adapter's files say in its place, below what the command line says.
 
     Returns the choices that the files have made, and what became of each field of an experiment's.
     """
     said = {override.lstrip("+~").partition("=")[0] for override in overrides}
     made = _fill_from_record(cfg, said) if cfg.repeat is not None else {}
-    made |= _fill_from_adapter(cfg, said) if cfg.adapter.path is not None else {}
+    made |= _fill_from_adapter(cfg, said, choices) if cfg.adapter.path is not None else {}
     folder, file = cfg.method.get("path"), cfg.train.params_file  # which may be told by method.path
     if folder is None and file is None:
         return made, repeat.original(cfg.repeat).run_info.get("experiment", {}) if cfg.repeat is not None else {}
@@ -374,47 +377,42 @@ def _fill_from_record(cfg: DictConfig, said: set[str]) -> dict[str, str]:
     if original.folder and original.folder.parent.resolve() == study.folder(cfg.study).resolve():
         raise InputError(f"repeat={cfg.repeat}: study={cfg.study} holds the original, which is kept; take another")
     cfg.force = True  # or a second repeat, with other versions, would be told the first one's numbers
-    own = {key: OmegaConf.select(cfg, key) for key in said if "." in key}
+    own = restored.own_values(cfg, said)
     for key, value in original.config.items():
-        if key in repeat.NOT_REPEATED or key in said or key not in cfg:
-            continue
-        if not (isinstance(value, dict) and OmegaConf.get_type(cfg, key) is not dict):
-            OmegaConf.update(cfg, key, value, merge=False)
-            continue
-        for name, part in value.items():
-            if name in cfg[key]:  # not one that this version has no more
-                typed = isinstance(part, dict) and OmegaConf.get_type(cfg[key], name) is not dict
-                OmegaConf.update(cfg, f"{key}.{name}", part, merge=typed)
-    for key, value in own.items():
-        if not key.startswith("hydra."):
-            OmegaConf.update(cfg, key, value, merge=False)
+        if key not in repeat.NOT_REPEATED and key not in said and key in cfg:
+            restored.put(cfg, key, value)
+    restored.put_back(cfg, own)
     return {group: option for group, option in original.choices.items() if group not in said}
 
 
-def _fill_from_adapter(cfg: DictConfig, said: set[str]) -> dict[str, str]:
-    """The model, method, targets and quantisation that a saved adapter was trained with; nothing is trained."""
+def _fill_from_adapter(cfg: DictConfig, said: set[str], choices: Mapping[str, str | None]) -> dict[str, str]:
+    """The trial that a saved adapter is of, or of one from elsewhere its method and base; nothing is trained."""
     folder = study.adapter(cfg.adapter.path)
     cfg.label = cfg.label or experiment.label(str(folder.parent if folder.name == study.ADAPTER else folder))
+    made: dict[str, str] = {}
+    if cfg.repeat is None:  # whose record holds all that the adapter's held
+        if trained := study.result(folder.parent):
+            made = restored.from_trial(cfg, said, choices, trained, model_identity)
+        else:
+            made, base = restored.from_elsewhere(cfg, said, choices, folder, model_identity)
+            if base is not None:
+                made["model"] = _use_base(cfg, base, said)
     cfg.train.steps, cfg.train.epochs, cfg.adapter.save, cfg.method_setup = 0, None, False, {}
-    groups = {key.partition(".")[0] for key in said}
-    trained = study.result(folder.parent)
-    if trained is None:  # an adapter from elsewhere says its method, and the name of its base
-        read = experiment.adapter(str(folder)).keys
-        cfg.method, base = read["method"], read.get(experiment.MODEL)
-        if base and "model" not in groups:
-            cfg.model.name_or_path, cfg.model.revision = base, read.get("model.revision")
-        return {"method": FROM_FILE, **({"model": "from_adapter"} if base and "model" not in groups else {})}
-    keys = {"model": "model", "method": "method", "method_inputs": "method", "targets": "targets", "quant": "quant"}
-    kept = {key: group for key, group in keys.items() if group not in groups}
-    for key in kept:
-        for name in list(cfg[key]):  # replaced, not merged with what the defaults say
-            if name not in trained.config[key]:
-                del cfg[key][name]
-        for name, value in trained.config[key].items():
-            cfg[key][name] = value
-    if not cfg.dataset.classes:
-        cfg.dataset.classes = trained.config["dataset"]["classes"]  # as many as the saved head has
-    return {group: trained.choices[group] for group in kept.values() if group in trained.choices}
+    return made
+
+
+def _use_base(cfg: DictConfig, base: str, said: set[str]) -> str:
+    """Have the base that an adapter names, a local one in the format that it is stored in; gives the option it is."""
+    option, node = _model_node(base)
+    own = restored.own_values(cfg, {key for key in said if key.startswith("model.")})
+    cfg.model = OmegaConf.merge(_schema().model, node, {"name_or_path": base, "revision": cfg.model.revision})
+    with contextlib.suppress(OSError, ValueError):
+        stored = json.loads((Path(base).expanduser() / "config.json").read_text(encoding="utf-8"))
+        dtype = stored.get("dtype", stored.get("torch_dtype"))
+        if dtype in Dtype.__members__:
+            cfg.model.dtype = dtype
+    restored.put_back(cfg, own)
+    return option
 
 
 # ---- validation ------------------------------------------------------------------------------------
