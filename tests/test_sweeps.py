@@ -226,6 +226,26 @@ def test_a_sweep_of_points_carries_their_labels(command: Command) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "seed", "warmup", "batch", "accumulation", "rate"),
+    [
+        ("hira", 36, 100, 8, 32, 5e-5),
+        ("lora", 36, 10, 8, 32, 5e-5),
+        ("full", 36, 100, 4, 64, 1e-5),
+        ("ia3", 42, 10, 32, 1, 1e-5),
+    ],
+)
+def test_the_hira_baselines_are_trained_as_their_recipes_say(
+    name: str, seed: int, warmup: int, batch: int, accumulation: int, rate: float
+) -> None:
+    cfg = cli.compose(["sweep=hira_baselines", swept(f"hira/{name}")])
+    train = cfg.train
+    assert (cfg.seed, train.warmup, train.batch_size, train.accumulation) == (seed, warmup, batch, accumulation)
+    assert (train.learning_rate, train.epochs, train.weight_decay) == (rate, 1, 0.01)
+    assert (train.checkpointing, train.eval_every, train.keep_best, train.best_metric) == (True, "80", True, "loss")
+    assert cfg.dataset.validation_samples == 120
+
+
+@pytest.mark.parametrize(
     "name",
     [
         "boft--llama-3.2-3b-default",

@@ -187,8 +187,9 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
     _check_halving(config, choices.get("hydra/sweeper"))
     _check_objective(config)
     _check_calls(config)
+    _check_files(config)
     rows = None if config.dataset.hub and not config.dataset.path else _rows(config)
-    _check_evaluation_rows(config, rows)
+    _check_evaluation_rows(config, rows or _test_rows(config))
     _check_warmup(config, rows)
     _check_metrics(config)
     chosen = {group: str(option) for group, option in choices.items() if option and not group.startswith("hydra/")}
@@ -713,6 +714,15 @@ def _fits(value: Any, hint: Any) -> bool:
     return True
 
 
+def _check_files(config: Config) -> None:
+    """A file that is named must be there, whether or not this trial would read it."""
+    own = config.dataset
+    files = {"path": own.path, "test_path": own.test_path, "validation.path": own.validation.path}
+    for key, path in files.items():
+        if path is not None and not Path(path).is_file():
+            raise InputError(f"dataset.{key}={path}: no such file")
+
+
 def _check_evaluation_rows(config: Config, rows: data.Rows | None) -> None:
     """Fill the evaluations' templates from every local row, so that a missing column is known before training."""
     for name in config.eval:
@@ -896,6 +906,14 @@ def _rows(config: Config) -> data.Rows:
     return _cached_rows(pickle.dumps(config.dataset), config.train.eval_every is not None, contents)
 
 
+def _test_rows(config: Config) -> data.Rows | None:
+    """Of a dataset of the hub the local test rows, where a file of them is given; None without."""
+    own = config.dataset
+    if own.test_path is None:
+        return None
+    return data.Rows([], test=data.read_rows(own.test_path, "dataset.test_path", own.encoding))
+
+
 @lru_cache(maxsize=4)
 def _cached_rows(dataset: bytes, validation: bool, _contents: tuple[str, ...]) -> data.Rows:
     return data.load_rows(pickle.loads(dataset), validation=validation)
@@ -982,7 +1000,9 @@ def _dataset_identity(dataset: DatasetConfig, rows: data.Rows | None, rule: int 
     if rule > 1 and _is_chat(dataset.chat, dataset.reader):
         said["turns"] = dataset.turns
     if rows is None:
-        return said
+        files = {"test_path": dataset.test_path, "validation": dataset.validation.path}
+        local = {key: _file_hash(Path(path), rule) for key, path in files.items() if path and rule > 1}
+        return said | ({"files": local} if local else {})
     how = {key: value for key, value in said.items() if key not in CHOOSES_ROWS}
     if dataset.missing is not OnMissing.empty:  # the others choose rows
         how.pop("missing", None)

@@ -151,8 +151,10 @@ def _train_and_test(dataset: DatasetConfig) -> tuple[list[Row], list[Row], int]:
         make: Any = pydoc.locate(dataset.generator)
         if not callable(make):
             raise InputError(f"dataset.generator={dataset.generator}: no such function")
-        count = dataset.samples or 1000
-        return make("train", count, dataset.split_seed), make("test", GENERATED_TEST_ROWS, dataset.split_seed), 0
+        train = make("train", dataset.samples or 1000, dataset.split_seed)
+        if dataset.test_path is not None:
+            return train, read_rows(dataset.test_path, "dataset.test_path", dataset.encoding), 0
+        return train, make("test", GENERATED_TEST_ROWS, dataset.split_seed), 0
     if dataset.path is not None:
         read = read_rows(dataset.path, "dataset.path", dataset.encoding)
     elif dataset.hub is not None:

@@ -33,7 +33,7 @@ from peftsweep import record
 from peftsweep.data import prompt_ids, read_rows
 from peftsweep.errors import InputError, suggest
 from peftsweep.measure import out_of_memory, percentile, synchronise
-from peftsweep.model import row_inputs, token_limit
+from peftsweep.model import NOT_MERGEABLE, mergeable, row_inputs, token_limit
 
 log = logging.getLogger(__name__)
 
@@ -518,11 +518,8 @@ def merged(adapted: nn.Module) -> tuple[nn.Module | None, str | None]:
     """
     if not isinstance(adapted, PeftModel):
         return None, "there is no adapter to merge"
-    if (
-        not callable(getattr(adapted.base_model, "merge_and_unload", None))
-        or adapted.active_peft_config.is_prompt_learning
-    ):
-        return None, "what the method adds cannot be merged into the weights"
+    if not mergeable(adapted):
+        return None, NOT_MERGEABLE
     try:
         joined = cast(Any, _copied(adapted, _layers(adapted))).merge_and_unload().eval()
         with torch.no_grad():  # some methods merge into quantised layers what these cannot read

@@ -44,6 +44,7 @@ METHOD_INPUTS = "peftsweep_method_inputs"  # the attribute of an adapted model t
 NEW_PARTS = "peftsweep_new_parts"  # the attribute of a classifier that names the modules its checkpoint lacked
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")  # names of a configuration's longest sequence
 SHARED = ("vblora_vector_bank", "prompt_encoder")  # of an adapter's weights, saved once and under other names
+NOT_MERGEABLE = "what the method adds cannot be merged into the weights"
 NAMED = 5  # of many parameters, so many are named in a message
 CLASSES: dict[Task, Any] = {
     Task.causal_lm: AutoModelForCausalLM,
@@ -624,7 +625,21 @@ def dequantised(base: PreTrainedModel, folder: Path) -> PeftModel:
     if getattr(base, "is_quantized", False):
         base = cast(Any, base).dequantize()
         vars(base)["_weight_conversions"] = None  # by which transformers would pack a saved base's weights again
+        vars(base).update(is_loaded_in_4bit=False, is_loaded_in_8bit=False)  # by which PEFT refuses to merge IA3
     return _with_adapter(base, folder).eval()
+
+
+class NotMergeable(Exception):
+    """What the method adds, such as tokens of a prompt, has no place in the base's weights."""
+
+    def __str__(self) -> str:
+        return f"not mergeable: {NOT_MERGEABLE}"
+
+
+def mergeable(adapted: PeftModel) -> bool:
+    """Whether PEFT merges the method at all."""
+    can = callable(getattr(adapted.base_model, "merge_and_unload", None))
+    return can and not adapted.active_peft_config.is_prompt_learning
 
 
 def merge(adapted: PeftModel) -> PreTrainedModel:
@@ -633,8 +648,11 @@ def merge(adapted: PeftModel) -> PreTrainedModel:
     Where the method changes one of two tied weights (embeddings and head), they are untied.
 
     Raises:
-        Exception: whatever PEFT raises for a method that cannot be merged.
+        NotMergeable: the method adds what cannot be merged into weights.
+        Exception: whatever PEFT raises for a method that it cannot merge.
     """
+    if not mergeable(adapted):
+        raise NotMergeable
     _untie(adapted.get_base_model())
     return cast(PreTrainedModel, cast(Any, adapted).merge_and_unload(safe_merge=True).eval())
 

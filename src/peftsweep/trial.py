@@ -716,6 +716,9 @@ def _merge(
         merged = model.read(folder, written)
         with torch.no_grad():
             found = model.answer_losses(merged, probe)
+    except model.NotMergeable as error:
+        log.warning("adapter.merge=true: %s", error)
+        return {"merges": False, "merge_error": str(error)}
     except Exception as error:  # whatever PEFT raises; the trial itself has succeeded
         log.exception("the adapter cannot be merged")
         shutil.rmtree(folder, ignore_errors=True)
