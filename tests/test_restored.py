@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from peftsweep import InputError, cli, config, model
+from peftsweep import InputError, cli, model
 from peftsweep.config import Trial
 from peftsweep.record import Result
 
@@ -154,7 +154,7 @@ def test_a_copy_of_the_base_is_the_same_base(compose: Compose, tmp_path: Path) -
 def test_a_list_on_the_command_line_wins_over_the_record(compose: Compose) -> None:
     place = saved({}, study="classifier")
     for word in (f"adapter.path={place}", f"repeat={place}"):
-        assert compose(word, "dataset.classes=[up,down]").config.dataset.classes == ["up", "down"]
+        assert compose(word, "dataset.classes=[more,less]").config.dataset.classes == ["more", "less"]
 
 
 def test_an_evaluation_that_the_trial_has_not_is_named(alpaca: Path, compose: Compose) -> None:
@@ -209,11 +209,9 @@ def test_rows_that_a_restored_trial_was_trained_on_are_counted() -> None:
     write("rows.jsonl", rows)
     other = write("other.jsonl", [*rows[:10], {"q": "1?", "a": "1"}])
     words = ["dataset=file", "dataset.path=rows.jsonl", 'dataset.prompt="{q} "', 'dataset.answer="{a}"', "device=cpu"]
+    words.append(f"dataset.test_path={write('test.jsonl', [{'q': '0?', 'a': '0'}])}")
     trained: Result = cli.run_one([*words, "train.epochs=1", "train.batch_size=4", "train.warmup=0", "study=a"])
     again = cli.run_one(["device=cpu", "study=b", f"adapter.path={trained.folder}", f"dataset.test_path={other}"])
-    test = config.trial(cfg := cli.compose([*words]), cfg.hydra.runtime.choices, words).rows
-    assert test is not None
-    kept = sum(row not in test.test for row in rows[:10])  # a tenth was set aside as test rows, and not trained on
-    assert again.eval_info["perplexity"]["seen_in_training"] == kept
-    assert again.config["dataset"]["path"] == "rows.jsonl"
+    assert again.eval_info["perplexity"]["seen_in_training"] == 10
     assert again.eval_info["perplexity"]["perplexity"]["n"] > 0
+    assert again.config["dataset"]["path"] == "rows.jsonl"
