@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -126,6 +127,16 @@ def test_a_profile_changes_nothing_of_the_trial(run_small: RunSmall) -> None:
     for name, found in plain.eval_info.items():
         timeless = {key: value for key, value in found.items() if isinstance(value, dict)}
         assert timeless.items() <= profiled.eval_info[name].items()
+
+
+def test_a_profiled_trial_is_compiled_once(run_small: RunSmall, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = Mock(wraps=torch.compile)
+    monkeypatch.setattr(torch, "compile", counted)
+    words = ["profiler=torch", "profiler.active=2", "profiler.sizes=[32]", "train.compile=eager", "adapter.check=false"]
+    found = run_small(*words).train_info["profile"]["torch"]
+    assert counted.call_count == 1
+    assert found["flops_per_step"] > 0
+    assert 0 < found["step_tokens"] == pytest.approx(found["trial_step_tokens"], rel=0.3)
 
 
 def test_a_profiler_that_fails_costs_no_trial(run_small: RunSmall, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -360,3 +362,19 @@ def test_compiling_that_fails_is_off_with_its_reason(
     done, others, _ = run(rows, compile="inductor")
     assert reason in done.compilation["compile_off"]
     assert losses(others) == losses(lines)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_typical_steps_are_of_the_sizes_of_the_whole_run(seed: int) -> None:
+    lengths = random.Random(seed).choices([10, 12, 15, 20, 30, 60, 200], [30, 25, 20, 10, 8, 5, 2], k=640)
+    rows = [data.Tokens(list(range(length)), length // 2) for length in lengths]
+    config = TrainConfig(batch_size=4, accumulation=2, epochs=1)
+    order = itertools.islice(data.batch_order(lengths, 8, seed), 80)  # the run, computed here on its own
+    longest = [[max(lengths[n] for n in step[start : start + 4]) for start in (0, 4)] for step in order]
+    sizes = [4 * sum(pair) for pair in longest]
+    for last in (3, 5, 8):
+        chosen = train.typical_steps(rows, config, seed, 8)[-last:]
+        found = [train.padded_tokens(step, rows, config) for step in chosen]
+        assert statistics.median(found) == pytest.approx(statistics.median(sizes), rel=0.25)
+        assert set(found) <= set(sizes)
+        assert min(found) < statistics.median(sizes) < max(found)

@@ -311,11 +311,11 @@ def test_ia3_merges_on_a_quantised_base(quant: str, run_small: RunSmall) -> None
     base: Any = model.load(ModelConfig(name_or_path="tiny"), None, torch.device("cpu"))
     scales = load_file(place(result) / "adapter" / "adapter_model.safetensors")
     name = "model.layers.0.self_attn.v_proj"
-    learned = scales[f"base_model.model.{name}.ia3_l"].flatten()
+    learned = scales[f"base_model.model.{name}.ia3_l"].flatten().abs()
     ratio = merged.get_submodule(name).weight.norm(dim=1) / base.get_submodule(name).weight.norm(dim=1)
-    assert (learned - 1).abs().max() > 0.01  # something was learned
-    assert (ratio - learned).abs().max() < 0.1  # storing in fewer bits changes a row's norm by less
-    assert torch.corrcoef(torch.stack([ratio, learned]))[0, 1] > 0.9
+    assert (learned - 1).abs().max() > 0.1  # something was learned
+    # Storing the base in fewer bits changes the norm of a row by less than that.
+    torch.testing.assert_close(ratio.detach(), learned, rtol=0.1, atol=0.01)
 
 
 def test_what_cannot_be_merged_says_so(run_small: RunSmall) -> None:

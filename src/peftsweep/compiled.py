@@ -77,6 +77,25 @@ def check(config: TrainConfig) -> None:
         raise InputError(f"train.compile={config.compile}: no such backend; {suggest(config.compile, known)}")
 
 
+_HELD: list[dict[tuple[int, str, bool | None], Compilation]] = []  # what is kept in a block of `once`; empty outside
+
+
+@contextmanager
+def once() -> Iterator[None]:
+    """In this block a model is compiled for its first training only; later ones, as a profiler's, go on with that."""
+    if _HELD:  # within another such block
+        yield
+        return
+    _HELD.append({})
+    try:
+        yield
+    finally:
+        if _HELD.pop():
+            import torch._dynamo
+
+            torch._dynamo.reset()
+
+
 @contextmanager
 def compiled(
     model: nn.Module,
@@ -92,6 +111,11 @@ def compiled(
     """
     if config.compile == NONE:
         yield Compilation(model, off=NONE)
+        return
+    key = id(model), config.compile, config.compile_dynamic
+    if _HELD and (held := _HELD[0].get(key)):
+        held.begin_steps()
+        yield held
         return
     import torch._dynamo.utils
 
@@ -109,10 +133,13 @@ def compiled(
         finally:
             model.zero_grad(set_to_none=True)
     compilation.begin_steps()
+    if _HELD:
+        _HELD[0][key] = compilation
     try:
         yield compilation
     finally:
-        torch._dynamo.reset()
+        if not _HELD:
+            torch._dynamo.reset()
 
 
 def _try(model: nn.Module, called: nn.Module, batch: Batch, losses: Callable[[nn.Module, Batch], torch.Tensor]) -> None:

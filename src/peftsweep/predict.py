@@ -251,6 +251,7 @@ def _to_meta(adapted: nn.Module) -> None:
     """Leave only shapes of what an attaching with numbers has made on another device."""
     moved: dict[int, Any] = {}  # tied weights stay tied
     for module in adapted.modules():
+        vars(module).get("_lora_kasa_truncation_deferred", set()).clear()  # which KaSA would need numbers for
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None and tensor.device != META:

@@ -6,6 +6,7 @@ saved weights is refused.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import pydoc
@@ -52,7 +53,8 @@ def put(cfg: DictConfig, section: str, value: Any) -> None:
 
 def own_values(cfg: DictConfig, said: Said) -> dict[str, Any]:
     """What the keys below groups are on the command line."""
-    return {key: OmegaConf.select(cfg, key) for key in said if "." in key and not key.startswith("hydra.")}
+    found = {key: OmegaConf.select(cfg, key) for key in said if "." in key and not key.startswith("hydra.")}
+    return {key: copy.deepcopy(value) for key, value in found.items()}  # lists and dicts are filled in place
 
 
 def put_back(cfg: DictConfig, own: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ import math
 import pydoc
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,6 +36,8 @@ OF_A_PACK = (
     *("epoch_seconds", "epoch_tokens_per_second", "epoch_memory_peak"),
 )
 SCALE = 2.0**16  # of the loss at first, with float16; torch's default
+MOST_STEPS = 5_000  # of a run, among which typical ones are looked for
+GOLDEN = (math.sqrt(5) - 1) / 2
 WARMUP_LAPS = 3  # first steps allocate and tune; they are trained on, but left out of the percentiles
 
 
@@ -86,6 +88,7 @@ def train(
     after_step: Callable[[], None] | None = None,
     checkpoints: Checkpoints | None = None,
     stop_at: int | None = None,
+    order: Iterable[list[int]] | None = None,
 ) -> Trained:
     """Train the parameters of ``model`` that require gradients; ``log`` gets a row a logged step and a row an epoch.
 
@@ -95,7 +98,8 @@ def train(
     ``config.eval_every``, must return at least ``loss`` and ``config.best_metric``, and is a stage of its
     own. With ``after_step``, a profiler's, the parts of a step carry names in its trace. ``checkpoints`` gets one
     every ``config.checkpoint_every``, and training goes on from that which it has found. With ``stop_at``, a rung's
-    step, it ends there with a checkpoint, on the schedule of its full length.
+    step, it ends there with a checkpoint, on the schedule of its full length. ``order`` gives the row numbers of each
+    step in place of those that the seed gives.
 
     Raises:
         FloatingPointError: the loss is no longer finite, or at the end the weights or the loss that they give.
@@ -111,7 +115,8 @@ def train(
     narrowed = autocast(config, device)
     scaler = make_scaler(config, device)
 
-    numbered = partial(batches, rows, config, pad_id=pad_id, seed=seed, device=device)
+    numbers = None if order is None else list(order)
+    numbered = partial(batches, rows, config, pad_id=pad_id, seed=seed, device=device, order=numbers)
 
     def losses_of(called: nn.Module, batch: Batch) -> torch.Tensor:
         with narrowed:
@@ -225,12 +230,44 @@ def train(
 
 
 def batches(
-    rows: Sequence[Tokens], config: TrainConfig, *, pad_id: int, seed: int, device: torch.device, first: int = 0
+    rows: Sequence[Tokens],
+    config: TrainConfig,
+    *,
+    pad_id: int,
+    seed: int,
+    device: torch.device,
+    first: int = 0,
+    order: Iterable[list[int]] | None = None,
 ) -> Iterator[list[Batch]]:
     """The micro-batches of each step that a run with ``seed`` takes, without end, after the first ``first`` steps."""
-    order = batch_order([len(row.ids) for row in rows], rows_per_step(config), seed)
+    order = order or batch_order([len(row.ids) for row in rows], rows_per_step(config), seed)
     for step in itertools.islice(micro_batches(order, config.batch_size), first, None):
         yield [collate([rows[n] for n in numbers], pad_id, config.pad_to_multiple_of).to(device) for numbers in step]
+
+
+def padded_tokens(step: Sequence[int], rows: Sequence[Tokens], config: TrainConfig) -> int:
+    """The tokens of a step, of its rows by their numbers, with what its micro-batches are padded by."""
+    multiple, total = config.pad_to_multiple_of, 0
+    for numbers in next(micro_batches([list(step)], config.batch_size)):
+        total += len(numbers) * math.ceil(max(len(rows[n].ids) for n in numbers) / multiple) * multiple
+    return total
+
+
+def steps_of(rows: Sequence[Tokens], config: TrainConfig, seed: int) -> list[list[int]]:
+    """The row numbers of each step of a run; of a long one those of its first ``MOST_STEPS``."""
+    order = batch_order([len(row.ids) for row in rows], rows_per_step(config), seed)
+    return list(itertools.islice(order, min(max(total_steps(config, len(rows)), 1), MOST_STEPS)))
+
+
+def typical_steps(rows: Sequence[Tokens], config: TrainConfig, seed: int, count: int) -> list[list[int]]:
+    """The row numbers of ``count`` steps of a run, of all sizes as these are distributed in it.
+
+    They are chosen by their padded tokens, at quantiles that multiples of the golden ratio spread evenly, so that the
+    last few of them are as typical as all: their median is near the whole run's, which that of the first steps need
+    not be.
+    """
+    by_size = sorted(steps_of(rows, config, seed), key=lambda step: padded_tokens(step, rows, config))
+    return [by_size[int((0.5 + n * GOLDEN) % 1 * len(by_size))] for n in reversed(range(count))]
 
 
 def rows_per_step(config: TrainConfig) -> int:

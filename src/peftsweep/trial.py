@@ -11,9 +11,10 @@ import gc
 import logging
 import re
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peftsweep import (
     build,
     checkpoint,
+    compiled,
     data,
     evaluate,
     experiment,
@@ -59,6 +61,7 @@ MERGE_TOLERANCE = 1e-3  # of any token's loss: sums of merged weights round othe
 # Of the mean token's, on a 16-bit base: sums in another order were seen to round by 0.013 (by 0.3 for one token).
 NARROW_TOLERANCE = 0.03
 Answers = tuple[data.Batch, torch.Tensor]  # a batch, and a model's losses on it
+UNLIKE = 0.1  # of the trial's median, above which the size of profiled steps is worth a warning
 MEASURED_STEPS = 13  # the first three of them are left out
 OCCUPIED = 1e9  # bytes that others hold on a device, beyond what its driver takes
 
@@ -285,9 +288,10 @@ def _run(session: Session) -> Status:
         session.judge()
         return Status.stopped
     session.score_base()
-    session.adapt()
-    session.evaluate()
-    answers = session.keep()
+    with compiled.once() if session.config.profiler else nullcontext():
+        session.adapt()
+        session.evaluate()
+        answers = session.keep()
     session.let_go()  # two bases would not fit where one just does
     session.compare(answers)
     return Status.success
@@ -345,6 +349,7 @@ class Session:
         self.sittings = sittings or Sittings(self.place, meter)
         self.bare: Any = None  # the untouched base, kept beside the adapted one to be timed
         self.earlier = trained(trial)
+        self.profiled_steps = 0
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
@@ -565,16 +570,29 @@ class Session:
         with self.stage("profile"):
             try:
                 prepare()
-                found = build.profiler(self.trial)(self._further_steps, self.place / "profile", self.meter.device)
+                with compiled.once():
+                    found = build.profiler(self.trial)(self._further_steps, self.place / "profile", self.meter.device)
+                found |= self._sizes(self.profiled_steps) if self.profiled_steps else {}
             except Exception as error:
                 log.exception("the trial cannot be profiled")
                 found = {"error": record.one_line(error)}
         self.info.setdefault("profile", {})[self.trial.choices["profiler"]] = found
 
+    def _sizes(self, steps: int) -> dict[str, float]:
+        """The padded tokens of a step: the median of ``steps`` typical ones, and that of the trial's own."""
+        rows, config, seed = self.tokens, self.config.train, self.config.seed
+        runs = train.typical_steps(rows, config, seed, steps), train.steps_of(rows, config, seed)
+        few, all_of = (statistics.median(train.padded_tokens(step, rows, config) for step in run) for run in runs)
+        if abs(few / all_of - 1) > UNLIKE:
+            log.warning("the profiled steps have %.0f padded tokens, those of the trial %.0f (medians)", few, all_of)
+        return {"step_tokens": few, "trial_step_tokens": all_of}
+
     def _further_steps(self, steps: int, after_step: Callable[[], None]) -> None:
+        self.profiled_steps = steps
         self._steps(steps, Meter(self.meter.device), after_step)
 
     def _steps(self, steps: int, meter: Meter, after_step: Callable[[], None] | None = None) -> train.Trained:
+        """Some more steps, of all sizes as the trial's are."""
         config = dataclasses.replace(self.config.train, steps=steps, epochs=None, keep_best=False, log_every=steps)
         return train.train(
             self.adapted,
@@ -585,6 +603,7 @@ class Session:
             meter=meter,
             log=lambda row: None,
             after_step=after_step,
+            order=train.typical_steps(self.tokens, self.config.train, self.config.seed, steps),
         )
 
     def resume(self) -> None:
