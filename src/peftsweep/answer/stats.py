@@ -30,30 +30,22 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import special  # scipy.stats takes longer to load than a small study to collect
 
-from peftsweep.answer.columns import MEASURED, direction, evaluation, scores
+from peftsweep import naming
+from peftsweep.answer.columns import MEASURED, NAME, direction, evaluation, named, scores
+from peftsweep.naming import NO_SETTINGS, OF_SOME, SETTINGS
 from peftsweep.record import Status
 
 Floats = NDArray[np.float64]
 Predictions = Callable[[str, str], Sequence[dict[str, Any]]]
 
 ALPHA = 0.05
-SUCCESS, CREATED, TRIAL, SEED = "run_info.status", "run_info.created_at", "run_info.trial", "config.seed"
+SUCCESS, CREATED, TRIAL, SEED = "run_info.status", "run_info.created_at", "run_info.trial", naming.SEED
 PACKED, PERCENTILES = "run_info.packed_with", ("_p50", "_p95", "_p99")
-SETTINGS = ("choices.", "config.")
 TASK = (
     *("choices.model", "config.model.name_or_path", "choices.dataset", "config.dataset.path", "config.dataset.name"),
     *("config.dataset.test_path", "config.dataset.hub", "config.dataset.revision"),
 )
-# What changes no number of a trial, or is no choice of a person.
-NO_SETTINGS = (
-    *("choices.profiler", "choices.tracker", "choices.inference", "choices.sweep", "choices.point"),
-    *("config.seed", "config.label", "config.study", "config.experiments", "config.device", "config.dry_run"),
-    *("config.memory_limit", "config.skip_oversized", "config.force", "config.quiet", "config.stop_on_failure"),
-    *("config.halving.", "config.objective", "config.repeat"),
-    *("config.profiler.", "config.tracker.", "config.train.checkpoint_every", "config.train.log_every"),
-    *("config.train.params_file", "config.adapter.save", "config.adapter.check", "config.adapter.merge"),
-)
-OF_SOME = ("config.eval.", "config.inference.")  # settings that a trial may lack and yet be the same training
+TOLD = ("choices.model", "choices.dataset")  # by the name of a task
 # The figure of a line of predictions that a metric is the mean of.
 RIGHT = {"accuracy": "correct", "acc": "correct", "acc_norm": "correct_norm"}
 COMPARED = (
@@ -80,18 +72,22 @@ MOST_READ = 400  # trials whose predictions are read
 def tasks(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The trials that can be compared: one table for each model, dataset and way of judging, by its name.
 
-    Each has its column ``configuration``. What a pack of trials took together is no trial's own: it is left out.
+    Each has its columns ``configuration`` and ``name``, which tells the configuration from all others of ``table``.
+    What a pack of trials took together is no trial's own: it is left out.
     """
     judged = [c for c in table.columns if c.startswith("config.eval.") and table[c].nunique(dropna=True) > 1]
     differing = [c for c in (*TASK, *judged) if c in table and table[c].nunique(dropna=False) > 1]
     shown = table[[c for c in (*TASK, *judged) if c in table]].astype("string").fillna("")
     same = shown.groupby(differing, sort=False).ngroup() if differing else pd.Series(0, index=table.index)
+    table = table.assign(**{NAME: named(table)}) if len(table) else table
     parts = [table[same == number] for number in range(same.max() + 1)] if len(table) else []
     firsts = [shown.loc[part.index[0]] for part in parts]
     names = [_task_name(first) for first in firsts]
     if len(set(names)) < len(names):
-        own = [", ".join(f"{c.removeprefix('config.')}={v}" for c, v in first[differing].items()) for first in firsts]
-        names = [f"{name} ({what})" for name, what in zip(names, own, strict=True)]
+        called = naming.Names({c: [first[c] for first in firsts] for c in differing})
+        keys = [key for key in called.settings if key not in TOLD]
+        own = [", ".join(filter(None, (called.setting(key, first[key]) for key in keys))) for first in firsts]
+        names = naming.numbered([f"{name} ({what})" if what else name for name, what in zip(names, own, strict=True)])
     return {name: _own_costs(_numbered(part)) for name, part in zip(names, parts, strict=True)}
 
 
@@ -554,7 +550,7 @@ class Between:
 
 
 @dataclass(frozen=True)
-class Tested:
+class Comparisons:
     """Pairs of configurations in one column: each is tested once, and all are adjusted together, by Holm's method.
 
     All that a report says of two configurations (ranks, ties, sentences, cells of a table) is read from here, so that
@@ -580,7 +576,7 @@ class Tested:
         if (second, first) in self.pairs:
             return self.pairs[second, first].turned()
         places = np.searchsorted(self.measured.numbers, [first, second])
-        (found,) = _tested(self.measured, places[:1], places[1:])
+        (found,) = _differences(self.measured, places[:1], places[1:])
         return dataclasses.replace(found, p_adjusted=min(1.0, found.p * self.family))  # Bonferroni: at least Holm's
 
     def verdict(self, first: int, second: int) -> str:
@@ -598,9 +594,9 @@ class Tested:
         return ranks
 
 
-def tested(
+def comparisons(
     table: pd.DataFrame, column: str, predictions: Predictions | None = None, reference: int | None = None
-) -> Tested | None:
+) -> Comparisons | None:
     """Every pair of configurations that have ``column``, tested and adjusted; None where none has it."""
     measured = measure(table, column, predictions)
     k, sign = len(measured.means), direction(column) or 1
@@ -615,16 +611,16 @@ def tested(
     first, second = np.triu_indices(len(near), 1)
     names = [*zip(exact.numbers[first].tolist(), exact.numbers[second].tolist(), strict=True)]
     names += [(number, int(measured.numbers[place])) for number in measured.numbers[rest].tolist()]
-    found = _tested(exact, first, second)
+    found = _differences(exact, first, second)
     for some in np.array_split(rest, math.ceil(len(rest) / 200)) if len(rest) else []:
-        found += _tested(measured, some, np.full(len(some), place))
+        found += _differences(measured, some, np.full(len(some), place))
     family = max(1, k * (k - 1) // 2)
     adjusted = holm(np.array([pair.p for pair in found]), family)
     whole = (dataclasses.replace(pair, p_adjusted=float(a)) for pair, a in zip(found, adjusted, strict=True))
-    return Tested(measured, exact, int(measured.numbers[place]), family, dict(zip(names, whole, strict=True)))
+    return Comparisons(measured, exact, int(measured.numbers[place]), family, dict(zip(names, whole, strict=True)))
 
 
-def _tested(measured: Measured, first: NDArray[np.int64], second: NDArray[np.int64]) -> list[Between]:
+def _differences(measured: Measured, first: NDArray[np.int64], second: NDArray[np.int64]) -> list[Between]:
     """The differences of the configurations at these places, not adjusted yet."""
     if not len(first):
         return []
@@ -638,7 +634,7 @@ def compare(
     column: str,
     predictions: Predictions | None = None,
     reference: int | None = None,
-    known: Tested | None = None,
+    known: Comparisons | None = None,
 ) -> pd.DataFrame:
     """Every configuration against the best one, or against ``reference``; the best first, by number of ``identify``.
 
@@ -650,10 +646,10 @@ def compare(
     given, ``better``, ``worse`` or ``tie`` with it; ``near``: within one standard error of the reference's own value,
     which a choice by other criteria may count as equal (the rule of Breiman et al., Classification and Regression
     Trees, 1984), where a tie may be no more than a lack of trials; ``chance``: what p covers, seeds, rows or both.
-    ``attrs["paired"]`` says whether the best were compared row by row. ``known`` is what ``tested`` gave, if it was
-    called already.
+    ``attrs["paired"]`` says whether the best were compared row by row. ``known`` is what ``comparisons`` gave, if
+    it was called already.
     """
-    found = known or tested(table, column, predictions, reference)
+    found = known or comparisons(table, column, predictions, reference)
     if found is None:
         return pd.DataFrame(columns=COMPARED)
     measured, sign, best = found.measured, found.sign, found.against
