@@ -104,6 +104,7 @@ def main(options: Options) -> int:
         rows = predictions(one.folder)
         drawn = plot.study(one.table, logged, one.folder / "plots", options.kind, rows) if options.plots else []
         findings, said = report.write(one.folder, one.table, logged, drawn, rows, options.quality_loss)
+        said = report.summary(mine, rows) if options.where else said
         for line in [*said, *halving.notes(one.results)]:
             print(line)
         written = [one.folder / RESULTS_FILE, one.folder / STEPS_FILE, findings, *drawn]
@@ -160,7 +161,7 @@ def status(names: Sequence[str]) -> int:
             print(f"    last sweep: {last['seconds']:.0f} s, {outside:.0f} s of them outside trials")
         for reason, labels in _failures(results).items():
             more = f" and {len(labels) - 3} more" if labels[3:] else ""
-            print(f"    {reason}: {', '.join(labels[:3])}{more}")
+            print(f"    {reason}: {'; '.join(labels[:3])}{more}")
     return 0
 
 

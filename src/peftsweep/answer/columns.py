@@ -11,10 +11,11 @@ import pandas as pd
 
 from peftsweep import naming
 from peftsweep.metrics import LOWER_IS_BETTER
-from peftsweep.naming import METHOD, QUANT, RANK, Names
+from peftsweep.naming import Names
 from peftsweep.record import Status
 
 STATUS, TARGETS = "run_info.status", "choices.targets"
+RANK, METHOD, QUANT = naming.RANK, naming.METHOD, naming.QUANT
 NAME, CALLED = "name", "trial name"  # columns of what a trial's configuration is called, and a trial
 LONGEST = 48  # characters of a label
 MAIN_METRICS = ("accuracy", "acc_norm", "acc", "label_acc", "f1", "perplexity")  # of an evaluation, the first it has

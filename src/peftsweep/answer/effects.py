@@ -12,20 +12,11 @@ from numpy.typing import NDArray
 
 from peftsweep.answer import columns
 from peftsweep.answer.columns import METHOD, NAME, RANK, TARGETS
-from peftsweep.answer.stats import (
-    SEED,
-    SUCCESS,
-    Comparisons,
-    Measured,
-    Predictions,
-    comparisons,
-    holm,
-    identify,
-    verdict,
-)
+from peftsweep.answer.stats import SEED, SUCCESS, Measured, Predictions, Tested, holm, identify, tested, verdict
 from peftsweep.naming import FRACTION, Names, telling
 from peftsweep.record import Status
 
+GROUP = "group"
 MOST_LEVELS = 30  # of a factor whose levels are held against each other
 NUMBERS = ("value", "reference_value", "difference", "low", "high", "p", "p_adjusted")
 EFFECTS = (
@@ -86,11 +77,10 @@ class Design:
     def moving(self, factor: str) -> list[str]:
         """The settings that differ where configurations differ in ``factor`` alone, of the factors."""
         others = [other for other in self.factors if other != factor]
-        groups = self.levels.groupby(others, sort=False).groups.values() if others else [self.levels.index]
-        keys = [
-            one.key for group in groups for number in group[1:] for one in self.moved(group[:1], [number], [factor])
-        ]
-        return list(dict.fromkeys(keys))
+        groups = self.levels.groupby(others, sort=False).ngroup() if others else 0
+        varied = self.settings.assign(**{GROUP: groups}).groupby(GROUP).nunique().max() > 1
+        keys = [str(key) for key in varied.index[varied] if key not in (factor, *PLACE)]
+        return [key for key in keys if not _part_of(key, factor, self.settings[key].tolist(), ())]
 
 
 def _part_of(key: str, factor: str, first: Sequence[str], second: Sequence[str]) -> bool:
@@ -139,7 +129,7 @@ def effects(
     predictions: Predictions | None = None,
     references: Mapping[str, str] | None = None,
     plan: Design | None = None,
-    known: Comparisons | None = None,
+    known: Tested | None = None,
 ) -> pd.DataFrame:
     """What each level of each factor does to ``column``, among configurations that are otherwise equal.
 
@@ -150,13 +140,13 @@ def effects(
     ``scale`` is ``ratio``), ``p``, ``p_adjusted``, ``verdict`` of the level, ``agreeing`` contexts (whose own
     difference has the same sign), ``chance``, and ``moved``, the settings that differ beside the factor.
 
-    In one context two levels are two configurations, and what is said of them is what `Comparisons` says; averages over
+    In one context two levels are two configurations, and what is said of them is what `Tested` says; averages over
     several are adjusted for all pairs of levels of the factor. The interval is of these contexts; it does not say that
     the effect is the same in others. Factors of more than 30 levels are passed over. ``plan`` and ``known`` are the
-    table's ``design`` and ``comparisons``, where they are known.
+    table's ``design`` and ``tested``, where they are known.
     """
     plan = plan or design(table)
-    known = known or comparisons(table, column, predictions)
+    known = known or tested(table, column, predictions)
     given = references or {}
     rows = [row for factor in plan.factors for row in _effect(known, plan, factor, given.get(factor))] if known else []
     return pd.DataFrame(rows, columns=list(EFFECTS))
@@ -202,7 +192,7 @@ def _level_pairs(cells: pd.DataFrame) -> list[_Levels]:
     return found
 
 
-def _compared_levels(known: Comparisons, pairs: Sequence[_Levels], count: int) -> list[dict[str, float]]:
+def _compared_levels(known: Tested, pairs: Sequence[_Levels], count: int) -> list[dict[str, float]]:
     """Estimate, interval and p of each pair of ``count`` levels, first less second.
 
     Two levels in one context are two configurations, whose difference has been tested. Averages over several contexts
@@ -242,7 +232,7 @@ def _reference(pairs: Sequence[_Levels], found: Sequence[Mapping[str, float]], c
     return min(range(count), key=lambda level: (not held[level], beaten[level], -held[level], level))
 
 
-def _effect(known: Comparisons, plan: Design, factor: str, named: str | None) -> list[dict[str, Any]]:
+def _effect(known: Tested, plan: Design, factor: str, named: str | None) -> list[dict[str, Any]]:
     measured, sign = known.measured, known.sign
     cells = _cells(plan.levels.loc[measured.numbers], factor)
     if len(cells) < 2:
@@ -287,7 +277,8 @@ def _figures(measured: Measured, places: NDArray[np.int64], said: Mapping[str, f
 
 def _moved(plan: Design, measured: Measured, places: NDArray[np.int64], factor: str) -> list[Moved]:
     cost = not measured.column.startswith("eval_info.")
-    return plan.moved(*measured.numbers[places], [factor], place=cost)
+    first, second = measured.numbers[places].tolist()
+    return plan.moved(first, second, [factor], place=cost)
 
 
 def _within(plan: Design, measured: Measured, places: NDArray[np.int64], factor: str) -> dict[str, str]:
@@ -304,7 +295,7 @@ def returns(
     predictions: Predictions | None = None,
     factor: str = RANK,
     plan: Design | None = None,
-    known: Comparisons | None = None,
+    known: Tested | None = None,
 ) -> pd.DataFrame:
     """Diminishing returns: what each doubling of ``factor`` brought, a row a level, smallest first.
 
@@ -318,7 +309,7 @@ def returns(
     """
     names = [*RETURNS, *STEP, "contexts", "within", "scale", "moved"]
     plan = plan or design(table)
-    known = known or comparisons(table, column, predictions)
+    known = known or tested(table, column, predictions)
     cells = _cells(plan.levels.loc[known.measured.numbers], factor) if known and factor in plan.factors else None
     if known is None or cells is None or not cells.size:
         return pd.DataFrame(columns=names)
@@ -352,10 +343,12 @@ def returns(
         both = places[[level, best]]
         moved = _moved(plan, measured, both, factor) if level != best else []
         step = _figures(measured, places[[level, max(0, level - 1)]], since.get(level, alone), sign)
-        steps = {name: step[part] for name, part in zip(STEP, ("difference", "low", "high", "p_adjusted"), strict=True)}
-        rows.append(_figures(measured, both, against.get(level, alone), sign) | {"moved": moved} | steps)
-    whole["within"] = [_within(plan, measured, places, factor)] * len(complete)
-    more = [*STEP, "difference", "low", "high", "p_adjusted", "verdict", "contexts", "scale", "moved"]
+        steps: dict[str, Any] = {
+            name: step[part] for name, part in zip(STEP, ("difference", "low", "high", "p_adjusted"), strict=True)
+        }
+        steps |= {"moved": moved, "within": _within(plan, measured, places, factor)}
+        rows.append(_figures(measured, both, against.get(level, alone), sign) | steps)
+    more = [*STEP, "within", "difference", "low", "high", "p_adjusted", "verdict", "contexts", "scale", "moved"]
     whole = whole.join(pd.DataFrame(rows)[more])
     whole.loc[best, "verdict"] = "best"
     return whole

@@ -30,9 +30,14 @@ class Task:
     name: str
     table: pd.DataFrame
     predictions: stats.Predictions | None
-    _comparisons: dict[str, stats.Comparisons | None] = field(default_factory=dict)
+    _tested: dict[str, stats.Tested | None] = field(default_factory=dict)
     _compared: dict[str, pd.DataFrame] = field(default_factory=dict)
     _effects: dict[tuple[str, str, str | None], pd.DataFrame] = field(default_factory=dict)
+
+    @cached_property
+    def summary(self) -> list[str]:
+        """The answers in short."""
+        return list(summary(self))
 
     @cached_property
     def configurations(self) -> pd.DataFrame:
@@ -65,28 +70,28 @@ class Task:
         key = (column, factor if reference else "", reference)
         if key not in self._effects:
             named = {factor: reference} if reference else None
-            known = self.comparisons(column)
+            known = self.tested(column)
             self._effects[key] = effects.effects(self.table, column, None, named, self.design, known)
         found = self._effects[key]
         return found[found["factor"] == factor]
 
-    def comparisons(self, column: str) -> stats.Comparisons | None:
+    def tested(self, column: str) -> stats.Tested | None:
         """Every pair of configurations: all that is said of two of them is read from here."""
-        if column not in self._comparisons:
+        if column not in self._tested:
             predictions = self.predictions if column in self.scores else None
-            self._comparisons[column] = stats.comparisons(self.table, column, predictions)
-        return self._comparisons[column]
+            self._tested[column] = stats.tested(self.table, column, predictions)
+        return self._tested[column]
 
     def compare(self, score: str) -> pd.DataFrame:
         """Every configuration against the best one."""
         if score not in self._compared:
-            self._compared[score] = stats.compare(self.table, score, known=self.comparisons(score))
+            self._compared[score] = stats.compare(self.table, score, known=self.tested(score))
         return self._compared[score]
 
     def unnamed(self, first: int, second: int) -> list[Moved]:
         """The settings that two configurations differ in and that follow from those in their names."""
-        levels = self.design.levels
-        named = [factor for factor in self.factors if levels.at[first, factor] != levels.at[second, factor]]
+        one, other = self.design.levels.loc[[first, second]].to_numpy().tolist()
+        named = [factor for factor, a, b in zip(self.factors, one, other, strict=True) if a != b]
         return self.design.moved([first], [second], named)
 
     def tied(self, score: str) -> pd.Index[Any]:
@@ -159,7 +164,7 @@ def _best(task: Task, score: str) -> str:
             f"- **{what}**: {every} configurations are a tie; the best figure is that of "
             f"`{task.labels[best]}`, {figure}, and the last differs by {gap}."
         )
-    known = task.comparisons(score)
+    known = task.tested(score)
     assert known is not None  # as there is a score to rank
     worse = [n for n in compared.index if n not in others and n != best]
     if not others:
@@ -276,7 +281,11 @@ def of_factor(task: Task, factor: str, score: str) -> list[str]:
     levels = task.design.levels[factor]
     if levels[levels != ""].nunique() > 2:
         return [_several(task, factor, score, found)]
-    return [_two(task, factor, score, row) for row in found.to_dict("records")]
+    return [_two(task, factor, score, row) for row in _rows(found)]
+
+
+def _rows(found: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(name): value for name, value in row.items()} for row in found.to_dict("records")]
 
 
 def _two(task: Task, factor: str, score: str, row: Mapping[str, Any]) -> str:
@@ -315,7 +324,7 @@ def _over(task: Task, row: Mapping[str, Any]) -> str:
 
 def _several(task: Task, factor: str, score: str, found: pd.DataFrame) -> str:
     """One sentence of a factor of three or more levels, which names all of them."""
-    rows, first = found.to_dict("records"), found.iloc[0]
+    rows, first = _rows(found), found.iloc[0]
     scopes = [_over(task, row) for row in rows]
     same = len(set(scopes)) == 1
     reference = f"`{task.names.setting(factor, first['reference'])}`"
@@ -378,54 +387,57 @@ def _not_told(task: Task, factor: str, score: str, found: pd.DataFrame, moved: S
 
 def _enough_rank(task: Task, score: str) -> str:
     """How large a rank has to be, and what the last step brought."""
-    found = effects.returns(task.table, score, plan=task.design, known=task.comparisons(score))
+    found = effects.returns(task.table, score, plan=task.design, known=task.tested(score))
     if found.empty or found["verdict"].eq("unknown").any():
         return ""
-    rows = found.to_dict("records")
-    tried, of_these = task.design.levels[RANK], ", ".join(f"{row['level']:g}" for row in rows)
+    rows = [row | {"level": f"{row['level']:g}"} for row in _rows(found)]
     best, last, smallest = next(row for row in rows if row["verdict"] == "best"), rows[-1], rows[0]
-    moved = _with(task, RANK, [row | {"level": f"{row['level']:g}", "reference": f"{best['level']:g}"} for row in rows])
-    what = columns.score_name(score)
-    if len(found) < tried[tried != ""].nunique():
-        what += f", {'among the ranks' if moved else 'where only the rank differs'} ({of_these})"
-    what += _over(task, last)
     enough = next(row for row in rows if row["verdict"] in ("best", "tie"))
-    others = _by_verdict(rows, {best["level"], *([enough["level"]] if enough is not best else [])})
-    step = {"difference": last["step"], "low": last["step_low"], "high": last["step_high"], "scale": last["scale"]}
-    better = "lower" if columns.lower_is_better(score) else "higher"
-    p = f", p {words.p_is(last['step_p'])}" if words.known(last["step_p"]) else ""
-    ends = f"from {words.number(rows[-2]['value'])} to {words.number(last['value'])}"
-    tail = (
-        f"{others}. From rank {rows[-2]['level']:g} to {last['level']:g} it went {ends} "
-        f"({words.difference(step)}{p}; {better} is better){moved}."
-    )
+    what, scope = columns.score_name(score), _over(task, last)
+    moved = _with(task, RANK, [row | {"reference": best["level"]} for row in rows])
+    tried = task.design.levels[RANK]
+    if len(rows) < tried[tried != ""].nunique():
+        what += f", {'among the ranks' if moved else 'where only the rank differs'} "
+        what, scope = f"{what}({', '.join(row['level'] for row in rows)})", scope.replace(", with ", "; all with ")
+    else:
+        what, scope = what + scope, ""
     if enough is not best:
-        return (
-            f"{what}: rank {enough['level']:g} is the smallest that is not separable from the "
-            f"best, {best['level']:g} ({words.difference(enough)}, p {words.p_is(enough['p_adjusted'])}){tail}"
-        )
-    if best is last:
-        return f"{what}: rank {best['level']:g}, the largest tried, is best, and returns have not ended there{tail}"
-    end = ", the smallest tried, has the best figure" if best is smallest else " has the best figure"
-    return f"{what}: rank {best['level']:g}{end}{tail}"
+        said = f"rank {enough['level']} is the smallest that is not separable from the best, {best['level']} "
+        said += f"({words.difference(enough)}, p {words.p_is(enough['p_adjusted'])})"
+    elif best is last:
+        said = f"rank {best['level']}, the largest tried, is best, and returns have not ended there"
+    else:
+        said = f"rank {best['level']}{', the smallest tried,' if best is smallest else ''} has the best figure"
+    others = _by_verdict([row for row in rows if row is not best and row is not enough])
+    return f"{what}: {said}{others}{scope}. {_last_step(score, rows)}{moved}."
 
 
-def _by_verdict(rows: Sequence[Mapping[str, Any]], told: set[float]) -> str:
-    """The ranks that are not ``told`` yet: those worse than the best, and those that are not shown to be."""
-    parts = []
+def _last_step(score: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the largest rank changed against the one before it."""
+    before, last = rows[-2:]
+    step = {"difference": last["step"], "low": last["step_low"], "high": last["step_high"], "scale": last["scale"]}
+    p = f", p {words.p_is(last['step_p'])}" if words.known(last["step_p"]) else ""
+    better = "lower" if columns.lower_is_better(score) else "higher"
+    ends = f"from {words.number(before['value'])} to {words.number(last['value'])}"
+    since = f"From rank {before['level']} to {last['level']} it went {ends}"
+    return f"{since} ({words.difference(step)}{p}; {better} is better)"
+
+
+def _by_verdict(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Those of these ranks that are worse than the best, and those that are not shown to be."""
+    text = ""
     for verdict, said in (("worse", "worse than the best"), ("tie", "no difference from the best is shown")):
-        those = [row for row in rows if row["verdict"] == verdict and row["level"] not in told]
-        named = ", ".join(
-            f"{row['level']:g} ({words.number(row['value'])}, p {words.p_is(row['p_adjusted'])})" for row in those
-        )
-        parts += [f"{said}: {named}"] if those else []
-    return "; " + "; ".join(parts) if parts else ""
+        those = [row for row in rows if row["verdict"] == verdict]
+        figures = (f"{words.number(row['value'])}, p {words.p_is(row['p_adjusted'])}" for row in those)
+        named = ", ".join(f"{row['level']} ({figure})" for row, figure in zip(those, figures, strict=True))
+        text += f"; {said}: {named}" if those else ""
+    return text
 
 
 def cost_findings(task: Task, factor: str, costs: Mapping[str, pd.DataFrame]) -> Iterator[str]:
     """What the levels of a factor certainly cost in time and memory, in sentences."""
     for column, found in costs.items():
-        for row in found.to_dict("records"):
+        for row in _rows(found):
             certain = row["verdict"] in ("worse", "better")
             if certain and abs(row["difference"]) >= 0.01 and column in (SECONDS, DEVICE_MEMORY.column):
                 level, reference = (f"`{task.names.setting(factor, row[name])}`" for name in ("level", "reference"))

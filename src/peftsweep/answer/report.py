@@ -55,12 +55,28 @@ def write(
     ``quality_loss`` is the share of the best figure that may be lost where speed goes before quality.
     """
     file = folder / RESULTS
-    tasks = [Task(name, part, predictions) for name, part in stats.tasks(table).items()]
-    summary = {task.name: list(findings.summary(task)) for task in tasks}
-    lines = _document(folder, table, tasks, summary, steps, plots, quality_loss)
+    tasks = _tasks(table, predictions)
+    lines = _document(folder, table, tasks, steps, plots, quality_loss)
     record.write_text(file, "\n".join(lines).rstrip() + "\n")
-    plain = [line.removeprefix("- ") for said in summary.values() for line in said]
-    return file, [_unmarked(line) for line in plain]
+    return file, _plain_summary(tasks)
+
+
+def summary(table: pd.DataFrame, predictions: stats.Predictions | None = None) -> list[str]:
+    """What `write` says in short, as text, of these trials alone."""
+    return _plain_summary(_tasks(table, predictions))
+
+
+def _tasks(table: pd.DataFrame, predictions: stats.Predictions | None) -> list[Task]:
+    return [Task(name, part, predictions) for name, part in stats.tasks(table).items()]
+
+
+def _plain_summary(tasks: Sequence[Task]) -> list[str]:
+    """The summary of each task as text, below its name where there are several."""
+    lines = []
+    for task in tasks:
+        lines += [f"{task.name}:"] if len(tasks) > 1 else []
+        lines += [_unmarked(line.removeprefix("- ")) for line in task.summary]
+    return lines
 
 
 def _unmarked(text: str) -> str:
@@ -71,7 +87,6 @@ def _document(
     folder: Path,
     table: pd.DataFrame,
     tasks: Sequence[Task],
-    summary: Mapping[str, Sequence[str]],
     steps: pd.DataFrame,
     plots: Sequence[Path],
     quality_loss: float,
@@ -83,11 +98,11 @@ def _document(
     yield ""
     yield "## Summary"
     yield ""
-    for name, lines in summary.items():
+    for task in tasks:
         if len(tasks) > 1:
-            yield f"**{name}**"
+            yield f"**{task.name}**"
             yield ""
-        yield from lines
+        yield from task.summary
         yield ""
     for task in tasks:
         mark = f" ({task.name})" if len(tasks) > 1 else ""
@@ -164,10 +179,10 @@ def _ranking(task: Task, score: str, mark: str) -> Iterator[str]:
         yield ""
     yield _meaning(compared, len(compared), score)
     yield ""
-    yield from _not_in_names(task, list(compared.index))
+    yield from _not_in_names(task, compared.index[:ROWS].tolist())
 
 
-def _not_in_names(task: Task, numbers: Sequence[Any]) -> Iterator[str]:
+def _not_in_names(task: Task, numbers: list[int]) -> Iterator[str]:
     """The settings that configurations differ in and that their names do not hold, as they follow from others."""
     moved = {one.key for number in numbers[1:] for one in task.unnamed(numbers[0], number)}
     texts = task.design.settings.loc[numbers]

@@ -550,7 +550,7 @@ class Between:
 
 
 @dataclass(frozen=True)
-class Comparisons:
+class Tested:
     """Pairs of configurations in one column: each is tested once, and all are adjusted together, by Holm's method.
 
     All that a report says of two configurations (ranks, ties, sentences, cells of a table) is read from here, so that
@@ -576,7 +576,7 @@ class Comparisons:
         if (second, first) in self.pairs:
             return self.pairs[second, first].turned()
         places = np.searchsorted(self.measured.numbers, [first, second])
-        (found,) = _differences(self.measured, places[:1], places[1:])
+        (found,) = _tested(self.measured, places[:1], places[1:])
         return dataclasses.replace(found, p_adjusted=min(1.0, found.p * self.family))  # Bonferroni: at least Holm's
 
     def verdict(self, first: int, second: int) -> str:
@@ -594,9 +594,9 @@ class Comparisons:
         return ranks
 
 
-def comparisons(
+def tested(
     table: pd.DataFrame, column: str, predictions: Predictions | None = None, reference: int | None = None
-) -> Comparisons | None:
+) -> Tested | None:
     """Every pair of configurations that have ``column``, tested and adjusted; None where none has it."""
     measured = measure(table, column, predictions)
     k, sign = len(measured.means), direction(column) or 1
@@ -611,22 +611,23 @@ def comparisons(
     first, second = np.triu_indices(len(near), 1)
     names = [*zip(exact.numbers[first].tolist(), exact.numbers[second].tolist(), strict=True)]
     names += [(number, int(measured.numbers[place])) for number in measured.numbers[rest].tolist()]
-    found = _differences(exact, first, second)
+    found = _tested(exact, first, second)
     for some in np.array_split(rest, math.ceil(len(rest) / 200)) if len(rest) else []:
-        found += _differences(measured, some, np.full(len(some), place))
+        found += _tested(measured, some, np.full(len(some), place))
     family = max(1, k * (k - 1) // 2)
     adjusted = holm(np.array([pair.p for pair in found]), family)
     whole = (dataclasses.replace(pair, p_adjusted=float(a)) for pair, a in zip(found, adjusted, strict=True))
-    return Comparisons(measured, exact, int(measured.numbers[place]), family, dict(zip(names, whole, strict=True)))
+    return Tested(measured, exact, int(measured.numbers[place]), family, dict(zip(names, whole, strict=True)))
 
 
-def _differences(measured: Measured, first: NDArray[np.int64], second: NDArray[np.int64]) -> list[Between]:
+def _tested(measured: Measured, first: NDArray[np.int64], second: NDArray[np.int64]) -> list[Between]:
     """The differences of the configurations at these places, not adjusted yet."""
     if not len(first):
         return []
     contrasts, p = measured.pairs(first, second)
-    parts = (contrasts.estimate, *contrasts.interval, p)
-    return [Between(*map(float, one), math.nan) for one in zip(*parts, strict=True)]
+    low, high = contrasts.interval
+    parts = zip(contrasts.estimate.tolist(), low.tolist(), high.tolist(), p.tolist(), strict=True)
+    return [Between(*part, p_adjusted=math.nan) for part in parts]
 
 
 def compare(
@@ -634,7 +635,7 @@ def compare(
     column: str,
     predictions: Predictions | None = None,
     reference: int | None = None,
-    known: Comparisons | None = None,
+    known: Tested | None = None,
 ) -> pd.DataFrame:
     """Every configuration against the best one, or against ``reference``; the best first, by number of ``identify``.
 
@@ -646,10 +647,10 @@ def compare(
     given, ``better``, ``worse`` or ``tie`` with it; ``near``: within one standard error of the reference's own value,
     which a choice by other criteria may count as equal (the rule of Breiman et al., Classification and Regression
     Trees, 1984), where a tie may be no more than a lack of trials; ``chance``: what p covers, seeds, rows or both.
-    ``attrs["paired"]`` says whether the best were compared row by row. ``known`` is what ``comparisons`` gave, if
+    ``attrs["paired"]`` says whether the best were compared row by row. ``known`` is what ``tested`` gave, if
     it was called already.
     """
-    found = known or comparisons(table, column, predictions, reference)
+    found = known or tested(table, column, predictions, reference)
     if found is None:
         return pd.DataFrame(columns=COMPARED)
     measured, sign, best = found.measured, found.sign, found.against
