@@ -15,7 +15,7 @@ import pandas as pd
 
 from peftsweep import halving, naming, study, sweep_record
 from peftsweep.answer import columns, interchange, page, plot, report, stats
-from peftsweep.answer.columns import CALLED, PREDICTION_ERROR
+from peftsweep.answer.columns import CALLED, NAME, PREDICTION_ERROR
 from peftsweep.answer.table import (
     ALLOCATED,
     BREAK_EVEN,
@@ -99,6 +99,7 @@ def main(options: Options) -> int:
         write_parquet(one.table, one.folder / RESULTS_FILE)
         write_parquet(logged, one.folder / STEPS_FILE)
         called = one.table.assign(**{CALLED: columns.named_trials(one.table)})
+        called = called.assign(**{NAME: columns.named(one.table)})
         mine = called[called["collected.record"].isin(chosen["collected.record"])]
         print_study(mine, str(one.folder), of=len(one.table))
         rows = predictions(one.folder)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from peftsweep.answer.stats import SEED, SUCCESS, Measured, Predictions, Tested,
 from peftsweep.naming import FRACTION, Names, telling
 from peftsweep.record import Status
 
-GROUP = "group"
+GROUP, VARYING = "group", "varying"
 MOST_LEVELS = 30  # of a factor whose levels are held against each other
 NUMBERS = ("value", "reference_value", "difference", "low", "high", "p", "p_adjusted")
 EFFECTS = (
@@ -63,16 +65,24 @@ class Design:
 
         That is every setting but ``factors`` and what these consist of; with ``place``, also where they ran.
         """
-        one, other = self.settings.loc[list(first)], self.settings.loc[list(second)]
-        changed = (one.to_numpy() != other.to_numpy()).any(axis=0)
+        keys, texts = self.settings.columns, self._texts
+        one, other = (texts[self.settings.index.get_indexer(pd.Index(numbers))] for numbers in (first, second))
         found = []
-        for key in self.settings.columns[changed]:
-            here, there = one[key].tolist(), other[key].tolist()
+        for column in np.flatnonzero((one != other).any(axis=0)).tolist():
+            key, here, there = str(keys[column]), one[:, column].tolist(), other[:, column].tolist()
+            if key == SEED:  # which cell lost a seed matters less than whether a level was given others
+                here, there = [_together(here)], [_together(there)]
+                if here == there:
+                    continue
             if key in factors or (key in PLACE and not place) or any(_part_of(key, f, here, there) for f in factors):
                 continue
-            values = ((texts[0] or "none") if len(set(texts)) == 1 else "varying" for texts in (here, there))
+            values = ((texts[0] or "none") if len(set(texts)) == 1 else VARYING for texts in (here, there))
             found.append(Moved(key, *values))
         return found
+
+    @cached_property
+    def _texts(self) -> NDArray[np.object_]:
+        return self.settings.to_numpy(dtype=object)
 
     def moving(self, factor: str) -> list[str]:
         """The settings that differ where configurations differ in ``factor`` alone, of the factors."""
@@ -81,6 +91,11 @@ class Design:
         varied = self.settings.assign(**{GROUP: groups}).groupby(GROUP).nunique().max() > 1
         keys = [str(key) for key in varied.index[varied] if key not in (factor, *PLACE)]
         return [key for key in keys if not _part_of(key, factor, self.settings[key].tolist(), ())]
+
+
+def _together(seeds: Iterable[str]) -> str:
+    """All seeds of several configurations."""
+    return "+".join(sorted({seed for text in seeds for seed in text.split("+") if seed}, key=_number))
 
 
 def _part_of(key: str, factor: str, first: Sequence[str], second: Sequence[str]) -> bool:
@@ -109,7 +124,7 @@ def design(table: pd.DataFrame) -> Design:
     text = first[ours].astype("string").fillna("").set_axis(index)
     found = telling({key: text[key].tolist() for key in ours})
     if SEED in table:
-        seeds = good[SEED].astype("string").groupby(numbers[good.index]).agg(lambda own: "+".join(sorted(set(own))))
+        seeds = good[SEED].astype("string").groupby(numbers[good.index]).agg(_together)
         text[SEED] = seeds.reindex(index)
     for key in PLACE:
         if key in table and table[key].nunique() > 1:
@@ -155,13 +170,19 @@ def effects(
 def _cells(text: pd.DataFrame, factor: str) -> pd.DataFrame:
     """The places of configurations by level (rows, by size) and context (columns); empty with too many levels."""
     others = [c for c in text.columns if c != factor]
-    frame = pd.DataFrame({"level": text[factor].to_numpy(), "place": np.arange(len(text))})
-    frame["context"] = text.groupby(others, sort=False).ngroup().to_numpy() if others and len(text) else 0
-    frame = frame[frame["level"] != ""].drop_duplicates(["level", "context"])
-    if frame["level"].nunique() > MOST_LEVELS:
+    contexts = zip(*(text[c].tolist() for c in others), strict=True) if others else itertools.repeat(())
+    cells: dict[str, dict[Any, int]] = {}
+    for place, (level, context) in enumerate(zip(text[factor].tolist(), contexts, strict=False)):
+        if level:
+            cells.setdefault(level, {}).setdefault(context, place)
+    if len(cells) > MOST_LEVELS:
         return pd.DataFrame()
-    cells = frame.set_index(["level", "context"])["place"].unstack()
-    return cells.loc[sorted(cells.index, key=_number)]
+    every = {context: n for n, context in enumerate(dict.fromkeys(c for of_level in cells.values() for c in of_level))}
+    levels = sorted(cells, key=_number)
+    found = np.full((len(levels), len(every)), np.nan)
+    for row, level in zip(found, levels, strict=True):
+        row[[every[context] for context in cells[level]]] = list(cells[level].values())
+    return pd.DataFrame(found, index=levels)
 
 
 def _number(level: str) -> tuple[int, float, str]:

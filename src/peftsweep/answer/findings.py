@@ -5,6 +5,7 @@ Every sentence is made from figures of the study; where the data does not tell, 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import pandas as pd
 
 from peftsweep.answer import columns, effects, stats, words
 from peftsweep.answer.columns import DEVICE_MEMORY, RANK, WITHOUT_RESULT
-from peftsweep.answer.effects import Moved
+from peftsweep.answer.effects import VARYING, Moved
 from peftsweep.answer.words import ADAPTER, SECONDS, SHOWN_MEMORY
 from peftsweep.naming import Names
 from peftsweep.record import Status
@@ -69,9 +70,10 @@ class Task:
         """What the levels of one factor do to a score, or to a cost against the level ``reference``."""
         key = (column, factor if reference else "", reference)
         if key not in self._effects:
-            named = {factor: reference} if reference else None
-            known = self.tested(column)
-            self._effects[key] = effects.effects(self.table, column, None, named, self.design, known)
+            known, plan, named = self.tested(column), self.design, None
+            if reference:
+                plan, named = dataclasses.replace(plan, factors=[factor]), {factor: reference}
+            self._effects[key] = effects.effects(self.table, column, None, named, plan, known)
         found = self._effects[key]
         return found[found["factor"] == factor]
 
@@ -158,7 +160,8 @@ def _best(task: Task, score: str) -> str:
         best_is = f"the best figure is that of `{task.labels[best]}`, {figure}"
         return f"- **{what}**: {best_is}; how far chance reaches is not known."
     if len(others) == len(compared) - 1:
-        gap = words.difference(compared.iloc[-1])
+        last = compared.iloc[-1]
+        gap = f"{words.difference(last)}, p {words.p_is(last['p_adjusted'])}"
         every = "both" if len(compared) == 2 else f"all {len(compared)}"
         return (
             f"- **{what}**: {every} configurations are a tie; the best figure is that of "
@@ -370,7 +373,10 @@ def _with(task: Task, factor: str, rows: Sequence[Mapping[str, Any]]) -> str:
     if not found:
         return ""
     levels = sorted({reference, *(str(row["level"]) for row in rows)}, key=words.sortable)
-    parts = [f"{task.names.key(k)} ({', '.join(of.get(n, of[reference]) for n in levels)})" for k, of in found.items()]
+    parts = []
+    for key, of_key in found.items():
+        values = [of_key.get(level, of_key[reference]) for level in levels]
+        parts.append(f"{task.names.key(key)} ({', '.join(values if set(values) != {VARYING} else [VARYING])})")
     told = ", ".join(value(factor, level) for level in levels)
     return f"; with the {columns.factor_name(factor)} ({told}) moved {', '.join(parts)}"
 

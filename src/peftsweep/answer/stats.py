@@ -79,7 +79,8 @@ def tasks(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     differing = [c for c in (*TASK, *judged) if c in table and table[c].nunique(dropna=False) > 1]
     shown = table[[c for c in (*TASK, *judged) if c in table]].astype("string").fillna("")
     same = shown.groupby(differing, sort=False).ngroup() if differing else pd.Series(0, index=table.index)
-    table = table.assign(**{NAME: named(table)}) if len(table) else table
+    if NAME not in table and len(table):
+        table = table.assign(**{NAME: named(table)})
     parts = [table[same == number] for number in range(same.max() + 1)] if len(table) else []
     firsts = [shown.loc[part.index[0]] for part in parts]
     names = [_task_name(first) for first in firsts]
