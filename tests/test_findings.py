@@ -70,7 +70,7 @@ def study(
 
 
 def random_study(seed: int, most: int = 24) -> Study:
-    """At most so many configurations: some factors, of which some matter, cells that are missing, one to three seeds."""
+    """At most so many configurations: some factors, of which some matter, cells that lack, 1 to 3 seeds."""
     draw = np.random.default_rng(seed)
     names = [name for name in FACTORS if draw.random() < 0.6] or ["config.method.r"]
     levels = {name: list(FACTORS[name])[: int(draw.integers(2, len(FACTORS[name]) + 1))] for name in names}
