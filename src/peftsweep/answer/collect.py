@@ -95,11 +95,11 @@ def main(options: Options) -> int:
     every = together([one.table for one in collected])
     chosen = every[where(every, options.where)] if options.where else every
     for one in collected:
-        logged = steps(one.results)
-        write_parquet(one.table, one.folder / RESULTS_FILE)
-        write_parquet(logged, one.folder / STEPS_FILE)
         called = one.table.assign(**{CALLED: columns.named_trials(one.table)})
         called = called.assign(**{NAME: columns.named(one.table)})
+        logged = steps(one.results, dict(zip(called["run_info.trial"], called[CALLED], strict=True)))
+        write_parquet(one.table, one.folder / RESULTS_FILE)
+        write_parquet(logged, one.folder / STEPS_FILE)
         mine = called[called["collected.record"].isin(chosen["collected.record"])]
         print_study(mine, str(one.folder), of=len(one.table))
         rows = predictions(one.folder)

@@ -163,9 +163,10 @@ def _best(task: Task, score: str) -> str:
         last = compared.iloc[-1]
         gap = f"{words.difference(last)}, p {words.p_is(last['p_adjusted'])}"
         every = "both" if len(compared) == 2 else f"all {len(compared)}"
+        moved = also(task, task.unnamed(best, compared.index[-1])) if len(compared) == 2 else ""
         return (
             f"- **{what}**: {every} configurations are a tie; the best figure is that of "
-            f"`{task.labels[best]}`, {figure}, and the last differs by {gap}."
+            f"`{task.labels[best]}`, {figure}, and the last differs by {gap}{moved}."
         )
     known = task.tested(score)
     assert known is not None  # as there is a score to rank
@@ -184,7 +185,8 @@ def _best(task: Task, score: str) -> str:
     named += f"; and {len(others) - 6} more" if len(others) > 6 else ""
     beaten = all(any(known.verdict(n, other) == "worse" for other in [best, *others]) for n in worse)
     return (
-        f"- **{what}**: the best figure is that of `{task.labels[best]}`, {figure}. It is a tie with {named}. "
+        f"- **{what}**: the best figure is that of `{task.labels[best]}`, {figure}. It is a tie with {named}"
+        f"{also(task, task.unnamed(best, others[0])) if len(others) == 1 else ''}. "
         f"{words.plural('configuration', len(worse))} of {len(compared):,} {'is' if len(worse) == 1 else 'are'} "
         f"worse than {'one of these' if beaten else 'another one'}."
     )
