@@ -166,7 +166,7 @@ def as_text(value: Any) -> str:
     """A value as a table of records keeps it; empty for none. What is given as text stays as it is."""
     if isinstance(value, str):
         return value
-    if value is None or value != value or type(value).__name__ == "NAType":
+    if value is None or type(value).__name__ == "NAType" or value != value:
         return ""
     return json.dumps(value) if isinstance(value, list | tuple | dict) else str(value)
 
