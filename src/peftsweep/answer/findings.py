@@ -333,7 +333,9 @@ def _several(task: Task, factor: str, score: str, found: pd.DataFrame) -> str:
     scopes = [_over(task, row) for row in rows]
     same = len(set(scopes)) == 1
     reference = f"`{task.names.setting(factor, first['reference'])}`"
-    ahead = "has the best figure" if not (found["verdict"] == "better").any() else "is held against the others"
+    ahead = "is held against the others"  # of levels that share few settings each may be ahead of another
+    if ((columns.direction(score) or 1) * found["difference"] <= 0).all():
+        ahead = "has the best figure"
     figure = f", {words.number(first['reference_value'])}" if found["reference_value"].nunique() == 1 else ""
     parts = [f"{columns.score_name(score)}{scopes[0] if same else ''}: {reference} {ahead}{figure}"]
     heads = {
