@@ -262,6 +262,10 @@ def test_a_p_value_is_told_on_its_side_of_the_limit() -> None:
     ]
 
 
+def test_a_difference_of_nothing_has_no_sign() -> None:
+    assert words.difference({"difference": -0.0, "low": -0.0, "high": 0.0, "scale": "difference"}).count("−") == 0
+
+
 def test_a_level_that_is_better_than_the_one_it_is_held_against_is_called_so(tmp_path: Path) -> None:
     hit = [np.arange(ROWS) < n for n in (55, 20, 50)]
     one = study([{"choices.quant": quant} for quant in ("none", "4bit", "8bit")], hit)

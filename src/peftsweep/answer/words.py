@@ -87,7 +87,7 @@ def amount(value: float, scale: str, *, signed: bool = False) -> str:
     """A difference without its interval: in per cent where ``scale`` is ``ratio``."""
     if not known(value):
         return "?"
-    sign = "+" if signed else ""
+    value, sign = value + 0.0, "+" if signed else ""  # a zero has no sign
     if scale == "ratio":
         text = f"{value:{sign}.1%}" if abs(value) < 1 else f"{value:{sign},.0%}"
     else:
