@@ -122,7 +122,12 @@ def test_only_failures_make_no_plot_and_no_error(collect_command: Collect) -> No
 
 @pytest.mark.parametrize(
     ("words", "problem"),
-    [([], "no study under multirun/"), (["nope"], "study=nope: no such folder"), (["--out", "x.xls"], "must end in")],
+    [
+        ([], "no study under multirun/"),
+        (["nope"], "study=nope: no such folder"),
+        (["--out", "x.xls"], "must end in"),
+        (["--quality-loss", "2"], "--quality-loss: must be a share from 0 to below 1, not 2"),
+    ],
 )
 def test_bad_input_is_one_line(words: list[str], problem: str, collect_command: Collect) -> None:
     code, _, err = collect_command(*words)
@@ -148,8 +153,10 @@ def test_compiling_is_compared_with_the_same_trial_without_it(collect_command: C
             result.train_info |= {"step_seconds_p50": seconds} | (facts if backend == "inductor" else {})
             result.write(folder)
     _, out, _ = collect_command()
-    assert "r8-inductor: inductor steps are 2.00 times as fast as eager ones; pays from step 40 on" in out
-    assert "r16-inductor: inductor steps are 0.67 times as fast as eager ones; never pays" in out
+    assert (
+        "lora, r=8, compile=inductor: inductor steps are 2.00 times as fast as eager ones; pays from step 40 on" in out
+    )
+    assert "lora, r=16, compile=inductor: inductor steps are 0.67 times as fast as eager ones; never pays" in out
     table = peftsweep.load().set_index("run_info.trial")
     assert table["train_info.compile_speed_up"].to_dict()["r8-inductor"] == 2.0
     assert table["train_info.compile_break_even_step"].isna().sum() == 2
@@ -196,12 +203,12 @@ def test_a_large_study_shows_its_best_trials(collect_command: Collect) -> None:
     assert "0.100" in rows[-1]
 
 
-def test_trials_that_look_the_same_are_named(collect_command: Collect) -> None:
-    write("first", 8, 0.5, alpha=1)
-    write("second", 8, 0.6, alpha=2)
+def test_whatever_trials_differ_in_is_a_column_of_the_table(collect_command: Collect) -> None:
+    write("first", 8, 0.5, alpha="one")
+    write("second", 8, 0.6, alpha="two")
     _, out, _ = collect_command("--no-plots")
-    assert "first" in out
-    assert "second" in out
+    cells = [[cell.strip() for cell in line.split("│")[1:3]] for line in out.splitlines() if line.startswith("│")]
+    assert [row[0] for row in cells] == ["one", "two"]
 
 
 def test_a_cpu_says_nothing_of_the_memory_of_a_small_model(collect_command: Collect) -> None:
@@ -234,7 +241,7 @@ def test_status_tells_how_a_study_stands_and_writes_nothing(collect_command: Col
         "multirun/default: 5 trials: 1 success, 4 failed, 1 running",
         f"    running: {me}",
         "    cut off, the same command continues: lora-r2-bbbbbbbbbb",
-        "    failed in train: RuntimeError: broken: r16, r32, r64 and 1 more",
+        "    failed in train: RuntimeError: broken: lora, r=16; lora, r=32; lora, r=64 and 1 more",
     ]
     assert sorted(file for file in place.rglob("*") if ".claims" not in str(file)) == before
     assert "0 running" in collect_command("--status")[1]

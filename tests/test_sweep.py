@@ -27,7 +27,7 @@ def test_a_sweep_trains_every_point_once_and_a_rerun_none(command: Command) -> N
     words = [*SMALL, "method.r=2,4", "quant=none,4bit", "-m"]
     code, out, _ = command(*words)
     assert code == 0
-    assert "[4/4] tiny-lora-r4-4bit" in out
+    assert "[4/4] lora, 4bit, r=4\n" in out
     assert out.splitlines()[-1] == "4 trials: 4 success  (multirun/default)"
     before = {name: result.run_info["created_at"] for name, result in records().items()}
     code, out, _ = command(*words)

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -208,6 +209,7 @@ def collect() -> None:
                 kind="svg" if words.svg else "png",
                 from_peft=words.from_peft,
                 to_peft=words.to_peft,
+                **({} if words.quality_loss is None else {"quality_loss": words.quality_loss}),
             )
         )
 
@@ -233,6 +235,12 @@ def _collect_parser() -> argparse.ArgumentParser:
         help="show, and write to --out, only these: \"choices.quant == '4bit'\"",
     )
     parser.add_argument("--no-plots", action="store_true", help="no plots and no report.html")
+    parser.add_argument(
+        "--quality-loss",
+        type=_share,
+        metavar="SHARE",
+        help="of the best score that advice may give up for speed (default: 0.05)",
+    )
     parser.add_argument("--svg", action="store_true", help="plots as .svg instead of .png")
     parser.add_argument("--status", action="store_true", help="instead: how the studies stand, and what failed and why")
     parser.add_argument(
@@ -243,6 +251,13 @@ def _collect_parser() -> argparse.ArgumentParser:
         "--memory-guide", metavar="MODEL", help="instead: which method and quantisation of it fits which GPU, predicted"
     )
     return parser
+
+
+def _share(text: str) -> float:
+    with suppress(ValueError):
+        if 0 <= float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a share from 0 to below 1, not {text}")
 
 
 def data() -> None:

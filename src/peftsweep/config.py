@@ -131,6 +131,12 @@ class Trial:
     earlier: Identity | None = None  # by the first rule, where another
     # Which fields of an experiment's files were taken, and which not: see experiment.Reading.facts.
     experiment: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
+    told_by: str = ""  # what tells it from the other trials of its sweep and study
+
+    @property
+    def name(self) -> str:
+        """What the trial is called beside others, see naming; its label where it is alone."""
+        return self.told_by or self.label
 
     @property
     def label(self) -> str:

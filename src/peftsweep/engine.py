@@ -169,7 +169,7 @@ class _Watch:
     def _view(self, one: Trial) -> TrialView:
         if one.identity not in self._views:
             self._named = one.identity
-            self._views[one.identity] = self._display.trial(one.label)
+            self._views[one.identity] = self._display.trial(one.name)
         return self._views[one.identity]
 
     def end(self, one: Trial, result: Result) -> Result:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 import threading
@@ -92,6 +93,16 @@ def result(trial: Path) -> Result | None:
         raise InputError(f"{error}; take another study=") from None
     except RecordError:
         return None
+
+
+def records(study: Path, most: int) -> list[Result]:
+    """The records of a study that can be read; none of one of more than ``most`` trials."""
+    files = list(itertools.islice(study.glob(f"*/{RESULT}"), most + 1))
+    found = []
+    for file in files if len(files) <= most else []:
+        with suppress(RecordError):
+            found.append(Result.read(file.parent))
+    return found
 
 
 def mark_trained(done: Result) -> None:

@@ -7,10 +7,11 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 from peftsweep import config as configuration
-from peftsweep import engine, experiment, forecast, record, repeat, study, trial, workers
+from peftsweep import engine, experiment, forecast, naming, record, repeat, study, trial, workers
 from peftsweep.config import Trial
 from peftsweep.display import Display, size, summary
 from peftsweep.engine import Launch
@@ -19,6 +20,8 @@ from peftsweep.forecast import Forecast
 from peftsweep.record import Result, Status, counted, trials_in_words
 from peftsweep.sweep_record import SweepRecord
 from peftsweep.workers import Budget, Options
+
+MOST_READ = 400  # records of a study that are read for the names of a sweep that goes on in it
 
 
 def run(
@@ -42,7 +45,7 @@ def run(
     if not trials:
         raise InputError("the sweep is empty: a glob in it matches no option")
     options = options or Options(workers=0)
-    config = trials[0].config
+    config, trials = trials[0].config, _named(trials)
     if launch and config.stop_on_failure:
         raise InputError("stop_on_failure=true: only with hydra/launcher=local; others are given all trials at once")
     if config.dry_run:
@@ -67,7 +70,7 @@ def run(
             )
         for one in missing.values():
             if warning := experiment.unheeded(one.experiment):
-                display.say(f"{one.label}: {warning}")
+                display.say(f"{one.name}: {warning}")
         todo, budget = list(missing.values()), budget or Budget(options)
         ended = engine.run(todo, launch, display) if launch else workers.run(todo, options, budget, display)
         sweep_record = sweep_record or SweepRecord(study.folder(config.study), [], options.workers)
@@ -81,13 +84,24 @@ def run(
         finally:
             with suppress(OSError):  # a full disk, of which the trials have said so
                 sweep_record.write()
-        _summarise(display, results, config.study)
+        _summarise(display, trials, results, config.study)
         same = [
             _compared(display, one, result) for one, result in zip(trials, results, strict=True) if one.config.repeat
         ]
     if not all(same):
         raise SweepFailed("a repeated trial is not the same")
     return results
+
+
+def _named(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials with names that tell them apart, also from those that the study holds already."""
+    own = {one.identity for one in trials}
+    held = study.records(study.folder(trials[0].config.study), MOST_READ)
+    others = [vars(result) for result in held if result.run_info.get("identity") not in own]
+    trees = [{"choices": one.choices, "config": one.tree} for one in trials]
+    if len(trees) + len(others) < 2:
+        return list(trials)
+    return [replace(one, told_by=name) for one, name in zip(trials, naming.of_trees([*trees, *others]), strict=False)]
 
 
 def _compared(display: Display, one: Trial, result: Result | None) -> bool:
@@ -110,7 +124,7 @@ def answer(one: Trial, result: Result | None) -> Any:
     """
     columns = one.config.objective
     if result is None:
-        return None if columns is None else SweepFailed(f"{one.label}: not run")
+        return None if columns is None else SweepFailed(f"{one.name}: not run")
     if not result.status.good or (columns is not None and result.status is not Status.success):
         return SweepFailed(f"{result.trial}: {result.status.name}")
     if columns is None:
@@ -173,11 +187,12 @@ def _once(results: Sequence[Result | None]) -> list[Result]:
     return list({result.trial: result for result in results if result is not None}.values())
 
 
-def _summarise(display: Display, results: Sequence[Result | None], name: str) -> None:
+def _summarise(display: Display, trials: Sequence[Trial], results: Sequence[Result | None], name: str) -> None:
     reached = _once(results)
+    names = {result.trial: one.name for one, result in zip(trials, results, strict=True) if result is not None}
     bad = [result for result in reached if not result.status.good]
     for result in bad if len(reached) > 1 else []:
-        display.say(f"{result.run_info['labels'][0]}: {summary(result)[0]}")
+        display.say(f"{names[result.trial]}: {summary(result)[0]}")
     said, left = counted(result.status.name for result in reached), sum(result is None for result in results)
     said += f", {left} not run" if left else ""
     display.console.print(f"{said}  ({study.folder(name)})", markup=False)
@@ -194,7 +209,7 @@ def _dry_run(trials: Sequence[Trial]) -> None:
         listed.setdefault((one.identity, one.label), one)
     trials = list(listed.values())
     first: dict[str, Trial] = {}  # of those that attach the same
-    width, printed = max(len(one.label) for one in trials), []
+    width, printed = max(len(one.name) for one in trials), []
     for one in trials:
         configuration.check_conversations(one.config)
         forecasts.append(foreseen := forecast.check(one))
@@ -203,7 +218,7 @@ def _dry_run(trials: Sequence[Trial]) -> None:
         if not config.quiet:
             print(_plan_line(row, width), flush=True)
             if warning := experiment.unheeded(one.experiment):
-                print(f"  {one.label}: {warning}", flush=True)
+                print(f"  {one.name}: {warning}", flush=True)
     rows = [_plan_row(*row) for row in zip(trials, forecasts, _stand_ins(trials, forecasts), strict=True)]
     file = study.folder(config.study) / study.PLAN
     record.write_json(file, rows)
@@ -212,7 +227,7 @@ def _dry_run(trials: Sequence[Trial]) -> None:
             if row != before:  # another point of the sweep, which came later, has its record already
                 print(_plan_line(row, width))
         for line in dict.fromkeys(row["coverage"] for row in rows if row["coverage"]):
-            same = [row["label"] for row in rows if row["coverage"] == line]
+            same = [row["name"] for row in rows if row["coverage"] == line]
             print(f"{', '.join(same)}: {line}")
     new = sum(row["state"] == "new" for row in rows)
     print(f"{trials_in_words(len(rows))}, {new} new; nothing was trained ({file})")
@@ -221,7 +236,7 @@ def _dry_run(trials: Sequence[Trial]) -> None:
 def _plan_line(row: dict[str, Any], width: int) -> str:
     trainable = "?" if row["trainable_parameters"] is None else f"{row['trainable_parameters']:,}"
     return (
-        f"{row['label']:{width}}  {row['state']:8}  {trainable:>13} trainable  "
+        f"{row['name']:{width}}  {row['state']:8}  {trainable:>13} trainable  "
         f"{size(row['adapter_bytes']):>9}  memory {size(row['predicted_memory_bytes']):>9}"
         + "".join(f"  {row[key]}" for key in ("refused", "oversized", "same_as", "outdated") if row[key])
     )
@@ -244,13 +259,14 @@ def _plan_row(one: Trial, foreseen: Forecast, stand_in: Trial) -> dict[str, Any]
     return {
         "trial": trial.folder(stand_in).name,
         "label": one.label,
+        "name": one.name,
         "state": held.status.name if held and not one.config.force and not outdated else "same" if same else "new",
         "outdated": outdated,
         "trainable_parameters": foreseen.trainable_parameters,
         "total_parameters": foreseen.total_parameters,
         "adapter_bytes": foreseen.adapter_bytes,
         "coverage": foreseen.coverage,
-        "same_as": f"{how} {stand_in.label}" if same else None,
+        "same_as": f"{how} {stand_in.name}" if same else None,
         "refused": foreseen.refused,
         "predicted_memory_bytes": None if predicted is None else predicted.peak_bytes,
         "oversized": forecast.oversized(one),

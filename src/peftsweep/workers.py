@@ -89,7 +89,7 @@ def run(trials: Sequence[Trial], options: Options, budget: Budget, display: Disp
 def _here(queue: deque[Job], budget: Budget, display: Display, options: Options) -> Iterator[tuple[Trial, Result]]:
     while queue and (room := budget.take(len(queue[0]))):
         job = queue.popleft()[:room]
-        views = [display.trial(one.label) for one in job]
+        views = [display.trial(one.name) for one in job]
         try:
             results = _run_job(job, views, options) if len(job) > 1 else [_patiently(job[0], views[0])]
         except study.Claimed:  # one of several, so that the others go on alone
@@ -246,7 +246,7 @@ def _in_pool(
         for worker in pool:
             if not worker.job and queue and (room := budget.take(len(queue[0]))):
                 job = queue.popleft()[:room]
-                worker.give(job, [display.trial(one.label) for one in job], options)
+                worker.give(job, [display.trial(one.name) for one in job], options)
         busy = [worker for worker in pool if worker.job]
         if not busy and not later:
             return

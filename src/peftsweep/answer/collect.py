@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import gc
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,9 +13,9 @@ from typing import Any
 
 import pandas as pd
 
-from peftsweep import halving, study, sweep_record
+from peftsweep import halving, naming, study, sweep_record
 from peftsweep.answer import columns, interchange, page, plot, report, stats
-from peftsweep.answer.columns import PREDICTION_ERROR
+from peftsweep.answer.columns import CALLED, NAME, PREDICTION_ERROR
 from peftsweep.answer.table import (
     ALLOCATED,
     BREAK_EVEN,
@@ -52,6 +52,7 @@ class Options:
     out: Path | None = None  # one table of the trials of all
     where: str | None = None  # of the trials that are shown and written to `out`
     plots: bool = True  # and report.html
+    quality_loss: float = report.QUALITY_LOSS  # share of the best score that advice may give up for speed
     kind: str = "png"  # of the plots' files, or svg
     from_peft: Path | None = None  # result files of PEFT's comparison, which become a study
     to_peft: Path | None = None  # where the trials are written as such
@@ -94,14 +95,17 @@ def main(options: Options) -> int:
     every = together([one.table for one in collected])
     chosen = every[where(every, options.where)] if options.where else every
     for one in collected:
-        logged = steps(one.results)
+        called = one.table.assign(**{CALLED: columns.named_trials(one.table)})
+        called = called.assign(**{NAME: columns.named(one.table)})
+        logged = steps(one.results, dict(zip(called["run_info.trial"], called[CALLED], strict=True)))
         write_parquet(one.table, one.folder / RESULTS_FILE)
         write_parquet(logged, one.folder / STEPS_FILE)
-        mine = one.table[one.table["collected.record"].isin(chosen["collected.record"])]
+        mine = called[called["collected.record"].isin(chosen["collected.record"])]
         print_study(mine, str(one.folder), of=len(one.table))
         rows = predictions(one.folder)
         drawn = plot.study(one.table, logged, one.folder / "plots", options.kind, rows) if options.plots else []
-        findings, said = report.write(one.folder, one.table, logged, drawn, rows)
+        findings, said = report.write(one.folder, one.table, logged, drawn, rows, options.quality_loss)
+        said = report.summary(mine, rows) if options.where else said
         for line in [*said, *halving.notes(one.results)]:
             print(line)
         written = [one.folder / RESULTS_FILE, one.folder / STEPS_FILE, findings, *drawn]
@@ -158,17 +162,18 @@ def status(names: Sequence[str]) -> int:
             print(f"    last sweep: {last['seconds']:.0f} s, {outside:.0f} s of them outside trials")
         for reason, labels in _failures(results).items():
             more = f" and {len(labels) - 3} more" if labels[3:] else ""
-            print(f"    {reason}: {', '.join(labels[:3])}{more}")
+            print(f"    {reason}: {'; '.join(labels[:3])}{more}")
     return 0
 
 
 def _failures(results: Sequence[Result]) -> dict[str, list[str]]:
-    """Why trials did not succeed -> the labels of those it befell."""
+    """Why trials did not succeed -> the names of those it befell."""
     found: dict[str, list[str]] = {}
-    for result in results:
+    names = naming.of_trees([vars(result) for result in results])
+    for result, name in zip(results, names, strict=True):
         if result.status is not Status.success:
             reason = summary(result)[0] if result.error else result.status.name
-            found.setdefault(reason, []).append(result.run_info["labels"][0])
+            found.setdefault(reason, []).append(name)
     return found
 
 
@@ -205,14 +210,17 @@ def _best(table: pd.DataFrame, tasks: Mapping[str, pd.DataFrame]) -> pd.DataFram
 
 def print_table(table: pd.DataFrame, title: str) -> None:
     """What differs between the trials, how they ended, what they score and cost."""
-    differing, metrics = varying(table), columns.scores(table)
-    named = not differing or bool(table[differing].duplicated().any())  # they differ in something else
-    show_table(title, [_short(row, differing, metrics, named=named) for row in table.to_dict("records")])
+    names, metrics = columns.names_of_trials(table), columns.scores(table)
+    differing = [c for c in dict.fromkeys([*varying(table), *names.settings]) if c in table]
+    told = {c: names.key(c) for c in differing}
+    for column in differing:
+        table = table.assign(**{column: table[column].map(functools.partial(names.value, column))})
+    show_table(title, [_short(row, told, metrics, named=not differing) for row in table.to_dict("records")])
 
 
 def print_generation(table: pd.DataFrame) -> None:
     """How fast each trial generates: the medians over its categories, and the overheads with their 95% intervals."""
-    columns = [c for c in table.columns if c.startswith("generation_info.overall.") or c == "run_info.labels"]
+    columns = [c for c in table.columns if c.startswith("generation_info.overall.") or c == CALLED]
     rows = [
         _generated(row, variant)
         for row in table[columns].to_dict("records")
@@ -238,7 +246,7 @@ def _generated(row: Row, variant: str) -> dict[str, str]:
         if name.startswith("batch_") and name.endswith(".tokens_per_second")
     )
     return {
-        "trial": json.loads(row["run_info.labels"])[0],
+        "trial": row[CALLED],
         "model": variant,
         "first token ms": cell("time_to_first_token_p50", "{:.1f}", 1000),
         "next token ms": cell("seconds_per_token_p50", "{:.2f}", 1000),
@@ -252,8 +260,7 @@ def notes(table: pd.DataFrame, shown: pd.DataFrame) -> list[str]:
     lines = []
     for row in shown[shown[SPEED_UP].notna()].to_dict("records") if SPEED_UP in shown else []:
         pays = "never pays" if math.isinf(row[BREAK_EVEN]) else f"pays from step {row[BREAK_EVEN]:,.0f} on"
-        name = json.loads(row["run_info.labels"])[0]
-        lines.append(f"{name}: {row[COMPILE]} steps are {row[SPEED_UP]:.2f} times as fast as eager ones; {pays}")
+        lines.append(f"{row[CALLED]}: {row[COMPILE]} steps are {row[SPEED_UP]:.2f} times as fast as eager ones; {pays}")
     errors = table[PREDICTION_ERROR].dropna().astype(float) if PREDICTION_ERROR in table else pd.Series(dtype=float)
     if not errors.empty:
         where_measured = "on the device" if table[ALLOCATED].notna().any() else "by the process's resident memory"
@@ -271,13 +278,13 @@ def varying(table: pd.DataFrame) -> list[str]:
     return [c for c in columns if c in table and table[c].nunique(dropna=False) > 1]
 
 
-def _short(row: Row, differing: list[str], metrics: list[str], *, named: bool) -> dict[str, str]:
+def _short(row: Row, differing: Mapping[str, str], metrics: list[str], *, named: bool) -> dict[str, str]:
     def cell(column: str, form: str = "{}") -> str:
         value = row.get(column)
         return "" if value is None or pd.isna(value) else form.format(value)
 
-    name = {"trial": json.loads(row["run_info.labels"])[0]} if named else {}
-    short = name | {c.rpartition(".")[2]: cell(c) for c in differing}
+    name = {"trial": str(row[CALLED])} if named else {}
+    short = name | {said: cell(c) for c, said in differing.items()}
     measured = {
         columns.score_name(score): cell(score, "{:.3f}") + cell(f"{score.removesuffix('value')}stderr", " ± {:.3f}")
         for score in metrics

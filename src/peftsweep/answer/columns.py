@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
+from peftsweep import naming
 from peftsweep.metrics import LOWER_IS_BETTER
+from peftsweep.naming import Names
 from peftsweep.record import Status
 
-RANK, STATUS = "config.method.r", "run_info.status"
-METHOD, QUANT, TARGETS = "choices.method", "choices.quant", "choices.targets"
-SHORT = {"learning_rate": "lr", "target_modules": "modules"}
-FRACTION = re.compile(r"-?\d+\.\d+(e-?\d+)?|-?\d+e-\d+")  # a number, as text
+STATUS, TARGETS = "run_info.status", "choices.targets"
+RANK, METHOD, QUANT = naming.RANK, naming.METHOD, naming.QUANT
+NAME, CALLED = "name", "trial name"  # columns of what a trial's configuration is called, and a trial
 LONGEST = 48  # characters of a label
 MAIN_METRICS = ("accuracy", "acc_norm", "acc", "label_acc", "f1", "perplexity")  # of an evaluation, the first it has
 WITHOUT_RESULT = (Status.failed.name, Status.oom.name, Status.refused.name, Status.cancelled.name)
@@ -147,36 +147,57 @@ def axis_name(score: str) -> str:
 # ---- what was varied -------------------------------------------------------------------------------
 
 
-def labels(table: pd.DataFrame, factors: Sequence[str]) -> pd.Series[Any]:
-    """What each row is called: its values of ``factors``, such as ``lora, 4bit, r=8``."""
-    parts = [table[c].map(lambda value, c=c: in_words(c, value)) for c in factors]
+def texts(table: pd.DataFrame, keys: Iterable[str]) -> dict[str, list[str]]:
+    """Columns as text; empty where a trial has no such setting."""
+    return {key: table[key].astype("string").fillna("").tolist() for key in keys}
+
+
+def setting_columns(table: pd.DataFrame) -> list[str]:
+    """The columns of what makes a configuration, and is not the same in all of ``table``."""
+    ours = [c for c in table.columns if c.startswith(naming.SETTINGS) and not c.startswith(naming.NO_SETTINGS)]
+    varied = [c for c in ours if table[c].nunique(dropna=False) > 1]
+    # A trial with one evaluation more is the same configuration, unless the two disagree on a setting they share.
+    return [c for c in varied if not c.startswith(naming.OF_SOME) or table[c].nunique(dropna=True) > 1]
+
+
+def names(table: pd.DataFrame, labelled: bool = True) -> Names:
+    """What the settings and configurations of ``table`` are called, with the names some were given or without."""
+    also = [c for c in (METHOD, naming.LABEL) if c in table and (labelled or c == METHOD)]
+    return Names(texts(table, dict.fromkeys([*also, *setting_columns(table)])))
+
+
+def named(table: pd.DataFrame) -> pd.Series[Any]:
+    """What the configuration of each row is called."""
+    return pd.Series(names(table).trials(), table.index, dtype=object)
+
+
+def named_trials(table: pd.DataFrame) -> list[str]:
+    """What each trial is called: its configuration, and its seed where seeds differ."""
+    return names_of_trials(table).trials()
+
+
+def names_of_trials(table: pd.DataFrame) -> Names:
+    """What the settings and trials of ``table`` are called."""
+    ours = [c for c in table.columns if c.startswith(naming.SETTINGS)]
+    return naming.of_all(texts(table, ours))
+
+
+def labels(table: pd.DataFrame, factors: Sequence[str], names: Names | None = None) -> pd.Series[Any]:
+    """Each row's values of ``factors``, such as ``lora, 4bit, r=8``."""
+    called = names or Names({})
+    parts = [table[c].map(lambda value, c=c: called.setting(c, value)) for c in factors]
     rows = zip(*parts, strict=True) if parts else [()] * len(table)
     return pd.Series([", ".join(filter(None, row)) or "default" for row in rows], table.index, dtype=object)
 
 
 def in_words(factor: str, value: Any) -> str:
     """One value of a choice or setting; empty where the trial has no such setting."""
-    if pd.isna(value):
-        return ""
-    if factor == QUANT and value == "none":
-        return "unquantised"
-    if factor.startswith("choices."):
-        return f"{factor.rpartition('.')[2]} {value}" if value in ("default", "none") else str(value)
-    name = factor.rpartition(".")[2]
-    return f"{SHORT.get(name, name)}={plain(value)}"
+    return Names({}).setting(factor, value)
 
 
-def level_name(factor: str, value: Any) -> str:
+def level_name(factor: str, value: Any, names: Names | None = None) -> str:
     """One value of a choice or setting below the name of it."""
-    return in_words(QUANT, value) if factor == QUANT else plain(value)
-
-
-def plain(value: Any) -> str:
-    """A value without its name: a number in no more digits than it was given in, a list as its entries."""
-    text = str(value)
-    if isinstance(value, float) or FRACTION.fullmatch(text):
-        return f"{float(value):g}"
-    return "+".join(map(str, json.loads(text))) if text.startswith('["') else text  # lists are kept as JSON
+    return in_words(QUANT, value) if factor == QUANT else (names or Names({})).value(factor, value)
 
 
 def factor_name(column: str) -> str:
@@ -189,11 +210,11 @@ def file_mark(task: str) -> str:
     return "__" + re.sub(r"[^\w.]+", "-", task.lower()).strip("-")
 
 
-def shortened(text: str, longest: int = LONGEST) -> str:
-    """``text`` in one line, with its middle left out where it is long."""
-    line = " ".join(text.split())
-    half = longest // 2
-    return line if len(line) <= longest else f"{line[: half - 1]}…{line[-half:]}"
+def shortened(names: pd.Series[Any], longest: int = LONGEST) -> pd.Series[Any]:
+    """Names in one line each, with the middle left out of long ones; different ones stay different."""
+    every = list(dict.fromkeys(names))
+    lines = naming.distinct([" ".join(str(name).split()) for name in every], longest)
+    return names.map(dict(zip(every, lines, strict=True)))
 
 
 def outcomes(merged: pd.DataFrame) -> pd.Series[Any]:

@@ -95,7 +95,7 @@ def imported(content: Mapping[str, Any], name: str, file: str) -> Result:
             "total_seconds": run["total_time"],
         },
         choices=_choices(run["peft_config"], parameters),
-        config=_config(method, parameters, name),
+        config=_config(method, parameters, name) | {"label": run["experiment_name"]},
         train_info={
             "trainable_parameters": trained["num_trainable_params"],
             "total_parameters": trained.get("num_total_params"),

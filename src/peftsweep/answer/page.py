@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import html
 import itertools
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from peftsweep.answer import columns, effects, frontier, stats
-from peftsweep.answer.columns import STATUS
+from peftsweep.answer.columns import CALLED, STATUS
 from peftsweep.answer.plot import COLOURS, FADED, INK, RULE
 from peftsweep.record import counted, trials_in_words, write_text
 
@@ -30,7 +29,7 @@ BARS = 400  # configurations with their intervals: of more, they would be a fog
 CURVES = 40  # trials whose curves are drawn: the best
 CURVE_POINTS = 200  # of one curve
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
-TRIAL, LABELS = "run_info.trial", "run_info.labels"
+TRIAL = "run_info.trial"
 SPEED = "train_info.tokens_per_second"
 FIGURES = tuple(  # of a trial's panel, beside its scores
     f"train_info.{name}"
@@ -79,6 +78,7 @@ PAGE = """<!DOCTYPE html>
 def write(table: pd.DataFrame, steps: pd.DataFrame, folder: Path, predictions: stats.Predictions | None = None) -> Path:
     """Write the page of the study in ``folder``: ``table`` has a row a trial, ``steps`` a row a logged step."""
     shared, differing = _settings(table)
+    table = table.assign(**{CALLED: columns.named_trials(table)})
     every = stats.tasks(table)
     tasks = dict(sorted(every.items(), key=lambda task: -len(task[1]))[:TASKS])
     left = f"<p class='note'>The {TASKS} of {len(every)} models and datasets with the most trials.</p>"
@@ -142,7 +142,7 @@ def _trials(table: pd.DataFrame, found: Sequence[str]) -> str:
     linked = set(table[TRIAL].tail(PANELS))
     names = [
         f'<a href="#{html.escape(trial)}">{_text(label)}</a>' if trial in linked else _text(label)
-        for trial, label in zip(table[TRIAL], _labels(table), strict=True)
+        for trial, label in zip(table[TRIAL], table[CALLED], strict=True)
     ]
     seeds = ["config.seed"] if "config.seed" in table and table["config.seed"].nunique() > 1 else []
     cells = {"trial": names, "status": [_text(value) for value in table[STATUS]]}
@@ -184,10 +184,6 @@ def _trials(table: pd.DataFrame, found: Sequence[str]) -> str:
 def _text(value: Any) -> str:
     """``value`` as text that no browser takes for markup."""
     return html.escape(str(value), quote=False)
-
-
-def _labels(table: pd.DataFrame) -> list[str]:
-    return [str(json.loads(text)[0]) if isinstance(text, str) else str(text) for text in table[LABELS]]
 
 
 def _fresh(name: str, taken: Mapping[str, Any]) -> str:
@@ -249,7 +245,7 @@ def _frontier(task: str, merged: pd.DataFrame, table: pd.DataFrame, name: str) -
     good = merged[merged["n"] > 0]
     if not across or not columns.scores(merged) or len(good) < 2:
         return ""
-    series = columns.labels(good, found[:1])
+    series = columns.labels(good, found[:1], columns.names(table, labelled=False))
     groups = [(str(label), good.loc[places]) for label, places in good.groupby(series, sort=False).groups.items()]
     names = effects.labels(table).loc[good.index]
     hover = dict(zip(good.index, _hover(good, names, [*up, *across]), strict=True))
@@ -351,7 +347,7 @@ def _curves(task: str, table: pd.DataFrame, steps: pd.DataFrame, name: str) -> s
     score = next(iter(columns.main_scores(table)), None)
     best = table.sort_values(score, ascending=columns.direction(score) < 0, na_position="last") if score else table
     inside = best[best[TRIAL].isin(set(steps.loc[steps[shown].notna().any(axis=1), "trial"]))][:CURVES].sort_index()
-    names = dict(zip(inside[TRIAL], _labels(inside), strict=True))
+    names = dict(zip(inside[TRIAL], inside[CALLED], strict=True))
     rows = steps[steps["trial"].isin(names)]
     traces = []
     for place, (trial, label) in enumerate(names.items()):
@@ -454,9 +450,8 @@ def _panels(table: pd.DataFrame, differing: Sequence[str], folder: Path) -> str:
     if len(table) > PANELS:
         text += f" The newest {PANELS} trials have a panel; the records of all are in the study's folder."
     parts = [f"{text}</p>"]
-    names = _labels(rows)
     kept = rows[[TRIAL, STATUS, *(c for c in ERROR if c in rows), *differing, *figures]]
-    for name, row in zip(names, kept.to_dict("records"), strict=True):
+    for name, row in zip(rows[CALLED], kept.to_dict("records"), strict=True):
         own = {c: row[c] for c in differing if not pd.isna(row[c])}
         found = {c: row[c] for c in figures if not pd.isna(row[c])}
         problem = ": ".join(str(row[c]) for c in ERROR if c in row and not pd.isna(row[c]))

@@ -66,6 +66,7 @@ STYLE = {
 }
 
 
+CALLED = ".called"  # a factor's column of what its levels are called
 NAMES = (
     *("rank_", "frontier_", "modules_", "quantisation_", "heatmap_", "training_time", "adapter_size", "parameters"),
     *("latency", "memory_stages", "memory_predicted", "learning_curves"),
@@ -148,9 +149,16 @@ def _of_task(
 def _configurations(table: pd.DataFrame, predictions: stats.Predictions | None) -> pd.DataFrame:
     """One row a configuration, its ``label``, and in ``outcome`` what did not succeed; its attrs hold the factors."""
     merged = stats.configurations(table, predictions).copy()
-    factors = effects.factors(table)
-    merged = merged.assign(label=effects.labels(table).map(columns.shortened), outcome=columns.outcomes(merged))
-    merged.attrs |= {"factors": factors, "task": table.attrs["task"]}
+    plan = effects.design(table)
+    merged = merged.assign(label=columns.shortened(effects.labels(table)), outcome=columns.outcomes(merged))
+    # What levels are called, as columns, since pandas copies what is in attrs at every step.
+    told = {
+        f"{factor}{CALLED}": merged[factor].map(functools.partial(plan.names.setting, factor))
+        for factor in plan.factors
+    }
+    merged = merged.assign(**told)
+    moving = {factor: [plan.names.key(key) for key in plan.moving(factor)] for factor in (RANK, QUANT, TARGETS)}
+    merged.attrs |= {"factors": plan.factors, "task": table.attrs["task"], "moving": moving}
     return merged
 
 
@@ -194,7 +202,9 @@ def _against(merged: pd.DataFrame, factor: str, shown: Sequence[str | Cost]) -> 
     if isinstance(shown[0], str) and columns.measured(merged, columns.base_of(shown[0])):
         base = float(merged[columns.base_of(shown[0])].mean())
     styles = _styles(list(series), best)
-    return _facets(long, styles, columns.factor_name(factor), merged, base=base, joined=numeric, note=SPREADS)
+    moving = ", ".join(merged.attrs["moving"].get(factor, []))
+    note = SPREADS + (f"; with the {columns.factor_name(factor)} moved {moving}" if moving else "")
+    return _facets(long, styles, columns.factor_name(factor), merged, base=base, joined=numeric, note=note)
 
 
 def frontier(merged: pd.DataFrame, score: str) -> Any:
@@ -325,7 +335,7 @@ def heatmap(merged: pd.DataFrame, score: str) -> Any:
         colour = FADED if pd.isna(value) else "white" if shade < 0.5 else "black"
         ax.text(column, row, text, ha="center", va="center", fontsize=7, color=INK if pd.isna(value) else colour)
     ax.set_xticks(range(len(quants)), [columns.in_words(QUANT, quant) for quant in quants])
-    ax.set_yticks(range(len(order)), [columns.shortened(str(method)) for method in order])
+    ax.set_yticks(range(len(order)), list(columns.shortened(pd.Series(map(str, order)))))
     ax.xaxis.tick_top()
     ax.tick_params(length=0)
     ax.grid(visible=False)
@@ -336,7 +346,9 @@ def heatmap(merged: pd.DataFrame, score: str) -> Any:
 
 
 def _labels(rows: pd.DataFrame, factors: Sequence[str]) -> pd.Series[Any]:
-    return columns.labels(rows, factors).map(columns.shortened)
+    parts = zip(*(rows[f"{factor}{CALLED}"] for factor in factors), strict=True) if factors else [()] * len(rows)
+    named = pd.Series([", ".join(filter(None, part)) or "default" for part in parts], rows.index, dtype=object)
+    return columns.shortened(named)
 
 
 def _first_word(outcomes: pd.Series[Any]) -> str:
@@ -349,7 +361,7 @@ def learning_curves(table: pd.DataFrame, steps: pd.DataFrame) -> Any:
     rows = steps[steps["step"].notna()] if "step" in steps else steps[:0]
     if not shown or rows.groupby("trial")[shown[0]].count().max() < 2:
         return None
-    names = table["configuration"].map(effects.labels(table)).map(columns.shortened).set_axis(table["run_info.trial"])
+    names = table["configuration"].map(columns.shortened(effects.labels(table))).set_axis(table["run_info.trial"])
     score = next(iter(columns.main_scores(table)), None)
     best = names.to_numpy()[table.index.get_indexer(pd.Index(_best_first(table, score)))]
     styles = _styles(list(names), list(best))
@@ -576,7 +588,7 @@ def _rank_axis(ax: Any, ticks: Sequence[float]) -> None:
 
 
 def _category_axis(ax: Any, names: Sequence[str]) -> None:
-    names = [columns.shortened(name, 24) for name in names]
+    names = list(columns.shortened(pd.Series(names), 24))
     ax.set_xticks(range(len(names)), names)
     ax.set_xlim(-0.5, len(names) - 0.5)
     if sum(len(name) + 2 for name in names) > 11 * ax.figure.get_size_inches()[0] / len(ax.figure.axes):

@@ -5,6 +5,7 @@ Every sentence is made from figures of the study; where the data does not tell, 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ from peftsweep.record import Status
 RESULTS = "RESULTS.md"
 APPROXIMATE = "≈ marks a difference that may be chance."
 MOST_NAMED = 12  # methods whose budgets are told one by one
+MOST_VALUES = 6  # of a setting that are named
+QUALITY_LOSS = 0.05  # of the best figure, which may be lost where speed goes before quality
 GPUS = (8, 12, 16, 24, 40, 48, 80)  # GB, the common sizes
 # What tells whether a trial fits on a device, the best source first, and what to call it.
 MEMORY = (
@@ -45,15 +48,35 @@ def write(
     steps: pd.DataFrame,
     plots: Sequence[Path] = (),
     predictions: stats.Predictions | None = None,
+    quality_loss: float = QUALITY_LOSS,
 ) -> tuple[Path, list[str]]:
-    """Write RESULTS.md of the study in ``folder``, whose trials are ``table``; the file, and its summary as text."""
+    """Write RESULTS.md of the study in ``folder``, whose trials are ``table``; the file, and its summary as text.
+
+    ``quality_loss`` is the share of the best figure that may be lost where speed goes before quality.
+    """
     file = folder / RESULTS
-    tasks = [Task(name, part, predictions) for name, part in stats.tasks(table).items()]
-    summary = {task.name: list(findings.summary(task)) for task in tasks}
-    lines = _document(folder, table, tasks, summary, steps, plots)
+    tasks = _tasks(table, predictions)
+    lines = _document(folder, table, tasks, steps, plots, quality_loss)
     record.write_text(file, "\n".join(lines).rstrip() + "\n")
-    plain = [line.removeprefix("- ") for said in summary.values() for line in said]
-    return file, [_unmarked(line) for line in plain]
+    return file, _plain_summary(tasks)
+
+
+def summary(table: pd.DataFrame, predictions: stats.Predictions | None = None) -> list[str]:
+    """What `write` says in short, as text, of these trials alone."""
+    return _plain_summary(_tasks(table, predictions))
+
+
+def _tasks(table: pd.DataFrame, predictions: stats.Predictions | None) -> list[Task]:
+    return [Task(name, part, predictions) for name, part in stats.tasks(table).items()]
+
+
+def _plain_summary(tasks: Sequence[Task]) -> list[str]:
+    """The summary of each task as text, below its name where there are several."""
+    lines = []
+    for task in tasks:
+        lines += [f"{task.name}:"] if len(tasks) > 1 else []
+        lines += [_unmarked(line.removeprefix("- ")) for line in task.summary]
+    return lines
 
 
 def _unmarked(text: str) -> str:
@@ -64,9 +87,9 @@ def _document(
     folder: Path,
     table: pd.DataFrame,
     tasks: Sequence[Task],
-    summary: Mapping[str, Sequence[str]],
     steps: pd.DataFrame,
     plots: Sequence[Path],
+    quality_loss: float,
 ) -> Iterator[str]:
     every = {plot.stem: plot for plot in plots}
     yield f"# Results of the study `{folder.name}`"
@@ -75,11 +98,11 @@ def _document(
     yield ""
     yield "## Summary"
     yield ""
-    for name, lines in summary.items():
+    for task in tasks:
         if len(tasks) > 1:
-            yield f"**{name}**"
+            yield f"**{task.name}**"
             yield ""
-        yield from lines
+        yield from task.summary
         yield ""
     for task in tasks:
         mark = f" ({task.name})" if len(tasks) > 1 else ""
@@ -91,7 +114,7 @@ def _document(
             yield from _factor(task, factor, mark, _take(left, FIGURES.get(factor, ()), folder))
         for score in task.scores[:1]:
             yield from _frontier(task, score, mark, _take(left, FRONTIER, folder))
-        yield from _recommendations(task, mark)
+        yield from _recommendations(task, mark, quality_loss)
         if left:
             yield f"## Figures{mark}"
             yield ""
@@ -156,6 +179,22 @@ def _ranking(task: Task, score: str, mark: str) -> Iterator[str]:
         yield ""
     yield _meaning(compared, len(compared), score)
     yield ""
+    yield from _not_in_names(task, compared.index[:ROWS].tolist())
+
+
+def _not_in_names(task: Task, numbers: list[int]) -> Iterator[str]:
+    """The settings that configurations differ in and that their names do not hold, as they follow from others."""
+    moved = {one.key for number in numbers[1:] for one in task.unnamed(numbers[0], number)}
+    texts = task.design.settings.loc[numbers]
+    value = task.names.value
+    parts = []
+    for key in sorted(moved):
+        values = [value(key, text) if text else "none" for text in sorted(set(texts[key]), key=words.sortable)]
+        some = f"{len(values)} values" if len(values) > MOST_VALUES else ", ".join(values)
+        parts.append(f"{task.names.key(key)} ({some})")
+    if parts:
+        yield f"Not in these names, but not the same in all: {', '.join(parts)}."
+        yield ""
 
 
 def _standing(row: pd.Series[Any]) -> str:
@@ -204,12 +243,14 @@ def _told(task: Task, factor: str) -> Iterator[str]:
         reference = str(first["reference"].iloc[0])
         costs = {column: task.effects(column, factor, reference) for column in measured}
         yield from words.table(_levels(task, factor, reference, quality, costs))
-        contexts = sorted(set(first["contexts"]))
         if len(task.factors) > 1:
+            contexts = sorted(set(first["contexts"]))
             over = f"{contexts[0]} to {contexts[-1]}" if len(contexts) > 1 else str(contexts[0])
             averaged = f"Averaged over the {over} settings of the other factors that have both levels."
             yield f"{averaged if contexts[-1] > 1 else 'In the one setting that has both levels.'} {APPROXIMATE}"
             yield ""
+        if not quality and (moving := task.design.moving(factor)):
+            yield f"- With the {columns.factor_name(factor)} moved {', '.join(map(task.names.key, moving))}."
         yield from (f"- {line}" for score in task.scores for line in findings.of_factor(task, factor, score))
         yield from (f"- {line}" for line in findings.cost_findings(task, factor, costs))
     elif task.design.levels[factor].nunique() > effects.MOST_LEVELS:
@@ -227,29 +268,51 @@ def _levels(
     costs: Mapping[str, pd.DataFrame],
 ) -> list[dict[str, str]]:
     """A row a level: its scores and costs, and how they differ from the reference's."""
-    tables = (quality or costs).values()
+    tables = [*quality.values(), *costs.values()]
     levels = {level: None for found in tables for level in [*found["reference"], *found["level"]]}
+    counts = {int(count) for found in tables for count in found["contexts"]}
     rows = []
     for level in sorted(levels, key=words.sortable):
-        row = {columns.factor_name(factor): columns.level_name(factor, level)}
+        row = {columns.factor_name(factor): columns.level_name(factor, level, task.names)}
         for score, found in quality.items():
-            title = columns.score_name(score)
-            mine = found[found["level"] == level]
-            if len(mine):
-                one = mine.iloc[0]
-                row[title] = words.number(one["value"])
-                row[f"{title} against {columns.level_name(factor, one['reference'])}"] = words.difference(one)
-            else:
-                at = found[found["reference"] == level]["reference_value"]
-                row[title] = words.number(at.iloc[0]) if len(at) else ""
-                row[f"{title} against {columns.level_name(factor, level)}"] = ""
+            row |= _score_cells(task, factor, score, found, level, several=counts != {1})
         for column, found in costs.items():
-            mine = found[found["level"] == level]
-            row[columns.factor_name(column)] = (
-                words.change(column, mine.iloc[0]) if len(mine) else ("=" if level == reference else "")
-            )
+            row[columns.factor_name(column)] = _cost_cell(column, found, level, reference, several=counts != {1})
         rows.append(row)
     return rows
+
+
+def _score_cells(
+    task: Task, factor: str, score: str, found: pd.DataFrame, level: str, *, several: bool
+) -> dict[str, str]:
+    """A level's score and how it differs from the reference's, both over the settings that have the two."""
+    if found.empty:
+        return {}
+    title, first = columns.score_name(score), found.iloc[0]
+    against = f"{title} against {columns.level_name(factor, first['reference'], task.names)}"
+    if level == first["reference"]:
+        one = found["reference_value"].round(12).nunique() == 1  # else each level is held against other settings
+        return {title: words.number(first["reference_value"]) if one else "", against: ""}
+    mine = found[found["level"] == level]
+    if mine.empty:
+        return {title: "", against: ""}
+    row = mine.iloc[0]
+    said = words.difference(row)
+    if found["reference_value"].round(12).nunique() > 1:
+        said += f", from {words.number(row['reference_value'])}"
+    return {title: words.number(row["value"]), against: said + _settings(row, several)}
+
+
+def _cost_cell(column: str, found: pd.DataFrame, level: str, reference: str, *, several: bool) -> str:
+    mine = found[found["level"] == level]
+    if mine.empty:
+        return "=" if level == reference else ""
+    return words.change(column, mine.iloc[0]) + _settings(mine.iloc[0], several)
+
+
+def _settings(row: pd.Series[Any], several: bool) -> str:
+    """Over how many settings a cell is averaged, where that is not one everywhere."""
+    return f" ({words.plural('setting', row['contexts'])})" if several else ""
 
 
 def _best_of_each(task: Task, factor: str) -> Iterator[str]:
@@ -266,11 +329,11 @@ def _best_of_each(task: Task, factor: str) -> Iterator[str]:
             row = compared.loc[number]
             rows.append(
                 {
-                    columns.factor_name(factor): columns.level_name(factor, level[number]),
+                    columns.factor_name(factor): columns.level_name(factor, level[number], task.names),
                     "best configuration": task.labels[number],
                     columns.score_name(score): findings.value_of(task, score, number),
                     "against the best": words.difference(row) if row["verdict"] != "best" else "",
-                    "": f"**{row['verdict']}**" if row["verdict"] == "best" else str(row["verdict"]),
+                    "": _standing(row),
                     **_costs(task, number),
                 }
             )
@@ -351,7 +414,7 @@ def _frontier(task: Task, score: str, mark: str, figures: Sequence[str]) -> Iter
     yield from figures
 
 
-def _recommendations(task: Task, mark: str) -> Iterator[str]:
+def _recommendations(task: Task, mark: str, quality_loss: float) -> Iterator[str]:
     judged = [score for score in task.scores if len(task.compare(score)) and not findings.no_gain(task, score)]
     if not judged:
         return
@@ -362,7 +425,7 @@ def _recommendations(task: Task, mark: str) -> Iterator[str]:
     yield ""
     for score in judged:
         needs: dict[Any, list[tuple[str, str]]] = {}
-        for need, number, why in _uses(task, score):
+        for need, number, why in _uses(task, score, quality_loss):
             needs.setdefault(number, []).append((need, why))
         yield from words.table(
             [
@@ -392,7 +455,7 @@ def _memory(configs: pd.DataFrame) -> tuple[str | None, str]:
     return next(((c, name) for c, name in MEMORY if c in configs and configs[c].notna().any()), (None, ""))
 
 
-def _uses(task: Task, score: str) -> Iterator[tuple[str, Any, str]]:
+def _uses(task: Task, score: str, quality_loss: float) -> Iterator[tuple[str, Any, str]]:
     compared, configs = task.compare(score), task.configurations
     tied, near = task.tied(score), task.near(score)
     best = compared.index[0]
@@ -405,14 +468,30 @@ def _uses(task: Task, score: str) -> Iterator[tuple[str, Any, str]]:
         if len(known) > 1 and column and known.max() > 1.01 * known.min():
             yield f"{need} at that quality", known.idxmin(), words.cost(column, known.min())
     yield from _fitting(task, compared)
-    if SECONDS in configs and (every := configs.loc[compared.index, SECONDS].dropna()).size:
-        fast = every.idxmin()
-        if fast not in tied:
-            yield (
-                "speed before quality",
-                fast,
-                f"{words.cost(SECONDS, every.min())}, at {words.difference(compared.loc[fast])}",
-            )
+    yield from _faster(task, score, near, quality_loss)
+
+
+def _faster(task: Task, score: str, near: pd.Index[Any], quality_loss: float) -> Iterator[tuple[str, Any, str]]:
+    """The fastest configuration that loses no more quality than ``quality_loss``, a share of the best figure.
+
+    The whole 95% interval of its loss must lie within that, and it must be better than the untouched base.
+    """
+    compared, configs, sign = task.compare(score), task.configurations, columns.direction(score) or 1
+    if SECONDS not in configs or not compared["value"].gt(0).all():
+        return
+    best = compared.iloc[0]
+    bound = quality_loss if best["scale"] == "ratio" else quality_loss * best["value"]
+    loss = -compared["low"] if sign > 0 else compared["high"]
+    enough = compared.index[(loss <= bound).to_numpy()]
+    if (base := columns.base_of(score)) in configs:
+        gained = sign * (compared["value"] - configs.loc[compared.index, base].astype(float).fillna(-sign * math.inf))
+        enough = enough[(gained[enough] > 0).to_numpy()]
+    seconds = configs.loc[enough, SECONDS].dropna().astype(float)
+    if seconds.empty or (fast := seconds.idxmin()) in near or seconds[fast] > configs.loc[near, SECONDS].min():
+        return
+    lost = f"at {words.difference(compared.loc[fast])} from the best"
+    most = f"a loss of at most {words.amount(bound, best['scale'])} is accepted, {quality_loss:.0%} of the best"
+    yield "speed before quality", fast, f"{words.cost(SECONDS, seconds[fast])}, {lost}; {most}"
 
 
 def _fitting(task: Task, compared: pd.DataFrame) -> Iterator[tuple[str, Any, str]]:

@@ -30,30 +30,22 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import special  # scipy.stats takes longer to load than a small study to collect
 
-from peftsweep.answer.columns import MEASURED, direction, evaluation, scores
+from peftsweep import naming
+from peftsweep.answer.columns import MEASURED, NAME, direction, evaluation, named, scores
+from peftsweep.naming import NO_SETTINGS, OF_SOME, SETTINGS
 from peftsweep.record import Status
 
 Floats = NDArray[np.float64]
 Predictions = Callable[[str, str], Sequence[dict[str, Any]]]
 
 ALPHA = 0.05
-SUCCESS, CREATED, TRIAL, SEED = "run_info.status", "run_info.created_at", "run_info.trial", "config.seed"
+SUCCESS, CREATED, TRIAL, SEED = "run_info.status", "run_info.created_at", "run_info.trial", naming.SEED
 PACKED, PERCENTILES = "run_info.packed_with", ("_p50", "_p95", "_p99")
-SETTINGS = ("choices.", "config.")
 TASK = (
     *("choices.model", "config.model.name_or_path", "choices.dataset", "config.dataset.path", "config.dataset.name"),
     *("config.dataset.test_path", "config.dataset.hub", "config.dataset.revision"),
 )
-# What changes no number of a trial, or is no choice of a person.
-NO_SETTINGS = (
-    *("choices.profiler", "choices.tracker", "choices.inference", "choices.sweep", "choices.point"),
-    *("config.seed", "config.label", "config.study", "config.experiments", "config.device", "config.dry_run"),
-    *("config.memory_limit", "config.skip_oversized", "config.force", "config.quiet", "config.stop_on_failure"),
-    *("config.halving.", "config.objective", "config.repeat"),
-    *("config.profiler.", "config.tracker.", "config.train.checkpoint_every", "config.train.log_every"),
-    *("config.train.params_file", "config.adapter.save", "config.adapter.check", "config.adapter.merge"),
-)
-OF_SOME = ("config.eval.", "config.inference.")  # settings that a trial may lack and yet be the same training
+TOLD = ("choices.model", "choices.dataset")  # by the name of a task
 # The figure of a line of predictions that a metric is the mean of.
 RIGHT = {"accuracy": "correct", "acc": "correct", "acc_norm": "correct_norm"}
 COMPARED = (
@@ -80,18 +72,23 @@ MOST_READ = 400  # trials whose predictions are read
 def tasks(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The trials that can be compared: one table for each model, dataset and way of judging, by its name.
 
-    Each has its column ``configuration``. What a pack of trials took together is no trial's own: it is left out.
+    Each has its columns ``configuration`` and ``name``, which tells the configuration from all others of ``table``.
+    What a pack of trials took together is no trial's own: it is left out.
     """
     judged = [c for c in table.columns if c.startswith("config.eval.") and table[c].nunique(dropna=True) > 1]
     differing = [c for c in (*TASK, *judged) if c in table and table[c].nunique(dropna=False) > 1]
     shown = table[[c for c in (*TASK, *judged) if c in table]].astype("string").fillna("")
     same = shown.groupby(differing, sort=False).ngroup() if differing else pd.Series(0, index=table.index)
+    if NAME not in table and len(table):
+        table = table.assign(**{NAME: named(table)})
     parts = [table[same == number] for number in range(same.max() + 1)] if len(table) else []
     firsts = [shown.loc[part.index[0]] for part in parts]
     names = [_task_name(first) for first in firsts]
     if len(set(names)) < len(names):
-        own = [", ".join(f"{c.removeprefix('config.')}={v}" for c, v in first[differing].items()) for first in firsts]
-        names = [f"{name} ({what})" for name, what in zip(names, own, strict=True)]
+        called = naming.Names({c: [first[c] for first in firsts] for c in differing})
+        keys = [key for key in called.settings if key not in TOLD]
+        own = [", ".join(filter(None, (called.setting(key, first[key]) for key in keys))) for first in firsts]
+        names = naming.numbered([f"{name} ({what})" if what else name for name, what in zip(names, own, strict=True)])
     return {name: _own_costs(_numbered(part)) for name, part in zip(names, parts, strict=True)}
 
 
@@ -527,9 +524,8 @@ def mcnemar(first: NDArray[np.int64], second: NDArray[np.int64]) -> Floats:
 def holm(p: Floats, family: int | None = None) -> Floats:
     """p-values adjusted by Holm's step-down method for ``family`` tests, of which ``p`` may be some.
 
-    Against the best of k configurations the family is all k(k-1)/2 pairs: which is best was read from the same data,
-    and the best of equals differs from the others by luck. With the ranks taken within ``p`` alone
-    the result is never smaller than that of the whole family.
+    Where ``p`` holds only some of them the result is never smaller than that of the whole family, as the others are
+    taken for larger ones. A missing p stays missing.
     """
     count = family or len(p)
     order = np.argsort(p)
@@ -539,8 +535,108 @@ def holm(p: Floats, family: int | None = None) -> Floats:
     return adjusted
 
 
-def compare(
+@dataclass(frozen=True)
+class Between:
+    """One configuration against another: the first less the second, of logarithms where compared by ratios."""
+
+    estimate: float
+    low: float
+    high: float
+    p: float
+    p_adjusted: float
+
+    def turned(self) -> Between:
+        """The second against the first."""
+        return Between(-self.estimate, -self.high, -self.low, self.p, self.p_adjusted)
+
+
+@dataclass(frozen=True)
+class Tested:
+    """Pairs of configurations in one column: each is tested once, and all are adjusted together, by Holm's method.
+
+    All that a report says of two configurations (ranks, ties, sentences, cells of a table) is read from here, so that
+    no two parts of it can disagree. The family is all pairs, as which configuration is best was read from the same
+    data. Of more than 40 configurations each pair of the best 40 is tested, and the others against ``against``.
+    """
+
+    measured: Measured  # all configurations
+    exact: Measured  # the best 40, row by row where that is known
+    against: int  # the configuration that all others are tested against: the best one unless another was named
+    family: int  # how many pairs there are
+    pairs: dict[tuple[int, int], Between]  # by the numbers of two configurations
+
+    @property
+    def sign(self) -> int:
+        """1 where more is better, else -1."""
+        return direction(self.measured.column) or 1
+
+    def between(self, first: int, second: int) -> Between:
+        """What is known of ``first`` less ``second``, numbers of ``identify``."""
+        if (first, second) in self.pairs:
+            return self.pairs[first, second]
+        if (second, first) in self.pairs:
+            return self.pairs[second, first].turned()
+        places = np.searchsorted(self.measured.numbers, [first, second])
+        (found,) = _tested(self.measured, places[:1], places[1:])
+        return dataclasses.replace(found, p_adjusted=min(1.0, found.p * self.family))  # Bonferroni: at least Holm's
+
+    def verdict(self, first: int, second: int) -> str:
+        """Whether ``first`` is ``better`` or ``worse`` than ``second``, a ``tie``, or ``unknown``."""
+        found = self.between(first, second)
+        return verdict(self.sign * found.estimate, found.p_adjusted)
+
+    def ranks(self) -> dict[int, int]:
+        """One more than the number of configurations that are better for certain, of each of the best 40."""
+        known = set(self.exact.numbers.tolist())
+        ranks = dict.fromkeys(self.exact.numbers.tolist(), 1)
+        for first, second in self.pairs:
+            if first in known and second in known and (said := self.verdict(first, second)) in ("better", "worse"):
+                ranks[second if said == "better" else first] += 1
+        return ranks
+
+
+def tested(
     table: pd.DataFrame, column: str, predictions: Predictions | None = None, reference: int | None = None
+) -> Tested | None:
+    """Every pair of configurations that have ``column``, tested and adjusted; None where none has it."""
+    measured = measure(table, column, predictions)
+    k, sign = len(measured.means), direction(column) or 1
+    if not k:
+        return None
+    order = np.argsort(-sign * measured.means, kind="stable")
+    place = int(order[0]) if reference is None else int(np.flatnonzero(measured.numbers == reference)[0])
+    near = np.union1d(order[:MOST_COMPARED], place)
+    unread = predictions is not None and measured.rows is None and len(near) < k  # the rows of so many were too many
+    exact = measure(table, column, predictions, measured.numbers[near]) if unread else measured.take(near)
+    rest = np.setdiff1d(order, near)
+    first, second = np.triu_indices(len(near), 1)
+    names = [*zip(exact.numbers[first].tolist(), exact.numbers[second].tolist(), strict=True)]
+    names += [(number, int(measured.numbers[place])) for number in measured.numbers[rest].tolist()]
+    found = _tested(exact, first, second)
+    for some in np.array_split(rest, math.ceil(len(rest) / 200)) if len(rest) else []:
+        found += _tested(measured, some, np.full(len(some), place))
+    family = max(1, k * (k - 1) // 2)
+    adjusted = holm(np.array([pair.p for pair in found]), family)
+    whole = (dataclasses.replace(pair, p_adjusted=float(a)) for pair, a in zip(found, adjusted, strict=True))
+    return Tested(measured, exact, int(measured.numbers[place]), family, dict(zip(names, whole, strict=True)))
+
+
+def _tested(measured: Measured, first: NDArray[np.int64], second: NDArray[np.int64]) -> list[Between]:
+    """The differences of the configurations at these places, not adjusted yet."""
+    if not len(first):
+        return []
+    contrasts, p = measured.pairs(first, second)
+    low, high = contrasts.interval
+    parts = zip(contrasts.estimate.tolist(), low.tolist(), high.tolist(), p.tolist(), strict=True)
+    return [Between(*part, p_adjusted=math.nan) for part in parts]
+
+
+def compare(
+    table: pd.DataFrame,
+    column: str,
+    predictions: Predictions | None = None,
+    reference: int | None = None,
+    known: Tested | None = None,
 ) -> pd.DataFrame:
     """Every configuration against the best one, or against ``reference``; the best first, by number of ``identify``.
 
@@ -552,60 +648,44 @@ def compare(
     given, ``better``, ``worse`` or ``tie`` with it; ``near``: within one standard error of the reference's own value,
     which a choice by other criteria may count as equal (the rule of Breiman et al., Classification and Regression
     Trees, 1984), where a tie may be no more than a lack of trials; ``chance``: what p covers, seeds, rows or both.
-    ``attrs["paired"]`` says whether the best were compared row by row.
+    ``attrs["paired"]`` says whether the best were compared row by row. ``known`` is what ``tested`` gave, if
+    it was called already.
     """
-    rough = measure(table, column)
-    k, sign = len(rough.means), direction(column) or 1
-    if not k:
+    found = known or tested(table, column, predictions, reference)
+    if found is None:
         return pd.DataFrame(columns=COMPARED)
-    order = np.argsort(-sign * rough.means, kind="stable")
-    given = reference is not None
-    place = int(np.flatnonzero(rough.numbers == reference)[0]) if given else int(order[0])
-    near = np.union1d(order[:MOST_COMPARED], place)
-    family = max(1, k * (k - 1) // 2)
-    best = int(rough.numbers[place])
-    exact = measure(table, column, predictions, rough.numbers[near]) if predictions else rough.take(near)
-    parts = [_against(exact, best, family, ranked=True)]
-    rest = np.setdiff1d(order, near)
-    for some in np.array_split(rest, math.ceil(len(rest) / 200)) if len(rest) else []:
-        parts.append(_against(rough.take(np.append(place, some)), best, family, ranked=False).drop(best))
-    whole = pd.concat(parts)
-    if not given:
-        whole.loc[whole["rank"].eq(1) & whole["verdict"].ne("unknown"), "verdict"] = "tie"
-        whole.loc[whole["rank"].gt(1) & whole["verdict"].ne("unknown"), "verdict"] = "worse"
-    whole.loc[best, "verdict"] = "reference" if given else "best"
-    ordered = whole.iloc[np.argsort(-sign * whole["value"].to_numpy(), kind="stable")]
-    ordered.attrs["paired"] = exact.rows is not None
-    return ordered
-
-
-def _against(measured: Measured, reference: int, family: int, *, ranked: bool) -> pd.DataFrame:
-    k, sign = len(measured.means), direction(measured.column) or 1
-    place = int(np.flatnonzero(measured.numbers == reference)[0])
-    contrasts, p = measured.pairs(np.arange(k), np.full(k, place))
-    others = np.arange(k) != place
-    adjusted = np.full(k, np.nan)
-    adjusted[others] = holm(p[others], family)
-    (low, high), (difference,) = measured.change(contrasts.interval), measured.change((contrasts.estimate,))
-    low, high = np.where(others, low, 0.0), np.where(others, high, 0.0)
-    own = measured.contrasts(np.eye(1, k, place)).stderr[0]
-    return pd.DataFrame(
+    measured, sign, best = found.measured, found.sign, found.against
+    place = int(np.flatnonzero(found.exact.numbers == best)[0])
+    own = found.exact.contrasts(np.eye(1, len(found.exact.means), place)).stderr[0]
+    numbers, ranks = measured.numbers.tolist(), found.ranks()
+    pairs = [Between(0.0, 0.0, 0.0, math.nan, math.nan) if n == best else found.between(n, best) for n in numbers]
+    estimates, low, high = (np.array([getattr(pair, part) for pair in pairs]) for part in ("estimate", "low", "high"))
+    (difference, low, high) = measured.change((estimates, low, high))
+    whole = pd.DataFrame(
         {
             "value": measured.back((measured.means,))[0],
             "seeds": measured.seeds,
             "difference": difference,
             "low": low,
             "high": high,
-            "p": np.where(others, p, np.nan),
-            "p_adjusted": adjusted,
-            "verdict": [verdict(sign * d, a) for d, a in zip(difference, adjusted, strict=True)],
-            "near": ~others | (sign * contrasts.estimate >= -own),
+            "p": [pair.p for pair in pairs],
+            "p_adjusted": [pair.p_adjusted for pair in pairs],
+            "verdict": [verdict(sign * pair.estimate, pair.p_adjusted) for pair in pairs],
+            "near": (np.array(numbers) == best) | (sign * estimates >= -own),
             "scale": "ratio" if measured.ratio else "difference",
-            "chance": measured.chance,
-            "rank": pd.array(_ranks(measured, family, sign) if ranked else [pd.NA] * k, dtype="Int64"),
+            "chance": found.exact.chance,
+            "rank": pd.array([ranks.get(n, pd.NA) for n in numbers], dtype="Int64"),
         },
         index=pd.Index(measured.numbers, name="configuration"),
     )
+    if reference is None:
+        known_ones = whole["verdict"].ne("unknown")
+        whole.loc[whole["rank"].eq(1) & known_ones, "verdict"] = "tie"
+        whole.loc[whole["rank"].gt(1) & known_ones, "verdict"] = "worse"
+    whole.loc[best, "verdict"] = "best" if reference is None else "reference"
+    ordered = whole.iloc[np.argsort(-sign * whole["value"].to_numpy(), kind="stable")]
+    ordered.attrs["paired"] = found.exact.rows is not None
+    return ordered
 
 
 def verdict(gain: float, p: float) -> str:
@@ -613,15 +693,3 @@ def verdict(gain: float, p: float) -> str:
     if math.isnan(p):
         return "unknown"
     return "tie" if p >= ALPHA else "better" if gain > 0 else "worse"
-
-
-def _ranks(measured: Measured, family: int, sign: int) -> NDArray[np.int64]:
-    """One more than the number of configurations that are better for certain."""
-    first, second = np.triu_indices(len(measured.means), 1)
-    ranks = np.ones(len(measured.means), dtype=np.int64)
-    if len(first):
-        contrasts, p = measured.pairs(first, second)
-        certain = holm(p, family) < ALPHA
-        losers = np.where(sign * contrasts.estimate > 0, second, first)[certain]
-        np.add.at(ranks, losers, 1)
-    return ranks

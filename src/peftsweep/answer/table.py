@@ -77,12 +77,19 @@ def record_file(result: Result) -> str:
     return ((result.folder or Path()) / RESULT).as_posix()
 
 
-def steps(results: Iterable[Result]) -> pd.DataFrame:
-    """One row a logged step, with the trial's name, label and study before its own columns."""
+def steps(results: Iterable[Result], names: Mapping[str, str] | None = None) -> pd.DataFrame:
+    """One row a logged step, with the trial, its label and study before its own columns.
+
+    The label is the one that ``names`` has for the trial, else the first of its record.
+    """
     columns = _Columns("trial", "label", "study", "step")
     for result in results:
         info = result.run_info
-        name = {"trial": result.trial, "label": info["labels"][0], "study": info["study"]}
+        name = {
+            "trial": result.trial,
+            "label": (names or {}).get(result.trial, info["labels"][0]),
+            "study": info["study"],
+        }
         for row in record.read_lines((result.folder or Path()) / STEPS):
             columns.add(name | row)
     return columns.frame()

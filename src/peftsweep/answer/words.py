@@ -87,7 +87,7 @@ def amount(value: float, scale: str, *, signed: bool = False) -> str:
     """A difference without its interval: in per cent where ``scale`` is ``ratio``."""
     if not known(value):
         return "?"
-    sign = "+" if signed else ""
+    value, sign = value + 0.0, "+" if signed else ""  # a zero has no sign
     if scale == "ratio":
         text = f"{value:{sign}.1%}" if abs(value) < 1 else f"{value:{sign},.0%}"
     else:
@@ -102,12 +102,17 @@ def scale(score: str) -> str:
 
 def p(p: float) -> str:
     """A p-value of a table."""
-    return "" if not known(p) else "<0.001" if p < 0.001 else f"{p:.3f}" if p < 0.995 else "1"
+    return "" if not known(p) else "<0.001" if p < 0.001 else _of_p(p) if p < 0.995 else "1"
 
 
 def p_is(p: float) -> str:
     """A p-value of a sentence."""
-    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
+    return "< 0.001" if p < 0.001 else f"= {_of_p(p)}"
+
+
+def _of_p(p: float) -> str:
+    """In three digits, or in as many as show on which side of 0.05 it lies."""
+    return next((text for n in (3, 4, 5) if float(text := f"{p:.{n}f}") != 0.05), f"{p:.6f}")
 
 
 def sortable(level: str) -> tuple[int, float, str]:
