@@ -17,7 +17,6 @@ from peftsweep import halving, naming, study, sweep_record
 from peftsweep.answer import columns, interchange, page, plot, report, stats
 from peftsweep.answer.columns import CALLED, NAME, PREDICTION_ERROR
 from peftsweep.answer.table import (
-    ALLOCATED,
     BREAK_EVEN,
     COMPILE,
     RESULTS_FILE,
@@ -37,7 +36,7 @@ from peftsweep.answer.table import (
 from peftsweep.answer.where import where
 from peftsweep.display import show_table, size, summary
 from peftsweep.errors import InputError
-from peftsweep.record import Result, Status, counted
+from peftsweep.record import Result, Status, counted, trials_in_words
 
 NO_SETTINGS = ("choices.profiler", "choices.tracker", "choices.inference")  # that change nothing of a trial
 SHOWN = 40  # trials that a printed table holds
@@ -263,11 +262,8 @@ def notes(table: pd.DataFrame, shown: pd.DataFrame) -> list[str]:
         lines.append(f"{row[CALLED]}: {row[COMPILE]} steps are {row[SPEED_UP]:.2f} times as fast as eager ones; {pays}")
     errors = table[PREDICTION_ERROR].dropna().astype(float) if PREDICTION_ERROR in table else pd.Series(dtype=float)
     if not errors.empty:
-        where_measured = "on the device" if table[ALLOCATED].notna().any() else "by the process's resident memory"
-        spread = f"{errors.min():+.0%} to {errors.max():+.0%} over {len(errors)} trials"
-        lines.append(
-            f"predicted training memory: median error {errors.median():+.0%} ({spread}), measured {where_measured}"
-        )
+        spread = f"{errors.min():+.0%} to {errors.max():+.0%} over {trials_in_words(len(errors))}"
+        lines.append(f"predicted training memory: median error {errors.median():+.0%} ({spread}), measured on the device")
     return lines
 
 
