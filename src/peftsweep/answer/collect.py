@@ -263,7 +263,9 @@ def notes(table: pd.DataFrame, shown: pd.DataFrame) -> list[str]:
     errors = table[PREDICTION_ERROR].dropna().astype(float) if PREDICTION_ERROR in table else pd.Series(dtype=float)
     if not errors.empty:
         spread = f"{errors.min():+.0%} to {errors.max():+.0%} over {trials_in_words(len(errors))}"
-        lines.append(f"predicted training memory: median error {errors.median():+.0%} ({spread}), measured on the device")
+        lines.append(
+            f"predicted training memory: median error {errors.median():+.0%} ({spread}), measured on the device"
+        )
     return lines
 
 
