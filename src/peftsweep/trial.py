@@ -679,7 +679,8 @@ def _base_scores(
         own = {fact: value for fact, value in found.facts.items() if fact not in OF_THE_ROWS}
         record.write_lines(answers, found.predictions)
         record.write_json(scores, found.scores | own)
-    return record.read_json(scores) | {"predictions": answers.relative_to(root).as_posix()}
+    known: dict[str, Any] = record.read_json(scores)
+    return known | {"predictions": answers.relative_to(root).as_posix()}
 
 
 def _reload(
