@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from scipy import stats as reference
 
-from peftsweep.answer import columns, effects, frontier, rungs, stats
+from peftsweep.answer import columns, effects, frontier, intervals, rungs, stats
 from peftsweep.answer.stats import Floats, Measured
 
 ACCURACY, PERPLEXITY = "eval_info.task.accuracy.value", "eval_info.task.perplexity.value"
@@ -212,7 +212,7 @@ def test_scores_of_0_without_a_record_of_rows_leave_doubt_too() -> None:
 @pytest.mark.parametrize("n", FEW)
 def test_the_interval_of_a_paired_difference_covers_the_truth_of_every_outcome(n: int) -> None:
     first, second = np.array([(a, b) for a in range(n + 1) for b in range(n + 1 - a)]).T
-    low, high = stats.paired_interval(first, second, n)
+    low, high = intervals.paired_interval(first, second, n)
     for discordance, share in itertools.product((0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5), (0.5, 0.75, 1.0)):
         p, q = discordance * share, discordance * (1 - share)
         chances = reference.multinomial.pmf(np.stack([first, second, n - first - second], 1), n, [p, q, 1 - p - q])
@@ -222,7 +222,7 @@ def test_the_interval_of_a_paired_difference_covers_the_truth_of_every_outcome(n
 
 def test_the_interval_of_a_paired_difference_holds_0_where_mcnemar_s_test_shows_none() -> None:
     first, second = np.array([(a, b) for a in range(41) for b in range(41 - a)]).T
-    low, high = stats.paired_interval(first, second, 40)
+    low, high = intervals.paired_interval(first, second, 40)
     shown = np.array(
         [
             reference.binomtest(int(a), int(a + b)).pvalue < 0.05 if a + b else False
@@ -236,7 +236,7 @@ def test_the_interval_of_a_paired_difference_holds_0_where_mcnemar_s_test_shows_
 @pytest.mark.parametrize("n", FEW)
 def test_the_interval_of_a_share_is_exact_at_0_and_1_and_covers_the_truth(n: int) -> None:
     right = np.arange(n + 1)
-    low, high = stats.clopper_pearson(right.astype(float), np.full(n + 1, float(n)))
+    low, high = intervals.clopper_pearson(right.astype(float), np.full(n + 1, float(n)))
     assert (low[0], high[-1]) == (0, 1)
     for count in right.tolist():
         expected = reference.binomtest(count, n).proportion_ci(method="exact")
