@@ -107,7 +107,8 @@ def test_one_seed_is_called_one_seed(tmp_path: Path) -> None:
 
 
 def test_a_tie_for_lack_of_seeds_is_not_advised(tmp_path: Path) -> None:
-    wild = [trial(n, score, n % 2, **{"config.method.r": 8 + 8 * (n // 2)}) for n, score in enumerate([20, 60, 75, 77])]
+    scores = [20, 60, 40, 75, 77, 76]
+    wild = [trial(n, score, n % 3, **{"config.method.r": 8 + 8 * (n // 3)}) for n, score in enumerate(scores)]
     text = written(tmp_path, *wild)
     assert "is a tie with" in text or "are a tie" in text
     assert "- **Use `lora, r=16`**" in text  # not the smaller one, which may be far worse

@@ -70,6 +70,11 @@ COMPARED = (
     "scale",
     "chance",
     "rank",
+    "gain",
+    "gain_low",
+    "gain_high",
+    "gain_p_adjusted",
+    "gained",
 )
 MOST_COMPARED = 40  # configurations: the best ones, of each pair of which the rows are compared
 MOST_READ = 400  # trials whose predictions are read
@@ -338,16 +343,17 @@ class Measured:
         """Whether each configuration was trained once and each row is right or wrong, so that rows can be counted."""
         return self.shares and not (self.seeds > 1).any() and set(np.unique(cast(Floats, self.rows))) <= {0.0, 1.0}
 
-    def contrasts(self, weights: Floats) -> Contrasts:
+    def contrasts(self, weights: Floats, *, rows_of_their_own: bool = False) -> Contrasts:
         """The contrasts ``weights`` [c, k] of the configurations' means.
 
         Those of two trained models whose rows are right or wrong are exact, all others are by Student's t.
+        ``rows_of_their_own`` counts the variance of each score over its rows where rows cannot be paired.
         """
         alone, whole, seed_freedom = self._of_seeds()
         if self.rows is not None:
             by_rows = self._by_rows(weights)
-        elif not (self.seeds > 1).any():
-            by_rows = weights**2 @ self.stderrs**2  # as if each had rows of its own
+        elif rows_of_their_own or not (self.seeds > 1).any():
+            by_rows = weights**2 @ self.stderrs**2
         else:
             by_rows = np.zeros(len(weights))
         by_seeds, spread = weights**2 @ alone, weights**4 @ (whole**2 / seed_freedom)
@@ -389,23 +395,27 @@ class Measured:
         is taken to vary at least as the study's do on average, which has more degrees of freedom; one that varies more
         has fewer, down to its own.
         """
-        several, own = self.seeds > 1, np.maximum(self.seeds - 1, 0)
+        several, own = (self.seeds > 1) & (self.numbers >= 0), np.maximum(self.seeds - 1, 0)
         if not several.any():
             return np.zeros(len(self.seeds)), np.zeros(len(self.seeds)), np.ones(len(self.seeds))
+        own = np.where(self.numbers >= 0, own, 0)
         beyond = self.between - self.answered
         pooled, pooled_beyond = (np.average(v[several], weights=own[several]) for v in (self.between, beyond))
         total = np.fmax(self.between, pooled)
         alone = np.fmax(beyond, max(pooled_beyond, 0.0))
         share = np.divide(pooled, total, out=np.ones(len(total)), where=total > 0)
         df = np.clip(own.sum() * share**2, np.maximum(own, 1), own.sum())
-        return alone / self.seeds, total / self.seeds, df
+        drawn = (self.numbers >= 0) | (self.seeds > 1)  # a base without a new head has no seed
+        return drawn * alone / self.seeds, drawn * total / self.seeds, df
 
-    def pairs(self, first: NDArray[np.int64], second: NDArray[np.int64]) -> tuple[Contrasts, Floats]:
+    def pairs(
+        self, first: NDArray[np.int64], second: NDArray[np.int64], *, rows_of_their_own: bool = False
+    ) -> tuple[Contrasts, Floats]:
         """The differences first - second of the configurations at these places, and their p-values."""
         weights = np.zeros((len(first), len(self.means)))
         weights[np.arange(len(first)), first] += 1
         weights[np.arange(len(first)), second] -= 1
-        found = self.contrasts(weights)
+        found = self.contrasts(weights, rows_of_their_own=rows_of_their_own)
         return found, found.p
 
     def intervals(self) -> pd.DataFrame:
@@ -533,7 +543,7 @@ def _interaction(by_row: Floats, rows: Floats, places: NDArray[np.int64], seeds:
 def _by_row(trials: pd.DataFrame, column: str, values: Floats, predictions: Predictions) -> Floats | None:
     """Each trial's score of each test row [trials, rows]; None unless all were judged on the same rows."""
     name, metric = evaluation(column)
-    if len(trials) > MOST_READ or not column.endswith(".value"):
+    if (trials["configuration"] >= 0).sum() > MOST_READ or not column.endswith(".value"):
         return None
     found: list[Floats] = []
     asked: list[Any] = []
@@ -572,6 +582,62 @@ def row_scores(lines: Sequence[dict[str, Any]], metric: str) -> Floats | None:
     return np.array([line[key] for line in lines], dtype=float) if key in lines[0] else None
 
 
+# ---- the untouched base ----------------------------------------------------------------------------
+
+
+def with_bases(table: pd.DataFrame, column: str) -> tuple[pd.DataFrame, dict[int, int]]:
+    """What ``measure`` needs of ``table``, with its untouched bases as configurations; the base of each configuration.
+
+    Bases have the numbers -1, -2 ... There are several where models are stored or asked in several ways. A base has
+    no seed, unless a new head was drawn from it; its name as a trial is the file of its answers, as far as that
+    is known (records of earlier versions lack it).
+    """
+    name, metric = evaluation(column)
+    own, of_base = column.removesuffix("value"), f"eval_info.{name}.base_{metric}."
+    kept = [c for c in (SUCCESS, CREATED, TRIAL, SEED, column, f"{own}stderr", f"{own}n") if c in table]
+    trials = table[kept].assign(configuration=identify(table))
+    if f"{of_base}value" not in table:
+        return trials, {}
+    there = trials[SUCCESS].eq(Status.success.name) & trials[column].notna() & table[f"{of_base}value"].notna()
+    scores = table.loc[there.to_numpy(dtype=bool), [c for c in table.columns if c.startswith(of_base)]]
+    figures = scores.astype("string").fillna("")
+    same = pd.Series(["|".join(row) for row in figures.to_numpy()], figures.index)  # these are of the same base
+    files = (
+        table.loc[there, f"eval_info.{name}.base_predictions"]
+        if f"eval_info.{name}.base_predictions" in table
+        else None
+    )
+    known = same if files is None else files.fillna(files.groupby(same).transform("first")).fillna(same)
+    groups: list[set[str]] = []
+    for _, of_one in known.groupby(trials["configuration"]):
+        whole = set(of_one).union(*(group for group in groups if not group.isdisjoint(of_one)))
+        groups = [*(group for group in groups if group.isdisjoint(whole)), whole]
+    numbers = {base: -1 - place for place, group in enumerate(groups) for base in group}
+    bases = trials[there].assign(**{TRIAL: known, "configuration": known.map(numbers)})
+    for part in ("value", "stderr", "n"):
+        if f"{own}{part}" in bases:
+            bases[f"{own}{part}"] = scores.get(f"{of_base}{part}")
+    if SEED in bases:
+        alone = known.map({base: len(group) == 1 for group in groups for base in group})
+        bases[SEED] = bases[SEED].mask(alone.astype(bool))
+    of = dict(zip(trials.loc[there, "configuration"].tolist(), bases["configuration"].tolist(), strict=True))
+    return pd.concat([trials, bases.drop_duplicates(TRIAL)], ignore_index=True), of
+
+
+def _gains(
+    table: pd.DataFrame, column: str, predictions: Predictions | None, numbers: Sequence[int]
+) -> tuple[dict[int, Between], bool]:
+    """What these configurations gain over their untouched bases, not adjusted yet; and whether row by row."""
+    joined, base_of = with_bases(table, column)
+    there = [number for number in numbers if number in base_of]
+    if not there:
+        return {}, False
+    measured = measure(joined, column, predictions, np.array([*there, *{base_of[number] for number in there}]))
+    first, second = (np.searchsorted(measured.numbers, some) for some in (there, [base_of[n] for n in there]))
+    paired = measured.rows is not None
+    return dict(zip(there, _tested(measured, first, second, rows_of_their_own=not paired), strict=True)), paired
+
+
 # ---- comparisons -----------------------------------------------------------------------------------
 
 
@@ -604,6 +670,9 @@ class Between:
         return Between(-self.estimate, -self.high, -self.low, self.p, self.p_adjusted)
 
 
+UNKNOWN = Between(math.nan, math.nan, math.nan, math.nan, math.nan)
+
+
 @dataclass(frozen=True)
 class Tested:
     """Pairs of configurations in one column: each is tested once, and all are adjusted together, by Holm's method.
@@ -618,6 +687,8 @@ class Tested:
     against: int  # the configuration that all others are tested against: the best one unless another was named
     family: int  # how many pairs there are
     pairs: dict[tuple[int, int], Between]  # by the numbers of two configurations
+    gains: dict[int, Between]  # of each configuration over its untouched base, which are pairs of the family too
+    gains_paired: bool  # whether the base's rows are known, of the best 40
 
     @property
     def sign(self) -> int:
@@ -633,6 +704,10 @@ class Tested:
         places = np.searchsorted(self.measured.numbers, [first, second])
         (found,) = _tested(self.measured, places[:1], places[1:])
         return dataclasses.replace(found, p_adjusted=min(1.0, found.p * self.family))  # Bonferroni: at least Holm's
+
+    def gain(self, number: int) -> Between:
+        """What is known of a configuration less its untouched base."""
+        return self.gains.get(number, UNKNOWN)
 
     def verdict(self, first: int, second: int) -> str:
         """Whether ``first`` is ``better`` or ``worse`` than ``second``, a ``tie``, or ``unknown``."""
@@ -669,17 +744,23 @@ def tested(
     found = _tested(exact, first, second)
     for some in np.array_split(rest, math.ceil(len(rest) / 200)) if len(rest) else []:
         found += _tested(measured, some, np.full(len(some), place))
-    family = max(1, k * (k - 1) // 2)
-    adjusted = holm(np.array([pair.p for pair in found]), family)
-    whole = (dataclasses.replace(pair, p_adjusted=float(a)) for pair, a in zip(found, adjusted, strict=True))
-    return Tested(measured, exact, int(measured.numbers[place]), family, dict(zip(names, whole, strict=True)))
+    gains, gains_paired = _gains(table, column, predictions, exact.numbers.tolist())
+    gains |= _gains(table, column, None, measured.numbers[rest].tolist())[0]
+    family = max(1, k * (k - 1) // 2 + len(gains))
+    every = [*found, *gains.values()]
+    adjusted = holm(np.array([pair.p for pair in every]), family)
+    whole = [dataclasses.replace(pair, p_adjusted=float(a)) for pair, a in zip(every, adjusted, strict=True)]
+    pairs, gains = dict(zip(names, whole, strict=False)), dict(zip(gains, whole[len(found) :], strict=True))
+    return Tested(measured, exact, int(measured.numbers[place]), family, pairs, gains, gains_paired)
 
 
-def _tested(measured: Measured, first: NDArray[np.int64], second: NDArray[np.int64]) -> list[Between]:
+def _tested(
+    measured: Measured, first: NDArray[np.int64], second: NDArray[np.int64], *, rows_of_their_own: bool = False
+) -> list[Between]:
     """The differences of the configurations at these places, not adjusted yet."""
     if not len(first):
         return []
-    contrasts, p = measured.pairs(first, second)
+    contrasts, p = measured.pairs(first, second, rows_of_their_own=rows_of_their_own)
     low, high = contrasts.interval
     parts = zip(contrasts.estimate.tolist(), low.tolist(), high.tolist(), p.tolist(), strict=True)
     return [Between(*part, p_adjusted=math.nan) for part in parts]
@@ -701,9 +782,11 @@ def compare(
     for certain, else ``worse``, and ``unknown`` where nothing tells the spread; against a ``reference`` that was
     given, ``better``, ``worse`` or ``tie`` with it; ``near``: within one standard error of the reference's own value,
     which a choice by other criteria may count as equal (the rule of Breiman et al., Classification and Regression
-    Trees, 1984), where a tie may be no more than a lack of trials; ``chance``: what p covers, seeds, rows or both.
-    ``attrs["paired"]`` says whether the best were compared row by row. ``known`` is what ``tested`` gave, if
-    it was called already.
+    Trees, 1984), where a tie may be no more than a lack of trials; ``chance``: what p covers, seeds, rows or both;
+    ``gain`` over the configuration's own untouched base with ``gain_low``, ``gain_high`` and ``gain_p_adjusted``, of
+    the same family, and ``gained``: ``better``, ``worse``, ``tie`` or ``unknown``.
+    ``attrs["paired"]`` says whether the best were compared row by row, ``attrs["gains_paired"]`` whether they were with
+    their base. ``known`` is what ``tested`` gave, if it was called already.
     """
     found = known or tested(table, column, predictions, reference)
     if found is None:
@@ -729,6 +812,7 @@ def compare(
             "scale": "ratio" if measured.ratio else "difference",
             "chance": found.exact.chance,
             "rank": pd.array([ranks.get(n, pd.NA) for n in numbers], dtype="Int64"),
+            **_gained(found, numbers),
         },
         index=pd.Index(measured.numbers, name="configuration"),
     )
@@ -738,8 +822,18 @@ def compare(
         whole.loc[whole["rank"].gt(1) & known_ones, "verdict"] = "worse"
     whole.loc[best, "verdict"] = "best" if reference is None else "reference"
     ordered = whole.iloc[np.argsort(-sign * whole["value"].to_numpy(), kind="stable")]
-    ordered.attrs["paired"] = found.exact.rows is not None
+    ordered.attrs |= {"paired": found.exact.rows is not None, "gains_paired": found.gains_paired}
     return ordered
+
+
+def _gained(found: Tested, numbers: Sequence[int]) -> dict[str, Any]:
+    """The columns about the untouched base."""
+    gains = [found.gain(number) for number in numbers]
+    parts = {name: np.array([getattr(gain, name) for gain in gains]) for name in ("estimate", "low", "high")}
+    changes = zip(("gain", "gain_low", "gain_high"), found.measured.change(tuple(parts.values())), strict=True)
+    p = [gain.p_adjusted for gain in gains]
+    verdicts = [verdict(found.sign * gain.estimate, gain.p_adjusted) for gain in gains]
+    return {**dict(changes), "gain_p_adjusted": p, "gained": verdicts}
 
 
 def verdict(gain: float, p: float) -> str:

@@ -93,16 +93,24 @@ def steps(results: Iterable[Result], names: Mapping[str, str] | None = None) -> 
 
 
 def predictions(folder: Path) -> Callable[[str, str], list[dict[str, Any]]]:
-    """Trial, evaluation -> the lines of its predictions in a study; each file is read once and kept without texts."""
+    """Trial, evaluation -> the lines of its predictions in a study; each file is read once and kept without texts.
+
+    An untouched base goes by the file of its answers, as records name it (``eval_info.<eval>.base_predictions``).
+    """
     known: dict[tuple[str, str], list[dict[str, Any]]] = {}
 
     def read(trial: str, evaluation: str) -> list[dict[str, Any]]:
         if (trial, evaluation) not in known:
-            lines = record.read_lines(folder / trial / "predictions" / f"{evaluation}.jsonl")
+            lines = record.read_lines(predictions_file(folder, trial, evaluation))
             known[trial, evaluation] = [_slim(line) for line in lines]
         return known[trial, evaluation]
 
     return read
+
+
+def predictions_file(folder: Path, trial: str, evaluation: str) -> Path:
+    """The file of a trial's predictions in a study, or of those of an untouched base, which goes by its file."""
+    return folder / trial if trial.endswith(".jsonl") else folder / trial / "predictions" / f"{evaluation}.jsonl"
 
 
 def _slim(line: dict[str, Any]) -> dict[str, Any]:
