@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -435,6 +436,125 @@ def test_hundreds_of_configurations_are_compared_too() -> None:
     assert found["rank"].notna().sum() == stats.MOST_COMPARED
     assert found["value"].is_monotonic_decreasing
     assert found["verdict"].iloc[-1] == "worse"
+
+
+# ---- the untouched base ----------------------------------------------------------------------------
+
+BASE = "base/tiny-none-0/task-0.jsonl"
+
+
+def over(table: pd.DataFrame, right: Sequence[bool], file: str | None = BASE) -> pd.DataFrame:
+    """``table``, with the score of an untouched base that got these rows right, whose answers are in ``file``."""
+    share, n = float(np.mean(right)), len(right)
+    stderr = math.sqrt(share * (1 - share) / (n - 1))
+    parts = {"base_accuracy.value": share, "base_accuracy.stderr": stderr, "base_accuracy.n": n}
+    named = {f"eval_info.task.{key}": value for key, value in (parts | {"base_predictions": file}).items()}
+    of_rows = (table[ACCURACY] * (1 - table[ACCURACY]) / (n - 1)) ** 0.5
+    own = {"eval_info.task.accuracy.n": n, "eval_info.task.accuracy.stderr": of_rows}
+    return table.assign(**named, **own).convert_dtypes()
+
+
+def rows_of(both: int, first: int, second: int, n: int) -> tuple[list[bool], list[bool]]:
+    """Right and wrong answers of two models: how many rows both got right, only one, only the other, of ``n``."""
+    none = n - both - first - second
+    return (
+        [True] * both + [True] * first + [False] * second + [False] * none,
+        [True] * both + [False] * first + [True] * second + [False] * none,
+    )
+
+
+def test_60_rows_gained_and_20_lost_of_500_are_a_gain_over_the_base() -> None:
+    trained, base = rows_of(230, 60, 20, 500)
+    table = over(study({8: [0.58], 16: [0.2]}), base)
+    worse = [True] * 100 + [False] * 400
+    found = stats.compare(table, ACCURACY, answers({"t0": trained, "t1": worse, BASE: base}))
+    best = found.loc[0]
+    assert best["gain"] == pytest.approx(0.08)
+    assert (best["gain_low"], best["gain_high"]) == pytest.approx((0.08 - 0.036, 0.08 + 0.036), abs=0.003)
+    # The largest p of three pairs: the two configurations, and each against the base.
+    assert best["gain_p_adjusted"] == pytest.approx(reference.binomtest(20, 80).pvalue)
+    assert best["gain_p_adjusted"] < 0.001
+    assert found["gained"].to_dict() == {0: "better", 1: "worse"}
+    assert found.attrs["gains_paired"]
+
+
+def test_pairs_and_gains_over_the_base_are_adjusted_as_one_family() -> None:
+    right = {"t0": [True] * 60 + [False] * 40, "t1": [True] * 50 + [False] * 50, BASE: [True] * 45 + [False] * 55}
+    found = stats.compare(over(study({8: [0.6], 16: [0.5]}), right[BASE]), ACCURACY, answers(right))
+    raw = np.array([reference.binomtest(0, n).pvalue for n in (10, 15, 5)])  # first less second, each less the base
+    adjusted = stats.holm(raw)
+    assert found.loc[1, "p_adjusted"] == pytest.approx(adjusted[0])
+    assert found["gain_p_adjusted"].to_dict() == pytest.approx({0: adjusted[1], 1: adjusted[2]})
+
+
+@pytest.mark.parametrize("file", [None, "base/other.jsonl", "base/stale.jsonl"])
+def test_a_base_whose_rows_are_not_known_is_compared_as_if_on_rows_of_its_own(file: str | None) -> None:
+    first, base = rows_of(230, 60, 20, 500)
+    second, _ = rows_of(230, 10, 0, 500)
+    stale = [not right for right in base[:400]] + base[400:]  # of another run: not what the record says
+    table = over(study({8: [0.58], 16: [0.48]}), base, file)
+    known = {"t0": first, "t1": second, "base/stale.jsonl": stale}
+    found = stats.compare(table, ACCURACY, lambda name, _: answers(known)(name, _) if name in known else [])
+    assert not found.attrs["gains_paired"]
+    assert found.attrs["paired"]  # the configurations are, all the same
+    half = 1.96 * math.sqrt((0.58 * 0.42 + 0.25) / 500)
+    assert (found.loc[0, "gain_low"], found.loc[0, "gain_high"]) == pytest.approx((0.08 - half, 0.08 + half), abs=0.001)
+
+
+def test_each_way_of_storing_the_base_has_a_base_of_its_own() -> None:
+    right = {"t0": [True] * 60 + [False] * 40, "t1": [True] * 60 + [False] * 40}
+    bases = {"base/none.jsonl": [True] * 60 + [False] * 40, "base/4bit.jsonl": [True] * 20 + [False] * 80}
+    both = study({8: [0.6], 16: [0.6]})
+    parts = [over(both.iloc[[n]], bases[file], file) for n, file in enumerate(bases)]
+    found = stats.compare(pd.concat(parts), ACCURACY, answers(right | bases))
+    assert found["gain"].to_dict() == pytest.approx({0: 0.0, 1: 0.4})
+    assert found["gained"].to_dict() == {0: "tie", 1: "better"}
+
+
+def test_records_without_the_base_s_file_take_that_of_the_same_base() -> None:
+    trained, base = rows_of(230, 60, 20, 500)
+    both = study({8: [0.58], 16: [0.58]})
+    table = pd.concat([over(both.iloc[[0]], base, None), over(both.iloc[[1]], base)])
+    found = stats.compare(table, ACCURACY, answers({"t0": trained, "t1": trained, BASE: base}))
+    assert found.attrs["gains_paired"]
+    assert found["gain_p_adjusted"].max() < 0.001
+
+
+def test_the_base_has_no_seed_and_seeds_are_tested_against_its_rows() -> None:
+    generator, ties = np.random.default_rng(0), []
+    for _ in range(400):
+        logits = generator.normal(0, 1.5, 200)
+        seeds = logits + generator.normal(0, 0.3, (3, 1))
+        by_row = generator.random((2, 3, 200)) < 1 / (1 + np.exp(-np.stack([np.tile(logits, (3, 1)), seeds])))
+        by_row[0] = by_row[0, :1]  # one base
+        of = measured(by_row.astype(float))
+        numbers = np.array([-1, 0], dtype=np.int64)
+        of = dataclasses.replace(of, numbers=numbers, seeds=np.array([1, 3]), between=np.array([np.nan, of.between[1]]))
+        ties.append(of.pairs(np.array([1]), np.array([0]))[1][0] >= 0.05)
+    assert 0.93 <= np.mean(ties) <= 0.985
+
+
+def test_several_seeds_have_one_base_and_a_gain_over_it() -> None:
+    generator = np.random.default_rng(4)
+    base = generator.random(300) < 0.5
+    seeds = {f"t{n}": list(base | (generator.random(300) < 0.3)) for n in range(3)}
+    table = over(study({8: [float(np.mean(rows)) for rows in seeds.values()]}), list(base))
+    found = stats.compare(table, ACCURACY, answers(seeds | {BASE: list(base)}))
+    assert found["gained"].tolist() == ["better"]
+    assert found["chance"].tolist() == ["seeds and rows"]
+    assert found.loc[0, "gain_low"] > 0.1
+
+
+def test_a_perplexity_is_compared_with_the_base_s_by_ratio() -> None:
+    generator = np.random.default_rng(2)
+    before = generator.normal(2.0, 0.5, 100)
+    after = before - generator.normal(0.1, 0.05, 100)
+    table, lines = losses(after, before)
+    trained = table.iloc[[0]].assign(**{"eval_info.task.base_perplexity.value": table.loc[1, PERPLEXITY]})
+    trained["eval_info.task.base_predictions"] = BASE
+    found = stats.compare(trained, PERPLEXITY, lambda name, metric: lines("t1" if name == BASE else name, metric))
+    assert found.loc[0, "gain"] == pytest.approx(math.exp((after - before).mean()) - 1)
+    assert (found.loc[0, "gained"], found.loc[0, "gain_high"] < 0) == ("better", True)
 
 
 # ---- factors ---------------------------------------------------------------------------------------
