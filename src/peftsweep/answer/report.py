@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from peftsweep import record
-from peftsweep.answer import columns, effects, findings, frontier, methodology, rungs, stats, words
+from peftsweep.answer import columns, effects, findings, frontier, methodology, paired, rungs, stats, words
 from peftsweep.answer.columns import HOST_MEMORY, PREDICTED, QUANT, RANK, TARGETS
 from peftsweep.answer.findings import Task
 from peftsweep.answer.words import ADAPTER, PARAMETERS, ROWS, SECONDS, SPEED
@@ -115,6 +115,7 @@ def _document(
         for score in task.scores[:1]:
             yield from _frontier(task, score, mark, _take(left, FRONTIER, folder))
         yield from _recommendations(task, mark, quality_loss)
+        yield from paired.section(task, mark, folder)
         if left:
             yield f"## Figures{mark}"
             yield ""
@@ -165,6 +166,7 @@ def _ranking(task: Task, score: str, mark: str) -> Iterator[str]:
                 "against the best": words.difference(row) if row["verdict"] != "best" else "",
                 "p": words.p(row["p_adjusted"]),
                 "": _standing(row),
+                "over the untouched base": _over_base(row),
                 **_costs(task, number),
             }
         )
@@ -195,6 +197,14 @@ def _not_in_names(task: Task, numbers: list[int]) -> Iterator[str]:
     if parts:
         yield f"Not in these names, but not the same in all: {', '.join(parts)}."
         yield ""
+
+
+def _over_base(row: pd.Series[Any]) -> str:
+    """What a configuration gains over its untouched base."""
+    if not words.known(row["gain"]):
+        return ""
+    parts = {"difference": row["gain"], "low": row["gain_low"], "high": row["gain_high"], "scale": row["scale"]}
+    return f"{words.difference(parts)}, p {words.p_is(row['gain_p_adjusted'])}"
 
 
 def _standing(row: pd.Series[Any]) -> str:
