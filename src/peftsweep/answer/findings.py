@@ -106,10 +106,16 @@ class Task:
 
         What is not shown to be better than the untouched base is left out, as nothing is gained by using it.
         """
+        compared, useful = self.compare(score), self.useful(score)
+        near: pd.Index[Any] = compared.index[
+            compared["near"] & compared.index.isin(self.tied(score).intersection(useful))
+        ]
+        return near if len(near) else useful[:1]
+
+    def useful(self, score: str) -> pd.Index[Any]:
+        """Those that are shown to be better than the untouched base, the best first; all where that is not known."""
         compared = self.compare(score)
-        gained = compared["gained"].isin(["better", "unknown"])
-        near: pd.Index[Any] = compared.index[compared.index.isin(self.tied(score)) & compared["near"] & gained]
-        return near if len(near) else compared.index[gained][:1]
+        return compared.index[compared["gained"].isin(["better", "unknown"])]
 
     def row(self, number: Any, prefix: str | tuple[str, ...]) -> dict[str, Any]:
         """What is known of a configuration in the columns that begin so; the whole wide row would take long."""
@@ -246,8 +252,7 @@ def _over_base(task: Task, score: str, base: str) -> str:
 
 def no_gain(task: Task, score: str) -> bool:
     """Whether no configuration is shown to be better than the untouched base."""
-    gained = task.compare(score)["gained"]
-    return not gained.isin(["better", "unknown"]).any()
+    return task.useful(score).empty
 
 
 def _advice(task: Task, score: str) -> Iterator[str]:

@@ -347,7 +347,8 @@ def _figure_line(axis: Axis, value: float | None, low: float | None, high: float
 # ---- rows won and lost -----------------------------------------------------------------------------
 
 CHOICE = """<p class='note'>Any two of the untouched base and the {count} best configurations. A row is won where more
-seeds answer it rightly, or the loss a token is smaller. Rows are numbered as the lines of the files of predictions.</p>
+seeds answer it rightly, or the loss a token is smaller. The answers shown are those of the first seed, and rows are
+numbered as the lines of its file.</p>
 <p><label>score <select id="rows-score"></select></label> <label>of <select id="rows-first"></select></label>
 <label>against <select id="rows-second"></select></label></p>
 <div id="rows-shown"></div>

@@ -197,7 +197,8 @@ def section(task: Task, mark: str, folder: Path) -> Iterator[str]:
     best = [pair for pair in told[0].pairs() if pair[0] == 0]
     for first, second in best[:2]:  # the untouched base and the second best
         yield from _shown(told[0], folder, first, second)
-    yield "Rows are numbered as the lines of the files of predictions. In report.html any two can be chosen."
+    seeds = " The answers are those of the first seed." if max(m.seeds for m in told[0].members) > 1 else ""
+    yield f"Rows are numbered as the lines of the files of predictions.{seeds} In report.html any two can be chosen."
     yield ""
 
 

@@ -5,7 +5,6 @@ Every sentence is made from figures of the study; where the data does not tell, 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -227,11 +226,14 @@ def _meaning(compared: pd.DataFrame, count: int, score: str) -> str:
     if count < 2:
         return f"In brackets: the 95% interval, which covers {covers}."
     others = (compared["verdict"] == "worse") & (compared["p_adjusted"] >= stats.ALPHA)
+    pairs, with_base = (
+        compared.attrs["family"],
+        ", each with its untouched base too" if compared["gain"].notna().any() else "",
+    )
     another = " Worse than another: than one of the tie, not for certain than the best." if others.any() else ""
     return (
-        f"In brackets: 95% intervals, which cover {covers}. p is adjusted for "
-        f"{words.plural('pair', count * (count - 1) // 2)} (Holm), the intervals are not; than those in a tie none is "
-        f"better for certain.{another}{scale}"
+        f"In brackets: 95% intervals, which cover {covers}. p is adjusted for {words.plural('pair', pairs)}{with_base} "
+        f"(Holm), the intervals are not; than those in a tie none is better for certain.{another}{scale}"
     )
 
 
@@ -468,16 +470,19 @@ def _memory(configs: pd.DataFrame) -> tuple[str | None, str]:
 def _uses(task: Task, score: str, quality_loss: float) -> Iterator[tuple[str, Any, str]]:
     compared, configs = task.compare(score), task.configurations
     tied, near = task.tied(score), task.near(score)
-    best = compared.index[0]
+    best, useful = compared.index[0], task.useful(score)
     if len(compared) == 1:
         yield "what was measured", best, "the only one with this score"
         return
-    yield "quality", best, "the best figure" + (f", in a tie with {len(tied) - 1} more" if len(tied) > 1 else "")
+    if best in useful:
+        yield "quality", best, "the best figure" + (f", in a tie with {len(tied) - 1} more" if len(tied) > 1 else "")
+    else:
+        yield "quality", useful[0], "the best figure of those that are shown to be better than the untouched base"
     for need, column in (("small adapter", ADAPTER), ("fast training", SECONDS), ("little memory", task.memory)):
         known = configs.loc[near, column].dropna() if column and column in configs else pd.Series(dtype=float)
         if len(known) > 1 and column and known.max() > 1.01 * known.min():
             yield f"{need} at that quality", known.idxmin(), words.cost(column, known.min())
-    yield from _fitting(task, compared)
+    yield from _fitting(task, compared.loc[useful])
     yield from _faster(task, score, near, quality_loss)
 
 
@@ -492,10 +497,7 @@ def _faster(task: Task, score: str, near: pd.Index[Any], quality_loss: float) ->
     best = compared.iloc[0]
     bound = quality_loss if best["scale"] == "ratio" else quality_loss * best["value"]
     loss = -compared["low"] if sign > 0 else compared["high"]
-    enough = compared.index[(loss <= bound).to_numpy()]
-    if (base := columns.base_of(score)) in configs:
-        gained = sign * (compared["value"] - configs.loc[compared.index, base].astype(float).fillna(-sign * math.inf))
-        enough = enough[(gained[enough] > 0).to_numpy()]
+    enough = compared.index[(loss <= bound).to_numpy() & compared.index.isin(task.useful(score))]
     seconds = configs.loc[enough, SECONDS].dropna().astype(float)
     if seconds.empty or (fast := seconds.idxmin()) in near or seconds[fast] > configs.loc[near, SECONDS].min():
         return

@@ -786,7 +786,8 @@ def compare(
     ``gain`` over the configuration's own untouched base with ``gain_low``, ``gain_high`` and ``gain_p_adjusted``, of
     the same family, and ``gained``: ``better``, ``worse``, ``tie`` or ``unknown``.
     ``attrs["paired"]`` says whether the best were compared row by row, ``attrs["gains_paired"]`` whether they were with
-    their base. ``known`` is what ``tested`` gave, if it was called already.
+    their base, ``attrs["family"]`` for how many pairs p is adjusted. ``known`` is what ``tested`` gave, if it was
+    called already.
     """
     found = known or tested(table, column, predictions, reference)
     if found is None:
@@ -823,6 +824,7 @@ def compare(
     whole.loc[best, "verdict"] = "best" if reference is None else "reference"
     ordered = whole.iloc[np.argsort(-sign * whole["value"].to_numpy(), kind="stable")]
     ordered.attrs |= {"paired": found.exact.rows is not None, "gains_paired": found.gains_paired}
+    ordered.attrs["family"] = found.family
     return ordered
 
 
