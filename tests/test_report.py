@@ -364,7 +364,7 @@ def test_60_rows_gained_and_20_lost_are_a_gain_and_the_first_line_says_so(tmp_pa
     assert first.startswith("Use lora, r=8: 0.580 ")
     assert "The untouched base scores 0.500 on the same rows. `lora, r=8` against it: +0.080 [" in text
     assert "p < 0.001." in text.partition("against it: ")[2].partition("\n")[0]
-    assert "p is adjusted for 3 pairs, each with its untouched base too (Holm)" in text
+    assert "p is adjusted for 3 pairs, those with the untouched base among them (Holm)" in text
     assert "compared with its untouched base on the same rows, as with another configuration" in text
 
 

@@ -226,13 +226,11 @@ def _meaning(compared: pd.DataFrame, count: int, score: str) -> str:
     if count < 2:
         return f"In brackets: the 95% interval, which covers {covers}."
     others = (compared["verdict"] == "worse") & (compared["p_adjusted"] >= stats.ALPHA)
-    pairs, with_base = (
-        compared.attrs["family"],
-        ", each with its untouched base too" if compared["gain"].notna().any() else "",
-    )
+    of_base = ", those with the untouched base among them" if compared["gain"].notna().any() else ""
+    pairs = words.plural("pair", compared.attrs["family"]) + of_base
     another = " Worse than another: than one of the tie, not for certain than the best." if others.any() else ""
     return (
-        f"In brackets: 95% intervals, which cover {covers}. p is adjusted for {words.plural('pair', pairs)}{with_base} "
+        f"In brackets: 95% intervals, which cover {covers}. p is adjusted for {pairs} "
         f"(Holm), the intervals are not; than those in a tie none is better for certain.{another}{scale}"
     )
 
