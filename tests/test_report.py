@@ -388,6 +388,34 @@ def test_what_is_not_better_than_the_base_is_not_chosen_for_its_cost(tmp_path: P
     assert "small adapter at that quality" not in text
 
 
+@pytest.mark.parametrize("studies", [6, pytest.param(60, marks=pytest.mark.slow)])
+def test_advice_and_sentences_about_the_base_follow_the_ranking(studies: int, tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    advised = []
+    for number in range(studies):
+        shift = draw.choice([0, 20, 60])
+        cells = [
+            (250 - lost, int(max(lost + shift + draw.integers(-25, 25), 0)), lost)
+            for lost in draw.integers(0, 120, 3).tolist()
+        ]
+        _, text = paired_study(tmp_path / str(number), *cells)
+        ranking = text.partition("## Ranking")[2].partition("## ")[0]
+        over = re.findall(r"\| ([+−][\d.]+) \[([+−][\d.]+), ([+−][\d.]+)\], p ([<=]) ([\d.]+) \|", ranking)
+        assert len(over) == 3
+        better = [gain[0] == "+" and (how == "<" or float(p) < 0.05) for gain, _, _, how, p in over]
+        assert ("Use none of these" in text.splitlines()[0]) != any(better)
+        assert ("**No gain shown**" in text) != any(better)
+        assert ("## Recommendations" in text) == any(better)
+        sentence = re.search(r"against it: ([^\n]*)\.\n", text)
+        assert sentence is not None
+        assert sentence[1] in ranking  # of the best, with the same interval and p
+        for _, low, high, how, p in over:
+            if how == "=" and float(p) > 0.2:  # adjusted: nothing is shown, and 0 is in the interval
+                assert low[0] != high[0] or float(low[1:]) * float(high[1:]) < 1e-3
+        advised.append(any(better))
+    assert 0 < sum(advised) < studies
+
+
 def test_the_rows_that_two_win_and_lose_are_counted_and_a_few_are_shown(tmp_path: Path) -> None:
     _, text = paired_study(tmp_path, (230, 60, 20), (240, 0, 10))
     told = text.partition("## Rows won and lost")[2].partition("## Methodology")[0]

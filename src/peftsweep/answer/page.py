@@ -29,6 +29,7 @@ TASKS = 6  # pairs of model and dataset with plots: those of the most trials
 BARS = 400  # configurations with their intervals: of more, they would be a fog
 MEMBERS = 40  # configurations whose rows can be compared: the best
 TEXTS, EACH = 200, 4  # rows whose texts are there, of all scores together; and of each two of them
+PROMPT, TEXT = 400, 300  # characters of a prompt, and of an answer
 CURVES = 40  # trials whose curves are drawn: the best
 CURVE_POINTS = 200  # of one curve
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
@@ -443,7 +444,8 @@ def _pairs_of(title: str, rows: paired.Rows, folder: Path, most: int) -> dict[st
     digits = 4 if rows.losses else 3
     places = [*rows.pairs(), *itertools.combinations(range(len(rows.members)), 2)]
     shown = paired.examples(rows, places, each=EACH, most=most)
-    written = [paired.texts(folder, member, rows.column) for member in rows.members]
+    every = (paired.texts(folder, rows, place) for place in range(len(rows.members)))
+    written = [{row: of[row].cut(PROMPT, TEXT) for row in shown} for of in every]
     return {
         "title": title,
         "losses": rows.losses,
@@ -451,9 +453,7 @@ def _pairs_of(title: str, rows: paired.Rows, folder: Path, most: int) -> dict[st
         "start": (rows.pairs() or [(0, 1)])[0],
         "members": [{"name": m.name, "seeds": m.seeds, "file": m.file(rows.column)} for m in rows.members],
         "figures": [[round(value, digits) for value in figures] for figures in rows.figures.tolist()],
-        "texts": {
-            n: [written[0][n]["prompt"], written[0][n]["answer"], [of[n]["said"] for of in written]] for n in shown
-        },
+        "texts": {n: [written[0][n].prompt, written[0][n].answer, [of[n].said for of in written]] for n in shown},
     }
 
 

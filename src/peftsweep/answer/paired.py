@@ -23,7 +23,6 @@ from peftsweep.answer.stats import Floats
 from peftsweep.answer.table import predictions_file
 
 ALIKE = 1e-6  # nats a token: a smaller difference of losses is rounding
-PROMPT, TEXT = 400, 300  # characters of a prompt and of another text that are kept
 LEADING = 5  # configurations whose rows are counted in RESULTS.md
 SHOWN, LINE = 3, 90  # rows there that one of two wins, and characters of a text
 
@@ -134,13 +133,28 @@ def _base_name(file: str, *, several: bool) -> str:
 # ---- texts -----------------------------------------------------------------------------------------
 
 
-def texts(folder: Path, member: Member, column: str) -> list[dict[str, str]]:
-    """``prompt``, ``answer`` and ``said`` of each row, as the study in ``folder`` holds them, long ones cut."""
-    lines = record.read_lines(predictions_file(folder, member.trial, evaluation(column)[0]))
-    return [
-        {"prompt": cut(_prompt(line), PROMPT), "answer": cut(line.get("answer"), TEXT), "said": cut(_said(line), TEXT)}
-        for line in lines
-    ]
+@dataclass(frozen=True)
+class Text:
+    """What was asked in a row, what is right, and what was said."""
+
+    prompt: str
+    answer: str
+    said: str
+
+    def cut(self, prompt: int, others: int) -> Text:
+        """The same with the middle of long texts left out, beyond so many characters."""
+        return Text(cut(self.prompt, prompt), cut(self.answer, others), cut(self.said, others))
+
+
+def texts(folder: Path, found: Rows, place: int) -> list[Text]:
+    """The texts of each row of the member at ``place``, as the study in ``folder`` holds them.
+
+    They are empty where its file is not there, or has other rows by now.
+    """
+    lines = record.read_lines(folder / found.members[place].file(found.column))
+    if len(lines) != found.figures.shape[1]:
+        return [Text("", "", "")] * found.figures.shape[1]
+    return [Text(_prompt(line), str(line.get("answer", "")), _said(line)) for line in lines]
 
 
 def _prompt(line: Mapping[str, Any]) -> str:
@@ -216,19 +230,20 @@ def _tally(found: Rows, first: int, second: int) -> dict[str, str]:
 def _shown(found: Rows, folder: Path, first: int, second: int) -> Iterator[str]:
     """Some rows that the first of two wins, and some that it loses, as they were written."""
     names = [found.members[place].name for place in (first, second)]
-    written = [texts(folder, found.members[place], found.column) for place in (first, second)]
+    every = [texts(folder, found, place) for place in (first, second)]
     for verb, won in (("wins", found.won(first, second)), ("loses", found.won(second, first))):
         if not len(won):
             continue
         shown = won[:SHOWN].tolist()
+        written = [{row: of[row].cut(LINE, LINE) for row in shown} for of in every]
         count = words.plural("row", len(won)) + (f", here {len(shown)} of them" if len(shown) < len(won) else "")
         yield f"`{names[0]}` {verb} against `{names[1]}` on {count}:"
         yield ""
         yield from words.table(
             [
                 {"row": str(row + 1)}
-                | {part: words.code(cut(written[0][row][part], LINE)) for part in ("prompt", "answer")}
-                | {name: words.code(cut(of[row]["said"], LINE)) for name, of in zip(names, written, strict=True)}
+                | {"prompt": words.code(written[0][row].prompt), "answer": words.code(written[0][row].answer)}
+                | {name: words.code(of[row].said) for name, of in zip(names, written, strict=True)}
                 for row in shown
             ]
         )
