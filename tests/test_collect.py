@@ -257,3 +257,17 @@ def test_status_tells_how_a_study_stands_and_writes_nothing(collect_command: Col
     ]
     assert sorted(file for file in place.rglob("*") if ".claims" not in str(file)) == before
     assert "0 running" in collect_command("--status")[1]
+
+
+def test_the_advice_is_of_the_trials_that_where_chooses(collect_command: Collect) -> None:
+    for rank, accuracy in ((8, 0.4), (16, 0.6), (32, 0.9)):
+        write(f"r{rank}", rank, accuracy)
+    _, out, _ = collect_command("--no-plots", "--where", "config.method.r < 20")
+    said = out.partition("wrote ")[0]
+    assert "2 trials: 2 success (3 in the study)" in said
+    assert "Use lora, r=16: 0.600" in said
+    assert "0.900" not in said
+    assert "RESULTS.md, of all 3 trials" in out
+    _, out, _ = collect_command("--no-plots", "--where", "config.method.r > 99")
+    assert "multirun/default: --where chooses none of 3 trials" in out
+    assert "Use " not in out

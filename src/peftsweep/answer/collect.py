@@ -100,16 +100,21 @@ def main(options: Options) -> int:
         write_parquet(one.table, one.folder / RESULTS_FILE)
         write_parquet(logged, one.folder / STEPS_FILE)
         mine = called[called["collected.record"].isin(chosen["collected.record"])]
-        print_study(mine, str(one.folder), of=len(one.table))
+        if len(mine):
+            print_study(mine, str(one.folder), of=len(one.table))
+        else:
+            print(f"{one.folder}: --where chooses none of {trials_in_words(len(one.table))}")
         rows = predictions(one.folder)
         drawn = plot.study(one.table, logged, one.folder / "plots", options.kind, rows) if options.plots else []
         findings, said = report.write(one.folder, one.table, logged, drawn, rows, options.quality_loss)
         said = report.summary(mine, rows) if options.where else said
-        for line in [*said, *halving.notes(one.results)]:
+        chosen_here = set(mine["collected.record"])
+        for line in [*said, *halving.notes([result for result in one.results if record_file(result) in chosen_here])]:
             print(line)
         written = [one.folder / RESULTS_FILE, one.folder / STEPS_FILE, findings, *drawn]
         written += [page.write(one.table, logged, one.folder, rows)] if options.plots else []
-        print("wrote " + ", ".join(str(file) for file in written))
+        whole = f", of all {trials_in_words(len(one.table))}" if len(mine) < len(one.table) else ""
+        print("wrote " + ", ".join(str(file) for file in written) + whole)
     if collected:
         _hand_over(chosen, [result for one in collected for result in one.results], options)
     return 0
