@@ -16,7 +16,7 @@ FLOORS = (
     "harness repeat",
     "answer.columns answer.table answer.where answer.intervals answer.stats answer.effects answer.frontier "
     "answer.rungs answer.words answer.findings answer.paired answer.methodology answer.report answer.plot answer.page",
-    "config prepare halving build forecast guide trial pack workers engine sweep everything preload "
+    "trust config mended prepare halving build forecast guide trial pack workers engine sweep everything preload "
     "answer.interchange answer.collect",
     "cli",
 )

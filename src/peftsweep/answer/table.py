@@ -19,6 +19,7 @@ from peftsweep.answer.columns import PREDICTED, PREDICTION_ERROR
 from peftsweep.atomic import replacing
 from peftsweep.errors import InputError
 from peftsweep.record import RESULT, STEPS, RecordError, Result, Status
+from peftsweep.study import BASE
 
 RESULTS_FILE = "results.parquet"
 STEPS_FILE = "steps.parquet"
@@ -109,8 +110,14 @@ def predictions(folder: Path) -> Callable[[str, str], list[dict[str, Any]]]:
 
 
 def predictions_file(folder: Path, trial: str, evaluation: str) -> Path:
-    """The file of a trial's predictions in a study, or of those of an untouched base, which goes by its file."""
-    return folder / trial if trial.endswith(".jsonl") else folder / trial / "predictions" / f"{evaluation}.jsonl"
+    """The file of a trial's predictions in a study, or of those of an untouched base, which goes by its file.
+
+    A record is read from wherever a study came from: no file outside of the study's bases is a base's.
+    """
+    named = Path(trial)
+    if named.suffix == ".jsonl" and named.parts[0] == BASE and ".." not in named.parts:
+        return folder / named
+    return folder / trial / "predictions" / f"{evaluation}.jsonl"
 
 
 def _slim(line: dict[str, Any]) -> dict[str, Any]:
