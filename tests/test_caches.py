@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from peftsweep import build, config, evaluate, fingerprint, forecast, mended, model, pack, study, trial
+from peftsweep import build, config, evaluate, fingerprint, forecast, mended, metrics, model, pack, record, study, trial
 from peftsweep.config import Trial
 from peftsweep.record import Result
 
@@ -343,7 +343,28 @@ def test_scores_of_the_base_are_kept_by_the_tokenizer_s_content(folder: Path, co
     for change in (lambda _: None, lambda _: None, add_token):
         change(tokenizer)
         trial._base_scores(one, "perplexity", test, base, tokenizer, scratch)
-    assert len(list((scratch / ".base").iterdir())) == 2
+    assert len(list((scratch / "base").glob("causal_lm-none-*/perplexity-*.jsonl"))) == 2
+
+
+def test_answers_of_the_base_come_with_its_scores_or_are_made_again(compose: Compose, scratch: Path) -> None:
+    one = compose(*QUICK)
+    tokenizer = model.load_tokenizer(one.config.model)
+    base = build.load_base(one, tokenizer, CPU)
+    assert one.rows is not None
+    test = build.test_examples(one, "perplexity", one.rows, tokenizer)
+
+    def kept() -> tuple[dict[str, Any], Path]:
+        found = trial._base_scores(one, "perplexity", test, base, tokenizer, scratch)
+        return found, scratch / found["predictions"]
+
+    (first, file), (second, same) = kept(), kept()
+    assert (first, file) == (second, same)
+    lines = record.read_lines(file)
+    assert [line["prompt"] for line in lines] == [row.prompt for row in test]
+    sums, counts = ([line[key] for line in lines] for key in ("log_likelihood", "tokens"))
+    assert metrics.perplexity(sums, counts)["perplexity"].value == pytest.approx(first["perplexity"]["value"])
+    file.unlink()  # as in a study of a version that kept scores alone
+    assert record.read_lines(kept()[1]) == lines
 
 
 # ---- the record ------------------------------------------------------------------------------------

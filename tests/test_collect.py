@@ -211,7 +211,7 @@ def test_whatever_trials_differ_in_is_a_column_of_the_table(collect_command: Col
     assert [row[0] for row in cells] == ["one", "two"]
 
 
-def test_a_cpu_says_nothing_of_the_memory_of_a_small_model(collect_command: Collect) -> None:
+def test_predicted_memory_has_no_error_where_no_device_measured_it(collect_command: Collect) -> None:
     for rank, predicted in ((8, 10**8), (16, 4 * 10**9)):
         folder = write(f"r{rank}", rank, 0.5)
         result = Result.read(folder)
@@ -222,7 +222,19 @@ def test_a_cpu_says_nothing_of_the_memory_of_a_small_model(collect_command: Coll
         }
         result.write(folder)
     _, out, _ = collect_command("--no-plots")
-    assert "median error -20% (-20% to -20% over 1 trials), measured by the process's resident memory" in out
+    assert "median error" not in out
+    assert peftsweep.load().get("memory.predicted.error", pd.Series(dtype=float)).isna().all()
+
+
+def test_the_peak_of_a_training_that_ran_out_of_memory_is_no_measure_of_it(collect_command: Collect) -> None:
+    for name, status, predicted, allocated in (("whole", "success", 110, 100), ("cut-off", "oom", 300, 100)):
+        folder = write(name, 8, 0.5)
+        result = Result.read(folder)
+        result.run_info["status"] = status
+        result.memory = {"predicted": {"peak_bytes": predicted}, "train": {"allocated_peak": allocated}}
+        result.write(folder)
+    _, out, _ = collect_command("--no-plots")
+    assert "predicted training memory: median error +10% (+10% to +10% over 1 trial), measured on the device" in out
 
 
 def test_status_tells_how_a_study_stands_and_writes_nothing(collect_command: Collect) -> None:
@@ -245,3 +257,17 @@ def test_status_tells_how_a_study_stands_and_writes_nothing(collect_command: Col
     ]
     assert sorted(file for file in place.rglob("*") if ".claims" not in str(file)) == before
     assert "0 running" in collect_command("--status")[1]
+
+
+def test_the_advice_is_of_the_trials_that_where_chooses(collect_command: Collect) -> None:
+    for rank, accuracy in ((8, 0.4), (16, 0.6), (32, 0.9)):
+        write(f"r{rank}", rank, accuracy)
+    _, out, _ = collect_command("--no-plots", "--where", "config.method.r < 20")
+    said = out.partition("wrote ")[0]
+    assert "2 trials: 2 success (3 in the study)" in said
+    assert "Use lora, r=16: 0.600" in said
+    assert "0.900" not in said
+    assert "RESULTS.md, of all 3 trials" in out
+    _, out, _ = collect_command("--no-plots", "--where", "config.method.r > 99")
+    assert "multirun/default: --where chooses none of 3 trials" in out
+    assert "Use " not in out

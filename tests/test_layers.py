@@ -14,8 +14,8 @@ FLOORS = (
     "study fingerprint experiment tasks shapes model probe profiler",
     "display tracker attach coverage initialise checkpoint compiled train lanes packed evaluate inference predict "
     "harness repeat",
-    "answer.columns answer.table answer.where answer.stats answer.effects answer.frontier answer.rungs answer.words "
-    "answer.findings answer.methodology answer.report answer.plot answer.page",
+    "answer.columns answer.table answer.where answer.intervals answer.stats answer.effects answer.frontier "
+    "answer.rungs answer.words answer.findings answer.paired answer.methodology answer.report answer.plot answer.page",
     "trust limits restored config mended prepare halving build forecast guide trial pack workers engine sweep "
     "everything preload answer.interchange answer.collect",
     "cli",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import pandas as pd
 import pytest
 
 from peftsweep.answer import page
+from peftsweep.answer.table import predictions
 from tests import tables
 
 EVIL = "</script><img src=x onerror=alert(1)><b>&amp;"
@@ -83,11 +85,62 @@ def test_a_front_is_drawn_for_each_pair_of_axes_and_shown_for_the_chosen_one() -
     assert page._front(table, *axes) == ([0.5, 1.0, 2.0], [0.1, 0.5, 0.9])
 
 
+def judged(*answers: list[bool], seeds: int = 1) -> tuple[pd.DataFrame, str]:
+    """A study of ranks whose first 20 test rows are answered so, and its base before them; the text of its page."""
+    folder = Path("multirun/default")
+    table = tables.trials({"config.method.r": [8, 16, 32][: len(answers) - 1]}, seeds=seeds)
+    names = ["base/tiny-none-0/task-0.jsonl", *(f"{trial}/predictions/task.jsonl" for trial in table["run_info.trial"])]
+    for name, right in zip(names, [answers[0], *(of for of in answers[1:] for _ in range(seeds))], strict=True):
+        lines = [
+            {"prompt": f"{EVIL}{n}", "prediction": f"{yes}{EVIL}", "answer": "", "correct": yes}
+            for n, yes in enumerate(right)
+        ]
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    means = [sum(of) / len(of) for of in answers]
+    table["eval_info.task.accuracy.value"] = [mean for mean in means[1:] for _ in range(seeds)]
+    table["eval_info.task.base_accuracy.value"], table["eval_info.task.base_predictions"] = means[0], names[0]
+    file = page.write(table, tables.steps(table), folder, predictions(folder))
+    return table, file.read_text(encoding="utf-8").partition("</head>")[2]
+
+
+def test_rows_of_any_two_of_base_and_configurations_can_be_compared() -> None:
+    base, small, large = [True] * 10 + [False] * 10, [False] * 2 + [True] * 13 + [False] * 5, [True] * 16 + [False] * 4
+    _, text = judged(base, small, large)
+    (of,) = json.loads(text.partition('id="rows-data">')[2].partition("</script>")[0])
+    names = [member["name"] for member in of["members"]]
+    assert names == ["lora, r=16", "lora, r=8", "untouched base"]  # the best first
+    assert of["start"] == [0, 2]
+    assert of["figures"] == [[float(yes) for yes in right] for right in (large, small, base)]
+    assert [member["file"] for member in of["members"]][2] == "base/tiny-none-0/task-0.jsonl"
+    for first in range(3):
+        for second in range(3):
+            won = [n for n in range(20) if of["figures"][first][n] > of["figures"][second][n]]
+            assert sum(str(n) in of["texts"] for n in won) >= min(len(won), of["each"])
+    row, (prompt, _, said) = next(iter(of["texts"].items()))
+    assert prompt == f"{EVIL}{row}"
+    assert len(said) == 3
+
+
+def test_texts_of_rows_are_no_markup_of_the_page() -> None:
+    _, text = judged([True, False] * 10, [False, True] * 10, [True] * 20)
+    assert "<img" not in text
+    assert "onerror=alert(1)" in text
+    assert text.count("</script>") == text.count("<script")
+    assert "innerHTML" not in page.CHOOSE
+
+
+def test_without_predictions_no_rows_are_offered() -> None:
+    assert "rows-data" not in study(tables.trials({"config.method.r": [8, 16]}))
+
+
 @pytest.mark.slow
 def test_a_browser_without_a_network_sorts_filters_hovers_and_changes_an_axis() -> None:
     api = pytest.importorskip("playwright.sync_api", reason="needs pip install 'peftsweep[browser]'")
     if BROWSER is None:
         pytest.skip("no chromium on this machine")
+    judged([True, False] * 10, [False, True] * 10, [True] * 20)
+    own_rows = Path("multirun/default/report.html").rename("rows.html").resolve()
     study(tables.trials({"choices.method": ["lora", "ia3", EVIL], "config.method.r": [8, 16, 32]}, seeds=2))
     problems: list[str] = []
     with api.sync_playwright() as playwright:
@@ -102,6 +155,8 @@ def test_a_browser_without_a_network_sorts_filters_hovers_and_changes_an_axis() 
         _use_the_frontier(view)
         _open_a_trial(view)
         view.screenshot(path="report.png")
+        view.goto(own_rows.as_uri())
+        _choose_rows(view)
         browser.close()
     assert not problems
 
@@ -138,3 +193,11 @@ def _open_a_trial(view: Any) -> None:
     view.locator("#all-trials tbody a").first.click()
     assert view.locator("article.trial:visible").count() == 1
     assert view.locator("article.trial:visible pre").text_content().startswith("peftsweep method=lora")
+
+
+def _choose_rows(view: Any) -> None:
+    assert "won by lora, r=16: 10 of 20 rows" in view.locator("#rows-shown").text_content()
+    view.locator("#rows-first").select_option(label="lora, r=8")
+    assert "won by lora, r=8: 10 of 20 rows" in view.locator("#rows-shown").text_content()
+    assert "won by untouched base: 10 of 20 rows" in view.locator("#rows-shown").text_content()
+    assert EVIL in view.locator("#rows-shown table.texts td").nth(1).text_content()

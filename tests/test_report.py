@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ def test_a_study_is_told_from_its_answer_to_its_methods(tmp_path: Path) -> None:
         "## Rank",
         "## Frontier",
         "## Recommendations",
+        "## Rows won and lost",
         "## Methodology",
     ]
     assert "9 trials (9 success) of 3 configurations, 3 successful seeds each." in text
@@ -107,7 +109,8 @@ def test_one_seed_is_called_one_seed(tmp_path: Path) -> None:
 
 
 def test_a_tie_for_lack_of_seeds_is_not_advised(tmp_path: Path) -> None:
-    wild = [trial(n, score, n % 2, **{"config.method.r": 8 + 8 * (n // 2)}) for n, score in enumerate([20, 60, 75, 77])]
+    scores = [20, 60, 40, 75, 77, 76]
+    wild = [trial(n, score, n % 3, **{"config.method.r": 8 + 8 * (n // 3)}) for n, score in enumerate(scores)]
     text = written(tmp_path, *wild)
     assert "is a tie with" in text or "are a tie" in text
     assert "- **Use `lora, r=16`**" in text  # not the smaller one, which may be far worse
@@ -316,3 +319,129 @@ def test_unpaired_rows_are_not_called_paired(tmp_path: Path) -> None:
     text = file.read_text()
     assert "McNemar" not in text
     assert "as if each had been judged on rows of its own" in text
+
+
+# ---- against the untouched base, row by row --------------------------------------------------------
+
+BASE = "base/tiny-none-0/task-0.jsonl"
+EVIL = "</script><img src=x onerror=alert(1)> | `[a](#b)` ``"
+
+
+def paired_study(
+    folder: Path, *answers: tuple[int, int, int], n: int = 500, base: str | None = BASE
+) -> tuple[pd.DataFrame, str]:
+    """A study of one seed a configuration: how many rows it and its base got right, it alone, its base alone; of ``n``.
+
+    All have one base, which gets the first half of the rows right. The table, and what RESULTS.md says of it.
+    """
+    half = n // 2
+    files = {BASE: [row < half for row in range(n)]} if base else {}
+    rows = []
+    for number, (both, gained, lost) in enumerate(answers):
+        assert both + lost == half
+        right = [row < both or half <= row < half + gained for row in range(n)]
+        files[f"t{number}/predictions/task.jsonl"] = right
+        rows.append(trial(number, 0, **{"config.method.r": 8 << number}))
+        for metric, share in (("accuracy", sum(right) / n), ("base_accuracy", 0.5)):
+            stderr = math.sqrt(share * (1 - share) / (n - 1))
+            rows[-1] |= {f"eval_info.task.{metric}.{k}": v for k, v in (("value", share), ("stderr", stderr), ("n", n))}
+        rows[-1] |= {"eval_info.task.base_predictions": base, "run_info.labels": f'["t{number}"]'}
+    for name, right in files.items():
+        lines = [
+            {"prompt": f"Q{row}{EVIL}", "prediction": f"{yes}{EVIL}", "answer": "True", "correct": yes}
+            for row, yes in enumerate(right)
+        ]
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    table = pd.DataFrame(rows).convert_dtypes()
+    file, said = report.write(folder, table, pd.DataFrame(), (), predictions(folder))
+    return table, "\n".join([*said, "", file.read_text()])
+
+
+def test_60_rows_gained_and_20_lost_are_a_gain_and_the_first_line_says_so(tmp_path: Path) -> None:
+    _, text = paired_study(tmp_path, (230, 60, 20), (150, 30, 100))
+    first = text.splitlines()[0]
+    assert first.startswith("Use lora, r=8: 0.580 ")
+    assert "The untouched base scores 0.500 on the same rows. `lora, r=8` against it: +0.080 [" in text
+    assert "p < 0.001." in text.partition("against it: ")[2].partition("\n")[0]
+    assert "p is adjusted for 3 pairs, those with the untouched base among them (Holm)" in text
+    assert "compared with its untouched base on the same rows, as with another configuration" in text
+
+
+def test_a_gain_that_the_rows_do_not_show_is_no_advice(tmp_path: Path) -> None:
+    _, text = paired_study(tmp_path, (50, 240, 200), (150, 30, 100))  # the same 0.580 and 0.500, by other rows
+    assert "0.580" in text
+    assert text.startswith("Use none of these: none is shown to be better than the untouched base")
+
+
+def test_a_study_without_the_base_s_rows_says_how_it_compares(tmp_path: Path) -> None:
+    _, text = paired_study(tmp_path, (230, 60, 20), (150, 30, 100), base=None)
+    assert "as if each had rows of its own" in text
+    assert "the base's answers were not kept by row" in text
+    assert "untouched base |" not in text.partition("## Rows won and lost")[2]
+
+
+def test_what_is_not_better_than_the_base_is_not_chosen_for_its_cost(tmp_path: Path) -> None:
+    _, text = paired_study(tmp_path, (60, 228, 190), (240, 55, 10))  # a tie of 0.576, with half the adapter, and 0.590
+    assert "all 2 configurations" in text or "both configurations are a tie" in text
+    assert text.startswith("Use lora, r=16: 0.590")
+    assert "small adapter at that quality" not in text
+
+
+@pytest.mark.parametrize("studies", [6, pytest.param(60, marks=pytest.mark.slow)])
+def test_advice_and_sentences_about_the_base_follow_the_ranking(studies: int, tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    advised = []
+    for number in range(studies):
+        shift = draw.choice([0, 20, 60])
+        cells = [
+            (250 - lost, int(max(lost + shift + draw.integers(-25, 25), 0)), lost)
+            for lost in draw.integers(0, 120, 3).tolist()
+        ]
+        _, text = paired_study(tmp_path / str(number), *cells)
+        ranking = text.partition("## Ranking")[2].partition("## ")[0]
+        over = re.findall(r"\| ([+−][\d.]+) \[([+−][\d.]+), ([+−][\d.]+)\], p ([<=]) ([\d.]+) \|", ranking)
+        assert len(over) == 3
+        better = [gain[0] == "+" and (how == "<" or float(p) < 0.05) for gain, _, _, how, p in over]
+        assert ("Use none of these" in text.splitlines()[0]) != any(better)
+        assert ("**No gain shown**" in text) != any(better)
+        assert ("## Recommendations" in text) == any(better)
+        sentence = re.search(r"against it: ([^\n]*)\.\n", text)
+        assert sentence is not None
+        assert sentence[1] in ranking  # of the best, with the same interval and p
+        for _, low, high, how, p in over:
+            if how == "=" and float(p) > 0.2:  # adjusted: nothing is shown, and 0 is in the interval
+                assert low[0] != high[0] or float(low[1:]) * float(high[1:]) < 1e-3
+        advised.append(any(better))
+    assert 0 < sum(advised) < studies
+
+
+def test_the_rows_that_two_win_and_lose_are_counted_and_a_few_are_shown(tmp_path: Path) -> None:
+    _, text = paired_study(tmp_path, (230, 60, 20), (240, 0, 10))
+    told = text.partition("## Rows won and lost")[2].partition("## Methodology")[0]
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in told.splitlines() if line.startswith("| lora")
+    ]
+    assert cells == [
+        ["lora, r=8", "untouched base", "60", "20", "420"],
+        ["lora, r=16", "untouched base", "0", "10", "490"],
+        ["lora, r=8", "lora, r=16", "60", "10", "430"],
+    ]
+    assert "`lora, r=8` wins against `untouched base` on 60 rows, here 3 of them:" in told
+    assert "`lora, r=8` loses against `untouched base` on 20 rows, here 3 of them:" in told
+    shown = [line.split("|")[1].strip() for line in told.splitlines() if re.match(r"\|\s+\d", line)]
+    assert shown == ["251", "252", "253", "231", "232", "233", "251", "252", "253", "231", "232", "233"]
+
+
+def test_texts_of_rows_are_no_markup_of_results_md(tmp_path: Path) -> None:
+    _, text = paired_study(tmp_path, (230, 60, 20))
+    told = text.partition("## Rows won and lost")[2].partition("## Methodology")[0]
+    lines = [line for line in told.splitlines() if "Q2" in line]
+    assert lines
+    for line in lines:
+        assert len(re.findall(r"(?<!\\)\|", line)) == 6  # of the table's own
+        for cell in re.split(r"(?<!\\)\|", line)[2:-1]:
+            fence = re.match(r"\s*(`+)", cell)
+            assert fence is not None
+            assert cell.strip().endswith(fence[1])
+            assert fence[1] not in cell.strip()[len(fence[1]) : -len(fence[1])]  # all of it is code

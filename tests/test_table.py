@@ -164,3 +164,13 @@ def test_records_are_read_oldest_first() -> None:
     for rank in (32, 8, 16):
         write(f"r{rank}", rank, 0.5)
     assert [result.trial for result in table.read(study.find("default"))] == ["r8", "r16", "r32"]
+
+
+def test_a_base_goes_by_its_file_and_no_file_outside_of_the_study_s_bases_is_read() -> None:
+    for name in ("s/base/tiny-none-0/task-0.jsonl", "s/t0/predictions/task.jsonl", "other/base/x.jsonl", "x.jsonl"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text('{"correct": true}\n', encoding="utf-8")
+    read = table.predictions(Path("s"))
+    assert len(read("base/tiny-none-0/task-0.jsonl", "task")) == len(read("t0", "task")) == 1
+    outside = ("../x.jsonl", "base/../../x.jsonl", "../other/base/x.jsonl", str(Path("x.jsonl").resolve()))
+    assert [read(name, "task") for name in outside] == [[], [], [], []]

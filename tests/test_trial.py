@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import peftsweep
 from peftsweep import attach, build, cli, data, forecast, model, record, study, train, trial
+from peftsweep.answer import stats
 from peftsweep.config import Trial
 from peftsweep.data import Example
 from peftsweep.record import RecordError, Result, Status
@@ -93,7 +95,7 @@ def test_a_base_score_kept_with_other_kernels_is_measured_anew(
     for kernels in ({"threads": 1, "cpu_capability": name} for name in ("AVX2", "AVX2", "AVX512")):
         monkeypatch.setattr(record, "kernels", lambda found=kernels: found)
         run_small(*words)
-        kept.append(len([*Path("multirun/default/.base").iterdir()]))
+        kept.append(len([*Path("multirun/default/base").glob("*/*.jsonl")]))
     assert kept == [2, 2, 4]  # of two evaluations
 
 
@@ -362,10 +364,26 @@ def test_x_lora_mixes_adapters_trained_before(run_small: RunSmall) -> None:
 
 def test_the_base_is_scored_once_a_study(run_small: RunSmall) -> None:
     first, second = run_small(), run_small("seed=1")
-    files = list(Path("multirun/default/.base").iterdir())
+    files = list(Path("multirun/default/base").glob("tiny-none-*/*.json"))
     assert sorted(file.name.partition("-")[0] for file in files) == ["perplexity", "tiny_math"]
     base = [result.eval_info["perplexity"]["base_perplexity"] for result in (first, second)]
     assert base[0] == base[1]
+
+
+def test_the_base_s_answers_are_kept_by_row_in_the_format_of_a_trial_s(run_small: RunSmall) -> None:
+    trained, untrained = run_small(), run_small("train=none", "train.steps=0")
+    for name, metric in (("tiny_math", "accuracy"), ("perplexity", "perplexity")):
+        kept = {result.eval_info[name]["base_predictions"] for result in (trained, untrained)}
+        assert len(kept) == 1
+        base = lines(Path("multirun/default") / kept.pop())
+        assert [line["prompt"] for line in base] == [
+            x["prompt"] for x in lines(place(trained) / f"predictions/{name}.jsonl")
+        ]
+        assert base == lines(place(untrained) / f"predictions/{name}.jsonl")  # which is the base itself
+        found = stats.row_scores(base, metric)
+        assert found is not None
+        mean = math.exp(found.mean()) if metric == "perplexity" else found.mean()
+        assert mean == pytest.approx(trained.eval_info[name][f"base_{metric}"]["value"])
 
 
 def test_presets_run_at_small_size_without_their_weights(run_small: RunSmall) -> None:

@@ -22,6 +22,7 @@ ROOT = Path("multirun")
 NAME = re.compile(r"(?![. ])[^\x00-\x1f/\\:*?\"<>|]{1,100}(?<![. ])")  # of a study or an evaluation, which become paths
 PLAN = "plan.json"
 ADAPTER = "adapter"
+BASE = "base"  # in a study: what the untouched base scores and answers, a folder a base
 RESIDUAL = "base"  # beside an adapter: the base that it belongs to, where that is not the trial's
 MERGED = "merged"
 CHECKPOINTS = "checkpoints"

@@ -669,30 +669,38 @@ def _sources(
 def _base_scores(
     trial: Trial, name: str, test: list[Example], base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, root: Path
 ) -> dict[str, Any]:
-    """The untouched base's scores and what it answers, kept in the study under everything that changes them."""
-    device = base.device
-    key = configuration.content_hash(
-        {
-            "model": model_identity(trial.config.model),
-            "commit": model.commit(base),
-            "tokenizer": fingerprint.tokenizer_hash(tokenizer),
-            "quant": trial.config.quant,
-            # A new head is drawn from the seed, for each class an output.
-            "head": [trial.config.seed, trial.config.dataset.classes] if model.classifies(base) else None,
-            "eval": evaluation_identity(trial.config.eval[name]),
-            "examples": data.fingerprint(example._asdict() for example in test),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else record.processor(),
-            "kernels": None if device.type == "cuda" else record.kernels(),
-            "packages": record.packages() | {"lm_eval": record.package("lm_eval")},
-        }
-    )
-    file = root / ".base" / f"{name}-{key}.json"
-    if not file.exists():
+    """The untouched base's scores and facts, and as ``predictions`` the file of its answers, relative to the study.
+
+    Both are kept in the study under everything that changes them. The answers have the format of a trial's
+    ``predictions/<eval>.jsonl``, and are written first: where scores are, answers are too.
+    """
+    device, config = base.device, trial.config
+    of_base = {
+        "model": model_identity(config.model),
+        "commit": model.commit(base),
+        "tokenizer": fingerprint.tokenizer_hash(tokenizer),
+        "quant": config.quant,
+        # A new head is drawn from the seed, for each class an output.
+        "head": [config.seed, config.dataset.classes] if model.classifies(base) else None,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else record.processor(),
+        "kernels": None if device.type == "cuda" else record.kernels(),
+        "packages": record.packages() | {"lm_eval": record.package("lm_eval")},
+    }
+    of_rows = {
+        "eval": evaluation_identity(config.eval[name]),
+        "examples": data.fingerprint(example._asdict() for example in test),
+    }
+    called = re.sub(r"[^\w.-]+", "_", f"{trial.choices['model']}-{trial.choices['quant']}")
+    folder = root / study.BASE / f"{called}-{configuration.content_hash(of_base)}"
+    scores = folder / f"{name}-{configuration.content_hash(of_rows)}.json"
+    answers = scores.with_suffix(".jsonl")
+    if not (scores.exists() and answers.exists()):
         found = build.evaluator(trial, name)(base, tokenizer, test)
         own = {fact: value for fact, value in found.facts.items() if fact not in OF_THE_ROWS}
-        record.write_json(file, found.scores | own)
-    scores: dict[str, Any] = record.read_json(file)
-    return scores
+        record.write_lines(answers, found.predictions)
+        record.write_json(scores, found.scores | own)
+    known: dict[str, Any] = record.read_json(scores)
+    return known | {"predictions": answers.relative_to(root).as_posix()}
 
 
 def _reload(

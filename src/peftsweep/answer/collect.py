@@ -17,7 +17,6 @@ from peftsweep import halving, naming, study, sweep_record
 from peftsweep.answer import columns, interchange, page, plot, report, stats
 from peftsweep.answer.columns import CALLED, NAME, PREDICTION_ERROR
 from peftsweep.answer.table import (
-    ALLOCATED,
     BREAK_EVEN,
     COMPILE,
     RESULTS_FILE,
@@ -37,7 +36,7 @@ from peftsweep.answer.table import (
 from peftsweep.answer.where import where
 from peftsweep.display import show_table, size, summary
 from peftsweep.errors import InputError
-from peftsweep.record import Result, Status, counted
+from peftsweep.record import Result, Status, counted, trials_in_words
 
 NO_SETTINGS = ("choices.profiler", "choices.tracker", "choices.inference")  # that change nothing of a trial
 SHOWN = 40  # trials that a printed table holds
@@ -101,16 +100,21 @@ def main(options: Options) -> int:
         write_parquet(one.table, one.folder / RESULTS_FILE)
         write_parquet(logged, one.folder / STEPS_FILE)
         mine = called[called["collected.record"].isin(chosen["collected.record"])]
-        print_study(mine, str(one.folder), of=len(one.table))
+        if len(mine):
+            print_study(mine, str(one.folder), of=len(one.table))
+        else:
+            print(f"{one.folder}: --where chooses none of {trials_in_words(len(one.table))}")
         rows = predictions(one.folder)
         drawn = plot.study(one.table, logged, one.folder / "plots", options.kind, rows) if options.plots else []
         findings, said = report.write(one.folder, one.table, logged, drawn, rows, options.quality_loss)
         said = report.summary(mine, rows) if options.where else said
-        for line in [*said, *halving.notes(one.results)]:
+        chosen_here = set(mine["collected.record"])
+        for line in [*said, *halving.notes([result for result in one.results if record_file(result) in chosen_here])]:
             print(line)
         written = [one.folder / RESULTS_FILE, one.folder / STEPS_FILE, findings, *drawn]
         written += [page.write(one.table, logged, one.folder, rows)] if options.plots else []
-        print("wrote " + ", ".join(str(file) for file in written))
+        whole = f", of all {trials_in_words(len(one.table))}" if len(mine) < len(one.table) else ""
+        print("wrote " + ", ".join(str(file) for file in written) + whole)
     if collected:
         _hand_over(chosen, [result for one in collected for result in one.results], options)
     return 0
@@ -263,10 +267,9 @@ def notes(table: pd.DataFrame, shown: pd.DataFrame) -> list[str]:
         lines.append(f"{row[CALLED]}: {row[COMPILE]} steps are {row[SPEED_UP]:.2f} times as fast as eager ones; {pays}")
     errors = table[PREDICTION_ERROR].dropna().astype(float) if PREDICTION_ERROR in table else pd.Series(dtype=float)
     if not errors.empty:
-        where_measured = "on the device" if table[ALLOCATED].notna().any() else "by the process's resident memory"
-        spread = f"{errors.min():+.0%} to {errors.max():+.0%} over {len(errors)} trials"
+        spread = f"{errors.min():+.0%} to {errors.max():+.0%} over {trials_in_words(len(errors))}"
         lines.append(
-            f"predicted training memory: median error {errors.median():+.0%} ({spread}), measured {where_measured}"
+            f"predicted training memory: median error {errors.median():+.0%} ({spread}), measured on the device"
         )
     return lines
 

@@ -102,10 +102,20 @@ class Task:
         return compared.index[compared["verdict"].isin(["best", "tie", "unknown"])]
 
     def near(self, score: str) -> pd.Index[Any]:
-        """Those of the tie that lie within one standard error of the best, among which costs may decide."""
+        """Those of the tie that lie within one standard error of the best, among which costs may decide.
+
+        What is not shown to be better than the untouched base is left out, as nothing is gained by using it.
+        """
+        compared, useful = self.compare(score), self.useful(score)
+        near: pd.Index[Any] = compared.index[
+            compared["near"] & compared.index.isin(self.tied(score).intersection(useful))
+        ]
+        return near if len(near) else useful[:1]
+
+    def useful(self, score: str) -> pd.Index[Any]:
+        """Those that are shown to be better than the untouched base, the best first; all where that is not known."""
         compared = self.compare(score)
-        near: pd.Index[Any] = compared.index[compared.index.isin(self.tied(score)) & compared["near"]]
-        return near
+        return compared.index[compared["gained"].isin(["better", "unknown"])]
 
     def row(self, number: Any, prefix: str | tuple[str, ...]) -> dict[str, Any]:
         """What is known of a configuration in the columns that begin so; the whole wide row would take long."""
@@ -211,12 +221,9 @@ def _against_baselines(task: Task, score: str) -> Iterator[str]:
     sign, best = columns.direction(score) or 1, task.compare(score).index[0]
     row = task.row(best, f"eval_info.{name}.")
     bound = row[f"{score}.low"] if sign > 0 else row[f"{score}.high"]
-    base = row.get(_base(score), math.nan)
+    base = row.get(columns.base_of(score), math.nan)
     if words.known(base):
-        if no_gain(task, score):
-            yield f"- **No gain shown** over the untouched base, which scores {words.number(base)} on the same rows."
-        else:
-            yield f"- The untouched base scores {words.number(base)} on the same rows."
+        yield _over_base(task, score, words.number(base))
     majority = row.get(f"eval_info.{name}.majority", math.nan)
     if words.known(majority) and words.known(bound) and sign > 0 and metric == "accuracy" and bound <= majority:
         yield f"- **Chance level**: always giving the most frequent answer scores {words.number(majority)}."
@@ -229,18 +236,23 @@ def _against_baselines(task: Task, score: str) -> Iterator[str]:
         yield f"- **{seen:.0f} test rows of {name} were trained on**; the score says less than it seems to."
 
 
-def _base(score: str) -> str:
-    return "eval_info.{}.base_{}.value".format(*columns.evaluation(score))
+def _over_base(task: Task, score: str, base: str) -> str:
+    """What the best configuration gains over the untouched base, which scores ``base``."""
+    compared = task.compare(score)
+    best, said = compared.iloc[0], f"The untouched base scores {base} on the same rows."
+    if no_gain(task, score):
+        said = f"**No gain shown** over the untouched base, which scores {base} on the same rows."
+    if not words.known(best["gain_p_adjusted"]):
+        return f"- {said}"
+    parts = {"difference": best["gain"], "low": best["gain_low"], "high": best["gain_high"], "scale": best["scale"]}
+    gain = f"{words.difference(parts)}, p {words.p_is(best['gain_p_adjusted'])}"
+    as_if = "" if compared.attrs["gains_paired"] else ", as if each had rows of its own"
+    return f"- {said} `{task.labels[compared.index[0]]}` against it: {gain}{as_if}."
 
 
 def no_gain(task: Task, score: str) -> bool:
-    """Whether even the best configuration is not shown to be better than the untouched base."""
-    best, sign, base = task.compare(score).index[0], columns.direction(score) or 1, _base(score)
-    row = task.row(best, (score, base.removesuffix("value")))
-    bound, stderr = row[f"{score}.{'low' if sign > 0 else 'high'}"], row.get(f"{base.removesuffix('value')}stderr", 0.0)
-    if not (words.known(row.get(base)) and words.known(bound)):
-        return False
-    return bool(sign * (bound - row[base]) <= 1.96 * (stderr if words.known(stderr) else 0.0))
+    """Whether no configuration is shown to be better than the untouched base."""
+    return task.useful(score).empty
 
 
 def _advice(task: Task, score: str) -> Iterator[str]:
@@ -249,9 +261,11 @@ def _advice(task: Task, score: str) -> Iterator[str]:
     if len(task.compare(score)) < 2:
         return
     if no_gain(task, score):
-        yield f"- **Use none of these**: the best is not shown to be better than the untouched base, by {score_name}."
+        yield f"- **Use none of these**: none is shown to be better than the untouched base, by {score_name}."
         return
     chosen, why = near[0], f"the best by {score_name}"
+    if chosen != task.compare(score).index[0]:
+        why += " of those that are shown to be better than the untouched base"
     if len(near) > 1:
         sizes = configs.loc[near, ADAPTER].astype(float) if ADAPTER in configs else pd.Series(1.0, index=near)
         small = sizes[sizes <= 1.05 * sizes.min()].index if sizes.notna().any() else near

@@ -149,6 +149,7 @@ def _tests(tasks: Sequence[Task]) -> Iterator[str]:
             "other scores by the paired t test over rows. Both are of these trained models, not of what another seed "
             "would give."
         )
+    yield from _of_bases([task.compare(score) for task, score in judged])
     if "seeds" in chances:
         yield "Where rows could not be paired, Student's t over seeds compares configurations, on these test rows."
     if chances:
@@ -160,6 +161,21 @@ def _tests(tasks: Sequence[Task]) -> Iterator[str]:
         )
     if any(score for _, score in judged if words.scale(score) == "ratio"):
         yield "Perplexities and costs are compared by ratios."
+
+
+def _of_bases(compared: Sequence[pd.DataFrame]) -> Iterator[str]:
+    """How configurations are compared with their untouched bases."""
+    of_base = [one for one in compared if one["gain"].notna().any()]
+    if any(one.attrs["gains_paired"] for one in of_base):
+        yield (
+            "Each configuration is compared with its untouched base on the same rows, as with another configuration, "
+            "and adjusted together with them; a base has no seed."
+        )
+    if not all(one.attrs["gains_paired"] for one in of_base):
+        yield (
+            "Where the base's answers were not kept by row, or are not those of the recorded score, configurations "
+            "are compared with it as if it had been judged on rows of its own, which shows fewer gains."
+        )
 
 
 def _of_rungs(table: pd.DataFrame, steps: pd.DataFrame) -> Iterator[str]:

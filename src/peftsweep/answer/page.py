@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import itertools
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from peftsweep.answer import columns, effects, frontier, stats
+from peftsweep.answer import columns, effects, frontier, paired, stats
 from peftsweep.answer.columns import CALLED, STATUS
 from peftsweep.answer.plot import COLOURS, FADED, INK, RULE
 from peftsweep.record import counted, trials_in_words, write_text
@@ -26,6 +27,9 @@ REPORT = "report.html"
 PANELS = 2000  # trials with a panel of their own: the newest
 TASKS = 6  # pairs of model and dataset with plots: those of the most trials
 BARS = 400  # configurations with their intervals: of more, they would be a fog
+MEMBERS = 40  # configurations whose rows can be compared: the best
+TEXTS, EACH = 200, 4  # rows whose texts are there, of all scores together; and of each two of them
+PROMPT, TEXT = 400, 300  # characters of a prompt, and of an answer
 CURVES = 40  # trials whose curves are drawn: the best
 CURVE_POINTS = 200  # of one curve
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
@@ -55,6 +59,10 @@ dl {{ margin: 0; font-size: 13px; }}
 dt {{ color: #666; overflow-wrap: anywhere; }} dd {{ margin: 0; overflow-wrap: anywhere; }}
 #common dl {{ display: block; columns: 22rem; }} #common dt {{ float: left; clear: left; margin-right: .6rem; }}
 .pair {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); gap: 1.5rem; }}
+.texts {{ border-collapse: collapse; font-size: 13px; width: 100%; table-layout: fixed; }}
+.texts td, .texts th {{ border: 1px solid {RULE}; padding: .2rem .5rem; text-align: left; vertical-align: top; }}
+.texts td {{ white-space: pre-wrap; overflow-wrap: anywhere; }} .texts th:first-child {{ width: 3rem; }}
+details p {{ max-width: none; font-size: 13px; }} label {{ margin-right: .8rem; }} select {{ max-width: 24rem; }}
 @media print {{ body {{ max-width: none; padding: 0; font-size: 11px; }} .dt-layout-row:not(.dt-layout-table),
   .modebar-container {{ display: none !important; }} section {{ break-inside: avoid; }} }}
 """
@@ -92,6 +100,7 @@ def write(table: pd.DataFrame, steps: pd.DataFrame, folder: Path, predictions: s
     sections = [
         ("Trials", "trials", _trials(table, effects.factors(table))),
         ("Quality and cost", "frontier", more + "\n".join(fronts) if any(fronts) else ""),
+        ("Rows won and lost", "rows", more + _rows(tasks, folder, predictions) if predictions else ""),
         ("Learning curves", "curves", more + "\n".join(curves) if any(curves) else ""),
         ("A trial", "trial", _panels(table, differing, folder)),
         ("What all trials have in common", "common", f"<div>{_definitions(shared)}</div>" if shared else ""),
@@ -334,6 +343,118 @@ def _figure_line(axis: Axis, value: float | None, low: float | None, high: float
         return ""
     interval = "" if low is None or high is None or low == high else f" [{_number(low)}, {_number(high)}]"
     return f"{_text(axis.name)}: {_number(value)}{interval}"
+
+
+# ---- rows won and lost -----------------------------------------------------------------------------
+
+CHOICE = """<p class='note'>Any two of the untouched base and the {count} best configurations. A row is won where more
+seeds answer it rightly, or the loss a token is smaller. The answers shown are those of the first seed, and rows are
+numbered as the lines of its file.</p>
+<p><label>score <select id="rows-score"></select></label> <label>of <select id="rows-first"></select></label>
+<label>against <select id="rows-second"></select></label></p>
+<div id="rows-shown"></div>
+<script type="application/json" id="rows-data">{data}</script>
+<script>{script}</script>"""
+# Text of the records is put into the page as text (textContent), never as HTML.
+CHOOSE = """(() => {
+  const known = JSON.parse(document.getElementById("rows-data").textContent);
+  const [score, first, second, shown] = ["score", "first", "second", "shown"].map(
+    (name) => document.getElementById("rows-" + name));
+  const add = (parent, kind, text) => {
+    const made = document.createElement(kind);
+    if (text !== undefined) made.textContent = text;
+    parent.appendChild(made);
+    return made;
+  };
+  const fill = (select, names, place) => {
+    select.replaceChildren();
+    names.forEach((name, n) => { add(select, "option", name).value = n; });
+    select.value = place;
+  };
+  const figure = (of, member, row) => {
+    const value = of.figures[member][row], seeds = of.members[member].seeds;
+    if (of.losses) return value.toFixed(3) + " nats a token";
+    return seeds > 1 ? Math.round(value * seeds) + " of " + seeds + " seeds right" : value ? "right" : "wrong";
+  };
+  const rows = (of, won, title, pair) => {
+    add(shown, "h3", title + ": " + won.length + " of " + of.figures[0].length + " rows");
+    const written = won.filter((row) => row in of.texts).slice(0, of.each);
+    if (written.length) {
+      const table = add(shown, "table"), head = add(table, "tr");
+      table.className = "texts";
+      ["row", "prompt", "answer", ...pair.map((m) => of.members[m].name)].forEach((name) => add(head, "th", name));
+      written.forEach((row) => {
+        const line = add(table, "tr"), [prompt, answer, said] = of.texts[row];
+        [row + 1, prompt, answer, ...pair.map((m) => figure(of, m, row) + "\\n" + said[m])].forEach(
+          (text) => add(line, "td", text));
+      });
+    }
+    if (won.length) {
+      const every = add(shown, "details");
+      add(every, "summary", "all of these rows");
+      add(every, "p", won.map((row) => row + 1).sort((a, b) => a - b).join(", "));
+    }
+  };
+  const show = () => {
+    const of = known[score.value], a = +first.value, b = +second.value;
+    const sign = of.losses ? -1 : 1;
+    const apart = of.figures[a].map((value, row) => sign * (value - of.figures[b][row]));
+    const ahead = (side) => [...apart.keys()].filter((row) => side * apart[row] > 1e-6).sort(
+      (one, other) => side * (apart[other] - apart[one]) || one - other);
+    shown.replaceChildren();
+    add(shown, "p", "Answers shown: " + [a, b].map((m) => of.members[m].file).join(" and ")).className = "note";
+    rows(of, ahead(1), "won by " + of.members[a].name, [a, b]);
+    rows(of, ahead(-1), "won by " + of.members[b].name, [a, b]);
+  };
+  const choose = () => {
+    const of = known[score.value], names = of.members.map((member) => member.name);
+    fill(first, names, of.start[0]);
+    fill(second, names, of.start[1]);
+    show();
+  };
+  fill(score, known.map((of) => of.title), 0);
+  score.addEventListener("change", choose);
+  [first, second].forEach((select) => select.addEventListener("change", show));
+  choose();
+})();"""
+
+
+def _rows(tasks: Mapping[str, pd.DataFrame], folder: Path, predictions: stats.Predictions) -> str:
+    """A choice of two configurations or bases, and the rows that either of them wins."""
+    found: list[tuple[str, paired.Rows]] = []
+    for task, table in tasks.items():
+        names = effects.labels(table)
+        for score in columns.main_scores(table):
+            measured = stats.measure(table, score)
+            best = measured.numbers[np.argsort(-columns.direction(score) * measured.means, kind="stable")]
+            called = dict(zip(names.index.tolist(), names.tolist(), strict=True))
+            rows = paired.rows(table, score, predictions, called, best[:MEMBERS].tolist())
+            title = f"{columns.score_name(score)}, {task}" if len(tasks) > 1 else columns.score_name(score)
+            found += [(title, rows)] if rows is not None else []
+    if not found:
+        return ""
+    data = json.dumps([_pairs_of(title, rows, folder, most=max(TEXTS // len(found), 4)) for title, rows in found])
+    for character in "<>&":  # nothing that could end the script or begin markup
+        data = data.replace(character, f"\\u{ord(character):04x}")
+    return CHOICE.format(count=MEMBERS, data=data, script=CHOOSE)
+
+
+def _pairs_of(title: str, rows: paired.Rows, folder: Path, most: int) -> dict[str, Any]:
+    """What the page knows of a score's rows; of ``most`` of them also what was said."""
+    digits = 4 if rows.losses else 3
+    places = [*rows.pairs(), *itertools.combinations(range(len(rows.members)), 2)]
+    shown = paired.examples(rows, places, each=EACH, most=most)
+    every = (paired.texts(folder, rows, place) for place in range(len(rows.members)))
+    written = [{row: of[row].cut(PROMPT, TEXT) for row in shown} for of in every]
+    return {
+        "title": title,
+        "losses": rows.losses,
+        "each": EACH,
+        "start": (rows.pairs() or [(0, 1)])[0],
+        "members": [{"name": m.name, "seeds": m.seeds, "file": m.file(rows.column)} for m in rows.members],
+        "figures": [[round(value, digits) for value in figures] for figures in rows.figures.tolist()],
+        "texts": {n: [written[0][n].prompt, written[0][n].answer, [of[n].said for of in written]] for n in shown},
+    }
 
 
 # ---- learning curves -------------------------------------------------------------------------------

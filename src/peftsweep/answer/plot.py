@@ -36,7 +36,6 @@ EACH = 400  # configurations of a frontier that are drawn one by one; of more, t
 NAMED = 160  # letters of names in a panel of a frontier, the best points first
 CURVES = 100  # trials whose curves are drawn
 QUANTS = ("none", "8bit", "4bit", "8bit_offload")  # in the order of figures
-LEAST_HOST_MEMORY = 256e6  # bytes that training must add to a process for its resident memory to say something
 SPREADS = "bars: 95% interval of scores, standard deviation of costs"
 KINDS = ("png", "svg")
 STYLE = {
@@ -443,8 +442,7 @@ def memory_predicted(merged: pd.DataFrame) -> Any:
         return None
     rows = merged[merged[error].notna() & merged[predicted].notna()]
     measured = rows[predicted] / (1 + rows[error])
-    on_host = not columns.measured(merged, columns.DEVICE_MEMORY.column)
-    if len(rows) < 2 or (on_host and measured.max() < LEAST_HOST_MEMORY):
+    if len(rows) < 2:
         return None
     largest = max(rows[predicted].max(), measured.max())
     factor, _ = Cost("", "", "bytes").scale(largest)
@@ -461,8 +459,7 @@ def memory_predicted(merged: pd.DataFrame) -> Any:
     ax.fill_between([0, top], [0, 0.9 * top], [0, 1.1 * top], color=RULE, zorder=0, linewidth=0)
     ax.set(xlim=(0, top), ylim=(0, top), aspect="equal", xlabel=f"measured {unit}", ylabel=f"predicted {unit}")
     _legend(figure, styles)
-    host = "; the process's resident memory, on a CPU" if on_host else ""
-    return _signed(figure, merged, f"on the line they agree, grey within 10%{host}")
+    return _signed(figure, merged, "on the line they agree, grey within 10%")
 
 
 # ---- parts of figures ------------------------------------------------------------------------------

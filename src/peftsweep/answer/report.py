@@ -5,7 +5,6 @@ Every sentence is made from figures of the study; where the data does not tell, 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from peftsweep import record
-from peftsweep.answer import columns, effects, findings, frontier, methodology, rungs, stats, words
+from peftsweep.answer import columns, effects, findings, frontier, methodology, paired, rungs, stats, words
 from peftsweep.answer.columns import HOST_MEMORY, PREDICTED, QUANT, RANK, TARGETS
 from peftsweep.answer.findings import Task
 from peftsweep.answer.words import ADAPTER, PARAMETERS, ROWS, SECONDS, SPEED
@@ -115,6 +114,7 @@ def _document(
         for score in task.scores[:1]:
             yield from _frontier(task, score, mark, _take(left, FRONTIER, folder))
         yield from _recommendations(task, mark, quality_loss)
+        yield from paired.section(task, mark, folder)
         if left:
             yield f"## Figures{mark}"
             yield ""
@@ -165,6 +165,7 @@ def _ranking(task: Task, score: str, mark: str) -> Iterator[str]:
                 "against the best": words.difference(row) if row["verdict"] != "best" else "",
                 "p": words.p(row["p_adjusted"]),
                 "": _standing(row),
+                "over the untouched base": _over_base(row),
                 **_costs(task, number),
             }
         )
@@ -197,6 +198,14 @@ def _not_in_names(task: Task, numbers: list[int]) -> Iterator[str]:
         yield ""
 
 
+def _over_base(row: pd.Series[Any]) -> str:
+    """What a configuration gains over its untouched base."""
+    if not words.known(row["gain"]):
+        return ""
+    parts = {"difference": row["gain"], "low": row["gain_low"], "high": row["gain_high"], "scale": row["scale"]}
+    return f"{words.difference(parts)}, p {words.p_is(row['gain_p_adjusted'])}"
+
+
 def _standing(row: pd.Series[Any]) -> str:
     """A configuration may be no worse than the best for certain, and yet than one that is in a tie with it."""
     other = row["verdict"] == "worse" and row["p_adjusted"] >= stats.ALPHA
@@ -217,11 +226,12 @@ def _meaning(compared: pd.DataFrame, count: int, score: str) -> str:
     if count < 2:
         return f"In brackets: the 95% interval, which covers {covers}."
     others = (compared["verdict"] == "worse") & (compared["p_adjusted"] >= stats.ALPHA)
+    of_base = ", those with the untouched base among them" if compared["gain"].notna().any() else ""
+    pairs = words.plural("pair", compared.attrs["family"]) + of_base
     another = " Worse than another: than one of the tie, not for certain than the best." if others.any() else ""
     return (
-        f"In brackets: 95% intervals, which cover {covers}. p is adjusted for "
-        f"{words.plural('pair', count * (count - 1) // 2)} (Holm), the intervals are not; than those in a tie none is "
-        f"better for certain.{another}{scale}"
+        f"In brackets: 95% intervals, which cover {covers}. p is adjusted for {pairs} "
+        f"(Holm), the intervals are not; than those in a tie none is better for certain.{another}{scale}"
     )
 
 
@@ -458,16 +468,19 @@ def _memory(configs: pd.DataFrame) -> tuple[str | None, str]:
 def _uses(task: Task, score: str, quality_loss: float) -> Iterator[tuple[str, Any, str]]:
     compared, configs = task.compare(score), task.configurations
     tied, near = task.tied(score), task.near(score)
-    best = compared.index[0]
+    best, useful = compared.index[0], task.useful(score)
     if len(compared) == 1:
         yield "what was measured", best, "the only one with this score"
         return
-    yield "quality", best, "the best figure" + (f", in a tie with {len(tied) - 1} more" if len(tied) > 1 else "")
+    if best in useful:
+        yield "quality", best, "the best figure" + (f", in a tie with {len(tied) - 1} more" if len(tied) > 1 else "")
+    else:
+        yield "quality", useful[0], "the best figure of those that are shown to be better than the untouched base"
     for need, column in (("small adapter", ADAPTER), ("fast training", SECONDS), ("little memory", task.memory)):
         known = configs.loc[near, column].dropna() if column and column in configs else pd.Series(dtype=float)
         if len(known) > 1 and column and known.max() > 1.01 * known.min():
             yield f"{need} at that quality", known.idxmin(), words.cost(column, known.min())
-    yield from _fitting(task, compared)
+    yield from _fitting(task, compared.loc[useful])
     yield from _faster(task, score, near, quality_loss)
 
 
@@ -482,10 +495,7 @@ def _faster(task: Task, score: str, near: pd.Index[Any], quality_loss: float) ->
     best = compared.iloc[0]
     bound = quality_loss if best["scale"] == "ratio" else quality_loss * best["value"]
     loss = -compared["low"] if sign > 0 else compared["high"]
-    enough = compared.index[(loss <= bound).to_numpy()]
-    if (base := columns.base_of(score)) in configs:
-        gained = sign * (compared["value"] - configs.loc[compared.index, base].astype(float).fillna(-sign * math.inf))
-        enough = enough[(gained[enough] > 0).to_numpy()]
+    enough = compared.index[(loss <= bound).to_numpy() & compared.index.isin(task.useful(score))]
     seconds = configs.loc[enough, SECONDS].dropna().astype(float)
     if seconds.empty or (fast := seconds.idxmin()) in near or seconds[fast] > configs.loc[near, SECONDS].min():
         return

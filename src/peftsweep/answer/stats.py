@@ -15,6 +15,13 @@ difference of two, the effect of a factor, the gain per doubling of a rank) is t
 
 with Satterthwaite's degrees of freedom. These are the variance components of a design with crossed random effects
 (Brennan, Generalizability Theory, 2001, ch. 3). A bootstrap of two or three seeds would understate their spread.
+
+Rows that all agree are no certainty that other rows would. So right and wrong answers have intervals that are as wide
+as the number of rows allows: exact ones of a share (Clopper and Pearson, Biometrika 26, 1934; with the effective
+number of rows of Korn and Graubard, Survey Methodology 24, 1998, where seeds vary) and of a difference of two
+(`paired_interval`), and every other contrast of them is given a variance with two rows more, one each way (Bonett
+and Price, Journal of Educational and Behavioral Statistics 37, 2012). Of other scores whose rows all agree the
+interval is not known.
 """
 
 from __future__ import annotations
@@ -23,7 +30,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -31,14 +38,16 @@ from numpy.typing import NDArray
 from scipy import special  # scipy.stats takes longer to load than a small study to collect
 
 from peftsweep import naming
+from peftsweep.answer import intervals
 from peftsweep.answer.columns import MEASURED, NAME, direction, evaluation, named, scores
+from peftsweep.answer.intervals import clopper_pearson, mcnemar, paired_interval
 from peftsweep.naming import NO_SETTINGS, OF_SOME, SETTINGS
 from peftsweep.record import Status
 
-Floats = NDArray[np.float64]
+Floats = intervals.Floats
 Predictions = Callable[[str, str], Sequence[dict[str, Any]]]
 
-ALPHA = 0.05
+ALPHA = intervals.ALPHA
 SUCCESS, CREATED, TRIAL, SEED = "run_info.status", "run_info.created_at", "run_info.trial", naming.SEED
 PACKED, PERCENTILES = "run_info.packed_with", ("_p50", "_p95", "_p99")
 TASK = (
@@ -61,6 +70,11 @@ COMPARED = (
     "scale",
     "chance",
     "rank",
+    "gain",
+    "gain_low",
+    "gain_high",
+    "gain_p_adjusted",
+    "gained",
 )
 MOST_COMPARED = 40  # configurations: the best ones, of each pair of which the rows are compared
 MOST_READ = 400  # trials whose predictions are read
@@ -214,13 +228,13 @@ def _summary(good: pd.DataFrame, order: list[int]) -> pd.DataFrame:
     low, high = mean - half, mean + half
     kind = (n > 1).astype(object).replace({True: "seeds", False: None})
     known = set(names)
-    with_errors = (c for c in names if c.endswith(".value") and {c[:-5] + "stderr", c[:-5] + "n"} <= known)
-    for column in with_errors:
-        single = (n[column] == 1) & mean[column.removesuffix("value") + "stderr"].notna()
+    for column in (c for c in names if c.endswith(".value") and c.removesuffix("value") + "n" in known):
         stem = column.removesuffix("value")
-        bounds = row_interval(column, mean[column], mean[f"{stem}stderr"], mean[f"{stem}n"])
-        low[column], high[column] = (b.where(single, o[column]) for b, o in zip(bounds, (low, high), strict=True))
-        kind.loc[single, column] = "rows"
+        stderr = mean[f"{stem}stderr"] if f"{stem}stderr" in known else mean[column] * np.nan
+        bounds = row_interval(column, mean[column], stderr, mean[f"{stem}n"])
+        alone = (n[column] == 1) | (std[column] == 0)  # or seeds that all agree, which tell nothing of others
+        low[column], high[column] = (b.where(alone, o[column]) for b, o in zip(bounds, (low, high), strict=True))
+        kind[column] = kind[column].where(~alone, bounds[0].notna().map({True: "rows", False: None}))
     for column in (c for c in names if is_share(c, values[c])):
         low[column], high[column] = low[column].clip(lower=0), high[column].clip(upper=1)
     parts = {"": mean, ".std": std, ".low": low, ".high": high, ".interval": kind.astype("string")}
@@ -239,17 +253,24 @@ def row_interval(
 ) -> tuple[pd.Series[float], pd.Series[float]]:
     """A 95% interval over the test rows from a score's standard error and its number of rows.
 
-    That of a share is Wilson's, which is not empty at 0 and 1; that of a perplexity is symmetric in its logarithm.
+    That of right and wrong answers is exact, that of a perplexity symmetric in its logarithm. It is missing where the
+    rows tell no spread: all other scores of one row, or of rows that all agree.
     """
     quantile = pd.Series(special.stdtrit(np.maximum(n - 1, 1), 1 - ALPHA / 2), index=value.index)
-    if is_share(column, value) and np.allclose(stderr**2 * (n - 1), value * (1 - value), equal_nan=True):
-        centre = (value + quantile**2 / (2 * n)) / (1 + quantile**2 / n)
-        half = quantile / (1 + quantile**2 / n) * np.sqrt(value * (1 - value) / n + quantile**2 / (4 * n**2))
-        return centre - half, centre + half
+    stderr = stderr.where(stderr > 0)
+    low, high = value - quantile * stderr, value + quantile * stderr
     if is_ratio(column, value):
         factor = np.exp(quantile * stderr / value)
         return value / factor, value * factor
-    return value - quantile * stderr, value + quantile * stderr
+    counted = binomial(column, value, stderr, n)
+    exact = clopper_pearson(_floats(value * n), _floats(n))
+    return low.where(~counted, exact[0]), high.where(~counted, exact[1])
+
+
+def binomial(column: str, value: pd.Series[float], stderr: pd.Series[float], n: pd.Series[float]) -> pd.Series[bool]:
+    """Of which scores the rows are right or wrong, as far as value, standard error and number of rows can tell."""
+    alike = np.isclose(stderr.fillna(0.0) ** 2 * (n - 1), value * (1 - value))
+    return pd.Series(alike & is_share(column, value) & (n > 0), index=value.index)
 
 
 def is_ratio(column: str, values: Iterable[float]) -> bool:
@@ -269,20 +290,22 @@ class Contrasts:
     estimate: Floats
     stderr: Floats  # missing where nothing tells it
     df: Floats
+    exact: Floats  # [3, c]: p and the ends of the interval where they follow from counts of rows, else missing
 
     @property
     def p(self) -> Floats:
-        """Two-sided, against no difference; without any spread a difference is certain."""
+        """Two-sided, against no difference. Of a cost without any spread (bytes on a disk) a difference is certain."""
         with np.errstate(divide="ignore", invalid="ignore"):
             t = np.where(self.estimate == 0, 0.0, np.abs(self.estimate) / self.stderr)
-        found: Floats = np.where(np.isnan(self.stderr), np.nan, 2 * special.stdtr(self.df, -t))
-        return found
+        found: Floats = np.where(np.isnan(self.stderr) & (self.estimate != 0), np.nan, 2 * special.stdtr(self.df, -t))
+        return np.where(np.isnan(self.exact[0]), found, self.exact[0])
 
     @property
     def interval(self) -> tuple[Floats, Floats]:
         """The ends of the 95% interval of each."""
         half = special.stdtrit(self.df, 1 - ALPHA / 2) * self.stderr
-        return self.estimate - half, self.estimate + half
+        low, high = np.where(np.isnan(self.exact[1:]), [self.estimate - half, self.estimate + half], self.exact[1:])
+        return low, high
 
 
 @dataclass(frozen=True)
@@ -310,17 +333,52 @@ class Measured:
     def _no_rows(self) -> bool:
         return self.rows is None and bool(np.isnan(self.stderrs).all())
 
-    def contrasts(self, weights: Floats) -> Contrasts:
-        """The contrasts ``weights`` [c, k] of the configurations' means."""
+    @property
+    def shares(self) -> bool:
+        """Whether the score is a share of rows, whose scores are known: 1 for right, 0 for wrong, means over seeds."""
+        return self.rows is not None and not self.ratio and self.rows.min() >= 0 and self.rows.max() <= 1
+
+    @property
+    def one_model_each(self) -> bool:
+        """Whether each configuration was trained once and each row is right or wrong, so that rows can be counted."""
+        return self.shares and not (self.seeds > 1).any() and set(np.unique(cast(Floats, self.rows))) <= {0.0, 1.0}
+
+    def contrasts(self, weights: Floats, *, rows_of_their_own: bool = False) -> Contrasts:
+        """The contrasts ``weights`` [c, k] of the configurations' means.
+
+        Those of two trained models whose rows are right or wrong are exact, all others are by Student's t.
+        ``rows_of_their_own`` counts the variance of each score over its rows where rows cannot be paired.
+        """
         alone, whole, seed_freedom = self._of_seeds()
         if self.rows is not None:
-            by_rows = (weights @ self.rows).var(axis=1, ddof=1) / self.rows.shape[1]
-        elif not (self.seeds > 1).any():
-            by_rows = weights**2 @ self.stderrs**2  # as if each had rows of its own
+            by_rows = self._by_rows(weights)
+        elif rows_of_their_own or not (self.seeds > 1).any():
+            by_rows = weights**2 @ self.stderrs**2
         else:
             by_rows = np.zeros(len(weights))
         by_seeds, spread = weights**2 @ alone, weights**4 @ (whole**2 / seed_freedom)
-        return self._with_rows(weights @ self.means, by_seeds, spread, by_rows)
+        found = self._with_rows(weights @ self.means, by_seeds, spread, by_rows)
+        unknown = self.column.endswith(".value") & (found.stderr == 0) & weights.any(axis=1)  # a score always has some
+        found = dataclasses.replace(found, stderr=np.where(unknown, np.nan, found.stderr))
+        return dataclasses.replace(found, exact=self._counted(weights)) if self.one_model_each else found
+
+    def _by_rows(self, weights: Floats) -> Floats:
+        """The variance of contrasts [c] over test rows; of shares with two rows more, as far apart as rows can be."""
+        apart = weights @ cast(Floats, self.rows)
+        if self.shares:
+            ends = np.minimum(weights, 0).sum(axis=1), np.maximum(weights, 0).sum(axis=1)
+            apart = np.column_stack([apart, *ends])
+        variances: Floats = apart.var(axis=1, ddof=1) / apart.shape[1]
+        return variances
+
+    def _counted(self, weights: Floats) -> Floats:
+        """p and interval [3, c] of differences of two, from counts of rows; missing for other contrasts."""
+        apart = weights @ cast(Floats, self.rows)
+        size = weights.max(axis=1, initial=0.0)
+        first, second = (apart > 0).sum(axis=1), (apart < 0).sum(axis=1)
+        low, high = paired_interval(first, second, apart.shape[1])
+        two = ((weights != 0).sum(axis=1) == 2) & (weights.sum(axis=1) == 0)
+        return np.where(two, [mcnemar(first, second), size * low, size * high], np.nan)
 
     def _with_rows(self, estimate: Floats, by_seeds: Floats, spread: Floats, by_rows: Floats) -> Contrasts:
         """The contrasts with these parts of their variance, by Satterthwaite; ``spread`` is that of ``by_seeds``."""
@@ -328,7 +386,7 @@ class Measured:
         total, spread = by_seeds + by_rows, spread + by_rows**2 / row_freedom
         with np.errstate(divide="ignore", invalid="ignore"):
             df = np.where(spread > 0, np.maximum(total**2 / spread, 1), math.inf)
-        return Contrasts(estimate, np.sqrt(total), df)
+        return Contrasts(estimate, np.sqrt(total), df, np.full((3, len(estimate)), np.nan))
 
     def _of_seeds(self) -> tuple[Floats, Floats, Floats]:
         """The variance of each configuration's mean by its seeds [k], the same with what the rows explain, and its df.
@@ -337,31 +395,28 @@ class Measured:
         is taken to vary at least as the study's do on average, which has more degrees of freedom; one that varies more
         has fewer, down to its own.
         """
-        several, own = self.seeds > 1, np.maximum(self.seeds - 1, 0)
+        several, own = (self.seeds > 1) & (self.numbers >= 0), np.maximum(self.seeds - 1, 0)
         if not several.any():
             return np.zeros(len(self.seeds)), np.zeros(len(self.seeds)), np.ones(len(self.seeds))
+        own = np.where(self.numbers >= 0, own, 0)
         beyond = self.between - self.answered
         pooled, pooled_beyond = (np.average(v[several], weights=own[several]) for v in (self.between, beyond))
         total = np.fmax(self.between, pooled)
         alone = np.fmax(beyond, max(pooled_beyond, 0.0))
         share = np.divide(pooled, total, out=np.ones(len(total)), where=total > 0)
         df = np.clip(own.sum() * share**2, np.maximum(own, 1), own.sum())
-        return alone / self.seeds, total / self.seeds, df
+        drawn = (self.numbers >= 0) | (self.seeds > 1)  # a base without a new head has no seed
+        return drawn * alone / self.seeds, drawn * total / self.seeds, df
 
-    def pairs(self, first: NDArray[np.int64], second: NDArray[np.int64]) -> tuple[Contrasts, Floats]:
-        """The differences first - second of the configurations at these places, and their p-values.
-
-        Those of right and wrong answers of one trained model each are exact (McNemar), all others by Student's t.
-        """
+    def pairs(
+        self, first: NDArray[np.int64], second: NDArray[np.int64], *, rows_of_their_own: bool = False
+    ) -> tuple[Contrasts, Floats]:
+        """The differences first - second of the configurations at these places, and their p-values."""
         weights = np.zeros((len(first), len(self.means)))
         weights[np.arange(len(first)), first] += 1
         weights[np.arange(len(first)), second] -= 1
-        found = self.contrasts(weights)
-        p = found.p
-        if self.rows is not None and not (self.seeds > 1).any() and set(np.unique(self.rows)) <= {0.0, 1.0}:
-            apart = weights @ self.rows
-            p = mcnemar((apart > 0).sum(axis=1), (apart < 0).sum(axis=1))
-        return found, p
+        found = self.contrasts(weights, rows_of_their_own=rows_of_their_own)
+        return found, found.p
 
     def intervals(self) -> pd.DataFrame:
         """The 95% interval of each configuration's own value over seeds and rows, as far as they are known."""
@@ -369,18 +424,24 @@ class Measured:
             return pd.DataFrame(columns=["low", "high", "interval"])
         by_rows = np.zeros(len(self.means)) if self.rows is None else self.rows.var(axis=1, ddof=1) / self.rows.shape[1]
         alone, whole, seed_freedom = self._of_seeds()
-        low, high = self.back(self._with_rows(self.means, alone, whole**2 / seed_freedom, by_rows).interval)
-        if self.rows is None:
-            if is_share(self.column, pd.Series(self.back((self.means,))[0])):
-                low, high = low.clip(0, 1), high.clip(0, 1)
-        elif not self.ratio and self.rows.min() >= 0 and self.rows.max() <= 1:
-            n = np.full(len(self.means), float(self.rows.shape[1]))
-            value = pd.Series(self.means)
-            wilson = row_interval(self.column, value, np.sqrt(value * (1 - value) / (n - 1)), pd.Series(n))
-            same = self.rows.var(axis=1) == 0  # all right or all wrong, which does not mean that all others are
-            low, high = np.where(same, wilson[0], low).clip(0, 1), np.where(same, wilson[1], high).clip(0, 1)
+        spread = self._with_rows(self.means, alone, whole**2 / seed_freedom, by_rows)
+        low, high = self.back(spread.interval)
+        if self.shares:
+            low, high = self._share_intervals(spread)
+        elif is_share(self.column, pd.Series(self.back((self.means,))[0])):
+            low, high = low.clip(0, 1), high.clip(0, 1)
         found = pd.DataFrame({"low": low, "high": high, "interval": self.chance}, index=self.numbers)
-        return found if self.rows is not None else found[self.seeds > 1]
+        several = self.seeds > 1 if self.rows is None else np.ones(len(found), dtype=bool)
+        return found[several & ((spread.stderr > 0) | self.shares)]
+
+    def _share_intervals(self, spread: Contrasts) -> tuple[Floats, Floats]:
+        """Those of shares, from as many rows as would vary so, of one trained model each (Korn and Graubard, 1998)."""
+        rows = cast(Floats, self.rows).shape[1]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            effective = 1 + self.means * (1 - self.means) / spread.stderr**2
+        quantiles = special.stdtrit(rows - 1, 1 - ALPHA / 2) / special.stdtrit(spread.df, 1 - ALPHA / 2)
+        n = np.where(spread.stderr > 0, effective * quantiles**2, rows)
+        return clopper_pearson(self.means * n, n)
 
     def back(self, values: tuple[Floats, ...]) -> tuple[Floats, ...]:
         """``values`` in the column's own units."""
@@ -394,12 +455,17 @@ class Measured:
         """``count`` values of each configuration [count, k] that seeds and rows could have given.
 
         Rows are reweighted at random, for all configurations alike (Rubin's Bayesian bootstrap); seeds follow a t.
+        Of shares each configuration has two rows more that the others lack, a right and a wrong one of half a weight:
+        what was the same in all rows is not so in all draws.
         """
         size = (count, len(self.means))
         found = np.broadcast_to(self.means, size).copy()
         if self.rows is not None:
             weights = generator.standard_exponential((count, self.rows.shape[1]))
             found = weights / weights.sum(axis=1, keepdims=True) @ self.rows.T
+            if self.shares:
+                own = generator.standard_exponential((2, *size))
+                found += (own[0] - own[1]) / math.sqrt(2) / (self.rows.shape[1] + 2)
         elif not (self.seeds > 1).any():
             found += generator.standard_normal(size) * np.nan_to_num(self.stderrs)
         variances, _, freedoms = self._of_seeds()
@@ -417,7 +483,7 @@ def measure(
 ) -> Measured:
     """``column`` of every configuration, or of ``only`` those, in which a successful trial has it."""
     numbers, stem = identify(table), column.removesuffix("value")
-    table = table[[c for c in (SUCCESS, CREATED, TRIAL, SEED, column, f"{stem}stderr") if c in table]]
+    table = table[[c for c in (SUCCESS, CREATED, TRIAL, SEED, column, f"{stem}stderr", f"{stem}n") if c in table]]
     there = table[SUCCESS].eq(Status.success.name) & table[column].notna()
     if only is not None:
         there &= numbers.isin(only)
@@ -425,6 +491,10 @@ def measure(
     values = trials[column].astype("float64")
     ratio = is_ratio(column, values)
     stderr = trials[f"{stem}stderr"].astype("float64") if f"{stem}stderr" in trials else values * np.nan
+    if f"{stem}n" in trials:  # right and wrong answers: with a right and a wrong one more
+        n = trials[f"{stem}n"].astype("float64")
+        share = (values * n + 1) / (n + 2)
+        stderr = stderr.mask(binomial(column, values, stderr, n), (share * (1 - share) / (n + 1)) ** 0.5)
     if ratio:
         values, stderr = values.transform("log"), stderr / values
     groups = values.groupby(trials["configuration"])
@@ -473,7 +543,7 @@ def _interaction(by_row: Floats, rows: Floats, places: NDArray[np.int64], seeds:
 def _by_row(trials: pd.DataFrame, column: str, values: Floats, predictions: Predictions) -> Floats | None:
     """Each trial's score of each test row [trials, rows]; None unless all were judged on the same rows."""
     name, metric = evaluation(column)
-    if len(trials) > MOST_READ or not column.endswith(".value"):
+    if (trials["configuration"] >= 0).sum() > MOST_READ or not column.endswith(".value"):
         return None
     found: list[Floats] = []
     asked: list[Any] = []
@@ -512,13 +582,63 @@ def row_scores(lines: Sequence[dict[str, Any]], metric: str) -> Floats | None:
     return np.array([line[key] for line in lines], dtype=float) if key in lines[0] else None
 
 
+# ---- the untouched base ----------------------------------------------------------------------------
+
+
+def with_bases(table: pd.DataFrame, column: str) -> tuple[pd.DataFrame, dict[int, int]]:
+    """What ``measure`` needs of ``table``, with its untouched bases as configurations; the base of each configuration.
+
+    Bases have the numbers -1, -2 ... There are several where models are stored or asked in several ways. A base has
+    no seed, unless a new head was drawn from it; its name as a trial is the file of its answers, as far as that
+    is known (records of earlier versions lack it).
+    """
+    name, metric = evaluation(column)
+    own, of_base = column.removesuffix("value"), f"eval_info.{name}.base_{metric}."
+    kept = [c for c in (SUCCESS, CREATED, TRIAL, SEED, column, f"{own}stderr", f"{own}n") if c in table]
+    trials = table[kept].assign(configuration=identify(table))
+    if f"{of_base}value" not in table:
+        return trials, {}
+    there = trials[SUCCESS].eq(Status.success.name) & trials[column].notna() & table[f"{of_base}value"].notna()
+    scores = table.loc[there.to_numpy(dtype=bool), [c for c in table.columns if c.startswith(of_base)]]
+    figures = scores.astype("string").fillna("")
+    same = pd.Series(["|".join(row) for row in figures.to_numpy()], figures.index)  # these are of the same base
+    files = (
+        table.loc[there, f"eval_info.{name}.base_predictions"]
+        if f"eval_info.{name}.base_predictions" in table
+        else None
+    )
+    known = same if files is None else files.fillna(files.groupby(same).transform("first")).fillna(same)
+    groups: list[set[str]] = []
+    for _, of_one in known.groupby(trials["configuration"]):
+        whole = set(of_one).union(*(group for group in groups if not group.isdisjoint(of_one)))
+        groups = [*(group for group in groups if group.isdisjoint(whole)), whole]
+    numbers = {base: -1 - place for place, group in enumerate(groups) for base in group}
+    bases = trials[there].assign(**{TRIAL: known, "configuration": known.map(numbers)})
+    for part in ("value", "stderr", "n"):
+        if f"{own}{part}" in bases:
+            bases[f"{own}{part}"] = scores.get(f"{of_base}{part}")
+    if SEED in bases:
+        alone = known.map({base: len(group) == 1 for group in groups for base in group})
+        bases[SEED] = bases[SEED].mask(alone.astype(bool))
+    of = dict(zip(trials.loc[there, "configuration"].tolist(), bases["configuration"].tolist(), strict=True))
+    return pd.concat([trials, bases.drop_duplicates(TRIAL)], ignore_index=True), of
+
+
+def _gains(
+    table: pd.DataFrame, column: str, predictions: Predictions | None, numbers: Sequence[int]
+) -> tuple[dict[int, Between], bool]:
+    """What these configurations gain over their untouched bases, not adjusted yet; and whether row by row."""
+    joined, base_of = with_bases(table, column)
+    there = [number for number in numbers if number in base_of]
+    if not there:
+        return {}, False
+    measured = measure(joined, column, predictions, np.array([*there, *{base_of[number] for number in there}]))
+    first, second = (np.searchsorted(measured.numbers, some) for some in (there, [base_of[n] for n in there]))
+    paired = measured.rows is not None
+    return dict(zip(there, _tested(measured, first, second, rows_of_their_own=not paired), strict=True)), paired
+
+
 # ---- comparisons -----------------------------------------------------------------------------------
-
-
-def mcnemar(first: NDArray[np.int64], second: NDArray[np.int64]) -> Floats:
-    """McNemar's exact two-sided p: ``first`` rows that only one got right, ``second`` that only the other did."""
-    found: Floats = np.minimum(1, 2 * special.bdtr(np.minimum(first, second), first + second, 0.5))
-    return found
 
 
 def holm(p: Floats, family: int | None = None) -> Floats:
@@ -550,6 +670,9 @@ class Between:
         return Between(-self.estimate, -self.high, -self.low, self.p, self.p_adjusted)
 
 
+UNKNOWN = Between(math.nan, math.nan, math.nan, math.nan, math.nan)
+
+
 @dataclass(frozen=True)
 class Tested:
     """Pairs of configurations in one column: each is tested once, and all are adjusted together, by Holm's method.
@@ -564,6 +687,8 @@ class Tested:
     against: int  # the configuration that all others are tested against: the best one unless another was named
     family: int  # how many pairs there are
     pairs: dict[tuple[int, int], Between]  # by the numbers of two configurations
+    gains: dict[int, Between]  # of each configuration over its untouched base, which are pairs of the family too
+    gains_paired: bool  # whether the base's rows are known, of the best 40
 
     @property
     def sign(self) -> int:
@@ -579,6 +704,10 @@ class Tested:
         places = np.searchsorted(self.measured.numbers, [first, second])
         (found,) = _tested(self.measured, places[:1], places[1:])
         return dataclasses.replace(found, p_adjusted=min(1.0, found.p * self.family))  # Bonferroni: at least Holm's
+
+    def gain(self, number: int) -> Between:
+        """What is known of a configuration less its untouched base."""
+        return self.gains.get(number, UNKNOWN)
 
     def verdict(self, first: int, second: int) -> str:
         """Whether ``first`` is ``better`` or ``worse`` than ``second``, a ``tie``, or ``unknown``."""
@@ -615,17 +744,23 @@ def tested(
     found = _tested(exact, first, second)
     for some in np.array_split(rest, math.ceil(len(rest) / 200)) if len(rest) else []:
         found += _tested(measured, some, np.full(len(some), place))
-    family = max(1, k * (k - 1) // 2)
-    adjusted = holm(np.array([pair.p for pair in found]), family)
-    whole = (dataclasses.replace(pair, p_adjusted=float(a)) for pair, a in zip(found, adjusted, strict=True))
-    return Tested(measured, exact, int(measured.numbers[place]), family, dict(zip(names, whole, strict=True)))
+    gains, gains_paired = _gains(table, column, predictions, exact.numbers.tolist())
+    gains |= _gains(table, column, None, measured.numbers[rest].tolist())[0]
+    family = max(1, k * (k - 1) // 2 + len(gains))
+    every = [*found, *gains.values()]
+    adjusted = holm(np.array([pair.p for pair in every]), family)
+    whole = [dataclasses.replace(pair, p_adjusted=float(a)) for pair, a in zip(every, adjusted, strict=True)]
+    pairs, gains = dict(zip(names, whole, strict=False)), dict(zip(gains, whole[len(found) :], strict=True))
+    return Tested(measured, exact, int(measured.numbers[place]), family, pairs, gains, gains_paired)
 
 
-def _tested(measured: Measured, first: NDArray[np.int64], second: NDArray[np.int64]) -> list[Between]:
+def _tested(
+    measured: Measured, first: NDArray[np.int64], second: NDArray[np.int64], *, rows_of_their_own: bool = False
+) -> list[Between]:
     """The differences of the configurations at these places, not adjusted yet."""
     if not len(first):
         return []
-    contrasts, p = measured.pairs(first, second)
+    contrasts, p = measured.pairs(first, second, rows_of_their_own=rows_of_their_own)
     low, high = contrasts.interval
     parts = zip(contrasts.estimate.tolist(), low.tolist(), high.tolist(), p.tolist(), strict=True)
     return [Between(*part, p_adjusted=math.nan) for part in parts]
@@ -647,9 +782,12 @@ def compare(
     for certain, else ``worse``, and ``unknown`` where nothing tells the spread; against a ``reference`` that was
     given, ``better``, ``worse`` or ``tie`` with it; ``near``: within one standard error of the reference's own value,
     which a choice by other criteria may count as equal (the rule of Breiman et al., Classification and Regression
-    Trees, 1984), where a tie may be no more than a lack of trials; ``chance``: what p covers, seeds, rows or both.
-    ``attrs["paired"]`` says whether the best were compared row by row. ``known`` is what ``tested`` gave, if
-    it was called already.
+    Trees, 1984), where a tie may be no more than a lack of trials; ``chance``: what p covers, seeds, rows or both;
+    ``gain`` over the configuration's own untouched base with ``gain_low``, ``gain_high`` and ``gain_p_adjusted``, of
+    the same family, and ``gained``: ``better``, ``worse``, ``tie`` or ``unknown``.
+    ``attrs["paired"]`` says whether the best were compared row by row, ``attrs["gains_paired"]`` whether they were with
+    their base, ``attrs["family"]`` for how many pairs p is adjusted. ``known`` is what ``tested`` gave, if it was
+    called already.
     """
     found = known or tested(table, column, predictions, reference)
     if found is None:
@@ -675,6 +813,7 @@ def compare(
             "scale": "ratio" if measured.ratio else "difference",
             "chance": found.exact.chance,
             "rank": pd.array([ranks.get(n, pd.NA) for n in numbers], dtype="Int64"),
+            **_gained(found, numbers),
         },
         index=pd.Index(measured.numbers, name="configuration"),
     )
@@ -684,8 +823,19 @@ def compare(
         whole.loc[whole["rank"].gt(1) & known_ones, "verdict"] = "worse"
     whole.loc[best, "verdict"] = "best" if reference is None else "reference"
     ordered = whole.iloc[np.argsort(-sign * whole["value"].to_numpy(), kind="stable")]
-    ordered.attrs["paired"] = found.exact.rows is not None
+    ordered.attrs |= {"paired": found.exact.rows is not None, "gains_paired": found.gains_paired}
+    ordered.attrs["family"] = found.family
     return ordered
+
+
+def _gained(found: Tested, numbers: Sequence[int]) -> dict[str, Any]:
+    """The columns about the untouched base."""
+    gains = [found.gain(number) for number in numbers]
+    parts = {name: np.array([getattr(gain, name) for gain in gains]) for name in ("estimate", "low", "high")}
+    changes = zip(("gain", "gain_low", "gain_high"), found.measured.change(tuple(parts.values())), strict=True)
+    p = [gain.p_adjusted for gain in gains]
+    verdicts = [verdict(found.sign * gain.estimate, gain.p_adjusted) for gain in gains]
+    return {**dict(changes), "gain_p_adjusted": p, "gained": verdicts}
 
 
 def verdict(gain: float, p: float) -> str:

@@ -19,6 +19,7 @@ from peftsweep.answer.columns import PREDICTED, PREDICTION_ERROR
 from peftsweep.atomic import replacing
 from peftsweep.errors import InputError
 from peftsweep.record import RESULT, STEPS, RecordError, Result, Status
+from peftsweep.study import BASE
 
 RESULTS_FILE = "results.parquet"
 STEPS_FILE = "steps.parquet"
@@ -31,10 +32,7 @@ INTEGERS = 2**63  # beyond them, a number is kept as a float
 STEP, COMPILE = "train_info.step_seconds_p50", "config.train.compile"
 NOT_TWINS = (COMPILE, "config.train.compile_dynamic", "config.train.pad_to_multiple_of", "config.label")
 SPEED_UP, BREAK_EVEN = "train_info.compile_speed_up", "train_info.compile_break_even_step"
-ALLOCATED, RESIDENT = "memory.train.allocated_peak", "memory.train.rss_peak"
-# Of a process on a CPU only the resident set is known, and torch's own part of it grows by 0.1 GB while a model of
-# 4 MB is trained. Where less than this is predicted, the two have nothing to say of each other.
-MEANINGFUL = 1e9
+ALLOCATED = "memory.train.allocated_peak"
 
 SQLITE_COLUMNS = 2000  # as sqlite is usually built
 SQLITE_INDEXES = {
@@ -96,16 +94,30 @@ def steps(results: Iterable[Result], names: Mapping[str, str] | None = None) -> 
 
 
 def predictions(folder: Path) -> Callable[[str, str], list[dict[str, Any]]]:
-    """Trial, evaluation -> the lines of its predictions in a study; each file is read once and kept without texts."""
+    """Trial, evaluation -> the lines of its predictions in a study; each file is read once and kept without texts.
+
+    An untouched base goes by the file of its answers, as records name it (``eval_info.<eval>.base_predictions``).
+    """
     known: dict[tuple[str, str], list[dict[str, Any]]] = {}
 
     def read(trial: str, evaluation: str) -> list[dict[str, Any]]:
         if (trial, evaluation) not in known:
-            lines = record.read_lines(folder / trial / "predictions" / f"{evaluation}.jsonl")
+            lines = record.read_lines(predictions_file(folder, trial, evaluation))
             known[trial, evaluation] = [_slim(line) for line in lines]
         return known[trial, evaluation]
 
     return read
+
+
+def predictions_file(folder: Path, trial: str, evaluation: str) -> Path:
+    """The file of a trial's predictions in a study, or of those of an untouched base, which goes by its file.
+
+    A record is read from wherever a study came from: no file outside of the study's bases is a base's.
+    """
+    named = Path(trial)
+    if named.suffix == ".jsonl" and named.parts[0] == BASE and ".." not in named.parts:
+        return folder / named
+    return folder / trial / "predictions" / f"{evaluation}.jsonl"
 
 
 def _slim(line: dict[str, Any]) -> dict[str, Any]:
@@ -195,11 +207,13 @@ def _typed(values: list[Any]) -> Any:
 
 
 def _with_comparisons(table: pd.DataFrame) -> pd.DataFrame:
-    """Add the error of the predicted memory, where it was measured, and what compiling gained."""
-    if PREDICTED in table and RESIDENT in table:
-        resident = table[RESIDENT].astype(float) - table["memory.start.rss"].astype(float)  # beyond what it began with
-        resident = resident.where(table[PREDICTED].astype(float) >= MEANINGFUL)
-        measured = table[ALLOCATED].astype(float).fillna(resident) if ALLOCATED in table else resident
+    """Add the error of the predicted memory, where a device measured it, and what compiling gained.
+
+    Predicted is what torch's allocator holds at the peak of a whole training, so only that is held against it. The
+    resident set of a process is another quantity: it counts libraries, files and pages that were given back.
+    """
+    if PREDICTED in table and ALLOCATED in table:
+        measured = table[ALLOCATED].astype(float).where(table["run_info.status"].eq(Status.success.name))
         table[PREDICTION_ERROR] = (table[PREDICTED].astype(float) / measured - 1).astype("Float64")
     if "train_info.compile_graphs" in table:
         same = [c for c in table.columns if c.startswith("config.") and c not in NOT_TWINS]

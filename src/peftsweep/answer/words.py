@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -44,6 +45,14 @@ def table(rows: Sequence[Mapping[str, str]]) -> Iterator[str]:
     )
     yield from (line(parts) for parts in cells)
     yield ""
+
+
+def code(text: str) -> str:
+    """Any text as code of one line, in which markdown and HTML see no marks."""
+    line = " ".join(text.split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    pad = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{fence}{pad}{line}{pad}{fence}" if line else ""
 
 
 def cost(column: str, value: float) -> str:
