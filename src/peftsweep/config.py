@@ -633,6 +633,11 @@ def check_call(node: Mapping[str, Any], key: str, provided: Iterable[str] = (), 
             raise InputError(f"{key}.{name}: {target} has no such option; {suggest(name, [*known, *also])}")
         if isinstance(value, Mapping) and "_target_" in value:
             check_call(value, f"{key}.{name}", provided=("prediction", "answer"))
+        elif isinstance(value, Mapping) and any(
+            isinstance(one, Mapping) and "_target_" in one for one in value.values()
+        ):
+            for inner, one in value.items():
+                check_call(one, f"{key}.{name}.{inner}", provided=("prediction", "answer"))
         elif name in hints and not (
             _fits(value, hints[name])
             or value == inspect.signature(function).parameters[name].default  # None, annotated as if it could not be
