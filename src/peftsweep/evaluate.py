@@ -37,6 +37,8 @@ from peftsweep.probe import abilities
 
 log = logging.getLogger(__name__)
 
+JUDGED = 2  # the version of how answers are read and judged, under which scores of a base are kept
+
 
 @dataclass(frozen=True)
 class Evaluation:

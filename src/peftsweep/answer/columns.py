@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from peftsweep.metrics import LOWER_IS_BETTER
-from peftsweep.record import Status
+from peftsweep.record import HEADLINE, Status
 
 RANK, STATUS = "config.method.r", "run_info.status"
 METHOD, QUANT, TARGETS = "choices.method", "choices.quant", "choices.targets"
@@ -117,9 +117,19 @@ def main_scores(table: pd.DataFrame) -> list[str]:
     for column in scores(table):
         found.setdefault(evaluation(column)[0], []).append(column)
     order = {name: place for place, name in enumerate(MAIN_METRICS)}
-    main = [min(every, key=lambda c: order.get(evaluation(c)[1], len(order))) for every in found.values()]
+    main = []
+    for name, every in found.items():
+        ranks = order | dict.fromkeys(_headlines(table, name), -1)
+        main.append(min(every, key=lambda c, ranks=ranks: ranks.get(evaluation(c)[1], len(order))))  # type: ignore[misc]
     first = next((column for column in main if direction(column) > 0), None)
     return main if first is None else [first, *(column for column in main if column != first)]
+
+
+def _headlines(table: pd.DataFrame, name: str) -> list[Any]:
+    """What the trials say that an evaluation is judged by; nothing where they do not agree."""
+    column = f"eval_info.{name}.{HEADLINE}"
+    said = list(table[column].dropna().unique()) if column in table else []
+    return said if len(said) == 1 else []
 
 
 def base_of(score: str) -> str:

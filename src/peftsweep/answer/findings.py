@@ -16,6 +16,7 @@ import pandas as pd
 from peftsweep.answer import columns, effects, stats, words
 from peftsweep.answer.columns import DEVICE_MEMORY, RANK, WITHOUT_RESULT
 from peftsweep.answer.words import ADAPTER, SECONDS, SHOWN_MEMORY
+from peftsweep.metrics import baseline
 from peftsweep.record import Status
 
 
@@ -162,9 +163,7 @@ def _against_baselines(task: Task, score: str) -> Iterator[str]:
             yield f"- **No gain shown** over the untouched base, which scores {words.number(base)} on the same rows."
         else:
             yield f"- The untouched base scores {words.number(base)} on the same rows."
-    majority = row.get(f"eval_info.{name}.majority", math.nan)
-    if words.known(majority) and words.known(bound) and sign > 0 and metric == "accuracy" and bound <= majority:
-        yield f"- **Chance level**: always giving the most frequent answer scores {words.number(majority)}."
+    yield from _chance(row, name, metric, bound if sign > 0 else math.nan)
     degenerate = task.configurations.get(f"eval_info.{name}.degenerate")
     if degenerate is not None and (count := int((degenerate > 0).sum())):
         always = f"nearly always gave the same answer on {name}, whatever was asked"
@@ -172,6 +171,19 @@ def _against_baselines(task: Task, score: str) -> Iterator[str]:
     seen = row.get(f"eval_info.{name}.seen_in_training", math.nan)
     if words.known(seen) and seen > 0:
         yield f"- **{seen:.0f} test rows of {name} were trained on**; the score says less than it seems to."
+
+
+def _chance(row: Mapping[str, Any], name: str, metric: str, bound: float) -> Iterator[str]:
+    """What always giving the same answer scores, and guessing; ``bound`` is how low the best score may lie."""
+    facts = {key.removeprefix(f"eval_info.{name}."): value for key, value in row.items() if words.known(value)}
+    majority, random = (baseline(facts, metric, which) for which in ("majority", "random"))
+    if majority is None:
+        return
+    guessing = "" if random is None else f", guessing {words.number(random)}"
+    mark, always = "", "Always"
+    if words.known(bound) and bound <= max(majority, random or 0.0):
+        mark, always = "**Chance level**: ", "always"
+    yield f"- {mark}{always} giving the most frequent answer scores {words.number(majority)}{guessing}."
 
 
 def _base(score: str) -> str:

@@ -5,6 +5,7 @@ Every sentence is made from figures of the study; where the data does not tell, 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,9 @@ FIGURES = {  # how the figures of a factor are called
     TARGETS: ("modules",),
 }
 FRONTIER = ("frontier", "quality_")
+WARNINGS = "run_info.warnings"
+FIGURE = re.compile(r"'[^']*'|\d[\d.,]*")  # what of a warning differs from one trial to the next
+WARNED = 5  # configurations that a warning names
 STATUSES = tuple(status.name for status in Status)
 
 
@@ -81,6 +85,7 @@ def _document(
             yield ""
         yield from lines
         yield ""
+    yield from _warnings(tasks)
     for task in tasks:
         mark = f" ({task.name})" if len(tasks) > 1 else ""
         ending = columns.file_mark(task.name) if len(tasks) > 1 else ""
@@ -98,6 +103,29 @@ def _document(
             yield from _links(left.values(), folder)
     yield from _links(every.values(), folder)
     yield from methodology.methodology(table, tasks, steps)
+
+
+def _warnings(tasks: Sequence[Task]) -> Iterator[str]:
+    """What makes scores say less than they seem to, as the records have it; lines that differ in figures alone once."""
+    found: dict[str, dict[str, list[str]]] = {}  # by the line without its figures, the line, the trials' labels
+    for task in tasks:
+        if WARNINGS not in task.table:
+            continue
+        for number, text in zip(task.table["configuration"], task.table[WARNINGS].fillna("[]"), strict=True):
+            for line in json.loads(text):
+                same = found.setdefault(FIGURE.sub("#", line), {}).setdefault(line, [])
+                same += [task.labels[number]] if task.labels[number] not in same else []
+    if not found:
+        return
+    yield "## Warnings"
+    yield ""
+    for lines in found.values():
+        line, labels = next(iter(lines.items()))
+        named = ", ".join(f"`{label}`" for label in labels[:WARNED]) + (", ..." if len(labels) > WARNED else "")
+        others = len({label for each in lines.values() for label in each}) - len(labels)
+        alike = f"; with other figures: {words.plural('configuration', others)} more" if others else ""
+        yield f"- {line} ({named}{alike})."
+    yield ""
 
 
 def _take(left: dict[str, Path], names: Sequence[str], folder: Path) -> list[str]:
