@@ -850,7 +850,13 @@ def end(
         shutil.rmtree(place / study.CHECKPOINTS, ignore_errors=True)
         if result.config["adapter"]["save"] and result.train_info.get("reloads", True):
             study.mark_trained(result)
-    tracker.end(record.flat(record.plain({"train": result.train_info, "eval": result.eval_info})), status.value)
+    scores = {name: _without_histograms(found) for name, found in result.eval_info.items()}
+    tracker.end(record.flat(record.plain({"train": result.train_info, "eval": scores})), status.value)
+
+
+def _without_histograms(facts: dict[str, Any]) -> dict[str, Any]:
+    """Their keys are answers, which are no names that a tracker takes."""
+    return {name: fact for name, fact in facts.items() if not name.endswith("histogram")}
 
 
 @contextmanager

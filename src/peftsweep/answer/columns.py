@@ -13,7 +13,7 @@ import pandas as pd
 from peftsweep.metrics import LOWER_IS_BETTER
 from peftsweep.record import HEADLINE, Status
 
-RANK, STATUS = "config.method.r", "run_info.status"
+RANK, STATUS, WARNINGS = "config.method.r", "run_info.status", "run_info.warnings"
 METHOD, QUANT, TARGETS = "choices.method", "choices.quant", "choices.targets"
 SHORT = {"learning_rate": "lr", "target_modules": "modules"}
 FRACTION = re.compile(r"-?\d+\.\d+(e-?\d+)?|-?\d+e-\d+")  # a number, as text

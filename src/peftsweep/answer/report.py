@@ -15,7 +15,7 @@ import pandas as pd
 
 from peftsweep import record
 from peftsweep.answer import columns, effects, findings, frontier, methodology, rungs, stats, words
-from peftsweep.answer.columns import HOST_MEMORY, PREDICTED, QUANT, RANK, TARGETS
+from peftsweep.answer.columns import HOST_MEMORY, PREDICTED, QUANT, RANK, TARGETS, WARNINGS
 from peftsweep.answer.findings import Task
 from peftsweep.answer.words import ADAPTER, PARAMETERS, ROWS, SECONDS, SPEED
 from peftsweep.display import size
@@ -37,7 +37,6 @@ FIGURES = {  # how the figures of a factor are called
     TARGETS: ("modules",),
 }
 FRONTIER = ("frontier", "quality_")
-WARNINGS = "run_info.warnings"
 FIGURE = re.compile(r"'[^']*'|\d[\d.,]*")  # what of a warning differs from one trial to the next
 WARNED = 5  # configurations that a warning names
 STATUSES = tuple(status.name for status in Status)
