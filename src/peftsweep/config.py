@@ -699,9 +699,8 @@ def _check_norm(config: Config, name: str, examples: list[data.Example]) -> None
     }
     for key, metric in by.items():
         if metric == "acc_norm":
-            raise InputError(
-                f"{key}: eval.{name} does not measure acc_norm, as its choices' texts are not scored; acc is"
-            )
+            why = "as something else than its choices' texts is scored"
+            raise InputError(f"{key}: eval.{name} does not measure acc_norm, {why}; must be acc")
 
 
 def test_rows(config: Config, name: str, rows: data.Rows) -> list[data.Row]:
