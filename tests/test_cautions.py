@@ -133,3 +133,15 @@ def test_trials_that_disagree_on_the_headline_are_judged_as_before() -> None:
     rows = {"eval_info.x.acc.value": [0.1, 0.2], "eval_info.x.acc_norm.value": [0.3, 0.4]}
     both = pd.DataFrame(rows | {"eval_info.x.headline": ["acc", "acc_norm"]})
     assert columns.main_scores(both) == ["eval_info.x.acc_norm.value"]
+
+
+def test_the_report_says_which_trials_were_judged_by_the_rules_of_an_earlier_version(tmp_path: Path) -> None:
+    rows = [
+        trial(n, 60 + n, **{"config.method.r": 2 ** (n + 1), "eval_info.task.valid_fraction.value": 1.0})
+        | ({"run_info.judged": 2} if n else {})
+        for n in range(3)
+    ]
+    assert "- an earlier version read answers by other rules" in (text := written(tmp_path, *rows))
+    assert "judges them anew (`lora, r=2`)." in text
+    assert "## Warnings" not in written(tmp_path, *rows[1:])
+    assert "## Warnings" not in written(tmp_path, rows[0])

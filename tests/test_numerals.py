@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+from pathlib import Path
 
 import pytest
 
@@ -274,3 +276,18 @@ def test_no_text_takes_long_to_read(piece: str) -> None:
     start = time.perf_counter()
     as_number(piece * 2000)
     assert time.perf_counter() - start < 1.0
+
+
+def test_the_documented_texts_are_the_numbers_that_docs_answers_says() -> None:
+    rows = [
+        [cell.strip() for cell in line.strip("|\n").split("|")]
+        for line in (Path(__file__).parents[1] / "docs" / "answers.md").read_text().splitlines()
+        if line.startswith("| `")
+    ]
+    assert len(rows) > 10
+    for texts, said in rows:
+        for text in re.findall(r"`` (.+?) ``|`([^`]+)`", texts):
+            number = as_number("".join(text))
+            assert (number is None) == said.startswith("no number"), text
+            values = [float(value) for value in re.findall(r"-?\d+(?:\.\d+)?", said)]
+            assert number is None or number in values or f"({in_digits(number)})" in texts, text

@@ -36,6 +36,7 @@ KERNEL_SWITCHES = (
     *("MKL_DYNAMIC", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE"),
     *("DNNL_DEFAULT_FPMATH_MODE", "OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS"),
 )
+JUDGED = "judged"  # of run_info: the version of how answers are read; the first one is not written
 HEADLINE = "headline"  # of an evaluation's facts: the metric that trials are compared by
 # Readers whose rows' headline is acc, as in lm-evaluation-harness; of the last two acc_norm is no figure at all, as
 # what is scored is not the text of the choices. Records of earlier versions have it all the same.

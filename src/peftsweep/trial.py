@@ -539,6 +539,7 @@ class Session:
         self.result.run_info["rung"] = halving.rung(self.config.halving, self.place, self.stop_at)
 
     def evaluate(self) -> None:
+        self.result.run_info[record.JUDGED] = evaluate.JUDGED
         for name, test in self.tests.items():
             with self.stage("eval") as own:
                 evaluation = build.evaluator(self.trial, name)(self.adapted, self.tokenizer, test)

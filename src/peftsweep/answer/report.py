@@ -38,6 +38,8 @@ FIGURES = {  # how the figures of a factor are called
 }
 FRONTIER = ("frontier", "quality_")
 FIGURE = re.compile(r"'[^']*'|\d[\d.,]*")  # what of a warning differs from one trial to the next
+JUDGED = f"run_info.{record.JUDGED}"
+READ_OTHERWISE = "an earlier version read answers by other rules than those of the others; force=true judges them anew"
 WARNED = 5  # configurations that a warning names
 STATUSES = tuple(status.name for status in Status)
 
@@ -108,12 +110,13 @@ def _warnings(tasks: Sequence[Task]) -> Iterator[str]:
     """What makes scores say less than they seem to, as the records have it; lines that differ in figures alone once."""
     found: dict[str, dict[str, list[str]]] = {}  # by the line without its figures, the line, the trials' labels
     for task in tasks:
-        if WARNINGS not in task.table:
-            continue
-        for number, text in zip(task.table["configuration"], task.table[WARNINGS].fillna("[]"), strict=True):
+        said = task.table[WARNINGS].dropna() if WARNINGS in task.table else pd.Series(dtype=object)
+        for number, text in zip(task.table.loc[said.index, "configuration"], said, strict=True):
             for line in json.loads(text):
                 same = found.setdefault(FIGURE.sub("#", line), {}).setdefault(line, [])
                 same += [task.labels[number]] if task.labels[number] not in same else []
+        if earlier := _judged_before(task):
+            found[task.name] = {READ_OTHERWISE: earlier}
     if not found:
         return
     yield "## Warnings"
@@ -125,6 +128,17 @@ def _warnings(tasks: Sequence[Task]) -> Iterator[str]:
         alike = f"; with other figures: {words.plural('configuration', others)} more" if others else ""
         yield f"- {line} ({named}{alike})."
     yield ""
+
+
+def _judged_before(task: Task) -> list[str]:
+    """The configurations that are compared with others though their answers were read by the rules before."""
+    good = task.table[task.table[stats.SUCCESS] == Status.success.name]
+    versions = good[JUDGED].fillna(1) if JUDGED in good else pd.Series(1, index=good.index)
+    read = [c for c in good.columns if c.endswith(".valid_fraction.value")]
+    if versions.nunique() < 2 or not read:
+        return []
+    before = good.loc[(versions < versions.max()) & good[read].notna().any(axis=1), "configuration"]
+    return list(dict.fromkeys(task.labels[number] for number in before))
 
 
 def _take(left: dict[str, Path], names: Sequence[str], folder: Path) -> list[str]:
