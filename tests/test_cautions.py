@@ -9,11 +9,12 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from peftsweep import display
+from peftsweep import cli, display
 from peftsweep.answer import columns, table
 from peftsweep.cautions import cautions
 from peftsweep.record import Result, write_json
 
+from . import schemas
 from .test_report import trial, written
 
 
@@ -145,3 +146,12 @@ def test_the_report_says_which_trials_were_judged_by_the_rules_of_an_earlier_ver
     assert "judges them anew (`lora, r=2`)." in text
     assert "## Warnings" not in written(tmp_path, *rows[1:])
     assert "## Warnings" not in written(tmp_path, rows[0])
+
+
+def test_a_headline_that_is_asked_for_later_is_that_of_the_record() -> None:
+    words = ["eval=[piqa]", "eval.piqa.path=piqa.jsonl", "train.steps=1", "dataset.samples=32", "device=cpu"]
+    Path("piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in schemas.SCHEMAS["piqa"]))
+    assert cli.run_one(words).eval_info["piqa"]["headline"] == "acc_norm"
+    assert cli.run_one([*words, "eval.piqa.headline=acc"]).eval_info["piqa"]["headline"] == "acc"
+    (read,) = table.read(Path("multirun/default"))
+    assert columns.main_scores(table.trials([read])) == ["eval_info.piqa.acc.value"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -467,3 +468,10 @@ def test_pefts_reading_is_the_metric_of_its_comparison_with_ours_beside_it(
     )
     with pytest.raises(InputError, match=r"^eval\.gsm8k\.beside\.number\._target_=nowhere: no such"):
         compose("eval=[gsm8k_comparison]", "eval.gsm8k.path=test.jsonl", "eval.gsm8k.beside.number._target_=nowhere")
+
+
+def test_of_texts_that_may_occur_the_shortest_must_be_writable(base: Any, tokenizer: Any) -> None:
+    rows = [Example("Tom has", "a very long text of many many words | 7"), Example("Tom has", "a very long text of it")]
+    metric = partial(metrics.contains)
+    assert evaluate.generation(base, tokenizer, rows, metric=metric, max_new_tokens=3).facts["long_references"] == 1
+    assert evaluate.generation(base, tokenizer, rows, max_new_tokens=3).facts["long_references"] == 2

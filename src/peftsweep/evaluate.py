@@ -115,7 +115,8 @@ def generation(
         for line, judgement in zip(lines, read, strict=True):
             line |= {f"{name}_extracted": judgement.extracted, f"{name}_correct": judgement.correct}
     facts = metrics.generation_baselines(judged, predictions, answers)
-    facts |= _room(tokenizer, examples, max_new_tokens, max_length)
+    shortest = metrics.shortest_text if getattr(metric, "func", metric) is metrics.contains else str.strip
+    facts |= _room(tokenizer, examples, max_new_tokens, max_length, shortest)
     return Evaluation(scores, lines, facts)
 
 
@@ -431,11 +432,15 @@ def _choice_baselines(said: Sequence[int], examples: Sequence[Example]) -> dict[
 
 
 def _room(
-    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_new_tokens: int, max_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    max_new_tokens: int,
+    max_length: int,
+    needed: Callable[[str], str] = str.strip,
 ) -> dict[str, int]:
-    """How many prompts are cut, and how many reference answers are longer than what may be written, in tokens."""
+    """How many prompts are cut, and of how many references what is ``needed`` has more tokens than may be written."""
     limit = min(max_length, tokenizer.model_max_length - max_new_tokens)
-    references = tokenizer([row.answer.strip() for row in examples], add_special_tokens=False).input_ids
+    references = tokenizer([needed(row.answer) for row in examples], add_special_tokens=False).input_ids
     return {
         "truncated_prompts": sum(len(ids) > limit for ids in prompt_ids(tokenizer, examples)),
         "long_references": sum(len(ids) > max_new_tokens for ids in references),

@@ -254,11 +254,19 @@ def contains(prediction: str, answer: str) -> Judgement:
     Raises:
         ValueError: the reference answer is empty, which every prediction would contain.
     """
-    expected = [text for part in answer.split("|") if (text := part.strip())]
-    if not expected:
+    if not (expected := _alternatives(answer)):
         raise ValueError(f"the reference answer holds no text: {answer!r}")
     said = next((text for text in expected if text.casefold() in prediction.casefold()), None)
     return Judgement(said is not None, said)
+
+
+def _alternatives(answer: str) -> list[str]:
+    return [text for part in answer.split("|") if (text := part.strip())]
+
+
+def shortest_text(answer: str) -> str:
+    """The shortest of the texts that `contains` looks for."""
+    return min(_alternatives(answer), key=len, default="")
 
 
 def answer_baselines(

@@ -21,7 +21,7 @@ LATEX = (
     (r"\b[A-Z]{1,2}\$|\$", ""),
     (r"\\(?:text|textbf|textit|emph|underline|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 "),
     (r"\\[cdt]frac(?![A-Za-z])", r"\\frac"),
-    (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})", ""),
+    (r"\s*(?:\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree(?![A-Za-z]))", "°"),
     (r"\\!|\\(?:left|right|displaystyle)(?![A-Za-z])|\\[()\[\]]", ""),
     (r"\\[,;: ]|\\q?quad(?![A-Za-z])|~", " "),
     ("\N{MINUS SIGN}", "-"),
@@ -68,7 +68,8 @@ QUANTITY = re.compile(
 GLUED = re.compile(rf"(?:[kcm]m|[km]g|ml|mph|kph|kWh|lbs?|hrs?|ft|oz|mins?|secs?|°\s?[CF]?|%|¢|{MONEY})(?!\w)")
 # Words that make another number or a term of the one before them.
 NO_UNIT = re.compile(
-    r"""(?: and|or|to|by|times|plus|minus|mod|pi|sqrt|out|of\s+\d|over|divided|squared|cubed|factorial|more|less|fewer
+    r"""(?: and|or|to|by|times|plus|minus|mod|pi|sqrt|out|of\s+\d|over|divided|squared|cubed|factorial
+    | (?:more|less|fewer)\s+than
     | hundreds?|thousands?|millions?|billions?|trillions?|lakhs?|crores?|dozens?|gross|half|halves|thirds|fourths|fifths
     | sixths|eighths|tenths|hundredths )\b""",
     re.VERBOSE | re.IGNORECASE,
@@ -95,6 +96,7 @@ SENTENCE_WORDS = re.compile(
     r"\b(?:and|or|when|if|then|where|for|with|while|but|not|vs|versus)\b|[;?!]|,(?!\d{3})", re.IGNORECASE
 )
 TIMES = re.compile(r"(?<=\d)\s*[xX]\s*(?=\d)")
+INDEX = re.compile(r"_\{?\w+\}?|(?<=[A-Za-z])\([^()]*\)")  # of a name, or what a function is of
 VARIABLE = re.compile(r"(?<![^\W_])[^\W\d_](?![^\W_])|(?<=\d)[^\W\d_](?![^\W\d_])")
 
 
@@ -240,6 +242,6 @@ def _right_side(text: str) -> int | float | None:
 
 def _is_side(text: str) -> bool:
     """Whether a text can be the left side of an equation that says a number: a name, or arithmetic without unknowns."""
-    if SENTENCE_WORDS.search(text):
+    if SENTENCE_WORDS.search(text := INDEX.sub("", text)):
         return False
     return not re.search(r"\d", text) or not VARIABLE.search(TIMES.sub("*", text))

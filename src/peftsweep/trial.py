@@ -134,11 +134,21 @@ def finished(trial: Trial) -> Result | None:
         done.run_info["labels"].append(trial.label)
     if by_earlier_rule:
         done.run_info["recognised"] = {"identity": trial.identity, "training": trial.training}
-    if new_label or by_earlier_rule:
+    if new_label or by_earlier_rule or _headlined_anew(trial, done):
         done.write(folder(trial))
     if by_earlier_rule:
         study.mark_recognised(done)
     return done
+
+
+def _headlined_anew(trial: Trial, done: Result) -> bool:
+    """Have the record say the headlines that are asked for, of the metrics that it holds; whether it did not."""
+    changed = False
+    for name, node in trial.config.eval.items():
+        wanted, found = node.get(record.HEADLINE), done.eval_info.get(name, {})
+        if wanted in found and found.get(record.HEADLINE) != wanted:
+            found[record.HEADLINE], changed = wanted, True
+    return changed
 
 
 def resumes_full(trial: Trial) -> bool:

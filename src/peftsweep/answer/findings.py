@@ -164,8 +164,9 @@ def _against_baselines(task: Task, score: str) -> Iterator[str]:
         else:
             yield f"- The untouched base scores {words.number(base)} on the same rows."
     yield from _chance(row, name, metric, bound if sign > 0 else math.nan)
-    degenerate = task.configurations.get(f"eval_info.{name}.degenerate")
-    if degenerate is not None and (count := int((degenerate > 0).sum())):
+    flags = [c for c in task.configurations.columns if c.startswith(f"eval_info.{name}.") and c.endswith("degenerate")]
+    flags = [c for c in flags if not c.startswith(f"eval_info.{name}.base_")]
+    if flags and (count := int((task.configurations[flags].astype("Float64") > 0).any(axis=1).sum())):
         always = f"nearly always gave the same answer on {name}, whatever was asked"
         yield f"- {words.plural('configuration', count)} {always}."
     seen = row.get(f"eval_info.{name}.seen_in_training", math.nan)
