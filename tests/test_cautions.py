@@ -87,7 +87,10 @@ def test_the_report_lists_each_warning_once_with_the_configurations_that_it_conc
     assert "## Warnings" not in written(tmp_path, trial(0, 60))
 
 
-@pytest.mark.parametrize("metric", ["acc", "acc_norm", "label_acc"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("metric", ["acc_norm", pytest.param("acc", marks=SLOW), pytest.param("label_acc", marks=SLOW)])
 def test_the_report_has_chance_and_majority_beside_every_headline(metric: str, tmp_path: Path) -> None:
     def row(n: int, right: int) -> dict[str, Any]:
         made = trial(n, right, **{"config.method.r": 2 ** (n + 1)})

@@ -82,6 +82,7 @@ def test_numbers_are_read_after_the_marker(prediction: str, answer: str, correct
 def test_the_marker_can_be_chosen() -> None:
     assert metrics.number_match("47+38=85 #85", "47+38=85 #85", markers=["#"]).correct
     assert not metrics.number_match("47+38=85", "47+38=85 #85", markers=["#"]).correct
+    assert metrics.number_match(r"1 \boxed{2} 3", "2", markers=[]).correct  # none: boxes alone count
 
 
 @pytest.mark.parametrize("answer", ["seven", "", "x+1", "#### ", r"\boxed{}", r"\boxed{\text{.}}", r"\boxed{x"])

@@ -370,6 +370,19 @@ def test_a_constant_answer_is_flagged_in_every_way_of_judging(
     assert (found["degenerate"], found["histogram"]) == (True, {"2": 300})  # the texts differ from row to row
 
 
+def test_chance_is_that_of_each_questions_own_number_of_choices(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in ARC, where one question has five choices and most have four."""
+    constant(monkeypatch, "answer1")
+    asked = "Please choose. Answer1: a {}\n\nAnswer format: answer1/answer2{}"
+    more = [asked.format("Answer2: b Answer3: c Answer4: d", "/answer3/answer4"), asked.format("Answer2: b", "")]
+    rows = [{"instruction": text, "answer": "answer2"} for text in more * 10]
+    made = data.examples(rows, "{instruction}", "{answer}", reader="peftsweep.tasks.instruction")
+    assert evaluate.instruction(cast(Any, None), tokenizer, made).facts["random"] == pytest.approx((1 / 4 + 1 / 2) / 2)
+    assert evaluate.multiple_choice(cast(Any, None), tokenizer, made).facts["random"] == pytest.approx(3 / 8)
+
+
 def test_a_constant_class_is_flagged_by_its_label_and_f1_has_its_baselines(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -382,10 +395,11 @@ def test_a_constant_class_is_flagged_by_its_label_and_f1_has_its_baselines(
     assert (found.facts["f1_majority"], found.facts["f1_random"]) == (0.0, pytest.approx(1 / 3))
 
 
-STOPS = [["."], ["\n"], ["ow man", "+"], ["Question:", "</s>"], ["0 #", "plums"]]
+STOPS = [["\n"], ["0 #", "plums"]]
+STOPS_TOO = [["."], ["ow man", "+"], ["Question:", "</s>"]]
 
 
-@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize("stop", [*STOPS, *(pytest.param(stop, marks=pytest.mark.slow) for stop in STOPS_TOO)])
 def test_what_is_written_ends_where_lm_evaluation_harness_ends_it(
     stop: list[str], base: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -251,7 +251,7 @@ def instruction(
         labels = [[choice.label for choice in row.choices] for row in examples]
         judged = [metrics.label_match(t, r.answer, names) for t, r, names in zip(texts, examples, labels, strict=True)]
         scores |= metrics.accuracy(judged)
-        facts |= metrics.answer_baselines([j.extracted for j in judged], right, written=texts)
+        facts |= metrics.answer_baselines([j.extracted for j in judged], right, written=texts) | _guessing(examples)
         facts |= _room(tokenizer, examples, max_new_tokens, max_length)
         for line, text, judgement in zip(lines, texts, judged, strict=True):
             line |= {"prediction": text, "extracted": judgement.extracted, "correct": judgement.correct}
@@ -428,7 +428,12 @@ def _choice_baselines(said: Sequence[int], examples: Sequence[Example]) -> dict[
     same = len(set(labels)) == longest and all(len(names) == 1 for names in at_place)
     names = labels if same else [str(n + 1) for n in range(longest)]
     gold = [names[cast(int, row.gold)] for row in examples]
-    return metrics.answer_baselines([names[n] for n in said], gold, names)
+    return metrics.answer_baselines([names[n] for n in said], gold, names) | _guessing(examples)
+
+
+def _guessing(examples: Sequence[Example]) -> dict[str, float]:
+    """The share of right answers that guessing is expected to reach, where some questions have more choices."""
+    return {"random": sum(1 / len(row.choices) for row in examples) / len(examples)}
 
 
 def _room(

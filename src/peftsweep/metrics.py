@@ -94,6 +94,8 @@ def _marked(text: str, markers: Sequence[str]) -> list[str]:
 def _behind(text: str, markers: Sequence[str], flags: int = 0) -> list[str]:
     """What stands on the line behind each marker, or in a box there, in the order of the text; nothing empty."""
     longest_first = sorted((marker.rstrip() for marker in markers if marker.strip()), key=len, reverse=True)
+    if not longest_first:
+        return []
     pattern = "|".join(re.escape(marker) + (r"(?!\w)" if marker[-1].isalnum() else "") for marker in longest_first)
     lines = [text[found.end() :].strip().partition("\n")[0] for found in re.finditer(pattern, text, flags)]
     return [answer for line in lines if (answer := _trimmed(_boxed(line) or line))]
