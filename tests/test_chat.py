@@ -181,7 +181,9 @@ def test_a_long_conversation_loses_its_beginning_but_for_bos() -> None:
     assert cut.answer_tokens == sum((whole.trained or [])[-29:])
     short = tokens(made, {"messages": TALK}, 6)
     start = len(whole.ids) - len(made(" Seven 😀 pens.</s>", add_special_tokens=False).input_ids)
-    assert short == Tokens([made.bos_token_id, *whole.ids[start : start + 5]], 1)
+    assert short[:2] == ([made.bos_token_id, *whole.ids[start : start + 5]], 1)
+    assert short.lost_prompt + short.lost_answer == len(whole.ids) - 6
+    assert short.lost_answer == len(whole.ids) - start - 5
 
 
 def test_collate_trains_every_turn_and_nothing_else() -> None:

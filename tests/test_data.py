@@ -241,7 +241,7 @@ def test_the_answer_ends_and_long_rows_lose_the_beginning_of_the_prompt_but_for_
     assert cut.ids == [tokenizer.bos_token_id, *whole.ids[-19:]]
     assert cut.ids[cut.answer_start :] == whole.ids[whole.answer_start :]
     (short,) = data.tokenize(tokenizer, [row], 5)
-    assert short == Tokens([tokenizer.bos_token_id, *whole.ids[whole.answer_start :][:4]], 1)
+    assert short == Tokens([tokenizer.bos_token_id, *whole.ids[whole.answer_start :][:4]], 1, None, None, 71, 5)
 
 
 def marked(begin: str, end: str) -> Any:

@@ -10,13 +10,13 @@ import peftsweep
 PACKAGE = Path(peftsweep.__file__).parent
 # Lowest first: a module may import those on lower floors, and those before it on its own.
 FLOORS = (
-    "errors atomic schema processes isolation compatibility files chat data metrics measure record naming sweep_record "
-    "study fingerprint experiment tasks shapes model probe profiler",
+    "errors atomic schema processes isolation compatibility files chat data numerals metrics measure cautions record "
+    "naming sweep_record study fingerprint experiment tasks shapes model probe profiler",
     "display tracker attach coverage initialise checkpoint compiled train lanes packed evaluate inference predict "
     "harness repeat",
     "answer.columns answer.table answer.where answer.intervals answer.stats answer.effects answer.frontier "
     "answer.rungs answer.words answer.findings answer.paired answer.methodology answer.report answer.plot answer.page",
-    "trust limits restored config mended prepare halving build forecast guide trial pack workers engine sweep "
+    "trust limits restored config mended prepare halving build forecast guide seen trial pack workers engine sweep "
     "everything preload answer.interchange answer.collect",
     "cli",
 )

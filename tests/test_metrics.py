@@ -9,6 +9,7 @@ import re
 import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -28,14 +29,26 @@ ANSWERS = Path(__file__).with_name("written_answers.jsonl")
         ("so 3+4=7\n#### 7", "... #### 7", True, "7"),
         ("#### 1,234.50 dollars", "#### 1234.5", True, "1234.5"),
         ("The answer is: $18.\nThe end 5", "#### 18", True, "18"),
-        ("The answer is 3. No. The answer is 4", "#### 4", True, "4"),
+        ("The answer is 3. No. The answer is 4", "#### 4", False, "3"),
         ("#### -5", "#### 5", False, "-5"),
         ("it is 7", "#### 7", False, None),
         ("#### seven", "#### 7", False, None),
         ("#### 7", "7", True, "7"),
-        # the order of the markers, and the text that PEFT keeps
-        ("#### 5\nThe answer is 6", "#### 6", True, "6"),
-        ("The answer is 5\nThe answer is: 6\nThe final answer is 5", "#### 6", True, "6"),
+        # the first marked answer, whichever marker it stands behind
+        ("#### 5\nThe answer is 6", "#### 6", False, "5"),
+        ("The answer is 5\nThe answer is: 6\nThe final answer is 5", "#### 6", False, "5"),
+        ("#### 18\n\nQuestion: Ann has 2 and 3 pens.\n#### 5", "#### 18", True, "18"),
+        ("#### \n#### 18", "#### 18", True, "18"),
+        ("The answer is clear. The answer is 18", "#### 18", True, "18"),
+        ("####18", "#### 18", True, "18"),
+        ("so the answer is 18", "#### 18", True, "18"),
+        ("The answer isn't 18", "#### 18", False, None),
+        ("#### 18 eggs and 3 chickens", "#### 18", False, None),
+        ("#### 12345678901234567891", "#### 12345678901234567890", False, "12345678901234567891"),
+        ("#### 1234567891", "#### 1234567890", False, "1234567891"),
+        # a reference without any mark asks for none
+        ("18 dollars", "18", True, "18"),
+        ("18 dollars", "#### 18", False, None),
         ("The final answer is 4", "#### 4", True, "4"),
         ("#### 7\n####", "#### 7", True, "7"),
         ("The answer is: 50%!", "#### 50", True, "50"),
@@ -69,6 +82,7 @@ def test_numbers_are_read_after_the_marker(prediction: str, answer: str, correct
 def test_the_marker_can_be_chosen() -> None:
     assert metrics.number_match("47+38=85 #85", "47+38=85 #85", markers=["#"]).correct
     assert not metrics.number_match("47+38=85", "47+38=85 #85", markers=["#"]).correct
+    assert metrics.number_match(r"1 \boxed{2} 3", "2", markers=[]).correct  # none: boxes alone count
 
 
 @pytest.mark.parametrize("answer", ["seven", "", "x+1", "#### ", r"\boxed{}", r"\boxed{\text{.}}", r"\boxed{x"])
@@ -105,7 +119,7 @@ def test_a_number_may_carry_separators_units_and_latex(text: str, value: float) 
 @pytest.mark.parametrize(
     "text",
     [
-        *("", "x", "x+1", "3x", "3xy", "3 x", r"3\sqrt{2}", "2 pi", r"11\frac{1}{2}", r"\frac{1}{2}x", "3+4i"),
+        *("", "x", "x+1", "3x", "3xy", "3 x", r"3\sqrt{2}", "2 pi", r"\frac{1}{2}x", "3+4i"),
         *("3 or 5", "3 million", "1,2", "2, 3", "(1,2)", "12-13", "1:2", "1/2/3", "1/0"),
     ],
 )
@@ -139,6 +153,44 @@ def test_gsm8k_is_judged_as_by_lm_evaluation_harness(name: str, judge: str) -> N
     assert min(kinds.values()) >= 30, kinds
 
 
+def peft_accuracy(prediction: str, answer: str) -> bool:
+    """The rule of PEFT's MetaMathQA comparison, written anew with regular expressions and fractions."""
+
+    def read(text: str) -> Fraction | str | None:
+        text = re.sub(r"[.!?]+$", "", text.strip())
+        for marker in (
+            r"The answer is: ",
+            r"The answer is ",
+            r"The final answer is: ",
+            r"The final answer is ",
+            r"#### ",
+        ):
+            if found := re.findall(rf"(?s).*{marker}(.*)", text):
+                line = re.sub(r"^[ .!?$%]+|[ .!?$%]+$", "", found[0].strip().split("\n")[0])
+                plain = re.fullmatch(r"[-+]?\d*\.?\d+(?:e\d+)?(?:\s*/\s*[-+]?\d*\.?\d+)?", line)
+                return Fraction(line.replace(" ", "")) if plain and not re.search(r"/\s*0+$", line) else line
+        return None
+
+    said = read(prediction)
+    return said is not None and said == read(answer)
+
+
+def test_peft_match_judges_as_pefts_comparison_does() -> None:
+    rows = [json.loads(line) for line in ANSWERS.read_text().splitlines()]
+    own: list[tuple[str, float, bool]]
+    own = [("#### 5\nThe answer is 6", 6, True), ("The answer is 3. No. The answer is 4", 4, True)]
+    own += [("The answer is: 20/40!", 0.5, True), ("#### 18 dollars", 18, False), ("#### 1,234", 1234, False)]
+    own += [("####18", 18, False), ("the answer is 18", 18, False), ("#### 7\n####", 7, True), ("#### 18%", 18, True)]
+    for text, value, right in own:
+        assert metrics.peft_match(text, f"#### {value}").correct is right, text
+        rows.append({"prediction": text, "answer": f"#### {value}"})
+    for row in rows:
+        marked = row | {"answer": row["answer"] if "#### " in row["answer"] else f"#### {row['answer']}"}
+        assert metrics.peft_match(**marked).correct == peft_accuracy(**marked), row
+    with pytest.raises(ValueError, match="holds no marker"):
+        metrics.peft_match("#### 7", "7")
+
+
 def test_the_two_gsm8k_filters_differ() -> None:
     assert metrics.gsm8k_strict("#### 7\nCheck: 3 + 4", "#### 7") == Judgement(True, "7")
     assert metrics.gsm8k_flexible("#### 7\nCheck: 3 + 4", "#### 7") == Judgement(False, "4")
@@ -154,6 +206,10 @@ def test_the_two_gsm8k_filters_differ() -> None:
         ("The answer is: x+1", "x+1", True, "x+1"),
         (r"\boxed{x+2}", "x+1", False, "x+2"),
         ("#### 1,234", r"\$1234", True, "1,234"),
+        ("#### 18 dollars", "#### 18", True, "18 dollars"),
+        ("#### 18,", "#### 18", True, "18,"),
+        ("#### 18\n\nQuestion: 2 + 3\n#### 5", "#### 18", True, "18"),
+        ("#### 18 or 19", "#### 18", False, "18, 19"),
         ("no idea", "7", False, None),
     ],
 )
@@ -198,7 +254,9 @@ FIVE = [f"answer{n}" for n in range(1, 6)]
         ("answer10 or answer4", "answer4", FIVE, True, "answer4"),
         ("answer10", "answer1", FIVE, False, None),
         ("untrue, so false", "false", ["true", "false"], True, "false"),
-        ("True", "true", ["true", "false"], False, None),
+        ("True", "true", ["true", "false"], True, "true"),
+        ("It is ANSWER2.", "answer2", FIVE, True, "answer2"),
+        ("A", "a", ["a", "A"], False, "A"),  # labels that differ by case alone
         ("very likely.", "likely", ["likely", "very likely"], False, "very likely"),
         ("a is b", "a is b", ["a", "a is b"], True, "a is b"),
         ("it is (A).", "(A)", ["(A)", "(B)"], True, "(A)"),
@@ -211,7 +269,8 @@ def test_the_first_label_word_is_the_answer(
     assert metrics.label_match(prediction, answer, labels) == Judgement(correct, extracted)
 
 
-def test_labels_may_be_read_in_any_case_and_are_given_as_listed() -> None:
+def test_labels_may_be_read_in_any_case_or_not_and_are_given_as_listed() -> None:
+    assert metrics.label_match("True", "true", ["true", "false"], case_sensitive=True) == Judgement(False, None)
     found = metrics.label_match("TRUE!", "it is True", ["true", "false"], case_sensitive=False)
     assert found == Judgement(True, "true")
 
@@ -268,6 +327,41 @@ def test_answers_that_are_nearly_all_the_same_are_degenerate(
     said: list[str | None], gold: list[str], degenerate: bool
 ) -> None:
     assert metrics.answer_baselines(said, gold)["degenerate"] is degenerate
+
+
+def test_one_text_again_and_again_is_degenerate_though_nothing_can_be_read_in_it() -> None:
+    gold = ["a", "b"] * 10
+    assert metrics.answer_baselines([None] * 20, gold, written=["I do not know."] * 20)["degenerate"] is True
+    assert metrics.answer_baselines([None] * 20, gold, written=[f"{n}" for n in range(20)])["degenerate"] is False
+    assert metrics.answer_baselines([None] * 20, gold, written=[""] * 20)["degenerate"] is False
+
+
+def test_free_answers_have_a_majority_and_chance_only_where_they_are_a_set_to_choose_from() -> None:
+    numbers = [f"so\n#### {n}" for n in [7] * 30 + [*range(100, 170)]]
+    judged = [metrics.number_match("#### 7", answer) for answer in numbers]
+    found = metrics.generation_baselines(judged, ["#### 7"] * 100, numbers)
+    assert found["majority"] == 0.3  # of what was read from the references, not of their texts
+    assert "random" not in found
+    assert (found["degenerate"], found["histogram"]) == (True, {"7": 100})
+    words = ["yes", "no", "no", "maybe"] * 10
+    judged = [metrics.exact_match("no", answer) for answer in words]
+    found = metrics.generation_baselines(judged, ["no"] * 40, words)
+    assert (found["majority"], found["random"]) == (0.5, 1 / 3)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_baselines_of_f1_are_those_of_scikit_learn(classes: int) -> None:
+    gold = [0] * 50 + [1] * 30 + ([2] * 20 if classes == 3 else [])
+    average = "binary" if classes == 2 else "macro"
+    found = metrics.f1_baselines(gold, classes)
+    assert found["f1_majority"] == pytest.approx(f1_score(gold, [0] * len(gold), average=average))
+    rng = random.Random(0)
+    guesses = [f1_score(gold, [rng.randrange(classes) for _ in gold], average=average) for _ in range(300)]
+    assert found["f1_random"] == pytest.approx(sum(guesses) / 300, abs=0.01)
+    facts = {"majority": 0.5, "random": 0.4, **found}
+    assert metrics.baseline(facts, "f1", "majority") == found["f1_majority"]
+    assert metrics.baseline(facts, "acc_norm", "random") == 0.4
+    assert metrics.baseline(facts, "valid_fraction", "random") is None
 
 
 def test_exact_match_passes_over_white_space_at_the_ends() -> None:

@@ -57,6 +57,12 @@ def test_no_text_of_a_record_is_markup() -> None:
     assert text.count("</script>") == text.count("<script")
 
 
+def test_the_warnings_of_a_trial_stand_in_its_panel_as_text() -> None:
+    table = tables.trials({"config.method.r": [8, 16]})
+    table["run_info.warnings"] = ['["task: 3 of 8 rows <b>lost</b> their end"]', "[]"]
+    assert study(table).count("Warning: task: 3 of 8 rows &lt;b&gt;lost&lt;/b&gt; their end.") == 1
+
+
 def test_the_page_loads_nothing() -> None:
     study(tables.trials({"config.method.r": [8, 16]}))
     text = Path("multirun/default/report.html").read_text(encoding="utf-8")

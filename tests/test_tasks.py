@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -269,3 +270,222 @@ def test_what_choices_begin_with_is_read_once_and_the_scores_are_the_same(
     assert shared.scores == apart.scores
     for mine, theirs in zip(shared.predictions, apart.predictions, strict=True):
         assert mine["log_likelihoods"] == pytest.approx(theirs["log_likelihoods"], abs=1e-3)
+
+
+def test_acc_norm_is_measured_only_where_the_choices_own_texts_are_scored(
+    compose: Compose, base: Any, tokenizer: Any
+) -> None:
+    for name in ("winogrande", "commonsense_qa", "piqa"):
+        found = evaluate.multiple_choice(base, tokenizer, examples(name, compose))
+        assert ("acc_norm" in found.scores) == ("correct_norm" in found.predictions[0]) == (name == "piqa")
+        assert ("norm_histogram" in found.facts) == (name == "piqa")
+        assert found.facts["headline"] == ("acc_norm" if name == "piqa" else "acc")
+
+
+def test_the_headline_of_every_task_is_that_of_lm_evaluation_harness(compose: Compose) -> None:
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    for name, file in {**THEIRS, "arc_challenge": "arc/arc_easy.yaml"}.items():
+        theirs = load_yaml(Path(lm_eval.__file__).parent / "tasks" / file, resolve_func=False)
+        metrics_of_theirs = [entry["metric"] for entry in theirs["metric_list"]]
+        mine = yaml.safe_load((Path(conf_dir()) / "eval" / f"{name}.yaml").read_text())
+        assert mine["headline"] == ("acc_norm" if "acc_norm" in metrics_of_theirs else "acc"), name
+        measured = evaluate.measures(evaluate.multiple_choice, mine)
+        assert ("acc_norm" in (measured or ())) == (name not in ("winogrande", "commonsense_qa")), name
+
+
+def lettered(row: dict[str, Any]) -> dict[str, Any]:
+    """A user's own reader: the letters are scored."""
+    choices = [{"answer": letter, "text": text} for letter, text in zip("AB", row["of"], strict=True)]
+    return row | {"choices": choices, "gold": 0, "answer": "A"}
+
+
+def spelt(row: dict[str, Any]) -> dict[str, Any]:
+    """A user's own reader: the texts are scored."""
+    return row | {"choices": [{"answer": text} for text in row["of"]], "gold": 0, "answer": row["of"][0]}
+
+
+@pytest.mark.parametrize(
+    ("reader", "answer", "normed"),
+    [("spelt", " {answer}", True), ("spelt", " ({answer})", False), ("lettered", " {answer}", False)],
+)
+def test_choices_of_a_users_own_have_acc_norm_if_their_texts_are_scored(
+    reader: str, answer: str, normed: bool, compose: Compose, base: Any, tokenizer: Any
+) -> None:
+    Path("own.jsonl").write_text("".join(json.dumps({"q": f"{n}?", "of": ["a pen", "no"]}) + "\n" for n in range(4)))
+    words = ["eval=[piqa]", "eval.piqa.path=own.jsonl", f"eval.piqa.reader={__name__}.{reader}"]
+    words += ["eval.piqa.prompt='{q}'", f"eval.piqa.answer='{answer}'"]
+    if not normed:
+        with pytest.raises(InputError, match=r"^eval\.piqa\.headline: eval\.piqa does not measure acc_norm"):
+            compose(*words)
+        chosen = ["eval.piqa.headline=null", "train.eval_every=2", "train.best_metric=piqa.acc_norm"]
+        with pytest.raises(InputError, match=r"^train\.best_metric: eval\.piqa does not measure acc_norm"):
+            compose(*words, *chosen)
+        words.append("eval.piqa.headline=null")
+    one = compose(*words)
+    rows = configuration.test_examples(one.config, "piqa", data.read_rows("own.jsonl"))
+    found = build.evaluator(one, "piqa")(base, tokenizer, rows)
+    assert ("acc_norm" in found.scores) == normed
+    assert found.facts["headline"] == ("acc_norm" if normed else "acc")
+
+
+def test_a_metric_that_a_preset_does_not_measure_is_refused(compose: Compose) -> None:
+    rows = schemas.write("winogrande", Path())
+    words = ["eval=[winogrande]", f"eval.winogrande.path={rows}", "train.eval_every=2"]
+    with pytest.raises(InputError, match=r"^train\.best_metric: eval\.winogrande does not measure acc_norm, as"):
+        compose(*words, "train.best_metric=winogrande.acc_norm")
+    with pytest.raises(InputError, match=r"^eval\.winogrande\.headline: .* must be acc$"):
+        compose(*words, "eval.winogrande.headline=acc_norm")
+
+
+def constant(monkeypatch: pytest.MonkeyPatch, label: str) -> None:
+    """Have every model write this label and find its sentence, or its choice, the likeliest."""
+
+    def likelihoods(model: Any, tokenizer: Any, groups: Any, **_: Any) -> tuple[list[list[float]], dict[str, int]]:
+        place = int(label[-1]) - 1
+        return [[0.0 if n == place else -1.0 for n, _ in enumerate(group)] for group in groups], {}
+
+    monkeypatch.setattr(evaluate, "_grouped_likelihoods", likelihoods)
+    monkeypatch.setattr(evaluate, "generate", lambda model, tokenizer, rows, **_: [f"It is {label}."] * len(rows))
+
+
+def test_a_constant_answer_is_flagged_in_every_way_of_judging(
+    compose: Compose, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    constant(monkeypatch, "solution2")
+    rows = [row for row in schemas.SCHEMAS["piqa"] for _ in range(20)]
+    Path("piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one = compose("eval=[piqa_170k]", "eval.piqa_170k.path=piqa.jsonl")
+    asked = configuration.test_examples(one.config, "piqa_170k", rows)
+    found = evaluate.instruction(cast(Any, None), tokenizer, asked).facts
+    for way in ("", "label_", "choice_"):
+        assert found[f"{way}degenerate"] is True, way
+        assert found[f"{way}histogram"] == {"solution2": 300}, way
+    assert (found["majority"], found["random"]) == (160 / 300, 0.5)
+    plain = compose("eval=[piqa]", "eval.piqa.path=piqa.jsonl")
+    found = evaluate.multiple_choice(
+        cast(Any, None), tokenizer, configuration.test_examples(plain.config, "piqa", rows)
+    ).facts
+    assert (found["degenerate"], found["histogram"]) == (True, {"2": 300})  # the texts differ from row to row
+
+
+def test_chance_is_that_of_each_questions_own_number_of_choices(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in ARC, where one question has five choices and most have four."""
+    constant(monkeypatch, "answer1")
+    asked = "Please choose. Answer1: a {}\n\nAnswer format: answer1/answer2{}"
+    more = [asked.format("Answer2: b Answer3: c Answer4: d", "/answer3/answer4"), asked.format("Answer2: b", "")]
+    rows = [{"instruction": text, "answer": "answer2"} for text in more * 10]
+    made = data.examples(rows, "{instruction}", "{answer}", reader="peftsweep.tasks.instruction")
+    assert evaluate.instruction(cast(Any, None), tokenizer, made).facts["random"] == pytest.approx((1 / 4 + 1 / 2) / 2)
+    assert evaluate.multiple_choice(cast(Any, None), tokenizer, made).facts["random"] == pytest.approx(3 / 8)
+
+
+def test_a_constant_class_is_flagged_by_its_label_and_f1_has_its_baselines(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    constant(monkeypatch, "class2")
+    rows = [Example(f"{n}?", " yes" if n % 4 == 0 else " no") for n in range(40)]
+    monkeypatch.setattr(evaluate, "classifies", lambda model: False)
+    found = evaluate.classification(cast(Any, None), tokenizer, rows, classes=["no", "yes"])
+    assert (found.facts["degenerate"], found.facts["histogram"]) == (True, {"yes": 40})
+    assert found.scores["f1"].value == pytest.approx(0.4)
+    assert (found.facts["f1_majority"], found.facts["f1_random"]) == (0.0, pytest.approx(1 / 3))
+
+
+STOPS = [["\n"], ["0 #", "plums"]]
+STOPS_TOO = [["."], ["ow man", "+"], ["Question:", "</s>"]]
+
+
+@pytest.mark.parametrize("stop", [*STOPS, *(pytest.param(stop, marks=pytest.mark.slow) for stop in STOPS_TOO)])
+def test_what_is_written_ends_where_lm_evaluation_harness_ends_it(
+    stop: list[str], base: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    prompts = [row["question"][: 10 + n] for n, row in enumerate(task.rows("test", 8, 0))]
+    wrapped = HFLM(pretrained=base, tokenizer=tokenizer, backend="causal", max_length=512, batch_size=4)
+    asked = {"until": stop, "max_gen_toks": 24, "do_sample": False, "temperature": 0.0}
+    requests = [Instance("generate_until", {}, (text, asked), n, (None, None, None)) for n, text in enumerate(prompts)]
+    theirs = wrapped.generate_until(requests, disable_tqdm=True)
+    options: dict[str, Any] = {"max_new_tokens": 24, "batch_size": 5, "stop": stop}
+    assert evaluate.generate(base, tokenizer, prompts, **options) == theirs
+    monkeypatch.setattr(evaluate, "_takes_a_cache", lambda model: False)  # by transformers' own generation
+    assert evaluate.generate(base, tokenizer, prompts, **options) == theirs
+    by_beams = evaluate.generate(base, tokenizer, prompts, **options, num_beams=2)
+    assert not any(text in written for text in stop for written in by_beams)
+
+
+def test_a_row_that_has_reached_a_stop_text_is_written_on_no_further(
+    base: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, steps = ["Tom has", "Mia sells"], list[int]()
+    free = evaluate.generate(base, tokenizer, prompts, max_new_tokens=24)
+    stop = [text[1:3] for text in free]
+    forward = base.forward
+
+    def counted(*args: Any, **options: Any) -> Any:
+        steps.append(1)
+        return forward(*args, **options)
+
+    monkeypatch.setattr(base, "forward", counted)
+    assert evaluate.generate(base, tokenizer, prompts, max_new_tokens=24, stop=stop) != free
+    assert len(steps) < 12
+
+
+def test_a_stop_text_in_the_prompt_ends_nothing(base: Any, tokenizer: Any) -> None:
+    shots = "Question: 3+4=7\n\nQuestion: 1+1=2\n\nQuestion: Tom has 3"
+    free = evaluate.generate(base, tokenizer, [shots], max_new_tokens=8)
+    assert free[0]
+    assert "Question:" not in free[0]
+    assert evaluate.generate(base, tokenizer, [shots], max_new_tokens=8, stop=["Question:"]) == free
+
+
+def test_prompts_that_are_cut_and_references_that_cannot_be_written_are_counted(base: Any, tokenizer: Any) -> None:
+    rows = [Example("Tom has 3 apples. " * n, "3+4=7 #7") for n in (1, 2, 9, 12)]
+    tokens = [len(ids) for ids in data.prompt_ids(tokenizer, rows)]
+    limit = tokens[1]
+    answer = len(tokenizer("3+4=7 #7", add_special_tokens=False).input_ids)
+    found = evaluate.generation(base, tokenizer, rows, max_new_tokens=answer, max_length=limit).facts
+    assert (found["truncated_prompts"], found["long_references"]) == (2, 0)
+    found = evaluate.generation(base, tokenizer, rows[:1], max_new_tokens=answer - 1, max_length=limit).facts
+    assert (found["truncated_prompts"], found["long_references"]) == (0, 1)
+    found = evaluate.perplexity(base, tokenizer, rows, max_length=tokens[2] + answer).facts
+    assert (found["truncated_prompts"], found["truncated_answers"]) == (2, 0)  # the end mark takes a place too
+    found = evaluate.perplexity(base, tokenizer, rows, max_length=answer).facts
+    assert (found["truncated_prompts"], found["truncated_answers"]) == (4, 4)
+    found = evaluate.classification(base, tokenizer, rows, classes=["3+4=7 #7", "no"], max_length=tokens[1] + 9).facts
+    assert (found["truncated_prompts"], found["truncated_answers"]) == (2, 0)
+
+
+def test_pefts_reading_is_the_metric_of_its_comparison_with_ours_beside_it(
+    compose: Compose, monkeypatch: pytest.MonkeyPatch, tokenizer: Any
+) -> None:
+    said = ["#### 18 dollars", "#### 18\nQuestion: 2+3\n#### 5", "#### 18", "no idea"]
+    monkeypatch.setattr(evaluate, "generate", lambda model, tokenizer, rows, **how: said if not how["stop"] else [])
+    Path("test.jsonl").write_text("".join(json.dumps({"question": f"{n}", "answer": "#### 18"}) + "\n" for n in said))
+    one = compose("eval=[gsm8k_comparison]", "eval.gsm8k.path=test.jsonl")
+    rows = configuration.test_examples(one.config, "gsm8k", data.read_rows("test.jsonl"))
+    found = build.evaluator(one, "gsm8k")(cast(Any, None), tokenizer, rows)
+    assert (found.scores["accuracy"].value, found.scores["number_accuracy"].value) == (0.25, 0.75)
+    assert [line["number_extracted"] for line in found.predictions] == ["18", "18", "18", None]
+    assert [line["extracted"] for line in found.predictions] == ["18 dollars", "5", "18", None]
+    compose(
+        "eval=[gsm8k_comparison]",
+        "eval.gsm8k.path=test.jsonl",
+        "train.eval_every=2",
+        "train.best_metric=gsm8k.number_accuracy",
+    )
+    with pytest.raises(InputError, match=r"^eval\.gsm8k\.beside\.number\._target_=nowhere: no such"):
+        compose("eval=[gsm8k_comparison]", "eval.gsm8k.path=test.jsonl", "eval.gsm8k.beside.number._target_=nowhere")
+
+
+def test_of_texts_that_may_occur_the_shortest_must_be_writable(base: Any, tokenizer: Any) -> None:
+    rows = [Example("Tom has", "a very long text of many many words | 7"), Example("Tom has", "a very long text of it")]
+    metric = partial(metrics.contains)
+    assert evaluate.generation(base, tokenizer, rows, metric=metric, max_new_tokens=3).facts["long_references"] == 1
+    assert evaluate.generation(base, tokenizer, rows, max_new_tokens=3).facts["long_references"] == 2

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 WORTH_KEEPING = 5.0  # seconds of tokenising, after which its result is kept in the study's folder
 LEAST_ADALORA = 2  # steps: in the first one PEFT gathers how much each rank matters
-TOKENS_FORMAT = 2  # of what is kept of rows in tokens; another one where the same rows become other tokens
+TOKENS_FORMAT = 3  # of what is kept of rows in tokens; another one where the same rows become other tokens
 REMEMBERED = 4  # tokenised training sets: training and validation rows of two datasets
 
 

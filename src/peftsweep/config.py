@@ -58,6 +58,8 @@ CHOOSES_ROWS = (
     *("encoding", "leave_out_tested", "validation"),
 )
 FIRST_DATASET_KEYS = (*CHOOSES_ROWS[:-3], "reader", "prompt", "answer", "classes", "max_length", "drop_long", "chat")
+NEW_EVAL_OPTIONS = ("stop", "beside")  # of evaluations, brought by later versions: empty, they change nothing
+CHANGES_NO_SCORE = ("headline",)  # of their options: what trials are compared by
 ROWS_KEYS = tuple(field.name for field in dataclasses.fields(RowsConfig))
 LAUNCHER = {
     "workers": 0,
@@ -681,6 +683,11 @@ def check_call(node: Mapping[str, Any], key: str, provided: Iterable[str] = (), 
             raise InputError(f"{key}.{name}: {target} has no such option; {suggest(name, [*known, *also])}")
         if isinstance(value, Mapping) and "_target_" in value:
             check_call(value, f"{key}.{name}", provided=("prediction", "answer"))
+        elif isinstance(value, Mapping) and any(
+            isinstance(one, Mapping) and "_target_" in one for one in value.values()
+        ):
+            for inner, one in value.items():
+                check_call(one, f"{key}.{name}.{inner}", provided=("prediction", "answer"))
         elif name in hints and not (
             _fits(value, hints[name])
             or value == inspect.signature(function).parameters[name].default  # None, annotated as if it could not be
@@ -732,8 +739,25 @@ def _check_evaluation_rows(config: Config, rows: data.Rows | None) -> None:
     for name in config.eval:
         source = evaluation_source(config, name)
         if source.path or (not source.hub and rows is not None):
-            test_examples(config, name, data.evaluation_rows(source, f"eval.{name}", rows.test if rows else []))
+            own = data.evaluation_rows(source, f"eval.{name}", rows.test if rows else [])
+            _check_norm(config, name, test_examples(config, name, own))
             test_rows(config, name, rows or data.Rows([]))  # are there enough to set some aside?
+
+
+def _check_norm(config: Config, name: str, examples: list[data.Example]) -> None:
+    """Refuse to compare or choose by ``acc_norm`` where something else than the choices' texts is scored."""
+    from peftsweep import evaluate  # imports torch, which `--help` must not
+
+    node = config.eval[name]
+    if pydoc.locate(node["_target_"]) is not evaluate.multiple_choice or evaluate.scores_texts(examples):
+        return
+    by = {f"eval.{name}.headline": node.get("headline")} | {
+        key: metric.removeprefix(f"{name}.") for key, metric in _validation_metrics(config).items()
+    }
+    for key, metric in by.items():
+        if metric == "acc_norm":
+            why = "as something else than its choices' texts is scored"
+            raise InputError(f"{key}: eval.{name} does not measure acc_norm, {why}; must be acc")
 
 
 def test_rows(config: Config, name: str, rows: data.Rows) -> list[data.Row]:
@@ -994,9 +1018,14 @@ def evaluation_identity(node: Mapping[str, Any], rule: int = IDENTITY_RULE) -> d
     """An ``eval`` entry with its file, if it has one, by content instead of by name."""
     source = rows_config(node)
     said: dict[str, Any] = _canonical(node, rule)
+    said = {key: value for key, value in said.items() if not _changes_nothing(key, value)}
     if source.path is None:
         return said
     return said | {"path": data.fingerprint(data.read_rows(source.path, encoding=source.encoding))}
+
+
+def _changes_nothing(option: str, value: Any) -> bool:
+    return option in CHANGES_NO_SCORE or (option in NEW_EVAL_OPTIONS and not value)
 
 
 def _dataset_identity(dataset: DatasetConfig, rows: data.Rows | None, rule: int = IDENTITY_RULE) -> dict[str, Any]:

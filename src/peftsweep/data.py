@@ -550,12 +550,16 @@ class Tokens(NamedTuple):
 
     For a classifier all of them are the prompt, and the answer is ``label``, the number of its class. Where not
     all tokens from ``answer_start`` on are the answer's, ``trained`` says of each token whether it is: [tokens].
+    ``lost_prompt`` and ``lost_answer`` count the tokens that were cut off to fit into the length: at the beginning of
+    the prompt (for a classifier at its end), and at the end of the answer.
     """
 
     ids: list[int]
     answer_start: int
     label: int | None = None
     trained: list[bool] | None = None
+    lost_prompt: int = 0
+    lost_answer: int = 0
 
     @property
     def answer_tokens(self) -> int:
@@ -563,6 +567,14 @@ class Tokens(NamedTuple):
         if self.label is not None:
             return 1
         return len(self.ids) - max(self.answer_start, 1) if self.trained is None else sum(self.trained[1:])
+
+
+def truncations(rows: Sequence[Tokens]) -> dict[str, int]:
+    """How many rows have lost a part of their prompt, and how many of their answer."""
+    return {
+        "truncated_prompts": sum(row.lost_prompt > 0 for row in rows),
+        "truncated_answers": sum(row.lost_answer > 0 for row in rows),
+    }
 
 
 def tokenize(
@@ -579,7 +591,7 @@ def tokenize(
     apart = iter(_apart(tokenizer, marks, [row for row in rows if not row.rendered]))
     found = [(row.rendered.ids, row.rendered.trained) if row.rendered else next(apart) for row in rows]
     if whole:
-        return [Tokens(ids[:limit], 0) for ids, _ in found]
+        return [Tokens(ids[:limit], 0, lost_answer=max(len(ids) - limit, 0)) for ids, _ in found]
     return [_shortened(ids, trained, _kept(ids, marks, tokenizer.bos_token_id), limit) for ids, trained in found]
 
 
@@ -598,6 +610,7 @@ def _apart(
 
 def _shortened(ids: list[int], trained: list[bool], kept: int, limit: int) -> Tokens:
     """At most ``limit`` tokens: the first ``kept`` and the last, among them the last answer as far as it fits."""
+    lost_prompt = lost_answer = 0
     if (surplus := len(ids) - limit) > 0:
         if limit < max(kept, 1) + 1:
             raise InputError(f"max_length={limit}: leaves no room for an answer; must be at least {max(kept, 1) + 1}")
@@ -605,9 +618,11 @@ def _shortened(ids: list[int], trained: list[bool], kept: int, limit: int) -> To
         start = next((n + 1 for n in range(end - 1, -1, -1) if not trained[n]), 0)  # of the last answer
         first = min(kept + surplus, max(start, 1) - (kept == 0))
         places = [*range(kept), *range(max(first, kept), len(ids))][:limit]
+        lost_answer = len(ids) - 1 - places[-1]
+        lost_prompt = surplus - lost_answer
         ids, trained = [ids[n] for n in places], [trained[n] for n in places]
     start = trained.index(True)
-    return Tokens(ids, start, trained=None if all(trained[start:]) else trained)
+    return Tokens(ids, start, None, None if all(trained[start:]) else trained, lost_prompt, lost_answer)
 
 
 def tokenize_pairs(
@@ -629,7 +644,9 @@ def tokenize_pairs(
         ids, start = [*before, *whole], len(before) + length
         kept = _kept(ids, marks, tokenizer.bos_token_id)
         cut = max(0, len(ids) - limit)
-        rows.append(Tokens(ids[:kept] + ids[kept + cut :], max(start - cut, kept, 1)))
+        lost_answer = max(cut - (start - kept), 0)
+        short, first = ids[:kept] + ids[kept + cut :], max(start - cut, kept, 1)
+        rows.append(Tokens(short, first, lost_prompt=cut - lost_answer, lost_answer=lost_answer))
     return rows
 
 
@@ -642,12 +659,17 @@ def tokenize_for_classes(
     """
     limit = min(max_length, tokenizer.model_max_length)
     rendered = any(row.rendered for row in rows)
-    ids = tokenizer(
-        [row.asked for row in rows], truncation=True, max_length=limit, add_special_tokens=not rendered
-    ).input_ids
-    return [
-        Tokens(prompt, len(prompt), classes.index(row.answer.strip())) for prompt, row in zip(ids, rows, strict=True)
-    ]
+
+    def encoded(rows: Sequence[Example], **cut: Any) -> list[list[int]]:
+        found: Any = tokenizer([row.asked for row in rows], add_special_tokens=not rendered, **cut)
+        return list(found.input_ids)
+
+    found = []
+    for row, whole in zip(rows, encoded(rows), strict=True):
+        ids = whole if len(whole) <= limit else encoded([row], truncation=True, max_length=limit)[0]
+        label = classes.index(row.answer.strip())
+        found.append(Tokens(ids, len(ids), label, lost_prompt=len(whole) - len(ids)))
+    return found
 
 
 def write_tokens(file: Path, rows: Sequence[Tokens]) -> None:
@@ -656,7 +678,7 @@ def write_tokens(file: Path, rows: Sequence[Tokens]) -> None:
     import pyarrow.parquet
 
     columns = zip(*rows, strict=True) if rows else ((),) * len(Tokens._fields)
-    kinds = (pa.list_(pa.int32()), pa.int32(), pa.int32(), pa.list_(pa.bool_()))
+    kinds = (pa.list_(pa.int32()), pa.int32(), pa.int32(), pa.list_(pa.bool_()), pa.int32(), pa.int32())
     arrays = [pa.array(column, kind) for column, kind in zip(columns, kinds, strict=True)]
     with replacing(file) as temporary:
         pa.parquet.write_table(pa.table(arrays, names=Tokens._fields), temporary)

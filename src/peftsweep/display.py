@@ -13,7 +13,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from peftsweep.record import Result, Status
+from peftsweep.metrics import baseline
+from peftsweep.record import HEADLINE, Result, Status
 
 QUIET_SECONDS = 10.0  # at most a line this often from a running trial in a pipe
 
@@ -157,24 +158,26 @@ def summary(result: Result) -> list[str]:
         + (f"peak {size(device)} on the device" if device else f"peak {size(rss)} resident")
         + (f"; adapter {size(info['adapter_bytes'])}" if info.get("adapter_bytes") else "")
     )
-    return lines
+    return [*lines, *(f"warning: {caution}" for caution in result.cautions())]
 
 
 def scores_line(scores: dict[str, Any]) -> str:
-    """``accuracy 0.84 ± 0.03 (base 0.01)`` for each metric that has no other one behind it."""
+    """``accuracy 0.84 ± 0.03 (base 0.01, majority 0.50, chance 0.50)`` for each metric, the headline first."""
     parts = []
-    for metric, score in scores.items():
-        if metric.startswith("base_") or metric in ("valid_fraction", "loss") or not _is_score(score):
+    for metric in sorted(scores, key=lambda metric: metric != scores.get(HEADLINE)):
+        score = scores[metric]
+        if metric.startswith("base_") or metric.endswith("valid_fraction") or metric == "loss" or not _is_score(score):
             continue
         value, stderr = score["value"], score["stderr"]
-        base = scores.get(f"base_{metric}", {}).get("value")
         text = f"{metric} {value:.3f}" if value is not None else f"{metric} infinite"
         text += f" ± {stderr:.3f}" if stderr is not None else ""
-        parts.append(text + (f" (base {base:.3f})" if base is not None else ""))
-    if scores.get("majority") is not None and parts:
-        parts.append(f"majority {scores['majority']:.3f}")
-    if scores.get("degenerate"):
-        parts.append("degenerate: nearly always the same answer")
+        beside = {
+            "base": scores.get(f"base_{metric}", {}).get("value"),
+            "majority": baseline(scores, metric, "majority"),
+            "chance": baseline(scores, metric, "random"),
+        }
+        said = ", ".join(f"{name} {figure:.3f}" for name, figure in beside.items() if figure is not None)
+        parts.append(text + (f" ({said})" if said else ""))
     return ", ".join(parts)
 
 

@@ -10,15 +10,24 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from peftsweep import metrics
-from peftsweep.data import Example, Tokens, collate, prompt_ids, tokenize, tokenize_for_classes, tokenize_pairs
+from peftsweep.data import (
+    Example,
+    Tokens,
+    collate,
+    prompt_ids,
+    tokenize,
+    tokenize_for_classes,
+    tokenize_pairs,
+    truncations,
+)
 from peftsweep.errors import InputError
 from peftsweep.lanes import of_lane
 from peftsweep.measure import out_of_memory
@@ -27,6 +36,8 @@ from peftsweep.model import answer_losses, class_logits, classifies, row_inputs
 from peftsweep.probe import abilities
 
 log = logging.getLogger(__name__)
+
+JUDGED = 2  # the version of how answers are read and judged, under which scores of a base are kept
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,7 @@ def perplexity(
         {"prompt": row.prompt, "answer": row.answer, "log_likelihood": total, "tokens": n}
         for row, total, n in zip(examples, sums, counts, strict=True)
     ]
-    return Evaluation(metrics.perplexity(sums, counts), lines)
+    return Evaluation(metrics.perplexity(sums, counts), lines, truncations(tokens))
 
 
 def generation(
@@ -63,12 +74,18 @@ def generation(
     examples: Sequence[Example],
     *,
     metric: Callable[[str, str], Judgement] = metrics.exact_match,
+    beside: Mapping[str, Callable[[str, str], Judgement]] | None = None,
+    stop: Sequence[str] = (),
     max_new_tokens: int = 32,
     batch_size: int = 16,
     max_length: int = 768,
     num_beams: int = 1,
 ) -> Evaluation:
-    """Share of prompts that the model, decoding greedily (or by beams), completes with the right answer."""
+    """Share of prompts that the model, decoding greedily (or by beams), completes with the right answer.
+
+    What it writes ends before the first of the texts ``stop``. ``beside`` are further readings of the same texts
+    by their names, each with its ``<name>_accuracy`` and ``<name>_valid_fraction``.
+    """
     predictions = generate(
         model,
         tokenizer,
@@ -77,8 +94,10 @@ def generation(
         batch_size=batch_size,
         max_length=max_length,
         num_beams=num_beams,
+        stop=stop,
     )
-    judged = [metric(said, row.answer) for said, row in zip(predictions, examples, strict=True)]
+    answers = [row.answer for row in examples]
+    judged = [metric(said, answer) for said, answer in zip(predictions, answers, strict=True)]
     lines = [
         {
             "prompt": row.prompt,
@@ -89,7 +108,16 @@ def generation(
         }
         for row, said, judgement in zip(examples, predictions, judged, strict=True)
     ]
-    return Evaluation(metrics.accuracy(judged), lines)
+    scores = metrics.accuracy(judged)
+    for name, other in (beside or {}).items():
+        read = [other(said, answer) for said, answer in zip(predictions, answers, strict=True)]
+        scores |= {f"{name}_{measured}": score for measured, score in metrics.accuracy(read).items()}
+        for line, judgement in zip(lines, read, strict=True):
+            line |= {f"{name}_extracted": judgement.extracted, f"{name}_correct": judgement.correct}
+    facts = metrics.generation_baselines(judged, predictions, answers)
+    shortest = metrics.shortest_text if getattr(metric, "func", metric) is metrics.contains else str.strip
+    facts |= _room(tokenizer, examples, max_new_tokens, max_length, shortest)
+    return Evaluation(scores, lines, facts)
 
 
 def classification(
@@ -109,11 +137,12 @@ def classification(
     gold = [classes.index(row.answer.strip()) for row in examples]
     if classifies(model):
         rows = tokenize_for_classes(tokenizer, examples, max_length, classes)
+        cut = truncations(rows)
         scores = _class_scores(model, rows, pad_id=_pad_id(tokenizer), batch_size=batch_size)
     else:
         pairs = [[(row.asked, row.answer.replace(row.answer.strip(), name)) for name in classes] for row in examples]
         sizes: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "marked": _marked(examples)}
-        scores = _grouped_likelihoods(model, tokenizer, pairs, **sizes)
+        scores, cut = _grouped_likelihoods(model, tokenizer, pairs, **sizes)
     said = [_likeliest(row) for row in scores]
     lines = [
         {
@@ -126,6 +155,7 @@ def classification(
         for row, mine, right, score in zip(examples, said, gold, scores, strict=True)
     ]
     facts = metrics.answer_baselines([classes[n] for n in said], [classes[n] for n in gold], classes)
+    facts |= metrics.f1_baselines(gold, len(classes)) | cut
     return Evaluation(metrics.classification(said, gold, len(classes)), lines, facts)
 
 
@@ -134,23 +164,28 @@ def multiple_choice(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     *,
+    headline: Literal["acc", "acc_norm"] | None = None,
     batch_size: int = 16,
     max_length: int = 2048,
 ) -> Evaluation:
     """Share of questions whose right choice is the likeliest, as lm-evaluation-harness scores them.
 
-    ``acc`` compares the summed log-likelihoods of the choices, ``acc_norm`` those divided by the
-    number of characters of each choice.
+    ``acc`` compares the summed log-likelihoods of the choices, ``acc_norm`` those divided by the number of characters
+    of each choice. That is measured only where what is scored is the text of the choice itself: the length of a text
+    that a letter stands for, or of the word before the scored end of a sentence, says nothing of the likelihood.
+    ``headline`` is the one by which trials are compared; null: ``acc_norm`` where it is measured.
+
+    Raises:
+        InputError: ``headline`` is acc_norm, and something else than the choices' texts is scored.
     """
+    normed = scores_texts(examples)
+    if headline == "acc_norm" and not normed:
+        raise InputError("headline=acc_norm: what is scored is not the text of the choices; must be acc or null")
     pairs = [[(choice.prompt, choice.answer) for choice in row.choices] for row in examples]
     sizes: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "marked": _marked(examples)}
-    scores = _grouped_likelihoods(model, tokenizer, pairs, **sizes)
-    gold = [row.gold for row in examples]
-    said = [_likeliest(row) for row in scores]
-    by_length = [
-        _likeliest([score / max(len(choice.text), 1) for score, choice in zip(found, row.choices, strict=True)])
-        for found, row in zip(scores, examples, strict=True)
-    ]
+    likelihoods, cut = _grouped_likelihoods(model, tokenizer, pairs, **sizes)
+    gold = [cast(int, row.gold) for row in examples]
+    said = [_likeliest(row) for row in likelihoods]
     lines = [
         {
             "prompt": row.choices[right].prompt,
@@ -158,15 +193,29 @@ def multiple_choice(
             "prediction": row.choices[mine].text,
             "answer": row.choices[right].text,
             "correct": mine == right,
-            "correct_norm": normed == right,
-            "log_likelihoods": score,
+            "log_likelihoods": found,
         }
-        for row, mine, normed, right, score in zip(
-            examples, said, by_length, cast(list[int], gold), scores, strict=True
-        )
+        for row, mine, right, found in zip(examples, said, gold, likelihoods, strict=True)
     ]
-    measured = {"acc": _share(said, gold), "acc_norm": _share(by_length, gold)}
-    return Evaluation(measured, lines, _position_baselines(said, examples))
+    scores, facts = {"acc": _share(said, gold)}, _choice_baselines(said, examples)
+    if normed:
+        by_length = [_likeliest_by_length(row, found) for row, found in zip(examples, likelihoods, strict=True)]
+        scores["acc_norm"] = _share(by_length, gold)
+        facts |= _of_way("norm_", _choice_baselines(by_length, examples))
+        for line, mine, right in zip(lines, by_length, gold, strict=True):
+            line["correct_norm"] = mine == right
+    return Evaluation(scores, lines, facts | cut | {"headline": headline or [*scores][-1]})
+
+
+def scores_texts(examples: Sequence[Example]) -> bool:
+    """Whether the likelihood that is asked for is that of the choices' own texts, but for white space around them."""
+    return all(choice.answer.strip() == choice.text.strip() for row in examples for choice in row.choices)
+
+
+def _likeliest_by_length(row: Example, likelihoods: Sequence[float]) -> int:
+    """The choice with the highest log-likelihood a character."""
+    sizes = [max(len(choice.text), 1) for choice in row.choices]
+    return _likeliest([found / size for found, size in zip(likelihoods, sizes, strict=True)])
 
 
 def instruction(
@@ -175,6 +224,7 @@ def instruction(
     examples: Sequence[Example],
     *,
     ways: Sequence[str] = ("generation", "labels", "choices"),
+    stop: Sequence[str] = (),
     max_new_tokens: int = 16,
     batch_size: int = 16,
     max_length: int = 768,
@@ -184,40 +234,48 @@ def instruction(
 
     ``accuracy``: the first label (answer2, true) in what the model writes, as LLM-Adapters reads it.
     ``label_acc``: the label whose sentence is likeliest. ``choice_acc`` and ``choice_acc_norm``: the choice
-    whose text is, by sum and by character.
+    whose text is, by sum and by character. Each way has its own ``histogram`` and ``degenerate``.
     """
     scores: dict[str, Score] = {}
     facts: dict[str, Any] = {}
     gold = [row.gold for row in examples]
+    right = [row.choices[cast(int, row.gold)].label for row in examples]
     lines: list[dict[str, Any]] = [
-        {"prompt": row.prompt, "answer": cast(int, row.gold) + 1, "label": row.choices[cast(int, row.gold)].label}
-        for row in examples
+        {"prompt": row.prompt, "answer": cast(int, row.gold) + 1, "label": label}
+        for row, label in zip(examples, right, strict=True)
     ]
-    sizes: dict[str, int] = {"batch_size": batch_size, "max_length": max_length}
+    sizes: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length}
     if "generation" in ways:
-        texts = generate(model, tokenizer, examples, max_new_tokens=max_new_tokens, num_beams=num_beams, **sizes)
+        how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "stop": stop}
+        texts = generate(model, tokenizer, examples, **how, **sizes)
         labels = [[choice.label for choice in row.choices] for row in examples]
         judged = [metrics.label_match(t, r.answer, names) for t, r, names in zip(texts, examples, labels, strict=True)]
         scores |= metrics.accuracy(judged)
-        right = [row.choices[cast(int, row.gold)].label for row in examples]
-        facts |= metrics.answer_baselines([j.extracted for j in judged], right)
+        facts |= metrics.answer_baselines([j.extracted for j in judged], right, written=texts) | _guessing(examples)
+        facts |= _room(tokenizer, examples, max_new_tokens, max_length)
         for line, text, judgement in zip(lines, texts, judged, strict=True):
             line |= {"prediction": text, "extracted": judgement.extracted, "correct": judgement.correct}
     if "labels" in ways:
         pairs = [[(choice.prompt, choice.answer) for choice in row.choices] for row in examples]
-        found_labels = _grouped_likelihoods(model, tokenizer, pairs, marked=_marked(examples), **sizes)
+        found_labels, cut = _grouped_likelihoods(model, tokenizer, pairs, marked=_marked(examples), **sizes)
         said = [_likeliest(row) for row in found_labels]
         scores["label_acc"] = _share(said, gold)
-        facts = facts or _position_baselines(said, examples)
+        facts = _of_way("label_", _choice_baselines(said, examples)) | cut | facts
         for line, n, row in zip(lines, said, examples, strict=True):
             line["label_prediction"] = row.choices[n].label
     if "choices" in ways and any(choice.text != choice.label for row in examples for choice in row.choices):
         found = multiple_choice(model, tokenizer, [_by_texts(row) for row in examples], **sizes)
         scores |= {f"choice_{name}": score for name, score in found.scores.items()}
-        facts = facts or found.facts
+        facts = _of_way("choice_", found.facts) | facts
         for line, other in zip(lines, found.predictions, strict=True):
             line["choice_prediction"] = other["prediction"]
     return Evaluation(scores, lines, facts)
+
+
+def _of_way(way: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of one of several ways to judge the same questions: what was answered under names of its own."""
+    own = ("histogram", "degenerate")
+    return {f"{way}{name}" if name.endswith(own) else name: fact for name, fact in facts.items() if name != "headline"}
 
 
 def text_perplexity(
@@ -268,8 +326,8 @@ def _grouped_likelihoods(
     batch_size: int,
     max_length: int,
     marked: bool,
-) -> list[list[float]]:
-    """The log-likelihood of what follows in each pair of context and following text, group by group.
+) -> tuple[list[list[float]], dict[str, int]]:
+    """The log-likelihood of what follows in each pair of context and following text, group by group; and what was cut.
 
     What the pairs of a group begin with in common is read once, where the model takes a cache. ``marked``
     contexts hold their special tokens as text, see ``tokenize_pairs``.
@@ -277,11 +335,12 @@ def _grouped_likelihoods(
     pad_id = _pad_id(tokenizer)
     tokens = iter(tokenize_pairs(tokenizer, [pair for group in groups for pair in group], max_length, marked=marked))
     rows = [[next(tokens) for _ in group] for group in groups]
+    cut = truncations([max(group, key=lambda row: (row.lost_answer, row.lost_prompt)) for group in rows])
     if _takes_a_cache(model) and all(_common_length(group) for group in rows):
-        return of_lane(partial(_shared_likelihoods, model, rows, pad_id=pad_id, batch_size=batch_size))
+        return of_lane(partial(_shared_likelihoods, model, rows, pad_id=pad_id, batch_size=batch_size)), cut
     flat = [row for group in rows for row in group]
     sums = iter(log_likelihoods(model, flat, pad_id=pad_id, batch_size=batch_size))
-    return [[next(sums) for _ in group] for group in groups]
+    return [[next(sums) for _ in group] for group in groups], cut
 
 
 @torch.no_grad()
@@ -361,11 +420,36 @@ def _share(said: Sequence[int], gold: Sequence[int | None]) -> Score:
     return metrics.proportion(sum(s == g for s, g in zip(said, gold, strict=True)), len(gold))
 
 
-def _position_baselines(said: Sequence[int], examples: Sequence[Example]) -> dict[str, Any]:
-    """Baselines over the positions of the choices, counted from 1, as their texts differ from row to row."""
+def _choice_baselines(said: Sequence[int], examples: Sequence[Example]) -> dict[str, Any]:
+    """Baselines over the choices, by their labels where these are the same in all rows, else by place, from 1 on."""
     longest = max(len(row.choices) for row in examples)
-    gold = [str(cast(int, row.gold) + 1) for row in examples]
-    return metrics.answer_baselines([str(n + 1) for n in said], gold, [str(n + 1) for n in range(longest)])
+    at_place = [{row.choices[n].label for row in examples if n < len(row.choices)} for n in range(longest)]
+    labels = [next(iter(names)) for names in at_place]
+    same = len(set(labels)) == longest and all(len(names) == 1 for names in at_place)
+    names = labels if same else [str(n + 1) for n in range(longest)]
+    gold = [names[cast(int, row.gold)] for row in examples]
+    return metrics.answer_baselines([names[n] for n in said], gold, names) | _guessing(examples)
+
+
+def _guessing(examples: Sequence[Example]) -> dict[str, float]:
+    """The share of right answers that guessing is expected to reach, where some questions have more choices."""
+    return {"random": sum(1 / len(row.choices) for row in examples) / len(examples)}
+
+
+def _room(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    max_new_tokens: int,
+    max_length: int,
+    needed: Callable[[str], str] = str.strip,
+) -> dict[str, int]:
+    """How many prompts are cut, and of how many references what is ``needed`` has more tokens than may be written."""
+    limit = min(max_length, tokenizer.model_max_length - max_new_tokens)
+    references = tokenizer([needed(row.answer) for row in examples], add_special_tokens=False).input_ids
+    return {
+        "truncated_prompts": sum(len(ids) > limit for ids in prompt_ids(tokenizer, examples)),
+        "long_references": sum(len(ids) > max_new_tokens for ids in references),
+    }
 
 
 def _by_texts(row: Example) -> Example:
@@ -395,6 +479,7 @@ MEASURES: dict[Callable[..., Evaluation], tuple[str, ...]] = {
     classification: ("accuracy", "f1"),
     multiple_choice: ("acc", "acc_norm"),
 }
+NOT_THE_TEXTS = ("peftsweep.tasks.winogrande", "peftsweep.tasks.commonsense_qa")  # are what their readers have scored
 WAYS = {  # of instruction
     "generation": ("accuracy", "valid_fraction"),
     "labels": ("label_acc",),
@@ -406,7 +491,10 @@ def measures(function: Any, options: Mapping[str, Any]) -> tuple[str, ...] | Non
     """The metrics of an evaluation with these options; None of one that is not of this module."""
     if function is instruction:
         return tuple(name for way in options.get("ways", WAYS) for name in WAYS.get(way, ()))
-    return MEASURES.get(function)
+    known = MEASURES.get(function)
+    if known and function is generation:
+        return (*known, *(f"{name}_{metric}" for name in options.get("beside") or () for metric in known))
+    return ("acc",) if known and options.get("reader") in NOT_THE_TEXTS else known
 
 
 # ---- the two primitives ----------------------------------------------------------------------------
@@ -450,13 +538,15 @@ def generate(
     batch_size: int = 16,
     max_length: int = 768,
     num_beams: int = 1,
+    stop: Sequence[str] = (),
 ) -> list[str]:
     """The model's continuation of each prompt (of an example, its prompt), without the prompt, up to its end mark.
 
-    What a chat template rendered also ends where the template ends a turn.
+    What a chat template rendered also ends where the template ends a turn. What is written ends before the first
+    of the texts ``stop``, as with ``until`` of lm-evaluation-harness.
     """
     sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "max_length": max_length}
-    return of_lane(partial(_generate, model, tokenizer, prompts, **sizes, num_beams=num_beams))
+    return of_lane(partial(_generate, model, tokenizer, prompts, **sizes, num_beams=num_beams, stop=stop))
 
 
 @torch.no_grad()
@@ -469,6 +559,7 @@ def _generate(
     batch_size: int,
     max_length: int,
     num_beams: int,
+    stop: Sequence[str],
     lanes: int,
 ) -> list[list[str]]:
     device = next(model.parameters()).device
@@ -476,8 +567,7 @@ def _generate(
     if limit < 1:
         raise InputError(f"max_new_tokens={max_new_tokens}: the model sees {tokenizer.model_max_length} tokens at once")
     encoded = prompt_ids(tokenizer, prompts, limit)
-    if cut := sum(len(ids) >= limit for ids in encoded):
-        log.warning("%d of %d prompts may have lost their beginning: they fill %d tokens", cut, len(encoded), limit)
+    stops = _Stops(tokenizer, stop)
     ends = sorted({*_end_ids(model, tokenizer), *_turn_ends(prompts)})
     texts = [[""] * len(prompts) for _ in range(lanes)]
     greedy = num_beams == 1 and _takes_a_cache(model)
@@ -487,11 +577,11 @@ def _generate(
         # Padded on the left, as generation goes on at the right.
         ids, attention = _padded([encoded[n] for n in numbers * lanes], _pad_id(tokenizer), device, left=True)
         made = (
-            _greedy(model, ids, attention, max_new_tokens, ends, lanes)
+            _greedy(model, ids, attention, max_new_tokens, ends, stops, lanes)
             if greedy
-            else _searched(model, tokenizer, ids, attention, max_new_tokens, num_beams, ends)
+            else _searched(model, tokenizer, ids, attention, max_new_tokens, num_beams, ends, stops)
         )
-        written = iter(tokenizer.batch_decode(made, skip_special_tokens=True))
+        written = map(stops.before, tokenizer.batch_decode(made, skip_special_tokens=True))
         for mine in texts:
             for n in numbers:
                 mine[n] = next(written)
@@ -500,8 +590,50 @@ def _generate(
     return texts
 
 
+class _Stops:
+    """Texts that end what is written, in whatever tokens they come."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._texts = [text for text in texts if text]
+        # A token holds at least a byte, but for what begins before the text.
+        self._look_back = max((len(text.encode()) for text in self._texts), default=0) + 2
+
+    def __bool__(self) -> bool:
+        return bool(self._texts)
+
+    def reached(self, rows: Sequence[Sequence[int]]) -> list[bool]:
+        """Whether one of the texts stands at the end of each row of tokens."""
+        if not self._texts:
+            return [False] * len(rows)
+        ends = self._tokenizer.batch_decode([list(row[-self._look_back :]) for row in rows])
+        return [any(text in end for text in self._texts) for end in ends]
+
+    def before(self, text: str) -> str:
+        """``text`` up to the first of them."""
+        for stop in self._texts:
+            text = text.partition(stop)[0]
+        return text
+
+
+class _Stopping(StoppingCriteria):
+    """The same for transformers' own generation, after prompts of ``start`` tokens."""
+
+    def __init__(self, stops: _Stops, start: int) -> None:
+        self._stops, self._start = stops, start
+
+    def __call__(self, input_ids: Any, scores: Any, **options: Any) -> Any:
+        return torch.tensor(self._stops.reached(input_ids[:, self._start :].tolist()), device=input_ids.device)
+
+
 def _greedy(
-    model: nn.Module, ids: torch.Tensor, attention: torch.Tensor, max_new_tokens: int, end: Sequence[int], lanes: int
+    model: nn.Module,
+    ids: torch.Tensor,
+    attention: torch.Tensor,
+    max_new_tokens: int,
+    end: Sequence[int],
+    stops: _Stops,
+    lanes: int,
 ) -> list[list[int]]:
     """The likeliest next token again and again; a row that has ended leaves the batch, and its cache with it.
 
@@ -529,6 +661,8 @@ def _greedy(
         for row, token, ended in zip(running, chosen.tolist(), over, strict=True):
             if not ended:
                 written[row].append(token)
+        said = stops.reached([written[row] for row in running])
+        over = [before or now for before, now in zip(over, said, strict=True)]
         if all(over) or step == max_new_tokens - 1:
             break
         if len(places := _unfinished(over, lanes)) < len(running):
@@ -558,6 +692,7 @@ def _searched(
     max_new_tokens: int,
     num_beams: int,
     ends: Sequence[int],
+    stops: _Stops,
 ) -> list[list[int]]:
     """What transformers' own generation writes: with beams, and for methods that prepare their inputs themselves."""
     made: torch.Tensor = cast(Any, model).generate(
@@ -571,6 +706,7 @@ def _searched(
         top_k=None,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=list(ends),
+        stopping_criteria=StoppingCriteriaList([_Stopping(stops, ids.shape[1])] if stops else []),
         **row_inputs(model, ids),
     )
     tokens: list[list[int]] = made[:, ids.shape[1] :].tolist()

@@ -7,42 +7,29 @@ import math
 import re
 import threading
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
 from importlib import import_module
 from typing import Any
 
 from peftsweep.errors import InputError
+from peftsweep.numerals import as_number as as_number
+from peftsweep.numerals import in_digits, same_number, without_latex
 
-# What a chain of thought ends with, in the order in which they are looked for; the blanks at the end belong to
-# PEFT's rule, so that a text cut off at a new "####" keeps the answer before it.
+# What an answer stands behind, in the order in which PEFT's rule looks for them; the blanks at the end belong to that
+# rule, in which a text cut off at a new "####" keeps the answer before it.
 MARKERS = ("The answer is: ", "The answer is ", "The final answer is: ", "The final answer is ", "#### ")
 
-# A number may be a fraction and carry a unit. What would make it another number or a term is no unit: "3 or 5",
-# "3 million", "2 pi"; letters without a blank are one only where they cannot be a product ("3km", but not "3xy").
-DECIMAL = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
-NO_UNIT = r"(?:and|or|to|by|times|plus|minus|mod|pi|sqrt|hundred|thousand|million|billion|trillion)\b"
-UNIT = rf"\s*%?(?:[kcm]m|[km]g|ml|mph|lbs?|hrs?)?(?:[.,;!?]?\s+(?!{NO_UNIT})[A-Za-z]{{2,}}.*|\s+[mgslhL])?"
-NUMBER = re.compile(
-    rf"(?P<sign>[-+]?)\s*(?:\\frac\s*\{{\s*(?P<top>-?{DECIMAL})\s*\}}\s*\{{\s*(?P<bottom>-?{DECIMAL})\s*\}}"
-    rf"|(?P<number>{DECIMAL})(?:\s*/\s*(?P<divisor>-?{DECIMAL}))?){UNIT}"
-)
-# LaTeX around an answer that does not change it.
-LATEX = (
-    (r"\\([$%])", r"\1"),
-    (r"\$", ""),
-    (r"\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*)\}", r" \1 "),
-    (r"\\[dt]frac\b", r"\\frac"),
-    (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})", ""),
-    (r"\\!|\\left\b|\\right\b", ""),
-    (r"\\[,;: ]", " "),
-    ("\N{MINUS SIGN}", "-"),
-)
-
 LOWER_IS_BETTER = ("loss", "perplexity")
+NO_SHARES = ("valid_fraction", "loss", "perplexity")  # figures that no answer can reach by being given always
 
 GSM8K_STRICT = re.compile(r"#### (-?[0-9.,]+)")
 GSM8K_FLEXIBLE = re.compile(r"-?(?:[$0-9.,]{2,}|[0-9]+)")
+DEGENERATE = 0.95  # share of one answer among all, from which on the model is taken to ignore what it is asked
+FEWEST_JUDGED = 20  # answers, below which a share says nothing
+CLOSED = 20  # different reference answers at most, if it is a set to choose from
+SHOWN_ANSWER = 60  # characters of an answer in a histogram
 MATH_VERIFY_SECONDS = 5  # its own default, for reading and for each comparison
 
 
@@ -57,10 +44,14 @@ class Score:
 
 @dataclass(frozen=True)
 class Judgement:
-    """Whether a prediction is right, and what was read from it; None where nothing could be."""
+    """Whether a prediction is right, and what was read from it; None where nothing could be.
+
+    ``expected`` is what was read from the reference, where that is not its whole text.
+    """
 
     correct: bool
     extracted: str | None
+    expected: str | None = field(default=None, compare=False)
 
 
 def exact_match(prediction: str, answer: str) -> Judgement:
@@ -70,48 +61,44 @@ def exact_match(prediction: str, answer: str) -> Judgement:
 
 
 def number_match(prediction: str, answer: str, markers: Sequence[str] = MARKERS) -> Judgement:
-    """The same number after a marker such as ``####``, or in a ``\\boxed{}`` where no marker is there.
+    """The same number as the first one that stands behind a marker such as ``####``, or in the last ``\\boxed{}``.
 
-    The rules of PEFT's MetaMathQA comparison: of the trimmed text, what follows the last occurrence of the first
-    marker present, first line only, without blanks and ``. ! ? $ %`` at its ends; decimals and fractions a/b are
-    compared as floats. In addition thousands separators, units and LaTeX are understood. An answer that is no
-    number ("x+1", "Friday") must be the same text.
+    Of what stands behind a marker the first line counts, and a box in it before the rest. Numbers are read by
+    `numerals.as_number`; whole ones are compared exactly, others as floats. Where there is neither marker nor box,
+    markers in other capitals count, and where the reference has none of them either, a prediction that is all
+    a number. An answer that is no number ("x+1", "Friday") must be the same text.
 
     Raises:
         ValueError: the reference answer is no number and holds neither marker nor box; it cannot be judged.
     """
-    said, gold = _final(prediction, markers), _final(answer, markers)
-    expected = as_number(answer if gold is None else gold)
+    gold = _marked(answer, markers)
+    said = _marked(prediction, markers) or ([] if gold else prediction.strip().splitlines()[:1])
+    expected = as_number(gold[-1] if gold else answer)
     if expected is None:
-        if not (wanted := _plain(gold or "")):
+        if not (wanted := _plain(gold[-1] if gold else "")):
             raise ValueError(f"the reference answer holds no number, alone, behind a marker or in a box: {answer!r}")
-        text = _plain(said or "")
-        return Judgement(text == wanted, text or None)
-    number = None if said is None else as_number(said)
-    correct = number is not None and math.isclose(number, expected)
-    return Judgement(correct, None if number is None else f"{number:.15g}")
+        text = _plain(said[0]) if said else ""
+        return Judgement(text == wanted, text or None, wanted)
+    number = next((found for text in said if (found := as_number(text)) is not None), None)
+    correct = number is not None and same_number(number, expected)
+    return Judgement(correct, None if number is None else in_digits(number), in_digits(expected))
 
 
-def as_number(text: str) -> float | None:
-    """The value of a text that is one number, such as ``$1,234.50``, ``18 dollars``, ``12%`` (12) or ``-3/4``."""
-    found = NUMBER.fullmatch(_plain(text))
-    if found is None:
-        return None
-    top, bottom = (
-        float((part or "1").replace(",", ""))
-        for part in (found["top"] or found["number"], found["bottom"] or found["divisor"])
-    )
-    return None if bottom == 0 else (-1 if found["sign"] == "-" else 1) * top / bottom
+def _marked(text: str, markers: Sequence[str]) -> list[str]:
+    """The answers in ``text``, as written: what stands behind markers, else in the last box."""
+    text = text.strip()
+    boxed = _boxed(text)
+    return _behind(text, markers) or ([boxed] if boxed else _behind(text, markers, re.IGNORECASE))
 
 
-def _final(text: str, markers: Sequence[str]) -> str | None:
-    """The part of ``text`` that is its answer, as written: behind a marker, in a box, or in a box behind a marker."""
-    text = text.strip()  # a marker that the text was cut off at has lost its blank: it is none
-    for marker in markers:
-        if marker in text:
-            behind = text.rpartition(marker)[2].strip().partition("\n")[0]
-            return _trimmed(_boxed(behind) or behind)
-    return _boxed(text)
+def _behind(text: str, markers: Sequence[str], flags: int = 0) -> list[str]:
+    """What stands on the line behind each marker, or in a box there, in the order of the text; nothing empty."""
+    longest_first = sorted((marker.rstrip() for marker in markers if marker.strip()), key=len, reverse=True)
+    if not longest_first:
+        return []
+    pattern = "|".join(re.escape(marker) + (r"(?!\w)" if marker[-1].isalnum() else "") for marker in longest_first)
+    lines = [text[found.end() :].strip().partition("\n")[0] for found in re.finditer(pattern, text, flags)]
+    return [answer for line in lines if (answer := _trimmed(_boxed(line) or line))]
 
 
 def _boxed(text: str) -> str | None:
@@ -126,14 +113,46 @@ def _boxed(text: str) -> str | None:
 
 
 def _plain(text: str) -> str:
-    """``text`` without the LaTeX that does not change an answer, nor what PEFT strips from its ends."""
-    for pattern, replacement in LATEX:
-        text = re.sub(pattern, replacement, text)
-    return _trimmed(" ".join(text.split()))
+    """``text`` without the LaTeX that does not change an answer, nor marks of punctuation at its ends."""
+    return _trimmed(without_latex(text))
 
 
 def _trimmed(text: str) -> str:
-    return text.rstrip(" .!?$%").lstrip(" !?$%")  # PEFT drops leading dots too, which makes .5 a 5
+    return text.rstrip(" .!?$%").lstrip(" !?$%")
+
+
+def peft_match(prediction: str, answer: str) -> Judgement:
+    """As PEFT's MetaMathQA comparison reads answers, to the letter: `parse_answer` and `get_accuracy` of its utils.py.
+
+    Of the trimmed text, what follows the last occurrence of the first marker of `MARKERS` that is there, first
+    line only, without blanks and ``. ! ? $ %`` at its ends. Decimals and fractions a/b are compared as floats,
+    anything else ("1,234", "18 dollars") as text. PEFT looks through the prompt too; here only what was written.
+
+    Raises:
+        ValueError: the reference answer holds no marker.
+    """
+    said, gold = _peft_answer(prediction), _peft_answer(answer)
+    if gold is None:
+        raise ValueError(f"the reference answer holds no marker of PEFT's comparison: {answer!r}")
+    correct = said is not None and _peft_value(said) == _peft_value(gold)
+    return Judgement(correct, said or None, gold)
+
+
+def _peft_answer(text: str) -> str | None:
+    text = text.strip().rstrip(".!?")
+    marker = next((marker for marker in MARKERS if marker in text), None)
+    if marker is None:
+        return None
+    return text.rpartition(marker)[2].strip().partition("\n")[0].strip(" .!?$%")
+
+
+def _peft_value(text: str) -> float | str:
+    parts = text.split("/")
+    try:
+        top, bottom = (Decimal(part.strip()) for part in (*parts, "1")[:2])
+        return text if len(parts) > 2 or bottom == 0 else float(top / bottom)
+    except (ArithmeticError, ValueError):  # no decimal, or none that is a float
+        return text
 
 
 def gsm8k_strict(prediction: str, answer: str) -> Judgement:
@@ -165,8 +184,9 @@ def _ignoring(text: str) -> str:
 def math_verify_match(prediction: str, answer: str) -> Judgement:
     """Mathematically the same answer, as the package math-verify has it: 1/2 is 0.5, and (x+1)^2 is x^2+2x+1.
 
-    What stands behind a marker (see `number_match`) or in a box is compared, else what math-verify finds in the
-    prediction and the whole reference. math-verify gives up after some seconds by a signal, which only
+    The first answer behind a marker (see `number_match`) or that in a box is compared, else what math-verify finds in
+    the prediction and the whole reference. Two that say a number each (`numerals.as_number`) are compared by it,
+    whatever math-verify reads in "18 dollars". math-verify gives up after some seconds by a signal, which only
     the main thread can receive: elsewhere nothing stops the comparison of a prediction such as 9^{9^{9^9}}.
 
     Raises:
@@ -180,34 +200,42 @@ def math_verify_match(prediction: str, answer: str) -> Judgement:
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of every timeout, and of having none
     seconds = MATH_VERIFY_SECONDS if threading.current_thread() is threading.main_thread() else None
 
-    def read(text: str, otherwise: str) -> list[Any]:
-        final = _final(text, MARKERS)
+    def read(final: str, otherwise: str) -> list[Any]:
         found: list[Any] = library.parse(f"\\boxed{{{final}}}" if final else otherwise, parsing_timeout=seconds)
         return found
 
+    final, expected = (_marked(prediction, MARKERS) or [""])[0], (_marked(answer, MARKERS) or [""])[-1]
     bare = _trimmed(answer.replace("\\$", ""))
-    gold = read(answer, otherwise=answer if "$" in bare else f"\\boxed{{{bare}}}")
-    said = read(prediction, otherwise=prediction)
+    gold = read(expected, otherwise=answer if "$" in bare else f"\\boxed{{{bare}}}")
+    said = read(final, otherwise=prediction)
     if not gold:
         raise ValueError(f"math-verify reads nothing from the reference answer: {answer!r}")
-    correct = bool(said) and bool(library.verify(gold, said, timeout_seconds=seconds))
-    return Judgement(correct, str(said[-1]) if said else None)
+    number, right = as_number(final), as_number(expected or answer)
+    if number is not None and right is not None:
+        correct = same_number(number, right)
+    else:
+        correct = bool(said) and bool(library.verify(gold, said, timeout_seconds=seconds))
+    extracted = str(said[-1]) if said else None if number is None else in_digits(number)
+    return Judgement(correct, extracted, str(gold[-1]))
 
 
-def label_match(prediction: str, answer: str, labels: Sequence[str], case_sensitive: bool = True) -> Judgement:
+def label_match(prediction: str, answer: str, labels: Sequence[str], case_sensitive: bool | None = None) -> Judgement:
     """The same label, being the first word of either text that is one of ``labels``.
 
     The rule of LLM-Adapters and HiRA for the commonsense tasks ("the correct answer is answer2"), but whole words
-    only: answer1 is not read from "answer10". A prediction without a label is always wrong.
+    only: answer1 is not read from "answer10". A prediction without a label is always wrong. Capitals do not count,
+    unless labels differ by them alone ("a" and "A") or ``case_sensitive`` says so.
 
     Raises:
         ValueError: the reference answer holds no label; such a row cannot be judged.
     """
+    if case_sensitive is None:
+        case_sensitive = len({label.casefold() for label in labels}) < len(set(labels))
     expected = _first_label(answer, labels, case_sensitive)
     if expected is None:
         raise ValueError(f"the reference answer holds none of the labels {', '.join(labels)}: {answer!r}")
     said = _first_label(prediction, labels, case_sensitive)
-    return Judgement(said == expected, said)
+    return Judgement(said == expected, said, expected)
 
 
 def _first_label(text: str, labels: Sequence[str], case_sensitive: bool) -> str | None:
@@ -228,33 +256,87 @@ def contains(prediction: str, answer: str) -> Judgement:
     Raises:
         ValueError: the reference answer is empty, which every prediction would contain.
     """
-    expected = [text for part in answer.split("|") if (text := part.strip())]
-    if not expected:
+    if not (expected := _alternatives(answer)):
         raise ValueError(f"the reference answer holds no text: {answer!r}")
     said = next((text for text in expected if text.casefold() in prediction.casefold()), None)
     return Judgement(said is not None, said)
 
 
-def answer_baselines(said: Sequence[str | None], gold: Sequence[str], labels: Sequence[str] = ()) -> dict[str, Any]:
-    """What an accuracy over a finite set of answers is worth: the baselines, and the answers that were given.
+def _alternatives(answer: str) -> list[str]:
+    return [text for part in answer.split("|") if (text := part.strip())]
 
-    ``majority`` is the accuracy of always giving the most frequent reference answer, ``random`` that of guessing
-    among ``labels`` (those seen in ``gold`` unless given). Predictions are ``degenerate`` if one answer makes up
-    at least 95% of at least 20 that could be read, and no answer does so in ``gold``: the model ignores its input.
-    ``histogram`` counts the 20 most frequent predictions; "" stands for those that could not be read.
+
+def shortest_text(answer: str) -> str:
+    """The shortest of the texts that `contains` looks for."""
+    return min(_alternatives(answer), key=len, default="")
+
+
+def answer_baselines(
+    said: Sequence[str | None], gold: Sequence[str], labels: Sequence[str] = (), written: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What a share of right answers is worth: the baselines, and the answers that were given.
+
+    ``majority`` is the share that always giving the most frequent reference answer would reach, ``random`` that of
+    guessing among ``labels`` (those seen in ``gold`` unless given). Predictions are ``degenerate`` if one answer makes
+    up at least 95% of at least 20 that could be read (or one text 95% of all that was ``written``), and no answer
+    does so in ``gold``: the model ignores its input. ``histogram`` counts the 20 most frequent predictions; "" stands
+    for those that could not be read.
     """
     made = Counter(answer for answer in said if answer is not None)
     references = Counter(gold)
+    constant = _uniform(made) or _uniform(Counter(text.strip() for text in written if text.strip()))
     return {
         "majority": max(references.values()) / len(gold),
         "random": 1 / len(set(labels or gold)),
-        "histogram": dict(Counter(answer or "" for answer in said).most_common(20)),
-        "degenerate": made.total() >= 20 and _uniform(made) and not _uniform(references),
+        "histogram": dict(Counter(_shown(answer or "") for answer in said).most_common(20)),
+        "degenerate": constant and max(references.values()) < DEGENERATE * len(gold),
     }
 
 
+def generation_baselines(
+    judgements: Sequence[Judgement], written: Sequence[str], gold: Sequence[str]
+) -> dict[str, Any]:
+    """``answer_baselines`` of texts ``written`` freely; ``random`` only where the references are a set to choose from.
+
+    ``gold`` are the reference texts, each of which counts as what its judgement read from it.
+    """
+    references = [j.expected or text.strip() for j, text in zip(judgements, gold, strict=True)]
+    found = answer_baselines([j.extracted for j in judgements], references, written=written)
+    different = len(set(references))
+    if different > CLOSED or 2 * different > len(references):
+        del found["random"]
+    return found
+
+
+def f1_baselines(gold: Sequence[int], classes: int) -> dict[str, float]:
+    """The F1 of `classification` for always the most frequent class, and what guessing evenly is expected to reach.
+
+    A class that is guessed at a rate q and right in a share p of the rows has 2 p q / (p + q).
+    """
+    counts = Counter(gold)
+    majority = classification([max(counts, key=counts.__getitem__)] * len(gold), gold, classes)["f1"].value
+    measured = [1] if classes == 2 else range(classes)
+    shares = [counts[number] / len(gold) for number in measured]
+    guessed = [2 * share / classes / (share + 1 / classes) for share in shares]
+    return {"f1_majority": majority, "f1_random": sum(guessed) / len(guessed)}
+
+
+def baseline(facts: Mapping[str, Any], metric: str, which: str) -> float | None:
+    """The ``majority`` or ``random`` baseline of a metric among the facts of its evaluation; None where it has none."""
+    if metric in NO_SHARES or metric.endswith("perplexity"):
+        return None
+    value = facts.get(f"f1_{which}" if metric == "f1" else which)
+    return None if value is None else float(value)
+
+
+def _shown(answer: str) -> str:
+    line = " ".join(answer.split())
+    return line if len(line) <= SHOWN_ANSWER else f"{line[: SHOWN_ANSWER - 1]}…"
+
+
 def _uniform(counts: Counter[str]) -> bool:
-    return max(counts.values()) >= 0.95 * counts.total()
+    total = counts.total()
+    return total >= FEWEST_JUDGED and max(counts.values()) >= DEGENERATE * total
 
 
 def accuracy(judgements: Sequence[Judgement]) -> dict[str, Score]:

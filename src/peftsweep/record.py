@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from peftsweep.atomic import replacing
+from peftsweep.cautions import cautions
 
 SCHEMA_VERSION = 1
 RESULT = "result.json"
@@ -35,6 +36,12 @@ KERNEL_SWITCHES = (
     *("MKL_DYNAMIC", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE"),
     *("DNNL_DEFAULT_FPMATH_MODE", "OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS"),
 )
+JUDGED = "judged"  # of run_info: the version of how answers are read; the first one is not written
+HEADLINE = "headline"  # of an evaluation's facts: the metric that trials are compared by
+# Readers whose rows' headline is acc, as in lm-evaluation-harness; of the last two acc_norm is no figure at all, as
+# what is scored is not the text of the choices. Records of earlier versions have it all the same.
+BY_ACC = ("boolq", "social_i_qa", "winogrande", "commonsense_qa")
+WITHOUT_NORM = BY_ACC[2:]
 SECTIONS = ("run_info", "train_info", "memory", "eval_info", "generation_info")  # of a record, that were measured
 
 
@@ -110,6 +117,10 @@ class Result:
         """``type``, ``message``, ``stage`` and ``traceback`` of what ended the trial, if anything did."""
         return self.run_info.get("error")
 
+    def cautions(self) -> list[str]:
+        """What makes its scores say less than they seem to."""
+        return cautions(self.train_info, self.eval_info, self.generation_info)
+
     def write(self, folder: Path) -> None:
         """Write result.json, atomically: a reader sees the whole record or none."""
         content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "folder"}
@@ -129,12 +140,29 @@ class Result:
                 raise LaterVersion(f"{folder / RESULT}: written by a later version of peftsweep")
             known = {f.name for f in dataclasses.fields(cls)} - {"folder"}
             result = cls(**{k: v for k, v in content.items() if k in known}, folder=folder)
+            _complete(result)
             Status(result.run_info["status"])
         except RecordError:
             raise
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise RecordError(f"{folder / RESULT}: {type(error).__name__}: {error}") from None
         return result
+
+
+def _complete(result: Result) -> None:
+    """Say of the evaluations of a record of an earlier version what they are judged by, and drop what says nothing."""
+    for name, found in result.eval_info.items():
+        node = result.config.get("eval", {}).get(name) or {}
+        if HEADLINE in found or not str(node.get("_target_")).endswith(".multiple_choice"):
+            continue
+        reader = str(node.get("reader") or result.config.get("dataset", {}).get("reader")).rpartition(".")[2]
+        if reader in BY_ACC:
+            found[HEADLINE] = "acc"
+        if reader in WITHOUT_NORM:
+            found.pop("acc_norm", None)
+            found.pop("base_acc_norm", None)
+    if "warnings" not in result.run_info:
+        result.run_info["warnings"] = result.cautions()
 
 
 def write_json(file: Path, content: Any) -> None:

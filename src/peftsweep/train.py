@@ -387,6 +387,15 @@ def in_epochs(step: int, config: TrainConfig, rows: int) -> float:
     return step / steps_per_epoch(config, rows)
 
 
+def rows_taken(rows: Sequence[Tokens], config: TrainConfig, seed: int) -> set[int]:
+    """The numbers of the rows that a run with ``seed`` takes, of which a short one leaves some out."""
+    steps = total_steps(config, len(rows))
+    if steps >= steps_per_epoch(config, len(rows)):
+        return set(range(len(rows)))
+    order = batch_order([len(row.ids) for row in rows], rows_per_step(config), seed)
+    return {number for step in itertools.islice(order, steps) for number in step}
+
+
 def steps_per_epoch(config: TrainConfig, rows: int) -> int:
     """Optimizer steps to go through ``rows`` rows once."""
     return math.ceil(rows / rows_per_step(config))

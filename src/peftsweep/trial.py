@@ -39,6 +39,7 @@ from peftsweep import (
     model,
     probe,
     record,
+    seen,
     study,
     train,
 )
@@ -55,7 +56,11 @@ from peftsweep.trust import as_text
 
 log = logging.getLogger(__name__)
 
-OF_THE_ROWS = ("majority", "random")  # facts that are the same whatever the model says
+# Facts of an evaluation that are the same whatever the model says.
+OF_THE_ROWS = (
+    *("majority", "random", "f1_majority", "f1_random", record.HEADLINE),
+    *("truncated_prompts", "truncated_answers", "long_references"),
+)
 RELOAD_TOLERANCE = 1e-4  # of any token's loss, in nats: above rounding, far below what an evaluation sees
 MERGE_TOLERANCE = 1e-3  # of any token's loss: sums of merged weights round otherwise than those of two products
 # Of the mean token's, on a 16-bit base: sums in another order were seen to round by 0.013 (by 0.3 for one token).
@@ -133,11 +138,21 @@ def finished(trial: Trial) -> Result | None:
         done.run_info["labels"].append(trial.label)
     if by_earlier_rule:
         done.run_info["recognised"] = {"identity": trial.identity, "training": trial.training}
-    if new_label or by_earlier_rule:
+    if new_label or by_earlier_rule or _headlined_anew(trial, done):
         done.write(folder(trial))
     if by_earlier_rule:
         study.mark_recognised(done)
     return done
+
+
+def _headlined_anew(trial: Trial, done: Result) -> bool:
+    """Have the record say the headlines that are asked for, of the metrics that it holds; whether it did not."""
+    changed = False
+    for name, node in trial.config.eval.items():
+        wanted, found = node.get(record.HEADLINE), done.eval_info.get(name, {})
+        if wanted in found and found.get(record.HEADLINE) != wanted:
+            found[record.HEADLINE], changed = wanted, True
+    return changed
 
 
 def resumes_full(trial: Trial) -> bool:
@@ -387,10 +402,10 @@ class Session:
             build.check_tokens(tokenizer, self.base, self.tokens)
             self.tests = {name: build.test_examples(self.trial, name, rows, tokenizer) for name in config.eval}
         long_rows = rows.left_out.get("long_rows", 0) + len(rows.train) - len(self.tokens)
-        longest = min(config.dataset.max_length, tokenizer.model_max_length)
         self.info |= {"training_rows": len(self.tokens)} | rows.left_out | {"long_rows": long_rows}
         self.result.meta_info |= _sources(self.trial, self.base, tokenizer, rows)
-        self.info["truncated_rows"] = sum(len(row.ids) >= longest for row in self.tokens)
+        self.info["truncated_rows"] = sum(row.lost_prompt + row.lost_answer > 0 for row in self.tokens)
+        self.info |= data.truncations(self.tokens)
         train.check_warmup(config.train, train.total_steps(config.train, len(self.tokens)))
         self.stop_at = self.rung_step(len(self.tokens))
 
@@ -400,13 +415,15 @@ class Session:
         return None if self.earlier else halving.stop_at(self.config.halving, total)
 
     def score_base(self) -> None:
-        trained_on = {one.written for one in data.dataset_examples(self.config.dataset, self.rows.train)}
+        counts = self.seen()
         for name, test in self.tests.items():
             with self.stage("baseline"):
                 scores = _base_scores(self.trial, name, test, self.base, self.tokenizer, self.place.parent)
-            seen = sum(one.written in trained_on for one in test)
             known = {f"base_{metric}": score for metric, score in scores.items()}
-            self.result.eval_info[name] = known | {"seen_in_training": seen}
+            self.result.eval_info[name] = known | {"seen_in_training": counts[name]}
+
+    def seen(self) -> dict[str, int | None]:
+        return seen.seen(self.trial, self.rows, self.tokens, self.tests, self.tokenizer)
 
     def share(self, other: Session) -> None:
         """Take over what ``other``, of a trial on the same base and rows, has loaded, read and found out."""
@@ -417,6 +434,9 @@ class Session:
         self.result.meta_info |= other.result.meta_info
         self.stop_at = self.rung_step(len(self.tokens))
         self.result.eval_info = copy.deepcopy(other.result.eval_info) if self.stop_at is None else {}
+        if self.result.eval_info and self.config.train != other.config.train:  # which may take fewer rows
+            for name, count in self.seen().items():
+                self.result.eval_info[name]["seen_in_training"] = count
 
     def adapt(self) -> None:
         """Attach the method and train it, or take an adapter that was trained before."""
@@ -535,6 +555,7 @@ class Session:
         self.result.run_info["rung"] = halving.rung(self.config.halving, self.place, self.stop_at)
 
     def evaluate(self) -> None:
+        self.result.run_info[record.JUDGED] = evaluate.JUDGED
         for name, test in self.tests.items():
             with self.stage("eval") as own:
                 evaluation = build.evaluator(self.trial, name)(self.adapted, self.tokenizer, test)
@@ -688,6 +709,7 @@ def _base_scores(
     }
     of_rows = {
         "eval": evaluation_identity(config.eval[name]),
+        "judged": evaluate.JUDGED,
         "examples": data.fingerprint(example._asdict() for example in test),
     }
     called = re.sub(r"[^\w.-]+", "_", f"{trial.choices['model']}-{trial.choices['quant']}")
@@ -862,12 +884,21 @@ def end(
     for name, stage in meter.stages.items():
         result.memory[name] = stage.memory()
         result.train_info[_seconds_key(name)] = stage.seconds + before.get(name, 0.0)
+    result.run_info["warnings"] = result.cautions()
+    for caution in result.run_info["warnings"]:
+        log.warning(caution)
     result.write(place)
     if status is Status.success:
         shutil.rmtree(place / study.CHECKPOINTS, ignore_errors=True)
         if result.config["adapter"]["save"] and result.train_info.get("reloads", True):
             study.mark_trained(result)
-    tracker.end(record.flat(record.plain({"train": result.train_info, "eval": result.eval_info})), status.value)
+    scores = {name: _without_histograms(found) for name, found in result.eval_info.items()}
+    tracker.end(record.flat(record.plain({"train": result.train_info, "eval": scores})), status.value)
+
+
+def _without_histograms(facts: dict[str, Any]) -> dict[str, Any]:
+    """Their keys are answers, which are no names that a tracker takes."""
+    return {name: fact for name, fact in facts.items() if not name.endswith("histogram")}
 
 
 @contextmanager

@@ -12,9 +12,9 @@ import pandas as pd
 from peftsweep import naming
 from peftsweep.metrics import LOWER_IS_BETTER
 from peftsweep.naming import Names
-from peftsweep.record import Status
+from peftsweep.record import HEADLINE, Status
 
-STATUS, TARGETS = "run_info.status", "choices.targets"
+STATUS, WARNINGS, TARGETS = "run_info.status", "run_info.warnings", "choices.targets"
 RANK, METHOD, QUANT = naming.RANK, naming.METHOD, naming.QUANT
 NAME, CALLED = "name", "trial name"  # columns of what a trial's configuration is called, and a trial
 LONGEST = 48  # characters of a label
@@ -117,9 +117,19 @@ def main_scores(table: pd.DataFrame) -> list[str]:
     for column in scores(table):
         found.setdefault(evaluation(column)[0], []).append(column)
     order = {name: place for place, name in enumerate(MAIN_METRICS)}
-    main = [min(every, key=lambda c: order.get(evaluation(c)[1], len(order))) for every in found.values()]
+    main = []
+    for name, every in found.items():
+        ranks = order | dict.fromkeys(_headlines(table, name), -1)
+        main.append(min(every, key=lambda c, ranks=ranks: ranks.get(evaluation(c)[1], len(order))))  # type: ignore[misc]
     first = next((column for column in main if direction(column) > 0), None)
     return main if first is None else [first, *(column for column in main if column != first)]
+
+
+def _headlines(table: pd.DataFrame, name: str) -> list[Any]:
+    """What the trials say that an evaluation is judged by; nothing where they do not agree."""
+    column = f"eval_info.{name}.{HEADLINE}"
+    said = list(table[column].dropna().unique()) if column in table else []
+    return said if len(said) == 1 else []
 
 
 def base_of(score: str) -> str:

@@ -18,6 +18,7 @@ from peftsweep.answer import columns, effects, stats, words
 from peftsweep.answer.columns import DEVICE_MEMORY, RANK, WITHOUT_RESULT
 from peftsweep.answer.effects import VARYING, Moved
 from peftsweep.answer.words import ADAPTER, SECONDS, SHOWN_MEMORY
+from peftsweep.metrics import baseline
 from peftsweep.naming import Names
 from peftsweep.record import Status
 
@@ -224,11 +225,10 @@ def _against_baselines(task: Task, score: str) -> Iterator[str]:
     base = row.get(columns.base_of(score), math.nan)
     if words.known(base):
         yield _over_base(task, score, words.number(base))
-    majority = row.get(f"eval_info.{name}.majority", math.nan)
-    if words.known(majority) and words.known(bound) and sign > 0 and metric == "accuracy" and bound <= majority:
-        yield f"- **Chance level**: always giving the most frequent answer scores {words.number(majority)}."
-    degenerate = task.configurations.get(f"eval_info.{name}.degenerate")
-    if degenerate is not None and (count := int((degenerate > 0).sum())):
+    yield from _chance(row, name, metric, bound if sign > 0 else math.nan)
+    flags = [c for c in task.configurations.columns if c.startswith(f"eval_info.{name}.") and c.endswith("degenerate")]
+    flags = [c for c in flags if not c.startswith(f"eval_info.{name}.base_")]
+    if flags and (count := int((task.configurations[flags].astype("Float64") > 0).any(axis=1).sum())):
         always = f"nearly always gave the same answer on {name}, whatever was asked"
         yield f"- {words.plural('configuration', count)} {always}."
     seen = row.get(f"eval_info.{name}.seen_in_training", math.nan)
@@ -248,6 +248,19 @@ def _over_base(task: Task, score: str, base: str) -> str:
     gain = f"{words.difference(parts)}, p {words.p_is(best['gain_p_adjusted'])}"
     as_if = "" if compared.attrs["gains_paired"] else ", as if each had rows of its own"
     return f"- {said} `{task.labels[compared.index[0]]}` against it: {gain}{as_if}."
+
+
+def _chance(row: Mapping[str, Any], name: str, metric: str, bound: float) -> Iterator[str]:
+    """What always giving the same answer scores, and guessing; ``bound`` is how low the best score may lie."""
+    facts = {key.removeprefix(f"eval_info.{name}."): value for key, value in row.items() if words.known(value)}
+    majority, random = (baseline(facts, metric, which) for which in ("majority", "random"))
+    if majority is None:
+        return
+    guessing = "" if random is None else f", guessing {words.number(random)}"
+    mark, always = "", "Always"
+    if words.known(bound) and bound <= max(majority, random or 0.0):
+        mark, always = "**Chance level**: ", "always"
+    yield f"- {mark}{always} giving the most frequent answer scores {words.number(majority)}{guessing}."
 
 
 def no_gain(task: Task, score: str) -> bool:

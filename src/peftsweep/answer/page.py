@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from peftsweep.answer import columns, effects, frontier, paired, stats
-from peftsweep.answer.columns import CALLED, STATUS
+from peftsweep.answer.columns import CALLED, STATUS, WARNINGS
 from peftsweep.answer.plot import COLOURS, FADED, INK, RULE
 from peftsweep.record import counted, trials_in_words, write_text
 
@@ -571,7 +571,7 @@ def _panels(table: pd.DataFrame, differing: Sequence[str], folder: Path) -> str:
     if len(table) > PANELS:
         text += f" The newest {PANELS} trials have a panel; the records of all are in the study's folder."
     parts = [f"{text}</p>"]
-    kept = rows[[TRIAL, STATUS, *(c for c in ERROR if c in rows), *differing, *figures]]
+    kept = rows[[TRIAL, STATUS, *(c for c in (*ERROR, WARNINGS) if c in rows), *differing, *figures]]
     for name, row in zip(rows[CALLED], kept.to_dict("records"), strict=True):
         own = {c: row[c] for c in differing if not pd.isna(row[c])}
         found = {c: row[c] for c in figures if not pd.isna(row[c])}
@@ -579,11 +579,17 @@ def _panels(table: pd.DataFrame, differing: Sequence[str], folder: Path) -> str:
         parts.append(
             f'<article class="trial" id="{html.escape(str(row[TRIAL]))}"><h3>{_text(name)}</h3>'
             f"<p>{_text(row[STATUS])}{': ' + _text(problem) if problem else ''}</p>"
-            f"<pre>{_text(_command(folder / str(row[TRIAL])))}</pre>"
+            f"{_warned(row.get(WARNINGS))}<pre>{_text(_command(folder / str(row[TRIAL])))}</pre>"
             f'<div class="pair"><div><h4>Its own settings</h4>{_definitions(own)}</div>'
             f"<div><h4>Figures</h4>{_definitions(found)}</div></div></article>"
         )
     return "\n".join(parts)
+
+
+def _warned(lines: Any) -> str:
+    """What makes the trial's scores say less than they seem to."""
+    found = [] if not isinstance(lines, str) else json.loads(lines)
+    return "".join(f'<p class="note">Warning: {_text(line)}.</p>' for line in found)
 
 
 def _command(trial: Path) -> str:

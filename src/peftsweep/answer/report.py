@@ -5,6 +5,7 @@ Every sentence is made from figures of the study; where the data does not tell, 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import pandas as pd
 
 from peftsweep import record
 from peftsweep.answer import columns, effects, findings, frontier, methodology, paired, rungs, stats, words
-from peftsweep.answer.columns import HOST_MEMORY, PREDICTED, QUANT, RANK, TARGETS
+from peftsweep.answer.columns import HOST_MEMORY, PREDICTED, QUANT, RANK, TARGETS, WARNINGS
 from peftsweep.answer.findings import Task
 from peftsweep.answer.words import ADAPTER, PARAMETERS, ROWS, SECONDS, SPEED
 from peftsweep.display import size
@@ -38,6 +39,10 @@ FIGURES = {  # how the figures of a factor are called
     TARGETS: ("modules",),
 }
 FRONTIER = ("frontier", "quality_")
+FIGURE = re.compile(r"'[^']*'|\d[\d.,]*")  # what of a warning differs from one trial to the next
+JUDGED = f"run_info.{record.JUDGED}"
+READ_OTHERWISE = "an earlier version read answers by other rules than those of the others; force=true judges them anew"
+WARNED = 5  # configurations that a warning names
 STATUSES = tuple(status.name for status in Status)
 
 
@@ -103,6 +108,7 @@ def _document(
             yield ""
         yield from task.summary
         yield ""
+    yield from _warnings(tasks)
     for task in tasks:
         mark = f" ({task.name})" if len(tasks) > 1 else ""
         ending = columns.file_mark(task.name) if len(tasks) > 1 else ""
@@ -121,6 +127,41 @@ def _document(
             yield from _links(left.values(), folder)
     yield from _links(every.values(), folder)
     yield from methodology.methodology(table, tasks, steps)
+
+
+def _warnings(tasks: Sequence[Task]) -> Iterator[str]:
+    """What makes scores say less than they seem to, as the records have it; lines that differ in figures alone once."""
+    found: dict[str, dict[str, list[str]]] = {}  # by the line without its figures, the line, the trials' labels
+    for task in tasks:
+        said = task.table[WARNINGS].dropna() if WARNINGS in task.table else pd.Series(dtype=object)
+        for number, text in zip(task.table.loc[said.index, "configuration"], said, strict=True):
+            for line in json.loads(text):
+                same = found.setdefault(FIGURE.sub("#", line), {}).setdefault(line, [])
+                same += [task.labels[number]] if task.labels[number] not in same else []
+        if earlier := _judged_before(task):
+            found[task.name] = {READ_OTHERWISE: earlier}
+    if not found:
+        return
+    yield "## Warnings"
+    yield ""
+    for lines in found.values():
+        line, labels = next(iter(lines.items()))
+        named = ", ".join(f"`{label}`" for label in labels[:WARNED]) + (", ..." if len(labels) > WARNED else "")
+        others = len({label for each in lines.values() for label in each}) - len(labels)
+        alike = f"; with other figures: {words.plural('configuration', others)} more" if others else ""
+        yield f"- {line} ({named}{alike})."
+    yield ""
+
+
+def _judged_before(task: Task) -> list[str]:
+    """The configurations that are compared with others though their answers were read by the rules before."""
+    good = task.table[task.table[stats.SUCCESS] == Status.success.name]
+    versions = good[JUDGED].fillna(1) if JUDGED in good else pd.Series(1, index=good.index)
+    read = [c for c in good.columns if c.endswith(".valid_fraction.value")]
+    if versions.nunique() < 2 or not read:
+        return []
+    before = good.loc[(versions < versions.max()) & good[read].notna().any(axis=1), "configuration"]
+    return list(dict.fromkeys(task.labels[number] for number in before))
 
 
 def _take(left: dict[str, Path], names: Sequence[str], folder: Path) -> list[str]:

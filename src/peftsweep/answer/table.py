@@ -23,7 +23,7 @@ from peftsweep.study import BASE
 
 RESULTS_FILE = "results.parquet"
 STEPS_FILE = "steps.parquet"
-AS_TEXT = ("histogram", "base_histogram")  # whose keys are answers: a column each would make thousands
+AS_TEXT = "histogram"  # what keys end so have answers as their own keys: a column each would make thousands
 KEPT = ("correct", "correct_norm", "log_likelihood", "tokens", "label", "label_prediction")  # of a line of predictions
 DTYPES: tuple[tuple[set[type], str], ...] = ({bool}, "boolean"), ({int}, "Int64"), ({int, float}, "Float64")
 SCALARS = {str, int, float, bool, type(None)}
@@ -165,7 +165,7 @@ class _Columns:
     def _add(self, values: Mapping[str, Any], prefix: str) -> None:
         for key, value in values.items():
             kind, name = type(value), prefix + key  # this loop is most of a large study's time
-            if kind is dict and key not in AS_TEXT:
+            if kind is dict and not key.endswith(AS_TEXT):
                 self._add(value, name + ".")
                 continue
             column = self.values.get(name)

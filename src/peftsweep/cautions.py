@@ -1,0 +1,59 @@
+"""What makes a trial's scores say less than they seem to, each as a line with its count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+LEAST_VALID = 0.5  # share of answers that can be read, below which a score means little
+# Counts of rows among the facts of a training or an evaluation, and what has happened to them.
+CUT = {
+    "truncated_prompts": "lost a part of the prompt, which is longer than max_length leaves room for",
+    "truncated_answers": "lost the end of the answer, which is longer than max_length leaves room for",
+    "long_references": "have a reference answer of more tokens than max_new_tokens, which cannot be written in full",
+}
+
+
+def cautions(
+    train_info: Mapping[str, Any], eval_info: Mapping[str, Mapping[str, Any]], generation_info: Mapping[str, Any]
+) -> list[str]:
+    """The lines that a record's sections give cause to; none where nothing is the matter."""
+    lines = list(_cut("training", train_info, train_info.get("training_rows")))
+    for name, facts in eval_info.items():
+        lines += _of_evaluation(name, facts)
+    for name, facts in generation_info.items():
+        if isinstance(facts, Mapping) and facts.get("cut_prompts"):
+            lines.append(
+                f"inference {name}: {facts['cut_prompts']} prompts lost their beginning, to fit into the model"
+            )
+    return lines
+
+
+def _of_evaluation(name: str, facts: Mapping[str, Any]) -> Iterator[str]:
+    count = next((score["n"] for score in facts.values() if isinstance(score, Mapping) and "n" in score), None)
+    yield from _cut(name, facts, count)
+    for metric, score in facts.items():
+        own = metric.endswith("valid_fraction") and not metric.startswith("base_") and isinstance(score, Mapping)
+        if own and score["value"] is not None and score["value"] < LEAST_VALID:
+            unread = round((1 - score["value"]) * score["n"])
+            yield f"{name}: no answer could be read in {unread} of {score['n']} texts ({metric} {score['value']:.3f})"
+    for flag, constant in facts.items():
+        if constant is True and flag.endswith("degenerate") and not flag.startswith("base_"):
+            yield f"{name}: {_constant(flag.removesuffix('degenerate'), facts)}, whatever was asked"
+    if seen := facts.get("seen_in_training"):
+        yield f"{name}: {seen} test rows were trained on"
+
+
+def _constant(way: str, facts: Mapping[str, Any]) -> str:
+    """Which answer was given how often, by one way of judging."""
+    histogram = facts.get(f"{way}histogram") or {"": 0}
+    answer, times = max(histogram.items(), key=lambda entry: entry[1])
+    how = f" by {way.strip('_').replace('_', ' ')}" if way else ""
+    said = f"'{answer}'" if answer else "a text without an answer"
+    return f"nearly always the same answer{how}, {times} of {sum(histogram.values())} times {said}"
+
+
+def _cut(name: str, facts: Mapping[str, Any], count: int | None) -> Iterator[str]:
+    for fact, what in CUT.items():
+        if rows := facts.get(fact):
+            yield f"{name}: {rows} of {count} rows {what}" if count else f"{name}: {rows} rows {what}"
