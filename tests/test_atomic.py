@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from peftsweep import record
+from peftsweep import atomic, record
 from peftsweep.answer import table
 from peftsweep.atomic import replacing
 
@@ -37,6 +38,29 @@ def test_writers_of_one_file_at_once_leave_what_one_of_them_wrote(tmp_path: Path
         writer.join()
     assert file.read_text() in texts
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize(("times", "ends"), [(2, True), (3, False)])
+def test_what_a_network_s_disk_gets_over_is_tried_again(
+    times: int, ends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(atomic, "PAUSES", (0.0, 0.0))
+    left, real = iter(range(times)), atomic.sync
+
+    def stale(path: Path) -> None:
+        if next(left, None) is not None:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        real(path)
+
+    monkeypatch.setattr(atomic, "sync", stale)
+    file = tmp_path / "x.json"
+    if ends:
+        record.write_json(file, {})
+        assert file.read_text() == "{}\n"
+        return
+    with pytest.raises(OSError, match="Stale"):
+        record.write_json(file, {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_writer_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:

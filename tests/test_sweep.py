@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from peftsweep import atomic
 from peftsweep.record import Result, Status
 
 from .conftest import SMALL, records, scores, start, wait_for
@@ -154,7 +154,7 @@ def contents() -> dict[Path, bytes]:
     return {file: file.read_bytes() for file in Path("multirun/default").rglob("*") if file.is_file()}
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO])
 def test_a_study_that_cannot_be_written_is_one_line_and_keeps_what_it_holds(
     number: int, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,7 +165,7 @@ def test_a_study_that_cannot_be_written_is_one_line_and_keeps_what_it_holds(
         raise OSError(number, os.strerror(number), "multirun/default/x")
 
     with monkeypatch.context() as context:
-        context.setattr(tempfile, "mkstemp", full)
+        context.setattr(atomic, "sync", full)
         code, _, err = command(*SMALL, "method.r=2,4")
     assert (code, err.count("\n")) == (2, 1)
     assert f"multirun/default/x: {os.strerror(number)}; what is done is kept" in err

@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL = ".partial"  # how the names end that files have while they are written
+
+
+TRANSIENT = (errno.EIO, errno.ESTALE, errno.EBUSY, errno.ENOLCK)  # which a network's disk may get over
+PAUSES = (0.1, 1.0)  # seconds before another try
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replace ``file``; it is on the disk when this returns.
+
+    Raises:
+        OSError: it cannot be written, after ``TRANSIENT`` errors not at the third try either.
+    """
+    for pause in (*PAUSES, None):
+        try:
+            with replacing(file) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+            return
+        except OSError as error:
+            if pause is None or error.errno not in TRANSIENT:
+                raise
+            time.sleep(pause)
 
 
 @contextmanager

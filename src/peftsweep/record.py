@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any, Self
 
-from peftsweep.atomic import replacing
+from peftsweep.atomic import write_text as write_text
 from peftsweep.cautions import cautions
 
 SCHEMA_VERSION = 1
@@ -196,12 +196,6 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
         return []
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def write_text(file: Path, text: str) -> None:
-    """Atomically replace ``file``; it is on the disk when this returns."""
-    with replacing(file) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def plain(value: Any) -> Any:

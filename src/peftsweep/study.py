@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 from filelock import FileLock
 
+from peftsweep.atomic import TRANSIENT
 from peftsweep.errors import InputError, Unwritable, suggest
 from peftsweep.record import RESULT, LaterVersion, RecordError, Result, Status, host, read_json, write_json, write_text
 
@@ -28,7 +29,8 @@ MERGED = "merged"
 CHECKPOINTS = "checkpoints"
 HEARTBEAT = 15.0  # seconds between two signs of life of a running trial
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-NOT_ALLOWED = (errno.EACCES, errno.EPERM)
+# What files of a study may meet, on a network's disk above all.
+NOT_WRITTEN = (errno.EACCES, errno.EPERM, errno.EFBIG, *TRANSIENT)
 # How writers that raise no OSError put it: safetensors in the system's words, torch in its own.
 NO_ROOM_SAID = (*map(os.strerror, NO_ROOM), "PytorchStreamWriter failed writing")
 LEASE = 120.0  # seconds of silence after which a trial of another machine is taken for dead
@@ -156,7 +158,7 @@ def unwritable(error: BaseException) -> Unwritable | None:
     where = Path(str(getattr(error, "filename", None) or ROOT))
     if isinstance(error, OSError):
         ours = ROOT.resolve() in (where.resolve(), *where.resolve().parents)
-        reason = error.strerror if error.errno in NO_ROOM or (error.errno in NOT_ALLOWED and ours) else None
+        reason = error.strerror if error.errno in NO_ROOM or (error.errno in NOT_WRITTEN and ours) else None
     else:
         reason = next((said for said in NO_ROOM_SAID if said in str(error)), None)
     return Unwritable(f"{where}: {reason}; what is done is kept, the same command continues") if reason else None
