@@ -13,7 +13,7 @@ import pytest
 
 import peftsweep
 from peftsweep import study
-from peftsweep.answer import table
+from peftsweep.answer import table, words
 from peftsweep.errors import InputError
 from peftsweep.record import Result
 from tests.test_collect import Collect, collect_command, write
@@ -174,3 +174,35 @@ def test_a_base_goes_by_its_file_and_no_file_outside_of_the_study_s_bases_is_rea
     assert len(read("base/tiny-none-0/task-0.jsonl", "task")) == len(read("t0", "task")) == 1
     outside = ("../x.jsonl", "base/../../x.jsonl", "../other/base/x.jsonl", str(Path("x.jsonl").resolve()))
     assert [read(name, "task") for name in outside] == [[], [], [], []]
+
+
+def test_no_cell_of_a_csv_is_a_formula(tmp_path: Path) -> None:
+    texts = ["=cmd|' /C calc'!A0", "+1", "-2+3", "@SUM(A1)", "plain = text"]
+    frame = pd.DataFrame({"text": texts, "number": [-1.5, 2.0, 3.0, 4.0, 5.0]})
+    table.write(frame, tmp_path / "x.csv", lambda: frame)
+    read = pd.read_csv(tmp_path / "x.csv")
+    assert read["text"].tolist() == [*(f"'{text}" for text in texts[:4]), texts[4]]
+    assert read["number"].tolist() == [-1.5, 2.0, 3.0, 4.0, 5.0]
+
+
+def test_no_name_in_a_record_leads_to_a_file_outside_of_its_study(tmp_path: Path) -> None:
+    outside = tmp_path / "secret.jsonl"
+    outside.write_text('{"prompt": "p", "answer": "a", "score": 1}\n')
+    folder = tmp_path / "study"
+    (folder / "a" / "predictions").mkdir(parents=True)
+    read = table.predictions(folder)
+    for trial, evaluation in [("..", "../secret"), ("a", "../../../secret"), (str(tmp_path), "secret"), ("a/..", "x")]:
+        assert read(trial, evaluation) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("<img src=x onerror=alert(1)>", "\\<img src=x onerror=alert(1)>"),
+        ("[free](http://a.b) www.a.b", "\\[free\\](http\\://a.b) www\\.a.b"),
+        ("`x` *y* _z_ tiny_math: 3 of 4", "\\`x\\` \\*y\\* \\_z\\_ tiny_math: 3 of 4"),
+        ("two\nlines", "two lines"),
+    ],
+)
+def test_text_in_markdown_is_text(text: str, shown: str) -> None:
+    assert words.escaped(text) == shown

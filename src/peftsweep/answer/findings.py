@@ -163,12 +163,11 @@ def _best(task: Task, score: str) -> str:
     best = compared.index[0]
     figure = f"{what} {value_of(task, score, best)}"
     if len(compared) == 1:
-        return (
-            f"- **{what}**: `{task.labels[best]}` reaches {figure}; there is no other configuration to compare it with."
-        )
+        alone = "there is no other configuration to compare it with"
+        return f"- **{what}**: {words.code(task.labels[best])} reaches {figure}; {alone}."
     others = [n for n in task.tied(score) if n != best]
     if compared["verdict"].eq("unknown").any():
-        best_is = f"the best figure is that of `{task.labels[best]}`, {figure}"
+        best_is = f"the best figure is that of {words.code(task.labels[best])}, {figure}"
         return f"- **{what}**: {best_is}; how far chance reaches is not known."
     if len(others) == len(compared) - 1:
         last = compared.iloc[-1]
@@ -177,7 +176,7 @@ def _best(task: Task, score: str) -> str:
         moved = also(task, task.unnamed(best, compared.index[-1])) if len(compared) == 2 else ""
         return (
             f"- **{what}**: {every} configurations are a tie; the best figure is that of "
-            f"`{task.labels[best]}`, {figure}, and the last differs by {gap}{moved}."
+            f"{words.code(task.labels[best])}, {figure}, and the last differs by {gap}{moved}."
         )
     known = task.tested(score)
     assert known is not None  # as there is a score to rank
@@ -185,18 +184,19 @@ def _best(task: Task, score: str) -> str:
     if not others:
         second, rest = compared.iloc[1], [known.verdict(n, best) for n in worse[1:]]
         p = words.p_is(second["p_adjusted"])
-        said = f"`{task.labels[best]}` is best, {figure}; the next, `{task.labels[compared.index[1]]}`, is worse by "
+        following = words.code(task.labels[compared.index[1]])
+        said = f"{words.code(task.labels[best])} is best, {figure}; the next, {following}, is worse by "
         said += f"{words.difference(second)}, p {p}"
         if so := rest.count("worse"):
             said += ", and so is the third" if len(compared) == 3 else f", and so are {so:,} others"
         if (left := len(rest) - so) > 0:
             said += f"; {left:,} more {'is' if left == 1 else 'are'} worse than another one"
         return f"- **{what}**: {said}{also(task, task.unnamed(best, compared.index[1]))}."
-    named = "; ".join(f"`{task.labels[n]}`" for n in others[:6])
+    named = "; ".join(words.code(task.labels[n]) for n in others[:6])
     named += f"; and {len(others) - 6} more" if len(others) > 6 else ""
     beaten = all(any(known.verdict(n, other) == "worse" for other in [best, *others]) for n in worse)
     return (
-        f"- **{what}**: the best figure is that of `{task.labels[best]}`, {figure}. It is a tie with {named}"
+        f"- **{what}**: the best figure is that of {words.code(task.labels[best])}, {figure}. It is a tie with {named}"
         f"{also(task, task.unnamed(best, others[0])) if len(others) == 1 else ''}. "
         f"{words.plural('configuration', len(worse))} of {len(compared):,} {'is' if len(worse) == 1 else 'are'} "
         f"worse than {'one of these' if beaten else 'another one'}."
@@ -247,7 +247,7 @@ def _over_base(task: Task, score: str, base: str) -> str:
     parts = {"difference": best["gain"], "low": best["gain_low"], "high": best["gain_high"], "scale": best["scale"]}
     gain = f"{words.difference(parts)}, p {words.p_is(best['gain_p_adjusted'])}"
     as_if = "" if compared.attrs["gains_paired"] else ", as if each had rows of its own"
-    return f"- {said} `{task.labels[compared.index[0]]}` against it: {gain}{as_if}."
+    return f"- {said} {words.code(task.labels[compared.index[0]])} against it: {gain}{as_if}."
 
 
 def _chance(row: Mapping[str, Any], name: str, metric: str, bound: float) -> Iterator[str]:
@@ -297,7 +297,7 @@ def _advice(task: Task, score: str) -> Iterator[str]:
         )
         if c in configs and words.known(configs.loc[chosen, c])
     ]
-    yield f"- **Use `{task.labels[chosen]}`**: {value_of(task, score, chosen)}, {', '.join(costs)}; {why}."
+    yield f"- **Use {words.code(task.labels[chosen])}**: {value_of(task, score, chosen)}, {', '.join(costs)}; {why}."
 
 
 def of_factor(task: Task, factor: str, score: str) -> list[str]:
@@ -323,7 +323,7 @@ def _rows(found: pd.DataFrame) -> list[dict[str, Any]]:
 def _two(task: Task, factor: str, score: str, row: Mapping[str, Any]) -> str:
     """One sentence of a factor of two levels."""
     what, p = columns.score_name(score), f"p {words.p_is(row['p_adjusted'])}" if words.known(row["p_adjusted"]) else ""
-    level, reference = (f"`{task.names.setting(factor, row[name])}`" for name in ("level", "reference"))
+    level, reference = (words.code(task.names.setting(factor, row[name])) for name in ("level", "reference"))
     what += _over(task, row)
     ends = f"from {words.number(row['reference_value'])} to {words.number(row['value'])}"
     better = "lower" if columns.lower_is_better(score) else "higher"
@@ -359,7 +359,7 @@ def _several(task: Task, factor: str, score: str, found: pd.DataFrame) -> str:
     rows, first = _rows(found), found.iloc[0]
     scopes = [_over(task, row) for row in rows]
     same = len(set(scopes)) == 1
-    reference = f"`{task.names.setting(factor, first['reference'])}`"
+    reference = words.code(task.names.setting(factor, first["reference"]))
     ahead = "is held against the others"  # of levels that share few settings each may be ahead of another
     if ((columns.direction(score) or 1) * found["difference"] <= 0).all():
         ahead = "has the best figure"
@@ -378,7 +378,7 @@ def _several(task: Task, factor: str, score: str, found: pd.DataFrame) -> str:
     levels = task.design.levels[factor]
     missing = sorted(set(levels) - {"", first["reference"], *found["level"]}, key=words.sortable)
     if missing:
-        named = ", ".join(f"`{task.names.setting(factor, level)}`" for level in missing)
+        named = ", ".join(words.code(task.names.setting(factor, level)) for level in missing)
         parts.append(f"no setting of the rest is shared with {named}")
     better = "lower" if columns.lower_is_better(score) else "higher"
     return "; ".join(parts) + f"; {better} is better{_with(task, factor, rows)}."
@@ -389,7 +389,7 @@ def _level(task: Task, factor: str, row: Mapping[str, Any], *, several: bool) ->
     over = _over(task, row) if several else ""
     figure = f"{words.number(row['value'])}" + (f" against {words.number(row['reference_value'])}" if several else "")
     figure += f", {words.difference(row)}"
-    return f"`{task.names.setting(factor, row['level'])}` ({figure}{p}{over})"
+    return f"{words.code(task.names.setting(factor, row['level']))} ({figure}{p}{over})"
 
 
 def _with(task: Task, factor: str, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -415,7 +415,7 @@ def _with(task: Task, factor: str, rows: Sequence[Mapping[str, Any]]) -> str:
 def _not_told(task: Task, factor: str, score: str, found: pd.DataFrame, moved: Sequence[Moved]) -> str:
     """Where levels differ in so much else that a difference cannot be put down to the factor."""
     named = [*found["level"], found["reference"].iloc[0]]
-    levels = ", ".join(f"`{task.names.setting(factor, level)}`" for level in sorted(named, key=words.sortable))
+    levels = ", ".join(words.code(task.names.setting(factor, level)) for level in sorted(named, key=words.sortable))
     return (
         f"{columns.score_name(score)}: {levels} also differ in {len({one.key for one in moved})} other settings "
         f"({_keys(task, moved)}), so that no difference is put down to the {columns.factor_name(factor)}."
@@ -477,7 +477,9 @@ def cost_findings(task: Task, factor: str, costs: Mapping[str, pd.DataFrame]) ->
         for row in _rows(found):
             certain = row["verdict"] in ("worse", "better")
             if certain and abs(row["difference"]) >= 0.01 and column in (SECONDS, DEVICE_MEMORY.column):
-                level, reference = (f"`{task.names.setting(factor, row[name])}`" for name in ("level", "reference"))
+                level, reference = (
+                    words.code(task.names.setting(factor, row[name])) for name in ("level", "reference")
+                )
                 if len(row["moved"]) > MOST_MOVED:
                     continue
                 times = f"{1 + row['difference']:.2f} times [{1 + row['low']:.2f}, {1 + row['high']:.2f}]"

@@ -237,7 +237,7 @@ def _shown(found: Rows, folder: Path, first: int, second: int) -> Iterator[str]:
         shown = won[:SHOWN].tolist()
         written = [{row: of[row].cut(LINE, LINE) for row in shown} for of in every]
         count = words.plural("row", len(won)) + (f", here {len(shown)} of them" if len(shown) < len(won) else "")
-        yield f"`{names[0]}` {verb} against `{names[1]}` on {count}:"
+        yield f"{words.code(names[0])} {verb} against {words.code(names[1])} on {count}:"
         yield ""
         yield from words.table(
             [

@@ -96,7 +96,7 @@ def _document(
     quality_loss: float,
 ) -> Iterator[str]:
     every = {plot.stem: plot for plot in plots}
-    yield f"# Results of the study `{folder.name}`"
+    yield f"# Results of the study {words.code(folder.name)}"
     yield ""
     yield _counts(table, tasks)
     yield ""
@@ -146,10 +146,10 @@ def _warnings(tasks: Sequence[Task]) -> Iterator[str]:
     yield ""
     for lines in found.values():
         line, labels = next(iter(lines.items()))
-        named = ", ".join(f"`{label}`" for label in labels[:WARNED]) + (", ..." if len(labels) > WARNED else "")
+        named = ", ".join(words.code(label) for label in labels[:WARNED]) + (", ..." if len(labels) > WARNED else "")
         others = len({label for each in lines.values() for label in each}) - len(labels)
         alike = f"; with other figures: {words.plural('configuration', others)} more" if others else ""
-        yield f"- {line} ({named}{alike})."
+        yield f"- {words.escaped(line)} ({named}{alike})."
     yield ""
 
 
@@ -216,7 +216,7 @@ def _ranking(task: Task, score: str, mark: str) -> Iterator[str]:
         yield ""
     missing = configs.index.difference(compared.index)
     if len(missing):
-        named = "; ".join(f"`{task.labels[n]}` ({words.ended(task.row(n, STATUSES))})" for n in missing[:10])
+        named = "; ".join(f"{words.code(task.labels[n])} ({words.ended(task.row(n, STATUSES))})" for n in missing[:10])
         yield f"Without this score: {named}{' and others' if len(missing) > 10 else ''}."
         yield ""
     yield _meaning(compared, len(compared), score)

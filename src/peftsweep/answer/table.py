@@ -19,11 +19,12 @@ from peftsweep.answer.columns import PREDICTED, PREDICTION_ERROR
 from peftsweep.atomic import replacing
 from peftsweep.errors import InputError
 from peftsweep.record import RESULT, STEPS, RecordError, Result, Status
-from peftsweep.study import BASE
+from peftsweep.study import BASE, is_plain
 
 RESULTS_FILE = "results.parquet"
 STEPS_FILE = "steps.parquet"
 AS_TEXT = "histogram"  # what keys end so have answers as their own keys: a column each would make thousands
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how texts begin that a spreadsheet takes for formulas
 KEPT = ("correct", "correct_norm", "log_likelihood", "tokens", "label", "label_prediction")  # of a line of predictions
 DTYPES: tuple[tuple[set[type], str], ...] = ({bool}, "boolean"), ({int}, "Int64"), ({int, float}, "Float64")
 SCALARS = {str, int, float, bool, type(None)}
@@ -112,11 +113,13 @@ def predictions(folder: Path) -> Callable[[str, str], list[dict[str, Any]]]:
 def predictions_file(folder: Path, trial: str, evaluation: str) -> Path:
     """The file of a trial's predictions in a study, or of those of an untouched base, which goes by its file.
 
-    A record is read from wherever a study came from: no file outside of the study's bases is a base's.
+    A record is read from wherever a study came from: names that would lead out of the study are those of no file.
     """
     named = Path(trial)
     if named.suffix == ".jsonl" and named.parts[0] == BASE and ".." not in named.parts:
         return folder / named
+    if not (is_plain(trial) and is_plain(evaluation)):
+        return folder / "no file"
     return folder / trial / "predictions" / f"{evaluation}.jsonl"
 
 
@@ -265,7 +268,12 @@ def _parquet(table: pd.DataFrame, file: Path, _: Callable[[], pd.DataFrame]) -> 
 
 
 def _csv(table: pd.DataFrame, file: Path, _: Callable[[], pd.DataFrame]) -> None:
-    table.to_csv(file, index=False)
+    table.map(_no_formula).to_csv(file, index=False)
+
+
+def _no_formula(cell: Any) -> Any:
+    """A text that a spreadsheet would run, with the apostrophe before it that makes it text there."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell
 
 
 def _json(table: pd.DataFrame, file: Path, _: Callable[[], pd.DataFrame]) -> None:

@@ -47,6 +47,12 @@ def table(rows: Sequence[Mapping[str, str]]) -> Iterator[str]:
     yield ""
 
 
+def escaped(text: str) -> str:
+    """Any text as text of one line, in which markdown and HTML see no marks and no links."""
+    line = re.sub(r"([\\`*\[\]<~]|\b_|_\b|&(?=#|\w+;))", r"\\\1", " ".join(text.split()))
+    return re.sub(r"(?i)://|\bwww\.", lambda found: rf"\{found[0]}" if found[0] == "://" else r"www\.", line)
+
+
 def code(text: str) -> str:
     """Any text as code of one line, in which markdown and HTML see no marks."""
     line = " ".join(text.split())
