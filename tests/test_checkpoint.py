@@ -387,9 +387,9 @@ def test_a_trial_that_is_interrupted_goes_on_from_the_end_of_its_step(
 
     before = signal.signal(number, leave)
     try:
-        real = data.batch_order
+        real = data.micro_batches
         with monkeypatch.context() as patch:
-            patch.setattr(train, "batch_order", lambda *words: interrupt(real(*words), 2))
+            patch.setattr(train, "micro_batches", lambda order, size: real(interrupt(iter(order), 2), size))
             with pytest.raises(KeyboardInterrupt):
                 run_small("train.log_every=1")
         assert signal.getsignal(number) is leave

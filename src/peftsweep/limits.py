@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -80,8 +80,8 @@ def check(tree: Mapping[str, Any], least_of_method: Mapping[str, float]) -> None
         allowed = next(span for pattern, span in RANGES.items() if fnmatchcase(key, pattern))
         if not math.isfinite(number):
             raise InputError(f"{key}={number}: must be a finite number")
-        least = min(allowed.least, least_of_method.get(key, math.inf))
-        if number not in Range(least, allowed.most, allowed.above, allowed.below):
+        allowed = replace(allowed, least=min(allowed.least, least_of_method.get(key, math.inf)))
+        if number not in allowed:
             raise InputError(f"{key}={number}: must be {allowed}")
 
 
