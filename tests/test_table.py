@@ -84,7 +84,7 @@ def test_every_format_holds_the_same_trials(ending: str, collect_command: Collec
     assert collect_command("--out", str(file), "--no-plots")[0] == 0
     readers: dict[str, Any] = {
         ".parquet": pd.read_parquet,
-        ".csv": partial(pd.read_csv, engine="python"),
+        ".csv": partial(pd.read_csv, converters={"eval_info.task.accuracy.value": lambda cell: float(cell or "nan")}),
         ".json": pd.read_json,
     }
     found = pd.read_json(file, lines=True) if ending == ".jsonl" else readers[ending](file)
