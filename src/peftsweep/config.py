@@ -31,6 +31,7 @@ from peftsweep import data, experiment, fingerprint, limits, repeat, restored, s
 from peftsweep.compatibility import stored
 from peftsweep.errors import InputError, suggest
 from peftsweep.record import SECTIONS
+from peftsweep.restored import FROM_FILE
 from peftsweep.schema import Config, DatasetConfig, Dtype, Init, LossOn, ModelConfig, OnMissing, RowsConfig, Task
 from peftsweep.trust import as_text
 
@@ -88,7 +89,6 @@ PACKAGES = {  # options that a package brings
 }
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 GENERATION = "peftsweep.evaluate.generation"
-FROM_FILE = "from/adapter_config"  # the option of method that reads one
 LANGUAGE_MODEL_ONLY = ("peftsweep.evaluate.perplexity", GENERATION)
 LOOSE = {"init_lora_weights": r"lora_ga|pissa_niter_\d+"}  # values that PEFT takes beside what it annotates
 ONE_OF = {
@@ -293,14 +293,19 @@ def _fill_model(cfg: DictConfig, found: experiment.Reading, said: set[str]) -> d
     name = found.keys.pop(experiment.MODEL)
     if not OmegaConf.is_missing(cfg.model, "name_or_path") and cfg.model.name_or_path == name:
         return {}
-    own = {key: OmegaConf.select(cfg, key) for key in said if key.startswith("model.")}
-    choice, node = _model_node(name)
-    cfg.model = OmegaConf.merge(_schema().model, node, {"name_or_path": as_text(name)})
-    for key, value in own.items():
-        OmegaConf.update(cfg, key, value, merge=False)
+    choice = _put_model(cfg, name, said)
     if "train.learning_rate_scale" not in said:
         cfg.train.learning_rate_scale = 1.0  # that of another model's recipe
     return {"model": choice}
+
+
+def _put_model(cfg: DictConfig, name: str, said: set[str], **more: Any) -> str:
+    """Replace the model by the one called ``name``, with ``more`` of its keys; those on the command line stay."""
+    option, node = _model_node(name)
+    own = restored.own_values(cfg, {key for key in said if key.startswith("model.")})
+    cfg.model = OmegaConf.merge(_schema().model, node, {"name_or_path": as_text(name)} | more)
+    restored.put_back(cfg, own)
+    return option
 
 
 def _model_node(name: str) -> tuple[str, DictConfig]:
@@ -408,16 +413,13 @@ def _fill_from_adapter(cfg: DictConfig, said: set[str], choices: Mapping[str, st
 
 def _use_base(cfg: DictConfig, base: str, said: set[str]) -> str:
     """Have the base that an adapter names, a local one in the format that it is stored in; gives the option it is."""
-    option, node = _model_node(base)
-    own = restored.own_values(cfg, {key for key in said if key.startswith("model.")})
-    cfg.model = OmegaConf.merge(_schema().model, node, {"name_or_path": as_text(base), "revision": cfg.model.revision})
+    kept: dict[str, Any] = {"revision": cfg.model.revision}
     with contextlib.suppress(OSError, ValueError):
         stored = json.loads((Path(base).expanduser() / "config.json").read_text(encoding="utf-8"))
         dtype = stored.get("dtype", stored.get("torch_dtype"))
         if dtype in Dtype.__members__:
-            cfg.model.dtype = dtype
-    restored.put_back(cfg, own)
-    return option
+            kept["dtype"] = dtype
+    return _put_model(cfg, base, said, **kept)
 
 
 # ---- validation ------------------------------------------------------------------------------------

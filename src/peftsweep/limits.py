@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -77,12 +78,17 @@ def check(tree: Mapping[str, Any], least_of_method: Mapping[str, float]) -> None
         InputError: the line names the key, the number and its range.
     """
     for key, number in numbers(tree):
-        allowed = next(span for pattern, span in RANGES.items() if fnmatchcase(key, pattern))
+        allowed = _range(key)
         if not math.isfinite(number):
             raise InputError(f"{key}={number}: must be a finite number")
         allowed = replace(allowed, least=min(allowed.least, least_of_method.get(key, math.inf)))
         if number not in allowed:
             raise InputError(f"{key}={number}: must be {allowed}")
+
+
+@functools.cache
+def _range(key: str) -> Range:
+    return next(span for pattern, span in RANGES.items() if fnmatchcase(key, pattern))
 
 
 def numbers(tree: Any, key: str = "") -> Iterator[tuple[str, float]]:

@@ -32,7 +32,7 @@ SECTIONS = {
 OF_THE_WEIGHTS = ("method", "method_inputs", "targets")  # sections that the saved weights have decided
 BASE = "model.name_or_path"
 HOW = ("dtype", "attn_implementation", "device_map")  # of a model: how it calculates, not which it is
-FROM_FILE = "from/adapter_config"
+FROM_FILE = "from/adapter_config"  # the option of method that reads one
 
 Identify = Callable[[ModelConfig], Mapping[str, Any]]  # a base by what it is: config.model_identity
 Choices = Mapping[str, str | None]  # the option of each group
