@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -212,13 +213,13 @@ def test_help_and_completion_never_import_torch(words: list[str]) -> None:
         "try: cli.main()\nexcept SystemExit: pass\n"
         "assert not {'torch', 'transformers', 'peft', 'pandas'} & set(sys.modules), 'heavy import'"
     )
-    env = {"PATH": "/usr/bin:/bin", "COMP_LINE": "peftsweep method=", "COMP_POINT": "17"}
+    env = os.environ | {"COMP_LINE": "peftsweep method=", "COMP_POINT": "17"}
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr
 
 
 def test_completion_offers_the_options_of_a_group() -> None:
-    env = {"PATH": "/usr/bin:/bin", "COMP_LINE": "peftsweep method=", "COMP_POINT": "17"}
+    env = os.environ | {"COMP_LINE": "peftsweep method=", "COMP_POINT": "17"}
     probe = "import sys; from peftsweep import cli; sys.argv = ['peftsweep', '-sc', 'query=bash']; cli.main()"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=env, check=False)
     assert {"method=lora", "method=ia3", "method=full"} <= set(done.stdout.split())

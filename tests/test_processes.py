@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from peftsweep import InputError, forecast, processes
 from peftsweep.config import Trial
@@ -71,6 +72,8 @@ def watched(name, *rest, **options):
 builtins.__import__ = watched
 os.register_at_fork(before=lambda: log("forks") if initialised_by else None)
 """
+# On a real GPU host the tests marked gpu do it without pretending.
+pretended = pytest.mark.skipif(torch.version.cuda is not None, reason="pretends a GPU to a torch that has no CUDA")
 TINY = [word for word in SMALL if "tiny_math" not in word and "device" not in word] + [
     "eval=[perplexity]",
     "method.r=2,4",
@@ -93,6 +96,7 @@ def on_gpu_host(scratch: Path, *words: str, **environment: str) -> tuple[subproc
     return done, log.read_text().splitlines()
 
 
+@pretended
 def test_workers_are_forked_before_cuda_is_initialised(scratch: Path) -> None:
     done, lines = on_gpu_host(scratch, *TINY, "device=cpu")
     assert "forks" not in lines
@@ -100,6 +104,7 @@ def test_workers_are_forked_before_cuda_is_initialised(scratch: Path) -> None:
     assert done.returncode == 0
 
 
+@pretended
 def test_a_worker_names_its_gpu_before_anything_looks_at_one(scratch: Path) -> None:
     done, lines = on_gpu_host(scratch, *TINY)
     assert "forks" not in lines
@@ -110,6 +115,15 @@ def test_a_worker_names_its_gpu_before_anything_looks_at_one(scratch: Path) -> N
     assert {"sees 0", "sees 1"} <= seen
 
 
+@pytest.mark.gpu
+def test_the_default_launcher_trains_on_a_gpu(scratch: Path) -> None:
+    command = [sys.executable, "-c", "from peftsweep import cli; cli.main()", *TINY, "quant=4bit"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert {one.status.name for one in records().values()} == {"success"}, done.stdout + done.stderr
+    assert all(one.memory["train"]["allocated_peak"] > 0 for one in records().values())
+
+
+@pretended
 @pytest.mark.slow
 def test_where_an_import_initialises_cuda_all_the_same_workers_are_spawned(scratch: Path) -> None:
     done, _ = on_gpu_host(scratch, *TINY, "device=cpu", GPU_EAGER="1")
@@ -117,6 +131,7 @@ def test_where_an_import_initialises_cuda_all_the_same_workers_are_spawned(scrat
     assert done.returncode == 0
 
 
+@pretended
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "place",

@@ -42,6 +42,10 @@ from peftsweep.schema import Dtype, ModelConfig, TrainConfig
 META = torch.device("meta")
 # Every block of CUDA's caching allocator is a multiple of this (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize).
 BLOCK = {"cuda": 512}
+# cuBLAS gets a workspace for each thread that calls it, here the forward's and autograd's, and torch's allocator counts
+# them. From compute capability 9.0 on each has 32 MiB, before it 8 (aten/src/ATen/cuda/CublasHandlePool.cpp). Which GPU
+# it will be is not known here, so the larger is assumed. Measured on an H100: 64 MiB.
+WORKSPACES = {"cuda": 2 * 32 * 2**20}
 MASK_ALIGNMENT = 16  # to which the memory-efficient attention pads the rows of a mask
 
 aten = torch.ops.aten
@@ -88,11 +92,12 @@ class Prediction:
     forward_peak: int
     backward_peak: int
     step_peak: int
+    workspace_bytes: int = 0  # of cuBLAS, beside all the above
 
     @property
     def peak_bytes(self) -> int:
         """The most that is alive at any time of a step after the first."""
-        return max(self.forward_peak, self.backward_peak, self.step_peak)
+        return max(self.forward_peak, self.backward_peak, self.step_peak) + self.workspace_bytes
 
     def facts(self) -> dict[str, int]:
         """All of it by name, for a trial's record."""
@@ -244,6 +249,7 @@ def _traced(
         forward_peak=forward + states,
         backward_peak=backward + states,
         step_peak=step,
+        workspace_bytes=WORKSPACES.get(device, 0),
     )
 
 

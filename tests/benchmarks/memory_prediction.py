@@ -159,6 +159,7 @@ def peak(prepare: Callable[[], tuple[torch.nn.Module, Callable[[Meter], Any]]], 
     """The bytes at the peak of a training, and of the model that it is given."""
     gc.collect()
     if device.type == "cuda":
+        torch._C._cuda_clearCublasWorkspaces()  # which are predicted, and outlive the configuration before
         torch.cuda.empty_cache()
     held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     meter = Meter(device)
