@@ -30,7 +30,11 @@ LAST_LINE = 4096  # bytes at the end of steps.jsonl that surely hold it
 
 
 class WorkerDied(Exception):
-    """A job is over, and its launcher does not say why it left no record."""
+    """A job is over and left no record. Its launcher may know how its trial is then to be recorded."""
+
+    def __init__(self, message: str, status: Status = Status.failed) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 Launch = Callable[[Sequence[Trial]], Sequence[BaseException | None]]  # runs ``job`` for each; what went wrong in it
@@ -82,13 +86,19 @@ def run(trials: Sequence[Trial], launch: Launch, display: Display) -> Iterator[t
             tries[one.identity] += claims[one.identity] is Claim.left or raised is None
             if result := watch.results.get(one.identity) or trial.finished(one):
                 yield one, result
-            elif problem or tries[one.identity] >= TRIES:
-                yield one, watch.end(one, trial.died(one, Status.failed, _failure(problem or raised), 0.0))
+            elif _is_final(problem) or tries[one.identity] >= TRIES:
+                status = problem.status if isinstance(problem, WorkerDied) else Status.failed
+                yield one, watch.end(one, trial.died(one, status, _failure(problem or raised), 0.0))
             else:
                 (suspects if raised and tries[one.identity] else again).append(one)
         batches += [[one] for one in suspects]
         if again:
             batches.append(again)
+
+
+def _is_final(problem: BaseException | None) -> bool:
+    """Whether the trial would come to the same if it was run again: not where its process died for no known reason."""
+    return problem is not None and not (isinstance(problem, WorkerDied) and problem.status is Status.failed)
 
 
 def _failure(error: BaseException | None) -> dict[str, str]:

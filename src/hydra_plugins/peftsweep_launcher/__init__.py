@@ -6,6 +6,7 @@ Hydra executes this module at every start, also for `--help`, so it imports noth
 import copy
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -246,11 +247,20 @@ class EngineLauncher(LocalLauncher):
         from peftsweep import sweep
 
         def place(trials: Sequence[Any]) -> list[BaseException | None]:
-            jobs = self.launcher.launch([one.overrides for one in trials], initial_job_idx)
+            with self._watching():
+                jobs = self.launcher.launch([one.overrides for one in trials], initial_job_idx)
             return [one._return_value if one.status is JobStatus.FAILED else None for one in jobs]
 
         run = functools.partial(sweep.run, launch=place, sweep_record=self._record(None))
         return self._launch(job_overrides, initial_job_idx, run)
+
+    def _watching(self) -> AbstractContextManager[None]:
+        """What the other launcher needs around it to tell how each of its jobs ends."""
+        if "submitit" not in self.engine._target_:
+            return nullcontext()
+        from peftsweep import slurm
+
+        return slurm.jobs_end_alone()
 
 
 class Engines(Callback):
