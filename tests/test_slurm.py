@@ -117,7 +117,7 @@ def answers_here() -> bool:
 SLURM = ["hydra/launcher=slurm", "hydra.launcher.gpus_per_node=null", "hydra.launcher.cpus_per_task=1"]
 SLURM += ["hydra.launcher.mem_gb=3", "hydra.launcher.array_parallelism=2", "device=cpu"]
 WORDS = ["dataset.samples=64", "eval=[perplexity]", "eval.perplexity.samples=8", "train.batch_size=4"]
-LONG = [*WORDS, "train.steps=3000", "train.log_every=10", "train.checkpoint_every=100"]
+LONG = [*WORDS, "train.steps=800", "train.log_every=10", "train.checkpoint_every=100"]
 
 
 def on_slurm(test: Callable[..., None]) -> Callable[..., None]:
@@ -204,7 +204,7 @@ def test_a_parent_that_is_killed_leaves_its_jobs_and_the_same_command_ends_with_
 @on_slurm
 def test_a_time_limit_sends_a_trial_to_the_queue_and_on_from_its_checkpoint() -> None:
     limits = ["hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=20"]
-    code, out, _ = end(run(*LONG, "train.steps=12000", "method.r=2", *limits))
+    code, out, _ = end(run(*LONG, "train.steps=4000", "method.r=2", *limits))
     assert (code, statuses()) == (0, ["success"]), out
     assert next(iter(records().values())).run_info["resumed"] >= 100
 
