@@ -23,6 +23,7 @@ from peftsweep.measure import Meter
 from peftsweep.record import Result, Status
 from peftsweep.schema import TrainConfig
 from peftsweep.tiny import task
+from tests.conftest import scores
 from tests.test_methods import ADAPTERS, ON, tiny
 
 Compose = Callable[..., Trial]
@@ -458,6 +459,109 @@ def test_the_seconds_of_a_sitting_that_was_killed_are_those_until_its_checkpoint
     kept["seconds"]["total"] = 2000.0
     torch.save(kept, file)
     assert 2000 < run_small(*words).run_info["total_seconds"] < 2100
+
+
+class Evaluating:
+    """Ends the process's evaluations, in this process, by an error in the one that is called ``victim``."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.called: list[str] = []
+        self.victim: str | None = None
+        self.error: type[BaseException] = KeyboardInterrupt
+        real = trials.Session._evaluate
+
+        def evaluate(session: trials.Session, name: str, test: Any) -> Any:
+            self.called.append(name)
+            if name == self.victim:
+                with session.stage("eval"):
+                    raise self.error
+            return real(session, name, test)
+
+        monkeypatch.setattr(trials.Session, "_evaluate", evaluate)
+
+
+@pytest.fixture
+def evaluating(monkeypatch: pytest.MonkeyPatch) -> Evaluating:
+    return Evaluating(monkeypatch)
+
+
+def never(*_: Any, **__: Any) -> Any:
+    raise AssertionError("it was done before")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_what_ends_an_evaluation_costs_that_evaluation_alone(
+    error: type[BaseException], evaluating: Evaluating, run_small: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["train.log_every=1", "train.checkpoint_every=null", "method=adalora"]
+    words += ["method.tinit=1", "method.tfinal=1", "train.eval_every=2", "train.keep_best=true"]
+    evaluating.victim, evaluating.error = "perplexity", error
+    try:
+        run_small(*words)
+    except KeyboardInterrupt:
+        assert error is KeyboardInterrupt
+    (first,) = (Result.read(file.parent) for file in Path("multirun/default").glob("*/result.json"))
+    assert (first.status.good, first.error and first.error["stage"]) == (False, "eval")
+    assert (place(first) / "adapter" / "adapter_model.safetensors").exists()
+    assert evaluating.called == ["tiny_math", "perplexity"]
+    rows = without_cost(place(first) / "steps.jsonl")
+
+    evaluating.victim = None
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "batches", never)
+        second = run_small(*words)
+    assert (second.status, second.run_info["resumed"]) == (Status.success, 4), second.error
+    assert evaluating.called == ["tiny_math", "perplexity", "perplexity"]
+    assert without_cost(place(second) / "steps.jsonl") == rows
+    assert not (place(second) / "checkpoints").exists()
+    whole = run_small(*words, "study=other")
+    for section in ("train_info", "eval_info", "memory"):  # nothing is missing in what is put together
+        assert record.flat(getattr(second, section)).keys() == record.flat(getattr(whole, section)).keys()
+    assert scores(second) == scores(whole)
+    for fact in ("final_loss", "best_loss", "tokens", "padding_fraction", "trainable_parameters"):
+        assert second.train_info[fact] == whole.train_info[fact]
+    assert second.train_info["train_seconds"] > 0
+
+
+def test_the_peak_of_a_stage_is_that_of_all_sittings(
+    evaluating: Evaluating, run_small: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluating.victim = "perplexity"
+    with pytest.raises(KeyboardInterrupt):
+        run_small()
+    file = next(Path("multirun/default").glob("*/checkpoints/trained.pt"))
+    kept = torch.load(file, weights_only=True)
+    assert kept["memory"]["train"]["rss_peak"] > 0
+    kept["memory"]["train"]["rss_peak"] = kept["memory"]["load"]["rss_peak"] = 2**50
+    torch.save(kept, file)
+    evaluating.victim = None
+    memory = run_small().memory
+    assert memory["train"]["rss_peak"] == memory["load"]["rss_peak"] == 2**50
+
+
+def test_kept_evaluations_are_of_the_same_weights_and_rows(evaluating: Evaluating, run_small: Run) -> None:
+    evaluating.victim = "perplexity"
+    for words in (["train.learning_rate=1e-3"], ["eval.tiny_math.samples=7"]):
+        with pytest.raises(KeyboardInterrupt):
+            run_small(*words)
+    assert evaluating.called == ["tiny_math", "perplexity"] * 2
+    (kept, _) = Path("multirun/default").glob("*/checkpoints/evaluated-tiny_math.json")
+    (kept.parent / "trained.pt").unlink()  # so that the weights are trained anew
+    evaluating.called.clear()
+    words = [f"train.learning_rate={Result.read(kept.parents[1]).config['train']['learning_rate']}"]
+    words += [f"eval.tiny_math.samples={Result.read(kept.parents[1]).config['eval']['tiny_math']['samples']}"]
+    with pytest.raises(KeyboardInterrupt):
+        run_small(*words)
+    assert evaluating.called == ["tiny_math", "perplexity"]
+    evaluating.called.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run_small(*words, "force=true")
+    assert evaluating.called == ["tiny_math", "perplexity"]
+    kept.write_text("{")  # by a power loss
+    evaluating.called.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run_small(*words)
+    assert evaluating.called == ["tiny_math", "perplexity"]
 
 
 @pytest.mark.slow

@@ -52,6 +52,13 @@ def replacing(file: Path) -> Iterator[Path]:
         raise
 
 
+def sync_tree(folder: Path) -> None:
+    """Have all that is in a folder on the disk when this returns."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_file() or path.is_dir():
+            sync(path)
+
+
 def sync(path: Path) -> None:
     """Have the content of a file, or the names in a folder, on the disk when this returns."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -31,6 +31,7 @@ from peftsweep.model import trainable_parameters
 log = logging.getLogger(__name__)
 
 FORMAT = 2
+TRAINED = "trained.pt"  # in a folder of checkpoints: the weights that a whole training ended with
 # Classes of PEFT, and what beside parameters and buffers changes in them from step to step.
 CHANGING = {
     "RankAllocator": ("ipt", "exp_avg_ipt", "exp_avg_unc"),
@@ -133,7 +134,10 @@ class Checkpoints:
     def __init__(self, folder: Path, stamp: dict[str, Any], rows: Path, also: Sequence[dict[str, Any]] = ()) -> None:
         self._folder, self._stamps, self._rows = folder, [stamp, *also], rows
         self.seconds: Callable[[], dict[str, float]] = dict  # of the trial until now, which a checkpoint keeps
-        self.earlier: dict[str, float] = {}  # those that the found one keeps
+        self.memory: Callable[[], dict[str, dict[str, Any]]] = dict  # of its stages until now, which it keeps too
+        self.earlier: dict[str, float] = {}  # the seconds that the found one keeps
+        self.earlier_memory: dict[str, dict[str, Any]] = {}
+        self.trained: dict[str, Any] | None = None  # what the training did, if the found one is of its end
         self._found: dict[str, Any] | None = None
 
     def find(self) -> int:
@@ -141,7 +145,8 @@ class Checkpoints:
 
         What was appended to the file of rows after it is cut off.
         """
-        for file in sorted(self._folder.glob("step-*.pt"), key=lambda file: (len(file.name), file.name), reverse=True):
+        steps = sorted(self._folder.glob("step-*.pt"), key=lambda file: (len(file.name), file.name), reverse=True)
+        for file in [*self._folder.glob(TRAINED), *steps]:
             try:
                 found = self._read(file)
             except Exception as error:  # whatever a file of any content makes torch raise
@@ -149,7 +154,8 @@ class Checkpoints:
                 log.warning("the checkpoint %s is ignored: %s: %s", file.name, type(error).__name__, reason)
                 continue
             os.truncate(self._rows, found["rows"])
-            self._found, self.earlier = found, found.get("seconds", {})
+            self._found, self.trained = found, found.get("trained")
+            self.earlier, self.earlier_memory = found.get("seconds", {}), found.get("memory", {})
             return int(found["step"])
         return 0
 
@@ -168,18 +174,22 @@ class Checkpoints:
             for name, part in parts.items():
                 part.load_state_dict(found["state"][name])
 
-    def save(self, step: int, parts: Mapping[str, Part]) -> None:
-        """Write a checkpoint and then delete the one before; it is on the disk when this returns."""
+    def save(self, step: int, parts: Mapping[str, Part], trained: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint and then delete the one before; it is on the disk when this returns.
+
+        That of the end of a training holds, as ``trained``, what the training did, and needs the weights alone.
+        """
         self._folder.mkdir(parents=True, exist_ok=True)
-        file = self._folder / f"step-{step}.pt"
+        file = self._folder / (f"step-{step}.pt" if trained is None else TRAINED)
         sync(self._rows)
         content = {
             "stamp": self._stamps[0],
             "step": step,
             "seconds": self.seconds(),
+            "memory": self.memory(),
             "rows": self._rows.stat().st_size,
             "state": {name: part.state_dict() for name, part in parts.items()},
-        }
+        } | ({} if trained is None else {"trained": trained})
         with replacing(file) as temporary, temporary.open("wb") as stream:
             torch.save(content, stream)
         sync(self._folder)

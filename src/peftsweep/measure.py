@@ -125,6 +125,13 @@ class Meter:
         self._begin()
         return part.rss_peak if part.allocated_peak is None else part.allocated_peak
 
+    def so_far(self) -> dict[str, Stage]:
+        """What each stage has taken until now, those that are open as they stand at their last interruption."""
+        found = {name: Stage() for name in (*self.stages, *(name for name, _ in self._open))}
+        for name, stage in (*self.stages.items(), *self._open):
+            found[name].add(stage)
+        return found
+
     def start(self) -> dict[str, int | None]:
         """Memory in use before the trial, in bytes: its process's, and on a device what it and others hold there."""
         rss = int(psutil.Process().memory_info().rss)

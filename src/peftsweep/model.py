@@ -31,6 +31,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from peftsweep.atomic import sync_tree
 from peftsweep.data import Batch
 from peftsweep.errors import InputError
 from peftsweep.schema import Init, ModelConfig, Task
@@ -508,7 +509,7 @@ def saved_bytes(model: PeftModel) -> int:
 
 
 def save(model: PreTrainedModel | PeftModel, folder: Path) -> int:
-    """Write the active adapter (or, after full fine-tuning, the model) and return its size in bytes on disk.
+    """Write the active adapter (or, after full fine-tuning, the model), to the disk, and return its size in bytes.
 
     Where its beginning was kept, what it has learned is written as a LoRA of twice the rank that
     belongs to the untouched base.
@@ -529,6 +530,7 @@ def save(model: PreTrainedModel | PeftModel, folder: Path) -> int:
             (folder / name).rmdir()
     else:
         model.save_pretrained(str(folder))
+    sync_tree(folder)
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 

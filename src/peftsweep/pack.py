@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftModel
 
-from peftsweep import build, forecast, model, packed, record, study, train, trial
+from peftsweep import build, checkpoint, forecast, model, packed, record, study, train, trial
 from peftsweep import config as configuration
 from peftsweep.config import Trial, content_hash
 from peftsweep.display import Observer
@@ -209,8 +209,9 @@ def _together(trials: Sequence[Trial], told: dict[str, Observer], *, probe: bool
 
 
 def _trained(one: Trial) -> bool:
-    """Whether its adapter is there already."""
-    return trial.trained(one) is not None
+    """Whether its trained weights are there already."""
+    ended = trial.folder(one) / study.CHECKPOINTS / checkpoint.TRAINED
+    return trial.trained(one) is not None or (ended.exists() and not one.config.force)
 
 
 def _step(one: Trial) -> int:
@@ -269,14 +270,19 @@ class _Lane:
         self.status = trial.status_of(error)
         self.failure = trial.failure_of(error, stage, self.trial.config)
 
+    def save(self) -> None:
+        with self.own():
+            cast(PeftModel, self.session.adapted).set_adapter(self.name)
+            self.session.save()
+
     def drop(self) -> None:
         """It runs again, in another pack or alone."""
         self.tracker.end({}, Status.cancelled.value)
 
     def end(self, start: float) -> Result:
         status = self.status or Status.success
-        earlier = self.session.sittings.earlier
-        trial.end(self.result, self.place, self.meter, start, status, self.failure, self.tracker, earlier)
+        sittings = self.session.sittings
+        trial.end(self.result, self.place, self.meter, start, status, self.failure, self.tracker, sittings)
         return self.result
 
 
@@ -309,6 +315,8 @@ class _Pack:
             try:
                 self._train()
                 self._judge()
+                for lane in self._alive():
+                    lane.save()
                 self._evaluate()
                 answers = {lane.name: self._keep(lane) for lane in self._alive()}
                 self._let_go()

@@ -109,6 +109,7 @@ def train_packed(
                 ended |= {one.lane.name: one.end() for one in leaving}
             if not running:
                 break
+            interruption.deliver()  # when the weights of those that have left are on the disk
             laps.start()
             # ---- the step ----------------------------------------------------------------------
             micro_batches = next(stream)
@@ -141,7 +142,6 @@ def train_packed(
             for one in running:
                 if any(now) or interruption.pending or one.over:
                     one.save()
-            interruption.deliver()
     model.eval()
     return ended
 
@@ -288,7 +288,7 @@ class _Running:
                 self.lane.checkpoints.save(self.step, self._parts)
 
     def end(self) -> Ended:
-        """What it has come to, once it has left the pack."""
+        """What it has come to, once it has left the pack; the weights of a whole training are on the disk."""
         if self._best and self._progress.validations and self.step == self._steps and self.error is None:
             self._best.restore()
         if self._seen is not None and self.error is None:
@@ -296,7 +296,11 @@ class _Running:
                 check_trained(self._pack.model, self._parameters, self._seen, self.config, self.step)
                 check_stepped(self.scaler, self.step)
             self._pack.model.train()
-        return Ended(self._progress.trained(self.config, self._rows, self._final_loss), self.error)
+        trained = self._progress.trained(self.config, self._rows, self._final_loss)
+        if self.lane.checkpoints and self._seen is not None and self.step == self._steps and self.error is None:
+            with self._meter.stage("checkpoint"):
+                self.lane.checkpoints.save(self.step, {"weights": self._parts["weights"]}, vars(trained))
+        return Ended(trained, self.error)
 
 
 # ---- its checkpoint, which is that of the trial alone ----------------------------------------------

@@ -162,7 +162,7 @@ class TrainConfig:
     eval_every: str | None = None  # "100" steps or "0.5epochs": validation rows in steps.jsonl
     keep_best: bool = False  # end with the weights of the best validation
     best_metric: str = "loss"  # which one that is: the lowest loss, or <eval>.<metric> on validation rows
-    checkpoint_every: str | None = "10min"  # or steps or epochs as above: what was cut off goes on from the last one
+    checkpoint_every: str | None = "10min"  # or steps or epochs as above; null: only if interrupted, and at the end
     params_file: str | None = None  # training_params.json of PEFT's comparison, or a folder that may hold one
     log_every: int = 10  # steps to a line of steps.jsonl
 

@@ -97,7 +97,8 @@ def train(
     and but for what dropout draws). ``validate`` is called every
     ``config.eval_every``, must return at least ``loss`` and ``config.best_metric``, and is a stage of its
     own. With ``after_step``, a profiler's, the parts of a step carry names in its trace. ``checkpoints`` gets one
-    every ``config.checkpoint_every``, and training goes on from that which it has found. With ``stop_at``, a rung's
+    every ``config.checkpoint_every`` and the trained weights at the end, and training goes on from what it has found;
+    if that are the trained weights, nothing is trained. With ``stop_at``, a rung's
     step, it ends there with a checkpoint, on the schedule of its full length. ``order`` gives the row numbers of each
     step in place of those that the seed gives.
 
@@ -134,6 +135,10 @@ def train(
         parts = {"weights": Weights(model), "optimizer": OptimizerState(optimizer), "scheduler": scheduler}
         parts |= {"scaler": scaler, "random": Randomness(device), "progress": progress, "epoch": epoch}
         parts |= {"best": best} if best else {}
+        if checkpoints.trained is not None:
+            checkpoints.restore({"weights": parts["weights"]})
+            model.eval()
+            return Trained(**checkpoints.trained)
 
     enable_checkpointing(model, config.checkpointing)
     model.train()
@@ -217,16 +222,20 @@ def train(
             if checkpoints and step < steps and (due(step) or interruption.pending or step == last):
                 with meter.stage("checkpoint"):
                     checkpoints.save(step, parts)
-            interruption.deliver()
-        facts = compilation.facts()
-    if best and progress.validations and progress.step == steps:
-        best.restore()
-    if taken:
-        with torch.compiler.set_stance("force_eager"):
-            check_trained(model, parameters, taken[-1], config, progress.step)
-        check_stepped(scaler, progress.step)
-    model.eval()
-    return progress.trained(config, len(rows), final_loss, facts)
+            if step < steps:  # else when the trained weights are on the disk
+                interruption.deliver()
+        if best and progress.validations and progress.step == steps:
+            best.restore()
+        if taken:
+            with torch.compiler.set_stance("force_eager"):
+                check_trained(model, parameters, taken[-1], config, progress.step)
+            check_stepped(scaler, progress.step)
+        model.eval()
+        result = progress.trained(config, len(rows), final_loss, compilation.facts())
+        if checkpoints and taken and progress.step == steps:
+            with meter.stage("checkpoint"):
+                checkpoints.save(steps, {"weights": parts["weights"]}, vars(result))
+    return result
 
 
 def batches(

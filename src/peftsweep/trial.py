@@ -61,6 +61,7 @@ OF_THE_ROWS = (
     *("majority", "random", "f1_majority", "f1_random", record.HEADLINE),
     *("truncated_prompts", "truncated_answers", "long_references"),
 )
+COST = ("seconds", "allocated_peak", "rss_peak")  # of an evaluation
 RELOAD_TOLERANCE = 1e-4  # of any token's loss, in nats: above rounding, far below what an evaluation sees
 MERGE_TOLERANCE = 1e-3  # of any token's loss: sums of merged weights round otherwise than those of two products
 # Of the mean token's, on a 16-bit base: sums in another order were seen to round by 0.013 (by 0.3 for one token).
@@ -238,11 +239,11 @@ def _run_claimed(trial: Trial, place: Path, observer: Observer) -> Result:
             status, failure = status_of(error), failure_of(error, meter.current, trial.config)
             full = study.unwritable(error)  # the next trial would train for nothing
             if full or not isinstance(error, Exception):
-                end(result, place, meter, start, status, failure, tracker, sittings.earlier)
+                end(result, place, meter, start, status, failure, tracker, sittings)
                 if full:
                     raise full from error
                 raise
-        end(result, place, meter, start, status, failure, tracker, sittings.earlier)
+        end(result, place, meter, start, status, failure, tracker, sittings)
     empty(meter.device)
     return result
 
@@ -305,6 +306,7 @@ def _run(session: Session) -> Status:
     session.score_base()
     with compiled.once() if session.config.profiler else nullcontext():
         session.adapt()
+        session.save()
         session.evaluate()
         answers = session.keep()
     session.let_go()  # two bases would not fit where one just does
@@ -313,7 +315,7 @@ def _run(session: Session) -> Status:
 
 
 class Sittings:
-    """The seconds of a trial, in all and by stage, over all the times that it was sat down to.
+    """The seconds and the memory of a trial, in all and by stage, over all the times that it was sat down to.
 
     Those before this one are what its record says, or where it was killed what its last checkpoint says. They count
     once it goes on from there; what a trial that begins anew had done before is lost.
@@ -326,17 +328,23 @@ class Sittings:
         held = study.result(place)
         self._recorded = _recorded_seconds(held) if held is not None else {}
         self.earlier: dict[str, float] = {}
+        self.earlier_memory: dict[str, dict[str, Any]] = {}
 
-    def resume(self, kept: dict[str, float]) -> None:
-        """It goes on from a checkpoint that keeps these."""
-        recorded = self._recorded if self._recorded.get(self.TOTAL, 0.0) >= kept.get(self.TOTAL, 0.0) else {}
-        self.earlier = kept | recorded
+    def resume(self, seconds: dict[str, float], memory: dict[str, dict[str, Any]]) -> None:
+        """It goes on from what keeps these; of the record and all that is kept, the latest counts."""
+        latest = max(seconds, self._recorded, self.earlier, key=lambda found: found.get(self.TOTAL, 0.0))
+        self.earlier = self.earlier | seconds | latest
+        self.earlier_memory = peaks(self.earlier_memory, memory)
 
     def seconds(self) -> dict[str, float]:
         """Of all sittings until now."""
-        now = {name: stage.seconds for name, stage in self._meter.stages.items()}
+        now = {name: stage.seconds for name, stage in self._meter.so_far().items()}
         now[self.TOTAL] = time.perf_counter() - self._begun
         return {name: self.earlier.get(name, 0.0) + now.get(name, 0.0) for name in {**self.earlier, **now}}
+
+    def memory(self) -> dict[str, dict[str, Any]]:
+        """Of the stages of all sittings until now."""
+        return peaks(self.earlier_memory, {name: stage.memory() for name, stage in self._meter.so_far().items()})
 
 
 def _recorded_seconds(held: Result) -> dict[str, float]:
@@ -345,9 +353,71 @@ def _recorded_seconds(held: Result) -> dict[str, float]:
     return {name: seconds for name, seconds in found.items() if seconds is not None}
 
 
+def peaks(one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The memory of stages in two sittings: the higher peaks; means and percentiles of the one with the higher peak."""
+
+    def height(memory: dict[str, Any]) -> tuple[float, float]:
+        return memory.get("allocated_peak") or 0, memory.get("rss_peak") or 0
+
+    found = one | other
+    for name in one.keys() & other.keys():
+        lower, higher = sorted((one[name], other[name]), key=height)
+        highest = {
+            key: max((said[key] for said in (lower, higher) if said.get(key) is not None), default=None)
+            for key in higher
+            if key.endswith("_peak")
+        }
+        found[name] = lower | higher | highest
+    return found
+
+
 def _seconds_key(stage: str) -> str:
     """Where a record has a stage's seconds. Those of the training are the sum of its steps; its stage's are more."""
     return "train_stage_seconds" if stage == "train" else f"{stage}_seconds"
+
+
+class KeptEvaluations:
+    """The evaluations that are done, each in a file of its own in ``folder``, until the trial has its record.
+
+    One is used again by the same trial on the same device with the same packages, rows and way of judging.
+    """
+
+    def __init__(self, trial: Trial, folder: Path, device: torch.device, sittings: Sittings) -> None:
+        self._trial, self._folder, self._device, self._sittings = trial, folder, device, sittings
+
+    def keep(self, name: str, test: list[Example], found: dict[str, Any], *, packed: bool = False) -> None:
+        """Write what the evaluation ``name`` has found; if ``packed`` without what it took, which is the pack's."""
+        seconds, memory = self._sittings.seconds(), self._sittings.memory()
+        if packed:
+            seconds, memory = {Sittings.TOTAL: seconds[Sittings.TOTAL]}, {}
+            found = {key: value for key, value in found.items() if key not in COST}
+        kept = {"of": self._of(name, test), "found": found, "seconds": seconds, "memory": memory}
+        record.write_json(self._file(name), kept)
+
+    def find(self, name: str, test: list[Example]) -> dict[str, Any] | None:
+        """What was kept of the evaluation; None if it was not, or of something else."""
+        try:
+            kept = record.read_json(self._file(name))
+            if kept["of"] != self._of(name, test):
+                return None
+            found: dict[str, Any] = kept["found"]
+            self._sittings.resume(kept["seconds"], kept["memory"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or no file of ours
+            return None
+        log.info("%s: taken from before the trial was cut off", name)
+        return found
+
+    def forget(self) -> None:
+        """Delete all of them."""
+        for file in self._folder.glob(self._file("*").name):
+            file.unlink()
+
+    def _file(self, name: str) -> Path:
+        return self._folder / f"evaluated-{name}.json"
+
+    def _of(self, name: str, test: list[Example]) -> str:
+        rows = _of_rows(self._trial, name, test)
+        return configuration.content_hash([self._trial.identity, _kernels(self._device), rows])
 
 
 class Session:
@@ -362,6 +432,7 @@ class Session:
         self.trial, self.result, self.meter, self.observer = trial, result, meter, observer
         self.config, self.info, self.place = trial.config, result.train_info, folder(trial)
         self.sittings = sittings or Sittings(self.place, meter)
+        self.kept = KeptEvaluations(trial, self.place / study.CHECKPOINTS, meter.device, self.sittings)
         self.bare: Any = None  # the untouched base, kept beside the adapted one to be timed
         self.earlier = trained(trial)
         self.profiled_steps = 0
@@ -490,20 +561,20 @@ class Session:
         self.info |= {"trainable_parameters": counts.trainable, "total_parameters": counts.total}
         self.info |= train_info(trained) | train_cost(trained)
 
-    def checkpoints(self) -> checkpoint.Checkpoints | None:
-        """Those of the training, if any are wanted or there is one, from whose step it then goes on."""
+    def checkpoints(self) -> checkpoint.Checkpoints:
+        """Those of the training, which goes on from the newest one."""
         trial, since = self.trial, mended.right_since(self.trial.tree)
         trainings = [trial.training, *([trial.earlier.training] if trial.earlier else [])]
         stamps = [checkpoint.stamp(training, self.meter.device, since) for training in trainings]
         place = self.place / study.CHECKPOINTS
         found = checkpoint.Checkpoints(place, stamps[0], self.place / record.STEPS, also=stamps[1:])
-        if self.config.force:
-            found.clear()
         self.result.run_info["resumed"] = resumed = found.find()  # from this step on; 0: from the beginning
         if resumed:
-            self.sittings.resume(found.earlier)
-        found.seconds = self.sittings.seconds
-        return found if resumed or self.config.train.checkpoint_every or self.stop_at else None
+            self.sittings.resume(found.earlier, found.earlier_memory)
+        if found.trained is None:
+            self.kept.forget()  # of other weights
+        found.seconds, found.memory = self.sittings.seconds, self.sittings.memory
+        return found
 
     def steps(self) -> TextIO:
         """The trial's steps.jsonl, to be written on."""
@@ -511,10 +582,8 @@ class Session:
         return file.open("a", encoding="utf-8") if self.result.run_info["resumed"] else file.open("w", encoding="utf-8")
 
     def keep(self) -> Answers | None:
-        """Save, time and profile the trained model; its answers to a batch, where what is saved is to be compared."""
+        """Time and profile the trained model; its answers to a batch, where what is saved is to be compared."""
         config = self.config
-        if config.adapter.save:
-            self.save()
         if config.inference:
             self.time_inference()
         answers = self.answers() if config.adapter.save and config.adapter.check else None
@@ -557,13 +626,22 @@ class Session:
     def evaluate(self) -> None:
         self.result.run_info[record.JUDGED] = evaluate.JUDGED
         for name, test in self.tests.items():
-            with self.stage("eval") as own:
-                evaluation = build.evaluator(self.trial, name)(self.adapted, self.tokenizer, test)
-            cost = {"seconds": own.seconds, "allocated_peak": own.allocated_peak, "rss_peak": own.rss_peak}
-            self.result.eval_info[name] |= record.plain(evaluation.scores) | evaluation.facts | cost
-            record.write_lines(self.place / "predictions" / f"{name}.jsonl", evaluation.predictions)
+            self.result.eval_info[name] |= self.kept.find(name, test) or self._evaluate(name, test)
+
+    def _evaluate(self, name: str, test: list[Example]) -> dict[str, Any]:
+        """Scores, facts and cost; they are on the disk, for a sitting that goes on after this one was cut off."""
+        with self.stage("eval") as own:
+            evaluation = build.evaluator(self.trial, name)(self.adapted, self.tokenizer, test)
+        cost = {key: getattr(own, key) for key in COST}
+        found: dict[str, Any] = record.plain(evaluation.scores) | evaluation.facts | cost
+        record.write_lines(self.place / "predictions" / f"{name}.jsonl", evaluation.predictions)
+        self.kept.keep(name, test, found, packed="packed_with" in self.result.run_info)
+        return found
 
     def save(self) -> None:
+        """Have the trained weights on the disk, if they are to be saved."""
+        if not self.config.adapter.save:
+            return
         with self.stage("save"):
             self.info["adapter_bytes"] = model.save(self.adapted, self.place / study.ADAPTER)
 
@@ -703,15 +781,9 @@ def _base_scores(
         "quant": config.quant,
         # A new head is drawn from the seed, for each class an output.
         "head": [config.seed, config.dataset.classes] if model.classifies(base) else None,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else record.processor(),
-        "kernels": None if device.type == "cuda" else record.kernels(),
-        "packages": record.packages() | {"lm_eval": record.package("lm_eval")},
+        **_kernels(device),
     }
-    of_rows = {
-        "eval": evaluation_identity(config.eval[name]),
-        "judged": evaluate.JUDGED,
-        "examples": data.fingerprint(example._asdict() for example in test),
-    }
+    of_rows = _of_rows(trial, name, test)
     called = re.sub(r"[^\w.-]+", "_", f"{trial.choices['model']}-{trial.choices['quant']}")
     folder = root / study.BASE / f"{called}-{configuration.content_hash(of_base)}"
     scores = folder / f"{name}-{configuration.content_hash(of_rows)}.json"
@@ -723,6 +795,24 @@ def _base_scores(
         record.write_json(scores, found.scores | own)
     known: dict[str, Any] = record.read_json(scores)
     return known | {"predictions": answers.relative_to(root).as_posix()}
+
+
+def _kernels(device: torch.device) -> dict[str, Any]:
+    """What beside the weights decides the scores of a model on ``device``."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else record.processor(),
+        "kernels": None if device.type == "cuda" else record.kernels(),
+        "packages": record.packages() | {"lm_eval": record.package("lm_eval")},
+    }
+
+
+def _of_rows(trial: Trial, name: str, test: list[Example]) -> dict[str, Any]:
+    """The rows of the evaluation ``name`` and how they are judged."""
+    return {
+        "eval": evaluation_identity(trial.config.eval[name]),
+        "judged": evaluate.JUDGED,
+        "examples": data.fingerprint(example._asdict() for example in test),
+    }
 
 
 def _reload(
@@ -833,6 +923,8 @@ def begin(trial: Trial, place: Path) -> Result:
     """An empty folder but for the composed configuration, as Hydra writes it, and the record to be filled."""
     place.mkdir(parents=True, exist_ok=True)
     (place / record.RESULT).unlink(missing_ok=True)  # of a failed try
+    if trial.config.force:
+        shutil.rmtree(place / study.CHECKPOINTS, ignore_errors=True)
     record.write_text(place / ".hydra" / "config.yaml", OmegaConf.to_yaml(as_text(trial.tree)))
     record.write_text(place / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(trial.overrides))
     on_gpu = model.device(trial.config.device).type == "cuda"
@@ -870,20 +962,20 @@ def end(
     status: Status,
     failure: dict[str, str] | None,
     tracker: Tracker,
-    earlier: dict[str, float] | None = None,
+    sittings: Sittings,
 ) -> None:
-    """Complete the record, write it, and leave the folder as a trial that has ended leaves it.
-
-    ``earlier`` are the seconds of the sittings before this one, in all and by stage.
-    """
-    before = earlier or {}
+    """Complete the record, write it, and leave the folder as a trial that has ended leaves it."""
+    before = sittings.earlier
     now = time.perf_counter() - start
     result.run_info |= {"status": status.value, "error": failure, "sitting_seconds": now}
     result.run_info["total_seconds"] = now + before.get(Sittings.TOTAL, 0.0)
     result.train_info = (_so_far(place) if status is not Status.success else {}) | result.train_info
-    for name, stage in meter.stages.items():
-        result.memory[name] = stage.memory()
-        result.train_info[_seconds_key(name)] = stage.seconds + before.get(name, 0.0)
+    for name in dict.fromkeys([*meter.stages, *before]):
+        if name != Sittings.TOTAL:
+            seconds = meter.stages[name].seconds if name in meter.stages else 0.0
+            result.train_info[_seconds_key(name)] = seconds + before.get(name, 0.0)
+    now_held = {name: stage.memory() for name, stage in meter.stages.items()}
+    result.memory |= peaks(sittings.earlier_memory, now_held)
     result.run_info["warnings"] = result.cautions()
     for caution in result.run_info["warnings"]:
         log.warning(caution)
