@@ -282,7 +282,7 @@ def test_measured_alone_a_packed_trial_has_a_speed_and_a_memory_of_its_own(compo
 @pytest.mark.slow
 def test_a_sweep_trains_together_what_it_is_told_to(command: Command) -> None:
     words = [*SMALL, "method.r=1,2,3", "train.batch_size=2,4", "hydra.launcher.pack=3", "hydra.launcher.limit=4"]
-    assert command("study=one", *words, "hydra.launcher.workers=1")[0] == 0
+    assert command("study=one", *words, "hydra.launcher.workers=1")[0] == 3
     found = [study.result(folder) for folder in sorted(study.folder("one").iterdir()) if folder.name[0] != "."]
     assert [r.status.name for r in found if r] == ["success"] * 4
     assert sorted(len(r.run_info.get("packed_with", [])) for r in found if r) == [0, 2, 2, 2]

@@ -10,16 +10,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from multiprocessing import connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import psutil
 import pytest
 from safetensors import SafetensorError
 
-from peftsweep import InputError, build, config, model, record, study, workers
+from peftsweep import InputError, build, config, model, record, study, sweep_record, trial, workers
 from peftsweep.config import Trial
+from peftsweep.display import Display, TrialView
 from peftsweep.record import Result, Status, host
 
 from .conftest import SMALL, records, scores, start, wait_for
@@ -378,10 +382,93 @@ def test_a_worker_whose_gpu_has_failed_takes_no_other_trial(monkeypatch: pytest.
 def test_a_limit_of_trials_and_of_time(command: Command) -> None:
     words = [*SMALL, "method.r=2,4,8"]
     code, out, _ = command(*words, "hydra.launcher.workers=0", "hydra.launcher.limit=2")
-    assert (code, len(records())) == (0, 2)
+    assert (code, len(records())) == (3, 2)
     assert out.splitlines()[-1] == "2 trials: 2 success, 1 not run  (multirun/default)"
-    command(*words, "hydra.launcher.workers=0", "hydra.launcher.deadline=0s", "study=late")
+    assert (sweep_record.last(Path("multirun/default")) or {})["not_run"] == 1
+    code, out, _ = command(*words, "hydra.launcher.workers=0", "hydra.launcher.deadline=0s", "study=late")
+    assert (code, out.splitlines()[-1]) == (3, "0 trials, 3 not run  (multirun/late)")
     assert not records("late")
+
+
+def test_a_trial_that_failed_outweighs_those_that_a_limit_left(
+    command: Command, fails_at_rank: Callable[[int], None]
+) -> None:
+    fails_at_rank(2)
+    code, out, _ = command(*SMALL, "method.r=2,4", "hydra.launcher.limit=1", "hydra.launcher.workers=0")
+    assert (code, out.splitlines()[-1]) == (1, "1 trial: 1 failed, 1 not run  (multirun/default)")
+
+
+def test_an_interrupt_counts_what_was_done_and_what_was_not(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, done = trial.Session.adapt, list[str]()
+
+    def adapt(session: trial.Session) -> None:
+        if done:
+            raise KeyboardInterrupt
+        done.append(session.trial.identity)
+        real(session)
+
+    monkeypatch.setattr(trial.Session, "adapt", adapt)
+    code, out, err = command(*SMALL, "method.r=2,4,8")
+    assert (code, err) == (130, "interrupted; the same command continues\n")
+    assert out.splitlines()[-1] == "2 trials: 1 success, 1 cancelled, 1 not run  (multirun/default)"
+
+
+@pytest.mark.slow
+def test_an_interrupt_of_one_worker_costs_its_trial_and_has_an_exit_code_of_its_own() -> None:
+    process = start(*SMALL, "method.r=2,4", "train.steps=300")
+    worker = worker_of(process)
+    assert worker is not None
+    worker.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=240)
+    assert (process.returncode, err) == (3, ""), out
+    assert out.splitlines()[-1] == "2 trials: 1 success, 1 cancelled  (multirun/default)"
+    assert "its" not in (next(one for one in records().values() if one.error).error or {})["type"]
+
+
+class _DeafWorker:
+    """Of a pack it writes the first trial's record only, as one that was stopped in between."""
+
+    def __init__(self) -> None:
+        (self.connection, other), (sentinel, _) = connection.Pipe(), connection.Pipe()
+        other.send("news")
+        self.process = SimpleNamespace(sentinel=sentinel)
+        self.job: list[Trial] = []
+        self.views: list[TrialView] = []
+        self.since = 0.0
+        self.given: list[list[str]] = []
+
+    def give(self, job: list[Trial], views: list[TrialView], options: workers.Options) -> None:
+        self.job, self.views = job, views
+        self.given.append([one.label for one in job])
+        result = trial.begin(job[0], trial.folder(job[0]))
+        result.run_info |= {"status": "refused", "error": {"type": "Refused", "message": "no"}, "total_seconds": 1.0}
+        result.write(trial.folder(job[0]))
+
+    def news(self) -> tuple[str, str]:
+        return "done", ""
+
+    def take(self) -> list[Trial]:
+        job, self.job = self.job, []
+        return job
+
+
+def test_no_member_of_a_pack_vanishes(compose: Compose) -> None:
+    trials = [compose(*SMALL, f"method.r={r}", f"label=r{r}") for r in (2, 4, 8)]
+    worker, options = _DeafWorker(), workers.Options(pack=3)
+    with Display(3) as display:
+        pool: Any = [worker]
+        ended = list(workers._in_pool(deque([trials]), pool, workers.Budget(options), display, options))
+    assert [one.label for one, _ in ended] == ["r2", "r4", "r8"]
+    assert worker.given == [["r2", "r4", "r8"], ["r4"], ["r8"]]
+
+
+def test_what_a_limit_takes_from_a_pack_may_run_where_another_member_did_not(compose: Compose) -> None:
+    trials = [compose(*SMALL, f"method.r={r}", f"label=r{r}") for r in (2, 4, 8)]
+    worker, options = _DeafWorker(), workers.Options(pack=3, limit=2)
+    with Display(3) as display:
+        pool: Any = [worker]
+        ended = list(workers._in_pool(deque([trials]), pool, workers.Budget(options), display, options))
+    assert len(ended) == 2  # as many as the limit says, though the first of them had to be given back once
 
 
 def test_no_trial_starts_that_would_not_be_over_by_the_deadline() -> None:
@@ -400,7 +487,7 @@ def took(seconds: float) -> Result:
 
 def test_what_a_limit_left_is_run_by_the_next_command(command: Command) -> None:
     words = [*SMALL, "method.r=2,4"]
-    command(*words, "hydra.launcher.workers=0", "hydra.launcher.limit=1")
+    assert command(*words, "hydra.launcher.workers=0", "hydra.launcher.limit=1")[0] == 3
     assert command(*words)[0] == 0
     assert len(records()) == 2
 

@@ -24,6 +24,7 @@ from peftsweep.errors import InputError, Unwritable, check_platform
 if TYPE_CHECKING:
     from peftsweep.record import Result
 
+NOT_RUN = 3  # the exit code where a trial that was asked for was not run
 OTHER_COMMANDS = {"--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--hydra-help"}
 HELP = """\
 peftsweep: sweep parameter-efficient fine-tuning configurations and learn which one to use.
@@ -67,7 +68,7 @@ OmegaConf.register_new_resolver("choose", lambda key, options: options[getattr(k
 
 
 def main() -> None:
-    """``peftsweep``: exit code 0 all done, 1 a trial failed, 2 wrong input, 130 interrupted."""
+    """``peftsweep``: exit code 0 all done, 1 a trial failed, 2 wrong input, 3 some were not run, 130 interrupted."""
     sweep_record.command_begins()
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text(sys.argv[1:]))
@@ -83,19 +84,21 @@ def main() -> None:
 
 
 def _hydra() -> int:
-    from peftsweep.errors import SweepFailed
+    from peftsweep.errors import NotRun, SweepFailed
 
     configuration.register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would else print as ten lines
     try:
         hydra.main(version_base="1.3", config_path=configuration.conf_dir(), config_name="config")(_task)()
+    except NotRun:
+        return NOT_RUN
     except SweepFailed:
         return 1
     except ValueError as error:
         if "No trials are completed" not in str(error):
             raise
         return 1  # Optuna's word for a search of which every trial failed, as has been said of each
-    return 0
+    return NOT_RUN if sweep_record.not_run() else 0
 
 
 def _guarded(door: object) -> int:

@@ -62,3 +62,7 @@ class Unwritable(Exception):
 
 class SweepFailed(Exception):
     """At least one trial of a sweep failed or ran out of memory; exit code 1."""
+
+
+class NotRun(SweepFailed):
+    """A trial that was asked for was not run, or not to its end, and did not fail either; exit code 3."""

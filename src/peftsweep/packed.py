@@ -298,7 +298,7 @@ class _Running:
             self._pack.model.train()
         trained = self._progress.trained(self.config, self._rows, self._final_loss)
         if self.lane.checkpoints and self._seen is not None and self.step == self._steps and self.error is None:
-            with self._meter.stage("checkpoint"):
+            with self._meter.stage("save"):
                 self.lane.checkpoints.save(self.step, {"weights": self._parts["weights"]}, vars(trained))
         return Ended(trained, self.error)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -15,7 +15,7 @@ from peftsweep import engine, experiment, forecast, naming, record, repeat, stud
 from peftsweep.config import Trial
 from peftsweep.display import Display, size, summary
 from peftsweep.engine import Launch
-from peftsweep.errors import InputError, SweepFailed, suggest
+from peftsweep.errors import InputError, NotRun, SweepFailed, suggest
 from peftsweep.forecast import Forecast
 from peftsweep.record import Result, Status, counted, trials_in_words
 from peftsweep.sweep_record import SweepRecord
@@ -81,7 +81,12 @@ def run(
                 if config.stop_on_failure and not result.status.good:
                     display.say("stopped at the first failure, as stop_on_failure=true says")
                     break
+        except KeyboardInterrupt:
+            _share_cancelled(missing.values(), trials, results, stand_ins)
+            display.console.print(_counted(results, config.study), markup=False)
+            raise
         finally:
+            sweep_record.leave(_left(results))
             with suppress(OSError):  # a full disk, of which the trials have said so
                 sweep_record.write()
         _summarise(display, trials, results, config.study)
@@ -124,7 +129,9 @@ def answer(one: Trial, result: Result | None) -> Any:
     """
     columns = one.config.objective
     if result is None:
-        return None if columns is None else SweepFailed(f"{one.name}: not run")
+        return None if columns is None else NotRun(f"{one.name}: not run")
+    if result.status is Status.cancelled:
+        return NotRun(f"{result.trial}: cancelled")
     if not result.status.good or (columns is not None and result.status is not Status.success):
         return SweepFailed(f"{result.trial}: {result.status.name}")
     if columns is None:
@@ -183,6 +190,21 @@ def _share(result: Result, trials: Sequence[Trial], results: list[Result | None]
                 result.write(result.folder)
 
 
+def _share_cancelled(
+    ran: Iterable[Trial], trials: Sequence[Trial], results: list[Result | None], stand_ins: Sequence[Trial]
+) -> None:
+    """Give out the records that trials have written as they were interrupted."""
+    for one in ran:
+        with suppress(InputError, OSError):
+            if (held := study.result(trial.folder(one))) and held.status is Status.cancelled:
+                _share(held, trials, results, stand_ins)
+
+
+def _left(results: Sequence[Result | None]) -> int:
+    """How many points of the sweep were not run, or not to their end."""
+    return sum(result is None or result.status is Status.cancelled for result in results)
+
+
 def _once(results: Sequence[Result | None]) -> list[Result]:
     return list({result.trial: result for result in results if result is not None}.values())
 
@@ -193,9 +215,13 @@ def _summarise(display: Display, trials: Sequence[Trial], results: Sequence[Resu
     bad = [result for result in reached if not result.status.good]
     for result in bad if len(reached) > 1 else []:
         display.say(f"{names[result.trial]}: {summary(result)[0]}")
-    said, left = counted(result.status.name for result in reached), sum(result is None for result in results)
-    said += f", {left} not run" if left else ""
-    display.console.print(f"{said}  ({study.folder(name)})", markup=False)
+    display.console.print(_counted(results, name), markup=False)
+
+
+def _counted(results: Sequence[Result | None], name: str) -> str:
+    """``3 trials: 2 success, 1 failed, 1 not run  (multirun/default)``."""
+    said, left = counted(result.status.name for result in _once(results)), sum(result is None for result in results)
+    return said + (f", {left} not run" if left else "") + f"  ({study.folder(name)})"
 
 
 def _dry_run(trials: Sequence[Trial]) -> None:

@@ -18,11 +18,18 @@ from peftsweep.record import Result
 
 FOLDER = "sweeps"
 _began: list[float] = []
+_not_run: list[int] = []  # by each sweep of the command
 
 
 def command_begins() -> None:
     """Note that the process of a command has just started."""
     _began[:] = [time.perf_counter()]
+    _not_run.clear()
+
+
+def not_run() -> int:
+    """How many trials this command has left, because of a limit, a deadline or an interrupt."""
+    return sum(_not_run)
 
 
 class SweepRecord:
@@ -39,12 +46,18 @@ class SweepRecord:
         }
         self._spans: list[tuple[float, float]] = []  # of each trial, by time.perf_counter
         self._ended: Counter[str] = Counter()
+        self._left = 0
 
     def add(self, result: Result) -> None:
         """A trial has just ended."""
         now = time.perf_counter()
         self._spans.append((max(self._began, now - record.sitting_seconds(result)), now))
         self._ended[result.status.name] += 1
+
+    def leave(self, count: int) -> None:
+        """So many trials that were asked for were not run to their end, for no fault of theirs."""
+        self._left += count
+        _not_run.append(count)
 
     def write(self) -> None:
         """Write what is known so far. Nothing is written where no trial has run."""
@@ -53,7 +66,8 @@ class SweepRecord:
         seconds = time.perf_counter() - self._began
         trials = covered(self._spans)
         times = {"seconds": seconds, "seconds_in_trials": trials, "seconds_outside_trials": seconds - trials}
-        record.write_json(self._file, self._facts | {"trials": dict(self._ended)} | times)
+        ended = {"trials": dict(self._ended), "not_run": self._left}
+        record.write_json(self._file, self._facts | ended | times)
 
 
 def last(study: Path) -> dict[str, Any] | None:

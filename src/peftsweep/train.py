@@ -233,7 +233,7 @@ def train(
         model.eval()
         result = progress.trained(config, len(rows), final_loss, compilation.facts())
         if checkpoints and taken and progress.step == steps:
-            with meter.stage("checkpoint"):
+            with meter.stage("save"):
                 checkpoints.save(steps, {"weights": parts["weights"]}, vars(result))
     return result
 

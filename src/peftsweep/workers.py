@@ -88,7 +88,10 @@ def run(trials: Sequence[Trial], options: Options, budget: Budget, display: Disp
 
 def _here(queue: deque[Job], budget: Budget, display: Display, options: Options) -> Iterator[tuple[Trial, Result]]:
     while queue and (room := budget.take(len(queue[0]))):
-        job = queue.popleft()[:room]
+        whole = queue.popleft()
+        job = whole[:room]
+        if rest := whole[room:]:
+            queue.appendleft(rest)
         views = [display.trial(one.name) for one in job]
         try:
             results = _run_job(job, views, options) if len(job) > 1 else [_patiently(job[0], views[0])]
@@ -231,12 +234,15 @@ def _in_pool(
     tries: dict[str, int] = {}
     later: list[tuple[float, Job]] = []  # to be looked at again, and when
 
+    def retract(view: TrialView) -> None:
+        view.drop()
+        display.uncount()
+        budget.give_back(1)
+
     def postpone(worker: _Worker, seconds: float) -> None:
         for view in worker.views:
-            view.drop()
-            display.uncount()
+            retract(view)
         job = worker.take()
-        budget.give_back(len(job))
         later.extend((time.monotonic() + seconds, [one]) for one in job)
 
     while True:
@@ -245,7 +251,10 @@ def _in_pool(
         later = [(when, one) for when, one in later if when > now]
         for worker in pool:
             if not worker.job and queue and (room := budget.take(len(queue[0]))):
-                job = queue.popleft()[:room]
+                whole = queue.popleft()
+                job = whole[:room]
+                if rest := whole[room:]:
+                    queue.appendleft(rest)
                 worker.give(job, [display.trial(one.name) for one in job], options)
         busy = [worker for worker in pool if worker.job]
         if not busy and not later:
@@ -260,12 +269,15 @@ def _in_pool(
                 if how not in ("done", "cancelled"):  # whose fault that is shows when each runs alone
                     postpone(worker, 0.0)
                     continue
-                for one, view in zip(worker.job, worker.views, strict=True):
-                    if (found := study.result(trial.folder(one))) is not None:
-                        budget.spend(found)
-                        view.end(found, named=True)
-                        yield one, found
-                worker.take()
+                members = list(zip(worker.take(), worker.views, strict=True))
+                for one, view in members:
+                    if (found := study.result(trial.folder(one))) is None:  # it had not begun when another was stopped
+                        retract(view)
+                        later.append((now, [one]))
+                        continue
+                    budget.spend(found)
+                    view.end(found, named=True)
+                    yield one, found
                 continue
             (one,) = worker.job
             tries[one.identity] = tries.get(one.identity, 0) + (how == "died")
@@ -302,6 +314,8 @@ def _record(worker: _Worker, one: Trial, how: str, said: str, options: Options) 
     elif how == "timeout":
         message = f"it took longer than hydra.launcher.timeout, {options.timeout:g} seconds"
         status, failure = Status.failed, worker.failure("TimeoutError", message)
+    elif how == "cancelled":
+        status, failure = Status.cancelled, worker.failure("KeyboardInterrupt", "its process was interrupted")
     else:
         lines = said.strip().splitlines() or ["unknown"]
         status, failure = Status.failed, worker.failure("WorkerFailed", lines[-1]) | {"traceback": said}

@@ -170,13 +170,15 @@ class GridSweeper(BasicSweeper):
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         grids = self._joined(arguments, parser.parse_overrides(arguments)) or [[*self._parse_config(), *arguments]]
         points = [point for grid in grids for point in self.split_arguments(parser.parse_overrides(grid), None)[0]]
+        from peftsweep.errors import NotRun
+
         size = self.max_batch_size or max(len(points), 1)
         batches = [points[start : start + size] for start in range(0, len(points), size)] or [[]]
         jobs: list[JobReturn] = []
         for batch in batches:  # the launcher checks all points of each
             jobs += self._launch(batch, len(jobs), whole=len(batches) == 1)
         if failures := [job._return_value for job in jobs if job.status is JobStatus.FAILED]:
-            raise failures[0]
+            raise next((one for one in failures if not isinstance(one, NotRun)), failures[0])
         return jobs
 
     def _joined(self, arguments: list[str], parsed: Sequence[Override]) -> list[list[str]]:
