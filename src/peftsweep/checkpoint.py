@@ -133,6 +133,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, stamp: dict[str, Any], rows: Path, also: Sequence[dict[str, Any]] = ()) -> None:
         self._folder, self._stamps, self._rows = folder, [stamp, *also], rows
+        self.check: Callable[[], None] = lambda: None  # raises where none may be written any more
         self.seconds: Callable[[], dict[str, float]] = dict  # of the trial until now, which a checkpoint keeps
         self.memory: Callable[[], dict[str, dict[str, Any]]] = dict  # of its stages until now, which it keeps too
         self.earlier: dict[str, float] = {}  # the seconds that the found one keeps
@@ -179,6 +180,7 @@ class Checkpoints:
 
         That of the end of a training holds, as ``trained``, what the training did, and needs the weights alone.
         """
+        self.check()
         self._folder.mkdir(parents=True, exist_ok=True)
         file = self._folder / (f"step-{step}.pt" if trained is None else TRAINED)
         sync(self._rows)

@@ -88,7 +88,12 @@ def run(trials: Sequence[Trial], launch: Launch, display: Display) -> Iterator[t
                 yield one, result
             elif _is_final(problem) or tries[one.identity] >= TRIES:
                 status = problem.status if isinstance(problem, WorkerDied) else Status.failed
-                yield one, watch.end(one, trial.died(one, status, _failure(problem or raised), 0.0))
+                try:
+                    died = trial.died(one, status, _failure(problem or raised), 0.0)
+                except study.Claimed:  # another sweep has it now, and is waited for
+                    again.append(one)
+                else:
+                    yield one, watch.end(one, died)
             else:
                 (suspects if raised and tries[one.identity] else again).append(one)
         batches += [[one] for one in suspects]

@@ -263,6 +263,8 @@ class _Lane:
         """What fails in the block ends this trial and no other."""
         try:
             yield
+        except study.Claimed:  # it is another process's now
+            raise
         except Exception as error:
             self.fail(error, self.meter.current)
 
@@ -329,7 +331,7 @@ class _Pack:
                 for lane in self._alive():
                     lane.fail(error, self.meter.current or lane.meter.current)
                 for lane in self.lanes:
-                    lane.drop() if isinstance(error, _SharedFailure) else lane.end(self.start)
+                    lane.drop() if isinstance(error, _SharedFailure | study.Claimed) else lane.end(self.start)
                 raise
             results = [lane.end(self.start) for lane in self.lanes]
         trial.empty(self.meter.device)
@@ -384,7 +386,7 @@ class _Pack:
                         name=lane.name,
                         config=lane.trial.config.train,
                         checkpoints=lane.session.checkpoints(),
-                        log=partial(trial.log_step, files.enter_context(lane.session.steps()), lane.tracker),
+                        log=partial(lane.session.log_step, files.enter_context(lane.session.steps())),
                         validate=lane.session.validation(),
                         stop_at=lane.session.stop_at,
                     )

@@ -23,6 +23,7 @@ from peftsweep.lanes import Pack
 from peftsweep.measure import Laps, Meter, out_of_memory
 from peftsweep.model import answer_logits, answer_losses
 from peftsweep.schema import TrainConfig
+from peftsweep.study import Claimed
 from peftsweep.train import (
     Best,
     Epoch,
@@ -277,7 +278,7 @@ class _Running:
         try:
             yield
         except Exception as error:
-            if out_of_memory(error):
+            if out_of_memory(error) or isinstance(error, Claimed):
                 raise
             self.error = error
 

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-import socket
 import subprocess
 import traceback
 from collections import Counter
@@ -22,6 +21,7 @@ from typing import Any, Self
 
 from peftsweep.atomic import write_text as write_text
 from peftsweep.cautions import cautions
+from peftsweep.owner import host as host
 
 SCHEMA_VERSION = 1
 RESULT = "result.json"
@@ -277,11 +277,6 @@ def git() -> dict[str, Any]:
     dirty = None if commit is None else bool(_git("status", "--porcelain", "--untracked-files=no"))
     category = "main" if branch == "main" and dirty is False else "test"
     return {"git_commit": commit, "git_branch": branch, "git_dirty": dirty, "category": category}
-
-
-def host() -> str:
-    """The name of this machine."""
-    return socket.gethostname()
 
 
 def _git(*words: str) -> str | None:

@@ -235,6 +235,9 @@ def _run_claimed(trial: Trial, place: Path, observer: Observer) -> Result:
         try:
             with meter.stage("setup"), current(meter.device):
                 status = _run(Session(trial, result, meter, tracker, sittings))
+        except study.Claimed:  # the other process writes the record
+            tracker.end({}, Status.cancelled.value)
+            raise
         except BaseException as error:
             status, failure = status_of(error), failure_of(error, meter.current, trial.config)
             full = study.unwritable(error)  # the next trial would train for nothing
@@ -439,10 +442,15 @@ class Session:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
+        self.check_claim()
         self.observer.stage(name)
         log.info("%s", name)
         with self.meter.stage(name) as own:
             yield own
+
+    def check_claim(self) -> None:
+        """Raise ``study.Claimed`` where the trial has become another process's."""
+        study.check_claim(self.place.parent, self.trial.identity)
 
     def refuse(self) -> None:
         if reason := forecast.refusal(self.trial):
@@ -552,7 +560,7 @@ class Session:
                 pad_id=self.pad_id,
                 seed=self.config.seed,
                 meter=self.meter,
-                log=partial(log_step, lines, self.observer),
+                log=partial(self.log_step, lines),
                 validate=self.validation(),
                 checkpoints=checkpoints,
                 stop_at=self.stop_at,
@@ -573,8 +581,14 @@ class Session:
             self.sittings.resume(found.earlier, found.earlier_memory)
         if found.trained is None:
             self.kept.forget()  # of other weights
+        found.check = self.check_claim
         found.seconds, found.memory = self.sittings.seconds, self.sittings.memory
         return found
+
+    def log_step(self, lines: TextIO, row: dict[str, Any]) -> None:
+        """Add a row to steps.jsonl, which ``lines`` is."""
+        self.check_claim()
+        log_step(lines, self.observer, row)
 
     def steps(self) -> TextIO:
         """The trial's steps.jsonl, to be written on."""
@@ -632,6 +646,7 @@ class Session:
         """Scores, facts and cost; they are on the disk, for a sitting that goes on after this one was cut off."""
         with self.stage("eval") as own:
             evaluation = build.evaluator(self.trial, name)(self.adapted, self.tokenizer, test)
+        self.check_claim()
         cost = {key: getattr(own, key) for key in COST}
         found: dict[str, Any] = record.plain(evaluation.scores) | evaluation.facts | cost
         record.write_lines(self.place / "predictions" / f"{name}.jsonl", evaluation.predictions)
@@ -965,6 +980,7 @@ def end(
     sittings: Sittings,
 ) -> None:
     """Complete the record, write it, and leave the folder as a trial that has ended leaves it."""
+    study.check_claim(place.parent, result.run_info["identity"])
     before = sittings.earlier
     now = time.perf_counter() - start
     result.run_info |= {"status": status.value, "error": failure, "sitting_seconds": now}

@@ -94,7 +94,7 @@ def _here(queue: deque[Job], budget: Budget, display: Display, options: Options)
             queue.appendleft(rest)
         views = [display.trial(one.name) for one in job]
         try:
-            results = _run_job(job, views, options) if len(job) > 1 else [_patiently(job[0], views[0])]
+            results = _run_job(job, views, options) if len(job) > 1 else [_patiently(job[0], views[0], display)]
         except study.Claimed:  # one of several, so that the others go on alone
             for view in views:
                 view.drop()
@@ -108,12 +108,16 @@ def _here(queue: deque[Job], budget: Budget, display: Display, options: Options)
             yield one, result
 
 
-def _patiently(one: Trial, view: TrialView) -> Result:
+def _patiently(one: Trial, view: TrialView, display: Display) -> Result:
+    said = False
     while True:
         try:
             with process_state_kept():
                 return trial.run(one, view)
-        except study.Claimed:
+        except study.Claimed as claimed:
+            if not said:
+                display.say(f"    waits: {claimed}")
+            said = True
             view.stage("run by another process")
             time.sleep(RETRY_CLAIMED)
 
@@ -233,6 +237,7 @@ def _in_pool(
 ) -> Iterator[tuple[Trial, Result]]:
     tries: dict[str, int] = {}
     later: list[tuple[float, Job]] = []  # to be looked at again, and when
+    waiting = set[str]()  # of trials that other processes run
 
     def retract(view: TrialView) -> None:
         view.drop()
@@ -245,10 +250,21 @@ def _in_pool(
         job = worker.take()
         later.extend((time.monotonic() + seconds, [one]) for one in job)
 
+    def wait_for(one: Trial, worker: _Worker, said: str) -> None:
+        if one.identity not in waiting:
+            display.say(f"    waits: {said}")
+        waiting.add(one.identity)
+        postpone(worker, RETRY_CLAIMED)
+
     while True:
         now = time.monotonic()
-        queue.extend(one for when, one in later if when <= now)
+        due = [one for when, one in later if when <= now]
         later = [(when, one) for when, one in later if when > now]
+        for job in due:
+            if waiting.isdisjoint(one.identity for one in job) or not any(map(_held_elsewhere, job)):
+                queue.append(job)
+            else:
+                later.append((now + RETRY_CLAIMED, job))
         for worker in pool:
             if not worker.job and queue and (room := budget.take(len(queue[0]))):
                 whole = queue.popleft()
@@ -284,16 +300,24 @@ def _in_pool(
             if how == "unwritable":
                 raise Unwritable(said)
             if how == "claimed":
-                postpone(worker, RETRY_CLAIMED)
+                wait_for(one, worker, said)
             elif how == "died" and tries[one.identity] <= options.retries:
                 postpone(worker, 0.0)
             else:
                 result = None if how == "timeout" else study.result(trial.folder(one))
-                result = result or _record(worker, one, how, said, options)
+                try:
+                    result = result or _record(worker, one, how, said, options)
+                except study.Claimed as claimed:  # by another sweep, the moment this one's worker was dead
+                    wait_for(one, worker, str(claimed))
+                    continue
                 budget.spend(result)
                 worker.take()
                 worker.views[0].end(result, named=len(pool) > 1)
                 yield one, result
+
+
+def _held_elsewhere(one: Trial) -> bool:
+    return study.claimed(trial.folder(one).parent, one.identity) is study.Claim.held
 
 
 def _ended(worker: _Worker, options: Options) -> tuple[str, str] | None:
@@ -392,8 +416,8 @@ def _in_worker(job: Job, options: Options, channel: connection.Connection[Any, A
     try:
         with process_state_kept():
             _run_job([configuration.with_rows(one) for one in job], reporters, options)
-    except study.Claimed:
-        return "claimed", ""
+    except study.Claimed as claimed:
+        return "claimed", str(claimed)
     except KeyboardInterrupt:
         return "cancelled", ""
     except Exception as error:
