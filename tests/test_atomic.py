@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -61,6 +63,37 @@ def test_what_a_network_s_disk_gets_over_is_tried_again(
     with pytest.raises(OSError, match="Stale"):
         record.write_json(file, {})
     assert not list(tmp_path.iterdir())
+
+
+KILLED_WRITER = """
+import os, sys
+from pathlib import Path
+from peftsweep import atomic
+with atomic.replacing(Path(sys.argv[1])) as temporary:
+    temporary.write_text("half")
+    os._exit(9)
+"""
+
+
+def test_what_killed_writers_left_is_deleted_and_nothing_of_the_living(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", KILLED_WRITER, str(tmp_path / "trial" / "result.json")], check=False)
+    (orphan,) = (tmp_path / "trial").iterdir()
+    elsewhere = orphan.with_name(".plan.json.1-1-ffffffff.12345678.partial")  # of a machine that is not this one
+    elsewhere.write_text("")
+    (user := tmp_path / "notes.partial").write_text("")
+    with atomic.replacing(tmp_path / "plan.json") as mine:
+        mine.write_text("whole")
+        atomic.remove_partials(tmp_path)
+    assert (tmp_path / "plan.json").read_text() == "whole"
+    assert not orphan.exists()
+    assert elsewhere.exists()
+    os.utime(elsewhere, (0, 0))
+    atomic.remove_partials(tmp_path)
+    assert not elsewhere.exists()
+    assert user.exists()
+    (own := tmp_path / "trial" / ".x.partial").write_text("")
+    atomic.remove_partials(tmp_path / "trial", own=True)
+    assert not own.exists()
 
 
 def test_a_writer_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:

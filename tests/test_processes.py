@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from peftsweep import InputError, forecast, processes
 from peftsweep.config import Trial
 
-from .conftest import SMALL, records
+from .conftest import SMALL, records, wait_for
 from .test_layers import imports
 
 Command = Callable[..., tuple[int, str, str]]
@@ -176,6 +180,121 @@ def test_a_device_that_is_not_there_is_refused(
     monkeypatch.setattr("torch.cuda.device_count", lambda: count)
     with pytest.raises(InputError, match=re.escape(f"hydra.launcher.devices: {line}")):
         processes.places(None, devices, [asked])
+
+
+# ---- what a trial has started ends with its worker ---------------------------------------------------
+
+GUARDED = """
+import ctypes, os, subprocess, sys, time
+from multiprocessing import Pipe
+from peftsweep import processes
+
+(held, leash), (channel, other) = Pipe(duplex=False), Pipe()
+if (guard := os.fork()) == 0:
+    leash.close()
+    os.setpgid(0, 0)
+    processes._go_on_guarded(channel, held)
+    child = ["sleep", sys.argv[1]]
+    subprocess.Popen(child)
+    subprocess.Popen(child, start_new_session=True)
+    subprocess.run(["sh", "-c", f"setsid sleep {sys.argv[1]} &"])  # whose parent has ended
+    print("started", flush=True)
+    exec(sys.argv[2])
+held.close()
+if sys.argv[3] == "lets go":
+    time.sleep(3.0)
+    leash.close()
+print(os.waitstatus_to_exitcode(os.waitpid(guard, 0)[1]), flush=True)
+"""
+HOLDS_GIL = "ctypes.PyDLL(None).sleep(600)"
+
+
+def left(seconds: str) -> list[psutil.Process]:
+    return [one for one in psutil.process_iter(["cmdline"]) if one.info["cmdline"] == ["sleep", seconds]]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="orphans are found on Linux only")
+@pytest.mark.parametrize(
+    ("does", "how", "code"),
+    [
+        ("os._exit(7)", "waits", 7),
+        ("os.abort()", "waits", -signal.SIGABRT),
+        ("os.kill(os.getpid(), 9)", "waits", -signal.SIGKILL),
+        (HOLDS_GIL, "lets go", -signal.SIGKILL),
+        (HOLDS_GIL, "is killed", None),
+    ],
+)
+def test_all_that_a_worker_started_ends_with_it(does: str, how: str, code: int | None) -> None:
+    """Also what has left its group and session, also if the worker can do nothing about it any more."""
+    seconds = f"600.{uuid.uuid4().int % 10**9:09}"
+    words = [sys.executable, "-c", GUARDED, seconds, does, how]
+    command = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert command.stdout
+    assert command.stdout.readline() == "started\n"
+    assert how != "lets go" or wait_for(lambda: len(left(seconds)) == 3, command)
+    if how == "is killed":
+        os.killpg(command.pid, signal.SIGKILL)
+    out, _ = command.communicate(timeout=60)
+    assert out.strip() == ("" if code is None else str(code))
+    end = time.monotonic() + 20
+    while left(seconds) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not left(seconds)
+
+
+HAS_SOCKETS = """
+import os, sys, tempfile
+from multiprocessing import util
+from peftsweep import processes
+processes._have_temporary_folder()
+log = tempfile.mkstemp(prefix=processes.LOG + processes.owner.tag() + "-")[1]
+print(util.get_temp_dir(), log, flush=True)
+if sys.argv[1] == "killed":
+    os._exit(9)
+os.unlink(log)
+"""
+
+
+def test_temporary_files_of_a_killed_command_are_deleted_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    (tmp_path / "pymp-abcdefgh").mkdir()  # of somebody else
+
+    def run(how: str) -> list[Path]:
+        done = subprocess.run([sys.executable, "-c", HAS_SOCKETS, how], capture_output=True, text=True, check=False)
+        return [Path(path) for path in done.stdout.split()]
+
+    left = run("killed")
+    assert [path.exists() for path in left] == [True, True]
+    run("ends")
+    assert [path.name for path in tmp_path.iterdir()] == ["pymp-abcdefgh"]
+
+
+def test_a_worker_leaves_sigterm_to_its_parent_and_its_children_do_not() -> None:
+    script = """
+import os, signal, subprocess, time
+from multiprocessing import Pipe
+from peftsweep import processes
+
+class Told(Exception): pass
+processes._go_on_guarded = lambda *_: None
+processes._cuda_lost = lambda: True
+(mine, theirs), held = Pipe(), Pipe(duplex=False)[0]
+processes._work(theirs, held, os.devnull, None, None)
+os.kill(os.getpid(), signal.SIGTERM)
+assert mine.recv() == (processes.CUDA_LOST, os.getpid())
+if (forked := os.fork()) == 0:
+    time.sleep(60)
+started = subprocess.Popen(["sleep", "60"])
+time.sleep(0.5)
+for pid in (forked, started.pid):
+    os.kill(pid, signal.SIGTERM)
+    assert os.waitpid(pid, 0)[1] == signal.SIGTERM
+os._exit(5)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 5, done.stderr
 
 
 # ---- systems other than Linux ----------------------------------------------------------------------

@@ -61,6 +61,15 @@ def hangs(model, tokenizer, examples, *, batch_size: int = 16, max_length: int =
         time.sleep(3600)
     return plain(model, tokenizer, examples, batch_size=batch_size, max_length=max_length)
 
+def starts_and_holds(model, tokenizer, examples, *, batch_size: int = 16, max_length: int = 768):
+    if is_adapted(model):
+        import ctypes, subprocess
+        for own in (False, True):
+            subprocess.Popen(["sleep", "4321.5"], start_new_session=own)
+        open("started", "w").close()
+        ctypes.PyDLL(None).sleep(3600)  # and lets no other thread run
+    return plain(model, tokenizer, examples, batch_size=batch_size, max_length=max_length)
+
 def ignores_interrupts(model, tokenizer, examples, *, batch_size: int = 16, max_length: int = 768):
     while is_adapted(model):
         try:
@@ -411,6 +420,41 @@ def test_an_interrupt_counts_what_was_done_and_what_was_not(command: Command, mo
     code, out, err = command(*SMALL, "method.r=2,4,8")
     assert (code, err) == (130, "interrupted; the same command continues\n")
     assert out.splitlines()[-1] == "2 trials: 1 success, 1 cancelled, 1 not run  (multirun/default)"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("bad")
+@pytest.mark.parametrize("how", ["timeout", "kill", "group"])
+def test_what_a_metric_has_started_ends_with_its_trial(how: str) -> None:
+    target = "eval.perplexity._target_=bad_evaluations.starts_and_holds"
+    words = [*WITHOUT_WRITING, target, *(["hydra.launcher.timeout=90"] if how == "timeout" else [])]
+    process = start(*words, terminal=True)
+    assert wait_for(Path("started").exists, process)
+    if how != "timeout":
+        (os.kill if how == "kill" else os.killpg)(process.pid, signal.SIGKILL)
+    process.communicate(timeout=300)
+    end = time.monotonic() + 20
+    while (
+        left := [one for one in psutil.process_iter(["cmdline"]) if one.info["cmdline"] == ["sleep", "4321.5"]]
+    ) and (time.monotonic() < end):
+        time.sleep(0.1)
+    assert not left
+
+
+@pytest.mark.slow
+def test_a_sigterm_to_all_processes_of_the_command_leaves_a_record_and_a_checkpoint() -> None:
+    process = start(*SMALL, "train.steps=2000", terminal=True)
+    worker = worker_of(process)
+    assert worker is not None
+    assert wait_for(lambda: [*Path("multirun/default").glob("*/steps.jsonl")], process)
+    for one in (worker, *psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.terminate()
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 130, out
+    (ended,) = records().values()
+    assert ended.status is Status.cancelled
+    assert list(Path("multirun/default").glob("*/checkpoints/step-*.pt"))
 
 
 @pytest.mark.slow

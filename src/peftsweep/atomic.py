@@ -7,11 +7,13 @@ import os
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-PARTIAL = ".partial"  # how the names end that files have while they are written
+from peftsweep import owner
 
+PARTIAL = ".partial"  # how the names end that files have while they are written
+OLD = 3600.0  # seconds without a change after which nobody writes a file any more
 
 TRANSIENT = (errno.EIO, errno.ESTALE, errno.EBUSY, errno.ENOLCK)  # which a network's disk may get over
 PAUSES = (0.1, 1.0)  # seconds before another try
@@ -42,7 +44,7 @@ def replacing(file: Path) -> Iterator[Path]:
     the user's umask.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name[:100]}.{uuid.uuid4().hex}{PARTIAL}")
+    temporary = file.with_name(f".{file.name[:100]}.{owner.tag()}.{uuid.uuid4().hex[:8]}{PARTIAL}")
     try:
         yield temporary
         sync(temporary)
@@ -50,6 +52,19 @@ def replacing(file: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_partials(folder: Path, *, own: bool = False) -> None:
+    """Delete below ``folder`` what writers that were killed have left.
+
+    If it is this process's ``own`` that is all, else what processes have left that have ended; of those that cannot be
+    seen from here, what has not changed for ``OLD`` seconds.
+    """
+    for file in folder.rglob(f".*{PARTIAL}"):
+        with suppress(OSError, IndexError):
+            gone = own or owner.gone(file.name.split(".")[-3])
+            if gone or (gone is None and time.time() - file.stat().st_mtime > OLD):
+                file.unlink()
 
 
 def sync_tree(folder: Path) -> None:

@@ -27,6 +27,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from peftsweep import record
 from peftsweep.atomic import replacing, sync
 from peftsweep.model import trainable_parameters
+from peftsweep.processes import left_to_parent
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class Interruption:
 
     def __enter__(self) -> Self:
         for number in self.SECONDS if self._wanted else ():
-            if callable(handler := signal.getsignal(number)):
+            if callable(handler := signal.getsignal(number)) and handler is not left_to_parent:
                 self._handlers[number] = handler
                 signal.signal(number, self._hold)
         return self

@@ -12,6 +12,7 @@ from typing import Any
 
 from peftsweep import config as configuration
 from peftsweep import engine, experiment, forecast, naming, record, repeat, study, trial, workers
+from peftsweep.atomic import remove_partials
 from peftsweep.config import Trial
 from peftsweep.display import Display, size, summary
 from peftsweep.engine import Launch
@@ -58,6 +59,9 @@ def run(
     missing = {stand_ins[n].identity: stand_ins[n] for n, done in enumerate(results) if done is None}
     for one in missing.values():
         configuration.check_conversations(one.config)
+    if missing:
+        with suppress(OSError):  # which the first trial says that writes
+            remove_partials(study.folder(config.study))
     with Display(len(missing), quiet=config.quiet) as display, terminable():
         for held in _once(results):
             display.say(f"done before: {held.trial} ({held.status.name})")

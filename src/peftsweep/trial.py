@@ -44,6 +44,7 @@ from peftsweep import (
     train,
 )
 from peftsweep import config as configuration
+from peftsweep.atomic import remove_partials
 from peftsweep.build import Model
 from peftsweep.config import Trial, evaluation_identity, model_identity
 from peftsweep.data import Example
@@ -938,6 +939,7 @@ def begin(trial: Trial, place: Path) -> Result:
     """An empty folder but for the composed configuration, as Hydra writes it, and the record to be filled."""
     place.mkdir(parents=True, exist_ok=True)
     (place / record.RESULT).unlink(missing_ok=True)  # of a failed try
+    remove_partials(place, own=True)
     if trial.config.force:
         shutil.rmtree(place / study.CHECKPOINTS, ignore_errors=True)
     record.write_text(place / ".hydra" / "config.yaml", OmegaConf.to_yaml(as_text(trial.tree)))

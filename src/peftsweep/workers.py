@@ -224,6 +224,13 @@ class _Worker:
         said = os.pread(output, SAID, max(0, os.fstat(output).st_size - SAID)).decode(errors="replace")
         return {"type": kind, "message": message, "stage": self.stage, "traceback": said}
 
+    def interrupt(self) -> None:
+        if self.process.is_alive():
+            self._child.interrupt()
+
+    def kill(self) -> None:
+        self._child.kill()
+
     def replace(self) -> None:
         self._child.end()
         self._child = processes.start(self._place, self._threads)
@@ -325,8 +332,7 @@ def _ended(worker: _Worker, options: Options) -> tuple[str, str] | None:
     if ended := worker.news():
         return ended
     if options.timeout is not None and time.monotonic() - worker.since > options.timeout * len(worker.job):
-        worker.process.kill()
-        worker.process.join()
+        worker.kill()
         return "timeout", ""
     return None
 
@@ -350,8 +356,7 @@ def _cancel(pool: list[_Worker]) -> None:
     """Let running trials write what they have; a second interrupt ends them at once."""
     running = [worker for worker in pool if worker.job]
     for worker in running:
-        if worker.process.is_alive() and worker.process.pid is not None:
-            os.kill(worker.process.pid, signal.SIGINT)
+        worker.interrupt()
     end = time.monotonic() + PATIENCE
     while running and time.monotonic() < end:
         connection.wait([worker.connection for worker in running], 0.5)
