@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from safetensors import SafetensorError
 
-from peftsweep import atomic, record
+from peftsweep import atomic, record, study
 from peftsweep.answer import table
 from peftsweep.atomic import replacing
 
@@ -109,3 +110,10 @@ def test_a_writer_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) ->
         fail()
     assert file.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.EFBIG, errno.EACCES, errno.ENOSPC])
+def test_what_safetensors_says_of_a_disk_is_the_line_of_a_full_one(code: int) -> None:
+    said = f"Error while serializing: I/O error: {os.strerror(code)} (os error {code})"
+    assert os.strerror(code) in str(study.unwritable(SafetensorError(said)))
+    assert study.unwritable(SafetensorError(f"Error while deserializing header (os error {errno.EIO + 1000})")) is None

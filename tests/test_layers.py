@@ -15,7 +15,8 @@ FLOORS = (
     "display tracker attach coverage initialise checkpoint compiled train lanes packed evaluate inference predict "
     "harness repeat",
     "answer.columns answer.table answer.where answer.intervals answer.stats answer.effects answer.frontier "
-    "answer.rungs answer.words answer.findings answer.paired answer.methodology answer.report answer.plot answer.page",
+    "answer.rungs answer.words answer.findings answer.paired answer.methodology answer.report answer.plot answer.page "
+    "answer.prune",
     "trust limits restored config mended prepare halving build forecast guide seen trial pack workers engine slurm "
     "sweep everything preload answer.interchange answer.collect",
     "cli",

@@ -201,6 +201,12 @@ def collect() -> None:
             return guide.main(words.memory_guide, _trial, words.studies)
         from peftsweep.answer import collect as collecting
 
+        if words.yes and not words.prune:
+            raise InputError("--yes: only with --prune")
+        if words.prune:
+            from peftsweep.answer import prune
+
+            return prune.main(words.studies, words.keep_best, confirmed=words.yes)
         if words.status:
             return collecting.status(words.studies)
         return collecting.main(
@@ -247,6 +253,17 @@ def _collect_parser() -> argparse.ArgumentParser:
     parser.add_argument("--svg", action="store_true", help="plots as .svg instead of .png")
     parser.add_argument("--status", action="store_true", help="instead: how the studies stand, and what failed and why")
     parser.add_argument(
+        "--prune", action="store_true", help="instead: list the checkpoints, merged models and adapters to be removed"
+    )
+    parser.add_argument(
+        "--keep-best",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="with --prune: trials that keep adapter and merged model, by each evaluation (default: 1)",
+    )
+    parser.add_argument("--yes", action="store_true", help="with --prune: remove them")
+    parser.add_argument(
         "--from-peft", type=Path, metavar="DIR", help="results of PEFT's comparison on MetaMathQA, as a study"
     )
     parser.add_argument("--to-peft", type=Path, metavar="DIR", help="also the trials, as results of that comparison")
@@ -254,6 +271,12 @@ def _collect_parser() -> argparse.ArgumentParser:
         "--memory-guide", metavar="MODEL", help="instead: which method and quantisation of it fits which GPU, predicted"
     )
     return parser
+
+
+def _count(text: str) -> int:
+    if text.isdecimal():
+        return int(text)
+    raise argparse.ArgumentTypeError(f"must be a whole number, at least 0, not {text}")
 
 
 def _share(text: str) -> float:

@@ -167,6 +167,9 @@ def unwritable(error: BaseException) -> Unwritable | None:
         reason = error.strerror if error.errno in NO_ROOM or (error.errno in NOT_WRITTEN and ours) else None
     else:
         reason = next((said for said in NO_ROOM_SAID if said in str(error)), None)
+        code = re.search(r"serializ.*\(os error (\d+)\)", str(error), re.DOTALL)  # as of safetensors
+        if code and int(code[1]) in NOT_WRITTEN:
+            reason = os.strerror(int(code[1]))
     return Unwritable(f"{where}: {reason}; what is done is kept, the same command continues") if reason else None
 
 
