@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 from safetensors import SafetensorError
 
-from peftsweep import atomic, record, study
+from peftsweep import atomic, record, study, trial
 from peftsweep.answer import table
 from peftsweep.atomic import replacing
+from peftsweep.display import Observer
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o600), (0o002, 0o664), (0o022, 0o644)])
@@ -110,6 +113,24 @@ def test_a_writer_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) ->
         fail()
     assert file.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_a_row_that_could_not_be_flushed_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(atomic, "PAUSES", (0.0, 0.0))
+
+    class Stale(io.FileIO):
+        tries = 0
+
+        def write(self, data: Any) -> int:
+            Stale.tries += 1
+            if Stale.tries <= 2:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            return super().write(data)
+
+    with io.TextIOWrapper(io.BufferedWriter(Stale(tmp_path / "steps.jsonl", "w"))) as lines:
+        trial.log_step(lines, Observer(), {"step": 1})
+        assert record.read_lines(tmp_path / "steps.jsonl") == [{"step": 1}]
+    assert record.read_lines(tmp_path / "steps.jsonl") == [{"step": 1}]
 
 
 @pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.EFBIG, errno.EACCES, errno.ENOSPC])

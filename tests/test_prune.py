@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,6 +48,16 @@ def trained(scratch: Path) -> Path:
         found = {"task": {"accuracy": score[0]}, "perplexity": {"perplexity": score[1]}} if accuracy else {}
         Result(info, {}, {}, eval_info=found).write(place)
     return folder
+
+
+def test_a_dry_run_says_what_a_study_will_leave_on_the_disk(scratch: Path) -> None:
+    words = ["dry_run=true", "device=cpu", "method.r=2"]
+    plain, merged = (cli.run_one([*words, *more, f"study={len(more)}"]) for more in ([], ["adapter.merge=true"]))
+    assert plain.train_info["adapter_bytes"] == merged.train_info["adapter_bytes"]
+    rows = [json.loads(Path("multirun", name, "plan.json").read_text())[0] for name in "01"]
+    assert rows[0]["disk_bytes"] == plain.train_info["adapter_bytes"]
+    base = merged.train_info["total_parameters"] - merged.train_info["trainable_parameters"]
+    assert rows[1]["disk_bytes"] == rows[0]["disk_bytes"] + 4 * base  # of 32 bits
 
 
 def left(folder: Path) -> set[str]:

@@ -6,7 +6,7 @@ import errno
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -25,11 +25,23 @@ def write_text(file: Path, text: str) -> None:
     Raises:
         OSError: it cannot be written, after ``TRANSIENT`` errors not at the third try either.
     """
+
+    def write() -> None:
+        with replacing(file) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    persistently(write)
+
+
+def persistently(write: Callable[[], None]) -> None:
+    """Call ``write``, which may be called again, and again after an error that a disk may get over.
+
+    Raises:
+        OSError: after one of ``TRANSIENT`` at the third try, after any other at the first.
+    """
     for pause in (*PAUSES, None):
         try:
-            with replacing(file) as temporary:
-                temporary.write_text(text, encoding="utf-8")
-            return
+            return write()
         except OSError as error:
             if pause is None or error.errno not in TRANSIENT:
                 raise

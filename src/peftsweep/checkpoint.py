@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from peftsweep import record
-from peftsweep.atomic import replacing, sync
+from peftsweep.atomic import persistently, replacing, sync
 from peftsweep.model import trainable_parameters
 from peftsweep.processes import left_to_parent
 
@@ -193,8 +193,12 @@ class Checkpoints:
             "rows": self._rows.stat().st_size,
             "state": {name: part.state_dict() for name, part in parts.items()},
         } | ({} if trained is None else {"trained": trained})
-        with replacing(file) as temporary, temporary.open("wb") as stream:
-            torch.save(content, stream)
+
+        def write() -> None:
+            with replacing(file) as temporary, temporary.open("wb") as stream:
+                torch.save(content, stream)
+
+        persistently(write)
         sync(self._folder)
         for other in self._folder.iterdir():
             if other != file:

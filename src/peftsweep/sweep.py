@@ -19,6 +19,7 @@ from peftsweep.engine import Launch
 from peftsweep.errors import InputError, NotRun, SweepFailed, suggest
 from peftsweep.forecast import Forecast
 from peftsweep.record import Result, Status, counted, trials_in_words
+from peftsweep.schema import Dtype
 from peftsweep.sweep_record import SweepRecord
 from peftsweep.workers import Budget, Options
 
@@ -259,8 +260,29 @@ def _dry_run(trials: Sequence[Trial]) -> None:
         for line in dict.fromkeys(row["coverage"] for row in rows if row["coverage"]):
             same = [row["name"] for row in rows if row["coverage"] == line]
             print(f"{', '.join(same)}: {line}")
+        print(_disk_line(rows))
     new = sum(row["state"] == "new" for row in rows)
     print(f"{trials_in_words(len(rows))}, {new} new; nothing was trained ({file})")
+
+
+def _disk_line(rows: Sequence[dict[str, Any]]) -> str:
+    """What the trials that are to be run will leave on the disk, each counted once."""
+    left = {row["trial"]: row["disk_bytes"] for row in rows if row["state"] == "new" and not row["refused"]}
+    known = [count for count in left.values() if count is not None]
+    least = "at least " if len(known) < len(left) else ""
+    return f"on the disk: {least}{size(sum(known))} of adapters and merged models, beside records and predictions"
+
+
+def _disk_bytes(one: Trial, foreseen: Forecast) -> int | None:
+    """Of the adapter and the merged model, if they are kept; None where a size is not known."""
+    config = one.config
+    adapter = foreseen.adapter_bytes if config.adapter.save and config.adapter.path is None else 0
+    merged: int | None = 0
+    if config.adapter.merge and config.method:
+        total, trainable = foreseen.total_parameters, foreseen.trainable_parameters
+        width = 4 if config.model.dtype is Dtype.float32 else 2
+        merged = None if total is None or trainable is None else (total - trainable) * width
+    return None if adapter is None or merged is None else adapter + merged
 
 
 def _plan_line(row: dict[str, Any], width: int) -> str:
@@ -295,6 +317,7 @@ def _plan_row(one: Trial, foreseen: Forecast, stand_in: Trial) -> dict[str, Any]
         "trainable_parameters": foreseen.trainable_parameters,
         "total_parameters": foreseen.total_parameters,
         "adapter_bytes": foreseen.adapter_bytes,
+        "disk_bytes": _disk_bytes(one, foreseen),
         "coverage": foreseen.coverage,
         "same_as": f"{how} {stand_in.name}" if same else None,
         "refused": foreseen.refused,

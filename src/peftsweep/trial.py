@@ -44,7 +44,7 @@ from peftsweep import (
     train,
 )
 from peftsweep import config as configuration
-from peftsweep.atomic import remove_partials
+from peftsweep.atomic import persistently, remove_partials
 from peftsweep.build import Model
 from peftsweep.config import Trial, evaluation_identity, model_identity
 from peftsweep.data import Example
@@ -902,7 +902,7 @@ def _same(trial: Trial, found: torch.Tensor, expected: torch.Tensor, exact: floa
 def log_step(lines: Any, observer: Observer, row: dict[str, Any]) -> None:
     """A row of steps.jsonl, which ``lines`` is, on the disk and told to ``observer``."""
     lines.write(record.line(row))
-    lines.flush()
+    persistently(lines.flush)  # what was not written stays in its buffer
     observer.step(row)
 
 
