@@ -16,7 +16,7 @@ import pydoc
 import re
 import string
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,11 +30,16 @@ from omegaconf.errors import OmegaConfBaseException
 from peftsweep import data, experiment, fingerprint, limits, repeat, restored, study, trust
 from peftsweep.compatibility import stored
 from peftsweep.errors import InputError, suggest
+from peftsweep.experiment import ORIGIN
 from peftsweep.record import SECTIONS
 from peftsweep.restored import FROM_FILE
 from peftsweep.schema import Config, DatasetConfig, Dtype, Init, LossOn, ModelConfig, OnMissing, RowsConfig, Task
 from peftsweep.trust import as_text
 
+OPEN = (  # sections whose keys are the arguments of a class or function
+    *("method", "method_setup", "quant", "eval", "inference", "profiler", "tracker"),
+    *("model.architecture", "train.optimizer_kwargs", "dataset.validation.columns"),
+)
 CONVERSATIONS = "peftsweep.tasks.messages"  # the reader of datasets that hold them
 IDENTITY_LENGTH = 10  # hex digits: a study of 10,000 trials has a clash once in 20,000 studies
 IDENTITY_RULE = 2  # its version, which a record keeps; a study's trials are recognised by earlier ones too
@@ -77,6 +82,11 @@ WHOLE_SWEEP = (  # keys with one value for all points of a sweep
     *("hydra.sweeper.max_batch_size", "hydra.sweep.dir"),
 )
 PACK = 8  # trials at once that pack=auto tries
+ELSEWHERE = {  # arguments of an optimizer that are not train.optimizer_kwargs'
+    "lr": "train.learning_rate",
+    "weight_decay": "train.weight_decay",
+    **dict.fromkeys(("params", "model"), "what the method trains"),
+}
 OFF = "off"
 NEVER = ("no", "off", "false", "never", "none", "0")  # as people write null for an interval
 HARNESS = "peftsweep.harness.lm_eval"  # whose tasks bring their own rows
@@ -98,8 +108,15 @@ ONE_OF = {
 
 
 def register() -> None:
-    """Tell Hydra the schema, under a name of its own so that no group lists it as an option."""
-    ConfigStore.instance().store(name="peftsweep_schema", node=Config)
+    """Tell Hydra the schema, under a name of its own so that no group lists it as an option.
+
+    In the sections of ``OPEN`` a key needs no ``+``: they hold the arguments of what a yaml names, few of which it
+    lists. ``trial`` checks them.
+    """
+    node = OmegaConf.structured(Config)
+    for key in OPEN:
+        OmegaConf.set_struct(OmegaConf.select(node, key), False)
+    ConfigStore.instance().store(name="peftsweep_schema", node=node)
 
 
 def conf_dir() -> str:
@@ -181,7 +198,7 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
     _check_values(tree)
     _check_halving(config, choices.get("hydra/sweeper"))
     _check_objective(config)
-    _check_calls(config)
+    _check_calls(config, choices)
     _check_files(config)
     rows = None if config.dataset.hub and not config.dataset.path else _rows(config)
     _check_evaluation_rows(config, rows or _test_rows(config))
@@ -600,9 +617,12 @@ def _at(tree: Any, key: str) -> Any:
     return tree
 
 
-def _check_calls(config: Config) -> None:
-    if config.method:
-        check_call(config.method, "method")
+def _check_calls(config: Config, choices: Mapping[str, str | None]) -> None:
+    for section in ("quant", "inference", "profiler", "tracker", "method_setup"):
+        if (node := getattr(config, section)) and "_target_" not in node:
+            group = section.removesuffix("_setup")
+            raise InputError(f"{section}.{next(iter(node))}: {group}={choices.get(group)} has no such option")
+    _check_method(config.method, str(choices.get("method")))
     if config.method_setup:
         check_call(config.method_setup, "method_setup", provided=("setting",))
     if config.quant:
@@ -617,6 +637,8 @@ def _check_calls(config: Config) -> None:
         raise InputError("eval: nothing is trained (train.steps=0) and nothing evaluated")
     _check_task(config)
     for name, node in config.eval.items():
+        if "_target_" not in node:
+            raise InputError(f"eval.{name}: no such key; {suggest(name, [o for o in config.eval if o != name])}")
         options = {key: value for key, value in node.items() if key not in ROWS_KEYS}
         check_call(options, f"eval.{name}", provided=("model", "tokenizer", "examples"), also=ROWS_KEYS)
     from peftsweep import compiled, inference, tracker, train  # which import torch, as `--help` must not
@@ -626,9 +648,51 @@ def _check_calls(config: Config) -> None:
     if config.tracker:
         tracker.check(config.tracker["_target_"])
     compiled.check(config.train)
-    train.find_optimizer(config.train.optimizer)
+    _check_optimizer(config.train.optimizer_kwargs, train.find_optimizer(config.train.optimizer))
     train.interval(config.train, "eval_every", rows=1)
     train.checkpoint_due(config.train, rows=1)
+
+
+def _check_method(node: Mapping[str, Any], option: str) -> None:
+    """Check the method that was chosen by ``method=option``: ``check_call``, and whose keys they are.
+
+    A key of another method is one that a sweep of methods has for all of them.
+    """
+    if not node:
+        return
+    if "_target_" not in node:  # keys of full fine-tuning
+        raise _no_option(next(iter(node)), f"method={option}", [])
+    config = pydoc.locate(str(node["_target_"]))
+    if dataclasses.is_dataclass(config):
+        known = [field.name for field in dataclasses.fields(config) if field.init and field.name not in ORIGIN]
+        if set_here := [key for key in node if key in ORIGIN]:
+            raise InputError(f"method.{set_here[0]}: is set by peftsweep, from model and method")
+        for key in node:
+            if key not in known and not key.startswith("_"):
+                raise _no_option(key, f"method={option} ({node['_target_']})", known)
+    check_call(node, "method")
+
+
+def _no_option(key: str, method: str, known: list[str]) -> InputError:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # imports torch, which `--help` must not
+
+    fields = {field.name for other in PEFT_TYPE_TO_CONFIG_MAPPING.values() for field in dataclasses.fields(other)}
+    if key in fields:
+        advice = f"run it without method.{key}, in a command of its own; the study holds the trials of both"
+    else:
+        advice = suggest(key, known)
+    return InputError(f"method.{key}: {method} has no such option; {advice}")
+
+
+def _check_optimizer(options: Mapping[str, Any], make: Callable[..., Any]) -> None:
+    known = inspect.signature(make).parameters
+    takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values())
+    for name in options:
+        if name in ELSEWHERE:
+            raise InputError(f"train.optimizer_kwargs.{name}: is {ELSEWHERE[name]}")
+        if name not in known and not takes_all:
+            names = [one for one in _parameters(make) if one not in ELSEWHERE]
+            raise InputError(f"train.optimizer_kwargs.{name}: {make.__name__} has no such option; {suggest(name, names)}")
 
 
 def _check_task(config: Config) -> None:

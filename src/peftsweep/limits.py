@@ -42,7 +42,7 @@ RANGES: dict[str, Range] = {  # the first pattern that fits a key counts
     "dataset.train_fraction": Range(above=0, below=1),
     "dataset.max_length": Range(least=2, most=LARGEST),
     **dict.fromkeys(("dataset.samples", "dataset.validation_samples", "dataset.max_characters"), COUNT),
-    "model.architecture.num_hidden_layers": COUNT,
+    **dict.fromkeys([f"model.architecture.{name}" for name in ("num_*", "n_*", "*_size", "*_dim", "max_*")], COUNT),
     **dict.fromkeys(("train.learning_rate", "train.learning_rate_scale", "train.weight_decay", "train.clip"), RATE),
     "train.steps": OR_NONE,
     "train.epochs": RATE,

@@ -23,6 +23,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -32,7 +33,7 @@ from transformers import (
 )
 
 from peftsweep.data import Batch
-from peftsweep.errors import InputError
+from peftsweep.errors import InputError, suggest
 from peftsweep.schema import Init, ModelConfig, Task
 from peftsweep.shapes import at_target_rank
 from peftsweep.study import RESIDUAL
@@ -42,6 +43,7 @@ INITIAL = "initial"  # beside a saved adapter: as it began, where the base was c
 QUANTISED = (Linear4bit, Linear8bitLt)
 METHOD_INPUTS = "peftsweep_method_inputs"  # the attribute of an adapted model that holds them
 NEW_PARTS = "peftsweep_new_parts"  # the attribute of a classifier that names the modules its checkpoint lacked
+ROTARY = ("rope_theta", "rope_scaling", "partial_rotary_factor")  # that transformers moves into rope_parameters
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")  # names of a configuration's longest sequence
 SHARED = ("vblora_vector_bank", "prompt_encoder")  # of an adapter's weights, saved once and under other names
 NOT_MERGEABLE = "what the method adds cannot be merged into the weights"
@@ -92,11 +94,7 @@ def architecture(model: ModelConfig) -> transformers.PreTrainedConfig:
         InputError: it cannot be found, or ``model.architecture`` names no known one.
     """
     if model.architecture:
-        fields = dict(model.architecture)
-        try:
-            return AutoConfig.for_model(fields.pop("model_type"), **fields)
-        except (KeyError, ValueError, TypeError) as error:
-            raise InputError(f"model.architecture: {str(error).splitlines()[0]}") from None
+        return _described(dict(model.architecture))
     if model.init is Init.random:
         raise InputError("model.init=random needs model.architecture (model_type and sizes), as the presets have")
     try:
@@ -105,6 +103,24 @@ def architecture(model: ModelConfig) -> transformers.PreTrainedConfig:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"model.name_or_path={model.name_or_path}: cannot be loaded ({reason})") from error
+
+
+def _described(fields: dict[str, Any]) -> transformers.PreTrainedConfig:
+    if "model_type" not in fields:
+        raise InputError("model.architecture.model_type: must be given, such as llama")
+    kind = str(fields.pop("model_type"))
+    if kind not in CONFIG_MAPPING:
+        known = suggest(kind, list(CONFIG_MAPPING))
+        raise InputError(f"model.architecture.model_type={kind}: transformers has no such architecture; {known}")
+    default = AutoConfig.for_model(kind)
+    for name in fields:
+        if not hasattr(default, name) and name not in ROTARY:
+            raise InputError(f"model.architecture.{name}: no such key; {suggest(name, sorted(default.to_dict()))}")
+    try:
+        return type(default)(**fields)
+    except Exception as error:  # of any kind: transformers checks types, and calculates sizes from sizes
+        reason = re.sub(r".*\b\w+Error: ", "", " ".join(str(error).split()))
+        raise InputError(f"model.architecture: {reason}") from None
 
 
 def skeleton(model: ModelConfig, where: str = "meta", classes: int = 0) -> PreTrainedModel:
@@ -130,6 +146,11 @@ def made(model: ModelConfig, config: transformers.PreTrainedConfig, **options: A
         raise InputError(
             f"model.task={model.task.value}: {model.name_or_path} is no {what} (model_type {config.model_type})"
         ) from error
+    except Exception as error:
+        if not model.architecture:
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise InputError(f"model.architecture: describes no model that transformers can make ({reason})") from error
 
 
 def _shape(model: ModelConfig, classes: int) -> transformers.PreTrainedConfig:
