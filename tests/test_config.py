@@ -63,7 +63,10 @@ def test_every_yaml_composes_validates_and_attaches(option: str, compose: Compos
 BAD = {
     "an unknown option": (["quant=4bits"], "quant=4bits: no such option; did you mean '4bit'?"),
     "a misspelt key": (["trian.steps=3"], "trian: no such key; did you mean 'train'?"),
-    "a misspelt method key": (["method.lora_alfa=3"], "method.lora_alfa: method=lora (peft.LoraConfig) has no such option; did you"),
+    "a misspelt method key": (
+        ["method.lora_alfa=3"],
+        "method.lora_alfa: method=lora (peft.LoraConfig) has no such option; did you",
+    ),
     "an added key PEFT lacks": (["+method.rank=3"], "method.rank: method=lora (peft.LoraConfig) has no such option"),
     "a word for a number": (["method.r=abc"], "method.r=abc: must be int"),
     "a fraction for an integer": (["method.r=8.5"], "method.r=8.5: must be int"),

@@ -142,6 +142,8 @@ def run_one(overrides: list[str]) -> Result:
     if one.config.dry_run:
         return sweep.planned(one)
     forecast.check(one)
+    if trial.finished(one) is None:
+        forecast.check_cached(one)
     with sweep.terminable():
         return trial.run(one)
 

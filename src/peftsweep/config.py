@@ -27,7 +27,7 @@ from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peftsweep import data, experiment, fingerprint, limits, repeat, restored, study, trust
+from peftsweep import data, experiment, fingerprint, hub, limits, repeat, restored, study, trust
 from peftsweep.compatibility import stored
 from peftsweep.errors import InputError, suggest
 from peftsweep.experiment import ORIGIN
@@ -151,6 +151,7 @@ class Trial:
     # Which fields of an experiment's files were taken, and which not: see experiment.Reading.facts.
     experiment: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
     told_by: str = ""  # what tells it from the other trials of its sweep and study
+    offline: bool = False  # the hub does not answer, as a process has found that the trial was sent from
 
     @property
     def name(self) -> str:
@@ -232,7 +233,7 @@ def _schema() -> DictConfig:
 
 def without_rows(trial: Trial) -> Trial:
     """The trial without its rows, to be sent to another process, which reads them itself."""
-    return dataclasses.replace(trial, rows=None)
+    return dataclasses.replace(trial, rows=None, offline=hub.is_offline())
 
 
 def with_rows(trial: Trial) -> Trial:
@@ -242,6 +243,8 @@ def with_rows(trial: Trial) -> Trial:
         InputError: they are not those any more that it was checked with.
     """
     config = trial.config
+    if trial.offline:
+        hub.go_offline()
     rows = None if config.dataset.hub and not config.dataset.path else _rows(config)
     if _identity(config, rows).training != trial.training:
         raise InputError("dataset: the files have changed since the sweep began")
@@ -692,7 +695,9 @@ def _check_optimizer(options: Mapping[str, Any], make: Callable[..., Any]) -> No
             raise InputError(f"train.optimizer_kwargs.{name}: is {ELSEWHERE[name]}")
         if name not in known and not takes_all:
             names = [one for one in _parameters(make) if one not in ELSEWHERE]
-            raise InputError(f"train.optimizer_kwargs.{name}: {make.__name__} has no such option; {suggest(name, names)}")
+            raise InputError(
+                f"train.optimizer_kwargs.{name}: {make.__name__} has no such option; {suggest(name, names)}"
+            )
 
 
 def _check_task(config: Config) -> None:

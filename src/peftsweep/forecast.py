@@ -10,20 +10,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
 
-from peftsweep import build, compatibility, coverage, model, probe, train
+from peftsweep import build, compatibility, coverage, data, model, probe, train
 from peftsweep import config as configuration
 from peftsweep.config import Trial
 from peftsweep.data import Tokens
 from peftsweep.display import size
 from peftsweep.errors import InputError
 from peftsweep.predict import Prediction, Shape, predict, shapes, skeleton
-from peftsweep.schema import Config, Dtype, Init, ModelConfig, Task, TrainConfig
+from peftsweep.schema import Config, DatasetConfig, Dtype, RowsConfig, Task, TrainConfig, ValidationConfig
 from peftsweep.shapes import without_numbers
 
 log = logging.getLogger(__name__)
@@ -72,6 +71,24 @@ def check(trial: Trial) -> Forecast:
     return forecast
 
 
+def check_cached(trial: Trial) -> None:
+    """Where the hub does not answer: that all that the trial takes from it is in the local cache.
+
+    Raises:
+        InputError: something is not.
+    """
+    config = trial.config
+    model.check_cached(config.model)
+    sources: dict[str, DatasetConfig | ValidationConfig | RowsConfig] = {
+        "dataset": config.dataset,
+        "dataset.validation": config.dataset.validation,
+    }
+    sources |= {f"eval.{name}": configuration.evaluation_source(config, name) for name in config.eval}
+    for key, rows in sources.items():
+        if rows.hub is not None and rows.path is None:
+            data.check_cached(rows.hub, rows.hub_config, rows.revision, f"{key}.hub")
+
+
 def _of_the_model(trial: Trial) -> list[Any]:
     """The model as keys of forecasts have it: its files, its roles, the classes of its head."""
     model = trial.config.model
@@ -118,17 +135,13 @@ def _check_reading(trial: Trial) -> None:
 def _room(trial: Trial) -> int | None:
     """How many tokens a row may have; None where there is no limit. Of a local model also by its tokenizer."""
     config, virtual = trial.config.model, build.virtual_tokens(trial)
-    if not _is_local(config):
+    if not model.is_local(config):
         limit = model.positions(config)
         return None if limit is None else limit - virtual
     key = configuration.content_hash([configuration.model_identity(config), virtual])
     if key not in _ROOMS:
         _ROOMS[key] = int(build.load_tokenizer(trial).model_max_length)
     return _ROOMS[key]
-
-
-def _is_local(config: ModelConfig) -> bool:
-    return config.init is Init.random or Path(model.source(config)).is_dir()
 
 
 def _sizes(adapted: build.Model, config: TrainConfig) -> Forecast:
@@ -298,7 +311,7 @@ def longest(trial: Trial) -> Shape:
 def _shapes(trial: Trial, tokens: Sequence[Tokens] | None) -> list[Shape]:
     """Those of the micro-batches: of ``tokens``, of local rows, else as long as ``dataset.max_length`` allows."""
     config = trial.config
-    if tokens is None and trial.rows is not None and _is_local(config.model):
+    if tokens is None and trial.rows is not None and model.is_local(config.model):
         tokens = build.training_tokens(trial, build.load_tokenizer(trial), trial.rows.train)
     return (shapes(tokens, config.train, config.seed) if tokens else []) or [longest(trial)]
 
