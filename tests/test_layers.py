@@ -16,8 +16,8 @@ FLOORS = (
     "harness repeat",
     "answer.columns answer.table answer.where answer.intervals answer.stats answer.effects answer.frontier "
     "answer.rungs answer.words answer.findings answer.paired answer.methodology answer.report answer.plot answer.page",
-    "trust limits restored config mended prepare halving build forecast guide seen trial pack workers engine slurm "
-    "sweep everything preload answer.interchange answer.collect",
+    "trust limits restored command_line config mended prepare halving build forecast guide seen trial pack workers "
+    "engine slurm sweep everything preload answer.interchange answer.collect",
     "cli",
 )
 ORDER = [module for floor in FLOORS for module in floor.split()]
@@ -37,6 +37,7 @@ WITHOUT_TORCH += [
     "sweep_record",
     "mended",
     "hub",
+    "command_line",
 ]
 
 

@@ -18,6 +18,7 @@ import string
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,9 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
     OmegaConf.set_struct(cfg, False)
     cfg.pop("hydra", None)
     overrides = list(overrides)
+    _check_complete(cfg, Config)
+    if not cfg.method and choices.get("method") not in ("full", FROM_FILE, None):
+        raise InputError(f"method={choices['method']}: its yaml names no method; it needs method: {{_target_: peft.X}}")
     source, own = _source(cfg), {name for _, name in trust.names(OmegaConf.to_container(cfg))}
     made, heeded = _fill_from_files(cfg, overrides, choices)
     choices = dict(choices) | made
@@ -455,6 +459,15 @@ def _check_keys(tree: Mapping[str, Any], schema: Any, where: str = "") -> None:
             _check_keys(value, kinds[key], f"{where}{key}.")
 
 
+def _check_complete(cfg: DictConfig, schema: Any, where: str = "") -> None:
+    """Refuse a configuration that lacks a key, as one that was deleted (``~seed``)."""
+    for field, kind in typing.get_type_hints(schema).items():
+        if field not in cfg:
+            raise InputError(f"{where}{field}: must be given; it cannot be deleted")
+        if dataclasses.is_dataclass(kind) and not OmegaConf.is_missing(cfg, field):
+            _check_complete(cfg[field], kind, f"{where}{field}.")
+
+
 def _check_values(tree: dict[str, Any]) -> None:
     for key, allowed in ONE_OF.items():
         if (value := _at(tree, key)) is not None and value not in allowed:
@@ -644,6 +657,7 @@ def _check_calls(config: Config, choices: Mapping[str, str | None]) -> None:
             raise InputError(f"eval.{name}: no such key; {suggest(name, [o for o in config.eval if o != name])}")
         options = {key: value for key, value in node.items() if key not in ROWS_KEYS}
         check_call(options, f"eval.{name}", provided=("model", "tokenizer", "examples"), also=ROWS_KEYS)
+        _check_types({key: node[key] for key in ROWS_KEYS if key in node}, RowsConfig, f"eval.{name}")
     from peftsweep import compiled, inference, tracker, train  # which import torch, as `--help` must not
 
     if config.inference.get("_target_") == "peftsweep.inference.benchmark":
@@ -759,13 +773,22 @@ def check_call(node: Mapping[str, Any], key: str, provided: Iterable[str] = (), 
         ):
             for inner, one in value.items():
                 check_call(one, f"{key}.{name}.{inner}", provided=("prediction", "answer"))
-        elif name in hints and not (
-            _fits(value, hints[name])
-            or value == inspect.signature(function).parameters[name].default  # None, annotated as if it could not be
-            or re.fullmatch(LOOSE.get(name, ""), str(value))
-        ):
-            wanted = inspect.formatannotation(hints[name]).replace("typing.", "")
-            raise InputError(f"{key}.{name}={value}: must be {wanted}")
+        elif name in hints and not re.fullmatch(LOOSE.get(name, ""), str(value)):
+            default = inspect.signature(function).parameters[name].default
+            if not (value is None and default is None):  # annotated as if it could not be None
+                _check_types({name: value}, function, key)
+
+
+def _check_types(values: Mapping[str, Any], described: Any, key: str) -> None:
+    """Refuse a value that is not of the type that a class or function annotates it with."""
+    hints = _hints(described)
+    for name, value in values.items():
+        if not _fits(value, hints[name]):
+            raise InputError(f"{key}.{name}={value}: must be {_type_in_words(hints[name])}")
+
+
+def _type_in_words(hint: Any) -> str:
+    return inspect.formatannotation(hint).replace("typing.", "").replace("None", "null")
 
 
 def _parameters(function: Any) -> list[str]:
@@ -981,13 +1004,36 @@ def one_line(error: BaseException) -> str:
             return str(below)
         below = below.__cause__ or below.__context__
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        if type(cause).__name__ in ("ValidationError", "ConfigTypeError", "UnsupportedValueType") and (
+            kind := _schema_type(cause.full_key)
+        ):
+            value = getattr(cause, "value", None)
+            return f"{cause.full_key}={'null' if value is None else value}: must be {kind}"
         if type(cause).__name__ in ("ConfigAttributeError", "ConfigKeyError"):
             parent = cause.parent_node
             known = [str(key) for key in parent] if isinstance(parent, DictConfig) else []
             return f"{cause.full_key}: no such key; {suggest(str(cause.key), known)}"
         return f"{cause.full_key}: {_first_line(cause)}"
     text = " ".join(str(error).split())
-    return re.sub(r"\s*(Check available|Set the environment variable|See https?://).*", "", text)
+    text = re.sub(r"^In '([\w/]+)': \w+ raised while composing config:", r"\1.yaml:", text)
+    text = re.sub(r"full_key: ([\w.]+)", r"(key \1)", text)
+    return re.sub(r"\s*(full_key:|reference_type=|object_type=|Check available|Set the environment variable|See https?://).*", "", text)
+
+
+def _schema_type(key: str) -> str | None:
+    """The type of a key of the schema, in words; None for a key of a section that is open."""
+    kind: Any = Config
+    for part in key.split("."):
+        hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        if part not in hints:
+            return None
+        kind = hints[part]
+    inner = [one for one in typing.get_args(kind) or [kind] if one is not type(None)]
+    if dataclasses.is_dataclass(kind) or kind is Any:
+        return None
+    if isinstance(inner[0], type) and issubclass(inner[0], Enum):
+        return "one of " + ", ".join(inner[0].__members__) + (", null" if len(typing.get_args(kind)) > 1 else "")
+    return _type_in_words(kind)
 
 
 def _first_line(error: BaseException) -> str:
