@@ -6,6 +6,7 @@ of its points before the first is trained.
 
 from __future__ import annotations
 
+import copy
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -15,8 +16,12 @@ from typing import Any
 import datasets
 import huggingface_hub
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from peftsweep import InputError, cli, data, forecast, hub, model
+from peftsweep import InputError, cli, command_line, data, forecast, hub, limits, model
+from peftsweep import config as configuration
 from peftsweep.config import Trial
 
 
@@ -152,3 +157,192 @@ def test_trials_whose_rows_cannot_be_had_are_refused_before_the_first_trains(
 def test_a_dry_run_needs_no_rows_of_the_hub(command: Callable[..., tuple[int, str, str]]) -> None:
     code, _, err = command("dataset=gsm8k", "dry_run=true")
     assert (code, err) == (0, "")
+
+
+# ---- words -------------------------------------------------------------------------------------------------
+
+WRONG_WORDS = {
+    "method=null": "method=null: no such option; there are: adalora",
+    "method=5": "method=5: no such option; there are: ",
+    "model=true": "model=true: no such option; there are: ",
+    "quant=": "quant=: no such option; there are: 4bit, 8bit",
+    "eval=null": "eval=null: no such option; there are: ",
+    "method=[lora,ia3]": "method=[lora,ia3]: must be one option; to sweep several: method=lora,ia3",
+    "~method": "~method: cannot be deleted",
+    "~targets": "~targets: cannot be deleted",
+    "~seed": "seed: must be given; it cannot be deleted",
+    "~train.steps": "train.steps=null: must be int",
+    "hydra=null": "hydra: is Hydra's own section",
+    "hydra/launcher=null": "hydra/launcher=null: must be given",
+    "hydra.sweep.dir=elsewhere": "hydra.sweep.dir: decides nothing: a trial's folder is multirun/STUDY/TRIAL",
+    "hydra.run.dir=elsewhere": "hydra.run.dir: decides nothing",
+    "hydra.mode=RUN": "hydra.mode: cannot be set",
+    "-r": "-r: cannot be set",
+    "--foo": "--foo: no such option",
+    "--config-dir": "--config-dir: needs a value",
+    "method.r=range(1,5,0)": "the step of a range must not be 0",
+    "method.r=range(5,1)": "there is no value in this range",
+    "method.r=range(1,1000000000)": "a range may have at most 100,000 values",
+    "method.r=8,": "method.r=8,: there is no value beside one of its commas",
+    "method.r=8,,16": "there is no value beside one of its commas",
+    "method.r=8, 16": "method.r=8, 16: values are separated by commas alone: 'method.r=8,16'",
+    "method.r": "method.r: must be KEY=VALUE",
+    "=3": "=3: must be KEY=VALUE, and the key has an empty part",
+    "method..r=3": "method..r=3: cannot be read; must be KEY=VALUE",
+    "dataset.prompt={question}": "needs quotes inside those of the shell: 'dataset.prompt=\"{question}\"'",
+    "dataset.path=rows(1).jsonl": "needs quotes inside those of the shell: 'dataset.path=\"rows(1).jsonl\"'",
+    "dataset.path=it's.jsonl": "'dataset.path=\"it's.jsonl\"'",
+    "dataset.path=a,b.jsonl": "the comma of a file's name needs quotes: 'dataset.path=\"a,b.jsonl\"'",
+    "method.r=${": "needs quotes",
+    "method.r=[8": "needs quotes",
+    "method.r=foo(3)": "needs quotes",
+}
+OF_HYDRA = (
+    "antlr",
+    "mismatched",
+    "extraneous",
+    "token recognition",
+    "LexerNoViable",
+    "full_key",
+    "To append",
+    "argument",
+)
+
+
+@pytest.mark.parametrize("words", WRONG_WORDS)
+def test_a_word_that_cannot_be_read_is_one_line_in_our_words(words: str) -> None:
+    Path("a,b.jsonl").touch()
+    with pytest.raises(InputError) as refused:
+        cli._trial(*words.split())
+    assert WRONG_WORDS[words] in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not any(word in str(refused.value) for word in OF_HYDRA)
+
+
+def test_words_that_are_right_stay_as_they_are() -> None:
+    conf = Path(configuration.conf_dir())
+    words = [
+        "--config-dir",
+        "mine",
+        "method=lora,ia3",
+        "method=glob(*)",
+        "eval=[gsm8k,sst2]",
+        "eval=[]",
+        "train={steps: 3}",
+    ]
+    words += ["method.r=range(1,5)", "'dataset.prompt={a}, {b} '".strip("'").replace("{a}, {b} ", '"{a}, {b} "')]
+    words += ["~eval", "+label=x", "hydra.launcher.workers=2", "sweep=rank_ablation,module_ablation", "label="]
+    assert command_line.checked(words, conf) == words
+    assert command_line.checked(["sweep=null", "point=null", "seed=1"], conf) == ["seed=1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("method: {r: [1\n", "line 2: is no yaml: expected ',' or ']'"),
+        ("method:\n\tr: 1\n", "line 2: is no yaml: found character '\\t'"),
+        ("# @package _global_\nmethod:\n  _target_: peft.LoraConfig\n  r: 1\n  r: 2\n", "line 5: has the key r twice"),
+        ("method: !!python/object:os.system {}\n", "line 1: has a tag"),
+        ("a: 1\nb: !mine {r: 1}\n", "line 2: has a tag"),
+        ("- a\n", "line 1: must hold keys and values"),
+        ("# @package _global_\nmethod: {3: 4}\n", "line 2: has a key that is no text"),
+        ("defaults: 5\n", "line 1: defaults must be a list"),
+        ("a: \x00\n", "line 1: is no yaml"),
+        (b"a: 1\nb: \xe9\n".decode("latin-1"), "line 2: is no UTF-8 text"),
+    ],
+)
+def test_a_wrong_yaml_of_ones_own_is_named_with_its_line(
+    text: str, expected: str, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    Path("mine/method").mkdir(parents=True)
+    Path("mine/method/other.yaml").write_text("a: [")  # one that is not chosen is not what is wrong
+    Path("mine/method/bad.yaml").write_bytes(text.encode("latin-1"))
+    code, out, err = command("--config-dir", "mine", "method=bad")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"peftsweep: mine/method/bad.yaml, {expected}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["", "# @package _global_\nmethod: {}\n"])
+def test_a_method_yaml_that_names_no_method_is_no_full_fine_tuning(
+    text: str, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    Path("mine/method").mkdir(parents=True)
+    Path("mine/method/empty.yaml").write_text(text)
+    code, _, err = command("--config-dir", "mine", "method=empty", "dry_run=true")
+    assert code == 2
+    assert err.startswith("peftsweep: method=empty: its yaml names no method")
+
+
+def test_a_newline_of_a_template_may_be_written_as_on_a_command_line(compose: Callable[..., Trial]) -> None:
+    one = compose(
+        r'dataset.prompt="{question}:\n"', r'eval.tiny_math.stop=["\n", "x"]', r'dataset.answer="\\nu {answer}"'
+    )
+    assert one.config.dataset.prompt == "{question}:\n"
+    assert one.config.dataset.answer == r"\nu {answer}"
+    assert one.config.eval["tiny_math"]["stop"] == ["\n", "x"]
+
+
+def test_a_module_beside_ones_own_yaml_or_in_the_working_directory_can_be_named(
+    command: Callable[..., tuple[int, str, str]],
+) -> None:
+    Path("mine/eval").mkdir(parents=True)
+    Path("mine/mine_first_word.py").write_text(
+        "def first_word(prediction, answer):\n    return float(prediction.split()[:1] == answer.split()[:1])\n"
+    )
+    Path("here_last_word.py").write_text("def last_word(prediction, answer):\n    return 1.0\n")
+    code, out, err = command(
+        *("--config-dir", "mine", "eval.tiny_math.metric._target_=mine_first_word.first_word,here_last_word.last_word"),
+        *("eval.tiny_math.metric.markers=null", "dry_run=true"),
+    )
+    assert "no such class" not in err
+    code, out, err = command(
+        *("--config-dir", "mine", "dry_run=true", "eval.tiny_math.metric={_target_: here_last_word.last_word}"),
+        "~eval.tiny_math.metric.markers",
+    )
+    assert (code, err) == (0, ""), out
+
+
+# ---- values ------------------------------------------------------------------------------------------------
+
+VALUES = ("nan", "inf", "1e300", "-1", "abc", "18446744073709551616", "[1]", "{a: 1}")
+OPTIONS = ["inference=standard", "profiler=torch", "train.eval_every=10"]
+MAY_BE = {  # keys of texts or of any number, and what they take of the values
+    "model.device_map": {"{a: 1}"},
+    "method.lora_alpha": {"18446744073709551616"},
+    "profiler.sizes": {"[1]"},
+    **{
+        f"train.{key}": {"18446744073709551616"}
+        for key in ("learning_rate", "learning_rate_scale", "weight_decay", "clip")
+    },
+}
+
+
+def numeric_keys() -> list[str]:
+    """Each key of the groups above whose value is a number, or a number that is not given."""
+    tree = cli._trial(*OPTIONS).tree
+    unset = ["train.epochs", "dataset.max_characters", "dataset.samples", "halving.min_steps", "halving.rung"]
+    own = {name for name, _ in limits.numbers(tree)} | {*unset}
+    return sorted(key for key in own if not key.rpartition(".")[2].isdecimal())
+
+
+@pytest.mark.parametrize("every", [len(VALUES), pytest.param(1, marks=pytest.mark.slow)])
+def test_no_number_of_any_group_may_be_what_is_none(every: int) -> None:
+    """Of the composed point, as the launcher changes it: composing anew for each value would take minutes."""
+    cfg = cli.compose(OPTIONS)
+    wrong = []
+    for number, key in enumerate(numeric_keys()):
+        for value in VALUES[number % every :: every]:  # fast: one of them for each key, each for some
+            point = copy.deepcopy(cfg)
+            parsed = OverridesParser.create().parse_overrides([f"{key}={value}"])[0].value()
+            try:
+                OmegaConf.update(point, key, parsed)
+                configuration.trial(point, cfg.hydra.runtime.choices, [f"{key}={value}"])
+                said = None
+            except (InputError, OmegaConfBaseException) as error:
+                said = str(error) if isinstance(error, InputError) else configuration.one_line(error)
+            if said is None and value not in MAY_BE.get(key, ()):
+                wrong.append(f"{key}={value} is taken")
+            elif said is not None and not (said.startswith(key) and "must be" in said and "\n" not in said):
+                wrong.append(f"{key}={value}: {said}")
+    assert wrong == []

@@ -62,9 +62,9 @@ def _quoted(path: Path) -> str:
 
 
 def _product(*numbers: Any) -> Any:
-    """Of numbers; of anything else 0, as only numbers are calculated with and a key that holds another is refused."""
+    """Of numbers; of anything else 1, which every key may be: the key that holds it is refused by its own check."""
     known = all(isinstance(one, int | float) and math.isfinite(one) for one in numbers)
-    return math.prod(numbers) if known else 0
+    return math.prod(numbers) if known else 1
 
 
 # What conf/ calculates with. A job of another launcher composes its point in a process that only imports this module.
@@ -96,6 +96,7 @@ def _hydra() -> int:
     configuration.register()
     if not {"-sc", "--shell-completion"} & set(sys.argv):
         sys.argv[1:] = command_line.checked(sys.argv[1:], Path(configuration.conf_dir()))
+        command_line.import_from([*command_line.own_folders(sys.argv[1:]), Path.cwd()])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would else print as ten lines
     try:
         hydra.main(version_base="1.3", config_path=configuration.conf_dir(), config_name="config")(_task)()
@@ -116,7 +117,7 @@ def _guarded(door: object) -> int:
     except InputError as error:
         problem = str(error)
     except (HydraException, OmegaConfBaseException) as error:
-        problem = command_line.wrong_yaml(sys.argv[1:]) or configuration.one_line(error)
+        problem = command_line.wrong_yaml(sys.argv[1:], only_chosen=True) or configuration.one_line(error)
     except (OSError, Unwritable, ValueError, yaml.YAMLError) as error:
         reason = study.unwritable(error) or command_line.wrong_yaml(sys.argv[1:])
         if reason is None:
@@ -136,6 +137,8 @@ def _task(cfg: DictConfig) -> None:
     hydra_config = HydraConfig.get()
     if (here := Path(hydra_config.runtime.cwd)).is_dir():
         os.chdir(here)  # all paths are relative to where the command runs, whatever hydra.job.chdir says
+    sources = [Path(source.path) for source in hydra_config.runtime.config_sources if source.schema == "file"]
+    command_line.import_from([*sources, Path.cwd()])
     engine.job(configuration.trial(cfg, hydra_config.runtime.choices, hydra_config.overrides.task))
 
 
@@ -161,6 +164,7 @@ def run_one(overrides: list[str]) -> Result:
 
 
 def _trial(*words: str) -> configuration.Trial:
+    command_line.import_from([Path.cwd()])
     words = tuple(command_line.checked(words, Path(configuration.conf_dir())))
     try:
         cfg = compose(list(words))

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,9 @@ OF_HYDRA = {  # keys of Hydra's that decide nothing here, and what does
         "decides nothing: a trial's folder is multirun/STUDY/TRIAL, by study=STUDY, in the working directory",
     ),
     "hydra": "is Hydra's own section; give one of its keys, such as hydra.launcher.workers=2",
-    "hydra.mode": "cannot be set: every command is a sweep, of one trial or more",
+    **dict.fromkeys(("-r", "--run", "hydra.mode"), "cannot be set: every command is a sweep, of one trial or more"),
 }
+NOT_NULL = ("hydra.launcher", "hydra.sweeper", "hydra/launcher", "hydra/sweeper", "hydra.callbacks")
 
 
 def checked(words: Sequence[str], conf: Path) -> list[str]:
@@ -40,15 +43,20 @@ def checked(words: Sequence[str], conf: Path) -> list[str]:
     """
     options = {name: action for action in get_args_parser()._actions for name in action.option_strings}
     groups = {folder.name: folder for folder in conf.iterdir() if folder.is_dir() and folder.name != "hydra"}
+    for word, after in pairwise(words):
+        if "=" in word and word.endswith(",") and "=" not in after and not after.startswith(("-", "~")):
+            raise InputError(f"{word} {after}: values are separated by commas alone: '{word}{after}'")
     kept: list[str] = []
     left = iter(words)
     for word in left:
         kept.append(word)
         if not word.startswith("-"):
-            if not _says_something(word, kept[:-1], groups):
+            if not _says_something(word, groups):
                 kept.pop()
             continue
         name, given, _ = word.partition("=")
+        if name in OF_HYDRA:
+            raise InputError(f"{name}: {OF_HYDRA[name]}")
         if name not in options:
             raise InputError(f"{name}: no such option; {suggest(name, list(options))}")
         takes, choices = options[name].nargs is None, options[name].choices
@@ -64,11 +72,9 @@ def checked(words: Sequence[str], conf: Path) -> list[str]:
     return kept
 
 
-def _says_something(word: str, before: Sequence[str], groups: dict[str, Path]) -> bool:
+def _says_something(word: str, groups: dict[str, Path]) -> bool:
     """Whether the word, which is checked, chooses or changes anything."""
     if "=" not in word and not word.startswith("~"):
-        if before and before[-1].endswith(","):
-            raise InputError(f"{before[-1]} {word}: values are separated by commas alone: '{before[-1]}{word}'")
         raise InputError(f"{word}: must be KEY=VALUE; a value with blanks needs quotes for the shell")
     one = _parsed(word)
     key = one.key_or_group
@@ -76,6 +82,8 @@ def _says_something(word: str, before: Sequence[str], groups: dict[str, Path]) -
         raise InputError(f"{word}: must be KEY=VALUE, and the key has an empty part")
     if key in OF_HYDRA:
         raise InputError(f"{key}: {OF_HYDRA[key]}")
+    if key in NOT_NULL and one._value is None:
+        raise InputError(f"{word}: must be given; without this word it is peftsweep's own")
     _check_swept(word, one)
     if key not in groups or one.package is not None:
         return True
@@ -150,13 +158,14 @@ def _listed(options: Iterable[Any]) -> str:
     return ",".join(str(option.text if isinstance(option, QuotedString) else option) for option in options)
 
 
-def wrong_yaml(words: Sequence[str]) -> str | None:
+def wrong_yaml(words: Sequence[str], *, only_chosen: bool = False) -> str | None:
     """What a yaml in the folders of ``--config-dir`` has wrong, with its file and line; None if all can be read.
 
     Those that the words choose are looked at first.
     """
     said = {part for word in words for part in re.split(r"[=,\[\]]", word)}
     files = [file for folder in own_folders(words) for file in folder.rglob("*.yaml")]
+    files = [file for file in files if file.stem in said] if only_chosen else files
     for file in sorted(files, key=lambda file: (file.stem not in said, file)):
         try:
             read = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
@@ -186,7 +195,7 @@ def _unlike_ours(node: yaml.Node) -> tuple[int, str] | None:
 def _wrong_part(node: yaml.Node) -> tuple[int, str] | None:
     line = node.start_mark.line + 1
     if not node.tag.startswith("tag:yaml.org,2002:") or "/" in node.tag:
-        return line, f"has the tag {node.tag}; there are none here"
+        return line, "has a tag (!); there are none in a configuration"
     if isinstance(node, yaml.MappingNode):
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for number, (key, _) in enumerate(node.value):
@@ -198,6 +207,13 @@ def _wrong_part(node: yaml.Node) -> tuple[int, str] | None:
     else:
         parts = node.value if isinstance(node, yaml.SequenceNode) else []
     return next((found for part in parts if (found := _wrong_part(part)) is not None), None)
+
+
+def import_from(folders: Iterable[Path]) -> None:
+    """Let ``_target_`` name modules in ``folders``, below all that is installed; workers that are started do so too."""
+    for folder in map(str, (folder.resolve() for folder in folders)):
+        if folder not in sys.path:
+            sys.path.append(folder)
 
 
 def own_folders(words: Sequence[str]) -> list[Path]:

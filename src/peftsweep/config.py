@@ -88,6 +88,8 @@ ELSEWHERE = {  # arguments of an optimizer that are not train.optimizer_kwargs'
     "weight_decay": "train.weight_decay",
     **dict.fromkeys(("params", "model"), "what the method trains"),
 }
+TEMPLATE = re.compile(r"(dataset|eval\.\w+)\.(prompt|answer|stop)")  # keys of texts that may have several lines
+DEVICE_MAP = re.compile(r"auto|balanced|balanced_low_0|sequential|disk|meta|(cpu|cuda|xpu|mps)(:\d+)?")
 OFF = "off"
 NEVER = ("no", "off", "false", "never", "none", "0")  # as people write null for an interval
 HARNESS = "peftsweep.harness.lm_eval"  # whose tasks bring their own rows
@@ -176,6 +178,7 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
     cfg.pop("hydra", None)
     overrides = list(overrides)
     _check_complete(cfg, Config)
+    _read_newlines(cfg, overrides)
     if not cfg.method and choices.get("method") not in ("full", FROM_FILE, None):
         raise InputError(f"method={choices['method']}: its yaml names no method; it needs method: {{_target_: peft.X}}")
     source, own = _source(cfg), {name for _, name in trust.names(OmegaConf.to_container(cfg))}
@@ -468,6 +471,19 @@ def _check_complete(cfg: DictConfig, schema: Any, where: str = "") -> None:
             _check_complete(cfg[field], kind, f"{where}{field}.")
 
 
+def _read_newlines(cfg: DictConfig, overrides: Iterable[str]) -> None:
+    r"""Have ``\n`` in a template of the command line be the end of a line; ``\\n`` are these two characters."""
+    for key in (override.lstrip("+").partition("=")[0] for override in overrides):
+        if TEMPLATE.fullmatch(key) and (said := OmegaConf.select(cfg, key, throw_on_missing=False)) is not None:
+            texts = [_with_newlines(text) for text in said] if OmegaConf.is_list(said) else _with_newlines(said)
+            OmegaConf.update(cfg, key, texts)
+
+
+def _with_newlines(text: Any) -> Any:
+    ends = {r"\n": "\n", r"\\n": r"\n"}
+    return re.sub(r"\\?\\n", lambda found: ends[found[0]], text) if isinstance(text, str) else text
+
+
 def _check_values(tree: dict[str, Any]) -> None:
     for key, allowed in ONE_OF.items():
         if (value := _at(tree, key)) is not None and value not in allowed:
@@ -580,10 +596,19 @@ def placement(options: Mapping[str, Any]) -> dict[str, Any]:
         if key not in LAUNCHER:
             raise InputError(f"hydra.launcher.{key}: no such key; {suggest(key, list(LAUNCHER))}")
         least = LAUNCHER[key]
-        if least is not None and value is not None and not (isinstance(value, int) and value >= least):
+        if least is None or (value is None and key != "retries"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= limits.LARGEST:
             raise InputError(f"hydra.launcher.{key}={value}: must be a whole number, at least {least}")
+    devices = options.get("devices")
+    if devices is not None and not (isinstance(devices, list | tuple) and devices and all(map(_is_number, devices))):
+        raise InputError(f"hydra.launcher.devices={devices}: must be numbers of CUDA devices, such as [0,2], or null")
     times = {key: seconds(options.get(key), f"hydra.launcher.{key}") for key in ("timeout", "deadline")}
     return dict(options) | times | _packing(options.get("pack", OFF), options.get("measure"))
+
+
+def _is_number(device: Any) -> bool:
+    return str(device).isdecimal() and not isinstance(device, bool)
 
 
 def _packing(size: Any, measure: Any) -> dict[str, Any]:
@@ -610,7 +635,7 @@ def seconds(text: str | float | None, key: str) -> float | None:
     if text is None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", str(text).strip())
-    if found is None:
+    if found is None or not float(found[1]):
         raise InputError(f"{key}={text}: must be a time such as 90s, 30m, 2h or 1d")
     return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
@@ -622,7 +647,7 @@ def size_in_bytes(text: str, key: str) -> float:
         InputError: it is no such size.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
-    if found is None or found[2] not in UNITS:
+    if found is None or found[2] not in UNITS or not float(found[1]):
         raise InputError(f"{key}={text}: must be a size such as 24GB; units: {', '.join(UNITS)}")
     return float(found[1]) * UNITS[found[2]]
 
@@ -664,9 +689,11 @@ def _check_calls(config: Config, choices: Mapping[str, str | None]) -> None:
         inference.plan(**config.inference)
     if config.tracker:
         tracker.check(config.tracker["_target_"])
+    _check_model(config.model)
     compiled.check(config.train)
     _check_optimizer(config.train.optimizer_kwargs, train.find_optimizer(config.train.optimizer))
-    train.interval(config.train, "eval_every", rows=1)
+    if (every := train.interval(config.train, "eval_every", rows=1)) is not None and every > limits.LARGEST:
+        raise InputError(f"train.eval_every={config.train.eval_every}: must be at most {limits.LARGEST} steps")
     train.checkpoint_due(config.train, rows=1)
 
 
@@ -712,6 +739,21 @@ def _check_optimizer(options: Mapping[str, Any], make: Callable[..., Any]) -> No
             raise InputError(
                 f"train.optimizer_kwargs.{name}: {make.__name__} has no such option; {suggest(name, names)}"
             )
+
+
+def _check_model(model: ModelConfig) -> None:
+    """What transformers would find wrong only when it loads the weights."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    known, said = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()], model.attn_implementation
+    if said is not None and said not in known and "/" not in said:  # with one it is a kernel of the hub
+        raise InputError(f"model.attn_implementation={said}: no such attention; {suggest(said, known)}")
+    places = model.device_map.values() if isinstance(model.device_map, Mapping) else [model.device_map]
+    for place in places:
+        if place is None or (isinstance(place, int) and not isinstance(place, bool) and place >= 0):
+            continue
+        if not (isinstance(place, str) and DEVICE_MAP.fullmatch(place)):
+            raise InputError(f"model.device_map={model.device_map}: must be auto, a device, or modules with theirs")
 
 
 def _check_task(config: Config) -> None:
@@ -1017,7 +1059,8 @@ def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     text = re.sub(r"^In '([\w/]+)': \w+ raised while composing config:", r"\1.yaml:", text)
     text = re.sub(r"full_key: ([\w.]+)", r"(key \1)", text)
-    return re.sub(r"\s*(full_key:|reference_type=|object_type=|Check available|Set the environment variable|See https?://).*", "", text)
+    noise = "full_key:|reference_type=|object_type=|To append|Check available"
+    return re.sub(rf"\s*({noise}|Set the environment variable|See https?://).*", "", text)
 
 
 def _schema_type(key: str) -> str | None:
@@ -1028,6 +1071,11 @@ def _schema_type(key: str) -> str | None:
         if part not in hints:
             return None
         kind = hints[part]
+        if typing.get_origin(kind) is dict:
+            kind = typing.get_args(kind)[1]
+            if kind is Any:
+                return None
+            break
     inner = [one for one in typing.get_args(kind) or [kind] if one is not type(None)]
     if dataclasses.is_dataclass(kind) or kind is Any:
         return None

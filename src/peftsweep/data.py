@@ -167,7 +167,11 @@ def _train_and_test(dataset: DatasetConfig) -> tuple[list[Row], list[Row], int]:
         make: Any = pydoc.locate(dataset.generator)
         if not callable(make):
             raise InputError(f"dataset.generator={dataset.generator}: no such function")
-        train = make("train", dataset.samples or 1000, dataset.split_seed)
+        try:
+            train = make("train", dataset.samples or 1000, dataset.split_seed)
+        except TypeError as error:
+            said = f"dataset.generator={dataset.generator}"
+            raise InputError(f"{said}: must be a function of split, count and seed ({error})") from error
         if dataset.test_path is not None:
             return train, read_rows(dataset.test_path, "dataset.test_path", dataset.encoding), 0
         return train, make("test", GENERATED_TEST_ROWS, dataset.split_seed), 0

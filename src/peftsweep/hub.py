@@ -17,7 +17,15 @@ from peftsweep.errors import InputError
 
 PATIENCE = 4.0  # seconds until a hub that says nothing counts as one that cannot be reached
 GATEWAY_ERRORS = (502, 503, 504)  # of a proxy in front of it
-UNREADABLE = (OSError, ValueError, TypeError, AttributeError, KeyError, ImportError)  # what loading may raise
+UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    ImportError,
+    RecursionError,
+)  # what loading may raise
 
 
 @functools.cache
