@@ -70,7 +70,7 @@ BAD = {
     "an added key PEFT lacks": (["+method.rank=3"], "method.rank: method=lora (peft.LoraConfig) has no such option"),
     "a word for a number": (["method.r=abc"], "method.r=abc: must be int"),
     "a fraction for an integer": (["method.r=8.5"], "method.r=8.5: must be int"),
-    "a word for a schema's number": (["train.steps=many"], "train.steps: Value 'many'"),
+    "a word for a schema's number": (["train.steps=many"], "train.steps=many: must be int"),
     "rank zero": (["method.r=0"], "method.r=0: must be at least 1"),
     "a rate that is no number": (["train.learning_rate=nan"], "train.learning_rate=nan: must be a finite number"),
     "an infinite clip": (["train.clip=inf"], "train.clip=inf: must be a finite number"),
@@ -100,7 +100,7 @@ BAD = {
     "a missing file": (["dataset=file", "dataset.path=no.jsonl"], "dataset.answer: must be given"),
     "a missing data file": (["dataset.path=no.jsonl"], "dataset.path=no.jsonl: no such file"),
     "an unknown format": (["dataset.path=rows.xml"], "unknown format '.xml'; allowed: .json .jsonl"),
-    "an unknown dtype": (["model.dtype=float8"], "expected one of [float32, bfloat16, float16]"),
+    "an unknown dtype": (["model.dtype=float8"], "model.dtype=float8: must be one of float32, bfloat16, float16"),
     "an unknown 4-bit type": (["quant=4bit", "quant.bnb_4bit_quant_type=nf5"], "must be one of nf4, fp4"),
     "an unknown optimizer": (["train.optimizer=AdamX"], "train.optimizer=AdamX: no such optimizer"),
     "an unreadable interval": (["train.eval_every=often"], "a number of steps (100) or epochs (0.5epochs)"),
@@ -121,11 +121,11 @@ BAD = {
     "a wrong option beside a sweep": (["method=lara", "seed=0,1"], "method=lara: no such option; did you mean 'lora'?"),
     "a missing model folder": (["model=causal_lm", "model.name_or_path=./no"], "model.name_or_path=./no: no such"),
     "a device that is not there": (["device=cuda:99"], "device=cuda:99:"),
-    "an impossible dropout": (["method.lora_dropout=2"], "method: dropout probability has to be between 0 and 1"),
+    "an impossible dropout": (["method.lora_dropout=2"], "method.lora_dropout=2: must be at least 0 and below 1"),
     "a class PEFT lacks": (["method._target_=peft.LoraConfg"], "peft.LoraConfg: no such class"),
     "a study outside": (["study=a/b"], "study=a/b: must be a plain name"),
     "one bad point of a sweep": (["method.r=4,8,0", "-m"], "method.r=0: must be at least 1"),
-    "one bad type in a sweep": (["-m", "train.steps=4,8,abc"], "train.steps: Value 'abc'"),
+    "one bad type in a sweep": (["-m", "train.steps=4,8,abc"], "train.steps=abc: must be int"),
 }
 
 

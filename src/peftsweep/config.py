@@ -465,7 +465,7 @@ def _check_keys(tree: Mapping[str, Any], schema: Any, where: str = "") -> None:
 def _check_complete(cfg: DictConfig, schema: Any, where: str = "") -> None:
     """Refuse a configuration that lacks a key, as one that was deleted (``~seed``)."""
     for field, kind in typing.get_type_hints(schema).items():
-        if field not in cfg:
+        if field not in cfg.keys():  # noqa: SIM118 (a value that must yet be given is not "in")
             raise InputError(f"{where}{field}: must be given; it cannot be deleted")
         if dataclasses.is_dataclass(kind) and not OmegaConf.is_missing(cfg, field):
             _check_complete(cfg[field], kind, f"{where}{field}.")
