@@ -833,11 +833,13 @@ def _type_in_words(hint: Any) -> str:
     return inspect.formatannotation(hint).replace("typing.", "").replace("None", "null")
 
 
+@functools.cache
 def _parameters(function: Any) -> list[str]:
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [name for name, p in inspect.signature(function).parameters.items() if p.kind not in variadic]
 
 
+@functools.cache
 def _hints(function: Any) -> dict[str, Any]:
     described = function if dataclasses.is_dataclass(function) or not inspect.isclass(function) else function.__init__
     try:
@@ -849,9 +851,8 @@ def _hints(function: Any) -> dict[str, Any]:
 def _fits(value: Any, hint: Any) -> bool:
     import pydantic
 
-    try:
-        adapter = pydantic.TypeAdapter(hint)
-    except pydantic.PydanticUserError:  # a type that cannot be checked, such as torch.dtype
+    adapter = _adapter(hint)
+    if adapter is None:
         return True
     try:
         # As JSON, so that a string may name an Enum's member; strict, so that "8" and true are no numbers.
@@ -859,6 +860,17 @@ def _fits(value: Any, hint: Any) -> bool:
     except pydantic.ValidationError:
         return False
     return True
+
+
+@functools.cache
+def _adapter(hint: Any) -> Any:
+    """What checks values of the type; None for one that cannot be checked, such as torch.dtype."""
+    import pydantic
+
+    try:
+        return pydantic.TypeAdapter(hint)
+    except pydantic.PydanticUserError:
+        return None
 
 
 def _check_files(config: Config) -> None:

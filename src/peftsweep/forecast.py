@@ -55,6 +55,7 @@ RATES = ("learning_rate", "learning_rate_scale", "schedule", "warmup", "weight_d
 PLACES = (("meta", "meta"), ("meta", "cpu"), ("cpu", "cpu"))
 _FORECASTS: dict[str, Forecast] = {}  # of a sweep over seeds or data, one is enough
 _PREDICTIONS: dict[str, Prediction | None] = {}
+_SHAPES: dict[str, list[Shape]] = {}
 _ROOMS: dict[str, int] = {}  # by model, its files and the virtual tokens of the method
 
 
@@ -309,11 +310,23 @@ def longest(trial: Trial) -> Shape:
 
 
 def _shapes(trial: Trial, tokens: Sequence[Tokens] | None) -> list[Shape]:
-    """Those of the micro-batches: of ``tokens``, of local rows, else as long as ``dataset.max_length`` allows."""
+    """Those of the micro-batches: of ``tokens``, of local rows, else as long as ``dataset.max_length`` allows.
+
+    Without ``tokens``, when a sweep is planned, they are those of the rows' order with seed 0, so that a sweep over
+    seeds has them, and the memory that they take, once.
+    """
     config = trial.config
-    if tokens is None and trial.rows is not None and model.is_local(config.model):
-        tokens = build.training_tokens(trial, build.load_tokenizer(trial), trial.rows.train)
-    return (shapes(tokens, config.train, config.seed) if tokens else []) or [longest(trial)]
+    if tokens is not None:
+        return shapes(tokens, config.train, config.seed) or [longest(trial)]
+    if trial.rows is None or not model.is_local(config.model):
+        return [longest(trial)]
+    train = {key: value for key, value in trial.tree["train"].items() if key not in RATES}
+    said = [trial.tree["dataset"], trial.rows.fingerprints["train"], train, build.virtual_tokens(trial)]
+    key = configuration.content_hash([*_of_the_model(trial), *said])
+    if key not in _SHAPES:
+        rows = build.training_tokens(trial, build.load_tokenizer(trial), trial.rows.train)
+        _SHAPES[key] = shapes(rows, config.train, 0) or [longest(trial)]
+    return _SHAPES[key]
 
 
 def oversized(trial: Trial) -> str | None:
