@@ -17,7 +17,6 @@ FLOORS = (
     "answer.columns answer.table answer.where answer.intervals answer.stats answer.effects answer.frontier "
     "answer.rungs answer.words answer.findings answer.paired answer.methodology answer.report answer.plot answer.page",
     "trust limits restored command_line config mended prepare halving build forecast guide seen trial pack workers "
-    "trust limits restored command_line config mended prepare halving build forecast guide seen trial pack workers "
     "engine slurm sweep everything preload answer.interchange answer.collect",
     "cli",
 )
