@@ -10,15 +10,15 @@ import peftsweep
 PACKAGE = Path(peftsweep.__file__).parent
 # Lowest first: a module may import those on lower floors, and those before it on its own.
 FLOORS = (
-    "errors owner atomic schema processes isolation compatibility files chat data numerals metrics measure cautions "
+    "errors owner atomic hub schema processes isolation compatibility files chat data numerals metrics measure cautions "
     "record naming sweep_record study fingerprint experiment tasks shapes model probe profiler",
     "display tracker attach coverage initialise checkpoint compiled train lanes packed evaluate inference predict "
     "harness repeat",
     "answer.columns answer.table answer.where answer.intervals answer.stats answer.effects answer.frontier "
     "answer.rungs answer.words answer.findings answer.paired answer.methodology answer.report answer.plot answer.page "
     "answer.prune",
-    "trust limits restored config mended prepare halving build forecast guide seen trial pack workers engine slurm "
-    "sweep everything preload answer.interchange answer.collect",
+    "trust limits restored command_line config mended prepare halving build forecast guide seen trial pack workers "
+    "engine slurm sweep everything preload answer.interchange answer.collect",
     "cli",
 )
 ORDER = [module for floor in FLOORS for module in floor.split()]
@@ -38,6 +38,8 @@ WITHOUT_TORCH += [
     "processes",
     "sweep_record",
     "mended",
+    "hub",
+    "command_line",
 ]
 
 

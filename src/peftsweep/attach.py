@@ -30,6 +30,7 @@ from peftsweep.model import (
 )
 from peftsweep.schema import TargetsConfig
 
+LONGEST = 300  # characters of what PEFT says, which may print a whole module
 log = logging.getLogger(__name__)
 
 LINEAR = (nn.Linear, Conv1D)  # bitsandbytes' quantised layers are subclasses of nn.Linear
@@ -103,7 +104,7 @@ def attach(
         with names_as_written():
             adapted = initialise(method, put) if initialise else put(base, method)
     except (ValueError, TypeError, ImportError) as error:
-        raise InputError(f"method: {' '.join(str(error).split())}") from error
+        raise InputError(f"method: {' '.join(str(error).split())[:LONGEST]}") from error
     for name in trained:
         if not any(p.requires_grad for p in adapted.get_base_model().get_submodule(name).parameters()):
             raise InputError(f"method: {type(method).__name__} leaves the new {name} of a classifier untrained")
@@ -158,7 +159,7 @@ def attach_lanes(
                     method.base_model_name_or_path = adapted.active_peft_config.base_model_name_or_path
                     adapted.add_adapter(name, method, autocast_adapter_dtype=float32)
     except (ValueError, TypeError, ImportError) as error:
-        raise InputError(f"method: {' '.join(str(error).split())}") from error
+        raise InputError(f"method: {' '.join(str(error).split())[:LONGEST]}") from error
     keep_dtype(adapted)
     return cast(PeftModel, adapted)
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peftsweep import __version__, experiment, study, sweep_record
+from peftsweep import __version__, command_line, experiment, study, sweep_record
 from peftsweep import config as configuration
 from peftsweep.errors import InputError, Unwritable, check_platform
 
@@ -60,9 +62,15 @@ def _quoted(path: Path) -> str:
     return f"'{text}'"
 
 
+def _product(*numbers: Any) -> Any:
+    """Of numbers; of anything else 1, which every key may be: the key that holds it is refused by its own check."""
+    known = all(isinstance(one, int | float) and math.isfinite(one) for one in numbers)
+    return math.prod(numbers) if known else 1
+
+
 # What conf/ calculates with. A job of another launcher composes its point in a process that only imports this module.
-OmegaConf.register_new_resolver("mul", lambda a, b: a * b, replace=True)
-OmegaConf.register_new_resolver("share", lambda a, b: round(a * b), replace=True)
+OmegaConf.register_new_resolver("mul", lambda a, b: _product(a, b), replace=True)
+OmegaConf.register_new_resolver("share", lambda a, b: round(_product(a, b)), replace=True)
 OmegaConf.register_new_resolver("folders", lambda root: ",".join(map(_quoted, experiment.folders(root))), replace=True)
 OmegaConf.register_new_resolver("choose", lambda key, options: options[getattr(key, "name", key)], replace=True)
 
@@ -87,6 +95,9 @@ def _hydra() -> int:
     from peftsweep.errors import NotRun, SweepFailed
 
     configuration.register()
+    if not {"-sc", "--shell-completion"} & set(sys.argv):
+        sys.argv[1:] = command_line.checked(sys.argv[1:], Path(configuration.conf_dir()))
+        command_line.import_from([*command_line.own_folders(sys.argv[1:]), Path.cwd()])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would else print as ten lines
     try:
         hydra.main(version_base="1.3", config_path=configuration.conf_dir(), config_name="config")(_task)()
@@ -109,9 +120,10 @@ def _guarded(door: object) -> int:
     except InputError as error:
         problem = str(error)
     except (HydraException, OmegaConfBaseException) as error:
-        problem = configuration.one_line(error)
-    except (OSError, Unwritable) as error:
-        if (reason := study.unwritable(error)) is None:
+        problem = command_line.wrong_yaml(sys.argv[1:], only_chosen=True) or configuration.one_line(error)
+    except (OSError, Unwritable, ValueError, yaml.YAMLError) as error:
+        reason = study.unwritable(error) or command_line.wrong_yaml(sys.argv[1:])
+        if reason is None:
             raise
         problem = str(reason)
     except KeyboardInterrupt:
@@ -128,6 +140,8 @@ def _task(cfg: DictConfig) -> None:
     hydra_config = HydraConfig.get()
     if (here := Path(hydra_config.runtime.cwd)).is_dir():
         os.chdir(here)  # all paths are relative to where the command runs, whatever hydra.job.chdir says
+    sources = [Path(source.path) for source in hydra_config.runtime.config_sources if source.schema == "file"]
+    command_line.import_from([*sources, Path.cwd()])
     engine.job(configuration.trial(cfg, hydra_config.runtime.choices, hydra_config.overrides.task))
 
 
@@ -136,6 +150,7 @@ def run_one(overrides: list[str]) -> Result:
     check_platform()
     from peftsweep import forecast, sweep, trial
 
+    overrides = command_line.checked(overrides, Path(configuration.conf_dir()))
     for word in OverridesParser.create().parse_overrides(overrides):
         if word.is_sweep_override():
             raise InputError(
@@ -145,11 +160,15 @@ def run_one(overrides: list[str]) -> Result:
     if one.config.dry_run:
         return sweep.planned(one)
     forecast.check(one)
+    if trial.finished(one) is None:
+        forecast.check_cached(one)
     with sweep.terminable():
         return trial.run(one)
 
 
 def _trial(*words: str) -> configuration.Trial:
+    command_line.import_from([Path.cwd()])
+    words = tuple(command_line.checked(words, Path(configuration.conf_dir())))
     try:
         cfg = compose(list(words))
     except (HydraException, OmegaConfBaseException) as error:
@@ -168,9 +187,7 @@ def compose(overrides: list[str]) -> DictConfig:
 def help_text(arguments: list[str]) -> str:
     """The help, with the groups and options that conf/ and --config-dir hold now."""
     folders = [Path(configuration.conf_dir())]
-    for place, word in enumerate(arguments[:-1]):
-        if word in ("--config-dir", "-cd"):
-            folders.append(Path(arguments[place + 1]))
+    folders += command_line.own_folders(arguments)
     lines = ["Groups: what a trial can choose, with its options (the default first)"]
     for group, question, default in _groups(folders[0]):
         names = {file.stem for folder in folders for file in (folder / group).glob("*.yaml")}

@@ -16,8 +16,9 @@ import pydoc
 import re
 import string
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,19 @@ from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peftsweep import data, experiment, fingerprint, limits, repeat, restored, study, trust
+from peftsweep import data, experiment, fingerprint, hub, limits, repeat, restored, study, trust
 from peftsweep.compatibility import stored
 from peftsweep.errors import InputError, suggest
+from peftsweep.experiment import ORIGIN
 from peftsweep.record import SECTIONS
 from peftsweep.restored import FROM_FILE
 from peftsweep.schema import Config, DatasetConfig, Dtype, Init, LossOn, ModelConfig, OnMissing, RowsConfig, Task
 from peftsweep.trust import as_text
 
+OPEN = (  # sections whose keys are the arguments of a class or function
+    *("method", "method_setup", "quant", "eval", "inference", "profiler", "tracker"),
+    *("model.architecture", "train.optimizer_kwargs", "dataset.validation.columns"),
+)
 CONVERSATIONS = "peftsweep.tasks.messages"  # the reader of datasets that hold them
 IDENTITY_LENGTH = 10  # hex digits: a study of 10,000 trials has a clash once in 20,000 studies
 IDENTITY_RULE = 2  # its version, which a record keeps; a study's trials are recognised by earlier ones too
@@ -77,6 +83,13 @@ WHOLE_SWEEP = (  # keys with one value for all points of a sweep
     *("hydra.sweeper.max_batch_size", "hydra.sweep.dir"),
 )
 PACK = 8  # trials at once that pack=auto tries
+ELSEWHERE = {  # arguments of an optimizer that are not train.optimizer_kwargs'
+    "lr": "train.learning_rate",
+    "weight_decay": "train.weight_decay",
+    **dict.fromkeys(("params", "model"), "what the method trains"),
+}
+TEMPLATE = re.compile(r"(dataset|eval\.\w+)\.(prompt|answer|stop)")  # keys of texts that may have several lines
+DEVICE_MAP = re.compile(r"auto|balanced|balanced_low_0|sequential|disk|meta|(cpu|cuda|xpu|mps)(:\d+)?")
 OFF = "off"
 NEVER = ("no", "off", "false", "never", "none", "0")  # as people write null for an interval
 HARNESS = "peftsweep.harness.lm_eval"  # whose tasks bring their own rows
@@ -98,8 +111,15 @@ ONE_OF = {
 
 
 def register() -> None:
-    """Tell Hydra the schema, under a name of its own so that no group lists it as an option."""
-    ConfigStore.instance().store(name="peftsweep_schema", node=Config)
+    """Tell Hydra the schema, under a name of its own so that no group lists it as an option.
+
+    In the sections of ``OPEN`` a key needs no ``+``: they hold the arguments of what a yaml names, few of which it
+    lists. ``trial`` checks them.
+    """
+    node = OmegaConf.structured(Config)
+    for key in OPEN:
+        OmegaConf.set_struct(OmegaConf.select(node, key), False)
+    ConfigStore.instance().store(name="peftsweep_schema", node=node)
 
 
 def conf_dir() -> str:
@@ -134,6 +154,7 @@ class Trial:
     # Which fields of an experiment's files were taken, and which not: see experiment.Reading.facts.
     experiment: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
     told_by: str = ""  # what tells it from the other trials of its sweep and study
+    offline: bool = False  # the hub does not answer, as a process has found that the trial was sent from
 
     @property
     def name(self) -> str:
@@ -156,6 +177,10 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
     OmegaConf.set_struct(cfg, False)
     cfg.pop("hydra", None)
     overrides = list(overrides)
+    _check_complete(cfg, Config)
+    _read_newlines(cfg, overrides)
+    if not cfg.method and choices.get("method") not in ("full", FROM_FILE, None):
+        raise InputError(f"method={choices['method']}: its yaml names no method; it needs method: {{_target_: peft.X}}")
     source, own = _source(cfg), {name for _, name in trust.names(OmegaConf.to_container(cfg))}
     made, heeded = _fill_from_files(cfg, overrides, choices)
     choices = dict(choices) | made
@@ -181,7 +206,7 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
     _check_values(tree)
     _check_halving(config, choices.get("hydra/sweeper"))
     _check_objective(config)
-    _check_calls(config)
+    _check_calls(config, choices)
     _check_files(config)
     rows = None if config.dataset.hub and not config.dataset.path else _rows(config)
     _check_evaluation_rows(config, rows or _test_rows(config))
@@ -215,7 +240,7 @@ def _schema() -> DictConfig:
 
 def without_rows(trial: Trial) -> Trial:
     """The trial without its rows, to be sent to another process, which reads them itself."""
-    return dataclasses.replace(trial, rows=None)
+    return dataclasses.replace(trial, rows=None, offline=hub.is_offline())
 
 
 def with_rows(trial: Trial) -> Trial:
@@ -225,6 +250,8 @@ def with_rows(trial: Trial) -> Trial:
         InputError: they are not those any more that it was checked with.
     """
     config = trial.config
+    if trial.offline:
+        hub.go_offline()
     rows = None if config.dataset.hub and not config.dataset.path else _rows(config)
     if _identity(config, rows).training != trial.training:
         raise InputError("dataset: the files have changed since the sweep began")
@@ -435,6 +462,28 @@ def _check_keys(tree: Mapping[str, Any], schema: Any, where: str = "") -> None:
             _check_keys(value, kinds[key], f"{where}{key}.")
 
 
+def _check_complete(cfg: DictConfig, schema: Any, where: str = "") -> None:
+    """Refuse a configuration that lacks a key, as one that was deleted (``~seed``)."""
+    for field, kind in typing.get_type_hints(schema).items():
+        if field not in cfg.keys():  # noqa: SIM118 (a value that must yet be given is not "in")
+            raise InputError(f"{where}{field}: must be given; it cannot be deleted")
+        if dataclasses.is_dataclass(kind) and not OmegaConf.is_missing(cfg, field):
+            _check_complete(cfg[field], kind, f"{where}{field}.")
+
+
+def _read_newlines(cfg: DictConfig, overrides: Iterable[str]) -> None:
+    r"""Have ``\n`` in a template of the command line be the end of a line; ``\\n`` are these two characters."""
+    for key in (override.lstrip("+").partition("=")[0] for override in overrides):
+        if TEMPLATE.fullmatch(key) and (said := OmegaConf.select(cfg, key, throw_on_missing=False)) is not None:
+            texts = [_with_newlines(text) for text in said] if OmegaConf.is_list(said) else _with_newlines(said)
+            OmegaConf.update(cfg, key, texts)
+
+
+def _with_newlines(text: Any) -> Any:
+    ends = {r"\n": "\n", r"\\n": r"\n"}
+    return re.sub(r"\\?\\n", lambda found: ends[found[0]], text) if isinstance(text, str) else text
+
+
 def _check_values(tree: dict[str, Any]) -> None:
     for key, allowed in ONE_OF.items():
         if (value := _at(tree, key)) is not None and value not in allowed:
@@ -547,10 +596,19 @@ def placement(options: Mapping[str, Any]) -> dict[str, Any]:
         if key not in LAUNCHER:
             raise InputError(f"hydra.launcher.{key}: no such key; {suggest(key, list(LAUNCHER))}")
         least = LAUNCHER[key]
-        if least is not None and value is not None and not (isinstance(value, int) and value >= least):
+        if least is None or (value is None and key != "retries"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= limits.LARGEST:
             raise InputError(f"hydra.launcher.{key}={value}: must be a whole number, at least {least}")
+    devices = options.get("devices")
+    if devices is not None and not (isinstance(devices, list | tuple) and devices and all(map(_is_number, devices))):
+        raise InputError(f"hydra.launcher.devices={devices}: must be numbers of CUDA devices, such as [0,2], or null")
     times = {key: seconds(options.get(key), f"hydra.launcher.{key}") for key in ("timeout", "deadline")}
     return dict(options) | times | _packing(options.get("pack", OFF), options.get("measure"))
+
+
+def _is_number(device: Any) -> bool:
+    return str(device).isdecimal() and not isinstance(device, bool)
 
 
 def _packing(size: Any, measure: Any) -> dict[str, Any]:
@@ -577,7 +635,7 @@ def seconds(text: str | float | None, key: str) -> float | None:
     if text is None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", str(text).strip())
-    if found is None:
+    if found is None or not float(found[1]):
         raise InputError(f"{key}={text}: must be a time such as 90s, 30m, 2h or 1d")
     return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
@@ -589,7 +647,7 @@ def size_in_bytes(text: str, key: str) -> float:
         InputError: it is no such size.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
-    if found is None or found[2] not in UNITS:
+    if found is None or found[2] not in UNITS or not float(found[1]):
         raise InputError(f"{key}={text}: must be a size such as 24GB; units: {', '.join(UNITS)}")
     return float(found[1]) * UNITS[found[2]]
 
@@ -600,9 +658,12 @@ def _at(tree: Any, key: str) -> Any:
     return tree
 
 
-def _check_calls(config: Config) -> None:
-    if config.method:
-        check_call(config.method, "method")
+def _check_calls(config: Config, choices: Mapping[str, str | None]) -> None:
+    for section in ("quant", "inference", "profiler", "tracker", "method_setup"):
+        if (node := getattr(config, section)) and "_target_" not in node:
+            group = section.removesuffix("_setup")
+            raise InputError(f"{section}.{next(iter(node))}: {group}={choices.get(group)} has no such option")
+    _check_method(config.method, str(choices.get("method")))
     if config.method_setup:
         check_call(config.method_setup, "method_setup", provided=("setting",))
     if config.quant:
@@ -617,18 +678,82 @@ def _check_calls(config: Config) -> None:
         raise InputError("eval: nothing is trained (train.steps=0) and nothing evaluated")
     _check_task(config)
     for name, node in config.eval.items():
+        if "_target_" not in node:
+            raise InputError(f"eval.{name}: no such key; {suggest(name, [o for o in config.eval if o != name])}")
         options = {key: value for key, value in node.items() if key not in ROWS_KEYS}
         check_call(options, f"eval.{name}", provided=("model", "tokenizer", "examples"), also=ROWS_KEYS)
+        _check_types({key: node[key] for key in ROWS_KEYS if key in node}, RowsConfig, f"eval.{name}")
     from peftsweep import compiled, inference, tracker, train  # which import torch, as `--help` must not
 
     if config.inference.get("_target_") == "peftsweep.inference.benchmark":
         inference.plan(**config.inference)
     if config.tracker:
         tracker.check(config.tracker["_target_"])
+    _check_model(config.model)
     compiled.check(config.train)
-    train.find_optimizer(config.train.optimizer)
-    train.interval(config.train, "eval_every", rows=1)
+    _check_optimizer(config.train.optimizer_kwargs, train.find_optimizer(config.train.optimizer))
+    if (every := train.interval(config.train, "eval_every", rows=1)) is not None and every > limits.LARGEST:
+        raise InputError(f"train.eval_every={config.train.eval_every}: must be at most {limits.LARGEST} steps")
     train.checkpoint_due(config.train, rows=1)
+
+
+def _check_method(node: Mapping[str, Any], option: str) -> None:
+    """Check the method that was chosen by ``method=option``: ``check_call``, and whose keys they are.
+
+    A key of another method is one that a sweep of methods has for all of them.
+    """
+    if not node:
+        return
+    if "_target_" not in node:  # keys of full fine-tuning
+        raise _no_option(next(iter(node)), f"method={option}", [])
+    config = pydoc.locate(str(node["_target_"]))
+    if dataclasses.is_dataclass(config):
+        known = [field.name for field in dataclasses.fields(config) if field.init and field.name not in ORIGIN]
+        if set_here := [key for key in node if key in ORIGIN]:
+            raise InputError(f"method.{set_here[0]}: is set by peftsweep, from model and method")
+        for key in node:
+            if key not in known and not key.startswith("_"):
+                raise _no_option(key, f"method={option} ({node['_target_']})", known)
+    check_call(node, "method")
+
+
+def _no_option(key: str, method: str, known: list[str]) -> InputError:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # imports torch, which `--help` must not
+
+    fields = {field.name for other in PEFT_TYPE_TO_CONFIG_MAPPING.values() for field in dataclasses.fields(other)}
+    if key in fields:
+        advice = f"run it without method.{key}, in a command of its own; the study holds the trials of both"
+    else:
+        advice = suggest(key, known)
+    return InputError(f"method.{key}: {method} has no such option; {advice}")
+
+
+def _check_optimizer(options: Mapping[str, Any], make: Callable[..., Any]) -> None:
+    known = inspect.signature(make).parameters
+    takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values())
+    for name in options:
+        if name in ELSEWHERE:
+            raise InputError(f"train.optimizer_kwargs.{name}: is {ELSEWHERE[name]}")
+        if name not in known and not takes_all:
+            names = [one for one in _parameters(make) if one not in ELSEWHERE]
+            raise InputError(
+                f"train.optimizer_kwargs.{name}: {make.__name__} has no such option; {suggest(name, names)}"
+            )
+
+
+def _check_model(model: ModelConfig) -> None:
+    """What transformers would find wrong only when it loads the weights."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    known, said = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()], model.attn_implementation
+    if said is not None and said not in known and "/" not in said:  # with one it is a kernel of the hub
+        raise InputError(f"model.attn_implementation={said}: no such attention; {suggest(said, known)}")
+    places = model.device_map.values() if isinstance(model.device_map, Mapping) else [model.device_map]
+    for place in places:
+        if place is None or (isinstance(place, int) and not isinstance(place, bool) and place >= 0):
+            continue
+        if not (isinstance(place, str) and DEVICE_MAP.fullmatch(place)):
+            raise InputError(f"model.device_map={model.device_map}: must be auto, a device, or modules with theirs")
 
 
 def _check_task(config: Config) -> None:
@@ -690,20 +815,31 @@ def check_call(node: Mapping[str, Any], key: str, provided: Iterable[str] = (), 
         ):
             for inner, one in value.items():
                 check_call(one, f"{key}.{name}.{inner}", provided=("prediction", "answer"))
-        elif name in hints and not (
-            _fits(value, hints[name])
-            or value == inspect.signature(function).parameters[name].default  # None, annotated as if it could not be
-            or re.fullmatch(LOOSE.get(name, ""), str(value))
-        ):
-            wanted = inspect.formatannotation(hints[name]).replace("typing.", "")
-            raise InputError(f"{key}.{name}={value}: must be {wanted}")
+        elif name in hints and not re.fullmatch(LOOSE.get(name, ""), str(value)):
+            default = inspect.signature(function).parameters[name].default
+            if not (value is None and default is None):  # annotated as if it could not be None
+                _check_types({name: value}, function, key)
 
 
+def _check_types(values: Mapping[str, Any], described: Any, key: str) -> None:
+    """Refuse a value that is not of the type that a class or function annotates it with."""
+    hints = _hints(described)
+    for name, value in values.items():
+        if not _fits(value, hints[name]):
+            raise InputError(f"{key}.{name}={value}: must be {_type_in_words(hints[name])}")
+
+
+def _type_in_words(hint: Any) -> str:
+    return inspect.formatannotation(hint).replace("typing.", "").replace("None", "null")
+
+
+@functools.cache
 def _parameters(function: Any) -> list[str]:
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [name for name, p in inspect.signature(function).parameters.items() if p.kind not in variadic]
 
 
+@functools.cache
 def _hints(function: Any) -> dict[str, Any]:
     described = function if dataclasses.is_dataclass(function) or not inspect.isclass(function) else function.__init__
     try:
@@ -715,9 +851,8 @@ def _hints(function: Any) -> dict[str, Any]:
 def _fits(value: Any, hint: Any) -> bool:
     import pydantic
 
-    try:
-        adapter = pydantic.TypeAdapter(hint)
-    except pydantic.PydanticUserError:  # a type that cannot be checked, such as torch.dtype
+    adapter = _adapter(hint)
+    if adapter is None:
         return True
     try:
         # As JSON, so that a string may name an Enum's member; strict, so that "8" and true are no numbers.
@@ -725,6 +860,17 @@ def _fits(value: Any, hint: Any) -> bool:
     except pydantic.ValidationError:
         return False
     return True
+
+
+@functools.cache
+def _adapter(hint: Any) -> Any:
+    """What checks values of the type; None for one that cannot be checked, such as torch.dtype."""
+    import pydantic
+
+    try:
+        return pydantic.TypeAdapter(hint)
+    except pydantic.PydanticUserError:
+        return None
 
 
 def _check_files(config: Config) -> None:
@@ -912,13 +1058,42 @@ def one_line(error: BaseException) -> str:
             return str(below)
         below = below.__cause__ or below.__context__
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        if type(cause).__name__ in ("ValidationError", "ConfigTypeError", "UnsupportedValueType") and (
+            kind := _schema_type(cause.full_key)
+        ):
+            value = getattr(cause, "value", None)
+            return f"{cause.full_key}={'null' if value is None else value}: must be {kind}"
         if type(cause).__name__ in ("ConfigAttributeError", "ConfigKeyError"):
             parent = cause.parent_node
             known = [str(key) for key in parent] if isinstance(parent, DictConfig) else []
             return f"{cause.full_key}: no such key; {suggest(str(cause.key), known)}"
         return f"{cause.full_key}: {_first_line(cause)}"
     text = " ".join(str(error).split())
-    return re.sub(r"\s*(Check available|Set the environment variable|See https?://).*", "", text)
+    text = re.sub(r"^In '([\w/]+)': \w+ raised while composing config:", r"\1.yaml:", text)
+    text = re.sub(r"full_key: ([\w.]+)", r"(key \1)", text)
+    noise = "full_key:|reference_type=|object_type=|To append|Check available"
+    return re.sub(rf"\s*({noise}|Set the environment variable|See https?://).*", "", text)
+
+
+def _schema_type(key: str) -> str | None:
+    """The type of a key of the schema, in words; None for a key of a section that is open."""
+    kind: Any = Config
+    for part in key.split("."):
+        hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        if part not in hints:
+            return None
+        kind = hints[part]
+        if typing.get_origin(kind) is dict:
+            kind = typing.get_args(kind)[1]
+            if kind is Any:
+                return None
+            break
+    inner = [one for one in typing.get_args(kind) or [kind] if one is not type(None)]
+    if dataclasses.is_dataclass(kind) or kind is Any:
+        return None
+    if isinstance(inner[0], type) and issubclass(inner[0], Enum):
+        return "one of " + ", ".join(inner[0].__members__) + (", null" if len(typing.get_args(kind)) > 1 else "")
+    return _type_in_words(kind)
 
 
 def _first_line(error: BaseException) -> str:

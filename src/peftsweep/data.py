@@ -20,7 +20,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from peftsweep import chat
+from peftsweep import chat, hub
 from peftsweep.atomic import replacing
 from peftsweep.chat import ChatTemplate, Conversation, Rendered
 from peftsweep.errors import InputError, suggest
@@ -41,16 +41,32 @@ BUCKET_BATCHES = 20  # batches sorted by length together: little padding, and th
 # ---- rows ------------------------------------------------------------------------------------------
 
 
-def hub_rows(hub: str, config: str | None, split: str, revision: str | None, key: str) -> list[Row]:
-    """The rows of a hub dataset, through its cache; needs the network the first time."""
+def hub_rows(name: str, config: str | None, split: str, revision: str | None, key: str) -> list[Row]:
+    """The rows of a hub dataset, through its cache; needs the network the first time.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
     import datasets
 
-    try:
-        loaded = datasets.load_dataset(hub, config, split=split, revision=revision)
-    except (OSError, ValueError) as error:  # no network, no such dataset, no such split
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{key}={hub}: cannot be loaded ({reason}); local rows can be given instead") from error
+    with hub.loading(f"{key}={name}", "local rows"):  # no network, no such dataset, no such split
+        loaded = datasets.load_dataset(name, config, split=split, revision=revision)
     return plain_rows(loaded)
+
+
+@lru_cache
+def check_cached(name: str, config: str | None, revision: str | None, key: str) -> None:
+    """Where the hub does not answer: that the dataset is in the local cache.
+
+    Raises:
+        InputError: it is not.
+    """
+    if hub.problem() is None:
+        return
+    import datasets
+
+    with hub.loading(f"{key}={name}", "local rows"):
+        datasets.load_dataset_builder(name, config, revision=revision)
 
 
 @dataclass
@@ -151,7 +167,11 @@ def _train_and_test(dataset: DatasetConfig) -> tuple[list[Row], list[Row], int]:
         make: Any = pydoc.locate(dataset.generator)
         if not callable(make):
             raise InputError(f"dataset.generator={dataset.generator}: no such function")
-        train = make("train", dataset.samples or 1000, dataset.split_seed)
+        try:
+            train = make("train", dataset.samples or 1000, dataset.split_seed)
+        except TypeError as error:
+            said = f"dataset.generator={dataset.generator}"
+            raise InputError(f"{said}: must be a function of split, count and seed ({error})") from error
         if dataset.test_path is not None:
             return train, read_rows(dataset.test_path, "dataset.test_path", dataset.encoding), 0
         return train, make("test", GENERATED_TEST_ROWS, dataset.split_seed), 0

@@ -29,6 +29,9 @@ SYNONYMS = {  # what other libraries call our keys
 }
 
 
+LISTED = 80  # of the known names, in a message
+
+
 class InputError(ValueError):
     """Wrong input, said in one line that names the key and what is allowed; exit code 2."""
 
@@ -53,7 +56,8 @@ def suggest(wrong: str, known: list[str]) -> str:
     swapped = [name for name in known if sorted(name) == sorted(wrong.lower())]
     if close := synonyms or swapped or get_close_matches(wrong, known, n=1):
         return f"did you mean '{close[0]}'?"
-    return "there are: " + (", ".join(known) or "none")
+    few = known if len(known) <= LISTED else [*known[:LISTED], f"and {len(known) - LISTED} more"]
+    return "there are: " + (", ".join(few) or "none")
 
 
 class Unwritable(Exception):

@@ -409,7 +409,7 @@ def _take_bits(found: Reading, said: Mapping[str, Any], dtype: str) -> None:
 def _read(file: Path, key: str) -> dict[str, Any]:
     try:
         said = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{key}={file}: cannot be read: {str(error).splitlines()[0]}") from None
     if not isinstance(said, dict):
         raise InputError(f"{key}={file}: not a JSON object")

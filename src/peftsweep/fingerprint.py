@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftsweep import study
+from peftsweep import hub, study
 from peftsweep.record import read_json, write_json
 
 if TYPE_CHECKING:
@@ -112,6 +112,8 @@ def on_hub(repository: str, kind: str, revision: str | None) -> tuple[str | None
     """The commit of a hub repository (``kind`` is model or dataset) and when it was created; None where unknown."""
     from huggingface_hub import HfApi
 
+    if hub.problem() is not None:
+        return None, None
     try:
         found = HfApi().repo_info(repository, revision=revision, repo_type=kind, timeout=HUB_PATIENCE)
     except Exception as error:  # no network, no such repository, no access: whatever the client raises

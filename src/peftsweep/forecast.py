@@ -10,20 +10,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
 
-from peftsweep import build, compatibility, coverage, model, probe, train
+from peftsweep import build, compatibility, coverage, data, model, probe, train
 from peftsweep import config as configuration
 from peftsweep.config import Trial
 from peftsweep.data import Tokens
 from peftsweep.display import size
 from peftsweep.errors import InputError
 from peftsweep.predict import Prediction, Shape, predict, shapes, skeleton
-from peftsweep.schema import Config, Dtype, Init, ModelConfig, Task, TrainConfig
+from peftsweep.schema import Config, DatasetConfig, Dtype, RowsConfig, Task, TrainConfig, ValidationConfig
 from peftsweep.shapes import without_numbers
 
 log = logging.getLogger(__name__)
@@ -56,6 +55,7 @@ RATES = ("learning_rate", "learning_rate_scale", "schedule", "warmup", "weight_d
 PLACES = (("meta", "meta"), ("meta", "cpu"), ("cpu", "cpu"))
 _FORECASTS: dict[str, Forecast] = {}  # of a sweep over seeds or data, one is enough
 _PREDICTIONS: dict[str, Prediction | None] = {}
+_SHAPES: dict[str, list[Shape]] = {}
 _ROOMS: dict[str, int] = {}  # by model, its files and the virtual tokens of the method
 
 
@@ -70,6 +70,24 @@ def check(trial: Trial) -> Forecast:
     if forecast.trainable_parameters is not None:
         _FORECASTS[key] = forecast
     return forecast
+
+
+def check_cached(trial: Trial) -> None:
+    """Where the hub does not answer: that all that the trial takes from it is in the local cache.
+
+    Raises:
+        InputError: something is not.
+    """
+    config = trial.config
+    model.check_cached(config.model)
+    sources: dict[str, DatasetConfig | ValidationConfig | RowsConfig] = {
+        "dataset": config.dataset,
+        "dataset.validation": config.dataset.validation,
+    }
+    sources |= {f"eval.{name}": configuration.evaluation_source(config, name) for name in config.eval}
+    for key, rows in sources.items():
+        if rows.hub is not None and rows.path is None:
+            data.check_cached(rows.hub, rows.hub_config, rows.revision, f"{key}.hub")
 
 
 def _of_the_model(trial: Trial) -> list[Any]:
@@ -118,17 +136,13 @@ def _check_reading(trial: Trial) -> None:
 def _room(trial: Trial) -> int | None:
     """How many tokens a row may have; None where there is no limit. Of a local model also by its tokenizer."""
     config, virtual = trial.config.model, build.virtual_tokens(trial)
-    if not _is_local(config):
+    if not model.is_local(config):
         limit = model.positions(config)
         return None if limit is None else limit - virtual
     key = configuration.content_hash([configuration.model_identity(config), virtual])
     if key not in _ROOMS:
         _ROOMS[key] = int(build.load_tokenizer(trial).model_max_length)
     return _ROOMS[key]
-
-
-def _is_local(config: ModelConfig) -> bool:
-    return config.init is Init.random or Path(model.source(config)).is_dir()
 
 
 def _sizes(adapted: build.Model, config: TrainConfig) -> Forecast:
@@ -296,11 +310,23 @@ def longest(trial: Trial) -> Shape:
 
 
 def _shapes(trial: Trial, tokens: Sequence[Tokens] | None) -> list[Shape]:
-    """Those of the micro-batches: of ``tokens``, of local rows, else as long as ``dataset.max_length`` allows."""
+    """Those of the micro-batches: of ``tokens``, of local rows, else as long as ``dataset.max_length`` allows.
+
+    Without ``tokens``, when a sweep is planned, they are those of the rows' order with seed 0, so that a sweep over
+    seeds has them, and the memory that they take, once.
+    """
     config = trial.config
-    if tokens is None and trial.rows is not None and _is_local(config.model):
-        tokens = build.training_tokens(trial, build.load_tokenizer(trial), trial.rows.train)
-    return (shapes(tokens, config.train, config.seed) if tokens else []) or [longest(trial)]
+    if tokens is not None:
+        return shapes(tokens, config.train, config.seed) or [longest(trial)]
+    if trial.rows is None or not model.is_local(config.model):
+        return [longest(trial)]
+    train = {key: value for key, value in trial.tree["train"].items() if key not in RATES}
+    said = [trial.tree["dataset"], trial.rows.fingerprints["train"], train, build.virtual_tokens(trial)]
+    key = configuration.content_hash([*_of_the_model(trial), *said])
+    if key not in _SHAPES:
+        rows = build.training_tokens(trial, build.load_tokenizer(trial), trial.rows.train)
+        _SHAPES[key] = shapes(rows, config.train, 0) or [longest(trial)]
+    return _SHAPES[key]
 
 
 def oversized(trial: Trial) -> str | None:

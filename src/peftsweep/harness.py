@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from peftsweep import hub
 from peftsweep.data import Example
 from peftsweep.errors import InputError
 from peftsweep.evaluate import Evaluation
@@ -41,6 +42,7 @@ def lm_eval(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise InputError(f"eval.lm_eval: {error}; pip install 'peftsweep[lm_eval]'") from None
+    hub.problem()  # before the harness asks it for each of its tasks
     manager = TaskManager(include_path=include_path)
     known = set(manager.all_tasks)
     for task in tasks:

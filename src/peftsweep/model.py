@@ -16,6 +16,7 @@ from unittest.mock import patch
 import torch
 import transformers
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+from huggingface_hub import snapshot_download
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import transformers_weight_conversion
@@ -23,6 +24,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -31,9 +33,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from peftsweep import hub
 from peftsweep.atomic import sync_tree
 from peftsweep.data import Batch
-from peftsweep.errors import InputError
+from peftsweep.errors import InputError, suggest
 from peftsweep.schema import Init, ModelConfig, Task
 from peftsweep.shapes import at_target_rank
 from peftsweep.study import RESIDUAL
@@ -43,6 +46,8 @@ INITIAL = "initial"  # beside a saved adapter: as it began, where the base was c
 QUANTISED = (Linear4bit, Linear8bitLt)
 METHOD_INPUTS = "peftsweep_method_inputs"  # the attribute of an adapted model that holds them
 NEW_PARTS = "peftsweep_new_parts"  # the attribute of a classifier that names the modules its checkpoint lacked
+WEIGHTS = (".safetensors", ".bin")  # endings of files of them
+ROTARY = ("rope_theta", "rope_scaling", "partial_rotary_factor")  # that transformers moves into rope_parameters
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")  # names of a configuration's longest sequence
 SHARED = ("vblora_vector_bank", "prompt_encoder")  # of an adapter's weights, saved once and under other names
 NOT_MERGEABLE = "what the method adds cannot be merged into the weights"
@@ -93,19 +98,68 @@ def architecture(model: ModelConfig) -> transformers.PreTrainedConfig:
         InputError: it cannot be found, or ``model.architecture`` names no known one.
     """
     if model.architecture:
-        fields = dict(model.architecture)
-        try:
-            return AutoConfig.for_model(fields.pop("model_type"), **fields)
-        except (KeyError, ValueError, TypeError) as error:
-            raise InputError(f"model.architecture: {str(error).splitlines()[0]}") from None
+        return _described(dict(model.architecture))
     if model.init is Init.random:
         raise InputError("model.init=random needs model.architecture (model_type and sizes), as the presets have")
-    try:
+    with _loading(model):
         found = AutoConfig.from_pretrained(source(model), revision=model.revision or "main")
-        return cast(transformers.PreTrainedConfig, found)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"model.name_or_path={model.name_or_path}: cannot be loaded ({reason})") from error
+    return cast(transformers.PreTrainedConfig, found)
+
+
+@contextmanager
+def _loading(model: ModelConfig, part: str = "") -> Iterator[None]:
+    """Load ``part`` of the model (all of it by default) from its folder or the hub in the body.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    key = f"model.name_or_path={model.name_or_path}"
+    with nullcontext() if is_local(model) else hub.loading(key, "a local folder"):
+        try:
+            yield
+        except hub.UNREADABLE as error:
+            if isinstance(error, InputError) or not is_local(model):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{key}: {part + ' ' if part else ''}cannot be loaded ({reason})") from error
+
+
+def is_local(model: ModelConfig) -> bool:
+    """Whether nothing of the model is on the hub: it is a folder, or has random weights."""
+    return model.init is Init.random or Path(source(model)).is_dir()
+
+
+def check_cached(model: ModelConfig) -> None:
+    """Where the hub does not answer: that its files of the model are in the local cache.
+
+    Raises:
+        InputError: they are not.
+    """
+    if is_local(model) or hub.problem() is None:
+        return
+    with _loading(model):
+        folder = Path(snapshot_download(source(model), revision=model.revision or "main", local_files_only=True))
+        if not any(file.suffix in WEIGHTS for file in folder.iterdir()):
+            raise OSError("no weights")
+    load_tokenizer(model)
+
+
+def _described(fields: dict[str, Any]) -> transformers.PreTrainedConfig:
+    if "model_type" not in fields:
+        raise InputError("model.architecture.model_type: must be given, such as llama")
+    kind = str(fields.pop("model_type"))
+    if kind not in CONFIG_MAPPING:
+        known = suggest(kind, list(CONFIG_MAPPING))
+        raise InputError(f"model.architecture.model_type={kind}: transformers has no such architecture; {known}")
+    default = AutoConfig.for_model(kind)
+    for name in fields:
+        if not hasattr(default, name) and name not in ROTARY:
+            raise InputError(f"model.architecture.{name}: no such key; {suggest(name, sorted(default.to_dict()))}")
+    try:
+        return type(default)(**fields)
+    except Exception as error:  # of any kind: transformers checks types, and calculates sizes from sizes
+        reason = re.sub(r".*\b\w+Error: ", "", " ".join(str(error).split()))
+        raise InputError(f"model.architecture: {reason}") from None
 
 
 def skeleton(model: ModelConfig, where: str = "meta", classes: int = 0) -> PreTrainedModel:
@@ -131,6 +185,11 @@ def made(model: ModelConfig, config: transformers.PreTrainedConfig, **options: A
         raise InputError(
             f"model.task={model.task.value}: {model.name_or_path} is no {what} (model_type {config.model_type})"
         ) from error
+    except Exception as error:
+        if not model.architecture:
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise InputError(f"model.architecture: describes no model that transformers can make ({reason})") from error
 
 
 def _shape(model: ModelConfig, classes: int) -> transformers.PreTrainedConfig:
@@ -191,10 +250,8 @@ def load_tokenizer(model: ModelConfig, virtual_tokens: int = 0) -> PreTrainedTok
     """
     folder = str(TINY) if model.init is Init.random else source(model)
     key = f"model.name_or_path={model.name_or_path}"
-    try:
+    with _loading(model, "its tokenizer"):
         found: Any = AutoTokenizer.from_pretrained(folder, revision=model.revision or "main")
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
-        raise InputError(f"{key}: its tokenizer cannot be loaded ({' '.join(str(error).split())[:200]})") from error
     tokenizer = cast(PreTrainedTokenizerBase, found)
     limit = positions(model)
     if model.init is Init.random:
@@ -258,6 +315,8 @@ def load(
 def _pretrained(model: ModelConfig, quantization: Any, options: dict[str, Any], seed: int) -> PreTrainedModel:
     """The model with the weights of its checkpoint, which must have them all, but for parts of a classifier."""
     torch.manual_seed(seed)
+    if not is_local(model):
+        hub.problem()
     base, info = CLASSES[model.task].from_pretrained(
         source(model),
         quantization_config=quantization,

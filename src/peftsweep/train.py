@@ -506,7 +506,8 @@ def make_optimizer(
     try:
         return make(model if "model" in known else parameters, **options | config.optimizer_kwargs)
     except (TypeError, ValueError, NotImplementedError) as error:  # as of bitsandbytes' SGD without momentum
-        raise InputError(f"train.optimizer_kwargs: {error}") from None
+        said = f"{config.optimizer} does not take {config.optimizer_kwargs}"
+        raise InputError(f"train.optimizer_kwargs: {said} ({error})") from None
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> Any:

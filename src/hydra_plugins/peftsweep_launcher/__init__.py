@@ -167,6 +167,7 @@ class GridSweeper(BasicSweeper):
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
         """Run the points of the words; a failure among them is raised when all of them have run."""
         assert self.hydra_context is not None
+        self._check()
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         grids = self._joined(arguments, parser.parse_overrides(arguments)) or [[*self._parse_config(), *arguments]]
         points = [point for grid in grids for point in self.split_arguments(parser.parse_overrides(grid), None)[0]]
@@ -180,6 +181,16 @@ class GridSweeper(BasicSweeper):
         if failures := [job._return_value for job in jobs if job.status is JobStatus.FAILED]:
             raise next((one for one in failures if not isinstance(one, NotRun)), failures[0])
         return jobs
+
+    def _check(self) -> None:
+        from peftsweep.errors import InputError
+
+        assert self.config is not None
+        size, params = self.max_batch_size, self.config.hydra.sweeper.params
+        if size is not None and not (type(size) is int and size >= 1):
+            raise InputError(f"hydra.sweeper.max_batch_size={size}: must be a whole number, at least 1, or null")
+        if params is not None and not OmegaConf.is_dict(params):
+            raise InputError(f"hydra.sweeper.params={params}: must be swept keys with their values")
 
     def _joined(self, arguments: list[str], parsed: Sequence[Override]) -> list[list[str]]:
         """For each of several options of ``sweep`` the words of its grid: its axes below those of the command line.

@@ -1,0 +1,226 @@
+"""The words of a command line, checked before Hydra reads them, and what a person's own yaml has wrong.
+
+Hydra's grammar has characters of its own, so that a path or a template may need quotes inside those of the shell.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString, RangeSweep
+from hydra.errors import HydraException
+
+from peftsweep.errors import InputError, suggest
+
+MOST_VALUES = 100_000  # of a range
+SEVERAL = ("eval",)  # groups of which several options may be chosen at once
+OPTIONAL = ("eval", "sweep", "point")  # groups of which none need be chosen
+OF_HYDRA = {  # keys of Hydra's that decide nothing here, and what does
+    **dict.fromkeys(
+        ("hydra.sweep.dir", "hydra.sweep.subdir", "hydra.run.dir", "hydra.output_subdir"),
+        "decides nothing: a trial's folder is multirun/STUDY/TRIAL, by study=STUDY, in the working directory",
+    ),
+    "hydra": "is Hydra's own section; give one of its keys, such as hydra.launcher.workers=2",
+    **dict.fromkeys(("-r", "--run", "hydra.mode"), "cannot be set: every command is a sweep, of one trial or more"),
+}
+NOT_NULL = ("hydra.launcher", "hydra.sweeper", "hydra/launcher", "hydra/sweeper", "hydra.callbacks")
+
+
+def checked(words: Sequence[str], conf: Path) -> list[str]:
+    """The words of a command, without what says nothing; ``conf`` is the folder of our own yamls.
+
+    Raises:
+        InputError: a word cannot be read, or chooses none of a group's options; the line names it.
+    """
+    options = {name: action for action in get_args_parser()._actions for name in action.option_strings}
+    groups = {folder.name: folder for folder in conf.iterdir() if folder.is_dir() and folder.name != "hydra"}
+    for word, after in pairwise(words):
+        if "=" in word and word.endswith(",") and "=" not in after and not after.startswith(("-", "~")):
+            raise InputError(f"{word} {after}: values are separated by commas alone: '{word}{after}'")
+    kept: list[str] = []
+    left = iter(words)
+    for word in left:
+        kept.append(word)
+        if not word.startswith("-"):
+            if not _says_something(word, groups):
+                kept.pop()
+            continue
+        name, given, _ = word.partition("=")
+        if name in OF_HYDRA:
+            raise InputError(f"{name}: {OF_HYDRA[name]}")
+        if name not in options:
+            raise InputError(f"{name}: no such option; {suggest(name, list(options))}")
+        takes, choices = options[name].nargs is None, options[name].choices
+        if given and not takes:
+            raise InputError(f"{name}: takes no value")
+        if takes and not given:
+            value = next(left, None)
+            if value is None or (choices and value not in choices):
+                raise InputError(f"{name}: needs a value" + (f", one of {', '.join(choices)}" if choices else ""))
+            kept.append(value)
+        elif options[name].nargs == "?":
+            kept.extend(value for value in [next(left, None)] if value is not None)
+    return kept
+
+
+def _says_something(word: str, groups: dict[str, Path]) -> bool:
+    """Whether the word, which is checked, chooses or changes anything."""
+    if "=" not in word and not word.startswith("~"):
+        raise InputError(f"{word}: must be KEY=VALUE; a value with blanks needs quotes for the shell")
+    one = _parsed(word)
+    key = one.key_or_group
+    if not all(key.replace("/", ".").split(".")):
+        raise InputError(f"{word}: must be KEY=VALUE, and the key has an empty part")
+    if key in OF_HYDRA:
+        raise InputError(f"{key}: {OF_HYDRA[key]}")
+    if key in NOT_NULL and one._value is None:
+        raise InputError(f"{word}: must be given; without this word it is peftsweep's own")
+    _check_swept(word, one)
+    if key not in groups or one.package is not None:
+        return True
+    if key in OPTIONAL and key not in SEVERAL and one.value() is None:
+        return False  # as in config.yaml: none is chosen
+    _check_option(word, one, groups[key])
+    return True
+
+
+def _parsed(word: str) -> Override:
+    try:
+        return OverridesParser.create().parse_overrides([word])[0]
+    except (HydraException, ValueError) as error:
+        key, _, value = word.partition("=")
+        if value.strip().startswith(",") or value.strip().endswith(",") or re.search(r",\s*,", value):
+            raise InputError(f"{word}: there is no value beside one of its commas") from error
+        for quote in ('"', "'"):
+            quoted = f"{key}={quote}{value}{quote}"
+            if quote not in value and _is_readable(quoted):
+                outer = '"' if quote == "'" else "'"
+                raise InputError(
+                    f"{word}: its value has characters of the sweep's grammar; as a text it needs quotes inside those "
+                    f"of the shell: {outer}{quoted}{outer}"
+                ) from error
+        raise InputError(f"{word}: cannot be read; must be KEY=VALUE") from error
+
+
+def _is_readable(word: str) -> bool:
+    try:
+        OverridesParser.create().parse_overrides([word])
+    except (HydraException, ValueError):
+        return False
+    return True
+
+
+def _check_swept(word: str, one: Override) -> None:
+    """Refuse a range without values, or of so many that nobody means it, and a list that is the name of a file."""
+    value: Any = one._value
+    if isinstance(value, RangeSweep):
+        if not value.step:
+            raise InputError(f"{word}: the step of a range must not be 0")
+        values = (value.stop - value.start) / value.step  # type: ignore[operator]
+        if not (math.isfinite(values) and values <= MOST_VALUES):
+            raise InputError(f"{word}: a range may have at most {MOST_VALUES:,} values")
+        if values <= 0:
+            raise InputError(f"{word}: there is no value in this range")
+    text = word.partition("=")[2]
+    if isinstance(value, ChoiceSweep) and value.simple_form and len(text) < 1000 and Path(text).expanduser().is_file():
+        raise InputError(f"{word}: the comma of a file's name needs quotes: '{one.key_or_group}=\"{text}\"'")
+
+
+def _check_option(word: str, one: Override, group: Path) -> None:
+    """Refuse what is no name of an option where one is chosen, or several where there can be one."""
+    value, known = one._value, sorted(file.stem for file in group.glob("*.yaml"))
+    if one.is_delete():
+        if group.name not in OPTIONAL:
+            raise InputError(f"{word}: cannot be deleted; {suggest(group.name, known)}")
+        return
+    choices = value.list if isinstance(value, ChoiceSweep) else [value]
+    for choice in choices:
+        several = choice if isinstance(choice, list) and group.name in SEVERAL else [choice]
+        for option in several:
+            if isinstance(option, list):
+                raise InputError(f"{word}: must be one option; to sweep several: {group.name}={_listed(option)}")
+            if option is None or option == "" or isinstance(option, bool | int | float):
+                if option is None and group.name not in SEVERAL and group.name in OPTIONAL:
+                    continue
+                raise InputError(f"{word}: no such option; {suggest('', known)}")
+
+
+def _listed(options: Iterable[Any]) -> str:
+    return ",".join(str(option.text if isinstance(option, QuotedString) else option) for option in options)
+
+
+def wrong_yaml(words: Sequence[str], *, only_chosen: bool = False) -> str | None:
+    """What a yaml in the folders of ``--config-dir`` has wrong, with its file and line; None if all can be read.
+
+    Those that the words choose are looked at first.
+    """
+    said = {part for word in words for part in re.split(r"[=,\[\]]", word)}
+    files = [file for folder in own_folders(words) for file in folder.rglob("*.yaml")]
+    files = [file for file in files if file.stem in said] if only_chosen else files
+    for file in sorted(files, key=lambda file: (file.stem not in said, file)):
+        try:
+            read = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+            problem = None if read is None else _unlike_ours(read)
+        except UnicodeDecodeError as error:
+            problem = (file.read_bytes()[: error.start].count(b"\n") + 1, "is no UTF-8 text")
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            problem = (mark.line + 1 if mark else 1, f"is no yaml: {error.problem or error.context}")
+        except (yaml.YAMLError, RecursionError) as error:
+            problem = (1, f"is no yaml: {' '.join(str(error).split())[:100]}")
+        if problem is not None:
+            return f"{file}, line {problem[0]}: {problem[1]}"
+    return None
+
+
+def _unlike_ours(node: yaml.Node) -> tuple[int, str] | None:
+    """The line and fault of a tree that is no configuration: it must have keys, each once, and no tags."""
+    if not isinstance(node, yaml.MappingNode):
+        return node.start_mark.line + 1, "must hold keys and values"
+    for key, value in node.value:
+        if key.value == "defaults" and not isinstance(value, yaml.SequenceNode):
+            return key.start_mark.line + 1, "defaults must be a list"
+    return _wrong_part(node)
+
+
+def _wrong_part(node: yaml.Node) -> tuple[int, str] | None:
+    line = node.start_mark.line + 1
+    if not node.tag.startswith("tag:yaml.org,2002:") or "/" in node.tag:
+        return line, "has a tag (!); there are none in a configuration"
+    if isinstance(node, yaml.MappingNode):
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for number, (key, _) in enumerate(node.value):
+            if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
+                return key.start_mark.line + 1, "has a key that is no text"
+            if key.value in names[:number]:
+                return key.start_mark.line + 1, f"has the key {key.value} twice"
+        parts = [value for _, value in node.value]
+    else:
+        parts = node.value if isinstance(node, yaml.SequenceNode) else []
+    return next((found for part in parts if (found := _wrong_part(part)) is not None), None)
+
+
+def import_from(folders: Iterable[Path]) -> None:
+    """Let ``_target_`` name modules in ``folders``, below all that is installed; workers that are started do so too."""
+    for folder in map(str, (folder.resolve() for folder in folders)):
+        if folder not in sys.path:
+            sys.path.append(folder)
+
+
+def own_folders(words: Sequence[str]) -> list[Path]:
+    """The folders of ``--config-dir``."""
+    found = []
+    for place, word in enumerate(words):
+        name, given, value = word.partition("=")
+        if name in ("--config-dir", "-cd"):
+            found += [Path(value)] if given else [Path(following) for following in words[place + 1 : place + 2]]
+    return found
