@@ -72,7 +72,8 @@ def rung(config: HalvingConfig, place: Path, step: int) -> dict[str, Any]:
 
 def _validations(place: Path) -> dict[int, dict[str, Any]]:
     """The rows of the validations of the trial in ``place``, by their steps."""
-    return {row["step"]: row for row in record.read_lines(place / record.STEPS) if f"{MARK}loss" in row}
+    rows = record.usable_lines(place / record.STEPS, record.STEP, whole=False)
+    return {row["step"]: row for row in rows if f"{MARK}loss" in row}
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def notes(results: Iterable[Result]) -> list[str]:
     sweeps: dict[tuple[Any, ...], list[Result]] = {}
     for result in results:
         said = result.config.get("halving") or {}
-        if said.get("min_steps") is not None and result.status in HAVE_TRAINED:
+        if said.get("min_steps") is not None and result.status in HAVE_TRAINED and "steps" in result.train_info:
             sweeps.setdefault((said["metric"], said["factor"], said["min_steps"]), []).append(result)
     return [line for said, group in sweeps.items() for line in _notes(group, HalvingConfig(*said))]
 

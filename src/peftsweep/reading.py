@@ -152,8 +152,8 @@ def _parsed(name: str, text: str) -> Any:
     except RecursionError:
         raise Unreadable(f"{name}: nested too deeply") from None
     except ValueError as error:
-        reason = "it is empty" if not text.strip() else _first_line(error)
-        raise Unreadable(f"{name}: no JSON: {reason}") from None
+        kind = "JSONDecodeError" if isinstance(error, json.JSONDecodeError) else "no JSON"
+        raise Unreadable(f"{name}: {kind}: {_first_line(error) if text.strip() else 'it is empty'}") from None
     return content
 
 

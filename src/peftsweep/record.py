@@ -120,10 +120,10 @@ SCORE = {"value": NUMBER, "stderr": NUMBER, "n": NUMBER}
 ERROR = {"type": str, "message": str, "stage": str, "traceback?": str}
 RUN_INFO = {
     "trial": str,
-    "labels": _some_labels,
-    "study": str,
-    "created_at": str,
     "status": _status,
+    "labels?": _some_labels,
+    "study?": str,
+    "created_at?": str,
     "identity?": str,
     "training?": str,
     "error?": lambda value, key: None if value is None else fault(value, ERROR, key),
@@ -137,12 +137,13 @@ RUN_INFO = {
     "rung?": {"number": int, "step": int, "metric": str, "value": NUMBER},
     "experiment?": {"taken?": {"*": str}, "not_taken?": {"*": str}},
 }
+NEEDED = {"labels": list, "study": str, "created_at": str}  # of RUN_INFO, by tables and sweeps
 CONFIG = {  # of which the keys that are read again; all others are settings of any kind
-    **{f"{section}?": dict for section in ("model", "method", "dataset", "train", "eval", "quant", "targets")},
+    **{f"{section}?": dict for section in ("model", "method", "dataset", "train", "quant", "targets", "inference")},
     "seed?": int,
     "eval?": {"*": dict},
     "adapter?": {"path?": TEXT, "save?": bool, "merge?": bool},
-    "halving?": {"metric?": TEXT, "factor?": NUMBER, "min_steps?": NUMBER},
+    "halving?": {"metric": TEXT, "factor": (int, float), "min_steps": (int, type(None))},
 }
 RECORD = {
     "schema_version": int,
@@ -155,12 +156,15 @@ RECORD = {
     "generation_info?": {"*": _figures},
     "meta_info?": dict,
 }
+SCORES = {"*": _fact}  # of a base, in its file
 STEP = {"step": int, "*": NUMBER}  # a line of steps.jsonl
 PREDICTION = {  # a line of predictions
     "correct?": (bool, int, float),
     "correct_norm?": bool,
     "log_likelihood?": (float, int),
     "tokens?": int,
+    "label?": str,
+    "label_prediction?": str,
     "choices?": [str],
 }
 
@@ -211,6 +215,18 @@ class Result:
         """What makes its scores say less than they seem to."""
         return cautions(self.train_info, self.eval_info, self.generation_info)
 
+    @classmethod
+    def read_whole(cls, folder: Path) -> Self:
+        """Read the record of a trial that is to be in a table, or to count as done.
+
+        Raises:
+            RecordError: as ``read``; or it lacks its labels, study or date.
+        """
+        result = cls.read(folder)
+        if wrong := fault(result.run_info, NEEDED, "run_info"):
+            raise RecordError(f"{folder / RESULT}: {wrong}")
+        return result
+
     def write(self, folder: Path) -> None:
         """Write result.json, atomically: a reader sees the whole record or none."""
         content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "folder"}
@@ -258,6 +274,20 @@ def _complete(result: Result) -> None:
 def write_json(file: Path, content: Any) -> None:
     """Write ``content`` so that ``file`` is at every moment the whole old or the whole new text."""
     write_text(file, json.dumps(plain(content), indent=1) + "\n")
+
+
+def read_predictions(file: Path) -> list[dict[str, Any]]:
+    """The lines of an evaluation's predictions, none if there is no such file.
+
+    Raises:
+        Unreadable: it is damaged; or a line lacks a figure that the first one has.
+    """
+    lines = read_lines(file, PREDICTION)
+    needed = {name.removesuffix("?") for name in PREDICTION} & (lines[0].keys() if lines else set())
+    for number, line in enumerate(lines, 1):
+        if lacking := needed - line.keys():
+            raise Unreadable(f"{file}: line {number}: {min(lacking)} is missing")
+    return lines
 
 
 def sitting_seconds(result: Result) -> float:
