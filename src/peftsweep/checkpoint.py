@@ -25,12 +25,15 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from peftsweep import record
-from peftsweep.atomic import replacing, sync
+from peftsweep.atomic import make_way, replacing, sync
+from peftsweep.measure import out_of_memory
 from peftsweep.model import trainable_parameters
+from peftsweep.reading import NUMBER, Unreadable, check
 
 log = logging.getLogger(__name__)
 
 FORMAT = 2
+CONTENT = {"stamp": dict, "step": int, "seconds?": {"*": NUMBER}, "rows": int, "state": {"*": object}}
 # Classes of PEFT, and what beside parameters and buffers changes in them from step to step.
 CHANGING = {
     "RankAllocator": ("ipt", "exp_avg_ipt", "exp_avg_unc"),
@@ -135,6 +138,7 @@ class Checkpoints:
         self.seconds: Callable[[], dict[str, float]] = dict  # of the trial until now, which a checkpoint keeps
         self.earlier: dict[str, float] = {}  # those that the found one keeps
         self._found: dict[str, Any] | None = None
+        self._file = folder  # that it was found in
 
     def find(self) -> int:
         """The step of the newest usable checkpoint, which is then held for ``restore``; 0 without one.
@@ -149,12 +153,13 @@ class Checkpoints:
                 log.warning("the checkpoint %s is ignored: %s: %s", file.name, type(error).__name__, reason)
                 continue
             os.truncate(self._rows, found["rows"])
-            self._found, self.earlier = found, found.get("seconds", {})
+            self._found, self._file, self.earlier = found, file, found.get("seconds", {})
             return int(found["step"])
         return 0
 
     def _read(self, file: Path) -> dict[str, Any]:
         found: dict[str, Any] = torch.load(file, weights_only=True)  # every tensor on the device it was on
+        check(found, CONTENT, file.name)
         if found["stamp"] not in self._stamps:
             raise ValueError("it is of another training, device or version of a package")
         if self._rows.stat().st_size < found["rows"]:
@@ -162,16 +167,31 @@ class Checkpoints:
         return found
 
     def restore(self, parts: Mapping[str, Part]) -> None:
-        """Give each of ``parts`` the state that was found, if one was."""
+        """Give each of ``parts`` the state that was found, if one was.
+
+        Raises:
+            Unreadable: that state is not one of these parts; it is deleted, so that the next run begins anew.
+        """
         found, self._found = self._found, None  # memory that is not to be held while it trains
-        if found is not None:
+        if found is None:
+            return
+        try:
             for name, part in parts.items():
                 part.load_state_dict(found["state"][name])
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # of torch or a part
+            if out_of_memory(error):
+                raise
+            self.clear()
+            reason = (str(error).splitlines() or [""])[0]
+            raise Unreadable(
+                f"{self._file}: {type(error).__name__}: {reason}; it is deleted, the same command begins anew"
+            ) from error
 
     def save(self, step: int, parts: Mapping[str, Part]) -> None:
         """Write a checkpoint and then delete the one before; it is on the disk when this returns."""
         self._folder.mkdir(parents=True, exist_ok=True)
         file = self._folder / f"step-{step}.pt"
+        make_way(file)
         sync(self._rows)
         content = {
             "stamp": self._stamps[0],
@@ -184,7 +204,9 @@ class Checkpoints:
             torch.save(content, stream)
         sync(self._folder)
         for other in self._folder.iterdir():
-            if other != file:
+            if other.is_dir() and not other.is_symlink():
+                shutil.rmtree(other)
+            elif other != file:
                 other.unlink()
 
     def clear(self) -> None:

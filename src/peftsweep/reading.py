@@ -22,8 +22,9 @@ DEEPEST = 60  # objects and lists in one another
 Found = TypeVar("Found")
 HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # of a pair in UTF-16, where it is alone
 
-# A shape is a type or a tuple of them, [shape] for a list, a mapping of keys to shapes, or a function of a value and
-# its key that says what is wrong. A key that ends in ? may be missing; * stands for all keys that are not named.
+# A shape is a type or a tuple of them, a frozenset of words, [shape] for a list, a mapping of keys to shapes, or a
+# function of a value and its key that says what is wrong. A key that ends in ? may be missing; * stands for all keys
+# that are not named.
 Shape = Any
 NUMBER = (int, float, type(None))
 TEXT = (str, type(None))
@@ -67,13 +68,13 @@ def read_text(file: Path) -> str:
     return _decoded(file, read_bytes(file))
 
 
-def read_json(file: Path, shape: Shape = object) -> Any:
-    """What ``record.write_json`` wrote.
+def read_json(file: Path, shape: Shape = object, *, foreign: bool = False) -> Any:
+    """What ``record.write_json`` wrote, or a ``foreign`` program, whose NaN and infinity are read as null.
 
     Raises:
         Unreadable: it cannot be read, is no JSON, or has another shape.
     """
-    content = _parsed(str(file), read_text(file))
+    content = _parsed(str(file), read_text(file), foreign=foreign)
     check(content, shape, str(file))
     return content
 
@@ -142,9 +143,9 @@ def _decoded(name: object, content: bytes) -> str:
         raise Unreadable(f"{name}: byte {error.start + 1} is no UTF-8") from None
 
 
-def _parsed(name: str, text: str) -> Any:
+def _parsed(name: str, text: str, *, foreign: bool = False) -> Any:
     try:
-        content = json.loads(text, parse_constant=_no_number, parse_float=_finite)
+        content = json.loads(text, parse_constant=(lambda _: None) if foreign else _no_number, parse_float=_finite)
         _check_depth(content, DEEPEST)
         if HALF_CHARACTER.search(text):  # half a character is no text, and can be written to no other file
             whole = json.dumps(content, ensure_ascii=False).encode(errors="replace")
@@ -196,6 +197,8 @@ def fault(value: Any, shape: Shape, key: str = "") -> str | None:
             return _wrong(value, list, key)
         found = (fault(part, shape[0], f"{key}.{place}") for place, part in enumerate(value))
         return next((wrong for wrong in found if wrong), None)
+    if isinstance(shape, frozenset):
+        return None if value in shape else f"{key}: must be one of {', '.join(sorted(shape))}"
     if callable(shape) and not isinstance(shape, type):
         found_wrong: str | None = shape(value, key)
         return found_wrong

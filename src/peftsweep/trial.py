@@ -534,13 +534,22 @@ class Session:
         stamps = [checkpoint.stamp(training, self.meter.device, since) for training in trainings]
         place = self.place / study.CHECKPOINTS
         found = checkpoint.Checkpoints(place, stamps[0], self.place / record.STEPS, also=stamps[1:])
-        if self.config.force:
+        if self.config.force or self.rows_lost():
             found.clear()
         self.result.run_info["resumed"] = resumed = found.find()  # from this step on; 0: from the beginning
         if resumed:
             self.sittings.resume(found.earlier)
         found.seconds = self.sittings.seconds
         return found if resumed or self.config.train.checkpoint_every or self.stop_at else None
+
+    def rows_lost(self) -> bool:
+        """Whether the steps logged until a checkpoint are damaged: then the training begins anew."""
+        try:
+            record.read_lines(self.place / record.STEPS, record.STEP, whole=False)
+        except Unreadable as error:
+            log.warning("%s; the training begins anew", error)
+            return True
+        return False
 
     def steps(self) -> TextIO:
         """The trial's steps.jsonl, to be written on."""
