@@ -10,7 +10,7 @@ import peftsweep
 PACKAGE = Path(peftsweep.__file__).parent
 # Lowest first: a module may import those on lower floors, and those before it on its own.
 FLOORS = (
-    "errors atomic reading schema processes isolation compatibility files chat data numerals metrics measure cautions record "
+    "errors streams atomic reading schema processes isolation compatibility files chat data numerals metrics measure cautions record "
     "naming sweep_record study fingerprint experiment tasks shapes model probe profiler",
     "display tracker attach coverage initialise checkpoint compiled train lanes packed evaluate inference predict "
     "harness repeat",
