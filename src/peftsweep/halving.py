@@ -197,7 +197,7 @@ def _notes(results: Sequence[Result], config: HalvingConfig) -> list[str]:
     courses = [course(one, config) for one in results]
     trained, total = sum(one.train_info["steps"] for one in results), sum(one.total for one in courses)
     files = [file for one in stopped if one.folder for file in one.folder.glob(f"{study.CHECKPOINTS}/*")]
-    kept = size(sum(file.stat().st_size for file in files))
+    kept = size(sum(_bytes(file) for file in files))
     lines = [
         f"halving by {config.metric}: {trained:,} of {total:,} steps trained ({trained / max(total, 1):.0%}); "
         f"{len(stopped)} trials stopped, any of which may have won in the end; their checkpoints hold {kept}"
@@ -206,6 +206,14 @@ def _notes(results: Sequence[Result], config: HalvingConfig) -> list[str]:
         pairs = [(one.values[place], one.values[place + 1]) for one in courses if len(one.values) > place + 1]
         lines.append(f"rung {place + 1} and what came next: {_correlation(pairs)}")
     return lines
+
+
+def _bytes(file: Path) -> int:
+    """How many the file holds, which a running sweep may just have deleted."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
 
 
 def _correlation(pairs: Sequence[tuple[float | None, float | None]]) -> str:

@@ -8,6 +8,7 @@ import itertools
 import os
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from enum import Enum, auto
@@ -96,8 +97,9 @@ def find(study: str | Path) -> Path:
 
 
 def studies() -> list[Path]:
-    """Every folder under multirun/ that holds a trial."""
-    return sorted({file.parents[1] for file in ROOT.glob(f"*/*/{RESULT}")})
+    """Every folder under multirun/ that holds a trial, be it one that runs or was cut off."""
+    signs = {f"*/*/{RESULT}": 1, "*/*/.hydra/config.yaml": 2, "*/.claims/*.json": 1}  # and how far below the study
+    return sorted({file.parents[up] for pattern, up in signs.items() for file in ROOT.glob(pattern)})
 
 
 def trial_folder(study: Path, slug: str, identity: str) -> Path:
@@ -381,8 +383,11 @@ def _held(file: Path) -> bool:
 def _now(file: Path) -> float:
     """The time by the clock of the file system, which several machines share."""
     mark = file.with_name(".now")
-    mark.touch()
-    return mark.stat().st_mtime
+    try:
+        mark.touch()
+        return mark.stat().st_mtime
+    except OSError:  # a study that may only be read
+        return time.time()
 
 
 def _beat(file: Path, over: threading.Event) -> None:

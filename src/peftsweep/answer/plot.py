@@ -85,8 +85,7 @@ def study(
     """
     import matplotlib
 
-    for old in (file for name in NAMES for ending in KINDS for file in folder.glob(f"{name}*{ending}")):
-        old.unlink()  # of a study as it was, which may have had other things to show
+    old = {file for name in NAMES for ending in KINDS for file in folder.glob(f"{name}*{ending}")}
     written = []
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a label may be in any script
@@ -95,6 +94,8 @@ def study(
             with replacing(file) as temporary:
                 figure.savefig(temporary, format=kind, metadata={"Date": None} if kind == "svg" else None)
             written.append(file)
+    for file in old.difference(written):  # of a study as it was, which may have had other things to show
+        file.unlink(missing_ok=True)  # another collect may have done so
     return written
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import sqlite3
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -54,7 +55,8 @@ def read(folder: Path) -> list[Result]:
         try:
             results.append(Result.read_whole(file.parent))
         except RecordError as error:
-            print(f"skipped: {error}", file=sys.stderr)
+            if os.path.lexists(file):  # else a sweep has just begun that trial again
+                print(f"skipped: {error}", file=sys.stderr)
     return sorted(results, key=lambda result: (result.run_info["created_at"], result.trial))
 
 
