@@ -41,14 +41,19 @@ def read_bytes(file: Path, most: int = LARGEST) -> bytes:
     Raises:
         Unreadable: there is none, it is something else than a file, larger than ``most`` bytes, or may not be read.
     """
-    with _opened(file) as stream:
+    with opened(file) as stream:
         if (size := os.fstat(stream.fileno()).st_size) > most:
             raise Unreadable(f"{file}: {size:,} bytes; such a file has at most {most:,}")
         return stream.read(most)
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[BinaryIO]:
+def opened(file: Path) -> Iterator[BinaryIO]:
+    """A plain file, to be read in the block.
+
+    Raises:
+        Unreadable: it is none, or an error of the system ends the block.
+    """
     try:
         mode = file.stat().st_mode
         if not stat.S_ISREG(mode):  # reading a pipe or a device would never end
@@ -105,7 +110,7 @@ def read_lines(file: Path, shape: Shape = object, *, whole: bool = True) -> list
     if not os.path.lexists(file):
         return []
     rows = []
-    with _opened(file) as stream:
+    with opened(file) as stream:
         for number, line in enumerate(iter(lambda: stream.readline(LARGEST), b""), 1):
             if whole or line.endswith(b"\n") or b"\0" in line:
                 rows.append(_row(f"{file}: line {number}", line, shape))

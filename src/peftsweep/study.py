@@ -19,7 +19,7 @@ from filelock import FileLock
 
 from peftsweep.atomic import TRANSIENT
 from peftsweep.errors import InputError, Unwritable, suggest
-from peftsweep.reading import Unreadable, read_text
+from peftsweep.reading import Unreadable, opened, read_text
 from peftsweep.record import (
     RESULT,
     STEP,
@@ -209,7 +209,7 @@ def damage_of_weights(folder: Path) -> str | None:
             if os.path.lexists(folder / name):
                 read_json(folder / name, dict)
         for file in sorted(folder.glob("*.safetensors")):
-            with safe_open(file, framework="np"):
+            with opened(file), safe_open(file, framework="np"):
                 pass
     except Unreadable as error:
         return str(error)
