@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from peftsweep import fingerprint, reading, record, study, sweep_record
+from peftsweep import atomic, fingerprint, reading, record, study, sweep_record
 from peftsweep.answer import table
 from peftsweep.reading import Unreadable
 from peftsweep.record import LaterVersion, RecordError, Result
@@ -408,6 +411,43 @@ def test_an_odd_file_of_peft_s_comparison_is_named_and_the_others_become_trials(
     if way not in another_kind:  # JSON of any other kind may lie there, such as an adapter_config.json
         assert err.startswith("skipped: theirs/b.json: ")
         assert err.count("\n") == 1
+
+
+def test_a_study_that_may_only_be_read_is_shown_and_written_elsewhere(
+    ranks: list[Path], collect_command: Collect, monkeypatch: pytest.MonkeyPatch, scratch: Path
+) -> None:
+    real, study_folder = atomic.os.replace, Path("multirun").resolve()
+
+    def read_only(source: Any, target: Any) -> None:
+        if study_folder in Path(target).resolve().parents:
+            raise OSError(errno.EROFS, "Read-only file system", str(target))
+        real(source, target)
+
+    monkeypatch.setattr(atomic.os, "replace", read_only)
+    code, out, err = collect_command("ranks", "--out", str(scratch / "table.csv"))
+    assert (code, err) == (0, "multirun/ranks: nothing is written there: Read-only file system\n")
+    assert "4 trials: 4 success" in out
+    assert len((scratch / "table.csv").read_text().splitlines()) == 5
+    assert collect_command("ranks")[0] == 2
+
+
+def test_a_study_whose_first_trial_runs_is_shown(collect_command: Collect) -> None:
+    with study.claim(Path("multirun/new"), "0123456789"):
+        assert "multirun/new: 0 trials, 1 running" in collect_command("--status")[1]
+        code, out, _ = collect_command()
+        assert code == 0
+        assert f"multirun/new: no trial yet; running: trial-0123456789 on {record.host()}" in out
+
+
+@pytest.mark.slow
+def test_four_collects_at_once_leave_whole_files(ranks: list[Path]) -> None:
+    door = [sys.executable, "-c", "from peftsweep import cli; cli.collect()", "ranks"]
+    running = [subprocess.Popen(door, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    ended = [(*one.communicate(), one.returncode) for one in running]
+    assert [(err, code) for _, err, code in ended] == [("", 0)] * 4
+    [_, *drawn] = [Path(name) for name in ended[0][0].splitlines()[-1].removeprefix("wrote ").split(", ")]
+    assert all(file.stat().st_size for file in drawn)
+    assert list(Path("multirun/ranks").rglob("*.partial")) == []
 
 
 # ---- the next run ----------------------------------------------------------------------------------

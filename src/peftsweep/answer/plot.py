@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import re
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -90,7 +91,8 @@ def study(
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a label may be in any script
         for name, figure in figures(table, steps, predictions):
-            file = folder / f"{name}.{kind}"
+            # A record from elsewhere may call an evaluation anything: no name leads out of the folder.
+            file = folder / f"{re.sub(r'[^\w.-]+', '-', name)[:120]}.{kind}"
             with replacing(file) as temporary:
                 figure.savefig(temporary, format=kind, metadata={"Date": None} if kind == "svg" else None)
             written.append(file)
