@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from peftsweep import atomic, fingerprint, reading, record, study, sweep_record
+from peftsweep import fingerprint, reading, record, study, sweep_record
 from peftsweep.answer import table
 from peftsweep.reading import Unreadable
 from peftsweep.record import LaterVersion, RecordError, Result
@@ -416,14 +416,14 @@ def test_an_odd_file_of_peft_s_comparison_is_named_and_the_others_become_trials(
 def test_a_study_that_may_only_be_read_is_shown_and_written_elsewhere(
     ranks: list[Path], collect_command: Collect, monkeypatch: pytest.MonkeyPatch, scratch: Path
 ) -> None:
-    real, study_folder = atomic.os.replace, Path("multirun").resolve()
+    real, study_folder = os.replace, Path("multirun").resolve()
 
     def read_only(source: Any, target: Any) -> None:
         if study_folder in Path(target).resolve().parents:
             raise OSError(errno.EROFS, "Read-only file system", str(target))
         real(source, target)
 
-    monkeypatch.setattr(atomic.os, "replace", read_only)
+    monkeypatch.setattr(os, "replace", read_only)
     code, out, err = collect_command("ranks", "--out", str(scratch / "table.csv"))
     assert (code, err) == (0, "multirun/ranks: nothing is written there: Read-only file system\n")
     assert "4 trials: 4 success" in out

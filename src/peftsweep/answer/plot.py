@@ -92,7 +92,8 @@ def study(
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a label may be in any script
         for name, figure in figures(table, steps, predictions):
             # A record from elsewhere may call an evaluation anything: no name leads out of the folder.
-            file = folder / f"{re.sub(r'[^\w.-]+', '-', name)[:120]}.{kind}"
+            plain = re.sub(r"[^\w.-]+", "-", name)[:120]
+            file = folder / f"{plain}.{kind}"
             with replacing(file) as temporary:
                 figure.savefig(temporary, format=kind, metadata={"Date": None} if kind == "svg" else None)
             written.append(file)
