@@ -280,10 +280,10 @@ def read_predictions(file: Path) -> list[dict[str, Any]]:
     """The lines of an evaluation's predictions, none if there is no such file.
 
     Raises:
-        Unreadable: it is damaged; or a line lacks a figure that the first one has.
+        Unreadable: it is damaged; or a line lacks a figure that another one has.
     """
     lines = read_lines(file, PREDICTION)
-    needed = {name.removesuffix("?") for name in PREDICTION} & (lines[0].keys() if lines else set())
+    needed = {key for key in (name.removesuffix("?") for name in PREDICTION) if any(key in line for line in lines)}
     for number, line in enumerate(lines, 1):
         if lacking := needed - line.keys():
             raise Unreadable(f"{file}: line {number}: {min(lacking)} is missing")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import itertools
 import os
 import re
 import threading
@@ -98,8 +97,14 @@ def find(study: str | Path) -> Path:
 
 def studies() -> list[Path]:
     """Every folder under multirun/ that holds a trial, be it one that runs or was cut off."""
-    signs = {f"*/*/{RESULT}": 1, "*/*/.hydra/config.yaml": 2, "*/.claims/*.json": 1}  # and how far below the study
-    return sorted({file.parents[up] for pattern, up in signs.items() for file in ROOT.glob(pattern)})
+    begun = {file.parents[1] for file in ROOT.glob("*/.claims/*.json")}
+    begun |= {file.parents[2] for file in ROOT.glob("*/*/.hydra/config.yaml")}
+    return sorted(begun | {place for place in ROOT.glob("*") if place.is_dir() and recorded(place)})
+
+
+def recorded(study: Path) -> list[Path]:
+    """The folders of a study's trials that have a record, damaged ones among them (a glob misses links to nothing)."""
+    return [place for place in study.iterdir() if os.path.lexists(place / RESULT)]
 
 
 def trial_folder(study: Path, slug: str, identity: str) -> Path:
@@ -220,11 +225,12 @@ def damage_of_weights(folder: Path) -> str | None:
 
 def records(study: Path, most: int) -> list[Result]:
     """The records of a study that can be read; none of one of more than ``most`` trials."""
-    files = list(itertools.islice(study.glob(f"*/{RESULT}"), most + 1))
-    found = []
-    for file in files if len(files) <= most else []:
+    if not study.is_dir():
+        return []
+    places, found = recorded(study), []
+    for place in places if len(places) <= most else []:
         with suppress(RecordError):
-            found.append(Result.read(file.parent))
+            found.append(Result.read(place))
     return found
 
 

@@ -22,7 +22,7 @@ from peftsweep.atomic import replacing
 from peftsweep.errors import InputError
 from peftsweep.reading import usable
 from peftsweep.record import RESULT, STEPS, RecordError, Result, Status
-from peftsweep.study import BASE, is_below, is_plain
+from peftsweep.study import BASE, is_below, is_plain, recorded
 
 RESULTS_FILE = "results.parquet"
 STEPS_FILE = "steps.parquet"
@@ -51,11 +51,11 @@ SQLITE_INDEXES = {
 def read(folder: Path) -> list[Result]:
     """The records of a study, oldest first; a broken one is named on stderr and skipped."""
     results = []
-    for file in folder.glob(f"*/{RESULT}"):
+    for place in recorded(folder):
         try:
-            results.append(Result.read_whole(file.parent))
+            results.append(Result.read_whole(place))
         except RecordError as error:
-            if os.path.lexists(file):  # else a sweep has just begun that trial again
+            if os.path.lexists(place / RESULT):  # else a sweep has just begun that trial again
                 print(f"skipped: {error}", file=sys.stderr)
     return sorted(results, key=lambda result: (result.run_info["created_at"], result.trial))
 
