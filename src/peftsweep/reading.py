@@ -17,7 +17,8 @@ from typing import Any, BinaryIO, TypeVar
 
 import yaml
 
-LARGEST = 256 * 2**20  # bytes of a JSON file, and of a line of a .jsonl file
+LARGEST = 256 * 2**20  # bytes of a JSON file
+LONGEST = 32 * 2**20  # bytes of a line of a .jsonl file
 DEEPEST = 60  # objects and lists in one another
 Found = TypeVar("Found")
 HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # of a pair in UTF-16, where it is alone
@@ -111,7 +112,7 @@ def read_lines(file: Path, shape: Shape = object, *, whole: bool = True) -> list
         return []
     rows = []
     with opened(file) as stream:
-        for number, line in enumerate(iter(lambda: stream.readline(LARGEST), b""), 1):
+        for number, line in enumerate(iter(lambda: stream.readline(LONGEST), b""), 1):
             if whole or line.endswith(b"\n") or b"\0" in line:
                 rows.append(_row(f"{file}: line {number}", line, shape))
     return rows
