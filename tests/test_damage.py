@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from peftsweep import fingerprint, reading, record, study, sweep_record
+from peftsweep import cli, fingerprint, reading, record, study, sweep_record
 from peftsweep.answer import page, table
 from peftsweep.reading import Unreadable
 from peftsweep.record import LaterVersion, RecordError, Result
@@ -26,6 +26,7 @@ from .test_collect import Collect, collect_command
 __all__ = ["collect_command"]  # a fixture
 Command = Callable[..., tuple[int, str, str]]
 Way = Callable[[Path], None]
+QUICK = ["eval=[perplexity]", *(word for word in SMALL if "tiny_math" not in word)]
 FIRST = Path(__file__).parent / "data" / "first_version" / "multirun" / "ranks"
 
 
@@ -66,7 +67,7 @@ def huge(file: Path) -> None:
 
 ANY: dict[str, Way] = {  # of a file of JSON, and of lines of it
     "no bytes": over(b""),
-    "half": edited(lambda text: text[: len(text) // 2].rstrip("}\n")),
+    "half": lambda file: over(file.read_bytes()[: file.stat().st_size // 2].rstrip(b"}\n"))(file),
     "null": over("null\n"),
     "a number": over("7\n"),
     "a list": over("[1, 2]\n"),
@@ -477,7 +478,7 @@ def whole(place: Path) -> bool:
 def test_the_next_run_makes_a_damaged_file_anew_and_leaves_the_others_alone(
     name: str, way: str, command: Command
 ) -> None:
-    words = ["method.r=2,4", "eval=[perplexity]", *(word for word in SMALL if "tiny_math" not in word)]
+    words = ["method.r=2,4", *QUICK]
     assert command(*words)[0] == 0
     [mine, other] = [Path("multirun/default", trial) for trial in sorted(records())]
     kept = {file: file.stat().st_mtime_ns for file in other.rglob("*") if file.is_file()}
@@ -501,15 +502,12 @@ def test_the_next_run_makes_a_damaged_file_anew_and_leaves_the_others_alone(
 @pytest.mark.slow
 @pytest.mark.parametrize("way", [*ANY, "another score"])
 @pytest.mark.parametrize("ending", [".json", ".jsonl"])
-def test_scores_of_the_base_are_made_anew_where_their_files_are_damaged(
-    ending: str, way: str, run_small: Callable[..., Result]
-) -> None:
-    words = ("method.r=2", "eval=[perplexity]")
-    first = run_small(*words)
+def test_scores_of_the_base_are_made_anew_where_their_files_are_damaged(ending: str, way: str) -> None:
+    first = cli.run_one(["method.r=2", *QUICK])
     [file] = [file for file in Path("multirun/default/base").glob("*/*") if file.suffix == ending]
     damage = ANY.get(way, edited(lambda text: text.replace("1", "2", 1)))
     damage(file)
-    second = run_small("method.r=4", "eval=[perplexity]")
+    second = cli.run_one(["method.r=4", *QUICK])
     value = first.eval_info["perplexity"]["base_perplexity"]["value"]
     assert second.eval_info["perplexity"]["base_perplexity"]["value"] == pytest.approx(value, rel=1e-4)
     record.read_json(file.with_suffix(".json"), record.SCORES)
@@ -517,14 +515,11 @@ def test_scores_of_the_base_are_made_anew_where_their_files_are_damaged(
 
 
 @pytest.mark.slow
-def test_answers_of_the_base_that_a_finished_trial_lacks_are_made_without_training_again(
-    run_small: Callable[..., Result], command: Command
-) -> None:
-    words = ("method.r=2", "eval=[perplexity]")
-    first = run_small(*words)
+def test_answers_of_the_base_that_a_finished_trial_lacks_are_made_without_training_again(scratch: Path) -> None:
+    first = cli.run_one(["method.r=2", *QUICK])
     [file] = Path("multirun/default/base").glob("*/*.jsonl")
     ANY["half"](file)
-    again = run_small(*words)
+    again = cli.run_one(["method.r=2", *QUICK])
     assert again.run_info["created_at"] == first.run_info["created_at"]
     assert again.train_info["train_seconds"] == first.train_info["train_seconds"]
     assert len(record.read_predictions(file)) == 8

@@ -55,9 +55,13 @@ def replacing(file: Path) -> Iterator[Path]:
 def make_way(path: Path, *, folder: bool = False) -> None:
     """Set aside what stands where a file of ours, or a ``folder``, is to be and is none, such as a link to itself.
 
-    It is renamed and not deleted, as it may be somebody's.
+    It is renamed and not deleted, as it may be somebody's; of a link nothing is lost.
     """
-    if os.path.lexists(path) and not (path.is_dir() if folder else path.is_file()):
+    if not os.path.lexists(path) or (path.is_dir() if folder else path.is_file()):
+        return
+    if path.is_symlink():
+        path.unlink()
+    else:
         path.rename(path.with_name(f"{path.name}.aside-{uuid.uuid4().hex[:8]}"))
 
 

@@ -905,6 +905,9 @@ def begin(trial: Trial, place: Path) -> Result:
     place.mkdir(parents=True, exist_ok=True)
     for name in (record.RESULT, record.STEPS, "generation.jsonl", "trial.log", *_words(trial)):
         make_way(place / name)
+    for folder in ("predictions", study.ADAPTER, study.MERGED):
+        for file in list((place / folder).glob("*.*")):
+            make_way(file)
     (place / record.RESULT).unlink(missing_ok=True)  # of a failed try
     for name, text in _words(trial).items():
         record.write_text(place / name, text)
