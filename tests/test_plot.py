@@ -87,6 +87,14 @@ def test_any_label_can_be_written_and_old_figures_go() -> None:
         assert image.info["dpi"] == pytest.approx((300, 300), abs=0.5)
 
 
+def test_no_name_of_an_evaluation_leads_out_of_the_folder(tmp_path: Path) -> None:
+    table = tables.trials({"config.method.r": [8, 16]}, evaluations=["../../out", "a/b"])
+    written = plot.study(table, tables.steps(table), tmp_path / "study" / "plots")
+    assert {file.parent for file in written} == {tmp_path / "study" / "plots"}
+    assert [file.name for file in tmp_path.iterdir()] == ["study"]
+    assert "rank_a-b.png" in {file.name for file in written}
+
+
 def test_svg_is_written_when_asked() -> None:
     table = tables.trials({"choices.quant": QUANTS}, evaluations=[])
     written = plot.study(table, tables.steps(table), Path("plots"), "svg")

@@ -15,7 +15,8 @@ from peftsweep.record import Result, Status
 
 
 def result() -> Result:
-    return Result({"trial": "t", "status": "success"}, {}, {"a": [1, {"b": None}]}, train_info={"loss": math.nan})
+    about = {"trial": "t", "status": "success", "labels": ["t"], "study": "s", "created_at": record.now()}
+    return Result(about, {}, {"a": [1, {"b": None}]}, train_info={"loss": math.nan})
 
 
 def test_a_record_comes_back(tmp_path: Path) -> None:

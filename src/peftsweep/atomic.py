@@ -86,6 +86,19 @@ def sync_tree(folder: Path) -> None:
             sync(path)
 
 
+def make_way(path: Path, *, folder: bool = False) -> None:
+    """Set aside what stands where a file of ours, or a ``folder``, is to be and is none, such as a link to itself.
+
+    It is renamed and not deleted, as it may be somebody's; of a link nothing is lost.
+    """
+    if not os.path.lexists(path) or (path.is_dir() if folder else path.is_file()):
+        return
+    if path.is_symlink():
+        path.unlink()
+    else:
+        path.rename(path.with_name(f"{path.name}.aside-{uuid.uuid4().hex[:8]}"))
+
+
 def sync(path: Path) -> None:
     """Have the content of a file, or the names in a folder, on the disk when this returns."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftsweep import attach, coverage, data, fingerprint, model, probe, record, study
 from peftsweep import config as configuration
+from peftsweep.atomic import make_way
 from peftsweep.config import ROWS_KEYS, Trial, content_hash, model_identity
 from peftsweep.coverage import COVERAGE, Coverage
 from peftsweep.data import Example, Rows, Tokens
@@ -29,6 +32,7 @@ from peftsweep.inference import Benchmark, bare
 from peftsweep.initialise import Setting
 from peftsweep.isolation import process_state_kept
 from peftsweep.probe import Abilities
+from peftsweep.reading import usable
 from peftsweep.schema import Init, LossOn, Task
 from peftsweep.trust import as_text
 
@@ -306,12 +310,14 @@ def training_tokens(trial: Trial, tokenizer: PreTrainedTokenizerBase, rows: list
     key = configuration.content_hash([how, task, vocabulary, data.fingerprint(rows), versions])
     if key not in _TOKENS:
         file = study.folder(trial.config.study) / ".tokens" / f"{key}.parquet"
-        if file.exists():
-            _TOKENS[key] = data.read_tokens(file)
+        held = os.path.lexists(file)
+        if held and (kept := usable(partial(data.read_tokens, file, len(rows)))) is not None:
+            _TOKENS[key] = kept
         else:
             start = time.perf_counter()
             _TOKENS[key] = _tokenize(trial, tokenizer, rows)
-            if time.perf_counter() - start > WORTH_KEEPING:
+            if held or time.perf_counter() - start > WORTH_KEEPING:
+                make_way(file)
                 data.write_tokens(file, _TOKENS[key])
         while len(_TOKENS) > REMEMBERED:
             _TOKENS.pop(next(iter(_TOKENS)))

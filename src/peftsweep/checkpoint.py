@@ -25,14 +25,20 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from peftsweep import record
-from peftsweep.atomic import persistently, replacing, sync
+from peftsweep.atomic import make_way, persistently, replacing, sync
+from peftsweep.measure import out_of_memory
 from peftsweep.model import trainable_parameters
 from peftsweep.processes import left_to_parent
+from peftsweep.reading import NUMBER, Unreadable, check
 
 log = logging.getLogger(__name__)
 
 FORMAT = 2
 TRAINED = "trained.pt"  # in a folder of checkpoints: the weights that a whole training ended with
+CONTENT = {
+    **{"stamp": dict, "step": int, "rows": int, "state": {"*": object}},
+    **{"seconds?": {"*": NUMBER}, "memory?": {"*": dict}, "trained?": dict},
+}
 # Classes of PEFT, and what beside parameters and buffers changes in them from step to step.
 CHANGING = {
     "RankAllocator": ("ipt", "exp_avg_ipt", "exp_avg_unc"),
@@ -141,6 +147,7 @@ class Checkpoints:
         self.earlier_memory: dict[str, dict[str, Any]] = {}
         self.trained: dict[str, Any] | None = None  # what the training did, if the found one is of its end
         self._found: dict[str, Any] | None = None
+        self._file = folder  # that it was found in
 
     def find(self) -> int:
         """The step of the newest usable checkpoint, which is then held for ``restore``; 0 without one.
@@ -156,13 +163,14 @@ class Checkpoints:
                 log.warning("the checkpoint %s is ignored: %s: %s", file.name, type(error).__name__, reason)
                 continue
             os.truncate(self._rows, found["rows"])
-            self._found, self.trained = found, found.get("trained")
+            self._found, self._file, self.trained = found, file, found.get("trained")
             self.earlier, self.earlier_memory = found.get("seconds", {}), found.get("memory", {})
             return int(found["step"])
         return 0
 
     def _read(self, file: Path) -> dict[str, Any]:
         found: dict[str, Any] = torch.load(file, weights_only=True)  # every tensor on the device it was on
+        check(found, CONTENT, file.name)
         if found["stamp"] not in self._stamps:
             raise ValueError("it is of another training, device or version of a package")
         if self._rows.stat().st_size < found["rows"]:
@@ -170,11 +178,25 @@ class Checkpoints:
         return found
 
     def restore(self, parts: Mapping[str, Part]) -> None:
-        """Give each of ``parts`` the state that was found, if one was."""
+        """Give each of ``parts`` the state that was found, if one was.
+
+        Raises:
+            Unreadable: that state is not one of these parts; it is deleted, so that the next run begins anew.
+        """
         found, self._found = self._found, None  # memory that is not to be held while it trains
-        if found is not None:
+        if found is None:
+            return
+        try:
             for name, part in parts.items():
                 part.load_state_dict(found["state"][name])
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # of torch or a part
+            if out_of_memory(error):
+                raise
+            self.clear()
+            reason = (str(error).splitlines() or [""])[0]
+            raise Unreadable(
+                f"{self._file}: {type(error).__name__}: {reason}; it is deleted, the same command begins anew"
+            ) from error
 
     def save(self, step: int, parts: Mapping[str, Part], trained: dict[str, Any] | None = None) -> None:
         """Write a checkpoint and then delete the one before; it is on the disk when this returns.
@@ -184,6 +206,7 @@ class Checkpoints:
         self.check()
         self._folder.mkdir(parents=True, exist_ok=True)
         file = self._folder / (f"step-{step}.pt" if trained is None else TRAINED)
+        make_way(file)
         sync(self._rows)
         content = {
             "stamp": self._stamps[0],
@@ -201,7 +224,9 @@ class Checkpoints:
         persistently(write)
         sync(self._folder)
         for other in self._folder.iterdir():
-            if other != file:
+            if other.is_dir() and not other.is_symlink():
+                shutil.rmtree(other)
+            elif other != file:
                 other.unlink()
 
     def clear(self) -> None:

@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peftsweep import __version__, command_line, experiment, study, sweep_record
+from peftsweep import __version__, command_line, experiment, streams, study, sweep_record
 from peftsweep import config as configuration
 from peftsweep.errors import InputError, Unwritable, check_platform
 
@@ -77,6 +77,7 @@ OmegaConf.register_new_resolver("choose", lambda key, options: options[getattr(k
 
 def main() -> None:
     """``peftsweep``: exit code 0 all done, 1 a trial failed, 2 wrong input, 3 some were not run, 130 interrupted."""
+    streams.settle()
     sweep_record.command_begins()
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(help_text(sys.argv[1:]))
@@ -209,6 +210,7 @@ def _groups(conf: Path) -> list[tuple[str, str, str]]:
 
 def collect() -> None:
     """``peftsweep-collect``: tables and plots of studies."""
+    streams.settle()
 
     def door() -> int:
         words = _collect_parser().parse_args()
@@ -305,6 +307,7 @@ def _share(text: str) -> float:
 
 def data() -> None:
     """``peftsweep-data``: a dataset as two local files, to train and to test on."""
+    streams.settle()
 
     def door() -> int:
         from peftsweep import prepare

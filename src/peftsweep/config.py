@@ -428,7 +428,7 @@ def _fill_from_adapter(cfg: DictConfig, said: set[str], choices: Mapping[str, st
     cfg.label = cfg.label or as_text(experiment.label(str(folder.parent if folder.name == study.ADAPTER else folder)))
     made: dict[str, str] = {}
     if cfg.repeat is None:  # whose record holds all that the adapter's held
-        if trained := study.result(folder.parent):
+        if trained := study.result_of_adapter(folder):
             made = restored.from_trial(cfg, said, choices, trained, model_identity)
         else:
             made, base = restored.from_elsewhere(cfg, said, choices, folder, model_identity)

@@ -28,6 +28,7 @@ from peftsweep.files import FORMATS as FORMATS
 from peftsweep.files import Row as Row
 from peftsweep.files import plain_rows
 from peftsweep.files import read_rows as read_rows
+from peftsweep.reading import Unreadable
 from peftsweep.schema import DatasetConfig, OnMissing, RowsConfig, Turns
 
 if TYPE_CHECKING:
@@ -698,17 +699,34 @@ def write_tokens(file: Path, rows: Sequence[Tokens]) -> None:
     import pyarrow.parquet
 
     columns = zip(*rows, strict=True) if rows else ((),) * len(Tokens._fields)
-    kinds = (pa.list_(pa.int32()), pa.int32(), pa.int32(), pa.list_(pa.bool_()), pa.int32(), pa.int32())
-    arrays = [pa.array(column, kind) for column, kind in zip(columns, kinds, strict=True)]
+    schema = _tokens_schema()
+    arrays = [pa.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)]
     with replacing(file) as temporary:
-        pa.parquet.write_table(pa.table(arrays, names=Tokens._fields), temporary)
+        pa.parquet.write_table(pa.table(arrays, schema=schema), temporary, write_page_checksum=True)
 
 
-def read_tokens(file: Path) -> list[Tokens]:
-    """What ``write_tokens`` kept."""
+def _tokens_schema() -> Any:
+    import pyarrow as pa
+
+    kinds = (pa.list_(pa.int32()), pa.int32(), pa.int32(), pa.list_(pa.bool_()), pa.int32(), pa.int32())
+    return pa.schema(zip(Tokens._fields, kinds, strict=True))
+
+
+def read_tokens(file: Path, count: int | None = None) -> list[Tokens]:
+    """What ``write_tokens`` kept, of ``count`` rows.
+
+    Raises:
+        Unreadable: the file holds something else.
+    """
     import pyarrow.parquet
 
-    table = pyarrow.parquet.read_table(file)
+    try:
+        table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True).read()
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise Unreadable(f"{file}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
+    same = table.schema.equals(_tokens_schema()) and count in (None, table.num_rows)
+    if not same or any(table[name].null_count for name in Tokens._fields if name not in ("label", "trained")):
+        raise Unreadable(f"{file}: holds other columns or rows than were written")
     return [Tokens(*row) for row in zip(*(table[name].to_pylist() for name in Tokens._fields), strict=True)]
 
 

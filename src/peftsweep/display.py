@@ -39,7 +39,8 @@ class Display:
         self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self.clock = clock
         self._total, self._quiet = total, quiet
-        self.live = self.console.is_terminal and not quiet
+        # A terminal that cannot move its cursor (TERM=dumb) shows no live lines.
+        self.live = self.console.is_terminal and not self.console.is_dumb_terminal and not quiet
         self._number = self._done = self._bad = 0
         self.progress = Progress(
             TextColumn("{task.description}"),

@@ -7,7 +7,6 @@ A folder of PEFT's text generation benchmark has benchmark_params.json beside th
 from __future__ import annotations
 
 import dataclasses
-import json
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from peftsweep.errors import InputError, suggest
+from peftsweep.reading import TEXT, Unreadable, fault, read_json
 
 ADAPTER_FILE, BENCHMARK_FILE = "adapter_config.json", "benchmark_params.json"
 TRAINING_FILES = ("training_params.json", "training_parameters.json")  # as PEFT's code and as its README call it
@@ -68,6 +68,34 @@ OTHER_FIELDS = (
     *("model_id", "batch_size_eval", "eval_steps", "compile", "generation_kwargs"),
     *("optimizer_type", "optimizer_kwargs", "lr_scheduler", "use_amp", "init_kv_cache_prefix"),
 )
+# What the fields are, as far as they are read and not only handed on: the key that they go to checks its own value.
+PARAMETERS = {
+    "model_id?": TEXT,
+    "dtype?": TEXT,
+    "optimizer_type?": str,
+    "optimizer_kwargs?": {"lr?": (int, float), "weight_decay?": (int, float), "*": object},
+    "lr_scheduler?": TEXT,
+    "generation_kwargs?": (dict, type(None)),
+    "max_steps?": int,
+    "eval_steps?": (int, type(None)),
+    "batch_size_eval?": int,
+    "use_amp?": bool,
+    "compile?": (bool, type(None)),
+    "query_template?": str,
+    "init_kv_cache_prefix?": TEXT,
+}
+BENCHMARK = {
+    "model_id?": TEXT,
+    "dtype?": TEXT,
+    "category_generation_params?": (dict, type(None)),
+    "max_new_tokens?": (int, type(None)),
+    "num_inference_runs?": (int, type(None)),
+    "num_prompt_samples?": (int, type(None)),
+    "prompts_file?": TEXT,
+    "seed?": (int, type(None)),
+    "use_8bit?": (bool, type(None)),
+    "use_4bit?": (bool, type(None)),
+}
 BITSANDBYTES = "transformers.BitsAndBytesConfig"
 # What the comparison's int8 and int4 are: the defaults of bitsandbytes, which for 4 bits are fp4 and one quantisation.
 QUANTISED = {
@@ -292,6 +320,8 @@ def translated(parameters: Mapping[str, Any], source: str) -> Reading:
     for name in said:
         if name not in known:
             raise InputError(f"{source}: {name}: no such parameter; {suggest(name, list(known))}")
+    if wrong := fault(dict(parameters), PARAMETERS):
+        raise InputError(f"{source}: {wrong}")
     found = Reading()
     for theirs, ours in KEYS.items():
         if theirs in said and theirs not in ("dtype", "query_template"):
@@ -373,6 +403,8 @@ def benchmark(said: Mapping[str, Any], source: str) -> Reading:
     Raises:
         InputError: one is of a wrong type.
     """
+    if wrong := fault(dict(said), BENCHMARK):
+        raise InputError(f"{source}: {wrong}")
     found = Reading()
     for name, ours in INFERENCE.items():
         if said.get(name) is not None:
@@ -408,9 +440,9 @@ def _take_bits(found: Reading, said: Mapping[str, Any], dtype: str) -> None:
 
 def _read(file: Path, key: str) -> dict[str, Any]:
     try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{key}={file}: cannot be read: {str(error).splitlines()[0]}") from None
+        said: Any = read_json(file)
+    except Unreadable as error:
+        raise InputError(f"{key}={file}: cannot be read: {str(error).removeprefix(f'{file}: ')}") from None
     if not isinstance(said, dict):
         raise InputError(f"{key}={file}: not a JSON object")
     return said

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftsweep import hub, study
+from peftsweep.atomic import make_way
+from peftsweep.reading import Unreadable
 from peftsweep.record import read_json, write_json
 
 if TYPE_CHECKING:
@@ -58,14 +60,20 @@ def _remembered(path: str, size: int, modified: int, changed: int) -> str:
         return _read_and_hash(path, size)
     known = {"path": path, "size": size, "modified": modified, "changed": changed}
     note = study.ROOT / HASHES / f"{hashlib.sha256(path.encode()).hexdigest()[:20]}.json"
-    with suppress(OSError, ValueError):
-        kept: dict[str, str] = read_json(note)
-        if kept | known == kept:
-            return kept["sha256"]
+    with suppress(Unreadable):
+        kept: dict[str, Any] = read_json(note, {"sha256": str, "note": str})
+        if kept == _noted(known, kept["sha256"]):
+            return str(kept["sha256"])
     found = _read_and_hash(path, size)
     with suppress(OSError):  # a folder that may not be written: then it is read again the next time
-        write_json(note, known | {"sha256": found})
+        make_way(note)
+        write_json(note, _noted(known, found))
     return found
+
+
+def _noted(known: dict[str, Any], found: str) -> dict[str, Any]:
+    """What is kept of a file's hash, with a hash of the note, as nobody would notice that another's stands there."""
+    return known | {"sha256": found, "note": of_values([known, found])}
 
 
 def _read_and_hash(path: str, size: int) -> str:

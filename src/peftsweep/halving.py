@@ -72,7 +72,8 @@ def rung(config: HalvingConfig, place: Path, step: int) -> dict[str, Any]:
 
 def _validations(place: Path) -> dict[int, dict[str, Any]]:
     """The rows of the validations of the trial in ``place``, by their steps."""
-    return {row["step"]: row for row in record.read_lines(place / record.STEPS) if f"{MARK}loss" in row}
+    rows = record.usable_lines(place / record.STEPS, record.STEP, whole=False)
+    return {row["step"]: row for row in rows if f"{MARK}loss" in row}
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def notes(results: Iterable[Result]) -> list[str]:
     sweeps: dict[tuple[Any, ...], list[Result]] = {}
     for result in results:
         said = result.config.get("halving") or {}
-        if said.get("min_steps") is not None and result.status in HAVE_TRAINED:
+        if said.get("min_steps") is not None and result.status in HAVE_TRAINED and "steps" in result.train_info:
             sweeps.setdefault((said["metric"], said["factor"], said["min_steps"]), []).append(result)
     return [line for said, group in sweeps.items() for line in _notes(group, HalvingConfig(*said))]
 
@@ -196,7 +197,7 @@ def _notes(results: Sequence[Result], config: HalvingConfig) -> list[str]:
     courses = [course(one, config) for one in results]
     trained, total = sum(one.train_info["steps"] for one in results), sum(one.total for one in courses)
     files = [file for one in stopped if one.folder for file in one.folder.glob(f"{study.CHECKPOINTS}/*")]
-    kept = size(sum(file.stat().st_size for file in files))
+    kept = size(sum(_bytes(file) for file in files))
     lines = [
         f"halving by {config.metric}: {trained:,} of {total:,} steps trained ({trained / max(total, 1):.0%}); "
         f"{len(stopped)} trials stopped, any of which may have won in the end; their checkpoints hold {kept}"
@@ -205,6 +206,14 @@ def _notes(results: Sequence[Result], config: HalvingConfig) -> list[str]:
         pairs = [(one.values[place], one.values[place + 1]) for one in courses if len(one.values) > place + 1]
         lines.append(f"rung {place + 1} and what came next: {_correlation(pairs)}")
     return lines
+
+
+def _bytes(file: Path) -> int:
+    """How many the file holds, which a running sweep may just have deleted."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
 
 
 def _correlation(pairs: Sequence[tuple[float | None, float | None]]) -> str:

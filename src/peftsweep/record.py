@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import traceback
 from collections import Counter
@@ -22,6 +23,10 @@ from typing import Any, Self
 from peftsweep.atomic import write_text as write_text
 from peftsweep.cautions import cautions
 from peftsweep.owner import host as host
+from peftsweep.reading import NUMBER, TEXT, Unreadable, check, fault
+from peftsweep.reading import read_json as read_json
+from peftsweep.reading import read_lines as read_lines
+from peftsweep.reading import usable_lines as usable_lines
 
 SCHEMA_VERSION = 1
 RESULT = "result.json"
@@ -67,12 +72,101 @@ class Status(Enum):
         return self in (Status.success, Status.refused, Status.stopped, Status.planned)
 
 
-class RecordError(ValueError):
+class RecordError(Unreadable):
     """A result.json that cannot be read."""
 
 
 class LaterVersion(RecordError):
     """A result.json of a later schema, which must not be overwritten."""
+
+
+# ---- what the files of a trial hold ----------------------------------------------------------------
+
+
+def _status(value: Any, key: str) -> str | None:
+    known = [status.value for status in Status if status is not Status.planned]
+    return None if value in known else f"{key}: must be one of {', '.join(known)}"
+
+
+def _some_labels(value: Any, key: str) -> str | None:
+    return fault(value, [str], key) or (None if value else f"{key}: there is none")
+
+
+def _fact(value: Any, key: str) -> str | None:
+    """Of an evaluation: a score, or what else is known of it."""
+    if key.endswith("histogram"):
+        return fault(value, {"*": int}, key)
+    scored = isinstance(value, dict) and SCORE.keys() & value.keys()
+    return fault(value, SCORE, key) if scored else _figures(value, key)
+
+
+def _figures(value: Any, key: str) -> str | None:
+    """Nested facts: what is called as numbers are is one, as a text would make a text of the whole column."""
+    if isinstance(value, dict):
+        return fault(value, {"*": _figures}, key)
+    name = key.rpartition(".")[2]
+    if isinstance(value, list) or not NUMERIC.search(name):
+        return fault(value, TEXT, key) if name in NAMES else None
+    return fault(value, NUMBER, key)
+
+
+# Names of facts that tables and figures calculate with, and those that are read as names.
+NUMERIC = re.compile(
+    r"(seconds|seconds_per_token|bytes|parameters|rows|steps?|tokens|loss|fraction|epochs|per_second|prompts|answers|"
+    r"references|peak|mean|majority|random|seen_in_training|speed_up|difference|value|low|high|to_first_token)(_p\d+)?$"
+)
+NAMES = (HEADLINE, "base_predictions", "trained_by", "reload_error", "merge_error")
+SCORE = {"value": NUMBER, "stderr": NUMBER, "n": NUMBER}
+ERROR = {"type": str, "message": str, "stage": str, "traceback?": str}
+RUN_INFO = {
+    "trial": str,
+    "status": _status,
+    "labels?": _some_labels,
+    "study?": str,
+    "created_at?": str,
+    "identity?": str,
+    "training?": str,
+    "error?": lambda value, key: None if value is None else fault(value, ERROR, key),
+    "warnings?": [str],
+    "identity_rule?": int,
+    "resumed?": int,
+    "sitting_seconds?": NUMBER,
+    "total_seconds?": NUMBER,
+    "packed_with?": [str],
+    "recognised?": {"identity": str, "training": str},
+    "rung?": {"number": int, "step": int, "metric": str, "value": NUMBER},
+    "experiment?": {"taken?": {"*": str}, "not_taken?": {"*": str}},
+}
+NEEDED = {"labels": list, "study": str, "created_at": str}  # of RUN_INFO, by tables and sweeps
+CONFIG = {  # of which the keys that are read again; all others are settings of any kind
+    **{f"{section}?": dict for section in ("model", "method", "dataset", "train", "quant", "targets", "inference")},
+    "seed?": int,
+    "eval?": {"*": dict},
+    "adapter?": {"path?": TEXT, "save?": bool, "merge?": bool},
+    "halving?": {"metric": TEXT, "factor": (int, float), "min_steps": (int, type(None))},
+}
+RECORD = {
+    "schema_version": int,
+    "run_info": RUN_INFO,
+    "choices": {"*": str},
+    "config": CONFIG,
+    "train_info?": {"*": _figures},
+    "memory?": {"*": {"*": NUMBER}},
+    "eval_info?": {"*": {"*": _fact}},
+    "generation_info?": {"*": _figures},
+    "meta_info?": dict,
+}
+SCORES = {"*": _fact}  # of a base, in its file
+STEP = {"step": int, "*": NUMBER}  # a line of steps.jsonl
+PREDICTION = {  # a line of predictions
+    "correct?": (bool, int, float),
+    "correct_norm?": bool,
+    "log_likelihood?": (float, int),
+    "tokens?": int,
+    "label?": str,
+    "label_prediction?": str,
+    "choices?": [str],
+}
 
 
 def trials_in_words(count: int) -> str:
@@ -121,6 +215,18 @@ class Result:
         """What makes its scores say less than they seem to."""
         return cautions(self.train_info, self.eval_info, self.generation_info)
 
+    @classmethod
+    def read_whole(cls, folder: Path) -> Self:
+        """Read the record of a trial that is to be in a table, or to count as done.
+
+        Raises:
+            RecordError: as ``read``; or it lacks its labels, study or date.
+        """
+        result = cls.read(folder)
+        if wrong := fault(result.run_info, NEEDED, "run_info"):
+            raise RecordError(f"{folder / RESULT}: {wrong}")
+        return result
+
     def write(self, folder: Path) -> None:
         """Write result.json, atomically: a reader sees the whole record or none."""
         content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "folder"}
@@ -135,17 +241,17 @@ class Result:
             RecordError: there is no record, or it is broken or of a later schema.
         """
         try:
-            content = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+            content = read_json(folder / RESULT, {"schema_version": int})
             if content["schema_version"] > SCHEMA_VERSION:
                 raise LaterVersion(f"{folder / RESULT}: written by a later version of peftsweep")
-            known = {f.name for f in dataclasses.fields(cls)} - {"folder"}
-            result = cls(**{k: v for k, v in content.items() if k in known}, folder=folder)
-            _complete(result)
-            Status(result.run_info["status"])
+            check(content, RECORD, str(folder / RESULT))
         except RecordError:
             raise
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise RecordError(f"{folder / RESULT}: {type(error).__name__}: {error}") from None
+        except Unreadable as error:
+            raise RecordError(str(error)) from None
+        known = {f.name for f in dataclasses.fields(cls)} - {"folder"}
+        result = cls(**{k: v for k, v in content.items() if k in known}, folder=folder)
+        _complete(result)
         return result
 
 
@@ -170,9 +276,18 @@ def write_json(file: Path, content: Any) -> None:
     write_text(file, json.dumps(plain(content), indent=1) + "\n")
 
 
-def read_json(file: Path) -> Any:
-    """What ``write_json`` wrote."""
-    return json.loads(file.read_text(encoding="utf-8"))
+def read_predictions(file: Path) -> list[dict[str, Any]]:
+    """The lines of an evaluation's predictions, none if there is no such file.
+
+    Raises:
+        Unreadable: it is damaged; or a line lacks a figure that another one has.
+    """
+    lines = read_lines(file, PREDICTION)
+    needed = {key for key in (name.removesuffix("?") for name in PREDICTION) if any(key in line for line in lines)}
+    for number, line in enumerate(lines, 1):
+        if lacking := needed - line.keys():
+            raise Unreadable(f"{file}: line {number}: {min(lacking)} is missing")
+    return lines
 
 
 def sitting_seconds(result: Result) -> float:
@@ -188,14 +303,6 @@ def line(row: dict[str, Any]) -> str:
 def write_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write a .jsonl file atomically."""
     write_text(file, "".join(map(line, rows)))
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file, none if there is none; what a killed trial left half written is passed over."""
-    if not file.exists():
-        return []
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def plain(value: Any) -> Any:

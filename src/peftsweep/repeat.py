@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import filecmp
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import Any
 from peftsweep import record
 from peftsweep.display import size
 from peftsweep.errors import InputError
-from peftsweep.record import RESULT, STEPS, RecordError, Result, Status
+from peftsweep.reading import Unreadable, check
+from peftsweep.record import RESULT, STEP, STEPS, Result, Status
 from peftsweep.study import ADAPTER
 
 FILE = "repeat.json"  # what the comparison found, in the folder of the second trial
@@ -176,11 +178,12 @@ def original(path: str) -> Result:
         InputError: there is none that can be repeated.
     """
     folder = Path(path).expanduser()
-    if not (folder / RESULT).is_file():
+    if not os.path.lexists(folder / RESULT):
         raise InputError(f"repeat={path}: no folder of a trial; it holds no {RESULT}")
     try:
         found = Result.read(folder)
-    except RecordError as error:
+        check(found.run_info, {"study": str}, str(folder / RESULT))
+    except Unreadable as error:
         raise InputError(f"repeat={path}: {error}") from None
     if source := found.run_info.get("imported_from"):
         raise InputError(f"repeat={path}: not a trial of peftsweep but read from {source}")
@@ -277,7 +280,7 @@ def _figures(before: Flat, after: Flat) -> list[Figure]:
 
 def _losses(before: Path, after: Path) -> tuple[int, int | None]:
     logs = [
-        {row["step"]: row["loss"] for row in record.read_lines(place / STEPS) if "loss" in row}
+        {row["step"]: row["loss"] for row in record.usable_lines(place / STEPS, STEP, whole=False) if "loss" in row}
         for place in (before, after)
     ]
     both = sorted(logs[0].keys() & logs[1].keys())

@@ -19,7 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from peftsweep import experiment, fingerprint
 from peftsweep.errors import InputError
-from peftsweep.record import Result
+from peftsweep.reading import fault
+from peftsweep.record import RESULT, Result
 from peftsweep.schema import ModelConfig
 from peftsweep.trust import as_text
 
@@ -31,6 +32,7 @@ SECTIONS = {
 }
 OF_THE_WEIGHTS = ("method", "method_inputs", "targets")  # sections that the saved weights have decided
 BASE = "model.name_or_path"
+READ = {"model": {"name_or_path": str}, "dataset": {"classes": [str]}, "eval": {"*": dict}, "seed": int}  # of a record
 HOW = ("dtype", "attn_implementation", "device_map")  # of a model: how it calculates, not which it is
 FROM_FILE = "from/adapter_config"  # the option of method that reads one
 
@@ -73,6 +75,8 @@ def from_trial(cfg: DictConfig, said: Said, choices: Choices, held: Result, iden
         InputError: the command line contradicts the saved weights, or has a key that the trial has not.
     """
     path, own = cfg.adapter.path, own_values(cfg, said)
+    if wrong := fault(held.config, READ, "config"):
+        raise InputError(f"adapter.path={path}: {(held.folder or Path()) / RESULT}: {wrong}")
     _check_method_of_trial(cfg, said, choices, held)
     kept = [section for section, groups in SECTIONS.items() if not said.intersection(groups)]
     kept += [section for section in OF_THE_WEIGHTS if section not in kept]  # what was said of them is the same

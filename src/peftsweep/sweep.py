@@ -75,6 +75,8 @@ def run(
                 f"{trials_in_words(count)} run again, as the numbers of an earlier version were wrong: {reason}"
             )
         for one in missing.values():
+            if reason := trial.damaged(one):
+                display.say(f"{one.name} is run again, as a file of it is damaged: {reason}")
             if warning := experiment.unheeded(one.experiment):
                 display.say(f"{one.name}: {warning}")
         todo, budget = list(missing.values()), budget or Budget(options)

@@ -9,14 +9,16 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from peftsweep import record
+from peftsweep.reading import usable
 from peftsweep.record import Result
 
 FOLDER = "sweeps"
+LASTED = {"seconds": (int, float), "seconds_outside_trials": (int, float)}  # what is read of such a file
 _began: list[float] = []
 _not_run: list[int] = []  # by each sweep of the command
 
@@ -71,12 +73,11 @@ class SweepRecord:
 
 
 def last(study: Path) -> dict[str, Any] | None:
-    """What the newest command that ran trials in this study wrote; None where there is none that can be read."""
+    """What the newest command that ran trials in this study wrote; files that cannot be read are named on stderr."""
     for file in sorted((study / FOLDER).glob("*.json"), reverse=True):
-        with suppress(OSError, ValueError):
-            found = record.read_json(file)
-            if isinstance(found, dict) and {"seconds", "seconds_outside_trials"} <= found.keys():
-                return found
+        found: dict[str, Any] | None = usable(partial(record.read_json, file, LASTED))
+        if found is not None:
+            return found
     return None
 
 

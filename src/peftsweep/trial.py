@@ -8,7 +8,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import hashlib
 import logging
+import os
 import re
 import shutil
 import statistics
@@ -44,12 +46,13 @@ from peftsweep import (
     train,
 )
 from peftsweep import config as configuration
-from peftsweep.atomic import persistently, remove_partials
+from peftsweep.atomic import make_way, persistently, remove_partials
 from peftsweep.build import Model
 from peftsweep.config import Trial, evaluation_identity, model_identity
 from peftsweep.data import Example
 from peftsweep.display import Observer
 from peftsweep.measure import Meter, Stage, current, out_of_memory, percentile
+from peftsweep.reading import Unreadable, read_yaml
 from peftsweep.record import Result, Status
 from peftsweep.schema import Config, Dtype
 from peftsweep.tracker import Tracker
@@ -63,6 +66,7 @@ OF_THE_ROWS = (
     *("truncated_prompts", "truncated_answers", "long_references"),
 )
 COST = ("seconds", "allocated_peak", "rss_peak")  # of an evaluation
+CHECKSUM = "sha256"  # in a file of a base's scores, of these and its answers
 RELOAD_TOLERANCE = 1e-4  # of any token's loss, in nats: above rounding, far below what an evaluation sees
 MERGE_TOLERANCE = 1e-3  # of any token's loss: sums of merged weights round otherwise than those of two products
 # Of the mean token's, on a 16-bit base: sums in another order were seen to round by 0.013 (by 0.3 for one token).
@@ -113,6 +117,11 @@ def _fault(held: Result) -> str | None:
     return mended.outdated(held) if held.status in halving.HAVE_TRAINED else None
 
 
+def damaged(trial: Trial) -> str | None:
+    """What of the trial's files is damaged, so that it is run again; None where nothing is."""
+    return None if trial.config.force else study.damage(folder(trial))
+
+
 def trained(trial: Trial) -> Result | None:
     """A trial of the study with the same training, whose adapter can be taken instead of training again."""
     root, earlier = study.folder(trial.config.study), trial.earlier
@@ -130,7 +139,7 @@ def finished(trial: Trial) -> Result | None:
     was stopped at a rung goes on for a later one, or to its end.
     """
     done = _done(trial)
-    if done is None or _lacks_profile(trial, done):
+    if done is None or _lacks_profile(trial, done) or _lacks_answers_of_base(trial, done):
         return None
     if done.error and done.error["type"] == Oversized.__name__ and not forecast.oversized(trial):
         return None
@@ -144,6 +153,7 @@ def finished(trial: Trial) -> Result | None:
         done.write(folder(trial))
     if by_earlier_rule:
         study.mark_recognised(done)
+    _mend_words(trial, folder(trial))
     return done
 
 
@@ -165,7 +175,7 @@ def resumes_full(trial: Trial) -> bool:
 
 def _done(trial: Trial) -> Result | None:
     done = None if trial.config.force else study.result(folder(trial))
-    if done is None or not done.status.done or _fault(done):
+    if done is None or not done.status.done or _fault(done) or damaged(trial):
         return None
     return done if halving.reached(trial.config.halving, done) else None
 
@@ -173,6 +183,14 @@ def _done(trial: Trial) -> Result | None:
 def _lacks_profile(trial: Trial, done: Result) -> bool:
     wanted = bool(trial.config.profiler) and done.status is Status.success
     return wanted and trial.choices["profiler"] not in done.train_info.get("profile", {})
+
+
+def _lacks_answers_of_base(trial: Trial, done: Result) -> bool:
+    """Whether a file of the untouched base's answers, which the record names, is damaged."""
+    root = study.folder(trial.config.study)
+    named = {name: str(found.get("base_predictions") or "") for name, found in done.eval_info.items()}
+    files = {name: root / file for name, file in named.items() if study.is_below(file, study.BASE)}
+    return done.status is Status.success and any(study.damage_of_lines(files[name], done, name) for name in files)
 
 
 # ---- the trial -------------------------------------------------------------------------------------
@@ -210,7 +228,11 @@ def died(trial: Trial, status: Status, failure: dict[str, str], seconds: float) 
 
 def _so_far(place: Path) -> dict[str, Any]:
     """What a training that did not end had come to."""
-    steps = [row for row in record.read_lines(place / record.STEPS) if "loss" in row]
+    try:
+        steps = [row for row in record.read_lines(place / record.STEPS, record.STEP, whole=False) if "loss" in row]
+    except Unreadable as error:
+        log.warning("%s", error)
+        return {}
     return {"steps": steps[-1]["step"], "final_loss": steps[-1]["loss"]} if steps else {}
 
 
@@ -222,6 +244,11 @@ def _run_claimed(trial: Trial, place: Path, observer: Observer) -> Result:
         with logged(place / "profile.log"), current(meter.device):
             session = Session(trial, held, meter, tracker)
             session.profile(session.resume)
+        held.write(place)
+        return held
+    if held and _lacks_answers_of_base(trial, held):
+        with logged(place / "base.log"), current(meter.device):
+            Session(trial, held, meter, tracker).score_base_again()
         held.write(place)
         return held
     sittings = Sittings(place, meter)
@@ -502,6 +529,15 @@ class Session:
             known = {f"base_{metric}": score for metric, score in scores.items()}
             self.result.eval_info[name] = known | {"seen_in_training": counts[name]}
 
+    def score_base_again(self) -> None:
+        """The untouched base's answers, which a trial that is done lacks; the record says what it now scores."""
+        self.load()
+        self.read()
+        for name, test in self.tests.items():
+            scores = _base_scores(self.trial, name, test, self.base, self.tokenizer, self.place.parent)
+            self.result.eval_info[name] |= {f"base_{metric}": score for metric, score in scores.items()}
+        del self.base
+
     def seen(self) -> dict[str, int | None]:
         return seen.seen(self.trial, self.rows, self.tokens, self.tests, self.tokenizer)
 
@@ -577,6 +613,8 @@ class Session:
         stamps = [checkpoint.stamp(training, self.meter.device, since) for training in trainings]
         place = self.place / study.CHECKPOINTS
         found = checkpoint.Checkpoints(place, stamps[0], self.place / record.STEPS, also=stamps[1:])
+        if self.rows_lost():
+            found.clear()
         self.result.run_info["resumed"] = resumed = found.find()  # from this step on; 0: from the beginning
         if resumed:
             self.sittings.resume(found.earlier, found.earlier_memory)
@@ -590,6 +628,15 @@ class Session:
         """Add a row to steps.jsonl, which ``lines`` is."""
         self.check_claim()
         log_step(lines, self.observer, row)
+
+    def rows_lost(self) -> bool:
+        """Whether the steps logged until a checkpoint are damaged: then the training begins anew."""
+        try:
+            record.read_lines(self.place / record.STEPS, record.STEP, whole=False)
+        except Unreadable as error:
+            log.warning("%s; the training begins anew", error)
+            return True
+        return False
 
     def steps(self) -> TextIO:
         """The trial's steps.jsonl, to be written on."""
@@ -804,12 +851,14 @@ def _base_scores(
     folder = root / study.BASE / f"{called}-{configuration.content_hash(of_base)}"
     scores = folder / f"{name}-{configuration.content_hash(of_rows)}.json"
     answers = scores.with_suffix(".jsonl")
-    if not (scores.exists() and answers.exists()):
+    if (known := _kept_scores(scores, answers)) is None:
+        for place, is_folder in ((folder.parent, True), (folder, True), (scores, False), (answers, False)):
+            make_way(place, folder=is_folder)
         found = build.evaluator(trial, name)(base, tokenizer, test)
         own = {fact: value for fact, value in found.facts.items() if fact not in OF_THE_ROWS}
+        known = record.plain(found.scores | own)
         record.write_lines(answers, found.predictions)
-        record.write_json(scores, found.scores | own)
-    known: dict[str, Any] = record.read_json(scores)
+        record.write_json(scores, known | {CHECKSUM: _checksum(known, answers)})
     return known | {"predictions": answers.relative_to(root).as_posix()}
 
 
@@ -829,6 +878,27 @@ def _of_rows(trial: Trial, name: str, test: list[Example]) -> dict[str, Any]:
         "judged": evaluate.JUDGED,
         "examples": data.fingerprint(example._asdict() for example in test),
     }
+
+
+def _kept_scores(scores: Path, answers: Path) -> dict[str, Any] | None:
+    """What a base scored, from the study; None where it is not there, or not as it was written."""
+    if not (os.path.lexists(scores) and os.path.lexists(answers)):
+        return None
+    try:
+        known: dict[str, Any] = record.read_json(scores, record.SCORES)
+        lines, written = record.read_predictions(answers), known.pop(CHECKSUM, None)
+        if written is None and not (known and lines):  # of an earlier version
+            raise Unreadable(f"{answers if known else scores}: it is empty")
+        if written not in (None, _checksum(known, answers)):
+            raise Unreadable(f"{scores}: not what was written")
+    except Unreadable as error:
+        log.warning("%s; the untouched base is scored again", error)
+        return None
+    return known
+
+
+def _checksum(known: dict[str, Any], answers: Path) -> str:
+    return fingerprint.of_values([known, hashlib.sha256(answers.read_bytes()).hexdigest()])
 
 
 def _reload(
@@ -937,16 +1007,40 @@ def train_cost(trained: train.Trained) -> dict[str, Any]:
 
 def begin(trial: Trial, place: Path) -> Result:
     """An empty folder but for the composed configuration, as Hydra writes it, and the record to be filled."""
+    for name in ("", ".hydra", "predictions", study.ADAPTER, study.MERGED, study.CHECKPOINTS):
+        make_way(place / name, folder=True)
     place.mkdir(parents=True, exist_ok=True)
+    for name in (record.RESULT, record.STEPS, "generation.jsonl", "trial.log", *_words(trial)):
+        make_way(place / name)
+    for folder in ("predictions", study.ADAPTER, study.MERGED):
+        for file in list((place / folder).glob("*.*")):
+            make_way(file)
     (place / record.RESULT).unlink(missing_ok=True)  # of a failed try
     remove_partials(place, own=True)
     if trial.config.force:
         shutil.rmtree(place / study.CHECKPOINTS, ignore_errors=True)
-    record.write_text(place / ".hydra" / "config.yaml", OmegaConf.to_yaml(as_text(trial.tree)))
-    record.write_text(place / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(trial.overrides))
+    for name, text in _words(trial).items():
+        record.write_text(place / name, text)
     on_gpu = model.device(trial.config.device).type == "cuda"
     about = record.environment(gpus=on_gpu)
     return Result(run_info(trial, place), trial.choices, trial.tree, meta_info=about)
+
+
+def _words(trial: Trial) -> dict[str, str]:
+    """The files that Hydra would write: the composed configuration and the words of the command line."""
+    tree, words = OmegaConf.to_yaml(as_text(trial.tree)), OmegaConf.to_yaml(trial.overrides)
+    return {".hydra/config.yaml": tree, ".hydra/overrides.yaml": words}
+
+
+def _mend_words(trial: Trial, place: Path) -> None:
+    """Write those of these files again that are there and damaged."""
+    for name, shape in ((".hydra/config.yaml", dict), (".hydra/overrides.yaml", [str])):
+        try:
+            if os.path.lexists(place / name):
+                read_yaml(place / name, shape)
+        except Unreadable:
+            make_way(place / name)
+            record.write_text(place / name, _words(trial)[name])
 
 
 def run_info(trial: Trial, place: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -89,35 +90,51 @@ def main(options: Options) -> int:
     collected = [Collected(folder, read(folder)) for folder in _folders(options)]
     for one in collected:
         if not one.results:
-            print(f"{one.folder}: no trial yet")
-    collected = [one for one in collected if one.results]
+            print(f"{one.folder}: no trial yet" + "".join(f"; running: {claim}" for claim in study.running(one.folder)))
+    collected, unwritten = [one for one in collected if one.results], list[Path]()
     every = together([one.table for one in collected])
     chosen = every[where(every, options.where)] if options.where else every
     for one in collected:
         called = one.table.assign(**{CALLED: columns.named_trials(one.table)})
         called = called.assign(**{NAME: columns.named(one.table)})
-        logged = steps(one.results, dict(zip(called["run_info.trial"], called[CALLED], strict=True)))
-        write_parquet(one.table, one.folder / RESULTS_FILE)
-        write_parquet(logged, one.folder / STEPS_FILE)
         mine = called[called["collected.record"].isin(chosen["collected.record"])]
         if len(mine):
             print_study(mine, str(one.folder), of=len(one.table))
         else:
             print(f"{one.folder}: --where chooses none of {trials_in_words(len(one.table))}")
         rows = predictions(one.folder)
-        drawn = plot.study(one.table, logged, one.folder / "plots", options.kind, rows) if options.plots else []
-        findings, said = report.write(one.folder, one.table, logged, drawn, rows, options.quality_loss)
-        said = report.summary(mine, rows) if options.where else said
+        written, said = _write(one, called, rows, options)
+        said = report.summary(mine, rows) if options.where or not written else said
         chosen_here = set(mine["collected.record"])
         for line in [*said, *halving.notes([result for result in one.results if record_file(result) in chosen_here])]:
             print(line)
-        written = [one.folder / RESULTS_FILE, one.folder / STEPS_FILE, findings, *drawn]
-        written += [page.write(one.table, logged, one.folder, rows)] if options.plots else []
         whole = f", of all {trials_in_words(len(one.table))}" if len(mine) < len(one.table) else ""
-        print("wrote " + ", ".join(str(file) for file in written) + whole)
+        if written:
+            print("wrote " + ", ".join(str(file) for file in written) + whole)
+        else:
+            unwritten.append(one.folder)
     if collected:
         _hand_over(chosen, [result for one in collected for result in one.results], options)
-    return 0
+    return 2 if unwritten and options.out is None else 0
+
+
+def _write(
+    one: Collected, called: pd.DataFrame, rows: stats.Predictions, options: Options
+) -> tuple[list[Path], list[str]]:
+    """Write the tables, figures and reports of a study; gives the files and the summary, none where it is read-only."""
+    logged = steps(one.results, dict(zip(called["run_info.trial"], called[CALLED], strict=True)))
+    try:
+        write_parquet(one.table, one.folder / RESULTS_FILE)
+        write_parquet(logged, one.folder / STEPS_FILE)
+        drawn = plot.study(one.table, logged, one.folder / "plots", options.kind, rows) if options.plots else []
+        findings, said = report.write(one.folder, one.table, logged, drawn, rows, options.quality_loss)
+        written = [one.folder / RESULTS_FILE, one.folder / STEPS_FILE, findings, *drawn]
+        return written + ([page.write(one.table, logged, one.folder, rows)] if options.plots else []), said
+    except OSError as error:
+        if error.errno not in (*study.NO_ROOM, *study.NOT_WRITTEN):
+            raise
+        print(f"{one.folder}: nothing is written there: {error.strerror}", file=sys.stderr)
+        return [], []
 
 
 def _folders(options: Options) -> list[Path]:

@@ -7,10 +7,9 @@ that was reserved in the whole run, its generation included, as no other is know
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from omegaconf import OmegaConf
 from peftsweep import config as configuration
 from peftsweep import experiment, metrics, record, study
 from peftsweep.errors import InputError
+from peftsweep.reading import NUMBER, TEXT, Unreadable, check, fault, read_json, usable
 from peftsweep.record import STEPS, Result, Status
 
 STUDY = "peft_comparison"  # where theirs go unless a folder is named
@@ -35,6 +35,52 @@ LORA_OPTIMIZERS = {"lora-fa": "lora_fa", "lora+": "lora_plus", "riemannian": "ri
 INTEGERS = ("file_size", "num_trainable_params", "accelerator_memory_max")
 
 
+def _metrics(value: Any, key: str) -> str | None:
+    """A row of their log: of a training with its loss and memory, or the last one, of the test."""
+    trained = isinstance(value, dict) and "train time" in value
+    return fault(value, TRAINED if trained else {"*": NUMBER}, key)
+
+
+TRAINED = dict.fromkeys(
+    ("step", "train loss", "tokens / sec", "elapsed time", "mem allocated avg", "valid accuracy", "train time"), NUMBER
+) | {"eval time": NUMBER, "*": NUMBER}
+# What is read of one of their result files.
+THEIRS = {
+    "run_info": {
+        "created_at": str,
+        "total_time": NUMBER,
+        "experiment_name": str,
+        "peft_branch": TEXT,
+        "error_msg": str,
+        "train_config": {
+            "model_id": str,
+            "optimizer_type": str,
+            "dtype": str,
+            "batch_size_eval": int,
+            "generation_kwargs": dict,
+        },
+        "peft_config": (dict, type(None)),
+    },
+    "train_info": {
+        "accelerator_memory_max": NUMBER,
+        "accelerator_memory_reserved_avg": NUMBER,
+        "accelerator_memory_reserved_99th": NUMBER,
+        "train_time": NUMBER,
+        "file_size": NUMBER,
+        "num_trainable_params": NUMBER,
+        "num_total_params?": NUMBER,
+        "status": frozenset(STATUS),
+        "metrics": [_metrics],
+    },
+    "meta_info": {
+        "package_info": {"*": TEXT},
+        "system_info": {"*": object},
+        "model_info": {"sha?": TEXT, "created_at?": TEXT},
+        "dataset_info": dict,
+    },
+}
+
+
 # ---- theirs ----------------------------------------------------------------------------------------
 
 
@@ -46,11 +92,13 @@ def from_peft(source: Path, place: Path | None = None) -> Path:
     """
     folder = study.folder(STUDY) if place is None else study.folder(place.name) if len(place.parts) == 1 else place
     files = sorted(source.expanduser().rglob("*.json"))
-    found = {file: content for file in files if (content := _result_file(file)) is not None}
+    found = {file: content for file in files if (content := usable(partial(_result_file, file))) is not None}
     if not found:
         raise InputError(f"--from-peft {source}: no folder below it holds a result file of PEFT's comparison")
     for file, content in found.items():
-        result = imported(content, folder.name, str(file))
+        result = usable(partial(_imported, content, folder.name, file))
+        if result is None:
+            continue
         trial = folder / result.trial
         if (held := study.result(trial)) and held.run_info["created_at"] > result.run_info["created_at"]:
             continue  # of another checkout, and newer
@@ -60,13 +108,30 @@ def from_peft(source: Path, place: Path | None = None) -> Path:
 
 
 def _result_file(file: Path) -> dict[str, Any] | None:
-    """The content of a result of the comparison on MetaMathQA; None of anything else."""
+    """The content of a result of the comparison on MetaMathQA; None of a file of another kind.
+
+    Raises:
+        Unreadable: the file is damaged, or a result that lacks something.
+    """
+    content = read_json(file, foreign=True)
+    if not isinstance(content, dict) or len(content.keys() & THEIRS.keys()) < 2:
+        return None  # such as an adapter_config.json
+    check(content, {"run_info": {"train_config": dict}}, str(file))
+    if "query_template" not in content["run_info"]["train_config"]:
+        return None  # of another comparison of theirs
+    check(content, THEIRS, str(file))
+    return content
+
+
+def _imported(content: Mapping[str, Any], name: str, file: Path) -> Result:
+    """Raises: Unreadable: the parameters of the file are none of the comparison's."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        said = content["run_info"]["train_config"]["query_template"], content["train_info"]["metrics"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return content if isinstance(said[1], list) else None
+        result = imported(content, name, str(file))
+    except InputError as error:
+        raise Unreadable(f"{file}: {error}") from None
+    if not study.is_plain(result.trial):
+        raise Unreadable(f"{file}: run_info.experiment_name: no folder can be called so")
+    return result
 
 
 def imported(content: Mapping[str, Any], name: str, file: str) -> Result:
@@ -328,7 +393,7 @@ def _value(scores: Mapping[str, Any], metric: str) -> float | None:
 def _validations(result: Result, score: str | None) -> list[dict[str, Any]]:
     """Their rows of the training: one a validation of ours, with the loss last logged before it."""
     rows, loss = [], None
-    for line in record.read_lines((result.folder or Path()) / STEPS):
+    for line in record.usable_lines((result.folder or Path()) / STEPS, record.STEP, whole=False):
         loss = line.get("loss", loss)
         if f"validation_{score}" in line:
             said = {"valid accuracy": line[f"validation_{score}"], "train loss": loss}

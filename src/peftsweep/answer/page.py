@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import itertools
 import json
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import pandas as pd
 from peftsweep.answer import columns, effects, frontier, paired, stats
 from peftsweep.answer.columns import CALLED, STATUS, WARNINGS
 from peftsweep.answer.plot import COLOURS, FADED, INK, RULE
+from peftsweep.reading import read_yaml, usable
 from peftsweep.record import counted, trials_in_words, write_text
 
 REPORT = "report.html"
@@ -594,13 +596,9 @@ def _warned(lines: Any) -> str:
 
 def _command(trial: Path) -> str:
     """The command that runs the trial again, from the overrides that Hydra kept."""
-    import yaml
-
-    try:
-        words = yaml.load((trial / ".hydra" / "overrides.yaml").read_text(encoding="utf-8"), yaml.CSafeLoader)
-    except (OSError, yaml.YAMLError):
-        return f"# {trial} holds no .hydra/overrides.yaml"
-    return "peftsweep " + shlex.join(map(str, words or []))
+    file = trial / ".hydra" / "overrides.yaml"
+    words = usable(lambda: read_yaml(file, [str])) if os.path.lexists(file) else None
+    return f"# {trial} holds no .hydra/overrides.yaml" if words is None else "peftsweep " + shlex.join(words)
 
 
 def _definitions(values: Mapping[str, Any]) -> str:

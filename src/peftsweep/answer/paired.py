@@ -21,6 +21,7 @@ from peftsweep.answer.columns import evaluation, lower_is_better, score_name
 from peftsweep.answer.findings import Task
 from peftsweep.answer.stats import Floats
 from peftsweep.answer.table import predictions_file
+from peftsweep.reading import Unreadable
 
 ALIKE = 1e-6  # nats a token: a smaller difference of losses is rounding
 LEADING = 5  # configurations whose rows are counted in RESULTS.md
@@ -151,7 +152,10 @@ def texts(folder: Path, found: Rows, place: int) -> list[Text]:
 
     They are empty where its file is not there, or has other rows by now.
     """
-    lines = record.read_lines(folder / found.members[place].file(found.column))
+    try:
+        lines = record.read_predictions(folder / found.members[place].file(found.column))
+    except Unreadable:  # as was said when its figures were read
+        lines = []
     if len(lines) != found.figures.shape[1]:
         return [Text("", "", "")] * found.figures.shape[1]
     return [Text(_prompt(line), str(line.get("answer", "")), _said(line)) for line in lines]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import re
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -85,16 +86,19 @@ def study(
     """
     import matplotlib
 
-    for old in (file for name in NAMES for ending in KINDS for file in folder.glob(f"{name}*{ending}")):
-        old.unlink()  # of a study as it was, which may have had other things to show
+    old = {file for name in NAMES for ending in KINDS for file in folder.glob(f"{name}*{ending}")}
     written = []
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a label may be in any script
         for name, figure in figures(table, steps, predictions):
-            file = folder / f"{name}.{kind}"
+            # A record from elsewhere may call an evaluation anything: no name leads out of the folder.
+            plain = re.sub(r"[^\w.-]+", "-", name)[:120]
+            file = folder / f"{plain}.{kind}"
             with replacing(file) as temporary:
                 figure.savefig(temporary, format=kind, metadata={"Date": None} if kind == "svg" else None)
             written.append(file)
+    for file in old.difference(written):  # of a study as it was, which may have had other things to show
+        file.unlink(missing_ok=True)  # another collect may have done so
     return written
 
 

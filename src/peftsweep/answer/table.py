@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import sqlite3
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,9 @@ from peftsweep import record
 from peftsweep.answer.columns import PREDICTED, PREDICTION_ERROR
 from peftsweep.atomic import replacing
 from peftsweep.errors import InputError
+from peftsweep.reading import usable
 from peftsweep.record import RESULT, STEPS, RecordError, Result, Status
-from peftsweep.study import BASE, is_plain
+from peftsweep.study import BASE, is_below, is_plain, recorded
 
 RESULTS_FILE = "results.parquet"
 STEPS_FILE = "steps.parquet"
@@ -48,11 +51,12 @@ SQLITE_INDEXES = {
 def read(folder: Path) -> list[Result]:
     """The records of a study, oldest first; a broken one is named on stderr and skipped."""
     results = []
-    for file in folder.glob(f"*/{RESULT}"):
+    for place in recorded(folder):
         try:
-            results.append(Result.read(file.parent))
+            results.append(Result.read_whole(place))
         except RecordError as error:
-            print(f"skipped: {error}", file=sys.stderr)
+            if os.path.lexists(place / RESULT):  # else a sweep has just begun that trial again
+                print(f"skipped: {error}", file=sys.stderr)
     return sorted(results, key=lambda result: (result.run_info["created_at"], result.trial))
 
 
@@ -89,7 +93,7 @@ def steps(results: Iterable[Result], names: Mapping[str, str] | None = None) -> 
             "label": (names or {}).get(result.trial, info["labels"][0]),
             "study": info["study"],
         }
-        for row in record.read_lines((result.folder or Path()) / STEPS):
+        for row in record.usable_lines((result.folder or Path()) / STEPS, record.STEP, whole=False):
             columns.add(name | row)
     return columns.frame()
 
@@ -103,7 +107,8 @@ def predictions(folder: Path) -> Callable[[str, str], list[dict[str, Any]]]:
 
     def read(trial: str, evaluation: str) -> list[dict[str, Any]]:
         if (trial, evaluation) not in known:
-            lines = record.read_lines(predictions_file(folder, trial, evaluation))
+            file = predictions_file(folder, trial, evaluation)
+            lines = usable(partial(record.read_predictions, file)) or []
             known[trial, evaluation] = [_slim(line) for line in lines]
         return known[trial, evaluation]
 
@@ -116,7 +121,7 @@ def predictions_file(folder: Path, trial: str, evaluation: str) -> Path:
     A record is read from wherever a study came from: names that would lead out of the study are those of no file.
     """
     named = Path(trial)
-    if named.suffix == ".jsonl" and named.parts[0] == BASE and ".." not in named.parts:
+    if named.suffix == ".jsonl" and is_below(trial, BASE):
         return folder / named
     if not (is_plain(trial) and is_plain(evaluation)):
         return folder / "no file"

@@ -1,0 +1,73 @@
+"""Standard streams that are closed, lack characters, or whose reader goes away: none of it ends a command."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import os
+import sys
+from contextlib import suppress
+from typing import Any
+
+IN_ASCII = {"\N{MINUS SIGN}": "-", "\N{PLUS-MINUS SIGN}": "+/-", "\N{EN DASH}": "-", "\N{HORIZONTAL ELLIPSIS}": "..."}
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    """An error handler of ``codecs``: characters that an encoding lacks as signs that it has, or as their numbers."""
+    assert isinstance(error, UnicodeEncodeError)
+    lacking = error.object[error.start : error.end]
+    return "".join(IN_ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in lacking), error.end
+
+
+codecs.register_error("peftsweep.ascii", _in_ascii)
+
+
+class _Lasting(io.FileIO):
+    """A descriptor to write to. What can no longer be written, as after ``| head -1``, is dropped from then on."""
+
+    def write(self, content: Any, /) -> int:
+        try:
+            return super().write(content)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return len(content)
+
+
+def settle() -> None:
+    """Have standard output and error take whatever is written to them. To be called when a command begins.
+
+    A closed descriptor is opened on nothing: the next file that is opened would else have its number, and be written
+    to by whatever prints. Streams that somebody has put in place of Python's own, such as a notebook, are left alone.
+    """
+    for number in (0, 1, 2):
+        _open(number)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is None or (stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper)):
+            lasting = _lasting(stream, number)
+            setattr(sys, name, lasting)
+            setattr(sys, f"__{name}__", lasting)
+
+
+def _open(number: int) -> None:
+    try:
+        os.fstat(number)
+    except OSError:
+        opened = os.open(os.devnull, os.O_RDWR)
+        if opened != number:
+            os.dup2(opened, number)
+            os.close(opened)
+
+
+def _lasting(stream: io.TextIOWrapper | None, number: int) -> io.TextIOWrapper:
+    if stream is not None:
+        with suppress(OSError):
+            stream.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Lasting(number, "wb", closefd=False)),
+        encoding="utf-8" if stream is None else stream.encoding,
+        errors="peftsweep.ascii",
+        line_buffering=number == 2 or (stream is not None and (stream.line_buffering or stream.write_through)),
+    )
