@@ -298,6 +298,7 @@ def _batch(adapted: nn.Module, shape: Shape) -> Batch:
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         answer_mask=torch.zeros(shape.rows, shape.length - 1, dtype=torch.bool, device=META),
+        places=ids.new_empty(shape.answer_tokens),
         tokens=ids.numel(),
         answer_tokens=shape.rows if classifier else shape.answer_tokens,
         answer_start=shape.length - shape.answer_length,
