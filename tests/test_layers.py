@@ -11,7 +11,7 @@ PACKAGE = Path(peftsweep.__file__).parent
 # Lowest first: a module may import those on lower floors, and those before it on its own.
 FLOORS = (
     "errors atomic schema processes isolation compatibility files chat data numerals metrics measure cautions record "
-    "naming sweep_record study fingerprint experiment tasks shapes output_head model probe profiler",
+    "naming sweep_record study fingerprint experiment tasks shapes shortcuts model probe profiler",
     "display tracker attach coverage initialise checkpoint compiled train lanes packed evaluate inference predict "
     "harness repeat",
     "answer.columns answer.table answer.where answer.intervals answer.stats answer.effects answer.frontier "

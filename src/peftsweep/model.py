@@ -33,10 +33,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from peftsweep import output_head
+from peftsweep import shortcuts
 from peftsweep.data import Batch
 from peftsweep.errors import InputError
 from peftsweep.schema import Init, ModelConfig, Task
+from peftsweep.shortcuts import SHORTCUTS, Shortcuts
 from peftsweep.shapes import at_target_rank
 from peftsweep.study import RESIDUAL
 
@@ -44,7 +45,6 @@ TINY = Path(__file__).parent / "tiny" / "weights"
 INITIAL = "initial"  # beside a saved adapter: as it began, where the base was changed by its initialisation
 QUANTISED = (Linear4bit, Linear8bitLt)
 METHOD_INPUTS = "peftsweep_method_inputs"  # the attribute of an adapted model that holds them
-SHORTCUTS = "peftsweep_shortcuts"  # the attribute of a base that holds them
 CALL_THE_BASE_ONCE = (BaseTuner.forward, AdaLoraModel.forward, PolyModel.forward)
 NEW_PARTS = "peftsweep_new_parts"  # the attribute of a classifier that names the modules its checkpoint lacked
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")  # names of a configuration's longest sequence
@@ -396,7 +396,7 @@ def answer_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
 def losses_and_hits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``answer_losses``, and of a classifier the number of rows of which the right class is the likeliest.
 
-    Logits of the answer tokens alone are computed where the output head allows it (output_head.py), else those from
+    Logits of the answer tokens alone are computed where the output head allows it (shortcuts.py), else those from
     the first answer token of any row on. Methods that put virtual tokens before the input return longer logits; the
     last positions are those of the input.
     """
@@ -404,34 +404,27 @@ def losses_and_hits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch
         logits = class_logits(model, batch)
         hits = (logits.argmax(-1) == batch.labels).sum()
         return nn.functional.cross_entropy(logits, batch.labels, reduction="none"), hits
-    short = shortcuts(model)
+    short = allowed_shortcuts(model)
     kept = batch.input_ids.shape[1] - batch.answer_start + 1  # the one before the first answer predicts it
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False, "logits_to_keep": kept}
     inputs |= {"attention_mask": None if short.no_mask else batch.attention_mask}
     inputs |= row_inputs(model, batch.input_ids)
+    unmasked = shortcuts.causal_only(text_config(base_of(model))) if short.no_mask else nullcontext()
     if not short.answers_only:
-        logits = model(**inputs).logits[:, -kept:-1].flatten(0, 1).index_select(0, batch.places)
+        with unmasked:
+            logits = model(**inputs).logits[:, -kept:-1].flatten(0, 1).index_select(0, batch.places)
         return nn.functional.cross_entropy(logits.float(), batch.targets, reduction="none"), None
     head = base_of(model).get_output_embeddings()
-    with output_head.gathered(head, batch, skip=short.bare_head and output_head.is_frozen(head)) as found:
+    with unmasked, shortcuts.gathered(head, batch, skip=short.bare_head and shortcuts.is_frozen(head)) as found:
         logits = model(**inputs).logits
     if not found.skipped:
         return nn.functional.cross_entropy(logits[0].float(), batch.targets, reduction="none"), None
     if logits is not found.hidden:
         raise RuntimeError(f"{type(model).__name__} changes what its output head returns")
-    return output_head.linear_cross_entropy(logits[0], head, batch.targets), None
+    return shortcuts.linear_cross_entropy(logits[0], head, batch.targets), None
 
 
-@dataclass(frozen=True)
-class Shortcuts:
-    """What a forward pass for losses may leave out with the same result but for rounding; found by probe.py."""
-
-    answers_only: bool = False  # the output head is given the positions before answer tokens alone
-    bare_head: bool = False  # what the head returns are the model's logits: nothing scales, caps or casts them
-    no_mask: bool = False  # padding on the right needs no attention mask, as attention is causal
-
-
-def shortcuts(model: nn.Module) -> Shortcuts:
+def allowed_shortcuts(model: nn.Module) -> Shortcuts:
     """Those of the model's base (none where it was not probed) that the method on it and torch.compile allow."""
     found: Shortcuts = getattr(base_of(model), SHORTCUTS, Shortcuts())
     tuner: Any = getattr(model, "base_model", None) if isinstance(model, PeftModel) else None
@@ -443,7 +436,7 @@ def shortcuts(model: nn.Module) -> Shortcuts:
     head = base_of(model).get_output_embeddings() if found.answers_only else None
     return replace(
         found,
-        answers_only=found.answers_only and output_head.is_linear(head),
+        answers_only=found.answers_only and shortcuts.is_linear(head),
         no_mask=found.no_mask and not prompted,  # such a method lengthens the mask that it is given
     )
 

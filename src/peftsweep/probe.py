@@ -16,10 +16,11 @@ from bitsandbytes.nn.modules import Linear8bitLt
 from torch import nn
 from transformers import PreTrainedModel
 
-from peftsweep import output_head
+from peftsweep import shortcuts
 from peftsweep.data import Batch, Tokens, collate
 from peftsweep.errors import InputError
-from peftsweep.model import QUANTISED, SHORTCUTS, Shortcuts, answer_losses, base_of, text_config, text_part
+from peftsweep.model import QUANTISED, answer_losses, base_of, text_config, text_part
+from peftsweep.shortcuts import SHORTCUTS, Shortcuts
 
 log = logging.getLogger(__name__)
 
@@ -198,30 +199,32 @@ class _Reader:
 
 @torch.no_grad()
 def likely_shortcuts(base: Any) -> Shortcuts:
-    """What the structure of a causal model allows its losses to leave out; on the meta device too.
-
-    Layers with windows, chunks, convolutions or states keep their mask: a short probe would not see what it does.
-    """
+    """What the structure of a causal model allows its losses to leave out."""
     head = base.get_output_embeddings()
-    linear = output_head.is_linear(head)
-    config, returned = text_config(base), []
-    hook = head.register_forward_hook(lambda _, __, output: returned.append(output)) if linear else None
+    if not shortcuts.is_linear(head):
+        return Shortcuts(no_mask=_plainly_causal(base))
+    returned: list[torch.Tensor] = []
+    hook = head.register_forward_hook(lambda _, __, output: returned.append(output))
     ids = torch.zeros(1, 2, dtype=torch.int64, device=base.device)
-    logits = base(input_ids=ids, use_cache=False).logits if hook else None
-    if hook:
-        hook.remove()
+    logits = base(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    hook.remove()
     once = len(returned) == 1
-    limited = any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    limited |= not set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
-    limited |= getattr(base, "_is_stateful", False) or text_part(base) is not base
-    # Such a model, where it is given no mask, looks for padding in the tokens and so waits for the device.
-    looks = (inspect.unwrap(type(m).forward).__code__.co_names for m in base.modules() if isinstance(m, PreTrainedModel))
-    limited |= any("warn_if_padding_and_no_attention_mask" in names for names in looks)
-    return Shortcuts(
-        answers_only=once,
-        bare_head=once and logits is returned[0],
-        no_mask=config._attn_implementation == "sdpa" and not limited,
-    )
+    return Shortcuts(answers_only=once, bare_head=once and logits is returned[0], no_mask=_plainly_causal(base))
+
+
+def _plainly_causal(base: Any) -> bool:
+    """Whether each layer is attention to all tokens before, by torch's own kernels.
+
+    Layers with windows, chunks, convolutions or states keep their mask: a short probe would not see what it does. So
+    do models that look for padding in the tokens when they are given none, for which the host waits for the device.
+    """
+    config = text_config(base)
+    limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    full = set(getattr(config, "layer_types", None) or ()) <= {"full_attention"} and not any(limits)
+    forwards = [inspect.unwrap(type(m).forward) for m in base.modules() if isinstance(m, PreTrainedModel)]
+    looks = any("warn_if_padding_and_no_attention_mask" in forward.__code__.co_names for forward in forwards)
+    stateless = not getattr(base, "_is_stateful", False) and text_part(base) is base
+    return config._attn_implementation == "sdpa" and full and stateless and not looks
 
 
 def check_causal(shape: Any, make: Any) -> None:

@@ -11,7 +11,7 @@ no further round begins when ``--minutes`` are over.
 | side | what it is |
 |---|---|
 | ours | train.train |
-| plain | train.train without the shortcuts of output_head.py: the logits from the first answer on, a mask |
+| plain | train.train without the shortcuts of shortcuts.py: the logits from the first answer on, a mask |
 | masked | train.train with the head's shortcuts and a mask |
 | peft | the loop of PEFT's method comparison (run.py there): its loss of prompt and answer, its logging |
 | hand | what one writes by hand: all logits, loss on the answers, fused AdamW |
@@ -38,7 +38,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn import functional
@@ -49,7 +49,7 @@ from peftsweep.config import trial as make_trial
 from peftsweep.data import Tokens
 from peftsweep.inference import bare
 from peftsweep.measure import Meter, synchronise
-from peftsweep.model import SHORTCUTS, Shortcuts
+from peftsweep.shortcuts import SHORTCUTS, Shortcuts
 
 WARMUP = 4  # steps
 RATE = 1e-4
@@ -110,7 +110,7 @@ class Bench:
 
     def adapted(self) -> Any:
         torch.manual_seed(0)
-        return build.attach_method(self.trial, bare(self.base), self.steps)
+        return build.attach_method(self.trial, cast(Any, bare(self.base)), self.steps)
 
     def tick(self) -> None:
         """A step has ended."""
@@ -229,7 +229,7 @@ def trainer(bench: Bench) -> None:
 
 
 def sft(bench: Bench) -> None:
-    import trl
+    import trl  # type: ignore[import-not-found]
 
     _with_trainer(bench, trl.SFTTrainer, trl.SFTConfig, max_length=LONGEST, dataset_kwargs={"skip_prepare_dataset": True})
 

@@ -1,4 +1,6 @@
-"""Losses of the answer tokens without the logits of the whole batch, which with a large vocabulary are most of a step.
+"""What a forward pass for losses can leave out: logits that are not scored, and an attention mask that masks nothing.
+
+With a large vocabulary the logits of a whole batch are most of a step's memory, and much of its time.
 
 The output head is given only the hidden states that predict an answer token (``gathered``). Where it is a frozen linear
 layer whose output is the model's logits, the product with its weight and the cross-entropy are computed together, a
@@ -9,6 +11,9 @@ Triton, so that a CPU needs another way anyway. Under ``reduction="none"``, whic
 of each, Liger's gave every token the gradient weight of the first until the middle of 2026
 (github.com/linkedin/Liger-Kernel, issues 338 and 968, pull request 1298). What they save beyond this is the chunk
 of logits, which is at most ``CHUNK`` numbers here.
+
+Under causal attention a token never sees the padding on its right, so that no mask is needed and attention takes its
+causal kernel (``causal_only``).
 """
 
 from __future__ import annotations
@@ -22,12 +27,27 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from peftsweep.data import Batch
 
 CHUNK = 2**26  # logits that are held at once: 512 rows of a vocabulary of 128 thousand
 # float16 is left out: gradients of single tokens, before the loss is scaled, would underflow in it.
 FORMATS = (torch.float32, torch.bfloat16)
+
+
+SHORTCUTS = "peftsweep_shortcuts"  # the attribute of a base that holds them
+CAUSAL_ONLY = "peftsweep_causal_only"  # an attention of transformers
+
+
+@dataclass(frozen=True)
+class Shortcuts:
+    """What a forward pass for losses may leave out with the same result but for rounding; found by probe.py."""
+
+    answers_only: bool = False  # the output head is given the positions before answer tokens alone
+    bare_head: bool = False  # what the head returns are the model's logits: nothing scales, caps or casts them
+    no_mask: bool = False  # padding on the right needs no attention mask, as attention is causal
 
 
 @dataclass
@@ -72,6 +92,22 @@ def gathered(head: nn.Linear, batch: Batch, *, skip: bool) -> Iterator[Gathered]
         del vars(head)["forward"]
 
 
+@contextmanager
+def causal_only(config: Any) -> Iterator[None]:
+    """In the block the model of this text configuration, whose attention is "sdpa", makes no masks.
+
+    Asked without a mask by the name "sdpa", transformers looks for packed sequences in the positions, for which the
+    host waits for the device in every step. It makes no mask for an attention that it knows nothing of, and then
+    ``sdpa_attention_forward`` is causal.
+    """
+    AttentionInterface.register(CAUSAL_ONLY, sdpa_attention_forward)
+    config._attn_implementation = CAUSAL_ONLY
+    try:
+        yield
+    finally:
+        config._attn_implementation = "sdpa"
+
+
 def linear_cross_entropy(hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor) -> torch.Tensor:
     """``cross_entropy(head(hidden).float(), targets, reduction="none")`` of a frozen head, a few rows at a time.
 
@@ -105,7 +141,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses[own] = -scores.gather(1, right)[:, 0]
             if gradient is not None:
                 error = scores.exp_()
-                error.scatter_add_(1, right, error.new_full(right.shape, -1.0))
+                error.scatter_(1, right, error.gather(1, right) - 1)
                 torch.mm(error.to(weight.dtype), weight, out=gradient[own])
         ctx.save_for_backward(gradient)
         return losses
