@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, TrainableTokensConfig, get_peft_model
 from torch.nn import functional
 
-from peftsweep import data, model, probe, shortcuts
+from peftsweep import attach, data, model, probe, shortcuts
 from peftsweep.data import Batch, Tokens
 from peftsweep.shortcuts import SHORTCUTS, Shortcuts
 from tests.architectures import GENERATING, make
@@ -54,7 +54,8 @@ def check(trained: Any, short: Shortcuts = ALL, bound: float = 1e-5) -> None:
 
 def lora(base: Any, **options: Any) -> Any:
     torch.manual_seed(0)
-    adapted = get_peft_model(base, LoraConfig(**{"r": 4, "target_modules": QV, "task_type": "CAUSAL_LM"} | options))
+    given: dict[str, Any] = {"r": 4, "target_modules": QV, "task_type": "CAUSAL_LM"} | options
+    adapted = get_peft_model(base, LoraConfig(**given))
     with torch.no_grad():
         for name, weight in adapted.named_parameters():
             if "lora_B" in name:
@@ -66,7 +67,10 @@ def lora(base: Any, **options: Any) -> Any:
 def test_losses_and_gradients_of_every_architecture_are_those_of_all_logits(kind: str) -> None:
     base = make(kind)
     check(base.requires_grad_(True), probe.probe(base).shortcuts)
-    check(base.requires_grad_(False).get_output_embeddings() and lora(base, target_modules="all-linear"))
+    check(
+        lora(base.requires_grad_(False), target_modules=attach.linear_names(base, LoraConfig())),
+        probe.probe(base).shortcuts,
+    )
 
 
 HEADS: dict[str, dict[str, Any]] = {
@@ -115,7 +119,7 @@ def test_a_biased_head_keeps_its_bias() -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_a_method_adds_to_the_head_or_the_embeddings_counts(method: dict[str, Any], tied: bool) -> None:
     base = make("llama", tie_word_embeddings=tied)
-    found = probe.probe(base).shortcuts
+    found = probe.abilities(base).shortcuts
     adapted = lora(base, **method)
     plainly = type(base.get_output_embeddings()) is torch.nn.Linear
     assert model.allowed_shortcuts(adapted).answers_only == plainly
@@ -123,7 +127,9 @@ def test_what_a_method_adds_to_the_head_or_the_embeddings_counts(method: dict[st
 
 
 @pytest.mark.parametrize(
-    "config", [PromptTuningConfig(num_virtual_tokens=3), PrefixTuningConfig(num_virtual_tokens=3)], ids=["prompt", "prefix"]
+    "config",
+    [PromptTuningConfig(num_virtual_tokens=3), PrefixTuningConfig(num_virtual_tokens=3)],
+    ids=["prompt", "prefix"],
 )
 def test_virtual_tokens_are_not_scored_and_keep_their_mask(config: Any) -> None:
     base = make("llama")
@@ -138,14 +144,12 @@ def test_virtual_tokens_are_not_scored_and_keep_their_mask(config: Any) -> None:
 def test_trained_tokens_keep_all_logits_where_head_and_embeddings_are_tied() -> None:
     base = make("llama", tie_word_embeddings=True)
     adapted = get_peft_model(base, TrainableTokensConfig(token_indices=[5, 12], task_type="CAUSAL_LM"))
-    check(adapted, probe.probe(make("llama")).shortcuts)
+    check(adapted, probe.probe(make("llama").requires_grad_(False)).shortcuts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_cross_entropy_in_parts_is_torch_s(
-    dtype: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cross_entropy_in_parts_is_torch_s(dtype: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     head = torch.nn.Linear(16, 50, bias=bias, dtype=dtype).requires_grad_(False)
     hidden, targets, weights = torch.randn(23, 16, dtype=dtype), torch.randint(50, (23,)), torch.rand(23)
@@ -155,6 +159,7 @@ def test_the_cross_entropy_in_parts_is_torch_s(
         leaf = hidden.clone().requires_grad_()
         found = losses(leaf)
         (found * weights).sum().backward()
+        assert leaf.grad is not None
         return found.detach(), leaf.grad
 
     found = both(lambda leaf: shortcuts.linear_cross_entropy(leaf, head, targets))
@@ -176,7 +181,8 @@ def test_a_second_derivative_is_refused() -> None:
     head = torch.nn.Linear(4, 9).requires_grad_(False)
     hidden = torch.randn(3, 4, requires_grad=True)
     losses = shortcuts.linear_cross_entropy(hidden, head, torch.tensor([1, 2, 3]))
-    (gradient,) = torch.autograd.grad(losses.sum(), hidden, create_graph=True)
+    weights = torch.ones(3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(losses, hidden, weights, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 
@@ -202,7 +208,7 @@ def test_logits_of_the_whole_batch_never_exist() -> None:
 def test_a_probe_that_finds_another_loss_leaves_the_shortcut_out(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = shortcuts.linear_cross_entropy
     monkeypatch.setattr(shortcuts, "linear_cross_entropy", lambda *args: exact(*args) * 1.01)
-    assert probe.probe(make("llama")).shortcuts == replace(ALL, bare_head=False)
+    assert probe.probe(make("llama").requires_grad_(False)).shortcuts == replace(ALL, bare_head=False)
 
 
 def test_a_probe_that_finds_another_gradient_leaves_the_shortcut_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +216,7 @@ def test_a_probe_that_finds_another_gradient_leaves_the_shortcut_out(monkeypatch
     monkeypatch.setattr(
         shortcuts, "linear_cross_entropy", lambda *args: exact(*args) * 0.9 + 0.1 * exact(*args).detach()
     )
-    assert probe.probe(make("llama")).shortcuts == replace(ALL, bare_head=False)
+    assert probe.probe(make("llama").requires_grad_(False)).shortcuts == replace(ALL, bare_head=False)
 
 
 def test_places_are_the_answers_of_the_mask_in_every_lane() -> None:

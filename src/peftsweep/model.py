@@ -37,8 +37,8 @@ from peftsweep import shortcuts
 from peftsweep.data import Batch
 from peftsweep.errors import InputError
 from peftsweep.schema import Init, ModelConfig, Task
-from peftsweep.shortcuts import SHORTCUTS, Shortcuts
 from peftsweep.shapes import at_target_rank
+from peftsweep.shortcuts import SHORTCUTS, Shortcuts
 from peftsweep.study import RESIDUAL
 
 TINY = Path(__file__).parent / "tiny" / "weights"

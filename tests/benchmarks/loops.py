@@ -1,6 +1,6 @@
 """How long does a training step take, ours beside others on the same batches?
 
-    python tests/benchmarks/loops.py cpu                  # or gpu, rehearse: some settings, each in a process of its own
+    python tests/benchmarks/loops.py cpu                  # or gpu, rehearse: settings, each in a process of its own
     python tests/benchmarks/loops.py "model=llama3.2_1b model.init=random model.dtype=bfloat16 method.r=32 targets=qv" \
         --batch 4 --tokens 305 --answers 0.65 --sides ours,plain,peft,hand,trainer,sft
 
@@ -13,12 +13,13 @@ no further round begins when ``--minutes`` are over.
 | ours | train.train |
 | plain | train.train without the shortcuts of shortcuts.py: the logits from the first answer on, a mask |
 | masked | train.train with the head's shortcuts and a mask |
+| fused | ours, with the layers of fused_lora.py |
 | peft | the loop of PEFT's method comparison (run.py there): its loss of prompt and answer, its logging |
 | hand | what one writes by hand: all logits, loss on the answers, fused AdamW |
 | trainer | transformers' Trainer |
 | sft | TRL's SFTTrainer, where TRL is installed |
 
-Lengths of rows are log-normal around ``--tokens``, as those of GSM8K, of which ``--answers`` is the answers' share. On a
+Lengths of rows are log-normal around ``--tokens``, as those of GSM8K; ``--answers`` is the answers' share of them. On a
 CPU, which others may use too, a side's time is the sum over the steps of the fastest time that a step took in any
 round; on a GPU it is that of the fastest round. The first steps are left out. Memory is the peak on the device.
 """
@@ -35,6 +36,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,7 +46,7 @@ import torch
 from torch.nn import functional
 from transformers import get_cosine_schedule_with_warmup
 
-from peftsweep import build, cli, data, model, probe, record, train
+from peftsweep import build, cli, data, fused_lora, model, probe, record, train
 from peftsweep.config import trial as make_trial
 from peftsweep.data import Tokens
 from peftsweep.inference import bare
@@ -80,7 +82,9 @@ SETS: dict[str, list[tuple[str, str]]] = {
         (f"{ONE_B} quant=4bit", "--batch 4 --tokens 305 --answers 0.65"),
         (THREE_B, "--batch 4 --tokens 305 --answers 0.65"),
     ],
-    "rehearse": [(SMALL_WORDS, "--batch 2 --tokens 38 --answers 0.4 --steps 8 --rounds 1 --sides ours,plain,peft,hand")],
+    "rehearse": [
+        (SMALL_WORDS, "--batch 2 --tokens 38 --answers 0.4 --steps 8 --rounds 1 --sides ours,plain,peft,hand")
+    ],
 }
 
 
@@ -140,7 +144,7 @@ def rows(count: int, tokens: int, answers: float, vocabulary: int) -> list[Token
 # ---- the sides -------------------------------------------------------------------------------------
 
 
-def ours(bench: Bench, short: Shortcuts | None = None) -> None:
+def ours(bench: Bench, short: Shortcuts | None = None, *, fuse: bool = False) -> None:
     adapted = bench.adapted()
     if short is not None:
         setattr(model.base_of(adapted), SHORTCUTS, short)
@@ -153,12 +157,18 @@ def ours(bench: Bench, short: Shortcuts | None = None) -> None:
         sample()
         bench.tick()
 
-    with meter.stage("train"):
+    with meter.stage("train"), fused_lora.fused(adapted) if fuse else nullcontext():
         meter.sample = sample_and_tick  # type: ignore[method-assign]
         try:
-            train.train(adapted, bench.rows, config, pad_id=0, seed=0, meter=meter, log=lambda _: None, order=bench.plan)
+            train.train(
+                adapted, bench.rows, config, pad_id=0, seed=0, meter=meter, log=lambda _: None, order=bench.plan
+            )
         finally:
             meter.sample = sample  # type: ignore[method-assign]
+
+
+def fused(bench: Bench) -> None:
+    ours(bench, fuse=True)
 
 
 def plain(bench: Bench) -> None:
@@ -231,13 +241,15 @@ def trainer(bench: Bench) -> None:
 def sft(bench: Bench) -> None:
     import trl  # type: ignore[import-not-found]
 
-    _with_trainer(bench, trl.SFTTrainer, trl.SFTConfig, max_length=LONGEST, dataset_kwargs={"skip_prepare_dataset": True})
+    _with_trainer(
+        bench, trl.SFTTrainer, trl.SFTConfig, max_length=LONGEST, dataset_kwargs={"skip_prepare_dataset": True}
+    )
 
 
 def _with_trainer(bench: Bench, kind: Any, arguments: Any, **options: Any) -> None:
-    import datasets
     import tempfile
 
+    import datasets
     import transformers
 
     class Ticks(transformers.TrainerCallback):
@@ -269,7 +281,7 @@ def _with_trainer(bench: Bench, kind: Any, arguments: Any, **options: Any) -> No
 
 
 SIDES: dict[str, Callable[[Bench], None]] = {
-    **{"ours": ours, "plain": plain, "masked": masked},
+    **{"ours": ours, "fused": fused, "plain": plain, "masked": masked},
     **{"peft": peft, "hand": hand, "trainer": trainer, "sft": sft},
 }
 
@@ -340,7 +352,7 @@ def several(name: str, said: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
-DEFAULT_SIDES = "ours,plain,peft,hand,trainer,sft"
+DEFAULT_SIDES = "ours,fused,plain,peft,hand,trainer,sft"
 
 
 def main() -> None:
