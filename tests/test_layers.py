@@ -12,8 +12,8 @@ PACKAGE = Path(peftsweep.__file__).parent
 FLOORS = (
     "errors atomic schema processes isolation compatibility files chat data numerals metrics measure cautions record "
     "naming sweep_record study fingerprint experiment tasks shapes shortcuts model probe profiler",
-    "display tracker attach coverage initialise checkpoint compiled fused_lora train lanes packed evaluate inference predict "
-    "harness repeat",
+    "display tracker attach coverage initialise checkpoint compiled fused_lora train lanes packed evaluate inference "
+    "predict harness repeat",
     "answer.columns answer.table answer.where answer.intervals answer.stats answer.effects answer.frontier "
     "answer.rungs answer.words answer.findings answer.paired answer.methodology answer.report answer.plot answer.page",
     "trust limits restored config mended prepare halving build forecast guide seen trial pack workers engine slurm "

@@ -5,8 +5,8 @@ adapter's weights have 32 bits and the layer's 16 it also casts the input up, mu
 down. Here B's product is scaled and added by one ``addmm`` into the layer's output, in the output's format. A and B are
 cast to it in each forward, so that their gradients and what the optimizer changes keep 32 bits.
 
-In 32 bits the numbers are PEFT's but for the order of sums. With 16-bit layers each of A, B and A's product is rounded
-to 16 bits: the update differs by at most some 3 * 2**-9 of its size (bfloat16), the sum by no more than its own rounding.
+In 32 bits the numbers are PEFT's but for the order of sums. With 16-bit layers A, B and A's product are rounded to 16
+bits: in bfloat16 the update differs by some 3 * 2**-9 of its size, beside the rounding of the sum, which is PEFT's too.
 """
 
 from __future__ import annotations

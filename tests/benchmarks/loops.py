@@ -105,6 +105,7 @@ class Bench:
         order = data.batch_order([len(row.ids) for row in self.rows], said.batch, 0)
         self.plan = list(itertools.islice(order, said.steps))
         self.marks: list[float] = []
+        self.clock = time.process_time if said.cpu_seconds else time.perf_counter
         print(f"loaded in {time.perf_counter() - begun:.1f} s: {getattr(base, SHORTCUTS)}", flush=True)
 
     @property
@@ -120,7 +121,7 @@ class Bench:
         """A step has ended."""
         if self.device.type == "cpu" or len(self.marks) + 1 in (WARMUP, self.steps):
             synchronise(self.device)
-        self.marks.append(time.perf_counter())
+        self.marks.append(self.clock())
 
     def measure(self, side: Callable[[Bench], None]) -> tuple[list[float], float | None]:
         """The seconds of every timed step (on a GPU of all of them together), and the peak in GB."""
@@ -343,6 +344,7 @@ def several(name: str, said: argparse.Namespace) -> list[dict[str, Any]]:
     for words, options in SETS[name]:
         print(f"---- {words} {options}", flush=True)
         given = [] if said.sides == DEFAULT_SIDES else ["--sides", said.sides]
+        given += ["--cpu-seconds"] if said.cpu_seconds else []
         part = Path(f"{said.out or 'loops'}.part")
         command = [sys.executable, __file__, words, *options.split(), *given, "--minutes", str(said.minutes)]
         done = subprocess.run([*command, "--out", str(part)], check=False)
@@ -365,6 +367,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=3.5, help="of each setting")
     parser.add_argument("--sides", default=DEFAULT_SIDES)
+    parser.add_argument("--cpu-seconds", action="store_true", help="of this process, where others use the CPU too")
     parser.add_argument("--out", type=Path)
     said = parser.parse_args()
     settings = several(said.setting, said) if said.setting in SETS else [one(said.setting, said)]
