@@ -10,8 +10,9 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, TrainableTokensConfig, get_peft_model
 from torch.nn import functional
 
-from peftsweep import attach, data, model, probe, shortcuts
+from peftsweep import attach, data, evaluate, model, probe, shortcuts
 from peftsweep.data import Batch, Tokens
+from peftsweep.schema import ModelConfig
 from peftsweep.shortcuts import SHORTCUTS, Shortcuts
 from tests.architectures import GENERATING, make
 
@@ -225,3 +226,23 @@ def test_places_are_the_answers_of_the_mask_in_every_lane() -> None:
         many = over.repeated(times)
         assert torch.equal(many.targets, many.input_ids[:, 1:][many.answer_mask])
         assert torch.equal(many.owners, many.answer_mask.nonzero()[:, 0])
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_head_is_given_contiguous_hidden_states(trained: bool) -> None:
+    """In bfloat16 on a CPU the product of a slice takes many times as long."""
+    base = make("llama")
+    adapted = lora(base, target_modules=[*QV, "lm_head"]) if trained else base
+    probe.abilities(base)
+    setattr(base, SHORTCUTS, NONE)
+    given: list[bool] = []
+    hook = base.get_output_embeddings().register_forward_pre_hook(lambda _, args: given.append(args[0].is_contiguous()))
+    model.answer_losses(adapted, batch())
+    tokenizer = model.load_tokenizer(ModelConfig(name_or_path="tiny"))
+    evaluate.generate(adapted.eval(), tokenizer, ["a", "It is a cat"], max_new_tokens=2, batch_size=2)
+    choices = tuple(data.Choice("It is", f" {name}", name, name) for name in "ab")
+    examples = [data.Example("", "", choices, gold=0), data.Example("", "", choices[::-1], gold=1)]
+    evaluate.multiple_choice(adapted, tokenizer, examples)
+    hook.remove()
+    assert len(given) >= 5
+    assert all(given)
