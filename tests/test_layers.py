@@ -10,8 +10,8 @@ import peftsweep
 PACKAGE = Path(peftsweep.__file__).parent
 # Lowest first: a module may import those on lower floors, and those before it on its own.
 FLOORS = (
-    "errors atomic schema processes isolation compatibility files chat data numerals metrics measure cautions record "
-    "naming sweep_record study fingerprint experiment tasks shapes shortcuts model probe profiler",
+    "errors atomic schema fast_dtype processes isolation compatibility files chat data numerals metrics measure "
+    "cautions record naming sweep_record study fingerprint experiment tasks shapes shortcuts model probe profiler",
     "display tracker attach coverage initialise checkpoint compiled fused_lora train lanes packed evaluate inference "
     "predict harness repeat",
     "answer.columns answer.table answer.where answer.intervals answer.stats answer.effects answer.frontier "
@@ -25,6 +25,7 @@ HYDRA_FROM = ORDER.index("restored")
 WITHOUT_TORCH = [module for module in ORDER if module.startswith("answer.")]
 WITHOUT_TORCH += [
     "display",
+    "fast_dtype",
     "study",
     "repeat",
     "restored",
