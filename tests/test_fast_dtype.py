@@ -26,7 +26,12 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def seconds(monkeypatch: pytest.MonkeyPatch, bfloat16: float, float32: float) -> list[str]:
     asked: list[str] = []
     took = {"bfloat16": bfloat16, "float32": float32}
-    monkeypatch.setattr(fast_dtype, "_seconds", lambda dtype: asked.append(dtype) or took[dtype])
+
+    def timed(dtype: str) -> float:
+        asked.append(dtype)
+        return took[dtype]
+
+    monkeypatch.setattr(fast_dtype, "_seconds", timed)
     return asked
 
 
