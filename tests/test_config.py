@@ -100,7 +100,7 @@ BAD = {
     "a missing file": (["dataset=file", "dataset.path=no.jsonl"], "dataset.answer: must be given"),
     "a missing data file": (["dataset.path=no.jsonl"], "dataset.path=no.jsonl: no such file"),
     "an unknown format": (["dataset.path=rows.xml"], "unknown format '.xml'; allowed: .json .jsonl"),
-    "an unknown dtype": (["model.dtype=float8"], "model.dtype=float8: must be one of float32, bfloat16, float16"),
+    "an unknown dtype": (["model.dtype=float8"], "model.dtype=float8: must be one of auto, float32, bfloat16, float16"),
     "an unknown 4-bit type": (["quant=4bit", "quant.bnb_4bit_quant_type=nf5"], "must be one of nf4, fp4"),
     "an unknown optimizer": (["train.optimizer=AdamX"], "train.optimizer=AdamX: no such optimizer"),
     "an unreadable interval": (["train.eval_every=often"], "a number of steps (100) or epochs (0.5epochs)"),

@@ -10,10 +10,11 @@ import peftsweep
 PACKAGE = Path(peftsweep.__file__).parent
 # Lowest first: a module may import those on lower floors, and those before it on its own.
 FLOORS = (
-    "errors owner streams atomic reading hub schema processes isolation compatibility files chat data numerals metrics "
-    "measure cautions record naming sweep_record study fingerprint experiment tasks shapes model probe profiler",
-    "display tracker attach coverage initialise checkpoint compiled train lanes packed evaluate inference predict "
-    "harness repeat",
+    "errors owner streams atomic reading hub schema fast_dtype processes isolation compatibility files chat data "
+    "numerals metrics measure cautions record naming sweep_record study fingerprint experiment tasks shapes shortcuts "
+    "model probe profiler",
+    "display tracker attach coverage initialise checkpoint compiled fused_lora train lanes packed evaluate inference "
+    "predict harness repeat",
     "answer.columns answer.table answer.where answer.intervals answer.stats answer.effects answer.frontier "
     "answer.rungs answer.words answer.findings answer.paired answer.methodology answer.report answer.plot answer.page "
     "answer.prune",

@@ -18,7 +18,7 @@ import torch
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
-from peftsweep import attach, data, evaluate, metrics, model, packed, train
+from peftsweep import attach, data, evaluate, metrics, model, packed, probe, train
 from peftsweep.checkpoint import Checkpoints
 from peftsweep.lanes import Pack
 from peftsweep.measure import Meter
@@ -88,7 +88,9 @@ class Found:
 
 def base(quant: str = "none", dtype: Dtype = Dtype.float32) -> Any:
     options = BitsAndBytesConfig(**QUANTS[quant]) if QUANTS[quant] else None
-    return model.load(ModelConfig(name_or_path="tiny", dtype=dtype), options, CPU)
+    loaded = model.load(ModelConfig(name_or_path="tiny", dtype=dtype), options, CPU)
+    probe.abilities(loaded)
+    return loaded
 
 
 @pytest.fixture(scope="module")

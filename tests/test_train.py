@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from peftsweep import InputError, attach, data, evaluate, model, train
+from peftsweep import InputError, attach, data, evaluate, model, probe, train
 from peftsweep.measure import Meter
 from peftsweep.metrics import exact_match
 from peftsweep.schema import Dtype, ModelConfig, Schedule, TargetsConfig, TrainConfig
@@ -35,7 +35,9 @@ def rows() -> list[data.Tokens]:
 def adapted(**options: Any) -> Any:
     torch.manual_seed(0)
     method = LoraConfig(r=4, target_modules="all-linear", **options)
-    return attach.attach(model.load(TINY, None, CPU), method, TargetsConfig(), {})
+    base = model.load(TINY, None, CPU)
+    probe.abilities(base)
+    return attach.attach(base, method, TargetsConfig(), {})
 
 
 def run(

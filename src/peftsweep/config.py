@@ -28,7 +28,7 @@ from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peftsweep import data, experiment, fingerprint, hub, limits, repeat, restored, study, trust
+from peftsweep import data, experiment, fast_dtype, fingerprint, hub, limits, repeat, restored, study, trust
 from peftsweep.compatibility import stored
 from peftsweep.errors import InputError, suggest
 from peftsweep.experiment import ORIGIN
@@ -104,9 +104,11 @@ UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20
 GENERATION = "peftsweep.evaluate.generation"
 LANGUAGE_MODEL_ONLY = ("peftsweep.evaluate.perplexity", GENERATION)
 LOOSE = {"init_lora_weights": r"lora_ga|pissa_niter_\d+"}  # values that PEFT takes beside what it annotates
+FORMATS = tuple(name for name in Dtype.__members__ if name != Dtype.auto.name)
 ONE_OF = {
     "quant.bnb_4bit_quant_type": ("nf4", "fp4"),
-    "quant.bnb_4bit_compute_dtype": tuple(Dtype.__members__),
+    "quant.bnb_4bit_compute_dtype": FORMATS,
+    "train.autocast": FORMATS,
 }
 
 
@@ -185,6 +187,8 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
     made, heeded = _fill_from_files(cfg, overrides, choices)
     choices = dict(choices) | made
     _use_current_names(cfg)
+    if cfg.model.dtype is Dtype.auto:
+        cfg.model.dtype = fast_dtype.resolve(str(cfg.device))
     if source and not cfg.trust:
         trust.check(typing.cast(dict[str, Any], OmegaConf.to_container(cfg)), Path(conf_dir()), own, source)
     for key in ("eval_every", "checkpoint_every"):
@@ -444,7 +448,7 @@ def _use_base(cfg: DictConfig, base: str, said: set[str]) -> str:
     with contextlib.suppress(OSError, ValueError):
         stored = json.loads((Path(base).expanduser() / "config.json").read_text(encoding="utf-8"))
         dtype = stored.get("dtype", stored.get("torch_dtype"))
-        if dtype in Dtype.__members__:
+        if dtype in FORMATS:
             kept["dtype"] = dtype
     return _put_model(cfg, base, said, **kept)
 

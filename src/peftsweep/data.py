@@ -738,13 +738,16 @@ class Batch:
     """Right-padded tokens.
 
     Shapes: ``input_ids`` and ``attention_mask`` are [rows, length], of int64. ``answer_mask``
-    is [rows, length - 1], bool: whether the token *after* a position belongs to an answer.
+    is [rows, length - 1], bool: whether the token *after* a position belongs to an answer. ``places``
+    are the same positions as numbers, known without waiting for the device: [answer_tokens], of int64, into the
+    flattened [rows, length - answer_start] that begins with the position before ``answer_start``.
     ``labels`` are a classifier's, [rows], of int64.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     answer_mask: torch.Tensor
+    places: torch.Tensor
     tokens: int  # without padding
     answer_tokens: int
     answer_start: int  # the first position of any answer in the batch, at least 1
@@ -755,15 +758,23 @@ class Batch:
         """The row that each predicted answer token (or class) belongs to: [answer_tokens], of int64."""
         if self.labels is not None:
             return self.labels.new_ones(len(self.labels)).cumsum(0) - 1
-        return self.answer_mask.nonzero()[:, 0]
+        return self.places // (self.input_ids.shape[1] - self.answer_start)
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """The answer tokens, in the order of their places: [answer_tokens], of int64."""
+        return self.input_ids[:, self.answer_start :].flatten().index_select(0, self.places)
 
     def repeated(self, times: int) -> Batch:
         """All rows that many times, one after the other."""
+        rows, length = self.input_ids.shape
+        starts = (self.places.new_ones(times).cumsum(0) - 1) * rows * (length - self.answer_start)
         return replace(
             self,
             input_ids=self.input_ids.repeat(times, 1),
             attention_mask=self.attention_mask.repeat(times, 1),
             answer_mask=self.answer_mask.repeat(times, 1),
+            places=(self.places + starts[:, None]).flatten(),
             tokens=self.tokens * times,
             answer_tokens=self.answer_tokens * times,
             labels=None if self.labels is None else self.labels.repeat(times),
@@ -773,7 +784,7 @@ class Batch:
         """The batch on ``device``; the host does not wait for the copy."""
         if device.type == "cpu":
             return self
-        names = ("input_ids", "attention_mask", "answer_mask", "labels")
+        names = ("input_ids", "attention_mask", "answer_mask", "places", "labels")
         tensors = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
         return replace(self, **{n: t.pin_memory().to(device, non_blocking=True) for n, t in tensors.items()})
 
@@ -792,13 +803,15 @@ def collate(rows: Sequence[Tokens], pad_id: int, multiple: int = 1) -> Batch:
         trained = True if row.trained is None else torch.tensor(row.trained[max(row.answer_start, 1) :])
         answers[n, max(row.answer_start, 1) - 1 : len(row.ids) - 1] = trained
     labels = [row.label for row in rows if row.label is not None]
+    start = max(min(row.answer_start for row in rows), 1)
     return Batch(
         ids,
         attention,
         answers,
+        places=answers[:, start - 1 :].flatten().nonzero()[:, 0],
         tokens=sum(len(row.ids) for row in rows),
         answer_tokens=sum(row.answer_tokens for row in rows),
-        answer_start=max(min(row.answer_start for row in rows), 1),
+        answer_start=start,
         labels=torch.tensor(labels) if labels else None,
     )
 

@@ -32,7 +32,7 @@ from peftsweep.errors import InputError
 from peftsweep.lanes import of_lane
 from peftsweep.measure import out_of_memory
 from peftsweep.metrics import Judgement, Score
-from peftsweep.model import answer_losses, class_logits, classifies, row_inputs
+from peftsweep.model import answer_losses, class_logits, classifies, last_positions, row_inputs
 from peftsweep.probe import abilities
 
 log = logging.getLogger(__name__)
@@ -358,7 +358,11 @@ def _shared_likelihoods(
         ids, attention = _padded(starts, pad_id, device, left=True)
         positions = (attention.cumsum(-1) - 1).clamp(min=0)
         output = model(
-            input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=True, logits_to_keep=1
+            input_ids=ids,
+            attention_mask=attention,
+            position_ids=positions,
+            use_cache=True,
+            logits_to_keep=last_positions(1, device),
         )
         owners = torch.tensor([place for place, n in enumerate(every) for _ in groups[n]], device=device)
         cache: Any = output.past_key_values
@@ -653,7 +657,7 @@ def _greedy(
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=1 if step else last_positions(1, ids.device),
         )
         cache = output.past_key_values
         chosen = output.logits[:, -1].argmax(-1)

@@ -87,4 +87,4 @@ def guide(
 def _words(model: str, method: str, quant: str, words: Sequence[str]) -> list[str]:
     preset = (Path(configuration.conf_dir()) / "model" / f"{model}.yaml").is_file()
     base = [f"model={model}"] if preset else ["model=causal_lm", f"model.name_or_path={model}"]
-    return [*base, f"method={method}", f"quant={quant}", *USUAL, *words]
+    return [*base, "device=cuda", f"method={method}", f"quant={quant}", *USUAL, *words]

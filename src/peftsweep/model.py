@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import patch
@@ -18,7 +18,9 @@ import transformers
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from huggingface_hub import snapshot_download
 from peft import PeftModel, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.adalora import AdaLoraModel
+from peft.tuners.poly import PolyModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import transformers_weight_conversion
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import safe_open
@@ -33,18 +35,20 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from peftsweep import hub
+from peftsweep import hub, shortcuts
 from peftsweep.atomic import sync_tree
 from peftsweep.data import Batch
 from peftsweep.errors import InputError, suggest
 from peftsweep.schema import Init, ModelConfig, Task
 from peftsweep.shapes import at_target_rank
+from peftsweep.shortcuts import SHORTCUTS, Shortcuts
 from peftsweep.study import RESIDUAL
 
 TINY = Path(__file__).parent / "tiny" / "weights"
 INITIAL = "initial"  # beside a saved adapter: as it began, where the base was changed by its initialisation
 QUANTISED = (Linear4bit, Linear8bitLt)
 METHOD_INPUTS = "peftsweep_method_inputs"  # the attribute of an adapted model that holds them
+CALL_THE_BASE_ONCE = (BaseTuner.forward, AdaLoraModel.forward, PolyModel.forward)
 NEW_PARTS = "peftsweep_new_parts"  # the attribute of a classifier that names the modules its checkpoint lacked
 WEIGHTS = (".safetensors", ".bin")  # endings of files of them
 ROTARY = ("rope_theta", "rope_scaling", "partial_rotary_factor")  # that transformers moves into rope_parameters
@@ -445,31 +449,67 @@ def keep_dtype(adapted: PeftModel) -> None:
 
 def answer_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Cross-entropy of every answer token (a classifier: class) of ``batch``, in float32: [batch.answer_tokens]."""
-    return nn.functional.cross_entropy(*answer_logits(model, batch), reduction="none")
+    return losses_and_hits(model, batch)[0]
 
 
-def answer_logits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """What ``model`` says of every answer token (a classifier: class), and what is right.
+def losses_and_hits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``answer_losses``, and of a classifier the number of rows of which the right class is the likeliest.
 
-    Shapes: [batch.answer_tokens, vocabulary or classes], of float32, and [batch.answer_tokens], of int64.
-
-    Logits are asked for from the first answer on only: with a large vocabulary they are most of the
-    memory. Methods that put virtual tokens before the input return longer logits; the last positions
-    are those of the input.
+    Logits of the answer tokens alone are computed where the output head allows it (shortcuts.py), else those from
+    the first answer token of any row on. Methods that put virtual tokens before the input return longer logits; the
+    last positions are those of the input.
     """
     if batch.labels is not None:
-        return class_logits(model, batch), batch.labels
-    positions = batch.input_ids.shape[1] - batch.answer_start + 1  # the one before the first answer predicts it
-    output = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        use_cache=False,
-        logits_to_keep=positions,
-        **row_inputs(model, batch.input_ids),
+        logits = class_logits(model, batch)
+        hits = (logits.argmax(-1) == batch.labels).sum()
+        return nn.functional.cross_entropy(logits, batch.labels, reduction="none"), hits
+    short = allowed_shortcuts(model)
+    kept = batch.input_ids.shape[1] - batch.answer_start + 1  # the one before the first answer predicts it
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+    inputs |= {"attention_mask": None if short.no_mask else batch.attention_mask}
+    inputs |= row_inputs(model, batch.input_ids)
+    unmasked = shortcuts.causal_only(text_config(base_of(model))) if short.no_mask else nullcontext()
+    if not short.answers_only:
+        with unmasked:
+            keep = last_positions(kept, batch.input_ids.device)
+            logits = (
+                model(**inputs, logits_to_keep=keep).logits[:, -kept:-1].flatten(0, 1).index_select(0, batch.places)
+            )
+        return nn.functional.cross_entropy(logits.float(), batch.targets, reduction="none"), None
+    head = base_of(model).get_output_embeddings()
+    with unmasked, shortcuts.gathered(head, batch, skip=short.bare_head and shortcuts.is_frozen(head)) as found:
+        logits = model(**inputs, logits_to_keep=kept).logits
+    if not found.skipped:
+        return nn.functional.cross_entropy(logits[0].float(), batch.targets, reduction="none"), None
+    if logits is not found.hidden:
+        raise RuntimeError(f"{type(model).__name__} changes what its output head returns")
+    return shortcuts.linear_cross_entropy(logits[0], head, batch.targets), None
+
+
+def allowed_shortcuts(model: nn.Module) -> Shortcuts:
+    """Those of the model's base (none where it was not probed) that the method on it and torch.compile allow."""
+    found: Shortcuts = getattr(base_of(model), SHORTCUTS, Shortcuts())
+    tuner: Any = getattr(model, "base_model", None) if isinstance(model, PeftModel) else None
+    if isinstance(tuner, BaseTuner) and type(tuner).forward not in CALL_THE_BASE_ONCE:
+        return Shortcuts()  # X-LoRA and Shadow read the logits of a pass of their own
+    if hasattr(model, "_orig_mod"):  # compiled: a head whose forward changes would be compiled anew in every step
+        return replace(found, answers_only=False)
+    prompted = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+    head = base_of(model).get_output_embeddings() if found.answers_only else None
+    return replace(
+        found,
+        answers_only=found.answers_only and shortcuts.is_linear(head),
+        no_mask=found.no_mask and not prompted,  # such a method lengthens the mask that it is given
     )
-    mask = batch.answer_mask[:, batch.answer_start - 1 :]
-    logits = output.logits[:, -positions:-1][mask]
-    return logits.float(), batch.input_ids[:, batch.answer_start :][mask]
+
+
+def last_positions(count: int, device: torch.device) -> torch.Tensor:
+    """The last ``count`` positions for ``logits_to_keep``, which so gives the head a contiguous tensor.
+
+    Told a number, transformers slices the hidden states; the product of such a slice in bfloat16 takes torch on a CPU
+    10 to 180 times as long.
+    """
+    return torch.arange(-count, 0, device=device)
 
 
 def class_logits(model: nn.Module, batch: Batch) -> torch.Tensor:

@@ -21,7 +21,7 @@ from peftsweep.checkpoint import Checkpoints, Interruption, OptimizerState, Part
 from peftsweep.data import Batch, Tokens
 from peftsweep.lanes import Pack
 from peftsweep.measure import Laps, Meter, out_of_memory
-from peftsweep.model import answer_logits, answer_losses
+from peftsweep.model import answer_losses
 from peftsweep.schema import TrainConfig
 from peftsweep.study import Claimed
 from peftsweep.train import (
@@ -118,10 +118,9 @@ def train_packed(
             losses = torch.zeros(len(running), device=meter.device)
             for batch in micro_batches:
                 with narrowed:
-                    logits, targets = answer_logits(model, pack.for_all(batch))
-                    each = nn.functional.cross_entropy(logits, targets, reduction="none")
+                    each = answer_losses(model, pack.for_all(batch))
                     parts = each.view(len(running), -1).sum(1) / answer_tokens
-                del logits, each
+                del each
                 scaled = [one.scaler.scale(part) for one, part in zip(running, parts, strict=True)]
                 torch.stack(scaled).sum().backward()
                 losses += parts.detach()

@@ -35,9 +35,19 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from peftsweep import train
 from peftsweep.data import Batch, Tokens, batch_order, micro_batches
 from peftsweep.lanes import Pack
-from peftsweep.model import answer_losses, auxiliary_loss, classifies, head_names, text_config, trainable_parameters
+from peftsweep.model import (
+    answer_losses,
+    auxiliary_loss,
+    base_of,
+    classifies,
+    head_names,
+    text_config,
+    trainable_parameters,
+)
 from peftsweep.model import skeleton as bare_skeleton
+from peftsweep.probe import likely_shortcuts
 from peftsweep.schema import Dtype, ModelConfig, TrainConfig
+from peftsweep.shortcuts import SHORTCUTS
 
 META = torch.device("meta")
 # Every block of CUDA's caching allocator is a multiple of this (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize).
@@ -176,14 +186,19 @@ def predict(
     text = text_config(adapted)
     if getattr(text, "pad_token_id", None) is None:
         text.pad_token_id = 0
+    if not classifies(adapted):
+        with _as_on(device, config.autocast), _Allocator(1, 0), _Kernels(device, config.autocast).forward():
+            setattr(base_of(adapted), SHORTCUTS, likely_shortcuts(base_of(adapted)))
     train.enable_checkpointing(adapted, config.checkpointing)
     adapted.train()
     longest = max(shapes, key=lambda shape: (shape.rows * shape.length, shape.answer_length))
     first = _trace(adapted, config, longest, device, lanes)
-    # Another may hold more positions of the vocabulary. What a token and what such a position takes is known now.
+    # Another may hold more answer tokens. What a token and what the head takes for such a one is known now.
     token = first.activation_bytes / (longest.rows * longest.length)
-    position = 2 * first.logits_bytes / (longest.rows * longest.answer_length)  # and as much again for its gradient
-    other = max(shapes, key=lambda shape: shape.rows * (shape.length * token + shape.answer_length * position))
+    before = first.weights_bytes + first.adapter_bytes + first.optimizer_bytes + first.activation_bytes
+    at_head = max(2 * first.logits_bytes, first.forward_peak - before)  # logits that are kept have a gradient later
+    answer = at_head / max(longest.answer_tokens, 1)
+    other = max(shapes, key=lambda shape: shape.rows * shape.length * token + shape.answer_tokens * answer)
     if other == longest:
         return first
     return max(first, _trace(adapted, config, other, device, lanes), key=lambda one: one.peak_bytes)
@@ -298,6 +313,7 @@ def _batch(adapted: nn.Module, shape: Shape) -> Batch:
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         answer_mask=torch.zeros(shape.rows, shape.length - 1, dtype=torch.bool, device=META),
+        places=ids.new_empty(shape.answer_tokens),
         tokens=ids.numel(),
         answer_tokens=shape.rows if classifier else shape.answer_tokens,
         answer_start=shape.length - shape.answer_length,

@@ -1,4 +1,4 @@
-"""What a loaded language model does with later tokens, padding and its cache, found by a few small forwards.
+"""What a loaded language model does with later tokens, padding, its cache and its head, found by a few small forwards.
 
 Architectures differ in this, and a wrong assumption gives wrong numbers without an error: recurrent layers may
 read padding as text, and not every cache can give up some of its rows.
@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import inspect
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from bitsandbytes.nn.modules import Linear8bitLt
 from torch import nn
+from transformers import PreTrainedModel
 
+from peftsweep import shortcuts
+from peftsweep.data import Batch, Tokens, collate
 from peftsweep.errors import InputError
-from peftsweep.model import QUANTISED, base_of, text_config
+from peftsweep.model import QUANTISED, answer_losses, base_of, text_config, text_part
+from peftsweep.shortcuts import SHORTCUTS, Shortcuts
 
 log = logging.getLogger(__name__)
 
@@ -27,15 +31,20 @@ SMALL = 50e6  # parameters of a copy that is made to be tried; no known encoder 
 EXACT, NARROW, ROUNDED = 1e-3, 0.05, 0.2  # 32 bits; 16 bits or 4-bit storage; 8-bit layers, which round their inputs
 
 
+# Largest norm of the difference of losses or gradients, relative to theirs, in 32 bits; in other formats as above.
+SAME_LOSSES = 1e-4
+
+
 @dataclass(frozen=True)
 class Abilities:
-    """What evaluations may rely on; without them each row is read alone, by transformers' own generation."""
+    """What may be relied on; without it rows are read one by one, by transformers' own generation, with all logits."""
 
     padded_batches: bool  # a row padded on the left, in a batch, gets the logits that it gets alone
     row_cache: bool  # generation can go on from a cache of which some rows were selected
+    shortcuts: Shortcuts = field(default_factory=Shortcuts)  # of a forward pass for losses
 
-    def facts(self) -> dict[str, bool]:
-        """Both by name, for a trial's record."""
+    def facts(self) -> dict[str, Any]:
+        """All by name, for a trial's record."""
         return asdict(self)
 
 
@@ -46,6 +55,7 @@ def abilities(model: nn.Module, known: Abilities | None = None) -> Abilities:
     if found is None:
         found = known or probe(base)
         setattr(base, ABILITIES, found)
+        setattr(base, SHORTCUTS, found.shortcuts)
     return found
 
 
@@ -70,7 +80,8 @@ def probe(base: Any) -> Abilities:
             f"model: {type(base).__name__} reads padding as text, so that it cannot be trained or evaluated in batches"
         )
     left = reader.padded([short[:, :SHORT], long[:, :LONG]], left=True)
-    found = Abilities(reader.agree(left, alone, left=True), reader.selects(left, [short, long], alone))
+    selects = reader.selects(left, [short, long], alone)
+    found = Abilities(reader.agree(left, alone, left=True), selects, reader.shortcuts([short, long]))
     if not found.padded_batches:
         log.warning("%s reads padding on the left as text: rows are generated one by one", type(base).__name__)
     return found
@@ -143,10 +154,77 @@ class _Reader:
             return False
         return all(self.same(after.logits[n, -1].float(), alone[int(m)][0, -1]) for n, m in enumerate(chosen))
 
+    def shortcuts(self, rows: list[torch.Tensor]) -> Shortcuts:
+        """Those of the likely ones with which losses and gradients are the same."""
+        batch = collate([Tokens(row[0].tolist(), len(row[0]) // 2) for row in rows], 0).to(self.base.device)
+        found = Shortcuts()
+        try:
+            plain = self._losses(batch, found)
+            for name, likely in vars(likely_shortcuts(self.base)).items():
+                more = replace(found, **{name: likely})
+                if likely and self._equal(self._losses(batch, more), plain):
+                    found = more
+        except (RuntimeError, NotImplementedError) as error:  # such as a kernel without a backward
+            log.info("%s: losses are computed from all logits: %s", type(self.base).__name__, error)
+        return found
+
+    def _losses(self, batch: Batch, short: Shortcuts) -> tuple[torch.Tensor, torch.Tensor]:
+        """The losses of the batch's answers, and their gradient at what the embeddings give."""
+        embedded: list[torch.Tensor] = []
+
+        def as_leaf(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
+            embedded.append(output.detach().requires_grad_())
+            return embedded[-1].clone()  # some models scale it in place
+
+        hook = self.base.get_input_embeddings().register_forward_hook(as_leaf)
+        setattr(self.base, SHORTCUTS, short)
+        try:
+            with torch.enable_grad():
+                losses = answer_losses(self.base, batch)
+                (gradient,) = torch.autograd.grad(losses.sum(), embedded[:1])
+            return losses.detach(), gradient
+        finally:
+            hook.remove()
+            delattr(self.base, SHORTCUTS)
+
+    def _equal(self, found: tuple[torch.Tensor, ...], plain: tuple[torch.Tensor, ...]) -> bool:
+        limit = SAME_LOSSES if self.tolerance == EXACT else self.tolerance
+        return all(bool((a - b).norm() <= limit * b.norm()) for a, b in zip(found, plain, strict=True))
+
     def same(self, one: torch.Tensor, other: torch.Tensor, tolerance: float | None = None) -> bool:
         """Whether logits are equal but for rounding."""
         limit = self.tolerance if tolerance is None else tolerance
         return bool((one - other).abs().mean() <= limit * other.std())
+
+
+@torch.no_grad()
+def likely_shortcuts(base: Any) -> Shortcuts:
+    """What the structure of a causal model allows its losses to leave out."""
+    head = base.get_output_embeddings()
+    if not shortcuts.is_linear(head):
+        return Shortcuts(no_mask=_plainly_causal(base))
+    returned: list[torch.Tensor] = []
+    hook = head.register_forward_hook(lambda _, __, output: returned.append(output))
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=base.device)
+    logits = base(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    hook.remove()
+    once = len(returned) == 1
+    return Shortcuts(answers_only=once, bare_head=once and logits is returned[0], no_mask=_plainly_causal(base))
+
+
+def _plainly_causal(base: Any) -> bool:
+    """Whether each layer is attention to all tokens before, by torch's own kernels.
+
+    Layers with windows, chunks, convolutions or states keep their mask: a short probe would not see what it does. So
+    do models that look for padding in the tokens when they are given none, for which the host waits for the device.
+    """
+    config = text_config(base)
+    limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    full = set(getattr(config, "layer_types", None) or ()) <= {"full_attention"} and not any(limits)
+    forwards = [inspect.unwrap(type(m).forward) for m in base.modules() if isinstance(m, PreTrainedModel)]
+    looks = any("warn_if_padding_and_no_attention_mask" in forward.__code__.co_names for forward in forwards)
+    stateless = not getattr(base, "_is_stateful", False) and text_part(base) is base
+    return config._attn_implementation == "sdpa" and full and stateless and not looks
 
 
 def check_causal(shape: Any, make: Any) -> None:

@@ -28,8 +28,9 @@ class Task(Enum):
 
 
 class Dtype(Enum):
-    """Number formats of weights and of autocast, under torch's names."""
+    """Number formats of weights and of autocast, under torch's names; auto is that of the base alone."""
 
+    auto = "auto"
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
@@ -51,7 +52,7 @@ class ModelConfig:
     revision: str | None = None
     task: Task = Task.causal_lm  # seq_cls: a head over dataset.classes in place of that over the vocabulary
     init: Init = Init.pretrained  # random: the architecture below with untrained weights, no download
-    dtype: Dtype = Dtype.float32
+    dtype: Dtype = Dtype.float32  # auto: bfloat16 on CUDA, on a CPU float32 or bfloat16 by what it multiplies faster
     attn_implementation: str | None = None  # eager, sdpa, flash_attention_2; null lets transformers choose
     device_map: Any = None  # as in transformers: module name -> device, or auto; null: all on `device`
     architecture: dict[str, Any] = field(default_factory=dict)  # model_type and sizes, for init=random

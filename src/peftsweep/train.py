@@ -25,7 +25,7 @@ from peftsweep.data import Batch, Tokens, batch_order, collate, micro_batches
 from peftsweep.errors import InputError
 from peftsweep.measure import Laps, Meter
 from peftsweep.metrics import LOWER_IS_BETTER
-from peftsweep.model import answer_logits, answer_losses, auxiliary_loss, trainable_parameters
+from peftsweep.model import answer_losses, auxiliary_loss, losses_and_hits, trainable_parameters
 from peftsweep.schema import Dtype, Schedule, TrainConfig
 
 SCHEDULES = {Schedule.cosine: "cosine", Schedule.linear: "linear", Schedule.constant: "constant_with_warmup"}
@@ -161,13 +161,13 @@ def train(
             loss = torch.zeros((), device=device)
             for batch in taken:
                 with span("forward"), narrowed:
-                    logits, targets = answer_logits(compilation.model, batch)
-                    part = nn.functional.cross_entropy(logits, targets, reduction="none").sum() / answer_tokens
+                    losses, hits = losses_and_hits(compilation.model, batch)
+                    part = losses.sum() / answer_tokens
                     regulariser = auxiliary_loss(model, batch) if regularised is not False else None
                     regularised = regulariser is not None
-                if batch.labels is not None:
-                    epoch.hits += (logits.argmax(-1) == targets).sum()
-                del logits  # with a large vocabulary most of the memory, and the backward has its own
+                if hits is not None:
+                    epoch.hits += hits
+                del losses
                 with span("backward"):
                     share = batch.answer_tokens / answer_tokens
                     scaler.scale(part if regulariser is None else part + regulariser * share).backward()

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from peftsweep import build, cli, forecast, model, packed, predict, train
+from peftsweep import build, cli, forecast, model, packed, predict, probe, train
 from peftsweep.config import Trial
 from peftsweep.config import trial as make_trial
 from peftsweep.data import Tokens
@@ -147,6 +147,8 @@ def measured(trial: Trial, tokens: list[Tokens], device: torch.device) -> dict[s
         base = model.load(config.model, build.quantization(trial), device, len(config.dataset.classes))
         if model.classifies(base):
             base.config.pad_token_id = 0
+        else:
+            probe.abilities(base)  # as build.load_base does
         torch.manual_seed(0)
         adapted = build.attach_method(trial, base, config.train.steps)
         options: dict[str, Any] = {"pad_id": 0, "seed": config.seed, "log": lambda row: None}
@@ -184,6 +186,7 @@ def measured_pack(trials: list[Trial], tokens: list[Tokens], device: torch.devic
 
     def prepare() -> tuple[torch.nn.Module, Callable[[Meter], Any]]:
         base = model.load(config.model, build.quantization(trials[0]), device)
+        probe.abilities(base)
         adapted = build.attach_lanes(lanes, base)
         sides = [packed.Lane(name, one.config.train, lambda row: None) for name, one in lanes.items()]
         return adapted, lambda meter: packed.train_packed(adapted, tokens, sides, pad_id=0, seed=0, meter=meter)
