@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from bitsandbytes.nn.modules import Linear8bitLt
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from peftsweep import InputError, evaluate, forecast, inference, model, probe
 from peftsweep.config import Trial
@@ -101,3 +102,12 @@ def test_a_decoder_whose_configuration_could_be_an_encoder_s_is_taken() -> None:
     config = AutoConfig.for_model("gpt_neox", **SIZES)
     assert config.is_decoder is False
     probe.check_causal(config, AutoModelForCausalLM.from_config)
+
+
+def test_columns_that_8_bit_layers_multiply_in_16_bits_do_not_make_a_decoder_an_encoder() -> None:
+    base: Any = model.load(ModelConfig(name_or_path="tiny"), BitsAndBytesConfig(load_in_8bit=True), torch.device("cpu"))
+    for name, weight in base.named_parameters():
+        if "norm" in name:
+            weight.data *= 3  # inputs of layers that exceed the threshold in some tokens and not in others
+    assert probe.probe(base).padded_batches
+    assert {one.state.threshold for one in base.modules() if isinstance(one, Linear8bitLt)} == {6.0}

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -66,6 +68,11 @@ def probe(base: Any) -> Abilities:
     Raises:
         InputError: the model sees later tokens, or padding on the right changes what it reads.
     """
+    with _rows_rounded_alone(base):
+        return _probe(base)
+
+
+def _probe(base: Any) -> Abilities:
     reader = _Reader(base)
     short, long = reader.rows(SHORT + 1), reader.rows(LONG + 1)
     alone = [reader.alone(short), reader.alone(long)]
@@ -85,6 +92,25 @@ def probe(base: Any) -> Abilities:
     if not found.padded_batches:
         log.warning("%s reads padding on the left as text: rows are generated one by one", type(base).__name__)
     return found
+
+
+@contextmanager
+def _rows_rounded_alone(base: nn.Module) -> Iterator[None]:
+    """Inside, what an 8-bit layer computes of a token does not depend on the other tokens.
+
+    LLM.int8 (arXiv 2208.07339, section 3.2) multiplies a column in 16 bits where any token of the input exceeds
+    ``threshold`` in it, so that the rounding of a token depends on later ones. With a threshold of 0 there are no such
+    columns.
+    """
+    states = [module.state for module in base.modules() if isinstance(module, Linear8bitLt)]
+    before = [state.threshold for state in states]
+    for state in states:
+        state.threshold = 0.0
+    try:
+        yield
+    finally:
+        for state, threshold in zip(states, before, strict=True):
+            state.threshold = threshold
 
 
 class _Reader:
