@@ -57,7 +57,7 @@ $(RAY)/installed: pyproject.toml constraints.txt  # its launcher wants older ver
 
 slow: install $(RAY)/installed  ## the dearer tier; PEFTSWEEP_DATA names a folder of real rows, PEFTSWEEP_ENCODER a pretrained encoder
 	$(BIN)/python -m pytest -m slow -v -s --no-header --disable-warnings | tee tests/slow.log
-	$(RAY)/bin/python -m pytest -m slow -v -s --no-header --disable-warnings -k ray tests/test_engine.py | tee -a tests/slow.log
+	$(RAY)/bin/python -m pytest -m slow -v -s --no-header --disable-warnings -k ray tests/sweep/test_engine.py | tee -a tests/slow.log
 	for name in $(BENCHMARKS); do \
-		$(BIN)/python tests/benchmarks/$$name.py --out tests/benchmarks/results/$$name.json || exit 1; \
+		$(BIN)/python benchmarks/$$name.py --out benchmarks/results/$$name.json || exit 1; \
 	done

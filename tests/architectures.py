@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from peftsweep.model import load_tokenizer
+from peftsweep.models.model import load_tokenizer
 from peftsweep.schema import ModelConfig
 
 SIZES = {

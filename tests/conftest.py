@@ -16,10 +16,12 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
-from peftsweep import cli, record, train
-from peftsweep.config import Trial
-from peftsweep.config import trial as make_trial
-from peftsweep.record import Result
+from peftsweep import cli
+from peftsweep.config.compose import Trial
+from peftsweep.config.compose import trial as make_trial
+from peftsweep.study import record
+from peftsweep.study.record import Result
+from peftsweep.training import loop
 
 SMALL = ["train.steps=4", "train.log_every=2", "dataset.samples=64", "eval.tiny_math.samples=8"]
 SMALL += ["eval.perplexity.samples=8", "train.batch_size=4", "device=cpu"]
@@ -87,7 +89,7 @@ def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture
 def fails_at_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Have every training of this rank, in this process, raise an error that says ``broken``."""
-    real = train.train
+    real = loop.train
 
     def arrange(rank: int) -> None:
         def broken(model: Any, *args: Any, **options: Any) -> Any:
@@ -95,7 +97,7 @@ def fails_at_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
                 raise RuntimeError("broken")
             return real(model, *args, **options)
 
-        monkeypatch.setattr(train, "train", broken)
+        monkeypatch.setattr(loop, "train", broken)
 
     return arrange
 

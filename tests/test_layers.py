@@ -1,56 +1,51 @@
-"""Imports go down only."""
+"""Folders import downwards only; who knows Hydra; what starts without torch; how large files and functions are."""
 
 from __future__ import annotations
 
 import ast
 from pathlib import Path
 
+import pytest
+
 import peftsweep
 
 PACKAGE = Path(peftsweep.__file__).parent
-# Lowest first: a module may import those on lower floors, and those before it on its own.
-FLOORS = (
-    "errors owner streams atomic reading hub schema fast_dtype processes isolation compatibility files chat data "
-    "numerals metrics measure cautions record naming sweep_record study fingerprint experiment tasks shapes shortcuts "
-    "model probe profiler",
-    "display tracker attach coverage initialise checkpoint compiled fused_lora train lanes packed evaluate inference "
-    "predict harness repeat",
-    "answer.columns answer.table answer.where answer.intervals answer.stats answer.effects answer.frontier "
-    "answer.rungs answer.words answer.findings answer.paired answer.methodology answer.report answer.plot answer.page "
-    "answer.prune",
-    "trust limits restored command_line config mended prepare halving build forecast guide seen trial pack workers "
-    "engine slurm sweep everything preload answer.interchange answer.collect",
-    "cli",
-)
-ORDER = [module for floor in FLOORS for module in floor.split()]
-HYDRA_FROM = ORDER.index("restored")
-WITHOUT_TORCH = [module for module in ORDER if module.startswith("answer.")]
-WITHOUT_TORCH += [
-    "display",
-    "owner",
-    "study",
-    "repeat",
-    "restored",
-    "cli",
-    "config",
-    "halving",
-    "experiment",
-    "prepare",
-    "processes",
-    "sweep_record",
-    "mended",
-    "hub",
+# Lowest first: a folder (or a module beside the folders) may import those before it.
+ORDER = [
+    "errors",
+    "schema",
+    "limits",
     "command_line",
+    "study",
+    "observe",
+    "data",
+    "models",
+    "training",
+    "evaluation",
+    "config",
+    "forecast",
+    "analysis",
+    "trial",
+    "sweep",
 ]
+ORDER += ["cli"]
+KNOW_HYDRA = {"config", "trial", "sweep", "cli", "command_line", "data.prepare", "analysis.interchange"}
+WITHOUT_TORCH = (
+    *("cli", "analysis", "config.compose", "config.experiment", "study.store", "study.record", "observe.display"),
+    *("sweep.halving", "sweep.processes", "data.prepare"),
+)
+HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes"}
+MOST_FILES, MOST_LINES, MOST_LINES_OF_A_FUNCTION = 12, 450, 80
 
-
-def place(module: str) -> Path:
-    return PACKAGE.joinpath(*module.split(".")).with_suffix(".py")
+MODULES = {".".join(file.relative_to(PACKAGE).with_suffix("").parts): file for file in PACKAGE.rglob("*.py")}
+MODULES = {name: file for name, file in MODULES.items() if not name.startswith("tiny.") and name != "__init__"}
 
 
 def imports(file: Path, *, top_level_only: bool = False) -> set[str]:
+    """The modules that a file imports, in functions too; not those of its type checker alone."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    for_types = {id(node) for one in ast.walk(tree) if _is_for_types(one) for node in ast.walk(one)}
+    nodes = [node for node in (tree.body if top_level_only else ast.walk(tree)) if id(node) not in for_types]
     found = set()
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -60,26 +55,54 @@ def imports(file: Path, *, top_level_only: bool = False) -> set[str]:
     return found
 
 
-def test_every_module_has_its_floor() -> None:
-    rooms = [".".join(file.relative_to(PACKAGE).with_suffix("").parts) for file in PACKAGE.rglob("*.py")]
-    assert sorted(room for room in rooms if "__init__" not in room and not room.startswith("tiny.")) == sorted(ORDER)
+def _is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
 
 
-def test_imports_go_down_only() -> None:
-    for number, module in enumerate(ORDER):
-        mine = {name.removeprefix("peftsweep.") for name in imports(place(module))}
-        above = {name for name in mine if name in ORDER and ORDER.index(name) >= number}
-        assert not above, f"{module} imports {above}"
+def own(file: Path, *, top_level_only: bool = False) -> set[str]:
+    """Of the imports the modules of this package."""
+    found = {name.removeprefix("peftsweep.") for name in imports(file, top_level_only=top_level_only)}
+    return found & MODULES.keys()
 
 
-def test_nobody_below_the_wiring_knows_hydra() -> None:
-    for module in ORDER[:HYDRA_FROM]:
-        known = {name.partition(".")[0] for name in imports(place(module))}
-        assert not known & {"hydra", "omegaconf"}, module
+def place(module: str) -> int:
+    return ORDER.index(module.partition(".")[0])
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_go_down_only(module: str) -> None:
+    folder = module.partition(".")[0]
+    above = {name for name in own(MODULES[module]) if place(name) >= place(module) and name.partition(".")[0] != folder}
+    assert not above
+
+
+def test_no_two_files_of_a_folder_import_each_other_when_they_are_imported() -> None:
+    graph = {name: own(file, top_level_only=True) for name, file in MODULES.items()}
+    left = dict(graph)
+    while ready := [name for name, needs in left.items() if not needs & left.keys() - {name}]:
+        left = {name: needs for name, needs in left.items() if name not in ready}
+    assert not left
+
+
+def test_who_knows_hydra() -> None:
+    for name, file in MODULES.items():
+        if {used.partition(".")[0] for used in imports(file)} & {"hydra", "omegaconf"}:
+            assert {name, name.partition(".")[0]} & KNOW_HYDRA, name
 
 
 def test_what_must_start_fast_never_imports_torch_at_the_top() -> None:
-    heavy = {"torch", "transformers", "peft", "datasets", "bitsandbytes"}
-    for module in WITHOUT_TORCH:
-        known = {name.partition(".")[0] for name in imports(place(module), top_level_only=True)}
-        assert not known & heavy, module
+    for name, file in MODULES.items():
+        if name.startswith(WITHOUT_TORCH):
+            known = {used.partition(".")[0] for used in imports(file, top_level_only=True)}
+            assert not known & HEAVY, name
+
+
+def test_folders_files_and_functions_are_small() -> None:
+    for folder in {file.parent for file in MODULES.values()}:
+        assert len(list(folder.glob("*.py"))) <= MOST_FILES, folder
+    for name, file in MODULES.items():
+        text = file.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= MOST_LINES, name
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert (node.end_lineno or 0) - node.lineno < MOST_LINES_OF_A_FUNCTION, f"{name}.{node.name}"

@@ -9,7 +9,7 @@ import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from tests.test_collect import Collect, collect_command, write
+from tests.analysis.test_collect import Collect, collect_command, write
 
 __all__ = ["collect_command"]  # the fixture
 

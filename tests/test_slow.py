@@ -11,7 +11,7 @@ import pytest
 import scipy.stats
 
 import peftsweep
-from peftsweep.record import Result
+from peftsweep.study.record import Result
 
 pytestmark = pytest.mark.slow
 

@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 
 import torch
 
-from peftsweep import record
+from peftsweep.study import record
 
 FAST = "not slow and not gpu"
 MARKED = f"kernels and {FAST}"

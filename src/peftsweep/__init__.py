@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from pandas import DataFrame
 
-    from peftsweep.record import Result
+    from peftsweep.study.record import Result
 
 # GNU OpenMP's threads spin while they wait for each other. Beside any other busy process on the same
 # cores, small operations then take a hundred times as long; waiting asleep costs nothing measurable.
@@ -65,7 +65,7 @@ def load(study: str | PathLike[str] = "default") -> DataFrame:
     Raises:
         InputError: there is no such study.
     """
-    from peftsweep import study as studies
-    from peftsweep.answer import table
+    from peftsweep.analysis.table import table
+    from peftsweep.study import store as studies
 
     return table.trials(table.read(studies.find(Path(study))))

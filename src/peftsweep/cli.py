@@ -19,12 +19,15 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peftsweep import __version__, command_line, experiment, streams, study, sweep_record
-from peftsweep import config as configuration
+from peftsweep import __version__, command_line
+from peftsweep.config import calls, checks, experiment, fill
+from peftsweep.config import compose as configuration
 from peftsweep.errors import InputError, Unwritable, check_platform
+from peftsweep.observe import streams
+from peftsweep.study import store, sweep_record
 
 if TYPE_CHECKING:
-    from peftsweep.record import Result
+    from peftsweep.study.record import Result
 
 NOT_RUN = 3  # the exit code where a trial that was asked for was not run
 OTHER_COMMANDS = {"--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--hydra-help"}
@@ -95,13 +98,13 @@ def main() -> None:
 def _hydra() -> int:
     from peftsweep.errors import NotRun, SweepFailed
 
-    configuration.register()
+    fill.register()
     if not {"-sc", "--shell-completion"} & set(sys.argv):
-        sys.argv[1:] = command_line.checked(sys.argv[1:], Path(configuration.conf_dir()))
+        sys.argv[1:] = command_line.checked(sys.argv[1:], Path(fill.conf_dir()))
         command_line.import_from([*command_line.own_folders(sys.argv[1:]), Path.cwd()])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would else print as ten lines
     try:
-        hydra.main(version_base="1.3", config_path=configuration.conf_dir(), config_name="config")(_task)()
+        hydra.main(version_base="1.3", config_path=fill.conf_dir(), config_name="config")(_task)()
     except NotRun:
         return NOT_RUN
     except SweepFailed:
@@ -121,9 +124,9 @@ def _guarded(door: object) -> int:
     except InputError as error:
         problem = str(error)
     except (HydraException, OmegaConfBaseException) as error:
-        problem = command_line.wrong_yaml(sys.argv[1:], only_chosen=True) or configuration.one_line(error)
+        problem = command_line.wrong_yaml(sys.argv[1:], only_chosen=True) or calls.one_line(error)
     except (OSError, Unwritable, ValueError, yaml.YAMLError) as error:
-        reason = study.unwritable(error) or command_line.wrong_yaml(sys.argv[1:])
+        reason = store.unwritable(error) or command_line.wrong_yaml(sys.argv[1:])
         if reason is None:
             raise
         problem = str(reason)
@@ -136,7 +139,7 @@ def _guarded(door: object) -> int:
 
 def _task(cfg: DictConfig) -> None:
     """What another launcher of Hydra's than ours runs for each point, in a process that may be anywhere."""
-    from peftsweep import engine
+    from peftsweep.sweep import engine
 
     hydra_config = HydraConfig.get()
     if (here := Path(hydra_config.runtime.cwd)).is_dir():
@@ -149,9 +152,11 @@ def _task(cfg: DictConfig) -> None:
 def run_one(overrides: list[str]) -> Result:
     """The Python door: see ``peftsweep.run``."""
     check_platform()
-    from peftsweep import forecast, sweep, trial
+    from peftsweep.forecast import forecast
+    from peftsweep.sweep import sweep
+    from peftsweep.trial import done, task
 
-    overrides = command_line.checked(overrides, Path(configuration.conf_dir()))
+    overrides = command_line.checked(overrides, Path(fill.conf_dir()))
     for word in OverridesParser.create().parse_overrides(overrides):
         if word.is_sweep_override():
             raise InputError(
@@ -161,33 +166,33 @@ def run_one(overrides: list[str]) -> Result:
     if one.config.dry_run:
         return sweep.planned(one)
     forecast.check(one)
-    if trial.finished(one) is None:
+    if done.finished(one) is None:
         forecast.check_cached(one)
     with sweep.terminable():
-        return trial.run(one)
+        return task.run(one)
 
 
 def _trial(*words: str) -> configuration.Trial:
     command_line.import_from([Path.cwd()])
-    words = tuple(command_line.checked(words, Path(configuration.conf_dir())))
+    words = tuple(command_line.checked(words, Path(fill.conf_dir())))
     try:
         cfg = compose(list(words))
     except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(configuration.one_line(error)) from None
-    configuration.check_expanded(cfg, [word.lstrip("+~").partition("=")[0] for word in words])
+        raise InputError(calls.one_line(error)) from None
+    checks.check_expanded(cfg, [word.lstrip("+~").partition("=")[0] for word in words])
     return configuration.trial(cfg, cfg.hydra.runtime.choices, words)
 
 
 def compose(overrides: list[str]) -> DictConfig:
     """The configuration that the words of a command line compose, with Hydra's own node."""
-    configuration.register()
-    with hydra.initialize_config_dir(configuration.conf_dir(), version_base="1.3"):
+    fill.register()
+    with hydra.initialize_config_dir(fill.conf_dir(), version_base="1.3"):
         return hydra.compose("config", overrides, return_hydra_config=True)
 
 
 def help_text(arguments: list[str]) -> str:
     """The help, with the groups and options that conf/ and --config-dir hold now."""
-    folders = [Path(configuration.conf_dir())]
+    folders = [Path(fill.conf_dir())]
     folders += command_line.own_folders(arguments)
     lines = ["Groups: what a trial can choose, with its options (the default first)"]
     for group, question, default in _groups(folders[0]):
@@ -215,15 +220,15 @@ def collect() -> None:
     def door() -> int:
         words = _collect_parser().parse_args()
         if words.memory_guide:
-            from peftsweep import guide
+            from peftsweep.forecast import guide
 
             return guide.main(words.memory_guide, _trial, words.studies)
-        from peftsweep.answer import collect as collecting
+        from peftsweep.analysis import collect as collecting
 
         if words.yes and not words.prune:
             raise InputError("--yes: only with --prune")
         if words.prune:
-            from peftsweep.answer import prune
+            from peftsweep.analysis import prune
 
             return prune.main(words.studies, words.keep_best, confirmed=words.yes)
         if words.status:
@@ -310,7 +315,7 @@ def data() -> None:
     streams.settle()
 
     def door() -> int:
-        from peftsweep import prepare
+        from peftsweep.data import prepare
 
         words = vars(_data_parser(prepare.FORMATS).parse_args())
         return prepare.main(compose([f"dataset={words.pop('dataset')}"]), prepare.Options(**words))
@@ -322,7 +327,7 @@ def _data_parser(formats: Sequence[str]) -> argparse.ArgumentParser:
     parser = _OneLineParser(
         prog="peftsweep-data", description="Write a sample of a dataset as two files, to train and to test on."
     )
-    names = sorted(file.stem for file in (Path(configuration.conf_dir()) / "dataset").glob("*.yaml"))
+    names = sorted(file.stem for file in (Path(fill.conf_dir()) / "dataset").glob("*.yaml"))
     parser.add_argument("dataset", metavar="NAME", choices=names, help="a dataset of peftsweep: " + " ".join(names))
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="x.jsonl; tests go to x.test.jsonl")
     parser.add_argument("--samples", type=int, metavar="N", help="of both parts together (default: all rows)")

@@ -1,4 +1,4 @@
-"""What Hydra must see of the launchers and the sweeper; the work is in peftsweep.sweep and peftsweep.halving.
+"""What Hydra must see of the launchers and the sweeper; the work is in peftsweep.sweep.
 
 Hydra executes this module at every start, also for `--help`, so it imports nothing heavy.
 """
@@ -58,10 +58,10 @@ class LocalLauncher(Launcher):
 
         A sweeper may call it many times; the launcher's limit and deadline are those of all of them together.
         """
-        from peftsweep import config as configuration
-        from peftsweep import processes
+        from peftsweep.config import checks
+        from peftsweep.sweep import processes
 
-        placement = configuration.placement(self.options)
+        placement = checks.placement(self.options)
         asked = _devices(self.config, job_overrides)
         if asked == {"cpu"}:
             processes.hide_gpus()
@@ -71,8 +71,8 @@ class LocalLauncher(Launcher):
             places = processes.places(placement.get("workers"), placement.get("devices"), asked)
             processes.start_ahead(places[: len(job_overrides)])
         try:
-            from peftsweep.everything import sweep
-            from peftsweep.workers import Budget, Options
+            from peftsweep.sweep.everything import sweep
+            from peftsweep.sweep.workers import Budget, Options
 
             options = Options(**placement)
             self.budget = self.budget or Budget(options)
@@ -85,18 +85,18 @@ class LocalLauncher(Launcher):
 
     def _record(self, workers: int | None) -> Any:
         """That of all that this launcher launches."""
-        from peftsweep import study
-        from peftsweep.sweep_record import SweepRecord
+        from peftsweep.study import store
+        from peftsweep.study.sweep_record import SweepRecord
 
         words = self.config.hydra.overrides.task
-        self._sweep_record = self._sweep_record or SweepRecord(study.folder(self.config.study), words, workers)
+        self._sweep_record = self._sweep_record or SweepRecord(store.folder(self.config.study), words, workers)
         return self._sweep_record
 
     def _launch(
         self, job_overrides: Sequence[Sequence[str]], first: int, run: Callable[[list[Any]], list[Any]]
     ) -> list[JobReturn]:
-        from peftsweep import config as configuration
-        from peftsweep.everything import sweep
+        from peftsweep.config import compose as configuration
+        from peftsweep.sweep.everything import sweep
 
         points = self._compose(job_overrides, first)
         trials = [
@@ -124,7 +124,7 @@ class LocalLauncher(Launcher):
 
         Hydra composes it once for each choice of groups, which takes it long; plain values are put into copies.
         """
-        from peftsweep import config as configuration
+        from peftsweep.config import checks
 
         loader = self.context.config_loader
         parser = OverridesParser.create(config_loader=loader)
@@ -143,7 +143,7 @@ class LocalLauncher(Launcher):
                     OmegaConf.update(point, one.key_or_group, one.value())
             except (OmegaConfBaseException, ValueError):  # of which Hydra says what is wrong
                 point = loader.load_sweep_config(self.config, list(words))
-            configuration.check_expanded(point, [one.key_or_group for one in parsed])
+            checks.check_expanded(point, [one.key_or_group for one in parsed])
             with open_dict(point):
                 point.hydra.overrides.task = list(words)
                 point.hydra.job.id, point.hydra.job.num = str(number), number
@@ -197,7 +197,7 @@ class GridSweeper(BasicSweeper):
 
         What is of the sweep as a whole is what these options say of it. Without several options there is nothing.
         """
-        from peftsweep import config as configuration
+        from peftsweep.config import checks
 
         swept = [word for word, one in zip(arguments, parsed, strict=True) if _sweeps_sweeps(one)]
         if not swept:
@@ -214,7 +214,7 @@ class GridSweeper(BasicSweeper):
                 run_mode=RunMode.MULTIRUN,
             )
             Engines().on_multirun_start(composed[option])
-        configuration.check_joinable(swept[0], composed)
+        checks.check_joinable(swept[0], composed)
         whole = next(iter(composed.values()))
         self.setup(hydra_context=self.hydra_context, task_function=self._task_function, config=whole)
         self.max_batch_size = whole.hydra.sweeper.max_batch_size
@@ -222,8 +222,8 @@ class GridSweeper(BasicSweeper):
         return [[*(f"{key}={value}" for key, value in axes[option]), *words[option]] for option in composed]
 
     def _launch(self, points: list[list[str]], first: int, whole: bool) -> Sequence[JobReturn]:
-        from peftsweep import halving
         from peftsweep.errors import InputError
+        from peftsweep.sweep import halving
 
         assert self.config is not None
         assert self.launcher is not None
@@ -253,11 +253,11 @@ class EngineLauncher(LocalLauncher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Compose every point, have what is missing run, and answer with one JobReturn a point."""
-        from peftsweep import processes
+        from peftsweep.sweep import processes
 
         if _devices(self.config, job_overrides) == {"cpu"}:
             processes.hide_gpus()
-        from peftsweep import sweep
+        from peftsweep.sweep import sweep
 
         def place(trials: Sequence[Any]) -> list[BaseException | None]:
             with self._watching():
@@ -271,7 +271,7 @@ class EngineLauncher(LocalLauncher):
         """What the other launcher needs around it to tell how each of its jobs ends."""
         if "submitit" not in self.engine._target_:
             return nullcontext()
-        from peftsweep import slurm
+        from peftsweep.sweep import slurm
 
         return slurm.jobs_end_alone()
 

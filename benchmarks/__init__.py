@@ -1,0 +1,1 @@
+"""Measurements of speed and memory; results/ holds the figures that the documentation shows."""

@@ -1,0 +1,1 @@
+"""What is the answer? Tables, statistics, text and figures of a study. Nothing in here imports torch."""

@@ -1,0 +1,1 @@
+"""What was found, in pictures: plots and report.html."""

@@ -1,0 +1,269 @@
+"""The interactive charts of report.html."""
+
+from __future__ import annotations
+
+import html
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from peftsweep.analysis.figures.axes import COLOURS, FADED, INK, RULE
+from peftsweep.analysis.statistics import effects, frontier
+from peftsweep.analysis.table import columns
+from peftsweep.analysis.table.columns import CALLED
+
+BARS = 400  # configurations with their intervals: of more, they would be a fog
+CURVES = 40  # trials whose curves are drawn: the best
+CURVE_POINTS = 200  # of one curve
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
+TRIAL = "run_info.trial"
+SPEED = "train_info.tokens_per_second"
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
+TOOLS = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}
+
+
+def _text(value: Any) -> str:
+    """``value`` as text that no browser takes for markup."""
+    return html.escape(str(value), quote=False)
+
+
+def _numbers(values: pd.Series[Any]) -> list[str]:
+    """Numbers to four digits, large ones whole; empty where there is none."""
+    floats = values.astype(float).to_numpy(dtype=float, na_value=np.nan)
+    return ["" if np.isnan(value) else _number(float(value)) for value in floats]
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+# ---- quality and cost ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What an axis can show: a column of configurations, its name there, and what its numbers are divided by."""
+
+    column: str
+    name: str
+    factor: float = 1.0
+
+    def numbers(self, rows: pd.DataFrame, suffix: str = "") -> list[float | None]:
+        """The values of ``rows``, to five digits; None where there is none."""
+        if self.column + suffix not in rows:
+            return [None] * len(rows)
+        values = rows[self.column + suffix].astype(float) / self.factor
+        return [None if np.isnan(value) else float(f"{value:.5g}") for value in values]
+
+
+def _axes(merged: pd.DataFrame) -> tuple[list[Axis], list[Axis]]:
+    """What x and y can show: costs, and scores and the speed."""
+    across = []
+    for cost in columns.costs(merged):
+        factor, name = cost.scale(float(merged[cost.column].max()))
+        across.append(Axis(cost.column, name, factor))
+    up = [Axis(score, columns.axis_name(score)) for score in columns.scores(merged)]
+    return across, [*up, *([Axis(SPEED, "tokens a second in training")] if columns.measured(merged, SPEED) else [])]
+
+
+def _named(task: str) -> str:
+    return f"<h3>{_text(task)}</h3>\n" if task else ""
+
+
+def _frontier(task: str, merged: pd.DataFrame, table: pd.DataFrame, name: str) -> str:
+    """Every configuration with a score, on axes that two menus choose, the best trade-offs of each pair joined.
+
+    A front belongs to a pair of axes, and is a trace of its own. The menu of one axis gives its x to the fronts of
+    that axis and none to the others, the other menu does so with y; a trace without x or y is not drawn.
+    """
+    found = effects.factors(table)
+    across, up = _axes(merged)
+    good = merged[merged["n"] > 0]
+    if not across or not columns.scores(merged) or len(good) < 2:
+        return ""
+    series = columns.labels(good, found[:1], columns.names(table, labelled=False))
+    groups = [(str(label), good.loc[places]) for label, places in good.groupby(series, sort=False).groups.items()]
+    names = effects.labels(table).loc[good.index]
+    hover = dict(zip(good.index, _hover(good, names, [*up, *across]), strict=True))
+    fronts = [(x, y, *_front(good, x, y)) for x, y in itertools.product(across, up)]
+
+    def x_of(axis: Axis) -> dict[str, Any]:
+        return {"x": [axis.numbers(rows) for _, rows in groups] + [xs if x == axis else [] for x, _, xs, _ in fronts]}
+
+    def y_of(axis: Axis) -> dict[str, Any]:
+        arms = [_arms(rows, axis) if len(good) <= BARS else ([], []) for _, rows in groups] + [([], [])] * len(fronts)
+        bars = {"error_y.array": [arm[0] for arm in arms], "error_y.arrayminus": [arm[1] for arm in arms]}
+        return {
+            "y": [axis.numbers(rows) for _, rows in groups] + [ys if y == axis else [] for _, y, _, ys in fronts]
+        } | bars
+
+    start = x_of(across[0]) | y_of(up[0])
+    looks = [_look(place, label, [hover[n] for n in rows.index]) for place, (label, rows) in enumerate(groups)]
+    traces = [
+        look | {"x": start["x"][place], "y": start["y"][place]}
+        for place, look in enumerate(looks + [FRONT] * len(fronts))
+    ]
+    for place in range(len(groups)):
+        parts = {"array": start["error_y.array"][place], "arrayminus": start["error_y.arrayminus"][place]}
+        traces[place]["error_y"] = {"type": "data", "symmetric": False, "thickness": 1, "width": 3, **parts}
+    menus = [
+        _menu(0.0, [(_text(axis.name), y_of(axis), {"yaxis.title.text": _text(axis.name)}) for axis in up]),
+        _menu(0.36, [(_text(axis.name), x_of(axis), {"xaxis.title.text": _text(axis.name)}) for axis in across]),
+        _menu(0.8, [(f"x {kind}", {}, {"xaxis.type": kind}) for kind in ("linear", "log")]),
+    ]
+    layout = _layout(across[0].name, up[0].name) | {"updatemenus": menus, "showlegend": len(groups) > 1}
+    failed = columns.outcome(merged)
+    bars = ", with its 95% interval" if len(good) <= BARS else ""
+    note = f"A point is a configuration, the mean of its seeds{bars}. Ringed and joined: no other one "
+    note += (
+        "is better and cheaper. Hover for all figures; the menus choose the axes; a click in the legend hides a series."
+    )
+    note += f" Without a point: {failed}." if failed else ""
+    return f"{_named(task)}<p class='note'>{note}</p>\n" + _plot(traces, layout, name)
+
+
+FRONT: dict[str, Any] = {
+    "type": "scatter",
+    "mode": "lines+markers",
+    "line": {"color": INK, "width": 1, "dash": "dash"},
+    "marker": {"symbol": "circle-open", "size": 15, "color": INK, "line": {"width": 1.5}},
+    "hoverinfo": "skip",
+    "showlegend": False,
+}
+
+
+def _front(merged: pd.DataFrame, x: Axis, y: Axis) -> tuple[list[float], list[float]]:
+    """x and y of the configurations that no other is better and cheaper than, the cheapest first."""
+    sign = columns.direction(y.column)
+    both = merged[[x.column, y.column]].dropna().astype(float).sort_values(x.column, kind="stable")
+    gain = both[y.column] * sign
+    both = both[gain >= gain.cummax()]  # the few that come into question
+    both = both[frontier.front(np.column_stack([both[x.column], -sign * both[y.column]]))]
+    return (both[x.column] / x.factor).tolist(), (both[y.column] / y.factor).tolist()
+
+
+def _arms(rows: pd.DataFrame, axis: Axis) -> tuple[list[float], list[float]]:
+    """The lengths of the interval's bars above and below; 0 where it is not known, as for costs of one seed."""
+    value, low, high = (np.array(axis.numbers(rows, part), dtype=float) for part in ("", ".low", ".high"))
+    return np.nan_to_num(high - value).tolist(), np.nan_to_num(value - low).tolist()
+
+
+def _look(place: int, name: str, hover: Sequence[str]) -> dict[str, Any]:
+    """Name, colour and symbol of a series: 64 pairs, as each round of colours begins with another symbol."""
+    symbol = SYMBOLS[(place + place // len(COLOURS)) % len(SYMBOLS)]
+    marker = {"color": COLOURS[place % len(COLOURS)], "symbol": symbol, "size": 9}
+    texts = {"text": list(hover), "hovertemplate": "%{text}<extra></extra>"}
+    return {"type": "scatter", "mode": "markers", "name": _text(name), "marker": marker, **texts}
+
+
+def _hover(good: pd.DataFrame, names: pd.Series[Any], axes: Sequence[Axis]) -> list[str]:
+    """What the pointer shows of each configuration: its name, its seeds and all figures, with their intervals."""
+    lines = [[f"<b>{_text(name)}</b>" for name in names], [f"seeds: {n}" for n in good["n"]]]
+    for axis in axes:
+        bounds = (axis.numbers(good, part) for part in ("", ".low", ".high"))
+        lines.append([_figure_line(axis, *of_one) for of_one in zip(*bounds, strict=True)])
+    return ["<br>".join(filter(None, parts)) for parts in zip(*lines, strict=True)]
+
+
+def _figure_line(axis: Axis, value: float | None, low: float | None, high: float | None) -> str:
+    if value is None:
+        return ""
+    interval = "" if low is None or high is None or low == high else f" [{_number(low)}, {_number(high)}]"
+    return f"{_text(axis.name)}: {_number(value)}{interval}"
+
+
+# ---- learning curves -------------------------------------------------------------------------------
+
+
+def _curves(task: str, table: pd.DataFrame, steps: pd.DataFrame, name: str) -> str:
+    """Loss and validation loss by step, of the best trials."""
+    shown = [c for c in ("loss", "validation_loss") if columns.measured(steps, c)]
+    if not shown:
+        return ""
+    score = next(iter(columns.main_scores(table)), None)
+    best = table.sort_values(score, ascending=columns.direction(score) < 0, na_position="last") if score else table
+    inside = best[best[TRIAL].isin(set(steps.loc[steps[shown].notna().any(axis=1), "trial"]))][:CURVES].sort_index()
+    names = dict(zip(inside[TRIAL], inside[CALLED], strict=True))
+    rows = steps[steps["trial"].isin(names)]
+    traces = []
+    for place, (trial, label) in enumerate(names.items()):
+        mine = rows[rows["trial"] == trial]
+        for column in shown:
+            traces += _curve(mine, column, place, label)
+    if not traces:
+        return ""
+    scales: list[Any] = [(f"loss {kind}", {}, {"yaxis.type": kind}) for kind in ("linear", "log")]
+    layout = _layout("step", "loss") | {"updatemenus": [_menu(0.0, scales)], "hovermode": "closest"}
+    note = "Lines: training loss; dotted, with marks: validation loss. A click in the legend hides a trial, a double "
+    note += "click shows it alone."
+    if len(table) > len(names):
+        note += f" Shown: {len(names)} of {len(table)} trials, the best that have logged steps."
+    return f"{_named(task)}<p class='note'>{note}</p>\n" + _plot(traces, layout, name)
+
+
+def _curve(mine: pd.DataFrame, column: str, place: int, name: str) -> list[dict[str, Any]]:
+    points = mine[mine[column].notna()]
+    if points.empty:
+        return []
+    points = points.iloc[np.unique(np.linspace(0, len(points) - 1, CURVE_POINTS).round().astype(int))]
+    validation = column != "loss"
+    kind = "validation" if validation else "training"
+    look = {"color": COLOURS[place % len(COLOURS)], "width": 1.4, "dash": "dot" if validation else "solid"}
+    return [
+        {
+            "type": "scatter",
+            "mode": "lines+markers" if validation or len(points) < 3 else "lines",
+            "marker": {"symbol": SYMBOLS[(place + place // len(COLOURS)) % len(SYMBOLS)], "size": 7},
+            "name": _text(name),
+            "legendgroup": str(place),
+            "showlegend": not validation,
+            "line": look,
+            "x": points["step"].astype(float).tolist(),
+            "y": [float(f"{value:.5g}") for value in points[column].astype(float)],
+            "hovertemplate": f"<b>{_text(name)}</b><br>step %{{x}}<br>{kind} loss %{{y}}<extra></extra>",
+        }
+    ]
+
+
+# ---- plotly ----------------------------------------------------------------------------------------
+
+
+def _menu(x: float, options: Sequence[tuple[str, dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
+    """A menu above the plot, at ``x`` of its width: of each option its label, and what it sets in traces and layout."""
+    buttons = [{"label": label, "method": "update", "args": [data, layout]} for label, data, layout in options]
+    where = {"x": x, "xanchor": "left", "y": 1.02, "yanchor": "bottom", "direction": "down", "pad": {"b": 6}}
+    return {
+        "buttons": buttons,
+        "showactive": True,
+        "bgcolor": "#fff",
+        "bordercolor": RULE,
+        "font": {"size": 12},
+        **where,
+    }
+
+
+def _layout(x: str, y: str) -> dict[str, Any]:
+    axis = {"gridcolor": RULE, "zeroline": False, "linecolor": INK, "ticks": "outside", "automargin": True}
+    return {
+        "xaxis": axis | {"title": {"text": _text(x)}},
+        "yaxis": axis | {"title": {"text": _text(y)}},
+        "font": {"family": FONT, "size": 13, "color": INK},
+        "paper_bgcolor": "#fff",
+        "plot_bgcolor": "#fff",
+        "height": 520,
+        "margin": {"l": 60, "r": 20, "t": 50, "b": 50},
+        "legend": {"font": {"size": 11}},
+        "hoverlabel": {"bgcolor": "#fff", "bordercolor": FADED, "font": {"color": INK, "size": 12}, "align": "left"},
+    }
+
+
+def _plot(traces: Sequence[dict[str, Any]], layout: dict[str, Any], name: str) -> str:
+    from plotly.io import to_html
+
+    figure = {"data": list(traces), "layout": layout}
+    made: str = to_html(figure, config=TOOLS, include_plotlyjs=False, full_html=False, div_id=name, validate=False)
+    return made

@@ -1,0 +1,369 @@
+"""report.html: a study as one page that opens offline, with its table, its frontier, its curves and each trial.
+
+The page needs nothing but itself. DataTables (through itables) sorts and filters, plotly draws and hovers, and the
+rest is HTML and CSS: a trial's panel is shown by following the link to it. All text of the records is escaped.
+"""
+
+from __future__ import annotations
+
+import html
+import itertools
+import json
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from peftsweep.analysis.figures.axes import INK, RULE
+from peftsweep.analysis.figures.charts import FONT, TRIAL, _curves, _frontier, _number, _numbers, _text
+from peftsweep.analysis.statistics import effects, stats, trials
+from peftsweep.analysis.statistics import measured as statistics_measured
+from peftsweep.analysis.table import columns
+from peftsweep.analysis.table.columns import CALLED, STATUS, WARNINGS
+from peftsweep.analysis.text import paired
+from peftsweep.study.reading import read_yaml, usable
+from peftsweep.study.record import counted, trials_in_words, write_text
+
+REPORT = "report.html"
+PANELS = 2000  # trials with a panel of their own: the newest
+TASKS = 6  # pairs of model and dataset with plots: those of the most trials
+MEMBERS = 40  # configurations whose rows can be compared: the best
+TEXTS, EACH = 200, 4  # rows whose texts are there, of all scores together; and of each two of them
+PROMPT, TEXT = 400, 300  # characters of a prompt, and of an answer
+FIGURES = tuple(  # of a trial's panel, beside its scores
+    f"train_info.{name}"
+    for name in (
+        *("trainable_parameters", "total_parameters", "adapter_bytes", "steps", "epochs", "tokens", "final_loss"),
+        *("best_loss", "train_seconds", "tokens_per_second", "eval_seconds"),
+    )
+)
+ERROR = ("run_info.error.stage", "run_info.error.type", "run_info.error.message")
+STYLE = f"""
+body {{ font: 15px/1.5 {FONT}; color: {INK}; background: #fff; margin: 0 auto; max-width: 1240px; padding: 1.5rem; }}
+h1 {{ font-size: 1.6rem; margin: 0 0 .3rem; }} h2 {{ font-size: 1.15rem; margin: 2.2rem 0 .4rem; }}
+p {{ margin: .3rem 0 .8rem; max-width: 46rem; }} .note {{ color: #666; font-size: .87rem; }}
+a {{ color: #0b5394; }} code, pre {{ font: 13px/1.45 ui-monospace, Menlo, Consolas, monospace; }}
+pre {{ background: #f6f6f4; padding: .7rem .9rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }}
+table.dataTable {{ font-size: 13px; font-variant-numeric: tabular-nums; }}
+.trial {{ display: none; border: 1px solid {RULE}; border-left: 3px solid #0072B2; padding: .4rem 1.2rem 1rem; }}
+.trial:target {{ display: block; }} .trial h3 {{ font-size: 1.05rem; margin: .6rem 0; overflow-wrap: anywhere; }}
+dl {{ display: grid; grid-template-columns: minmax(8rem, max-content) 1fr; gap: .1rem 1.2rem; }}
+dl {{ margin: 0; font-size: 13px; }}
+dt {{ color: #666; overflow-wrap: anywhere; }} dd {{ margin: 0; overflow-wrap: anywhere; }}
+#common dl {{ display: block; columns: 22rem; }} #common dt {{ float: left; clear: left; margin-right: .6rem; }}
+.pair {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); gap: 1.5rem; }}
+.texts {{ border-collapse: collapse; font-size: 13px; width: 100%; table-layout: fixed; }}
+.texts td, .texts th {{ border: 1px solid {RULE}; padding: .2rem .5rem; text-align: left; vertical-align: top; }}
+.texts td {{ white-space: pre-wrap; overflow-wrap: anywhere; }} .texts th:first-child {{ width: 3rem; }}
+details p {{ max-width: none; font-size: 13px; }} label {{ margin-right: .8rem; }} select {{ max-width: 24rem; }}
+@media print {{ body {{ max-width: none; padding: 0; font-size: 11px; }} .dt-layout-row:not(.dt-layout-table),
+  .modebar-container {{ display: none !important; }} section {{ break-inside: avoid; }} }}
+"""
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>{style}</style>
+{scripts}
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def write(
+    table: pd.DataFrame, steps: pd.DataFrame, folder: Path, predictions: trials.Predictions | None = None
+) -> Path:
+    """Write the page of the study in ``folder``: ``table`` has a row a trial, ``steps`` a row a logged step."""
+    shared, differing = _settings(table)
+    table = table.assign(**{CALLED: columns.named_trials(table)})
+    every = trials.tasks(table)
+    tasks = dict(sorted(every.items(), key=lambda task: -len(task[1]))[:TASKS])
+    left = f"<p class='note'>The {TASKS} of {len(every)} models and datasets with the most trials.</p>"
+    drawn = [(name if len(every) > 1 else "", part) for name, part in tasks.items()]
+    fronts = [
+        _frontier(name, stats.configurations(part, predictions), part, f"frontier-plot-{n}")
+        for n, (name, part) in enumerate(drawn)
+    ]
+    curves = [_curves(name, part, steps, f"curves-plot-{n}") for n, (name, part) in enumerate(drawn)]
+    more = left if len(every) > len(tasks) else ""
+    sections = [
+        ("Trials", "trials", _trials(table, effects.factors(table))),
+        ("Quality and cost", "frontier", more + "\n".join(fronts) if any(fronts) else ""),
+        ("Rows won and lost", "rows", more + _rows(tasks, folder, predictions) if predictions else ""),
+        ("Learning curves", "curves", more + "\n".join(curves) if any(curves) else ""),
+        ("A trial", "trial", _panels(table, differing, folder)),
+        ("What all trials have in common", "common", f"<div>{_definitions(shared)}</div>" if shared else ""),
+    ]
+    shown = [(heading, name, text) for heading, name, text in sections if text]
+    body = "\n".join(f'<section id="{name}"><h2>{heading}</h2>\n{text}</section>' for heading, name, text in shown)
+    file = folder / REPORT
+    title = f"{folder.name}: {trials_in_words(len(table))}"
+    content = {
+        "title": html.escape(title),
+        "style": STYLE,
+        "scripts": _scripts(),
+        "body": _heading(table, folder) + body,
+    }
+    write_text(file, PAGE.format(**content))
+    return file
+
+
+def _scripts() -> str:
+    """The two libraries, whole."""
+    from itables import options
+    from itables.javascript import generate_init_offline_itables_html
+    from plotly.offline import get_plotlyjs
+
+    options.display_logo_when_loading = False
+    tables = generate_init_offline_itables_html(options.dt_bundle).partition("<div")[0]
+    return f"<script>{get_plotlyjs()}</script>\n{tables}"
+
+
+def _heading(table: pd.DataFrame, folder: Path) -> str:
+    parts = [counted(table[STATUS])]
+    for column, name in (("meta_info.torch.version", "torch"), ("meta_info.packages.peft.version", "PEFT")):
+        if columns.measured(table, column):
+            parts.append(f"{name} " + ", ".join(map(str, table[column].dropna().unique())))
+    newest = table["run_info.created_at"].dropna().max() if "run_info.created_at" in table else None
+    parts.append(f"newest of {newest}" if isinstance(newest, str) else "")
+    said = html.escape("; ".join(filter(None, parts)))
+    return f"<h1>{html.escape(folder.name)}</h1>\n<p class='note'>{said}</p>\n"
+
+
+# ---- the table -------------------------------------------------------------------------------------
+
+
+def _trials(table: pd.DataFrame, found: Sequence[str]) -> str:
+    """The table of all trials, with a search of each column in its head."""
+    import itables
+
+    linked = set(table[TRIAL].tail(PANELS))
+    names = [
+        f'<a href="#{html.escape(trial)}">{_text(label)}</a>' if trial in linked else _text(label)
+        for trial, label in zip(table[TRIAL], table[CALLED], strict=True)
+    ]
+    seeds = ["config.seed"] if "config.seed" in table and table["config.seed"].nunique() > 1 else []
+    cells = {"trial": names, "status": [_text(value) for value in table[STATUS]]}
+    for column in [*found, *seeds]:
+        values = (value if pd.isna(value) or column != columns.RANK else int(value) for value in table[column])
+        cells[_fresh(_text(columns.factor_name(column)), cells)] = ["" if pd.isna(v) else _text(v) for v in values]
+    for column in columns.scores(table):
+        cells[_fresh(_text(columns.score_name(column)), cells)] = _numbers(table[column])
+    for cost in columns.costs(table):
+        factor, name = cost.scale(float(table[cost.column].max()))
+        cells[_fresh(_text(name), cells)] = _numbers(table[cost.column] / factor)
+    head = [{"target": 0, "content": ["order"]}, {"target": 1, "content": ["search"]}]
+    made: str = itables.to_html_datatable(
+        pd.DataFrame(cells),
+        table_id="all-trials",
+        connected=False,
+        allow_html=True,  # the links; everything else is escaped above
+        maxBytes=0,
+        maxColumns=0,
+        showIndex=False,
+        classes="display compact nowrap",
+        style="width:100%",
+        scrollX=True,
+        pageLength=25,
+        lengthMenu=[25, 100, 1000],
+        columnControl=head,
+        ordering={"indicators": False, "handlers": False},
+        buttons=["csvHtml5", "colvis"],
+        layout={
+            "topStart": "buttons",
+            "topEnd": "search",
+            "bottomStart": "info",
+            "bottomEnd": ["pageLength", "paging"],
+        },
+    )
+    return f"<p class='note'>A name leads to the trial's configuration and its command.</p>\n{made}"
+
+
+def _fresh(name: str, taken: Mapping[str, Any]) -> str:
+    """``name``, or with a number where a column is called so already."""
+    return name if name not in taken else next(n for k in itertools.count(2) if (n := f"{name} {k}") not in taken)
+
+
+# ---- rows won and lost -----------------------------------------------------------------------------
+
+CHOICE = """<p class='note'>Any two of the untouched base and the {count} best configurations. A row is won where more
+seeds answer it rightly, or the loss a token is smaller. The answers shown are those of the first seed, and rows are
+numbered as the lines of its file.</p>
+<p><label>score <select id="rows-score"></select></label> <label>of <select id="rows-first"></select></label>
+<label>against <select id="rows-second"></select></label></p>
+<div id="rows-shown"></div>
+<script type="application/json" id="rows-data">{data}</script>
+<script>{script}</script>"""
+# Text of the records is put into the page as text (textContent), never as HTML.
+CHOOSE = """(() => {
+  const known = JSON.parse(document.getElementById("rows-data").textContent);
+  const [score, first, second, shown] = ["score", "first", "second", "shown"].map(
+    (name) => document.getElementById("rows-" + name));
+  const add = (parent, kind, text) => {
+    const made = document.createElement(kind);
+    if (text !== undefined) made.textContent = text;
+    parent.appendChild(made);
+    return made;
+  };
+  const fill = (select, names, place) => {
+    select.replaceChildren();
+    names.forEach((name, n) => { add(select, "option", name).value = n; });
+    select.value = place;
+  };
+  const figure = (of, member, row) => {
+    const value = of.figures[member][row], seeds = of.members[member].seeds;
+    if (of.losses) return value.toFixed(3) + " nats a token";
+    return seeds > 1 ? Math.round(value * seeds) + " of " + seeds + " seeds right" : value ? "right" : "wrong";
+  };
+  const rows = (of, won, title, pair) => {
+    add(shown, "h3", title + ": " + won.length + " of " + of.figures[0].length + " rows");
+    const written = won.filter((row) => row in of.texts).slice(0, of.each);
+    if (written.length) {
+      const table = add(shown, "table"), head = add(table, "tr");
+      table.className = "texts";
+      ["row", "prompt", "answer", ...pair.map((m) => of.members[m].name)].forEach((name) => add(head, "th", name));
+      written.forEach((row) => {
+        const line = add(table, "tr"), [prompt, answer, said] = of.texts[row];
+        [row + 1, prompt, answer, ...pair.map((m) => figure(of, m, row) + "\\n" + said[m])].forEach(
+          (text) => add(line, "td", text));
+      });
+    }
+    if (won.length) {
+      const every = add(shown, "details");
+      add(every, "summary", "all of these rows");
+      add(every, "p", won.map((row) => row + 1).sort((a, b) => a - b).join(", "));
+    }
+  };
+  const show = () => {
+    const of = known[score.value], a = +first.value, b = +second.value;
+    const sign = of.losses ? -1 : 1;
+    const apart = of.figures[a].map((value, row) => sign * (value - of.figures[b][row]));
+    const ahead = (side) => [...apart.keys()].filter((row) => side * apart[row] > 1e-6).sort(
+      (one, other) => side * (apart[other] - apart[one]) || one - other);
+    shown.replaceChildren();
+    add(shown, "p", "Answers shown: " + [a, b].map((m) => of.members[m].file).join(" and ")).className = "note";
+    rows(of, ahead(1), "won by " + of.members[a].name, [a, b]);
+    rows(of, ahead(-1), "won by " + of.members[b].name, [a, b]);
+  };
+  const choose = () => {
+    const of = known[score.value], names = of.members.map((member) => member.name);
+    fill(first, names, of.start[0]);
+    fill(second, names, of.start[1]);
+    show();
+  };
+  fill(score, known.map((of) => of.title), 0);
+  score.addEventListener("change", choose);
+  [first, second].forEach((select) => select.addEventListener("change", show));
+  choose();
+})();"""
+
+
+def _rows(tasks: Mapping[str, pd.DataFrame], folder: Path, predictions: trials.Predictions) -> str:
+    """A choice of two configurations or bases, and the rows that either of them wins."""
+    found: list[tuple[str, paired.Rows]] = []
+    for task, table in tasks.items():
+        names = effects.labels(table)
+        for score in columns.main_scores(table):
+            measured = statistics_measured.measure(table, score)
+            best = measured.numbers[np.argsort(-columns.direction(score) * measured.means, kind="stable")]
+            called = dict(zip(names.index.tolist(), names.tolist(), strict=True))
+            rows = paired.rows(table, score, predictions, called, best[:MEMBERS].tolist())
+            title = f"{columns.score_name(score)}, {task}" if len(tasks) > 1 else columns.score_name(score)
+            found += [(title, rows)] if rows is not None else []
+    if not found:
+        return ""
+    data = json.dumps([_pairs_of(title, rows, folder, most=max(TEXTS // len(found), 4)) for title, rows in found])
+    for character in "<>&":  # nothing that could end the script or begin markup
+        data = data.replace(character, f"\\u{ord(character):04x}")
+    return CHOICE.format(count=MEMBERS, data=data, script=CHOOSE)
+
+
+def _pairs_of(title: str, rows: paired.Rows, folder: Path, most: int) -> dict[str, Any]:
+    """What the page knows of a score's rows; of ``most`` of them also what was said."""
+    digits = 4 if rows.losses else 3
+    places = [*rows.pairs(), *itertools.combinations(range(len(rows.members)), 2)]
+    shown = paired.examples(rows, places, each=EACH, most=most)
+    every = (paired.texts(folder, rows, place) for place in range(len(rows.members)))
+    written = [{row: of[row].cut(PROMPT, TEXT) for row in shown} for of in every]
+    return {
+        "title": title,
+        "losses": rows.losses,
+        "each": EACH,
+        "start": (rows.pairs() or [(0, 1)])[0],
+        "members": [{"name": m.name, "seeds": m.seeds, "file": m.file(rows.column)} for m in rows.members],
+        "figures": [[round(value, digits) for value in figures] for figures in rows.figures.tolist()],
+        "texts": {n: [written[0][n].prompt, written[0][n].answer, [of[n].said for of in written]] for n in shown},
+    }
+
+
+# ---- the trials one by one -------------------------------------------------------------------------
+
+
+def _settings(table: pd.DataFrame) -> tuple[dict[str, Any], list[str]]:
+    """The choices and settings that are the same in all trials, with their values, and those that are not."""
+    ours = [c for c in table.columns if c.startswith(("choices.", "config."))]
+    first = table.iloc[0]
+    same = {c for c in ours if table[c].nunique(dropna=False) <= 1}
+    return {c: first[c] for c in ours if c in same and not pd.isna(first[c])}, [c for c in ours if c not in same]
+
+
+def _panels(table: pd.DataFrame, differing: Sequence[str], folder: Path) -> str:
+    """A panel a trial, hidden until the page is asked for it."""
+    figures = [c for c in table.columns if c.startswith("eval_info.") and c.endswith(".value")]
+    figures += [c for c in FIGURES if c in table]
+    rows = table.tail(PANELS)
+    text = "<p class='note'>A name in the table above shows a trial here, with what sets it apart and the command "
+    text += "that repeats it; what is the same in all trials stands below."
+    if len(table) > PANELS:
+        text += f" The newest {PANELS} trials have a panel; the records of all are in the study's folder."
+    parts = [f"{text}</p>"]
+    kept = rows[[TRIAL, STATUS, *(c for c in (*ERROR, WARNINGS) if c in rows), *differing, *figures]]
+    for name, row in zip(rows[CALLED], kept.to_dict("records"), strict=True):
+        own = {c: row[c] for c in differing if not pd.isna(row[c])}
+        found = {c: row[c] for c in figures if not pd.isna(row[c])}
+        problem = ": ".join(str(row[c]) for c in ERROR if c in row and not pd.isna(row[c]))
+        parts.append(
+            f'<article class="trial" id="{html.escape(str(row[TRIAL]))}"><h3>{_text(name)}</h3>'
+            f"<p>{_text(row[STATUS])}{': ' + _text(problem) if problem else ''}</p>"
+            f"{_warned(row.get(WARNINGS))}<pre>{_text(_command(folder / str(row[TRIAL])))}</pre>"
+            f'<div class="pair"><div><h4>Its own settings</h4>{_definitions(own)}</div>'
+            f"<div><h4>Figures</h4>{_definitions(found)}</div></div></article>"
+        )
+    return "\n".join(parts)
+
+
+def _warned(lines: Any) -> str:
+    """What makes the trial's scores say less than they seem to."""
+    found = [] if not isinstance(lines, str) else json.loads(lines)
+    return "".join(f'<p class="note">Warning: {_text(line)}.</p>' for line in found)
+
+
+def _command(trial: Path) -> str:
+    """The command that runs the trial again, from the overrides that Hydra kept."""
+    file = trial / ".hydra" / "overrides.yaml"
+    words = usable(lambda: read_yaml(file, [str])) if os.path.lexists(file) else None
+    return f"# {trial} holds no .hydra/overrides.yaml" if words is None else "peftsweep " + shlex.join(words)
+
+
+def _definitions(values: Mapping[str, Any]) -> str:
+    """Names and values as a list in two columns."""
+    rows = [f"<dt>{_text(_plain_name(c))}</dt><dd>{_text(_plain_value(v))}</dd>" for c, v in values.items()]
+    return f"<dl>{''.join(rows)}</dl>" if rows else ""
+
+
+def _plain_name(column: str) -> str:
+    return column.removeprefix("config.").removeprefix("eval_info.").removeprefix("train_info.").removesuffix(".value")
+
+
+def _plain_value(value: Any) -> str:
+    return _number(value) if isinstance(value, float) and value >= 1e-3 else str(value)

@@ -1,0 +1,58 @@
+"""Several metrics at once: the configurations that no other one beats, and how much of that is chance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from peftsweep.analysis.statistics.measured import measure
+from peftsweep.analysis.statistics.trials import Floats, Predictions
+from peftsweep.analysis.table.columns import direction
+
+
+def front(values: Floats) -> NDArray[np.bool_]:
+    """Which rows of ``values`` [k, metrics], less being better, no other one equals in all and beats in one."""
+    left = np.lexsort(values.T[::-1])  # whoever dominates another comes before it
+    found = np.zeros(len(values), dtype=bool)
+    while len(left):
+        best, found[left[0]] = values[left[0]], True
+        rest = values[left]
+        left = left[(rest < best).any(axis=1) | ((rest == best).all(axis=1) & (left != left[0]))]
+    return found
+
+
+def pareto(
+    table: pd.DataFrame, columns: Sequence[str], predictions: Predictions | None = None, draws: int = 400
+) -> pd.DataFrame:
+    """The front of several metrics, a row a configuration that has them all.
+
+    ``front`` says whether no other configuration is better in one of ``columns`` and at least as good in all;
+    ``share`` is the part of ``draws`` redraws of seeds and test rows (`Measured.draws`) in which it is so, of fewer
+    where there are more than 500 configurations. A cost with one seed does not vary in them. ``attrs["chance"]`` says
+    what the redraws of the first column cover.
+
+    Raises:
+        ValueError: of one of them it is not known whether more or less is better.
+    """
+    if unknown := [c for c in columns if not direction(c)]:
+        raise ValueError(f"{unknown[0]}: not known whether more or less is better")
+    measured = [measure(table, column, predictions) for column in columns]
+    shared = sorted(set.intersection(*(set(m.numbers.tolist()) for m in measured))) if measured else []
+    draws = min(draws, max(50, 200_000 // max(1, len(shared))))
+    generator = np.random.default_rng(0)
+    found, drawn = [], []
+    for m in measured:
+        places = np.array([int(np.flatnonzero(m.numbers == n)[0]) for n in shared], dtype=int)
+        found.append(-direction(m.column) * m.means[places])
+        drawn.append(-direction(m.column) * m.draws(draws, generator)[:, places])
+    if not shared:
+        return pd.DataFrame(columns=[*columns, "front", "share"])
+    values = {m.column: m.back((-direction(m.column) * x,))[0] for m, x in zip(measured, found, strict=True)}
+    times = np.sum([front(np.stack([d[n] for d in drawn], axis=1)) for n in range(draws)], axis=0)
+    parts = {**values, "front": front(np.stack(found, axis=1)), "share": times / draws}
+    whole = pd.DataFrame(parts, index=pd.Index(shared, name="configuration"))
+    whole.attrs["chance"] = measured[0].chance
+    return whole

@@ -1,0 +1,332 @@
+"""The mean of a configuration over seeds and test rows, its variance, and contrasts of several."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy import special  # scipy.stats takes longer to load than a small study to collect
+
+from peftsweep.analysis.statistics.intervals import clopper_pearson, mcnemar, paired_interval
+from peftsweep.analysis.statistics.trials import (
+    ALPHA,
+    CREATED,
+    MOST_READ,
+    RIGHT,
+    SEED,
+    SUCCESS,
+    TRIAL,
+    Floats,
+    Predictions,
+    _floats,
+    _one_a_seed,
+    binomial,
+    identify,
+    is_ratio,
+    is_share,
+)
+from peftsweep.analysis.table.columns import evaluation
+from peftsweep.study.record import Status
+
+# ---- one measured column, and contrasts of configurations ------------------------------------------
+
+
+@dataclass(frozen=True)
+class Contrasts:
+    """Estimates with their uncertainty, one a contrast; of logarithms where the column is compared by ratios."""
+
+    estimate: Floats
+    stderr: Floats  # missing where nothing tells it
+    df: Floats
+    exact: Floats  # [3, c]: p and the ends of the interval where they follow from counts of rows, else missing
+
+    @property
+    def p(self) -> Floats:
+        """Two-sided, against no difference. Of a cost without any spread (bytes on a disk) a difference is certain."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            t = np.where(self.estimate == 0, 0.0, np.abs(self.estimate) / self.stderr)
+        found: Floats = np.where(np.isnan(self.stderr) & (self.estimate != 0), np.nan, 2 * special.stdtr(self.df, -t))
+        return np.where(np.isnan(self.exact[0]), found, self.exact[0])
+
+    @property
+    def interval(self) -> tuple[Floats, Floats]:
+        """The ends of the 95% interval of each."""
+        half = special.stdtrit(self.df, 1 - ALPHA / 2) * self.stderr
+        low, high = np.where(np.isnan(self.exact[1:]), [self.estimate - half, self.estimate + half], self.exact[1:])
+        return low, high
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One column of k configurations; all figures are of its logarithm where ``ratio``."""
+
+    column: str
+    ratio: bool
+    numbers: NDArray[np.int64]  # [k] of identify
+    means: Floats  # [k] over seeds
+    seeds: NDArray[np.int64]  # [k] how many
+    between: Floats  # [k] variance between seeds' scores; missing with one seed
+    answered: Floats  # [k] the part of it that comes from seeds answering single rows differently; 0 without rows
+    rows: Floats | None  # [k, rows] the score of each test row, averaged over seeds; None where not known
+    stderrs: Floats  # [k] of one trial's score over its rows; missing for costs
+
+    @property
+    def chance(self) -> str | None:
+        """What the uncertainty covers: seeds, rows or both; None where there is only one seed of a cost."""
+        seeds, rows = bool((self.seeds > 1).any()), self.rows is not None or not (self.seeds > 1).any()
+        known = [name for name, there in (("seeds", seeds), ("rows", rows and not self._no_rows)) if there]
+        return " and ".join(known) or None
+
+    @property
+    def _no_rows(self) -> bool:
+        return self.rows is None and bool(np.isnan(self.stderrs).all())
+
+    @property
+    def shares(self) -> bool:
+        """Whether the score is a share of rows, whose scores are known: 1 for right, 0 for wrong, means over seeds."""
+        return self.rows is not None and not self.ratio and self.rows.min() >= 0 and self.rows.max() <= 1
+
+    @property
+    def one_model_each(self) -> bool:
+        """Whether each configuration was trained once and each row is right or wrong, so that rows can be counted."""
+        return self.shares and not (self.seeds > 1).any() and set(np.unique(cast(Floats, self.rows))) <= {0.0, 1.0}
+
+    def contrasts(self, weights: Floats, *, rows_of_their_own: bool = False) -> Contrasts:
+        """The contrasts ``weights`` [c, k] of the configurations' means.
+
+        Those of two trained models whose rows are right or wrong are exact, all others are by Student's t.
+        ``rows_of_their_own`` counts the variance of each score over its rows where rows cannot be paired.
+        """
+        alone, whole, seed_freedom = self._of_seeds()
+        if self.rows is not None:
+            by_rows = self._by_rows(weights)
+        elif rows_of_their_own or not (self.seeds > 1).any():
+            by_rows = weights**2 @ self.stderrs**2
+        else:
+            by_rows = np.zeros(len(weights))
+        by_seeds, spread = weights**2 @ alone, weights**4 @ (whole**2 / seed_freedom)
+        found = self._with_rows(weights @ self.means, by_seeds, spread, by_rows)
+        unknown = self.column.endswith(".value") & (found.stderr == 0) & weights.any(axis=1)  # a score always has some
+        found = dataclasses.replace(found, stderr=np.where(unknown, np.nan, found.stderr))
+        return dataclasses.replace(found, exact=self._counted(weights)) if self.one_model_each else found
+
+    def _by_rows(self, weights: Floats) -> Floats:
+        """The variance of contrasts [c] over test rows; of shares with two rows more, as far apart as rows can be."""
+        apart = weights @ cast(Floats, self.rows)
+        if self.shares:
+            ends = np.minimum(weights, 0).sum(axis=1), np.maximum(weights, 0).sum(axis=1)
+            apart = np.column_stack([apart, *ends])
+        variances: Floats = apart.var(axis=1, ddof=1) / apart.shape[1]
+        return variances
+
+    def _counted(self, weights: Floats) -> Floats:
+        """p and interval [3, c] of differences of two, from counts of rows; missing for other contrasts."""
+        apart = weights @ cast(Floats, self.rows)
+        size = weights.max(axis=1, initial=0.0)
+        first, second = (apart > 0).sum(axis=1), (apart < 0).sum(axis=1)
+        low, high = paired_interval(first, second, apart.shape[1])
+        two = ((weights != 0).sum(axis=1) == 2) & (weights.sum(axis=1) == 0)
+        return np.where(two, [mcnemar(first, second), size * low, size * high], np.nan)
+
+    def _with_rows(self, estimate: Floats, by_seeds: Floats, spread: Floats, by_rows: Floats) -> Contrasts:
+        """The contrasts with these parts of their variance, by Satterthwaite; ``spread`` is that of ``by_seeds``."""
+        row_freedom = math.inf if self.rows is None else float(self.rows.shape[1] - 1)
+        total, spread = by_seeds + by_rows, spread + by_rows**2 / row_freedom
+        with np.errstate(divide="ignore", invalid="ignore"):
+            df = np.where(spread > 0, np.maximum(total**2 / spread, 1), math.inf)
+        return Contrasts(estimate, np.sqrt(total), df, np.full((3, len(estimate)), np.nan))
+
+    def _of_seeds(self) -> tuple[Floats, Floats, Floats]:
+        """The variance of each configuration's mean by its seeds [k], the same with what the rows explain, and its df.
+
+        Two or three seeds are often close together by chance, and among many pairs some are. So each configuration
+        is taken to vary at least as the study's do on average, which has more degrees of freedom; one that varies more
+        has fewer, down to its own.
+        """
+        several, own = (self.seeds > 1) & (self.numbers >= 0), np.maximum(self.seeds - 1, 0)
+        if not several.any():
+            return np.zeros(len(self.seeds)), np.zeros(len(self.seeds)), np.ones(len(self.seeds))
+        own = np.where(self.numbers >= 0, own, 0)
+        beyond = self.between - self.answered
+        pooled, pooled_beyond = (np.average(v[several], weights=own[several]) for v in (self.between, beyond))
+        total = np.fmax(self.between, pooled)
+        alone = np.fmax(beyond, max(pooled_beyond, 0.0))
+        share = np.divide(pooled, total, out=np.ones(len(total)), where=total > 0)
+        df = np.clip(own.sum() * share**2, np.maximum(own, 1), own.sum())
+        drawn = (self.numbers >= 0) | (self.seeds > 1)  # a base without a new head has no seed
+        return drawn * alone / self.seeds, drawn * total / self.seeds, df
+
+    def pairs(
+        self, first: NDArray[np.int64], second: NDArray[np.int64], *, rows_of_their_own: bool = False
+    ) -> tuple[Contrasts, Floats]:
+        """The differences first - second of the configurations at these places, and their p-values."""
+        weights = np.zeros((len(first), len(self.means)))
+        weights[np.arange(len(first)), first] += 1
+        weights[np.arange(len(first)), second] -= 1
+        found = self.contrasts(weights, rows_of_their_own=rows_of_their_own)
+        return found, found.p
+
+    def intervals(self) -> pd.DataFrame:
+        """The 95% interval of each configuration's own value over seeds and rows, as far as they are known."""
+        if self.rows is None and not (self.seeds > 1).any():
+            return pd.DataFrame(columns=["low", "high", "interval"])
+        by_rows = np.zeros(len(self.means)) if self.rows is None else self.rows.var(axis=1, ddof=1) / self.rows.shape[1]
+        alone, whole, seed_freedom = self._of_seeds()
+        spread = self._with_rows(self.means, alone, whole**2 / seed_freedom, by_rows)
+        low, high = self.back(spread.interval)
+        if self.shares:
+            low, high = self._share_intervals(spread)
+        elif is_share(self.column, pd.Series(self.back((self.means,))[0])):
+            low, high = low.clip(0, 1), high.clip(0, 1)
+        found = pd.DataFrame({"low": low, "high": high, "interval": self.chance}, index=self.numbers)
+        several = self.seeds > 1 if self.rows is None else np.ones(len(found), dtype=bool)
+        return found[several & ((spread.stderr > 0) | self.shares)]
+
+    def _share_intervals(self, spread: Contrasts) -> tuple[Floats, Floats]:
+        """Those of shares, from as many rows as would vary so, of one trained model each (Korn and Graubard, 1998)."""
+        rows = cast(Floats, self.rows).shape[1]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            effective = 1 + self.means * (1 - self.means) / spread.stderr**2
+        quantiles = special.stdtrit(rows - 1, 1 - ALPHA / 2) / special.stdtrit(spread.df, 1 - ALPHA / 2)
+        n = np.where(spread.stderr > 0, effective * quantiles**2, rows)
+        return clopper_pearson(self.means * n, n)
+
+    def back(self, values: tuple[Floats, ...]) -> tuple[Floats, ...]:
+        """``values`` in the column's own units."""
+        return tuple(np.exp(value) if self.ratio else value for value in values)
+
+    def change(self, values: tuple[Floats, ...]) -> tuple[Floats, ...]:
+        """Differences as a person reads them: relative to one (0.08: 8% more) where compared by ratios."""
+        return tuple(np.expm1(value) if self.ratio else value for value in values)
+
+    def draws(self, count: int, generator: np.random.Generator) -> Floats:
+        """``count`` values of each configuration [count, k] that seeds and rows could have given.
+
+        Rows are reweighted at random, for all configurations alike (Rubin's Bayesian bootstrap); seeds follow a t.
+        Of shares each configuration has two rows more that the others lack, a right and a wrong one of half a weight:
+        what was the same in all rows is not so in all draws.
+        """
+        size = (count, len(self.means))
+        found = np.broadcast_to(self.means, size).copy()
+        if self.rows is not None:
+            weights = generator.standard_exponential((count, self.rows.shape[1]))
+            found = weights / weights.sum(axis=1, keepdims=True) @ self.rows.T
+            if self.shares:
+                own = generator.standard_exponential((2, *size))
+                found += (own[0] - own[1]) / math.sqrt(2) / (self.rows.shape[1] + 2)
+        elif not (self.seeds > 1).any():
+            found += generator.standard_normal(size) * np.nan_to_num(self.stderrs)
+        variances, _, freedoms = self._of_seeds()
+        drawn: Floats = found + generator.standard_t(freedoms, size) * np.sqrt(variances)
+        return drawn
+
+    def take(self, places: NDArray[np.int64]) -> Measured:
+        """The configurations at ``places`` alone."""
+        parts: dict[str, Any] = {n: v[places] for n, v in vars(self).items() if isinstance(v, np.ndarray)}
+        return dataclasses.replace(self, **parts)
+
+
+def measure(
+    table: pd.DataFrame, column: str, predictions: Predictions | None = None, only: NDArray[np.int64] | None = None
+) -> Measured:
+    """``column`` of every configuration, or of ``only`` those, in which a successful trial has it."""
+    numbers, stem = identify(table), column.removesuffix("value")
+    table = table[[c for c in (SUCCESS, CREATED, TRIAL, SEED, column, f"{stem}stderr", f"{stem}n") if c in table]]
+    there = table[SUCCESS].eq(Status.success.name) & table[column].notna()
+    if only is not None:
+        there &= numbers.isin(only)
+    trials = _one_a_seed(table[there], numbers[there])
+    values = trials[column].astype("float64")
+    ratio = is_ratio(column, values)
+    stderr = trials[f"{stem}stderr"].astype("float64") if f"{stem}stderr" in trials else values * np.nan
+    if f"{stem}n" in trials:  # right and wrong answers: with a right and a wrong one more
+        n = trials[f"{stem}n"].astype("float64")
+        share = (values * n + 1) / (n + 2)
+        stderr = stderr.mask(binomial(column, values, stderr, n), (share * (1 - share) / (n + 1)) ** 0.5)
+    if ratio:
+        values, stderr = values.transform("log"), stderr / values
+    groups = values.groupby(trials["configuration"])
+    seeds = groups.count()
+    place_of = {n: place for place, n in enumerate(seeds.index)}
+    places = np.asarray(trials["configuration"].map(place_of), dtype=np.int64)
+    counts = np.asarray(seeds, dtype=np.int64)
+    between = _floats(groups.var())
+    by_row = _by_row(trials, column, _floats(values), predictions) if predictions else None
+    rows, answered = None, np.zeros(len(counts))
+    if by_row is not None:
+        rows = _sums(by_row, places, len(seeds)) / counts[:, None]
+        answered = _interaction(by_row, rows, places, counts)
+    return Measured(
+        column,
+        ratio,
+        seeds.index.to_numpy(dtype=np.int64),
+        _floats(groups.mean()),
+        counts,
+        between,
+        answered,
+        rows,
+        _floats(stderr.groupby(trials["configuration"]).mean()),
+    )
+
+
+def _sums(values: Floats, places: NDArray[np.int64], count: int) -> Floats:
+    sums = np.zeros((count, values.shape[1]))
+    np.add.at(sums, places, values)
+    return sums
+
+
+def _interaction(by_row: Floats, rows: Floats, places: NDArray[np.int64], seeds: NDArray[np.int64]) -> Floats:
+    """The part of the variance between seeds' means [k] that comes from seeds answering single rows differently."""
+    apart = by_row - by_row.mean(axis=1, keepdims=True) - rows[places] + rows.mean(axis=1)[places, None]
+    squares = _sums(apart**2, places, len(rows)).sum(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found: Floats = squares / ((seeds - 1) * (rows.shape[1] - 1)) / rows.shape[1]
+    return found
+
+
+def _by_row(trials: pd.DataFrame, column: str, values: Floats, predictions: Predictions) -> Floats | None:
+    """Each trial's score of each test row [trials, rows]; None unless all were judged on the same rows."""
+    name, metric = evaluation(column)
+    if (trials["configuration"] >= 0).sum() > MOST_READ or not column.endswith(".value"):
+        return None
+    found: list[Floats] = []
+    asked: list[Any] = []
+    for trial, value in zip(trials[TRIAL], values, strict=True):
+        lines = predictions(trial, name)
+        row = row_scores(lines, metric)
+        asked = asked or _asked(lines)
+        # What the rows come to must be what the record says: a file may be of another run, or of other rows.
+        if row is None or len(row) < 2 or asked != _asked(lines) or abs(row.mean() - value) > 1e-6 * max(1, abs(value)):
+            return None
+        found.append(row)
+    return np.stack(found) if found else None
+
+
+def _asked(lines: Sequence[dict[str, Any]]) -> list[Any]:
+    return [(line.get("prompt"), line.get("answer")) for line in lines]
+
+
+def row_scores(lines: Sequence[dict[str, Any]], metric: str) -> Floats | None:
+    """What each line of predictions adds to ``metric``, so that their mean is it; None where lines do not tell.
+
+    That of a perplexity is its logarithm, the mean loss a token. It is a ratio of sums over rows, so a row's part is
+    by linearisation: the loss plus how far the row's own loss lies above what its tokens make expected.
+    """
+    if not lines:
+        return None
+    if metric in ("perplexity", "loss") and "log_likelihood" in lines[0]:
+        tokens = np.array([line["tokens"] for line in lines], dtype=float)
+        losses = -np.array([line["log_likelihood"] for line in lines], dtype=float)
+        loss = losses.sum() / tokens.sum()
+        found: Floats = loss + (losses - loss * tokens) / tokens.mean()
+        return found
+    if metric == "label_acc" and "label_prediction" in lines[0]:
+        return np.array([line["label_prediction"] == line["label"] for line in lines], dtype=float)
+    key = RIGHT.get(metric, "")
+    return np.array([line[key] for line in lines], dtype=float) if key in lines[0] else None

@@ -1,0 +1,144 @@
+"""The trials of a table: which of them are one configuration, and what is measured of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from peftsweep.analysis.statistics import intervals
+from peftsweep.analysis.table import naming
+from peftsweep.analysis.table.columns import NAME, direction, named
+from peftsweep.analysis.table.naming import NO_SETTINGS, OF_SOME, SETTINGS
+from peftsweep.study.record import Status
+
+Floats = intervals.Floats
+Predictions = Callable[[str, str], Sequence[dict[str, Any]]]
+
+ALPHA = intervals.ALPHA
+SUCCESS, CREATED, TRIAL, SEED = "run_info.status", "run_info.created_at", "run_info.trial", naming.SEED
+PACKED, PERCENTILES = "run_info.packed_with", ("_p50", "_p95", "_p99")
+TASK = (
+    *("choices.model", "config.model.name_or_path", "choices.dataset", "config.dataset.path", "config.dataset.name"),
+    *("config.dataset.test_path", "config.dataset.hub", "config.dataset.revision"),
+)
+TOLD = ("choices.model", "choices.dataset")  # by the name of a task
+# The figure of a line of predictions that a metric is the mean of.
+RIGHT = {"accuracy": "correct", "acc": "correct", "acc_norm": "correct_norm"}
+MOST_COMPARED = 40  # configurations: the best ones, of each pair of which the rows are compared
+MOST_READ = 400  # trials whose predictions are read
+
+
+# ---- what can be compared --------------------------------------------------------------------------
+
+
+def tasks(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The trials that can be compared: one table for each model, dataset and way of judging, by its name.
+
+    Each has its columns ``configuration`` and ``name``, which tells the configuration from all others of ``table``.
+    What a pack of trials took together is no trial's own: it is left out.
+    """
+    judged = [c for c in table.columns if c.startswith("config.eval.") and table[c].nunique(dropna=True) > 1]
+    differing = [c for c in (*TASK, *judged) if c in table and table[c].nunique(dropna=False) > 1]
+    shown = table[[c for c in (*TASK, *judged) if c in table]].astype("string").fillna("")
+    same = shown.groupby(differing, sort=False).ngroup() if differing else pd.Series(0, index=table.index)
+    if NAME not in table and len(table):
+        table = table.assign(**{NAME: named(table)})
+    parts = [table[same == number] for number in range(same.max() + 1)] if len(table) else []
+    firsts = [shown.loc[part.index[0]] for part in parts]
+    names = [_task_name(first) for first in firsts]
+    if len(set(names)) < len(names):
+        called = naming.Names({c: [first[c] for first in firsts] for c in differing})
+        keys = [key for key in called.settings if key not in TOLD]
+        own = [", ".join(filter(None, (called.setting(key, first[key]) for key in keys))) for first in firsts]
+        names = naming.numbered([f"{name} ({what})" if what else name for name, what in zip(names, own, strict=True)])
+    return {name: _own_costs(_numbered(part)) for name, part in zip(names, parts, strict=True)}
+
+
+def _task_name(first: pd.Series[str]) -> str:
+    model = first.get("choices.model") or first.get("config.model.name_or_path") or "model"
+    return f"{model} on {first.get('choices.dataset') or first.get('config.dataset.name') or 'dataset'}"
+
+
+def _numbered(table: pd.DataFrame) -> pd.DataFrame:
+    table = table.drop(columns="configuration", errors="ignore")
+    return table.assign(configuration=identify(table))
+
+
+def packed(table: pd.DataFrame) -> pd.Series[bool]:
+    """Which trials were trained in a pack with others."""
+    if PACKED not in table:
+        return pd.Series(False, index=table.index)
+    return table[PACKED].notna() & table[PACKED].ne("[]").fillna(False).astype(bool)
+
+
+def _own_costs(table: pd.DataFrame) -> pd.DataFrame:
+    if not (shared := packed(table)).any():
+        return table
+    costs = [c for c in table.columns if c.startswith("memory.") and not c.startswith("memory.predicted.")]
+    ends = ("seconds", "per_second", *PERCENTILES)
+    costs += [c for c in table.columns if c.startswith("train_info.") and c.endswith(ends)]
+    return table.assign(**{c: table[c].mask(shared) for c in costs})
+
+
+# ---- configurations --------------------------------------------------------------------------------
+
+
+def settings(table: pd.DataFrame) -> list[str]:
+    """The columns that make a configuration: all choices and settings but the seed and what changes no number."""
+    columns = [c for c in table.columns if c.startswith(SETTINGS) and not c.startswith(NO_SETTINGS)]
+    # A trial with one evaluation more is the same configuration, unless the two disagree on one they share.
+    return [c for c in columns if not c.startswith(OF_SOME) or table[c].nunique(dropna=True) > 1]
+
+
+def identify(table: pd.DataFrame) -> pd.Series[int]:
+    """The number of each trial's configuration, counted from 0 in the order of their first trials.
+
+    A table may carry it as its column ``configuration``, which is then taken as it is.
+    """
+    if "configuration" in table:
+        return table["configuration"]
+    keys = table[[c for c in settings(table) if table[c].nunique(dropna=False) > 1]]
+    if keys.empty:
+        return pd.Series(0, index=table.index)
+    return keys.astype("string").fillna("").groupby(list(keys.columns), sort=False).ngroup()
+
+
+def _one_a_seed(table: pd.DataFrame, numbers: pd.Series[int]) -> pd.DataFrame:
+    """The trials without repetitions: of those with the same configuration and seed, what the newest good one says.
+
+    A repeated seed is no second draw: it gives the same numbers again.
+    """
+    table = table.drop(columns="configuration", errors="ignore")
+    columns = [c for c in (SUCCESS, CREATED) if c in table]
+    order = table[columns].assign(good=table[SUCCESS].eq(Status.success.name)).sort_values(["good", *columns[1:]]).index
+    seed = table[SEED] if SEED in table else pd.Series(0, index=table.index)
+    keys = [numbers.rename("configuration"), seed.rename("seed")]
+    if not pd.concat(keys, axis=1).duplicated().any():
+        return table.assign(configuration=numbers)
+    kept = table.loc[order].groupby([key.loc[order] for key in keys], sort=False, dropna=False).last()
+    return kept.reset_index("configuration").reset_index(drop=True).sort_values("configuration", kind="stable")
+
+
+def is_share(column: str, values: pd.Series[float]) -> bool:
+    """Whether a column is a share of test rows, such as an accuracy."""
+    return column.endswith(".value") and direction(column) >= 0 and bool(values.dropna().between(0, 1).all())
+
+
+def binomial(column: str, value: pd.Series[float], stderr: pd.Series[float], n: pd.Series[float]) -> pd.Series[bool]:
+    """Of which scores the rows are right or wrong, as far as value, standard error and number of rows can tell."""
+    alike = np.isclose(stderr.fillna(0.0) ** 2 * (n - 1), value * (1 - value))
+    return pd.Series(alike & is_share(column, value) & (n > 0), index=value.index)
+
+
+def is_ratio(column: str, values: Iterable[float]) -> bool:
+    """Whether a column is compared by ratios, which perplexities and costs are, and not by differences."""
+    cost = not column.endswith(".value") and direction(column) != 0 and not column.endswith(("loss", "fraction"))
+    known = [value for value in values if not pd.isna(value)]
+    return ("perplexity" in column.rpartition(".value")[0] or cost) and all(value > 0 for value in known)
+
+
+def _floats(values: Any) -> Floats:
+    return np.asarray(values, dtype=np.float64)

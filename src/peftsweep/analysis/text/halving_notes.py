@@ -1,0 +1,64 @@
+"""What a halving spared, and how far its rungs foretold what came after."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from peftsweep.observe.display import size
+from peftsweep.schema import HalvingConfig
+from peftsweep.study import store
+from peftsweep.study.record import Result, Status
+from peftsweep.study.rungs import HAVE_TRAINED, course
+
+FEWEST = 3  # pairs below which a correlation says nothing
+
+
+# ---- what it cost, and what it may have missed -----------------------------------------------------
+
+
+def notes(results: Iterable[Result]) -> list[str]:
+    """Of each halving among the records: the steps it spared, and how far its rungs foretold what came after."""
+    sweeps: dict[tuple[Any, ...], list[Result]] = {}
+    for result in results:
+        said = result.config.get("halving") or {}
+        if said.get("min_steps") is not None and result.status in HAVE_TRAINED and "steps" in result.train_info:
+            sweeps.setdefault((said["metric"], said["factor"], said["min_steps"]), []).append(result)
+    return [line for said, group in sweeps.items() for line in _notes(group, HalvingConfig(*said))]
+
+
+def _notes(results: Sequence[Result], config: HalvingConfig) -> list[str]:
+    stopped = [one for one in results if one.status is Status.stopped]
+    courses = [course(one, config) for one in results]
+    trained, total = sum(one.train_info["steps"] for one in results), sum(one.total for one in courses)
+    files = [file for one in stopped if one.folder for file in one.folder.glob(f"{store.CHECKPOINTS}/*")]
+    kept = size(sum(_bytes(file) for file in files))
+    lines = [
+        f"halving by {config.metric}: {trained:,} of {total:,} steps trained ({trained / max(total, 1):.0%}); "
+        f"{len(stopped)} trials stopped, any of which may have won in the end; their checkpoints hold {kept}"
+    ]
+    for place in range(max(len(one.values) for one in courses) - 1):
+        pairs = [(one.values[place], one.values[place + 1]) for one in courses if len(one.values) > place + 1]
+        lines.append(f"rung {place + 1} and what came next: {_correlation(pairs)}")
+    return lines
+
+
+def _bytes(file: Path) -> int:
+    """How many the file holds, which a running sweep may just have deleted."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
+
+
+def _correlation(pairs: Sequence[tuple[float | None, float | None]]) -> str:
+    """Spearman's rank correlation of the two values, in words."""
+    from peftsweep.analysis.statistics import rungs
+
+    known = [(math.nan if first is None else first, math.nan if then is None else then) for first, then in pairs]
+    found = rungs.rank_correlation(*zip(*known, strict=True))
+    if found.n < FEWEST:
+        return f"{found.n} trials went on, too few for a correlation"
+    return f"rank correlation {found.rho:.2f} (Spearman, the {found.n} trials that went on)"

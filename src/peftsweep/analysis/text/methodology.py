@@ -1,0 +1,210 @@
+"""How the figures of a study were come by: what failed, on what machine, how many seeds and rows, which tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pandas as pd
+
+from peftsweep.analysis.statistics import rungs, trials
+from peftsweep.analysis.table import columns
+from peftsweep.analysis.table.columns import WITHOUT_RESULT
+from peftsweep.analysis.text import words
+from peftsweep.analysis.text.findings import Task
+from peftsweep.analysis.text.words import ROWS
+from peftsweep.study.record import Status
+
+COVERED = "train_info.coverage.line"
+NAMES = 8  # of configurations that reach as far, so many are named
+
+
+def methodology(table: pd.DataFrame, tasks: Sequence[Task], steps: pd.DataFrame) -> Iterator[str]:
+    """The last section of the report, and before it what did not work."""
+    yield from _failures(table, tasks)
+    yield "## Methodology"
+    yield ""
+    if len(table):
+        yield from (f"- {line}" for line in _environment(table))
+        yield from (f"- {line}" for task in tasks for line in _measured(task, len(tasks) > 1))
+        yield from (f"- {line}" for line in _tests(tasks))
+    yield ""
+    yield from _of_rungs(table, steps)
+
+
+def _failures(table: pd.DataFrame, tasks: Sequence[Task]) -> Iterator[str]:
+    if not len(table):
+        return
+    ended = table[table[trials.SUCCESS].isin(WITHOUT_RESULT)]
+    if ended.empty:
+        return
+    yield "## What did not work"
+    yield ""
+    label = {
+        trial: task.labels[n] for task in tasks for trial, n in task.table[[trials.TRIAL, "configuration"]].to_numpy()
+    }
+    rows: dict[tuple[Any, ...], list[Any]] = {}
+    for row in ended.to_dict("records"):
+        message = str(row.get("run_info.error.message") or "").strip().splitlines()
+        kind = row.get("run_info.error.type")
+        why = ": ".join(
+            str(p) for p in (kind if words.known(kind) else "", message[0] if message else "") if p and p != "<NA>"
+        )
+        stage = row.get("run_info.error.stage")
+        key = (
+            label.get(row[trials.TRIAL], row[trials.TRIAL]),
+            row[trials.SUCCESS],
+            stage if words.known(stage) else "",
+            why,
+        )
+        rows.setdefault(key, []).append(row.get(trials.SEED))
+    yield from words.table(
+        [
+            {
+                "configuration": key[0],
+                "status": key[1],
+                "seeds": ", ".join(map(str, seeds)),
+                "stage": key[2],
+                "why": key[3],
+            }
+            for key, seeds in list(rows.items())[:ROWS]
+        ]
+    )
+    if len(rows) > ROWS:
+        yield f"{len(rows) - ROWS} more are in results.parquet."
+        yield ""
+
+
+def _environment(table: pd.DataFrame) -> Iterator[str]:
+    gpus = words.values(table, "meta_info.torch.gpus")
+    cpus = words.values(table, "meta_info.system.processor")
+    hardware = [gpu for gpu in gpus if gpu not in ("[]", "")] or [f"CPU only: {cpu}" for cpu in cpus]
+    if hardware:
+        yield "Hardware: " + "; ".join(", ".join(json.loads(h)) if h.startswith("[") else h for h in hardware) + "."
+    if len(set(gpus)) > 1 or len(cpus) > 1:
+        yield "**Several kinds of hardware**: times and memory of trials on different ones are not comparable."
+    columns = [c for c in table.columns if c.startswith("meta_info.packages.") and c.endswith(".version")]
+    versions = {c.removeprefix("meta_info.packages.").removesuffix(".version"): words.values(table, c) for c in columns}
+    if any(versions.values()):
+        yield "Versions: " + ", ".join(f"{name} {' / '.join(found)}" for name, found in versions.items() if found) + "."
+    if mixed := [name for name, found in versions.items() if len(found) > 1]:
+        yield f"**Versions differ between trials**: {', '.join(mixed)}."
+    commits = [commit[:10] for commit in words.values(table, "run_info.git_commit")]
+    if commits:
+        yield f"Commit of the checkout the sweeps ran in: {', '.join(commits)}."
+    dates = sorted(words.values(table, trials.CREATED))
+    if dates:
+        yield f"Trials begun {dates[0][:10]}" + (f" to {dates[-1][:10]}." if dates[0][:10] != dates[-1][:10] else ".")
+
+
+def _measured(task: Task, several: bool) -> Iterator[str]:
+    mark = f" ({task.name})" if several else ""
+    seeds = words.values(task.table, trials.SEED)
+    counts = task.configurations["n"].value_counts().sort_index()
+    each = ", ".join(f"{counts[n]} with {words.plural('seed', n)}" for n in counts.index)
+    yield f"Seeds{mark}: {', '.join(seeds[:20])}; configurations: {each}. Only successful trials count in means."
+    for score in task.scores:
+        n = f"{score.removesuffix('value')}n"
+        rows = words.values(task.table, n)
+        if len(rows) > 1:
+            yield f"**{columns.score_name(score)}{mark}: not all trials had as many test rows**: {', '.join(rows)}."
+        elif rows:
+            yield f"{columns.score_name(score)}{mark}: {rows[0]} test rows."
+    if packed := int(trials.packed(task.table).sum()):
+        trained = f"{words.plural('trial', packed)}{mark} {'was' if packed == 1 else 'were'} trained in packs"
+        yield f"{trained}: what a pack took in time and memory is not a trial's, and is left out."
+    yield from _covered(task, mark)
+    reload = task.configurations.get("train_info.reloads")
+    if reload is not None and (bad := int((reload < 1).sum())):
+        yield f"**{words.plural('configuration', bad)}{mark} saved an adapter that answers unlike the trained model**."
+
+
+def _covered(task: Task, mark: str) -> Iterator[str]:
+    """How far each configuration reaches into the base, those that reach as far together."""
+    if COVERED not in task.table:
+        return
+    known = task.table.dropna(subset=[COVERED])
+    for line, rows in list(known.groupby(COVERED, sort=False))[:ROWS]:
+        names = list(dict.fromkeys(task.labels[number] for number in rows["configuration"]))
+        yield f"What was adapted{mark}: {', '.join(names[:NAMES])}{', ...' if len(names) > NAMES else ''}: {line}."
+
+
+def _tests(tasks: Sequence[Task]) -> Iterator[str]:
+    judged = [(task, score) for task in tasks for score in task.scores if len(task.compare(score)) > 1]
+    chances = {chance for task, score in judged for chance in task.compare(score)["chance"].dropna()}
+    if "seeds and rows" in chances:
+        yield (
+            "Configurations are compared on the same test rows, each row's score averaged over seeds. The variance of "
+            "a difference is that between rows plus that between seeds, with Satterthwaite's degrees of freedom and "
+            "Student's t; a configuration's seeds are taken to vary at least as the study's do on average."
+        )
+    by_rows = [task.compare(score) for task, score in judged if "rows" in set(task.compare(score)["chance"])]
+    if any(not compared.attrs["paired"] for compared in by_rows):
+        yield (
+            "Where there is one seed each and no record of single rows, scores are compared by their standard errors, "
+            "as if each had been judged on rows of its own, which shows fewer differences than pairing the rows would."
+        )
+    if any(compared.attrs["paired"] for compared in by_rows):
+        yield (
+            "With one seed each, right and wrong answers on the same test rows are compared by McNemar's exact test, "
+            "other scores by the paired t test over rows. Both are of these trained models, not of what another seed "
+            "would give."
+        )
+    yield from _of_bases([task.compare(score) for task, score in judged])
+    if "seeds" in chances:
+        yield "Where rows could not be paired, Student's t over seeds compares configurations, on these test rows."
+    if chances:
+        yield (
+            "p-values are adjusted by Holm's method for all pairs, as which one is best was read from the same data; "
+            "below 0.05 counts. A tie means that no difference is shown, not that there is none: the interval says how "
+            "large it may be. So costs choose only among those of a tie that lie within one standard error of the best."
+            " The best figure of many is partly luck, and would probably be lower on other rows."
+        )
+    if any(score for _, score in judged if words.scale(score) == "ratio"):
+        yield "Perplexities and costs are compared by ratios."
+
+
+def _of_bases(compared: Sequence[pd.DataFrame]) -> Iterator[str]:
+    """How configurations are compared with their untouched bases."""
+    of_base = [one for one in compared if one["gain"].notna().any()]
+    if any(one.attrs["gains_paired"] for one in of_base):
+        yield (
+            "Each configuration is compared with its untouched base on the same rows, as with another configuration, "
+            "and adjusted together with them; a base has no seed."
+        )
+    if not all(one.attrs["gains_paired"] for one in of_base):
+        yield (
+            "Where the base's answers were not kept by row, or are not those of the recorded score, configurations "
+            "are compared with it as if it had been judged on rows of its own, which shows fewer gains."
+        )
+
+
+def _of_rungs(table: pd.DataFrame, steps: pd.DataFrame) -> Iterator[str]:
+    metric = "validation_loss"
+    found = rungs.rungs(steps, metric) if len(steps) else pd.DataFrame()
+    found = found[(found["n"] >= 3) & found["rho"].notna()] if len(found) else found
+    stopped = int((table[trials.SUCCESS] == Status.stopped.name).sum()) if len(table) else 0
+    if found.empty and not stopped:
+        return
+    yield "### Could it have been stopped earlier?"
+    yield ""
+    if stopped:
+        was, it = ("was", "it") if stopped == 1 else ("were", "they")
+        yield f"{words.plural('trial', stopped)} {was} stopped early; how {it} would have ended is not known."
+        yield ""
+    yield from words.table(
+        [
+            {
+                "after step": str(row["step"]),
+                "rank correlation with the end": f"{row['rho']:.2f}"
+                + (f" [{row['low']:.2f}, {row['high']:.2f}]" if words.known(row["low"]) else ""),
+                "trials": str(row["n"]),
+                "the winner's place there": f"{row['place']:.0f}",
+            }
+            for row in found.to_dict("records")
+        ]
+    )
+    if len(found):
+        yield "Spearman's correlation of the validation loss there with that at the end, over trials that got so far."
+        yield ""

@@ -1,0 +1,304 @@
+"""Tables -> RESULTS.md: what a study found, how sure that is, and what to use.
+
+Every sentence is made from figures of the study; where the data does not tell, the sentence is not there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from peftsweep.analysis.statistics import frontier
+from peftsweep.analysis.statistics import trials as statistics_trials
+from peftsweep.analysis.table import columns
+from peftsweep.analysis.table.columns import QUANT, RANK, TARGETS, WARNINGS
+from peftsweep.analysis.text import findings, methodology, paired, words
+from peftsweep.analysis.text.factors import _costs, _factor, _standing
+from peftsweep.analysis.text.findings import Task
+from peftsweep.analysis.text.recommendations import _recommendations
+from peftsweep.analysis.text.words import ADAPTER, ROWS, SECONDS
+from peftsweep.study import record
+from peftsweep.study.record import Status
+
+RESULTS = "RESULTS.md"
+MOST_VALUES = 6  # of a setting that are named
+QUALITY_LOSS = 0.05  # of the best figure, which may be lost where speed goes before quality
+FIGURES = {  # how the figures of a factor are called
+    RANK: ("rank", "quality_rank"),
+    QUANT: ("quantisation", "heatmap"),
+    TARGETS: ("modules",),
+}
+FRONTIER = ("frontier", "quality_")
+FIGURE = re.compile(r"'[^']*'|\d[\d.,]*")  # what of a warning differs from one trial to the next
+JUDGED = f"run_info.{record.JUDGED}"
+READ_OTHERWISE = "an earlier version read answers by other rules than those of the others; force=true judges them anew"
+WARNED = 5  # configurations that a warning names
+STATUSES = tuple(status.name for status in Status)
+
+
+def write(
+    folder: Path,
+    table: pd.DataFrame,
+    steps: pd.DataFrame,
+    plots: Sequence[Path] = (),
+    predictions: statistics_trials.Predictions | None = None,
+    quality_loss: float = QUALITY_LOSS,
+) -> tuple[Path, list[str]]:
+    """Write RESULTS.md of the study in ``folder``, whose trials are ``table``; the file, and its summary as text.
+
+    ``quality_loss`` is the share of the best figure that may be lost where speed goes before quality.
+    """
+    file = folder / RESULTS
+    tasks = _tasks(table, predictions)
+    lines = _document(folder, table, tasks, steps, plots, quality_loss)
+    record.write_text(file, "\n".join(lines).rstrip() + "\n")
+    return file, _plain_summary(tasks)
+
+
+def summary(table: pd.DataFrame, predictions: statistics_trials.Predictions | None = None) -> list[str]:
+    """What `write` says in short, as text, of these trials alone."""
+    return _plain_summary(_tasks(table, predictions))
+
+
+def _tasks(table: pd.DataFrame, predictions: statistics_trials.Predictions | None) -> list[Task]:
+    return [Task(name, part, predictions) for name, part in statistics_trials.tasks(table).items()]
+
+
+def _plain_summary(tasks: Sequence[Task]) -> list[str]:
+    """The summary of each task as text, below its name where there are several."""
+    lines = []
+    for task in tasks:
+        lines += [f"{task.name}:"] if len(tasks) > 1 else []
+        lines += [_unmarked(line.removeprefix("- ")) for line in task.summary]
+    return lines
+
+
+def _unmarked(text: str) -> str:
+    return re.sub(r"\[([^\]]*)\]\(#[^)]*\)", r"\1", text).replace("**", "").replace("`", "")
+
+
+def _document(
+    folder: Path,
+    table: pd.DataFrame,
+    tasks: Sequence[Task],
+    steps: pd.DataFrame,
+    plots: Sequence[Path],
+    quality_loss: float,
+) -> Iterator[str]:
+    every = {plot.stem: plot for plot in plots}
+    yield f"# Results of the study {words.code(folder.name)}"
+    yield ""
+    yield _counts(table, tasks)
+    yield ""
+    yield "## Summary"
+    yield ""
+    for task in tasks:
+        if len(tasks) > 1:
+            yield f"**{task.name}**"
+            yield ""
+        yield from task.summary
+        yield ""
+    yield from _warnings(tasks)
+    for task in tasks:
+        mark = f" ({task.name})" if len(tasks) > 1 else ""
+        ending = columns.file_mark(task.name) if len(tasks) > 1 else ""
+        left = {stem.removesuffix(ending): every.pop(stem) for stem in list(every) if stem.endswith(ending)}
+        for score in task.scores:
+            yield from _ranking(task, score, mark)
+        for factor in task.factors:
+            yield from _factor(task, factor, mark, _take(left, FIGURES.get(factor, ()), folder))
+        for score in task.scores[:1]:
+            yield from _frontier(task, score, mark, _take(left, FRONTIER, folder))
+        yield from _recommendations(task, mark, quality_loss)
+        yield from paired.section(task, mark, folder)
+        if left:
+            yield f"## Figures{mark}"
+            yield ""
+            yield from _links(left.values(), folder)
+    yield from _links(every.values(), folder)
+    yield from methodology.methodology(table, tasks, steps)
+
+
+def _warnings(tasks: Sequence[Task]) -> Iterator[str]:
+    """What makes scores say less than they seem to, as the records have it; lines that differ in figures alone once."""
+    found: dict[str, dict[str, list[str]]] = {}  # by the line without its figures, the line, the trials' labels
+    for task in tasks:
+        said = task.table[WARNINGS].dropna() if WARNINGS in task.table else pd.Series(dtype=object)
+        for number, text in zip(task.table.loc[said.index, "configuration"], said, strict=True):
+            for line in json.loads(text):
+                same = found.setdefault(FIGURE.sub("#", line), {}).setdefault(line, [])
+                same += [task.labels[number]] if task.labels[number] not in same else []
+        if earlier := _judged_before(task):
+            found[task.name] = {READ_OTHERWISE: earlier}
+    if not found:
+        return
+    yield "## Warnings"
+    yield ""
+    for lines in found.values():
+        line, labels = next(iter(lines.items()))
+        named = ", ".join(words.code(label) for label in labels[:WARNED]) + (", ..." if len(labels) > WARNED else "")
+        others = len({label for each in lines.values() for label in each}) - len(labels)
+        alike = f"; with other figures: {words.plural('configuration', others)} more" if others else ""
+        yield f"- {words.escaped(line)} ({named}{alike})."
+    yield ""
+
+
+def _judged_before(task: Task) -> list[str]:
+    """The configurations that are compared with others though their answers were read by the rules before."""
+    good = task.table[task.table[statistics_trials.SUCCESS] == Status.success.name]
+    versions = good[JUDGED].fillna(1) if JUDGED in good else pd.Series(1, index=good.index)
+    read = [c for c in good.columns if c.endswith(".valid_fraction.value")]
+    if versions.nunique() < 2 or not read:
+        return []
+    before = good.loc[(versions < versions.max()) & good[read].notna().any(axis=1), "configuration"]
+    return list(dict.fromkeys(task.labels[number] for number in before))
+
+
+def _take(left: dict[str, Path], names: Sequence[str], folder: Path) -> list[str]:
+    """Links to the figures called so, which are then no longer ``left``."""
+    taken = [stem for stem in left if stem.startswith(tuple(names))] if names else []
+    return list(_links([left.pop(stem) for stem in taken], folder))
+
+
+def _links(plots: Iterable[Path], folder: Path) -> Iterator[str]:
+    for plot in plots:
+        yield f"![{plot.stem.replace('_', ' ')}]({plot.relative_to(folder).as_posix()})"
+        yield ""
+
+
+def _counts(table: pd.DataFrame, tasks: Sequence[Task]) -> str:
+    if not len(table):
+        return "No trial yet."
+    statuses = table[statistics_trials.SUCCESS].value_counts()
+    ended = ", ".join(f"{count} {status}" for status, count in statuses.items())
+    configurations = sum(len(task.configurations) for task in tasks)
+    seeds = [n for task in tasks for n in task.configurations["n"] if n]
+    each = f"{min(seeds)}" if seeds and min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}" if seeds else ""
+    of_each = " each" if configurations > 1 else ""
+    tail = f", {each} successful {words.plural('seed', max(seeds), number=False)}{of_each}" if seeds else ""
+    trials = f"{words.plural('trial', len(table))} ({ended}) of {words.plural('configuration', configurations)}{tail}."
+    return trials + " Written by `peftsweep-collect` from the trials' records."
+
+
+def _ranking(task: Task, score: str, mark: str) -> Iterator[str]:
+    compared, configs = task.compare(score), task.configurations
+    yield f"## Ranking by {columns.score_name(score)}{mark}"
+    yield ""
+    rows = []
+    for number in compared.index[:ROWS]:
+        row = compared.loc[number]
+        rows.append(
+            {
+                "rank": "" if pd.isna(row["rank"]) else str(row["rank"]),
+                "configuration": task.labels[number],
+                "seeds": words.seeds(task.row(number, STATUSES)),
+                columns.evaluation(score)[1]: findings.value_of(task, score, number),
+                "against the best": words.difference(row) if row["verdict"] != "best" else "",
+                "p": words.p(row["p_adjusted"]),
+                "": _standing(row),
+                "over the untouched base": _over_base(row),
+                **_costs(task, number),
+            }
+        )
+    yield from words.table(rows)
+    if len(compared) > ROWS:
+        yield f"{len(compared) - ROWS} more configurations are in results.parquet."
+        yield ""
+    missing = configs.index.difference(compared.index)
+    if len(missing):
+        named = "; ".join(f"{words.code(task.labels[n])} ({words.ended(task.row(n, STATUSES))})" for n in missing[:10])
+        yield f"Without this score: {named}{' and others' if len(missing) > 10 else ''}."
+        yield ""
+    yield _meaning(compared, len(compared), score)
+    yield ""
+    yield from _not_in_names(task, compared.index[:ROWS].tolist())
+
+
+def _not_in_names(task: Task, numbers: list[int]) -> Iterator[str]:
+    """The settings that configurations differ in and that their names do not hold, as they follow from others."""
+    moved = {one.key for number in numbers[1:] for one in task.unnamed(numbers[0], number)}
+    texts = task.design.settings.loc[numbers]
+    value = task.names.value
+    parts = []
+    for key in sorted(moved):
+        values = [value(key, text) if text else "none" for text in sorted(set(texts[key]), key=words.sortable)]
+        some = f"{len(values)} values" if len(values) > MOST_VALUES else ", ".join(values)
+        parts.append(f"{task.names.key(key)} ({some})")
+    if parts:
+        yield f"Not in these names, but not the same in all: {', '.join(parts)}."
+        yield ""
+
+
+def _over_base(row: pd.Series[Any]) -> str:
+    """What a configuration gains over its untouched base."""
+    if not words.known(row["gain"]):
+        return ""
+    parts = {"difference": row["gain"], "low": row["gain_low"], "high": row["gain_high"], "scale": row["scale"]}
+    return f"{words.difference(parts)}, p {words.p_is(row['gain_p_adjusted'])}"
+
+
+def _meaning(compared: pd.DataFrame, count: int, score: str) -> str:
+    """What the intervals and p-values of a ranking are."""
+    chance = compared["chance"].dropna().unique()
+    covers = {
+        "seeds and rows": "other seeds and other test rows",
+        "rows": "other test rows, but not other seeds: there is one seed each",
+        "seeds": "other seeds on the same test rows",
+    }.get(chance[0] if len(chance) else "", "")
+    if not covers:
+        return "One seed and no rows: how far chance reaches is not known."
+    scale = " Differences are relative." if len(compared) and compared["scale"].iloc[0] == "ratio" else ""
+    if count < 2:
+        return f"In brackets: the 95% interval, which covers {covers}."
+    others = (compared["verdict"] == "worse") & (compared["p_adjusted"] >= statistics_trials.ALPHA)
+    of_base = ", those with the untouched base among them" if compared["gain"].notna().any() else ""
+    pairs = words.plural("pair", compared.attrs["family"]) + of_base
+    another = " Worse than another: than one of the tie, not for certain than the best." if others.any() else ""
+    return (
+        f"In brackets: 95% intervals, which cover {covers}. p is adjusted for {pairs} "
+        f"(Holm), the intervals are not; than those in a tie none is better for certain.{another}{scale}"
+    )
+
+
+def _frontier(task: Task, score: str, mark: str, figures: Sequence[str]) -> Iterator[str]:
+    costs = [c for c in (task.memory, SECONDS, ADAPTER) if c and c in task.configurations]
+    costs = [c for c in costs if task.configurations[c].nunique() > 1]
+    if not costs or len(task.compare(score)) < 2:
+        yield from figures
+        return
+    found = frontier.pareto(task.table, [score, *costs], task.predictions)
+    yield f"## Frontier{mark}"
+    yield ""
+    drawn = {"seeds and rows": "seeds and test rows", "rows": "test rows"}.get(found.attrs["chance"] or "", "seeds")
+    kept = found[found["front"] | (found["share"] >= 0.5)]
+    sign = columns.direction(score) or 1
+    kept = kept.iloc[(-sign * kept[score]).argsort()].head(ROWS)
+    yield from words.table(
+        [
+            {
+                "configuration": task.labels[number],
+                columns.score_name(score): words.number(row[score]),
+                **{columns.factor_name(c): words.cost(c, row[c]) for c in costs},
+                "on the front": ("yes" if row["front"] else "no") + f", in {row['share']:.0%} of redraws",
+            }
+            for number, row in zip(kept.index, kept.to_dict("records"), strict=True)
+        ]
+    )
+    yield (
+        f"On the front is what no other configuration beats in one of {columns.score_name(score)}, "
+        f"{', '.join(map(columns.factor_name, costs))} without losing in another. "
+        f"Redraws of {drawn} tell how much of that is chance."
+        + (
+            f" Without some of these figures: {lacking:,}."
+            if (lacking := len(task.compare(score)) - len(found))
+            else ""
+        )
+        + (f" Not listed: {left:,} of {len(found):,} configurations." if (left := len(found) - len(kept)) else "")
+    )
+    yield ""
+    yield from figures

@@ -1,0 +1,385 @@
+"""What a trial's configuration names, made: the base, the method on it, the rows in tokens, the evaluations."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate.tracking import GeneralTracker
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from peftsweep.config import evaluations, identity
+from peftsweep.config.compose import Trial
+from peftsweep.config.evaluations import ROWS_KEYS
+from peftsweep.config.identity import content_hash, model_identity
+from peftsweep.data import fingerprint, templates
+from peftsweep.data import rows as data_rows
+from peftsweep.data import tokens as data_tokens
+from peftsweep.data.rows import Rows
+from peftsweep.data.templates import Example
+from peftsweep.data.tokens import Tokens
+from peftsweep.errors import InputError
+from peftsweep.evaluation.evaluate import Evaluation
+from peftsweep.evaluation.inference import Benchmark, bare
+from peftsweep.evaluation.isolation import process_state_kept
+from peftsweep.models import attach, coverage, model, parts, probe
+from peftsweep.models import saved as models_saved
+from peftsweep.models.coverage import COVERAGE, Coverage
+from peftsweep.models.initialise import Setting
+from peftsweep.models.probe import Abilities
+from peftsweep.schema import Init, LossOn, Task
+from peftsweep.study import record, store
+from peftsweep.study.atomic import make_way
+from peftsweep.study.reading import usable
+from peftsweep.study.trust import as_text
+
+log = logging.getLogger(__name__)
+
+WORTH_KEEPING = 5.0  # seconds of tokenising, after which its result is kept in the study's folder
+LEAST_ADALORA = 2  # steps: in the first one PEFT gathers how much each rank matters
+TOKENS_FORMAT = 3  # of what is kept of rows in tokens; another one where the same rows become other tokens
+REMEMBERED = 4  # tokenised training sets: training and validation rows of two datasets
+
+
+Model = PreTrainedModel | PeftModel
+Evaluate = Callable[[Model, PreTrainedTokenizerBase, list[Example]], Evaluation]
+
+
+def quantization(trial: Trial) -> Any:
+    """The transformers quantization config that ``quant`` names; None for none."""
+    return _instantiate(trial.config.quant, "quant") if trial.config.quant else None
+
+
+def evaluator(trial: Trial, name: str) -> Evaluate:
+    """The evaluation ``eval.<name>`` as a function of model, tokenizer and examples; the process stays as it was."""
+    node = trial.config.eval[name]
+    options = {key: value for key, value in node.items() if key not in ROWS_KEYS}
+    if options.get("classes"):
+        options["classes"] = classes(trial, options["classes"])
+    function: Evaluate = _instantiate(options | {"_partial_": True}, f"eval.{name}")
+    return process_state_kept()(function)
+
+
+def inference_benchmark(trial: Trial) -> Callable[..., Benchmark]:
+    """The benchmark that ``inference`` names, as a function of models by name and a tokenizer."""
+    function: Callable[..., Benchmark] = _instantiate(trial.config.inference | {"_partial_": True}, "inference")
+    return function
+
+
+def profiler(trial: Trial) -> Callable[..., dict[str, Any]]:
+    """What ``profiler`` names, as a function of a run of training steps, a folder and a device."""
+    function: Callable[..., dict[str, Any]] = _instantiate(trial.config.profiler | {"_partial_": True}, "profiler")
+    return function
+
+
+def tracker(trial: Trial, place: Path) -> GeneralTracker:
+    """The tool that ``tracker`` names, for the trial in the folder ``place``."""
+    given = {"folder": place.parent / "tracker", "name": place.name, "study": trial.config.study}
+    tool: GeneralTracker = _instantiate(trial.config.tracker | given, "tracker")
+    return tool
+
+
+def _instantiate(node: dict[str, Any], key: str) -> Any:
+    try:
+        return instantiate(as_text(as_text(node)), _convert_="all")  # which resolves interpolations twice
+    except HydraException as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise InputError(f"{key}: {reason}") from error
+
+
+def load_tokenizer(trial: Trial) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, limited to the positions that the method's virtual tokens leave.
+
+    Raises:
+        InputError: as ``model.load_tokenizer``.
+    """
+    return model.load_tokenizer(trial.config.model, virtual_tokens(trial))
+
+
+def virtual_tokens(trial: Trial) -> int:
+    """How many tokens the method puts before every row."""
+    method = trial.config.method
+    return int(method.get("num_virtual_tokens") or len(method.get("cpt_token_ids") or ()))
+
+
+def classes(trial: Trial, names: Sequence[str] | None = None) -> list[str]:
+    """The classes in the order of the head's outputs: that of a checkpoint whose head names them, else as they stand.
+
+    ``names`` are ``dataset.classes`` by default. Capitals do not count.
+    """
+    mine = list(trial.config.dataset.classes if names is None else names)
+    if trial.config.model.task is not Task.seq_cls or trial.config.model.init is Init.random:
+        return mine
+    theirs = parts.head_classes(model.architecture(trial.config.model))
+    if theirs is None:
+        return mine
+    by_name = {name.casefold(): name for name in mine}
+    if sorted(by_name) == sorted(name.casefold() for name in theirs):
+        return [by_name[name.casefold()] for name in theirs]
+    if len(theirs) == len(mine):  # with another number of outputs the head is drawn anew
+        log.warning(
+            "dataset.classes=%s are not the names of the head's outputs, %s: they are taken in their order",
+            mine,
+            theirs,
+        )
+    return mine
+
+
+def load_base(
+    trial: Trial, tokenizer: PreTrainedTokenizerBase, device: torch.device, *, dropped: bool = False
+) -> PreTrainedModel:
+    """The frozen base on ``device``, quantised as the trial says; where bases are kept, that of the last trial.
+
+    Of a kept base a trial gets the modules anew, over the same weights, so that nothing is left of what
+    the trial before attached; if that changed a weight, all is loaded again. ``dropped`` says that
+    ``drop_other_base`` was just called. What a language model does with padding and its cache has been probed.
+
+    Raises:
+        InputError: as ``model.load`` and ``probe.probe``.
+    """
+    config, key = trial.config, _base_key(trial, device)
+    if not dropped:
+        drop_other_base(trial, device)
+    if _KEPT:
+        return cast(PreTrainedModel, bare(_KEPT[0].base))
+    base = model.load(config.model, quantization(trial), device, len(config.dataset.classes), config.seed)
+    if parts.classifies(base):
+        parts.text_config(base).pad_token_id = tokenizer.pad_token_id  # a decoder's head looks at the token before it
+        base.config.id2label = dict(enumerate(classes(trial)))
+        base.config.label2id = {name: number for number, name in base.config.id2label.items()}
+    else:
+        _PROBED[key] = probe.abilities(base, _PROBED.get(key))
+    if not _KEEPING:
+        return base
+    _KEPT.append(_Base(key, base, _fingerprint(base)))
+    return cast(PreTrainedModel, bare(base))
+
+
+def drop_other_base(trial: Trial, device: torch.device) -> None:
+    """Free a kept base that is not this trial's, before the memory of loading is measured."""
+    if _KEPT and (_KEPT[0].key != _base_key(trial, device) or _KEPT[0].weights != _fingerprint(_KEPT[0].base)):
+        _KEPT.clear()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _base_key(trial: Trial, device: torch.device) -> str:
+    config = trial.config
+    seed = config.seed if config.model.task is Task.seq_cls else 0  # of which a new head is drawn
+    return content_hash([model_identity(config.model), config.quant, str(device), config.dataset.classes, seed])
+
+
+@dataclass(frozen=True)
+class _Base:
+    key: str
+    base: PreTrainedModel
+    weights: int
+
+
+_PROBED: dict[str, Abilities] = {}  # of bases that are loaded again
+_KEEPING: list[bool] = []
+_KEPT: list[_Base] = []  # at most one
+
+
+def keep_bases() -> None:
+    """From here on keep the last base between trials: for a process that runs nothing else."""
+    _KEEPING.append(True)
+
+
+def _fingerprint(base: PreTrainedModel) -> int:
+    """A sum over all bits of the weights and buffers, and where they lie; another one after any change that is seen."""
+    total = 0
+    for number, tensor in enumerate([*base.parameters(), *base.buffers()], start=1):
+        raw = tensor.detach().contiguous().flatten().view(torch.uint8)
+        words = nn.functional.pad(raw, (0, -len(raw) % 8)).view(torch.int64)
+        total += number * int(words.sum())
+    return total
+
+
+def attach_method(
+    trial: Trial,
+    base: PreTrainedModel,
+    steps: int,
+    initialise: Callable[[Any, Callable[..., PeftModel]], PeftModel] | None = None,
+) -> Model:
+    """``base`` with the trial's method on it, planned for ``steps`` steps; full fine-tuning trains the base itself."""
+    config = trial.config
+    before = coverage.weights(base, config.model.roles)
+    method: Any = _method(trial) if config.method else None
+    if method is not None and getattr(method, "total_step", None) and steps:
+        # AdaLoRA plans its budget over the run, whose length in steps is known only with the data.
+        method.tinit, method.tfinal = (round(n * steps / method.total_step) for n in (method.tinit, method.tfinal))
+        method.total_step = steps
+        if steps - method.tfinal < LEAST_ADALORA:
+            least = f"the ranks are dealt out after at least {LEAST_ADALORA} steps"
+            raise InputError(f"method.tfinal={method.tfinal}: of {steps} steps; {least}, so take more train.steps")
+    if config.method_setup and initialise is None and hasattr(method, "init_lora_weights"):
+        method.init_lora_weights = True  # a forecast, without data: as many weights, other numbers
+    adapted = attach.attach(
+        base,
+        method,
+        config.targets,
+        config.model.roles,
+        config.method_inputs,
+        float32=config.train.autocast_adapter_dtype,
+        initialise=initialise,
+    )
+    setattr(adapted, COVERAGE, coverage.coverage(before, adapted))
+    return adapted
+
+
+def coverage_of(adapted: Model, lane: str | None = None) -> dict[str, Any]:
+    """How far the method (of a pack: that of one lane) reaches into the base, for the record."""
+    found: Any = getattr(adapted, COVERAGE)
+    reached: Coverage = found if lane is None else found[lane]
+    return reached.facts()
+
+
+def attach_lanes(lanes: Mapping[str, Trial], base: PreTrainedModel) -> PeftModel:
+    """``base`` with the adapters of several trials of one seed, by their names in the model."""
+    config = next(iter(lanes.values())).config
+    methods = {name: (_method(trial), trial.config.targets) for name, trial in lanes.items()}
+    float32 = config.train.autocast_adapter_dtype
+    before = coverage.weights(base, config.model.roles)
+    adapted = attach.attach_lanes(base, methods, config.seed, config.model.roles, float32=float32)
+    setattr(adapted, COVERAGE, {name: coverage.coverage(before, adapted, name) for name in lanes})
+    return adapted
+
+
+def _method(trial: Trial) -> Any:
+    """The PEFT config that ``method`` names."""
+    task = {"task_type": trial.config.model.task.value.upper()}  # PEFT's names of them
+    return _instantiate(task | trial.config.method, "method")
+
+
+def initialisation(
+    trial: Trial, place: Path, base: PreTrainedModel, tokens: list[Tokens], tokenizer: PreTrainedTokenizerBase
+) -> Callable[[Any, Callable[..., PeftModel]], PeftModel] | None:
+    """What ``method_setup`` names, as ``attach`` calls it; None where the method needs no such thing."""
+    config = trial.config
+    if not config.method_setup:
+        return None
+    function = _instantiate(config.method_setup | {"_partial_": True}, "method_setup")
+    outputs = len(config.dataset.classes)
+
+    def initialise(method: Any, put: Callable[..., PeftModel]) -> PeftModel:
+        setting = Setting(
+            base=base,
+            method=method,
+            attach=put,
+            unquantised=lambda: model.load(config.model, None, base.device, outputs, config.seed),
+            rows=tokens,
+            tokenizer=tokenizer,
+            folder=place / store.ADAPTER if config.adapter.save else None,
+            seed=config.seed,
+        )
+        adapted: PeftModel = function(setting)
+        return adapted
+
+    return initialise
+
+
+def restore(trial: Trial, base: PreTrainedModel, saved: Path) -> Model:
+    """``base`` with the adapter (or as the whole model) in the folder ``saved``."""
+    config = trial.config
+    before = coverage.weights(base, config.model.roles)
+    adapted = models_saved.restore(
+        base,
+        saved,
+        config.method_inputs,
+        float32=config.train.autocast_adapter_dtype,
+        trainable=bool(config.profiler),  # which takes further steps
+    )
+    setattr(adapted, COVERAGE, coverage.coverage(before, adapted))
+    return adapted
+
+
+def training_tokens(trial: Trial, tokenizer: PreTrainedTokenizerBase, rows: list[data_rows.Row]) -> list[Tokens]:
+    """The dataset's rows as the model is trained on them; remembered by their content.
+
+    Those of the last trials are kept in memory, those that took long also in the study's folder.
+    """
+    own, task = asdict(trial.config.dataset) | {"classes": classes(trial)}, trial.config.model.task
+    how = {key: value for key, value in own.items() if key not in identity.CHOOSES_ROWS}
+    versions = [TOKENS_FORMAT, record.packages()]
+    vocabulary = fingerprint.tokenizer_hash(tokenizer)
+    key = identity.content_hash([how, task, vocabulary, data_rows.fingerprint(rows), versions])
+    if key not in _TOKENS:
+        file = store.folder(trial.config.study) / ".tokens" / f"{key}.parquet"
+        held = os.path.lexists(file)
+        if held and (kept := usable(partial(data_tokens.read_tokens, file, len(rows)))) is not None:
+            _TOKENS[key] = kept
+        else:
+            start = time.perf_counter()
+            _TOKENS[key] = _tokenize(trial, tokenizer, rows)
+            if held or time.perf_counter() - start > WORTH_KEEPING:
+                make_way(file)
+                data_tokens.write_tokens(file, _TOKENS[key])
+        while len(_TOKENS) > REMEMBERED:
+            _TOKENS.pop(next(iter(_TOKENS)))
+    return _TOKENS[key]
+
+
+_TOKENS: dict[str, list[Tokens]] = {}
+
+
+def _tokenize(trial: Trial, tokenizer: PreTrainedTokenizerBase, rows: list[data_rows.Row]) -> list[Tokens]:
+    own = trial.config.dataset
+    examples = evaluations.rendered(own, templates.dataset_examples(own, rows), tokenizer, file="the training rows")
+    if trial.config.model.task is Task.seq_cls:
+        return data_tokens.tokenize_for_classes(tokenizer, examples, own.max_length, classes(trial))
+    limit = own.max_length + own.drop_long  # by one more, to see what is too long
+    tokens = data_tokens.tokenize(tokenizer, examples, limit, whole=own.loss_on is LossOn.text)
+    if own.drop_long:
+        tokens = [row for row in tokens if len(row.ids) <= own.max_length]
+    if not tokens:
+        raise InputError(f"dataset.drop_long=true: no row has at most dataset.max_length={own.max_length} tokens")
+    return tokens
+
+
+def check_tokens(tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel, tokens: Sequence[Tokens]) -> None:
+    """Refuse rows with a token that the base has no embedding for.
+
+    Raises:
+        InputError: the line names the token.
+    """
+    embeddings: Any = base.get_input_embeddings()
+    known = int(embeddings.weight.shape[0])
+    outside = max((token for row in tokens for token in row.ids), default=0)
+    if outside >= known:
+        name = tokenizer.convert_ids_to_tokens(outside)
+        raise InputError(
+            f"model.name_or_path: token {outside} ({name!r}) of its tokenizer is none of {known} embeddings"
+        )
+
+
+def test_examples(trial: Trial, name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """The test rows of ``eval.<name>`` as it shows them to the model."""
+    return asked(trial, name, evaluations.test_rows(trial.config, name, rows), tokenizer)
+
+
+def validation_examples(
+    trial: Trial, name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase
+) -> list[Example] | None:
+    """The rows that ``eval.<name>`` validates on, as it shows them to the model; None where it does not validate."""
+    found = evaluations.validation_rows(trial.config, name, rows)
+    return None if found is None else asked(trial, name, found, tokenizer)
+
+
+def asked(trial: Trial, name: str, rows: list[data_rows.Row], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """Rows as ``eval.<name>`` shows them to the model."""
+    examples = evaluations.test_examples(trial.config, name, rows)
+    return evaluations.rendered(trial.config.dataset, examples, tokenizer, f"eval.{name}", "the test rows")

@@ -1,0 +1,308 @@
+"""Checks of what a configuration calls: its options against the signature of the class or function."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import json
+import pydoc
+import re
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from enum import Enum
+from typing import Any
+
+from hydra.errors import MissingConfigException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from peftsweep import limits
+from peftsweep.config.evaluations import ROWS_KEYS
+from peftsweep.config.experiment import ORIGIN
+from peftsweep.errors import InputError, suggest
+from peftsweep.schema import Config, LossOn, ModelConfig, RowsConfig, Task
+
+ELSEWHERE = {  # arguments of an optimizer that are not train.optimizer_kwargs'
+    "lr": "train.learning_rate",
+    "weight_decay": "train.weight_decay",
+    **dict.fromkeys(("params", "model"), "what the method trains"),
+}
+DEVICE_MAP = re.compile(r"auto|balanced|balanced_low_0|sequential|disk|meta|(cpu|cuda|xpu|mps)(:\d+)?")
+PACKAGES = {  # options that a package brings
+    "hydra/launcher/submitit_slurm": "peftsweep[slurm]",
+    "hydra/launcher/submitit_local": "peftsweep[slurm]",
+    "hydra/launcher/ray": "peftsweep[ray]",
+    "hydra/launcher/joblib": "hydra-joblib-launcher",
+    "hydra/sweeper/optuna": "peftsweep[optuna]",
+}
+GENERATION = "peftsweep.evaluation.evaluate.generation"
+LANGUAGE_MODEL_ONLY = ("peftsweep.evaluation.evaluate.perplexity", GENERATION)
+LOOSE = {"init_lora_weights": r"lora_ga|pissa_niter_\d+"}  # values that PEFT takes beside what it annotates
+
+
+def _check_calls(config: Config, choices: Mapping[str, str | None]) -> None:
+    for section in ("quant", "inference", "profiler", "tracker", "method_setup"):
+        if (node := getattr(config, section)) and "_target_" not in node:
+            group = section.removesuffix("_setup")
+            raise InputError(f"{section}.{next(iter(node))}: {group}={choices.get(group)} has no such option")
+    _check_method(config.method, str(choices.get("method")))
+    if config.method_setup:
+        check_call(config.method_setup, "method_setup", provided=("setting",))
+    if config.quant:
+        check_call(config.quant, "quant")
+    if config.inference:
+        check_call(config.inference, "inference", provided=("variants", "tokenizer", "saved", "clock"))
+    if config.profiler:
+        check_call(config.profiler, "profiler", provided=("run", "folder", "device"))
+    if config.tracker:
+        check_call(config.tracker, "tracker", provided=("folder", "name", "study"))
+    if not config.eval and not config.train.steps:
+        raise InputError("eval: nothing is trained (train.steps=0) and nothing evaluated")
+    _check_task(config)
+    for name, node in config.eval.items():
+        if "_target_" not in node:
+            raise InputError(f"eval.{name}: no such key; {suggest(name, [o for o in config.eval if o != name])}")
+        options = {key: value for key, value in node.items() if key not in ROWS_KEYS}
+        check_call(options, f"eval.{name}", provided=("model", "tokenizer", "examples"), also=ROWS_KEYS)
+        _check_types({key: node[key] for key in ROWS_KEYS if key in node}, RowsConfig, f"eval.{name}")
+    from peftsweep.evaluation import inference_plan
+    from peftsweep.observe import tracker  # which import torch, as `--help` must not
+    from peftsweep.training import compiled, length, optimizer
+
+    if config.inference.get("_target_") == "peftsweep.evaluation.inference.benchmark":
+        inference_plan.plan(**config.inference)
+    if config.tracker:
+        tracker.check(config.tracker["_target_"])
+    _check_model(config.model)
+    compiled.check(config.train)
+    _check_optimizer(config.train.optimizer_kwargs, optimizer.find_optimizer(config.train.optimizer))
+    if (every := length.interval(config.train, "eval_every", rows=1)) is not None and every > limits.LARGEST:
+        raise InputError(f"train.eval_every={config.train.eval_every}: must be at most {limits.LARGEST} steps")
+    length.checkpoint_due(config.train, rows=1)
+
+
+def _check_method(node: Mapping[str, Any], option: str) -> None:
+    """Check the method that was chosen by ``method=option``: ``check_call``, and whose keys they are.
+
+    A key of another method is one that a sweep of methods has for all of them.
+    """
+    if not node:
+        return
+    if "_target_" not in node:  # keys of full fine-tuning
+        raise _no_option(next(iter(node)), f"method={option}", [])
+    config = pydoc.locate(str(node["_target_"]))
+    if dataclasses.is_dataclass(config):
+        known = [field.name for field in dataclasses.fields(config) if field.init and field.name not in ORIGIN]
+        if set_here := [key for key in node if key in ORIGIN]:
+            raise InputError(f"method.{set_here[0]}: is set by peftsweep, from model and method")
+        for key in node:
+            if key not in known and not key.startswith("_"):
+                raise _no_option(key, f"method={option} ({node['_target_']})", known)
+    check_call(node, "method")
+
+
+def _no_option(key: str, method: str, known: list[str]) -> InputError:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # imports torch, which `--help` must not
+
+    fields = {field.name for other in PEFT_TYPE_TO_CONFIG_MAPPING.values() for field in dataclasses.fields(other)}
+    if key in fields:
+        advice = f"run it without method.{key}, in a command of its own; the study holds the trials of both"
+    else:
+        advice = suggest(key, known)
+    return InputError(f"method.{key}: {method} has no such option; {advice}")
+
+
+def _check_optimizer(options: Mapping[str, Any], make: Callable[..., Any]) -> None:
+    known = inspect.signature(make).parameters
+    takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values())
+    for name in options:
+        if name in ELSEWHERE:
+            raise InputError(f"train.optimizer_kwargs.{name}: is {ELSEWHERE[name]}")
+        if name not in known and not takes_all:
+            names = [one for one in _parameters(make) if one not in ELSEWHERE]
+            raise InputError(
+                f"train.optimizer_kwargs.{name}: {make.__name__} has no such option; {suggest(name, names)}"
+            )
+
+
+def _check_model(model: ModelConfig) -> None:
+    """What transformers would find wrong only when it loads the weights."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    known, said = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()], model.attn_implementation
+    if said is not None and said not in known and "/" not in said:  # with one it is a kernel of the hub
+        raise InputError(f"model.attn_implementation={said}: no such attention; {suggest(said, known)}")
+    places = model.device_map.values() if isinstance(model.device_map, Mapping) else [model.device_map]
+    for place in places:
+        if place is None or (isinstance(place, int) and not isinstance(place, bool) and place >= 0):
+            continue
+        if not (isinstance(place, str) and DEVICE_MAP.fullmatch(place)):
+            raise InputError(f"model.device_map={model.device_map}: must be auto, a device, or modules with theirs")
+
+
+def _check_task(config: Config) -> None:
+    """A classifier needs classes, and can be asked for nothing but them."""
+    classifier = config.model.task is Task.seq_cls
+    if classifier and len(config.dataset.classes) < 2:
+        raise InputError(
+            "dataset.classes: model.task=seq_cls needs the names of the classes, in the order of their numbers"
+        )
+    if classifier and config.dataset.loss_on is LossOn.text:
+        raise InputError(
+            "dataset.loss_on=text: a classifier (model.task=seq_cls) is trained on the class; must be answer"
+        )
+    if classifier and config.inference:
+        raise InputError("inference: a classifier (model.task=seq_cls) writes no text; take inference=none")
+    for name, node in config.eval.items():
+        if classifier and node.get("_target_") in LANGUAGE_MODEL_ONLY:
+            raise InputError(f"eval.{name}: a classifier (model.task=seq_cls) writes no text; take eval=classification")
+        if node.get("classes") == []:
+            raise InputError(f"eval.{name}.classes: must name at least two classes (or dataset.classes must)")
+
+
+def check_call(node: Mapping[str, Any], key: str, provided: Iterable[str] = (), also: Iterable[str] = ()) -> None:
+    """Check that ``node`` names a callable by ``_target_`` and gives only options it takes, of their types.
+
+    ``provided`` are arguments that the caller adds; ``also`` are keys allowed beside the arguments.
+
+    Raises:
+        InputError: the line names the option and what the target takes.
+    """
+    target = node.get("_target_")
+    if not isinstance(target, str):
+        raise InputError(f"{key}._target_: must name a class or function, such as peft.LoraConfig")
+    try:
+        function = pydoc.locate(target)
+    except pydoc.ErrorDuringImport as error:
+        raise InputError(f"{key}._target_={target}: cannot be imported ({_first_line(error)})") from None
+    if not callable(function):
+        raise InputError(f"{key}._target_={target}: no such class or function")
+    hints = _hints(function)
+    known = [name for name in _parameters(function) if name not in provided]
+    for name, value in node.items():
+        if name in ("_target_", "_partial_"):
+            continue
+        if name not in known:
+            raise InputError(f"{key}.{name}: {target} has no such option; {suggest(name, [*known, *also])}")
+        if isinstance(value, Mapping) and "_target_" in value:
+            check_call(value, f"{key}.{name}", provided=("prediction", "answer"))
+        elif isinstance(value, Mapping) and any(
+            isinstance(one, Mapping) and "_target_" in one for one in value.values()
+        ):
+            for inner, one in value.items():
+                check_call(one, f"{key}.{name}.{inner}", provided=("prediction", "answer"))
+        elif name in hints and not re.fullmatch(LOOSE.get(name, ""), str(value)):
+            default = inspect.signature(function).parameters[name].default
+            if not (value is None and default is None):  # annotated as if it could not be None
+                _check_types({name: value}, function, key)
+
+
+def _check_types(values: Mapping[str, Any], described: Any, key: str) -> None:
+    """Refuse a value that is not of the type that a class or function annotates it with."""
+    hints = _hints(described)
+    for name, value in values.items():
+        if not _fits(value, hints[name]):
+            raise InputError(f"{key}.{name}={value}: must be {_type_in_words(hints[name])}")
+
+
+def _type_in_words(hint: Any) -> str:
+    return inspect.formatannotation(hint).replace("typing.", "").replace("None", "null")
+
+
+@functools.cache
+def _parameters(function: Any) -> list[str]:
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [name for name, p in inspect.signature(function).parameters.items() if p.kind not in variadic]
+
+
+@functools.cache
+def _hints(function: Any) -> dict[str, Any]:
+    described = function if dataclasses.is_dataclass(function) or not inspect.isclass(function) else function.__init__
+    try:
+        return typing.get_type_hints(described)
+    except (NameError, TypeError):  # annotations that exist for type checkers only
+        return {}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    import pydantic
+
+    adapter = _adapter(hint)
+    if adapter is None:
+        return True
+    try:
+        # As JSON, so that a string may name an Enum's member; strict, so that "8" and true are no numbers.
+        adapter.validate_json(json.dumps(value), strict=True)
+    except pydantic.ValidationError:
+        return False
+    return True
+
+
+@functools.cache
+def _adapter(hint: Any) -> Any:
+    """What checks values of the type; None for one that cannot be checked, such as torch.dtype."""
+    import pydantic
+
+    try:
+        return pydantic.TypeAdapter(hint)
+    except pydantic.PydanticUserError:
+        return None
+
+
+def one_line(error: BaseException) -> str:
+    """What Hydra or OmegaConf found wrong, as one line that names the key and what is allowed."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        if package := PACKAGES.get(error.missing_cfg_file):
+            named = re.search(rf"In '{group}/(\w+)'", str(error))  # ours, which begins with the missing one
+            return f"{group}={named[1] if named else option}: pip install '{package}'"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+        return f"{group}={option}: no such option; {suggest(option, list(error.options))}"
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    below: BaseException | None = error
+    while below is not None:
+        if isinstance(below, InputError):  # raised by a resolver of conf/
+            return str(below)
+        below = below.__cause__ or below.__context__
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        if type(cause).__name__ in ("ValidationError", "ConfigTypeError", "UnsupportedValueType") and (
+            kind := _schema_type(cause.full_key)
+        ):
+            value = getattr(cause, "value", None)
+            return f"{cause.full_key}={'null' if value is None else value}: must be {kind}"
+        if type(cause).__name__ in ("ConfigAttributeError", "ConfigKeyError"):
+            parent = cause.parent_node
+            known = [str(key) for key in parent] if isinstance(parent, DictConfig) else []
+            return f"{cause.full_key}: no such key; {suggest(str(cause.key), known)}"
+        return f"{cause.full_key}: {_first_line(cause)}"
+    text = " ".join(str(error).split())
+    text = re.sub(r"^In '([\w/]+)': \w+ raised while composing config:", r"\1.yaml:", text)
+    text = re.sub(r"full_key: ([\w.]+)", r"(key \1)", text)
+    noise = "full_key:|reference_type=|object_type=|To append|Check available"
+    return re.sub(rf"\s*({noise}|Set the environment variable|See https?://).*", "", text)
+
+
+def _schema_type(key: str) -> str | None:
+    """The type of a key of the schema, in words; None for a key of a section that is open."""
+    kind: Any = Config
+    for part in key.split("."):
+        hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        if part not in hints:
+            return None
+        kind = hints[part]
+        if typing.get_origin(kind) is dict:
+            kind = typing.get_args(kind)[1]
+            if kind is Any:
+                return None
+            break
+    inner = [one for one in typing.get_args(kind) or [kind] if one is not type(None)]
+    if dataclasses.is_dataclass(kind) or kind is Any:
+        return None
+    if isinstance(inner[0], type) and issubclass(inner[0], Enum):
+        return "one of " + ", ".join(inner[0].__members__) + (", null" if len(typing.get_args(kind)) > 1 else "")
+    return _type_in_words(kind)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

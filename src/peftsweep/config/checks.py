@@ -1,0 +1,259 @@
+"""Checks of a composed configuration: keys, values, what belongs together. A failure is one line that names the key."""
+
+from __future__ import annotations
+
+import dataclasses
+import pydoc
+import re
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from peftsweep import limits
+from peftsweep.data import rows as data_rows
+from peftsweep.errors import InputError, suggest
+from peftsweep.schema import Config, Dtype
+from peftsweep.study import store
+from peftsweep.study.record import SECTIONS
+
+LAUNCHER = {
+    "workers": 0,
+    "devices": None,
+    "retries": 0,
+    "timeout": None,
+    "limit": 1,
+    "deadline": None,
+    "pack": None,
+    "measure": None,
+}  # with the least
+WHOLE_SWEEP = (  # keys with one value for all points of a sweep
+    *("study", "dry_run", "quiet", "stop_on_failure", "halving", "hydra.launcher", "hydra.sweeper._target_"),
+    *("hydra.sweeper.max_batch_size", "hydra.sweep.dir"),
+)
+PACK = 8  # trials at once that pack=auto tries
+OFF = "off"
+UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+FORMATS = tuple(name for name in Dtype.__members__ if name != Dtype.auto.name)
+ONE_OF = {
+    "quant.bnb_4bit_quant_type": ("nf4", "fp4"),
+    "quant.bnb_4bit_compute_dtype": FORMATS,
+    "train.autocast": FORMATS,
+}
+
+
+# ---- validation ------------------------------------------------------------------------------------
+
+
+def _check_keys(tree: Mapping[str, Any], schema: Any, where: str = "") -> None:
+    """Refuse a key that nobody reads, as an added one (``+train.learning_rte``) may be."""
+    kinds = typing.get_type_hints(schema)
+    for key, value in tree.items():
+        if key not in kinds:
+            raise InputError(f"{where}{key}: no such key; {suggest(str(key), list(kinds))}")
+        if dataclasses.is_dataclass(kinds[key]) and isinstance(value, Mapping):
+            _check_keys(value, kinds[key], f"{where}{key}.")
+
+
+def _check_complete(cfg: DictConfig, schema: Any, where: str = "") -> None:
+    """Refuse a configuration that lacks a key, as one that was deleted (``~seed``)."""
+    for field, kind in typing.get_type_hints(schema).items():
+        if field not in cfg.keys():  # noqa: SIM118 (a value that must yet be given is not "in")
+            raise InputError(f"{where}{field}: must be given; it cannot be deleted")
+        if dataclasses.is_dataclass(kind) and not OmegaConf.is_missing(cfg, field):
+            _check_complete(cfg[field], kind, f"{where}{field}.")
+
+
+def _check_values(tree: dict[str, Any]) -> None:
+    for key, allowed in ONE_OF.items():
+        if (value := _at(tree, key)) is not None and value not in allowed:
+            raise InputError(f"{key}={value}: must be one of {', '.join(allowed)}")
+    limits.check(tree, _least_of_method(tree["method"]))
+    if tree["train"]["keep_best"] and tree["train"]["eval_every"] is None:
+        raise InputError("train.keep_best=true: needs train.eval_every, the interval of the validations it compares")
+    for key in ("train.best_metric", "halving.metric"):
+        metric = _at(tree, key) or "loss"
+        if metric != "loss" and metric.partition(".")[0] not in tree["eval"]:
+            raise InputError(f"{key}={metric}: must be loss or <eval>.<metric> of {', '.join(tree['eval'])}")
+    if tree["memory_limit"] is not None:
+        size_in_bytes(tree["memory_limit"], "memory_limit")
+    for key, name in [("study", tree["study"]), *(("eval", name) for name in tree["eval"])]:
+        if not store.is_plain(str(name)):
+            raise InputError(
+                f'{key}={name}: must be a plain name of at most 100 characters, without any of /\\:*?"<>| and '
+                "not beginning with '.'"
+            )
+
+
+def _least_of_method(method: Mapping[str, Any]) -> dict[str, float]:
+    """The defaults of the method's own class: of OFT r=0, for one, means that its block size decides."""
+    config = pydoc.locate(str(method.get("_target_")))
+    fields = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
+    return {f"method.{one.name}": one.default for one in fields if isinstance(one.default, int | float)}
+
+
+def _check_halving(config: Config, sweeper: str | None) -> None:
+    """A rung must be a step at which the trial is validated anyway, so that it changes nothing of the trial."""
+    halving, every = config.halving, config.train.eval_every
+    if halving.min_steps is None:
+        return
+    if sweeper not in (None, "grid"):
+        raise InputError(f"halving: is done by hydra/sweeper=grid, not by {sweeper}")
+    if config.objective is not None:
+        raise InputError("objective: is for a sweeper such as hydra/sweeper=optuna; halving judges by halving.metric")
+    if not (every or "").isdigit() or int(every or 1) < 1 or halving.min_steps % int(every or 1):
+        raise InputError(f"train.eval_every={every}: must be steps that divide halving.min_steps={halving.min_steps}")
+    steps, most = config.train.steps, config.train.steps // halving.factor
+    if config.train.epochs is None and steps and halving.min_steps > most:
+        said = f"halving.min_steps={halving.min_steps}: must be at most {most}"
+        raise InputError(f"{said}, train.steps={steps} divided by halving.factor={halving.factor}")
+
+
+def _check_objective(config: Config) -> None:
+    """As far as it can be known before a record is there."""
+    said = config.objective
+    columns = [said] if isinstance(said, str) else [] if said is None else said
+    if not isinstance(columns, list) or not all(isinstance(column, str) for column in columns):
+        raise InputError(f"objective={said}: must be a column of the record, or a list of columns")
+    for column in columns:
+        section, *names = column.split(".")
+        if section not in SECTIONS or not names:
+            raise InputError(f"objective={column}: must be a column of {', '.join(SECTIONS)}")
+        if section == "eval_info" and names[0] not in config.eval:
+            raise InputError(
+                f"objective={column}: eval_info.{names[0]} is not evaluated; {suggest(names[0], list(config.eval))}"
+            )
+
+
+def check_expanded(cfg: DictConfig, given: Iterable[str]) -> None:
+    """Refuse a composed point whose options bring axes that were not expanded: it is a trial nobody asked for.
+
+    ``given`` are the keys of the point's words.
+
+    Raises:
+        InputError: the line names the axes.
+    """
+    axes = OmegaConf.select(cfg, "hydra.sweeper.params") or {}
+    lacking = [name for name in (str(key).lstrip("+") for key in axes) if name not in given]
+    if lacking:
+        options = [f"{group}={option}" for group, option in cfg.hydra.runtime.choices.items() if group == "sweep"]
+        raise InputError(
+            f"{', '.join(options)}: is more than one trial, it sweeps {', '.join(lacking)}; only the command line "
+            "expands it, with hydra/sweeper=grid"
+        )
+
+
+def check_joinable(word: str, sweeps: Mapping[str, DictConfig]) -> None:
+    """Refuse a ``word`` of options of ``sweep``, composed one by one, that differ in what is of a sweep as a whole.
+
+    Raises:
+        InputError: the line names the key and the values, or there is no option.
+    """
+    if not sweeps:
+        raise InputError(f"{word}: matches no option of sweep")
+    for key in WHOLE_SWEEP:
+        (first, value), *others = ((option, _plain(cfg, key)) for option, cfg in sweeps.items())
+        for option, other in others:
+            if other != value:
+                raise InputError(
+                    f"{word}: cannot be joined, as {key} is of the sweep as a whole, and is {value} in {first} and "
+                    f"{other} in {option}; give it on the command line"
+                )
+
+
+def _plain(cfg: DictConfig, key: str) -> Any:
+    value = OmegaConf.select(cfg, key)
+    return OmegaConf.to_container(value, enum_to_str=True) if OmegaConf.is_config(value) else value
+
+
+def placement(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of ``hydra.launcher`` as ``workers.Options`` takes them.
+
+    Raises:
+        InputError: one is unknown, or out of range.
+    """
+    for key, value in options.items():
+        if key not in LAUNCHER:
+            raise InputError(f"hydra.launcher.{key}: no such key; {suggest(key, list(LAUNCHER))}")
+        least = LAUNCHER[key]
+        if least is None or (value is None and key != "retries"):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= limits.LARGEST:
+            raise InputError(f"hydra.launcher.{key}={value}: must be a whole number, at least {least}")
+    devices = options.get("devices")
+    if devices is not None and not (isinstance(devices, list | tuple) and devices and all(map(_is_number, devices))):
+        raise InputError(f"hydra.launcher.devices={devices}: must be numbers of CUDA devices, such as [0,2], or null")
+    times = {key: seconds(options.get(key), f"hydra.launcher.{key}") for key in ("timeout", "deadline")}
+    return dict(options) | times | _packing(options.get("pack", OFF), options.get("measure"))
+
+
+def _is_number(device: Any) -> bool:
+    return str(device).isdecimal() and not isinstance(device, bool)
+
+
+def _packing(size: Any, measure: Any) -> dict[str, Any]:
+    """``hydra.launcher.pack`` and ``measure`` as ``workers.Options`` takes them."""
+    if measure not in (None, "alone"):
+        raise InputError(f"hydra.launcher.measure={measure}: must be alone or null")
+    if size in (OFF, None) or size is False:  # which yaml makes of a bare off
+        number = None
+    elif size == "auto":
+        number = PACK
+    elif isinstance(size, int) and not isinstance(size, bool) and size >= 2:
+        number = size
+    else:
+        raise InputError(f"hydra.launcher.pack={size}: must be auto, off or a number of trials, at least 2")
+    return {"pack": number, "probe": size == "auto", "measure": measure == "alone"}
+
+
+def seconds(text: str | float | None, key: str) -> float | None:
+    """``2h``, ``30m``, ``90s`` or a number of seconds; None stays None.
+
+    Raises:
+        InputError: it is no such time.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", str(text).strip())
+    if found is None or not float(found[1]):
+        raise InputError(f"{key}={text}: must be a time such as 90s, 30m, 2h or 1d")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+
+
+def size_in_bytes(text: str, key: str) -> float:
+    """``24GB`` or ``512 MiB`` as a number.
+
+    Raises:
+        InputError: it is no such size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
+    if found is None or found[2] not in UNITS or not float(found[1]):
+        raise InputError(f"{key}={text}: must be a size such as 24GB; units: {', '.join(UNITS)}")
+    return float(found[1]) * UNITS[found[2]]
+
+
+def _at(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def _check_warmup(config: Config, rows: data_rows.Rows | None) -> None:
+    """As far as the length of the training is known: with epochs from the rows, whose tokens are not counted yet."""
+    from peftsweep.training import length, optimizer  # imports torch, which `--help` must not
+
+    if config.adapter.path is None and (rows is not None or config.train.epochs is None):
+        optimizer.check_warmup(
+            config.train, length.total_steps(config.train, len(rows.train) if rows is not None else 1)
+        )
+
+
+def _check_files(config: Config) -> None:
+    """A file that is named must be there, whether or not this trial would read it."""
+    own = config.dataset
+    files = {"path": own.path, "test_path": own.test_path, "validation.path": own.validation.path}
+    for key, path in files.items():
+        if path is not None and not Path(path).is_file():
+            raise InputError(f"dataset.{key}={path}: no such file")

@@ -1,0 +1,201 @@
+"""From a composed configuration to a trial: the schema's registration, validation, identity.
+
+The identity of a trial is a hash of everything that changes its numbers and of nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import re
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from peftsweep.config.calls import _check_calls, one_line
+from peftsweep.config.checks import (
+    _check_complete,
+    _check_files,
+    _check_halving,
+    _check_keys,
+    _check_objective,
+    _check_values,
+    _check_warmup,
+)
+from peftsweep.config.evaluations import _check_evaluation_rows, _check_metrics
+from peftsweep.config.fill import _fill_from_files, _read_newlines, _schema, _use_current_names, conf_dir
+from peftsweep.config.identity import Identity, _identity
+from peftsweep.config.restored import FROM_FILE
+from peftsweep.data import fingerprint, hub
+from peftsweep.data import rows as data_rows
+from peftsweep.errors import InputError
+from peftsweep.observe import fast_dtype
+from peftsweep.schema import Config, Dtype
+from peftsweep.study import trust
+
+NEVER = ("no", "off", "false", "never", "none", "0")  # as people write null for an interval
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One point of a sweep, checked."""
+
+    config: Config
+    tree: dict[str, Any]  # the same as plain values, for result.json
+    choices: dict[str, str]  # the option chosen in each group
+    overrides: list[str]
+    rows: data_rows.Rows | None  # None for hub data, which is not loaded before it is needed
+    identity: str
+    training: str  # the identity of the training alone, whatever is evaluated
+    slug: str
+    earlier: Identity | None = None  # by the first rule, where another
+    # Which fields of an experiment's files were taken, and which not: see experiment.Reading.facts.
+    experiment: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
+    told_by: str = ""  # what tells it from the other trials of its sweep and study
+    offline: bool = False  # the hub does not answer, as a process has found that the trial was sent from
+
+    @property
+    def name(self) -> str:
+        """What the trial is called beside others, see naming; its label where it is alone."""
+        return self.told_by or self.label
+
+    @property
+    def label(self) -> str:
+        """The name a sweep gave this point, by default its slug."""
+        return self.config.label or self.slug
+
+
+def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterable[str] = ()) -> Trial:
+    """Check ``cfg`` and turn it into plain values. Reads local data files; loads no model.
+
+    Raises:
+        InputError: something in it is wrong; the line names the key and what is allowed.
+    """
+    cfg = cfg.copy()
+    OmegaConf.set_struct(cfg, False)
+    cfg.pop("hydra", None)
+    overrides = list(overrides)
+    _check_complete(cfg, Config)
+    _read_newlines(cfg, overrides)
+    if not cfg.method and choices.get("method") not in ("full", FROM_FILE, None):
+        raise InputError(f"method={choices['method']}: its yaml names no method; it needs method: {{_target_: peft.X}}")
+    source, own = _source(cfg), {name for _, name in trust.names(OmegaConf.to_container(cfg))}
+    made, heeded = _fill_from_files(cfg, overrides, choices)
+    choices = dict(choices) | made
+    _use_current_names(cfg)
+    if cfg.model.dtype is Dtype.auto:
+        cfg.model.dtype = fast_dtype.resolve(str(cfg.device))
+    if source and not cfg.trust:
+        trust.check(typing.cast(dict[str, Any], OmegaConf.to_container(cfg)), Path(conf_dir()), own, source)
+    for key in ("eval_every", "checkpoint_every"):
+        if str(cfg.train[key]).lower() in NEVER:
+            cfg.train[key] = None
+    if cfg.halving.min_steps is not None:
+        cfg.train.eval_every = cfg.train.eval_every or str(cfg.halving.min_steps)
+        cfg.halving.metric = cfg.halving.metric or cfg.train.best_metric
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
+        raise InputError(f"{missing[0]}: must be given")
+    try:
+        tree = typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
+        config = typing.cast(Config, OmegaConf.to_object(OmegaConf.merge(_schema(), cfg)))
+    except OmegaConfBaseException as error:
+        raise InputError(one_line(error)) from None
+    _check_keys(tree, Config)
+    # An interpolation such as ${model.dtype} is an Enum's member there and must be the name a library knows.
+    config = dataclasses.replace(config, method=tree["method"], quant=tree["quant"], eval=tree["eval"])
+    _check_values(tree)
+    _check_halving(config, choices.get("hydra/sweeper"))
+    _check_objective(config)
+    _check_calls(config, choices)
+    _check_files(config)
+    rows = None if config.dataset.hub and not config.dataset.path else _rows(config)
+    _check_evaluation_rows(config, rows or _test_rows(config))
+    _check_warmup(config, rows)
+    _check_metrics(config)
+    chosen = {group: str(option) for group, option in choices.items() if option and not group.startswith("hydra/")}
+    if config.method and chosen["method"] in ("full", FROM_FILE):  # a named point, which brings its method itself
+        chosen["method"] = config.method["_target_"].rpartition(".")[2].removesuffix("Config").lower()
+    elif chosen["method"] == FROM_FILE:
+        chosen["method"] = "full"
+    identity, first = _identity(config, rows), _identity(config, rows, rule=1)
+    del tree["halving"]["rung"]  # how far the trial goes now is no part of what it is
+    return Trial(
+        config=config,
+        tree=tree,
+        choices=chosen,
+        overrides=overrides,
+        rows=rows,
+        identity=identity.trial,
+        training=identity.training,
+        slug=_slug(chosen, config),
+        earlier=first if first.trial != identity.trial else None,
+        experiment=heeded,
+    )
+
+
+def without_rows(trial: Trial) -> Trial:
+    """The trial without its rows, to be sent to another process, which reads them itself."""
+    return dataclasses.replace(trial, rows=None, offline=hub.is_offline())
+
+
+def with_rows(trial: Trial) -> Trial:
+    """The trial of ``without_rows`` with its rows, read again.
+
+    Raises:
+        InputError: they are not those any more that it was checked with.
+    """
+    config = trial.config
+    if trial.offline:
+        hub.go_offline()
+    rows = None if config.dataset.hub and not config.dataset.path else _rows(config)
+    if _identity(config, rows).training != trial.training:
+        raise InputError("dataset: the files have changed since the sweep began")
+    return dataclasses.replace(trial, rows=rows)
+
+
+def _source(cfg: DictConfig) -> str | None:
+    """The key that names a record, an adapter or an experiment to be read, with its value."""
+    paths = {"repeat": cfg.repeat, "adapter.path": cfg.adapter.path, "method.path": cfg.method.get("path")}
+    paths["train.params_file"] = cfg.train.params_file
+    return next((f"{key}={path}" for key, path in paths.items() if path is not None), None)
+
+
+# ---- identity --------------------------------------------------------------------------------------
+
+
+def _rows(config: Config) -> data_rows.Rows:
+    """The rows of a local dataset, read once for all points of a sweep."""
+    own = config.dataset
+    files = [Path(path) for path in (own.path, own.test_path, own.validation.path) if path is not None]
+    contents = tuple(fingerprint.file_hash(file) for file in files if file.is_file())
+    return _cached_rows(pickle.dumps(config.dataset), config.train.eval_every is not None, contents)
+
+
+def _test_rows(config: Config) -> data_rows.Rows | None:
+    """Of a dataset of the hub the local test rows, where a file of them is given; None without."""
+    own = config.dataset
+    if own.test_path is None:
+        return None
+    return data_rows.Rows([], test=data_rows.read_rows(own.test_path, "dataset.test_path", own.encoding))
+
+
+@lru_cache(maxsize=4)
+def _cached_rows(dataset: bytes, validation: bool, _contents: tuple[str, ...]) -> data_rows.Rows:
+    return data_rows.load_rows(pickle.loads(dataset), validation=validation)
+
+
+def _slug(choices: Mapping[str, str], config: Config) -> str:
+    rank = f"r{config.method['r']}" if "r" in config.method else ""
+    targets = choices["targets"] if choices["targets"] != "default" else ""
+    compiled = config.train.compile if config.train.compile != "none" else ""
+    parts = [choices["model"], choices["method"], rank, targets, choices["quant"], choices["dataset"], compiled]
+    if config.label and any(group.startswith("point") for group in choices):
+        parts = [choices["model"], config.label, choices["quant"], choices["dataset"]]
+    name = "-".join([*filter(None, parts), f"s{config.seed}"])
+    return re.sub(r"[^\w.-]+", "_", name)[:120]

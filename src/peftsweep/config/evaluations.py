@@ -1,0 +1,181 @@
+"""Which rows a trial's evaluations judge on, and which are set aside for validation; checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import pydoc
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from peftsweep.data import rows as data_rows
+from peftsweep.data import templates, tokens
+from peftsweep.errors import InputError, suggest
+from peftsweep.schema import Config, DatasetConfig, Init, RowsConfig
+
+ROWS_KEYS = tuple(field.name for field in dataclasses.fields(RowsConfig))
+HARNESS = "peftsweep.evaluation.harness.lm_eval"  # whose tasks bring their own rows
+
+
+def _check_evaluation_rows(config: Config, rows: data_rows.Rows | None) -> None:
+    """Fill the evaluations' templates from every local row, so that a missing column is known before training."""
+    for name in config.eval:
+        source = evaluation_source(config, name)
+        if source.path or (not source.hub and rows is not None):
+            own = data_rows.evaluation_rows(source, f"eval.{name}", rows.test if rows else [])
+            _check_norm(config, name, test_examples(config, name, own))
+            test_rows(config, name, rows or data_rows.Rows([]))  # are there enough to set some aside?
+
+
+def _check_norm(config: Config, name: str, examples: list[templates.Example]) -> None:
+    """Refuse to compare or choose by ``acc_norm`` where something else than the choices' texts is scored."""
+    from peftsweep.evaluation import evaluate  # imports torch, which `--help` must not
+
+    node = config.eval[name]
+    if pydoc.locate(node["_target_"]) is not evaluate.multiple_choice or evaluate.scores_texts(examples):
+        return
+    by = {f"eval.{name}.headline": node.get("headline")} | {
+        key: metric.removeprefix(f"{name}.") for key, metric in _validation_metrics(config).items()
+    }
+    for key, metric in by.items():
+        if metric == "acc_norm":
+            why = "as something else than its choices' texts is scored"
+            raise InputError(f"{key}: eval.{name} does not measure acc_norm, {why}; must be acc")
+
+
+def test_rows(config: Config, name: str, rows: data_rows.Rows) -> list[data_rows.Row]:
+    """The rows that ``eval.<name>`` judges on, without those that it sets aside for validation."""
+    return _parted(config, name, rows)[1]
+
+
+def validation_rows(config: Config, name: str, rows: data_rows.Rows) -> list[data_rows.Row] | None:
+    """The rows that ``eval.<name>`` validates on; None where it does not.
+
+    One that judges on the dataset's test rows validates on the dataset's validation rows. One with rows of its own
+    validates only where a metric of it chooses among weights or trials, and then on some that it sets aside.
+    """
+    if not rows.validation or config.eval[name].get("_target_") == HARNESS:
+        return None
+    if same_source(config, name):
+        return rows.validation
+    source = evaluation_source(config, name)
+    return _parted(config, name, rows)[0] if source.path or source.hub else rows.validation
+
+
+def _parted(config: Config, name: str, rows: data_rows.Rows) -> tuple[list[data_rows.Row] | None, list[data_rows.Row]]:
+    found = data_rows.evaluation_rows(evaluation_source(config, name), f"eval.{name}", rows.test)
+    if not sets_aside(config, name):
+        return None, found
+    own = config.dataset
+    return data_rows.set_aside(found, own.validation_samples, own.split_seed, f"eval.{name}")
+
+
+def sets_aside(config: Config, name: str) -> bool:
+    """Whether ``eval.<name>`` sets rows of its own aside, as its metric is asked for in validation."""
+    source = evaluation_source(config, name)
+    named = [metric.partition(".")[0] for metric in _validation_metrics(config).values()]
+    own = bool(source.path or source.hub) and not same_source(config, name)
+    return config.train.eval_every is not None and own and name in named
+
+
+def _validation_metrics(config: Config) -> dict[str, str]:
+    """The metrics by which a validation chooses, by their keys."""
+    found = {"train.best_metric": config.train.best_metric, "halving.metric": config.halving.metric}
+    return {key: metric for key, metric in found.items() if metric is not None and metric != "loss"}
+
+
+def _check_metrics(config: Config) -> None:
+    """Refuse a metric that its evaluation does not measure, or that can only be measured on test rows."""
+    from peftsweep.evaluation import evaluate  # imports torch, which `--help` must not
+
+    asked = [(key, *metric.partition(".")[::2]) for key, metric in _validation_metrics(config).items()]
+    for key, name, _ in asked:
+        if config.eval[name].get("_target_") == HARNESS:
+            raise InputError(f"{key}: eval.{name} judges on the test rows of its tasks, and cannot validate")
+    said = [config.objective] if isinstance(config.objective, str) else config.objective or []
+    columns = [column.split(".") for column in said if column.startswith("eval_info.") and column.endswith(".value")]
+    asked += [("objective", column[1], ".".join(column[2:-1]).removeprefix("base_")) for column in columns]
+    for key, name, metric in asked:
+        node = config.eval[name]
+        known = evaluate.measures(pydoc.locate(node["_target_"]), node)
+        if known is not None and metric not in known:
+            raise InputError(f"{key}: eval.{name} does not measure '{metric}'; {suggest(metric, list(known))}")
+
+
+def check_conversations(config: Config) -> None:
+    """Let a local tokenizer's chat template render all local rows, so that what it refuses is known before training."""
+    from peftsweep.models.model import source  # imports torch, which `--help` must not
+
+    if not config.dataset.chat or config.model.init is Init.random:
+        return
+    own = {name: evaluation_source(config, name) for name in config.eval}
+    paths = [config.dataset.path, config.dataset.test_path, *(rows.path for rows in own.values())]
+    folder = Path(source(config.model))
+    files = [*(Path(path) for path in paths if path), *(folder.iterdir() if folder.is_dir() else ())]
+    stamps = tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(files))
+    if folder.is_dir():
+        _render_all(pickle.dumps((config.model, config.dataset, config.eval)), stamps)
+
+
+@lru_cache(maxsize=4)
+def _render_all(settings: bytes, _stamps: tuple[tuple[str, int, int], ...]) -> None:
+    from peftsweep.models.model import load_tokenizer
+
+    config = Config()
+    config.model, config.dataset, config.eval = pickle.loads(settings)
+    tokenizer, own = load_tokenizer(config.model), config.dataset
+    for key in ("path", "test_path"):
+        if path := getattr(own, key):
+            read = data_rows.read_rows(path, f"dataset.{key}", own.encoding)
+            rendered(own, templates.dataset_examples(own, read, path), tokenizer, file=path)
+    for name in config.eval:
+        source = evaluation_source(config, name)
+        if source.path:
+            made = test_examples(config, name, data_rows.evaluation_rows(source, f"eval.{name}", []))
+            rendered(own, made, tokenizer, f"eval.{name}", source.path)
+
+
+def rendered(
+    dataset: DatasetConfig, examples: list[templates.Example], tokenizer: Any, key: str = "dataset", file: str = ""
+) -> list[templates.Example]:
+    """``examples`` as the tokenizer's chat template (or the plain layout) renders them, if the dataset wishes so.
+
+    Texts, which have no prompts at all, are no conversations.
+    """
+    chat = dataset.chat and any(example.prompt for example in examples)
+    return tokens.through_chat_template(
+        tokenizer, examples, chat_template=chat, turns=dataset.turns, key=key, file=file
+    )
+
+
+def test_examples(config: Config, name: str, rows: Iterable[data_rows.Row]) -> list[templates.Example]:
+    """``rows`` as ``eval.<name>`` shows them to the model: by its own templates, else by the dataset's."""
+    node, own = config.eval[name], config.dataset
+    source = rows_config(node)
+    mine = source.prompt is None and source.answer is None  # then the rows are as the dataset's
+    classes = node.get("classes") or (own.classes if mine else ())
+    prompt = own.prompt if source.prompt is None else source.prompt
+    answer = own.answer if source.answer is None else source.answer
+    reader = source.reader or (own.reader if mine else None)
+    return templates.examples(rows, prompt, answer, f"eval.{name}", "", classes, reader, own.missing)
+
+
+def evaluation_source(config: Config, name: str) -> RowsConfig:
+    """The rows of ``eval.<name>``: those of the trial's files, where these stand for the evaluation's hub dataset."""
+    source, own = rows_config(config.eval[name]), config.dataset
+    if own.path and source.hub and source.hub == own.hub:
+        return dataclasses.replace(source, hub=None)
+    return source
+
+
+def same_source(config: Config, name: str) -> bool:
+    """Whether the rows of ``eval.<name>`` are of the hub dataset that ``dataset.validation`` names, of another part."""
+    hub = config.dataset.validation.hub
+    return hub is not None and rows_config(config.eval[name]).hub == hub
+
+
+def rows_config(node: Mapping[str, Any]) -> RowsConfig:
+    """The part of an ``eval`` entry that names its rows."""
+    return RowsConfig(**{key: node[key] for key in ROWS_KEYS if key in node})

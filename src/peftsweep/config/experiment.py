@@ -1,0 +1,387 @@
+"""Experiments as PEFT's method comparison keeps them: a folder with adapter_config.json and training_params.json.
+
+``read`` gives what the files of a folder say as keys of a trial, and of each field of each file whether it was taken.
+A folder of PEFT's text generation benchmark has benchmark_params.json beside the adapter_config.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peftsweep.config.experiment_keys import (
+    BENCHMARK,
+    BITSANDBYTES,
+    CATEGORIES,
+    DEFAULTS,
+    EVALUATIONS,
+    INFERENCE,
+    KEYS,
+    MODEL,
+    OPTIMIZERS,
+    OTHER_FIELDS,
+    PARAMETERS,
+    QUANTISED,
+)
+from peftsweep.errors import InputError, suggest
+from peftsweep.study.reading import Unreadable, fault, read_json
+
+ADAPTER_FILE, BENCHMARK_FILE = "adapter_config.json", "benchmark_params.json"
+TRAINING_FILES = ("training_params.json", "training_parameters.json")  # as PEFT's code and as its README call it
+FILES = (ADAPTER_FILE, BENCHMARK_FILE, *TRAINING_FILES)
+# Of an adapter_config.json, what says where it came from and not what it is.
+ORIGIN = (
+    *("peft_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode"),
+    "megatron_core",
+    "task_type",  # the model's task decides
+)
+OF_NO_EFFECT = {  # fields that change no number of a trial, and need no warning
+    "peft_version": "the installed PEFT is used",
+    "auto_mapping": "says which class was adapted",
+    "inference_mode": "a trial trains what it attaches",
+    "megatron_core": "is for Megatron's parallel layers",
+    "task_type": "model.task says it",
+}
+SAYS_NOTHING = "is unset"
+NAMES_NONE = "names no model: that of the sweep stands"
+OVERRIDDEN = "the command line says"
+
+
+@dataclass
+class Reading:
+    """What files say, as dotted keys of a trial, and of each field where it went or why it was not taken."""
+
+    keys: dict[str, Any] = field(default_factory=dict)
+    taken: dict[str, list[str]] = field(default_factory=dict)  # field -> the keys it went to
+    not_taken: dict[str, str] = field(default_factory=dict)  # field -> why
+
+    def take(self, name: str, **keys: Any) -> None:
+        """Put the value of the field ``name`` under keys, whose dots are written ``__``."""
+        for key, value in keys.items():
+            self.put(name, key.replace("__", "."), value)
+
+    def put(self, name: str, key: str, value: Any) -> None:
+        """Put the value of the field ``name`` under ``key``."""
+        self.keys[key] = value
+        self.taken.setdefault(name, []).append(key)
+
+    def refuse(self, key: str, reason: str) -> None:
+        """Take nothing for ``key``, for a reason that the fields that went there are told."""
+        self.keys.pop(key, None)
+        for name in [name for name, keys in self.taken.items() if key in keys]:
+            self.taken[name].remove(key)
+            self.not_taken[name] = reason
+            if not self.taken[name]:
+                del self.taken[name]
+
+    def only(self, names: Mapping[str, Any]) -> Reading:
+        """The same, of which only the fields ``names`` were said; the others are defaults."""
+        taken = {name: keys for name, keys in self.taken.items() if name.partition(".")[0] in names}
+        return Reading(self.keys, taken, self.not_taken)
+
+    def __or__(self, other: Reading) -> Reading:
+        """Both, of which the second wins; a field of the same name is then told apart by its file's."""
+        return Reading(self.keys | other.keys, self.taken | other.taken, self.not_taken | other.not_taken)
+
+    def facts(self) -> dict[str, dict[str, str]]:
+        """For the record: each field's keys, and each field that was not taken with the reason."""
+        return {"taken": {name: ", ".join(keys) for name, keys in self.taken.items()}, "not_taken": self.not_taken}
+
+
+def unheeded(facts: Mapping[str, Mapping[str, str]]) -> str | None:
+    """The fields that were not taken and would have changed something, as a warning names them; None for none."""
+    quiet = (SAYS_NOTHING, NAMES_NONE, OVERRIDDEN, *OF_NO_EFFECT.values())
+    said = [f"{name} ({why})" for name, why in facts.get("not_taken", {}).items() if not why.startswith(quiet)]
+    return f"not taken of the experiment's files: {'; '.join(said)}" if said else None
+
+
+def folders(root: str | None) -> list[Path]:
+    """The experiments below ``root``, in order of their names.
+
+    Raises:
+        InputError: there is none.
+    """
+    if root is None:
+        raise InputError("experiments: must be given, the folder of the experiments")
+    found = {file.parent for name in FILES for file in Path(root).expanduser().rglob(name)}
+    if not found:
+        raise InputError(f"experiments={root}: no folder below it holds an {ADAPTER_FILE} or a {TRAINING_FILES[0]}")
+    return sorted(found)
+
+
+def label(folder: str) -> str:
+    """How PEFT's comparison calls the experiment in ``folder``: lora/llama-3.2-3B-rank32."""
+    return "/".join(Path(folder).expanduser().resolve().parts[-2:])
+
+
+def read(folder: str | None, parameters: str | None) -> Reading:
+    """What the experiment in ``folder`` says, with the training parameters of ``parameters``, a file or folder.
+
+    Without ``parameters`` those in ``folder`` are taken, if there are any. The key ``method`` is a node with
+    ``_target_``, ``quant`` too; keys of ``eval.*`` are for every evaluation that writes.
+
+    Raises:
+        InputError: there is no such file or folder, it cannot be read, or it says something unknown or impossible.
+    """
+    found = adapter(folder) if folder is not None else Reading()
+    if folder is not None and parameters is None and training_file(Path(folder).expanduser()):
+        parameters = folder
+    if parameters is not None:
+        found = _models_agree(found, training(parameters))
+    if folder is not None and (file := Path(folder).expanduser() / BENCHMARK_FILE).is_file():
+        found = _models_agree(found, benchmark(_read(file, "method.path"), f"method.path={file}"))
+    return found
+
+
+def _models_agree(first: Reading, second: Reading) -> Reading:
+    """Both; of two that name a model the second decides, as it does where PEFT loads the model itself."""
+    if MODEL in first.keys and MODEL in second.keys and first.keys[MODEL] != second.keys[MODEL]:
+        first.refuse(MODEL, f"model_id says {second.keys[MODEL]}")
+        first.refuse("model.revision", f"model_id says {second.keys[MODEL]}")
+    twice = {name for name in (*second.taken, *second.not_taken) if name in first.taken or name in first.not_taken}
+    taken = {f"benchmark_params.{name}" if name in twice else name: keys for name, keys in second.taken.items()}
+    not_taken = {f"benchmark_params.{name}" if name in twice else name: why for name, why in second.not_taken.items()}
+    return first | Reading(second.keys, taken, not_taken)
+
+
+# ---- the method ------------------------------------------------------------------------------------
+
+
+def adapter(folder: str) -> Reading:
+    """The method of the experiment in ``folder``, as a node with ``_target_``; without a file it is full fine-tuning.
+
+    Raises:
+        InputError: there is no such folder, the file cannot be read, or PEFT knows no such method or option.
+    """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # takes seconds, which `--help` has not
+
+    if not Path(folder).expanduser().is_dir():
+        raise InputError(f"method.path={folder}: no such folder")
+    file = Path(folder).expanduser() / ADAPTER_FILE
+    if not file.is_file():
+        if training_file(file.parent) or (file.parent / BENCHMARK_FILE).is_file():
+            return Reading({"method": {}})
+        raise InputError(f"method.path={folder}: holds no {ADAPTER_FILE}")
+    said = _read(file, "method.path")
+    kinds = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    kind = str(said.get("peft_type"))
+    if kind not in kinds:
+        raise InputError(
+            f"method.path={file}: peft_type {kind}: PEFT knows no such method; {suggest(kind, list(kinds))}"
+        )
+    return _options(said, kinds[kind], file)
+
+
+def _options(said: Mapping[str, Any], config: Any, file: Path) -> Reading:
+    hints, fields = typing.get_type_hints(config), {one.name: one for one in dataclasses.fields(config)}
+    method: dict[str, Any] = {"_target_": f"peft.{config.__name__}"}
+    found = Reading({"method": method}, {"peft_type": ["method._target_"]})
+    for name, value in said.items():
+        if name in OF_NO_EFFECT:
+            found.not_taken[name] = OF_NO_EFFECT[name]
+        elif name == "base_model_name_or_path":
+            _take_model(found, name, value)
+        elif name == "revision":
+            if value is None or not said.get("base_model_name_or_path"):
+                found.not_taken[name] = SAYS_NOTHING if value is None else "is of a model that is not named"
+            else:
+                found.put(name, "model.revision", value)
+        elif name in fields and name not in ORIGIN:
+            method[name] = _nested(value, hints[name])
+            found.taken[name] = [f"method.{name}"]
+        elif name not in ORIGIN:
+            if value not in (None, False, {}, []):
+                raise InputError(f"method.path={file}: {config.__name__} has no {name}; {suggest(name, list(fields))}")
+            found.not_taken[name] = SAYS_NOTHING
+    return found
+
+
+def _take_model(found: Reading, name: str, value: Any) -> None:
+    if value:
+        found.put(name, MODEL, str(value))
+    else:
+        found.not_taken[name] = NAMES_NONE
+
+
+# ---- training --------------------------------------------------------------------------------------
+
+
+def training_file(folder: Path) -> Path | None:
+    """The training parameters in ``folder``, under either of their names; None where it holds none.
+
+    Raises:
+        InputError: it holds both.
+    """
+    found = [folder / name for name in TRAINING_FILES if (folder / name).is_file()]
+    if len(found) > 1:
+        raise InputError(f"{folder}: holds both {' and '.join(TRAINING_FILES)}; must hold one of them")
+    return found[0] if found else None
+
+
+def training(path: str) -> Reading:
+    """The keys that a training_params.json sets, dotted, over the defaults of PEFT's comparison.
+
+    A folder stands for the file in it, or for the defaults alone where it holds none.
+
+    Raises:
+        InputError: there is no such file, it cannot be read, or it says something unknown.
+    """
+    file = Path(path).expanduser()
+    if file.is_dir():
+        own = training_file(file)
+        return translated(_read(own, "train.params_file") if own else {}, f"train.params_file={own or file}")
+    if not file.is_file():
+        raise InputError(f"train.params_file={path}: no such file")
+    return translated(_read(file, "train.params_file"), f"train.params_file={file}")
+
+
+def translated(parameters: Mapping[str, Any], source: str) -> Reading:
+    """The keys that training parameters of PEFT's comparison set, dotted, over its defaults.
+
+    Raises:
+        InputError: one is unknown or impossible; ``source`` says where it stands.
+    """
+    said = DEFAULTS | dict(parameters)
+    known = (*KEYS, *OTHER_FIELDS)
+    for name in said:
+        if name not in known:
+            raise InputError(f"{source}: {name}: no such parameter; {suggest(name, list(known))}")
+    if wrong := fault(dict(parameters), PARAMETERS):
+        raise InputError(f"{source}: {wrong}")
+    found = Reading()
+    for theirs, ours in KEYS.items():
+        if theirs in said and theirs not in ("dtype", "query_template"):
+            found.put(theirs, ours, said[theirs])
+    _take_optimizer(found, said, source)
+    _take_validation(found, said, parameters, source)
+    _take_numbers(found, said, source)
+    if "model_id" in said:
+        _take_model(found, "model_id", said["model_id"])
+    if "compile" in said:
+        dynamic = True if said["compile"] else None
+        found.take("compile", train__compile="inductor" if said["compile"] else "none", train__compile_dynamic=dynamic)
+    if "query_template" in said:
+        if "{query}" not in str(said["query_template"]):
+            raise InputError(f"{source}: query_template must contain {{query}}")
+        found.put("query_template", "dataset.prompt", said["query_template"])
+        found.put("query_template", f"{EVALUATIONS}prompt", said["query_template"])
+    if text := said.get("init_kv_cache_prefix"):
+        node = {"_target_": "peftsweep.models.initialise.prefix_from_text", "text": text}
+        found.put("init_kv_cache_prefix", "method_setup", node)
+    elif "init_kv_cache_prefix" in said:
+        found.taken["init_kv_cache_prefix"] = ["method_setup"]
+    return found.only(parameters)
+
+
+def _take_optimizer(found: Reading, said: Mapping[str, Any], source: str) -> None:
+    kind, options = said["optimizer_type"], dict(said["optimizer_kwargs"])
+    found.take("optimizer_type", train__optimizer=OPTIMIZERS.get(str(kind).lower(), f"torch.optim.{kind}"))
+    found.take("optimizer_kwargs", train__learning_rate=options.pop("lr", 1e-3))  # torch's own
+    found.take("optimizer_kwargs", train__weight_decay=options.pop("weight_decay", 0.01))  # torch's own
+    found.take("optimizer_kwargs", train__optimizer_kwargs=options)
+    found.keys["train.learning_rate_scale"] = 1.0
+    if said["lr_scheduler"] not in ("cosine", None):
+        raise InputError(f"{source}: lr_scheduler must be cosine or null")
+    cosine = said["lr_scheduler"] == "cosine"
+    found.take("lr_scheduler", train__schedule="cosine" if cosine else "constant", train__warmup=0.1 if cosine else 0.0)
+
+
+def _take_validation(found: Reading, said: Mapping[str, Any], own: Mapping[str, Any], source: str) -> None:
+    """How often, by how many rows at once, and how much is written."""
+    every, steps = said["eval_steps"], said["max_steps"]
+    if every is not None:
+        if not isinstance(every, int) or every < 1 or ("eval_steps" in own and every > steps):
+            raise InputError(f"{source}: eval_steps={every}: must be a number of steps, at most max_steps={steps}")
+        found.put("eval_steps", "train.eval_every", str(min(every, steps)))
+    if "batch_size_eval" in said:
+        found.put("batch_size_eval", f"{EVALUATIONS}batch_size", said["batch_size_eval"])
+    for name, value in (said.get("generation_kwargs") or {}).items():
+        theirs = f"generation_kwargs.{name}"
+        if name in ("max_new_tokens", "num_beams"):
+            found.put("generation_kwargs", f"{EVALUATIONS}{name}", value)
+        elif name == "max_length":
+            found.not_taken[theirs] = "prompt and written tokens together are not limited; max_new_tokens is"
+        elif (name, value) == ("do_sample", False) or value is None:
+            found.taken[theirs] = ["what evaluations do"]
+        else:
+            found.not_taken[theirs] = "evaluations decode greedily or by beams"
+
+
+def _take_numbers(found: Reading, said: Mapping[str, Any], source: str) -> None:
+    """The formats of the base's weights and of the calculation."""
+    # torch.autocast as PEFT's comparison calls it: in 16 bits of this format, with a scaled loss.
+    found.take("use_amp", train__autocast="float16" if said["use_amp"] else None)
+    dtype = said.get("dtype")
+    if dtype in QUANTISED:
+        found.put("dtype", "quant", QUANTISED[dtype])
+    elif dtype in ("float32", "float16", "bfloat16"):
+        found.put("dtype", "model.dtype", dtype)
+    elif dtype is not None:
+        raise InputError(f"{source}: dtype={dtype}: must be float32, float16, bfloat16, int8 or int4")
+
+
+# ---- inference -------------------------------------------------------------------------------------
+
+
+def benchmark(said: Mapping[str, Any], source: str) -> Reading:
+    """The keys that parameters of PEFT's text generation benchmark set.
+
+    Raises:
+        InputError: one is of a wrong type.
+    """
+    if wrong := fault(dict(said), BENCHMARK):
+        raise InputError(f"{source}: {wrong}")
+    found = Reading()
+    for name, ours in INFERENCE.items():
+        if said.get(name) is not None:
+            found.put(name, ours, said[name])
+    found.keys["inference"] = "standard"
+    for category in CATEGORIES if "max_new_tokens" in said else ():
+        found.put("max_new_tokens", f"inference.categories.{category}.new_tokens", said["max_new_tokens"])
+    for category, options in (said.get("category_generation_params") or {}).items():
+        if not isinstance(options, dict) or set(options) - {"max_new_tokens"}:
+            raise InputError(f"{source}: category_generation_params.{category}: must hold max_new_tokens alone")
+        for value in options.values():
+            found.put("category_generation_params", f"inference.categories.{category}.new_tokens", value)
+    dtype = said.get("dtype")
+    if dtype is not None:
+        if dtype not in ("float32", "float16", "bfloat16"):
+            raise InputError(f"{source}: dtype={dtype}: must be float32, float16 or bfloat16")
+        found.take("dtype", model__dtype=dtype)
+    _take_bits(found, said, str(dtype or "float16"))
+    for name in said:
+        if name not in found.taken:
+            found.not_taken[name] = SAYS_NOTHING if said[name] in (None, False) else "inference has no such option"
+    return found
+
+
+def _take_bits(found: Reading, said: Mapping[str, Any], dtype: str) -> None:
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    if said.get("use_8bit"):
+        node = {"_target_": BITSANDBYTES, "load_in_8bit": True, "llm_int8_enable_fp32_cpu_offload": True}
+        found.put("use_8bit", "quant", node)
+    elif said.get("use_4bit"):
+        found.put("use_4bit", "quant", {"_target_": BITSANDBYTES, "load_in_4bit": True} | nf4)
+
+
+def _read(file: Path, key: str) -> dict[str, Any]:
+    try:
+        said: Any = read_json(file)
+    except Unreadable as error:
+        raise InputError(f"{key}={file}: cannot be read: {str(error).removeprefix(f'{file}: ')}") from None
+    if not isinstance(said, dict):
+        raise InputError(f"{key}={file}: not a JSON object")
+    return said
+
+
+def _nested(value: Any, hint: Any) -> Any:
+    """A config within a config, such as ``kasa_config``, with the class that PEFT wants there."""
+    if isinstance(value, dict):
+        for option in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(option) and isinstance(option, type):
+                return {"_target_": f"{option.__module__}.{option.__qualname__}"} | value
+    return value

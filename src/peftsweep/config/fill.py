@@ -1,0 +1,255 @@
+"""What a configuration takes from files: options of conf/, model folders, evaluations of a data set, records."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import re
+import string
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from peftsweep.config import experiment, experiment_keys, repeat, restored
+from peftsweep.config.calls import GENERATION
+from peftsweep.config.checks import FORMATS
+from peftsweep.config.identity import MOVED, current_name, model_identity
+from peftsweep.errors import InputError
+from peftsweep.models.compatibility import stored
+from peftsweep.schema import Config
+from peftsweep.study import store
+from peftsweep.study.trust import as_text
+
+OPEN = (  # sections whose keys are the arguments of a class or function
+    *("method", "method_setup", "quant", "eval", "inference", "profiler", "tracker"),
+    *("model.architecture", "train.optimizer_kwargs", "dataset.validation.columns"),
+)
+TEMPLATE = re.compile(r"(dataset|eval\.\w+)\.(prompt|answer|stop)")  # keys of texts that may have several lines
+
+
+def register() -> None:
+    """Tell Hydra the schema, under a name of its own so that no group lists it as an option.
+
+    In the sections of ``OPEN`` a key needs no ``+``: they hold the arguments of what a yaml names, few of which it
+    lists. ``trial`` checks them.
+    """
+    node = OmegaConf.structured(Config)
+    for key in OPEN:
+        OmegaConf.set_struct(OmegaConf.select(node, key), False)
+    ConfigStore.instance().store(name="peftsweep_schema", node=node)
+
+
+def conf_dir() -> str:
+    """The folder of the configuration files: inside an installed wheel, else at the top of the checkout."""
+    here = Path(__file__).resolve().parents[1]
+    packaged = here / "conf"
+    return str(packaged if packaged.is_dir() else here.parents[1] / "conf")
+
+
+@functools.cache
+def _schema() -> DictConfig:
+    return typing.cast(DictConfig, OmegaConf.structured(Config))
+
+
+def _use_current_names(cfg: DictConfig) -> None:
+    """Have every ``_target_`` that has moved since a record or a yaml was written name what it is now."""
+    if not MOVED:
+        return
+    nodes = [cfg]
+    while nodes:
+        node = nodes.pop()
+        for key in [*node]:
+            if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
+                continue
+            if isinstance(node[key], DictConfig):
+                nodes.append(node[key])
+            elif key in ("_target_", "optimizer") and isinstance(node[key], str):
+                node[key] = current_name(node[key])
+
+
+def _fill_from_files(
+    cfg: DictConfig, overrides: Iterable[str], choices: Mapping[str, str | None]
+) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """Put what an experiment's or an adapter's files say in its place, below what the command line says.
+
+    Returns the choices that the files have made, and what became of each field of an experiment's.
+    """
+    said = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    made = _fill_from_record(cfg, said) if cfg.repeat is not None else {}
+    made |= _fill_from_adapter(cfg, said, choices) if cfg.adapter.path is not None else {}
+    folder, file = cfg.method.get("path"), cfg.train.params_file  # which may be told by method.path
+    if folder is None and file is None:
+        return made, repeat.original(cfg.repeat).run_info.get("experiment", {}) if cfg.repeat is not None else {}
+    found = experiment.read(folder, file)
+    cfg.train.params_file = None  # the same trial as one that is told the same by keys
+    for key in said - {"method", "quant", "inference"}:  # whole groups, of which an experiment's files tell more
+        found.refuse(key, f"{experiment.OVERRIDDEN} {key}")
+    if folder is not None:
+        cfg.method = as_text(found.keys.pop("method")) | {
+            key: value for key, value in cfg.method.items() if key != "path"
+        }
+        cfg.label = cfg.label or as_text(experiment.label(folder))
+    made |= _fill_model(cfg, found, said) | _fill_groups(cfg, found, said)
+    _fill_evaluations(cfg, found, said)
+    for key, value in found.keys.items():
+        OmegaConf.update(cfg, key, as_text(value), merge=False)
+    return made, found.facts()
+
+
+def _fill_model(cfg: DictConfig, found: experiment.Reading, said: set[str]) -> dict[str, str]:
+    """Have the model that an experiment names, as the preset of that name has it, unless the command line has one."""
+    if "model" in said:
+        found.refuse(experiment_keys.MODEL, f"{experiment.OVERRIDDEN} model")
+    if experiment_keys.MODEL not in found.keys:
+        found.refuse("model.revision", f"{experiment.OVERRIDDEN} model")
+        return {}
+    name = found.keys.pop(experiment_keys.MODEL)
+    if not OmegaConf.is_missing(cfg.model, "name_or_path") and cfg.model.name_or_path == name:
+        return {}
+    choice = _put_model(cfg, name, said)
+    if "train.learning_rate_scale" not in said:
+        cfg.train.learning_rate_scale = 1.0  # that of another model's recipe
+    return {"model": choice}
+
+
+def _put_model(cfg: DictConfig, name: str, said: set[str], **more: Any) -> str:
+    """Replace the model by the one called ``name``, with ``more`` of its keys; those on the command line stay."""
+    option, node = _model_node(name)
+    own = restored.own_values(cfg, {key for key in said if key.startswith("model.")})
+    cfg.model = OmegaConf.merge(_schema().model, node, {"name_or_path": as_text(name)} | more)
+    restored.put_back(cfg, own)
+    return option
+
+
+def _model_node(name: str) -> tuple[str, DictConfig]:
+    """The option of ``model`` that is called ``name`` on the hub, with its keys; of another, what any has."""
+    folder = Path(conf_dir()) / "model"
+
+    def load(option: str) -> DictConfig:
+        node = typing.cast(DictConfig, OmegaConf.load(folder / f"{option}.yaml"))
+        above = [load(other) for other in node.pop("defaults", [])]
+        return typing.cast(DictConfig, OmegaConf.merge(*above, node))
+
+    for file in sorted(folder.glob("*.yaml")):
+        if OmegaConf.select(OmegaConf.load(file), "name_or_path", throw_on_missing=False) == name:
+            return file.stem, load(file.stem)
+    return "causal_lm", load("causal_lm")
+
+
+def _fill_groups(cfg: DictConfig, found: experiment.Reading, said: set[str]) -> dict[str, str]:
+    """How the base is stored and how inference is timed, unless the command line chooses them."""
+    made = {}
+    for group in ("quant", "inference"):
+        if any(key.partition(".")[0] == group and (key == group or group == "quant") for key in said):
+            for key in [key for key in found.keys if key.partition(".")[0] == group]:
+                found.refuse(key, f"{experiment.OVERRIDDEN} {group}")
+    if "quant" in found.keys:
+        made["quant"] = stored(found.keys["quant"])
+    if option := found.keys.pop("inference", None):
+        cfg.inference = OmegaConf.load(Path(conf_dir()) / "inference" / f"{option}.yaml")
+        made["inference"] = str(option)
+    return made
+
+
+def _fill_evaluations(cfg: DictConfig, found: experiment.Reading, said: set[str]) -> None:
+    """Put what an experiment says of all evaluations into those that have such an option, and its template into all."""
+    general = {
+        key: key.removeprefix(experiment_keys.EVALUATIONS) for key in found.keys if experiment_keys.EVALUATIONS in key
+    }
+    for key, option in general.items():
+        value, names = found.keys[key], [name for name in found.taken if key in found.taken[name]]
+        nodes = {
+            f"eval.{name}.{option}": node
+            for name, node in cfg.eval.items()
+            if node.get(option) is not None and (option != "prompt" or node._target_ == GENERATION)
+        }
+        mine = {where: node for where, node in nodes.items() if where not in said}
+        for where, node in mine.items():
+            template = _with_columns(value, node.prompt) if option == "prompt" else value
+            if template is None:
+                found.not_taken[f"{names[0]}, in {where}"] = f"its rows have no one column for {{query}}: {node.prompt}"
+                continue
+            found.keys[where] = template
+            for name in names:
+                found.taken[name].append(where)
+        reason = f"{experiment.OVERRIDDEN} {', '.join(nodes)}" if nodes else f"no evaluation of the trial has {option}"
+        del found.keys[key]
+        for name in names:
+            found.taken[name].remove(key)
+            if not found.taken[name]:
+                del found.taken[name]
+                found.not_taken[name] = reason
+    prompt = found.keys.get("dataset.prompt")
+    if prompt is not None and not OmegaConf.is_missing(cfg.dataset, "prompt"):
+        found.keys["dataset.prompt"] = _with_columns(prompt, cfg.dataset.prompt)
+        if found.keys["dataset.prompt"] is None:
+            found.refuse("dataset.prompt", f"the dataset has no one column for {{query}}: {cfg.dataset.prompt}")
+
+
+def _with_columns(template: str, current: str) -> str | None:
+    """``template``, over a column query, for rows whose question is the one column of ``current``; None for more."""
+    columns = {column for _, column, _, _ in string.Formatter().parse(current) if column}
+    if "query" in columns:
+        return template
+    return template.replace("{query}", f"{{{columns.pop()}}}") if len(columns) == 1 else None
+
+
+def _fill_from_record(cfg: DictConfig, said: set[str]) -> dict[str, str]:
+    """All that the record of a trial says, key by key; what it lacks, as records of older versions do, stays."""
+    original = repeat.original(cfg.repeat)
+    if "study" not in said:
+        cfg.study = f"{original.run_info['study']}-repeat"
+    if original.folder and original.folder.parent.resolve() == store.folder(cfg.study).resolve():
+        raise InputError(f"repeat={cfg.repeat}: study={cfg.study} holds the original, which is kept; take another")
+    cfg.force = True  # or a second repeat, with other versions, would be told the first one's numbers
+    own = restored.own_values(cfg, said)
+    for key, value in original.config.items():
+        if key not in repeat.NOT_REPEATED and key not in said and key in cfg:
+            restored.put(cfg, key, value)
+    restored.put_back(cfg, own)
+    return {group: option for group, option in original.choices.items() if group not in said}
+
+
+def _fill_from_adapter(cfg: DictConfig, said: set[str], choices: Mapping[str, str | None]) -> dict[str, str]:
+    """The trial that a saved adapter is of, or of one from elsewhere its method and base; nothing is trained."""
+    folder = store.adapter(cfg.adapter.path)
+    cfg.label = cfg.label or as_text(experiment.label(str(folder.parent if folder.name == store.ADAPTER else folder)))
+    made: dict[str, str] = {}
+    if cfg.repeat is None:  # whose record holds all that the adapter's held
+        if trained := store.result_of_adapter(folder):
+            made = restored.from_trial(cfg, said, choices, trained, model_identity)
+        else:
+            made, base = restored.from_elsewhere(cfg, said, choices, folder, model_identity)
+            if base is not None:
+                made["model"] = _use_base(cfg, base, said)
+    cfg.train.steps, cfg.train.epochs, cfg.adapter.save, cfg.method_setup = 0, None, False, {}
+    return made
+
+
+def _use_base(cfg: DictConfig, base: str, said: set[str]) -> str:
+    """Have the base that an adapter names, a local one in the format that it is stored in; gives the option it is."""
+    kept: dict[str, Any] = {"revision": cfg.model.revision}
+    with contextlib.suppress(OSError, ValueError):
+        stored = json.loads((Path(base).expanduser() / "config.json").read_text(encoding="utf-8"))
+        dtype = stored.get("dtype", stored.get("torch_dtype"))
+        if dtype in FORMATS:
+            kept["dtype"] = dtype
+    return _put_model(cfg, base, said, **kept)
+
+
+def _read_newlines(cfg: DictConfig, overrides: Iterable[str]) -> None:
+    r"""Have ``\n`` in a template of the command line be the end of a line; ``\\n`` are these two characters."""
+    for key in (override.lstrip("+").partition("=")[0] for override in overrides):
+        if TEMPLATE.fullmatch(key) and (said := OmegaConf.select(cfg, key, throw_on_missing=False)) is not None:
+            texts = [_with_newlines(text) for text in said] if OmegaConf.is_list(said) else _with_newlines(said)
+            OmegaConf.update(cfg, key, texts)
+
+
+def _with_newlines(text: Any) -> Any:
+    ends = {r"\n": "\n", r"\\n": r"\n"}
+    return re.sub(r"\\?\\n", lambda found: ends[found[0]], text) if isinstance(text, str) else text

@@ -1,0 +1,310 @@
+"""A trial run again: is it the same, and what changed in between?
+
+Two rules. On the same CPU with the same kernels, versions, thread count and settings every number must be equal to the
+bit. Where any of these differs, or is not recorded, sums may be taken in another order; a score may then differ by
+``CLOSE`` standard errors. The comparison says which rule it applied and why.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftsweep.errors import InputError
+from peftsweep.observe.display import size
+from peftsweep.study import record
+from peftsweep.study.reading import Unreadable, check
+from peftsweep.study.record import RESULT, STEP, STEPS, Result, Status
+from peftsweep.study.store import ADAPTER
+
+FILE = "repeat.json"  # what the comparison found, in the folder of the second trial
+# Keys that are not taken from the record: they say where and how a command runs, and change no number.
+NOT_REPEATED = (
+    "study",
+    "repeat",
+    "experiments",
+    "force",
+    "trust",
+    "dry_run",
+    "quiet",
+    "stop_on_failure",
+    "tracker",
+    "profiler",
+)
+COUNTED = ("final_loss", "best_loss", "steps", "tokens", "training_rows", "trainable_parameters", "total_parameters")
+TIMED = ("train_info.train_seconds", "train_info.tokens_per_second", "run_info.total_seconds")
+MEMORY = ("memory.train.allocated_peak", "memory.train.rss_peak")
+IDENTITY = "run_info.identity"  # a hash of all settings and data that change a number
+PLACE = (IDENTITY, "run_info.host", "run_info.git_commit", "run_info.git_branch", "run_info.git_dirty")
+# What may change the last bits of a sum, and so in the end an answer; code is not among it, as its changes shall show.
+ENVIRONMENT = (
+    *("meta_info.packages.", "meta_info.torch.", "meta_info.system.machine", "meta_info.system.processor"),
+    "meta_info.system.python",
+)
+CAPABILITY = "meta_info.torch.cpu_capability"  # not in records of before it was recorded
+CLOSE = 2.0  # standard errors between two scores that count as one: 95% of equal ones lie closer
+CLOSE_WITHOUT_ERROR = 0.02  # and the share by which those may differ that have none, and losses where there is no score
+NEVER_ROUNDED = ("steps", "tokens", "training_rows", "trainable_parameters", "total_parameters")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A score, loss or count in both records; None where one lacks it."""
+
+    name: str
+    before: float | None
+    after: float | None
+    stderr: float | None = None  # of the difference, as if the two rested on different rows: an upper bound
+    score: bool = False  # of an evaluation
+    count: bool = False  # of rows, tokens, steps or parameters
+
+    @property
+    def equal(self) -> bool:
+        """Whether the two are equal to the bit."""
+        return self.before == self.after
+
+    @property
+    def close(self) -> bool:
+        """Whether another version or device may have made the difference."""
+        if self.before is None or self.after is None or self.equal:
+            return self.equal
+        if self.stderr:
+            return abs(self.after - self.before) <= CLOSE * self.stderr
+        return math.isclose(self.after, self.before, rel_tol=CLOSE_WITHOUT_ERROR)
+
+    def __str__(self) -> str:
+        if self.before is None or self.after is None:
+            return f"{self.name}: {_said(self.before)} -> {_said(self.after)}"
+        apart = f", {abs(self.after - self.before) / self.stderr:.1f} standard errors" if self.stderr else ""
+        return f"{self.name}: {self.before:.6g} -> {self.after:.6g} ({self.after - self.before:+.3g}{apart})"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two records of a trial."""
+
+    of: Path
+    changed: dict[str, tuple[Any, Any]]  # versions, device, code and settings: before and now
+    figures: list[Figure]
+    status: tuple[str, str]
+    losses: tuple[int, int | None]  # how many were logged in both, and the first step that differs
+    adapter: bool | None  # whether the saved weights are the same bytes; None where one has none
+    costs: list[str]  # how long it took and what it held, before and now: never judged
+    because: list[str]  # why the numbers need not be equal to the bit; none: they must be
+
+    @property
+    def different(self) -> list[Figure]:
+        """What is not equal to the bit."""
+        return [figure for figure in self.figures if not figure.equal]
+
+    @property
+    def equal(self) -> bool:
+        """Whether everything is equal to the bit."""
+        return not self.different and self.losses[1] is None and self.adapter is not False and not self._other_end
+
+    @property
+    def exact(self) -> bool:
+        """Whether the bits must be the same: a CPU, with the same kernels, settings, versions and threads."""
+        return not self.because
+
+    @property
+    def far(self) -> list[Figure]:
+        """What differs by more than another order of sums would explain: of the scores (else losses), and of counts."""
+        scored = any(figure.score for figure in self.figures)
+        judged = [figure for figure in self.figures if figure.score or figure.count or not scored]
+        return [figure for figure in judged if not (figure.equal if figure.count else figure.close)]
+
+    @property
+    def same(self) -> bool:
+        """Whether no figure differs by more than what changed would allow."""
+        if self._other_end:
+            return False
+        return self.equal if self.exact else not self.far
+
+    @property
+    def _other_end(self) -> bool:
+        return self.status[0] != self.status[1]
+
+    def lines(self) -> list[str]:
+        """What there is to say, the verdict last."""
+        said = [f"{key}: {_said(before)} -> {_said(now)}" for key, (before, now) in self.changed.items()]
+        lines = [f"changed: {line}" for line in said] or ["changed: nothing; the same versions, device and code"]
+        if self._other_end:
+            return [*lines, f"not the same: {self.status[0]} before, {self.status[1]} now"]
+        lines += [self.rule, *map(str, self.different)]
+        if self.losses[1] is not None:
+            lines.append(f"logged losses: different from step {self.losses[1]} on")
+        if self.adapter is False:
+            lines.append("the adapter's weights: different")
+        return [*lines, *self.costs, self.verdict]
+
+    @property
+    def rule(self) -> str:
+        """Which of the two rules holds, and why."""
+        if self.exact:
+            return "judged to the bit: the same CPU, kernels, versions, thread count and settings"
+        return f"judged within {CLOSE:g} standard errors: {'; '.join(self.because)}"
+
+    @property
+    def verdict(self) -> str:
+        """In one line: is it the same?"""
+        if self.equal:
+            weights = " and the adapter's weights" if self.adapter else ""
+            return f"equal to the bit: {len(self.figures)} figures, {self.losses[0]} logged losses{weights}"
+        if self.exact:
+            return "not the same: on the same CPU with the same versions and threads every bit should be"
+        if counts := [figure.name for figure in self.far if figure.count]:
+            return f"not the same: {', '.join(counts)}, which no rounding changes"
+        if self.far:
+            return f"not the same: {', '.join(figure.name for figure in self.far)} by more than {self._tolerance}"
+        return f"the same within {self._tolerance}, not to the bit"
+
+    @property
+    def _tolerance(self) -> str:
+        if any(figure.stderr for figure in self.figures):
+            return f"{CLOSE:g} standard errors"
+        return f"{CLOSE_WITHOUT_ERROR:.0%}"
+
+
+def original(path: str) -> Result:
+    """The record in a trial's folder.
+
+    Raises:
+        InputError: there is none that can be repeated.
+    """
+    folder = Path(path).expanduser()
+    if not os.path.lexists(folder / RESULT):
+        raise InputError(f"repeat={path}: no folder of a trial; it holds no {RESULT}")
+    try:
+        found = Result.read(folder)
+        check(found.run_info, {"study": str}, str(folder / RESULT))
+    except Unreadable as error:
+        raise InputError(f"repeat={path}: {error}") from None
+    if source := found.run_info.get("imported_from"):
+        raise InputError(f"repeat={path}: not a trial of peftsweep but read from {source}")
+    return found
+
+
+def compare(before: Result, after: Result) -> Comparison:
+    """Hold the record ``after`` against that of the trial it repeats."""
+    flat = [record.flat(record.plain(vars(one) | {"folder": None})) for one in (before, after)]
+    changed = _changed(*flat)
+    return Comparison(
+        of=before.folder or Path(),
+        changed=changed,
+        figures=_figures(*flat),
+        status=(before.status.name, after.status.name),
+        losses=_losses(before.folder or Path(), after.folder or Path()),
+        adapter=_same_files(before.folder or Path(), after.folder or Path()),
+        costs=_costs(*flat),
+        because=[*_other_device(before, after), *_other_kernels(changed, flat[0]), *_other_sums(before, after)],
+    )
+
+
+def write(comparison: Comparison, after: Result) -> None:
+    """Keep what was found beside the record of the second trial."""
+    found = {
+        "repeat_of": comparison.of,
+        "equal_to_the_bit": comparison.equal,
+        "judged": "to the bit" if comparison.exact else "within a tolerance",
+        "because": comparison.because,
+        "same": comparison.same,
+        "verdict": comparison.verdict if after.status is Status.success else comparison.lines()[-1],
+        "changed": {key: {"before": before, "now": now} for key, (before, now) in comparison.changed.items()},
+        "different": {figure.name: {"before": figure.before, "now": figure.after} for figure in comparison.different},
+    }
+    record.write_json((after.folder or Path()) / FILE, found)
+
+
+Flat = Mapping[str, Any]
+
+
+def _other_device(before: Result, after: Result) -> list[str]:
+    gpus = [one.meta_info.get("torch", {}).get("gpus") for one in (before, after)]
+    return ["on a GPU sums have no fixed order"] if any(gpus) and after.config.get("device") != "cpu" else []
+
+
+def _other_kernels(changed: Mapping[str, tuple[Any, Any]], before: Flat) -> list[str]:
+    """What of the environment or the settings differs, or is not known."""
+    unknown = before.get(CAPABILITY) is None
+    keys = [key for key in changed if key.startswith((*ENVIRONMENT, IDENTITY)) and not (unknown and key == CAPABILITY)]
+    reasons = [f"{', '.join(key.removeprefix('meta_info.') for key in keys)} changed"] if keys else []
+    if unknown:
+        reasons.append("the record of before does not say which kernels its CPU used")
+    return reasons
+
+
+def _other_sums(before: Result, after: Result) -> list[str]:
+    """Ways to train that take sums in another order, or did so where nothing is recorded of."""
+    sides = (before, after)
+    packs = any(one.train_info.get("packed") or one.run_info.get("packed_with") for one in sides)
+    reasons = ["trained in a pack, in which sums are taken in another order"] if packs else []
+    if any(one.run_info.get("resumed") for one in sides):
+        reasons.append("went on from a checkpoint, which another machine may have written")
+    return reasons
+
+
+def _changed(before: Flat, after: Flat) -> dict[str, tuple[Any, Any]]:
+    """Versions, system, device, place and settings that differ; a record of old may lack some."""
+    keys = [key for key in dict.fromkeys([*before, *after]) if key.startswith(ENVIRONMENT) or key in PLACE]
+    keys += [
+        key
+        for key in dict.fromkeys([*before, *after])
+        if key.startswith("config.") and key.split(".")[1] not in (*NOT_REPEATED, "label")
+    ]
+    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
+
+
+def _figures(before: Flat, after: Flat) -> list[Figure]:
+    scores = [
+        key.removesuffix(".value")
+        for key in dict.fromkeys([*before, *after])
+        if key.startswith("eval_info.") and key.endswith(".value")
+    ]
+    found = []
+    for name in scores:
+        errors = [side.get(f"{name}.stderr") for side in (before, after)]
+        stderr = math.hypot(*errors) if None not in errors else None  # type: ignore[arg-type]
+        values = (before.get(f"{name}.value"), after.get(f"{name}.value"))
+        found.append(Figure(name.removeprefix("eval_info."), *values, stderr, score=True))
+    names = {f"train_info.{name}": name in NEVER_ROUNDED for name in COUNTED}
+    return found + [
+        Figure(name, before.get(name), after.get(name), count=count) for name, count in names.items() if name in before
+    ]
+
+
+def _losses(before: Path, after: Path) -> tuple[int, int | None]:
+    logs = [
+        {row["step"]: row["loss"] for row in record.usable_lines(place / STEPS, STEP, whole=False) if "loss" in row}
+        for place in (before, after)
+    ]
+    both = sorted(logs[0].keys() & logs[1].keys())
+    return len(both), next((step for step in both if logs[0][step] != logs[1][step]), None)
+
+
+def _same_files(before: Path, after: Path) -> bool | None:
+    """Whether the two adapters are the same bytes."""
+    names = [{file.name for file in (place / ADAPTER).glob("*.safetensors")} for place in (before, after)]
+    if not names[0] or not names[1]:
+        return None
+    same = filecmp.cmpfiles(before / ADAPTER, after / ADAPTER, sorted(names[0]), shallow=False)[0]
+    return names[0] == names[1] == set(same)
+
+
+def _costs(before: Flat, after: Flat) -> list[str]:
+    lines = []
+    for key in (*TIMED, *MEMORY):
+        old, new = before.get(key), after.get(key)
+        if old and new:
+            shown = [size(value) if key in MEMORY else f"{value:,.1f}" for value in (old, new)]
+            lines.append(f"{key}: {shown[0]} -> {shown[1]} ({new / old:.2f} times)")
+    return lines
+
+
+def _said(value: Any) -> str:
+    return "not recorded" if value is None else str(value)

@@ -1,0 +1,283 @@
+"""A saved adapter's configuration: that of the trial that trained it, or what its adapter_config.json says.
+
+A key on the command line wins over the record, and a group named there replaces the record's. What contradicts the
+saved weights is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import pydoc
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from peftsweep.config import experiment, experiment_keys
+from peftsweep.data import fingerprint
+from peftsweep.errors import InputError
+from peftsweep.schema import ModelConfig
+from peftsweep.study.reading import fault
+from peftsweep.study.record import RESULT, Result
+from peftsweep.study.trust import as_text
+
+# Sections of the configuration that come from a trial's record, with the groups that stand in their place.
+SECTIONS = {
+    **{name: (name,) for name in ("seed", "model", "method", "targets", "quant", "train", "inference", "dataset")},
+    "method_inputs": ("method",),
+    "eval": ("eval", "dataset"),  # as a dataset brings its own evaluations
+}
+OF_THE_WEIGHTS = ("method", "method_inputs", "targets")  # sections that the saved weights have decided
+BASE = "model.name_or_path"
+READ = {"model": {"name_or_path": str}, "dataset": {"classes": [str]}, "eval": {"*": dict}, "seed": int}  # of a record
+HOW = ("dtype", "attn_implementation", "device_map")  # of a model: how it calculates, not which it is
+FROM_FILE = "from/adapter_config"  # the option of method that reads one
+
+Identify = Callable[[ModelConfig], Mapping[str, Any]]  # a base by what it is: config.model_identity
+Choices = Mapping[str, str | None]  # the option of each group
+Said = set[str]  # the keys on the command line
+
+
+def put(cfg: DictConfig, section: str, value: Any) -> None:
+    """Replace a section of the configuration by a record's, in which keys of other versions may be or be missing."""
+    value = as_text(value)
+    if not (isinstance(value, dict) and OmegaConf.get_type(cfg, section) is not dict):
+        OmegaConf.update(cfg, section, value, merge=False)
+        return
+    for name, part in value.items():
+        if name in cfg[section]:  # not one that this version has no more
+            typed = isinstance(part, dict) and OmegaConf.get_type(cfg[section], name) is not dict
+            OmegaConf.update(cfg, f"{section}.{name}", part, merge=typed)
+
+
+def own_values(cfg: DictConfig, said: Said) -> dict[str, Any]:
+    """What the keys below groups are on the command line."""
+    found = {key: OmegaConf.select(cfg, key) for key in said if "." in key and not key.startswith("hydra.")}
+    return {key: copy.deepcopy(value) for key, value in found.items()}  # lists and dicts are filled in place
+
+
+def put_back(cfg: DictConfig, own: Mapping[str, Any]) -> None:
+    """Have the command line's own keys again what they were."""
+    for key, value in own.items():
+        OmegaConf.update(cfg, key, value, merge=False)
+
+
+# ---- of a trial ------------------------------------------------------------------------------------
+
+
+def from_trial(cfg: DictConfig, said: Said, choices: Choices, held: Result, identify: Identify) -> dict[str, str]:
+    """Put all that the record ``held`` says into ``cfg``; gives the choices that it has made.
+
+    Raises:
+        InputError: the command line contradicts the saved weights, or has a key that the trial has not.
+    """
+    path, own = cfg.adapter.path, own_values(cfg, said)
+    if wrong := fault(held.config, READ, "config"):
+        raise InputError(f"adapter.path={path}: {(held.folder or Path()) / RESULT}: {wrong}")
+    _check_method_of_trial(cfg, said, choices, held)
+    kept = [section for section, groups in SECTIONS.items() if not said.intersection(groups)]
+    kept += [section for section in OF_THE_WEIGHTS if section not in kept]  # what was said of them is the same
+    for section in kept:
+        if section in held.config:
+            put(cfg, section, _located(section, held))
+    put_back(cfg, {key: value for key, value in own.items() if key.partition(".")[0] not in OF_THE_WEIGHTS})
+    _check_base_of_trial(cfg, path, held, identify)
+    _check_head(cfg, path, held)
+    if "dataset.test_path" in said and "dataset.leave_out_tested" not in said:
+        cfg.dataset.leave_out_tested = False  # nothing is trained, and the test rows may be the trained ones
+    unknown = [name for name, node in cfg.eval.items() if "_target_" not in node]
+    if unknown:
+        raise InputError(f"eval.{unknown[0]}: the trial of adapter.path={path} has {', '.join(held.config['eval'])}")
+    return {group: held.choices[group] for group in (*kept, *OF_THE_WEIGHTS) if group in held.choices}
+
+
+def _check_method_of_trial(cfg: DictConfig, said: Said, choices: Choices, held: Result) -> None:
+    for group in said.intersection(OF_THE_WEIGHTS):
+        option, trained = choices.get(group), held.choices.get(group)
+        if option != trained and _plain(cfg, group) != held.config.get(group):
+            raise _contradicts(cfg, f"{group}={option}", f"{group}={trained}")
+    for key, value in own_values(cfg, said).items():
+        trained = _at(held.config, key)
+        if key.partition(".")[0] in OF_THE_WEIGHTS and _plain(cfg, key) != trained:
+            raise _contradicts(cfg, f"{key}={value}", f"{key}={trained}")
+
+
+def _contradicts(cfg: DictConfig, said: str, trained: str) -> InputError:
+    return InputError(f"{said}: contradicts adapter.path={cfg.adapter.path}, which was trained with {trained}")
+
+
+def _check_base_of_trial(cfg: DictConfig, path: str, held: Result, identify: Identify) -> None:
+    recorded = held.config["model"]
+    how = {key: recorded[key] for key in HOW if key in recorded}
+    given, trained = _model(cfg, how), _model(cfg, dict(_located("model", held)))
+    if given == trained or fingerprint.of_values(identify(given)) == held.meta_info.get("model_sha"):
+        return
+    if not _same(given, trained, identify):
+        said = next((key for key in ("task", "init", "name_or_path") if _at(cfg.model, key) != recorded.get(key)), "")
+        key = f"model.{said or 'name_or_path'}"
+        raise _contradicts(cfg, f"{key}={_plain(cfg, key)}", f"another base, {recorded['name_or_path']}")
+
+
+def _same(given: ModelConfig, trained: ModelConfig, identify: Identify) -> bool:
+    """Whether two models are the same base, however each calculates."""
+    try:
+        sides = [identify(one) for one in (given, trained)]
+    except InputError:  # one is not there any more
+        return False
+    return sides[0] == sides[1]
+
+
+def _model(cfg: DictConfig, changed: Mapping[str, Any]) -> ModelConfig:
+    made = OmegaConf.merge(OmegaConf.structured(ModelConfig), cfg.model)
+    known = {key: value for key, value in changed.items() if key in made}
+    for key, value in known.items():
+        OmegaConf.update(made, key, value, merge=False)
+    return cast(ModelConfig, OmegaConf.to_object(made))
+
+
+def _check_head(cfg: DictConfig, path: str, held: Result) -> None:
+    """A saved head has an output for each class that it was trained on."""
+    trained = held.config["dataset"]["classes"]
+    if not cfg.dataset.classes:
+        cfg.dataset.classes = as_text(trained)
+    if _plain(cfg, "model.task") == "seq_cls" and len(cfg.dataset.classes) != len(trained):
+        classes = ", ".join(cfg.dataset.classes)
+        raise InputError(
+            f"dataset.classes=[{classes}]: the head of adapter.path={path} has {len(trained)} classes, "
+            f"{', '.join(trained)}"
+        )
+
+
+def _located(section: str, held: Result) -> Any:
+    """A section of the record; files that are not where it says, seen from here, are looked for seen from its study."""
+    value = held.config[section]
+    root = (held.folder or Path()).resolve().parents[2]  # of multirun/<study>/<trial>
+
+    def moved(path: Any) -> Any:
+        given = Path(str(path)).expanduser()
+        return str(root / given) if isinstance(path, str) and not given.exists() and (root / given).exists() else path
+
+    if section == "model":
+        return value | {"name_or_path": moved(value["name_or_path"])}
+    if section == "dataset":
+        inner = value.get("validation") or {}
+        inner = inner | ({"path": moved(inner["path"])} if inner.get("path") else {})
+        files = {key: moved(value.get(key)) for key in ("path", "test_path") if value.get(key)}
+        return value | files | ({"validation": inner} if inner else {})
+    if section == "eval":
+        return {
+            name: node | ({"path": moved(node["path"])} if node.get("path") else {}) for name, node in value.items()
+        }
+    return value
+
+
+def _at(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping | DictConfig) else None
+    return getattr(tree, "name", tree)
+
+
+def _plain(cfg: DictConfig, key: str) -> Any:
+    try:
+        value = OmegaConf.select(cfg, key)
+    except OmegaConfBaseException:  # an interpolation that resolves only with other keys
+        return None
+    if OmegaConf.is_config(value):
+        return OmegaConf.to_container(value, resolve=True, enum_to_str=True)
+    return getattr(value, "name", value)
+
+
+# ---- of an adapter from elsewhere ------------------------------------------------------------------
+
+
+def from_elsewhere(
+    cfg: DictConfig, said: Said, choices: Choices, folder: Path, identify: Identify
+) -> tuple[dict[str, str], str | None]:
+    """Put the method that an adapter's own file names into ``cfg``.
+
+    Gives the choices that it has made, and the base that it names, where the command line names none.
+
+    Raises:
+        InputError: the file cannot be read, or the command line contradicts it.
+    """
+    if not (folder / experiment.ADAPTER_FILE).is_file():
+        raise InputError(
+            f"adapter.path={cfg.adapter.path}: holds a whole model and no adapter; take model.name_or_path="
+            f"{cfg.adapter.path} train=none"
+        )
+    try:
+        read = experiment.adapter(str(folder)).keys
+    except InputError as error:
+        raise InputError(str(error).replace("method.path=", "adapter.path=", 1)) from None
+    method, base = read["method"], read.get(experiment_keys.MODEL)
+    _check_method(cfg, said, choices, method)
+    _check_targets(cfg, said, method.get("target_modules"))
+    cfg.method, made = as_text(method), {"method": FROM_FILE}
+    if base is None:
+        return made, None
+    if "model" in said or BASE in said:
+        _check_base(cfg, str(base), read.get("model.revision"), identify)
+        return made, None
+    cfg.model.revision = as_text(read.get("model.revision"))
+    return made, str(base)
+
+
+def _check_method(cfg: DictConfig, said: Said, choices: Choices, method: Mapping[str, Any]) -> None:
+    """Options that the command line chooses by a group count as far as they say which method it is."""
+    option = choices.get("method")
+    if "method" in said and option != FROM_FILE:
+        given = _plain(cfg, "method") or {}
+        kind = {key: value for key, value in given.items() if key == "_target_" or isinstance(value, bool)}
+        if not given or any(_value(method, key) != value for key, value in kind.items()):
+            raise _contradicts(cfg, f"method={option}", _described(method))
+    for key in said:
+        section, _, name = key.partition(".")
+        if section == "method" and name and name != "path" and _plain(cfg, key) != _value(method, name):
+            raise _contradicts(cfg, f"{key}={_plain(cfg, key)}", f"{key}={_value(method, name)}")
+
+
+def _value(method: Mapping[str, Any], name: str) -> Any:
+    """An option of a method, by default that of its class."""
+    if name in method:
+        return method[name]
+    found: Any = pydoc.locate(method["_target_"])
+    parameter = inspect.signature(found).parameters.get(name)
+    return None if parameter is None or isinstance(parameter.default, type(dataclasses.MISSING)) else parameter.default
+
+
+def _described(method: Mapping[str, Any]) -> str:
+    on = [key for key, value in method.items() if value is True]
+    return ", ".join([str(method["_target_"]), *(f"{key}=true" for key in on)])
+
+
+def _check_targets(cfg: DictConfig, said: Said, saved: Any) -> None:
+    """The adapter's own modules are those that it has; roles that name just these say nothing else."""
+    key = next((key for key in sorted(said) if key.partition(".")[0] == "targets"), None)
+    if key is None:
+        return
+    asked = [cfg.model.roles.get(role) or [] for role in cfg.targets.roles or []]
+    asked += [[name] for name in cfg.targets.modules or []]
+    names = {name for role in asked for name in role}
+    modules = set(saved or ()) if not isinstance(saved, str) else set()
+    if modules and modules <= names and all(modules.intersection(role) for role in asked):
+        return
+    shown = ", ".join(sorted(modules)) or saved
+    raise _contradicts(cfg, f"{key}={_plain(cfg, key)}", f"target_modules {shown}")
+
+
+def _check_base(cfg: DictConfig, base: str, revision: str | None, identify: Identify) -> None:
+    """A local model may be a copy of one on the hub; two names on the hub, or two folders, are compared."""
+    given, named = str(cfg.model.name_or_path), Path(base).expanduser()
+    if given == base:
+        return
+    other = _model(cfg, {"name_or_path": base, "revision": revision})
+    is_local, was_local = Path(given).expanduser().is_dir(), named.is_dir()
+    if was_local and _same(_model(cfg, {}), other, identify):
+        return
+    gone = named.is_absolute() and not was_local  # a folder of another machine
+    if was_local or not (is_local or gone or given == "tiny"):
+        raise _contradicts(cfg, f"{BASE}={given}", f"another base, {base}")

@@ -1,0 +1,233 @@
+"""A dataset's rows -> a training and a test file in a common format."""
+
+from __future__ import annotations
+
+import os
+import pydoc
+import random
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig, OmegaConf
+
+from peftsweep.data import rows as data_rows
+from peftsweep.data import templates
+from peftsweep.data.rows import Row
+from peftsweep.data.templates import Example
+from peftsweep.errors import InputError
+from peftsweep.schema import DatasetConfig
+from peftsweep.study import record
+
+FORMATS = ("alpaca", "chatml", "raw")
+COLUMNS = ("instruction", "input", "output")  # Alpaca's
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Options:
+    """The words of ``peftsweep-data``."""
+
+    out: Path
+    samples: int | None = None  # None for all
+    split: float = 0.9
+    format: str = "raw"
+    seed: int = 0
+    path: str | None = None
+    encoding: str | None = None
+    prompt: str | None = None
+    answer: str | None = None
+    force: bool = False
+
+    @property
+    def test_out(self) -> Path:
+        """The file of the test part, beside the other."""
+        return self.out.with_suffix(".test.jsonl")
+
+
+class Pair(NamedTuple):
+    """A row as its source has it, and as the dataset's templates show it."""
+
+    row: Row
+    example: Example
+
+
+def main(cfg: DictConfig, options: Options) -> int:
+    """``peftsweep-data``: write the two files, and say what is in them.
+
+    Raises:
+        InputError: an option is wrong, or rows cannot be read, shaped or written.
+    """
+    check(options)
+    dataset = dataset_config(cfg, options)
+    rows = read(dataset, options)
+    made = templates.templates(dataset, options.path or "").each(rows)
+    pairs = unique([Pair(row, example) for row, example in zip(rows, made, strict=True) if example])
+    train, test = split(pairs, options)
+    shape, how = shaping(dataset, options, rows)
+    files = {options.out: [shape(pair) for pair in train], options.test_out: [shape(pair) for pair in test]}
+    _write(files, options)
+    for file, written in files.items():
+        print(f"{file}: {len(written)} rows")
+    print(f"left out: {len(rows) - len(pairs)} duplicates, {len(pairs) - len(train) - len(test)} not sampled")
+    print("\nthe first of them:", *map(record.line, files[options.out][:SHOWN]), sep="\n")
+    print("to train on them:\n" + shlex.join(["peftsweep", *how, *_paths(options)]))
+    return 0
+
+
+def check(options: Options) -> None:
+    """What can be known to be wrong before any row is read.
+
+    Raises:
+        InputError: the line names the option and what is allowed.
+    """
+    if options.samples is not None and options.samples < 1:
+        raise InputError(f"--samples={options.samples}: must be at least 1")
+    if not 0 < options.split < 1:
+        raise InputError(f"--split={options.split}: must lie between 0 and 1")
+    if options.format not in FORMATS:
+        raise InputError(f"--format={options.format}: must be one of {', '.join(FORMATS)}")
+    if options.out.suffix != ".jsonl":
+        raise InputError(f"--out={options.out}: must end in .jsonl")
+    for file in (options.out, options.test_out):
+        if options.path and file.resolve() == Path(options.path).resolve():
+            raise InputError(f"--out={options.out}: must be another file than that of --path")
+        if os.path.isdir(file):
+            raise InputError(f"--out={options.out}: {file} is a folder; must be a file")
+        if os.path.exists(file) and not options.force:
+            raise InputError(f"--out={options.out}: {file} exists already; --force replaces it")
+    folder = next(parent for parent in options.out.absolute().parents if os.path.exists(parent))
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"--out={options.out}: must lie in a folder that can be written to; {folder} is none")
+
+
+def dataset_config(cfg: DictConfig, options: Options) -> DatasetConfig:
+    """The dataset that ``cfg`` chose, with what the options say of it.
+
+    Raises:
+        InputError: it says neither where its rows are nor a template, and no option does.
+    """
+    for key in ("path", "encoding", "prompt", "answer"):
+        if (value := getattr(options, key)) is not None:
+            cfg.dataset[key] = value
+    for key in ("prompt", "answer"):
+        if OmegaConf.is_missing(cfg.dataset, key):
+            raise InputError(f"--{key}: dataset={cfg.dataset.name} needs a template over its columns, '{{question}}'")
+    found: Any = OmegaConf.to_object(cfg.dataset)
+    assert isinstance(found, DatasetConfig)
+    if not (found.path or found.hub or found.generator):
+        raise InputError(f"--path: dataset={found.name} needs a local file; allowed: {' '.join(data_rows.FORMATS)}")
+    return found
+
+
+def read(dataset: DatasetConfig, options: Options) -> list[Row]:
+    """The rows of the local file, else those that are made from a seed, else the hub's."""
+    if dataset.path is not None:
+        return data_rows.read_rows(dataset.path, "--path", dataset.encoding)
+    if dataset.generator is not None:
+        make: Any = pydoc.locate(dataset.generator)
+        rows: list[Row] = make("train", options.samples or dataset.samples, options.seed)
+        return rows
+    assert dataset.hub is not None
+    try:
+        return data_rows.hub_rows(dataset.hub, dataset.hub_config, dataset.hub_split, dataset.revision, "dataset.hub")
+    except InputError as error:
+        raise InputError(f"{error}, by --path=FILE") from error
+
+
+def unique(pairs: Sequence[Pair]) -> list[Pair]:
+    """The first of those that have both prompt and answer in common."""
+    first: dict[tuple[str, str], Pair] = {}
+    for pair in pairs:
+        first.setdefault(pair.example.written, pair)
+    return list(first.values())
+
+
+def split(pairs: Sequence[Pair], options: Options) -> tuple[list[Pair], list[Pair]]:
+    """A sample in two parts; all that share a prompt are in the same one, unless all share one.
+
+    Raises:
+        InputError: one of the parts would be empty.
+    """
+    count = min(options.samples or len(pairs), len(pairs))
+    asked: dict[str, list[Pair]] = {}
+    constant = len({pair.example.prompt for pair in pairs}) == 1
+    for pair in random.Random(options.seed).sample(pairs, count):
+        same = pair.example.answer if constant else pair.example.prompt
+        asked.setdefault(" ".join(same.split()).lower(), []).append(pair)
+    train: list[Pair] = []
+    test: list[Pair] = []
+    for group in asked.values():
+        (train if len(train) < round(count * options.split) else test).extend(group)
+    if not train or not test:
+        raise InputError(
+            f"--split={options.split}: parts {count} rows into {len(train)} training and {len(test)} test rows; "
+            "both need at least one, and rows of one prompt stay together"
+        )
+    return train, test
+
+
+# ---- formats ---------------------------------------------------------------------------------------
+
+
+def shaping(
+    dataset: DatasetConfig, options: Options, rows: Sequence[Row]
+) -> tuple[Callable[[Pair], Row], Sequence[str]]:
+    """The function that makes a row of the wished format, and peftsweep's words that read it."""
+    if options.format == "chatml":
+        return _chatml, ["dataset=chat"]
+    if options.format == "raw":
+        said = {"dataset.prompt": options.prompt, "dataset.answer": options.answer}
+        words = [_word(key, value) for key, value in said.items() if value is not None]
+        return lambda pair: pair.row, [f"dataset={dataset.name}", *words]
+    if all(row.keys() >= set(COLUMNS) for row in rows):
+        return lambda pair: {column: pair.row[column] for column in COLUMNS}, ["dataset=alpaca"]
+    # Not dataset=alpaca, whose template would be put around a prompt that is filled already.
+    return _alpaca, ["dataset=file", 'dataset.prompt="{instruction}"', 'dataset.answer="{output}"']
+
+
+def _alpaca(pair: Pair) -> Row:
+    turns, conversation = _turns(pair.example), pair.example.conversation
+    if len(turns) > 2 or (conversation and (conversation.tools or not isinstance(turns[0].get("content"), str))):
+        raise InputError("--format=alpaca: a conversation of several turns is no instruction; take chatml or raw")
+    return {"instruction": turns[0]["content"], "input": "", "output": pair.example.answer}
+
+
+def _chatml(pair: Pair) -> Row:
+    if not pair.example.prompt.strip():
+        raise InputError("--format=chatml: a row without a prompt is no conversation; take alpaca or raw")
+    conversation = pair.example.conversation
+    tools = {"tools": conversation.tools} if conversation and conversation.tools else {}
+    return {"messages": _turns(pair.example)} | tools
+
+
+def _turns(example: Example) -> list[Row]:
+    """The turns of a conversation, or prompt and answer as two of them."""
+    if example.conversation:
+        return example.conversation.messages
+    return [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.answer}]
+
+
+def _paths(options: Options) -> list[str]:
+    return [_word("dataset.path", str(options.out)), _word("dataset.test_path", str(options.test_out))]
+
+
+def _word(key: str, value: str) -> str:
+    """An override as Hydra reads it, in quotes where it must be."""
+    if re.fullmatch(r"[\w./-]+", value):
+        return f"{key}={value}"
+    escaped = re.sub(r'(\\*)("|\Z)', lambda found: found[1] * 2 + found[2].replace('"', '\\"'), value)
+    return f'{key}="{escaped}"'
+
+
+def _write(files: dict[Path, list[Row]], options: Options) -> None:
+    try:
+        for file, rows in files.items():
+            record.write_lines(file, rows)
+    except OSError as error:
+        raise InputError(f"--out={options.out}: cannot be written ({error.strerror})") from error
+    except TypeError as error:
+        raise InputError(f"--format={options.format}: a column cannot be written as JSON ({error})") from error

@@ -1,0 +1,224 @@
+"""Rows -> examples -> batches.
+
+A row is a dict of a file's columns; an example is its prompt and answer; tokens are an example in
+the model's vocabulary; a batch is right-padded tokens as tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pydoc
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
+
+from peftsweep.data import hub
+from peftsweep.data.files import FORMATS as FORMATS
+from peftsweep.data.files import Row as Row
+from peftsweep.data.files import plain_rows
+from peftsweep.data.files import read_rows as read_rows
+from peftsweep.errors import InputError, suggest
+from peftsweep.schema import DatasetConfig, OnMissing, RowsConfig
+
+if TYPE_CHECKING:
+    pass
+from peftsweep.data.templates import dataset_examples, templates
+
+GENERATED_TEST_ROWS = 1000
+
+
+# ---- rows ------------------------------------------------------------------------------------------
+
+
+def hub_rows(name: str, config: str | None, split: str, revision: str | None, key: str) -> list[Row]:
+    """The rows of a hub dataset, through its cache; needs the network the first time.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    import datasets
+
+    with hub.loading(f"{key}={name}", "local rows"):  # no network, no such dataset, no such split
+        loaded = datasets.load_dataset(name, config, split=split, revision=revision)
+    return plain_rows(loaded)
+
+
+@lru_cache
+def check_cached(name: str, config: str | None, revision: str | None, key: str) -> None:
+    """Where the hub does not answer: that the dataset is in the local cache.
+
+    Raises:
+        InputError: it is not.
+    """
+    if hub.problem() is None:
+        return
+    import datasets
+
+    with hub.loading(f"{key}={name}", "local rows"):
+        datasets.load_dataset_builder(name, config, revision=revision)
+
+
+@dataclass
+class Rows:
+    """The rows of a dataset by what they are for."""
+
+    train: list[Row]
+    validation: list[Row] = field(default_factory=list)
+    test: list[Row] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)  # of the training rows, by reason
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """A hash of each part's content, whatever file it came from."""
+        return {part: fingerprint(getattr(self, part)) for part in ("train", "validation", "test")}
+
+
+def load_rows(dataset: DatasetConfig, *, validation: bool = False) -> Rows:
+    """The dataset's rows; test rows are never training rows, and validation rows never test rows.
+
+    A training row with the prompt and answer of a test row is left out, unless ``leave_out_tested`` is
+    false. With ``validation`` true, up to ``validation_samples`` rows (at most a tenth) leave the training rows,
+    unless ``validation`` names a source of them.
+
+    Raises:
+        InputError: a file or a hub dataset cannot be read, or nothing is left to train on.
+    """
+    train, test, missing = _train_and_test(dataset)
+    train, left_out = _clean(dataset, train, test)
+    if dataset.missing is OnMissing.drop:
+        left_out["missing_rows"] = missing
+    shuffle = random.Random(dataset.split_seed)
+    if dataset.samples is not None and dataset.samples < len(train):
+        train = shuffle.sample(train, dataset.samples)
+    if validation and (dataset.validation.path or dataset.validation.hub):
+        return Rows(train=train, validation=validation_rows(dataset), test=test, left_out=left_out)
+    held_out = min(dataset.validation_samples, len(train) // 10) if validation else 0
+    if validation and not held_out:
+        raise InputError(f"train.eval_every: {len(train)} training rows are too few to hold out validation rows")
+    if held_out:
+        train = shuffle.sample(train, len(train))
+    return Rows(train=train[held_out:], validation=train[:held_out], test=test, left_out=left_out)
+
+
+def validation_rows(dataset: DatasetConfig) -> list[Row]:
+    """``validation_samples`` rows of the source that ``validation`` names, with the dataset's columns beside their own.
+
+    With ``split_seed=0`` they are the rows that PEFT's comparison takes (the first of NumPy's legacy shuffle).
+
+    Raises:
+        InputError: the source cannot be read, or lacks a column.
+    """
+    import numpy
+
+    own = dataset.validation
+    where = RowsConfig(own.path, own.encoding, own.hub, own.hub_config, own.hub_split, own.revision)
+    read = evaluation_rows(where, "dataset.validation", [])
+    for column in own.columns.values():
+        if any(column not in row for row in read):
+            raise InputError(f"dataset.validation.columns: a row has no '{column}'; {suggest(column, list(read[0]))}")
+    order = numpy.random.RandomState(dataset.split_seed).permutation(len(read))[: dataset.validation_samples]
+    rows = [read[n] | {mine: read[n][theirs] for mine, theirs in own.columns.items()} for n in order]
+    if not rows:
+        raise InputError("dataset.validation: its source has no rows")
+    dataset_examples(dataset, rows, own.path or own.hub or "")  # the templates must fit them too
+    return rows
+
+
+def _clean(dataset: DatasetConfig, train: list[Row], test: list[Row]) -> tuple[list[Row], dict[str, int]]:
+    """Training rows without those that are tested on, are too long, or (if so wished) come twice; and their numbers."""
+    try:
+        known = dataset_examples(replace(dataset, missing=OnMissing.drop), test)
+        tested = {example.written for example in known}
+    except InputError:
+        tested = set()  # of other columns, which the evaluation has a template for
+    seen: set[tuple[str, str]] = set()
+    kept = []
+    left_out = {"tested_rows": 0, "long_rows": 0, "duplicate_rows": 0}
+    for row, example in zip(train, dataset_examples(dataset, train), strict=True):
+        again = example.written in seen
+        seen.add(example.written)
+        left_out["duplicate_rows"] += again
+        left_out["tested_rows"] += example.written in tested
+        if dataset.leave_out_tested and example.written in tested:
+            continue
+        if dataset.max_characters and len(example.prompt) + len(example.answer) > dataset.max_characters:
+            left_out["long_rows"] += 1
+        elif not (again and dataset.deduplicate):
+            kept.append(row)
+    if not kept:
+        raise InputError(f"dataset: none of {len(train)} training rows is left ({left_out})")
+    return kept, left_out
+
+
+def _train_and_test(dataset: DatasetConfig) -> tuple[list[Row], list[Row], int]:
+    """Training rows, test rows, and how many of the former were left out for a missing value."""
+    if dataset.generator is not None and dataset.path is None:
+        make: Any = pydoc.locate(dataset.generator)
+        if not callable(make):
+            raise InputError(f"dataset.generator={dataset.generator}: no such function")
+        try:
+            train = make("train", dataset.samples or 1000, dataset.split_seed)
+        except TypeError as error:
+            said = f"dataset.generator={dataset.generator}"
+            raise InputError(f"{said}: must be a function of split, count and seed ({error})") from error
+        if dataset.test_path is not None:
+            return train, read_rows(dataset.test_path, "dataset.test_path", dataset.encoding), 0
+        return train, make("test", GENERATED_TEST_ROWS, dataset.split_seed), 0
+    if dataset.path is not None:
+        read = read_rows(dataset.path, "dataset.path", dataset.encoding)
+    elif dataset.hub is not None:
+        read = hub_rows(dataset.hub, dataset.hub_config, dataset.hub_split, dataset.revision, "dataset.hub")
+    else:
+        raise InputError(f"dataset.path: dataset={dataset.name} needs the file of its training rows")
+    # Here, in the file's own order, an error can name the row.
+    made = templates(dataset, dataset.path or "").each(read)
+    train = [row for row, example in zip(read, made, strict=True) if example]
+    missing = len(read) - len(train)
+    if dataset.test_path is not None:
+        return train, read_rows(dataset.test_path, "dataset.test_path", dataset.encoding), missing
+    if dataset.hub is not None and dataset.path is None and dataset.hub_test_split is not None:
+        test = hub_rows(dataset.hub, dataset.hub_config, dataset.hub_test_split, dataset.revision, "dataset.hub")
+        return train, test, missing
+    order = random.Random(dataset.split_seed).sample(train, len(train))
+    cut = round(len(order) * dataset.train_fraction)
+    if not 0 < cut < len(order):
+        raise InputError(
+            f"dataset.train_fraction={dataset.train_fraction}: parts {len(order)} rows into {cut} training and "
+            f"{len(order) - cut} test rows; both need at least one (or give dataset.test_path)"
+        )
+    return order[:cut], order[cut:], missing
+
+
+def evaluation_rows(source: RowsConfig, key: str, own: Sequence[Row]) -> list[Row]:
+    """The rows an evaluation named ``key`` judges on: its own file, its hub dataset, or the dataset's test rows."""
+    if source.path is not None:
+        rows = read_rows(source.path, f"{key}.path", source.encoding)
+    elif source.hub is not None:
+        rows = hub_rows(source.hub, source.hub_config, source.hub_split, source.revision, f"{key}.hub")
+    else:
+        rows = list(own)
+    return rows[: source.samples]
+
+
+def set_aside(rows: Sequence[Row], count: int, seed: int, key: str) -> tuple[list[Row], list[Row]]:
+    """Up to ``count`` rows of an evaluation (at most a half) to validate on, and those that are left to judge on.
+
+    Raises:
+        InputError: there are too few.
+    """
+    numbers = set(random.Random(seed).sample(range(len(rows)), min(count, len(rows) // 2)))
+    if not numbers:
+        raise InputError(f"{key}: {len(rows)} rows are too few to set some aside for validation")
+    parts = [[row for n, row in enumerate(rows) if (n in numbers) is chosen] for chosen in (True, False)]
+    return parts[0], parts[1]
+
+
+def fingerprint(rows: Iterable[Row]) -> str:
+    """A hash of the rows' content."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return digest.hexdigest()

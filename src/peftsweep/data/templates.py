@@ -1,0 +1,272 @@
+"""Rows -> examples: the texts of prompts and answers, by templates or readers."""
+
+from __future__ import annotations
+
+import json
+import pydoc
+import re
+import string
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from peftsweep.data import chat
+from peftsweep.data.chat import Conversation, Rendered
+from peftsweep.data.files import FORMATS as FORMATS
+from peftsweep.data.files import Row as Row
+from peftsweep.data.files import read_rows as read_rows
+from peftsweep.errors import InputError, suggest
+from peftsweep.schema import DatasetConfig, OnMissing
+
+if TYPE_CHECKING:
+    pass
+
+
+# ---- examples --------------------------------------------------------------------------------------
+
+
+class Choice(NamedTuple):
+    """One of the answers a question offers, with the prompt before it (most often that of all)."""
+
+    prompt: str
+    answer: str
+    label: str  # the answer without the template
+    text: str  # what the label stands for
+
+
+class Example(NamedTuple):
+    """A row as the model sees it."""
+
+    prompt: str
+    answer: str
+    choices: tuple[Choice, ...] = ()
+    gold: int | None = None  # the number of the right one
+    conversation: Conversation | None = None  # which prompt and answer are of, as JSON and as the last turn
+    rendered: Rendered | None = None  # in tokens, by a chat template
+
+    @property
+    def written(self) -> tuple[str, str]:
+        """Prompt and answer before any chat template: what makes two examples the same."""
+        if self.rendered:
+            return self.rendered.written
+        return self.conversation.written if self.conversation else (self.prompt, self.answer)
+
+    @property
+    def asked(self) -> str:
+        """The prompt; one that a chat template rendered, with all its special tokens as text."""
+        return self.rendered.prompt if self.rendered else self.prompt
+
+
+class MissingValue(InputError):
+    """A row has no value for a column that it needs."""
+
+
+@dataclass(frozen=True)
+class Templates:
+    """How rows become examples: templates over a row's columns, such as ``"{question}"``.
+
+    Lists and dicts are written as JSON. With ``classes``, an answer must be one of them or its number, which is
+    replaced by its name. A ``reader`` makes questions with choices, or conversations, of the rows; the templates
+    are then filled for each choice too. Errors name ``key`` and ``file``.
+    """
+
+    prompt: str
+    answer: str
+    key: str = "dataset"
+    file: str = ""
+    classes: Sequence[str] = ()
+    reader: str | None = None
+    missing: OnMissing = OnMissing.error
+
+    def each(self, rows: Iterable[Row]) -> Iterator[Example | None]:
+        """The example of each row; None for one without a value that it needs, where ``missing`` is drop.
+
+        Raises:
+            InputError: a template names a column that a row lacks, or is not a template; an answer is no class;
+                a value is missing; a text holds half a surrogate pair.
+        """
+        read = find_reader(self.reader, self.key)
+        for n, row in enumerate(rows, start=1):
+            number = f"{n} of {self.file}" if self.file else f"{n}"
+            try:
+                yield self._example(_Row(row, self.missing), number, read)
+            except MissingValue:
+                if self.missing is not OnMissing.drop:
+                    raise
+                yield None
+
+    def _example(self, row: _Row, number: str, read: Callable[[Row], Row] | None) -> Example:
+        if read:
+            row = _Row(_read(read, row, f"{self.key}.reader", number), self.missing)
+        conversation = row.get("conversation")
+        if isinstance(conversation, Conversation):
+            return _conversation_example(conversation, self, number)
+        prompt, answer = self._fill(row, number)
+        if self.classes:
+            answer = _class_name(answer, self.classes, f"{self.key}.answer", number)
+        if read is None or "gold" not in row:
+            return Example(prompt, answer)
+        choices = tuple(
+            Choice(*self._fill(row | choice, number), choice["answer"], choice.get("text", choice["answer"]))
+            for choice in row["choices"]
+        )
+        return Example(prompt, answer, choices, row["gold"])
+
+    def _fill(self, columns: Row, number: str) -> tuple[str, str]:
+        row = _Row(columns, self.missing)
+        answer = _fill(self.answer, row, f"{self.key}.answer", number)
+        return _fill(self.prompt, row, f"{self.key}.prompt", number), answer
+
+
+def examples(
+    rows: Iterable[Row],
+    prompt: str,
+    answer: str,
+    key: str = "dataset",
+    file: str = "",
+    classes: Sequence[str] = (),
+    reader: str | None = None,
+    missing: OnMissing = OnMissing.error,
+) -> list[Example]:
+    """The examples of ``rows`` by ``Templates``, without rows that are left out for a missing value."""
+    each = Templates(prompt, answer, key, file, classes, reader, missing).each(rows)
+    return [example for example in each if example]
+
+
+def _conversation_example(conversation: Conversation, how: Templates, number: str) -> Example:
+    if (how.prompt, how.answer) != ("{prompt}", "{answer}"):
+        raise InputError(
+            f"{how.key}.prompt: a conversation is not put into templates; must be {{prompt}} and {{answer}}"
+        )
+    messages = []
+    for n, message in enumerate(conversation.messages):
+        if message.get("content") is None and not chat.says_something_else(message):
+            if how.missing is not OnMissing.empty:
+                raise _missing(f"{how.key}.reader", number, f"messages[{n}].content")
+            message = message | {"content": ""}
+        messages.append(message)
+    conversation = conversation._replace(messages=messages)
+    for text in (conversation.prompt, conversation.answer):
+        _check_encodable(text, f"{how.key}.reader", number)
+    return Example(conversation.prompt, conversation.answer, conversation=conversation)
+
+
+def dataset_examples(dataset: DatasetConfig, rows: Iterable[Row], file: str = "") -> list[Example]:
+    """``rows`` by the dataset's own templates, without those that are left out for a missing value."""
+    return [example for example in templates(dataset, file).each(rows) if example]
+
+
+def templates(dataset: DatasetConfig, file: str = "") -> Templates:
+    """The dataset's own, which fill in the rows of ``file``."""
+    own = dataset
+    return Templates(own.prompt, own.answer, file=file, classes=own.classes, reader=own.reader, missing=own.missing)
+
+
+def find_reader(name: str | None, key: str = "dataset") -> Callable[[Row], Row] | None:
+    """The function that a dotted path names; None for none.
+
+    Raises:
+        InputError: there is no such function.
+    """
+    if name is None:
+        return None
+    found: Any = pydoc.locate(name)
+    if not callable(found):
+        raise InputError(f"{key}.reader={name}: no such function")
+    reader: Callable[[Row], Row] = found
+    return reader
+
+
+def _read(reader: Callable[[Row], Row], row: Row, key: str, number: str) -> Row:
+    try:
+        return reader(row)
+    except _NoValue as error:
+        raise _missing(key, number, str(error)) from None
+    except KeyError as error:
+        column = str(error.args[0])
+        raise InputError(f"{key}: row {number} has no column '{column}'; {suggest(column, list(row))}") from None
+    except (ValueError, TypeError, IndexError, AttributeError) as error:
+        raise InputError(f"{key}: row {number} cannot be read: {error}") from None
+
+
+def _class_name(answer: str, classes: Sequence[str], key: str, number: str) -> str:
+    name = answer.strip()
+    if name not in classes:
+        if not name.isdecimal() or int(name) >= len(classes):
+            raise InputError(f"{key}: row {number} is '{name}', which is no class; dataset.classes={[*classes]}")
+        name = classes[int(name)]
+    return answer.replace(answer.strip(), name) if answer.strip() else name
+
+
+class _NoValue(Exception):
+    """A column is null."""
+
+
+class _Row(Row):
+    """A row that does not give out null: it is missing, or an empty text where ``missing`` says so."""
+
+    def __init__(self, row: Row, missing: OnMissing) -> None:
+        super().__init__(row)
+        self.missing = missing
+
+    def __getitem__(self, name: str) -> Any:
+        if (value := super().__getitem__(name)) is not None:
+            return value
+        if self.missing is OnMissing.empty:
+            return ""
+        raise _NoValue(name)
+
+
+class _Formatter(string.Formatter):
+    """Fills templates as ``str.format`` does, but for nulls inside a column's value, and lists and dicts, as JSON."""
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        value, first = super().get_field(field_name, args, kwargs)
+        if value is None:
+            raise _NoValue(field_name)
+        return value, first
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if isinstance(value, bytes):
+            raise TypeError("it holds bytes, not text")
+        if isinstance(value, list | dict):
+            value = json.dumps(value, ensure_ascii=False, default=str)
+        return str(super().format_field(value, format_spec))
+
+
+@lru_cache(maxsize=64)
+def _columns(template: str) -> tuple[str, ...]:
+    """The columns that a template names."""
+    names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    return tuple(re.split(r"[.\[]", name)[0] for name in names)
+
+
+def _fill(template: str, row: _Row, key: str, number: str) -> str:
+    try:
+        plain = all(type(row.get(name)) is str for name in _columns(template))
+        text = template.format_map(row) if plain else _Formatter().vformat(template, (), row)
+    except _NoValue as error:
+        raise _missing(key, number, str(error)) from None
+    except KeyError as error:
+        column = str(error.args[0])
+        raise InputError(f"{key}: row {number} has no column '{column}'; {suggest(column, list(row))}") from None
+    except TypeError as error:
+        raise InputError(f"{key}='{template}': row {number} cannot be written into it: {error}") from None
+    except (ValueError, IndexError, AttributeError) as error:
+        raise InputError(f"{key}='{template}': not a template ({error}); write {{{{ for a brace") from None
+    _check_encodable(text, key, number)
+    return text
+
+
+def _missing(key: str, number: str, column: str) -> MissingValue:
+    ways = "dataset.missing=drop leaves such rows out, dataset.missing=empty takes an empty text"
+    return MissingValue(f"{key}: row {number} has no value for '{column}' (null or NaN); {ways}")
+
+
+def _check_encodable(text: str, key: str, number: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X}"
+        raise InputError(f"{key}: row {number} holds {half}, half a surrogate pair, which no tokenizer takes") from None

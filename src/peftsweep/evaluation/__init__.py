@@ -1,0 +1,1 @@
+"""Where does a score come from? Metrics, likelihoods, generation, the inference benchmark."""

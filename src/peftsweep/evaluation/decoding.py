@@ -1,0 +1,274 @@
+"""Prompts -> texts: greedy, sampled or by beams, with a shared cache."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+from peftsweep.data.templates import Example
+from peftsweep.data.tokens import prompt_ids
+from peftsweep.errors import InputError
+from peftsweep.models.losses import last_positions, row_inputs
+from peftsweep.models.probe import abilities
+from peftsweep.observe.measure import out_of_memory
+from peftsweep.training.lanes import of_lane
+
+log = logging.getLogger(__name__)
+
+
+def _padded(
+    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device, *, left: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask of ``rows``, [rows, length] on ``device``."""
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
+    attention = torch.zeros_like(ids)
+    for n, row in enumerate(rows):
+        place = slice(longest - len(row), None) if left else slice(len(row))
+        ids[n, place] = torch.tensor(row)
+        attention[n, place] = 1
+    return ids.to(device), attention.to(device)
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | Example],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    max_length: int = 768,
+    num_beams: int = 1,
+    stop: Sequence[str] = (),
+) -> list[str]:
+    """The model's continuation of each prompt (of an example, its prompt), without the prompt, up to its end mark.
+
+    What a chat template rendered also ends where the template ends a turn. What is written ends before the first
+    of the texts ``stop``, as with ``until`` of lm-evaluation-harness.
+    """
+    sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "max_length": max_length}
+    return of_lane(partial(_generate, model, tokenizer, prompts, **sizes, num_beams=num_beams, stop=stop))
+
+
+@torch.no_grad()
+def _generate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | Example],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    max_length: int,
+    num_beams: int,
+    stop: Sequence[str],
+    lanes: int,
+) -> list[list[str]]:
+    device = next(model.parameters()).device
+    limit = min(max_length, tokenizer.model_max_length - max_new_tokens)
+    if limit < 1:
+        raise InputError(f"max_new_tokens={max_new_tokens}: the model sees {tokenizer.model_max_length} tokens at once")
+    encoded = prompt_ids(tokenizer, prompts, limit)
+    stops = _Stops(tokenizer, stop)
+    ends = sorted({*_end_ids(model, tokenizer), *_turn_ends(prompts)})
+    texts = [[""] * len(prompts) for _ in range(lanes)]
+    greedy = num_beams == 1 and _takes_a_cache(model)
+    batch_size = batch_size if abilities(model).padded_batches else 1
+
+    def write(numbers: list[int]) -> None:
+        # Padded on the left, as generation goes on at the right.
+        ids, attention = _padded([encoded[n] for n in numbers * lanes], _pad_id(tokenizer), device, left=True)
+        made = (
+            _greedy(model, ids, attention, max_new_tokens, ends, stops, lanes)
+            if greedy
+            else _searched(model, tokenizer, ids, attention, max_new_tokens, num_beams, ends, stops)
+        )
+        written = map(stops.before, tokenizer.batch_decode(made, skip_special_tokens=True))
+        for mine in texts:
+            for n in numbers:
+                mine[n] = next(written)
+
+    _in_batches([len(ids) for ids in encoded], batch_size, write)
+    return texts
+
+
+class _Stops:
+    """Texts that end what is written, in whatever tokens they come."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._texts = [text for text in texts if text]
+        # A token holds at least a byte, but for what begins before the text.
+        self._look_back = max((len(text.encode()) for text in self._texts), default=0) + 2
+
+    def __bool__(self) -> bool:
+        return bool(self._texts)
+
+    def reached(self, rows: Sequence[Sequence[int]]) -> list[bool]:
+        """Whether one of the texts stands at the end of each row of tokens."""
+        if not self._texts:
+            return [False] * len(rows)
+        ends = self._tokenizer.batch_decode([list(row[-self._look_back :]) for row in rows])
+        return [any(text in end for text in self._texts) for end in ends]
+
+    def before(self, text: str) -> str:
+        """``text`` up to the first of them."""
+        for stop in self._texts:
+            text = text.partition(stop)[0]
+        return text
+
+
+class _Stopping(StoppingCriteria):
+    """The same for transformers' own generation, after prompts of ``start`` tokens."""
+
+    def __init__(self, stops: _Stops, start: int) -> None:
+        self._stops, self._start = stops, start
+
+    def __call__(self, input_ids: Any, scores: Any, **options: Any) -> Any:
+        return torch.tensor(self._stops.reached(input_ids[:, self._start :].tolist()), device=input_ids.device)
+
+
+def _greedy(
+    model: nn.Module,
+    ids: torch.Tensor,
+    attention: torch.Tensor,
+    max_new_tokens: int,
+    end: Sequence[int],
+    stops: _Stops,
+    lanes: int,
+) -> list[list[int]]:
+    """The likeliest next token again and again; a row that has ended leaves the batch, and its cache with it.
+
+    ``ids`` and ``attention`` are [lanes * rows, length], padded on the left. Lanes stay of one size: in one that
+    has ended more of its rows than another, some that have ended are read on, for nothing.
+    """
+    written: list[list[int]] = [[] for _ in ids]
+    running = list(range(len(ids)))
+    over = [False] * len(ids)  # of each that is running
+    ends = torch.tensor(end, device=ids.device)
+    positions = (attention.cumsum(-1) - 1).clamp(min=0)
+    cache: Any = None
+    for step in range(max_new_tokens):
+        output = model(
+            input_ids=ids,
+            attention_mask=attention,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1 if step else last_positions(1, ids.device),
+        )
+        cache = output.past_key_values
+        chosen = output.logits[:, -1].argmax(-1)
+        over = [before or now for before, now in zip(over, torch.isin(chosen, ends).tolist(), strict=True)]
+        for row, token, ended in zip(running, chosen.tolist(), over, strict=True):
+            if not ended:
+                written[row].append(token)
+        said = stops.reached([written[row] for row in running])
+        over = [before or now for before, now in zip(over, said, strict=True)]
+        if all(over) or step == max_new_tokens - 1:
+            break
+        if len(places := _unfinished(over, lanes)) < len(running):
+            kept = torch.tensor(places, device=ids.device)
+            cache.batch_select_indices(kept)
+            running, over = [running[n] for n in places], [over[n] for n in places]
+            chosen, attention, positions = chosen[kept], attention[kept], positions[kept]
+        ids = chosen[:, None]
+        attention = torch.cat([attention, attention.new_ones(len(attention), 1)], dim=1)
+        positions = positions[:, -1:] + 1
+    return written
+
+
+def _unfinished(over: Sequence[bool], lanes: int) -> list[int]:
+    """The places that are not over; and in each lane as many others that all keep as many."""
+    size = len(over) // lanes
+    ordered = [sorted(range(size * n, size * (n + 1)), key=over.__getitem__) for n in range(lanes)]
+    most = max(sum(not over[place] for place in mine) for mine in ordered)
+    return [place for mine in ordered for place in mine[:most]]
+
+
+def _searched(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: torch.Tensor,
+    attention: torch.Tensor,
+    max_new_tokens: int,
+    num_beams: int,
+    ends: Sequence[int],
+    stops: _Stops,
+) -> list[list[int]]:
+    """What transformers' own generation writes: with beams, and for methods that prepare their inputs themselves."""
+    made: torch.Tensor = cast(Any, model).generate(
+        input_ids=ids,
+        attention_mask=attention,
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        do_sample=False,
+        temperature=None,  # a base's own sampling defaults must not leak in
+        top_p=None,
+        top_k=None,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=list(ends),
+        stopping_criteria=StoppingCriteriaList([_Stopping(stops, ids.shape[1])] if stops else []),
+        **row_inputs(model, ids),
+    )
+    tokens: list[list[int]] = made[:, ids.shape[1] :].tolist()
+    return tokens
+
+
+def _takes_a_cache(model: nn.Module) -> bool:
+    """Whether the model can be called a token at a time, on a cache that gives up the rows that have ended.
+
+    Not with virtual tokens, nor if it reads each token twice, nor where the probe of its base has found otherwise.
+    """
+    config: Any = model.config
+    if not getattr(config, "use_cache", True) or row_inputs(model, torch.zeros(1, 1)):
+        return False
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        return False
+    able = abilities(model)
+    return able.padded_batches and able.row_cache
+
+
+def _end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The end marks of the tokenizer and of the model's generation config, such as the end of a turn."""
+    known = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or []
+    marks = {tokenizer.eos_token_id, *(known if isinstance(known, list) else [known])}
+    return sorted(int(mark) for mark in marks if mark is not None)
+
+
+def _turn_ends(prompts: Sequence[str | Example]) -> set[int]:
+    rendered = [prompt.rendered for prompt in prompts if isinstance(prompt, Example)]
+    return {row.end for row in rendered if row is not None and row.end is not None}
+
+
+def _in_batches(lengths: Sequence[int], batch_size: int, work: Callable[[list[int]], None]) -> None:
+    """Do ``work`` on the numbers of all rows in batches, longest first, so that too large a batch fails at once.
+
+    Where memory runs out the batch is halved, and the rest goes on so.
+    """
+    left = sorted(range(len(lengths)), key=lambda n: -lengths[n])
+    while left:
+        numbers = left[:batch_size]
+        try:
+            work(numbers)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if len(numbers) == 1 or not out_of_memory(error):
+                raise
+            numbers = []
+        if numbers:
+            left = left[batch_size:]
+            continue
+        batch_size = max(1, min(batch_size, len(left)) // 2)
+        log.warning("out of memory in an evaluation; going on with batches of %d rows", batch_size)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    return int(cast(int, tokenizer.pad_token_id))

@@ -1,0 +1,83 @@
+"""lm-evaluation-harness as an evaluation, for whoever wants any of its tasks; the extra ``peftsweep[lm_eval]``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from peftsweep.data import hub
+from peftsweep.data.templates import Example
+from peftsweep.errors import InputError
+from peftsweep.evaluation.evaluate import Evaluation
+from peftsweep.evaluation.metrics import Score
+from peftsweep.models.probe import abilities
+
+
+def lm_eval(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    tasks: Sequence[str | dict[str, Any]],
+    include_path: str | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 16,
+    max_length: int | None = None,
+) -> Evaluation:
+    """The scores of ``tasks``, named ``<task>_<metric>``; ``examples`` are not looked at, tasks bring their own rows.
+
+    A task is a name the harness knows (of its own, or of a yaml in ``include_path``) or a task's whole
+    configuration. ``limit`` is a number of rows a task.
+
+    Raises:
+        InputError: the package is not installed, or a task is unknown.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise InputError(f"eval.lm_eval: {error}; pip install 'peftsweep[lm_eval]'") from None
+    hub.problem()  # before the harness asks it for each of its tasks
+    manager = TaskManager(include_path=include_path)
+    known = set(manager.all_tasks)
+    for task in tasks:
+        if isinstance(task, str) and task not in known:
+            raise InputError(f"eval.lm_eval.tasks: {task}: the harness has no such task (include_path={include_path})")
+    wrapped = HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=batch_size if abilities(model).padded_batches else 1,
+        max_length=min(max_length or tokenizer.model_max_length, tokenizer.model_max_length),
+        backend="causal",
+    )
+    found: dict[str, Any] = simple_evaluate(
+        wrapped,
+        tasks=list(tasks),
+        task_manager=manager,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        bootstrap_iters=1000,  # means need none, but get no standard error without
+        log_samples=True,
+    )
+    scores = {}
+    for task, measured in found["results"].items():
+        n = found["n-samples"].get(task, {}).get("effective", 0)
+        for key, value in measured.items():
+            metric, _, kind = key.partition(",")
+            if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            stderr = measured.get(f"{metric}_stderr,{kind}")
+            name = f"{task}_{metric}" + (f"_{kind}" if kind != "none" else "")
+            scores[name] = Score(float(value), stderr if isinstance(stderr, float) else None, n)
+    lines = [_line(task, sample) for task, samples in found.get("samples", {}).items() for sample in samples]
+    return Evaluation(scores, lines)
+
+
+def _line(task: str, sample: dict[str, Any]) -> dict[str, Any]:
+    judged = {name: sample[name] for name in ("acc", "acc_norm", "exact_match") if name in sample}
+    return {"task": task, "answer": str(sample.get("target")), "prediction": sample.get("filtered_resps")} | judged

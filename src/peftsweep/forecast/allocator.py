@@ -1,0 +1,245 @@
+"""What a training step allocates, counted on the meta device."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from peftsweep.schema import Dtype
+
+META = torch.device("meta")
+# Every block of CUDA's caching allocator is a multiple of this (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize).
+BLOCK = {"cuda": 512}
+MASK_ALIGNMENT = 16  # to which the memory-efficient attention pads the rows of a mask
+
+aten = torch.ops.aten
+
+
+# ---- the allocator ---------------------------------------------------------------------------------
+
+
+class _Allocator(TorchDispatchMode):
+    """Follows the storages that operations make, from their making to their end, and computes nothing.
+
+    ``live`` and ``peak`` are bytes, in whole blocks. What only numbers could say is answered as for a
+    padded batch: that many positions of a mask are ``answers``, that not all is true.
+    """
+
+    def __init__(self, block: int, answers: int) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._block = block
+        self._answers = answers
+        self._known: dict[int, weakref.ref[Any]] = {}
+        self.in_backward = False
+
+    def hold(self, tensors: Iterable[torch.Tensor]) -> int:
+        """Count what there is already; returns the bytes."""
+        before = self.live
+        for tensor in tensors:
+            self._note(tensor)
+        return self.live - before
+
+    def mark(self) -> int:
+        """Let a new peak begin; returns what is alive."""
+        self.peak = self.live
+        return self.live
+
+    def measure(self, tensors: Iterable[torch.Tensor]) -> int:
+        """The bytes of ``tensors``."""
+        return sum(self._size(tensor.untyped_storage()) for tensor in tensors)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is aten.add.Tensor and self._accumulates(*args):
+            func = aten.add_.Tensor
+        result = self._without_numbers(func, args, kwargs or {})
+        if result is None:
+            result = func(*args, **kwargs or {})
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor)
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _accumulates(self, gradient: torch.Tensor, more: Any) -> bool:
+        """Whether autograd sums up gradients, which it does in place where no mode watches it (input_buffer.cpp)."""
+        whole = gradient.untyped_storage().nbytes() == gradient.numel() * gradient.element_size()
+        return self.in_backward and not torch.is_grad_enabled() and whole and gradient.shape == more.shape
+
+    def _without_numbers(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The result of an operation that the meta device lacks as its shape depends on numbers; else None."""
+        if func is aten._local_scalar_dense.default and args[0].device == META:
+            return 0
+        if func is aten.index_put.default:
+            func = aten.index_put_.default  # as autograd does where no mode watches it (FunctionsManual.cpp)
+        if func is aten.nonzero.default:
+            return args[0].new_empty((self._answers, args[0].dim()), dtype=torch.int64)
+        if func in (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default):
+            places = [place for index in args[1] for place in self._positions(index)]
+            return func(args[0], places, *args[2:], **kwargs)
+        return None
+
+    def _positions(self, index: torch.Tensor | None) -> list[torch.Tensor | None]:
+        if index is None or index.dtype != torch.bool:
+            return [index]
+        return [index.new_empty(self._answers, dtype=torch.int64) for _ in index.shape]
+
+    def _note(self, tensor: torch.Tensor) -> None:
+        if tensor.device != META or tensor.layout != torch.strided:
+            return
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        known = self._known.get(key)
+        if known is not None and known() is storage:
+            return
+        size = self._size(storage)
+        self.live += size
+        self._known[key] = weakref.ref(storage, lambda _: self._free(key, size))
+
+    def _free(self, key: int, size: int) -> None:
+        self.live -= size
+        del self._known[key]
+
+    def _size(self, storage: torch.UntypedStorage) -> int:
+        return -(-storage.nbytes() // self._block) * self._block
+
+
+# ---- what a device does otherwise ------------------------------------------------------------------
+
+# Autocast's lists (docs.pytorch.org/docs/stable/amp.html, "Autocast Op Reference") as far as models use them.
+LOWERED = {
+    *("linear", "matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "mv", "addmm", "baddbmm", "addbmm", "einsum"),
+    *("conv1d", "conv2d", "conv3d", "prelu", "scaled_dot_product_attention"),
+}
+RAISED = {
+    *("softmax", "log_softmax", "layer_norm", "group_norm", "norm", "cross_entropy", "nll_loss", "mse_loss"),
+    *("pow", "__pow__", "rsqrt", "exp", "log", "sum", "prod", "cumsum", "cumprod", "softplus", "cosine_similarity"),
+}
+
+
+class _Kernels(TorchFunctionMode):
+    """Calls, in place of what the meta device would, the kernels of ``device``; casts as autocast does there."""
+
+    def __init__(self, device: str, autocast: Dtype | None) -> None:
+        super().__init__()
+        self._cuda = device == "cuda"
+        self._dtype = getattr(torch, autocast.value) if autocast else None
+        self._casts: dict[torch.Tensor, torch.Tensor] | None = None  # of the weights that are trained
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        kwargs = kwargs or {}
+        if self._dtype is not None and torch.is_grad_enabled():  # autocast is off in a backward written in python
+            if name in LOWERED:
+                args, kwargs = tree_map_only(torch.Tensor, self._lowered, (args, kwargs))
+            elif name in RAISED and self._cuda:
+                args, kwargs = tree_map_only(torch.Tensor, _raised, (args, kwargs))
+        if name == "scaled_dot_product_attention":
+            return self._attention(func, *args, **kwargs)
+        if name == "dropout" and self._cuda:
+            return _dropout(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """The block of autocast: until its end it keeps its casts of the weights that are trained."""
+        self._casts = {}
+        with self:
+            yield
+        self._casts = None
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """The backward of ``loss`` with these kernels, where checkpointing computes layers again.
+
+        ``loss.backward()`` would suspend the mode for its time; this is what it calls in the end.
+        """
+        run: Any = torch.autograd.Variable._execution_engine.run_backward
+        with self:
+            run((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+    def _lowered(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype != torch.float32:
+            return tensor
+        if self._casts is None or not (tensor.is_leaf and tensor.requires_grad):
+            return tensor.to(self._dtype)
+        if tensor not in self._casts:
+            self._casts[tensor] = tensor.to(self._dtype)
+        return self._casts[tensor]
+
+    def _attention(
+        self,
+        func: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Any:
+        """Fused attention, of which the backward needs a number a row in place of the matrix of weights.
+
+        CUDA has the memory-efficient kernel for masks and for 32 bits, flash attention for the rest; the CPU
+        has its own, without dropout.
+        """
+        bias = _bias(attn_mask, query, MASK_ALIGNMENT if self._cuda else 1)
+        repeat = query.shape[1] // key.shape[1]
+        if self._cuda and (bias is not None or query.dtype == torch.float32):
+            if bias is not None:
+                bias = bias.expand(*query.shape[:3], key.shape[2])
+            if enable_gqa and repeat > 1:
+                key, value = (tensor.repeat_interleave(repeat, 1) for tensor in (key, value))
+            log_sums = torch.is_grad_enabled() and query.requires_grad
+            arguments = (query, key, value, bias, log_sums, dropout_p, is_causal)
+            result = aten._scaled_dot_product_efficient_attention(*arguments, scale=scale)
+        elif self._cuda:
+            result = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)
+        elif dropout_p == 0:
+            options = {"attn_mask": bias, "scale": scale}
+            result = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, **options)
+        else:
+            options = {"scale": scale, "enable_gqa": enable_gqa}
+            return func(query, key, value, attn_mask, dropout_p, is_causal, **options)
+        return result[0]
+
+
+def _bias(mask: torch.Tensor | None, query: torch.Tensor, alignment: int) -> torch.Tensor | None:
+    """The mask in the numbers that attention adds, its rows padded to the alignment."""
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
+    if mask is not None and (odd := mask.shape[-1] % alignment):
+        mask = nn.functional.pad(mask, (0, alignment - odd))[..., : -(alignment - odd)]
+    return mask
+
+
+def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    """CUDA's keeps a mask of one byte a number."""
+    return torch.native_dropout(input, p, training)[0] if training and 0 < p < 1 else input
+
+
+def _raised(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+@contextmanager
+def _as_on(device: str, autocast: Dtype | None) -> Iterator[None]:
+    """What PEFT and bitsandbytes ask before they choose how to go on is answered as on ``device``."""
+    from bitsandbytes.autograd import _functions
+
+    before = torch.is_autocast_enabled(device)
+    torch.set_autocast_enabled(device, autocast is not None)
+    try:
+        with patch.object(_functions, "MatMul8bitLt", _functions.MatMul8bitFp) if device == "cpu" else nullcontext():
+            yield
+    finally:
+        torch.set_autocast_enabled(device, before)

@@ -1,0 +1,348 @@
+"""What is known of a trial before anything is loaded: whether it is refused, how large it is, what it will need."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from peft import PeftModel
+
+from peftsweep.config import build, checks, evaluations, identity
+from peftsweep.config.compose import Trial
+from peftsweep.data import rows as data_rows
+from peftsweep.data.tokens import Tokens
+from peftsweep.errors import InputError
+from peftsweep.forecast.predict import Prediction, Shape, predict, shapes, skeleton
+from peftsweep.models import compatibility, coverage, parts, probe, saved
+from peftsweep.models import model as models_model
+from peftsweep.models.shapes import without_numbers
+from peftsweep.observe.display import size
+from peftsweep.schema import Config, DatasetConfig, Dtype, RowsConfig, Task, TrainConfig, ValidationConfig
+from peftsweep.training import optimizer
+
+log = logging.getLogger(__name__)
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is known of a trial before anything is loaded."""
+
+    trainable_parameters: int | None = None  # None where attaching failed; the trial itself will say why
+    total_parameters: int | None = None
+    adapter_bytes: int | None = None  # of the file that holds the adapter
+    refused: str | None = None  # why it will not be trained
+    coverage: str | None = None  # how far it reaches into the base, in words
+    attached: str | None = None  # a hash of what is trained, by names and shapes
+
+
+# Of a configuration, what changes a forecast, beside the model, which counts by its content.
+KEYS = ("device", "adapter", "method", "method_inputs", "method_setup", "targets", "quant", "eval", "train")
+ALL_ELSE = (  # of a configuration, what changes numbers beside the modules that a method is attached to
+    *("seed", "device", "model", "method", "method_inputs", "method_setup", "quant", "dataset", "eval", "train"),
+    *("inference", "profiler", "adapter", "halving", "memory_limit", "skip_oversized", "force", "repeat"),
+)
+AIMS = ("target_modules", "target_parameters", "exclude_modules")  # of a method: by which modules are named
+RATES = ("learning_rate", "learning_rate_scale", "schedule", "warmup", "weight_decay", "clip")  # that take no memory
+# Of base and adapter. Some methods begin with random numbers that the meta device lacks, some with the base's (SVD,
+# masks), of which any will do.
+PLACES = (("meta", "meta"), ("meta", "cpu"), ("cpu", "cpu"))
+_FORECASTS: dict[str, Forecast] = {}  # of a sweep over seeds or data, one is enough
+_PREDICTIONS: dict[str, Prediction | None] = {}
+_SHAPES: dict[str, list[Shape]] = {}
+_ROOMS: dict[str, int] = {}  # by model, its files and the virtual tokens of the method
+
+
+def check(trial: Trial) -> Forecast:
+    """Attach the method to the base's skeleton, without weights, data or network (for presets).
+
+    Raises:
+        InputError: targets, method or device do not fit.
+    """
+    key = identity.content_hash([*_of_the_model(trial), *(trial.tree[k] for k in KEYS)])
+    forecast = _FORECASTS.get(key) or _forecast(trial)
+    if forecast.trainable_parameters is not None:
+        _FORECASTS[key] = forecast
+    return forecast
+
+
+def check_cached(trial: Trial) -> None:
+    """Where the hub does not answer: that all that the trial takes from it is in the local cache.
+
+    Raises:
+        InputError: something is not.
+    """
+    config = trial.config
+    models_model.check_cached(config.model)
+    sources: dict[str, DatasetConfig | ValidationConfig | RowsConfig] = {
+        "dataset": config.dataset,
+        "dataset.validation": config.dataset.validation,
+    }
+    sources |= {f"eval.{name}": evaluations.evaluation_source(config, name) for name in config.eval}
+    for key, rows in sources.items():
+        if rows.hub is not None and rows.path is None:
+            data_rows.check_cached(rows.hub, rows.hub_config, rows.revision, f"{key}.hub")
+
+
+def _of_the_model(trial: Trial) -> list[Any]:
+    """The model as keys of forecasts have it: its files, its roles, the classes of its head."""
+    model = trial.config.model
+    return [identity.model_identity(model), model.roles, trial.config.dataset.classes]
+
+
+def _forecast(trial: Trial) -> Forecast:
+    config = trial.config
+    models_model.device(config.device)
+    build.quantization(trial)
+    _check_reading(trial)
+    with _quietly():
+        if reason := refusal(trial):
+            bare = models_model.skeleton(config.model, classes=len(config.dataset.classes))
+            return Forecast(0, parts.count(bare).total, 0, reason)
+        foreseen = _with_skeleton(trial, None, lambda adapted: _sizes(adapted, config.train)) or Forecast()
+        return dataclasses.replace(foreseen, coverage=foreseen.coverage and foreseen.coverage + _stored(trial))
+
+
+def _stored(trial: Trial) -> str:
+    """How much of the base is really quantised, in words."""
+    if not trial.config.quant:
+        return ""
+    base = skeleton(trial.config.model, build.quantization(trial), classes=len(trial.config.dataset.classes))
+    weights = coverage.weights(base, trial.config.model.roles)
+    return coverage.stored(coverage.quantised(weights), sum(weight.size for weight in weights.values()))
+
+
+def _check_reading(trial: Trial) -> None:
+    """That the base is a causal model where one is asked for, has its tokenizer, and room for what it is to write."""
+    config = trial.config
+    if config.model.task is Task.causal_lm:
+        probe.check_causal(models_model.architecture(config.model), partial(models_model.made, config.model))
+    room = _room(trial)
+    for name in config.eval:
+        options = inspect.signature(build.evaluator(trial, name)).parameters
+        new = options["max_new_tokens"].default if "max_new_tokens" in options else 0
+        if room is not None and new >= room:
+            raise InputError(
+                f"eval.{name}.max_new_tokens={new}: must be below {room}, the tokens the model sees at once"
+            )
+
+
+def _room(trial: Trial) -> int | None:
+    """How many tokens a row may have; None where there is no limit. Of a local model also by its tokenizer."""
+    config, virtual = trial.config.model, build.virtual_tokens(trial)
+    if not models_model.is_local(config):
+        limit = models_model.positions(config)
+        return None if limit is None else limit - virtual
+    key = identity.content_hash([identity.model_identity(config), virtual])
+    if key not in _ROOMS:
+        _ROOMS[key] = int(build.load_tokenizer(trial).model_max_length)
+    return _ROOMS[key]
+
+
+def _sizes(adapted: build.Model, config: TrainConfig) -> Forecast:
+    optimizer.make_optimizer(adapted, config)  # which may freeze some of the parameters
+    counts, reach = parts.count(adapted), build.coverage_of(adapted)
+    attached = [(name, list(p.shape), str(p.dtype)) for name, p in parts.trainable_parameters(adapted)]
+    file_size = saved.saved_bytes(adapted) if isinstance(adapted, PeftModel) else counts.trainable_bytes
+    return Forecast(
+        counts.trainable,
+        counts.total,
+        file_size,
+        coverage=reach["line"],
+        attached=identity.content_hash(attached),
+    )
+
+
+def twin_key(trial: Trial, foreseen: Forecast) -> str:
+    """The same for trials that attach the same parameters, all else equal, by whatever names they call the modules."""
+    if foreseen.attached is None:
+        return trial.identity
+    tree = {key: trial.tree[key] for key in ALL_ELSE}
+    tree["method"] = {key: value for key, value in tree["method"].items() if key not in AIMS}
+    tree["model"] = {key: value for key, value in tree["model"].items() if key != "roles"}
+    rows = trial.rows.fingerprints if trial.rows else None
+    return identity.content_hash([tree, rows, foreseen.attached])
+
+
+def _with_skeleton(
+    trial: Trial,
+    quantization: Any,
+    work: Callable[[build.Model], Found],
+    places: Sequence[tuple[str, str]] = PLACES,
+    lanes: Mapping[str, Trial] | None = None,
+) -> Found | None:
+    """``work`` of the method on a skeleton of the base; None where that cannot be done in any of the ``places``.
+
+    With ``lanes`` it is that of all these trials on one skeleton.
+    """
+    config = trial.config
+    for base, adapter in places:
+        try:
+            bare = skeleton(config.model, quantization, base, len(config.dataset.classes))
+            with without_numbers() if base == "meta" else nullcontext(), torch.device(adapter):
+                adapted = (
+                    build.attach_lanes(lanes, bare) if lanes else build.attach_method(trial, bare, config.train.steps)
+                )
+            if isinstance(adapted, PeftModel) and not config.train.autocast_adapter_dtype:
+                own = [(name, p) for name, p in adapted.named_parameters() if "lora_" in name]
+                for _, parameter in own if lanes else parts.trainable_parameters(adapted):
+                    parameter.data = parameter.data.to(bare.dtype)  # as PEFT does, but not on the meta device
+            return work(adapted)
+        except InputError:
+            raise
+        except Exception:
+            log.debug("%s cannot be attached on the device %s", trial.slug, adapter, exc_info=True)
+    return None
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without warnings and log lines, which come again, and go to the trial's log, when it runs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+def refusal(trial: Trial) -> str | None:
+    """Why the trial's method cannot be trained on its base; None where it can."""
+    config = trial.config
+    kinds = [compatibility.stored(config.quant)]
+    if config.model.dtype is not Dtype.float32:
+        kinds.append(f"narrow {kinds[0]}")
+    if config.model.task is Task.seq_cls:
+        kinds.append("classifier")
+        forward = models_model.skeleton(config.model, classes=len(config.dataset.classes)).forward
+        if "past_key_values" not in inspect.signature(forward).parameters:
+            kinds.append("encoder")
+    if config.train.checkpointing:
+        kinds.append("checkpointing")
+    if config.model.dtype is Dtype.float16 and config.train.autocast is Dtype.float16:
+        kinds += ["float16"] if config.train.autocast_adapter_dtype else ["float16", "float16 adapter"]
+    setup = {"method_setup": config.method_setup.get("_target_")}
+    return compatibility.refusal(config.method | setup if config.method else {}, kinds)
+
+
+# ---- memory ----------------------------------------------------------------------------------------
+
+
+def prediction(trial: Trial, tokens: Sequence[Tokens] | None = None) -> Prediction | None:
+    """The memory that training will take, from ``tokens`` or as far as the rows are known; None if nobody can say.
+
+    With a ``memory_limit`` it is that of a GPU, on which the trial may be meant to run.
+    """
+    config = trial.config
+    where = _where(config)
+    batches = _shapes(trial, tokens)
+    key = _key(where, batches, [trial])
+    if key not in _PREDICTIONS:
+        _PREDICTIONS[key] = predicted(trial, batches, where)
+    return _PREDICTIONS[key]
+
+
+def _where(config: Config) -> str:
+    """The kind of device that a prediction is for."""
+    return "cuda" if config.memory_limit else models_model.device(config.device).type
+
+
+def _key(where: str, batches: Sequence[Shape], trials: Sequence[Trial]) -> str:
+    """Of a prediction: the same for whatever changes none."""
+    said: list[Any] = [where, [dataclasses.asdict(one) for one in batches]]
+    for one in trials:
+        train = {key: value for key, value in one.tree["train"].items() if key not in RATES}
+        said.append([*_of_the_model(one), {key: one.tree[key] for key in KEYS} | {"train": train}])
+    return identity.content_hash(said)
+
+
+def predicted(trial: Trial, batches: Sequence[Shape], where: str) -> Prediction | None:
+    """The memory that training on micro-batches of these shapes takes on a device "cuda" or "cpu"."""
+    if trial.config.adapter.path is not None or refusal(trial):
+        return None
+    if "init_lora_weights" in trial.config.method:  # of which none changes a shape, but some take the base apart
+        method = trial.config.method | {"init_lora_weights": True}
+        trial = dataclasses.replace(trial, config=dataclasses.replace(trial.config, method=method))
+    with _quietly():
+        quantization = build.quantization(trial)
+        return _with_skeleton(
+            trial,
+            quantization,
+            lambda adapted: predict(adapted, trial.config.train, batches, where),
+            (("meta", "meta"), ("meta", "cpu")),
+        )
+
+
+def together(
+    trials: Sequence[Trial], tokens: Sequence[Tokens] | None = None, where: str | None = None
+) -> Prediction | None:
+    """``prediction`` of training ``trials`` at once, as ``pack`` does, on a device "cuda" or "cpu"."""
+    config = trials[0].config
+    where = where or _where(config)
+    batches = _shapes(max(trials, key=lambda one: (one.config.train.epochs or 0, one.config.train.steps)), tokens)
+    key = _key(where, batches, trials)
+    if key not in _PREDICTIONS:
+        lanes = {f"lane{number}": one for number, one in enumerate(trials)}
+        trained = {name: one.config.train for name, one in lanes.items()}
+        with _quietly():
+            _PREDICTIONS[key] = _with_skeleton(
+                trials[0],
+                build.quantization(trials[0]),
+                lambda adapted: predict(adapted, config.train, batches, where, trained),
+                (("meta", "meta"), ("meta", "cpu")),
+                lanes,
+            )
+    return _PREDICTIONS[key]
+
+
+def longest(trial: Trial) -> Shape:
+    """A micro-batch of rows as long as ``dataset.max_length`` and the model allow, a half of each the answer."""
+    rows, room = trial.config.train.batch_size, _room(trial)
+    length = min(trial.config.dataset.max_length, room or trial.config.dataset.max_length)
+    return Shape(rows, length, length // 2, rows * (length // 2))
+
+
+def _shapes(trial: Trial, tokens: Sequence[Tokens] | None) -> list[Shape]:
+    """Those of the micro-batches: of ``tokens``, of local rows, else as long as ``dataset.max_length`` allows.
+
+    Without ``tokens``, when a sweep is planned, they are those of the rows' order with seed 0, so that a sweep over
+    seeds has them, and the memory that they take, once.
+    """
+    config = trial.config
+    if tokens is not None:
+        return shapes(tokens, config.train, config.seed) or [longest(trial)]
+    if trial.rows is None or not models_model.is_local(config.model):
+        return [longest(trial)]
+    train = {key: value for key, value in trial.tree["train"].items() if key not in RATES}
+    said = [trial.tree["dataset"], trial.rows.fingerprints["train"], train, build.virtual_tokens(trial)]
+    key = identity.content_hash([*_of_the_model(trial), *said])
+    if key not in _SHAPES:
+        rows = build.training_tokens(trial, build.load_tokenizer(trial), trial.rows.train)
+        _SHAPES[key] = shapes(rows, config.train, 0) or [longest(trial)]
+    return _SHAPES[key]
+
+
+def oversized(trial: Trial) -> str | None:
+    """Why the trial will not fit into the memory; None where it will, or nobody knows."""
+    limit = memory_limit(trial)
+    if limit is None or (found := prediction(trial)) is None or found.peak_bytes <= limit:
+        return None
+    return f"predicted to need {size(found.peak_bytes)}, there are {size(limit)}"
+
+
+def memory_limit(trial: Trial) -> float | None:
+    """The bytes that ``memory_limit`` grants, else those of the device; None on a CPU."""
+    if trial.config.memory_limit is not None:
+        return checks.size_in_bytes(trial.config.memory_limit, "memory_limit")
+    device = models_model.device(trial.config.device)
+    return float(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None

@@ -1,0 +1,348 @@
+"""The memory that a training step will take, without weights, data or device.
+
+The step itself is run, on the meta device: every operation happens but none computes, and an
+allocator that only counts follows what is alive. So each method of PEFT, each optimizer, gradient
+checkpointing and autocast are counted as they are, by no formula for an architecture. What a device's
+kernels do otherwise than the meta device's is stood in for (``_Kernels``).
+
+    adapted = attach(skeleton(config.model, quantization), ...)
+    predict(adapted, config.train, shapes(rows, config.train, seed), "cuda").peak_bytes
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from peftsweep.data.batches import Batch, batch_order, micro_batches
+from peftsweep.data.tokens import Tokens
+from peftsweep.forecast.allocator import BLOCK, META, _Allocator, _as_on, _Kernels
+from peftsweep.models.losses import answer_losses, auxiliary_loss
+from peftsweep.models.model import skeleton as bare_skeleton
+from peftsweep.models.parts import base_of, classifies, head_names, text_config, trainable_parameters
+from peftsweep.models.probe import likely_shortcuts
+from peftsweep.models.shortcuts import SHORTCUTS
+from peftsweep.schema import ModelConfig, TrainConfig
+from peftsweep.training import length as training_length
+from peftsweep.training import optimizer as training_optimizer
+from peftsweep.training.lanes import Pack
+
+# cuBLAS gets a workspace for each thread that calls it, here the forward's and autograd's, and torch's allocator counts
+# them. From compute capability 9.0 on each has 32 MiB, before it 8 (aten/src/ATen/cuda/CublasHandlePool.cpp). Which GPU
+# it will be is not known here, so the larger is assumed. Measured on an H100: 64 MiB.
+WORKSPACES = {"cuda": 2 * 32 * 2**20}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a micro-batch."""
+
+    rows: int
+    length: int  # tokens of its longest row
+    answer_length: int  # positions from the first answer token of any row on
+    answer_tokens: int  # of all rows together
+
+
+def shapes(rows: Sequence[Tokens], config: TrainConfig, seed: int) -> list[Shape]:
+    """Those of all micro-batches of a run on ``rows``, each once."""
+    order = batch_order([len(row.ids) for row in rows], training_length.rows_per_step(config), seed)
+    steps = islice(micro_batches(order, config.batch_size), training_length.total_steps(config, len(rows)))
+    found = set()
+    for numbers in chain.from_iterable(steps):
+        batch = [rows[n] for n in numbers]
+        length = math.ceil(max(len(row.ids) for row in batch) / config.pad_to_multiple_of) * config.pad_to_multiple_of
+        answers = length - max(min(row.answer_start for row in batch), 1)
+        found.add(Shape(len(batch), length, answers, sum(row.answer_tokens for row in batch)))
+    return sorted(found, key=lambda shape: (shape.length, shape.rows, shape.answer_length))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes on the training device. What is kept adds up; the peaks are measured while it all happens.
+
+    The forward ends with ``weights + adapter + optimizer + activations + logits`` (and, in a second
+    micro-batch, gradients); the backward frees the activations as it makes the gradients; the optimizer's
+    step has ``weights + adapter + gradient + optimizer`` and what it needs in between.
+    """
+
+    weights_bytes: int  # of the base, as it is stored, with its buffers
+    adapter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int  # kept from the forward for the backward, without
+    logits_bytes: int  # those that the head and the loss keep
+    forward_peak: int
+    backward_peak: int
+    step_peak: int
+    workspace_bytes: int = 0  # of cuBLAS, beside all the above
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is alive at any time of a step after the first."""
+        return max(self.forward_peak, self.backward_peak, self.step_peak) + self.workspace_bytes
+
+    def facts(self) -> dict[str, int]:
+        """All of it by name, for a trial's record."""
+        return dataclasses.asdict(self) | {"peak_bytes": self.peak_bytes}
+
+
+# ---- the base as it is stored ----------------------------------------------------------------------
+
+
+def skeleton(model: ModelConfig, quantization: Any, where: str = "meta", classes: int = 0) -> PreTrainedModel:
+    """``model.skeleton`` with its layers as ``quantization`` stores them.
+
+    ``quantization`` is a transformers quantization config of bitsandbytes, or None for none. Which layers
+    stay as they are is transformers' own choice, so that a method attaches as it does to the loaded base.
+    """
+    base = bare_skeleton(model, where, classes)
+    if model.attn_implementation is not None:
+        base.set_attn_implementation(model.attn_implementation)
+    if quantization is None:
+        return base
+    import bitsandbytes
+
+    if classifies(base):  # as model.load does
+        skipped = quantization.llm_int8_skip_modules or []
+        quantization.llm_int8_skip_modules = [*skipped, *head_names(base)]
+    plain = dict(base.named_modules())
+    quantizer: Any = AutoHfQuantizer.from_config(quantization)
+    quantizer.preprocess_model(base, device_map=None)
+    with patch.dict(bitsandbytes.functional.name2qmap):  # a cache that must not keep a tensor without numbers
+        for name, module in base.named_modules():
+            if module is not plain.get(name):
+                _store(module, plain[name])
+    quantizer.postprocess_model(base)  # marks the model, by which PEFT knows it
+    return base
+
+
+def _store(module: Any, plain: Any) -> None:
+    """Give the quantised layer ``module`` the weights of the layer it stands for."""
+    import bitsandbytes
+    from bitsandbytes.nn.modules import Int8Params, Linear4bit, Params4bit
+
+    weight = plain.weight.detach().T if isinstance(plain, Conv1D) else plain.weight.detach()
+    old = module.weight
+    if isinstance(module, Linear4bit):
+        options = {name: getattr(old, name) for name in ("blocksize", "compress_statistics", "quant_type")}
+        packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_storage=old.quant_storage, **options)
+        options |= {"quant_state": state, "quant_storage": old.quant_storage, "module": module, "bnb_quantized": True}
+        module.weight, module.quant_state = Params4bit(packed, requires_grad=False, **options), state
+    else:
+        numbers, scales, _ = bitsandbytes.functional.int8_vectorwise_quant(weight.half())
+        module.weight = Int8Params(numbers, requires_grad=False, CB=numbers, SCB=scales)
+        module.state.threshold = 0.0  # how many outliers there are only data says; they are few
+    if plain.bias is not None:
+        module.bias = nn.Parameter(plain.bias.detach(), requires_grad=False)
+
+
+# ---- the step --------------------------------------------------------------------------------------
+
+
+def predict(
+    adapted: Any,
+    config: TrainConfig,
+    shapes: Sequence[Shape],
+    device: str,
+    lanes: Mapping[str, TrainConfig] | None = None,
+) -> Prediction:
+    """The memory of the largest training step of ``adapted`` on a ``device`` ("cuda", "cpu"); the model is used up.
+
+    ``adapted`` is made of ``skeleton`` with its method attached; ``shapes`` are those of the micro-batches. With
+    ``lanes``, its adapters by name, these are trained together.
+
+    Raises:
+        Exception: whatever is raised by a method that cannot run without numbers.
+    """
+    _to_meta(adapted)
+    text = text_config(adapted)
+    if getattr(text, "pad_token_id", None) is None:
+        text.pad_token_id = 0
+    if not classifies(adapted):
+        with _as_on(device, config.autocast), _Allocator(1, 0), _Kernels(device, config.autocast).forward():
+            setattr(base_of(adapted), SHORTCUTS, likely_shortcuts(base_of(adapted)))
+    training_optimizer.enable_checkpointing(adapted, config.checkpointing)
+    adapted.train()
+    longest = max(shapes, key=lambda shape: (shape.rows * shape.length, shape.answer_length))
+    first = _trace(adapted, config, longest, device, lanes)
+    # Another may hold more answer tokens. What a token and what the head takes for such a one is known now.
+    token = first.activation_bytes / (longest.rows * longest.length)
+    before = first.weights_bytes + first.adapter_bytes + first.optimizer_bytes + first.activation_bytes
+    at_head = max(2 * first.logits_bytes, first.forward_peak - before)  # logits that are kept have a gradient later
+    answer = at_head / max(longest.answer_tokens, 1)
+    other = max(shapes, key=lambda shape: shape.rows * shape.length * token + shape.answer_tokens * answer)
+    if other == longest:
+        return first
+    return max(first, _trace(adapted, config, other, device, lanes), key=lambda one: one.peak_bytes)
+
+
+def _trace(
+    adapted: Any, config: TrainConfig, shape: Shape, device: str, lanes: Mapping[str, TrainConfig] | None
+) -> Prediction:
+    batch = _batch(adapted, shape)
+    if lanes is None:
+        return _traced(adapted, config, batch, device, [training_optimizer.make_optimizer(adapted, config)], None)
+    pack = Pack(adapted, [*lanes], seed=0, stacked=device == "cuda")
+    try:
+        weights = {name: list(pack.weights(name).values()) for name in lanes}
+        optimizers = [training_optimizer.make_optimizer(nn.Module(), one, weights[name]) for name, one in lanes.items()]
+        return _traced(adapted, config, pack.for_all(batch), device, optimizers, pack)
+    finally:
+        pack.close()
+
+
+def _traced(
+    adapted: nn.Module,
+    config: TrainConfig,
+    batch: Batch,
+    device: str,
+    optimizers: Sequence[torch.optim.Optimizer],
+    pack: Pack | None,
+) -> Prediction:
+    allocator = _Allocator(BLOCK.get(device, 1), batch.answer_tokens)
+    kernels = _Kernels(device, config.autocast)
+    tensors = [(_is_adapter(name, adapted), tensor) for name, tensor in _named_tensors(adapted)]
+    weights = allocator.hold(tensor for own, tensor in tensors if not own)
+    adapter = allocator.hold(tensor for own, tensor in tensors if own)
+    allocator.hold(pack.gradients if pack else [])  # which a pack has from the beginning
+    forward = backward = kept = logits = 0
+    with _as_on(device, config.autocast), allocator:
+        for _ in range(min(2, config.accumulation)):  # the second micro-batch finds the gradients of the first
+            before = allocator.mark()
+            with kernels.forward(), _at_head(adapted, lambda: allocator.live) as at_head:
+                loss = answer_losses(adapted, batch).sum() / batch.answer_tokens
+                regulariser = auxiliary_loss(adapted, batch)
+                loss = loss if regulariser is None else loss + regulariser
+            kept, logits = at_head[-1] - before, allocator.live - at_head[-1]
+            forward = max(forward, allocator.peak)
+            allocator.mark()
+            allocator.in_backward = True
+            kernels.backward(loss)
+            allocator.in_backward = False
+            del loss, regulariser
+            backward = max(backward, allocator.peak)
+        alone = [p.grad for _, p in trainable_parameters(adapted) if p.grad is not None]
+        before, gradients = allocator.mark(), pack.gradients if pack else alone
+        step = max(_step(optimizer, allocator, device) for optimizer in optimizers)
+        states = allocator.live - before
+    adapted.zero_grad(set_to_none=True)
+    return Prediction(
+        weights_bytes=weights,
+        adapter_bytes=adapter,
+        gradient_bytes=allocator.measure(gradients),
+        optimizer_bytes=states,
+        activation_bytes=kept,
+        logits_bytes=logits,
+        forward_peak=forward + states,
+        backward_peak=backward + states,
+        step_peak=step,
+        workspace_bytes=WORKSPACES.get(device, 0),
+    )
+
+
+def _to_meta(adapted: nn.Module) -> None:
+    """Leave only shapes of what an attaching with numbers has made on another device."""
+    moved: dict[int, Any] = {}  # tied weights stay tied
+    for module in adapted.modules():
+        vars(module).get("_lora_kasa_truncation_deferred", set()).clear()  # which KaSA would need numbers for
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.device != META:
+                    tensors[name] = moved.setdefault(id(tensor), _shape_of(tensor))
+
+
+def _shape_of(tensor: torch.Tensor) -> torch.Tensor:
+    if type(tensor) not in (torch.Tensor, nn.Parameter):  # bitsandbytes' move what belongs to them
+        return tensor.to(META)
+    bare = tensor.detach().to(META)
+    return nn.Parameter(bare, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else bare
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors that ``model`` keeps, with what bitsandbytes keeps beside its weights."""
+    yield from model.named_buffers()
+    for name, parameter in model.named_parameters():
+        yield name, parameter
+        scales = getattr(parameter, "SCB", None)
+        if scales is not None:
+            yield name, scales
+        state = getattr(parameter, "quant_state", None)
+        while state is not None:
+            parts = (state.absmax, state.code, state.offset)
+            yield from ((name, part) for part in parts if isinstance(part, torch.Tensor))
+            state = state.state2
+
+
+def _is_adapter(name: str, model: nn.Module) -> bool:
+    """Whether PEFT has made the tensor: its name then holds that of the adapter."""
+    return isinstance(model, PeftModel) and not set(model.peft_config).isdisjoint(name.split("."))
+
+
+def _batch(adapted: nn.Module, shape: Shape) -> Batch:
+    ids = torch.zeros(shape.rows, shape.length, dtype=torch.int64, device=META)
+    classifier = classifies(adapted)
+    return Batch(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        answer_mask=torch.zeros(shape.rows, shape.length - 1, dtype=torch.bool, device=META),
+        places=ids.new_empty(shape.answer_tokens),
+        tokens=ids.numel(),
+        answer_tokens=shape.rows if classifier else shape.answer_tokens,
+        answer_start=shape.length - shape.answer_length,
+        labels=ids[:, 0] if classifier else None,
+    )
+
+
+@contextmanager
+def _at_head(adapted: Any, note: Callable[[], int]) -> Iterator[list[int]]:
+    """What ``note`` says each time that the head over the vocabulary (or over classes) begins."""
+    base: Any = adapted.get_base_model() if isinstance(adapted, PeftModel) else adapted
+    heads = [base.get_submodule(name) for name in head_names(base)] or [base.get_output_embeddings()]
+    notes: list[int] = []
+    hook = heads[-1].register_forward_pre_hook(lambda *_: notes.append(note()))
+    try:
+        yield notes
+    finally:
+        hook.remove()
+
+
+# ---- the optimizer ---------------------------------------------------------------------------------
+
+
+def _step(optimizer: torch.optim.Optimizer, allocator: _Allocator, device: str) -> int:
+    """Make what the first step of ``optimizer`` makes; returns the most that is alive in it, in bytes."""
+    fused = "fused" in inspect.signature(type(optimizer)).parameters  # and so train has it on a real device
+    if hasattr(optimizer, "init_state"):
+        _init_states(optimizer, device)
+        return allocator.live  # the kernels of bitsandbytes take nothing more
+    for group in optimizer.param_groups:
+        if device == "cuda" and "foreach" in group and not fused:
+            group["foreach"] = True  # torch's default there: all parameters at once
+    optimizer.step()
+    return allocator.live if fused else allocator.peak
+
+
+def _init_states(optimizer: Any, device: str) -> None:
+    import bitsandbytes
+
+    optimizer.is_paged = optimizer.is_paged and device == "cuda"
+    # Paged states are in memory that the device shares with the host, outside of torch's allocator.
+    with patch.multiple(bitsandbytes.functional, get_paged=lambda *_, **__: torch.empty(0), fill=lambda *_: None):
+        for n, group in enumerate(optimizer.param_groups):
+            for m, parameter in enumerate(group["params"]):
+                if parameter.grad is not None:
+                    optimizer.init_state(group, parameter, n, m)

@@ -1,0 +1,1 @@
+"""What is adapted, and how? Bases, methods attached to them, what is saved of them."""

@@ -1,0 +1,370 @@
+"""Attach a method to a base: roles to module names, PEFT's preferences, and what is checked on the way."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba, check_target_module_exists
+from peft.utils import constants
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from peftsweep.errors import InputError
+from peftsweep.models.losses import METHOD_INPUTS
+from peftsweep.models.model import new_parts
+from peftsweep.models.parts import classifies, head_names, text_config, text_part
+from peftsweep.models.saved import keep_dtype, names_as_written
+from peftsweep.schema import TargetsConfig
+
+LONGEST = 300  # characters of what PEFT says, which may print a whole module
+log = logging.getLogger(__name__)
+
+LINEAR = (nn.Linear, Conv1D)  # bitsandbytes' quantised layers are subclasses of nn.Linear
+# Layers that a model never calls, as it multiplies with their weights itself: an adapter on them would do nothing.
+NEVER_CALLED = dict.fromkeys(("mamba", "falcon_mamba", "jamba"), ("dt_proj",))
+EXPERTS = "experts"  # a role of every mixture of experts, whose members are found by their shapes
+FORWARD = ("gate_proj", "up_proj", "down_proj")
+RECURRENT = ("in_proj", "x_proj", "dt_proj", "out_proj")
+# Names that later architectures give to roles, known for every model. They are not in conf/model, as the lists there
+# are part of the identity of the trials that target these roles.
+FURTHER_ROLES: dict[str, list[str]] = {
+    "mlp": [f"feed_forward.{name}" for name in ("w1", "w2", "w3")],
+    "down": ["feed_forward.w2"],
+    "shared_experts": [
+        *(f"{part}.{name}" for part in ("shared_expert", "shared_experts") for name in FORWARD),
+        *("shared_mlp.input_linear", "shared_mlp.output_linear"),
+    ],
+    "linear_attention": [
+        *(f"linear_attn.in_proj_{name}" for name in ("qkvz", "ba", "qkv", "z", "b", "a")),
+        *(f"{part}.{name}" for part in ("linear_attn", "mamba", "mixer", "conv") for name in RECURRENT),
+        *(f"temporal_block.linear_{name}" for name in ("x", "y", "out")),
+    ],
+}
+
+Roles = dict[str, list[str]]
+Attach = Callable[[PreTrainedModel, PeftConfig], PeftModel]
+
+
+def attach(
+    base: PreTrainedModel,
+    method: Any,
+    targets: TargetsConfig,
+    roles: Roles,
+    inputs: dict[str, int] | None = None,
+    *,
+    float32: bool = True,
+    initialise: Callable[[PeftConfig, Attach], PeftModel] | None = None,
+) -> PreTrainedModel | PeftModel:
+    """Attach ``method``, a PEFT config, to ``base``, in place; None makes all of the base trainable (full fine-tuning).
+
+    A classifier's head is trained and saved with every method. ``inputs`` are what the method's
+    forward wants beside the tokens, such as ``{"task_ids": 0}``. ``float32`` keeps the weights of an
+    adapter on a 16-bit base in 32 bits. ``initialise`` does the attaching by the function it is given,
+    after and before what an initialisation from data needs.
+
+    Raises:
+        InputError: the targets do not fit the model or the method, or PEFT refuses the options.
+    """
+    modules = target_modules(base, targets, roles)
+    if method is None:
+        if modules is not None:
+            raise InputError("targets: full fine-tuning trains every module; leave targets=default")
+        base.requires_grad_(True)
+        _freeze_beside_text(base)
+        return base
+    _aim(method, base, modules, targets, roles)
+    method.task_type = TaskType.SEQ_CLS if classifies(base) else method.task_type or TaskType.CAUSAL_LM
+    trained = _always_trained(base)
+    if trained and hasattr(method, "modules_to_save"):
+        method.modules_to_save = [*(method.modules_to_save or []), *trained]
+    config = text_config(base)
+    if hasattr(method, "token_dim") and method.token_dim is None:  # PEFT looks for fewer names than there are
+        method.token_dim = config.hidden_size
+        method.num_attention_heads = method.num_attention_heads or getattr(config, "num_attention_heads", None)
+    if hasattr(method, "adapters"):  # X-LoRA reads each token twice, and its router the last hidden states
+        method.adapters = {str(n): path for n, path in enumerate(method.adapters.values())}  # it knows numbers only
+        method.hidden_size = config.hidden_size
+        base.config.use_cache = False
+    put: Any = partial(get_peft_model, autocast_adapter_dtype=float32)
+    try:
+        with names_as_written():
+            adapted = initialise(method, put) if initialise else put(base, method)
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(f"method: {' '.join(str(error).split())[:LONGEST]}") from error
+    for name in trained:
+        if not any(p.requires_grad for p in adapted.get_base_model().get_submodule(name).parameters()):
+            raise InputError(f"method: {type(method).__name__} leaves the new {name} of a classifier untrained")
+    setattr(adapted, METHOD_INPUTS, inputs or {})
+    keep_dtype(adapted)
+    _freeze_beside_text(base)
+    return adapted
+
+
+def _always_trained(base: PreTrainedModel) -> list[str]:
+    """The head of a classifier, and the modules that its checkpoint lacked: their weights mean nothing yet."""
+    if not classifies(base):
+        return []
+    heads = head_names(base)
+    return [*heads, *(name for name in new_parts(base) if name.partition(".")[0] not in heads)]
+
+
+def _freeze_beside_text(base: PreTrainedModel) -> None:
+    """Leave what text never reaches, such as a vision tower, as it is."""
+    reached = text_part(base)
+    if reached is not base:
+        kept = {id(p) for part in (reached, *(getattr(base, n) for n in head_names(base))) for p in part.parameters()}
+        for parameter in base.parameters():
+            if id(parameter) not in kept:
+                parameter.requires_grad_(False)
+
+
+def attach_lanes(
+    base: PreTrainedModel,
+    lanes: Mapping[str, tuple[PeftConfig, TargetsConfig]],
+    seed: int,
+    roles: Roles,
+    *,
+    float32: bool = True,
+) -> PeftModel:
+    """Attach several adapters of one kind to ``base``, by their names, each as ``attach`` would after ``seed``.
+
+    Raises:
+        InputError: as ``attach``.
+    """
+    for method, targets in lanes.values():  # all of them before the first changes what the base has
+        _aim(method, base, target_modules(base, targets, roles), targets, roles)
+        method.task_type = method.task_type or TaskType.CAUSAL_LM
+    adapted: Any = None
+    try:
+        for name, (method, _) in lanes.items():
+            torch.manual_seed(seed)
+            with names_as_written():
+                if adapted is None:
+                    adapted = get_peft_model(base, method, adapter_name=name, autocast_adapter_dtype=float32)
+                else:
+                    method.base_model_name_or_path = adapted.active_peft_config.base_model_name_or_path
+                    adapted.add_adapter(name, method, autocast_adapter_dtype=float32)
+    except (ValueError, TypeError, ImportError) as error:
+        raise InputError(f"method: {' '.join(str(error).split())[:LONGEST]}") from error
+    keep_dtype(adapted)
+    return cast(PeftModel, adapted)
+
+
+def _aim(method: Any, base: PreTrainedModel, modules: list[str] | None, targets: TargetsConfig, roles: Roles) -> None:
+    """Set the method's target modules: those of ``targets``, else its own, else PEFT's, else ``targets.otherwise``."""
+    if not hasattr(method, "target_modules"):
+        if modules is not None:
+            raise InputError(f"targets: {type(method).__name__} has no target modules; leave targets=default")
+        return
+    if EXPERTS in (targets.roles or ()):
+        _aim_at_experts(method, base)
+    if modules is None:
+        if method.target_modules == "all-linear":
+            modules = linear_names(base, method)
+        elif isinstance(method.target_modules, list | set):
+            check_modules(base, sorted(method.target_modules), "method.target_modules")
+        elif method.target_modules is None and _without_preference(method, base):
+            modules = role_modules(base, targets.otherwise, roles)
+    elif targets.all_linear:
+        modules = linear_names(base, method)
+    elif targets.roles is not None:
+        modules = _without_refused(method, base, modules)
+    if modules is not None:
+        method.target_modules = modules
+    _aim_at_text(method, base)
+    if modules is not None and hasattr(method, "feedforward_modules"):
+        # IA3 scales the input, not the output, of feed-forward layers, and must be told which those are.
+        feedforward = set(role_members(base, roles).get("mlp", []))
+        method.feedforward_modules = [n for n in method.target_modules if feedforward & set(_matching(base, n))]
+
+
+def _aim_at_experts(method: Any, base: PreTrainedModel) -> None:
+    """Add the experts, which are parameters in place of modules, to what the method is attached to."""
+    names = expert_parameters(base)
+    if names and not hasattr(method, "target_parameters"):
+        raise InputError(
+            f"targets.roles: {type(method).__name__} cannot be attached to experts, which are parameters of this "
+            "model and no modules; take a method that is a peft.LoraConfig"
+        )
+    if names:
+        suffixes = sorted({".".join(name.split(".")[-2:]) for name in names})
+        meant = {name for name, _ in base.named_parameters() if any(_ends(name, suffix) for suffix in suffixes)}
+        method.target_parameters = suffixes if meant == set(names) else names
+
+
+def _aim_at_text(method: Any, base: PreTrainedModel) -> None:
+    """Name the modules one by one where the names would also mean some that text never reaches."""
+    if text_part(base) is base:
+        return
+    if method.target_modules is None:
+        known = _preferences(method)
+        kinds = [kind for kind in (base.config.model_type, text_config(base).model_type) if kind in known]
+        if not kinds:
+            return
+        method.target_modules = list(known[kinds[0]])
+    method.target_modules = [name for name, _ in _modules(base) if check_target_module_exists(method, name)]
+
+
+def _without_preference(method: Any, base: PreTrainedModel) -> bool:
+    """Whether PEFT knows which modules the method is usually attached to, but not for this architecture."""
+    known = _preferences(method)
+    kinds = {base.config.model_type, text_config(base).model_type}
+    return bool(known) and not kinds & known.keys() and not getattr(method, "target_parameters", None)
+
+
+def _preferences(method: Any) -> dict[str, Any]:
+    """The modules that PEFT attaches the method to where none are named, by the type of the model."""
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(method.peft_type)
+    constant = f"TRANSFORMERS_MODELS_TO_{method.peft_type.value}_TARGET_MODULES_MAPPING"  # where IA3 keeps its own
+    return getattr(tuner, "target_module_mapping", None) or getattr(constants, constant, None) or {}
+
+
+# ---- names -----------------------------------------------------------------------------------------
+
+
+def target_modules(base: PreTrainedModel, targets: TargetsConfig, roles: Roles) -> list[str] | None:
+    """The names of the modules that ``targets`` means in ``base``; None leaves them to the method.
+
+    Raises:
+        InputError: a role or module that the model lacks; the line lists what it has.
+    """
+    if targets.all_linear:
+        return linear_names(base)
+    if targets.roles is not None:
+        return role_modules(base, targets.roles, roles)
+    if targets.modules is not None:
+        check_modules(base, targets.modules, "targets.modules")
+        return list(targets.modules)
+    return None
+
+
+def role_modules(base: PreTrainedModel, wanted: Sequence[str], roles: Roles) -> list[str]:
+    """The names of the modules that play the ``wanted`` roles, as short as PEFT understands them.
+
+    A layer that is query, key and value in one (``qkv``) stands for the three together. Of the role ``experts`` these
+    are the experts that are modules; ``expert_parameters`` names the others.
+
+    Raises:
+        InputError: the model lacks one of the roles; the line lists what it has.
+    """
+    members = role_members(base, roles)
+    if expert_parameters(base):
+        members.setdefault(EXPERTS, [])
+    if {"q", "k", "v"} <= set(wanted) and "q" not in members and "qkv" in members:
+        wanted = ["qkv", *(role for role in wanted if role not in ("q", "k", "v"))]
+    for role in wanted:
+        if role not in members:
+            raise InputError(f"targets.roles: the model has no '{role}'; it has: {', '.join(members) or 'none'}")
+    names = [name for role in wanted for name in members[role]]
+    known = _known(roles)
+    suffixes = [suffix for role in wanted for suffix in known.get(role, []) if _matching(base, suffix)]
+    return _shortest(base, names, suffixes)
+
+
+def linear_names(base: PreTrainedModel, method: Any = None) -> list[str]:
+    """The last names of all linear layers but those of the head and of experts, in order of appearance.
+
+    Those that PEFT refuses for ``method``, such as Mamba's ``out_proj`` for LoRA, are left out, which is logged.
+    """
+    names = [n for n, module in _modules(base) if isinstance(module, LINEAR) and not _of_expert(n)]
+    names = _without_refused(method, base, names)
+    return _shortest(base, names, list(dict.fromkeys(name.rpartition(".")[2] for name in names)))
+
+
+def _without_refused(method: Any, base: PreTrainedModel, names: list[str]) -> list[str]:
+    """``names`` without those that PEFT refuses or the model never calls; all of them where none would be left."""
+    taken = [name for name in names if _is_taken(method, base, name)]
+    if refused := sorted({name.rpartition(".")[2] for name in names if name not in taken}):
+        log.warning("targets: left out %s, which cannot be adapted in %s", ", ".join(refused), base.config.model_type)
+    return taken or names
+
+
+def _is_taken(method: Any, base: PreTrainedModel, name: str) -> bool:
+    if name.rpartition(".")[2] in NEVER_CALLED.get(text_config(base).model_type, ()):
+        return False
+    try:
+        if method is not None:
+            _check_lora_target_modules_mamba(method, base, name.rpartition(".")[2])
+    except ValueError:
+        return False
+    return True
+
+
+def expert_parameters(base: PreTrainedModel) -> list[str]:
+    """The weights of a mixture's experts that are one tensor, [experts, ...], as they are in transformers 5."""
+    return [
+        f"{name}.{own}"
+        for name, module in base.named_modules()
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and "expert" in f"{name}.{type(module).__name__}".lower()
+    ]
+
+
+def _of_expert(name: str) -> bool:
+    """Whether a module is part of one expert among several."""
+    return re.search(r"experts\.\d+\.", name) is not None
+
+
+def _known(roles: Roles) -> Roles:
+    """``roles`` and the names that later architectures have."""
+    return {role: [*roles.get(role, []), *FURTHER_ROLES.get(role, [])] for role in {**roles, **FURTHER_ROLES}}
+
+
+def check_modules(base: PreTrainedModel, names: Sequence[str], key: str) -> None:
+    """Refuse module names that ``base`` lacks, naming those that it has."""
+    for name in names:
+        if not any(_ends(full, name) for full, _ in base.named_modules()):
+            raise InputError(f"{key}: the model has no module '{name}'; it has: {', '.join(linear_names(base))}")
+        if name.rpartition(".")[2] in NEVER_CALLED.get(text_config(base).model_type, ()):
+            raise InputError(f"{key}: the model never calls '{name}', so that an adapter on it would do nothing")
+
+
+def role_members(base: PreTrainedModel, roles: Roles) -> dict[str, list[str]]:
+    """The full names of the modules that play each role; of two names that fit a module, the longer one decides.
+
+    So in BERT ``attention.output.dense`` is not among those that ``output.dense`` means.
+    """
+    found: dict[str, list[str]] = {}
+    roles = _known(roles)
+    suffixes = [(suffix, role) for role, names in roles.items() for suffix in names]
+    for name, _ in _modules(base):
+        if _of_expert(name):
+            found.setdefault(EXPERTS, []).append(name)
+            continue
+        fitting = [(len(suffix), role) for suffix, role in suffixes if _ends(name, suffix)]
+        for length, role in fitting:
+            if length == max(fitting)[0]:
+                found.setdefault(role, []).append(name)
+    return {role: found[role] for role in (*roles, EXPERTS) if role in found}
+
+
+def _shortest(base: PreTrainedModel, names: Sequence[str], suffixes: list[str]) -> list[str]:
+    """``suffixes`` if they mean exactly the modules ``names``, else the names themselves."""
+    meant = {name for suffix in suffixes for name in _matching(base, suffix)}
+    return suffixes if meant == set(names) else list(names)
+
+
+def _matching(base: PreTrainedModel, suffix: str) -> list[str]:
+    return [name for name, _ in _modules(base) if _ends(name, suffix)]
+
+
+def _modules(base: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """All modules without parts that text reaches, outside the head."""
+    heads, reached = head_names(base), {id(module) for module in text_part(base).modules()}
+    return [
+        (name, module)
+        for name, module in base.named_modules()
+        if name.partition(".")[0] not in heads and next(module.children(), None) is None and id(module) in reached
+    ]
+
+
+def _ends(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith(f".{suffix}")

@@ -1,0 +1,364 @@
+"""Load the base, quantise it, use it, count, save, merge."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from peftsweep.data import hub
+from peftsweep.errors import InputError, suggest
+from peftsweep.models.parts import base_of, head_names, text_config, text_part, weight_count
+from peftsweep.schema import Init, ModelConfig, Task
+
+TINY = Path(__file__).parents[1] / "tiny" / "weights"
+QUANTISED = (Linear4bit, Linear8bitLt)
+NEW_PARTS = "peftsweep_new_parts"  # the attribute of a classifier that names the modules its checkpoint lacked
+WEIGHTS = (".safetensors", ".bin")  # endings of files of them
+ROTARY = ("rope_theta", "rope_scaling", "partial_rotary_factor")  # that transformers moves into rope_parameters
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")  # names of a configuration's longest sequence
+NAMED = 5  # of many parameters, so many are named in a message
+CLASSES: dict[Task, Any] = {
+    Task.causal_lm: AutoModelForCausalLM,
+    Task.seq_cls: AutoModelForSequenceClassification,
+}
+
+
+def source(model: ModelConfig) -> str:
+    """The hub id or the local folder that ``model.name_or_path`` means.
+
+    Raises:
+        InputError: it is a path, and there is no such folder.
+    """
+    if model.name_or_path == "tiny":
+        return str(TINY)
+    looks_local = model.name_or_path.startswith((".", "/", "~")) or model.name_or_path.count("/") > 1
+    if looks_local and not Path(model.name_or_path).expanduser().is_dir():
+        raise InputError(f"model.name_or_path={model.name_or_path}: no such folder")
+    return str(Path(model.name_or_path).expanduser()) if looks_local else model.name_or_path
+
+
+def device(name: str) -> torch.device:
+    """``auto`` is the first CUDA device, or the CPU where there is none. CUDA is not initialised.
+
+    Raises:
+        InputError: it is another kind of device, or not there.
+    """
+    found = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", name)
+    if found is None:
+        raise InputError(f"device={name}: must be auto, cpu, cuda, or cuda:1 for the second CUDA device")
+    count = torch.cuda.device_count()
+    if name == "cpu" or (name == "auto" and not count):
+        return torch.device("cpu")
+    number = int(found[1] or 0)
+    if number >= count:
+        there = ", ".join(f"cuda:{n}" for n in range(count)) or "none"
+        raise InputError(f"device={name}: no such CUDA device; there are: {there}")
+    return torch.device("cuda", number)
+
+
+def architecture(model: ModelConfig) -> transformers.PreTrainedConfig:
+    """The model's transformers configuration, from its yaml for presets, else from its folder or the hub.
+
+    Raises:
+        InputError: it cannot be found, or ``model.architecture`` names no known one.
+    """
+    if model.architecture:
+        return _described(dict(model.architecture))
+    if model.init is Init.random:
+        raise InputError("model.init=random needs model.architecture (model_type and sizes), as the presets have")
+    with _loading(model):
+        found = AutoConfig.from_pretrained(source(model), revision=model.revision or "main")
+    return cast(transformers.PreTrainedConfig, found)
+
+
+@contextmanager
+def _loading(model: ModelConfig, part: str = "") -> Iterator[None]:
+    """Load ``part`` of the model (all of it by default) from its folder or the hub in the body.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    key = f"model.name_or_path={model.name_or_path}"
+    with nullcontext() if is_local(model) else hub.loading(key, "a local folder"):
+        try:
+            yield
+        except hub.UNREADABLE as error:
+            if isinstance(error, InputError) or not is_local(model):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{key}: {part + ' ' if part else ''}cannot be loaded ({reason})") from error
+
+
+def is_local(model: ModelConfig) -> bool:
+    """Whether nothing of the model is on the hub: it is a folder, or has random weights."""
+    return model.init is Init.random or Path(source(model)).is_dir()
+
+
+def check_cached(model: ModelConfig) -> None:
+    """Where the hub does not answer: that its files of the model are in the local cache.
+
+    Raises:
+        InputError: they are not.
+    """
+    if is_local(model) or hub.problem() is None:
+        return
+    with _loading(model):
+        folder = Path(snapshot_download(source(model), revision=model.revision or "main", local_files_only=True))
+        if not any(file.suffix in WEIGHTS for file in folder.iterdir()):
+            raise OSError("no weights")
+    load_tokenizer(model)
+
+
+def _described(fields: dict[str, Any]) -> transformers.PreTrainedConfig:
+    if "model_type" not in fields:
+        raise InputError("model.architecture.model_type: must be given, such as llama")
+    kind = str(fields.pop("model_type"))
+    if kind not in CONFIG_MAPPING:
+        known = suggest(kind, list(CONFIG_MAPPING))
+        raise InputError(f"model.architecture.model_type={kind}: transformers has no such architecture; {known}")
+    default = AutoConfig.for_model(kind)
+    for name in fields:
+        if not hasattr(default, name) and name not in ROTARY:
+            raise InputError(f"model.architecture.{name}: no such key; {suggest(name, sorted(default.to_dict()))}")
+    try:
+        return type(default)(**fields)
+    except Exception as error:  # of any kind: transformers checks types, and calculates sizes from sizes
+        reason = re.sub(r".*\b\w+Error: ", "", " ".join(str(error).split()))
+        raise InputError(f"model.architecture: {reason}") from None
+
+
+def skeleton(model: ModelConfig, where: str = "meta", classes: int = 0) -> PreTrainedModel:
+    """The base without its weights: enough to attach a method and to count.
+
+    On the meta device it takes no memory; on another its weights are random numbers. A classifier
+    has ``classes`` outputs.
+    """
+    with torch.device(where):
+        return made(model, _shape(model, classes), dtype=getattr(torch, model.dtype.value))
+
+
+def made(model: ModelConfig, config: transformers.PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    """A model of the configuration ``config``, of random weights, for the task of ``model``.
+
+    Raises:
+        InputError: the architecture is of another kind.
+    """
+    try:
+        return cast(PreTrainedModel, CLASSES[model.task].from_config(config, **options))
+    except ValueError as error:  # transformers has no such model of this type
+        what = "causal language model" if model.task is Task.causal_lm else "classifier"
+        raise InputError(
+            f"model.task={model.task.value}: {model.name_or_path} is no {what} (model_type {config.model_type})"
+        ) from error
+    except Exception as error:
+        if not model.architecture:
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise InputError(f"model.architecture: describes no model that transformers can make ({reason})") from error
+
+
+def _shape(model: ModelConfig, classes: int) -> transformers.PreTrainedConfig:
+    config = architecture(model)
+    if model.task is Task.seq_cls:
+        config.num_labels = classes
+    return config
+
+
+def commit(base: PreTrainedModel) -> str | None:
+    """The hub's commit that the base was loaded from; None for a local folder."""
+    return getattr(base.config, "_commit_hash", None)
+
+
+def token_limit(model: nn.Module) -> int | None:
+    """How many tokens the model may see at once, without virtual ones; None where there is no limit.
+
+    It is the least of what the text configuration says and the rows of learned position embeddings, of which
+    some architectures use none for the first positions (OPT's ``offset``, RoBERTa's padding).
+    """
+    config = text_config(base_of(model))
+    limits = [getattr(config, name, None) for name in POSITIONS]
+    for name, module in text_part(base_of(model)).named_modules():
+        leaf = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and re.search("^wpe$|pos", leaf) and "rel" not in leaf:
+            unused = 0 if module.padding_idx is None else module.padding_idx + 1
+            limits.append(module.num_embeddings - int(getattr(module, "offset", 0)) - unused)
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+
+
+def positions(model: ModelConfig) -> int | None:
+    """``token_limit`` of a model that is not loaded, by its configuration alone."""
+    config = architecture(model)
+    key = f"{model.task.name} {config.to_json_string(use_diff=False)}"
+    if key not in _LIMITS:
+        with torch.device("meta"):
+            _LIMITS[key] = token_limit(made(model, copy.deepcopy(config)))
+    return _LIMITS[key]
+
+
+_LIMITS: dict[str, int | None] = {}  # by all that a configuration says
+
+
+def load_tokenizer(model: ModelConfig, virtual_tokens: int = 0) -> PreTrainedTokenizerBase:
+    """The base's tokenizer; the embedded one where the weights are random. Pads with EOS if it must.
+
+    Its ``model_max_length`` is what is left of the model's positions beside ``virtual_tokens``, which a method
+    puts before every row.
+
+    Raises:
+        InputError: there is none, or its marks do not fit the model.
+    """
+    folder = str(TINY) if model.init is Init.random else source(model)
+    key = f"model.name_or_path={model.name_or_path}"
+    with _loading(model, "its tokenizer"):
+        found: Any = AutoTokenizer.from_pretrained(folder, revision=model.revision or "main")
+    tokenizer = cast(PreTrainedTokenizerBase, found)
+    limit = positions(model)
+    if model.init is Init.random:
+        tokenizer.model_max_length = limit or tokenizer.model_max_length
+    if limit is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, limit) - virtual_tokens
+    if tokenizer.model_max_length < 2:
+        raise InputError(f"method: {virtual_tokens} virtual tokens leave no room in the model's {limit} positions")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    _check_marks(tokenizer, model, getattr(text_config(architecture(model)), "vocab_size", math.inf), key)
+    return tokenizer
+
+
+def _check_marks(tokenizer: PreTrainedTokenizerBase, model: ModelConfig, vocabulary: float, key: str) -> None:
+    """Refuse a tokenizer without the marks that rows end and are padded with, or with some that the model lacks."""
+    if model.task is Task.causal_lm and tokenizer.eos_token_id is None:
+        raise InputError(f"{key}: its tokenizer has no eos_token, with which an answer ends")
+    if tokenizer.pad_token_id is None:
+        raise InputError(f"{key}: its tokenizer has neither a pad_token nor an eos_token to pad with")
+    for name in ("pad_token", "eos_token", "bos_token", "cls_token", "sep_token"):
+        number = getattr(tokenizer, f"{name}_id")
+        if number is not None and number >= vocabulary:
+            raise InputError(
+                f"{key}: the {name} {getattr(tokenizer, name)!r} of its tokenizer is number {number}, "
+                f"outside of the model's {vocabulary:,} embeddings"
+            )
+
+
+def load(
+    model: ModelConfig, quantization: Any, where: torch.device, classes: int = 0, seed: int = 0
+) -> PreTrainedModel:
+    """The frozen base on ``where``, in eval mode; ``quantization`` is a transformers quantization config or None.
+
+    A classifier gets ``classes`` outputs. A head that the checkpoint lacks is drawn from ``seed``, as is whatever
+    else it lacks (``new_parts``), and neither is ever quantised.
+
+    Raises:
+        InputError: the checkpoint lacks weights of the model, or has them in other shapes.
+    """
+    options: dict[str, Any] = {"dtype": getattr(torch, model.dtype.value), "config": _shape(model, classes)}
+    if model.attn_implementation is not None:
+        options["attn_implementation"] = model.attn_implementation
+    if model.task is Task.seq_cls and hasattr(quantization, "llm_int8_skip_modules"):
+        # bitsandbytes would quantise an encoder's head too, and then it could not be trained.
+        skipped = quantization.llm_int8_skip_modules or []
+        quantization.llm_int8_skip_modules = [*skipped, *head_names(skeleton(model, classes=classes))]
+    if model.init is Init.random:
+        base = _random(model, quantization, where, options)
+    else:
+        options |= {"revision": model.revision or "main", "device_map": model.device_map or {"": where}}
+        base = _pretrained(model, quantization, options, seed)
+        if any(isinstance(base.get_submodule(name), QUANTISED) for name in new_parts(base)):
+            quantization.llm_int8_skip_modules = [*quantization.llm_int8_skip_modules, *new_parts(base)]
+            base = _pretrained(model, quantization, options, seed)  # what is trained is never quantised
+    keep_weights_unpacked(base)
+    base.requires_grad_(False)
+    return cast(PreTrainedModel, base.eval())
+
+
+def _pretrained(model: ModelConfig, quantization: Any, options: dict[str, Any], seed: int) -> PreTrainedModel:
+    """The model with the weights of its checkpoint, which must have them all, but for parts of a classifier."""
+    torch.manual_seed(seed)
+    if not is_local(model):
+        hub.problem()
+    base, info = CLASSES[model.task].from_pretrained(
+        source(model),
+        quantization_config=quantization,
+        ignore_mismatched_sizes=True,  # so that the line below names them
+        output_loading_info=True,
+        **options,
+    )
+    lacking = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if not lacking:
+        return cast(PreTrainedModel, base)
+    names = ", ".join(lacking[:NAMED]) + (f" and {len(lacking) - NAMED} more" if len(lacking) > NAMED else "")
+    if model.task is Task.causal_lm:
+        raise InputError(
+            f"model.name_or_path={model.name_or_path}: the checkpoint lacks weights of {type(base).__name__}, "
+            f"or has them in other shapes: {names}"
+        )
+    parts = sorted({key.rpartition(".")[0] for key in lacking})
+    bodies = [part for part in parts if part.partition(".")[0] == base.base_model_prefix]
+    if 2 * sum(_own_size(base, part) for part in bodies) > sum(weight_count(p) for p in base.base_model.parameters()):
+        raise InputError(
+            f"model.name_or_path={model.name_or_path}: the checkpoint is of another model; it lacks {names}"
+        )
+    setattr(base, NEW_PARTS, parts)
+    return cast(PreTrainedModel, base)
+
+
+def _own_size(base: nn.Module, part: str) -> int:
+    return sum(weight_count(parameter) for parameter in base.get_submodule(part).parameters(recurse=False))
+
+
+def new_parts(base: nn.Module) -> list[str]:
+    """The names of the modules whose weights the checkpoint of a classifier lacked, so that they were drawn anew."""
+    parts: list[str] = getattr(base, NEW_PARTS, [])
+    return parts
+
+
+def _random(model: ModelConfig, quantization: Any, where: torch.device, options: dict[str, Any]) -> PreTrainedModel:
+    torch.manual_seed(0)  # the base is the same for every seed of a trial
+    with where:
+        base = CLASSES[model.task].from_config(**options)
+    if quantization is None:
+        return cast(PreTrainedModel, base)
+    # Quantisation happens while weights are loaded, so the random ones are handed over as a checkpoint.
+    weights = base.state_dict()
+    return cast(
+        PreTrainedModel,
+        type(base).from_pretrained(
+            None,
+            state_dict=weights,
+            quantization_config=quantization,
+            device_map={"": where},
+            **options,
+        ),
+    )
+
+
+def keep_weights_unpacked(base: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights at the first evaluation on an AVX512-BF16 CPU.
+
+    The packed form has no backward: every gradient after an evaluation would be silently wrong, and
+    so would merging and saving.
+    """
+    module: Any
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

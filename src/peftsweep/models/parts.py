@@ -1,0 +1,88 @@
+"""The parts of a loaded model by what they are: its text model, its heads, its parameters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import transformers
+from peft import PeftModel
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+)
+
+
+def text_config(model: Any) -> Any:
+    """The part of a configuration (or of a model's) that is about text; all of it, where the model reads only text."""
+    config = getattr(model, "config", model)
+    return config.get_text_config(decoder=True)
+
+
+def base_of(model: Any) -> Any:
+    """The model that an adapter is attached to; without an adapter the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def text_part(base: Any) -> nn.Module:
+    """The submodule that reads text, without the head: in models that also take images or sound, one of several."""
+    config = text_config(base)
+    if config is base.config:
+        return cast(nn.Module, base)
+    parts = (m for m in base.modules() if isinstance(m, PreTrainedModel) and m.config is config)
+    return next(parts, cast(nn.Module, base))
+
+
+def head_names(base: PreTrainedModel) -> list[str]:
+    """The names of the parts beside the model's body that hold weights: ``lm_head``, ``score``, ``classifier``."""
+    parts = base.named_children()
+    return [name for name, part in parts if name != base.base_model_prefix and any(True for _ in part.parameters())]
+
+
+def head_classes(config: transformers.PreTrainedConfig) -> list[str] | None:
+    """The names of the outputs of a checkpoint's head over classes; None where it has none, or only numbers them."""
+    made_for = (getattr(config, "architectures", None) or [""])[0]
+    names = [name for _, name in sorted((config.id2label or {}).items(), key=lambda item: int(item[0]))]
+    numbered = all(re.fullmatch(r"(?i)(label|class)?_?\d+", str(name)) for name in names)
+    return None if numbered or not made_for.endswith("ForSequenceClassification") else [str(name) for name in names]
+
+
+def classifies(model: nn.Module) -> bool:
+    """Whether the model has a head over classes in place of one over the vocabulary."""
+    return type(base_of(model)).__name__.endswith("ForSequenceClassification")
+
+
+# ---- counting and saving ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of parameters, each weight of a quantised base counted as one."""
+
+    trainable: int
+    total: int
+    trainable_bytes: int
+
+
+def count(model: nn.Module) -> Counts:
+    """Count the parameters of ``model``; packed 4-bit weights by the shape they stand for."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return Counts(
+        trainable=sum(p.numel() for p in trainable),
+        total=sum(weight_count(p) for p in model.parameters()),
+        trainable_bytes=sum(p.numel() * p.element_size() for p in trainable),
+    )
+
+
+def weight_count(parameter: nn.Parameter) -> int:
+    """How many numbers the parameter stands for; 4-bit ones are packed."""
+    packed = getattr(parameter, "quant_state", None)
+    return parameter.numel() if packed is None else int(torch.Size(packed.shape).numel())
+
+
+def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and parameters that training changes."""
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)

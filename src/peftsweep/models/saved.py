@@ -1,0 +1,244 @@
+"""Adapters and models on the disk: saved, read back, merged."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, cast
+from unittest.mock import patch
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import transformers_weight_conversion
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import safe_open
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+)
+
+from peftsweep.errors import InputError
+from peftsweep.models.losses import METHOD_INPUTS
+from peftsweep.models.model import NAMED, QUANTISED, keep_weights_unpacked
+from peftsweep.models.parts import text_config
+from peftsweep.models.shapes import at_target_rank
+from peftsweep.study.atomic import sync_tree
+from peftsweep.study.store import RESIDUAL
+
+INITIAL = "initial"  # beside a saved adapter: as it began, where the base was changed by its initialisation
+SHARED = ("vblora_vector_bank", "prompt_encoder")  # of an adapter's weights, saved once and under other names
+NOT_MERGEABLE = "what the method adds cannot be merged into the weights"
+
+
+def keep_dtype(adapted: PeftModel) -> None:
+    """Have adapters on quantised layers answer in the number format they are asked in.
+
+    Those of several methods (IA3, RoAd, RandLora, PVeRA, on 8 bits AdaLoRA) calculate in 32 bits and stay
+    there, so that on a 16-bit base attention meets queries, keys and values of two formats.
+    """
+
+    def cast_back(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> Any:
+        wanted = inputs[0].dtype
+        device = inputs[0].device.type
+        autocast = device != "meta" and torch.is_autocast_enabled(device)
+        if autocast or not isinstance(output, torch.Tensor):
+            return output
+        return output.to(wanted)
+
+    if adapted.get_base_model().dtype == torch.float32:
+        return
+    for module in adapted.modules():
+        if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), QUANTISED):
+            module.register_forward_hook(cast_back)
+
+
+def saved_bytes(model: PeftModel) -> int:
+    """The size of the safetensors file that ``save`` writes, to the byte, without writing it.
+
+    Eight bytes of length, a JSON header of each tensor's type, shape and place, padded to a multiple of
+    eight, then the tensors, those of wide types first (github.com/huggingface/safetensors, its format). Of
+    AdaLoRA it is the file after training, with as many ranks in each layer, see ``shapes.at_target_rank``.
+    """
+    if hasattr(model, "prompt_encoder"):  # what is saved is what it says, so that it must be there to be asked
+        model.prompt_encoder.to_empty(device="cpu")
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    state = at_target_rank(state, model.active_peft_config)
+    names = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.int32: "I32"}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, tensor in sorted(state.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        end = start + tensor.numel() * tensor.element_size()
+        kind = names.get(tensor.dtype, "U8")
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + (length + 7) // 8 * 8 + start
+
+
+def save(model: PreTrainedModel | PeftModel, folder: Path) -> int:
+    """Write the active adapter (or, after full fine-tuning, the model), to the disk, and return its size in bytes.
+
+    Where its beginning was kept, what it has learned is written as a LoRA of twice the rank that
+    belongs to the untouched base.
+    """
+    if isinstance(model, PeftModel):
+        initial = folder / INITIAL
+        name = model.active_adapter
+        # "auto" would ask the hub whether the base's vocabulary changed; nothing here changes it.
+        model.save_pretrained(
+            str(folder),
+            selected_adapters=[name],
+            save_embedding_layers=False,
+            path_initial_model_for_weight_conversion=str(initial) if initial.exists() else None,
+        )
+        for file in (folder / name).glob("*"):  # where PEFT puts one of several
+            file.replace(folder / file.name)
+        if name != "default":
+            (folder / name).rmdir()
+    else:
+        model.save_pretrained(str(folder))
+    sync_tree(folder)
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def restore(
+    base: PreTrainedModel,
+    folder: Path,
+    inputs: dict[str, int] | None = None,
+    *,
+    float32: bool = True,
+    trainable: bool = False,
+) -> PreTrainedModel | PeftModel:
+    """The trained model back from what ``save`` wrote, on the device of ``base``; the rest as for ``attach``.
+
+    Raises:
+        InputError: the adapter does not fit the base.
+    """
+    base = _base_of(base, folder)
+    if (folder / "adapter_config.json").exists():
+        adapted = _with_adapter(base, folder, is_trainable=trainable, autocast_adapter_dtype=float32)
+        setattr(adapted, METHOD_INPUTS, inputs or {})
+        keep_dtype(adapted)
+        return adapted.eval()
+    return cast(PreTrainedModel, read(folder, base).eval())
+
+
+def _with_adapter(base: PreTrainedModel, folder: Path, **options: Any) -> PeftModel:
+    """``PeftModel.from_pretrained``, which is silent about weights that it has no place for, as an error."""
+    with _load_results() as results, names_as_written() if _written_now(folder) else nullcontext():
+        where = str(base.device)  # PEFT would take the first GPU there is
+        adapted = PeftModel.from_pretrained(base, str(folder), torch_device=where, **options)
+    missing = [key for result in results for key in result.missing_keys if not any(name in key for name in SHARED)]
+    unknown = [key for result in results for key in result.unexpected_keys if "." in key]  # a prompt's have no dot
+    for what, keys in (("the model has no place for", unknown), ("the file lacks", missing)):
+        if keys:
+            more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
+            raise InputError(
+                f"adapter {folder}: it is of another model than {type(base).__name__}: {what} "
+                f"{', '.join(keys[:NAMED])}{more}"
+            )
+    return adapted
+
+
+def _written_now(folder: Path) -> bool:
+    """Whether no weight in the file is of a single expert, as transformers 4 named them."""
+    file = folder / "adapter_model.safetensors"
+    if not file.exists():
+        return False
+    with safe_open(file, framework="pt") as weights:
+        return not any(re.search(r"experts\.\d+\.", key) for key in weights.keys())  # noqa: SIM118
+
+
+@contextmanager
+def names_as_written() -> Iterator[None]:
+    """PEFT attaches LoRA to the modules that are named.
+
+    Without this it takes ``gate_proj``, ``up_proj`` and ``down_proj`` of many mixtures of experts, those of dense
+    layers and of shared experts too, for the names of experts in transformers 4, and adapts the experts instead.
+    """
+    with patch.object(transformers_weight_conversion, "convert_peft_config_for_transformers", lambda *_, **__: None):
+        yield
+
+
+@contextmanager
+def _load_results() -> Iterator[list[Any]]:
+    """What PEFT finds out while it loads adapters and does not tell."""
+    results: list[Any] = []
+    load = PeftModel.load_adapter
+
+    def noted(self: PeftModel, *args: Any, **options: Any) -> Any:
+        results.append(load(self, *args, **options))
+        return results[-1]
+
+    with patch.object(PeftModel, "load_adapter", noted):
+        yield results
+
+
+def _base_of(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The base that the adapter in ``folder`` belongs to: the one kept beside it, else ``base``."""
+    if not (folder / RESIDUAL).exists():
+        return base
+    residual = read(folder / RESIDUAL, base)
+    keep_weights_unpacked(residual)
+    return residual
+
+
+def read(folder: Path, like: PreTrainedModel) -> PreTrainedModel:
+    """The model saved in ``folder``, of the class and dtype and on the device of ``like``."""
+    return type(like).from_pretrained(folder, dtype=like.dtype, device_map={"": like.device})
+
+
+def dequantised(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """The adapter saved in ``folder`` on ``base``, which is dequantised first and consumed."""
+    base = _base_of(base, folder)
+    if getattr(base, "is_quantized", False):
+        base = cast(Any, base).dequantize()
+        vars(base)["_weight_conversions"] = None  # by which transformers would pack a saved base's weights again
+        vars(base).update(is_loaded_in_4bit=False, is_loaded_in_8bit=False)  # by which PEFT refuses to merge IA3
+    return _with_adapter(base, folder).eval()
+
+
+class NotMergeable(Exception):
+    """What the method adds, such as tokens of a prompt, has no place in the base's weights."""
+
+    def __str__(self) -> str:
+        return f"not mergeable: {NOT_MERGEABLE}"
+
+
+def mergeable(adapted: PeftModel) -> bool:
+    """Whether PEFT merges the method at all."""
+    can = callable(getattr(adapted.base_model, "merge_and_unload", None))
+    return can and not adapted.active_peft_config.is_prompt_learning
+
+
+def merge(adapted: PeftModel) -> PreTrainedModel:
+    """The base of ``adapted`` with the adapter merged into its weights; both are consumed.
+
+    Where the method changes one of two tied weights (embeddings and head), they are untied.
+
+    Raises:
+        NotMergeable: the method adds what cannot be merged into weights.
+        Exception: whatever PEFT raises for a method that it cannot merge.
+    """
+    if not mergeable(adapted):
+        raise NotMergeable
+    _untie(adapted.get_base_model())
+    return cast(PreTrainedModel, cast(Any, adapted).merge_and_unload(safe_merge=True).eval())
+
+
+def _untie(base: Any) -> None:
+    """Give the head a weight of its own, where it is the embeddings' and one of the two has an adapter."""
+    ends: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
+    layers: list[Any] = [end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends]
+    touched = any(isinstance(end, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for end in ends)
+    if None in ends or not touched:
+        return
+    first, last = (layer.original_module if hasattr(layer, "original_module") else layer for layer in layers)
+    if first.weight is last.weight:
+        last.weight = nn.Parameter(last.weight.detach().clone(), requires_grad=False)
+    for config in (base.config, text_config(base)):
+        config.tie_word_embeddings = False

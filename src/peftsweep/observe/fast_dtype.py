@@ -1,0 +1,80 @@
+"""``model.dtype=auto``: the number format in which the device computes fast."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import platform
+import time
+from pathlib import Path
+
+from peftsweep.schema import Dtype
+from peftsweep.study.atomic import write_text
+
+log = logging.getLogger(__name__)
+
+ROWS, SIZE = 128, 1024  # tokens and width of the layer that is timed
+ROUNDS = 20
+FASTER = 1.1  # times as fast bfloat16 must be to be taken
+
+
+def resolve(device: str) -> Dtype:
+    """The format for ``device``, as the key of that name: on CUDA bfloat16, on a CPU what is faster there.
+
+    Of a CPU it is measured once and kept in the user's cache, for this processor and this version of torch, since
+    trials with another format are other trials. Where it cannot be kept it is float32. CUDA is not initialised.
+    """
+    import torch
+
+    if device.startswith("cuda") or (device == "auto" and torch.cuda.device_count()):
+        return Dtype.bfloat16
+    return _of_cpu(f"{_processor()}, torch {torch.__version__}")
+
+
+@functools.cache
+def _of_cpu(key: str) -> Dtype:
+    file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftsweep" / "cpu_dtype.json"
+    try:
+        known: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if key not in known:
+            known[key] = _faster().name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, json.dumps(known, indent=1))
+        found = Dtype[known[key]]
+    except (OSError, ValueError, KeyError) as error:
+        log.warning("model.dtype=auto: what is fast on this CPU cannot be kept (%s): float32", error)
+        return Dtype.float32
+    log.info("model.dtype=auto: %s on %s", found.name, key)
+    return found
+
+
+def _faster() -> Dtype:
+    """What a feed-forward layer's forward and backward takes less time in, by the fastest of some rounds of each."""
+    rounds = [(_seconds("bfloat16"), _seconds("float32")) for _ in range(ROUNDS)]
+    narrow, wide = (min(took) for took in zip(*rounds, strict=True))
+    return Dtype.bfloat16 if wide > FASTER * narrow else Dtype.float32
+
+
+def _seconds(dtype: str) -> float:
+    import torch
+    from torch.nn import functional
+
+    options = {"dtype": getattr(torch, dtype)}
+    x = torch.ones(ROWS, SIZE, requires_grad=True, **options)
+    weight = torch.ones(SIZE, SIZE, **options)
+    start = time.perf_counter()
+    functional.linear(functional.silu(functional.linear(x, weight)), weight).sum().backward()
+    return time.perf_counter() - start
+
+
+def _processor() -> str:
+    """The processor's name and whether it has products of bfloat16, of which a virtual machine's name says nothing."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    said = {name.strip(): value.split() for name, _, value in (line.partition(":") for line in lines)}
+    narrow = [flag for flag in said.get("flags", said.get("Features", [])) if "bf16" in flag]
+    return " ".join([*said.get("model name", [platform.machine()]), *narrow])

@@ -1,0 +1,128 @@
+"""Floating-point operations of a step, and the device's ceiling of them."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from peftsweep.observe.measure import Laps, out_of_memory, percentile
+
+PRODUCT = re.compile(r"(?!aten::|autograd::)\w+::\w*(mm|gemv|matmul|attn|attention)(?!_dequant)\w*")
+SIZES = {"cuda": (2048, 4096, 8192), "cpu": (512, 1024, 2048)}
+
+Run = Callable[[int, Callable[[], None]], None]
+
+
+def count_flops(run: Run, settle: int, active: int) -> Counter[torch.dtype]:
+    """Floating-point operations of matrix products in the last ``active`` steps, by the dtype of the first factor.
+
+    A product of [m, k] and [k, n] is 2 m n k; that of an 8-bit layer counts under the dtype of its input.
+    What checkpointing and fused attention compute again counts again.
+    A compiled model is run uncompiled, so that its fused kernels are counted too.
+    """
+    totals: Counter[torch.dtype] = Counter()
+    done = 0
+
+    def after_step() -> None:
+        nonlocal done
+        done += 1
+        if done == settle:
+            totals.clear()
+
+    def noted(formula: Callable[..., int]) -> Callable[..., int]:
+        def count(first: torch.Tensor, *args: Any, **kwargs: Any) -> int:
+            flops = formula(first, *args, **kwargs)
+            totals[first.dtype] += flops
+            return flops
+
+        count._get_raw = True  # type: ignore[attr-defined]  # tensors, not their shapes
+        return count
+
+    formulas = {operator: noted(formula) for operator, formula in (flop_registry | _more_formulas()).items()}
+    with (
+        torch.compiler.set_stance("force_eager"),
+        FlopCounterMode(display=False, custom_mapping=formulas),
+    ):
+        run(settle + active, after_step)
+    return totals
+
+
+def _more_formulas() -> dict[Any, Callable[..., int]]:
+    """What torch's counter lacks: attention on a CPU, and the products of bitsandbytes (where that is loaded).
+
+    The backward of its quantised layers multiplies by dequantised weights, which torch counts.
+    """
+    aten, bits = torch.ops.aten, torch.ops.bitsandbytes
+    formulas = {
+        aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+            aten._scaled_dot_product_flash_attention_backward
+        ],
+    }
+    formulas |= {getattr(bits, name): formula for name, formula in BITSANDBYTES.items() if hasattr(bits, name)}
+    return formulas
+
+
+def _int8_flops(left: torch.Tensor, weight: torch.Tensor, *_: Any, **__: Any) -> int:
+    return 2 * left.numel() * weight.shape[0]  # [..., k] and [n, k]
+
+
+def _mixed_int8_flops(left: torch.Tensor, _left: torch.Tensor, weight: torch.Tensor, *_: Any, **__: Any) -> int:
+    return _int8_flops(left, weight)  # the outliers' columns are zero in the 8-bit product, so they count once
+
+
+def _four_bit_flops(left: torch.Tensor, _packed: torch.Tensor, shape: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * left.numel() * int(shape[0])
+
+
+BITSANDBYTES: dict[str, Callable[..., int]] = {
+    "int8_linear_matmul": _int8_flops,
+    "int8_scaled_mm": _int8_flops,
+    "int8_mixed_scaled_mm": _mixed_int8_flops,
+    "gemm_4bit": _four_bit_flops,
+    "gemv_4bit": _four_bit_flops,
+}
+
+
+def uncounted(averages: Sequence[Any]) -> str:
+    """Names of the operators that look like a matrix product but have no formula; empty where all were counted."""
+    known = {f"bitsandbytes::{name}" for name in BITSANDBYTES}
+    return " ".join(sorted({e.key for e in averages if PRODUCT.fullmatch(e.key)} - known))
+
+
+def matmul_ceiling(
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: Sequence[int],
+    *,
+    repeats: int = 10,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """FLOP/s of the fastest square matrix product: the best of ``sizes``, of each the median of ``repeats``.
+
+    Sizes for which the device lacks the memory are left out; the smallest must fit.
+    """
+    best = 0.0
+    for size in sorted(sizes):
+        try:
+            left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+            product = left @ right
+        except RuntimeError as error:
+            if best and out_of_memory(error):
+                break
+            raise
+        laps = Laps(device, clock)
+        for lap in range(2 + repeats):  # two to warm up
+            if lap >= 2:
+                laps.start()
+            torch.mm(left, right, out=product)
+            if lap >= 2:
+                laps.stop()
+        best = max(best, 2 * size**3 / (percentile(laps.seconds(), 50) or 0.0))
+    return best

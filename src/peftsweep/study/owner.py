@@ -1,0 +1,105 @@
+"""Which process something on a shared disk belongs to, and whether that process still runs.
+
+A process number means something in one PID namespace of one boot of one kernel: two containers may have the same host
+name and the same numbers. When a process began is counted from the boot, as the clock on the wall may be set.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+
+BOOT = Path("/proc/sys/kernel/random/boot_id")
+NAMESPACE = Path("/proc/self/ns/pid")
+MACHINE = ("host", "boot", "namespace")  # in which a process number means one process
+
+
+def host() -> str:
+    """The name of this machine."""
+    return socket.gethostname()
+
+
+def me() -> dict[str, Any]:
+    """What tells this process from all others, as JSON can hold it."""
+    return _machine() | {"pid": os.getpid(), "started": started(os.getpid())}
+
+
+def started(pid: int) -> float | None:
+    """When the process of this number began, in the system's own count; None where there is none, or a zombie."""
+    try:
+        # The name, in brackets, may hold anything. After it: the state, and as 20th the ticks from the boot on.
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else float(fields[19])
+    except OSError:
+        if BOOT.exists():
+            return None
+    with suppress(psutil.Error):
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    return None
+
+
+def alive(owner: Mapping[str, Any]) -> bool | None:
+    """Whether the process of which ``me`` was written runs; None where that cannot be seen from here.
+
+    Raises:
+        KeyError, TypeError: ``me`` did not write it.
+    """
+    if "boot" not in owner:  # written by an earlier version
+        return _alive_by_clock(owner) if owner["host"] == host() else None
+    here = _machine()
+    if any(owner[key] != here[key] for key in MACHINE):
+        return None
+    now = started(owner["pid"])
+    return now is not None and bool(now == owner["started"])
+
+
+def same_kernel(owner: Mapping[str, Any]) -> bool:
+    """Whether it is a process of the same kernel, perhaps in another container, so that one clock is set for both."""
+    return bool(owner.get("boot")) and owner.get("boot") == _machine()["boot"]
+
+
+def tag() -> str:
+    """A word for the names of files that are this process's own, by which ``gone`` recognises them."""
+    return f"{os.getpid()}-{started(os.getpid()) or 0:.0f}-{_machine_tag()}"
+
+
+def gone(tag: str) -> bool | None:
+    """Whether the process whose ``tag`` it is has ended; None where that cannot be seen from here."""
+    pid, begun, machine = [*tag.split("-"), "", "", ""][:3]
+    if machine != _machine_tag() or not pid.isdecimal():
+        return None
+    now = started(int(pid))
+    return now is None or f"{now:.0f}" != begun
+
+
+def _machine() -> dict[str, str]:
+    boot, namespace = "", ""
+    with suppress(OSError):  # a system without /proc
+        boot, namespace = BOOT.read_text().strip(), os.readlink(NAMESPACE)
+    return {"host": host(), "boot": boot, "namespace": namespace}
+
+
+@functools.cache
+def _machine_tag() -> str:
+    return hashlib.sha256("|".join(_machine().values()).encode()).hexdigest()[:8]
+
+
+def _alive_by_clock(owner: Mapping[str, Any]) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(owner["pid"])
+        return bool(process.create_time() == owner["started"] and process.status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
+def left_to_parent(number: int, frame: FrameType | None) -> None:
+    """What a worker does on signals that the command hears too: the command interrupts the trial, once."""

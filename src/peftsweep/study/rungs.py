@@ -1,0 +1,84 @@
+"""The rungs of a halving: at which steps a trial is compared, and what its record says of it there."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from peftsweep.errors import InputError
+from peftsweep.schema import HalvingConfig
+from peftsweep.study import record
+from peftsweep.study.record import Result, Status
+
+HAVE_TRAINED = (Status.stopped, Status.success)
+MARK = "validation_"  # before a metric's name, in the rows of steps.jsonl
+
+
+# ---- one trial -------------------------------------------------------------------------------------
+
+
+def rung_step(config: HalvingConfig, number: int) -> int:
+    """The optimizer steps until rung ``number``, from 1 on."""
+    assert config.min_steps is not None
+    return int(config.min_steps * config.factor ** (number - 1))
+
+
+def stop_at(config: HalvingConfig, total: int) -> int | None:
+    """The step at which a trial of ``total`` steps stops for the rung it is sent to; None: at its end."""
+    if config.min_steps is None or config.rung is None:
+        return None
+    step = rung_step(config, config.rung)
+    return step if step * config.factor <= total else None
+
+
+def reached(config: HalvingConfig, done: Result) -> bool:
+    """Whether the trial of the record ``done`` has come as far as it is sent now."""
+    if done.status is not Status.stopped:
+        return True
+    if config.min_steps is None or config.rung is None:
+        return False
+    return bool(rung_step(config, config.rung) <= done.run_info["rung"]["step"])
+
+
+def rung(config: HalvingConfig, place: Path, step: int) -> dict[str, Any]:
+    """What a record says of the rung at which the trial in ``place`` stopped: its number, step, metric and value.
+
+    Raises:
+        InputError: the validation does not have that metric.
+    """
+    known = {key.removeprefix(MARK): value for key, value in _validations(place)[step].items() if key.startswith(MARK)}
+    if config.metric not in known:
+        raise InputError(f"halving.metric={config.metric}: the validation has {', '.join(known)}")
+    return {"number": config.rung, "step": step, "metric": config.metric, "value": known[config.metric]}
+
+
+def _validations(place: Path) -> dict[int, dict[str, Any]]:
+    """The rows of the validations of the trial in ``place``, by their steps."""
+    rows = record.usable_lines(place / record.STEPS, record.STEP, whole=False)
+    return {row["step"]: row for row in rows if f"{MARK}loss" in row}
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a trial has come along: its steps, were it to end, and the metric at each rung passed and at its end."""
+
+    total: int
+    values: list[float | None]
+
+
+def course(result: Result, config: HalvingConfig) -> Course:
+    """What the validations of the trial say at its rungs."""
+    place = (result.folder or Path()).parent / result.train_info.get("trained_by", result.trial)
+    validations = _validations(place)
+    total = next((int(row["steps"]) for row in validations.values()), 0)
+    values: list[float | None] = []
+    for number in count(1):
+        step = stop_at(dataclasses.replace(config, rung=number), total)
+        if (row := validations.get(total if step is None else step)) is not None:
+            values.append(row.get(f"{MARK}{config.metric}"))
+        if step is None or row is None:
+            return Course(total, values)
+    raise AssertionError

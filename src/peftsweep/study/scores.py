@@ -1,0 +1,17 @@
+"""What the scores in a record are called, which way is better, and what they are held against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+LOWER_IS_BETTER = ("loss", "perplexity")
+NO_SHARES = ("valid_fraction", "loss", "perplexity")  # figures that no answer can reach by being given always
+
+
+def baseline(facts: Mapping[str, Any], metric: str, which: str) -> float | None:
+    """The ``majority`` or ``random`` baseline of a metric among the facts of its evaluation; None where it has none."""
+    if metric in NO_SHARES or metric.endswith("perplexity"):
+        return None
+    value = facts.get(f"f1_{which}" if metric == "f1" else which)
+    return None if value is None else float(value)

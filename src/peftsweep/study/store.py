@@ -1,0 +1,287 @@
+"""The folder as state: which trials a study holds and which of them are done."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+
+from peftsweep.errors import InputError, Unwritable, suggest
+from peftsweep.study.atomic import TRANSIENT
+from peftsweep.study.reading import Unreadable, opened, read_text
+from peftsweep.study.record import (
+    RESULT,
+    STEP,
+    STEPS,
+    LaterVersion,
+    RecordError,
+    Result,
+    Status,
+    read_json,
+    read_lines,
+    read_predictions,
+    write_text,
+)
+
+ROOT = Path("multirun")
+NAME = re.compile(r"(?![. ])[^\x00-\x1f/\\:*?\"<>|]{1,100}(?<![. ])")  # of a study or an evaluation, which become paths
+PLAN = "plan.json"
+ADAPTER = "adapter"
+ADAPTER_CONFIGS = ("adapter_config.json", "config.json")  # PEFT's, and a whole model's
+BASE = "base"  # in a study: what the untouched base scores and answers, a folder a base
+RESIDUAL = "base"  # beside an adapter: the base that it belongs to, where that is not the trial's
+MERGED = "merged"
+CHECKPOINTS = "checkpoints"
+OURS = "peftsweep.evaluation.evaluate."  # evaluations, all of which write a line a row
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+# What files of a study may meet, on a network's disk above all.
+NOT_WRITTEN = (errno.EACCES, errno.EPERM, errno.EFBIG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, *TRANSIENT)
+# How writers that raise no OSError put it: safetensors in the system's words, torch in its own.
+NO_ROOM_SAID = (*map(os.strerror, NO_ROOM), "PytorchStreamWriter failed writing")
+
+
+def folder(study: str) -> Path:
+    """The folder of the study called ``study``, relative to where the command runs."""
+    return ROOT / study
+
+
+def adapter(path: str) -> Path:
+    """The folder of a saved adapter: ``path``, or that of the trial in ``path``.
+
+    Raises:
+        InputError: neither holds one.
+    """
+    given = Path(path).expanduser()
+    for candidate in (given, given / ADAPTER):
+        if any((candidate / name).is_file() for name in ADAPTER_CONFIGS):
+            return candidate
+    raise InputError(f"adapter.path={path}: holds no adapter_config.json, and no trial with one")
+
+
+def is_plain(name: str) -> bool:
+    """Whether a file or folder may be called so, on any system, without leaving the folder that it is made in."""
+    return NAME.fullmatch(name) is not None
+
+
+def is_below(name: str, folder: str) -> bool:
+    """Whether the relative path ``name``, which a record holds, lies in ``folder`` of the same study."""
+    parts = Path(name).parts
+    return len(parts) > 1 and parts[0] == folder and ".." not in parts and "\0" not in name
+
+
+def find(study: str | Path) -> Path:
+    """An existing study by its name under multirun/ or its path.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    for candidate in (ROOT / study, Path(study)):
+        if candidate.is_dir():
+            return candidate
+    raise InputError(f"study={study}: no such folder; {suggest(str(study), [s.name for s in studies()])}")
+
+
+def studies() -> list[Path]:
+    """Every folder under multirun/ that holds a trial, be it one that runs or was cut off."""
+    begun = {file.parents[1] for file in ROOT.glob("*/.claims/*.json")}
+    begun |= {file.parents[2] for file in ROOT.glob("*/*/.hydra/config.yaml")}
+    return sorted(begun | {place for place in ROOT.glob("*") if place.is_dir() and recorded(place)})
+
+
+def recorded(study: Path) -> list[Path]:
+    """The folders of a study's trials that have a record, damaged ones among them (a glob misses links to nothing)."""
+    return [place for place in study.iterdir() if os.path.lexists(place / RESULT)]
+
+
+def trial_folder(study: Path, slug: str, identity: str) -> Path:
+    """The folder of a trial: the one that ends in its identity, or ``<slug>-<identity>`` to be made.
+
+    The same configuration said in other words has another slug, but the same identity and folder.
+    """
+    return next(iter(sorted(study.glob(f"*-{identity}"))), study / f"{slug}-{identity}")
+
+
+def result(trial: Path) -> Result | None:
+    """The trial's record; None where it has none or a broken one, so that it is run again.
+
+    Raises:
+        InputError: it was written by a later version, and must not be overwritten.
+    """
+    try:
+        return Result.read(trial)
+    except LaterVersion as error:
+        raise InputError(f"{error}; take another study=") from None
+    except RecordError:
+        return None
+
+
+def result_of_adapter(folder: Path) -> Result | None:
+    """The record of the trial that the adapter in ``folder`` is of; None where it is of none.
+
+    Raises:
+        InputError: its files are damaged; or there is a record, which cannot be read, so that nobody knows what it was
+            trained on.
+    """
+    if reason := damage_of_weights(folder):
+        raise InputError(f"adapter.path={folder}: {reason}")
+    if not os.path.lexists(folder.parent / RESULT):
+        return None
+    try:
+        return Result.read(folder.parent)
+    except RecordError as error:
+        raise InputError(f"adapter.path={folder}: {error}; move the adapter's folder away from it to use it") from None
+
+
+def damage(trial: Path) -> str | None:
+    """What is wrong with the files of a trial that has ended, so that it is to be run again; None: nothing.
+
+    Files that are not there, as they may have been deleted to save room, are not missed.
+
+    Raises:
+        InputError: its record was written by a later version.
+    """
+    if not os.path.lexists(trial / RESULT):
+        return None
+    patterns = (RESULT, STEPS, "generation.jsonl", "predictions/*.jsonl", f"{ADAPTER}/*", f"{MERGED}/*")
+    files = [file for pattern in patterns for file in sorted(trial.glob(pattern))]
+    return _damage(trial, tuple((str(file), *_version(file)) for file in files))
+
+
+def _version(file: Path) -> tuple[int, int]:
+    found = file.lstat()
+    return found.st_size, found.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=10_000)
+def _damage(trial: Path, versions: tuple[tuple[str, int, int], ...]) -> str | None:
+    try:
+        done = Result.read_whole(trial)
+        if done.status not in (Status.success, Status.stopped):
+            return None
+        read_lines(trial / STEPS, STEP)
+        read_lines(trial / "generation.jsonl")
+        for file in sorted(trial.glob("predictions/*.jsonl")):
+            if wrong := damage_of_lines(file, done, file.stem):
+                return wrong
+    except LaterVersion as error:
+        raise InputError(f"{error}; take another study=") from None
+    except Unreadable as error:
+        return str(error)
+    for folder in (trial / ADAPTER, trial / MERGED):
+        if wrong := damage_of_weights(folder):
+            return wrong
+        kept = {file.suffix for file in folder.glob("*")}
+        if kept and not kept & {".safetensors", ".bin"}:
+            return f"{folder}: holds no weights"
+    return None
+
+
+def damage_of_lines(predictions: Path, done: Result, evaluation: str) -> str | None:
+    """What is wrong with a file of predictions, of a trial or its base; None: nothing, or there is none."""
+    try:
+        held = not os.path.lexists(predictions) or read_predictions(predictions)
+    except Unreadable as error:
+        return str(error)
+    node = done.config.get("eval", {}).get(evaluation, {})  # a user's own evaluation may write no lines
+    return None if held or not str(node.get("_target_")).startswith(OURS) else f"{predictions}: it is empty"
+
+
+def damage_of_weights(folder: Path) -> str | None:
+    """What is wrong with the files of a saved adapter or model, as far as their headers and sizes tell; None: nothing.
+
+    Weights in torch's own format are not looked at.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if os.path.lexists(folder) and not folder.is_dir():
+        return f"{folder}: no folder"
+    try:
+        for name in ADAPTER_CONFIGS:
+            if os.path.lexists(folder / name):
+                read_json(folder / name, dict)
+        for file in sorted(folder.glob("*.safetensors")):
+            with opened(file), safe_open(file, framework="np"):
+                pass
+    except Unreadable as error:
+        return str(error)
+    except (OSError, SafetensorError) as error:
+        return f"{file}: no safetensors: {error}"
+    return None
+
+
+def records(study: Path, most: int) -> list[Result]:
+    """The records of a study that can be read; none of one of more than ``most`` trials."""
+    if not study.is_dir():
+        return []
+    places, found = recorded(study), []
+    for place in places if len(places) <= most else []:
+        with suppress(RecordError):
+            found.append(Result.read(place))
+    return found
+
+
+def mark_trained(done: Result) -> None:
+    """Note the trial as the one whose adapter stands for its training."""
+    if done.folder is not None:
+        write_text(_mark(done.folder.parent, done.run_info["training"]), done.folder.name)
+
+
+def trained(study: Path, training: str) -> Result | None:
+    """A successful trial of this study with the same training whose adapter is still there."""
+    folder = _marked(study, _mark(study, training))
+    if folder is None:
+        return None
+    done = result(folder)
+    names = (done.run_info.get("training"), (done.run_info.get("recognised") or {}).get("training")) if done else ()
+    same = done and done.status is Status.success and training in names
+    same = same and done and done.train_info.get("reloads") is not False
+    whole = same and any((folder / ADAPTER).glob("*.safetensors")) and damage_of_weights(folder / ADAPTER) is None
+    return done if whole else None
+
+
+def mark_recognised(done: Result) -> None:
+    """Note whose record, made by an earlier version, this is by today's identity, and that of its training."""
+    if done.folder is None:
+        return
+    names, root = done.run_info["recognised"], done.folder.parent
+    write_text(root / ".recognised" / names["identity"], done.folder.name)
+    if done.status is Status.success and done.config["adapter"]["save"]:
+        write_text(_mark(root, names["training"]), done.folder.name)
+
+
+def recognised(study: Path, identity: str) -> Path | None:
+    """The folder of the trial that ``mark_recognised`` noted under this identity, if it is still there."""
+    return _marked(study, study / ".recognised" / identity)
+
+
+def _marked(study: Path, mark: Path) -> Path | None:
+    """The trial's folder that the file ``mark`` names; None where there is none, or the file says something else."""
+    try:
+        name = read_text(mark)
+    except Unreadable:
+        return None
+    return study / name if is_plain(name) and (study / name).is_dir() else None
+
+
+def _mark(study: Path, training: str) -> Path:
+    """Looked up by name, as reading every record of a large study before each trial would take minutes."""
+    return study / ".trained" / training
+
+
+def unwritable(error: BaseException) -> Unwritable | None:
+    """What ``error`` says of a disk that takes no more or may not be written; None if it is about something else."""
+    if isinstance(error, Unwritable):
+        return error
+    where = Path(str(getattr(error, "filename", None) or ROOT))
+    if isinstance(error, OSError):
+        ours = ROOT.resolve() in (where.resolve(), *where.resolve().parents)
+        reason = error.strerror if error.errno in NO_ROOM or (error.errno in NOT_WRITTEN and ours) else None
+    else:
+        reason = next((said for said in NO_ROOM_SAID if said in str(error)), None)
+        code = re.search(r"serializ.*\(os error (\d+)\)", str(error), re.DOTALL)  # as of safetensors
+        if code and int(code[1]) in NOT_WRITTEN:
+            reason = os.strerror(int(code[1]))
+    return Unwritable(f"{where}: {reason}; what is done is kept, the same command continues") if reason else None

@@ -1,0 +1,90 @@
+"""multirun/<study>/sweeps/: a file for each command that ran trials, with the seconds in which none was running.
+
+Those seconds are the cost of sweeping: imports, the check of all points, the start of workers, waiting, the end.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from peftsweep.study import record
+from peftsweep.study.reading import usable
+from peftsweep.study.record import Result
+
+FOLDER = "sweeps"
+LASTED = {"seconds": (int, float), "seconds_outside_trials": (int, float)}  # what is read of such a file
+_began: list[float] = []
+_not_run: list[int] = []  # by each sweep of the command
+
+
+def command_begins() -> None:
+    """Note that the process of a command has just started."""
+    _began[:] = [time.perf_counter()]
+    _not_run.clear()
+
+
+def not_run() -> int:
+    """How many trials this command has left, because of a limit, a deadline or an interrupt."""
+    return sum(_not_run)
+
+
+class SweepRecord:
+    """What one command did in a study. A command may run trials several times, as halving does."""
+
+    def __init__(self, study: Path, words: Sequence[str], workers: int | None) -> None:
+        self._began = _began.pop() if _began else time.perf_counter()
+        self._file = study / FOLDER / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.json"
+        self._facts = {
+            "command": list(words),
+            "created_at": record.now(),
+            "host": record.host(),
+            "workers": workers,  # of this machine; null: placed by another launcher
+        }
+        self._spans: list[tuple[float, float]] = []  # of each trial, by time.perf_counter
+        self._ended: Counter[str] = Counter()
+        self._left = 0
+
+    def add(self, result: Result) -> None:
+        """A trial has just ended."""
+        now = time.perf_counter()
+        self._spans.append((max(self._began, now - record.sitting_seconds(result)), now))
+        self._ended[result.status.name] += 1
+
+    def leave(self, count: int) -> None:
+        """So many trials that were asked for were not run to their end, for no fault of theirs."""
+        self._left += count
+        _not_run.append(count)
+
+    def write(self) -> None:
+        """Write what is known so far. Nothing is written where no trial has run."""
+        if not self._spans:
+            return
+        seconds = time.perf_counter() - self._began
+        trials = covered(self._spans)
+        times = {"seconds": seconds, "seconds_in_trials": trials, "seconds_outside_trials": seconds - trials}
+        ended = {"trials": dict(self._ended), "not_run": self._left}
+        record.write_json(self._file, self._facts | ended | times)
+
+
+def last(study: Path) -> dict[str, Any] | None:
+    """What the newest command that ran trials in this study wrote; files that cannot be read are named on stderr."""
+    for file in sorted((study / FOLDER).glob("*.json"), reverse=True):
+        found: dict[str, Any] | None = usable(partial(record.read_json, file, LASTED))
+        if found is not None:
+            return found
+    return None
+
+
+def covered(spans: Sequence[tuple[float, float]]) -> float:
+    """The seconds in which at least one of the spans (begin, end) runs."""
+    total, until = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        total += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return total

@@ -1,0 +1,1 @@
+"""Who runs which trials, when and where? Workers, packs, launchers, halving."""

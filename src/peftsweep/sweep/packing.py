@@ -1,0 +1,134 @@
+"""Which trials can be trained at once on one base, and how many of them."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from peft import LoraConfig
+
+from peftsweep.config import identity
+from peftsweep.config.compose import Trial
+from peftsweep.config.identity import content_hash
+from peftsweep.errors import InputError
+from peftsweep.forecast import forecast
+from peftsweep.models import model
+from peftsweep.schema import Task, TrainConfig
+from peftsweep.training import optimizer
+
+# What lanes of a pack may differ in: of a LoRA's configuration, and of its training.
+ADAPTER = ("r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights", "rank_pattern", "alpha_pattern")
+PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+OWN = ("learning_rate", "learning_rate_scale", "weight_decay", "schedule", "warmup", "steps", "epochs", "clip")
+OWN_TOO = ("optimizer", "optimizer_kwargs", "log_every", "keep_best", "best_metric", "checkpoint_every", "params_file")
+PLAIN = (True, "gaussian", False)  # ways to begin that draw numbers and do not look at the base
+
+
+# ---- which -----------------------------------------------------------------------------------------
+
+
+Fits = Callable[[Sequence[Trial]], bool]
+
+
+def plan(trials: Sequence[Trial], limit: int, fits: Fits | None = None) -> list[list[Trial]]:
+    """``trials`` in packs of at most ``limit``, in the order of their first ones; what cannot be packed is alone.
+
+    Trials of a pack share all but what an adapter and its optimizer may have of their own; those of like length are
+    put together, and the packs made as even as can be. Any pack ``fits``, the memory for instance, if the heaviest of
+    its group do.
+    """
+    groups: dict[str, list[Trial]] = {}
+    for one in trials:
+        groups.setdefault(one.identity if alone(one) else _shared(one), []).append(one)
+    packs = []
+    for group in groups.values():
+        most = _most(group, min(limit, len(group)), fits)
+        in_order = sorted(group, key=_length) if len(group) > most else group
+        size = math.ceil(len(group) / math.ceil(len(group) / most))
+        packs += [in_order[start : start + size] for start in range(0, len(group), size)]
+    return packs
+
+
+def _most(group: Sequence[Trial], limit: int, fits: Fits | None) -> int:
+    """How many of the group fit together, whichever these are."""
+    if limit < 2 or fits is None:
+        return limit
+    heaviest = sorted(group, key=lambda one: -(forecast.check(one).trainable_parameters or 0))
+    if fits(heaviest[:limit]):
+        return limit
+    return 1 + bisect_left(range(2, limit), True, key=lambda size: not fits(heaviest[:size]))
+
+
+def fits_memory(trials: Sequence[Trial]) -> bool:
+    """Whether they can be trained together in the memory of the device, as far as can be said."""
+    limit = forecast.memory_limit(trials[0])
+    if limit is None or (predicted := forecast.together(trials)) is None:
+        return True
+    return predicted.peak_bytes <= limit
+
+
+def alone(trial: Trial) -> str | None:
+    """Why the trial cannot be trained together with others; None where it can."""
+    config = trial.config
+    checks = {
+        "its method is not plain LoRA": not _plain_lora(config.method) or config.method_setup or config.method_inputs,
+        "it trains nothing": config.adapter.path is not None or not (config.train.steps or config.train.epochs),
+        "it is a classifier": config.model.task is not Task.causal_lm,
+        "it is compiled": config.train.compile != "none",
+        "its optimizer is not torch's own": not _of_torch(config.train),
+        "it is profiled or timed": config.profiler or config.inference,
+        "its base is spread over devices": config.model.device_map is not None,
+        "dropout under gradient checkpointing": config.train.checkpointing and config.method.get("lora_dropout"),
+        "its base has dropout of its own": _base_drops(trial),
+    }
+    return next((reason for reason, holds in checks.items() if holds), None)
+
+
+def _plain_lora(method: dict[str, Any]) -> bool:
+    if method.get("_target_") not in ("peft.LoraConfig", "peft.tuners.lora.LoraConfig"):
+        return False
+    usual = LoraConfig()
+    rest = {key: value for key, value in method.items() if key not in ("_target_", *ADAPTER, *PLACES)}
+    unusual = [key for key, value in rest.items() if value not in (None, getattr(usual, key, None))]
+    return not unusual and method.get("init_lora_weights", True) in PLAIN
+
+
+def _of_torch(config: TrainConfig) -> bool:
+    """Others may look at how a weight lies in memory, which packing changes."""
+    made = optimizer.find_optimizer(config.optimizer)
+    return isinstance(made, type) and made.__module__.startswith("torch.optim")
+
+
+def _base_drops(trial: Trial) -> bool:
+    """Its random numbers are drawn for all lanes at once, so that a lane's would depend on the others."""
+    key = content_hash(identity.model_identity(trial.config.model))
+    if key not in _DROPS:
+        try:
+            fields = model.architecture(trial.config.model).to_dict()
+        except InputError:  # which is said when it is loaded
+            return True
+        _DROPS[key] = any("drop" in name and isinstance(p, float) and p > 0 for name, p in fields.items())
+    return _DROPS[key]
+
+
+_DROPS: dict[str, bool] = {}  # by model
+
+
+def _length(trial: Trial) -> float:
+    """How long it trains, in a measure that is the same for all of a pack."""
+    config = trial.config.train
+    return config.steps if config.epochs is None else math.inf
+
+
+def _shared(trial: Trial) -> str:
+    """What must be alike in the trials of a pack."""
+    tree = trial.tree
+    kept = {key: tree[key] for key in ("seed", "device", "model", "quant", "dataset", "eval")}
+    kept["train"] = {key: value for key, value in tree["train"].items() if key not in (*OWN, *OWN_TOO, "eval_every")}
+    kept["model_content"] = identity.model_identity(trial.config.model)
+    kept["validated"] = trial.config.train.eval_every is not None  # its rows are taken from those to train on
+    if trial.rows is not None:
+        kept["rows"] = trial.rows.fingerprints
+    return content_hash(kept)

@@ -1,0 +1,336 @@
+"""Worker processes of this machine: on which device each works, and how it starts.
+
+They are forked from one process that has imported as much as it may (``preload``). That process never initialises
+CUDA; should an installed package do so there all the same, a worker notices it right after the fork, and workers are
+started by ``spawn`` instead. A worker names its GPU in ``CUDA_VISIBLE_DEVICES`` before it imports anything that could
+look at one.
+
+Between the command and each worker stands a guard, the worker's parent, which waits. When the worker ends, or the
+command lets go of it or is killed, the guard ends the worker, whatever it is busy with, and all processes that the
+worker's trial has started. If the guard is killed, the system kills the worker.
+
+Nothing heavy is imported at the top of this module: a worker reads it before its device is set.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import importlib
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import connection, util
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NoReturn
+
+from peftsweep.errors import InputError
+from peftsweep.study import owner
+from peftsweep.study.owner import left_to_parent
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+PRELOAD = "peftsweep.sweep.preload"  # what the process that workers are forked from imports
+PROGRAM = "peftsweep.sweep.everything"  # by its name, as what it imports comes after the device is set
+CPU = ""  # the place of a worker that sees no GPU
+Place = str | None  # a worker's CUDA_VISIBLE_DEVICES; None: as in this process
+LOOK: float | None = 0.2  # seconds between two looks at a worker, where the system does not tell of its end
+SOCKETS, LOG = "pymp-", "peftsweep-worker-"  # how names of temporary files begin, before the tag of their process
+READY, CUDA_LOST = "ready", "forked from a process that has initialised CUDA"
+EXIT_SECONDS = 5.0  # until a worker that was told to end is killed, and for its guard to kill what it leaves
+# Of Linux's prctl: a signal for this process when its parent ends; orphans below this process become its children;
+# whether a process that is killed by a fault leaves an image of its memory.
+PDEATHSIG, DUMPABLE, SUBREAPER = 1, 4, 36
+
+
+# ---- where -----------------------------------------------------------------------------------------
+
+
+def places(workers: int | None, devices: Sequence[Any] | None, asked: Iterable[str]) -> list[Place]:
+    """The place of each worker, for trials whose ``device`` keys are ``asked``.
+
+    ``devices`` are numbers as torch counts the visible CUDA devices, None for all; ``workers`` is their number, None
+    for one a device (on a CPU one).
+
+    Raises:
+        InputError: ``devices`` names one that is not there.
+    """
+    asked = set(asked)
+    visible = [] if asked == {"cpu"} else _visible()
+    for number in devices or []:
+        if not (str(number).isdecimal() and int(number) < len(visible)):
+            there = ", ".join(map(str, range(len(visible)))) or "none"
+            why = "; device=cpu uses none" if asked == {"cpu"} else ""
+            raise InputError(f"hydra.launcher.devices: no CUDA device {number}; there are: {there}{why}")
+    if any(":" in device for device in asked):  # cuda:1 means the second of all that are visible
+        return [None] * (workers or 1)
+    chosen = visible if devices is None else [visible[int(number)] for number in devices]
+    dealt: list[Place] = [*chosen] or [CPU]
+    return [dealt[number % len(dealt)] for number in range(workers or len(dealt))]
+
+
+def _visible() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls each visible device. CUDA is not initialised."""
+    import torch
+
+    count = torch.cuda.device_count()
+    masked = os.environ.get(VISIBLE)
+    return masked.split(",")[:count] if masked and count else [str(number) for number in range(count)]
+
+
+def hide_gpus() -> None:
+    """Have this process, and all that it starts, see no GPU; without effect on a torch that is imported already."""
+    if "torch" not in sys.modules:
+        os.environ[VISIBLE] = CPU
+
+
+# ---- the parent's side -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Child:
+    """A worker process, of the number ``pid``, and its guard, ``process``, which ends as the worker does.
+
+    ``connection`` leads to the worker; ``output`` is a descriptor of what it has printed; the guard waits for the end
+    of ``leash``.
+    """
+
+    process: BaseProcess
+    pid: int
+    leash: connection.Connection[Any, Any]
+    connection: connection.Connection[Any, Any]
+    output: int
+
+    def interrupt(self) -> None:
+        """Interrupt what it does."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGINT)
+
+    def kill(self) -> None:
+        """Kill it and all that it has started."""
+        self.leash.close()
+        self.process.join(EXIT_SECONDS)
+        self.process.kill()
+        self.process.join()
+
+    def end(self, seconds: float = 0.0) -> None:
+        """Let it end by itself within ``seconds``, if it is idle; else kill it. What it has started ends with it."""
+        self.connection.close()
+        self.process.join(seconds)
+        self.kill()
+        os.close(self.output)
+
+
+_method = "forkserver"  # a start method of multiprocessing
+_ahead: list[tuple[Place, Future[Child]]] = []  # workers that were started before there was work for them
+
+
+def begin_to_import() -> None:
+    """Start the process that workers are forked from; it imports what this process imports at the same time."""
+    from multiprocessing import forkserver, resource_tracker
+
+    _have_temporary_folder()
+    multiprocessing.get_context("forkserver").set_forkserver_preload([PRELOAD])
+    in_main = threading.current_thread() is threading.main_thread()
+    # A terminal that is closed, and many a scheduler, tells all processes; it is the command that then interrupts the
+    # workers.
+    ignored = (signal.SIGHUP, signal.SIGTERM) if in_main else ()
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in ignored}
+    resource_tracker.ensure_running()  # which unblocks Ctrl-C when it has started
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # in a terminal it reaches that process too
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _have_temporary_folder() -> None:
+    """Give multiprocessing's sockets a folder by whose name a later command sees that this one was killed.
+
+    Those of commands that were killed are deleted here.
+    """
+    for kind in (SOCKETS, LOG):
+        for path in Path(tempfile.gettempdir()).glob(f"{kind}*-*-*-*"):
+            if owner.gone(path.name.removeprefix(kind).rpartition("-")[0]):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    own: dict[str, Any] = getattr(multiprocessing.current_process(), "_config")  # noqa: B009  no public name of it
+    if own.get("tempdir") is None:
+        own["tempdir"] = folder = tempfile.mkdtemp(prefix=f"{SOCKETS}{owner.tag()}-")
+        util.Finalize(None, shutil.rmtree, (folder, True), exitpriority=-100)
+
+
+def start_ahead(chosen: Sequence[Place]) -> None:
+    """Begin to start a worker on each GPU of these places, while this process still imports.
+
+    Elsewhere workers inherit all that they need, and start at once.
+    """
+    gpus = [place for place in chosen if place]
+    if gpus:
+        pool = ThreadPoolExecutor(len(gpus))
+        _ahead.extend((place, pool.submit(_start, place, None)) for place in gpus)
+        pool.shutdown(wait=False)
+
+
+def end_ahead() -> None:
+    """End the workers that were started ahead and not needed."""
+    while _ahead:
+        with suppress(OSError):  # one that could not be started
+            _ahead.pop()[1].result().end()
+
+
+def start(place: Place, threads: int | None) -> Child:
+    """A worker in that place, with so many CPU threads (None: as many as torch takes)."""
+    if threads is None:
+        for number, (where, child) in enumerate(_ahead):
+            if where == place:
+                del _ahead[number]
+                return child.result()
+    return _start(place, threads)
+
+
+def _start(place: Place, threads: int | None) -> Child:
+    global _method
+    context: Any = multiprocessing.get_context(_method)
+    output, path = tempfile.mkstemp(prefix=f"{LOG}{owner.tag()}-", suffix=".log")
+    try:
+        mine, theirs = context.Pipe()
+        held, leash = context.Pipe(duplex=False)
+        process = context.Process(target=_work, args=(theirs, held, path, place, threads), daemon=True)
+        process.start()
+        theirs.close()
+        held.close()
+        said, pid = READY, process.pid
+        with suppress(EOFError, OSError):  # it died at once, as is seen when it is given work
+            said, pid = mine.recv()
+    finally:
+        Path(path).unlink(missing_ok=True)  # both have it open by now, so that nothing is left however they end
+    child = Child(process, pid, leash, mine, output)
+    if said == READY:
+        return child
+    child.end()
+    _method = "spawn"
+    return _start(place, threads)
+
+
+# ---- the worker's side -----------------------------------------------------------------------------
+
+
+def _work(
+    channel: connection.Connection[Any, Any],
+    leash: connection.Connection[Any, Any],
+    output: str,
+    place: Place,
+    threads: int | None,
+) -> None:
+    """The life of a worker."""
+    os.setpgid(0, 0)  # Ctrl-C is for the parent, which then interrupts the trial once
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, left_to_parent)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    _go_on_guarded(channel, leash)
+    # By it the parent interrupts a trial, also where the command ignores it, as one in the background of a script does.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Processes that a trial forks are to hear SIGTERM, by which it ends them; in those that it starts, exec sees to it.
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    faulthandler.enable()
+    if place is not None:
+        os.environ[VISIBLE] = place
+    lost = _cuda_lost()
+    channel.send((CUDA_LOST if lost else READY, os.getpid()))
+    if lost:
+        return
+    importlib.import_module(PROGRAM).workers.serve(channel, threads)
+
+
+def _cuda_lost() -> bool:
+    """Whether CUDA was initialised before this process was forked, and so cannot be used in it."""
+    torch = sys.modules.get("torch")
+    return torch is not None and (torch.cuda.is_initialized() or getattr(torch._C, "_cuda_isInBadFork", bool)())
+
+
+def _go_on_guarded(channel: connection.Connection[Any, Any], leash: connection.Connection[Any, Any]) -> None:
+    """Return in a child of this process, which stays behind as its guard and ends as it does."""
+    _prctl(SUBREAPER, 1)
+    guard = os.getpid()
+    worker = os.fork()
+    if worker:
+        channel.close()
+        _end_as(_guard(worker, leash))
+    leash.close()
+    os.setpgid(0, 0)
+    _prctl(PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != guard:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _guard(worker: int, leash: connection.Connection[Any, Any]) -> int:
+    """Wait until the worker or the command ends; then end all that is left; how the worker ended, as waitpid says."""
+    import psutil
+
+    watched: list[Any] = [leash]
+    seconds = LOOK
+    with suppress(AttributeError, OSError):  # a system without
+        watched.append(os.pidfd_open(worker))
+        seconds = None
+    status = _ended(worker)
+    while status is None and leash not in connection.wait(watched, seconds):
+        status = _ended(worker)
+    me = psutil.Process()
+    family = me.children(recursive=True)
+    if status is None:
+        os.kill(worker, signal.SIGKILL)
+        status = os.waitpid(worker, 0)[1]
+    end = time.monotonic() + EXIT_SECONDS
+    while (family := [*_running(family), *_running(me.children(recursive=True))]) and time.monotonic() < end:
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        time.sleep(0.01)
+    return status
+
+
+def _ended(child: int) -> int | None:
+    """How a child of this process ended; None while it runs."""
+    found, status = os.waitpid(child, os.WNOHANG)
+    return status if found else None
+
+
+def _running(family: Iterable[Any]) -> list[Any]:
+    import psutil
+
+    found = []
+    for process in family:
+        with suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def _end_as(status: int) -> NoReturn:
+    """End this process as another one did, of which waitpid said this."""
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        _prctl(DUMPABLE, 0)
+        if -code not in (signal.SIGKILL, signal.SIGSTOP):
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, ctypes.c_ulong(value), 0, 0, 0)

@@ -1,0 +1,130 @@
+"""How the jobs of submitit's launchers end: each by itself, and also where SLURM keeps no accounting.
+
+submitit knows a job's state from ``sacct`` alone. Where accounting is off that fails, a job whose process was killed
+stays UNKNOWN, and is waited for without end. Here ``squeue`` is asked first, which every SLURM has; a job that it no
+longer lists is over.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from hydra.core.utils import JobReturn, JobStatus
+from submitit.core import core
+from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
+
+from peftsweep.study.record import Status
+from peftsweep.sweep.engine import WorkerDied
+
+# https://slurm.schedmd.com/squeue.html#lang-job-state: those after which a job writes nothing more.
+ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT", "GONE"}
+STATUSES = {"OUT_OF_MEMORY": Status.oom, "CANCELLED": Status.cancelled}
+SQUEUE = ("squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i|%T")
+UNLISTED_SECONDS = 60.0  # a job that squeue never listed is taken for lost after them
+POLL_SECONDS = 30  # at most between two looks at the queue
+COMMAND_SECONDS = 60.0  # for an answer of the controller
+
+
+class QueueWatcher(SlurmInfoWatcher):  # type: ignore[misc]
+    """The states of jobs by ``squeue``; by ``sacct`` for those that it lists no more, where there is accounting."""
+
+    def __init__(self) -> None:
+        super().__init__(delay_s=POLL_SECONDS)
+        self._registered_at: dict[str, float] = {}
+        self._listed: set[str] = set()
+        self._said: set[str] = set()
+
+    def register_job(self, job_id: str) -> None:
+        """Watch this job too."""
+        super().register_job(job_id)
+        self._registered_at.setdefault(job_id, time.monotonic())
+
+    def is_done(self, job_id: str, mode: str = "standard") -> bool:
+        """Whether the job has ended; one that is requeued has not."""
+        words = self.get_state(job_id, mode=mode).upper().split()  # sacct: CANCELLED by 1000
+        return bool(words) and words[0] in ENDED
+
+    def update(self) -> None:
+        """Ask for the states of all jobs that have not ended."""
+        self._num_calls += 1
+        self._last_status_check = time.time()
+        queue = self._queue()
+        if queue is None:
+            return  # the controller does not answer; jobs run on without it
+        self._listed |= queue.keys()
+        jobs = self._registered - self._finished
+        self._info_dict.update({job: {"State": queue[job]} for job in jobs & queue.keys()})
+        if unlisted := {job for job in jobs - queue.keys() if self._is_over(job)}:
+            told = self._accounting()
+            for job in unlisted:
+                self._info_dict[job] = told.get(job, {"State": "GONE"})
+        self._finished |= {job for job in jobs if self.is_done(job, mode="cache")}
+
+    def _is_over(self, job: str) -> bool:
+        return job in self._listed or time.monotonic() - self._registered_at[job] > UNLISTED_SECONDS
+
+    def _queue(self) -> dict[str, str] | None:
+        """The state of each of this user's jobs that SLURM has not forgotten; None where it does not answer."""
+        try:
+            answer = subprocess.run(SQUEUE, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=True).stdout
+        except (OSError, subprocess.SubprocessError) as error:
+            self._say(f"squeue does not answer ({_cause(error)}); jobs are waited for until it does")
+            return None
+        return dict(line.strip().split("|", 1) for line in answer.splitlines() if "|" in line)
+
+    def _accounting(self) -> dict[str, dict[str, str]]:
+        """What ``sacct`` knows of the jobs; nothing where accounting is off."""
+        command = self._make_command()
+        if command is None:
+            return {}
+        try:
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=True).stdout
+        except (OSError, subprocess.SubprocessError) as error:
+            self._say(f"sacct does not answer ({_cause(error)}): how a job ended is known from its record alone")
+            return {}
+        return {job: facts for job, facts in self.read_info(answer).items() if facts.get("State", "").split()}
+
+    def _say(self, line: str) -> None:
+        """Once."""
+        if line not in self._said:
+            self._said.add(line)
+            print(f"peftsweep: {line}", file=sys.stderr)
+
+
+def _cause(error: Exception) -> str:
+    said = str(getattr(error, "stderr", None) or error).strip()
+    return said.splitlines()[-1] if said else type(error).__name__
+
+
+@contextmanager
+def jobs_end_alone() -> Iterator[None]:
+    """Inside, a launcher of submitit's returns what each of its jobs came to.
+
+    Outside it raises the error of the first job that has ended badly, while the others of the array still wait.
+    """
+    results = core.Job.results
+
+    def results_or_failure(job: Any) -> list[Any]:
+        try:
+            return list(results(job))
+        except Exception as error:  # what the job has raised, or that it left nothing
+            failed = JobReturn(status=JobStatus.FAILED)
+            failed._return_value = error if job.paths.result_pickle.exists() else _death(job)
+            return [failed]
+
+    with patch.object(SlurmJob, "watcher", QueueWatcher()), patch.object(core.Job, "results", results_or_failure):
+        yield
+
+
+def _death(job: Any) -> WorkerDied:
+    """How a job ended that wrote no result, with the last line of its log."""
+    state = str(job.watcher.get_state(job.job_id, mode="cache"))
+    last = [line for line in (job.stderr() or "").splitlines() if line.strip()][-1:]
+    said = ": ".join([f"its job {job.job_id} ended ({state}) without a record", *last])
+    return WorkerDied(said, STATUSES.get(state.partition(" ")[0], Status.failed))

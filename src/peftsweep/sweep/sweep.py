@@ -1,0 +1,334 @@
+"""Many trials: check all of them first, then run what is missing."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+from peftsweep.analysis.table import naming
+from peftsweep.config import evaluations, experiment, repeat
+from peftsweep.config.compose import Trial
+from peftsweep.errors import InputError, NotRun, SweepFailed, suggest
+from peftsweep.forecast import forecast
+from peftsweep.forecast.forecast import Forecast
+from peftsweep.observe.display import Display, size, summary
+from peftsweep.schema import Dtype
+from peftsweep.study import record, store
+from peftsweep.study.atomic import remove_partials
+from peftsweep.study.record import Result, Status, counted, trials_in_words
+from peftsweep.study.sweep_record import SweepRecord
+from peftsweep.sweep import engine, workers
+from peftsweep.sweep.engine import Launch
+from peftsweep.sweep.workers import Budget, Options
+from peftsweep.trial import done as trial_done
+from peftsweep.trial import outcome
+
+MOST_READ = 400  # records of a study that are read for the names of a sweep that goes on in it
+
+
+def run(
+    trials: Sequence[Trial],
+    options: Options | None = None,
+    budget: Budget | None = None,
+    launch: Launch | None = None,
+    sweep_record: SweepRecord | None = None,
+) -> list[Result | None]:
+    """Run what is missing of ``trials`` and give the record of each; None for one that was not reached.
+
+    Every trial is checked before the first one starts. Points with the same identity are trained once.
+    They run in workers of this machine as ``options`` says, or where ``launch`` places them. ``budget``
+    is what ``options`` leave, where it is not only for this sweep. ``sweep_record`` notes what this command has run.
+
+    Raises:
+        InputError: a trial is wrong; nothing was trained.
+        SweepFailed: a trial that was to be repeated came out otherwise.
+        KeyboardInterrupt: the user interrupted it.
+    """
+    if not trials:
+        raise InputError("the sweep is empty: a glob in it matches no option")
+    options = options or Options(workers=0)
+    config, trials = trials[0].config, _named(trials)
+    if launch and config.stop_on_failure:
+        raise InputError("stop_on_failure=true: only with hydra/launcher=local; others are given all trials at once")
+    if config.dry_run:
+        _dry_run(trials)
+        return [None] * len(trials)
+    stand_ins = _stand_ins(trials, [forecast.check(one) for one in trials])  # raises before anything is written
+    results: list[Result | None] = [trial_done.finished(one) for one in trials]
+    for done in _once(results):
+        _share(done, trials, results, stand_ins)
+    missing = {stand_ins[n].identity: stand_ins[n] for n, done in enumerate(results) if done is None}
+    for one in missing.values():
+        forecast.check_cached(one)
+        evaluations.check_conversations(one.config)
+    if missing:
+        with suppress(OSError):  # which the first trial says that writes
+            remove_partials(store.folder(config.study))
+    with Display(len(missing), quiet=config.quiet) as display, terminable():
+        for held in _once(results):
+            display.say(f"done before: {held.trial} ({held.status.name})")
+        if again := sum(trial_done.resumes_full(one) for one in missing.values()):
+            display.say(f"{trials_in_words(again)} that halving stopped will go on to the end")
+        again_for = Counter(reason for one in missing.values() if (reason := trial_done.outdated(one)))
+        for reason, count in again_for.items():
+            display.say(
+                f"{trials_in_words(count)} run again, as the numbers of an earlier version were wrong: {reason}"
+            )
+        for one in missing.values():
+            if reason := trial_done.damaged(one):
+                display.say(f"{one.name} is run again, as a file of it is damaged: {reason}")
+            if warning := experiment.unheeded(one.experiment):
+                display.say(f"{one.name}: {warning}")
+        todo, budget = list(missing.values()), budget or Budget(options)
+        ended = engine.run(todo, launch, display) if launch else workers.run(todo, options, budget, display)
+        sweep_record = sweep_record or SweepRecord(store.folder(config.study), [], options.workers)
+        try:
+            for _, result in ended:
+                sweep_record.add(result)
+                _share(result, trials, results, stand_ins)
+                if config.stop_on_failure and not result.status.good:
+                    display.say("stopped at the first failure, as stop_on_failure=true says")
+                    break
+        except KeyboardInterrupt:
+            _share_cancelled(missing.values(), trials, results, stand_ins)
+            display.console.print(_counted(results, config.study), markup=False)
+            raise
+        finally:
+            sweep_record.leave(_left(results))
+            with suppress(OSError):  # a full disk, of which the trials have said so
+                sweep_record.write()
+        _summarise(display, trials, results, config.study)
+        same = [
+            _compared(display, one, result) for one, result in zip(trials, results, strict=True) if one.config.repeat
+        ]
+    if not all(same):
+        raise SweepFailed("a repeated trial is not the same")
+    return results
+
+
+def _named(trials: Sequence[Trial]) -> list[Trial]:
+    """The trials with names that tell them apart, also from those that the study holds already."""
+    own = {one.identity for one in trials}
+    held = store.records(store.folder(trials[0].config.study), MOST_READ)
+    others = [vars(result) for result in held if result.run_info.get("identity") not in own]
+    trees = [{"choices": one.choices, "config": one.tree} for one in trials]
+    if len(trees) + len(others) < 2:
+        return list(trials)
+    return [replace(one, told_by=name) for one, name in zip(trials, naming.of_trees([*trees, *others]), strict=False)]
+
+
+def _compared(display: Display, one: Trial, result: Result | None) -> bool:
+    """Say how the trial and the one that it repeats compare; gives whether they are the same."""
+    if result is None:
+        return True  # not reached
+    comparison = repeat.compare(repeat.original(str(one.config.repeat)), result)
+    repeat.write(comparison, result)
+    display.say(f"repeat of {comparison.of}:")
+    for line in comparison.lines():
+        display.say(f"    {line}")
+    return comparison.same
+
+
+def answer(one: Trial, result: Result | None) -> Any:
+    """What a sweeper is told of the trial: its record, the numbers of ``objective``, or an exception if it failed.
+
+    Raises:
+        InputError: ``objective`` names no number of the record.
+    """
+    columns = one.config.objective
+    if result is None:
+        return None if columns is None else NotRun(f"{one.name}: not run")
+    if result.status is Status.cancelled:
+        return NotRun(f"{result.trial}: cancelled")
+    if not result.status.good or (columns is not None and result.status is not Status.success):
+        return SweepFailed(f"{result.trial}: {result.status.name}")
+    if columns is None:
+        return result
+    row = record.flat(record.plain({key: getattr(result, key) for key in record.SECTIONS}))
+    for column in [columns] if isinstance(columns, str) else columns:
+        if column not in row:
+            raise InputError(f"objective={column}: no such column; {suggest(column, list(row))}")
+    return row[columns] if isinstance(columns, str) else tuple(row[column] for column in columns)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM, by which schedulers end a job, and SIGHUP interrupt like Ctrl-C, so that running trials are recorded.
+
+    A hangup that is ignored, as under nohup, stays so: it is to outlive the terminal.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    wanted = [signal.SIGTERM, *([signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL else [])]
+    before = {number: signal.signal(number, interrupt) for number in wanted}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stand_ins(trials: Sequence[Trial], forecasts: Sequence[Forecast]) -> list[Trial]:
+    """For each trial the one that is trained in its place: itself, or one that attaches the same, all else equal.
+
+    That is the first of them, unless another has its own record already.
+    """
+    chosen: dict[str, Trial] = {}
+    keys = [forecast.twin_key(one, foreseen) for one, foreseen in zip(trials, forecasts, strict=True)]
+    for one, key in zip(trials, keys, strict=True):
+        held = chosen.setdefault(key, one)
+        if held.identity != one.identity and not trial_done.finished(held) and trial_done.finished(one):
+            chosen[key] = one
+    return [chosen[key] for key in keys]
+
+
+def _share(result: Result, trials: Sequence[Trial], results: list[Result | None], stand_ins: Sequence[Trial]) -> None:
+    """Give the record to every other point of the sweep that it stands for, and it their labels."""
+    for number, other in enumerate(trials):
+        known = result.run_info["identity"], (result.run_info.get("recognised") or {}).get("identity")
+        if results[number] is None and stand_ins[number].identity in known:
+            results[number] = result
+            if other.label not in result.run_info["labels"] and result.folder is not None:
+                result.run_info["labels"].append(other.label)
+                result.write(result.folder)
+
+
+def _share_cancelled(
+    ran: Iterable[Trial], trials: Sequence[Trial], results: list[Result | None], stand_ins: Sequence[Trial]
+) -> None:
+    """Give out the records that trials have written as they were interrupted."""
+    for one in ran:
+        with suppress(InputError, OSError):
+            if (held := store.result(trial_done.folder(one))) and held.status is Status.cancelled:
+                _share(held, trials, results, stand_ins)
+
+
+def _left(results: Sequence[Result | None]) -> int:
+    """How many points of the sweep were not run, or not to their end."""
+    return sum(result is None or result.status is Status.cancelled for result in results)
+
+
+def _once(results: Sequence[Result | None]) -> list[Result]:
+    return list({result.trial: result for result in results if result is not None}.values())
+
+
+def _summarise(display: Display, trials: Sequence[Trial], results: Sequence[Result | None], name: str) -> None:
+    reached = _once(results)
+    names = {result.trial: one.name for one, result in zip(trials, results, strict=True) if result is not None}
+    bad = [result for result in reached if not result.status.good]
+    for result in bad if len(reached) > 1 else []:
+        display.say(f"{names[result.trial]}: {summary(result)[0]}")
+    display.console.print(_counted(results, name), markup=False)
+
+
+def _counted(results: Sequence[Result | None], name: str) -> str:
+    """``3 trials: 2 success, 1 failed, 1 not run  (multirun/default)``."""
+    said, left = counted(result.status.name for result in _once(results)), sum(result is None for result in results)
+    return said + (f", {left} not run" if left else "") + f"  ({store.folder(name)})"
+
+
+def _dry_run(trials: Sequence[Trial]) -> None:
+    """Print a line a trial as soon as it is known, and write all of them as the study's plan.json.
+
+    Points that are one trial under one label are listed once.
+    """
+    config, forecasts = trials[0].config, list[Forecast]()
+    listed: dict[tuple[str, str], Trial] = {}
+    for one in trials:
+        listed.setdefault((one.identity, one.label), one)
+    trials = list(listed.values())
+    first: dict[str, Trial] = {}  # of those that attach the same
+    width, printed = max(len(one.name) for one in trials), []
+    for one in trials:
+        evaluations.check_conversations(one.config)
+        forecasts.append(foreseen := forecast.check(one))
+        stand_in = first.setdefault(forecast.twin_key(one, foreseen), one)
+        printed.append(row := _plan_row(one, foreseen, stand_in))
+        if not config.quiet:
+            print(_plan_line(row, width), flush=True)
+            if warning := experiment.unheeded(one.experiment):
+                print(f"  {one.name}: {warning}", flush=True)
+    rows = [_plan_row(*row) for row in zip(trials, forecasts, _stand_ins(trials, forecasts), strict=True)]
+    file = store.folder(config.study) / store.PLAN
+    record.write_json(file, rows)
+    if not config.quiet:
+        for row, before in zip(rows, printed, strict=True):
+            if row != before:  # another point of the sweep, which came later, has its record already
+                print(_plan_line(row, width))
+        for line in dict.fromkeys(row["coverage"] for row in rows if row["coverage"]):
+            same = [row["name"] for row in rows if row["coverage"] == line]
+            print(f"{', '.join(same)}: {line}")
+        print(_disk_line(rows))
+    new = sum(row["state"] == "new" for row in rows)
+    print(f"{trials_in_words(len(rows))}, {new} new; nothing was trained ({file})")
+
+
+def _disk_line(rows: Sequence[dict[str, Any]]) -> str:
+    """What the trials that are to be run will leave on the disk, each counted once."""
+    left = {row["trial"]: row["disk_bytes"] for row in rows if row["state"] == "new" and not row["refused"]}
+    known = [count for count in left.values() if count is not None]
+    least = "at least " if len(known) < len(left) else ""
+    return f"on the disk: {least}{size(sum(known))} of adapters and merged models, beside records and predictions"
+
+
+def _disk_bytes(one: Trial, foreseen: Forecast) -> int | None:
+    """Of the adapter and the merged model, if they are kept; None where a size is not known."""
+    config = one.config
+    adapter = foreseen.adapter_bytes if config.adapter.save and config.adapter.path is None else 0
+    merged: int | None = 0
+    if config.adapter.merge and config.method:
+        total, trainable = foreseen.total_parameters, foreseen.trainable_parameters
+        width = 4 if config.model.dtype is Dtype.float32 else 2
+        merged = None if total is None or trainable is None else (total - trainable) * width
+    return None if adapter is None or merged is None else adapter + merged
+
+
+def _plan_line(row: dict[str, Any], width: int) -> str:
+    trainable = "?" if row["trainable_parameters"] is None else f"{row['trainable_parameters']:,}"
+    return (
+        f"{row['name']:{width}}  {row['state']:8}  {trainable:>13} trainable  "
+        f"{size(row['adapter_bytes']):>9}  memory {size(row['predicted_memory_bytes']):>9}"
+        + "".join(f"  {row[key]}" for key in ("refused", "oversized", "same_as", "outdated") if row[key])
+    )
+
+
+def planned(one: Trial) -> Result:
+    """What ``dry_run=true`` says of one trial, as a record of status ``planned`` that is not written; none is trained.
+
+    Of a trial that is done it is its record.
+    """
+    run([one])
+    return trial_done.finished(one) or outcome.planned(one, record.plain(vars(forecast.check(one))))
+
+
+def _plan_row(one: Trial, foreseen: Forecast, stand_in: Trial) -> dict[str, Any]:
+    same = stand_in is not one
+    how = "attaches the same as" if stand_in.identity != one.identity else "is the same trial as"
+    held, outdated = store.result(trial_done.folder(stand_in)), trial_done.outdated(stand_in)
+    predicted = forecast.prediction(one)
+    return {
+        "trial": trial_done.folder(stand_in).name,
+        "label": one.label,
+        "name": one.name,
+        "state": held.status.name if held and not one.config.force and not outdated else "same" if same else "new",
+        "outdated": outdated,
+        "trainable_parameters": foreseen.trainable_parameters,
+        "total_parameters": foreseen.total_parameters,
+        "adapter_bytes": foreseen.adapter_bytes,
+        "disk_bytes": _disk_bytes(one, foreseen),
+        "coverage": foreseen.coverage,
+        "same_as": f"{how} {stand_in.name}" if same else None,
+        "refused": foreseen.refused,
+        "predicted_memory_bytes": None if predicted is None else predicted.peak_bytes,
+        "oversized": forecast.oversized(one),
+    }

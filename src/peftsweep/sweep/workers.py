@@ -1,0 +1,438 @@
+"""Where trials run: in warm worker processes, so that a crash costs one trial and imports are paid once.
+
+A worker runs one trial after the other on its device and keeps the frozen base between those that share
+it. It ends with its parent, however that ends. What it did stands in the study; what it tells on its
+way are messages for the display.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from peftsweep.config import build
+from peftsweep.config import compose as configuration
+from peftsweep.config.compose import Trial
+from peftsweep.errors import Unwritable
+from peftsweep.evaluation.isolation import LEAKED, open_files, process_state_kept
+from peftsweep.observe.display import Display, Observer, TrialView
+from peftsweep.study import claims, store
+from peftsweep.study.record import Result, Status, sitting_seconds
+from peftsweep.sweep import pack as sweep_pack
+from peftsweep.sweep import packing, processes
+from peftsweep.trial import done, task
+
+LOOK = 1.0  # seconds between two looks at the workers, if none has news
+RETRY_CLAIMED = 1.0  # seconds until a trial that another process runs is looked at again
+PATIENCE = 30.0  # seconds that an interrupted trial has to write its record
+Job = list[Trial]  # one, or several that are trained together
+SAID = 4000  # last bytes of a dead worker's output that its trial's record keeps
+
+
+@dataclass(frozen=True)
+class Options:
+    """How trials are placed; the keys of ``hydra.launcher``."""
+
+    workers: int | None = None  # null: one a device; 0: in this process
+    devices: Sequence[str] | None = None  # of CUDA, by their numbers; null: all that are visible
+    retries: int = 0  # of a trial whose worker dies
+    timeout: float | None = None  # seconds a trial may take
+    limit: int | None = None  # trials to run at most
+    deadline: float | None = None  # seconds after which none should be running any more
+    pack: int | None = None  # trials to train at once at most, on one base; null: each alone
+    probe: bool = False  # try out first whether that is faster
+    measure: bool = False  # take some steps of each packed trial alone afterwards, for its own speed and memory
+
+
+def run(trials: Sequence[Trial], options: Options, budget: Budget, display: Display) -> Iterator[tuple[Trial, Result]]:
+    """Run ``trials`` and give each with its record as it ends; those that ``budget`` leaves no room for are left out.
+
+    Raises:
+        KeyboardInterrupt: the user interrupted it; running trials are recorded as cancelled.
+        Unwritable: the study cannot be written; running trials end as if they were killed.
+    """
+    budget.begin()
+    jobs: list[Job] = [[one] for one in trials]
+    if options.pack:
+        jobs = packing.plan(trials, options.pack, packing.fits_memory)
+    if options.workers == 0:
+        yield from _here(deque(jobs), budget, display, options)
+        return
+    places = processes.places(options.workers, options.devices, [one.config.device for one in trials])
+    on_cpu = places[0] == processes.CPU and len(places) > 1
+    threads = max(1, (os.cpu_count() or 1) // len(places)) if on_cpu else None
+    pool: list[_Worker] = []
+    try:
+        pool += [_Worker(place, threads) for place in places[: len(jobs)]]
+        yield from _in_pool(deque(jobs), pool, budget, display, options)
+    except KeyboardInterrupt:
+        _cancel(pool)
+        raise
+    finally:
+        for worker in pool:
+            worker.end()
+
+
+# ---- in this process -------------------------------------------------------------------------------
+
+
+def _here(queue: deque[Job], budget: Budget, display: Display, options: Options) -> Iterator[tuple[Trial, Result]]:
+    while queue and (room := budget.take(len(queue[0]))):
+        whole = queue.popleft()
+        job = whole[:room]
+        if rest := whole[room:]:
+            queue.appendleft(rest)
+        views = [display.trial(one.name) for one in job]
+        try:
+            results = _run_job(job, views, options) if len(job) > 1 else [_patiently(job[0], views[0], display)]
+        except claims.Claimed:  # one of several, so that the others go on alone
+            for view in views:
+                view.drop()
+                display.uncount()
+            budget.give_back(len(job))
+            queue.extendleft([one] for one in reversed(job))
+            continue
+        for one, view, result in zip(job, views, results, strict=True):
+            budget.spend(result)
+            view.end(result)
+            yield one, result
+
+
+def _patiently(one: Trial, view: TrialView, display: Display) -> Result:
+    said = False
+    while True:
+        try:
+            with process_state_kept():
+                return task.run(one, view)
+        except claims.Claimed as claimed:
+            if not said:
+                display.say(f"    waits: {claimed}")
+            said = True
+            view.stage("run by another process")
+            time.sleep(RETRY_CLAIMED)
+
+
+def _run_job(job: Job, observers: Sequence[Observer], options: Options) -> list[Result]:
+    if len(job) == 1:
+        return [task.run(job[0], observers[0])]
+    return sweep_pack.run(job, observers, probe=options.probe, measure=options.measure)
+
+
+class Budget:
+    """What ``limit`` and ``deadline`` leave to one command, which may run trials several times."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._begun = time.monotonic()
+        self._started = 0
+        self._took: list[float] = []  # seconds of the trials that have ended
+
+    def begin(self) -> None:
+        """Other trials begin, that may take another time."""
+        self._took.clear()
+
+    def take(self, wanted: int) -> int:
+        """How many of the ``wanted`` trials may start now; they are counted."""
+        elapsed = time.monotonic() - self._begun
+        late = self._options.deadline is not None and elapsed + self.estimate() > self._options.deadline
+        limit = self._options.limit
+        room = 0 if late else wanted if limit is None else min(wanted, limit - self._started)
+        self._started += room
+        return room
+
+    def give_back(self, count: int) -> None:
+        """Trials that were counted have not run."""
+        self._started -= count
+
+    def spend(self, result: Result) -> None:
+        """A trial has ended."""
+        self._took.append(sitting_seconds(result))
+
+    def estimate(self) -> float:
+        """The seconds that a trial takes: the median of those that have ended, 0 before the first."""
+        return median(self._took) if self._took else 0.0
+
+
+# ---- the parent's side -----------------------------------------------------------------------------
+
+
+class _Worker:
+    """A worker process as its parent sees it."""
+
+    def __init__(self, place: processes.Place, threads: int | None) -> None:
+        self._place, self._threads = place, threads
+        self.job: Job = []
+        self._child = processes.start(place, threads)
+
+    @property
+    def process(self) -> BaseProcess:
+        return self._child.process
+
+    @property
+    def connection(self) -> connection.Connection[Any, Any]:
+        return self._child.connection
+
+    def give(self, job: Job, views: list[TrialView], options: Options) -> None:
+        if not self.process.is_alive():
+            self.replace()
+        self.job, self.views, self.stage = job, views, "setup"
+        self.since, self._oom_kills = time.monotonic(), _oom_kills()
+        os.ftruncate(self._child.output, 0)
+        self.connection.send(([configuration.without_rows(one) for one in job], options))
+
+    def take(self) -> Job:
+        """What it ran; it is free again."""
+        job, self.job = self.job, []
+        return job
+
+    def news(self) -> tuple[str, str] | None:
+        """Pass on what the worker has told; its last word on its job (how it ended, and a traceback), if it came."""
+        try:
+            while self.connection.poll():
+                kind, number, content = self.connection.recv()
+                if kind == "end":
+                    return number, content
+                if kind == "stage":
+                    self.stage = content
+                getattr(self.views[number], kind)(content)
+        except (EOFError, OSError):
+            pass
+        return None if self.process.is_alive() else ("died", "")
+
+    def death(self) -> tuple[Status, dict[str, str]]:
+        """How the worker died, for the record of its trial."""
+        self.process.join()
+        code = self.process.exitcode or 0
+        name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        starved = code == -signal.SIGKILL and _oom_kills() > self._oom_kills
+        status = Status.oom if starved else Status.failed
+        message = f"its process ended by {name}" + (", as the host was out of memory" if starved else "")
+        return status, self.failure("WorkerDied", message)
+
+    def failure(self, kind: str, message: str) -> dict[str, str]:
+        output = self._child.output
+        said = os.pread(output, SAID, max(0, os.fstat(output).st_size - SAID)).decode(errors="replace")
+        return {"type": kind, "message": message, "stage": self.stage, "traceback": said}
+
+    def interrupt(self) -> None:
+        if self.process.is_alive():
+            self._child.interrupt()
+
+    def kill(self) -> None:
+        self._child.kill()
+
+    def replace(self) -> None:
+        self._child.end()
+        self._child = processes.start(self._place, self._threads)
+
+    def end(self) -> None:
+        self._child.end(0.0 if self.job else processes.EXIT_SECONDS)
+
+
+def _in_pool(
+    queue: deque[Job], pool: list[_Worker], budget: Budget, display: Display, options: Options
+) -> Iterator[tuple[Trial, Result]]:
+    tries: dict[str, int] = {}
+    later: list[tuple[float, Job]] = []  # to be looked at again, and when
+    waiting = set[str]()  # of trials that other processes run
+
+    def retract(view: TrialView) -> None:
+        view.drop()
+        display.uncount()
+        budget.give_back(1)
+
+    def postpone(worker: _Worker, seconds: float) -> None:
+        for view in worker.views:
+            retract(view)
+        job = worker.take()
+        later.extend((time.monotonic() + seconds, [one]) for one in job)
+
+    def wait_for(one: Trial, worker: _Worker, said: str) -> None:
+        if one.identity not in waiting:
+            display.say(f"    waits: {said}")
+        waiting.add(one.identity)
+        postpone(worker, RETRY_CLAIMED)
+
+    while True:
+        now = time.monotonic()
+        due = [one for when, one in later if when <= now]
+        later = [(when, one) for when, one in later if when > now]
+        for job in due:
+            if waiting.isdisjoint(one.identity for one in job) or not any(map(_held_elsewhere, job)):
+                queue.append(job)
+            else:
+                later.append((now + RETRY_CLAIMED, job))
+        for worker in pool:
+            if not worker.job and queue and (room := budget.take(len(queue[0]))):
+                whole = queue.popleft()
+                job = whole[:room]
+                if rest := whole[room:]:
+                    queue.appendleft(rest)
+                worker.give(job, [display.trial(one.name) for one in job], options)
+        busy = [worker for worker in pool if worker.job]
+        if not busy and not later:
+            return
+        channels = [channel for worker in busy for channel in (worker.connection, worker.process.sentinel)]
+        connection.wait(channels, LOOK) if busy else time.sleep(LOOK)
+        for worker in busy:
+            if (ended := _ended(worker, options)) is None or not worker.job:
+                continue
+            how, said = ended
+            if len(worker.job) > 1:
+                if how not in ("done", "cancelled"):  # whose fault that is shows when each runs alone
+                    postpone(worker, 0.0)
+                    continue
+                members = list(zip(worker.take(), worker.views, strict=True))
+                for one, view in members:
+                    if (found := store.result(done.folder(one))) is None:  # it had not begun when another was stopped
+                        retract(view)
+                        later.append((now, [one]))
+                        continue
+                    budget.spend(found)
+                    view.end(found, named=True)
+                    yield one, found
+                continue
+            (one,) = worker.job
+            tries[one.identity] = tries.get(one.identity, 0) + (how == "died")
+            if how == "unwritable":
+                raise Unwritable(said)
+            if how == "claimed":
+                wait_for(one, worker, said)
+            elif how == "died" and tries[one.identity] <= options.retries:
+                postpone(worker, 0.0)
+            else:
+                result = None if how == "timeout" else store.result(done.folder(one))
+                try:
+                    result = result or _record(worker, one, how, said, options)
+                except claims.Claimed as claimed:  # by another sweep, the moment this one's worker was dead
+                    wait_for(one, worker, str(claimed))
+                    continue
+                budget.spend(result)
+                worker.take()
+                worker.views[0].end(result, named=len(pool) > 1)
+                yield one, result
+
+
+def _held_elsewhere(one: Trial) -> bool:
+    return claims.claimed(done.folder(one).parent, one.identity) is claims.Claim.held
+
+
+def _ended(worker: _Worker, options: Options) -> tuple[str, str] | None:
+    """How the worker's trial has ended, if it has; a trial that hangs is ended here."""
+    if ended := worker.news():
+        return ended
+    if options.timeout is not None and time.monotonic() - worker.since > options.timeout * len(worker.job):
+        worker.kill()
+        return "timeout", ""
+    return None
+
+
+def _record(worker: _Worker, one: Trial, how: str, said: str, options: Options) -> Result:
+    """The record of a trial that could not write its own."""
+    if how == "died":
+        status, failure = worker.death()
+    elif how == "timeout":
+        message = f"it took longer than hydra.launcher.timeout, {options.timeout:g} seconds"
+        status, failure = Status.failed, worker.failure("TimeoutError", message)
+    elif how == "cancelled":
+        status, failure = Status.cancelled, worker.failure("KeyboardInterrupt", "its process was interrupted")
+    else:
+        lines = said.strip().splitlines() or ["unknown"]
+        status, failure = Status.failed, worker.failure("WorkerFailed", lines[-1]) | {"traceback": said}
+    return task.died(one, status, failure, time.monotonic() - worker.since)
+
+
+def _cancel(pool: list[_Worker]) -> None:
+    """Let running trials write what they have; a second interrupt ends them at once."""
+    running = [worker for worker in pool if worker.job]
+    for worker in running:
+        worker.interrupt()
+    end = time.monotonic() + PATIENCE
+    while running and time.monotonic() < end:
+        connection.wait([worker.connection for worker in running], 0.5)
+        running = [worker for worker in running if worker.news() is None]
+
+
+def _oom_kills() -> int:
+    """How often the kernel has killed a process for memory since it started; 0 where it does not say."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+    except (OSError, StopIteration):
+        return 0
+
+
+# ---- the worker's side -----------------------------------------------------------------------------
+
+
+class _Reporter(Observer):
+    """Tells the parent how a trial of its job comes along."""
+
+    def __init__(self, channel: connection.Connection[Any, Any], number: int) -> None:
+        self._channel, self._number = channel, number
+
+    def stage(self, name: str) -> None:
+        self._channel.send(("stage", self._number, name))
+
+    def step(self, row: dict[str, Any]) -> None:
+        self._channel.send(("step", self._number, row))
+
+
+def serve(channel: connection.Connection[Any, Any], threads: int | None) -> None:
+    """Run the jobs that come through ``channel``, one after the other, until it is closed."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process would leave behind
+    build.keep_bases()
+    opened = open_files()
+    while True:
+        try:
+            job, options = channel.recv()
+            channel.send(("end", *_in_worker(job, options, channel)))
+        except (EOFError, OSError, KeyboardInterrupt):
+            return
+        if _device_broken() or open_files() > opened + LEAKED:
+            return  # the next trial gets a new process
+
+
+def _device_broken() -> bool:
+    """Whether a fault, such as an illegal address, has left this process without the use of its GPU."""
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def _in_worker(job: Job, options: Options, channel: connection.Connection[Any, Any]) -> tuple[str, str]:
+    """How the job ended: as its records say, or not at all, and why."""
+    reporters = [_Reporter(channel, number) for number in range(len(job))]
+    try:
+        with process_state_kept():
+            _run_job([configuration.with_rows(one) for one in job], reporters, options)
+    except claims.Claimed as claimed:
+        return "claimed", str(claimed)
+    except KeyboardInterrupt:
+        return "cancelled", ""
+    except Exception as error:
+        if reason := store.unwritable(error):
+            return "unwritable", str(reason)
+        return "broken", traceback.format_exc()
+    except BaseException:
+        return "broken", traceback.format_exc()
+    return "done", ""

@@ -1,0 +1,1 @@
+"""Where is the step? The loop, packs of adapters, checkpoints, compilation."""

@@ -1,0 +1,342 @@
+"""The state of a training on the disk, from which one that was cut off goes on as if it had not been.
+
+On the same CPU with the same kernels, versions and thread count the rest of the training is the same to the bit; on
+another, or on a GPU, within rounding. The state itself is kept to the bit.
+
+A part of the training is whatever has torch's ``state_dict`` and ``load_state_dict``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Protocol, Self
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from peftsweep.models.parts import trainable_parameters
+from peftsweep.observe.measure import out_of_memory
+from peftsweep.study import record
+from peftsweep.study.atomic import make_way, persistently, replacing, sync
+from peftsweep.study.owner import left_to_parent
+from peftsweep.study.reading import NUMBER, Unreadable, check
+
+log = logging.getLogger(__name__)
+
+FORMAT = 2
+TRAINED = "trained.pt"  # in a folder of checkpoints: the weights that a whole training ended with
+CONTENT = {
+    **{"stamp": dict, "step": int, "rows": int, "state": {"*": object}},
+    **{"seconds?": {"*": NUMBER}, "memory?": {"*": dict}, "trained?": dict},
+}
+# Classes of PEFT, and what beside parameters and buffers changes in them from step to step.
+CHANGING = {
+    "RankAllocator": ("ipt", "exp_avg_ipt", "exp_avg_unc"),
+    "AdaLoraConfig": ("rank_pattern",),
+    "AdamssLayer": ("exp_avg_ipt_A", "exp_avg_ipt_B", "exp_avg_unc_A", "exp_avg_unc_B"),
+    "BufferedMontecloraSampler": ("buffer", "index"),
+    "PveraLayer": ("pvera_generator",),
+}
+
+
+class Part(Protocol):
+    """A part of the training that can say its state and take it back."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers and text, in dicts, lists and tuples."""
+
+    def load_state_dict(self, state: dict[str, Any], /) -> Any:
+        """Go on from what ``state_dict`` gave."""
+
+
+# ---- the moment ------------------------------------------------------------------------------------
+
+
+class Interruption:
+    """Holds signals that end a training back until the running step is over and a checkpoint of it is written.
+
+    Held is what Python handles: Ctrl-C, a scheduler's SIGTERM, a hangup, and the signal before SLURM's preemption,
+    whose handler puts the job back into the queue. A second signal is not held, nor one that has waited its seconds.
+    """
+
+    SECONDS: Mapping[int, float] = {
+        signal.SIGINT: 20.0,
+        signal.SIGTERM: 20.0,
+        signal.SIGHUP: 20.0,
+        signal.SIGUSR1: 90.0,
+        signal.SIGUSR2: 90.0,
+    }
+
+    def __init__(self, *, wanted: bool) -> None:
+        self._wanted = wanted and threading.current_thread() is threading.main_thread()
+        self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+        self._overdue: threading.Timer | None = None
+        self.pending: int | None = None  # the signal that is held
+
+    def __enter__(self) -> Self:
+        for number in self.SECONDS if self._wanted else ():
+            if callable(handler := signal.getsignal(number)) and handler is not left_to_parent:
+                self._handlers[number] = handler
+                signal.signal(number, self._hold)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self.deliver()
+
+    def _hold(self, number: int, frame: FrameType | None) -> None:
+        if self.pending is not None:
+            self.deliver()
+            return
+        self.pending = number
+        self._overdue = threading.Timer(self.SECONDS[number], os.kill, (os.getpid(), number))
+        self._overdue.daemon = True
+        self._overdue.start()
+
+    def deliver(self) -> None:
+        """Do what the signal that is held asks for, if there is one; that mostly raises."""
+        number, self.pending = self.pending, None
+        if number is not None and self._overdue is not None:
+            self._overdue.cancel()
+            self._handlers[number](number, None)
+
+
+# ---- the files -------------------------------------------------------------------------------------
+
+
+def stamp(training: str, device: torch.device, since: int = 1) -> dict[str, Any]:
+    """What must be the same for a training to go on: its identity, the device, the packages.
+
+    With ``since`` above 1, checkpoints are of no use that were written before that version of the identity's rule.
+    """
+    found = {
+        "format": FORMAT,
+        "training": training,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "packages": record.packages(),
+    }
+    return found | ({"since": since} if since > 1 else {})
+
+
+class Checkpoints:
+    """The newest checkpoint of one training in ``folder``, which also knows how long its file ``rows`` was then.
+
+    A kill at any moment leaves a whole checkpoint, once there is one. Those with one of the
+    stamps ``also`` are usable too.
+    """
+
+    def __init__(self, folder: Path, stamp: dict[str, Any], rows: Path, also: Sequence[dict[str, Any]] = ()) -> None:
+        self._folder, self._stamps, self._rows = folder, [stamp, *also], rows
+        self.check: Callable[[], None] = lambda: None  # raises where none may be written any more
+        self.seconds: Callable[[], dict[str, float]] = dict  # of the trial until now, which a checkpoint keeps
+        self.memory: Callable[[], dict[str, dict[str, Any]]] = dict  # of its stages until now, which it keeps too
+        self.earlier: dict[str, float] = {}  # the seconds that the found one keeps
+        self.earlier_memory: dict[str, dict[str, Any]] = {}
+        self.trained: dict[str, Any] | None = None  # what the training did, if the found one is of its end
+        self._found: dict[str, Any] | None = None
+        self._file = folder  # that it was found in
+
+    def find(self) -> int:
+        """The step of the newest usable checkpoint, which is then held for ``restore``; 0 without one.
+
+        What was appended to the file of rows after it is cut off.
+        """
+        steps = sorted(self._folder.glob("step-*.pt"), key=lambda file: (len(file.name), file.name), reverse=True)
+        for file in [*self._folder.glob(TRAINED), *steps]:
+            try:
+                found = self._read(file)
+            except Exception as error:  # whatever a file of any content makes torch raise
+                reason = (str(error).splitlines() or [""])[0]
+                log.warning("the checkpoint %s is ignored: %s: %s", file.name, type(error).__name__, reason)
+                continue
+            os.truncate(self._rows, found["rows"])
+            self._found, self._file, self.trained = found, file, found.get("trained")
+            self.earlier, self.earlier_memory = found.get("seconds", {}), found.get("memory", {})
+            return int(found["step"])
+        return 0
+
+    def _read(self, file: Path) -> dict[str, Any]:
+        found: dict[str, Any] = torch.load(file, weights_only=True)  # every tensor on the device it was on
+        check(found, CONTENT, file.name)
+        if found["stamp"] not in self._stamps:
+            raise ValueError("it is of another training, device or version of a package")
+        if self._rows.stat().st_size < found["rows"]:
+            raise ValueError(f"{self._rows.name} is shorter than it was then")
+        return found
+
+    def restore(self, parts: Mapping[str, Part]) -> None:
+        """Give each of ``parts`` the state that was found, if one was.
+
+        Raises:
+            Unreadable: that state is not one of these parts; it is deleted, so that the next run begins anew.
+        """
+        found, self._found = self._found, None  # memory that is not to be held while it trains
+        if found is None:
+            return
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(found["state"][name])
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # of torch or a part
+            if out_of_memory(error):
+                raise
+            self.clear()
+            reason = (str(error).splitlines() or [""])[0]
+            raise Unreadable(
+                f"{self._file}: {type(error).__name__}: {reason}; it is deleted, the same command begins anew"
+            ) from error
+
+    def save(self, step: int, parts: Mapping[str, Part], trained: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint and then delete the one before; it is on the disk when this returns.
+
+        That of the end of a training holds, as ``trained``, what the training did, and needs the weights alone.
+        """
+        self.check()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        file = self._folder / (f"step-{step}.pt" if trained is None else TRAINED)
+        make_way(file)
+        sync(self._rows)
+        content = {
+            "stamp": self._stamps[0],
+            "step": step,
+            "seconds": self.seconds(),
+            "memory": self.memory(),
+            "rows": self._rows.stat().st_size,
+            "state": {name: part.state_dict() for name, part in parts.items()},
+        } | ({} if trained is None else {"trained": trained})
+
+        def write() -> None:
+            with replacing(file) as temporary, temporary.open("wb") as stream:
+                torch.save(content, stream)
+
+        persistently(write)
+        sync(self._folder)
+        for other in self._folder.iterdir():
+            if other.is_dir() and not other.is_symlink():
+                shutil.rmtree(other)
+            elif other != file:
+                other.unlink()
+
+    def clear(self) -> None:
+        """Delete what there is, as it is not needed or not wanted any more."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+# ---- the parts -------------------------------------------------------------------------------------
+
+
+class Weights:
+    """What training changes in a model: its trainable parameters, and what its method keeps beside them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._parameters = dict(trainable_parameters(model))
+        self._buffers = {name: (weakref.ref(buffer), buffer._version) for name, buffer in model.named_buffers()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Parameters and the buffers that have changed, by name, which of the former train, and the method's own."""
+        return {
+            "parameters": {name: p.detach() for name, p in self._parameters.items()},
+            "trained": [name for name, p in self._parameters.items() if p.requires_grad],  # AdaMSS drops subspaces
+            "buffers": {name: buffer.detach() for name, buffer in self._changed_buffers()},
+            "attributes": {name: _saved(getattr(holder, key)) for name, holder, key in _attributes(self._model)},
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put everything in its place, in a model that was made in the same way."""
+        for name, parameter in self._parameters.items():
+            parameter.copy_(state["parameters"][name])
+            parameter.requires_grad_(name in state["trained"])
+        buffers = dict(self._model.named_buffers())
+        for name, value in state["buffers"].items():
+            buffers[name].copy_(value)
+        for name, holder, key in list(_attributes(self._model)):
+            setattr(holder, key, _restored(getattr(holder, key), state["attributes"][name]))
+
+    def _changed_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Without the others: a quantised base's or BOFT's would make gigabytes of each checkpoint."""
+        for name, buffer in self._model.named_buffers():
+            first, version = self._buffers.get(name, (None, None))
+            owner = self._model.get_submodule(name.rpartition(".")[0])
+            # A batch norm's statistics are changed without being counted.
+            if first is not None and (
+                first() is not buffer or buffer._version != version or isinstance(owner, _NormBase)
+            ):
+                yield name, buffer
+
+
+def _attributes(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
+    """A name, the object and its attribute, for every one of ``CHANGING`` in ``model``."""
+    holders = [(f"peft_config.{name}", config) for name, config in getattr(model, "peft_config", {}).items()]
+    for name, module in model.named_modules():
+        holders += [(name, module), *((f"{name}.{key}", value) for key, value in vars(module).items())]
+    for name, holder in holders:
+        for kind in type(holder).__mro__:
+            for key in CHANGING.get(kind.__name__, ()):
+                yield f"{name}.{key}", holder, key
+
+
+def _saved(value: Any) -> Any:
+    """``value`` with generators of random numbers as their states."""
+    if isinstance(value, dict):
+        return {key: _saved(one) for key, one in value.items()}
+    return value.get_state() if isinstance(value, torch.Generator) else value
+
+
+def _restored(now: Any, saved: Any) -> Any:
+    """``saved`` as it was, where ``now`` has the generators that are to go on."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        return {key: _restored(now.get(key), one) for key, one in saved.items()}
+    return now.set_state(saved) if isinstance(now, torch.Generator) else saved
+
+
+class OptimizerState:
+    """An optimizer's state, to the bit: torch itself rounds it to the format of the parameters when it is loaded."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of torch, or of the optimizer's own making."""
+        return self._optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load it, and put back what was rounded."""
+        self._optimizer.load_state_dict(state)
+        parameters = list(chain.from_iterable(group["params"] for group in self._optimizer.param_groups))
+        for key, values in state["state"].items():
+            own = self._optimizer.state[parameters[key] if isinstance(key, int) else key]  # LoRA-FA's are by name
+            for name, value in values.items():
+                now = own.get(name)
+                if isinstance(value, torch.Tensor) and isinstance(now, torch.Tensor) and now.dtype != value.dtype:
+                    own[name] = value.to(now.device)
+
+
+class Randomness:
+    """The random numbers that torch draws next, on the CPU and on every CUDA device where ``device`` is one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The generators' states."""
+        return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if self._on_gpu else []}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Draw the same again."""
+        torch.set_rng_state(state["cpu"])
+        if self._on_gpu:
+            torch.cuda.set_rng_state_all(state["cuda"])

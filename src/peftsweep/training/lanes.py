@@ -1,0 +1,345 @@
+"""Several LoRA adapters on one frozen base at once: a batch that holds the rows of all of them.
+
+The rows of a batch stand once for each lane, lane after lane; the base is multiplied with all of them at once
+(quantised weights are unpacked once for all), each adapter with its own.
+
+How near a lane comes to the trial alone. The last bits of a matrix product depend on the kernel that the library (on a
+CPU MKL) takes for its shape and layout. On a CPU each adapter is therefore multiplied by itself, in the shapes and
+layouts of the trial alone: a step takes 0.92 to 1.02 times as long as with one batched product for all lanes, whose
+ranks must be filled up to the largest (tests/benchmarks/packing.py --arithmetic). The base's product has the rows of
+all lanes. MKL's kernels for AVX2 and AVX-512 were seen to sum up a row in the same order however many rows there are,
+so that a lane is the trial alone to the bit; its compatible ones (MKL_CBWR=COMPATIBLE) take another order for few rows.
+A product for each lane would make a step 2% to 8% longer on an unquantised base, and on a 4-bit one unpack the weights
+for each lane. What is promised is therefore a tolerance: in 32 bits the losses of the first 20 steps are those of the
+trial alone within 1e-5 relative, which is 170 times the rounding of one operation (2**-24). On CUDA, where starting a
+kernel costs more than a small product, adapters are multiplied in one batch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+import torch
+from bitsandbytes.nn.modules import Linear8bitLt
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.nn import functional
+
+from peftsweep.data.batches import Batch
+from peftsweep.models.model import QUANTISED
+
+log = logging.getLogger(__name__)
+
+Found = TypeVar("Found")
+ASKED = "peftsweep_lane"  # attribute of a pack's model, by which the lane that is asked is answered
+
+
+class _Adapters(Protocol):
+    """The adapters of one layer: their weights as leaves of the graph, whose gradients are those of PEFT's weights."""
+
+    leaves: list[torch.Tensor]
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        """What they add to the base's output: [adapters, rows, in] -> [adapters, rows, out]."""
+
+
+class _Separate:
+    """Each multiplied by itself, in the shapes and layouts of the trial alone."""
+
+    def __init__(self, layer: Any, names: Sequence[str], trained: bool) -> None:
+        self._scales = [layer.scaling[name] for name in names]
+        weights = [part[name].weight for name in names for part in (layer.lora_A, layer.lora_B)]
+        self.leaves = [weight.detach().requires_grad_() for weight in weights]
+        for weight, leaf in zip(weights, self.leaves, strict=True) if trained else ():
+            weight.grad = leaf.grad = torch.zeros_like(leaf)
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        """See ``_Adapters``."""
+        parts = zip(x, self.leaves[::2], self.leaves[1::2], self._scales, strict=True)
+        return torch.stack([functional.linear(functional.linear(rows, a), b) * scale for rows, a, b, scale in parts])
+
+
+class _Stacked:
+    """All multiplied in one batch, ranks filled up with zeros to the largest, R.
+
+    Shapes: ``a`` [adapters, R, in], ``b`` [adapters, R, out], ``scale`` [adapters, 1, 1]; PEFT's weights become parts
+    of the first two. A filled-up part has no gradient that anybody takes, and stays zero.
+    """
+
+    def __init__(self, layer: Any, names: Sequence[str], trained: bool) -> None:
+        like = layer.lora_A[names[0]].weight
+        rank = max(layer.r[name] for name in names)
+        a = like.new_zeros(len(names), rank, layer.in_features)
+        b = like.new_zeros(len(names), rank, layer.out_features)
+        if trained:
+            a.grad, b.grad = torch.zeros_like(a), torch.zeros_like(b)
+        for place, name in enumerate(names):
+            own, down, up = slice(layer.r[name]), layer.lora_A[name].weight, layer.lora_B[name].weight
+            for weight, part in ((down, a[place, own]), (up, b[place, own].T)):
+                part.copy_(weight.data)
+                weight.data = part
+            if a.grad is not None and b.grad is not None:
+                down.grad, up.grad = a.grad[place, own], b.grad[place, own].T
+        self.leaves = [a.requires_grad_(), b.requires_grad_()]
+        self._scale = torch.tensor([layer.scaling[name] for name in names], device=like.device)[:, None, None]
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        """See ``_Adapters``."""
+        a, b = self.leaves
+        return torch.bmm(torch.bmm(x, a.mT), b) * self._scale
+
+
+@dataclass
+class _Bank:
+    """The adapters of one layer, and whose they are."""
+
+    adapters: _Adapters
+    dtype: torch.dtype
+    lanes: torch.Tensor | None  # the places in the pack of those that have an adapter here; None: all have
+    dropout: list[tuple[float, torch.Generator]]
+
+
+def of_lane(work: partial[list[Found]]) -> Found:
+    """What ``work``, a function of a model and further arguments that gives an answer a lane, says of its model.
+
+    ``work`` is told ``lanes``, how often it is to repeat the rows that it gives the model; of a model that is
+    no pack's, once.
+    """
+    answer = getattr(work.args[0], ASKED, None)
+    found: Found = work(lanes=1)[0] if answer is None else answer(work)
+    return found
+
+
+class Pack:
+    """The adapters ``names`` of ``model``, used together from here to ``close``; some may ``leave`` before.
+
+    A forward pass then takes a batch made by ``for_all``. ``seed`` is that of every lane's dropout; None: nothing
+    is trained, and no memory taken for gradients. ``stacked``: the adapters are multiplied in one batch, as is usual
+    on CUDA, else each by itself.
+    """
+
+    def __init__(
+        self, model: PeftModel, names: Sequence[str], seed: int | None = None, *, stacked: bool | None = None
+    ) -> None:
+        self.names = list(names)
+        self.model = model
+        self._trained = seed is not None
+        device = next(model.parameters()).device
+        on = "cpu" if device.type == "meta" else device
+        self._kind = _Stacked if (device.type == "cuda" if stacked is None else stacked) else _Separate
+        self._generators = {name: torch.Generator(on).manual_seed(seed or 0) for name in names}
+        self._layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        self._banks: dict[Any, _Bank] = {}
+        self.gradients: list[torch.Tensor] = []  # of all lanes
+        self._packed = True
+        self._rows = 0  # of each lane, in this forward pass; 0: any number
+        self._answers: list[tuple[partial[Any], list[Any] | None]] = []  # of each lane, to what was asked of one
+        self._fill()
+        for layer in self._layers:
+            vars(layer)["forward"] = partial(self._forward, layer)
+        self._patched: list[Any] = [*self._layers]
+        self._8bit = [module for module in model.modules() if isinstance(module, Linear8bitLt)]
+        if device.type == "cuda":
+            self._patched += map(self._apart, self._8bit)
+        self._hooks = self._share_first_layers()
+
+    def for_all(self, batch: Batch) -> Batch:
+        """``batch`` once for each lane, lane after lane, as the model takes it."""
+        self._rows = len(batch.input_ids)
+        return batch.repeated(len(self.names))
+
+    def weights(self, name: str) -> dict[str, nn.Parameter]:
+        """The parameters of an adapter by their names in the model, in their order there."""
+        parts = ("lora_A", "lora_B")
+        return {
+            parameter: weight
+            for parameter, weight in self.model.named_parameters()
+            if parameter.rsplit(".", 3)[1] in parts and parameter.rsplit(".", 3)[2] == name
+        }
+
+    def dropout(self, name: str) -> torch.Generator:
+        """What an adapter's dropout is drawn from."""
+        return self._generators[name]
+
+    def leave(self, names: Sequence[str]) -> None:
+        """Let these adapters go, as PEFT had them; the rest is packed anew."""
+        self._free()
+        self.names = [name for name in self.names if name not in names]
+        self._fill()
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        if self.gradients:
+            torch._foreach_zero_(self.gradients)
+
+    @contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """In the block the model is that of one adapter, and takes any number of rows."""
+        self._packed = False
+        self.model.set_adapter(name)
+        try:
+            yield
+        finally:
+            self._packed = True
+
+    @contextmanager
+    def asked(self, name: str) -> Iterator[None]:
+        """``alone``, for what all lanes will be asked: ``of_lane`` answers it for all at once, until ``forget``."""
+        setattr(self.model, ASKED, partial(self._answer, self.names.index(name)))
+        try:
+            with self.alone(name):
+                yield
+        finally:
+            delattr(self.model, ASKED)
+
+    def _answer(self, place: int, work: partial[list[Any]]) -> Any:
+        """The answer of the lane in that place, and of it alone where they cannot be asked together.
+
+        Lanes on 8-bit layers cannot: in an evaluation these round by all the rows that they are given at once.
+        """
+        if self._8bit:
+            return work(lanes=1)[0]
+        question = (work.func, work.args, work.keywords)
+        known = [answers for one, answers in self._answers if (one.func, one.args, one.keywords) == question]
+        if not known:
+            self._packed, self._rows = True, 0
+            try:
+                known = [work(lanes=len(self.names))]
+            except Exception as error:
+                log.warning("lanes are asked one by one, as together there is a %s: %s", type(error).__name__, error)
+                known = [None]
+            finally:
+                self._packed = False
+            self._answers.append((work, known[0]))
+        return work(lanes=1)[0] if known[0] is None else known[0][place]
+
+    def forget(self) -> None:
+        """The adapters have changed: what was asked before is to be answered anew."""
+        self._answers.clear()
+
+    def close(self) -> None:
+        """Make the model again what PEFT made it."""
+        self._free()
+        for module in self._patched:
+            del vars(module)["forward"]
+        for hook in self._hooks:
+            hook.remove()
+
+    def _fill(self) -> None:
+        for layer in self._layers:
+            if names := [name for name in self.names if name in layer.lora_A]:
+                self._banks[layer] = self._bank(layer, names)
+        leaves = [leaf for bank in self._banks.values() for leaf in bank.adapters.leaves]
+        self.gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+    def _bank(self, layer: Any, names: list[str]) -> _Bank:
+        like = layer.lora_A[names[0]].weight
+        places = [self.names.index(name) for name in names]
+        return _Bank(
+            self._kind(layer, names, self._trained),
+            like.dtype,
+            None if len(places) == len(self.names) else torch.tensor(places, device=like.device),
+            [(getattr(layer.lora_dropout[name], "p", 0.0), self._generators[name]) for name in names],
+        )
+
+    def _free(self) -> None:
+        for layer in self._banks:
+            for name in self.names:
+                for weights in (layer.lora_A, layer.lora_B):
+                    if name in weights:
+                        weight = weights[name].weight
+                        weight.grad, weight.data = None, weight.data.clone(memory_format=torch.contiguous_format)
+        self._banks.clear()
+        self.gradients = []
+
+    def _forward(self, layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The layer's output for the rows of all lanes: [lanes * rows, ..., out]."""
+        if not self._packed:
+            output: torch.Tensor = type(layer).forward(layer, x, *args, **kwargs)
+            return output
+        result: torch.Tensor = layer.base_layer(x, *args, **kwargs)
+        bank = self._banks.get(layer)
+        if bank is None:
+            return result
+        lanes = len(self.names)
+        if x.ndim != 3 or len(x) % lanes or self._rows not in (0, len(x) // lanes):
+            raise ValueError(f"a layer that is given {list(x.shape)} in place of all rows cannot be packed")
+        mine = x.reshape(lanes, -1, x.shape[-1])
+        mine = (mine if bank.lanes is None else mine[bank.lanes]).to(bank.dtype)
+        if layer.training and any(p for p, _ in bank.dropout):
+            mine = mine * _noise(mine, bank.dropout)
+        update = bank.adapters.update(mine)
+        if isinstance(layer.base_layer, QUANTISED):
+            update = update.to(result.dtype)  # PEFT adds in the base's format there, elsewhere in the adapter's
+        flat = result.reshape(lanes, -1, result.shape[-1])
+        added = flat + update if bank.lanes is None else flat.to(update.dtype).index_add(0, bank.lanes, update)
+        return added.reshape(result.shape).to(result.dtype)
+
+    def _apart(self, module: Linear8bitLt) -> Linear8bitLt:
+        """Have an 8-bit layer of CUDA look at each lane by itself.
+
+        Which columns it takes for outliers, and so how it rounds, depends on all rows that it is given at once.
+        """
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            lanes = len(self.names) if self._packed and len(x) == len(self.names) * self._rows else 1
+            return torch.cat([Linear8bitLt.forward(module, part) for part in x.chunk(lanes)])
+
+        vars(module)["forward"] = forward
+        return module
+
+    def _share_first_layers(self) -> list[Any]:
+        """Have the layers before the first adapted one see the rows once, as all lanes are the same there."""
+        before = _before_the_adapters(self.model)
+
+        def once(_: nn.Module, args: Any, kwargs: Any) -> Any:
+            every = len(self.names) * self._rows
+            return _each(lambda t: t[: self._rows] if self._packed and len(t) == every > 0 else t, (args, kwargs))
+
+        def for_all(_: nn.Module, args: Any, kwargs: Any) -> Any:
+            lanes = len(self.names)
+            return _each(
+                lambda t: torch.cat([t] * lanes) if self._packed and len(t) == self._rows else t, (args, kwargs)
+            )
+
+        hooks = [layer.register_forward_pre_hook(once, with_kwargs=True) for layer in before[:-1]]
+        return [*hooks, *(layer.register_forward_pre_hook(for_all, with_kwargs=True) for layer in before[-1:])]
+
+
+def _noise(x: torch.Tensor, dropout: Sequence[tuple[float, torch.Generator]]) -> torch.Tensor:
+    """What dropout multiplies ``x`` with, [adapters, rows, in]: on a CPU each lane's numbers are those of torch's own.
+
+    Every lane draws from its own generator, so that its numbers do not depend on the other lanes.
+    """
+    noise = torch.ones_like(x)
+    for mine, (p, generator) in zip(noise, dropout, strict=True):
+        if p:
+            mine.bernoulli_(1 - p, generator=generator).div_(1 - p)
+    return noise
+
+
+def _before_the_adapters(model: nn.Module) -> list[nn.Module]:
+    """The layers of the model's stack up to and with the first adapted one; none if there is nothing to share."""
+    adapted = {module for module in model.modules() if isinstance(module, LoraLayer)}
+    for stack in model.modules():
+        if isinstance(stack, nn.ModuleList) and adapted <= set(stack.modules()):
+            first = next(n for n, layer in enumerate(stack) if adapted & set(layer.modules()))
+            return list(stack)[: first + 1] if first else []
+    return []
+
+
+def _each(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """``value`` with every tensor in it that has rows changed."""
+    if isinstance(value, torch.Tensor):
+        return change(value) if value.ndim > 1 else value
+    if isinstance(value, tuple | list):
+        return type(value)(_each(change, one) for one in value)
+    if isinstance(value, dict):
+        return {key: _each(change, one) for key, one in value.items()}
+    return value

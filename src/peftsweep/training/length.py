@@ -1,0 +1,118 @@
+"""How many steps a training takes, and when something is due in it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+
+from peftsweep.data.batches import batch_order, micro_batches
+from peftsweep.data.tokens import Tokens
+from peftsweep.errors import InputError
+from peftsweep.schema import TrainConfig
+
+MOST_STEPS = 5_000  # of a run, among which typical ones are looked for
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+def padded_tokens(step: Sequence[int], rows: Sequence[Tokens], config: TrainConfig) -> int:
+    """The tokens of a step, of its rows by their numbers, with what its micro-batches are padded by."""
+    multiple, total = config.pad_to_multiple_of, 0
+    for numbers in next(micro_batches([list(step)], config.batch_size)):
+        total += len(numbers) * math.ceil(max(len(rows[n].ids) for n in numbers) / multiple) * multiple
+    return total
+
+
+def steps_of(rows: Sequence[Tokens], config: TrainConfig, seed: int) -> list[list[int]]:
+    """The row numbers of each step of a run; of a long one those of its first ``MOST_STEPS``."""
+    order = batch_order([len(row.ids) for row in rows], rows_per_step(config), seed)
+    return list(itertools.islice(order, min(max(total_steps(config, len(rows)), 1), MOST_STEPS)))
+
+
+def typical_steps(rows: Sequence[Tokens], config: TrainConfig, seed: int, count: int) -> list[list[int]]:
+    """The row numbers of ``count`` steps of a run, of all sizes as these are distributed in it.
+
+    They are chosen by their padded tokens, at quantiles that multiples of the golden ratio spread evenly, so that the
+    last few of them are as typical as all: their median is near the whole run's, which that of the first steps need
+    not be.
+    """
+    by_size = sorted(steps_of(rows, config, seed), key=lambda step: padded_tokens(step, rows, config))
+    return [by_size[int((0.5 + n * GOLDEN) % 1 * len(by_size))] for n in reversed(range(count))]
+
+
+def rows_per_step(config: TrainConfig) -> int:
+    """Rows that an optimizer step takes, but for an epoch's last one."""
+    return config.batch_size * config.accumulation
+
+
+def total_steps(config: TrainConfig, rows: int) -> int:
+    """Optimizer steps of the run: ``epochs`` over ``rows`` rows where given, else ``steps``."""
+    if config.epochs is None:
+        return config.steps
+    return math.ceil(config.epochs * steps_per_epoch(config, rows))
+
+
+def in_epochs(step: int, config: TrainConfig, rows: int) -> float:
+    """How often the data has been gone through after ``step`` steps."""
+    return step / steps_per_epoch(config, rows)
+
+
+def rows_taken(rows: Sequence[Tokens], config: TrainConfig, seed: int) -> set[int]:
+    """The numbers of the rows that a run with ``seed`` takes, of which a short one leaves some out."""
+    steps = total_steps(config, len(rows))
+    if steps >= steps_per_epoch(config, len(rows)):
+        return set(range(len(rows)))
+    order = batch_order([len(row.ids) for row in rows], rows_per_step(config), seed)
+    return {number for step in itertools.islice(order, steps) for number in step}
+
+
+def steps_per_epoch(config: TrainConfig, rows: int) -> int:
+    """Optimizer steps to go through ``rows`` rows once."""
+    return math.ceil(rows / rows_per_step(config))
+
+
+def interval(config: TrainConfig, key: str, rows: int) -> int | None:
+    """``eval_every`` or ``checkpoint_every`` in steps: ``"100"`` is steps, ``"0.5epochs"`` or ``"1epoch"`` is epochs.
+
+    Raises:
+        InputError: it is neither.
+    """
+    said: str | None = getattr(config, key)
+    if said is None:
+        return None
+    number, epochs, rest = said.strip().partition("epoch")
+    try:
+        every = float(number) * (steps_per_epoch(config, rows) if epochs else 1)
+        valid = every > 0 and math.isfinite(every) and rest in ("", "s")
+    except ValueError:
+        valid = False
+    if not valid or not (epochs or every.is_integer()):
+        others = " or minutes (10min)" if key == "checkpoint_every" else ""
+        raise InputError(f"train.{key}={said}: a number of steps (100) or epochs (0.5epochs){others}")
+    return max(1, round(every))
+
+
+def checkpoint_due(
+    config: TrainConfig, rows: int, clock: Callable[[], float] = time.monotonic
+) -> Callable[[int], bool]:
+    """Whether a checkpoint is due after a step: ``checkpoint_every`` is steps or epochs, or ``"10min"``.
+
+    Raises:
+        InputError: it is none of these.
+    """
+    timed = re.fullmatch(r"(\d+(?:\.\d+)?)\s*min", (config.checkpoint_every or "").strip())
+    if timed is None:
+        every = interval(config, "checkpoint_every", rows)
+        return lambda step: every is not None and step % every == 0
+    seconds, last = 60 * float(timed[1]), clock()
+
+    def due(_: int) -> bool:
+        nonlocal last
+        if clock() - last < seconds:
+            return False
+        last = clock()
+        return True
+
+    return due

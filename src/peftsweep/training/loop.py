@@ -1,0 +1,424 @@
+"""The training loop, with one fenced step."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import record_function
+
+from peftsweep.data.batches import Batch, batch_order, collate, micro_batches
+from peftsweep.data.tokens import Tokens
+from peftsweep.errors import InputError
+from peftsweep.models.losses import answer_losses, auxiliary_loss, losses_and_hits
+from peftsweep.models.parts import trainable_parameters
+from peftsweep.observe.measure import Laps, Meter
+from peftsweep.schema import Dtype, TrainConfig
+from peftsweep.study.scores import LOWER_IS_BETTER
+from peftsweep.training.checkpoint import Checkpoints, Interruption, OptimizerState, Part, Randomness, Weights
+from peftsweep.training.compiled import compiled
+from peftsweep.training.length import checkpoint_due, in_epochs, interval, rows_per_step, steps_per_epoch, total_steps
+from peftsweep.training.optimizer import (
+    autocast,
+    check_stepped,
+    enable_checkpointing,
+    make_optimizer,
+    make_scaler,
+    make_scheduler,
+)
+
+# Of a row of steps.jsonl, what is shared by trials that take their steps together.
+OF_A_PACK = (
+    *("seconds", "tokens_per_second", "memory_allocated"),
+    *("epoch_seconds", "epoch_tokens_per_second", "epoch_memory_peak"),
+)
+WARMUP_LAPS = 3  # first steps allocate and tune; they are trained on, but left out of the percentiles
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training run did. Losses are means over answer tokens, in nats."""
+
+    steps: int
+    epochs: float
+    tokens: int  # without padding
+    padding_fraction: float
+    final_loss: float | None  # mean over the last logged window
+    best_loss: float | None  # lowest validation loss, where validation was asked for
+    best_step: int | None  # of the best validation by config.best_metric
+    step_seconds: list[float]
+    compilation: dict[str, Any] = field(default_factory=dict)  # facts of torch.compile
+    lanes: list[int] = field(default_factory=list)  # how many trials took each step together
+
+    @property
+    def steady_seconds(self) -> list[float]:
+        """Step times without the first few, unless there are no others."""
+        return self.step_seconds[WARMUP_LAPS:] or self.step_seconds
+
+    @property
+    def packed(self) -> bool:
+        """Whether steps were taken together with other trials, whose time they then are too."""
+        return max(self.lanes, default=1) > 1
+
+    @property
+    def share_seconds(self) -> float:
+        """Of all step times, each divided by the trials that took part."""
+        return sum(seconds / lanes for seconds, lanes in zip(self.step_seconds, self.lanes, strict=True))
+
+
+Row = dict[str, Any]
+
+
+def train(
+    model: nn.Module,
+    rows: Sequence[Tokens],
+    config: TrainConfig,
+    *,
+    pad_id: int,
+    seed: int,
+    meter: Meter,
+    log: Callable[[Row], None],
+    validate: Callable[[], dict[str, float]] | None = None,
+    after_step: Callable[[], None] | None = None,
+    checkpoints: Checkpoints | None = None,
+    stop_at: int | None = None,
+    order: Iterable[list[int]] | None = None,
+) -> Trained:
+    """Train the parameters of ``model`` that require gradients; ``log`` gets a row a logged step and a row an epoch.
+
+    A step takes ``batch_size * accumulation`` rows, the same ones however they are parted into micro-batches, and its
+    loss is the mean over all their answer tokens, so that accumulation changes memory and not results (to rounding,
+    and but for what dropout draws). ``validate`` is called every
+    ``config.eval_every``, must return at least ``loss`` and ``config.best_metric``, and is a stage of its
+    own. With ``after_step``, a profiler's, the parts of a step carry names in its trace. ``checkpoints`` gets one
+    every ``config.checkpoint_every`` and the trained weights at the end, and training goes on from what it has found;
+    if that are the trained weights, nothing is trained. With ``stop_at``, a rung's
+    step, it ends there with a checkpoint, on the schedule of its full length. ``order`` gives the row numbers of each
+    step in place of those that the seed gives.
+
+    Raises:
+        FloatingPointError: the loss is no longer finite, or at the end the weights or the loss that they give.
+    """
+    device = meter.device
+    steps = total_steps(config, len(rows))
+    every = interval(config, "eval_every", len(rows)) if validate else None
+    due = checkpoint_due(config, len(rows))
+    optimizer = make_optimizer(model, config)
+    trained = dict(trainable_parameters(model))
+    parameters = list(trained.values())
+    scheduler = make_scheduler(optimizer, config, steps)
+    narrowed = autocast(config, device)
+    scaler = make_scaler(config, device)
+
+    numbers = None if order is None else list(order)
+    numbered = partial(batches, rows, config, pad_id=pad_id, seed=seed, device=device, order=numbers)
+
+    def losses_of(called: nn.Module, batch: Batch) -> torch.Tensor:
+        with narrowed:
+            return answer_losses(called, batch)
+
+    laps = Laps(device)
+    epoch = Epoch(steps_per_epoch(config, len(rows)), laps, meter)
+    span = record_function if after_step else nullcontext
+    best = Best(trained) if config.keep_best else None
+    progress = Progress(laps)
+    final_loss = None
+    taken: list[Batch] = []
+    parts: dict[str, Part] = {}
+    if checkpoints:
+        parts = {"weights": Weights(model), "optimizer": OptimizerState(optimizer), "scheduler": scheduler}
+        parts |= {"scaler": scaler, "random": Randomness(device), "progress": progress, "epoch": epoch}
+        parts |= {"best": best} if best else {}
+        if checkpoints.trained is not None:
+            checkpoints.restore({"weights": parts["weights"]})
+            model.eval()
+            return Trained(**checkpoints.trained)
+
+    enable_checkpointing(model, config.checkpointing)
+    model.train()
+    allocate = getattr(getattr(model, "base_model", None), "update_and_allocate", None)
+    regularised: bool | None = None  # known after the first forward
+    with (
+        compiled(model, config, lambda: itertools.chain.from_iterable(numbered()), losses_of, meter) as compilation,
+        Interruption(wanted=checkpoints is not None) as interruption,
+    ):
+        torch.manual_seed(seed)  # dropout does not depend on how many numbers the adapter's creation drew
+        if checkpoints:
+            checkpoints.restore(parts)
+        stream = numbered(first=progress.step)
+        last = steps if stop_at is None else min(stop_at, steps)
+        for step in range(progress.step + 1, last + 1):
+            laps.start()
+            # ---- the step ----------------------------------------------------------------------
+            taken = next(stream)
+            answer_tokens = sum(batch.answer_tokens for batch in taken)
+            loss = torch.zeros((), device=device)
+            for batch in taken:
+                with span("forward"), narrowed:
+                    losses, hits = losses_and_hits(compilation.model, batch)
+                    part = losses.sum() / answer_tokens
+                    regulariser = auxiliary_loss(model, batch) if regularised is not False else None
+                    regularised = regulariser is not None
+                if hits is not None:
+                    epoch.hits += hits
+                del losses
+                with span("backward"):
+                    share = batch.answer_tokens / answer_tokens
+                    scaler.scale(part if regulariser is None else part + regulariser * share).backward()
+                loss += part.detach()
+                del part, regulariser  # bitsandbytes' 8-bit layers keep activations as long as the graph is held
+            with span("optimizer"):
+                if config.clip:
+                    scaler.unscale_(optimizer)
+                    nn.utils.clip_grad_norm_(parameters, config.clip)
+                scaler.step(optimizer)
+                scaler.update()
+                scheduler.step()
+                if allocate:
+                    allocate(step)  # AdaLoRA, AdaMSS: ranks are dealt out anew from this step's gradients
+                optimizer.zero_grad(set_to_none=True)
+            # ------------------------------------------------------------------------------------
+            laps.stop(compilation.end_step())
+            if after_step:
+                after_step()
+            meter.sample()
+            progress.add(loss, taken)
+            epoch.add(loss, taken)
+            if step % config.log_every == 0 or step == steps:
+                final_loss = progress.mean_loss()  # the only place where the host waits for the device
+                check_finite(final_loss, f"at step {step}", model, config)
+                seconds = sum(laps.seconds())
+                log(
+                    progress.own(
+                        {
+                            "step": step,
+                            "steps": steps,
+                            "epoch": in_epochs(step, config, len(rows)),
+                            "loss": final_loss,
+                            "learning_rate": scheduler.get_last_lr()[0],
+                            "tokens": progress.tokens,
+                            "seconds": seconds,
+                            "tokens_per_second": progress.tokens / seconds,
+                            "memory_allocated": torch.cuda.memory_allocated(device) if device.type == "cuda" else None,
+                        }
+                    )
+                )
+            if epoch.over(step):
+                log({"step": step, "steps": steps} | progress.own(epoch.close()))
+            if validate and every and (step % every == 0 or step == steps):
+                with meter.stage("validate"), torch.compiler.set_stance("force_eager"):
+                    scores = validate()
+                model.train()
+                progress.validations.append((badness(scores, config.best_metric), scores["loss"], step))
+                log({"step": step, "steps": steps} | {f"validation_{name}": value for name, value in scores.items()})
+                if best and min(progress.validations)[-1] == step:
+                    best.keep()
+            if checkpoints and step < steps and (due(step) or interruption.pending or step == last):
+                with meter.stage("checkpoint"):
+                    checkpoints.save(step, parts)
+            if step < steps:  # else when the trained weights are on the disk
+                interruption.deliver()
+        if best and progress.validations and progress.step == steps:
+            best.restore()
+        if taken:
+            with torch.compiler.set_stance("force_eager"):
+                check_trained(model, parameters, taken[-1], config, progress.step)
+            check_stepped(scaler, progress.step)
+        model.eval()
+        result = progress.trained(config, len(rows), final_loss, compilation.facts())
+        if checkpoints and taken and progress.step == steps:
+            with meter.stage("save"):
+                checkpoints.save(steps, {"weights": parts["weights"]}, vars(result))
+    return result
+
+
+def batches(
+    rows: Sequence[Tokens],
+    config: TrainConfig,
+    *,
+    pad_id: int,
+    seed: int,
+    device: torch.device,
+    first: int = 0,
+    order: Iterable[list[int]] | None = None,
+) -> Iterator[list[Batch]]:
+    """The micro-batches of each step that a run with ``seed`` takes, without end, after the first ``first`` steps."""
+    order = order or batch_order([len(row.ids) for row in rows], rows_per_step(config), seed)
+    for step in itertools.islice(micro_batches(order, config.batch_size), first, None):
+        yield [collate([rows[n] for n in numbers], pad_id, config.pad_to_multiple_of).to(device) for numbers in step]
+
+
+@dataclass
+class Progress:
+    """How far the loop has come."""
+
+    laps: Laps
+    step: int = 0
+    tokens: int = 0  # without padding
+    positions: int = 0  # with it
+    losses: list[torch.Tensor] = field(default_factory=list)  # since the last logged step
+    validations: list[tuple[float, float, int]] = field(default_factory=list)  # how bad, its loss, its step
+    lanes: list[int] = field(default_factory=list)  # how many trials took each step together
+
+    def add(self, loss: torch.Tensor, batches: Sequence[Batch], lanes: int = 1) -> None:
+        self.step += 1
+        self.lanes.append(lanes)
+        self.losses.append(loss)
+        self.tokens += sum(batch.tokens for batch in batches)
+        self.positions += sum(batch.input_ids.numel() for batch in batches)
+
+    def mean_loss(self) -> float:
+        """Of the steps since it was last asked for."""
+        mean = torch.stack(self.losses).mean().item()
+        self.losses.clear()
+        return mean
+
+    def own(self, row: Row) -> Row:
+        """A row of steps.jsonl without what is a pack's, if steps were taken in one."""
+        return {key: value for key, value in row.items() if max(self.lanes) == 1 or key not in OF_A_PACK}
+
+    def trained(
+        self, config: TrainConfig, rows: int, final_loss: float | None, compilation: dict[str, Any] | None = None
+    ) -> Trained:
+        """What the run over ``rows`` rows has done, now that it has ended."""
+        return Trained(
+            steps=self.step,
+            epochs=in_epochs(self.step, config, rows),
+            tokens=self.tokens,
+            padding_fraction=1 - self.tokens / self.positions if self.positions else 0.0,
+            final_loss=final_loss,
+            best_loss=min((loss for _, loss, _ in self.validations if not math.isnan(loss)), default=None),
+            best_step=min(self.validations, default=[None])[-1],
+            step_seconds=self.laps.seconds(),
+            compilation=compilation or {},
+            lanes=self.lanes,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return vars(self) | {"laps": self.laps.seconds()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.laps.resume(state["laps"])
+        vars(self).update(state | {"laps": self.laps})
+
+
+class Epoch:
+    """Sums up the steps of an epoch; only its end makes the host wait for the device."""
+
+    def __init__(self, steps: int, laps: Laps, meter: Meter) -> None:
+        self._steps, self._laps, self._meter = steps, laps, meter
+        self._number = 1
+        self._seconds = 0.0  # until the last epoch's end
+        self._reset()
+
+    def _reset(self) -> None:
+        self.hits = torch.zeros((), dtype=torch.int64, device=self._meter.device)
+        self._loss = torch.zeros((), device=self._meter.device)
+        self._count = self._tokens = self._rows = 0
+
+    def add(self, loss: torch.Tensor, batches: Sequence[Batch]) -> None:
+        self._loss += loss
+        self._count += 1
+        self._tokens += sum(batch.tokens for batch in batches)
+        self._rows += sum(len(batch.labels) for batch in batches if batch.labels is not None)
+
+    def over(self, step: int) -> bool:
+        return step >= self._number * self._steps
+
+    def close(self) -> Row:
+        """The finished epoch's row of steps.jsonl; memory in bytes, on the device where there is one."""
+        total = sum(self._laps.seconds())
+        seconds, self._seconds = total - self._seconds, total
+        row = {
+            "epoch": self._number,
+            "epoch_loss": self._loss.item() / self._count,
+            "epoch_accuracy": self.hits.item() / self._rows if self._rows else None,  # a classifier's
+            "epoch_seconds": seconds,
+            "epoch_tokens_per_second": self._tokens / seconds,
+            "epoch_memory_peak": self._meter.split(),
+        }
+        self._number += 1
+        self._reset()
+        return row
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_steps", "_laps", "_meter")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+def check_finite(loss: float, when: str, model: nn.Module, config: TrainConfig) -> None:
+    """Refuse to go on from a training loss that is no number; the message says ``when``.
+
+    Raises:
+        FloatingPointError: it is not finite.
+    """
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the training loss is {loss} {when}; {_remedy(model, config)}")
+
+
+@torch.no_grad()
+def check_trained(
+    model: nn.Module, weights: Sequence[torch.Tensor], batch: Batch, config: TrainConfig, step: int
+) -> None:
+    """Refuse a model that its last step has ruined: the loss that was logged is of the weights before it.
+
+    Raises:
+        FloatingPointError: one of ``weights`` is not finite after ``step`` steps, or the loss on ``batch`` is not.
+    """
+    if not all(bool(weight.isfinite().all()) for weight in weights):
+        raise FloatingPointError(f"weights are not finite after step {step}; {_remedy(model, config)}")
+    model.eval()
+    with autocast(config, batch.input_ids.device):
+        loss = answer_losses(model, batch).mean().item()
+    check_finite(loss, f"after step {step}", model, config)
+
+
+def _remedy(model: nn.Module, config: TrainConfig) -> str:
+    """What to change where numbers have overflowed."""
+    lower = "lower train.learning_rate"
+    if config.autocast is Dtype.float16:
+        key = "train.autocast"
+    elif any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        key = "model.dtype"
+    else:
+        return lower
+    return f"{key}=float16 overflows above 65504: take bfloat16 or float32, or {lower}"
+
+
+def badness(scores: dict[str, float], metric: str) -> float:
+    """The value of ``metric``, turned so that less is better; what is no number is worst."""
+    if metric not in scores:
+        raise InputError(f"train.best_metric={metric}: the validation has {', '.join(scores)}")
+    value = scores[metric] if metric.rpartition(".")[2] in LOWER_IS_BETTER else -scores[metric]
+    return math.inf if math.isnan(value) else value
+
+
+class Best:
+    """The trainable weights of the best validation so far, kept on the host."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._weights: dict[str, torch.Tensor] = {}
+
+    def keep(self) -> None:
+        self._weights = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(self._weights[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._weights
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._weights = state

@@ -1,0 +1,128 @@
+"""Optimizers, schedules, gradient scaling and autocast of a training."""
+
+from __future__ import annotations
+
+import inspect
+import pydoc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+from peftsweep.errors import InputError
+from peftsweep.models.parts import trainable_parameters
+from peftsweep.schema import Dtype, Schedule, TrainConfig
+
+SCHEDULES = {Schedule.cosine: "cosine", Schedule.linear: "linear", Schedule.constant: "constant_with_warmup"}
+FUSED = ("cpu", "cuda")  # devices that have torch's fused optimizers
+SCALE = 2.0**16  # of the loss at first, with float16; torch's default
+
+
+def find_optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:
+    """What ``train.optimizer`` names: ``AdamW`` is a class of torch.optim, others by their dotted path.
+
+    Beside classes of optimizers it may be a function that makes one for a model, as PEFT's
+    ``peft.optimizers.create_loraplus_optimizer``.
+
+    Raises:
+        InputError: there is no such optimizer.
+    """
+    try:
+        found: Any = pydoc.locate(name if "." in name else f"torch.optim.{name}")
+    except pydoc.ErrorDuringImport:
+        found = None
+    of_model = inspect.isfunction(found) and "model" in inspect.signature(found).parameters
+    if not of_model and not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
+        raise InputError(
+            f"train.optimizer={name}: no such optimizer; give a class of torch.optim (AdamW, SGD) or a dotted path"
+        )
+    if found is torch.optim.SparseAdam:
+        raise InputError(f"train.optimizer={name}: takes sparse gradients only; those of a trial are dense")
+    closure = inspect.signature(getattr(found, "step", found)).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise InputError(f"train.optimizer={name}: its steps want a closure that calculates the loss again")
+    make: Callable[..., torch.optim.Optimizer] = found
+    return make
+
+
+def make_optimizer(
+    model: nn.Module, config: TrainConfig, parameters: Sequence[nn.Parameter] | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer of ``parameters`` at the scaled learning rate, fused where torch offers that.
+
+    Without ``parameters`` it is that of all the model's trainable ones. Making it may freeze some of them, as
+    LoRA-FA does with the A matrices.
+
+    Raises:
+        InputError: ``train.optimizer_kwargs`` does not fit it.
+    """
+    make = find_optimizer(config.optimizer)
+    known = inspect.signature(make).parameters
+    parameters = list(parameters or (p for _, p in trainable_parameters(model)))
+    options: dict[str, Any] = {"lr": config.learning_rate * config.learning_rate_scale}
+    if "weight_decay" in known or "optimizer_cls" in known:
+        options["weight_decay"] = config.weight_decay
+    if "optimizer_cls" in known:
+        options["optimizer_cls"] = torch.optim.AdamW
+    if "fused" in known and all(p.dtype.is_floating_point and p.device.type in FUSED for p in parameters):
+        options["fused"] = True
+    try:
+        return make(model if "model" in known else parameters, **options | config.optimizer_kwargs)
+    except (TypeError, ValueError, NotImplementedError) as error:  # as of bitsandbytes' SGD without momentum
+        said = f"{config.optimizer} does not take {config.optimizer_kwargs}"
+        raise InputError(f"train.optimizer_kwargs: {said} ({error})") from None
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> Any:
+    """The learning rate's schedule over ``steps`` steps, with its warm-up."""
+    warmup = warmup_steps(config, steps)
+    return get_scheduler(SCHEDULES[config.schedule], optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+
+
+def warmup_steps(config: TrainConfig, steps: int) -> int:
+    """The steps of the warm-up of a training of ``steps`` steps."""
+    return round(config.warmup * steps) if config.warmup < 1 else round(config.warmup)
+
+
+def check_warmup(config: TrainConfig, steps: int) -> None:
+    """Refuse a warm-up that never ends: no step of such a training would have the learning rate asked for.
+
+    Raises:
+        InputError: it is not shorter than the training of ``steps`` steps.
+    """
+    if steps and (warmup := warmup_steps(config, steps)) >= steps:
+        raise InputError(
+            f"train.warmup={config.warmup:g}: {warmup} steps, must be fewer than the {steps} of the training"
+        )
+
+
+def enable_checkpointing(model: Any, wanted: bool) -> None:
+    """Switch gradient checkpointing on if it is ``wanted``: activations are calculated again in the backward."""
+    if wanted:
+        # Renamed in transformers 5.23; both names are in the supported range.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
+
+def make_scaler(config: TrainConfig, device: torch.device) -> torch.amp.GradScaler:
+    """What scales the loss where ``train.autocast`` is float16, and skips steps whose gradients overflow."""
+    return torch.amp.GradScaler(device.type, init_scale=SCALE, enabled=config.autocast is Dtype.float16)
+
+
+def check_stepped(scaler: torch.amp.GradScaler, steps: int) -> None:
+    """Refuse a training of which the scaler has skipped each of the ``steps``: nothing was trained.
+
+    Raises:
+        FloatingPointError: the scale was lowered as often as there were steps.
+    """
+    if scaler.is_enabled() and scaler.get_scale() <= SCALE * scaler.get_backoff_factor() ** steps:
+        said = f"the gradients of all {steps} steps overflowed, and none was taken"
+        raise FloatingPointError(f"{said}; take train.autocast=bfloat16, or more steps: the scale is halved in each")
+
+
+def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
+    """What ``train.autocast`` asks for."""
+    dtype = getattr(torch, (config.autocast or Dtype.bfloat16).value)
+    return torch.autocast(device.type, dtype=dtype, enabled=bool(config.autocast))

@@ -1,0 +1,362 @@
+"""Several LoRA adapters trained at once on one frozen base, each to the numbers it would come to alone within rounding.
+
+The lanes of a pack see the same rows in the same order, in batches that hold them for all (lanes.py); each has its
+own loss, clipping, optimizer, schedule, dropout and end.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from peftsweep.data.batches import Batch
+from peftsweep.data.tokens import Tokens
+from peftsweep.models.losses import answer_losses
+from peftsweep.observe.measure import Laps, Meter, out_of_memory
+from peftsweep.schema import TrainConfig
+from peftsweep.study.claims import Claimed
+from peftsweep.training.checkpoint import Checkpoints, Interruption, OptimizerState, Part
+from peftsweep.training.lanes import Pack
+from peftsweep.training.length import checkpoint_due, in_epochs, interval, steps_per_epoch, total_steps
+from peftsweep.training.loop import Best, Epoch, Progress, Row, Trained, badness, batches, check_finite, check_trained
+from peftsweep.training.optimizer import (
+    autocast,
+    check_stepped,
+    enable_checkpointing,
+    make_optimizer,
+    make_scaler,
+    make_scheduler,
+)
+
+# ---- the loop --------------------------------------------------------------------------------------
+
+PROBES = 3  # steps of each kind
+PROBED_BATCHES = 16
+DEFAULT = "default"  # PEFT's name of an adapter that is alone
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One trial of a pack: its adapter's name in the model, and what ``train.train`` is told of it."""
+
+    name: str
+    config: TrainConfig
+    log: Callable[[Row], None]
+    validate: Callable[[], dict[str, float]] | None = None
+    checkpoints: Checkpoints | None = None
+    stop_at: int | None = None
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a lane ended: what it did (its step times are those of the whole pack), and the error that ended it early."""
+
+    trained: Trained
+    error: Exception | None = None
+
+
+def train_packed(
+    model: PeftModel, rows: Sequence[Tokens], lanes: Sequence[Lane], *, pad_id: int, seed: int, meter: Meter
+) -> dict[str, Ended]:
+    """Train the adapters of ``lanes`` in one loop, each as ``train.train`` would alone; the rest as for that.
+
+    How near the losses come to those of the trial alone is said in lanes.py.
+
+    What the lanes' configurations say of batches, autocast, checkpointing and padding must be the same. A lane that
+    has taken its steps, or whose loss is no longer finite, or that fails in its own part, leaves the pack. The lanes
+    go on from checkpoints of the same step, which each may have written in a pack or alone; where one is due, each
+    writes one.
+
+    Raises:
+        ValueError: the checkpoints are of different steps.
+    """
+    laps, shared = Laps(meter.device), lanes[0].config
+    pack = Pack(model, [lane.name for lane in lanes], seed)
+    ended: dict[str, Ended] = {}
+    enable_checkpointing(model, shared.checkpointing)
+    model.train()
+    narrowed = autocast(shared, meter.device)
+    due = {lane.config.checkpoint_every: checkpoint_due(lane.config, len(rows)) for lane in lanes if lane.checkpoints}
+    with closing(pack), Interruption(wanted=bool(due)) as interruption:
+        running = [_Running(lane, pack, rows, laps, meter) for lane in lanes]
+        step, *others = {one.step for one in running}
+        if others:
+            raise ValueError(f"lanes cannot go on together from different steps: {sorted([step, *others])}")
+        stream = batches(rows, shared, pad_id=pad_id, seed=seed, device=meter.device, first=step)
+        while True:
+            leaving = [one for one in running if one.over or one.error is not None]
+            running = [one for one in running if one not in leaving]
+            if leaving:
+                pack.leave([one.lane.name for one in leaving])
+                ended |= {one.lane.name: one.end() for one in leaving}
+            if not running:
+                break
+            interruption.deliver()  # when the weights of those that have left are on the disk
+            laps.start()
+            # ---- the step ----------------------------------------------------------------------
+            micro_batches = next(stream)
+            answer_tokens = sum(batch.answer_tokens for batch in micro_batches)
+            losses = torch.zeros(len(running), device=meter.device)
+            for batch in micro_batches:
+                with narrowed:
+                    each = answer_losses(model, pack.for_all(batch))
+                    parts = each.view(len(running), -1).sum(1) / answer_tokens
+                del each
+                scaled = [one.scaler.scale(part) for one, part in zip(running, parts, strict=True)]
+                torch.stack(scaled).sum().backward()
+                losses += parts.detach()
+                del parts, scaled
+            for one in running:
+                one.update()
+            pack.zero_grad()
+            # ------------------------------------------------------------------------------------
+            laps.stop()
+            meter.sample()
+            step += 1
+            pack.forget()
+            for one, loss in zip(running, losses, strict=True):
+                one.count(loss, micro_batches, len(running))
+            alike = all(one.validates for one in running)
+            for one in running:
+                one.after_step(pack.asked if alike else pack.alone)
+            now = [check(step) for check in due.values()]  # each of them, as they remember when they were asked
+            for one in running:
+                if any(now) or interruption.pending or one.over:
+                    one.save()
+    model.eval()
+    return ended
+
+
+def speedup(
+    model: PeftModel, names: Sequence[str], rows: Sequence[Tokens], config: TrainConfig, *, pad_id: int, meter: Meter
+) -> float:
+    """How many times as fast the adapters ``names`` take a step together as one by one; nothing is trained.
+
+    Some steps of both kinds, in turn, on the longest of the first batches, forward and backward.
+    """
+    steps = batches(rows, config, pad_id=pad_id, seed=0, device=meter.device)
+    some = itertools.islice(itertools.chain.from_iterable(steps), PROBED_BATCHES)
+    batch = max(some, key=lambda one: one.input_ids.numel())
+    model.train()
+    enable_checkpointing(model, config.checkpointing)
+    seconds: dict[int, list[float]] = {1: [], len(names): []}
+    for _ in range(PROBES + 1):  # the first ones allocate and tune
+        for lanes, took in seconds.items():
+            took.append(_probe(model, names[:lanes], batch, config, meter))
+    alone, together = (min(took[1:]) for took in seconds.values())
+    return len(names) * alone / together
+
+
+def _probe(model: PeftModel, names: Sequence[str], batch: Batch, config: TrainConfig, meter: Meter) -> float:
+    """The seconds of one forward and backward pass of these lanes; of one by PEFT's own layers, as it is trained."""
+    pack, laps = Pack(model, names, seed=0), Laps(meter.device)
+    single = len(names) == 1
+    try:
+        laps.start()
+        with pack.alone(names[0]) if single else nullcontext(), autocast(config, meter.device):
+            losses = answer_losses(model, batch if single else pack.for_all(batch))
+        losses.sum().backward()
+        laps.stop()
+        return laps.seconds()[0]
+    finally:
+        pack.close()
+
+
+class _Running:
+    """A lane under way: its optimizer, schedule and books."""
+
+    def __init__(self, lane: Lane, pack: Pack, rows: Sequence[Tokens], laps: Laps, meter: Meter) -> None:
+        self.lane, self.config = lane, lane.config
+        self._pack, self._meter, self._rows = pack, meter, len(rows)
+        weights = {
+            name.replace(f".{lane.name}.", f".{DEFAULT}."): weight for name, weight in pack.weights(lane.name).items()
+        }
+        self._parameters = list(weights.values())
+        self.optimizer = make_optimizer(nn.Module(), self.config, self._parameters)
+        self._steps = total_steps(self.config, self._rows)
+        self._every = interval(self.config, "eval_every", self._rows) if lane.validate else None
+        self._scheduler = make_scheduler(self.optimizer, self.config, self._steps)
+        self.scaler = make_scaler(self.config, meter.device)
+        own = _LaneLaps(laps)
+        self._progress = Progress(own)
+        self._epoch = Epoch(steps_per_epoch(self.config, self._rows), own, meter)
+        self._best = Best(weights) if self.config.keep_best else None
+        self._final_loss: float | None = None
+        self._seen: Batch | None = None  # the last micro-batch
+        self._parts: dict[str, Part] = {"weights": _Weights(weights), "optimizer": _OptimizerState(self.optimizer)}
+        self._parts |= {"scheduler": self._scheduler, "scaler": self.scaler}
+        self._parts |= {"random": _Dropout(pack.dropout(lane.name)), "progress": self._progress, "epoch": self._epoch}
+        self._parts |= {"best": self._best} if self._best else {}
+        if lane.checkpoints:
+            lane.checkpoints.restore(self._parts)
+        self._last = self._steps if lane.stop_at is None else min(lane.stop_at, self._steps)
+        self.error: Exception | None = None
+        self.over = self.step >= self._last
+        self.validates = False  # after this step
+
+    @property
+    def step(self) -> int:
+        return self._progress.step
+
+    def update(self) -> None:
+        """The end of a step, from its gradients on."""
+        with self._own():
+            if self.config.clip:
+                self.scaler.unscale_(self.optimizer)
+                gradients = [cast(torch.Tensor, weight.grad) for weight in self._parameters]
+                norm = nn.utils.get_total_norm(gradients)
+                nn.utils.clip_grads_with_norm_(self._parameters, self.config.clip, norm)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self._scheduler.step()
+
+    def count(self, loss: torch.Tensor, batches: Sequence[Batch], lanes: int) -> None:
+        """See how far it has come."""
+        self._progress.add(loss, batches, lanes)
+        self._epoch.add(loss, batches)
+        self._seen = batches[-1]
+        self.over = self.step == self._last
+        self.validates = self._every is not None and (self.step % self._every == 0 or self.step == self._steps)
+
+    def after_step(self, as_lane: Callable[[str], AbstractContextManager[None]]) -> None:
+        """Log and validate, in a block ``as_lane`` in which the model is that of this lane."""
+        if self.error is not None:
+            return
+        with self._own():
+            progress, config, step = self._progress, self.config, self.step
+            numbers = {"step": step, "steps": self._steps}
+            if step % config.log_every == 0 or step == self._steps:
+                self._final_loss = progress.mean_loss()
+                check_finite(self._final_loss, f"at step {step}", self._pack.model, config)
+                self.lane.log(
+                    numbers
+                    | {
+                        "epoch": in_epochs(step, config, self._rows),
+                        "loss": self._final_loss,
+                        "learning_rate": self._scheduler.get_last_lr()[0],
+                        "tokens": progress.tokens,
+                    }
+                )
+            if self._epoch.over(step):
+                self.lane.log(numbers | progress.own(self._epoch.close()))
+            if self.validates and self.lane.validate:
+                with self._meter.stage("validate"), as_lane(self.lane.name):
+                    scores = self.lane.validate()
+                self._note(scores, numbers)
+
+    def _note(self, scores: dict[str, float], numbers: Row) -> None:
+        self._pack.model.train()
+        validations = self._progress.validations
+        validations.append((badness(scores, self.config.best_metric), scores["loss"], numbers["step"]))
+        self.lane.log(numbers | {f"validation_{name}": value for name, value in scores.items()})
+        if self._best and min(validations)[-1] == numbers["step"]:
+            self._best.keep()
+
+    @contextmanager
+    def _own(self) -> Iterator[None]:
+        """What fails in the block ends this lane alone, unless it is the memory, which belongs to all."""
+        try:
+            yield
+        except Exception as error:
+            if out_of_memory(error) or isinstance(error, Claimed):
+                raise
+            self.error = error
+
+    def save(self) -> None:
+        """Write a checkpoint, as the trial alone would, unless it has come to its end."""
+        if self.lane.checkpoints and self.step < self._steps and self.error is None:
+            with self._meter.stage("checkpoint"):
+                self.lane.checkpoints.save(self.step, self._parts)
+
+    def end(self) -> Ended:
+        """What it has come to, once it has left the pack; the weights of a whole training are on the disk."""
+        if self._best and self._progress.validations and self.step == self._steps and self.error is None:
+            self._best.restore()
+        if self._seen is not None and self.error is None:
+            with self._own(), self._pack.alone(self.lane.name):
+                check_trained(self._pack.model, self._parameters, self._seen, self.config, self.step)
+                check_stepped(self.scaler, self.step)
+            self._pack.model.train()
+        trained = self._progress.trained(self.config, self._rows, self._final_loss)
+        if self.lane.checkpoints and self._seen is not None and self.step == self._steps and self.error is None:
+            with self._meter.stage("save"):
+                self.lane.checkpoints.save(self.step, {"weights": self._parts["weights"]}, vars(trained))
+        return Ended(trained, self.error)
+
+
+# ---- its checkpoint, which is that of the trial alone ----------------------------------------------
+
+
+class _LaneLaps(Laps):
+    """The laps of a pack, after those that a lane brings along."""
+
+    def __init__(self, laps: Laps) -> None:
+        self._before: list[float] = []
+        self._laps = laps
+
+    def resume(self, seconds: list[float]) -> None:
+        self._before = seconds
+
+    def seconds(self) -> list[float]:
+        return self._before + self._laps.seconds()
+
+
+class _Weights:
+    """What ``checkpoint.Weights`` keeps of a plain LoRA, of one lane."""
+
+    def __init__(self, weights: dict[str, nn.Parameter]) -> None:
+        self._weights = weights
+
+    def state_dict(self) -> dict[str, Any]:
+        parameters = {name: _apart(weight) for name, weight in self._weights.items()}
+        return {"parameters": parameters, "trained": [*parameters], "buffers": {}, "attributes": {}}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, weight in self._weights.items():
+            weight.copy_(state["parameters"][name])
+
+
+class _OptimizerState(OptimizerState):
+    """An optimizer's state in the order of the weights alone, while these lie in a pack in another."""
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = tree_map_only(torch.Tensor, _apart, super().state_dict())
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        for weight, own in self._optimizer.state.items():
+            for name, value in own.items():
+                if isinstance(value, torch.Tensor) and value.shape == weight.shape:
+                    own[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
+
+
+class _Dropout:
+    """What ``checkpoint.Randomness`` keeps, with the numbers of one lane."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self._generator.get_state()
+        if self._generator.device.type == "cpu":
+            return {"cpu": state, "cuda": []}
+        return {"cpu": torch.get_rng_state(), "cuda": [state] * torch.cuda.device_count()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        on_cpu, number = self._generator.device.type == "cpu", self._generator.device.index or 0
+        self._generator.set_state(state["cpu"] if on_cpu else state["cuda"][number])
+
+
+def _apart(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that is no part of a larger tensor."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)

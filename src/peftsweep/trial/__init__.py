@@ -1,0 +1,1 @@
+"""What happens in one trial? Its stages in order, what it finds done, what its record says of it."""

@@ -1,0 +1,157 @@
+"""Which trials a study holds already, and whether they are to be run again."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from peftsweep.config.compose import Trial
+from peftsweep.forecast import forecast
+from peftsweep.study import record, rungs, store
+from peftsweep.study.atomic import make_way
+from peftsweep.study.reading import Unreadable, read_yaml
+from peftsweep.study.record import Result, Status
+from peftsweep.study.trust import as_text
+from peftsweep.trial import mended
+
+# ---- before ----------------------------------------------------------------------------------------
+
+
+def folder(trial: Trial) -> Path:
+    """Where the trial's record is or will be; one of an earlier version stays where it is."""
+    root = store.folder(trial.config.study)
+    place = store.trial_folder(root, trial.slug, trial.identity)
+    if place.exists():
+        return place
+    if (before := store.recognised(root, trial.identity)) is not None:
+        return before
+    if trial.earlier is not None:
+        before = store.trial_folder(root, trial.slug, trial.earlier.trial)
+        held = store.result(before) if before.exists() else None
+        if held is not None and _recognised(trial, held, "identity", trial.earlier.trial):
+            return before
+    return place
+
+
+def _recognised(trial: Trial, held: Result, key: str, earlier: str) -> bool:
+    """Whether a record is the trial's (``key`` is identity) or of the same training (training).
+
+    By its own rule; of an earlier one only if no other trial, that this rule could not tell from it, took it before.
+    """
+    mine, taken = getattr(trial, key), held.run_info.get("recognised") or {}
+    return mine in (held.run_info.get(key), taken.get(key)) or (
+        mended.rule_of(held) == 1 and held.run_info.get(key) == earlier and not taken
+    )
+
+
+def outdated(trial: Trial) -> str | None:
+    """Why the trial is run again, though its study holds it: the numbers of an earlier version were wrong."""
+    held = None if trial.config.force else store.result(folder(trial))
+    return None if held is None else _fault(held)
+
+
+def _fault(held: Result) -> str | None:
+    return mended.outdated(held) if held.status in rungs.HAVE_TRAINED else None
+
+
+def damaged(trial: Trial) -> str | None:
+    """What of the trial's files is damaged, so that it is run again; None where nothing is."""
+    return None if trial.config.force else store.damage(folder(trial))
+
+
+def trained(trial: Trial) -> Result | None:
+    """A trial of the study with the same training, whose adapter can be taken instead of training again."""
+    root, earlier = store.folder(trial.config.study), trial.earlier
+    for training in (trial.training, *([earlier.training] if earlier else [])):
+        held = None if trial.config.force else store.trained(root, training)
+        if held and not mended.outdated(held) and _recognised(trial, held, "training", training):
+            return held
+    return None
+
+
+def finished(trial: Trial) -> Result | None:
+    """The trial's record, if nothing is left to do for it; it then carries this trial's label too.
+
+    A trial that was too large for another memory limit is tried again under one that it fits, and one that
+    was stopped at a rung goes on for a later one, or to its end.
+    """
+    done = _done(trial)
+    if done is None or _lacks_profile(trial, done) or _lacks_answers_of_base(trial, done):
+        return None
+    if done.error and done.error["type"] == Oversized.__name__ and not forecast.oversized(trial):
+        return None
+    new_label = trial.label not in done.run_info["labels"]
+    by_earlier_rule = done.run_info.get("identity") != trial.identity and not done.run_info.get("recognised")
+    if new_label:
+        done.run_info["labels"].append(trial.label)
+    if by_earlier_rule:
+        done.run_info["recognised"] = {"identity": trial.identity, "training": trial.training}
+    if new_label or by_earlier_rule or _headlined_anew(trial, done):
+        done.write(folder(trial))
+    if by_earlier_rule:
+        store.mark_recognised(done)
+    _mend_words(trial, folder(trial))
+    return done
+
+
+def _headlined_anew(trial: Trial, done: Result) -> bool:
+    """Have the record say the headlines that are asked for, of the metrics that it holds; whether it did not."""
+    changed = False
+    for name, node in trial.config.eval.items():
+        wanted, found = node.get(record.HEADLINE), done.eval_info.get(name, {})
+        if wanted in found and found.get(record.HEADLINE) != wanted:
+            found[record.HEADLINE], changed = wanted, True
+    return changed
+
+
+def resumes_full(trial: Trial) -> bool:
+    """Whether the trial was stopped at a rung, of a halving that is not asked for any more."""
+    held = store.result(folder(trial)) if trial.config.halving.min_steps is None else None
+    return held is not None and held.status is Status.stopped
+
+
+def _done(trial: Trial) -> Result | None:
+    done = None if trial.config.force else store.result(folder(trial))
+    if done is None or not done.status.done or _fault(done) or damaged(trial):
+        return None
+    return done if rungs.reached(trial.config.halving, done) else None
+
+
+def _lacks_profile(trial: Trial, done: Result) -> bool:
+    wanted = bool(trial.config.profiler) and done.status is Status.success
+    return wanted and trial.choices["profiler"] not in done.train_info.get("profile", {})
+
+
+def _lacks_answers_of_base(trial: Trial, done: Result) -> bool:
+    """Whether a file of the untouched base's answers, which the record names, is damaged."""
+    root = store.folder(trial.config.study)
+    named = {name: str(found.get("base_predictions") or "") for name, found in done.eval_info.items()}
+    files = {name: root / file for name, file in named.items() if store.is_below(file, store.BASE)}
+    return done.status is Status.success and any(store.damage_of_lines(files[name], done, name) for name in files)
+
+
+class Refused(Exception):
+    """The combination is known not to work."""
+
+
+class Oversized(Refused):
+    """The trial is predicted not to fit into the memory."""
+
+
+def _words(trial: Trial) -> dict[str, str]:
+    """The files that Hydra would write: the composed configuration and the words of the command line."""
+    tree, words = OmegaConf.to_yaml(as_text(trial.tree)), OmegaConf.to_yaml(trial.overrides)
+    return {".hydra/config.yaml": tree, ".hydra/overrides.yaml": words}
+
+
+def _mend_words(trial: Trial, place: Path) -> None:
+    """Write those of these files again that are there and damaged."""
+    for name, shape in ((".hydra/config.yaml", dict), (".hydra/overrides.yaml", [str])):
+        try:
+            if os.path.lexists(place / name):
+                read_yaml(place / name, shape)
+        except Unreadable:
+            make_way(place / name)
+            record.write_text(place / name, _words(trial)[name])

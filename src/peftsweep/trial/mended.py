@@ -1,0 +1,157 @@
+"""Faults of earlier versions: whose records hold numbers that are known to be wrong, and why.
+
+A record of such a version counts as done unless one of these faults made its numbers wrong; then the trial is run
+again. What tells a wrong record is its configuration, what its training counted, and the base's files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from peftsweep.config.identity import CONVERSATIONS, model_identity
+from peftsweep.data import fingerprint
+from peftsweep.errors import InputError
+from peftsweep.schema import Dtype, Init, ModelConfig, Task
+from peftsweep.study.record import Result
+
+Values = Mapping[str, Any]
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True)
+class Mended:
+    """A fault that made the numbers of some trials wrong, until a rule of identities."""
+
+    rule: int  # of the first version without it
+    concerns: Callable[[Values, Values], bool]  # a trial's configuration, and train_info of its record
+    reason: str
+
+
+def rule_of(result: Result) -> int:
+    """The version of the rule that made a record's identity; the first version did not write it."""
+    return int(result.run_info.get("identity_rule", 1))
+
+
+def outdated(result: Result) -> str | None:
+    """Why the numbers of a record, of an earlier version, are known to be wrong; None where they are not."""
+    mine = rule_of(result)
+    faults = (fault for fault in MENDED if mine < fault.rule and fault.concerns(result.config, result.train_info))
+    return next((fault.reason for fault in faults), None)
+
+
+def right_since(tree: Values) -> int:
+    """The first rule by which a trial of this configuration has the numbers that it has now."""
+    return max((fault.rule for fault in MENDED if fault.concerns(tree, {})), default=1)
+
+
+# ---- what a fault concerned ------------------------------------------------------------------------
+
+
+def _accumulates(config: Values, _: Values) -> bool:
+    return (_section(config, "train").get("accumulation") or 1) > 1
+
+
+def _converses(config: Values, _: Values) -> bool:
+    dataset = _section(config, "dataset")
+    return bool(dataset.get("chat")) or dataset.get("reader") == CONVERSATIONS
+
+
+def _lost_its_beginning(config: Values, train_info: Values) -> bool:
+    return bool(train_info.get("truncated_rows")) and _base(config).begins
+
+
+def _answer_after_an_end(config: Values, _: Values) -> bool:
+    return _base(config).ends
+
+
+def _names_in_another_order(config: Values, _: Values) -> bool:
+    names, classes = _base(config).head, _section(config, "dataset").get("classes") or []
+    return names is not None and sorted(names) == sorted(classes) and names != list(classes)
+
+
+def _adapts_by_role(config: Values) -> bool:
+    targets = _section(config, "targets")
+    return bool(config.get("method")) and not targets.get("modules")
+
+
+def _reads_more_than_text(config: Values, _: Values) -> bool:
+    return _adapts_by_role(config) and _base(config).composite
+
+
+def _has_experts(config: Values, _: Values) -> bool:
+    return _adapts_by_role(config) and _base(config).experts
+
+
+def _recurs(config: Values, _: Values) -> bool:
+    return _base(config).recurrent
+
+
+MENDED = (
+    Mended(2, _accumulates, "with train.accumulation above 1 a step took other rows than one large batch would have"),
+    Mended(
+        2,
+        _converses,
+        "conversations were tokenised by other rules than the chat template's, and trained on the last turn only",
+    ),
+    Mended(2, _lost_its_beginning, "rows that were cut to dataset.max_length lost their beginning-of-sequence token"),
+    Mended(2, _answer_after_an_end, "the tokenizer's end-of-sequence token stood between prompt and answer"),
+    Mended(2, _names_in_another_order, "the classes of the checkpoint's head were taken in the order of the dataset's"),
+    Mended(2, _reads_more_than_text, "parts of the model that read no text were adapted too"),
+    Mended(2, _has_experts, "the roles of a mixture of experts named other weights"),
+    Mended(2, _recurs, "left-padded batches changed the answers of layers that carry a state from token to token"),
+)
+
+
+# ---- the base of a record --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Base:
+    """What the files of a base say that decides which faults concerned it."""
+
+    begins: bool = False  # its tokenizer puts a beginning-of-sequence token before each text
+    ends: bool = False  # and an end-of-sequence token after it
+    head: list[str] | None = None  # the names of its head's outputs
+    composite: bool = False  # it reads more than text
+    experts: bool = False
+    recurrent: bool = False
+
+
+def _base(config: Values) -> _Base:
+    said = {field.name: value for field in fields(ModelConfig) if (value := _section(config, "model").get(field.name))}
+    kinds = {"task": Task, "init": Init, "dtype": Dtype}
+    try:
+        base = ModelConfig(**said | {key: kind(said[key]) for key, kind in kinds.items() if key in said})
+        key = fingerprint.of_values(model_identity(base))
+        if key not in _BASES:
+            _BASES[key] = _read(base)
+        return _BASES[key]
+    except (InputError, TypeError, ValueError):  # it is not there any more: the trial itself will say so
+        return _Base()
+
+
+_BASES: dict[str, _Base] = {}  # by the content of their files
+
+
+def _read(base: ModelConfig) -> _Base:
+    from peftsweep.models import model, parts  # imports torch, which `--help` must not
+
+    shape, marks = model.architecture(base), model.load_tokenizer(base)
+    ids, text = marks("a").input_ids, parts.text_config(shape)
+    layers = getattr(text, "layer_types", None) or []
+    stateful = [kind for kind in layers if not kind.endswith("attention") or kind == "linear_attention"]
+    return _Base(
+        begins=marks.bos_token_id is not None and ids[0] == marks.bos_token_id,
+        ends=marks.eos_token_id is not None and ids[-1] == marks.eos_token_id and base.task is Task.causal_lm,
+        head=parts.head_classes(shape) if base.task is Task.seq_cls else None,
+        composite=text is not shape,
+        experts=any((getattr(text, name, None) or 0) > 1 for name in EXPERT_COUNTS),
+        recurrent=bool(stateful) or bool(getattr(model.skeleton(base, classes=1), "_is_stateful", False)),
+    )
+
+
+def _section(config: Values, name: str) -> Values:
+    found = config.get(name)
+    return found if isinstance(found, Mapping) else {}

@@ -1,0 +1,287 @@
+"""What a trial's record says: how it began, how it ended, what it took, why it failed."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from peftsweep.config import identity
+from peftsweep.config.compose import Trial
+from peftsweep.models import model
+from peftsweep.observe.display import Observer
+from peftsweep.observe.measure import Meter, out_of_memory, percentile
+from peftsweep.observe.tracker import Tracker
+from peftsweep.schema import Config
+from peftsweep.study import claims, record, store
+from peftsweep.study.atomic import make_way, persistently, remove_partials
+from peftsweep.study.reading import Unreadable
+from peftsweep.study.record import Result, Status
+from peftsweep.training import loop
+from peftsweep.trial.done import Refused, _words, folder
+
+log = logging.getLogger(__name__)
+
+
+def _so_far(place: Path) -> dict[str, Any]:
+    """What a training that did not end had come to."""
+    try:
+        steps = [row for row in record.read_lines(place / record.STEPS, record.STEP, whole=False) if "loss" in row]
+    except Unreadable as error:
+        log.warning("%s", error)
+        return {}
+    return {"steps": steps[-1]["step"], "final_loss": steps[-1]["loss"]} if steps else {}
+
+
+def empty(device: torch.device) -> None:
+    """Give back the memory of what is not used any more: until now an exception's frames may have held a model."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def status_of(error: BaseException) -> Status:
+    """How a trial ends that ``error`` ends."""
+    if isinstance(error, Refused):
+        return Status.refused
+    if out_of_memory(error):
+        return Status.oom
+    return Status.failed if isinstance(error, Exception) else Status.cancelled
+
+
+def failure_of(error: BaseException, stage: str | None, config: Config) -> dict[str, str]:
+    """What the record says of ``error``; of memory that ran out one line, with what to change."""
+    found = record.failure(error, stage)
+    log.log(logging.INFO if isinstance(error, Refused) else logging.ERROR, "%s", found["traceback"])
+    if out_of_memory(error):
+        asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+        what = f"no memory left for {asked[1]} more" if asked else "no memory left"
+        found["message"] = f"{what}; {_smaller(config, found['stage'])}"
+    return found
+
+
+def _smaller(config: Config, stage: str) -> str:
+    """The keys that would make the trial smaller, of those that are not set already."""
+    train, keys = config.train, []
+    if stage == "train" and train.batch_size > 1:
+        keys.append(f"train.batch_size={train.batch_size // 2} train.accumulation={2 * train.accumulation}")
+    if stage == "train" and not train.checkpointing:
+        keys.append("train.checkpointing=true")
+    if not config.quant:
+        keys.append("quant=4bit")
+    return "try " + ", ".join([*keys, ("or " if keys else "") + "a smaller dataset.max_length or model"])
+
+
+class Sittings:
+    """The seconds and the memory of a trial, in all and by stage, over all the times that it was sat down to.
+
+    Those before this one are what its record says, or where it was killed what its last checkpoint says. They count
+    once it goes on from there; what a trial that begins anew had done before is lost.
+    """
+
+    TOTAL = "total"
+
+    def __init__(self, place: Path, meter: Meter) -> None:
+        self._begun, self._meter = time.perf_counter(), meter
+        held = store.result(place)
+        self._recorded = _recorded_seconds(held) if held is not None else {}
+        self.earlier: dict[str, float] = {}
+        self.earlier_memory: dict[str, dict[str, Any]] = {}
+
+    def resume(self, seconds: dict[str, float], memory: dict[str, dict[str, Any]]) -> None:
+        """It goes on from what keeps these; of the record and all that is kept, the latest counts."""
+        latest = max(seconds, self._recorded, self.earlier, key=lambda found: found.get(self.TOTAL, 0.0))
+        self.earlier = self.earlier | seconds | latest
+        self.earlier_memory = peaks(self.earlier_memory, memory)
+
+    def seconds(self) -> dict[str, float]:
+        """Of all sittings until now."""
+        now = {name: stage.seconds for name, stage in self._meter.so_far().items()}
+        now[self.TOTAL] = time.perf_counter() - self._begun
+        return {name: self.earlier.get(name, 0.0) + now.get(name, 0.0) for name in {**self.earlier, **now}}
+
+    def memory(self) -> dict[str, dict[str, Any]]:
+        """Of the stages of all sittings until now."""
+        return peaks(self.earlier_memory, {name: stage.memory() for name, stage in self._meter.so_far().items()})
+
+
+def _recorded_seconds(held: Result) -> dict[str, float]:
+    found = {name: held.train_info.get(_seconds_key(name)) for name in held.memory}
+    found[Sittings.TOTAL] = held.run_info.get("total_seconds")
+    return {name: seconds for name, seconds in found.items() if seconds is not None}
+
+
+def peaks(one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The memory of stages in two sittings: the higher peaks; means and percentiles of the one with the higher peak."""
+
+    def height(memory: dict[str, Any]) -> tuple[float, float]:
+        return memory.get("allocated_peak") or 0, memory.get("rss_peak") or 0
+
+    found = one | other
+    for name in one.keys() & other.keys():
+        lower, higher = sorted((one[name], other[name]), key=height)
+        highest = {
+            key: max((said[key] for said in (lower, higher) if said.get(key) is not None), default=None)
+            for key in higher
+            if key.endswith("_peak")
+        }
+        found[name] = lower | higher | highest
+    return found
+
+
+def _seconds_key(stage: str) -> str:
+    """Where a record has a stage's seconds. Those of the training are the sum of its steps; its stage's are more."""
+    return "train_stage_seconds" if stage == "train" else f"{stage}_seconds"
+
+
+def log_step(lines: Any, observer: Observer, row: dict[str, Any]) -> None:
+    """A row of steps.jsonl, which ``lines`` is, on the disk and told to ``observer``."""
+    lines.write(record.line(row))
+    persistently(lines.flush)  # what was not written stays in its buffer
+    observer.step(row)
+
+
+def train_info(trained: loop.Trained) -> dict[str, Any]:
+    """What the training did, for the record."""
+    return {
+        "steps": trained.steps,
+        "epochs": trained.epochs,
+        "tokens": trained.tokens,
+        "padding_fraction": trained.padding_fraction,
+        "final_loss": trained.final_loss,
+        "best_loss": trained.best_loss,
+        "best_step": trained.best_step,
+        **trained.compilation,
+    }
+
+
+def train_cost(trained: loop.Trained) -> dict[str, Any]:
+    """What the training took, for the record; of steps taken together with other trials, where none's own stands."""
+    seconds = sum(trained.step_seconds)
+    cost = {
+        "train_seconds": seconds,
+        "tokens_per_second": trained.tokens / seconds if seconds else None,
+        **{f"step_seconds_p{p}": percentile(trained.steady_seconds, p) for p in (50, 95, 99)},
+    }
+    shared = {"lanes": max(trained.lanes, default=1), "share_seconds": trained.share_seconds}
+    return {"packed": shared | cost} if trained.packed else cost
+
+
+# ---- the record ------------------------------------------------------------------------------------
+
+
+def begin(trial: Trial, place: Path) -> Result:
+    """An empty folder but for the composed configuration, as Hydra writes it, and the record to be filled."""
+    for name in ("", ".hydra", "predictions", store.ADAPTER, store.MERGED, store.CHECKPOINTS):
+        make_way(place / name, folder=True)
+    place.mkdir(parents=True, exist_ok=True)
+    for name in (record.RESULT, record.STEPS, "generation.jsonl", "trial.log", *_words(trial)):
+        make_way(place / name)
+    for part in ("predictions", store.ADAPTER, store.MERGED):
+        for file in list((place / part).glob("*.*")):
+            make_way(file)
+    (place / record.RESULT).unlink(missing_ok=True)  # of a failed try
+    remove_partials(place, own=True)
+    if trial.config.force:
+        shutil.rmtree(place / store.CHECKPOINTS, ignore_errors=True)
+    for name, text in _words(trial).items():
+        record.write_text(place / name, text)
+    on_gpu = model.device(trial.config.device).type == "cuda"
+    about = record.environment(gpus=on_gpu)
+    return Result(run_info(trial, place), trial.choices, trial.tree, meta_info=about)
+
+
+def run_info(trial: Trial, place: Path) -> dict[str, Any]:
+    """What a record says of the run of a trial in the folder ``place``, as far as it is known at the beginning."""
+    return {
+        "trial": place.name,
+        "labels": [trial.label],
+        "study": trial.config.study,
+        "identity": trial.identity,
+        "identity_rule": identity.IDENTITY_RULE,
+        "training": trial.training,
+        "created_at": record.now(),
+        "host": record.host(),
+        **record.git(),
+        **({"experiment": trial.experiment} if trial.experiment else {}),
+    }
+
+
+def planned(trial: Trial, foreseen: dict[str, Any]) -> Result:
+    """A record of a trial that is only planned, with the sizes that are ``foreseen``; it is not written."""
+    known = run_info(trial, folder(trial)) | {"status": Status.planned.value, "error": None}
+    return Result(known, trial.choices, trial.tree, train_info=foreseen)
+
+
+def end(
+    result: Result,
+    place: Path,
+    meter: Meter,
+    start: float,
+    status: Status,
+    failure: dict[str, str] | None,
+    tracker: Tracker,
+    sittings: Sittings,
+) -> None:
+    """Complete the record, write it, and leave the folder as a trial that has ended leaves it."""
+    claims.check_claim(place.parent, result.run_info["identity"])
+    before = sittings.earlier
+    now = time.perf_counter() - start
+    result.run_info |= {"status": status.value, "error": failure, "sitting_seconds": now}
+    result.run_info["total_seconds"] = now + before.get(Sittings.TOTAL, 0.0)
+    result.train_info = (_so_far(place) if status is not Status.success else {}) | result.train_info
+    for name in dict.fromkeys([*meter.stages, *before]):
+        if name != Sittings.TOTAL:
+            seconds = meter.stages[name].seconds if name in meter.stages else 0.0
+            result.train_info[_seconds_key(name)] = seconds + before.get(name, 0.0)
+    now_held = {name: stage.memory() for name, stage in meter.stages.items()}
+    result.memory |= peaks(sittings.earlier_memory, now_held)
+    result.run_info["warnings"] = result.cautions()
+    for caution in result.run_info["warnings"]:
+        log.warning(caution)
+    result.write(place)
+    if status is Status.success:
+        shutil.rmtree(place / store.CHECKPOINTS, ignore_errors=True)
+        if result.config["adapter"]["save"] and result.train_info.get("reloads", True):
+            store.mark_trained(result)
+    scores = {name: _without_histograms(found) for name, found in result.eval_info.items()}
+    tracker.end(record.flat(record.plain({"train": result.train_info, "eval": scores})), status.value)
+
+
+def _without_histograms(facts: dict[str, Any]) -> dict[str, Any]:
+    """Their keys are answers, which are no names that a tracker takes."""
+    return {name: fact for name, fact in facts.items() if not name.endswith("histogram")}
+
+
+@contextmanager
+def logged(*files: Path) -> Iterator[None]:
+    """All logging and warnings of the block go to ``files``, and only there."""
+    for name in ("transformers", "huggingface_hub", "datasets"):  # each prints to stderr by a handler of its own
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
+    transformers.utils.logging.disable_progress_bar()
+    logging.captureWarnings(True)
+    own: list[logging.Handler] = [logging.FileHandler(file, mode="w", encoding="utf-8") for file in files]
+    for handler in own:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    handlers, level = root.handlers, root.level
+    root.handlers = own
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.handlers = handlers
+        root.setLevel(level)
+        logging.captureWarnings(False)
+        for handler in own:
+            handler.close()

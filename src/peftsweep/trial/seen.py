@@ -1,0 +1,130 @@
+"""Which test rows the adapter was trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from omegaconf import OmegaConf
+from transformers import PreTrainedTokenizerBase
+
+from peftsweep.config import build, evaluations
+from peftsweep.config.compose import Trial
+from peftsweep.config.evaluations import HARNESS
+from peftsweep.data import rows as data_rows
+from peftsweep.data import templates
+from peftsweep.data.rows import Rows
+from peftsweep.data.templates import Example
+from peftsweep.data.tokens import Tokens
+from peftsweep.errors import InputError
+from peftsweep.schema import DatasetConfig, OnMissing, TrainConfig
+from peftsweep.study import store
+from peftsweep.study.record import Result
+from peftsweep.training import length
+
+Written = tuple[str, str]  # a prompt and its answer
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What an adapter was trained on: the trial that says how rows become examples, its training rows and tokens."""
+
+    trial: Trial
+    rows: Sequence[data_rows.Row]
+    tokens: Sequence[Tokens]
+
+
+def seen(
+    trial: Trial,
+    rows: Rows,
+    tokens: Sequence[Tokens],
+    tests: dict[str, list[Example]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, int | None]:
+    """How many test rows of each evaluation were trained on, by prompt and answer; None where that is not known.
+
+    ``rows`` and ``tokens`` are the trial's own. Of a saved adapter (``adapter.path``) the rows count that its record
+    names, if they can still be read; of one without a record they are not known. Neither are the rows of
+    lm-evaluation-harness's tasks. A test row is known again in the evaluation's templates and in the dataset's.
+    """
+    config = trial.config
+    training: Training | None = Training(trial, rows.train, tokens)
+    if config.adapter.path is not None:
+        training = _of_adapter(trial, rows, tokens, tokenizer)
+    if training is None:
+        return dict.fromkeys(tests)
+    dataset = training.trial.config.dataset
+    asked = {name: _ways(test, _again(dataset, trial, name, rows)) for name, test in tests.items()}
+    known = _taken(training, {written for each in asked.values() for ways in each for written in ways}, tokenizer)
+    counts: dict[str, int | None] = {name: sum(bool(ways & known) for ways in each) for name, each in asked.items()}
+    harness = [name for name in tests if config.eval[name].get("_target_") == HARNESS]
+    return counts | dict.fromkeys(harness)
+
+
+def _ways(test: Sequence[Example], again: Sequence[Example | None]) -> list[set[Written]]:
+    """Prompt and answer of each test row, in all templates that it was put into."""
+    others = again if len(again) == len(test) else [None] * len(test)
+    return [{one.written for one in pair if one is not None} for pair in zip(test, others, strict=True)]
+
+
+def _again(dataset: DatasetConfig, trial: Trial, name: str, rows: Rows) -> list[Example | None]:
+    """The test rows in the dataset's own templates, if they have its columns."""
+    whole = dataclasses.replace(dataset, missing=OnMissing.drop)
+    try:
+        return list(templates.templates(whole).each(evaluations.test_rows(trial.config, name, rows)))
+    except InputError:
+        return []
+
+
+def _taken(training: Training, asked: set[Written], tokenizer: PreTrainedTokenizerBase) -> set[Written]:
+    """Those of the examples ``asked`` for that the training took; a short one leaves out some of its rows."""
+    config, tokens = training.trial.config, training.tokens
+    examples = templates.dataset_examples(config.dataset, training.rows)
+    found = [
+        (number, row, example.written)
+        for number, (row, example) in enumerate(zip(training.rows, examples, strict=True))
+        if example.written in asked
+    ]
+    taken = length.rows_taken(tokens, config.train, config.seed)
+    if len(tokens) == len(training.rows):
+        return {written for number, _, written in found if number in taken}
+    # Rows that are too long were left out, so that the numbers are no longer the same.
+    kept = {tuple(tokens[number].ids) for number in taken}
+    return {written for _, row, written in found if kept & _ids(training.trial, row, tokenizer)}
+
+
+def _ids(trial: Trial, row: data_rows.Row, tokenizer: PreTrainedTokenizerBase) -> set[tuple[int, ...]]:
+    try:
+        return {tuple(one.ids) for one in build.training_tokens(trial, tokenizer, [row])}
+    except InputError:  # it is too long
+        return set()
+
+
+def _of_adapter(
+    trial: Trial, rows: Rows, tokens: Sequence[Tokens], tokenizer: PreTrainedTokenizerBase
+) -> Training | None:
+    """What the record of a saved adapter says that it was trained on, if these rows can be had."""
+    held = store.result(store.adapter(str(trial.config.adapter.path)).parent)
+    trained_on = ((held.meta_info.get("rows_sha") or {}) if held else {}).get("train")
+    if held is None or trained_on is None:
+        return None
+    dataset, own = _section(DatasetConfig, held, "dataset"), _section(TrainConfig, held, "train")
+    config = dataclasses.replace(trial.config, dataset=dataset, train=own, seed=held.config["seed"])
+    made = dataclasses.replace(trial, config=config)
+    if rows.fingerprints["train"] != trained_on or dataset != trial.config.dataset:
+        try:
+            read = data_rows.load_rows(dataset, validation=own.eval_every is not None)
+        except InputError:
+            return None
+        if read.fingerprints["train"] != trained_on:
+            return None
+        rows, tokens = read, build.training_tokens(made, tokenizer, read.train)
+    return Training(made, rows.train, tokens)
+
+
+def _section(kind: Any, held: Result, name: str) -> Any:
+    """A section of a record's configuration; one of another version may have keys that are not known."""
+    fields = {field.name for field in dataclasses.fields(kind)}
+    said = {key: value for key, value in held.config[name].items() if key in fields}
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), said))

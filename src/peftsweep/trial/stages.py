@@ -1,0 +1,122 @@
+"""Stages of a trial after its evaluations: the adapter read back, the adapter merged."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from peftsweep.config import build
+from peftsweep.config.compose import Trial
+from peftsweep.config.identity import model_identity
+from peftsweep.data import batches, fingerprint
+from peftsweep.data import rows as data_rows
+from peftsweep.models import losses as models_losses
+from peftsweep.models import model, saved
+from peftsweep.schema import Dtype
+from peftsweep.study import record, store
+
+log = logging.getLogger(__name__)
+RELOAD_TOLERANCE = 1e-4  # of any token's loss, in nats: above rounding, far below what an evaluation sees
+MERGE_TOLERANCE = 1e-3  # of any token's loss: sums of merged weights round otherwise than those of two products
+# Of the mean token's, on a 16-bit base: sums in another order were seen to round by 0.013 (by 0.3 for one token).
+NARROW_TOLERANCE = 0.03
+
+
+# ---- its parts -------------------------------------------------------------------------------------
+
+
+def _sources(
+    trial: Trial, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: data_rows.Rows
+) -> dict[str, Any]:
+    """What the model, the tokenizer and the rows were: the hub's commits and dates, else hashes of the content."""
+    config = trial.config
+    model_sha, model_created = model.commit(base), None
+    if model_sha is None:
+        model_sha = fingerprint.of_values(model_identity(config.model))
+    else:
+        model_created = fingerprint.on_hub(config.model.name_or_path, "model", model_sha)[1]
+    dataset_sha, dataset_created = None, None
+    if config.dataset.hub and not config.dataset.path:
+        dataset_sha, dataset_created = fingerprint.on_hub(config.dataset.hub, "dataset", config.dataset.revision)
+    return {
+        "model_sha": model_sha,
+        "model_created_at": model_created,
+        "tokenizer_sha": fingerprint.tokenizer_hash(tokenizer),
+        "dataset_sha": dataset_sha or fingerprint.of_values(rows.fingerprints),
+        "dataset_created_at": dataset_created,
+        "rows_sha": rows.fingerprints,
+    }
+
+
+def _reload(
+    trial: Trial, place: Path, tokenizer: PreTrainedTokenizerBase, probe: batches.Batch, losses: torch.Tensor
+) -> dict[str, Any]:
+    """Load what was saved onto a fresh base: does it answer a batch as the trained model does?
+
+    Of a classifier's base what its checkpoint lacks is drawn from another seed, so that it must have been saved.
+    """
+    try:
+        other = dataclasses.replace(trial.config, seed=trial.config.seed + 1)
+        base = build.load_base(dataclasses.replace(trial, config=other), tokenizer, losses.device)
+        again = build.restore(trial, base, place / store.ADAPTER)
+        with torch.no_grad():
+            answered = models_losses.answer_losses(again, probe)
+    except Exception as error:  # whatever PEFT raises; the trial itself has succeeded
+        log.exception("the saved adapter cannot be loaded")
+        return {"reloads": False, "reload_error": record.one_line(error)}
+    same = _same(trial, answered, losses)
+    if not same:
+        log.warning("the saved adapter does not answer as the trained one does; no other trial will go on from it")
+    return {"reloads": same, "reload_difference": (answered - losses).abs().max().item()}
+
+
+def _merge(
+    trial: Trial, place: Path, tokenizer: PreTrainedTokenizerBase, probe: batches.Batch, losses: torch.Tensor
+) -> dict[str, Any]:
+    """Write the merged model and read it back: does it answer a batch as the base with its adapter does?
+
+    A quantised base is dequantised first, exactly. 8-bit layers also round what flows through them, so that the
+    merged model is held to the adapter on the dequantised base, and its difference from the trained one is told.
+    """
+    folder = place / store.MERGED
+    try:
+        adapted = saved.dequantised(build.load_base(trial, tokenizer, losses.device), place / store.ADAPTER)
+        with torch.no_grad():
+            expected = models_losses.answer_losses(adapted, probe) if _rounds(trial) else losses
+        written = saved.merge(adapted)
+        written.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        merged = saved.read(folder, written)
+        with torch.no_grad():
+            found = models_losses.answer_losses(merged, probe)
+    except saved.NotMergeable as error:
+        log.warning("adapter.merge=true: %s", error)
+        return {"merges": False, "merge_error": str(error)}
+    except Exception as error:  # whatever PEFT raises; the trial itself has succeeded
+        log.exception("the adapter cannot be merged")
+        shutil.rmtree(folder, ignore_errors=True)
+        return {"merges": False, "merge_error": record.one_line(error)}
+    merges = _same(trial, found, expected, MERGE_TOLERANCE)
+    if not merges:
+        log.warning("the merged model does not answer as the trained one does: %s is taken away", folder)
+        shutil.rmtree(folder, ignore_errors=True)
+    return {"merges": merges, "merge_difference": (found - losses).abs().max().item()}
+
+
+def _rounds(trial: Trial) -> bool:
+    """Whether the base's layers round their inputs, as 8-bit ones do."""
+    return bool(trial.config.quant.get("load_in_8bit"))
+
+
+def _same(trial: Trial, found: torch.Tensor, expected: torch.Tensor, exact: float = RELOAD_TOLERANCE) -> bool:
+    """Whether losses of answer tokens are equal but for rounding: by less than ``exact`` on a base of 32 bits."""
+    differences = (found - expected).abs()
+    if trial.config.model.dtype is Dtype.float32:
+        return differences.max().item() < exact
+    return differences.mean().item() < NARROW_TOLERANCE

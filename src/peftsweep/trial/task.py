@@ -1,0 +1,122 @@
+"""The task function: one trial from its configuration to its record.
+
+``run`` reads as the list of what happens.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+from peftsweep.config import build, experiment
+from peftsweep.config.compose import Trial
+from peftsweep.models import model
+from peftsweep.observe.display import Observer
+from peftsweep.observe.measure import Meter, current
+from peftsweep.observe.tracker import Tracker
+from peftsweep.study import claims, record, store
+from peftsweep.study.record import Result, Status
+from peftsweep.training import compiled
+from peftsweep.trial.done import _done, _lacks_answers_of_base, _lacks_profile, finished, folder
+from peftsweep.trial.outcome import Sittings, _so_far, begin, empty, end, failure_of, logged, status_of
+from peftsweep.trial.session import Session
+
+log = logging.getLogger(__name__)
+
+
+# ---- the trial -------------------------------------------------------------------------------------
+
+
+def run(trial: Trial, observer: Observer | None = None) -> Result:
+    """Train and evaluate ``trial``, unless its study already holds it; the record is written in any case.
+
+    Of a done trial that lacks the profile asked for, only that is made. A failure ends up in the
+    record, with its stage and traceback, and not as an exception.
+
+    Raises:
+        KeyboardInterrupt: the user interrupted it; it is recorded as cancelled.
+        study.Claimed: another process runs it.
+        Unwritable: its folder cannot be written.
+    """
+    if done := finished(trial):
+        return done
+    place = folder(trial)
+    with claims.claim(place.parent, trial.identity):
+        return finished(trial) or _run_claimed(trial, place, observer or Observer())
+
+
+def died(trial: Trial, status: Status, failure: dict[str, str], seconds: float) -> Result:
+    """Record a trial whose process could not: how it ended, and what it had logged until then."""
+    place = folder(trial)
+    with claims.claim(place.parent, trial.identity):
+        result = begin(trial, place)
+        result.train_info |= _so_far(place)
+        result.run_info |= {"status": status.value, "error": failure}
+        result.run_info |= {"sitting_seconds": seconds, "total_seconds": seconds}
+        result.write(place)
+    return result
+
+
+def _run_claimed(trial: Trial, place: Path, observer: Observer) -> Result:
+    start = time.perf_counter()
+    tracker = Tracker(observer)
+    meter = Meter(model.device(trial.config.device))
+    if (held := _done(trial)) and _lacks_profile(trial, held):
+        with logged(place / "profile.log"), current(meter.device):
+            session = Session(trial, held, meter, tracker)
+            session.profile(session.resume)
+        held.write(place)
+        return held
+    if held and _lacks_answers_of_base(trial, held):
+        with logged(place / "base.log"), current(meter.device):
+            Session(trial, held, meter, tracker).score_base_again()
+        held.write(place)
+        return held
+    sittings = Sittings(place, meter)
+    with meter.stage("setup"):  # and all that is between the stages
+        result = begin(trial, place)
+    with logged(place / "trial.log"):
+        if warning := experiment.unheeded(trial.experiment):
+            log.warning(warning)
+        if trial.config.tracker:
+            tracker.start(partial(build.tracker, trial, place), record.flat(result.config))
+        status, failure = Status.success, None
+        try:
+            with meter.stage("setup"), current(meter.device):
+                status = _run(Session(trial, result, meter, tracker, sittings))
+        except claims.Claimed:  # the other process writes the record
+            tracker.end({}, Status.cancelled.value)
+            raise
+        except BaseException as error:
+            status, failure = status_of(error), failure_of(error, meter.current, trial.config)
+            full = store.unwritable(error)  # the next trial would train for nothing
+            if full or not isinstance(error, Exception):
+                end(result, place, meter, start, status, failure, tracker, sittings)
+                if full:
+                    raise full from error
+                raise
+        end(result, place, meter, start, status, failure, tracker, sittings)
+    empty(meter.device)
+    return result
+
+
+def _run(session: Session) -> Status:
+    session.refuse()
+    session.load()
+    session.read()
+    if session.stop_at is not None:
+        session.adapt()
+        session.judge()
+        return Status.stopped
+    session.score_base()
+    with compiled.once() if session.config.profiler else nullcontext():
+        session.adapt()
+        session.save()
+        session.evaluate()
+        answers = session.keep()
+    session.let_go()  # two bases would not fit where one just does
+    session.compare(answers)
+    return Status.success

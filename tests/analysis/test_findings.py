@@ -1,0 +1,429 @@
+"""Sentences of a report say what the data carries, name what moved, and never contradict each other."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats as reference
+
+from peftsweep.analysis.statistics import comparisons, effects
+from peftsweep.analysis.text import report as text_report
+from peftsweep.analysis.text import words
+
+ROWS = 60
+ACCURACY = "eval_info.task.accuracy.value"
+FACTORS: dict[str, Sequence[Any]] = {
+    "choices.method": ("lora", "dora", "full"),
+    "choices.quant": ("none", "8bit", "4bit"),
+    "config.method.r": (4, 8, 16, 32, 64),
+    "config.train.learning_rate": (1e-4, 3e-4),
+}
+
+
+@dataclass
+class Study:
+    """A table of trials, and of each the answers to its test rows."""
+
+    table: pd.DataFrame
+    lines: dict[str, list[dict[str, Any]]]
+
+    def predictions(self, trial: str, _: str) -> list[dict[str, Any]]:
+        return self.lines[trial]
+
+    def report(self, folder: Path) -> str:
+        file, _ = text_report.write(folder, self.table, pd.DataFrame(), (), self.predictions)
+        return file.read_text()
+
+
+def study(
+    points: Sequence[dict[str, Any]], right: Sequence[np.ndarray[Any, Any]], **perplexities: Sequence[float]
+) -> Study:
+    """Trials of these settings, and which of their test rows are ``right``."""
+    rows, lines = [], {}
+    for n, (point, answers) in enumerate(zip(points, right, strict=True)):
+        value = float(answers.mean())
+        row = {
+            "run_info.trial": f"t{n}",
+            "run_info.status": "success",
+            "run_info.created_at": f"2026-01-01T00:{n // 60:02}:{n % 60:02}",
+            "choices.model": "tiny",
+            "choices.method": "lora",
+            "config.seed": 0,
+            "train_info.train_seconds": 10.0 + n,
+            "train_info.adapter_bytes": 1000 + n,
+            ACCURACY: value,
+            "eval_info.task.accuracy.stderr": math.sqrt(value * (1 - value) / (len(answers) - 1)),
+            "eval_info.task.accuracy.n": len(answers),
+        }
+        for name, values in perplexities.items():
+            row |= {f"eval_info.{name}.perplexity.value": values[n], f"eval_info.{name}.perplexity.stderr": 0.05}
+            row[f"eval_info.{name}.perplexity.n"] = len(answers)
+        rows.append(row | point)
+        lines[f"t{n}"] = [{"prompt": str(k), "answer": "", "correct": bool(hit)} for k, hit in enumerate(answers)]
+    return Study(pd.DataFrame(rows).convert_dtypes(), lines)
+
+
+def random_study(seed: int, most: int = 24) -> Study:
+    """At most so many configurations: some factors, of which some matter, cells that lack, 1 to 3 seeds."""
+    draw = np.random.default_rng(seed)
+    names = [name for name in FACTORS if draw.random() < 0.6] or ["config.method.r"]
+    levels = {name: list(FACTORS[name])[: int(draw.integers(2, len(FACTORS[name]) + 1))] for name in names}
+    cells = [dict(zip(levels, values, strict=True)) for values in itertools.product(*levels.values())]
+    kept = [cell for cell in cells if draw.random() < draw.choice([0.7, 1.0])][:most] or cells[:2]
+    strength = {name: draw.choice([0.0, 0.3, 1.0]) for name in names}
+    alpha = draw.random() < 0.3
+    hard, points, right = draw.normal(0, 1.5, ROWS), [], []
+    for cell in kept:
+        level = sum(strength[name] * levels[name].index(value) for name, value in cell.items())
+        for number in range(int(draw.integers(1, 4))):
+            answers = draw.random(ROWS) < 1 / (1 + np.exp(hard - level - draw.normal(0, 0.2)))
+            more = {"config.method.lora_alpha": 2 * cell.get("config.method.r", 8)} if alpha else {}
+            points.append(cell | more | {"config.seed": number})
+            right.append(answers)
+    perplexities = [float(6 - 3 * answers.mean() + draw.normal(0, 0.1)) for answers in right]
+    found = study(points, right, other=perplexities)
+    return Study(found.table.drop(columns=["train_info.train_seconds", "train_info.adapter_bytes"]), found.lines)
+
+
+# ---- what a report says ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That one thing is better or worse than another, or that no difference is shown."""
+
+    score: str
+    first: frozenset[str]  # what the configuration is called, part by part, or the level and the settings it is of
+    second: frozenset[str]
+    verdict: str  # of the first; "" where only p is given
+    p: str
+    text: str
+
+    @property
+    def key(self) -> tuple[str, frozenset[frozenset[str]]]:
+        return self.score, frozenset([self.first, self.second])
+
+    def from_smaller(self) -> str:
+        """The verdict, of that of the two which comes first in the alphabet."""
+        turned = sorted(map(sorted, (self.first, self.second)))[0] != sorted(self.first)
+        return {"better": "worse", "worse": "better"}.get(self.verdict, self.verdict) if turned else self.verdict
+
+
+SENTENCE = re.compile(
+    r"- (task accuracy|other perplexity)(?:, (on average over \d+ settings of the rest|with .+?))?: (.*)"
+)
+P = r"p ([=<] \d(?:\.\d+)?)"
+
+
+def claims(text: str) -> Iterator[Claim]:
+    """All that a report says of two configurations or levels."""
+    for line in text.partition("## Methodology")[0].splitlines():
+        found = SENTENCE.fullmatch(line)
+        if found and "no difference is put down" not in line:
+            yield from _of_factor(
+                found[1], frozenset((found[2] or "").removeprefix("with ").split(", ")), found[3], line
+            )
+    for score, ranking in re.findall(r"## Ranking by ([^\n]+)\n(.*?)\n## ", text, re.DOTALL):
+        yield from _of_ranking(score, ranking)
+
+
+def _of_factor(score: str, scope: frozenset[str], body: str, line: str) -> Iterator[Claim]:
+    lower = "lower is better" in body
+    assert lower == score.endswith("perplexity") or "is shown" in body
+
+    def claim(first: str, second: str, verdict: str, p: str) -> Claim:
+        return Claim(score, _thing(scope, first), _thing(scope, second), verdict, p, line)
+
+    if tie := re.match(rf"no difference between `(.+?)` and `(.+?)` is shown \(.*?, {P}\)", body):
+        yield claim(tie[1], tie[2], "tie", tie[3])
+    pair = re.match(rf"`(.+?)` (?:is|came out) (better|worse) than `(.+?)`, from (\S+) to (\S+) .*?, {P}", body)
+    if pair:
+        yield claim(pair[1], pair[3], pair[2], pair[6])
+        assert (float(pair[5]) < float(pair[4])) == (lower == (pair[2] == "better")) or pair[5] == pair[4]
+    if several := re.match(r"`(.+?)` (has the best figure|is held against)", body):
+        assert several[2] == "is held against" or "; better: " not in body
+        for verdict, those in re.findall(r"; (no difference from it is shown|worse|better): (.*?)(?=; (?:\D|$))", body):
+            for level, p in re.findall(rf"`(.+?)` \([^`]*?{P}[^`]*?\)", those):
+                yield claim(level, several[1], "tie" if verdict.startswith("no") else verdict, p)
+    if rank := re.match(r"rank (\d+)(.*)", body):
+        best = rank[1]
+        if smallest := re.match(rf" is the smallest that is not separable from the best, (\d+) \(.*?, {P}\)", rank[2]):
+            best = smallest[1]
+            yield claim(f"r={rank[1]}", f"r={best}", "tie", smallest[2])
+        for verdict, said in (("worse", "worse than the best"), ("tie", "no difference from the best is shown")):
+            for those in re.findall(rf"; {said}: ((?:\d+ \([^)]*\)(?:, )?)+)", rank[2]):
+                for level, p in re.findall(rf"(\d+) \([^)]*?{P}\)", those):
+                    yield claim(f"r={level}", f"r={best}", verdict, p)
+        if step := re.search(rf"From rank (\d+) to (\d+) it went .*?, {P}", rank[2]):
+            yield claim(f"r={step[2]}", f"r={step[1]}", "", step[3])
+
+
+def _thing(scope: frozenset[str], level: str) -> frozenset[str]:
+    return frozenset(filter(None, [*scope, level]))
+
+
+def _of_ranking(score: str, ranking: str) -> Iterator[Claim]:
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in ranking.splitlines() if line.startswith("|")]
+    first = rows[2]
+    for row in rows[3:]:
+        name, p, standing = row[1], row[5], row[6]
+        verdict = "tie" if standing in ("tie", "worse than another") else standing
+        text = " | ".join(row)
+        said = "< 0.001" if p == "<0.001" else f"= {float(p):.3f}" if p == "1" else f"= {p}"
+        yield Claim(score, frozenset(name.split(", ")), frozenset(first[1].split(", ")), verdict, said, text)
+        assert (row[0] == first[0]) == (standing == "tie"), text
+
+
+def check(text: str) -> int:
+    """No two things that a report says disagree, and each agrees with its p-value; gives how many were compared."""
+    known: dict[Any, Claim] = {}
+    compared = 0
+    methods = {part for claim in claims(text) for part in claim.first if part in FACTORS["choices.method"]}
+    for claim in claims(text):
+        value = float(claim.p.removeprefix("< ").removeprefix("= "))
+        certain = claim.p.startswith("<") or value < 0.05
+        assert claim.verdict == "" or certain == (claim.verdict in ("better", "worse")), claim.text
+        method = methods if len(methods) == 1 else set()  # in a ranking's names also where it is no factor
+        key = claim.score, frozenset(frozenset(thing - method) for thing in (claim.first, claim.second))
+        before = known.setdefault(key, claim)
+        compared += before is not claim
+        assert before.p == claim.p, (before.text, claim.text)
+        if before.verdict and claim.verdict:
+            assert before.from_smaller() == claim.from_smaller(), (before.text, claim.text)
+    return compared
+
+
+def consistent(numbers: Sequence[int], folder: Path, most: int) -> None:
+    """Whether the reports of these random studies contradict themselves."""
+    compared = 0
+    for number in numbers:
+        text = random_study(number, most).report(folder)
+        try:
+            compared += check(text)
+        except AssertionError:
+            print(number, text)
+            raise
+    assert compared > 3 * len(numbers)  # else the sentences are not read any more
+
+
+def test_no_two_sentences_of_a_report_disagree(tmp_path: Path) -> None:
+    consistent(range(12), tmp_path, most=8)
+
+
+@pytest.mark.slow
+def test_no_two_sentences_of_500_reports_disagree(tmp_path: Path) -> None:
+    consistent(range(500), tmp_path, most=24)
+
+
+# ---- one family, one verdict -----------------------------------------------------------------------
+
+
+def holm(p: dict[Any, float]) -> dict[Any, float]:
+    """Holm (1979), by its definition."""
+    found, largest = {}, 0.0
+    for n, key in enumerate(sorted(p, key=lambda key: p[key])):
+        largest = max(largest, min(1.0, (len(p) - n) * p[key]))
+        found[key] = largest
+    return found
+
+
+def test_each_pair_is_adjusted_among_all_pairs_wherever_it_is_told(tmp_path: Path) -> None:
+    right = [np.arange(400) < count for count in (100, 180, 260, 340, 352)]
+    right[3] = right[3] | (np.arange(400) >= 397)  # 3 rows that the best lacks, against 13
+    right[4] = right[4] | (np.arange(400) == 396)
+    one = study([{"config.method.r": 4 << n} for n in range(5)], right)
+    raw = {}
+    for a, b in itertools.combinations(range(5), 2):
+        gained, lost = int((right[a] & ~right[b]).sum()), int((right[b] & ~right[a]).sum())
+        raw[a, b] = reference.binomtest(gained, gained + lost).pvalue
+    expected = holm(raw)
+    found = comparisons.compare(one.table, ACCURACY, one.predictions)
+    for other in range(4):
+        assert found.loc[other, "p_adjusted"] == pytest.approx(expected[other, 4])
+    assert expected[3, 4] < 0.05 < 7 * raw[3, 4]  # which seven steps of a family of ten would have called a tie
+    known = effects.effects(one.table, ACCURACY, one.predictions).set_index("level")
+    assert known["p_adjusted"].to_dict() == pytest.approx({str(4 << n): expected[n, 4] for n in range(4)})
+    text = one.report(tmp_path)
+    p = words.p(expected[3, 4])
+    assert f"| {p} | worse" in re.sub(" +", " ", text)
+    assert text.count(f"p = {p}") == 5  # the best and the next; rank by rank and the last step, in summary and section
+
+
+def test_a_p_value_is_told_on_its_side_of_the_limit() -> None:
+    assert [words.p(p) for p in (0.0004, 0.0496, 0.04999, 0.0504, 0.3, 1.0)] == [
+        *("<0.001", "0.0496", "0.04999", "0.0504", "0.300", "1"),
+    ]
+
+
+def test_a_difference_of_nothing_has_no_sign() -> None:
+    assert words.difference({"difference": -0.0, "low": -0.0, "high": 0.0, "scale": "difference"}).count("−") == 0
+
+
+def test_a_level_that_is_better_than_the_one_it_is_held_against_is_called_so(tmp_path: Path) -> None:
+    hit = [np.arange(ROWS) < n for n in (55, 20, 50)]
+    one = study([{"choices.quant": quant} for quant in ("none", "4bit", "8bit")], hit)
+    plan = effects.design(one.table)
+    found = effects.effects(one.table, ACCURACY, one.predictions, {"choices.quant": "4bit"}, plan)
+    assert found.set_index("level")["verdict"].to_dict() == {"8bit": "better", "none": "better"}
+    assert check(one.report(tmp_path)) > 0
+
+
+# ---- what moved with it ----------------------------------------------------------------------------
+
+
+def right(*shares: float) -> list[np.ndarray[Any, Any]]:
+    return [np.arange(ROWS) < round(share * ROWS) for share in shares]
+
+
+def sentences(text: str, *names: str) -> list[str]:
+    """The sentences that name all of these levels or ranks."""
+    return [line for line in text.splitlines() if line.startswith("- ") and all(name in line for name in names)]
+
+
+def test_a_batch_size_that_moved_with_the_method_is_named_with_it(tmp_path: Path) -> None:
+    batch, rate = "config.train.batch_size", "config.train.learning_rate"
+    points = [{"choices.method": "full", batch: 8, rate: 1e-5}, {"choices.method": "lora", batch: 32, rate: 2e-4}]
+    said = sentences(study(points, right(0.5, 0.9)).report(tmp_path), "`full`", "`lora`")
+    assert len(said) == 3
+    assert all("batch_size" in line and "lr" in line and "8" in line and "32" in line for line in said)
+
+
+def test_a_rate_that_falls_with_the_rank_is_named_with_it(tmp_path: Path) -> None:
+    points = [{"config.method.r": r, "config.train.learning_rate": 0.01 / r} for r in (8, 16, 32)]
+    text = study(points, right(0.3, 0.6, 0.9)).report(tmp_path)
+    said = sentences(text, "rank 32")
+    assert len(said) == 2
+    assert all("with the rank (8, 16, 32) moved lr (0.00125, 0.000625, 0.0003125)" in line for line in said)
+    assert "Not in these names, but not the same in all: lr (0.0003125, 0.000625, 0.00125)." in text
+
+
+def test_named_points_that_differ_in_four_settings_are_no_comparison_of_ranks(tmp_path: Path) -> None:
+    keys = ("config.method.r", "config.train.learning_rate", "config.train.batch_size", "config.train.steps")
+    points = [
+        {"choices.point": f"mine/p{n}", "config.label": f"p{n}"} | dict.fromkeys(keys, (n + 1) * 8) for n in range(3)
+    ]
+    other = [points[0] | {"choices.method": "dora", "config.label": "other", "config.method.r": 128}]
+    text = study([*points, *other], right(0.3, 0.6, 0.9, 0.5)).report(tmp_path)
+    assert "only the rank differs" not in text
+    ranks = sentences(text, "rank 24")
+    assert ranks
+    assert all(f"{name} (8, 16, 24)" in line for line in ranks for name in ("lr", "batch_size", "steps"))
+    many = [
+        {"config.label": f"p{n}", "config.method.r": 8 << n} | {f"config.train.k{k}": n for k in range(9)}
+        for n in (0, 1)
+    ]
+    (said,) = set(sentences(study(many, right(0.3, 0.9)).report(tmp_path), "`r=8`", "`r=16`"))
+    assert "also differ in 9 other settings" in said
+    assert "no difference is put down to the rank" in said
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("choices.quant", ("none", "4bit")),
+        ("config.model.dtype", ("float32", "bfloat16")),
+        ("config.dataset.samples", (100, 1000)),
+        ("config.train.optimizer_kwargs.betas", ("[0.9, 0.99]", "[0.9, 0.95]")),
+        ("config.method.r", (16, 8)),
+        ("config.seed", (0, 1)),
+        ("config.targets.roles", ('["q"]', '["q", "v"]')),
+    ],
+)
+def test_whatever_moves_with_the_method_is_named_with_it(key: str, values: tuple[Any, Any], tmp_path: Path) -> None:
+    points = [{"choices.method": method, key: value} for method, value in zip(("lora", "dora"), values, strict=True)]
+    said = sentences(study(points, right(0.5, 0.9)).report(tmp_path), "`lora`", "than `dora`")
+    said += sentences(study(points, right(0.5, 0.9)).report(tmp_path), "`dora` is best")
+    assert len(said) >= 2
+    name = {"config.method.r": "r ("}.get(key, key.rpartition(".")[2])
+    assert all(name in line for line in said)
+
+
+def test_what_an_option_consists_of_did_not_move(tmp_path: Path) -> None:
+    points = [
+        {"choices.method": "lora", "config.method._target_": "peft.LoraConfig", "config.method.use_dora": False},
+        {"choices.method": "ia3", "config.method._target_": "peft.IA3Config", "config.method.init_ia3_weights": True},
+    ]
+    text = study(points, right(0.5, 0.9)).report(tmp_path)
+    assert "moved" not in text
+    assert "also differ" not in text
+
+
+def test_another_machine_is_named_where_times_are_compared(tmp_path: Path) -> None:
+    gpus, quants = ('["H100"]', '["A100"]'), ("none", "4bit")
+    points = [
+        {
+            "choices.quant": quant,
+            "config.seed": seed,
+            "meta_info.torch.gpus": gpu,
+            "train_info.train_seconds": time + seed,
+        }
+        for quant, gpu, time in zip(quants, gpus, (100.0, 300.0), strict=True)
+        for seed in range(3)
+    ]
+    (said,) = sentences(study(points, right(0.5, 0.5, 0.5, 0.5, 0.5, 0.5)).report(tmp_path), "training time", "takes")
+    assert "gpus (" in said
+
+
+# ---- tables and sentences of levels ----------------------------------------------------------------
+
+
+def test_a_level_is_divided_by_the_settings_that_it_shares_and_says_how_many(tmp_path: Path) -> None:
+    cells = {("none", 8): 1000, ("none", 16): 2000, ("none", 32): 4000, ("4bit", 8): 1200, ("4bit", 16): 2500}
+    points = [{"choices.quant": quant, "config.method.r": r} for quant, r in cells]
+    text = study(points, right(*[0.5] * 5), other=list(map(float, cells.values()))).report(tmp_path)
+    section = text.split("## Quantisation")[1].split("\n## ")[0]
+    row = next(line for line in section.splitlines() if line.startswith("| 4bit"))
+    paired = math.sqrt(1200 * 2500)  # over the two ranks that both have; ratios have geometric means
+    assert f"{paired:,.4g}" in row
+    change = paired / math.sqrt(1000 * 2000) - 1
+    assert f"+{change:.1%}" in row
+    assert "(2 settings)" in row
+    (said, *_) = sentences(text, "other perplexity", "`4bit`", "`unquantised`", "2 settings")
+    assert "lower is better" in said or "no difference" in said
+
+
+def test_a_finding_of_three_levels_names_all_three_with_their_figures(tmp_path: Path) -> None:
+    points = [{"choices.quant": quant} for quant in ("none", "8bit", "4bit")]
+    text = study(points, right(0.9, 0.85, 0.2)).report(tmp_path)
+    said = [line for line in text.splitlines() if line.startswith("- task accuracy: `")]
+    assert len(said) == 2
+    for line in said:
+        assert re.search(
+            r"`unquantised` has the best figure, 0\.900; no difference from it is shown: `8bit` \(0\.850, ", line
+        )
+        assert "; worse: `4bit` (0.200, " in line
+
+
+def test_a_step_of_ranks_says_from_what_to_what_and_what_is_better(tmp_path: Path) -> None:
+    points = [{"config.method.r": r} for r in (8, 16, 32)]
+    text = study(points, right(0.5, 0.5, 0.5), other=[3.0, 6.0, 38.22]).report(tmp_path)
+    (said, *_) = [line for line in text.splitlines() if line.startswith("- other perplexity: rank")]
+    assert (
+        "rank 8, the smallest tried, has the best figure; worse than the best: 16 (6.000, p < 0.001), 32 (38.22, "
+        in said
+    )
+    assert "From rank 16 to 32 it went from 6.000 to 38.22 (+537% [" in said
+    assert "lower is better" in said
+    assert "plus being" not in text
+
+
+@pytest.mark.parametrize(("bound", "advised"), [(0.05, False), (0.3, True), (0.0, False)])
+def test_speed_goes_before_quality_only_within_a_bound_that_is_told(
+    bound: float, advised: bool, tmp_path: Path
+) -> None:
+    points = [{"config.method.r": r, "train_info.train_seconds": time} for r, time in ((8, 10.0), (16, 100.0))]
+    hit = [np.arange(400) < n for n in (300, 380)]
+    one = study(points, hit)
+    file, _ = text_report.write(tmp_path, one.table, pd.DataFrame(), (), one.predictions, quality_loss=bound)
+    text = file.read_text()
+    assert ("speed before quality" in text) == advised
+    assert not advised or "a loss of at most 0.285 is accepted, 30% of the best" in text

@@ -1,0 +1,120 @@
+"""Figures of made-up tables: which are drawn, and that nothing breaks them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from peftsweep.analysis.figures import axes, plot
+from peftsweep.analysis.statistics import trials
+from tests import tables
+
+METHODS, QUANTS = ["lora", "dora", "ia3"], ["none", "4bit"]
+
+
+def names(table: pd.DataFrame) -> set[str]:
+    """The names of the figures of ``table``."""
+    return {name for name, _ in plot.figures(table, tables.steps(table))}
+
+
+def texts(name: str, table: pd.DataFrame) -> str:
+    """All that is written in a figure."""
+    from matplotlib.text import Text
+
+    figure: Any = dict(plot.figures(table, tables.steps(table)))[name]
+    return "\n".join(text.get_text() for text in figure.findobj(Text))
+
+
+def test_what_was_varied_chooses_the_figures() -> None:
+    of_all = {"training_time", "adapter_size", "parameters", "memory_stages", "memory_predicted"}
+    of_all |= {"learning_curves", "frontier_task"}
+    assert names(tables.trials({"config.method.r": [8, 16, 32]})) == of_all | {"rank_task"}
+    assert names(tables.trials({"choices.targets": ["q", "qv", "mlp"]})) == of_all | {"modules_task"}
+    both = tables.trials({"choices.method": METHODS, "choices.quant": QUANTS}, generated=True)
+    assert names(both) == of_all | {"quantisation_task", "heatmap_task", "latency"}
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        tables.trials({}),
+        tables.trials({}, statuses={0: "failed"}),
+        tables.trials({"choices.method": METHODS}, statuses=dict.fromkeys(range(3), "oom")),
+    ],
+    ids=["one trial", "one failed", "all out of memory"],
+)
+def test_a_study_with_nothing_to_compare_has_fewer_figures(table: pd.DataFrame) -> None:
+    assert names(table) <= {"memory_stages", "learning_curves"}
+
+
+def test_a_study_without_a_score_still_shows_what_it_cost() -> None:
+    found = names(tables.trials({"config.method.r": [8, 16, 32]}, evaluations=[]))
+    assert "training_time" in found
+    assert not any(name.startswith(("rank_", "frontier_")) for name in found)
+
+
+def test_what_did_not_succeed_is_marked_by_its_word() -> None:
+    factors = {"choices.method": METHODS, "choices.quant": QUANTS}
+    table = tables.trials(factors, statuses={0: "oom", 3: "refused", 4: "failed"})
+    heat = texts("heatmap_task", table)
+    assert {"oom", "refused", "failed"} <= set(heat.splitlines())
+    assert "1 failed, 1 oom, 1 refused" in heat
+    assert "1 oom" in texts("training_time", table)
+    assert "\N{MULTIPLICATION SIGN} refused" in texts("quantisation_task", table)
+
+
+def test_series_differ_in_more_than_colour_and_look_the_same_in_every_figure() -> None:
+    assert axes._styles(METHODS, ["ia3", "dora", "lora"]) == axes._styles(METHODS)
+    many = [str(n) for n in range(20)]
+    for key in ("color", "marker", "linestyle"):
+        assert len({str(look[key]) for look in axes._styles(many).values()}) == axes.SERIES
+    assert set(axes._styles(many, many[::-1])) == set(many[-axes.SERIES :])  # the best are told apart
+
+
+def test_any_label_can_be_written_and_old_figures_go() -> None:
+    from PIL import Image
+
+    folder = Path("plots")
+    folder.mkdir()
+    for file in ("rank_old.png", "mine.png"):
+        (folder / file).write_bytes(b"")
+    table = tables.trials({"choices.method": ["<b>$x_1$</b>\n\\alpha", "метод", "方法", "x" * 300]})
+    written = plot.study(table, tables.steps(table), folder)
+    assert {file.name for file in folder.iterdir()} == {file.name for file in written} | {"mine.png"}
+    with Image.open(folder / "frontier_task.png") as image:
+        assert image.info["dpi"] == pytest.approx((300, 300), abs=0.5)
+
+
+def test_no_name_of_an_evaluation_leads_out_of_the_folder(tmp_path: Path) -> None:
+    table = tables.trials({"config.method.r": [8, 16]}, evaluations=["../../out", "a/b"])
+    written = plot.study(table, tables.steps(table), tmp_path / "study" / "plots")
+    assert {file.parent for file in written} == {tmp_path / "study" / "plots"}
+    assert [file.name for file in tmp_path.iterdir()] == ["study"]
+    assert "rank_a-b.png" in {file.name for file in written}
+
+
+def test_svg_is_written_when_asked() -> None:
+    table = tables.trials({"choices.quant": QUANTS}, evaluations=[])
+    written = plot.study(table, tables.steps(table), Path("plots"), "svg")
+    assert {file.suffix for file in written} == {".svg"}
+    assert written[0].read_text(encoding="utf-8").startswith("<?xml")
+
+
+def test_models_and_datasets_are_never_in_one_figure() -> None:
+    table = tables.trials({"choices.model": ["small", "large"], "config.method.r": [8, 16]})
+    names = [name for name, _ in plot.figures(table, tables.steps(table))]
+    assert {"rank_task__small-on-dataset", "rank_task__large-on-dataset"} <= set(names)
+    assert all(name.endswith(("__small-on-dataset", "__large-on-dataset")) for name in names)
+
+
+def test_a_pack_s_memory_is_no_trial_s_stage() -> None:
+    table = tables.trials({"config.method.r": [8, 16]})
+    table["memory.packed_train.allocated_peak"] = 9_000_000_000
+    table["run_info.packed_with"] = ["[]", '["trial-0"]']
+    (part,) = trials.tasks(table).values()
+    assert part["memory.train.allocated_peak"].isna().tolist() == [False, True]
+    assert part["train_info.train_seconds"].isna().tolist() == [False, True]
+    assert part["memory.predicted.peak_bytes"].notna().all()

@@ -1,0 +1,283 @@
+"""Composition, validation and identity."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+import pytest
+from hydra._internal.callbacks import Callbacks
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException
+from hydra.types import HydraContext, RunMode
+from omegaconf import open_dict
+
+from hydra_plugins.peftsweep_launcher import LocalLauncher
+from peftsweep import InputError, cli
+from peftsweep.config.calls import check_call
+from peftsweep.config.compose import Trial
+from peftsweep.config.fill import conf_dir, register
+from peftsweep.forecast import forecast
+from tests import schemas
+
+Compose = Callable[..., Trial]
+Command = Callable[..., tuple[int, str, str]]
+
+CONF = Path(conf_dir())
+GROUPS = ("model", "method", "targets", "quant", "dataset", "eval", "train", "profiler")
+NEEDS = {  # what an option leaves to the user
+    "model=causal_lm": ["model.name_or_path=tiny"],
+    "model=encoder": ["model.name_or_path=tiny", "dataset=tiny_direction"],
+    **{
+        f"model={m}": ["model.init=random", "dataset=tiny_direction"]
+        for m in ("bert_base", "distilbert", "roberta_base")
+    },
+    "method=loftq": ["quant=4bit"],
+    "eval=classification": ["dataset=tiny_direction"],
+    "eval=sst2": ["dataset=tiny_direction"],
+    "eval=tiny_direction": ["dataset=tiny_direction"],
+    "dataset=file": ["dataset.path=questions.jsonl", 'dataset.prompt="{question}"', 'dataset.answer="{answer}"'],
+    **{f"dataset={name}": [f"dataset.path={name}.jsonl"] for name in schemas.SCHEMAS},
+    "dataset=metamath": ["dataset.path=metamath.jsonl", "dataset.test_path=gsm8k.jsonl"],
+    "eval=gsm8k": ["eval.gsm8k.path=questions.jsonl"],
+    "eval=lm_eval": ["eval.lm_eval.tasks=[piqa]"],
+    "eval=forgetting": ["eval.forgetting.path=text.jsonl"],
+    "eval=substring": ["eval.substring.path=questions.jsonl", 'eval.substring.prompt="{question}"'],
+}
+OPTIONS = [f"{group}={file.stem}" for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_yaml_composes_validates_and_attaches(option: str, compose: Compose, questions: Path) -> None:
+    for name in schemas.SCHEMAS:
+        schemas.write(name, Path())
+    one = compose(option, *NEEDS.get(option, []))
+    foreseen = forecast.check(one)
+    assert (foreseen.trainable_parameters or 0) > 0 or (option == "method=xlora" and foreseen.refused)
+    assert one.choices[option.partition("=")[0]] in (option.partition("=")[2], f"['{option.partition('=')[2]}']")
+
+
+BAD = {
+    "an unknown option": (["quant=4bits"], "quant=4bits: no such option; did you mean '4bit'?"),
+    "a misspelt key": (["trian.steps=3"], "trian: no such key; did you mean 'train'?"),
+    "a misspelt method key": (
+        ["method.lora_alfa=3"],
+        "method.lora_alfa: method=lora (peft.LoraConfig) has no such option; did you",
+    ),
+    "an added key PEFT lacks": (["+method.rank=3"], "method.rank: method=lora (peft.LoraConfig) has no such option"),
+    "a word for a number": (["method.r=abc"], "method.r=abc: must be int"),
+    "a fraction for an integer": (["method.r=8.5"], "method.r=8.5: must be int"),
+    "a word for a schema's number": (["train.steps=many"], "train.steps=many: must be int"),
+    "rank zero": (["method.r=0"], "method.r=0: must be at least 1"),
+    "a rate that is no number": (["train.learning_rate=nan"], "train.learning_rate=nan: must be a finite number"),
+    "an infinite clip": (["train.clip=inf"], "train.clip=inf: must be a finite number"),
+    "an infinite option": (["method.lora_alpha=inf"], "method.lora_alpha=inf: must be"),
+    "a rate beyond 32 bits": (["train.learning_rate=1e300"], "must be at least 0 and at most 3.4e+38"),
+    "a rank beyond 32 bits": (["method.r=18446744073709551616"], "must be at least 1 and at most 2147483647"),
+    "a seed below zero": (["seed=-1"], "seed=-1: must be at least 0 and at most 4294967295"),
+    "all rows trained": (["dataset.train_fraction=1"], "must be above 0 and below 1"),
+    "no rows judged": (["eval.tiny_math.samples=0"], "eval.tiny_math.samples=0: must be at least 1"),
+    "no row at once": (["eval.tiny_math.batch_size=-4"], "eval.tiny_math.batch_size=-4: must be at least 1"),
+    "nothing timed": (["inference=standard", "inference.runs=0"], "inference.runs=0: must be at least 1"),
+    "a batch of none": (["inference=standard", "inference.batch_sizes=[1,0]"], "inference.batch_sizes.1=0: must be"),
+    "nothing profiled": (["profiler=torch", "profiler.active=0"], "profiler.active=0: must be at least 1"),
+    "another library's word for a rate": (["train.lr=1e-3"], "train.lr: no such key; did you mean 'learning_rate'?"),
+    "another word for the batch": (["train.bs=4"], "train.bs: no such key; did you mean 'batch_size'?"),
+    "two letters swapped": (["method=lroa"], "method=lroa: no such option; did you mean 'lora'?"),
+    "an added key that nobody reads": (
+        ["+train.learning_rte=1e-3"],
+        "train.learning_rte: no such key; did you mean 'learning_rate'?",
+    ),
+    "an added section": (["+trian.steps=3"], "trian: no such key; did you mean 'train'?"),
+    "a choice PEFT lacks": (["method.bias=some"], "method.bias=some: must be"),
+    "a role the model lacks": (["targets.roles=[q,z]"], "the model has no 'z'; it has: q, k, v, o, mlp"),
+    "a module the model lacks": (["targets.modules=[q_prj]"], "the model has no module 'q_prj'; it has: q_proj"),
+    "a method's module": (["method.target_modules=[q_prj]"], "method.target_modules: the model has no module 'q_prj'"),
+    "targets of full fine-tuning": (["method=full", "targets=qv"], "targets: full fine-tuning trains every module"),
+    "a missing file": (["dataset=file", "dataset.path=no.jsonl"], "dataset.answer: must be given"),
+    "a missing data file": (["dataset.path=no.jsonl"], "dataset.path=no.jsonl: no such file"),
+    "an unknown format": (["dataset.path=rows.xml"], "unknown format '.xml'; allowed: .json .jsonl"),
+    "an unknown dtype": (["model.dtype=float8"], "model.dtype=float8: must be one of auto, float32, bfloat16, float16"),
+    "an unknown 4-bit type": (["quant=4bit", "quant.bnb_4bit_quant_type=nf5"], "must be one of nf4, fp4"),
+    "an unknown optimizer": (["train.optimizer=AdamX"], "train.optimizer=AdamX: no such optimizer"),
+    "an unreadable interval": (["train.eval_every=often"], "a number of steps (100) or epochs (0.5epochs)"),
+    "a backend torch lacks": (["train.compile=indctor"], "no such backend; did you mean 'inductor'?"),
+    "keep_best without validation": (["train.keep_best=true"], "needs train.eval_every"),
+    "a best metric of nothing": (["train.best_metric=gsm8k.f1"], "must be loss or <eval>.<metric> of tiny_math"),
+    "a missing model": (["model=causal_lm"], "model.name_or_path: must be given"),
+    "a classifier without classes": (["model.task=seq_cls"], "dataset.classes: model.task=seq_cls needs the names"),
+    "text of a classifier": (
+        ["model.task=seq_cls", "dataset=tiny_direction", "eval=[perplexity]"],
+        "eval.perplexity: a classifier (model.task=seq_cls) writes no text",
+    ),
+    "classes of nothing": (["eval=[classification]"], "eval.classification.classes: must name at least two"),
+    "an answer that is no class": (
+        ["dataset=tiny_direction", "dataset.classes=[up,more]"],
+        "is 'less', which is no class",
+    ),
+    "a wrong option beside a sweep": (["method=lara", "seed=0,1"], "method=lara: no such option; did you mean 'lora'?"),
+    "a missing model folder": (["model=causal_lm", "model.name_or_path=./no"], "model.name_or_path=./no: no such"),
+    "a device that is not there": (["device=cuda:99"], "device=cuda:99:"),
+    "an impossible dropout": (["method.lora_dropout=2"], "method.lora_dropout=2: must be at least 0 and below 1"),
+    "a class PEFT lacks": (["method._target_=peft.LoraConfg"], "peft.LoraConfg: no such class"),
+    "a study outside": (["study=a/b"], "study=a/b: must be a plain name"),
+    "one bad point of a sweep": (["method.r=4,8,0", "-m"], "method.r=0: must be at least 1"),
+    "one bad type in a sweep": (["-m", "train.steps=4,8,abc"], "train.steps=abc: must be int"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_with_exit_code_2_and_trains_nothing(case: str, command: Command) -> None:
+    words, expected = BAD[case]
+    Path("rows.xml").touch()
+    code, out, err = command(*words)
+    assert code == 2
+    assert expected in err
+    assert err.startswith("peftsweep: ")
+    assert err.count("\n") == 1
+    assert out == ""
+    assert not list(Path("multirun").glob("*/*/result.json"))
+
+
+@pytest.mark.parametrize("word", ["no", "off", "never", "false", "null"])
+def test_an_interval_may_be_switched_off_in_words(word: str, compose: Compose) -> None:
+    one = compose(f"train.eval_every={word}", f"train.checkpoint_every={word}")
+    assert (one.config.train.eval_every, one.config.train.checkpoint_every) == (None, None)
+
+
+def test_the_identity_ignores_where_and_how_a_trial_runs(compose: Compose) -> None:
+    base = compose()
+    same = ["study=other", "label=mine", "device=cpu", "quiet=true", "train.learning_rate=1e-4"]
+    assert compose(*same, "train.learning_rate_scale=10").identity == base.identity
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["seed=1"],
+        ["method.r=16"],
+        ["quant=4bit"],
+        ["targets=qv"],
+        ["train.steps=7"],
+        ["dataset.samples=9"],
+        ["model.dtype=bfloat16"],
+        ["train.learning_rate=1e-3"],
+    ],
+)
+def test_what_changes_the_numbers_changes_the_identity_and_the_training(words: list[str], compose: Compose) -> None:
+    base, other = compose(), compose(*words)
+    assert (other.identity != base.identity, other.training != base.training) == (True, True)
+
+
+def test_evaluations_change_the_identity_but_not_the_training(compose: Compose) -> None:
+    base, other = compose(), compose("eval=[perplexity]")
+    assert (other.identity != base.identity, other.training != base.training) == (True, False)
+
+
+def test_a_data_file_counts_by_its_content(compose: Compose, questions: Path) -> None:
+    words = ["dataset=file", 'dataset.prompt="{question}"', 'dataset.answer="{answer}"']
+    copy = Path("copy.jsonl")
+    copy.write_text(questions.read_text())
+    first = compose(*words, "dataset.path=questions.jsonl").identity
+    assert compose(*words, "dataset.path=copy.jsonl").identity == first
+    copy.write_text(questions.read_text().replace("What is 3", "What was 3"))
+    assert compose(*words, "dataset.path=copy.jsonl").identity != first
+
+
+def test_a_local_model_counts_by_its_files(compose: Compose) -> None:
+    named = compose("model=tiny").identity
+    folder = next(iter(Path(cli.__file__).parent.glob("tiny/weights")))
+    assert compose(f"model.name_or_path={folder}").identity == named
+
+
+def test_a_missing_column_names_the_row_of_the_file(compose: Compose) -> None:
+    rows = [{"q": "1", "a": "1"}, {"q": "2", "b": "2"}, *({"q": "3", "a": "3"} for _ in range(20))]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=r"row 2 of rows.jsonl has no column 'a'; there are: q, b"):
+        compose("dataset=file", "dataset.path=rows.jsonl", 'dataset.prompt="{q}"', 'dataset.answer="{a}"')
+
+
+def test_a_call_is_checked_against_its_annotations() -> None:
+    check_call({"_target_": "peft.LoraConfig", "r": 4, "target_modules": ["q_proj"]}, "method")
+    check_call({"_target_": "peft.LoraConfig", "lora_dropout": 0, "use_dora": False}, "method")
+    for option, value in {"r": True, "use_dora": "yes", "target_modules": 3, "lora_dropout": "much"}.items():
+        with pytest.raises(InputError, match=f"method.{option}="):
+            check_call({"_target_": "peft.LoraConfig", option: value}, "method")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["-sc", "query=bash"]])
+def test_help_and_completion_never_import_torch(words: list[str]) -> None:
+    probe = (
+        "import sys; from peftsweep import cli\n"
+        f"sys.argv = ['peftsweep'] + {words!r}\n"
+        "try: cli.main()\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'peft', 'pandas'} & set(sys.modules), 'heavy import'"
+    )
+    env = os.environ | {"COMP_LINE": "peftsweep method=", "COMP_POINT": "17"}
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_completion_offers_the_options_of_a_group() -> None:
+    env = os.environ | {"COMP_LINE": "peftsweep method=", "COMP_POINT": "17"}
+    probe = "import sys; from peftsweep import cli; sys.argv = ['peftsweep', '-sc', 'query=bash']; cli.main()"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=env, check=False)
+    assert {"method=lora", "method=ia3", "method=full"} <= set(done.stdout.split())
+
+
+def test_help_lists_every_group_and_option_and_those_of_the_user() -> None:
+    mine = Path("mine/method")
+    mine.mkdir(parents=True)
+    (mine / "mymethod.yaml").touch()
+    text = cli.help_text(["--help", "--config-dir", "mine"])
+    assert "mymethod" in text
+    for option in OPTIONS:
+        group, _, name = option.partition("=")
+        line = next(line for line in text.splitlines() if line.startswith(f"  {group} "))
+        assert name in line.split()
+
+
+def test_a_user_brings_a_method_of_their_own(command: Command) -> None:
+    mine = Path("mine/method")
+    mine.mkdir(parents=True)
+    (mine / "wide.yaml").write_text(
+        "# @package _global_\nmethod: {_target_: peft.LoraConfig, r: 64, target_modules: [q_proj]}\n"
+    )
+    code, out, err = command("--config-dir", "mine", "method=wide", "dry_run=true")
+    assert (code, err) == (0, "")
+    assert "tiny-wide-r64" in out
+
+
+def test_the_points_of_a_sweep_are_those_that_hydra_composes() -> None:
+    points = [
+        ["method.r=2", "quant=4bit"],
+        ["quant=4bit", "method.r=4", "train.learning_rate=1e-4"],
+        ["method=ia3", "targets=mlp", "eval=[perplexity]"],
+        ["method.r=2", "method.r=8", "dataset.prompt='{a}, {b} '", "train.steps=9"],
+        ["++method.bias=all", "method.r=2"],
+        ["~method.r"],
+        ["hydra.launcher.retries=2", "seed=3"],
+        ["method.target_modules=[q_proj,v_proj]"],
+        ["train={steps: 3, clip: 2.0}", "train={steps: 4}"],
+    ]
+    register()
+    with hydra.initialize_config_dir(conf_dir(), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        master = loader.load_configuration("config", [], RunMode.MULTIRUN)
+        launcher = LocalLauncher()
+        launcher.setup(hydra_context=HydraContext(loader, Callbacks()), task_function=print, config=master)
+        for words, ours in zip(points, launcher._compose(points, 5), strict=True):
+            theirs = loader.load_sweep_config(master, words)
+            ours.hydra.job.override_dirname = theirs.hydra.job.override_dirname  # which has no use here
+            with open_dict(theirs):
+                theirs.hydra.job.num = 5 + points.index(words)
+                theirs.hydra.job.id = str(theirs.hydra.job.num)
+                theirs.hydra.overrides.task = words
+            assert ours == theirs
+        with pytest.raises(ConfigCompositionException, match=r"Could not override 'train\.step'"):
+            launcher._compose([["train.step=2"]], 0)

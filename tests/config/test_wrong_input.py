@@ -1,0 +1,352 @@
+"""Wrong input is one line that names the key, and right input needs no more than its key.
+
+Words are composed and checked in this process (`cli._trial`, `forecast.check`), which is what a sweep does with each
+of its points before the first is trained.
+"""
+
+from __future__ import annotations
+
+import copy
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from peftsweep import InputError, cli, command_line, limits
+from peftsweep.config import calls, fill
+from peftsweep.config import compose as configuration
+from peftsweep.config.compose import Trial
+from peftsweep.data import hub, rows
+from peftsweep.forecast import forecast
+from peftsweep.models import model
+
+
+def checked(*words: str) -> Trial:
+    """A trial as a sweep checks it; nothing is trained."""
+    one = cli._trial("device=cpu", *words)
+    forecast.check(one)
+    return one
+
+
+# ---- keys --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "value"),
+    [
+        (["method.modules_to_save=[lm_head]"], "method.modules_to_save", ["lm_head"]),
+        (["method.exclude_modules='.*mlp.*'"], "method.exclude_modules", ".*mlp.*"),
+        (["method.rank_pattern.q_proj=4"], "method.rank_pattern", {"q_proj": 4}),
+        (["method=ia3", "method.init_ia3_weights=false"], "method.init_ia3_weights", False),
+        (["quant=4bit", "quant.bnb_4bit_quant_storage=uint8"], "quant.bnb_4bit_quant_storage", "uint8"),
+        (["train.optimizer_kwargs.amsgrad=true"], "train.optimizer_kwargs.amsgrad", True),
+        (["eval.tiny_math.num_beams=2"], "eval.tiny_math.num_beams", 2),
+    ],
+)
+def test_an_option_that_no_yaml_lists_needs_no_plus(words: list[str], key: str, value: object) -> None:
+    found: object = checked(*words).tree
+    for part in key.split("."):
+        found = found[part]  # type: ignore[index]
+    assert found == value
+
+
+def test_modules_to_save_are_trained() -> None:
+    """The embedded model's head of 512 tokens and 128 dimensions is trained, in full, beside the adapter."""
+    alone, with_head = checked(), checked("method.modules_to_save=[lm_head]")
+    more = (forecast.check(with_head).trainable_parameters or 0) - (forecast.check(alone).trainable_parameters or 0)
+    base: Any = model.skeleton(alone.config.model)
+    assert more == base.get_output_embeddings().weight.numel()
+
+
+UNREAD = {
+    "method.lora_alfa=3": "method.lora_alfa: method=lora (peft.LoraConfig) has no such option; did you mean 'lora_a",
+    "method.rank=3": "method.rank: method=lora (peft.LoraConfig) has no such option; did you mean 'r'?",
+    "method=ia3 method.r=8": "method.r: method=ia3 (peft.IA3Config) has no such option; run it without method.r, in",
+    "method=full method.r=8": "method.r: method=full has no such option; run it without method.r, in",
+    "method.inference_mode=true": "method.inference_mode: is set by peftsweep",
+    "method.task_type=CAUSAL_LM": "method.task_type: is set by peftsweep",
+    "quant=4bit quant.bnb_4bit_quant_typ=fp4": "quant.bnb_4bit_quant_typ: transformers.BitsAndBytesConfig has no such",
+    "quant.load_in_4bit=true": "quant.load_in_4bit: quant=none has no such option",
+    "tracker.project=x": "tracker.project: tracker=none has no such option",
+    "eval.tiny_mth.samples=3": "eval.tiny_mth: no such key; did you mean 'tiny_math'?",
+    "eval.tiny_math.sample=3": "sample: peftsweep.evaluation.evaluate.generation has no such option; did you",
+    "train.optimizer_kwargs.beta=3": "train.optimizer_kwargs.beta: AdamW has no such option; did you mean 'betas'?",
+    "train.optimizer_kwargs.lr=3": "train.optimizer_kwargs.lr: is train.learning_rate",
+    "model=llama3.2_1b model.init=random model.architecture.hiden_size=64": "model.architecture.hiden_size: no such",
+    "model=llama3.2_1b model.init=random model.architecture.model_type=lama": "did you mean 'llama'?",
+    "model=llama3.2_1b model.init=random model.architecture.hidden_act=x": "model.architecture: describes no model",
+}
+
+
+@pytest.mark.parametrize("words", UNREAD)
+def test_a_key_that_nobody_reads_is_refused(words: str) -> None:
+    with pytest.raises(InputError) as refused:
+        checked(*words.split())
+    assert UNREAD[words] in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+# ---- a hub that does not answer ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def silent_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a server that takes every connection and never says anything, in place of the hub."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(hub, "PATIENCE", 1.0)  # enough to see that it is kept; the product's is asserted below
+        hub.problem.cache_clear()
+        yield address
+        hub.problem.cache_clear()
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if HF_HUB_OFFLINE=1 had been set before anything was imported."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    hub.problem.cache_clear()
+    rows.check_cached.cache_clear()
+    yield
+    hub.problem.cache_clear()
+
+
+def test_the_hub_has_less_than_five_seconds_to_answer() -> None:
+    assert hub.PATIENCE < 5
+
+
+def test_a_hub_that_never_answers_is_one_line_within_five_seconds_for_a_sweep(
+    silent_hub: str, command: Callable[..., tuple[int, str, str]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    start = time.perf_counter()
+    words = ["model=causal_lm", "model.name_or_path=nobody/nothing", "seed=0,1,2"]
+    code, out, err = command(*words, "dataset=gsm8k")
+    seconds = time.perf_counter() - start
+    assert (code, out) == (2, "")
+    missing = "peftsweep: model.name_or_path=nobody/nothing: is not in the local cache, and "
+    assert err.startswith(f"{missing}{silent_hub} cannot be reached (")
+    assert "give a local folder" in err
+    assert err.count("\n") == 1
+    assert seconds < hub.PATIENCE + 1 + 2  # of composing the points
+    for name in ("dataset.hub=nobody/rows", "dataset.hub=nobody/more"):  # nothing asks a second time
+        with pytest.raises(InputError, match="is not in the local cache, and http"):
+            rows.hub_rows(name.partition("=")[2], None, "train", None, "dataset.hub")
+    assert time.perf_counter() - start < seconds + 2
+
+
+@pytest.mark.usefixtures("offline")
+def test_trials_whose_rows_cannot_be_had_are_refused_before_the_first_trains(
+    command: Callable[..., tuple[int, str, str]],
+) -> None:
+    code, _, err = command("dataset=gsm8k", "train.steps=1,2")
+    assert code == 2
+    assert err.startswith("peftsweep: dataset.hub=openai/gsm8k: is not in the local cache, and HF_HUB_OFFLINE=1 is set")
+    assert "local rows" in err
+    assert err.count("\n") == 1
+    assert not list(Path("multirun").glob("*/*/result.json"))
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_dry_run_needs_no_rows_of_the_hub(command: Callable[..., tuple[int, str, str]]) -> None:
+    code, _, err = command("dataset=gsm8k", "dry_run=true")
+    assert (code, err) == (0, "")
+
+
+# ---- words -------------------------------------------------------------------------------------------------
+
+WRONG_WORDS = {
+    "method=null": "method=null: no such option; there are: adalora",
+    "method=5": "method=5: no such option; there are: ",
+    "model=true": "model=true: no such option; there are: ",
+    "quant=": "quant=: no such option; there are: 4bit, 8bit",
+    "eval=null": "eval=null: no such option; there are: ",
+    "method=[lora,ia3]": "method=[lora,ia3]: must be one option; to sweep several: method=lora,ia3",
+    "~method": "~method: cannot be deleted",
+    "~targets": "~targets: cannot be deleted",
+    "~seed": "seed: must be given; it cannot be deleted",
+    "~train.steps": "train.steps=null: must be int",
+    "hydra=null": "hydra: is Hydra's own section",
+    "hydra/launcher=null": "hydra/launcher=null: must be given",
+    "hydra.sweep.dir=elsewhere": "hydra.sweep.dir: decides nothing: a trial's folder is multirun/STUDY/TRIAL",
+    "hydra.run.dir=elsewhere": "hydra.run.dir: decides nothing",
+    "hydra.mode=RUN": "hydra.mode: cannot be set",
+    "-r": "-r: cannot be set",
+    "--foo": "--foo: no such option",
+    "--config-dir": "--config-dir: needs a value",
+    "method.r=range(1,5,0)": "the step of a range must not be 0",
+    "method.r=range(5,1)": "there is no value in this range",
+    "method.r=range(1,1000000000)": "a range may have at most 100,000 values",
+    "method.r=8,": "method.r=8,: there is no value beside one of its commas",
+    "method.r=8,,16": "there is no value beside one of its commas",
+    "method.r=8, 16": "method.r=8, 16: values are separated by commas alone: 'method.r=8,16'",
+    "method.r": "method.r: must be KEY=VALUE",
+    "=3": "=3: must be KEY=VALUE, and the key has an empty part",
+    "method..r=3": "method..r=3: cannot be read; must be KEY=VALUE",
+    "dataset.prompt={question}": "needs quotes inside those of the shell: 'dataset.prompt=\"{question}\"'",
+    "dataset.path=rows(1).jsonl": "needs quotes inside those of the shell: 'dataset.path=\"rows(1).jsonl\"'",
+    "dataset.path=it's.jsonl": "'dataset.path=\"it's.jsonl\"'",
+    "dataset.path=a,b.jsonl": "the comma of a file's name needs quotes: 'dataset.path=\"a,b.jsonl\"'",
+    "method.r=${": "needs quotes",
+    "method.r=[8": "needs quotes",
+    "method.r=foo(3)": "needs quotes",
+}
+OF_HYDRA = (
+    "antlr",
+    "mismatched",
+    "extraneous",
+    "token recognition",
+    "LexerNoViable",
+    "full_key",
+    "To append",
+    "argument",
+)
+
+
+@pytest.mark.parametrize("words", WRONG_WORDS)
+def test_a_word_that_cannot_be_read_is_one_line_in_our_words(words: str) -> None:
+    Path("a,b.jsonl").touch()
+    with pytest.raises(InputError) as refused:
+        cli._trial(*words.split())
+    assert WRONG_WORDS[words] in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not any(word in str(refused.value) for word in OF_HYDRA)
+
+
+def test_words_that_are_right_stay_as_they_are() -> None:
+    conf = Path(fill.conf_dir())
+    words = [
+        "--config-dir",
+        "mine",
+        "method=lora,ia3",
+        "method=glob(*)",
+        "eval=[gsm8k,sst2]",
+        "eval=[]",
+        "train={steps: 3}",
+    ]
+    words += ["method.r=range(1,5)", "'dataset.prompt={a}, {b} '".strip("'").replace("{a}, {b} ", '"{a}, {b} "')]
+    words += ["~eval", "+label=x", "hydra.launcher.workers=2", "sweep=rank_ablation,module_ablation", "label="]
+    assert command_line.checked(words, conf) == words
+    assert command_line.checked(["sweep=null", "point=null", "seed=1"], conf) == ["seed=1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("method: {r: [1\n", "line 2: is no yaml: expected ',' or ']'"),
+        ("method:\n\tr: 1\n", "line 2: is no yaml: found character '\\t'"),
+        ("# @package _global_\nmethod:\n  _target_: peft.LoraConfig\n  r: 1\n  r: 2\n", "line 5: has the key r twice"),
+        ("method: !!python/object:os.system {}\n", "line 1: has a tag"),
+        ("a: 1\nb: !mine {r: 1}\n", "line 2: has a tag"),
+        ("- a\n", "line 1: must hold keys and values"),
+        ("# @package _global_\nmethod: {3: 4}\n", "line 2: has a key that is no text"),
+        ("defaults: 5\n", "line 1: defaults must be a list"),
+        ("a: \x00\n", "line 1: is no yaml"),
+        (b"a: 1\nb: \xe9\n".decode("latin-1"), "line 2: is no UTF-8 text"),
+    ],
+)
+def test_a_wrong_yaml_of_ones_own_is_named_with_its_line(
+    text: str, expected: str, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    Path("mine/method").mkdir(parents=True)
+    Path("mine/method/other.yaml").write_text("a: [")  # one that is not chosen is not what is wrong
+    Path("mine/method/bad.yaml").write_bytes(text.encode("latin-1"))
+    code, out, err = command("--config-dir", "mine", "method=bad")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"peftsweep: mine/method/bad.yaml, {expected}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["", "# @package _global_\nmethod: {}\n"])
+def test_a_method_yaml_that_names_no_method_is_no_full_fine_tuning(
+    text: str, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    Path("mine/method").mkdir(parents=True)
+    Path("mine/method/empty.yaml").write_text(text)
+    code, _, err = command("--config-dir", "mine", "method=empty", "dry_run=true")
+    assert code == 2
+    assert err.startswith("peftsweep: method=empty: its yaml names no method")
+
+
+def test_a_newline_of_a_template_may_be_written_as_on_a_command_line(compose: Callable[..., Trial]) -> None:
+    one = compose(
+        r'dataset.prompt="{question}:\n"', r'eval.tiny_math.stop=["\n", "x"]', r'dataset.answer="\\nu {answer}"'
+    )
+    assert one.config.dataset.prompt == "{question}:\n"
+    assert one.config.dataset.answer == r"\nu {answer}"
+    assert one.config.eval["tiny_math"]["stop"] == ["\n", "x"]
+
+
+def test_a_module_beside_ones_own_yaml_or_in_the_working_directory_can_be_named(
+    command: Callable[..., tuple[int, str, str]],
+) -> None:
+    Path("mine/eval").mkdir(parents=True)
+    Path("mine/mine_first_word.py").write_text(
+        "def first_word(prediction, answer):\n    return float(prediction.split()[:1] == answer.split()[:1])\n"
+    )
+    Path("here_last_word.py").write_text("def last_word(prediction, answer):\n    return 1.0\n")
+    code, out, err = command(
+        *("--config-dir", "mine", "eval.tiny_math.metric._target_=mine_first_word.first_word,here_last_word.last_word"),
+        *("eval.tiny_math.metric.markers=null", "dry_run=true"),
+    )
+    assert "no such class" not in err
+    code, out, err = command(
+        *("--config-dir", "mine", "dry_run=true", "eval.tiny_math.metric={_target_: here_last_word.last_word}"),
+        "~eval.tiny_math.metric.markers",
+    )
+    assert (code, err) == (0, ""), out
+
+
+# ---- values ------------------------------------------------------------------------------------------------
+
+VALUES = ("nan", "inf", "1e300", "-1", "abc", "18446744073709551616", "[1]", "{a: 1}")
+OPTIONS = ["inference=standard", "profiler=torch", "train.eval_every=10"]
+MAY_BE = {  # keys of texts or of any number, and what they take of the values
+    "model.device_map": {"{a: 1}"},
+    "method.lora_alpha": {"18446744073709551616"},
+    "profiler.sizes": {"[1]"},
+    **{
+        f"train.{key}": {"18446744073709551616"}
+        for key in ("learning_rate", "learning_rate_scale", "weight_decay", "clip")
+    },
+}
+
+
+def numeric_keys() -> list[str]:
+    """Each key of the groups above whose value is a number, or a number that is not given."""
+    tree = cli._trial(*OPTIONS).tree
+    unset = ["train.epochs", "dataset.max_characters", "dataset.samples", "halving.min_steps", "halving.rung"]
+    own = {name for name, _ in limits.numbers(tree)} | {*unset}
+    return sorted(key for key in own if not key.rpartition(".")[2].isdecimal())
+
+
+@pytest.mark.parametrize("every", [len(VALUES), pytest.param(1, marks=pytest.mark.slow)])
+def test_no_number_of_any_group_may_be_what_is_none(every: int) -> None:
+    """Of the composed point, as the launcher changes it: composing anew for each value would take minutes."""
+    cfg = cli.compose(OPTIONS)
+    wrong = []
+    for number, key in enumerate(numeric_keys()):
+        for value in VALUES[number % every :: every]:  # fast: one of them for each key, each for some
+            point = copy.deepcopy(cfg)
+            parsed = OverridesParser.create().parse_overrides([f"{key}={value}"])[0].value()
+            try:
+                OmegaConf.update(point, key, parsed)
+                configuration.trial(point, cfg.hydra.runtime.choices, [f"{key}={value}"])
+                said = None
+            except (InputError, OmegaConfBaseException) as error:
+                said = str(error) if isinstance(error, InputError) else calls.one_line(error)
+            if said is None and value not in MAY_BE.get(key, ()):
+                wrong.append(f"{key}={value} is taken")
+            elif said is not None and not (said.startswith(key) and "must be" in said and "\n" not in said):
+                wrong.append(f"{key}={value}: {said}")
+    assert wrong == []

@@ -1,0 +1,473 @@
+"""Conversations in tokens: the template's own, and which of them are trained on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pandas as pd
+import pytest
+import torch
+from tokenizers import processors
+from transformers import AutoTokenizer
+
+from peftsweep import InputError
+from peftsweep.config.compose import Trial
+from peftsweep.data import batches, templates
+from peftsweep.data import rows as data_rows
+from peftsweep.data import tokens as data_tokens
+from peftsweep.data.templates import Example
+from peftsweep.data.tokens import Tokens
+from peftsweep.evaluation import decoding, evaluate
+from peftsweep.models import model, probe
+from peftsweep.models.probe import Abilities
+from peftsweep.schema import DatasetConfig, OnMissing, Turns
+
+Row = dict[str, Any]
+MARKS = ["<|im_start|>", "<|im_end|>", "<|end|>"]
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Its own BOS, no header for the assistant, EOS after each answer, and roles that must alternate.
+LLAMA = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate.') }}{% endif %}"
+    "{% if m.role == 'user' %}[INST] {{ m.content | trim }} [/INST]"
+    "{% else %} {{ m.content | trim }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+GENERATION = (
+    "{{ bos_token }}{% for m in messages %}<{{ m.role }}>"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+# Of earlier turns the reasoning is left out, and only the last turn ends with EOS too.
+REASONING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1] }}"
+    "{% elif m.role == 'assistant' and '</think>' not in m.content %}<think></think>{{ m.content }}"
+    "{% else %}{{ m.content }}{% endif %}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{{ eos_token }}{% endif %}"
+)
+TOOLS = (
+    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.tool_call_id %} {{ m.tool_call_id }}{% endif %}{{ '\n' }}"
+    "{% if m.content %}{{ m.content }}{% endif %}"
+    "{% for call in m.tool_calls or [] %}<call>{{ call.function.name }}{{ call.function.arguments | tojson }}</call>"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PARTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}{% if part.type == 'text' %}"
+    "{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEMPLATES = {"chatml": CHATML, "llama": LLAMA, "generation": GENERATION, "reasoning": REASONING, "tools": TOOLS}
+
+
+def turns(*said: str) -> list[Row]:
+    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said)]
+
+
+TALK = turns("Tom has 3 pens.", "Three, then.", "And 4 more?", "\nSeven 😀 pens. ")
+
+
+def tokenizer(template: str, special: list[str] = MARKS) -> Any:
+    """The embedded tokenizer, which puts BOS before a text, with a chat template and its marks."""
+    made: Any = AutoTokenizer.from_pretrained(model.TINY)
+    made.add_special_tokens({"additional_special_tokens": special})
+    made.chat_template = template
+    return made
+
+
+def ends_with_eos(made: Any) -> Any:
+    marks = [("<s>", made.bos_token_id), ("</s>", made.eos_token_id)]
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=marks)
+    assert made("a").input_ids[-1] == made.eos_token_id
+    return made
+
+
+def read(*rows: Row, missing: OnMissing = OnMissing.error) -> list[Example]:
+    reader = "peftsweep.data.tasks.messages"
+    return templates.examples(rows, "{prompt}", "{answer}", file="rows.jsonl", reader=reader, missing=missing)
+
+
+def tokens(made: Any, row: Row, max_length: int = 2048, **options: Any) -> Tokens:
+    (found,) = data_tokens.tokenize(made, data_tokens.through_chat_template(made, read(row), **options), max_length)
+    return found
+
+
+def trained(made: Any, found: Tokens) -> list[str]:
+    """The texts that are trained on, each in one piece."""
+    mask = found.trained or [n >= found.answer_start for n in range(len(found.ids))]
+    pieces: list[list[int]] = []
+    for n, (token, mine) in enumerate(zip(found.ids, mask, strict=True)):
+        if mine and (n == 0 or not mask[n - 1]):
+            pieces.append([])
+        if mine:
+            pieces[-1].append(token)
+    return [made.decode(piece) for piece in pieces]
+
+
+# ---- tokens and turns ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("ending", [tokenizer, lambda template: ends_with_eos(tokenizer(template))])
+def test_the_tokens_are_those_of_apply_chat_template(name: str, ending: Callable[[str], Any]) -> None:
+    made = ending(TEMPLATES[name])
+    for messages in (TALK[:2], TALK):
+        found = tokens(made, {"messages": messages})
+        assert found.ids == made.apply_chat_template(messages, tokenize=True)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("name", "every"),
+    [
+        ("chatml", ["Three, then.<|im_end|>", "\nSeven 😀 pens. <|im_end|>"]),
+        ("llama", [" Three, then.</s>", " Seven 😀 pens.</s>"]),
+        ("generation", ["Three, then.</s>", "\nSeven 😀 pens. </s>"]),
+        ("reasoning", ["Three, then.<|end|>", "<think></think>\nSeven 😀 pens. <|end|>\n</s>"]),
+        ("tools", ["Three, then.<|im_end|>", "\nSeven 😀 pens. <|im_end|>"]),
+    ],
+)
+def test_every_turn_of_the_assistant_is_trained_to_its_end_mark(name: str, every: list[str]) -> None:
+    made = tokenizer(TEMPLATES[name])
+    assert trained(made, tokens(made, {"messages": TALK})) == every
+    assert trained(made, tokens(made, {"messages": TALK}, turns=Turns.last)) == every[-1:]
+
+
+def test_what_a_template_marks_by_generation_is_the_mask_of_transformers() -> None:
+    made = tokenizer(GENERATION)
+    found = tokens(made, {"messages": TALK})
+    options: Row = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    assert found.trained == [bool(n) for n in made.apply_chat_template(TALK, **options)["assistant_masks"]]
+
+
+def test_reasoning_that_a_template_leaves_out_of_earlier_turns_is_not_trained() -> None:
+    made = tokenizer(REASONING)
+    messages = turns("3?", "<think>hm</think>Three.", "4?", "<think>oh</think>Four.")
+    assert trained(made, tokens(made, {"messages": messages})) == [
+        "Three.<|end|>",
+        "<think>oh</think>Four.<|end|>\n</s>",
+    ]
+
+
+def test_after_a_prompt_that_opens_the_reasoning_a_turn_is_trained_from_its_first_character(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    made = tokenizer(CHATML.replace("assistant\n{% endif", "assistant\n<think>{% endif"))
+    messages = turns("3?", "<three>", "4?", "<th")
+    assert trained(made, tokens(made, {"messages": messages})) == ["<three><|im_end|>", "<th<|im_end|>"]
+    assert caplog.text.count("generation prompt is not how a written turn of the assistant begins") == 1
+
+
+def test_a_turn_whose_end_depends_on_its_place_is_refused_and_the_last_one_can_be_trained() -> None:
+    template = CHATML.replace("<|im_end|>\n", "{{ '<|im_end|>' if loop.last else '<|end|>' }}\n")
+    made = tokenizer(template)
+    with pytest.raises(InputError, match=r"row 1 .* where its turns end cannot be told; dataset\.turns=last"):
+        tokens(made, {"messages": TALK})
+    assert trained(made, tokens(made, {"messages": TALK}, turns=Turns.last)) == ["\nSeven 😀 pens. <|im_end|>"]
+
+
+def test_a_prompt_and_its_answer_are_a_conversation_of_two_turns() -> None:
+    made = tokenizer(LLAMA)
+    rendered = data_tokens.through_chat_template(made, [Example("Hi", "Ho")])
+    (found,) = data_tokens.tokenize(made, rendered, 64)
+    assert found.ids == made.apply_chat_template(turns("Hi", "Ho"), tokenize=True)["input_ids"]
+    assert found.ids.count(made.bos_token_id) == 1
+    assert trained(made, found) == [" Ho</s>"]
+
+
+def test_a_long_conversation_loses_its_beginning_but_for_bos() -> None:
+    made = tokenizer(LLAMA)
+    whole, cut = tokens(made, {"messages": TALK}), tokens(made, {"messages": TALK}, 30)
+    assert cut.ids == [made.bos_token_id, *whole.ids[-29:]]
+    assert cut.answer_tokens == sum((whole.trained or [])[-29:])
+    short = tokens(made, {"messages": TALK}, 6)
+    start = len(whole.ids) - len(made(" Seven 😀 pens.</s>", add_special_tokens=False).input_ids)
+    assert short[:2] == ([made.bos_token_id, *whole.ids[start : start + 5]], 1)
+    assert short.lost_prompt + short.lost_answer == len(whole.ids) - 6
+    assert short.lost_answer == len(whole.ids) - start - 5
+
+
+def test_collate_trains_every_turn_and_nothing_else() -> None:
+    made = tokenizer(CHATML)
+    rows = [tokens(made, {"messages": TALK}), tokens(made, {"messages": TALK[:2]})]
+    batch = batches.collate(rows, pad_id=0)
+    for n, row in enumerate(rows):
+        mask = row.trained or [k >= row.answer_start for k in range(len(row.ids))]
+        assert batch.answer_mask[n, : len(row.ids) - 1].tolist() == mask[1:]
+        assert not batch.answer_mask[n, len(row.ids) - 1 :].any()
+    assert batch.answer_tokens == batch.answer_mask.sum() == sum(row.answer_tokens for row in rows)
+
+
+def test_tokenised_conversations_are_kept_and_read_as_they_were(tmp_path: Path) -> None:
+    made = tokenizer(CHATML)
+    rows = [tokens(made, {"messages": TALK}), tokens(made, {"messages": TALK[:2]}), Tokens([4, 5], 2, 1)]
+    data_tokens.write_tokens(tmp_path / "tokens.parquet", rows)
+    assert data_tokens.read_tokens(tmp_path / "tokens.parquet") == rows
+
+
+# ---- tools, parts, JSON ----------------------------------------------------------------------------
+
+SCHEMA = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 3, "b": [4, None]}}}
+CALLING: list[Row] = [
+    {"role": "user", "content": "3+4?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "c1", "content": "7"},
+    {"role": "assistant", "content": "Seven."},
+]
+
+
+def test_tools_and_their_calls_are_written_by_the_template() -> None:
+    made = tokenizer(TOOLS)
+    found = tokens(made, {"messages": CALLING, "tools": [SCHEMA]})
+    assert found.ids == made.apply_chat_template(CALLING, tools=[SCHEMA], tokenize=True)["input_ids"]
+    assert trained(made, found) == ['<call>add{"a": 3, "b": [4, null]}</call><|im_end|>', "Seven.<|im_end|>"]
+    (last,) = data_tokens.through_chat_template(made, read({"messages": CALLING[:2], "tools": [SCHEMA]}))
+    assert last.answer == '<call>add{"a": 3, "b": [4, null]}</call>'
+    assert "None" not in made.decode(found.ids)
+
+
+def test_json_text_and_files_of_arrow_give_the_same_tokens_as_objects(tmp_path: Path) -> None:
+    made = tokenizer(TOOLS)
+    plain: list[Row] = [{**turn, "tool_calls": [_call(4)]} if "tool_calls" in turn else {**turn} for turn in CALLING]
+    row: Row = {"messages": plain, "tools": [SCHEMA]}
+    same = tokens(made, row).ids
+    as_text = {key: json.dumps(value) for key, value in row.items()}
+    listed = row | {"tools": [json.dumps(SCHEMA)]}
+    arguments = [turn | {"tool_calls": [_call("4")]} if "tool_calls" in turn else turn for turn in plain]
+    (tmp_path / "calls.json").write_text(json.dumps([as_text, listed, row | {"messages": arguments}]))
+    assert [tokens(made, read_row).ids for read_row in data_rows.read_rows(tmp_path / "calls.json")] == [same] * 3
+    # In Arrow every turn has the keys of all turns, with null for those that it lacks.
+    pd.DataFrame([{"messages": plain, "tools": json.dumps([SCHEMA])}]).to_parquet(tmp_path / "calls.parquet")
+    assert tokens(made, data_rows.read_rows(tmp_path / "calls.parquet")[0]).ids == same
+
+
+def _call(value: Any) -> Row:
+    arguments = '{"a": 4}' if isinstance(value, str) else {"a": value}
+    return {"id": "c1", "type": "function", "function": {"name": "add", "arguments": arguments}}
+
+
+def test_arguments_are_json_text_for_a_template_that_writes_them_as_they_are() -> None:
+    made = tokenizer(TOOLS.replace("call.function.arguments | tojson", "'=' + call.function.arguments"))
+    found = trained(made, tokens(made, {"messages": CALLING}))
+    assert found[0] == '<call>add={"a": 3, "b": [4, null]}</call><|im_end|>'
+    # One that would write an object as Python does, and one that adds content to each call.
+    made = tokenizer(
+        TOOLS.replace(" | tojson }}</call>", " }}</call>").replace("{% if m.content %}", "{% if '' + m.content %}")
+    )
+    assert trained(made, tokens(made, {"messages": CALLING})) == [found[0].replace("=", ""), "Seven.<|im_end|>"]
+
+
+@pytest.mark.parametrize("template", [CHATML, PARTS])
+def test_content_is_written_by_a_template_of_texts_and_by_one_of_parts(template: str) -> None:
+    made = tokenizer(template)
+    parts = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in TALK]
+    assert tokens(made, {"messages": parts}) == tokens(made, {"messages": TALK})
+    assert trained(made, tokens(made, {"messages": TALK}))[0] == "Three, then.<|im_end|>"
+    two = [{"type": "text", "text": "Three,"}, {"type": "text", "text": "then."}]
+    written = trained(made, tokens(made, {"messages": [TALK[0], {"role": "assistant", "content": two}]}))
+    assert written == ["Three,then.<|im_end|>" if template == PARTS else "Three,\nthen.<|im_end|>"]
+
+
+def test_without_the_template_conversations_have_a_plain_layout() -> None:
+    made = ends_with_eos(tokenizer(CHATML))
+    row = {"messages": [{"role": "system", "content": "Be kind."}, *TALK[:2], *CALLING], "tools": [SCHEMA]}
+    found = tokens(made, row, chat_template=False)
+    call = json.dumps([CALL])
+    assert made.decode(found.ids) == (
+        f"<s>Tools: {json.dumps([SCHEMA])}\n\nSystem: Be kind.\n\n"
+        f"User: Tom has 3 pens.\n\nAssistant: Three, then.</s>\n\n"
+        f"User: 3+4?\n\nAssistant: {call}</s>\n\nTool: 7\n\nAssistant: Seven.</s>\n\n"
+    )
+    assert trained(made, found) == [" Three, then.</s>", f" {call}</s>", " Seven.</s>"]
+
+
+# ---- what is refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "reason"),
+    [
+        (LLAMA, [TALK[0], *TALK[:2]], "Roles must alternate"),
+        (CHATML.replace("%}<|im_start|>{{ m.role", "if m.role != 'system' %}<|im_start|>{{ m.role"),
+         [{"role": "system", "content": "Be kind."}, *TALK], r"does not write the content of turn 1 \(system\)"),
+        (CHATML, CALLING, "does not write the tool call of turn 2"),
+        # The name and the argument of the call stand in the text anyway, as those of the tool.
+        (TOOLS.replace("in m.tool_calls or []", "in []"), CALLING, "does not write the tool call of turn 2"),
+        (CHATML, turns(" ", "Ho"), None),
+    ],
+)  # fmt: skip
+def test_what_the_template_refuses_or_leaves_out_is_named_by_row(
+    template: str, messages: list[Row], reason: str | None
+) -> None:
+    made = tokenizer(template)
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"a": {}, "b": {}}}}
+    rows = read({"messages": TALK}, {"messages": messages} | ({"tools": [tool]} if "tools" in template else {}))
+    if reason is None:
+        assert data_tokens.through_chat_template(made, rows)
+        return
+    with pytest.raises(InputError, match=f"dataset: row 2 of rows.jsonl does not go through .*{reason}"):
+        data_tokens.through_chat_template(made, rows, file="rows.jsonl")
+
+
+def test_an_empty_prompt_is_no_turn_and_a_missing_template_is_said() -> None:
+    with pytest.raises(InputError, match="row 2 does not go through the chat template: its prompt is empty"):
+        data_tokens.through_chat_template(tokenizer(CHATML), [Example("Hi", "Ho"), Example(" ", "Ho")])
+    with pytest.raises(InputError, match=r"dataset\.chat=true: the model's tokenizer has no chat template"):
+        data_tokens.through_chat_template(AutoTokenizer.from_pretrained(model.TINY), [Example("Hi", "Ho")])
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([*TALK, {"role": "user", "content": "Bye"}], "must end with the assistant's turn"),
+        ("no JSON", "Expecting value"),
+        ({"role": "user"}, "its messages are not a list"),
+        ([{"content": "Hi"}, TALK[1]], "a turn is not an object with a role"),
+        ([{"role": "user", "content": [{"type": "image", "url": "x"}]}, TALK[1]], "a part of type 'image' is no text"),
+        ([TALK[0], {"role": "assistant", "tool_calls": [{"id": "c1"}]}], "a tool call names no function"),
+        ([TALK[0], {"role": "assistant", "content": None}], r"has no value for 'messages\[1\]\.content'"),
+        ([TALK[0], {"role": "assistant", "content": "a\ud83d"}], "half a surrogate pair"),
+    ],
+)
+def test_a_row_that_is_no_conversation_is_named(messages: Any, reason: str) -> None:
+    with pytest.raises(InputError, match=rf"dataset\.reader: row 2 of rows.jsonl .*{reason}"):
+        read({"messages": TALK}, {"messages": messages})
+
+
+def test_a_turn_without_content_drops_its_row_or_is_empty_if_so_wished() -> None:
+    rows: list[Row] = [{"messages": TALK}, {"messages": [TALK[0], {"role": "assistant", "content": None}]}]
+    assert len(read(*rows, missing=OnMissing.drop)) == 1
+    made = tokenizer(CHATML)
+    (_, empty) = data_tokens.tokenize(
+        made, data_tokens.through_chat_template(made, read(*rows, missing=OnMissing.empty)), 99
+    )
+    assert trained(made, empty) == ["<|im_end|>"]
+
+
+# ---- in a trial ------------------------------------------------------------------------------------
+
+
+class Writer(torch.nn.Module):
+    """A model that keeps what it was asked to go on from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.config = type("Config", (), {"use_cache": False})
+        self.asked: Row = {}
+        probe.abilities(self, Abilities(padded_batches=True, row_cache=False))
+
+    def generate(self, **asked: Any) -> torch.Tensor:
+        self.asked = asked
+        return torch.cat([asked["input_ids"], asked["input_ids"].new_full((1, 1), 5)], dim=1)
+
+
+def test_writing_goes_on_from_the_generation_prompt_and_ends_where_the_template_ends_a_turn() -> None:
+    made, writer = ends_with_eos(tokenizer("{{ bos_token }}" + CHATML)), Writer()
+    rows = data_tokens.through_chat_template(made, read({"messages": TALK}))
+    decoding.generate(writer, made, rows, max_new_tokens=4)
+    wanted = made.apply_chat_template(TALK[:-1], add_generation_prompt=True, tokenize=True)["input_ids"]
+    assert writer.asked["input_ids"].tolist() == [wanted]
+    assert set(writer.asked["eos_token_id"]) == {made.eos_token_id, made.convert_tokens_to_ids("<|im_end|>")}
+    assert (rows[0].prompt, rows[0].answer) == (made.decode(wanted).removeprefix("<s>"), TALK[-1]["content"])
+
+
+def test_choices_are_judged_after_the_template_with_its_one_bos() -> None:
+    made = ends_with_eos(tokenizer(LLAMA))
+    choices = tuple(templates.Choice("Is it?", f" {word}", word, word) for word in ("yes", "no"))
+    (row,) = data_tokens.through_chat_template(made, [Example("Is it?", " no", choices, 1)])
+    pairs = [(choice.prompt, choice.answer) for choice in row.choices]
+    for found, word in zip(data_tokens.tokenize_pairs(made, pairs, 64, marked=True), (" yes", " no"), strict=True):
+        assert made.decode(found.ids) == f"<s>[INST] Is it? [/INST]{word}"
+        assert made.decode(found.ids[found.answer_start :]) == word
+
+
+@pytest.fixture
+def chatty(tmp_path: Path) -> str:
+    """A folder of the embedded model with a chat template."""
+    folder = tmp_path / "chatty"
+    made = tokenizer(GENERATION, [])
+    made.save_pretrained(folder)
+    for file in Path(model.TINY).iterdir():
+        if not (folder / file.name).exists():
+            (folder / file.name).write_bytes(file.read_bytes())
+    return str(folder)
+
+
+def test_perplexity_judges_the_turns_that_are_trained(chatty: str) -> None:
+    made: Any = AutoTokenizer.from_pretrained(chatty)
+    base = cast(Any, model.load(model_config(chatty), None, torch.device("cpu")))
+    rows = data_tokens.through_chat_template(made, read({"messages": TALK}, {"messages": TALK[:2]}))
+    found = evaluate.perplexity(base, made, rows)
+    for line, messages in zip(found.predictions, (TALK, TALK[:2]), strict=True):
+        encoded = made.apply_chat_template(
+            messages, return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
+        )
+        with torch.no_grad():
+            logits = base(input_ids=encoded["input_ids"]).logits[0, :-1].log_softmax(-1)
+        each = logits.gather(1, encoded["input_ids"][0, 1:, None])[:, 0]
+        mask = torch.as_tensor(encoded["assistant_masks"]).view(-1)[1:].bool()
+        assert line["tokens"] == mask.sum()
+        assert line["log_likelihood"] == pytest.approx(float(each[mask].sum()), rel=1e-5)
+        assert line["answer"] == messages[-1]["content"]
+
+
+def model_config(folder: str) -> Any:
+    from peftsweep.schema import ModelConfig
+
+    return ModelConfig(name_or_path=folder)
+
+
+def rows_file(rows: list[Row]) -> str:
+    Path("talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return "talk.jsonl"
+
+
+WORDS = ["dataset=chat", "model=causal_lm", "model.dtype=float32", "train.steps=1", "eval=[perplexity]"]
+
+
+def test_a_row_that_the_template_refuses_ends_the_sweep_before_anything_is_loaded(
+    chatty: str, command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusing = tokenizer(LLAMA, [])
+    refusing.save_pretrained(chatty)
+    path = rows_file([{"messages": turns(f"{n}?", str(n))} for n in range(8)] + [{"messages": [TALK[0], *TALK]}])
+    monkeypatch.setattr(model, "load", None)
+    words = [*WORDS, f"dataset.path={path}", f"model.name_or_path={chatty}"]
+    for more in ([], ["dry_run=true"]):
+        code, _, err = command(*words, *more)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "dataset: row 9 of talk.jsonl does not go through the chat template: Roles must alternate." in err
+
+
+def test_seen_in_training_counts_whole_conversations_and_the_turns_are_part_of_the_identity(
+    chatty: str, compose: Callable[..., Trial]
+) -> None:
+    from peftsweep import cli
+
+    rows = [{"messages": turns("Hi", str(n), "Bye", "Bye")} for n in range(8)]
+    path = rows_file(rows)
+    Path("test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [rows[0], {"messages": turns("Hi", "9")}]))
+    words = [*WORDS, f"dataset.path={path}", "dataset.test_path=test.jsonl", f"model.name_or_path={chatty}"]
+    result = cli.run_one([*words, "dataset.leave_out_tested=false"])
+    assert result.error is None
+    assert (result.eval_info["perplexity"]["seen_in_training"], result.train_info["tested_rows"]) == (1, 1)
+    assert result.train_info["training_rows"] == 8
+    one, last, plain = (compose(*words, *more) for more in ([], ["dataset.turns=last"], ["dataset.chat=false"]))
+    assert len({one.training, last.training, plain.training}) == 3
+
+
+def test_new_keys_change_no_hash_of_a_dataset_that_does_not_use_them() -> None:
+    from peftsweep.config.identity import _dataset_identity
+
+    own = DatasetConfig(name="x", hub="a/b", prompt="{q}", answer="{a}")
+    known = set(_dataset_identity(own, None))
+    assert not known & {"missing", "turns", "encoding", "leave_out_tested"}
+    own.missing, own.encoding, own.leave_out_tested = OnMissing.drop, "cp1252", False
+    assert set(_dataset_identity(own, None)) - known == {"missing", "encoding", "leave_out_tested"}

@@ -1,0 +1,499 @@
+"""The readers of the published question sets, and their scores beside those of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+import yaml
+
+from peftsweep import InputError, cli
+from peftsweep.config import build, evaluations
+from peftsweep.config.compose import Trial
+from peftsweep.config.fill import conf_dir
+from peftsweep.data import rows as data_rows
+from peftsweep.data import tasks, templates
+from peftsweep.data import tokens as data_tokens
+from peftsweep.data.templates import Example
+from peftsweep.evaluation import decoding, evaluate, harness, likelihood, metrics
+from peftsweep.models import model as models_model
+from peftsweep.observe.measure import Meter
+from peftsweep.schema import ModelConfig
+from peftsweep.tiny import task
+from peftsweep.training import loop
+from tests import schemas
+
+Compose = Callable[..., Trial]
+TINY = ModelConfig(name_or_path="tiny")
+CPU = torch.device("cpu")
+THEIRS = {  # our evaluation and the task's yaml in lm-evaluation-harness
+    "boolq": "super_glue/boolq/default.yaml",
+    "piqa": "piqa/piqa.yaml",
+    "social_i_qa": "siqa/siqa.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "openbookqa": "openbookqa/openbookqa.yaml",
+    "commonsense_qa": "commonsense_qa/default.yaml",
+}
+
+
+@pytest.fixture(scope="module")
+def base() -> Any:
+    return models_model.load(TINY, None, CPU)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return models_model.load_tokenizer(TINY)
+
+
+def examples(name: str, compose: Compose) -> list[Example]:
+    rows = schemas.write(name, Path())
+    one = compose(f"eval=[{name}]", f"eval.{name}.path={rows}")
+    return evaluations.test_examples(one.config, name, data_rows.read_rows(rows))
+
+
+FAST = ("boolq", "hellaswag", "winogrande")  # of three kinds; the others belong to the slow tier
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in sorted(THEIRS)])
+def test_scores_are_those_of_lm_evaluation_harness(name: str, compose: Compose, base: Any, tokenizer: Any) -> None:
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    theirs = load_yaml(Path(lm_eval.__file__).parent / "tasks" / THEIRS[name], resolve_func=True)
+    rows = [row | {"label": int(row["answer"])} if name == "boolq" else row for row in schemas.SCHEMAS[name]]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    local = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": {"test": "rows.jsonl"}}}
+    theirs |= local | {"training_split": None, "validation_split": None, "test_split": "test"}
+    found = harness.lm_eval(base, tokenizer, [], tasks=[theirs]).scores
+    mine = evaluate.multiple_choice(base, tokenizer, examples(name, compose)).scores
+    kept = {key.removeprefix(f"{theirs['task']}_"): score for key, score in found.items()}
+    assert "acc" in kept
+    for metric, score in kept.items():
+        assert mine[metric].value == score.value, metric
+        assert mine[metric].n == score.n == len(rows)
+        assert mine[metric].stderr == pytest.approx(score.stderr)
+
+
+def test_rolling_perplexity_is_that_of_lm_evaluation_harness(base: Any, tokenizer: Any) -> None:
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    texts = ["Tom has 3 apples. " * 40, "Mia sells 4 pens.", "3+4=7\n" * 33]
+    wrapped = HFLM(pretrained=base, tokenizer=tokenizer, max_length=31, backend="causal", add_bos_token=False)
+    requests = [Instance("loglikelihood_rolling", {}, (text,), n, (None, None, None)) for n, text in enumerate(texts)]
+    theirs = wrapped.loglikelihood_rolling(requests, disable_tqdm=True)
+    found = evaluate.text_perplexity(base, tokenizer, [Example("", text) for text in texts], max_length=32)
+    assert [line["log_likelihood"] for line in found.predictions] == pytest.approx(theirs, rel=1e-4)
+    tokens = [len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+    assert [line["tokens"] for line in found.predictions] == tokens
+    closer = evaluate.text_perplexity(base, tokenizer, [Example("", texts[0])], max_length=32, stride=4)
+    assert closer.predictions[0]["tokens"] == tokens[0]  # each token once, however the windows overlap
+    assert closer.predictions[0]["log_likelihood"] != found.predictions[0]["log_likelihood"]
+
+
+@pytest.mark.parametrize("name", ["boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "arc_easy", "openbookqa"])
+def test_the_same_question_in_the_format_of_commonsense_170k(name: str, compose: Compose, tmp_path: Path) -> None:
+    rows = schemas.write(name, tmp_path)
+    one = compose(f"eval=[{name}_170k]", f"eval.{name}_170k.path={rows}")
+    row = evaluations.test_examples(one.config, f"{name}_170k", data_rows.read_rows(rows))[1]
+    labels = [choice.label for choice in row.choices]
+    assert "### Instruction:\nPlease " in row.prompt
+    assert row.prompt.endswith(f"Answer format: {'/'.join(labels)}\n\n### Response:\n")
+    assert row.gold is not None
+    assert row.answer == f"the correct answer is {labels[row.gold]}"
+    texts = [choice.text for choice in row.choices]
+    plain = examples(name, compose)[1]
+    if name != "boolq":
+        assert texts == [choice.text.strip() for choice in plain.choices]
+    assert row.gold == (plain.gold if name != "boolq" else 1 - (plain.gold or 0))  # there true comes first
+
+
+def test_an_instruction_is_judged_in_three_ways(compose: Compose, base: Any, tokenizer: Any) -> None:
+    rows = schemas.write("commonsense_170k", Path())
+    one = compose("eval=[arc_easy_170k]", f"eval.arc_easy_170k.path={rows}")
+    questions = evaluations.test_examples(one.config, "arc_easy_170k", data_rows.read_rows(rows))
+    found = evaluate.instruction(base, tokenizer, questions, max_new_tokens=4)
+    assert {"accuracy", "valid_fraction", "label_acc", "choice_acc", "choice_acc_norm"} == set(found.scores)
+    assert found.facts["majority"] == pytest.approx(1 / 3)
+    assert [choice.text for choice in questions[0].choices] == ["a thing", "no: nothing", "rain"]
+    labels = evaluate.instruction(base, tokenizer, questions, ways=["labels"])
+    assert set(labels.scores) == {"label_acc"}
+
+
+@pytest.mark.parametrize(
+    ("reader", "row", "problem"),
+    [
+        ("arc", {"question": "?", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "E"}, "cannot be read"),
+        ("piqa", {"goal": "g", "sol1": "a", "label": 0}, "has no column 'sol2'"),
+        ("piqa", {"goal": "g", "sol1": "a", "sol2": "b", "label": -1}, "its label names choice 0 of 2"),
+        ("winogrande", {"sentence": "a _", "option1": "a", "option2": "b", "answer": "0"}, "its label names choice 0"),
+        ("boolq", {"passage": "p", "question": "q", "label": -1}, "its answer '-1' is none of 0, false, no"),
+        ("instruction", {"instruction": "No labels here.", "answer": "true"}, "none of the instruction's labels"),
+        ("messages", {"messages": [{"role": "user", "content": "hi"}]}, "must end with the assistant's turn"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_named(reader: str, row: dict[str, Any], problem: str) -> None:
+    with pytest.raises(InputError, match=r"eval\.x\.reader: row 1 ") as error:
+        templates.examples([row], "", "", "eval.x", reader=f"peftsweep.data.tasks.{reader}")
+    assert problem in str(error.value)
+
+
+def test_a_conversation_goes_through_the_chat_template(tokenizer: Any) -> None:
+    row = tasks.messages({"conversations": [{"from": "human", "value": "Hi {x}"}, {"from": "gpt", "value": "Ho"}]})
+    (example,) = templates.examples([row], "{prompt}", "{answer}")
+    with pytest.raises(InputError, match=r"dataset\.chat=true: the model's tokenizer has no chat template"):
+        data_tokens.through_chat_template(tokenizer, [example])
+    chatty = models_model.load_tokenizer(TINY)
+    chatty.chat_template = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}" + (
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    (turn,) = data_tokens.through_chat_template(chatty, [example])
+    assert (turn.prompt, turn.answer) == ("<user>Hi {x}<assistant>", "Ho")
+    (plain,) = data_tokens.through_chat_template(chatty, [Example("Hi", "Ho")])
+    assert plain.prompt == "<user>Hi<assistant>"
+
+
+def test_a_trial_on_lm_eval_tasks_of_its_own() -> None:
+    pytest.importorskip("lm_eval")
+    Path("tasks").mkdir()
+    rows = schemas.write("piqa", Path()).resolve()
+    own = {
+        "task": "own_piqa",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(rows)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "Question: {{goal}}\nAnswer:",
+        "doc_to_target": "label",
+        "doc_to_choice": "{{[sol1, sol2]}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    Path("tasks/own_piqa.yaml").write_text(yaml.safe_dump(own))
+    words = ["eval=[lm_eval]", "eval.lm_eval.tasks=[own_piqa]", f"eval.lm_eval.include_path={Path('tasks').resolve()}"]
+    result = cli.run_one([*words, "device=cpu", "train.steps=2", "dataset.samples=32"])
+    assert result.error is None
+    assert {"own_piqa_acc", "base_own_piqa_acc"} <= set(result.eval_info["lm_eval"])
+
+
+def test_a_constant_answer_is_called_degenerate(base: Any, tokenizer: Any) -> None:
+    rows = [Example(f"Tom has {n} pens. More?", "yes" if n % 2 else "no") for n in range(40)]
+    found = evaluate.classification(base, tokenizer, rows, classes=["no", "yes"])
+    same = len({line["prediction"] for line in found.predictions}) == 1
+    assert found.facts["majority"] == 0.5
+    assert found.facts["degenerate"] == same
+    assert metrics.answer_baselines(["a"] * 40, ["a", "b"] * 20)["degenerate"]
+
+
+def test_every_question_set_has_its_three_yamls() -> None:
+    conf = Path(conf_dir())
+    for name in THEIRS:
+        for file in (f"eval/{name}.yaml", f"eval/{name}_170k.yaml", f"dataset/{name}.yaml"):
+            assert (conf / file).is_file(), file
+
+
+@pytest.mark.parametrize("quant", ["none", pytest.param("4bit", marks=pytest.mark.kernels)])
+def test_rows_that_have_ended_leave_the_batch_and_nothing_else_changes(
+    quant: str, compose: Compose, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = compose(f"quant={quant}", "train.steps=60")
+    adapted: Any = build.attach_method(one, models_model.load(one.config.model, build.quantization(one), CPU), 60)
+    rows = templates.examples(task.rows("train", 1000), "{question}\n", "{answer}")
+    tokens = data_tokens.tokenize(tokenizer, rows, 64)
+    loop.train(adapted, tokens, one.config.train, pad_id=0, seed=0, meter=Meter(CPU), log=lambda row: None)
+    prompts = [row.prompt for row in rows[:40]]
+    assert decoding._takes_a_cache(adapted)
+    ours = decoding.generate(adapted, tokenizer, prompts, max_new_tokens=20, batch_size=16)
+    assert len({len(text) for text in ours}) > 1
+    monkeypatch.setattr(decoding, "_takes_a_cache", lambda model: False)
+    assert decoding.generate(adapted, tokenizer, prompts, max_new_tokens=20, batch_size=16) == ours
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning", "poly"])
+def test_methods_that_prepare_their_inputs_are_left_to_transformers(method: str, compose: Compose) -> None:
+    one = compose(f"method={method}")
+    assert not decoding._takes_a_cache(build.attach_method(one, models_model.load(TINY, None, CPU), 10))
+
+
+def test_an_evaluation_that_runs_out_of_memory_goes_on_with_half_the_batch(caplog: pytest.LogCaptureFixture) -> None:
+    done: list[list[int]] = []
+
+    def work(numbers: list[int]) -> None:
+        if len(numbers) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        done.append(numbers)
+
+    decoding._in_batches([5, 9, 1, 7, 3, 8, 2], 8, work)
+    assert [n for numbers in done for n in numbers] == [1, 5, 3, 0, 4, 6, 2]
+    assert "going on with batches of 3 rows" in caplog.text
+    with pytest.raises(torch.OutOfMemoryError):
+        decoding._in_batches([1], 1, lambda numbers: (_ for _ in ()).throw(torch.OutOfMemoryError("one row")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        decoding._in_batches([1, 2], 2, lambda numbers: (_ for _ in ()).throw(RuntimeError("a bug")))
+
+
+def test_conversations_are_trained_on_through_the_template(tmp_path: Path) -> None:
+    shutil.copytree(models_model.TINY, tmp_path / "chatty")
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    (tmp_path / "chatty" / "chat_template.jinja").write_text(template)
+    words = [
+        "dataset=chat",
+        f"dataset.path={schemas.write('chat', tmp_path)}",
+        "model=causal_lm",
+        "model.dtype=float32",
+    ]
+    words += [f"model.name_or_path={tmp_path / 'chatty'}", "train.steps=2", "dataset.drop_long=true"]
+    result = cli.run_one([*words, "device=cpu"])
+    assert result.error is None
+    assert result.train_info["long_rows"] == 0
+    predictions = (Path("multirun/default") / result.run_info["trial"] / "predictions" / "perplexity.jsonl").read_text()
+    assert json.loads(predictions.splitlines()[0])["prompt"].startswith("<user>Say ")
+    short = cli.run_one([*words, "device=cpu", "dataset.max_length=4", "seed=1"])
+    assert (short.error or {})["type"] == "InputError"  # every row is too long
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("quant", ["none", "4bit"])
+@pytest.mark.parametrize("name", ["arc_easy", "winogrande", "boolq"])
+def test_what_choices_begin_with_is_read_once_and_the_scores_are_the_same(
+    name: str, quant: str, compose: Compose, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = compose(f"quant={quant}")
+    adapted: Any = build.attach_method(
+        one, models_model.load(one.config.model, build.quantization(one), CPU), 10
+    ).eval()
+    rows = examples(name, compose)
+    shared = evaluate.multiple_choice(adapted, tokenizer, rows, batch_size=9)
+    monkeypatch.setattr(decoding, "_takes_a_cache", lambda model: False)
+    apart = evaluate.multiple_choice(adapted, tokenizer, rows, batch_size=9)
+    assert shared.scores == apart.scores
+    for mine, theirs in zip(shared.predictions, apart.predictions, strict=True):
+        assert mine["log_likelihoods"] == pytest.approx(theirs["log_likelihoods"], abs=1e-3)
+
+
+def test_acc_norm_is_measured_only_where_the_choices_own_texts_are_scored(
+    compose: Compose, base: Any, tokenizer: Any
+) -> None:
+    for name in ("winogrande", "commonsense_qa", "piqa"):
+        found = evaluate.multiple_choice(base, tokenizer, examples(name, compose))
+        assert ("acc_norm" in found.scores) == ("correct_norm" in found.predictions[0]) == (name == "piqa")
+        assert ("norm_histogram" in found.facts) == (name == "piqa")
+        assert found.facts["headline"] == ("acc_norm" if name == "piqa" else "acc")
+
+
+def test_the_headline_of_every_task_is_that_of_lm_evaluation_harness(compose: Compose) -> None:
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    for name, file in {**THEIRS, "arc_challenge": "arc/arc_easy.yaml"}.items():
+        theirs = load_yaml(Path(lm_eval.__file__).parent / "tasks" / file, resolve_func=False)
+        metrics_of_theirs = [entry["metric"] for entry in theirs["metric_list"]]
+        mine = yaml.safe_load((Path(conf_dir()) / "eval" / f"{name}.yaml").read_text())
+        assert mine["headline"] == ("acc_norm" if "acc_norm" in metrics_of_theirs else "acc"), name
+        measured = evaluate.measures(evaluate.multiple_choice, mine)
+        assert ("acc_norm" in (measured or ())) == (name not in ("winogrande", "commonsense_qa")), name
+
+
+def lettered(row: dict[str, Any]) -> dict[str, Any]:
+    """A user's own reader: the letters are scored."""
+    choices = [{"answer": letter, "text": text} for letter, text in zip("AB", row["of"], strict=True)]
+    return row | {"choices": choices, "gold": 0, "answer": "A"}
+
+
+def spelt(row: dict[str, Any]) -> dict[str, Any]:
+    """A user's own reader: the texts are scored."""
+    return row | {"choices": [{"answer": text} for text in row["of"]], "gold": 0, "answer": row["of"][0]}
+
+
+@pytest.mark.parametrize(
+    ("reader", "answer", "normed"),
+    [("spelt", " {answer}", True), ("spelt", " ({answer})", False), ("lettered", " {answer}", False)],
+)
+def test_choices_of_a_users_own_have_acc_norm_if_their_texts_are_scored(
+    reader: str, answer: str, normed: bool, compose: Compose, base: Any, tokenizer: Any
+) -> None:
+    Path("own.jsonl").write_text("".join(json.dumps({"q": f"{n}?", "of": ["a pen", "no"]}) + "\n" for n in range(4)))
+    words = ["eval=[piqa]", "eval.piqa.path=own.jsonl", f"eval.piqa.reader={__name__}.{reader}"]
+    words += ["eval.piqa.prompt='{q}'", f"eval.piqa.answer='{answer}'"]
+    if not normed:
+        with pytest.raises(InputError, match=r"^eval\.piqa\.headline: eval\.piqa does not measure acc_norm"):
+            compose(*words)
+        chosen = ["eval.piqa.headline=null", "train.eval_every=2", "train.best_metric=piqa.acc_norm"]
+        with pytest.raises(InputError, match=r"^train\.best_metric: eval\.piqa does not measure acc_norm"):
+            compose(*words, *chosen)
+        words.append("eval.piqa.headline=null")
+    one = compose(*words)
+    rows = evaluations.test_examples(one.config, "piqa", data_rows.read_rows("own.jsonl"))
+    found = build.evaluator(one, "piqa")(base, tokenizer, rows)
+    assert ("acc_norm" in found.scores) == normed
+    assert found.facts["headline"] == ("acc_norm" if normed else "acc")
+
+
+def test_a_metric_that_a_preset_does_not_measure_is_refused(compose: Compose) -> None:
+    rows = schemas.write("winogrande", Path())
+    words = ["eval=[winogrande]", f"eval.winogrande.path={rows}", "train.eval_every=2"]
+    with pytest.raises(InputError, match=r"^train\.best_metric: eval\.winogrande does not measure acc_norm, as"):
+        compose(*words, "train.best_metric=winogrande.acc_norm")
+    with pytest.raises(InputError, match=r"^eval\.winogrande\.headline: .* must be acc$"):
+        compose(*words, "eval.winogrande.headline=acc_norm")
+
+
+def constant(monkeypatch: pytest.MonkeyPatch, label: str) -> None:
+    """Have every model write this label and find its sentence, or its choice, the likeliest."""
+
+    def likelihoods(model: Any, tokenizer: Any, groups: Any, **_: Any) -> tuple[list[list[float]], dict[str, int]]:
+        place = int(label[-1]) - 1
+        return [[0.0 if n == place else -1.0 for n, _ in enumerate(group)] for group in groups], {}
+
+    monkeypatch.setattr(likelihood, "_grouped_likelihoods", likelihoods)
+    monkeypatch.setattr(decoding, "generate", lambda model, tokenizer, rows, **_: [f"It is {label}."] * len(rows))
+
+
+def test_a_constant_answer_is_flagged_in_every_way_of_judging(
+    compose: Compose, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    constant(monkeypatch, "solution2")
+    rows = [row for row in schemas.SCHEMAS["piqa"] for _ in range(20)]
+    Path("piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one = compose("eval=[piqa_170k]", "eval.piqa_170k.path=piqa.jsonl")
+    asked = evaluations.test_examples(one.config, "piqa_170k", rows)
+    found = evaluate.instruction(cast(Any, None), tokenizer, asked).facts
+    for way in ("", "label_", "choice_"):
+        assert found[f"{way}degenerate"] is True, way
+        assert found[f"{way}histogram"] == {"solution2": 300}, way
+    assert (found["majority"], found["random"]) == (160 / 300, 0.5)
+    plain = compose("eval=[piqa]", "eval.piqa.path=piqa.jsonl")
+    found = evaluate.multiple_choice(
+        cast(Any, None), tokenizer, evaluations.test_examples(plain.config, "piqa", rows)
+    ).facts
+    assert (found["degenerate"], found["histogram"]) == (True, {"2": 300})  # the texts differ from row to row
+
+
+def test_chance_is_that_of_each_questions_own_number_of_choices(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in ARC, where one question has five choices and most have four."""
+    constant(monkeypatch, "answer1")
+    asked = "Please choose. Answer1: a {}\n\nAnswer format: answer1/answer2{}"
+    more = [asked.format("Answer2: b Answer3: c Answer4: d", "/answer3/answer4"), asked.format("Answer2: b", "")]
+    rows = [{"instruction": text, "answer": "answer2"} for text in more * 10]
+    made = templates.examples(rows, "{instruction}", "{answer}", reader="peftsweep.data.tasks.instruction")
+    assert evaluate.instruction(cast(Any, None), tokenizer, made).facts["random"] == pytest.approx((1 / 4 + 1 / 2) / 2)
+    assert evaluate.multiple_choice(cast(Any, None), tokenizer, made).facts["random"] == pytest.approx(3 / 8)
+
+
+def test_a_constant_class_is_flagged_by_its_label_and_f1_has_its_baselines(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    constant(monkeypatch, "class2")
+    rows = [Example(f"{n}?", " yes" if n % 4 == 0 else " no") for n in range(40)]
+    monkeypatch.setattr(evaluate, "classifies", lambda model: False)
+    found = evaluate.classification(cast(Any, None), tokenizer, rows, classes=["no", "yes"])
+    assert (found.facts["degenerate"], found.facts["histogram"]) == (True, {"yes": 40})
+    assert found.scores["f1"].value == pytest.approx(0.4)
+    assert (found.facts["f1_majority"], found.facts["f1_random"]) == (0.0, pytest.approx(1 / 3))
+
+
+STOPS = [["\n"], ["0 #", "plums"]]
+STOPS_TOO = [["."], ["ow man", "+"], ["Question:", "</s>"]]
+
+
+@pytest.mark.parametrize("stop", [*STOPS, *(pytest.param(stop, marks=pytest.mark.slow) for stop in STOPS_TOO)])
+def test_what_is_written_ends_where_lm_evaluation_harness_ends_it(
+    stop: list[str], base: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    prompts = [row["question"][: 10 + n] for n, row in enumerate(task.rows("test", 8, 0))]
+    wrapped = HFLM(pretrained=base, tokenizer=tokenizer, backend="causal", max_length=512, batch_size=4)
+    asked = {"until": stop, "max_gen_toks": 24, "do_sample": False, "temperature": 0.0}
+    requests = [Instance("generate_until", {}, (text, asked), n, (None, None, None)) for n, text in enumerate(prompts)]
+    theirs = wrapped.generate_until(requests, disable_tqdm=True)
+    options: dict[str, Any] = {"max_new_tokens": 24, "batch_size": 5, "stop": stop}
+    assert decoding.generate(base, tokenizer, prompts, **options) == theirs
+    monkeypatch.setattr(decoding, "_takes_a_cache", lambda model: False)  # by transformers' own generation
+    assert decoding.generate(base, tokenizer, prompts, **options) == theirs
+    by_beams = decoding.generate(base, tokenizer, prompts, **options, num_beams=2)
+    assert not any(text in written for text in stop for written in by_beams)
+
+
+def test_a_row_that_has_reached_a_stop_text_is_written_on_no_further(
+    base: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, steps = ["Tom has", "Mia sells"], list[int]()
+    free = decoding.generate(base, tokenizer, prompts, max_new_tokens=24)
+    stop = [text[1:3] for text in free]
+    forward = base.forward
+
+    def counted(*args: Any, **options: Any) -> Any:
+        steps.append(1)
+        return forward(*args, **options)
+
+    monkeypatch.setattr(base, "forward", counted)
+    assert decoding.generate(base, tokenizer, prompts, max_new_tokens=24, stop=stop) != free
+    assert len(steps) < 12
+
+
+def test_a_stop_text_in_the_prompt_ends_nothing(base: Any, tokenizer: Any) -> None:
+    shots = "Question: 3+4=7\n\nQuestion: 1+1=2\n\nQuestion: Tom has 3"
+    free = decoding.generate(base, tokenizer, [shots], max_new_tokens=8)
+    assert free[0]
+    assert "Question:" not in free[0]
+    assert decoding.generate(base, tokenizer, [shots], max_new_tokens=8, stop=["Question:"]) == free
+
+
+def test_prompts_that_are_cut_and_references_that_cannot_be_written_are_counted(base: Any, tokenizer: Any) -> None:
+    rows = [Example("Tom has 3 apples. " * n, "3+4=7 #7") for n in (1, 2, 9, 12)]
+    tokens = [len(ids) for ids in data_tokens.prompt_ids(tokenizer, rows)]
+    limit = tokens[1]
+    answer = len(tokenizer("3+4=7 #7", add_special_tokens=False).input_ids)
+    found = evaluate.generation(base, tokenizer, rows, max_new_tokens=answer, max_length=limit).facts
+    assert (found["truncated_prompts"], found["long_references"]) == (2, 0)
+    found = evaluate.generation(base, tokenizer, rows[:1], max_new_tokens=answer - 1, max_length=limit).facts
+    assert (found["truncated_prompts"], found["long_references"]) == (0, 1)
+    found = evaluate.perplexity(base, tokenizer, rows, max_length=tokens[2] + answer).facts
+    assert (found["truncated_prompts"], found["truncated_answers"]) == (2, 0)  # the end mark takes a place too
+    found = evaluate.perplexity(base, tokenizer, rows, max_length=answer).facts
+    assert (found["truncated_prompts"], found["truncated_answers"]) == (4, 4)
+    found = evaluate.classification(base, tokenizer, rows, classes=["3+4=7 #7", "no"], max_length=tokens[1] + 9).facts
+    assert (found["truncated_prompts"], found["truncated_answers"]) == (2, 0)
+
+
+def test_pefts_reading_is_the_metric_of_its_comparison_with_ours_beside_it(
+    compose: Compose, monkeypatch: pytest.MonkeyPatch, tokenizer: Any
+) -> None:
+    said = ["#### 18 dollars", "#### 18\nQuestion: 2+3\n#### 5", "#### 18", "no idea"]
+    monkeypatch.setattr(decoding, "generate", lambda model, tokenizer, rows, **how: said if not how["stop"] else [])
+    Path("test.jsonl").write_text("".join(json.dumps({"question": f"{n}", "answer": "#### 18"}) + "\n" for n in said))
+    one = compose("eval=[gsm8k_comparison]", "eval.gsm8k.path=test.jsonl")
+    rows = evaluations.test_examples(one.config, "gsm8k", data_rows.read_rows("test.jsonl"))
+    found = build.evaluator(one, "gsm8k")(cast(Any, None), tokenizer, rows)
+    assert (found.scores["accuracy"].value, found.scores["number_accuracy"].value) == (0.25, 0.75)
+    assert [line["number_extracted"] for line in found.predictions] == ["18", "18", "18", None]
+    assert [line["extracted"] for line in found.predictions] == ["18 dollars", "5", "18", None]
+    compose(
+        "eval=[gsm8k_comparison]",
+        "eval.gsm8k.path=test.jsonl",
+        "train.eval_every=2",
+        "train.best_metric=gsm8k.number_accuracy",
+    )
+    with pytest.raises(InputError, match=r"^eval\.gsm8k\.beside\.number\._target_=nowhere: no such"):
+        compose("eval=[gsm8k_comparison]", "eval.gsm8k.path=test.jsonl", "eval.gsm8k.beside.number._target_=nowhere")
+
+
+def test_of_texts_that_may_occur_the_shortest_must_be_writable(base: Any, tokenizer: Any) -> None:
+    rows = [Example("Tom has", "a very long text of many many words | 7"), Example("Tom has", "a very long text of it")]
+    metric = partial(metrics.contains)
+    assert evaluate.generation(base, tokenizer, rows, metric=metric, max_new_tokens=3).facts["long_references"] == 1
+    assert evaluate.generation(base, tokenizer, rows, max_new_tokens=3).facts["long_references"] == 2

@@ -1,0 +1,279 @@
+"""What a folder that is named as a model may lack, and how many tokens the model may see."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+)
+
+from peftsweep import InputError, cli
+from peftsweep.config import build
+from peftsweep.config.compose import Trial
+from peftsweep.evaluation import decoding
+from peftsweep.forecast import forecast
+from peftsweep.models import attach, model
+from peftsweep.models import saved as models_saved
+from peftsweep.schema import ModelConfig, TargetsConfig, Task
+from peftsweep.study.record import Result, Status
+from tests.architectures import SIZES, make, write
+from tests.conftest import SMALL
+
+Compose = Callable[..., Trial]
+CPU = torch.device("cpu")
+LIMITS: list[tuple[str, dict[str, Any], int | None]] = [
+    ("llama", {}, 128),
+    ("gpt2", {}, 64),
+    ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}, 128),  # its table has two rows more
+    ("roberta", {"pad_token_id": 1}, 126),  # positions begin after that of the padding
+    ("bert", {}, 128),
+    ("gemma3", {}, 128),  # said by the configuration of its text part
+    ("mamba", {}, None),
+]
+
+
+def config_of(folder: Path, **options: Any) -> ModelConfig:
+    return ModelConfig(name_or_path=str(folder), **options)
+
+
+def change(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
+    """Put another weight in the place of one in the checkpoint; None takes it out."""
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    weights.pop(name)
+    if tensor is not None:
+        weights[name] = tensor
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+# ---- positions -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "options", "limit"), LIMITS)
+def test_how_many_tokens_a_model_may_see(kind: str, options: dict[str, Any], limit: int | None) -> None:
+    if kind in ("llama", "gpt2", "gemma3", "opt"):
+        base: Any = make(kind)
+    else:
+        sizes = {key: value for key, value in SIZES.items() if key != "max_position_embeddings" or kind != "mamba"}
+        base = model.CLASSES[Task.causal_lm].from_config(AutoConfig.for_model(kind, **sizes | options))
+    assert model.token_limit(base) == limit
+    if limit is not None and kind != "gemma3":
+        base(input_ids=torch.full((1, limit), 7))  # fits
+
+
+@pytest.mark.parametrize("method", ["lora", pytest.param("prompt_tuning", marks=pytest.mark.slow)])
+def test_rows_are_no_longer_than_the_positions_of_gpt_2(method: str, tmp_path: Path) -> None:
+    """Beyond them it has no embedding: an IndexError here, an assertion that kills the worker on CUDA."""
+    folder = write("gpt2", tmp_path / "gpt2")
+    rows = [{"question": f"{n} " + "many words " * 40, "answer": f"more of them {n}"} for n in range(24)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["model=causal_lm", f"model.name_or_path={folder}", "model.dtype=float32", "dataset=file", "quiet=true"]
+    words += ["dataset.path=rows.jsonl", 'dataset.prompt="{question}"', 'dataset.answer="{answer}"', "train.steps=2"]
+    words += ["eval=[perplexity,exact_match,text]", "eval.text.path=text.jsonl", "train.batch_size=4"]
+    words += ["eval.exact_match.max_new_tokens=20"]
+    story = {"question": "a story without an end " * 40, "answer": " or nearly so", "text": "a story " * 90}
+    (tmp_path / "text.jsonl").write_text(json.dumps(story) + "\n")
+    result = cli.run_one([*words, f"method={method}"])  # the tokens of a prompt take positions too
+    assert result.status is Status.success, result.error
+    assert result.train_info["truncated_rows"] == result.train_info["training_rows"]
+
+
+def test_a_prompt_leaves_room_for_what_is_written(compose: Compose, tmp_path: Path) -> None:
+    folder = write("gpt2", tmp_path / "gpt2")
+    words = ("model=causal_lm", f"model.name_or_path={folder}", "eval.tiny_math.max_new_tokens=64")
+    with pytest.raises(InputError, match=r"eval.tiny_math.max_new_tokens=64: must be below 64"):
+        forecast.check(compose(*words))
+    base: Any = model.load(config_of(folder), None, CPU)
+    tokenizer = model.load_tokenizer(config_of(folder))
+    seen: list[int] = []
+    base.transformer.wpe.register_forward_pre_hook(lambda _, inputs: seen.append(int(inputs[0].max())))
+    decoding.generate(base, tokenizer, ["many words " * 60], max_new_tokens=40)
+    assert max(seen) < 64
+
+
+def test_memory_is_predicted_for_rows_that_the_model_can_see(compose: Compose, tmp_path: Path) -> None:
+    folder = write("gpt2", tmp_path / "gpt2")
+    one = compose("model=causal_lm", f"model.name_or_path={folder}", "dataset.max_length=500")
+    assert forecast.longest(one).length == 64
+
+
+# ---- weights ---------------------------------------------------------------------------------------
+
+
+def test_weights_that_a_causal_model_lacks_are_an_error_that_names_them(tmp_path: Path) -> None:
+    missing, mismatched = write("llama", tmp_path / "a"), write("llama", tmp_path / "b")
+    change(missing, "model.layers.1.self_attn.q_proj.weight", None)
+    change(mismatched, "model.layers.0.mlp.up_proj.weight", torch.zeros(10, 32))
+    with pytest.raises(InputError, match=r"lacks weights .*: model.layers.1.self_attn.q_proj.weight"):
+        model.load(config_of(missing), None, CPU)
+    with pytest.raises(InputError, match=r"other shapes: model.layers.0.mlp.up_proj.weight"):
+        model.load(config_of(mismatched), None, CPU)
+    model.load(config_of(write("gemma3_text", tmp_path / "c")), None, CPU)  # a tied head is not in the file
+
+
+@pytest.fixture
+def masked(tmp_path: Path) -> Path:
+    """A BERT as it is pretrained, without the pooler that its classifier has."""
+    folder = tmp_path / "masked"
+    torch.manual_seed(0)
+    AutoModelForMaskedLM.from_config(AutoConfig.for_model("bert", **SIZES)).save_pretrained(folder)
+    model.load_tokenizer(ModelConfig(name_or_path="tiny")).save_pretrained(folder)
+    return folder
+
+
+def classify(folder: Path, *words: str) -> Result:
+    options = [f"model.name_or_path={folder}", "dataset=tiny_direction", "train.steps=3", "dataset.samples=32"]
+    options += ["eval.tiny_direction.samples=8", "train.batch_size=8", "quiet=true", "train.learning_rate=1e-2"]
+    return cli.run_one(["model=encoder", *options, *words])
+
+
+@pytest.mark.parametrize("quant", ["none", pytest.param("4bit", marks=pytest.mark.slow)])
+def test_what_a_classifier_s_checkpoint_lacks_is_trained_and_saved(masked: Path, quant: str) -> None:
+    result = classify(masked, "method=lora", "targets=qv", f"quant={quant}")
+    assert result.status is Status.success, result.error
+    assert result.folder
+    saved = load_file(result.folder / "adapter" / "adapter_model.safetensors")
+    assert {name for name in saved if "pooler" in name} == {
+        f"base_model.model.bert.pooler.dense.{part}" for part in ("weight", "bias")
+    }
+    assert result.train_info["reloads"] is True  # onto a base whose pooler was drawn from another seed
+
+
+@pytest.mark.slow
+def test_a_reload_check_sees_what_was_not_saved(masked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attach, "new_parts", lambda base: [])
+    result = classify(masked, "method=lora", "targets=qv")
+    assert result.train_info["reloads"] is False
+    again = classify(masked, "method=lora", "targets=qv", "eval.tiny_direction.samples=4")
+    assert "trained_by" not in again.train_info  # no other trial goes on from what does not come back
+
+
+def test_a_classifier_of_another_architecture_s_weights_is_refused(tmp_path: Path) -> None:
+    folder = write("llama", tmp_path / "llama")
+    config = AutoConfig.for_model("bert", **SIZES)
+    config.save_pretrained(folder)
+    with pytest.raises(InputError, match=r"the checkpoint is of another model; it lacks bert\.embeddings"):
+        model.load(config_of(folder, task=Task.seq_cls), None, CPU, classes=2)
+
+
+def test_an_adapter_of_another_model_is_an_error(tmp_path: Path) -> None:
+    adapted: Any = attach.attach(make("opt"), attach_lora(), TargetsConfig(modules=["q_proj"]), {})
+    models_saved.save(adapted, tmp_path)
+    with pytest.raises(InputError, match=r"another model than LlamaForCausalLM: the model has no place for .*decoder"):
+        models_saved.restore(make("llama"), tmp_path)
+    models_saved.save(attach.attach(make("llama"), attach_lora(), TargetsConfig(modules=["q_proj"]), {}), tmp_path)
+    with pytest.raises(InputError, match=r"the file lacks base_model\.model\.model\.layers\.2"):
+        models_saved.restore(make("llama", num_hidden_layers=3), tmp_path)
+    with pytest.raises(InputError, match=r"has no place for base_model.model.model.layers.1"):
+        models_saved.restore(make("llama", num_hidden_layers=1), tmp_path)
+
+
+def attach_lora() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=2)
+
+
+# ---- the head's names ------------------------------------------------------------------------------
+
+
+def classifier(folder: Path, names: list[str]) -> Path:
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: n for n, name in enumerate(names)}}
+    torch.manual_seed(0)
+    base = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("bert", **SIZES, **labels))
+    base.save_pretrained(folder)
+    model.load_tokenizer(ModelConfig(name_or_path="tiny")).save_pretrained(folder)
+    return folder
+
+
+def test_the_names_of_a_checkpoint_s_head_order_the_classes(
+    compose: Compose, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def order(names: list[str]) -> list[str]:
+        folder = classifier(tmp_path / "-".join(names), names)
+        words = ("model=encoder", f"model.name_or_path={folder}", "dataset=tiny_direction")
+        return build.classes(compose(*words))
+
+    assert order(["less", "more"]) == ["less", "more"]
+    assert order(["MORE", "Less"]) == ["more", "less"]
+    assert order(["LABEL_0", "LABEL_1"]) == ["less", "more"]  # which names nothing
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        assert order(["up", "down"]) == ["less", "more"]
+    assert "are not the names of the head's outputs, ['up', 'down']" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_head_is_judged_by_its_own_order_of_the_classes(tmp_path: Path) -> None:
+    """The same head with its rows and its names exchanged says the same."""
+    folder, other = classifier(tmp_path / "a", ["less", "more"]), classifier(tmp_path / "b", ["more", "less"])
+    weights = load_file(other / "model.safetensors")
+    for part in ("weight", "bias"):
+        weights[f"classifier.{part}"] = weights[f"classifier.{part}"].flip(0).contiguous()
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    first, second = (classify(one, "train=none") for one in (folder, other))
+    said = [[row["prediction"] for row in rows(one)] for one in (first, second)]
+    assert said[0] == said[1]
+    trained = [classify(one, "method=lora", "targets=qv").train_info["final_loss"] for one in (folder, other)]
+    assert trained[0] == pytest.approx(trained[1], rel=1e-4)
+
+
+def rows(result: Result) -> list[dict[str, Any]]:
+    assert result.folder
+    text = (result.folder / "predictions" / "tiny_direction.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+# ---- the tokenizer ---------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused_before_the_sweep(compose: Compose, tmp_path: Path) -> None:
+    def check(folder: Path) -> None:
+        forecast.check(compose("model=causal_lm", f"model.name_or_path={folder}"))
+
+    bare = tmp_path / "bare"
+    make("llama").save_pretrained(bare)
+    with pytest.raises(InputError, match="its tokenizer cannot be loaded"):
+        check(bare)
+    padded = write("llama", tmp_path / "padded")
+    tokenizer = model.load_tokenizer(config_of(padded))
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(padded)
+    with pytest.raises(
+        InputError, match=r"the pad_token '\[PAD\]' of its tokenizer is number 533, outside of the model's 533"
+    ):
+        check(padded)
+    endless = write("llama", tmp_path / "endless")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (file := endless / name).exists():
+            said = json.loads(file.read_text())
+            said.pop("eos_token", None)
+            file.write_text(json.dumps(said))
+    with pytest.raises(InputError, match="its tokenizer has no eos_token, with which an answer ends"):
+        check(endless)
+
+
+def test_a_token_without_an_embedding_is_named(tmp_path: Path) -> None:
+    folder = write("llama", tmp_path / "small", vocab_size=400)
+    words = ["model=causal_lm", f"model.name_or_path={folder}", *SMALL, "quiet=true"]
+    result = cli.run_one(words)
+    assert result.status is Status.failed
+    assert "of its tokenizer is none of 400 embeddings" in (result.error or {})["message"]
+
+
+def test_new_parts_are_not_quantised(masked: Path) -> None:
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    base: Any = model.load(config_of(masked, task=Task.seq_cls), four, CPU, classes=2)
+    assert type(base.bert.pooler.dense).__name__ == "Linear"
+    assert type(base.bert.encoder.layer[0].attention.self.query).__name__ == "Linear4bit"

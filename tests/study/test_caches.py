@@ -1,0 +1,426 @@
+"""Identities and caches: what is named covers what it names (docs/caches.md)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peftsweep.config import build, fill, identity
+from peftsweep.config.compose import Trial
+from peftsweep.data import fingerprint
+from peftsweep.evaluation import evaluate, metrics
+from peftsweep.forecast import forecast
+from peftsweep.models import model
+from peftsweep.study import record, store
+from peftsweep.study.record import Result
+from peftsweep.sweep import packing
+from peftsweep.trial import done, mended, scores, stages, task
+from tests.architectures import write
+from tests.conftest import SMALL, records
+
+Compose = Callable[..., Trial]
+CPU = torch.device("cpu")
+LOCAL = ["model=causal_lm", "model.name_or_path=M", "model.roles.q=[q_proj]", "model.roles.v=[v_proj]"]
+QUICK = [*LOCAL, "method.r=2", "adapter.check=false", "train.steps=2", "train.batch_size=2", "dataset.samples=16"]
+QUICK += ["eval=[perplexity]", "eval.perplexity.samples=2", "quiet=true"]
+
+
+@pytest.fixture(autouse=True)
+def folder(scratch: Path) -> Path:
+    """A copy of the embedded model that a test may change."""
+    shutil.copytree(model.TINY, scratch / "M")
+    return scratch / "M"
+
+
+def edit(file: Path, place: int = -1) -> None:
+    """Another byte in that place, of a file that keeps its size and its time of modification."""
+    content, stat = bytearray(file.read_bytes()), file.stat()
+    content[place] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def rewrite(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    said = json.loads(file.read_text())
+    change(said)
+    file.write_text(json.dumps(said))
+
+
+# ---- files -----------------------------------------------------------------------------------------
+
+
+def test_every_byte_of_a_large_file_counts(scratch: Path) -> None:
+    file = scratch / "weights.bin"
+    with file.open("wb") as stream:
+        stream.truncate(fingerprint.LARGE + 2**20)
+    first = fingerprint.file_hash(file)
+    edit(file, fingerprint.LARGE // 2 + 2**19)  # the middle
+    assert fingerprint.file_hash(file) != first
+
+
+def test_a_large_file_is_read_once_for_all_processes(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = scratch / "weights.bin"
+    with file.open("wb") as stream:
+        stream.truncate(fingerprint.LARGE + 1)
+    first = fingerprint.file_hash(file)
+    fingerprint._remembered.cache_clear()
+    monkeypatch.setattr(fingerprint, "_read_and_hash", lambda *_: pytest.fail("read again"))
+    assert fingerprint.file_hash(file) == first
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "LICENSE", "figure.png", ".gitattributes", "pytorch_model.bin", "x.onnx"]
+)
+def test_files_that_change_no_number_are_no_part_of_a_model(name: str, folder: Path, compose: Compose) -> None:
+    before = compose(*LOCAL).identity
+    (folder / name).write_text("text")
+    assert compose(*LOCAL).identity == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json", "chat_template.jinja"])
+def test_files_that_may_be_read_are_part_of_a_model(name: str, folder: Path, compose: Compose) -> None:
+    before = compose(*LOCAL)
+    (folder / name).write_bytes(b"\n" + (folder / name).read_bytes() if (folder / name).exists() else b"{{ 1 }}")
+    assert compose(*LOCAL).training != before.training
+
+
+def test_weights_in_torch_s_format_count_where_they_are_read(folder: Path) -> None:
+    (folder / "pytorch_model.bin").write_text("weights")
+    assert "pytorch_model.bin" not in fingerprint.files_read(folder)
+    (folder / "model.safetensors").unlink()
+    assert "pytorch_model.bin" in fingerprint.files_read(folder)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"])
+def test_an_adapter_of_either_kind_counts_by_its_content(name: str, scratch: Path) -> None:
+    saved = scratch / "saved"
+    saved.mkdir()
+    (saved / "adapter_config.json").write_text("{}")
+    if not name.endswith(".json"):
+        (saved / name).write_text("weights")
+    before = identity._adapter_files("saved", rule=2)
+    (saved / name).write_text("other")
+    (saved / "README.md").write_text("text")
+    after = identity._adapter_files("saved", rule=2)
+    assert before is not None
+    assert after is not None
+    assert {key for key in after if after[key] != before.get(key)} == {name}
+
+
+# ---- names -----------------------------------------------------------------------------------------
+
+
+def test_a_class_has_one_name_in_an_identity_whichever_was_given(compose: Compose) -> None:
+    for words in (["method._target_=peft.tuners.lora.config.LoraConfig"], ["train.optimizer=AdamW"]):
+        assert compose(*words).identity == compose().identity
+
+
+def test_a_function_that_has_moved_keeps_its_first_name_in_identities(
+    compose: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = compose("eval=[perplexity]").identity
+    node = compose("eval=[perplexity]").config.eval["perplexity"]
+    monkeypatch.setattr(identity, "MOVED", {"peftsweep.evaluation.evaluate": "peftsweep.evaluation"})
+    monkeypatch.setitem(__import__("sys").modules, "peftsweep.evaluation", evaluate)
+    monkeypatch.setattr("peftsweep.evaluation", evaluate, raising=False)
+    identity._shortest.cache_clear()
+    old = compose("eval=[perplexity]")
+    new = compose("eval=[perplexity]", "eval.perplexity._target_=peftsweep.evaluation.perplexity")
+    assert old.config.eval["perplexity"]["_target_"] == "peftsweep.evaluation.perplexity"
+    assert old.identity == new.identity == before
+    assert node["_target_"] == "peftsweep.evaluation.evaluate.perplexity"
+
+
+def test_a_key_of_a_later_version_changes_no_identity_by_its_default() -> None:
+    from peftsweep.schema import TrainConfig
+
+    first = tuple(key for key in identity.FIRST_TRAIN_KEYS if key != "clip")  # as if it had come later
+    assert "clip" not in identity._said(TrainConfig(), first)
+    assert identity._said(TrainConfig(clip=2.0), first)["clip"] == 2.0
+
+
+# ---- records of earlier versions -------------------------------------------------------------------
+
+
+def as_of_the_first_version(result: Result, one: Trial) -> None:
+    """Make a record what the first version would have written, under the names it would have had."""
+    assert one.earlier is not None
+    assert result.folder is not None
+    del result.run_info["identity_rule"]
+    result.run_info |= {"identity": one.earlier.trial, "training": one.earlier.training}
+    place = result.folder.with_name(result.folder.name.replace(one.identity, one.earlier.trial))
+    result.folder.rename(place)
+    result.run_info["trial"] = place.name
+    result.write(place)
+    shutil.rmtree(place.parent / ".trained")
+    store.mark_trained(result)
+
+
+def test_a_trial_of_the_first_version_is_done_under_its_rule(folder: Path, compose: Compose) -> None:
+    (folder / "README.md").write_text("counted then")
+    one = compose(*QUICK)
+    as_of_the_first_version(task.run(one), one)
+    held = done.finished(one)
+    assert held is not None
+    assert mended.rule_of(held) == 1
+    (folder / "README.md").unlink()  # it is recognised from now on, by what counts today
+    assert done.finished(compose(*QUICK)) is not None
+    other_scores = compose(*QUICK, "eval.perplexity.max_length=100")
+    assert done.finished(other_scores) is None
+    assert done.trained(other_scores) is not None  # and its adapter is not trained again
+    edit(folder / "model.safetensors")
+    assert done.finished(compose(*QUICK)) is None
+    assert done.trained(compose(*QUICK)) is None
+
+
+def test_a_trial_that_a_mended_fault_made_wrong_is_run_again_and_one_line_says_why(
+    command: Callable[..., tuple[int, str, str]],
+) -> None:
+    words = [*QUICK, "train.accumulation=2", "quiet=false"]
+    command(*words)
+    (result,) = records().values()
+    assert result.run_info.pop("identity_rule") == identity.IDENTITY_RULE
+    result.train_info["final_loss"] = -1.0
+    assert result.folder is not None
+    result.write(result.folder)
+    _, out, _ = command(*words)
+    assert out.count("1 trial run again, as the numbers of an earlier version were wrong: with train.accumulation") == 1
+    (again,) = records().values()
+    assert again.train_info["final_loss"] > 0
+    assert "done before" in command(*words)[1]
+
+
+def told(folder: Path, train_info: dict[str, Any] | None = None, **sections: Any) -> str:
+    """Why a record of the first version, of a trial on that base, is run again; empty where it counts."""
+    config = {"model": {"name_or_path": str(folder)}, "method": {"r": 2}, "targets": {"roles": ["q"]}} | sections
+    return mended.outdated(Result({}, {}, config=config, train_info=train_info or {})) or ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("llama", ""),
+        ("gemma3", "parts of the model that read no text were adapted too"),
+        ("qwen2_moe", "the roles of a mixture of experts named other weights"),
+        ("mamba", "left-padded batches changed"),
+        ("lfm2", "left-padded batches changed"),
+    ],
+)
+def test_a_record_of_the_first_version_is_known_to_be_wrong_by_its_architecture(
+    kind: str, why: str, tmp_path: Path
+) -> None:
+    assert told(write(kind, tmp_path)).startswith(why)
+    assert bool(told(tmp_path)) == bool(why)
+
+
+def test_a_record_of_the_first_version_is_known_to_be_wrong_by_its_tokens_and_classes(folder: Path) -> None:
+    assert told(folder) == ""
+    assert "beginning-of-sequence" in told(folder, {"truncated_rows": 3})
+    edited = json.loads((folder / "tokenizer.json").read_text())
+    edited["post_processor"]["single"].append({"SpecialToken": {"id": "</s>", "type_id": 0}})
+    edited["post_processor"]["special_tokens"]["</s>"] = {"id": "</s>", "ids": [2], "tokens": ["</s>"]}
+    ends = folder.with_name("ends")
+    shutil.copytree(folder, ends)
+    (ends / "tokenizer.json").write_text(json.dumps(edited))
+    assert "between prompt and answer" in told(ends)
+    shape = json.loads((folder / "config.json").read_text())
+    shape |= {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "no", "1": "yes"}}
+    (folder / "config.json").write_text(json.dumps(shape))
+    as_classifier = {"model": {"name_or_path": str(folder), "task": "seq_cls"}}
+    assert told(folder, **as_classifier, dataset={"classes": ["no", "yes"]}) == ""
+    assert "order of the dataset's" in told(folder, **as_classifier, dataset={"classes": ["yes", "no"]})
+
+
+def test_a_checkpoint_that_a_mended_fault_made_wrong_is_not_gone_on_from() -> None:
+    from peftsweep.training import checkpoint
+
+    assert mended.right_since({"train": {"accumulation": 1}}) == 1
+    assert mended.right_since({"train": {"accumulation": 2}}) == 2
+    assert checkpoint.stamp("it", CPU, 2) != checkpoint.stamp("it", CPU, 1) == checkpoint.stamp("it", CPU)
+
+
+# ---- caches ----------------------------------------------------------------------------------------
+
+
+def retemplate(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+
+
+def add_token(tokenizer: Any) -> None:
+    tokenizer.add_tokens(["plus"])
+
+
+def shorten(tokenizer: Any) -> None:
+    tokenizer.model_max_length = 16
+
+
+@pytest.mark.parametrize("change", [retemplate, add_token, shorten])
+def test_rows_in_tokens_are_kept_by_the_tokenizer_s_content(
+    change: Callable[[Any], None], folder: Path, compose: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "WORTH_KEEPING", 0.0)  # on the disk too
+    monkeypatch.setattr(build, "_TOKENS", {})
+    one = compose(*QUICK)
+    assert one.rows is not None
+
+    def kept() -> set[str]:
+        build.training_tokens(one, model.load_tokenizer(one.config.model), one.rows.train if one.rows else [])
+        return {file.name for file in Path("multirun/default/.tokens").iterdir()}
+
+    first = kept()
+    build._TOKENS.clear()
+    assert kept() == first
+    tokenizer = model.load_tokenizer(one.config.model)
+    change(tokenizer)
+    tokenizer.save_pretrained(folder)
+    assert len(kept() - first) == 1
+
+
+def test_rows_in_tokens_follow_an_edited_tokenizer(folder: Path, compose: Compose) -> None:
+    one = compose(*QUICK)
+    assert one.rows is not None
+    before = build.training_tokens(one, model.load_tokenizer(one.config.model), one.rows.train)
+    rewrite(folder / "tokenizer_config.json", lambda said: said.update(model_max_length=16))
+    after = build.training_tokens(one, model.load_tokenizer(one.config.model), one.rows.train)
+    assert max(len(row.ids) for row in before) > 16 == max(len(row.ids) for row in after)
+
+
+@pytest.mark.parametrize("key", ["dataset.max_length=20", 'dataset.answer="{answer}."'])
+def test_rows_in_tokens_are_kept_by_every_key_of_the_dataset(key: str, compose: Compose) -> None:
+    one, other = compose(*QUICK), compose(*QUICK, key)
+    assert one.rows is not None
+    tokenizer = model.load_tokenizer(one.config.model)
+    tokens = [build.training_tokens(each, tokenizer, one.rows.train) for each in (one, other)]
+    assert tokens[0] != tokens[1]
+
+
+def test_local_rows_are_read_again_when_their_file_changes(questions: Path, compose: Compose) -> None:
+    words = ["dataset=file", 'dataset.prompt="{question}"', 'dataset.answer="{answer}"', f"dataset.path={questions}"]
+    before = compose(*words)
+    edit(questions, questions.read_text().index("It is 20"))
+    assert compose(*words).training != before.training
+
+
+def test_forecasts_follow_the_model_s_files_and_the_classes(folder: Path, compose: Compose) -> None:
+    words = [*SMALL, *LOCAL, "method=full"]
+    before = forecast.check(compose(*words)), forecast.prediction(compose(*words))
+    rewrite(folder / "config.json", lambda said: said.update(num_hidden_layers=2))
+    after = forecast.check(compose(*words)), forecast.prediction(compose(*words))
+    assert after[0].total_parameters != before[0].total_parameters
+    assert before[1] is not None
+    assert after[1] is not None
+    assert after[1].weights_bytes < before[1].weights_bytes
+    head = [*LOCAL, "model.task=seq_cls", "dataset=tiny_direction"]
+    two, three = (
+        forecast.check(compose(*head, f"dataset.classes=[{names}]")) for names in ("less,more", "less,more,other")
+    )
+    assert three.trainable_parameters != two.trainable_parameters
+
+
+def test_a_kept_base_and_a_pack_follow_the_model_s_files(
+    folder: Path, compose: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "_KEEPING", [True])
+    monkeypatch.setattr(build, "_KEPT", [])
+    one, sums = compose(*QUICK), list[float]()
+    shared = packing._shared(one)
+    tokenizer = model.load_tokenizer(one.config.model)
+    for place in (None, None, *range(2**20, 2**20 + 4)):  # a number of 32 bits
+        if place is not None:
+            edit(folder / "model.safetensors", place)
+        sums.append(sum(p.double().sum().item() for p in build.load_base(one, tokenizer, CPU).parameters()))
+    assert sums[0] == sums[1] != sums[-1]
+    assert packing._shared(one) != shared
+
+
+def test_scores_of_the_base_are_kept_by_the_tokenizer_s_content(folder: Path, compose: Compose, scratch: Path) -> None:
+    one = compose(*QUICK)
+    tokenizer = model.load_tokenizer(one.config.model)
+    base = build.load_base(one, tokenizer, CPU)
+    assert one.rows is not None
+    test = build.test_examples(one, "perplexity", one.rows, tokenizer)
+    for change in (lambda _: None, lambda _: None, add_token):
+        change(tokenizer)
+        scores._base_scores(one, "perplexity", test, base, tokenizer, scratch)
+    assert len(list((scratch / "base").glob("causal_lm-none-*/perplexity-*.jsonl"))) == 2
+
+
+def test_answers_of_the_base_come_with_its_scores_or_are_made_again(compose: Compose, scratch: Path) -> None:
+    one = compose(*QUICK)
+    tokenizer = model.load_tokenizer(one.config.model)
+    base = build.load_base(one, tokenizer, CPU)
+    assert one.rows is not None
+    test = build.test_examples(one, "perplexity", one.rows, tokenizer)
+
+    def kept() -> tuple[dict[str, Any], Path]:
+        found = scores._base_scores(one, "perplexity", test, base, tokenizer, scratch)
+        return found, scratch / found["predictions"]
+
+    (first, file), (second, same) = kept(), kept()
+    assert (first, file) == (second, same)
+    lines = record.read_lines(file)
+    assert [line["prompt"] for line in lines] == [row.prompt for row in test]
+    sums, counts = ([line[key] for line in lines] for key in ("log_likelihood", "tokens"))
+    assert metrics.perplexity(sums, counts)["perplexity"].value == pytest.approx(first["perplexity"]["value"])
+    file.unlink()  # as in a study of a version that kept scores alone
+    assert record.read_lines(kept()[1]) == lines
+
+
+# ---- the record ------------------------------------------------------------------------------------
+
+
+def test_the_record_holds_hashes_of_model_tokenizer_and_rows(folder: Path, compose: Compose) -> None:
+    def about(*words: str) -> dict[str, Any]:
+        one = compose(*QUICK, *words)
+        assert one.rows is not None
+        tokenizer = model.load_tokenizer(one.config.model)
+        return stages._sources(one, build.load_base(one, tokenizer, CPU), tokenizer, one.rows)
+
+    first = about()
+    assert all(len(first[key]) == 64 for key in ("model_sha", "tokenizer_sha", "dataset_sha"))
+    assert first["model_created_at"] is first["dataset_created_at"] is None  # the hub has no part in it
+    assert about("dataset.samples=8")["dataset_sha"] != first["dataset_sha"]
+    rewrite(folder / "tokenizer_config.json", lambda said: said.update(model_max_length=512))
+    second = about()
+    assert second["tokenizer_sha"] != first["tokenizer_sha"]
+    assert second["model_sha"] != first["model_sha"]  # its folder holds the tokenizer
+    assert second["dataset_sha"] == first["dataset_sha"]
+
+
+def test_the_hub_s_commits_and_dates_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from datetime import UTC, datetime
+    from types import SimpleNamespace
+
+    import huggingface_hub
+
+    def repo_info(_: Any, repository: str, *, revision: str | None, repo_type: str, timeout: float) -> Any:
+        assert (repository, revision, repo_type) == ("org/rows", "main", "dataset")
+        return SimpleNamespace(sha="abc", created_at=datetime(2024, 9, 18, tzinfo=UTC))
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", repo_info)
+    assert fingerprint.on_hub("org/rows", "dataset", "main") == ("abc", "2024-09-18T00:00:00+00:00")
+    monkeypatch.undo()
+    assert fingerprint.on_hub("org/other", "model", None) == (None, None)  # offline
+
+
+def test_every_option_s_name_in_conf_is_the_one_that_identities_have() -> None:
+    """Else an identity of the first rule would have changed."""
+    from omegaconf import OmegaConf
+
+    names = set()
+    for file in Path(fill.conf_dir()).rglob("*.yaml"):
+        nodes = [OmegaConf.to_container(OmegaConf.load(file), resolve=False)]
+        while nodes:
+            node = nodes.pop()
+            if isinstance(node, dict):
+                names |= {node["_target_"]} if "hydra" not in file.parts and "_target_" in node else set()
+                nodes += node.values()
+    assert len(names) > 40
+    assert {name: identity.canonical_name(name) for name in names if identity.canonical_name(name) != name} == {}

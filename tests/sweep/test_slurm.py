@@ -1,0 +1,231 @@
+"""Jobs on SLURM: the states of those that end badly, and (slow) a real SLURM on this host."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import records, start, wait_for
+
+slurm = pytest.importorskip("peftsweep.sweep.slurm", reason="needs submitit")
+
+
+# ---- the queue, as squeue and sacct tell of it -----------------------------------------------------
+
+
+def answers(monkeypatch: pytest.MonkeyPatch, **said: str | Exception) -> list[str]:
+    """Have the programs of SLURM answer so; gives the names of those that are asked."""
+    asked = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        asked.append(command[0])
+        answer = said[command[0]]
+        if isinstance(answer, Exception):
+            raise answer
+        return subprocess.CompletedProcess(command, 0, answer)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return asked
+
+
+NO_ACCOUNTING = subprocess.CalledProcessError(1, "sacct", stderr="Slurm accounting storage is disabled")
+
+
+def is_over(watcher: Any, job: str) -> bool:
+    time.sleep(0.002)  # sooner than after a millisecond the watcher does not ask again
+    return bool(watcher.is_done(job, mode="force"))
+
+
+def states(watcher: Any, *jobs: str) -> dict[str, bool]:
+    for job in jobs:
+        watcher.register_job(job)
+    return {job: is_over(watcher, job) for job in jobs}
+
+
+@pytest.mark.parametrize(
+    ("state", "over"),
+    [
+        *((name, False) for name in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")),
+        *((name, True) for name in ("FAILED", "CANCELLED", "OUT_OF_MEMORY", "NODE_FAIL", "TIMEOUT", "COMPLETED")),
+    ],
+)
+def test_a_job_is_over_in_no_state_from_which_it_may_run_on(
+    state: str, over: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers(monkeypatch, squeue=f"7_0|{state}\n", sacct=NO_ACCOUNTING)
+    assert states(slurm.QueueWatcher(), "7_0") == {"7_0": over}
+
+
+def test_a_job_that_the_queue_lists_no_more_is_over_without_accounting(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watcher = slurm.QueueWatcher()
+    answers(monkeypatch, squeue="7_0|RUNNING\n7_1|PENDING\n", sacct=NO_ACCOUNTING)
+    assert states(watcher, "7_0", "7_1") == {"7_0": False, "7_1": False}
+    answers(monkeypatch, squeue="7_1|RUNNING\n", sacct=NO_ACCOUNTING)
+    for _ in range(3):
+        assert is_over(watcher, "7_0")
+    assert not is_over(watcher, "7_1")
+    assert capsys.readouterr().err.count("Slurm accounting storage is disabled") == 1
+
+
+def test_with_accounting_it_says_how_the_job_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    watcher = slurm.QueueWatcher()
+    answers(monkeypatch, squeue="7_0|RUNNING\n", sacct="")
+    states(watcher, "7_0")
+    answers(monkeypatch, squeue="", sacct="JobID|State|NodeList\n7_0|OUT_OF_MEMORY|one\n7_0.batch|FAILED|one\n")
+    assert is_over(watcher, "7_0")
+    assert watcher.get_state("7_0", mode="cache") == "OUT_OF_MEMORY"
+
+
+def test_a_controller_that_does_not_answer_ends_no_job(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watcher = slurm.QueueWatcher()
+    answers(monkeypatch, squeue="7_0|RUNNING\n")
+    states(watcher, "7_0")
+    answers(monkeypatch, squeue=subprocess.TimeoutExpired("squeue", 60))
+    for _ in range(2):
+        assert not is_over(watcher, "7_0")
+    assert capsys.readouterr().err.count("squeue does not answer") == 1
+
+
+def test_a_job_that_was_just_submitted_may_not_be_listed_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    watcher = slurm.QueueWatcher()
+    answers(monkeypatch, squeue="", sacct=NO_ACCOUNTING)
+    assert states(watcher, "7_0") == {"7_0": False}
+    monkeypatch.setattr(slurm, "UNLISTED_SECONDS", 0.0)
+    assert is_over(watcher, "7_0")
+
+
+# ---- a real SLURM ----------------------------------------------------------------------------------
+
+
+def answers_here() -> bool:
+    return bool(shutil.which("sinfo")) and subprocess.run(["sinfo"], capture_output=True).returncode == 0
+
+
+SLURM = ["hydra/launcher=slurm", "hydra.launcher.gpus_per_node=null", "hydra.launcher.cpus_per_task=1"]
+SLURM += ["hydra.launcher.mem_gb=3", "hydra.launcher.array_parallelism=2", "device=cpu"]
+WORDS = ["dataset.samples=64", "eval=[perplexity]", "eval.perplexity.samples=8", "train.batch_size=4"]
+LONG = [*WORDS, "train.steps=800", "train.log_every=10", "train.checkpoint_every=100"]
+
+
+def on_slurm(test: Callable[..., None]) -> Callable[..., None]:
+    """A slow test that needs a SLURM on this host, with jobs of one thread."""
+    needed = pytest.mark.skipif(not answers_here(), reason="needs a SLURM that answers on this host")
+    marked: Callable[..., None] = pytest.mark.slow(needed(pytest.mark.usefixtures("one_thread")(test)))
+    return marked
+
+
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def run(*words: str) -> subprocess.Popen[str]:
+    return start(*words, *SLURM)
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Wait for it; on a failure of the test its jobs are taken from the queue."""
+    try:
+        out, err = process.communicate(timeout=1500)
+        return process.returncode, out, err
+    finally:
+        subprocess.run(["scancel", "--me"], check=False)
+
+
+def training() -> dict[str, tuple[int, str]]:
+    """Of each trial that has written a checkpoint its process and its SLURM job."""
+    found = {}
+    for claim in Path("multirun/default/.claims").glob("*.json"):
+        if next(Path("multirun/default").glob(f"*-{claim.stem}/checkpoints/*.pt"), None):
+            try:
+                pid = int(json.loads(claim.read_text())["pid"])
+                words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            except (OSError, ValueError):  # it has just ended
+                continue
+            told = dict(word.decode().partition("=")[::2] for word in words)
+            array, job = told.get("SLURM_ARRAY_JOB_ID"), told.get("SLURM_JOB_ID", "")
+            found[claim.stem] = (pid, f"{array}_{told['SLURM_ARRAY_TASK_ID']}" if array else job)
+    return found
+
+
+def one_of(found: dict[str, tuple[int, str]] | None) -> tuple[str, tuple[int, str]]:
+    assert found
+    return next(iter(found.items()))
+
+
+def statuses() -> list[str]:
+    return sorted(one.status.name for one in records().values())
+
+
+@on_slurm
+def test_a_job_whose_process_is_killed_costs_that_process() -> None:
+    process = run(*LONG, "method.r=2,4")
+    killed, (pid, _) = one_of(wait_for(training, process))
+    os.kill(pid, signal.SIGKILL)
+    code, out, _ = end(process)
+    assert (code, statuses()) == (0, ["success", "success"]), out
+    went_on = [one for one in records().values() if one.run_info["identity"] == killed]
+    assert went_on[0].run_info["resumed"] >= 100
+
+
+@on_slurm
+def test_a_job_that_is_cancelled_is_recorded_and_the_others_end() -> None:
+    process = run(*LONG, "method.r=2,4")
+    _, (_, job) = one_of(wait_for(training, process))
+    subprocess.run(["scancel", job], check=True)
+    code, out, _ = end(process)
+    assert statuses() == ["cancelled", "success"], out
+    assert code != 0
+
+
+@on_slurm
+def test_a_parent_that_is_killed_leaves_its_jobs_and_the_same_command_ends_with_all() -> None:
+    process = run(*LONG, "method.r=2,4,8")
+    wait_for(training, process)
+    process.kill()
+    process.communicate()
+    code, out, _ = end(run(*LONG, "method.r=2,4,8"))
+    assert (code, statuses()) == (0, ["success"] * 3), out
+
+
+@on_slurm
+def test_a_time_limit_sends_a_trial_to_the_queue_and_on_from_its_checkpoint() -> None:
+    limits = ["hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=20"]
+    code, out, _ = end(run(*LONG, "train.steps=4000", "method.r=2", *limits))
+    assert (code, statuses()) == (0, ["success"]), out
+    assert next(iter(records().values())).run_info["resumed"] >= 100
+
+
+@on_slurm
+@pytest.mark.parametrize("state", ["drain", "down"])
+def test_a_node_that_is_lost_for_a_while_loses_nothing(state: str) -> None:
+    node = subprocess.run(["sinfo", "-h", "-o", "%n"], capture_output=True, text=True).stdout.split()[0]
+    process = run(*LONG, "method.r=2,4,8")
+    wait_for(training, process)
+    subprocess.run(["scontrol", "update", f"nodename={node}", f"state={state}", "reason=test"], check=True)
+    try:
+        time.sleep(20)
+    finally:
+        subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], check=True)
+    code, out, _ = end(process)
+    assert (code, statuses()) == (0, ["success"] * 3), out
+
+
+@on_slurm
+def test_an_array_of_twenty_with_two_at_once() -> None:
+    ranks = ",".join(map(str, range(1, 21)))
+    code, out, _ = end(run(*WORDS, "train.steps=4", f"method.r={ranks}"))
+    assert (code, statuses()) == (0, ["success"] * 20), out

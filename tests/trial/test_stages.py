@@ -1,0 +1,259 @@
+"""What a trial measures, and what is asked of it beside its scores."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from peftsweep import InputError, cli
+from peftsweep.config import build
+from peftsweep.config.compose import Trial
+from peftsweep.evaluation import evaluate
+from peftsweep.forecast import forecast
+from peftsweep.models import losses
+from peftsweep.study.record import Result, Status
+from peftsweep.training import loop
+from peftsweep.trial import done
+
+RunSmall = Callable[..., Result]
+Compose = Callable[..., Trial]
+BLOCK = 512 * 2**20
+TIMED = ["inference=standard", "inference.runs=1", "inference.warmup=0", "inference.batch_sizes=[1]"]
+TIMED += ["inference.categories={short:{new_tokens:2},medium:null,long:null}", "inference.samples=1"]
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def place(result: Result) -> Path:
+    assert result.folder is not None
+    return result.folder
+
+
+@pytest.fixture
+def hungry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation that takes half a gigabyte."""
+    plain = evaluate.perplexity
+
+    @functools.wraps(plain)
+    def perplexity(*arguments: Any, **options: Any) -> Any:
+        block = torch.ones(BLOCK // 4)
+        del block
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(evaluate, "perplexity", perplexity)
+
+
+@pytest.mark.usefixtures("hungry")
+def test_evaluation_moves_no_peak_but_its_own(run_small: RunSmall) -> None:
+    result = run_small("train.eval_every=2", "dataset.validation_samples=6")
+    peak = {name: stage["rss_peak"] for name, stage in result.memory.items() if "rss_peak" in stage}
+    for hungry in ("eval", "validate", "baseline"):
+        assert peak[hungry] - peak["train"] > BLOCK / 2, hungry
+
+
+def test_the_seconds_of_all_stages_are_those_of_the_trial(run_small: RunSmall) -> None:
+    info = run_small("train.eval_every=2", "dataset.validation_samples=6").train_info
+    stages = ("setup", "load", "data", "baseline", "attach", "train_stage", "validate", "eval", "save", "reload")
+    total = sum(info[f"{name}_seconds"] for name in stages)
+    (record,) = Path("multirun/default").glob("*/result.json")
+    assert total == pytest.approx(Result.read(record.parent).run_info["total_seconds"], rel=0.02)
+    assert info["train_seconds"] <= info["train_stage_seconds"]
+
+
+def test_every_evaluation_says_what_it_took(run_small: RunSmall) -> None:
+    result = run_small()
+    each = [found["seconds"] for found in result.eval_info.values()]
+    assert len(each) == 2
+    assert sum(each) == pytest.approx(result.train_info["eval_seconds"])
+    assert all(found["rss_peak"] > 0 for found in result.eval_info.values())
+
+
+def test_generation_is_timed_for_base_adapted_and_merged(run_small: RunSmall) -> None:
+    result = run_small(*TIMED)
+    for variant in ("base", "adapted", "merged"):
+        assert result.generation_info["short"][variant]["generated_tokens"] == 2
+    assert result.generation_info["adapter"]["load_seconds_p50"] > 0
+    assert {row["variant"] for row in lines(place(result) / "generation.jsonl")} == {"base", "adapted", "merged"}
+    assert result.train_info["inference_seconds"] > 0
+
+
+def test_full_fine_tuning_is_timed_as_a_base(run_small: RunSmall) -> None:
+    assert set(run_small(*TIMED, "method=full").generation_info["overall"]) == {"base", "categories"}
+
+
+def test_how_generation_is_timed_belongs_to_the_identity_and_its_prompts_by_content(compose: Compose) -> None:
+    Path("a.json").write_text('{"short": ["one"]}')
+    Path("b.json").write_text('{"short": ["two"]}')
+    words = [(), TIMED, [*TIMED, "inference.runs=2"]]
+    words += [[*TIMED, f"inference.prompts_file={file}.json"] for file in "ab"]
+    trials = [compose(*said) for said in words]
+    assert len({one.identity for one in trials}) == 5
+    assert len({one.training for one in trials}) == 1
+
+
+def test_a_done_trial_is_profiled_and_not_trained_again(run_small: RunSmall) -> None:
+    words = ["profiler=torch", "profiler.active=1", "profiler.warmup=1", "profiler.wait=0", "profiler.flops=false"]
+    first = run_small()
+    stamp = (place(first) / "adapter/adapter_model.safetensors").stat().st_mtime_ns
+    second = run_small(*words)
+    assert second.trial == first.trial
+    assert second.train_info["profile"]["torch"]["profiled_steps"] == 1
+    assert second.train_info["train_seconds"] == first.train_info["train_seconds"]
+    assert second.eval_info == first.eval_info
+    assert list((place(first) / "profile").glob("*.pt.trace.json*"))
+    assert (place(first) / "adapter/adapter_model.safetensors").stat().st_mtime_ns == stamp
+    assert done.finished(trial_of(*words)) is not None  # and not again
+
+
+def trial_of(*words: str) -> Trial:
+    from peftsweep.config.compose import trial as make_trial
+    from tests.conftest import SMALL
+
+    cfg = cli.compose([*SMALL, *words])
+    return make_trial(cfg, cfg.hydra.runtime.choices, words)
+
+
+def test_a_profile_changes_nothing_of_the_trial(run_small: RunSmall) -> None:
+    plain = run_small("adapter.save=false")
+    profiled = run_small("adapter.save=false", "profiler=memory", "profiler.steps=1", "force=true")
+    assert profiled.train_info["final_loss"] == plain.train_info["final_loss"]
+    assert profiled.train_info["profile"]["memory"]["profiled_steps"] == 1
+    for name, found in plain.eval_info.items():
+        timeless = {key: value for key, value in found.items() if isinstance(value, dict)}
+        assert timeless.items() <= profiled.eval_info[name].items()
+
+
+def test_a_profiled_trial_is_compiled_once(run_small: RunSmall, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = Mock(wraps=torch.compile)
+    monkeypatch.setattr(torch, "compile", counted)
+    words = ["profiler=torch", "profiler.active=2", "profiler.sizes=[32]", "train.compile=eager", "adapter.check=false"]
+    found = run_small(*words).train_info["profile"]["torch"]
+    assert counted.call_count == 1
+    assert found["flops_per_step"] > 0
+    assert 0 < found["step_tokens"] == pytest.approx(found["trial_step_tokens"], rel=0.3)
+
+
+def test_a_profiler_that_fails_costs_no_trial(run_small: RunSmall, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: Trial) -> Any:
+        raise RuntimeError("no profiler")
+
+    monkeypatch.setattr(build, "profiler", broken)
+    result = run_small("profiler=torch")
+    assert result.status is Status.success
+    assert result.train_info["profile"]["torch"] == {"error": "RuntimeError: no profiler"}
+
+
+def test_a_tracker_is_told_the_losses_and_the_scores(run_small: RunSmall) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = run_small("tracker=tensorboard")
+    events = EventAccumulator(str(place(result).parent / "tracker/tensorboard" / result.trial))
+    events.Reload()
+    told = [(event.step, event.value) for event in events.Scalars("loss")]
+    logged = [(row["step"], row["loss"]) for row in lines(place(result) / "steps.jsonl") if "loss" in row]
+    assert told == [(step, pytest.approx(loss)) for step, loss in logged]
+    assert events.Scalars("eval.perplexity.perplexity.value")
+    assert trial_of("tracker=tensorboard").identity == trial_of().identity
+
+
+def test_what_is_predicted_not_to_fit_is_refused_until_the_limit_is_raised(run_small: RunSmall) -> None:
+    refused = run_small("memory_limit=1MB", "skip_oversized=true")
+    assert refused.status is Status.refused
+    assert "predicted to need" in (refused.error or {})["message"]
+    assert "there are 1.0 MB" in (refused.error or {})["message"]
+    assert run_small("memory_limit=1MB", "skip_oversized=true").run_info == refused.run_info
+    assert run_small("memory_limit=8GB", "skip_oversized=true").status is Status.success
+
+
+def test_the_plan_marks_what_will_not_fit(command: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = command("method=lora,full", "dry_run=true", "memory_limit=32MB")
+    assert code == 0
+    rows = json.loads(Path("multirun/default/plan.json").read_text())
+    assert [bool(row["oversized"]) for row in rows] == [False, True]
+    assert rows[1]["predicted_memory_bytes"] > 32e6
+    assert "predicted to need" in out
+
+
+@pytest.mark.parametrize("words", [["memory_limit=much"], ["memory_limit=24"], ["memory_limit=24XB"]])
+def test_a_limit_is_a_size(words: list[str], compose: Compose) -> None:
+    with pytest.raises(InputError, match=r"memory_limit=.*: must be a size such as 24GB; units: kB, MB, GB"):
+        compose(*words)
+
+
+def test_a_trial_that_runs_out_of_memory_keeps_what_it_measured_and_holds_nothing(
+    run_small: RunSmall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref[Any]] = []
+    plain = losses.losses_and_hits
+
+    def full(called: Any, batch: Any) -> Any:
+        held.append(weakref.ref(called))
+        if len(held) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(called, batch)
+
+    with monkeypatch.context() as context:
+        context.setattr(loop, "losses_and_hits", full)
+        result = run_small("train.log_every=1")
+    assert (result.status, (result.error or {})["stage"]) == (Status.oom, "train")
+    assert result.memory["train"]["rss_peak"] > 0
+    assert result.memory["predicted"]["peak_bytes"] > 0
+    assert [row["step"] for row in lines(place(result) / "steps.jsonl")] == [1, 2, 3]
+    gc.collect()
+    assert held[0]() is None  # the model is gone, and its memory with it
+    assert run_small("seed=1").status is Status.success
+
+
+KNOBS = {
+    "dtype": ["model.dtype=bfloat16"],
+    "adapter dtype": ["model.dtype=bfloat16", "train.autocast_adapter_dtype=false"],
+    "autocast": ["train.autocast=bfloat16"],
+    "checkpointing": ["train.checkpointing=true"],
+    "attention": ["model.attn_implementation=eager"],
+    "8-bit optimizer": ["train.optimizer=bitsandbytes.optim.AdamW8bit"],
+    "paged optimizer": ["train.optimizer=bitsandbytes.optim.PagedAdamW32bit"],
+    "accumulation": ["train.accumulation=2"],
+    "8 bits with offload": ["quant=8bit_offload"],
+    "compile": ["train.compile=eager"],
+}
+
+
+@pytest.mark.parametrize("knob", KNOBS)
+def test_every_knob_trains_and_is_another_trial(knob: str, run_small: RunSmall) -> None:
+    result = run_small(*KNOBS[knob], "adapter.check=false")
+    assert result.status is Status.success, result.error
+    assert result.train_info["final_loss"] < 4.5
+    assert trial_of(*KNOBS[knob]).training != trial_of().training
+
+
+def test_weights_have_the_dtype_asked_for(compose: Compose) -> None:
+    plain, narrow = (forecast.prediction(compose(f"model.dtype={dtype}")) for dtype in ("float32", "bfloat16"))
+    assert plain is not None
+    assert narrow is not None
+    assert narrow.weights_bytes < 0.51 * plain.weights_bytes
+    assert narrow.adapter_bytes == plain.adapter_bytes  # 32 bits on a 16-bit base, unless it is told otherwise
+
+
+def test_adapters_of_the_base_s_dtype_are_foreseen_as_they_are_made(run_small: RunSmall) -> None:
+    words = ["model.dtype=bfloat16", "train.autocast_adapter_dtype=false"]
+    foreseen = forecast.prediction(trial_of(*words))
+    assert foreseen is not None
+    assert foreseen.adapter_bytes == 163_840  # two bytes a weight
+    assert forecast.check(trial_of(*words)).adapter_bytes == run_small(*words).train_info["adapter_bytes"]
+
+
+def test_a_classifier_is_not_asked_to_write(compose: Compose) -> None:
+    with pytest.raises(InputError, match=r"inference: a classifier \(model.task=seq_cls\) writes no text"):
+        compose("dataset=tiny_direction", "model.task=seq_cls", "eval=[classification]", "inference=standard")
