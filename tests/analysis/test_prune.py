@@ -45,7 +45,8 @@ def trained(scratch: Path) -> Path:
             (place / kind).mkdir(parents=True)
             (place / kind / "file").write_bytes(b"x" * 1000)
         score = {"value": accuracy, "stderr": None, "n": 8}, {"value": perplexity, "stderr": None, "n": 8}
-        info = {"trial": place.name, "labels": [], "identity": name, "status": status, "created_at": f"2026-01-0{name}"}
+        info = {"trial": place.name, "labels": [place.name], "study": "default", "identity": name}
+        info |= {"status": status, "created_at": f"2026-01-0{name}"}
         found = {"task": {"accuracy": score[0]}, "perplexity": {"perplexity": score[1]}} if accuracy else {}
         Result(info, {}, {}, eval_info=found).write(place)
     return folder

@@ -177,7 +177,7 @@ def test_a_model_that_is_no_causal_lm_is_refused() -> None:
 
 def test_an_unknown_architecture_is_named() -> None:
     config = ModelConfig(name_or_path="x", init=Init.random, architecture={"model_type": "lama"})
-    with pytest.raises(InputError, match=r"model.architecture: .*lama"):
+    with pytest.raises(InputError, match=r"model.architecture.model_type=lama: .*'llama'"):
         model.architecture(config)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from peftsweep.config import build, fill, identity
 from peftsweep.config.compose import Trial
-from peftsweep.data import fingerprint
+from peftsweep.data import fingerprint, hub
 from peftsweep.evaluation import evaluate, metrics
 from peftsweep.forecast import forecast
 from peftsweep.models import model
@@ -405,6 +405,7 @@ def test_the_hub_s_commits_and_dates_are_recorded(monkeypatch: pytest.MonkeyPatc
         return SimpleNamespace(sha="abc", created_at=datetime(2024, 9, 18, tzinfo=UTC))
 
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", repo_info)
+    monkeypatch.setattr(hub, "problem", lambda: None)
     assert fingerprint.on_hub("org/rows", "dataset", "main") == ("abc", "2024-09-18T00:00:00+00:00")
     monkeypatch.undo()
     assert fingerprint.on_hub("org/other", "model", None) == (None, None)  # offline

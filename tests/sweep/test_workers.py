@@ -401,7 +401,7 @@ def test_a_limit_of_trials_and_of_time(command: Command) -> None:
     assert (code, len(records())) == (3, 2)
     assert out.splitlines()[-1] == "2 trials: 2 success, 1 not run  (multirun/default)"
     assert (sweep_record.last(Path("multirun/default")) or {})["not_run"] == 1
-    code, out, _ = command(*words, "hydra.launcher.workers=0", "hydra.launcher.deadline=0s", "study=late")
+    code, out, _ = command(*words, "hydra.launcher.workers=0", "hydra.launcher.deadline=0.001s", "study=late")
     assert (code, out.splitlines()[-1]) == (3, "0 trials, 3 not run  (multirun/late)")
     assert not records("late")
 
@@ -492,11 +492,15 @@ class _DeafWorker:
         self.job, self.views = job, views
         self.given.append([one.label for one in job])
         result = outcome.begin(job[0], trial_done.folder(job[0]))
-        result.run_info |= {"status": "refused", "error": {"type": "Refused", "message": "no"}, "total_seconds": 1.0}
+        error = {"type": "Refused", "message": "no", "stage": None, "traceback": None}
+        result.run_info |= {"status": "refused", "error": error, "total_seconds": 1.0}
         result.write(trial_done.folder(job[0]))
 
     def news(self) -> tuple[str, str]:
         return "done", ""
+
+    def failure(self, kind: str, message: str) -> dict[str, str]:
+        return {"type": kind, "message": message, "stage": "train", "traceback": ""}
 
     def take(self) -> list[Trial]:
         job, self.job = self.job, []
