@@ -492,7 +492,7 @@ class _DeafWorker:
         self.job, self.views = job, views
         self.given.append([one.label for one in job])
         result = outcome.begin(job[0], trial_done.folder(job[0]))
-        error = {"type": "Refused", "message": "no", "stage": None, "traceback": None}
+        error = {"type": "Refused", "message": "no", "stage": "setup", "traceback": ""}
         result.run_info |= {"status": "refused", "error": error, "total_seconds": 1.0}
         result.write(trial_done.folder(job[0]))
 
