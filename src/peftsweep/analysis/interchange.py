@@ -1,4 +1,4 @@
-"""Result files of PEFT's method comparison on MetaMathQA: theirs as a study of ours, our trials as files of theirs.
+"""Result files of PEFT's method comparison on MetaMathQA as a study of ours.
 
 Where the two mean different things by a name, ours are kept apart: their ``train_time`` includes validation and test
 (``train_info.published_train_seconds``), the sum of their steps is our ``train_seconds``; their memory is the peak

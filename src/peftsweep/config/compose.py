@@ -1,4 +1,4 @@
-"""From a composed configuration to a trial: the schema's registration, validation, identity.
+"""From a composed configuration to a trial: filled, checked, with an identity.
 
 The identity of a trial is a hash of everything that changes its numbers and of nothing else.
 """

@@ -1,4 +1,4 @@
-"""Rows -> examples -> batches.
+"""The rows of a dataset, from the hub, files or a generator, and which of them are trained on, validated and tested.
 
 A row is a dict of a file's columns; an example is its prompt and answer; tokens are an example in
 the model's vocabulary; a batch is right-padded tokens as tensors.

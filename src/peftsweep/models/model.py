@@ -1,4 +1,4 @@
-"""Load the base, quantise it, use it, count, save, merge."""
+"""The base: its configuration, its tokenizer and its weights, from a folder, the hub or random numbers."""
 
 from __future__ import annotations
 

@@ -276,13 +276,7 @@ def _in_pool(
                 queue.append(job)
             else:
                 later.append((now + RETRY_CLAIMED, job))
-        for worker in pool:
-            if not worker.job and queue and (room := budget.take(len(queue[0]))):
-                whole = queue.popleft()
-                job = whole[:room]
-                if rest := whole[room:]:
-                    queue.appendleft(rest)
-                worker.give(job, [display.trial(one.name) for one in job], options)
+        _deal(queue, pool, budget, display, options)
         busy = [worker for worker in pool if worker.job]
         if not busy and not later:
             return
@@ -325,6 +319,17 @@ def _in_pool(
                 worker.take()
                 worker.views[0].end(result, named=len(pool) > 1)
                 yield one, result
+
+
+def _deal(queue: deque[Job], pool: list[_Worker], budget: Budget, display: Display, options: Options) -> None:
+    """Give each worker that has none a job of the queue, as much of it as the budget allows."""
+    for worker in pool:
+        if not worker.job and queue and (room := budget.take(len(queue[0]))):
+            whole = queue.popleft()
+            job = whole[:room]
+            if rest := whole[room:]:
+                queue.appendleft(rest)
+            worker.give(job, [display.trial(one.name) for one in job], options)
 
 
 def _held_elsewhere(one: Trial) -> bool:

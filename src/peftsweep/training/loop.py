@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -106,137 +106,164 @@ def train(
     Raises:
         FloatingPointError: the loss is no longer finite, or at the end the weights or the loss that they give.
     """
-    device = meter.device
-    steps = total_steps(config, len(rows))
-    every = interval(config, "eval_every", len(rows)) if validate else None
-    due = checkpoint_due(config, len(rows))
-    optimizer = make_optimizer(model, config)
-    trained = dict(trainable_parameters(model))
-    parameters = list(trained.values())
-    scheduler = make_scheduler(optimizer, config, steps)
-    narrowed = autocast(config, device)
-    scaler = make_scaler(config, device)
-
+    run = _Run(model, rows, config, meter, log, validate, record_function if after_step else nullcontext)
+    if checkpoints and checkpoints.trained is not None:
+        checkpoints.restore({"weights": Weights(model)})
+        model.eval()
+        return Trained(**checkpoints.trained)
     numbers = None if order is None else list(order)
-    numbered = partial(batches, rows, config, pad_id=pad_id, seed=seed, device=device, order=numbers)
-
-    def losses_of(called: nn.Module, batch: Batch) -> torch.Tensor:
-        with narrowed:
-            return answer_losses(called, batch)
-
-    laps = Laps(device)
-    epoch = Epoch(steps_per_epoch(config, len(rows)), laps, meter)
-    span = record_function if after_step else nullcontext
-    best = Best(trained) if config.keep_best else None
-    progress = Progress(laps)
-    final_loss = None
-    taken: list[Batch] = []
-    parts: dict[str, Part] = {}
-    if checkpoints:
-        parts = {"weights": Weights(model), "optimizer": OptimizerState(optimizer), "scheduler": scheduler}
-        parts |= {"scaler": scaler, "random": Randomness(device), "progress": progress, "epoch": epoch}
-        parts |= {"best": best} if best else {}
-        if checkpoints.trained is not None:
-            checkpoints.restore({"weights": parts["weights"]})
-            model.eval()
-            return Trained(**checkpoints.trained)
-
+    numbered = partial(batches, rows, config, pad_id=pad_id, seed=seed, device=meter.device, order=numbers)
+    due = checkpoint_due(config, len(rows))
+    parts = run.parts() if checkpoints else {}
     enable_checkpointing(model, config.checkpointing)
     model.train()
-    allocate = getattr(getattr(model, "base_model", None), "update_and_allocate", None)
-    regularised: bool | None = None  # known after the first forward
     with (
-        compiled(model, config, lambda: itertools.chain.from_iterable(numbered()), losses_of, meter) as compilation,
+        compiled(model, config, lambda: itertools.chain.from_iterable(numbered()), run.losses, meter) as compilation,
         Interruption(wanted=checkpoints is not None) as interruption,
     ):
         torch.manual_seed(seed)  # dropout does not depend on how many numbers the adapter's creation drew
         if checkpoints:
             checkpoints.restore(parts)
-        stream = numbered(first=progress.step)
-        last = steps if stop_at is None else min(stop_at, steps)
-        for step in range(progress.step + 1, last + 1):
-            laps.start()
-            # ---- the step ----------------------------------------------------------------------
-            taken = next(stream)
-            answer_tokens = sum(batch.answer_tokens for batch in taken)
-            loss = torch.zeros((), device=device)
-            for batch in taken:
-                with span("forward"), narrowed:
-                    losses, hits = losses_and_hits(compilation.model, batch)
-                    part = losses.sum() / answer_tokens
-                    regulariser = auxiliary_loss(model, batch) if regularised is not False else None
-                    regularised = regulariser is not None
-                if hits is not None:
-                    epoch.hits += hits
-                del losses
-                with span("backward"):
-                    share = batch.answer_tokens / answer_tokens
-                    scaler.scale(part if regulariser is None else part + regulariser * share).backward()
-                loss += part.detach()
-                del part, regulariser  # bitsandbytes' 8-bit layers keep activations as long as the graph is held
-            with span("optimizer"):
-                if config.clip:
-                    scaler.unscale_(optimizer)
-                    nn.utils.clip_grad_norm_(parameters, config.clip)
-                scaler.step(optimizer)
-                scaler.update()
-                scheduler.step()
-                if allocate:
-                    allocate(step)  # AdaLoRA, AdaMSS: ranks are dealt out anew from this step's gradients
-                optimizer.zero_grad(set_to_none=True)
-            # ------------------------------------------------------------------------------------
-            laps.stop(compilation.end_step())
+        stream = numbered(first=run.progress.step)
+        last = run.steps if stop_at is None else min(stop_at, run.steps)
+        for step in range(run.progress.step + 1, last + 1):
+            run.laps.start()
+            run.step(compilation.model, step, next(stream))
+            run.laps.stop(compilation.end_step())
             if after_step:
                 after_step()
-            meter.sample()
-            progress.add(loss, taken)
-            epoch.add(loss, taken)
-            if step % config.log_every == 0 or step == steps:
-                final_loss = progress.mean_loss()  # the only place where the host waits for the device
-                check_finite(final_loss, f"at step {step}", model, config)
-                seconds = sum(laps.seconds())
-                log(
-                    progress.own(
-                        {
-                            "step": step,
-                            "steps": steps,
-                            "epoch": in_epochs(step, config, len(rows)),
-                            "loss": final_loss,
-                            "learning_rate": scheduler.get_last_lr()[0],
-                            "tokens": progress.tokens,
-                            "seconds": seconds,
-                            "tokens_per_second": progress.tokens / seconds,
-                            "memory_allocated": torch.cuda.memory_allocated(device) if device.type == "cuda" else None,
-                        }
-                    )
-                )
-            if epoch.over(step):
-                log({"step": step, "steps": steps} | progress.own(epoch.close()))
-            if validate and every and (step % every == 0 or step == steps):
-                with meter.stage("validate"), torch.compiler.set_stance("force_eager"):
-                    scores = validate()
-                model.train()
-                progress.validations.append((badness(scores, config.best_metric), scores["loss"], step))
-                log({"step": step, "steps": steps} | {f"validation_{name}": value for name, value in scores.items()})
-                if best and min(progress.validations)[-1] == step:
-                    best.keep()
-            if checkpoints and step < steps and (due(step) or interruption.pending or step == last):
+            run.report(step)
+            if checkpoints and step < run.steps and (due(step) or interruption.pending or step == last):
                 with meter.stage("checkpoint"):
                     checkpoints.save(step, parts)
-            if step < steps:  # else when the trained weights are on the disk
+            if step < run.steps:  # else when the trained weights are on the disk
                 interruption.deliver()
-        if best and progress.validations and progress.step == steps:
-            best.restore()
-        if taken:
-            with torch.compiler.set_stance("force_eager"):
-                check_trained(model, parameters, taken[-1], config, progress.step)
-            check_stepped(scaler, progress.step)
-        model.eval()
-        result = progress.trained(config, len(rows), final_loss, compilation.facts())
-        if checkpoints and taken and progress.step == steps:
+        result = run.end(compilation.facts())
+        if checkpoints and run.taken and run.progress.step == run.steps:
             with meter.stage("save"):
-                checkpoints.save(steps, {"weights": parts["weights"]}, vars(result))
+                checkpoints.save(run.steps, {"weights": parts["weights"]}, vars(result))
     return result
+
+
+class _Run:
+    """A training under way: the step, and what is logged and validated after it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rows: Sequence[Tokens],
+        config: TrainConfig,
+        meter: Meter,
+        log: Callable[[Row], None],
+        validate: Callable[[], dict[str, float]] | None,
+        span: Callable[[str], AbstractContextManager[Any]],
+    ) -> None:
+        self.model, self.config, self.meter, self._log = model, config, meter, log
+        self._rows, self._validate, self._span = len(rows), validate, span
+        self.steps = total_steps(config, len(rows))
+        self._every = interval(config, "eval_every", len(rows)) if validate else None
+        self._optimizer = make_optimizer(model, config)
+        trained = dict(trainable_parameters(model))
+        self._parameters = list(trained.values())
+        self._scheduler = make_scheduler(self._optimizer, config, self.steps)
+        self._narrowed = autocast(config, meter.device)
+        self._scaler = make_scaler(config, meter.device)
+        self.laps = Laps(meter.device)
+        self._epoch = Epoch(steps_per_epoch(config, len(rows)), self.laps, meter)
+        self._best = Best(trained) if config.keep_best else None
+        self.progress = Progress(self.laps)
+        self._final_loss: float | None = None
+        self.taken: list[Batch] = []  # the micro-batches of the last step
+        self._allocate = getattr(getattr(model, "base_model", None), "update_and_allocate", None)
+        self._regularised: bool | None = None  # known after the first forward
+        self._loss = torch.zeros(())  # of the last step, on the device
+
+    def parts(self) -> dict[str, Part]:
+        """What a checkpoint keeps."""
+        parts: dict[str, Part] = {"weights": Weights(self.model), "optimizer": OptimizerState(self._optimizer)}
+        parts |= {"scheduler": self._scheduler, "scaler": self._scaler, "random": Randomness(self.meter.device)}
+        parts |= {"progress": self.progress, "epoch": self._epoch}
+        return parts | ({"best": self._best} if self._best else {})
+
+    def losses(self, called: nn.Module, batch: Batch) -> torch.Tensor:
+        """The loss of each answer token, in the number format of the training."""
+        with self._narrowed:
+            return answer_losses(called, batch)
+
+    def step(self, called: nn.Module, step: int, taken: list[Batch]) -> None:
+        """Forward, backward and optimizer; ``called`` is the model, compiled or not."""
+        self.taken = taken
+        answer_tokens = sum(batch.answer_tokens for batch in taken)
+        loss = torch.zeros((), device=self.meter.device)
+        for batch in taken:
+            with self._span("forward"), self._narrowed:
+                losses, hits = losses_and_hits(called, batch)
+                part = losses.sum() / answer_tokens
+                regulariser = auxiliary_loss(self.model, batch) if self._regularised is not False else None
+                self._regularised = regulariser is not None
+            if hits is not None:
+                self._epoch.hits += hits
+            del losses
+            with self._span("backward"):
+                share = batch.answer_tokens / answer_tokens
+                self._scaler.scale(part if regulariser is None else part + regulariser * share).backward()
+            loss += part.detach()
+            del part, regulariser  # bitsandbytes' 8-bit layers keep activations as long as the graph is held
+        with self._span("optimizer"):
+            if self.config.clip:
+                self._scaler.unscale_(self._optimizer)
+                nn.utils.clip_grad_norm_(self._parameters, self.config.clip)
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+            self._scheduler.step()
+            if self._allocate:
+                self._allocate(step)  # AdaLoRA, AdaMSS: ranks are dealt out anew from this step's gradients
+            self._optimizer.zero_grad(set_to_none=True)
+        self._loss = loss
+
+    def report(self, step: int) -> None:
+        """Count the step; log it, its epoch and its validation, where they are due."""
+        self.meter.sample()
+        self.progress.add(self._loss, self.taken)
+        self._epoch.add(self._loss, self.taken)
+        numbers = {"step": step, "steps": self.steps}
+        if step % self.config.log_every == 0 or step == self.steps:
+            self._log(self.progress.own(numbers | self._figures(step)))
+        if self._epoch.over(step):
+            self._log(numbers | self.progress.own(self._epoch.close()))
+        if self._validate and self._every and (step % self._every == 0 or step == self.steps):
+            with self.meter.stage("validate"), torch.compiler.set_stance("force_eager"):
+                scores = self._validate()
+            self.model.train()
+            self.progress.validations.append((badness(scores, self.config.best_metric), scores["loss"], step))
+            self._log(numbers | {f"validation_{name}": value for name, value in scores.items()})
+            if self._best and min(self.progress.validations)[-1] == step:
+                self._best.keep()
+
+    def _figures(self, step: int) -> Row:
+        self._final_loss = self.progress.mean_loss()  # the only place where the host waits for the device
+        check_finite(self._final_loss, f"at step {step}", self.model, self.config)
+        seconds, device = sum(self.laps.seconds()), self.meter.device
+        return {
+            "epoch": in_epochs(step, self.config, self._rows),
+            "loss": self._final_loss,
+            "learning_rate": self._scheduler.get_last_lr()[0],
+            "tokens": self.progress.tokens,
+            "seconds": seconds,
+            "tokens_per_second": self.progress.tokens / seconds,
+            "memory_allocated": torch.cuda.memory_allocated(device) if device.type == "cuda" else None,
+        }
+
+    def end(self, compilation: dict[str, Any]) -> Trained:
+        """Check the weights and say what the training did; the best weights are the model's then, where asked for."""
+        if self._best and self.progress.validations and self.progress.step == self.steps:
+            self._best.restore()
+        if self.taken:
+            with torch.compiler.set_stance("force_eager"):
+                check_trained(self.model, self._parameters, self.taken[-1], self.config, self.progress.step)
+            check_stepped(self._scaler, self.progress.step)
+        self.model.eval()
+        return self.progress.trained(self.config, self._rows, self._final_loss, compilation)
 
 
 def batches(
