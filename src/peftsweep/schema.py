@@ -1,7 +1,6 @@
 """What a trial can be told: every key with its type and default, as plain dataclasses.
 
-The files in conf/ fill these in; config.py checks them; the modules below receive them as plain
-values and never learn where they came from.
+The files in conf/ fill these in, config/ checks them, and all other modules receive them as plain values.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ The rows of a batch stand once for each lane, lane after lane; the base is multi
 How near a lane comes to the trial alone. The last bits of a matrix product depend on the kernel that the library (on a
 CPU MKL) takes for its shape and layout. On a CPU each adapter is therefore multiplied by itself, in the shapes and
 layouts of the trial alone: a step takes 0.92 to 1.02 times as long as with one batched product for all lanes, whose
-ranks must be filled up to the largest (tests/benchmarks/packing.py --arithmetic). The base's product has the rows of
+ranks must be filled up to the largest (benchmarks/packing.py --arithmetic). The base's product has the rows of
 all lanes. MKL's kernels for AVX2 and AVX-512 were seen to sum up a row in the same order however many rows there are,
 so that a lane is the trial alone to the bit; its compatible ones (MKL_CBWR=COMPATIBLE) take another order for few rows.
 A product for each lane would make a step 2% to 8% longer on an unquantised base, and on a 4-bit one unpack the weights

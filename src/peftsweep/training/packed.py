@@ -24,9 +24,10 @@ from peftsweep.observe.measure import Laps, Meter, out_of_memory
 from peftsweep.schema import TrainConfig
 from peftsweep.study.claims import Claimed
 from peftsweep.training.checkpoint import Checkpoints, Interruption, OptimizerState, Part
+from peftsweep.training.finite import check_finite, check_trained
 from peftsweep.training.lanes import Pack
 from peftsweep.training.length import checkpoint_due, in_epochs, interval, steps_per_epoch, total_steps
-from peftsweep.training.loop import Best, Epoch, Progress, Row, Trained, badness, batches, check_finite, check_trained
+from peftsweep.training.loop import Best, Epoch, Progress, Row, Trained, badness, batches
 from peftsweep.training.optimizer import (
     autocast,
     check_stepped,

@@ -1,0 +1,52 @@
+"""Losses and weights that are no longer numbers: found at once, with what to change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from peftsweep.models.losses import answer_losses
+from peftsweep.schema import Dtype, TrainConfig
+from peftsweep.training.optimizer import autocast
+
+
+def check_finite(loss: float, when: str, model: nn.Module, config: TrainConfig) -> None:
+    """Refuse to go on from a training loss that is no number; the message says ``when``.
+
+    Raises:
+        FloatingPointError: it is not finite.
+    """
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the training loss is {loss} {when}; {_remedy(model, config)}")
+
+
+@torch.no_grad()
+def check_trained(
+    model: nn.Module, weights: Sequence[torch.Tensor], batch: Batch, config: TrainConfig, step: int
+) -> None:
+    """Refuse a model that its last step has ruined: the loss that was logged is of the weights before it.
+
+    Raises:
+        FloatingPointError: one of ``weights`` is not finite after ``step`` steps, or the loss on ``batch`` is not.
+    """
+    if not all(bool(weight.isfinite().all()) for weight in weights):
+        raise FloatingPointError(f"weights are not finite after step {step}; {_remedy(model, config)}")
+    model.eval()
+    with autocast(config, batch.input_ids.device):
+        loss = answer_losses(model, batch).mean().item()
+    check_finite(loss, f"after step {step}", model, config)
+
+
+def _remedy(model: nn.Module, config: TrainConfig) -> str:
+    """What to change where numbers have overflowed."""
+    lower = "lower train.learning_rate"
+    if config.autocast is Dtype.float16:
+        key = "train.autocast"
+    elif any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        key = "model.dtype"
+    else:
+        return lower
+    return f"{key}=float16 overflows above 65504: take bfloat16 or float32, or {lower}"
