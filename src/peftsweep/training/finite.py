@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from peftsweep.data.batches import Batch
 from peftsweep.models.losses import answer_losses
 from peftsweep.schema import Dtype, TrainConfig
 from peftsweep.training.optimizer import autocast
