@@ -24,7 +24,7 @@ PROBE = """
 import importlib, sys, time
 start = time.perf_counter()
 way = sys.argv[1]
-from peftsweep import processes
+from peftsweep.sweep import processes
 if way == "spawned":
     processes._method = "spawn"
 else:
@@ -46,7 +46,7 @@ import gc, importlib
 from unittest import mock
 gc.disable()
 with mock.patch("torch.cuda.device_count", lambda: 1):
-    import peftsweep.preload
+    import peftsweep.sweep.preload
 """
 WAYS = ("everything", "libraries", "spawned")
 

@@ -15,7 +15,7 @@ def test_every_test_that_the_table_of_faults_names_exists() -> None:
     assert len(named) > 20
     there = {
         (file.name, node.name)
-        for file in TESTS.glob("test_*.py")
+        for file in TESTS.rglob("test_*.py")
         for node in ast.parse(file.read_text(encoding="utf-8")).body
         if isinstance(node, ast.FunctionDef)
     }

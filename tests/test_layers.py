@@ -13,6 +13,7 @@ PACKAGE = Path(peftsweep.__file__).parent
 # Lowest first: a folder (or a module beside the folders) may import those before it.
 ORDER = [
     "errors",
+    "former_names",
     "schema",
     "limits",
     "command_line",

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peftsweep import former_names
 from peftsweep.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 # bitsandbytes warns on import that an optional CPU kernel is missing; the kernel is never used here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+former_names.install()
 
 __version__ = "0.1.0"
 __all__ = ["InputError", "load", "run"]

@@ -316,5 +316,5 @@ def test_a_written_file_trains(format: str, data_command: Data, questions: Path)
 
 
 def test_it_starts_without_torch() -> None:
-    code = "import sys; from peftsweep import prepare; assert not {'torch', 'datasets'} & set(sys.modules)"
+    code = "import sys; from peftsweep.data import prepare; assert not {'torch', 'datasets'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

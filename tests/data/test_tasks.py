@@ -214,7 +214,7 @@ def test_rows_that_have_ended_leave_the_batch_and_nothing_else_changes(
     assert decoding._takes_a_cache(adapted)
     ours = decoding.generate(adapted, tokenizer, prompts, max_new_tokens=20, batch_size=16)
     assert len({len(text) for text in ours}) > 1
-    monkeypatch.setattr(decoding, "_takes_a_cache", lambda model: False)
+    monkeypatch.setattr(likelihood, "_takes_a_cache", lambda model: False)
     assert decoding.generate(adapted, tokenizer, prompts, max_new_tokens=20, batch_size=16) == ours
 
 
@@ -273,7 +273,7 @@ def test_what_choices_begin_with_is_read_once_and_the_scores_are_the_same(
     ).eval()
     rows = examples(name, compose)
     shared = evaluate.multiple_choice(adapted, tokenizer, rows, batch_size=9)
-    monkeypatch.setattr(decoding, "_takes_a_cache", lambda model: False)
+    monkeypatch.setattr(likelihood, "_takes_a_cache", lambda model: False)
     apart = evaluate.multiple_choice(adapted, tokenizer, rows, batch_size=9)
     assert shared.scores == apart.scores
     for mine, theirs in zip(shared.predictions, apart.predictions, strict=True):
@@ -354,8 +354,8 @@ def constant(monkeypatch: pytest.MonkeyPatch, label: str) -> None:
         place = int(label[-1]) - 1
         return [[0.0 if n == place else -1.0 for n, _ in enumerate(group)] for group in groups], {}
 
-    monkeypatch.setattr(likelihood, "_grouped_likelihoods", likelihoods)
-    monkeypatch.setattr(decoding, "generate", lambda model, tokenizer, rows, **_: [f"It is {label}."] * len(rows))
+    monkeypatch.setattr(evaluate, "_grouped_likelihoods", likelihoods)
+    monkeypatch.setattr(evaluate, "generate", lambda model, tokenizer, rows, **_: [f"It is {label}."] * len(rows))
 
 
 def test_a_constant_answer_is_flagged_in_every_way_of_judging(
@@ -474,7 +474,7 @@ def test_pefts_reading_is_the_metric_of_its_comparison_with_ours_beside_it(
     compose: Compose, monkeypatch: pytest.MonkeyPatch, tokenizer: Any
 ) -> None:
     said = ["#### 18 dollars", "#### 18\nQuestion: 2+3\n#### 5", "#### 18", "no idea"]
-    monkeypatch.setattr(decoding, "generate", lambda model, tokenizer, rows, **how: said if not how["stop"] else [])
+    monkeypatch.setattr(evaluate, "generate", lambda model, tokenizer, rows, **how: said if not how["stop"] else [])
     Path("test.jsonl").write_text("".join(json.dumps({"question": f"{n}", "answer": "#### 18"}) + "\n" for n in said))
     one = compose("eval=[gsm8k_comparison]", "eval.gsm8k.path=test.jsonl")
     rows = evaluations.test_examples(one.config, "gsm8k", data_rows.read_rows("test.jsonl"))

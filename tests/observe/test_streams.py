@@ -11,7 +11,7 @@ import pytest
 
 DOOR = """
 import sys
-from peftsweep import streams
+from peftsweep.observe import streams
 streams.settle()
 kept = open("kept.txt", "w")  # which has a closed stream's number, were that left closed
 for line in range(20_000):

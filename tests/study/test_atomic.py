@@ -73,7 +73,7 @@ def test_what_a_network_s_disk_gets_over_is_tried_again(
 KILLED_WRITER = """
 import os, sys
 from pathlib import Path
-from peftsweep import atomic
+from peftsweep.study import atomic
 with atomic.replacing(Path(sys.argv[1])) as temporary:
     temporary.write_text("half")
     os._exit(9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -12,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from peftsweep import former_names
 from peftsweep.config import build, fill, identity
 from peftsweep.config.compose import Trial
 from peftsweep.data import fingerprint, hub
-from peftsweep.evaluation import evaluate, metrics
+from peftsweep.evaluation import metrics
 from peftsweep.forecast import forecast
 from peftsweep.models import model
 from peftsweep.study import record, store
@@ -122,20 +124,24 @@ def test_a_class_has_one_name_in_an_identity_whichever_was_given(compose: Compos
         assert compose(*words).identity == compose().identity
 
 
-def test_a_function_that_has_moved_keeps_its_first_name_in_identities(
-    compose: Compose, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = compose("eval=[perplexity]").identity
-    node = compose("eval=[perplexity]").config.eval["perplexity"]
-    monkeypatch.setattr(identity, "MOVED", {"peftsweep.evaluation.evaluate": "peftsweep.evaluation"})
-    monkeypatch.setitem(__import__("sys").modules, "peftsweep.evaluation", evaluate)
-    monkeypatch.setattr("peftsweep.evaluation", evaluate, raising=False)
-    identity._shortest.cache_clear()
-    old = compose("eval=[perplexity]")
-    new = compose("eval=[perplexity]", "eval.perplexity._target_=peftsweep.evaluation.perplexity")
-    assert old.config.eval["perplexity"]["_target_"] == "peftsweep.evaluation.perplexity"
-    assert old.identity == new.identity == before
-    assert node["_target_"] == "peftsweep.evaluation.evaluate.perplexity"
+def test_a_function_that_has_moved_keeps_its_first_name_in_identities(compose: Compose) -> None:
+    now = compose("eval=[perplexity]")
+    former = compose("eval=[perplexity]", "eval.perplexity._target_=peftsweep.evaluate.perplexity")
+    assert former.config.eval["perplexity"]["_target_"] == "peftsweep.evaluation.evaluate.perplexity"
+    assert former.identity == now.identity
+    for rule in (1, 2):
+        assert (
+            identity.canonical_name("peftsweep.evaluation.evaluate.perplexity", rule) == "peftsweep.evaluate.perplexity"
+        )
+
+
+def test_code_of_a_person_s_own_may_import_by_former_names() -> None:
+    from peftsweep.metrics import number_match  # type: ignore[import-untyped]
+
+    from peftsweep.evaluation import metrics
+
+    assert number_match is metrics.number_match
+    assert {importlib.import_module(name).__name__ for name in former_names.MODULES} == {*former_names.MODULES.values()}
 
 
 def test_a_key_of_a_later_version_changes_no_identity_by_its_default() -> None:
@@ -424,4 +430,6 @@ def test_every_option_s_name_in_conf_is_the_one_that_identities_have() -> None:
                 names |= {node["_target_"]} if "hydra" not in file.parts and "_target_" in node else set()
                 nodes += node.values()
     assert len(names) > 40
-    assert {name: identity.canonical_name(name) for name in names if identity.canonical_name(name) != name} == {}
+    former = {now: before for before, now in former_names.MODULES.items()}
+    expected = {name: former.get(name.rpartition(".")[0], name.rpartition(".")[0]) for name in names}
+    assert {name: identity.canonical_name(name).rpartition(".")[0] for name in names} == expected

@@ -16,7 +16,7 @@ import filelock
 import psutil
 import pytest
 
-from peftsweep.study import claims, owner, record, store
+from peftsweep.study import claims, owner, record
 from peftsweep.study.record import Result
 from peftsweep.trial import outcome
 
@@ -107,7 +107,7 @@ def test_a_holder_that_was_still_for_too_long_writes_nothing_more(
         (file,) = Path("multirun/default/.claims").glob("*.json")
         file.write_text(json.dumps(owner.me() | {"token": "another's"}))
 
-    monkeypatch.setattr(outcome, "log_step", stolen)
+    monkeypatch.setattr("peftsweep.trial.session.log_step", stolen)
     with pytest.raises(claims.Claimed, match="another process has taken it"):
         run_small("train.log_every=1")
     (steps,) = Path("multirun/default").glob("*/steps.jsonl")
@@ -133,13 +133,15 @@ def test_a_disk_without_locks_is_no_reason_to_wait_or_to_run_twice(
         real(file, content)
         real(file, content | {"token": "of one that wrote at the same moment"})
 
-    monkeypatch.setattr(store, "write_json", beaten)
+    monkeypatch.setattr(claims, "write_json", beaten)
     assert is_claimed(scratch) == "another process has just taken it"
 
 
 def test_a_tag_is_of_a_process_of_this_machine() -> None:
     assert owner.gone(owner.tag()) is False
-    with subprocess.Popen([sys.executable, "-c", "from peftsweep import owner; print(owner.tag())"], stdout=-1) as one:
+    with subprocess.Popen(
+        [sys.executable, "-c", "from peftsweep.study import owner; print(owner.tag())"], stdout=-1
+    ) as one:
         assert one.stdout
         tag = one.stdout.read().decode().strip()
     assert owner.gone(tag) is True

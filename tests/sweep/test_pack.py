@@ -197,10 +197,10 @@ def test_an_interrupted_pack_goes_on_to_the_numbers_of_the_trials_alone(
                 raise KeyboardInterrupt
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(outcome, "log_step", interrupted)
+    monkeypatch.setattr("peftsweep.trial.session.log_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pack.run(trials(compose, "packed", *CUT, f"quant={quant}"))
-    monkeypatch.setattr(outcome, "log_step", log_step)
+    monkeypatch.setattr("peftsweep.trial.session.log_step", log_step)
     points = trials(compose, "packed", *CUT, f"quant={quant}")
     assert [pack._step(one) for one in points] == [step, step, 2]  # the third was to have three steps
     shutil.rmtree(done.folder(points[0]) / store.CHECKPOINTS)  # it begins anew, alone

@@ -188,7 +188,7 @@ def test_a_device_that_is_not_there_is_refused(
 GUARDED = """
 import ctypes, os, subprocess, sys, time
 from multiprocessing import Pipe
-from peftsweep import processes
+from peftsweep.sweep import processes
 
 (held, leash), (channel, other) = Pipe(duplex=False), Pipe()
 if (guard := os.fork()) == 0:
@@ -246,7 +246,7 @@ def test_all_that_a_worker_started_ends_with_it(does: str, how: str, code: int |
 HAS_SOCKETS = """
 import os, sys, tempfile
 from multiprocessing import util
-from peftsweep import processes
+from peftsweep.sweep import processes
 processes._have_temporary_folder()
 log = tempfile.mkstemp(prefix=processes.LOG + processes.owner.tag() + "-")[1]
 print(util.get_temp_dir(), log, flush=True)
@@ -276,7 +276,7 @@ def test_a_worker_leaves_sigterm_to_its_parent_and_its_children_do_not() -> None
     script = """
 import os, signal, subprocess, time
 from multiprocessing import Pipe
-from peftsweep import processes
+from peftsweep.sweep import processes
 
 class Told(Exception): pass
 processes._go_on_guarded = lambda *_: None

@@ -169,7 +169,7 @@ def test_workers_end_with_their_parent_however_it_ends() -> None:
 @pytest.mark.usefixtures("bad")
 def test_a_second_interrupt_does_not_wait_for_a_trial_that_ignores_the_first() -> None:
     target = "eval.perplexity._target_=bad_evaluations.ignores_interrupts"
-    endless = "from peftsweep import cli, workers; workers.PATIENCE = 1e6; cli.main()"
+    endless = "from peftsweep import cli; from peftsweep.sweep import workers; workers.PATIENCE = 1e6; cli.main()"
     process = start(*WITHOUT_WRITING, target, door=endless)
     assert wait_for(Path("reached").exists, process)
     process.send_signal(signal.SIGINT)

@@ -359,7 +359,7 @@ def cut_trial(run_small: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
 
     def run(*words: str) -> Result:
         with monkeypatch.context() as patch:
-            patch.setattr(outcome, "log_step", broken)
+            patch.setattr("peftsweep.trial.session.log_step", broken)
             return run_small(*words)
 
     return run

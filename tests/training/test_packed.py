@@ -602,7 +602,7 @@ def test_what_fails_together_is_asked_of_each_lane(tokenizer: Any, monkeypatch: 
             raise RuntimeError("too many at once")
         return losses(asked, batch)
 
-    monkeypatch.setattr(evaluate, "answer_losses", failing)
+    monkeypatch.setattr(likelihood, "answer_losses", failing)
     pack = Pack(adapted, [*adapted.peft_config])
     check_evaluations(evaluations(adapted, tokenizer, ["perplexity"], pack), single)
     assert rows == [10, 5, 3, 5, 3]  # tried together once

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftsweep import former_names
 from peftsweep.config.evaluations import rows_config, sets_aside
 from peftsweep.data import fingerprint
 from peftsweep.data import rows as data_rows
@@ -21,16 +22,7 @@ CONVERSATIONS = "peftsweep.data.tasks.messages"  # the reader of datasets that h
 IDENTITY_LENGTH = 10  # hex digits: a study of 10,000 trials has a clash once in 20,000 studies
 IDENTITY_RULE = 2  # its version, which a record keeps; a study's trials are recognised by earlier ones too
 # Former names of modules, classes and functions, and their names now. In an identity they keep the former ones.
-MOVED = {
-    "peftsweep.evaluate": "peftsweep.evaluation.evaluate",
-    "peftsweep.metrics": "peftsweep.evaluation.metrics",
-    "peftsweep.harness": "peftsweep.evaluation.harness",
-    "peftsweep.inference": "peftsweep.evaluation.inference",
-    "peftsweep.initialise": "peftsweep.models.initialise",
-    "peftsweep.profiler": "peftsweep.observe.profiler",
-    "peftsweep.tracker": "peftsweep.observe.tracker",
-    "peftsweep.tasks": "peftsweep.data.tasks",
-}
+MOVED = former_names.MODULES
 # Names that are not the shortest, under which identities of the first rule have what conf/ names.
 FIRST_NAMES = {f"peft.{name}": f"peft.tuners.lora.config.{name}" for name in ("KasaConfig", "BdLoraConfig")}
 CALLS = ("method", "method_setup", "quant")  # sections of an identity that name what is called
