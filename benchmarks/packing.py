@@ -180,7 +180,7 @@ def compare(
     probe = packed.speedup(adapted, [*adapters], rows, config(0, batch, steps), pad_id=0, meter=meter)
     found = {side: took[1:] for side, took in seconds.items()}
     ratio = statistics.median(a / b for a, b in zip(found["one_by_one"], found["together"], strict=True))
-    from peftsweep.sweep.pack import WORTH_IT
+    from peftsweep.sweep.pack import MIN_PACK_SPEEDUP
 
     return {
         "batch_size": batch,
@@ -190,7 +190,7 @@ def compare(
             a / b for a, b in zip(found["plain_loop"], found["together"], strict=True)
         ),
         "probe": probe,
-        "auto": (ratio if probe >= WORTH_IT else 1.0) / max(ratio, 1.0),
+        "auto": (ratio if probe >= MIN_PACK_SPEEDUP else 1.0) / max(ratio, 1.0),
         "seconds": found,
         "device_memory_peak": memory,
     }

@@ -271,7 +271,7 @@ def shorten(tokenizer: Any) -> None:
 def test_rows_in_tokens_are_kept_by_the_tokenizer_s_content(
     change: Callable[[Any], None], folder: Path, compose: Compose, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "WORTH_KEEPING", 0.0)  # on the disk too
+    monkeypatch.setattr(build, "MIN_CACHED_SECONDS", 0.0)  # on the disk too
     monkeypatch.setattr(build, "_TOKENS", {})
     one = compose(*QUICK)
     assert one.rows is not None

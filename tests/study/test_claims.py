@@ -57,7 +57,7 @@ def test_a_process_number_says_nothing_of_another_container_or_machine(
     other(**where)
     assert "without a sign of life from there it is taken over in" in (is_claimed(scratch) or "")
     assert claims.claimed(scratch, TRIAL) is claims.Claim.held
-    os.utime(file, (0, time.time() - 1.5 * claims.LEASE))
+    os.utime(file, (0, time.time() - 1.5 * claims.LEASE_SECONDS))
     assert (is_claimed(scratch) is None) == ("boot" in where)  # else one clock, which may be set, is that of both
 
 
@@ -82,7 +82,7 @@ def test_a_clock_that_is_set_takes_no_trial_from_a_living_process(
 def test_a_claim_that_is_dated_ahead_is_waited_for_but_not_for_ever(
     other: Callable[..., Path], scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claims, "LEASE", 0.5)
+    monkeypatch.setattr(claims, "LEASE_SECONDS", 0.5)
     ahead = time.time() + 3600
     os.utime(file := other(host="another"), (ahead, ahead))
     assert "dated 3,600 s ahead of this disk's clock" in (is_claimed(scratch) or "").replace("3,599", "3,600")
@@ -124,7 +124,7 @@ def test_a_disk_without_locks_is_no_reason_to_wait_or_to_run_twice(
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(filelock.FileLock, "acquire", none)
-    monkeypatch.setattr(claims, "SETTLE", 0.0)
+    monkeypatch.setattr(claims, "SETTLE_SECONDS", 0.0)
     with claims.claim(scratch, TRIAL):
         assert is_claimed(scratch)
     real = record.write_json

@@ -169,7 +169,7 @@ def test_a_launcher_that_runs_nothing_says_why(three: list[Trial]) -> None:
 def test_a_job_waits_until_the_claim_of_a_lost_machine_lapses(
     three: list[Trial], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claims, "LEASE", 3.0)
+    monkeypatch.setattr(claims, "LEASE_SECONDS", 3.0)
     left_behind(three[0], host="elsewhere")
     begun = time.monotonic()
     engine.job(three[0])

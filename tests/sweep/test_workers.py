@@ -169,7 +169,9 @@ def test_workers_end_with_their_parent_however_it_ends() -> None:
 @pytest.mark.usefixtures("bad")
 def test_a_second_interrupt_does_not_wait_for_a_trial_that_ignores_the_first() -> None:
     target = "eval.perplexity._target_=bad_evaluations.ignores_interrupts"
-    endless = "from peftsweep import cli; from peftsweep.sweep import workers; workers.PATIENCE = 1e6; cli.main()"
+    endless = (
+        "from peftsweep import cli; from peftsweep.sweep import workers; workers.CANCEL_GRACE_SECONDS = 1e6; cli.main()"
+    )
     process = start(*WITHOUT_WRITING, target, door=endless)
     assert wait_for(Path("reached").exists, process)
     process.send_signal(signal.SIGINT)
@@ -325,7 +327,7 @@ def test_a_claim_of_another_machine_lapses_when_it_is_silent(scratch: Path) -> N
     file.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": 0.0}))
     with pytest.raises(claims.Claimed), claims.claim(scratch, "x"):
         pass
-    silent = time.time() - claims.LEASE - 60
+    silent = time.time() - claims.LEASE_SECONDS - 60
     os.utime(file, (silent, silent))
     with claims.claim(scratch, "x"):
         pass

@@ -534,7 +534,7 @@ def test_rows_are_tokenised_once_for_all_trials_that_share_them(
 def test_tokenised_rows_that_took_long_are_read_back_from_the_study(
     run_small: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "WORTH_KEEPING", 0.0)
+    monkeypatch.setattr(build, "MIN_CACHED_SECONDS", 0.0)
     monkeypatch.setattr(build, "_TOKENS", {})
     first = run_small()
     assert len(list(Path("multirun/default/.tokens").glob("*.parquet"))) == 1

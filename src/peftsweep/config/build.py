@@ -47,7 +47,7 @@ from peftsweep.study.trust import as_text
 
 log = logging.getLogger(__name__)
 
-WORTH_KEEPING = 5.0  # seconds of tokenising, after which its result is kept in the study's folder
+MIN_CACHED_SECONDS = 5.0  # seconds of tokenising, after which its result is kept in the study's folder
 LEAST_ADALORA = 2  # steps: in the first one PEFT gathers how much each rank matters
 TOKENS_FORMAT = 3  # of what is kept of rows in tokens; another one where the same rows become other tokens
 REMEMBERED = 4  # tokenised training sets: training and validation rows of two datasets
@@ -325,7 +325,7 @@ def training_tokens(trial: Trial, tokenizer: PreTrainedTokenizerBase, rows: list
         else:
             start = time.perf_counter()
             _TOKENS[key] = _tokenize(trial, tokenizer, rows)
-            if held or time.perf_counter() - start > WORTH_KEEPING:
+            if held or time.perf_counter() - start > MIN_CACHED_SECONDS:
                 make_way(file)
                 data_tokens.write_tokens(file, _TOKENS[key])
         while len(_TOKENS) > REMEMBERED:

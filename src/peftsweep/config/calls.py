@@ -23,7 +23,7 @@ from peftsweep.config.experiment import ORIGIN
 from peftsweep.errors import InputError, suggest
 from peftsweep.schema import Config, LossOn, ModelConfig, RowsConfig, Task
 
-ELSEWHERE = {  # arguments of an optimizer that are not train.optimizer_kwargs'
+SET_BY_OTHER_KEYS = {  # arguments of an optimizer that are not train.optimizer_kwargs'
     "lr": "train.learning_rate",
     "weight_decay": "train.weight_decay",
     **dict.fromkeys(("params", "model"), "what the method trains"),
@@ -38,7 +38,7 @@ PACKAGES = {  # options that a package brings
 }
 GENERATION = "peftsweep.evaluation.evaluate.generation"
 LANGUAGE_MODEL_ONLY = ("peftsweep.evaluation.evaluate.perplexity", GENERATION)
-LOOSE = {"init_lora_weights": r"lora_ga|pissa_niter_\d+"}  # values that PEFT takes beside what it annotates
+EXTRA_VALUES = {"init_lora_weights": r"lora_ga|pissa_niter_\d+"}  # values that PEFT takes beside what it annotates
 
 
 def _check_calls(config: Config, choices: Mapping[str, str | None]) -> None:
@@ -117,10 +117,10 @@ def _check_optimizer(options: Mapping[str, Any], make: Callable[..., Any]) -> No
     known = inspect.signature(make).parameters
     takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values())
     for name in options:
-        if name in ELSEWHERE:
-            raise InputError(f"train.optimizer_kwargs.{name}: is {ELSEWHERE[name]}")
+        if name in SET_BY_OTHER_KEYS:
+            raise InputError(f"train.optimizer_kwargs.{name}: is {SET_BY_OTHER_KEYS[name]}")
         if name not in known and not takes_all:
-            names = [one for one in _parameters(make) if one not in ELSEWHERE]
+            names = [one for one in _parameters(make) if one not in SET_BY_OTHER_KEYS]
             raise InputError(
                 f"train.optimizer_kwargs.{name}: {make.__name__} has no such option; {suggest(name, names)}"
             )
@@ -192,7 +192,7 @@ def check_call(node: Mapping[str, Any], key: str, provided: Iterable[str] = (), 
         ):
             for inner, one in value.items():
                 check_call(one, f"{key}.{name}.{inner}", provided=("prediction", "answer"))
-        elif name in hints and not re.fullmatch(LOOSE.get(name, ""), str(value)):
+        elif name in hints and not re.fullmatch(EXTRA_VALUES.get(name, ""), str(value)):
             default = inspect.signature(function).parameters[name].default
             if not (value is None and default is None):  # annotated as if it could not be None
                 _check_types({name: value}, function, key)

@@ -39,7 +39,7 @@ from peftsweep.observe import fast_dtype
 from peftsweep.schema import Config, Dtype
 from peftsweep.study import trust
 
-NEVER = ("no", "off", "false", "never", "none", "0")  # as people write null for an interval
+WORDS_FOR_NULL = ("no", "off", "false", "never", "none", "0")  # as people write null for an interval
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
     if source and not cfg.trust:
         trust.check(typing.cast(dict[str, Any], OmegaConf.to_container(cfg)), Path(conf_dir()), own, source)
     for key in ("eval_every", "checkpoint_every"):
-        if str(cfg.train[key]).lower() in NEVER:
+        if str(cfg.train[key]).lower() in WORDS_FOR_NULL:
             cfg.train[key] = None
     if cfg.halving.min_steps is not None:
         cfg.train.eval_every = cfg.train.eval_every or str(cfg.halving.min_steps)

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 HASHES = ".hashes"  # under multirun/: the hashes of large files
 LARGE = 32 * 2**20  # bytes from which a hash is kept on the disk
 CHUNK = 2**20
-HUB_PATIENCE = 5.0  # seconds
+HUB_TIMEOUT_SECONDS = 5.0  # seconds
 # Of a model's or an adapter's folder, what neither transformers nor PEFT reads: texts, images, other frameworks'
 # weights, and what transformers' Trainer keeps beside a model.
 NOT_READ = {
@@ -124,7 +124,7 @@ def on_hub(repository: str, kind: str, revision: str | None) -> tuple[str | None
     if hub.problem() is not None:
         return None, None
     try:
-        found = HfApi().repo_info(repository, revision=revision, repo_type=kind, timeout=HUB_PATIENCE)
+        found = HfApi().repo_info(repository, revision=revision, repo_type=kind, timeout=HUB_TIMEOUT_SECONDS)
     except Exception as error:  # no network, no such repository, no access: whatever the client raises
         log.info("the hub says nothing of %s: %s", repository, type(error).__name__)
         return None, None

@@ -15,7 +15,7 @@ from typing import Any
 
 from peftsweep.errors import InputError
 
-PATIENCE = 4.0  # seconds until a hub that says nothing counts as one that cannot be reached
+HUB_TIMEOUT_SECONDS = 4.0  # seconds until a hub that says nothing counts as one that cannot be reached
 GATEWAY_ERRORS = (502, 503, 504)  # of a proxy in front of it
 UNREADABLE = (
     OSError,
@@ -42,8 +42,8 @@ def problem() -> str | None:
     # A thread, as no timeout of the client covers the look-up of a host's name.
     asking = Thread(target=lambda: found.append(_ask(constants.ENDPOINT)), daemon=True)
     asking.start()
-    asking.join(PATIENCE)
-    reason = found[0] if found else f"no answer in {PATIENCE:g} seconds"
+    asking.join(HUB_TIMEOUT_SECONDS)
+    reason = found[0] if found else f"no answer in {HUB_TIMEOUT_SECONDS:g} seconds"
     if reason is None:
         return None
     go_offline()
@@ -61,7 +61,7 @@ def _ask(endpoint: str) -> str | None:
 
     session: Any = get_session()  # which knows of proxies and certificates
     try:
-        status = session.head(endpoint, timeout=PATIENCE).status_code
+        status = session.head(endpoint, timeout=HUB_TIMEOUT_SECONDS).status_code
     except Exception as error:  # of the HTTP library that this version of the client uses
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return f"status {status}" if status in GATEWAY_ERRORS else None

@@ -24,8 +24,8 @@ MARKERS = ("The answer is: ", "The answer is ", "The final answer is: ", "The fi
 GSM8K_STRICT = re.compile(r"#### (-?[0-9.,]+)")
 GSM8K_FLEXIBLE = re.compile(r"-?(?:[$0-9.,]{2,}|[0-9]+)")
 DEGENERATE = 0.95  # share of one answer among all, from which on the model is taken to ignore what it is asked
-FEWEST_JUDGED = 20  # answers, below which a share says nothing
-CLOSED = 20  # different reference answers at most, if it is a set to choose from
+MIN_ANSWERS = 20  # answers, below which a share says nothing
+MAX_LABELS = 20  # different reference answers at most, if it is a set to choose from
 SHOWN_ANSWER = 60  # characters of an answer in a histogram
 MATH_VERIFY_SECONDS = 5  # its own default, for reading and for each comparison
 
@@ -300,7 +300,7 @@ def generation_baselines(
     references = [j.expected or text.strip() for j, text in zip(judgements, gold, strict=True)]
     found = answer_baselines([j.extracted for j in judgements], references, written=written)
     different = len(set(references))
-    if different > CLOSED or 2 * different > len(references):
+    if different > MAX_LABELS or 2 * different > len(references):
         del found["random"]
     return found
 
@@ -325,7 +325,7 @@ def _shown(answer: str) -> str:
 
 def _uniform(counts: Counter[str]) -> bool:
     total = counts.total()
-    return total >= FEWEST_JUDGED and max(counts.values()) >= DEGENERATE * total
+    return total >= MIN_ANSWERS and max(counts.values()) >= DEGENERATE * total
 
 
 def accuracy(judgements: Sequence[Judgement]) -> dict[str, Score]:

@@ -20,7 +20,7 @@ EMBEDDINGS, HEAD, ROUTER, BESIDE_TEXT, OTHER = "embeddings", "head", "router", "
 ROUTERS = ("gate", "router", "shared_expert_gate")  # names of the layers that choose among experts
 # What PEFT puts into the name of a weight that it wraps.
 WRAPPING = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
-WORTH_NAMING = 0.01  # share of all weights from which a role that is not adapted is named
+MIN_NAMED_SHARE = 0.01  # share of all weights from which a role that is not adapted is named
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Coverage:
         left = [
             f"{role} ({percent(reach.weights / self.weights)} of them)"
             for role, reach in ordered
-            if not reach.adapted and reach.weights >= WORTH_NAMING * self.weights
+            if not reach.adapted and reach.weights >= MIN_NAMED_SHARE * self.weights
         ]
         said = f"adapts {percent(self.share)} of the weights" + (f": {', '.join(reached)}" if reached else "")
         said += f"; not {', '.join(left)}" if left and reached else ""

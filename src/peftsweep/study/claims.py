@@ -23,11 +23,11 @@ from peftsweep.study.record import (
 )
 from peftsweep.study.store import trial_folder
 
-HEARTBEAT = 15.0  # seconds between two signs of life of a running trial
-LEASE = 120.0  # seconds of silence after which a trial of another machine is taken for dead
+HEARTBEAT_SECONDS = 15.0  # seconds between two signs of life of a running trial
+LEASE_SECONDS = 120.0  # seconds of silence after which a trial of another machine is taken for dead
 LOCK = 30.0  # seconds to wait for the lock of the claims, which is held for milliseconds
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a disk that has none
-SETTLE = 0.5  # seconds in which others may write the same claim, where there are no locks
+SETTLE_SECONDS = 0.5  # seconds in which others may write the same claim, where there are no locks
 
 
 # ---- who runs what ---------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def claim(study: Path, identity: str) -> Iterator[None]:
     """Hold the trial for this process during the block, so that no other one of any sweep runs it too.
 
     A claim ends with its process: that of a dead one of this machine is taken at once, one that is silent and whose
-    process cannot be seen from here (of another machine or container) after ``LEASE`` seconds.
+    process cannot be seen from here (of another machine or container) after ``LEASE_SECONDS`` seconds.
 
     Raises:
         Claimed: another process that is alive, or may be, holds it; it says which.
@@ -135,7 +135,7 @@ def _deciding(file: Path) -> Iterator[None]:
         if getattr(error, "errno", None) not in (None, *NO_LOCKS):
             raise
         yield
-        time.sleep(SETTLE)
+        time.sleep(SETTLE_SECONDS)
         return
     try:
         yield
@@ -166,7 +166,7 @@ def _holder(file: Path) -> str | None:
     if alive is not None:
         return said if alive else None
     try:
-        left, age = _patience(file, holder)
+        left, age = _silence_left(file, holder)
     except FileNotFoundError:
         return None
     if left <= 0:
@@ -175,7 +175,7 @@ def _holder(file: Path) -> str | None:
     return f"{said}{dated}; without a sign of life from there it is taken over in {left:.0f} s"
 
 
-def _patience(file: Path, holder: dict[str, Any]) -> tuple[float, float]:
+def _silence_left(file: Path, holder: dict[str, Any]) -> tuple[float, float]:
     """The seconds until a claim whose process cannot be seen lapses, and its age by the disk's clock.
 
     A claim that is old lapses at once, unless one clock, which may have been set, is that of both processes. Any lapses
@@ -187,9 +187,9 @@ def _patience(file: Path, holder: dict[str, Any]) -> tuple[float, float]:
     if _watched.get(where, (None,))[0] != state:
         _watched[where] = state, now
     age = _now(file) - stat.st_mtime
-    patience = LEASE
-    if age >= LEASE:
-        patience = min(LEASE, 3 * HEARTBEAT) if owner.same_kernel(holder) and stat.st_mtime else 0.0
+    patience = LEASE_SECONDS
+    if age >= LEASE_SECONDS:
+        patience = min(LEASE_SECONDS, 3 * HEARTBEAT_SECONDS) if owner.same_kernel(holder) and stat.st_mtime else 0.0
     left = patience - (now - _watched[where][1])
     if left <= 0 and stat.st_mtime:
         with suppress(OSError):
@@ -208,7 +208,7 @@ def _now(file: Path) -> float:
 
 
 def _beat(file: Path, token: str, over: threading.Event) -> None:
-    while not over.wait(HEARTBEAT):
+    while not over.wait(HEARTBEAT_SECONDS):
         with suppress(OSError):
             if not _is_mine(file, token):
                 return

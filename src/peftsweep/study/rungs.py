@@ -13,8 +13,8 @@ from peftsweep.schema import HalvingConfig
 from peftsweep.study import record
 from peftsweep.study.record import Result, Status
 
-HAVE_TRAINED = (Status.stopped, Status.success)
-MARK = "validation_"  # before a metric's name, in the rows of steps.jsonl
+TRAINED_STATUSES = (Status.stopped, Status.success)
+PREFIX = "validation_"  # before a metric's name, in the rows of steps.jsonl
 
 
 # ---- one trial -------------------------------------------------------------------------------------
@@ -49,7 +49,9 @@ def rung(config: HalvingConfig, place: Path, step: int) -> dict[str, Any]:
     Raises:
         InputError: the validation does not have that metric.
     """
-    known = {key.removeprefix(MARK): value for key, value in _validations(place)[step].items() if key.startswith(MARK)}
+    known = {
+        key.removeprefix(PREFIX): value for key, value in _validations(place)[step].items() if key.startswith(PREFIX)
+    }
     if config.metric not in known:
         raise InputError(f"halving.metric={config.metric}: the validation has {', '.join(known)}")
     return {"number": config.rung, "step": step, "metric": config.metric, "value": known[config.metric]}
@@ -58,7 +60,7 @@ def rung(config: HalvingConfig, place: Path, step: int) -> dict[str, Any]:
 def _validations(place: Path) -> dict[int, dict[str, Any]]:
     """The rows of the validations of the trial in ``place``, by their steps."""
     rows = record.usable_lines(place / record.STEPS, record.STEP, whole=False)
-    return {row["step"]: row for row in rows if f"{MARK}loss" in row}
+    return {row["step"]: row for row in rows if f"{PREFIX}loss" in row}
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def course(result: Result, config: HalvingConfig) -> Course:
     for number in count(1):
         step = stop_at(dataclasses.replace(config, rung=number), total)
         if (row := validations.get(total if step is None else step)) is not None:
-            values.append(row.get(f"{MARK}{config.metric}"))
+            values.append(row.get(f"{PREFIX}{config.metric}"))
         if step is None or row is None:
             return Course(total, values)
     raise AssertionError

@@ -22,12 +22,12 @@ from peftsweep.study import claims as study_claims
 from peftsweep.study import record, store
 from peftsweep.study.claims import Claim
 from peftsweep.study.record import Result, Status
-from peftsweep.sweep.workers import RETRY_CLAIMED
+from peftsweep.sweep.workers import CLAIM_RETRY_SECONDS
 from peftsweep.trial import done, task
 
-LOOK = 1.0  # seconds between two looks at the study
-TRIES = 2  # of a trial whose process dies: where that ends others too, the second time shows whose fault it was
-WAIT = 60.0  # seconds without a trial after which the display says so
+POLL_SECONDS = 1.0  # seconds between two looks at the study
+MAX_TRIES = 2  # of a trial whose process dies: where that ends others too, the second time shows whose fault it was
+WAITING_NOTICE_SECONDS = 60.0  # seconds without a trial after which the display says so
 LAST_LINE = 4096  # bytes at the end of steps.jsonl that surely hold it
 
 
@@ -47,7 +47,7 @@ def job(one: Trial) -> None:
 
     That of a machine that was lost is known by its silence, which is waited for.
     """
-    end = time.monotonic() + study_claims.LEASE + 2 * study_claims.HEARTBEAT
+    end = time.monotonic() + study_claims.LEASE_SECONDS + 2 * study_claims.HEARTBEAT_SECONDS
     while True:
         try:
             task.run(one)
@@ -55,7 +55,7 @@ def job(one: Trial) -> None:
         except study_claims.Claimed:
             if time.monotonic() > end:
                 return
-            time.sleep(RETRY_CLAIMED)
+            time.sleep(CLAIM_RETRY_SECONDS)
 
 
 def run(trials: Sequence[Trial], launch: Launch, display: Display) -> Iterator[tuple[Trial, Result]]:
@@ -77,7 +77,7 @@ def run(trials: Sequence[Trial], launch: Launch, display: Display) -> Iterator[t
             except Exception as error:  # whatever a launcher raises when one of its jobs dies
                 raised = error
             while watch.waits():  # for jobs that go on all the same, or were lost with their machine
-                time.sleep(LOOK)
+                time.sleep(POLL_SECONDS)
         if full := next(filter(None, map(store.unwritable, filter(None, [raised, *problems]))), None):
             raise full
         claims = {one.identity: study_claims.claimed(done.folder(one).parent, one.identity) for one in left}
@@ -88,7 +88,7 @@ def run(trials: Sequence[Trial], launch: Launch, display: Display) -> Iterator[t
             tries[one.identity] += claims[one.identity] is Claim.left or raised is None
             if result := watch.results.get(one.identity) or done.finished(one):
                 yield one, result
-            elif _is_final(problem) or tries[one.identity] >= TRIES:
+            elif _is_final(problem) or tries[one.identity] >= MAX_TRIES:
                 status = problem.status if isinstance(problem, WorkerDied) else Status.failed
                 try:
                     died = task.died(one, status, _failure(problem or raised), 0.0)
@@ -135,9 +135,9 @@ class _Watch:
 
         def look() -> None:
             waiting = True
-            while not over.wait(LOOK):
+            while not over.wait(POLL_SECONDS):
                 self._look()
-                if waiting and not self._named and time.monotonic() - begun > WAIT:
+                if waiting and not self._named and time.monotonic() - begun > WAITING_NOTICE_SECONDS:
                     waiting = False
                     self._display.say(
                         "no trial has begun yet: the launcher waits for a machine such as its keys ask for"

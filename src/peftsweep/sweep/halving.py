@@ -21,7 +21,7 @@ from peftsweep.analysis.text.halving_notes import notes
 from peftsweep.errors import InputError
 from peftsweep.schema import HalvingConfig
 from peftsweep.study.record import Result, Status
-from peftsweep.study.rungs import HAVE_TRAINED, course
+from peftsweep.study.rungs import TRAINED_STATUSES, course
 from peftsweep.study.scores import LOWER_IS_BETTER
 
 # ---- a sweep of them -------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def ranked(results: dict[str, Result], config: HalvingConfig) -> list[str]:
         value = next(reversed(course(results[key], config).values[: config.rung]), None)
         return (math.inf if value is None or not math.isfinite(value) else sign * value), key
 
-    return sorted((key for key, one in results.items() if one.status in HAVE_TRAINED), key=badness)
+    return sorted((key for key, one in results.items() if one.status in TRAINED_STATUSES), key=badness)
 
 
 def _lower_is_better(config: HalvingConfig) -> bool:

@@ -37,7 +37,7 @@ from peftsweep.trial import outcome, task
 from peftsweep.trial.session import Answers, Session
 
 log = logging.getLogger(__name__)
-WORTH_IT = 1.1  # times as fast as one by one, in the probe; it leaves out what each lane does by itself in a step
+MIN_PACK_SPEEDUP = 1.1  # in the probe, which leaves out what each lane does by itself in a step
 
 
 # ---- the pack --------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ class _Pack:
                     cast(PeftModel, lead.adapted), names, lead.tokens, config, pad_id=lead.pad_id, meter=self.meter
                 )
         log.info("%d together are %.2f times as fast as one by one", len(lanes), _SPEEDUPS[key])
-        if _SPEEDUPS[key] < WORTH_IT:
+        if _SPEEDUPS[key] < MIN_PACK_SPEEDUP:
             raise NotWorthIt(f"together they would be {_SPEEDUPS[key]:.2f} times as fast as one by one")
 
     def _trained(self, lead: Session, lanes: Sequence[_Lane]) -> dict[str, packed.Ended]:

@@ -20,9 +20,10 @@ from peftsweep.training import optimizer
 
 # What lanes of a pack may differ in: of a LoRA's configuration, and of its training.
 ADAPTER = ("r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights", "rank_pattern", "alpha_pattern")
-PLACES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-OWN = ("learning_rate", "learning_rate_scale", "weight_decay", "schedule", "warmup", "steps", "epochs", "clip")
-OWN_TOO = ("optimizer", "optimizer_kwargs", "log_every", "keep_best", "best_metric", "checkpoint_every", "params_file")
+TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+PER_TRIAL = ("learning_rate", "learning_rate_scale", "weight_decay", "schedule", "warmup", "steps", "epochs", "clip")
+PER_TRIAL += ("optimizer", "optimizer_kwargs", "log_every", "keep_best", "best_metric", "checkpoint_every")
+PER_TRIAL += ("params_file",)
 PLAIN = (True, "gaussian", False)  # ways to begin that draw numbers and do not look at the base
 
 
@@ -90,7 +91,7 @@ def _plain_lora(method: dict[str, Any]) -> bool:
     if method.get("_target_") not in ("peft.LoraConfig", "peft.tuners.lora.LoraConfig"):
         return False
     usual = LoraConfig()
-    rest = {key: value for key, value in method.items() if key not in ("_target_", *ADAPTER, *PLACES)}
+    rest = {key: value for key, value in method.items() if key not in ("_target_", *ADAPTER, *TARGETING)}
     unusual = [key for key, value in rest.items() if value not in (None, getattr(usual, key, None))]
     return not unusual and method.get("init_lora_weights", True) in PLAIN
 
@@ -126,7 +127,8 @@ def _shared(trial: Trial) -> str:
     """What must be alike in the trials of a pack."""
     tree = trial.tree
     kept = {key: tree[key] for key in ("seed", "device", "model", "quant", "dataset", "eval")}
-    kept["train"] = {key: value for key, value in tree["train"].items() if key not in (*OWN, *OWN_TOO, "eval_every")}
+    own = {*PER_TRIAL, "eval_every"}
+    kept["train"] = {key: value for key, value in tree["train"].items() if key not in own}
     kept["model_content"] = identity.model_identity(trial.config.model)
     kept["validated"] = trial.config.train.eval_every is not None  # its rows are taken from those to train on
     if trial.rows is not None:

@@ -43,7 +43,7 @@ PRELOAD = "peftsweep.sweep.preload"  # what the process that workers are forked 
 PROGRAM = "peftsweep.sweep.everything"  # by its name, as what it imports comes after the device is set
 CPU = ""  # the place of a worker that sees no GPU
 Place = str | None  # a worker's CUDA_VISIBLE_DEVICES; None: as in this process
-LOOK: float | None = 0.2  # seconds between two looks at a worker, where the system does not tell of its end
+POLL_SECONDS: float | None = 0.2  # seconds between two looks at a worker, where the system does not tell of its end
 SOCKETS, LOG = "pymp-", "peftsweep-worker-"  # how names of temporary files begin, before the tag of their process
 READY, CUDA_LOST = "ready", "forked from a process that has initialised CUDA"
 EXIT_SECONDS = 5.0  # until a worker that was told to end is killed, and for its guard to kill what it leaves
@@ -282,7 +282,7 @@ def _guard(worker: int, leash: connection.Connection[Any, Any]) -> int:
     import psutil
 
     watched: list[Any] = [leash]
-    seconds = LOOK
+    seconds = POLL_SECONDS
     with suppress(AttributeError, OSError):  # a system without
         watched.append(os.pidfd_open(worker))
         seconds = None

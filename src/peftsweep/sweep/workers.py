@@ -36,11 +36,11 @@ from peftsweep.sweep import pack as sweep_pack
 from peftsweep.sweep import packing, processes
 from peftsweep.trial import done, task
 
-LOOK = 1.0  # seconds between two looks at the workers, if none has news
-RETRY_CLAIMED = 1.0  # seconds until a trial that another process runs is looked at again
-PATIENCE = 30.0  # seconds that an interrupted trial has to write its record
+POLL_SECONDS = 1.0  # seconds between two looks at the workers, if none has news
+CLAIM_RETRY_SECONDS = 1.0  # seconds until a trial that another process runs is looked at again
+CANCEL_GRACE_SECONDS = 30.0  # seconds that an interrupted trial has to write its record
 Job = list[Trial]  # one, or several that are trained together
-SAID = 4000  # last bytes of a dead worker's output that its trial's record keeps
+TAIL_BYTES = 4000  # last bytes of a dead worker's output that its trial's record keeps
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _patiently(one: Trial, view: TrialView, display: Display) -> Result:
                 display.say(f"    waits: {claimed}")
             said = True
             view.stage("run by another process")
-            time.sleep(RETRY_CLAIMED)
+            time.sleep(CLAIM_RETRY_SECONDS)
 
 
 def _run_job(job: Job, observers: Sequence[Observer], options: Options) -> list[Result]:
@@ -225,7 +225,7 @@ class _Worker:
 
     def failure(self, kind: str, message: str) -> dict[str, str]:
         output = self._child.output
-        said = os.pread(output, SAID, max(0, os.fstat(output).st_size - SAID)).decode(errors="replace")
+        said = os.pread(output, TAIL_BYTES, max(0, os.fstat(output).st_size - TAIL_BYTES)).decode(errors="replace")
         return {"type": kind, "message": message, "stage": self.stage, "traceback": said}
 
     def interrupt(self) -> None:
@@ -265,7 +265,7 @@ def _in_pool(
         if one.identity not in waiting:
             display.say(f"    waits: {said}")
         waiting.add(one.identity)
-        postpone(worker, RETRY_CLAIMED)
+        postpone(worker, CLAIM_RETRY_SECONDS)
 
     while True:
         now = time.monotonic()
@@ -275,13 +275,13 @@ def _in_pool(
             if waiting.isdisjoint(one.identity for one in job) or not any(map(_held_elsewhere, job)):
                 queue.append(job)
             else:
-                later.append((now + RETRY_CLAIMED, job))
+                later.append((now + CLAIM_RETRY_SECONDS, job))
         _deal(queue, pool, budget, display, options)
         busy = [worker for worker in pool if worker.job]
         if not busy and not later:
             return
         channels = [channel for worker in busy for channel in (worker.connection, worker.process.sentinel)]
-        connection.wait(channels, LOOK) if busy else time.sleep(LOOK)
+        connection.wait(channels, POLL_SECONDS) if busy else time.sleep(POLL_SECONDS)
         for worker in busy:
             if (ended := _ended(worker, options)) is None or not worker.job:
                 continue
@@ -366,7 +366,7 @@ def _cancel(pool: list[_Worker]) -> None:
     running = [worker for worker in pool if worker.job]
     for worker in running:
         worker.interrupt()
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + CANCEL_GRACE_SECONDS
     while running and time.monotonic() < end:
         connection.wait([worker.connection for worker in running], 0.5)
         running = [worker for worker in running if worker.news() is None]

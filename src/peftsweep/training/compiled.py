@@ -24,7 +24,7 @@ from peftsweep.schema import TrainConfig
 log = logging.getLogger(__name__)
 
 NONE = "none"
-LOOKED_THROUGH = 200  # batches, for one of another length and one of fewer rows
+PROBED_BATCHES = 200  # batches, for one of another length and one of fewer rows
 TOLERANCE = 0.05  # of the loss: dropout draws other numbers when compiled, rounding differs
 
 
@@ -156,7 +156,10 @@ def _unlike(batches: Callable[[], Iterator[Batch]]) -> list[Batch]:
     """The first batch, and the first ones of another length and of another number of rows."""
     shape = next(batches()).input_ids.shape
     others = (
-        next((batch for batch in islice(batches(), LOOKED_THROUGH) if batch.input_ids.shape[axis] != shape[axis]), None)
+        next(
+            (batch for batch in islice(batches(), PROBED_BATCHES) if batch.input_ids.shape[axis] != shape[axis]),
+            None,
+        )
         for axis in (1, 0)
     )
     return [next(batches()), *(batch for batch in others if batch is not None)]

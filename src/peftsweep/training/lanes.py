@@ -37,7 +37,7 @@ from peftsweep.models.model import QUANTISED
 log = logging.getLogger(__name__)
 
 Found = TypeVar("Found")
-ASKED = "peftsweep_lane"  # attribute of a pack's model, by which the lane that is asked is answered
+SELECTED_LANE = "peftsweep_lane"  # attribute of a pack's model, by which the lane that is asked is answered
 
 
 class _Adapters(Protocol):
@@ -111,7 +111,7 @@ def of_lane(work: partial[list[Found]]) -> Found:
     ``work`` is told ``lanes``, how often it is to repeat the rows that it gives the model; of a model that is
     no pack's, once.
     """
-    answer = getattr(work.args[0], ASKED, None)
+    answer = getattr(work.args[0], SELECTED_LANE, None)
     found: Found = work(lanes=1)[0] if answer is None else answer(work)
     return found
 
@@ -191,12 +191,12 @@ class Pack:
     @contextmanager
     def asked(self, name: str) -> Iterator[None]:
         """``alone``, for what all lanes will be asked: ``of_lane`` answers it for all at once, until ``forget``."""
-        setattr(self.model, ASKED, partial(self._answer, self.names.index(name)))
+        setattr(self.model, SELECTED_LANE, partial(self._answer, self.names.index(name)))
         try:
             with self.alone(name):
                 yield
         finally:
-            delattr(self.model, ASKED)
+            delattr(self.model, SELECTED_LANE)
 
     def _answer(self, place: int, work: partial[list[Any]]) -> Any:
         """The answer of the lane in that place, and of it alone where they cannot be asked together.

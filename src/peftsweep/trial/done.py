@@ -53,7 +53,7 @@ def outdated(trial: Trial) -> str | None:
 
 
 def _fault(held: Result) -> str | None:
-    return mended.outdated(held) if held.status in rungs.HAVE_TRAINED else None
+    return mended.outdated(held) if held.status in rungs.TRAINED_STATUSES else None
 
 
 def damaged(trial: Trial) -> str | None:

@@ -41,9 +41,9 @@ from peftsweep.trial.stages import _merge, _reload, _sources
 
 log = logging.getLogger(__name__)
 Answers = tuple[batches.Batch, torch.Tensor]  # a batch, and a model's losses on it
-UNLIKE = 0.1  # of the trial's median, above which the size of profiled steps is worth a warning
+MAX_STEP_SIZE_DIFFERENCE = 0.1  # of the trial's median, above which the size of profiled steps is worth a warning
 MEASURED_STEPS = 13  # the first three of them are left out
-OCCUPIED = 1e9  # bytes that others hold on a device, beyond what its driver takes
+OCCUPIED_BYTES = 1e9  # bytes that others hold on a device, beyond what its driver takes
 
 
 class Session:
@@ -81,7 +81,7 @@ class Session:
         if self.config.skip_oversized and (reason := forecast.oversized(self.trial)):
             raise Oversized(reason)
         self.result.memory["start"] = before = self.meter.start()
-        if (before["others"] or 0) > OCCUPIED or before["allocated"]:
+        if (before["others"] or 0) > OCCUPIED_BYTES or before["allocated"]:
             log.warning("the device is not empty: others hold %s bytes", before["others"])
 
     def load(self) -> None:
@@ -340,7 +340,7 @@ class Session:
         rows, config, seed = self.tokens, self.config.train, self.config.seed
         runs = length.typical_steps(rows, config, seed, steps), length.steps_of(rows, config, seed)
         few, all_of = (statistics.median(length.padded_tokens(step, rows, config) for step in run) for run in runs)
-        if abs(few / all_of - 1) > UNLIKE:
+        if abs(few / all_of - 1) > MAX_STEP_SIZE_DIFFERENCE:
             log.warning("the profiled steps have %.0f padded tokens, those of the trial %.0f (medians)", few, all_of)
         return {"step_tokens": few, "trial_step_tokens": all_of}
 

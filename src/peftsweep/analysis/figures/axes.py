@@ -39,9 +39,9 @@ def _first_word(outcomes: pd.Series[Any]) -> str:
 
 WIDTHS = {1: 5.0, 2: 3.5, 3: 2.6}  # of a panel, in inches, by how many there are
 NAME_SIZE = 6.5
-BESIDE: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 7}
-PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.4}
-AROUND = ((5, 3), (5, -3), (-5, 3), (-5, -3), (0, 6), (0, -6), (6, 0), (-6, 0))  # a point, in points
+LABEL_OFFSET: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 7}
+LABEL_BOX = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.4}
+LABEL_POSITIONS = ((5, 3), (5, -3), (-5, 3), (-5, -3), (0, 6), (0, -6), (6, 0), (-6, 0))  # a point, in points
 NO_ROOM = 10.0  # of _cover: over another name, or out of the panel
 GREY: dict[str, Any] = {"color": FADED, "marker": ".", "linestyle": "-"}
 
@@ -197,7 +197,7 @@ def _series_of(ax: Any, rows: pd.DataFrame, places: Any, styles: Any, *, dodge: 
     missing = rows[rows["value"].isna() & rows["mark"].ne("")]
     for place, marks in missing["mark"].groupby(places[missing.index]):
         words = "\n".join(dict.fromkeys(f"\N{MULTIPLICATION SIGN} {mark.partition(' ')[2]}" for mark in marks))
-        ax.text(place, 0.02, words, transform=ax.get_xaxis_transform(), ha="center", fontsize=7, bbox=PAPER)
+        ax.text(place, 0.02, words, transform=ax.get_xaxis_transform(), ha="center", fontsize=7, bbox=LABEL_BOX)
 
 
 def _log_axis(axis: Any) -> None:
@@ -261,7 +261,7 @@ def _name_points(ax: Any, x: Any, y: Any, names: Any, all_x: Any, all_y: Any) ->
         size = probe.get_window_extent(ax.figure.canvas.get_renderer()).size
         probe.remove()
         place = ax.transData.transform(at)
-        offsets = [(dx * far, dy * far) for far in (1, 2, 3.5, 5, 7) for dx, dy in AROUND]
+        offsets = [(dx * far, dy * far) for far in (1, 2, 3.5, 5, 7) for dx, dy in LABEL_POSITIONS]
         boxes = np.array([_box(place, np.array(offset) * points, size) for offset in offsets])
         covered = [_cover(box, taken, dots, inside.extents) for box in boxes]
         best = int(np.argmin(covered))
@@ -291,5 +291,5 @@ def _name(ax: Any, at: tuple[float, float], name: str, dx: float, dy: float) -> 
     leader = {"arrowstyle": "-", "color": FADED, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2} if far else None
     side = "left" if dx > 0 else "right" if dx < 0 else "center"
     level = "center" if dy == 0 else "bottom" if dy > 0 else "top"
-    options = {"fontsize": NAME_SIZE, "ha": side, "va": level, "color": INK, "arrowprops": leader, "bbox": PAPER}
+    options = {"fontsize": NAME_SIZE, "ha": side, "va": level, "color": INK, "arrowprops": leader, "bbox": LABEL_BOX}
     ax.annotate(name, at, (dx, dy), textcoords="offset points", **options).set_in_layout(False)

@@ -18,12 +18,12 @@ import numpy as np
 import pandas as pd
 
 from peftsweep.analysis.figures.axes import (
-    BESIDE,
     CALLED,
     COLOURS,
     FADED,
     GREY,
     INK,
+    LABEL_OFFSET,
     QUANTS,
     RULE,
     WIDTHS,
@@ -297,7 +297,7 @@ def bars(merged: pd.DataFrame, cost: Cost) -> Any:
     tops = values + _arms(rows, cost.column)[1] / factor
     for place, value, top, why in zip(y, values, tops, rows["outcome"], strict=True):
         text = why if pd.isna(value) else f"{value:.3g}" + (f"  ({why})" if why else "")
-        ax.annotate(text, (0 if pd.isna(top) else top, place), (4, 0), **BESIDE)
+        ax.annotate(text, (0 if pd.isna(top) else top, place), (4, 0), **LABEL_OFFSET)
     ax.set_yticks(y, rows["label"])
     ax.set_ylim(-0.6, len(rows) - 0.4)
     ax.grid(axis="y", visible=False)
@@ -321,7 +321,7 @@ def parameters(merged: pd.DataFrame) -> Any:
     ax.plot(rows[trainable], y, "o", color=COLOURS[0], label="trainable")
     ax.plot(rows[total], y, "D", color=COLOURS[1], fillstyle="none", label="all")
     for place, some, everything in zip(y, rows[trainable], rows[total], strict=True):
-        ax.annotate(f"{some / everything:.2%}", (everything, place), (7, 0), **BESIDE)
+        ax.annotate(f"{some / everything:.2%}", (everything, place), (7, 0), **LABEL_OFFSET)
     _log_axis(ax.xaxis)
     ax.margins(x=0.12)
     ax.set_yticks(y, rows["label"])

@@ -16,9 +16,9 @@ from scipy import special  # scipy.stats takes longer to load than a small study
 from peftsweep.analysis.statistics.intervals import clopper_pearson, mcnemar, paired_interval
 from peftsweep.analysis.statistics.trials import (
     ALPHA,
+    CORRECT_COLUMNS,
     CREATED,
     MOST_READ,
-    RIGHT,
     SEED,
     SUCCESS,
     TRIAL,
@@ -328,5 +328,5 @@ def row_scores(lines: Sequence[dict[str, Any]], metric: str) -> Floats | None:
         return found
     if metric == "label_acc" and "label_prediction" in lines[0]:
         return np.array([line["label_prediction"] == line["label"] for line in lines], dtype=float)
-    key = RIGHT.get(metric, "")
+    key = CORRECT_COLUMNS.get(metric, "")
     return np.array([line[key] for line in lines], dtype=float) if key in lines[0] else None

@@ -24,9 +24,9 @@ TASK = (
     *("choices.model", "config.model.name_or_path", "choices.dataset", "config.dataset.path", "config.dataset.name"),
     *("config.dataset.test_path", "config.dataset.hub", "config.dataset.revision"),
 )
-TOLD = ("choices.model", "choices.dataset")  # by the name of a task
+TASK_COLUMNS = ("choices.model", "choices.dataset")  # by the name of a task
 # The figure of a line of predictions that a metric is the mean of.
-RIGHT = {"accuracy": "correct", "acc": "correct", "acc_norm": "correct_norm"}
+CORRECT_COLUMNS = {"accuracy": "correct", "acc": "correct", "acc_norm": "correct_norm"}
 MOST_COMPARED = 40  # configurations: the best ones, of each pair of which the rows are compared
 MOST_READ = 400  # trials whose predictions are read
 
@@ -51,7 +51,7 @@ def tasks(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     names = [_task_name(first) for first in firsts]
     if len(set(names)) < len(names):
         called = naming.Names({c: [first[c] for first in firsts] for c in differing})
-        keys = [key for key in called.settings if key not in TOLD]
+        keys = [key for key in called.settings if key not in TASK_COLUMNS]
         own = [", ".join(filter(None, (called.setting(key, first[key]) for key in keys))) for first in firsts]
         names = naming.numbered([f"{name} ({what})" if what else name for name, what in zip(names, own, strict=True)])
     return {name: _own_costs(_numbered(part)) for name, part in zip(names, parts, strict=True)}

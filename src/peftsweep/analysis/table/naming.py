@@ -41,7 +41,9 @@ SHORT = {"learning_rate": "lr", "target_modules": "modules", "name_or_path": "mo
 FRACTION = re.compile(r"-?\d+\.\d+(e-?\d+)?|-?\d+e-\d+")  # a number, as text
 FIRST = (LABEL, METHOD)  # in names
 # In which no two trials of one study differ for their numbers' sake.
-NOT_TOLD = tuple(f"config.{name}" for name in ("study", "dry_run", "force", "quiet", "stop_on_failure", "experiments"))
+NOT_IN_NAMES = tuple(
+    f"config.{name}" for name in ("study", "dry_run", "force", "quiet", "stop_on_failure", "experiments")
+)
 LONGEST_VALUE = 32  # characters of one setting's value in a name
 
 
@@ -270,7 +272,7 @@ def of_all(columns: Texts) -> Names:
     mine = {k: texts for k, texts in columns.items() if k in (SEED, LABEL, METHOD) or is_setting(k, texts)}
     found = Names(mine)
     varied = {k: texts for k, texts in columns.items() if k.startswith(SETTINGS) and len(set(texts)) > 1}
-    others = {k: texts for k, texts in varied.items() if k not in mine and k not in NOT_TOLD}
+    others = {k: texts for k, texts in varied.items() if k not in mine and k not in NOT_IN_NAMES}
     if others and len(set(zip(*varied.values(), strict=True))) > len(set(found.trials())):
         return Names(mine | others)
     return found

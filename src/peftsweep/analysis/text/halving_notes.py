@@ -11,9 +11,9 @@ from peftsweep.observe.display import size
 from peftsweep.schema import HalvingConfig
 from peftsweep.study import store
 from peftsweep.study.record import Result, Status
-from peftsweep.study.rungs import HAVE_TRAINED, course
+from peftsweep.study.rungs import TRAINED_STATUSES, course
 
-FEWEST = 3  # pairs below which a correlation says nothing
+MIN_PAIRS = 3  # pairs below which a correlation says nothing
 
 
 # ---- what it cost, and what it may have missed -----------------------------------------------------
@@ -24,7 +24,7 @@ def notes(results: Iterable[Result]) -> list[str]:
     sweeps: dict[tuple[Any, ...], list[Result]] = {}
     for result in results:
         said = result.config.get("halving") or {}
-        if said.get("min_steps") is not None and result.status in HAVE_TRAINED and "steps" in result.train_info:
+        if said.get("min_steps") is not None and result.status in TRAINED_STATUSES and "steps" in result.train_info:
             sweeps.setdefault((said["metric"], said["factor"], said["min_steps"]), []).append(result)
     return [line for said, group in sweeps.items() for line in _notes(group, HalvingConfig(*said))]
 
@@ -59,6 +59,6 @@ def _correlation(pairs: Sequence[tuple[float | None, float | None]]) -> str:
 
     known = [(math.nan if first is None else first, math.nan if then is None else then) for first, then in pairs]
     found = rungs.rank_correlation(*zip(*known, strict=True))
-    if found.n < FEWEST:
+    if found.n < MIN_PAIRS:
         return f"{found.n} trials went on, too few for a correlation"
     return f"rank correlation {found.rho:.2f} (Spearman, the {found.n} trials that went on)"
