@@ -21,9 +21,10 @@ from peftsweep.training import optimizer
 # What lanes of a pack may differ in: of a LoRA's configuration, and of its training.
 ADAPTER = ("r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights", "rank_pattern", "alpha_pattern")
 TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-PER_TRIAL = ("learning_rate", "learning_rate_scale", "weight_decay", "schedule", "warmup", "steps", "epochs", "clip")
-PER_TRIAL += ("optimizer", "optimizer_kwargs", "log_every", "keep_best", "best_metric", "checkpoint_every")
-PER_TRIAL += ("params_file",)
+PER_TRIAL = (
+    *("learning_rate", "learning_rate_scale", "weight_decay", "schedule", "warmup", "steps", "epochs", "clip"),
+    *("optimizer", "optimizer_kwargs", "log_every", "keep_best", "best_metric", "checkpoint_every", "params_file"),
+)
 PLAIN = (True, "gaussian", False)  # ways to begin that draw numbers and do not look at the base
 
 
