@@ -11,6 +11,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -418,3 +419,13 @@ def test_f1_is_that_of_scikit_learn_and_its_error_that_of_a_bootstrap(classes: i
 
 def test_a_class_that_is_never_said_nor_meant_has_f1_zero() -> None:
     assert metrics.classification([0, 0], [0, 0], 2)["f1"].value == 0
+
+
+def test_a_metric_of_one_s_own_gives_booleans_or_judgements() -> None:
+    texts, answers = ["a", "b"], ["a", "c"]
+    plain = metrics.judgements(lambda said, answer: said == answer, texts, answers)
+    assert plain == [Judgement(True, "a"), Judgement(False, "b")]
+    assert metrics.judgements(metrics.exact_match, texts, answers) == plain
+    share: Any = 0.5
+    with pytest.raises(TypeError, match=r"must give a bool or a metrics\.Judgement, not float"):
+        metrics.judgements(lambda said, answer: share, texts, answers)

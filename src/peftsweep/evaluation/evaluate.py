@@ -61,8 +61,8 @@ def generation(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     *,
-    metric: Callable[[str, str], Judgement] = metrics.exact_match,
-    beside: Mapping[str, Callable[[str, str], Judgement]] | None = None,
+    metric: Callable[[str, str], Judgement | bool] = metrics.exact_match,
+    beside: Mapping[str, Callable[[str, str], Judgement | bool]] | None = None,
     stop: Sequence[str] = (),
     max_new_tokens: int = 32,
     batch_size: int = 16,
@@ -85,7 +85,7 @@ def generation(
         stop=stop,
     )
     answers = [row.answer for row in examples]
-    judged = [metric(said, answer) for said, answer in zip(predictions, answers, strict=True)]
+    judged = metrics.judgements(metric, predictions, answers)
     lines = [
         {
             "prompt": row.prompt,
@@ -98,7 +98,7 @@ def generation(
     ]
     scores = metrics.accuracy(judged)
     for name, other in (beside or {}).items():
-        read = [other(said, answer) for said, answer in zip(predictions, answers, strict=True)]
+        read = metrics.judgements(other, predictions, answers)
         scores |= {f"{name}_{measured}": score for measured, score in metrics.accuracy(read).items()}
         for line, judgement in zip(lines, read, strict=True):
             line |= {f"{name}_extracted": judgement.extracted, f"{name}_correct": judgement.correct}

@@ -7,7 +7,7 @@ import math
 import re
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from importlib import import_module
@@ -49,6 +49,26 @@ class Judgement:
     correct: bool
     extracted: str | None
     expected: str | None = field(default=None, compare=False)
+
+
+def judgements(
+    metric: Callable[[str, str], Judgement | bool], predictions: Sequence[str], answers: Sequence[str]
+) -> list[Judgement]:
+    """What ``metric`` says of each prediction; one of a person's own may give plain booleans.
+
+    Raises:
+        TypeError: it gives something else, such as a share.
+    """
+    judged = []
+    for said, answer in zip(predictions, answers, strict=True):
+        found: Any = metric(said, answer)
+        if isinstance(found, bool):
+            found = Judgement(found, said)
+        if not isinstance(found, Judgement):
+            name = getattr(metric, "__name__", type(metric).__name__)
+            raise TypeError(f"the metric {name} must give a bool or a metrics.Judgement, not {type(found).__name__}")
+        judged.append(found)
+    return judged
 
 
 def exact_match(prediction: str, answer: str) -> Judgement:
