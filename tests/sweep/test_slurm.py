@@ -183,7 +183,7 @@ def test_a_job_whose_process_is_killed_costs_that_process() -> None:
 
 @on_slurm
 def test_a_job_that_is_cancelled_is_recorded_and_the_others_end() -> None:
-    process = run(*LONG, "method.r=2,4")
+    process = run(*LONG, "train.steps=6000", "method.r=2,4")  # longer than the seconds from SIGTERM to SIGKILL
     _, (_, job) = one_of(wait_for(training, process))
     subprocess.run(["scancel", job], check=True)
     code, out, _ = end(process)
