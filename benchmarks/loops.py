@@ -46,7 +46,6 @@ import torch
 from torch.nn import functional
 from transformers import get_cosine_schedule_with_warmup
 
-from benchmarks import fused_lora
 from peftsweep import cli
 from peftsweep.config import build
 from peftsweep.config.compose import trial as make_trial
@@ -58,6 +57,9 @@ from peftsweep.models.shortcuts import SHORTCUTS, Shortcuts
 from peftsweep.observe.measure import Meter, synchronise
 from peftsweep.study import record
 from peftsweep.training import loop
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is run as a script
+from benchmarks import fused_lora
 
 WARMUP = 4  # steps
 RATE = 1e-4
