@@ -204,7 +204,7 @@ def test_a_parent_that_is_killed_leaves_its_jobs_and_the_same_command_ends_with_
 @on_slurm
 def test_a_time_limit_sends_a_trial_to_the_queue_and_on_from_its_checkpoint() -> None:
     limits = ["hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=20"]
-    code, out, _ = end(run(*LONG, "train.steps=4000", "method.r=2", *limits))
+    code, out, _ = end(run(*LONG, "train.steps=2000", "method.r=2", *limits))
     assert (code, statuses()) == (0, ["success"]), out
     assert next(iter(records().values())).run_info["resumed"] >= 100
 
