@@ -60,6 +60,11 @@ def suggest(wrong: str, known: list[str]) -> str:
     return "there are: " + (", ".join(few) or "none")
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, or else its type."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 class Unwritable(Exception):
     """A study cannot be written, as on a full disk: no trial can be recorded; exit code 2."""
 

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from peftsweep import limits
 from peftsweep.config.evaluations import ROWS_KEYS
 from peftsweep.config.experiment import ORIGIN
-from peftsweep.errors import InputError, suggest
+from peftsweep.errors import InputError, first_line, suggest
 from peftsweep.schema import Config, LossOn, ModelConfig, RowsConfig, Task
 
 SET_BY_OTHER_KEYS = {  # arguments of an optimizer that are not train.optimizer_kwargs'
@@ -175,7 +175,7 @@ def check_call(node: Mapping[str, Any], key: str, provided: Iterable[str] = (), 
     try:
         function = pydoc.locate(target)
     except pydoc.ErrorDuringImport as error:
-        raise InputError(f"{key}._target_={target}: cannot be imported ({_first_line(error)})") from None
+        raise InputError(f"{key}._target_={target}: cannot be imported ({first_line(error)})") from None
     if not callable(function):
         raise InputError(f"{key}._target_={target}: no such class or function")
     hints = _hints(function)
@@ -275,7 +275,7 @@ def one_line(error: BaseException) -> str:
             parent = cause.parent_node
             known = [str(key) for key in parent] if isinstance(parent, DictConfig) else []
             return f"{cause.full_key}: no such key; {suggest(str(cause.key), known)}"
-        return f"{cause.full_key}: {_first_line(cause)}"
+        return f"{cause.full_key}: {first_line(cause)}"
     text = " ".join(str(error).split())
     text = re.sub(r"^In '([\w/]+)': \w+ raised while composing config:", r"\1.yaml:", text)
     text = re.sub(r"full_key: ([\w.]+)", r"(key \1)", text)
@@ -302,7 +302,3 @@ def _schema_type(key: str) -> str | None:
     if isinstance(inner[0], type) and issubclass(inner[0], Enum):
         return "one of " + ", ".join(inner[0].__members__) + (", null" if len(typing.get_args(kind)) > 1 else "")
     return _type_in_words(kind)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -44,9 +44,6 @@ ONE_OF = {
 }
 
 
-# ---- validation ------------------------------------------------------------------------------------
-
-
 def _check_keys(tree: Mapping[str, Any], schema: Any, where: str = "") -> None:
     """Refuse a key that nobody reads, as an added one (``+train.learning_rte``) may be."""
     kinds = typing.get_type_hints(schema)

@@ -166,9 +166,6 @@ def _source(cfg: DictConfig) -> str | None:
     return next((f"{key}={path}" for key, path in paths.items() if path is not None), None)
 
 
-# ---- identity --------------------------------------------------------------------------------------
-
-
 def _rows(config: Config) -> data_rows.Rows:
     """The rows of a local dataset, read once for all points of a sweep."""
     own = config.dataset

@@ -19,9 +19,6 @@ from peftsweep.data.tokens import Tokens
 BUCKET_BATCHES = 20  # batches sorted by length together: little padding, and the order stays random
 
 
-# ---- batches ---------------------------------------------------------------------------------------
-
-
 @dataclass
 class Batch:
     """Right-padded tokens.

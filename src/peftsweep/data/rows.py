@@ -30,9 +30,6 @@ from peftsweep.data.templates import dataset_examples, templates
 GENERATED_TEST_ROWS = 1000
 
 
-# ---- rows ------------------------------------------------------------------------------------------
-
-
 def hub_rows(name: str, config: str | None, split: str, revision: str | None, key: str) -> list[Row]:
     """The rows of a hub dataset, through its cache; needs the network the first time.
 

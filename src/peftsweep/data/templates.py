@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     pass
 
 
-# ---- examples --------------------------------------------------------------------------------------
-
-
 class Choice(NamedTuple):
     """One of the answers a question offers, with the prompt before it (most often that of all)."""
 

@@ -12,7 +12,7 @@ from peftsweep.data.chat import ChatTemplate, Conversation
 from peftsweep.data.files import FORMATS as FORMATS
 from peftsweep.data.files import Row as Row
 from peftsweep.data.files import read_rows as read_rows
-from peftsweep.errors import InputError
+from peftsweep.errors import InputError, first_line
 from peftsweep.schema import Turns
 from peftsweep.study.atomic import replacing
 from peftsweep.study.reading import Unreadable
@@ -20,8 +20,6 @@ from peftsweep.study.reading import Unreadable
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 from peftsweep.data.templates import Example
-
-# ---- tokens ----------------------------------------------------------------------------------------
 
 
 def through_chat_template(
@@ -262,7 +260,7 @@ def read_tokens(file: Path, count: int | None = None) -> list[Tokens]:
     try:
         table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True).read()
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise Unreadable(f"{file}: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
+        raise Unreadable(f"{file}: {first_line(error)}") from None
     same = table.schema.equals(_tokens_schema()) and count in (None, table.num_rows)
     if not same or any(table[name].null_count for name in Tokens._fields if name not in ("label", "trained")):
         raise Unreadable(f"{file}: holds other columns or rows than were written")

@@ -47,7 +47,6 @@ class Rule:
         return config == self.config and kind in self.kinds and matches
 
 
-SETUPS = "peftsweep.models.initialise"
 UNQUANTISED: dict[str, dict[str, Any]] = {  # initialisations of LoRA from the weights
     "PiSSA": {"init_lora_weights": "pissa*", "method_setup": None},
     "MiCA": {"init_lora_weights": "mica"},

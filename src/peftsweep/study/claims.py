@@ -30,9 +30,6 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a disk that has 
 SETTLE_SECONDS = 0.5  # seconds in which others may write the same claim, where there are no locks
 
 
-# ---- who runs what ---------------------------------------------------------------------------------
-
-
 class Claimed(Exception):
     """Another process runs the trial, or may do so."""
 

@@ -17,6 +17,8 @@ from typing import Any, BinaryIO, TypeVar
 
 import yaml
 
+from peftsweep.errors import first_line
+
 LARGEST = 256 * 2**20  # bytes of a JSON file
 LONGEST = 32 * 2**20  # bytes of a line of a .jsonl file
 DEEPEST = 60  # objects and lists in one another
@@ -95,7 +97,7 @@ def read_yaml(file: Path, shape: Shape = object) -> Any:
     try:
         content = yaml.load(text, yaml.CSafeLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise Unreadable(f"{file}: no YAML: {_first_line(error)}") from None
+        raise Unreadable(f"{file}: no YAML: {first_line(error)}") from None
     check(content, shape, str(file))
     return content
 
@@ -160,7 +162,7 @@ def _parsed(name: str, text: str, *, foreign: bool = False) -> Any:
         raise Unreadable(f"{name}: nested too deeply") from None
     except ValueError as error:
         kind = "JSONDecodeError" if isinstance(error, json.JSONDecodeError) else "no JSON"
-        raise Unreadable(f"{name}: {kind}: {_first_line(error) if text.strip() else 'it is empty'}") from None
+        raise Unreadable(f"{name}: {kind}: {first_line(error) if text.strip() else 'it is empty'}") from None
     return content
 
 
@@ -179,10 +181,6 @@ def _check_depth(value: Any, left: int) -> None:
     for part in value.values() if type(value) is dict else value if type(value) is list else ():
         if type(part) is dict or type(part) is list:
             _check_depth(part, left - 1)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 # ---- shapes ----------------------------------------------------------------------------------------

@@ -17,9 +17,6 @@ TRAINED_STATUSES = (Status.stopped, Status.success)
 PREFIX = "validation_"  # before a metric's name, in the rows of steps.jsonl
 
 
-# ---- one trial -------------------------------------------------------------------------------------
-
-
 def rung_step(config: HalvingConfig, number: int) -> int:
     """The optimizer steps until rung ``number``, from 1 on."""
     assert config.min_steps is not None

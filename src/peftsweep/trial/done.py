@@ -16,8 +16,6 @@ from peftsweep.study.record import Result, Status
 from peftsweep.study.trust import as_text
 from peftsweep.trial import mended
 
-# ---- before ----------------------------------------------------------------------------------------
-
 
 def folder(trial: Trial) -> Path:
     """Where the trial's record is or will be; one of an earlier version stays where it is."""

@@ -176,9 +176,6 @@ def train_cost(trained: loop.Trained) -> dict[str, Any]:
     return {"packed": shared | cost} if trained.packed else cost
 
 
-# ---- the record ------------------------------------------------------------------------------------
-
-
 def begin(trial: Trial, place: Path) -> Result:
     """An empty folder but for the composed configuration, as Hydra writes it, and the record to be filled."""
     for name in ("", ".hydra", "predictions", store.ADAPTER, store.MERGED, store.CHECKPOINTS):

@@ -28,9 +28,6 @@ MERGE_TOLERANCE = 1e-3  # of any token's loss: sums of merged weights round othe
 NARROW_TOLERANCE = 0.03
 
 
-# ---- its parts -------------------------------------------------------------------------------------
-
-
 def _sources(
     trial: Trial, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: data_rows.Rows
 ) -> dict[str, Any]:

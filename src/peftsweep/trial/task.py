@@ -27,9 +27,6 @@ from peftsweep.trial.session import Session
 log = logging.getLogger(__name__)
 
 
-# ---- the trial -------------------------------------------------------------------------------------
-
-
 def run(trial: Trial, observer: Observer | None = None) -> Result:
     """Train and evaluate ``trial``, unless its study already holds it; the record is written in any case.
 
