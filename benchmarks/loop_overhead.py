@@ -34,7 +34,7 @@ from peftsweep.models import attach, model
 from peftsweep.observe.measure import Laps, Meter
 from peftsweep.schema import ModelConfig, TargetsConfig, TrainConfig
 from peftsweep.tiny import task
-from peftsweep.training import loop
+from peftsweep.training import loop, run
 
 TINY = ModelConfig(name_or_path="tiny")
 CPU = torch.device("cpu")
@@ -147,7 +147,7 @@ def measure_the_measuring(pairs: int) -> dict[str, Any]:
     rows = tokens.tokenize(model.load_tokenizer(TINY), examples, 128) * 16 * (steps + 1)
     laps = EverySecond()
 
-    class Sums(loop.Epoch):
+    class Sums(run.Epoch):
         def add(self, loss: torch.Tensor, batches: Any) -> None:
             if laps.on:
                 super().add(loss, batches)
@@ -159,7 +159,7 @@ def measure_the_measuring(pairs: int) -> dict[str, Any]:
 
     config = TrainConfig(steps=steps, learning_rate=4e-3, log_every=steps)
     loop.Laps = lambda device: laps  # type: ignore[attr-defined,assignment,misc]
-    loop.Epoch = Sums  # type: ignore[misc]
+    run.Epoch = Sums  # type: ignore[misc]
     meter = Sampler(CPU)
     with meter.stage("train"):
         loop.train(adapted(), rows, config, pad_id=0, seed=0, meter=meter, log=lambda row: None)

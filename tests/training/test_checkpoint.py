@@ -29,6 +29,7 @@ from peftsweep.study import record
 from peftsweep.study.record import Result, Status
 from peftsweep.tiny import task
 from peftsweep.training import checkpoint, length, loop
+from peftsweep.training.run import Trained
 from peftsweep.trial import outcome
 from peftsweep.trial import session as trial_session
 from tests.conftest import scores
@@ -89,7 +90,7 @@ def rows() -> list[tokens.Tokens]:
 class Training:
     """A small training in ``folder``, which may be cut off and gone on with."""
 
-    trained: loop.Trained
+    trained: Trained
 
     def __init__(self, one: Trial, rows: list[tokens.Tokens], folder: Path, device: torch.device = CPU) -> None:
         folder.mkdir(exist_ok=True)

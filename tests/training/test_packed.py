@@ -29,6 +29,7 @@ from peftsweep.tiny import task
 from peftsweep.training import loop, packed
 from peftsweep.training.checkpoint import Checkpoints
 from peftsweep.training.lanes import Pack
+from peftsweep.training.run import Trained
 from tests.conftest import SAME_WEIGHTS, apart
 
 CPU = torch.device("cpu")
@@ -87,7 +88,7 @@ class Found:
     losses: list[float]
     weights: dict[str, torch.Tensor]
     score: metrics.Score
-    trained: loop.Trained
+    trained: Trained
     error: Exception | None = None
 
 

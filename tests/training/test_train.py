@@ -27,6 +27,7 @@ from peftsweep.schema import Dtype, ModelConfig, Schedule, TargetsConfig, TrainC
 from peftsweep.training import length as training_length
 from peftsweep.training import loop
 from peftsweep.training import optimizer as training_optimizer
+from peftsweep.training.run import Trained
 from tests.conftest import SAME_WEIGHTS, apart
 
 CPU = torch.device("cpu")
@@ -54,7 +55,7 @@ def run(
     trained: Any = None,
     validate: Callable[[], dict[str, float]] | None = None,
     **options: Any,
-) -> tuple[loop.Trained, list[dict[str, Any]], dict[str, torch.Tensor]]:
+) -> tuple[Trained, list[dict[str, Any]], dict[str, torch.Tensor]]:
     trained = trained or adapted()
     lines: list[dict[str, Any]] = []
     config = TrainConfig(**{"steps": 6, "batch_size": 8, "log_every": 1, "learning_rate": 4e-3} | options)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -23,19 +24,16 @@ from peftsweep.models.losses import answer_losses
 from peftsweep.observe.measure import Laps, Meter, out_of_memory
 from peftsweep.schema import TrainConfig
 from peftsweep.study.claims import Claimed
-from peftsweep.training.checkpoint import Checkpoints, Interruption, OptimizerState, Part
-from peftsweep.training.finite import check_finite, check_trained
+from peftsweep.training.checkpoint import Checkpoints, Interruption, OptimizerState
 from peftsweep.training.lanes import Pack
-from peftsweep.training.length import checkpoint_due, in_epochs, interval, steps_per_epoch, total_steps
-from peftsweep.training.loop import Best, Epoch, Progress, Row, Trained, badness, batches
+from peftsweep.training.length import checkpoint_due
+from peftsweep.training.loop import batches
 from peftsweep.training.optimizer import (
     autocast,
-    check_stepped,
     enable_checkpointing,
     make_optimizer,
-    make_scaler,
-    make_scheduler,
 )
+from peftsweep.training.run import Row, Run, Trained
 
 # ---- the loop --------------------------------------------------------------------------------------
 
@@ -87,13 +85,13 @@ def train_packed(
     narrowed = autocast(shared, meter.device)
     due = {lane.config.checkpoint_every: checkpoint_due(lane.config, len(rows)) for lane in lanes if lane.checkpoints}
     with closing(pack), Interruption(wanted=bool(due)) as interruption:
-        running = [_Running(lane, pack, rows, laps, meter) for lane in lanes]
+        running = [_LaneRun(lane, pack, rows, laps, meter) for lane in lanes]
         step, *others = {one.step for one in running}
         if others:
             raise ValueError(f"lanes cannot go on together from different steps: {sorted([step, *others])}")
         stream = batches(rows, shared, pad_id=pad_id, seed=seed, device=meter.device, first=step)
         while True:
-            leaving = [one for one in running if one.over or one.error is not None]
+            leaving = [one for one in running if one.over]
             running = [one for one in running if one not in leaving]
             if leaving:
                 pack.leave([one.lane.name for one in leaving])
@@ -116,7 +114,8 @@ def train_packed(
                 losses += parts.detach()
                 del parts, scaled
             for one in running:
-                one.update()
+                with one.isolated():
+                    one.update()
             pack.zero_grad()
             # ------------------------------------------------------------------------------------
             laps.stop()
@@ -125,9 +124,11 @@ def train_packed(
             pack.forget()
             for one, loss in zip(running, losses, strict=True):
                 one.count(loss, micro_batches, len(running))
-            alike = all(one.validates for one in running)
+            as_lane = pack.asked if all(one.validation_due for one in running) else pack.alone
             for one in running:
-                one.after_step(pack.asked if alike else pack.alone)
+                if one.error is None:
+                    with one.isolated():
+                        one.report(model, partial(as_lane, one.lane.name))
             now = [check(step) for check in due.values()]  # each of them, as they remember when they were asked
             for one in running:
                 if any(now) or interruption.pending or one.over:
@@ -171,98 +172,32 @@ def _probe(model: PeftModel, names: Sequence[str], batch: Batch, config: TrainCo
         pack.close()
 
 
-class _Running:
-    """A lane under way: its optimizer, schedule and books."""
+class _LaneRun(Run):
+    """The training of one lane; what fails in its own part ends it alone."""
 
     def __init__(self, lane: Lane, pack: Pack, rows: Sequence[Tokens], laps: Laps, meter: Meter) -> None:
-        self.lane, self.config = lane, lane.config
-        self._pack, self._meter, self._rows = pack, meter, len(rows)
         weights = {
             name.replace(f".{lane.name}.", f".{DEFAULT}."): weight for name, weight in pack.weights(lane.name).items()
         }
-        self._parameters = list(weights.values())
-        self.optimizer = make_optimizer(nn.Module(), self.config, self._parameters)
-        self._steps = total_steps(self.config, self._rows)
-        self._every = interval(self.config, "eval_every", self._rows) if lane.validate else None
-        self._scheduler = make_scheduler(self.optimizer, self.config, self._steps)
-        self.scaler = make_scaler(self.config, meter.device)
+        optimizer = make_optimizer(nn.Module(), lane.config, list(weights.values()))
         own = _LaneLaps(laps)
-        self._progress = Progress(own)
-        self._epoch = Epoch(steps_per_epoch(self.config, self._rows), own, meter)
-        self._best = Best(weights) if self.config.keep_best else None
-        self._final_loss: float | None = None
-        self._seen: Batch | None = None  # the last micro-batch
-        self._parts: dict[str, Part] = {"weights": _Weights(weights), "optimizer": _OptimizerState(self.optimizer)}
-        self._parts |= {"scheduler": self._scheduler, "scaler": self.scaler}
-        self._parts |= {"random": _Dropout(pack.dropout(lane.name)), "progress": self._progress, "epoch": self._epoch}
-        self._parts |= {"best": self._best} if self._best else {}
+        super().__init__(lane.config, len(rows), weights, optimizer, own, meter, lane.log, lane.validate)
+        self.lane, self._pack = lane, pack
+        self._checkpointed = self.parts(
+            _Weights(weights), _OptimizerState(optimizer), _Dropout(pack.dropout(lane.name))
+        )
         if lane.checkpoints:
-            lane.checkpoints.restore(self._parts)
-        self._last = self._steps if lane.stop_at is None else min(lane.stop_at, self._steps)
+            lane.checkpoints.restore(self._checkpointed)
+        self._stop_at = self.steps if lane.stop_at is None else min(lane.stop_at, self.steps)
         self.error: Exception | None = None
-        self.over = self.step >= self._last
-        self.validates = False  # after this step
 
     @property
-    def step(self) -> int:
-        return self._progress.step
-
-    def update(self) -> None:
-        """The end of a step, from its gradients on."""
-        with self._own():
-            if self.config.clip:
-                self.scaler.unscale_(self.optimizer)
-                gradients = [cast(torch.Tensor, weight.grad) for weight in self._parameters]
-                norm = nn.utils.get_total_norm(gradients)
-                nn.utils.clip_grads_with_norm_(self._parameters, self.config.clip, norm)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self._scheduler.step()
-
-    def count(self, loss: torch.Tensor, batches: Sequence[Batch], lanes: int) -> None:
-        """See how far it has come."""
-        self._progress.add(loss, batches, lanes)
-        self._epoch.add(loss, batches)
-        self._seen = batches[-1]
-        self.over = self.step == self._last
-        self.validates = self._every is not None and (self.step % self._every == 0 or self.step == self._steps)
-
-    def after_step(self, as_lane: Callable[[str], AbstractContextManager[None]]) -> None:
-        """Log and validate, in a block ``as_lane`` in which the model is that of this lane."""
-        if self.error is not None:
-            return
-        with self._own():
-            progress, config, step = self._progress, self.config, self.step
-            numbers = {"step": step, "steps": self._steps}
-            if step % config.log_every == 0 or step == self._steps:
-                self._final_loss = progress.mean_loss()
-                check_finite(self._final_loss, f"at step {step}", self._pack.model, config)
-                self.lane.log(
-                    numbers
-                    | {
-                        "epoch": in_epochs(step, config, self._rows),
-                        "loss": self._final_loss,
-                        "learning_rate": self._scheduler.get_last_lr()[0],
-                        "tokens": progress.tokens,
-                    }
-                )
-            if self._epoch.over(step):
-                self.lane.log(numbers | progress.own(self._epoch.close()))
-            if self.validates and self.lane.validate:
-                with self._meter.stage("validate"), as_lane(self.lane.name):
-                    scores = self.lane.validate()
-                self._note(scores, numbers)
-
-    def _note(self, scores: dict[str, float], numbers: Row) -> None:
-        self._pack.model.train()
-        validations = self._progress.validations
-        validations.append((badness(scores, self.config.best_metric), scores["loss"], numbers["step"]))
-        self.lane.log(numbers | {f"validation_{name}": value for name, value in scores.items()})
-        if self._best and min(validations)[-1] == numbers["step"]:
-            self._best.keep()
+    def over(self) -> bool:
+        """Whether it has no more steps to take, or has failed."""
+        return self.error is not None or self.step >= self._stop_at
 
     @contextmanager
-    def _own(self) -> Iterator[None]:
+    def isolated(self) -> Iterator[None]:
         """What fails in the block ends this lane alone, unless it is the memory, which belongs to all."""
         try:
             yield
@@ -273,23 +208,22 @@ class _Running:
 
     def save(self) -> None:
         """Write a checkpoint, as the trial alone would, unless it has come to its end."""
-        if self.lane.checkpoints and self.step < self._steps and self.error is None:
-            with self._meter.stage("checkpoint"):
-                self.lane.checkpoints.save(self.step, self._parts)
+        if self.lane.checkpoints and not self.complete and self.error is None:
+            with self.meter.stage("checkpoint"):
+                self.lane.checkpoints.save(self.step, self._checkpointed)
 
     def end(self) -> Ended:
         """What it has come to, once it has left the pack; the weights of a whole training are on the disk."""
-        if self._best and self._progress.validations and self.step == self._steps and self.error is None:
-            self._best.restore()
-        if self._seen is not None and self.error is None:
-            with self._own(), self._pack.alone(self.lane.name):
-                check_trained(self._pack.model, self._parameters, self._seen, self.config, self.step)
-                check_stepped(self.scaler, self.step)
+        if self.error is None:
+            self.restore_best()
+        if self.stepped and self.error is None:
+            with self.isolated(), self._pack.alone(self.lane.name):
+                self.check(self._pack.model)
             self._pack.model.train()
-        trained = self._progress.trained(self.config, self._rows, self._final_loss)
-        if self.lane.checkpoints and self._seen is not None and self.step == self._steps and self.error is None:
-            with self._meter.stage("save"):
-                self.lane.checkpoints.save(self.step, {"weights": self._parts["weights"]}, vars(trained))
+        trained = self.trained()
+        if self.lane.checkpoints and self.stepped and self.complete and self.error is None:
+            with self.meter.stage("save"):
+                self.lane.checkpoints.save(self.step, {"weights": self._checkpointed["weights"]}, vars(trained))
         return Ended(trained, self.error)
 
 

@@ -26,7 +26,7 @@ from peftsweep.study import claims, record, store
 from peftsweep.study.atomic import make_way, persistently, remove_partials
 from peftsweep.study.reading import Unreadable
 from peftsweep.study.record import Result, Status
-from peftsweep.training import loop
+from peftsweep.training.run import Trained
 from peftsweep.trial.done import Refused, _words, folder
 
 log = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ def log_step(lines: Any, observer: Observer, row: dict[str, Any]) -> None:
     observer.step(row)
 
 
-def train_info(trained: loop.Trained) -> dict[str, Any]:
+def train_info(trained: Trained) -> dict[str, Any]:
     """What the training did, for the record."""
     return {
         "steps": trained.steps,
@@ -164,7 +164,7 @@ def train_info(trained: loop.Trained) -> dict[str, Any]:
     }
 
 
-def train_cost(trained: loop.Trained) -> dict[str, Any]:
+def train_cost(trained: Trained) -> dict[str, Any]:
     """What the training took, for the record; of steps taken together with other trials, where none's own stands."""
     seconds = sum(trained.step_seconds)
     cost = {

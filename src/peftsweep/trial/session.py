@@ -33,6 +33,7 @@ from peftsweep.study import claims, record, rungs, store
 from peftsweep.study.reading import Unreadable
 from peftsweep.study.record import Result
 from peftsweep.training import checkpoint, compiled, length, loop, optimizer
+from peftsweep.training.run import Trained
 from peftsweep.trial import mended, seen
 from peftsweep.trial.done import Oversized, Refused, folder, trained
 from peftsweep.trial.outcome import Sittings, log_step, train_cost, train_info
@@ -348,7 +349,7 @@ class Session:
         self.profiled_steps = steps
         self._steps(steps, Meter(self.meter.device), after_step)
 
-    def _steps(self, steps: int, meter: Meter, after_step: Callable[[], None] | None = None) -> loop.Trained:
+    def _steps(self, steps: int, meter: Meter, after_step: Callable[[], None] | None = None) -> Trained:
         """Some more steps, of all sizes as the trial's are."""
         config = dataclasses.replace(self.config.train, steps=steps, epochs=None, keep_best=False, log_every=steps)
         return loop.train(

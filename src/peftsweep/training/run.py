@@ -1,0 +1,316 @@
+"""One training run, alone or in a pack: the optimizer's step, counts, and what is logged and validated after it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftsweep.data.batches import Batch
+from peftsweep.errors import InputError
+from peftsweep.observe.measure import Laps, Meter
+from peftsweep.schema import TrainConfig
+from peftsweep.study.scores import LOWER_IS_BETTER
+from peftsweep.training.checkpoint import Part
+from peftsweep.training.finite import check_finite, check_trained
+from peftsweep.training.length import in_epochs, interval, steps_per_epoch, total_steps
+from peftsweep.training.optimizer import check_stepped, make_scaler, make_scheduler
+
+# Of a row of steps.jsonl, what is shared by trials that take their steps together.
+OF_A_PACK = (
+    *("seconds", "tokens_per_second", "memory_allocated"),
+    *("epoch_seconds", "epoch_tokens_per_second", "epoch_memory_peak"),
+)
+WARMUP_LAPS = 3  # first steps allocate and tune; they are trained on, but left out of the percentiles
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training run did. Losses are means over answer tokens, in nats."""
+
+    steps: int
+    epochs: float
+    tokens: int  # without padding
+    padding_fraction: float
+    final_loss: float | None  # mean over the last logged window
+    best_loss: float | None  # lowest validation loss, where validation was asked for
+    best_step: int | None  # of the best validation by config.best_metric
+    step_seconds: list[float]
+    compilation: dict[str, Any] = field(default_factory=dict)  # facts of torch.compile
+    lanes: list[int] = field(default_factory=list)  # how many trials took each step together
+
+    @property
+    def steady_seconds(self) -> list[float]:
+        """Step times without the first few, unless there are no others."""
+        return self.step_seconds[WARMUP_LAPS:] or self.step_seconds
+
+    @property
+    def packed(self) -> bool:
+        """Whether steps were taken together with other trials, whose time they then are too."""
+        return max(self.lanes, default=1) > 1
+
+    @property
+    def share_seconds(self) -> float:
+        """Of all step times, each divided by the trials that took part."""
+        return sum(seconds / lanes for seconds, lanes in zip(self.step_seconds, self.lanes, strict=True))
+
+
+Row = dict[str, Any]  # of steps.jsonl
+
+
+class Run:
+    """A training under way on ``rows`` rows.
+
+    ``trained`` are the parameters that ``optimizer`` steps, by their names in the model; ``validate`` returns the
+    scores of the model as it is now. The caller does forward and backward.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        rows: int,
+        trained: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        laps: Laps,
+        meter: Meter,
+        log: Callable[[Row], None],
+        validate: Callable[[], dict[str, float]] | None,
+    ) -> None:
+        self.config, self.meter, self.optimizer = config, meter, optimizer
+        self._rows, self._laps, self._log, self._validate = rows, laps, log, validate
+        self.steps = total_steps(config, rows)
+        self._every = interval(config, "eval_every", rows) if validate else None
+        self._parameters = list(trained.values())
+        self._scheduler = make_scheduler(optimizer, config, self.steps)
+        self.scaler = make_scaler(config, meter.device)
+        self.progress = Progress(laps)
+        self.epoch = Epoch(steps_per_epoch(config, rows), laps, meter)
+        self._best = Best(trained) if config.keep_best else None
+        self._final_loss: float | None = None
+        self._last: Batch | None = None  # micro-batch of the last step
+
+    @property
+    def step(self) -> int:
+        """The steps taken."""
+        return self.progress.step
+
+    @property
+    def complete(self) -> bool:
+        """Whether all steps of the configuration have been taken."""
+        return self.step == self.steps
+
+    @property
+    def validation_due(self) -> bool:
+        """Whether the model is validated after the step that has just been counted."""
+        return self._every is not None and (self.step % self._every == 0 or self.complete)
+
+    def parts(self, weights: Part, optimizer: Part, random: Part) -> dict[str, Part]:
+        """What a checkpoint keeps."""
+        parts: dict[str, Part] = {"weights": weights, "optimizer": optimizer, "scheduler": self._scheduler}
+        parts |= {"scaler": self.scaler, "random": random, "progress": self.progress, "epoch": self.epoch}
+        return parts | ({"best": self._best} if self._best else {})
+
+    def update(self) -> None:
+        """Clip the gradients, and step the optimizer and the schedule."""
+        if self.config.clip:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self._parameters, self.config.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self._scheduler.step()
+
+    def count(self, loss: torch.Tensor, batches: Sequence[Batch], lanes: int = 1) -> None:
+        """Count a step of ``lanes`` trials together; ``loss`` is this one's, on the device."""
+        self.progress.add(loss, batches, lanes)
+        self.epoch.add(loss, batches)
+        self._last = batches[-1]
+
+    def report(self, model: nn.Module, alone: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+        """Log the step, its epoch and its validation where they are due; this is validated in the block ``alone``."""
+        numbers = {"step": self.step, "steps": self.steps}
+        if self.step % self.config.log_every == 0 or self.complete:
+            self._log(self.progress.own(numbers | self._figures(model)))
+        if self.epoch.over(self.step):
+            self._log(numbers | self.progress.own(self.epoch.close()))
+        if self._validate and self.validation_due:
+            with self.meter.stage("validate"), alone():
+                scores = self._validate()
+            model.train()
+            validations = self.progress.validations
+            validations.append((badness(scores, self.config.best_metric), scores["loss"], self.step))
+            self._log(numbers | {f"validation_{name}": value for name, value in scores.items()})
+            if self._best and min(validations)[-1] == self.step:
+                self._best.keep()
+
+    def _figures(self, model: nn.Module) -> Row:
+        self._final_loss = self.progress.mean_loss()  # the only place where the host waits for the device
+        check_finite(self._final_loss, f"at step {self.step}", model, self.config)
+        seconds, device = sum(self._laps.seconds()), self.meter.device
+        return {
+            "epoch": in_epochs(self.step, self.config, self._rows),
+            "loss": self._final_loss,
+            "learning_rate": self._scheduler.get_last_lr()[0],
+            "tokens": self.progress.tokens,
+            "seconds": seconds,
+            "tokens_per_second": self.progress.tokens / seconds,
+            "memory_allocated": torch.cuda.memory_allocated(device) if device.type == "cuda" else None,
+        }
+
+    def restore_best(self) -> None:
+        """Give the model the weights of its best validation, where they were kept and the training is complete."""
+        if self._best and self.progress.validations and self.complete:
+            self._best.restore()
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse weights that the training has ruined.
+
+        Raises:
+            FloatingPointError: they, or the loss that they give, are not finite, or no step was taken.
+        """
+        if self._last is not None:
+            check_trained(model, self._parameters, self._last, self.config, self.step)
+            check_stepped(self.scaler, self.step)
+
+    @property
+    def stepped(self) -> bool:
+        """Whether a step was taken since it was begun or restored."""
+        return self._last is not None
+
+    def trained(self, compilation: dict[str, Any] | None = None) -> Trained:
+        """What the training did; ``compilation`` are the facts of torch.compile."""
+        return self.progress.trained(self.config, self._rows, self._final_loss, compilation)
+
+
+@dataclass
+class Progress:
+    """How far the loop has come."""
+
+    laps: Laps
+    step: int = 0
+    tokens: int = 0  # without padding
+    positions: int = 0  # with it
+    losses: list[torch.Tensor] = field(default_factory=list)  # since the last logged step
+    validations: list[tuple[float, float, int]] = field(default_factory=list)  # how bad, its loss, its step
+    lanes: list[int] = field(default_factory=list)  # how many trials took each step together
+
+    def add(self, loss: torch.Tensor, batches: Sequence[Batch], lanes: int = 1) -> None:
+        self.step += 1
+        self.lanes.append(lanes)
+        self.losses.append(loss)
+        self.tokens += sum(batch.tokens for batch in batches)
+        self.positions += sum(batch.input_ids.numel() for batch in batches)
+
+    def mean_loss(self) -> float:
+        """Of the steps since it was last asked for."""
+        mean = torch.stack(self.losses).mean().item()
+        self.losses.clear()
+        return mean
+
+    def own(self, row: Row) -> Row:
+        """A row of steps.jsonl without what is a pack's, if steps were taken in one."""
+        return {key: value for key, value in row.items() if max(self.lanes) == 1 or key not in OF_A_PACK}
+
+    def trained(
+        self, config: TrainConfig, rows: int, final_loss: float | None, compilation: dict[str, Any] | None = None
+    ) -> Trained:
+        """What the run over ``rows`` rows has done, now that it has ended."""
+        return Trained(
+            steps=self.step,
+            epochs=in_epochs(self.step, config, rows),
+            tokens=self.tokens,
+            padding_fraction=1 - self.tokens / self.positions if self.positions else 0.0,
+            final_loss=final_loss,
+            best_loss=min((loss for _, loss, _ in self.validations if not math.isnan(loss)), default=None),
+            best_step=min(self.validations, default=[None])[-1],
+            step_seconds=self.laps.seconds(),
+            compilation=compilation or {},
+            lanes=self.lanes,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return vars(self) | {"laps": self.laps.seconds()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.laps.resume(state["laps"])
+        vars(self).update(state | {"laps": self.laps})
+
+
+class Epoch:
+    """Sums up the steps of an epoch; only its end makes the host wait for the device."""
+
+    def __init__(self, steps: int, laps: Laps, meter: Meter) -> None:
+        self._steps, self._laps, self._meter = steps, laps, meter
+        self._number = 1
+        self._seconds = 0.0  # until the last epoch's end
+        self._reset()
+
+    def _reset(self) -> None:
+        self.hits = torch.zeros((), dtype=torch.int64, device=self._meter.device)
+        self._loss = torch.zeros((), device=self._meter.device)
+        self._count = self._tokens = self._rows = 0
+
+    def add(self, loss: torch.Tensor, batches: Sequence[Batch]) -> None:
+        self._loss += loss
+        self._count += 1
+        self._tokens += sum(batch.tokens for batch in batches)
+        self._rows += sum(len(batch.labels) for batch in batches if batch.labels is not None)
+
+    def over(self, step: int) -> bool:
+        return step >= self._number * self._steps
+
+    def close(self) -> Row:
+        """The finished epoch's row of steps.jsonl; memory in bytes, on the device where there is one."""
+        total = sum(self._laps.seconds())
+        seconds, self._seconds = total - self._seconds, total
+        row = {
+            "epoch": self._number,
+            "epoch_loss": self._loss.item() / self._count,
+            "epoch_accuracy": self.hits.item() / self._rows if self._rows else None,  # a classifier's
+            "epoch_seconds": seconds,
+            "epoch_tokens_per_second": self._tokens / seconds,
+            "epoch_memory_peak": self._meter.split(),
+        }
+        self._number += 1
+        self._reset()
+        return row
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_steps", "_laps", "_meter")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+def badness(scores: dict[str, float], metric: str) -> float:
+    """The value of ``metric``, turned so that less is better; what is no number is worst."""
+    if metric not in scores:
+        raise InputError(f"train.best_metric={metric}: the validation has {', '.join(scores)}")
+    value = scores[metric] if metric.rpartition(".")[2] in LOWER_IS_BETTER else -scores[metric]
+    return math.inf if math.isnan(value) else value
+
+
+class Best:
+    """The trainable weights of the best validation so far, kept on the host."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._weights: dict[str, torch.Tensor] = {}
+
+    def keep(self) -> None:
+        self._weights = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(self._weights[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._weights
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._weights = state
