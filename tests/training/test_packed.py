@@ -312,7 +312,7 @@ def test_memory_that_runs_out_is_not_one_lanes_failure(
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grads_with_norm_", full)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", full)
     with pytest.raises(torch.OutOfMemoryError):
         together(LANES[:2], rows, tokenizer, base(), steps=2)
 
