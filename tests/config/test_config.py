@@ -9,19 +9,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import hydra
 import pytest
-from hydra._internal.callbacks import Callbacks
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import ConfigCompositionException
-from hydra.types import HydraContext, RunMode
-from omegaconf import open_dict
 
-from hydra_plugins.peftsweep_launcher import LocalLauncher
 from peftsweep import InputError, cli
 from peftsweep.config.calls import check_call
 from peftsweep.config.compose import Trial
-from peftsweep.config.fill import conf_dir, register
+from peftsweep.config.fill import conf_dir
 from peftsweep.forecast import forecast
 from tests import schemas
 
@@ -251,33 +244,3 @@ def test_a_user_brings_a_method_of_their_own(command: Command) -> None:
     code, out, err = command("--config-dir", "mine", "method=wide", "dry_run=true")
     assert (code, err) == (0, "")
     assert "tiny-wide-r64" in out
-
-
-def test_the_points_of_a_sweep_are_those_that_hydra_composes() -> None:
-    points = [
-        ["method.r=2", "quant=4bit"],
-        ["quant=4bit", "method.r=4", "train.learning_rate=1e-4"],
-        ["method=ia3", "targets=mlp", "eval=[perplexity]"],
-        ["method.r=2", "method.r=8", "dataset.prompt='{a}, {b} '", "train.steps=9"],
-        ["++method.bias=all", "method.r=2"],
-        ["~method.r"],
-        ["hydra.launcher.retries=2", "seed=3"],
-        ["method.target_modules=[q_proj,v_proj]"],
-        ["train={steps: 3, clip: 2.0}", "train={steps: 4}"],
-    ]
-    register()
-    with hydra.initialize_config_dir(conf_dir(), version_base="1.3"):
-        loader = GlobalHydra.instance().config_loader()
-        master = loader.load_configuration("config", [], RunMode.MULTIRUN)
-        launcher = LocalLauncher()
-        launcher.setup(hydra_context=HydraContext(loader, Callbacks()), task_function=print, config=master)
-        for words, ours in zip(points, launcher._compose(points, 5), strict=True):
-            theirs = loader.load_sweep_config(master, words)
-            ours.hydra.job.override_dirname = theirs.hydra.job.override_dirname  # which has no use here
-            with open_dict(theirs):
-                theirs.hydra.job.num = 5 + points.index(words)
-                theirs.hydra.job.id = str(theirs.hydra.job.num)
-                theirs.hydra.overrides.task = words
-            assert ours == theirs
-        with pytest.raises(ConfigCompositionException, match=r"Could not override 'train\.step'"):
-            launcher._compose([["train.step=2"]], 0)

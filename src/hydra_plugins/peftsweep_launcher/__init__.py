@@ -3,7 +3,6 @@
 Hydra executes this module at every start, also for `--help`, so it imports nothing heavy.
 """
 
-import copy
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,14 +11,13 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, RunMode, TaskFunction
-from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
 
 SWEEP = "sweep"  # the group whose options bring axes of their own
 
@@ -79,7 +77,7 @@ class LocalLauncher(Launcher):
             run = functools.partial(
                 sweep.run, options=options, budget=self.budget, sweep_record=self._record(len(places) or 1)
             )
-            return self._launch(job_overrides, initial_job_idx, run)
+            return self._launch(job_overrides, run)
         finally:
             processes.end_ahead()
 
@@ -92,63 +90,27 @@ class LocalLauncher(Launcher):
         self._sweep_record = self._sweep_record or SweepRecord(store.folder(self.config.study), words, workers)
         return self._sweep_record
 
-    def _launch(
-        self, job_overrides: Sequence[Sequence[str]], first: int, run: Callable[[list[Any]], list[Any]]
-    ) -> list[JobReturn]:
-        from peftsweep.config import compose as configuration
+    def _launch(self, job_overrides: Sequence[Sequence[str]], run: Callable[[list[Any]], list[Any]]) -> list[JobReturn]:
+        from peftsweep.observe import streams
         from peftsweep.sweep.everything import sweep
+        from peftsweep.sweep.points import Points
 
-        points = self._compose(job_overrides, first)
-        trials = [
-            configuration.trial(point, point.hydra.runtime.choices, overrides)
-            for point, overrides in zip(points, job_overrides, strict=True)
-        ]
+        points = Points(self.context.config_loader, self.config)
+        said, quiet = "checked {} points", self.config.quiet
+        trials = list(map(points.trial, streams.progress(job_overrides, said, len(job_overrides), quiet=quiet)))
         Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)  # into which sweepers write
         results = run(trials)
         answers = [sweep.answer(one, result) for one, result in zip(trials, results, strict=True)]
         return [
             PointReturn(
                 overrides=list(overrides),
-                cfg=point,
-                hydra_cfg=point.hydra,
                 working_dir=str(result.folder) if result else None,
                 task_name="peftsweep",
                 status=JobStatus.FAILED if isinstance(answer, Exception) else JobStatus.COMPLETED,
                 _return_value=answer,
             )
-            for point, overrides, result, answer in zip(points, job_overrides, results, answers, strict=True)
+            for overrides, result, answer in zip(job_overrides, results, answers, strict=True)
         ]
-
-    def _compose(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[DictConfig]:
-        """The configuration of every point.
-
-        Hydra composes it once for each choice of groups, which takes it long; plain values are put into copies.
-        """
-        from peftsweep.config import checks
-
-        loader = self.context.config_loader
-        parser = OverridesParser.create(config_loader=loader)
-        is_group = functools.cache(lambda key: bool(loader.get_group_options(key)))
-        compose = functools.cache(lambda words: loader.load_sweep_config(self.config, list(words)))
-        points = []
-        for number, words in enumerate(job_overrides, start=first):
-            parsed = parser.parse_overrides(list(words))
-            groups = tuple(word for word, one in zip(words, parsed, strict=True) if is_group(one.key_or_group))
-            values = [one for one in parsed if not is_group(one.key_or_group)]
-            try:
-                if not all(one.type is OverrideType.CHANGE and not one.is_hydra_override() for one in values):
-                    raise ValueError("Hydra's own way with what is added or deleted")
-                point = copy.deepcopy(compose(groups))
-                for one in values:
-                    OmegaConf.update(point, one.key_or_group, one.value())
-            except (OmegaConfBaseException, ValueError):  # of which Hydra says what is wrong
-                point = loader.load_sweep_config(self.config, list(words))
-            checks.check_expanded(point, [one.key_or_group for one in parsed])
-            with open_dict(point):
-                point.hydra.overrides.task = list(words)
-                point.hydra.job.id, point.hydra.job.num = str(number), number
-            points.append(point)
-        return points
 
 
 def _sweeps_sweeps(word: Override) -> bool:
@@ -265,7 +227,7 @@ class EngineLauncher(LocalLauncher):
             return [one._return_value if one.status is JobStatus.FAILED else None for one in jobs]
 
         run = functools.partial(sweep.run, launch=place, sweep_record=self._record(None))
-        return self._launch(job_overrides, initial_job_idx, run)
+        return self._launch(job_overrides, run)
 
     def _watching(self) -> AbstractContextManager[None]:
         """What the other launcher needs around it to tell how each of its jobs ends."""

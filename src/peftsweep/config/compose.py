@@ -18,6 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from peftsweep import limits
 from peftsweep.config.calls import _check_calls, one_line
 from peftsweep.config.checks import (
     _check_complete,
@@ -29,16 +30,23 @@ from peftsweep.config.checks import (
     _check_warmup,
 )
 from peftsweep.config.evaluations import _check_evaluation_rows, _check_metrics
-from peftsweep.config.fill import _fill_from_files, _read_newlines, _schema, _use_current_names, conf_dir
-from peftsweep.config.identity import Identity, _identity
+from peftsweep.config.fill import _fill_from_files, _read_newlines, _use_current_names, conf_dir
+from peftsweep.config.identity import Identity, _identity, current_name
 from peftsweep.config.restored import FROM_FILE
 from peftsweep.data import fingerprint, hub
 from peftsweep.data import rows as data_rows
 from peftsweep.errors import InputError
 from peftsweep.observe import fast_dtype
-from peftsweep.schema import Config, Dtype
+from peftsweep.schema import MISSING, Config, Dtype
 from peftsweep.study import trust
 
+# Keys of the configuration by which `filled` decides others, or which it changes themselves: those of files that tell
+# others, and those that are looked at on the way.
+SOURCES = ("repeat", "adapter.path", "method.path", "train.params_file")
+DECIDE_OTHERS = (
+    *SOURCES,
+    *("device", "trust", "model.dtype", "train.eval_every", "train.checkpoint_every", "train.best_metric", "halving"),
+)
 WORDS_FOR_NULL = ("no", "off", "false", "never", "none", "0")  # as people write null for an interval
 
 
@@ -71,44 +79,97 @@ class Trial:
         return self.config.label or self.slug
 
 
+@dataclass(frozen=True)
+class Filled:
+    """A composed configuration as plain values, filled from files. Their ranges are not checked yet."""
+
+    config: Config
+    tree: dict[str, Any]  # the same, with enums by their names
+    choices: dict[str, str | None]
+    overrides: list[str]
+    experiment: dict[str, dict[str, str]]
+
+
 def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterable[str] = ()) -> Trial:
     """Check ``cfg`` and turn it into plain values. Reads local data files; loads no model.
 
     Raises:
         InputError: something in it is wrong; the line names the key and what is allowed.
     """
-    cfg = cfg.copy()
+    return checked(filled(cfg.copy(), choices, list(overrides)))
+
+
+def filled(cfg: DictConfig, choices: Mapping[str, str | None], overrides: list[str]) -> Filled:
+    """``cfg``, which is used up, as plain values.
+
+    Raises:
+        InputError: a key is missing or unknown, a value cannot be resolved, or a file cannot be read.
+    """
     OmegaConf.set_struct(cfg, False)
     cfg.pop("hydra", None)
-    overrides = list(overrides)
     _check_complete(cfg, Config)
     _read_newlines(cfg, overrides)
     if not cfg.method and choices.get("method") not in ("full", FROM_FILE, None):
         raise InputError(f"method={choices['method']}: its yaml names no method; it needs method: {{_target_: peft.X}}")
-    source, own = _source(cfg), {name for _, name in trust.names(OmegaConf.to_container(cfg))}
+    source = None if cfg.trust else _source(cfg)
+    own = {name for _, name in trust.names(OmegaConf.to_container(cfg))} if source else set()
     made, heeded = _fill_from_files(cfg, overrides, choices)
-    choices = dict(choices) | made
-    _use_current_names(cfg)
+    if source:
+        _use_current_names(cfg)
+        trust.check(typing.cast(dict[str, Any], OmegaConf.to_container(cfg)), Path(conf_dir()), own, source)
     if cfg.model.dtype is Dtype.auto:
         cfg.model.dtype = fast_dtype.resolve(str(cfg.device))
-    if source and not cfg.trust:
-        trust.check(typing.cast(dict[str, Any], OmegaConf.to_container(cfg)), Path(conf_dir()), own, source)
     for key in ("eval_every", "checkpoint_every"):
         if str(cfg.train[key]).lower() in WORDS_FOR_NULL:
             cfg.train[key] = None
     if cfg.halving.min_steps is not None:
         cfg.train.eval_every = cfg.train.eval_every or str(cfg.halving.min_steps)
         cfg.halving.metric = cfg.halving.metric or cfg.train.best_metric
-    if missing := sorted(OmegaConf.missing_keys(cfg)):
-        raise InputError(f"{missing[0]}: must be given")
+    tree = _resolved(cfg)
+    if any(name != current_name(name) for _, name in trust.names(tree)):
+        _use_current_names(cfg)
+        tree = _resolved(cfg)
     try:
-        tree = typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
-        config = typing.cast(Config, OmegaConf.to_object(OmegaConf.merge(_schema(), cfg)))
+        config = typing.cast(Config, OmegaConf.to_object(cfg))
     except OmegaConfBaseException as error:
         raise InputError(one_line(error)) from None
     _check_keys(tree, Config)
-    # An interpolation such as ${model.dtype} is an Enum's member there and must be the name a library knows.
-    config = dataclasses.replace(config, method=tree["method"], quant=tree["quant"], eval=tree["eval"])
+    return Filled(with_plain(config, tree), tree, dict(choices) | made, overrides, heeded)
+
+
+def _resolved(cfg: DictConfig) -> dict[str, Any]:
+    try:
+        tree = typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, enum_to_str=True))
+        if not _holds_missing(tree):
+            return tree
+    except OmegaConfBaseException as error:
+        problem = one_line(error)
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
+        problem = f"{missing[0]}: must be given"
+    raise InputError(problem)
+
+
+def _holds_missing(value: Any) -> bool:
+    if isinstance(value, dict | list):
+        return any(map(_holds_missing, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and value == MISSING
+
+
+def with_plain(config: Config, tree: Mapping[str, Any]) -> Config:
+    """The configuration with the sections of other libraries' options as in ``tree``.
+
+    An interpolation such as ${model.dtype} is an Enum's member there and must be the name a library knows.
+    """
+    return dataclasses.replace(config, method=tree["method"], quant=tree["quant"], eval=tree["eval"])
+
+
+def checked(said: Filled) -> Trial:
+    """The trial of these values.
+
+    Raises:
+        InputError: a value is out of its range, or values do not belong together.
+    """
+    config, tree, choices = said.config, said.tree, said.choices
     _check_values(tree)
     _check_halving(config, choices.get("hydra/sweeper"))
     _check_objective(config)
@@ -123,19 +184,30 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
         chosen["method"] = config.method["_target_"].rpartition(".")[2].removesuffix("Config").lower()
     elif chosen["method"] == FROM_FILE:
         chosen["method"] = "full"
-    identity, first = _identity(config, rows), _identity(config, rows, rule=1)
-    del tree["halving"]["rung"]  # how far the trial goes now is no part of what it is
-    return Trial(
-        config=config,
-        tree=tree,
-        choices=chosen,
-        overrides=overrides,
-        rows=rows,
+    # How far the trial goes now is no part of what it is.
+    tree = tree | {"halving": {key: value for key, value in tree["halving"].items() if key != "rung"}}
+    return _identified(Trial(config, tree, chosen, said.overrides, rows, "", "", "", experiment=said.experiment))
+
+
+def with_seed(one: Trial, seed: int, overrides: list[str]) -> Trial:
+    """A checked trial with another seed, from which no other value of it follows.
+
+    Raises:
+        InputError: the seed is out of its range.
+    """
+    limits.check({"seed": seed}, {})
+    config = dataclasses.replace(one.config, seed=seed)
+    return _identified(dataclasses.replace(one, config=config, tree=one.tree | {"seed": seed}, overrides=overrides))
+
+
+def _identified(one: Trial) -> Trial:
+    identity, first = _identity(one.config, one.rows), _identity(one.config, one.rows, rule=1)
+    return dataclasses.replace(
+        one,
         identity=identity.trial,
         training=identity.training,
-        slug=_slug(chosen, config),
+        slug=_slug(one.choices, one.config),
         earlier=first if first.trial != identity.trial else None,
-        experiment=heeded,
     )
 
 

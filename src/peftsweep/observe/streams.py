@@ -1,4 +1,7 @@
-"""Standard streams that are closed, lack characters, or whose reader goes away: none of it ends a command."""
+"""Standard streams that are closed, lack characters, or whose reader goes away: none of it ends a command.
+
+And lines of how far a long work has come, which a file and a pipe get as a terminal does.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,13 @@ import codecs
 import io
 import os
 import sys
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+EVERY_SECONDS = 2.0  # between two lines of a progress; nothing is said of what takes less than half of it
 
 IN_ASCII = {"\N{MINUS SIGN}": "-", "\N{PLUS-MINUS SIGN}": "+/-", "\N{EN DASH}": "-", "\N{HORIZONTAL ELLIPSIS}": "..."}
 
@@ -71,3 +79,16 @@ def _lasting(stream: io.TextIOWrapper | None, number: int) -> io.TextIOWrapper:
         errors="peftsweep.ascii",
         line_buffering=number == 2 or (stream is not None and (stream.line_buffering or stream.write_through)),
     )
+
+
+def progress(items: Iterable[Item], done: str, total: int, *, quiet: bool) -> Iterator[Item]:
+    """``items``, with a line now and then of how many of ``total`` are done: ``checked 120 of 2,000 points``.
+
+    ``done`` is its text, with a place for the number. The first line comes after a second.
+    """
+    last = time.monotonic() - EVERY_SECONDS / 2
+    for number, item in enumerate(items):
+        if not quiet and number and time.monotonic() - last > EVERY_SECONDS:
+            last = time.monotonic()
+            print(done.format(f"{number:,} of {total:,}"), flush=True)
+        yield item

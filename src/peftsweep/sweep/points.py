@@ -1,0 +1,230 @@
+"""From the words of each point of a sweep to its trial: what points have in common is composed and checked once."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from peftsweep.config import checks
+from peftsweep.config import compose as configuration
+from peftsweep.config.compose import DECIDE_OTHERS, SOURCES, Filled, Trial
+from peftsweep.config.fill import TEMPLATE
+
+PLAIN = (bool, int, float, str, type(None))
+NAME = re.compile(r"\w+(\.\w+)*")
+RENAMED = ("_target_", "optimizer")  # keys whose values may be former names
+INTERPOLATION, RESOLVER = "${", re.compile(r"\$\{\s*([\w.]+)\s*:")
+NAME_IN_BRACKETS = re.compile(r"\[['\"]?(\w+)['\"]?\]")
+REFERENCE = re.compile(r"[A-Za-z_][\w.]*")
+COMPUTED_NAME = re.compile(r"\$\{[^{}:]*\$\{")  # ${a.${b}}
+PURE = ("mul", "share", "choose", "folders", "oc.env", "now")  # resolvers that read only what their arguments name
+ANY = ""  # the name of whatever there is
+
+
+class Points:
+    """The points of a sweep as trials: each what ``compose.trial`` makes of that which Hydra composes of its words.
+
+    Hydra composes once for each choice of groups. Points that differ only in plain values from which no other value
+    follows are resolved once; of these, points that differ only in the seed are checked once.
+    """
+
+    def __init__(self, loader: ConfigLoader, master: DictConfig) -> None:
+        self._loader, self._master = loader, master
+        self._parser = OverridesParser.create(config_loader=loader)
+        self._parsed: dict[str, Override] = {}
+        self._is_group = functools.cache(lambda key: bool(loader.get_group_options(key)))
+        self._bases: dict[tuple[str, ...], _Base] = {}
+        self._families: dict[tuple[Any, ...], _Family] = {}
+
+    def trial(self, words: Sequence[str]) -> Trial:
+        """The trial of a point.
+
+        Raises:
+            InputError: something in it is wrong.
+            HydraException, OmegaConfBaseException: it cannot be composed.
+        """
+        groups, values = self._parse(words)
+        own = self._own(groups, values)
+        key = (tuple(word for word in words if word not in own), tuple(own.values()))
+        if key not in self._families:
+            point, choices = self.compose(words)
+            self._families[key] = _Family(point, configuration.filled(copy.deepcopy(point), choices, list(words)))
+        try:
+            return self._families[key].member({name: values[word].value() for word, name in own.items()}, words)
+        except OmegaConfBaseException:
+            self.compose(words)  # Hydra says what is wrong
+            raise
+
+    def compose(self, words: Sequence[str]) -> tuple[DictConfig, dict[str, str | None]]:
+        """The configuration of a point, without Hydra's own node, and the option that it chooses in each group."""
+        groups, values = self._parse(words)
+        try:
+            if not all(map(_is_change, values.values())):
+                raise ValueError("Hydra's own way with what is added or deleted")
+            base = self._base(groups)
+            point = copy.deepcopy(base.config)
+            for word in words:
+                if word in values:
+                    OmegaConf.update(point, values[word].key_or_group, values[word].value())
+        except (OmegaConfBaseException, ValueError):
+            base = _Base(self._loader.load_sweep_config(self._master, list(words)))
+            point = base.config
+        checks.check_expanded(base.whole, [self._parsed[word].key_or_group for word in words])
+        return point, dict(base.whole.hydra.runtime.choices)
+
+    def _parse(self, words: Sequence[str]) -> tuple[tuple[str, ...], dict[str, Override]]:
+        """The words that choose options of groups, and the others with what they say."""
+        for word in words:
+            if word not in self._parsed:
+                (self._parsed[word],) = self._parser.parse_overrides([word])
+        groups = tuple(word for word in words if self._chooses(self._parsed[word]))
+        return groups, {word: self._parsed[word] for word in words if word not in groups}
+
+    def _chooses(self, one: Override) -> bool:
+        """Whether a word chooses an option, or puts in values of its own in place of all (``train={steps: 3}``)."""
+        return self._is_group(one.key_or_group) and not isinstance(one.value(), dict)
+
+    def _base(self, groups: tuple[str, ...]) -> _Base:
+        if groups not in self._bases:
+            self._bases[groups] = _Base(self._loader.load_sweep_config(self._master, list(groups)))
+        return self._bases[groups]
+
+    def _own(self, groups: tuple[str, ...], values: Mapping[str, Override]) -> dict[str, str]:
+        """The words that only put a plain value in place of another, from which no other follows, with their keys."""
+        if not all(map(_is_change, values.values())):
+            return {}
+        base = self._base(groups)
+        said = Counter(one.key_or_group for one in values.values())
+        if base.reads_files or not said.keys().isdisjoint(SOURCES):
+            return {}
+        read = [name for word in values for name in _names_read(word)]
+        found = {}
+        for word, one in values.items():
+            key = one.key_or_group
+            alone = said[key] == 1 and not any(_overlap(key, other) for other in said if other != key)
+            if alone and _is_plain(one.value()) and base.decides_nothing(key) and not _any_overlaps(key, read):
+                found[word] = key
+        return found
+
+
+class _Base:
+    """What Hydra has composed."""
+
+    def __init__(self, whole: DictConfig) -> None:
+        self.whole = whole
+        self.config = copy.deepcopy(whole)  # without Hydra's own node
+        OmegaConf.set_struct(self.config, False)
+        self.config.pop("hydra", None)
+        OmegaConf.set_struct(self.config, True)
+        self._tree = OmegaConf.to_container(self.config)
+        self._read = [name for text in _texts(self._tree) for name in _names_read(text)]
+        self._known: dict[str, bool] = {}
+        self.reads_files = any(_at(self._tree, key) is not None for key in SOURCES)
+
+    def decides_nothing(self, key: str) -> bool:
+        """Whether there is a plain value by this name, from which no other follows."""
+        if key not in self._known:
+            decides = any(_overlap(key, other) for other in DECIDE_OTHERS) or key.rpartition(".")[2] in RENAMED
+            plain = NAME.fullmatch(key) and not TEMPLATE.fullmatch(key)
+            plain = plain and isinstance(_at(self._tree, key, default=()), PLAIN)
+            self._known[key] = bool(plain) and not decides and not _any_overlaps(key, self._read)
+        return self._known[key]
+
+
+class _Family:
+    """Points that differ only in plain values from which no other value follows."""
+
+    def __init__(self, point: DictConfig, first: Filled) -> None:
+        self._point, self._first = point, first
+        self._checked: dict[tuple[Any, ...], Trial] = {}  # by all of the values but the seed
+
+    def member(self, values: Mapping[str, Any], words: Sequence[str]) -> Trial:
+        """The trial with these values in place of the first point's.
+
+        Raises:
+            OmegaConfBaseException: one of them is not of its key's type.
+            InputError: one of them is wrong.
+        """
+        found = {}
+        for key, value in values.items():
+            OmegaConf.update(self._point, key, value)
+            found[key] = OmegaConf.select(self._point, key)  # of the key's type
+        others = tuple((key, type(value), value) for key, value in found.items() if key != "seed")
+        if others in self._checked:
+            return configuration.with_seed(self._checked[others], found["seed"], list(words))
+        config, tree = self._first.config, self._first.tree
+        for key, value in found.items():
+            config = _put(config, key.split("."), value)
+            tree = _put(tree, key.split("."), value.name if isinstance(value, Enum) else value)
+        said = dataclasses.replace(
+            self._first, config=configuration.with_plain(config, tree), tree=tree, overrides=list(words)
+        )
+        trial = configuration.checked(said)
+        if "seed" in found:
+            self._checked[others] = trial
+        return trial
+
+
+def _is_change(one: Override) -> bool:
+    """Whether a word changes the value of a key of ours."""
+    return one.type is OverrideType.CHANGE and one.package is None and not one.is_hydra_override()
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, PLAIN) and not (isinstance(value, str) and (INTERPOLATION in value or value == "???"))
+
+
+def _at(tree: Any, key: str, default: Any = None) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part, default) if isinstance(tree, dict) else default
+    return tree
+
+
+def _put(node: Any, path: Sequence[str], value: Any) -> Any:
+    """A copy of ``node``, nested dataclasses and dicts, with ``value`` at ``path``; the rest of it is shared."""
+    if not path:
+        return value
+    name, *rest = path
+    if isinstance(node, Mapping):
+        return {**node, name: _put(node[name], rest, value)}
+    return dataclasses.replace(node, **{name: _put(getattr(node, name), rest, value)})
+
+
+def _texts(tree: Any) -> Iterator[str]:
+    """The interpolations among the values of ``tree``."""
+    if isinstance(tree, dict | list):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from _texts(value)
+    elif isinstance(tree, str) and INTERPOLATION in tree:
+        yield tree
+
+
+def _names_read(text: str) -> list[str]:
+    """The keys that an interpolation may read; of a relative one its last parts."""
+    if INTERPOLATION not in text:
+        return []
+    if COMPUTED_NAME.search(text) or not set(RESOLVER.findall(text)) <= set(PURE):
+        return [ANY]
+    dotted = NAME_IN_BRACKETS.sub(r".\1", text)
+    return [name.strip(".") for name in REFERENCE.findall(dotted)]
+
+
+def _any_overlaps(key: str, read: Iterable[str]) -> bool:
+    return any(name == ANY or _overlap(key, name) or f".{name}." in f".{key}." for name in read)
+
+
+def _overlap(key: str, other: str) -> bool:
+    """Whether one of the two is the other, or a section that holds it."""
+    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
