@@ -5,11 +5,16 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
+import multiprocessing
+import os
+import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import connection
 from typing import Any, TypeVar
 
 import torch
@@ -60,6 +65,8 @@ _FORECASTS: dict[str, Forecast] = {}  # of a sweep over seeds or data, one is en
 _PREDICTIONS: dict[str, Prediction | None] = {}
 _SHAPES: dict[str, list[Shape]] = {}
 _ROOMS: dict[str, int] = {}  # by model, its files and the virtual tokens of the method
+CACHES: tuple[dict[str, Any], ...] = (_FORECASTS, _PREDICTIONS, _SHAPES, _ROOMS)
+MANY = 8  # forecasts that are worth the start of processes
 
 
 def check(trial: Trial) -> Forecast:
@@ -68,11 +75,70 @@ def check(trial: Trial) -> Forecast:
     Raises:
         InputError: targets, method or device do not fit.
     """
-    key = identity.content_hash([*_of_the_model(trial), *(trial.tree[k] for k in KEYS)])
-    forecast = _FORECASTS.get(key) or _forecast(trial)
-    if forecast.trainable_parameters is not None:
-        _FORECASTS[key] = forecast
-    return forecast
+    key = _forecast_key(trial)
+    if key not in _FORECASTS:
+        _FORECASTS[key] = _forecast(trial)
+    return _FORECASTS[key]
+
+
+def _forecast_key(trial: Trial) -> str:
+    return identity.content_hash([*_of_the_model(trial), _foreseen_by(trial)])
+
+
+def _foreseen_by(trial: Trial) -> dict[str, Any]:
+    """Of a configuration, what changes a forecast, beside the model."""
+    train = {key: value for key, value in trial.tree["train"].items() if key not in RATES}
+    return {key: trial.tree[key] for key in KEYS} | {"train": train}
+
+
+def ahead(trials: Sequence[Trial], *, memory: bool) -> Iterator[Trial]:
+    """``trials``, each when ``check``, and ``prediction`` if ``memory`` is asked for, know of it.
+
+    Where many are not known yet, processes on all cores find out at the same time. They are forked, which a process
+    that may have initialised CUDA must not be: on a host with a GPU this one finds out alone, when it is asked. It does
+    so too for what is wrong, and when a process dies.
+    """
+    keys = [_forecast_key(one) for one in trials]
+    new = {key: one for key, one in zip(keys, trials, strict=True) if key not in _FORECASTS}
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" and not torch.cuda.device_count() else 1
+    if cores < 2 or len(new) < MANY:
+        yield from trials
+        return
+    context, started, waiting = multiprocessing.get_context("fork"), [], list(new)
+    try:
+        for first in range(cores):
+            mine, theirs = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_find_out, args=([*new.values()][first::cores], memory, theirs), daemon=True
+            )
+            process.start()
+            theirs.close()
+            started.append((process, mine))
+        for one, key in zip(trials, keys, strict=True):
+            while key in waiting:
+                place = [*new].index(waiting.pop(0))
+                with suppress(EOFError):
+                    for cache, found in zip(CACHES, started[place % cores][1].recv(), strict=True):
+                        cache.update(found)
+            yield one
+    finally:
+        for process, mine in started:
+            mine.close()
+            process.terminate()
+            process.join()
+
+
+def _find_out(trials: Sequence[Trial], memory: bool, channel: connection.Connection[Any, Any]) -> None:
+    """Send what is new in the caches after each of the trials."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command ends this process
+    torch.set_num_threads(1)  # those of the process that was forked are not here
+    for one in trials:
+        before = [set(cache) for cache in CACHES]
+        with suppress(InputError):
+            check(one)
+            if memory:
+                prediction(one)
+        channel.send([{k: cache[k] for k in cache.keys() - had} for cache, had in zip(CACHES, before, strict=True)])
 
 
 def check_cached(trial: Trial) -> None:
@@ -260,9 +326,7 @@ def _where(config: Config) -> str:
 def _key(where: str, batches: Sequence[Shape], trials: Sequence[Trial]) -> str:
     """Of a prediction: the same for whatever changes none."""
     said: list[Any] = [where, [dataclasses.asdict(one) for one in batches]]
-    for one in trials:
-        train = {key: value for key, value in one.tree["train"].items() if key not in RATES}
-        said.append([*_of_the_model(one), {key: one.tree[key] for key in KEYS} | {"train": train}])
+    said += [[*_of_the_model(one), _foreseen_by(one)] for one in trials]
     return identity.content_hash(said)
 
 

@@ -16,6 +16,7 @@ from peftsweep.config.compose import Trial
 from peftsweep.errors import InputError, NotRun, SweepFailed, suggest
 from peftsweep.forecast import forecast
 from peftsweep.forecast.forecast import Forecast
+from peftsweep.observe import streams
 from peftsweep.observe.display import Display, size, summary
 from peftsweep.schema import Dtype
 from peftsweep.study import record, store
@@ -28,6 +29,7 @@ from peftsweep.sweep.workers import Budget, Options
 from peftsweep.trial import done as trial_done
 from peftsweep.trial import outcome
 
+SIZED = "sizes are known of {} trials"
 MOST_READ = 400  # records of a study that are read for the names of a sweep that goes on in it
 
 
@@ -58,7 +60,8 @@ def run(
     if config.dry_run:
         _dry_run(trials)
         return [None] * len(trials)
-    stand_ins = _stand_ins(trials, [forecast.check(one) for one in trials])  # raises before anything is written
+    known = streams.progress(forecast.ahead(trials, memory=False), SIZED, len(trials), quiet=config.quiet)
+    stand_ins = _stand_ins(trials, [forecast.check(one) for one in known])  # raises before anything is written
     results: list[Result | None] = [trial_done.finished(one) for one in trials]
     for done in _once(results):
         _share(done, trials, results, stand_ins)
@@ -249,7 +252,7 @@ def _dry_run(trials: Sequence[Trial]) -> None:
     trials = list(listed.values())
     first: dict[str, Trial] = {}  # of those that attach the same
     width, printed = max(len(one.name) for one in trials), []
-    for one in trials:
+    for one in forecast.ahead(trials, memory=True):
         evaluations.check_conversations(one.config)
         forecasts.append(foreseen := forecast.check(one))
         stand_in = first.setdefault(forecast.twin_key(one, foreseen), one)
