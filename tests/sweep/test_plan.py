@@ -1,8 +1,9 @@
-"""Planning a trial leaves nothing behind: no figure of a plan depends on what was planned before it."""
+"""A plan: no figure of it depends on what was planned before, or in which process, and it is told as it is made."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from peftsweep.config.compose import Trial
 from peftsweep.config.fill import conf_dir
 from peftsweep.forecast import forecast
+from peftsweep.observe import streams
 
 METHODS = sorted(file.stem for file in Path(conf_dir(), "method").glob("*.yaml"))
 SAMPLE = ["loftq", "lora", "frod"]  # one that is refused, one whose memory cannot be traced, and what they may disturb
@@ -43,3 +45,49 @@ def test_a_plan_is_the_same_whatever_was_planned_before(
     before, after = apart(trials), apart(trials[::-1])[::-1]  # each pair of methods in both orders
     for method, one, first, last in zip(methods, trials, before, after, strict=True):
         assert apart([one]) == [first] == [last], method
+
+
+@pytest.fixture
+def sizes(compose: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch) -> list[Trial]:
+    """Three trials of two sizes, one of which is refused, that nothing is known of, on a host with two cores."""
+    for name in ("_FORECASTS", "_PREDICTIONS", "_SHAPES", "_ROOMS"):
+        monkeypatch.setattr(forecast, name, {})
+    known = tuple(getattr(forecast, name) for name in ("_FORECASTS", "_PREDICTIONS", "_SHAPES", "_ROOMS"))
+    monkeypatch.setattr(forecast, "CACHES", known)
+    monkeypatch.setattr(forecast, "MANY", 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    words = [["method.r=2"], ["method=full", "quant=4bit"], ["method.r=2", "seed=1", "train.learning_rate=1e-5"]]
+    return [compose("eval=[perplexity]", *one) for one in words]
+
+
+def test_a_plan_that_several_processes_make_is_the_one_that_one_makes(sizes: list[Trial]) -> None:
+    seen = []
+    for one in forecast.ahead(sizes, memory=True):
+        assert forecast._forecast_key(one) in forecast._FORECASTS
+        seen.append(one)
+    made = dict(forecast._FORECASTS), dict(forecast._PREDICTIONS)
+    assert (seen, len(made[0]), len(made[1])) == (sizes, 2, 2)  # seed and learning rate change neither
+    for cache in forecast.CACHES:
+        cache.clear()
+    planned(sizes)
+    assert made == (forecast._FORECASTS, forecast._PREDICTIONS)
+
+
+def test_a_process_that_dies_is_not_waited_for(sizes: list[Trial], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast, "_find_out", lambda *_: os._exit(1))
+    assert list(forecast.ahead(sizes, memory=False)) == sizes
+    assert not forecast._FORECASTS
+
+
+def test_progress_is_told_every_other_second(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(streams.time, "monotonic", lambda: now[0])
+    for quiet in (True, False):
+        for count in (1500, streams.FEW):
+            for _ in streams.progress(range(count), "checked {} points", count, quiet=quiet):
+                now[0] += 6.3 / count  # seconds a point
+    assert capsys.readouterr().out.splitlines() == [
+        f"checked {count} of 1,500 points" for count in ("239", "716", "1,193")
+    ]
