@@ -6,8 +6,6 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-from scipy.stats import quantile_test
-
 from peftsweep.observe.measure import percentile
 
 BASE, ADAPTED, MERGED = "base", "adapted", "merged"  # the variants
@@ -32,6 +30,8 @@ def ratio(pairs: Sequence[tuple[float, float]]) -> dict[str, float | None]:
     ratios = [second / first for first, second in pairs]
     if not ratios:
         return {"value": None, "low": None, "high": None}
+    from scipy.stats import quantile_test  # which takes longer to import than all of ours
+
     interval = quantile_test(ratios, p=0.5).confidence_interval(confidence_level=0.95)
     low, high = (None if bound != bound else float(bound) for bound in interval)
     return {"value": statistics.median(ratios), "low": low, "high": high}

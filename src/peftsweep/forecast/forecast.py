@@ -65,6 +65,7 @@ _FORECASTS: dict[str, Forecast] = {}  # of a sweep over seeds or data, one is en
 _PREDICTIONS: dict[str, Prediction | None] = {}
 _SHAPES: dict[str, list[Shape]] = {}
 _ROOMS: dict[str, int] = {}  # by model, its files and the virtual tokens of the method
+_STORED: dict[str, str] = {}  # by model and quantisation
 CACHES: tuple[dict[str, Any], ...] = (_FORECASTS, _PREDICTIONS, _SHAPES, _ROOMS)
 MANY = 8  # forecasts that are worth the start of processes
 
@@ -182,9 +183,13 @@ def _stored(trial: Trial) -> str:
     """How much of the base is really quantised, in words."""
     if not trial.config.quant:
         return ""
-    base = skeleton(trial.config.model, build.quantization(trial), classes=len(trial.config.dataset.classes))
-    weights = coverage.weights(base, trial.config.model.roles)
-    return coverage.stored(coverage.quantised(weights), sum(weight.size for weight in weights.values()))
+    key = identity.content_hash([*_of_the_model(trial), trial.tree["quant"]])
+    if key not in _STORED:
+        base = skeleton(trial.config.model, build.quantization(trial), classes=len(trial.config.dataset.classes))
+        weights = coverage.weights(base, trial.config.model.roles)
+        total = sum(weight.size for weight in weights.values())
+        _STORED[key] = coverage.stored(coverage.quantised(weights), total)
+    return _STORED[key]
 
 
 def _check_reading(trial: Trial) -> None:

@@ -9,9 +9,9 @@ import gc
 import importlib
 import os
 
-LIBRARIES = (  # of peftsweep.sweep.everything all that is dear and asks no GPU
-    *("torch._inductor.compile_fx", "torch.utils.checkpoint", "accelerate", "datasets", "pandas", "sklearn.metrics"),
-    *("scipy.stats", "hydra", "rich.console", "transformers.modeling_utils", "transformers.modeling_layers"),
+LIBRARIES = (  # that every trial needs, take long to import and ask no GPU
+    *("torch._inductor.compile_fx", "torch.utils.checkpoint", "accelerate", "sklearn.metrics"),
+    *("hydra", "rich.console", "transformers.modeling_utils", "transformers.modeling_layers"),
     *("transformers.generation.utils", "transformers.masking_utils", "transformers.tokenization_utils_tokenizers"),
 )
 NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"  # has torch count GPUs through NVML, which initialises nothing

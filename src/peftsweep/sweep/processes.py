@@ -122,9 +122,13 @@ class Child:
         self.process.kill()
         self.process.join()
 
+    def let_go(self) -> None:
+        """Give it no more work, so that it ends by itself if it is idle."""
+        self.connection.close()
+
     def end(self, seconds: float = 0.0) -> None:
         """Let it end by itself within ``seconds``, if it is idle; else kill it. What it has started ends with it."""
-        self.connection.close()
+        self.let_go()
         self.process.join(seconds)
         self.kill()
         os.close(self.output)

@@ -83,6 +83,8 @@ def run(trials: Sequence[Trial], options: Options, budget: Budget, display: Disp
         _cancel(pool)
         raise
     finally:
+        for worker in pool:  # all end at the same time
+            worker.let_go()
         for worker in pool:
             worker.end()
 
@@ -238,6 +240,9 @@ class _Worker:
     def replace(self) -> None:
         self._child.end()
         self._child = processes.start(self._place, self._threads)
+
+    def let_go(self) -> None:
+        self._child.let_go()
 
     def end(self) -> None:
         self._child.end(0.0 if self.job else processes.EXIT_SECONDS)
