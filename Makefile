@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 RAY = .venv-ray
-BENCHMARKS = loop_overhead generation memory_prediction sweep_wall_time collect_scale
+BENCHMARKS = loop_overhead generation memory_prediction sweep_wall_time collect_scale planning
 
 .PHONY: install demo test gpu kernels oldest newest check slow
 
