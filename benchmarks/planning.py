@@ -11,6 +11,7 @@ command writes into a pipe, as under a scheduler. `first_line_seconds` is from i
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -86,7 +87,7 @@ def dry_run(words: Sequence[str], *, shown: bool) -> dict[str, float]:
         "seconds": time.perf_counter() - start,
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
         "first_line_seconds": said[0],
-        "longest_silence_seconds": max((b - a for a, b in zip(said, said[1:], strict=False)), default=0.0),
+        "longest_silence_seconds": max((b - a for a, b in itertools.pairwise(said)), default=0.0),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from peftsweep.config import build
 from peftsweep.config.compose import Trial
 from peftsweep.config.fill import conf_dir
 from peftsweep.forecast import forecast
@@ -91,3 +93,25 @@ def test_progress_is_told_every_other_second(
     assert capsys.readouterr().out.splitlines() == [
         f"checked {count} of 1,500 points" for count in ("239", "716", "1,193")
     ]
+
+
+@pytest.mark.slow
+def test_the_memory_that_decides_is_that_of_the_trials_own_order_of_rows(
+    compose: Callable[..., Trial], scratch: Path
+) -> None:
+    rows = [{"question": "1", "answer": "2"} for _ in range(30)] + [{"question": "7" * 200, "answer": "2"}]
+    (scratch / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["dataset=file", "dataset.path=rows.jsonl", "dataset.prompt='{question} '", "dataset.answer='{answer}'"]
+    words += ["dataset.test_path=rows.jsonl", "dataset.leave_out_tested=false", "train.batch_size=4", "train.steps=1"]
+    shared = forecast.prediction(compose(*words), own_order=True)
+    needed = set()
+    for seed in range(6):
+        one = compose(*words, f"seed={seed}")
+        assert one.rows is not None
+        tokens = build.training_tokens(one, build.load_tokenizer(one), one.rows.train)
+        own = forecast.prediction(one, own_order=True)
+        assert own == forecast.prediction(one, tokens)
+        assert own is not None
+        needed.add(own.peak_bytes)
+        assert forecast.prediction(one) == shared  # the plan's
+    assert len(needed) == 2  # with the long row in the only batch, and without

@@ -309,14 +309,15 @@ def refusal(trial: Trial) -> str | None:
 # ---- memory ----------------------------------------------------------------------------------------
 
 
-def prediction(trial: Trial, tokens: Sequence[Tokens] | None = None) -> Prediction | None:
+def prediction(trial: Trial, tokens: Sequence[Tokens] | None = None, *, own_order: bool = False) -> Prediction | None:
     """The memory that training will take, from ``tokens`` or as far as the rows are known; None if nobody can say.
 
-    With a ``memory_limit`` it is that of a GPU, on which the trial may be meant to run.
+    With a ``memory_limit`` it is that of a GPU, on which the trial may be meant to run. Without ``tokens`` it is that
+    of the rows in the order of seed 0, which a sweep over seeds shares, or in the trial's ``own_order``.
     """
     config = trial.config
     where = _where(config)
-    batches = _shapes(trial, tokens)
+    batches = _shapes(trial, tokens, config.seed if own_order else 0)
     key = _key(where, batches, [trial])
     if key not in _PREDICTIONS:
         _PREDICTIONS[key] = predicted(trial, batches, where)
@@ -381,11 +382,10 @@ def longest(trial: Trial) -> Shape:
     return Shape(rows, length, length // 2, rows * (length // 2))
 
 
-def _shapes(trial: Trial, tokens: Sequence[Tokens] | None) -> list[Shape]:
+def _shapes(trial: Trial, tokens: Sequence[Tokens] | None, seed: int = 0) -> list[Shape]:
     """Those of the micro-batches: of ``tokens``, of local rows, else as long as ``dataset.max_length`` allows.
 
-    Without ``tokens``, when a sweep is planned, they are those of the rows' order with seed 0, so that a sweep over
-    seeds has them, and the memory that they take, once.
+    Without ``tokens`` they are those of the rows' order with ``seed``.
     """
     config = trial.config
     if tokens is not None:
@@ -393,18 +393,18 @@ def _shapes(trial: Trial, tokens: Sequence[Tokens] | None) -> list[Shape]:
     if trial.rows is None or not models_model.is_local(config.model):
         return [longest(trial)]
     train = {key: value for key, value in trial.tree["train"].items() if key not in RATES}
-    said = [trial.tree["dataset"], trial.rows.fingerprints["train"], train, build.virtual_tokens(trial)]
+    said = [trial.tree["dataset"], trial.rows.fingerprints["train"], train, build.virtual_tokens(trial), seed]
     key = identity.content_hash([*_of_the_model(trial), *said])
     if key not in _SHAPES:
         rows = build.training_tokens(trial, build.load_tokenizer(trial), trial.rows.train)
-        _SHAPES[key] = shapes(rows, config.train, 0) or [longest(trial)]
+        _SHAPES[key] = shapes(rows, config.train, seed) or [longest(trial)]
     return _SHAPES[key]
 
 
-def oversized(trial: Trial) -> str | None:
-    """Why the trial will not fit into the memory; None where it will, or nobody knows."""
+def oversized(trial: Trial, *, own_order: bool = False) -> str | None:
+    """Why the trial will not fit into the memory, see ``prediction``; None where it will, or nobody knows."""
     limit = memory_limit(trial)
-    if limit is None or (found := prediction(trial)) is None or found.peak_bytes <= limit:
+    if limit is None or (found := prediction(trial, own_order=own_order)) is None or found.peak_bytes <= limit:
         return None
     return f"predicted to need {size(found.peak_bytes)}, there are {size(limit)}"
 

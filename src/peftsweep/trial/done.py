@@ -78,7 +78,7 @@ def finished(trial: Trial) -> Result | None:
     done = _done(trial)
     if done is None or _lacks_profile(trial, done) or _lacks_answers_of_base(trial, done):
         return None
-    if done.error and done.error["type"] == Oversized.__name__ and not forecast.oversized(trial):
+    if done.error and done.error["type"] == Oversized.__name__ and not forecast.oversized(trial, own_order=True):
         return None
     new_label = trial.label not in done.run_info["labels"]
     by_earlier_rule = done.run_info.get("identity") != trial.identity and not done.run_info.get("recognised")

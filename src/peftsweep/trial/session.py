@@ -79,7 +79,7 @@ class Session:
     def refuse(self) -> None:
         if reason := forecast.refusal(self.trial):
             raise Refused(reason)
-        if self.config.skip_oversized and (reason := forecast.oversized(self.trial)):
+        if self.config.skip_oversized and (reason := forecast.oversized(self.trial, own_order=True)):
             raise Oversized(reason)
         self.result.memory["start"] = before = self.meter.start()
         if (before["others"] or 0) > OCCUPIED_BYTES or before["allocated"]:
