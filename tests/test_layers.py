@@ -15,11 +15,14 @@ ORDER = [
     "errors",
     "former_names",
     "schema",
+    "options",
+    "completion",
     "limits",
     "command_line",
     "study",
     "observe",
     "data",
+    "shorthand",
     "models",
     "training",
     "evaluation",
@@ -29,10 +32,19 @@ ORDER = [
     "trial",
     "sweep",
 ]
-ORDER += ["cli"]
-KNOW_HYDRA = {"config", "trial", "sweep", "cli", "command_line", "data.prepare", "analysis.interchange"}
+ORDER += ["doctor", "cli"]
+KNOW_HYDRA = {"shorthand", "config", "trial", "sweep", "cli", "command_line", "data.prepare", "analysis.interchange"}
 WITHOUT_TORCH = (
-    *("cli", "analysis", "config.compose", "config.experiment", "study.store", "study.record", "observe.display"),
+    *(
+        "cli",
+        "doctor",
+        "analysis",
+        "config.compose",
+        "config.experiment",
+        "study.store",
+        "study.record",
+        "observe.display",
+    ),
     *("sweep.halving", "sweep.processes", "data.prepare"),
 )
 HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes"}

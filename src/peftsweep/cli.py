@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peftsweep import __version__, command_line
+from peftsweep import command_line, completion, doctor, options, shorthand
 from peftsweep.config import calls, checks, experiment, fill
 from peftsweep.config import compose as configuration
 from peftsweep.errors import InputError, Unwritable, check_platform
@@ -48,14 +48,17 @@ Keys: every key of a group and of the trial, with its value now: peftsweep --cfg
 Examples:
   peftsweep method=lora method.r=8,16,32 quant=4bit -m         three trials on the embedded model
   peftsweep 'method=glob(*)' seed=0,1,2 -m                     every method, three seeds
-  peftsweep model=causal_lm model.name_or_path=DIR_OR_HUB_ID dataset=file dataset.path=rows.jsonl \\
-            'dataset.prompt="{{question}}"' 'dataset.answer="{{answer}}"'
+  peftsweep model=./FOLDER dataset=rows.jsonl method.r=8,16 -m   your own model (or model=ORG/NAME) and rows
+  peftsweep dataset=rows.csv 'dataset.prompt="{{question}}"' 'dataset.answer="{{answer}}"'
+                                                               rows of other columns than those that are recognised
   peftsweep targets=qv,qkvo,mlp,all_linear dry_run=true -m     what would run, and how large it is
   peftsweep --config-dir mine method=mymethod                  your own yaml: mine/method/mymethod.yaml
 
   peftsweep method.r=2,8,32 targets=q,qv,all_linear halving.min_steps=10 -m
                                                                only the best third goes on at each rung
 
+peftsweep-doctor                                               what this machine can do; --version: the versions
+eval "$(peftsweep --completion bash)"                          the tab key completes; also zsh, fish
 Then: peftsweep-collect                                        tables and plots of every study
 """
 
@@ -86,8 +89,10 @@ def main() -> None:
         print(help_text(sys.argv[1:]))
         return
     if "--version" in sys.argv[1:]:
-        print(f"peftsweep {__version__}")
+        print(doctor.version_text())
         return
+    if "--completion" in sys.argv[1:]:
+        sys.exit(_guarded(_completion))
     # Every command is a sweep. Hydra would accept -m at the end only, and without it would call a comma in one
     # override ambiguous whenever another is wrong.
     words = [word for word in sys.argv if word not in ("-m", "--multirun")]
@@ -95,12 +100,17 @@ def main() -> None:
     sys.exit(_guarded(_hydra))
 
 
+def _completion() -> int:
+    print(completion.script("".join(sys.argv[sys.argv.index("--completion") + 1 :][:1])), end="")
+    return 0
+
+
 def _hydra() -> int:
     from peftsweep.errors import NotRun, SweepFailed
 
     fill.register()
     if not {"-sc", "--shell-completion"} & set(sys.argv):
-        sys.argv[1:] = command_line.checked(sys.argv[1:], Path(fill.conf_dir()))
+        sys.argv[1:] = _checked(sys.argv[1:])
         command_line.import_from([*command_line.own_folders(sys.argv[1:]), Path.cwd()])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would else print as ten lines
     try:
@@ -114,6 +124,13 @@ def _hydra() -> int:
             raise
         return 1  # Optuna's word for a search of which every trial failed, as has been said of each
     return NOT_RUN if sweep_record.not_run() else 0
+
+
+def _checked(words: Sequence[str]) -> list[str]:
+    """The words of a command as Hydra is to read them."""
+    conf = Path(fill.conf_dir())
+    shorthand.forget()
+    return command_line.checked(shorthand.expanded(words, [conf, *command_line.own_folders(words)]), conf)
 
 
 def _guarded(door: object) -> int:
@@ -156,7 +173,7 @@ def run_one(overrides: list[str]) -> Result:
     from peftsweep.sweep import sweep
     from peftsweep.trial import done, task
 
-    overrides = command_line.checked(overrides, Path(fill.conf_dir()))
+    overrides = _checked(overrides)
     for word in OverridesParser.create().parse_overrides(overrides):
         if word.is_sweep_override():
             raise InputError(
@@ -174,7 +191,7 @@ def run_one(overrides: list[str]) -> Result:
 
 def _trial(*words: str) -> configuration.Trial:
     command_line.import_from([Path.cwd()])
-    words = tuple(command_line.checked(words, Path(fill.conf_dir())))
+    words = tuple(_checked(words))
     try:
         cfg = compose(list(words))
     except (HydraException, OmegaConfBaseException) as error:
@@ -195,22 +212,10 @@ def help_text(arguments: list[str]) -> str:
     folders = [Path(fill.conf_dir())]
     folders += command_line.own_folders(arguments)
     lines = ["Groups: what a trial can choose, with its options (the default first)"]
-    for group, question, default in _groups(folders[0]):
-        names = {file.stem for folder in folders for file in (folder / group).glob("*.yaml")}
-        options = " ".join([default, *sorted(names - {default})])
-        lines.append(f"  {group:9} {question:24} {options}")
+    for group, question, default in options.groups(folders[0]):
+        others = [name for name in options.names(group, folders) if name != default]
+        lines.append(f"  {group:9} {question:24} {' '.join([default, *others])}")
     return HELP.format(groups="\n".join(lines))
-
-
-def _groups(conf: Path) -> list[tuple[str, str, str]]:
-    """Group, question and default of every line of config.yaml's defaults list that asks a question."""
-    found = []
-    for line in (conf / "config.yaml").read_text(encoding="utf-8").splitlines():
-        entry, mark, question = line.partition("#")
-        if line.startswith("  - ") and mark:
-            group, _, default = entry.removeprefix("  - ").partition(":")
-            found.append((group, question.partition("?")[0].strip() + "?", default.strip(" []")))
-    return found
 
 
 def collect() -> None:
