@@ -232,7 +232,7 @@ def collect() -> None:
 
             return prune.main(words.studies, words.keep_best, confirmed=words.yes)
         if words.status:
-            return collecting.status(words.studies)
+            return collecting.status(words.studies, as_json=words.json)
         return collecting.main(
             collecting.Options(
                 studies=words.studies,
@@ -242,6 +242,7 @@ def collect() -> None:
                 kind="svg" if words.svg else "png",
                 from_peft=words.from_peft,
                 to_peft=words.to_peft,
+                json=words.json,
                 **({} if words.quality_loss is None else {"quality_loss": words.quality_loss}),
             )
         )
@@ -275,6 +276,9 @@ def _collect_parser() -> argparse.ArgumentParser:
         help="of the best score that advice may give up for speed (default: 0.05)",
     )
     parser.add_argument("--svg", action="store_true", help="plots as .svg instead of .png")
+    parser.add_argument(
+        "--json", action="store_true", help="print the answer (with --status: how studies stand) as JSON, nothing else"
+    )
     parser.add_argument("--status", action="store_true", help="instead: how the studies stand, and what failed and why")
     parser.add_argument(
         "--prune", action="store_true", help="instead: list the checkpoints, merged models and adapters to be removed"

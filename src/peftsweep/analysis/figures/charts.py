@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,11 +112,12 @@ def _frontier(task: str, merged: pd.DataFrame, table: pd.DataFrame, name: str) -
         parts = {"array": start["error_y.array"][place], "arrayminus": start["error_y.arrayminus"][place]}
         traces[place]["error_y"] = {"type": "data", "symmetric": False, "thickness": 1, "width": 3, **parts}
     menus = [
-        _menu(0.0, [(_text(axis.name), y_of(axis), {"yaxis.title.text": _text(axis.name)}) for axis in up]),
-        _menu(0.36, [(_text(axis.name), x_of(axis), {"xaxis.title.text": _text(axis.name)}) for axis in across]),
-        _menu(0.8, [(f"x {kind}", {}, {"xaxis.type": kind}) for kind in ("linear", "log")]),
+        _menu("up", [(_text(axis.name), y_of(axis), {"yaxis.title.text": _text(axis.name)}) for axis in up]),
+        _menu("across", [(_text(axis.name), x_of(axis), {"xaxis.title.text": _text(axis.name)}) for axis in across]),
+        _menu("scale across", [(kind, {}, {"xaxis.type": kind}) for kind in ("linear", "log")]),
+        _menu("scale up", [(kind, {}, {"yaxis.type": kind}) for kind in ("linear", "log")]),
     ]
-    layout = _layout(across[0].name, up[0].name) | {"updatemenus": menus, "showlegend": len(groups) > 1}
+    layout = _layout(across[0].name, up[0].name) | {"showlegend": len(groups) > 1}
     failed = columns.outcome(merged)
     bars = ", with its 95% interval" if len(good) <= BARS else ""
     note = f"A point is a configuration, the mean of its seeds{bars}. Ringed and joined: no other one "
@@ -123,7 +125,7 @@ def _frontier(task: str, merged: pd.DataFrame, table: pd.DataFrame, name: str) -
         "is better and cheaper. Hover for all figures; the menus choose the axes; a click in the legend hides a series."
     )
     note += f" Without a point: {failed}." if failed else ""
-    return f"{_named(task)}<p class='note'>{note}</p>\n" + _plot(traces, layout, name)
+    return f"{_named(task)}<p class='note'>{note}</p>\n" + _plot(traces, layout, name, menus)
 
 
 FRONT: dict[str, Any] = {
@@ -196,13 +198,13 @@ def _curves(task: str, table: pd.DataFrame, steps: pd.DataFrame, name: str) -> s
             traces += _curve(mine, column, place, label)
     if not traces:
         return ""
-    scales: list[Any] = [(f"loss {kind}", {}, {"yaxis.type": kind}) for kind in ("linear", "log")]
-    layout = _layout("step", "loss") | {"updatemenus": [_menu(0.0, scales)], "hovermode": "closest"}
+    scales: list[Any] = [(kind, {}, {"yaxis.type": kind}) for kind in ("linear", "log")]
+    layout = _layout("step", "loss") | {"hovermode": "closest"}
     note = "Lines: training loss; dotted, with marks: validation loss. A click in the legend hides a trial, a double "
     note += "click shows it alone."
     if len(table) > len(names):
         note += f" Shown: {len(names)} of {len(table)} trials, the best that have logged steps."
-    return f"{_named(task)}<p class='note'>{note}</p>\n" + _plot(traces, layout, name)
+    return f"{_named(task)}<p class='note'>{note}</p>\n" + _plot(traces, layout, name, [_menu("scale", scales)])
 
 
 def _curve(mine: pd.DataFrame, column: str, place: int, name: str) -> list[dict[str, Any]]:
@@ -232,18 +234,9 @@ def _curve(mine: pd.DataFrame, column: str, place: int, name: str) -> list[dict[
 # ---- plotly ----------------------------------------------------------------------------------------
 
 
-def _menu(x: float, options: Sequence[tuple[str, dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
-    """A menu above the plot, at ``x`` of its width: of each option its label, and what it sets in traces and layout."""
-    buttons = [{"label": label, "method": "update", "args": [data, layout]} for label, data, layout in options]
-    where = {"x": x, "xanchor": "left", "y": 1.02, "yanchor": "bottom", "direction": "down", "pad": {"b": 6}}
-    return {
-        "buttons": buttons,
-        "showactive": True,
-        "bgcolor": "#fff",
-        "bordercolor": RULE,
-        "font": {"size": 12},
-        **where,
-    }
+def _menu(name: str, options: Sequence[tuple[str, dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
+    """A menu above a plot: of each option its label, and what it sets in traces and layout."""
+    return {"name": name, "options": [{"label": label, "args": [data, layout]} for label, data, layout in options]}
 
 
 def _layout(x: str, y: str) -> dict[str, Any]:
@@ -261,9 +254,60 @@ def _layout(x: str, y: str) -> dict[str, Any]:
     }
 
 
-def _plot(traces: Sequence[dict[str, Any]], layout: dict[str, Any], name: str) -> str:
+# A menu sets what its chosen option says. It is a list of the page, not of the plot: so it has room on a phone.
+CHOOSE = """(() => {
+  const plot = document.getElementById("NAME");
+  const menus = JSON.parse(document.getElementById("NAME-menus").textContent);
+  menus.forEach((menu, n) => {
+    document.getElementById("NAME-menu-" + n).addEventListener("change", (event) => {
+      const [traces, layout] = menu.options[event.target.value].args;
+      Plotly.update(plot, structuredClone(traces), structuredClone(layout));
+    });
+  });
+})();"""
+# Plots are drawn for light paper. On a dark screen what is ink becomes light; on paper it is ink again.
+THEME = """(() => {
+  const screen = window.matchMedia("(prefers-color-scheme: dark)");
+  const black = ["INK", "#000000"], light = ["#e4e4e4", "#fefefe"];
+  const paint = (dark) => {
+    document.documentElement.classList.toggle("dark", dark);
+    const ink = dark ? light[0] : black[0], rule = dark ? "#3c4047" : "RULE", paper = dark ? "#16181c" : "#fff";
+    const [from, to] = dark ? [black, light] : [light, black];
+    const turned = (colour) => from.includes(colour) ? to[from.indexOf(colour)] : colour;
+    document.querySelectorAll(".js-plotly-plot").forEach((plot) => {
+      plot.data.forEach((trace, n) => {
+        const change = {};
+        if (trace.marker) change["marker.color"] = turned(trace.marker.color);
+        if (trace.line) change["line.color"] = turned(trace.line.color);
+        if (Object.keys(change).length) Plotly.restyle(plot, change, [n]);
+      });
+      const axes = {};
+      ["xaxis", "yaxis"].forEach((axis) => { axes[axis + ".gridcolor"] = rule; axes[axis + ".linecolor"] = ink; });
+      Plotly.relayout(plot, { "font.color": ink, paper_bgcolor: paper, plot_bgcolor: paper,
+        "hoverlabel.bgcolor": paper, "hoverlabel.font.color": ink, ...axes });
+    });
+  };
+  if (screen.matches) paint(true);
+  screen.addEventListener("change", (event) => paint(event.matches));
+  window.addEventListener("beforeprint", () => paint(false));
+  window.addEventListener("afterprint", () => paint(screen.matches));
+})();""".replace("INK", INK).replace("RULE", RULE)
+
+
+def _plot(traces: Sequence[dict[str, Any]], layout: dict[str, Any], name: str, menus: Sequence[dict[str, Any]]) -> str:
+    """The plot with its menus above it."""
     from plotly.io import to_html
 
     figure = {"data": list(traces), "layout": layout}
     made: str = to_html(figure, config=TOOLS, include_plotlyjs=False, full_html=False, div_id=name, validate=False)
-    return made
+    lists = "".join(
+        f'<label>{menu["name"]} <select id="{name}-menu-{n}">'
+        + "".join(f'<option value="{k}">{option["label"]}</option>' for k, option in enumerate(menu["options"]))
+        + "</select></label> "
+        for n, menu in enumerate(menus)
+    )
+    data = json.dumps(list(menus))
+    for character in "<>&":  # nothing that could end the script or begin markup
+        data = data.replace(character, f"\\u{ord(character):04x}")
+    held = f'<script type="application/json" id="{name}-menus">{data}</script>'
+    return f'<p class="menus">{lists}</p>\n{made}\n{held}\n<script>{CHOOSE.replace("NAME", name)}</script>'
