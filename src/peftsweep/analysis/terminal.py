@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import math
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as Grid
 
 from peftsweep.analysis.answer import render, tables
@@ -52,44 +54,54 @@ class Shown:
     rank: int
 
     @property
-    def width(self) -> int:
-        """Characters that it needs: no number and no word of its title is broken."""
-        return max([len(word) for word in self.title.split()] + [len(cell) for cell in self.cells], default=1)
+    def least(self) -> int:
+        """Characters that it needs: no number and no word of its title is broken; names may be folded."""
+        longest = max(map(len, self.cells), default=1)
+        longest = min(longest, NARROWEST) if self.title in NAMES else longest
+        return max([len(word) for word in self.title.split()] + [longest])
+
+    @property
+    def most(self) -> int:
+        """Characters with which nothing of it is folded."""
+        return max(len(self.title), *map(len, self.cells), 1)
 
 
 def fitting(found: Sequence[Shown], width: int) -> list[Shown]:
-    """The columns that have room in ``width`` characters, at most `MOST_COLUMNS`, in their order.
-
-    The first of all stays; a column of names may be folded down to `NARROWEST` characters.
-    """
+    """The columns that have room in ``width`` characters, at most `MOST_COLUMNS`, in their order; at least one."""
     order = sorted(range(len(found)), key=lambda place: (found[place].rank, place))
     chosen: list[int] = []
-    used = 1
     for place in order:
-        need = found[place].width
-        need = min(need, NARROWEST) if found[place].title in NAMES else need
-        if chosen and (len(chosen) == MOST_COLUMNS or used + need + 3 > width):
-            continue
-        chosen.append(place)
-        used += need + 3
+        with_it = _width([found[n].least for n in [*chosen, place]])
+        if not chosen or (len(chosen) < MOST_COLUMNS and with_it <= width):
+            chosen.append(place)
     return [found[place] for place in sorted(chosen)]
+
+
+def _width(columns: Sequence[int]) -> int:
+    """Characters of a line of a table of such columns, with what stands between them."""
+    return sum(columns) + 3 * len(columns) + 1
 
 
 def show(title: str, found: Sequence[Shown], to: Console) -> None:
     """Print the columns that fit as a table, and name those that did not."""
     kept = fitting(found, to.width)
-    grid = Grid(title=title, title_justify="left", header_style="bold")
+    whole = _width([column.most for column in kept]) <= to.width
+    to.print(title, markup=False, style="bold", soft_wrap=True)
+    grid = Grid(header_style="bold")
     for column in kept:
         named = column.title in NAMES
-        grid.add_column(column.title, justify="left" if named else "right", overflow="fold", no_wrap=not named,
-                        min_width=None if named else column.width)  # fmt: skip
+        width = column.most if whole else None if named else column.least
+        head = column.title if whole else "\n".join(_lines(column.title, column.least))
+        grid.add_column(escape(head), justify="left" if named else "right", overflow="fold", min_width=width)
     for cells in zip(*(column.cells for column in kept), strict=True):
-        grid.add_row(*cells)
-    for column, head in zip(kept, grid.columns, strict=True):
-        head.header = "\n".join(column.title.split()) if len(column.title) > column.width else column.title
+        grid.add_row(*map(escape, cells))
     to.print(grid)
     if left := [column.title for column in found if column not in kept]:
         to.print(f"Not shown: {', '.join(left)}; RESULTS.md has all.", markup=False, soft_wrap=True)
+
+
+def _lines(title: str, width: int) -> list[str]:
+    return textwrap.wrap(title, width, break_long_words=False, break_on_hyphens=False)
 
 
 # ---- the answer --------------------------------------------------------------------------------------
@@ -117,7 +129,7 @@ def print_study(table: pd.DataFrame, name: str, answer: Answer, *, of: int) -> N
         by = {columns.score_name(score) for task in tasks.values() for score in columns.main_scores(task)[:1]}
         title += f"; the {len(shown)} " + (f"best by {', '.join(sorted(by))}" if by else "newest")
         title += " of each model and dataset" if len(tasks) > 1 else ""
-    show(title, _columns(shown), to)
+    show(title, _columns(shown, all_good=_all_good(table)), to)
     for section in answer.of("table"):
         for found in section.tables[1:]:
             if len(found.columns) >= MANY_TESTS + 2:
@@ -150,7 +162,11 @@ def _best(table: pd.DataFrame, tasks: Mapping[str, pd.DataFrame]) -> pd.DataFram
     return table.loc[chosen]
 
 
-def _columns(table: pd.DataFrame) -> list[Shown]:
+def _all_good(table: pd.DataFrame) -> bool:
+    return bool(table["run_info.status"].eq(Status.success.name).all())
+
+
+def _columns(table: pd.DataFrame, *, all_good: bool) -> list[Shown]:
     """What differs between the trials, how they ended, what they score and cost."""
     names = columns.names_of_trials(table)
     differing = [c for c in dict.fromkeys([*varying(table), *names.settings]) if c in table]
@@ -158,7 +174,7 @@ def _columns(table: pd.DataFrame) -> list[Shown]:
     settings = [_setting(table, names, column) for column in differing]
     room = MOST_COLUMNS // 2
     found = settings if 0 < len(settings) <= room else [called]
-    if any(status != Status.success.name for status in table["run_info.status"]):
+    if not all_good:
         found.append(Shown("status", [str(status) for status in table["run_info.status"]], 2))
     return [column for column in [*found, *_scores(table), *_costs(table)] if any(column.cells)]
 

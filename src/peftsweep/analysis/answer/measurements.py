@@ -325,17 +325,20 @@ def _profiles(task: Task) -> Iterator[Table]:
 
 
 def _memory(task: Task) -> Iterator[Table]:
-    """The memory of each stage, a table for each way of measuring it."""
-    for what, title in MEMORY.items():
-        found = [c for c in _own(task, "memory.") if c.endswith(f".{what}")]
-        keys = [(c, c.removeprefix("memory.").removesuffix(f".{what}").replace("_", " "), "bytes") for c in found]
-        yield from _plain(task, title, keys)  # type: ignore[arg-type]
+    """The memory of each stage, a table for each way of measuring it; of one stage alone a column for each."""
+    found = {what: [c for c in _own(task, "memory.") if c.endswith(f".{what}")] for what in MEMORY}
+    stages = {c.split(".")[1] for every in found.values() for c in every}
+    if len(stages) < 2:
+        keys = [(c, MEMORY[what], "bytes") for what, every in found.items() for c in every]
+        yield from _plain(task, f"Memory of the stage {', '.join(stages)}", keys) if len(keys) > 1 else []  # type: ignore[arg-type]
+        return
+    for what, every in found.items():
+        of_stages = [(c, c.removeprefix("memory.").removesuffix(f".{what}").replace("_", " "), "bytes") for c in every]
+        yield from _plain(task, MEMORY[what], of_stages)  # type: ignore[arg-type]
 
 
 def _stages(task: Task) -> Iterator[Table]:
     """The seconds of each stage of a trial."""
-    found = [
-        c for c in _own(task, "train_info.") if c.endswith("_seconds") and c.count(".") == 1 and "compile" not in c
-    ]
+    found = [c for c in _own(task, "train_info.") if c.endswith("_seconds") and c.count(".") == 1]
     keys = [(c, c.removeprefix("train_info.").removesuffix("_seconds").replace("_", " "), "seconds") for c in found]
-    yield from _plain(task, "", keys)  # type: ignore[arg-type]
+    yield from _plain(task, "", keys) if len(keys) > 1 else []  # type: ignore[arg-type]

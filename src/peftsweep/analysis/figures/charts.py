@@ -268,7 +268,7 @@ CHOOSE = """(() => {
 # Plots are drawn for light paper. On a dark screen what is ink becomes light; on paper it is ink again.
 THEME = """(() => {
   const screen = window.matchMedia("(prefers-color-scheme: dark)");
-  const black = ["INK", "#000000"], light = ["#e4e4e4", "#fefefe"];
+  const black = ["INK", "#000000", "#0072B2"], light = ["#e4e4e4", "#fefefe", "#3d9fdc"];
   const paint = (dark) => {
     document.documentElement.classList.toggle("dark", dark);
     const ink = dark ? light[0] : black[0], rule = dark ? "#3c4047" : "RULE", paper = dark ? "#16181c" : "#fff";

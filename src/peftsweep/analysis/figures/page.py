@@ -50,7 +50,8 @@ body {{ font: 15px/1.5 {FONT}; color: var(--ink); background: var(--paper); marg
   padding: 1.5rem; }}
 h1 {{ font-size: 1.6rem; margin: 0 0 .3rem; }} h2 {{ font-size: 1.15rem; margin: 2.2rem 0 .4rem; }}
 h3 {{ font-size: 1rem; margin: 1rem 0 .3rem; }}
-p {{ margin: .3rem 0 .8rem; max-width: 46rem; overflow-wrap: anywhere; }} .note {{ color: var(--note); font-size: .87rem; }}
+p {{ margin: .3rem 0 .8rem; max-width: 46rem; overflow-wrap: anywhere; }}
+.note {{ color: var(--note); font-size: .87rem; }}
 a {{ color: var(--link); }} code, pre {{ font: 13px/1.45 ui-monospace, Menlo, Consolas, monospace; }}
 pre, p code {{ background: var(--soft); }} p code {{ padding: .1rem .25rem; }}
 pre {{ padding: .7rem .9rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }}

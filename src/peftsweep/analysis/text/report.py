@@ -93,10 +93,10 @@ def _document(
             yield ""
             yield from _links(left.values(), folder)
     yield from _links(every.values(), folder)
+    yield from methodology.methodology(table, tasks, steps)
     for section in answer.sections:
         if not section.sentences and section.name != "table":
             yield from render.markdown(section)
-    yield from methodology.methodology(table, tasks, steps)
 
 
 def _take(left: dict[str, Path], names: Sequence[str], folder: Path) -> list[str]:
