@@ -181,7 +181,14 @@ def _columns(table: pd.DataFrame, *, all_good: bool) -> list[Shown]:
 
 def _setting(table: pd.DataFrame, names: Any, column: str) -> Shown:
     said = table[column].map(functools.partial(names.value, column))
-    return Shown(names.key(column), ["" if pd.isna(value) else str(value) for value in said], 0)
+    return Shown(_title(names.key(column), column), ["" if pd.isna(value) else str(value) for value in said], 0)
+
+
+def _title(key: str, column: str) -> str:
+    """What a setting's column is called: no single letter."""
+    if len(key) > 1:
+        return key
+    return columns.NAMES.get(column, column.removeprefix("config."))
 
 
 def _scores(table: pd.DataFrame) -> list[Shown]:

@@ -245,13 +245,9 @@ def _cost_sentences(task: Task, costs: Costs) -> Iterator[str]:
     mine = [f"{one.name} {words.cost(one.column, one.value)}" for one in costs.costs if one.value is not None]
     if costs.configuration and mine:
         yield f"{words.code(costs.configuration)}: {', '.join(mine)}."
-    spread = [one for one in costs.costs if one.highest > one.lowest]
-    if spread:
-        ranges = ", ".join(
-            f"{one.name} {words.cost(one.column, one.lowest)} to {words.cost(one.column, one.highest)}"
-            for one in spread
-        )
-        yield f"All {words.plural('configuration', len(task.configurations))}: {ranges}."
+    ends = [(one.name, *(words.cost(one.column, v) for v in (one.lowest, one.highest))) for one in costs.costs]
+    if ranges := [f"{name} {low} to {high}" for name, low, high in ends if low != high]:
+        yield f"All {words.plural('configuration', len(task.configurations))}: {', '.join(ranges)}."
     error = task.table[columns.PREDICTION_ERROR].dropna() if columns.PREDICTION_ERROR in task.table else []
     if len(error):
         median = float(pd.Series(error).astype(float).median())

@@ -22,7 +22,6 @@ FEWEST_STEPS = 6  # logged steps of a trial, from which on the interval of a spe
 REDRAWS = 999
 # How the figures of one kind end, and their unit; the first that fits.
 UNITS: tuple[tuple[tuple[str, ...], Unit], ...] = (
-    (("seconds", "_p50", "_p95", "_p99", "_std"), "seconds"),
     (("bytes", "bytes_above_start", "_peak", "rss"), "bytes"),
     (("share", "fraction", "utilisation"), "share"),
 )
@@ -114,6 +113,8 @@ def _own(task: Task, prefix: str) -> list[str]:
 
 def unit(name: str) -> Unit:
     """The unit of a figure, by how its name ends."""
+    if "seconds" in name.rpartition(".")[2]:
+        return "seconds"
     return next((unit for endings, unit in UNITS if name.endswith(endings)), "count")
 
 
@@ -310,7 +311,7 @@ def _profiles(task: Task) -> Iterator[Table]:
         yield from _discovered(task, f"{prefix}{kind}.", f"profiler={kind}")
         texts = [c for c in task.table.columns if c.startswith(f"{prefix}{kind}.top_")]
         if texts:
-            firsts = task.table.drop_duplicates("configuration").set_index("configuration")
+            firsts = task.table.groupby("configuration")[texts].first()  # that any of its trials has
             heads = [Column("configuration", "configuration")]
             heads += [Column(c, c.removeprefix(f"{prefix}{kind}.top_").replace("_", " ")) for c in texts]
             rows = [
