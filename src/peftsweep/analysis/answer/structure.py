@@ -6,6 +6,7 @@ An answer is a list of named sections, in the order in which a reader needs them
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -269,3 +270,7 @@ def schema() -> dict[str, Any]:
 def number(value: Any) -> float | None:
     """``value`` as a plain number; None where there is none, or it is infinite."""
     return None if value is None or pd.isna(value) or math.isinf(value) else float(value)
+
+
+if __name__ == "__main__":
+    print(json.dumps(schema(), indent=1))
