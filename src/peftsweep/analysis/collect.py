@@ -36,7 +36,7 @@ from peftsweep.analysis.table.table import (
     write_parquet,
 )
 from peftsweep.analysis.table.where import where
-from peftsweep.analysis.text import findings, halving_notes, report
+from peftsweep.analysis.text import findings, halving_notes, recommendations, report
 from peftsweep.errors import InputError
 from peftsweep.observe.display import summary
 from peftsweep.study import claims as study_claims
@@ -52,7 +52,7 @@ class Options:
     out: Path | None = None  # one table of the trials of all
     where: str | None = None  # of the trials that are shown and written to `out`
     plots: bool = True  # and report.html
-    quality_loss: float = report.QUALITY_LOSS  # share of the best score that advice may give up for speed
+    quality_loss: float = recommendations.QUALITY_LOSS  # share of the best score that advice may give up for speed
     kind: str = "png"  # of the plots' files, or svg
     from_peft: Path | None = None  # result files of PEFT's comparison, which become a study
     to_peft: Path | None = None  # where the trials are written as such

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def answer(
     quality_loss: float = recommendations.QUALITY_LOSS,
 ) -> Answer:
     """The answer of the study in ``folder``: ``table`` has a row a trial, ``steps`` a row a logged step."""
-    statuses = table[trials.SUCCESS].value_counts() if len(table) else {}
+    statuses = Counter(table[trials.SUCCESS]) if len(table) else Counter[str]()
     failed = failures.section(table.assign(**{columns.CALLED: columns.named_trials(table)}) if len(table) else table)
     of_tasks = [part for task in tasks for part in _of_task(folder, task, len(tasks) > 1, quality_loss)]
     after = [*([failed] if failed else []), *warned.section(tasks)]
@@ -164,9 +165,9 @@ def command(trial: Path) -> str | None:
 def score_of(task: Task, score: str, configuration: Any) -> Score:
     """A configuration's score with its interval."""
     row, (evaluation, metric) = task.row(configuration, score), columns.evaluation(score)
-    ends = (number(row.get(f"{score}.{end}")) for end in ("low", "high"))
+    value, low, high = (number(row.get(score + end)) for end in ("", ".low", ".high"))
     better: Any = "lower" if columns.lower_is_better(score) else "higher"
-    return Score(columns.score_name(score), evaluation, metric, number(row[score]), *ends, better)
+    return Score(columns.score_name(score), evaluation, metric, value, low, high, better)
 
 
 def _judged(task: Task, score: str) -> Judged:
@@ -219,11 +220,15 @@ def _choice(task: Task, factor: str) -> Choice | None:
     )
 
 
+COMPARED = ("value", "reference_value", "difference", "low", "high", "p_adjusted")
+
+
 def _comparison(task: Task, factor: str, row: Mapping[Any, Any]) -> Comparison:
     level, reference = (columns.level_name(factor, row[key], task.names) for key in ("level", "reference"))
-    numbers = (number(row[k]) for k in ("value", "reference_value", "difference", "low", "high", "p_adjusted"))
+    value, against, difference, low, high, p = (number(row[key]) for key in COMPARED)
     moved = list(dict.fromkeys(task.names.key(one.key) for one in row["moved"]))
-    return Comparison(level, reference, *numbers, row["verdict"], int(row["contexts"]), moved)
+    over = int(row["contexts"])
+    return Comparison(level, reference, value, against, difference, low, high, p, row["verdict"], over, moved)
 
 
 # ---- what it costs -----------------------------------------------------------------------------------
@@ -248,8 +253,7 @@ def _cost_sentences(task: Task, costs: Costs) -> Iterator[str]:
     ends = [(one.name, *(words.cost(one.column, v) for v in (one.lowest, one.highest))) for one in costs.costs]
     if ranges := [f"{name} {low} to {high}" for name, low, high in ends if low != high]:
         yield f"All {words.plural('configuration', len(task.configurations))}: {', '.join(ranges)}."
-    error = task.table[columns.PREDICTION_ERROR].dropna() if columns.PREDICTION_ERROR in task.table else []
-    if len(error):
-        median = float(pd.Series(error).astype(float).median())
+    if columns.measured(task.table, columns.PREDICTION_ERROR):
+        median = float(task.table[columns.PREDICTION_ERROR].dropna().astype(float).median())
         if math.isfinite(median):
             yield f"Predicted training memory differs from the measured by {median:+.0%} (median)."

@@ -123,11 +123,12 @@ def unit(name: str) -> Unit:
 
 def _generation(task: Task) -> list[Table]:
     """How fast the base, the adapted and the merged model write, by category of prompts."""
-    prefix, configs = "generation_info.", task.configurations
+    prefix = "generation_info."
     found = {c.removeprefix(prefix).split(".")[0] for c in _own(task, prefix) if c.endswith(".seconds_p50")}
     categories = [c for c in found if c != "overall"] + [c for c in ("overall",) if c in found]
+    names = [str(c) for c in task.configurations.columns]
     batches = sorted(
-        {c.split(".batch_")[1].split(".")[0] for c in configs if c.startswith(prefix) and ".batch_" in c}, key=int
+        {c.split(".batch_")[1].split(".")[0] for c in names if c.startswith(prefix) and ".batch_" in c}, key=int
     )
     speeds: list[tuple[str, str, Unit]] = [
         (f"batch_{size}.tokens_per_second", f"tokens/s, batch of {size}", "count") for size in batches
@@ -178,12 +179,10 @@ def _answers(task: Task) -> Iterator[Table]:
             keys |= dict.fromkeys(valid)
             rows.append({"configuration": task.labels[n], "evaluation": name, **own})
     heads = [Column("configuration", "configuration"), Column("evaluation", "evaluation")]
-    heads += [
-        Column(key, key.removesuffix(".value").replace("_", " ").replace("valid fraction", "answers read"), kind)
-        for key in keys
-        for kind in (["share" if key.endswith("value") else "count"])
-    ]
-    yield from _table(task, "Test rows", heads, rows)  # type: ignore[arg-type]
+    for key in keys:
+        title = key.removesuffix(".value").replace("_", " ").replace("valid fraction", "answers read")
+        heads.append(Column(key, title, "share" if key.endswith("value") else "count"))
+    yield from _table(task, "Test rows", heads, rows)
     trained: list[tuple[str, str, Unit]] = [
         (f"train_info.{name}", name.replace("_", " "), unit(name))
         for name in ROWS_TRAINED
@@ -234,8 +233,9 @@ def _course(logged: pd.DataFrame, metric: str) -> dict[str, Any]:
         return {}
     values = points[metric].astype(float)
     lower = columns.direction(f"eval_info.{metric.removeprefix('validation_')}.value") <= 0
-    best = values.idxmin() if lower else values.idxmax()
-    found = {"first": values.iloc[0], "best": values[best], "last": values.iloc[-1], "step": points.at[best, "step"]}
+    best = int(np.argmin(values) if lower else np.argmax(values))
+    found = {"first": values.iloc[0], "best": values.iloc[best], "last": values.iloc[-1]}
+    found["step"] = float(points["step"].iloc[best])
     return {f"{metric}.{name}": number(value) for name, value in found.items()}
 
 

@@ -25,7 +25,7 @@ def of(task: Task) -> list[Table]:
     heads += [Column(score, columns.score_name(score), "score") for score in shown]
     heads += [Column(cost.column, columns.factor_name(cost.column), cost.unit or "count") for cost in costs]  # type: ignore[arg-type]
     rows = [
-        {"configuration": task.labels[n], "seeds": int(task.configurations.at[n, "n"])}
+        {"configuration": task.labels[n], "seeds": int(task.row(n, "n")["n"])}
         | {key: value for score in shown for key, value in score_cells(task, score, n).items()}
         | {cost.column: number(task.configurations.at[n, cost.column]) for cost in costs}
         for n in order[:MOST]
