@@ -143,7 +143,7 @@ def _write(
         write_parquet(one.table, one.folder / RESULTS_FILE)
         write_parquet(logged, one.folder / STEPS_FILE)
         drawn = plot.study(one.table, logged, one.folder / "plots", options.kind, rows) if options.plots else []
-        results, answer = report.write(one.folder, one.table, logged, drawn, rows, options.quality_loss)
+        results, answer = report.write(one.folder, called, logged, drawn, rows, options.quality_loss)
         pages = [page.write(one.table, logged, one.folder, rows, answer)] if options.plots else []
         return [*pages, results], answer
     except OSError as error:

@@ -60,7 +60,9 @@ def answer(
 ) -> Answer:
     """The answer of the study in ``folder``: ``table`` has a row a trial, ``steps`` a row a logged step."""
     statuses = Counter(table[trials.SUCCESS]) if len(table) else Counter[str]()
-    failed = failures.section(table.assign(**{columns.CALLED: columns.named_trials(table)}) if len(table) else table)
+    if len(table) and columns.CALLED not in table:
+        table = table.assign(**{columns.CALLED: columns.named_trials(table)})
+    failed = failures.section(table)
     of_tasks = [part for task in tasks for part in _of_task(folder, task, len(tasks) > 1, quality_loss)]
     after = [*([failed] if failed else []), *warned.section(tasks)]
     after += [part for task in tasks for part in _tables(task, steps, len(tasks) > 1)]

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats as scipy_stats
 
 from peftsweep.analysis.answer.structure import Column, Section, Table, Unit, number
 from peftsweep.analysis.answer.tables import best_first
@@ -294,12 +293,12 @@ def speed_up_interval(eager: Sequence[float], compiled: Sequence[float]) -> tupl
     if min(len(eager), len(compiled)) < FEWEST_STEPS:
         return None, None
 
+    from scipy.stats import bootstrap  # a second of imports, that few studies need
+
     def gain(one: Any, other: Any, axis: int = -1) -> Any:
         return np.median(one, axis=axis) / np.median(other, axis=axis) - 1
 
-    drawn = scipy_stats.bootstrap(
-        (eager, compiled), gain, n_resamples=REDRAWS, method="percentile", rng=np.random.default_rng(0)
-    )
+    drawn = bootstrap((eager, compiled), gain, n_resamples=REDRAWS, method="percentile", rng=np.random.default_rng(0))
     return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
 
 
