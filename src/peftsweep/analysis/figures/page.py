@@ -6,6 +6,7 @@ rest is HTML and CSS: a trial's panel is shown by following the link to it. All 
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import itertools
 import json
@@ -57,7 +58,7 @@ pre, p code {{ background: var(--soft); }} p code {{ padding: .1rem .25rem; }}
 pre {{ padding: .7rem .9rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }}
 section.answer {{ border-left: 3px solid #0072B2; padding-left: 1rem; margin-top: 1.2rem; }}
 section.answer h2 {{ margin-top: 0; }} section.use p:first-of-type {{ font-size: 1.15rem; }}
-.wide {{ overflow-x: auto; }}
+.wide {{ overflow-x: auto; }} .printed {{ display: none; }}
 table.plain {{ border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }}
 table.plain td, table.plain th {{ border-bottom: 1px solid var(--rule); padding: .2rem .6rem; text-align: right; }}
 table.plain td:first-child, table.plain th:first-child {{ text-align: left; }}
@@ -78,8 +79,9 @@ select {{ max-width: min(24rem, 60vw); font: inherit; font-size: 13px; }}
   .texts {{ display: block; overflow-x: auto; table-layout: auto; }} dl {{ grid-template-columns: 1fr; }}
   dd {{ margin-bottom: .3rem; }} }}
 @media print {{ :root {{ --ink: #000; --paper: #fff; --rule: #bbb; --soft: #f4f4f4; --note: #444; --link: #000; }}
-  body {{ max-width: none; padding: 0; font-size: 11px; }} .menus, .dt-layout-row:not(.dt-layout-table),
-  .modebar-container {{ display: none !important; }} tr, .js-plotly-plot, section.answer {{ break-inside: avoid; }}
+  body {{ max-width: none; padding: 0; font-size: 11px; }} .menus, .modebar-container, label, #trials > .note,
+  #trials .dt-container {{ display: none !important; }} tr, .js-plotly-plot, section.answer {{ break-inside: avoid; }}
+  .printed {{ display: block; }} .note {{ font-size: 10px; }}
   h2, h3 {{ break-after: avoid; }} .wide {{ overflow: visible; }} table.plain {{ font-size: 9px; }} }}
 """
 PAGE = """<!DOCTYPE html>
@@ -125,7 +127,7 @@ def write(
     curves = [_curves(name, part, steps, f"curves-plot-{n}") for n, (name, part) in enumerate(drawn)]
     more = left if len(every) > len(tasks) else ""
     sections = [
-        ("Trials", "trials", _trials(table, effects.factors(table))),
+        ("Trials", "trials", _trials(table, effects.factors(table)) + _printed(answer)),
         ("Quality and cost", "frontier", more + "\n".join(fronts) if any(fronts) else ""),
         ("Rows won and lost", "rows", more + _rows(tasks, folder, predictions) if predictions else ""),
         ("Learning curves", "curves", more + "\n".join(curves) if any(curves) else ""),
@@ -155,6 +157,12 @@ def _answer(answer: Answer) -> list[str]:
         f"{render.as_html(part)}</section>"
         for part in [*told, *scores]
     ]
+
+
+def _printed(answer: Answer) -> str:
+    """What stands on paper for the table of trials, which scrolls: the scores and costs of the configurations."""
+    tables = [dataclasses.replace(part, tables=part.tables[:1]) for part in answer.of("table")]
+    return f'<div class="printed">{"".join(map(render.as_html, tables))}</div>'
 
 
 def _measured(answer: Answer) -> list[str]:
