@@ -281,8 +281,8 @@ def test_several_tests_make_a_matrix_with_average_base_chance_and_readable_answe
     assert [column["title"] for column in found["columns"]] == [
         "configuration",
         "average",
-        "boolq accuracy",
-        "piqa accuracy",
+        "boolq",
+        "piqa",
     ]
     assert rows["lora, r=16"]["average"] == pytest.approx(0.8)
     assert rows["lora, r=8"]["average"] == pytest.approx(0.55)
@@ -291,7 +291,16 @@ def test_several_tests_make_a_matrix_with_average_base_chance_and_readable_answe
     assert rows["always the most frequent answer"]["average"] == pytest.approx(0.5)
     assert rows["guessing"]["average"] == pytest.approx(0.25)
     assert rows["answers that can be read"]["eval_info.boolq.accuracy.value"] == pytest.approx(0.95)
-    assert "**Scores by test**" in text
+    assert "**Scores by test, accuracy**" in text
+
+
+def test_what_a_terminal_leaves_out_of_a_long_section_is_counted() -> None:
+    part = structure.Section("certainty", "How sure that is", [f"sentence {n}." for n in range(12)])
+    answer = structure.Answer(1, "0", "", "s", "s", {}, 0, [part])
+    lines = render.lines(answer)
+    assert lines[0] == "How sure that is:"
+    assert lines[-1] == "  4 more sentences on this are in RESULTS.md."
+    assert len(lines) == 10
 
 
 def test_an_average_over_tests_is_missing_where_one_of_them_is() -> None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from peftsweep.analysis.answer.structure import FAILURES, USE, Answer, Column, Section, Table
+from peftsweep.analysis.answer.structure import USE, Answer, Column, Section, Table
 from peftsweep.analysis.text import words
 from peftsweep.observe.display import size
 
@@ -101,12 +101,15 @@ def lines(answer: Answer) -> list[str]:
             if section.name != USE or section.task:
                 found.append(f"{heading(section)}:")
             indent = "" if section.name == USE else "  "
-            found += [indent + plain(sentence) for sentence in section.sentences[: SENTENCES.get(section.name, 99)]]
+            most = SENTENCES if len(section.sentences) > SENTENCES + 1 else len(section.sentences)
+            found += [indent + plain(sentence) for sentence in section.sentences[:most]]
+            if left := len(section.sentences) - most:
+                found.append(f"{indent}{left} more sentences on this are in RESULTS.md.")
     return found
 
 
 TRAIN = "Train it with: "  # how the line of a command begins
-SENTENCES = {FAILURES: 6}  # of a section that a terminal shows; the reports have all
+SENTENCES = 8  # of a section that a terminal shows; the reports have all
 
 
 # ---- HTML --------------------------------------------------------------------------------------------

@@ -72,9 +72,13 @@ def matrix(task: Task) -> Table | None:
         if any(value is not None for value in found.values()):
             rows.append(_row(name, found))
     heads = [Column("configuration", "configuration"), Column(AVERAGE, AVERAGE, "score")]
-    heads += [Column(test, columns.score_name(test), "score") for test in tests]
+    metrics = {columns.evaluation(test)[1] for test in tests}
+    same = f", {metrics.pop()}" if len(metrics) == 1 else ""
+    heads += [
+        Column(test, columns.evaluation(test)[0] if same else columns.score_name(test), "score") for test in tests
+    ]
     note = "The average is over all tests; it is missing where one of them is."
-    return Table("Scores by test", heads, rows, note, left_out=max(0, len(order) - MOST))
+    return Table(f"Scores by test{same.replace('_', ' ')}", heads, rows, note, left_out=max(0, len(order) - MOST))
 
 
 def _row(name: str, values: dict[str, Any]) -> dict[str, Any]:
