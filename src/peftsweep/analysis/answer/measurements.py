@@ -199,7 +199,8 @@ def _validation(task: Task, steps: pd.DataFrame) -> Iterator[Table]:
     if "trial" not in steps:
         return
     order = {n: place for place, n in enumerate(best_first(task))}
-    mine = task.table[task.table[trials.TRIAL].isin(set(steps["trial"]))]
+    mine = task.table[[trials.TRIAL, "configuration"]]  # of few columns, as the table is wide
+    mine = mine[mine[trials.TRIAL].isin(set(steps["trial"]))]
     mine = mine.iloc[mine["configuration"].map(order).argsort(kind="stable")].head(MOST)
     metrics = [c for c in steps.columns if c.startswith("validation_") and steps[c].notna().any()]
     rates = "learning_rate" in steps and steps["learning_rate"].notna().any()

@@ -40,7 +40,8 @@ def best_first(task: Task) -> list[Any]:
     if not task.scores:
         return numbers
     ranked = list(task.compare(task.scores[0]).index)
-    return ranked + [n for n in numbers if n not in set(ranked)]
+    known = set(ranked)
+    return ranked + [n for n in numbers if n not in known]
 
 
 def score_cells(task: Task, score: str, configuration: Any) -> dict[str, float | None]:
