@@ -96,7 +96,7 @@ def test_twenty_questions_are_read_off_the_files() -> None:
         ),
         "what is to be changed?": (
             [one["change"] for one in failed],
-            ["Lower train.learning_rate, or lengthen train.warmup", "Try train.batch_size=2 train.accumulation=2"],
+            ["Lower train.learning_rate", "Try train.batch_size=2 train.accumulation=2"],
         ),
         "what do all configurations score?": (
             {row["configuration"]: row["eval_info.task.accuracy.value"] for row in rows if row["seeds"]},
@@ -168,7 +168,17 @@ def test_nothing_is_used_where_nothing_beats_the_base_and_one_trial_is_the_only_
         ("failed", "RuntimeError", "CUDA error: device-side assert triggered", "workers=1"),
         ("failed", "KeyError", "'x'", "trial.log"),
         ("oom", "OutOfMemoryError", "no memory left", "train.batch_size"),
-        ("refused", "Refused", "oft on a 4-bit base: trains nothing", "known not to work"),
+        (
+            "failed",
+            "FloatingPointError",
+            "the loss is nan at step 3; take train.autocast=bfloat16",
+            "Take train.autocast",
+        ),
+        ("failed", "FloatingPointError", "nan; model.dtype=float16 overflows above 65504", "model.dtype=float16 over"),
+        ("failed", "InputError", "dataset.path=x: holds no row", "Correct the key"),
+        ("oom", "OutOfMemoryError", "no memory left; try quant=4bit, or a smaller model", "Try quant=4bit"),
+        ("refused", "Oversized", "predicted to need 20.0 GB, there are 8.0 GB", "Raise memory_limit"),
+        ("refused", "Refused", "oft on a 4-bit base: trains nothing", "Leave this combination out"),
         ("cancelled", "KeyboardInterrupt", "", "same command"),
     ],
 )

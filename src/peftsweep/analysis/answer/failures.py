@@ -16,14 +16,16 @@ from peftsweep.analysis.text import words
 NAMED = 3  # trials of a cause that a sentence names; facts have all up to MOST
 MOST = 100
 NUMBER = re.compile(r"\d[\d.,]*(e[+-]?\d+)?")  # what differs between messages of one cause
-ADVICE = "; try "  # after it, the message of a trial that ran out of memory says what to change
+# How the end of a message begins that says itself what to change.
+ADVICE = re.compile(r"; (?=(?:try|take|lower) |\S+=float16 overflows)")
 # What to change, by the status or the beginning of the error; the first that fits.
 BY_STATUS = {
     "cancelled": "The same command goes on from where it was interrupted",
-    "refused": "This combination is known not to work; the cause names what to change",
+    "refused": "Leave this combination out of the sweep, or change the setting that the cause names",
     "oom": "Try a smaller train.batch_size with more train.accumulation, train.checkpointing=true, quant=4bit or a "
     "smaller dataset.max_length; dry_run=true lists what each trial needs",
 }
+OVERSIZED = "Raise memory_limit, or try a smaller train.batch_size, train.checkpointing=true or quant=4bit"
 BY_ERROR = (
     (r"FloatingPointError|(?i:not finite|\bnan\b|diverge)", "Lower train.learning_rate, or lengthen train.warmup"),
     (
@@ -36,6 +38,7 @@ BY_ERROR = (
         "Run the same command again; hydra.launcher.retries=1 tries once more by itself",
     ),
     (r"(?i)ConnectionError|offline|resolve host|couldn't connect", "Check the network, or give a local folder or file"),
+    (r"^InputError", "Correct the key that the cause names"),
     (r"ModuleNotFoundError|ImportError", "Install the package that the cause names"),
     (r"FileNotFoundError|(?i:no such file)", "Check the path that the cause names"),
     (
@@ -65,17 +68,18 @@ def _causes(rows: Sequence[Mapping[Any, Any]]) -> list[Failure]:
     found: dict[tuple[str, str, str], list[Mapping[Any, Any]]] = {}
     for row in rows:
         stage, kind, message = (_known(row.get(column)) for column in ERRORS)
-        cause, _, advice = first_line(message).partition(ADVICE)
+        cause, *rest = ADVICE.split(first_line(message), maxsplit=1)
         key = row[trials.SUCCESS], stage, NUMBER.sub("#", f"{kind}: {cause}")
-        found.setdefault(key, []).append({**row, "cause": _cause(kind, cause, row), "advice": advice})
+        found.setdefault(key, []).append({**row, "cause": _cause(kind, cause, row), "advice": rest[0] if rest else ""})
     groups = sorted(found.items(), key=lambda item: -len(item[1]))
     return [_failure(status, stage, same) for (status, stage, _), same in groups]
 
 
 def _failure(status: str, stage: str, same: Sequence[Mapping[Any, Any]]) -> Failure:
     first = same[0]
-    advice = [f"Try {row['advice']}" for row in same if row["advice"]]
-    change = advice[0] if advice else remedy(status, first["cause"])
+    advice = next((row["advice"] for row in same if row["advice"]), "")
+    oversized = _known(first.get(ERRORS[1])) == "Oversized"
+    change = _capital(advice) or (OVERSIZED if oversized else remedy(status, first["cause"]))
     names = [str(row.get(CALLED, row[trials.TRIAL])) for row in same[:MOST]]
     return Failure(status, stage or None, first["cause"], len(same), names, change)
 
@@ -99,6 +103,12 @@ def _sentence(cause: Failure) -> str:
     where = f" in {cause.stage}" if cause.stage and cause.status != "refused" else ""
     said = f"{cause.count:,} {cause.status}{where}: {words.escaped(cause.cause).rstrip('.')} ({named})."
     return f"{said} {words.escaped(cause.change or '')}."
+
+
+def _capital(text: str) -> str:
+    """With a capital, unless it begins with a key."""
+    word = text.partition(" ")[0]
+    return text[:1].upper() + text[1:] if word.isalpha() else text
 
 
 def first_line(message: str) -> str:
