@@ -37,7 +37,7 @@ QUANTS, RANKS, SEEDS = ("none", "8bit", "4bit"), (1, 2, 4, 8, 16, 32, 64), 3
 STAGES = ("load", "data", "baseline", "attach", "train", "eval", "save", "reload")
 MEMORY = ("allocated_peak", "allocated_mean", "allocated_p99", "reserved_peak", "reserved_mean", "reserved_p99")
 COLLECT = "import sys; from peftsweep.cli import collect; sys.argv[0] = 'peftsweep-collect'; collect()"
-IMPORTS = "from peftsweep import cli; from peftsweep.answer import collect"
+IMPORTS = "from peftsweep import cli; from peftsweep.analysis import collect"
 
 
 def main() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
+import re
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -43,7 +45,7 @@ Keys: every key of a group and of the trial, with its value now: peftsweep --cfg
   dataset.path=FILE  dataset.samples=1000  study=NAME  label=NAME  seed=0  device=auto
   hydra.launcher.workers=2 .timeout=2h .retries=1 .limit=10 .deadline=8h: where and for how long trials run
   hydra/launcher=slurm, ray_cluster, or any other of Hydra's: on a cluster
-  dry_run=true lists the trials; force=true runs done ones again; quiet=true prints one line
+  dry_run=true lists the trials (--json: as JSON); force=true runs done ones again; quiet=true prints one line
 
 Examples:
   peftsweep method=lora method.r=8,16,32 quant=4bit -m         three trials on the embedded model
@@ -97,7 +99,18 @@ def main() -> None:
     # override ambiguous whenever another is wrong.
     words = [word for word in sys.argv if word not in ("-m", "--multirun")]
     sys.argv = words if {word.partition("=")[0] for word in words} & OTHER_COMMANDS else [*words, "--multirun"]
-    sys.exit(_guarded(_hydra))
+    sys.exit(_guarded(_plan_as_json if "--json" in sys.argv else _hydra))
+
+
+def _plan_as_json() -> int:
+    """``--json``: the rows of plan.json on stdout, and what a dry run prints otherwise on stderr."""
+    sys.argv.remove("--json")
+    if not any(re.fullmatch(r"\+*dry_run=(true|yes|on|1)", word.lower()) for word in sys.argv):
+        raise InputError("--json: only with dry_run=true; peftsweep-collect --json prints the answer of a study")
+    with redirect_stdout(sys.stderr):
+        code = _hydra()
+    print(json.dumps([row for file in sweep_record.plans for row in json.loads(file.read_text("utf-8"))], indent=1))
+    return code
 
 
 def _completion() -> int:
@@ -237,7 +250,7 @@ def collect() -> None:
 
             return prune.main(words.studies, words.keep_best, confirmed=words.yes)
         if words.status:
-            return collecting.status(words.studies)
+            return collecting.status(words.studies, as_json=words.json)
         return collecting.main(
             collecting.Options(
                 studies=words.studies,
@@ -247,6 +260,7 @@ def collect() -> None:
                 kind="svg" if words.svg else "png",
                 from_peft=words.from_peft,
                 to_peft=words.to_peft,
+                json=words.json,
                 **({} if words.quality_loss is None else {"quality_loss": words.quality_loss}),
             )
         )
@@ -280,6 +294,9 @@ def _collect_parser() -> argparse.ArgumentParser:
         help="of the best score that advice may give up for speed (default: 0.05)",
     )
     parser.add_argument("--svg", action="store_true", help="plots as .svg instead of .png")
+    parser.add_argument(
+        "--json", action="store_true", help="print the answer (with --status: how studies stand) as JSON, nothing else"
+    )
     parser.add_argument("--status", action="store_true", help="instead: how the studies stand, and what failed and why")
     parser.add_argument(
         "--prune", action="store_true", help="instead: list the checkpoints, merged models and adapters to be removed"

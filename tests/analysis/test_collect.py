@@ -74,6 +74,9 @@ def test_a_study_becomes_tables_plots_and_a_short_table(collect_command: Collect
     assert {"rank_task.png", "adapter_size.png"} <= plots
     assert "0.800 ± 0.030" in out
     assert "failed" in out
+    lines = out.splitlines()
+    assert lines[0].startswith("Use lora, r=32: 0.800")  # the answer comes first
+    assert lines[-1] == "wrote multirun/default/report.html and multirun/default/RESULTS.md"  # the files to open
 
 
 def test_nested_lists_gaps_and_new_columns_survive(collect_command: Collect) -> None:

@@ -184,8 +184,7 @@ def _use_the_table(view: Any) -> None:
 
 def _use_the_frontier(view: Any) -> None:
     plot = view.locator("#frontier-plot-0")
-    plot.locator(".updatemenu-header").nth(1).click()
-    plot.locator(".updatemenu-dropdown-button", has_text="training time").click()
+    view.locator("#frontier-plot-0-menu-1").select_option(label="training time (s)")
     view.wait_for_function("document.querySelector('#frontier-plot-0 .xtitle').textContent === 'training time (s)'")
     plot.scroll_into_view_if_needed()
     box = plot.locator(".scatterlayer .points path").first.bounding_box()

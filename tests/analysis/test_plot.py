@@ -118,3 +118,23 @@ def test_a_pack_s_memory_is_no_trial_s_stage() -> None:
     assert part["memory.train.allocated_peak"].isna().tolist() == [False, True]
     assert part["train_info.train_seconds"].isna().tolist() == [False, True]
     assert part["memory.predicted.peak_bytes"].notna().all()
+
+
+@pytest.mark.parametrize(("values", "wide"), [([1, 9.9], False), ([1, 10], True), ([0, 10], False), ([-1, 5], False)])
+def test_values_that_span_a_decade_are_told(values: list[float], wide: bool) -> None:
+    assert axes.spans_a_decade([*values, float("nan")]) == wide
+
+
+def test_modules_of_a_decade_of_parameters_stand_on_a_logarithmic_axis() -> None:
+    table = tables.trials({"choices.targets": ["q", "qv", "mlp"]})
+    for factor, scale in ((2, "linear"), (10, "log")):
+        table["train_info.trainable_parameters"] = [1000 * factor**n for n in range(3)]
+        found = dict(plot.figures(table, tables.steps(table)))
+        assert [ax.get_yscale() for ax in found["modules_task"].axes] == ["linear", scale], factor
+
+
+def test_overheads_of_few_runs_are_drawn_without_an_interval() -> None:
+    table = tables.trials({"config.method.r": [8, 16]}, generated=True)
+    bounds = [c for c in table.columns if c.endswith(("overhead.low", "overhead.high"))]
+    table[bounds] = None
+    assert "latency" in dict(plot.figures(table, tables.steps(table)))

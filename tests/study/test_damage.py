@@ -453,7 +453,7 @@ def test_four_collects_at_once_leave_whole_files(ranks: list[Path]) -> None:
     running = [subprocess.Popen(door, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)]
     ended = [(*one.communicate(), one.returncode) for one in running]
     assert [(err, code) for _, err, code in ended] == [("", 0)] * 4
-    [_, *drawn] = [Path(name) for name in ended[0][0].splitlines()[-1].removeprefix("wrote ").split(", ")]
+    drawn = [Path(name) for name in ended[0][0].splitlines()[-1].removeprefix("wrote ").split(" and ")]
     assert all(file.stat().st_size for file in drawn)
     assert list(Path("multirun/ranks").rglob("*.partial")) == []
 

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import functools
 import gc
-import math
+import json
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from peftsweep.analysis import export, interchange
+from peftsweep.analysis import export, interchange, terminal
+from peftsweep.analysis.answer import build, render, structure
+from peftsweep.analysis.answer.structure import Answer
 from peftsweep.analysis.figures import page, plot
 from peftsweep.analysis.statistics import trials as statistics_trials
 from peftsweep.analysis.table import columns, naming
-from peftsweep.analysis.table.columns import CALLED, NAME, PREDICTION_ERROR
+from peftsweep.analysis.table.columns import CALLED, NAME
 from peftsweep.analysis.table.table import (
-    BREAK_EVEN,
-    COMPILE,
     RESULTS_FILE,
-    SPEED_UP,
     STEPS_FILE,
     check_ending,
     newest,
@@ -37,16 +36,12 @@ from peftsweep.analysis.table.table import (
     write_parquet,
 )
 from peftsweep.analysis.table.where import where
-from peftsweep.analysis.text import halving_notes, report
+from peftsweep.analysis.text import findings, halving_notes, recommendations, report
 from peftsweep.errors import InputError
-from peftsweep.observe.display import show_table, size, summary
+from peftsweep.observe.display import summary
 from peftsweep.study import claims as study_claims
-from peftsweep.study import store, sweep_record
+from peftsweep.study import record, store, sweep_record
 from peftsweep.study.record import Result, Status, counted, trials_in_words
-
-NO_SETTINGS = ("choices.profiler", "choices.tracker", "choices.inference")  # that change nothing of a trial
-SHOWN = 40  # trials that a printed table holds
-Row = dict[Any, Any]  # of a table, by column
 
 
 @dataclass(frozen=True)
@@ -57,10 +52,11 @@ class Options:
     out: Path | None = None  # one table of the trials of all
     where: str | None = None  # of the trials that are shown and written to `out`
     plots: bool = True  # and report.html
-    quality_loss: float = report.QUALITY_LOSS  # share of the best score that advice may give up for speed
+    quality_loss: float = recommendations.QUALITY_LOSS  # share of the best score that advice may give up for speed
     kind: str = "png"  # of the plots' files, or svg
     from_peft: Path | None = None  # result files of PEFT's comparison, which become a study
     to_peft: Path | None = None  # where the trials are written as such
+    json: bool = False  # the answer as answer.json holds it on stdout, everything else on stderr
 
 
 @dataclass
@@ -92,6 +88,15 @@ def main(options: Options) -> int:
     """``peftsweep-collect``: tables, plots and reports into each study, and one table of all that was asked for."""
     if options.out is not None:
         check_ending(options.out)
+    with _said_on_stderr() if options.json else nullcontext():
+        code, answers = _collected(options)
+    if options.json:
+        print(_one_or_all([structure.content(answer, render.plain) for answer in answers]))
+    return code
+
+
+def _collected(options: Options) -> tuple[int, list[Answer]]:
+    """The exit code, and the answer of each study, of the trials that were chosen."""
     collected = [Collected(folder, read(folder)) for folder in _folders(options)]
     for one in collected:
         if not one.results:
@@ -101,51 +106,63 @@ def main(options: Options) -> int:
             )
     collected, unwritten = [one for one in collected if one.results], list[Path]()
     every = together([one.table for one in collected])
-    chosen = every[where(every, options.where)] if options.where else every
+    chosen, answers = every[where(every, options.where)] if options.where else every, list[Answer]()
     for one in collected:
         called = one.table.assign(**{CALLED: columns.named_trials(one.table)})
         called = called.assign(**{NAME: columns.named(one.table)})
         mine = called[called["collected.record"].isin(chosen["collected.record"])]
+        rows = predictions(one.folder)
+        written, answer = _write(one, called, rows, options)
+        if options.where or answer is None:
+            found = findings.tasks(mine, rows)
+            answer = build.answer(one.folder, mine, found, steps(one.results), options.quality_loss)
+        answers.append(answer)
         if len(mine):
-            print_study(mine, str(one.folder), of=len(one.table))
+            terminal.print_study(mine, str(one.folder), answer, of=len(one.table))
         else:
             print(f"{one.folder}: --where chooses none of {trials_in_words(len(one.table))}")
-        rows = predictions(one.folder)
-        written, said = _write(one, called, rows, options)
-        said = report.summary(mine, rows) if options.where or not written else said
         chosen_here = set(mine["collected.record"])
-        for line in [
-            *said,
-            *halving_notes.notes([result for result in one.results if record_file(result) in chosen_here]),
-        ]:
+        for line in halving_notes.notes([result for result in one.results if record_file(result) in chosen_here]):
             print(line)
         whole = f", of all {trials_in_words(len(one.table))}" if len(mine) < len(one.table) else ""
         if written:
-            print("wrote " + ", ".join(str(file) for file in written) + whole)
+            print("wrote " + " and ".join(str(file) for file in written) + whole)
         else:
             unwritten.append(one.folder)
     if collected:
         _hand_over(chosen, [result for one in collected for result in one.results], options)
-    return 2 if unwritten and options.out is None else 0
+    return 2 if unwritten and options.out is None else 0, answers
 
 
 def _write(
     one: Collected, called: pd.DataFrame, rows: statistics_trials.Predictions, options: Options
-) -> tuple[list[Path], list[str]]:
-    """Write the tables, figures and reports of a study; gives the files and the summary, none where it is read-only."""
+) -> tuple[list[Path], Answer | None]:
+    """Write the files of a study; gives those that a person opens, and the answer; none where it is read-only."""
     logged = steps(one.results, dict(zip(called["run_info.trial"], called[CALLED], strict=True)))
     try:
         write_parquet(one.table, one.folder / RESULTS_FILE)
         write_parquet(logged, one.folder / STEPS_FILE)
         drawn = plot.study(one.table, logged, one.folder / "plots", options.kind, rows) if options.plots else []
-        findings, said = report.write(one.folder, one.table, logged, drawn, rows, options.quality_loss)
-        written = [one.folder / RESULTS_FILE, one.folder / STEPS_FILE, findings, *drawn]
-        return written + ([page.write(one.table, logged, one.folder, rows)] if options.plots else []), said
+        results, answer = report.write(one.folder, called, logged, drawn, rows, options.quality_loss)
+        pages = [page.write(one.table, logged, one.folder, rows, answer)] if options.plots else []
+        return [*pages, results], answer
     except OSError as error:
         if error.errno not in (*store.NO_ROOM, *store.NOT_WRITTEN):
             raise
         print(f"{one.folder}: nothing is written there: {error.strerror}", file=sys.stderr)
-        return [], []
+        return [], None
+
+
+@contextmanager
+def _said_on_stderr() -> Iterator[None]:
+    """What is printed meanwhile goes to stderr, so that stdout holds the JSON alone."""
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+def _one_or_all(found: Sequence[Any]) -> str:
+    """JSON of the one study's, or a list of those of several."""
+    return json.dumps(found[0] if len(found) == 1 else found, indent=1)
 
 
 def _folders(options: Options) -> list[Path]:
@@ -179,23 +196,56 @@ def _hand_over(chosen: pd.DataFrame, results: Sequence[Result], options: Options
 # ---- how a study stands ----------------------------------------------------------------------------
 
 
-def status(names: Sequence[str]) -> int:
+@dataclass(frozen=True)
+class Standing:
+    """How a study stands."""
+
+    folder: str
+    trials: dict[str, int]  # by status
+    running: list[str]
+    cut_off: list[str]  # that the same command continues
+    last_sweep: dict[str, Any] | None
+    failures: list[dict[str, Any]]  # of each cause the trials that it befell
+
+
+def status(names: Sequence[str], as_json: bool = False) -> int:
     """``peftsweep-collect --status``: counts by status, what runs, what failed and why; writes nothing."""
-    for folder in [store.find(name) for name in names] if names else store.studies():
-        results = read(folder)
-        claims = study_claims.running(folder)
-        print(f"{folder}: {counted(result.status.name for result in results)}, {len(claims)} running")
-        for claim in claims:
+    found = [_standing(store.find(name) if isinstance(name, str) else name) for name in names or store.studies()]
+    if as_json:
+        print(_one_or_all([record.plain(one) for one in found]))
+        return 0
+    for one in found:
+        print(f"{one.folder}: {in_words(one.trials)}, {len(one.running)} running")
+        for claim in one.running:
             print(f"    running: {claim}")
-        if cut_off := study_claims.cut_off(folder):
-            print(f"    cut off, the same command continues: {', '.join(place.name for place in cut_off)}")
-        if last := sweep_record.last(folder):
+        if one.cut_off:
+            print(f"    cut off, the same command continues: {', '.join(one.cut_off)}")
+        if last := one.last_sweep:
             outside = last["seconds_outside_trials"]
             print(f"    last sweep: {last['seconds']:.0f} s, {outside:.0f} s of them outside trials")
-        for reason, labels in _failures(results).items():
+        for failure in one.failures:
+            labels = failure["trials"]
             more = f" and {len(labels) - 3} more" if labels[3:] else ""
-            print(f"    {reason}: {'; '.join(labels[:3])}{more}")
+            print(f"    {failure['cause']}: {'; '.join(labels[:3])}{more}")
     return 0
+
+
+def _standing(folder: Path) -> Standing:
+    results = read(folder)
+    failed = [{"cause": cause, "trials": trials} for cause, trials in _failures(results).items()]
+    return Standing(
+        folder.as_posix(),
+        dict(Counter(result.status.name for result in results)),
+        [str(claim) for claim in study_claims.running(folder)],
+        [place.name for place in study_claims.cut_off(folder)],
+        sweep_record.last(folder),
+        failed,
+    )
+
+
+def in_words(trials: Mapping[str, int]) -> str:
+    """Counts by status: ``3 trials: 2 success, 1 failed``."""
+    return counted(Counter(trials).elements())
 
 
 def _failures(results: Sequence[Result]) -> dict[str, list[str]]:
@@ -207,129 +257,3 @@ def _failures(results: Sequence[Result]) -> dict[str, list[str]]:
             reason = summary(result)[0] if result.error else result.status.name
             found.setdefault(reason, []).append(name)
     return found
-
-
-# ---- the short table -------------------------------------------------------------------------------
-
-
-def print_study(table: pd.DataFrame, name: str, *, of: int) -> None:
-    """The trials of a study, ``of`` which ``table`` holds those that were chosen: a row each, or the best of many."""
-    tasks = statistics_trials.tasks(table)
-    title = f"{name}: {counted(table['run_info.status'])}" + (f" ({of:,} in the study)" if len(table) < of else "")
-    shown = _best(table, tasks)
-    if len(shown) < len(table):
-        by = {columns.score_name(score) for task in tasks.values() for score in columns.main_scores(task)[:1]}
-        title += f"; the {len(shown)} " + (f"best by {', '.join(sorted(by))}" if by else "newest")
-        title += " of each model and dataset" if len(tasks) > 1 else ""
-    print_table(shown, title)
-    print_generation(shown)
-    for line in notes(table, shown):
-        print(line)
-
-
-def _best(table: pd.DataFrame, tasks: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """All rows of a short table; of a long one the best of each task by its main score, or its newest without one."""
-    if len(table) <= SHOWN:
-        return table
-    chosen: list[Any] = []
-    for task in tasks.values():
-        values = task[next(iter(columns.main_scores(task)), "run_info.created_at")]
-        down = columns.direction(str(values.name)) < 0
-        best = values.sort_values(ascending=down, na_position="last", kind="stable").index
-        chosen += list(best[: max(1, SHOWN // len(tasks))])
-    return table.loc[chosen]
-
-
-def print_table(table: pd.DataFrame, title: str) -> None:
-    """What differs between the trials, how they ended, what they score and cost."""
-    names, metrics = columns.names_of_trials(table), columns.scores(table)
-    differing = [c for c in dict.fromkeys([*varying(table), *names.settings]) if c in table]
-    told = {c: names.key(c) for c in differing}
-    for column in differing:
-        table = table.assign(**{column: table[column].map(functools.partial(names.value, column))})
-    show_table(title, [_short(row, told, metrics, named=not differing) for row in table.to_dict("records")])
-
-
-def print_generation(table: pd.DataFrame) -> None:
-    """How fast each trial generates: the medians over its categories, and the overheads with their 95% intervals."""
-    columns = [c for c in table.columns if c.startswith("generation_info.overall.") or c == CALLED]
-    rows = [
-        _generated(row, variant)
-        for row in table[columns].to_dict("records")
-        for variant in ("base", "adapted", "merged")
-        if pd.notna(row.get(f"generation_info.overall.{variant}.seconds_p50"))
-    ]
-    if rows:
-        show_table("generation", rows)
-
-
-def _generated(row: Row, variant: str) -> dict[str, str]:
-    prefix = f"generation_info.overall.{variant}."
-
-    def cell(name: str, form: str, factor: float = 1.0) -> str:
-        value = row.get(prefix + name)
-        return "" if value is None or pd.isna(value) else form.format(value * factor)
-
-    overhead, low, high = (row.get(f"{prefix}overhead.{part}") for part in ("value", "low", "high"))
-    interval = "" if low is None or high is None or pd.isna(low) else f" [{low - 1:+.1%}, {high - 1:+.1%}]"
-    sizes = sorted(
-        int(name.split("_")[1].split(".")[0])
-        for name in (c.removeprefix(prefix) for c in row if c.startswith(prefix))
-        if name.startswith("batch_") and name.endswith(".tokens_per_second")
-    )
-    return {
-        "trial": row[CALLED],
-        "model": variant,
-        "first token ms": cell("time_to_first_token_p50", "{:.1f}", 1000),
-        "next token ms": cell("seconds_per_token_p50", "{:.2f}", 1000),
-        "overhead": "" if overhead is None or pd.isna(overhead) else f"{overhead - 1:+.1%}{interval}",
-        **{f"tokens/s at {n}": cell(f"batch_{n}.tokens_per_second", "{:,.0f}") for n in sizes},
-    }
-
-
-def notes(table: pd.DataFrame, shown: pd.DataFrame) -> list[str]:
-    """What compiling gained the ``shown`` trials, and how far the predicted memory of all was from the measured."""
-    lines = []
-    for row in shown[shown[SPEED_UP].notna()].to_dict("records") if SPEED_UP in shown else []:
-        pays = "never pays" if math.isinf(row[BREAK_EVEN]) else f"pays from step {row[BREAK_EVEN]:,.0f} on"
-        lines.append(f"{row[CALLED]}: {row[COMPILE]} steps are {row[SPEED_UP]:.2f} times as fast as eager ones; {pays}")
-    errors = table[PREDICTION_ERROR].dropna().astype(float) if PREDICTION_ERROR in table else pd.Series(dtype=float)
-    if not errors.empty:
-        spread = f"{errors.min():+.0%} to {errors.max():+.0%} over {trials_in_words(len(errors))}"
-        lines.append(
-            f"predicted training memory: median error {errors.median():+.0%} ({spread}), measured on the device"
-        )
-    return lines
-
-
-def varying(table: pd.DataFrame) -> list[str]:
-    """The choices and settings that differ between the trials."""
-    columns = [c for c in table.columns if c.startswith("choices.") and c not in NO_SETTINGS]
-    columns += ["config.method.r", "config.train.learning_rate", "config.train.steps", COMPILE, "config.seed"]
-    return [c for c in columns if c in table and table[c].nunique(dropna=False) > 1]
-
-
-def _short(row: Row, differing: Mapping[str, str], metrics: list[str], *, named: bool) -> dict[str, str]:
-    def cell(column: str, form: str = "{}") -> str:
-        value = row.get(column)
-        return "" if value is None or pd.isna(value) else form.format(value)
-
-    name = {"trial": str(row[CALLED])} if named else {}
-    short = name | {said: cell(c) for c, said in differing.items()}
-    measured = {
-        columns.score_name(score): cell(score, "{:.3f}") + cell(f"{score.removesuffix('value')}stderr", " ± {:.3f}")
-        for score in metrics
-    }
-    return short | {"status": row["run_info.status"]} | measured | _cost(row, cell)
-
-
-def _cost(row: Row, cell: Any) -> dict[str, str]:
-    peaks = [row.get(f"memory.train.{name}") for name in ("allocated_peak", "reserved_peak", "rss_peak")]
-    peak = next((value for value in peaks if pd.notna(value)), None)
-    return {
-        "trainable": cell("train_info.trainable_parameters", "{:,}"),
-        "adapter": size(row["train_info.adapter_bytes"]) if cell("train_info.adapter_bytes") else "",
-        "peak memory": "" if peak is None else size(peak),
-        "train s": cell("train_info.train_seconds", "{:.1f}"),
-        "tokens/s": cell("train_info.tokens_per_second", "{:,.0f}"),
-    }

@@ -21,12 +21,14 @@ FOLDER = "sweeps"
 LASTED = {"seconds": (int, float), "seconds_outside_trials": (int, float)}  # what is read of such a file
 _began: list[float] = []
 _not_run: list[int] = []  # by each sweep of the command
+plans: list[Path] = []  # that the command has written, as dry_run=true says
 
 
 def command_begins() -> None:
     """Note that the process of a command has just started."""
     _began[:] = [time.perf_counter()]
     _not_run.clear()
+    plans.clear()
 
 
 def not_run() -> int:

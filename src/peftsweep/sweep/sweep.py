@@ -22,7 +22,7 @@ from peftsweep.schema import Dtype
 from peftsweep.study import record, store
 from peftsweep.study.atomic import remove_partials
 from peftsweep.study.record import Result, Status, counted, trials_in_words
-from peftsweep.study.sweep_record import SweepRecord
+from peftsweep.study.sweep_record import SweepRecord, plans
 from peftsweep.sweep import engine, workers
 from peftsweep.sweep.engine import Launch
 from peftsweep.sweep.workers import Budget, Options
@@ -264,6 +264,7 @@ def _dry_run(trials: Sequence[Trial]) -> None:
     rows = [_plan_row(*row) for row in zip(trials, forecasts, _stand_ins(trials, forecasts), strict=True)]
     file = store.folder(config.study) / store.PLAN
     record.write_json(file, rows)
+    plans.append(file)
     if not config.quiet:
         for row, before in zip(rows, printed, strict=True):
             if row != before:  # another point of the sweep, which came later, has its record already

@@ -136,7 +136,9 @@ def _facets(
         _series_of(ax, rows, places, styles, dodge=0.12 if numeric else 0.0 if joined else 0.6)
         ax.set_ylabel(panel)
         ax.set_xlabel(x_label)
-        if rows["value"].max() >= 10_000:
+        if spans_a_decade(rows[["value", "low"]]):
+            _log_axis(ax.yaxis)
+        elif rows["value"].max() >= 10_000:
             ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short_number(value)))
         if numeric:
             _rank_axis(ax, sorted(long["x"].unique()))
@@ -198,6 +200,13 @@ def _series_of(ax: Any, rows: pd.DataFrame, places: Any, styles: Any, *, dodge: 
     for place, marks in missing["mark"].groupby(places[missing.index]):
         words = "\n".join(dict.fromkeys(f"\N{MULTIPLICATION SIGN} {mark.partition(' ')[2]}" for mark in marks))
         ax.text(place, 0.02, words, transform=ax.get_xaxis_transform(), ha="center", fontsize=7, bbox=LABEL_BOX)
+
+
+def spans_a_decade(values: Any) -> bool:
+    """Whether the largest of these positive values is at least ten times the smallest: then an axis is logarithmic."""
+    known = np.asarray(values, dtype=float)
+    known = known[np.isfinite(known)]
+    return bool(len(known) and known.min() > 0 and known.max() >= 10 * known.min())
 
 
 def _log_axis(axis: Any) -> None:

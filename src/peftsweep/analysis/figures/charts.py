@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from peftsweep.analysis.figures.axes import COLOURS, FADED, INK, RULE
+from peftsweep.analysis.figures.axes import COLOURS, FADED, INK, RULE, spans_a_decade
 from peftsweep.analysis.statistics import effects, frontier
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.columns import CALLED
@@ -110,12 +111,14 @@ def _frontier(task: str, merged: pd.DataFrame, table: pd.DataFrame, name: str) -
     for place in range(len(groups)):
         parts = {"array": start["error_y.array"][place], "arrayminus": start["error_y.arrayminus"][place]}
         traces[place]["error_y"] = {"type": "data", "symmetric": False, "thickness": 1, "width": 3, **parts}
+    scales = ["log" if spans_a_decade(good[axis.column].dropna()) else "linear" for axis in (across[0], up[0])]
     menus = [
-        _menu(0.0, [(_text(axis.name), y_of(axis), {"yaxis.title.text": _text(axis.name)}) for axis in up]),
-        _menu(0.36, [(_text(axis.name), x_of(axis), {"xaxis.title.text": _text(axis.name)}) for axis in across]),
-        _menu(0.8, [(f"x {kind}", {}, {"xaxis.type": kind}) for kind in ("linear", "log")]),
+        _menu("up", [(_text(axis.name), y_of(axis), {"yaxis.title.text": _text(axis.name)}) for axis in up]),
+        _menu("across", [(_text(axis.name), x_of(axis), {"xaxis.title.text": _text(axis.name)}) for axis in across]),
+        _scales("scale across", "xaxis", scales[0]),
+        _scales("scale up", "yaxis", scales[1]),
     ]
-    layout = _layout(across[0].name, up[0].name) | {"updatemenus": menus, "showlegend": len(groups) > 1}
+    layout = _layout(across[0].name, up[0].name, *scales) | {"showlegend": len(groups) > 1}
     failed = columns.outcome(merged)
     bars = ", with its 95% interval" if len(good) <= BARS else ""
     note = f"A point is a configuration, the mean of its seeds{bars}. Ringed and joined: no other one "
@@ -123,7 +126,7 @@ def _frontier(task: str, merged: pd.DataFrame, table: pd.DataFrame, name: str) -
         "is better and cheaper. Hover for all figures; the menus choose the axes; a click in the legend hides a series."
     )
     note += f" Without a point: {failed}." if failed else ""
-    return f"{_named(task)}<p class='note'>{note}</p>\n" + _plot(traces, layout, name)
+    return f"{_named(task)}<p class='note'>{note}</p>\n" + _plot(traces, layout, name, menus)
 
 
 FRONT: dict[str, Any] = {
@@ -179,78 +182,104 @@ def _figure_line(axis: Axis, value: float | None, low: float | None, high: float
 # ---- learning curves -------------------------------------------------------------------------------
 
 
+LOSSES, RATE = ("loss", "validation_loss"), "learning_rate"
+
+
+def _shown(steps: pd.DataFrame) -> dict[str, list[str]]:
+    """What a plot of curves can show, by name: the losses together, each other validation score, the learning rate."""
+    found = {"loss": [c for c in LOSSES if columns.measured(steps, c)]}
+    scores = [c for c in steps.columns if c.startswith("validation_") and c not in LOSSES]
+    found |= {c.replace("_", " ", 1): [c] for c in scores if columns.measured(steps, c)}
+    found |= {"learning rate": [RATE]} if columns.measured(steps, RATE) else {}
+    return {name: every for name, every in found.items() if every}
+
+
 def _curves(task: str, table: pd.DataFrame, steps: pd.DataFrame, name: str) -> str:
-    """Loss and validation loss by step, of the best trials."""
-    shown = [c for c in ("loss", "validation_loss") if columns.measured(steps, c)]
-    if not shown:
+    """Losses, validation scores and learning rate by step, of the best trials; a menu chooses which."""
+    kinds = _shown(steps)
+    logged = [c for every in kinds.values() for c in every]
+    if not logged:
         return ""
     score = next(iter(columns.main_scores(table)), None)
     best = table.sort_values(score, ascending=columns.direction(score) < 0, na_position="last") if score else table
-    inside = best[best[TRIAL].isin(set(steps.loc[steps[shown].notna().any(axis=1), "trial"]))][:CURVES].sort_index()
+    inside = best[best[TRIAL].isin(set(steps.loc[steps[logged].notna().any(axis=1), "trial"]))][:CURVES].sort_index()
     names = dict(zip(inside[TRIAL], inside[CALLED], strict=True))
     rows = steps[steps["trial"].isin(names)]
-    traces = []
-    for place, (trial, label) in enumerate(names.items()):
-        mine = rows[rows["trial"] == trial]
-        for column in shown:
-            traces += _curve(mine, column, place, label)
-    if not traces:
+    drawn = [
+        (column, curve)
+        for place, (trial, label) in enumerate(names.items())
+        for column in logged
+        if (curve := _curve(rows[rows["trial"] == trial], column, place, label)) is not None
+    ]
+    if not drawn:
         return ""
-    scales: list[Any] = [(f"loss {kind}", {}, {"yaxis.type": kind}) for kind in ("linear", "log")]
-    layout = _layout("step", "loss") | {"updatemenus": [_menu(0.0, scales)], "hovermode": "closest"}
-    note = "Lines: training loss; dotted, with marks: validation loss. A click in the legend hides a trial, a double "
+    menu = _menu(
+        "show",
+        [(kind, _visible([c for c, _ in drawn], kinds[kind]), {"yaxis.title.text": _text(kind)}) for kind in kinds],
+    )
+    start = menu["options"][0]["args"][0]
+    traces = [
+        curve | {"visible": start["visible"][n], "showlegend": start["showlegend"][n]}
+        for n, (_, curve) in enumerate(drawn)
+    ]
+    first = next(iter(kinds))
+    scale = "log" if spans_a_decade(rows[kinds[first]]) else "linear"
+    layout = _layout("step", first, "linear", scale) | {"hovermode": "closest"}
+    note = "Lines: training; dotted, with marks: validation. A click in the legend hides a trial, a double "
     note += "click shows it alone."
     if len(table) > len(names):
         note += f" Shown: {len(names)} of {len(table)} trials, the best that have logged steps."
-    return f"{_named(task)}<p class='note'>{note}</p>\n" + _plot(traces, layout, name)
+    menus = [menu, _scales("scale", "yaxis", scale)]
+    return f"{_named(task)}<p class='note'>{note}</p>\n" + _plot(traces, layout, name, menus)
 
 
-def _curve(mine: pd.DataFrame, column: str, place: int, name: str) -> list[dict[str, Any]]:
+def _visible(drawn: Sequence[str], shown: Sequence[str]) -> dict[str, list[bool]]:
+    """Of the curves of the columns ``drawn`` those of ``shown`` alone; the legend names a trial once."""
+    return {"visible": [c in shown for c in drawn], "showlegend": [c == shown[0] for c in drawn]}
+
+
+def _curve(mine: pd.DataFrame, column: str, place: int, name: str) -> dict[str, Any] | None:
     points = mine[mine[column].notna()]
     if points.empty:
-        return []
+        return None
     points = points.iloc[np.unique(np.linspace(0, len(points) - 1, CURVE_POINTS).round().astype(int))]
-    validation = column != "loss"
-    kind = "validation" if validation else "training"
-    look = {"color": COLOURS[place % len(COLOURS)], "width": 1.4, "dash": "dot" if validation else "solid"}
-    return [
-        {
-            "type": "scatter",
-            "mode": "lines+markers" if validation or len(points) < 3 else "lines",
-            "marker": {"symbol": SYMBOLS[(place + place // len(COLOURS)) % len(SYMBOLS)], "size": 7},
-            "name": _text(name),
-            "legendgroup": str(place),
-            "showlegend": not validation,
-            "line": look,
-            "x": points["step"].astype(float).tolist(),
-            "y": [float(f"{value:.5g}") for value in points[column].astype(float)],
-            "hovertemplate": f"<b>{_text(name)}</b><br>step %{{x}}<br>{kind} loss %{{y}}<extra></extra>",
-        }
-    ]
+    validation = column.startswith("validation_")
+    kind = {"loss": "training loss"}.get(column, column.replace("_", " ", 1))
+    return {
+        "type": "scatter",
+        "mode": "lines+markers" if validation or len(points) < 3 else "lines",
+        "marker": {"symbol": SYMBOLS[(place + place // len(COLOURS)) % len(SYMBOLS)], "size": 7},
+        "name": _text(name),
+        "legendgroup": str(place),
+        "line": {"color": COLOURS[place % len(COLOURS)], "width": 1.4, "dash": "dot" if validation else "solid"},
+        "x": points["step"].astype(float).tolist(),
+        "y": [float(f"{value:.5g}") for value in points[column].astype(float)],
+        "hovertemplate": f"<b>{_text(name)}</b><br>step %{{x}}<br>{_text(kind)} %{{y}}<extra></extra>",
+    }
 
 
 # ---- plotly ----------------------------------------------------------------------------------------
 
 
-def _menu(x: float, options: Sequence[tuple[str, dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
-    """A menu above the plot, at ``x`` of its width: of each option its label, and what it sets in traces and layout."""
-    buttons = [{"label": label, "method": "update", "args": [data, layout]} for label, data, layout in options]
-    where = {"x": x, "xanchor": "left", "y": 1.02, "yanchor": "bottom", "direction": "down", "pad": {"b": 6}}
-    return {
-        "buttons": buttons,
-        "showactive": True,
-        "bgcolor": "#fff",
-        "bordercolor": RULE,
-        "font": {"size": 12},
-        **where,
-    }
+def _menu(name: str, options: Sequence[tuple[str, dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
+    """A menu above a plot: of each option its label, and what it sets in traces and layout."""
+    return {"name": name, "options": [{"label": label, "args": [data, layout]} for label, data, layout in options]}
 
 
-def _layout(x: str, y: str) -> dict[str, Any]:
+TICKS = {"log": "D2", "linear": None}  # D2: at 1, 2 and 5 of each power of ten
+
+
+def _scales(name: str, axis: str, first: str) -> dict[str, Any]:
+    """A menu of the two scales of an axis, ``first`` the one it begins with."""
+    kinds = sorted(("linear", "log"), key=lambda kind: kind != first)
+    return _menu(name, [(kind, {}, {f"{axis}.type": kind, f"{axis}.dtick": TICKS[kind]}) for kind in kinds])
+
+
+def _layout(x: str, y: str, x_scale: str, y_scale: str) -> dict[str, Any]:
     axis = {"gridcolor": RULE, "zeroline": False, "linecolor": INK, "ticks": "outside", "automargin": True}
     return {
-        "xaxis": axis | {"title": {"text": _text(x)}},
-        "yaxis": axis | {"title": {"text": _text(y)}},
+        "xaxis": axis | {"title": {"text": _text(x)}, "type": x_scale, "dtick": TICKS[x_scale]},
+        "yaxis": axis | {"title": {"text": _text(y)}, "type": y_scale, "dtick": TICKS[y_scale]},
         "font": {"family": FONT, "size": 13, "color": INK},
         "paper_bgcolor": "#fff",
         "plot_bgcolor": "#fff",
@@ -261,9 +290,60 @@ def _layout(x: str, y: str) -> dict[str, Any]:
     }
 
 
-def _plot(traces: Sequence[dict[str, Any]], layout: dict[str, Any], name: str) -> str:
+# A menu sets what its chosen option says. It is a list of the page, not of the plot: so it has room on a phone.
+CHOOSE = """(() => {
+  const plot = document.getElementById("NAME");
+  const menus = JSON.parse(document.getElementById("NAME-menus").textContent);
+  menus.forEach((menu, n) => {
+    document.getElementById("NAME-menu-" + n).addEventListener("change", (event) => {
+      const [traces, layout] = menu.options[event.target.value].args;
+      Plotly.update(plot, structuredClone(traces), structuredClone(layout));
+    });
+  });
+})();"""
+# Plots are drawn for light paper. On a dark screen what is ink becomes light; on paper it is ink again.
+THEME = """(() => {
+  const screen = window.matchMedia("(prefers-color-scheme: dark)");
+  const black = ["INK", "#000000", "#0072B2"], light = ["#e4e4e4", "#fefefe", "#3d9fdc"];
+  const paint = (dark) => {
+    document.documentElement.classList.toggle("dark", dark);
+    const ink = dark ? light[0] : black[0], rule = dark ? "#3c4047" : "RULE", paper = dark ? "#16181c" : "#fff";
+    const [from, to] = dark ? [black, light] : [light, black];
+    const turned = (colour) => from.includes(colour) ? to[from.indexOf(colour)] : colour;
+    document.querySelectorAll(".js-plotly-plot").forEach((plot) => {
+      plot.data.forEach((trace, n) => {
+        const change = {};
+        if (trace.marker) change["marker.color"] = turned(trace.marker.color);
+        if (trace.line) change["line.color"] = turned(trace.line.color);
+        if (Object.keys(change).length) Plotly.restyle(plot, change, [n]);
+      });
+      const axes = {};
+      ["xaxis", "yaxis"].forEach((axis) => { axes[axis + ".gridcolor"] = rule; axes[axis + ".linecolor"] = ink; });
+      Plotly.relayout(plot, { "font.color": ink, paper_bgcolor: paper, plot_bgcolor: paper,
+        "hoverlabel.bgcolor": paper, "hoverlabel.font.color": ink, ...axes });
+    });
+  };
+  if (screen.matches) paint(true);
+  screen.addEventListener("change", (event) => paint(event.matches));
+  window.addEventListener("beforeprint", () => paint(false));
+  window.addEventListener("afterprint", () => paint(screen.matches));
+})();""".replace("INK", INK).replace("RULE", RULE)
+
+
+def _plot(traces: Sequence[dict[str, Any]], layout: dict[str, Any], name: str, menus: Sequence[dict[str, Any]]) -> str:
+    """The plot with its menus above it."""
     from plotly.io import to_html
 
     figure = {"data": list(traces), "layout": layout}
     made: str = to_html(figure, config=TOOLS, include_plotlyjs=False, full_html=False, div_id=name, validate=False)
-    return made
+    lists = "".join(
+        f'<label>{menu["name"]} <select id="{name}-menu-{n}">'
+        + "".join(f'<option value="{k}">{option["label"]}</option>' for k, option in enumerate(menu["options"]))
+        + "</select></label> "
+        for n, menu in enumerate(menus)
+    )
+    data = json.dumps(list(menus))
+    for character in "<>&":  # nothing that could end the script or begin markup
+        data = data.replace(character, f"\\u{ord(character):04x}")
+    held = f'<script type="application/json" id="{name}-menus">{data}</script>'
+    return f'<p class="menus">{lists}</p>\n{made}\n{held}\n<script>{CHOOSE.replace("NAME", name)}</script>'

@@ -49,7 +49,8 @@ def latency(merged: pd.DataFrame) -> Any:
         plain = {"x": kind, "series": series, "mark": ""}
         parts.append(pd.DataFrame({"value": of[column] / factor, "panel": time_name, **plain}))
         if overhead + "value" in of:
-            percent = {part: (of[overhead + part] - 1) * 100 for part in ("value", "low", "high")}
+            known = [part for part in ("value", "low", "high") if overhead + part in of]  # few runs have no interval
+            percent = {part: (of[overhead + part].astype(float) - 1) * 100 for part in known}
             parts.append(pd.DataFrame({**percent, "panel": over, **plain}))
     long = pd.concat(parts).reindex(columns=["panel", "series", "x", "value", "low", "high", "mark"])
     long["x"] = pd.Categorical(long["x"], kinds, ordered=True)

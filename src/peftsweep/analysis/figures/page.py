@@ -6,11 +6,10 @@ rest is HTML and CSS: a trial's panel is shown by following the link to it. All 
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import itertools
 import json
-import os
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from peftsweep.analysis.answer import build, render
+from peftsweep.analysis.answer.structure import Answer
 from peftsweep.analysis.figures.axes import INK, RULE
-from peftsweep.analysis.figures.charts import FONT, TRIAL, _curves, _frontier, _number, _numbers, _text
+from peftsweep.analysis.figures.charts import FONT, THEME, TRIAL, _curves, _frontier, _number, _numbers, _text
 from peftsweep.analysis.statistics import effects, stats, trials
 from peftsweep.analysis.statistics import measured as statistics_measured
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.columns import CALLED, STATUS, WARNINGS
-from peftsweep.analysis.text import paired
-from peftsweep.study.reading import read_yaml, usable
+from peftsweep.analysis.text import findings, paired
 from peftsweep.study.record import counted, trials_in_words, write_text
 
 REPORT = "report.html"
@@ -43,25 +43,46 @@ FIGURES = tuple(  # of a trial's panel, beside its scores
 )
 ERROR = ("run_info.error.stage", "run_info.error.type", "run_info.error.message")
 STYLE = f"""
-body {{ font: 15px/1.5 {FONT}; color: {INK}; background: #fff; margin: 0 auto; max-width: 1240px; padding: 1.5rem; }}
+:root {{ color-scheme: light dark; --ink: {INK}; --paper: #fff; --rule: {RULE}; --soft: #f6f6f4; --note: #666;
+  --link: #0b5394; }}
+@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e4e4e4; --paper: #16181c; --rule: #3c4047; --soft: #22252b;
+  --note: #a2a6ad; --link: #8ab8f0; }} }}
+body {{ font: 15px/1.5 {FONT}; color: var(--ink); background: var(--paper); margin: 0 auto; max-width: 1240px;
+  padding: 1.5rem; }}
 h1 {{ font-size: 1.6rem; margin: 0 0 .3rem; }} h2 {{ font-size: 1.15rem; margin: 2.2rem 0 .4rem; }}
-p {{ margin: .3rem 0 .8rem; max-width: 46rem; }} .note {{ color: #666; font-size: .87rem; }}
-a {{ color: #0b5394; }} code, pre {{ font: 13px/1.45 ui-monospace, Menlo, Consolas, monospace; }}
-pre {{ background: #f6f6f4; padding: .7rem .9rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }}
+h3 {{ font-size: 1rem; margin: 1rem 0 .3rem; }}
+p {{ margin: .3rem 0 .8rem; max-width: 46rem; overflow-wrap: anywhere; }}
+.note {{ color: var(--note); font-size: .87rem; }}
+a {{ color: var(--link); }} code, pre {{ font: 13px/1.45 ui-monospace, Menlo, Consolas, monospace; }}
+pre, p code {{ background: var(--soft); }} p code {{ padding: .1rem .25rem; }}
+pre {{ padding: .7rem .9rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }}
+section.answer {{ border-left: 3px solid #0072B2; padding-left: 1rem; margin-top: 1.2rem; }}
+section.answer h2 {{ margin-top: 0; }} section.use p:first-of-type {{ font-size: 1.15rem; }}
+.wide {{ overflow-x: auto; }} .printed {{ display: none; }}
+table.plain {{ border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }}
+table.plain td, table.plain th {{ border-bottom: 1px solid var(--rule); padding: .2rem .6rem; text-align: right; }}
+table.plain td:first-child, table.plain th:first-child {{ text-align: left; }}
 table.dataTable {{ font-size: 13px; font-variant-numeric: tabular-nums; }}
-.trial {{ display: none; border: 1px solid {RULE}; border-left: 3px solid #0072B2; padding: .4rem 1.2rem 1rem; }}
+.trial {{ display: none; border: 1px solid var(--rule); border-left: 3px solid #0072B2; padding: .4rem 1.2rem 1rem; }}
 .trial:target {{ display: block; }} .trial h3 {{ font-size: 1.05rem; margin: .6rem 0; overflow-wrap: anywhere; }}
 dl {{ display: grid; grid-template-columns: minmax(8rem, max-content) 1fr; gap: .1rem 1.2rem; }}
 dl {{ margin: 0; font-size: 13px; }}
-dt {{ color: #666; overflow-wrap: anywhere; }} dd {{ margin: 0; overflow-wrap: anywhere; }}
+dt {{ color: var(--note); overflow-wrap: anywhere; }} dd {{ margin: 0; overflow-wrap: anywhere; }}
 #common dl {{ display: block; columns: 22rem; }} #common dt {{ float: left; clear: left; margin-right: .6rem; }}
-.pair {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(22rem, 1fr)); gap: 1.5rem; }}
+.pair {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: 1.5rem; }}
 .texts {{ border-collapse: collapse; font-size: 13px; width: 100%; table-layout: fixed; }}
-.texts td, .texts th {{ border: 1px solid {RULE}; padding: .2rem .5rem; text-align: left; vertical-align: top; }}
+.texts td, .texts th {{ border: 1px solid var(--rule); padding: .2rem .5rem; text-align: left; vertical-align: top; }}
 .texts td {{ white-space: pre-wrap; overflow-wrap: anywhere; }} .texts th:first-child {{ width: 3rem; }}
-details p {{ max-width: none; font-size: 13px; }} label {{ margin-right: .8rem; }} select {{ max-width: 24rem; }}
-@media print {{ body {{ max-width: none; padding: 0; font-size: 11px; }} .dt-layout-row:not(.dt-layout-table),
-  .modebar-container {{ display: none !important; }} section {{ break-inside: avoid; }} }}
+details p {{ max-width: none; font-size: 13px; }} label {{ margin-right: .8rem; }}
+select {{ max-width: min(24rem, 60vw); font: inherit; font-size: 13px; }}
+@media (max-width: 700px) {{ body {{ padding: .7rem; }} section.answer {{ padding-left: .6rem; }}
+  .texts {{ display: block; overflow-x: auto; table-layout: auto; }} dl {{ grid-template-columns: 1fr; }}
+  dd {{ margin-bottom: .3rem; }} }}
+@media print {{ :root {{ --ink: #000; --paper: #fff; --rule: #bbb; --soft: #f4f4f4; --note: #444; --link: #000; }}
+  body {{ max-width: none; padding: 0; font-size: 11px; }} .menus, .modebar-container, label, #trials > .note,
+  #trials .dt-container {{ display: none !important; }} tr, .js-plotly-plot, section.answer {{ break-inside: avoid; }}
+  .printed {{ display: block; }} .note {{ font-size: 10px; }}
+  h2, h3 {{ break-after: avoid; }} .wide {{ overflow: visible; }} table.plain {{ font-size: 9px; }} }}
 """
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -75,15 +96,24 @@ PAGE = """<!DOCTYPE html>
 </head>
 <body>
 {body}
+<script>{theme}</script>
 </body>
 </html>
 """
 
 
 def write(
-    table: pd.DataFrame, steps: pd.DataFrame, folder: Path, predictions: trials.Predictions | None = None
+    table: pd.DataFrame,
+    steps: pd.DataFrame,
+    folder: Path,
+    predictions: trials.Predictions | None = None,
+    answer: Answer | None = None,
 ) -> Path:
-    """Write the page of the study in ``folder``: ``table`` has a row a trial, ``steps`` a row a logged step."""
+    """Write the page of the study in ``folder``: ``table`` has a row a trial, ``steps`` a row a logged step.
+
+    It opens with the ``answer``, which is made here where it is not given.
+    """
+    answer = answer or build.answer(folder, table, findings.tasks(table, predictions), steps)
     shared, differing = _settings(table)
     table = table.assign(**{CALLED: columns.named_trials(table)})
     every = trials.tasks(table)
@@ -97,15 +127,14 @@ def write(
     curves = [_curves(name, part, steps, f"curves-plot-{n}") for n, (name, part) in enumerate(drawn)]
     more = left if len(every) > len(tasks) else ""
     sections = [
-        ("Trials", "trials", _trials(table, effects.factors(table))),
+        ("Trials", "trials", _trials(table, effects.factors(table)) + _printed(answer)),
         ("Quality and cost", "frontier", more + "\n".join(fronts) if any(fronts) else ""),
         ("Rows won and lost", "rows", more + _rows(tasks, folder, predictions) if predictions else ""),
         ("Learning curves", "curves", more + "\n".join(curves) if any(curves) else ""),
         ("A trial", "trial", _panels(table, differing, folder)),
-        ("What all trials have in common", "common", f"<div>{_definitions(shared)}</div>" if shared else ""),
     ]
-    shown = [(heading, name, text) for heading, name, text in sections if text]
-    body = "\n".join(f'<section id="{name}"><h2>{heading}</h2>\n{text}</section>' for heading, name, text in shown)
+    common = _section("What all trials have in common", "common", _definitions(shared)) if shared else ""
+    body = "\n".join([*_answer(answer), *(_section(*part) for part in sections if part[2]), *_measured(answer), common])
     file = folder / REPORT
     title = f"{folder.name}: {trials_in_words(len(table))}"
     content = {
@@ -113,9 +142,40 @@ def write(
         "style": STYLE,
         "scripts": _scripts(),
         "body": _heading(table, folder) + body,
+        "theme": THEME,
     }
     write_text(file, PAGE.format(**content))
     return file
+
+
+def _answer(answer: Answer) -> list[str]:
+    """The sections that answer, in their order, and the tables of scores where there are several tests."""
+    told = [part for part in answer.sections if part.sentences]
+    scores = [part for part in answer.of("table") if len(part.tables) > 1]
+    return [
+        f'<section class="answer {html.escape(part.name)}"><h2>{html.escape(render.heading(part))}</h2>\n'
+        f"{render.as_html(part)}</section>"
+        for part in [*told, *scores]
+    ]
+
+
+def _printed(answer: Answer) -> str:
+    """What stands on paper for the table of trials, which scrolls: the scores and costs of the configurations."""
+    tables = [dataclasses.replace(part, tables=part.tables[:1]) for part in answer.of("table")]
+    return f'<div class="printed">{"".join(map(render.as_html, tables))}</div>'
+
+
+def _measured(answer: Answer) -> list[str]:
+    """A section for everything else that was measured."""
+    found = [part for part in answer.sections if not part.sentences and part.name != "table"]
+    return [
+        _section(html.escape(render.heading(part)), f"measured-{n}", render.as_html(part))
+        for n, part in enumerate(found)
+    ]
+
+
+def _section(heading: str, name: str, text: str) -> str:
+    return f'<section id="{name}"><h2>{heading}</h2>\n{text}</section>'
 
 
 def _scripts() -> str:
@@ -349,10 +409,8 @@ def _warned(lines: Any) -> str:
 
 
 def _command(trial: Path) -> str:
-    """The command that runs the trial again, from the overrides that Hydra kept."""
-    file = trial / ".hydra" / "overrides.yaml"
-    words = usable(lambda: read_yaml(file, [str])) if os.path.lexists(file) else None
-    return f"# {trial} holds no .hydra/overrides.yaml" if words is None else "peftsweep " + shlex.join(words)
+    """The command that runs the trial again, or that none is known."""
+    return build.command(trial) or f"# {trial} holds no .hydra/overrides.yaml"
 
 
 def _definitions(values: Mapping[str, Any]) -> str:

@@ -40,6 +40,7 @@ from peftsweep.analysis.figures.axes import (
     _room_for,
     _signed,
     _styles,
+    spans_a_decade,
 )
 from peftsweep.analysis.figures.costs import latency, memory_predicted, memory_stages
 from peftsweep.analysis.statistics import effects, stats
@@ -257,9 +258,9 @@ def _trade_off(ax: Any, good: pd.DataFrame, cost: Cost, score: str, styles: dict
     front = frontier_of(np.column_stack([x, y if columns.lower_is_better(score) else -y]).astype(float))
     ax.set_xlabel(name)
     ax.margins(x=0.12, y=0.1)
-    if x.min() > 0 and x.max() / x.min() > 30:
+    if spans_a_decade(x):
         _log_axis(ax.xaxis)
-    if columns.lower_is_better(score) and y.min() > 0 and y.max() / y.min() > 10:
+    if columns.lower_is_better(score) and spans_a_decade(y):
         _log_axis(ax.yaxis)
     if len(rows) > EACH:
         ax.plot(
@@ -283,7 +284,7 @@ def _trade_off(ax: Any, good: pd.DataFrame, cost: Cost, score: str, styles: dict
 
 
 def bars(merged: pd.DataFrame, cost: Cost) -> Any:
-    """One bar a configuration, the cheapest first; those without a number say why."""
+    """One bar a configuration, the cheapest first, or a point on a logarithmic axis; those without a number say why."""
     if not columns.measured(merged, cost.column) or merged[cost.column].nunique() < 2:
         return None
     rows, chosen = _room_for(merged, BARS)
@@ -292,12 +293,17 @@ def bars(merged: pd.DataFrame, cost: Cost) -> Any:
     values = rows[cost.column] / factor
     figure, (ax,) = _figure(1, 6.4, 0.9 + 0.19 * max(len(rows), 3))
     y = np.arange(len(rows))
-    ax.barh(y, values.fillna(0.0), color=COLOURS[0], height=0.62)
+    if wide := spans_a_decade(values.dropna()):  # where the length of a bar would mean nothing
+        ax.plot(values, y, "o", color=COLOURS[0])
+        _log_axis(ax.xaxis)
+    else:
+        ax.barh(y, values.fillna(0.0), color=COLOURS[0], height=0.62)
     ax.errorbar(values, y, xerr=_arms(rows, cost.column) / factor, fmt="none", ecolor=INK, elinewidth=0.9, capsize=2)
     tops = values + _arms(rows, cost.column)[1] / factor
     for place, value, top, why in zip(y, values, tops, rows["outcome"], strict=True):
         text = why if pd.isna(value) else f"{value:.3g}" + (f"  ({why})" if why else "")
-        ax.annotate(text, (0 if pd.isna(top) else top, place), (4, 0), **LABEL_OFFSET)
+        start = (values.min() if wide else 0.0) if pd.isna(top) else top
+        ax.annotate(text, (start, place), (7 if wide else 4, 0), **LABEL_OFFSET)
     ax.set_yticks(y, rows["label"])
     ax.set_ylim(-0.6, len(rows) - 0.4)
     ax.grid(axis="y", visible=False)
@@ -384,7 +390,7 @@ def learning_curves(table: pd.DataFrame, steps: pd.DataFrame) -> Any:
         ax.set_xlabel("step")
         ax.set_title({"loss": "training loss", "validation_loss": "validation loss"}[column])
     values = rows[shown].astype(float)
-    if values.min().min() > 0 and values.max().max() / values.min().min() > 30:
+    if spans_a_decade(values):
         _log_axis(axes[0].yaxis)
     _legend(figure, styles)
     left_out = f"{len(trials) - CURVES} trials left out" if len(trials) > CURVES else ""

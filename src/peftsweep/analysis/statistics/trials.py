@@ -118,7 +118,7 @@ def _one_a_seed(table: pd.DataFrame, numbers: pd.Series[int]) -> pd.DataFrame:
     keys = [numbers.rename("configuration"), seed.rename("seed")]
     if not pd.concat(keys, axis=1).duplicated().any():
         return table.assign(configuration=numbers)
-    kept = table.loc[order].groupby([key.loc[order] for key in keys], sort=False, dropna=False).last()
+    kept = table.loc[order].groupby([key.loc[order] for key in keys], sort=False, dropna=False).last().copy()
     return kept.reset_index("configuration").reset_index(drop=True).sort_values("configuration", kind="stable")
 
 

@@ -17,7 +17,6 @@ import pandas as pd
 from peftsweep.analysis.statistics import comparisons, effects, stats, trials
 from peftsweep.analysis.statistics.effects import Moved
 from peftsweep.analysis.table import columns
-from peftsweep.analysis.table.columns import WITHOUT_RESULT
 from peftsweep.analysis.table.naming import Names
 from peftsweep.analysis.text import words
 from peftsweep.analysis.text.factor_findings import MOST_MOVED, _keys, of_factor
@@ -36,11 +35,6 @@ class Task:
     _tested: dict[str, comparisons.Tested | None] = field(default_factory=dict)
     _compared: dict[str, pd.DataFrame] = field(default_factory=dict)
     _effects: dict[tuple[str, str, str | None], pd.DataFrame] = field(default_factory=dict)
-
-    @cached_property
-    def summary(self) -> list[str]:
-        """The answers in short."""
-        return list(summary(self))
 
     @cached_property
     def configurations(self) -> pd.DataFrame:
@@ -137,46 +131,45 @@ class Task:
         return int(self.configurations["n"].max()) if len(self.configurations) else 0
 
 
-def summary(task: Task) -> Iterator[str]:
-    """The answers in short."""
-    if not (task.table[trials.SUCCESS] == Status.success.name).any():
-        yield "- No trial has succeeded, so there is nothing to recommend. See what ended them below."
-        return
-    if not task.scores:
-        yield "- No trial was judged by an evaluation; costs are all that can be compared."
-    if task.scores:
-        yield from _advice(task, task.scores[0])
-    if task.seeds == 1 and len(task.configurations) > 1:
-        yield "- **One seed each**: all of this is of these trained models; other seeds may order them otherwise."
+def tasks(table: pd.DataFrame, predictions: trials.Predictions | None) -> list[Task]:
+    """The tasks of a study's table."""
+    return [Task(name, part, predictions) for name, part in trials.tasks(table).items()]
+
+
+def certainty(task: Task) -> Iterator[str]:
+    """How sure the answer is: what is best by each score, its ties, the untouched base and chance."""
+    if task.scores and task.seeds == 1 and len(task.configurations) > 1:
+        yield "**One seed each**: all of this is of these trained models; other seeds may order them otherwise."
     for score in task.scores:
+        by = f"{columns.score_name(score)}: " if len(task.scores) > 1 else ""
         yield _best(task, score)
-        yield from _against_baselines(task, score)
-    if task.scores:
-        for factor in task.factors:
-            yield from (f"- {sentence}" for sentence in of_factor(task, factor, task.scores[0])[:1])
-    if bad := task.table[trials.SUCCESS].isin(WITHOUT_RESULT).sum():
-        where = "see [what did not work](#what-did-not-work)"
-        yield f"- {words.plural('trial', int(bad))} ended without a result: {where}."
+        yield from (by + sentence for sentence in _against_baselines(task, score))
+
+
+def choices(task: Task) -> Iterator[str]:
+    """What each factor was worth, a sentence each."""
+    for factor in task.factors if task.scores else ():
+        yield from of_factor(task, factor, task.scores[0])[:1]
 
 
 def _best(task: Task, score: str) -> str:
     compared, what = task.compare(score), columns.score_name(score)
     best = compared.index[0]
-    figure = f"{what} {value_of(task, score, best)}"
+    figure = value_of(task, score, best)
     if len(compared) == 1:
         alone = "there is no other configuration to compare it with"
-        return f"- **{what}**: {words.code(task.labels[best])} reaches {figure}; {alone}."
+        return f"**{what}**: {words.code(task.labels[best])} reaches {what} {figure}; {alone}."
     others = [n for n in task.tied(score) if n != best]
     if compared["verdict"].eq("unknown").any():
         best_is = f"the best figure is that of {words.code(task.labels[best])}, {figure}"
-        return f"- **{what}**: {best_is}; how far chance reaches is not known."
+        return f"**{what}**: {best_is}; how far chance reaches is not known."
     if len(others) == len(compared) - 1:
         last = compared.iloc[-1]
         gap = f"{words.difference(last)}, p {words.p_is(last['p_adjusted'])}"
         every = "both" if len(compared) == 2 else f"all {len(compared)}"
         moved = also(task, task.unnamed(best, compared.index[-1])) if len(compared) == 2 else ""
         return (
-            f"- **{what}**: {every} configurations are a tie; the best figure is that of "
+            f"**{what}**: {every} configurations are a tie; the best figure is that of "
             f"{words.code(task.labels[best])}, {figure}, and the last differs by {gap}{moved}."
         )
     known = task.tested(score)
@@ -192,12 +185,12 @@ def _best(task: Task, score: str) -> str:
             said += ", and so is the third" if len(compared) == 3 else f", and so are {so:,} others"
         if (left := len(rest) - so) > 0:
             said += f"; {left:,} more {'is' if left == 1 else 'are'} worse than another one"
-        return f"- **{what}**: {said}{also(task, task.unnamed(best, compared.index[1]))}."
+        return f"**{what}**: {said}{also(task, task.unnamed(best, compared.index[1]))}."
     named = "; ".join(words.code(task.labels[n]) for n in others[:6])
     named += f"; and {len(others) - 6} more" if len(others) > 6 else ""
     beaten = all(any(known.verdict(n, other) == "worse" for other in [best, *others]) for n in worse)
     return (
-        f"- **{what}**: the best figure is that of {words.code(task.labels[best])}, {figure}. It is a tie with {named}"
+        f"**{what}**: the best figure is that of {words.code(task.labels[best])}, {figure}. It is a tie with {named}"
         f"{also(task, task.unnamed(best, others[0])) if len(others) == 1 else ''}. "
         f"{words.plural('configuration', len(worse))} of {len(compared):,} {'is' if len(worse) == 1 else 'are'} "
         f"worse than {'one of these' if beaten else 'another one'}."
@@ -227,10 +220,10 @@ def _against_baselines(task: Task, score: str) -> Iterator[str]:
     flags = [c for c in flags if not c.startswith(f"eval_info.{name}.base_")]
     if flags and (count := int((task.configurations[flags].astype("Float64") > 0).any(axis=1).sum())):
         always = f"nearly always gave the same answer on {name}, whatever was asked"
-        yield f"- {words.plural('configuration', count)} {always}."
+        yield f"{words.plural('configuration', count)} {always}."
     seen = row.get(f"eval_info.{name}.seen_in_training", math.nan)
     if words.known(seen) and seen > 0:
-        yield f"- **{seen:.0f} test rows of {name} were trained on**; the score says less than it seems to."
+        yield f"**{seen:.0f} test rows of {name} were trained on**; the score says less than it seems to."
 
 
 def _over_base(task: Task, score: str, base: str) -> str:
@@ -240,11 +233,11 @@ def _over_base(task: Task, score: str, base: str) -> str:
     if no_gain(task, score):
         said = f"**No gain shown** over the untouched base, which scores {base} on the same rows."
     if not words.known(best["gain_p_adjusted"]):
-        return f"- {said}"
+        return said
     parts = {"difference": best["gain"], "low": best["gain_low"], "high": best["gain_high"], "scale": best["scale"]}
     gain = f"{words.difference(parts)}, p {words.p_is(best['gain_p_adjusted'])}"
     as_if = "" if compared.attrs["gains_paired"] else ", as if each had rows of its own"
-    return f"- {said} {words.code(task.labels[compared.index[0]])} against it: {gain}{as_if}."
+    return f"{said} {words.code(task.labels[compared.index[0]])} against it: {gain}{as_if}."
 
 
 def _chance(row: Mapping[str, Any], name: str, metric: str, bound: float) -> Iterator[str]:
@@ -257,7 +250,7 @@ def _chance(row: Mapping[str, Any], name: str, metric: str, bound: float) -> Ite
     mark, always = "", "Always"
     if words.known(bound) and bound <= max(majority, random or 0.0):
         mark, always = "**Chance level**: ", "always"
-    yield f"- {mark}{always} giving the most frequent answer scores {words.number(majority)}{guessing}."
+    yield f"{mark}{always} giving the most frequent answer scores {words.number(majority)}{guessing}."
 
 
 def no_gain(task: Task, score: str) -> bool:
@@ -265,14 +258,42 @@ def no_gain(task: Task, score: str) -> bool:
     return task.useful(score).empty
 
 
-def _advice(task: Task, score: str) -> Iterator[str]:
-    """The one configuration to use: of those near the best the smallest adapter, of about equal ones the fastest."""
-    near, configs, score_name = task.near(score), task.configurations, columns.score_name(score)
-    if len(task.compare(score)) < 2:
-        return
+@dataclass(frozen=True)
+class Advice:
+    """The one configuration to use, None where there is none, why, and the sentence that says so."""
+
+    verdict: str  # as `answer.structure.Use` has it
+    chosen: Any
+    why: str
+    sentence: str
+
+
+def advice(task: Task) -> Advice:
+    """What to use: of those near the best the smallest adapter, of about equal ones the fastest."""
+    if not (task.table[trials.SUCCESS] == Status.success.name).any():
+        said = "No trial has succeeded, so there is nothing to recommend. See what failed below."
+        return Advice("nothing succeeded", None, "no trial has succeeded", said)
+    if not task.scores:
+        said = "No trial was judged by an evaluation; costs are all that can be compared."
+        return Advice("not judged", None, "no trial was judged by an evaluation", said)
+    score, score_name = task.scores[0], columns.score_name(task.scores[0])
+    compared = task.compare(score)
     if no_gain(task, score):
-        yield f"- **Use none of these**: none is shown to be better than the untouched base, by {score_name}."
-        return
+        why = f"none is shown to be better than the untouched base, by {score_name}"
+        return Advice("none", None, why, f"**Use none of these**: {why}.")
+    if len(compared) < 2:
+        only = compared.index[0]
+        why = "it is the only configuration with this score"
+        said = f"**Use {words.code(task.labels[only])}**: {_in_short(task, score, only)}; {why}."
+        return Advice("only one", only, why, said)
+    chosen, why = _chosen(task, score)
+    said = f"**Use {words.code(task.labels[chosen])}**: {_in_short(task, score, chosen)}; {why}."
+    return Advice("use", chosen, why, said)
+
+
+def _chosen(task: Task, score: str) -> tuple[Any, str]:
+    """The configuration to use, and why."""
+    near, configs, score_name = task.near(score), task.configurations, columns.score_name(score)
     chosen, why = near[0], f"the best by {score_name}"
     if chosen != task.compare(score).index[0]:
         why += " of those that are shown to be better than the untouched base"
@@ -285,16 +306,20 @@ def _advice(task: Task, score: str) -> Iterator[str]:
         why = f"of the {len(near)} within one standard error of the best {score_name}, the smallest adapter"
         if len(small) > 1:
             why += f", and of those within 5% of it the {'fastest' if timed else 'best'}"
-    costs = [
-        f"{words.cost(c, configs.loc[chosen, c])} {said}"
-        for c, said in (
-            (ADAPTER, "adapter"),
-            (SECONDS, "of training"),
-            (task.memory or "", columns.factor_name(task.memory or "")),
-        )
-        if c in configs and words.known(configs.loc[chosen, c])
-    ]
-    yield f"- **Use {words.code(task.labels[chosen])}**: {value_of(task, score, chosen)}, {', '.join(costs)}; {why}."
+    return chosen, why
+
+
+def _in_short(task: Task, score: str, number: Any) -> str:
+    """A configuration's score and what it costs."""
+    costs = (
+        (ADAPTER, "adapter"),
+        (SECONDS, "of training"),
+        (task.memory or "", columns.factor_name(task.memory or "")),
+    )
+    configs = task.configurations
+    known = [(c, said) for c, said in costs if c in configs and words.known(configs.loc[number, c])]
+    parts = [f"{words.cost(c, configs.loc[number, c])} {said}" for c, said in known]
+    return ", ".join([f"{value_of(task, score, number)} {columns.score_name(score)}", *parts])
 
 
 def value_of(task: Task, score: str, number: Any) -> str:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import pandas as pd
 
 from peftsweep.analysis.statistics import rungs, trials
 from peftsweep.analysis.table import columns
-from peftsweep.analysis.table.columns import WITHOUT_RESULT
 from peftsweep.analysis.text import words
 from peftsweep.analysis.text.findings import Task
 from peftsweep.analysis.text.words import ROWS
@@ -21,8 +19,7 @@ NAMES = 8  # of configurations that reach as far, so many are named
 
 
 def methodology(table: pd.DataFrame, tasks: Sequence[Task], steps: pd.DataFrame) -> Iterator[str]:
-    """The last section of the report, and before it what did not work."""
-    yield from _failures(table, tasks)
+    """The last section of the report."""
     yield "## Methodology"
     yield ""
     if len(table):
@@ -31,49 +28,6 @@ def methodology(table: pd.DataFrame, tasks: Sequence[Task], steps: pd.DataFrame)
         yield from (f"- {line}" for line in _tests(tasks))
     yield ""
     yield from _of_rungs(table, steps)
-
-
-def _failures(table: pd.DataFrame, tasks: Sequence[Task]) -> Iterator[str]:
-    if not len(table):
-        return
-    ended = table[table[trials.SUCCESS].isin(WITHOUT_RESULT)]
-    if ended.empty:
-        return
-    yield "## What did not work"
-    yield ""
-    label = {
-        trial: task.labels[n] for task in tasks for trial, n in task.table[[trials.TRIAL, "configuration"]].to_numpy()
-    }
-    rows: dict[tuple[Any, ...], list[Any]] = {}
-    for row in ended.to_dict("records"):
-        message = str(row.get("run_info.error.message") or "").strip().splitlines()
-        kind = row.get("run_info.error.type")
-        why = ": ".join(
-            str(p) for p in (kind if words.known(kind) else "", message[0] if message else "") if p and p != "<NA>"
-        )
-        stage = row.get("run_info.error.stage")
-        key = (
-            label.get(row[trials.TRIAL], row[trials.TRIAL]),
-            row[trials.SUCCESS],
-            stage if words.known(stage) else "",
-            why,
-        )
-        rows.setdefault(key, []).append(row.get(trials.SEED))
-    yield from words.table(
-        [
-            {
-                "configuration": key[0],
-                "status": key[1],
-                "seeds": ", ".join(map(str, seeds)),
-                "stage": key[2],
-                "why": key[3],
-            }
-            for key, seeds in list(rows.items())[:ROWS]
-        ]
-    )
-    if len(rows) > ROWS:
-        yield f"{len(rows) - ROWS} more are in results.parquet."
-        yield ""
 
 
 def _environment(table: pd.DataFrame) -> Iterator[str]:

@@ -14,6 +14,7 @@ from peftsweep.analysis.text.findings import Task
 from peftsweep.analysis.text.words import ADAPTER, SECONDS
 from peftsweep.observe.display import size
 
+QUALITY_LOSS = 0.05  # of the best figure, which may be lost where speed goes before quality
 GPUS = (8, 12, 16, 24, 40, 48, 80)  # GB, the common sizes
 # What tells whether a trial fits on a device, the best source first, and what to call it.
 MEMORY = (
@@ -23,7 +24,8 @@ MEMORY = (
 )
 
 
-def _recommendations(task: Task, mark: str, quality_loss: float) -> Iterator[str]:
+def section(task: Task, mark: str, quality_loss: float) -> Iterator[str]:
+    """What to use for each need, as a table of the report."""
     judged = [score for score in task.scores if len(task.compare(score)) and not findings.no_gain(task, score)]
     if not judged:
         return
@@ -34,7 +36,7 @@ def _recommendations(task: Task, mark: str, quality_loss: float) -> Iterator[str
     yield ""
     for score in judged:
         needs: dict[Any, list[tuple[str, str]]] = {}
-        for need, number, why in _uses(task, score, quality_loss):
+        for need, number, why in uses(task, score, quality_loss):
             needs.setdefault(number, []).append((need, why))
         yield from words.table(
             [
@@ -64,7 +66,8 @@ def _memory(configs: pd.DataFrame) -> tuple[str | None, str]:
     return next(((c, name) for c, name in MEMORY if c in configs and configs[c].notna().any()), (None, ""))
 
 
-def _uses(task: Task, score: str, quality_loss: float) -> Iterator[tuple[str, Any, str]]:
+def uses(task: Task, score: str, quality_loss: float) -> Iterator[tuple[str, Any, str]]:
+    """What to use for each need: the need, the configuration, and why."""
     compared, configs = task.compare(score), task.configurations
     tied, near = task.tied(score), task.near(score)
     best, useful = compared.index[0], task.useful(score)

@@ -5,39 +5,34 @@ Every sentence is made from figures of the study; where the data does not tell, 
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from peftsweep.analysis.answer import build, render, structure
+from peftsweep.analysis.answer.structure import Answer
 from peftsweep.analysis.statistics import frontier
 from peftsweep.analysis.statistics import trials as statistics_trials
 from peftsweep.analysis.table import columns
-from peftsweep.analysis.table.columns import QUANT, RANK, TARGETS, WARNINGS
-from peftsweep.analysis.text import findings, methodology, paired, words
+from peftsweep.analysis.table.columns import QUANT, RANK, TARGETS
+from peftsweep.analysis.text import findings, methodology, paired, recommendations, words
 from peftsweep.analysis.text.factors import _costs, _factor, _standing
 from peftsweep.analysis.text.findings import Task
-from peftsweep.analysis.text.recommendations import _recommendations
+from peftsweep.analysis.text.recommendations import QUALITY_LOSS
 from peftsweep.analysis.text.words import ADAPTER, ROWS, SECONDS
 from peftsweep.study import record
 from peftsweep.study.record import Status
 
 RESULTS = "RESULTS.md"
 MOST_VALUES = 6  # of a setting that are named
-QUALITY_LOSS = 0.05  # of the best figure, which may be lost where speed goes before quality
 FIGURES = {  # how the figures of a factor are called
     RANK: ("rank", "quality_rank"),
     QUANT: ("quantisation", "heatmap"),
     TARGETS: ("modules",),
 }
 FRONTIER = ("frontier", "quality_")
-FIGURE = re.compile(r"'[^']*'|\d[\d.,]*")  # what of a warning differs from one trial to the next
-JUDGED = f"run_info.{record.JUDGED}"
-READ_OTHERWISE = "an earlier version read answers by other rules than those of the others; force=true judges them anew"
-WARNED = 5  # configurations that a warning names
 STATUSES = tuple(status.name for status in Status)
 
 
@@ -48,44 +43,24 @@ def write(
     plots: Sequence[Path] = (),
     predictions: statistics_trials.Predictions | None = None,
     quality_loss: float = QUALITY_LOSS,
-) -> tuple[Path, list[str]]:
-    """Write RESULTS.md of the study in ``folder``, whose trials are ``table``; the file, and its summary as text.
+) -> tuple[Path, Answer]:
+    """Write RESULTS.md and answer.json of the study in ``folder``, whose trials are ``table``; gives the file and both.
 
     ``quality_loss`` is the share of the best figure that may be lost where speed goes before quality.
     """
-    file = folder / RESULTS
-    tasks = _tasks(table, predictions)
-    lines = _document(folder, table, tasks, steps, plots, quality_loss)
+    file, found = folder / RESULTS, findings.tasks(table, predictions)
+    answer = build.answer(folder, table, found, steps, quality_loss)
+    structure.write(answer, folder, render.plain)
+    lines = _document(folder, table, found, answer, steps, plots, quality_loss)
     record.write_text(file, "\n".join(lines).rstrip() + "\n")
-    return file, _plain_summary(tasks)
-
-
-def summary(table: pd.DataFrame, predictions: statistics_trials.Predictions | None = None) -> list[str]:
-    """What `write` says in short, as text, of these trials alone."""
-    return _plain_summary(_tasks(table, predictions))
-
-
-def _tasks(table: pd.DataFrame, predictions: statistics_trials.Predictions | None) -> list[Task]:
-    return [Task(name, part, predictions) for name, part in statistics_trials.tasks(table).items()]
-
-
-def _plain_summary(tasks: Sequence[Task]) -> list[str]:
-    """The summary of each task as text, below its name where there are several."""
-    lines = []
-    for task in tasks:
-        lines += [f"{task.name}:"] if len(tasks) > 1 else []
-        lines += [_unmarked(line.removeprefix("- ")) for line in task.summary]
-    return lines
-
-
-def _unmarked(text: str) -> str:
-    return re.sub(r"\[([^\]]*)\]\(#[^)]*\)", r"\1", text).replace("**", "").replace("`", "")
+    return file, answer
 
 
 def _document(
     folder: Path,
     table: pd.DataFrame,
     tasks: Sequence[Task],
+    answer: Answer,
     steps: pd.DataFrame,
     plots: Sequence[Path],
     quality_loss: float,
@@ -95,15 +70,12 @@ def _document(
     yield ""
     yield _counts(table, tasks)
     yield ""
-    yield "## Summary"
-    yield ""
-    for task in tasks:
-        if len(tasks) > 1:
-            yield f"**{task.name}**"
-            yield ""
-        yield from task.summary
-        yield ""
-    yield from _warnings(tasks)
+    for section in answer.sections:
+        if section.sentences:
+            yield from render.markdown(section)
+    for section in answer.of("table"):
+        if len(section.tables) > 1:  # a ranking has what a table of one score has
+            yield from render.markdown(section)
     for task in tasks:
         mark = f" ({task.name})" if len(tasks) > 1 else ""
         ending = columns.file_mark(task.name) if len(tasks) > 1 else ""
@@ -114,7 +86,7 @@ def _document(
             yield from _factor(task, factor, mark, _take(left, FIGURES.get(factor, ()), folder))
         for score in task.scores[:1]:
             yield from _frontier(task, score, mark, _take(left, FRONTIER, folder))
-        yield from _recommendations(task, mark, quality_loss)
+        yield from recommendations.section(task, mark, quality_loss)
         yield from paired.section(task, mark, folder)
         if left:
             yield f"## Figures{mark}"
@@ -122,41 +94,9 @@ def _document(
             yield from _links(left.values(), folder)
     yield from _links(every.values(), folder)
     yield from methodology.methodology(table, tasks, steps)
-
-
-def _warnings(tasks: Sequence[Task]) -> Iterator[str]:
-    """What makes scores say less than they seem to, as the records have it; lines that differ in figures alone once."""
-    found: dict[str, dict[str, list[str]]] = {}  # by the line without its figures, the line, the trials' labels
-    for task in tasks:
-        said = task.table[WARNINGS].dropna() if WARNINGS in task.table else pd.Series(dtype=object)
-        for number, text in zip(task.table.loc[said.index, "configuration"], said, strict=True):
-            for line in json.loads(text):
-                same = found.setdefault(FIGURE.sub("#", line), {}).setdefault(line, [])
-                same += [task.labels[number]] if task.labels[number] not in same else []
-        if earlier := _judged_before(task):
-            found[task.name] = {READ_OTHERWISE: earlier}
-    if not found:
-        return
-    yield "## Warnings"
-    yield ""
-    for lines in found.values():
-        line, labels = next(iter(lines.items()))
-        named = ", ".join(words.code(label) for label in labels[:WARNED]) + (", ..." if len(labels) > WARNED else "")
-        others = len({label for each in lines.values() for label in each}) - len(labels)
-        alike = f"; with other figures: {words.plural('configuration', others)} more" if others else ""
-        yield f"- {words.escaped(line)} ({named}{alike})."
-    yield ""
-
-
-def _judged_before(task: Task) -> list[str]:
-    """The configurations that are compared with others though their answers were read by the rules before."""
-    good = task.table[task.table[statistics_trials.SUCCESS] == Status.success.name]
-    versions = good[JUDGED].fillna(1) if JUDGED in good else pd.Series(1, index=good.index)
-    read = [c for c in good.columns if c.endswith(".valid_fraction.value")]
-    if versions.nunique() < 2 or not read:
-        return []
-    before = good.loc[(versions < versions.max()) & good[read].notna().any(axis=1), "configuration"]
-    return list(dict.fromkeys(task.labels[number] for number in before))
+    for section in answer.sections:
+        if not section.sentences and section.name != "table":
+            yield from render.markdown(section)
 
 
 def _take(left: dict[str, Path], names: Sequence[str], folder: Path) -> list[str]:

@@ -1,0 +1,1 @@
+"""The answer of a study: one structure, from which terminal, RESULTS.md, report.html and answer.json are rendered."""

@@ -1,0 +1,276 @@
+"""The structure of an answer, and answer.json with its published schema (docs/answer.schema.json).
+
+An answer is a list of named sections, in the order in which a reader needs them. To add a section, append a
+`Section`: all four outputs show it. Sections named in `FACTS` have facts of a fixed form, which the schema checks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+from peftsweep.study import record
+
+ANSWER, SCHEMA_VERSION = "answer.json", 1
+# What a column holds: text, a score (with its interval in the cells <key>.low and <key>.high), a number of bytes, of
+# seconds, or of things, a share of one, or a relative change (0.08: 8% more; with its interval likewise).
+Unit = Literal["text", "score", "bytes", "seconds", "count", "share", "change"]
+# The sections that come first, in this order, in every output.
+USE, SURE, CHOICES, COSTS, FAILURES, WARNINGS = "use", "certainty", "choices", "costs", "failures", "warnings"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: the key of its cells, its title, and the unit of its numbers."""
+
+    key: str
+    title: str
+    unit: Unit = "text"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of plain values by column; a missing or null cell was not measured."""
+
+    title: str
+    columns: list[Column]
+    rows: list[dict[str, Any]]
+    note: str = ""
+    left_out: int = 0  # rows that results.parquet has and this table does not
+
+
+# ---- facts of the first sections ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score with its 95% interval; ``name`` is evaluation and metric in words."""
+
+    name: str
+    evaluation: str
+    metric: str
+    value: float | None
+    low: float | None
+    high: float | None
+    better: Literal["higher", "lower"]
+
+
+@dataclass(frozen=True)
+class Need:
+    """What to use for a need, such as little memory."""
+
+    need: str
+    configuration: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Use:
+    """What to use. ``verdict`` is ``none`` where nothing is shown to beat the untouched base."""
+
+    verdict: Literal["use", "only one", "none", "not judged", "nothing succeeded"]
+    configuration: str | None
+    settings: dict[str, Any]
+    score: Score | None
+    why: str | None
+    command: str | None  # trains it again
+    folder: str | None  # of its trial, the first seed's
+    adapter: str | None  # the folder of its saved weights
+    trials: list[str]  # all its seeds
+    needs: list[Need]
+
+
+@dataclass(frozen=True)
+class Base:
+    """The untouched base, and what the best configuration gains over it."""
+
+    value: float
+    gain: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+    scale: Literal["difference", "ratio"] | None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """How sure one score's order is: its best configuration, the ties with it, and what it is held against."""
+
+    score: Score
+    best: str
+    ties: list[str]
+    worse: int  # configurations that are shown to be worse than another one
+    covers: str | None  # what the interval covers: other seeds, other test rows, or both
+    test_rows: int | None
+    base: Base | None
+    majority: float | None  # always giving the most frequent answer
+    random: float | None  # guessing
+
+
+@dataclass(frozen=True)
+class Certainty:
+    """How sure the answer is."""
+
+    seeds: int
+    scores: list[Judged]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A level of a factor against the reference level."""
+
+    level: str
+    reference: str
+    value: float | None
+    reference_value: float | None
+    difference: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+    verdict: str
+    settings: int  # of the other factors, over which it is averaged
+    also_changed: list[str]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the levels of one factor were worth: differences of ``score``, or relative ones where ``unit`` is ratio."""
+
+    factor: str
+    column: str
+    score: str
+    better: Literal["higher", "lower"]
+    unit: Literal["difference", "ratio"]
+    levels: list[str]
+    comparisons: list[Comparison]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What each choice was worth."""
+
+    factors: list[Choice]
+
+
+@dataclass(frozen=True)
+class CostFact:
+    """A cost of the configuration to use, and its range over all."""
+
+    name: str
+    column: str
+    unit: Literal["bytes", "seconds", "count"]
+    value: float | None
+    lowest: float
+    highest: float
+    source: Literal["measured", "predicted"]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What it costs."""
+
+    configuration: str | None
+    costs: list[CostFact]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Trials that ended for one cause."""
+
+    status: str
+    stage: str | None
+    cause: str
+    count: int
+    trials: list[str]
+    change: str | None  # what to change
+
+
+@dataclass(frozen=True)
+class Failures:
+    """What failed."""
+
+    causes: list[Failure]
+
+
+Facts = Use | Certainty | Choices | Costs | Failures | dict[str, Any]
+FACTS: dict[str, type] = {USE: Use, SURE: Certainty, CHOICES: Choices, COSTS: Costs, FAILURES: Failures}
+
+
+# ---- sections ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of the answer. Sentences are Markdown of one line each in memory, and plain text in answer.json."""
+
+    name: str
+    title: str
+    sentences: list[str]
+    facts: Facts = field(default_factory=dict)
+    tables: list[Table] = field(default_factory=list)
+    task: str = ""  # the model and dataset; empty where the study has one alone, or the section is of all
+
+
+@dataclass(frozen=True)
+class Answer:
+    """All that a study tells."""
+
+    schema_version: int
+    peftsweep: str  # the version that wrote it
+    created_at: str
+    study: str
+    folder: str
+    trials: dict[str, int]  # by status
+    configurations: int
+    sections: list[Section]
+
+    def of(self, *names: str) -> list[Section]:
+        """The sections called so, of all tasks, in their order."""
+        return [section for section in self.sections if section.name in names]
+
+
+# ---- answer.json -------------------------------------------------------------------------------------
+
+
+def content(answer: Answer, plain_text: Any) -> dict[str, Any]:
+    """``answer`` as answer.json holds it; ``plain_text`` takes the marks out of a sentence."""
+    found: dict[str, Any] = record.plain(answer)
+    for section in found["sections"]:
+        section["sentences"] = [plain_text(line) for line in section["sentences"]]
+    return found
+
+
+def write(answer: Answer, folder: Path, plain_text: Any) -> Path:
+    """Write answer.json into the study's folder, atomically."""
+    file = folder / ANSWER
+    record.write_json(file, content(answer, plain_text))
+    return file
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of answer.json: that of `Answer`, with the facts of each section that has a fixed form."""
+    from pydantic import TypeAdapter
+
+    found: dict[str, Any] = TypeAdapter(Answer).json_schema()
+    conditions = []
+    for name, kind in FACTS.items():
+        facts = TypeAdapter(kind).json_schema()
+        found["$defs"] |= facts.pop("$defs", {}) | {facts["title"]: facts}
+        of_name = {"properties": {"name": {"const": name}}}
+        conditions.append({"if": of_name, "then": {"properties": {"facts": {"$ref": f"#/$defs/{facts['title']}"}}}})
+    found["$defs"]["Section"]["allOf"] = conditions
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found, "title": "peftsweep answer.json"}
+
+
+def number(value: Any) -> float | None:
+    """``value`` as a plain number; None where there is none, or it is infinite."""
+    return None if value is None or pd.isna(value) or math.isinf(value) else float(value)
+
+
+if __name__ == "__main__":
+    print(json.dumps(schema(), indent=1))

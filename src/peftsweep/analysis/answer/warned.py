@@ -1,0 +1,58 @@
+"""What makes scores say less than they seem to, as the records have it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+
+import pandas as pd
+
+from peftsweep.analysis.answer.structure import WARNINGS, Section
+from peftsweep.analysis.statistics import trials
+from peftsweep.analysis.table import columns
+from peftsweep.analysis.text import words
+from peftsweep.analysis.text.findings import Task
+from peftsweep.study import record
+from peftsweep.study.record import Status
+
+FIGURE = re.compile(r"'[^']*'|\d[\d.,]*")  # what of a warning differs from one trial to the next
+JUDGED = f"run_info.{record.JUDGED}"
+READ_OTHERWISE = "an earlier version read answers by other rules than those of the others; force=true judges them anew"
+WARNED = 5  # configurations that a warning names
+
+
+def section(tasks: Sequence[Task]) -> Iterator[Section]:
+    """The warnings, those that differ in figures alone once; none where there are none."""
+    found: dict[str, dict[str, list[str]]] = {}  # by the line without its figures, the line, the trials' labels
+    for task in tasks:
+        said = task.table[columns.WARNINGS].dropna() if columns.WARNINGS in task.table else pd.Series(dtype=object)
+        for number, text in zip(task.table.loc[said.index, "configuration"], said, strict=True):
+            for line in json.loads(text):
+                same = found.setdefault(FIGURE.sub("#", line), {}).setdefault(line, [])
+                same += [task.labels[number]] if task.labels[number] not in same else []
+        if earlier := _judged_before(task):
+            found[task.name] = {READ_OTHERWISE: earlier}
+    if not found:
+        return
+    sentences, facts = [], []
+    for lines in found.values():
+        line, labels = next(iter(lines.items()))
+        named = ", ".join(words.code(label) for label in labels[:WARNED]) + (", ..." if len(labels) > WARNED else "")
+        every = {label for each in lines.values() for label in each}
+        others = len(every) - len(labels)
+        alike = f"; with other figures: {words.plural('configuration', others)} more" if others else ""
+        sentences.append(f"{words.escaped(line)} ({named}{alike}).")
+        facts.append({"warning": line, "configurations": sorted(every)})
+    yield Section(WARNINGS, "Warnings", sentences, {"warnings": facts})
+
+
+def _judged_before(task: Task) -> list[str]:
+    """The configurations that are compared with others though their answers were read by the rules before."""
+    good = task.table[task.table[trials.SUCCESS] == Status.success.name]
+    versions = good[JUDGED].fillna(1) if JUDGED in good else pd.Series(1, index=good.index)
+    read = [c for c in good.columns if c.endswith(".valid_fraction.value")]
+    if versions.nunique() < 2 or not read:
+        return []
+    before = good.loc[(versions < versions.max()) & good[read].notna().any(axis=1), "configuration"]
+    return list(dict.fromkeys(task.labels[number] for number in before))

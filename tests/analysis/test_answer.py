@@ -1,0 +1,430 @@
+"""The answer: the same facts in terminal, RESULTS.md, report.html and answer.json, and what a person asks of them."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema  # type: ignore[import-untyped]
+import numpy as np
+import pandas as pd
+import pytest
+
+from peftsweep.analysis import terminal
+from peftsweep.analysis.answer import failures, measurements, render, structure
+from peftsweep.analysis.figures import page
+from peftsweep.analysis.table import columns
+from peftsweep.analysis.table.table import predictions
+from peftsweep.analysis.text import report
+from tests import tables
+from tests.analysis.test_collect import collect_command as collect_command
+from tests.analysis.test_report import ranks, trial, written
+
+SCHEMA = Path(__file__).parents[2] / "docs" / "answer.schema.json"
+STUDY = Path("multirun/default")
+
+
+def answered(*rows: dict[str, Any], steps: pd.DataFrame | None = None) -> tuple[dict[str, Any], str]:
+    """What answer.json and RESULTS.md hold of a study of these trials."""
+    for row in rows:
+        kept = STUDY / row["run_info.trial"] / ".hydra" / "overrides.yaml"
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(f"- method=lora\n- label={row['run_info.trial']}\n")
+    text = written(STUDY, *rows, steps=steps)
+    return json.loads((STUDY / "answer.json").read_text()), text
+
+
+def section(answer: dict[str, Any], name: str) -> dict[str, Any]:
+    (found,) = [one for one in answer["sections"] if one["name"] == name]
+    return dict(found)
+
+
+def study() -> list[dict[str, Any]]:
+    """Ranks 8, 16, 32 with two seeds each, one trial out of memory and two that diverged."""
+    facts = {"eval_info.task.majority": 0.3, "memory.predicted.peak_bytes": 3e8}
+    good = [row | facts for row in ranks(40, 80, 81, seeds=2)]
+    oom = trial(20, None, **{"config.method.r": 64}) | {
+        "run_info.status": "oom",
+        "run_info.error.message": "no memory left for 2.00 GiB more; try train.batch_size=2 train.accumulation=2",
+    }
+    nan = "the training loss is nan at step {}; lower train.learning_rate"
+    wild = [
+        trial(21 + n, None, **{"config.method.r": 128 + n})
+        | {"run_info.error.type": "FloatingPointError", "run_info.error.message": nan.format(10 + n)}
+        for n in range(2)
+    ]
+    return [*good, oom, *wild]
+
+
+def test_twenty_questions_are_read_off_the_files() -> None:
+    answer, text = answered(*study())
+    use, sure = section(answer, "use")["facts"], section(answer, "certainty")["facts"]
+    choice = section(answer, "choices")["facts"]["factors"][0]
+    costs = {one["name"]: one for one in section(answer, "costs")["facts"]["costs"]}
+    failed = section(answer, "failures")["facts"]["causes"]
+    rows = section(answer, "table")["tables"][0]["rows"]
+    judged, by_level = sure["scores"][0], {one["level"]: one for one in choice["comparisons"]}
+    asked = {
+        "which configuration is to be used?": (use["configuration"], "lora, r=16"),
+        "how good is it?": (use["score"]["value"], pytest.approx(0.805)),
+        "what is the score?": (use["score"]["name"], "task accuracy"),
+        "is more of it better?": (use["score"]["better"], "higher"),
+        "what command trains it?": (use["command"], "peftsweep method=lora label=t2"),
+        "where does it lie?": (use["folder"], "multirun/default/t2"),
+        "which trials are its seeds?": (use["trials"], ["t2", "t3"]),
+        "what rank has it?": (use["settings"]["config.method.r"], 16),
+        "what is in a tie with the best?": (judged["ties"], ["lora, r=16"]),
+        "which figure is the best?": (judged["best"], "lora, r=32"),
+        "how many seeds?": (sure["seeds"], 2),
+        "what does the untouched base score?": (judged["base"]["value"], pytest.approx(0.1)),
+        "what does the most frequent answer score?": (judged["majority"], pytest.approx(0.3)),
+        "which choice was made?": (choice["factor"], "rank"),
+        "what was the smallest rank worth?": (by_level["8"]["difference"], pytest.approx(-0.41)),
+        "what memory is needed, measured or not?": (
+            (costs["predicted memory"]["value"], costs["predicted memory"]["source"]),
+            (pytest.approx(3e8), "predicted"),
+        ),
+        "how long does it train?": (costs["training time"]["value"], pytest.approx(12.5)),
+        "how many trials diverged, and how many ran out of memory?": (
+            {one["status"]: one["count"] for one in failed},
+            {"failed": 2, "oom": 1},
+        ),
+        "what is to be changed?": (
+            [one["change"] for one in failed],
+            ["Lower train.learning_rate", "Try train.batch_size=2 train.accumulation=2"],
+        ),
+        "what do all configurations score?": (
+            {row["configuration"]: row["eval_info.task.accuracy.value"] for row in rows if row["seeds"]},
+            {"lora, r=8": pytest.approx(0.405), "lora, r=16": pytest.approx(0.805), "lora, r=32": pytest.approx(0.815)},
+        ),
+    }
+    assert len(asked) == 20
+    for question, (found, wanted) in asked.items():
+        assert found == wanted, question
+    assert use["score"]["low"] < use["score"]["value"] < use["score"]["high"]
+    assert "**Use `lora, r=16`**: 0.805" in text
+
+
+def test_the_four_outputs_hold_the_same_sentences_in_the_same_order() -> None:
+    rows = study()
+    held, text = answered(*rows)
+    table = pd.DataFrame(rows).convert_dtypes()
+    _, answer = report.write(STUDY, table, pd.DataFrame(), (), predictions(STUDY))
+    opened = page.write(table, tables.steps(table), STUDY, predictions(STUDY), answer).read_text(encoding="utf-8")
+    shown = re.sub(r"<[^>]+>", "", opened.partition("</head>")[2].partition('id="trial')[0])
+    printed = "\n".join(render.lines(answer))
+    said = [sentence for part in held["sections"] for sentence in part["sentences"]]
+    assert [part["name"] for part in held["sections"]][:5] == ["use", "certainty", "choices", "costs", "failures"]
+    for output in (printed, render.plain(text), html.unescape(shown)):
+        places = [output.find(sentence) for sentence in said]
+        assert -1 not in places
+        assert places == sorted(places)
+
+
+def test_answer_json_is_as_its_published_schema_says() -> None:
+    published = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    assert published == structure.schema()  # made by: python -m peftsweep.analysis.answer.structure
+    check = jsonschema.Draft202012Validator(published)
+    for rows in ([trial(0, None)], ranks(5, 6, seeds=1), study()):
+        check.validate(wrong := answered(*rows)[0])
+    section(wrong, "use")["facts"]["verdict"] = "perhaps"
+    assert not check.is_valid(wrong)
+    section(wrong, "use")["facts"]["verdict"] = "use"
+    del section(wrong, "certainty")["facts"]["seeds"]
+    assert not check.is_valid(wrong)
+
+
+def test_nothing_is_used_where_nothing_beats_the_base_and_one_trial_is_the_only_one() -> None:
+    verdicts = {
+        "none": [row | {"eval_info.task.base_accuracy.value": 0.9} for row in ranks(40, 80)],
+        "only one": [trial(0, 80)],
+        "nothing succeeded": [trial(0, None)],
+        "not judged": [{k: v for k, v in row.items() if not k.startswith("eval_info")} for row in ranks(40, 80)],
+        "use": ranks(40, 80),
+    }
+    for verdict, rows in verdicts.items():
+        use = section(answered(*rows)[0], "use")["facts"]
+        assert use["verdict"] == verdict
+        assert (use["configuration"] is None) == (verdict not in ("use", "only one"))
+
+
+# ---- what failed -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "message", "change"),
+    [
+        ("failed", "FloatingPointError", "weights are not finite after step 3", "train.learning_rate"),
+        ("failed", "OSError", "[Errno 28] No space left on device", "disk space"),
+        ("failed", "TimeoutError", "it took longer than hydra.launcher.timeout, 60 seconds", "hydra.launcher.timeout"),
+        ("failed", "ModuleNotFoundError", "No module named 'math_verify'", "Install"),
+        ("failed", "FileNotFoundError", "[Errno 2] No such file or directory: 'rows.jsonl'", "path"),
+        ("failed", "WorkerDied", "the worker died: SIGSEGV", "retries=1"),
+        ("failed", "RuntimeError", "CUDA error: device-side assert triggered", "workers=1"),
+        ("failed", "KeyError", "'x'", "trial.log"),
+        ("oom", "OutOfMemoryError", "no memory left", "train.batch_size"),
+        (
+            "failed",
+            "FloatingPointError",
+            "the loss is nan at step 3; take train.autocast=bfloat16",
+            "Take train.autocast",
+        ),
+        ("failed", "FloatingPointError", "nan; model.dtype=float16 overflows above 65504", "model.dtype=float16 over"),
+        ("failed", "InputError", "dataset.path=x: holds no row", "Correct the key"),
+        ("oom", "OutOfMemoryError", "no memory left; try quant=4bit, or a smaller model", "Try quant=4bit"),
+        ("refused", "Oversized", "predicted to need 20.0 GB, there are 8.0 GB", "Raise memory_limit"),
+        ("refused", "Refused", "oft on a 4-bit base: trains nothing", "Leave this combination out"),
+        ("cancelled", "KeyboardInterrupt", "", "same command"),
+    ],
+)
+def test_each_cause_comes_with_what_to_change(status: str, kind: str, message: str, change: str) -> None:
+    row = {"run_info.trial": "t", "run_info.status": status, "run_info.error.stage": "train"}
+    table = pd.DataFrame([row | {"run_info.error.type": kind, "run_info.error.message": message}])
+    found = failures.section(table)
+    assert found is not None
+    (cause,) = found.facts.causes  # type: ignore[union-attr]
+    assert change in (cause.change or "")
+    assert cause.status == status
+
+
+def test_failures_of_one_cause_are_one_whatever_their_numbers() -> None:
+    rows = [
+        {
+            "run_info.trial": f"t{n}",
+            "run_info.status": "failed",
+            "run_info.error.stage": stage,
+            "run_info.error.type": "FloatingPointError",
+            "run_info.error.message": f"the training loss is nan at step {n}\nmore",
+        }
+        for n, stage in enumerate(["train", "train", "eval"])
+    ]
+    found = failures.section(pd.DataFrame(rows))
+    assert found is not None
+    assert [(c.count, c.stage, c.trials) for c in found.facts.causes] == [  # type: ignore[union-attr]
+        (2, "train", ["t0", "t1"]),
+        (1, "eval", ["t2"]),
+    ]
+
+
+# ---- tables that fit ---------------------------------------------------------------------------------
+
+
+def printed(table: pd.DataFrame, width: int, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> list[str]:
+    """The lines of the table of these trials in a terminal of so many characters."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    named = table.assign(**{columns.CALLED: columns.named_trials(table)})
+    capsys.readouterr()
+    terminal.show("title", terminal._columns(named, all_good=False), terminal.console())
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+@pytest.mark.parametrize("tests", [1, 9])
+def test_a_printed_table_fits_the_terminal_and_breaks_no_number(
+    width: int, tests: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"commonsense_{n}" for n in range(tests)]
+    table = tables.trials(
+        {"choices.method": ["lora", "dora"], "config.method.r": [8, 128], "config.train.learning_rate": [1e-4, 2e-3]},
+        evaluations=[*names, "perplexity"],
+    )
+    lines = printed(table, width, capsys, monkeypatch)
+    grid = [line for line in lines if line.startswith(("│", "┃"))]
+    assert max(map(len, grid)) <= width
+    body = [[cell.strip() for cell in line.strip("│").split("│")] for line in grid if line.startswith("│")]
+    assert len(body) == len(table)  # no row is folded
+    assert len(body[0]) <= 12
+    assert "…" not in "\n".join(lines)
+    shown = {cell for line in body for cell in line}
+    assert {"8", "128"} <= shown
+    assert any("." in cell and cell.count(".") in (1, 2) for cell in shown)
+    left = next((line for line in lines if line.startswith("Not shown: ")), "")
+    assert left or width > 60
+    assert not left or width < 200
+    titles = [
+        " ".join(part) for part in zip(*[line.strip("┃").split("┃") for line in grid if "┃" in line], strict=True)
+    ]
+    assert not [title for title in titles if len(title.strip()) == 1]  # no column of one letter
+
+
+def test_many_settings_are_told_by_the_name_of_the_trial(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "alpha_pattern", "rank_pattern")
+    draw = np.random.default_rng(0)
+    rows = [trial(n, 50, **{f"config.method.{key}": int(draw.integers(3)) for key in keys}) for n in range(8)]
+    lines = printed(pd.DataFrame(rows).convert_dtypes(), 80, capsys, monkeypatch)
+    assert "trial" in "".join(line for line in lines if line.startswith("┃"))
+    assert max(len(line) for line in lines if line.startswith(("│", "┃"))) <= 80
+
+
+def matrix_rows(**others: Any) -> list[dict[str, Any]]:
+    scores = {"boolq": (60, 70), "piqa": (50, 90)}
+    rows = []
+    for number in range(2):
+        row = trial(number, None, **{"config.method.r": 8 << number}) | {"run_info.status": "success"}
+        row = {key: value for key, value in row.items() if not key.startswith("eval_info.task")}
+        for name, values in scores.items():
+            share = values[number] / 100
+            row |= {
+                f"eval_info.{name}.accuracy.value": share,
+                f"eval_info.{name}.accuracy.stderr": math.sqrt(share * (1 - share) / 99),
+                f"eval_info.{name}.accuracy.n": 100,
+                f"eval_info.{name}.base_accuracy.value": 0.4,
+                f"eval_info.{name}.majority": 0.5,
+                f"eval_info.{name}.random": 0.25,
+                f"eval_info.{name}.valid_fraction.value": 0.9 + number / 20,
+            }
+        rows.append(row | others)
+    return rows
+
+
+def test_several_tests_make_a_matrix_with_average_base_chance_and_readable_answers() -> None:
+    answer, text = answered(*matrix_rows())
+    found = section(answer, "table")["tables"][1]
+    rows = {row["configuration"]: row for row in found["rows"]}
+    assert [column["title"] for column in found["columns"]] == [
+        "configuration",
+        "average",
+        "boolq",
+        "piqa",
+    ]
+    assert rows["lora, r=16"]["average"] == pytest.approx(0.8)
+    assert rows["lora, r=8"]["average"] == pytest.approx(0.55)
+    assert list(rows)[:2] == ["lora, r=16", "lora, r=8"]
+    assert rows["untouched base"]["average"] == pytest.approx(0.4)
+    assert rows["always the most frequent answer"]["average"] == pytest.approx(0.5)
+    assert rows["guessing"]["average"] == pytest.approx(0.25)
+    assert rows["answers that can be read"]["eval_info.boolq.accuracy.value"] == pytest.approx(0.95)
+    assert "**Scores by test, accuracy**" in text
+
+
+def test_what_a_terminal_leaves_out_of_a_long_section_is_counted() -> None:
+    part = structure.Section("certainty", "How sure that is", [f"sentence {n}." for n in range(12)])
+    answer = structure.Answer(1, "0", "", "s", "s", {}, 0, [part])
+    lines = render.lines(answer)
+    assert lines[0] == "How sure that is:"
+    assert lines[-1] == "  4 more sentences on this are in RESULTS.md."
+    assert len(lines) == 10
+
+
+def test_an_average_over_tests_is_missing_where_one_of_them_is() -> None:
+    rows = matrix_rows()
+    rows[0]["eval_info.piqa.accuracy.value"] = None
+    found = section(answered(*rows)[0], "table")["tables"][1]["rows"]
+    assert [row["average"] for row in found if row["configuration"] == "lora, r=8"] == [None]
+
+
+# ---- nothing that was measured is hidden -------------------------------------------------------------
+
+
+def test_all_that_was_measured_has_a_section() -> None:
+    rows = study()[:6]
+    profile = "train_info.profile.torch."
+    for n, row in enumerate(rows):
+        row |= {
+            f"{profile}forward_seconds": 0.25 + n,
+            f"{profile}utilisation": 0.5,
+            f"{profile}top_operators_by_cpu_time": "aten::mm",
+            "memory.train.reserved_mean": 7e9,
+            "memory.train.reserved_p99": 8e9,
+            "memory.load.reserved_mean": 2e9,
+            "train_info.published_train_seconds": 1234.0,
+            "eval_info.task.truncated_prompts": 3,
+            "eval_info.task.valid_fraction.value": 0.75,
+            "generation_info.short.base.seconds_p50": 0.5,
+            "generation_info.short.adapted.seconds_p50": 0.6,
+            "generation_info.short.adapted.time_to_first_token_p50": 0.02,
+            "generation_info.short.adapted.batch_16.tokens_per_second": 4321.0,
+            "generation_info.short.adapted.overhead.value": 1.25,
+            "generation_info.short.adapted.overhead.low": 1.2,
+            "generation_info.short.adapted.overhead.high": 1.31,
+        }
+    logged = [
+        {"trial": "t2", "step": step, "learning_rate": 1e-3 / step, "validation_loss": loss}
+        for step, loss in ((1, 3.0), (2, 1.0), (4, 2.0))
+    ]
+    answer, text = answered(*rows, steps=pd.DataFrame(logged))
+    speed = next(row for row in section(answer, "inference")["tables"][0]["rows"] if row["model"] == "adapted")
+    assert (speed["category"], speed["seconds_p50"], speed["batch_16.tokens_per_second"]) == ("short", 0.6, 4321.0)
+    assert (speed["overhead"], speed["overhead.low"]) == (pytest.approx(0.25), pytest.approx(0.2))
+    (course,) = section(answer, "validation")["tables"][0]["rows"]
+    assert [course[f"validation_loss.{k}"] for k in ("first", "best", "step", "last")] == [3.0, 1.0, 2.0, 2.0]
+    for told in (
+        "+25.0% [+20.0%, +31.0%]",
+        "aten::mm",
+        "75.0%",
+        "7.0 GB",
+        "8.0 GB",
+        "21 min",
+        "4,321",
+        "20 ms",
+        "50.0%",
+    ):
+        assert told in text.partition("## Methodology")[2], told
+    assert "| lora, r=16    | task       |                 3 |" in text
+
+
+def test_a_speed_up_has_the_interval_of_the_logged_steps() -> None:
+    eager, compiled = [0.2, 0.21, 0.19, 0.2, 0.22, 0.2, 0.18, 0.2], [0.1, 0.1, 0.11, 0.09, 0.1, 0.1, 0.1, 0.1]
+    low, high = measurements.speed_up_interval(eager, compiled)
+    assert low is not None
+    assert high is not None
+    assert low <= 1.0 <= high  # twice as fast: 100% more
+    assert high - low < 0.5
+    assert measurements.speed_up_interval(eager[:5], compiled) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "unit"),
+    [("forward_seconds", "seconds"), ("load_seconds_mean", "seconds"), ("peak_bytes_above_start", "bytes"),
+     ("device_busy_share", "share"), ("flops_per_step", "count"), ("padding_fraction", "share")],
+)  # fmt: skip
+def test_a_figure_s_unit_follows_from_its_name(name: str, unit: str) -> None:
+    assert measurements.unit(name) == unit
+
+
+def test_cells_are_in_the_unit_that_suits_them() -> None:
+    row = {"a": 1.5e9, "b": 0.0123, "c": 0.25, "d": 0.1, "d.low": -0.05, "d.high": 0.2, "e": None, "f": 1234567}
+    kinds = {"a": "bytes", "b": "seconds", "c": "share", "d": "change", "e": "bytes", "f": "count"}
+    cells = [render.cell(row, structure.Column(key, key, unit)) for key, unit in kinds.items()]  # type: ignore[arg-type]
+    assert cells == ["1.5 GB", "12.3 ms", "25.0%", "+10.0% [−5.0%, +20.0%]", "", "1,234,567"]
+
+
+# ---- --json ------------------------------------------------------------------------------------------
+
+
+def test_collect_prints_the_answer_as_json_and_nothing_else(collect_command: Callable[..., Any]) -> None:
+    from tests.analysis.test_collect import write
+
+    write("a", 8, 0.5)
+    write("b", 16, 0.7)
+    write("c", 8, 0.6, place="other")
+    code, out, err = collect_command("--no-plots", "--json", "default")
+    assert code == 0
+    held = json.loads(Path("multirun/default/answer.json").read_text())
+    assert {key: value for key, value in json.loads(out).items() if key != "created_at"} == {
+        key: value for key, value in held.items() if key != "created_at"
+    }
+    assert "wrote multirun/default/RESULTS.md" in err
+    _, out, _ = collect_command("--no-plots", "--json")
+    assert [one["study"] for one in json.loads(out)] == ["default", "other"]
+    _, out, _ = collect_command("--no-plots", "--json", "default", "--where", "config.method.r < 10")
+    assert section(json.loads(out), "use")["facts"]["configuration"] == "lora, r=8"
+    _, out, _ = collect_command("--status", "--json", "default")
+    assert json.loads(out)["trials"] == {"success": 2}
+
+
+def test_a_dry_run_prints_its_plan_as_json_and_nothing_else(command: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = command("method.r=2", "--json")
+    assert (code, out) == (2, "")
+    assert "--json: only with dry_run=true" in err
+    code, out, _ = command("method.r=2,8", "dry_run=true", "--json")
+    assert code == 0
+    assert [row["name"] for row in json.loads(out)] == ["lora, r=2", "lora, r=8"]
+    assert json.loads(out) == json.loads(Path("multirun/default/plan.json").read_text())
