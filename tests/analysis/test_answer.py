@@ -6,6 +6,7 @@ import html
 import json
 import math
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ import pandas as pd
 import pytest
 
 from peftsweep.analysis import terminal
-from peftsweep.analysis.answer import failures, measurements, render, structure
+from peftsweep.analysis.answer import build, failures, measurements, render, structure
 from peftsweep.analysis.figures import page
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.table import predictions
-from peftsweep.analysis.text import report
+from peftsweep.analysis.text import report, words
 from tests import tables
 from tests.analysis.test_collect import collect_command as collect_command
 from tests.analysis.test_report import ranks, trial, written
@@ -151,6 +152,21 @@ def test_nothing_is_used_where_nothing_beats_the_base_and_one_trial_is_the_only_
         use = section(answered(*rows)[0], "use")["facts"]
         assert use["verdict"] == verdict
         assert (use["configuration"] is None) == (verdict not in ("use", "only one"))
+
+
+def test_the_command_is_the_same_in_every_output_whatever_its_words_hold() -> None:
+    said = ["dataset.prompt='{q}  **{a}** `x`'", "dataset.answer='é\n\tb'", "label=it's"]
+    kept = STUDY / "t0" / ".hydra" / "overrides.yaml"
+    kept.parent.mkdir(parents=True)
+    kept.write_text(json.dumps(said), encoding="utf-8")
+    command = build.command(STUDY / "t0")
+    assert command is not None
+    assert "\n" not in command
+    shell = ["bash", "-c", f"printf '%s\\0' {command}"]
+    assert subprocess.run(shell, capture_output=True, text=True, check=True).stdout.split("\0")[1:-1] == said
+    sentence = f"{render.TRAIN}{words.code(command, exact=True)}"
+    assert render.plain(sentence) == f"{render.TRAIN}{command}"
+    assert html.unescape(render.inline(sentence)) == f"{render.TRAIN}<code>{command}</code>"
 
 
 # ---- what failed -------------------------------------------------------------------------------------

@@ -146,7 +146,7 @@ def _settings(task: Task, row: pd.Series[Any]) -> dict[str, Any]:
 def _use_sentences(use: Use, advice: findings.Advice) -> Iterator[str]:
     yield advice.sentence
     if use.command:
-        yield f"Train it with: {words.code(use.command)}"
+        yield f"Train it with: {words.code(use.command, exact=True)}"
     if use.folder:
         what = "Its trained adapter is in" if use.adapter else "Its trial is in"
         others = len(use.trials) - 1
@@ -158,7 +158,15 @@ def command(trial: Path) -> str | None:
     """The command that runs a trial again, from the overrides that Hydra kept; None where there are none."""
     file = trial / ".hydra" / "overrides.yaml"
     found = usable(lambda: read_yaml(file, [str])) if os.path.lexists(file) else None
-    return None if found is None else "peftsweep " + shlex.join(found)
+    return None if found is None else "peftsweep " + " ".join(map(_quoted, found))
+
+
+def _quoted(word: str) -> str:
+    """A word for a shell, in one line whatever it holds."""
+    if word.isprintable():
+        return shlex.quote(word)
+    known = {"\n": "\\n", "\t": "\\t", "\r": "\\r", "\\": "\\\\", "'": "\\'"}
+    return "$'" + "".join(known.get(c, c if c.isprintable() else f"\\U{ord(c):08x}") for c in word) + "'"
 
 
 # ---- how sure ----------------------------------------------------------------------------------------

@@ -88,8 +88,23 @@ def notes(table: Table, rows: int) -> Iterator[str]:
 
 
 def plain(text: str) -> str:
-    """A sentence without its marks."""
-    unlinked = re.sub(r"\[([^\]]*)\]\(#[^)]*\)", r"\1", text).replace("**", "").replace("`", "")
+    """A sentence without its marks; what is code in it, such as a command, as it is."""
+    return "".join(piece if is_code else _unmarked(piece) for is_code, piece in _pieces(text))
+
+
+def _pieces(sentence: str) -> Iterator[tuple[bool, str]]:
+    """The parts of a sentence, and of each whether it is code."""
+    parts = re.split(r"(?<!\\)(`+)(?!`)(.+?)(?<!`)\1(?!`)", sentence)
+    for place in range(0, len(parts), 3):
+        yield False, parts[place]
+        if place + 2 < len(parts):
+            inside = parts[place + 2]
+            padded = inside.startswith(" ") and inside.endswith(" ") and "`" in inside
+            yield True, inside[1:-1] if padded else inside
+
+
+def _unmarked(text: str) -> str:
+    unlinked = re.sub(r"\[([^\]]*)\]\(#[^)]*\)", r"\1", text).replace("**", "")
     return re.sub(r"\\([\\`*\[\]<~_&:.])", r"\1", unlinked).replace(r"www\.", "www.")
 
 
@@ -132,11 +147,14 @@ def as_html(section: Section) -> str:
 
 def inline(sentence: str) -> str:
     """A sentence's marks of strength and of code as HTML; everything else as text."""
-    pieces = re.split(r"(`+)(.+?)\1", sentence)
     found = []
-    for place in range(0, len(pieces), 3):
-        text = html.escape(plain(pieces[place].replace("**", "\0")))
-        found.append(re.sub("\0(.*?)\0", r"<b>\1</b>", text).replace("\0", ""))
-        if place + 2 < len(pieces):
-            found.append(f"<code>{html.escape(pieces[place + 2].strip())}</code>")
-    return "".join(found)
+    for is_code, piece in _pieces(sentence):
+        if is_code:
+            found.append(f"<code>{html.escape(piece)}</code>")
+        else:
+            strong = re.split(r"\*\*", piece)  # each second part
+            found += [
+                f"<b>{html.escape(_unmarked(p))}</b>" if n % 2 else html.escape(_unmarked(p))
+                for n, p in enumerate(strong)
+            ]
+    return "".join(found).replace("<b></b>", "")

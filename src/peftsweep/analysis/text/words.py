@@ -53,9 +53,9 @@ def escaped(text: str) -> str:
     return re.sub(r"(?i)://|\bwww\.", lambda found: rf"\{found[0]}" if found[0] == "://" else r"www\.", line)
 
 
-def code(text: str) -> str:
-    """Any text as code of one line, in which markdown and HTML see no marks."""
-    line = " ".join(text.split())
+def code(text: str, *, exact: bool = False) -> str:
+    """Any text as code of one line, in which markdown and HTML see no marks; ``exact``: with all its spaces."""
+    line = text if exact else " ".join(text.split())
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     pad = " " if line.startswith("`") or line.endswith("`") else ""
     return f"{fence}{pad}{line}{pad}{fence}" if line else ""
