@@ -105,6 +105,7 @@ def ahead(trials: Sequence[Trial], *, memory: bool) -> Iterator[Trial]:
     if cores < 2 or len(new) < MANY:
         yield from trials
         return
+    cores = min(cores, len(new))
     context, started, waiting = multiprocessing.get_context("fork"), [], list(new)
     try:
         for first in range(cores):
