@@ -136,7 +136,7 @@ def _find_out(trials: Sequence[Trial], memory: bool, channel: connection.Connect
     torch.set_num_threads(1)  # those of the process that was forked are not here
     for one in trials:
         before = [set(cache) for cache in CACHES]
-        with suppress(InputError):
+        with suppress(Exception):  # which the command meets itself
             check(one)
             if memory:
                 prediction(one)
