@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +141,8 @@ def test_no_value_is_shared_that_follows_from_a_plain_key(loaded: tuple[Any, Dic
     (loader, master), points = loaded, Points(*loaded)
     words = ["method=lora_fa", "quant=4bit"]
     cfg = loader.load_sweep_config(master, words)
-    tree: Any = {key: OmegaConf.to_container(cfg, resolve=False)[key] for key in cfg if key != "hydra"}
-    for key, value in plain_keys(tree):
+    tree: Any = OmegaConf.to_container(cfg, enum_to_str=True)
+    for key, value in plain_keys({key: tree[key] for key in tree if key != "hydra"}):
         what(points.trial, [*words, f"{key}={said(value)}"])
         changed = [*words, f"{key}={said(OTHERS[type(value)](value))}"]
         assert what(points.trial, changed) == what(by_hydra, loaded, changed), changed
@@ -152,11 +152,18 @@ def said(value: Any) -> str:
     return "null" if value is None else f"'{value}'" if isinstance(value, str) else str(value).lower()
 
 
+def noting(calls: list[str], name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+    def called(*arguments: Any) -> Any:
+        calls.append(name)
+        return real(*arguments)
+
+    return called
+
+
 def test_what_points_share_is_done_once(loaded: tuple[Any, DictConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     for name in ("filled", "checked", "with_seed"):
-        real = getattr(compose, name)
-        monkeypatch.setattr(compose, name, lambda *a, real=real, name=name: (done.append(name), real(*a))[1])
+        monkeypatch.setattr(compose, name, noting(done, name, getattr(compose, name)))
     points = Points(*loaded)
     for rate in (1e-3, 2e-3):
         for seed in range(3):

@@ -29,7 +29,7 @@ from peftsweep.models import model, saved
 from peftsweep.observe.display import Display, TrialView
 from peftsweep.study import claims, record, sweep_record
 from peftsweep.study.record import Result, Status, host
-from peftsweep.sweep import workers
+from peftsweep.sweep import processes, workers
 from peftsweep.trial import done as trial_done
 from peftsweep.trial import outcome
 from peftsweep.trial import session as trial_session
@@ -592,7 +592,7 @@ def test_workers_end_at_the_same_time(compose: Callable[..., Trial], monkeypatch
 
     monkeypatch.setattr(workers, "_Worker", Idle)
     monkeypatch.setattr(workers, "_in_pool", lambda *_: iter([]))
-    monkeypatch.setattr(workers.processes, "places", lambda *_: ["0", "1"])
+    monkeypatch.setattr(processes, "places", lambda *_: ["0", "1"])
     trials, options = [compose("seed=1"), compose("seed=2")], workers.Options()
     assert not list(workers.run(trials, options, workers.Budget(options), Display(2, quiet=True)))
     assert said == ["0 is let go", "1 is let go", "0 is waited for", "1 is waited for"]

@@ -134,7 +134,7 @@ def filled(cfg: DictConfig, choices: Mapping[str, str | None], overrides: list[s
     except OmegaConfBaseException as error:
         raise InputError(one_line(error)) from None
     _check_keys(tree, Config)
-    return Filled(with_plain(config, tree), tree, dict(choices) | made, overrides, heeded)
+    return Filled(with_plain(config, tree), tree, {**choices, **made}, overrides, heeded)
 
 
 def _resolved(cfg: DictConfig) -> dict[str, Any]:

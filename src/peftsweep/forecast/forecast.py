@@ -105,6 +105,7 @@ def ahead(trials: Sequence[Trial], *, memory: bool) -> Iterator[Trial]:
     if cores < 2 or len(new) < MANY:
         yield from trials
         return
+    cores = min(cores, len(new))
     context, started, waiting = multiprocessing.get_context("fork"), [], list(new)
     try:
         for first in range(cores):
@@ -135,7 +136,7 @@ def _find_out(trials: Sequence[Trial], memory: bool, channel: connection.Connect
     torch.set_num_threads(1)  # those of the process that was forked are not here
     for one in trials:
         before = [set(cache) for cache in CACHES]
-        with suppress(InputError):
+        with suppress(Exception):  # which the command meets itself
             check(one)
             if memory:
                 prediction(one)

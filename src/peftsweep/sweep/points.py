@@ -128,7 +128,7 @@ class _Base:
         OmegaConf.set_struct(self.config, False)
         self.config.pop("hydra", None)
         OmegaConf.set_struct(self.config, True)
-        self._tree = OmegaConf.to_container(self.config)
+        self._tree = OmegaConf.to_container(self.config, enum_to_str=True)
         self._read = [name for text in _texts(self._tree) for name in _names_read(text)]
         self._known: dict[str, bool] = {}
         self.reads_files = any(_at(self._tree, key) is not None for key in SOURCES)
