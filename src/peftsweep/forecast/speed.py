@@ -138,9 +138,7 @@ class Device:
         self.key = device_key(device)
         self._file = (folder or cache_folder()) / f"speed-{self.key}.json"
         self._speed: Speed | None = None
-        self._kinds: dict[
-            Any, list[tuple[float, float]]
-        ] = {}  # of each: rooflines and seconds of those that were timed
+        self._kinds: dict[Any, dict[str, tuple[float, float]]] = {}  # of what was timed: rooflines and seconds
         self._changed = False
         self.busy = 1.0  # times as slow as a device that does nothing else, when last looked
 

@@ -93,10 +93,7 @@ def run(
             if warning := experiment.unheeded(one.experiment):
                 display.say(f"{one.name}: {warning}")
         todo, budget = list(missing.values()), budget or Budget(options)
-        if options.deadline is not None and todo and not launch:
-            times = Timing(todo, options.workers)
-            if options.deadline >= PROBED_DEADLINE or times.device.take_kept():
-                budget.expected |= times.expected(todo)
+        budget.expected |= {} if launch else _expected(todo, options)
         ended = engine.run(todo, launch, display) if launch else workers.run(todo, options, budget, display)
         sweep_record = sweep_record or SweepRecord(store.folder(config.study), [], options.workers)
         try:
@@ -121,6 +118,14 @@ def run(
     if not all(same):
         raise SweepFailed("a repeated trial is not the same")
     return results
+
+
+def _expected(trials: Sequence[Trial], options: Options) -> dict[str, float]:
+    """The seconds that trials will take, by their identities, where a deadline asks for them."""
+    if options.deadline is None or not trials:
+        return {}
+    times = Timing(trials, options.workers)
+    return times.expected(trials) if options.deadline >= PROBED_DEADLINE or times.device.take_kept() else {}
 
 
 def _named(trials: Sequence[Trial]) -> list[Trial]:

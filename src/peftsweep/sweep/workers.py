@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -203,7 +202,7 @@ class _Worker:
         if not self.process.is_alive():
             self.replace()
         self.job, self.views, self.stage = job, views, "setup"
-        self.since, self._oom_kills = time.monotonic(), _oom_kills()
+        self.since, self._oom_kills = time.monotonic(), processes.oom_kills()
         os.ftruncate(self._child.output, 0)
         self.connection.send(([configuration.without_rows(one) for one in job], options))
 
@@ -231,7 +230,7 @@ class _Worker:
         self.process.join()
         code = self.process.exitcode or 0
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        starved = code == -signal.SIGKILL and _oom_kills() > self._oom_kills
+        starved = code == -signal.SIGKILL and processes.oom_kills() > self._oom_kills
         status = Status.oom if starved else Status.failed
         message = f"its process ended by {name}" + (", as the host was out of memory" if starved else "")
         return status, self.failure("WorkerDied", message)
@@ -386,15 +385,6 @@ def _cancel(pool: list[_Worker]) -> None:
     while running and time.monotonic() < end:
         connection.wait([worker.connection for worker in running], 0.5)
         running = [worker for worker in running if worker.news() is None]
-
-
-def _oom_kills() -> int:
-    """How often the kernel has killed a process for memory since it started; 0 where it does not say."""
-    try:
-        lines = Path("/proc/vmstat").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
-    except (OSError, StopIteration):
-        return 0
 
 
 # ---- the worker's side -----------------------------------------------------------------------------
