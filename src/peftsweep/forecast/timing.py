@@ -19,7 +19,7 @@ from peftsweep.forecast import duration, forecast, history, speed
 from peftsweep.forecast.duration import NOTHING, Estimate, Span
 from peftsweep.models import model
 from peftsweep.observe.remaining import in_words
-from peftsweep.schema import PriceConfig
+from peftsweep.schema import Config, PriceConfig
 from peftsweep.study import record, store
 
 MOST_RECORDS = 300  # of the study that is added to, of which the newest are read
@@ -139,6 +139,18 @@ class Timing:
         low, middle, high = (self.cost(seconds * self.devices) for seconds in (end.low, end.seconds, end.high))
         unit = f" {self.currency}" if self.currency else ""
         return [line, f"cost: {money(middle)}{unit} ({money(low)} to {money(high)}), {self.price:g} a device-hour"]
+
+
+def check(config: Config) -> None:
+    """Refuse a price that is none, and ``forecast.records`` of no study, before anything is planned.
+
+    Raises:
+        InputError: the line names the key.
+    """
+    if not isinstance(config.price.hour, Mapping):
+        hourly(config.price, "")
+    if config.forecast.records is not None:
+        history.named(config.forecast.records)
 
 
 def told(span: Span) -> str:

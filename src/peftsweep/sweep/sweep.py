@@ -14,7 +14,7 @@ from peftsweep.analysis.table import naming
 from peftsweep.config import evaluations, experiment, repeat
 from peftsweep.config.compose import Trial
 from peftsweep.errors import InputError, NotRun, SweepFailed, suggest
-from peftsweep.forecast import forecast, history
+from peftsweep.forecast import forecast, timing
 from peftsweep.forecast.duration import Span
 from peftsweep.forecast.forecast import Forecast
 from peftsweep.forecast.timing import Timing, money, told
@@ -60,8 +60,7 @@ def run(
     config, trials = trials[0].config, _named(trials)
     if launch and config.stop_on_failure:
         raise InputError("stop_on_failure=true: only with hydra/launcher=local; others are given all trials at once")
-    if config.forecast.records is not None:
-        history.named(config.forecast.records)
+    timing.check(config)
     if config.dry_run:
         _dry_run(trials, options)
         return [None] * len(trials)
