@@ -19,9 +19,12 @@ import torch
 from peftsweep import cli
 from peftsweep.config.compose import Trial
 from peftsweep.config.compose import trial as make_trial
+from peftsweep.forecast import timing
+from peftsweep.forecast.duration import Estimate
 from peftsweep.study import record
 from peftsweep.study.record import Result
 from peftsweep.training import loop
+from peftsweep.trial import foreseen
 
 SMALL = ["train.steps=4", "train.log_every=2", "dataset.samples=64", "eval.tiny_math.samples=8"]
 SMALL += ["eval.perplexity.samples=8", "train.batch_size=4", "device=cpu"]
@@ -34,6 +37,16 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def without_times(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The speed of this machine is measured by no test but those that are about it (tests/forecast)."""
+    if "forecast" in request.path.parts:
+        return
+    nothing = Estimate(unknown={"train": "not asked for"})
+    monkeypatch.setattr(timing.Timing, "estimate", lambda self, one: nothing)
+    monkeypatch.setattr(foreseen, "foresee", lambda *_: {})
 
 
 def pytest_configure(config: pytest.Config) -> None:

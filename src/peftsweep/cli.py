@@ -249,6 +249,10 @@ def collect() -> None:
             from peftsweep.analysis import prune
 
             return prune.main(words.studies, words.keep_best, confirmed=words.yes)
+        if words.forecast_report:
+            from peftsweep.analysis import forecast_report
+
+            return forecast_report.main(words.studies)
         if words.status:
             return collecting.status(words.studies, as_json=words.json)
         return collecting.main(
@@ -298,6 +302,11 @@ def _collect_parser() -> argparse.ArgumentParser:
         "--json", action="store_true", help="print the answer (with --status: how studies stand) as JSON, nothing else"
     )
     parser.add_argument("--status", action="store_true", help="instead: how the studies stand, and what failed and why")
+    parser.add_argument(
+        "--forecast-report",
+        action="store_true",
+        help="instead: how far predicted seconds were from measured ones, and how often their interval held",
+    )
     parser.add_argument(
         "--prune", action="store_true", help="instead: list the checkpoints, merged models and adapters to be removed"
     )

@@ -32,6 +32,7 @@ OF_HYDRA = {  # keys of Hydra's that decide nothing here, and what does
     "hydra": "is Hydra's own section; give one of its keys, such as hydra.launcher.workers=2",
     **dict.fromkeys(("-r", "--run", "hydra.mode"), "cannot be set: every command is a sweep, of one trial or more"),
 }
+AMOUNT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(inf|nan)", re.IGNORECASE)
 NOT_NULL = ("hydra.launcher", "hydra.sweeper", "hydra/launcher", "hydra/sweeper", "hydra.callbacks")
 
 
@@ -48,7 +49,8 @@ def checked(words: Sequence[str], conf: Path) -> list[str]:
             raise InputError(f"{word} {after}: values are separated by commas alone: '{word}{after}'")
     kept: list[str] = []
     left = iter(words)
-    for word in left:
+    for said in left:
+        word = _amount(said)
         kept.append(word)
         if not word.startswith("-"):
             if not _says_something(word, groups):
@@ -70,6 +72,16 @@ def checked(words: Sequence[str], conf: Path) -> list[str]:
         elif options[name].nargs == "?":
             kept.extend(value for value in [next(left, None)] if value is not None)
     return kept
+
+
+def _amount(word: str) -> str:
+    """``price=2.49`` as the key of the group ``price`` that an amount is; every other word as it is."""
+    key, _, value = word.partition("=")
+    if key != "price" or not AMOUNT.fullmatch(value.strip("'\"")):
+        return word
+    if not (math.isfinite(float(value.strip("'\""))) and float(value.strip("'\"")) >= 0):
+        raise InputError(f"{word}: must be the price of a device-hour, a number of at least 0, such as price=2.49")
+    return f"price.hour={value}"
 
 
 def _says_something(word: str, groups: dict[str, Path]) -> bool:

@@ -188,6 +188,21 @@ class HalvingConfig:
 
 
 @dataclass
+class PriceConfig:
+    """What an hour of a device costs, in the user's currency: `price=2.49`, or a table of conf/price."""
+
+    hour: Any = None  # a number, or device names -> numbers, of which the first that the device's name holds counts
+    currency: str = ""  # only told
+
+
+@dataclass
+class ForecastConfig:
+    """What predictions of time go by, beside the device's measured speed and the study's own records."""
+
+    records: str | None = None  # a study (below multirun/, or a folder) whose records of the same device correct them
+
+
+@dataclass
 class Config:
     """One trial."""
 
@@ -218,6 +233,8 @@ class Config:
     tracker: dict[str, Any] = field(default_factory=dict)  # of tracker; empty: none
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     halving: HalvingConfig = field(default_factory=HalvingConfig)
+    forecast: ForecastConfig = field(default_factory=ForecastConfig)
+    price: PriceConfig = field(default_factory=PriceConfig)
     objective: Any = None  # a column of the record, or a list of them, that a sweeper such as Optuna's is told
 
 

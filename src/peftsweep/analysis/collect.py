@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from peftsweep.analysis import export, interchange, terminal
+from peftsweep.analysis import export, forecast_report, interchange, terminal
 from peftsweep.analysis.answer import build, render, structure
 from peftsweep.analysis.answer.structure import Answer
 from peftsweep.analysis.figures import page, plot
@@ -122,7 +122,9 @@ def _collected(options: Options) -> tuple[int, list[Answer]]:
         else:
             print(f"{one.folder}: --where chooses none of {trials_in_words(len(one.table))}")
         chosen_here = set(mine["collected.record"])
-        for line in halving_notes.notes([result for result in one.results if record_file(result) in chosen_here]):
+        chosen_results = [result for result in one.results if record_file(result) in chosen_here]
+        time_error = forecast_report.line(chosen_results)
+        for line in [*halving_notes.notes(chosen_results), *([time_error] if time_error else [])]:
             print(line)
         whole = f", of all {trials_in_words(len(one.table))}" if len(mine) < len(one.table) else ""
         if written:

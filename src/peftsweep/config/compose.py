@@ -184,8 +184,10 @@ def checked(said: Filled) -> Trial:
         chosen["method"] = config.method["_target_"].rpartition(".")[2].removesuffix("Config").lower()
     elif chosen["method"] == FROM_FILE:
         chosen["method"] = "full"
-    # How far the trial goes now is no part of what it is.
-    tree = tree | {"halving": {key: value for key, value in tree["halving"].items() if key != "rung"}}
+    # How far the trial goes now is no part of what it is, nor is what is said of it before.
+    tree = {key: value for key, value in tree.items() if key not in ("forecast", "price")}
+    tree |= {"halving": {key: value for key, value in tree["halving"].items() if key != "rung"}}
+    chosen.pop("price", None)
     return _identified(Trial(config, tree, chosen, said.overrides, rows, "", "", "", experiment=said.experiment))
 
 

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from peftsweep.forecast.operations import Ledger
 from peftsweep.schema import Dtype
 
 META = torch.device("meta")
@@ -31,12 +32,14 @@ class _Allocator(TorchDispatchMode):
     """Follows the storages that operations make, from their making to their end, and computes nothing.
 
     ``live`` and ``peak`` are bytes, in whole blocks. What only numbers could say is answered as for a
-    padded batch: that many positions of a mask are ``answers``, that not all is true.
+    padded batch: that many positions of a mask are ``answers``, that not all is true. With a ``ledger`` every
+    operation is also counted.
     """
 
-    def __init__(self, block: int, answers: int) -> None:
+    def __init__(self, block: int, answers: int, ledger: Ledger | None = None) -> None:
         super().__init__()
         self.live = self.peak = 0
+        self._ledger = ledger
         self._block = block
         self._answers = answers
         self._known: dict[int, weakref.ref[Any]] = {}
@@ -68,6 +71,8 @@ class _Allocator(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self._note(tensor)
         self.peak = max(self.peak, self.live)
+        if self._ledger is not None:
+            self._ledger.note(func, args, kwargs or {}, result)
         return result
 
     def _accumulates(self, gradient: torch.Tensor, more: Any) -> bool:

@@ -341,9 +341,7 @@ def predicted(trial: Trial, batches: Sequence[Shape], where: str) -> Prediction 
     """The memory that training on micro-batches of these shapes takes on a device "cuda" or "cpu"."""
     if trial.config.adapter.path is not None or refusal(trial):
         return None
-    if "init_lora_weights" in trial.config.method:  # of which none changes a shape, but some take the base apart
-        method = trial.config.method | {"init_lora_weights": True}
-        trial = dataclasses.replace(trial, config=dataclasses.replace(trial.config, method=method))
+    trial = without_initialisation(trial)
     with _quietly():
         quantization = build.quantization(trial)
         return _with_skeleton(
@@ -352,6 +350,14 @@ def predicted(trial: Trial, batches: Sequence[Shape], where: str) -> Prediction 
             lambda adapted: predict(adapted, trial.config.train, batches, where),
             (("meta", "meta"), ("meta", "cpu")),
         )
+
+
+def without_initialisation(trial: Trial) -> Trial:
+    """The trial with a LoRA's usual initial weights: none changes a shape, but some take the base apart."""
+    if "init_lora_weights" not in trial.config.method:
+        return trial
+    method = trial.config.method | {"init_lora_weights": True}
+    return dataclasses.replace(trial, config=dataclasses.replace(trial.config, method=method))
 
 
 def together(

@@ -44,13 +44,18 @@ def count_flops(run: Run, settle: int, active: int) -> Counter[torch.dtype]:
         count._get_raw = True  # type: ignore[attr-defined]  # tensors, not their shapes
         return count
 
-    formulas = {operator: noted(formula) for operator, formula in (flop_registry | _more_formulas()).items()}
+    formulas = {operator: noted(formula) for operator, formula in flop_formulas().items()}
     with (
         torch.compiler.set_stance("force_eager"),
         FlopCounterMode(display=False, custom_mapping=formulas),
     ):
         run(settle + active, after_step)
     return totals
+
+
+def flop_formulas() -> dict[Any, Callable[..., int]]:
+    """The FLOPs of each operator that multiplies matrices, of its arguments and its result as ``out_val``."""
+    return flop_registry | _more_formulas()
 
 
 def _more_formulas() -> dict[Any, Callable[..., int]]:

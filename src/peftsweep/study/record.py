@@ -113,7 +113,7 @@ def _figures(value: Any, key: str) -> str | None:
 # Names of facts that tables and figures calculate with, and those that are read as names.
 NUMERIC = re.compile(
     r"(seconds|seconds_per_token|bytes|parameters|rows|steps?|tokens|loss|fraction|epochs|per_second|prompts|answers|"
-    r"references|peak|mean|majority|random|seen_in_training|speed_up|difference|value|low|high|to_first_token)(_p\d+)?$"
+    r"references|peak|mean|majority|random|seen_in_training|speed_up|difference|value|low|high|to_first_token|flops|mfu)(_p\d+)?$"
 )
 NAMES = (HEADLINE, "base_predictions", "trained_by", "reload_error", "merge_error")
 SCORE = {"value": NUMBER, "stderr": NUMBER, "n": NUMBER}

@@ -14,8 +14,10 @@ from peftsweep.analysis.table import naming
 from peftsweep.config import evaluations, experiment, repeat
 from peftsweep.config.compose import Trial
 from peftsweep.errors import InputError, NotRun, SweepFailed, suggest
-from peftsweep.forecast import forecast
+from peftsweep.forecast import forecast, timing
+from peftsweep.forecast.duration import Span
 from peftsweep.forecast.forecast import Forecast
+from peftsweep.forecast.timing import Timing, money, told
 from peftsweep.observe import streams
 from peftsweep.observe.display import Display, size, summary
 from peftsweep.schema import Dtype
@@ -23,13 +25,14 @@ from peftsweep.study import record, store
 from peftsweep.study.atomic import remove_partials
 from peftsweep.study.record import Result, Status, counted, trials_in_words
 from peftsweep.study.sweep_record import SweepRecord, plans
-from peftsweep.sweep import engine, workers
+from peftsweep.sweep import engine, packing, workers
 from peftsweep.sweep.engine import Launch
 from peftsweep.sweep.workers import Budget, Options
 from peftsweep.trial import done as trial_done
 from peftsweep.trial import outcome
 
 SIZED = "sizes are known of {} trials"
+PROBED_DEADLINE = 600.0  # seconds from which on a deadline is worth the probe of the device's speed
 MOST_READ = 400  # records of a study that are read for the names of a sweep that goes on in it
 
 
@@ -57,8 +60,9 @@ def run(
     config, trials = trials[0].config, _named(trials)
     if launch and config.stop_on_failure:
         raise InputError("stop_on_failure=true: only with hydra/launcher=local; others are given all trials at once")
+    timing.check(config)
     if config.dry_run:
-        _dry_run(trials)
+        _dry_run(trials, options)
         return [None] * len(trials)
     known = streams.progress(forecast.ahead(trials, memory=False), SIZED, len(trials), quiet=config.quiet)
     stand_ins = _stand_ins(trials, [forecast.check(one) for one in known])  # raises before anything is written
@@ -88,6 +92,7 @@ def run(
             if warning := experiment.unheeded(one.experiment):
                 display.say(f"{one.name}: {warning}")
         todo, budget = list(missing.values()), budget or Budget(options)
+        budget.expected |= {} if launch else _expected(todo, options)
         ended = engine.run(todo, launch, display) if launch else workers.run(todo, options, budget, display)
         sweep_record = sweep_record or SweepRecord(store.folder(config.study), [], options.workers)
         try:
@@ -112,6 +117,14 @@ def run(
     if not all(same):
         raise SweepFailed("a repeated trial is not the same")
     return results
+
+
+def _expected(trials: Sequence[Trial], options: Options) -> dict[str, float]:
+    """The seconds that trials will take, by their identities, where a deadline asks for them."""
+    if options.deadline is None or not trials:
+        return {}
+    times = Timing(trials, options.workers)
+    return times.expected(trials) if options.deadline >= PROBED_DEADLINE or times.device.take_kept() else {}
 
 
 def _named(trials: Sequence[Trial]) -> list[Trial]:
@@ -240,7 +253,7 @@ def _counted(results: Sequence[Result | None], name: str) -> str:
     return said + (f", {left} not run" if left else "") + f"  ({store.folder(name)})"
 
 
-def _dry_run(trials: Sequence[Trial]) -> None:
+def _dry_run(trials: Sequence[Trial], options: Options) -> None:
     """Print a line a trial as soon as it is known, and write all of them as the study's plan.json.
 
     Points that are one trial under one label are listed once.
@@ -251,17 +264,18 @@ def _dry_run(trials: Sequence[Trial]) -> None:
         listed.setdefault((one.identity, one.label), one)
     trials = list(listed.values())
     first: dict[str, Trial] = {}  # of those that attach the same
-    width, printed = max(len(one.name) for one in trials), []
+    width, printed, times = max(len(one.name) for one in trials), [], Timing(trials, options.workers)
     for one in forecast.ahead(trials, memory=True):
         evaluations.check_conversations(one.config)
         forecasts.append(foreseen := forecast.check(one))
         stand_in = first.setdefault(forecast.twin_key(one, foreseen), one)
-        printed.append(row := _plan_row(one, foreseen, stand_in))
+        printed.append(row := _plan_row(one, foreseen, stand_in, times))
         if not config.quiet:
             print(_plan_line(row, width), flush=True)
             if warning := experiment.unheeded(one.experiment):
                 print(f"  {one.name}: {warning}", flush=True)
-    rows = [_plan_row(*row) for row in zip(trials, forecasts, _stand_ins(trials, forecasts), strict=True)]
+    stand_ins = _stand_ins(trials, forecasts)
+    rows = [_plan_row(*row, times) for row in zip(trials, forecasts, stand_ins, strict=True)]
     file = store.folder(config.study) / store.PLAN
     record.write_json(file, rows)
     plans.append(file)
@@ -273,13 +287,23 @@ def _dry_run(trials: Sequence[Trial]) -> None:
             same = [row["name"] for row in rows if row["coverage"] == line]
             print(f"{', '.join(same)}: {line}")
         print(_disk_line(rows))
+        new_ones = {one.identity: one for one, row in zip(trials, rows, strict=True) if _to_run(row)}
+        jobs = [[one] for one in new_ones.values()]
+        if options.pack:
+            jobs = packing.plan([*new_ones.values()], options.pack, packing.fits_memory)
+        for line in times.lines(jobs):
+            print(line)
     new = sum(row["state"] == "new" for row in rows)
     print(f"{trials_in_words(len(rows))}, {new} new; nothing was trained ({file})")
 
 
+def _to_run(row: dict[str, Any]) -> bool:
+    return row["state"] == "new" and not row["refused"]
+
+
 def _disk_line(rows: Sequence[dict[str, Any]]) -> str:
     """What the trials that are to be run will leave on the disk, each counted once."""
-    left = {row["trial"]: row["disk_bytes"] for row in rows if row["state"] == "new" and not row["refused"]}
+    left = {row["trial"]: row["disk_bytes"] for row in rows if _to_run(row)}
     known = [count for count in left.values() if count is not None]
     least = "at least " if len(known) < len(left) else ""
     return f"on the disk: {least}{size(sum(known))} of adapters and merged models, beside records and predictions"
@@ -302,8 +326,18 @@ def _plan_line(row: dict[str, Any], width: int) -> str:
     return (
         f"{row['name']:{width}}  {row['state']:8}  {trainable:>13} trainable  "
         f"{size(row['adapter_bytes']):>9}  memory {size(row['predicted_memory_bytes']):>9}"
+        + _time_cell(row)
         + "".join(f"  {row[key]}" for key in ("refused", "oversized", "same_as", "outdated") if row[key])
     )
+
+
+def _time_cell(row: dict[str, Any]) -> str:
+    if row["refused"]:
+        return ""
+    if row["predicted_seconds"] is None:
+        return f"  time ? ({row['no_time_because']})"
+    cost = "" if row["predicted_cost"] is None else f"  cost {money(row['predicted_cost'])}"
+    return f"  time {told(Span(*(row[f'predicted_seconds{end}'] for end in ('', '_low', '_high'))))}{cost}"
 
 
 def planned(one: Trial) -> Result:
@@ -315,7 +349,7 @@ def planned(one: Trial) -> Result:
     return trial_done.finished(one) or outcome.planned(one, record.plain(vars(forecast.check(one))))
 
 
-def _plan_row(one: Trial, foreseen: Forecast, stand_in: Trial) -> dict[str, Any]:
+def _plan_row(one: Trial, foreseen: Forecast, stand_in: Trial, times: Timing) -> dict[str, Any]:
     same = stand_in is not one
     how = "attaches the same as" if stand_in.identity != one.identity else "is the same trial as"
     held, outdated = store.result(trial_done.folder(stand_in)), trial_done.outdated(stand_in)
@@ -335,4 +369,5 @@ def _plan_row(one: Trial, foreseen: Forecast, stand_in: Trial) -> dict[str, Any]
         "refused": foreseen.refused,
         "predicted_memory_bytes": None if predicted is None else predicted.peak_bytes,
         "oversized": forecast.oversized(one),
+        **times.row(one),
     }

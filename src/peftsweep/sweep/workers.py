@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -93,7 +92,7 @@ def run(trials: Sequence[Trial], options: Options, budget: Budget, display: Disp
 
 
 def _here(queue: deque[Job], budget: Budget, display: Display, options: Options) -> Iterator[tuple[Trial, Result]]:
-    while queue and (room := budget.take(len(queue[0]))):
+    while queue and (room := budget.take(len(queue[0]), queue[0])):
         whole = queue.popleft()
         job = whole[:room]
         if rest := whole[room:]:
@@ -142,15 +141,18 @@ class Budget:
         self._begun = time.monotonic()
         self._started = 0
         self._took: list[float] = []  # seconds of the trials that have ended
+        self._off: list[float] = []  # their seconds over those that were predicted
+        self.expected: dict[str, float] = {}  # seconds of trials, by their identities, where they were predicted
 
     def begin(self) -> None:
         """Other trials begin, that may take another time."""
         self._took.clear()
+        self._off.clear()
 
-    def take(self, wanted: int) -> int:
-        """How many of the ``wanted`` trials may start now; they are counted."""
+    def take(self, wanted: int, job: Sequence[Trial] = ()) -> int:
+        """How many of the ``wanted`` trials, which are those of ``job``, may start now; they are counted."""
         elapsed = time.monotonic() - self._begun
-        late = self._options.deadline is not None and elapsed + self.estimate() > self._options.deadline
+        late = self._options.deadline is not None and elapsed + self.estimate(job) > self._options.deadline
         limit = self._options.limit
         room = 0 if late else wanted if limit is None else min(wanted, limit - self._started)
         self._started += room
@@ -163,9 +165,17 @@ class Budget:
     def spend(self, result: Result) -> None:
         """A trial has ended."""
         self._took.append(sitting_seconds(result))
+        if expected := self.expected.get(result.run_info["identity"]):
+            self._off.append(sitting_seconds(result) / expected)
 
-    def estimate(self) -> float:
-        """The seconds that a trial takes: the median of those that have ended, 0 before the first."""
+    def estimate(self, job: Sequence[Trial] = ()) -> float:
+        """The seconds that a job takes: as predicted, times what predictions were off by, where it was predicted.
+
+        Else the median of the trials that have ended, 0 before the first.
+        """
+        known = [self.expected[one.identity] for one in job if one.identity in self.expected]
+        if known and len(known) == len(job):
+            return sum(known) * (median(self._off) if self._off else 1.0)
         return median(self._took) if self._took else 0.0
 
 
@@ -192,7 +202,7 @@ class _Worker:
         if not self.process.is_alive():
             self.replace()
         self.job, self.views, self.stage = job, views, "setup"
-        self.since, self._oom_kills = time.monotonic(), _oom_kills()
+        self.since, self._oom_kills = time.monotonic(), processes.oom_kills()
         os.ftruncate(self._child.output, 0)
         self.connection.send(([configuration.without_rows(one) for one in job], options))
 
@@ -220,7 +230,7 @@ class _Worker:
         self.process.join()
         code = self.process.exitcode or 0
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        starved = code == -signal.SIGKILL and _oom_kills() > self._oom_kills
+        starved = code == -signal.SIGKILL and processes.oom_kills() > self._oom_kills
         status = Status.oom if starved else Status.failed
         message = f"its process ended by {name}" + (", as the host was out of memory" if starved else "")
         return status, self.failure("WorkerDied", message)
@@ -329,7 +339,7 @@ def _in_pool(
 def _deal(queue: deque[Job], pool: list[_Worker], budget: Budget, display: Display, options: Options) -> None:
     """Give each worker that has none a job of the queue, as much of it as the budget allows."""
     for worker in pool:
-        if not worker.job and queue and (room := budget.take(len(queue[0]))):
+        if not worker.job and queue and (room := budget.take(len(queue[0]), queue[0])):
             whole = queue.popleft()
             job = whole[:room]
             if rest := whole[room:]:
@@ -375,15 +385,6 @@ def _cancel(pool: list[_Worker]) -> None:
     while running and time.monotonic() < end:
         connection.wait([worker.connection for worker in running], 0.5)
         running = [worker for worker in running if worker.news() is None]
-
-
-def _oom_kills() -> int:
-    """How often the kernel has killed a process for memory since it started; 0 where it does not say."""
-    try:
-        lines = Path("/proc/vmstat").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
-    except (OSError, StopIteration):
-        return 0
 
 
 # ---- the worker's side -----------------------------------------------------------------------------

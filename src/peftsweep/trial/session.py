@@ -34,7 +34,7 @@ from peftsweep.study.reading import Unreadable
 from peftsweep.study.record import Result
 from peftsweep.training import checkpoint, compiled, length, loop, optimizer
 from peftsweep.training.run import Trained
-from peftsweep.trial import mended, seen
+from peftsweep.trial import foreseen, mended, seen
 from peftsweep.trial.done import Oversized, Refused, folder, trained
 from peftsweep.trial.outcome import Sittings, log_step, train_cost, train_info
 from peftsweep.trial.scores import COST, KeptEvaluations, _base_scores
@@ -184,6 +184,7 @@ class Session:
     def _train(self) -> None:
         if predicted := forecast.prediction(self.trial, self.tokens):
             self.result.memory["predicted"] = predicted.facts()
+        flops = foreseen.foresee(self.trial, self.result, self.rows, self.tokens, self.meter.device)
         checkpoints = self.checkpoints()
         with self.stage("train"), self.steps() as lines:
             trained = loop.train(
@@ -201,6 +202,9 @@ class Session:
         counts = parts.count(self.adapted)
         self.info |= {"trainable_parameters": counts.trainable, "total_parameters": counts.total}
         self.info |= train_info(trained) | train_cost(trained)
+        foreseen.count_flops(
+            self.result, flops, length.total_steps(self.config.train, len(self.tokens)), self.meter.device
+        )
 
     def checkpoints(self) -> checkpoint.Checkpoints:
         """Those of the training, which goes on from the newest one."""

@@ -1,0 +1,98 @@
+"""How far predicted seconds were from the measured ones: of studies, by kind and in all."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from peftsweep.errors import InputError
+from peftsweep.forecast.history import KINDS, measured
+from peftsweep.observe.display import show_table
+from peftsweep.study import store
+from peftsweep.study.record import Result, Status, trials_in_words
+
+INTERVAL = 0.9  # what a predicted interval says of itself
+
+
+@dataclass(frozen=True)
+class Error:
+    """Of predictions of one kind of seconds: relative errors, and how many intervals held the truth."""
+
+    errors: tuple[float, ...]  # predicted / measured - 1
+    held: int
+
+    @property
+    def median(self) -> float:
+        """Of the errors without their signs."""
+        return statistics.median(map(abs, self.errors))
+
+    @property
+    def worst(self) -> float:
+        """The largest error, with its sign."""
+        return max(self.errors, key=abs)
+
+    @property
+    def coverage(self) -> float:
+        """The share of the intervals that held the truth."""
+        return self.held / len(self.errors)
+
+
+def error(results: Iterable[Result], kind: str) -> Error | None:
+    """Of the successful trials whose ``kind`` of seconds was predicted and measured; None where there is none."""
+    errors, held = [], 0
+    for result in results:
+        said, took = result.train_info.get("predicted"), measured(result.train_info).get(kind)
+        if result.status is not Status.success or not isinstance(said, dict) or not took:
+            continue
+        seconds, low, high = (said.get(f"{kind}_seconds{end}") for end in ("", "_low", "_high"))
+        if seconds is None or low is None or high is None or (kind == "train" and result.run_info.get("resumed")):
+            continue
+        errors.append(seconds / took - 1)
+        held += low <= took <= high
+    return Error(tuple(errors), held) if errors else None
+
+
+def line(results: Sequence[Result]) -> str | None:
+    """One line about the training seconds; None where none were predicted."""
+    found = error(results, "train")
+    if found is None:
+        return None
+    return (
+        f"predicted training seconds: median error {found.median:.0%}, worst {found.worst:+.0%} over "
+        f"{trials_in_words(len(found.errors))}; the {INTERVAL:.0%} interval held {found.held} of them"
+    )
+
+
+def main(names: Sequence[str]) -> int:
+    """``peftsweep-collect --forecast-report``: a row a study and kind of seconds, and one of all together."""
+    folders = [store.find(name) for name in names] if names else store.studies()
+    if not folders:
+        raise InputError("--forecast-report: there is no study under multirun/")
+    studies = {str(folder): store.records(folder, most=10**6) for folder in folders}
+    if len(studies) > 1:
+        studies["all"] = [result for results in studies.values() for result in results]
+    rows = [
+        _row(name, kind, found)
+        for name, results in studies.items()
+        for kind in KINDS
+        if (found := error(results, kind))
+    ]
+    if rows:
+        show_table("predicted seconds against measured ones", rows)
+    for name, results in studies.items():
+        if not any(error(results, kind) for kind in KINDS):
+            print(f"{Path(name)}: no trial whose time was predicted before it ran (dry_run=true predicts it)")
+    return 0
+
+
+def _row(name: str, kind: str, found: Error) -> dict[str, str]:
+    return {
+        "study": name,
+        "seconds of": kind,
+        "trials": str(len(found.errors)),
+        "median error": f"{found.median:.1%}",
+        "worst": f"{found.worst:+.1%}",
+        f"in the {INTERVAL:.0%} interval": f"{found.coverage:.0%}",
+    }

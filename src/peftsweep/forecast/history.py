@@ -1,0 +1,130 @@
+"""What records say of the seconds of a device: how far predictions were off, and what the same step took."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peftsweep.errors import InputError, suggest
+from peftsweep.study import store
+from peftsweep.study.record import RESULT, RecordError, Result, Status
+
+KINDS = ("load", "train", "evaluate", "save")  # of the seconds of a trial
+STAGES = {  # of a record, that make up each kind; the seconds of train are those of its steps
+    "load": ("setup", "load", "data", "attach"),
+    "evaluate": ("baseline", "eval"),
+    "save": ("save", "reload", "merge"),
+}
+MOST_READ = 2_000  # records of a study
+LEAST_SPREAD = 0.04  # of the logarithm: what the same trial's seconds differ by from run to run
+NORMAL_90 = 1.645  # standard deviations that hold 90% of a normal distribution
+SECTION, DEVICE, SHAPE = "time", "device", "shape"  # of meta_info: what the seconds depend on
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What a prediction is multiplied by, and how far the logarithm of the truth then scatters (one deviation)."""
+
+    factor: float
+    spread: float
+    records: int
+
+
+@dataclass
+class History:
+    """The seconds that records hold of one device."""
+
+    ratios: dict[str, list[float]] = field(default_factory=dict)  # logarithms of measured over predicted, by kind
+    steps: dict[str, list[float]] = field(default_factory=dict)  # seconds a step, by the shape of the training
+
+    def correction(self, kind: str) -> Correction | None:
+        """The median of the ratios of a kind; None where no record has one."""
+        ratios = self.ratios.get(kind)
+        if not ratios:
+            return None
+        middle = statistics.median(ratios)
+        deviations = [abs(ratio - middle) for ratio in ratios]
+        # The median deviation times 1.4826 is the standard deviation of a normal distribution; a median of few ratios
+        # is itself uncertain by about 1.25 / sqrt(n) of that.
+        spread = max(1.4826 * statistics.median(deviations), LEAST_SPREAD) if len(ratios) > 2 else 3 * LEAST_SPREAD
+        return Correction(math.exp(middle), spread * math.sqrt(1 + 1.57 / len(ratios)), len(ratios))
+
+    def step(self, shape: str) -> Correction | None:
+        """The seconds of a step of this very shape, where a record has them: they decide."""
+        seconds = self.steps.get(shape)
+        if not seconds:
+            return None
+        logs = [math.log(one) for one in seconds]
+        spread = max(statistics.stdev(logs), LEAST_SPREAD) if len(logs) > 1 else 1.5 * LEAST_SPREAD
+        return Correction(math.exp(statistics.median(logs)), spread, len(logs))
+
+
+def measured(info: Mapping[str, Any]) -> dict[str, float]:
+    """The seconds of each kind that the ``train_info`` of a record has measured."""
+    found = {}
+    for kind, stages in STAGES.items():
+        parts = [info.get(f"{stage}_seconds") for stage in stages]
+        if known := [part for part in parts if part is not None]:
+            found[kind] = float(sum(known))
+    if info.get("train_seconds") and "trained_by" not in info and "packed" not in info:
+        found["train"] = float(info["train_seconds"])
+    return found
+
+
+def of(records: Iterable[Result], device: str) -> History:
+    """The history of the device whose key is ``device``; records of others, and of earlier versions, say nothing."""
+    history = History()
+    for result in records:
+        about, info = result.meta_info.get(SECTION), result.train_info
+        if not isinstance(about, dict) or result.status is not Status.success or about.get(DEVICE) != device:
+            continue
+        if result.run_info.get("resumed"):  # whose sittings may have been on other machines
+            continue
+        seconds, predicted = measured(info), info.get("predicted") or {}
+        if seconds.get("train") and info.get("steps") and isinstance(about.get(SHAPE), str):
+            history.steps.setdefault(about[SHAPE], []).append(seconds["train"] / info["steps"])
+        for kind, took in seconds.items() if isinstance(predicted, dict) else ():
+            raw = predicted.get(f"uncorrected_{kind}_seconds")
+            if isinstance(raw, int | float) and raw > 0 and took > 0:
+                history.ratios.setdefault(kind, []).append(math.log(took / raw))
+    return history
+
+
+def newest(study: Path, most: int) -> list[Result]:
+    """The records of a study that were written last and can be read, at most so many."""
+    if not study.is_dir():
+        return []
+    found = []
+    for place in sorted(store.recorded(study), key=_written)[-most:]:
+        with suppress(RecordError):
+            found.append(Result.read(place))
+    return found
+
+
+def _written(place: Path) -> float:
+    with suppress(OSError):
+        return (place / RESULT).stat().st_mtime
+    return 0.0
+
+
+def named(study: str) -> list[Result]:
+    """The records of the study that ``forecast.records`` names: a name below multirun/, or a folder.
+
+    Raises:
+        InputError: there is no such study, or it holds no record.
+    """
+    folder = store.folder(study) if store.is_plain(study) else Path(study).expanduser()
+    if not folder.is_dir():
+        known = [place.name for place in store.ROOT.iterdir() if place.is_dir()] if store.ROOT.is_dir() else []
+        raise InputError(
+            f"forecast.records={study}: no such study; {suggest(study, known) if known else 'there is none'}"
+        )
+    found = store.records(folder, MOST_READ)
+    if not found:
+        raise InputError(f"forecast.records={study}: holds no records that can be read")
+    return found

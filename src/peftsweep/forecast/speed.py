@@ -1,0 +1,388 @@
+"""How fast a device is: measured once, kept in the user's cache, and again where the machine has become slower.
+
+A roofline says what an operation takes at least: its FLOPs at the ceiling of its number format, its bytes at the
+memory's bandwidth, or the launch of a kernel. How near a kernel comes to that depends on its sizes, so each operation
+of a step is also timed alone, on tensors of its shapes and strides, once for all trials; one that was not is taken as
+far above its roofline as the nearest one of its kind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from peftsweep.forecast.allocator import _Allocator
+from peftsweep.forecast.operations import Ledger, Operation, SameDevice, TensorSpec, specs
+from peftsweep.forecast.trace import Sizes, made_optimizer, reference_step
+from peftsweep.observe.flops import matmul_ceiling
+from peftsweep.schema import TrainConfig
+from peftsweep.study import record
+from peftsweep.study.atomic import write_text
+
+log = logging.getLogger(__name__)
+
+VERSION = 1  # of what is measured and how it is kept
+LAP = 512  # the size of the square product by which a machine is found to have become slower
+LAP_SECONDS = 0.15  # for which it is repeated
+SLOWER = 1.3  # times as slow as then: all is measured again
+OPERATION_SECONDS = 0.004  # for which an operation is repeated
+MOST_REPEATS = 20
+MOST_UPDATED = 2**24  # numbers of weights whose update is timed; that of more is proportional
+LARGEST = 1e9  # bytes of an operation that is timed
+CALIBRATION = {"small": (64, 2, 16), "middle": (256, 4, 128)}  # width, rows and tokens of the steps that are run
+DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
+SIZES = {"cpu": (256, 512, 1024), "cuda": (2048, 4096, 8192)}
+THIN = (8, 32)  # ranks of the products that are timed with the probe
+COPIED = {"cpu": 2**25, "cuda": 2**28}  # bytes
+
+Clock = Callable[[], float]
+
+
+@dataclass
+class Speed:
+    """What was measured of a device. Seconds are those of a device that does nothing else."""
+
+    ceilings: dict[str, float] = field(default_factory=dict)  # FLOP/s of a matrix product, by number format
+    bandwidth: float = math.nan  # bytes/s that a copy reads and writes
+    launch_seconds: float = math.nan  # of the smallest kernel
+    host_seconds: float = 0.0  # of a call of an operator, for what is around it: Python, modules, autograd
+    # Of each byte that is moved by what is no product: an operation that is timed alone finds its tensors in the caches
+    # and its result's memory mapped, in a step it does not.
+    byte_seconds: float = 0.0
+    lap_seconds: float = math.nan  # of the reference product
+    operations: dict[str, float] = field(default_factory=dict)  # by their keys
+
+    def roofline(self, one: Operation) -> float:
+        """The seconds that ``one`` takes at least."""
+        dtype = str(one.dtypes[0]).removeprefix("torch.") if one.dtypes else ""
+        ceiling = self.ceilings.get(dtype) or max(self.ceilings.values())
+        return max(one.flops / ceiling, one.bytes / self.bandwidth, self.launch_seconds)
+
+
+class Meter:
+    """Times operations and steps on a device, by a clock that is the wall's unless told otherwise."""
+
+    def __init__(self, device: torch.device, clock: Clock = time.perf_counter) -> None:
+        self.device, self.clock = device, clock
+
+    def best(self, call: Callable[[], object], seconds: float, most: int) -> float:
+        """Of some repetitions the seconds of a fast one (the lower quartile), which others disturb least."""
+        call()
+        took: list[float] = []
+        while len(took) < 3 or (sum(took) < seconds and len(took) < most):
+            took.append(self.once(call))
+        return sorted(took)[len(took) // 4]
+
+    def once(self, call: Callable[[], object]) -> float:
+        """The seconds of one call, or on a GPU of its kernels."""
+        if self.device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            return float(start.elapsed_time(end)) / 1000
+        begun = self.clock()
+        call()
+        return self.clock() - begun
+
+    def operation(self, one: Operation) -> float:
+        """The seconds of ``one``, on tensors of its shapes."""
+        arguments, keywords = _made(one, self.device)
+        with torch.no_grad():
+            return self.best(lambda: one.operator(*arguments, **keywords), OPERATION_SECONDS, MOST_REPEATS)
+
+    def update(self, trained: Sizes, config: TrainConfig) -> float:
+        """The seconds in which gradients are clipped and the optimizer changes weights of these shapes."""
+        numbers = sum(math.prod(shape) for shape, _ in trained)
+        some = trained if numbers <= MOST_UPDATED else (((MOST_UPDATED,), trained[0][1]),)
+        optimizer = made_optimizer(some, config, self.device)
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+
+        def call() -> None:
+            if config.clip:
+                nn.utils.clip_grad_norm_(weights, config.clip)
+            optimizer.step()
+
+        return self.best(call, OPERATION_SECONDS, MOST_REPEATS) * max(1.0, numbers / MOST_UPDATED)
+
+    def laps(self, seconds: float) -> list[float]:
+        """The seconds of each of many reference products, for so long."""
+        left = torch.ones(LAP, LAP, device=self.device)
+        product, took, end = left @ left, [], time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            took.append(self.once(lambda: torch.mm(left, left, out=product)))
+        return sorted(took)
+
+
+class Device:
+    """A device with its speed, which is measured when it is first needed."""
+
+    def __init__(self, device: torch.device, clock: Clock = time.perf_counter, folder: Path | None = None) -> None:
+        self.device, self._meter = device, Meter(device, clock)
+        self.key = device_key(device)
+        self._file = (folder or cache_folder()) / f"speed-{self.key}.json"
+        self._speed: Speed | None = None
+        self._kinds: dict[Any, dict[str, tuple[float, float]]] = {}  # of what was timed: rooflines and seconds
+        self._changed = False
+        self.busy = 1.0  # times as slow as a device that does nothing else, when last looked
+
+    @property
+    def speed(self) -> Speed:
+        """What is kept of it, else what is measured now; then also how busy it is."""
+        if self._speed is None:
+            kept = self.kept()
+            laps = self._meter.laps(LAP_SECONDS)
+            if kept is None or laps[len(laps) // 4] > SLOWER * kept.lap_seconds:
+                kept = measure(self._meter)
+                self._changed = True
+                laps = self._meter.laps(LAP_SECONDS)
+            self._speed = kept
+            self.busy = max(1.0, sum(laps) / len(laps) / kept.lap_seconds)
+            self.write()
+        return self._speed
+
+    def kept(self) -> Speed | None:
+        """What was measured before; None where nothing was, or that cannot be read."""
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            said = json.loads(self._file.read_text(encoding="utf-8"))
+            if said.pop("version") == VERSION:
+                found = Speed(**{one.name: said[one.name] for one in dataclasses.fields(Speed)})
+                return found if _usable(found) else None
+        return None
+
+    def take_kept(self) -> bool:
+        """Go by what is kept, and measure nothing but how busy the device is; False where nothing is kept."""
+        if self._speed is None:
+            self._speed = self.kept()
+        if self._speed is None:
+            return False
+        laps = self._meter.laps(LAP_SECONDS / 3)
+        self.busy = max(1.0, sum(laps) / len(laps) / self._speed.lap_seconds)
+        return True
+
+    def write(self) -> None:
+        """Keep what was measured; a cache that cannot be written is none."""
+        if not self._changed or self._speed is None:
+            return
+        said = {"version": VERSION, "device": name_of(self.device), **dataclasses.asdict(self._speed)}
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self._file, json.dumps(said, indent=1))
+            self._changed = False
+        except OSError as error:
+            log.warning("the measured speed of the device cannot be kept (%s)", error)
+
+    def work(self, ledger: Ledger, until: float = math.inf) -> tuple[float, float]:
+        """The seconds of all kernels of ``ledger``, and the part of them that was not timed but estimated.
+
+        Operations are timed until the clock time ``until``, those that take longest first.
+        """
+        speed, total, estimated = self.speed, 0.0, 0.0
+        calls = [(one, count) for one, count in ledger.calls.items() if not one.views]
+        for one, _ in sorted(calls, key=lambda call: -call[1] * speed.roofline(call[0])):
+            if one.key not in speed.operations and one.bytes <= LARGEST and time.perf_counter() < until:
+                with suppress(Exception):  # whatever an operator raises that wants other numbers: it is estimated
+                    speed.operations[one.key] = self._meter.operation(one)
+                    self._changed = True
+            if (timed := speed.operations.get(one.key)) is not None:
+                self._kinds.setdefault(one.kind, {})[one.key] = speed.roofline(one), timed
+        for one, count in calls:
+            found = speed.operations.get(one.key)
+            if found is None:
+                found = self._estimate(one)
+                estimated += count * found
+            total += count * found
+        return total, estimated
+
+    def _estimate(self, one: Operation) -> float:
+        """As far above its roofline as the nearest of its kind that was timed; at twice that where none was."""
+        floor = self.speed.roofline(one)
+        known = self._kinds.get(one.kind)
+        if not known:
+            return 2 * floor
+        nearest, took = min(known.values(), key=lambda pair: abs(math.log(pair[0] / floor)))
+        return floor * took / nearest
+
+    def update(self, trained: Sizes, config: TrainConfig) -> float:
+        """The seconds of the optimizer's step over weights of these shapes."""
+        if not trained:
+            return 0.0
+        key = f"update {config.optimizer} {config.optimizer_kwargs} clip={bool(config.clip)} " + ",".join(
+            f"{count}x{list(shape)}{dtype}" for (shape, dtype), count in Counter(trained).items()
+        )
+        operations = self.speed.operations
+        if key not in operations:
+            try:
+                operations[key] = self._meter.update(trained, config)
+            except Exception:  # an optimizer of another kind: as AdamW reads and writes
+                log.debug("the update cannot be timed", exc_info=True)
+                bytes_ = sum(7 * math.prod(shape) * dtype.itemsize for shape, dtype in trained)
+                operations[key] = bytes_ / self.speed.bandwidth + len(trained) * self.speed.launch_seconds
+            self._changed = True
+        return operations[key] * self.busy
+
+    def step(self, ledger: Ledger, until: float = math.inf) -> tuple[float, float]:
+        """The seconds of a step of these operations, and the share of them that is estimated.
+
+        A CPU works and calls in turns; a GPU works while the host calls, whichever takes longer.
+        """
+        work, estimated = self.work(ledger, until)
+        host = self.speed.host_seconds * ledger.dispatches
+        inside = work + self.speed.byte_seconds * ledger.other_bytes
+        took = max(inside, host) if self.device.type == "cuda" else inside + host
+        return took * self.busy, estimated / work if work else 0.0
+
+    def ideal(self, flops: dict[str, float]) -> float | None:
+        """The seconds of these FLOPs, by number format, at the device's ceiling; None if it was never measured."""
+        speed = self._speed or self.kept()
+        if speed is None or any(dtype not in speed.ceilings for dtype in flops):
+            return None
+        return sum(count / speed.ceilings[dtype] for dtype, count in flops.items())
+
+
+def _usable(found: Speed) -> bool:
+    numbers = [*found.ceilings.values(), found.bandwidth, found.launch_seconds, found.lap_seconds]
+    numbers += found.operations.values()
+    return bool(found.ceilings) and all(isinstance(n, float) and math.isfinite(n) and n > 0 for n in numbers)
+
+
+# ---- which device it is ------------------------------------------------------------------------------
+
+
+def device_key(device: torch.device) -> str:
+    """Of all that changes a device's speed, but for what else runs on it."""
+    from peftsweep.config.identity import content_hash
+
+    versions = {name: (found or {}).get("version") for name, found in record.packages().items()}
+    versions = {name: versions[name] for name in ("torch", "transformers", "peft", "bitsandbytes")}
+    return content_hash([name_of(device), record.kernels(), versions])
+
+
+def name_of(device: torch.device) -> str:
+    """The model of the device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else record.processor() or platform.machine()
+
+
+def cache_folder() -> Path:
+    """Where what is measured of this machine is kept: ``$XDG_CACHE_HOME/peftsweep``, else ``~/.cache/peftsweep``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftsweep"
+
+
+# ---- an operation as it is timed ---------------------------------------------------------------------
+
+
+def _made(one: Operation, device: torch.device) -> tuple[list[Any], dict[str, Any]]:
+    """Its arguments, with numbers that it takes: ones, and indices below any of its sizes."""
+    floats = [spec for spec in specs((one.arguments, one.keywords)) if spec.dtype.is_floating_point and spec.shape]
+    indices = max(min((min(spec.shape) for spec in floats), default=1), 1)
+    made = [_real(value, device, indices) for value in one.arguments]
+    return made, {name: _real(value, device, indices) for name, value in one.keywords}
+
+
+def _real(value: Any, device: torch.device, indices: int) -> Any:
+    if isinstance(value, SameDevice):
+        return device
+    if isinstance(value, tuple):
+        return [_real(part, device, indices) for part in value]
+    if not isinstance(value, TensorSpec):
+        return value
+    made = torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device=device)
+    if value.dtype == torch.int64 and 0 not in value.stride:
+        return made.copy_(torch.arange(made.numel(), device=device).remainder_(indices).view(value.shape))
+    return made.zero_() if 0 in value.stride or value.dtype == torch.int64 else made.fill_(1)
+
+
+# ---- the probe ---------------------------------------------------------------------------------------
+
+
+def measure(meter: Meter) -> Speed:
+    """The probe: ceilings, bandwidth, launches, thin products, dequantisation, and two steps of a small model."""
+    device, begun = meter.device, time.perf_counter()
+    speed = Speed()
+    for name in DTYPES[device.type]:
+        dtype = getattr(torch, name)
+        speed.ceilings[name] = matmul_ceiling(device, dtype, SIZES[device.type], repeats=5, clock=meter.clock)
+    source = torch.ones(COPIED[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+    speed.bandwidth = 2 * source.nbytes / meter.best(lambda: target.copy_(source), 0.1, MOST_REPEATS)
+    small = torch.ones(8, device=device)
+    speed.launch_seconds = meter.best(lambda: small.add_(1.0), 0.01, 1000)
+    laps = meter.laps(2 * LAP_SECONDS)
+    speed.lap_seconds = laps[len(laps) // 4]
+    for one in _samples(device):
+        with suppress(Exception):  # an operator that this device lacks
+            speed.operations[one.key] = meter.operation(one)
+    _calibrate(speed, meter)
+    log.info("measured the speed of %s in %.1f s", name_of(device), time.perf_counter() - begun)
+    return speed
+
+
+def _samples(device: torch.device) -> Iterator[Operation]:
+    """Products as a LoRA has them, and a layer that is stored in 4 and in 8 bits, made wide again."""
+    import bitsandbytes  # noqa: F401  (it names its operators)
+
+    ledger = Ledger()
+    with _Allocator(1, 0, ledger):
+        for name in DTYPES[device.type]:
+            wide, layer = (torch.empty(512, 1024, dtype=getattr(torch, name), device="meta") for _ in range(2))
+            for rank in THIN:
+                low = torch.empty(rank, 1024, dtype=wide.dtype, device="meta")
+                functional.linear(functional.linear(wide, low), low.new_empty(1024, rank))
+            torch.ops.bitsandbytes.dequantize_4bit(  # 64 numbers to a scale, two to a byte
+                layer.new_empty(layer.numel() // 2, 1, dtype=torch.uint8),
+                layer.new_empty(layer.numel() // 64, dtype=torch.float32),
+                *(64, "nf4", list(layer.shape), layer.dtype),
+            )
+            layer.new_empty(layer.shape, dtype=torch.int8) * layer.new_empty(512, 1)
+    yield from ledger.calls
+
+
+def _calibrate(speed: Speed, meter: Meter) -> None:
+    """What a real training step takes beyond its operations: of each call, and of each operation's own time.
+
+    Two steps are run, one of tiny tensors, whose time is that of the calls, and one of larger ones.
+    """
+    found = {}
+    for name, (width, rows, tokens) in CALIBRATION.items():
+        step, seconds = reference_step(meter.clock, meter.device, width, rows, tokens)
+        alone = 0.0
+        for one, count in step.ledger.calls.items():
+            if not one.views:
+                if one.key not in speed.operations:
+                    speed.operations[one.key] = meter.operation(one)
+                alone += count * speed.operations[one.key]
+        found[name] = step.ledger, seconds - meter.update(step.trained, TrainConfig()), alone
+    (tiny, short, little), (middle, long, much) = found["small"], found["middle"]
+    on_gpu = meter.device.type == "cuda"  # which works while the host calls
+    for _ in range(10):  # two equations with two unknown, of which neither is below 0
+        inside = 0.0 if on_gpu else little + speed.byte_seconds * tiny.other_bytes
+        speed.host_seconds = max(short - inside, 0.0) / tiny.dispatches
+        host = 0.0 if on_gpu else speed.host_seconds * middle.dispatches
+        speed.byte_seconds = max(long - host - much, 0.0) / middle.other_bytes
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """So many threads in the block, as workers that share a CPU have each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,214 @@
+"""How long and how dear a sweep will be: its trials' seconds, its end over its workers, money."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import psutil
+import torch
+
+from peftsweep.config import identity
+from peftsweep.config.compose import Trial
+from peftsweep.errors import InputError
+from peftsweep.forecast import duration, forecast, history, speed
+from peftsweep.forecast.duration import NOTHING, Estimate, Span
+from peftsweep.models import model
+from peftsweep.observe.remaining import in_words
+from peftsweep.schema import Config, PriceConfig
+from peftsweep.study import record, store
+
+MOST_RECORDS = 300  # of the study that is added to, of which the newest are read
+IMPORTED = time.time()  # when this process had imported what a trial needs, as a worker has to
+MOST_IMPORT_SECONDS = 60.0  # of a process that was there long before
+PACKED = (0.7, 1.3)  # the seconds of trials that are trained together, over those of the same one by one
+
+
+class Timing:
+    """The seconds of the trials of one sweep, which run in ``workers`` processes."""
+
+    def __init__(self, trials: Sequence[Trial], workers: int | None = None) -> None:
+        config = trials[0].config
+        where = model.device(config.device)
+        on_cpu, count = where.type == "cpu", workers or 1
+        # As the workers of a sweep part the cores of a host.
+        self._threads = max(1, (os.cpu_count() or 1) // count) if on_cpu and count > 1 else None
+        with speed.threads(self._threads):
+            self.device = device_of(where, torch.get_num_threads())
+        self.history = records_of(self.device.key, config.forecast.records, config.study)
+        self.price = hourly(config.price, speed.name_of(where))
+        self.currency = config.price.currency
+        self.workers = count
+        self.devices = 1 if on_cpu else max(1, min(count, torch.cuda.device_count()))
+        self._based = set[str]()  # untouched bases that an earlier trial of the sweep scores
+        self._estimates: dict[str, Estimate] = {}
+
+    def estimate(self, one: Trial) -> Estimate:
+        """Of one trial, without the scores of a base that an earlier one has found."""
+        if one.identity not in self._estimates:
+            with speed.threads(self._threads):
+                found = duration.estimate(one, self.device, self.history)
+            key = identity.content_hash([*forecast._of_the_model(one), one.config.quant, one.tree["eval"]])
+            span = found.spans.get("evaluate")
+            if span is not None and key in self._based:
+                share = 1 - found.baseline.seconds / span.seconds if span.seconds else 1.0
+                spans = dict(found.spans) | {"evaluate": span.times(share)}
+                found = duration.with_spans(found, spans)
+            self._based.add(key)
+            self._estimates[one.identity] = found
+        return self._estimates[one.identity]
+
+    def expected(self, trials: Sequence[Trial]) -> dict[str, float]:
+        """The seconds of trials, by their identities, of which they can be said."""
+        totals = {one.identity: self.estimate(one).total for one in trials}
+        return {name: total.seconds for name, total in totals.items() if total is not None}
+
+    def row(self, one: Trial) -> dict[str, Any]:
+        """What plan.json says of the trial."""
+        found = self.estimate(one)
+        total = found.total
+        ideal = self.device.ideal(dict(found.flops_by_dtype)) if found.flops_by_dtype else None
+        train = found.spans.get("train")
+        return {
+            "predicted_seconds": None if total is None else total.seconds,
+            "predicted_seconds_low": None if total is None else total.low,
+            "predicted_seconds_high": None if total is None else total.high,
+            "predicted": found.facts(),
+            "predicted_device": self.device.key,
+            "no_time_because": found.why,
+            "flops": found.flops,
+            "predicted_mfu": ideal / train.seconds if ideal and train and train.seconds else None,
+            "predicted_cost": None if total is None or self.price is None else self.cost(total.seconds / self._sharing),
+        }
+
+    @property
+    def _sharing(self) -> float:
+        """Trials that run at the same time on one device."""
+        return self.workers / self.devices
+
+    def cost(self, device_seconds: float) -> float:
+        """In the currency of ``price``."""
+        return device_seconds / 3600 * (self.price or 0.0)
+
+    def sweep(self, jobs: Sequence[Sequence[Trial]]) -> tuple[Span | None, str]:
+        """When a sweep of these jobs ends, each a trial or a pack, and in words on what; None: not to be said.
+
+        A warm worker loads each base once; what a process imports, this one has imported too.
+        """
+        spans, unknown, loaded = list[Span](), dict[str, int](), set[str]()
+        for job in jobs:
+            found = [self.estimate(one) for one in job]
+            if why := next((one.why for one in found if one.total is None), None):
+                unknown[why] = unknown.get(why, 0) + len(job)
+                continue
+            spans.append(self._job(job, found, loaded))
+        if unknown:
+            return None, "; ".join(f"{record.trials_in_words(count)}: {why}" for why, count in unknown.items())
+        imports = min(IMPORTED - psutil.Process().create_time(), MOST_IMPORT_SECONDS)
+        end = finish(spans, self.workers) + Span(imports, imports / 2, imports * 2)
+        places = f"{self.workers} worker" + ("s" if self.workers != 1 else "")
+        return end, f"{places} on {self.devices} device" + ("s" if self.devices != 1 else "")
+
+    def _job(self, job: Sequence[Trial], found: Sequence[Estimate], loaded: set[str]) -> Span:
+        parts = {kind: [one.spans[kind] or NOTHING for one in found] for kind in history.KINDS}
+        base = identity.content_hash([*forecast._of_the_model(job[0]), job[0].config.quant])
+        load = parts["load"][0] if base not in loaded or len(job) > 1 else parts["load"][0].times(0.5)
+        loaded.add(base)
+        own = sum((span for kind in ("evaluate", "save") for span in parts[kind]), NOTHING)
+        train = sum(parts["train"], NOTHING)
+        if len(job) > 1:
+            train = Span(train.seconds, train.low * PACKED[0], train.high * PACKED[1])
+        return load + train + own
+
+    def lines(self, jobs: Sequence[Sequence[Trial]]) -> list[str]:
+        """The last lines of a plan: when the sweep would be done, and what it would cost."""
+        if not jobs:
+            return []
+        end, where = self.sweep(jobs)
+        if end is None:
+            return [f"time: not known of {where}"]
+        packs = sum(len(job) > 1 for job in jobs)
+        packed = f", {packs} of them packs" if packs else ""
+        line = f"time: {told(end)} for {len(jobs)} jobs{packed}, {where}"
+        if self.price is None:
+            return [line]
+        low, middle, high = (self.cost(seconds * self.devices) for seconds in (end.low, end.seconds, end.high))
+        unit = f" {self.currency}" if self.currency else ""
+        return [line, f"cost: {money(middle)}{unit} ({money(low)} to {money(high)}), {self.price:g} a device-hour"]
+
+
+def check(config: Config) -> None:
+    """Refuse a price that is none, and ``forecast.records`` of no study, before anything is planned.
+
+    Raises:
+        InputError: the line names the key.
+    """
+    if not isinstance(config.price.hour, Mapping):
+        hourly(config.price, "")
+    if config.forecast.records is not None:
+        history.named(config.forecast.records)
+
+
+def told(span: Span) -> str:
+    """``3.2 min (2.7 min to 3.9 min)``."""
+    return f"{in_words(span.seconds)} ({in_words(span.low)} to {in_words(span.high)})"
+
+
+def money(amount: float) -> str:
+    """With two decimals, or as many as its first two digits need."""
+    return f"{amount:.2f}" if amount >= 0.1 or amount == 0 else f"{amount:.2g}"
+
+
+@cache
+def device_of(where: torch.device, threads: int) -> speed.Device:
+    """The device with its speed, once a process and number of threads."""
+    return speed.Device(where)
+
+
+def finish(spans: Sequence[Span], workers: int) -> Span:
+    """When the last of these jobs ends, which ``workers`` take in this order as they become free."""
+
+    def end(seconds: Sequence[float]) -> float:
+        free = [0.0] * max(workers, 1)
+        for one in seconds:
+            place = free.index(min(free))
+            free[place] += one
+        return max(free)
+
+    return Span(*(end([getattr(span, name) for span in spans]) for name in ("seconds", "low", "high")))
+
+
+def hourly(price: PriceConfig, device: str) -> float | None:
+    """What an hour of the device costs; of a table the entry whose name is part of the device's; None: no price.
+
+    Raises:
+        InputError: it is no amount, or the table has no entry for the device.
+    """
+    said = price.hour
+    if isinstance(said, Mapping):
+        fitting = [amount for name, amount in said.items() if str(name).lower() in device.lower()]
+        if not fitting:
+            names = ", ".join(map(str, said)) or "no device"
+            raise InputError(f"price: its table has {names}, and none of them is in the name of the device, {device}")
+        said = fitting[0]
+    if said is None:
+        return None
+    if isinstance(said, bool) or not isinstance(said, int | float) or not (math.isfinite(said) and said >= 0):
+        raise InputError(
+            f"price={said}: must be the price of a device-hour, a number of at least 0, such as price=2.49"
+        )
+    return float(said)
+
+
+def records_of(device: str, named: str | None, study: str) -> history.History:
+    """What is known of the device's seconds: from the records that ``forecast.records`` names, and the study's own.
+
+    Raises:
+        InputError: ``forecast.records`` names no study.
+    """
+    others = history.named(named) if named is not None else []
+    return history.of([*others, *history.newest(store.folder(study), MOST_RECORDS)], device)

@@ -1,0 +1,143 @@
+"""The operations of a training step, of a forward and of a decoded token, found by running them on the meta device."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import nn
+
+from peftsweep.data.tokens import Tokens
+from peftsweep.forecast.allocator import META, _Allocator, _as_on, _Kernels
+from peftsweep.forecast.operations import Ledger
+from peftsweep.forecast.predict import Shape, _batch, _to_meta, skeleton
+from peftsweep.models import attach, model, probe
+from peftsweep.models.losses import answer_losses, auxiliary_loss, row_inputs
+from peftsweep.models.parts import base_of, classifies, text_config, trainable_parameters
+from peftsweep.models.shortcuts import SHORTCUTS
+from peftsweep.observe import measure
+from peftsweep.schema import Init, ModelConfig, TargetsConfig, TrainConfig
+from peftsweep.training import loop
+from peftsweep.training import optimizer as training_optimizer
+
+REFERENCE_STEPS = 12  # of which the first three are left out
+Sizes = tuple[tuple[tuple[int, ...], torch.dtype], ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One micro-batch, forward and backward, and the weights that the optimizer then changes."""
+
+    ledger: Ledger
+    trained: Sizes  # shape and number format of each
+
+
+class Tracer:
+    """Runs parts of a trial on an adapted model without numbers; ``device`` is "cpu" or "cuda"."""
+
+    def __init__(self, adapted: Any, config: TrainConfig, device: str) -> None:
+        self._adapted, self._config, self._device = adapted, config, device
+        _to_meta(adapted)
+        text = text_config(adapted)
+        if getattr(text, "pad_token_id", None) is None:
+            text.pad_token_id = 0
+        if not classifies(adapted):
+            with self._run(Ledger(), 0) as kernels, kernels.forward():
+                setattr(base_of(adapted), SHORTCUTS, probe.likely_shortcuts(base_of(adapted)))
+
+    @contextmanager
+    def _run(self, ledger: Ledger, answers: int) -> Iterator[_Kernels]:
+        with _as_on(self._device, self._config.autocast), _Allocator(1, answers, ledger) as allocator:
+            kernels = _Kernels(self._device, self._config.autocast)
+            self._allocator = allocator
+            yield kernels
+
+    def step(self, shape: Shape) -> Step:
+        """A micro-batch of training."""
+        adapted, batch, ledger = self._adapted, _batch(self._adapted, shape), Ledger()
+        training_optimizer.enable_checkpointing(adapted, self._config.checkpointing)
+        training_optimizer.make_optimizer(adapted, self._config)  # which may freeze some of the weights
+        adapted.train()
+        with self._run(ledger, batch.answer_tokens) as kernels:
+            with kernels.forward():
+                loss = answer_losses(adapted, batch).sum() / batch.answer_tokens
+                regulariser = auxiliary_loss(adapted, batch)
+                loss = loss if regulariser is None else loss + regulariser
+            self._allocator.in_backward = True
+            kernels.backward(loss)
+        weights = tuple((tuple(p.shape), p.dtype) for _, p in trainable_parameters(adapted) if p.grad is not None)
+        adapted.zero_grad(set_to_none=True)
+        return Step(ledger, weights)
+
+    def read(self, shape: Shape) -> Ledger:
+        """A forward whose answers are scored, as of an evaluation by likelihood."""
+        return self._evaluated(lambda: answer_losses(self._adapted, _batch(self._adapted, shape)), shape.answer_tokens)
+
+    def decode(self, rows: int, context: int) -> Ledger:
+        """One more token for each of some rows, each after ``context`` tokens."""
+        adapted, found = self._adapted, list[Any]()
+        ids = torch.zeros(rows, context, dtype=torch.int64, device=META)
+        options = {"use_cache": True, **row_inputs(adapted, ids)}
+
+        def prompt() -> None:
+            found.append(adapted(input_ids=ids, attention_mask=torch.ones_like(ids), **options).past_key_values)
+
+        def token() -> None:
+            longer = torch.ones(rows, context + 1, dtype=torch.int64, device=META)
+            adapted(input_ids=ids[:, :1], attention_mask=longer, past_key_values=found[0], **options)
+
+        self._evaluated(prompt, rows)
+        return self._evaluated(token, rows)
+
+    def _evaluated(self, call: Callable[[], object], answers: int) -> Ledger:
+        ledger = Ledger()
+        self._adapted.eval()
+        with torch.no_grad(), self._run(ledger, answers) as kernels, kernels.forward():
+            call()
+        return ledger
+
+
+def untouched(adapted: Any) -> Any:
+    """What stands for the base in a trace: a method that is one with it has none."""
+    return adapted.get_base_model() if isinstance(adapted, PeftModel) else adapted
+
+
+def reference_step(
+    clock: Callable[[], float], device: torch.device, width: int, rows: int, tokens: int
+) -> tuple[Step, float]:
+    """A LoRA step of a small random model: its operations, and the seconds of a fast one of some on ``device``."""
+    sizes: dict[str, Any] = {"model_type": "llama", "vocab_size": 512, "hidden_size": width}
+    sizes |= {"intermediate_size": 4 * width, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape_of = ModelConfig("random", init=Init.random, architecture=sizes)
+    method = LoraConfig(r=8, target_modules="all-linear")
+    config = TrainConfig(steps=REFERENCE_STEPS, batch_size=rows, log_every=REFERENCE_STEPS)
+    draw = random.Random(0)
+    data = [Tokens([draw.randrange(3, 512) for _ in range(tokens)], tokens // 2) for _ in range(rows * config.steps)]
+    shape = Shape(rows, tokens, tokens - tokens // 2, rows * (tokens - tokens // 2))
+    with torch.device("meta"):
+        bare = attach.attach(skeleton(shape_of, None), method, TargetsConfig(), {})
+    step = Tracer(bare, config, device.type).step(shape)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        base = model.load(shape_of, None, device)
+        probe.abilities(base)
+        adapted = attach.attach(base, dataclasses.replace(method), TargetsConfig(), {})
+        with patch.object(loop, "Laps", partial(measure.Laps, clock=clock)):
+            options: dict[str, Any] = {"pad_id": 0, "seed": 0, "log": lambda row: None}
+            took = loop.train(adapted, data, config, meter=measure.Meter(device), **options).steady_seconds
+    return step, sorted(took)[len(took) // 4]  # as operations are timed, which others disturb least
+
+
+def made_optimizer(trained: Sizes, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer of weights of these shapes, with gradients."""
+    weights = [nn.Parameter(torch.zeros(shape, dtype=dtype, device=device)) for shape, dtype in trained]
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    return training_optimizer.make_optimizer(nn.Module(), config, weights)

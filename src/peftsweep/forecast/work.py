@@ -1,0 +1,271 @@
+"""What a trial makes the device do: its micro-batches, what its evaluations ask for, and the operations of both."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import logging
+import math
+import pydoc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
+
+from transformers import PreTrainedTokenizerBase
+
+from peftsweep.config import build, identity
+from peftsweep.config.compose import Trial
+from peftsweep.data.batches import batch_order, micro_batches
+from peftsweep.data.rows import Rows
+from peftsweep.data.templates import Example
+from peftsweep.data.tokens import Tokens, prompt_ids, tokenize
+from peftsweep.evaluation import evaluate
+from peftsweep.forecast import forecast
+from peftsweep.forecast.operations import Ledger
+from peftsweep.forecast.predict import Shape
+from peftsweep.forecast.trace import Step, Tracer
+from peftsweep.schema import TrainConfig
+from peftsweep.training import length as training_length
+
+log = logging.getLogger(__name__)
+
+Found = TypeVar("Found")
+
+MOST_SECONDS = 15.0  # that a process spends on traces; then a trial is taken to be as the last one like it
+RANKS = ("r", "lora_alpha", "lora_dropout", "init_r", "target_r")  # of a method, by which one is like another
+MOST_BATCHES = 2_000  # of a run, of which the mean size is taken
+# Of the keys of train, those that change how long it is and not what a step takes.
+LENGTHS = (
+    *forecast.RATES,
+    "steps",
+    "epochs",
+    "eval_every",
+    "keep_best",
+    "best_metric",
+    "checkpoint_every",
+    "log_every",
+)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Micro-batches of a run or an evaluation: the mean one, and how many."""
+
+    shape: Shape
+    count: float
+    scale: float = 1.0  # mean tokens over those of the mean shape, whose sizes are whole numbers
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an evaluation makes the model do, once."""
+
+    read: Batches
+    tokens: tuple[float, float] = (0.0, 0.0)  # decoded one after the other: at least, at most
+
+    @property
+    def key(self) -> tuple[Shape, float]:
+        """The same for what has the same operations."""
+        return self.read.shape, self.tokens[1]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The operations of a trial's parts."""
+
+    step: Step | None
+    asked: Mapping[tuple[Shape, float], tuple[Ledger, Ledger | None]]  # by their keys: a forward, a decoded token
+    alike: bool = False  # taken from another trial that is much like it
+
+
+_TRACED: dict[str, Traced | None] = {}
+_LIKE: dict[str, Traced] = {}
+_ONCE: dict[str, Any] = {}  # what else is the same for many trials of a sweep, by its key
+_SPENT = [0.0]
+
+
+def once(key: Any, make: Callable[[], Found]) -> Found:
+    """What ``make`` has made for this key before, else now."""
+    said = identity.content_hash(key)
+    if said not in _ONCE:
+        _ONCE[said] = make()
+    found: Found = _ONCE[said]
+    return found
+
+
+def number_of_steps(trial: Trial, run: Batches | None) -> int | None:
+    """The optimizer's steps; None where they depend on rows that are not here."""
+    config = trial.config
+    if config.adapter.path is not None or (config.train.epochs is None and config.train.steps == 0):
+        return 0
+    if config.train.epochs is None:
+        return config.train.steps
+    return None if run is None else round(run.count / config.train.accumulation)
+
+
+# ---- what is run -------------------------------------------------------------------------------------
+
+
+def run_of(
+    trial: Trial, tokenizer: PreTrainedTokenizerBase | None, tokens: Sequence[Tokens] | None
+) -> tuple[Batches | None, str | None]:
+    """The micro-batches of the training; without rows, as long as ``dataset.max_length`` allows. Else why not."""
+    config = trial.config.train
+    if number_of_steps(trial, None) == 0:
+        return None, None
+    rows = trial.rows
+    if not tokens and rows is not None and tokenizer is not None:
+
+        def read() -> Batches:
+            return _batches(build.training_tokens(trial, tokenizer, rows.train), config, 0)
+
+        train = {key: value for key, value in trial.tree["train"].items() if key not in forecast.RATES}
+        of_rows = [trial.tree["dataset"], rows.fingerprints["train"], train, build.virtual_tokens(trial)]
+        return once(["run", forecast._of_the_model(trial), *of_rows], read), None
+    if tokens:
+        return _batches(tokens, config, trial.config.seed), None
+    if config.epochs is not None:
+        return None, "train.epochs is a number of steps only with the rows, which are not here yet"
+    return Batches(forecast.longest(trial), config.steps * config.accumulation), None
+
+
+def _batches(rows: Sequence[Tokens], config: TrainConfig, seed: int) -> Batches:
+    order = batch_order([len(row.ids) for row in rows], training_length.rows_per_step(config), seed)
+    total = training_length.total_steps(config, len(rows))
+    steps = list(itertools.islice(micro_batches(order, config.batch_size), min(total, MOST_BATCHES)))
+    batches = [[rows[number] for number in numbers] for step in steps for numbers in step]
+    mean = _mean(batches, config.pad_to_multiple_of)
+    return replace(mean, count=mean.count * total / max(len(steps), 1))
+
+
+def _mean(batches: Sequence[Sequence[Tokens]], multiple: int = 1) -> Batches:
+    """The batch of mean sizes, by which each stands that is padded to its longest row."""
+    widths = [math.ceil(max(len(row.ids) for row in batch) / multiple) * multiple for batch in batches]
+    tokens = statistics.fmean(len(batch) * width for batch, width in zip(batches, widths, strict=True))
+    rows = max(round(statistics.fmean(map(len, batches))), 1)
+    length = max(round(tokens / rows), 2)
+    starts = [max(min(row.answer_start for row in batch), 1) for batch in batches]
+    behind = statistics.fmean(width - start for width, start in zip(widths, starts, strict=True))
+    answers = statistics.fmean(sum(row.answer_tokens for row in batch) for batch in batches)
+    shape = Shape(rows, length, min(max(round(behind), 1), length - 1), max(round(answers), 1))
+    return Batches(shape, len(batches), tokens / (rows * length))
+
+
+def evaluations(trial: Trial, tokenizer: PreTrainedTokenizerBase | None) -> tuple[dict[str, Asked], str | None]:
+    """What each evaluation asks of the model; or why that is not known."""
+    if tokenizer is None or trial.rows is None:
+        return {}, "the test rows or the model's tokenizer are not here yet"
+    rows, found = trial.rows, dict[str, Asked]()
+    own = [forecast._of_the_model(trial), trial.tree["dataset"], rows.fingerprints, build.virtual_tokens(trial)]
+    for name in trial.config.eval:
+        try:
+            read = partial(_read_evaluation, trial, name, rows, tokenizer)
+            asked = once(["asked", name, trial.tree["eval"][name], own], read)
+        except Exception as error:
+            log.debug("the rows of eval.%s", name, exc_info=True)
+            return {}, f"eval.{name}: its rows are not here yet ({type(error).__name__})"
+        if asked is None:
+            return {}, f"eval.{name}: what it does with the model is not known"
+        found[name] = asked
+    return found, None
+
+
+def _read_evaluation(trial: Trial, name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Asked | None:
+    return _asked(trial, name, build.test_examples(trial, name, rows, tokenizer), tokenizer)
+
+
+def _asked(trial: Trial, name: str, examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> Asked | None:
+    function, evaluator = pydoc.locate(str(trial.config.eval[name].get("_target_"))), build.evaluator(trial, name)
+    known = {key: one.default for key, one in inspect.signature(evaluator).parameters.items()}
+    size, limit = int(known.get("batch_size", 16)), int(known.get("max_length", 768))
+    new = int(known.get("max_new_tokens", 0))
+    if not examples:
+        return None
+    if function is evaluate.generation or (function is evaluate.instruction and "generation" in known["ways"]):
+        prompts = [Tokens(ids, len(ids) - 1) for ids in prompt_ids(tokenizer, examples, limit)]
+        answers = tokenizer([one.answer for one in examples], add_special_tokens=False).input_ids
+        least = min(max(map(len, answers)) + 1, new)
+        return Asked(_mean(_in_batches(prompts, size)), (float(least), float(new)))
+    if function in (evaluate.multiple_choice, evaluate.instruction) or (
+        function is evaluate.classification and not trial.config.dataset.classes
+    ):
+        return Asked(_mean(_in_batches(_questions(examples, tokenizer, limit), max(1, size // _most(examples)))))
+    if function in (evaluate.perplexity, evaluate.classification):
+        return Asked(_mean(_in_batches(tokenize(tokenizer, examples, limit), size)))
+    if function is evaluate.text_perplexity:
+        whole = [len(ids) for ids in tokenizer([one.prompt + one.answer for one in examples]).input_ids]
+        windows = sum(math.ceil(count / (limit - 1)) for count in whole)
+        length = max(round(min(limit, sum(whole) / windows)), 2)
+        return Asked(Batches(Shape(size, length, length - 1, size * (length - 1)), windows / size))
+    return None
+
+
+def _most(examples: Sequence[Example]) -> int:
+    return max(max(len(row.choices) for row in examples), 1)
+
+
+def _questions(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, limit: int) -> list[Tokens]:
+    """Each question with all its choices behind it, as what they have in common is read once."""
+    texts = [(row.choices[0].prompt if row.choices else row.prompt) for row in examples]
+    choices = ["".join(choice.answer for choice in row.choices) or row.answer for row in examples]
+    prompts, answers = (tokenizer(said, add_special_tokens=False).input_ids for said in (texts, choices))
+    joined = [(first[:limit], second) for first, second in zip(prompts, answers, strict=True)]
+    return [Tokens([*first, *second], max(len(first), 1)) for first, second in joined]
+
+
+def _in_batches(rows: Sequence[Tokens], size: int) -> list[list[Tokens]]:
+    """As evaluations take them: the longest first, so that a batch holds rows of like lengths."""
+    ordered = sorted(rows, key=lambda row: -len(row.ids))
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+# ---- its operations ----------------------------------------------------------------------------------
+
+
+def step_key(trial: Trial, run: Batches | None, where: str) -> list[Any]:
+    """Of what decides the seconds of a step, but for the device."""
+    tree = {key: trial.tree[key] for key in forecast.KEYS if key not in ("device", "eval", "train")}
+    tree["train"] = {key: value for key, value in trial.tree["train"].items() if key not in LENGTHS}
+    return [where, *forecast._of_the_model(trial), tree, asdict(run.shape) if run else None]
+
+
+def trace(trial: Trial, run: Batches | None, asked: Sequence[Asked], where: str) -> Traced | None:
+    """The operations of a micro-batch and of the evaluations on a device "cpu" or "cuda"; None if nobody can say."""
+    said = step_key(trial, run, where)
+    sizes = [[asdict(one.read.shape), one.tokens[1]] for one in asked]
+    key = identity.content_hash([*said, sizes])
+    if key in _TRACED:
+        return _TRACED[key]
+    *of_the_model, tree, shape = said
+    quantised = trial.config.quant
+    method = {key: value for key, value in trial.tree["method"].items() if key not in (*forecast.AIMS, *RANKS)}
+    # But for the rank and the modules of the method.
+    like = identity.content_hash([of_the_model, quantised, method, tree["train"], shape, sizes])
+    if _SPENT[0] > MOST_SECONDS and like in _LIKE:
+        return replace(_LIKE[like], alike=True)
+    begun = time.perf_counter()
+    with forecast._quietly():
+        found = forecast._with_skeleton(
+            forecast.without_initialisation(trial),
+            build.quantization(trial),
+            lambda adapted: _made(adapted, trial.config.train, run, asked, where),
+            (("meta", "meta"), ("meta", "cpu")),
+        )
+    _SPENT[0] += time.perf_counter() - begun
+    _TRACED[key] = found
+    if found:
+        _LIKE[like] = found
+    return found
+
+
+def _made(adapted: build.Model, config: TrainConfig, run: Batches | None, asked: Sequence[Asked], where: str) -> Traced:
+    tracer = Tracer(adapted, config, where)
+    parts = {}
+    for one in asked:
+        shape = one.read.shape
+        decode = tracer.decode(shape.rows, shape.length + int(one.tokens[1]) // 2) if one.tokens[1] else None
+        parts[one.key] = tracer.read(shape), decode
+    return Traced(tracer.step(run.shape) if run else None, parts)

@@ -1,0 +1,72 @@
+"""What a trial's record says of its time: what was predicted before it ran, its FLOPs, its share of the ceiling."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from peftsweep.config.compose import Trial
+from peftsweep.data.rows import Rows
+from peftsweep.data.tokens import Tokens
+from peftsweep.forecast import duration, history, timing
+from peftsweep.study import store
+from peftsweep.study.record import Result
+
+log = logging.getLogger(__name__)
+
+
+def foresee(trial: Trial, result: Result, rows: Rows, tokens: Sequence[Tokens], device: torch.device) -> dict[str, Any]:
+    """Note in the record what was predicted, and what its seconds depend on; gives FLOPs by number format.
+
+    What ``dry_run=true`` or a deadline has said of the trial on this device stands; else it is predicted now, if the
+    device's speed was ever measured. Nothing is timed here. That it fails is no failure of the trial.
+    """
+    try:
+        speed = timing.device_of(device, torch.get_num_threads())
+        kept = speed.take_kept()
+        found = duration.estimate(
+            dataclasses.replace(trial, rows=rows), speed, None, tokens, timed=kept, probe=False, judged=False
+        )
+        planned = _planned(trial, speed.key)
+        predicted = planned or (found.facts() if kept else None)
+        if predicted:
+            result.train_info["predicted"] = predicted
+        result.meta_info[history.SECTION] = {history.DEVICE: speed.key, history.SHAPE: found.shape}
+        return dict(found.flops_by_dtype)
+    except Exception:
+        log.info("the seconds of the trial cannot be predicted", exc_info=True)
+        return {}
+
+
+def _planned(trial: Trial, device: str) -> dict[str, Any] | None:
+    """What the study's plan says of the trial, if it was made for this device."""
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        plan = json.loads((store.folder(trial.config.study) / store.PLAN).read_text(encoding="utf-8"))
+        for row in plan:
+            if row["trial"].endswith(f"-{trial.identity}") and row["predicted_device"] == device:
+                said = row["predicted"]
+                return dict(said) if isinstance(said, dict) and "train_seconds" in said else None
+    return None
+
+
+def count_flops(result: Result, by_dtype: dict[str, Any], planned_steps: int, device: torch.device) -> None:
+    """Note the FLOPs of the steps that were taken, and of the device's ceiling of matrix products the share (MFU).
+
+    A ceiling is known of a device whose speed was measured; without one there is no share.
+    """
+    info = result.train_info
+    if not by_dtype or not planned_steps or not info.get("steps"):
+        return
+    share = info["steps"] / planned_steps
+    info["flops"] = round(sum(by_dtype.values()) * share)
+    if not info.get("train_seconds"):
+        return
+    ideal = timing.device_of(device, torch.get_num_threads()).ideal(by_dtype)
+    if ideal is not None:
+        info["mfu"] = ideal * share / info["train_seconds"]

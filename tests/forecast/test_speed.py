@@ -1,0 +1,138 @@
+"""A device's speed: how it makes seconds of operations, how it is kept, when it is measured again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peftsweep.forecast import speed
+from peftsweep.forecast.allocator import _Allocator
+from peftsweep.forecast.operations import Ledger
+from peftsweep.forecast.speed import Device, Speed
+
+CPU = torch.device("cpu")
+MEASURED = Speed({"float32": 1e9, "bfloat16": 2e9}, 1e8, 1e-6, host_seconds=1e-5, byte_seconds=1e-9, lap_seconds=1e-3)
+
+
+def product(size: int, dtype: torch.dtype = torch.float32) -> Ledger:
+    ledger = Ledger()
+    with _Allocator(1, 0, ledger):
+        left = torch.empty(size, size, dtype=dtype, device="meta")
+        left @ left
+    return products_of(ledger)
+
+
+def products_of(ledger: Ledger) -> Ledger:
+    """Without the making of the tensors."""
+    kept = Ledger()
+    kept.calls.update({one: count for one, count in ledger.calls.items() if one.flops})
+    return kept
+
+
+@pytest.fixture
+def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Device:
+    """A device whose laps take what they took when it was measured."""
+    monkeypatch.setattr(speed.Meter, "laps", lambda self, seconds: [MEASURED.lap_seconds] * 4)
+    monkeypatch.setattr(speed, "measure", lambda meter: dataclasses.replace(MEASURED, operations={}))
+    return Device(CPU, folder=tmp_path)
+
+
+def test_the_roofline_is_the_longest_of_flops_bytes_and_launch() -> None:
+    (one,) = product(1000).calls
+    assert MEASURED.roofline(one) == 2 * 1000**3 / 1e9
+    (one,) = product(10).calls
+    assert MEASURED.roofline(one) == max(2 * 10**3 / 1e9, 3 * 400 / 1e8)
+    (one,) = product(1).calls
+    assert MEASURED.roofline(one) == 1e-6
+    (one,) = product(1000, torch.bfloat16).calls
+    assert MEASURED.roofline(one) == 2 * 1000**3 / 2e9
+
+
+def test_an_operation_that_was_not_timed_is_as_far_above_its_roofline_as_its_nearest_kin(device: Device) -> None:
+    (timed,), (other,) = product(500).calls, product(600).calls
+    device.speed.operations[timed.key] = 3 * MEASURED.roofline(timed)
+    ledger = Ledger()
+    ledger.calls.update([timed, other])
+    seconds, estimated = device.work(ledger, until=0.0)
+    assert estimated == pytest.approx(3 * MEASURED.roofline(other))
+    assert seconds == pytest.approx(3 * MEASURED.roofline(other) + 3 * MEASURED.roofline(timed))
+
+
+def test_an_operation_is_timed_once_and_kept_for_other_processes(device: Device, tmp_path: Path) -> None:
+    ledger = product(32)
+    (one,) = ledger.calls
+    seconds, estimated = device.work(ledger)
+    device.write()
+    assert seconds > 0
+    assert estimated == 0
+    again = Device(CPU, folder=tmp_path)
+    assert again.take_kept()
+    assert again.work(ledger, until=0.0) == (seconds, 0.0)
+    assert one.key in again.speed.operations
+
+
+def test_a_cpu_works_and_calls_in_turns_and_a_gpu_at_the_same_time(device: Device) -> None:
+    ledger = product(32)
+    (one,) = ledger.calls
+    device.speed.operations[one.key] = 1e-3
+    assert device.step(ledger)[0] == pytest.approx(1e-3 + MEASURED.host_seconds)
+    device.device = torch.device("cuda")
+    assert device.step(ledger)[0] == pytest.approx(1e-3)
+    device.speed.operations[one.key] = 1e-7
+    assert device.step(ledger)[0] == pytest.approx(MEASURED.host_seconds)
+
+
+def test_a_machine_that_has_become_slower_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[float] = []
+    lap = [1e-3]
+    monkeypatch.setattr(speed.Meter, "laps", lambda self, seconds: [lap[0]] * 4)
+
+    def measure(meter: Any) -> Speed:
+        measured.append(lap[0])
+        return dataclasses.replace(MEASURED, lap_seconds=lap[0])
+
+    monkeypatch.setattr(speed, "measure", measure)
+    for now in (1.0e-3, 1.1e-3, 1.5e-3, 1.5e-3):
+        lap[0] = now
+        busy = Device(CPU, folder=tmp_path)
+        busy.speed  # noqa: B018
+    assert measured == [1.0e-3, 1.5e-3]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 0}', '{"version": 1}'])
+def test_a_damaged_cache_is_measured_again(device: Device, content: str) -> None:
+    device._file.write_text(content)
+    assert device.kept() is None
+    assert device.speed.ceilings == MEASURED.ceilings
+    assert json.loads(device._file.read_text())["bandwidth"] == MEASURED.bandwidth
+
+
+def test_a_cache_that_holds_no_speed_of_a_product_is_none(device: Device) -> None:
+    device.speed  # noqa: B018
+    said = json.loads(device._file.read_text())
+    wrong: dict[str, Any]
+    for wrong in ({"ceilings": {}}, {"bandwidth": 0.0}, {"launch_seconds": "fast"}, {"operations": {"x": -1.0}}):
+        device._file.write_text(json.dumps(said | wrong))
+        assert device.kept() is None, wrong
+
+
+def test_the_share_of_the_ceiling_is_of_each_number_format(device: Device) -> None:
+    assert device.ideal({"float32": 1e9}) is None  # never measured
+    device.speed  # noqa: B018
+    assert device.ideal({"float32": 1e9, "bfloat16": 4e9}) == pytest.approx(3.0)
+    assert device.ideal({"float16": 1.0}) is None
+
+
+@pytest.mark.slow
+def test_the_probe_measures_all_that_a_prediction_needs(tmp_path: Path) -> None:
+    found = Device(CPU, folder=tmp_path).speed
+    assert found.ceilings.keys() == {"float32", "bfloat16"}
+    assert 1e8 < found.bandwidth < 1e13
+    assert 0 < found.launch_seconds < 1e-3
+    assert 0 < found.host_seconds < 1e-2
+    assert any(key.startswith("bitsandbytes::dequantize_4bit") for key in found.operations)

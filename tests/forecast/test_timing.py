@@ -1,0 +1,267 @@
+"""Seconds of trials and sweeps: corrected by records, placed on workers, priced, told."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peftsweep.analysis import forecast_report
+from peftsweep.config.compose import Trial
+from peftsweep.errors import InputError
+from peftsweep.forecast import duration, history, speed, timing
+from peftsweep.forecast.duration import Estimate, Span
+from peftsweep.forecast.history import History
+from peftsweep.observe.remaining import in_words, of_sweep, remaining
+from peftsweep.schema import PriceConfig
+from peftsweep.study.record import Result
+from peftsweep.sweep.workers import Budget, Options
+
+Compose = Callable[..., Trial]
+
+
+def result(device: str = "mine", shape: str = "a", seconds: float = 10.0, predicted: float | None = 8.0) -> Result:
+    info: dict[str, Any] = {"train_seconds": seconds, "steps": 100, "eval_seconds": 2.0, "baseline_seconds": 1.0}
+    if predicted is not None:
+        info["predicted"] = {"train_seconds": predicted, "train_seconds_low": 0.9 * predicted}
+        info["predicted"] |= {"train_seconds_high": 1.3 * predicted, "uncorrected_train_seconds": predicted}
+    about = {"status": "success", "trial": "t", "identity": "i"}
+    return Result(about, {}, {}, train_info=info, meta_info={"time": {"device": device, "shape": shape}})
+
+
+# ---- records -----------------------------------------------------------------------------------------
+
+
+def test_the_correction_is_the_median_of_measured_over_predicted() -> None:
+    known = history.of([result(seconds=8.0 * ratio) for ratio in (1.1, 1.2, 1.9)], "mine").correction("train")
+    assert known is not None
+    assert known.factor == pytest.approx(1.2)
+    assert known.records == 3
+
+
+def test_records_of_another_device_or_without_a_prediction_correct_nothing() -> None:
+    plain = Result(
+        {"status": "success", "trial": "t"}, {}, {}, train_info={"train_seconds": 3.0}
+    )  # of earlier versions
+    found = history.of([result("other"), plain, result(predicted=None)], "mine")
+    assert found.correction("train") is None
+    assert found.steps == {"a": [0.1]}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"predicted": "soon"}, {"predicted": {"uncorrected_train_seconds": "x"}}, {"predicted": None}],
+)
+def test_a_record_with_other_facts_under_these_names_is_passed_over(damage: dict[str, Any]) -> None:
+    one = result()
+    one.train_info |= damage
+    assert history.of([one], "mine").correction("train") is None
+
+
+def test_a_step_of_the_same_shape_is_the_median_of_its_records() -> None:
+    found = history.of([result(seconds=10.0), result(seconds=11.0), result(shape="b", seconds=99.0)], "mine").step("a")
+    assert found is not None
+    assert found.factor == pytest.approx(math.sqrt(0.10 * 0.11))
+    assert History().step("a") is None
+
+
+def test_the_report_counts_errors_and_the_intervals_that_held() -> None:
+    found = forecast_report.error([result(seconds=8.0), result(seconds=10.0), result(seconds=16.0)], "train")
+    assert found is not None
+    assert found.errors == pytest.approx((0.0, -0.2, -0.5))
+    assert found.median == pytest.approx(0.2)
+    assert found.worst == pytest.approx(-0.5)
+    assert found.held == 2
+    assert found.coverage == pytest.approx(2 / 3)
+    line = forecast_report.line([result(seconds=8.0), result(seconds=10.0), result(seconds=16.0)])
+    assert line is not None
+    assert "median error 20%, worst -50% over 3 trials; the 90% interval held 2" in line
+    assert forecast_report.line([result(predicted=None)]) is None
+
+
+@pytest.mark.parametrize("study", ["no_such", "../elsewhere"])
+def test_forecast_records_of_no_study_is_one_line(study: str) -> None:
+    with pytest.raises(InputError, match=r"forecast\.records=.*: no such study"):
+        history.named(study)
+
+
+def test_forecast_records_of_an_empty_study_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "multirun" / "empty").mkdir(parents=True)
+    with pytest.raises(InputError, match="holds no records"):
+        history.named("empty")
+
+
+# ---- a sweep -----------------------------------------------------------------------------------------
+
+
+def test_workers_take_jobs_as_they_become_free() -> None:
+    jobs = [Span(seconds, seconds / 2, seconds * 2) for seconds in (5.0, 1.0, 1.0, 1.0, 4.0)]
+    assert timing.finish(jobs, 1) == Span(12.0, 6.0, 24.0)
+    assert timing.finish(jobs, 2) == Span(7.0, 3.5, 14.0)  # 5 | 1 + 1 + 1 + 4
+    assert timing.finish(jobs, 9).seconds == 5.0
+    assert timing.finish([], 2).seconds == 0.0
+
+
+def test_an_interval_holds_90_of_100_of_a_normal_logarithm() -> None:
+    span = Span.around(10.0, 0.1)
+    assert (span.low, span.high) == pytest.approx((10 / math.exp(0.1645), 10 * math.exp(0.1645)))
+    draws = torch.randn(20_000, generator=torch.Generator().manual_seed(0)).mul(0.1).exp() * 10
+    assert ((draws > span.low) & (draws < span.high)).float().mean().item() == pytest.approx(0.9, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("price", "device", "hourly"),
+    [
+        (None, "any", None),
+        (2.49, "any", 2.49),
+        (0, "any", 0.0),
+        ({"H100": 3.0, "A100": 2.0}, "NVIDIA A100-SXM4-80GB", 2.0),
+        ({"h100": 3.0}, "NVIDIA H100 80GB HBM3", 3.0),
+    ],
+)
+def test_a_price_is_a_number_or_of_a_table_by_the_name_of_the_device(price: Any, device: str, hourly: Any) -> None:
+    assert timing.hourly(PriceConfig(price), device) == hourly
+
+
+@pytest.mark.parametrize("price", ["abc", -1, math.nan, math.inf, True, {"H100": 3.0}, {"CPU": "dear"}, {}])
+def test_a_price_that_is_none_is_one_line(price: Any) -> None:
+    with pytest.raises(InputError, match="price"):
+        timing.hourly(PriceConfig(price), "some CPU")
+
+
+@pytest.mark.parametrize("word", ["price=abc", "price=-1", "price=nan", "price=[1]", "forecast.records=no_such"])
+def test_wrong_words_about_time_are_one_line(word: str, command: Callable[..., tuple[int, str, str]]) -> None:
+    code, _, said = command(word, "train.steps=1")
+    assert code == 2
+    assert len(said.strip().splitlines()) == 1
+    assert word.partition("=")[0] in said
+
+
+def test_price_and_records_leave_a_trial_the_same(compose: Compose) -> None:
+    plain, other = compose(), compose("price.hour=2.49", "forecast.records=other")
+    assert (plain.identity, plain.training, plain.tree, plain.choices) == (
+        *(other.identity, other.training, other.tree, other.choices),
+    )
+
+
+def test_a_deadline_goes_by_what_was_predicted_and_by_how_far_that_was_off(compose: Compose) -> None:
+    one, two = compose("seed=1"), compose("seed=2")
+    budget = Budget(Options(deadline=100.0))
+    budget.expected = {one.identity: 90.0, two.identity: 60.0}
+    assert budget.take(1, [one]) == 1
+    ended = Result({"identity": one.identity, "total_seconds": 180.0, "status": "success"}, {}, {})
+    budget.spend(ended)
+    assert budget.estimate([two]) == pytest.approx(120.0)
+    assert budget.take(1, [two]) == 0
+    assert budget.estimate() == 180.0  # of what nobody has predicted
+
+
+# ---- a trial -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> speed.Device:
+    """One on which nothing need be measured: each operation takes its roofline."""
+    found = speed.Speed({"float32": 1e10, "bfloat16": 2e10}, 1e9, 1e-6, lap_seconds=1e-3)
+    monkeypatch.setattr(speed.Meter, "laps", lambda self, seconds: [1e-3] * 4)
+    monkeypatch.setattr(speed, "measure", lambda meter: found)
+    monkeypatch.setattr(speed.Meter, "operation", lambda self, one: found.roofline(one))
+    monkeypatch.setattr(speed.Meter, "update", lambda self, trained, config: 1e-3)
+    return speed.Device(torch.device("cpu"), folder=tmp_path)
+
+
+SMALL = ("dataset.samples=32", "eval.tiny_math.samples=8", "eval.perplexity.samples=8")
+
+
+def test_seconds_are_those_of_the_steps_and_a_record_of_the_same_shape_decides(
+    compose: Compose, device: speed.Device
+) -> None:
+    short, long = (duration.estimate(compose(*SMALL, f"train.steps={n}"), device) for n in (100, 300))
+    assert short.total is not None
+    assert short.shape == long.shape
+    assert long.spans["train"].seconds == pytest.approx(3 * short.spans["train"].seconds)  # type: ignore[union-attr]
+    assert long.flops == pytest.approx(3 * (short.flops or 0))
+    assert (short.decided_by, short.unknown) == ("speed", {})
+    same = duration.estimate(compose(*SMALL, "train.steps=300"), device, History(steps={str(short.shape): [0.5, 0.5]}))
+    assert same.decided_by == "the same shape"
+    assert same.spans["train"].seconds == pytest.approx(150.0)  # type: ignore[union-attr]
+    twice = duration.estimate(compose(*SMALL, "train.steps=300"), device, History(ratios={"train": [math.log(2)] * 3}))
+    assert twice.decided_by == "records"
+    assert twice.spans["train"].seconds == pytest.approx(2 * long.spans["train"].seconds)  # type: ignore[union-attr]
+    assert twice.uncorrected["train"] == pytest.approx(long.spans["train"].seconds)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("train.compile=inductor",), "train.compile=inductor"),
+        (("method=dora", "quant=8bit"), "refused"),
+    ],
+)
+def test_where_nothing_can_be_said_the_estimate_says_why_and_no_number(
+    words: tuple[str, ...], why: str, compose: Compose, device: speed.Device
+) -> None:
+    found = duration.estimate(compose(*SMALL, *words), device)
+    assert found.total is None
+    assert why in (found.why or "")
+
+
+def test_nothing_is_trained_without_steps(compose: Compose, device: speed.Device) -> None:
+    found = duration.estimate(compose(*SMALL, "train=none"), device)
+    assert found.spans["train"] == duration.NOTHING
+    assert found.total is not None
+
+
+def test_a_record_has_what_was_predicted_by_kind_with_its_interval() -> None:
+    spans = dict.fromkeys(history.KINDS, Span(2.0, 1.0, 4.0))
+    facts = Estimate(spans, {"train": 1.5}).facts()
+    assert facts["train_seconds"] == 2.0
+    assert (facts["total_seconds"], facts["total_seconds_low"], facts["total_seconds_high"]) == (8.0, 4.0, 16.0)
+    assert facts["uncorrected_train_seconds"] == 1.5
+
+
+# ---- what is left ------------------------------------------------------------------------------------
+
+EXPECTED = {"load": 4.0, "train": 100.0, "evaluate": 20.0, "save": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("stage", "in_stage", "step", "taken", "left"),
+    [
+        ("setup", 0.0, 0, None, 125.0),
+        ("load", 3.0, 0, None, 122.0),
+        ("load", 9.0, 0, None, 121.0),  # longer than expected: what comes is still to come
+        ("train", 0.0, 0, None, 121.0),
+        ("train", 40.0, 20, 40.0, (0.8 * 2 + 0.2 * 1) * 80 + 21),  # its own steps take twice as long
+        ("eval", 5.0, 0, None, 16.0),
+        ("save", 0.5, 0, None, 0.5),
+    ],
+)
+def test_time_left_is_what_was_expected_corrected_by_the_steps(
+    stage: str, in_stage: float, step: int, taken: float | None, left: float
+) -> None:
+    assert remaining(EXPECTED, stage, in_stage, step, 100, taken) == pytest.approx(left)
+
+
+def test_without_a_prediction_the_steps_alone_say_what_is_left() -> None:
+    assert remaining(None, "load") is None
+    assert remaining(None, "train", 10.0, 10, 100, 10.0) == pytest.approx(90.0)
+    assert remaining({"train": None}, "eval") is None
+
+
+def test_a_sweep_ends_when_its_workers_have_taken_all_that_waits() -> None:
+    assert of_sweep([10.0, 4.0], [5.0, 5.0], 2) == pytest.approx(14.0)  # 4 + 5 + 5 | 10
+    assert of_sweep([10.0], [None], 1) == pytest.approx(20.0)  # as long as the others
+    assert of_sweep([None], [None], 2) is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.42, "0.4 s"), (14.2, "14 s"), (192.0, "3.2 min"), (5400.0, "1.5 h"), (200_000.0, "2.3 days")],
+)
+def test_seconds_in_words(seconds: float, said: str) -> None:
+    assert in_words(seconds) == said
