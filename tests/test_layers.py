@@ -20,6 +20,7 @@ ORDER = [
     "study",
     "observe",
     "data",
+    "shorthand",
     "models",
     "training",
     "evaluation",
@@ -30,7 +31,7 @@ ORDER = [
     "sweep",
 ]
 ORDER += ["cli"]
-KNOW_HYDRA = {"config", "trial", "sweep", "cli", "command_line", "data.prepare", "analysis.interchange"}
+KNOW_HYDRA = {"shorthand", "config", "trial", "sweep", "cli", "command_line", "data.prepare", "analysis.interchange"}
 WITHOUT_TORCH = (
     *("cli", "analysis", "config.compose", "config.experiment", "study.store", "study.record", "observe.display"),
     *("sweep.halving", "sweep.processes", "data.prepare"),

@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peftsweep import __version__, command_line
+from peftsweep import __version__, command_line, shorthand
 from peftsweep.config import calls, checks, experiment, fill
 from peftsweep.config import compose as configuration
 from peftsweep.errors import InputError, Unwritable, check_platform
@@ -100,7 +100,7 @@ def _hydra() -> int:
 
     fill.register()
     if not {"-sc", "--shell-completion"} & set(sys.argv):
-        sys.argv[1:] = command_line.checked(sys.argv[1:], Path(fill.conf_dir()))
+        sys.argv[1:] = _checked(sys.argv[1:])
         command_line.import_from([*command_line.own_folders(sys.argv[1:]), Path.cwd()])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would else print as ten lines
     try:
@@ -114,6 +114,13 @@ def _hydra() -> int:
             raise
         return 1  # Optuna's word for a search of which every trial failed, as has been said of each
     return NOT_RUN if sweep_record.not_run() else 0
+
+
+def _checked(words: Sequence[str]) -> list[str]:
+    """The words of a command as Hydra is to read them."""
+    conf = Path(fill.conf_dir())
+    shorthand.forget()
+    return command_line.checked(shorthand.expanded(words, [conf, *command_line.own_folders(words)]), conf)
 
 
 def _guarded(door: object) -> int:
@@ -156,7 +163,7 @@ def run_one(overrides: list[str]) -> Result:
     from peftsweep.sweep import sweep
     from peftsweep.trial import done, task
 
-    overrides = command_line.checked(overrides, Path(fill.conf_dir()))
+    overrides = _checked(overrides)
     for word in OverridesParser.create().parse_overrides(overrides):
         if word.is_sweep_override():
             raise InputError(
@@ -174,7 +181,7 @@ def run_one(overrides: list[str]) -> Result:
 
 def _trial(*words: str) -> configuration.Trial:
     command_line.import_from([Path.cwd()])
-    words = tuple(command_line.checked(words, Path(fill.conf_dir())))
+    words = tuple(_checked(words))
     try:
         cfg = compose(list(words))
     except (HydraException, OmegaConfBaseException) as error:

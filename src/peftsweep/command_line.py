@@ -131,7 +131,7 @@ def _check_swept(word: str, one: Override) -> None:
         if values <= 0:
             raise InputError(f"{word}: there is no value in this range")
     text = word.partition("=")[2]
-    if isinstance(value, ChoiceSweep) and value.simple_form and len(text) < 1000 and Path(text).expanduser().is_file():
+    if isinstance(value, ChoiceSweep) and value.simple_form and len(text) < 1000 and Path(text).expanduser().exists():
         raise InputError(f"{word}: the comma of a file's name needs quotes: '{one.key_or_group}=\"{text}\"'")
 
 

@@ -1,31 +1,115 @@
 """What a command can end with besides success."""
 
 import sys
+from collections.abc import Iterable
 
-SYNONYMS = {  # what other libraries call our keys
-    "learning_rate": ("lr",),
-    "r": ("rank", "lora_r", "lora_rank"),
-    "lora_alpha": ("alpha",),
-    "lora_dropout": ("dropout",),
-    "batch_size": ("bs", "batch", "train_batch_size", "per_device_train_batch_size", "per_device_batch_size"),
-    "accumulation": ("grad_accum", "gradient_accumulation", "gradient_accumulation_steps", "accumulation_steps"),
-    "checkpointing": ("gradient_checkpointing", "use_gradient_checkpointing", "use_gc"),
-    "steps": ("max_steps", "num_steps", "train_steps"),
-    "epochs": ("num_epochs", "num_train_epochs", "n_epochs", "epoch"),
-    "weight_decay": ("wd",),
-    "clip": ("max_grad_norm", "grad_clip", "gradient_clipping", "grad_norm_clip"),
-    "optimizer": ("optim",),
-    "schedule": ("scheduler", "lr_scheduler", "lr_scheduler_type"),
-    "warmup": ("warmup_ratio", "warmup_steps"),
-    "eval_every": ("eval_steps", "eval_interval", "validate_every"),
-    "log_every": ("logging_steps", "log_interval"),
-    "checkpoint_every": ("save_steps", "save_every"),
-    "max_length": ("max_seq_length", "max_seq_len", "seq_len", "seq_length", "cutoff_len", "block_size"),
-    "name_or_path": ("model_name_or_path", "model_id", "name", "path", "pretrained"),
-    "dtype": ("torch_dtype", "precision"),
-    "modules": ("target_modules",),
-    "samples": ("limit", "num_samples", "max_samples", "n"),
-    "seed": ("random_seed",),
+SYNONYMS = {  # what other libraries and people call our keys and options, in small letters with _ for -
+    "learning_rate": ("lr", "learningrate", "max_lr", "peak_lr"),
+    "r": ("rank", "lora_r", "lora_rank", "lora_dim", "dim", "ranks"),
+    "lora_alpha": ("alpha", "scaling"),
+    "lora_dropout": ("dropout", "adapter_dropout"),
+    "batch_size": (
+        *("bs", "batch", "batchsize", "train_batch_size", "micro_batch_size", "mbs"),
+        *("per_device_train_batch_size", "per_device_batch_size"),
+    ),
+    "accumulation": (
+        *("grad_accum", "gradient_accumulation", "gradient_accumulation_steps", "accumulation_steps"),
+        *("grad_acc", "grad_accumulation", "accumulate_grad_batches", "accumulate"),
+    ),
+    "checkpointing": (
+        *("gradient_checkpointing", "use_gradient_checkpointing", "use_gc", "gc", "grad_checkpointing"),
+        *("grad_ckpt", "activation_checkpointing"),
+    ),
+    "steps": ("max_steps", "num_steps", "train_steps", "iters", "max_iters", "num_iterations", "total_steps"),
+    "epochs": ("num_epochs", "num_train_epochs", "n_epochs", "epoch", "max_epochs"),
+    "weight_decay": ("wd", "decay"),
+    "clip": (
+        *("max_grad_norm", "grad_clip", "gradient_clipping", "grad_norm_clip", "clip_grad_norm", "clip_grad"),
+        *("grad_norm", "gradient_clip_val"),
+    ),
+    "optimizer": ("optim", "opt", "optimiser"),
+    "schedule": ("scheduler", "lr_scheduler", "lr_scheduler_type", "lr_schedule"),
+    "warmup": ("warmup_ratio", "warmup_steps", "num_warmup_steps", "lr_warmup"),
+    "eval_every": (
+        *("eval_steps", "eval_interval", "validate_every", "evaluation_strategy", "eval_strategy", "eval_freq"),
+        *("val_check_interval", "evals_per_epoch"),
+    ),
+    "keep_best": ("load_best_model_at_end", "early_stopping", "save_best"),
+    "best_metric": ("metric_for_best_model", "monitor"),
+    "log_every": ("logging_steps", "log_interval", "log_every_n_steps"),
+    "checkpoint_every": ("save_steps", "save_every", "save_strategy", "save_interval"),
+    "compile": ("torch_compile",),
+    "autocast": ("amp", "mixed_precision", "use_amp"),
+    "max_length": (
+        *("max_seq_length", "max_seq_len", "seq_len", "seq_length", "cutoff_len", "block_size", "max_len"),
+        *("sequence_len", "context_length", "model_max_length"),
+    ),
+    "name_or_path": (
+        *("model_name_or_path", "model_id", "name", "path", "pretrained", "base_model", "model_name", "model_path"),
+        *("base_model_name_or_path", "checkpoint"),
+    ),
+    "dtype": ("torch_dtype", "precision", "bf16", "fp16"),
+    "attn_implementation": ("attention", "attn", "flash_attention", "use_flash_attention_2"),
+    "modules": ("target_modules", "lora_target_modules", "lora_target", "lora_modules"),
+    "samples": ("limit", "num_samples", "max_samples", "n", "max_train_samples", "num_fewshot_samples"),
+    "test_path": ("eval_path", "validation_path", "test_file", "eval_file", "validation_file", "eval_dataset"),
+    "path": ("file", "data_path", "data_files", "train_file", "dataset_path", "train_path"),
+    "train_fraction": ("val_set_size", "test_size", "test_split_size", "split_ratio"),
+    "hub": ("repo", "repo_id", "dataset_name", "hub_id"),
+    "hub_split": ("split",),
+    "hub_config": ("subset", "config_name", "dataset_config_name"),
+    "prompt": ("prompt_template", "prompt_column", "input_column", "question_column"),
+    "answer": ("answer_template", "response_column", "target_column", "completion", "label_column"),
+    "classes": ("labels", "label_names", "num_labels", "id2label"),
+    "loss_on": ("train_on_inputs", "train_on_prompt", "completion_only_loss"),
+    "seed": ("random_seed", "random_state", "seeds", "data_seed"),
+    "study": ("output_dir", "run_name", "project", "experiment", "out", "output"),
+    "label": ("run", "title", "tag"),
+    "tracker": ("report_to", "logger"),
+    "memory_limit": ("max_memory", "gpu_memory", "memory", "max_memory_mb"),
+    "force": ("overwrite", "overwrite_output_dir", "rerun"),
+    "dry_run": ("plan", "dryrun", "list"),
+    "workers": ("n_jobs", "num_workers", "jobs", "n_workers", "parallel"),
+    "quant": ("quantization", "quantisation", "bnb", "load_in_4bit", "load_in_8bit", "bits"),
+    "method": ("peft", "peft_type", "adapter_type", "peft_method"),
+    # options
+    "4bit": ("nf4", "int4", "fp4", "bnb4", "bnb_4bit", "bnb_nf4", "4_bit", "load_in_4bit", "q4", "4", "four", "qlora"),
+    "8bit": ("int8", "bnb8", "bnb_8bit", "8_bit", "llm.int8", "llm_int8", "load_in_8bit", "q8", "8"),
+    "none": ("fp32", "fp16", "bf16", "float16", "bfloat16", "float32", "16bit", "32bit", "no", "off", "full", "null"),
+    "full": ("full_ft", "fft", "sft", "full_finetuning", "full_fine_tuning", "full_finetune", "finetune", "none"),
+    "prefix_tuning": ("prefix",),
+    "prompt_tuning": ("prompt", "soft_prompt"),
+    "p_tuning": ("ptuning", "p_tuning_v1"),
+    "ia3": ("ia_3", "ia^3", "(ia)^3"),
+    "ln_tuning": ("layernorm", "layer_norm", "ln", "norm_tuning"),
+    "lora_plus": ("lora+", "loraplus"),
+    "rslora": ("rs_lora", "rank_stabilized_lora"),
+    "all_linear": ("all", "linear", "every"),
+    "qkvo": ("attention", "attn", "self_attention", "q_proj,k_proj,v_proj,o_proj"),
+    "mlp": ("ffn", "ff", "feed_forward"),
+    "llama3.2_1b": ("llama_1b", "llama3_1b", "llama_3.2_1b", "llama"),
+    "llama3.2_3b": ("llama_3b", "llama3_3b", "llama_3.2_3b"),
+    "bert_base": ("bert", "bert_base_uncased"),
+    "roberta_base": ("roberta",),
+    "gpt_neo_1.3b": ("gpt_neo", "gptneo"),
+    "phi2": ("phi", "phi_2"),
+    "opt_350m": ("opt",),
+    "metamath": ("metamathqa", "meta_math", "math"),
+    "commonsense_170k": ("commonsense", "commonsense170k"),
+    "social_i_qa": ("siqa", "social_iqa"),
+    "openbookqa": ("obqa", "openbook_qa"),
+    "commonsense_qa": ("csqa", "commonsenseqa"),
+    "file": ("csv", "json", "jsonl", "parquet", "local", "custom"),
+    "chat": ("messages", "conversations", "sharegpt", "chatml"),
+    "exact_match": ("em", "accuracy", "acc"),
+    "perplexity": ("ppl", "loss"),
+    "lm_eval": ("harness", "lm_evaluation_harness", "lm_eval_harness"),
+    "bfloat16": ("bf16", "bfloat"),
+    "float16": ("fp16", "half", "f16"),
+    "float32": ("fp32", "float", "single", "f32"),
+    "constant": ("none", "flat"),
+    "cosine": ("cos", "cosine_with_warmup"),
+    "random": ("scratch", "none"),
 }
 
 
@@ -52,12 +136,17 @@ def suggest(wrong: str, known: list[str]) -> str:
     """``; did you mean 'x'?`` when one of ``known`` is close to ``wrong``, else the choices."""
     from difflib import get_close_matches
 
-    synonyms = [name for name in known if wrong.lower() in SYNONYMS.get(name, ())]
     swapped = [name for name in known if sorted(name) == sorted(wrong.lower())]
-    if close := synonyms or swapped or get_close_matches(wrong, known, n=1):
+    if close := synonyms(wrong, known) or swapped or get_close_matches(wrong, known, n=1):
         return f"did you mean '{close[0]}'?"
     few = known if len(known) <= LISTED else [*known[:LISTED], f"and {len(known) - LISTED} more"]
     return "there are: " + (", ".join(few) or "none")
+
+
+def synonyms(wrong: str, known: Iterable[str]) -> list[str]:
+    """Those of ``known``, by the last part of a dotted key, that other libraries call ``wrong``."""
+    plain = wrong.lower().replace("-", "_")
+    return [name for name in known if plain in (last := name.rpartition(".")[2], *SYNONYMS.get(last, ()))]
 
 
 def first_line(error: BaseException) -> str:

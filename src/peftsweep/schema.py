@@ -108,7 +108,7 @@ class DatasetConfig:
     """Rows, and how a row becomes a prompt and its answer."""
 
     name: str = MISSING
-    path: str | None = None  # local training rows: .json .jsonl .csv .tsv .parquet .txt, and .gz of them
+    path: str | None = None  # local training rows: .json .jsonl .csv .tsv .parquet .txt .md, and .gz of them
     test_path: str | None = None  # local rows the dataset's own evaluation judges on
     encoding: str | None = None  # of these files, such as cp1252; null: by the byte order mark, else UTF-8
     hub: str | None = None

@@ -16,7 +16,7 @@ import torch
 from tokenizers import processors
 
 from peftsweep import InputError
-from peftsweep.data import batches, templates, tokens
+from peftsweep.data import batches, files, templates, tokens
 from peftsweep.data import rows as data_rows
 from peftsweep.data.templates import Example
 from peftsweep.data.tokens import Tokens
@@ -39,7 +39,7 @@ def write(rows: list[dict[str, str]], name: str) -> Path:
     return file
 
 
-@pytest.mark.parametrize("format", [format for format in data_rows.FORMATS if format != ".txt"])
+@pytest.mark.parametrize("format", [format for format in data_rows.FORMATS if format not in files.PLAIN])
 def test_every_format_gives_the_same_rows(format: str) -> None:
     assert data_rows.read_rows(write(ROWS, f"rows{format}")) == ROWS
 

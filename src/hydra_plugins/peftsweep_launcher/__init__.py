@@ -95,9 +95,13 @@ class LocalLauncher(Launcher):
     def _launch(
         self, job_overrides: Sequence[Sequence[str]], first: int, run: Callable[[list[Any]], list[Any]]
     ) -> list[JobReturn]:
+        from peftsweep import shorthand
         from peftsweep.config import compose as configuration
         from peftsweep.sweep.everything import sweep
 
+        sources = self.config.hydra.runtime.config_sources
+        folders = [Path(source.path) for source in sources if source.schema == "file"]
+        job_overrides = [shorthand.expanded(words, folders) for words in job_overrides]
         points = self._compose(job_overrides, first)
         trials = [
             configuration.trial(point, point.hydra.runtime.choices, overrides)

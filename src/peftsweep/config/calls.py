@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from peftsweep import limits
 from peftsweep.config.evaluations import ROWS_KEYS
 from peftsweep.config.experiment import ORIGIN
-from peftsweep.errors import InputError, first_line, suggest
+from peftsweep.errors import InputError, first_line, suggest, synonyms
 from peftsweep.schema import Config, LossOn, ModelConfig, RowsConfig, Task
 
 SET_BY_OTHER_KEYS = {  # arguments of an optimizer that are not train.optimizer_kwargs'
@@ -36,6 +36,9 @@ PACKAGES = {  # options that a package brings
     "hydra/launcher/joblib": "hydra-joblib-launcher",
     "hydra/sweeper/optuna": "peftsweep[optuna]",
 }
+ANY = {"model": "model=./FOLDER, one of the hub model=ORG/NAME", "dataset": "dataset=FILE.jsonl"}
+SECTIONS = ("model", "train", "dataset", "targets", "adapter", "halving")  # in which a key may be sought by its name
+METHOD_KEYS = ("method.r", "method.lora_alpha", "method.lora_dropout")  # that most methods have
 GENERATION = "peftsweep.evaluation.evaluate.generation"
 LANGUAGE_MODEL_ONLY = ("peftsweep.evaluation.evaluate.perplexity", GENERATION)
 EXTRA_VALUES = {"init_lora_weights": r"lora_ga|pissa_niter_\d+"}  # values that PEFT takes beside what it annotates
@@ -109,7 +112,7 @@ def _no_option(key: str, method: str, known: list[str]) -> InputError:
     if key in fields:
         advice = f"run it without method.{key}, in a command of its own; the study holds the trials of both"
     else:
-        advice = suggest(key, known)
+        advice = _meant(key, known)
     return InputError(f"method.{key}: {method} has no such option; {advice}")
 
 
@@ -258,7 +261,8 @@ def one_line(error: BaseException) -> str:
             named = re.search(rf"In '{group}/(\w+)'", str(error))  # ours, which begins with the missing one
             return f"{group}={named[1] if named else option}: pip install '{package}'"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
-        return f"{group}={option}: no such option; {suggest(option, list(error.options))}"
+        own = f"; one of your own is {ANY[group]}" if group in ANY else ""
+        return f"{group}={option}: no such option; {suggest(option, list(error.options))}{own}"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     below: BaseException | None = error
     while below is not None:
@@ -270,17 +274,33 @@ def one_line(error: BaseException) -> str:
             kind := _schema_type(cause.full_key)
         ):
             value = getattr(cause, "value", None)
-            return f"{cause.full_key}={'null' if value is None else value}: must be {kind}"
+            meant = synonyms(str(value), kind.removeprefix("one of ").split(", "))
+            hint = f"; did you mean '{meant[0]}'?" if meant else ""
+            return f"{cause.full_key}={'null' if value is None else value}: must be {kind}{hint}"
         if type(cause).__name__ in ("ConfigAttributeError", "ConfigKeyError"):
             parent = cause.parent_node
             known = [str(key) for key in parent] if isinstance(parent, DictConfig) else []
-            return f"{cause.full_key}: no such key; {suggest(str(cause.key), known)}"
+            return f"{cause.full_key}: no such key; {_meant(str(cause.key), known)}"
         return f"{cause.full_key}: {first_line(cause)}"
     text = " ".join(str(error).split())
     text = re.sub(r"^In '([\w/]+)': \w+ raised while composing config:", r"\1.yaml:", text)
     text = re.sub(r"full_key: ([\w.]+)", r"(key \1)", text)
     noise = "full_key:|reference_type=|object_type=|To append|Check available"
     return re.sub(rf"\s*({noise}|Set the environment variable|See https?://).*", "", text)
+
+
+def _meant(wrong: str, known: list[str]) -> str:
+    """What a key may have been meant for: one beside it by another name, one of another section, or one like it."""
+    kinds = typing.get_type_hints(Config)
+    others = [
+        *METHOD_KEYS,
+        *(f"{name}.{field.name}" for name in SECTIONS for field in dataclasses.fields(kinds[name])),
+        *kinds,
+        "hydra.launcher.workers",
+    ]
+    if not synonyms(wrong, known) and (elsewhere := synonyms(wrong, others)):
+        return f"did you mean '{elsewhere[0]}'?"
+    return suggest(wrong, known)
 
 
 def _schema_type(key: str) -> str | None:

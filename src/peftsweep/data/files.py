@@ -7,7 +7,9 @@ short line (pandas pads the line, pyarrow reads on to the end of the file), and 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
+import difflib
 import gzip
 import io
 import json
@@ -20,7 +22,9 @@ from peftsweep.errors import InputError
 
 Row = dict[str, Any]
 
-FORMATS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")  # in capitals too, and each but parquet with .gz
+FORMATS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".md")  # in capitals too, each but parquet with .gz
+PLAIN = (".txt", ".md")  # of paragraphs
+BEGINNING = 2**20  # bytes of a file that its first rows are looked for in
 BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 csv.field_size_limit(2**31 - 1)  # the default ends a field at 128 KiB
@@ -36,10 +40,9 @@ def read_rows(path: str | Path, key: str = "path", encoding: str | None = None) 
     """
     file = Path(path)
     if not file.is_file():
-        raise InputError(f"{key}={path}: no such file")
+        raise InputError(f"{key}={path}: no such file{similar(file)}")
     option = f"{key.rpartition('.')[0]}.encoding" if "." in key else "--encoding"
-    packed = file.suffix.lower() == ".gz"
-    suffix = Path(file.stem if packed else file.name).suffix.lower()
+    packed, suffix = file.suffix.lower() == ".gz", format_of(file)
     if suffix not in FORMATS:
         raise InputError(f"{key}={path}: unknown format '{suffix}'; allowed: {' '.join(FORMATS)}, and .gz of them")
     try:
@@ -61,6 +64,45 @@ def read_rows(path: str | Path, key: str = "path", encoding: str | None = None) 
     if not rows:
         raise InputError(f"{key}={path}: holds no rows")
     return rows
+
+
+def format_of(path: str | Path) -> str:
+    """The suffix that says how a file is read, in small letters and without .gz, such as ``.jsonl``."""
+    file = Path(path)
+    return Path(file.stem if file.suffix.lower() == ".gz" else file.name).suffix.lower()
+
+
+def first_rows(path: str | Path, key: str = "path", encoding: str | None = None, count: int = 100) -> list[Row]:
+    """The first rows of a local file, up to ``count``; of a large file only its beginning is read.
+
+    Raises:
+        InputError: as ``read_rows``.
+    """
+    file, suffix = Path(path), format_of(path)
+    if not file.is_file() or suffix not in (".jsonl", ".csv", ".tsv", ".parquet"):
+        return read_rows(path, key, encoding)[:count]
+    try:
+        if suffix == ".parquet":
+            import pyarrow.parquet
+
+            table = next(pyarrow.parquet.ParquetFile(file).iter_batches(count))
+            return plain_rows(table.to_pylist())
+        with gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb") as stream:
+            beginning = stream.read(BEGINNING)
+        lines = beginning if len(beginning) < BEGINNING else beginning.rpartition(b"\n")[0]
+        return _READERS[suffix](_decoded(lines, encoding, key))[:count] or read_rows(path, key, encoding)[:count]
+    except (ValueError, LookupError, OSError, EOFError, StopIteration, zlib.error):
+        return read_rows(path, key, encoding)[:count]  # which says what is wrong, or reads a row that the end cut
+
+
+def similar(path: Path) -> str:
+    """``; did you mean 'rows.jsonl'?`` where a file or folder of such a name lies beside ``path``, else nothing."""
+    with contextlib.suppress(OSError):
+        names = [one.name for one in path.expanduser().parent.iterdir()]
+        same = [name for name in names if Path(name).stem == path.stem]
+        if close := same or difflib.get_close_matches(path.name, names, n=1, cutoff=0.75):
+            return f"; did you mean '{path.with_name(close[0])}'?"
+    return ""
 
 
 def plain_rows(rows: Iterable[Row]) -> list[Row]:
@@ -236,7 +278,7 @@ def _read_text(text: str) -> list[Row]:
 
 
 _READERS: dict[str, Callable[[str], list[Row]]] = {
-    ".txt": _read_text,
+    **dict.fromkeys(PLAIN, _read_text),
     ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,

@@ -43,6 +43,19 @@ def hub_rows(name: str, config: str | None, split: str, revision: str | None, ke
     return plain_rows(loaded)
 
 
+def first_hub_rows(name: str, config: str | None, split: str, revision: str | None, count: int = 100) -> list[Row]:
+    """The first rows of ``hub_rows``.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    import datasets
+
+    with hub.loading(f"dataset={name}", "local rows"):
+        loaded = datasets.load_dataset(name, config, split=split, revision=revision)
+        return plain_rows(loaded.select(range(min(count, len(loaded)))))
+
+
 @lru_cache
 def check_cached(name: str, config: str | None, revision: str | None, key: str) -> None:
     """Where the hub does not answer: that the dataset is in the local cache.

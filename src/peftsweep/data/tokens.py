@@ -42,7 +42,7 @@ def through_chat_template(
     if not chat_template and not any(row.conversation for row in rows):
         return list(rows)
     if chat_template and not tokenizer.chat_template:
-        raise InputError("dataset.chat=true: the model's tokenizer has no chat template")
+        raise InputError("dataset.chat=true: the model's tokenizer has no chat template; dataset.chat=false needs none")
     if not tokenizer.is_fast:
         raise InputError("dataset.chat: the model's tokenizer gives no offsets; must be one of the tokenizers library")
     begin = str(tokenizer.decode([*lead(tokenizer)]))

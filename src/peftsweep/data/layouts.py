@@ -1,0 +1,150 @@
+"""The columns of a file -> how its rows become prompts and answers, where the names of the columns tell it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from peftsweep.data import tasks
+from peftsweep.data.files import Row
+
+# Columns that hold a whole prompt or a whole answer, in small letters. Exactly one of each makes a pair.
+QUESTIONS = ("question", "query", "problem")
+PROMPTS = ("prompt", "instruction", "input", "source", *QUESTIONS)
+ANSWERS = ("completion", "answer", "response", "output", "solution", "target")
+CONVERSATIONS = ("messages", "conversations")
+# Columns that no pair uses, and that cannot be left out without a word.
+CONTEXTS = ("context", "passage", "document", "background", "history", "system", "system_prompt", "choices", "options")
+MEANINGFUL = (
+    *CONTEXTS,
+    *("premise", "hypothesis", "label", "labels", "chosen", "rejected", "image", "images", "audio", "video"),
+)
+LABELS = ("label", "labels", "class", "category", "sentiment", "target", "intent")
+MOST_CLASSES = 20  # different values of a column that an example command calls classes
+READER_ERRORS = (ValueError, KeyError, TypeError, IndexError, AttributeError)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows become prompts and answers: an option of ``dataset``, and keys of it."""
+
+    option: str  # file, chat or text
+    keys: Mapping[str, Any] = field(default_factory=dict)
+    named: str | None = None  # the dataset of ours whose columns, prompt and reader these are
+
+
+@dataclass(frozen=True)
+class _Named:
+    """The columns of one of our datasets, by which its rows are known in any file."""
+
+    name: str
+    needs: tuple[str, ...]
+    may_have: tuple[str, ...] = ()
+    fits: Callable[[Row], object] = lambda row: True  # raises, or is false, for another's row
+
+    def is_of(self, rows: Sequence[Row]) -> bool:
+        if any(column not in row for row in rows for column in self.needs):
+            return False
+        whole = [row for row in rows if all(row[column] is not None for column in self.needs)]
+        try:
+            return bool(whole) and all(self.fits(row) for row in whole)
+        except READER_ERRORS:
+            return False
+
+
+def _ends_with_number(row: Row) -> bool:
+    return "\n#### " in row["answer"]
+
+
+def _is_sentiment(row: Row) -> bool:
+    return str(row["label"]).strip() in ("0", "1", "negative", "positive")
+
+
+# The first that fits is taken, so that those with more columns come first.
+NAMED = (
+    _Named("boolq", ("passage", "question"), ("answer", "label", "idx"), tasks.boolq),
+    _Named("piqa", ("goal", "sol1", "sol2", "label"), fits=tasks.piqa),
+    _Named("social_i_qa", ("context", "question", "answerA", "answerB", "answerC", "label"), fits=tasks.social_i_qa),
+    _Named("hellaswag", ("activity_label", "ctx_a", "ctx_b", "endings", "label"), fits=tasks.hellaswag),
+    _Named("winogrande", ("sentence", "option1", "option2", "answer"), fits=tasks.winogrande),
+    _Named("commonsense_qa", ("question", "choices", "answerKey", "question_concept"), fits=tasks.commonsense_qa),
+    _Named("arc_challenge", ("question", "choices", "answerKey"), fits=tasks.arc),
+    _Named("openbookqa", ("question_stem", "choices", "answerKey"), fits=tasks.arc),
+    _Named("commonsense_170k", ("instruction", "output", "answer"), ("input",), tasks.instruction),
+    _Named("metamath", ("query", "response", "original_question")),
+    _Named("gsm8k", ("question", "answer"), fits=_ends_with_number),
+    _Named("alpaca", ("instruction", "output"), ("input",)),
+    _Named("dolly", ("instruction", "response"), ("context", "category")),
+    _Named("sst2", ("sentence", "label"), ("idx",), _is_sentiment),
+)
+
+
+def recognise(rows: Sequence[Row]) -> Layout | None:
+    """The layout that the columns of ``rows`` have; None where they may mean several, or none.
+
+    A layout of ``named`` has no keys: they are those of that dataset.
+    """
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    if any(_holds_lists(rows, column) or _holds_text(rows, column) for column in CONVERSATIONS if column in columns):
+        return Layout("chat")
+    for one in NAMED:
+        if one.is_of(rows):
+            used = (*one.needs, *one.may_have)
+            return None if _left_out(rows, columns, used) else Layout("file", named=one.name)
+    prompts = [column for column in columns if column.strip().lower() in PROMPTS]
+    answers = [column for column in columns if column.strip().lower() in ANSWERS]
+    if len(prompts) == len(answers) == 1:
+        used = (*prompts, *answers)
+        plain = all(_holds_text(rows, column) for column in used)
+        return _pair(rows, *used) if plain and not _left_out(rows, columns, used) else None
+    texts = [column for column in columns if column.strip().lower() == "text"]
+    if len(texts) == 1 and not prompts and not answers and _holds_text(rows, texts[0]):
+        if _left_out(rows, columns, texts) or any(column.strip().lower() in LABELS for column in columns):
+            return None
+        return Layout("text", {} if texts == ["text"] else {"answer": f"{{{texts[0]}}}"})
+    return None
+
+
+def _left_out(rows: Sequence[Row], columns: Iterable[str], used: Sequence[str]) -> bool:
+    """Whether a column with something in it, which may belong to the prompt or the answer, would not be used."""
+    others = [column for column in columns if column not in used]
+    meaningful = [c for c in others if c.strip().lower() in (*MEANINGFUL, *PROMPTS, *ANSWERS)]
+    return any(row.get(column) not in (None, "", [], {}) for row in rows for column in meaningful)
+
+
+def _holds_text(rows: Sequence[Row], column: str) -> bool:
+    values = [row[column] for row in rows if row.get(column) is not None]
+    return bool(values) and all(isinstance(value, str | int | float) for value in values)
+
+
+def _holds_lists(rows: Sequence[Row], column: str) -> bool:
+    values = [row[column] for row in rows if row.get(column) is not None]
+    return bool(values) and all(isinstance(value, list) for value in values)
+
+
+def _pair(rows: Sequence[Row], prompt: str, answer: str) -> Layout:
+    """A prompt before its answer, with white space between them: their own, or that of the template."""
+    if prompt.strip().lower() in QUESTIONS:
+        return Layout("file", {"prompt": f"Question: {{{prompt}}}\\nAnswer:", "answer": f" {{{answer}}}"})
+    own = all(str(row[prompt])[-1:].isspace() or str(row[answer])[:1].isspace() for row in rows)
+    return Layout("file", {"prompt": f"{{{prompt}}}" + ("" if own else "\\n"), "answer": f"{{{answer}}}"})
+
+
+def example(rows: Sequence[Row]) -> dict[str, Any]:
+    """Keys of ``dataset`` that a person may have meant by the columns of ``rows``, to be shown as an example."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    texts = [c for c in columns if _holds_text(rows, c) and not set("{}[].!:\\\"'") & set(c)] or ["COLUMN"]
+    labels = [c for c in texts if c.strip().lower() in LABELS]
+    liked = [c for c in texts if c.strip().lower() in (*ANSWERS, "chosen")]
+    answer = (labels or liked or texts)[-1]
+    others = [c for c in texts if c != answer] or [answer]
+    known = (*CONTEXTS, *PROMPTS, "text", "sentence", "premise", "hypothesis")
+    asked = [c for c in others if c.strip().lower() in known] or others[-1:]
+    asked.sort(key=lambda column: column.strip().lower() not in CONTEXTS)  # the context before the question
+    shown = {"prompt": "\\n".join(f"{{{column}}}" for column in asked) + "\\n", "answer": f"{{{answer}}}"}
+    classes = list(dict.fromkeys(str(row[answer]).strip() for row in rows if row.get(answer) is not None))
+    if labels and 1 < len(classes) <= MOST_CLASSES:
+        numbers = all(one.isdecimal() for one in classes)  # whose names are not in the file
+        shown["classes"] = [f"NAME_OF_{n}" for n in range(max(map(int, classes)) + 1)] if numbers else sorted(classes)
+    return shown

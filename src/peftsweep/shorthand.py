@@ -1,0 +1,359 @@
+"""A model and a data set named as people name them: ``model=./folder``, ``model=ORG/NAME``, ``dataset=rows.jsonl``.
+
+Each such word stands for words that Hydra knows: ``model=causal_lm model.name_or_path=./folder``. What follows from
+them, such as a trial's identity and its record, is thus that of the longer command.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
+from hydra.errors import HydraException
+
+from peftsweep.data import files, hub, layouts
+from peftsweep.data import rows as data_rows
+from peftsweep.errors import InputError, first_line
+from peftsweep.schema import Task
+
+GROUPS = {"model": "model.name_or_path", "dataset": "dataset.path"}  # with the key that the name goes to
+HUB_ID = re.compile(r"(?P<id>\w[\w.-]*/[\w.-]+)(?::(?P<split>.+))?")
+WEB = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?(?P<id>[\w.-]+/[\w.-]+).*")
+PLAIN_WORD = re.compile(r"[\w./+-]+", re.ASCII)  # needs no quotes in Hydra's grammar
+TEMPLATES = ("dataset.prompt", "dataset.answer")
+LOOKED_AT = ("dataset.encoding", "dataset.hub_config", "dataset.revision")  # keys that say how rows are read
+OWN_READING = (*TEMPLATES, "dataset.reader")  # keys by which a person says what rows mean
+PARTS = {"train": r"train(ing)?\b.*", "test": r"(test|valid|validation|dev|eval)\b.*"}  # of a folder, by names of files
+NAMED_KEYS = ("reader", "prompt", "answer", "classes")  # what rows of a data set of ours mean
+KINDS = {"chat": "conversations", "text": "plain text"}  # options that need no templates
+LISTED = 6  # files or columns, in a message
+RECOGNISED = "prompt/completion, question/answer, instruction/input/output, text, messages, conversations"
+
+Said = tuple[tuple[str, str], ...]  # keys of the command line that matter, with their values
+
+
+class Meaning(NamedTuple):
+    """What a name stands for: an option of its group and keys, as words in this order; and what to say of it."""
+
+    keys: dict[str, Any]
+    remark: str = ""
+
+
+def expanded(words: Sequence[str], folders: Iterable[Path]) -> list[str]:
+    """The words with each path and hub id of a model or data set as the words that it stands for.
+
+    Values that are swept stay as they are, once each has been looked at: they are single in the words of a point.
+    ``folders`` hold options, which come first.
+
+    Raises:
+        InputError: there is no such file or folder, or what is in it cannot be told.
+    """
+    if not any(word.startswith(tuple(f"{group}=" for group in GROUPS)) for word in words):
+        return list(words)
+    groups = [(word.partition("=")[0], word) for word in words]
+    options, said = tuple(folders), _said(words)
+    found: list[str] = []
+    for group, word in groups:
+        one = _parsed(word) if group in GROUPS else None
+        if one is None or one.package is not None:
+            found.append(word)
+            continue
+        whole = one.is_sweep_override() and _exists(word.partition("=")[2])  # one file, whose comma needs quotes
+        meant = {name: _typed(group, name, options) for name in ([] if whole else _names(one))}
+        names = [typed for typed in meant.values() if typed is not None]
+        if names and sum(other == group for other, _ in groups) > 1:
+            raise InputError(f"{word}: {group} is given twice; give it once, several to be swept after commas")
+        if names and GROUPS[group] in said:
+            raise InputError(f"{word}: {GROUPS[group]} is given too, and names another; give one of the two")
+        longer = [_longer(group, name, _that_matters(said), options) for name in names]
+        if one.is_sweep_override() or not longer:
+            found.append(_readable(word))
+        else:
+            found += [_word(key, value) for key, value in longer[0].keys.items() if key == group or key not in said]
+        if said.get("quiet", "").lower() != "true":
+            for remark in filter(None, (meaning.remark for meaning in longer)):
+                _say_once(remark)
+    return found
+
+
+def forget() -> None:
+    """Have the next command look at files and folders again; the points of a command are told what it was told."""
+    _longer.cache_clear()
+
+
+# ---- words -----------------------------------------------------------------------------------------
+
+
+def _said(words: Sequence[str]) -> dict[str, str]:
+    pairs = (word.lstrip("+~").partition("=") for word in words)
+    return {key: value.strip("'\"") for key, _, value in pairs}
+
+
+def _that_matters(said: Mapping[str, str]) -> Said:
+    """Of the keys of the command line those that decide how rows are read, so that others need no second look."""
+    values = {key: said[key] for key in LOOKED_AT if key in said}
+    return tuple((values | {key: "" for key in OWN_READING if key in said}).items())
+
+
+def _parsed(word: str) -> Override | None:
+    """The word as Hydra reads it, with quotes around names that its grammar has no place for; None where it cannot."""
+    try:
+        return OverridesParser.create().parse_overrides([_readable(word)])[0]
+    except (HydraException, ValueError):
+        return None  # which is said, with the rest of what is wrong, by the check of all words
+
+
+@functools.cache
+def _readable(word: str) -> str:
+    """The word, with quotes around each path that Hydra's grammar cannot read: of ``~/model``, ``a=b.csv``."""
+    group, _, value = word.partition("=")
+    if group not in GROUPS or _can_be_read(word):
+        return word
+    names = [value] if _exists(value) else value.split(",")
+    quoted = [name if _can_be_read(f"{group}={name}") else _quoted(name) for name in names]
+    again = f"{group}={','.join(quoted)}"
+    looks = all(_looks_typed(name) for name in names)
+    return again if looks and _can_be_read(again) else word
+
+
+def _can_be_read(word: str) -> bool:
+    try:
+        OverridesParser.create().parse_overrides([word])
+    except (HydraException, ValueError):
+        return False
+    return True
+
+
+def _names(one: Override) -> list[str]:
+    """The texts that a word chooses, as they were meant."""
+    value = one._value
+    choices = value.list if isinstance(value, ChoiceSweep) else [value]
+    texts = [choice.text if isinstance(choice, QuotedString) else choice for choice in choices]
+    return [str(text) for text in texts if isinstance(text, str | int | float) and not isinstance(text, bool)]
+
+
+def _word(key: str, value: Any) -> str:
+    return f"{key}={_written(value)}"
+
+
+def _written(value: Any) -> str:
+    """A value in Hydra's grammar."""
+    if value is None:
+        return "null"
+    if isinstance(value, list):
+        return f"[{','.join(map(_written, value))}]"
+    text = str(value)
+    return text if PLAIN_WORD.fullmatch(text) and not re.fullmatch(r"[\d.e+-]+", text) else _quoted(text)
+
+
+def _quoted(text: str) -> str:
+    """In quotes; backslashes are doubled before a quote and at the end, as Hydra's grammar wants."""
+    quote = "'" if '"' in text and "'" not in text else '"'
+    escaped = re.sub(rf"(\\*){quote}", rf"\1\1\\{quote}", text)
+    ending = len(escaped) - len(escaped.rstrip("\\"))
+    return f"{quote}{escaped}{escaped[len(escaped) - ending :]}{quote}"
+
+
+@functools.cache
+def _say_once(remark: str) -> None:
+    print(f"peftsweep: {remark}", file=sys.stderr)
+
+
+# ---- what a name is --------------------------------------------------------------------------------
+
+
+def _looks_typed(name: str) -> bool:
+    """Whether a name can be no option's: a path, a hub id or a file."""
+    return "/" in name or name.startswith("~") or files.format_of(name) in files.FORMATS
+
+
+def _typed(group: str, name: str, folders: tuple[Path, ...]) -> str | None:
+    """The path or hub id that a name is; None for one that is an option's, or that nothing is found under."""
+    if not name.strip():
+        return None
+    if not name.startswith((".", "/", "~")) and any((one / group / f"{name}.yaml").is_file() for one in folders):
+        return None
+    if _looks_typed(name) or (group == "dataset" and re.search(r"\.[A-Za-z]\w{0,7}$", name)):
+        return name
+    return f"./{name}" if _exists(name) else None
+
+
+@functools.lru_cache(maxsize=1024)
+def _longer(group: str, name: str, said: Said, folders: tuple[Path, ...]) -> Meaning:
+    if page := WEB.fullmatch(name):
+        raise InputError(f"{group}={name}: is the address of a page; must be {group}={page['id']}")
+    return _model(name, folders[0]) if group == "model" else _dataset(name, dict(said), folders[0])
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).expanduser().exists()
+    except (OSError, RuntimeError):  # too long a name, or the home of nobody
+        return False
+
+
+def _is_local(name: str) -> bool:
+    return _exists(name) or name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name)
+
+
+# ---- models ----------------------------------------------------------------------------------------
+
+
+def _model(name: str, conf: Path) -> Meaning:
+    folder = Path(name).expanduser()
+    if not _is_local(name):
+        described = _config_on_hub(name, conf)
+    elif not folder.exists():
+        raise InputError(f"model={name}: no such folder; one of the hub is model=ORG/NAME{files.similar(folder)}")
+    elif not (folder / "config.json").is_file():
+        adapter = (folder / "adapter_config.json").is_file() or (folder / "adapter").is_dir()
+        what = "is an adapter: adapter.path=" + name + " evaluates it" if adapter else "holds no config.json"
+        is_file = f"is a file; must be the folder of a checkpoint, such as model={folder.parent}"
+        raise InputError(f"model={name}: {is_file if folder.is_file() else what}")
+    else:
+        try:
+            described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"model={name}: its config.json cannot be read ({first_line(error)})") from None
+    option, task = kind(described if isinstance(described, dict) else {})
+    return Meaning({"model": option, GROUPS["model"]: name} | ({} if task is None else {"model.task": task.value}))
+
+
+def _config_on_hub(name: str, conf: Path) -> Any:
+    """The config.json of a model of the hub; of our presets only what they are; {} where it cannot be had."""
+    for file in sorted((conf / "model").glob("*.yaml")):
+        node = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if (node.get("model") or node).get("name_or_path") == name:
+            return {"architectures": ["ForMaskedLM" if "model" in node else "ForCausalLM"]}
+    import huggingface_hub
+
+    hub.problem()  # asked once, as the download would wait long for a hub that does not answer
+    try:
+        file = Path(huggingface_hub.hf_hub_download(name, "config.json"))
+        return json.loads(file.read_text(encoding="utf-8"))
+    except Exception:  # not cached and no network, or a model that needs a login: loading it will say so
+        return {}
+
+
+def kind(config: Mapping[str, Any]) -> tuple[str, Task | None]:
+    """The option of ``model`` for a checkpoint's config.json, and its task where that is not the option's own.
+
+    What has written text is ``causal_lm``, also where it reads images too; a decoder with a classifier's head is one
+    with the task ``seq_cls``; everything else that transformers has a masked language model for is an ``encoder``.
+    """
+    made = " ".join(map(str, config.get("architectures") or ()))
+    if re.search(r"ForCausalLM|LMHeadModel|ForConditionalGeneration", made):
+        return "causal_lm", None
+    if re.search(r"ForMaskedLM|ForPreTraining", made):
+        return "encoder", None
+    decodes = _decodes(str(config.get("model_type", "")))
+    if not decodes:
+        return "encoder", None
+    return "causal_lm", Task.seq_cls if "ForSequenceClassification" in made else None
+
+
+def _decodes(model_type: str) -> bool:
+    """Whether transformers' models of this type write text, and are no encoders that can be made to."""
+    from transformers.models.auto import modeling_auto as names  # takes long, so that most names do without
+
+    writes = model_type in names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return not model_type or (writes and model_type not in names.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+
+
+# ---- data sets -------------------------------------------------------------------------------------
+
+
+def _dataset(name: str, said: Mapping[str, str], conf: Path) -> Meaning:
+    path = Path(name).expanduser()
+    if not _is_local(name) and files.format_of(name) not in files.FORMATS:
+        return _hub_dataset(name, said, conf)
+    own = _of_folder(name, path) if path.is_dir() else {"dataset.path": str(path)}
+    file = own["dataset.path"]
+    if not Path(file).is_file():
+        one_of_hub = "" if "." in Path(name).name[1:] else "; one of the hub is dataset=ORG/NAME:SPLIT"
+        raise InputError(f"dataset={name}: no such file{one_of_hub}{files.similar(path)}")
+    if files.format_of(file) not in files.FORMATS:
+        raise InputError(f"dataset={name}: unknown format; must be a file of {' '.join(files.FORMATS)}, or .gz of them")
+    if files.format_of(file) in files.PLAIN:
+        return Meaning({"dataset": "text"} | own)
+    if "dataset.reader" in said or all(key in said for key in TEMPLATES):
+        return Meaning({"dataset": "file"} | own)
+    return _recognised(name, files.first_rows(file, "dataset.path", said.get("dataset.encoding")), own, said, conf)
+
+
+def _of_folder(name: str, folder: Path) -> dict[str, Any]:
+    """The files of a folder that are trained and tested on: those that are called so, or its only one."""
+    found = [one for one in sorted(folder.iterdir()) if one.is_file() and files.format_of(one) in files.FORMATS]
+    data = [one for one in found if files.format_of(one) not in files.PLAIN and one.stem.lower() != "dataset_info"]
+    data = [one for one in data if one.name not in ("state.json", "dataset_dict.json")] or found
+    parts = {part: [f for f in data if re.fullmatch(names, f.stem, re.I)] for part, names in PARTS.items()}
+    if len(parts["train"]) == 1 and len(parts["test"]) == 1 == len(data) - 1:
+        return {"dataset.path": str(parts["train"][0]), "dataset.test_path": str(parts["test"][0])}
+    if len(data) == 1:
+        return {"dataset.path": str(data[0])}
+    if not data and list(folder.glob("**/*.arrow")):
+        write = shlex.quote(f"import datasets; datasets.load_from_disk({name!r}).to_parquet('rows.parquet')")
+        raise InputError(f"dataset={name}: holds what save_to_disk wrote; write a file of it: python -c {write}")
+    if not data:
+        raise InputError(f"dataset={name}: no file in this folder can be read; must be {' '.join(files.FORMATS)}")
+    listed = ", ".join(file.name for file in data[:LISTED]) + (", ..." if len(data) > LISTED else "")
+    test = next((one for one in parts["test"]), None)
+    example = f"dataset={parts['train'][0] if parts['train'] else data[0]}"
+    example += f" dataset.test_path={test}" if test else ""
+    raise InputError(f"dataset={name}: holds several files ({listed}); name the one to train on: {example}")
+
+
+def _hub_dataset(name: str, said: Mapping[str, str], conf: Path) -> Meaning:
+    found = HUB_ID.fullmatch(name)
+    assert found is not None
+    source, split = found["id"], found["split"]
+    for file in sorted((conf / "dataset").glob("*.yaml")):
+        own = yaml.safe_load(file.read_text(encoding="utf-8"))["dataset"]
+        same_split = split in (None, own.get("hub_split", "train"))
+        same_config = said.get("dataset.hub_config") in (None, own.get("hub_config"))
+        if own.get("hub") == source and same_split and same_config:
+            return Meaning({"dataset": file.stem})
+    where: dict[str, Any] = {"dataset.path": None, "dataset.hub": source, "dataset.hub_split": split or "train"}
+    if "dataset.reader" in said or all(key in said for key in TEMPLATES):
+        return Meaning({"dataset": "file"} | where)
+    config, revision = said.get("dataset.hub_config"), said.get("dataset.revision")
+    rows = data_rows.first_hub_rows(source, config, split or "train", revision)
+    return _recognised(name, rows, where, said, conf)
+
+
+def _recognised(
+    name: str, rows: Sequence[files.Row], where: Mapping[str, Any], said: Mapping[str, str], conf: Path
+) -> Meaning:
+    """The option and keys that the columns of ``rows``, which lie ``where``, call for."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    listed = ", ".join(columns[:LISTED]) + (", ..." if len(columns) > LISTED else "")
+    layout = None if any(key in said for key in TEMPLATES) else layouts.recognise(rows)
+    if layout is None:
+        shown = {f"dataset.{key}": value for key, value in layouts.example(rows).items()}
+        words = [shlex.quote(_word("dataset", name)), *(f"'{_word(key, value)}'" for key, value in shown.items())]
+        why = f"do not say what is asked and what is answered (recognised are {RECOGNISED})"
+        if given := [key for key in TEMPLATES if key in said]:
+            why = f"are not looked at where {given[0]} is given"
+        raise InputError(f"dataset={name}: its columns ({listed}) {why}; give both, such as: {' '.join(words)}")
+    keys, evaluations = dict(layout.keys), []
+    if layout.named is not None:
+        node = yaml.safe_load((conf / "dataset" / f"{layout.named}.yaml").read_text(encoding="utf-8"))
+        keys = {key: node["dataset"][key] for key in NAMED_KEYS if key in node["dataset"]}
+        keys |= {key: keys[key].replace("\n", "\\n") for key in ("prompt", "answer")}
+        evaluations = next(one["override /eval"] for one in node["defaults"] if "override /eval" in one)
+    longer = {"dataset": layout.option, **where, **{f"dataset.{key}": value for key, value in keys.items()}}
+    remark = f"dataset={name}: columns {listed}: " + KINDS.get(
+        layout.option, f"dataset.prompt='{keys.get('prompt')}' dataset.answer='{keys.get('answer')}'"
+    )
+    if evaluations not in ([], ["perplexity"]):
+        remark += f"; dataset={layout.named} dataset.path=FILE is judged by {', '.join(evaluations)} as well"
+    return Meaning(longer, remark)
