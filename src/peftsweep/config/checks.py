@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from peftsweep import limits
+from peftsweep.data import files
 from peftsweep.data import rows as data_rows
 from peftsweep.errors import InputError, suggest
 from peftsweep.schema import Config, Dtype
@@ -250,7 +251,7 @@ def _check_warmup(config: Config, rows: data_rows.Rows | None) -> None:
 def _check_files(config: Config) -> None:
     """A file that is named must be there, whether or not this trial would read it."""
     own = config.dataset
-    files = {"path": own.path, "test_path": own.test_path, "validation.path": own.validation.path}
-    for key, path in files.items():
+    named = {"path": own.path, "test_path": own.test_path, "validation.path": own.validation.path}
+    for key, path in named.items():
         if path is not None and not Path(path).is_file():
-            raise InputError(f"dataset.{key}={path}: no such file")
+            raise InputError(f"dataset.{key}={path}: no such file{files.similar(Path(path))}")

@@ -24,6 +24,7 @@ Row = dict[str, Any]
 
 FORMATS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".md")  # in capitals too, each but parquet with .gz
 PLAIN = (".txt", ".md")  # of paragraphs
+SHOWN = 4  # files of a folder, in a message
 BEGINNING = 2**20  # bytes of a file that its first rows are looked for in
 BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
@@ -96,13 +97,19 @@ def first_rows(path: str | Path, key: str = "path", encoding: str | None = None,
 
 
 def similar(path: Path) -> str:
-    """``; did you mean 'rows.jsonl'?`` where a file or folder of such a name lies beside ``path``, else nothing."""
+    """``; did you mean 'rows.jsonl'?`` where a file or folder of such a name lies beside ``path``, else what does."""
+    folder = path.expanduser().parent
+    if not folder.is_dir():
+        return f"; there is no folder {path.parent}"
     with contextlib.suppress(OSError):
-        names = [one.name for one in path.expanduser().parent.iterdir()]
+        names = sorted(one.name for one in folder.iterdir())
         same = [name for name in names if Path(name).stem == path.stem]
         if close := same or difflib.get_close_matches(path.name, names, n=1, cutoff=0.75):
             return f"; did you mean '{path.with_name(close[0])}'?"
-    return ""
+        readable = [str(path.with_name(name)) for name in names if format_of(name) in FORMATS][:SHOWN]
+        if path.suffix and readable:
+            return f"; in {folder.absolute()} there are {', '.join(readable)}"
+    return f"; looked for in {folder.absolute()}"
 
 
 def plain_rows(rows: Iterable[Row]) -> list[Row]:

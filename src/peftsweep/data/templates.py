@@ -247,7 +247,10 @@ def _fill(template: str, row: _Row, key: str, number: str) -> str:
         raise _missing(key, number, str(error)) from None
     except KeyError as error:
         column = str(error.args[0])
-        raise InputError(f"{key}: row {number} has no column '{column}'; {suggest(column, list(row))}") from None
+        advice = suggest(column, list(row))
+        named = [name for name in row if f"'{name}'" in advice] or list(row)[:1]
+        word = f"""'{key}="{template.replace(f"{{{column}", f"{{{named[0]}")}"'""".replace("\n", "\\n")
+        raise InputError(f"{key}: row {number} has no column '{column}'; {advice.rstrip('?')}, as in {word}") from None
     except TypeError as error:
         raise InputError(f"{key}='{template}': row {number} cannot be written into it: {error}") from None
     except (ValueError, IndexError, AttributeError) as error:

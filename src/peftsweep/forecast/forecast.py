@@ -337,7 +337,19 @@ def oversized(trial: Trial) -> str | None:
     limit = memory_limit(trial)
     if limit is None or (found := prediction(trial)) is None or found.peak_bytes <= limit:
         return None
-    return f"predicted to need {size(found.peak_bytes)}, there are {size(limit)}"
+    return f"predicted to need {size(found.peak_bytes)}, there are {size(limit)}; {smaller(trial.config, 'train')}"
+
+
+def smaller(config: Config, stage: str) -> str:
+    """The keys that would make the trial smaller, of those that are not set already."""
+    train, keys = config.train, []
+    if stage == "train" and train.batch_size > 1:
+        keys.append(f"train.batch_size={train.batch_size // 2} train.accumulation={2 * train.accumulation}")
+    if stage == "train" and not train.checkpointing:
+        keys.append("train.checkpointing=true")
+    if not config.quant:
+        keys.append("quant=4bit")
+    return "try " + ", ".join([*keys, ("or " if keys else "") + "a smaller dataset.max_length or model"])
 
 
 def memory_limit(trial: Trial) -> float | None:

@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from peftsweep.data import hub
+from peftsweep.data import files, hub
 from peftsweep.errors import InputError, suggest
 from peftsweep.models.parts import base_of, head_names, text_config, text_part, weight_count
 from peftsweep.schema import Init, ModelConfig, Task
@@ -53,7 +53,8 @@ def source(model: ModelConfig) -> str:
         return str(TINY)
     looks_local = model.name_or_path.startswith((".", "/", "~")) or model.name_or_path.count("/") > 1
     if looks_local and not Path(model.name_or_path).expanduser().is_dir():
-        raise InputError(f"model.name_or_path={model.name_or_path}: no such folder")
+        hint = files.similar(Path(model.name_or_path))
+        raise InputError(f"model.name_or_path={model.name_or_path}: no such folder{hint}")
     return str(Path(model.name_or_path).expanduser()) if looks_local else model.name_or_path
 
 
@@ -72,7 +73,8 @@ def device(name: str) -> torch.device:
     number = int(found[1] or 0)
     if number >= count:
         there = ", ".join(f"cuda:{n}" for n in range(count)) or "none"
-        raise InputError(f"device={name}: no such CUDA device; there are: {there}")
+        other = "device=auto takes one that is there" if count else "device=cpu runs on the CPU"
+        raise InputError(f"device={name}: no such CUDA device; there are: {there}; {other}, peftsweep-doctor says more")
     return torch.device("cuda", number)
 
 

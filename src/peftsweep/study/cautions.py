@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -40,8 +41,20 @@ def _of_evaluation(name: str, facts: Mapping[str, Any]) -> Iterator[str]:
     for flag, constant in facts.items():
         if constant is True and flag.endswith("degenerate") and not flag.startswith("base_"):
             yield f"{name}: {_constant(flag.removesuffix('degenerate'), facts)}, whatever was asked"
+    if (worse := _worse_than_base(facts)) is not None:
+        yield f"{name}: {worse}; the steps may be too large: lower train.learning_rate"
     if seen := facts.get("seen_in_training"):
         yield f"{name}: {seen} test rows were trained on"
+
+
+def _worse_than_base(facts: Mapping[str, Any]) -> str | None:
+    """Whether training has raised the perplexity, by more than twice the standard error of the difference."""
+    after, before = facts.get("perplexity"), facts.get("base_perplexity")
+    if not isinstance(after, Mapping) or not isinstance(before, Mapping) or None in (after["value"], before["value"]):
+        return None
+    error = math.hypot(after.get("stderr") or 0.0, before.get("stderr") or 0.0)
+    rose = after["value"] - before["value"] > 2 * error
+    return f"perplexity {after['value']:.4g} is worse than the untouched base's {before['value']:.4g}" if rose else None
 
 
 def _constant(way: str, facts: Mapping[str, Any]) -> str:

@@ -69,7 +69,7 @@ def places(workers: int | None, devices: Sequence[Any] | None, asked: Iterable[s
     for number in devices or []:
         if not (str(number).isdecimal() and int(number) < len(visible)):
             there = ", ".join(map(str, range(len(visible)))) or "none"
-            why = "; device=cpu uses none" if asked == {"cpu"} else ""
+            why = "; device=cpu uses none" if asked == {"cpu"} else "" if visible else "; leave it out to use the CPU"
             raise InputError(f"hydra.launcher.devices: no CUDA device {number}; there are: {there}{why}")
     if any(":" in device for device in asked):  # cuda:1 means the second of all that are visible
         return [None] * (workers or 1)

@@ -43,7 +43,8 @@ def check_trained(
 
 def _remedy(model: nn.Module, config: TrainConfig) -> str:
     """What to change where numbers have overflowed."""
-    lower = "lower train.learning_rate"
+    rate = config.learning_rate
+    lower = "lower train.learning_rate" + (f", such as {rate / 10:g}" if math.isfinite(rate) else "")
     if config.autocast is Dtype.float16:
         key = "train.autocast"
     elif any(parameter.dtype == torch.float16 for parameter in model.parameters()):

@@ -17,6 +17,7 @@ import transformers
 
 from peftsweep.config import identity
 from peftsweep.config.compose import Trial
+from peftsweep.forecast import forecast
 from peftsweep.models import model
 from peftsweep.observe.display import Observer
 from peftsweep.observe.measure import Meter, out_of_memory, percentile
@@ -65,20 +66,8 @@ def failure_of(error: BaseException, stage: str | None, config: Config) -> dict[
     if out_of_memory(error):
         asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
         what = f"no memory left for {asked[1]} more" if asked else "no memory left"
-        found["message"] = f"{what}; {_smaller(config, found['stage'])}"
+        found["message"] = f"{what}; {forecast.smaller(config, found['stage'])}"
     return found
-
-
-def _smaller(config: Config, stage: str) -> str:
-    """The keys that would make the trial smaller, of those that are not set already."""
-    train, keys = config.train, []
-    if stage == "train" and train.batch_size > 1:
-        keys.append(f"train.batch_size={train.batch_size // 2} train.accumulation={2 * train.accumulation}")
-    if stage == "train" and not train.checkpointing:
-        keys.append("train.checkpointing=true")
-    if not config.quant:
-        keys.append("quant=4bit")
-    return "try " + ", ".join([*keys, ("or " if keys else "") + "a smaller dataset.max_length or model"])
 
 
 class Sittings:

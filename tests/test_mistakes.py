@@ -1,0 +1,85 @@
+"""The five commonest mistakes end in a line that says what to type next."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from peftsweep import InputError, cli
+from peftsweep.forecast import forecast
+from peftsweep.models import model
+from peftsweep.schema import TrainConfig
+from peftsweep.study.cautions import cautions
+from peftsweep.sweep import processes
+from peftsweep.training import finite
+
+from .config.test_wrong_input import checked
+
+
+@pytest.fixture(autouse=True)
+def rows() -> None:
+    lines = [json.dumps({"question": f"What is {n}?", "reply": f"{n}."}) for n in range(30)]
+    Path("rows.jsonl").write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("{qestion} ", "no column 'qestion'; did you mean 'question', as in 'dataset.prompt=\"{question} \"'"),
+        ("{text}\\n", "there are: question, reply, as in 'dataset.prompt=\"{question}\\n\"'"),
+    ],
+)
+def test_a_wrong_column_is_answered_by_the_word_with_a_right_one(prompt: str, said: str) -> None:
+    with pytest.raises(InputError) as refused:
+        cli._trial("dataset=file", "dataset.path=rows.jsonl", f'dataset.prompt="{prompt}"', 'dataset.answer="{reply}"')
+    assert said in str(refused.value)
+
+
+WRONG_PATHS = {
+    "dataset.path=row.jsonl": "dataset.path=row.jsonl: no such file; did you mean 'rows.jsonl'?",
+    "dataset.path=rows.csv": "dataset.path=rows.csv: no such file; did you mean 'rows.jsonl'?",
+    "dataset.path=questions.csv": "there are rows.jsonl",
+    "dataset.path=data/rows.jsonl": "; there is no folder data",
+    "dataset.test_path=rows.json": "dataset.test_path=rows.json: no such file; did you mean 'rows.jsonl'?",
+    "model.name_or_path=./modle": "model.name_or_path=./modle: no such folder; did you mean 'model'?",
+}
+
+
+@pytest.mark.parametrize("word", WRONG_PATHS)
+def test_a_wrong_path_is_answered_by_what_is_there(word: str) -> None:
+    Path("model").mkdir()
+    words = ["dataset=file", "dataset.path=rows.jsonl", 'dataset.prompt="{question}"', 'dataset.answer="{reply}"']
+    with pytest.raises(InputError) as refused:
+        checked(*words, *(["model=causal_lm"] if word.startswith("model") else []), word)
+    assert WRONG_PATHS[word] in str(refused.value)
+
+
+def test_no_gpu_is_answered_by_how_to_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(InputError, match="there are: none; device=cpu runs on the CPU, peftsweep-doctor says more"):
+        model.device("cuda")
+    monkeypatch.setattr(processes, "_visible", list)
+    with pytest.raises(InputError, match="no CUDA device 0; there are: none; leave it out to use the CPU"):
+        processes.places(None, [0], {"auto"})
+
+
+def test_too_little_memory_is_answered_by_keys_that_need_less() -> None:
+    said = forecast.oversized(cli._trial("device=cpu", "memory_limit=2MB", "train.batch_size=8"))
+    assert said is not None
+    assert "there are 2.0 MB; try train.batch_size=4 train.accumulation=2, train.checkpointing=true, quant=4bit" in said
+
+
+def test_too_high_a_rate_is_answered_by_a_lower_one() -> None:
+    import torch
+
+    with pytest.raises(FloatingPointError, match=r"lower train.learning_rate, such as 0\.3$"):
+        finite.check_finite(float("nan"), "at step 7", torch.nn.Linear(1, 1), TrainConfig(learning_rate=3.0))
+
+
+@pytest.mark.parametrize(("after", "worse"), [(9.0, True), (5.2, False), (4.0, False)])
+def test_a_perplexity_that_training_has_raised_is_a_caution(after: float, worse: bool) -> None:
+    scores = {"perplexity": {"value": after, "stderr": 0.1, "n": 9}, "base_perplexity": {"value": 5.0, "stderr": 0.1}}
+    said = [line for line in cautions({}, {"rows": scores}, {}) if "lower train.learning_rate" in line]
+    assert bool(said) is worse
