@@ -30,10 +30,19 @@ ORDER = [
     "trial",
     "sweep",
 ]
-ORDER += ["cli"]
+ORDER += ["doctor", "cli"]
 KNOW_HYDRA = {"shorthand", "config", "trial", "sweep", "cli", "command_line", "data.prepare", "analysis.interchange"}
 WITHOUT_TORCH = (
-    *("cli", "analysis", "config.compose", "config.experiment", "study.store", "study.record", "observe.display"),
+    *(
+        "cli",
+        "doctor",
+        "analysis",
+        "config.compose",
+        "config.experiment",
+        "study.store",
+        "study.record",
+        "observe.display",
+    ),
     *("sweep.halving", "sweep.processes", "data.prepare"),
 )
 HEAVY = {"torch", "transformers", "peft", "datasets", "bitsandbytes"}

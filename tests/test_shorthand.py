@@ -140,7 +140,7 @@ def test_columns_say_what_rows_are(name: str) -> None:
     assert (found.get("dataset.prompt"), found.get("dataset.answer")) == (templates or (None, None))
 
 
-LIKE = {  # rows as their source has them, by the dataset of ours that they are of
+LIKE: dict[str, dict[str, Any]] = {  # rows as their source has them, by the dataset of ours that they are of
     "alpaca": {"instruction": "Add.", "input": "1 and 2", "output": "3", "text": "Below is ..."},
     "dolly": {"instruction": "Add.", "context": "", "response": "3", "category": "open_qa"},
     "gsm8k": {"question": "1 + 2?", "answer": "It is 3.\n#### 3"},
@@ -176,7 +176,7 @@ def test_rows_of_our_data_sets_are_read_in_any_file_as_the_data_set_reads_them(n
         assert value == expected
 
 
-ASKED = {
+ASKED: dict[str, tuple[dict[str, Any], str, str]] = {
     "columns of other names": ({"id": 1, "body": "a", "tag": "b"}, "{body}\\n", "{tag}"),
     "a class of a text": ({"text": "a", "label": "good"}, "{text}\\n", "{label}"),
     "a choice between answers": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "{prompt}\\n", "{chosen}"),
@@ -260,7 +260,12 @@ def test_the_beginning_of_a_large_file_is_enough(monkeypatch: pytest.MonkeyPatch
 
 def test_a_dataset_of_the_hub_is_read_by_its_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(rows, "first_hub_rows", lambda *words: asked.append(words) or PAIRS)
+
+    def first_rows(*words: Any) -> list[dict[str, Any]]:
+        asked.append(words)
+        return PAIRS
+
+    monkeypatch.setattr(rows, "first_hub_rows", first_rows)
     found = meaning("dataset=someone/rows:validation", "dataset.hub_config=en")
     assert asked == [("someone/rows", "en", "validation", None)]
     assert {key: found[f"dataset.{key}"] for key in ("path", "hub", "hub_split", "prompt")} == {

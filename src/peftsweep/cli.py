@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peftsweep import __version__, command_line, shorthand
+from peftsweep import command_line, doctor, shorthand
 from peftsweep.config import calls, checks, experiment, fill
 from peftsweep.config import compose as configuration
 from peftsweep.errors import InputError, Unwritable, check_platform
@@ -86,7 +86,7 @@ def main() -> None:
         print(help_text(sys.argv[1:]))
         return
     if "--version" in sys.argv[1:]:
-        print(f"peftsweep {__version__}")
+        print(doctor.version_text())
         return
     # Every command is a sweep. Hydra would accept -m at the end only, and without it would call a comma in one
     # override ambiguous whenever another is wrong.

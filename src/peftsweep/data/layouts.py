@@ -142,7 +142,10 @@ def example(rows: Sequence[Row]) -> dict[str, Any]:
     known = (*CONTEXTS, *PROMPTS, "text", "sentence", "premise", "hypothesis")
     asked = [c for c in others if c.strip().lower() in known] or others[-1:]
     asked.sort(key=lambda column: column.strip().lower() not in CONTEXTS)  # the context before the question
-    shown = {"prompt": "\\n".join(f"{{{column}}}" for column in asked) + "\\n", "answer": f"{{{answer}}}"}
+    shown: dict[str, Any] = {
+        "prompt": "\\n".join(f"{{{column}}}" for column in asked) + "\\n",
+        "answer": f"{{{answer}}}",
+    }
     classes = list(dict.fromkeys(str(row[answer]).strip() for row in rows if row.get(answer) is not None))
     if labels and 1 < len(classes) <= MOST_CLASSES:
         numbers = all(one.isdecimal() for one in classes)  # whose names are not in the file

@@ -1,0 +1,93 @@
+"""`peftsweep-doctor` says what this machine can do; `--version` the versions, without importing what they are of."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from peftsweep import doctor
+from peftsweep.data import hub
+from peftsweep.observe import streams
+
+NAMES = ["packages", "system", "devices", "precision", "quantisation", "kernels", "memory", "disk", "hub", "extras"]
+
+
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[int, str]:
+    monkeypatch.setattr("sys.argv", ["peftsweep-doctor", *words])
+    monkeypatch.setattr(streams, "settle", lambda: None)  # capsys has the streams
+    with pytest.raises(SystemExit) as ended:
+        doctor.main()
+    return int(ended.value.code or 0), capsys.readouterr().out
+
+
+def test_ten_lines_say_what_the_machine_can_do(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # as if it had been set before the import
+    hub.problem.cache_clear()
+    code, said = run(capsys, monkeypatch)
+    lines = said.splitlines()
+    assert code == 0
+    assert [line.split()[0] for line in lines] == NAMES
+    assert f"torch {torch.__version__}" in lines[0]
+    assert "no CUDA device" in lines[2]
+    assert "trials run on the CPU" in lines[2]
+    assert lines[4].endswith("quant=4bit,8bit on cpu")
+    assert "HF_HUB_OFFLINE=1 is set" in lines[8]
+
+
+def test_json_holds_the_same_and_a_missing_package_is_exit_code_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "peft":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(doctor, "CHECKS", (doctor._packages, doctor._extras))
+    code, said = run(capsys, monkeypatch, "--json")
+    found: dict[str, Any] = json.loads(said)
+    assert (code, found["ok"]) == (1, False)
+    assert found["checks"]["packages"]["fix"].startswith("missing: peft; ")
+    assert set(found["checks"]["extras"]["facts"]) == {"present", "missing"}
+
+
+def test_a_missing_extra_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_is_installed", lambda name: not name.startswith(("wandb", "mlflow")))
+    fix = doctor._extras().fix
+    assert fix is not None
+    assert fix.endswith("pip install 'peftsweep[mlflow,wandb]'")
+
+
+def test_a_check_that_breaks_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def _kernels() -> doctor.Finding:
+        raise OSError("libcudart.so.12: cannot open")
+
+    found = doctor._looked_at(_kernels)
+    assert (found.name, found.fatal) == ("kernels", False)
+    assert "libcudart.so.12" in str(found)
+
+
+def test_the_limit_of_a_container_counts_as_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setattr(doctor, "CGROUP", tmp_path)
+    assert doctor._within_container(80, 100) == (80, 100)
+    (tmp_path / "memory.max").write_text("50\n")
+    (tmp_path / "memory.current").write_text("20\n")
+    assert doctor._within_container(80, 100) == (30, 50)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert doctor._within_container(80, 100) == (80, 100)
+
+
+def test_the_version_names_all_that_matter_and_the_cuda_that_torch_is_built_for() -> None:
+    said = doctor.version_text()
+    assert said.startswith("peftsweep 0.")
+    assert f"torch {importlib.metadata.version('torch')}" in said
+    assert said.endswith(f"CUDA {torch.version.cuda or 'none'}")
