@@ -15,6 +15,8 @@ ORDER = [
     "errors",
     "former_names",
     "schema",
+    "options",
+    "completion",
     "limits",
     "command_line",
     "study",

@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peftsweep import command_line, doctor, shorthand
+from peftsweep import command_line, completion, doctor, options, shorthand
 from peftsweep.config import calls, checks, experiment, fill
 from peftsweep.config import compose as configuration
 from peftsweep.errors import InputError, Unwritable, check_platform
@@ -88,11 +88,18 @@ def main() -> None:
     if "--version" in sys.argv[1:]:
         print(doctor.version_text())
         return
+    if "--completion" in sys.argv[1:]:
+        sys.exit(_guarded(_completion))
     # Every command is a sweep. Hydra would accept -m at the end only, and without it would call a comma in one
     # override ambiguous whenever another is wrong.
     words = [word for word in sys.argv if word not in ("-m", "--multirun")]
     sys.argv = words if {word.partition("=")[0] for word in words} & OTHER_COMMANDS else [*words, "--multirun"]
     sys.exit(_guarded(_hydra))
+
+
+def _completion() -> int:
+    print(completion.script("".join(sys.argv[sys.argv.index("--completion") + 1 :][:1])), end="")
+    return 0
 
 
 def _hydra() -> int:
@@ -202,22 +209,10 @@ def help_text(arguments: list[str]) -> str:
     folders = [Path(fill.conf_dir())]
     folders += command_line.own_folders(arguments)
     lines = ["Groups: what a trial can choose, with its options (the default first)"]
-    for group, question, default in _groups(folders[0]):
-        names = {file.stem for folder in folders for file in (folder / group).glob("*.yaml")}
-        options = " ".join([default, *sorted(names - {default})])
-        lines.append(f"  {group:9} {question:24} {options}")
+    for group, question, default in options.groups(folders[0]):
+        others = [name for name in options.names(group, folders) if name != default]
+        lines.append(f"  {group:9} {question:24} {' '.join([default, *others])}")
     return HELP.format(groups="\n".join(lines))
-
-
-def _groups(conf: Path) -> list[tuple[str, str, str]]:
-    """Group, question and default of every line of config.yaml's defaults list that asks a question."""
-    found = []
-    for line in (conf / "config.yaml").read_text(encoding="utf-8").splitlines():
-        entry, mark, question = line.partition("#")
-        if line.startswith("  - ") and mark:
-            group, _, default = entry.removeprefix("  - ").partition(":")
-            found.append((group, question.partition("?")[0].strip() + "?", default.strip(" []")))
-    return found
 
 
 def collect() -> None:

@@ -21,6 +21,7 @@ from peftsweep.config.checks import FORMATS
 from peftsweep.config.identity import MOVED, current_name, model_identity
 from peftsweep.errors import InputError
 from peftsweep.models.compatibility import stored
+from peftsweep.options import conf_dir as conf_dir
 from peftsweep.schema import Config
 from peftsweep.study import store
 from peftsweep.study.trust import as_text
@@ -42,13 +43,6 @@ def register() -> None:
     for key in OPEN:
         OmegaConf.set_struct(OmegaConf.select(node, key), False)
     ConfigStore.instance().store(name="peftsweep_schema", node=node)
-
-
-def conf_dir() -> str:
-    """The folder of the configuration files: inside an installed wheel, else at the top of the checkout."""
-    here = Path(__file__).resolve().parents[1]
-    packaged = here / "conf"
-    return str(packaged if packaged.is_dir() else here.parents[1] / "conf")
 
 
 @functools.cache
