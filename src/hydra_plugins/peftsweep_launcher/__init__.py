@@ -61,6 +61,7 @@ class LocalLauncher(Launcher):
         from peftsweep.config import checks
         from peftsweep.sweep import processes
 
+        job_overrides = self._spelled_out(job_overrides)
         placement = checks.placement(self.options)
         asked = _devices(self.config, job_overrides)
         if asked == {"cpu"}:
@@ -83,6 +84,14 @@ class LocalLauncher(Launcher):
         finally:
             processes.end_ahead()
 
+    def _spelled_out(self, points: Sequence[Sequence[str]]) -> list[list[str]]:
+        """The points with each path or hub id, of those that are swept, as the words that Hydra and jobs know."""
+        from peftsweep import shorthand
+
+        sources = self.config.hydra.runtime.config_sources
+        folders = [Path(source.path) for source in sources if source.schema == "file"]
+        return [shorthand.expanded(words, folders) for words in points]
+
     def _record(self, workers: int | None) -> Any:
         """That of all that this launcher launches."""
         from peftsweep.study import store
@@ -95,13 +104,9 @@ class LocalLauncher(Launcher):
     def _launch(
         self, job_overrides: Sequence[Sequence[str]], first: int, run: Callable[[list[Any]], list[Any]]
     ) -> list[JobReturn]:
-        from peftsweep import shorthand
         from peftsweep.config import compose as configuration
         from peftsweep.sweep.everything import sweep
 
-        sources = self.config.hydra.runtime.config_sources
-        folders = [Path(source.path) for source in sources if source.schema == "file"]
-        job_overrides = [shorthand.expanded(words, folders) for words in job_overrides]
         points = self._compose(job_overrides, first)
         trials = [
             configuration.trial(point, point.hydra.runtime.choices, overrides)
@@ -259,6 +264,7 @@ class EngineLauncher(LocalLauncher):
         """Compose every point, have what is missing run, and answer with one JobReturn a point."""
         from peftsweep.sweep import processes
 
+        job_overrides = self._spelled_out(job_overrides)
         if _devices(self.config, job_overrides) == {"cpu"}:
             processes.hide_gpus()
         from peftsweep.sweep import sweep

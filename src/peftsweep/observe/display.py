@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.style import Style
 from rich.table import Table
+from rich.text import Text
 
 from peftsweep.study.record import HEADLINE, Result, Status
 from peftsweep.study.scores import baseline
@@ -19,6 +20,9 @@ from peftsweep.study.scores import baseline
 QUIET_SECONDS = 10.0  # at most a line this often from a running trial in a pipe
 
 
+VALIDATION = "validation_"  # with which the keys of a validation begin in a row of steps.jsonl
+COLUMNS = ("state", "step", "loss", "score", "memory", "left")  # of the live table, after the trial
+NEEDED_WIDTH = {"memory": 80, "score": 100}  # characters of a terminal, below which these are left out
 WORDS = ("trial", "status", "model", "method", "quant")  # columns of a table that are no numbers
 
 
@@ -33,7 +37,7 @@ class Observer:
 
 
 class Display:
-    """Tells how a sweep of ``total`` trials comes along: a live line a running trial, or plain lines in a pipe."""
+    """Tells how a sweep of ``total`` trials comes along: a live table of those that run, or plain lines in a pipe."""
 
     def __init__(self, total: int, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
         self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
@@ -42,30 +46,23 @@ class Display:
         # A terminal that cannot move its cursor (TERM=dumb) shows no live lines.
         self.live = self.console.is_terminal and not self.console.is_dumb_terminal and not quiet
         self._number = self._done = self._bad = 0
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
-            disable=not self.live,
-        )
-        self._all = self.progress.add_task("all trials", total=total, figures="", visible=total > 1)
+        self._began = clock()
+        self.running: list[TrialView] = []
+        self._board = Live(get_renderable=self.board, console=self.console, transient=True, auto_refresh=self.live)
 
     def __enter__(self) -> Self:
-        self.progress.start()
+        self._began = self.clock()
+        if self.live:
+            self._board.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.progress.stop()
+        if self.live:
+            self._board.stop()
 
-    def say(self, text: str) -> None:
+    def say(self, text: str | Text) -> None:
         """A line of its own."""
         if not self._quiet:
             self.console.print(text, markup=False)
@@ -82,54 +79,127 @@ class Display:
     def count(self, result: Result) -> None:
         """A trial has ended."""
         self._done, self._bad = self._done + 1, self._bad + (not result.status.good)
-        figures = f"{self._bad} failed" if self._bad else ""
-        self.progress.update(self._all, completed=self._done, figures=figures)
+
+    def board(self) -> RenderableType:
+        """The trials that run, as a table no higher and no wider than the terminal, and how far the sweep is."""
+        columns = [column for column in COLUMNS if self.console.width >= NEEDED_WIDTH.get(column, 0)]
+        shown = Table(box=None, header_style="bold", expand=True, padding=(0, 2, 0, 0))
+        shown.add_column("trial", ratio=1, no_wrap=True, overflow="ellipsis", min_width=10)
+        for column in columns:
+            shown.add_column(column, no_wrap=True, justify="left" if column == "state" else "right")
+        running = list(self.running)
+        room = max(1, self.console.height - 4)
+        for view in running[:room]:
+            figures = view.figures()
+            shown.add_row(Text(view.name), *(figures.get(column, "") for column in columns))
+        more = [Text(f"and {len(running) - room} more")] if len(running) > room else []
+        return Group(shown, *more, Text(self._all_trials(), style="bold"))
+
+    def _all_trials(self) -> str:
+        elapsed = self.clock() - self._began
+        left = sweep_left(self._total, self._done, [view.share for view in self.running], elapsed)
+        failed = f", {self._bad} failed" if self._bad else ""
+        until = f", about {duration(left)} left" if left is not None else ""
+        return f"{self._done} of {self._total} trials done{failed}, {duration(elapsed)}{until}"
+
+
+def sweep_left(total: int, done: int, running: Sequence[float], elapsed: float) -> float | None:
+    """The seconds until a sweep is over, if all trials take as long as those so far; None before anything is known.
+
+    ``running`` holds of each trial that runs the share of its steps that is done.
+    """
+    whole = done + sum(running)
+    return elapsed * max(0.0, total - whole) / whole if whole > 0 else None
+
+
+def trial_left(row: Mapping[str, Any]) -> float | None:
+    """The seconds that a trial still trains, by the steps of its last line of steps.jsonl."""
+    return (row["steps"] - row["step"]) * row["seconds"] / row["step"] if row.get("seconds") and row["step"] else None
+
+
+def duration(seconds: float) -> str:
+    """``45 s``, ``12 min`` or ``3 h 05 min``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 class TrialView(Observer):
     """The line of one running trial."""
 
     def __init__(self, display: Display, name: str) -> None:
-        self._display, self._name = display, name
-        self._task = display.progress.add_task(escape(name), total=None, figures="")
+        self._display, self.name = display, name
+        self._state, self._row = "", dict[str, Any]()
         self._last_line = display.clock()
+        display.running.append(self)
         if not display.live:
             display.say(name)
 
     def stage(self, name: str) -> None:
         """The trial enters a stage."""
-        self._display.progress.update(self._task, figures=name)
+        self._state = name
 
     def step(self, row: dict[str, Any]) -> None:
         """The trial logged a step."""
-        figures = "  ".join(
-            [
-                *([f"loss {row['loss']:.3f}"] if "loss" in row else []),
-                *([f"{row['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in row else []),
-                *([size(row["memory_allocated"])] if row.get("memory_allocated") else []),
-                *(f"{key} {row[key]:.3f}" for key in row if key.startswith("validation_")),
-            ]
-        )
-        self._display.progress.update(self._task, completed=row["step"], total=row["steps"], figures=figures)
+        self._row |= row
         now = self._display.clock()
         if not self._display.live and now - self._last_line >= QUIET_SECONDS:
             self._last_line = now
-            left = (row["steps"] - row["step"]) * row["seconds"] / row["step"] if "seconds" in row else None
+            figures = "  ".join(
+                [
+                    *([f"loss {row['loss']:.3f}"] if "loss" in row else []),
+                    *([f"{row['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in row else []),
+                    *([size(row["memory_allocated"])] if row.get("memory_allocated") else []),
+                    *(f"{key} {row[key]:.3f}" for key in row if key.startswith(VALIDATION)),
+                ]
+            )
+            left = trial_left(row)
             until = "" if left is None else f"  {left:.0f} s left"
             self._display.say(f"    step {row['step']}/{row['steps']}  {figures}{until}")
 
+    @property
+    def share(self) -> float:
+        """Of the trial's steps, those that are done."""
+        return self._row["step"] / self._row["steps"] if self._row.get("steps") else 0.0
+
+    def figures(self) -> dict[str, str]:
+        """The cells of its row in the live table, by column."""
+        row = self._row
+        scores = {key.removeprefix(VALIDATION): row[key] for key in row if key.startswith(VALIDATION)}
+        headline = next((name for name in scores if name != "loss"), "loss")
+        left = trial_left(row) if row else None
+        training = self._state in ("", "train")
+        return {
+            "state": self._state,
+            "step": f"{row['step']}/{row['steps']}" if row else "",
+            "loss": f"{row['loss']:.3f}" if row.get("loss") is not None else "",
+            "score": f"{headline} {scores[headline]:.3f}" if scores.get(headline) is not None else "",
+            "memory": size(row["memory_allocated"]) if row.get("memory_allocated") else "",
+            "left": duration(left) if left is not None and training else "",
+        }
+
     def drop(self) -> None:
         """The trial is not run after all, or not here."""
-        self._display.progress.remove_task(self._task)
+        if self in self._display.running:
+            self._display.running.remove(self)
 
     def end(self, result: Result, *, named: bool = False) -> None:
         """The trial has ended; ``named`` where others run beside it, so that its lines may be far from its first."""
         self.drop()
         self._display.count(result)
         if self._display.live or named:
-            self._display.say(self._name)
+            self._display.say(self.name)
         for line in summary(result):
-            self._display.say(f"    {line}")
+            self._display.say(_linked(f"    {line}", result))
+
+
+def _linked(line: str, result: Result) -> Text:
+    """The line, in which the path of the trial's log leads to its folder where a terminal knows links."""
+    text = Text(line)
+    if result.folder is not None and (at := line.find(str(result.folder))) >= 0:
+        text.stylize(Style(link=result.folder.absolute().as_uri()), at)
+    return text
 
 
 def summary(result: Result) -> list[str]:

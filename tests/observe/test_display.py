@@ -1,0 +1,143 @@
+"""What a person sees of a sweep that runs: a live table in a terminal, plain lines in a pipe."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from peftsweep.observe import display
+from peftsweep.observe.display import Display
+from peftsweep.study.record import Result
+
+ROW = {"step": 30, "steps": 120, "loss": 1.2345, "seconds": 60.0, "tokens_per_second": 1000.0}
+
+
+class Clock:
+    """Time as a test says."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def shown(total: int, *, width: int = 120, height: int = 30, terminal: bool = True, **env: str) -> Display:
+    made = Display(total, clock=Clock())
+    made.console = Console(
+        file=io.StringIO(),
+        width=width,
+        height=height,
+        force_terminal=terminal,
+        highlight=False,
+        soft_wrap=True,
+        _environ={"TERM": "xterm-256color", **env},
+    )
+    made.live = terminal
+    return made
+
+
+def board(made: Display) -> list[str]:
+    with made.console.capture() as seen:
+        made.console.print(made.board())
+    return [line.rstrip() for line in seen.get().splitlines()]
+
+
+def plain(made: Display) -> list[str]:
+    made.console = Console(file=io.StringIO(), width=made.console.width, height=made.console.height)
+    return board(made)
+
+
+def failed(folder: Path) -> Result:
+    error = {"type": "ValueError", "message": "broken", "stage": "train", "traceback": ""}
+    return Result({"trial": folder.name, "status": "failed", "error": error}, {}, {}, folder=folder)
+
+
+def test_a_row_says_state_step_loss_score_memory_and_time_left() -> None:
+    made = shown(3)
+    view = made.trial("lora, r=8")
+    view.stage("train")
+    view.step(ROW | {"memory_allocated": 2.5e9, "validation_loss": 1.5, "validation_tiny.accuracy": 0.625})
+    made.clock.now = 75.0  # type: ignore[attr-defined]
+    head, row, last = plain(made)
+    assert head.split() == ["trial", "state", "step", "loss", "score", "memory", "left"]
+    assert row.split("  ")[0] == "[1/3] lora, r=8"
+    cells = ["train", "30/120", "1.234", "tiny.accuracy 0.625", "2.5 GB", "3 min"]  # 90 steps of 2 seconds
+    assert all(cell in row for cell in cells)
+    assert last == "0 of 3 trials done, 75 s, about 14 min left"  # 2.75 trials at 75 s a quarter
+
+
+@pytest.mark.parametrize(
+    ("total", "done", "running", "elapsed", "left"),
+    [(4, 1, [], 10.0, 30.0), (4, 1, [0.5, 0.5], 10.0, 10.0), (4, 0, [0.0], 10.0, None), (4, 4, [], 10.0, 0.0)],
+)
+def test_the_time_left_of_a_sweep(total: int, done: int, running: list[float], elapsed: float, left: Any) -> None:
+    assert display.sweep_left(total, done, running, elapsed) == left
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_table_is_no_wider_than_the_terminal_and_cuts_no_number(width: int) -> None:
+    made = shown(2, width=width)
+    view = made.trial("a method with a very long name, " * 4)
+    view.stage("train")
+    view.step(ROW | {"memory_allocated": 2.5e9, "validation_loss": 1.5})
+    lines = plain(made)
+    assert all(len(line) <= width for line in lines)
+    assert "30/120" in lines[1]
+    assert "1.234" in lines[1]
+    assert "3 min" in lines[1]
+    assert lines[1].count("…") == 1  # in the name
+
+
+def test_the_table_is_no_higher_than_the_terminal() -> None:
+    made = shown(40, height=10)
+    for number in range(40):
+        made.trial(f"r={number}")
+    lines = plain(made)
+    assert len(lines) <= 10
+    assert "and 34 more" in lines
+
+
+def test_trials_that_ended_or_begin_again_later_leave_the_table() -> None:
+    made = shown(2)
+    first, second = made.trial("one"), made.trial("two")
+    first.end(failed(Path("multirun/default/one")))
+    second.drop()
+    second.drop()  # as a worker that dies may say so twice
+    assert made.running == []
+    assert plain(made)[-1].startswith("1 of 2 trials done, 1 failed, 0 s")
+
+
+def test_the_log_of_a_failed_trial_is_a_link_in_a_terminal_alone() -> None:
+    for terminal in (True, False):
+        made = shown(1, terminal=terminal)
+        with made.console.capture() as seen:
+            made.trial("one").end(failed(Path("multirun/default/one")))
+        address = Path("multirun/default/one").absolute().as_uri()
+        assert (f";{address}\x1b\\" in seen.get()) is terminal
+        assert "multirun/default/one/trial.log" in seen.get().replace("\x1b]8;;\x1b\\", "")
+
+
+def test_no_color_is_heeded() -> None:
+    coloured = [shown(1, NO_COLOR=value) for value in ("", "1")]
+    assert [made.console.no_color for made in coloured] == [False, True]
+
+
+def test_a_pipe_gets_a_line_every_ten_seconds() -> None:
+    made = shown(1, terminal=False)
+    clock: Any = made.clock
+    with made.console.capture() as seen:
+        view = made.trial("one")
+        for seconds in (1.0, 11.0, 12.0, 22.0):
+            clock.now = seconds
+            view.step(ROW | {"step": int(seconds)})
+    assert [line.split()[:2] for line in seen.get().splitlines()] == [
+        ["[1/1]", "one"],
+        ["step", "11/120"],
+        ["step", "22/120"],
+    ]
+    assert "\x1b" not in seen.get()
