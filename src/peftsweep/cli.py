@@ -48,14 +48,17 @@ Keys: every key of a group and of the trial, with its value now: peftsweep --cfg
 Examples:
   peftsweep method=lora method.r=8,16,32 quant=4bit -m         three trials on the embedded model
   peftsweep 'method=glob(*)' seed=0,1,2 -m                     every method, three seeds
-  peftsweep model=causal_lm model.name_or_path=DIR_OR_HUB_ID dataset=file dataset.path=rows.jsonl \\
-            'dataset.prompt="{{question}}"' 'dataset.answer="{{answer}}"'
+  peftsweep model=./FOLDER dataset=rows.jsonl method.r=8,16 -m   your own model (or model=ORG/NAME) and rows
+  peftsweep dataset=rows.csv 'dataset.prompt="{{question}}"' 'dataset.answer="{{answer}}"'
+                                                               rows of other columns than those that are recognised
   peftsweep targets=qv,qkvo,mlp,all_linear dry_run=true -m     what would run, and how large it is
   peftsweep --config-dir mine method=mymethod                  your own yaml: mine/method/mymethod.yaml
 
   peftsweep method.r=2,8,32 targets=q,qv,all_linear halving.min_steps=10 -m
                                                                only the best third goes on at each rung
 
+peftsweep-doctor                                               what this machine can do; --version: the versions
+eval "$(peftsweep --completion bash)"                          the tab key completes; also zsh, fish
 Then: peftsweep-collect                                        tables and plots of every study
 """
 
