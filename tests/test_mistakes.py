@@ -78,6 +78,29 @@ def test_too_high_a_rate_is_answered_by_a_lower_one() -> None:
         finite.check_finite(float("nan"), "at step 7", torch.nn.Linear(1, 1), TrainConfig(learning_rate=3.0))
 
 
+MEANT = {
+    "quant=nf4": "did you mean '4bit'?",
+    "quant=int8": "did you mean '8bit'?",
+    "method=prefix": "did you mean 'prefix_tuning'?",
+    "targets=attention": "did you mean 'qkvo'?",
+    "lr=1e-4": "did you mean 'train.learning_rate'?",
+    "rank=8": "did you mean 'method.r'?",
+    "max-seq-length=8": "did you mean 'dataset.max_length'?",
+    "train.r=4": "did you mean 'method.r'?",
+    "method.learning_rate=1": "did you mean 'train.learning_rate'?",
+    "dataset.batch_size=3": "did you mean 'train.batch_size'?",
+    "n_jobs=2": "did you mean 'hydra.launcher.workers'?",
+    "model.dtype=bf16": "did you mean 'bfloat16'?",
+}
+
+
+@pytest.mark.parametrize("word", MEANT)
+def test_the_words_of_other_libraries_lead_to_ours(word: str) -> None:
+    with pytest.raises(InputError) as refused:
+        cli._trial(word)
+    assert MEANT[word] in str(refused.value)
+
+
 @pytest.mark.parametrize(("after", "worse"), [(9.0, True), (5.2, False), (4.0, False)])
 def test_a_perplexity_that_training_has_raised_is_a_caution(after: float, worse: bool) -> None:
     scores = {"perplexity": {"value": after, "stderr": 0.1, "n": 9}, "base_perplexity": {"value": 5.0, "stderr": 0.1}}
