@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from peftsweep import InputError, cli
+from peftsweep import InputError, cli, options
+from peftsweep.config import calls
+from peftsweep.errors import suggest
 from peftsweep.forecast import forecast
 from peftsweep.models import model
 from peftsweep.schema import TrainConfig
@@ -80,16 +82,8 @@ def test_too_high_a_rate_is_answered_by_a_lower_one() -> None:
 
 MEANT = {
     "quant=nf4": "did you mean '4bit'?",
-    "quant=int8": "did you mean '8bit'?",
-    "method=prefix": "did you mean 'prefix_tuning'?",
-    "targets=attention": "did you mean 'qkvo'?",
-    "lr=1e-4": "did you mean 'train.learning_rate'?",
     "rank=8": "did you mean 'method.r'?",
-    "max-seq-length=8": "did you mean 'dataset.max_length'?",
-    "train.r=4": "did you mean 'method.r'?",
     "method.learning_rate=1": "did you mean 'train.learning_rate'?",
-    "dataset.batch_size=3": "did you mean 'train.batch_size'?",
-    "n_jobs=2": "did you mean 'hydra.launcher.workers'?",
     "model.dtype=bf16": "did you mean 'bfloat16'?",
 }
 
@@ -99,6 +93,30 @@ def test_the_words_of_other_libraries_lead_to_ours(word: str) -> None:
     with pytest.raises(InputError) as refused:
         cli._trial(word)
     assert MEANT[word] in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "known", "meant"),
+    [
+        ("lr", ["study", "seed"], "train.learning_rate"),
+        ("max-seq-length", ["study", "seed"], "dataset.max_length"),
+        ("r", ["learning_rate", "steps"], "method.r"),
+        ("batch_size", ["path", "samples"], "train.batch_size"),
+        ("n_jobs", ["study"], "hydra.launcher.workers"),
+        ("target_modules", ["study"], "targets.modules"),
+        ("lr", ["learning_rate", "steps"], "learning_rate"),  # beside it, without its section
+    ],
+)
+def test_a_key_of_another_section_is_suggested(wrong: str, known: list[str], meant: str) -> None:
+    assert calls._meant(wrong, known) == f"did you mean '{meant}'?"
+
+
+@pytest.mark.parametrize(
+    ("group", "wrong", "meant"),
+    [("quant", "int8", "8bit"), ("method", "prefix", "prefix_tuning"), ("targets", "attention", "qkvo")],
+)
+def test_an_option_by_another_name_is_suggested(group: str, wrong: str, meant: str) -> None:
+    assert suggest(wrong, options.names(group, [Path(options.conf_dir())])) == f"did you mean '{meant}'?"
 
 
 @pytest.mark.parametrize(("after", "worse"), [(9.0, True), (5.2, False), (4.0, False)])
