@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from peftsweep import InputError, cli
+from peftsweep import InputError, cli, options
+from peftsweep.config import calls
+from peftsweep.errors import suggest
 from peftsweep.forecast import forecast
 from peftsweep.models import model
 from peftsweep.schema import TrainConfig
@@ -76,6 +78,45 @@ def test_too_high_a_rate_is_answered_by_a_lower_one() -> None:
 
     with pytest.raises(FloatingPointError, match=r"lower train.learning_rate, such as 0\.3$"):
         finite.check_finite(float("nan"), "at step 7", torch.nn.Linear(1, 1), TrainConfig(learning_rate=3.0))
+
+
+MEANT = {
+    "quant=nf4": "did you mean '4bit'?",
+    "rank=8": "did you mean 'method.r'?",
+    "method.learning_rate=1": "did you mean 'train.learning_rate'?",
+    "model.dtype=bf16": "did you mean 'bfloat16'?",
+}
+
+
+@pytest.mark.parametrize("word", MEANT)
+def test_the_words_of_other_libraries_lead_to_ours(word: str) -> None:
+    with pytest.raises(InputError) as refused:
+        cli._trial(word)
+    assert MEANT[word] in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "known", "meant"),
+    [
+        ("lr", ["study", "seed"], "train.learning_rate"),
+        ("max-seq-length", ["study", "seed"], "dataset.max_length"),
+        ("r", ["learning_rate", "steps"], "method.r"),
+        ("batch_size", ["path", "samples"], "train.batch_size"),
+        ("n_jobs", ["study"], "hydra.launcher.workers"),
+        ("target_modules", ["study"], "targets.modules"),
+        ("lr", ["learning_rate", "steps"], "learning_rate"),  # beside it, without its section
+    ],
+)
+def test_a_key_of_another_section_is_suggested(wrong: str, known: list[str], meant: str) -> None:
+    assert calls._meant(wrong, known) == f"did you mean '{meant}'?"
+
+
+@pytest.mark.parametrize(
+    ("group", "wrong", "meant"),
+    [("quant", "int8", "8bit"), ("method", "prefix", "prefix_tuning"), ("targets", "attention", "qkvo")],
+)
+def test_an_option_by_another_name_is_suggested(group: str, wrong: str, meant: str) -> None:
+    assert suggest(wrong, options.names(group, [Path(options.conf_dir())])) == f"did you mean '{meant}'?"
 
 
 @pytest.mark.parametrize(("after", "worse"), [(9.0, True), (5.2, False), (4.0, False)])

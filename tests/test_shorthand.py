@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,12 @@ def test_a_folder_is_its_one_file_or_its_training_and_test_files() -> None:
     found = meaning("dataset=./two/")
     assert found["dataset.path"] == "two/train-00000-of-00001.jsonl"
     assert found["dataset.test_path"] == "two/test-00000-of-00001.jsonl"
+    write("two/validation.jsonl", PAIRS)
+    write("two/README.md", PAIRS)
+    assert meaning("dataset=two")["dataset.test_path"] == "two/test-00000-of-00001.jsonl"
+    write("clone/data/train.jsonl", PAIRS)
+    write("clone/data/val_rows.jsonl", PAIRS)
+    assert meaning("dataset=clone")["dataset.test_path"] == "clone/data/val_rows.jsonl"
     write("two/more.jsonl", PAIRS)
     with pytest.raises(InputError, match=r"several files .*more.jsonl.*; name the one .*dataset=two/train-00000-of"):
         meaning("dataset=two")
@@ -311,6 +318,18 @@ def test_a_name_of_nothing_is_a_line_that_says_what_to_type(words: str) -> None:
     assert "\n" not in str(refused.value)
 
 
+def test_a_path_in_the_defaults_of_a_yaml_is_refused_with_the_key_to_give() -> None:
+    Path("mine/point").mkdir(parents=True)
+    Path("mine/point/own.yaml").write_text("# @package _global_\ndefaults:\n  - override /model: ./own\n")
+    with pytest.raises(InputError, match=r"model=./own: is for the command line .*; give model.name_or_path there"):
+        cli._trial("point=own", "hydra.searchpath=[mine]")
+
+
+@pytest.mark.parametrize("rows", [[{"prompt": "a", "completion": None}], [{"prompt": "a"}, {"completion": "b"}]])
+def test_missing_values_do_not_hide_a_layout(rows: list[dict[str, Any]]) -> None:
+    assert meaning(f"dataset={write('rows.jsonl', [*rows, *PAIRS])}")["dataset.prompt"] == "{prompt}\\n"
+
+
 # ---- as the longer command -----------------------------------------------------------------------------
 
 
@@ -342,6 +361,15 @@ def test_names_are_swept_and_the_templates_are_printed_once(
     assert len(plan) == 4
     assert err.count("a=1.jsonl: columns prompt, completion: dataset.prompt='{prompt}\\n' dataset") == 1
     assert err.count("b.jsonl: columns text, n: plain text") == 1
+
+
+def test_a_thousand_points_take_little_time() -> None:
+    write("rows.jsonl", PAIRS)
+    begun = time.process_time()
+    for rank in range(1000):
+        words = shorthand.expanded([f"method.r={rank}", "dataset=rows.jsonl", "seed=1"], [CONF])
+    assert len(words) == 6
+    assert time.process_time() - begun < 1.0
 
 
 @pytest.mark.slow

@@ -118,6 +118,11 @@ def _completion() -> int:
     return 0
 
 
+def _completion() -> int:
+    print(completion.script("".join(sys.argv[sys.argv.index("--completion") + 1 :][:1])), end="")
+    return 0
+
+
 def _hydra() -> int:
     from peftsweep.errors import NotRun, SweepFailed
 

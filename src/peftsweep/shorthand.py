@@ -32,7 +32,12 @@ PLAIN_WORD = re.compile(r"[\w./+-]+", re.ASCII)  # needs no quotes in Hydra's gr
 TEMPLATES = ("dataset.prompt", "dataset.answer")
 LOOKED_AT = ("dataset.encoding", "dataset.hub_config", "dataset.revision")  # keys that say how rows are read
 OWN_READING = (*TEMPLATES, "dataset.reader")  # keys by which a person says what rows mean
-PARTS = {"train": r"train(ing)?\b.*", "test": r"(test|valid|validation|dev|eval)\b.*"}  # of a folder, by names of files
+PARTS = {  # of a folder, by the names of its files
+    "train": r"train(ing)?(\b|_).*",
+    "test": r"test(\b|_).*",
+    "validation": r"(valid|validation|val|dev|eval)(\b|_).*",
+}
+NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "README.md", "LICENSE.txt")
 NAMED_KEYS = ("reader", "prompt", "answer", "classes")  # what rows of a data set of ours mean
 KINDS = {"chat": "conversations", "text": "plain text"}  # options that need no templates
 LISTED = 6  # files or columns, in a message
@@ -104,6 +109,7 @@ def _that_matters(said: Mapping[str, str]) -> Said:
     return tuple((values | {key: "" for key in OWN_READING if key in said}).items())
 
 
+@functools.lru_cache(maxsize=1024)
 def _parsed(word: str) -> Override | None:
     """The word as Hydra reads it, with quotes around names that its grammar has no place for; None where it cannot."""
     try:
@@ -112,7 +118,7 @@ def _parsed(word: str) -> Override | None:
         return None  # which is said, with the rest of what is wrong, by the check of all words
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def _readable(word: str) -> str:
     """The word, with quotes around each path that Hydra's grammar cannot read: of ``~/model``, ``a=b.csv``."""
     group, _, value = word.partition("=")
@@ -292,24 +298,29 @@ def _dataset(name: str, said: Mapping[str, str], conf: Path) -> Meaning:
 
 def _of_folder(name: str, folder: Path) -> dict[str, Any]:
     """The files of a folder that are trained and tested on: those that are called so, or its only one."""
-    found = [one for one in sorted(folder.iterdir()) if one.is_file() and files.format_of(one) in files.FORMATS]
-    data = [one for one in found if files.format_of(one) not in files.PLAIN and one.stem.lower() != "dataset_info"]
-    data = [one for one in data if one.name not in ("state.json", "dataset_dict.json")] or found
-    parts = {part: [f for f in data if re.fullmatch(names, f.stem, re.I)] for part, names in PARTS.items()}
-    if len(parts["train"]) == 1 and len(parts["test"]) == 1 == len(data) - 1:
-        return {"dataset.path": str(parts["train"][0]), "dataset.test_path": str(parts["test"][0])}
+    data = _data_files(folder) or _data_files(folder / "data")  # as repositories of the hub have them
+    parts = {part: [one for one in data if re.fullmatch(names, one.stem, re.I)] for part, names in PARTS.items()}
     if len(data) == 1:
         return {"dataset.path": str(data[0])}
+    if len(parts["train"]) == 1 and max(map(len, parts.values())) == 1 and sum(map(len, parts.values())) == len(data):
+        tests = parts["test"] or parts["validation"]
+        return {"dataset.path": str(parts["train"][0]), "dataset.test_path": str(tests[0])}
     if not data and list(folder.glob("**/*.arrow")):
         write = shlex.quote(f"import datasets; datasets.load_from_disk({name!r}).to_parquet('rows.parquet')")
         raise InputError(f"dataset={name}: holds what save_to_disk wrote; write a file of it: python -c {write}")
     if not data:
         raise InputError(f"dataset={name}: no file in this folder can be read; must be {' '.join(files.FORMATS)}")
     listed = ", ".join(file.name for file in data[:LISTED]) + (", ..." if len(data) > LISTED else "")
-    test = next((one for one in parts["test"]), None)
-    example = f"dataset={parts['train'][0] if parts['train'] else data[0]}"
-    example += f" dataset.test_path={test}" if test else ""
+    example = f"dataset={(parts['train'] or data)[0]}"
+    example += f" dataset.test_path={parts['test'][0]}" if parts["test"] else ""
     raise InputError(f"dataset={name}: holds several files ({listed}); name the one to train on: {example}")
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """The files of rows in a folder; those of text only where there are no others, as most are notes about these."""
+    found = sorted(one for one in folder.glob("*") if one.is_file() and files.format_of(one) in files.FORMATS)
+    found = [one for one in found if one.name not in NO_ROWS]
+    return [one for one in found if files.format_of(one) not in files.PLAIN] or found
 
 
 def _hub_dataset(name: str, said: Mapping[str, str], conf: Path) -> Meaning:

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from peftsweep import limits
 from peftsweep.config.evaluations import ROWS_KEYS
 from peftsweep.config.experiment import ORIGIN
+from peftsweep.data import files
 from peftsweep.errors import InputError, first_line, suggest, synonyms
 from peftsweep.schema import Config, LossOn, ModelConfig, RowsConfig, Task
 
@@ -260,6 +261,8 @@ def one_line(error: BaseException) -> str:
         if package := PACKAGES.get(error.missing_cfg_file):
             named = re.search(rf"In '{group}/(\w+)'", str(error))  # ours, which begins with the missing one
             return f"{group}={named[1] if named else option}: pip install '{package}'"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and (path := _path_in_yaml(error)):
+        return path
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         own = f"; one of your own is {ANY[group]}" if group in ANY else ""
         return f"{group}={option}: no such option; {suggest(option, list(error.options))}{own}"
@@ -287,6 +290,16 @@ def one_line(error: BaseException) -> str:
     text = re.sub(r"full_key: ([\w.]+)", r"(key \1)", text)
     noise = "full_key:|reference_type=|object_type=|To append|Check available"
     return re.sub(rf"\s*({noise}|Set the environment variable|See https?://).*", "", text)
+
+
+def _path_in_yaml(error: MissingConfigException) -> str | None:
+    """That a model or data set by its path, which the command line takes, was chosen where Hydra looks for a yaml."""
+    group, _, name = str(error.missing_cfg_file).partition("/")
+    if group not in ANY or not ("/" in name or name.startswith("~") or files.format_of(name) in files.FORMATS):
+        return None
+    where = "is for the command line and the params of a sweep, not for a yaml's defaults or another sweeper"
+    key = {"model": "model.name_or_path", "dataset": "dataset.path"}[group]
+    return f"{group}={name}: {where}; give {key} there"
 
 
 def _meant(wrong: str, known: list[str]) -> str:

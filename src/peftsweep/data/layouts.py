@@ -127,7 +127,8 @@ def _pair(rows: Sequence[Row], prompt: str, answer: str) -> Layout:
     """A prompt before its answer, with white space between them: their own, or that of the template."""
     if prompt.strip().lower() in QUESTIONS:
         return Layout("file", {"prompt": f"Question: {{{prompt}}}\\nAnswer:", "answer": f" {{{answer}}}"})
-    own = all(str(row[prompt])[-1:].isspace() or str(row[answer])[:1].isspace() for row in rows)
+    both = [(row[prompt], row[answer]) for row in rows if None not in (row.get(prompt), row.get(answer))]
+    own = bool(both) and all(str(asked)[-1:].isspace() or str(said)[:1].isspace() for asked, said in both)
     return Layout("file", {"prompt": f"{{{prompt}}}" + ("" if own else "\\n"), "answer": f"{{{answer}}}"})
 
 
