@@ -4,7 +4,7 @@ BIN = $(VENV)/bin
 RAY = .venv-ray
 BENCHMARKS = loop_overhead generation memory_prediction sweep_wall_time collect_scale planning
 
-.PHONY: install demo test gpu kernels oldest newest check slow
+.PHONY: install demo test gpu kernels oldest newest check slow reference docs
 
 install: $(VENV)/installed
 
@@ -45,6 +45,12 @@ check: install  ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+reference: install  ## docs/reference and llms.txt, from the source
+	$(BIN)/python -m peftsweep.reference_pages docs
+
+docs: install  ## the documentation site, in site/
+	$(BIN)/zensical build --strict --clean
 
 kernels: install  ## the numeric tests with the kernels of other CPUs, one thread and two; writes docs/tested_on.md
 	$(BIN)/python tests/tested_on.py

@@ -32,7 +32,7 @@ ORDER = [
     "trial",
     "sweep",
 ]
-ORDER += ["doctor", "cli"]
+ORDER += ["doctor", "reference", "cli", "reference_pages"]
 KNOW_HYDRA = {"shorthand", "config", "trial", "sweep", "cli", "command_line", "data.prepare", "analysis.interchange"}
 WITHOUT_TORCH = (
     *(

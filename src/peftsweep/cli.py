@@ -40,7 +40,7 @@ usage: peftsweep [KEY=VALUE ...] [-m]      a comma-separated VALUE is swept, glo
 
 {groups}
 
-Keys: every key of a group and of the trial, with its value now: peftsweep --cfg job
+Keys: every key of a group and of the trial, with its value now: peftsweep --cfg job; what one is: peftsweep --help KEY
   train.steps=500  train.epochs=3  train.learning_rate=1e-4  train.batch_size=16  method.r=16
   dataset.path=FILE  dataset.samples=1000  study=NAME  label=NAME  seed=0  device=auto
   hydra.launcher.workers=2 .timeout=2h .retries=1 .limit=10 .deadline=8h: where and for how long trials run
@@ -88,8 +88,7 @@ def main() -> None:
     streams.settle()
     sweep_record.command_begins()
     if {"--help", "-h"} & set(sys.argv[1:]):
-        print(help_text(sys.argv[1:]))
-        return
+        sys.exit(_guarded(_help))
     if "--version" in sys.argv[1:]:
         print(doctor.version_text())
         return
@@ -118,8 +117,19 @@ def _completion() -> int:
     return 0
 
 
-def _completion() -> int:
-    print(completion.script("".join(sys.argv[sys.argv.index("--completion") + 1 :][:1])), end="")
+def _help() -> int:
+    """Print the help; of the keys and groups that are named beside ``--help`` what each is."""
+    words = sys.argv[1:]
+    folders = {str(folder) for folder in command_line.own_folders(words)}
+    named = [word for word in words if not word.startswith("-") and "=" not in word and word not in folders]
+    if not named:
+        print(help_text(words))
+        return 0
+    from peftsweep.reference import keys  # which takes a while, and of some keys imports torch
+
+    method = next((word.partition("=")[2] for word in words if word.startswith("method=")), "lora")
+    for word in named:
+        print(keys.explain(word, method))
     return 0
 
 

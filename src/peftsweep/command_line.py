@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 import sys
+import typing
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString
 from hydra.errors import HydraException
 
 from peftsweep.errors import InputError, suggest
+from peftsweep.schema import type_of
 
 MOST_VALUES = 100_000  # of a range
 SEVERAL = ("eval",)  # groups of which several options may be chosen at once
@@ -33,7 +35,8 @@ OF_HYDRA = {  # keys of Hydra's that decide nothing here, and what does
     **dict.fromkeys(("-r", "--run", "hydra.mode"), "cannot be set: every command is a sweep, of one trial or more"),
 }
 AMOUNT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(inf|nan)", re.IGNORECASE)
-NOT_NULL = ("hydra.launcher", "hydra.sweeper", "hydra/launcher", "hydra/sweeper", "hydra.callbacks")
+SECTIONS_OF_HYDRA = ("hydra.launcher", "hydra.sweeper", "hydra.callbacks", "hydra.job")
+NOT_NULL = (*SECTIONS_OF_HYDRA, "hydra/launcher", "hydra/sweeper")
 
 
 def checked(words: Sequence[str], conf: Path) -> list[str]:
@@ -96,7 +99,10 @@ def _says_something(word: str, groups: dict[str, Path]) -> bool:
         raise InputError(f"{key}: {OF_HYDRA[key]}")
     if key in NOT_NULL and one._value is None:
         raise InputError(f"{word}: must be given; without this word it is peftsweep's own")
+    if key in SECTIONS_OF_HYDRA and not isinstance(one._value, dict):
+        raise InputError(f"{word}: has keys; give one of them, or choose another by {key.replace('.', '/')}=")
     _check_swept(word, one)
+    _check_truth(one)
     if key not in groups or one.package is not None:
         return True
     if key in OPTIONAL and key not in SEVERAL and one.value() is None:
@@ -145,6 +151,17 @@ def _check_swept(word: str, one: Override) -> None:
     text = word.partition("=")[2]
     if isinstance(value, ChoiceSweep) and value.simple_form and len(text) < 1000 and Path(text).expanduser().exists():
         raise InputError(f"{word}: the comma of a file's name needs quotes: '{one.key_or_group}=\"{text}\"'")
+
+
+def _check_truth(one: Override) -> None:
+    """Refuse a number for a key that is true or false, of which Hydra would make true."""
+    value: Any = one._value
+    kind = type_of(one.key_or_group)
+    is_truth = bool in (typing.get_args(kind) or (kind,))
+    for said in value.list if isinstance(value, ChoiceSweep) else [value]:
+        is_number = isinstance(said, int | float) and not isinstance(said, bool)
+        if is_truth and is_number and said not in (0, 1):
+            raise InputError(f"{one.key_or_group}={said}: must be true or false")
 
 
 def _check_option(word: str, one: Override, group: Path) -> None:

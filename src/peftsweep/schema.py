@@ -5,6 +5,8 @@ The files in conf/ fill these in, config/ checks them, and all other modules rec
 
 from __future__ import annotations
 
+import dataclasses
+import typing
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -48,7 +50,7 @@ class ModelConfig:
     """The frozen base."""
 
     name_or_path: str = MISSING  # hub id, local folder, or "tiny" for the embedded model
-    revision: str | None = None
+    revision: str | None = None  # commit, tag or branch of a model of the hub; null: its newest
     task: Task = Task.causal_lm  # seq_cls: a head over dataset.classes in place of that over the vocabulary
     init: Init = Init.pretrained  # random: the architecture below with untrained weights, no download
     dtype: Dtype = Dtype.float32  # auto: bfloat16 on CUDA, on a CPU float32 or bfloat16 by what it multiplies faster
@@ -96,10 +98,10 @@ class ValidationConfig:
 
     path: str | None = None  # a local file, which wins over the hub
     encoding: str | None = None  # of the file, see DatasetConfig
-    hub: str | None = None
-    hub_config: str | None = None
-    hub_split: str = "train"
-    revision: str | None = None
+    hub: str | None = None  # id of a dataset of the hub
+    hub_config: str | None = None  # name of its configuration
+    hub_split: str = "train"  # its part that is validated on
+    revision: str | None = None  # commit, tag or branch; null: the newest
     columns: dict[str, str] = field(default_factory=dict)  # the dataset's column -> its name in these rows
 
 
@@ -107,15 +109,15 @@ class ValidationConfig:
 class DatasetConfig:
     """Rows, and how a row becomes a prompt and its answer."""
 
-    name: str = MISSING
+    name: str = MISSING  # what the dataset is called in tables
     path: str | None = None  # local training rows: .json .jsonl .csv .tsv .parquet .txt .md, and .gz of them
     test_path: str | None = None  # local rows the dataset's own evaluation judges on
     encoding: str | None = None  # of these files, such as cp1252; null: by the byte order mark, else UTF-8
-    hub: str | None = None
-    hub_config: str | None = None
-    revision: str | None = None
-    hub_split: str = "train"
-    hub_test_split: str | None = None
+    hub: str | None = None  # id of a dataset of the hub; a local path wins over it
+    hub_config: str | None = None  # name of its configuration
+    revision: str | None = None  # commit, tag or branch; null: the newest
+    hub_split: str = "train"  # its part that is trained on
+    hub_test_split: str | None = None  # its part that is judged on, where no evaluation names another
     generator: str | None = None  # dotted path of rows(split, count, seed), for data made from a seed
     train_fraction: float = 0.9  # parts `path` where no test rows are named
     split_seed: int = 0  # of that parting, so that trials of different seeds share their test rows
@@ -127,8 +129,8 @@ class DatasetConfig:
     samples: int | None = None  # limit of the training rows
     validation_samples: int = 64  # held out of the training rows when train.eval_every is set, see also best_metric
     validation: ValidationConfig = field(default_factory=ValidationConfig)  # or so many rows of another source
-    prompt: str = MISSING  # template over the row's columns
-    answer: str = MISSING
+    prompt: str = MISSING  # template over the columns of a row, such as {question}
+    answer: str = MISSING  # template of what is to be learned, over the same columns
     classes: list[str] = field(default_factory=list)  # of a classification; an answer is one of them or its number
     max_length: int = 768  # tokens of prompt and answer together
     loss_on: LossOn = LossOn.answer  # what is trained on; text: the prompt too
@@ -141,19 +143,19 @@ class DatasetConfig:
 class TrainConfig:
     """How long and how."""
 
-    learning_rate: float = 2e-4
+    learning_rate: float = 2e-4  # of the optimizer, after the warm-up; a method's yaml has its own
     learning_rate_scale: float = 1.0  # times the rate; a model's recipe sets it, not the user
-    steps: int = 500
+    steps: int = 500  # optimizer steps; 0 trains nothing
     epochs: float | None = None  # when given, counts instead of steps
-    batch_size: int = 16
+    batch_size: int = 16  # rows of a micro-batch
     accumulation: int = 1  # micro-batches of batch_size rows for one optimizer step, which takes the same rows as one
-    schedule: Schedule = Schedule.cosine
+    schedule: Schedule = Schedule.cosine  # of the learning rate after the warm-up, to the last step
     warmup: float = 0.05  # below 1 a fraction of the steps, from 1 on a number of steps; fewer than all
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of the optimizer
     clip: float = 1.0  # of the gradient's norm; 0 does not clip
-    optimizer: str = "torch.optim.AdamW"
-    optimizer_kwargs: dict[str, Any] = field(default_factory=dict)
-    autocast: Dtype | None = None
+    optimizer: str = "torch.optim.AdamW"  # of torch.optim (SGD), or a dotted path (bitsandbytes.optim.AdamW8bit)
+    optimizer_kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of the optimizer
+    autocast: Dtype | None = None  # number format of the forward and the loss, by torch.autocast; null: none
     autocast_adapter_dtype: bool = True  # an adapter on a 16-bit base has 32-bit weights
     checkpointing: bool = False  # gradient checkpointing: less memory, more time
     compile: str = "none"  # a backend of torch.compile: inductor, aot_eager, cudagraphs, eager
@@ -172,7 +174,7 @@ class AdapterConfig:
     """What becomes of the trained adapter."""
 
     path: str | None = None  # evaluate this saved adapter (a trial's folder, or any PEFT adapter) and train nothing
-    save: bool = True
+    save: bool = True  # keep the trained adapter in the trial's folder
     check: bool = True  # load the saved adapter onto a fresh base and compare the two
     merge: bool = False  # write the model with the adapter merged into it, dequantised, to the trial's folder merged/
 
@@ -206,19 +208,19 @@ class ForecastConfig:
 class Config:
     """One trial."""
 
-    study: str = "default"
+    study: str = "default"  # the folder of the trials: multirun/<study>
     experiments: str | None = None  # the folder that sweep=experiments walks
-    label: str | None = None
-    seed: int = 0
-    device: str = "auto"
-    dry_run: bool = False
+    label: str | None = None  # a free name for the trial; null: from its choices
+    seed: int = 0  # of the adapter's initial weights, the order of the data and dropout
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    dry_run: bool = False  # list the trials with their sizes, write plan.json, train nothing
     memory_limit: str | None = None  # such as 24GB; null: what the device has, unknown on a CPU
     skip_oversized: bool = False  # refuse a trial that is predicted to need more
-    force: bool = False
+    force: bool = False  # run trials again that are done
     trust: bool = False  # run what a record or an experiment names, though it is no part of peftsweep
     repeat: str | None = None  # the folder of a trial that is run again from its record, and compared
-    quiet: bool = False
-    stop_on_failure: bool = False
+    quiet: bool = False  # print the final line only
+    stop_on_failure: bool = False  # end the sweep at the first trial that fails
     model: ModelConfig = field(default_factory=ModelConfig)
     method: dict[str, Any] = field(default_factory=dict)  # a PEFT config as _target_ and its fields; empty: full
     method_inputs: dict[str, int] = field(default_factory=dict)  # what its forward wants, the same for each row
@@ -242,13 +244,30 @@ class Config:
 class RowsConfig:
     """The part of an `eval` entry that names its rows; all null means the dataset's own test rows."""
 
-    path: str | None = None
+    path: str | None = None  # local rows; null: the dataset's test rows, or the hub's
     encoding: str | None = None  # of the file, see DatasetConfig
-    hub: str | None = None
-    hub_config: str | None = None
-    hub_split: str = "test"
-    revision: str | None = None
+    hub: str | None = None  # id of a dataset of the hub
+    hub_config: str | None = None  # name of its configuration
+    hub_split: str = "test"  # its part that is judged on
+    revision: str | None = None  # commit, tag or branch; null: the newest
     reader: str | None = None  # null: the dataset's
     prompt: str | None = None  # null: the dataset's template
-    answer: str | None = None
+    answer: str | None = None  # the same of what is right
     samples: int | None = None  # the first rows only
+
+
+def type_of(key: str) -> Any:
+    """The annotation of a dotted key of ``Config``; None for one that the schema does not list.
+
+    Of a section that holds sections of its own by free names, as ``eval`` does, it is what all of these are.
+    """
+    kind: Any = Config
+    for part in key.split("."):
+        hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+        if part not in hints:
+            return None
+        kind = hints[part]
+        if typing.get_origin(kind) is dict:
+            kind = typing.get_args(kind)[1]
+            return None if kind is Any else kind
+    return kind

@@ -203,7 +203,9 @@ def test_a_call_is_checked_against_its_annotations() -> None:
             check_call({"_target_": "peft.LoraConfig", option: value}, "method")
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["-sc", "query=bash"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--help", "train.warmup", "eval.x.samples", "method"], ["--version"], ["-sc", "query=bash"]]
+)
 def test_help_and_completion_never_import_torch(words: list[str]) -> None:
     probe = (
         "import sys; from peftsweep import cli\n"

@@ -156,7 +156,7 @@ def worst_loss(packed: Found, single: Found, steps: int = 20) -> float:
 
 
 def check_same(packed: list[Found], single: list[Found], same: float = SAME) -> None:
-    """The same losses, weights and scores: what README.md promises."""
+    """The same losses, weights and scores: what docs/concepts.md promises."""
     for one, other in zip(packed, single, strict=True):
         assert worst_loss(one, other) <= same
         if len(one.losses) <= 20:  # after more steps the weights themselves may be far apart

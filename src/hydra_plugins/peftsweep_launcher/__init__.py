@@ -38,6 +38,13 @@ def _devices(config: DictConfig, points: Sequence[Sequence[str]]) -> set[str]:
     return {words.get("device", config.device) for words in said}
 
 
+def _check_numbers(section: str, options: DictConfig) -> None:
+    """Refuse a number of ``hydra.launcher`` or ``hydra.sweeper`` that another launcher or sweeper would trip over."""
+    from peftsweep import limits
+
+    limits.check({"hydra": {section: OmegaConf.to_container(options)}}, {})
+
+
 class LocalLauncher(Launcher):
     """Runs the trials of a sweep in warm worker processes, after all of them have been checked."""
 
@@ -48,6 +55,7 @@ class LocalLauncher(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Hydra hands over what `launch` needs."""
+        _check_numbers("sweeper", config.hydra.sweeper)
         self.context = hydra_context
         self.config = config
 
@@ -215,6 +223,7 @@ class EngineLauncher(LocalLauncher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Hydra hands over what `launch` needs, and what the other launcher does."""
+        _check_numbers("launcher", self.engine)
         config = config.copy()
         config.hydra.launcher = self.engine
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)

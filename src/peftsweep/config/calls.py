@@ -8,8 +8,10 @@ import inspect
 import json
 import pydoc
 import re
+import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from enum import Enum
 from typing import Any
 
@@ -17,7 +19,7 @@ from hydra.errors import MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from peftsweep import limits
+from peftsweep import limits, schema
 from peftsweep.config.evaluations import ROWS_KEYS
 from peftsweep.config.experiment import ORIGIN
 from peftsweep.data import files
@@ -42,6 +44,14 @@ SECTIONS = ("model", "train", "dataset", "targets", "adapter", "halving")  # in 
 METHOD_KEYS = ("method.r", "method.lora_alpha", "method.lora_dropout")  # that most methods have
 GENERATION = "peftsweep.evaluation.evaluate.generation"
 LANGUAGE_MODEL_ONLY = ("peftsweep.evaluation.evaluate.perplexity", GENERATION)
+# Options that PEFT annotates as if they could be None, and that must be numbers.
+NEVER_NULL = tuple(
+    f"method.{name}"
+    for name in (
+        *("adapter_len", "adapter_layers", "num_virtual_tokens", "random_loc_seed", "total_step"),
+        *("opt_projection_epsilon", "opt_projection_format_epsilon"),
+    )
+)
 EXTRA_VALUES = {"init_lora_weights": r"lora_ga|pissa_niter_\d+"}  # values that PEFT takes beside what it annotates
 
 
@@ -71,19 +81,26 @@ def _check_calls(config: Config, choices: Mapping[str, str | None]) -> None:
         check_call(options, f"eval.{name}", provided=("model", "tokenizer", "examples"), also=ROWS_KEYS)
         _check_types({key: node[key] for key in ROWS_KEYS if key in node}, RowsConfig, f"eval.{name}")
     from peftsweep.evaluation import inference_plan
-    from peftsweep.observe import tracker  # which import torch, as `--help` must not
+    from peftsweep.observe import profiler, tracker  # which import torch, as `--help` must not
     from peftsweep.training import compiled, length, optimizer
 
     if config.inference.get("_target_") == "peftsweep.evaluation.inference.benchmark":
         inference_plan.plan(**config.inference)
     if config.tracker:
         tracker.check(config.tracker["_target_"])
+    if config.profiler.get("_target_") == "peftsweep.observe.profiler.operators":
+        said = inspect.signature(profiler.operators).bind_partial(**_without_target(config.profiler))
+        said.apply_defaults()
+        profiler.check_schedule(*(said.arguments[name] for name in ("wait", "warmup", "active")))
     _check_model(config.model)
     compiled.check(config.train)
     _check_optimizer(config.train.optimizer_kwargs, optimizer.find_optimizer(config.train.optimizer))
-    if (every := length.interval(config.train, "eval_every", rows=1)) is not None and every > limits.LARGEST:
-        raise InputError(f"train.eval_every={config.train.eval_every}: must be at most {limits.LARGEST} steps")
+    length.interval(config.train, "eval_every", rows=1)
     length.checkpoint_due(config.train, rows=1)
+
+
+def _without_target(node: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}
 
 
 def _check_method(node: Mapping[str, Any], option: str) -> None:
@@ -104,6 +121,10 @@ def _check_method(node: Mapping[str, Any], option: str) -> None:
             if key not in known and not key.startswith("_"):
                 raise _no_option(key, f"method={option} ({node['_target_']})", known)
     check_call(node, "method")
+    for key in ("rank_pattern", "alpha_pattern"):  # which PEFT annotates as dictionaries of anything
+        for module, number in dict(node.get(key) or {}).items():
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                raise InputError(f"method.{key}.{module}={number}: must be a number")
 
 
 def _no_option(key: str, method: str, known: list[str]) -> InputError:
@@ -128,6 +149,8 @@ def _check_optimizer(options: Mapping[str, Any], make: Callable[..., Any]) -> No
             raise InputError(
                 f"train.optimizer_kwargs.{name}: {make.__name__} has no such option; {suggest(name, names)}"
             )
+    hints = hints_of(make)
+    _check_types({name: value for name, value in options.items() if name in hints}, make, "train.optimizer_kwargs")
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -182,7 +205,7 @@ def check_call(node: Mapping[str, Any], key: str, provided: Iterable[str] = (), 
         raise InputError(f"{key}._target_={target}: cannot be imported ({first_line(error)})") from None
     if not callable(function):
         raise InputError(f"{key}._target_={target}: no such class or function")
-    hints = _hints(function)
+    hints = hints_of(function)
     known = [name for name in _parameters(function) if name not in provided]
     for name, value in node.items():
         if name in ("_target_", "_partial_"):
@@ -198,20 +221,74 @@ def check_call(node: Mapping[str, Any], key: str, provided: Iterable[str] = (), 
                 check_call(one, f"{key}.{name}.{inner}", provided=("prediction", "answer"))
         elif name in hints and not re.fullmatch(EXTRA_VALUES.get(name, ""), str(value)):
             default = inspect.signature(function).parameters[name].default
+            if value is None and f"{key}.{name}" in NEVER_NULL:
+                raise InputError(f"{key}.{name}=null: must be a number")
             if not (value is None and default is None):  # annotated as if it could not be None
                 _check_types({name: value}, function, key)
 
 
 def _check_types(values: Mapping[str, Any], described: Any, key: str) -> None:
     """Refuse a value that is not of the type that a class or function annotates it with."""
-    hints = _hints(described)
+    hints = hints_of(described)
     for name, value in values.items():
         if not _fits(value, hints[name]):
-            raise InputError(f"{key}.{name}={value}: must be {_type_in_words(hints[name])}")
+            said = "null" if value is None else value
+            raise InputError(f"{key}.{name}={said}: must be {type_in_words(hints[name])}")
 
 
-def _type_in_words(hint: Any) -> str:
-    return inspect.formatannotation(hint).replace("typing.", "").replace("None", "null")
+def type_in_words(hint: Any) -> str:
+    """A type as a message and the reference say it: ``int or null``."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(map(type_in_words, typing.get_args(hint))))
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    return (
+        "null"
+        if hint is type(None)
+        else inspect.formatannotation(hint).replace("typing.", "").replace("collections.abc.", "")
+    )
+
+
+def numeric_options(tree: Mapping[str, Any]) -> dict[str, limits.Option]:
+    """The numbers that the classes and functions named in a configuration take, by their dotted keys."""
+    named = dict(_targets(tree)) | {"train.optimizer_kwargs": tree["train"]["optimizer"]}
+    found: dict[str, limits.Option] = {}
+    for key, target in named.items():
+        with suppress(pydoc.ErrorDuringImport):  # which `check_call` says
+            located = pydoc.locate(str(target)) or pydoc.locate(f"torch.optim.{target}")
+            found |= {f"{key}.{name}": option for name, option in numbers_of(located).items()}
+    return found
+
+
+def _targets(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items() if isinstance(tree, Mapping) else ():
+        if name == "_target_":
+            yield key, value
+        yield from _targets(value, f"{key}.{name}" if key else str(name))
+
+
+@functools.cache
+def numbers_of(function: Any) -> dict[str, limits.Option]:
+    """The numbers that a class or function takes, by their names."""
+    if not callable(function):
+        return {}
+    known = str(getattr(function, "__module__", "")).partition(".")[0] in ("peft", "peftsweep")
+    hints = hints_of(function)
+    kinds = {name: number_types(hints[name]) for name in _parameters(function) if name in hints}
+    defaults = {name: inspect.signature(function).parameters[name].default for name in kinds}
+    return {
+        name: limits.Option.of_type(whole=float not in kind, default=defaults[name], known=known)
+        for name, kind in kinds.items()
+        if kind
+    }
+
+
+def number_types(hint: Any) -> set[type]:
+    """Of int and float those that a value of the type may itself be."""
+    if isinstance(hint, type):
+        return {hint} & {int, float}
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return set().union(*map(number_types, typing.get_args(hint))) if union else set()
 
 
 @functools.cache
@@ -221,7 +298,8 @@ def _parameters(function: Any) -> list[str]:
 
 
 @functools.cache
-def _hints(function: Any) -> dict[str, Any]:
+def hints_of(function: Any) -> dict[str, Any]:
+    """The types of what a class or function takes; empty where they cannot be found out."""
     described = function if dataclasses.is_dataclass(function) or not inspect.isclass(function) else function.__init__
     try:
         return typing.get_type_hints(described)
@@ -274,7 +352,7 @@ def one_line(error: BaseException) -> str:
         below = below.__cause__ or below.__context__
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         if type(cause).__name__ in ("ValidationError", "ConfigTypeError", "UnsupportedValueType") and (
-            kind := _schema_type(cause.full_key)
+            kind := schema_type(cause.full_key)
         ):
             value = getattr(cause, "value", None)
             meant = synonyms(str(value), kind.removeprefix("one of ").split(", "))
@@ -316,22 +394,12 @@ def _meant(wrong: str, known: list[str]) -> str:
     return suggest(wrong, known)
 
 
-def _schema_type(key: str) -> str | None:
+def schema_type(key: str) -> str | None:
     """The type of a key of the schema, in words; None for a key of a section that is open."""
-    kind: Any = Config
-    for part in key.split("."):
-        hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
-        if part not in hints:
-            return None
-        kind = hints[part]
-        if typing.get_origin(kind) is dict:
-            kind = typing.get_args(kind)[1]
-            if kind is Any:
-                return None
-            break
-    inner = [one for one in typing.get_args(kind) or [kind] if one is not type(None)]
-    if dataclasses.is_dataclass(kind) or kind is Any:
+    kind = schema.type_of(key)
+    if kind is None or dataclasses.is_dataclass(kind) or kind is Any:
         return None
+    inner = [one for one in typing.get_args(kind) or [kind] if one is not type(None)]
     if isinstance(inner[0], type) and issubclass(inner[0], Enum):
         return "one of " + ", ".join(inner[0].__members__) + (", null" if len(typing.get_args(kind)) > 1 else "")
-    return _type_in_words(kind)
+    return type_in_words(kind)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import pydoc
 import re
 import typing
 from collections.abc import Iterable, Mapping
@@ -13,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from peftsweep import limits
+from peftsweep.config.calls import numeric_options
 from peftsweep.data import files
 from peftsweep.data import rows as data_rows
 from peftsweep.errors import InputError, suggest
@@ -68,7 +68,7 @@ def _check_values(tree: dict[str, Any]) -> None:
     for key, allowed in ONE_OF.items():
         if (value := _at(tree, key)) is not None and value not in allowed:
             raise InputError(f"{key}={value}: must be one of {', '.join(allowed)}")
-    limits.check(tree, _least_of_method(tree["method"]))
+    limits.check(tree, numeric_options(tree))
     if tree["train"]["keep_best"] and tree["train"]["eval_every"] is None:
         raise InputError("train.keep_best=true: needs train.eval_every, the interval of the validations it compares")
     for key in ("train.best_metric", "halving.metric"):
@@ -83,13 +83,6 @@ def _check_values(tree: dict[str, Any]) -> None:
                 f'{key}={name}: must be a plain name of at most 100 characters, without any of /\\:*?"<>| and '
                 "not beginning with '.'"
             )
-
-
-def _least_of_method(method: Mapping[str, Any]) -> dict[str, float]:
-    """The defaults of the method's own class: of OFT r=0, for one, means that its block size decides."""
-    config = pydoc.locate(str(method.get("_target_")))
-    fields = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
-    return {f"method.{one.name}": one.default for one in fields if isinstance(one.default, int | float)}
 
 
 def _check_halving(config: Config, sweeper: str | None) -> None:
@@ -199,7 +192,7 @@ def _packing(size: Any, measure: Any) -> dict[str, Any]:
         number = None
     elif size == "auto":
         number = PACK
-    elif isinstance(size, int) and not isinstance(size, bool) and size >= 2:
+    elif isinstance(size, int) and not isinstance(size, bool) and 2 <= size <= limits.LARGEST:
         number = size
     else:
         raise InputError(f"hydra.launcher.pack={size}: must be auto, off or a number of trials, at least 2")
@@ -215,9 +208,10 @@ def seconds(text: str | float | None, key: str) -> float | None:
     if text is None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", str(text).strip())
-    if found is None or not float(found[1]):
-        raise InputError(f"{key}={text}: must be a time such as 90s, 30m, 2h or 1d")
-    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+    length = float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]] if found else 0.0
+    if not 0 < length <= limits.LARGEST:
+        raise InputError(f"{key}={text}: must be a time such as 90s, 30m, 2h or 1d, of at most {limits.LARGEST} s")
+    return length
 
 
 def size_in_bytes(text: str, key: str) -> float:
@@ -255,3 +249,18 @@ def _check_files(config: Config) -> None:
     for key, path in named.items():
         if path is not None and not Path(path).is_file():
             raise InputError(f"dataset.{key}={path}: no such file{files.similar(Path(path))}")
+    encodings = {"dataset.encoding": own.encoding, "dataset.validation.encoding": own.validation.encoding}
+    encodings |= {f"eval.{name}.encoding": node.get("encoding") for name, node in config.eval.items()}
+    for key, encoding in encodings.items():
+        if encoding is not None and not _is_encoding(encoding):
+            raise InputError(f"{key}={encoding}: no such encoding; must be one of Python's, such as utf-8 or cp1252")
+
+
+def _is_encoding(name: str) -> bool:
+    try:
+        b"a".decode(name)
+    except UnicodeDecodeError:  # as of utf-16, which takes two bytes
+        return True
+    except (LookupError, ValueError):
+        return False
+    return True

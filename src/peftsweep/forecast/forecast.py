@@ -78,7 +78,10 @@ def check(trial: Trial) -> Forecast:
     """
     key = _forecast_key(trial)
     if key not in _FORECASTS:
-        _FORECASTS[key] = _forecast(trial)
+        try:
+            _FORECASTS[key] = _forecast(trial)
+        except InputError as error:
+            raise InputError(_with_keys(trial, str(error))) from error
     return _FORECASTS[key]
 
 
@@ -141,6 +144,21 @@ def _find_out(trials: Sequence[Trial], memory: bool, channel: connection.Connect
             if memory:
                 prediction(one)
         channel.send([{k: cache[k] for k in cache.keys() - had} for cache, had in zip(CACHES, before, strict=True)])
+
+
+def _with_keys(trial: Trial, said: str) -> str:
+    """What a library says of a whole section, as PEFT of a method, with the words that it can be about."""
+    section = next(
+        (
+            name
+            for name in ("method", "quant", "train.optimizer_kwargs", "model.architecture")
+            if said.startswith(f"{name}: ")
+        ),
+        None,
+    )
+    words = [word.lstrip("+") for word in trial.overrides if word.lstrip("+").startswith(f"{section}.")]
+    named = [word for word in words if word.partition("=")[0].removeprefix(f"{section}.") in said] or words
+    return " ".join(named) + said.removeprefix(str(section)) if named else said
 
 
 def check_cached(trial: Trial) -> None:

@@ -25,6 +25,7 @@ from peftsweep.models.saved import keep_dtype, names_as_written
 from peftsweep.schema import TargetsConfig
 
 LONGEST = 300  # characters of what PEFT says, which may print a whole module
+REFUSALS = (ValueError, TypeError, ImportError, AssertionError, ZeroDivisionError)  # of PEFT, of a configuration
 log = logging.getLogger(__name__)
 
 LINEAR = (nn.Linear, Conv1D)  # bitsandbytes' quantised layers are subclasses of nn.Linear
@@ -97,8 +98,8 @@ def attach(
     try:
         with names_as_written():
             adapted = initialise(method, put) if initialise else put(base, method)
-    except (ValueError, TypeError, ImportError) as error:
-        raise InputError(f"method: {' '.join(str(error).split())[:LONGEST]}") from error
+    except REFUSALS as error:
+        raise _refused(error) from error
     for name in trained:
         if not any(p.requires_grad for p in adapted.get_base_model().get_submodule(name).parameters()):
             raise InputError(f"method: {type(method).__name__} leaves the new {name} of a classifier untrained")
@@ -106,6 +107,11 @@ def attach(
     keep_dtype(adapted)
     _freeze_beside_text(base)
     return adapted
+
+
+def _refused(error: Exception) -> InputError:
+    """What PEFT says of a configuration that it does not take, in one line."""
+    return InputError(f"method: {' '.join(str(error).split())[:LONGEST] or type(error).__name__}")
 
 
 def _always_trained(base: PreTrainedModel) -> list[str]:
@@ -152,8 +158,8 @@ def attach_lanes(
                 else:
                     method.base_model_name_or_path = adapted.active_peft_config.base_model_name_or_path
                     adapted.add_adapter(name, method, autocast_adapter_dtype=float32)
-    except (ValueError, TypeError, ImportError) as error:
-        raise InputError(f"method: {' '.join(str(error).split())[:LONGEST]}") from error
+    except REFUSALS as error:
+        raise _refused(error) from error
     keep_dtype(adapted)
     return cast(PeftModel, adapted)
 

@@ -62,7 +62,7 @@ def operators(
         InputError: the schedule has no active step, or none before it.
         RuntimeError: ``run`` did not call ``after_step`` after each step.
     """
-    _check_schedule(wait, warmup, active)
+    check_schedule(wait, warmup, active)
     settle = wait + warmup
     profiler, trace = _profile(
         run,
@@ -116,7 +116,7 @@ def memory(
         InputError: ``steps`` is below 1.
         RuntimeError: ``run`` did not call ``after_step`` after each step.
     """
-    _check_schedule(0, 1, steps, "steps")
+    check_schedule(0, 1, steps, "steps")
     folder.mkdir(parents=True, exist_ok=True)
     facts: Facts = {"profiled_steps": steps}
     if device.type == "cuda":
@@ -133,7 +133,12 @@ def memory(
     return facts
 
 
-def _check_schedule(wait: int, warmup: int, active: int, key: str = "active") -> None:
+def check_schedule(wait: int, warmup: int, active: int, key: str = "active") -> None:
+    """Check the numbers of steps that are left out, dropped and reported.
+
+    Raises:
+        InputError: one is too small.
+    """
     if active < 1:
         raise InputError(f"profiler.{key}={active}: at least 1")
     if wait < 0 or warmup < 0 or wait + warmup < 1:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from peftsweep.data.batches import batch_order, micro_batches
 from peftsweep.data.tokens import Tokens
 from peftsweep.errors import InputError
+from peftsweep.limits import LARGEST
 from peftsweep.schema import TrainConfig
 
 MOST_STEPS = 5_000  # of a run, among which typical ones are looked for
@@ -85,12 +86,12 @@ def interval(config: TrainConfig, key: str, rows: int) -> int | None:
     number, epochs, rest = said.strip().partition("epoch")
     try:
         every = float(number) * (steps_per_epoch(config, rows) if epochs else 1)
-        valid = every > 0 and math.isfinite(every) and rest in ("", "s")
+        valid = 0 < every <= LARGEST and rest in ("", "s")
     except ValueError:
         valid = False
     if not valid or not (epochs or every.is_integer()):
         others = " or minutes (10min)" if key == "checkpoint_every" else ""
-        raise InputError(f"train.{key}={said}: a number of steps (100) or epochs (0.5epochs){others}")
+        raise InputError(f"train.{key}={said}: must be a number of steps (100) or epochs (0.5epochs){others}")
     return max(1, round(every))
 
 
