@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 RAY = .venv-ray
+OPTUNA_2 = .venv-optuna-2
 BENCHMARKS = loop_overhead generation memory_prediction sweep_wall_time collect_scale planning
 
 .PHONY: install demo test gpu kernels oldest newest check slow reference docs
@@ -61,9 +62,16 @@ $(RAY)/installed: pyproject.toml constraints.txt  # its launcher wants older ver
 	$(RAY)/bin/pip install --quiet -c $(RAY)/constraints.txt -e '.[dev,ray]'
 	touch $@
 
-slow: install $(RAY)/installed  ## the dearer tier; PEFTSWEEP_DATA names a folder of real rows, PEFTSWEEP_ENCODER a pretrained encoder
+$(OPTUNA_2)/installed: pyproject.toml constraints.txt  # Hydra's own sweeper wants Optuna 2 and SQLAlchemy 1
+	$(PYTHON) -m venv $(OPTUNA_2)
+	grep -viE '^(alembic|optuna|sqlalchemy)==' constraints.txt > $(OPTUNA_2)/constraints.txt
+	$(OPTUNA_2)/bin/pip install --quiet -c $(OPTUNA_2)/constraints.txt -e '.[optuna_hydra]' pytest
+	touch $@
+
+slow: install $(RAY)/installed $(OPTUNA_2)/installed  ## the dearer tier; PEFTSWEEP_DATA names a folder of real rows, PEFTSWEEP_ENCODER a pretrained encoder
 	$(BIN)/python -m pytest -m slow -v -s --no-header --disable-warnings | tee tests/slow.log
 	$(RAY)/bin/python -m pytest -m slow -v -s --no-header --disable-warnings -k ray tests/sweep/test_engine.py | tee -a tests/slow.log
+	$(OPTUNA_2)/bin/python -m pytest -m slow -v -s --no-header --disable-warnings tests/sweep/test_optuna_hydra.py | tee -a tests/slow.log
 	for name in $(BENCHMARKS); do \
 		$(BIN)/python benchmarks/$$name.py --out benchmarks/results/$$name.json || exit 1; \
 	done

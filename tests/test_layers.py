@@ -26,6 +26,7 @@ ORDER = [
     "models",
     "training",
     "evaluation",
+    "search",
     "config",
     "forecast",
     "analysis",
@@ -33,7 +34,17 @@ ORDER = [
     "sweep",
 ]
 ORDER += ["doctor", "reference", "cli", "reference_pages"]
-KNOW_HYDRA = {"shorthand", "config", "trial", "sweep", "cli", "command_line", "data.prepare", "analysis.interchange"}
+KNOW_HYDRA = {
+    "shorthand",
+    "config",
+    "search",
+    "trial",
+    "sweep",
+    "cli",
+    "command_line",
+    "data.prepare",
+    "analysis.interchange",
+}
 WITHOUT_TORCH = (
     *(
         "cli",

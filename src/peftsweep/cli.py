@@ -191,7 +191,9 @@ def _task(cfg: DictConfig) -> None:
         os.chdir(here)  # all paths are relative to where the command runs, whatever hydra.job.chdir says
     sources = [Path(source.path) for source in hydra_config.runtime.config_sources if source.schema == "file"]
     command_line.import_from([*sources, Path.cwd()])
-    engine.job(configuration.trial(cfg, hydra_config.runtime.choices, hydra_config.overrides.task))
+    one = configuration.trial(cfg, hydra_config.runtime.choices, hydra_config.overrides.task)
+    sweeper: Any = OmegaConf.to_container(hydra_config.sweeper)
+    engine.job(configuration.with_pruning(one, sweeper))
 
 
 def run_one(overrides: list[str]) -> Result:

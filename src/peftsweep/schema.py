@@ -127,6 +127,7 @@ class DatasetConfig:
     max_characters: int | None = None  # of prompt and answer; training rows that are longer are left out
     deduplicate: bool = False  # leave out training rows that repeat an earlier one
     samples: int | None = None  # limit of the training rows
+    fraction: float = 1.0  # of the training rows that are then left, beside the same validation rows
     validation_samples: int = 64  # held out of the training rows when train.eval_every is set, see also best_metric
     validation: ValidationConfig = field(default_factory=ValidationConfig)  # or so many rows of another source
     prompt: str = MISSING  # template over the columns of a row, such as {question}
@@ -164,9 +165,17 @@ class TrainConfig:
     eval_every: str | None = None  # "100" steps or "0.5epochs": validation rows in steps.jsonl
     keep_best: bool = False  # end with the weights of the best validation
     best_metric: str = "loss"  # which one that is: the lowest loss, or <eval>.<metric> on validation rows
+    patience: int | None = None  # end as stopped after so many validations in a row without a gain in best_metric
     checkpoint_every: str | None = "10min"  # or steps or epochs as above; null: only if interrupted, and at the end
     params_file: str | None = None  # training_params.json of PEFT's comparison, or a folder that may hold one
     log_every: int = 10  # steps to a line of steps.jsonl
+
+
+class Role(Enum):
+    """What an evaluation is for."""
+
+    target = "target"  # what is trained for
+    retention = "retention"  # what the base could do, and is to keep
 
 
 @dataclass
@@ -176,7 +185,16 @@ class AdapterConfig:
     path: str | None = None  # evaluate this saved adapter (a trial's folder, or any PEFT adapter) and train nothing
     save: bool = True  # keep the trained adapter in the trial's folder
     check: bool = True  # load the saved adapter onto a fresh base and compare the two
+    scales: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75])  # at which an evaluated adapter is scored
+    # too, where an evaluation has role=retention
     merge: bool = False  # write the model with the adapter merged into it, dequantised, to the trial's folder merged/
+
+
+class Resource(Enum):
+    """Of what a trial is given more at each rung."""
+
+    steps = "steps"
+    rows = "rows"  # of training: each rung is a training of its own, on more of them
 
 
 @dataclass
@@ -187,6 +205,16 @@ class HalvingConfig:
     factor: int = 3  # one trial in so many goes on, for so many times the steps
     min_steps: int | None = None  # steps until the first rung; null: every trial runs to its end
     rung: int | None = None  # at which this trial stops, from 1 on; the sweeper's to say
+    resource: Resource = Resource.steps  # of what each rung gives more; rows: of the training rows, by a new trial
+    min_fraction: float | None = None  # of the training rows at the first rung, with resource=rows; null as min_steps
+
+
+@dataclass
+class SearchConfig:
+    """Which trial of which search of Optuna's this is; the sweeper's to say."""
+
+    study: str | None = None  # name of the search
+    trial: int | None = None  # its number in the search
 
 
 @dataclass
@@ -237,6 +265,7 @@ class Config:
     halving: HalvingConfig = field(default_factory=HalvingConfig)
     forecast: ForecastConfig = field(default_factory=ForecastConfig)
     price: PriceConfig = field(default_factory=PriceConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     objective: Any = None  # a column of the record, or a list of them, that a sweeper such as Optuna's is told
 
 
@@ -254,6 +283,7 @@ class RowsConfig:
     prompt: str | None = None  # null: the dataset's template
     answer: str | None = None  # the same of what is right
     samples: int | None = None  # the first rows only
+    role: Role = Role.target  # or retention: what the base could do and is to keep
 
 
 def type_of(key: str) -> Any:

@@ -326,6 +326,7 @@ def numeric_keys() -> list[str]:
     """Each key of the groups above whose value is a number, or a number that is not given."""
     tree = cli._trial(*OPTIONS).tree
     unset = ["train.epochs", "dataset.max_characters", "dataset.samples", "halving.min_steps", "halving.rung"]
+    unset += ["halving.min_fraction", "train.patience"]
     own = {name for name, _ in limits.numbers(tree)} | {*unset}
     return sorted(key for key in own if not key.rpartition(".")[2].isdecimal())
 

@@ -14,7 +14,8 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
 from peftsweep.analysis.text import halving_notes
 from peftsweep.config.compose import Trial
-from peftsweep.schema import HalvingConfig
+from peftsweep.errors import InputError
+from peftsweep.schema import HalvingConfig, Resource
 from peftsweep.study import record, rungs
 from peftsweep.study.record import Result, Status
 from peftsweep.sweep import halving
@@ -305,6 +306,93 @@ def test_the_report_says_what_was_spared_and_how_well_the_rungs_foretold() -> No
     assert halving_notes.notes([held("e", [1.0, 2.0])])[1:] == [
         "rung 1 and what came next: 1 trials went on, too few for a correlation"
     ]
+
+
+# ---- on a fraction of the rows ---------------------------------------------------------------------
+
+
+def test_a_larger_fraction_has_the_rows_of_a_smaller_one_beside_the_same_validation_rows(compose: Compose) -> None:
+    found = {
+        part: compose("train.eval_every=10", "dataset.samples=200", f"dataset.fraction={part}").rows
+        for part in (0.1, 0.3, 1.0)
+    }
+    texts = {part: [str(row) for row in rows.train] for part, rows in found.items() if rows}
+    assert [len(rows) for rows in texts.values()] == [18, 54, 180]  # of 200 a tenth validates
+    assert set(texts[0.1]) < set(texts[0.3]) < set(texts[1.0])
+    assert len({str(rows.validation) for rows in found.values() if rows}) == 1
+
+
+def test_the_rungs_of_rows_end_where_a_next_one_would_be_more_than_all() -> None:
+    config = HalvingConfig("loss", 3, resource=Resource.rows, min_fraction=0.1)
+    assert [rungs.fraction(config, number) for number in (1, 2, 3)] == pytest.approx([0.1, 0.3, 1.0])
+    thirds = HalvingConfig("loss", 3, resource=Resource.rows, min_fraction=1 / 9)
+    assert [rungs.fraction(thirds, number) for number in (1, 2, 3)] == pytest.approx([1 / 9, 1 / 3, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["halving.min_fraction=0.1"], "halving.min_fraction=0.1: must be null with halving.resource=steps"),
+        (["halving.resource=rows", "halving.min_steps=10"], "halving.min_steps=10: must be null with"),
+        (["halving.resource=rows", "halving.min_fraction=0.1"], "halving.resource=rows: needs train.epochs"),
+        (
+            ["halving.resource=rows", "halving.min_fraction=0.4", "train.epochs=1"],
+            "halving.min_fraction=0.4: must be at most 0.3333, 1 / halving.factor",
+        ),
+        (["dataset.fraction=0"], "dataset.fraction=0.0: must be at most 1 and above 0"),
+    ],
+)
+def test_a_wrong_word_of_a_halving_of_rows_is_one_line(words: list[str], problem: str, compose: Compose) -> None:
+    with pytest.raises(InputError) as raised:
+        compose(*words)
+    assert problem in str(raised.value)
+
+
+def test_the_whole_of_the_rows_leaves_the_identity_as_it_was(compose: Compose) -> None:
+    whole, part = compose("dataset.fraction=1"), compose("dataset.fraction=0.5")
+    assert whole.identity == compose().identity
+    assert part.training != whole.training
+
+
+def test_the_report_pairs_what_a_point_came_to_on_its_rows() -> None:
+    results = []
+    for point, losses in enumerate(([3.0, 2.0], [4.0, 3.0], [5.0, 4.0], [6.0])):
+        for part, loss in zip((0.25, 1.0), losses, strict=False):
+            one = held(f"{point}-{part}", [loss], Status.success if part == 1 else Status.stopped)
+            row = {"step": int(36 * part), "steps": int(36 * part), "validation_loss": loss}
+            record.write_lines((one.folder or Path()) / record.STEPS, [row])
+            said = {"metric": "loss", "factor": 4, "min_steps": None, "resource": "rows", "min_fraction": 0.25}
+            one.config = {"halving": said, "dataset": {"fraction": part}, "seed": point}
+            one.train_info["steps"] = row["steps"]
+            results.append(one)
+    lines = halving_notes.notes(results)
+    assert "144 of about 144 steps trained (100%); 1 points were not trained on all rows" in lines[0]
+    assert lines[1:] == [
+        "rung 1 (0.25 of the rows) and what came next: rank correlation 1.00 (Spearman, the 3 trials that went on)"
+    ]
+
+
+@pytest.mark.slow
+def test_a_halving_of_rows_trains_the_best_on_all_of_them_and_decides_the_same_again(command: Command) -> None:
+    words = [*(word for word in SMALL if "steps" not in word and "samples" not in word), "eval=[perplexity]"]
+    words += ["dataset.samples=180", "train.epochs=1", "eval.perplexity.samples=8", "adapter.save=false"]
+    words += ["train.learning_rate=0,1e-5,3e-3", "halving.resource=rows", "halving.min_fraction=0.3"]
+    code, _, err = command(*words)
+    assert code == 0, err
+    ends = {
+        (one.config["train"]["learning_rate"], one.config["dataset"]["fraction"]): one for one in records().values()
+    }
+    assert {key: one.status.name for key, one in ends.items()} == {
+        (0.0, 0.3): "stopped",
+        (1e-5, 0.3): "stopped",
+        (3e-3, 0.3): "stopped",
+        (3e-3, 1.0): "success",
+    }
+    assert ends[3e-3, 0.3].eval_info == {}  # the test rows are left alone
+    assert ends[3e-3, 0.3].train_info["training_rows"] == round(0.3 * ends[3e-3, 1.0].train_info["training_rows"])
+    before = {one.trial: one.run_info["created_at"] for one in records().values()}
+    assert command(*words)[0] == 0
+    assert {one.trial: one.run_info["created_at"] for one in records().values()} == before
 
 
 # ---- the promise -----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Hydra executes this module at every start, also for `--help`, so it imports noth
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ from omegaconf import DictConfig, OmegaConf
 SWEEP = "sweep"  # the group whose options bring axes of their own
 
 
+@dataclass
 class PointReturn(JobReturn):
     """A point's answer to a sweeper. Hydra's own prints to stderr what has been said of a failure already."""
+
+    result: Any = None  # the trial's record; None where it was not run
 
     @property  # type: ignore[misc]
     def return_value(self) -> Any:
@@ -108,13 +112,9 @@ class LocalLauncher(Launcher):
         return self._sweep_record
 
     def _launch(self, job_overrides: Sequence[Sequence[str]], run: Callable[[list[Any]], list[Any]]) -> list[JobReturn]:
-        from peftsweep.observe import streams
         from peftsweep.sweep.everything import sweep
-        from peftsweep.sweep.points import Points
 
-        points = Points(self.context.config_loader, self.config)
-        said, quiet = "checked {} points", self.config.quiet
-        trials = list(map(points.trial, streams.progress(job_overrides, said, len(job_overrides), quiet=quiet)))
+        trials = self.trials(job_overrides)
         Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)  # into which sweepers write
         results = run(trials)
         answers = [sweep.answer(one, result) for one, result in zip(trials, results, strict=True)]
@@ -125,9 +125,32 @@ class LocalLauncher(Launcher):
                 task_name="peftsweep",
                 status=JobStatus.FAILED if isinstance(answer, Exception) else JobStatus.COMPLETED,
                 _return_value=answer,
+                result=result,
             )
             for overrides, result, answer in zip(job_overrides, results, answers, strict=True)
         ]
+
+    def trials(self, job_overrides: Sequence[Sequence[str]]) -> list[Any]:
+        """The trials of the points, checked; none is run."""
+        from peftsweep.config import compose as configuration
+        from peftsweep.observe import streams
+        from peftsweep.sweep.points import Points
+
+        points = Points(self.context.config_loader, self.config)
+        said, quiet = "checked {} points", self.config.quiet
+        sweeper: Any = OmegaConf.to_container(self.config.hydra.sweeper)
+        shown = streams.progress(job_overrides, said, len(job_overrides), quiet=quiet)
+        return [configuration.with_pruning(points.trial(words), sweeper) for words in shown]
+
+    def at_once(self, job_overrides: Sequence[Sequence[str]]) -> int:
+        """How many of such points run at the same time."""
+        from peftsweep.config import checks
+        from peftsweep.sweep import processes
+
+        placement = checks.placement(self.options)
+        workers, devices = placement.get("workers"), placement.get("devices")
+        places = 1 if workers == 0 else len(processes.places(workers, devices, _devices(self.config, job_overrides)))
+        return places * (placement["pack"] or 1)
 
 
 def _sweeps_sweeps(word: Override) -> bool:

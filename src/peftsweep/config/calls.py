@@ -37,7 +37,7 @@ PACKAGES = {  # options that a package brings
     "hydra/launcher/submitit_local": "peftsweep[slurm]",
     "hydra/launcher/ray": "peftsweep[ray]",
     "hydra/launcher/joblib": "hydra-joblib-launcher",
-    "hydra/sweeper/optuna": "peftsweep[optuna]",
+    "hydra/sweeper/optuna": "peftsweep[optuna_hydra]",
 }
 ANY = {"model": "model=./FOLDER, one of the hub model=ORG/NAME", "dataset": "dataset=FILE.jsonl"}
 SECTIONS = ("model", "train", "dataset", "targets", "adapter", "halving")  # in which a key may be sought by its name

@@ -16,8 +16,8 @@ from peftsweep.config.calls import numeric_options
 from peftsweep.data import files
 from peftsweep.data import rows as data_rows
 from peftsweep.errors import InputError, suggest
-from peftsweep.schema import Config, Dtype
-from peftsweep.study import store
+from peftsweep.schema import Config, Dtype, Resource
+from peftsweep.study import rungs, store
 from peftsweep.study.record import SECTIONS
 
 LAUNCHER = {
@@ -71,6 +71,10 @@ def _check_values(tree: dict[str, Any]) -> None:
     limits.check(tree, numeric_options(tree))
     if tree["train"]["keep_best"] and tree["train"]["eval_every"] is None:
         raise InputError("train.keep_best=true: needs train.eval_every, the interval of the validations it compares")
+    if tree["train"]["patience"] is not None and tree["train"]["eval_every"] is None:
+        raise InputError(
+            f"train.patience={tree['train']['patience']}: needs train.eval_every, as it counts validations"
+        )
     for key in ("train.best_metric", "halving.metric"):
         metric = _at(tree, key) or "loss"
         if metric != "loss" and metric.partition(".")[0] not in tree["eval"]:
@@ -87,19 +91,36 @@ def _check_values(tree: dict[str, Any]) -> None:
 
 def _check_halving(config: Config, sweeper: str | None) -> None:
     """A rung must be a step at which the trial is validated anyway, so that it changes nothing of the trial."""
-    halving, every = config.halving, config.train.eval_every
-    if halving.min_steps is None:
+    halving, every, by_rows = config.halving, config.train.eval_every, config.halving.resource is Resource.rows
+    other = "min_steps" if by_rows else "min_fraction"
+    if (value := getattr(halving, other)) is not None:
+        raise InputError(f"halving.{other}={value}: must be null with halving.resource={halving.resource.name}")
+    if rungs.begins(halving) is None:
         return
     if sweeper not in (None, "grid"):
         raise InputError(f"halving: is done by hydra/sweeper=grid, not by {sweeper}")
     if config.objective is not None:
-        raise InputError("objective: is for a sweeper such as hydra/sweeper=optuna; halving judges by halving.metric")
+        raise InputError("objective: is for hydra/sweeper=optuna_current; halving judges by halving.metric")
+    if config.train.patience is not None:
+        raise InputError("train.patience: must be null with halving.min_steps, which decides itself what is stopped")
+    if by_rows:
+        _check_halving_of_rows(config)
+    if halving.min_steps is None:
+        return
     if not (every or "").isdigit() or int(every or 1) < 1 or halving.min_steps % int(every or 1):
         raise InputError(f"train.eval_every={every}: must be steps that divide halving.min_steps={halving.min_steps}")
     steps, most = config.train.steps, config.train.steps // halving.factor
     if config.train.epochs is None and steps and halving.min_steps > most:
         said = f"halving.min_steps={halving.min_steps}: must be at most {most}"
         raise InputError(f"{said}, train.steps={steps} divided by halving.factor={halving.factor}")
+
+
+def _check_halving_of_rows(config: Config) -> None:
+    part, factor = config.halving.min_fraction, config.halving.factor
+    if config.train.epochs is None:
+        raise InputError("halving.resource=rows: needs train.epochs, so that fewer rows are fewer steps")
+    if part is not None and part * factor > 1:
+        raise InputError(f"halving.min_fraction={part}: must be at most {1 / factor:.4g}, 1 / halving.factor")
 
 
 def _check_objective(config: Config) -> None:

@@ -37,7 +37,9 @@ from peftsweep.data import fingerprint, hub
 from peftsweep.data import rows as data_rows
 from peftsweep.errors import InputError
 from peftsweep.observe import fast_dtype
-from peftsweep.schema import MISSING, Config, Dtype
+from peftsweep.schema import MISSING, Config, Dtype, Resource
+from peftsweep.search import pruning
+from peftsweep.search.pruning import Pruning
 from peftsweep.study import trust
 
 # Keys of the configuration by which `filled` decides others, or which it changes themselves: those of files that tell
@@ -66,6 +68,7 @@ class Trial:
     # Which fields of an experiment's files were taken, and which not: see experiment.Reading.facts.
     experiment: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
     told_by: str = ""  # what tells it from the other trials of its sweep and study
+    pruning: Pruning | None = None  # by a search that the trial is part of
     offline: bool = False  # the hub does not answer, as a process has found that the trial was sent from
 
     @property
@@ -122,7 +125,10 @@ def filled(cfg: DictConfig, choices: Mapping[str, str | None], overrides: list[s
     for key in ("eval_every", "checkpoint_every"):
         if str(cfg.train[key]).lower() in WORDS_FOR_NULL:
             cfg.train[key] = None
-    if cfg.halving.min_steps is not None:
+    if cfg.halving.resource is Resource.rows and cfg.halving.min_fraction is not None:
+        cfg.train.eval_every = cfg.train.eval_every or "1epoch"
+        cfg.halving.metric = cfg.halving.metric or cfg.train.best_metric
+    elif cfg.halving.min_steps is not None:
         cfg.train.eval_every = cfg.train.eval_every or str(cfg.halving.min_steps)
         cfg.halving.metric = cfg.halving.metric or cfg.train.best_metric
     tree = _resolved(cfg)
@@ -185,7 +191,7 @@ def checked(said: Filled) -> Trial:
     elif chosen["method"] == FROM_FILE:
         chosen["method"] = "full"
     # How far the trial goes now is no part of what it is, nor is what is said of it before.
-    tree = {key: value for key, value in tree.items() if key not in ("forecast", "price")}
+    tree = {key: value for key, value in tree.items() if key not in ("forecast", "price", "search")}
     tree |= {"halving": {key: value for key, value in tree["halving"].items() if key != "rung"}}
     chosen.pop("price", None)
     return _identified(Trial(config, tree, chosen, said.overrides, rows, "", "", "", experiment=said.experiment))
@@ -211,6 +217,19 @@ def _identified(one: Trial) -> Trial:
         slug=_slug(one.choices, one.config),
         earlier=first if first.trial != identity.trial else None,
     )
+
+
+def with_pruning(one: Trial, sweeper: Mapping[str, Any]) -> Trial:
+    """The trial with the pruning that the keys ``sweeper`` of ``hydra.sweeper`` ask for, if it is part of a search.
+
+    Raises:
+        InputError: it has no validations, at which that decides.
+    """
+    config, own = one.config, one.config.search
+    found = pruning.of_trial(sweeper, config.study, own.study, own.trial, config.train.best_metric)
+    if found is not None and config.train.eval_every is None:
+        raise InputError("hydra.sweeper.pruner: needs train.eval_every, as it decides at the trial's validations")
+    return dataclasses.replace(one, pruning=found)
 
 
 def without_rows(trial: Trial) -> Trial:

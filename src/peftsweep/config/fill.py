@@ -43,6 +43,10 @@ def register() -> None:
     for key in OPEN:
         OmegaConf.set_struct(OmegaConf.select(node, key), False)
     ConfigStore.instance().store(name="peftsweep_schema", node=node)
+    search = OmegaConf.create({"sampler": {}, "pruner": {}})
+    for open_node in search.values():
+        OmegaConf.set_struct(open_node, False)
+    ConfigStore.instance().store(name="peftsweep_search", node=search)
 
 
 @functools.cache

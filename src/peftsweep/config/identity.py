@@ -39,11 +39,11 @@ FIRST_TARGETS_KEYS = ("roles", "modules", "all_linear", "otherwise")
 CHOOSES_ROWS = (
     *("name", "path", "test_path", "hub", "hub_config", "revision", "hub_split", "hub_test_split", "generator"),
     *("train_fraction", "split_seed", "max_characters", "deduplicate", "samples", "validation_samples"),
-    *("encoding", "leave_out_tested", "validation"),
+    *("encoding", "leave_out_tested", "validation", "fraction"),
 )
-FIRST_DATASET_KEYS = (*CHOOSES_ROWS[:-3], "reader", "prompt", "answer", "classes", "max_length", "drop_long", "chat")
+FIRST_DATASET_KEYS = (*CHOOSES_ROWS[:-4], "reader", "prompt", "answer", "classes", "max_length", "drop_long", "chat")
 NEW_EVAL_OPTIONS = ("stop", "beside")  # of evaluations, brought by later versions: empty, they change nothing
-CHANGES_NO_SCORE = ("headline",)  # of their options: what trials are compared by
+CHANGES_NO_SCORE = ("headline", "role")  # of their options: what trials are compared by, what they are for
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ def _identity(config: Config, rows: data_rows.Rows | None, rule: int = IDENTITY_
 def _training(config: Config, rows: data_rows.Rows | None, rule: int) -> dict[str, Any]:
     """Everything that changes the trained weights."""
     train = _said(config.train, FIRST_TRAIN_KEYS)
-    train.pop("checkpoint_every", None)  # which changes no weight
+    for key in ("checkpoint_every", "patience"):  # which change no weight: one that was stopped can go on
+        train.pop(key, None)
     train["learning_rate"] *= train.pop("learning_rate_scale")  # only their product matters
     if config.train.epochs is not None:
         train.pop("steps")

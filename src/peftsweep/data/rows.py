@@ -104,13 +104,20 @@ def load_rows(dataset: DatasetConfig, *, validation: bool = False) -> Rows:
     if dataset.samples is not None and dataset.samples < len(train):
         train = shuffle.sample(train, dataset.samples)
     if validation and (dataset.validation.path or dataset.validation.hub):
-        return Rows(train=train, validation=validation_rows(dataset), test=test, left_out=left_out)
+        kept = _fraction(train, dataset.fraction, shuffle)
+        return Rows(train=kept, validation=validation_rows(dataset), test=test, left_out=left_out)
     held_out = min(dataset.validation_samples, len(train) // 10) if validation else 0
     if validation and not held_out:
         raise InputError(f"train.eval_every: {len(train)} training rows are too few to hold out validation rows")
     if held_out:
         train = shuffle.sample(train, len(train))
-    return Rows(train=train[held_out:], validation=train[:held_out], test=test, left_out=left_out)
+    kept = _fraction(train[held_out:], dataset.fraction, shuffle)
+    return Rows(train=kept, validation=train[:held_out], test=test, left_out=left_out)
+
+
+def _fraction(rows: list[Row], fraction: float, shuffle: random.Random) -> list[Row]:
+    """So many of the rows, at least one; a larger fraction has all those of a smaller one."""
+    return rows if fraction == 1 else shuffle.sample(rows, len(rows))[: max(1, round(fraction * len(rows)))]
 
 
 def validation_rows(dataset: DatasetConfig) -> list[Row]:

@@ -215,6 +215,8 @@ def summary(result: Result) -> list[str]:
     if rung := result.run_info.get("rung"):
         value = "no number" if rung["value"] is None else f"{rung['value']:.4f}"
         return [f"stopped at rung {rung['number']}, step {rung['step']}: {rung['metric']} {value}"]
+    if stop := result.run_info.get("stopped"):
+        return [_stop_line(stop)]
     lines = [f"{name}: {text}" for name, scores in result.eval_info.items() if (text := scores_line(scores))]
     info = result.train_info
     rss = max((m.get("rss_peak", 0) for m in result.memory.values()), default=0)
@@ -230,6 +232,13 @@ def summary(result: Result) -> list[str]:
         + (f"; adapter {size(info['adapter_bytes'])}" if info.get("adapter_bytes") else "")
     )
     return [*lines, *(f"warning: {caution}" for caution in result.cautions())]
+
+
+def _stop_line(stop: dict[str, Any]) -> str:
+    """``stopped at step 40, patience: loss 1.2000, the best was 1.1000 at step 20``."""
+    value, best = ("no number" if stop[key] is None else f"{stop[key]:.4f}" for key in ("value", "best_value"))
+    at = f", the best was {best} at step {stop['best_step']}" if stop["best_step"] not in (None, stop["step"]) else ""
+    return f"stopped at step {stop['step']}, {stop['why']}: {stop['metric']} {value}{at}"
 
 
 def scores_line(scores: dict[str, Any]) -> str:

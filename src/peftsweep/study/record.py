@@ -135,6 +135,10 @@ RUN_INFO = {
     "packed_with?": [str],
     "recognised?": {"identity": str, "training": str},
     "rung?": {"number": int, "step": int, "metric": str, "value": NUMBER},
+    "stopped?": {  # before its end, with the validation at ``step``
+        **{"why": str, "step": int, "metric": str, "value": NUMBER},
+        **{"best_step": (int, type(None)), "best_value": NUMBER},
+    },
     "experiment?": {"taken?": {"*": str}, "not_taken?": {"*": str}},
 }
 NEEDED = {"labels": list, "study": str, "created_at": str}  # of RUN_INFO, by tables and sweeps

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from peftsweep.errors import InputError
-from peftsweep.schema import HalvingConfig
+from peftsweep.schema import HalvingConfig, Resource
 from peftsweep.study import record
 from peftsweep.study.record import Result, Status
+from peftsweep.study.scores import LOWER_IS_BETTER
 
 TRAINED_STATUSES = (Status.stopped, Status.success)
+PATIENCE, PRUNED = "patience", "pruned"  # why a training ends before its last step, at no rung
 PREFIX = "validation_"  # before a metric's name, in the rows of steps.jsonl
 
 
@@ -25,6 +27,8 @@ def rung_step(config: HalvingConfig, number: int) -> int:
 
 def stop_at(config: HalvingConfig, total: int) -> int | None:
     """The step at which a trial of ``total`` steps stops for the rung it is sent to; None: at its end."""
+    if config.resource is Resource.rows:  # of so many rows it takes all steps, and judges no test rows
+        return None if config.rung is None else total
     if config.min_steps is None or config.rung is None:
         return None
     step = rung_step(config, config.rung)
@@ -35,9 +39,33 @@ def reached(config: HalvingConfig, done: Result) -> bool:
     """Whether the trial of the record ``done`` has come as far as it is sent now."""
     if done.status is not Status.stopped:
         return True
+    if config.resource is Resource.rows:
+        return config.rung is not None and done.run_info["rung"]["step"] == course(done, config).total
     if config.min_steps is None or config.rung is None:
         return False
     return bool(rung_step(config, config.rung) <= done.run_info["rung"]["step"])
+
+
+def begins(config: HalvingConfig) -> float | None:
+    """The steps, or the fraction of the rows, until the first rung; None where every trial runs to its end."""
+    return config.min_fraction if config.resource is Resource.rows else config.min_steps
+
+
+def fraction(config: HalvingConfig, number: int) -> float:
+    """Of the training rows at rung ``number``, from 1 on; 1 where that would be more than a factor-th of them."""
+    assert config.min_fraction is not None
+    part = config.min_fraction * config.factor ** (number - 1)
+    return part if part * config.factor <= 1 + 1e-9 else 1.0
+
+
+def stop(place: Path, why: str, step: int, metric: str) -> dict[str, Any]:
+    """What a record says of a trial in ``place`` that ended early with its validation at ``step``, and ``why``."""
+    key, known = f"{PREFIX}{metric}", _validations(place)
+    values = {at: row[key] for at, row in known.items() if at <= step and row.get(key) is not None}
+    sign = 1 if metric.rpartition(".")[2] in LOWER_IS_BETTER else -1
+    best = min(values, key=lambda at: (sign * values[at], at), default=None)
+    said = {"why": why, "step": step, "metric": metric, "value": values.get(step)}
+    return said | {"best_step": best, "best_value": None if best is None else values[best]}
 
 
 def rung(config: HalvingConfig, place: Path, step: int) -> dict[str, Any]:
@@ -74,6 +102,9 @@ def course(result: Result, config: HalvingConfig) -> Course:
     validations = _validations(place)
     total = next((int(row["steps"]) for row in validations.values()), 0)
     values: list[float | None] = []
+    if config.resource is Resource.rows:
+        row = validations.get(total)
+        return Course(total, [] if row is None else [row.get(f"{PREFIX}{config.metric}")])
     for number in count(1):
         step = stop_at(dataclasses.replace(config, rung=number), total)
         if (row := validations.get(total if step is None else step)) is not None:

@@ -4,6 +4,8 @@ As of Jamieson and Talwalkar (2016), in the notation of Li et al. (2018): of n t
 n / factor^k go on from rung k, which lies at ``min_steps`` * factor^(k - 1) optimizer steps, and the last
 of them run to their end. A trial has a rung only where at most a factor-th of its steps are done.
 
+With ``resource=rows`` a rung is a training on a part of the rows, ``min_fraction`` * factor^(k - 1) of them.
+
 Everything is decided from the trials' records and steps, so the same command decides the same again.
 """
 
@@ -19,7 +21,8 @@ from omegaconf import DictConfig
 
 from peftsweep.analysis.text.halving_notes import notes
 from peftsweep.errors import InputError
-from peftsweep.schema import HalvingConfig
+from peftsweep.schema import HalvingConfig, Resource
+from peftsweep.study import rungs
 from peftsweep.study.record import Result, Status
 from peftsweep.study.rungs import TRAINED_STATUSES, course
 from peftsweep.study.scores import LOWER_IS_BETTER
@@ -36,12 +39,11 @@ def plan(cfg: DictConfig, points: Sequence[Point]) -> HalvingConfig | None:
     Raises:
         InputError: points differ in it.
     """
-    said = {tuple(word for word in point if word.startswith("halving.")) for point in points}
-    if len(said) > 1:
+    if len({tuple(word for word in point if word.startswith("halving.")) for point in points}) > 1:
         raise InputError("halving: is of the sweep as a whole, and cannot be swept")
-    if cfg.halving.min_steps is None or cfg.dry_run:
-        return None
-    return HalvingConfig(cfg.halving.metric or cfg.train.best_metric, cfg.halving.factor, cfg.halving.min_steps)
+    said = {key: cfg.halving[key] for key in ("factor", "min_steps", "resource", "min_fraction")}
+    config = HalvingConfig(metric=cfg.halving.metric or cfg.train.best_metric, **said)
+    return None if rungs.begins(config) is None or cfg.dry_run else config
 
 
 def run(launch: Launch, points: Sequence[Point], config: HalvingConfig, *, quiet: bool = False) -> list[JobReturn]:
@@ -50,7 +52,7 @@ def run(launch: Launch, points: Sequence[Point], config: HalvingConfig, *, quiet
     ``launch`` runs points, numbered from its second argument on, and answers with a job for each.
     """
     jobs: dict[tuple[str, ...], JobReturn] = {}
-    going, words, started, entered = list(points), ["halving.rung=1"], 0, 0
+    going, words, started, entered = list(points), _words(config, 1), 0, 0
     for number in count(1):
         ended = launch([[*point, *words] for point in going], started)
         started += len(going)
@@ -69,11 +71,19 @@ def run(launch: Launch, points: Sequence[Point], config: HalvingConfig, *, quiet
             break  # each has come to its end
         best = ranked(by_identity, dataclasses.replace(config, rung=number))[: max(1, entered // config.factor**number)]
         going = [point for point, one in zip(going, results, strict=True) if one and one.run_info["identity"] in best]
-        words = ["halving.rung=null" if len(best) == 1 else f"halving.rung={number + 1}", "force=false"]
+        words = [*_words(config, None if len(best) == 1 else number + 1), "force=false"]
         _say(f"rung {number}: the best {len(best)} of {len(by_identity) + failed} by {config.metric} go on", quiet)
     for line in notes(filter(None, map(_result, jobs.values()))):
         _say(line, quiet)
     return [jobs[tuple(point)] for point in points]
+
+
+def _words(config: HalvingConfig, number: int | None) -> list[str]:
+    """What sends a point to rung ``number``; None: to its end."""
+    if config.resource is Resource.steps:
+        return [f"halving.rung={'null' if number is None else number}"]
+    part = 1.0 if number is None else rungs.fraction(config, number)
+    return [f"dataset.fraction={part}", f"halving.rung={'null' if part == 1 else number}"]
 
 
 def _result(job: JobReturn) -> Result | None:

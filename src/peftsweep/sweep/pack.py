@@ -278,6 +278,7 @@ class _Pack:
                         log=partial(lane.session.log_step, files.enter_context(lane.session.steps())),
                         validate=lane.session.validation(),
                         stop_at=lane.session.stop_at,
+                        prune=lane.session.prune(),
                     )
                     for lane in lanes
                 ],
@@ -301,6 +302,10 @@ class _Pack:
         lane.result.memory |= {f"packed_{name}": one.memory() for name, one in stages.items()}
         if ended.error is not None:
             lane.fail(ended.error, "train")
+            return
+        session.note_stop(ended.trained)
+        if session.stopped_early:
+            lane.status = Status.stopped
 
     def _judge(self) -> None:
         """End those that have come to their rung."""
@@ -344,6 +349,7 @@ class _Pack:
         answers = None
         with lane.own():
             cast(PeftModel, lane.session.adapted).set_adapter(lane.name)
+            lane.session.score_scaled()
             answers = lane.session.keep()
         return answers
 

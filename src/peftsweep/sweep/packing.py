@@ -23,7 +23,16 @@ ADAPTER = ("r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights",
 TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 PER_TRIAL = (
     *("learning_rate", "learning_rate_scale", "weight_decay", "schedule", "warmup", "steps", "epochs", "clip"),
-    *("optimizer", "optimizer_kwargs", "log_every", "keep_best", "best_metric", "checkpoint_every", "params_file"),
+    *(
+        "optimizer",
+        "optimizer_kwargs",
+        "log_every",
+        "keep_best",
+        "best_metric",
+        "patience",
+        "checkpoint_every",
+        "params_file",
+    ),
 )
 PLAIN = (True, "gaussian", False)  # ways to begin that draw numbers and do not look at the base
 

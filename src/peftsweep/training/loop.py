@@ -26,7 +26,7 @@ from peftsweep.training.optimizer import (
     enable_checkpointing,
     make_optimizer,
 )
-from peftsweep.training.run import Row, Run, Trained
+from peftsweep.training.run import Prune, Row, Run, Trained
 
 
 def train(
@@ -42,6 +42,7 @@ def train(
     after_step: Callable[[], None] | None = None,
     checkpoints: Checkpoints | None = None,
     stop_at: int | None = None,
+    prune: Prune | None = None,
     order: Iterable[list[int]] | None = None,
 ) -> Trained:
     """Train the parameters of ``model`` that require gradients; ``log`` gets a row a logged step and a row an epoch.
@@ -53,15 +54,16 @@ def train(
     own. With ``after_step``, a profiler's, the parts of a step carry names in its trace. ``checkpoints`` gets one
     every ``config.checkpoint_every`` and the trained weights at the end, and training goes on from what it has found;
     if that are the trained weights, nothing is trained. With ``stop_at``, a rung's
-    step, it ends there with a checkpoint, on the schedule of its full length. ``order`` gives the row numbers of each
-    step in place of those that the seed gives.
+    step, it ends there with a checkpoint, on the schedule of its full length; so it does after a validation of which
+    ``prune`` says so, or with which ``config.patience`` is at its end. ``order`` gives the row numbers of each step in
+    place of those that the seed gives.
 
     Raises:
         FloatingPointError: the loss is no longer finite, or at the end the weights or the loss that they give.
     """
     laps, optimizer = Laps(meter.device), make_optimizer(model, config)
     trained = dict(trainable_parameters(model))
-    run = Run(config, len(rows), trained, optimizer, laps, meter, log, validate)
+    run = Run(config, len(rows), trained, optimizer, laps, meter, log, validate, prune)
     if checkpoints and checkpoints.trained is not None:
         checkpoints.restore({"weights": Weights(model)})
         model.eval()
@@ -84,7 +86,10 @@ def train(
             checkpoints.restore(parts)
         stream = numbered(first=run.step)
         last = run.steps if stop_at is None else min(stop_at, run.steps)
+        run.consider()
         for step in range(run.step + 1, last + 1):
+            if run.stopped:
+                break
             laps.start()
             taken = next(stream)
             loss = take_step(compilation.model, step, taken)
@@ -94,7 +99,7 @@ def train(
             meter.sample()
             run.count(loss, taken)
             run.report(model, partial(torch.compiler.set_stance, "force_eager"))
-            if checkpoints and not run.complete and (due(step) or interruption.pending or step == last):
+            if checkpoints and not run.complete and (due(step) or interruption.pending or step == last or run.stopped):
                 with meter.stage("checkpoint"):
                     checkpoints.save(step, parts)
             if not run.complete:  # else when the trained weights are on the disk

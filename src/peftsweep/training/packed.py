@@ -33,7 +33,7 @@ from peftsweep.training.optimizer import (
     enable_checkpointing,
     make_optimizer,
 )
-from peftsweep.training.run import Row, Run, Trained
+from peftsweep.training.run import Prune, Row, Run, Trained
 
 # ---- the loop --------------------------------------------------------------------------------------
 
@@ -52,6 +52,7 @@ class Lane:
     validate: Callable[[], dict[str, float]] | None = None
     checkpoints: Checkpoints | None = None
     stop_at: int | None = None
+    prune: Prune | None = None
 
 
 @dataclass(frozen=True)
@@ -181,20 +182,21 @@ class _LaneRun(Run):
         }
         optimizer = make_optimizer(nn.Module(), lane.config, list(weights.values()))
         own = _LaneLaps(laps)
-        super().__init__(lane.config, len(rows), weights, optimizer, own, meter, lane.log, lane.validate)
+        super().__init__(lane.config, len(rows), weights, optimizer, own, meter, lane.log, lane.validate, lane.prune)
         self.lane, self._pack = lane, pack
         self._checkpointed = self.parts(
             _Weights(weights), _OptimizerState(optimizer), _Dropout(pack.dropout(lane.name))
         )
         if lane.checkpoints:
             lane.checkpoints.restore(self._checkpointed)
+        self.consider()
         self._stop_at = self.steps if lane.stop_at is None else min(lane.stop_at, self.steps)
         self.error: Exception | None = None
 
     @property
     def over(self) -> bool:
         """Whether it has no more steps to take, or has failed."""
-        return self.error is not None or self.step >= self._stop_at
+        return self.error is not None or self.stopped or self.step >= self._stop_at
 
     @contextmanager
     def isolated(self) -> Iterator[None]:

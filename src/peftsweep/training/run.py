@@ -15,6 +15,7 @@ from peftsweep.data.batches import Batch
 from peftsweep.errors import InputError
 from peftsweep.observe.measure import Laps, Meter
 from peftsweep.schema import TrainConfig
+from peftsweep.study.rungs import PATIENCE, PRUNED
 from peftsweep.study.scores import LOWER_IS_BETTER
 from peftsweep.training.checkpoint import Part
 from peftsweep.training.finite import check_finite, check_trained
@@ -43,6 +44,7 @@ class Trained:
     step_seconds: list[float]
     compilation: dict[str, Any] = field(default_factory=dict)  # facts of torch.compile
     lanes: list[int] = field(default_factory=list)  # how many trials took each step together
+    stopped: str | None = None  # why it ended before its last step: PATIENCE or PRUNED
 
     @property
     def steady_seconds(self) -> list[float]:
@@ -61,6 +63,7 @@ class Trained:
 
 
 Row = dict[str, Any]  # of steps.jsonl
+Prune = Callable[[int, dict[str, float]], bool]  # a step and its validation's scores -> whether the run ends there
 
 
 class Run:
@@ -80,9 +83,10 @@ class Run:
         meter: Meter,
         log: Callable[[Row], None],
         validate: Callable[[], dict[str, float]] | None,
+        prune: Prune | None = None,
     ) -> None:
         self.config, self.meter, self.optimizer = config, meter, optimizer
-        self._rows, self._laps, self._log, self._validate = rows, laps, log, validate
+        self._rows, self._laps, self._log, self._validate, self._prune = rows, laps, log, validate, prune
         self.steps = total_steps(config, rows)
         self._every = interval(config, "eval_every", rows) if validate else None
         self._parameters = list(trained.values())
@@ -142,10 +146,29 @@ class Run:
                 scores = self._validate()
             model.train()
             validations = self.progress.validations
-            validations.append((badness(scores, self.config.best_metric), scores["loss"], self.step))
+            self.progress.validated(scores, self.step, self.config)
             self._log(numbers | {f"validation_{name}": value for name, value in scores.items()})
             if self._best and min(validations)[-1] == self.step:
                 self._best.keep()
+            self.consider(scores)
+
+    def consider(self, scores: dict[str, float] | None = None) -> None:
+        """Whether the run ends with the validations that it has come to, the last of which had these ``scores``.
+
+        Without them it was restored: its process may have died between the checkpoint and its end.
+        """
+        patience = self.config.patience
+        if self.complete:
+            return
+        if patience is not None and without_gain(self.progress.validations) >= patience:
+            self.progress.stopped = PATIENCE
+        elif scores is not None and self._prune is not None and self._prune(self.step, scores):
+            self.progress.stopped = PRUNED
+
+    @property
+    def stopped(self) -> bool:
+        """Whether its validations have ended it before its last step."""
+        return self.progress.stopped is not None
 
     def _figures(self, model: nn.Module) -> Row:
         self._final_loss = self.progress.mean_loss()  # the only place where the host waits for the device
@@ -197,6 +220,10 @@ class Progress:
     losses: list[torch.Tensor] = field(default_factory=list)  # since the last logged step
     validations: list[tuple[float, float, int]] = field(default_factory=list)  # how bad, its loss, its step
     lanes: list[int] = field(default_factory=list)  # how many trials took each step together
+    stopped: str | None = None  # why it ends before its last step
+
+    def validated(self, scores: dict[str, float], step: int, config: TrainConfig) -> None:
+        self.validations.append((badness(scores, config.best_metric), scores["loss"], step))
 
     def add(self, loss: torch.Tensor, batches: Sequence[Batch], lanes: int = 1) -> None:
         self.step += 1
@@ -230,10 +257,11 @@ class Progress:
             step_seconds=self.laps.seconds(),
             compilation=compilation or {},
             lanes=self.lanes,
+            stopped=self.stopped,
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return vars(self) | {"laps": self.laps.seconds()}
+        return vars(self) | {"laps": self.laps.seconds(), "stopped": None}  # which the next sitting decides anew
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.laps.resume(state["laps"])
@@ -292,6 +320,12 @@ def badness(scores: dict[str, float], metric: str) -> float:
         raise InputError(f"train.best_metric={metric}: the validation has {', '.join(scores)}")
     value = scores[metric] if metric.rpartition(".")[2] in LOWER_IS_BETTER else -scores[metric]
     return math.inf if math.isnan(value) else value
+
+
+def without_gain(validations: Sequence[tuple[float, float, int]]) -> int:
+    """How many validations have followed the best one; of equal ones the first is the best."""
+    worth = [bad for bad, *_ in validations]
+    return len(worth) - 1 - worth.index(min(worth)) if worth else 0
 
 
 class Best:

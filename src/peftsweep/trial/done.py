@@ -106,7 +106,7 @@ def _headlined_anew(trial: Trial, done: Result) -> bool:
 
 def resumes_full(trial: Trial) -> bool:
     """Whether the trial was stopped at a rung, of a halving that is not asked for any more."""
-    held = store.result(folder(trial)) if trial.config.halving.min_steps is None else None
+    held = store.result(folder(trial)) if rungs.begins(trial.config.halving) is None else None
     return held is not None and held.status is Status.stopped
 
 
@@ -114,7 +114,18 @@ def _done(trial: Trial) -> Result | None:
     done = None if trial.config.force else store.result(folder(trial))
     if done is None or not done.status.done or _fault(done) or damaged(trial):
         return None
-    return done if rungs.reached(trial.config.halving, done) else None
+    return done if _reached(trial, done) else None
+
+
+def _reached(trial: Trial, done: Result) -> bool:
+    """Whether the trial has come as far as it is sent now, which may be farther than when it was stopped."""
+    stop = done.run_info.get("stopped")
+    if stop is None or done.status is not Status.stopped:
+        return rungs.reached(trial.config.halving, done)
+    if stop["why"] == rungs.PRUNED:
+        return trial.pruning is not None
+    patience, waited = trial.config.train.patience, done.config["train"].get("patience")
+    return patience is not None and waited is not None and waited >= patience
 
 
 def _lacks_profile(trial: Trial, done: Result) -> bool:

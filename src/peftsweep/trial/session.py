@@ -23,16 +23,18 @@ from peftsweep.data import rows as data_rows
 from peftsweep.data import tokens as data_tokens
 from peftsweep.data.templates import Example
 from peftsweep.evaluation import evaluate as evaluation_evaluate
-from peftsweep.evaluation import inference, likelihood
+from peftsweep.evaluation import inference, likelihood, scaled
 from peftsweep.forecast import forecast
 from peftsweep.models import losses, parts, probe
 from peftsweep.models import saved as models_saved
 from peftsweep.observe.display import Observer
 from peftsweep.observe.measure import Meter, Stage
+from peftsweep.schema import Role
+from peftsweep.search import pruning
 from peftsweep.study import claims, record, rungs, store
 from peftsweep.study.reading import Unreadable
 from peftsweep.study.record import Result
-from peftsweep.training import checkpoint, compiled, length, loop, optimizer
+from peftsweep.training import checkpoint, compiled, length, loop, optimizer, run
 from peftsweep.training.run import Trained
 from peftsweep.trial import foreseen, mended, seen
 from peftsweep.trial.done import Oversized, Refused, folder, trained
@@ -63,6 +65,7 @@ class Session:
         self.bare: Any = None  # the untouched base, kept beside the adapted one to be timed
         self.earlier = trained(trial)
         self.profiled_steps = 0
+        self.stopped_early = False  # before its last step, by its validations
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
@@ -198,13 +201,28 @@ class Session:
                 validate=self.validation(),
                 checkpoints=checkpoints,
                 stop_at=self.stop_at,
+                prune=self.prune(),
             )
+        self.note_stop(trained)
         counts = parts.count(self.adapted)
         self.info |= {"trainable_parameters": counts.trainable, "total_parameters": counts.total}
         self.info |= train_info(trained) | train_cost(trained)
         foreseen.count_flops(
             self.result, flops, length.total_steps(self.config.train, len(self.tokens)), self.meter.device
         )
+
+    def note_stop(self, trained: run.Trained) -> None:
+        """Have the record say so if the validations ended the training before its last step."""
+        if trained.stopped is None:
+            return
+        asked = self.trial.pruning if trained.stopped == rungs.PRUNED else None
+        metric = asked.metric if asked else self.config.train.best_metric
+        self.stopped_early = True
+        self.result.run_info["stopped"] = rungs.stop(self.place, trained.stopped, trained.steps, metric)
+
+    def prune(self) -> run.Prune | None:
+        """What tells after a validation whether a search prunes the trial; None where none does."""
+        return None if self.trial.pruning is None else pruning.verdict(self.trial.pruning)
 
     def checkpoints(self) -> checkpoint.Checkpoints:
         """Those of the training, which goes on from the newest one."""
@@ -300,6 +318,25 @@ class Session:
         record.write_lines(self.place / "predictions" / f"{name}.jsonl", evaluation.predictions)
         self.kept.keep(name, test, found, packed="packed_with" in self.result.run_info)
         return found
+
+    def score_scaled(self) -> None:
+        """The scores of the adapter at fractions of its scale, where an evaluation says what is to be kept."""
+        roles = {name: node.get("role", Role.target.value) for name, node in self.config.eval.items()}
+        if not self.config.adapter.scales or set(roles.values()) != {role.value for role in Role}:
+            return
+        if reason := scaled.unscalable(self.adapted):
+            log.warning("scored at no fraction of its scale: %s", reason)
+            self.info["scales_refused"] = reason
+            return
+        self.info["scales"] = rows = list[dict[str, Any]]()
+        with self.stage("scales"):
+            for scale in sorted(set(self.config.adapter.scales)):
+                with scaled.scaled(self.adapted, scale):
+                    for name, test in self.tests.items():
+                        found = build.evaluator(self.trial, name)(self.adapted, self.tokenizer, test)
+                        metric = found.facts.get(record.HEADLINE) or next(iter(found.scores))
+                        score = record.plain(found.scores[metric])
+                        rows.append({"scale": scale, "eval": name, "role": roles[name], "metric": metric, **score})
 
     def save(self) -> None:
         """Have the trained weights on the disk, if they are to be saved."""

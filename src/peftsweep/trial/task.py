@@ -111,8 +111,11 @@ def _run(session: Session) -> Status:
     session.score_base()
     with compiled.once() if session.config.profiler else nullcontext():
         session.adapt()
+        if session.stopped_early:
+            return Status.stopped
         session.save()
         session.evaluate()
+        session.score_scaled()
         answers = session.keep()
     session.let_go()  # two bases would not fit where one just does
     session.compare(answers)

@@ -43,6 +43,7 @@ from peftsweep.analysis.figures.axes import (
     spans_a_decade,
 )
 from peftsweep.analysis.figures.costs import latency, memory_predicted, memory_stages
+from peftsweep.analysis.figures.retention import kept
 from peftsweep.analysis.statistics import effects, stats
 from peftsweep.analysis.statistics import trials as statistics_trials
 from peftsweep.analysis.statistics.frontier import front as frontier_of
@@ -85,7 +86,7 @@ STYLE = {
 }
 NAMES = (
     *("rank_", "frontier_", "modules_", "quantisation_", "heatmap_", "training_time", "adapter_size", "parameters"),
-    *("latency", "memory_stages", "memory_predicted", "learning_curves"),
+    *("latency", "memory_stages", "memory_predicted", "learning_curves", "retention"),
 )
 
 
@@ -163,6 +164,8 @@ def _of_task(
             yield name, figure
     if (figure := learning_curves(table, steps)) is not None:
         yield "learning_curves", figure
+    if (figure := kept(table)) is not None:
+        yield "retention", figure
 
 
 def _configurations(table: pd.DataFrame, predictions: statistics_trials.Predictions | None) -> pd.DataFrame:

@@ -28,7 +28,14 @@ NO_SETTINGS = (
     *("config.memory_limit", "config.skip_oversized", "config.force", "config.quiet", "config.stop_on_failure"),
     *("config.halving.", "config.objective", "config.repeat"),
     *("config.profiler.", "config.tracker.", "config.train.checkpoint_every", "config.train.log_every"),
-    *("config.train.params_file", "config.adapter.save", "config.adapter.check", "config.adapter.merge"),
+    "config.train.patience",
+    *(
+        "config.train.params_file",
+        "config.adapter.save",
+        "config.adapter.check",
+        "config.adapter.merge",
+        "config.adapter.scales",
+    ),
 )
 OF_SOME = ("config.eval.", "config.inference.")  # settings that a trial may lack and yet be the same training
 # Of settings that move together, the one that a person would name.

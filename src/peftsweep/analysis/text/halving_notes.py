@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from peftsweep.observe.display import size
-from peftsweep.schema import HalvingConfig
+from peftsweep.schema import HalvingConfig, Resource
 from peftsweep.study import store
 from peftsweep.study.record import Result, Status
 from peftsweep.study.rungs import TRAINED_STATUSES, course
@@ -22,11 +24,18 @@ MIN_PAIRS = 3  # pairs below which a correlation says nothing
 def notes(results: Iterable[Result]) -> list[str]:
     """Of each halving among the records: the steps it spared, and how far its rungs foretold what came after."""
     sweeps: dict[tuple[Any, ...], list[Result]] = {}
+    of_rows: dict[tuple[Any, ...], list[Result]] = {}
     for result in results:
         said = result.config.get("halving") or {}
+        if said.get("min_fraction") is not None and result.status in TRAINED_STATUSES and "steps" in result.train_info:
+            of_rows.setdefault((said["metric"], said["factor"], said["min_fraction"]), []).append(result)
         if said.get("min_steps") is not None and result.status in TRAINED_STATUSES and "steps" in result.train_info:
             sweeps.setdefault((said["metric"], said["factor"], said["min_steps"]), []).append(result)
-    return [line for said, group in sweeps.items() for line in _notes(group, HalvingConfig(*said))]
+    lines = [line for said, group in sweeps.items() for line in _notes(group, HalvingConfig(*said))]
+    for (metric, factor, part), group in of_rows.items():
+        config = HalvingConfig(metric, factor, resource=Resource.rows, min_fraction=part)
+        lines += _notes_of_rows(group, config)
+    return lines
 
 
 def _notes(results: Sequence[Result], config: HalvingConfig) -> list[str]:
@@ -43,6 +52,31 @@ def _notes(results: Sequence[Result], config: HalvingConfig) -> list[str]:
         pairs = [(one.values[place], one.values[place + 1]) for one in courses if len(one.values) > place + 1]
         lines.append(f"rung {place + 1} and what came next: {_correlation(pairs)}")
     return lines
+
+
+def _notes_of_rows(results: Sequence[Result], config: HalvingConfig) -> list[str]:
+    """As `_notes`, where each rung of a point is a trial of its own, on a fraction of the rows."""
+    points: dict[str, dict[float, Result]] = {}
+    for one in results:
+        tree = one.config | {"dataset": one.config["dataset"] | {"fraction": None}, "label": None}
+        points.setdefault(json.dumps(tree, sort_keys=True), {})[float(one.config["dataset"]["fraction"])] = one
+    trained = sum(one.train_info["steps"] for one in results)
+    total = sum(max(one.train_info["steps"] / part for part, one in rungs.items()) for rungs in points.values())
+    stopped = sum(max(rungs) < 1 for rungs in points.values())
+    lines = [
+        f"halving by {config.metric}, of rows: {trained:,} of about {total:,.0f} steps trained "
+        f"({trained / max(total, 1):.0%}); {stopped} points were not trained on all rows, any of which may have won"
+    ]
+    parts = sorted({part for rungs in points.values() for part in rungs})
+    for place, (part, following) in enumerate(itertools.pairwise(parts), start=1):
+        both = [(rungs[part], rungs[following]) for rungs in points.values() if {part, following} <= rungs.keys()]
+        pairs = [(_last(first, config), _last(then, config)) for first, then in both]
+        lines.append(f"rung {place} ({part:.3g} of the rows) and what came next: {_correlation(pairs)}")
+    return lines
+
+
+def _last(one: Result, config: HalvingConfig) -> float | None:
+    return next(iter(course(one, config).values), None)
 
 
 def _bytes(file: Path) -> int:

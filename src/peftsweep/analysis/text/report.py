@@ -17,7 +17,7 @@ from peftsweep.analysis.statistics import frontier
 from peftsweep.analysis.statistics import trials as statistics_trials
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.columns import QUANT, RANK, TARGETS
-from peftsweep.analysis.text import findings, methodology, paired, recommendations, words
+from peftsweep.analysis.text import findings, methodology, paired, recommendations, retention, words
 from peftsweep.analysis.text.factors import _costs, _factor, _standing
 from peftsweep.analysis.text.findings import Task
 from peftsweep.analysis.text.recommendations import QUALITY_LOSS
@@ -93,6 +93,7 @@ def _document(
             yield ""
             yield from _links(left.values(), folder)
     yield from _links(every.values(), folder)
+    yield from retention.section(table)
     yield from methodology.methodology(table, tasks, steps)
     for section in answer.sections:
         if not section.sentences and section.name != "table":

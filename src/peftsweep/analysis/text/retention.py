@@ -1,0 +1,133 @@
+"""What adapters have cost elsewhere, and at which of their scales the most of it is kept.
+
+A trial with evaluations of both roles holds its scores at fractions of the adapter's scale (``train_info.scales``);
+the base is at 0 and the adapter as it was trained at 1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+from scipy import special
+
+from peftsweep.analysis.statistics.intervals import ALPHA
+from peftsweep.analysis.table import columns
+from peftsweep.schema import Role
+from peftsweep.study.scores import LOWER_IS_BETTER
+
+SCALES = "train_info.scales"
+Z = float(special.ndtri(1 - ALPHA / 2))  # standard errors to each side of a 95% interval
+
+
+@dataclass(frozen=True)
+class Point:
+    """A score at one scale of an adapter."""
+
+    scale: float
+    value: float
+    stderr: float | None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """An evaluation's scores by the adapter's scale, from the base at 0 to the whole adapter at 1."""
+
+    evaluation: str
+    role: str
+    metric: str
+    points: tuple[Point, ...]
+
+    @property
+    def sign(self) -> int:
+        """1 where more is better, -1 where less is."""
+        return -1 if self.metric.rpartition(".")[2] in LOWER_IS_BETTER else 1
+
+    def at(self, scale: float) -> Point | None:
+        return next((one for one in self.points if one.scale == scale), None)
+
+    def within(self, scale: float) -> bool:
+        """Whether the score at ``scale`` is no worse than the lower end of the 95% interval at 1."""
+        here, whole = self.at(scale), self.at(1.0)
+        if here is None or whole is None:
+            return False
+        return self.sign * (here.value - whole.value) >= -Z * (whole.stderr or 0.0)
+
+
+def curves(record: Mapping[str, Any], evaluations: Mapping[str, Mapping[str, Any]]) -> list[Curve]:
+    """The curves of a trial, of ``train_info`` and ``eval_info`` of its record; none where it was not scored so."""
+    rows = record.get("scales") or []
+    found = []
+    for name, role, metric in dict.fromkeys((row["eval"], row["role"], row["metric"]) for row in rows):
+        points = [
+            Point(row["scale"], row["value"], row["stderr"])
+            for row in rows
+            if (row["eval"], row["metric"]) == (name, metric) and row["value"] is not None
+        ]
+        facts = evaluations.get(name, {})
+        for scale, key in ((0.0, f"base_{metric}"), (1.0, metric)):
+            if (score := facts.get(key)) and score["value"] is not None:
+                points.append(Point(scale, score["value"], score["stderr"]))
+        found.append(Curve(name, role, metric, tuple(sorted(points, key=lambda one: one.scale))))
+    return found
+
+
+def keeps_most(found: Iterable[Curve], retention: Curve) -> float | None:
+    """The scale at which ``retention`` is best, of those at which each target's score is within its interval at 1."""
+    targets = [one for one in found if one.role == Role.target.value]
+    scales = [one.scale for one in retention.points if all(target.within(one.scale) for target in targets)]
+    values = {one.scale: retention.sign * one.value for one in retention.points}
+    return max(scales, key=lambda scale: (values[scale], scale), default=None)
+
+
+def of_table(table: pd.DataFrame) -> Iterator[tuple[str, list[Curve]]]:
+    """The curves of each trial that was scored so, of a table with a row a trial; by the trial's name."""
+    if SCALES not in table:
+        return
+    for (_, row), name in zip(table.iterrows(), columns.named_trials(table), strict=True):
+        if not isinstance(row[SCALES], str):
+            continue
+        rows, scores = json.loads(row[SCALES]), dict[str, dict[str, Any]]()
+        for name_of, metric in {(one["eval"], one["metric"]) for one in rows}:
+            for key in (metric, f"base_{metric}"):
+                parts = {part: row.get(f"eval_info.{name_of}.{key}.{part}") for part in ("value", "stderr")}
+                if pd.notna(parts["value"]):
+                    scores.setdefault(name_of, {})[key] = parts
+        yield str(name), curves({"scales": rows}, scores)
+
+
+def section(table: pd.DataFrame) -> Iterator[str]:
+    """Lines of a report on what was kept; none where no trial was scored so."""
+    if lines := [*notes(of_table(table))]:
+        yield "## What was kept"
+        yield ""
+        yield from (f"- {line}" for line in lines)
+        yield ""
+
+
+def notes(trials: Iterable[tuple[str, list[Curve]]]) -> Iterator[str]:
+    """A line for each trial, by its name and curves, and each of its evaluations of what is to be kept."""
+    for name, found in trials:
+        for retention in (one for one in found if one.role == Role.retention.value):
+            if (scale := keeps_most(found, retention)) is not None:
+                yield _line(name, found, retention, scale)
+
+
+def _line(name: str, found: Iterable[Curve], retention: Curve, scale: float) -> str:
+    def said(curve: Curve, at: float) -> str:
+        point = curve.at(at)
+        return "?" if point is None else f"{point.value:.3f}"
+
+    targets = [one for one in found if one.role == Role.target.value]
+    quality = ", ".join(f"{one.evaluation} {one.metric} {said(one, scale)} (whole {said(one, 1.0)})" for one in targets)
+    kept = f"{retention.evaluation} {retention.metric} {said(retention, scale)}"
+    beside = f"whole {said(retention, 1.0)}, base {said(retention, 0.0)}"
+    if scale == 1.0:
+        return f"{name}: keeps most of {retention.evaluation} as it is: {kept} (base {said(retention, 0.0)}); {quality}"
+    where = "without the adapter" if scale == 0.0 else f"at {scale:g} of its scale"
+    return (
+        f"{name}: keeps most of {retention.evaluation} {where}: {kept} ({beside}), with {quality}, within the interval"
+    )

@@ -1,0 +1,1 @@
+"""Which point is tried next, and which trial is not worth going on with? A search by Optuna."""
