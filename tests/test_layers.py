@@ -31,9 +31,20 @@ ORDER = [
     "analysis",
     "trial",
     "sweep",
+    "tuning",
 ]
 ORDER += ["doctor", "reference", "cli", "reference_pages"]
-KNOW_HYDRA = {"shorthand", "config", "trial", "sweep", "cli", "command_line", "data.prepare", "analysis.interchange"}
+KNOW_HYDRA = {
+    "shorthand",
+    "config",
+    "trial",
+    "sweep",
+    "tuning.command",
+    "cli",
+    "command_line",
+    "data.prepare",
+    "analysis.interchange",
+}
 WITHOUT_TORCH = (
     *(
         "cli",

@@ -47,7 +47,9 @@ SHARE = Range(least=0, most=1)
 ANY = Range(least=-(2**63), most=2**63 - 1)
 PATTERNS: dict[Range, tuple[str, ...]] = {  # where several patterns fit a key, the first counts
     SEED: ("seed", "dataset.split_seed", "method.*seed", "method.*prng_key", "hydra.sweeper.sampler.seed"),
-    Range(above=0, below=1): ("dataset.train_fraction", "method.beta?"),
+    Range(above=0, below=1): ("dataset.train_fraction", "method.beta?", "tune.tie", "league.difference"),
+    Range(above=0, most=LARGEST_FLOAT32): ("tune.rates.*",),
+    Range(least=2, most=1000): ("tune.seeds", "league.seeds"),
     Range(least=2, most=LARGEST): ("dataset.max_length", "eval.*.max_length", "halving.factor"),
     Range(least=1, most=LARGEST_SCALE): ("method.lora_alpha", "method.eva_config.rho"),
     Range(above=0, most=1): ("method.sparse_rate",),
@@ -86,6 +88,7 @@ PATTERNS: dict[Range, tuple[str, ...]] = {  # where several patterns fit a key, 
         *(f"model.architecture.{name}" for name in ("num_*", "n_*", "*_size", "*_dim", "max_*")),
         *("train.batch_size", "train.accumulation", "train.pad_to_multiple_of", "train.log_every"),
         *("method.r", "method.rank_pattern.*", "halving.min_steps", "halving.rung"),
+        *("tune.ranks.*", "tune.finalists", "league.trials"),
         *(f"eval.*.{name}" for name in ("samples", "batch_size", "max_new_tokens", "num_beams", "stride", "limit")),
         *("inference.samples", "inference.runs", "inference.batch_sizes.*"),
         *("inference.categories.*.new_tokens", "inference.categories.*.prompt_tokens"),

@@ -187,6 +187,33 @@ class HalvingConfig:
     factor: int = 3  # one trial in so many goes on, for so many times the steps
     min_steps: int | None = None  # steps until the first rung; null: every trial runs to its end
     rung: int | None = None  # at which this trial stops, from 1 on; the sweeper's to say
+    test: bool = True  # false: it stops at its end too, before its test rows are judged; the sweeper's to say
+
+
+@dataclass
+class TuneConfig:
+    """sweep=tune: what is searched, and when a comparison of finalists is over."""
+
+    rates: list[float] | None = None  # learning rates to try; null: a ladder around the method's, extended at its ends
+    ranks: list[int] | None = None  # null: 1, 2 and 4 times the method's rank, or what else its size is called
+    targets: list[str] | None = (
+        None  # options of `targets`, at the best rate and rank; null: the method's, qv, all_linear
+    )
+    metric: str | None = None  # of the validation, as train.best_metric, which it is by default
+    finalists: int = 2  # methods that are judged on the test rows, the best by validation
+    seeds: int = 8  # of each finalist at most
+    tie: float = 0.01  # a difference that does not matter: of an accuracy 0.01, of a perplexity 1%
+    replay: str | None = None  # a table of finished runs to decide on, so that nothing is trained
+
+
+@dataclass
+class LeagueConfig:
+    """sweep=league: methods compared at equal effort."""
+
+    trials: int = 8  # of tuning, for every contestant
+    seeds: int = 5  # final trials of each, judged on the test rows
+    placebo: str = "lora"  # the method that takes part twice, under another name and with other seeds
+    difference: float = 0.02  # that the league is to tell apart; it says how many seeds that takes
 
 
 @dataclass
@@ -237,6 +264,9 @@ class Config:
     halving: HalvingConfig = field(default_factory=HalvingConfig)
     forecast: ForecastConfig = field(default_factory=ForecastConfig)
     price: PriceConfig = field(default_factory=PriceConfig)
+    budget: str | None = None  # of sweep=tune: 40trials, 5000steps, 90m, 2h; null: until it is decided
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    league: LeagueConfig = field(default_factory=LeagueConfig)
     objective: Any = None  # a column of the record, or a list of them, that a sweeper such as Optuna's is told
 
 

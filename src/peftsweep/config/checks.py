@@ -34,6 +34,7 @@ WHOLE_SWEEP = (  # keys with one value for all points of a sweep
     *("study", "dry_run", "quiet", "stop_on_failure", "halving", "hydra.launcher", "hydra.sweeper._target_"),
     *("hydra.sweeper.max_batch_size", "hydra.sweep.dir"),
 )
+SEARCHES = (".TuneSweeper", ".LeagueSweeper")  # sweepers that decide what to run while they run it
 PACK = 8  # trials at once that pack=auto tries
 OFF = "off"
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -88,6 +89,8 @@ def _check_values(tree: dict[str, Any]) -> None:
 def _check_halving(config: Config, sweeper: str | None) -> None:
     """A rung must be a step at which the trial is validated anyway, so that it changes nothing of the trial."""
     halving, every = config.halving, config.train.eval_every
+    if not halving.test and every is None:
+        raise InputError("halving.test=false: needs train.eval_every, as the trial ends with a validation")
     if halving.min_steps is None:
         return
     if sweeper not in (None, "grid"):
@@ -126,6 +129,9 @@ def check_expanded(cfg: DictConfig, given: Iterable[str]) -> None:
     Raises:
         InputError: the line names the axes.
     """
+    if str(OmegaConf.select(cfg, "hydra.sweeper._target_")).endswith(SEARCHES):
+        name = cfg.hydra.runtime.choices.sweep
+        raise InputError(f"sweep={name}: is more than one trial; only the command line runs it")
     axes = OmegaConf.select(cfg, "hydra.sweeper.params") or {}
     lacking = [name for name in (str(key).lstrip("+") for key in axes) if name not in given]
     if lacking:
