@@ -146,7 +146,7 @@ class GridSweeper(BasicSweeper):
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
         """Run the points of the words; a failure among them is raised when all of them have run."""
         assert self.hydra_context is not None
-        self._check()
+        self._check(arguments)
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         grids = self._joined(arguments, parser.parse_overrides(arguments)) or [[*self._parse_config(), *arguments]]
         points = [point for grid in grids for point in self.split_arguments(parser.parse_overrides(grid), None)[0]]
@@ -161,10 +161,12 @@ class GridSweeper(BasicSweeper):
             raise next((one for one in failures if not isinstance(one, NotRun)), failures[0])
         return jobs
 
-    def _check(self) -> None:
+    def _check(self, arguments: list[str]) -> None:
+        from peftsweep.config.checks import check_unused
         from peftsweep.errors import InputError
 
         assert self.config is not None
+        check_unused(arguments)
         size, params = self.max_batch_size, self.config.hydra.sweeper.params
         if size is not None and not (type(size) is int and size >= 1):
             raise InputError(f"hydra.sweeper.max_batch_size={size}: must be a whole number, at least 1, or null")

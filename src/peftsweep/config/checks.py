@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def _check_values(tree: dict[str, Any]) -> None:
     limits.check(tree, numeric_options(tree))
     if tree["train"]["keep_best"] and tree["train"]["eval_every"] is None:
         raise InputError("train.keep_best=true: needs train.eval_every, the interval of the validations it compares")
-    for key in ("train.best_metric", "halving.metric"):
+    for key in ("train.best_metric", "halving.metric", "tune.metric"):
         metric = _at(tree, key) or "loss"
         if metric != "loss" and metric.partition(".")[0] not in tree["eval"]:
             raise InputError(f"{key}={metric}: must be loss or <eval>.<metric> of {', '.join(tree['eval'])}")
@@ -140,6 +140,19 @@ def check_expanded(cfg: DictConfig, given: Iterable[str]) -> None:
             f"{', '.join(options)}: is more than one trial, it sweeps {', '.join(lacking)}; only the command line "
             "expands it, with hydra/sweeper=grid"
         )
+
+
+def check_unused(words: Sequence[str]) -> None:
+    """Refuse keys of a search where the command is a grid, which would not heed them.
+
+    Raises:
+        InputError: the line names the key.
+    """
+    for word in words:
+        key = word.lstrip("+~").partition("=")[0]
+        if key.partition(".")[0] in ("budget", "tune", "league"):
+            name = "league" if key.startswith("league") else "tune"
+            raise InputError(f"{key}: is of a search, and nothing without it; add sweep={name}")
 
 
 def check_joinable(word: str, sweeps: Mapping[str, DictConfig]) -> None:

@@ -343,8 +343,6 @@ def league(asked: Question, say: Callable[[str], None]) -> None:
         NotRun: the launcher did not run all that it was given.
     """
     config = asked.any.config
-    if config.budget is not None:
-        raise InputError("budget: is of sweep=tune; a league's is league.trials of each method, and league.seeds")
     own = config.league
     placebo = f"{own.placebo} (placebo)"
     asked = replace(

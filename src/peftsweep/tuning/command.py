@@ -32,6 +32,10 @@ def run(launcher: Any, config: DictConfig, loader: Any, points: Sequence[Sequenc
         for line in replay.lines([replay.run(grid) for grid in replay.read(Path(config.tune.replay).expanduser())]):
             print(line)
         return
+    if league and (key := next((key for key in ("budget", "tune.replay") if OmegaConf.select(config, key)), None)):
+        raise InputError(f"{key}: is of sweep=tune; a league's budget is league.trials and league.seeds of each method")
+    if (sweeper := config.hydra.runtime.choices["hydra/sweeper"]) != "grid":
+        raise InputError(f"hydra/sweeper={sweeper}: sweep={'league' if league else 'tune'} brings its own")
     asked = _question(launcher, config, loader, points, league)
     if config.dry_run:
         _dry_run(asked, launcher, league)
