@@ -106,11 +106,15 @@ def _verdict(low: float, high: float, tie: float) -> str:
 
 
 def _variance_of_rows(found: Measured, weights: Any) -> float:
-    """Of a contrast over test rows, which are the same for all seeds; 0 where rows are not known."""
+    """That part of a contrast's variance which no number of seeds takes away; 0 where rows are not known.
+
+    It is the variance over test rows less what comes from seeds answering single rows differently.
+    """
     if found.rows is None:
         return 0.0
     apart = weights[0] @ found.rows
-    return float(apart.var(ddof=1) / len(apart))
+    by_seeds = float(weights[0] ** 2 @ (np.nan_to_num(found.answered) / found.seeds))
+    return max(float(apart.var(ddof=1)) / len(apart) - by_seeds, 0.0)
 
 
 def hopeless(one: Look, tie: float) -> bool:
@@ -178,7 +182,7 @@ def seeds_needed(found: Tested, difference: float) -> int | None:
         special.ndtri(1 - ALPHA / found.family / 2) + special.ndtri(POWER)
     )
     several = measured.seeds > 1
-    between = float(np.nanmean(np.maximum(measured.between - measured.answered, 0)[several])) if several.any() else 0.0
+    between = float(np.mean(measured.between[several])) if several.any() else 0.0
     weights = [np.eye(len(measured.means))[[a]] - np.eye(len(measured.means))[[b]] for a, b in _pairs(measured)]
     rows = float(np.mean([_variance_of_rows(measured, one) for one in weights])) if weights else 0.0
     if rows >= wanted**2:

@@ -98,7 +98,9 @@ def read(file: Path) -> list[Grid]:
         runs = grids.setdefault(", ".join(str(row[label]) for label in labels) or file.stem, {})
         runs.setdefault((rate, int(rank)), []).append(loss)
     whole = [Grid(name, {at: fmean(runs) for at, runs in of.items()}) for name, of in grids.items()]
-    return [one for one in whole if one.finite]
+    if not (kept := [one for one in whole if one.finite]):
+        raise InputError(f"tune.replay={file}: every run in it has diverged")
+    return kept
 
 
 def run(grid: Grid) -> Replay:
