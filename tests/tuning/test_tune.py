@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -14,24 +15,26 @@ from typing import Any
 
 import pytest
 
+from peftsweep import cli
 from peftsweep.config.compose import Trial
+from peftsweep.config.compose import trial as make_trial
 from peftsweep.errors import InputError, NotRun, SweepFailed
 from peftsweep.study import record
 from peftsweep.study.record import Result
 from peftsweep.tuning import answer
 from peftsweep.tuning.answer import Question
-from peftsweep.tuning.space import base_words
 from tests.conftest import SMALL, start
 
 Command = Callable[..., tuple[int, str, str]]
-Compose = Callable[..., Trial]
-STEPS, ROWS = 30, 400
+Loss = Callable[[dict[str, str]], float | None]
+Ask = Callable[..., "tuple[Question, MadeUp]"]
+STEPS, ROWS = 30, 100
 
 
 class MadeUp:
     """Stands in for a launcher: writes the record and steps that a trial with these words would leave."""
 
-    def __init__(self, study: Path, loss: Callable[[dict[str, str]], float | None]) -> None:
+    def __init__(self, study: Path, loss: Loss) -> None:
         self.study, self._loss = study, loss
         self.launched: list[dict[str, str]] = []
         self.dies_after = math.inf  # trials
@@ -79,14 +82,34 @@ def loss_of(words: dict[str, str]) -> float | None:
     return 2 + math.log10(rate / best) ** 2 - int(words["method.r"]) / 100 + 0.5 * (words["method"] == "dora")
 
 
+@pytest.fixture(scope="module")
+def composed() -> dict[str, Trial]:
+    """Composed once for all tests, as it is most of what they cost."""
+    found = {}
+    for method in ("lora", "dora"):
+        words = [f"method={method}", f"train.steps={STEPS}", "device=cpu"]
+        cfg = cli.compose(words)
+        found[method] = make_trial(cfg, cfg.hydra.runtime.choices, words)
+    return found
+
+
 @pytest.fixture
-def ask(compose: Compose, tmp_path: Path) -> Callable[..., tuple[Question, MadeUp]]:
-    def made(*words: str, methods: Sequence[str] = ("lora", "dora"), loss: Any = loss_of) -> tuple[Question, MadeUp]:
-        words = (f"train.steps={STEPS}", *words)
-        trials = {name: compose(f"method={name}", *words) for name in methods}
+def ask(composed: dict[str, Trial], tmp_path: Path) -> Ask:
+    """A question about made-up trials, with these values of `tune`, `league` and `budget`, and its launcher."""
+
+    def made(
+        *, methods: Sequence[str] = ("lora", "dora"), loss: Loss = loss_of, budget: str | None = None, **keys: Any
+    ) -> tuple[Question, MadeUp]:
+        trials = {}
+        for name in methods:
+            config = dataclasses.replace(composed[name].config, budget=budget)
+            for section in ("tune", "league"):
+                own = getattr(config, section)
+                own = dataclasses.replace(own, **{key: value for key, value in keys.items() if hasattr(own, key)})
+                config = dataclasses.replace(config, **{section: own})
+            trials[name] = dataclasses.replace(composed[name], config=config)
         launch = MadeUp(tmp_path / "multirun" / "default", loss)
-        own = dict.fromkeys(trials, True)
-        return Question(list(words), base_words(words), trials, own, launch, launch.study), launch
+        return Question([], [], trials, dict.fromkeys(trials, True), launch, launch.study), launch
 
     return made
 
@@ -95,8 +118,8 @@ def written(launch: MadeUp, file: str = answer.TUNE) -> Any:
     return json.loads((launch.study / file).read_text())
 
 
-def test_a_tuning_judges_only_its_finalists_on_the_test_rows(ask: Callable[..., tuple[Question, MadeUp]]) -> None:
-    asked, launch = ask("tune.targets=[default]")
+def test_a_tuning_judges_only_its_finalists_on_the_test_rows(ask: Ask) -> None:
+    asked, launch = ask(targets=["default"])
     answer.tune(asked, (lines := list[str]()).append)
     judged = [words for words in launch.launched if words["halving.test"] == "true"]
     assert {(words["method"], words["method.r"]) for words in judged} == {("lora", "32"), ("dora", "32")}
@@ -115,20 +138,18 @@ def test_a_tuning_judges_only_its_finalists_on_the_test_rows(ask: Callable[..., 
 
 
 def test_the_same_command_trains_nothing_again_and_decides_the_same(
-    ask: Callable[..., tuple[Question, MadeUp]],
+    ask: Ask,
 ) -> None:
-    asked, launch = ask("budget=9trials")
+    asked, launch = ask(budget="9trials")
     answer.tune(asked, (first := list[str]()).append)
     done = len(launch.launched)
     answer.tune(asked, (again := list[str]()).append)
     assert (len(launch.launched), again[:-1]) == (done, first[:-1])  # the last line has the time
 
 
-@pytest.mark.parametrize("after", [0, 1, 4, 9, 14])
-def test_a_tuning_that_is_cut_off_goes_on_to_the_same_end(
-    ask: Callable[..., tuple[Question, MadeUp]], after: int, tmp_path: Path
-) -> None:
-    asked, launch = ask("tune.seeds=2", "tune.targets=[default]")
+@pytest.mark.parametrize("after", [1, 9, 13])
+def test_a_tuning_that_is_cut_off_goes_on_to_the_same_end(ask: Ask, after: int, tmp_path: Path) -> None:
+    asked, launch = ask(seeds=2, targets=["default"])
     launch.dies_after = after
     with pytest.raises(KeyboardInterrupt):
         answer.tune(asked, print)
@@ -141,25 +162,25 @@ def test_a_tuning_that_is_cut_off_goes_on_to_the_same_end(
 
 
 def test_a_larger_budget_goes_on_and_a_spent_one_says_what_was_not_tried(
-    ask: Callable[..., tuple[Question, MadeUp]],
+    ask: Ask,
 ) -> None:
-    asked, launch = ask("budget=6trials")
+    asked, launch = ask(budget="6trials")
     answer.tune(asked, (lines := list[str]()).append)
     assert "not tried of lora: r=16, r=32, targets=qv, targets=all_linear" in lines
     assert written(launch)["spent"]["trials"] == 6
-    asked, more = ask("budget=20trials")
+    asked, more = ask(budget="20trials")
     answer.tune(asked, (lines := list[str]()).append)
     assert not any(words in launch.launched for words in more.launched)
     assert written(more)["spent"]["trials"] <= 20
 
 
-def test_a_tuning_of_which_nothing_can_be_trained_fails(ask: Callable[..., tuple[Question, MadeUp]]) -> None:
+def test_a_tuning_of_which_nothing_can_be_trained_fails(ask: Ask) -> None:
     asked, _ = ask(methods=["lora"], loss=lambda _: None)
     with pytest.raises(SweepFailed, match=r"no trial could be trained: .*failed"):
         answer.tune(asked, print)
 
 
-def test_trials_that_a_launcher_leaves_end_the_tuning_as_not_run(ask: Callable[..., tuple[Question, MadeUp]]) -> None:
+def test_trials_that_a_launcher_leaves_end_the_tuning_as_not_run(ask: Ask) -> None:
     asked, launch = ask(methods=["lora"])
     limited = Question(
         asked.words, asked.base_words, asked.trials, asked.with_rate, lambda words: [None] * len(words), launch.study
@@ -168,8 +189,8 @@ def test_trials_that_a_launcher_leaves_end_the_tuning_as_not_run(ask: Callable[.
         answer.tune(limited, print)
 
 
-def test_a_league_gives_every_contestant_the_same_and_lora_twice(ask: Callable[..., tuple[Question, MadeUp]]) -> None:
-    asked, launch = ask("league.trials=5", "league.seeds=3")
+def test_a_league_gives_every_contestant_the_same_and_lora_twice(ask: Ask) -> None:
+    asked, launch = ask(trials=5, seeds=3)
     answer.league(asked, (lines := list[str]()).append)
     found = written(launch, answer.LEAGUE)
     assert set(found["costs"]) == {"lora", "dora", "lora (placebo)"}
@@ -184,25 +205,31 @@ def test_a_league_gives_every_contestant_the_same_and_lora_twice(ask: Callable[.
 # ---- wrong words -----------------------------------------------------------------------------------
 
 
+WRONG = [
+    (["sweep=tune", "budget=40runs"], "budget=40runs: must be a number of trials (40trials), optimizer steps"),
+    (["sweep=tune", "tune.tie=-0.01"], "tune.tie=-0.01: must be above 0"),
+    (["sweep=tune", "train.learning_rate=1e-4,1e-3"], "takes several values of method alone; give tune.rates"),
+    (["budget=5trials"], "budget: is of a search, and nothing without it; add sweep=tune"),
+]
+WRONG_TOO = [
+    (["sweep=tune", "budget=0"], "budget=0: must be a number of trials"),
+    (["sweep=tune", "budget=100steps"], "budget=100steps: must be at least 150steps"),
+    (["sweep=tune", "tune.rates=[1e-4,1e-4]"], "must be at least one value, each once"),
+    (["sweep=tune", "tune.metric=gsm8k.accuracy"], "tune.metric=gsm8k.accuracy: must be loss or"),
+    (["sweep=tune", "quant=none,4bit"], "quant=none,4bit: sweep=tune takes several values of method alone"),
+    (["sweep=tune", "train.learning_rate=0"], "method=lora: names no train.learning_rate above 0"),
+    (["sweep=tune", "halving.min_steps=10"], "takes no objective and no halving keys"),
+    (["sweep=tune", "hydra/sweeper=basic"], "hydra/sweeper=basic: sweep=tune brings its own"),
+    (["sweep=tune,rank_ablation"], "cannot be joined"),
+    (["sweep=glob(tune)"], "is a search and no grid"),
+    (["sweep=league", "budget=3h"], "budget: is of sweep=tune"),
+    (["sweep=tune", "tune.replay=none.csv"], "tune.replay=none.csv: no such file"),
+    (["halving.test=false"], "halving.test=false: needs train.eval_every"),
+]
+
+
 @pytest.mark.parametrize(
-    ("words", "problem"),
-    [
-        (["sweep=tune", "budget=40runs"], "budget=40runs: must be a number of trials (40trials), optimizer steps"),
-        (["sweep=tune", "budget=0"], "budget=0: must be a number of trials"),
-        (["sweep=tune", "budget=100steps"], "budget=100steps: must be at least 150steps"),
-        (["sweep=tune", "tune.tie=-0.01"], "tune.tie=-0.01: must be above 0"),
-        (["sweep=tune", "tune.rates=[1e-4,1e-4]"], "must be at least one value, each once"),
-        (["sweep=tune", "tune.metric=gsm8k.accuracy"], "tune.metric=gsm8k.accuracy: must be loss or"),
-        (["sweep=tune", "train.learning_rate=1e-4,1e-3"], "takes several values of method alone; give tune.rates"),
-        (["sweep=tune", "quant=none,4bit"], "quant=none,4bit: sweep=tune takes several values of method alone"),
-        (["sweep=tune", "train.learning_rate=0"], "method=lora: names no train.learning_rate above 0"),
-        (["sweep=tune", "halving.min_steps=10"], "takes no objective and no halving keys"),
-        (["sweep=tune,rank_ablation"], "cannot be joined"),
-        (["sweep=glob(tune)"], "is a search and no grid"),
-        (["sweep=league", "budget=3h"], "budget: is of sweep=tune"),
-        (["budget=5trials"], "budget: is of a search, and nothing without it; add sweep=tune"),
-        (["sweep=tune", "tune.replay=none.csv"], "tune.replay=none.csv: no such file"),
-    ],
+    ("words", "problem"), [*WRONG, *(pytest.param(*one, marks=pytest.mark.slow) for one in WRONG_TOO)]
 )
 def test_what_cannot_be_asked_is_one_line(words: list[str], problem: str, command: Command) -> None:
     code, _, err = command(*words)
@@ -220,6 +247,7 @@ def test_a_method_whose_yaml_names_no_rate_is_one_line(command: Command) -> None
     assert "method=wide: names no train.learning_rate above 0" in err
 
 
+@pytest.mark.slow
 def test_a_replay_trains_nothing(command: Command) -> None:
     table = Path(__file__).parents[1] / "fixtures" / "lora_rates_and_ranks.csv"
     code, out, err = command("sweep=tune", f"tune.replay={table}")
@@ -227,9 +255,8 @@ def test_a_replay_trains_nothing(command: Command) -> None:
     assert not Path("multirun/default").exists()
 
 
-def test_one_trial_from_python_is_no_search(compose: Compose) -> None:
-    from peftsweep import cli
-
+@pytest.mark.slow
+def test_one_trial_from_python_is_no_search() -> None:
     with pytest.raises(InputError, match="sweep=tune: is more than one trial"):
         cli.run_one(["sweep=tune"])
 

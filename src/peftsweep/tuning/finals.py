@@ -24,6 +24,7 @@ from peftsweep.analysis.table.columns import direction
 from peftsweep.study.record import Status
 
 POWER = 0.8  # with which a league is to see the difference that it was asked for
+MOST_SEEDS = 1000  # that a league may ask for
 CONTESTANT = "choices.method"  # under which a table of finals holds who a trial is of
 BETTER, WORSE, TIE, OPEN = "better", "worse", "tie", "open"
 
@@ -174,22 +175,20 @@ def seeds_needed(found: Tested, difference: float) -> int | None:
     """Seeds of each contestant with which a true ``difference`` is found in 80% of leagues.
 
     From the variance between seeds and that over test rows as this league has measured them, averaged over its pairs,
-    at the level of the smallest p of Holm's method, by the normal approximation, with one seed more for Student's t.
-    None where the test rows alone leave more doubt than that.
+    at the level of the smallest p of Holm's method, by Student's t with the degrees of freedom of all seeds together.
+    As in the test itself a contestant is taken to vary at least as all do on average. None where the test rows alone
+    leave more doubt than that, or more than `MOST_SEEDS` would be needed.
     """
     measured = found.exact
-    wanted = (math.log1p(difference) if measured.ratio else difference) / (
-        special.ndtri(1 - ALPHA / found.family / 2) + special.ndtri(POWER)
-    )
+    wanted = math.log1p(difference) if measured.ratio else difference
     several = measured.seeds > 1
-    between = float(np.mean(measured.between[several])) if several.any() else 0.0
-    weights = [np.eye(len(measured.means))[[a]] - np.eye(len(measured.means))[[b]] for a, b in _pairs(measured)]
-    rows = float(np.mean([_variance_of_rows(measured, one) for one in weights])) if weights else 0.0
-    if rows >= wanted**2:
-        return None
-    return max(2, math.ceil(2 * between / (wanted**2 - rows)) + 1)
-
-
-def _pairs(measured: Measured) -> list[tuple[int, int]]:
+    varied = measured.between[several]
+    between = float(np.maximum(varied, varied.mean()).mean()) if several.any() else 0.0
     count = len(measured.means)
-    return [(a, b) for a in range(count) for b in range(a)]
+    pairs = [np.eye(count)[[a]] - np.eye(count)[[b]] for a in range(count) for b in range(a)]
+    rows = float(np.mean([_variance_of_rows(measured, pair) for pair in pairs])) if pairs else 0.0
+    for seeds in range(2, MOST_SEEDS + 1):
+        quantile = special.stdtrit(count * (seeds - 1), 1 - ALPHA / found.family / 2) + special.ndtri(POWER)
+        if quantile**2 * (2 * between / seeds + rows) <= wanted**2:
+            return seeds
+    return None
