@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 
 from peftsweep import cli
+from peftsweep.analysis.text import searches
 from peftsweep.config.compose import Trial
 from peftsweep.config.compose import trial as make_trial
 from peftsweep.errors import InputError, NotRun, SweepFailed
-from peftsweep.study import record
+from peftsweep.study import record, store
 from peftsweep.study.record import Result
 from peftsweep.tuning import answer
 from peftsweep.tuning.answer import Question
@@ -44,7 +45,9 @@ class MadeUp:
 
     def _run(self, words: dict[str, str]) -> Result | BaseException | None:
         keys = ("method", "train.learning_rate", "method.r", "targets", "seed")
-        name = "-".join(words.get(key, "") for key in keys)
+        name = "-".join(
+            words.get(key, "").replace("all_linear", "") for key in keys
+        )  # which is what these methods take
         level, steps, status = (3, STEPS, "success") if words["halving.test"] == "true" else (2, STEPS, "stopped")
         if words.get("halving.rung") == "1":
             level, steps, status = 1, int(words["halving.min_steps"]), "stopped"
@@ -114,7 +117,7 @@ def ask(composed: dict[str, Trial], tmp_path: Path) -> Ask:
     return made
 
 
-def written(launch: MadeUp, file: str = answer.TUNE) -> Any:
+def written(launch: MadeUp, file: str = store.TUNE) -> Any:
     return json.loads((launch.study / file).read_text())
 
 
@@ -167,17 +170,26 @@ def test_a_larger_budget_goes_on_and_a_spent_one_says_what_was_not_tried(
     asked, launch = ask(budget="6trials")
     answer.tune(asked, (lines := list[str]()).append)
     assert "not tried of lora: r=16, r=32, targets=qv, targets=all_linear" in lines
-    assert written(launch)["spent"]["trials"] == 6
+    assert written(launch)["spent"]["trials"] == len(list(launch.study.glob("*/result.json"))) == 6
     asked, more = ask(budget="20trials")
     answer.tune(asked, (lines := list[str]()).append)
     assert not any(words in launch.launched for words in more.launched)
-    assert written(more)["spent"]["trials"] <= 20
+    assert written(more)["spent"]["trials"] == len(list(launch.study.glob("*/result.json"))) <= 20
 
 
 def test_a_tuning_of_which_nothing_can_be_trained_fails(ask: Ask) -> None:
     asked, _ = ask(methods=["lora"], loss=lambda _: None)
     with pytest.raises(SweepFailed, match=r"no trial could be trained: .*failed"):
         answer.tune(asked, print)
+
+
+def test_reports_repeat_what_was_decided(ask: Ask) -> None:
+    asked, launch = ask(budget="3trials")
+    assert searches.decisions(launch.study) == {}
+    answer.tune(asked, (lines := list[str]()).append)
+    assert searches.decisions(launch.study) == {"tune": lines}
+    text = list(searches.section(launch.study))
+    assert (text[0], text[2]) == ("## What sweep=tune decided", f"- {lines[0]}")
 
 
 def test_trials_that_a_launcher_leaves_end_the_tuning_as_not_run(ask: Ask) -> None:
@@ -192,7 +204,7 @@ def test_trials_that_a_launcher_leaves_end_the_tuning_as_not_run(ask: Ask) -> No
 def test_a_league_gives_every_contestant_the_same_and_lora_twice(ask: Ask) -> None:
     asked, launch = ask(trials=5, seeds=3)
     answer.league(asked, (lines := list[str]()).append)
-    found = written(launch, answer.LEAGUE)
+    found = written(launch, store.LEAGUE)
     assert set(found["costs"]) == {"lora", "dora", "lora (placebo)"}
     assert {one["trials"] for one in found["costs"].values()} == {8}
     assert {one["steps"] for one in found["costs"].values()} == {8 * STEPS}
@@ -268,7 +280,7 @@ REAL += ["sweep=tune", "tune.rates=[1e-4,1e-3,1e-2]", "tune.ranks=[2,4]", "tune.
 
 
 def decided(study: str) -> Any:
-    found = json.loads(Path("multirun", study, answer.TUNE).read_text())
+    found = json.loads(Path("multirun", study, store.TUNE).read_text())
     found["spent"].pop("seconds")
     return {key: found[key] for key in ("best", "tried", "spent")} | {"scores": found["finals"]["scores"]}
 
@@ -312,7 +324,7 @@ def test_a_tuning_finds_what_the_whole_grid_finds_at_half_of_its_steps(seed: int
     search = [f"tune.rates=[{','.join(map(str, rates))}]", f"tune.ranks=[{','.join(map(str, ranks))}]"]
     code, _, _ = command(*words, "sweep=tune", *search, "tune.targets=[default]", "study=tuned")
     assert code == 0
-    found = json.loads(Path("multirun/tuned", answer.TUNE).read_text())
+    found = json.loads(Path("multirun/tuned", store.TUNE).read_text())
     grid = [f"train.learning_rate={','.join(map(str, rates))}", f"method.r={','.join(map(str, ranks))}"]
     assert command(*words, *grid, "study=grid", "train.eval_every=30")[0] == 0
     every = [Result.read(file.parent) for file in Path("multirun/grid").glob("*/result.json")]

@@ -13,6 +13,7 @@ from peftsweep.config.identity import content_hash
 from peftsweep.errors import InputError, SweepFailed
 from peftsweep.limits import LARGEST_SEED
 from peftsweep.study import record
+from peftsweep.study.store import LEAGUE, TUNE
 from peftsweep.tuning import finals as statistics
 from peftsweep.tuning import search
 from peftsweep.tuning.budget import Purse, parse
@@ -21,7 +22,6 @@ from peftsweep.tuning.search import Point, Space, Spent, Tuned, Until
 from peftsweep.tuning.space import Plan, check_lists, plan, space
 from peftsweep.tuning.trials import Clock, Launch, Trials, earlier_seconds, headline
 
-TUNE, LEAGUE = "tune.json", "league.json"  # in the study's folder
 PLACEBO_SEED = 1000  # by which the placebo's seeds lie above those of the others
 
 
@@ -244,7 +244,13 @@ def _decided(setting: Setting, found: Sequence[Tuned], final: Final | None, aske
     means = {m: sum(one.value for one in of.values()) / len(of) for m, of in final.scores.items()}
     count = len(final.scores[order[0]])
     seeds, said = f"{count} seed" + ("s" if count > 1 else ""), configuration(point, setting.trials.sizes[point.method])
-    lines = [f"Use {said}: {name} {means[order[0]]:.4g} on the test rows, {seeds}."]
+    base = next((one.base for one in final.scores[order[0]].values() if one.base is not None), None)
+    sign = statistics.direction(final.column) or 1
+    gains = base is None or sign * (means[order[0]] - base) > 0
+    beside = "" if base is None else f" (the untouched base: {base:.4g})"
+    lines = [
+        f"{'Use' if gains else 'No gain by'} {said}: {name} {means[order[0]]:.4g}{beside} on the test rows, {seeds}."
+    ]
     tie = asked.any.config.tune.tie
     for first, second, look in final.looks:
         lines.append(_between(first, second, look, tie, final))

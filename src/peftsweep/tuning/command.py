@@ -42,7 +42,7 @@ def run(launcher: Any, config: DictConfig, loader: Any, points: Sequence[Sequenc
         return
     lines: list[str] = []
     (answer.league if league else answer.tune)(asked, lines.append)
-    for line in [line for line in lines if line.startswith(("Use ", "By "))] if config.quiet else lines:
+    for line in [line for line in lines if line.startswith(("Use ", "No gain by ", "By "))] if config.quiet else lines:
         print(line, flush=True)
 
 
@@ -114,7 +114,7 @@ def check_axes(parsed: Sequence[Override], name: str) -> None:
 
 def _dry_run(asked: Question, launcher: Any, league: bool) -> None:
     """List the first trials, and say what would come after them."""
-    setting = answer.made_ready(asked, answer.LEAGUE if league else answer.TUNE)
+    setting = answer.made_ready(asked, store.LEAGUE if league else store.TUNE)
     first = answer.first(setting, asked.any.config.seed)
     launcher.launch([setting.trials.words_of(point, until) for point, until in first], initial_job_idx=0)
     for line in answer.foreseen(setting):

@@ -38,6 +38,7 @@ class Judged:
     stderr: float | None
     n: int | None
     lines: Sequence[dict[str, Any]]  # of its predictions, a line a test row
+    base: float | None = None  # what the untouched base scores on them, if that is known
 
 
 Finals = Mapping[str, Mapping[int, Judged]]  # contestant -> seed -> score

@@ -78,9 +78,9 @@ def read(file: Path) -> list[Grid]:
         raise InputError(f"tune.replay={file}: no such file")
     rows = read_rows(str(file), "tune.replay")
     known = list(rows[0]) if rows else []
-    named = {part: next((name for name in names if name in known), None) for part, names in COLUMNS.items()}
+    named = {part: next((name for name in names if name in known), "") for part, names in COLUMNS.items()}
     for part, name in named.items():
-        if name is None:
+        if not name:
             raise InputError(f"tune.replay={file}: needs a column of the {part}, called {' or '.join(COLUMNS[part])}")
     labels = [name for name in known if name not in {*named.values(), *COSTS}]
     grids: dict[str, dict[tuple[float, int], list[float]]] = {}

@@ -67,15 +67,15 @@ class Trials:
         if unreached := sum(one is None or isinstance(one, NotRun) for one in ended):
             raise NotRun(f"{unreached} trials of the tuning were not run; the same command continues")
         trials = {self.results[point].trial for point in self.results if point not in points}
-        for point, result in zip(asked, ended, strict=True):
+        for point, result in zip(points, ended[len(alike) :], strict=True):
             self._take(point, until, result, trials)
         self.note()
 
     def _take(self, point: Point, until: Until, ended: Result | BaseException | None, others: set[str]) -> None:
         if isinstance(ended, Result) and ended.status in TRAINED_STATUSES:
-            self.results[point] = ended
-            if ended.trial in others:
+            if ended.trial in others and point not in self.results:
                 self.purse.same(point)
+            self.results[point] = ended
             self.purse.took(until, record.sitting_seconds(ended))
             if (value := self._value(ended, until)) is not None and math.isfinite(value):
                 self.scores[point, until] = self.plan.sign * value
@@ -117,7 +117,8 @@ class Trials:
         if result is None or result.status is not Status.success or not score or result.folder is None:
             return None
         lines = predictions(result.folder.parent)(result.trial, evaluation)
-        return Judged(result.trial, score["value"], score.get("stderr"), score.get("n"), lines)
+        base = (result.eval_info[evaluation].get(f"base_{metric}") or {}).get("value")
+        return Judged(result.trial, score["value"], score.get("stderr"), score.get("n"), lines, base)
 
 
 def _alike(one: Point, other: Point) -> bool:
