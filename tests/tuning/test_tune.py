@@ -62,7 +62,13 @@ class MadeUp:
         marks = sorted({int(words["train.eval_every"]), steps})
         rows = [{"step": step, "steps": STEPS, "validation_loss": loss + 1 / step} for step in marks]
         record.write_lines(place / record.STEPS, rows)
-        info = {"trial": name, "status": status, "labels": [name], "study": "default", "created_at": record.now()}
+        info: dict[str, Any] = {
+            "trial": name,
+            "status": status,
+            "labels": [name],
+            "study": "default",
+            "created_at": record.now(),
+        }
         info |= {"identity": name, "sitting_seconds": 1.0, "total_seconds": 1.0, "level": level}
         info["rung"] = {"number": 1, "step": steps, "metric": "loss", "value": loss}
         found = Result(info, {}, {}, train_info={"steps": steps, "trainable_parameters": 10})

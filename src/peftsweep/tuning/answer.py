@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from peftsweep.analysis.table.columns import direction
 from peftsweep.config.compose import Trial
 from peftsweep.config.identity import content_hash
 from peftsweep.errors import InputError, SweepFailed
@@ -237,7 +238,7 @@ def _decided(setting: Setting, found: Sequence[Tuned], final: Final | None, aske
         assert first.best is not None
         said = configuration(first.best, setting.trials.sizes[first.method])
         return [f"By validation alone: {said}. Nothing was judged on the test rows, as the budget was spent."]
-    order = final.order(statistics.direction(final.column) or 1)
+    order = final.order(direction(final.column) or 1)
     point = best[order[0]]
     assert point is not None
     name = final.column.removeprefix("eval_info.").removesuffix(".value").replace(".", " ")
@@ -245,15 +246,14 @@ def _decided(setting: Setting, found: Sequence[Tuned], final: Final | None, aske
     count = len(final.scores[order[0]])
     seeds, said = f"{count} seed" + ("s" if count > 1 else ""), configuration(point, setting.trials.sizes[point.method])
     base = next((one.base for one in final.scores[order[0]].values() if one.base is not None), None)
-    sign = statistics.direction(final.column) or 1
+    sign = direction(final.column) or 1
     gains = base is None or sign * (means[order[0]] - base) > 0
     beside = "" if base is None else f" (the untouched base: {base:.4g})"
     lines = [
         f"{'Use' if gains else 'No gain by'} {said}: {name} {means[order[0]]:.4g}{beside} on the test rows, {seeds}."
     ]
     tie = asked.any.config.tune.tie
-    for first, second, look in final.looks:
-        lines.append(_between(first, second, look, tie, final))
+    lines += [_between(one, other, look, tie, final) for one, other, look in final.looks]
     if len(order) > 1 and not final.looks:
         others = ", ".join(f"{m} {means[m]:.4g}" for m in order[1:])
         lines.append(f"Not settled: {others}, with one seed each; the same command with a larger budget goes on.")
@@ -422,9 +422,7 @@ def _ranking(
         f"seeds against {method}; that is what luck is worth"
         + ("" if not found.placebo_better else f", and here it is called {found.placebo}")
     )
-    need = found.seeds
-    lines.append(
-        f"a difference of {difference:g} is found in 80% of leagues with "
-        + (f"league.seeds={need}" if need else "more test rows: these leave too much doubt for any number of seeds")
-    )
+    enough = "no number of seeds on these test rows, as far as they tell"
+    needed = f"league.seeds={found.seeds}" if found.seeds else enough
+    lines.append(f"a difference of {difference:g} is found in 80% of leagues with {needed}")
     return lines

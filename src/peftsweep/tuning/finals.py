@@ -178,7 +178,7 @@ def seeds_needed(found: Tested, difference: float) -> int | None:
     From the variance between seeds and that over test rows as this league has measured them, averaged over its pairs,
     at the level of the smallest p of Holm's method, by Student's t with the degrees of freedom of all seeds together.
     As in the test itself a contestant is taken to vary at least as all do on average. None where the test rows alone
-    leave more doubt than that, or more than `MOST_SEEDS` would be needed.
+    leave more doubt than that, or nothing has varied yet, so that how much it may is not known.
     """
     measured = found.exact
     wanted = math.log1p(difference) if measured.ratio else difference
@@ -188,6 +188,8 @@ def seeds_needed(found: Tested, difference: float) -> int | None:
     count = len(measured.means)
     pairs = [np.eye(count)[[a]] - np.eye(count)[[b]] for a in range(count) for b in range(a)]
     rows = float(np.mean([_variance_of_rows(measured, pair) for pair in pairs])) if pairs else 0.0
+    if not between and not rows:
+        return None
     for seeds in range(2, MOST_SEEDS + 1):
         quantile = special.stdtrit(count * (seeds - 1), 1 - ALPHA / found.family / 2) + special.ndtri(POWER)
         if quantile**2 * (2 * between / seeds + rows) <= wanted**2:

@@ -82,7 +82,7 @@ class Trials:
                 return
             self.refused[point] = "its validation is no number"
         elif isinstance(ended, Result):
-            self.refused[point] = record.one_line(ended.error["message"]) if ended.error else ended.status.name
+            self.refused[point] = ended.error["message"].partition("\n")[0] if ended.error else ended.status.name
             if ended.status is Status.refused:
                 self.purse.same(point)  # nothing was begun
         else:
