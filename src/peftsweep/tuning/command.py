@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobStatus
 from omegaconf import DictConfig, OmegaConf
 
+from peftsweep.config import checks
 from peftsweep.config.compose import Trial
 from peftsweep.config.compose import trial as make_trial
 from peftsweep.errors import InputError
 from peftsweep.study import store
+from peftsweep.sweep import processes
 from peftsweep.tuning import answer, replay
 from peftsweep.tuning.answer import Question
 from peftsweep.tuning.space import SEARCHED, base_words
@@ -83,8 +85,11 @@ def _at_once(config: DictConfig) -> int:
     options = config.hydra.launcher
     if not str(options._target_).endswith(".LocalLauncher"):
         return 10**6
-    workers, pack = options.get("workers"), options.get("pack")
-    return max(1, workers or 1) * (pack if isinstance(pack, int) and not isinstance(pack, bool) else 1)
+    plain = cast(dict[str, Any], OmegaConf.to_container(options, resolve=True))
+    placement = checks.placement({key: value for key, value in plain.items() if key != "_target_"})
+    workers, devices = placement.get("workers"), placement.get("devices")
+    places = 1 if workers == 0 else len(processes.places(workers, devices, [config.device]))
+    return places * int(placement.get("pack") or 1)
 
 
 def _names_rate(loader: Any, option: str) -> bool:
