@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import random
 import signal
 import time
@@ -24,7 +23,7 @@ from peftsweep.study import record, store
 from peftsweep.study.record import Result
 from peftsweep.tuning import answer
 from peftsweep.tuning.answer import Question
-from tests.conftest import SMALL, start
+from tests.conftest import SMALL, start, wait_for
 
 Command = Callable[..., tuple[int, str, str]]
 Loss = Callable[[dict[str, str]], float | None]
@@ -304,14 +303,25 @@ def test_real_trials_stop_before_their_test_rows_and_their_rows_hold_the_validat
     assert "4 trials" in out.splitlines()[-1]
 
 
+KILLS = 20
+
+
+def written_at(study: Path) -> float:
+    """When a file of the study was last written."""
+    return max((file.stat().st_mtime for file in study.rglob("*.*")), default=0.0)
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments_a_tuning_comes_to_the_same_end(command: Command) -> None:
     words = [*REAL, "budget=60steps", "hydra.launcher.workers=0"]
     assert command(*words, "study=whole")[0] == 0
-    chance = random.Random(0)
-    for _ in range(int(os.environ.get("PEFTSWEEP_KILLS", "20"))):
+    chance, study = random.Random(0), Path("multirun/killed")
+    for _ in range(KILLS):
+        before = written_at(study)
         process = start(*words, "study=killed")
-        time.sleep(chance.uniform(5, 40))
+        if wait_for(lambda then=before: written_at(study) > then, process) is None:  # type: ignore[misc]
+            break  # it has come to its end
+        time.sleep(chance.uniform(0, 4))
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert command(*words, "study=killed")[0] == 0
