@@ -224,11 +224,11 @@ def test_a_league_gives_every_contestant_the_same_and_lora_twice(ask: Ask) -> No
 
 WRONG = [
     (["sweep=tune", "budget=40runs"], "budget=40runs: must be a number of trials (40trials), optimizer steps"),
-    (["sweep=tune", "tune.tie=-0.01"], "tune.tie=-0.01: must be above 0"),
     (["sweep=tune", "train.learning_rate=1e-4,1e-3"], "takes several values of method alone; give tune.rates"),
-    (["budget=5trials"], "budget: is of a search, and nothing without it; add sweep=tune"),
 ]
 WRONG_TOO = [
+    (["sweep=tune", "tune.tie=-0.01"], "tune.tie=-0.01: must be above 0"),
+    (["budget=5trials"], "budget: is of a search, and nothing without it; add sweep=tune"),
     (["sweep=tune", "budget=0"], "budget=0: must be a number of trials"),
     (["sweep=tune", "budget=100steps"], "budget=100steps: must be at least 150steps"),
     (["sweep=tune", "tune.rates=[1e-4,1e-4]"], "must be at least one value, each once"),
