@@ -32,6 +32,7 @@ ORDER = [
     "analysis",
     "trial",
     "sweep",
+    "tuning",
 ]
 ORDER += ["doctor", "reference", "cli", "reference_pages"]
 KNOW_HYDRA = {
@@ -40,6 +41,7 @@ KNOW_HYDRA = {
     "search",
     "trial",
     "sweep",
+    "tuning.command",
     "cli",
     "command_line",
     "data.prepare",

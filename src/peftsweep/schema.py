@@ -207,6 +207,7 @@ class HalvingConfig:
     rung: int | None = None  # at which this trial stops, from 1 on; the sweeper's to say
     resource: Resource = Resource.steps  # of what each rung gives more; rows: of the training rows, by a new trial
     min_fraction: float | None = None  # of the training rows at the first rung, with resource=rows; null as min_steps
+    test: bool = True  # false: it stops at its end too, before its test rows are judged; the sweeper's to say
 
 
 @dataclass
@@ -215,6 +216,30 @@ class SearchConfig:
 
     study: str | None = None  # name of the search
     trial: int | None = None  # its number in the search
+
+
+@dataclass
+class TuneConfig:
+    """sweep=tune: what is searched, and when a comparison of finalists is over."""
+
+    rates: list[float] | None = None  # learning rates to try; null: a ladder around the method's, extended at its ends
+    ranks: list[int] | None = None  # null: 1, 2 and 4 times the method's rank, or what else its size is called
+    targets: list[str] | None = None  # options of `targets`, at the best of both; null: the method's, qv, all_linear
+    metric: str | None = None  # of the validation, as train.best_metric, which it is by default
+    finalists: int = 2  # methods that are judged on the test rows, the best by validation
+    seeds: int = 8  # of each finalist at most
+    tie: float = 0.01  # a difference that does not matter: of an accuracy 0.01, of a perplexity 1%
+    replay: str | None = None  # a table of finished runs to decide on, so that nothing is trained
+
+
+@dataclass
+class LeagueConfig:
+    """sweep=league: methods compared at equal effort."""
+
+    trials: int = 8  # of tuning, for every contestant
+    seeds: int = 5  # final trials of each, judged on the test rows
+    placebo: str = "lora"  # the method that takes part twice, under another name and with other seeds
+    difference: float = 0.02  # that the league is to tell apart; it says how many seeds that takes
 
 
 @dataclass
@@ -266,6 +291,9 @@ class Config:
     forecast: ForecastConfig = field(default_factory=ForecastConfig)
     price: PriceConfig = field(default_factory=PriceConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+    budget: str | None = None  # of sweep=tune: 40trials, 5000steps, 90m, 2h; null: until it is decided
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    league: LeagueConfig = field(default_factory=LeagueConfig)
     objective: Any = None  # a column of the record, or a list of them, that a sweeper such as Optuna's is told
 
 

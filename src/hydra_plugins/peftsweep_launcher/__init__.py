@@ -169,7 +169,7 @@ class GridSweeper(BasicSweeper):
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
         """Run the points of the words; a failure among them is raised when all of them have run."""
         assert self.hydra_context is not None
-        self._check()
+        self._check(arguments)
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         grids = self._joined(arguments, parser.parse_overrides(arguments)) or [[*self._parse_config(), *arguments]]
         points = [point for grid in grids for point in self.split_arguments(parser.parse_overrides(grid), None)[0]]
@@ -184,10 +184,12 @@ class GridSweeper(BasicSweeper):
             raise next((one for one in failures if not isinstance(one, NotRun)), failures[0])
         return jobs
 
-    def _check(self) -> None:
+    def _check(self, arguments: list[str]) -> None:
+        from peftsweep.config.checks import check_unused
         from peftsweep.errors import InputError
 
         assert self.config is not None
+        check_unused(arguments)
         size, params = self.max_batch_size, self.config.hydra.sweeper.params
         if size is not None and not (type(size) is int and size >= 1):
             raise InputError(f"hydra.sweeper.max_batch_size={size}: must be a whole number, at least 1, or null")
@@ -200,6 +202,7 @@ class GridSweeper(BasicSweeper):
         What is of the sweep as a whole is what these options say of it. Without several options there is nothing.
         """
         from peftsweep.config import checks
+        from peftsweep.errors import InputError
 
         swept = [word for word, one in zip(arguments, parsed, strict=True) if _sweeps_sweeps(one)]
         if not swept:
@@ -217,6 +220,8 @@ class GridSweeper(BasicSweeper):
             )
             Engines().on_multirun_start(composed[option])
         checks.check_joinable(swept[0], composed)
+        if any(one.hydra.sweeper._target_ != self.config.hydra.sweeper._target_ for one in composed.values()):
+            raise InputError(f"{swept[0]}: is a search and no grid; name it alone, without a glob")
         whole = next(iter(composed.values()))
         self.setup(hydra_context=self.hydra_context, task_function=self._task_function, config=whole)
         self.max_batch_size = whole.hydra.sweeper.max_batch_size
@@ -235,6 +240,34 @@ class GridSweeper(BasicSweeper):
         if not whole:
             raise InputError("hydra.sweeper.max_batch_size: must be null, as halving compares all points of a sweep")
         return halving.run(self.launcher.launch, points, plan, quiet=self.config.quiet)
+
+
+class TuneSweeper(GridSweeper):
+    """sweep=tune: searches rate, size and modules of each method within a budget, and judges the best on test rows."""
+
+    name = "tune"
+
+    def sweep(self, arguments: list[str]) -> list[JobReturn]:
+        """Search the methods of the words; each trial is launched as those of a grid are."""
+        from peftsweep.tuning import command
+
+        assert self.hydra_context is not None
+        assert self.config is not None
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        parsed = parser.parse_overrides([*self._parse_config(), *arguments])
+        command.check_axes(parsed, self.name)
+        points = self.split_arguments(parsed, None)[0]
+        if not any(one.key_or_group == "method" for one in parsed):
+            points = [[*point, f"method={self.config.hydra.runtime.choices.method}"] for point in points]
+        loader = self.hydra_context.config_loader
+        command.run(self.launcher, self.config, loader, points, league=self.name == "league")
+        return []
+
+
+class LeagueSweeper(TuneSweeper):
+    """sweep=league: methods tuned with equal effort and ranked on test rows, LoRA twice among them."""
+
+    name = "league"
 
 
 class EngineLauncher(LocalLauncher):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ WHOLE_SWEEP = (  # keys with one value for all points of a sweep
     *("study", "dry_run", "quiet", "stop_on_failure", "halving", "hydra.launcher", "hydra.sweeper._target_"),
     *("hydra.sweeper.max_batch_size", "hydra.sweep.dir"),
 )
+SEARCHES = (".TuneSweeper", ".LeagueSweeper")  # sweepers that decide what to run while they run it
 PACK = 8  # trials at once that pack=auto tries
 OFF = "off"
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -75,7 +76,7 @@ def _check_values(tree: dict[str, Any]) -> None:
         raise InputError(
             f"train.patience={tree['train']['patience']}: needs train.eval_every, as it counts validations"
         )
-    for key in ("train.best_metric", "halving.metric"):
+    for key in ("train.best_metric", "halving.metric", "tune.metric"):
         metric = _at(tree, key) or "loss"
         if metric != "loss" and metric.partition(".")[0] not in tree["eval"]:
             raise InputError(f"{key}={metric}: must be loss or <eval>.<metric> of {', '.join(tree['eval'])}")
@@ -95,6 +96,8 @@ def _check_halving(config: Config, sweeper: str | None) -> None:
     other = "min_steps" if by_rows else "min_fraction"
     if (value := getattr(halving, other)) is not None:
         raise InputError(f"halving.{other}={value}: must be null with halving.resource={halving.resource.name}")
+    if not halving.test and every is None:
+        raise InputError("halving.test=false: needs train.eval_every, as the trial ends with a validation")
     if rungs.begins(halving) is None:
         return
     if sweeper not in (None, "grid"):
@@ -147,6 +150,9 @@ def check_expanded(cfg: DictConfig, given: Iterable[str]) -> None:
     Raises:
         InputError: the line names the axes.
     """
+    if str(OmegaConf.select(cfg, "hydra.sweeper._target_")).endswith(SEARCHES):
+        name = cfg.hydra.runtime.choices.sweep
+        raise InputError(f"sweep={name}: is more than one trial; only the command line runs it")
     axes = OmegaConf.select(cfg, "hydra.sweeper.params") or {}
     lacking = [name for name in (str(key).lstrip("+") for key in axes) if name not in given]
     if lacking:
@@ -155,6 +161,19 @@ def check_expanded(cfg: DictConfig, given: Iterable[str]) -> None:
             f"{', '.join(options)}: is more than one trial, it sweeps {', '.join(lacking)}; only the command line "
             "expands it, with hydra/sweeper=grid"
         )
+
+
+def check_unused(words: Sequence[str]) -> None:
+    """Refuse keys of a search where the command is a grid, which would not heed them.
+
+    Raises:
+        InputError: the line names the key.
+    """
+    for word in words:
+        key = word.lstrip("+~").partition("=")[0]
+        if key.partition(".")[0] in ("budget", "tune", "league"):
+            name = "league" if key.startswith("league") else "tune"
+            raise InputError(f"{key}: is of a search, and nothing without it; add sweep={name}")
 
 
 def check_joinable(word: str, sweeps: Mapping[str, DictConfig]) -> None:

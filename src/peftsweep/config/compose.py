@@ -49,6 +49,8 @@ DECIDE_OTHERS = (
     *SOURCES,
     *("device", "trust", "model.dtype", "train.eval_every", "train.checkpoint_every", "train.best_metric", "halving"),
 )
+# For which search a trial is run, and what is said of it before, is no part of what it is.
+OF_THE_SWEEP = ("forecast", "price", "budget", "tune", "league", "search")
 WORDS_FOR_NULL = ("no", "off", "false", "never", "none", "0")  # as people write null for an interval
 
 
@@ -130,6 +132,7 @@ def filled(cfg: DictConfig, choices: Mapping[str, str | None], overrides: list[s
         cfg.halving.metric = cfg.halving.metric or cfg.train.best_metric
     elif cfg.halving.min_steps is not None:
         cfg.train.eval_every = cfg.train.eval_every or str(cfg.halving.min_steps)
+    if cfg.halving.min_steps is not None or not cfg.halving.test:
         cfg.halving.metric = cfg.halving.metric or cfg.train.best_metric
     tree = _resolved(cfg)
     if any(name != current_name(name) for _, name in trust.names(tree)):
@@ -191,8 +194,8 @@ def checked(said: Filled) -> Trial:
     elif chosen["method"] == FROM_FILE:
         chosen["method"] = "full"
     # How far the trial goes now is no part of what it is, nor is what is said of it before.
-    tree = {key: value for key, value in tree.items() if key not in ("forecast", "price", "search")}
-    tree |= {"halving": {key: value for key, value in tree["halving"].items() if key != "rung"}}
+    tree = {key: value for key, value in tree.items() if key not in OF_THE_SWEEP}
+    tree |= {"halving": {key: value for key, value in tree["halving"].items() if key not in ("rung", "test")}}
     chosen.pop("price", None)
     return _identified(Trial(config, tree, chosen, said.overrides, rows, "", "", "", experiment=said.experiment))
 

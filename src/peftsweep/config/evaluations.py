@@ -83,6 +83,7 @@ def sets_aside(config: Config, name: str) -> bool:
 def _validation_metrics(config: Config) -> dict[str, str]:
     """The metrics by which a validation chooses, by their keys."""
     found = {"train.best_metric": config.train.best_metric, "halving.metric": config.halving.metric}
+    found["tune.metric"] = config.tune.metric
     return {key: metric for key, metric in found.items() if metric is not None and metric != "loss"}
 
 

@@ -26,24 +26,22 @@ def rung_step(config: HalvingConfig, number: int) -> int:
 
 
 def stop_at(config: HalvingConfig, total: int) -> int | None:
-    """The step at which a trial of ``total`` steps stops for the rung it is sent to; None: at its end."""
-    if config.resource is Resource.rows:  # of so many rows it takes all steps, and judges no test rows
-        return None if config.rung is None else total
-    if config.min_steps is None or config.rung is None:
-        return None
-    step = rung_step(config, config.rung)
-    return step if step * config.factor <= total else None
+    """The step at which a trial of ``total`` steps stops for the rung it is sent to; None: not before its test rows."""
+    if config.rung is not None and config.resource is Resource.rows:
+        return total  # of so many rows it takes all steps, and judges no test rows
+    if config.rung is not None and config.min_steps is not None:
+        step = rung_step(config, config.rung)
+        if step * config.factor <= total:
+            return step
+    return None if config.test else total
 
 
 def reached(config: HalvingConfig, done: Result) -> bool:
     """Whether the trial of the record ``done`` has come as far as it is sent now."""
     if done.status is not Status.stopped:
         return True
-    if config.resource is Resource.rows:
-        return config.rung is not None and done.run_info["rung"]["step"] == course(done, config).total
-    if config.min_steps is None or config.rung is None:
-        return False
-    return bool(rung_step(config, config.rung) <= done.run_info["rung"]["step"])
+    step = stop_at(config, course(done, config).total)
+    return step is not None and bool(step <= done.run_info["rung"]["step"])
 
 
 def begins(config: HalvingConfig) -> float | None:
@@ -74,12 +72,17 @@ def rung(config: HalvingConfig, place: Path, step: int) -> dict[str, Any]:
     Raises:
         InputError: the validation does not have that metric.
     """
-    known = {
-        key.removeprefix(PREFIX): value for key, value in _validations(place)[step].items() if key.startswith(PREFIX)
-    }
+    known = validated(place, step)
     if config.metric not in known:
         raise InputError(f"halving.metric={config.metric}: the validation has {', '.join(known)}")
-    return {"number": config.rung, "step": step, "metric": config.metric, "value": known[config.metric]}
+    number = next(n for n in count(1) if config.min_steps is None or rung_step(config, n) >= step)
+    return {"number": number, "step": step, "metric": config.metric, "value": known[config.metric]}
+
+
+def validated(place: Path, step: int) -> dict[str, float]:
+    """What the validation after ``step`` steps of the trial in ``place`` says, by its metrics."""
+    row = _validations(place).get(step, {})
+    return {key.removeprefix(PREFIX): value for key, value in row.items() if key.startswith(PREFIX)}
 
 
 def _validations(place: Path) -> dict[int, dict[str, Any]]:
@@ -106,7 +109,7 @@ def course(result: Result, config: HalvingConfig) -> Course:
         row = validations.get(total)
         return Course(total, [] if row is None else [row.get(f"{PREFIX}{config.metric}")])
     for number in count(1):
-        step = stop_at(dataclasses.replace(config, rung=number), total)
+        step = stop_at(dataclasses.replace(config, rung=number, test=True), total)
         if (row := validations.get(total if step is None else step)) is not None:
             values.append(row.get(f"{PREFIX}{config.metric}"))
         if step is None or row is None:

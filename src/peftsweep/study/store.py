@@ -29,6 +29,7 @@ from peftsweep.study.record import (
 ROOT = Path("multirun")
 NAME = re.compile(r"(?![. ])[^\x00-\x1f/\\:*?\"<>|]{1,100}(?<![. ])")  # of a study or an evaluation, which become paths
 PLAN = "plan.json"
+TUNE, LEAGUE = SEARCHES = ("tune.json", "league.json")  # in a study: what sweep=tune and sweep=league decided
 ADAPTER = "adapter"
 ADAPTER_CONFIGS = ("adapter_config.json", "config.json")  # PEFT's, and a whole model's
 BASE = "base"  # in a study: what the untouched base scores and answers, a folder a base

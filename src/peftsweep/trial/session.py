@@ -301,6 +301,7 @@ class Session:
     def judge(self) -> None:
         """What the validation says at the rung at which the trial stops; the test rows are left alone."""
         assert self.stop_at is not None
+        self.info["validation"] = rungs.validated(self.place, self.stop_at)
         self.result.run_info["rung"] = rungs.rung(self.config.halving, self.place, self.stop_at)
 
     def evaluate(self) -> None:

@@ -39,8 +39,10 @@ def notes(results: Iterable[Result]) -> list[str]:
 
 
 def _notes(results: Sequence[Result], config: HalvingConfig) -> list[str]:
-    stopped = [one for one in results if one.status is Status.stopped]
     courses = [course(one, config) for one in results]
+    # One that sweep=tune stopped at its end, before its test rows, could not have won otherwise.
+    early = zip(results, courses, strict=True)
+    stopped = [one for one, its in early if one.status is Status.stopped and one.train_info["steps"] < its.total]
     trained, total = sum(one.train_info["steps"] for one in results), sum(one.total for one in courses)
     files = [file for one in stopped if one.folder for file in one.folder.glob(f"{store.CHECKPOINTS}/*")]
     kept = size(sum(_bytes(file) for file in files))

@@ -134,11 +134,22 @@ def _of_bases(compared: Sequence[pd.DataFrame]) -> Iterator[str]:
         )
 
 
+def _stopped_early(table: pd.DataFrame, steps: pd.DataFrame) -> int:
+    """How many trials were stopped before their last step; not those that only left their test rows alone."""
+    if not len(table):
+        return 0
+    stopped = table[table[trials.SUCCESS] == Status.stopped.name]
+    if "steps" not in steps or "train_info.steps" not in stopped:
+        return len(stopped)
+    totals = stopped[trials.TRIAL].map(steps.groupby("trial")["steps"].last())
+    return int((~(stopped["train_info.steps"] >= totals).fillna(False).astype(bool)).sum())
+
+
 def _of_rungs(table: pd.DataFrame, steps: pd.DataFrame) -> Iterator[str]:
     metric = "validation_loss"
     found = rungs.rungs(steps, metric) if len(steps) else pd.DataFrame()
     found = found[(found["n"] >= 3) & found["rho"].notna()] if len(found) else found
-    stopped = int((table[trials.SUCCESS] == Status.stopped.name).sum()) if len(table) else 0
+    stopped = _stopped_early(table, steps)
     if found.empty and not stopped:
         return
     yield "### Could it have been stopped earlier?"

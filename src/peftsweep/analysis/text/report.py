@@ -17,7 +17,7 @@ from peftsweep.analysis.statistics import frontier
 from peftsweep.analysis.statistics import trials as statistics_trials
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.columns import QUANT, RANK, TARGETS
-from peftsweep.analysis.text import findings, methodology, paired, recommendations, retention, words
+from peftsweep.analysis.text import findings, methodology, paired, recommendations, retention, searches, words
 from peftsweep.analysis.text.factors import _costs, _factor, _standing
 from peftsweep.analysis.text.findings import Task
 from peftsweep.analysis.text.recommendations import QUALITY_LOSS
@@ -70,6 +70,7 @@ def _document(
     yield ""
     yield _counts(table, tasks)
     yield ""
+    yield from searches.section(folder)
     for section in answer.sections:
         if section.sentences:
             yield from render.markdown(section)

@@ -1,0 +1,1 @@
+"""Which trial is worth running next? sweep=tune and sweep=league, as functions of the results so far."""

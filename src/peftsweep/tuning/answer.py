@@ -1,0 +1,428 @@
+"""sweep=tune and sweep=league from the question to what they decided, said and written down."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from peftsweep.analysis.table.columns import direction
+from peftsweep.config.compose import Trial
+from peftsweep.config.identity import content_hash
+from peftsweep.errors import InputError, SweepFailed
+from peftsweep.limits import LARGEST_SEED
+from peftsweep.study import record
+from peftsweep.study.store import LEAGUE, TUNE
+from peftsweep.tuning import finals as statistics
+from peftsweep.tuning import search
+from peftsweep.tuning.budget import Purse, parse
+from peftsweep.tuning.finals import BETTER, OPEN, TIE, WORSE, Finals, Judged, Look
+from peftsweep.tuning.search import Point, Space, Spent, Tuned, Until
+from peftsweep.tuning.space import Plan, check_lists, plan, space
+from peftsweep.tuning.trials import Clock, Launch, Trials, earlier_seconds, headline
+
+PLACEBO_SEED = 1000  # by which the placebo's seeds lie above those of the others
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a command asks."""
+
+    words: list[str]  # of the command line
+    base_words: list[str]  # of them, those that every trial gets
+    trials: Mapping[str, Trial]  # for each method one as it is configured, of which none is run as it is
+    with_rate: Mapping[str, bool]  # whether the method's yaml, or the command, names a learning rate
+    launch: Launch
+    folder: Path  # of the study
+    at_once: int = 1  # trials that run side by side
+
+    @property
+    def any(self) -> Trial:
+        """One of the trials, for what is the same in all."""
+        return next(iter(self.trials.values()))
+
+    @property
+    def hash(self) -> str:
+        """Of what is asked, without how long for."""
+        return content_hash([sorted(self.base_words), sorted(self.trials), asdict(self.any.config.tune)])
+
+
+@dataclass
+class Setting:
+    """A question made ready: its spaces, and the trials that answer."""
+
+    spaces: list[Space]
+    plan: Plan
+    trials: Trials
+
+
+def made_ready(asked: Question, file: str) -> Setting:
+    """The question, checked; ``file`` is the one of the study in which its earlier commands are.
+
+    Raises:
+        InputError: it cannot be asked so.
+    """
+    config = asked.any.config
+    tune = asdict(config.tune)
+    check_lists(tune)
+    budget, common = parse(config.budget), plan(asked.any, config.tune.metric)
+    spaces, sizes = [], {}
+    for name, one in asked.trials.items():
+        found, sizes[name] = space(one, tune, has_rate=asked.with_rate[name])
+        spaces.append(replace(found, method=name))
+    if budget is not None and budget.unit == "steps" and budget.amount < (common.total or math.inf):
+        least = (
+            f"at least {common.total}steps, those of one trial"
+            if common.total
+            else "trials or time: steps are not known"
+        )
+        raise InputError(f"budget={config.budget}: must be {least}")
+    total, earlier = common.total, earlier_seconds(asked.folder / file, asked.hash)
+    purse = Purse(budget, (common.rung or total, total, total), Clock(earlier))
+    words = [*asked.base_words, *(["skip_oversized=true"] if config.memory_limit is not None else [])]
+    named = config.tune.targets is not None
+    return Setting(
+        spaces, common, Trials(asked.launch, words, common, sizes, purse, asked.at_once, named_targets=named)
+    )
+
+
+def first(setting: Setting, seed: int) -> list[tuple[Point, Until]]:
+    """The trials that a tuning begins with."""
+    until = Until.rung if setting.plan.rung else Until.end
+    return [
+        (Point(one.method, rate, one.sizes[0], one.targets[0], seed), until)
+        for one in setting.spaces
+        for rate in search.from_centre(one.rates)
+    ]
+
+
+def foreseen(setting: Setting) -> list[str]:
+    """What may be tried of each method, a line each."""
+    lines = []
+    for one in setting.spaces:
+        size, targets = setting.trials.sizes[one.method], [option or "its own" for option in one.targets]
+        parts = [f"rates {', '.join(f'{rate:g}' for rate in one.rates)}" + (" and beyond" if one.extends else "")]
+        parts += [f"{size} {', '.join(map(str, one.sizes))} at the best rate"] if len(one.sizes) > 1 else []
+        parts += [f"targets {', '.join(targets)} at the best of these"] if len(targets) > 1 else []
+        lines.append(f"{one.method}: {'; '.join(parts)}")
+    return lines
+
+
+# ---- sweep=tune ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Final:
+    """The finalists on the test rows."""
+
+    column: str
+    scores: Finals
+    looks: list[tuple[str, str, Look]]  # the last of each pair
+    spent: bool  # whether the budget ended it
+
+    def order(self, sign: int) -> list[str]:
+        """The finalists, the best mean first."""
+        means = {name: sum(one.value for one in of.values()) / len(of) for name, of in self.scores.items() if of}
+        return sorted(means, key=lambda name: -sign * means[name])
+
+
+def tune(asked: Question, say: Callable[[str], None]) -> None:
+    """Search, judge the finalists, say what was decided, and write it to the study's tune.json.
+
+    Raises:
+        InputError: the question cannot be asked so; nothing was trained.
+        SweepFailed: no trial could be trained.
+        NotRun: the launcher did not run all that it was given.
+    """
+    setting = made_ready(asked, TUNE)
+    seed = asked.any.config.seed
+    found: list[Tuned] = []
+
+    def note() -> None:
+        _write(asked, setting, found, None, [])
+
+    setting.trials.note = note
+    found = search.tune(setting.spaces, setting.trials, seed)
+    if all(one.best is None for one in found):
+        reasons = sorted(set(setting.trials.refused.values()))
+        raise SweepFailed("no trial could be trained: " + ("; ".join(reasons[:3]) or "the budget has room for none"))
+    final = _finals(setting, found, asked.any, seed)
+    lines = [
+        *_searched(setting, found),
+        *_decided(setting, found, final, asked),
+        *_not_tried(setting, found),
+        _spent(setting),
+    ]
+    _write(asked, setting, found, final, lines)
+    for line in lines:
+        say(line)
+
+
+def _finals(setting: Setting, found: Sequence[Tuned], one: Trial, seed: int) -> Final | None:
+    """Judge the finalists seed by seed until what is between them is settled; None where none was judged."""
+    config, trials = one.config.tune, setting.trials
+    best = {each.method: each.best for each in found if each.best is not None}
+    names = list(best)[: config.finalists]
+    judged: dict[str, dict[int, Judged]] = {name: {} for name in names}
+    pairs = [(a, b) for place, a in enumerate(names) for b in names[place + 1 :]]
+    looks: dict[tuple[str, str], Look] = {}
+    alive, said, spent = set(names), None, False
+    for number in range(config.seeds if len(names) > 1 else 1):
+        points = {name: replace(best[name], seed=_seed(seed, number)) for name in names if name in alive}
+        try:
+            trials("finals", list(points.values()), Until.test)
+        except Spent:
+            spent = True
+        said = said or headline(trials.results[point] for point in points.values() if point in trials.results)
+        for name, point in points.items():
+            if said and (score := trials.judged(point, *said)) is not None:
+                judged[name][point.seed] = score
+        if spent or said is None:
+            break
+        column = f"eval_info.{said[0]}.{said[1]}.value"
+        scored = {name: of for name, of in judged.items() if of}
+        for pair in pairs:
+            if number and alive.issuperset(pair) and scored.keys() >= set(pair):
+                looks[pair] = statistics.look(column, scored, *pair, number, config.tie, len(pairs))
+        alive -= {name for (a, b), look in looks.items() for name in _worse(a, b, look)}
+        left = [look for pair, look in looks.items() if alive.issuperset(pair)]
+        if number and all(look.verdict == TIE or statistics.hopeless(look, config.tie) for look in left):
+            break
+    if said is None or not any(judged.values()):
+        return None
+    kept = {name: of for name, of in judged.items() if of}
+    return Final(f"eval_info.{said[0]}.{said[1]}.value", kept, [(*pair, look) for pair, look in looks.items()], spent)
+
+
+def _worse(first: str, second: str, look: Look) -> list[str]:
+    return [second] if look.verdict == BETTER else [first] if look.verdict == WORSE else []
+
+
+def _seed(seed: int, number: int) -> int:
+    return (seed + number) % (LARGEST_SEED + 1)
+
+
+# ---- in words --------------------------------------------------------------------------------------
+
+
+def configuration(point: Point, size: str | None) -> str:
+    """``lora, lr=0.0002, r=16``."""
+    parts = [point.method, f"lr={point.rate:g}", f"{size}={point.size}" if size and point.size is not None else ""]
+    return ", ".join(filter(None, [*parts, f"targets={point.targets}" if point.targets else ""]))
+
+
+def _searched(setting: Setting, found: Sequence[Tuned]) -> list[str]:
+    """A line a method: its best by validation, and what that was chosen among."""
+    lines = []
+    for one in found:
+        known = {point: setting.plan.sign * score for point, score in (one.ends or one.rungs).items()}
+        if one.best is None:
+            lines.append(f"{one.method}: no trial of it could be trained")
+            continue
+        where = "" if one.ends else f", at step {setting.plan.rung} alone"
+        rates = ", ".join(f"{rate:g}" for rate in sorted({point.rate for point in one.rungs | one.ends}))
+        lines.append(
+            f"{configuration(one.best, setting.trials.sizes[one.method])}: validation {setting.plan.metric} "
+            f"{known[one.best]:.4g}{where}, the best of {len(known)} by it; rates tried: {rates}"
+        )
+    return lines
+
+
+def _decided(setting: Setting, found: Sequence[Tuned], final: Final | None, asked: Question) -> list[str]:
+    """What to use, and what stands between the finalists."""
+    best = {one.method: one.best for one in found}
+    if final is None:
+        first = next(one for one in found if one.best is not None)
+        assert first.best is not None
+        said = configuration(first.best, setting.trials.sizes[first.method])
+        return [f"By validation alone: {said}. Nothing was judged on the test rows, as the budget was spent."]
+    order = final.order(direction(final.column) or 1)
+    point = best[order[0]]
+    assert point is not None
+    name = final.column.removeprefix("eval_info.").removesuffix(".value").replace(".", " ")
+    means = {m: sum(one.value for one in of.values()) / len(of) for m, of in final.scores.items()}
+    count = len(final.scores[order[0]])
+    seeds, said = f"{count} seed" + ("s" if count > 1 else ""), configuration(point, setting.trials.sizes[point.method])
+    base = next((one.base for one in final.scores[order[0]].values() if one.base is not None), None)
+    sign = direction(final.column) or 1
+    gains = base is None or sign * (means[order[0]] - base) > 0
+    beside = "" if base is None else f" (the untouched base: {base:.4g})"
+    lines = [
+        f"{'Use' if gains else 'No gain by'} {said}: {name} {means[order[0]]:.4g}{beside} on the test rows, {seeds}."
+    ]
+    tie = asked.any.config.tune.tie
+    lines += [_between(one, other, look, tie, final) for one, other, look in final.looks]
+    if len(order) > 1 and not final.looks:
+        others = ", ".join(f"{m} {means[m]:.4g}" for m in order[1:])
+        lines.append(f"Not settled: {others}, with one seed each; the same command with a larger budget goes on.")
+    return lines
+
+
+def _between(first: str, second: str, look: Look, tie: float, final: Final) -> str:
+    ends = f"{look.estimate:+.4f} [{look.low:+.4f}, {look.high:+.4f}]"
+    scale = " (logarithms of ratios)" if "perplexity" in final.column else ""
+    held = f"{ends}{scale}, valid at every look, {look.number} so far"
+    if look.verdict in (BETTER, WORSE):
+        return f"{first} is {look.verdict} than {second}: {held}."
+    if look.verdict == TIE:
+        return f"{first} and {second} are a tie within {tie:g}: {held}."
+    if statistics.hopeless(look, tie):
+        return f"{first} and {second} are not told apart: {held}; more seeds would not settle it, more test rows could."
+    why = "the budget was spent" if final.spent else "tune.seeds were used up"
+    return f"{first} and {second} are not told apart yet: {held}; {why}."
+
+
+def _not_tried(setting: Setting, found: Sequence[Tuned]) -> list[str]:
+    """What the search would have tried, and did not; and what could not be trained, with the reason."""
+    lines = []
+    known = {one.method: {**one.rungs, **one.ends} for one in found}
+    for one in setting.spaces:
+        points = [*known[one.method], *(p for p in setting.trials.refused if p.method == one.method)]
+        size = setting.trials.sizes[one.method]
+        lacking = [f"lr {rate:g}" for rate in one.rates if all(point.rate != rate for point in points)]
+        lacking += [f"{size}={value}" for value in one.sizes if all(point.size != value for point in points)]
+        lacking += [f"targets={option}" for option in one.targets if all(point.targets != option for point in points)]
+        if lacking:
+            lines.append(f"not tried of {one.method}: {', '.join(lacking)}")
+    for point, reason in setting.trials.refused.items():
+        lines.append(f"could not be trained: {configuration(point, setting.trials.sizes[point.method])}: {reason}")
+    return lines
+
+
+def _spent(setting: Setting) -> str:
+    purse = setting.trials.purse
+    of = f" of a budget of {purse.budget}" if purse.budget else ""
+    return f"spent: {purse.trials} trials, {purse.steps:,} optimizer steps, {purse.seconds / 60:.1f} minutes{of}"
+
+
+def _write(
+    asked: Question, setting: Setting, found: Sequence[Tuned], final: Final | None, lines: Sequence[str]
+) -> None:
+    purse, sizes = setting.trials.purse, setting.trials.sizes
+    scores = {(p, until): setting.plan.sign * score for (p, until), score in setting.trials.scores.items()}
+    record.write_json(
+        asked.folder / TUNE,
+        {
+            "asked": asked.hash,
+            "command": asked.words,
+            "metric": f"validation_{setting.plan.metric}",
+            "budget": str(purse.budget) if purse.budget else None,
+            "spent": {"trials": purse.trials, "steps": purse.steps, "seconds": purse.seconds},
+            "tried": [
+                asdict(p)
+                | {
+                    "size_of": sizes[p.method],
+                    "until": until.name,
+                    "value": value,
+                    "trial": setting.trials.results[p].trial,
+                }
+                for (p, until), value in scores.items()
+                if until is not Until.test
+            ],
+            "best": [asdict(one.best) for one in found if one.best],
+            "finals": None if final is None else _final_facts(final),
+            "lines": list(lines),
+        },
+    )
+
+
+def _final_facts(final: Final) -> dict[str, Any]:
+    return {
+        "column": final.column,
+        "scores": {name: {str(s): one.value for s, one in of.items()} for name, of in final.scores.items()},
+        "looks": [{"first": a, "second": b} | asdict(look) for a, b, look in final.looks],
+        "settled": bool(final.looks) and all(look.verdict != OPEN for _, _, look in final.looks),
+    }
+
+
+# ---- sweep=league ----------------------------------------------------------------------------------
+
+
+def league(asked: Question, say: Callable[[str], None]) -> None:
+    """Tune all methods with equally many trials, judge them on the test rows, and rank them; see league.json.
+
+    Raises:
+        InputError: the question cannot be asked so; nothing was trained.
+        SweepFailed: a contestant could not be trained.
+        NotRun: the launcher did not run all that it was given.
+    """
+    config = asked.any.config
+    own = config.league
+    placebo = f"{own.placebo} (placebo)"
+    asked = replace(
+        asked, trials={**asked.trials, placebo: asked.trials[own.placebo]}, with_rate={**asked.with_rate, placebo: True}
+    )
+    setting = made_ready(asked, LEAGUE)
+    trials = setting.trials
+    trials.options = {placebo: own.placebo}
+    seeds = {name: _seed(config.seed, PLACEBO_SEED if name == placebo else 0) for name in asked.trials}
+    tuned = search.equally(setting.spaces, trials, own.trials, seeds)
+    best = {one.method: one.best for one in tuned if one.best is not None}
+    if lacking := [name for name in asked.trials if name not in best]:
+        raise SweepFailed(f"no trial of {', '.join(lacking)} could be trained")
+    points = {name: [replace(p, seed=_seed(seeds[name], n + 1)) for n in range(own.seeds)] for name, p in best.items()}
+    trials("finals", [point for group in zip(*points.values(), strict=True) for point in group], Until.test)
+    said = headline(trials.results[point] for group in points.values() for point in group if point in trials.results)
+    if said is None:
+        raise SweepFailed("no final trial was judged on test rows")
+    found = {name: {p.seed: j for p in group if (j := trials.judged(p, *said))} for name, group in points.items()}
+    if lacking := [name for name, of in found.items() if len(of) < 2]:
+        raise SweepFailed(f"fewer than two final trials of {', '.join(lacking)} came to their end")
+    column = f"eval_info.{said[0]}.{said[1]}.value"
+    result = statistics.league(column, found, own.placebo, placebo, own.difference)
+    costs = {name: _costs(trials, name) for name in asked.trials}
+    lines = _ranking(setting, best, result, costs, own.placebo, placebo, own.difference, said)
+    record.write_json(
+        asked.folder / LEAGUE,
+        {"asked": asked.hash, "command": asked.words, "column": column, "lines": lines, "costs": costs}
+        | {"spent": {"seconds": trials.purse.seconds}, "best": {name: asdict(p) for name, p in best.items()}}
+        | {"scores": {name: {str(s): one.value for s, one in of.items()} for name, of in found.items()}}
+        | {"result": record.plain(asdict(result))},
+    )
+    for line in lines:
+        say(line)
+
+
+def _costs(trials: Trials, contestant: str) -> dict[str, Any]:
+    """What a contestant took, tuning and finals together."""
+    own = {point: one for point, one in trials.results.items() if point.method == contestant}
+    info = [one.train_info for one in own.values()]
+    begun = len(own) + sum(p.method == contestant and p not in own for p in trials.refused)
+    return {
+        "trials": begun,
+        "steps": sum(int(one.get("steps", 0)) for one in info),
+        "seconds": sum(float(one.run_info.get("total_seconds", 0.0)) for one in own.values()),
+        "trainable_parameters": max((int(one.get("trainable_parameters", 0)) for one in info), default=0),
+    }
+
+
+def _ranking(
+    setting: Setting,
+    best: Mapping[str, Point],
+    found: statistics.League,
+    costs: Mapping[str, Mapping[str, Any]],
+    method: str,
+    placebo: str,
+    difference: float,
+    said: tuple[str, str],
+) -> list[str]:
+    lines = [f"league by {' '.join(said)} on the test rows:"]
+    for one in found.standings:
+        cost = costs[one.contestant]
+        point = replace(best[one.contestant], method=one.contestant)
+        lines.append(
+            f"{one.rank}. {configuration(point, setting.trials.sizes[one.contestant])}: {one.value:.4g} over "
+            f"{one.seeds} seeds; {cost['trials']} trials, {cost['steps']:,} steps, {cost['seconds']:.0f} s, "
+            f"at most {cost['trainable_parameters']:,} parameters"
+        )
+    lines.append(
+        f"placebo: {method} under another name, with seeds of its own, won {found.wins} of {found.pairs} pairs of "
+        f"seeds against {method}; that is what luck is worth"
+        + ("" if not found.placebo_better else f", and here it is called {found.placebo}")
+    )
+    enough = "no number of seeds on these test rows, as far as they tell"
+    needed = f"league.seeds={found.seeds}" if found.seeds else enough
+    lines.append(f"a difference of {difference:g} is found in 80% of leagues with {needed}")
+    return lines

@@ -1,0 +1,114 @@
+"""The budget of sweep=tune: how it is said, and what it leaves room for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from peftsweep.errors import InputError
+from peftsweep.tuning.search import Point, Until
+
+UNITS = {"trials": 1.0, "trial": 1.0, "steps": 1.0, "step": 1.0}
+SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+ALLOWED = "trials (40trials), optimizer steps (5000steps) or wall time (90m, 2h, 1d)"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """So many ``trials``, ``steps`` or ``seconds``; infinite where none was given."""
+
+    amount: float
+    unit: str
+
+    def __str__(self) -> str:
+        return f"{self.amount:,.0f} {self.unit}"
+
+
+def parse(said: object) -> Budget | None:
+    """``40trials``, ``5000steps``, ``90m``, ``2h``; None stays None.
+
+    Raises:
+        InputError: it is no such budget.
+    """
+    if said is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", str(said).strip())
+    unit = found[2] if found else ""
+    counts = unit in UNITS
+    if found is None or unit not in UNITS | SECONDS:
+        raise InputError(f"budget={said}: must be a number of {ALLOWED}")
+    amount = float(found[1])
+    if amount <= 0 or (counts and not amount.is_integer()):
+        raise InputError(f"budget={said}: must be above 0, trials and steps in whole numbers")
+    return Budget(amount, unit.removesuffix("s") + "s") if counts else Budget(amount * SECONDS[unit], "seconds")
+
+
+class Purse:
+    """What a budget leaves to a tuning.
+
+    Trials and steps are counted by what was asked for, so that the same command with the same budget always comes to
+    the same; a trial that failed counts whole. Wall time is that of ``clock``, with what earlier commands took.
+    """
+
+    def __init__(self, budget: Budget | None, steps: Sequence[int | None], clock: Callable[[], float]) -> None:
+        self.budget = budget
+        self._steps = dict(zip(Until, steps, strict=True))  # of a trial, until each
+        self._clock = clock
+        self._went: dict[Point, Until] = {}
+        self._free: set[Point] = set()  # which are another point's trial
+        self._took: dict[Until, list[float]] = {until: [] for until in Until}
+
+    @property
+    def trials(self) -> int:
+        """How many were begun."""
+        return len(self._went.keys() - self._free)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of all trials; 0 where the length of one is not known."""
+        return sum(self._steps[until] or 0 for point, until in self._went.items() if point not in self._free)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time."""
+        return self._clock()
+
+    @property
+    def left(self) -> float:
+        """How much of the budget is left."""
+        return float("inf") if self.budget is None else self.budget.amount - float(getattr(self, self.budget.unit))
+
+    def admit(self, points: Sequence[Point], until: Until, at_once: int = 1) -> Iterator[list[Point]]:
+        """``points`` that the budget has room for, counted, some at a time, until it has no more."""
+        size = max(1, at_once) if self.budget and self.budget.unit == "seconds" else max(1, len(points))
+        for start in range(0, len(points), size):
+            batch = [point for point in points[start : start + size] if self._take(point, until)]
+            if batch:
+                yield batch
+
+    def _take(self, point: Point, until: Until) -> bool:
+        if (went := self._went.get(point)) is not None and went >= until:
+            return True
+        if self._cost(point, until) > self.left:
+            return False
+        self._went[point] = until
+        return True
+
+    def _cost(self, point: Point, until: Until) -> float:
+        went = self._went.get(point)
+        unit = self.budget.unit if self.budget else "trials"
+        if unit == "trials":
+            return float(went is None)
+        if unit == "steps":
+            return float((self._steps[until] or 0) - (self._steps[went] or 0 if went else 0))
+        return median(self._took[until]) if self._took[until] else 0.0
+
+    def took(self, until: Until, seconds: float) -> None:
+        """So long a batch of trials took, by which the next one is foreseen."""
+        self._took[until].append(seconds)
+
+    def same(self, point: Point) -> None:
+        """The point turned out to be a trial that was counted before."""
+        self._free.add(point)

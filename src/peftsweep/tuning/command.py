@@ -1,0 +1,126 @@
+"""What sweep=tune and sweep=league have from Hydra: the words of a command, composed trials, and a launcher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from hydra.core.override_parser.types import Override
+from hydra.core.utils import JobStatus
+from omegaconf import DictConfig, OmegaConf
+
+from peftsweep.config import checks
+from peftsweep.config.compose import Trial
+from peftsweep.config.compose import trial as make_trial
+from peftsweep.errors import InputError
+from peftsweep.study import store
+from peftsweep.sweep import processes
+from peftsweep.tuning import answer, replay
+from peftsweep.tuning.answer import Question
+from peftsweep.tuning.space import SEARCHED, base_words
+
+METHOD, SWEEP = "method", "sweep"
+RATE = "train.learning_rate"
+
+
+def run(launcher: Any, config: DictConfig, loader: Any, points: Sequence[Sequence[str]], *, league: bool) -> None:
+    """Answer the question of a command; ``points`` are its words, with each of its methods once.
+
+    Raises:
+        InputError: it cannot be asked so; nothing was trained.
+    """
+    if config.tune.replay is not None and not league:
+        for line in replay.lines([replay.run(grid) for grid in replay.read(Path(config.tune.replay).expanduser())]):
+            print(line)
+        return
+    if league and (key := next((key for key in ("budget", "tune.replay") if OmegaConf.select(config, key)), None)):
+        raise InputError(f"{key}: is of sweep=tune; a league's budget is league.trials and league.seeds of each method")
+    if (sweeper := config.hydra.runtime.choices["hydra/sweeper"]) != "grid":
+        raise InputError(f"hydra/sweeper={sweeper}: sweep={'league' if league else 'tune'} brings its own")
+    asked = _question(launcher, config, loader, points, league)
+    if config.dry_run:
+        _dry_run(asked, launcher, league)
+        return
+    lines: list[str] = []
+    (answer.league if league else answer.tune)(asked, lines.append)
+    for line in [line for line in lines if line.startswith(("Use ", "No gain by ", "By "))] if config.quiet else lines:
+        print(line, flush=True)
+
+
+def _question(
+    launcher: Any, config: DictConfig, loader: Any, points: Sequence[Sequence[str]], league: bool
+) -> Question:
+    words = [[word for word in point if not word.startswith(f"{SWEEP}=")] for point in points]
+    if league and (placebo := f"{METHOD}={config.league.placebo}") and not any(placebo in point for point in words):
+        words = [[*(word for word in words[0] if not word.startswith(f"{METHOD}=")), placebo], *words]
+    trials = {str(trial.choices[METHOD]): trial for trial in _trials(launcher, words)}
+    if len(trials) < len(words):
+        raise InputError("method: each may be named once, and those read from a file cannot be searched")
+    said = {word.partition("=")[0] for word in words[0]}
+    with_rate = {name: RATE in said or _names_rate(loader, name) for name in trials}
+
+    def launch(asked: list[list[str]]) -> list[Any]:
+        jobs = launcher.launch(asked, initial_job_idx=0)
+        return [job._return_value if job.status in (JobStatus.COMPLETED, JobStatus.FAILED) else None for job in jobs]
+
+    return Question(
+        words=list(config.hydra.overrides.task),
+        base_words=base_words(words[0]),
+        trials=trials,
+        with_rate=with_rate,
+        launch=launch,
+        folder=store.folder(config.study),
+        at_once=_at_once(config),
+    )
+
+
+def _trials(launcher: Any, words: Sequence[Sequence[str]]) -> list[Trial]:
+    cfgs = launcher._compose(words, 0)
+    return [make_trial(cfg, cfg.hydra.runtime.choices, own) for cfg, own in zip(cfgs, words, strict=True)]
+
+
+def _at_once(config: DictConfig) -> int:
+    """How many trials run side by side, by which wall time is foreseen; all of them on another launcher."""
+    options = config.hydra.launcher
+    if not str(options._target_).endswith(".LocalLauncher"):
+        return 10**6
+    plain = cast(dict[str, Any], OmegaConf.to_container(options, resolve=True))
+    placement = checks.placement({key: value for key, value in plain.items() if key != "_target_"})
+    workers, devices = placement.get("workers"), placement.get("devices")
+    places = 1 if workers == 0 else len(processes.places(workers, devices, [config.device]))
+    return places * int(placement.get("pack") or 1)
+
+
+def _names_rate(loader: Any, option: str) -> bool:
+    """Whether the yaml of a method, or one that it builds on, names a learning rate."""
+    found = loader.repository.load_config(f"{METHOD}/{option}")
+    if found is None:
+        return False
+    if OmegaConf.select(found.config, RATE) is not None:
+        return True
+    others = [entry.get_name() for entry in found.defaults_list or [] if hasattr(entry, "get_name")]
+    own = [name for name in others if name and name not in ("_self_", option) and "/" not in name]
+    return any(_names_rate(loader, name) for name in own)
+
+
+def check_axes(parsed: Sequence[Override], name: str) -> None:
+    """Refuse several values of anything but the method.
+
+    Raises:
+        InputError: the line names the word, and the key that says what is searched.
+    """
+    for word in parsed:
+        if word.is_sweep_override() and word.key_or_group != METHOD:
+            key = word.key_or_group
+            way = f"; give {SEARCHED[key]}" if key in SEARCHED else ""
+            raise InputError(f"{word.input_line}: sweep={name} takes several values of method alone{way}")
+
+
+def _dry_run(asked: Question, launcher: Any, league: bool) -> None:
+    """List the first trials, and say what would come after them."""
+    setting = answer.made_ready(asked, store.LEAGUE if league else store.TUNE)
+    first = answer.first(setting, asked.any.config.seed)
+    launcher.launch([setting.trials.words_of(point, until) for point, until in first], initial_job_idx=0)
+    for line in answer.foreseen(setting):
+        print(line)

@@ -1,0 +1,197 @@
+"""Finalists on the test rows: when a difference between them is shown, and what a league says of its contestants.
+
+A tuning looks at the same comparison again after every seed, and stops when it likes what it sees. A 95% interval at
+each look would be wrong somewhere far more often than in 5% of tunings. So the error of 5% is spent over the looks
+(Lan and DeMets, Biometrika 70, 1983): look k has ALPHA / (k (k + 1)), which add up to ALPHA however many there are. By
+Boole's inequality all intervals of a tuning hold together in at least 95% of tunings, whatever it does in between.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import special  # scipy.stats takes longer to load than a small study to collect
+
+from peftsweep.analysis.statistics.comparisons import Tested, tested
+from peftsweep.analysis.statistics.measured import Measured, measure
+from peftsweep.analysis.statistics.trials import ALPHA, CREATED, SEED, SUCCESS, TRIAL
+from peftsweep.analysis.table.columns import direction
+from peftsweep.study.record import Status
+
+POWER = 0.8  # with which a league is to see the difference that it was asked for
+MOST_SEEDS = 1000  # that a league may ask for
+CONTESTANT = "choices.method"  # under which a table of finals holds who a trial is of
+BETTER, WORSE, TIE, OPEN = "better", "worse", "tie", "open"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What one trial scored on its test rows."""
+
+    trial: str
+    value: float
+    stderr: float | None
+    n: int | None
+    lines: Sequence[dict[str, Any]]  # of its predictions, a line a test row
+    base: float | None = None  # what the untouched base scores on them, if that is known
+
+
+Finals = Mapping[str, Mapping[int, Judged]]  # contestant -> seed -> score
+
+
+def table(column: str, finals: Finals) -> pd.DataFrame:
+    """The finals as the statistics take trials: a row each, in which nothing differs but contestant and seed."""
+    stem = column.removesuffix("value")
+    rows = [
+        {TRIAL: one.trial, SUCCESS: Status.success.name, CREATED: "", CONTESTANT: contestant, SEED: seed}
+        | {column: one.value, f"{stem}stderr": one.stderr, f"{stem}n": one.n}
+        for contestant, judged in finals.items()
+        for seed, one in judged.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def _lines(finals: Finals) -> dict[str, Sequence[dict[str, Any]]]:
+    return {one.trial: one.lines for judged in finals.values() for one in judged.values()}
+
+
+# ---- sequential looks ------------------------------------------------------------------------------
+
+
+def spent_at(look: int) -> float:
+    """The part of ALPHA that belongs to a look, counted from 1."""
+    return ALPHA / (look * (look + 1))
+
+
+@dataclass(frozen=True)
+class Look:
+    """One finalist against another after so many looks, with an interval that holds at all of them together.
+
+    Estimate and interval are of how much better the first is: differences, or of perplexities logarithms of ratios.
+    """
+
+    number: int
+    estimate: float
+    low: float
+    high: float
+    verdict: str  # of the first: better, worse, tie, or open
+    by_rows: float  # half of the interval that no number of seeds would take away
+
+
+def look(column: str, finals: Finals, first: str, second: str, number: int, tie: float, rivals: int = 1) -> Look:
+    """Compare two finalists at look ``number``; the error of 5% is for all ``rivals`` of the first together."""
+    lines = _lines(finals)
+    found = measure(table(column, finals), column, lambda trial, _: lines[trial])
+    places = {name: place for place, name in enumerate(finals)}
+    weights = np.zeros((1, len(places)))
+    weights[0, places[first]], weights[0, places[second]] = 1.0, -1.0
+    weights *= direction(column) or 1
+    contrast, level = found.contrasts(weights), spent_at(number) / rivals
+    estimate, stderr, df = (float(part[0]) for part in (contrast.estimate, contrast.stderr, contrast.df))
+    half = float(special.stdtrit(df, 1 - level / 2)) * stderr
+    by_rows = float(special.ndtri(1 - level / 2)) * math.sqrt(_variance_of_rows(found, weights))
+    verdict = _verdict(estimate - half, estimate + half, math.log1p(tie) if found.ratio else tie)
+    return Look(number, estimate, estimate - half, estimate + half, verdict, by_rows)
+
+
+def _verdict(low: float, high: float, tie: float) -> str:
+    if low > 0:
+        return BETTER
+    if high < 0:
+        return WORSE
+    return TIE if -tie <= low and high <= tie else OPEN
+
+
+def _variance_of_rows(found: Measured, weights: Any) -> float:
+    """That part of a contrast's variance which no number of seeds takes away; 0 where rows are not known.
+
+    It is the variance over test rows less what comes from seeds answering single rows differently.
+    """
+    if found.rows is None:
+        return 0.0
+    apart = weights[0] @ found.rows
+    by_seeds = float(weights[0] ** 2 @ (np.nan_to_num(found.answered) / found.seeds))
+    return max(float(apart.var(ddof=1)) / len(apart) - by_seeds, 0.0)
+
+
+def hopeless(one: Look, tie: float) -> bool:
+    """Whether more seeds alone would settle nothing: the test rows leave too much doubt for either verdict."""
+    return one.verdict == OPEN and one.by_rows > max(tie, abs(one.estimate))
+
+
+# ---- a league --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A contestant of a league."""
+
+    contestant: str
+    value: float
+    rank: int  # one more than the number of contestants that are better for certain
+    seeds: int
+
+
+@dataclass(frozen=True)
+class League:
+    """What the finals of a league say."""
+
+    standings: list[Standing]  # the best first
+    placebo: str  # how the placebo did against the method that it is
+    placebo_better: bool  # whether one of the two is called better, which luck alone can bring
+    wins: int  # of ``pairs`` of finals, of how many the placebo's score was the better one
+    pairs: int
+    seeds: int | None  # that tell the difference asked for apart; None where the test rows are too few for any number
+
+
+def league(column: str, finals: Finals, method: str, placebo: str, difference: float) -> League:
+    """Rank the contestants: each pair tested once, all adjusted together by Holm's method."""
+    lines = _lines(finals)
+    found = tested(table(column, finals), column, lambda trial, _: lines[trial])
+    assert found is not None
+    names, sign = list(finals), found.sign
+    ranks, means = found.ranks(), found.measured.back((found.measured.means,))[0]
+    standings = [
+        Standing(names[number], float(means[place]), ranks.get(number, len(names)), int(found.measured.seeds[place]))
+        for place, number in enumerate(found.measured.numbers.tolist())
+    ]
+    pairs = [sign * (own.value - other.value) for own in finals[placebo].values() for other in finals[method].values()]
+    said = found.verdict(names.index(placebo), names.index(method))
+    return League(
+        sorted(standings, key=lambda one: -sign * one.value),
+        said,
+        said in (BETTER, WORSE),
+        sum(pair > 0 for pair in pairs),
+        len(pairs),
+        seeds_needed(found, difference),
+    )
+
+
+def seeds_needed(found: Tested, difference: float) -> int | None:
+    """Seeds of each contestant with which a true ``difference`` is found in 80% of leagues.
+
+    From the variance between seeds and that over test rows as this league has measured them, averaged over its pairs,
+    at the level of the smallest p of Holm's method, by Student's t with the degrees of freedom of all seeds together.
+    As in the test itself a contestant is taken to vary at least as all do on average. None where the test rows alone
+    leave more doubt than that, or nothing has varied yet, so that how much it may is not known.
+    """
+    measured = found.exact
+    wanted = math.log1p(difference) if measured.ratio else difference
+    several = measured.seeds > 1
+    varied = measured.between[several]
+    between = float(np.maximum(varied, varied.mean()).mean()) if several.any() else 0.0
+    count = len(measured.means)
+    pairs = [np.eye(count)[[a]] - np.eye(count)[[b]] for a in range(count) for b in range(a)]
+    rows = float(np.mean([_variance_of_rows(measured, pair) for pair in pairs])) if pairs else 0.0
+    if not between and not rows:
+        return None
+    for seeds in range(2, MOST_SEEDS + 1):
+        quantile = special.stdtrit(count * (seeds - 1), 1 - ALPHA / found.family / 2) + special.ndtri(POWER)
+        if quantile**2 * (2 * between / seeds + rows) <= wanted**2:
+            return seeds
+    return None

@@ -1,0 +1,160 @@
+"""The trials of a tuning: from points to words, through any launcher, and from records to scores."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peftsweep.analysis.table.columns import FACTS
+from peftsweep.analysis.table.table import predictions
+from peftsweep.errors import InputError, NotRun
+from peftsweep.schema import HalvingConfig
+from peftsweep.study import record
+from peftsweep.study.reading import Unreadable
+from peftsweep.study.record import Result, Status
+from peftsweep.study.rungs import TRAINED_STATUSES, course
+from peftsweep.tuning.budget import Purse
+from peftsweep.tuning.finals import Judged
+from peftsweep.tuning.search import Point, Scores, Spent, Until
+from peftsweep.tuning.space import FACTOR, Plan
+
+Launch = Callable[[list[list[str]]], Sequence[Result | BaseException | None]]  # words of trials -> how each ended
+
+
+@dataclass
+class Trials:
+    """Answers what a search asks for by running trials; one that is done costs nothing, as everywhere."""
+
+    launch: Launch
+    words: Sequence[str]  # that all trials get
+    plan: Plan
+    sizes: Mapping[str, str | None]  # the option that is a method's size
+    purse: Purse
+    at_once: int = 1  # trials that run side by side
+    note: Callable[[], None] = lambda: None  # called after every launch
+    named_targets: bool = False  # whether the user has named the targets that are tried
+    options: Mapping[str, str] = field(default_factory=dict)  # of `method`, of those that go by another name here
+    scores: dict[tuple[Point, Until], float] = field(default_factory=dict)
+    results: dict[Point, Result] = field(default_factory=dict)
+    refused: dict[Point, str] = field(default_factory=dict)  # why a point was not trained
+    _failed: set[tuple[Point, Until]] = field(default_factory=set)
+
+    def __call__(self, stage: str, points: Sequence[Point], until: Until) -> Scores:
+        """See ``search.Ask``."""
+        for batch in self.purse.admit([one for one in points if not self._known(one, until)], until, self.at_once):
+            self._run(stage, batch, until)
+        known = {one: self.scores[one, until] for one in points if (one, until) in self.scores}
+        if not all(self._known(one, until) for one in points):
+            raise Spent(known)
+        return known
+
+    def _known(self, point: Point, until: Until) -> bool:
+        return (point, until) in self.scores or (point, until) in self._failed
+
+    def _run(self, stage: str, points: Sequence[Point], until: Until) -> None:
+        # With those trained before a point that attaches the same is recognised as theirs.
+        alike = [one for one in self.results if stage == "targets" and any(_alike(one, other) for other in points)]
+        asked = [*alike, *points]
+        try:
+            ended = self.launch([self.words_of(point, until) for point in asked])
+        except InputError as error:
+            if stage != "targets" or self.named_targets:
+                raise
+            ended = [*(self.results[point] for point in alike), *[error] * len(points)]
+        if unreached := sum(one is None or isinstance(one, NotRun) for one in ended):
+            raise NotRun(f"{unreached} trials of the tuning were not run; the same command continues")
+        trials = {self.results[point].trial for point in self.results if point not in points}
+        for point, result in zip(points, ended[len(alike) :], strict=True):
+            self._take(point, until, result, trials)
+        self.note()
+
+    def _take(self, point: Point, until: Until, ended: Result | BaseException | None, others: set[str]) -> None:
+        if isinstance(ended, Result) and ended.status in TRAINED_STATUSES:
+            if ended.trial in others and point not in self.results:
+                self.purse.same(point)
+            self.results[point] = ended
+            self.purse.took(until, record.sitting_seconds(ended))
+            if (value := self._value(ended, until)) is not None and math.isfinite(value):
+                self.scores[point, until] = self.plan.sign * value
+                return
+            self.refused[point] = "its validation is no number"
+        elif isinstance(ended, Result):
+            self.refused[point] = ended.error["message"].partition("\n")[0] if ended.error else ended.status.name
+            if ended.status is Status.refused:
+                self.purse.same(point)  # nothing was begun
+        else:
+            self.refused[point] = str(ended)
+        self._failed.add((point, until))
+
+    def _value(self, result: Result, until: Until) -> float | None:
+        values = course(result, HalvingConfig(self.plan.metric, FACTOR, self.plan.rung)).values
+        if until is Until.rung:
+            return values[0] if values else None
+        return values[-1] if len(values) == (1 if self.plan.rung is None else 2) else None
+
+    def words_of(self, point: Point, until: Until) -> list[str]:
+        """The words of the command line that run this trial as far as ``until``."""
+        method = self.options.get(point.method, point.method)
+        words = [*self.words, f"method={method}", f"train.learning_rate={point.rate!r}", f"seed={point.seed}"]
+        size = self.sizes.get(point.method)
+        words += [f"method.{size}={point.size}"] if size and point.size is not None else []
+        if point.targets is not None:
+            words = [*(word for word in words if not word.startswith("targets=")), f"targets={point.targets}"]
+        words += [f"train.eval_every={self.plan.eval_every}", f"halving.metric={self.plan.metric}"]
+        words += [f"halving.test={str(until is Until.test).lower()}"]
+        if self.plan.rung is not None:
+            rung = "1" if until is Until.rung else "null"
+            words += [f"halving.min_steps={self.plan.rung}", f"halving.factor={FACTOR}", f"halving.rung={rung}"]
+        return [*words, "force=false"] if point in self.results else words
+
+    def judged(self, point: Point, evaluation: str, metric: str) -> Judged | None:
+        """What the trial scored on its test rows; None where it has not been judged."""
+        result = self.results.get(point)
+        score = (result.eval_info.get(evaluation) or {}).get(metric) if result else None
+        if result is None or result.status is not Status.success or not score or result.folder is None:
+            return None
+        lines = predictions(result.folder.parent)(result.trial, evaluation)
+        base = (result.eval_info[evaluation].get(f"base_{metric}") or {}).get("value")
+        return Judged(result.trial, score["value"], score.get("stderr"), score.get("n"), lines, base)
+
+
+def _alike(one: Point, other: Point) -> bool:
+    return (one.method, one.rate, one.size, one.seed) == (other.method, other.rate, other.size, other.seed)
+
+
+def headline(results: Iterable[Result]) -> tuple[str, str] | None:
+    """The evaluation and metric by which finalists are judged: the first one's headline, or else its first score."""
+    for result in results:
+        for name, facts in result.eval_info.items():
+            metrics = [
+                key
+                for key, value in facts.items()
+                if isinstance(value, dict) and "value" in value and not key.startswith("base_") and key not in FACTS
+            ]
+            if metrics:
+                wanted = facts.get(record.HEADLINE)
+                return name, wanted if wanted in metrics else metrics[0]
+    return None
+
+
+class Clock:
+    """Seconds that a tuning has taken: earlier commands' and this one's."""
+
+    def __init__(self, earlier: float) -> None:
+        self._earlier, self._begun = earlier, time.monotonic()
+
+    def __call__(self) -> float:
+        return self._earlier + time.monotonic() - self._begun
+
+
+def earlier_seconds(file: Path, asked: str) -> float:
+    """What earlier commands with the same question took, by the file that they left."""
+    try:
+        found = record.read_json(file, dict)
+    except (Unreadable, OSError):  # there is none, or it is damaged: it is written anew
+        return 0.0
+    spent = found.get("spent") if isinstance(found, dict) and found.get("asked") == asked else None
+    return float(spent.get("seconds", 0.0)) if isinstance(spent, dict) else 0.0

@@ -1,0 +1,353 @@
+"""sweep=tune and sweep=league from words to decisions: with trials made up, in the slow tier with real ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftsweep import cli
+from peftsweep.analysis.text import searches
+from peftsweep.config.compose import Trial
+from peftsweep.config.compose import trial as make_trial
+from peftsweep.errors import InputError, NotRun, SweepFailed
+from peftsweep.study import record, store
+from peftsweep.study.record import Result
+from peftsweep.tuning import answer
+from peftsweep.tuning.answer import Question
+from tests.conftest import SMALL, start, wait_for
+
+Command = Callable[..., tuple[int, str, str]]
+Loss = Callable[[dict[str, str]], float | None]
+Ask = Callable[..., "tuple[Question, MadeUp]"]
+STEPS, ROWS = 30, 100
+
+
+class MadeUp:
+    """Stands in for a launcher: writes the record and steps that a trial with these words would leave."""
+
+    def __init__(self, study: Path, loss: Loss) -> None:
+        self.study, self._loss = study, loss
+        self.launched: list[dict[str, str]] = []
+        self.dies_after = math.inf  # trials
+
+    def __call__(self, asked: list[list[str]]) -> Sequence[Result | BaseException | None]:
+        return [self._run(dict(word.split("=", 1) for word in words)) for words in asked]
+
+    def _run(self, words: dict[str, str]) -> Result | BaseException | None:
+        keys = ("method", "train.learning_rate", "method.r", "targets", "seed")
+        name = "-".join(
+            words.get(key, "").replace("all_linear", "") for key in keys
+        )  # which is what these methods take
+        level, steps, status = (3, STEPS, "success") if words["halving.test"] == "true" else (2, STEPS, "stopped")
+        if words.get("halving.rung") == "1":
+            level, steps, status = 1, int(words["halving.min_steps"]), "stopped"
+        place = self.study / name
+        if (place / record.RESULT).exists() and (held := Result.read(place)).run_info["level"] >= level:
+            return held
+        if len(self.launched) >= self.dies_after:
+            raise KeyboardInterrupt
+        self.launched.append(words)
+        if (loss := self._loss(words)) is None:
+            return SweepFailed(f"{name}: failed")
+        marks = sorted({int(words["train.eval_every"]), steps})
+        rows = [{"step": step, "steps": STEPS, "validation_loss": loss + 1 / step} for step in marks]
+        record.write_lines(place / record.STEPS, rows)
+        info: dict[str, Any] = {
+            "trial": name,
+            "status": status,
+            "labels": [name],
+            "study": "default",
+            "created_at": record.now(),
+        }
+        info |= {"identity": name, "sitting_seconds": 1.0, "total_seconds": 1.0, "level": level}
+        info["rung"] = {"number": 1, "step": steps, "metric": "loss", "value": loss}
+        found = Result(info, {}, {}, train_info={"steps": steps, "trainable_parameters": 10})
+        if status == "success":
+            right = random.Random(name).choices([1.0, 0.0], [1 - loss / 10, loss / 10], k=ROWS)
+            lines = [{"prompt": str(row), "answer": "", "correct": bool(one)} for row, one in enumerate(right)]
+            record.write_lines(place / "predictions" / "task.jsonl", lines)
+            value = sum(right) / ROWS
+            score = {"value": value, "stderr": math.sqrt(value * (1 - value) / (ROWS - 1)), "n": ROWS}
+            found.eval_info["task"] = {"headline": "accuracy", "accuracy": score}
+        found.write(place)
+        return found
+
+
+def loss_of(words: dict[str, str]) -> float | None:
+    """LoRA wants a rate of 1e-3 and DoRA 1e-4; more rank is better; DoRA fails above 1e-3."""
+    rate, best = float(words["train.learning_rate"]), {"lora": 1e-3, "dora": 1e-4}[words["method"]]
+    if words["method"] == "dora" and rate > 1e-3:
+        return None
+    return 2 + math.log10(rate / best) ** 2 - int(words["method.r"]) / 100 + 0.5 * (words["method"] == "dora")
+
+
+@pytest.fixture(scope="module")
+def composed() -> dict[str, Trial]:
+    """Composed once for all tests, as it is most of what they cost."""
+    found = {}
+    for method in ("lora", "dora"):
+        words = [f"method={method}", f"train.steps={STEPS}", "device=cpu"]
+        cfg = cli.compose(words)
+        found[method] = make_trial(cfg, cfg.hydra.runtime.choices, words)
+    return found
+
+
+@pytest.fixture
+def ask(composed: dict[str, Trial], tmp_path: Path) -> Ask:
+    """A question about made-up trials, with these values of `tune`, `league` and `budget`, and its launcher."""
+
+    def made(
+        *, methods: Sequence[str] = ("lora", "dora"), loss: Loss = loss_of, budget: str | None = None, **keys: Any
+    ) -> tuple[Question, MadeUp]:
+        trials = {}
+        for name in methods:
+            config = dataclasses.replace(composed[name].config, budget=budget)
+            for section in ("tune", "league"):
+                own = getattr(config, section)
+                own = dataclasses.replace(own, **{key: value for key, value in keys.items() if hasattr(own, key)})
+                config = dataclasses.replace(config, **{section: own})
+            trials[name] = dataclasses.replace(composed[name], config=config)
+        launch = MadeUp(tmp_path / "multirun" / "default", loss)
+        return Question([], [], trials, dict.fromkeys(trials, True), launch, launch.study), launch
+
+    return made
+
+
+def written(launch: MadeUp, file: str = store.TUNE) -> Any:
+    return json.loads((launch.study / file).read_text())
+
+
+def test_a_tuning_judges_only_its_finalists_on_the_test_rows(ask: Ask) -> None:
+    asked, launch = ask(targets=["default"])
+    answer.tune(asked, (lines := list[str]()).append)
+    judged = [words for words in launch.launched if words["halving.test"] == "true"]
+    assert {(words["method"], words["method.r"]) for words in judged} == {("lora", "32"), ("dora", "32")}
+    assert {float(words["train.learning_rate"]) for words in judged if words["method"] == "lora"} == {6.32e-4}
+    found = written(launch)
+    assert [(one["method"], one["size"]) for one in found["best"]] == [("lora", 32), ("dora", 32)]
+    assert found["lines"] == lines
+    assert any(line.startswith("Use lora, lr=0.000632, r=32") for line in lines)
+    assert any("could not be trained: dora, lr=0.002" in line for line in lines) == any(
+        words["method"] == "dora" and float(words["train.learning_rate"]) > 1e-3 for words in launch.launched
+    )
+    seeds = {words["seed"] for words in judged}
+    assert seeds == {str(number) for number in range(len(seeds))}
+    (look,) = found["finals"]["looks"]
+    assert (look["first"], look["number"]) == ("lora", len(seeds) - 1)
+
+
+def test_the_same_command_trains_nothing_again_and_decides_the_same(
+    ask: Ask,
+) -> None:
+    asked, launch = ask(budget="9trials")
+    answer.tune(asked, (first := list[str]()).append)
+    done = len(launch.launched)
+    answer.tune(asked, (again := list[str]()).append)
+    assert (len(launch.launched), again[:-1]) == (done, first[:-1])  # the last line has the time
+
+
+@pytest.mark.parametrize("after", [1, 9, 13])
+def test_a_tuning_that_is_cut_off_goes_on_to_the_same_end(ask: Ask, after: int, tmp_path: Path) -> None:
+    asked, launch = ask(seeds=2, targets=["default"])
+    launch.dies_after = after
+    with pytest.raises(KeyboardInterrupt):
+        answer.tune(asked, print)
+    launch.dies_after = math.inf
+    answer.tune(asked, (lines := list[str]()).append)
+    whole = MadeUp(tmp_path / "whole", loss_of)
+    alone = Question(asked.words, asked.base_words, asked.trials, asked.with_rate, whole, whole.study)
+    answer.tune(alone, (expected := list[str]()).append)
+    assert lines[:-1] == expected[:-1]
+
+
+def test_a_larger_budget_goes_on_and_a_spent_one_says_what_was_not_tried(
+    ask: Ask,
+) -> None:
+    asked, launch = ask(budget="6trials")
+    answer.tune(asked, (lines := list[str]()).append)
+    assert "not tried of lora: r=16, r=32, targets=qv, targets=all_linear" in lines
+    assert written(launch)["spent"]["trials"] == len(list(launch.study.glob("*/result.json"))) == 6
+    asked, more = ask(budget="20trials")
+    answer.tune(asked, (lines := list[str]()).append)
+    assert not any(words in launch.launched for words in more.launched)
+    assert written(more)["spent"]["trials"] == len(list(launch.study.glob("*/result.json"))) <= 20
+
+
+def test_a_tuning_of_which_nothing_can_be_trained_fails(ask: Ask) -> None:
+    asked, _ = ask(methods=["lora"], loss=lambda _: None)
+    with pytest.raises(SweepFailed, match=r"no trial could be trained: .*failed"):
+        answer.tune(asked, print)
+
+
+def test_reports_repeat_what_was_decided(ask: Ask) -> None:
+    asked, launch = ask(budget="3trials")
+    assert searches.decisions(launch.study) == {}
+    answer.tune(asked, (lines := list[str]()).append)
+    assert searches.decisions(launch.study) == {"tune": lines}
+    text = list(searches.section(launch.study))
+    assert (text[0], text[2]) == ("## What sweep=tune decided", f"- {lines[0]}")
+
+
+def test_trials_that_a_launcher_leaves_end_the_tuning_as_not_run(ask: Ask) -> None:
+    asked, launch = ask(methods=["lora"])
+    limited = Question(
+        asked.words, asked.base_words, asked.trials, asked.with_rate, lambda words: [None] * len(words), launch.study
+    )
+    with pytest.raises(NotRun, match="3 trials of the tuning were not run; the same command continues"):
+        answer.tune(limited, print)
+
+
+def test_a_league_gives_every_contestant_the_same_and_lora_twice(ask: Ask) -> None:
+    asked, launch = ask(trials=5, seeds=3)
+    answer.league(asked, (lines := list[str]()).append)
+    found = written(launch, store.LEAGUE)
+    assert set(found["costs"]) == {"lora", "dora", "lora (placebo)"}
+    assert {one["trials"] for one in found["costs"].values()} == {8}
+    assert {one["steps"] for one in found["costs"].values()} == {8 * STEPS}
+    seeds = {name: set(of) for name, of in found["scores"].items()}
+    assert (seeds["lora"], seeds["lora (placebo)"]) == ({"1", "2", "3"}, {"1001", "1002", "1003"})
+    assert any("won" in line and "of 9 pairs of seeds against lora" in line for line in lines)
+    assert "a difference of 0.02 is found in 80% of leagues with " in lines[-1]
+
+
+# ---- wrong words -----------------------------------------------------------------------------------
+
+
+WRONG = [
+    (["sweep=tune", "budget=40runs"], "budget=40runs: must be a number of trials (40trials), optimizer steps"),
+    (["sweep=tune", "train.learning_rate=1e-4,1e-3"], "takes several values of method alone; give tune.rates"),
+]
+WRONG_TOO = [
+    (["sweep=tune", "tune.tie=-0.01"], "tune.tie=-0.01: must be above 0"),
+    (["budget=5trials"], "budget: is of a search, and nothing without it; add sweep=tune"),
+    (["sweep=tune", "budget=0"], "budget=0: must be a number of trials"),
+    (["sweep=tune", "budget=100steps"], "budget=100steps: must be at least 150steps"),
+    (["sweep=tune", "tune.rates=[1e-4,1e-4]"], "must be at least one value, each once"),
+    (["sweep=tune", "tune.metric=gsm8k.accuracy"], "tune.metric=gsm8k.accuracy: must be loss or"),
+    (["sweep=tune", "quant=none,4bit"], "quant=none,4bit: sweep=tune takes several values of method alone"),
+    (["sweep=tune", "train.learning_rate=0"], "method=lora: names no train.learning_rate above 0"),
+    (["sweep=tune", "halving.min_steps=10"], "takes no objective and no halving keys"),
+    (["sweep=tune", "hydra/sweeper=basic"], "hydra/sweeper=basic: sweep=tune brings its own"),
+    (["sweep=tune,rank_ablation"], "cannot be joined"),
+    (["sweep=glob(tune)"], "is a search and no grid"),
+    (["sweep=league", "budget=3h"], "budget: is of sweep=tune"),
+    (["sweep=tune", "tune.replay=none.csv"], "tune.replay=none.csv: no such file"),
+    (["halving.test=false"], "halving.test=false: needs train.eval_every"),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"), [*WRONG, *(pytest.param(*one, marks=pytest.mark.slow) for one in WRONG_TOO)]
+)
+def test_what_cannot_be_asked_is_one_line(words: list[str], problem: str, command: Command) -> None:
+    code, _, err = command(*words)
+    assert (code, err.count("\n")) == (2, 1)
+    assert problem in err
+    assert not list(Path("multirun").glob("default/*/result.json"))
+
+
+def test_a_method_whose_yaml_names_no_rate_is_one_line(command: Command) -> None:
+    Path("mine/method").mkdir(parents=True)
+    config = "# @package _global_\nmethod: {_target_: peft.LoraConfig, r: 4, target_modules: all-linear}\n"
+    Path("mine/method/wide.yaml").write_text(config)
+    code, _, err = command("--config-dir", "mine", "sweep=tune", "method=wide")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "method=wide: names no train.learning_rate above 0" in err
+
+
+@pytest.mark.slow
+def test_a_replay_trains_nothing(command: Command) -> None:
+    table = Path(__file__).parents[1] / "fixtures" / "lora_rates_and_ranks.csv"
+    code, out, err = command("sweep=tune", f"tune.replay={table}")
+    assert (code, err, "sweep=tune: median regret 0.0000, worst 0.0073" in out) == (0, "", True)
+    assert not Path("multirun/default").exists()
+
+
+@pytest.mark.slow
+def test_one_trial_from_python_is_no_search() -> None:
+    with pytest.raises(InputError, match="sweep=tune: is more than one trial"):
+        cli.run_one(["sweep=tune"])
+
+
+# ---- real trials -----------------------------------------------------------------------------------
+
+REAL = [*SMALL[1:], "train.steps=9", "train.eval_every=1", "dataset.validation_samples=8", "adapter.save=false"]
+REAL += ["sweep=tune", "tune.rates=[1e-4,1e-3,1e-2]", "tune.ranks=[2,4]", "tune.targets=[default]"]
+
+
+def decided(study: str) -> Any:
+    found = json.loads(Path("multirun", study, store.TUNE).read_text())
+    found["spent"].pop("seconds")
+    return {key: found[key] for key in ("best", "tried", "spent")} | {"scores": found["finals"]["scores"]}
+
+
+@pytest.mark.slow
+def test_real_trials_stop_before_their_test_rows_and_their_rows_hold_the_validation(command: Command) -> None:
+    code, out, err = command(*REAL, "budget=4trials")
+    assert (code, err) == (0, "")
+    held = [Result.read(file.parent) for file in Path("multirun").glob("default/*/result.json")]
+    assert len(held) == 4
+    judged = [one for one in held if one.eval_info]
+    assert [one.status.name for one in judged] == ["success"]
+    assert all(one.train_info["validation"]["loss"] > 0 for one in held if one not in judged)
+    assert "Use lora, lr=" in out
+    assert "4 trials" in out.splitlines()[-1]
+
+
+KILLS = 20
+
+
+def written_at(study: Path) -> float:
+    """When a file of the study was last written."""
+    return max((file.stat().st_mtime for file in study.rglob("*.*")), default=0.0)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_a_tuning_comes_to_the_same_end(command: Command) -> None:
+    words = [*REAL, "budget=60steps", "hydra.launcher.workers=0"]
+    assert command(*words, "study=whole")[0] == 0
+    chance, study = random.Random(0), Path("multirun/killed")
+    for _ in range(KILLS):
+        before = written_at(study)
+        process = start(*words, "study=killed")
+        if wait_for(lambda then=before: written_at(study) > then, process) is None:  # type: ignore[misc]
+            break  # it has come to its end
+        time.sleep(chance.uniform(0, 4))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert command(*words, "study=killed")[0] == 0
+    whole, killed = decided("whole"), decided("killed")
+    for one, other in zip(whole.pop("tried"), killed.pop("tried"), strict=True):
+        assert one.pop("value") == pytest.approx(other.pop("value"), rel=1e-4)
+        assert one == other
+    assert killed == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_a_tuning_finds_what_the_whole_grid_finds_at_half_of_its_steps(seed: int, command: Command) -> None:
+    rates, ranks = (2e-5, 6e-5, 2e-4, 6e-4, 2e-3), (4, 8, 16)
+    words = ["train.steps=90", "device=cpu", f"seed={seed}", "adapter.save=false", "eval=[perplexity]"]
+    search = [f"tune.rates=[{','.join(map(str, rates))}]", f"tune.ranks=[{','.join(map(str, ranks))}]"]
+    code, _, _ = command(*words, "sweep=tune", *search, "tune.targets=[default]", "study=tuned")
+    assert code == 0
+    found = json.loads(Path("multirun/tuned", store.TUNE).read_text())
+    grid = [f"train.learning_rate={','.join(map(str, rates))}", f"method.r={','.join(map(str, ranks))}"]
+    assert command(*words, *grid, "study=grid", "train.eval_every=30")[0] == 0
+    every = [Result.read(file.parent) for file in Path("multirun/grid").glob("*/result.json")]
+    assert len(every) == 15
+    scores = {one.trial: one.eval_info["perplexity"]["perplexity"] for one in every}
+    best = min(scores.values(), key=lambda score: score["value"])
+    ((_, tuned),) = found["finals"]["scores"].items()
+    apart = math.log(next(iter(tuned.values())) / best["value"])
+    assert apart <= 1.96 * math.sqrt(2) * best["stderr"] / best["value"]
+    assert found["spent"]["steps"] <= 15 * 90 / 2
