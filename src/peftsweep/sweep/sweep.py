@@ -54,13 +54,9 @@ def run(
         SweepFailed: a trial that was to be repeated came out otherwise.
         KeyboardInterrupt: the user interrupted it.
     """
-    if not trials:
-        raise InputError("the sweep is empty: a glob in it matches no option")
+    _check(trials, launch)
     options = options or Options(workers=0)
     config, trials = trials[0].config, _named(trials)
-    if launch and config.stop_on_failure:
-        raise InputError("stop_on_failure=true: only with hydra/launcher=local; others are given all trials at once")
-    timing.check(config)
     if config.dry_run:
         _dry_run(trials, options)
         return [None] * len(trials)
@@ -117,6 +113,15 @@ def run(
     if not all(same):
         raise SweepFailed("a repeated trial is not the same")
     return results
+
+
+def _check(trials: Sequence[Trial], launch: Launch | None) -> None:
+    """Refuse what is wrong of the sweep as a whole."""
+    if not trials:
+        raise InputError("the sweep is empty: a glob in it matches no option")
+    if launch and trials[0].config.stop_on_failure:
+        raise InputError("stop_on_failure=true: only with hydra/launcher=local; others are given all trials at once")
+    timing.check(trials[0].config)
 
 
 def _expected(trials: Sequence[Trial], options: Options) -> dict[str, float]:
