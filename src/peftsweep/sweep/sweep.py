@@ -73,20 +73,7 @@ def run(
         with suppress(OSError):  # which the first trial says that writes
             remove_partials(store.folder(config.study))
     with Display(len(missing), quiet=config.quiet) as display, terminable():
-        for held in _once(results):
-            display.say(f"done before: {held.trial} ({held.status.name})")
-        if again := sum(trial_done.resumes_full(one) for one in missing.values()):
-            display.say(f"{trials_in_words(again)} that halving stopped will go on to the end")
-        again_for = Counter(reason for one in missing.values() if (reason := trial_done.outdated(one)))
-        for reason, count in again_for.items():
-            display.say(
-                f"{trials_in_words(count)} run again, as the numbers of an earlier version were wrong: {reason}"
-            )
-        for one in missing.values():
-            if reason := trial_done.damaged(one):
-                display.say(f"{one.name} is run again, as a file of it is damaged: {reason}")
-            if warning := experiment.unheeded(one.experiment):
-                display.say(f"{one.name}: {warning}")
+        _say_what_runs(display, results, list(missing.values()))
         todo, budget = list(missing.values()), budget or Budget(options)
         budget.expected |= {} if launch else _expected(todo, options)
         ended = engine.run(todo, launch, display) if launch else workers.run(todo, options, budget, display)
@@ -113,6 +100,22 @@ def run(
     if not all(same):
         raise SweepFailed("a repeated trial is not the same")
     return results
+
+
+def _say_what_runs(display: Display, results: Sequence[Result | None], missing: Sequence[Trial]) -> None:
+    """Say which trials are done before, and which run again and why."""
+    for held in _once(results):
+        display.say(f"done before: {held.trial} ({held.status.name})")
+    if again := sum(trial_done.resumes_full(one) for one in missing):
+        display.say(f"{trials_in_words(again)} that halving stopped will go on to the end")
+    again_for = Counter(reason for one in missing if (reason := trial_done.outdated(one)))
+    for reason, count in again_for.items():
+        display.say(f"{trials_in_words(count)} run again, as the numbers of an earlier version were wrong: {reason}")
+    for one in missing:
+        if reason := trial_done.damaged(one):
+            display.say(f"{one.name} is run again, as a file of it is damaged: {reason}")
+        if warning := experiment.unheeded(one.experiment):
+            display.say(f"{one.name}: {warning}")
 
 
 def _check(trials: Sequence[Trial], launch: Launch | None) -> None:
