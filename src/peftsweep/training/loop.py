@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -49,36 +49,32 @@ def train(
 
     A step takes ``batch_size * accumulation`` rows, the same ones however they are parted into micro-batches, and its
     loss is the mean over all their answer tokens, so that accumulation changes memory and not results (to rounding,
-    and but for what dropout draws). ``validate`` is called every
-    ``config.eval_every``, must return at least ``loss`` and ``config.best_metric``, and is a stage of its
-    own. With ``after_step``, a profiler's, the parts of a step carry names in its trace. ``checkpoints`` gets one
-    every ``config.checkpoint_every`` and the trained weights at the end, and training goes on from what it has found;
-    if that are the trained weights, nothing is trained. With ``stop_at``, a rung's
-    step, it ends there with a checkpoint, on the schedule of its full length; so it does after a validation of which
-    ``prune`` says so, or with which ``config.patience`` is at its end. ``order`` gives the row numbers of each step in
-    place of those that the seed gives.
+    and but for what dropout draws). ``validate`` is called every ``config.eval_every``, must return at least ``loss``
+    and ``config.best_metric``, and is a stage of its own. With ``after_step``, a profiler's, the parts of a step carry
+    names in its trace. ``checkpoints`` gets one every ``config.checkpoint_every`` and the trained weights at the end,
+    and training goes on from what it has found; if that are the trained weights, nothing is trained. With ``stop_at``,
+    a rung's step, it ends there with a checkpoint, on the schedule of its full length; so it does after a validation
+    of which ``prune`` says so, or with which ``config.patience`` is at its end. ``order`` gives the row numbers of
+    each step in place of those that the seed gives.
 
     Raises:
         FloatingPointError: the loss is no longer finite, or at the end the weights or the loss that they give.
     """
     laps, optimizer = Laps(meter.device), make_optimizer(model, config)
-    trained = dict(trainable_parameters(model))
-    run = Run(config, len(rows), trained, optimizer, laps, meter, log, validate, prune)
+    run = Run(config, len(rows), dict(trainable_parameters(model)), optimizer, laps, meter, log, validate, prune)
     if checkpoints and checkpoints.trained is not None:
         checkpoints.restore({"weights": Weights(model)})
         model.eval()
         return Trained(**checkpoints.trained)
     take_step = _Step(model, run, record_function if after_step else nullcontext)
-    numbers = None if order is None else list(order)
-    numbered = partial(batches, rows, config, pad_id=pad_id, seed=seed, device=meter.device, order=numbers)
+    order = None if order is None else list(order)
+    numbered = partial(batches, rows, config, pad_id=pad_id, seed=seed, device=meter.device, order=order)
     due = checkpoint_due(config, len(rows))
     parts = run.parts(Weights(model), OptimizerState(optimizer), Randomness(meter.device)) if checkpoints else {}
     enable_checkpointing(model, config.checkpointing)
     model.train()
     with (
-        compiled(
-            model, config, lambda: itertools.chain.from_iterable(numbered()), take_step.losses, meter
-        ) as compilation,
+        compiled(model, config, lambda: chain.from_iterable(numbered()), take_step.losses, meter) as compilation,
         Interruption(wanted=checkpoints is not None) as interruption,
     ):
         torch.manual_seed(seed)  # dropout does not depend on how many numbers the adapter's creation drew
@@ -168,5 +164,5 @@ def batches(
 ) -> Iterator[list[Batch]]:
     """The micro-batches of each step that a run with ``seed`` takes, without end, after the first ``first`` steps."""
     order = order or batch_order([len(row.ids) for row in rows], rows_per_step(config), seed)
-    for step in itertools.islice(micro_batches(order, config.batch_size), first, None):
+    for step in islice(micro_batches(order, config.batch_size), first, None):
         yield [collate([rows[n] for n in numbers], pad_id, config.pad_to_multiple_of).to(device) for numbers in step]
