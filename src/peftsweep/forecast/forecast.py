@@ -149,11 +149,7 @@ def _find_out(trials: Sequence[Trial], memory: bool, channel: connection.Connect
 def _with_keys(trial: Trial, said: str) -> str:
     """What a library says of a whole section, as PEFT of a method, with the words that it can be about."""
     section = next(
-        (
-            name
-            for name in ("method", "quant", "train.optimizer_kwargs", "model.architecture")
-            if said.startswith(f"{name}: ")
-        ),
+        (name for name in ("method", "quant", "train.optimizer_kwargs") if said.startswith(f"{name}: ")),
         None,
     )
     words = [word.lstrip("+") for word in trial.overrides if word.lstrip("+").startswith(f"{section}.")]
