@@ -12,10 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from peftsweep.config import checks
 from peftsweep.config.compose import Trial
-from peftsweep.config.compose import trial as make_trial
 from peftsweep.errors import InputError
 from peftsweep.study import store
 from peftsweep.sweep import processes
+from peftsweep.sweep.points import Points
 from peftsweep.tuning import answer, replay
 from peftsweep.tuning.answer import Question
 from peftsweep.tuning.space import SEARCHED, base_words
@@ -76,8 +76,8 @@ def _question(
 
 
 def _trials(launcher: Any, words: Sequence[Sequence[str]]) -> list[Trial]:
-    cfgs = launcher._compose(words, 0)
-    return [make_trial(cfg, cfg.hydra.runtime.choices, own) for cfg, own in zip(cfgs, words, strict=True)]
+    points = Points(launcher.context.config_loader, launcher.config)
+    return [points.trial(own) for own in launcher._spelled_out(words)]
 
 
 def _at_once(config: DictConfig) -> int:
