@@ -9,9 +9,8 @@ import multiprocessing
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import connection
@@ -29,6 +28,7 @@ from peftsweep.forecast.predict import Prediction, Shape, predict, shapes, skele
 from peftsweep.models import compatibility, coverage, parts, probe, saved
 from peftsweep.models import model as models_model
 from peftsweep.models.shapes import without_numbers
+from peftsweep.observe import streams
 from peftsweep.observe.display import size
 from peftsweep.schema import Config, DatasetConfig, Dtype, RowsConfig, Task, TrainConfig, ValidationConfig
 from peftsweep.training import optimizer
@@ -186,7 +186,7 @@ def _forecast(trial: Trial) -> Forecast:
     models_model.device(config.device)
     build.quantization(trial)
     _check_reading(trial)
-    with _quietly():
+    with streams.without_warnings():
         if reason := refusal(trial):
             bare = models_model.skeleton(config.model, classes=len(config.dataset.classes))
             return Forecast(0, parts.count(bare).total, 0, reason)
@@ -290,18 +290,6 @@ def _with_skeleton(
     return None
 
 
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without warnings and log lines, which come again, and go to the trial's log, when it runs."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(logging.NOTSET)
-
-
 def refusal(trial: Trial) -> str | None:
     """Why the trial's method cannot be trained on its base; None where it can."""
     config = trial.config
@@ -356,7 +344,7 @@ def predicted(trial: Trial, batches: Sequence[Shape], where: str) -> Prediction 
     if trial.config.adapter.path is not None or refusal(trial):
         return None
     trial = without_initialisation(trial)
-    with _quietly():
+    with streams.without_warnings():
         quantization = build.quantization(trial)
         return _with_skeleton(
             trial,
@@ -385,7 +373,7 @@ def together(
     if key not in _PREDICTIONS:
         lanes = {f"lane{number}": one for number, one in enumerate(trials)}
         trained = {name: one.config.train for name, one in lanes.items()}
-        with _quietly():
+        with streams.without_warnings():
             _PREDICTIONS[key] = _with_skeleton(
                 trials[0],
                 build.quantization(trials[0]),

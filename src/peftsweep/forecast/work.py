@@ -27,6 +27,7 @@ from peftsweep.forecast import forecast
 from peftsweep.forecast.operations import Ledger
 from peftsweep.forecast.predict import Shape
 from peftsweep.forecast.trace import Step, Tracer
+from peftsweep.observe import streams
 from peftsweep.schema import TrainConfig
 from peftsweep.training import length as training_length
 
@@ -247,7 +248,7 @@ def trace(trial: Trial, run: Batches | None, asked: Sequence[Asked], where: str)
     if _SPENT[0] > MOST_SECONDS and like in _LIKE:
         return replace(_LIKE[like], alike=True)
     begun = time.perf_counter()
-    with forecast._quietly():
+    with streams.without_warnings():
         found = forecast._with_skeleton(
             forecast.without_initialisation(trial),
             build.quantization(trial),

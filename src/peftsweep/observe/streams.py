@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import codecs
 import io
+import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -93,3 +95,15 @@ def progress(items: Iterable[Item], done: str, total: int, *, quiet: bool) -> It
             last = time.monotonic()
             print(done.format(f"{number:,} of {total:,}"), flush=True)
         yield item
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Without warnings and log lines, which come again, and go to the trial's log, when it runs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
