@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from peftsweep import InputError, cli
 from peftsweep.config.calls import check_call
@@ -53,6 +55,22 @@ def test_every_yaml_composes_validates_and_attaches(option: str, compose: Compos
     foreseen = forecast.check(one)
     assert (foreseen.trainable_parameters or 0) > 0 or (option == "method=xlora" and foreseen.refused)
     assert one.choices[option.partition("=")[0]] in (option.partition("=")[2], f"['{option.partition('=')[2]}']")
+
+
+@pytest.mark.parametrize(
+    "file", sorted(CONF.glob("dataset/*.yaml")) + sorted(CONF.glob("eval/**/*.yaml")), ids=lambda file: file.stem
+)
+def test_a_line_of_a_template_ends_in_a_line_feed(file: Path) -> None:
+    assert not [text for text in _texts(yaml.safe_load(file.read_text())) if r"\n" in text]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts in a yaml's lists and mappings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _texts(one)
 
 
 BAD = {
