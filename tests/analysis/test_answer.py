@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import math
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,14 @@ import pytest
 
 from peftsweep.analysis import terminal
 from peftsweep.analysis.answer import build, failures, measurements, render, structure
+from peftsweep.analysis.answer.structure import Decision
 from peftsweep.analysis.figures import page
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.table import predictions
 from peftsweep.analysis.text import report, words
+from peftsweep.study import record
+from peftsweep.tuning import decision as tuning_decision
+from peftsweep.tuning.finals import BaseScore, Judged
 from tests import tables
 from tests.analysis.test_collect import collect_command as collect_command
 from tests.analysis.test_report import ranks, trial, written
@@ -444,3 +449,155 @@ def test_a_dry_run_prints_its_plan_as_json_and_nothing_else(command: Callable[..
     assert code == 0
     assert [row["name"] for row in json.loads(out)] == ["lora, r=2", "lora, r=8"]
     assert json.loads(out) == json.loads(Path("multirun/default/plan.json").read_text())
+
+
+# ---- what a search decided, and what was kept --------------------------------------------------------
+
+
+def judged_on_rows(right: Sequence[int], seeds: int = 3) -> list[dict[str, Any]]:
+    """Finalists and their base, of which each row of the base is known; of ranks 8, 16 ..."""
+    (STUDY / "base").mkdir(parents=True, exist_ok=True)
+    lines = [{"prompt": str(n), "answer": "x", "correct": n < BASE_RIGHT} for n in range(100)]
+    record.write_lines(STUDY / "base" / "task.jsonl", lines)
+    stderr = math.sqrt(BASE_RIGHT * (100 - BASE_RIGHT) / 99) / 100
+    base = {"base_accuracy.value": BASE_RIGHT / 100, "base_accuracy.stderr": stderr, "base_accuracy.n": 100}
+    base |= {"base_predictions": "base/task.jsonl"}
+    return [row | {f"eval_info.task.{key}": value for key, value in base.items()} for row in ranks(*right, seeds=seeds)]
+
+
+BASE_RIGHT = 60
+
+
+def tuned(rows: Sequence[dict[str, Any]]) -> Decision:
+    """What a tuning decides of finalists with these rows, written into its file as sweep=tune does."""
+    finals: dict[str, dict[int, Judged]] = {}
+    for row in rows:
+        right = round(row["eval_info.task.accuracy.value"] * 100)
+        base = BaseScore("base/task.jsonl", BASE_RIGHT / 100, row["eval_info.task.base_accuracy.stderr"], 100, [
+            {"prompt": str(n), "answer": "x", "correct": n < BASE_RIGHT} for n in range(100)
+        ])  # fmt: skip
+        lines = [{"prompt": str(n), "answer": "x", "correct": n < right} for n in range(100)]
+        one = Judged(row["run_info.trial"], right / 100, row["eval_info.task.accuracy.stderr"], 100, lines, base)
+        finals.setdefault(f"r{row['config.method.r']}", {})[row["config.seed"]] = one
+    order = sorted(finals, key=lambda name: -sum(one.value for one in finals[name].values()))
+    column = "eval_info.task.accuracy.value"
+    found = tuning_decision.of_tuning(column, finals, order, {name: f"lora, lr=0.001, {name}" for name in finals}, [])
+    found = dataclasses.replace(found, not_tried=["lora: r=64"])
+    facts = {"lines": [tuning_decision.sentence(found), "not tried of lora: r=64"], "command": ["sweep=tune"]}
+    record.write_json(STUDY / "tune.json", facts | {"decision": tuning_decision.facts(found)})
+    return found
+
+
+@pytest.mark.parametrize(("right", "verdict"), [((66, 80), "use"), ((58, 62), "none"), ((40, 45), "none")])
+def test_a_tuning_and_the_report_test_the_gain_over_the_base_alike(right: tuple[int, int], verdict: str) -> None:
+    rows = judged_on_rows(right)
+    found = tuned(rows)
+    general, _ = answered(*rows)
+    assert found.base is not None
+    held = section(general, "certainty")["facts"]["scores"][0]["base"]
+    for key in ("value", "gain", "low", "high", "p"):
+        assert getattr(found.base, key) == pytest.approx(held[key]), key
+    assert found.verdict == verdict
+    assert tuning_decision.sentence(found).startswith("Use " if verdict == "use" else "No gain shown by ")
+
+
+def test_what_a_tuning_decided_comes_first_and_nothing_contradicts_it() -> None:
+    rows = judged_on_rows((80, 81))
+    assert section(answered(*rows)[0], "use")["facts"]["configuration"] == "lora, r=8"  # the smaller one of a tie
+    decided = tuned(rows)
+    held, text = answered(*rows)
+    use, search = section(held, "use")["facts"], section(held, "tune")
+    assert [part["name"] for part in held["sections"]][:3] == ["use", "tune", "certainty"]
+    assert (use["configuration"], use["decided_by"]) == ("lora, r=16", "tune")  # the best mean, as it decided
+    assert use["trials"] == search["facts"]["trials"] == ["t3", "t4", "t5"]
+    assert search["sentences"] == [tuning_decision.sentence(decided), "not tried of lora: r=64"]
+    assert search["facts"]["not_tried"] == ["lora: r=64"]
+    assert search["facts"]["command"] == "peftsweep sweep=tune"
+    assert "sweep=tune decided so, over 3 seeds; the untouched base scores 0.600, against it: " in text
+    jsonschema.Draft202012Validator(structure.schema()).validate(held)
+
+
+def test_where_a_tuning_shows_no_gain_nothing_is_recommended() -> None:
+    rows = judged_on_rows((58, 62))
+    tuned(rows)
+    held, text = answered(*rows)
+    use = section(held, "use")
+    assert (use["facts"]["verdict"], use["facts"]["needs"], use["facts"]["decided_by"]) == ("none", [], "tune")
+    assert use["sentences"][0].startswith("Use none of these: lora, r=16, the best that sweep=tune found is not shown")
+    assert "**Use `" not in text
+    assert "## Recommendations" not in text
+
+
+def test_trials_that_a_tuning_did_not_judge_may_say_more() -> None:
+    rows = judged_on_rows((66, 70, 95))
+    decided = tuned([row for row in rows if row["config.method.r"] < 32])
+    use = section(answered(*rows)[0], "use")
+    assert (use["facts"]["configuration"], use["facts"]["decided_by"]) == ("lora, r=32", None)
+    assert use["sentences"][0].endswith(
+        "(sweep=tune, which did not judge all of these trials, "
+        f"{'decided for' if decided.verdict == 'use' else 'had shown no gain by'} lora, r=16.)"
+    )
+
+
+def test_a_choice_by_validation_alone_is_called_so() -> None:
+    stopped = {"run_info.status": "stopped", "eval_info.task.accuracy.value": None}
+    rows = [row | stopped for row in ranks(40, 80, seeds=1)]
+    rows = [{key: value for key, value in row.items() if "eval_info" not in key} for row in rows]
+    facts = tuning_decision.facts(Decision(None, "by validation", "lora, lr=0.001, r=16", ["t1"], "validation_loss"))
+    record.write_json(STUDY / "tune.json", {"lines": ["By validation alone: x."], "decision": facts})
+    held, _ = answered(*rows)
+    use = section(held, "use")
+    assert (use["facts"]["verdict"], use["facts"]["configuration"]) == ("by validation", "lora, r=16")
+    assert use["sentences"][0].startswith("Use lora, r=16, by validation alone: ")
+    jsonschema.Draft202012Validator(structure.schema()).validate(held)
+
+
+def test_a_file_of_an_earlier_version_has_its_sentences_alone() -> None:
+    rows = ranks(40, 80)
+    record.write_json(
+        STUDY / "tune.json", {"lines": ["Use lora, lr=0.1_0: task *accuracy* 0.8."], "command": ["a=b c"]}
+    )
+    held, _ = answered(*rows)
+    found = section(held, "tune")
+    assert found["sentences"] == ["Use lora, lr=0.1_0: task *accuracy* 0.8."]
+    assert (found["facts"]["verdict"], found["facts"]["command"]) == (None, "peftsweep 'a=b c'")
+    assert section(held, "use")["facts"]["decided_by"] is None
+
+
+def test_the_placebo_of_a_league_is_part_of_how_sure_it_is() -> None:
+    placebo = structure.Placebo("lora", 7, 9, "tie", 0.02, None)
+    finalist = structure.Finalist("dora", "dora, lr=0.001", 0.8, ["t3"], 1)
+    found = Decision(None, "ranked", finalist.configuration, ["t3"], "c", [finalist], placebo=placebo)
+    record.write_json(STUDY / "league.json", {"lines": ["1. dora"], "decision": tuning_decision.facts(found)})
+    held, _ = answered(*ranks(40, 80))
+    sure = section(held, "certainty")
+    assert sure["facts"]["placebo"] == dataclasses.asdict(placebo)
+    assert sure["sentences"][-1].startswith("What luck is worth: lora under another name won 7 of 9 pairs of seeds")
+    assert section(held, "league")["facts"]["finalists"] == [dataclasses.asdict(finalist)]
+    jsonschema.Draft202012Validator(structure.schema()).validate(held)
+
+
+def test_what_was_kept_is_in_all_four_outputs() -> None:
+    curve = [{"scale": 0.5, "eval": "task", "role": "target", "metric": "accuracy", "value": 0.79, "stderr": 0.02}]
+    old = {"eval": "old", "role": "retention", "metric": "perplexity", "stderr": 0.1}
+    curve += [{"scale": scale, "value": value} | old for scale, value in ((0.25, 5.1), (0.5, 5.3))]
+    kept = {"train_info.scales": json.dumps(curve), "eval_info.old.perplexity.value": 7.0}
+    rows = [row | (kept if row["run_info.trial"] == "t1" else {}) for row in ranks(40, 80, seeds=1)]
+    held, text = answered(*rows)
+    found = section(held, "retention")
+    (sentence,), (trial_,) = found["sentences"], found["facts"]["trials"]
+    assert trial_["keeps_most"] == {"old": 0.5}
+    assert [point["scale"] for point in trial_["curves"][1]["points"]] == [0.25, 0.5, 1.0]
+    assert trial_["curves"][1]["better"] == "lower"
+    half = next(row for row in found["tables"][0]["rows"] if row["scale"] == 0.5)
+    assert half["old perplexity (retention)"] == 5.3
+    assert half["old perplexity (retention).high"] == pytest.approx(5.3 + 1.96 * 0.1, abs=1e-3)
+    table = pd.DataFrame(rows).convert_dtypes()
+    _, answer = report.write(STUDY, table, pd.DataFrame(), (), predictions(STUDY))
+    opened = page.write(table, tables.steps(table), STUDY, predictions(STUDY), answer).read_text(encoding="utf-8")
+    assert "  " + sentence in render.lines(answer)
+    assert sentence in render.plain(text)
+    assert "5.300 [5.104, 5.496]" in text
+    assert "5.300 [5.104, 5.496]" in opened
+    assert sentence in html.unescape(opened)
+    jsonschema.Draft202012Validator(structure.schema()).validate(held)

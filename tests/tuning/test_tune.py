@@ -21,7 +21,7 @@ from peftsweep.config.compose import trial as make_trial
 from peftsweep.errors import InputError, NotRun, SweepFailed
 from peftsweep.study import record, store
 from peftsweep.study.record import Result
-from peftsweep.tuning import answer
+from peftsweep.tuning import answer, decision
 from peftsweep.tuning.answer import Question
 from tests.conftest import SMALL, start, wait_for
 
@@ -190,11 +190,15 @@ def test_a_tuning_of_which_nothing_can_be_trained_fails(ask: Ask) -> None:
 
 def test_reports_repeat_what_was_decided(ask: Ask) -> None:
     asked, launch = ask(budget="3trials")
-    assert searches.decisions(launch.study) == {}
+    assert searches.decisions(launch.study) == []
     answer.tune(asked, (lines := list[str]()).append)
-    assert searches.decisions(launch.study) == {"tune": lines}
-    text = list(searches.section(launch.study))
-    assert (text[0], text[2]) == ("## What sweep=tune decided", f"- {lines[0]}")
+    (found,) = searches.decisions(launch.study)
+    assert (found.name, found.lines) == ("tune", lines)
+    decided = found.decision
+    assert f"not tried of {decided.not_tried[0]}" in lines
+    assert decided.verdict == "use"
+    assert decision.sentence(decided) in lines
+    assert len(decided.finalists[0].trials) == 1
 
 
 def test_trials_that_a_launcher_leaves_end_the_tuning_as_not_run(ask: Ask) -> None:

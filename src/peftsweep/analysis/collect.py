@@ -36,7 +36,7 @@ from peftsweep.analysis.table.table import (
     write_parquet,
 )
 from peftsweep.analysis.table.where import where
-from peftsweep.analysis.text import findings, halving_notes, recommendations, report, searches
+from peftsweep.analysis.text import findings, halving_notes, recommendations, report
 from peftsweep.errors import InputError
 from peftsweep.observe.display import summary
 from peftsweep.study import claims as study_claims
@@ -124,8 +124,7 @@ def _collected(options: Options) -> tuple[int, list[Answer]]:
         chosen_here = set(mine["collected.record"])
         chosen_results = [result for result in one.results if record_file(result) in chosen_here]
         time_error = forecast_report.line(chosen_results)
-        decided = [line for lines in searches.decisions(one.folder).values() for line in lines]
-        for line in [*decided, *halving_notes.notes(chosen_results), *([time_error] if time_error else [])]:
+        for line in [*halving_notes.notes(chosen_results), *([time_error] if time_error else [])]:
             print(line)
         whole = f", of all {trials_in_words(len(one.table))}" if len(mine) < len(one.table) else ""
         if written:

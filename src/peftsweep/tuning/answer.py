@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from peftsweep.analysis.answer.structure import Decision
 from peftsweep.analysis.table.columns import direction
 from peftsweep.config.compose import Trial
 from peftsweep.config.identity import content_hash
@@ -15,8 +16,8 @@ from peftsweep.errors import InputError, SweepFailed
 from peftsweep.limits import LARGEST_SEED
 from peftsweep.study import record
 from peftsweep.study.store import LEAGUE, TUNE
+from peftsweep.tuning import decision, search
 from peftsweep.tuning import finals as statistics
-from peftsweep.tuning import search
 from peftsweep.tuning.budget import Purse, parse
 from peftsweep.tuning.finals import BETTER, OPEN, TIE, WORSE, Finals, Judged, Look
 from peftsweep.tuning.search import Point, Space, Spent, Tuned, Until
@@ -149,13 +150,15 @@ def tune(asked: Question, say: Callable[[str], None]) -> None:
         reasons = sorted(set(setting.trials.refused.values()))
         raise SweepFailed("no trial could be trained: " + ("; ".join(reasons[:3]) or "the budget has room for none"))
     final = _finals(setting, found, asked.any, seed)
+    decided = _decision(setting, found, final)
     lines = [
         *_searched(setting, found),
-        *_decided(setting, found, final, asked),
-        *_not_tried(setting, found),
+        *_decided(decided, final, asked.any.config.tune.tie),
+        *(f"not tried of {line}" for line in decided.not_tried),
+        *(f"could not be trained: {line}" for line in decided.not_trained),
         _spent(setting),
     ]
-    _write(asked, setting, found, final, lines)
+    _write(asked, setting, found, final, lines, decided)
     for line in lines:
         say(line)
 
@@ -230,52 +233,35 @@ def _searched(setting: Setting, found: Sequence[Tuned]) -> list[str]:
     return lines
 
 
-def _decided(setting: Setting, found: Sequence[Tuned], final: Final | None, asked: Question) -> list[str]:
-    """What to use, and what stands between the finalists."""
-    best = {one.method: one.best for one in found}
+def _decision(setting: Setting, found: Sequence[Tuned], final: Final | None) -> Decision:
+    """What to use, and what was not tried or could not be trained."""
+    best, sizes = {one.method: one.best for one in found if one.best}, setting.trials.sizes
+    called = {method: configuration(point, sizes[method]) for method, point in best.items()}
     if final is None:
-        first = next(one for one in found if one.best is not None)
-        assert first.best is not None
-        said = configuration(first.best, setting.trials.sizes[first.method])
-        return [f"By validation alone: {said}. Nothing was judged on the test rows, as the budget was spent."]
-    order = final.order(direction(final.column) or 1)
-    point = best[order[0]]
-    assert point is not None
-    name = final.column.removeprefix("eval_info.").removesuffix(".value").replace(".", " ")
-    means = {m: sum(one.value for one in of.values()) / len(of) for m, of in final.scores.items()}
-    count = len(final.scores[order[0]])
-    seeds, said = f"{count} seed" + ("s" if count > 1 else ""), configuration(point, setting.trials.sizes[point.method])
-    base = next((one.base for one in final.scores[order[0]].values() if one.base is not None), None)
-    sign = direction(final.column) or 1
-    gains = base is None or sign * (means[order[0]] - base) > 0
-    beside = "" if base is None else f" (the untouched base: {base:.4g})"
-    lines = [
-        f"{'Use' if gains else 'No gain by'} {said}: {name} {means[order[0]]:.4g}{beside} on the test rows, {seeds}."
-    ]
-    tie = asked.any.config.tune.tie
-    lines += [_between(one, other, look, tie, final) for one, other, look in final.looks]
-    if len(order) > 1 and not final.looks:
-        others = ", ".join(f"{m} {means[m]:.4g}" for m in order[1:])
+        method, point = next(iter(best.items()))
+        trial, column = setting.trials.results[point].trial, f"validation_{setting.plan.metric}"
+        made = Decision(None, "by validation", called[method], [trial], column)
+    else:
+        order = final.order(direction(final.column) or 1)
+        made = decision.of_tuning(final.column, final.scores, order, called, final.looks)
+    return replace(made, not_tried=_not_tried(setting, found), not_trained=_not_trained(setting))
+
+
+def _decided(found: Decision, final: Final | None, tie: float) -> list[str]:
+    """What to use, and what stands between the finalists."""
+    lines, looks = [decision.sentence(found)], [look for _, _, look in final.looks] if final else []
+    for one, look in zip(found.between, looks, strict=True):
+        assert final is not None
+        hopeless = statistics.hopeless(look, tie)
+        lines.append(decision.between(one, tie, final.column, hopeless=hopeless, spent=final.spent))
+    if len(found.finalists) > 1 and not looks:
+        others = ", ".join(f"{one.name} {one.value:.4g}" for one in found.finalists[1:])
         lines.append(f"Not settled: {others}, with one seed each; the same command with a larger budget goes on.")
     return lines
 
 
-def _between(first: str, second: str, look: Look, tie: float, final: Final) -> str:
-    ends = f"{look.estimate:+.4f} [{look.low:+.4f}, {look.high:+.4f}]"
-    scale = " (logarithms of ratios)" if "perplexity" in final.column else ""
-    held = f"{ends}{scale}, valid at every look, {look.number} so far"
-    if look.verdict in (BETTER, WORSE):
-        return f"{first} is {look.verdict} than {second}: {held}."
-    if look.verdict == TIE:
-        return f"{first} and {second} are a tie within {tie:g}: {held}."
-    if statistics.hopeless(look, tie):
-        return f"{first} and {second} are not told apart: {held}; more seeds would not settle it, more test rows could."
-    why = "the budget was spent" if final.spent else "tune.seeds were used up"
-    return f"{first} and {second} are not told apart yet: {held}; {why}."
-
-
 def _not_tried(setting: Setting, found: Sequence[Tuned]) -> list[str]:
-    """What the search would have tried, and did not; and what could not be trained, with the reason."""
+    """What the search would have tried of each method, and did not."""
     lines = []
     known = {one.method: {**one.rungs, **one.ends} for one in found}
     for one in setting.spaces:
@@ -285,10 +271,14 @@ def _not_tried(setting: Setting, found: Sequence[Tuned]) -> list[str]:
         lacking += [f"{size}={value}" for value in one.sizes if all(point.size != value for point in points)]
         lacking += [f"targets={option}" for option in one.targets if all(point.targets != option for point in points)]
         if lacking:
-            lines.append(f"not tried of {one.method}: {', '.join(lacking)}")
-    for point, reason in setting.trials.refused.items():
-        lines.append(f"could not be trained: {configuration(point, setting.trials.sizes[point.method])}: {reason}")
+            lines.append(f"{one.method}: {', '.join(lacking)}")
     return lines
+
+
+def _not_trained(setting: Setting) -> list[str]:
+    """What could not be trained, with the reason."""
+    sizes, refused = setting.trials.sizes, setting.trials.refused
+    return [f"{configuration(point, sizes[point.method])}: {reason}" for point, reason in refused.items()]
 
 
 def _spent(setting: Setting) -> str:
@@ -298,7 +288,12 @@ def _spent(setting: Setting) -> str:
 
 
 def _write(
-    asked: Question, setting: Setting, found: Sequence[Tuned], final: Final | None, lines: Sequence[str]
+    asked: Question,
+    setting: Setting,
+    found: Sequence[Tuned],
+    final: Final | None,
+    lines: Sequence[str],
+    decided: Decision | None = None,
 ) -> None:
     purse, sizes = setting.trials.purse, setting.trials.sizes
     scores = {(p, until): setting.plan.sign * score for (p, until), score in setting.trials.scores.items()}
@@ -324,7 +319,8 @@ def _write(
             "best": [asdict(one.best) for one in found if one.best],
             "finals": None if final is None else _final_facts(final),
             "lines": list(lines),
-        },
+        }
+        | ({"decision": decision.facts(decided)} if decided else {}),
     )
 
 
@@ -373,13 +369,15 @@ def league(asked: Question, say: Callable[[str], None]) -> None:
     column = f"eval_info.{said[0]}.{said[1]}.value"
     result = statistics.league(column, found, own.placebo, placebo, own.difference)
     costs = {name: _costs(trials, name) for name in asked.trials}
-    lines = _ranking(setting, best, result, costs, own.placebo, placebo, own.difference, said)
+    called = {name: configuration(replace(p, method=name), trials.sizes[name]) for name, p in best.items()}
+    lines = _ranking(called, result, costs, own.placebo, placebo, own.difference, said)
+    decided = decision.of_league(column, found, result, called, own.placebo, own.difference)
     record.write_json(
         asked.folder / LEAGUE,
         {"asked": asked.hash, "command": asked.words, "column": column, "lines": lines, "costs": costs}
         | {"spent": {"seconds": trials.purse.seconds}, "best": {name: asdict(p) for name, p in best.items()}}
         | {"scores": {name: {str(s): one.value for s, one in of.items()} for name, of in found.items()}}
-        | {"result": record.plain(asdict(result))},
+        | {"result": record.plain(asdict(result)), "decision": decision.facts(decided)},
     )
     for line in lines:
         say(line)
@@ -399,8 +397,7 @@ def _costs(trials: Trials, contestant: str) -> dict[str, Any]:
 
 
 def _ranking(
-    setting: Setting,
-    best: Mapping[str, Point],
+    called: Mapping[str, str],
     found: statistics.League,
     costs: Mapping[str, Mapping[str, Any]],
     method: str,
@@ -411,9 +408,8 @@ def _ranking(
     lines = [f"league by {' '.join(said)} on the test rows:"]
     for one in found.standings:
         cost = costs[one.contestant]
-        point = replace(best[one.contestant], method=one.contestant)
         lines.append(
-            f"{one.rank}. {configuration(point, setting.trials.sizes[one.contestant])}: {one.value:.4g} over "
+            f"{one.rank}. {called[one.contestant]}: {one.value:.4g} over "
             f"{one.seeds} seeds; {cost['trials']} trials, {cost['steps']:,} steps, {cost['seconds']:.0f} s, "
             f"at most {cost['trainable_parameters']:,} parameters"
         )

@@ -44,7 +44,9 @@ def run(launcher: Any, config: DictConfig, loader: Any, points: Sequence[Sequenc
         return
     lines: list[str] = []
     (answer.league if league else answer.tune)(asked, lines.append)
-    for line in [line for line in lines if line.startswith(("Use ", "No gain by ", "By "))] if config.quiet else lines:
+    for line in (
+        [line for line in lines if line.startswith(("Use ", "No gain shown by ", "By "))] if config.quiet else lines
+    ):
         print(line, flush=True)
 
 

@@ -17,16 +17,27 @@ import numpy as np
 import pandas as pd
 from scipy import special  # scipy.stats takes longer to load than a small study to collect
 
-from peftsweep.analysis.statistics.comparisons import Tested, tested
+from peftsweep.analysis.statistics.comparisons import Tested, compare, tested
 from peftsweep.analysis.statistics.measured import Measured, measure
 from peftsweep.analysis.statistics.trials import ALPHA, CREATED, SEED, SUCCESS, TRIAL
-from peftsweep.analysis.table.columns import direction
+from peftsweep.analysis.table.columns import direction, evaluation
 from peftsweep.study.record import Status
 
 POWER = 0.8  # with which a league is to see the difference that it was asked for
 MOST_SEEDS = 1000  # that a league may ask for
 CONTESTANT = "choices.method"  # under which a table of finals holds who a trial is of
 BETTER, WORSE, TIE, OPEN = "better", "worse", "tie", "open"
+
+
+@dataclass(frozen=True)
+class BaseScore:
+    """What the untouched base scores on the same test rows."""
+
+    answers: str  # the file of its answers in the study, by which bases are told apart
+    value: float
+    stderr: float | None
+    n: int | None
+    lines: Sequence[dict[str, Any]]  # of its answers, a line a test row
 
 
 @dataclass(frozen=True)
@@ -38,7 +49,7 @@ class Judged:
     stderr: float | None
     n: int | None
     lines: Sequence[dict[str, Any]]  # of its predictions, a line a test row
-    base: float | None = None  # what the untouched base scores on them, if that is known
+    base: BaseScore | None = None  # if that is known
 
 
 Finals = Mapping[str, Mapping[int, Judged]]  # contestant -> seed -> score
@@ -58,6 +69,40 @@ def table(column: str, finals: Finals) -> pd.DataFrame:
 
 def _lines(finals: Finals) -> dict[str, Sequence[dict[str, Any]]]:
     return {one.trial: one.lines for judged in finals.values() for one in judged.values()}
+
+
+# ---- against the untouched base --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What a finalist gains over the untouched base; relative where ``scale`` is ``ratio``."""
+
+    value: float  # of the base
+    gain: float
+    low: float
+    high: float
+    p: float  # adjusted for all pairs of finalists and bases, by Holm's method
+    scale: str
+    verdict: str  # better, worse, tie, or unknown where nothing tells how far chance reaches
+
+
+def gain(column: str, finals: Finals, finalist: str) -> Gain | None:
+    """What ``finalist`` gains, tested as a report tests it; None where no score of its base is known."""
+    own = [one for judged in finals.values() for one in judged.values()]
+    base = next((one.base for one in finals[finalist].values() if one.base), None)
+    if base is None:
+        return None
+    name, metric = evaluation(column)
+    stem = f"eval_info.{name}.base_{metric}."
+    rows = table(column, finals)
+    rows[f"eval_info.{name}.base_predictions"] = [one.base.answers or None if one.base else None for one in own]
+    for part in ("value", "stderr", "n"):
+        rows[stem + part] = pd.array([getattr(one.base, part, None) for one in own], dtype="Float64")
+    lines = _lines(finals) | {one.base.answers: one.base.lines for one in own if one.base}
+    found = compare(rows, column, lambda trial, _: list(lines.get(trial, ()))).loc[list(finals).index(finalist)]
+    value, low, high, p = (float(found[key]) for key in ("gain", "gain_low", "gain_high", "gain_p_adjusted"))
+    return Gain(base.value, value, low, high, p, found["scale"], found["gained"])
 
 
 # ---- sequential looks ------------------------------------------------------------------------------

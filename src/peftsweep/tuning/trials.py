@@ -17,7 +17,7 @@ from peftsweep.study.reading import Unreadable
 from peftsweep.study.record import Result, Status
 from peftsweep.study.rungs import TRAINED_STATUSES, course
 from peftsweep.tuning.budget import Purse
-from peftsweep.tuning.finals import Judged
+from peftsweep.tuning.finals import BaseScore, Judged
 from peftsweep.tuning.search import Point, Scores, Spent, Until
 from peftsweep.tuning.space import FACTOR, Plan
 
@@ -116,8 +116,13 @@ class Trials:
         score = (result.eval_info.get(evaluation) or {}).get(metric) if result else None
         if result is None or result.status is not Status.success or not score or result.folder is None:
             return None
-        lines = predictions(result.folder.parent)(result.trial, evaluation)
-        base = (result.eval_info[evaluation].get(f"base_{metric}") or {}).get("value")
+        facts, read = result.eval_info[evaluation], predictions(result.folder.parent)
+        of_base, answers = facts.get(f"base_{metric}") or {}, str(facts.get("base_predictions") or "")
+        base = None
+        if (value := of_base.get("value")) is not None:
+            lines = read(answers, evaluation) if answers else []
+            base = BaseScore(answers, value, of_base.get("stderr"), of_base.get("n"), lines)
+        lines = read(result.trial, evaluation)
         return Judged(result.trial, score["value"], score.get("stderr"), score.get("n"), lines, base)
 
 

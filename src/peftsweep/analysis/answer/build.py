@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 import peftsweep
-from peftsweep.analysis.answer import failures, measurements, tables, warned
+from peftsweep.analysis.answer import decided, failures, kept, measurements, tables, warned
 from peftsweep.analysis.answer.structure import (
     CHOICES,
     COSTS,
@@ -38,8 +38,9 @@ from peftsweep.analysis.answer.structure import (
 from peftsweep.analysis.statistics import trials
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.columns import PREDICTED
-from peftsweep.analysis.text import findings, recommendations, words
+from peftsweep.analysis.text import findings, recommendations, searches, words
 from peftsweep.analysis.text.findings import Task
+from peftsweep.analysis.text.searches import Search
 from peftsweep.study import record, store
 from peftsweep.study.reading import read_yaml, usable
 from peftsweep.study.scores import baseline
@@ -62,10 +63,13 @@ def answer(
     statuses = Counter(table[trials.SUCCESS]) if len(table) else Counter[str]()
     if len(table) and columns.CALLED not in table:
         table = table.assign(**{columns.CALLED: columns.named_trials(table)})
-    failed = failures.section(table)
-    of_tasks = [part for task in tasks for part in _of_task(folder, task, len(tasks) > 1, quality_loss)]
-    after = [*([failed] if failed else []), *warned.section(tasks)]
-    after += [part for task in tasks for part in _tables(task, steps, len(tasks) > 1)]
+    found, several = searches.decisions(folder), len(tasks) > 1
+    of_tasks = [part for task in tasks for part in _of_task(folder, task, several, quality_loss, found)]
+    told = {part.name for part in of_tasks}
+    after = [decided.section(one) for one in found if one.name not in told]
+    after += [part for part in (kept.section(table), failures.section(table)) if part]
+    after += warned.section(tasks)
+    after += [part for task in tasks for part in _tables(task, steps, several)]
     return Answer(
         SCHEMA_VERSION,
         peftsweep.__version__,
@@ -78,19 +82,25 @@ def answer(
     )
 
 
-def _of_task(folder: Path, task: Task, several: bool, quality_loss: float) -> Iterator[Section]:
-    """What to use, how sure that is, what each choice was worth and what it costs."""
-    name, advice = task.name if several else "", findings.advice(task)
+def _of_task(
+    folder: Path, task: Task, several: bool, quality_loss: float, found: Sequence[Search]
+) -> Iterator[Section]:
+    """What to use, what a search decided, how sure that is, what each choice was worth and what it costs."""
+    name, mine = task.name if several else "", decided.of_task(found, task, alone=not several)
+    advice = decided.advice(task, findings.advice(task), mine)
     use = _use(folder, task, advice, quality_loss)
     yield Section(USE, "What to use", list(_use_sentences(use, advice)), use, task=name)
+    yield from (decided.section(one, name) for one in mine)
     if not len(task.configurations):
         return
     sure, worth = list(findings.certainty(task)), list(findings.choices(task))
+    placebo = next((one.decision.placebo for one in mine if one.decision.placebo), None)
+    sure += [decided.luck(placebo)] if placebo else []
     if sure:
         judged = [_judged(task, score) for score in task.scores]
-        yield Section(SURE, "How sure that is", sure, Certainty(task.seeds, judged), task=name)
+        yield Section(SURE, "How sure that is", sure, Certainty(task.seeds, judged, placebo), task=name)
     if worth:
-        made = [found for factor in task.factors if (found := _choice(task, factor)) is not None]
+        made = [choice for factor in task.factors if (choice := _choice(task, factor)) is not None]
         yield Section(CHOICES, "What each choice was worth", worth, Choices(made), task=name)
     costs = _costs(task, advice.chosen)
     if costs.costs:
@@ -112,13 +122,15 @@ def _use(folder: Path, task: Task, advice: findings.Advice, quality_loss: float)
     needs = [
         Need(need, task.labels[n], why)
         for score in task.scores[:1]
-        if len(task.compare(score)) > 1 and not findings.no_gain(task, score)
+        if len(task.compare(score)) > 1 and advice.verdict != "none" and not findings.no_gain(task, score)
         for need, n, why in recommendations.uses(task, score, quality_loss)
     ]
     if advice.chosen is None:
-        return Use(advice.verdict, None, {}, None, advice.why, None, None, None, [], needs)  # type: ignore[arg-type]
+        nothing: Any = (None, None, None, [], needs, advice.decided_by)
+        return Use(advice.verdict, None, {}, None, advice.why, *nothing)  # type: ignore[arg-type]
     rows = task.table[task.table["configuration"] == advice.chosen]
-    good = rows[rows[trials.SUCCESS] == "success"].sort_values([c for c in (trials.SEED, trials.CREATED) if c in rows])
+    trained = rows[rows[trials.SUCCESS] == "success"]
+    good = (trained if len(trained) else rows).sort_values([c for c in (trials.SEED, trials.CREATED) if c in rows])
     names = [str(name) for name in good[trials.TRIAL]]
     place = folder / names[0]
     saved = place / store.ADAPTER
@@ -126,13 +138,14 @@ def _use(folder: Path, task: Task, advice: findings.Advice, quality_loss: float)
         advice.verdict,  # type: ignore[arg-type]
         task.labels[advice.chosen],
         _settings(task, good.iloc[0]),
-        score_of(task, task.scores[0], advice.chosen),
+        score_of(task, task.scores[0], advice.chosen) if task.scores else None,
         advice.why,
         command(place),
         place.as_posix() if place.is_dir() else None,
         saved.as_posix() if saved.is_dir() and any(saved.iterdir()) else None,
         names,
         needs,
+        advice.decided_by,  # type: ignore[arg-type]
     )
 
 

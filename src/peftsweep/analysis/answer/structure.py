@@ -22,6 +22,8 @@ ANSWER, SCHEMA_VERSION = "answer.json", 1
 Unit = Literal["text", "score", "bytes", "seconds", "count", "share", "change"]
 # The sections that come first, in this order, in every output.
 USE, SURE, CHOICES, COSTS, FAILURES, WARNINGS = "use", "certainty", "choices", "costs", "failures", "warnings"
+TUNE, LEAGUE = "tune", "league"  # what sweep=tune and sweep=league decided: each after what to use, where there is one
+RETENTION = "retention"
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,13 @@ class Need:
 
 @dataclass(frozen=True)
 class Use:
-    """What to use. ``verdict`` is ``none`` where nothing is shown to beat the untouched base."""
+    """What to use. ``verdict`` is ``none`` where nothing is shown to beat the untouched base.
 
-    verdict: Literal["use", "only one", "none", "not judged", "nothing succeeded"]
+    It is ``by validation`` where sweep=tune had no budget left for test rows. ``decided_by`` names the search whose
+    decision this is; without one it follows from all trials of the task.
+    """
+
+    verdict: Literal["use", "only one", "none", "not judged", "nothing succeeded", "by validation"]
     configuration: str | None
     settings: dict[str, Any]
     score: Score | None
@@ -83,6 +89,7 @@ class Use:
     adapter: str | None  # the folder of its saved weights
     trials: list[str]  # all its seeds
     needs: list[Need]
+    decided_by: Literal["tune"] | None = None
 
 
 @dataclass(frozen=True)
@@ -113,11 +120,24 @@ class Judged:
 
 
 @dataclass(frozen=True)
+class Placebo:
+    """A method of a league that took part twice: what luck alone is worth."""
+
+    method: str
+    wins: int  # of ``pairs`` of final trials, one of each, of how many the second of the two scored better
+    pairs: int
+    verdict: str  # of the second against the first: better or worse, which luck alone can bring, tie or unknown
+    difference: float  # of the score, which the league was to show
+    seeds_needed: int | None  # to show it in 80% of leagues; None: the test rows are too few for any number
+
+
+@dataclass(frozen=True)
 class Certainty:
     """How sure the answer is."""
 
     seeds: int
     scores: list[Judged]
+    placebo: Placebo | None = None
 
 
 @dataclass(frozen=True)
@@ -197,8 +217,97 @@ class Failures:
     causes: list[Failure]
 
 
-Facts = Use | Certainty | Choices | Costs | Failures | dict[str, Any]
+# ---- facts of searches and of what was kept ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """What a search judged on test rows: ``value`` is the mean over ``trials``, which have a seed each."""
+
+    name: str  # of the method, or of the placebo
+    configuration: str  # as the search calls it
+    value: float
+    trials: list[str]
+    rank: int | None = None  # of a league: one more than the number of those that are better for certain
+
+
+@dataclass(frozen=True)
+class Between:
+    """One finalist of a tuning against another, with an interval that holds at all looks together.
+
+    ``verdict`` is of the first. ``estimate`` is how much better it is; of perplexities the logarithm of a ratio.
+    """
+
+    first: str
+    second: str
+    estimate: float
+    low: float
+    high: float
+    looks: int
+    verdict: Literal["better", "worse", "tie", "open"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What sweep=tune or sweep=league decided, as it wrote it into tune.json or league.json.
+
+    ``verdict`` is ``none`` where the best finalist is not shown to be better than the untouched base, ``by
+    validation`` where nothing was judged on test rows; a league ranks, and recommends nothing. Files of earlier
+    versions have the sentences alone: their ``verdict`` is None and the rest is empty.
+    """
+
+    command: str | None
+    verdict: Literal["use", "none", "by validation", "ranked"] | None = None
+    configuration: str | None = None  # the best, as the search calls it
+    trials: list[str] = field(default_factory=list)  # of the best
+    column: str | None = None  # of the score that decided, on test rows; by validation: its name in steps.jsonl
+    finalists: list[Finalist] = field(default_factory=list)  # the best first
+    base: Base | None = None  # what the best gains over the untouched base
+    between: list[Between] = field(default_factory=list)
+    not_tried: list[str] = field(default_factory=list)  # what the search would have tried with a larger budget
+    not_trained: list[str] = field(default_factory=list)  # what could not be trained, with the reason
+    placebo: Placebo | None = None  # of a league
+
+
+@dataclass(frozen=True)
+class ScaleScore:
+    """A score at one scale of an adapter."""
+
+    scale: float
+    value: float
+    stderr: float | None
+
+
+@dataclass(frozen=True)
+class ScaleCurve:
+    """An evaluation's scores from the untouched base at scale 0 to the whole adapter at 1."""
+
+    evaluation: str
+    metric: str
+    role: Literal["target", "retention"]
+    better: Literal["higher", "lower"]
+    points: list[ScaleScore]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What one trial kept of what the base could do."""
+
+    trial: str
+    keeps_most: dict[str, float | None]  # by evaluation: the scale that keeps most at a target within its interval
+    curves: list[ScaleCurve]
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What adapters have cost elsewhere, and at which of their scales the most of it is kept."""
+
+    trials: list[Kept]
+
+
+Facts = Use | Certainty | Choices | Costs | Failures | Decision | Retention | dict[str, Any]
 FACTS: dict[str, type] = {USE: Use, SURE: Certainty, CHOICES: Choices, COSTS: Costs, FAILURES: Failures}
+FACTS |= {TUNE: Decision, LEAGUE: Decision, RETENTION: Retention}
 
 
 # ---- sections ----------------------------------------------------------------------------------------

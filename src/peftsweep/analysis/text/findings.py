@@ -266,6 +266,7 @@ class Advice:
     chosen: Any
     why: str
     sentence: str
+    decided_by: str | None = None  # the search whose decision this is
 
 
 def advice(task: Task) -> Advice:
@@ -284,10 +285,10 @@ def advice(task: Task) -> Advice:
     if len(compared) < 2:
         only = compared.index[0]
         why = "it is the only configuration with this score"
-        said = f"**Use {words.code(task.labels[only])}**: {_in_short(task, score, only)}; {why}."
+        said = f"**Use {words.code(task.labels[only])}**: {in_short(task, score, only)}; {why}."
         return Advice("only one", only, why, said)
     chosen, why = _chosen(task, score)
-    said = f"**Use {words.code(task.labels[chosen])}**: {_in_short(task, score, chosen)}; {why}."
+    said = f"**Use {words.code(task.labels[chosen])}**: {in_short(task, score, chosen)}; {why}."
     return Advice("use", chosen, why, said)
 
 
@@ -309,7 +310,7 @@ def _chosen(task: Task, score: str) -> tuple[Any, str]:
     return chosen, why
 
 
-def _in_short(task: Task, score: str, number: Any) -> str:
+def in_short(task: Task, score: str, number: Any) -> str:
     """A configuration's score and what it costs."""
     costs = (
         (ADAPTER, "adapter"),

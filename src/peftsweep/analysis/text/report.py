@@ -12,12 +12,12 @@ from typing import Any
 import pandas as pd
 
 from peftsweep.analysis.answer import build, render, structure
-from peftsweep.analysis.answer.structure import Answer
+from peftsweep.analysis.answer.structure import USE, Answer, Use
 from peftsweep.analysis.statistics import frontier
 from peftsweep.analysis.statistics import trials as statistics_trials
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.columns import QUANT, RANK, TARGETS
-from peftsweep.analysis.text import findings, methodology, paired, recommendations, retention, searches, words
+from peftsweep.analysis.text import findings, methodology, paired, recommendations, words
 from peftsweep.analysis.text.factors import _costs, _factor, _standing
 from peftsweep.analysis.text.findings import Task
 from peftsweep.analysis.text.recommendations import QUALITY_LOSS
@@ -70,7 +70,6 @@ def _document(
     yield ""
     yield _counts(table, tasks)
     yield ""
-    yield from searches.section(folder)
     for section in answer.sections:
         if section.sentences:
             yield from render.markdown(section)
@@ -87,14 +86,15 @@ def _document(
             yield from _factor(task, factor, mark, _take(left, FIGURES.get(factor, ()), folder))
         for score in task.scores[:1]:
             yield from _frontier(task, score, mark, _take(left, FRONTIER, folder))
-        yield from recommendations.section(task, mark, quality_loss)
+        advised = [one.facts for one in answer.of(USE) if one.task in ("", task.name)]
+        if not any(isinstance(use, Use) and use.verdict == "none" for use in advised):
+            yield from recommendations.section(task, mark, quality_loss)
         yield from paired.section(task, mark, folder)
         if left:
             yield f"## Figures{mark}"
             yield ""
             yield from _links(left.values(), folder)
     yield from _links(every.values(), folder)
-    yield from retention.section(table)
     yield from methodology.methodology(table, tasks, steps)
     for section in answer.sections:
         if not section.sentences and section.name != "table":

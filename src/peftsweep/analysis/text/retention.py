@@ -99,15 +99,6 @@ def of_table(table: pd.DataFrame) -> Iterator[tuple[str, list[Curve]]]:
         yield str(name), curves({"scales": rows}, scores)
 
 
-def section(table: pd.DataFrame) -> Iterator[str]:
-    """Lines of a report on what was kept; none where no trial was scored so."""
-    if lines := [*notes(of_table(table))]:
-        yield "## What was kept"
-        yield ""
-        yield from (f"- {line}" for line in lines)
-        yield ""
-
-
 def notes(trials: Iterable[tuple[str, list[Curve]]]) -> Iterator[str]:
     """A line for each trial, by its name and curves, and each of its evaluations of what is to be kept."""
     for name, found in trials:

@@ -1,0 +1,107 @@
+"""What a search decided: a section of the answer, and what to use, so that no two parts of an answer disagree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from peftsweep.analysis.answer.structure import TUNE, Base, Decision, Placebo, Section
+from peftsweep.analysis.statistics import trials
+from peftsweep.analysis.table import columns
+from peftsweep.analysis.text import findings, words
+from peftsweep.analysis.text.findings import Advice, Task
+from peftsweep.analysis.text.searches import Search
+from peftsweep.study.record import Status
+
+
+def section(search: Search, task: str = "") -> Section:
+    """The lines of a search as sentences, and its decision as facts."""
+    sentences = [words.escaped(line) for line in search.lines]
+    return Section(search.name, f"What sweep={search.name} decided", sentences, search.decision, task=task)
+
+
+def of_task(searches: Sequence[Search], task: Task, *, alone: bool) -> list[Search]:
+    """Those searches that are of this task; all of them where it stands ``alone`` in its study."""
+    names = set(task.table[trials.TRIAL].astype(str))
+    return [one for one in searches if alone or not names.isdisjoint(one.decision.trials)]
+
+
+# ---- what to use -------------------------------------------------------------------------------------
+
+
+def advice(task: Task, general: Advice, searches: Sequence[Search]) -> Advice:
+    """What a tuning decided to use, with the base's comparison; ``general`` where there is none, or it knows more.
+
+    It knows more where it chooses by trials that the search did not judge, and these are shown to be better.
+    """
+    search = next((one for one in searches if one.name == TUNE and one.decision.verdict), None)
+    numbers = None if search is None else task.table.loc[_are(task, search.decision.trials), "configuration"]
+    if search is None or numbers is None or numbers.empty:
+        return general
+    decision, number = search.decision, numbers.iloc[0]
+    name = words.code(task.labels[number])
+    if decision.verdict == "by validation":
+        if general.verdict not in ("nothing succeeded", "not judged"):
+            return _beside(general, f"sweep=tune chose {name} by validation alone, which no test row has judged")
+        why = "sweep=tune chose it by validation; its budget left nothing for test rows"
+        return Advice("by validation", number, why, f"**Use {name}, by validation alone**: {why}.", TUNE)
+    if _knows_more(task, general, number, decision):
+        said = "decided for" if decision.verdict == "use" else "had shown no gain by"
+        return _beside(general, f"sweep=tune, which did not judge all of these trials, {said} {name}")
+    score = columns.score_name(decision.column or "")
+    seeds = words.plural("seed", len(decision.trials))
+    if decision.verdict == "none":
+        why = f"the best that sweep=tune found is not shown to be better than the untouched base, by {score}"
+        return Advice("none", None, why, f"**Use none of these**: {name}, {why}{_against(decision.base)}.", TUNE)
+    why = f"sweep=tune decided so, over {seeds}" + _against(decision.base)
+    if task.scores and findings.no_gain(task, task.scores[0]):
+        why += "; with all other trials of this study counted in, a gain over the base is not shown"
+    shown = f"{findings.in_short(task, task.scores[0], number)}; " if _is_scored(task, number) else ""
+    return Advice("use", number, why, f"**Use {name}**: {shown}{why}.", TUNE)
+
+
+def _are(task: Task, names: Sequence[str]) -> Any:
+    return task.table[trials.TRIAL].astype(str).isin(list(names))
+
+
+def _is_scored(task: Task, number: Any) -> bool:
+    return bool(task.scores) and number in task.compare(task.scores[0]).index
+
+
+def _knows_more(task: Task, general: Advice, number: Any, decision: Decision) -> bool:
+    """Whether trials that the search did not judge say more of its own choice, or show another one to be better."""
+    if general.chosen is None or not _is_scored(task, number):
+        return False
+    own = task.table["configuration"].eq(general.chosen) & task.table[trials.SUCCESS].eq(Status.success.name)
+    judged = _are(task, [name for one in decision.finalists for name in one.trials])
+    known = task.tested(task.scores[0])
+    same = general.chosen == number
+    better = same or decision.verdict == "none" or (known and known.verdict(general.chosen, number) == "better")
+    return bool(better and (own & ~judged).any())
+
+
+def _beside(general: Advice, said: str) -> Advice:
+    return Advice(general.verdict, general.chosen, general.why, f"{general.sentence} ({said}.)")
+
+
+def _against(base: Base | None) -> str:
+    """The end of a sentence: what the untouched base scores, and the gain over it."""
+    if base is None:
+        return ""
+    line = f"; the untouched base scores {words.number(base.value)}"
+    if base.gain is None or base.p is None:
+        return line
+    parts = {"difference": base.gain, "low": base.low, "high": base.high, "scale": base.scale}
+    return f"{line}, against it: {words.difference(parts)}, p {words.p_is(base.p)}"
+
+
+# ---- how sure ----------------------------------------------------------------------------------------
+
+
+def luck(placebo: Placebo) -> str:
+    """What luck alone is worth in a league, as a sentence."""
+    luck_alone = f"; luck alone made it {placebo.verdict}" if placebo.verdict in ("better", "worse") else ""
+    return (
+        f"What luck is worth: {words.escaped(placebo.method)} under another name won {placebo.wins} of "
+        f"{placebo.pairs} pairs of seeds against itself in sweep=league{luck_alone}."
+    )

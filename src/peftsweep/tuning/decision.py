@@ -1,0 +1,105 @@
+"""What a tuning or a league decided, as facts that its file keeps and every report repeats, and as one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from peftsweep.analysis.answer.structure import Base, Between, Decision, Finalist, Placebo, number
+from peftsweep.analysis.table.columns import direction
+from peftsweep.analysis.text import words
+from peftsweep.study import record
+from peftsweep.tuning import finals as statistics
+from peftsweep.tuning.finals import BETTER, TIE, WORSE, Finals, Gain, League, Look
+
+UNKNOWN = "unknown"
+
+
+def of_tuning(
+    column: str, scores: Finals, order: Sequence[str], called: Mapping[str, str], looks: Sequence[tuple[str, str, Look]]
+) -> Decision:
+    """Of finalists with ``scores``, the best of ``order`` first, whose configurations are ``called`` so."""
+    best = order[0]
+    gain = statistics.gain(column, scores, best)
+    finalists = [_finalist(name, called[name], scores) for name in order]
+    between = [
+        Between(one, other, look.estimate, look.low, look.high, look.number, look.verdict)  # type: ignore[arg-type]
+        for one, other, look in looks
+    ]
+    verdict: Any = "use" if gain is None or _gains(gain, column) else "none"
+    base = None if gain is None else _base(gain)
+    return Decision(None, verdict, called[best], finalists[0].trials, column, finalists, base, between)
+
+
+def of_league(
+    column: str, scores: Finals, found: League, called: Mapping[str, str], method: str, difference: float
+) -> Decision:
+    """Of a ranked league, in which ``method`` took part a second time."""
+    finalists = [_finalist(one.contestant, called[one.contestant], scores, one.rank) for one in found.standings]
+    placebo = Placebo(method, found.wins, found.pairs, found.placebo, difference, found.seeds)
+    best = finalists[0]
+    return Decision(None, "ranked", best.configuration, best.trials, column, finalists, placebo=placebo)
+
+
+def facts(decision: Decision) -> dict[str, Any]:
+    """For the file of the search: without what is not known, and without its command, which the file has."""
+    return {
+        key: value for key, value in record.plain(asdict(decision)).items() if key != "command" and value is not None
+    }
+
+
+def sentence(decision: Decision) -> str:
+    """What to use, on which numbers, and what it gains over the untouched base."""
+    if decision.verdict == "by validation":
+        said = f"By validation alone: {decision.configuration}."
+        return f"{said} Nothing was judged on the test rows, as the budget was spent."
+    best, name = decision.finalists[0], (decision.column or "").removeprefix("eval_info.").removesuffix(".value")
+    seeds = words.plural("seed", len(best.trials))
+    use = "Use" if decision.verdict == "use" else "No gain shown by"
+    line = f"{use} {best.configuration}: {name.replace('.', ' ')} {best.value:.4g} on the test rows, {seeds}"
+    return f"{line}{against(decision.base)}."
+
+
+def against(base: Base | None) -> str:
+    """The end of a sentence: the untouched base, and the gain over it."""
+    if base is None:
+        return ""
+    line = f"; the untouched base has {base.value:.4g}"
+    if base.gain is None or base.p is None:
+        return line
+    parts = {"difference": base.gain, "low": base.low, "high": base.high, "scale": base.scale}
+    return f"{line}, and against it this is {words.difference(parts)}, p {words.p_is(base.p)}"
+
+
+def _gains(gain: Gain, column: str) -> bool:
+    """Whether a gain is shown; where nothing tells how far chance reaches, whether there is one."""
+    if gain.verdict == UNKNOWN:
+        return (direction(column) or 1) * gain.gain > 0
+    return gain.verdict == BETTER
+
+
+def _base(gain: Gain) -> Base:
+    scale: Any = gain.scale
+    return Base(gain.value, number(gain.gain), number(gain.low), number(gain.high), number(gain.p), scale)
+
+
+def _finalist(name: str, configuration: str, scores: Finals, rank: int | None = None) -> Finalist:
+    own = scores[name].values()
+    return Finalist(name, configuration, sum(one.value for one in own) / len(own), [one.trial for one in own], rank)
+
+
+def between(one: Between, tie: float, column: str, *, hopeless: bool, spent: bool) -> str:
+    """What stands between two finalists; ``spent`` says whether the budget ended the comparison."""
+    ends = f"{one.estimate:+.4f} [{one.low:+.4f}, {one.high:+.4f}]"
+    scale = " (logarithms of ratios)" if "perplexity" in column else ""
+    held = f"{ends}{scale}, valid at every look, {one.looks} so far"
+    if one.verdict in (BETTER, WORSE):
+        return f"{one.first} is {one.verdict} than {one.second}: {held}."
+    if one.verdict == TIE:
+        return f"{one.first} and {one.second} are a tie within {tie:g}: {held}."
+    apart = f"{one.first} and {one.second} are not told apart"
+    if hopeless:
+        return f"{apart}: {held}; more seeds would not settle it, more test rows could."
+    why = "the budget was spent" if spent else "tune.seeds were used up"
+    return f"{apart} yet: {held}; {why}."
