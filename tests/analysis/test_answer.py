@@ -118,6 +118,7 @@ def test_twenty_questions_are_read_off_the_files() -> None:
 
 def test_the_four_outputs_hold_the_same_sentences_in_the_same_order() -> None:
     rows = study()
+    record.write_json(STUDY / "league.json", {"lines": ["league by task accuracy:", "1. lora, r_x=*16*: 0.8"]})
     held, text = answered(*rows)
     table = pd.DataFrame(rows).convert_dtypes()
     _, answer = report.write(STUDY, table, pd.DataFrame(), (), predictions(STUDY))
@@ -125,7 +126,14 @@ def test_the_four_outputs_hold_the_same_sentences_in_the_same_order() -> None:
     shown = re.sub(r"<[^>]+>", "", opened.partition("</head>")[2].partition('id="trial')[0])
     printed = "\n".join(render.lines(answer))
     said = [sentence for part in held["sections"] for sentence in part["sentences"]]
-    assert [part["name"] for part in held["sections"]][:5] == ["use", "certainty", "choices", "costs", "failures"]
+    assert [part["name"] for part in held["sections"]][:6] == [
+        "use",
+        "league",
+        "certainty",
+        "choices",
+        "costs",
+        "failures",
+    ]
     for output in (printed, render.plain(text), html.unescape(shown)):
         places = [output.find(sentence) for sentence in said]
         assert -1 not in places
@@ -460,7 +468,11 @@ def judged_on_rows(right: Sequence[int], seeds: int = 3) -> list[dict[str, Any]]
     lines = [{"prompt": str(n), "answer": "x", "correct": n < BASE_RIGHT} for n in range(100)]
     record.write_lines(STUDY / "base" / "task.jsonl", lines)
     stderr = math.sqrt(BASE_RIGHT * (100 - BASE_RIGHT) / 99) / 100
-    base = {"base_accuracy.value": BASE_RIGHT / 100, "base_accuracy.stderr": stderr, "base_accuracy.n": 100}
+    base: dict[str, Any] = {
+        "base_accuracy.value": BASE_RIGHT / 100,
+        "base_accuracy.stderr": stderr,
+        "base_accuracy.n": 100,
+    }
     base |= {"base_predictions": "base/task.jsonl"}
     return [row | {f"eval_info.task.{key}": value for key, value in base.items()} for row in ranks(*right, seeds=seeds)]
 

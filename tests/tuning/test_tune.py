@@ -38,6 +38,7 @@ class MadeUp:
         self.study, self._loss = study, loss
         self.launched: list[dict[str, str]] = []
         self.dies_after = math.inf  # trials
+        self.base: float | None = None  # the accuracy of the untouched base
 
     def __call__(self, asked: list[list[str]]) -> Sequence[Result | BaseException | None]:
         return [self._run(dict(word.split("=", 1) for word in words)) for words in asked]
@@ -78,8 +79,17 @@ class MadeUp:
             value = sum(right) / ROWS
             score = {"value": value, "stderr": math.sqrt(value * (1 - value) / (ROWS - 1)), "n": ROWS}
             found.eval_info["task"] = {"headline": "accuracy", "accuracy": score}
+            if self.base is not None:
+                found.eval_info["task"] |= self._base(self.base)
         found.write(place)
         return found
+
+    def _base(self, accuracy: float) -> dict[str, Any]:
+        lines = [{"prompt": str(row), "answer": "", "correct": row < accuracy * ROWS} for row in range(ROWS)]
+        record.write_lines(self.study / "base" / "x" / "task.jsonl", lines)
+        stderr = math.sqrt(accuracy * (1 - accuracy) / (ROWS - 1))
+        score = {"value": accuracy, "stderr": stderr, "n": ROWS}
+        return {"base_accuracy": score, "base_predictions": "base/x/task.jsonl"}
 
 
 def loss_of(words: dict[str, str]) -> float | None:
@@ -201,6 +211,22 @@ def test_reports_repeat_what_was_decided(ask: Ask) -> None:
     assert len(decided.finalists[0].trials) == 1
 
 
+@pytest.mark.parametrize(
+    ("base", "said"), [(0.2, "Use lora"), (0.9, "No gain shown by lora"), (0.74, "No gain shown by")]
+)
+def test_use_is_said_where_a_gain_over_the_base_is_shown(ask: Ask, base: float, said: str) -> None:
+    asked, launch = ask(methods=["lora"], budget="9trials")
+    launch.base = base
+    answer.tune(asked, (lines := list[str]()).append)
+    (line,) = [line for line in lines if line.startswith(said)]
+    (search,) = searches.decisions(launch.study)
+    gained = search.decision.base
+    assert gained is not None
+    assert gained.gain == pytest.approx(search.decision.finalists[0].value - base)
+    assert f"; the untouched base has {base:g}, and against it this is " in line
+    assert search.decision.verdict == ("use" if said == "Use lora" else "none")
+
+
 def test_trials_that_a_launcher_leaves_end_the_tuning_as_not_run(ask: Ask) -> None:
     asked, launch = ask(methods=["lora"])
     limited = Question(
@@ -221,6 +247,12 @@ def test_a_league_gives_every_contestant_the_same_and_lora_twice(ask: Ask) -> No
     assert (seeds["lora"], seeds["lora (placebo)"]) == ({"1", "2", "3"}, {"1001", "1002", "1003"})
     assert any("won" in line and "of 9 pairs of seeds against lora" in line for line in lines)
     assert "a difference of 0.02 is found in 80% of leagues with " in lines[-1]
+    (search,) = searches.decisions(launch.study)
+    placebo, result = search.decision.placebo, found["result"]
+    assert placebo is not None
+    assert (placebo.method, placebo.wins, placebo.pairs) == ("lora", result["wins"], 9)
+    assert [one.rank for one in search.decision.finalists] == [one["rank"] for one in result["standings"]]
+    assert lines[1].startswith(f"1. {search.decision.configuration}: ")
 
 
 # ---- wrong words -----------------------------------------------------------------------------------

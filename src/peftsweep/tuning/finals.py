@@ -100,7 +100,8 @@ def gain(column: str, finals: Finals, finalist: str) -> Gain | None:
     for part in ("value", "stderr", "n"):
         rows[stem + part] = pd.array([getattr(one.base, part, None) for one in own], dtype="Float64")
     lines = _lines(finals) | {one.base.answers: one.base.lines for one in own if one.base}
-    found = compare(rows, column, lambda trial, _: list(lines.get(trial, ()))).loc[list(finals).index(finalist)]
+    compared = compare(rows, column, lambda trial, _: list(lines.get(trial, ())))
+    found = compared.to_dict("index")[list(finals).index(finalist)]
     value, low, high, p = (float(found[key]) for key in ("gain", "gain_low", "gain_high", "gain_p_adjusted"))
     return Gain(base.value, value, low, high, p, found["scale"], found["gained"])
 
