@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from peftsweep.observe import display
 from peftsweep.observe.display import Display
 from peftsweep.study.record import Result
 
@@ -68,15 +67,52 @@ def test_a_row_says_state_step_loss_score_memory_and_time_left() -> None:
     assert row.split("  ")[0] == "[1/3] lora, r=8"
     cells = ["train", "30/120", "1.234", "tiny.accuracy 0.625", "2.5 GB", "3 min"]  # 90 steps of 2 seconds
     assert all(cell in row for cell in cells)
-    assert last == "0 of 3 trials done, 75 s, about 14 min left"  # 2.75 trials at 75 s a quarter
+    assert last == "0 of 3 trials done, 75 s, about 12 min left"  # 180 s, and two more trials of 75 + 180 s
 
 
-@pytest.mark.parametrize(
-    ("total", "done", "running", "elapsed", "left"),
-    [(4, 1, [], 10.0, 30.0), (4, 1, [0.5, 0.5], 10.0, 10.0), (4, 0, [0.0], 10.0, None), (4, 4, [], 10.0, 0.0)],
-)
-def test_the_time_left_of_a_sweep(total: int, done: int, running: list[float], elapsed: float, left: Any) -> None:
-    assert display.sweep_left(total, done, running, elapsed) == left
+def ended(folder: Path) -> Result:
+    return Result({"trial": folder.name, "status": "success"}, {}, {}, train_info=TRAINED, folder=folder)
+
+
+TRAINED = {"trainable_parameters": 1, "total_parameters": 2, "steps": 1, "train_seconds": 1.0}
+
+
+def at(made: Display, now: float) -> str:
+    """The last line of the board at a time."""
+    made.clock.now = now  # type: ignore[attr-defined]
+    return plain(made)[-1]
+
+
+def test_before_a_trial_has_a_step_or_a_prediction_no_time_left_is_said() -> None:
+    made = shown(4)
+    made.trial("one").stage("load")
+    assert at(made, 10.0) == "0 of 4 trials done, 10 s"
+
+
+def test_trials_that_ended_say_how_long_the_others_take() -> None:
+    made = shown(4)
+    first, second = made.trial("one"), made.trial("two")
+    made.clock.now = 20.0  # type: ignore[attr-defined]
+    first.end(ended(Path("one")))
+    third = made.trial("three")
+    third.stage("load")
+    second.stage("eval")
+    # 20 s each: the second has 5 s left and the third 15, and the fourth follows the second.
+    assert at(made, 25.0) == "1 of 4 trials done, 25 s, about 20 s left"
+
+
+def test_what_was_predicted_says_the_time_left_of_work_that_has_no_steps() -> None:
+    made = shown(2)
+    view = made.trial("one")
+    view.expects({"load": 4.0, "train": 100.0, "evaluate": 20.0, "save": 1.0})
+    view.stage("train")
+    assert plain(made)[1].endswith("2 min")  # 121 s
+    view.step(ROW | {"step": 60, "seconds": 120.0})
+    made.clock.now = 124.0  # type: ignore[attr-defined]
+    assert view.left() == pytest.approx((60 / 65 * 2 + 5 / 65 * 100 / 120) * 60 + 21)
+    view.stage("eval")
+    assert at(made, 130.0).endswith("about 3 min left")  # 15 s, and another trial of 145 s
+    assert "15 s" in plain(made)[1]
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

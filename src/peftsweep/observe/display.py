@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,6 +14,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from peftsweep.observe.remaining import of_sweep, remaining
 from peftsweep.study.record import HEADLINE, Result, Status
 from peftsweep.study.scores import baseline
 
@@ -35,6 +36,9 @@ class Observer:
     def step(self, row: dict[str, Any]) -> None:
         """A line was added to steps.jsonl."""
 
+    def expects(self, seconds: Mapping[str, float]) -> None:
+        """So many seconds the trial's kinds of work (load, train, evaluate, save) were predicted to take."""
+
 
 class Display:
     """Tells how a sweep of ``total`` trials comes along: a live table of those that run, or plain lines in a pipe."""
@@ -46,6 +50,7 @@ class Display:
         # A terminal that cannot move its cursor (TERM=dumb) shows no live lines.
         self.live = self.console.is_terminal and not self.console.is_dumb_terminal and not quiet
         self._number = self._done = self._bad = 0
+        self._took = list[float]()  # seconds of the trials that have ended well, as this display saw them
         self._began = clock()
         self.running: list[TrialView] = []
         self._board = Live(get_renderable=self.board, console=self.console, transient=True, auto_refresh=self.live)
@@ -76,9 +81,10 @@ class Display:
         """The trial that began last, or another one, begins again later."""
         self._number -= 1
 
-    def count(self, result: Result) -> None:
-        """A trial has ended."""
+    def count(self, result: Result, seconds: float) -> None:
+        """A trial has ended, so many seconds after it began."""
         self._done, self._bad = self._done + 1, self._bad + (not result.status.good)
+        self._took += [seconds] if result.status.good else []
 
     def board(self) -> RenderableType:
         """The trials that run, as a table no higher and no wider than the terminal, and how far the sweep is."""
@@ -97,24 +103,21 @@ class Display:
 
     def _all_trials(self) -> str:
         elapsed = self.clock() - self._began
-        left = sweep_left(self._total, self._done, [view.share for view in self.running], elapsed)
+        left = self._left()
         failed = f", {self._bad} failed" if self._bad else ""
         until = f", about {duration(left)} left" if left is not None else ""
         return f"{self._done} of {self._total} trials done{failed}, {duration(elapsed)}{until}"
 
-
-def sweep_left(total: int, done: int, running: Sequence[float], elapsed: float) -> float | None:
-    """The seconds until a sweep is over, if all trials take as long as those so far; None before anything is known.
-
-    ``running`` holds of each trial that runs the share of its steps that is done.
-    """
-    whole = done + sum(running)
-    return elapsed * max(0.0, total - whole) / whole if whole > 0 else None
-
-
-def trial_left(row: Mapping[str, Any]) -> float | None:
-    """The seconds that a trial still trains, by the steps of its last line of steps.jsonl."""
-    return (row["steps"] - row["step"]) * row["seconds"] / row["step"] if row.get("seconds") and row["step"] else None
+    def _left(self) -> float | None:
+        """The seconds until all trials are done; those that are waiting take as long as the others on average."""
+        running = list(self.running)
+        waiting = max(0, self._total - self._done - len(running))
+        ages, left = [one.age for one in running], [one.left() for one in running]
+        whole = self._took + [age + rest for age, rest in zip(ages, left, strict=True) if rest is not None]
+        mean = sum(whole) / len(whole) if whole else None
+        if mean is not None:
+            left = [max(mean - age, 0.0) if rest is None else rest for age, rest in zip(ages, left, strict=True)]
+        return of_sweep(left, [mean] * waiting, max(len(running), 1))
 
 
 def duration(seconds: float) -> str:
@@ -131,14 +134,19 @@ class TrialView(Observer):
     def __init__(self, display: Display, name: str) -> None:
         self._display, self.name = display, name
         self._state, self._row = "", dict[str, Any]()
-        self._last_line = display.clock()
+        self._expected: Mapping[str, float] = {}
+        self._began = self._stage_began = self._last_line = display.clock()
         display.running.append(self)
         if not display.live:
             display.say(name)
 
     def stage(self, name: str) -> None:
         """The trial enters a stage."""
-        self._state = name
+        self._state, self._stage_began = name, self._display.clock()
+
+    def expects(self, seconds: Mapping[str, float]) -> None:
+        """So many seconds its work was predicted to take, by kind."""
+        self._expected = seconds
 
     def step(self, row: dict[str, Any]) -> None:
         """The trial logged a step."""
@@ -154,29 +162,34 @@ class TrialView(Observer):
                     *(f"{key} {row[key]:.3f}" for key in row if key.startswith(VALIDATION)),
                 ]
             )
-            left = trial_left(row)
+            left = self.left()
             until = "" if left is None else f"  {left:.0f} s left"
             self._display.say(f"    step {row['step']}/{row['steps']}  {figures}{until}")
 
     @property
-    def share(self) -> float:
-        """Of the trial's steps, those that are done."""
-        return self._row["step"] / self._row["steps"] if self._row.get("steps") else 0.0
+    def age(self) -> float:
+        """The seconds since it began."""
+        return self._display.clock() - self._began
+
+    def left(self) -> float | None:
+        """The seconds that it has left, by what was predicted and by its own steps; None where neither says it."""
+        row, stage = self._row, self._state or ("train" if self._row else "setup")
+        in_stage = self._display.clock() - self._stage_began
+        return remaining(self._expected, stage, in_stage, row.get("step", 0), row.get("steps"), row.get("seconds"))
 
     def figures(self) -> dict[str, str]:
         """The cells of its row in the live table, by column."""
         row = self._row
         scores = {key.removeprefix(VALIDATION): row[key] for key in row if key.startswith(VALIDATION)}
         headline = next((name for name in scores if name != "loss"), "loss")
-        left = trial_left(row) if row else None
-        training = self._state in ("", "train")
+        left = self.left()
         return {
             "state": self._state,
             "step": f"{row['step']}/{row['steps']}" if row else "",
             "loss": f"{row['loss']:.3f}" if row.get("loss") is not None else "",
             "score": f"{headline} {scores[headline]:.3f}" if scores.get(headline) is not None else "",
             "memory": size(row["memory_allocated"]) if row.get("memory_allocated") else "",
-            "left": duration(left) if left is not None and training else "",
+            "left": duration(left) if left is not None else "",
         }
 
     def drop(self) -> None:
@@ -187,7 +200,7 @@ class TrialView(Observer):
     def end(self, result: Result, *, named: bool = False) -> None:
         """The trial has ended; ``named`` where others run beside it, so that its lines may be far from its first."""
         self.drop()
-        self._display.count(result)
+        self._display.count(result, self.age)
         if self._display.live or named:
             self._display.say(self.name)
         for line in summary(result):

@@ -8,7 +8,7 @@ ORDER = ("load", "train", "evaluate", "save")  # kinds of a trial's seconds, as 
 KIND_OF_STAGE = {  # of the stages that a trial reports
     **dict.fromkeys(("setup", "load", "data", "attach"), "load"),
     **dict.fromkeys(("train", "validate", "checkpoint", "compile", "warm", "probe"), "train"),
-    **dict.fromkeys(("baseline", "eval", "inference", "profile"), "evaluate"),
+    **dict.fromkeys(("baseline", "eval", "scales", "inference", "profile"), "evaluate"),
     **dict.fromkeys(("save", "reload", "merge"), "save"),
 }
 ENOUGH_STEPS = 5  # after which a trial's own steps say more than what was expected

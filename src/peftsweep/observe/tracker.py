@@ -53,6 +53,10 @@ class Tracker(Observer):
         self._step = row["step"]
         self._tell(lambda tool: tool.log(_numbers(row), step=row["step"]))
 
+    def expects(self, seconds: Mapping[str, float]) -> None:
+        """So many seconds the trial's work was predicted to take, by kind."""
+        self._observer.expects(seconds)
+
     def end(self, metrics: Mapping[str, Any], status: str) -> None:
         """The trial has ended: ``metrics`` are its flat results, which are told as of its last step."""
         self._tell(lambda tool: tool.log(_numbers(metrics), step=self._step))

@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
@@ -402,6 +402,9 @@ class _Reporter(Observer):
     def step(self, row: dict[str, Any]) -> None:
         self._channel.send(("step", self._number, row))
 
+    def expects(self, seconds: Mapping[str, float]) -> None:
+        self._channel.send(("expects", self._number, dict(seconds)))
+
 
 def serve(channel: connection.Connection[Any, Any], threads: int | None) -> None:
     """Run the jobs that come through ``channel``, one after the other, until it is closed."""
@@ -440,10 +443,8 @@ def _in_worker(job: Job, options: Options, channel: connection.Connection[Any, A
         return "claimed", str(claimed)
     except KeyboardInterrupt:
         return "cancelled", ""
-    except Exception as error:
-        if reason := store.unwritable(error):
+    except BaseException as error:
+        if isinstance(error, Exception) and (reason := store.unwritable(error)):
             return "unwritable", str(reason)
-        return "broken", traceback.format_exc()
-    except BaseException:
         return "broken", traceback.format_exc()
     return "done", ""

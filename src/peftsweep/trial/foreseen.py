@@ -44,6 +44,12 @@ def foresee(trial: Trial, result: Result, rows: Rows, tokens: Sequence[Tokens], 
         return {}
 
 
+def by_kind(result: Result) -> dict[str, float]:
+    """The seconds that were predicted, of each kind of a trial's work of which they were."""
+    said = result.train_info.get("predicted") or {}
+    return {kind: said[f"{kind}_seconds"] for kind in history.KINDS if f"{kind}_seconds" in said}
+
+
 def _planned(trial: Trial, device: str) -> dict[str, Any] | None:
     """What the study's plan says of the trial, if it was made for this device."""
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):

@@ -188,6 +188,7 @@ class Session:
         if predicted := forecast.prediction(self.trial, self.tokens):
             self.result.memory["predicted"] = predicted.facts()
         flops = foreseen.foresee(self.trial, self.result, self.rows, self.tokens, self.meter.device)
+        self.observer.expects(foreseen.by_kind(self.result))
         checkpoints = self.checkpoints()
         with self.stage("train"), self.steps() as lines:
             trained = loop.train(
