@@ -20,6 +20,7 @@ from peftsweep.observe.remaining import in_words, of_sweep, remaining
 from peftsweep.schema import PriceConfig
 from peftsweep.study.record import Result
 from peftsweep.sweep.workers import Budget, Options
+from peftsweep.trial.foreseen import by_kind
 
 Compose = Callable[..., Trial]
 
@@ -265,3 +266,10 @@ def test_a_sweep_ends_when_its_workers_have_taken_all_that_waits() -> None:
 )
 def test_seconds_in_words(seconds: float, said: str) -> None:
     assert in_words(seconds) == said
+
+
+def test_what_is_told_of_the_time_left_is_what_was_predicted_by_kind() -> None:
+    span = Span(10.0, 8.0, 12.0)
+    facts = Estimate({"load": span, "train": span.times(2), "evaluate": None}).facts()
+    assert by_kind(Result({}, {}, {}, train_info={"predicted": facts})) == {"load": 10.0, "train": 20.0}
+    assert by_kind(Result({}, {}, {})) == {}

@@ -444,7 +444,7 @@ def _in_worker(job: Job, options: Options, channel: connection.Connection[Any, A
     except KeyboardInterrupt:
         return "cancelled", ""
     except BaseException as error:
-        if isinstance(error, Exception) and (reason := store.unwritable(error)):
+        if reason := store.unwritable(error):
             return "unwritable", str(reason)
         return "broken", traceback.format_exc()
     return "done", ""
