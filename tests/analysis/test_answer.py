@@ -535,7 +535,7 @@ def test_where_a_tuning_shows_no_gain_nothing_is_recommended() -> None:
     held, text = answered(*rows)
     use = section(held, "use")
     assert (use["facts"]["verdict"], use["facts"]["needs"], use["facts"]["decided_by"]) == ("none", [], "tune")
-    assert use["sentences"][0].startswith("Use none of these: lora, r=16, the best that sweep=tune found is not shown")
+    assert use["sentences"][0].startswith("Use none of these: the best that sweep=tune found, lora, r=16, is not shown")
     assert "**Use `" not in text
     assert "## Recommendations" not in text
 

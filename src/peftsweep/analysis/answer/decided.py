@@ -51,8 +51,9 @@ def advice(task: Task, general: Advice, searches: Sequence[Search]) -> Advice:
     score = columns.score_name(decision.column or "")
     seeds = words.plural("seed", len(decision.trials))
     if decision.verdict == "none":
-        why = f"the best that sweep=tune found is not shown to be better than the untouched base, by {score}"
-        return Advice("none", None, why, f"**Use none of these**: {name}, {why}{_against(decision.base)}.", TUNE)
+        shown = f"is not shown to be better than the untouched base, by {score}{_against(decision.base)}"
+        best = "the best that sweep=tune found"
+        return Advice("none", None, f"{best} {shown}", f"**Use none of these**: {best}, {name}, {shown}.", TUNE)
     why = f"sweep=tune decided so, over {seeds}" + _against(decision.base)
     if task.scores and findings.no_gain(task, task.scores[0]):
         why += "; with all other trials of this study counted in, a gain over the base is not shown"
