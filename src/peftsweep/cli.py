@@ -169,7 +169,8 @@ def _guarded(door: object) -> int:
     except InputError as error:
         problem = str(error)
     except (HydraException, OmegaConfBaseException) as error:
-        problem = command_line.wrong_yaml(sys.argv[1:], only_chosen=True) or calls.one_line(error)
+        own = command_line.own_folders(sys.argv[1:])
+        problem = command_line.wrong_yaml(sys.argv[1:], only_chosen=True) or calls.one_line(error, own)
     except (OSError, Unwritable, ValueError, yaml.YAMLError) as error:
         reason = store.unwritable(error) or command_line.wrong_yaml(sys.argv[1:])
         if reason is None:
@@ -225,7 +226,7 @@ def _trial(*words: str) -> configuration.Trial:
     try:
         cfg = compose(list(words))
     except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(calls.one_line(error)) from None
+        raise InputError(calls.one_line(error, command_line.own_folders(words))) from None
     checks.check_expanded(cfg, [word.lstrip("+~").partition("=")[0] for word in words])
     return configuration.trial(cfg, cfg.hydra.runtime.choices, words)
 
