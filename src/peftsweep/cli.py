@@ -97,7 +97,8 @@ def main() -> None:
     # Every command is a sweep. Hydra would accept -m at the end only, and without it would call a comma in one
     # override ambiguous whenever another is wrong.
     words = [word for word in sys.argv if word not in ("-m", "--multirun")]
-    sys.argv = words if {word.partition("=")[0] for word in words} & OTHER_COMMANDS else [*words, "--multirun"]
+    others = {word.partition("=")[0] for word in words[1:]} & OTHER_COMMANDS
+    sys.argv = words if others else [*words, "--multirun"]
     sys.exit(_guarded(_plan_as_json if "--json" in sys.argv else _hydra))
 
 
