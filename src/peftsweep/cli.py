@@ -97,7 +97,8 @@ def main() -> None:
     # Every command is a sweep. Hydra would accept -m at the end only, and without it would call a comma in one
     # override ambiguous whenever another is wrong.
     words = [word for word in sys.argv if word not in ("-m", "--multirun")]
-    sys.argv = words if {word.partition("=")[0] for word in words} & OTHER_COMMANDS else [*words, "--multirun"]
+    others = {word.partition("=")[0] for word in words[1:]} & OTHER_COMMANDS
+    sys.argv = words if others else [*words, "--multirun"]
     sys.exit(_guarded(_plan_as_json if "--json" in sys.argv else _hydra))
 
 
@@ -169,7 +170,8 @@ def _guarded(door: object) -> int:
     except InputError as error:
         problem = str(error)
     except (HydraException, OmegaConfBaseException) as error:
-        problem = command_line.wrong_yaml(sys.argv[1:], only_chosen=True) or calls.one_line(error)
+        own = command_line.own_folders(sys.argv[1:])
+        problem = command_line.wrong_yaml(sys.argv[1:], only_chosen=True) or calls.one_line(error, own)
     except (OSError, Unwritable, ValueError, yaml.YAMLError) as error:
         reason = store.unwritable(error) or command_line.wrong_yaml(sys.argv[1:])
         if reason is None:
@@ -225,7 +227,7 @@ def _trial(*words: str) -> configuration.Trial:
     try:
         cfg = compose(list(words))
     except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(calls.one_line(error)) from None
+        raise InputError(calls.one_line(error, command_line.own_folders(words))) from None
     checks.check_expanded(cfg, [word.lstrip("+~").partition("=")[0] for word in words])
     return configuration.trial(cfg, cfg.hydra.runtime.choices, words)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from peftsweep.analysis.figures import axes, plot
+from peftsweep.analysis.figures import axes, page, plot
 from peftsweep.analysis.statistics import trials
 from tests import tables
 
@@ -123,6 +123,25 @@ def test_a_pack_s_memory_is_no_trial_s_stage() -> None:
 @pytest.mark.parametrize(("values", "wide"), [([1, 9.9], False), ([1, 10], True), ([0, 10], False), ([-1, 5], False)])
 def test_values_that_span_a_decade_are_told(values: list[float], wide: bool) -> None:
     assert axes.spans_a_decade([*values, float("nan")]) == wide
+
+
+def test_a_value_that_was_not_logged_is_no_part_of_the_span() -> None:
+    """As pandas reads columns of records: numbers that may be missing, also with nothing else, and several columns."""
+    logged = pd.Series([2.0, pd.NA, 30.0], dtype="Float64")
+    assert axes.spans_a_decade(logged)
+    assert axes.spans_a_decade(pd.DataFrame({"value": logged, "low": [1.0, float("nan"), 5.0]}))
+    assert axes.spans_a_decade(pd.Series([1, None, 10], dtype="Int64"))
+    assert not axes.spans_a_decade(pd.Series([pd.NA, pd.NA], dtype="Float64"))
+    assert not axes.spans_a_decade(pd.Series([None, 3.0], dtype=object))
+
+
+def test_the_page_is_drawn_of_steps_of_which_some_have_no_training_loss(tmp_path: Path) -> None:
+    """A validation has a line of its own, without a training loss; columns are as `peftsweep-collect` reads them."""
+    table = tables.trials({"config.method.r": [8, 16]})
+    steps = tables.steps(table).convert_dtypes()
+    assert steps["loss"].dtype == pd.Float64Dtype()
+    assert steps["loss"].isna().any()
+    assert "curves-plot" in page.write(table, steps, tmp_path).read_text(encoding="utf-8")
 
 
 def test_modules_of_a_decade_of_parameters_stand_on_a_logarithmic_axis() -> None:

@@ -75,6 +75,10 @@ def _texts(value: Any) -> Iterator[str]:
 
 BAD = {
     "an unknown option": (["quant=4bits"], "quant=4bits: no such option; did you mean '4bit'?"),
+    "an unknown option in a list": (
+        ["eval=[tiny_math,forgeting]"],
+        "eval=forgeting: no such option; did you mean 'for",
+    ),
     "a misspelt key": (["trian.steps=3"], "trian: no such key; did you mean 'train'?"),
     "a misspelt method key": (
         ["method.lora_alfa=3"],

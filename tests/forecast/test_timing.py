@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from peftsweep.errors import InputError
 from peftsweep.forecast import duration, history, speed, timing
 from peftsweep.forecast.duration import Estimate, Span
 from peftsweep.forecast.history import History
+from peftsweep.observe import streams
 from peftsweep.observe.remaining import in_words, of_sweep, remaining
 from peftsweep.schema import PriceConfig
 from peftsweep.study.record import Result
@@ -194,6 +197,41 @@ def test_seconds_are_those_of_the_steps_and_a_record_of_the_same_shape_decides(
     assert twice.decided_by == "records"
     assert twice.spans["train"].seconds == pytest.approx(2 * long.spans["train"].seconds)  # type: ignore[union-attr]
     assert twice.uncorrected["train"] == pytest.approx(long.spans["train"].seconds)  # type: ignore[union-attr]
+
+
+def test_a_base_that_an_earlier_trial_scores_is_in_no_seconds_of_a_later_one(
+    compose: Compose, device: speed.Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the corrected seconds and of those that records will be compared with: one share is left of both."""
+    monkeypatch.setattr(timing, "device_of", lambda where, threads: device)
+    monkeypatch.setattr(timing, "records_of", lambda *_: History(ratios={"evaluate": [math.log(2)] * 3}))
+    trials = [compose(*SMALL, f"method.r={rank}") for rank in (4, 8)]
+    times = timing.Timing(trials)
+    first, second = times.estimate(trials[0]), times.estimate(trials[1])
+    for found in (first, second):
+        span = found.spans["evaluate"]
+        assert span is not None
+        assert span.seconds == pytest.approx(2 * found.uncorrected["evaluate"])
+    assert second.uncorrected["evaluate"] < 0.9 * first.uncorrected["evaluate"]
+
+
+def test_a_plan_shows_no_warnings_of_libraries(
+    compose: Compose, device: speed.Device, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    def warned(*_: Any, **__: Any) -> Estimate:
+        warnings.warn("is deprecated and will be removed", FutureWarning, stacklevel=1)
+        with streams.without_warnings():
+            pass
+        assert not logging.getLogger("transformers").isEnabledFor(logging.WARNING)  # the inner one ended, this has not
+        return Estimate()
+
+    monkeypatch.setattr(timing, "device_of", lambda where, threads: device)
+    monkeypatch.setattr(duration, "estimate", warned)
+    one = compose(*SMALL)
+    recwarn.clear()
+    timing.Timing([one]).estimate(one)
+    assert not recwarn.list
+    assert logging.getLogger("transformers").isEnabledFor(logging.ERROR)
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,14 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from hydra.errors import MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from peftsweep import limits, schema
+from peftsweep import limits, options, schema
 from peftsweep.config.evaluations import ROWS_KEYS
 from peftsweep.config.experiment import ORIGIN
 from peftsweep.data import files
@@ -332,8 +333,11 @@ def _adapter(hint: Any) -> Any:
         return None
 
 
-def one_line(error: BaseException) -> str:
-    """What Hydra or OmegaConf found wrong, as one line that names the key and what is allowed."""
+def one_line(error: BaseException, own_folders: Iterable[Path] = ()) -> str:
+    """What Hydra or OmegaConf found wrong, as one line that names the key and what is allowed.
+
+    ``own_folders`` are those of ``--config-dir``, whose options are named beside ours.
+    """
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         if package := PACKAGES.get(error.missing_cfg_file):
@@ -341,9 +345,12 @@ def one_line(error: BaseException) -> str:
             return f"{group}={named[1] if named else option}: pip install '{package}'"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and (path := _path_in_yaml(error)):
         return path
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
-        own = f"; one of your own is {ANY[group]}" if group in ANY else ""
-        return f"{group}={option}: no such option; {suggest(option, list(error.options))}{own}"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        # Of an option in a list, such as eval=[a,b], Hydra does not say which there are.
+        known = list(error.options or ()) or options.names(group, [Path(options.conf_dir()), *own_folders])
+        if error.options is not None or known:
+            own = f"; one of your own is {ANY[group]}" if group in ANY else ""
+            return f"{group}={option}: no such option; {suggest(option, known)}{own}"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     below: BaseException | None = error
     while below is not None:

@@ -101,9 +101,15 @@ class Estimate:
         return found | {f"uncorrected_{kind}_seconds": seconds for kind, seconds in self.uncorrected.items()}
 
 
-def with_spans(found: Estimate, spans: Mapping[str, Span | None]) -> Estimate:
-    """The same with other seconds."""
-    return replace(found, spans=spans)
+def with_evaluations(found: Estimate, span: Span, share: float) -> Estimate:
+    """The same with a ``share`` of the seconds ``span`` of its evaluations, corrected and not.
+
+    Both, as records compare what was predicted before correction with what was measured.
+    """
+    uncorrected = dict(found.uncorrected)
+    if "evaluate" in uncorrected:
+        uncorrected["evaluate"] *= share
+    return replace(found, spans=dict(found.spans) | {"evaluate": span.times(share)}, uncorrected=uncorrected)
 
 
 def seconds(trial: Trial, device: Device | None = None, history: History | None = None) -> Span | None:

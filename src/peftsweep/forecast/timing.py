@@ -18,6 +18,7 @@ from peftsweep.errors import InputError
 from peftsweep.forecast import duration, forecast, history, speed
 from peftsweep.forecast.duration import NOTHING, Estimate, Span
 from peftsweep.models import model
+from peftsweep.observe import streams
 from peftsweep.observe.remaining import in_words
 from peftsweep.schema import Config, PriceConfig
 from peftsweep.study import record, store
@@ -50,14 +51,13 @@ class Timing:
     def estimate(self, one: Trial) -> Estimate:
         """Of one trial, without the scores of a base that an earlier one has found."""
         if one.identity not in self._estimates:
-            with speed.threads(self._threads):
+            with streams.without_warnings(), speed.threads(self._threads):
                 found = duration.estimate(one, self.device, self.history)
             key = identity.content_hash([*forecast._of_the_model(one), one.config.quant, one.tree["eval"]])
             span = found.spans.get("evaluate")
             if span is not None and key in self._based:
                 share = 1 - found.baseline.seconds / span.seconds if span.seconds else 1.0
-                spans = dict(found.spans) | {"evaluate": span.times(share)}
-                found = duration.with_spans(found, spans)
+                found = duration.with_evaluations(found, span, share)
             self._based.add(key)
             self._estimates[one.identity] = found
         return self._estimates[one.identity]
@@ -133,7 +133,7 @@ class Timing:
             return [f"time: not known of {where}"]
         packs = sum(len(job) > 1 for job in jobs)
         packed = f", {packs} of them packs" if packs else ""
-        line = f"time: {told(end)} for {len(jobs)} jobs{packed}, {where}"
+        line = f"time: {told(end)} for {len(jobs)} job{'s' if len(jobs) != 1 else ''}{packed}, {where}"
         if self.price is None:
             return [line]
         low, middle, high = (self.cost(seconds * self.devices) for seconds in (end.low, end.seconds, end.high))

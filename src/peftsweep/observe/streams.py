@@ -102,8 +102,9 @@ def without_warnings() -> Iterator[None]:
     """Without warnings and log lines, which come again, and go to the trial's log, when it runs."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
+        before = logging.root.manager.disable
+        logging.disable(max(before, logging.WARNING))
         try:
             yield
         finally:
-            logging.disable(logging.NOTSET)
+            logging.disable(before)  # as it was: one of these may stand inside another

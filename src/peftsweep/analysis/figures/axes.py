@@ -204,7 +204,8 @@ def _series_of(ax: Any, rows: pd.DataFrame, places: Any, styles: Any, *, dodge: 
 
 def spans_a_decade(values: Any) -> bool:
     """Whether the largest of these positive values is at least ten times the smallest: then an axis is logarithmic."""
-    known = np.asarray(values, dtype=float)
+    # A column that pandas read of records may hold pd.NA, which numpy takes for no number.
+    known = pd.DataFrame(values).astype("Float64").to_numpy(dtype=float, na_value=np.nan)
     known = known[np.isfinite(known)]
     return bool(len(known) and known.min() > 0 and known.max() >= 10 * known.min())
 
