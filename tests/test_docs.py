@@ -18,7 +18,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import peftsweep
-from peftsweep import cli, command_line, errors, reference_pages
+from peftsweep import chat_with, cli, command_line, errors, reference_pages, show_rows
 from peftsweep.config import fill
 from peftsweep.data import prepare
 from peftsweep.reference import keys as reference
@@ -156,6 +156,10 @@ def test_every_command_on_the_pages_is_understood() -> None:
         name, *words = in_words(command)
         if name == "peftsweep-collect":
             cli._collect_parser().parse_args(words)
+        elif name == "peftsweep-data" and words[0] == "show":
+            show_rows.parser().parse_intermixed_args(words[1:])
+        elif name == "peftsweep-chat":
+            chat_with.parser().parse_intermixed_args(words)
         elif name == "peftsweep-data":
             cli._data_parser(prepare.FORMATS).parse_args(words)
         elif name == "peftsweep":

@@ -34,7 +34,7 @@ ORDER = [
     "sweep",
     "tuning",
 ]
-ORDER += ["doctor", "reference", "cli", "reference_pages"]
+ORDER += ["show_rows", "chat_with", "doctor", "reference", "cli", "reference_pages"]
 KNOW_HYDRA = {
     "shorthand",
     "config",
@@ -51,6 +51,8 @@ WITHOUT_TORCH = (
     *(
         "cli",
         "doctor",
+        "show_rows",
+        "chat_with",
         "analysis",
         "config.compose",
         "config.experiment",
