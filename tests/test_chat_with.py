@@ -64,7 +64,7 @@ def conversing(template: str = CHATML, **config: Any) -> tuple[Path, Path]:
 
 def expected(base: Path | str, ids: list[int], adapter: Path | None = None, seed: int = 0, **how: Any) -> str:
     """What transformers writes after ``ids``, by default the likeliest."""
-    made: Any = AutoTokenizer.from_pretrained(base)
+    made: Any = AutoTokenizer.from_pretrained(model.TINY)
     one: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if adapter is not None:
         one = PeftModel.from_pretrained(one, str(adapter / "adapter"))
@@ -210,7 +210,9 @@ def test_an_empty_prompt_is_no_turn(chat: Chat) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full", "prompt_tuning", "pissa"])
-def test_trials_of_conversations_write_what_they_have_learned(method: str, chat: Chat, command: Any) -> None:
+def test_trials_of_conversations_write_what_peft_writes_with_what_they_saved(
+    method: str, chat: Chat, command: Any
+) -> None:
     _, base = conversing()
     rows = [
         {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "seven"}]}
@@ -218,11 +220,14 @@ def test_trials_of_conversations_write_what_they_have_learned(method: str, chat:
     ]
     Path("talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = [f"model={base}", "model.dtype=float32", "dataset=talk.jsonl", f"method={method}", "study=talk"]
-    code, _, err = command(*words, "train.steps=60", "train.learning_rate=5e-3", "eval=[perplexity]", "quiet=true")
+    code, _, err = command(*words, "train.steps=20", "train.learning_rate=1e-3", "eval=[perplexity]", "quiet=true")
     assert code == 0, err
     (place,) = Path("multirun/talk").glob("*/result.json")
     code, out, err = chat(place.parent, "--prompt", "3?", "--base", *SHORT)
     assert code == 0, err
-    untouched, _, trained = out.partition("trained: ")
-    assert "seven" not in untouched
-    assert trained == "seven\n" or method == "prompt_tuning"
+    made: Any = AutoTokenizer.from_pretrained(base)
+    turn = [{"role": "user", "content": "3?"}]
+    ids = list(made.apply_chat_template(turn, add_generation_prompt=True, tokenize=True)["input_ids"])
+    saved_model = place.parent / "adapter"
+    written = expected(saved_model, ids) if method == "full" else expected(base, ids, place.parent)
+    assert out == f"base: {expected(base, ids)}\ntrained: {written}\n"

@@ -18,13 +18,14 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import peftsweep
-from peftsweep import chat_with, cli, command_line, errors, reference_pages, show_rows
+from peftsweep import cli, command_line, errors, reference_pages
 from peftsweep.config import fill
 from peftsweep.data import prepare
 from peftsweep.reference import keys as reference
 from peftsweep.reference import meanings
 from peftsweep.study import record
 from peftsweep.study.record import Result
+from peftsweep.use import chat_with, show_rows
 
 TOP = Path(__file__).parents[1]
 DOCS = TOP / "docs"

@@ -34,7 +34,7 @@ ORDER = [
     "sweep",
     "tuning",
 ]
-ORDER += ["show_rows", "chat_with", "doctor", "reference", "cli", "reference_pages"]
+ORDER += ["use", "doctor", "reference", "cli", "reference_pages"]
 KNOW_HYDRA = {
     "shorthand",
     "config",
@@ -51,8 +51,7 @@ WITHOUT_TORCH = (
     *(
         "cli",
         "doctor",
-        "show_rows",
-        "chat_with",
+        "use",
         "analysis",
         "config.compose",
         "config.experiment",

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from peftsweep import cli, show_rows
+from peftsweep import cli
 from peftsweep.config import build
 from peftsweep.data.tokens import Tokens
+from peftsweep.use import show_rows
 from tests.data.test_chat import CHATML, TALK, TOOLS, tokenizer, tokens
 
 Row = dict[str, Any]

@@ -21,12 +21,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peftsweep import chat_with, command_line, completion, doctor, options, shorthand, show_rows
+from peftsweep import command_line, completion, doctor, options, shorthand
 from peftsweep.config import calls, checks, experiment, fill
 from peftsweep.config import compose as configuration
 from peftsweep.errors import InputError, Unwritable, check_platform
 from peftsweep.observe import streams
 from peftsweep.study import store, sweep_record
+from peftsweep.use import chat_with, show_rows
 
 if TYPE_CHECKING:
     from peftsweep.study.record import Result

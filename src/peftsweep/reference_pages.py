@@ -145,8 +145,9 @@ def _commands_page() -> str:
 
 def commands() -> dict[str, str]:
     """The help of each command."""
-    from peftsweep import chat_with, cli, show_rows
+    from peftsweep import cli
     from peftsweep.data import prepare
+    from peftsweep.use import chat_with, show_rows
 
     kept = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "100"  # which argparse breaks lines by
