@@ -25,6 +25,7 @@ from peftsweep.reference import keys as reference
 from peftsweep.reference import meanings
 from peftsweep.study import record
 from peftsweep.study.record import Result
+from peftsweep.use import chat_with, show_rows
 
 TOP = Path(__file__).parents[1]
 DOCS = TOP / "docs"
@@ -156,6 +157,10 @@ def test_every_command_on_the_pages_is_understood() -> None:
         name, *words = in_words(command)
         if name == "peftsweep-collect":
             cli._collect_parser().parse_args(words)
+        elif name == "peftsweep-data" and words[0] == "show":
+            show_rows.parser().parse_intermixed_args(words[1:])
+        elif name == "peftsweep-chat":
+            chat_with.parser().parse_intermixed_args(words)
         elif name == "peftsweep-data":
             cli._data_parser(prepare.FORMATS).parse_args(words)
         elif name == "peftsweep":

@@ -34,7 +34,7 @@ ORDER = [
     "sweep",
     "tuning",
 ]
-ORDER += ["doctor", "reference", "cli", "reference_pages"]
+ORDER += ["use", "doctor", "reference", "cli", "reference_pages"]
 KNOW_HYDRA = {
     "shorthand",
     "config",
@@ -51,6 +51,7 @@ WITHOUT_TORCH = (
     *(
         "cli",
         "doctor",
+        "use",
         "analysis",
         "config.compose",
         "config.experiment",

@@ -1,4 +1,4 @@
-"""The doors: peftsweep, peftsweep-collect and peftsweep-data. Nothing here imports torch before a trial must run."""
+"""The commands but for peftsweep-doctor. Nothing here imports torch before a trial must run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import hydra
 import yaml
@@ -27,6 +27,7 @@ from peftsweep.config import compose as configuration
 from peftsweep.errors import InputError, Unwritable, check_platform
 from peftsweep.observe import streams
 from peftsweep.study import store, sweep_record
+from peftsweep.use import chat_with, show_rows
 
 if TYPE_CHECKING:
     from peftsweep.study.record import Result
@@ -205,13 +206,7 @@ def run_one(overrides: list[str]) -> Result:
     from peftsweep.sweep import sweep
     from peftsweep.trial import done, task
 
-    overrides = _checked(overrides)
-    for word in OverridesParser.create().parse_overrides(overrides):
-        if word.is_sweep_override():
-            raise InputError(
-                f"{word.input_line}: peftsweep.run takes one trial; a sweep is a command, peftsweep ... -m"
-            )
-    one = _trial(*overrides)
+    one = _trial(*_one_point(overrides, "peftsweep.run"))
     if one.config.dry_run:
         return sweep.planned(one)
     forecast.check(one)
@@ -221,7 +216,21 @@ def run_one(overrides: list[str]) -> Result:
         return task.run(one)
 
 
+def _one_point(words: Sequence[str], taker: str) -> list[str]:
+    """The words as Hydra is to read them; a sweep among them is refused."""
+    checked = _checked(words)
+    for word in OverridesParser.create().parse_overrides(checked):
+        if word.is_sweep_override():
+            raise InputError(f"{word.input_line}: {taker} takes one trial; a sweep is a command, peftsweep ... -m")
+    return checked
+
+
 def _trial(*words: str) -> configuration.Trial:
+    cfg, words = _composed(*words)
+    return configuration.trial(cfg, cfg.hydra.runtime.choices, words)
+
+
+def _composed(*words: str) -> tuple[DictConfig, tuple[str, ...]]:
     command_line.import_from([Path.cwd()])
     words = tuple(_checked(words))
     try:
@@ -229,7 +238,7 @@ def _trial(*words: str) -> configuration.Trial:
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(calls.one_line(error, command_line.own_folders(words))) from None
     checks.check_expanded(cfg, [word.lstrip("+~").partition("=")[0] for word in words])
-    return configuration.trial(cfg, cfg.hydra.runtime.choices, words)
+    return cfg, words
 
 
 def compose(overrides: list[str]) -> DictConfig:
@@ -291,13 +300,8 @@ def collect() -> None:
     sys.exit(_guarded(door))
 
 
-class _OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message.removeprefix("argument "))
-
-
 def _collect_parser() -> argparse.ArgumentParser:
-    parser = _OneLineParser(
+    parser = command_line.OneLineParser(
         prog="peftsweep-collect", description="Turn the trials of studies into results.parquet, plots and a table."
     )
     parser.add_argument("studies", nargs="*", metavar="STUDY_DIR", help="default: every study under multirun/")
@@ -331,7 +335,7 @@ def _collect_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--keep-best",
-        type=_count,
+        type=command_line.whole_number(0),
         default=1,
         metavar="N",
         help="with --prune: trials that keep adapter and merged model, by each evaluation (default: 1)",
@@ -347,12 +351,6 @@ def _collect_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _count(text: str) -> int:
-    if text.isdecimal():
-        return int(text)
-    raise argparse.ArgumentTypeError(f"must be a whole number, at least 0, not {text}")
-
-
 def _share(text: str) -> float:
     with suppress(ValueError):
         if 0 <= float(text) < 1:
@@ -361,10 +359,13 @@ def _share(text: str) -> float:
 
 
 def data() -> None:
-    """``peftsweep-data``: a dataset as two local files, to train and to test on."""
+    """``peftsweep-data``: a dataset as two local files, to train and to test on; ``show``: rows as they are trained."""
     streams.settle()
 
     def door() -> int:
+        if sys.argv[1:2] == ["show"]:
+            options = show_rows.parser().parse_intermixed_args(sys.argv[2:])
+            return show_rows.main(options, lambda *words: _trial(*_one_point(words, "peftsweep-data show")))
         from peftsweep.data import prepare
 
         words = vars(_data_parser(prepare.FORMATS).parse_args())
@@ -373,9 +374,22 @@ def data() -> None:
     sys.exit(_guarded(door))
 
 
+def chat() -> None:
+    """``peftsweep-chat``: text written by the model that a trial has trained."""
+    streams.settle()
+
+    def saved(*words: str) -> configuration.Trial:
+        cfg, used = _composed(*_one_point(words, "peftsweep-chat"))
+        return configuration.without_data(cfg, cfg.hydra.runtime.choices, used)
+
+    sys.exit(_guarded(lambda: chat_with.main(chat_with.parser().parse_intermixed_args(), saved)))
+
+
 def _data_parser(formats: Sequence[str]) -> argparse.ArgumentParser:
-    parser = _OneLineParser(
-        prog="peftsweep-data", description="Write a sample of a dataset as two files, to train and to test on."
+    parser = command_line.OneLineParser(
+        prog="peftsweep-data",
+        description="Write a sample of a dataset as two files, to train and to test on. "
+        "peftsweep-data show ROWS prints rows as a model is trained on them.",
     )
     names = sorted(file.stem for file in (Path(fill.conf_dir()) / "dataset").glob("*.yaml"))
     parser.add_argument("dataset", metavar="NAME", choices=names, help="a dataset of peftsweep: " + " ".join(names))

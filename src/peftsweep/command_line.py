@@ -5,11 +5,12 @@ Hydra's grammar has characters of its own, so that a path or a template may need
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 import sys
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,24 @@ OF_HYDRA = {  # keys of Hydra's that decide nothing here, and what does
 AMOUNT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(inf|nan)", re.IGNORECASE)
 SECTIONS_OF_HYDRA = ("hydra.launcher", "hydra.sweeper", "hydra.callbacks", "hydra.job")
 NOT_NULL = (*SECTIONS_OF_HYDRA, "hydra/launcher", "hydra/sweeper")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser of options whose errors are ``InputError``."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise InputError(message.removeprefix("argument "))
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """A type of argparse's: a whole number, at least ``least``."""
+
+    def read(text: str) -> int:
+        if text.isdecimal() and int(text) >= least:
+            return int(text)
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least {least}, not {text}")
+
+    return read
 
 
 def checked(words: Sequence[str], conf: Path) -> list[str]:

@@ -147,11 +147,13 @@ def commands() -> dict[str, str]:
     """The help of each command."""
     from peftsweep import cli
     from peftsweep.data import prepare
+    from peftsweep.use import chat_with, show_rows
 
     kept = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "100"  # which argparse breaks lines by
     try:
         parsers: list[argparse.ArgumentParser] = [cli._collect_parser(), cli._data_parser(prepare.FORMATS)]
+        parsers += [show_rows.parser(), chat_with.parser()]
         return {"peftsweep": cli.help_text([])} | {parser.prog: parser.format_help() for parser in parsers}
     finally:
         os.environ.pop("COLUMNS") if kept is None else os.environ.update(COLUMNS=kept)

@@ -83,7 +83,7 @@ def expanded(words: Sequence[str], folders: Iterable[Path]) -> list[str]:
         if one.is_sweep_override() or not longer:
             found.append(_readable(word))
         else:
-            found += [_word(key, value) for key, value in longer[0].keys.items() if key == group or key not in said]
+            found += [override(key, value) for key, value in longer[0].keys.items() if key == group or key not in said]
         if said.get("quiet", "").lower() != "true":
             for remark in filter(None, (meaning.remark for meaning in longer)):
                 _say_once(remark)
@@ -147,7 +147,8 @@ def _names(one: Override) -> list[str]:
     return [str(text) for text in texts if isinstance(text, str | int | float) and not isinstance(text, bool)]
 
 
-def _word(key: str, value: Any) -> str:
+def override(key: str, value: Any) -> str:
+    """An override as Hydra reads it, in quotes where it must be."""
     return f"{key}={_written(value)}"
 
 
@@ -350,7 +351,7 @@ def _recognised(
     layout = None if any(key in said for key in TEMPLATES) else layouts.recognise(rows)
     if layout is None:
         shown = {f"dataset.{key}": value for key, value in layouts.example(rows).items()}
-        words = [shlex.quote(_word("dataset", name)), *(f"'{_word(key, value)}'" for key, value in shown.items())]
+        words = [shlex.quote(override("dataset", name)), *(f"'{override(key, value)}'" for key, value in shown.items())]
         why = f"do not say what is asked and what is answered (recognised are {RECOGNISED})"
         if given := [key for key in TEMPLATES if key in said]:
             why = f"are not looked at where {given[0]} is given"

@@ -339,15 +339,21 @@ _TOKENS: dict[str, list[Tokens]] = {}
 def _tokenize(trial: Trial, tokenizer: PreTrainedTokenizerBase, rows: list[data_rows.Row]) -> list[Tokens]:
     own = trial.config.dataset
     examples = evaluations.rendered(own, templates.dataset_examples(own, rows), tokenizer, file="the training rows")
-    if trial.config.model.task is Task.seq_cls:
-        return data_tokens.tokenize_for_classes(tokenizer, examples, own.max_length, classes(trial))
-    limit = own.max_length + own.drop_long  # by one more, to see what is too long
-    tokens = data_tokens.tokenize(tokenizer, examples, limit, whole=own.loss_on is LossOn.text)
-    if own.drop_long:
+    tokens = tokens_of(trial, tokenizer, examples)
+    if own.drop_long and trial.config.model.task is not Task.seq_cls:
         tokens = [row for row in tokens if len(row.ids) <= own.max_length]
     if not tokens:
         raise InputError(f"dataset.drop_long=true: no row has at most dataset.max_length={own.max_length} tokens")
     return tokens
+
+
+def tokens_of(trial: Trial, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[Tokens]:
+    """Rendered examples as the model is trained on them; those that ``drop_long`` leaves out are a token too long."""
+    own = trial.config.dataset
+    if trial.config.model.task is Task.seq_cls:
+        return data_tokens.tokenize_for_classes(tokenizer, examples, own.max_length, classes(trial))
+    limit = own.max_length + own.drop_long  # by one more, to see what is too long
+    return data_tokens.tokenize(tokenizer, examples, limit, whole=own.loss_on is LossOn.text)
 
 
 def check_tokens(tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel, tokens: Sequence[Tokens]) -> None:

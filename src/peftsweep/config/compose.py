@@ -84,6 +84,18 @@ class Trial:
         return self.config.label or self.slug
 
 
+def without_data(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterable[str]) -> Trial:
+    """A trial whose model is used alone: its data files are not looked at, and it has no identity.
+
+    Raises:
+        InputError: as ``filled``, or a value is out of its range.
+    """
+    said = filled(cfg.copy(), choices, list(overrides))
+    _check_values(said.tree)
+    chosen = {group: str(option) for group, option in choices.items() if option}
+    return Trial(said.config, said.tree, chosen, said.overrides, None, "", "", "")
+
+
 @dataclass(frozen=True)
 class Filled:
     """A composed configuration as plain values, filled from files. Their ranges are not checked yet."""

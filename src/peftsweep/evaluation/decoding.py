@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftModel
@@ -47,14 +47,34 @@ def generate(
     max_length: int = 768,
     num_beams: int = 1,
     stop: Sequence[str] = (),
+    sampling: Sampling | None = None,
 ) -> list[str]:
     """The model's continuation of each prompt (of an example, its prompt), without the prompt, up to its end mark.
+
+    It is the likeliest, unless ``sampling`` says how it is drawn, from torch's random numbers.
 
     What a chat template rendered also ends where the template ends a turn. What is written ends before the first
     of the texts ``stop``, as with ``until`` of lm-evaluation-harness.
     """
     sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "max_length": max_length}
-    return of_lane(partial(_generate, model, tokenizer, prompts, **sizes, num_beams=num_beams, stop=stop))
+    how = {"num_beams": num_beams, "stop": stop, "sampling": sampling}
+    return of_lane(partial(_generate, model, tokenizer, prompts, **sizes, **how))
+
+
+class Sampling(NamedTuple):
+    """How tokens are drawn, under transformers' names; ``top_k`` and a base's own such settings play no part."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What ``generate`` is given."""
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0, "min_p": 0.0}
+
+
+# A base's own defaults of sampling must not leak in.
+LIKELIEST: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 @torch.no_grad()
@@ -68,6 +88,7 @@ def _generate(
     max_length: int,
     num_beams: int,
     stop: Sequence[str],
+    sampling: Sampling | None,
     lanes: int,
 ) -> list[list[str]]:
     device = next(model.parameters()).device
@@ -78,7 +99,7 @@ def _generate(
     stops = _Stops(tokenizer, stop)
     ends = sorted({*_end_ids(model, tokenizer), *_turn_ends(prompts)})
     texts = [[""] * len(prompts) for _ in range(lanes)]
-    greedy = num_beams == 1 and _takes_a_cache(model)
+    greedy = num_beams == 1 and sampling is None and _takes_a_cache(model)
     batch_size = batch_size if abilities(model).padded_batches else 1
 
     def write(numbers: list[int]) -> None:
@@ -87,7 +108,7 @@ def _generate(
         made = (
             _greedy(model, ids, attention, max_new_tokens, ends, stops, lanes)
             if greedy
-            else _searched(model, tokenizer, ids, attention, max_new_tokens, num_beams, ends, stops)
+            else _searched(model, tokenizer, ids, attention, max_new_tokens, num_beams, ends, stops, sampling)
         )
         written = map(stops.before, tokenizer.batch_decode(made, skip_special_tokens=True))
         for mine in texts:
@@ -201,17 +222,15 @@ def _searched(
     num_beams: int,
     ends: Sequence[int],
     stops: _Stops,
+    sampling: Sampling | None,
 ) -> list[list[int]]:
-    """What transformers' own generation writes: with beams, and for methods that prepare their inputs themselves."""
+    """What transformers' own generation writes: drawn, with beams, and for methods that prepare their own inputs."""
     made: torch.Tensor = cast(Any, model).generate(
         input_ids=ids,
         attention_mask=attention,
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
-        do_sample=False,
-        temperature=None,  # a base's own sampling defaults must not leak in
-        top_p=None,
-        top_k=None,
+        **(LIKELIEST if sampling is None else sampling.options),
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=list(ends),
         stopping_criteria=StoppingCriteriaList([_Stopping(stops, ids.shape[1])] if stops else []),

@@ -1,0 +1,1 @@
+"""Commands on a few rows or one trial: what the model sees of a row, and what it writes."""

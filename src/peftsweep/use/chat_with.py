@@ -1,0 +1,246 @@
+"""``peftsweep-chat``: text written by the model that a trial has trained, and by its base."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftsweep import shorthand
+from peftsweep.command_line import OneLineParser, whole_number
+from peftsweep.errors import InputError
+from peftsweep.schema import Task, Turns
+from peftsweep.study import store
+from peftsweep.study.record import RESULT, RecordError, Result
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from peftsweep.config.compose import Trial
+    from peftsweep.data.chat import Message
+    from peftsweep.data.templates import Example
+    from peftsweep.evaluation.decoding import Sampling
+
+TRAINED, BASE = "trained", "base"
+CONVERSATIONS = "peftsweep.data.tasks.messages"  # the reader of rows that are conversations
+ANSWER = "answer"  # in the place of the turn that is to be written, as a template renders whole conversations
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    made = OneLineParser(
+        prog="peftsweep-chat",
+        description="Write text with the model that a trial has trained. Without --prompt each line of standard input "
+        "is one; where the dataset is put through a chat template they are turns of a conversation, and an empty "
+        "line begins a new one.",
+    )
+    made.add_argument("trial", metavar="TRIAL_DIR", help="a trial's folder, multirun/STUDY/TRIAL")
+    made.add_argument("words", nargs="*", metavar="KEY=VALUE", help="of the trial, such as device=cpu quant=none")
+    made.add_argument("--prompt", metavar="TEXT", help="write one text after it, and end")
+    made.add_argument("--system", metavar="TEXT", help="the system's turn, which conversations begin with")
+    made.add_argument("--base", action="store_true", help="the untouched base's text as well")
+    made.add_argument(
+        "--temperature",
+        type=_at_least_0,
+        metavar="T",
+        help="draw tokens at it, as transformers does (default: 0, the likeliest)",
+    )
+    made.add_argument(
+        "--top-p", type=_share, metavar="P", help="draw from the likeliest tokens that have this probability together"
+    )
+    made.add_argument(
+        "--max-new-tokens", type=whole_number(1), default=256, metavar="N", help="longest text (default: 256)"
+    )
+    made.add_argument("--seed", type=whole_number(0), default=0, metavar="N", help="of the tokens drawn (default: 0)")
+    return made
+
+
+def _at_least_0(text: str) -> float:
+    return _number(text, lambda number: number >= 0, "at least 0")
+
+
+def _share(text: str) -> float:
+    return _number(text, lambda number: 0 < number <= 1, "above 0 and at most 1")
+
+
+def _number(text: str, fits: Callable[[float], bool], range_: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if math.isfinite(number) and fits(number):
+        return number
+    raise argparse.ArgumentTypeError(f"must be a number, {range_}, not {text}")
+
+
+def main(options: argparse.Namespace, compose: Callable[..., Trial]) -> int:
+    """Write the texts that the options ask for; ``compose`` makes a trial of words, whose data are not looked at.
+
+    Raises:
+        InputError: the folder holds no trial with a saved language model, or an option is wrong.
+    """
+    trial = compose(*_words(options, trained_language_model(Path(options.trial))))
+    if options.system is not None and not _converses(trial):
+        raise InputError(f"--system: {options.trial} was trained on plain texts, which have no turns")
+    writer = Writer.load(trial, options)
+    if options.prompt is not None:
+        for name, text in writer.texts(options.prompt):
+            _print(name, text, named=options.base)
+        return 0
+    for line in _lines(trial):
+        if not line.strip():
+            writer.begin()
+            continue
+        for name, text in writer.texts(line):
+            _print(name, text, named=options.base)
+    return 0
+
+
+def trained_language_model(folder: Path) -> Path:
+    """The folder of a trial that has saved a model which writes text.
+
+    Raises:
+        InputError: it is no such folder.
+    """
+    place = folder.expanduser()
+    if place.name == store.ADAPTER and not (place / RESULT).exists() and (place.parent / RESULT).exists():
+        place = place.parent
+    if not (place / RESULT).exists():
+        study = any(place.glob(f"*/{RESULT}")) if place.is_dir() else False
+        what = "no such folder" if not place.exists() else "holds several trials" if study else f"holds no {RESULT}"
+        raise InputError(f"{folder}: {what}; must be a trial's folder, multirun/STUDY/TRIAL")
+    try:
+        held = Result.read(place)
+    except RecordError as error:
+        raise InputError(str(error)) from None
+    if (held.config.get("model") or {}).get("task") == Task.seq_cls.name:
+        raise InputError(f"{folder}: its model is a classifier, which writes no text")
+    try:
+        store.adapter(str(place))
+    except InputError:
+        ended = "" if held.run_info.get("status") in (None, "success") else f" (it ended as {held.run_info['status']})"
+        raise InputError(
+            f"{folder}: the trial has no saved adapter{ended}; adapter.save=true keeps one, and "
+            "peftsweep-collect --prune removes it"
+        ) from None
+    return place
+
+
+def _words(options: argparse.Namespace, place: Path) -> list[str]:
+    if wrong := next((word for word in options.words if "=" not in word), None):
+        raise InputError(f"{wrong}: must be KEY=VALUE, as for peftsweep")
+    return [shorthand.override("adapter.path", str(place)), *options.words]
+
+
+def _converses(trial: Trial) -> bool:
+    """Whether the trial's rows are turns, by the chat template or laid out plainly; texts have no prompts."""
+    own = trial.config.dataset
+    return own.reader == CONVERSATIONS or bool(own.chat and own.prompt)
+
+
+def _lines(trial: Trial) -> Iterator[str]:
+    """The lines of standard input; in a terminal each is asked for."""
+    in_terminal = sys.stdin is not None and sys.stdin.isatty()
+    if in_terminal:
+        own, kind = trial.config.dataset, "a turn" if _converses(trial) else "the beginning of a text"
+        form = "" if _converses(trial) else f"; the prompts of its training have the form {own.prompt!r}"
+        print(f"Each line is {kind}{form}. An empty line begins anew, Ctrl-D ends.", file=sys.stderr)
+    while True:
+        if in_terminal:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline() if sys.stdin is not None else ""
+        if not line:
+            return
+        yield line.removesuffix("\n")
+
+
+def _print(name: str, text: str, *, named: bool) -> None:
+    print(f"{name}: {text}" if named else text, flush=True)
+
+
+@dataclass
+class Writer:
+    """The models that write, and what each has said in the conversation so far."""
+
+    trial: Trial
+    tokenizer: PreTrainedTokenizerBase
+    models: dict[str, nn.Module]  # by what they are called; the base, where asked for, first
+    max_new_tokens: int
+    sampling: Sampling | None
+    seed: int
+    system: str | None = None
+    said: dict[str, list[Message]] = field(default_factory=dict)
+    drawn: int = 0  # texts so far, each of which has a seed of its own
+
+    @classmethod
+    def load(cls, trial: Trial, options: argparse.Namespace) -> Writer:
+        """Load the trial's base and what was saved of it onto its device."""
+        import transformers
+
+        from peftsweep.config import build
+        from peftsweep.evaluation import inference
+        from peftsweep.evaluation.decoding import Sampling
+        from peftsweep.models import model
+        from peftsweep.observe.streams import without_warnings
+
+        transformers.utils.logging.disable_progress_bar()
+        with without_warnings():
+            tokenizer = build.load_tokenizer(trial)
+            base = build.load_base(trial, tokenizer, model.device(trial.config.device))
+            models = {BASE: inference.bare(base)} if options.base else {}
+            models[TRAINED] = build.restore(trial, base, store.adapter(str(trial.config.adapter.path)))
+        given = {"temperature": options.temperature, "top_p": options.top_p}
+        given = {key: value for key, value in given.items() if value is not None}
+        sampling = Sampling(**given) if given and options.temperature != 0 else None
+        return cls(trial, tokenizer, models, options.max_new_tokens, sampling, options.seed, options.system)
+
+    def begin(self) -> None:
+        """Forget the conversation so far."""
+        self.said.clear()
+
+    def texts(self, prompt: str) -> Iterator[tuple[str, str]]:
+        """What each model writes after the prompt, which in a conversation is the user's next turn.
+
+        Raises:
+            InputError: the chat template refuses it, or there is no room for so many new tokens.
+        """
+        import torch
+
+        from peftsweep.evaluation import decoding
+
+        for name, one in self.models.items():
+            torch.manual_seed(self.seed + self.drawn)
+            asked = self._asked(name, prompt)
+            text = decoding.generate(
+                one,
+                self.tokenizer,
+                [asked],
+                max_new_tokens=self.max_new_tokens,
+                max_length=sys.maxsize,
+                sampling=self.sampling,
+            )[0]
+            if _converses(self.trial):
+                self.said[name] += [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
+            yield name, text
+        self.drawn += 1
+
+    def _asked(self, name: str, prompt: str) -> str | Example:
+        from peftsweep.data.chat import Conversation
+        from peftsweep.data.templates import Example
+        from peftsweep.data.tokens import through_chat_template
+
+        if not _converses(self.trial):
+            return prompt
+        if not prompt.strip():
+            raise InputError("--prompt: is empty, which is no user's turn")
+        system: list[Message] = [] if self.system is None else [{"role": "system", "content": self.system}]
+        said = self.said.setdefault(name, system)
+        turns: list[Any] = [*said, {"role": "user", "content": prompt}, {"role": "assistant", "content": ANSWER}]
+        row = Example(prompt, ANSWER, conversation=Conversation(turns))
+        own = self.trial.config.dataset
+        return through_chat_template(self.tokenizer, [row], chat_template=own.chat, turns=Turns.last, key="--prompt")[0]
