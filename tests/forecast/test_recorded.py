@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from peftsweep.config.compose import Trial
-from peftsweep.forecast import history, speed, timing
+from peftsweep.forecast import duration, history, speed, timing
 from peftsweep.study import store
 from peftsweep.study.record import Result
 from peftsweep.trial import foreseen
@@ -85,7 +85,7 @@ def test_what_fails_in_predicting_is_no_failure_of_the_trial(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no formula")
 
-    monkeypatch.setattr(foreseen.duration, "estimate", broken)
+    monkeypatch.setattr(duration, "estimate", broken)
     found = run_small("train.steps=2")
     assert found.run_info["status"] == "success"
     assert not {"predicted", "flops", "mfu"} & set(found.train_info)
