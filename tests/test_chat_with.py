@@ -210,9 +210,7 @@ def test_an_empty_prompt_is_no_turn(chat: Chat) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full", "prompt_tuning", "pissa"])
-def test_trials_of_conversations_write_what_peft_writes_with_what_they_saved(
-    method: str, chat: Chat, command: Any
-) -> None:
+def test_trials_of_conversations_write_what_peft_does(method: str, chat: Chat, command: Any) -> None:
     _, base = conversing()
     rows = [
         {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "seven"}]}

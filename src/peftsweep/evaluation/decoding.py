@@ -57,7 +57,7 @@ def generate(
     of the texts ``stop``, as with ``until`` of lm-evaluation-harness.
     """
     sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "max_length": max_length}
-    how = {"num_beams": num_beams, "stop": stop, "sampling": sampling}
+    how: dict[str, Any] = {"num_beams": num_beams, "stop": stop, "sampling": sampling}
     return of_lane(partial(_generate, model, tokenizer, prompts, **sizes, **how))
 
 

@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,7 +184,6 @@ class Writer:
         import transformers
 
         from peftsweep.config import build
-        from peftsweep.evaluation import inference
         from peftsweep.evaluation.decoding import Sampling
         from peftsweep.models import model
         from peftsweep.observe.streams import without_warnings
@@ -191,8 +191,10 @@ class Writer:
         transformers.utils.logging.disable_progress_bar()
         with without_warnings():
             tokenizer = build.load_tokenizer(trial)
-            base = build.load_base(trial, tokenizer, model.device(trial.config.device))
-            models = {BASE: inference.bare(base)} if options.base else {}
+            load = partial(build.load_base, trial, tokenizer, model.device(trial.config.device))
+            # Loaded twice: the initialisation of some methods, such as PiSSA, changes the base that they are put on.
+            models: dict[str, nn.Module] = {BASE: load()} if options.base else {}
+            base = load()
             models[TRAINED] = build.restore(trial, base, store.adapter(str(trial.config.adapter.path)))
         given = {"temperature": options.temperature, "top_p": options.top_p}
         given = {key: value for key, value in given.items() if value is not None}
