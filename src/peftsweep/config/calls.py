@@ -240,7 +240,8 @@ def _check_types(values: Mapping[str, Any], described: Any, key: str) -> None:
 def type_in_words(hint: Any) -> str:
     """A type as a message and the reference say it: ``int or null``."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(map(type_in_words, typing.get_args(hint))))
+        kinds = {type_in_words(kind) for kind in typing.get_args(hint)}  # whose order typing does not keep
+        return " or ".join(sorted(kinds, key=lambda kind: (kind == "null", kind)))
     if typing.get_origin(hint) is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
     return (

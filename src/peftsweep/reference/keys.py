@@ -228,10 +228,11 @@ def hydra_keys(group: str) -> dict[str, list[Key]]:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
         notes = _comments_of_yaml(file)
         section = group.replace("/", ".")
-        found[file.stem] = [
-            Key(f"{section}.{name}", "", _span(group, name), shown(value), notes.get(name.split(".")[-1], ""))
-            for name, value in _leaves(tree)
-        ]
+        keys = []
+        for name, value in _leaves(tree):
+            note = notes.get(name.split(".")[-1]) or notes.get(name.split(".")[0], "")
+            keys.append(Key(f"{section}.{name}", "", _span(group, name), shown(value), note))
+        found[file.stem] = keys
     return found
 
 
@@ -242,7 +243,7 @@ def _span(group: str, name: str) -> str:
 
 def _leaves(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
-        if name in ("_target_", "defaults"):
+        if name in ("_target_", "_recursive_", "defaults"):
             continue
         if isinstance(value, dict) and value and above + name != "additional_parameters":
             yield from _leaves(value, f"{above}{name}.")
