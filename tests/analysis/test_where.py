@@ -65,7 +65,7 @@ def test_a_condition_chooses_rows(expression: str, rows: str | None) -> None:
     ("expression", "problem"),
     [
         ("choices.quatn == '4bit'", "no column choices.quatn; did you mean 'choices.quant'?"),
-        ("quant == '4bit'", "no column quant; there are: choices.quant"),
+        ("quant == '4bit'", "no column quant; did you mean 'choices.quant'?"),
         ("accuracy > 0.5", "no column accuracy; there are: eval_info.gsm8k.accuracy.value, eval_info.my-eval"),
         ("zzz == 1", "no column zzz; there are: choices.*, config.*, eval_info.*"),
         ("config.method.r == '8'", "config.method.r is a number, '8' is a text"),

@@ -60,7 +60,7 @@ def examples(name: str, compose: Compose) -> list[Example]:
     return evaluations.test_examples(one.config, name, data_rows.read_rows(rows))
 
 
-FAST = ("boolq", "hellaswag", "winogrande")  # of three kinds; the others belong to the slow tier
+FAST = ("boolq", "winogrande")  # of two kinds; the others belong to the slow tier
 
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in sorted(THEIRS)])

@@ -105,7 +105,7 @@ def test_stock_launchers_run_and_resume_too(launcher: str, command: Command) -> 
     assert (code, out.count("done before")) == (0, 2)
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("end", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupted_sweep_continues_to_the_undisturbed_result(end: signal.Signals, command: Command) -> None:
     words = [*SMALL, "train.steps=4,200"]
     process = start(*words)

@@ -304,7 +304,7 @@ def planned(command: Command, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     def of(*words: str) -> list[Trial]:
         found: list[Trial] = []
         with monkeypatch.context() as patch:
-            patch.setattr(sweep, "_dry_run", found.extend)
+            patch.setattr(sweep, "_dry_run", lambda trials, options: found.extend(trials))
             code, _, err = command(*words, "dry_run=true")
         assert (code, err) == (0, "")
         return found

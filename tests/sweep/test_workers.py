@@ -166,6 +166,7 @@ def test_workers_end_with_their_parent_however_it_ends() -> None:
     assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
 
 
+@pytest.mark.slow  # two starts of a process, and waits
 @pytest.mark.usefixtures("bad")
 def test_a_second_interrupt_does_not_wait_for_a_trial_that_ignores_the_first() -> None:
     target = "eval.perplexity._target_=bad_evaluations.ignores_interrupts"
@@ -273,9 +274,9 @@ def final(name: str) -> dict[str, Any]:
     return {name: (one.status, scores(one), one.train_info["final_loss"]) for name, one in records(name).items()}
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_random_a_sweep_ends_with_the_table_of_an_undisturbed_one(kills: int, command: Command) -> None:
-    length = [f"train.steps={4 * kills}", "train.checkpoint_every=10"]  # enough to be killed so often
+    length = [f"train.steps={max(20, 4 * kills)}", "train.checkpoint_every=10"]  # enough to be killed so often
     words = [*WITHOUT_WRITING, "method.r=1,2,3,4,5,6", "seed=0,1", *length]
     assert command(*words, "study=undisturbed")[0] == 0
     assert shoot(words, kills, random.Random(kills)) == kills

@@ -134,6 +134,7 @@ def test_a_profile_changes_nothing_of_the_trial(run_small: RunSmall) -> None:
         assert timeless.items() <= profiled.eval_info[name].items()
 
 
+@pytest.mark.slow  # compiles twice
 def test_a_profiled_trial_is_compiled_once(run_small: RunSmall, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = Mock(wraps=torch.compile)
     monkeypatch.setattr(torch, "compile", counted)

@@ -165,7 +165,7 @@ class Budget:
     def spend(self, result: Result) -> None:
         """A trial has ended."""
         self._took.append(sitting_seconds(result))
-        if expected := self.expected.get(result.run_info["identity"]):
+        if expected := self.expected.get(result.run_info.get("identity", "")):
             self._off.append(sitting_seconds(result) / expected)
 
     def estimate(self, job: Sequence[Trial] = ()) -> float:
