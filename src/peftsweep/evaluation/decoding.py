@@ -56,7 +56,7 @@ def generate(
     What a chat template rendered also ends where the template ends a turn. What is written ends before the first
     of the texts ``stop``, as with ``until`` of lm-evaluation-harness.
     """
-    sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "max_length": max_length}
+    sizes: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "max_length": max_length}
     how: dict[str, Any] = {"num_beams": num_beams, "stop": stop, "sampling": sampling}
     return of_lane(partial(_generate, model, tokenizer, prompts, **sizes, **how))
 
