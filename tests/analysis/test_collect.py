@@ -180,7 +180,8 @@ def test_the_predicted_memory_is_held_against_the_measured(collect_command: Coll
     assert "predicted training memory: median error +5% (-10% to +20% over 2 trials)" in out
 
 
-def test_generation_has_a_table_of_its_own(collect_command: Collect) -> None:
+def test_generation_has_a_table_of_its_own(collect_command: Collect, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     folder = write("r8", 8, 0.5)
     result = Result.read(folder)
     figures = {"seconds_p50": 0.5, "time_to_first_token_p50": 0.0201, "seconds_per_token_p50": 0.0035}

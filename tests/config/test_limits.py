@@ -128,7 +128,7 @@ def test_numbers_have_the_range_of_what_they_are(key: str, wrong: float, right: 
         ("eval.tiny_math.encoding=base64", "eval.tiny_math.encoding=base64: no such encoding"),
         ("method=adaption_prompt method.adapter_len=null", "method.adapter_len=null: must be a number"),
         ("method.qalora_group_size=null", "method.qalora_group_size=null: must be int"),
-        ("method.layers_to_transform={a: 1}", "method.layers_to_transform={'a': 1}: must be list[int] or int or null"),
+        ("method.layers_to_transform={a: 1}", "method.layers_to_transform={'a': 1}: must be int or list[int] or null"),
         ("train.optimizer_kwargs.eps=[1]", "train.optimizer_kwargs.eps=[1]: must be float"),
     ],
 )
