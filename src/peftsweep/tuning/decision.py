@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from peftsweep.analysis.answer.decided import gain_over
 from peftsweep.analysis.answer.structure import Base, Between, Decision, Finalist, Placebo, number
 from peftsweep.analysis.table.columns import direction
 from peftsweep.analysis.text import words
@@ -65,11 +66,8 @@ def against(base: Base | None) -> str:
     """The end of a sentence: the untouched base, and the gain over it."""
     if base is None:
         return ""
-    line = f"; the untouched base has {base.value:.4g}"
-    if base.gain is None or base.p is None:
-        return line
-    parts = {"difference": base.gain, "low": base.low, "high": base.high, "scale": base.scale}
-    return f"{line}, and against it this is {words.difference(parts)}, p {words.p_is(base.p)}"
+    line, gained = f"; the untouched base has {base.value:.4g}", gain_over(base)
+    return line if gained is None else f"{line}, and against it this is {gained}"
 
 
 def _gains(gain: Gain, column: str) -> bool:

@@ -89,11 +89,16 @@ def _against(base: Base | None) -> str:
     """The end of a sentence: what the untouched base scores, and the gain over it."""
     if base is None:
         return ""
-    line = f"; the untouched base scores {words.number(base.value)}"
+    line, gained = f"; the untouched base scores {words.number(base.value)}", gain_over(base)
+    return line if gained is None else f"{line}, against it: {gained}"
+
+
+def gain_over(base: Base) -> str | None:
+    """The gain over the untouched base, with its interval and p; None where it is not known."""
     if base.gain is None or base.p is None:
-        return line
+        return None
     parts = {"difference": base.gain, "low": base.low, "high": base.high, "scale": base.scale}
-    return f"{line}, against it: {words.difference(parts)}, p {words.p_is(base.p)}"
+    return f"{words.difference(parts)}, p {words.p_is(base.p)}"
 
 
 # ---- how sure ----------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from peftsweep.analysis.answer.structure import (
     Kept,
     Retention,
     ScaleCurve,
-    ScaleScore,
     Section,
     Table,
 )
@@ -64,5 +63,4 @@ def _facts(name: str, found: list[Curve]) -> Kept:
 
 def _curve(one: Curve) -> ScaleCurve:
     role: Any = one.role
-    points = [ScaleScore(point.scale, point.value, point.stderr) for point in one.points]
-    return ScaleCurve(one.evaluation, one.metric, role, "higher" if one.sign > 0 else "lower", points)
+    return ScaleCurve(one.evaluation, one.metric, role, "higher" if one.sign > 0 else "lower", list(one.points))

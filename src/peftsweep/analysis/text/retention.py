@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 from scipy import special
 
+from peftsweep.analysis.answer.structure import ScaleScore
 from peftsweep.analysis.statistics.intervals import ALPHA
 from peftsweep.analysis.table import columns
 from peftsweep.schema import Role
@@ -24,29 +25,20 @@ Z = float(special.ndtri(1 - ALPHA / 2))  # standard errors to each side of a 95%
 
 
 @dataclass(frozen=True)
-class Point:
-    """A score at one scale of an adapter."""
-
-    scale: float
-    value: float
-    stderr: float | None
-
-
-@dataclass(frozen=True)
 class Curve:
     """An evaluation's scores by the adapter's scale, from the base at 0 to the whole adapter at 1."""
 
     evaluation: str
     role: str
     metric: str
-    points: tuple[Point, ...]
+    points: tuple[ScaleScore, ...]
 
     @property
     def sign(self) -> int:
         """1 where more is better, -1 where less is."""
         return -1 if self.metric.rpartition(".")[2] in LOWER_IS_BETTER else 1
 
-    def at(self, scale: float) -> Point | None:
+    def at(self, scale: float) -> ScaleScore | None:
         return next((one for one in self.points if one.scale == scale), None)
 
     def within(self, scale: float) -> bool:
@@ -63,14 +55,14 @@ def curves(record: Mapping[str, Any], evaluations: Mapping[str, Mapping[str, Any
     found = []
     for name, role, metric in dict.fromkeys((row["eval"], row["role"], row["metric"]) for row in rows):
         points = [
-            Point(row["scale"], row["value"], row["stderr"])
+            ScaleScore(row["scale"], row["value"], row["stderr"])
             for row in rows
             if (row["eval"], row["metric"]) == (name, metric) and row["value"] is not None
         ]
         facts = evaluations.get(name, {})
         for scale, key in ((0.0, f"base_{metric}"), (1.0, metric)):
             if (score := facts.get(key)) and score["value"] is not None:
-                points.append(Point(scale, score["value"], score["stderr"]))
+                points.append(ScaleScore(scale, score["value"], score["stderr"]))
         found.append(Curve(name, role, metric, tuple(sorted(points, key=lambda one: one.scale))))
     return found
 
