@@ -67,11 +67,11 @@ def test_what_did_not_succeed_is_marked_by_its_word() -> None:
 
 
 def test_series_differ_in_more_than_colour_and_look_the_same_in_every_figure() -> None:
-    assert axes._styles(METHODS, ["ia3", "dora", "lora"]) == axes._styles(METHODS)
+    assert axes.series_styles(METHODS, ["ia3", "dora", "lora"]) == axes.series_styles(METHODS)
     many = [str(n) for n in range(20)]
     for key in ("color", "marker", "linestyle"):
-        assert len({str(look[key]) for look in axes._styles(many).values()}) == axes.SERIES
-    assert set(axes._styles(many, many[::-1])) == set(many[-axes.SERIES :])  # the best are told apart
+        assert len({str(look[key]) for look in axes.series_styles(many).values()}) == axes.SERIES
+    assert set(axes.series_styles(many, many[::-1])) == set(many[-axes.SERIES :])  # the best are told apart
 
 
 def test_any_label_can_be_written_and_old_figures_go() -> None:

@@ -211,17 +211,17 @@ def test_rows_that_have_ended_leave_the_batch_and_nothing_else_changes(
     tokens = data_tokens.tokenize(tokenizer, rows, 64)
     loop.train(adapted, tokens, one.config.train, pad_id=0, seed=0, meter=Meter(CPU), log=lambda row: None)
     prompts = [row.prompt for row in rows[:40]]
-    assert decoding._takes_a_cache(adapted)
+    assert decoding.takes_a_cache(adapted)
     ours = decoding.generate(adapted, tokenizer, prompts, max_new_tokens=20, batch_size=16)
     assert len({len(text) for text in ours}) > 1
-    monkeypatch.setattr(likelihood, "_takes_a_cache", lambda model: False)
+    monkeypatch.setattr(likelihood, "takes_a_cache", lambda model: False)
     assert decoding.generate(adapted, tokenizer, prompts, max_new_tokens=20, batch_size=16) == ours
 
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning", "poly"])
 def test_methods_that_prepare_their_inputs_are_left_to_transformers(method: str, compose: Compose) -> None:
     one = compose(f"method={method}")
-    assert not decoding._takes_a_cache(build.attach_method(one, models_model.load(TINY, None, CPU), 10))
+    assert not decoding.takes_a_cache(build.attach_method(one, models_model.load(TINY, None, CPU), 10))
 
 
 def test_an_evaluation_that_runs_out_of_memory_goes_on_with_half_the_batch(caplog: pytest.LogCaptureFixture) -> None:
@@ -232,13 +232,13 @@ def test_an_evaluation_that_runs_out_of_memory_goes_on_with_half_the_batch(caplo
             raise torch.OutOfMemoryError("CUDA out of memory")
         done.append(numbers)
 
-    decoding._in_batches([5, 9, 1, 7, 3, 8, 2], 8, work)
+    decoding.in_batches([5, 9, 1, 7, 3, 8, 2], 8, work)
     assert [n for numbers in done for n in numbers] == [1, 5, 3, 0, 4, 6, 2]
     assert "going on with batches of 3 rows" in caplog.text
     with pytest.raises(torch.OutOfMemoryError):
-        decoding._in_batches([1], 1, lambda numbers: (_ for _ in ()).throw(torch.OutOfMemoryError("one row")))
+        decoding.in_batches([1], 1, lambda numbers: (_ for _ in ()).throw(torch.OutOfMemoryError("one row")))
     with pytest.raises(RuntimeError, match="a bug"):
-        decoding._in_batches([1, 2], 2, lambda numbers: (_ for _ in ()).throw(RuntimeError("a bug")))
+        decoding.in_batches([1, 2], 2, lambda numbers: (_ for _ in ()).throw(RuntimeError("a bug")))
 
 
 def test_conversations_are_trained_on_through_the_template(tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_what_choices_begin_with_is_read_once_and_the_scores_are_the_same(
     ).eval()
     rows = examples(name, compose)
     shared = evaluate.multiple_choice(adapted, tokenizer, rows, batch_size=9)
-    monkeypatch.setattr(likelihood, "_takes_a_cache", lambda model: False)
+    monkeypatch.setattr(likelihood, "takes_a_cache", lambda model: False)
     apart = evaluate.multiple_choice(adapted, tokenizer, rows, batch_size=9)
     assert shared.scores == apart.scores
     for mine, theirs in zip(shared.predictions, apart.predictions, strict=True):
@@ -354,7 +354,7 @@ def constant(monkeypatch: pytest.MonkeyPatch, label: str) -> None:
         place = int(label[-1]) - 1
         return [[0.0 if n == place else -1.0 for n, _ in enumerate(group)] for group in groups], {}
 
-    monkeypatch.setattr(evaluate, "_grouped_likelihoods", likelihoods)
+    monkeypatch.setattr(evaluate, "grouped_likelihoods", likelihoods)
     monkeypatch.setattr(evaluate, "generate", lambda model, tokenizer, rows, **_: [f"It is {label}."] * len(rows))
 
 
@@ -422,7 +422,7 @@ def test_what_is_written_ends_where_lm_evaluation_harness_ends_it(
     theirs = wrapped.generate_until(requests, disable_tqdm=True)
     options: dict[str, Any] = {"max_new_tokens": 24, "batch_size": 5, "stop": stop}
     assert decoding.generate(base, tokenizer, prompts, **options) == theirs
-    monkeypatch.setattr(decoding, "_takes_a_cache", lambda model: False)  # by transformers' own generation
+    monkeypatch.setattr(decoding, "takes_a_cache", lambda model: False)  # by transformers' own generation
     assert decoding.generate(base, tokenizer, prompts, **options) == theirs
     by_beams = decoding.generate(base, tokenizer, prompts, **options, num_beams=2)
     assert not any(text in written for text in stop for written in by_beams)

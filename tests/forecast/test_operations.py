@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from peftsweep.forecast.allocator import _Allocator
+from peftsweep.forecast.allocator import Allocator
 from peftsweep.forecast.operations import Ledger, TensorSpec
 
 M, K, N = 6, 10, 14
@@ -21,7 +21,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def counted(call: Callable[[], object]) -> Ledger:
     ledger = Ledger()
-    with _Allocator(1, 0, ledger):
+    with Allocator(1, 0, ledger):
         call()
     return ledger
 

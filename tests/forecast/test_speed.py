@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from peftsweep.forecast import speed
-from peftsweep.forecast.allocator import _Allocator
+from peftsweep.forecast.allocator import Allocator
 from peftsweep.forecast.operations import Ledger
 from peftsweep.forecast.speed import Device, Speed
 
@@ -21,7 +21,7 @@ MEASURED = Speed({"float32": 1e9, "bfloat16": 2e9}, 1e8, 1e-6, host_seconds=1e-5
 
 def product(size: int, dtype: torch.dtype = torch.float32) -> Ledger:
     ledger = Ledger()
-    with _Allocator(1, 0, ledger):
+    with Allocator(1, 0, ledger):
         left = torch.empty(size, size, dtype=dtype, device="meta")
         left @ left
     return products_of(ledger)

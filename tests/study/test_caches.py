@@ -336,14 +336,14 @@ def test_a_kept_base_and_a_pack_follow_the_model_s_files(
     monkeypatch.setattr(build, "_KEEPING", [True])
     monkeypatch.setattr(build, "_KEPT", [])
     one, sums = compose(*QUICK), list[float]()
-    shared = packing._shared(one)
+    shared = packing.shared_settings(one)
     tokenizer = model.load_tokenizer(one.config.model)
     for place in (None, None, *range(2**20, 2**20 + 4)):  # a number of 32 bits
         if place is not None:
             edit(folder / "model.safetensors", place)
         sums.append(sum(p.double().sum().item() for p in build.load_base(one, tokenizer, CPU).parameters()))
     assert sums[0] == sums[1] != sums[-1]
-    assert packing._shared(one) != shared
+    assert packing.shared_settings(one) != shared
 
 
 def test_scores_of_the_base_are_kept_by_the_tokenizer_s_content(folder: Path, compose: Compose, scratch: Path) -> None:
@@ -354,7 +354,7 @@ def test_scores_of_the_base_are_kept_by_the_tokenizer_s_content(folder: Path, co
     test = build.test_examples(one, "perplexity", one.rows, tokenizer)
     for change in (lambda _: None, lambda _: None, add_token):
         change(tokenizer)
-        scores._base_scores(one, "perplexity", test, base, tokenizer, scratch)
+        scores.base_scores(one, "perplexity", test, base, tokenizer, scratch)
     assert len(list((scratch / "base").glob("causal_lm-none-*/perplexity-*.jsonl"))) == 2
 
 
@@ -366,7 +366,7 @@ def test_answers_of_the_base_come_with_its_scores_or_are_made_again(compose: Com
     test = build.test_examples(one, "perplexity", one.rows, tokenizer)
 
     def kept() -> tuple[dict[str, Any], Path]:
-        found = scores._base_scores(one, "perplexity", test, base, tokenizer, scratch)
+        found = scores.base_scores(one, "perplexity", test, base, tokenizer, scratch)
         return found, scratch / found["predictions"]
 
     (first, file), (second, same) = kept(), kept()
@@ -387,7 +387,7 @@ def test_the_record_holds_hashes_of_model_tokenizer_and_rows(folder: Path, compo
         one = compose(*QUICK, *words)
         assert one.rows is not None
         tokenizer = model.load_tokenizer(one.config.model)
-        return stages._sources(one, build.load_base(one, tokenizer, CPU), tokenizer, one.rows)
+        return stages.row_sources(one, build.load_base(one, tokenizer, CPU), tokenizer, one.rows)
 
     first = about()
     assert all(len(first[key]) == 64 for key in ("model_sha", "tokenizer_sha", "dataset_sha"))

@@ -56,7 +56,8 @@ NEVER_NULL = tuple(
 EXTRA_VALUES = {"init_lora_weights": r"lora_ga|pissa_niter_\d+"}  # values that PEFT takes beside what it annotates
 
 
-def _check_calls(config: Config, choices: Mapping[str, str | None]) -> None:
+def check_calls(config: Config, choices: Mapping[str, str | None]) -> None:
+    """Check what each ``_target_`` names and the arguments that it is given; InputError names the key."""
     for section in ("quant", "inference", "profiler", "tracker", "method_setup"):
         if (node := getattr(config, section)) and "_target_" not in node:
             group = section.removesuffix("_setup")

@@ -46,26 +46,27 @@ ONE_OF = {
 }
 
 
-def _check_keys(tree: Mapping[str, Any], schema: Any, where: str = "") -> None:
+def check_keys(tree: Mapping[str, Any], schema: Any, where: str = "") -> None:
     """Refuse a key that nobody reads, as an added one (``+train.learning_rte``) may be."""
     kinds = typing.get_type_hints(schema)
     for key, value in tree.items():
         if key not in kinds:
             raise InputError(f"{where}{key}: no such key; {suggest(str(key), list(kinds))}")
         if dataclasses.is_dataclass(kinds[key]) and isinstance(value, Mapping):
-            _check_keys(value, kinds[key], f"{where}{key}.")
+            check_keys(value, kinds[key], f"{where}{key}.")
 
 
-def _check_complete(cfg: DictConfig, schema: Any, where: str = "") -> None:
+def check_complete(cfg: DictConfig, schema: Any, where: str = "") -> None:
     """Refuse a configuration that lacks a key, as one that was deleted (``~seed``)."""
     for field, kind in typing.get_type_hints(schema).items():
         if field not in cfg.keys():  # noqa: SIM118 (a value that must yet be given is not "in")
             raise InputError(f"{where}{field}: must be given; it cannot be deleted")
         if dataclasses.is_dataclass(kind) and not OmegaConf.is_missing(cfg, field):
-            _check_complete(cfg[field], kind, f"{where}{field}.")
+            check_complete(cfg[field], kind, f"{where}{field}.")
 
 
-def _check_values(tree: dict[str, Any]) -> None:
+def check_values(tree: dict[str, Any]) -> None:
+    """Check the keys that allow a few words only; InputError names the key and the words."""
     for key, allowed in ONE_OF.items():
         if (value := _at(tree, key)) is not None and value not in allowed:
             raise InputError(f"{key}={value}: must be one of {', '.join(allowed)}")
@@ -90,7 +91,7 @@ def _check_values(tree: dict[str, Any]) -> None:
             )
 
 
-def _check_halving(config: Config, sweeper: str | None) -> None:
+def check_halving(config: Config, sweeper: str | None) -> None:
     """A rung must be a step at which the trial is validated anyway, so that it changes nothing of the trial."""
     halving, every, by_rows = config.halving, config.train.eval_every, config.halving.resource is Resource.rows
     other = "min_steps" if by_rows else "min_fraction"
@@ -126,7 +127,7 @@ def _check_halving_of_rows(config: Config) -> None:
         raise InputError(f"halving.min_fraction={part}: must be at most {1 / factor:.4g}, 1 / halving.factor")
 
 
-def _check_objective(config: Config) -> None:
+def check_objective(config: Config) -> None:
     """As far as it can be known before a record is there."""
     said = config.objective
     columns = [said] if isinstance(said, str) else [] if said is None else said
@@ -272,7 +273,7 @@ def _at(tree: Any, key: str) -> Any:
     return tree
 
 
-def _check_warmup(config: Config, rows: data_rows.Rows | None) -> None:
+def check_warmup(config: Config, rows: data_rows.Rows | None) -> None:
     """As far as the length of the training is known: with epochs from the rows, whose tokens are not counted yet."""
     from peftsweep.training import length, optimizer  # imports torch, which `--help` must not
 
@@ -282,7 +283,7 @@ def _check_warmup(config: Config, rows: data_rows.Rows | None) -> None:
         )
 
 
-def _check_files(config: Config) -> None:
+def check_files(config: Config) -> None:
     """A file that is named must be there, whether or not this trial would read it."""
     own = config.dataset
     named = {"path": own.path, "test_path": own.test_path, "validation.path": own.validation.path}

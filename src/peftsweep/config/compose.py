@@ -19,19 +19,19 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from peftsweep import limits
-from peftsweep.config.calls import _check_calls, one_line
+from peftsweep.config.calls import check_calls, one_line
 from peftsweep.config.checks import (
-    _check_complete,
-    _check_files,
-    _check_halving,
-    _check_keys,
-    _check_objective,
-    _check_values,
-    _check_warmup,
+    check_complete,
+    check_files,
+    check_halving,
+    check_keys,
+    check_objective,
+    check_values,
+    check_warmup,
 )
-from peftsweep.config.evaluations import _check_evaluation_rows, _check_metrics
-from peftsweep.config.fill import _fill_from_files, _read_newlines, _use_current_names, conf_dir
-from peftsweep.config.identity import Identity, _identity, current_name
+from peftsweep.config.evaluations import check_evaluation_rows, check_metrics
+from peftsweep.config.fill import conf_dir, fill_from_files, read_newlines, use_current_names
+from peftsweep.config.identity import Identity, current_name, identity_of
 from peftsweep.config.restored import FROM_FILE
 from peftsweep.data import fingerprint, hub
 from peftsweep.data import rows as data_rows
@@ -91,7 +91,7 @@ def without_data(cfg: DictConfig, choices: Mapping[str, str | None], overrides: 
         InputError: as ``filled``, or a value is out of its range.
     """
     said = filled(cfg.copy(), choices, list(overrides))
-    _check_values(said.tree)
+    check_values(said.tree)
     chosen = {group: str(option) for group, option in choices.items() if option}
     return Trial(said.config, said.tree, chosen, said.overrides, None, "", "", "")
 
@@ -124,15 +124,15 @@ def filled(cfg: DictConfig, choices: Mapping[str, str | None], overrides: list[s
     """
     OmegaConf.set_struct(cfg, False)
     cfg.pop("hydra", None)
-    _check_complete(cfg, Config)
-    _read_newlines(cfg, overrides)
+    check_complete(cfg, Config)
+    read_newlines(cfg, overrides)
     if not cfg.method and choices.get("method") not in ("full", FROM_FILE, None):
         raise InputError(f"method={choices['method']}: its yaml names no method; it needs method: {{_target_: peft.X}}")
     source = None if cfg.trust else _source(cfg)
     own = {name for _, name in trust.names(OmegaConf.to_container(cfg))} if source else set()
-    made, heeded = _fill_from_files(cfg, overrides, choices)
+    made, heeded = fill_from_files(cfg, overrides, choices)
     if source:
-        _use_current_names(cfg)
+        use_current_names(cfg)
         trust.check(typing.cast(dict[str, Any], OmegaConf.to_container(cfg)), Path(conf_dir()), own, source)
     if cfg.model.dtype is Dtype.auto:
         cfg.model.dtype = fast_dtype.resolve(str(cfg.device))
@@ -148,13 +148,13 @@ def filled(cfg: DictConfig, choices: Mapping[str, str | None], overrides: list[s
         cfg.halving.metric = cfg.halving.metric or cfg.train.best_metric
     tree = _resolved(cfg)
     if any(name != current_name(name) for _, name in trust.names(tree)):
-        _use_current_names(cfg)
+        use_current_names(cfg)
         tree = _resolved(cfg)
     try:
         config = typing.cast(Config, OmegaConf.to_object(cfg))
     except OmegaConfBaseException as error:
         raise InputError(one_line(error)) from None
-    _check_keys(tree, Config)
+    check_keys(tree, Config)
     return Filled(with_plain(config, tree), tree, {**choices, **made}, overrides, heeded)
 
 
@@ -191,15 +191,15 @@ def checked(said: Filled) -> Trial:
         InputError: a value is out of its range, or values do not belong together.
     """
     config, tree, choices = said.config, said.tree, said.choices
-    _check_values(tree)
-    _check_halving(config, choices.get("hydra/sweeper"))
-    _check_objective(config)
-    _check_calls(config, choices)
-    _check_files(config)
+    check_values(tree)
+    check_halving(config, choices.get("hydra/sweeper"))
+    check_objective(config)
+    check_calls(config, choices)
+    check_files(config)
     rows = None if config.dataset.hub and not config.dataset.path else _rows(config)
-    _check_evaluation_rows(config, rows or _test_rows(config))
-    _check_warmup(config, rows)
-    _check_metrics(config)
+    check_evaluation_rows(config, rows or _test_rows(config))
+    check_warmup(config, rows)
+    check_metrics(config)
     chosen = {group: str(option) for group, option in choices.items() if option and not group.startswith("hydra/")}
     if config.method and chosen["method"] in ("full", FROM_FILE):  # a named point, which brings its method itself
         chosen["method"] = config.method["_target_"].rpartition(".")[2].removesuffix("Config").lower()
@@ -224,7 +224,7 @@ def with_seed(one: Trial, seed: int, overrides: list[str]) -> Trial:
 
 
 def _identified(one: Trial) -> Trial:
-    identity, first = _identity(one.config, one.rows), _identity(one.config, one.rows, rule=1)
+    identity, first = identity_of(one.config, one.rows), identity_of(one.config, one.rows, rule=1)
     return dataclasses.replace(
         one,
         identity=identity.trial,
@@ -262,7 +262,7 @@ def with_rows(trial: Trial) -> Trial:
     if trial.offline:
         hub.go_offline()
     rows = None if config.dataset.hub and not config.dataset.path else _rows(config)
-    if _identity(config, rows).training != trial.training:
+    if identity_of(config, rows).training != trial.training:
         raise InputError("dataset: the files have changed since the sweep began")
     return dataclasses.replace(trial, rows=rows)
 

@@ -19,7 +19,7 @@ ROWS_KEYS = tuple(field.name for field in dataclasses.fields(RowsConfig))
 HARNESS = "peftsweep.evaluation.harness.lm_eval"  # whose tasks bring their own rows
 
 
-def _check_evaluation_rows(config: Config, rows: data_rows.Rows | None) -> None:
+def check_evaluation_rows(config: Config, rows: data_rows.Rows | None) -> None:
     """Fill the evaluations' templates from every local row, so that a missing column is known before training."""
     for name in config.eval:
         source = evaluation_source(config, name)
@@ -87,7 +87,7 @@ def _validation_metrics(config: Config) -> dict[str, str]:
     return {key: metric for key, metric in found.items() if metric is not None and metric != "loss"}
 
 
-def _check_metrics(config: Config) -> None:
+def check_metrics(config: Config) -> None:
     """Refuse a metric that its evaluation does not measure, or that can only be measured on test rows."""
     from peftsweep.evaluation import evaluate  # imports torch, which `--help` must not
 

@@ -54,7 +54,7 @@ def _schema() -> DictConfig:
     return typing.cast(DictConfig, OmegaConf.structured(Config))
 
 
-def _use_current_names(cfg: DictConfig) -> None:
+def use_current_names(cfg: DictConfig) -> None:
     """Have every ``_target_`` that has moved since a record or a yaml was written name what it is now."""
     if not MOVED:
         return
@@ -70,7 +70,7 @@ def _use_current_names(cfg: DictConfig) -> None:
                 node[key] = current_name(node[key])
 
 
-def _fill_from_files(
+def fill_from_files(
     cfg: DictConfig, overrides: Iterable[str], choices: Mapping[str, str | None]
 ) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
     """Put what an experiment's or an adapter's files say in its place, below what the command line says.
@@ -240,7 +240,7 @@ def _use_base(cfg: DictConfig, base: str, said: set[str]) -> str:
     return _put_model(cfg, base, said, **kept)
 
 
-def _read_newlines(cfg: DictConfig, overrides: Iterable[str]) -> None:
+def read_newlines(cfg: DictConfig, overrides: Iterable[str]) -> None:
     r"""Have ``\n`` in a template of the command line be the end of a line; ``\\n`` are these two characters."""
     for key in (override.lstrip("+").partition("=")[0] for override in overrides):
         if TEMPLATE.fullmatch(key) and (said := OmegaConf.select(cfg, key, throw_on_missing=False)) is not None:

@@ -55,7 +55,8 @@ class Identity:
     training: str
 
 
-def _identity(config: Config, rows: data_rows.Rows | None, rule: int = IDENTITY_RULE) -> Identity:
+def identity_of(config: Config, rows: data_rows.Rows | None, rule: int = IDENTITY_RULE) -> Identity:
+    """The identity of a trial under one numbered rule of what belongs to it."""
     training = _training(config, rows, rule)
     return Identity(rule, content_hash([training, _evaluating(config, rows, rule)]), content_hash(training))
 

@@ -23,7 +23,7 @@ from peftsweep.training.lanes import of_lane
 log = logging.getLogger(__name__)
 
 
-def _padded(
+def padded_ids(
     rows: Sequence[Sequence[int]], pad_id: int, device: torch.device, *, left: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and attention mask of ``rows``, [rows, length] on ``device``."""
@@ -99,12 +99,12 @@ def _generate(
     stops = _Stops(tokenizer, stop)
     ends = sorted({*_end_ids(model, tokenizer), *_turn_ends(prompts)})
     texts = [[""] * len(prompts) for _ in range(lanes)]
-    greedy = num_beams == 1 and sampling is None and _takes_a_cache(model)
+    greedy = num_beams == 1 and sampling is None and takes_a_cache(model)
     batch_size = batch_size if abilities(model).padded_batches else 1
 
     def write(numbers: list[int]) -> None:
         # Padded on the left, as generation goes on at the right.
-        ids, attention = _padded([encoded[n] for n in numbers * lanes], _pad_id(tokenizer), device, left=True)
+        ids, attention = padded_ids([encoded[n] for n in numbers * lanes], padding_id(tokenizer), device, left=True)
         made = (
             _greedy(model, ids, attention, max_new_tokens, ends, stops, lanes)
             if greedy
@@ -115,7 +115,7 @@ def _generate(
             for n in numbers:
                 mine[n] = next(written)
 
-    _in_batches([len(ids) for ids in encoded], batch_size, write)
+    in_batches([len(ids) for ids in encoded], batch_size, write)
     return texts
 
 
@@ -240,7 +240,7 @@ def _searched(
     return tokens
 
 
-def _takes_a_cache(model: nn.Module) -> bool:
+def takes_a_cache(model: nn.Module) -> bool:
     """Whether the model can be called a token at a time, on a cache that gives up the rows that have ended.
 
     Not with virtual tokens, nor if it reads each token twice, nor where the probe of its base has found otherwise.
@@ -266,7 +266,7 @@ def _turn_ends(prompts: Sequence[str | Example]) -> set[int]:
     return {row.end for row in rendered if row is not None and row.end is not None}
 
 
-def _in_batches(lengths: Sequence[int], batch_size: int, work: Callable[[list[int]], None]) -> None:
+def in_batches(lengths: Sequence[int], batch_size: int, work: Callable[[list[int]], None]) -> None:
     """Do ``work`` on the numbers of all rows in batches, longest first, so that too large a batch fails at once.
 
     Where memory runs out the batch is halved, and the rest goes on so.
@@ -289,5 +289,6 @@ def _in_batches(lengths: Sequence[int], batch_size: int, work: Callable[[list[in
             torch.cuda.empty_cache()
 
 
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token id that rows are padded with; attach sets one where a tokenizer has none."""
     return int(cast(int, tokenizer.pad_token_id))

@@ -18,8 +18,8 @@ from peftsweep.data.templates import Example
 from peftsweep.data.tokens import Tokens, prompt_ids, tokenize, tokenize_for_classes, truncations
 from peftsweep.errors import InputError
 from peftsweep.evaluation import metrics
-from peftsweep.evaluation.decoding import _pad_id, generate
-from peftsweep.evaluation.likelihood import _class_scores, _grouped_likelihoods, log_likelihoods
+from peftsweep.evaluation.decoding import generate, padding_id
+from peftsweep.evaluation.likelihood import class_scores, grouped_likelihoods, log_likelihoods
 from peftsweep.evaluation.metrics import Judgement, Score
 from peftsweep.models.parts import classifies
 
@@ -47,7 +47,7 @@ def perplexity(
 ) -> Evaluation:
     """Perplexity of the answers given their prompts; neither prompts nor padding count."""
     tokens = tokenize(tokenizer, examples, max_length)
-    sums = log_likelihoods(model, tokens, pad_id=_pad_id(tokenizer), batch_size=batch_size)
+    sums = log_likelihoods(model, tokens, pad_id=padding_id(tokenizer), batch_size=batch_size)
     counts = [row.answer_tokens for row in tokens]
     lines = [
         {"prompt": row.prompt, "answer": row.answer, "log_likelihood": total, "tokens": n}
@@ -126,11 +126,11 @@ def classification(
     if classifies(model):
         rows = tokenize_for_classes(tokenizer, examples, max_length, classes)
         cut = truncations(rows)
-        scores = _class_scores(model, rows, pad_id=_pad_id(tokenizer), batch_size=batch_size)
+        scores = class_scores(model, rows, pad_id=padding_id(tokenizer), batch_size=batch_size)
     else:
         pairs = [[(row.asked, row.answer.replace(row.answer.strip(), name)) for name in classes] for row in examples]
         sizes: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "marked": _marked(examples)}
-        scores, cut = _grouped_likelihoods(model, tokenizer, pairs, **sizes)
+        scores, cut = grouped_likelihoods(model, tokenizer, pairs, **sizes)
     said = [_likeliest(row) for row in scores]
     lines = [
         {
@@ -171,7 +171,7 @@ def multiple_choice(
         raise InputError("headline=acc_norm: what is scored is not the text of the choices; must be acc or null")
     pairs = [[(choice.prompt, choice.answer) for choice in row.choices] for row in examples]
     sizes: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "marked": _marked(examples)}
-    likelihoods, cut = _grouped_likelihoods(model, tokenizer, pairs, **sizes)
+    likelihoods, cut = grouped_likelihoods(model, tokenizer, pairs, **sizes)
     gold = [cast(int, row.gold) for row in examples]
     said = [_likeliest(row) for row in likelihoods]
     lines = [
@@ -245,7 +245,7 @@ def instruction(
             line |= {"prediction": text, "extracted": judgement.extracted, "correct": judgement.correct}
     if "labels" in ways:
         pairs = [[(choice.prompt, choice.answer) for choice in row.choices] for row in examples]
-        found_labels, cut = _grouped_likelihoods(model, tokenizer, pairs, marked=_marked(examples), **sizes)
+        found_labels, cut = grouped_likelihoods(model, tokenizer, pairs, marked=_marked(examples), **sizes)
         said = [_likeliest(row) for row in found_labels]
         scores["label_acc"] = _share(said, gold)
         facts = _of_way("label_", _choice_baselines(said, examples)) | cut | facts
@@ -295,7 +295,7 @@ def text_perplexity(
             context = [first, *ids[:start]] if end < size else ids[end - size : start]
             windows.append(Tokens([*context, *ids[start:end]], len(context)))
             owners.append(n)
-    sums = log_likelihoods(model, windows, pad_id=_pad_id(tokenizer), batch_size=batch_size)
+    sums = log_likelihoods(model, windows, pad_id=padding_id(tokenizer), batch_size=batch_size)
     lines: list[dict[str, Any]] = [
         {"prompt": "", "answer": row.prompt + row.answer, "log_likelihood": 0.0, "tokens": 0} for row in examples
     ]

@@ -34,9 +34,9 @@ from peftsweep.evaluation.inference_figures import (
     OUT_OF_MEMORY,
     Clock,
     Row,
-    _category_figures,
-    _overall,
-    _spread,
+    category_figures,
+    overall_figures,
+    spread_of,
 )
 from peftsweep.evaluation.inference_plan import ADAPTER, OVERALL, Category, plan
 from peftsweep.models.losses import row_inputs
@@ -118,9 +118,9 @@ def benchmark(
             prompts, cut = _encode(category, tokenizer, room)
             made = _take_turns(models, _work(prompts, batch_sizes), category, tokenizer, warmup, runs, clock)
             made = [{"category": name} | row for row in made]
-            info[name] = {"cut_prompts": cut} | _category_figures(prompts, made, footprints)
+            info[name] = {"cut_prompts": cut} | category_figures(prompts, made, footprints)
             rows += made
-    info[OVERALL] = _overall(info, chosen, rows, list(models)) | missing
+    info[OVERALL] = overall_figures(info, chosen, rows, list(models)) | missing
     models.clear()
     gc.collect()  # a model holds itself in circles, and the merged one is not small
     return Benchmark(info, [row for row in rows if LEFT_OUT not in row])
@@ -351,7 +351,7 @@ def _adapter_seconds(adapted: nn.Module, saved: Path | None, warmup: int, runs: 
             reason = record.one_line(error)
         for parameter, learns in trained:
             parameter.requires_grad_(learns)
-    figures: dict[str, Any] = _spread("load_seconds", loads) | _spread("switch_seconds", switches)
+    figures: dict[str, Any] = spread_of("load_seconds", loads) | spread_of("switch_seconds", switches)
     return figures if reason is None else dict.fromkeys(figures) | {LEFT_OUT: reason}
 
 

@@ -37,7 +37,8 @@ def ratio(pairs: Sequence[tuple[float, float]]) -> dict[str, float | None]:
     return {"value": statistics.median(ratios), "low": low, "high": high}
 
 
-def _category_figures(prompts: Sequence[list[int]], rows: list[Row], footprints: Mapping[str, int]) -> dict[str, Any]:
+def category_figures(prompts: Sequence[list[int]], rows: list[Row], footprints: Mapping[str, int]) -> dict[str, Any]:
+    """Latency, speed and memory of one category of prompts."""
     lengths = [len(ids) for ids in prompts]
     figures: dict[str, Any] = {"prompts": len(prompts), "prompt_tokens": statistics.mean(lengths)}
     for name, footprint in footprints.items():
@@ -53,7 +54,7 @@ def _variant_figures(name: str, rows: list[Row], footprint: int) -> dict[str, An
         return {LEFT_OUT: OUT_OF_MEMORY}
     figures: dict[str, Any] = {}
     for key in TIMES:
-        figures |= _spread(key, [row[key] for row in alone if row[key] is not None])
+        figures |= spread_of(key, [row[key] for row in alone if row[key] is not None])
     figures["generated_tokens"] = statistics.mean(row["tokens"] for row in alone)
     generation = _largest(alone)
     figures["weights_bytes"] = footprint
@@ -93,7 +94,8 @@ def _pairs(name: str, rows: list[Row], key: str, size: int) -> list[tuple[float,
     return [(sides[BASE][turn], mine) for turn, mine in sides[name].items() if turn in sides[BASE]]
 
 
-def _spread(key: str, values: list[float]) -> dict[str, float | None]:
+def spread_of(key: str, values: list[float]) -> dict[str, float | None]:
+    """Mean, standard deviation and percentiles of ``values``, each under its own key; None of too few."""
     return {
         f"{key}_mean": statistics.mean(values) if values else None,
         f"{key}_std": statistics.stdev(values) if len(values) > 1 else None,
@@ -105,7 +107,9 @@ def _largest(rows: list[Row]) -> int | None:
     return max((row["generation_bytes"] for row in rows if row["generation_bytes"] is not None), default=None)
 
 
-def _overall(info: Mapping[str, Any], chosen: Mapping[str, Any], rows: list[Row], names: list[str]) -> dict[str, Any]:
+def overall_figures(
+    info: Mapping[str, Any], chosen: Mapping[str, Any], rows: list[Row], names: list[str]
+) -> dict[str, Any]:
     """The figures of each variant over the categories in which every variant was measured."""
     whole = [
         category

@@ -12,12 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from peftsweep.data.batches import collate
 from peftsweep.data.tokens import Tokens, tokenize_pairs, truncations
-from peftsweep.evaluation.decoding import _in_batches, _pad_id, _padded, _takes_a_cache
+from peftsweep.evaluation.decoding import in_batches, padded_ids, padding_id, takes_a_cache
 from peftsweep.models.losses import answer_losses, class_logits, last_positions
 from peftsweep.training.lanes import of_lane
 
 
-def _grouped_likelihoods(
+def grouped_likelihoods(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     groups: Sequence[Sequence[tuple[str, str]]],
@@ -31,11 +31,11 @@ def _grouped_likelihoods(
     What the pairs of a group begin with in common is read once, where the model takes a cache. ``marked``
     contexts hold their special tokens as text, see ``tokenize_pairs``.
     """
-    pad_id = _pad_id(tokenizer)
+    pad_id = padding_id(tokenizer)
     tokens = iter(tokenize_pairs(tokenizer, [pair for group in groups for pair in group], max_length, marked=marked))
     rows = [[next(tokens) for _ in group] for group in groups]
     cut = truncations([max(group, key=lambda row: (row.lost_answer, row.lost_prompt)) for group in rows])
-    if _takes_a_cache(model) and all(_common_length(group) for group in rows):
+    if takes_a_cache(model) and all(_common_length(group) for group in rows):
         return of_lane(partial(_shared_likelihoods, model, rows, pad_id=pad_id, batch_size=batch_size)), cut
     flat = [row for group in rows for row in group]
     sums = iter(log_likelihoods(model, flat, pad_id=pad_id, batch_size=batch_size))
@@ -54,7 +54,7 @@ def _shared_likelihoods(
     def score(numbers: list[int]) -> None:
         every = numbers * lanes
         starts = [groups[n][0].ids[: shared[n]] for n in every]
-        ids, attention = _padded(starts, pad_id, device, left=True)
+        ids, attention = padded_ids(starts, pad_id, device, left=True)
         positions = (attention.cumsum(-1) - 1).clamp(min=0)
         output = model(
             input_ids=ids,
@@ -67,7 +67,7 @@ def _shared_likelihoods(
         cache: Any = output.past_key_values
         cache.batch_select_indices(owners)
         rows = [row.ids[shared[n] :] for n in every for row in groups[n]]
-        rest, present = _padded(rows, pad_id, device, left=False)
+        rest, present = padded_ids(rows, pad_id, device, left=False)
         after = model(
             input_ids=rest,
             attention_mask=torch.cat([attention[owners], present], dim=1),
@@ -85,7 +85,7 @@ def _shared_likelihoods(
                 mine[n] = [next(totals) for _ in groups[n]]
 
     most = max(len(group) for group in groups)
-    _in_batches([len(group[0].ids) for group in groups], max(1, batch_size // most), score)
+    in_batches([len(group[0].ids) for group in groups], max(1, batch_size // most), score)
     return scores
 
 
@@ -97,7 +97,7 @@ def _common_length(rows: Sequence[Tokens]) -> int:
 
 
 @torch.no_grad()
-def _class_scores(model: nn.Module, rows: Sequence[Tokens], *, pad_id: int, batch_size: int) -> list[list[float]]:
+def class_scores(model: nn.Module, rows: Sequence[Tokens], *, pad_id: int, batch_size: int) -> list[list[float]]:
     """The log-probability of every class of each row."""
     device = next(model.parameters()).device
     scores: list[list[float]] = [[] for _ in rows]
@@ -107,7 +107,7 @@ def _class_scores(model: nn.Module, rows: Sequence[Tokens], *, pad_id: int, batc
         for n, found in zip(numbers, class_logits(model, batch).log_softmax(-1).tolist(), strict=True):
             scores[n] = found
 
-    _in_batches([len(row.ids) for row in rows], batch_size, score)
+    in_batches([len(row.ids) for row in rows], batch_size, score)
     return scores
 
 
@@ -134,7 +134,7 @@ def _log_likelihoods(
             for n, total in zip(numbers, found, strict=True):
                 mine[n] = total
 
-    _in_batches([len(row.ids) for row in rows], batch_size, score)
+    in_batches([len(row.ids) for row in rows], batch_size, score)
     return sums
 
 

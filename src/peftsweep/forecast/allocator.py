@@ -28,7 +28,7 @@ aten = torch.ops.aten
 # ---- the allocator ---------------------------------------------------------------------------------
 
 
-class _Allocator(TorchDispatchMode):
+class Allocator(TorchDispatchMode):
     """Follows the storages that operations make, from their making to their end, and computes nothing.
 
     ``live`` and ``peak`` are bytes, in whole blocks. What only numbers could say is answered as for a
@@ -131,7 +131,7 @@ RAISED = {
 }
 
 
-class _Kernels(TorchFunctionMode):
+class Kernels(TorchFunctionMode):
     """Calls, in place of what the meta device would, the kernels of ``device``; casts as autocast does there."""
 
     def __init__(self, device: str, autocast: Dtype | None) -> None:
@@ -237,7 +237,7 @@ def _raised(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _as_on(device: str, autocast: Dtype | None) -> Iterator[None]:
+def as_on_device(device: str, autocast: Dtype | None) -> Iterator[None]:
     """What PEFT and bitsandbytes ask before they choose how to go on is answered as on ``device``."""
     from bitsandbytes.autograd import _functions
 

@@ -3,7 +3,7 @@
 The step itself is run, on the meta device: every operation happens but none computes, and an
 allocator that only counts follows what is alive. So each method of PEFT, each optimizer, gradient
 checkpointing and autocast are counted as they are, by no formula for an architecture. What a device's
-kernels do otherwise than the meta device's is stood in for (``_Kernels``).
+kernels do otherwise than the meta device's is stood in for (``Kernels``).
 
     adapted = attach(skeleton(config.model, quantization), ...)
     predict(adapted, config.train, shapes(rows, config.train, seed), "cuda").peak_bytes
@@ -30,7 +30,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from peftsweep.data.batches import Batch, batch_order, micro_batches
 from peftsweep.data.tokens import Tokens
-from peftsweep.forecast.allocator import BLOCK, META, _Allocator, _as_on, _Kernels
+from peftsweep.forecast.allocator import BLOCK, META, Allocator, Kernels, as_on_device
 from peftsweep.models.losses import answer_losses, auxiliary_loss
 from peftsweep.models.model import skeleton as bare_skeleton
 from peftsweep.models.parts import base_of, classifies, head_names, text_config, trainable_parameters
@@ -168,12 +168,12 @@ def predict(
     Raises:
         Exception: whatever is raised by a method that cannot run without numbers.
     """
-    _to_meta(adapted)
+    to_meta(adapted)
     text = text_config(adapted)
     if getattr(text, "pad_token_id", None) is None:
         text.pad_token_id = 0
     if not classifies(adapted):
-        with _as_on(device, config.autocast), _Allocator(1, 0), _Kernels(device, config.autocast).forward():
+        with as_on_device(device, config.autocast), Allocator(1, 0), Kernels(device, config.autocast).forward():
             setattr(base_of(adapted), SHORTCUTS, likely_shortcuts(base_of(adapted)))
     training_optimizer.enable_checkpointing(adapted, config.checkpointing)
     adapted.train()
@@ -193,7 +193,7 @@ def predict(
 def _trace(
     adapted: Any, config: TrainConfig, shape: Shape, device: str, lanes: Mapping[str, TrainConfig] | None
 ) -> Prediction:
-    batch = _batch(adapted, shape)
+    batch = meta_batch(adapted, shape)
     if lanes is None:
         return _traced(adapted, config, batch, device, [training_optimizer.make_optimizer(adapted, config)], None)
     pack = Pack(adapted, [*lanes], seed=0, stacked=device == "cuda")
@@ -213,14 +213,14 @@ def _traced(
     optimizers: Sequence[torch.optim.Optimizer],
     pack: Pack | None,
 ) -> Prediction:
-    allocator = _Allocator(BLOCK.get(device, 1), batch.answer_tokens)
-    kernels = _Kernels(device, config.autocast)
+    allocator = Allocator(BLOCK.get(device, 1), batch.answer_tokens)
+    kernels = Kernels(device, config.autocast)
     tensors = [(_is_adapter(name, adapted), tensor) for name, tensor in _named_tensors(adapted)]
     weights = allocator.hold(tensor for own, tensor in tensors if not own)
     adapter = allocator.hold(tensor for own, tensor in tensors if own)
     allocator.hold(pack.gradients if pack else [])  # which a pack has from the beginning
     forward = backward = kept = logits = 0
-    with _as_on(device, config.autocast), allocator:
+    with as_on_device(device, config.autocast), allocator:
         for _ in range(min(2, config.accumulation)):  # the second micro-batch finds the gradients of the first
             before = allocator.mark()
             with kernels.forward(), _at_head(adapted, lambda: allocator.live) as at_head:
@@ -254,7 +254,7 @@ def _traced(
     )
 
 
-def _to_meta(adapted: nn.Module) -> None:
+def to_meta(adapted: nn.Module) -> None:
     """Leave only shapes of what an attaching with numbers has made on another device."""
     moved: dict[int, Any] = {}  # tied weights stay tied
     for module in adapted.modules():
@@ -292,7 +292,8 @@ def _is_adapter(name: str, model: nn.Module) -> bool:
     return isinstance(model, PeftModel) and not set(model.peft_config).isdisjoint(name.split("."))
 
 
-def _batch(adapted: nn.Module, shape: Shape) -> Batch:
+def meta_batch(adapted: nn.Module, shape: Shape) -> Batch:
+    """A batch of ``shape`` on the meta device, which has no storage."""
     ids = torch.zeros(shape.rows, shape.length, dtype=torch.int64, device=META)
     classifier = classifies(adapted)
     return Batch(
@@ -323,7 +324,7 @@ def _at_head(adapted: Any, note: Callable[[], int]) -> Iterator[list[int]]:
 # ---- the optimizer ---------------------------------------------------------------------------------
 
 
-def _step(optimizer: torch.optim.Optimizer, allocator: _Allocator, device: str) -> int:
+def _step(optimizer: torch.optim.Optimizer, allocator: Allocator, device: str) -> int:
     """Make what the first step of ``optimizer`` makes; returns the most that is alive in it, in bytes."""
     fused = "fused" in inspect.signature(type(optimizer)).parameters  # and so train has it on a real device
     if hasattr(optimizer, "init_state"):

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from peftsweep.forecast.allocator import _Allocator
+from peftsweep.forecast.allocator import Allocator
 from peftsweep.forecast.operations import Ledger, Operation, SameDevice, TensorSpec, specs
 from peftsweep.forecast.trace import Sizes, made_optimizer, reference_step
 from peftsweep.observe.flops import matmul_ceiling
@@ -338,7 +338,7 @@ def _samples(device: torch.device) -> Iterator[Operation]:
     import bitsandbytes  # noqa: F401  (it names its operators)
 
     ledger = Ledger()
-    with _Allocator(1, 0, ledger):
+    with Allocator(1, 0, ledger):
         for name in DTYPES[device.type]:
             wide, layer = (torch.empty(512, 1024, dtype=getattr(torch, name), device="meta") for _ in range(2))
             for rank in THIN:

@@ -16,9 +16,9 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 
 from peftsweep.data.tokens import Tokens
-from peftsweep.forecast.allocator import META, _Allocator, _as_on, _Kernels
+from peftsweep.forecast.allocator import META, Allocator, Kernels, as_on_device
 from peftsweep.forecast.operations import Ledger
-from peftsweep.forecast.predict import Shape, _batch, _to_meta, skeleton
+from peftsweep.forecast.predict import Shape, meta_batch, skeleton, to_meta
 from peftsweep.models import attach, model, probe
 from peftsweep.models.losses import answer_losses, auxiliary_loss, row_inputs
 from peftsweep.models.parts import base_of, classifies, text_config, trainable_parameters
@@ -45,7 +45,7 @@ class Tracer:
 
     def __init__(self, adapted: Any, config: TrainConfig, device: str) -> None:
         self._adapted, self._config, self._device = adapted, config, device
-        _to_meta(adapted)
+        to_meta(adapted)
         text = text_config(adapted)
         if getattr(text, "pad_token_id", None) is None:
             text.pad_token_id = 0
@@ -54,15 +54,15 @@ class Tracer:
                 setattr(base_of(adapted), SHORTCUTS, probe.likely_shortcuts(base_of(adapted)))
 
     @contextmanager
-    def _run(self, ledger: Ledger, answers: int) -> Iterator[_Kernels]:
-        with _as_on(self._device, self._config.autocast), _Allocator(1, answers, ledger) as allocator:
-            kernels = _Kernels(self._device, self._config.autocast)
+    def _run(self, ledger: Ledger, answers: int) -> Iterator[Kernels]:
+        with as_on_device(self._device, self._config.autocast), Allocator(1, answers, ledger) as allocator:
+            kernels = Kernels(self._device, self._config.autocast)
             self._allocator = allocator
             yield kernels
 
     def step(self, shape: Shape) -> Step:
         """A micro-batch of training."""
-        adapted, batch, ledger = self._adapted, _batch(self._adapted, shape), Ledger()
+        adapted, batch, ledger = self._adapted, meta_batch(self._adapted, shape), Ledger()
         training_optimizer.enable_checkpointing(adapted, self._config.checkpointing)
         training_optimizer.make_optimizer(adapted, self._config)  # which may freeze some of the weights
         adapted.train()
@@ -79,7 +79,9 @@ class Tracer:
 
     def read(self, shape: Shape) -> Ledger:
         """A forward whose answers are scored, as of an evaluation by likelihood."""
-        return self._evaluated(lambda: answer_losses(self._adapted, _batch(self._adapted, shape)), shape.answer_tokens)
+        return self._evaluated(
+            lambda: answer_losses(self._adapted, meta_batch(self._adapted, shape)), shape.answer_tokens
+        )
 
     def decode(self, rows: int, context: int) -> Ledger:
         """One more token for each of some rows, each after ``context`` tokens."""

@@ -29,7 +29,7 @@ from peftsweep.observe.tracker import Tracker
 from peftsweep.study import claims as study_claims
 from peftsweep.study import record, store
 from peftsweep.study.record import Result, Status
-from peftsweep.sweep.packing import _shared
+from peftsweep.sweep.packing import shared_settings
 from peftsweep.training import checkpoint, packed
 from peftsweep.training.lanes import Pack
 from peftsweep.trial import done as trial_done
@@ -254,7 +254,7 @@ class _Pack:
 
     def _try_out(self, lead: Session, lanes: Sequence[_Lane]) -> None:
         """Raise unless the lanes are faster together, by what was found for such a pack before, or by trying it."""
-        key = content_hash([_shared(lead.trial), len(lanes)])
+        key = content_hash([shared_settings(lead.trial), len(lanes)])
         if key not in _SPEEDUPS:
             with lead.stage("probe"):
                 names, config = [lane.name for lane in lanes], lead.config.train

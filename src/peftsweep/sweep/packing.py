@@ -52,7 +52,7 @@ def plan(trials: Sequence[Trial], limit: int, fits: Fits | None = None) -> list[
     """
     groups: dict[str, list[Trial]] = {}
     for one in trials:
-        groups.setdefault(one.identity if alone(one) else _shared(one), []).append(one)
+        groups.setdefault(one.identity if alone(one) else shared_settings(one), []).append(one)
     packs = []
     for group in groups.values():
         most = _most(group, min(limit, len(group)), fits)
@@ -133,7 +133,7 @@ def _length(trial: Trial) -> float:
     return config.steps if config.epochs is None else math.inf
 
 
-def _shared(trial: Trial) -> str:
+def shared_settings(trial: Trial) -> str:
     """What must be alike in the trials of a pack."""
     tree = trial.tree
     kept = {key: tree[key] for key in ("seed", "device", "model", "quant", "dataset", "eval")}

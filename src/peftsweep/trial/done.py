@@ -75,8 +75,8 @@ def finished(trial: Trial) -> Result | None:
     A trial that was too large for another memory limit is tried again under one that it fits, and one that
     was stopped at a rung goes on for a later one, or to its end.
     """
-    done = _done(trial)
-    if done is None or _lacks_profile(trial, done) or _lacks_answers_of_base(trial, done):
+    done = done_before(trial)
+    if done is None or lacks_profile(trial, done) or lacks_answers_of_base(trial, done):
         return None
     if done.error and done.error["type"] == Oversized.__name__ and not forecast.oversized(trial, own_order=True):
         return None
@@ -110,7 +110,8 @@ def resumes_full(trial: Trial) -> bool:
     return held is not None and held.status is Status.stopped
 
 
-def _done(trial: Trial) -> Result | None:
+def done_before(trial: Trial) -> Result | None:
+    """The result of this trial that an earlier run left, if it may stand."""
     done = None if trial.config.force else store.result(folder(trial))
     if done is None or not done.status.done or _fault(done) or damaged(trial):
         return None
@@ -128,12 +129,13 @@ def _reached(trial: Trial, done: Result) -> bool:
     return patience is not None and waited is not None and waited >= patience
 
 
-def _lacks_profile(trial: Trial, done: Result) -> bool:
+def lacks_profile(trial: Trial, done: Result) -> bool:
+    """Whether a profile is asked for that the earlier run did not write."""
     wanted = bool(trial.config.profiler) and done.status is Status.success
     return wanted and trial.choices["profiler"] not in done.train_info.get("profile", {})
 
 
-def _lacks_answers_of_base(trial: Trial, done: Result) -> bool:
+def lacks_answers_of_base(trial: Trial, done: Result) -> bool:
     """Whether a file of the untouched base's answers, which the record names, is damaged."""
     root = store.folder(trial.config.study)
     named = {name: str(found.get("base_predictions") or "") for name, found in done.eval_info.items()}
@@ -149,7 +151,7 @@ class Oversized(Refused):
     """The trial is predicted not to fit into the memory."""
 
 
-def _words(trial: Trial) -> dict[str, str]:
+def in_words(trial: Trial) -> dict[str, str]:
     """The files that Hydra would write: the composed configuration and the words of the command line."""
     tree, words = OmegaConf.to_yaml(as_text(trial.tree)), OmegaConf.to_yaml(trial.overrides)
     return {".hydra/config.yaml": tree, ".hydra/overrides.yaml": words}
@@ -163,4 +165,4 @@ def _mend_words(trial: Trial, place: Path) -> None:
                 read_yaml(place / name, shape)
         except Unreadable:
             make_way(place / name)
-            record.write_text(place / name, _words(trial)[name])
+            record.write_text(place / name, in_words(trial)[name])

@@ -28,12 +28,12 @@ from peftsweep.study.atomic import make_way, persistently, remove_partials
 from peftsweep.study.reading import Unreadable
 from peftsweep.study.record import Result, Status
 from peftsweep.training.run import Trained
-from peftsweep.trial.done import Refused, _words, folder
+from peftsweep.trial.done import Refused, folder, in_words
 
 log = logging.getLogger(__name__)
 
 
-def _so_far(place: Path) -> dict[str, Any]:
+def so_far(place: Path) -> dict[str, Any]:
     """What a training that did not end had come to."""
     try:
         steps = [row for row in record.read_lines(place / record.STEPS, record.STEP, whole=False) if "loss" in row]
@@ -170,7 +170,7 @@ def begin(trial: Trial, place: Path) -> Result:
     for name in ("", ".hydra", "predictions", store.ADAPTER, store.MERGED, store.CHECKPOINTS):
         make_way(place / name, folder=True)
     place.mkdir(parents=True, exist_ok=True)
-    for name in (record.RESULT, record.STEPS, "generation.jsonl", "trial.log", *_words(trial)):
+    for name in (record.RESULT, record.STEPS, "generation.jsonl", "trial.log", *in_words(trial)):
         make_way(place / name)
     for part in ("predictions", store.ADAPTER, store.MERGED):
         for file in list((place / part).glob("*.*")):
@@ -179,7 +179,7 @@ def begin(trial: Trial, place: Path) -> Result:
     remove_partials(place, own=True)
     if trial.config.force:
         shutil.rmtree(place / store.CHECKPOINTS, ignore_errors=True)
-    for name, text in _words(trial).items():
+    for name, text in in_words(trial).items():
         record.write_text(place / name, text)
     on_gpu = model.device(trial.config.device).type == "cuda"
     about = record.environment(gpus=on_gpu)
@@ -224,7 +224,7 @@ def end(
     now = time.perf_counter() - start
     result.run_info |= {"status": status.value, "error": failure, "sitting_seconds": now}
     result.run_info["total_seconds"] = now + before.get(Sittings.TOTAL, 0.0)
-    result.train_info = (_so_far(place) if status is not Status.success else {}) | result.train_info
+    result.train_info = (so_far(place) if status is not Status.success else {}) | result.train_info
     for name in dict.fromkeys([*meter.stages, *before]):
         if name != Sittings.TOTAL:
             seconds = meter.stages[name].seconds if name in meter.stages else 0.0

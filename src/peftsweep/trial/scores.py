@@ -80,7 +80,7 @@ class KeptEvaluations:
         return identity.content_hash([self._trial.identity, _kernels(self._device), rows])
 
 
-def _base_scores(
+def base_scores(
     trial: Trial, name: str, test: list[Example], base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, root: Path
 ) -> dict[str, Any]:
     """The untouched base's scores and facts, and as ``predictions`` the file of its answers, relative to the study.

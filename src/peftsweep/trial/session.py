@@ -39,8 +39,8 @@ from peftsweep.training.run import Trained
 from peftsweep.trial import foreseen, mended, seen
 from peftsweep.trial.done import Oversized, Refused, folder, trained
 from peftsweep.trial.outcome import Sittings, log_step, train_cost, train_info
-from peftsweep.trial.scores import COST, KeptEvaluations, _base_scores
-from peftsweep.trial.stages import _merge, _reload, _sources
+from peftsweep.trial.scores import COST, KeptEvaluations, base_scores
+from peftsweep.trial.stages import merge_adapter, reload_adapter, row_sources
 
 log = logging.getLogger(__name__)
 Answers = tuple[batches.Batch, torch.Tensor]  # a batch, and a model's losses on it
@@ -109,7 +109,7 @@ class Session:
             self.tests = {name: build.test_examples(self.trial, name, rows, tokenizer) for name in config.eval}
         long_rows = rows.left_out.get("long_rows", 0) + len(rows.train) - len(self.tokens)
         self.info |= {"training_rows": len(self.tokens)} | rows.left_out | {"long_rows": long_rows}
-        self.result.meta_info |= _sources(self.trial, self.base, tokenizer, rows)
+        self.result.meta_info |= row_sources(self.trial, self.base, tokenizer, rows)
         self.info["truncated_rows"] = sum(row.lost_prompt + row.lost_answer > 0 for row in self.tokens)
         self.info |= data_tokens.truncations(self.tokens)
         optimizer.check_warmup(config.train, length.total_steps(config.train, len(self.tokens)))
@@ -124,7 +124,7 @@ class Session:
         counts = self.seen()
         for name, test in self.tests.items():
             with self.stage("baseline"):
-                scores = _base_scores(self.trial, name, test, self.base, self.tokenizer, self.place.parent)
+                scores = base_scores(self.trial, name, test, self.base, self.tokenizer, self.place.parent)
             known = {f"base_{metric}": score for metric, score in scores.items()}
             self.result.eval_info[name] = known | {"seen_in_training": counts[name]}
 
@@ -133,7 +133,7 @@ class Session:
         self.load()
         self.read()
         for name, test in self.tests.items():
-            scores = _base_scores(self.trial, name, test, self.base, self.tokenizer, self.place.parent)
+            scores = base_scores(self.trial, name, test, self.base, self.tokenizer, self.place.parent)
             self.result.eval_info[name] |= {f"base_{metric}": score for metric, score in scores.items()}
         del self.base
 
@@ -434,8 +434,8 @@ class Session:
 
     def check(self, answers: Answers) -> None:
         with self.stage("reload"):
-            self.info |= _reload(self.trial, self.place, self.tokenizer, *answers)
+            self.info |= reload_adapter(self.trial, self.place, self.tokenizer, *answers)
 
     def merge(self, answers: Answers) -> None:
         with self.stage("merge"):
-            self.info |= _merge(self.trial, self.place, self.tokenizer, *answers)
+            self.info |= merge_adapter(self.trial, self.place, self.tokenizer, *answers)

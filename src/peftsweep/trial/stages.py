@@ -28,7 +28,7 @@ MERGE_TOLERANCE = 1e-3  # of any token's loss: sums of merged weights round othe
 NARROW_TOLERANCE = 0.03
 
 
-def _sources(
+def row_sources(
     trial: Trial, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: data_rows.Rows
 ) -> dict[str, Any]:
     """What the model, the tokenizer and the rows were: the hub's commits and dates, else hashes of the content."""
@@ -51,7 +51,7 @@ def _sources(
     }
 
 
-def _reload(
+def reload_adapter(
     trial: Trial, place: Path, tokenizer: PreTrainedTokenizerBase, probe: batches.Batch, losses: torch.Tensor
 ) -> dict[str, Any]:
     """Load what was saved onto a fresh base: does it answer a batch as the trained model does?
@@ -73,7 +73,7 @@ def _reload(
     return {"reloads": same, "reload_difference": (answered - losses).abs().max().item()}
 
 
-def _merge(
+def merge_adapter(
     trial: Trial, place: Path, tokenizer: PreTrainedTokenizerBase, probe: batches.Batch, losses: torch.Tensor
 ) -> dict[str, Any]:
     """Write the merged model and read it back: does it answer a batch as the base with its adapter does?

@@ -20,8 +20,8 @@ from peftsweep.observe.tracker import Tracker
 from peftsweep.study import claims, record, store
 from peftsweep.study.record import Result, Status
 from peftsweep.training import compiled
-from peftsweep.trial.done import _done, _lacks_answers_of_base, _lacks_profile, finished, folder
-from peftsweep.trial.outcome import Sittings, _so_far, begin, empty, end, failure_of, logged, status_of
+from peftsweep.trial.done import done_before, finished, folder, lacks_answers_of_base, lacks_profile
+from peftsweep.trial.outcome import Sittings, begin, empty, end, failure_of, logged, so_far, status_of
 from peftsweep.trial.session import Session
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def died(trial: Trial, status: Status, failure: dict[str, str], seconds: float) 
     place = folder(trial)
     with claims.claim(place.parent, trial.identity):
         result = begin(trial, place)
-        result.train_info |= _so_far(place)
+        result.train_info |= so_far(place)
         result.run_info |= {"status": status.value, "error": failure}
         result.run_info |= {"sitting_seconds": seconds, "total_seconds": seconds}
         result.write(place)
@@ -61,13 +61,13 @@ def _run_claimed(trial: Trial, place: Path, observer: Observer) -> Result:
     start = time.perf_counter()
     tracker = Tracker(observer)
     meter = Meter(model.device(trial.config.device))
-    if (held := _done(trial)) and _lacks_profile(trial, held):
+    if (held := done_before(trial)) and lacks_profile(trial, held):
         with logged(place / "profile.log"), current(meter.device):
             session = Session(trial, held, meter, tracker)
             session.profile(session.resume)
         held.write(place)
         return held
-    if held and _lacks_answers_of_base(trial, held):
+    if held and lacks_answers_of_base(trial, held):
         with logged(place / "base.log"), current(meter.device):
             Session(trial, held, meter, tracker).score_base_again()
         held.write(place)

@@ -25,13 +25,15 @@ QUANTS = ("none", "8bit", "4bit", "8bit_offload")  # in the order of figures
 CALLED = ".called"  # a factor's column of what its levels are called
 
 
-def _labels(rows: pd.DataFrame, factors: Sequence[str]) -> pd.Series[Any]:
+def series_labels(rows: pd.DataFrame, factors: Sequence[str]) -> pd.Series[Any]:
+    """The name of each row's series: its values of ``factors``."""
     parts = zip(*(rows[f"{factor}{CALLED}"] for factor in factors), strict=True) if factors else [()] * len(rows)
     named = pd.Series([", ".join(filter(None, part)) or "default" for part in parts], rows.index, dtype=object)
     return columns.shortened(named)
 
 
-def _first_word(outcomes: pd.Series[Any]) -> str:
+def first_word_of(outcomes: pd.Series[Any]) -> str:
+    """The commonest outcome in a word: "failed" of "2 failed, 1 oom"."""
     return str(outcomes.iloc[0]).partition(" ")[2].partition(",")[0]  # of "2 failed, 1 oom"
 
 
@@ -46,7 +48,7 @@ NO_ROOM = 10.0  # of _cover: over another name, or out of the panel
 GREY: dict[str, Any] = {"color": FADED, "marker": ".", "linestyle": "-"}
 
 
-def _styles(names: Sequence[str], best: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+def series_styles(names: Sequence[str], best: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
     """Colour, marker and line of the series that are told apart: the ``best`` ones, where there are many.
 
     They are dealt out in the order of ``names``, that of the table, so that a series looks the same in all figures.
@@ -57,7 +59,7 @@ def _styles(names: Sequence[str], best: Sequence[str] = ()) -> dict[str, dict[st
     return {n: {"color": c, "marker": m, "linestyle": s} for n, (c, m, s) in zip(told, looks, strict=False)}
 
 
-def _figure(panels: int, width: float, height: float, **options: Any) -> tuple[Any, list[Any]]:
+def new_figure(panels: int, width: float, height: float, **options: Any) -> tuple[Any, list[Any]]:
     """A figure of ``panels`` beside each other, each ``width`` inches wide."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: a figure is a file
     from matplotlib.figure import Figure
@@ -67,35 +69,35 @@ def _figure(panels: int, width: float, height: float, **options: Any) -> tuple[A
     return figure, list(figure.subplots(1, panels, squeeze=False, **options)[0])
 
 
-def _panel(rows: pd.DataFrame, what: str | Cost, x: pd.Series[Any], series: pd.Series[Any]) -> pd.DataFrame:
-    """The rows of a panel for `_facets`: of a score with its interval, of a cost with its standard deviation."""
+def panel_rows(rows: pd.DataFrame, what: str | Cost, x: pd.Series[Any], series: pd.Series[Any]) -> pd.DataFrame:
+    """The rows of a panel for `draw_facets`: of a score with its interval, of a cost with its standard deviation."""
     column, name, factor = (what, columns.axis_name(what), 1.0) if isinstance(what, str) else (what.column, "", 1.0)
     value = rows[column].astype(float) if column in rows else pd.Series(np.nan, rows.index)
     if isinstance(what, Cost):
         factor, name = what.scale(value.max())
-    below, above = _arms(rows, column)
+    below, above = error_bars(rows, column)
     parts = {"value": value / factor, "low": (value - below) / factor, "high": (value + above) / factor}
     mark = rows["outcome"].where(value.isna(), "")
     return pd.DataFrame({"panel": name, "x": x, "series": series, **parts, "mark": mark})
 
 
-def _best_first(rows: pd.DataFrame, score: str | None) -> list[Any]:
+def best_first(rows: pd.DataFrame, score: str | None) -> list[Any]:
     """Where the rows are, the best score first; in their order where there is none."""
     if score is None or score not in rows:
         return list(rows.index)
     return list(rows[score].sort_values(ascending=columns.lower_is_better(score), na_position="last").index)
 
 
-def _room_for(merged: pd.DataFrame, room: int) -> tuple[pd.DataFrame, str]:
+def room_for_names(merged: pd.DataFrame, room: int) -> tuple[pd.DataFrame, str]:
     """At most ``room`` rows, those of the best score, and the words that say so."""
     if len(merged) <= room:
         return merged, ""
     score = next(iter(columns.main_scores(merged)), None)
     words = f"the {room} of {len(merged)} configurations with the best {columns.score_name(score)}" if score else ""
-    return merged.loc[_best_first(merged, score)[:room]], words or f"the first {room} of {len(merged)} configurations"
+    return merged.loc[best_first(merged, score)[:room]], words or f"the first {room} of {len(merged)} configurations"
 
 
-def _arms(rows: pd.DataFrame, column: str) -> Any:
+def error_bars(rows: pd.DataFrame, column: str) -> Any:
     """How far the bars reach below and above the values, [2, rows]; 0 where that is not known.
 
     Of a score to the ends of its interval, of a cost one standard deviation: of two seeds' times a 95% interval
@@ -108,7 +110,7 @@ def _arms(rows: pd.DataFrame, column: str) -> Any:
     return np.nan_to_num(np.array(arms, dtype=float)).clip(min=0)
 
 
-def _facets(
+def draw_facets(
     long: pd.DataFrame,
     styles: dict[str, dict[str, Any]],
     x_label: str,
@@ -128,7 +130,7 @@ def _facets(
     long = long.reset_index(drop=True)
     panels = list(dict.fromkeys(long["panel"]))
     styles = {name: look if joined else look | {"linestyle": "none"} for name, look in styles.items()}
-    figure, axes = _figure(len(panels), WIDTHS.get(len(panels), 2.6), 3.3)
+    figure, axes = new_figure(len(panels), WIDTHS.get(len(panels), 2.6), 3.3)
     numeric = not isinstance(long["x"].dtype, pd.CategoricalDtype)
     for ax, panel in zip(axes, panels, strict=True):
         rows = long[long["panel"] == panel]
@@ -137,7 +139,7 @@ def _facets(
         ax.set_ylabel(panel)
         ax.set_xlabel(x_label)
         if spans_a_decade(rows[["value", "low"]]):
-            _log_axis(ax.yaxis)
+            log_axis(ax.yaxis)
         elif rows["value"].max() >= 10_000:
             ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short_number(value)))
         if numeric:
@@ -146,9 +148,11 @@ def _facets(
             _category_axis(ax, [str(name) for name in long["x"].cat.categories])
     if base is not None:
         _draw_base(axes[0], base)
-    _legend(figure, styles)
+    add_legend(figure, styles)
     others = long["series"].nunique() - len(styles)
-    return _signed(figure, merged, "; ".join(filter(None, [note, f"grey: {others} further" if others > 0 else ""])))
+    return with_caption(
+        figure, merged, "; ".join(filter(None, [note, f"grey: {others} further" if others > 0 else ""]))
+    )
 
 
 def _rank_axis(ax: Any, ticks: Sequence[float]) -> None:
@@ -210,7 +214,7 @@ def spans_a_decade(values: Any) -> bool:
     return bool(len(known) and known.min() > 0 and known.max() >= 10 * known.min())
 
 
-def _log_axis(axis: Any) -> None:
+def log_axis(axis: Any) -> None:
     """A logarithmic axis whose ticks are plain numbers, as many as there is room for."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -230,7 +234,7 @@ def _short_number(value: float) -> str:
     return f"{value:g}"
 
 
-def _legend(figure: Any, styles: dict[str, dict[str, Any]]) -> None:
+def add_legend(figure: Any, styles: dict[str, dict[str, Any]]) -> None:
     """The series above the panels, in as many columns as their names leave room for."""
     from matplotlib.lines import Line2D
 
@@ -243,7 +247,7 @@ def _legend(figure: Any, styles: dict[str, dict[str, Any]]) -> None:
         figure.legend(handles=handles, loc="outside upper center", ncols=min(room, len(handles)))
 
 
-def _signed(figure: Any, rows: pd.DataFrame, note: str = "") -> Any:
+def with_caption(figure: Any, rows: pd.DataFrame, note: str = "") -> Any:
     """Write below the figure what it shows, how many trials stand behind it, and how many did not succeed."""
     parts = [rows.attrs.get("task", ""), note]
     if "n" in rows:
@@ -257,7 +261,7 @@ def _signed(figure: Any, rows: pd.DataFrame, note: str = "") -> Any:
     return figure
 
 
-def _name_points(ax: Any, x: Any, y: Any, names: Any, all_x: Any, all_y: Any) -> None:
+def name_points(ax: Any, x: Any, y: Any, names: Any, all_x: Any, all_y: Any) -> None:
     """Write the name of each point where it covers no name and little else, as near as there is room; or not at all.
 
     To be called when all else of the figure is drawn, as it settles the layout.

@@ -27,18 +27,19 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-ser
 TOOLS = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}
 
 
-def _text(value: Any) -> str:
+def plain_text(value: Any) -> str:
     """``value`` as text that no browser takes for markup."""
     return html.escape(str(value), quote=False)
 
 
-def _numbers(values: pd.Series[Any]) -> list[str]:
+def format_numbers(values: pd.Series[Any]) -> list[str]:
     """Numbers to four digits, large ones whole; empty where there is none."""
     floats = values.astype(float).to_numpy(dtype=float, na_value=np.nan)
-    return ["" if np.isnan(value) else _number(float(value)) for value in floats]
+    return ["" if np.isnan(value) else format_number(float(value)) for value in floats]
 
 
-def _number(value: float) -> str:
+def format_number(value: float) -> str:
+    """A number in four significant digits, thousands separated."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
@@ -72,10 +73,10 @@ def _axes(merged: pd.DataFrame) -> tuple[list[Axis], list[Axis]]:
 
 
 def _named(task: str) -> str:
-    return f"<h3>{_text(task)}</h3>\n" if task else ""
+    return f"<h3>{plain_text(task)}</h3>\n" if task else ""
 
 
-def _frontier(task: str, merged: pd.DataFrame, table: pd.DataFrame, name: str) -> str:
+def frontier_chart(task: str, merged: pd.DataFrame, table: pd.DataFrame, name: str) -> str:
     """Every configuration with a score, on axes that two menus choose, the best trade-offs of each pair joined.
 
     A front belongs to a pair of axes, and is a trace of its own. The menu of one axis gives its x to the fronts of
@@ -113,8 +114,11 @@ def _frontier(task: str, merged: pd.DataFrame, table: pd.DataFrame, name: str) -
         traces[place]["error_y"] = {"type": "data", "symmetric": False, "thickness": 1, "width": 3, **parts}
     scales = ["log" if spans_a_decade(good[axis.column].dropna()) else "linear" for axis in (across[0], up[0])]
     menus = [
-        _menu("up", [(_text(axis.name), y_of(axis), {"yaxis.title.text": _text(axis.name)}) for axis in up]),
-        _menu("across", [(_text(axis.name), x_of(axis), {"xaxis.title.text": _text(axis.name)}) for axis in across]),
+        _menu("up", [(plain_text(axis.name), y_of(axis), {"yaxis.title.text": plain_text(axis.name)}) for axis in up]),
+        _menu(
+            "across",
+            [(plain_text(axis.name), x_of(axis), {"xaxis.title.text": plain_text(axis.name)}) for axis in across],
+        ),
         _scales("scale across", "xaxis", scales[0]),
         _scales("scale up", "yaxis", scales[1]),
     ]
@@ -160,12 +164,12 @@ def _look(place: int, name: str, hover: Sequence[str]) -> dict[str, Any]:
     symbol = SYMBOLS[(place + place // len(COLOURS)) % len(SYMBOLS)]
     marker = {"color": COLOURS[place % len(COLOURS)], "symbol": symbol, "size": 9}
     texts = {"text": list(hover), "hovertemplate": "%{text}<extra></extra>"}
-    return {"type": "scatter", "mode": "markers", "name": _text(name), "marker": marker, **texts}
+    return {"type": "scatter", "mode": "markers", "name": plain_text(name), "marker": marker, **texts}
 
 
 def _hover(good: pd.DataFrame, names: pd.Series[Any], axes: Sequence[Axis]) -> list[str]:
     """What the pointer shows of each configuration: its name, its seeds and all figures, with their intervals."""
-    lines = [[f"<b>{_text(name)}</b>" for name in names], [f"seeds: {n}" for n in good["n"]]]
+    lines = [[f"<b>{plain_text(name)}</b>" for name in names], [f"seeds: {n}" for n in good["n"]]]
     for axis in axes:
         bounds = (axis.numbers(good, part) for part in ("", ".low", ".high"))
         lines.append([_figure_line(axis, *of_one) for of_one in zip(*bounds, strict=True)])
@@ -175,8 +179,8 @@ def _hover(good: pd.DataFrame, names: pd.Series[Any], axes: Sequence[Axis]) -> l
 def _figure_line(axis: Axis, value: float | None, low: float | None, high: float | None) -> str:
     if value is None:
         return ""
-    interval = "" if low is None or high is None or low == high else f" [{_number(low)}, {_number(high)}]"
-    return f"{_text(axis.name)}: {_number(value)}{interval}"
+    interval = "" if low is None or high is None or low == high else f" [{format_number(low)}, {format_number(high)}]"
+    return f"{plain_text(axis.name)}: {format_number(value)}{interval}"
 
 
 # ---- learning curves -------------------------------------------------------------------------------
@@ -194,7 +198,7 @@ def _shown(steps: pd.DataFrame) -> dict[str, list[str]]:
     return {name: every for name, every in found.items() if every}
 
 
-def _curves(task: str, table: pd.DataFrame, steps: pd.DataFrame, name: str) -> str:
+def curves_chart(task: str, table: pd.DataFrame, steps: pd.DataFrame, name: str) -> str:
     """Losses, validation scores and learning rate by step, of the best trials; a menu chooses which."""
     kinds = _shown(steps)
     logged = [c for every in kinds.values() for c in every]
@@ -215,7 +219,10 @@ def _curves(task: str, table: pd.DataFrame, steps: pd.DataFrame, name: str) -> s
         return ""
     menu = _menu(
         "show",
-        [(kind, _visible([c for c, _ in drawn], kinds[kind]), {"yaxis.title.text": _text(kind)}) for kind in kinds],
+        [
+            (kind, _visible([c for c, _ in drawn], kinds[kind]), {"yaxis.title.text": plain_text(kind)})
+            for kind in kinds
+        ],
     )
     start = menu["options"][0]["args"][0]
     traces = [
@@ -249,12 +256,12 @@ def _curve(mine: pd.DataFrame, column: str, place: int, name: str) -> dict[str, 
         "type": "scatter",
         "mode": "lines+markers" if validation or len(points) < 3 else "lines",
         "marker": {"symbol": SYMBOLS[(place + place // len(COLOURS)) % len(SYMBOLS)], "size": 7},
-        "name": _text(name),
+        "name": plain_text(name),
         "legendgroup": str(place),
         "line": {"color": COLOURS[place % len(COLOURS)], "width": 1.4, "dash": "dot" if validation else "solid"},
         "x": points["step"].astype(float).tolist(),
         "y": [float(f"{value:.5g}") for value in points[column].astype(float)],
-        "hovertemplate": f"<b>{_text(name)}</b><br>step %{{x}}<br>{_text(kind)} %{{y}}<extra></extra>",
+        "hovertemplate": f"<b>{plain_text(name)}</b><br>step %{{x}}<br>{plain_text(kind)} %{{y}}<extra></extra>",
     }
 
 
@@ -278,8 +285,8 @@ def _scales(name: str, axis: str, first: str) -> dict[str, Any]:
 def _layout(x: str, y: str, x_scale: str, y_scale: str) -> dict[str, Any]:
     axis = {"gridcolor": RULE, "zeroline": False, "linecolor": INK, "ticks": "outside", "automargin": True}
     return {
-        "xaxis": axis | {"title": {"text": _text(x)}, "type": x_scale, "dtick": TICKS[x_scale]},
-        "yaxis": axis | {"title": {"text": _text(y)}, "type": y_scale, "dtick": TICKS[y_scale]},
+        "xaxis": axis | {"title": {"text": plain_text(x)}, "type": x_scale, "dtick": TICKS[x_scale]},
+        "yaxis": axis | {"title": {"text": plain_text(y)}, "type": y_scale, "dtick": TICKS[y_scale]},
         "font": {"family": FONT, "size": 13, "color": INK},
         "paper_bgcolor": "#fff",
         "plot_bgcolor": "#fff",

@@ -13,13 +13,13 @@ from peftsweep.analysis.figures.axes import (
     INK,
     RULE,
     SERIES,
-    _facets,
-    _figure,
-    _labels,
-    _legend,
-    _room_for,
-    _signed,
-    _styles,
+    add_legend,
+    draw_facets,
+    new_figure,
+    room_for_names,
+    series_labels,
+    series_styles,
+    with_caption,
 )
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.columns import Cost
@@ -33,7 +33,7 @@ def latency(merged: pd.DataFrame) -> Any:
     kinds = [kind for kind in kinds if kind != "overall"]
     if not kinds:
         return None
-    rows, chosen = _room_for(merged[merged[found].notna().any(axis=1)], (SERIES - 1) // 2)
+    rows, chosen = room_for_names(merged[merged[found].notna().any(axis=1)], (SERIES - 1) // 2)
     time, over = Cost("", "median time of a text", "seconds"), "overhead over the base (%)"
     prefix = "generation_info.{}.{}."
     largest = max(rows[prefix.format(kind, "adapted") + "seconds_p50"].max() for kind in kinds)
@@ -55,7 +55,7 @@ def latency(merged: pd.DataFrame) -> Any:
     long = pd.concat(parts).reindex(columns=["panel", "series", "x", "value", "low", "high", "mark"])
     long["x"] = pd.Categorical(long["x"], kinds, ordered=True)
     note = f"{chosen}; bars: 95% interval over paired runs".removeprefix("; ")
-    return _facets(long, _styles(list(long["series"])), "category of prompts", rows, joined=True, note=note)
+    return draw_facets(long, series_styles(list(long["series"])), "category of prompts", rows, joined=True, note=note)
 
 
 def memory_stages(merged: pd.DataFrame) -> Any:
@@ -66,7 +66,7 @@ def memory_stages(merged: pd.DataFrame) -> Any:
     peaks = [c for c in peaks if columns.measured(merged, c)]
     if len(peaks) < 2:
         return None
-    rows, chosen = _room_for(merged[merged[peaks].notna().any(axis=1)], SERIES)
+    rows, chosen = room_for_names(merged[merged[peaks].notna().any(axis=1)], SERIES)
     cost = Cost("", f"peak memory {'on the device' if device else 'of the process'}", "bytes")
     factor, name = cost.scale(rows[peaks].max().max())
     stages = {c: c.removeprefix("memory.").removesuffix(ending) for c in peaks}
@@ -74,7 +74,7 @@ def memory_stages(merged: pd.DataFrame) -> Any:
     long = table.melt("label", var_name="x", value_name="value").rename(columns={"label": "series"})
     long = long.assign(value=long["value"] / factor, low=np.nan, high=np.nan, mark="", panel=name)
     long["x"] = pd.Categorical(long["x"], list(stages.values()), ordered=True)
-    return _facets(long, _styles(list(rows["label"])), "stage of a trial", merged, joined=True, note=chosen)
+    return draw_facets(long, series_styles(list(rows["label"])), "stage of a trial", merged, joined=True, note=chosen)
 
 
 def memory_predicted(merged: pd.DataFrame) -> Any:
@@ -89,10 +89,10 @@ def memory_predicted(merged: pd.DataFrame) -> Any:
     largest = max(rows[predicted].max(), measured.max())
     factor, _ = Cost("", "", "bytes").scale(largest)
     unit = Cost("", "", "bytes").scale(largest)[1].strip()
-    series = _labels(rows, merged.attrs["factors"][:1])
+    series = series_labels(rows, merged.attrs["factors"][:1])
     told = list(series) if series.nunique() <= SERIES else []
-    styles = {name: look | {"linestyle": "none"} for name, look in _styles(told).items()}
-    figure, (ax,) = _figure(1, 4.6, 4.4)
+    styles = {name: look | {"linestyle": "none"} for name, look in series_styles(told).items()}
+    figure, (ax,) = new_figure(1, 4.6, 4.4)
     for label, place in rows.groupby(series, sort=False).groups.items():
         look = styles.get(str(label), GREY | {"linestyle": "none"})
         ax.plot(measured[place] / factor, rows.loc[place, predicted] / factor, **look)
@@ -100,5 +100,5 @@ def memory_predicted(merged: pd.DataFrame) -> Any:
     ax.plot([0, top], [0, top], color=INK, linewidth=0.9)
     ax.fill_between([0, top], [0, 0.9 * top], [0, 1.1 * top], color=RULE, zorder=0, linewidth=0)
     ax.set(xlim=(0, top), ylim=(0, top), aspect="equal", xlabel=f"measured {unit}", ylabel=f"predicted {unit}")
-    _legend(figure, styles)
-    return _signed(figure, merged, "on the line they agree, grey within 10%")
+    add_legend(figure, styles)
+    return with_caption(figure, merged, "on the line they agree, grey within 10%")

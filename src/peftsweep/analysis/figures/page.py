@@ -20,7 +20,16 @@ import pandas as pd
 from peftsweep.analysis.answer import build, render
 from peftsweep.analysis.answer.structure import Answer
 from peftsweep.analysis.figures.axes import INK, RULE
-from peftsweep.analysis.figures.charts import FONT, THEME, TRIAL, _curves, _frontier, _number, _numbers, _text
+from peftsweep.analysis.figures.charts import (
+    FONT,
+    THEME,
+    TRIAL,
+    curves_chart,
+    format_number,
+    format_numbers,
+    frontier_chart,
+    plain_text,
+)
 from peftsweep.analysis.statistics import effects, stats, trials
 from peftsweep.analysis.statistics import measured as statistics_measured
 from peftsweep.analysis.table import columns
@@ -121,10 +130,10 @@ def write(
     left = f"<p class='note'>The {TASKS} of {len(every)} models and datasets with the most trials.</p>"
     drawn = [(name if len(every) > 1 else "", part) for name, part in tasks.items()]
     fronts = [
-        _frontier(name, stats.configurations(part, predictions), part, f"frontier-plot-{n}")
+        frontier_chart(name, stats.configurations(part, predictions), part, f"frontier-plot-{n}")
         for n, (name, part) in enumerate(drawn)
     ]
-    curves = [_curves(name, part, steps, f"curves-plot-{n}") for n, (name, part) in enumerate(drawn)]
+    curves = [curves_chart(name, part, steps, f"curves-plot-{n}") for n, (name, part) in enumerate(drawn)]
     more = left if len(every) > len(tasks) else ""
     sections = [
         ("Trials", "trials", _trials(table, effects.factors(table)) + _printed(answer)),
@@ -209,19 +218,21 @@ def _trials(table: pd.DataFrame, found: Sequence[str]) -> str:
 
     linked = set(table[TRIAL].tail(PANELS))
     names = [
-        f'<a href="#{html.escape(trial)}">{_text(label)}</a>' if trial in linked else _text(label)
+        f'<a href="#{html.escape(trial)}">{plain_text(label)}</a>' if trial in linked else plain_text(label)
         for trial, label in zip(table[TRIAL], table[CALLED], strict=True)
     ]
     seeds = ["config.seed"] if "config.seed" in table and table["config.seed"].nunique() > 1 else []
-    cells = {"trial": names, "status": [_text(value) for value in table[STATUS]]}
+    cells = {"trial": names, "status": [plain_text(value) for value in table[STATUS]]}
     for column in [*found, *seeds]:
         values = (value if pd.isna(value) or column != columns.RANK else int(value) for value in table[column])
-        cells[_fresh(_text(columns.factor_name(column)), cells)] = ["" if pd.isna(v) else _text(v) for v in values]
+        cells[_fresh(plain_text(columns.factor_name(column)), cells)] = [
+            "" if pd.isna(v) else plain_text(v) for v in values
+        ]
     for column in columns.scores(table):
-        cells[_fresh(_text(columns.score_name(column)), cells)] = _numbers(table[column])
+        cells[_fresh(plain_text(columns.score_name(column)), cells)] = format_numbers(table[column])
     for cost in columns.costs(table):
         factor, name = cost.scale(float(table[cost.column].max()))
-        cells[_fresh(_text(name), cells)] = _numbers(table[cost.column] / factor)
+        cells[_fresh(plain_text(name), cells)] = format_numbers(table[cost.column] / factor)
     head = [{"target": 0, "content": ["order"]}, {"target": 1, "content": ["search"]}]
     made: str = itables.to_html_datatable(
         pd.DataFrame(cells),
@@ -393,9 +404,9 @@ def _panels(table: pd.DataFrame, differing: Sequence[str], folder: Path) -> str:
         found = {c: row[c] for c in figures if not pd.isna(row[c])}
         problem = ": ".join(str(row[c]) for c in ERROR if c in row and not pd.isna(row[c]))
         parts.append(
-            f'<article class="trial" id="{html.escape(str(row[TRIAL]))}"><h3>{_text(name)}</h3>'
-            f"<p>{_text(row[STATUS])}{': ' + _text(problem) if problem else ''}</p>"
-            f"{_warned(row.get(WARNINGS))}<pre>{_text(_command(folder / str(row[TRIAL])))}</pre>"
+            f'<article class="trial" id="{html.escape(str(row[TRIAL]))}"><h3>{plain_text(name)}</h3>'
+            f"<p>{plain_text(row[STATUS])}{': ' + plain_text(problem) if problem else ''}</p>"
+            f"{_warned(row.get(WARNINGS))}<pre>{plain_text(_command(folder / str(row[TRIAL])))}</pre>"
             f'<div class="pair"><div><h4>Its own settings</h4>{_definitions(own)}</div>'
             f"<div><h4>Figures</h4>{_definitions(found)}</div></div></article>"
         )
@@ -405,7 +416,7 @@ def _panels(table: pd.DataFrame, differing: Sequence[str], folder: Path) -> str:
 def _warned(lines: Any) -> str:
     """What makes the trial's scores say less than they seem to."""
     found = [] if not isinstance(lines, str) else json.loads(lines)
-    return "".join(f'<p class="note">Warning: {_text(line)}.</p>' for line in found)
+    return "".join(f'<p class="note">Warning: {plain_text(line)}.</p>' for line in found)
 
 
 def _command(trial: Path) -> str:
@@ -415,7 +426,7 @@ def _command(trial: Path) -> str:
 
 def _definitions(values: Mapping[str, Any]) -> str:
     """Names and values as a list in two columns."""
-    rows = [f"<dt>{_text(_plain_name(c))}</dt><dd>{_text(_plain_value(v))}</dd>" for c, v in values.items()]
+    rows = [f"<dt>{plain_text(_plain_name(c))}</dt><dd>{plain_text(_plain_value(v))}</dd>" for c, v in values.items()]
     return f"<dl>{''.join(rows)}</dl>" if rows else ""
 
 
@@ -424,4 +435,4 @@ def _plain_name(column: str) -> str:
 
 
 def _plain_value(value: Any) -> str:
-    return _number(value) if isinstance(value, float) and value >= 1e-3 else str(value)
+    return format_number(value) if isinstance(value, float) and value >= 1e-3 else str(value)

@@ -27,20 +27,20 @@ from peftsweep.analysis.figures.axes import (
     QUANTS,
     RULE,
     WIDTHS,
-    _arms,
-    _best_first,
-    _facets,
-    _figure,
-    _first_word,
-    _labels,
-    _legend,
-    _log_axis,
-    _name_points,
-    _panel,
-    _room_for,
-    _signed,
-    _styles,
+    add_legend,
+    best_first,
+    draw_facets,
+    error_bars,
+    first_word_of,
+    log_axis,
+    name_points,
+    new_figure,
+    panel_rows,
+    room_for_names,
+    series_labels,
+    series_styles,
     spans_a_decade,
+    with_caption,
 )
 from peftsweep.analysis.figures.costs import latency, memory_predicted, memory_stages
 from peftsweep.analysis.figures.retention import kept
@@ -210,11 +210,11 @@ def _against(merged: pd.DataFrame, factor: str, shown: Sequence[str | Cost]) -> 
     if rows[factor].nunique() < 2 if factor in factors else True:
         return None
     others = [c for c in factors if c != factor]
-    series = _labels(rows, others) if others else pd.Series("", rows.index)
-    best = list(series[_best_first(rows, shown[0] if isinstance(shown[0], str) else None)])
+    series = series_labels(rows, others) if others else pd.Series("", rows.index)
+    best = list(series[best_first(rows, shown[0] if isinstance(shown[0], str) else None)])
     numeric = pd.api.types.is_numeric_dtype(rows[factor])
     x = rows[factor].astype(float) if numeric else rows[factor].map(lambda v: columns.level_name(factor, v))
-    long = pd.concat([_panel(rows, what, x, series) for what in shown])
+    long = pd.concat([panel_rows(rows, what, x, series) for what in shown])
     if not numeric:
         first = [columns.in_words(QUANT, quant) for quant in QUANTS]
         by_size = rows.groupby(x)[columns.TRAINABLE.column].mean().sort_values().index  # of modules, the fewest first
@@ -223,10 +223,10 @@ def _against(merged: pd.DataFrame, factor: str, shown: Sequence[str | Cost]) -> 
     base = None
     if isinstance(shown[0], str) and columns.measured(merged, columns.base_of(shown[0])):
         base = float(merged[columns.base_of(shown[0])].mean())
-    styles = _styles(list(series), best)
+    styles = series_styles(list(series), best)
     moving = ", ".join(merged.attrs["moving"].get(factor, []))
     note = SPREADS + (f"; with the {columns.factor_name(factor)} moved {moving}" if moving else "")
-    return _facets(long, styles, columns.factor_name(factor), merged, base=base, joined=numeric, note=note)
+    return draw_facets(long, styles, columns.factor_name(factor), merged, base=base, joined=numeric, note=note)
 
 
 def frontier(merged: pd.DataFrame, score: str) -> Any:
@@ -237,19 +237,19 @@ def frontier(merged: pd.DataFrame, score: str) -> Any:
     if len(good) < 2 or not shown:
         return None
     factors = merged.attrs["factors"]
-    series = _labels(good, factors[:1])
-    styles = _styles(list(_labels(merged, factors[:1])), list(series[_best_first(good, score)]))
-    figure, axes = _figure(len(shown), WIDTHS[len(shown)], 3.6, sharey=True)
+    series = series_labels(good, factors[:1])
+    styles = series_styles(list(series_labels(merged, factors[:1])), list(series[best_first(good, score)]))
+    figure, axes = new_figure(len(shown), WIDTHS[len(shown)], 3.6, sharey=True)
     fronts = [_trade_off(ax, good.assign(series=series), c, score, styles) for ax, c in zip(axes, shown, strict=True)]
     axes[0].set_ylabel(columns.axis_name(score))
     if len(good) > EACH:
         series = series[sorted(set().union(*(line for *_, line in fronts)))]
-    _legend(figure, {name: look | {"linestyle": "none"} for name, look in styles.items() if name in set(series)})
+    add_legend(figure, {name: look | {"linestyle": "none"} for name, look in styles.items() if name in set(series)})
     grey = "; grey: what they dominate" if len(good) > EACH else ""
-    _signed(figure, merged, f"filled and joined: nothing is both better and cheaper; bars: 95% interval{grey}")
+    with_caption(figure, merged, f"filled and joined: nothing is both better and cheaper; bars: 95% interval{grey}")
     figure.draw_without_rendering()  # settles the layout, so that there is a room to write names in
     for ax, (x, y, names, _) in zip(axes, fronts, strict=True):
-        _name_points(ax, x[names.index], y[names.index], names, x, y)
+        name_points(ax, x[names.index], y[names.index], names, x, y)
     return figure
 
 
@@ -262,9 +262,9 @@ def _trade_off(ax: Any, good: pd.DataFrame, cost: Cost, score: str, styles: dict
     ax.set_xlabel(name)
     ax.margins(x=0.12, y=0.1)
     if spans_a_decade(x):
-        _log_axis(ax.xaxis)
+        log_axis(ax.xaxis)
     if columns.lower_is_better(score) and spans_a_decade(y):
-        _log_axis(ax.yaxis)
+        log_axis(ax.yaxis)
     if len(rows) > EACH:
         ax.plot(
             x[~front], y[~front], color=FADED, marker=".", markersize=3, alpha=0.3, linestyle="none", rasterized=True
@@ -276,7 +276,7 @@ def _trade_off(ax: Any, good: pd.DataFrame, cost: Cost, score: str, styles: dict
             if not on_it and len(rows) > EACH:
                 continue
             chosen = place[front[rows.index.get_indexer(place)] == on_it]
-            arms = _arms(rows.loc[chosen], score) if label in styles or on_it else None  # in grey they are a fog
+            arms = error_bars(rows.loc[chosen], score) if label in styles or on_it else None  # in grey they are a fog
             ax.errorbar(x[chosen], y[chosen], yerr=arms, elinewidth=0.8, **point, **look)
     line = x[front].sort_values()
     if len(line) > 1:
@@ -290,19 +290,21 @@ def bars(merged: pd.DataFrame, cost: Cost) -> Any:
     """One bar a configuration, the cheapest first, or a point on a logarithmic axis; those without a number say why."""
     if not columns.measured(merged, cost.column) or merged[cost.column].nunique() < 2:
         return None
-    rows, chosen = _room_for(merged, BARS)
+    rows, chosen = room_for_names(merged, BARS)
     rows = rows.sort_values(cost.column, ascending=False, na_position="first")
     factor, name = cost.scale(rows[cost.column].max())
     values = rows[cost.column] / factor
-    figure, (ax,) = _figure(1, 6.4, 0.9 + 0.19 * max(len(rows), 3))
+    figure, (ax,) = new_figure(1, 6.4, 0.9 + 0.19 * max(len(rows), 3))
     y = np.arange(len(rows))
     if wide := spans_a_decade(values.dropna()):  # where the length of a bar would mean nothing
         ax.plot(values, y, "o", color=COLOURS[0])
-        _log_axis(ax.xaxis)
+        log_axis(ax.xaxis)
     else:
         ax.barh(y, values.fillna(0.0), color=COLOURS[0], height=0.62)
-    ax.errorbar(values, y, xerr=_arms(rows, cost.column) / factor, fmt="none", ecolor=INK, elinewidth=0.9, capsize=2)
-    tops = values + _arms(rows, cost.column)[1] / factor
+    ax.errorbar(
+        values, y, xerr=error_bars(rows, cost.column) / factor, fmt="none", ecolor=INK, elinewidth=0.9, capsize=2
+    )
+    tops = values + error_bars(rows, cost.column)[1] / factor
     for place, value, top, why in zip(y, values, tops, rows["outcome"], strict=True):
         text = why if pd.isna(value) else f"{value:.3g}" + (f"  ({why})" if why else "")
         start = (values.min() if wide else 0.0) if pd.isna(top) else top
@@ -313,7 +315,7 @@ def bars(merged: pd.DataFrame, cost: Cost) -> Any:
     ax.margins(x=0.14)
     ax.set_xlabel(name)
     lines = "lines: standard deviation over seeds" if merged["n"].max() > 1 else ""
-    return _signed(figure, merged, "; ".join(filter(None, [chosen, lines])))
+    return with_caption(figure, merged, "; ".join(filter(None, [chosen, lines])))
 
 
 def parameters(merged: pd.DataFrame) -> Any:
@@ -322,23 +324,23 @@ def parameters(merged: pd.DataFrame) -> Any:
     trainable = columns.TRAINABLE.column
     if not columns.measured(merged, trainable) or merged[trainable].nunique() < 2 or total not in merged:
         return None
-    rows, chosen = _room_for(merged[merged[trainable].gt(0).fillna(False)], BARS)
+    rows, chosen = room_for_names(merged[merged[trainable].gt(0).fillna(False)], BARS)
     rows = rows.sort_values(trainable, ascending=False)
-    figure, (ax,) = _figure(1, 6.4, 1.2 + 0.19 * max(len(rows), 3))
+    figure, (ax,) = new_figure(1, 6.4, 1.2 + 0.19 * max(len(rows), 3))
     y = np.arange(len(rows))
     ax.hlines(y, rows[trainable], rows[total], color=FADED, linewidth=1)
     ax.plot(rows[trainable], y, "o", color=COLOURS[0], label="trainable")
     ax.plot(rows[total], y, "D", color=COLOURS[1], fillstyle="none", label="all")
     for place, some, everything in zip(y, rows[trainable], rows[total], strict=True):
         ax.annotate(f"{some / everything:.2%}", (everything, place), (7, 0), **LABEL_OFFSET)
-    _log_axis(ax.xaxis)
+    log_axis(ax.xaxis)
     ax.margins(x=0.12)
     ax.set_yticks(y, rows["label"])
     ax.set_ylim(-0.6, len(rows) - 0.4)
     ax.grid(axis="y", visible=False)
     ax.set_xlabel("parameters, and the trainable share of all")
     figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=2)
-    return _signed(figure, merged, chosen)
+    return with_caption(figure, merged, chosen)
 
 
 def heatmap(merged: pd.DataFrame, score: str) -> Any:
@@ -348,11 +350,11 @@ def heatmap(merged: pd.DataFrame, score: str) -> Any:
     rows = merged.assign(gain=-merged[score] if columns.lower_is_better(score) else merged[score])
     pairs = [columns.METHOD, QUANT]
     best = rows.sort_values("gain", ascending=False).groupby(pairs)[score].first().unstack()
-    why = rows[rows[score].isna()].groupby(pairs)["outcome"].agg(_first_word)
+    why = rows[rows[score].isna()].groupby(pairs)["outcome"].agg(first_word_of)
     order = best.mean(axis=1).sort_values(ascending=columns.lower_is_better(score), na_position="last").index
     quants = [q for q in QUANTS if q in best] + [q for q in best if q not in QUANTS]
     best = best.loc[order, quants]
-    figure, (ax,) = _figure(1, 2.2 + 1.0 * len(quants), 1.1 + 0.2 * len(order))
+    figure, (ax,) = new_figure(1, 2.2 + 1.0 * len(quants), 1.1 + 0.2 * len(order))
     dark_is_good = "cividis_r" if not columns.lower_is_better(score) else "cividis"
     image = ax.imshow(np.ma.masked_invalid(best.astype(float)), cmap=dark_is_good, aspect="auto")
     for (row, method), (column, quant) in itertools.product(enumerate(order), enumerate(quants)):
@@ -369,7 +371,7 @@ def heatmap(merged: pd.DataFrame, score: str) -> Any:
     ax.spines[:].set_visible(False)
     ax.set_title(columns.axis_name(score), pad=8)
     several = merged.groupby(pairs).size().max() > 1
-    return _signed(figure, merged, "the best configuration of each pair" if several else "")
+    return with_caption(figure, merged, "the best configuration of each pair" if several else "")
 
 
 def learning_curves(table: pd.DataFrame, steps: pd.DataFrame) -> Any:
@@ -380,9 +382,9 @@ def learning_curves(table: pd.DataFrame, steps: pd.DataFrame) -> Any:
         return None
     names = table["configuration"].map(columns.shortened(effects.labels(table))).set_axis(table["run_info.trial"])
     score = next(iter(columns.main_scores(table)), None)
-    best = names.to_numpy()[table.index.get_indexer(pd.Index(_best_first(table, score)))]
-    styles = _styles(list(names), list(best))
-    figure, axes = _figure(len(shown), WIDTHS[len(shown)], 3.3, sharey=True)
+    best = names.to_numpy()[table.index.get_indexer(pd.Index(best_first(table, score)))]
+    styles = series_styles(list(names), list(best))
+    figure, axes = new_figure(len(shown), WIDTHS[len(shown)], 3.3, sharey=True)
     trials = [trial for trial in dict.fromkeys(rows["trial"]) if trial in names.index]
     drawn = sorted(trials[:CURVES], key=lambda trial: names[trial] in styles)  # the named ones on top
     for ax, column in zip(axes, shown, strict=True):
@@ -394,9 +396,9 @@ def learning_curves(table: pd.DataFrame, steps: pd.DataFrame) -> Any:
         ax.set_title({"loss": "training loss", "validation_loss": "validation loss"}[column])
     values = rows[shown].astype(float)
     if spans_a_decade(values):
-        _log_axis(axes[0].yaxis)
-    _legend(figure, styles)
+        log_axis(axes[0].yaxis)
+    add_legend(figure, styles)
     left_out = f"{len(trials) - CURVES} trials left out" if len(trials) > CURVES else ""
     others = len(set(names)) - len(styles)
     grey = f"grey: {others} other configurations" if others > 0 else ""
-    return _signed(figure, table, "; ".join(filter(None, ["a line a trial", grey, left_out])))
+    return with_caption(figure, table, "; ".join(filter(None, ["a line a trial", grey, left_out])))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from peftsweep.analysis.figures.axes import GREY, INK, SERIES, _figure, _legend, _signed, _styles
+from peftsweep.analysis.figures.axes import GREY, INK, SERIES, add_legend, new_figure, series_styles, with_caption
 from peftsweep.analysis.text import retention
 from peftsweep.schema import Role
 
@@ -18,8 +18,8 @@ def kept(table: pd.DataFrame) -> Any:
     if not trials:
         return None
     names = [name for name, *_ in trials]
-    styles = _styles(names, names[:SERIES])
-    figure, (ax,) = _figure(1, 5.2, 3.8)
+    styles = series_styles(names, names[:SERIES])
+    figure, (ax,) = new_figure(1, 5.2, 3.8)
     for name, found, (target, old) in trials:
         points = {one.scale: (one.value, there.value) for one in old.points if (there := target.at(one.scale))}
         ax.plot(*zip(*points.values(), strict=True), **styles.get(name, GREY | {"alpha": 0.4}), linewidth=1)
@@ -27,9 +27,9 @@ def kept(table: pd.DataFrame) -> Any:
             ax.plot(*points[best], marker="o", markersize=11, fillstyle="none", color=INK, linestyle="none")
     target, old = trials[0][2]
     ax.set(xlabel=f"{old.evaluation} {old.metric}", ylabel=f"{target.evaluation} {target.metric}")
-    _legend(figure, styles)
+    add_legend(figure, styles)
     scales = "scales 0 (the base) to 1 (the whole adapter)"
-    return _signed(figure, table, f"{scales}; ring: keeps most within the interval at 1")
+    return with_caption(figure, table, f"{scales}; ring: keeps most within the interval at 1")
 
 
 def _both(found: Sequence[retention.Curve]) -> tuple[retention.Curve, retention.Curve] | None:

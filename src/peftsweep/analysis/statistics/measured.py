@@ -24,12 +24,12 @@ from peftsweep.analysis.statistics.trials import (
     TRIAL,
     Floats,
     Predictions,
-    _floats,
-    _one_a_seed,
+    as_floats,
     binomial,
     identify,
     is_ratio,
     is_share,
+    one_a_seed,
 )
 from peftsweep.analysis.table.columns import evaluation
 from peftsweep.study.record import Status
@@ -241,7 +241,7 @@ def measure(
     there = table[SUCCESS].eq(Status.success.name) & table[column].notna()
     if only is not None:
         there &= numbers.isin(only)
-    trials = _one_a_seed(table[there], numbers[there])
+    trials = one_a_seed(table[there], numbers[there])
     values = trials[column].astype("float64")
     ratio = is_ratio(column, values)
     stderr = trials[f"{stem}stderr"].astype("float64") if f"{stem}stderr" in trials else values * np.nan
@@ -256,8 +256,8 @@ def measure(
     place_of = {n: place for place, n in enumerate(seeds.index)}
     places = np.asarray(trials["configuration"].map(place_of), dtype=np.int64)
     counts = np.asarray(seeds, dtype=np.int64)
-    between = _floats(groups.var())
-    by_row = _by_row(trials, column, _floats(values), predictions) if predictions else None
+    between = as_floats(groups.var())
+    by_row = _by_row(trials, column, as_floats(values), predictions) if predictions else None
     rows, answered = None, np.zeros(len(counts))
     if by_row is not None:
         rows = _sums(by_row, places, len(seeds)) / counts[:, None]
@@ -266,12 +266,12 @@ def measure(
         column,
         ratio,
         seeds.index.to_numpy(dtype=np.int64),
-        _floats(groups.mean()),
+        as_floats(groups.mean()),
         counts,
         between,
         answered,
         rows,
-        _floats(stderr.groupby(trials["configuration"]).mean()),
+        as_floats(stderr.groupby(trials["configuration"]).mean()),
     )
 
 

@@ -41,12 +41,12 @@ from peftsweep.analysis.statistics.trials import (
     SUCCESS,
     TRIAL,
     Predictions,
-    _floats,
-    _one_a_seed,
+    as_floats,
     binomial,
     identify,
     is_ratio,
     is_share,
+    one_a_seed,
     settings,
 )
 from peftsweep.analysis.table.columns import MEASURED, direction, scores
@@ -68,7 +68,7 @@ def configurations(table: pd.DataFrame, predictions: Predictions | None = None) 
     - missing: one seed of a cost, whose spread is not known.
     """
     numbers = identify(table)
-    trials = _one_a_seed(table, numbers)
+    trials = one_a_seed(table, numbers)
     good = trials[trials[SUCCESS] == Status.success.name]
     groups = trials.groupby("configuration", sort=True)
     found = groups[[c for c in settings(table) if c in trials]].first()
@@ -140,5 +140,5 @@ def row_interval(
         factor = np.exp(quantile * stderr / value)
         return value / factor, value * factor
     counted = binomial(column, value, stderr, n)
-    exact = clopper_pearson(_floats(value * n), _floats(n))
+    exact = clopper_pearson(as_floats(value * n), as_floats(n))
     return low.where(~counted, exact[0]), high.where(~counted, exact[1])

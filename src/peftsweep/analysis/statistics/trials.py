@@ -106,7 +106,7 @@ def identify(table: pd.DataFrame) -> pd.Series[int]:
     return keys.astype("string").fillna("").groupby(list(keys.columns), sort=False).ngroup()
 
 
-def _one_a_seed(table: pd.DataFrame, numbers: pd.Series[int]) -> pd.DataFrame:
+def one_a_seed(table: pd.DataFrame, numbers: pd.Series[int]) -> pd.DataFrame:
     """The trials without repetitions: of those with the same configuration and seed, what the newest good one says.
 
     A repeated seed is no second draw: it gives the same numbers again.
@@ -140,5 +140,6 @@ def is_ratio(column: str, values: Iterable[float]) -> bool:
     return ("perplexity" in column.rpartition(".value")[0] or cost) and all(value > 0 for value in known)
 
 
-def _floats(values: Any) -> Floats:
+def as_floats(values: Any) -> Floats:
+    """``values`` as a float64 array of the same shape."""
     return np.asarray(values, dtype=np.float64)

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 MOST_MOVED = 6  # settings that move with a factor: with more, nothing is put down to it
 
 
-def _keys(task: Task, moved: Iterable[Moved]) -> str:
+def keys_of(task: Task, moved: Iterable[Moved]) -> str:
+    """The keys of the settings that ``moved``, each once, separated by commas."""
     return ", ".join(dict.fromkeys(task.names.key(one.key) for one in moved))
 
 
@@ -143,7 +144,7 @@ def _not_told(task: Task, factor: str, score: str, found: pd.DataFrame, moved: S
     levels = ", ".join(words.code(task.names.setting(factor, level)) for level in sorted(named, key=words.sortable))
     return (
         f"{columns.score_name(score)}: {levels} also differ in {len({one.key for one in moved})} other settings "
-        f"({_keys(task, moved)}), so that no difference is put down to the {columns.factor_name(factor)}."
+        f"({keys_of(task, moved)}), so that no difference is put down to the {columns.factor_name(factor)}."
     )
 
 

@@ -17,13 +17,14 @@ APPROXIMATE = "≈ marks a difference that may be chance."
 MOST_NAMED = 12  # methods whose budgets are told one by one
 
 
-def _standing(row: pd.Series[Any]) -> str:
+def standing_section(row: pd.Series[Any]) -> str:
     """A configuration may be no worse than the best for certain, and yet than one that is in a tie with it."""
     other = row["verdict"] == "worse" and row["p_adjusted"] >= trials.ALPHA
     return "worse than another" if other else {"best": "**best**", "unknown": "?"}.get(row["verdict"], row["verdict"])
 
 
-def _factor(task: Task, factor: str, mark: str, figures: Sequence[str]) -> Iterator[str]:
+def factor_section(task: Task, factor: str, mark: str, figures: Sequence[str]) -> Iterator[str]:
+    """The section of one factor in RESULTS.md, empty where nothing is known of it."""
     name, told = columns.factor_name(factor), [*_told(task, factor), "", *figures]
     if any(told):
         yield f"## {name[0].upper()}{name[1:]}{mark}"
@@ -131,8 +132,8 @@ def _best_of_each(task: Task, factor: str) -> Iterator[str]:
                     "best configuration": task.labels[number],
                     columns.score_name(score): findings.value_of(task, score, number),
                     "against the best": words.difference(row) if row["verdict"] != "best" else "",
-                    "": _standing(row),
-                    **_costs(task, number),
+                    "": standing_section(row),
+                    **cost_section(task, number),
                 }
             )
         yield from words.table(rows)
@@ -173,7 +174,8 @@ def _budget(task: Task, factor: str) -> Iterator[str]:
         yield "More tries find a better best by luck alone."
 
 
-def _costs(task: Task, number: Any) -> dict[str, str]:
+def cost_section(task: Task, number: Any) -> dict[str, str]:
+    """The costs that are known of trial ``number``, in words, by their headings in the table."""
     shown = {PARAMETERS: "trainable", ADAPTER: "adapter", task.memory or "": "", SECONDS: "train", SPEED: "tokens/s"}
     shown[task.memory or ""] = columns.factor_name(task.memory) if task.memory else ""
     row = task.row(number, tuple(c for c in shown if c))

@@ -19,7 +19,7 @@ from peftsweep.analysis.statistics.effects import Moved
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.naming import Names
 from peftsweep.analysis.text import words
-from peftsweep.analysis.text.factor_findings import MOST_MOVED, _keys, of_factor
+from peftsweep.analysis.text.factor_findings import MOST_MOVED, keys_of, of_factor
 from peftsweep.analysis.text.words import ADAPTER, SECONDS, SHOWN_MEMORY
 from peftsweep.study.record import Status
 from peftsweep.study.scores import baseline
@@ -200,7 +200,7 @@ def _best(task: Task, score: str) -> str:
 def also(task: Task, moved: Sequence[Moved]) -> str:
     """What else two configurations differ in, as the end of a sentence that names the first and then the second."""
     if len(moved) > MOST_MOVED:
-        return f"; they also differ in {len(moved)} other settings ({_keys(task, moved)})"
+        return f"; they also differ in {len(moved)} other settings ({keys_of(task, moved)})"
     value = task.names.value
     parts = [f"{task.names.key(m.key)} ({value(m.key, m.value)}, {value(m.key, m.reference_value)})" for m in moved]
     return f"; they also differ in {', '.join(parts)}" if parts else ""

@@ -18,7 +18,7 @@ from peftsweep.analysis.statistics import trials as statistics_trials
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.columns import QUANT, RANK, TARGETS
 from peftsweep.analysis.text import findings, methodology, paired, recommendations, words
-from peftsweep.analysis.text.factors import _costs, _factor, _standing
+from peftsweep.analysis.text.factors import cost_section, factor_section, standing_section
 from peftsweep.analysis.text.findings import Task
 from peftsweep.analysis.text.recommendations import QUALITY_LOSS
 from peftsweep.analysis.text.words import ADAPTER, ROWS, SECONDS
@@ -83,7 +83,7 @@ def _document(
         for score in task.scores:
             yield from _ranking(task, score, mark)
         for factor in task.factors:
-            yield from _factor(task, factor, mark, _take(left, FIGURES.get(factor, ()), folder))
+            yield from factor_section(task, factor, mark, _take(left, FIGURES.get(factor, ()), folder))
         for score in task.scores[:1]:
             yield from _frontier(task, score, mark, _take(left, FRONTIER, folder))
         advised = [one.facts for one in answer.of(USE) if one.task in ("", task.name)]
@@ -142,9 +142,9 @@ def _ranking(task: Task, score: str, mark: str) -> Iterator[str]:
                 columns.evaluation(score)[1]: findings.value_of(task, score, number),
                 "against the best": words.difference(row) if row["verdict"] != "best" else "",
                 "p": words.p(row["p_adjusted"]),
-                "": _standing(row),
+                "": standing_section(row),
                 "over the untouched base": _over_base(row),
-                **_costs(task, number),
+                **cost_section(task, number),
             }
         )
     yield from words.table(rows)
