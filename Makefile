@@ -5,6 +5,9 @@ RAY = .venv-ray
 OPTUNA_2 = .venv-optuna-2
 BENCHMARKS = loop_overhead generation memory_prediction sweep_wall_time collect_scale planning
 
+# Where this is set, each process compiles torch, transformers and peft anew: twice the time of a short command.
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: install demo test gpu kernels oldest newest check slow reference docs
 
 install: $(VENV)/installed
