@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -316,7 +316,7 @@ def _collect_parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-plots", action="store_true", help="no plots and no report.html")
     parser.add_argument(
         "--quality-loss",
-        type=_share,
+        type=command_line.number(lambda share: 0 <= share < 1, "from 0 to below 1"),
         metavar="SHARE",
         help="of the best score that advice may give up for speed (default: 0.05)",
     )
@@ -349,13 +349,6 @@ def _collect_parser() -> argparse.ArgumentParser:
         "--memory-guide", metavar="MODEL", help="instead: which method and quantisation of it fits which GPU, predicted"
     )
     return parser
-
-
-def _share(text: str) -> float:
-    with suppress(ValueError):
-        if 0 <= float(text) < 1:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"must be a share from 0 to below 1, not {text}")
 
 
 def data() -> None:

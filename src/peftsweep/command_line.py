@@ -11,6 +11,7 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,18 @@ def whole_number(least: int) -> Callable[[str], int]:
         if text.isdecimal() and int(text) >= least:
             return int(text)
         raise argparse.ArgumentTypeError(f"must be a whole number, at least {least}, not {text}")
+
+    return read
+
+
+def number(fits: Callable[[float], bool], allowed: str) -> Callable[[str], float]:
+    """A type of argparse's: a finite number that ``fits``; ``allowed`` says which do, such as "at least 0"."""
+
+    def read(text: str) -> float:
+        with suppress(ValueError):
+            if math.isfinite(found := float(text)) and fits(found):
+                return found
+        raise argparse.ArgumentTypeError(f"must be a number, {allowed}, not {text}")
 
     return read
 

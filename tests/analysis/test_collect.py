@@ -130,7 +130,7 @@ def test_only_failures_make_no_plot_and_no_error(collect_command: Collect) -> No
         ([], "no study under multirun/"),
         (["nope"], "study=nope: no such folder"),
         (["--out", "x.xls"], "must end in"),
-        (["--quality-loss", "2"], "--quality-loss: must be a share from 0 to below 1, not 2"),
+        (["--quality-loss", "2"], "--quality-loss: must be a number, from 0 to below 1, not 2"),
     ],
 )
 def test_bad_input_is_one_line(words: list[str], problem: str, collect_command: Collect) -> None:

@@ -19,7 +19,7 @@ from peftsweep.forecast import duration, history, speed, timing
 from peftsweep.forecast.duration import Estimate, Span
 from peftsweep.forecast.history import History
 from peftsweep.observe import streams
-from peftsweep.observe.remaining import in_words, of_sweep, remaining
+from peftsweep.observe.remaining import format_seconds, of_sweep, remaining
 from peftsweep.schema import PriceConfig
 from peftsweep.study.record import Result
 from peftsweep.sweep.workers import Budget, Options
@@ -303,7 +303,7 @@ def test_a_sweep_ends_when_its_workers_have_taken_all_that_waits() -> None:
     [(0.42, "0.4 s"), (14.2, "14 s"), (192.0, "3.2 min"), (5400.0, "1.5 h"), (200_000.0, "2.3 days")],
 )
 def test_seconds_in_words(seconds: float, said: str) -> None:
-    assert in_words(seconds) == said
+    assert format_seconds(seconds) == said
 
 
 def test_what_is_told_of_the_time_left_is_what_was_predicted_by_kind() -> None:

@@ -65,9 +65,9 @@ def test_a_row_says_state_step_loss_score_memory_and_time_left() -> None:
     head, row, last = plain(made)
     assert head.split() == ["trial", "state", "step", "loss", "score", "memory", "left"]
     assert row.split("  ")[0] == "[1/3] lora, r=8"
-    cells = ["train", "30/120", "1.234", "tiny.accuracy 0.625", "2.5 GB", "3 min"]  # 90 steps of 2 seconds
+    cells = ["train", "30/120", "1.234", "tiny.accuracy 0.625", "2.5 GB", "3.0 min"]  # 90 steps of 2 seconds
     assert all(cell in row for cell in cells)
-    assert last == "0 of 3 trials done, 75 s, about 12 min left"  # 180 s, and two more trials of 75 + 180 s
+    assert last == "0 of 3 trials done, 75 s, about 11.5 min left"  # 180 s, and two more trials of 75 + 180 s
 
 
 def ended(folder: Path) -> Result:
@@ -106,12 +106,12 @@ def test_what_was_predicted_says_the_time_left_of_work_that_has_no_steps() -> No
     view = made.trial("one")
     view.expects({"load": 4.0, "train": 100.0, "evaluate": 20.0, "save": 1.0})
     view.stage("train")
-    assert plain(made)[1].endswith("2 min")  # 121 s
+    assert plain(made)[1].endswith("2.0 min")  # 121 s
     view.step(ROW | {"step": 60, "seconds": 120.0})
     made.clock.now = 124.0  # type: ignore[attr-defined]
     assert view.left() == pytest.approx((60 / 65 * 2 + 5 / 65 * 100 / 120) * 60 + 21)
     view.stage("eval")
-    assert at(made, 130.0).endswith("about 3 min left")  # 15 s, and another trial of 145 s
+    assert at(made, 130.0).endswith("about 2.7 min left")  # 15 s, and another trial of 145 s
     assert "15 s" in plain(made)[1]
 
 
@@ -125,7 +125,7 @@ def test_the_table_is_no_wider_than_the_terminal_and_cuts_no_number(width: int) 
     assert all(len(line) <= width for line in lines)
     assert "30/120" in lines[1]
     assert "1.234" in lines[1]
-    assert "3 min" in lines[1]
+    assert "3.0 min" in lines[1]
     assert lines[1].count("…") == 1  # in the name
 
 
@@ -145,7 +145,7 @@ def test_trials_that_ended_or_begin_again_later_leave_the_table() -> None:
     second.drop()
     second.drop()  # as a worker that dies may say so twice
     assert made.running == []
-    assert plain(made)[-1].startswith("1 of 2 trials done, 1 failed, 0 s")
+    assert plain(made)[-1].startswith("1 of 2 trials done, 1 failed, 0.0 s")
 
 
 def test_the_log_of_a_failed_trial_is_a_link_in_a_terminal_alone() -> None:

@@ -19,7 +19,7 @@ from peftsweep.forecast import duration, forecast, history, speed
 from peftsweep.forecast.duration import NOTHING, Estimate, Span
 from peftsweep.models import model
 from peftsweep.observe import streams
-from peftsweep.observe.remaining import in_words
+from peftsweep.observe.remaining import format_seconds
 from peftsweep.schema import Config, PriceConfig
 from peftsweep.study import record, store
 
@@ -155,7 +155,7 @@ def check(config: Config) -> None:
 
 def told(span: Span) -> str:
     """``3.2 min (2.7 min to 3.9 min)``."""
-    return f"{in_words(span.seconds)} ({in_words(span.low)} to {in_words(span.high)})"
+    return f"{format_seconds(span.seconds)} ({format_seconds(span.low)} to {format_seconds(span.high)})"
 
 
 def money(amount: float) -> str:

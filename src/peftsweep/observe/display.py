@@ -14,7 +14,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from peftsweep.observe.remaining import of_sweep, remaining
+from peftsweep.observe.remaining import format_seconds, of_sweep, remaining
 from peftsweep.study.record import HEADLINE, Result, Status
 from peftsweep.study.scores import baseline
 
@@ -105,8 +105,8 @@ class Display:
         elapsed = self.clock() - self._began
         left = self._left()
         failed = f", {self._bad} failed" if self._bad else ""
-        until = f", about {duration(left)} left" if left is not None else ""
-        return f"{self._done} of {self._total} trials done{failed}, {duration(elapsed)}{until}"
+        until = f", about {format_seconds(left)} left" if left is not None else ""
+        return f"{self._done} of {self._total} trials done{failed}, {format_seconds(elapsed)}{until}"
 
     def _left(self) -> float | None:
         """The seconds until all trials are done; those that are waiting take as long as the others on average."""
@@ -118,14 +118,6 @@ class Display:
         if mean is not None:
             left = [max(mean - age, 0.0) if rest is None else rest for age, rest in zip(ages, left, strict=True)]
         return of_sweep(left, [mean] * waiting, max(len(running), 1))
-
-
-def duration(seconds: float) -> str:
-    """``45 s``, ``12 min`` or ``3 h 05 min``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 class TrialView(Observer):
@@ -189,7 +181,7 @@ class TrialView(Observer):
             "loss": f"{row['loss']:.3f}" if row.get("loss") is not None else "",
             "score": f"{headline} {scores[headline]:.3f}" if scores.get(headline) is not None else "",
             "memory": size(row["memory_allocated"]) if row.get("memory_allocated") else "",
-            "left": duration(left) if left is not None else "",
+            "left": format_seconds(left) if left is not None else "",
         }
 
     def drop(self) -> None:

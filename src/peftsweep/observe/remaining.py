@@ -67,7 +67,7 @@ def of_sweep(running: Sequence[float | None], waiting: Sequence[float | None], w
     return max(free, default=0.0)
 
 
-def in_words(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """``0.4 s``, ``14 s``, ``3.2 min``, ``5.1 h``, ``2.3 days``."""
     if seconds < 90:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftsweep import shorthand
-from peftsweep.command_line import OneLineParser, whole_number
+from peftsweep.command_line import OneLineParser, number, whole_number
 from peftsweep.errors import InputError
 from peftsweep.schema import Task, Turns
 from peftsweep.study import store
@@ -47,36 +46,21 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--base", action="store_true", help="the untouched base's text as well")
     made.add_argument(
         "--temperature",
-        type=_at_least_0,
+        type=number(lambda t: t >= 0, "at least 0"),
         metavar="T",
         help="draw tokens at it, as transformers does (default: 0, the likeliest)",
     )
     made.add_argument(
-        "--top-p", type=_share, metavar="P", help="draw from the likeliest tokens that have this probability together"
+        "--top-p",
+        type=number(lambda p: 0 < p <= 1, "above 0 and at most 1"),
+        metavar="P",
+        help="draw from the likeliest tokens that have this probability together",
     )
     made.add_argument(
         "--max-new-tokens", type=whole_number(1), default=256, metavar="N", help="longest text (default: 256)"
     )
     made.add_argument("--seed", type=whole_number(0), default=0, metavar="N", help="of the tokens drawn (default: 0)")
     return made
-
-
-def _at_least_0(text: str) -> float:
-    return _number(text, lambda number: number >= 0, "at least 0")
-
-
-def _share(text: str) -> float:
-    return _number(text, lambda number: 0 < number <= 1, "above 0 and at most 1")
-
-
-def _number(text: str, fits: Callable[[float], bool], range_: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if math.isfinite(number) and fits(number):
-        return number
-    raise argparse.ArgumentTypeError(f"must be a number, {range_}, not {text}")
 
 
 def main(options: argparse.Namespace, compose: Callable[..., Trial]) -> int:

@@ -16,7 +16,6 @@ from peftsweep.analysis.answer.structure import (
     Table,
 )
 from peftsweep.analysis.text import retention, words
-from peftsweep.analysis.text.retention import Curve
 from peftsweep.schema import Role
 
 MOST = 100  # rows of the table
@@ -36,7 +35,7 @@ def section(table: pd.DataFrame) -> Section | None:
     return Section(RETENTION, "What was kept", sentences, Retention([_facts(*one) for one in trials]), [shown])
 
 
-def _rows(name: str, found: list[Curve]) -> list[dict[str, Any]]:
+def _rows(name: str, found: list[ScaleCurve]) -> list[dict[str, Any]]:
     """A row a scale, with each evaluation's score and its interval."""
     rows = []
     for scale in sorted({point.scale for curve in found for point in curve.points}):
@@ -52,15 +51,10 @@ def _rows(name: str, found: list[Curve]) -> list[dict[str, Any]]:
     return rows
 
 
-def _key(curve: Curve) -> str:
+def _key(curve: ScaleCurve) -> str:
     return f"{curve.evaluation} {curve.metric} ({curve.role})"
 
 
-def _facts(name: str, found: list[Curve]) -> Kept:
+def _facts(name: str, found: list[ScaleCurve]) -> Kept:
     most = {one.evaluation: retention.keeps_most(found, one) for one in found if one.role == Role.retention.value}
-    return Kept(name, most, [_curve(one) for one in found])
-
-
-def _curve(one: Curve) -> ScaleCurve:
-    role: Any = one.role
-    return ScaleCurve(one.evaluation, one.metric, role, "higher" if one.sign > 0 else "lower", list(one.points))
+    return Kept(name, most, found)

@@ -288,6 +288,15 @@ class ScaleCurve:
     better: Literal["higher", "lower"]
     points: list[ScaleScore]
 
+    @property
+    def sign(self) -> int:
+        """1 where more is better, -1 where less is."""
+        return 1 if self.better == "higher" else -1
+
+    def at(self, scale: float) -> ScaleScore | None:
+        """The score at ``scale``; None where it was not measured."""
+        return next((one for one in self.points if one.scale == scale), None)
+
 
 @dataclass(frozen=True)
 class Kept:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from peftsweep.analysis.answer.structure import ScaleCurve
 from peftsweep.analysis.figures.axes import GREY, INK, SERIES, add_legend, new_figure, series_styles, with_caption
 from peftsweep.analysis.text import retention
 from peftsweep.schema import Role
@@ -32,7 +33,7 @@ def kept(table: pd.DataFrame) -> Any:
     return with_caption(figure, table, f"{scales}; ring: keeps most within the interval at 1")
 
 
-def _both(found: Sequence[retention.Curve]) -> tuple[retention.Curve, retention.Curve] | None:
+def _both(found: Sequence[ScaleCurve]) -> tuple[ScaleCurve, ScaleCurve] | None:
     """The first target and the first evaluation of what is to be kept; None where one is missing."""
     first = [next((one for one in found if one.role == role.value), None) for role in (Role.target, Role.retention)]
     return (first[0], first[1]) if first[0] and first[1] else None

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 from scipy import special
 
-from peftsweep.analysis.answer.structure import ScaleScore
+from peftsweep.analysis.answer.structure import ScaleCurve, ScaleScore
 from peftsweep.analysis.statistics.intervals import ALPHA
 from peftsweep.analysis.table import columns
 from peftsweep.schema import Role
@@ -24,32 +23,7 @@ SCALES = "train_info.scales"
 Z = float(special.ndtri(1 - ALPHA / 2))  # standard errors to each side of a 95% interval
 
 
-@dataclass(frozen=True)
-class Curve:
-    """An evaluation's scores by the adapter's scale, from the base at 0 to the whole adapter at 1."""
-
-    evaluation: str
-    role: str
-    metric: str
-    points: tuple[ScaleScore, ...]
-
-    @property
-    def sign(self) -> int:
-        """1 where more is better, -1 where less is."""
-        return -1 if self.metric.rpartition(".")[2] in LOWER_IS_BETTER else 1
-
-    def at(self, scale: float) -> ScaleScore | None:
-        return next((one for one in self.points if one.scale == scale), None)
-
-    def within(self, scale: float) -> bool:
-        """Whether the score at ``scale`` is no worse than the lower end of the 95% interval at 1."""
-        here, whole = self.at(scale), self.at(1.0)
-        if here is None or whole is None:
-            return False
-        return self.sign * (here.value - whole.value) >= -Z * (whole.stderr or 0.0)
-
-
-def curves(record: Mapping[str, Any], evaluations: Mapping[str, Mapping[str, Any]]) -> list[Curve]:
+def curves(record: Mapping[str, Any], evaluations: Mapping[str, Mapping[str, Any]]) -> list[ScaleCurve]:
     """The curves of a trial, of ``train_info`` and ``eval_info`` of its record; none where it was not scored so."""
     rows = record.get("scales") or []
     found = []
@@ -63,19 +37,28 @@ def curves(record: Mapping[str, Any], evaluations: Mapping[str, Mapping[str, Any
         for scale, key in ((0.0, f"base_{metric}"), (1.0, metric)):
             if (score := facts.get(key)) and score["value"] is not None:
                 points.append(ScaleScore(scale, score["value"], score["stderr"]))
-        found.append(Curve(name, role, metric, tuple(sorted(points, key=lambda one: one.scale))))
+        better: Any = "lower" if metric.rpartition(".")[2] in LOWER_IS_BETTER else "higher"
+        found.append(ScaleCurve(name, metric, role, better, sorted(points, key=lambda one: one.scale)))
     return found
 
 
-def keeps_most(found: Iterable[Curve], retention: Curve) -> float | None:
+def keeps_most(found: Iterable[ScaleCurve], retention: ScaleCurve) -> float | None:
     """The scale at which ``retention`` is best, of those at which each target's score is within its interval at 1."""
     targets = [one for one in found if one.role == Role.target.value]
-    scales = [one.scale for one in retention.points if all(target.within(one.scale) for target in targets)]
+    scales = [one.scale for one in retention.points if all(_within(target, one.scale) for target in targets)]
     values = {one.scale: retention.sign * one.value for one in retention.points}
     return max(scales, key=lambda scale: (values[scale], scale), default=None)
 
 
-def of_table(table: pd.DataFrame) -> Iterator[tuple[str, list[Curve]]]:
+def _within(curve: ScaleCurve, scale: float) -> bool:
+    """Whether the score at ``scale`` is no worse than the lower end of the 95% interval at 1."""
+    here, whole = curve.at(scale), curve.at(1.0)
+    if here is None or whole is None:
+        return False
+    return curve.sign * (here.value - whole.value) >= -Z * (whole.stderr or 0.0)
+
+
+def of_table(table: pd.DataFrame) -> Iterator[tuple[str, list[ScaleCurve]]]:
     """The curves of each trial that was scored so, of a table with a row a trial; by the trial's name."""
     if SCALES not in table:
         return
@@ -91,7 +74,7 @@ def of_table(table: pd.DataFrame) -> Iterator[tuple[str, list[Curve]]]:
         yield str(name), curves({"scales": rows}, scores)
 
 
-def notes(trials: Iterable[tuple[str, list[Curve]]]) -> Iterator[str]:
+def notes(trials: Iterable[tuple[str, list[ScaleCurve]]]) -> Iterator[str]:
     """A line for each trial, by its name and curves, and each of its evaluations of what is to be kept."""
     for name, found in trials:
         for retention in (one for one in found if one.role == Role.retention.value):
@@ -99,8 +82,8 @@ def notes(trials: Iterable[tuple[str, list[Curve]]]) -> Iterator[str]:
                 yield _line(name, found, retention, scale)
 
 
-def _line(name: str, found: Iterable[Curve], retention: Curve, scale: float) -> str:
-    def said(curve: Curve, at: float) -> str:
+def _line(name: str, found: Iterable[ScaleCurve], retention: ScaleCurve, scale: float) -> str:
+    def said(curve: ScaleCurve, at: float) -> str:
         point = curve.at(at)
         return "?" if point is None else f"{point.value:.3f}"
 
