@@ -115,9 +115,10 @@ def _packages() -> Finding:
 
 
 def _system() -> Finding:
+    from peftsweep.observe import measure
     from peftsweep.study import record
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = measure.cores()
     said = f"{platform.system()} {platform.release()}, {record.processor()}, {cores} cores"
     tested = sys.platform == "linux"
     facts = {"system": platform.system(), "processor": record.processor(), "cores": cores}

@@ -175,3 +175,15 @@ def test_a_failure_in_an_inner_stage_is_recorded_under_its_name() -> None:
     with pytest.raises(RuntimeError, match="no"), meter.stage("setup"), meter.stage("train"):
         fail()
     assert meter.current == "validate"
+
+
+@pytest.mark.parametrize(
+    ("allowed", "torch_threads", "workers", "each"),
+    [(8, 8, 1, None), (8, 8, 2, 4), (4, 4, 2, 2), (2, 2, 5, 1), (8, 1, 2, 1), (64, 32, 2, 32)],
+)
+def test_workers_part_the_cores_that_the_process_may_use(
+    monkeypatch: pytest.MonkeyPatch, allowed: int, torch_threads: int, workers: int, each: int | None
+) -> None:
+    monkeypatch.setattr(measure, "cores", lambda: allowed)  # of a host that may have more
+    monkeypatch.setattr(torch, "get_num_threads", lambda: torch_threads)  # OMP_NUM_THREADS, or the affinity mask
+    assert measure.threads_each(workers) == each

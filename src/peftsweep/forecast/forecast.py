@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 import logging
 import multiprocessing
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from peftsweep.forecast.predict import Prediction, Shape, predict, shapes, skele
 from peftsweep.models import compatibility, coverage, parts, probe, saved
 from peftsweep.models import model as models_model
 from peftsweep.models.shapes import without_numbers
-from peftsweep.observe import streams
+from peftsweep.observe import measure, streams
 from peftsweep.observe.display import size
 from peftsweep.schema import Config, DatasetConfig, Dtype, RowsConfig, Task, TrainConfig, ValidationConfig
 from peftsweep.training import optimizer
@@ -104,7 +103,7 @@ def ahead(trials: Sequence[Trial], *, memory: bool) -> Iterator[Trial]:
     """
     keys = [_forecast_key(one) for one in trials]
     new = {key: one for key, one in zip(keys, trials, strict=True) if key not in _FORECASTS}
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" and not torch.cuda.device_count() else 1
+    cores = measure.cores() if sys.platform == "linux" and not torch.cuda.device_count() else 1
     if cores < 2 or len(new) < MANY:
         yield from trials
         return

@@ -17,7 +17,7 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -375,14 +375,3 @@ def _calibrate(speed: Speed, meter: Meter) -> None:
         speed.host_seconds = max(short - inside, 0.0) / tiny.dispatches
         host = 0.0 if on_gpu else speed.host_seconds * middle.dispatches
         speed.byte_seconds = max(long - host - much, 0.0) / middle.other_bytes
-
-
-@contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """So many threads in the block, as workers that share a CPU have each."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -18,7 +17,7 @@ from peftsweep.errors import InputError
 from peftsweep.forecast import duration, forecast, history, speed
 from peftsweep.forecast.duration import NOTHING, Estimate, Span
 from peftsweep.models import model
-from peftsweep.observe import streams
+from peftsweep.observe import measure, streams
 from peftsweep.observe.remaining import format_seconds
 from peftsweep.schema import Config, PriceConfig
 from peftsweep.study import record, store
@@ -36,9 +35,8 @@ class Timing:
         config = trials[0].config
         where = model.device(config.device)
         on_cpu, count = where.type == "cpu", workers or 1
-        # As the workers of a sweep part the cores of a host.
-        self._threads = max(1, (os.cpu_count() or 1) // count) if on_cpu and count > 1 else None
-        with speed.threads(self._threads):
+        self._threads = measure.threads_each(count) if on_cpu else None
+        with measure.threads(self._threads):
             self.device = device_of(where, torch.get_num_threads())
         self.history = records_of(self.device.key, config.forecast.records, config.study)
         self.price = hourly(config.price, speed.name_of(where))
@@ -51,7 +49,7 @@ class Timing:
     def estimate(self, one: Trial) -> Estimate:
         """Of one trial, without the scores of a base that an earlier one has found."""
         if one.identity not in self._estimates:
-            with streams.without_warnings(), speed.threads(self._threads):
+            with streams.without_warnings(), measure.threads(self._threads):
                 found = duration.estimate(one, self.device, self.history)
             key = identity.content_hash([*forecast._of_the_model(one), one.config.quant, one.tree["eval"]])
             span = found.spans.get("evaluate")

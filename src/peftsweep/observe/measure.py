@@ -11,7 +11,9 @@ and its peaks are reset at the start: the memory of one stage never counts as an
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -252,3 +254,27 @@ def _rss_peak() -> int:
         return int(line.split()[1]) * 1024
     except (OSError, StopIteration):
         return int(psutil.Process().memory_info().rss)
+
+
+def cores() -> int:
+    """The CPU cores that this process may use, which an affinity mask or a cluster's scheduler can limit."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def threads_each(workers: int) -> int | None:
+    """CPU threads of each of so many workers, which share the cores; None of one: as many as torch takes.
+
+    ``OMP_NUM_THREADS`` stays the upper bound, as it is of torch's own number.
+    """
+    return None if workers < 2 else max(1, min(torch.get_num_threads(), cores() // workers))
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """So many threads in the block, as workers that share a CPU have each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -28,6 +28,7 @@ from peftsweep.config import compose as configuration
 from peftsweep.config.compose import Trial
 from peftsweep.errors import Unwritable
 from peftsweep.evaluation.isolation import LEAKED, open_files, process_state_kept
+from peftsweep.observe import measure
 from peftsweep.observe.display import Display, Observer, TrialView
 from peftsweep.study import claims, store
 from peftsweep.study.record import Result, Status, sitting_seconds
@@ -72,8 +73,7 @@ def run(trials: Sequence[Trial], options: Options, budget: Budget, display: Disp
         yield from _here(deque(jobs), budget, display, options)
         return
     places = processes.places(options.workers, options.devices, [one.config.device for one in trials])
-    on_cpu = places[0] == processes.CPU and len(places) > 1
-    threads = max(1, (os.cpu_count() or 1) // len(places)) if on_cpu else None
+    threads = measure.threads_each(len(places)) if places[0] == processes.CPU else None
     pool: list[_Worker] = []
     try:
         pool += [_Worker(place, threads) for place in places[: len(jobs)]]
