@@ -16,7 +16,7 @@ import torch
 from peftsweep.config import build
 from peftsweep.config.compose import Trial
 from peftsweep.config.fill import conf_dir
-from peftsweep.forecast import forecast
+from peftsweep.forecast import duration, forecast, work
 from peftsweep.observe import streams
 
 METHODS = sorted(file.stem for file in Path(conf_dir(), "method").glob("*.yaml"))
@@ -64,21 +64,34 @@ def sizes(compose: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch) -> lis
 
 
 def test_a_plan_that_several_processes_make_is_the_one_that_one_makes(sizes: list[Trial]) -> None:
+    for cache in work.CACHES:
+        cache.clear()
+
+    def operations(one: Trial) -> object:
+        return duration.operations(one, "cpu")
+
+    def calls() -> list[Any]:  # of each size that is traced, those of a step and of the evaluations
+        found = [(one.step.ledger, one.asked) for one in work._TRACED.values() if one and one.step]
+        return [(step.calls, [(read.calls, write) for read, write in asked.values()]) for step, asked in found]
+
     seen = []
-    for one in forecast.ahead(sizes, memory=True):
+    for one in forecast.ahead(sizes, forecast.prediction, operations, caches=work.CACHES):
         assert forecast._forecast_key(one) in forecast._FORECASTS
         seen.append(one)
-    made = dict(forecast._FORECASTS), dict(forecast._PREDICTIONS)
+    made, traced = (dict(forecast._FORECASTS), dict(forecast._PREDICTIONS)), calls()
     assert (seen, len(made[0]), len(made[1])) == (sizes, 2, 2)  # seed and learning rate change neither
-    for cache in forecast.CACHES:
+    assert len(traced) == 1  # full fine-tuning of 4 bits is refused
+    assert traced[0][0]
+    for cache in (*forecast.CACHES, *work.CACHES):
         cache.clear()
     planned(sizes)
-    assert made == (forecast._FORECASTS, forecast._PREDICTIONS)
+    operations(sizes[0])
+    assert (made, traced) == ((forecast._FORECASTS, forecast._PREDICTIONS), calls())
 
 
 def test_a_process_that_dies_is_not_waited_for(sizes: list[Trial], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forecast, "_find_out", lambda *_: os._exit(1))
-    assert list(forecast.ahead(sizes, memory=False)) == sizes
+    assert list(forecast.ahead(sizes)) == sizes
     assert not forecast._FORECASTS
 
 

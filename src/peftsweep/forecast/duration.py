@@ -32,6 +32,8 @@ FIRST_SECONDS, NEXT_SECONDS = 4.0, 1.0  # for which operations are timed: of the
 SETUP_SECONDS, TENSOR_SECONDS = 0.3, 0.002
 LOAD_RATE, QUANTISE_RATE, SAVE_RATE = 1e9, 2e8, 5e8  # bytes/s that are read, quantised, written
 NOT_ASKED = "not asked for"
+MOST_SECONDS = 15.0  # for which a process times operations, but for those of the first trial of a model
+_SPENT = [0.0]
 _MODELS: set[str] = set()  # of which a trial was predicted
 
 
@@ -136,10 +138,7 @@ def estimate(
     if reason := forecast.refusal(trial):
         return _unknown(f"refused: {reason}")
     where = device.device.type
-    tokenizer = build.load_tokenizer(trial) if models_model.is_local(trial.config.model) else None
-    run, missing = run_of(trial, tokenizer, tokens)
-    asked, unasked = evaluations(trial, tokenizer) if timed and judged else ({}, NOT_ASKED)
-    traced = trace(trial, run, list(asked.values()), where)
+    run, missing, asked, unasked, traced = operations(trial, where, tokens, judged=timed and judged)
     if traced is None:
         return _unknown("its method cannot be attached without numbers, so that its operations are not known")
     shape = identity.content_hash([step_key(trial, run, where)]) if run else None
@@ -155,6 +154,19 @@ def estimate(
     if not timed:
         return found
     return _timed(trial, device, history, found, run, traced, asked, missing, unasked, probe=probe)
+
+
+def operations(
+    trial: Trial, where: str, tokens: Sequence[Tokens] | None = None, *, judged: bool = True
+) -> tuple[Batches | None, str | None, dict[str, Asked], str | None, Traced | None]:
+    """A trial's micro-batches, or why they are not known; the same of its evaluations; the operations of both.
+
+    ``where`` is a device's type. Without ``judged`` the evaluations are left out.
+    """
+    tokenizer = build.load_tokenizer(trial) if models_model.is_local(trial.config.model) else None
+    run, missing = run_of(trial, tokenizer, tokens)
+    asked, unasked = evaluations(trial, tokenizer) if judged else ({}, NOT_ASKED)
+    return run, missing, asked, unasked, trace(trial, run, list(asked.values()), where)
 
 
 def _unknown(why: str) -> Estimate:
@@ -178,7 +190,9 @@ def _timed(
     probe: bool,
 ) -> Estimate:
     model = identity.content_hash([forecast._of_the_model(trial), trial.config.quant])
-    until = time.perf_counter() + (NEXT_SECONDS if model in _MODELS else FIRST_SECONDS) if probe else 0.0
+    begun = time.perf_counter()
+    may_take = max(0.0, min(NEXT_SECONDS, MOST_SECONDS - _SPENT[0])) if model in _MODELS else FIRST_SECONDS
+    until = begun + may_take if probe else 0.0
     _MODELS.add(model)
     spans: dict[str, Span | None] = dict.fromkeys(KINDS)
     raw: dict[str, float] = {}
@@ -206,7 +220,7 @@ def _timed(
     else:
         took, share = device.step(traced.step.ledger, until)
         took = took * run.count * run.scale + device.update(traced.step.trained, config) * steps
-        spread = SPREADS["train"] + share * ESTIMATED_SPREAD + ESTIMATED_SPREAD * traced.alike
+        spread = SPREADS["train"] + share * ESTIMATED_SPREAD + ESTIMATED_SPREAD * traced.step_alike
         spans["train"] = corrected("train", took, spread)
         decided = "records" if history.correction("train") else "speed"
     spans["load"] = corrected("load", _loading(trial), SPREADS["load"])
@@ -217,6 +231,7 @@ def _timed(
         spans["evaluate"], baseline = _evaluating(device, traced, asked, until, corrected)
         found = replace(found, baseline=baseline)
     if probe:
+        _SPENT[0] += time.perf_counter() - begun
         device.write()
     return replace(found, spans=spans, uncorrected=raw, unknown=unknown, decided_by=decided)
 
@@ -241,7 +256,7 @@ def _evaluating(
         trained, base = trained + forward + decode * least, base + forward + decode * most
         low, high = low + 2 * (forward + decode * least), high + 2 * (forward + decode * most)
     both = trained + base
-    span = corrected("evaluate", both, SPREADS["evaluate"])
+    span = corrected("evaluate", both, SPREADS["evaluate"] + ESTIMATED_SPREAD * traced.asked_alike)
     factor = span.seconds / both if both else 1.0
     within = Span(span.seconds, min(span.low, low * factor), max(span.high, high * factor))
     return within, within.times(base / both if both else 0.0)

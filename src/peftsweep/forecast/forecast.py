@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import logging
 import multiprocessing
+import pickle
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -94,8 +95,10 @@ def _foreseen_by(trial: Trial) -> dict[str, Any]:
     return {key: trial.tree[key] for key in KEYS} | {"train": train}
 
 
-def ahead(trials: Sequence[Trial], *, memory: bool) -> Iterator[Trial]:
-    """``trials``, each when ``check``, and ``prediction`` if ``memory`` is asked for, know of it.
+def ahead(
+    trials: Sequence[Trial], *others: Callable[[Trial], object], caches: Sequence[dict[str, Any]] = ()
+) -> Iterator[Trial]:
+    """``trials``, each when ``check`` and the ``others`` know of it, which keep what they find out in ``caches`` too.
 
     Where many are not known yet, processes on all cores find out at the same time. They are forked, which a process
     that may have initialised CUDA must not be: on a host with a GPU this one finds out alone, when it is asked. It does
@@ -108,12 +111,13 @@ def ahead(trials: Sequence[Trial], *, memory: bool) -> Iterator[Trial]:
         yield from trials
         return
     cores = min(cores, len(new))
+    kept = (*CACHES, *caches)
     context, started, waiting = multiprocessing.get_context("fork"), [], list(new)
     try:
         for first in range(cores):
             mine, theirs = context.Pipe(duplex=False)
             process = context.Process(
-                target=_find_out, args=([*new.values()][first::cores], memory, theirs), daemon=True
+                target=_find_out, args=([*new.values()][first::cores], others, kept, theirs), daemon=True
             )
             process.start()
             theirs.close()
@@ -122,7 +126,7 @@ def ahead(trials: Sequence[Trial], *, memory: bool) -> Iterator[Trial]:
             while key in waiting:
                 place = [*new].index(waiting.pop(0))
                 with suppress(EOFError):
-                    for cache, found in zip(CACHES, started[place % cores][1].recv(), strict=True):
+                    for cache, found in zip(kept, started[place % cores][1].recv(), strict=True):
                         cache.update(found)
             yield one
     finally:
@@ -132,17 +136,27 @@ def ahead(trials: Sequence[Trial], *, memory: bool) -> Iterator[Trial]:
             process.join()
 
 
-def _find_out(trials: Sequence[Trial], memory: bool, channel: connection.Connection[Any, Any]) -> None:
+def _find_out(
+    trials: Sequence[Trial],
+    others: Sequence[Callable[[Trial], object]],
+    caches: Sequence[dict[str, Any]],
+    channel: connection.Connection[Any, Any],
+) -> None:
     """Send what is new in the caches after each of the trials."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command ends this process
     torch.set_num_threads(1)  # those of the process that was forked are not here
     for one in trials:
-        before = [set(cache) for cache in CACHES]
+        before = [set(cache) for cache in caches]
         with suppress(Exception):  # which the command meets itself
             check(one)
-            if memory:
-                prediction(one)
-        channel.send([{k: cache[k] for k in cache.keys() - had} for cache, had in zip(CACHES, before, strict=True)])
+            for find_out in others:
+                find_out(one)
+        found = [{k: cache[k] for k in cache.keys() - had} for cache, had in zip(caches, before, strict=True)]
+        try:
+            channel.send(found)
+        except (pickle.PicklingError, AttributeError, TypeError, RuntimeError):  # an argument of a rare operator
+            log.debug("what was found out of %s cannot be sent", one.slug, exc_info=True)
+            channel.send([{} for _ in caches])
 
 
 def _with_keys(trial: Trial, said: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,6 +16,17 @@ from peftsweep.observe.flops import PRODUCT, flop_formulas
 # Of these the first tensor is read in as many numbers as are returned, not as a whole.
 GATHERS = {"aten::embedding", "aten::index", "aten::index_select", "aten::gather"}
 UNCOUNTED = {"aten::_local_scalar_dense", "aten::detach", "aten::is_same_size"}
+
+
+def _operator(name: str, overload: str) -> torch._ops.OpOverload:
+    """The operator of this name, such as ``aten::mm``, and overload."""
+    namespace, _, operator = name.partition("::")
+    found: torch._ops.OpOverload = getattr(getattr(getattr(torch.ops, namespace), operator), overload)
+    return found
+
+
+# torch's operators cannot be pickled, as the processes that plan a sweep together must.
+copyreg.pickle(torch._ops.OpOverload, lambda one: (_operator, (one._schema.name, one._overloadname)))
 
 
 @dataclass(frozen=True)

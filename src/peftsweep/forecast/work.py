@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 Found = TypeVar("Found")
 
-MOST_SECONDS = 15.0  # that a process spends on traces; then a trial is taken to be as the last one like it
+MOST_SECONDS = 15.0  # of CPU that a process spends on traces; then parts are taken to be as those of trials like it
 RANKS = ("r", "lora_alpha", "lora_dropout", "init_r", "target_r")  # of a method, by which one is like another
 MOST_BATCHES = 2_000  # of a run, of which the mean size is taken
 # Of the keys of train, those that change how long it is and not what a step takes.
@@ -79,12 +79,15 @@ class Traced:
 
     step: Step | None
     asked: Mapping[tuple[Shape, float], tuple[Ledger, Ledger | None]]  # by their keys: a forward, a decoded token
-    alike: bool = False  # taken from another trial that is much like it
+    step_alike: bool = False  # taken from another trial that is much like it
+    asked_alike: bool = False
 
 
 _TRACED: dict[str, Traced | None] = {}
 _LIKE: dict[str, Traced] = {}
+_ASKED: dict[str, Traced] = {}  # by all that decides what evaluations do, but for the method
 _ONCE: dict[str, Any] = {}  # what else is the same for many trials of a sweep, by its key
+CACHES = (_TRACED, _LIKE, _ASKED, _ONCE)
 _SPENT = [0.0]
 
 
@@ -246,19 +249,24 @@ def trace(trial: Trial, run: Batches | None, asked: Sequence[Asked], where: str)
     # But for the rank and the modules of the method.
     like = identity.content_hash([of_the_model, quantised, method, tree["train"], shape, sizes])
     if _SPENT[0] > MOST_SECONDS and like in _LIKE:
-        return replace(_LIKE[like], alike=True)
-    begun = time.perf_counter()
+        return replace(_LIKE[like], step_alike=True, asked_alike=True)
+    base = identity.content_hash([where, of_the_model, trial.tree["quant"], sizes])
+    others = _ASKED.get(base) if _SPENT[0] > MOST_SECONDS else None
+    begun = time.process_time()
     with streams.without_warnings():
         found = forecast._with_skeleton(
             forecast.without_initialisation(trial),
             build.quantization(trial),
-            lambda adapted: _made(adapted, trial.config.train, run, asked, where),
+            lambda adapted: _made(adapted, trial.config.train, run, asked if others is None else (), where),
             (("meta", "meta"), ("meta", "cpu")),
         )
-    _SPENT[0] += time.perf_counter() - begun
+    _SPENT[0] += time.process_time() - begun
+    if found and others is not None:
+        found = replace(found, asked=others.asked, asked_alike=True)
     _TRACED[key] = found
     if found:
         _LIKE[like] = found
+        _ASKED.setdefault(base, found)
     return found
 
 

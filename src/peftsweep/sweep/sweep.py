@@ -60,7 +60,7 @@ def run(
     if config.dry_run:
         _dry_run(trials, options)
         return [None] * len(trials)
-    known = streams.progress(forecast.ahead(trials, memory=False), SIZED, len(trials), quiet=config.quiet)
+    known = streams.progress(forecast.ahead(trials), SIZED, len(trials), quiet=config.quiet)
     stand_ins = _stand_ins(trials, [forecast.check(one) for one in known])  # raises before anything is written
     results: list[Result | None] = [trial_done.finished(one) for one in trials]
     for done in _once(results):
@@ -273,7 +273,7 @@ def _dry_run(trials: Sequence[Trial], options: Options) -> None:
     trials = list(listed.values())
     first: dict[str, Trial] = {}  # of those that attach the same
     width, printed, times = max(len(one.name) for one in trials), [], Timing(trials, options.workers)
-    for one in forecast.ahead(trials, memory=True):
+    for one in forecast.ahead(trials, forecast.prediction, times.trace, caches=timing.CACHES):
         evaluations.check_conversations(one.config)
         forecasts.append(foreseen := forecast.check(one))
         stand_in = first.setdefault(forecast.twin_key(one, foreseen), one)
