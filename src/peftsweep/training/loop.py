@@ -44,7 +44,7 @@ def train(
     checkpoints: Checkpoints | None = None,
     stop_at: int | None = None,
     prune: Prune | None = None,
-    order: Iterable[list[int]] | None = None,
+    order: Sequence[list[int]] | None = None,
 ) -> Trained:
     """Train the parameters of ``model`` that require gradients; ``log`` gets a row a logged step and a row an epoch.
 
@@ -67,7 +67,6 @@ def train(
         checkpoints.restore({"weights": Weights(model)})
         model.eval()
         return Trained(**checkpoints.trained)
-    order = None if order is None else list(order)
     static = None if after_step else _static_sizes(rows, config, seed, order)  # a profiler looks at a step's parts
     take_step = _Step(model, run, record_function if after_step else nullcontext, static)
     numbered = partial(batches, rows, config, pad_id=pad_id, seed=seed, device=meter.device, order=order)
@@ -114,7 +113,7 @@ def train(
 
 
 def _static_sizes(
-    rows: Sequence[Tokens], config: TrainConfig, seed: int, order: list[list[int]] | None
+    rows: Sequence[Tokens], config: TrainConfig, seed: int, order: Sequence[list[int]] | None
 ) -> list[Size] | None:
     """The sizes of a run's micro-batches; None where its steps are not taken in static shapes."""
     if config.capture is Capture.off:
