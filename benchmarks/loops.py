@@ -13,7 +13,7 @@ no further round begins when ``--minutes`` are over.
 | ours | train.train |
 | plain | train.train without the shortcuts of shortcuts.py: the logits from the first answer on, a mask |
 | masked | train.train with the head's shortcuts and a mask |
-| fused | ours, with the layers of fused_lora.py |
+| fused | ours, with the layers of training/fused_lora.py, which CUDA has anyway |
 | peft | the loop of PEFT's method comparison (run.py there): its loss of prompt and answer, its logging |
 | hand | what one writes by hand: all logits, loss on the answers, fused AdamW |
 | trainer | transformers' Trainer |
@@ -56,10 +56,7 @@ from peftsweep.models import model, parts, probe
 from peftsweep.models.shortcuts import SHORTCUTS, Shortcuts
 from peftsweep.observe.measure import Meter, synchronise
 from peftsweep.study import record
-from peftsweep.training import loop
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is run as a script
-from benchmarks import fused_lora
+from peftsweep.training import fused_lora, loop
 
 WARMUP = 4  # steps
 RATE = 1e-4
@@ -360,7 +357,7 @@ def several(name: str, said: argparse.Namespace) -> list[dict[str, Any]]:
     return found
 
 
-DEFAULT_SIDES = "ours,fused,plain,peft,hand,trainer,sft"
+DEFAULT_SIDES = "ours,plain,peft,hand,trainer,sft"
 
 
 def main() -> None:

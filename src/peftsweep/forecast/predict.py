@@ -39,6 +39,7 @@ from peftsweep.models.shortcuts import SHORTCUTS
 from peftsweep.schema import ModelConfig, TrainConfig
 from peftsweep.training import length as training_length
 from peftsweep.training import optimizer as training_optimizer
+from peftsweep.training.fused_lora import as_trained
 from peftsweep.training.lanes import Pack
 
 # cuBLAS gets a workspace for each thread that calls it, here the forward's and autograd's, and torch's allocator counts
@@ -195,7 +196,8 @@ def _trace(
 ) -> Prediction:
     batch = meta_batch(adapted, shape)
     if lanes is None:
-        return _traced(adapted, config, batch, device, [training_optimizer.make_optimizer(adapted, config)], None)
+        with as_trained(adapted, config, device):
+            return _traced(adapted, config, batch, device, [training_optimizer.make_optimizer(adapted, config)], None)
     pack = Pack(adapted, [*lanes], seed=0, stacked=device == "cuda")
     try:
         weights = {name: list(pack.weights(name).values()) for name in lanes}

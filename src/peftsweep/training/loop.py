@@ -21,6 +21,7 @@ from peftsweep.schema import Capture, TrainConfig
 from peftsweep.training.capture import Size, StaticSteps, sizes
 from peftsweep.training.checkpoint import Checkpoints, Interruption, OptimizerState, Randomness, Weights
 from peftsweep.training.compiled import compiled
+from peftsweep.training.fused_lora import as_trained
 from peftsweep.training.length import checkpoint_due, rows_per_step, steps_of
 from peftsweep.training.optimizer import (
     autocast,
@@ -55,8 +56,7 @@ def train(
     names in its trace. ``checkpoints`` gets one every ``config.checkpoint_every`` and the trained weights at the end,
     and training goes on from what it has found; if that are the trained weights, nothing is trained. With ``stop_at``,
     a rung's step, it ends there with a checkpoint, on the schedule of its full length; so it does after a validation
-    of which ``prune`` says so, or with which ``config.patience`` is at its end. ``order`` gives the row numbers of
-    each step in place of those that the seed gives.
+    of which ``prune`` says so, or which exhausts ``config.patience``. ``order`` gives other rows for each step.
 
     Raises:
         FloatingPointError: the loss is no longer finite, or at the end the weights or the loss that they give.
@@ -77,6 +77,7 @@ def train(
     with (
         compiled(model, config, lambda: chain.from_iterable(numbered()), take_step.losses, meter) as compilation,
         Interruption(wanted=checkpoints is not None) as interruption,
+        as_trained(model, config, meter.device.type),
     ):
         torch.manual_seed(seed)  # dropout does not depend on how many numbers the adapter's creation drew
         if checkpoints:
