@@ -121,9 +121,14 @@ def test_a_training_takes_them_on_cuda_and_its_losses_stay(monkeypatch: pytest.M
     rows = [Tokens(list(range(3, 20)), 4), Tokens(list(range(30, 60)), 20)] * 4
     found, calls = [], list[int]()
     exact = fused_lora._fused
+
+    def counted(layer: Any, x: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return exact(layer, x)
+
+    monkeypatch.setattr(fused_lora, "_fused", counted)
     for devices in (fused_lora.DEVICES, ("cpu",)):
         monkeypatch.setattr(fused_lora, "DEVICES", devices)
-        monkeypatch.setattr(fused_lora, "_fused", lambda layer, x: calls.append(1) or exact(layer, x))
         config, lines = TrainConfig(steps=4, batch_size=4, log_every=1, warmup=1), list[dict[str, Any]]()
         trained, meter = adapted("none", Dtype.float32), Meter(torch.device("cpu"))
         loop.train(trained, rows, config, pad_id=0, seed=0, meter=meter, log=lines.append)
@@ -152,6 +157,6 @@ def test_on_cuda_no_layer_is_left_to_peft(quant: str) -> None:
     quantization = BitsAndBytesConfig(**QUANTS[quant]) if QUANTS[quant] else None
     config = ModelConfig(name_or_path="tiny", dtype=Dtype.bfloat16)
     base = model.load(config, quantization, torch.device("cuda"))
-    made = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")).train()
+    made: Any = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")).train()
     with fused(made) as layers:
         assert layers == IN_A_BLOCK * len(made.get_base_model().model.layers)

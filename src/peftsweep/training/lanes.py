@@ -116,6 +116,16 @@ def of_lane(work: partial[list[Found]]) -> Found:
     return found
 
 
+def adapter_weights(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
+    """The parameters of a LoRA adapter by their names in the model, in their order there."""
+    parts = ("lora_A", "lora_B")
+    return {
+        parameter: weight
+        for parameter, weight in model.named_parameters()
+        if parameter.rsplit(".", 3)[1] in parts and parameter.rsplit(".", 3)[2] == name
+    }
+
+
 class Pack:
     """The adapters ``names`` of ``model``, used together from here to ``close``; some may ``leave`` before.
 
@@ -156,12 +166,7 @@ class Pack:
 
     def weights(self, name: str) -> dict[str, nn.Parameter]:
         """The parameters of an adapter by their names in the model, in their order there."""
-        parts = ("lora_A", "lora_B")
-        return {
-            parameter: weight
-            for parameter, weight in self.model.named_parameters()
-            if parameter.rsplit(".", 3)[1] in parts and parameter.rsplit(".", 3)[2] == name
-        }
+        return adapter_weights(self.model, name)
 
     def dropout(self, name: str) -> torch.Generator:
         """What an adapter's dropout is drawn from."""
