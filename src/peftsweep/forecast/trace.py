@@ -52,7 +52,7 @@ class Tracer:
             text.pad_token_id = 0
         if not classifies(adapted):
             with self._run(Ledger(), 0) as kernels, kernels.forward():
-                setattr(base_of(adapted), SHORTCUTS, probe.likely_shortcuts(base_of(adapted)))
+                setattr(base_of(adapted), SHORTCUTS, probe.known_shortcuts(base_of(adapted)))
 
     @contextmanager
     def _run(self, ledger: Ledger, answers: int) -> Iterator[Kernels]:
