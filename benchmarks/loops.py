@@ -353,8 +353,16 @@ def several(name: str, said: argparse.Namespace) -> list[dict[str, Any]]:
         done = subprocess.run([*command, "--out", str(part)], check=False)
         if done.returncode == 0:
             found += json.loads(part.read_text())["settings"]
+            keep(said.out, found)
         part.unlink(missing_ok=True)
     return found
+
+
+def keep(out: Path | None, settings: list[dict[str, Any]]) -> None:
+    """Write what has been measured until now, if it is to be written."""
+    if out:
+        content = {"benchmark": "loops", "settings": settings, "load": os.getloadavg()}
+        record.write_json(out, content | {"environment": record.environment()})
 
 
 DEFAULT_SIDES = "ours,plain,peft,hand,trainer,sft"
@@ -373,10 +381,7 @@ def main() -> None:
     parser.add_argument("--cpu-seconds", action="store_true", help="of this process, where others use the CPU too")
     parser.add_argument("--out", type=Path)
     said = parser.parse_args()
-    settings = several(said.setting, said) if said.setting in SETS else [one(said.setting, said)]
-    if said.out:
-        content = {"benchmark": "loops", "settings": settings, "load": os.getloadavg()}
-        record.write_json(said.out, content | {"environment": record.environment()})
+    keep(said.out, several(said.setting, said) if said.setting in SETS else [one(said.setting, said)])
 
 
 if __name__ == "__main__":
