@@ -13,7 +13,7 @@ no further round begins when ``--minutes`` are over.
 | ours | train.train |
 | plain | train.train without the shortcuts of shortcuts.py: the logits from the first answer on, a mask |
 | masked | train.train with the head's shortcuts and a mask |
-| fused | ours, with the layers of fused_lora.py |
+| fused | ours, with the layers of training/fused_lora.py, which CUDA has anyway |
 | peft | the loop of PEFT's method comparison (run.py there): its loss of prompt and answer, its logging |
 | hand | what one writes by hand: all logits, loss on the answers, fused AdamW |
 | trainer | transformers' Trainer |
@@ -56,10 +56,7 @@ from peftsweep.models import model, parts, probe
 from peftsweep.models.shortcuts import SHORTCUTS, Shortcuts
 from peftsweep.observe.measure import Meter, synchronise
 from peftsweep.study import record
-from peftsweep.training import loop
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is run as a script
-from benchmarks import fused_lora
+from peftsweep.training import fused_lora, loop
 
 WARMUP = 4  # steps
 RATE = 1e-4
@@ -356,11 +353,19 @@ def several(name: str, said: argparse.Namespace) -> list[dict[str, Any]]:
         done = subprocess.run([*command, "--out", str(part)], check=False)
         if done.returncode == 0:
             found += json.loads(part.read_text())["settings"]
+            keep(said.out, found)
         part.unlink(missing_ok=True)
     return found
 
 
-DEFAULT_SIDES = "ours,fused,plain,peft,hand,trainer,sft"
+def keep(out: Path | None, settings: list[dict[str, Any]]) -> None:
+    """Write what has been measured until now, if it is to be written."""
+    if out:
+        content = {"benchmark": "loops", "settings": settings, "load": os.getloadavg()}
+        record.write_json(out, content | {"environment": record.environment()})
+
+
+DEFAULT_SIDES = "ours,plain,peft,hand,trainer,sft"
 
 
 def main() -> None:
@@ -376,10 +381,7 @@ def main() -> None:
     parser.add_argument("--cpu-seconds", action="store_true", help="of this process, where others use the CPU too")
     parser.add_argument("--out", type=Path)
     said = parser.parse_args()
-    settings = several(said.setting, said) if said.setting in SETS else [one(said.setting, said)]
-    if said.out:
-        content = {"benchmark": "loops", "settings": settings, "load": os.getloadavg()}
-        record.write_json(said.out, content | {"environment": record.environment()})
+    keep(said.out, several(said.setting, said) if said.setting in SETS else [one(said.setting, said)])
 
 
 if __name__ == "__main__":

@@ -114,3 +114,24 @@ def test_columns_that_8_bit_layers_multiply_in_16_bits_do_not_make_a_decoder_an_
             weight.data *= 3  # inputs of layers that exceed the threshold in some tokens and not in others
     assert probe.probe(base).padded_batches
     assert {one.state.threshold for one in base.modules() if isinstance(one, Linear8bitLt)} == {6.0}
+
+
+def test_forecasts_of_one_base_ask_once_what_its_losses_may_leave_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "_LIKELY", {})
+    calls = list[int]()
+    exact = probe.likely_shortcuts
+
+    def counted(base: Any) -> Shortcuts:
+        calls.append(1)
+        return exact(base)
+
+    monkeypatch.setattr(probe, "likely_shortcuts", counted)
+    eager: Any = make("llama")
+    eager.config._attn_implementation = "eager"
+    bases: list[Any] = [make("llama"), make("llama"), make("llama", tie_word_embeddings=True), make("gpt2"), eager]
+    for base in bases:
+        assert probe.known_shortcuts(base) == exact(base)
+    assert len(calls) == len(bases) - 1
+    bases[0].lm_head = torch.nn.Sequential(bases[0].lm_head)  # as a method may wrap it
+    assert probe.known_shortcuts(bases[0]) == exact(bases[0])
+    assert not probe.known_shortcuts(bases[0]).answers_only

@@ -26,7 +26,7 @@ from peftsweep.models import parts as models_parts
 from peftsweep.observe.measure import Meter
 from peftsweep.schema import Dtype, ModelConfig, Schedule, TargetsConfig, TrainConfig
 from peftsweep.tiny import task
-from peftsweep.training import loop, packed
+from peftsweep.training import fused_lora, loop, packed
 from peftsweep.training.checkpoint import Checkpoints
 from peftsweep.training.lanes import Pack
 from peftsweep.training.run import Trained
@@ -183,6 +183,39 @@ def test_adapters_multiplied_in_one_batch_come_near_the_trials_alone(
     specs = [replace(spec, train={"steps": 5} | spec.train) for spec in LANES[1:]]
     single = [alone(spec, rows, tokenizer, base()) for spec in specs]
     check_same(together(specs, rows, tokenizer, base()), single, same=10 * SAME)
+
+
+@pytest.mark.parametrize("specs", [LANES, LANES[1::2]], ids=["one lacks the layer", "all have it"])
+@pytest.mark.parametrize(("dtype", "bound"), [(Dtype.float32, 1e-5), (Dtype.bfloat16, 0.02)])
+def test_adapters_multiplied_in_one_batch_compute_what_each_does_alone_on_cuda(
+    dtype: Dtype, bound: float, specs: list[Spec]
+) -> None:
+    """Both in the format of the base, of which 0.02 are some five roundings in bfloat16."""
+    methods = {f"lane{n}": (spec.method(), TargetsConfig()) for n, spec in enumerate(specs)}
+    adapted = attach.attach_lanes(base(dtype=dtype), methods, SEED, {})
+    layer: Any = adapted.get_submodule("base_model.model.model.layers.1.mlp.down_proj")
+    having = [name for name in methods if name in layer.lora_A]
+    assert (len(having) < len(methods)) == (specs is LANES)
+    x = torch.randn(2, 3, layer.in_features).to(layer.base_layer.weight.dtype)
+    expected, parts = list[torch.Tensor](), (layer.lora_A, layer.lora_B)
+    for name in methods:
+        adapted.set_adapter(name)
+        if name in having:
+            torch.nn.init.normal_(layer.lora_B[name].weight, std=0.1)
+        alone = fused_lora._fused(layer, x) if name in having else layer.base_layer(x)
+        if name in having:
+            alone.square().sum().backward()
+            expected += [part[name].weight.grad for part in parts]
+        expected.append(alone.detach())
+    pack = Pack(adapted, [*methods], SEED, stacked=True)
+    together = layer(x.repeat(len(methods), 1, 1))
+    together.square().sum().backward()
+    found = list[torch.Tensor]()
+    for name, output in zip(methods, together.detach().chunk(len(methods)), strict=True):
+        found += [part[name].weight.grad for part in parts if name in having] + [output]
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= bound * other.norm()
+    pack.close()
 
 
 @pytest.mark.slow
@@ -390,7 +423,8 @@ def test_on_a_cpu_an_adapter_adds_what_it_adds_alone_to_the_bit(rows_of_a_lane: 
     torch.stack(expected).square().sum().backward()
     gradients = [weight.grad for weight in weights]
     pack = Pack(adapted, [*specs], SEED)
-    update = pack._banks[layer].adapters.update(x)
+    nothing = torch.zeros(*x.shape[:2], layer.out_features)
+    update = pack._banks[layer].adapters.added(nothing, x, None)
     assert all(torch.equal(mine, other) for mine, other in zip(update, expected, strict=True))
     update.square().sum().backward()
     assert all(torch.equal(weight.grad, other) for weight, other in zip(weights, gradients, strict=True))

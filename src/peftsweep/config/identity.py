@@ -64,7 +64,8 @@ def identity_of(config: Config, rows: data_rows.Rows | None, rule: int = IDENTIT
 def _training(config: Config, rows: data_rows.Rows | None, rule: int) -> dict[str, Any]:
     """Everything that changes the trained weights."""
     train = _said(config.train, FIRST_TRAIN_KEYS)
-    for key in ("checkpoint_every", "patience"):  # which change no weight: one that was stopped can go on
+    # Which change no weight: one that was stopped can go on; what is captured is the same but for rounding.
+    for key in ("checkpoint_every", "patience", "capture"):
         train.pop(key, None)
     train["learning_rate"] *= train.pop("learning_rate_scale")  # only their product matters
     if config.train.epochs is not None:

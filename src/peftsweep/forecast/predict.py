@@ -34,11 +34,12 @@ from peftsweep.forecast.allocator import BLOCK, META, Allocator, Kernels, as_on_
 from peftsweep.models.losses import answer_losses, auxiliary_loss
 from peftsweep.models.model import skeleton as bare_skeleton
 from peftsweep.models.parts import base_of, classifies, head_names, text_config, trainable_parameters
-from peftsweep.models.probe import likely_shortcuts
+from peftsweep.models.probe import known_shortcuts
 from peftsweep.models.shortcuts import SHORTCUTS
 from peftsweep.schema import ModelConfig, TrainConfig
 from peftsweep.training import length as training_length
 from peftsweep.training import optimizer as training_optimizer
+from peftsweep.training.fused_lora import as_trained
 from peftsweep.training.lanes import Pack
 
 # cuBLAS gets a workspace for each thread that calls it, here the forward's and autograd's, and torch's allocator counts
@@ -174,7 +175,7 @@ def predict(
         text.pad_token_id = 0
     if not classifies(adapted):
         with as_on_device(device, config.autocast), Allocator(1, 0), Kernels(device, config.autocast).forward():
-            setattr(base_of(adapted), SHORTCUTS, likely_shortcuts(base_of(adapted)))
+            setattr(base_of(adapted), SHORTCUTS, known_shortcuts(base_of(adapted)))
     training_optimizer.enable_checkpointing(adapted, config.checkpointing)
     adapted.train()
     longest = max(shapes, key=lambda shape: (shape.rows * shape.length, shape.answer_length))
@@ -195,7 +196,8 @@ def _trace(
 ) -> Prediction:
     batch = meta_batch(adapted, shape)
     if lanes is None:
-        return _traced(adapted, config, batch, device, [training_optimizer.make_optimizer(adapted, config)], None)
+        with as_trained(adapted, config, device):
+            return _traced(adapted, config, batch, device, [training_optimizer.make_optimizer(adapted, config)], None)
     pack = Pack(adapted, [*lanes], seed=0, stacked=device == "cuda")
     try:
         weights = {name: list(pack.weights(name).values()) for name in lanes}

@@ -27,6 +27,7 @@ from peftsweep.observe import measure
 from peftsweep.schema import Init, ModelConfig, TargetsConfig, TrainConfig
 from peftsweep.training import loop
 from peftsweep.training import optimizer as training_optimizer
+from peftsweep.training.fused_lora import as_trained
 
 REFERENCE_STEPS = 12  # of which the first three are left out
 Sizes = tuple[tuple[tuple[int, ...], torch.dtype], ...]
@@ -51,7 +52,7 @@ class Tracer:
             text.pad_token_id = 0
         if not classifies(adapted):
             with self._run(Ledger(), 0) as kernels, kernels.forward():
-                setattr(base_of(adapted), SHORTCUTS, probe.likely_shortcuts(base_of(adapted)))
+                setattr(base_of(adapted), SHORTCUTS, probe.known_shortcuts(base_of(adapted)))
 
     @contextmanager
     def _run(self, ledger: Ledger, answers: int) -> Iterator[Kernels]:
@@ -66,7 +67,7 @@ class Tracer:
         training_optimizer.enable_checkpointing(adapted, self._config.checkpointing)
         training_optimizer.make_optimizer(adapted, self._config)  # which may freeze some of the weights
         adapted.train()
-        with self._run(ledger, batch.answer_tokens) as kernels:
+        with self._run(ledger, batch.answer_tokens) as kernels, as_trained(adapted, self._config, self._device):
             with kernels.forward():
                 loss = answer_losses(adapted, batch).sum() / batch.answer_tokens
                 regulariser = auxiliary_loss(adapted, batch)

@@ -226,7 +226,16 @@ class _Reader:
         return bool((one - other).abs().mean() <= limit * other.std())
 
 
-_LIKELY: dict[tuple[type, str], Shortcuts] = {}  # of models whose head is a plain linear, by class and configuration
+def known_shortcuts(base: Any) -> Shortcuts:
+    """``likely_shortcuts``, remembered by what decides them: a sweep's forecasts ask for each of its methods."""
+    said = base.config.to_json_string(), text_config(base)._attn_implementation
+    key = type(base), *said, type(head := base.get_output_embeddings()), shortcuts.is_linear(head)
+    if key not in _LIKELY:
+        _LIKELY[key] = likely_shortcuts(base)
+    return _LIKELY[key]
+
+
+_LIKELY: dict[tuple[Any, ...], Shortcuts] = {}
 
 
 @torch.no_grad()
@@ -235,13 +244,6 @@ def likely_shortcuts(base: Any) -> Shortcuts:
     head = base.get_output_embeddings()
     if not shortcuts.is_linear(head):
         return Shortcuts(no_mask=_plainly_causal(base))
-    key = type(base), f"{base.config._attn_implementation} {base.config.to_json_string()}"
-    if key not in _LIKELY:
-        _LIKELY[key] = _of_structure(base, head)
-    return _LIKELY[key]
-
-
-def _of_structure(base: Any, head: nn.Module) -> Shortcuts:
     returned: list[torch.Tensor] = []
     hook = head.register_forward_hook(lambda _, __, output: returned.append(output))
     ids = torch.zeros(1, 2, dtype=torch.int64, device=base.device)

@@ -44,32 +44,42 @@ class _Adapters(Protocol):
     """The adapters of one layer: their weights as leaves of the graph, whose gradients are those of PEFT's weights."""
 
     leaves: list[torch.Tensor]
+    dtype: torch.dtype | None  # of the ``x`` that they are given; None: that of the base's output
 
-    def update(self, x: torch.Tensor) -> torch.Tensor:
-        """What they add to the base's output: [adapters, rows, in] -> [adapters, rows, out]."""
+    def added(self, output: torch.Tensor, x: torch.Tensor, lanes: torch.Tensor | None) -> torch.Tensor:
+        """The base's ``output`` [lanes, rows, out] with what they add for ``x`` [adapters, rows, in].
+
+        ``lanes`` are those that have an adapter here, None: all.
+        """
 
 
 class _Separate:
     """Each multiplied by itself, in the shapes and layouts of the trial alone."""
 
     def __init__(self, layer: Any, names: Sequence[str], trained: bool) -> None:
+        self._quantised = isinstance(layer.base_layer, QUANTISED)
         self._scales = [layer.scaling[name] for name in names]
         weights = [part[name].weight for name in names for part in (layer.lora_A, layer.lora_B)]
         self.leaves = [weight.detach().requires_grad_() for weight in weights]
+        self.dtype: torch.dtype | None = weights[0].dtype
         for weight, leaf in zip(weights, self.leaves, strict=True) if trained else ():
             weight.grad = leaf.grad = torch.zeros_like(leaf)
 
-    def update(self, x: torch.Tensor) -> torch.Tensor:
+    def added(self, output: torch.Tensor, x: torch.Tensor, lanes: torch.Tensor | None) -> torch.Tensor:
         """See ``_Adapters``."""
         parts = zip(x, self.leaves[::2], self.leaves[1::2], self._scales, strict=True)
-        return torch.stack([functional.linear(functional.linear(rows, a), b) * scale for rows, a, b, scale in parts])
+        update = torch.stack([functional.linear(functional.linear(rows, a), b) * scale for rows, a, b, scale in parts])
+        if self._quantised:
+            update = update.to(output.dtype)  # PEFT adds in the base's format there, elsewhere in the adapter's
+        return output + update if lanes is None else output.to(update.dtype).index_add(0, lanes, update)
 
 
 class _Stacked:
-    """All multiplied in one batch, ranks filled up with zeros to the largest, R.
+    """All multiplied in one batch, ranks filled up with zeros to the largest, R, in the format of the base's output.
 
-    Shapes: ``a`` [adapters, R, in], ``b`` [adapters, R, out], ``scale`` [adapters, 1, 1]; PEFT's weights become parts
-    of the first two. A filled-up part has no gradient that anybody takes, and stays zero.
+    So does ``fused_lora`` with a trial alone on CUDA. Shapes: ``a`` [adapters, R, in], ``b`` [adapters, R, out],
+    ``scale`` [adapters, 1, 1]; PEFT's weights become parts of the first two. A filled-up part has no gradient that
+    anybody takes, and stays zero.
     """
 
     def __init__(self, layer: Any, names: Sequence[str], trained: bool) -> None:
@@ -87,12 +97,14 @@ class _Stacked:
             if a.grad is not None and b.grad is not None:
                 down.grad, up.grad = a.grad[place, own], b.grad[place, own].T
         self.leaves = [a.requires_grad_(), b.requires_grad_()]
+        self.dtype: torch.dtype | None = None
         self._scale = torch.tensor([layer.scaling[name] for name in names], device=like.device)[:, None, None]
 
-    def update(self, x: torch.Tensor) -> torch.Tensor:
+    def added(self, output: torch.Tensor, x: torch.Tensor, lanes: torch.Tensor | None) -> torch.Tensor:
         """See ``_Adapters``."""
         a, b = self.leaves
-        return torch.bmm(torch.bmm(x, a.mT), b) * self._scale
+        inner, up = torch.bmm(x, a.mT.to(x.dtype)), (b * self._scale).to(x.dtype)
+        return torch.baddbmm(output, inner, up) if lanes is None else output.index_add(0, lanes, torch.bmm(inner, up))
 
 
 @dataclass
@@ -100,7 +112,6 @@ class _Bank:
     """The adapters of one layer, and whose they are."""
 
     adapters: _Adapters
-    dtype: torch.dtype
     lanes: torch.Tensor | None  # the places in the pack of those that have an adapter here; None: all have
     dropout: list[tuple[float, torch.Generator]]
 
@@ -114,6 +125,16 @@ def of_lane(work: partial[list[Found]]) -> Found:
     answer = getattr(work.args[0], SELECTED_LANE, None)
     found: Found = work(lanes=1)[0] if answer is None else answer(work)
     return found
+
+
+def adapter_weights(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
+    """The parameters of a LoRA adapter by their names in the model, in their order there."""
+    parts = ("lora_A", "lora_B")
+    return {
+        parameter: weight
+        for parameter, weight in model.named_parameters()
+        if parameter.rsplit(".", 3)[1] in parts and parameter.rsplit(".", 3)[2] == name
+    }
 
 
 class Pack:
@@ -156,12 +177,7 @@ class Pack:
 
     def weights(self, name: str) -> dict[str, nn.Parameter]:
         """The parameters of an adapter by their names in the model, in their order there."""
-        parts = ("lora_A", "lora_B")
-        return {
-            parameter: weight
-            for parameter, weight in self.model.named_parameters()
-            if parameter.rsplit(".", 3)[1] in parts and parameter.rsplit(".", 3)[2] == name
-        }
+        return adapter_weights(self.model, name)
 
     def dropout(self, name: str) -> torch.Generator:
         """What an adapter's dropout is drawn from."""
@@ -243,7 +259,6 @@ class Pack:
         places = [self.names.index(name) for name in names]
         return _Bank(
             self._kind(layer, names, self._trained),
-            like.dtype,
             None if len(places) == len(self.names) else torch.tensor(places, device=like.device),
             [(getattr(layer.lora_dropout[name], "p", 0.0), self._generators[name]) for name in names],
         )
@@ -271,14 +286,10 @@ class Pack:
         if x.ndim != 3 or len(x) % lanes or self._rows not in (0, len(x) // lanes):
             raise ValueError(f"a layer that is given {list(x.shape)} in place of all rows cannot be packed")
         mine = x.reshape(lanes, -1, x.shape[-1])
-        mine = (mine if bank.lanes is None else mine[bank.lanes]).to(bank.dtype)
+        mine = (mine if bank.lanes is None else mine[bank.lanes]).to(bank.adapters.dtype or result.dtype)
         if layer.training and any(p for p, _ in bank.dropout):
             mine = mine * _noise(mine, bank.dropout)
-        update = bank.adapters.update(mine)
-        if isinstance(layer.base_layer, QUANTISED):
-            update = update.to(result.dtype)  # PEFT adds in the base's format there, elsewhere in the adapter's
-        flat = result.reshape(lanes, -1, result.shape[-1])
-        added = flat + update if bank.lanes is None else flat.to(update.dtype).index_add(0, bank.lanes, update)
+        added = bank.adapters.added(result.reshape(lanes, -1, result.shape[-1]), mine, bank.lanes)
         return added.reshape(result.shape).to(result.dtype)
 
     def _apart(self, module: Linear8bitLt) -> Linear8bitLt:

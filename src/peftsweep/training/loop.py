@@ -17,10 +17,12 @@ from peftsweep.data.tokens import Tokens
 from peftsweep.models.losses import answer_losses, auxiliary_loss, losses_and_hits
 from peftsweep.models.parts import trainable_parameters
 from peftsweep.observe.measure import Laps, Meter
-from peftsweep.schema import TrainConfig
+from peftsweep.schema import Capture, TrainConfig
+from peftsweep.training.capture import Size, StaticSteps, sizes
 from peftsweep.training.checkpoint import Checkpoints, Interruption, OptimizerState, Randomness, Weights
 from peftsweep.training.compiled import compiled
-from peftsweep.training.length import checkpoint_due, rows_per_step
+from peftsweep.training.fused_lora import as_trained
+from peftsweep.training.length import checkpoint_due, rows_per_step, steps_of
 from peftsweep.training.optimizer import (
     autocast,
     enable_checkpointing,
@@ -43,7 +45,7 @@ def train(
     checkpoints: Checkpoints | None = None,
     stop_at: int | None = None,
     prune: Prune | None = None,
-    order: Iterable[list[int]] | None = None,
+    order: Sequence[list[int]] | None = None,
 ) -> Trained:
     """Train the parameters of ``model`` that require gradients; ``log`` gets a row a logged step and a row an epoch.
 
@@ -54,8 +56,7 @@ def train(
     names in its trace. ``checkpoints`` gets one every ``config.checkpoint_every`` and the trained weights at the end,
     and training goes on from what it has found; if that are the trained weights, nothing is trained. With ``stop_at``,
     a rung's step, it ends there with a checkpoint, on the schedule of its full length; so it does after a validation
-    of which ``prune`` says so, or with which ``config.patience`` is at its end. ``order`` gives the row numbers of
-    each step in place of those that the seed gives.
+    of which ``prune`` says so, or which exhausts ``config.patience``. ``order`` gives other rows for each step.
 
     Raises:
         FloatingPointError: the loss is no longer finite, or at the end the weights or the loss that they give.
@@ -66,8 +67,8 @@ def train(
         checkpoints.restore({"weights": Weights(model)})
         model.eval()
         return Trained(**checkpoints.trained)
-    take_step = _Step(model, run, record_function if after_step else nullcontext)
-    order = None if order is None else list(order)
+    static = None if after_step else _static_sizes(rows, config, seed, order)  # a profiler looks at a step's parts
+    take_step = _Step(model, run, record_function if after_step else nullcontext, static)
     numbered = partial(batches, rows, config, pad_id=pad_id, seed=seed, device=meter.device, order=order)
     due = checkpoint_due(config, len(rows))
     parts = run.parts(Weights(model), OptimizerState(optimizer), Randomness(meter.device)) if checkpoints else {}
@@ -76,11 +77,12 @@ def train(
     with (
         compiled(model, config, lambda: chain.from_iterable(numbered()), take_step.losses, meter) as compilation,
         Interruption(wanted=checkpoints is not None) as interruption,
+        as_trained(model, config, meter.device.type),
     ):
         torch.manual_seed(seed)  # dropout does not depend on how many numbers the adapter's creation drew
         if checkpoints:
             checkpoints.restore(parts)
-        stream = numbered(first=run.step)
+        stream = numbered(first=run.step, shaped=take_step.shaped)
         last = run.steps if stop_at is None else min(stop_at, run.steps)
         run.consider()
         for step in range(run.step + 1, last + 1):
@@ -89,7 +91,7 @@ def train(
             laps.start()
             taken = next(stream)
             loss = take_step(compilation.model, step, taken)
-            laps.stop(compilation.end_step())
+            laps.stop(compilation.end_step() + take_step.capturing())
             if after_step:
                 after_step()
             meter.sample()
@@ -104,21 +106,55 @@ def train(
         with torch.compiler.set_stance("force_eager"):
             run.check(model)
         model.eval()
-        result = run.trained(compilation.facts())
+        result = run.trained(compilation.facts() | take_step.end())
         if checkpoints and run.stepped and run.complete:
             with meter.stage("save"):
                 checkpoints.save(run.steps, {"weights": parts["weights"]}, vars(result))
     return result
 
 
-class _Step:
-    """The step of a training: forward, backward and optimizer, and what they need."""
+def _static_sizes(
+    rows: Sequence[Tokens], config: TrainConfig, seed: int, order: Sequence[list[int]] | None
+) -> list[Size] | None:
+    """The sizes of a run's micro-batches; None where its steps are not taken in static shapes."""
+    if config.capture is Capture.off:
+        return None
+    return sizes(order or steps_of(rows, config, seed), rows, config)
 
-    def __init__(self, model: nn.Module, run: Run, span: Callable[[str], AbstractContextManager[Any]]) -> None:
+
+class _Step:
+    """The step of a training: forward, backward and optimizer, and what they need.
+
+    With the sizes ``static`` of its micro-batches it is taken in static shapes, after a first one that is not.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        run: Run,
+        span: Callable[[str], AbstractContextManager[Any]],
+        static: Sequence[Size] | None = None,
+    ) -> None:
         self._model, self._run, self._span = model, run, span
         self._narrowed = autocast(run.config, run.meter.device)
         self._allocate = getattr(getattr(model, "base_model", None), "update_and_allocate", None)
         self._regularised: bool | None = None  # known after the first forward
+        self._static: StaticSteps | None = None
+        if static is not None:
+            self._static = StaticSteps(model, run.config, partial(self.losses, model), static, run.meter.device)
+
+    def shaped(self, batch: Batch) -> Batch:
+        """``batch``, still on the host, in the shape in which it is taken."""
+        return self._static.padded(batch) if self._static else batch
+
+    def capturing(self) -> float:
+        """The seconds of capturing in the step that has just ended."""
+        return self._static.end_step() if self._static else 0.0
+
+    def end(self) -> dict[str, Any]:
+        """Free the gradients, which static steps keep; the facts of capturing, for the record."""
+        self._run.optimizer.zero_grad(set_to_none=True)
+        return self._static.facts() if self._static else {}
 
     def losses(self, called: nn.Module, batch: Batch) -> torch.Tensor:
         """The loss of each answer token, in the number format of the training."""
@@ -127,29 +163,36 @@ class _Step:
 
     def __call__(self, called: nn.Module, step: int, taken: list[Batch]) -> torch.Tensor:
         """The loss of step number ``step``, on the device; ``called`` is the model, compiled or not."""
-        run = self._run
+        run, static = self._run, self._static
         answer_tokens = sum(batch.answer_tokens for batch in taken)
         loss = torch.zeros((), device=run.meter.device)
         for batch in taken:
-            with self._span("forward"), self._narrowed:
-                losses, hits = losses_and_hits(called, batch)
-                part = losses.sum() / answer_tokens
-                regulariser = auxiliary_loss(self._model, batch) if self._regularised is not False else None
-                self._regularised = regulariser is not None
-            if hits is not None:
-                run.epoch.hits += hits
-            del losses
-            with self._span("backward"):
-                share = batch.answer_tokens / answer_tokens
-                run.scaler.scale(part if regulariser is None else part + regulariser * share).backward()
-            loss += part.detach()
-            del part, regulariser  # bitsandbytes' 8-bit layers keep activations as long as the graph is held
+            part = static(batch, answer_tokens) if static else None
+            loss += self._pass(called, batch, answer_tokens) if part is None else part
         with self._span("optimizer"):
             run.update()
             if self._allocate:
                 self._allocate(step)  # AdaLoRA, AdaMSS: ranks are dealt out anew from this step's gradients
-            run.optimizer.zero_grad(set_to_none=True)
+            if static:
+                static.begin(run.parameters, regularised=bool(self._regularised))
+            run.optimizer.zero_grad(set_to_none=not (static and static.begun))
         return loss
+
+    def _pass(self, called: nn.Module, batch: Batch, answer_tokens: int) -> torch.Tensor:
+        """Forward and backward of a micro-batch: its part of the loss of a step with ``answer_tokens``."""
+        run = self._run
+        with self._span("forward"), self._narrowed:
+            losses, hits = losses_and_hits(called, batch)
+            part = losses.sum() / answer_tokens
+            regulariser = auxiliary_loss(self._model, batch) if self._regularised is not False else None
+            self._regularised = regulariser is not None
+        if hits is not None:
+            run.epoch.hits += hits
+        del losses
+        with self._span("backward"):
+            share = batch.answer_tokens / answer_tokens
+            run.scaler.scale(part if regulariser is None else part + regulariser * share).backward()
+        return part.detach()
 
 
 def batches(
@@ -161,8 +204,13 @@ def batches(
     device: torch.device,
     first: int = 0,
     order: Iterable[list[int]] | None = None,
+    shaped: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> Iterator[list[Batch]]:
-    """The micro-batches of each step that a run with ``seed`` takes, without end, after the first ``first`` steps."""
+    """The micro-batches of each step that a run with ``seed`` takes, without end, after the first ``first`` steps.
+
+    Each is ``shaped`` on the host, before it goes to the device.
+    """
     order = order or batch_order([len(row.ids) for row in rows], rows_per_step(config), seed)
     for step in islice(micro_batches(order, config.batch_size), first, None):
-        yield [collate([rows[n] for n in numbers], pad_id, config.pad_to_multiple_of).to(device) for numbers in step]
+        some = (collate([rows[n] for n in numbers], pad_id, config.pad_to_multiple_of) for numbers in step)
+        yield [shaped(batch).to(device) for batch in some]

@@ -42,7 +42,7 @@ class Trained:
     best_loss: float | None  # lowest validation loss, where validation was asked for
     best_step: int | None  # of the best validation by config.best_metric
     step_seconds: list[float]
-    compilation: dict[str, Any] = field(default_factory=dict)  # facts of torch.compile
+    compilation: dict[str, Any] = field(default_factory=dict)  # facts of torch.compile and of capturing
     lanes: list[int] = field(default_factory=list)  # how many trials took each step together
     stopped: str | None = None  # why it ended before its last step: PATIENCE or PRUNED
 
@@ -89,7 +89,7 @@ class Run:
         self._rows, self._laps, self._log, self._validate, self._prune = rows, laps, log, validate, prune
         self.steps = total_steps(config, rows)
         self._every = interval(config, "eval_every", rows) if validate else None
-        self._parameters = list(trained.values())
+        self.parameters = list(trained.values())
         self._scheduler = make_scheduler(optimizer, config, self.steps)
         self.scaler = make_scaler(config, meter.device)
         self.progress = Progress(laps)
@@ -123,7 +123,7 @@ class Run:
         """Clip the gradients, and step the optimizer and the schedule."""
         if self.config.clip:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self._parameters, self.config.clip)
+            nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self._scheduler.step()
@@ -196,7 +196,7 @@ class Run:
             FloatingPointError: they, or the loss that they give, are not finite, or no step was taken.
         """
         if self._last is not None:
-            check_trained(model, self._parameters, self._last, self.config, self.step)
+            check_trained(model, self.parameters, self._last, self.config, self.step)
             check_stepped(self.scaler, self.step)
 
     @property
@@ -205,7 +205,7 @@ class Run:
         return self._last is not None
 
     def trained(self, compilation: dict[str, Any] | None = None) -> Trained:
-        """What the training did; ``compilation`` are the facts of torch.compile."""
+        """What the training did; ``compilation`` are the facts of torch.compile and of capturing."""
         return self.progress.trained(self.config, self._rows, self._final_loss, compilation)
 
 

@@ -1,0 +1,316 @@
+"""Forward and backward of a step in a few static shapes, which CUDA captures as graphs and replays.
+
+At the batch sizes of a sweep a step on a GPU is bound by the host, which starts thousands of small kernels. A CUDA
+graph starts all of them at once, but its shapes and addresses are fixed. Batches are therefore padded to few lengths
+(``ladder``), each of which has buffers for its tokens, for the places of its answers and for the weights of their
+losses; places that a batch does not use have a weight of zero. Gradients are zeroed and not freed, so that graphs add
+to them, and accumulation is a replay for each micro-batch. Clipping, optimizer and schedule stay outside of the graphs.
+
+As PyTorch asks for, a length is first run as usual, on the stream that captures it (those are steps of the training);
+its graph is kept only if a replay gives the loss and the gradients of such a pass. What cannot be captured goes on
+uncaptured, and the reason is said once. On a CPU the shapes are the same and nothing is captured.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.modules.dropout import _DropoutNd
+
+from peftsweep.data.batches import Batch, micro_batches
+from peftsweep.data.tokens import Tokens
+from peftsweep.errors import InputError
+from peftsweep.models.parts import base_of, classifies, text_config
+from peftsweep.schema import Capture, Dtype, TrainConfig
+
+log = logging.getLogger(__name__)
+
+EXTRA = 0.06  # of the tokens of a run: the most by which the ladder adds to its padding
+WARM = 2  # usual passes of a length, in which kernels are chosen and workspaces allocated, before it is captured
+WORTH = 20  # batches of a length that must be to come; capturing one takes about as long as several steps
+SAME = (
+    0.02  # norm of the difference of gradients relative to theirs: a few roundings of bfloat16, as sums are reordered
+)
+
+
+# ---- what a run needs ------------------------------------------------------------------------------
+
+
+class Size(NamedTuple):
+    """Of a micro-batch that holds all its rows."""
+
+    length: int  # of its longest row, in tokens
+    tokens: int  # without padding
+    answers: int  # answer tokens of all rows
+
+
+def sizes(order: Iterable[list[int]], rows: Sequence[Tokens], config: TrainConfig) -> list[Size]:
+    """Those of the micro-batches of the steps of ``order``, without those of fewer rows than others."""
+    found = []
+    for step in micro_batches(order, config.batch_size):
+        for batch in ([rows[n] for n in numbers] for numbers in step if len(numbers) == config.batch_size):
+            lengths = [len(row.ids) for row in batch]
+            found.append(Size(max(lengths), sum(lengths), sum(row.answer_tokens for row in batch)))
+    return found
+
+
+def ladder(found: Sequence[Size], rows: int) -> list[int]:
+    """Few lengths to which batches of ``rows`` rows are padded, so that they add at most ``EXTRA`` of their tokens.
+
+    The longest, and then one by one that which saves most.
+    """
+    counts = Counter(size.length for size in found)
+    known, below, total = sorted(counts), {0: 0}, 0
+    for length in known:
+        total += counts[length]
+        below[length] = total
+    rungs = known[-1:]
+    extra = sum((known[-1] - length) * count for length, count in counts.items())
+
+    def saved(length: int) -> int:
+        place = bisect_left(rungs, length)
+        return (rungs[place] - length) * (below[length] - below[rungs[place - 1] if place else 0])
+
+    while extra * rows > EXTRA * sum(size.tokens for size in found):
+        best = max(known, key=saved)
+        extra -= saved(best)
+        insort(rungs, best)
+    return rungs
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse what excludes each other.
+
+    Raises:
+        InputError: the line names both keys.
+    """
+    if config.capture is not Capture.off and config.compile != "none":
+        raise InputError(f"train.capture={config.capture.value}: must be off with train.compile={config.compile}")
+
+
+def unfit(model: Any, config: TrainConfig) -> str | None:
+    """Why the step of ``model`` cannot be static; None where only trying it can tell."""
+    reasons = {
+        "it is a classifier": classifies(model),
+        "the loss is scaled, for float16": config.autocast is Dtype.float16,
+        "its method deals out ranks anew in the steps": hasattr(
+            getattr(model, "base_model", None), "update_and_allocate"
+        ),
+        "its layers are on several devices": len({p.device for p in model.parameters()}) > 1,
+        "it leaves out layers at random": bool(getattr(text_config(base_of(model)), "layerdrop", 0)),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def drops(model: nn.Module) -> bool:
+    """Whether a pass of the model draws random numbers."""
+    of_attention = getattr(text_config(base_of(model)), "attention_dropout", 0)
+    return bool(of_attention) or any(isinstance(m, _DropoutNd) and m.p > 0 for m in model.modules())
+
+
+# ---- the step --------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Static:
+    """A length: the buffers of its batch, and its graph once it is captured."""
+
+    batch: Batch  # with all places that a batch of this length may have, [places]
+    weights: torch.Tensor  # of the loss at each place, [places]
+    left: int  # batches of this length to come
+    taken: int = 0
+    graph: torch.cuda.CUDAGraph | None = None
+    loss: torch.Tensor | None = None  # of the last replay
+
+    def fill(self, batch: Batch, answer_tokens: int) -> None:
+        """Take over ``batch``; the weighted sum of its losses is then a part of the mean of ``answer_tokens``."""
+        count = batch.answer_tokens
+        self.batch.input_ids.copy_(batch.input_ids)
+        self.batch.attention_mask.copy_(batch.attention_mask)
+        self.batch.places[:count].copy_(batch.places)
+        self.batch.places[count:].zero_()
+        self.weights[:count].fill_(1 / answer_tokens)
+        self.weights[count:].zero_()
+        self.left, self.taken = self.left - 1, self.taken + 1
+
+
+class StaticSteps:
+    """Takes the micro-batches of a run in static shapes; ``losses`` gives those of a batch's answer tokens.
+
+    ``found`` are the sizes of the micro-batches, of ``rows`` rows each.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        losses: Callable[[Batch], torch.Tensor],
+        found: Sequence[Size],
+        device: torch.device,
+    ) -> None:
+        self.off = "no micro-batch has all its rows" if not found else unfit(model, config)
+        self.rungs = ladder(found, config.batch_size) if not self.off else []
+        self._rows, self._losses, self._device = config.batch_size, losses, device
+        self._of_length: dict[int, _Static] = {}
+        self._answers, self._counts = dict[int, int](), Counter[int]()
+        for size in found if self.rungs else ():
+            length = self.rungs[bisect_left(self.rungs, size.length)]
+            self._answers[length] = max(size.answers, self._answers.get(length, 0))
+            self._counts[length] += 1
+        self._trained: list[nn.Parameter] = []  # once the first step has been taken
+        self._random = drops(model)
+        self._stream, self._pool = self._of_graphs()
+        self._graphs, self._seconds, self._told = 0, 0.0, 0.0
+        if self.off:
+            self.give_up(self.off)
+
+    def _of_graphs(self) -> tuple[Any, Any]:
+        """The stream on which graphs are captured, and the memory that they share."""
+        if self._device.type != "cuda" or self.off:
+            return None, None
+        return torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
+
+    @property
+    def begun(self) -> bool:
+        """Whether micro-batches are taken here, as the first step has been taken as usual."""
+        return bool(self._trained)
+
+    def begin(self, trained: Sequence[nn.Parameter], *, regularised: bool) -> None:
+        """The first step has been taken, as usual: its gradients are those that graphs will add to."""
+        if self.off or self.begun:
+            return
+        if regularised:
+            self.give_up("its method adds to the loss")
+        elif any(p.grad is None for p in trained if p.requires_grad):
+            self.give_up("some of its weights had no gradient in the first step")
+        else:
+            self._trained = [p for p in trained if p.requires_grad]
+
+    def give_up(self, reason: str) -> None:
+        """Go on without static shapes."""
+        self.off = reason
+        self._of_length.clear()
+        self._trained = []
+        log.warning("train.capture is off: %s", reason)
+
+    def padded(self, batch: Batch) -> Batch:
+        """``batch``, still on the host, padded to the next length of the ladder, if it has all its rows."""
+        rows, length = batch.input_ids.shape
+        place = bisect_left(self.rungs, length)
+        if self.off or rows != self._rows or place == len(self.rungs):
+            return batch
+        fill = (0, self.rungs[place] - length)
+        answers = functional.pad(batch.answer_mask, fill)
+        return replace(
+            batch,
+            input_ids=functional.pad(batch.input_ids, fill),  # with any token: nothing sees it
+            attention_mask=functional.pad(batch.attention_mask, fill),
+            answer_mask=answers,
+            places=answers.flatten().nonzero()[:, 0],
+            answer_start=1,
+        )
+
+    def __call__(self, batch: Batch, answer_tokens: int) -> torch.Tensor | None:
+        """Forward and backward of ``batch``: its part of the step's loss; None where it is to be taken as usual."""
+        static = self._static(batch) if self.begun else None
+        if static is None:
+            return None
+        static.fill(batch, answer_tokens)
+        if static.graph is not None:
+            static.graph.replay()
+            return static.loss
+        if self._stream is None or static.taken <= WARM or static.left < WORTH:
+            return self._aside(static)
+        start = time.perf_counter()
+        loss = self._capture(static)
+        self._seconds += time.perf_counter() - start
+        return loss
+
+    def _static(self, batch: Batch) -> _Static | None:
+        """The buffers that ``batch`` fits into."""
+        rows, length = batch.input_ids.shape
+        if rows != self._rows or batch.answer_tokens > self._answers.get(length, 0):
+            return None
+        if length not in self._of_length:
+            blank = replace(
+                batch,
+                input_ids=torch.zeros_like(batch.input_ids),
+                attention_mask=torch.zeros_like(batch.attention_mask),
+                places=batch.places.new_zeros(self._answers[length]),
+                answer_tokens=self._answers[length],
+            )
+            weights = torch.zeros(self._answers[length], device=self._device)
+            self._of_length[length] = _Static(blank, weights, self._counts[length])
+        return self._of_length[length]
+
+    def _pass(self, static: _Static) -> torch.Tensor:
+        loss = (self._losses(static.batch) * static.weights).sum()
+        loss.backward()
+        return loss.detach()
+
+    def _aside(self, static: _Static) -> torch.Tensor:
+        """A usual pass, on CUDA on the stream of the graphs."""
+        if self._stream is None:
+            return self._pass(static)
+        here = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream):
+            loss = self._pass(static)
+        here.wait_stream(self._stream)
+        return loss
+
+    def _capture(self, static: _Static) -> torch.Tensor:
+        """A usual pass, and then its capture; which of both counts, its loss is returned, its gradients are added."""
+        gradients = [p.grad for p in self._trained if p.grad is not None]
+        before = [gradient.clone() for gradient in gradients]
+        usual = self._aside(static)
+        after = [gradient.clone() for gradient in gradients]
+        try:
+            graph, loss = self._recorded(static)
+            torch._foreach_copy_(gradients, before)
+            graph.replay()
+            if self._random or _same(
+                [loss, *torch._foreach_sub(gradients, before)], [usual, *torch._foreach_sub(after, before)]
+            ):
+                static.graph, static.loss = graph, loss
+                self._graphs += 1
+                return loss
+            reason = "a replay gave another loss or other gradients"
+        except Exception as error:  # whatever an operation raises that a graph cannot hold, or for which memory lacks
+            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        torch._foreach_copy_(gradients, after)
+        self.give_up(reason)
+        return usual
+
+    def _recorded(self, static: _Static) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            loss = self._pass(static)
+        return graph, loss
+
+    def end_step(self) -> float:
+        """The seconds of capturing since the last call."""
+        told, self._told = self._told, self._seconds
+        return self._seconds - told
+
+    def facts(self) -> dict[str, Any]:
+        """For the record: the lengths that batches were padded to, those that were captured, or why none was."""
+        if self.off:
+            return {"capture_off": self.off}
+        return {"capture_lengths": self.rungs, "capture_graphs": self._graphs, "capture_seconds": self._seconds}
+
+
+def _same(found: Sequence[torch.Tensor], usual: Sequence[torch.Tensor]) -> bool:
+    """Whether they differ by rounding alone."""
+    apart = sum((a - b).float().square().sum() for a, b in zip(found, usual, strict=True))
+    size = sum(b.float().square().sum() for b in usual)
+    return bool(torch.as_tensor(apart <= SAME**2 * size))

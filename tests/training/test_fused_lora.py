@@ -1,0 +1,162 @@
+"""LoRA layers in fewer operations, held against PEFT's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import BitsAndBytesConfig
+
+from peftsweep.data.tokens import Tokens
+from peftsweep.forecast import predict
+from peftsweep.models import attach, model
+from peftsweep.models import losses as models_losses
+from peftsweep.observe.measure import Meter
+from peftsweep.schema import Dtype, ModelConfig, TargetsConfig, TrainConfig
+from peftsweep.training import fused_lora, loop
+from peftsweep.training.fused_lora import fused
+from tests.models.test_shortcuts import apart, batch
+
+QUANTS: dict[str, dict[str, Any]] = {"none": {}, "4bit": {"load_in_4bit": True}, "8bit": {"load_in_8bit": True}}
+IN_A_BLOCK = 7  # linear layers: four of attention, three of the feed-forward
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "dropout": {"lora_dropout": 0.5},
+    "rslora": {"use_rslora": True},
+    "lora_bias": {"lora_bias": True},
+    "dora": {"use_dora": True},
+}
+LEFT = ("lora_bias", "dora")
+
+
+def adapted(quant: str, dtype: Dtype, **options: Any) -> Any:
+    quantization = BitsAndBytesConfig(**QUANTS[quant]) if QUANTS[quant] else None
+    base = model.load(ModelConfig(name_or_path="tiny", dtype=dtype), quantization, torch.device("cpu"))
+    torch.manual_seed(0)
+    given: dict[str, Any] = {"r": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | options
+    made = get_peft_model(base, LoraConfig(**given))
+    for name, weight in made.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.02)
+    return made.train()
+
+
+def losses_and_gradients(trained: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    trained.zero_grad()
+    torch.manual_seed(1)  # of dropout
+    losses = models_losses.answer_losses(trained, batch())
+    losses.mean().backward()
+    gradients = [p.grad for p in trained.parameters() if p.requires_grad]
+    assert all(gradient is not None and gradient.dtype == torch.float32 for gradient in gradients)
+    return losses.detach(), torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
+
+
+@pytest.mark.parametrize(
+    ("quant", "dtype", "bound"),
+    [
+        ("none", Dtype.float32, 1e-5),
+        ("none", Dtype.bfloat16, 0.05),
+        ("4bit", Dtype.float32, 1e-5),
+        ("8bit", Dtype.float32, 1e-4),
+    ],
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_and_gradients_are_those_of_peft_s_layers(quant: str, dtype: Dtype, bound: float, method: str) -> None:
+    if (quant, method) == ("8bit", "dora"):
+        pytest.skip("PEFT's DoRA fails on 8 bits")
+    trained = adapted(quant, dtype, **METHODS[method])
+    plain = losses_and_gradients(trained)
+    with fused(trained) as layers:
+        found = losses_and_gradients(trained)
+    assert layers == (0 if method in LEFT else IN_A_BLOCK * len(trained.get_base_model().model.layers))
+    assert [apart(*pair) <= bound for pair in zip(found, plain, strict=True)] == [True, True]
+    assert not any("forward" in vars(module) for module in trained.modules())
+
+
+def test_a_merged_or_disabled_adapter_is_not_added_twice() -> None:
+    trained = adapted("none", Dtype.float32).train()
+    ids = batch().input_ids
+    with torch.no_grad(), fused(trained):
+        with trained.disable_adapter():
+            without = trained(ids).logits
+        assert torch.allclose(without, trained.get_base_model()(ids).logits) is False
+        once = trained(ids).logits
+        trained.merge_adapter()
+        assert torch.allclose(trained(ids).logits, once, atol=1e-4)
+
+
+def test_an_evaluation_is_peft_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = adapted("none", Dtype.float32).eval()
+    with fused(trained):
+        monkeypatch.setattr(fused_lora, "_fused", None)
+        models_losses.answer_losses(trained, batch())
+        with pytest.raises(TypeError):
+            models_losses.answer_losses(trained.train(), batch())
+
+
+@pytest.mark.parametrize("wrong", ["output", "gradient"])
+def test_a_layer_that_computes_something_else_stays_peft_s(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = fused_lora._fused
+
+    def lie(layer: Any, x: torch.Tensor) -> torch.Tensor:
+        found = exact(layer, x)
+        if layer.out_features != layer.in_features:
+            return found
+        return found * 1.01 if wrong == "output" else found * 0.9 + 0.1 * found.detach()
+
+    monkeypatch.setattr(fused_lora, "_fused", lie)
+    trained = adapted("none", Dtype.float32, lora_dropout=0.1)
+    before = {name: weight.clone() for name, weight in trained.named_parameters()}
+    linear = [m for m in trained.modules() if type(m) in fused_lora.KINDS]
+    with fused(trained) as layers:
+        square = sum(m.out_features == m.in_features for m in linear)
+        assert 0 < layers == len(linear) - square
+    assert all(torch.equal(weight, before[name]) for name, weight in trained.named_parameters())
+    assert all(m.lora_dropout["default"].training for m in linear)
+
+
+def test_a_training_takes_them_on_cuda_and_its_losses_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [Tokens(list(range(3, 20)), 4), Tokens(list(range(30, 60)), 20)] * 4
+    found, calls = [], list[int]()
+    exact = fused_lora._fused
+
+    def counted(layer: Any, x: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return exact(layer, x)
+
+    monkeypatch.setattr(fused_lora, "_fused", counted)
+    for devices in (fused_lora.DEVICES, ("cpu",)):
+        monkeypatch.setattr(fused_lora, "DEVICES", devices)
+        config, lines = TrainConfig(steps=4, batch_size=4, log_every=1, warmup=1), list[dict[str, Any]]()
+        trained, meter = adapted("none", Dtype.float32), Meter(torch.device("cpu"))
+        loop.train(trained, rows, config, pad_id=0, seed=0, meter=meter, log=lines.append)
+        found.append([line["loss"] for line in lines if "loss" in line])
+        assert bool(calls) == ("cpu" in devices)
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_the_memory_that_is_predicted_for_cuda_is_that_of_fewer_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 PEFT's layers keep their inputs in 32 bits too."""
+
+    def peak() -> int:
+        with torch.device("meta"):
+            base = predict.skeleton(ModelConfig(name_or_path="tiny", dtype=Dtype.bfloat16), None)
+            made = attach.attach(base, LoraConfig(r=4, target_modules="all-linear"), TargetsConfig(), {})
+        return predict.predict(made, TrainConfig(), [predict.Shape(8, 256, 20, 160)], "cuda").peak_bytes
+
+    fewer = peak()
+    monkeypatch.setattr(fused_lora, "DEVICES", ())
+    assert fewer < 0.95 * peak()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quant", QUANTS)
+def test_on_cuda_no_layer_is_left_to_peft(quant: str) -> None:
+    quantization = BitsAndBytesConfig(**QUANTS[quant]) if QUANTS[quant] else None
+    config = ModelConfig(name_or_path="tiny", dtype=Dtype.bfloat16)
+    base = model.load(config, quantization, torch.device("cuda"))
+    made: Any = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")).train()
+    with fused(made) as layers:
+        assert layers == IN_A_BLOCK * len(made.get_base_model().model.layers)
