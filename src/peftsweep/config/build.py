@@ -262,7 +262,13 @@ def attach_lanes(lanes: Mapping[str, Trial], base: PreTrainedModel) -> PeftModel
 def _method(trial: Trial) -> Any:
     """The PEFT config that ``method`` names."""
     task = {"task_type": trial.config.model.task.value.upper()}  # PEFT's names of them
-    return _instantiate(task | trial.config.method, "method")
+    options = task | trial.config.method
+    if options.get("target_modules") != attach.ALL_LINEAR:
+        return _instantiate(options, "method")
+    # PEFT takes method.layers_to_transform for names of modules alone, which these become when they are attached.
+    method = _instantiate(options | {"target_modules": None}, "method")
+    method.target_modules = attach.ALL_LINEAR
+    return method
 
 
 def initialisation(
