@@ -214,9 +214,17 @@ def test_a_parent_that_is_killed_leaves_its_jobs_and_the_same_command_ends_with_
 
 @on_slurm
 def test_a_time_limit_sends_a_trial_to_the_queue_and_on_from_its_checkpoint(run: Run) -> None:
-    limits = ["hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=20"]
-    code, out, _ = end(run(*LONG, "train.steps=2000", "method.r=2", *limits))
+    limits = ["hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=20", "hydra.launcher.max_num_timeout=20"]
+    process, requeued = run(*LONG, "train.steps=2000", "method.r=2", *limits), 0
+    while process.poll() is None:
+        for line in told("squeue", "--me", "--noheader", "--format=%i|%r").splitlines():
+            job, _, reason = line.partition("|")
+            if reason == "BeginTime":  # SLURM holds a requeued job for two minutes
+                requeued += subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"]).returncode == 0
+        time.sleep(1)
+    code, out, _ = end(process)
     assert (code, statuses()) == (0, ["success"]), out
+    assert requeued
     assert next(iter(records().values())).run_info["resumed"] >= 100
 
 
