@@ -65,9 +65,9 @@ def adapt(config: str, options: dict[str, Any], targets: TargetsConfig | None = 
         (
             "CartridgeConfig",
             TINY | {"num_layers": 1_000_000},
-            "method.num_layers=1000000: must be at most 4, the layers",
+            "method.num_layers=1000000: must be 4 or null, the layers",
         ),
-        ("PrefixTuningConfig", TINY | {"num_layers": 5}, "method.num_layers=5: must be at most 4, the layers of the"),
+        ("PrefixTuningConfig", TINY | {"num_layers": 1}, "method.num_layers=1: must be 4 or null, the layers of the"),
         ("PromptEncoderConfig", TINY | {"num_transformer_submodules": 2}, "must be 1 or null"),
         ("PromptTuningConfig", TINY | {"token_dim": 64}, "method.token_dim=64: must be 128 or null, the width of the"),
     ],
@@ -118,6 +118,16 @@ def test_layers_can_be_chosen_where_a_method_takes_all_linear_modules(compose: C
     found = {name for name, module in base_of(adapted).named_modules() if hasattr(module, "lora_A")}
     assert len(found) == 7
     assert {name.split(".")[2] for name in found} == {"2"}
+
+
+def test_what_an_experiment_says_of_its_own_model_is_read_from_this_one(compose: Callable[..., Trial]) -> None:
+    words = ["+point/peft_comparison=prompt_tuning--llama-3.2-3b-default"]
+    one, base = compose(*words), skeleton(ModelConfig(name_or_path="tiny"), None)
+    config = build.attach_method(one, base, steps=4).peft_config["default"]
+    assert (one.config.method["num_layers"], one.config.method["token_dim"]) == (28, 3072)
+    assert (config.num_layers, config.token_dim) == (4, 128)
+    with pytest.raises(InputError, match=r"^method\.num_layers=28: must be 4 or null, the layers of the model$"):
+        build.attach_method(compose(*words, "method.num_layers=28"), base, steps=4)
 
 
 def test_a_pattern_that_matches_nothing_ends_the_command_with_one_line(

@@ -268,8 +268,8 @@ def _listed(given: Any) -> list[Any]:
 def _check_virtual_tokens(method: Any, config: Any, width: int) -> None:
     """What PEFT reads from the model where it is not given, and takes as it is where it is."""
     layers = getattr(config, "num_hidden_layers", None)
-    if layers is not None and (method.num_layers or 0) > layers:
-        raise InputError(f"method.num_layers={method.num_layers}: must be at most {layers}, the layers of the model")
+    if layers is not None and method.num_layers not in (None, layers):
+        raise InputError(f"method.num_layers={method.num_layers}: must be {layers} or null, the layers of the model")
     if method.num_transformer_submodules not in (None, 1):
         raise InputError(
             f"method.num_transformer_submodules={method.num_transformer_submodules}: must be 1 or null, as the model "
