@@ -212,19 +212,21 @@ def test_a_parent_that_is_killed_leaves_its_jobs_and_the_same_command_ends_with_
     assert (code, statuses()) == (0, ["success"] * 3), out
 
 
+def change(job: str, *settings: str) -> None:
+    subprocess.run(["scontrol", "update", f"jobid={job}", *settings], check=True)
+
+
 @on_slurm
 def test_a_time_limit_sends_a_trial_to_the_queue_and_on_from_its_checkpoint(run: Run) -> None:
-    limits = ["hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=20", "hydra.launcher.max_num_timeout=20"]
-    process, requeued = run(*LONG, "train.steps=2000", "method.r=2", *limits), 0
-    while process.poll() is None:
-        for line in told("squeue", "--me", "--noheader", "--format=%i|%r").splitlines():
-            job, _, reason = line.partition("|")
-            if reason == "BeginTime":  # SLURM holds a requeued job for two minutes
-                requeued += subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"]).returncode == 0
-        time.sleep(1)
+    limits = ["hydra.launcher.timeout_min=30", "hydra.launcher.signal_delay_s=100"]
+    process = run(*LONG, "train.steps=2000", "method.r=2", *limits)
+    _, (_, job) = one_of(wait_for(training, process))
+    minutes = int(told("squeue", "--jobs", job, "--noheader", "--format=%M").split(":")[-2])  # that it has run
+    change(job, f"timelimit={minutes + 2}")  # it has less than two minutes left, and is told so at once
+    wait_for(lambda: "BeginTime" in told("squeue", "--jobs", job, "--noheader", "--format=%r"), process)
+    change(job, "timelimit=30", "starttime=now")  # SLURM would hold a requeued job for two minutes
     code, out, _ = end(process)
     assert (code, statuses()) == (0, ["success"]), out
-    assert requeued
     assert next(iter(records().values())).run_info["resumed"] >= 100
 
 
