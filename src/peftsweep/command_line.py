@@ -124,10 +124,10 @@ def check_twice(words: Sequence[str], conf: Path) -> None:
         if not given or word.startswith(("-", "~")):
             continue
         before, said[key] = said.get(key, word), word
-        is_group = key in groups or key.startswith("hydra/")
+        is_group = key.partition("/")[0] in groups  # or a folder in one: hydra/launcher, point/peft_comparison
         if before != word and (is_group or any(_parsed(one).is_sweep_override() for one in (before, word))):
             several = "several in brackets" if key in SEVERAL else "several to be swept after commas"
-            advice = "" if key.startswith("hydra/") else f", {several}"
+            advice = "" if key.startswith("hydra") else f", {several}"
             raise InputError(f"{before} {word}: {key} is given twice; give it once{advice}")
 
 

@@ -204,6 +204,7 @@ WRONG_WORDS = {
     "method=lora quant=4bit method=ia3,lora": "method=lora method=ia3,lora: method is given twice",
     "eval=gsm8k eval=[boolq]": "eval=gsm8k eval=[boolq]: eval is given twice; give it once, several in brackets",
     "hydra/launcher=local hydra/launcher=slurm": "hydra/launcher is given twice; give it once",
+    "+point/peft_comparison=a +point/peft_comparison=b": "point/peft_comparison is given twice",
     "method.r=8,16 method.r=32": "method.r=8,16 method.r=32: method.r is given twice",
     "seed=0 seed=range(3)": "seed is given twice",
 }
