@@ -88,6 +88,7 @@ def test_what_an_option_names_and_the_model_lacks_is_refused(config: str, option
         ("LoraConfig", {"target_parameters": ["k_proj.weight"]}),
         ("LoraConfig", LAYERS | {"layers_to_transform": 3, "layers_pattern": "layers"}),
         ("LoraConfig", {"layer_replication": [[0, 3], [1, 4]]}),
+        ("LoraConfig", {"layer_replication": [[0, 3], [1, 4]], "layers_to_transform": [5]}),
         ("IA3Config", {"feedforward_modules": ["q_proj"]}),
         ("CartridgeConfig", TINY | {"num_layers": 4, "num_transformer_submodules": 1}),
     ],
@@ -109,6 +110,13 @@ def test_the_feed_forward_modules_that_a_person_names_are_kept() -> None:
     adapted = adapt("IA3Config", {"feedforward_modules": ["v_proj"]}, TargetsConfig(roles=["q", "v"]))
     scaled = {n: m.is_feedforward for n, m in base_of(adapted).named_modules() if hasattr(m, "is_feedforward")}
     assert {name.rpartition(".")[2]: is_input for name, is_input in scaled.items()} == {"q_proj": False, "v_proj": True}
+
+
+def test_what_a_person_excludes_need_not_be_excluded_from_other_options() -> None:
+    """Which modules of IA3 are feed-forward follows from the targets, of which some may be left out."""
+    targets = TargetsConfig(roles=["v", "mlp"])
+    adapted = adapt("IA3Config", {"exclude_modules": ["down_proj"]}, targets)
+    assert not any("down_proj" in name for name, module in base_of(adapted).named_modules() if hasattr(module, "ia3_l"))
 
 
 def test_layers_can_be_chosen_where_a_method_takes_all_linear_modules(compose: Callable[..., Trial]) -> None:

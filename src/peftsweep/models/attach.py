@@ -86,6 +86,7 @@ def attach(
         base.requires_grad_(True)
         _freeze_beside_text(base)
         return base
+    as_given = copy.copy(method)
     _aim(method, base, modules, targets, roles)
     method.task_type = TaskType.SEQ_CLS if classifies(base) else method.task_type or TaskType.CAUSAL_LM
     trained = _always_trained(base)
@@ -99,14 +100,13 @@ def attach(
         method.adapters = {str(n): path for n, path in enumerate(method.adapters.values())}  # it knows numbers only
         method.hidden_size = config.hidden_size
         base.config.use_cache = False
-    before = copy.copy(method)  # as an initialisation may change it
     put: Any = partial(get_peft_model, autocast_adapter_dtype=float32)
     try:
         with names_as_written():
             adapted = initialise(method, put) if initialise else put(base, method)
     except REFUSALS as error:
         raise _refused(error) from error
-    compatibility.check_adapted(before, _adapted_names(adapted))
+    compatibility.check_adapted(as_given, _adapted_names(adapted))
     for name in trained:
         if not any(p.requires_grad for p in adapted.get_base_model().get_submodule(name).parameters()):
             raise InputError(f"method: {type(method).__name__} leaves the new {name} of a classifier untrained")
@@ -203,7 +203,9 @@ def _aim(method: Any, base: PreTrainedModel, modules: list[str] | None, targets:
         # PEFT heeds the layers for the ends of names alone; a name in full would mean its module in every layer.
         full = {name for name, _ in base.named_modules()}
         method.target_modules = [
-            name for name in method.target_modules if name not in full or check_target_module_exists(method, f".{name}")
+            name
+            for name in sorted(method.target_modules)
+            if name not in full or check_target_module_exists(method, f".{name}")
         ]
     if modules is not None and hasattr(method, "feedforward_modules") and method.feedforward_modules is None:
         # IA3 scales the input, not the output, of feed-forward layers, and must be told which those are.

@@ -181,7 +181,7 @@ def check_names(method: Any, base: nn.Module, config: Any) -> None:
 def check_adapted(method: Any, adapted: Sequence[str]) -> None:
     """Refuse patterns and layers of which none is in ``adapted``, the full names of the modules that got an adapter.
 
-    ``method`` is the PEFT config as it was before an initialisation changed it.
+    ``method`` is the PEFT config as it was given, before it was aimed at modules and an initialisation changed it.
 
     Raises:
         InputError: as ``check_names``.
@@ -244,10 +244,11 @@ def _check_layers(method: Any, modules: Sequence[str]) -> None:
             raise InputError(f"method.layers_pattern: '{pattern}' is before no number; {suggest(pattern, numbered)}")
     known = {number for pattern in patterns or [ANY_LAYER] for number in _layers(pattern, modules)}
     count = max(known, default=-1) + 1
+    replicated = getattr(method, "layer_replication", None) or ()
     for layer in wanted:
-        if layer not in known:
+        if layer not in known and not replicated:
             raise InputError(f"method.layers_to_transform: the model has no layer {layer}; it has 0 to {count - 1}")
-    for start, end in getattr(method, "layer_replication", None) or ():
+    for start, end in replicated:
         if not 0 <= start < end <= count:
             raise InputError(
                 f"method.layer_replication=[{start},{end}]: must be [start,end] of layers, with start below end and "
