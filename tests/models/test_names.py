@@ -131,7 +131,7 @@ def test_layers_can_be_chosen_where_a_method_takes_all_linear_modules(compose: C
 def test_what_an_experiment_says_of_its_own_model_is_read_from_this_one(compose: Callable[..., Trial]) -> None:
     words = ["+point/peft_comparison=prompt_tuning--llama-3.2-3b-default"]
     one, base = compose(*words), skeleton(ModelConfig(name_or_path="tiny"), None)
-    config = build.attach_method(one, base, steps=4).peft_config["default"]
+    config: Any = build.attach_method(one, base, steps=4).peft_config["default"]
     assert (one.config.method["num_layers"], one.config.method["token_dim"]) == (28, 3072)
     assert (config.num_layers, config.token_dim) == (4, 128)
     with pytest.raises(InputError, match=r"^method\.num_layers=28: must be 4 or null, the layers of the model$"):
