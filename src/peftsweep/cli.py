@@ -160,7 +160,9 @@ def _checked(words: Sequence[str]) -> list[str]:
     """The words of a command as Hydra is to read them."""
     conf = Path(fill.conf_dir())
     shorthand.forget()
-    return command_line.checked(shorthand.expanded(words, [conf, *command_line.own_folders(words)]), conf)
+    checked = command_line.checked(shorthand.expanded(words, [conf, *command_line.own_folders(words)]), conf)
+    command_line.check_twice(checked, conf)
+    return checked
 
 
 def _guarded(door: object) -> int:

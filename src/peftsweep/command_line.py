@@ -109,6 +109,28 @@ def checked(words: Sequence[str], conf: Path) -> list[str]:
     return kept
 
 
+def check_twice(words: Sequence[str], conf: Path) -> None:
+    """Refuse two choices of one group, and two axes of one key, of which Hydra would take the last.
+
+    Of a plain key the last word counts, so that a script can end in the words that it was given.
+
+    Raises:
+        InputError: the line names both words.
+    """
+    groups = {folder.name for folder in conf.iterdir() if folder.is_dir()}
+    said: dict[str, str] = {}
+    for word in words:
+        key, given, _ = word.lstrip("+").partition("=")
+        if not given or word.startswith(("-", "~")):
+            continue
+        before, said[key] = said.get(key, word), word
+        is_group = key.partition("/")[0] in groups  # or a folder in one: hydra/launcher, point/peft_comparison
+        if before != word and (is_group or any(_parsed(one).is_sweep_override() for one in (before, word))):
+            several = "several in brackets" if key in SEVERAL else "several to be swept after commas"
+            advice = "" if key.startswith("hydra") else f", {several}"
+            raise InputError(f"{before} {word}: {key} is given twice; give it once{advice}")
+
+
 def _amount(word: str) -> str:
     """``price=2.49`` as the key of the group ``price`` that an amount is; every other word as it is."""
     key, _, value = word.partition("=")

@@ -200,6 +200,13 @@ WRONG_WORDS = {
     "method.r=${": "needs quotes",
     "method.r=[8": "needs quotes",
     "method.r=foo(3)": "needs quotes",
+    "model=tiny model=opt_350m": "model is given twice; give it once, several to be swept after commas",
+    "method=lora quant=4bit method=ia3,lora": "method=lora method=ia3,lora: method is given twice",
+    "eval=gsm8k eval=[boolq]": "eval=gsm8k eval=[boolq]: eval is given twice; give it once, several in brackets",
+    "hydra/launcher=local hydra/launcher=slurm": "hydra/launcher is given twice; give it once",
+    "+point/peft_comparison=a +point/peft_comparison=b": "point/peft_comparison is given twice",
+    "method.r=8,16 method.r=32": "method.r=8,16 method.r=32: method.r is given twice",
+    "seed=0 seed=range(3)": "seed is given twice",
 }
 OF_HYDRA = (
     "antlr",
@@ -238,6 +245,12 @@ def test_words_that_are_right_stay_as_they_are() -> None:
     words += ["~eval", "+label=x", "hydra.launcher.workers=2", "sweep=rank_ablation,module_ablation", "label="]
     assert command_line.checked(words, conf) == words
     assert command_line.checked(["sweep=null", "point=null", "seed=1"], conf) == ["seed=1"]
+
+
+def test_of_a_plain_key_that_is_given_twice_the_last_counts() -> None:
+    words = ["train.steps=4", "model=tiny", "train.steps=8", "model=tiny"]
+    assert cli._checked(words) == words
+    assert cli._trial(*words).config.train.steps == 8
 
 
 @pytest.mark.parametrize(

@@ -248,6 +248,17 @@ def test_damaged_steps_are_named_and_those_of_others_are_read(
     assert f"{ranks[0]}/steps.jsonl: " in str(store.damage(ranks[0]))
 
 
+def test_steps_without_a_line_are_damage_of_a_trial_that_has_taken_steps(ranks: list[Path]) -> None:
+    steps = ranks[0] / "steps.jsonl"
+    ANY["no bytes"](steps)
+    assert store.damage(ranks[0]) == f"{steps}: it is empty"
+    put(0, "train_info", "steps")(ranks[0] / "result.json")
+    assert store.damage(ranks[0]) is None
+    steps.unlink()  # deleted to save room, which is no damage
+    put(4, "train_info", "steps")(ranks[0] / "result.json")
+    assert store.damage(ranks[0]) is None
+
+
 @pytest.mark.parametrize("way", ANY | OF_PREDICTIONS)
 def test_damaged_predictions_are_named_and_read_as_none(
     way: str, ranks: list[Path], capsys: pytest.CaptureFixture[str]

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,29 +120,40 @@ WORDS = ["dataset.samples=64", "eval=[perplexity]", "eval.perplexity.samples=8",
 LONG = [*WORDS, "train.steps=800", "train.log_every=10", "train.checkpoint_every=100"]
 
 
+Run = Callable[..., subprocess.Popen[str]]
+
+
+def told(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def on_slurm(test: Callable[..., None]) -> Callable[..., None]:
-    """A slow test that needs a SLURM on this host, with jobs of one thread."""
+    """A slow test that needs a SLURM on this host."""
     needed = pytest.mark.skipif(not answers_here(), reason="needs a SLURM that answers on this host")
-    marked: Callable[..., None] = pytest.mark.slow(needed(pytest.mark.usefixtures("one_thread")(test)))
+    marked: Callable[..., None] = pytest.mark.slow(needed(test))
     return marked
 
 
 @pytest.fixture
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """Start `peftsweep` on SLURM, its jobs with one thread; after the test neither it nor a job of it is left."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    started: list[subprocess.Popen[str]] = []
 
+    def begin(*words: str) -> subprocess.Popen[str]:
+        started.append(start(*words, *SLURM))
+        return started[-1]
 
-def run(*words: str) -> subprocess.Popen[str]:
-    return start(*words, *SLURM)
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()
+    subprocess.run(["scancel", "--me"], check=False)
 
 
 def end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Wait for it; on a failure of the test its jobs are taken from the queue."""
-    try:
-        out, err = process.communicate(timeout=1500)
-        return process.returncode, out, err
-    finally:
-        subprocess.run(["scancel", "--me"], check=False)
+    out, err = process.communicate(timeout=1500)
+    return process.returncode, out, err
 
 
 def training() -> dict[str, tuple[int, str]]:
@@ -171,7 +182,7 @@ def statuses() -> list[str]:
 
 
 @on_slurm
-def test_a_job_whose_process_is_killed_costs_that_process() -> None:
+def test_a_job_whose_process_is_killed_costs_that_process(run: Run) -> None:
     process = run(*LONG, "method.r=2,4")
     killed, (pid, _) = one_of(wait_for(training, process))
     os.kill(pid, signal.SIGKILL)
@@ -182,7 +193,7 @@ def test_a_job_whose_process_is_killed_costs_that_process() -> None:
 
 
 @on_slurm
-def test_a_job_that_is_cancelled_is_recorded_and_the_others_end() -> None:
+def test_a_job_that_is_cancelled_is_recorded_and_the_others_end(run: Run) -> None:
     process = run(*LONG, "train.steps=6000", "method.r=2,4")  # longer than the seconds from SIGTERM to SIGKILL
     _, (_, job) = one_of(wait_for(training, process))
     subprocess.run(["scancel", job], check=True)
@@ -192,7 +203,7 @@ def test_a_job_that_is_cancelled_is_recorded_and_the_others_end() -> None:
 
 
 @on_slurm
-def test_a_parent_that_is_killed_leaves_its_jobs_and_the_same_command_ends_with_all() -> None:
+def test_a_parent_that_is_killed_leaves_its_jobs_and_the_same_command_ends_with_all(run: Run) -> None:
     process = run(*LONG, "method.r=2,4,8")
     wait_for(training, process)
     process.kill()
@@ -201,31 +212,47 @@ def test_a_parent_that_is_killed_leaves_its_jobs_and_the_same_command_ends_with_
     assert (code, statuses()) == (0, ["success"] * 3), out
 
 
+def change(job: str, *settings: str) -> None:
+    subprocess.run(["scontrol", "update", f"jobid={job}", *settings], check=True)
+
+
 @on_slurm
-def test_a_time_limit_sends_a_trial_to_the_queue_and_on_from_its_checkpoint() -> None:
-    limits = ["hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=20"]
-    code, out, _ = end(run(*LONG, "train.steps=2000", "method.r=2", *limits))
+def test_a_time_limit_sends_a_trial_to_the_queue_and_on_from_its_checkpoint(run: Run) -> None:
+    limits = ["hydra.launcher.timeout_min=30", "hydra.launcher.signal_delay_s=100"]
+    process = run(*LONG, "train.steps=2000", "method.r=2", *limits)
+    _, (_, job) = one_of(wait_for(training, process))
+    minutes = int(told("squeue", "--jobs", job, "--noheader", "--format=%M").split(":")[-2])  # that it has run
+    change(job, f"timelimit={minutes + 2}")  # it has less than two minutes left, and is told so at once
+    wait_for(lambda: "BeginTime" in told("squeue", "--jobs", job, "--noheader", "--format=%r"), process)
+    change(job, "timelimit=30", "starttime=now")  # SLURM would hold a requeued job for two minutes
+    code, out, _ = end(process)
     assert (code, statuses()) == (0, ["success"]), out
     assert next(iter(records().values())).run_info["resumed"] >= 100
 
 
 @on_slurm
 @pytest.mark.parametrize("state", ["drain", "down"])
-def test_a_node_that_is_lost_for_a_while_loses_nothing(state: str) -> None:
-    node = subprocess.run(["sinfo", "-h", "-o", "%n"], capture_output=True, text=True).stdout.split()[0]
+def test_a_node_that_is_lost_for_a_while_loses_nothing(state: str, run: Run) -> None:
+    [node] = told("sinfo", "-h", "-o", "%n").split()[:1]
     process = run(*LONG, "method.r=2,4,8")
     wait_for(training, process)
     subprocess.run(["scontrol", "update", f"nodename={node}", f"state={state}", "reason=test"], check=True)
-    try:
-        time.sleep(20)
-    finally:
-        subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], check=True)
+    time.sleep(20)
+    # With ReturnToService=2 a node that is down is back as soon as its slurmd registers, and cannot be resumed.
+    subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], check=state == "drain")
     code, out, _ = end(process)
     assert (code, statuses()) == (0, ["success"] * 3), out
+    if state == "down":  # its jobs were put into the queue again
+        assert any(one.run_info["resumed"] for one in records().values())
 
 
 @on_slurm
-def test_an_array_of_twenty_with_two_at_once() -> None:
+def test_an_array_of_twenty_with_two_at_once(run: Run) -> None:
     ranks = ",".join(map(str, range(1, 21)))
-    code, out, _ = end(run(*WORDS, "train.steps=4", f"method.r={ranks}"))
+    process, most = run(*WORDS, "train.steps=4", f"method.r={ranks}"), 0
+    while process.poll() is None:
+        most = max(most, len(told("squeue", "--me", "--noheader", "--states=running").splitlines()))
+        time.sleep(0.5)
+    code, out, _ = end(process)
     assert (code, statuses()) == (0, ["success"] * 20), out
+    assert most == 2

@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 MIN_CACHED_SECONDS = 5.0  # seconds of tokenising, after which its result is kept in the study's folder
 LEAST_ADALORA = 2  # steps: in the first one PEFT gathers how much each rank matters
 TOKENS_FORMAT = 3  # of what is kept of rows in tokens; another one where the same rows become other tokens
+OF_THE_MODEL = ("num_layers", "num_attention_heads", "token_dim")  # options that PEFT reads from the model by itself
 REMEMBERED = 4  # tokenised training sets: training and validation rows of two datasets
 
 
@@ -262,7 +263,16 @@ def attach_lanes(lanes: Mapping[str, Trial], base: PreTrainedModel) -> PeftModel
 def _method(trial: Trial) -> Any:
     """The PEFT config that ``method`` names."""
     task = {"task_type": trial.config.model.task.value.upper()}  # PEFT's names of them
-    return _instantiate(task | trial.config.method, "method")
+    options = task | trial.config.method
+    if any(group.startswith("point") for group in trial.choices):  # an experiment, perhaps of another model
+        named = {word.lstrip("+").partition("=")[0] for word in trial.overrides}
+        options = {key: one for key, one in options.items() if key not in OF_THE_MODEL or f"method.{key}" in named}
+    if options.get("target_modules") != attach.ALL_LINEAR:
+        return _instantiate(options, "method")
+    # PEFT takes method.layers_to_transform for names of modules alone, which these become when they are attached.
+    method = _instantiate(options | {"target_modules": None}, "method")
+    method.target_modules = attach.ALL_LINEAR
+    return method
 
 
 def initialisation(

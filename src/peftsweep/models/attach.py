@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peftsweep.errors import InputError
+from peftsweep.models import compatibility
 from peftsweep.models.losses import METHOD_INPUTS
 from peftsweep.models.model import new_parts
 from peftsweep.models.parts import classifies, head_names, text_config, text_part
@@ -31,6 +33,7 @@ log = logging.getLogger(__name__)
 LINEAR = (nn.Linear, Conv1D)  # bitsandbytes' quantised layers are subclasses of nn.Linear
 # Layers that a model never calls, as it multiplies with their weights itself: an adapter on them would do nothing.
 NEVER_CALLED = dict.fromkeys(("mamba", "falcon_mamba", "jamba"), ("dt_proj",))
+ALL_LINEAR = "all-linear"  # PEFT's word for the modules that linear_names finds
 EXPERTS = "experts"  # a role of every mixture of experts, whose members are found by their shapes
 FORWARD = ("gate_proj", "up_proj", "down_proj")
 RECURRENT = ("in_proj", "x_proj", "dt_proj", "out_proj")
@@ -75,12 +78,15 @@ def attach(
         InputError: the targets do not fit the model or the method, or PEFT refuses the options.
     """
     modules = target_modules(base, targets, roles)
+    if method is not None:
+        compatibility.check_names(method, base, text_config(base))
     if method is None:
         if modules is not None:
             raise InputError("targets: full fine-tuning trains every module; leave targets=default")
         base.requires_grad_(True)
         _freeze_beside_text(base)
         return base
+    as_given = copy.copy(method)
     _aim(method, base, modules, targets, roles)
     method.task_type = TaskType.SEQ_CLS if classifies(base) else method.task_type or TaskType.CAUSAL_LM
     trained = _always_trained(base)
@@ -100,6 +106,7 @@ def attach(
             adapted = initialise(method, put) if initialise else put(base, method)
     except REFUSALS as error:
         raise _refused(error) from error
+    compatibility.check_adapted(as_given, _adapted_names(adapted))
     for name in trained:
         if not any(p.requires_grad for p in adapted.get_base_model().get_submodule(name).parameters()):
             raise InputError(f"method: {type(method).__name__} leaves the new {name} of a classifier untrained")
@@ -107,6 +114,12 @@ def attach(
     keep_dtype(adapted)
     _freeze_beside_text(base)
     return adapted
+
+
+def _adapted_names(adapted: PeftModel) -> list[str]:
+    """The modules and parameters that have an adapter, by their names in the base; none where it lies elsewhere."""
+    tuner = adapted.base_model
+    return [*getattr(tuner, "targeted_module_names", ()), *getattr(tuner, "targeted_parameter_names", ())]
 
 
 def _refused(error: Exception) -> InputError:
@@ -173,7 +186,7 @@ def _aim(method: Any, base: PreTrainedModel, modules: list[str] | None, targets:
     if EXPERTS in (targets.roles or ()):
         _aim_at_experts(method, base)
     if modules is None:
-        if method.target_modules == "all-linear":
+        if method.target_modules == ALL_LINEAR:
             modules = linear_names(base, method)
         elif isinstance(method.target_modules, list | set):
             check_modules(base, sorted(method.target_modules), "method.target_modules")
@@ -186,7 +199,15 @@ def _aim(method: Any, base: PreTrainedModel, modules: list[str] | None, targets:
     if modules is not None:
         method.target_modules = modules
     _aim_at_text(method, base)
-    if modules is not None and hasattr(method, "feedforward_modules"):
+    if getattr(method, "layers_to_transform", None) and not isinstance(method.target_modules, str | None):
+        # PEFT heeds the layers for the ends of names alone; a name in full would mean its module in every layer.
+        full = {name for name, _ in base.named_modules()}
+        method.target_modules = [
+            name
+            for name in sorted(method.target_modules)
+            if name not in full or check_target_module_exists(method, f".{name}")
+        ]
+    if modules is not None and hasattr(method, "feedforward_modules") and method.feedforward_modules is None:
         # IA3 scales the input, not the output, of feed-forward layers, and must be told which those are.
         feedforward = set(role_members(base, roles).get("mlp", []))
         method.feedforward_modules = [n for n in method.target_modules if feedforward & set(_matching(base, n))]

@@ -6,9 +6,15 @@ something else. Such a trial is refused before anything is loaded, and its recor
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from peftsweep.errors import InputError, suggest
+
+if TYPE_CHECKING:
+    from torch import nn
 
 PACKED = "it calculates with the base's weights, which 4-bit storage packs and 8-bit storage keeps as integers"
 PACKED_4BIT = "it calculates with the base's weights, which 4-bit storage packs"
@@ -68,6 +74,7 @@ RULES = (
         "UniLoraConfig", BOTH, "its scales are cast to the integer type of the stored weights: nothing would be learned"
     ),
     Rule("XLoraConfig", ANY, "it mixes adapters trained before: method.adapters={a: DIR, b: DIR}", {"adapters": None}),
+    Rule("AdaLoraConfig", ANY, "method.rank_pattern is what its training finds", {"rank_pattern": Mapping}),
     Rule("XLoraConfig", BOTH, "its router calls the quantised layers with arguments they do not take"),
     *(
         Rule("LoraConfig", BOTH, f"{name} takes apart the base's weights, which must be floating point", when)
@@ -132,3 +139,143 @@ def _matches(value: Any, wanted: Any) -> bool:
     if isinstance(wanted, str) and wanted.endswith("*"):
         return isinstance(value, str) and value.startswith(wanted[:-1])
     return bool(value == wanted)
+
+
+# ---- what the options of a method name ------------------------------------------------------------
+
+ADAPTED = "module that gets an adapter"
+PEFT_HEADS = ("classifier", "score")  # names that PEFT itself puts into modules_to_save of a classifier
+TOKENS = ("token_indices", "trainable_token_indices", "cpt_token_ids", "alora_invocation_tokens")
+ANY_LAYER = r"[^.]*"  # the name before a layer's number, where layers_pattern says nothing
+
+
+def check_names(method: Any, base: nn.Module, config: Any) -> None:
+    """Refuse modules, parameters, layers and tokens that a PEFT config names and ``base`` lacks.
+
+    PEFT passes over most of them without a word, and what was asked for is not done. ``base`` may be on the meta
+    device; ``config`` is transformers' of its part that reads text.
+
+    Raises:
+        InputError: the line names the option, what is not there, and what is.
+    """
+    modules = [name for name, _ in base.named_modules() if name]
+    innermost = [name for name, module in base.named_modules() if next(module.children(), None) is None]
+    heads = PEFT_HEADS if type(base).__name__.endswith("ForSequenceClassification") else ()
+    _check_each(method, "exclude_modules", innermost, "innermost module of the model")
+    _check_each(method, "modules_to_save", [*modules, *heads], "module of the model", before="")
+    _check_each(method, "target_parameters", [name for name, _ in base.named_parameters()], "parameter of the model")
+    for key, pattern in _patterns(method):
+        _found(pattern, modules, f"method.{key}: '{pattern}'")  # which must be a regular expression
+    _check_layers(method, modules)
+    embeddings: Any = base.get_input_embeddings()  # type: ignore[operator]
+    tokens, width = embeddings.weight.shape
+    for key in TOKENS:
+        given = getattr(method, key, None) or []
+        for token in [n for numbers in given.values() for n in numbers] if isinstance(given, Mapping) else given:
+            if token >= tokens:
+                raise InputError(f"method.{key}: token {token} is none of the model's {tokens} embeddings")
+    if hasattr(method, "num_virtual_tokens"):
+        _check_virtual_tokens(method, config, width)
+
+
+def check_adapted(method: Any, adapted: Sequence[str]) -> None:
+    """Refuse patterns and layers of which none is in ``adapted``, the full names of the modules that got an adapter.
+
+    ``method`` is the PEFT config as it was given, before it was aimed at modules and an initialisation changed it.
+
+    Raises:
+        InputError: as ``check_names``.
+    """
+    if not adapted:
+        return
+    for key, pattern in _patterns(method):
+        # OSF looks for the pattern anywhere in a name, all others at its end.
+        whole = pattern if method.peft_type == "OSF" else rf"^(.*\.)?({pattern})$"
+        if not _found(whole, adapted, f"method.{key}: '{pattern}'"):
+            raise _nothing(key, pattern, adapted, ADAPTED)
+    _check_each(method, "feedforward_modules", adapted, ADAPTED)
+    wanted, patterns = (_listed(getattr(method, key, None)) for key in ("layers_to_transform", "layers_pattern"))
+    reached = {number for pattern in patterns or [ANY_LAYER] for number in _layers(pattern, adapted)}
+    for layer in wanted:
+        if layer not in reached:
+            raise InputError(f"method.layers_to_transform: no module of layer {layer} is adapted")
+
+
+def _patterns(method: Any) -> list[tuple[str, str]]:
+    """The patterns of modules for which ``rank_pattern`` and its like say another number, each with its option."""
+    options = [(key, given) for key, given in vars(method).items() if key.endswith("_pattern")]
+    return [(key, pattern) for key, given in options if isinstance(given, Mapping) for pattern in given]
+
+
+def _check_each(method: Any, key: str, names: Sequence[str], kind: str, before: str = ".") -> None:
+    """Each of a list must end one of ``names``, behind ``before``; a regular expression must match one as a whole."""
+    given = getattr(method, key, None) or ()
+    if isinstance(given, str):
+        if not _found(rf"^(?:{given})$", names, f"method.{key}: '{given}'"):
+            raise _nothing(key, given, names, kind)
+        return
+    for one in sorted(given):
+        if not any(name == one or name.endswith(f"{before}{one}") for name in names):
+            raise _nothing(key, one, names, kind)
+
+
+def _found(pattern: str, names: Sequence[str], said: str) -> list[re.Match[str]]:
+    """Where ``names`` match; ``said`` is the option and what it holds."""
+    try:
+        return [found for name in names if (found := re.search(pattern, name))]
+    except re.error as error:
+        raise InputError(f"{said} is no regular expression: {error}") from error
+
+
+def _nothing(key: str, said: str, names: Sequence[str], kind: str) -> InputError:
+    parts = 2 if key == "target_parameters" else 1  # of a name that say what it is
+    ends = sorted({".".join(name.split(".")[-parts:]) for name in names} - set(map(str, range(len(names)))))
+    nearest = ".".join(said.split(".")[-parts:])
+    return InputError(f"method.{key}: '{said}' matches no {kind}; {suggest(nearest, ends)}")
+
+
+def _check_layers(method: Any, modules: Sequence[str]) -> None:
+    wanted, patterns = (_listed(getattr(method, key, None)) for key in ("layers_to_transform", "layers_pattern"))
+    if patterns and not wanted:
+        raise InputError("method.layers_pattern: needs method.layers_to_transform, the numbers that stand behind it")
+    for pattern in patterns:
+        if not _layers(pattern, modules):
+            numbered = sorted({name.split(".")[-2] for name in modules if re.search(r"[^.]+\.\d+$", name)})
+            raise InputError(f"method.layers_pattern: '{pattern}' is before no number; {suggest(pattern, numbered)}")
+    known = {number for pattern in patterns or [ANY_LAYER] for number in _layers(pattern, modules)}
+    count = max(known, default=-1) + 1
+    replicated = getattr(method, "layer_replication", None) or ()
+    for layer in wanted:
+        if layer not in known and not replicated:
+            raise InputError(f"method.layers_to_transform: the model has no layer {layer}; it has 0 to {count - 1}")
+    for start, end in replicated:
+        if not 0 <= start < end <= count:
+            raise InputError(
+                f"method.layer_replication=[{start},{end}]: must be [start,end] of layers, with start below end and "
+                f"end at most {count}"
+            )
+
+
+def _layers(pattern: str, names: Sequence[str]) -> set[int]:
+    """The numbers of layers in ``names`` as PEFT reads them: the first one that stands behind ``pattern``."""
+    whole = rf"^(?:|.*?\.)(?:{pattern})\.(?P<layer>\d+)(?:\.|$)"
+    return {int(match["layer"]) for match in _found(whole, names, f"method.layers_pattern: '{pattern}'")}
+
+
+def _listed(given: Any) -> list[Any]:
+    return [given] if isinstance(given, int | str) and given != "" else list(given or ())
+
+
+def _check_virtual_tokens(method: Any, config: Any, width: int) -> None:
+    """What PEFT reads from the model where it is not given, and takes as it is where it is."""
+    layers = getattr(config, "num_hidden_layers", None)
+    if layers is not None and method.num_layers not in (None, layers):
+        raise InputError(f"method.num_layers={method.num_layers}: must be {layers} or null, the layers of the model")
+    if method.num_transformer_submodules not in (None, 1):
+        raise InputError(
+            f"method.num_transformer_submodules={method.num_transformer_submodules}: must be 1 or null, as the model "
+            "is one stack of layers"
+        )
+    into_cache = method.peft_type in ("PREFIX_TUNING", "CARTRIDGE")  # whose width may be that of some layers alone
+    if not into_cache and method.token_dim not in (None, width):
+        raise InputError(f"method.token_dim={method.token_dim}: must be {width} or null, the width of the embeddings")

@@ -162,7 +162,12 @@ def _damage(trial: Path, versions: tuple[tuple[str, int, int], ...]) -> str | No
         done = Result.read_whole(trial)
         if done.status not in (Status.success, Status.stopped):
             return None
-        read_lines(trial / STEPS, STEP)
+        logged, was_trained = (
+            read_lines(trial / STEPS, STEP),
+            done.status is Status.success and done.train_info.get("steps"),
+        )
+        if was_trained and not logged and os.path.lexists(trial / STEPS):  # at least the last step has a line
+            return f"{trial / STEPS}: it is empty"
         read_lines(trial / "generation.jsonl")
         for file in sorted(trial.glob("predictions/*.jsonl")):
             if wrong := damage_of_lines(file, done, file.stem):
