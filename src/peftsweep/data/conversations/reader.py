@@ -62,8 +62,9 @@ def _turns(row: Row) -> list[Any]:
         return _listed(row[named], "messages")
     if trees.is_tree(row):
         return trees.turns(row)
-    if row.get("prompt") is not None and row.get("completion") is not None:
-        asked, said = (_listed(row[column], column) for column in ("prompt", "completion"))
+    parts = [row.get(column) for column in ("prompt", "completion")]
+    if all(isinstance(part, list) or str(part).lstrip().startswith("[") for part in parts):
+        asked, said = (_listed(part, "prompt and completion") for part in parts)
         return [*map(_untrained, asked), *said]
     there = [column for column in COLUMNS if column in row]
     if there:
