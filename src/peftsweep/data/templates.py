@@ -236,7 +236,7 @@ class _Formatter(string.Formatter):
 
 
 @lru_cache(maxsize=64)
-def _columns(template: str) -> tuple[str, ...]:
+def columns(template: str) -> tuple[str, ...]:
     """The columns that a template names."""
     names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     return tuple(re.split(r"[.\[]", name)[0] for name in names)
@@ -244,7 +244,7 @@ def _columns(template: str) -> tuple[str, ...]:
 
 def _fill(template: str, row: _Row, key: str, number: str) -> str:
     try:
-        plain = all(type(row.get(name)) is str for name in _columns(template))
+        plain = all(type(row.get(name)) is str for name in columns(template))
         text = template.format_map(row) if plain else _Formatter().vformat(template, (), row)
     except _NoValue as error:
         raise _missing(key, number, str(error)) from None
