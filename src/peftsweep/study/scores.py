@@ -8,10 +8,17 @@ from typing import Any
 LOWER_IS_BETTER = ("loss", "perplexity")
 NO_SHARES = ("valid_fraction", "loss", "perplexity")  # figures that no answer can reach by being given always
 
+OF_100 = ("bleu", "chrf")  # figures of 0 to 100, which are no shares of rows where they are below 1
+# What describes written texts, and is neither good nor bad.
+OF_TEXTS = (
+    *("length_tokens", "length_words", "length_characters", "empty_fraction", "cut_fraction"),
+    *("distinct_1", "distinct_2"),
+)
+
 
 def baseline(facts: Mapping[str, Any], metric: str, which: str) -> float | None:
     """The ``majority`` or ``random`` baseline of a metric among the facts of its evaluation; None where it has none."""
-    if metric in NO_SHARES or metric.endswith("perplexity"):
+    if metric in (*NO_SHARES, *OF_100, *OF_TEXTS) or metric.endswith("perplexity"):
         return None
     value = facts.get(f"f1_{which}" if metric == "f1" else which)
     return None if value is None else float(value)
