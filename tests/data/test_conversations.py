@@ -7,13 +7,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
+import yaml
+from omegaconf import OmegaConf
 
 from peftsweep import InputError
-from peftsweep.data import layouts
+from peftsweep.config.fill import conf_dir
+from peftsweep.data import hub, layouts, templates
 from peftsweep.data import rows as data_rows
 from peftsweep.data import tokens as data_tokens
-from peftsweep.schema import OnMissing
+from peftsweep.schema import DatasetConfig, OnMissing
+from tests import schemas
 from tests.data.test_chat import CHATML, GENERATION, LLAMA, SCHEMA, TOOLS, read, tokenizer, tokens, trained
 
 Row = dict[str, Any]
@@ -296,3 +301,74 @@ def test_a_file_of_two_layouts_is_read_row_by_row() -> None:
     mixed = [{"messages": [USER, SAID]}, shared, {"prompt": [USER], "completion": [SAID]}]
     made = tokenizer(CHATML)
     assert len({tuple(tokens(made, row).ids) for row in mixed}) == 1
+
+
+# ---- named data sets -------------------------------------------------------------------------------
+
+NAMED = {file.stem: yaml.safe_load(file.read_text())["dataset"] for file in Path(conf_dir()).glob("dataset/*.yaml")}
+
+
+def dataset(name: str, **keys: Any) -> DatasetConfig:
+    own = NAMED[name] | ({"prompt": "{sentence}"} if name == "sst2" else {}) | keys
+    made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DatasetConfig), own))
+    assert isinstance(made, DatasetConfig)
+    return made
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(schemas.SCHEMAS) if "hub" in NAMED[name]])
+def test_a_named_dataset_of_the_hub_has_the_examples_of_a_local_file(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def load(*where: Any, **how: Any) -> Any:
+        asked.append((*where, how["split"], how["revision"]))
+        return datasets.Dataset.from_list(schemas.SCHEMAS[name])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(hub, "problem", lambda: None)
+    own = dataset(name)
+    rows = data_rows.hub_rows(own.hub or "", own.hub_config, own.hub_split, own.revision, "dataset.hub")
+    assert asked == [(own.hub, own.hub_config, own.hub_split, own.revision)]
+    file = schemas.write(name, tmp_path)
+    local = templates.dataset_examples(dataset(name, path=str(file)), data_rows.read_rows(file))
+    assert templates.dataset_examples(own, rows) == local
+    assert len(local) == len(schemas.SCHEMAS[name]) // (3 if name == "oasst1" else 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "answer"),
+    [
+        ("dialogsum", "#Person2#: Good.\n\nSummary:", " #Person1# has 0 pens."),
+        ("samsum", "\r\nJerry: Sure!\n\nSummary:", " Amanda baked 0."),
+        ("e2e_nlg", "Meaning: name[The Vaults], near[Café 0]\nText:", " The Vaults is by Café 0."),
+        ("oasst1", '[{"role": "user", "content": "Say 0."}]', "0"),
+        ("tulu_sft", '[{"content": "Say 0.", "role": "user"}]', "0"),
+        ("wizard_evol", '[{"role": "user", "content": "Say 0."}]', "0"),
+        ("sharegpt", '[{"role": "user", "content": "Say 0."}]', "0"),
+    ],
+)
+def test_a_file_of_a_named_datasets_columns_is_known(name: str, prompt: str, answer: str, tmp_path: Path) -> None:
+    rows = data_rows.read_rows(schemas.write(name, tmp_path))
+    first = templates.dataset_examples(dataset(name, path="rows"), rows)[0]
+    assert (first.prompt[-len(prompt) :], first.answer) == (prompt, answer)
+    layout = layouts.recognise(schemas.SCHEMAS[name])
+    assert layout is not None
+    assert layout.named == name or (layout.option == "chat" and NAMED[name]["chat"])
+
+
+def test_shared_conversations_begin_with_a_person_and_end_with_an_answer() -> None:
+    greeting, said = {"from": "gpt", "value": "Hi!"}, {"from": "gpt", "value": "Seven."}
+    shared = [
+        {"conversations": [greeting, ASKED, said, ASKED]},
+        {"conversations": [{"from": "system", "value": "Count."}, ASKED, said]},
+        {"conversations": [greeting]},
+        {"conversations": []},
+        {"conversations": [ASKED]},
+    ]
+    made = templates.dataset_examples(dataset("sharegpt", path="rows"), shared)
+    roles = [[turn["role"] for turn in row.conversation.messages] for row in made if row.conversation]
+    assert roles == [["user", "assistant"], ["system", "user", "assistant"]]
+    wrong = [{"conversations": [ASKED, {"from": "narrator", "value": "?"}, said]}]
+    with pytest.raises(InputError, match=r"row 1 cannot be read: a turn has the unknown role 'narrator'"):
+        templates.dataset_examples(dataset("sharegpt", path="rows"), wrong)

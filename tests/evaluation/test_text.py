@@ -6,7 +6,6 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,16 +16,17 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 
 from peftsweep import InputError
-from peftsweep.analysis.statistics import measured as analysis_measured
+from peftsweep.analysis.statistics import measured, trials
 from peftsweep.analysis.table import columns
 from peftsweep.config.compose import Trial
 from peftsweep.data.templates import Example
-from peftsweep.evaluation import decoding, evaluate
+from peftsweep.evaluation import decoding
 from peftsweep.evaluation.decoding import Written
 from peftsweep.evaluation.text import overlap, responses
 from peftsweep.models import model as models_model
 from peftsweep.schema import ModelConfig
 from peftsweep.study import cautions
+from peftsweep.study.record import Result
 
 REFERENCES = [
     "the cat sat on the mat near the door", "Tom has seven pens and a book", "it rains in the old town today",
@@ -145,19 +145,18 @@ def test_the_tokens_of_a_text_and_whether_it_was_cut_are_those_of_transformers(b
 
 
 def test_a_text_that_a_stop_ends_is_not_cut(base: Any, tokenizer: Any) -> None:
-    for beams in (1, 2):
-        (free,) = decoding.write(base, tokenizer, ["Tom has 3"], max_new_tokens=6, num_beams=beams)
-        assert free.cut
-        (one,) = decoding.write(
-            base, tokenizer, ["Tom has 3"], max_new_tokens=6, stop=[free.text[1:3]], num_beams=beams
-        )
-        assert (one.text, one.cut) == (free.text[:1], False)
-        assert one.tokens <= 6
+    for sampling in (None, decoding.Sampling(top_p=0.0001)):  # by our own loop and by transformers'
+        how: dict[str, Any] = {"max_new_tokens": 6, "sampling": sampling}
+        (free,) = decoding.write(base, tokenizer, ["Tom has 3"], **how)
+        stopped, other = decoding.write(base, tokenizer, ["Tom has 3", "47+38="], **how, stop=[free.text[1:3]])
+        assert (free.cut, stopped.text, stopped.cut) == (True, free.text[:1], False)
+        assert stopped.tokens < free.tokens == 6
+        assert other.tokens > stopped.tokens
 
 
 def test_an_evaluation_of_texts_holds_scores_statistics_and_each_rows_part(base: Any, tokenizer: Any) -> None:
     rows = [Example(f"Tom has {n} pens.", f" He has {n}.") for n in range(4)]
-    found = evaluate_text(base, tokenizer, rows, max_new_tokens=5)
+    found = overlap.generated_text(base, tokenizer, rows, max_new_tokens=5)
     assert [*found.scores][:6] == [*overlap.METRICS]
     assert set(found.scores) >= {"length_tokens", "cut_fraction", "distinct_1"}
     assert found.facts["headline"] == "rougeL"
@@ -165,16 +164,12 @@ def test_an_evaluation_of_texts_holds_scores_statistics_and_each_rows_part(base:
     texts = [line["prediction"] for line in found.predictions]
     assert found.scores["bleu"].value == BLEU().corpus_score(texts, [[row.answer for row in rows]]).score
     for metric in overlap.METRICS:
-        parts = analysis_measured.row_scores(found.predictions, metric)
+        parts = measured.row_scores(found.predictions, metric)
         assert parts is not None
         assert parts.mean() == pytest.approx(found.scores[metric].value)
     alone = overlap.generated_text(base, tokenizer, rows, metrics=[], max_new_tokens=5)
     assert "headline" not in alone.facts
     assert not set(alone.scores) & set(overlap.METRICS)
-
-
-def evaluate_text(*given: Any, **how: Any) -> evaluate.Evaluation:
-    return overlap.generated_text(*given, **how)
 
 
 # ---- in a study ------------------------------------------------------------------------------------
@@ -188,15 +183,13 @@ def test_texts_that_are_empty_cut_or_that_rouge_cannot_read_are_told() -> None:
 
 def test_a_reference_that_rouge_cannot_read_is_counted(base: Any, tokenizer: Any) -> None:
     rows = [Example("Tom", "七"), Example("Tom", "seven")]
-    assert evaluate_text(base, tokenizer, rows, max_new_tokens=2).facts["unread_references"] == 1
+    assert overlap.generated_text(base, tokenizer, rows, max_new_tokens=2).facts["unread_references"] == 1
 
 
 def test_figures_of_100_are_no_shares_and_statistics_no_scores() -> None:
     names = ("bleu", "rougeL", "length_words")
     table = pd.DataFrame({f"eval_info.text.{name}.value": [0.5, 0.25] for name in names})
     assert columns.scores(table) == ["eval_info.text.bleu.value", "eval_info.text.rougeL.value"]
-    from peftsweep.analysis.statistics import trials
-
     shares = [trials.is_share(f"eval_info.text.{name}.value", pd.Series([0.5])) for name in names]
     assert shares[:2] == [False, True]
 
@@ -255,9 +248,7 @@ def test_a_trial_is_compared_by_the_first_metric(command: Any) -> None:
     words += ["eval.text_metrics.samples=12", "eval.text_metrics.max_new_tokens=8", "quiet=true"]
     code, _, err = command(*words)
     assert code == 0, err
-    from peftsweep.study.record import Result
-
     (first, _) = (Result.read(file.parent) for file in sorted(Path("multirun/text").glob("*/result.json")))
     assert first.eval_info["text_metrics"]["headline"] == "rougeL"
     assert {"base_bleu", "base_length_words", "bleu"} <= set(first.eval_info["text_metrics"])
-    assert SimpleNamespace(**first.eval_info["text_metrics"]["chrf"]).stderr is not None
+    assert first.eval_info["text_metrics"]["chrf"]["stderr"] is not None

@@ -77,6 +77,9 @@ NAMED = (
     _Named("gsm8k", ("question", "answer"), fits=_ends_with_number),
     _Named("alpaca", ("instruction", "output"), ("input",)),
     _Named("dolly", ("instruction", "response"), ("context", "category")),
+    _Named("dialogsum", ("dialogue", "summary", "topic"), ("id",)),
+    _Named("samsum", ("dialogue", "summary"), ("id",)),
+    _Named("e2e_nlg", ("meaning_representation", "human_reference")),
     _Named("sst2", ("sentence", "label"), ("idx",), _is_sentiment),
 )
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftsweep.data.conversations.reader import messages as messages
+from peftsweep.data.conversations.reader import sharegpt as sharegpt
 
 Row = dict[str, Any]
 Reader = Callable[[Row], Row]

@@ -53,6 +53,24 @@ def messages(row: Row) -> Row:
     return row | {"conversation": conversation, "prompt": conversation.prompt, "answer": conversation.answer}
 
 
+def sharegpt(row: Row) -> Row:
+    """``messages`` of a row as people shared it: from the first turn of a person or the system to the last answer.
+
+    Raises:
+        NoAnswer, ValueError: as ``messages``.
+    """
+    turns = _turns(row)
+    roles = [ROLES.get(said := _said(turn), said) for turn in turns]
+    first = next((n for n, role in enumerate(roles) if role in ("user", "system")), len(turns))
+    last = max((n for n, role in enumerate(roles) if role == "assistant"), default=-1)
+    return messages({key: row[key] for key in row if key not in COLUMNS} | {COLUMNS[0]: turns[first : last + 1]})
+
+
+def _said(turn: Any) -> str:
+    """The role of a turn as the file has it; of what is no turn none."""
+    return str(turn.get("role") or turn.get("from")).strip().lower() if isinstance(turn, Mapping) else ""
+
+
 # ---- what a row holds ------------------------------------------------------------------------------
 
 
@@ -74,8 +92,7 @@ def _turns(row: Row) -> list[Any]:
 
 def _untrained(turn: Any) -> Any:
     """A turn before the completion, which is not trained on."""
-    ours = isinstance(turn, Mapping) and ROLES.get(turn.get("role", ""), turn.get("role")) == "assistant"
-    return turn | {"weight": 0} if ours else turn
+    return turn | {"weight": 0} if ROLES.get(_said(turn), _said(turn)) == "assistant" else turn
 
 
 def _listed(value: Any, name: str) -> list[Any]:
@@ -141,11 +158,14 @@ def _message(turn: Any) -> Message:
     calls = _former_calls(turn.get(CALL)) or turn.get("tool_calls")
     if said == CALL:
         content, calls = None, _former_calls(content)
-    own = ("from", "value", "content", "tool_calls", CALL)
-    message: Message = {key: value for key, value in turn.items() if value is not None and key not in own}
-    message |= {"role": _role(said)} | ({} if content is None else {"content": _content(content)})
-    if calls:
-        message["tool_calls"] = [_call(call) for call in _listed(calls, "tool_calls")]
+    given: Message = {
+        "role": _role(said),
+        "content": None if content is None else _content(content),
+        "tool_calls": [_call(call) for call in _listed(calls, "tool_calls")] if calls else None,
+    }
+    others = ("from", "value", CALL)
+    message = {key: value for key, value in turn.items() if key not in others} | given
+    message = {key: value for key, value in message.items() if value is not None}
     if (weight := message.get("weight", 1)) not in (0, 1):
         raise ValueError(f"a turn has the weight {weight}; must be 0 or 1")
     return message
