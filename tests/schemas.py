@@ -134,7 +134,7 @@ SCHEMAS: dict[str, list[Row]] = {
             "parent_id": None if role == "prompter" else f"{n}-prompter-None",
             "user_id": "u",
             "created_date": "2023-02-05T14:23:50.983374+00:00",
-            "text": f"Say {n}." if role == "prompter" else f"{n}" * (1 + rank),
+            "text": f"Say {n}." if role == "prompter" else f"{n}" * (1 + (rank or 0)),
             "role": role,
             "lang": "en",
             "review_count": 3,

@@ -17,6 +17,7 @@ from peftsweep.config.fill import conf_dir
 from peftsweep.data import hub, layouts, templates
 from peftsweep.data import rows as data_rows
 from peftsweep.data import tokens as data_tokens
+from peftsweep.data.conversations import trees
 from peftsweep.schema import DatasetConfig, OnMissing
 from tests import schemas
 from tests.data.test_chat import CHATML, GENERATION, LLAMA, SCHEMA, TOOLS, read, tokenizer, tokens, trained
@@ -105,7 +106,14 @@ def test_a_call_without_arguments_has_the_empty_object(arguments: Row) -> None:
 @pytest.mark.parametrize("template", [CHATML, GENERATION], ids=["by prefixes", "by marks of generation"])
 def test_a_turn_with_the_weight_0_is_not_trained_on(template: str) -> None:
     made = tokenizer(template)
-    said = [USER, SAID, USER, SAID | {"content": "Eight.", "weight": 0}, USER, SAID | {"content": "Nine.", "weight": 1}]
+    said: list[Row] = [
+        USER,
+        SAID,
+        USER,
+        SAID | {"content": "Eight.", "weight": 0},
+        USER,
+        SAID | {"content": "Nine.", "weight": 1},
+    ]
     plain = [{key: value for key, value in turn.items() if key != "weight"} for turn in said]
     weighted, whole = tokens(made, {"messages": said}), tokens(made, {"messages": plain})
     assert weighted.ids == whole.ids
@@ -157,7 +165,7 @@ def test_a_row_that_is_a_whole_tree_is_the_same_conversation() -> None:
         return own | {"replies": [nested(row["message_id"]) for row in TREE if row["parent_id"] == name]}
 
     row = {"message_tree_id": "q", "tree_state": "ready_for_export", "prompt": nested("q")}
-    (joined,) = data_rows.trees.joined(TREE)
+    (joined,) = trees.joined(TREE)
     assert messages(row) == messages(joined)
     assert layouts.recognise([row]) == layouts.Layout("chat")
 
@@ -359,7 +367,7 @@ def test_a_file_of_a_named_datasets_columns_is_known(name: str, prompt: str, ans
 
 def test_shared_conversations_begin_with_a_person_and_end_with_an_answer() -> None:
     greeting, said = {"from": "gpt", "value": "Hi!"}, {"from": "gpt", "value": "Seven."}
-    shared = [
+    shared: list[Row] = [
         {"conversations": [greeting, ASKED, said, ASKED]},
         {"conversations": [{"from": "system", "value": "Count."}, ASKED, said]},
         {"conversations": [greeting]},

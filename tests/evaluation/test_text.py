@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 import torch
 from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
 
 from peftsweep import InputError
 from peftsweep.analysis.statistics import measured, trials

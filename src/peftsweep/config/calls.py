@@ -47,7 +47,7 @@ METHOD_KEYS = ("method.r", "method.lora_alpha", "method.lora_dropout")  # that m
 GENERATION = "peftsweep.evaluation.evaluate.generation"
 TEXT = "peftsweep.evaluation.text.overlap.generated_text"
 LANGUAGE_MODEL_ONLY = ("peftsweep.evaluation.evaluate.perplexity", GENERATION, TEXT)
-OF_PACKAGES = {  # modules, by what is called, and the extra that brings them
+OF_PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {  # modules that what is called needs, and their extra
     "peftsweep.evaluation.harness.lm_eval": (("lm_eval",), "lm_eval"),
     "peftsweep.evaluation.metrics.math_verify_match": (("math_verify",), "lm_eval"),
 }

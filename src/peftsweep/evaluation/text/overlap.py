@@ -56,8 +56,7 @@ def generated_text(
     how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "max_length": max_length}
     written = write(model, tokenizer, examples, **how, num_beams=num_beams, stop=stop)
     texts, answers = [one.text for one in written], [row.answer for row in examples]
-    options = {"stemmer": stemmer, "tokenize": tokenize, "word_order": word_order}
-    measured = compare(texts, answers, metrics, **options)
+    measured = compare(texts, answers, metrics, stemmer=stemmer, tokenize=tokenize, word_order=word_order)
     lines: list[dict[str, Any]] = [
         {"prompt": row.prompt, "prediction": one.text, "answer": row.answer, "tokens": one.tokens, "cut": one.cut}
         for row, one in zip(examples, written, strict=True)
