@@ -153,6 +153,8 @@ def test_a_prompt_is_asked_in_the_form_of_the_training_rows(
         ({"prompt": "{a}"}, ["--column", "a=1"], "--column: the template has the columns a; give all but"),
         ({"prompt": "{a}"}, ["--column", "a"], "--column=a: must be NAME=TEXT"),
         ({"prompt": "{a}"}, ["--raw", "--column", "a=1"], "--column=a=1: these prompts are put into no"),
+        ({"prompt": "{a}"}, ["--column", "b=1"], "--column: the template has no column 'b'; there are: a"),
+        ({"prompt": "{question}", "reader": None}, ["--column", "x=1", "--raw"], "into no template"),
         (IN_CONTEXT, [], "needs passage beside question, such as --column passage=TEXT"),
         (
             {"prompt": "{question}\n{options}", "reader": f"{TASKS}.commonsense_qa"},
@@ -168,6 +170,12 @@ def test_a_prompt_that_lacks_a_column_is_one_line_before_anything_is_loaded(
         form(config, words).filled("hi")
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("words", [[], ["--raw"]])
+def test_a_prompt_of_bytes_that_are_no_text_is_one_line(words: list[str]) -> None:
+    with pytest.raises(InputError, match=r"^--prompt: is not UTF-8$"):
+        form({"prompt": "{a}"}, words).filled("caf\udce9")
 
 
 def test_turns_go_through_the_chat_template_until_an_empty_line(chat: Chat) -> None:

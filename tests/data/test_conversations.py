@@ -121,6 +121,12 @@ def test_a_turn_with_the_weight_0_is_not_trained_on(template: str) -> None:
     assert [text[:5] for text in trained(made, whole)] == ["Seven", "Eight", "Nine."]
 
 
+def test_a_column_conversation_of_plain_text_is_no_list_of_turns() -> None:
+    assert layouts.recognise([{"conversation": "Ann: Hi.", "abstract": "A greeting."}]) is None
+    assert layouts.recognise([{"conversation": json.dumps([USER, SAID])}]) == layouts.Layout("chat")
+    assert layouts.recognise([{"prompt": [USER], "completion": [SAID]}]) == layouts.Layout("chat")
+
+
 def test_only_the_completion_of_a_conversation_is_trained_on() -> None:
     made = tokenizer(CHATML)
     row = {"prompt": [USER, SAID, USER], "completion": [SAID | {"content": "Seven!"}]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from sacrebleu.metrics.chrf import CHRF
 from peftsweep import InputError
 from peftsweep.analysis.statistics import measured, trials
 from peftsweep.analysis.table import columns
+from peftsweep.analysis.table.table import predictions
 from peftsweep.config.compose import Trial
 from peftsweep.data.templates import Example
 from peftsweep.evaluation import decoding
@@ -155,7 +157,9 @@ def test_a_text_that_a_stop_ends_is_not_cut(base: Any, tokenizer: Any) -> None:
         assert other.tokens > stopped.tokens
 
 
-def test_an_evaluation_of_texts_holds_scores_statistics_and_each_rows_part(base: Any, tokenizer: Any) -> None:
+def test_an_evaluation_of_texts_holds_scores_statistics_and_each_rows_part(
+    base: Any, tokenizer: Any, tmp_path: Path
+) -> None:
     rows = [Example(f"Tom has {n} pens.", f" He has {n}.") for n in range(4)]
     found = overlap.generated_text(base, tokenizer, rows, max_new_tokens=5)
     assert [*found.scores][:6] == [*overlap.METRICS]
@@ -164,8 +168,11 @@ def test_an_evaluation_of_texts_holds_scores_statistics_and_each_rows_part(base:
     assert found.facts["cut_texts"] == sum(line["cut"] for line in found.predictions)
     texts = [line["prediction"] for line in found.predictions]
     assert found.scores["bleu"].value == BLEU().corpus_score(texts, [[row.answer for row in rows]]).score
-    for metric in overlap.METRICS:
-        parts = measured.row_scores(found.predictions, metric)
+    folder = tmp_path / "trial" / "predictions"
+    folder.mkdir(parents=True)
+    (folder / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found.predictions))
+    for metric in overlap.METRICS:  # by which trials are compared row by row
+        parts = measured.row_scores(predictions(tmp_path)("trial", "text"), metric)
         assert parts is not None
         assert parts.mean() == pytest.approx(found.scores[metric].value)
     alone = overlap.generated_text(base, tokenizer, rows, metrics=[], max_new_tokens=5)

@@ -92,7 +92,7 @@ def recognise(rows: Sequence[Row]) -> Layout | None:
     columns = list(dict.fromkeys(column for row in rows for column in row))
     if trees.are_messages(rows) or all(trees.is_tree(row) for row in rows) or _are_turns(rows):
         return Layout("chat")
-    if any(_holds_lists(rows, column) or _holds_text(rows, column) for column in CONVERSATIONS if column in columns):
+    if any(_holds_turns(rows, column) for column in CONVERSATIONS if column in columns):
         return Layout("chat")
     for one in NAMED:
         if one.is_of(rows):
@@ -110,6 +110,13 @@ def recognise(rows: Sequence[Row]) -> Layout | None:
             return None
         return Layout("text", {} if texts == ["text"] else {"answer": f"{{{texts[0]}}}"})
     return None
+
+
+def _holds_turns(rows: Sequence[Row], column: str) -> bool:
+    """Whether a column holds lists of turns, or JSON text; ``conversation`` may also be the name of a plain text."""
+    if column == "conversation" and _holds_text(rows, column):
+        return all(str(row[column]).lstrip().startswith("[") for row in rows if row.get(column) is not None)
+    return _holds_lists(rows, column) or _holds_text(rows, column)
 
 
 def _are_turns(rows: Sequence[Row]) -> bool:

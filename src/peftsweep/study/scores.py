@@ -8,6 +8,9 @@ from typing import Any
 LOWER_IS_BETTER = ("loss", "perplexity")
 NO_SHARES = ("valid_fraction", "loss", "perplexity")  # figures that no answer can reach by being given always
 
+# Figures of written texts, and the key of a line of predictions that holds what the row adds to each.
+TEXT_PARTS = {name: name for name in ("rouge1", "rouge2", "rougeL", "rougeLsum")}
+TEXT_PARTS |= {name: f"{name}_part" for name in ("bleu", "chrf")}
 OF_100 = ("bleu", "chrf")  # figures of 0 to 100, which are no shares of rows where they are below 1
 # What describes written texts, and is neither good nor bad.
 OF_TEXTS = (

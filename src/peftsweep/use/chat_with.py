@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from peftsweep import shorthand
 from peftsweep.command_line import OneLineParser, number, whole_number
 from peftsweep.data import layouts, templates
-from peftsweep.errors import InputError
+from peftsweep.errors import InputError, suggest
 from peftsweep.schema import DatasetConfig, Task, Turns
 from peftsweep.study import store
 from peftsweep.study.record import RESULT, RecordError, Result
@@ -163,12 +163,15 @@ class Form:
             if others:
                 raise InputError(f"--column={given[0]}: these prompts are put into no template")
             return cls(own)
-        left = [name for name in dict.fromkeys(names) if name not in others]
-        known = [name for name in layouts.PROMPTS if name in left]
-        if len(left) != 1 and not known:
-            listed = ", ".join(dict.fromkeys(names))
+        known = [*dict.fromkeys(names)]
+        if own.reader is None and (wrong := next((name for name in others if name not in known), None)):
+            raise InputError(f"--column: the template has no column '{wrong}'; {suggest(wrong, known)}")
+        left = [name for name in known if name not in others]
+        likely = left if len(left) == 1 else [name for name in layouts.PROMPTS if name in left]
+        if not likely:
+            listed = ", ".join(known)
             raise InputError(f"--column: the template has the columns {listed}; give all but the one that --prompt is")
-        return cls(own, left[0] if len(left) == 1 else known[0], others)
+        return cls(own, likely[0], others)
 
     def filled(self, prompt: str) -> str:
         """The prompt in the template.
@@ -176,6 +179,10 @@ class Form:
         Raises:
             InputError: a column is missing.
         """
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:  # bytes of the shell that are no text
+            raise InputError("--prompt: is not UTF-8") from None
         if self.column is None:
             return prompt
         row: dict[str, Any] = self.others | {self.column: prompt}
@@ -200,7 +207,10 @@ def _lines(trial: Trial, form: Form) -> Iterator[str]:
     while True:
         if in_terminal:
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline() if sys.stdin is not None else ""
+        try:
+            line = sys.stdin.readline() if sys.stdin is not None else ""
+        except UnicodeDecodeError as error:
+            raise InputError(f"standard input: is not {error.encoding} ({error.reason})") from None
         if not line:
             return
         yield line.removesuffix("\n")

@@ -13,7 +13,7 @@ from peftsweep.analysis.table import naming
 from peftsweep.analysis.table.columns import NAME, direction, evaluation, named
 from peftsweep.analysis.table.naming import NO_SETTINGS, OF_SOME, SETTINGS
 from peftsweep.study.record import Status
-from peftsweep.study.scores import OF_100
+from peftsweep.study.scores import OF_100, TEXT_PARTS
 
 Floats = intervals.Floats
 Predictions = Callable[[str, str], Sequence[dict[str, Any]]]
@@ -27,10 +27,7 @@ TASK = (
 )
 TASK_COLUMNS = ("choices.model", "choices.dataset")  # by the name of a task
 # The figure of a line of predictions that a metric is the mean of.
-CORRECT_COLUMNS = {"accuracy": "correct", "acc": "correct", "acc_norm": "correct_norm"} | {
-    **{metric: metric for metric in ("rouge1", "rouge2", "rougeL", "rougeLsum")},
-    **{metric: f"{metric}_part" for metric in OF_100},
-}
+CORRECT_COLUMNS = {"accuracy": "correct", "acc": "correct", "acc_norm": "correct_norm"} | TEXT_PARTS
 MOST_COMPARED = 40  # configurations: the best ones, of each pair of which the rows are compared
 MOST_READ = 400  # trials whose predictions are read
 

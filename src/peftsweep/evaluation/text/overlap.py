@@ -15,11 +15,11 @@ from peftsweep.errors import InputError
 from peftsweep.evaluation.decoding import write
 from peftsweep.evaluation.evaluate import Evaluation, room
 from peftsweep.evaluation.text.responses import Parted, jackknife, mean, statistics_of
+from peftsweep.study.scores import TEXT_PARTS
 
 Metric = Literal["rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "chrf"]
 METRICS: tuple[Metric, ...] = ("rougeL", "rouge1", "rouge2", "rougeLsum", "bleu", "chrf")
 ROUGE, SACREBLEU = "rouge_score", "sacrebleu"  # modules
-PART = "_part"  # in a line of predictions: what the row adds to a figure of all texts together
 Parts = Callable[[Sequence[str], Sequence[str]], Parted]
 
 
@@ -63,7 +63,7 @@ def generated_text(
     ]
     for name, figure in measured.items():
         for line, part in zip(lines, figure.parts, strict=True):
-            line[part_of(name)] = part
+            line[TEXT_PARTS[name]] = part
     facts: dict[str, Any] = {"headline": metrics[0]} if metrics else {}
     facts |= {"empty_texts": sum(not text.strip() for text in texts), "cut_texts": sum(one.cut for one in written)}
     if needed(metrics) & {ROUGE}:
@@ -122,8 +122,3 @@ def _package(module: str, part: str) -> Any:
 def needed(metrics: Sequence[str]) -> set[str]:
     """The modules that measure ``metrics``."""
     return {ROUGE if name.startswith("rouge") else SACREBLEU for name in metrics}
-
-
-def part_of(metric: str) -> str:
-    """The key in a line of predictions of what the row adds to ``metric``; of a mean over rows it is the row's own."""
-    return metric if metric.startswith("rouge") else f"{metric}{PART}"
