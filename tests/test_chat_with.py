@@ -130,6 +130,7 @@ FORMS: list[tuple[dict[str, Any], list[str], str]] = [
     ({"prompt": "{instruction}", "reader": f"{TASKS}.instruction"}, [], "hi {x}"),
     ({"prompt": "", "answer": "{text}"}, [], "hi {x}"),
     ({"prompt": "{prompt}", "answer": "{answer}", "reader": f"{TASKS}.messages"}, [], "hi {x}"),
+    ({"prompt": "{prompt}", "answer": "{answer}", "reader": f"{TASKS}.sharegpt"}, [], "hi {x}"),
 ]  # fmt: skip
 
 

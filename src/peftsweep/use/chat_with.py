@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from peftsweep.evaluation.decoding import Sampling
 
 TRAINED, BASE = "trained", "base"
-CONVERSATIONS = "peftsweep.data.tasks.messages"  # the reader of rows that are conversations
+CONVERSATIONS = ("peftsweep.data.tasks.messages", "peftsweep.data.tasks.sharegpt")  # readers of rows that are turns
 ANSWER = "answer"  # in the place of the turn that is to be written, as a template renders whole conversations
 
 
@@ -137,7 +137,7 @@ def _words(options: argparse.Namespace, place: Path) -> list[str]:
 def _converses(trial: Trial) -> bool:
     """Whether the trial's rows are turns, by the chat template or laid out plainly; texts have no prompts."""
     own = trial.config.dataset
-    return own.reader == CONVERSATIONS or bool(own.chat and own.prompt)
+    return own.reader in CONVERSATIONS or bool(own.chat and own.prompt)
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Form:
         if wrong := next((word for word in given if "=" not in word), None):
             raise InputError(f"--column={wrong}: must be NAME=TEXT")
         others = {name: text for name, _, text in (word.partition("=") for word in given)}
-        names = () if raw or own.reader == CONVERSATIONS else templates.columns(own.prompt)
+        names = () if raw or own.reader in CONVERSATIONS else templates.columns(own.prompt)
         if not names:
             if others:
                 raise InputError(f"--column={given[0]}: these prompts are put into no template")
