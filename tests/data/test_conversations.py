@@ -13,6 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from peftsweep import InputError
+from peftsweep.config import identity
 from peftsweep.config.fill import conf_dir
 from peftsweep.data import hub, layouts, templates
 from peftsweep.data import rows as data_rows
@@ -386,3 +387,24 @@ def test_shared_conversations_begin_with_a_person_and_end_with_an_answer() -> No
     wrong = [{"conversations": [ASKED, {"from": "narrator", "value": "?"}, said]}]
     with pytest.raises(InputError, match=r"row 1 cannot be read: a turn has the unknown role 'narrator'"):
         templates.dataset_examples(dataset("sharegpt", path="rows"), wrong)
+
+
+PASSED_OVER: list[Row] = [
+    PLAIN | {"messages": [USER, SAID], "system": "Count."},
+    {"messages": [USER, SAID | {"weight": 0}, USER, SAID]},
+    {"messages": calling(function_call=ADD, content="")},
+    {"messages": [USER, SAID], "functions": [SCHEMA["function"]]},
+    {"messages": [USER, {"role": "bot", "content": "Hm."}, SAID]},
+]
+
+
+def test_only_conversations_that_earlier_versions_read_otherwise_have_another_identity() -> None:
+    own = dataset("chat", path="rows")
+
+    def keys(*rows: Row) -> set[str]:
+        return set(identity._dataset_identity(own, data_rows.Rows([*rows])))
+
+    before = keys(PLAIN, CALLED, {"messages": None}, {"messages": []}, PLAIN | {"system": "Count.", "weight": 0})
+    assert "conversations" not in before
+    for row in PASSED_OVER:
+        assert keys(PLAIN, row) - before == {"conversations"}

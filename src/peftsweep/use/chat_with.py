@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from peftsweep import shorthand
 from peftsweep.command_line import OneLineParser, number, whole_number
 from peftsweep.data import layouts, templates
+from peftsweep.data.conversations.reader import READERS
 from peftsweep.errors import InputError, suggest
 from peftsweep.schema import DatasetConfig, Task, Turns
 from peftsweep.study import store
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from peftsweep.evaluation.decoding import Sampling
 
 TRAINED, BASE = "trained", "base"
-CONVERSATIONS = ("peftsweep.data.tasks.messages", "peftsweep.data.tasks.sharegpt")  # readers of rows that are turns
 ANSWER = "answer"  # in the place of the turn that is to be written, as a template renders whole conversations
 
 
@@ -137,7 +137,7 @@ def _words(options: argparse.Namespace, place: Path) -> list[str]:
 def _converses(trial: Trial) -> bool:
     """Whether the trial's rows are turns, by the chat template or laid out plainly; texts have no prompts."""
     own = trial.config.dataset
-    return own.reader in CONVERSATIONS or bool(own.chat and own.prompt)
+    return own.reader in READERS or bool(own.chat and own.prompt)
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Form:
         if wrong := next((word for word in given if "=" not in word), None):
             raise InputError(f"--column={wrong}: must be NAME=TEXT")
         others = {name: text for name, _, text in (word.partition("=") for word in given)}
-        names = () if raw or own.reader in CONVERSATIONS else templates.columns(own.prompt)
+        names = () if raw or own.reader in READERS else templates.columns(own.prompt)
         if not names:
             if others:
                 raise InputError(f"--column={given[0]}: these prompts are put into no template")

@@ -11,6 +11,7 @@ from peftsweep.data.conversations.turns import Conversation, Message, is_trained
 
 Row = dict[str, Any]
 
+READERS = ("peftsweep.data.tasks.messages", "peftsweep.data.tasks.sharegpt")  # their names in a configuration
 COLUMNS = ("messages", "conversations", "conversation")  # the first that holds something is read
 SYSTEM_COLUMNS = ("system", "system_prompt")  # of a system's turn that stands beside the turns
 CALL = "function_call"  # a role of ShareGPT's layout, and a key of OpenAI's former one
@@ -69,6 +70,19 @@ def sharegpt(row: Row) -> Row:
 def _said(turn: Any) -> str:
     """The role of a turn as the file has it; of what is no turn none."""
     return str(turn.get("role") or turn.get("from")).strip().lower() if isinstance(turn, Mapping) else ""
+
+
+def was_read_otherwise(row: Row) -> bool:
+    """Whether earlier versions took other turns from this row, or trained on others: it has what they passed over."""
+    earlier = {"human": "user", "gpt": "assistant"}
+    try:
+        turns = _turns(row)
+        added = bool(_system(row, _message(turns[0]))) or (bool(row.get("functions")) and not row.get("tools"))
+        said = [turn.get("role") or turn.get("from") for turn in turns]
+        renamed = any(earlier.get(role, role) != _role(role) for role in said)
+        return added or renamed or any(turn.get(CALL) or turn.get("weight") == 0 for turn in turns)
+    except (ValueError, IndexError, AttributeError):
+        return False  # no version has read it
 
 
 # ---- what a row holds ------------------------------------------------------------------------------
