@@ -112,6 +112,66 @@ SCHEMAS: dict[str, list[Row]] = {
         {"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": str(n)}]}
         for n in range(12)
     ],
+    "sharegpt": [
+        {"id": f"s{n}_0", "conversations": [{"from": "human", "value": f"Say {n}."}, {"from": "gpt", "value": str(n)}]}
+        for n in range(12)
+    ],
+    "wizard_evol": [
+        {"idx": f"w{n}", "conversations": [{"from": "human", "value": f"Say {n}."}, {"from": "gpt", "value": str(n)}]}
+        for n in range(12)
+    ],
+    "tulu_sft": [
+        {
+            "id": f"t{n}",
+            "messages": [{"content": f"Say {n}.", "role": "user"}, {"content": str(n), "role": "assistant"}],
+            "source": "ai2-adapt-dev/oasst1_converted",
+        }
+        for n in range(12)
+    ],
+    "oasst1": [
+        {
+            "message_id": f"{n}-{role}-{rank}",
+            "parent_id": None if role == "prompter" else f"{n}-prompter-None",
+            "user_id": "u",
+            "created_date": "2023-02-05T14:23:50.983374+00:00",
+            "text": f"Say {n}." if role == "prompter" else f"{n}" * (1 + (rank or 0)),
+            "role": role,
+            "lang": "en",
+            "review_count": 3,
+            "review_result": True,
+            "deleted": False,
+            "rank": rank,
+            "synthetic": False,
+            "model_name": None,
+            "detoxify": {"toxicity": 0.01, "insult": 0.002},
+            "message_tree_id": f"{n}-prompter-None",
+            "tree_state": "ready_for_export",
+            "emojis": {"name": ["+1"], "count": [2]},
+            "labels": {"name": ["spam", "quality"], "value": [0.0, 0.9], "count": [3, 3]},
+        }
+        for n in range(12)
+        for role, rank in (("prompter", None), ("assistant", 1), ("assistant", 0))
+    ],
+    "dialogsum": [
+        {
+            "id": f"train_{n}",
+            "dialogue": f"#Person1#: I have {n} pens.\n#Person2#: Good.",
+            "summary": f"#Person1# has {n} pens.",
+            "topic": "pens",
+        }
+        for n in range(12)
+    ],
+    "samsum": [
+        {"id": f"1381{n}", "dialogue": f"Amanda: I baked {n}.\r\nJerry: Sure!", "summary": f"Amanda baked {n}."}
+        for n in range(12)
+    ],
+    "e2e_nlg": [
+        {
+            "meaning_representation": f"name[The Vaults], near[Café {n}]",
+            "human_reference": f"The Vaults is by Café {n}.",
+        }
+        for n in range(12)
+    ],
     "text": [{"text": f"Tom has {n} apples. " * 5} for n in range(12)],
 }
 SCHEMAS["arc_challenge"] = SCHEMAS["arc_easy"]

@@ -14,12 +14,15 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peftsweep import cli
+from peftsweep import InputError, cli
 from peftsweep.evaluation import decoding
 from peftsweep.models import model, probe
+from peftsweep.schema import DatasetConfig
+from peftsweep.use import chat_with
 from tests.config.test_restored import saved
 from tests.data.test_chat import CHATML, LLAMA, TALK, tokenizer
 
+TASKS = "peftsweep.data.tasks"
 Chat = Callable[..., tuple[int, str, str]]
 LENGTH = 12
 SHORT = ["--max-new-tokens", str(LENGTH), "device=cpu"]
@@ -84,10 +87,15 @@ def plain(text: str) -> list[int]:
     return list(AutoTokenizer.from_pretrained(model.TINY)(text).input_ids)
 
 
+def asked(prompt: str) -> list[int]:
+    """A prompt in the template of the fixture's dataset."""
+    return plain(f"{prompt}\n")
+
+
 def test_the_text_is_that_of_the_adapter_and_beside_it_that_of_the_untouched_base(chat: Chat) -> None:
     place = trial()
-    theirs = expected(model.TINY, plain("Tom has 3"), place)
-    base = expected(model.TINY, plain("Tom has 3"))
+    theirs = expected(model.TINY, asked("Tom has 3"), place)
+    base = expected(model.TINY, asked("Tom has 3"))
     assert theirs != base
     assert chat(place, "--prompt", "Tom has 3", *SHORT) == (0, f"{theirs}\n", "")
     assert chat(place, "--prompt", "Tom has 3", "--base", *SHORT)[1] == f"base: {base}\ntrained: {theirs}\n"
@@ -96,8 +104,79 @@ def test_the_text_is_that_of_the_adapter_and_beside_it_that_of_the_untouched_bas
 
 def test_without_a_prompt_each_line_of_a_pipe_is_one(chat: Chat) -> None:
     place = trial()
-    texts = [expected(model.TINY, plain(line), place) for line in ("Tom has 3", "Ann")]
+    texts = [expected(model.TINY, asked(line), place) for line in ("Tom has 3", "Ann")]
     assert chat(place, *SHORT, lines="Tom has 3\n\nAnn")[:2] == (0, "".join(f"{text}\n" for text in texts))
+
+
+@pytest.mark.slow
+def test_a_raw_prompt_is_in_no_template(chat: Chat) -> None:
+    place = trial()
+    theirs = expected(model.TINY, plain("Tom has 3"), place)
+    assert chat(place, "--prompt", "Tom has 3", "--raw", *SHORT) == (0, f"{theirs}\n", "")
+
+
+ALPACA = {"prompt": "Do{with_input}.\n{instruction}\n{input}Say:", "reader": f"{TASKS}.alpaca"}
+IN_CONTEXT = {"prompt": "{passage}\nQ: {question}?\nA:", "reader": f"{TASKS}.boolq"}
+FORMS: list[tuple[dict[str, Any], list[str], str]] = [
+    ({"prompt": "Q: {question}\nA:"}, [], "Q: hi {x}\nA:"),
+    ({"prompt": "{{{story}}}"}, [], "{hi {x}}"),
+    ({"prompt": "{a} and {b}"}, ["--column", "a=1=1"], "1=1 and hi {x}"),
+    ({"prompt": "{q} {q}"}, [], "hi {x} hi {x}"),
+    (ALPACA, [], "Do.\nhi {x}\nSay:"),
+    (ALPACA, ["--column", "input=3"],
+     "Do, paired with an input that provides further context.\nhi {x}\n### Input:\n3\n\nSay:"),
+    (IN_CONTEXT, ["--column", "passage=P."], "P.\nQ: hi {x}?\nA:"),
+    (IN_CONTEXT, ["--raw"], "hi {x}"),
+    ({"prompt": "{instruction}", "reader": f"{TASKS}.instruction"}, [], "hi {x}"),
+    ({"prompt": "", "answer": "{text}"}, [], "hi {x}"),
+    ({"prompt": "{prompt}", "answer": "{answer}", "reader": f"{TASKS}.messages"}, [], "hi {x}"),
+    ({"prompt": "{prompt}", "answer": "{answer}", "reader": f"{TASKS}.sharegpt"}, [], "hi {x}"),
+]  # fmt: skip
+
+
+def form(config: dict[str, Any], words: list[str]) -> chat_with.Form:
+    options = chat_with.parser().parse_intermixed_args([*words, "TRIAL_DIR"])
+    own = DatasetConfig(**{"answer": "{answer}", "name": "x"} | config)
+    return chat_with.Form.of(own, options.column, raw=options.raw)
+
+
+@pytest.mark.parametrize(("config", "words", "filled"), FORMS)
+def test_a_prompt_is_asked_in_the_form_of_the_training_rows(
+    config: dict[str, Any], words: list[str], filled: str
+) -> None:
+    assert form(config, words).filled("hi {x}") == filled
+
+
+@pytest.mark.parametrize(
+    ("config", "words", "said"),
+    [
+        ({"prompt": "{a} {b}"}, [], "--column: the template has the columns a, b; give all but the one"),
+        ({"prompt": "{a}"}, ["--column", "a=1"], "--column: the template has the columns a; give all but"),
+        ({"prompt": "{a}"}, ["--column", "a"], "--column=a: must be NAME=TEXT"),
+        ({"prompt": "{a}"}, ["--raw", "--column", "a=1"], "--column=a=1: these prompts are put into no"),
+        ({"prompt": "{a}"}, ["--column", "b=1"], "--column: the template has no column 'b'; there are: a"),
+        ({"prompt": "{question}", "reader": None}, ["--column", "x=1", "--raw"], "into no template"),
+        (IN_CONTEXT, [], "needs passage beside question, such as --column passage=TEXT"),
+        (
+            {"prompt": "{question}\n{options}", "reader": f"{TASKS}.commonsense_qa"},
+            [],
+            "needs options beside question",
+        ),
+    ],
+)
+def test_a_prompt_that_lacks_a_column_is_one_line_before_anything_is_loaded(
+    config: dict[str, Any], words: list[str], said: str
+) -> None:
+    with pytest.raises(InputError) as error:
+        form(config, words).filled("hi")
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("words", [[], ["--raw"]])
+def test_a_prompt_of_bytes_that_are_no_text_is_one_line(words: list[str]) -> None:
+    with pytest.raises(InputError, match=r"^--prompt: is not UTF-8$"):
+        form({"prompt": "{a}"}, words).filled("caf\udce9")
 
 
 def test_turns_go_through_the_chat_template_until_an_empty_line(chat: Chat) -> None:
@@ -134,7 +213,7 @@ def test_tokens_are_drawn_as_transformers_draws_them(chat: Chat) -> None:
 
     def drawn(seed: int) -> str:
         how = {"do_sample": True, "temperature": 1.5, "top_p": 0.9, "top_k": 0}
-        return expected(model.TINY, plain("Tom has 3"), place, seed=seed, **how)
+        return expected(model.TINY, asked("Tom has 3"), place, seed=seed, **how)
 
     words = [place, "--prompt", "Tom has 3", *SHORT]
     said = [chat(*words, "--temperature", "1.5", "--top-p", "0.9", "--seed", seed)[1] for seed in (0, 1)]

@@ -188,7 +188,7 @@ ASKED: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "two questions": ({"prompt": "a", "question": "b", "answer": "c"}, "{prompt}\\n{question}", "{answer}"),
     "two answers": ({"problem": "a", "solution": "b", "answer": "c"}, "{problem}", "{answer}"),
-    "messages in place of texts": ({"prompt": TURNS[:1], "completion": TURNS[1:]}, "", ""),
+    "messages in place of texts": ({"prompt": TURNS[:1], "response": TURNS[1:]}, "", ""),
     "one unknown column": ({"content": "a"}, "{content}", "{content}"),
 }
 

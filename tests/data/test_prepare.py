@@ -153,7 +153,7 @@ def test_what_is_written_is_read_as_the_same_prompts(
     assert sum(rows.left_out.values()) == 0
     assert [len(rows.train), len(rows.test)] == [len(read("an out.jsonl")), len(read("an out.test.jsonl"))]
     source = compose(f"dataset={name}", "dataset.path='a source.jsonl'", "eval=[perplexity]").config.dataset
-    before = {example.answer for example in data_templates.dataset_examples(source, schemas.SCHEMAS[name])}
+    before = {example.answer for example in data_templates.dataset_examples(source, data_rows.read_rows(path))}
     after = {example.answer for example in data_templates.dataset_examples(dataset, rows.train + rows.test)}
     assert after == before
 

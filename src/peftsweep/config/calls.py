@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import inspect
 import json
 import pydoc
@@ -44,7 +45,12 @@ ANY = {"model": "model=./FOLDER, one of the hub model=ORG/NAME", "dataset": "dat
 SECTIONS = ("model", "train", "dataset", "targets", "adapter", "halving")  # in which a key may be sought by its name
 METHOD_KEYS = ("method.r", "method.lora_alpha", "method.lora_dropout")  # that most methods have
 GENERATION = "peftsweep.evaluation.evaluate.generation"
-LANGUAGE_MODEL_ONLY = ("peftsweep.evaluation.evaluate.perplexity", GENERATION)
+TEXT = "peftsweep.evaluation.text.overlap.generated_text"
+LANGUAGE_MODEL_ONLY = ("peftsweep.evaluation.evaluate.perplexity", GENERATION, TEXT)
+OF_PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {  # modules that what is called needs, and their extra
+    "peftsweep.evaluation.harness.lm_eval": (("lm_eval",), "lm_eval"),
+    "peftsweep.evaluation.metrics.math_verify_match": (("math_verify",), "lm_eval"),
+}
 # Options that PEFT annotates as if they could be None, and that must be numbers.
 NEVER_NULL = tuple(
     f"method.{name}"
@@ -82,6 +88,7 @@ def check_calls(config: Config, choices: Mapping[str, str | None]) -> None:
         options = {key: value for key, value in node.items() if key not in ROWS_KEYS}
         check_call(options, f"eval.{name}", provided=("model", "tokenizer", "examples"), also=ROWS_KEYS)
         _check_types({key: node[key] for key in ROWS_KEYS if key in node}, RowsConfig, f"eval.{name}")
+        _check_packages(node, f"eval.{name}")
     from peftsweep.evaluation import inference_plan
     from peftsweep.observe import profiler, tracker  # which import torch, as `--help` must not
     from peftsweep.training import capture, compiled, length, optimizer
@@ -100,6 +107,19 @@ def check_calls(config: Config, choices: Mapping[str, str | None]) -> None:
     _check_optimizer(config.train.optimizer_kwargs, optimizer.find_optimizer(config.train.optimizer))
     length.interval(config.train, "eval_every", rows=1)
     length.checkpoint_due(config.train, rows=1)
+
+
+def _check_packages(node: Mapping[str, Any], key: str) -> None:
+    """Refuse an evaluation, or a metric of it, that needs a package which is not installed."""
+    from peftsweep.evaluation.text import overlap  # imports torch, which `--help` must not
+
+    for inner, target in _targets(node):
+        modules, extra = OF_PACKAGES.get(str(target), ((), ""))
+        if target == TEXT:
+            modules, extra = tuple(sorted(overlap.needed(node.get("metrics", overlap.METRICS)))), "text"
+        if missing := [module for module in modules if importlib.util.find_spec(module) is None]:
+            said = f"{key}.{inner}" if inner else key
+            raise InputError(f"{said}: needs the package {missing[0]}: pip install 'peftsweep[{extra}]'")
 
 
 def _without_target(node: Mapping[str, Any]) -> dict[str, Any]:

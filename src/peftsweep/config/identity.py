@@ -15,10 +15,11 @@ from peftsweep import former_names
 from peftsweep.config.evaluations import rows_config, sets_aside
 from peftsweep.data import fingerprint
 from peftsweep.data import rows as data_rows
+from peftsweep.data.conversations import reader as conversations
 from peftsweep.schema import Config, DatasetConfig, Init, ModelConfig, OnMissing
 from peftsweep.study import store
 
-CONVERSATIONS = "peftsweep.data.tasks.messages"  # the reader of datasets that hold them
+CONVERSATIONS = "peftsweep.data.tasks.messages"  # the first reader of datasets that hold them
 IDENTITY_LENGTH = 10  # hex digits: a study of 10,000 trials has a clash once in 20,000 studies
 IDENTITY_RULE = 2  # its version, which a record keeps; a study's trials are recognised by earlier ones too
 # Former names of modules, classes and functions, and their names now. In an identity they keep the former ones.
@@ -150,6 +151,8 @@ def _dataset_identity(dataset: DatasetConfig, rows: data_rows.Rows | None, rule:
     how = {key: value for key, value in said.items() if key not in CHOOSES_ROWS}
     if dataset.missing is not OnMissing.empty:  # the others choose rows
         how.pop("missing", None)
+    if dataset.reader in conversations.READERS and any(map(conversations.was_read_otherwise, rows.train)):
+        how["conversations"] = 2  # the version of how such rows are read
     return how | {part: rows.fingerprints[part] for part in ("train", "validation")}
 
 
@@ -169,7 +172,7 @@ def model_identity(model: ModelConfig, rule: int = IDENTITY_RULE) -> dict[str, A
 
 
 def _is_chat(chat: bool | None, reader: str | None) -> bool:
-    return bool(chat) or reader == CONVERSATIONS
+    return bool(chat) or reader in conversations.READERS
 
 
 def _adapter_files(path: str | None, rule: int) -> dict[str, str] | None:

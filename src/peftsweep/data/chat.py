@@ -12,6 +12,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from peftsweep.data.conversations.turns import Conversation as Conversation
+from peftsweep.data.conversations.turns import Message as Message
+from peftsweep.data.conversations.turns import arguments_object, content_text, is_trained
+from peftsweep.data.conversations.turns import says_something_else as says_something_else
 from peftsweep.schema import Turns
 
 if TYPE_CHECKING:
@@ -19,7 +23,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Message = dict[str, Any]
 Span = tuple[int, int]  # of characters, the end excluded
 
 # The layout of a conversation without a chat template: a paragraph a turn, which its role begins; the tokenizer's
@@ -37,30 +40,6 @@ PROBE = "\ue000\ue001"  # private characters, which no template strips, escapes 
 ARGUMENTS = {"probe_key": "probe_value"}
 
 
-class Conversation(NamedTuple):
-    """Messages of role and content, and the tools that the assistant may call, as chat templates take them."""
-
-    messages: list[Message]
-    tools: list[Any] | None = None  # JSON schemas of functions
-
-    @property
-    def prompt(self) -> str:
-        """All that stands before the last turn, as JSON."""
-        before: Any = {"messages": self.messages[:-1], "tools": self.tools} if self.tools else self.messages[:-1]
-        return json.dumps(before, ensure_ascii=False)
-
-    @property
-    def written(self) -> tuple[str, str]:
-        """The prompt, and all of the last turn as JSON."""
-        return self.prompt, json.dumps(self.messages[-1], ensure_ascii=False)
-
-    @property
-    def answer(self) -> str:
-        """What the last turn says; if it only calls tools, these calls as JSON."""
-        last = self.messages[-1]
-        return content_text(last.get("content")) or json.dumps(last.get("tool_calls"), ensure_ascii=False)
-
-
 class Rendered(NamedTuple):
     """A conversation in tokens: ``ids`` and ``trained`` (whether a token is trained on), [tokens] both."""
 
@@ -70,18 +49,6 @@ class Rendered(NamedTuple):
     said: str  # the last turn, as text without special tokens
     end: int | None  # the token that ends the last turn, if it has a special one
     written: tuple[str, str]  # prompt and answer before the template
-
-
-def says_something_else(message: Message) -> bool:
-    """Whether a message without content still says something: it calls tools, or reasons."""
-    return any(message.get(key) for key in ("tool_calls", "reasoning_content", "reasoning", "thinking"))
-
-
-def content_text(content: Any) -> str:
-    """Content as text: its text parts, a line each, where it is a list of parts."""
-    if isinstance(content, list):
-        return "\n".join(part["text"] for part in content)
-    return content or ""
 
 
 @dataclass(frozen=True)
@@ -147,7 +114,7 @@ class ChatTemplate:
         function = call.get("function", call)
         given = function.get("arguments")
         if isinstance(given, str) and self._takes_objects and not self._takes_json:
-            function = function | {"arguments": json.loads(given)}
+            function = function | {"arguments": arguments_object(given)}
         elif isinstance(given, dict) and self._takes_json and not self._takes_objects:
             function = function | {"arguments": json.dumps(given, ensure_ascii=False)}
         return call | {"function": function} if "function" in call else function
@@ -218,6 +185,8 @@ def render(template: ChatTemplate, conversation: Conversation, turns: Turns, wri
     elif turns is Turns.last:
         start = _turn(template, conversation, text, len(conversation.messages) - 1)[0]
         spans = [span for span in spans if span[1] > start]
+    else:
+        spans = _of_trained(template, conversation, text, spans)
     encoded = template.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     trained = _covered(encoded.offset_mapping, spans)
     if not any(trained[1:]):
@@ -274,7 +243,7 @@ def _turns(template: ChatTemplate, conversation: Conversation, text: str, *, onl
     messages = conversation.messages
     found: list[Span] = []
     for number in range(len(messages) - 1 if only_last else 0, len(messages)):
-        if messages[number]["role"] != "assistant":
+        if not is_trained(messages[number]):
             continue
         start, end = _turn(template, conversation, text, number)
         if (said := text[start:end].rstrip()).endswith(marks):
@@ -283,6 +252,15 @@ def _turns(template: ChatTemplate, conversation: Conversation, text: str, *, onl
             raise ValueError(_unknown(number))
         found.append((start, end))
     return found
+
+
+def _of_trained(template: ChatTemplate, conversation: Conversation, text: str, spans: list[Span]) -> list[Span]:
+    """Of what the template marks, the part that is in no turn with the weight 0."""
+    for number, message in enumerate(conversation.messages):
+        if message["role"] == "assistant" and not is_trained(message):
+            start, end = _turn(template, conversation, text, number)
+            spans = [span for span in spans if span[1] <= start or span[0] >= end]
+    return spans
 
 
 def _unknown(number: int) -> str:

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peftsweep.data import tasks
+from peftsweep.data.conversations import trees
+from peftsweep.data.conversations.reader import COLUMNS as CONVERSATIONS
 from peftsweep.data.files import Row
 
 # Columns that hold a whole prompt or a whole answer, in small letters. Exactly one of each makes a pair.
 QUESTIONS = ("question", "query", "problem")
 PROMPTS = ("prompt", "instruction", "input", "source", *QUESTIONS)
 ANSWERS = ("completion", "answer", "response", "output", "solution", "target")
-CONVERSATIONS = ("messages", "conversations")
 # Columns that no pair uses, and that cannot be left out without a word.
 CONTEXTS = ("context", "passage", "document", "background", "history", "system", "system_prompt", "choices", "options")
 MEANINGFUL = (
@@ -76,6 +77,9 @@ NAMED = (
     _Named("gsm8k", ("question", "answer"), fits=_ends_with_number),
     _Named("alpaca", ("instruction", "output"), ("input",)),
     _Named("dolly", ("instruction", "response"), ("context", "category")),
+    _Named("dialogsum", ("dialogue", "summary", "topic"), ("id",)),
+    _Named("samsum", ("dialogue", "summary"), ("id",)),
+    _Named("e2e_nlg", ("meaning_representation", "human_reference")),
     _Named("sst2", ("sentence", "label"), ("idx",), _is_sentiment),
 )
 
@@ -86,7 +90,9 @@ def recognise(rows: Sequence[Row]) -> Layout | None:
     A layout of ``named`` has no keys: they are those of that dataset.
     """
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    if any(_holds_lists(rows, column) or _holds_text(rows, column) for column in CONVERSATIONS if column in columns):
+    if trees.are_messages(rows) or all(trees.is_tree(row) for row in rows) or _are_turns(rows):
+        return Layout("chat")
+    if any(_holds_turns(rows, column) for column in CONVERSATIONS if column in columns):
         return Layout("chat")
     for one in NAMED:
         if one.is_of(rows):
@@ -104,6 +110,18 @@ def recognise(rows: Sequence[Row]) -> Layout | None:
             return None
         return Layout("text", {} if texts == ["text"] else {"answer": f"{{{texts[0]}}}"})
     return None
+
+
+def _holds_turns(rows: Sequence[Row], column: str) -> bool:
+    """Whether a column holds lists of turns, or JSON text; ``conversation`` may also be the name of a plain text."""
+    if column == "conversation" and _holds_text(rows, column):
+        return all(str(row[column]).lstrip().startswith("[") for row in rows if row.get(column) is not None)
+    return _holds_lists(rows, column) or _holds_text(rows, column)
+
+
+def _are_turns(rows: Sequence[Row]) -> bool:
+    """Whether prompts and completions are lists of turns."""
+    return all(_holds_lists(rows, column) for column in ("prompt", "completion"))
 
 
 def _left_out(rows: Sequence[Row], columns: Iterable[str], used: Sequence[str]) -> bool:

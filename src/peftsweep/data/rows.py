@@ -13,13 +13,14 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftsweep.data import hub
+from peftsweep.data import files, hub
+from peftsweep.data.conversations import trees
 from peftsweep.data.files import FORMATS as FORMATS
 from peftsweep.data.files import Row as Row
 from peftsweep.data.files import plain_rows
-from peftsweep.data.files import read_rows as read_rows
 from peftsweep.errors import InputError, suggest
 from peftsweep.schema import DatasetConfig, OnMissing, RowsConfig
 
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
 from peftsweep.data.templates import dataset_examples, templates
 
 GENERATED_TEST_ROWS = 1000
+
+
+def read_rows(path: str | Path, key: str = "path", encoding: str | None = None) -> list[Row]:
+    """The rows of a local file (``files.read_rows``); messages of trees are joined to conversations."""
+    return trees.joined(files.read_rows(path, key, encoding))
 
 
 def hub_rows(name: str, config: str | None, split: str, revision: str | None, key: str) -> list[Row]:
@@ -40,7 +46,7 @@ def hub_rows(name: str, config: str | None, split: str, revision: str | None, ke
 
     with hub.loading(f"{key}={name}", "local rows"):  # no network, no such dataset, no such split
         loaded = datasets.load_dataset(name, config, split=split, revision=revision)
-    return plain_rows(loaded)
+    return trees.joined(plain_rows(loaded))
 
 
 def first_hub_rows(name: str, config: str | None, split: str, revision: str | None, count: int = 100) -> list[Row]:

@@ -7,13 +7,13 @@ next, and ``gold``, the number of the right one. Columns and choices are those t
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peftsweep.data.chat import Conversation
+from peftsweep.data.conversations.reader import messages as messages
+from peftsweep.data.conversations.reader import sharegpt as sharegpt
 
 Row = dict[str, Any]
 Reader = Callable[[Row], Row]
@@ -102,69 +102,6 @@ def alpaca(row: Row) -> Row:
 def dolly(row: Row) -> Row:
     """Dolly: ``instruction``, ``context`` (often empty) and ``response``, as Alpaca calls them."""
     return alpaca(row | {"input": row.get("context"), "output": row["response"]})
-
-
-ROLES = {"human": "user", "gpt": "assistant"}  # as conversations of ``from`` and ``value`` call them
-
-
-def messages(row: Row) -> Row:
-    """A conversation: ``messages`` of role and content (or ``conversations`` of from and value), and its ``tools``.
-
-    Both may be given as JSON text. The last turn, the assistant's, is the ``answer``; all before it, as JSON, the
-    ``prompt``. Content that is a list holds text parts; what else is a list or dict is JSON.
-
-    Raises:
-        ValueError: it is no such list, holds no turn of the assistant at its end, or a part that is no text.
-    """
-    turns = _parsed(row["messages" if row.get("messages") is not None else "conversations"], "messages")
-    tools = _parsed(row["tools"], "tools") if row.get("tools") else None
-    conversation = Conversation(
-        [_message(turn) for turn in turns], [json.loads(t) if isinstance(t, str) else t for t in tools or ()] or None
-    )
-    said = conversation.messages
-    if len(said) < 2 or said[-1]["role"] != "assistant":
-        raise ValueError("a conversation must end with the assistant's turn, after another")
-    if not all(
-        isinstance(tool, dict) and isinstance(tool.get("function", {}), dict) for tool in conversation.tools or ()
-    ):
-        raise ValueError("its tools are not JSON schemas of functions")
-    return row | {"conversation": conversation, "prompt": conversation.prompt, "answer": conversation.answer}
-
-
-def _parsed(value: Any, name: str) -> list[Any]:
-    found = json.loads(value) if isinstance(value, str) else value
-    if not isinstance(found, list):
-        raise ValueError(f"its {name} are not a list")
-    return found
-
-
-def _message(turn: Any) -> Row:
-    """A turn as chat templates take it; what is null in it is absent."""
-    if not isinstance(turn, dict) or not isinstance(said := turn.get("role") or turn.get("from"), str):
-        raise ValueError("a turn is not an object with a role")
-    rest = {key: value for key, value in turn.items() if value is not None and key not in ("from", "value")}
-    content = turn.get("content", turn.get("value"))
-    message = rest | {"role": ROLES.get(said, said)} | ({} if content is None else {"content": _content(content)})
-    if (calls := message.get("tool_calls")) is not None:
-        message["tool_calls"] = [_call(call) for call in _parsed(calls, "tool_calls")]
-    return {key: value for key, value in message.items() if key != "tool_calls" or value}
-
-
-def _content(content: Any) -> Any:
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list) and all(isinstance(part, dict) and "type" in part for part in content):
-        if other := [part["type"] for part in content if not isinstance(part.get("text"), str)]:
-            raise ValueError(f"a part of type '{other[0]}' is no text")
-        return content
-    return json.dumps(content, ensure_ascii=False)
-
-
-def _call(call: Any) -> Row:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise ValueError("a tool call names no function")
-    return dict(call)
 
 
 # ---- the format of commonsense_170k ----------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftsweep.data import chat
 from peftsweep.data.chat import Conversation, Rendered
+from peftsweep.data.conversations.reader import NoAnswer
 from peftsweep.data.files import FORMATS as FORMATS
 from peftsweep.data.files import Row as Row
 from peftsweep.data.files import read_rows as read_rows
@@ -183,6 +184,8 @@ def _read(reader: Callable[[Row], Row], row: Row, key: str, number: str) -> Row:
     except KeyError as error:
         column = str(error.args[0])
         raise InputError(f"{key}: row {number} has no column '{column}'; {suggest(column, list(row))}") from None
+    except NoAnswer as error:
+        raise MissingValue(f"{key}: row {number} cannot be read: {error}; dataset.missing=drop leaves it out") from None
     except (ValueError, TypeError, IndexError, AttributeError) as error:
         raise InputError(f"{key}: row {number} cannot be read: {error}") from None
 
@@ -233,7 +236,7 @@ class _Formatter(string.Formatter):
 
 
 @lru_cache(maxsize=64)
-def _columns(template: str) -> tuple[str, ...]:
+def columns(template: str) -> tuple[str, ...]:
     """The columns that a template names."""
     names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     return tuple(re.split(r"[.\[]", name)[0] for name in names)
@@ -241,7 +244,7 @@ def _columns(template: str) -> tuple[str, ...]:
 
 def _fill(template: str, row: _Row, key: str, number: str) -> str:
     try:
-        plain = all(type(row.get(name)) is str for name in _columns(template))
+        plain = all(type(row.get(name)) is str for name in columns(template))
         text = template.format_map(row) if plain else _Formatter().vformat(template, (), row)
     except _NoValue as error:
         raise _missing(key, number, str(error)) from None

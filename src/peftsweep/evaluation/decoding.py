@@ -58,6 +58,32 @@ def generate(
     """
     sizes: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "max_length": max_length}
     how: dict[str, Any] = {"num_beams": num_beams, "stop": stop, "sampling": sampling}
+    return [one.text for one in write(model, tokenizer, prompts, **sizes, **how)]
+
+
+class Written(NamedTuple):
+    """A text that was written, of so many ``tokens`` without the end mark; ``cut``: it came to no end of its own."""
+
+    text: str
+    tokens: int
+    cut: bool
+
+
+def write(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str | Example],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    max_length: int = 768,
+    num_beams: int = 1,
+    stop: Sequence[str] = (),
+    sampling: Sampling | None = None,
+) -> list[Written]:
+    """The texts that ``generate`` gives, and how each of them ended."""
+    sizes: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "max_length": max_length}
+    how: dict[str, Any] = {"num_beams": num_beams, "stop": stop, "sampling": sampling}
     return of_lane(partial(_generate, model, tokenizer, prompts, **sizes, **how))
 
 
@@ -90,7 +116,7 @@ def _generate(
     stop: Sequence[str],
     sampling: Sampling | None,
     lanes: int,
-) -> list[list[str]]:
+) -> list[list[Written]]:
     device = next(model.parameters()).device
     limit = min(max_length, tokenizer.model_max_length - max_new_tokens)
     if limit < 1:
@@ -98,11 +124,18 @@ def _generate(
     encoded = prompt_ids(tokenizer, prompts, limit)
     stops = _Stops(tokenizer, stop)
     ends = sorted({*_end_ids(model, tokenizer), *_turn_ends(prompts)})
-    texts = [[""] * len(prompts) for _ in range(lanes)]
+    texts = [[Written("", 0, False)] * len(prompts) for _ in range(lanes)]
     greedy = num_beams == 1 and sampling is None and takes_a_cache(model)
     batch_size = batch_size if abilities(model).padded_batches else 1
 
-    def write(numbers: list[int]) -> None:
+    def ended(row: list[int], text: str) -> Written:
+        kept = next((n for n, token in enumerate(row) if token in ends), len(row))
+        while not greedy and kept and row[kept - 1] == tokenizer.pad_token_id:
+            kept -= 1  # of a row that one of the texts has ended before others of its batch
+        before = stops.before(text)
+        return Written(before, kept, kept == max_new_tokens and before == text)
+
+    def write_some(numbers: list[int]) -> None:
         # Padded on the left, as generation goes on at the right.
         ids, attention = padded_ids([encoded[n] for n in numbers * lanes], padding_id(tokenizer), device, left=True)
         made = (
@@ -110,12 +143,12 @@ def _generate(
             if greedy
             else _searched(model, tokenizer, ids, attention, max_new_tokens, num_beams, ends, stops, sampling)
         )
-        written = map(stops.before, tokenizer.batch_decode(made, skip_special_tokens=True))
+        written = map(ended, made, tokenizer.batch_decode(made, skip_special_tokens=True))
         for mine in texts:
             for n in numbers:
                 mine[n] = next(written)
 
-    in_batches([len(ids) for ids in encoded], batch_size, write)
+    in_batches([len(ids) for ids in encoded], batch_size, write_some)
     return texts
 
 

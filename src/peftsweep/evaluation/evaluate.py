@@ -104,7 +104,7 @@ def generation(
             line |= {f"{name}_extracted": judgement.extracted, f"{name}_correct": judgement.correct}
     facts = metrics.generation_baselines(judged, predictions, answers)
     shortest = metrics.shortest_text if getattr(metric, "func", metric) is metrics.contains else str.strip
-    facts |= _room(tokenizer, examples, max_new_tokens, max_length, shortest)
+    facts |= room(tokenizer, examples, max_new_tokens, max_length, shortest)
     return Evaluation(scores, lines, facts)
 
 
@@ -240,7 +240,7 @@ def instruction(
         judged = [metrics.label_match(t, r.answer, names) for t, r, names in zip(texts, examples, labels, strict=True)]
         scores |= metrics.accuracy(judged)
         facts |= metrics.answer_baselines([j.extracted for j in judged], right, written=texts) | _guessing(examples)
-        facts |= _room(tokenizer, examples, max_new_tokens, max_length)
+        facts |= room(tokenizer, examples, max_new_tokens, max_length)
         for line, text, judgement in zip(lines, texts, judged, strict=True):
             line |= {"prediction": text, "extracted": judgement.extracted, "correct": judgement.correct}
     if "labels" in ways:
@@ -335,7 +335,7 @@ def _guessing(examples: Sequence[Example]) -> dict[str, float]:
     return {"random": sum(1 / len(row.choices) for row in examples) / len(examples)}
 
 
-def _room(
+def room(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     max_new_tokens: int,
@@ -378,6 +378,10 @@ def measures(function: Any, options: Mapping[str, Any]) -> tuple[str, ...] | Non
     """The metrics of an evaluation with these options; None of one that is not of this module."""
     if function is instruction:
         return tuple(name for way in options.get("ways", WAYS) for name in WAYS.get(way, ()))
+    from peftsweep.evaluation.text import overlap  # which imports this module
+
+    if function is overlap.generated_text:
+        return tuple(options.get("metrics", overlap.METRICS))
     known = MEASURES.get(function)
     if known and function is generation:
         return (*known, *(f"{name}_{metric}" for name in options.get("beside") or () for metric in known))

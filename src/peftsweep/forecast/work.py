@@ -23,6 +23,7 @@ from peftsweep.data.rows import Rows
 from peftsweep.data.templates import Example
 from peftsweep.data.tokens import Tokens, prompt_ids, tokenize
 from peftsweep.evaluation import evaluate
+from peftsweep.evaluation.text import overlap
 from peftsweep.forecast import forecast
 from peftsweep.forecast.operations import Ledger
 from peftsweep.forecast.predict import Shape
@@ -188,7 +189,9 @@ def _asked(trial: Trial, name: str, examples: list[Example], tokenizer: PreTrain
     new = int(known.get("max_new_tokens", 0))
     if not examples:
         return None
-    if function is evaluate.generation or (function is evaluate.instruction and "generation" in known["ways"]):
+    if function in (evaluate.generation, overlap.generated_text) or (
+        function is evaluate.instruction and "generation" in known["ways"]
+    ):
         prompts = [Tokens(ids, len(ids) - 1) for ids in prompt_ids(tokenizer, examples, limit)]
         answers = tokenizer([one.answer for one in examples], add_special_tokens=False).input_ids
         least = min(max(map(len, answers)) + 1, new)

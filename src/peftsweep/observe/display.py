@@ -16,7 +16,7 @@ from rich.text import Text
 
 from peftsweep.observe.remaining import format_seconds, of_sweep, remaining
 from peftsweep.study.record import HEADLINE, Result, Status
-from peftsweep.study.scores import baseline
+from peftsweep.study.scores import OF_TEXTS, baseline
 
 QUIET_SECONDS = 10.0  # at most a line this often from a running trial in a pipe
 
@@ -251,7 +251,8 @@ def scores_line(scores: dict[str, Any]) -> str:
     parts = []
     for metric in sorted(scores, key=lambda metric: metric != scores.get(HEADLINE)):
         score = scores[metric]
-        if metric.startswith("base_") or metric.endswith("valid_fraction") or metric == "loss" or not _is_score(score):
+        silent = metric.startswith("base_") or metric.endswith("valid_fraction") or metric in ("loss", *OF_TEXTS)
+        if silent or not _is_score(score):
             continue
         value, stderr = score["value"], score["stderr"]
         text = f"{metric} {value:.3f}" if value is not None else f"{metric} infinite"

@@ -27,6 +27,7 @@ from peftsweep.study.reading import NUMBER, TEXT, Unreadable, check, fault
 from peftsweep.study.reading import read_json as read_json
 from peftsweep.study.reading import read_lines as read_lines
 from peftsweep.study.reading import usable_lines as usable_lines
+from peftsweep.study.scores import TEXT_PARTS
 
 SCHEMA_VERSION = 1
 RESULT = "result.json"
@@ -170,6 +171,7 @@ PREDICTION = {  # a line of predictions
     "label?": str,
     "label_prediction?": str,
     "choices?": [str],
+    **{f"{part}?": (float, int) for part in TEXT_PARTS.values()},
 }
 
 

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftsweep.config import build, identity
+from peftsweep.config.calls import TEXT
 from peftsweep.config.compose import Trial
 from peftsweep.config.identity import evaluation_identity, model_identity
 from peftsweep.data import fingerprint
@@ -32,6 +33,7 @@ OF_THE_ROWS = (
     *("majority", "random", "f1_majority", "f1_random", record.HEADLINE),
     *("truncated_prompts", "truncated_answers", "long_references"),
 )
+TEXT_PACKAGES = ("rouge_score", "sacrebleu")  # whose versions decide the scores of written texts
 COST = ("seconds", "allocated_peak", "rss_peak")  # of an evaluation
 CHECKSUM = "sha256"  # in a file of a base's scores, of these and its answers
 
@@ -125,7 +127,9 @@ def _kernels(device: torch.device) -> dict[str, Any]:
 
 def _of_rows(trial: Trial, name: str, test: list[Example]) -> dict[str, Any]:
     """The rows of the evaluation ``name`` and how they are judged."""
-    return {
+    node = trial.config.eval[name]
+    by_packages = {"text": [record.package(one) for one in TEXT_PACKAGES]} if node.get("_target_") == TEXT else {}
+    return by_packages | {
         "eval": evaluation_identity(trial.config.eval[name]),
         "judged": evaluate.JUDGED,
         "examples": data_rows.fingerprint(example._asdict() for example in test),

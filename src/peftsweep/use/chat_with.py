@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from peftsweep import shorthand
 from peftsweep.command_line import OneLineParser, number, whole_number
-from peftsweep.errors import InputError
-from peftsweep.schema import Task, Turns
+from peftsweep.data import layouts, templates
+from peftsweep.data.conversations.reader import READERS
+from peftsweep.errors import InputError, suggest
+from peftsweep.schema import DatasetConfig, Task, Turns
 from peftsweep.study import store
 from peftsweep.study.record import RESULT, RecordError, Result
 
@@ -27,7 +30,6 @@ if TYPE_CHECKING:
     from peftsweep.evaluation.decoding import Sampling
 
 TRAINED, BASE = "trained", "base"
-CONVERSATIONS = "peftsweep.data.tasks.messages"  # the reader of rows that are conversations
 ANSWER = "answer"  # in the place of the turn that is to be written, as a template renders whole conversations
 
 
@@ -35,13 +37,21 @@ def parser() -> argparse.ArgumentParser:
     """The options of the command."""
     made = OneLineParser(
         prog="peftsweep-chat",
-        description="Write text with the model that a trial has trained. Without --prompt each line of standard input "
-        "is one; where the dataset is put through a chat template they are turns of a conversation, and an empty "
-        "line begins a new one.",
+        description="Write text with the model that a trial has trained. A prompt is put into the template of the "
+        "trial's training rows. Without --prompt each line of standard input is one; where the dataset is put through "
+        "a chat template they are turns of a conversation, and an empty line begins a new one.",
     )
     made.add_argument("trial", metavar="TRIAL_DIR", help="a trial's folder, multirun/STUDY/TRIAL")
     made.add_argument("words", nargs="*", metavar="KEY=VALUE", help="of the trial, such as device=cpu quant=none")
     made.add_argument("--prompt", metavar="TEXT", help="write one text after it, and end")
+    made.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="NAME=TEXT",
+        help="a further column of the template, such as context; may be given several times",
+    )
+    made.add_argument("--raw", action="store_true", help="the prompt as it stands, in no template")
     made.add_argument("--system", metavar="TEXT", help="the system's turn, which conversations begin with")
     made.add_argument("--base", action="store_true", help="the untouched base's text as well")
     made.add_argument(
@@ -72,12 +82,14 @@ def main(options: argparse.Namespace, compose: Callable[..., Trial]) -> int:
     trial = compose(*_words(options, trained_language_model(Path(options.trial))))
     if options.system is not None and not _converses(trial):
         raise InputError(f"--system: {options.trial} was trained on plain texts, which have no turns")
-    writer = Writer.load(trial, options)
+    form = Form.of(trial.config.dataset, options.column, raw=options.raw)
+    form.filled(ANSWER)  # is a column missing?
+    writer = Writer.load(trial, options, form)
     if options.prompt is not None:
         for name, text in writer.texts(options.prompt):
             _print(name, text, named=options.base)
         return 0
-    for line in _lines(trial):
+    for line in _lines(trial, form):
         if not line.strip():
             writer.begin()
             continue
@@ -125,20 +137,80 @@ def _words(options: argparse.Namespace, place: Path) -> list[str]:
 def _converses(trial: Trial) -> bool:
     """Whether the trial's rows are turns, by the chat template or laid out plainly; texts have no prompts."""
     own = trial.config.dataset
-    return own.reader == CONVERSATIONS or bool(own.chat and own.prompt)
+    return own.reader in READERS or bool(own.chat and own.prompt)
 
 
-def _lines(trial: Trial) -> Iterator[str]:
+@dataclass(frozen=True)
+class Form:
+    """How a prompt becomes that of a training row: a column of the dataset's template, beside the ``others``."""
+
+    dataset: DatasetConfig
+    column: str | None = None  # None: the prompt stands as it is
+    others: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, own: DatasetConfig, given: Sequence[str], *, raw: bool) -> Form:
+        """The form of a dataset's prompts, with columns ``given`` as NAME=TEXT.
+
+        Raises:
+            InputError: a column is none of the template's, or which of several the prompt is cannot be told.
+        """
+        if wrong := next((word for word in given if "=" not in word), None):
+            raise InputError(f"--column={wrong}: must be NAME=TEXT")
+        others = {name: text for name, _, text in (word.partition("=") for word in given)}
+        names = () if raw or own.reader in READERS else templates.columns(own.prompt)
+        if not names:
+            if others:
+                raise InputError(f"--column={given[0]}: these prompts are put into no template")
+            return cls(own)
+        known = [*dict.fromkeys(names)]
+        if own.reader is None and (wrong := next((name for name in others if name not in known), None)):
+            raise InputError(f"--column: the template has no column '{wrong}'; {suggest(wrong, known)}")
+        left = [name for name in known if name not in others]
+        likely = left if len(left) == 1 else [name for name in layouts.PROMPTS if name in left]
+        if not likely:
+            listed = ", ".join(known)
+            raise InputError(f"--column: the template has the columns {listed}; give all but the one that --prompt is")
+        return cls(own, likely[0], others)
+
+    def filled(self, prompt: str) -> str:
+        """The prompt in the template.
+
+        Raises:
+            InputError: a column is missing.
+        """
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:  # bytes of the shell that are no text
+            raise InputError("--prompt: is not UTF-8") from None
+        if self.column is None:
+            return prompt
+        row: dict[str, Any] = self.others | {self.column: prompt}
+        if read := templates.find_reader(self.dataset.reader):
+            with suppress(*layouts.READER_ERRORS):  # of a reader that needs the row's answer too
+                row = read(dict(row))
+        if lacking := [name for name in templates.columns(self.dataset.prompt) if name not in row]:
+            raise InputError(
+                f"--column: the template {self.dataset.prompt!r} needs {', '.join(lacking)} beside {self.column}, such "
+                f"as --column {lacking[0]}=TEXT; --raw takes the prompt as it stands"
+            )
+        return templates.examples([row], self.dataset.prompt, "", "--prompt")[0].prompt
+
+
+def _lines(trial: Trial, form: Form) -> Iterator[str]:
     """The lines of standard input; in a terminal each is asked for."""
     in_terminal = sys.stdin is not None and sys.stdin.isatty()
     if in_terminal:
-        own, kind = trial.config.dataset, "a turn" if _converses(trial) else "the beginning of a text"
-        form = "" if _converses(trial) else f"; the prompts of its training have the form {own.prompt!r}"
-        print(f"Each line is {kind}{form}. An empty line begins anew, Ctrl-D ends.", file=sys.stderr)
+        kind = "a turn" if _converses(trial) else "the beginning of a text"
+        where = f", put as {form.column} into {form.dataset.prompt!r}" if form.column else ""
+        print(f"Each line is {kind}{where}. An empty line begins anew, Ctrl-D ends.", file=sys.stderr)
     while True:
         if in_terminal:
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline() if sys.stdin is not None else ""
+        try:
+            line = sys.stdin.readline() if sys.stdin is not None else ""
+        except UnicodeDecodeError as error:
+            raise InputError(f"standard input: is not {error.encoding} ({error.reason})") from None
         if not line:
             return
         yield line.removesuffix("\n")
@@ -153,6 +225,7 @@ class Writer:
     """The models that write, and what each has said in the conversation so far."""
 
     trial: Trial
+    form: Form
     tokenizer: PreTrainedTokenizerBase
     models: dict[str, nn.Module]  # by what they are called; the base, where asked for, first
     max_new_tokens: int
@@ -163,7 +236,7 @@ class Writer:
     drawn: int = 0  # texts so far, each of which has a seed of its own
 
     @classmethod
-    def load(cls, trial: Trial, options: argparse.Namespace) -> Writer:
+    def load(cls, trial: Trial, options: argparse.Namespace, form: Form) -> Writer:
         """Load the trial's base and what was saved of it onto its device."""
         import transformers
 
@@ -183,7 +256,7 @@ class Writer:
         given = {"temperature": options.temperature, "top_p": options.top_p}
         given = {key: value for key, value in given.items() if value is not None}
         sampling = Sampling(**given) if given and options.temperature != 0 else None
-        return cls(trial, tokenizer, models, options.max_new_tokens, sampling, options.seed, options.system)
+        return cls(trial, form, tokenizer, models, options.max_new_tokens, sampling, options.seed, options.system)
 
     def begin(self) -> None:
         """Forget the conversation so far."""
@@ -199,6 +272,9 @@ class Writer:
 
         from peftsweep.evaluation import decoding
 
+        if _converses(self.trial) and not prompt.strip():
+            raise InputError("--prompt: is empty, which is no user's turn")
+        prompt = self.form.filled(prompt)
         for name, one in self.models.items():
             torch.manual_seed(self.seed + self.drawn)
             asked = self._asked(name, prompt)
@@ -222,8 +298,6 @@ class Writer:
 
         if not _converses(self.trial):
             return prompt
-        if not prompt.strip():
-            raise InputError("--prompt: is empty, which is no user's turn")
         system: list[Message] = [] if self.system is None else [{"role": "system", "content": self.system}]
         said = self.said.setdefault(name, system)
         turns: list[Any] = [*said, {"role": "user", "content": prompt}, {"role": "assistant", "content": ANSWER}]

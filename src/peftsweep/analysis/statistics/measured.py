@@ -33,6 +33,7 @@ from peftsweep.analysis.statistics.trials import (
 )
 from peftsweep.analysis.table.columns import evaluation
 from peftsweep.study.record import Status
+from peftsweep.study.scores import OF_100
 
 # ---- one measured column, and contrasts of configurations ------------------------------------------
 
@@ -90,6 +91,8 @@ class Measured:
     @property
     def shares(self) -> bool:
         """Whether the score is a share of rows, whose scores are known: 1 for right, 0 for wrong, means over seeds."""
+        if evaluation(self.column)[1] in OF_100:
+            return False
         return self.rows is not None and not self.ratio and self.rows.min() >= 0 and self.rows.max() <= 1
 
     @property

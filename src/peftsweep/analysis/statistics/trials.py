@@ -10,9 +10,10 @@ import pandas as pd
 
 from peftsweep.analysis.statistics import intervals
 from peftsweep.analysis.table import naming
-from peftsweep.analysis.table.columns import NAME, direction, named
+from peftsweep.analysis.table.columns import NAME, direction, evaluation, named
 from peftsweep.analysis.table.naming import NO_SETTINGS, OF_SOME, SETTINGS
 from peftsweep.study.record import Status
+from peftsweep.study.scores import OF_100, TEXT_PARTS
 
 Floats = intervals.Floats
 Predictions = Callable[[str, str], Sequence[dict[str, Any]]]
@@ -26,7 +27,7 @@ TASK = (
 )
 TASK_COLUMNS = ("choices.model", "choices.dataset")  # by the name of a task
 # The figure of a line of predictions that a metric is the mean of.
-CORRECT_COLUMNS = {"accuracy": "correct", "acc": "correct", "acc_norm": "correct_norm"}
+CORRECT_COLUMNS = {"accuracy": "correct", "acc": "correct", "acc_norm": "correct_norm"} | TEXT_PARTS
 MOST_COMPARED = 40  # configurations: the best ones, of each pair of which the rows are compared
 MOST_READ = 400  # trials whose predictions are read
 
@@ -124,6 +125,8 @@ def one_a_seed(table: pd.DataFrame, numbers: pd.Series[int]) -> pd.DataFrame:
 
 def is_share(column: str, values: pd.Series[float]) -> bool:
     """Whether a column is a share of test rows, such as an accuracy."""
+    if evaluation(column)[1] in OF_100:
+        return False
     return column.endswith(".value") and direction(column) >= 0 and bool(values.dropna().between(0, 1).all())
 
 

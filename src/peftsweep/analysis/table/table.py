@@ -22,13 +22,15 @@ from peftsweep.study import record
 from peftsweep.study.atomic import replacing
 from peftsweep.study.reading import usable
 from peftsweep.study.record import RESULT, STEPS, RecordError, Result, Status
+from peftsweep.study.scores import TEXT_PARTS
 from peftsweep.study.store import BASE, is_below, is_plain, recorded
 
 RESULTS_FILE = "results.parquet"
 STEPS_FILE = "steps.parquet"
 AS_TEXT = "histogram"  # what keys end so have answers as their own keys: a column each would make thousands
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how texts begin that a spreadsheet takes for formulas
-KEPT = ("correct", "correct_norm", "log_likelihood", "tokens", "label", "label_prediction")  # of a line of predictions
+# Of a line of predictions.
+KEPT = ("correct", "correct_norm", "log_likelihood", "tokens", "label", "label_prediction", *TEXT_PARTS.values())
 DTYPES: tuple[tuple[set[type], str], ...] = ({bool}, "boolean"), ({int}, "Int64"), ({int, float}, "Float64")
 SCALARS = {str, int, float, bool, type(None)}
 INTEGERS = 2**63  # beyond them, a number is kept as a float

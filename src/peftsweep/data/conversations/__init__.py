@@ -1,0 +1,1 @@
+"""Conversations as files hold them -> turns as chat templates take them."""

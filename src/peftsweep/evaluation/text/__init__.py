@@ -1,0 +1,1 @@
+"""Texts that a model writes, compared with references and described by themselves."""
