@@ -1,0 +1,250 @@
+"""What works on each model type of transformers: tiny random models through the product, one table.
+
+    python -m benchmarks.architectures docs/architectures.md [--only TYPE ...] [--results FILE]
+
+Of each type that transformers has a causal language model or a classifier of, a small model of random weights is written
+as a checkpoint, and two trials of the product are run on it (LoRA on all linear layers, on the weights as they are and
+in 4 bits). Its likelihoods and texts are compared with those of plain transformers, the predicted memory with what
+torch's profiler saw allocated. Types that are not in ``--only`` keep what FILE says of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.auto import modeling_auto
+
+from benchmarks import memory_prediction
+from peftsweep import InputError, cli
+from peftsweep.config.compose import trial as make_trial
+from peftsweep.data.tokens import Tokens
+from peftsweep.errors import first_line
+from peftsweep.evaluation import decoding, likelihood
+from peftsweep.models import attach, model, parts, probe
+from peftsweep.schema import ModelConfig, Task
+from peftsweep.study.record import Result
+from tests.architectures import small_config
+
+RESULTS = Path(__file__).parent / "results" / "architectures.json"
+CPU = torch.device("cpu")
+LENGTHS = (9, 23, 40)  # tokens of rows: within and beyond the window of layers that have one
+NEW = 8  # tokens that are written
+SAME = 1e-3  # nats, of the log-likelihood of an answer
+WORDS = [
+    *("model.dtype=float32", "method=lora", "targets=all_linear", "adapter.merge=true", "train.learning_rate=1e-2"),
+    *("train.steps=20", "train.batch_size=4", "train.log_every=1", "dataset.samples=80", "quiet=true", "device=cpu"),
+]
+TASKS = {
+    Task.causal_lm: ["model=causal_lm", "dataset=tiny_math", "eval=[perplexity]", "eval.perplexity.samples=8"],
+    Task.seq_cls: ["model=encoder", "dataset=tiny_direction", "eval.tiny_direction.samples=8"],
+}
+COLUMNS = ("loads", "roles", "all_linear", "trains", "4bit", "likelihood", "generation", "reload", "merge", "memory")
+
+
+def kinds() -> dict[str, list[Task]]:
+    """The types of transformers with a causal language model or a classifier, and which of the two there are."""
+    names = {
+        Task.causal_lm: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        Task.seq_cls: modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    }
+    return {kind: [task for task in names if kind in names[task]] for mapping in names.values() for kind in mapping}
+
+
+def write(kind: str, task: Task, folder: Path) -> Path:
+    """A small random model of the type as a checkpoint, with the embedded tokenizer beside it."""
+    torch.manual_seed(0)
+    made = model.CLASSES[task].from_config(small_config(kind), dtype=torch.float32)
+    made.save_pretrained(folder)
+    model.load_tokenizer(ModelConfig(name_or_path="tiny")).save_pretrained(folder)
+    return folder
+
+
+class Case:
+    """One type: its checkpoint, and a cell of each column."""
+
+    def __init__(self, kind: str, task: Task, folder: Path) -> None:
+        self.kind, self.task = kind, task
+        self.folder = write(kind, task, folder)
+        self.words = [*TASKS[task], f"model.name_or_path={self.folder}", *WORDS]
+        config = cli.compose(self.words)
+        self.trial = make_trial(config, config.hydra.runtime.choices, self.words)
+        self.records: dict[str, Result] = {}
+
+    def cells(self) -> dict[str, str]:
+        found = {"loads": self.cell(self.loads)}
+        if found["loads"] == "yes":
+            for quant in ("none", "4bit"):
+                self.records[quant] = cli.run_one([*self.words, f"quant={quant}"])
+            found |= {name: self.cell(getattr(self, name.replace("4", "four"))) for name in COLUMNS[1:]}
+        return found
+
+    def cell(self, look: Callable[[], str]) -> str:
+        try:
+            return look()
+        except InputError as error:
+            return f"refused: {first_line(error)}"
+        except Exception as error:
+            logging.exception("%s", self.kind)
+            return f"no: {type(error).__name__}: {first_line(error)}"
+
+    def loads(self) -> str:
+        self.base: Any = model.load(self.trial.config.model, None, CPU, len(self.trial.config.dataset.classes))
+        if self.task is Task.causal_lm:
+            self.able = probe.abilities(self.base)
+        self.tokenizer = model.load_tokenizer(self.trial.config.model)
+        self.base.config.pad_token_id = parts.text_config(self.base).pad_token_id = self.tokenizer.pad_token_id
+        return "yes"
+
+    def roles(self) -> str:
+        found = attach.role_members(self.base, self.trial.config.model.roles)
+        return " ".join([*found, *([attach.EXPERTS] if attach.expert_parameters(self.base) else [])])
+
+    def all_linear(self) -> str:
+        reach = self.record("none").train_info["coverage"]
+        roles = {role: one["share"] for role, one in reach["roles"].items() if one["share"]}
+        return " ".join(role if share == 1 else f"{role} {share:.0%}" for role, share in roles.items())
+
+    def trains(self) -> str:
+        return _learns(self.record("none"))
+
+    def fourbit(self) -> str:
+        record = self.record("4bit")
+        share = record.train_info["coverage"].get("share_in_4bit", 0.0)
+        said = _learns(record)
+        return said if said != "yes" or share else "no: no weight is stored in 4 bits"
+
+    def reload(self) -> str:
+        return _both(self.records, "reloads", "reload_error", "reload_difference")
+
+    def merge(self) -> str:
+        return _both(self.records, "merges", "merge_error", "merge_difference")
+
+    def record(self, quant: str) -> Result:
+        found = self.records[quant]
+        if found.error is None:
+            return found
+        raise InputError(found.error["message"]) if found.error["type"] == "InputError" else RuntimeError(
+            f"{found.error['type']}: {found.error['message']}"
+        )
+
+    def rows(self) -> list[Tokens]:
+        classes = len(self.trial.config.dataset.classes)
+        ids = [[(7919 * (n + place) + 31) % 500 + 5 for place in range(n)] for n in LENGTHS]
+        return [Tokens(one, len(one), n % classes) if classes else Tokens(one, 5) for n, one in enumerate(ids)]
+
+    @torch.no_grad()
+    def likelihood(self) -> str:
+        plain, rows = self.plain(), self.rows()
+        if self.task is Task.seq_cls:
+            mine = likelihood.class_scores(self.base, rows, pad_id=0, batch_size=4)
+            other = [plain(torch.tensor([row.ids])).logits.float().log_softmax(-1)[0].tolist() for row in rows]
+            worst = max(abs(a - b) for one, two in zip(mine, other, strict=True) for a, b in zip(one, two, strict=True))
+        else:
+            sums = likelihood.log_likelihoods(self.base, rows, pad_id=0, batch_size=4)
+            worst = max(abs(one - _plain_likelihood(plain, row)) for one, row in zip(sums, rows, strict=True))
+        return "yes" if worst < SAME else f"no: apart by {worst:.2g} nats"
+
+    @torch.no_grad()
+    def generation(self) -> str:
+        if self.task is Task.seq_cls:
+            return ""
+        plain, prompts = self.plain(), [self.tokenizer.decode(row.ids) for row in self.rows()]
+        mine = decoding.generate(self.base, self.tokenizer, prompts, max_new_tokens=NEW)
+        how = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, "eos_token_id": self.tokenizer.eos_token_id}
+        other = []
+        for prompt in prompts:
+            given = self.tokenizer(prompt, return_tensors="pt")
+            ids = plain.generate(given.input_ids, attention_mask=given.attention_mask, **how)
+            other.append(self.tokenizer.decode(ids[0, given.input_ids.shape[1] :], skip_special_tokens=True))
+        one_by_one = "" if self.able.padded_batches else " (rows one by one)"
+        return f"yes{one_by_one}" if mine == other else f"no: {mine} in place of {other}"
+
+    def plain(self) -> Any:
+        found = model.CLASSES[self.task].from_pretrained(self.folder, dtype=torch.float32).eval()
+        found.config.pad_token_id = parts.text_config(found).pad_token_id = 0
+        return found
+
+    def memory(self) -> str:
+        rows = self.rows() * 4
+        foreseen = memory_prediction.predicted(self.trial, rows, "cpu").peak_bytes
+        return f"{foreseen / memory_prediction.measured(self.trial, rows, CPU)['measured'] - 1:+.1%}"
+
+
+def _learns(record: Result) -> str:
+    """Whether the loss of the last steps is clearly below that of the first."""
+    assert record.folder
+    losses = [json.loads(line)["loss"] for line in (record.folder / "steps.jsonl").read_text().splitlines()]
+    first, last = sum(losses[:3]) / 3, sum(losses[-3:]) / 3
+    return "yes" if last < 0.98 * first else f"no: loss {first:.3f} before, {last:.3f} after"
+
+
+def _both(records: Mapping[str, Result], fact: str, error: str, difference: str) -> str:
+    """Whether a fact holds on both bases, or why not."""
+    for quant, record in records.items():
+        info = record.train_info
+        if not info.get(fact):
+            why = info.get(error) or (f"apart by {info[difference]:.2g}" if difference in info else "not trained")
+            return f"no: {quant}: {why}"
+    return "yes"
+
+
+def _plain_likelihood(plain: Any, row: Tokens) -> float:
+    """The log-likelihood of the row's answer, read alone and with all logits."""
+    logits = plain(input_ids=torch.tensor([row.ids]), use_cache=False).logits[0].float().log_softmax(-1)
+    return float(sum(logits[place - 1, row.ids[place]] for place in range(row.answer_start, len(row.ids))))
+
+
+def look(kind: str, tasks: list[Task]) -> dict[str, Any]:
+    """The row of one type: as a causal language model, or as a classifier where it is refused as that."""
+    began = time.process_time()
+    row: dict[str, Any] = {}
+    for task in tasks:
+        with tempfile.TemporaryDirectory() as place:
+            os.chdir(place)
+            try:
+                case = Case(kind, task, Path(place) / kind)
+                cells = case.cells()
+            except Exception as error:
+                logging.exception("%s", kind)
+                cells = {"loads": f"no: {type(error).__name__}: {first_line(error)}"}
+            os.chdir("/")
+        row = {"task": task.value, "cells": cells, "seconds": round(time.process_time() - began, 1)}
+        if "sees the tokens" not in cells["loads"]:
+            break
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("page", type=Path)
+    parser.add_argument("--only", nargs="*")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    words = parser.parse_args()
+    page, file = words.page.resolve(), words.results.resolve()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for kind, tasks in kinds().items():
+        known: dict[str, Any] = json.loads(file.read_text())["types"] if file.exists() else {}
+        if kind not in words.only if words.only is not None else kind in known:
+            continue
+        row = look(kind, tasks)
+        print(kind, row, flush=True)
+        versions = {name: version(name) for name in ("transformers", "peft", "torch", "bitsandbytes")}
+        types = dict(sorted((known | {kind: row}).items()))
+        file.write_text(json.dumps({"versions": versions, "types": types}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
