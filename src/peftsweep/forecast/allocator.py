@@ -152,6 +152,8 @@ class Kernels(TorchFunctionMode):
             return self._attention(func, *args, **kwargs)
         if name == "dropout" and self._cuda:
             return _dropout(*args, **kwargs)
+        if name in ("grouped_mm", "_grouped_mm"):
+            return _grouped(*args, **kwargs)
         return func(*args, **kwargs)
 
     @contextmanager
@@ -230,6 +232,15 @@ def _bias(mask: torch.Tensor | None, query: torch.Tensor, alignment: int) -> tor
 def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
     """CUDA's keeps a mask of one byte a number."""
     return torch.native_dropout(input, p, training)[0] if training and 0 < p < 1 else input
+
+
+def _grouped(input: torch.Tensor, weight: torch.Tensor, **_: Any) -> torch.Tensor:
+    """The product of each token with its expert's weight: [tokens, in] and [experts, in, out] give [tokens, out].
+
+    How many tokens an expert gets only numbers say; that all go to the first takes as much memory. The meta device has
+    this operation in bfloat16 only.
+    """
+    return input @ weight[0]
 
 
 def _raised(tensor: torch.Tensor) -> torch.Tensor:
