@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from benchmarks import architectures as table
 from peft import LoraConfig
 from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from benchmarks import architectures as table
 from peftsweep.config.fill import conf_dir
 from peftsweep.forecast import predict
 from peftsweep.forecast.predict import Shape
-from peftsweep.models import attach, coverage, model, parts, saved
+from peftsweep.models import attach, coverage, model, parts, probe, saved
 from peftsweep.schema import Init, ModelConfig, TargetsConfig, Task, TrainConfig
 from tests.architectures import small_config
 
@@ -49,7 +49,7 @@ def random(kind: str) -> ModelConfig:
 
 
 def test_every_type_of_transformers_is_in_the_table_or_left_out_with_a_reason() -> None:
-    listed = FOUND["types"].keys() | set(table.NOT_RUN)
+    listed = FOUND["types"].keys() | set(FOUND["not_run"])
     new = table.kinds().keys() - listed
     assert not new, f"run: python -m benchmarks.architectures docs/architectures.md --only {' '.join(sorted(new))}"
     assert not listed & table.LEFT_OUT.keys()
@@ -149,6 +149,14 @@ def test_weights_that_a_model_multiplies_with_itself_are_not_stored_in_4_bits() 
     assert not isinstance(mixer.dt_proj, model.QUANTISED)
     assert not isinstance(base.lm_head, model.QUANTISED)
     base(input_ids=torch.arange(5, 16)[None])
+
+
+def test_a_model_whose_layers_need_their_mask_keeps_it() -> None:
+    """Falcon's attention adds to the mask that it is given: without one it fails."""
+    base = model.load(random("falcon"), None, CPU)
+    found = probe.abilities(base)
+    assert found.shortcuts.answers_only
+    assert not found.shortcuts.no_mask
 
 
 def test_layers_of_gpt_2_that_were_stored_in_4_bits_are_merged_in_their_own_shape(tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ REFUSALS = (ValueError, TypeError, ImportError, AssertionError, ZeroDivisionErro
 log = logging.getLogger(__name__)
 
 LINEAR = (nn.Linear, Conv1D)  # bitsandbytes' quantised layers are subclasses of nn.Linear
-# Parts of layers in which an adapter would learn nothing: attention to what an encoder or a camera has seen, never called
-# with text alone, and indexers, which choose the tokens that are attended to and so have no gradient.
+# Parts of layers in which an adapter would learn nothing: attention to what an encoder or a camera has seen, never
+# called with text alone, and indexers, which choose the tokens that are attended to and so have no gradient.
 UNTRAINED_PARTS = frozenset(("encoder_attn", "crossattention", "cross_attn", "indexer"))
 EXPERTS = "experts"  # a role of every mixture of experts, whose members are found by their shapes
 FORWARD = ("gate_proj", "up_proj", "down_proj")

@@ -302,7 +302,7 @@ def load(
 
 
 def spare(quantization: Any, base: PreTrainedModel) -> None:
-    """Have ``quantization`` leave as they are a classifier's head, which is trained, and what ``never_called`` names."""
+    """Have ``quantization`` leave out a classifier's head, which is trained, and the layers that are never called."""
     name = next((name for name in SKIPPED if hasattr(quantization, name)), None)
     heads = head_names(base) if classifies(base) else []
     if name is None or not (own := [*heads, *never_called(base)]):
