@@ -4,9 +4,9 @@
 
 Of each type that transformers has a causal language model or a classifier of, a small model of random weights is
 written as a checkpoint, and two trials of the product are run on it (LoRA on all linear layers, on the weights as they
-are and in 4 bits). Its likelihoods and texts are compared with those of plain transformers, the predicted memory with what
-torch's profiler saw allocated. Types that are not in ``--only`` keep what FILE says of them. Those that it lists as
-``not_run`` wait for someone's time.
+are and in 4 bits). Its likelihoods and texts are compared with those of plain transformers, the predicted memory with
+what torch's profiler saw allocated. Types that are not in ``--only`` keep what FILE says of them; those that it lists
+as ``not_run`` wait for someone's time.
 """
 
 from __future__ import annotations

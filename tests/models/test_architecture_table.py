@@ -103,6 +103,8 @@ def test_latent_attention_has_roles() -> None:
     assert {name.rpartition(".")[2] for name in names} == {
         *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
     }
+    values = attach.role_modules(base, ["v"], ROLES[Task.causal_lm])
+    assert {name.rpartition(".")[2] for name in values} == {"kv_a_proj_with_mqa", "kv_b_proj"}
 
 
 @pytest.mark.parametrize(

@@ -296,7 +296,7 @@ def role_modules(base: PreTrainedModel, wanted: Sequence[str], roles: Roles) -> 
     """The names of the modules that play the ``wanted`` roles, as short as PEFT understands them.
 
     A layer that is query, key and value in one (``qkv``) stands for the three together, layers that keys and values
-    share (``kv``) for these two. Of the role ``experts`` these
+    share (``kv``, as in DeepSeek) for either of the two. Of the role ``experts`` these
     are the experts that are modules; ``expert_parameters`` names the others.
 
     Raises:
@@ -307,8 +307,9 @@ def role_modules(base: PreTrainedModel, wanted: Sequence[str], roles: Roles) -> 
         members.setdefault(EXPERTS, [])
     if {"q", "k", "v"} <= set(wanted) and "q" not in members and "qkv" in members:
         wanted = ["qkv", *(role for role in wanted if role not in ("q", "k", "v"))]
-    if {"k", "v"} <= set(wanted) and "k" not in members and "kv" in members:
-        wanted = ["kv", *(role for role in wanted if role not in ("k", "v"))]
+    if "kv" in members:
+        shared = {role: "kv" for role in ("k", "v") if role not in members}
+        wanted = list(dict.fromkeys(shared.get(role, role) for role in wanted))
     for role in wanted:
         if role not in members:
             raise InputError(f"targets.roles: the model has no '{role}'; it has: {', '.join(members) or 'none'}")
