@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from peftsweep.models.model import load_tokenizer
 from peftsweep.schema import ModelConfig
@@ -60,6 +60,38 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "rwkv": {"attention_hidden_size": 32, "context_length": 128},
     "bert": {},
 }
+# Of further types what the sizes by name do not say, see small_config.
+LATENT = {"num_key_value_heads": 4}  # of multi-head latent attention
+FOUR = {"num_hidden_layers": 4}  # of which the last one is attention
+FURTHER: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"), LATENT),
+    **dict.fromkeys(("glm_moe_dsa", "minicpm3", "mistral4", "youtu", "dots3_note", "dots3_note_text"), LATENT),
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text", "lfm3"), FOUR),
+    "bailing_hybrid": LATENT | {"layer_group_size": 2, "n_group": 1, "topk_group": 1},
+    "codegen": {"rotary_dim": 8},
+    "esmc": LATENT,
+    "gemma3n_text": {
+        **{"num_hidden_layers": 4, "num_kv_shared_layers": 2, "vocab_size_per_layer_input": 533, "laurel_rank": 4},
+        **{"hidden_size_per_layer_input": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    },
+    "gemma4_text": {"vocab_size_per_layer_input": 533, "hidden_size_per_layer_input": 8},
+    "kimi_linear": FOUR | LATENT | {"linear_head_dim": 8, "linear_num_heads": 4},
+    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "roc_bert": {"shape_vocab_size": 64, "pronunciation_vocab_size": 64},
+    "luke": {"entity_vocab_size": 16},
+    "xlm": {"emb_dim": 32, "causal": True},
+    "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"], "n_mamba_heads": 4},
+    "longcat_flash": LATENT | {"expert_ffn_hidden_size": 16, "zero_expert_num": 2},
+    "gptj": {"rotary_dim": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 16},
+    "granitemoehybrid": MAMBA | {"layer_types": ["mamba", "attention"]},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
+    "zaya": {"num_experts_per_tok": 1},
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "n_mamba_heads": 2},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "reformer": {"is_decoder": True},
+}
 GENERATING = [kind for kind in ARCHITECTURES if kind != "bert"]
 
 
@@ -77,3 +109,32 @@ def write(kind: str, folder: Path, **options: Any) -> Path:
     make(kind, **options).save_pretrained(folder)
     load_tokenizer(ModelConfig(name_or_path="tiny")).save_pretrained(folder)
     return folder
+
+
+# ---- any architecture ------------------------------------------------------------------------------
+
+# Small values by the names that configurations give to sizes. Weights are drawn so widely that each layer matters to
+# the logits: with the usual 0.02 a model of this width gives nearly the same whatever its layers do.
+SMALL: dict[str, Any] = SIZES | HEADS | SHARED | LINEAR | MAMBA | {
+    **dict.fromkeys(("d_model", "n_embd", "dim", "embed_dim", "embedding_size", "word_embed_proj_dim"), 32),
+    **dict.fromkeys(("ffn_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size", "hidden_dim"), 64),
+    **dict.fromkeys(("n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("n_positions", "max_seq_len", "n_ctx"), 128),
+    **{"n_routed_experts": 4, "moe_num_experts": 4, "moe_k": 2, "moe_topk": 2, "n_shared_experts": 1, "n_group": 1},
+    **{"topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8},
+    **{"v_head_dim": 8, "rotary_dim": 4, "state_size": 4, "sliding_window": 16, "max_window_layers": 1},
+    **{"image_size": 28, "patch_size": 14, "initializer_range": 0.2, "init_std": 0.2, "vocab_size": 533},
+}  # fmt: skip
+
+
+def small_config(kind: str, **options: Any) -> PreTrainedConfig:
+    """A small configuration of any type that transformers knows: its own default with other sizes."""
+    default = AutoConfig.for_model(kind).to_dict()
+    sizes = {name: size for name, size in SMALL.items() if name in default}
+    for name, part in default.items():
+        if name.endswith("_config") and isinstance(part, dict):
+            own = {key: size for key, size in SMALL.items() if key in part}
+            kept = {key: part[key] for key in ("model_type",) if key in part}
+            sizes[name] = own | kept | FURTHER.get(part.get("model_type", ""), {})
+    return AutoConfig.for_model(kind, **sizes | ARCHITECTURES.get(kind, {}) | FURTHER.get(kind, {}) | options)

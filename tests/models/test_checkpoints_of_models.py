@@ -277,3 +277,50 @@ def test_new_parts_are_not_quantised(masked: Path) -> None:
     base: Any = model.load(config_of(masked, task=Task.seq_cls), four, CPU, classes=2)
     assert type(base.bert.pooler.dense).__name__ == "Linear"
     assert type(base.bert.encoder.layer[0].attention.self.query).__name__ == "Linear4bit"
+
+
+# ---- weights that are quantised in the checkpoint --------------------------------------------------
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    """The embedded model as a checkpoint whose weights are stored in 4 bits."""
+    folder = tmp_path / "packed"
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model.load(ModelConfig(name_or_path="tiny"), four, CPU).save_pretrained(folder)
+    model.load_tokenizer(ModelConfig(name_or_path="tiny")).save_pretrained(folder)
+    return folder
+
+
+def test_a_checkpoint_in_4_bits_is_refused_what_a_4_bit_base_is(compose: Compose, packed: Path) -> None:
+    words = ("model=causal_lm", f"model.name_or_path={packed}", "model.dtype=float32")
+    assert "cannot train quantised weights" in str(forecast.refusal(compose(*words, "method=full")))
+    assert "not on a 4bit base" in str(forecast.refusal(compose(*words, "method=delora")))
+    with pytest.raises(InputError, match=r"quant=8bit: the checkpoint .* is quantised already, by bitsandbytes"):
+        build.storage(compose(*words, "quant=8bit"))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_in_4_bits_is_predicted_as_one(compose: Compose, packed: Path) -> None:
+    words = ("model=causal_lm", f"model.name_or_path={packed}", "model.dtype=float32")
+    one, other = compose(*words), compose("quant=4bit", "quant.bnb_4bit_use_double_quant=false", "model.dtype=float32")
+    mine, theirs = forecast.check(one), forecast.check(other)
+    assert mine.total_parameters == theirs.total_parameters == 1_003_264
+    assert "92.5% of the base are stored in 4 bits" in str(mine.coverage)
+    found = [forecast.prediction(trial) for trial in (one, other)]
+    assert found[0] is not None
+    assert found[1] is not None
+    assert found[0].weights_bytes == found[1].weights_bytes
+
+
+def test_a_checkpoint_of_another_library_is_said_to_be_untested(
+    compose: Compose, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write("llama", tmp_path / "gptq")
+    shape = json.loads((folder / "config.json").read_text()) | {
+        "quantization_config": {"quant_method": "gptq", "bits": 4}
+    }
+    (folder / "config.json").write_text(json.dumps(shape))
+    with caplog.at_level(logging.WARNING):
+        assert build.storage(compose("model=causal_lm", f"model.name_or_path={folder}")) is None
+    assert "is quantised by gptq: untested" in caplog.text

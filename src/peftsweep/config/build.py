@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from peftsweep.config import evaluations, identity
 from peftsweep.config.compose import Trial
@@ -61,6 +61,30 @@ Evaluate = Callable[[Model, PreTrainedTokenizerBase, list[Example]], Evaluation]
 def quantization(trial: Trial) -> Any:
     """The transformers quantization config that ``quant`` names; None for none."""
     return _instantiate(trial.config.quant, "quant") if trial.config.quant else None
+
+
+def storage(trial: Trial) -> Any:
+    """The quantization config by which the base is stored: that of ``quant``, else that of its checkpoint, or None.
+
+    Of checkpoints that another library than bitsandbytes has quantised nothing was tried, which is logged.
+
+    Raises:
+        InputError: ``quant`` asks for a checkpoint that is quantised already.
+    """
+    name = trial.config.model.name_or_path
+    held = getattr(model.architecture(trial.config.model), "quantization_config", None)
+    said = held.to_dict() if hasattr(held, "to_dict") else held
+    if not said:
+        return quantization(trial)
+    library = str(said.get("quant_method", "a library that it does not name"))
+    if trial.config.quant:
+        raise InputError(
+            f"quant={trial.choices['quant']}: the checkpoint {name} is quantised already, by {library}; take quant=none"
+        )
+    if library == "bitsandbytes":
+        return BitsAndBytesConfig.from_dict(said)
+    log.warning("%s is quantised by %s: untested; its memory is predicted as if it were not", name, library)
+    return None
 
 
 def evaluator(trial: Trial, name: str) -> Evaluate:

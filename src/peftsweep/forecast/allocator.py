@@ -78,7 +78,8 @@ class Allocator(TorchDispatchMode):
     def _accumulates(self, gradient: torch.Tensor, more: Any) -> bool:
         """Whether autograd sums up gradients, which it does in place where no mode watches it (input_buffer.cpp)."""
         whole = gradient.untyped_storage().nbytes() == gradient.numel() * gradient.element_size()
-        return self.in_backward and not torch.is_grad_enabled() and whole and gradient.shape == more.shape
+        alike = isinstance(more, torch.Tensor) and gradient.shape == more.shape  # ``more`` may be a number
+        return self.in_backward and not torch.is_grad_enabled() and whole and alike
 
     def _without_numbers(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The result of an operation that the meta device lacks as its shape depends on numbers; else None."""
@@ -152,6 +153,8 @@ class Kernels(TorchFunctionMode):
             return self._attention(func, *args, **kwargs)
         if name == "dropout" and self._cuda:
             return _dropout(*args, **kwargs)
+        if name in ("grouped_mm", "_grouped_mm"):
+            return _grouped(*args, **kwargs)
         return func(*args, **kwargs)
 
     @contextmanager
@@ -194,12 +197,13 @@ class Kernels(TorchFunctionMode):
     ) -> Any:
         """Fused attention, of which the backward needs a number a row in place of the matrix of weights.
 
-        CUDA has the memory-efficient kernel for masks and for 32 bits, flash attention for the rest; the CPU
-        has its own, without dropout.
+        CUDA has the memory-efficient kernel for masks, for 32 bits and for values of another width than the queries,
+        flash attention for the rest; the CPU has its own, without dropout, for values of the same width.
         """
         bias = _bias(attn_mask, query, MASK_ALIGNMENT if self._cuda else 1)
         repeat = query.shape[1] // key.shape[1]
-        if self._cuda and (bias is not None or query.dtype == torch.float32):
+        as_wide = query.shape[-1] == value.shape[-1]
+        if self._cuda and (bias is not None or query.dtype == torch.float32 or not as_wide):
             if bias is not None:
                 bias = bias.expand(*query.shape[:3], key.shape[2])
             if enable_gqa and repeat > 1:
@@ -209,7 +213,7 @@ class Kernels(TorchFunctionMode):
             result = aten._scaled_dot_product_efficient_attention(*arguments, scale=scale)
         elif self._cuda:
             result = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)
-        elif dropout_p == 0:
+        elif dropout_p == 0 and as_wide:
             options = {"attn_mask": bias, "scale": scale}
             result = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, **options)
         else:
@@ -230,6 +234,15 @@ def _bias(mask: torch.Tensor | None, query: torch.Tensor, alignment: int) -> tor
 def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
     """CUDA's keeps a mask of one byte a number."""
     return torch.native_dropout(input, p, training)[0] if training and 0 < p < 1 else input
+
+
+def _grouped(input: torch.Tensor, weight: torch.Tensor, **_: Any) -> torch.Tensor:
+    """The product of each token with its expert's weight: [tokens, in] and [experts, in, out] give [tokens, out].
+
+    How many tokens an expert gets only numbers say; that all go to the first takes as much memory. The meta device has
+    this operation in bfloat16 only.
+    """
+    return input @ weight[0]
 
 
 def _raised(tensor: torch.Tensor) -> torch.Tensor:

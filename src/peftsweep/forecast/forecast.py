@@ -197,7 +197,7 @@ def _of_the_model(trial: Trial) -> list[Any]:
 def _forecast(trial: Trial) -> Forecast:
     config = trial.config
     models_model.device(config.device)
-    build.quantization(trial)
+    build.storage(trial)
     _check_reading(trial)
     with streams.without_warnings():
         if reason := refusal(trial):
@@ -209,11 +209,12 @@ def _forecast(trial: Trial) -> Forecast:
 
 def _stored(trial: Trial) -> str:
     """How much of the base is really quantised, in words."""
-    if not trial.config.quant:
+    kept = build.storage(trial)
+    if kept is None:
         return ""
     key = identity.content_hash([*_of_the_model(trial), trial.tree["quant"]])
     if key not in _STORED:
-        base = skeleton(trial.config.model, build.quantization(trial), classes=len(trial.config.dataset.classes))
+        base = skeleton(trial.config.model, kept, classes=len(trial.config.dataset.classes))
         weights = coverage.weights(base, trial.config.model.roles)
         total = sum(weight.size for weight in weights.values())
         _STORED[key] = coverage.stored(coverage.quantised(weights), total)
@@ -306,7 +307,8 @@ def _with_skeleton(
 def refusal(trial: Trial) -> str | None:
     """Why the trial's method cannot be trained on its base; None where it can."""
     config = trial.config
-    kinds = [compatibility.stored(config.quant)]
+    kept = build.storage(trial)
+    kinds = [compatibility.stored({} if kept is None else kept.to_dict())]
     if config.model.dtype is not Dtype.float32:
         kinds.append(f"narrow {kinds[0]}")
     if config.model.task is Task.seq_cls:
@@ -358,7 +360,7 @@ def predicted(trial: Trial, batches: Sequence[Shape], where: str) -> Prediction 
         return None
     trial = without_initialisation(trial)
     with streams.without_warnings():
-        quantization = build.quantization(trial)
+        quantization = build.storage(trial)
         return _with_skeleton(
             trial,
             quantization,
@@ -389,7 +391,7 @@ def together(
         with streams.without_warnings():
             _PREDICTIONS[key] = _with_skeleton(
                 trials[0],
-                build.quantization(trials[0]),
+                build.storage(trials[0]),
                 lambda adapted: predict(adapted, config.train, batches, where, trained),
                 (("meta", "meta"), ("meta", "cpu")),
                 lanes,

@@ -33,6 +33,7 @@ from peftsweep.data.tokens import Tokens
 from peftsweep.forecast.allocator import BLOCK, META, Allocator, Kernels, as_on_device
 from peftsweep.models.losses import answer_losses, auxiliary_loss
 from peftsweep.models.model import skeleton as bare_skeleton
+from peftsweep.models.model import spare
 from peftsweep.models.parts import base_of, classifies, head_names, text_config, trainable_parameters
 from peftsweep.models.probe import known_shortcuts
 from peftsweep.models.shortcuts import SHORTCUTS
@@ -117,9 +118,7 @@ def skeleton(model: ModelConfig, quantization: Any, where: str = "meta", classes
         return base
     import bitsandbytes
 
-    if classifies(base):  # as model.load does
-        skipped = quantization.llm_int8_skip_modules or []
-        quantization.llm_int8_skip_modules = [*skipped, *head_names(base)]
+    spare(quantization, base)
     plain = dict(base.named_modules())
     quantizer: Any = AutoHfQuantizer.from_config(quantization)
     quantizer.preprocess_model(base, device_map=None)

@@ -259,7 +259,7 @@ def trace(trial: Trial, run: Batches | None, asked: Sequence[Asked], where: str)
     with streams.without_warnings():
         found = forecast._with_skeleton(
             forecast.without_initialisation(trial),
-            build.quantization(trial),
+            build.storage(trial),
             lambda adapted: _made(adapted, trial.config.train, run, asked if others is None else (), where),
             (("meta", "meta"), ("meta", "cpu")),
         )

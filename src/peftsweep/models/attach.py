@@ -22,7 +22,7 @@ from peftsweep.errors import InputError
 from peftsweep.models import compatibility
 from peftsweep.models.losses import METHOD_INPUTS
 from peftsweep.models.model import new_parts
-from peftsweep.models.parts import classifies, head_names, text_config, text_part
+from peftsweep.models.parts import classifies, head_names, never_called, text_config, text_part
 from peftsweep.models.saved import keep_dtype, names_as_written
 from peftsweep.schema import TargetsConfig
 
@@ -31,8 +31,9 @@ REFUSALS = (ValueError, TypeError, ImportError, AssertionError, ZeroDivisionErro
 log = logging.getLogger(__name__)
 
 LINEAR = (nn.Linear, Conv1D)  # bitsandbytes' quantised layers are subclasses of nn.Linear
-# Layers that a model never calls, as it multiplies with their weights itself: an adapter on them would do nothing.
-NEVER_CALLED = dict.fromkeys(("mamba", "falcon_mamba", "jamba"), ("dt_proj",))
+# Parts of layers in which an adapter would learn nothing: attention to what an encoder or a camera has seen, never
+# called with text alone, and indexers, which choose the tokens that are attended to and so have no gradient.
+UNTRAINED_PARTS = frozenset(("encoder_attn", "crossattention", "cross_attn", "indexer"))
 ALL_LINEAR = "all-linear"  # PEFT's word for the modules that linear_names finds
 EXPERTS = "experts"  # a role of every mixture of experts, whose members are found by their shapes
 FORWARD = ("gate_proj", "up_proj", "down_proj")
@@ -40,8 +41,40 @@ RECURRENT = ("in_proj", "x_proj", "dt_proj", "out_proj")
 # Names that later architectures give to roles, known for every model. They are not in conf/model, as the lists there
 # are part of the identity of the trials that target these roles.
 FURTHER_ROLES: dict[str, list[str]] = {
-    "mlp": [f"feed_forward.{name}" for name in ("w1", "w2", "w3")],
-    "down": ["feed_forward.w2"],
+    # Of multi-head latent attention: queries from a latent of their own; keys and values from one that they share.
+    "q": [
+        "q_proj",
+        "q_a_proj",
+        "q_b_proj",
+        "query",
+        "query_proj",
+        "project_q",
+        "Wq",
+        "q_proj.linear",
+        "q_lin",
+        "q_head",
+    ],
+    "k": ["k_proj", "key", "key_proj", "project_k", "Wk", "k_proj.linear", "k_lin", "k_head"],
+    "v": ["v_proj", "value", "value_proj", "project_v", "Wv", "v_proj.linear", "v_lin", "v_head"],
+    "kv": ["kv_a_proj_with_mqa", "kv_b_proj", "kv_proj"],
+    "qkv": ["query_key_value", "c_attn", "qkv_proj"],
+    "o": [
+        *("o_proj", "o_a_proj", "o_b_proj", "o_proj.linear", "out_lin", "post_proj", "attention_out", "attn.Wo"),
+        *(f"{part}.out_proj" for part in ("self_attn", "attn", "attention")),
+        *(f"{part}.dense" for part in ("self_attn", "attention", "self_attention", "multi_head_attention")),
+        "attn.c_proj",
+    ],
+    "mlp": [
+        *("gate_proj", "up_proj", "down_proj", "gate_up_proj", "fc1", "fc2", "c_fc", "c_proj", "fc_in", "fc_out"),
+        *("dense_h_to_4h", "dense_4h_to_h", "mlp.Wi", "mlp.Wo", "lin1", "lin2", "w_in.w_0", "w_in.w_1", "ffn.w_out"),
+        *("ff.layer_1", "ff.layer_2", "ffn.linear_1", "ffn.linear_2", "ffn.ffn", "ffn.ffn_output"),
+        *(f"ffn.proj_{name}" for name in ("up_gate", "up", "down")),
+        *(f"feed_forward.{name}" for name in ("w1", "w2", "w3", "intermediate", "output")),
+    ],
+    "down": [
+        *("down_proj", "fc2", "c_proj", "fc_out", "dense_4h_to_h", "mlp.Wo", "lin2", "ffn.w_out", "ff.layer_2"),
+        *("ffn.linear_2", "ffn.proj_down", "feed_forward.w2", "feed_forward.output"),
+    ],
     "shared_experts": [
         *(f"{part}.{name}" for part in ("shared_expert", "shared_experts") for name in FORWARD),
         *("shared_mlp.input_linear", "shared_mlp.output_linear"),
@@ -50,6 +83,12 @@ FURTHER_ROLES: dict[str, list[str]] = {
         *(f"linear_attn.in_proj_{name}" for name in ("qkvz", "ba", "qkv", "z", "b", "a")),
         *(f"{part}.{name}" for part in ("linear_attn", "mamba", "mixer", "conv") for name in RECURRENT),
         *(f"temporal_block.linear_{name}" for name in ("x", "y", "out")),
+        *(f"linear_attn.{name}_proj" for name in ("a", "b", "g")),
+        *(f"forget_gate.{name}_proj" for name in ("f", "f_a", "f_b")),
+        *(
+            f"mlstm_layer.{name}"
+            for name in ("q", "k", "v", "ogate_preact", "igate_preact", "fgate_preact", "out_proj")
+        ),
     ],
 }
 
@@ -229,7 +268,8 @@ def _aim_at_experts(method: Any, base: PreTrainedModel) -> None:
 
 def _aim_at_text(method: Any, base: PreTrainedModel) -> None:
     """Name the modules one by one where the names would also mean some that text never reaches."""
-    if text_part(base) is base:
+    parts = (part for name, _ in base.named_modules() for part in name.split("."))
+    if text_part(base) is base and UNTRAINED_PARTS.isdisjoint(parts):
         return
     if method.target_modules is None:
         known = _preferences(method)
@@ -276,7 +316,8 @@ def target_modules(base: PreTrainedModel, targets: TargetsConfig, roles: Roles) 
 def role_modules(base: PreTrainedModel, wanted: Sequence[str], roles: Roles) -> list[str]:
     """The names of the modules that play the ``wanted`` roles, as short as PEFT understands them.
 
-    A layer that is query, key and value in one (``qkv``) stands for the three together. Of the role ``experts`` these
+    A layer that is query, key and value in one (``qkv``) stands for the three together, layers that keys and values
+    share (``kv``, as in DeepSeek) for either of the two. Of the role ``experts`` these
     are the experts that are modules; ``expert_parameters`` names the others.
 
     Raises:
@@ -287,6 +328,9 @@ def role_modules(base: PreTrainedModel, wanted: Sequence[str], roles: Roles) -> 
         members.setdefault(EXPERTS, [])
     if {"q", "k", "v"} <= set(wanted) and "q" not in members and "qkv" in members:
         wanted = ["qkv", *(role for role in wanted if role not in ("q", "k", "v"))]
+    if "kv" in members:
+        shared = {role: "kv" for role in ("k", "v") if role not in members}
+        wanted = list(dict.fromkeys(shared.get(role, role) for role in wanted))
     for role in wanted:
         if role not in members:
             raise InputError(f"targets.roles: the model has no '{role}'; it has: {', '.join(members) or 'none'}")
@@ -315,7 +359,7 @@ def _without_refused(method: Any, base: PreTrainedModel, names: list[str]) -> li
 
 
 def _is_taken(method: Any, base: PreTrainedModel, name: str) -> bool:
-    if name.rpartition(".")[2] in NEVER_CALLED.get(text_config(base).model_type, ()):
+    if name.rpartition(".")[2] in never_called(base):
         return False
     try:
         if method is not None:
@@ -350,7 +394,7 @@ def check_modules(base: PreTrainedModel, names: Sequence[str], key: str) -> None
     for name in names:
         if not any(_ends(full, name) for full, _ in base.named_modules()):
             raise InputError(f"{key}: the model has no module '{name}'; it has: {', '.join(linear_names(base))}")
-        if name.rpartition(".")[2] in NEVER_CALLED.get(text_config(base).model_type, ()):
+        if name.rpartition(".")[2] in never_called(base):
             raise InputError(f"{key}: the model never calls '{name}', so that an adapter on it would do nothing")
 
 
@@ -374,8 +418,10 @@ def role_members(base: PreTrainedModel, roles: Roles) -> dict[str, list[str]]:
 
 
 def _shortest(base: PreTrainedModel, names: Sequence[str], suffixes: list[str]) -> list[str]:
-    """``suffixes`` if they mean exactly the modules ``names``, else the names themselves."""
+    """``suffixes`` if they mean exactly the modules ``names``, and no module with parts, else the names themselves."""
     meant = {name for suffix in suffixes for name in _matching(base, suffix)}
+    wholes = [name for name, module in base.named_modules() if next(module.children(), None) is not None]
+    meant |= {name for name in wholes if any(_ends(name, suffix) for suffix in suffixes)}  # such as h.0 by 0
     return suffixes if meant == set(names) else list(names)
 
 
@@ -384,13 +430,30 @@ def _matching(base: PreTrainedModel, suffix: str) -> list[str]:
 
 
 def _modules(base: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    """All modules without parts that text reaches, outside the head."""
+    """All modules without parts that text reaches, outside the head, which an adapter can wrap."""
     heads, reached = head_names(base), {id(module) for module in text_part(base).modules()}
     return [
         (name, module)
         for name, module in base.named_modules()
-        if name.partition(".")[0] not in heads and next(module.children(), None) is None and id(module) in reached
+        if name.partition(".")[0] not in heads
+        and next(module.children(), None) is None
+        and id(module) in reached
+        and UNTRAINED_PARTS.isdisjoint(name.split("."))
+        and _multiplies(module)
     ]
+
+
+@torch.no_grad()
+def _multiplies(module: Any) -> bool:
+    """Whether a module that is said to be linear is; routers that also choose, and products in groups, are not."""
+    own = type(module).__module__.startswith("transformers.models.") and isinstance(module, nn.Linear)
+    if not own or type(module).forward is nn.Linear.forward:
+        return True
+    try:
+        answer = module(torch.zeros(1, 1, module.in_features, device=module.weight.device, dtype=module.weight.dtype))
+    except (RuntimeError, ValueError, TypeError):
+        return False
+    return isinstance(answer, torch.Tensor) and answer.shape == (1, 1, module.out_features)
 
 
 def _ends(name: str, suffix: str) -> bool:

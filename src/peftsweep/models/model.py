@@ -24,10 +24,19 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.quantizers.base import get_keys_to_not_convert
 
 from peftsweep.data import files, hub
 from peftsweep.errors import InputError, suggest
-from peftsweep.models.parts import base_of, head_names, text_config, text_part, weight_count
+from peftsweep.models.parts import (
+    base_of,
+    classifies,
+    head_names,
+    never_called,
+    text_config,
+    text_part,
+    weight_count,
+)
 from peftsweep.schema import Init, ModelConfig, Task
 
 TINY = Path(__file__).parents[1] / "tiny" / "weights"
@@ -36,6 +45,7 @@ NEW_PARTS = "peftsweep_new_parts"  # the attribute of a classifier that names th
 WEIGHTS = (".safetensors", ".bin")  # endings of files of them
 ROTARY = ("rope_theta", "rope_scaling", "partial_rotary_factor")  # that transformers moves into rope_parameters
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")  # names of a configuration's longest sequence
+SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert")  # keys of quantization configs: modules left as they are
 NAMED = 5  # of many parameters, so many are named in a message
 CLASSES: dict[Task, Any] = {
     Task.causal_lm: AutoModelForCausalLM,
@@ -276,10 +286,8 @@ def load(
     options: dict[str, Any] = {"dtype": getattr(torch, model.dtype.value), "config": _shape(model, classes)}
     if model.attn_implementation is not None:
         options["attn_implementation"] = model.attn_implementation
-    if model.task is Task.seq_cls and hasattr(quantization, "llm_int8_skip_modules"):
-        # bitsandbytes would quantise an encoder's head too, and then it could not be trained.
-        skipped = quantization.llm_int8_skip_modules or []
-        quantization.llm_int8_skip_modules = [*skipped, *head_names(skeleton(model, classes=classes))]
+    if quantization is not None and (model.task is Task.seq_cls or never_called(options["config"])):
+        spare(quantization, skeleton(model, classes=classes))
     if model.init is Init.random:
         base = _random(model, quantization, where, options)
     else:
@@ -291,6 +299,18 @@ def load(
     keep_weights_unpacked(base)
     base.requires_grad_(False)
     return cast(PreTrainedModel, base.eval())
+
+
+def spare(quantization: Any, base: PreTrainedModel) -> None:
+    """Have ``quantization`` leave out a classifier's head, which is trained, and the layers that are never called."""
+    name = next((name for name in SKIPPED if hasattr(quantization, name)), None)
+    heads = head_names(base) if classifies(base) else []
+    if name is None or not (own := [*heads, *never_called(base)]):
+        return
+    said = getattr(quantization, name)
+    if said is None:  # transformers' own choice, such as the output head, which a list of ours would replace
+        said = [] if heads else get_keys_to_not_convert(base)
+    setattr(quantization, name, [*said, *own])
 
 
 def _pretrained(model: ModelConfig, quantization: Any, options: dict[str, Any], seed: int) -> PreTrainedModel:

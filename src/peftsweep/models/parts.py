@@ -22,6 +22,16 @@ def text_config(model: Any) -> Any:
     return config.get_text_config(decoder=True)
 
 
+# Layers that models of these types never call, as they multiply with the weights themselves: an adapter on one would do
+# nothing, and weights that are stored in another format cannot be multiplied with so.
+NEVER_CALLED = dict.fromkeys(("mamba", "falcon_mamba", "jamba"), ("dt_proj",))
+
+
+def never_called(model: Any) -> tuple[str, ...]:
+    """The last names of such layers, of a model or of its configuration."""
+    return NEVER_CALLED.get(text_config(model).model_type, ())
+
+
 def base_of(model: Any) -> Any:
     """The model that an adapter is attached to; without an adapter the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -242,15 +242,27 @@ _LIKELY: dict[tuple[Any, ...], Shortcuts] = {}
 def likely_shortcuts(base: Any) -> Shortcuts:
     """What the structure of a causal model allows its losses to leave out."""
     head = base.get_output_embeddings()
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=base.device)
+    no_mask = _plainly_causal(base) and _runs_without_mask(base, ids)
     if not shortcuts.is_linear(head):
-        return Shortcuts(no_mask=_plainly_causal(base))
+        return Shortcuts(no_mask=no_mask)
     returned: list[torch.Tensor] = []
     hook = head.register_forward_hook(lambda _, __, output: returned.append(output))
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=base.device)
     logits = base(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     hook.remove()
     once = len(returned) == 1
-    return Shortcuts(answers_only=once, bare_head=once and logits is returned[0], no_mask=_plainly_causal(base))
+    return Shortcuts(answers_only=once, bare_head=once and logits is returned[0], no_mask=no_mask)
+
+
+def _runs_without_mask(base: Any, ids: torch.Tensor) -> bool:
+    """Whether the layers take no mask; Falcon's calculate with the one that they are given."""
+    try:
+        with shortcuts.causal_only(text_config(base)):
+            base(input_ids=ids, use_cache=False)
+    except Exception:
+        log.info("%s: attention masks are kept", type(base).__name__, exc_info=True)
+        return False
+    return True
 
 
 def _plainly_causal(base: Any) -> bool:

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import (
     PreTrainedModel,
 )
+from transformers.pytorch_utils import Conv1D
 
 from peftsweep.errors import InputError
 from peftsweep.models.losses import METHOD_INPUTS
@@ -199,7 +200,20 @@ def dequantised(base: PreTrainedModel, folder: Path) -> PeftModel:
         base = cast(Any, base).dequantize()
         vars(base)["_weight_conversions"] = None  # by which transformers would pack a saved base's weights again
         vars(base).update(is_loaded_in_4bit=False, is_loaded_in_8bit=False)  # by which PEFT refuses to merge IA3
+        _as_made(base)
     return _with_adapter(base, folder).eval()
+
+
+def _as_made(base: Any) -> None:
+    """Give a dequantised model the layers back that are Conv1D in its class, with weights [in, out], not [out, in]."""
+    with torch.device("meta"):
+        made = type(base)(base.config)
+    for name, module in made.named_modules():
+        plain = base.get_submodule(name) if isinstance(module, Conv1D) else None
+        if isinstance(plain, nn.Linear):
+            module.weight = nn.Parameter(plain.weight.detach().T.contiguous(), requires_grad=False)
+            module.bias = plain.bias if plain.bias is not None else nn.Parameter(plain.weight.new_zeros(module.nf))
+            base.set_submodule(name, module)
 
 
 class NotMergeable(Exception):

@@ -108,7 +108,7 @@ def merge_adapter(
 
 def _rounds(trial: Trial) -> bool:
     """Whether the base's layers round their inputs, as 8-bit ones do."""
-    return bool(trial.config.quant.get("load_in_8bit"))
+    return bool(getattr(build.storage(trial), "load_in_8bit", False))
 
 
 def _same(trial: Trial, found: torch.Tensor, expected: torch.Tensor, exact: float = RELOAD_TOLERANCE) -> bool:
