@@ -186,13 +186,13 @@ def peak(prepare: Callable[[], tuple[torch.nn.Module, Callable[[Meter], Any]]], 
 def measured_pack(trials: list[Trial], tokens: list[Tokens], device: torch.device) -> dict[str, int]:
     """``measured`` of trials that are trained together."""
     config = trials[0].config
-    lanes = {f"lane{number}": one for number, one in enumerate(trials)}
+    slots = {f"slot{number}": one for number, one in enumerate(trials)}
 
     def prepare() -> tuple[torch.nn.Module, Callable[[Meter], Any]]:
         base = model.load(config.model, build.quantization(trials[0]), device)
         probe.abilities(base)
-        adapted = build.attach_lanes(lanes, base)
-        sides = [packed.Lane(name, one.config.train, lambda row: None) for name, one in lanes.items()]
+        adapted = build.attach_slots(slots, base)
+        sides = [packed.Slot(name, one.config.train, lambda row: None) for name, one in slots.items()]
         return adapted, lambda meter: packed.train_packed(adapted, tokens, sides, pad_id=0, seed=0, meter=meter)
 
     return peak(prepare, device)
@@ -224,7 +224,7 @@ def compare_pack(point: tuple[str, str, list[str]], scale: str, device: torch.de
         assert prediction is not None
         return prediction
 
-    name = f"{base.split()[0]} {shared}: {len(own)} lanes{' of different targets' if own is WIDE else ''}"
+    name = f"{base.split()[0]} {shared}: {len(own)} slots{' of different targets' if own is WIDE else ''}"
     return line(name, predict_all, partial(measured_pack, trials, tokens, device))
 
 

@@ -13,7 +13,7 @@ questions at once as one after the other.
 is the embedded model with 64 tokens a row. No new setting begins when ``minutes`` are over.
 
 `--arithmetic` compares instead three ways to take the matrix products of a step on a CPU: adapters each by itself, as
-a pack does; adapters in one batch; and the base's product for each lane too, which would make a lane's numbers
+a pack does; adapters in one batch; and the base's product for each slot too, which would make a slot's numbers
 independent of the others on every CPU. The figures are CPU seconds beside the first, so other work does not count.
 """
 
@@ -48,7 +48,7 @@ from peftsweep.observe.measure import Meter, synchronise
 from peftsweep.schema import TargetsConfig, TrainConfig
 from peftsweep.study import record
 from peftsweep.tiny import task
-from peftsweep.training import lanes, loop, packed
+from peftsweep.training import loop, packed, slots
 from peftsweep.training import optimizer as training_optimizer
 
 SCALES: dict[str, dict[str, Any]] = {
@@ -60,17 +60,17 @@ SCALES: dict[str, dict[str, Any]] = {
     },
     "small": {"words": ["model=tiny"], "tokens": 64, "batches": (1, 4, 16), "steps": 24},
 }
-LANES = 8
+SLOTS = 8
 QV = ["q_proj", "v_proj"]
 ALL = [*QV, "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def method(lane: int) -> LoraConfig:
-    return LoraConfig(r=(8, 16, 32, 64)[lane % 4], lora_alpha=16, target_modules=list(ALL if lane < 6 else QV))
+def method(slot: int) -> LoraConfig:
+    return LoraConfig(r=(8, 16, 32, 64)[slot % 4], lora_alpha=16, target_modules=list(ALL if slot < 6 else QV))
 
 
-def config(lane: int, batch: int, steps: int) -> TrainConfig:
-    return TrainConfig(steps=steps, batch_size=batch, learning_rate=1e-4 * (1 + lane), log_every=steps)
+def config(slot: int, batch: int, steps: int) -> TrainConfig:
+    return TrainConfig(steps=steps, batch_size=batch, learning_rate=1e-4 * (1 + slot), log_every=steps)
 
 
 def fresh(base: Any) -> Any:
@@ -86,29 +86,29 @@ def rows_of(tokens: int, vocabulary: int) -> list[data_tokens.Tokens]:
 
 
 def together(base: Any, rows: list[data_tokens.Tokens], batch: int, steps: int, meter: Meter) -> None:
-    names = [f"lane{lane}" for lane in range(LANES)]
-    adapted = attach.attach_lanes(fresh(base), {n: (method(i), TargetsConfig()) for i, n in enumerate(names)}, 0, {})
-    sides = [packed.Lane(n, config(i, batch, steps), lambda row: None) for i, n in enumerate(names)]
+    names = [f"slot{slot}" for slot in range(SLOTS)]
+    adapted = attach.attach_slots(fresh(base), {n: (method(i), TargetsConfig()) for i, n in enumerate(names)}, 0, {})
+    sides = [packed.Slot(n, config(i, batch, steps), lambda row: None) for i, n in enumerate(names)]
     packed.train_packed(adapted, rows, sides, pad_id=0, seed=0, meter=meter)
 
 
 def one_by_one(base: Any, rows: list[data_tokens.Tokens], batch: int, steps: int, meter: Meter) -> None:
-    for lane in range(LANES):
+    for slot in range(SLOTS):
         torch.manual_seed(0)
-        adapted = attach.attach(fresh(base), method(lane), TargetsConfig(), {})
-        loop.train(adapted, rows, config(lane, batch, steps), pad_id=0, seed=0, meter=meter, log=lambda row: None)
+        adapted = attach.attach(fresh(base), method(slot), TargetsConfig(), {})
+        loop.train(adapted, rows, config(slot, batch, steps), pad_id=0, seed=0, meter=meter, log=lambda row: None)
 
 
 def plain_loop(base: Any, rows: list[data_tokens.Tokens], batch: int, steps: int, meter: Meter) -> None:
-    names = [f"lane{lane}" for lane in range(LANES)]
-    adapted = attach.attach_lanes(fresh(base), {n: (method(i), TargetsConfig()) for i, n in enumerate(names)}, 0, {})
+    names = [f"slot{slot}" for slot in range(SLOTS)]
+    adapted = attach.attach_slots(fresh(base), {n: (method(i), TargetsConfig()) for i, n in enumerate(names)}, 0, {})
     adapted.train()
     sides = []
-    for lane, name in enumerate(names):
+    for slot, name in enumerate(names):
         weights = [p for key, p in adapted.named_parameters() if f".{name}." in key]
-        optimizer = training_optimizer.make_optimizer(adapted, config(lane, batch, steps), weights)
+        optimizer = training_optimizer.make_optimizer(adapted, config(slot, batch, steps), weights)
         sides.append(
-            (name, weights, optimizer, training_optimizer.make_scheduler(optimizer, config(lane, batch, steps), steps))
+            (name, weights, optimizer, training_optimizer.make_scheduler(optimizer, config(slot, batch, steps), steps))
         )
     stream = loop.batches(rows, config(0, batch, steps), pad_id=0, seed=0, device=meter.device)
     for _ in range(steps):
@@ -126,9 +126,9 @@ SIDES: dict[str, Callable[..., None]] = {"together": together, "one_by_one": one
 
 
 def evaluated(base: Any, tokenizer: Any, tokens: int, rounds: int) -> dict[str, Any]:
-    """How long the lanes take to answer sixteen questions at once, and each by PEFT's own layers."""
-    names = [f"lane{lane}" for lane in range(LANES)]
-    adapted = attach.attach_lanes(fresh(base), {n: (method(i), TargetsConfig()) for i, n in enumerate(names)}, 0, {})
+    """How long the slots take to answer sixteen questions at once, and each by PEFT's own layers."""
+    names = [f"slot{slot}" for slot in range(SLOTS)]
+    adapted = attach.attach_slots(fresh(base), {n: (method(i), TargetsConfig()) for i, n in enumerate(names)}, 0, {})
     adapted.eval()
     asked = templates.examples(task.rows("test", 16), "{question} ", "{answer}")
     seconds: dict[str, list[float]] = {"together": [], "one_by_one": []}
@@ -136,7 +136,7 @@ def evaluated(base: Any, tokenizer: Any, tokens: int, rounds: int) -> dict[str, 
         for side in sorted(seconds, reverse=bool(number % 2)):
             synchronise(base.device)
             start = time.perf_counter()
-            together = lanes.Pack(adapted, names) if side == "together" else None
+            together = slots.Pack(adapted, names) if side == "together" else None
             for name in names:
                 adapted.set_adapter(name)
                 with together.asked(name) if together else nullcontext():
@@ -175,8 +175,8 @@ def compare(
         for side in order:
             took, memory[side] = timed(side, base, rows, batch, steps if number else 2, meter=meter)
             seconds[side].append(took)
-    adapters = {f"lane{lane}": (method(lane), TargetsConfig()) for lane in range(LANES)}
-    adapted = attach.attach_lanes(fresh(base), adapters, 0, {})
+    adapters = {f"slot{slot}": (method(slot), TargetsConfig()) for slot in range(SLOTS)}
+    adapted = attach.attach_slots(fresh(base), adapters, 0, {})
     probe = packed.speedup(adapted, [*adapters], rows, config(0, batch, steps), pad_id=0, meter=meter)
     found = {side: took[1:] for side, took in seconds.items()}
     ratio = statistics.median(a / b for a, b in zip(found["one_by_one"], found["together"], strict=True))
@@ -200,18 +200,18 @@ def arithmetic(
     base: Any, rows: list[data_tokens.Tokens], batch: int, steps: int, rounds: int, meter: Meter
 ) -> dict[str, Any]:
     """CPU seconds of a pack's steps in the three ways, and their ratio to the first."""
-    seconds: dict[str, list[float]] = {"each_adapter": [], "adapters_in_one_batch": [], "base_for_each_lane": []}
-    names = [f"lane{lane}" for lane in range(LANES)]
+    seconds: dict[str, list[float]] = {"each_adapter": [], "adapters_in_one_batch": [], "base_for_each_slot": []}
+    names = [f"slot{slot}" for slot in range(SLOTS)]
     for number in range(rounds + 1):  # the first one warms up
         for way in sorted(seconds, reverse=bool(number % 2)):
-            adapted = attach.attach_lanes(
+            adapted = attach.attach_slots(
                 fresh(base), {n: (method(i), TargetsConfig()) for i, n in enumerate(names)}, 0, {}
             )
-            if way == "base_for_each_lane":
+            if way == "base_for_each_slot":
                 for layer in {m for m in adapted.modules() if isinstance(m, LoraLayer)}:
                     in_parts(layer.get_base_layer())
-            sides = [packed.Lane(n, config(i, batch, steps), lambda row: None) for i, n in enumerate(names)]
-            with patch.object(packed, "Pack", partial(lanes.Pack, stacked=way == "adapters_in_one_batch")):
+            sides = [packed.Slot(n, config(i, batch, steps), lambda row: None) for i, n in enumerate(names)]
+            with patch.object(packed, "Pack", partial(slots.Pack, stacked=way == "adapters_in_one_batch")):
                 start = time.process_time()
                 packed.train_packed(adapted, rows, sides, pad_id=0, seed=0, meter=meter)
             seconds[way].append(time.process_time() - start)
@@ -224,9 +224,9 @@ def arithmetic(
 
 
 def in_parts(module: torch.nn.Module) -> None:
-    """Have the module multiply the rows of each lane by themselves."""
+    """Have the module multiply the rows of each slot by themselves."""
     forward = module.forward
-    module.forward = lambda x: torch.cat([forward(part) for part in x.chunk(LANES)])
+    module.forward = lambda x: torch.cat([forward(part) for part in x.chunk(SLOTS)])
 
 
 def main() -> None:
@@ -268,7 +268,7 @@ def main() -> None:
         answers[quant] = evaluated(base, tokenizer, scale["tokens"], said.rounds)
         print(f"{quant:5} evaluated: {answers[quant]['ratio_evaluated']:.2f} x one by one", flush=True)
         del base
-    content = {"scale": said.scale, "lanes": LANES, "tokens": scale["tokens"], "settings": settings}
+    content = {"scale": said.scale, "slots": SLOTS, "tokens": scale["tokens"], "settings": settings}
     content |= {"evaluations": answers, "load": os.getloadavg()}
     if said.out:
         record.write_json(said.out, content | {"environment": record.environment()})

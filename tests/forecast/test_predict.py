@@ -83,14 +83,14 @@ def test_the_prediction_of_a_pack_is_what_the_allocator_is_asked_for(words: str)
     assert abs(compare_pack((LLAMA, words, WIDE), "small", CPU, 128)["error"]) <= 0.1
 
 
-def test_lanes_share_the_base_and_nothing_else() -> None:
-    def lanes(count: int) -> Prediction:
-        methods = {f"lane{n}": (LoraConfig(r=8, target_modules=["q_proj"]), TargetsConfig()) for n in range(count)}
+def test_slots_share_the_base_and_nothing_else() -> None:
+    def slots(count: int) -> Prediction:
+        methods = {f"slot{n}": (LoraConfig(r=8, target_modules=["q_proj"]), TargetsConfig()) for n in range(count)}
         with torch.device("meta"):
-            adapted = attach.attach_lanes(predict.skeleton(LLAMA_SMALL, None), methods, 0, {})
+            adapted = attach.attach_slots(predict.skeleton(LLAMA_SMALL, None), methods, 0, {})
         return predict.predict(adapted, TrainConfig(), [SHAPE], "cpu", dict.fromkeys(methods, TrainConfig()))
 
-    one, four = lanes(1), lanes(4)
+    one, four = slots(1), slots(4)
     assert four.weights_bytes == one.weights_bytes
     for part in ("adapter_bytes", "gradient_bytes", "optimizer_bytes", "activation_bytes", "logits_bytes"):
         assert getattr(four, part) == pytest.approx(4 * getattr(one, part), rel=0.01), part

@@ -35,7 +35,7 @@ def batch() -> Batch:
 
 
 def losses_and_gradients(trained: Any, short: Shortcuts, over: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """With a weight of its own for each loss, as the lanes of a pack have."""
+    """With a weight of its own for each loss, as the slots of a pack have."""
     setattr(parts.base_of(trained), SHORTCUTS, short)
     trained.zero_grad()
     losses = models_losses.answer_losses(trained, over)
@@ -224,7 +224,7 @@ def test_a_probe_that_finds_another_gradient_leaves_the_shortcut_out(monkeypatch
     assert probe.probe(make("llama").requires_grad_(False)).shortcuts == replace(ALL, bare_head=False)
 
 
-def test_places_are_the_answers_of_the_mask_in_every_lane() -> None:
+def test_places_are_the_answers_of_the_mask_in_every_slot() -> None:
     over = batch()
     for times in (1, 3):
         many = over.repeated(times)

@@ -450,7 +450,7 @@ def test_a_trial_that_learns_nothing_is_pruned_and_a_grid_brings_it_to_its_end(
 
 
 @pytest.mark.slow
-def test_a_lane_of_a_pack_is_pruned_alone(command: Command) -> None:
+def test_a_slot_of_a_pack_is_pruned_alone(command: Command) -> None:
     words = [*(word for word in [*WORDS, *PRUNED] if "pruner" not in word), "hydra.launcher.pack=2"]
     words += ["hydra.sweeper.pruner._target_=optuna.pruners.ThresholdPruner"]
     words += ["hydra.sweeper.pruner.upper=2.0", "hydra.sweeper.pruner.n_warmup_steps=6"]

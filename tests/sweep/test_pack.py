@@ -118,7 +118,7 @@ def test_a_second_run_finds_all_done_and_a_cut_off_pack_runs_what_is_left(compos
 
 
 @pytest.mark.slow
-def test_a_lane_that_diverges_is_recorded_and_harms_no_other(compose: Compose) -> None:
+def test_a_slot_that_diverges_is_recorded_and_harms_no_other(compose: Compose) -> None:
     points = trials(compose, "packed")[:2]
     bad = compose(*SMALL, "study=packed", "train.learning_rate=1e30", "train.clip=0")
     results = pack.run([points[0], bad, points[1]])
@@ -129,7 +129,7 @@ def test_a_lane_that_diverges_is_recorded_and_harms_no_other(compose: Compose) -
 
 
 @pytest.mark.slow
-def test_an_evaluation_that_fails_is_one_lanes_failure(compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_that_fails_is_one_slots_failure(compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
     judge, judged = trial_session.Session.evaluate, []
 
     def failing(session: trial_session.Session) -> None:
@@ -154,8 +154,8 @@ def test_what_fails_for_all_is_tried_again_by_fewer(
 ) -> None:
     tried = []
 
-    def failing(model: Any, rows: Any, lanes: Any, **_: Any) -> Any:
-        tried.append(len(lanes))
+    def failing(model: Any, rows: Any, slots: Any, **_: Any) -> Any:
+        tried.append(len(slots))
         raise error
 
     monkeypatch.setattr(packed, "train_packed", failing)
@@ -186,7 +186,7 @@ CUT += ["train.eval_every=2", "train.keep_best=true", "adapter.check=false"]
 def test_an_interrupted_pack_goes_on_to_the_numbers_of_the_trials_alone(
     compose: Compose, monkeypatch: pytest.MonkeyPatch, quant: str, signalled: bool, step: int
 ) -> None:
-    """By a signal, which waits for a checkpoint of every lane, or by an error, after which the last ones are there."""
+    """By a signal, which waits for a checkpoint of every slot, or by an error, after which the last ones are there."""
     log_step = outcome.log_step
     sent: list[Any] = []
 
@@ -240,19 +240,19 @@ def test_a_trial_that_another_process_runs_is_left_to_it(compose: Compose, monke
 def test_a_probe_trains_nothing(compose: Compose) -> None:
     one = trials(compose, "packed")[0]
     base = build.load_base(one, models_model.load_tokenizer(one.config.model), torch.device("cpu"))
-    adapted = build.attach_lanes({"lane0": one, "lane1": one}, base)
+    adapted = build.attach_slots({"slot0": one, "slot1": one}, base)
     before = {name: p.detach().clone() for name, p in adapted.named_parameters()}
     assert one.rows is not None
     rows = build.training_tokens(one, models_model.load_tokenizer(one.config.model), one.rows.train)
     meter = Meter(torch.device("cpu"))
-    assert packed.speedup(adapted, ["lane0", "lane1"], rows, one.config.train, pad_id=0, meter=meter) > 0
+    assert packed.speedup(adapted, ["slot0", "slot1"], rows, one.config.train, pad_id=0, meter=meter) > 0
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in adapted.named_parameters())
 
 
-@pytest.mark.parametrize(("found", "lanes"), [(0.9, 0), (1.5, 3)])
+@pytest.mark.parametrize(("found", "slots"), [(0.9, 0), (1.5, 3)])
 @pytest.mark.slow
 def test_auto_packs_only_what_is_faster_so_and_tries_it_out_once(
-    compose: Compose, monkeypatch: pytest.MonkeyPatch, found: float, lanes: int
+    compose: Compose, monkeypatch: pytest.MonkeyPatch, found: float, slots: int
 ) -> None:
     tried = []
 
@@ -265,7 +265,7 @@ def test_auto_packs_only_what_is_faster_so_and_tries_it_out_once(
     for name in ("first", "second"):
         results = pack.run(trials(compose, name, "adapter.save=false"), probe=True)
         assert [result.status for result in results] == [Status.success] * 3
-        assert [result.train_info.get("packed", {}).get("lanes", 0) for result in results] == [lanes] * 3
+        assert [result.train_info.get("packed", {}).get("slots", 0) for result in results] == [slots] * 3
     assert len(tried) == 1
 
 

@@ -1,6 +1,6 @@
 """Packing: many adapters on one base come to the numbers that each comes to alone, within rounding.
 
-No test here asks for equality to the bit between a pack and a trial alone: lanes.py says why.
+No test here asks for equality to the bit between a pack and a trial alone: slots.py says why.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from peftsweep.schema import Dtype, ModelConfig, Schedule, TargetsConfig, TrainC
 from peftsweep.tiny import task
 from peftsweep.training import fused_lora, loop, packed
 from peftsweep.training.checkpoint import Checkpoints
-from peftsweep.training.lanes import Pack
 from peftsweep.training.run import Trained
+from peftsweep.training.slots import Pack
 from tests.conftest import SAME_WEIGHTS, apart
 
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ pytestmark = pytest.mark.kernels
 
 @dataclass
 class Spec:
-    """A lane in the words of a trial."""
+    """A slot in the words of a trial."""
 
     r: int = 8
     alpha: int = 16
@@ -73,7 +73,7 @@ class Spec:
 
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-LANES = [
+SLOTS = [
     Spec(),
     Spec(r=2, alpha=8, targets=ALL, train={"learning_rate": 1e-3}),
     Spec(r=16, alpha=16, rslora=True, targets=("k_proj", "down_proj"), train={"weight_decay": 0.1}),
@@ -126,14 +126,14 @@ def alone(spec: Spec, rows: list[tokens.Tokens], tokenizer: Any, on: Any, **shar
 
 
 def together(specs: list[Spec], rows: list[tokens.Tokens], tokenizer: Any, on: Any, **shared: Any) -> list[Found]:
-    names = [f"lane{n}" for n in range(len(specs))]
+    names = [f"slot{n}" for n in range(len(specs))]
     methods = {name: (spec.method(), TargetsConfig()) for name, spec in zip(names, specs, strict=True)}
-    adapted = attach.attach_lanes(on, methods, SEED, {})
+    adapted = attach.attach_slots(on, methods, SEED, {})
     lines: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    lanes = [
-        packed.Lane(name, spec.config(**shared), lines[name].append) for name, spec in zip(names, specs, strict=True)
+    slots = [
+        packed.Slot(name, spec.config(**shared), lines[name].append) for name, spec in zip(names, specs, strict=True)
     ]
-    ended = packed.train_packed(adapted, rows, lanes, pad_id=0, seed=SEED, meter=Meter(CPU))
+    ended = packed.train_packed(adapted, rows, slots, pad_id=0, seed=SEED, meter=Meter(CPU))
     found = []
     for name in names:
         adapted.set_adapter(name)
@@ -166,9 +166,9 @@ def check_same(packed: list[Found], single: list[Found], same: float = SAME) -> 
 
 
 @pytest.mark.parametrize("quant", ["4bit", *(pytest.param(q, marks=pytest.mark.slow) for q in QUANTS if q != "4bit")])
-def test_a_lane_is_the_trial_alone(rows: list[tokens.Tokens], tokenizer: Any, quant: str) -> None:
-    single = [alone(spec, rows, tokenizer, base(quant)) for spec in LANES]
-    many = together(LANES, rows, tokenizer, base(quant))
+def test_a_slot_is_the_trial_alone(rows: list[tokens.Tokens], tokenizer: Any, quant: str) -> None:
+    single = [alone(spec, rows, tokenizer, base(quant)) for spec in SLOTS]
+    many = together(SLOTS, rows, tokenizer, base(quant))
     check_same(many, single)
     assert [one.trained.steps for one in many] == [10, 10, 10, 7]
     with pytest.raises(AssertionError):  # the check can fail
@@ -180,22 +180,22 @@ def test_adapters_multiplied_in_one_batch_come_near_the_trials_alone(
 ) -> None:
     """As on CUDA: products of other shapes, and gradients of another layout, are summed up in another order."""
     monkeypatch.setattr(packed, "Pack", partial(Pack, stacked=True))
-    specs = [replace(spec, train={"steps": 5} | spec.train) for spec in LANES[1:]]
+    specs = [replace(spec, train={"steps": 5} | spec.train) for spec in SLOTS[1:]]
     single = [alone(spec, rows, tokenizer, base()) for spec in specs]
     check_same(together(specs, rows, tokenizer, base()), single, same=10 * SAME)
 
 
-@pytest.mark.parametrize("specs", [LANES, LANES[1::2]], ids=["one lacks the layer", "all have it"])
+@pytest.mark.parametrize("specs", [SLOTS, SLOTS[1::2]], ids=["one lacks the layer", "all have it"])
 @pytest.mark.parametrize(("dtype", "bound"), [(Dtype.float32, 1e-5), (Dtype.bfloat16, 0.02)])
 def test_adapters_multiplied_in_one_batch_compute_what_each_does_alone_on_cuda(
     dtype: Dtype, bound: float, specs: list[Spec]
 ) -> None:
     """Both in the format of the base, of which 0.02 are some five roundings in bfloat16."""
-    methods = {f"lane{n}": (spec.method(), TargetsConfig()) for n, spec in enumerate(specs)}
-    adapted = attach.attach_lanes(base(dtype=dtype), methods, SEED, {})
+    methods = {f"slot{n}": (spec.method(), TargetsConfig()) for n, spec in enumerate(specs)}
+    adapted = attach.attach_slots(base(dtype=dtype), methods, SEED, {})
     layer: Any = adapted.get_submodule("base_model.model.model.layers.1.mlp.down_proj")
     having = [name for name in methods if name in layer.lora_A]
-    assert (len(having) < len(methods)) == (specs is LANES)
+    assert (len(having) < len(methods)) == (specs is SLOTS)
     x = torch.randn(2, 3, layer.in_features).to(layer.base_layer.weight.dtype)
     expected, parts = list[torch.Tensor](), (layer.lora_A, layer.lora_B)
     for name in methods:
@@ -220,7 +220,7 @@ def test_adapters_multiplied_in_one_batch_compute_what_each_does_alone_on_cuda(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quant", QUANTS)
-def test_eight_lanes_are_the_trials_alone_after_100_steps(
+def test_eight_slots_are_the_trials_alone_after_100_steps(
     rows: list[tokens.Tokens], tokenizer: Any, quant: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     eight = [
@@ -237,7 +237,7 @@ def test_eight_lanes_are_the_trials_alone_after_100_steps(
             abs(a.score.value - b.score.value) / (b.score.stderr or 0.0) for a, b in zip(many, single, strict=True)
         )
         print(
-            f"\n{quant}, 8 lanes, largest relative difference of losses: {first:.2g} in 20 steps, "
+            f"\n{quant}, 8 slots, largest relative difference of losses: {first:.2g} in 20 steps, "
             f"{all_of_them:.2g} in 100; of scores: {scores:.2g} standard errors"
         )
     check_same(many, single)
@@ -246,7 +246,7 @@ def test_eight_lanes_are_the_trials_alone_after_100_steps(
 
 
 def test_swapped_configurations_are_found_out(rows: list[tokens.Tokens], tokenizer: Any) -> None:
-    """The nearest two lanes can be: they differ in nothing but the rate, by a thousandth."""
+    """The nearest two slots can be: they differ in nothing but the rate, by a thousandth."""
     specs = [Spec(train={"learning_rate": rate}) for rate in (4e-3, 4.004e-3)]
     single = [alone(spec, rows, tokenizer, base(), steps=5) for spec in specs]
     with pytest.raises(AssertionError):
@@ -279,26 +279,26 @@ def test_16_bits_differ_as_much_as_two_layouts_of_the_trial_alone(
 ) -> None:
     """More padding changes nothing but the order in which numbers are summed up."""
     dtype = Dtype.float32 if autocast else Dtype.bfloat16
-    many = together(LANES, rows, tokenizer, base(quant, dtype), steps=50, autocast=autocast)
+    many = together(SLOTS, rows, tokenizer, base(quant, dtype), steps=50, autocast=autocast)
     own, packs = [], []
-    for spec, lane in zip(LANES, many, strict=True):
+    for spec, slot in zip(SLOTS, many, strict=True):
         one, padded = (
             alone(spec, rows, tokenizer, base(quant, dtype), steps=50, autocast=autocast, pad_to_multiple_of=multiple)
             for multiple in (1, 16)
         )
         own.append(difference(torch.tensor(padded.losses), torch.tensor(one.losses)))
-        packs.append(difference(torch.tensor(lane.losses), torch.tensor(one.losses)))
+        packs.append(difference(torch.tensor(slot.losses), torch.tensor(one.losses)))
     with capsys.disabled():
         print(f"\n{quant}, {autocast or dtype}: losses differ by {max(packs):.2g} packed, by {max(own):.2g} padded")
     assert max(packs) <= 2 * max(own)
 
 
 def test_dropout_is_that_of_the_trial_alone_whatever_the_pack_mates(rows: list[tokens.Tokens], tokenizer: Any) -> None:
-    lane = Spec(dropout=0.3, targets=ALL)
+    slot = Spec(dropout=0.3, targets=ALL)
     others = [Spec(dropout=0.5, r=4), Spec(), Spec(dropout=0.1, targets=("down_proj",), train={"steps": 2})]
-    single = alone(lane, rows, tokenizer, base(), steps=5)
-    check_same(together([lane, *others], rows, tokenizer, base(), steps=5)[:1], [single])
-    check_same(together([*others[1:], lane], rows, tokenizer, base(), steps=5)[-1:], [single])
+    single = alone(slot, rows, tokenizer, base(), steps=5)
+    check_same(together([slot, *others], rows, tokenizer, base(), steps=5)[:1], [single])
+    check_same(together([*others[1:], slot], rows, tokenizer, base(), steps=5)[-1:], [single])
     without = alone(Spec(targets=ALL), rows, tokenizer, base(), steps=5)
     assert worst_loss(single, without) > 1e-2
 
@@ -314,10 +314,10 @@ def test_layers_before_the_first_adapted_one_see_the_rows_once(rows: list[tokens
     assert seen[:4] == [4, 4, 12, 12]
 
 
-def test_a_lane_that_diverges_leaves_the_others_unharmed(rows: list[tokens.Tokens], tokenizer: Any) -> None:
+def test_a_slot_that_diverges_leaves_the_others_unharmed(rows: list[tokens.Tokens], tokenizer: Any) -> None:
     bad = Spec(train={"learning_rate": 1e30, "clip": 0.0}, targets=ALL)
-    many = together([LANES[0], bad, LANES[1]], rows, tokenizer, base())
-    check_same([many[0], many[2]], [alone(spec, rows, tokenizer, base()) for spec in LANES[:2]])
+    many = together([SLOTS[0], bad, SLOTS[1]], rows, tokenizer, base())
+    check_same([many[0], many[2]], [alone(spec, rows, tokenizer, base()) for spec in SLOTS[:2]])
     with pytest.raises(FloatingPointError) as ended:
         alone(bad, rows, tokenizer, base())
     assert isinstance(many[1].error, FloatingPointError)
@@ -326,7 +326,7 @@ def test_a_lane_that_diverges_leaves_the_others_unharmed(rows: list[tokens.Token
     assert [many[0].error, many[2].error] == [None, None]
 
 
-def test_a_lane_that_fails_in_its_own_part_leaves_the_others_unharmed(
+def test_a_slot_that_fails_in_its_own_part_leaves_the_others_unharmed(
     rows: list[tokens.Tokens], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Failing(torch.optim.SGD):
@@ -334,12 +334,12 @@ def test_a_lane_that_fails_in_its_own_part_leaves_the_others_unharmed(
             raise RuntimeError("no more of this")
 
     monkeypatch.setattr(torch.optim, "Failing", Failing, raising=False)
-    many = together([Spec(train={"optimizer": "Failing"}), LANES[1]], rows, tokenizer, base(), steps=3)
+    many = together([Spec(train={"optimizer": "Failing"}), SLOTS[1]], rows, tokenizer, base(), steps=3)
     assert str(many[0].error) == "no more of this"
-    check_same(many[1:], [alone(LANES[1], rows, tokenizer, base(), steps=3)])
+    check_same(many[1:], [alone(SLOTS[1], rows, tokenizer, base(), steps=3)])
 
 
-def test_memory_that_runs_out_is_not_one_lanes_failure(
+def test_memory_that_runs_out_is_not_one_slots_failure(
     rows: list[tokens.Tokens], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
@@ -347,58 +347,58 @@ def test_memory_that_runs_out_is_not_one_lanes_failure(
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", full)
     with pytest.raises(torch.OutOfMemoryError):
-        together(LANES[:2], rows, tokenizer, base(), steps=2)
+        together(SLOTS[:2], rows, tokenizer, base(), steps=2)
 
 
-def test_each_lane_has_its_own_validations_and_best_weights(rows: list[tokens.Tokens]) -> None:
-    specs = {"lane0": Spec(), "lane1": Spec(r=2, train={"eval_every": "2", "keep_best": True})}
-    adapted = attach.attach_lanes(base(), {n: (s.method(), TargetsConfig()) for n, s in specs.items()}, SEED, {})
+def test_each_slot_has_its_own_validations_and_best_weights(rows: list[tokens.Tokens]) -> None:
+    specs = {"slot0": Spec(), "slot1": Spec(r=2, train={"eval_every": "2", "keep_best": True})}
+    adapted = attach.attach_slots(base(), {n: (s.method(), TargetsConfig()) for n, s in specs.items()}, SEED, {})
     losses = iter([1.0, 3.0])
     seen: list[dict[str, torch.Tensor]] = []
 
     def validate() -> dict[str, float]:
-        assert adapted.active_adapter == "lane1"
+        assert adapted.active_adapter == "slot1"
         adapted.eval()
         assert likelihood.mean_loss(adapted, rows[:3], pad_id=0) > 0  # as many rows as it likes
-        seen.append({name: p.detach().clone() for name, p in adapted.named_parameters() if "lane1" in name})
+        seen.append({name: p.detach().clone() for name, p in adapted.named_parameters() if "slot1" in name})
         return {"loss": next(losses)}
 
     lines: list[dict[str, Any]] = []
-    lanes = [
-        packed.Lane("lane0", specs["lane0"].config(steps=4), lines.append),
-        packed.Lane("lane1", specs["lane1"].config(steps=4), lambda row: None, validate),
+    slots = [
+        packed.Slot("slot0", specs["slot0"].config(steps=4), lines.append),
+        packed.Slot("slot1", specs["slot1"].config(steps=4), lambda row: None, validate),
     ]
-    ended = packed.train_packed(adapted, rows, lanes, pad_id=0, seed=SEED, meter=Meter(CPU))
-    assert (ended["lane1"].trained.best_step, ended["lane1"].trained.best_loss) == (2, 1.0)
-    kept = {name: p for name, p in adapted.named_parameters() if "lane1" in name}
+    ended = packed.train_packed(adapted, rows, slots, pad_id=0, seed=SEED, meter=Meter(CPU))
+    assert (ended["slot1"].trained.best_step, ended["slot1"].trained.best_loss) == (2, 1.0)
+    kept = {name: p for name, p in adapted.named_parameters() if "slot1" in name}
     assert all(torch.equal(kept[name], value) for name, value in seen[0].items())
     assert not any("validation_loss" in line for line in lines)
 
 
-def test_a_lane_can_be_stopped_early_and_the_shares_add_up(rows: list[tokens.Tokens]) -> None:
-    methods = {name: (Spec().method(), TargetsConfig()) for name in ("lane0", "lane1")}
-    adapted = attach.attach_lanes(base(), methods, SEED, {})
+def test_a_slot_can_be_stopped_early_and_the_shares_add_up(rows: list[tokens.Tokens]) -> None:
+    methods = {name: (Spec().method(), TargetsConfig()) for name in ("slot0", "slot1")}
+    adapted = attach.attach_slots(base(), methods, SEED, {})
     config = Spec().config(steps=6)
-    lanes = [
-        packed.Lane("lane0", config, lambda row: None, stop_at=2),
-        packed.Lane("lane1", config, lambda row: None),
+    slots = [
+        packed.Slot("slot0", config, lambda row: None, stop_at=2),
+        packed.Slot("slot1", config, lambda row: None),
     ]
-    ended = packed.train_packed(adapted, rows, lanes, pad_id=0, seed=SEED, meter=Meter(CPU))
-    assert (ended["lane0"].trained.steps, ended["lane1"].trained.steps) == (2, 6)
-    assert ended["lane0"].trained.step_seconds == ended["lane1"].trained.step_seconds[:2]
-    total = sum(ended["lane1"].trained.step_seconds)
+    ended = packed.train_packed(adapted, rows, slots, pad_id=0, seed=SEED, meter=Meter(CPU))
+    assert (ended["slot0"].trained.steps, ended["slot1"].trained.steps) == (2, 6)
+    assert ended["slot0"].trained.step_seconds == ended["slot1"].trained.step_seconds[:2]
+    total = sum(ended["slot1"].trained.step_seconds)
     assert sum(one.trained.share_seconds for one in ended.values()) == pytest.approx(total)
 
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_pefts_adapters_are_the_storage_again_when_the_pack_is_closed(stacked: bool) -> None:
-    methods = {name: (Spec(r=r).method(), TargetsConfig()) for name, r in (("lane0", 2), ("lane1", 6))}
-    adapted = attach.attach_lanes(base(), methods, SEED, {})
+    methods = {name: (Spec(r=r).method(), TargetsConfig()) for name, r in (("slot0", 2), ("slot1", 6))}
+    adapted = attach.attach_slots(base(), methods, SEED, {})
     before = {name: p.detach().clone() for name, p in adapted.named_parameters()}
     forward = {name: vars(module).get("forward") for name, module in adapted.named_modules()}
-    pack = Pack(adapted, ["lane0", "lane1"], SEED, stacked=stacked)
+    pack = Pack(adapted, ["slot0", "slot1"], SEED, stacked=stacked)
     layer: Any = adapted.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
-    storages = {layer.lora_A[name].weight.untyped_storage().data_ptr() for name in ("lane0", "lane1")}
+    storages = {layer.lora_A[name].weight.untyped_storage().data_ptr() for name in ("slot0", "slot1")}
     assert len(storages) == (1 if stacked else 2)
     pack.close()
     for name, p in adapted.named_parameters():
@@ -408,13 +408,13 @@ def test_pefts_adapters_are_the_storage_again_when_the_pack_is_closed(stacked: b
     assert forward == {name: vars(module).get("forward") for name, module in adapted.named_modules()}
 
 
-@pytest.mark.parametrize("rows_of_a_lane", [7, 30, 120])
-def test_on_a_cpu_an_adapter_adds_what_it_adds_alone_to_the_bit(rows_of_a_lane: int) -> None:
+@pytest.mark.parametrize("rows_of_a_slot", [7, 30, 120])
+def test_on_a_cpu_an_adapter_adds_what_it_adds_alone_to_the_bit(rows_of_a_slot: int) -> None:
     """Whatever the kernels, as these products have the shapes and layouts that they have alone."""
-    specs = {"lane0": Spec(r=2), "lane1": Spec(r=6), "lane2": Spec(r=16, alpha=4)}
-    adapted = attach.attach_lanes(base(), {n: (s.method(), TargetsConfig()) for n, s in specs.items()}, SEED, {})
+    specs = {"slot0": Spec(r=2), "slot1": Spec(r=6), "slot2": Spec(r=16, alpha=4)}
+    adapted = attach.attach_slots(base(), {n: (s.method(), TargetsConfig()) for n, s in specs.items()}, SEED, {})
     layer: Any = adapted.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
-    x = torch.randn(len(specs), rows_of_a_lane, layer.in_features)
+    x = torch.randn(len(specs), rows_of_a_slot, layer.in_features)
     weights = [part[name].weight for name in specs for part in (layer.lora_A, layer.lora_B)]
     for weight in weights:
         weight.data.normal_()
@@ -431,8 +431,8 @@ def test_on_a_cpu_an_adapter_adds_what_it_adds_alone_to_the_bit(rows_of_a_lane: 
 
 
 def test_a_layer_that_is_not_given_all_rows_is_refused(rows: list[tokens.Tokens]) -> None:
-    adapted = attach.attach_lanes(base(), {n: (Spec().method(), TargetsConfig()) for n in ("lane0", "lane1")}, SEED, {})
-    pack = Pack(adapted, ["lane0", "lane1"], SEED)
+    adapted = attach.attach_slots(base(), {n: (Spec().method(), TargetsConfig()) for n in ("slot0", "slot1")}, SEED, {})
+    pack = Pack(adapted, ["slot0", "slot1"], SEED)
     batch = batches.collate(rows[:3], 0)
     pack.for_all(batch)
     with pytest.raises(ValueError, match="cannot be packed"):
@@ -449,7 +449,7 @@ CUT = [
 
 
 class Cut:
-    """Lanes whose training is done in parts, with checkpoints in a folder."""
+    """Slots whose training is done in parts, with checkpoints in a folder."""
 
     def __init__(self, folder: Path, rows: list[tokens.Tokens]) -> None:
         self._folder, self._rows = folder, rows
@@ -480,11 +480,11 @@ class Cut:
         return {name: p.detach().clone() for name, p in models_parts.trainable_parameters(adapted)}
 
     def together(self, numbers: Sequence[int], stop_at: int | None = None) -> list[dict[str, torch.Tensor]]:
-        names = {f"lane{n}": n for n in numbers}
+        names = {f"slot{n}": n for n in numbers}
         methods = {name: (CUT[n].method(), TargetsConfig()) for name, n in names.items()}
-        adapted = attach.attach_lanes(base(), methods, SEED, {})
-        lanes = [
-            packed.Lane(
+        adapted = attach.attach_slots(base(), methods, SEED, {})
+        slots = [
+            packed.Slot(
                 name,
                 CUT[n].config(steps=8, eval_every="2"),
                 self.log(n),
@@ -494,7 +494,7 @@ class Cut:
             )
             for name, n in names.items()
         ]
-        self.ended = packed.train_packed(adapted, self._rows, lanes, pad_id=0, seed=SEED, meter=Meter(CPU))
+        self.ended = packed.train_packed(adapted, self._rows, slots, pad_id=0, seed=SEED, meter=Meter(CPU))
         weights = [
             {key.replace(f".{name}.", ".default."): p for key, p in adapted.named_parameters() if f".{name}." in key}
             for name in names
@@ -507,7 +507,7 @@ def losses(lines: list[dict[str, Any]]) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("parts", ["pa", "ap", *(pytest.param(p, marks=pytest.mark.slow) for p in ("pp", "ppa"))])
-def test_lanes_go_on_from_checkpoints_together_or_alone(rows: list[tokens.Tokens], tmp_path: Path, parts: str) -> None:
+def test_slots_go_on_from_checkpoints_together_or_alone(rows: list[tokens.Tokens], tmp_path: Path, parts: str) -> None:
     """Parts in a (p)ack or (a)lone, cut after 3 and 5 steps."""
     for folder in ("whole", "cut"):
         (tmp_path / folder).mkdir()
@@ -521,7 +521,7 @@ def test_lanes_go_on_from_checkpoints_together_or_alone(rows: list[tokens.Tokens
         assert losses(cut.lines[n]).keys() == losses(whole.lines[n]).keys()
         assert losses(cut.lines[n]) == pytest.approx(losses(whole.lines[n]), rel=SAME)
     if parts[-1] == "p":
-        trained = cut.ended["lane0"].trained
+        trained = cut.ended["slot0"].trained
         assert (trained.steps, len(trained.step_seconds), trained.lanes[-1]) == (8, 8, 2)
     else:
         assert cut.trained.packed
@@ -530,7 +530,7 @@ def test_lanes_go_on_from_checkpoints_together_or_alone(rows: list[tokens.Tokens
 
 
 @pytest.mark.slow
-def test_lanes_of_different_steps_do_not_go_on_together(rows: list[tokens.Tokens], tmp_path: Path) -> None:
+def test_slots_of_different_steps_do_not_go_on_together(rows: list[tokens.Tokens], tmp_path: Path) -> None:
     cut = Cut(tmp_path, rows)
     cut.together([0, 1], stop_at=3)
     with pytest.raises(ValueError, match=r"from different steps: \[0, 3\]"):
@@ -540,10 +540,10 @@ def test_lanes_of_different_steps_do_not_go_on_together(rows: list[tokens.Tokens
 # ---- evaluated together ----------------------------------------------------------------------------
 
 
-def differing(quant: str = "none", specs: Sequence[Spec] = LANES) -> Any:
-    """Lanes on one base whose adapters are far from their beginning, and from each other."""
-    methods = {f"lane{n}": (spec.method(), TargetsConfig()) for n, spec in enumerate(specs)}
-    adapted = attach.attach_lanes(base(quant), methods, SEED, {})
+def differing(quant: str = "none", specs: Sequence[Spec] = SLOTS) -> Any:
+    """Slots on one base whose adapters are far from their beginning, and from each other."""
+    methods = {f"slot{n}": (spec.method(), TargetsConfig()) for n, spec in enumerate(specs)}
+    adapted = attach.attach_slots(base(quant), methods, SEED, {})
     torch.manual_seed(SEED)
     for name, p in adapted.named_parameters():
         if "lora_B" in name:
@@ -573,7 +573,7 @@ EVALUATIONS: dict[str, Any] = {
 
 
 def evaluations(adapted: Any, tokenizer: Any, kinds: Sequence[str], pack: Pack | None) -> list[list[Any]]:
-    """Those of every lane, alone or beside the others."""
+    """Those of every slot, alone or beside the others."""
     found = []
     for name in adapted.peft_config:
         adapted.set_adapter(name)
@@ -593,11 +593,11 @@ def check_evaluations(packed: list[list[Any]], single: list[list[Any]]) -> None:
 
 
 @pytest.mark.parametrize("quant", ["4bit", *(pytest.param(q, marks=pytest.mark.slow) for q in QUANTS if q != "4bit")])
-def test_lanes_evaluated_at_once_answer_as_each_does_alone(tokenizer: Any, quant: str) -> None:
+def test_slots_evaluated_at_once_answer_as_each_does_alone(tokenizer: Any, quant: str) -> None:
     adapted, kinds = differing(quant), ["perplexity", "generation", "multiple_choice"]
     single = evaluations(adapted, tokenizer, kinds, None)
-    lengths = [[len(line["prediction"]) for line in lane[1].predictions] for lane in single]
-    assert len({tuple(lane) for lane in lengths}) > 1  # their rows end at different times
+    lengths = [[len(line["prediction"]) for line in slot[1].predictions] for slot in single]
+    assert len({tuple(slot) for slot in lengths}) > 1  # their rows end at different times
     calls: list[int] = []
     hook = adapted.register_forward_pre_hook(
         lambda _, args, kwargs: calls.append(len(kwargs["input_ids"])), with_kwargs=True
@@ -608,7 +608,7 @@ def test_lanes_evaluated_at_once_answer_as_each_does_alone(tokenizer: Any, quant
     if quant == "8bit":  # whose layers round by all rows at once
         assert calls.count(5) > 4
     else:
-        assert all(rows % len(LANES) == 0 for rows in calls)
+        assert all(rows % len(SLOTS) == 0 for rows in calls)
     hook.remove()
     pack.close()
     check_evaluations(evaluations(adapted, tokenizer, kinds, None), single)
@@ -616,18 +616,18 @@ def test_lanes_evaluated_at_once_answer_as_each_does_alone(tokenizer: Any, quant
         check_evaluations([together[1], together[0], *together[2:]], single)
 
 
-def test_beams_and_lanes_that_have_ended_are_no_other_lanes_matter(tokenizer: Any) -> None:
-    adapted = differing(specs=LANES[:2])
+def test_beams_and_slots_that_have_ended_are_no_other_slots_matter(tokenizer: Any) -> None:
+    adapted = differing(specs=SLOTS[:2])
     for name, p in adapted.named_parameters():
-        if "lora_B.lane1" in name:
+        if "lora_B.slot1" in name:
             p.data.fill_(float("nan"))
     single = evaluations(adapted, tokenizer, ["beams", "generation", "perplexity"], None)
     pack = Pack(adapted, [*adapted.peft_config])
     check_evaluations(evaluations(adapted, tokenizer, ["beams", "generation", "perplexity"], pack)[:1], single[:1])
 
 
-def test_what_fails_together_is_asked_of_each_lane(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapted = differing(specs=LANES[:2])
+def test_what_fails_together_is_asked_of_each_slot(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted = differing(specs=SLOTS[:2])
     single = evaluations(adapted, tokenizer, ["perplexity"], None)
     losses, rows = models_losses.answer_losses, []
 
@@ -644,10 +644,10 @@ def test_what_fails_together_is_asked_of_each_lane(tokenizer: Any, monkeypatch: 
 
 
 def test_the_answers_of_changed_adapters_are_found_anew(tokenizer: Any) -> None:
-    adapted = differing(specs=LANES[:2])
+    adapted = differing(specs=SLOTS[:2])
     pack = Pack(adapted, [*adapted.peft_config])
     before = evaluations(adapted, tokenizer, ["perplexity"], pack)
-    for p in pack.weights("lane1").values():
+    for p in pack.weights("slot1").values():
         p.data.mul_(1.5)
     pack.forget()
     after = evaluations(adapted, tokenizer, ["perplexity"], pack)

@@ -232,7 +232,7 @@ def test_a_hopeless_trial_ends_as_stopped_and_goes_on_when_it_is_given_more_pati
 
 
 @pytest.mark.slow
-def test_a_lane_of_a_pack_that_gains_nothing_ends_alone(command: Callable[..., tuple[int, str, str]]) -> None:
+def test_a_slot_of_a_pack_that_gains_nothing_ends_alone(command: Callable[..., tuple[int, str, str]]) -> None:
     words = [word for word in HOPELESS if "learning_rate" not in word]
     code, out, err = command(*words, "train.patience=2", "train.learning_rate=0,1e-3", "hydra.launcher.pack=2")
     assert code == 0, err

@@ -266,21 +266,21 @@ def attach_method(
     return adapted
 
 
-def coverage_of(adapted: Model, lane: str | None = None) -> dict[str, Any]:
-    """How far the method (of a pack: that of one lane) reaches into the base, for the record."""
+def coverage_of(adapted: Model, slot: str | None = None) -> dict[str, Any]:
+    """How far the method (of a pack: that of one slot) reaches into the base, for the record."""
     found: Any = getattr(adapted, COVERAGE)
-    reached: Coverage = found if lane is None else found[lane]
+    reached: Coverage = found if slot is None else found[slot]
     return reached.facts()
 
 
-def attach_lanes(lanes: Mapping[str, Trial], base: PreTrainedModel) -> PeftModel:
+def attach_slots(slots: Mapping[str, Trial], base: PreTrainedModel) -> PeftModel:
     """``base`` with the adapters of several trials of one seed, by their names in the model."""
-    config = next(iter(lanes.values())).config
-    methods = {name: (_method(trial), trial.config.targets) for name, trial in lanes.items()}
+    config = next(iter(slots.values())).config
+    methods = {name: (_method(trial), trial.config.targets) for name, trial in slots.items()}
     float32 = config.train.autocast_adapter_dtype
     before = coverage.weights(base, config.model.roles)
-    adapted = attach.attach_lanes(base, methods, config.seed, config.model.roles, float32=float32)
-    setattr(adapted, COVERAGE, {name: coverage.coverage(before, adapted, name) for name in lanes})
+    adapted = attach.attach_slots(base, methods, config.seed, config.model.roles, float32=float32)
+    setattr(adapted, COVERAGE, {name: coverage.coverage(before, adapted, name) for name in slots})
     return adapted
 
 

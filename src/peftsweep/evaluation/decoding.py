@@ -18,7 +18,7 @@ from peftsweep.errors import InputError
 from peftsweep.models.losses import last_positions, row_inputs
 from peftsweep.models.probe import abilities
 from peftsweep.observe.measure import out_of_memory
-from peftsweep.training.lanes import of_lane
+from peftsweep.training.slots import of_slot
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def write(
     """The texts that ``generate`` gives, and how each of them ended."""
     sizes: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "max_length": max_length}
     how: dict[str, Any] = {"num_beams": num_beams, "stop": stop, "sampling": sampling}
-    return of_lane(partial(_generate, model, tokenizer, prompts, **sizes, **how))
+    return of_slot(partial(_generate, model, tokenizer, prompts, **sizes, **how))
 
 
 class Sampling(NamedTuple):
@@ -115,7 +115,7 @@ def _generate(
     num_beams: int,
     stop: Sequence[str],
     sampling: Sampling | None,
-    lanes: int,
+    slots: int,
 ) -> list[list[Written]]:
     device = next(model.parameters()).device
     limit = min(max_length, tokenizer.model_max_length - max_new_tokens)
@@ -124,7 +124,7 @@ def _generate(
     encoded = prompt_ids(tokenizer, prompts, limit)
     stops = _Stops(tokenizer, stop)
     ends = sorted({*_end_ids(model, tokenizer), *_turn_ends(prompts)})
-    texts = [[Written("", 0, False)] * len(prompts) for _ in range(lanes)]
+    texts = [[Written("", 0, False)] * len(prompts) for _ in range(slots)]
     greedy = num_beams == 1 and sampling is None and takes_a_cache(model)
     batch_size = batch_size if abilities(model).padded_batches else 1
 
@@ -137,9 +137,9 @@ def _generate(
 
     def write_some(numbers: list[int]) -> None:
         # Padded on the left, as generation goes on at the right.
-        ids, attention = padded_ids([encoded[n] for n in numbers * lanes], padding_id(tokenizer), device, left=True)
+        ids, attention = padded_ids([encoded[n] for n in numbers * slots], padding_id(tokenizer), device, left=True)
         made = (
-            _greedy(model, ids, attention, max_new_tokens, ends, stops, lanes)
+            _greedy(model, ids, attention, max_new_tokens, ends, stops, slots)
             if greedy
             else _searched(model, tokenizer, ids, attention, max_new_tokens, num_beams, ends, stops, sampling)
         )
@@ -195,11 +195,11 @@ def _greedy(
     max_new_tokens: int,
     end: Sequence[int],
     stops: _Stops,
-    lanes: int,
+    slots: int,
 ) -> list[list[int]]:
     """The likeliest next token again and again; a row that has ended leaves the batch, and its cache with it.
 
-    ``ids`` and ``attention`` are [lanes * rows, length], padded on the left. Lanes stay of one size: in one that
+    ``ids`` and ``attention`` are [slots * rows, length], padded on the left. Slots stay of one size: in one that
     has ended more of its rows than another, some that have ended are read on, for nothing.
     """
     written: list[list[int]] = [[] for _ in ids]
@@ -227,7 +227,7 @@ def _greedy(
         over = [before or now for before, now in zip(over, said, strict=True)]
         if all(over) or step == max_new_tokens - 1:
             break
-        if len(places := _unfinished(over, lanes)) < len(running):
+        if len(places := _unfinished(over, slots)) < len(running):
             kept = torch.tensor(places, device=ids.device)
             cache.batch_select_indices(kept)
             running, over = [running[n] for n in places], [over[n] for n in places]
@@ -238,10 +238,10 @@ def _greedy(
     return written
 
 
-def _unfinished(over: Sequence[bool], lanes: int) -> list[int]:
-    """The places that are not over; and in each lane as many others that all keep as many."""
-    size = len(over) // lanes
-    ordered = [sorted(range(size * n, size * (n + 1)), key=over.__getitem__) for n in range(lanes)]
+def _unfinished(over: Sequence[bool], slots: int) -> list[int]:
+    """The places that are not over; and in each slot as many others that all keep as many."""
+    size = len(over) // slots
+    ordered = [sorted(range(size * n, size * (n + 1)), key=over.__getitem__) for n in range(slots)]
     most = max(sum(not over[place] for place in mine) for mine in ordered)
     return [place for mine in ordered for place in mine[:most]]
 

@@ -1,7 +1,7 @@
 """Evaluations, each a function of (model, tokenizer, examples) named by a yaml in conf/eval/.
 
-All rest on two primitives: ``log_likelihoods`` of given answers and ``generate``. Of a model that is a lane of a
-pack, these find the answers of all lanes at once (``of_lane``), which evaluations need not know.
+All rest on two primitives: ``log_likelihoods`` of given answers and ``generate``. Of a model that is a slot of a
+pack, these find the answers of all slots at once (``of_slot``), which evaluations need not know.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from peftsweep.data.batches import collate
 from peftsweep.data.tokens import Tokens, tokenize_pairs, truncations
 from peftsweep.evaluation.decoding import in_batches, padded_ids, padding_id, takes_a_cache
 from peftsweep.models.losses import answer_losses, class_logits, last_positions
-from peftsweep.training.lanes import of_lane
+from peftsweep.training.slots import of_slot
 
 
 def grouped_likelihoods(
@@ -36,7 +36,7 @@ def grouped_likelihoods(
     rows = [[next(tokens) for _ in group] for group in groups]
     cut = truncations([max(group, key=lambda row: (row.lost_answer, row.lost_prompt)) for group in rows])
     if takes_a_cache(model) and all(_common_length(group) for group in rows):
-        return of_lane(partial(_shared_likelihoods, model, rows, pad_id=pad_id, batch_size=batch_size)), cut
+        return of_slot(partial(_shared_likelihoods, model, rows, pad_id=pad_id, batch_size=batch_size)), cut
     flat = [row for group in rows for row in group]
     sums = iter(log_likelihoods(model, flat, pad_id=pad_id, batch_size=batch_size))
     return [[next(sums) for _ in group] for group in groups], cut
@@ -44,15 +44,15 @@ def grouped_likelihoods(
 
 @torch.no_grad()
 def _shared_likelihoods(
-    model: nn.Module, groups: Sequence[Sequence[Tokens]], *, pad_id: int, batch_size: int, lanes: int
+    model: nn.Module, groups: Sequence[Sequence[Tokens]], *, pad_id: int, batch_size: int, slots: int
 ) -> list[list[list[float]]]:
-    """``log_likelihoods`` of groups of rows whose beginnings are the same, each beginning read once; of each lane."""
+    """``log_likelihoods`` of groups of rows whose beginnings are the same, each beginning read once; of each slot."""
     device = next(model.parameters()).device
-    scores: list[list[list[float]]] = [[[] for _ in groups] for _ in range(lanes)]
+    scores: list[list[list[float]]] = [[[] for _ in groups] for _ in range(slots)]
     shared = [_common_length(group) for group in groups]
 
     def score(numbers: list[int]) -> None:
-        every = numbers * lanes
+        every = numbers * slots
         starts = [groups[n][0].ids[: shared[n]] for n in every]
         ids, attention = padded_ids(starts, pad_id, device, left=True)
         positions = (attention.cumsum(-1) - 1).clamp(min=0)
@@ -116,21 +116,21 @@ def class_scores(model: nn.Module, rows: Sequence[Tokens], *, pad_id: int, batch
 
 def log_likelihoods(model: nn.Module, rows: Sequence[Tokens], *, pad_id: int, batch_size: int = 16) -> list[float]:
     """The log-probability of each row's answer (or class) given its prompt, summed over the answer's tokens."""
-    return of_lane(partial(_log_likelihoods, model, rows, pad_id=pad_id, batch_size=batch_size))
+    return of_slot(partial(_log_likelihoods, model, rows, pad_id=pad_id, batch_size=batch_size))
 
 
 @torch.no_grad()
 def _log_likelihoods(
-    model: nn.Module, rows: Sequence[Tokens], *, pad_id: int, batch_size: int, lanes: int
+    model: nn.Module, rows: Sequence[Tokens], *, pad_id: int, batch_size: int, slots: int
 ) -> list[list[float]]:
     device = next(model.parameters()).device
-    sums = [[0.0] * len(rows) for _ in range(lanes)]
+    sums = [[0.0] * len(rows) for _ in range(slots)]
 
     def score(numbers: list[int]) -> None:
-        batch = collate([rows[n] for n in numbers], pad_id).repeated(lanes).to(device)
+        batch = collate([rows[n] for n in numbers], pad_id).repeated(slots).to(device)
         losses = answer_losses(model, batch)
-        totals = torch.zeros(lanes * len(numbers), device=device).index_add_(0, batch.owners, -losses)
-        for mine, found in zip(sums, totals.view(lanes, -1).tolist(), strict=True):
+        totals = torch.zeros(slots * len(numbers), device=device).index_add_(0, batch.owners, -losses)
+        for mine, found in zip(sums, totals.view(slots, -1).tolist(), strict=True):
             for n, total in zip(numbers, found, strict=True):
                 mine[n] = total
 

@@ -278,11 +278,11 @@ def _with_skeleton(
     quantization: Any,
     work: Callable[[build.Model], Found],
     places: Sequence[tuple[str, str]] = PLACES,
-    lanes: Mapping[str, Trial] | None = None,
+    slots: Mapping[str, Trial] | None = None,
 ) -> Found | None:
     """``work`` of the method on a skeleton of the base; None where that cannot be done in any of the ``places``.
 
-    With ``lanes`` it is that of all these trials on one skeleton.
+    With ``slots`` it is that of all these trials on one skeleton.
     """
     config = trial.config
     for base, adapter in places:
@@ -290,11 +290,11 @@ def _with_skeleton(
             bare = skeleton(config.model, quantization, base, len(config.dataset.classes))
             with without_numbers() if base == "meta" else nullcontext(), torch.device(adapter):
                 adapted = (
-                    build.attach_lanes(lanes, bare) if lanes else build.attach_method(trial, bare, config.train.steps)
+                    build.attach_slots(slots, bare) if slots else build.attach_method(trial, bare, config.train.steps)
                 )
             if isinstance(adapted, PeftModel) and not config.train.autocast_adapter_dtype:
                 own = [(name, p) for name, p in adapted.named_parameters() if "lora_" in name]
-                for _, parameter in own if lanes else parts.trainable_parameters(adapted):
+                for _, parameter in own if slots else parts.trainable_parameters(adapted):
                     parameter.data = parameter.data.to(bare.dtype)  # as PEFT does, but not on the meta device
             return work(adapted)
         except InputError:
@@ -386,15 +386,15 @@ def together(
     batches = _shapes(max(trials, key=lambda one: (one.config.train.epochs or 0, one.config.train.steps)), tokens)
     key = _key(where, batches, trials)
     if key not in _PREDICTIONS:
-        lanes = {f"lane{number}": one for number, one in enumerate(trials)}
-        trained = {name: one.config.train for name, one in lanes.items()}
+        slots = {f"slot{number}": one for number, one in enumerate(trials)}
+        trained = {name: one.config.train for name, one in slots.items()}
         with streams.without_warnings():
             _PREDICTIONS[key] = _with_skeleton(
                 trials[0],
                 build.storage(trials[0]),
                 lambda adapted: predict(adapted, config.train, batches, where, trained),
                 (("meta", "meta"), ("meta", "cpu")),
-                lanes,
+                slots,
             )
     return _PREDICTIONS[key]
 

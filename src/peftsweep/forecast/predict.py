@@ -41,7 +41,7 @@ from peftsweep.schema import ModelConfig, TrainConfig
 from peftsweep.training import length as training_length
 from peftsweep.training import optimizer as training_optimizer
 from peftsweep.training.fused_lora import as_trained
-from peftsweep.training.lanes import Pack
+from peftsweep.training.slots import Pack
 
 # cuBLAS gets a workspace for each thread that calls it, here the forward's and autograd's, and torch's allocator counts
 # them. From compute capability 9.0 on each has 32 MiB, before it 8 (aten/src/ATen/cuda/CublasHandlePool.cpp). Which GPU
@@ -158,12 +158,12 @@ def predict(
     config: TrainConfig,
     shapes: Sequence[Shape],
     device: str,
-    lanes: Mapping[str, TrainConfig] | None = None,
+    slots: Mapping[str, TrainConfig] | None = None,
 ) -> Prediction:
     """The memory of the largest training step of ``adapted`` on a ``device`` ("cuda", "cpu"); the model is used up.
 
     ``adapted`` is made of ``skeleton`` with its method attached; ``shapes`` are those of the micro-batches. With
-    ``lanes``, its adapters by name, these are trained together.
+    ``slots``, its adapters by name, these are trained together.
 
     Raises:
         Exception: whatever is raised by a method that cannot run without numbers.
@@ -178,7 +178,7 @@ def predict(
     training_optimizer.enable_checkpointing(adapted, config.checkpointing)
     adapted.train()
     longest = max(shapes, key=lambda shape: (shape.rows * shape.length, shape.answer_length))
-    first = _trace(adapted, config, longest, device, lanes)
+    first = _trace(adapted, config, longest, device, slots)
     # Another may hold more answer tokens. What a token and what the head takes for such a one is known now.
     token = first.activation_bytes / (longest.rows * longest.length)
     before = first.weights_bytes + first.adapter_bytes + first.optimizer_bytes + first.activation_bytes
@@ -187,20 +187,20 @@ def predict(
     other = max(shapes, key=lambda shape: shape.rows * shape.length * token + shape.answer_tokens * answer)
     if other == longest:
         return first
-    return max(first, _trace(adapted, config, other, device, lanes), key=lambda one: one.peak_bytes)
+    return max(first, _trace(adapted, config, other, device, slots), key=lambda one: one.peak_bytes)
 
 
 def _trace(
-    adapted: Any, config: TrainConfig, shape: Shape, device: str, lanes: Mapping[str, TrainConfig] | None
+    adapted: Any, config: TrainConfig, shape: Shape, device: str, slots: Mapping[str, TrainConfig] | None
 ) -> Prediction:
     batch = meta_batch(adapted, shape)
-    if lanes is None:
+    if slots is None:
         with as_trained(adapted, config, device):
             return _traced(adapted, config, batch, device, [training_optimizer.make_optimizer(adapted, config)], None)
-    pack = Pack(adapted, [*lanes], seed=0, stacked=device == "cuda")
+    pack = Pack(adapted, [*slots], seed=0, stacked=device == "cuda")
     try:
-        weights = {name: list(pack.weights(name).values()) for name in lanes}
-        optimizers = [training_optimizer.make_optimizer(nn.Module(), one, weights[name]) for name, one in lanes.items()]
+        weights = {name: list(pack.weights(name).values()) for name in slots}
+        optimizers = [training_optimizer.make_optimizer(nn.Module(), one, weights[name]) for name, one in slots.items()]
         return _traced(adapted, config, pack.for_all(batch), device, optimizers, pack)
     finally:
         pack.close()

@@ -184,9 +184,9 @@ def _freeze_beside_text(base: PreTrainedModel) -> None:
                 parameter.requires_grad_(False)
 
 
-def attach_lanes(
+def attach_slots(
     base: PreTrainedModel,
-    lanes: Mapping[str, tuple[PeftConfig, TargetsConfig]],
+    slots: Mapping[str, tuple[PeftConfig, TargetsConfig]],
     seed: int,
     roles: Roles,
     *,
@@ -197,12 +197,12 @@ def attach_lanes(
     Raises:
         InputError: as ``attach``.
     """
-    for method, targets in lanes.values():  # all of them before the first changes what the base has
+    for method, targets in slots.values():  # all of them before the first changes what the base has
         _aim(method, base, target_modules(base, targets, roles), targets, roles)
         method.task_type = method.task_type or TaskType.CAUSAL_LM
     adapted: Any = None
     try:
-        for name, (method, _) in lanes.items():
+        for name, (method, _) in slots.items():
             torch.manual_seed(seed)
             with names_as_written():
                 if adapted is None:

@@ -7,7 +7,7 @@ layer whose output is the model's logits, the product with its weight and the cr
 few rows at a time, with the gradient of the hidden states made in the forward (``linear_cross_entropy``).
 
 Kernels that do the same were looked at. Liger's FusedLinearCrossEntropy and Apple's cut-cross-entropy are written in
-Triton, so that a CPU needs another way anyway. Under ``reduction="none"``, which the lanes of a pack need for a loss
+Triton, so that a CPU needs another way anyway. Under ``reduction="none"``, which the slots of a pack need for a loss
 of each, Liger's gave every token the gradient weight of the first until the middle of 2026
 (github.com/linkedin/Liger-Kernel, issues 338 and 968, pull request 1298). What they save beyond this is the chunk
 of logits, which is at most ``CHUNK`` numbers here.

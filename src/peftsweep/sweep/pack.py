@@ -2,7 +2,7 @@
 
 What is alike in them is done once: the base is loaded, the rows are read, the base is scored. Then their
 adapters are trained together (packed.py), and each is evaluated, saved and recorded as a trial alone is. Its numbers
-are those of the trial alone within rounding, not to the bit (lanes.py says why).
+are those of the trial alone within rounding, not to the bit (slots.py says why).
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from peftsweep.study import record, store
 from peftsweep.study.record import Result, Status
 from peftsweep.sweep.packing import shared_settings
 from peftsweep.training import checkpoint, packed
-from peftsweep.training.lanes import Pack
+from peftsweep.training.slots import Pack
 from peftsweep.trial import done as trial_done
 from peftsweep.trial import outcome, task
 from peftsweep.trial.session import Answers, Session
 
 log = logging.getLogger(__name__)
-MIN_PACK_SPEEDUP = 1.1  # in the probe, which leaves out what each lane does by itself in a step
+MIN_PACK_SPEEDUP = 1.1  # in the probe, which leaves out what each slot does by itself in a step
 
 
 # ---- the pack --------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ _SPEEDUPS: dict[str, float] = {}  # of packs that this process has tried out
 
 
 class _SharedFailure(Exception):
-    """What the lanes share has failed."""
+    """What the slots share has failed."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(record.one_line(error))
@@ -125,7 +125,7 @@ class _SharedFailure(Exception):
 
 
 class _Everyone(Observer):
-    """Tells every lane's observer what all do together."""
+    """Tells every slot's observer what all do together."""
 
     def __init__(self, observers: Sequence[Observer]) -> None:
         self._observers = observers
@@ -135,7 +135,7 @@ class _Everyone(Observer):
             observer.stage(name)
 
 
-class _Lane:
+class _Slot:
     """One trial of a pack: its session, and how it has ended."""
 
     def __init__(self, name: str, one: Trial, observer: Observer, device: torch.device) -> None:
@@ -186,8 +186,8 @@ class _Pack:
         self.start = time.perf_counter()
         self.meter = Meter(device)
         self.everyone = _Everyone(observers)
-        self.lanes = [
-            _Lane(f"lane{number}", one, observer, device)
+        self.slots = [
+            _Slot(f"slot{number}", one, observer, device)
             for number, (one, observer) in enumerate(zip(trials, observers, strict=True))
         ]
 
@@ -197,166 +197,166 @@ class _Pack:
         Raises:
             _SharedFailure: what they share has failed; nothing is recorded of those that it hit.
         """
-        with outcome.logged(*(lane.place / "trial.log" for lane in self.lanes)), current(self.meter.device):
-            for lane in self.lanes:
-                if lane.trial.config.tracker:
-                    lane.tracker.start(partial(build.tracker, lane.trial, lane.place), record.flat(lane.result.config))
-                with lane.own():
-                    lane.session.refuse()
+        with outcome.logged(*(slot.place / "trial.log" for slot in self.slots)), current(self.meter.device):
+            for slot in self.slots:
+                if slot.trial.config.tracker:
+                    slot.tracker.start(partial(build.tracker, slot.trial, slot.place), record.flat(slot.result.config))
+                with slot.own():
+                    slot.session.refuse()
             try:
                 self._train()
                 self._judge()
-                for lane in self._alive():
-                    lane.save()
+                for slot in self._alive():
+                    slot.save()
                 self._evaluate()
-                answers = {lane.name: self._keep(lane) for lane in self._alive()}
+                answers = {slot.name: self._keep(slot) for slot in self._alive()}
                 self._let_go()
-                for lane in self._alive():
-                    with lane.own():
-                        lane.session.compare(answers[lane.name])
+                for slot in self._alive():
+                    with slot.own():
+                        slot.session.compare(answers[slot.name])
                         if self._measure:
-                            lane.session.measure()
+                            slot.session.measure()
             except BaseException as error:
-                for lane in self._alive():
-                    lane.fail(error, self.meter.current or lane.meter.current)
-                for lane in self.lanes:
-                    lane.drop() if isinstance(error, _SharedFailure | study_claims.Claimed) else lane.end(self.start)
+                for slot in self._alive():
+                    slot.fail(error, self.meter.current or slot.meter.current)
+                for slot in self.slots:
+                    slot.drop() if isinstance(error, _SharedFailure | study_claims.Claimed) else slot.end(self.start)
                 raise
-            results = [lane.end(self.start) for lane in self.lanes]
+            results = [slot.end(self.start) for slot in self.slots]
         outcome.empty(self.meter.device)
         return results
 
     def _train(self) -> None:
-        lanes = self._alive()
-        if not lanes:
+        slots = self._alive()
+        if not slots:
             return
-        lead = Session(lanes[0].trial, copy.deepcopy(lanes[0].result), self.meter, self.everyone)
+        lead = Session(slots[0].trial, copy.deepcopy(slots[0].result), self.meter, self.everyone)
         try:
             lead.load()
             lead.read()
-            if any(lane.session.rung_step(len(lead.tokens)) is None for lane in lanes):
+            if any(slot.session.rung_step(len(lead.tokens)) is None for slot in slots):
                 lead.score_base()
             with lead.stage("attach"):
-                lead.adapted = build.attach_lanes({lane.name: lane.trial for lane in lanes}, lead.base)
-            predicted = forecast.together([lane.trial for lane in lanes], lead.tokens)
+                lead.adapted = build.attach_slots({slot.name: slot.trial for slot in slots}, lead.base)
+            predicted = forecast.together([slot.trial for slot in slots], lead.tokens)
             if self._probe:
-                self._try_out(lead, lanes)
-            for lane in lanes:
-                lane.session.share(lead)
-                lane.session.info["coverage"] = build.coverage_of(lead.adapted, lane.name)
-            ended = self._trained(lead, lanes)
+                self._try_out(lead, slots)
+            for slot in slots:
+                slot.session.share(lead)
+                slot.session.info["coverage"] = build.coverage_of(lead.adapted, slot.name)
+            ended = self._trained(lead, slots)
         except Exception as error:
             raise _SharedFailure(error) from error
-        for lane in lanes:
-            self._note(lane, lanes, ended[lane.name])
+        for slot in slots:
+            self._note(slot, slots, ended[slot.name])
             if predicted:
-                lane.result.memory["packed_predicted"] = predicted.facts()
+                slot.result.memory["packed_predicted"] = predicted.facts()
 
-    def _try_out(self, lead: Session, lanes: Sequence[_Lane]) -> None:
-        """Raise unless the lanes are faster together, by what was found for such a pack before, or by trying it."""
-        key = content_hash([shared_settings(lead.trial), len(lanes)])
+    def _try_out(self, lead: Session, slots: Sequence[_Slot]) -> None:
+        """Raise unless the slots are faster together, by what was found for such a pack before, or by trying it."""
+        key = content_hash([shared_settings(lead.trial), len(slots)])
         if key not in _SPEEDUPS:
             with lead.stage("probe"):
-                names, config = [lane.name for lane in lanes], lead.config.train
+                names, config = [slot.name for slot in slots], lead.config.train
                 _SPEEDUPS[key] = packed.speedup(
                     cast(PeftModel, lead.adapted), names, lead.tokens, config, pad_id=lead.pad_id, meter=self.meter
                 )
-        log.info("%d together are %.2f times as fast as one by one", len(lanes), _SPEEDUPS[key])
+        log.info("%d together are %.2f times as fast as one by one", len(slots), _SPEEDUPS[key])
         if _SPEEDUPS[key] < MIN_PACK_SPEEDUP:
             raise NotWorthIt(f"together they would be {_SPEEDUPS[key]:.2f} times as fast as one by one")
 
-    def _trained(self, lead: Session, lanes: Sequence[_Lane]) -> dict[str, packed.Ended]:
+    def _trained(self, lead: Session, slots: Sequence[_Slot]) -> dict[str, packed.Ended]:
         with lead.stage("train"), ExitStack() as files:
             return packed.train_packed(
                 cast(PeftModel, lead.adapted),
                 lead.tokens,
                 [
-                    packed.Lane(
-                        name=lane.name,
-                        config=lane.trial.config.train,
-                        checkpoints=lane.session.checkpoints(),
-                        log=partial(lane.session.log_step, files.enter_context(lane.session.steps())),
-                        validate=lane.session.validation(),
-                        stop_at=lane.session.stop_at,
-                        prune=lane.session.prune(),
+                    packed.Slot(
+                        name=slot.name,
+                        config=slot.trial.config.train,
+                        checkpoints=slot.session.checkpoints(),
+                        log=partial(slot.session.log_step, files.enter_context(slot.session.steps())),
+                        validate=slot.session.validation(),
+                        stop_at=slot.session.stop_at,
+                        prune=slot.session.prune(),
                     )
-                    for lane in lanes
+                    for slot in slots
                 ],
                 pad_id=lead.pad_id,
                 seed=lead.config.seed,
                 meter=self.meter,
             )
 
-    def _note(self, lane: _Lane, lanes: Sequence[_Lane], ended: packed.Ended) -> None:
-        """What the lane has come to. What it took is the pack's, and stands where no trial's own figure stands."""
-        session, stages = lane.session, self.meter.stages
-        cast(PeftModel, session.adapted).set_adapter(lane.name)
+    def _note(self, slot: _Slot, slots: Sequence[_Slot], ended: packed.Ended) -> None:
+        """What the slot has come to. What it took is the pack's, and stands where no trial's own figure stands."""
+        session, stages = slot.session, self.meter.stages
+        cast(PeftModel, session.adapted).set_adapter(slot.name)
         trainable = parts.count(session.adapted).trainable
-        lane.result.run_info["packed_with"] = [other.place.name for other in lanes if other is not lane]
+        slot.result.run_info["packed_with"] = [other.place.name for other in slots if other is not slot]
         session.info |= {"trainable_parameters": trainable, "steps": ended.trained.steps}
         session.info["total_parameters"] = session.info["base_parameters"] + trainable
         session.info |= outcome.train_info(ended.trained)
         session.info |= outcome.train_cost(ended.trained)
         took = {f"{name}_seconds": one.seconds for name, one in stages.items() if name != "train"}
         session.info["packed"] = session.info.get("packed", {}) | took
-        lane.result.memory |= {f"packed_{name}": one.memory() for name, one in stages.items()}
+        slot.result.memory |= {f"packed_{name}": one.memory() for name, one in stages.items()}
         if ended.error is not None:
-            lane.fail(ended.error, "train")
+            slot.fail(ended.error, "train")
             return
         session.note_stop(ended.trained)
         if session.stopped_early:
-            lane.status = Status.stopped
+            slot.status = Status.stopped
 
     def _judge(self) -> None:
         """End those that have come to their rung."""
-        for lane in self._alive():
-            if lane.session.stop_at is not None:
-                with lane.own():
-                    lane.session.judge()
-                    lane.status = Status.stopped
+        for slot in self._alive():
+            if slot.session.stop_at is not None:
+                with slot.own():
+                    slot.session.judge()
+                    slot.status = Status.stopped
 
     def _evaluate(self) -> None:
-        """Evaluate the lanes, what is asked of each asked of all at once; so what it took is the pack's."""
-        lanes = self._alive()
-        if not lanes:
+        """Evaluate the slots, what is asked of each asked of all at once; so what it took is the pack's."""
+        slots = self._alive()
+        if not slots:
             return
-        together = Pack(cast(PeftModel, lanes[0].session.adapted), [lane.name for lane in lanes])
+        together = Pack(cast(PeftModel, slots[0].session.adapted), [slot.name for slot in slots])
         try:
-            for lane in lanes:
-                with lane.own(), together.asked(lane.name):
-                    lane.session.evaluate()
+            for slot in slots:
+                with slot.own(), together.asked(slot.name):
+                    slot.session.evaluate()
         finally:
             together.close()
-        self._note_evaluations(lanes)
+        self._note_evaluations(slots)
 
-    def _note_evaluations(self, lanes: Sequence[_Lane]) -> None:
-        """What they took, which was measured with the lane that asked first, is that of the pack."""
+    def _note_evaluations(self, slots: Sequence[_Slot]) -> None:
+        """What they took, which was measured with the slot that asked first, is that of the pack."""
         whole = self.meter.stages["eval"] = Stage()
-        for lane in lanes:
-            whole.add(lane.meter.stages.pop("eval", Stage()))
-        for lane in lanes:
-            lane.session.info["packed"]["eval_seconds"] = whole.seconds
-            lane.result.memory["packed_eval"] = whole.memory()
-        for name in lanes[0].session.tests:
-            found = [lane.result.eval_info[name] for lane in lanes]
+        for slot in slots:
+            whole.add(slot.meter.stages.pop("eval", Stage()))
+        for slot in slots:
+            slot.session.info["packed"]["eval_seconds"] = whole.seconds
+            slot.result.memory["packed_eval"] = whole.memory()
+        for name in slots[0].session.tests:
+            found = [slot.result.eval_info[name] for slot in slots]
             seconds = sum(one.pop("seconds", 0.0) for one in found)
             for one in found:
                 one["packed_seconds"] = seconds
                 for peak in ("allocated_peak", "rss_peak"):
                     one.pop(peak, None)
 
-    def _keep(self, lane: _Lane) -> Answers | None:
+    def _keep(self, slot: _Slot) -> Answers | None:
         answers = None
-        with lane.own():
-            cast(PeftModel, lane.session.adapted).set_adapter(lane.name)
-            lane.session.score_scaled()
-            answers = lane.session.keep()
+        with slot.own():
+            cast(PeftModel, slot.session.adapted).set_adapter(slot.name)
+            slot.session.score_scaled()
+            answers = slot.session.keep()
         return answers
 
     def _let_go(self) -> None:
-        for lane in self.lanes:
-            if hasattr(lane.session, "adapted"):  # which one that was refused has not
-                lane.session.let_go()
+        for slot in self.slots:
+            if hasattr(slot.session, "adapted"):  # which one that was refused has not
+                slot.session.let_go()
 
-    def _alive(self) -> list[_Lane]:
-        return [lane for lane in self.lanes if lane.status is None]
+    def _alive(self) -> list[_Slot]:
+        return [slot for slot in self.slots if slot.status is None]

@@ -18,7 +18,7 @@ from peftsweep.models import model
 from peftsweep.schema import Capture, Task, TrainConfig
 from peftsweep.training import optimizer
 
-# What lanes of a pack may differ in: of a LoRA's configuration, and of its training.
+# What slots of a pack may differ in: of a LoRA's configuration, and of its training.
 ADAPTER = ("r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights", "rank_pattern", "alpha_pattern")
 TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 PER_TRIAL = (
@@ -114,7 +114,7 @@ def _of_torch(config: TrainConfig) -> bool:
 
 
 def _base_drops(trial: Trial) -> bool:
-    """Its random numbers are drawn for all lanes at once, so that a lane's would depend on the others."""
+    """Its random numbers are drawn for all slots at once, so that a slot's would depend on the others."""
     key = content_hash(identity.model_identity(trial.config.model))
     if key not in _DROPS:
         try:

@@ -9,7 +9,7 @@ In 32 bits the numbers are PEFT's but for the order of sums. With 16-bit layers 
 bits: in bfloat16 the update differs by some 3 * 2**-9 of its size, beside the rounding of the sum, which is PEFT's too.
 Each layer is tried once, and left to PEFT where the output or a gradient is another.
 
-On a CPU a step takes 0.96 to 1.02 times as long, which is not worth other roundings than those of a pack's lanes; on an
+On a CPU a step takes 0.96 to 1.02 times as long, which is not worth other roundings than those of a pack's slots; on an
 H100 it took 0.88 (4-bit) to 1.03 times as long, and 0.91 to 0.97 of the memory (docs/measured.md).
 """
 

@@ -1,6 +1,6 @@
 """Several LoRA adapters trained at once on one frozen base, each to the numbers it would come to alone within rounding.
 
-The lanes of a pack see the same rows in the same order, in batches that hold them for all (lanes.py); each has its
+The slots of a pack see the same rows in the same order, in batches that hold them for all (slots.py); each has its
 own loss, clipping, optimizer, schedule, dropout and end.
 """
 
@@ -26,7 +26,6 @@ from peftsweep.schema import TrainConfig
 from peftsweep.study.claims import Claimed
 from peftsweep.training.checkpoint import Checkpoints, Interruption, OptimizerState
 from peftsweep.training.fused_lora import as_trained
-from peftsweep.training.lanes import Pack, adapter_weights
 from peftsweep.training.length import checkpoint_due
 from peftsweep.training.loop import batches
 from peftsweep.training.optimizer import (
@@ -35,6 +34,7 @@ from peftsweep.training.optimizer import (
     make_optimizer,
 )
 from peftsweep.training.run import WARMUP_LAPS, Prune, Row, Run, Trained
+from peftsweep.training.slots import Pack, adapter_weights
 
 # ---- the loop --------------------------------------------------------------------------------------
 
@@ -44,7 +44,7 @@ DEFAULT = "default"  # PEFT's name of an adapter that is alone
 
 
 @dataclass(frozen=True)
-class Lane:
+class Slot:
     """One trial of a pack: its adapter's name in the model, and what ``train.train`` is told of it."""
 
     name: str
@@ -58,46 +58,46 @@ class Lane:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a lane ended: what it did (its step times are those of the whole pack), and the error that ended it early."""
+    """How a slot ended: what it did (its step times are those of the whole pack), and the error that ended it early."""
 
     trained: Trained
     error: Exception | None = None
 
 
 def train_packed(
-    model: PeftModel, rows: Sequence[Tokens], lanes: Sequence[Lane], *, pad_id: int, seed: int, meter: Meter
+    model: PeftModel, rows: Sequence[Tokens], slots: Sequence[Slot], *, pad_id: int, seed: int, meter: Meter
 ) -> dict[str, Ended]:
-    """Train the adapters of ``lanes`` in one loop, each as ``train.train`` would alone; the rest as for that.
+    """Train the adapters of ``slots`` in one loop, each as ``train.train`` would alone; the rest as for that.
 
-    How near the losses come to those of the trial alone is said in lanes.py.
+    How near the losses come to those of the trial alone is said in slots.py.
 
-    What the lanes' configurations say of batches, autocast, checkpointing and padding must be the same. A lane that
-    has taken its steps, or whose loss is no longer finite, or that fails in its own part, leaves the pack. The lanes
+    What the slots' configurations say of batches, autocast, checkpointing and padding must be the same. A slot that
+    has taken its steps, or whose loss is no longer finite, or that fails in its own part, leaves the pack. The slots
     go on from checkpoints of the same step, which each may have written in a pack or alone; where one is due, each
     writes one.
 
     Raises:
         ValueError: the checkpoints are of different steps.
     """
-    laps, shared = Laps(meter.device), lanes[0].config
-    pack = Pack(model, [lane.name for lane in lanes], seed)
+    laps, shared = Laps(meter.device), slots[0].config
+    pack = Pack(model, [slot.name for slot in slots], seed)
     ended: dict[str, Ended] = {}
     enable_checkpointing(model, shared.checkpointing)
     model.train()
     narrowed = autocast(shared, meter.device)
-    due = {lane.config.checkpoint_every: checkpoint_due(lane.config, len(rows)) for lane in lanes if lane.checkpoints}
+    due = {slot.config.checkpoint_every: checkpoint_due(slot.config, len(rows)) for slot in slots if slot.checkpoints}
     with closing(pack), Interruption(wanted=bool(due)) as interruption:
-        running = [_LaneRun(lane, pack, rows, laps, meter) for lane in lanes]
+        running = [_SlotRun(slot, pack, rows, laps, meter) for slot in slots]
         step, *others = {one.step for one in running}
         if others:
-            raise ValueError(f"lanes cannot go on together from different steps: {sorted([step, *others])}")
+            raise ValueError(f"slots cannot go on together from different steps: {sorted([step, *others])}")
         stream = batches(rows, shared, pad_id=pad_id, seed=seed, device=meter.device, first=step)
         while True:
             leaving = [one for one in running if one.over]
             running = [one for one in running if one not in leaving]
             if leaving:
-                pack.leave([one.lane.name for one in leaving])
-                ended |= {one.lane.name: one.end() for one in leaving}
+                pack.leave([one.slot.name for one in leaving])
+                ended |= {one.slot.name: one.end() for one in leaving}
             if not running:
                 break
             interruption.deliver()  # when the weights of those that have left are on the disk
@@ -126,11 +126,11 @@ def train_packed(
             pack.forget()
             for one, loss in zip(running, losses, strict=True):
                 one.count(loss, micro_batches, len(running))
-            as_lane = pack.asked if all(one.validation_due for one in running) else pack.alone
+            as_slot = pack.asked if all(one.validation_due for one in running) else pack.alone
             for one in running:
                 if one.error is None:
                     with one.isolated():
-                        one.report(model, partial(as_lane, one.lane.name))
+                        one.report(model, partial(as_slot, one.slot.name))
             now = [check(step) for check in due.values()]  # each of them, as they remember when they were asked
             for one in running:
                 if any(now) or interruption.pending or one.over:
@@ -144,7 +144,7 @@ def speedup(
 ) -> float:
     """How many times as fast the adapters ``names`` take a step together as one by one; afterwards none has changed.
 
-    Whole steps, each lane's clipping and optimizer included, as these take as long together as one by one: on an H100
+    Whole steps, each slot's clipping and optimizer included, as these take as long together as one by one: on an H100
     a probe of forward and backward alone said 4.33 where steps were 1.67 times as fast. The batch is the longest of the
     first ones. Both sides are warmed up, and timed in turn, twice, by the device's clock.
     """
@@ -156,10 +156,10 @@ def speedup(
     weights = {name: weight for one in names for name, weight in adapter_weights(model, one).items()}
     kept = {name: weight.detach().clone() for name, weight in weights.items()}
     seconds: dict[int, list[float]] = {1: [], len(names): []}
-    for lanes, took in [*seconds.items()] * 2:
+    for slots, took in [*seconds.items()] * 2:
         took += (
             _alone(model, names[0], batch, config, meter)
-            if lanes == 1
+            if slots == 1
             else _together(model, names, batch, config, meter)
         )
     with torch.no_grad():
@@ -182,18 +182,18 @@ def _together(model: PeftModel, names: Sequence[str], batch: Batch, config: Trai
     """The seconds of some warmed-up steps of these adapters as a pack."""
     with closing(Pack(model, names, seed=0)) as pack:
         weights = [list(pack.weights(name).values()) for name in names]
-        lanes = [(own, make_optimizer(nn.Module(), config, own)) for own in weights]
-        return _timed(lambda: answer_losses(model, pack.for_all(batch)), lanes, pack.zero_grad, config, meter)
+        slots = [(own, make_optimizer(nn.Module(), config, own)) for own in weights]
+        return _timed(lambda: answer_losses(model, pack.for_all(batch)), slots, pack.zero_grad, config, meter)
 
 
 def _timed(
     losses: Callable[[], torch.Tensor],
-    lanes: Sequence[tuple[list[nn.Parameter], torch.optim.Optimizer]],
+    slots: Sequence[tuple[list[nn.Parameter], torch.optim.Optimizer]],
     zero_grad: Callable[[], None],
     config: TrainConfig,
     meter: Meter,
 ) -> list[float]:
-    """The seconds of ``PROBES`` steps of ``lanes``, their weights and optimizers, after ``WARMUP_LAPS`` others."""
+    """The seconds of ``PROBES`` steps of ``slots``, their weights and optimizers, after ``WARMUP_LAPS`` others."""
     laps = Laps(meter.device)
     for _ in range(WARMUP_LAPS + PROBES):
         laps.start()
@@ -201,7 +201,7 @@ def _timed(
             loss = losses().sum()
         loss.backward()
         del loss
-        for weights, optimizer in lanes:
+        for weights, optimizer in slots:
             if config.clip:
                 nn.utils.clip_grad_norm_(weights, config.clip)
             optimizer.step()
@@ -210,24 +210,24 @@ def _timed(
     return laps.seconds()[WARMUP_LAPS:]
 
 
-class _LaneRun(Run):
-    """The training of one lane; what fails in its own part ends it alone."""
+class _SlotRun(Run):
+    """The training of one slot; what fails in its own part ends it alone."""
 
-    def __init__(self, lane: Lane, pack: Pack, rows: Sequence[Tokens], laps: Laps, meter: Meter) -> None:
+    def __init__(self, slot: Slot, pack: Pack, rows: Sequence[Tokens], laps: Laps, meter: Meter) -> None:
         weights = {
-            name.replace(f".{lane.name}.", f".{DEFAULT}."): weight for name, weight in pack.weights(lane.name).items()
+            name.replace(f".{slot.name}.", f".{DEFAULT}."): weight for name, weight in pack.weights(slot.name).items()
         }
-        optimizer = make_optimizer(nn.Module(), lane.config, list(weights.values()))
-        own = _LaneLaps(laps)
-        super().__init__(lane.config, len(rows), weights, optimizer, own, meter, lane.log, lane.validate, lane.prune)
-        self.lane, self._pack = lane, pack
+        optimizer = make_optimizer(nn.Module(), slot.config, list(weights.values()))
+        own = _SlotLaps(laps)
+        super().__init__(slot.config, len(rows), weights, optimizer, own, meter, slot.log, slot.validate, slot.prune)
+        self.slot, self._pack = slot, pack
         self._checkpointed = self.parts(
-            _Weights(weights), _OptimizerState(optimizer), _Dropout(pack.dropout(lane.name))
+            _Weights(weights), _OptimizerState(optimizer), _Dropout(pack.dropout(slot.name))
         )
-        if lane.checkpoints:
-            lane.checkpoints.restore(self._checkpointed)
+        if slot.checkpoints:
+            slot.checkpoints.restore(self._checkpointed)
         self.consider()
-        self._stop_at = self.steps if lane.stop_at is None else min(lane.stop_at, self.steps)
+        self._stop_at = self.steps if slot.stop_at is None else min(slot.stop_at, self.steps)
         self.error: Exception | None = None
 
     @property
@@ -237,7 +237,7 @@ class _LaneRun(Run):
 
     @contextmanager
     def isolated(self) -> Iterator[None]:
-        """What fails in the block ends this lane alone, unless it is the memory, which belongs to all."""
+        """What fails in the block ends this slot alone, unless it is the memory, which belongs to all."""
         try:
             yield
         except Exception as error:
@@ -247,30 +247,30 @@ class _LaneRun(Run):
 
     def save(self) -> None:
         """Write a checkpoint, as the trial alone would, unless it has come to its end."""
-        if self.lane.checkpoints and not self.complete and self.error is None:
+        if self.slot.checkpoints and not self.complete and self.error is None:
             with self.meter.stage("checkpoint"):
-                self.lane.checkpoints.save(self.step, self._checkpointed)
+                self.slot.checkpoints.save(self.step, self._checkpointed)
 
     def end(self) -> Ended:
         """What it has come to, once it has left the pack; the weights of a whole training are on the disk."""
         if self.error is None:
             self.restore_best()
         if self.stepped and self.error is None:
-            with self.isolated(), self._pack.alone(self.lane.name):
+            with self.isolated(), self._pack.alone(self.slot.name):
                 self.check(self._pack.model)
             self._pack.model.train()
         trained = self.trained()
-        if self.lane.checkpoints and self.stepped and self.complete and self.error is None:
+        if self.slot.checkpoints and self.stepped and self.complete and self.error is None:
             with self.meter.stage("save"):
-                self.lane.checkpoints.save(self.step, {"weights": self._checkpointed["weights"]}, vars(trained))
+                self.slot.checkpoints.save(self.step, {"weights": self._checkpointed["weights"]}, vars(trained))
         return Ended(trained, self.error)
 
 
 # ---- its checkpoint, which is that of the trial alone ----------------------------------------------
 
 
-class _LaneLaps(Laps):
-    """The laps of a pack, after those that a lane brings along."""
+class _SlotLaps(Laps):
+    """The laps of a pack, after those that a slot brings along."""
 
     def __init__(self, laps: Laps) -> None:
         self._before: list[float] = []
@@ -284,7 +284,7 @@ class _LaneLaps(Laps):
 
 
 class _Weights:
-    """What ``checkpoint.Weights`` keeps of a plain LoRA, of one lane."""
+    """What ``checkpoint.Weights`` keeps of a plain LoRA, of one slot."""
 
     def __init__(self, weights: dict[str, nn.Parameter]) -> None:
         self._weights = weights
@@ -315,7 +315,7 @@ class _OptimizerState(OptimizerState):
 
 
 class _Dropout:
-    """What ``checkpoint.Randomness`` keeps, with the numbers of one lane."""
+    """What ``checkpoint.Randomness`` keeps, with the numbers of one slot."""
 
     def __init__(self, generator: torch.Generator) -> None:
         self._generator = generator

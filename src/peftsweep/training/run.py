@@ -43,7 +43,9 @@ class Trained:
     best_step: int | None  # of the best validation by config.best_metric
     step_seconds: list[float]
     compilation: dict[str, Any] = field(default_factory=dict)  # facts of torch.compile and of capturing
-    lanes: list[int] = field(default_factory=list)  # how many trials took each step together
+    lanes: list[int] = field(
+        default_factory=list
+    )  # trials that took each step together, as records and checkpoints name them
     stopped: str | None = None  # why it ended before its last step: PATIENCE or PRUNED
 
     @property
@@ -59,7 +61,7 @@ class Trained:
     @property
     def share_seconds(self) -> float:
         """Of all step times, each divided by the trials that took part."""
-        return sum(seconds / lanes for seconds, lanes in zip(self.step_seconds, self.lanes, strict=True))
+        return sum(seconds / slots for seconds, slots in zip(self.step_seconds, self.lanes, strict=True))
 
 
 Row = dict[str, Any]  # of steps.jsonl
@@ -128,9 +130,9 @@ class Run:
         self.scaler.update()
         self._scheduler.step()
 
-    def count(self, loss: torch.Tensor, batches: Sequence[Batch], lanes: int = 1) -> None:
-        """Count a step of ``lanes`` trials together; ``loss`` is this one's, on the device."""
-        self.progress.add(loss, batches, lanes)
+    def count(self, loss: torch.Tensor, batches: Sequence[Batch], slots: int = 1) -> None:
+        """Count a step of ``slots`` trials together; ``loss`` is this one's, on the device."""
+        self.progress.add(loss, batches, slots)
         self.epoch.add(loss, batches)
         self._last = batches[-1]
 
@@ -225,9 +227,9 @@ class Progress:
     def validated(self, scores: dict[str, float], step: int, config: TrainConfig) -> None:
         self.validations.append((badness(scores, config.best_metric), scores["loss"], step))
 
-    def add(self, loss: torch.Tensor, batches: Sequence[Batch], lanes: int = 1) -> None:
+    def add(self, loss: torch.Tensor, batches: Sequence[Batch], slots: int = 1) -> None:
         self.step += 1
-        self.lanes.append(lanes)
+        self.lanes.append(slots)
         self.losses.append(loss)
         self.tokens += sum(batch.tokens for batch in batches)
         self.positions += sum(batch.input_ids.numel() for batch in batches)

@@ -1,16 +1,16 @@
 """Several LoRA adapters on one frozen base at once: a batch that holds the rows of all of them.
 
-The rows of a batch stand once for each lane, lane after lane; the base is multiplied with all of them at once
+The rows of a batch stand once for each slot, slot after slot; the base is multiplied with all of them at once
 (quantised weights are unpacked once for all), each adapter with its own.
 
-How near a lane comes to the trial alone. The last bits of a matrix product depend on the kernel that the library (on a
+How near a slot comes to the trial alone. The last bits of a matrix product depend on the kernel that the library (on a
 CPU MKL) takes for its shape and layout. On a CPU each adapter is therefore multiplied by itself, in the shapes and
-layouts of the trial alone: a step takes 0.92 to 1.02 times as long as with one batched product for all lanes, whose
+layouts of the trial alone: a step takes 0.92 to 1.02 times as long as with one batched product for all slots, whose
 ranks must be filled up to the largest (benchmarks/packing.py --arithmetic). The base's product has the rows of
-all lanes. MKL's kernels for AVX2 and AVX-512 were seen to sum up a row in the same order however many rows there are,
-so that a lane is the trial alone to the bit; its compatible ones (MKL_CBWR=COMPATIBLE) take another order for few rows.
-A product for each lane would make a step 2% to 8% longer on an unquantised base, and on a 4-bit one unpack the weights
-for each lane. What is promised is therefore a tolerance: in 32 bits the losses of the first 20 steps are those of the
+all slots. MKL's kernels for AVX2 and AVX-512 were seen to sum up a row in the same order however many rows there are,
+so that a slot is the trial alone to the bit; its compatible ones (MKL_CBWR=COMPATIBLE) take another order for few rows.
+A product for each slot would make a step 2% to 8% longer on an unquantised base, and on a 4-bit one unpack the weights
+for each slot. What is promised is therefore a tolerance: in 32 bits the losses of the first 20 steps are those of the
 trial alone within 1e-5 relative, which is 170 times the rounding of one operation (2**-24). On CUDA, where starting a
 kernel costs more than a small product, adapters are multiplied in one batch.
 """
@@ -37,7 +37,7 @@ from peftsweep.models.model import QUANTISED
 log = logging.getLogger(__name__)
 
 Found = TypeVar("Found")
-SELECTED_LANE = "peftsweep_lane"  # attribute of a pack's model, by which the lane that is asked is answered
+SELECTED_SLOT = "peftsweep_slot"  # attribute of a pack's model, by which the slot that is asked is answered
 
 
 class _Adapters(Protocol):
@@ -46,10 +46,10 @@ class _Adapters(Protocol):
     leaves: list[torch.Tensor]
     dtype: torch.dtype | None  # of the ``x`` that they are given; None: that of the base's output
 
-    def added(self, output: torch.Tensor, x: torch.Tensor, lanes: torch.Tensor | None) -> torch.Tensor:
-        """The base's ``output`` [lanes, rows, out] with what they add for ``x`` [adapters, rows, in].
+    def added(self, output: torch.Tensor, x: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor:
+        """The base's ``output`` [slots, rows, out] with what they add for ``x`` [adapters, rows, in].
 
-        ``lanes`` are those that have an adapter here, None: all.
+        ``slots`` are those that have an adapter here, None: all.
         """
 
 
@@ -65,13 +65,13 @@ class _Separate:
         for weight, leaf in zip(weights, self.leaves, strict=True) if trained else ():
             weight.grad = leaf.grad = torch.zeros_like(leaf)
 
-    def added(self, output: torch.Tensor, x: torch.Tensor, lanes: torch.Tensor | None) -> torch.Tensor:
+    def added(self, output: torch.Tensor, x: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor:
         """See ``_Adapters``."""
         parts = zip(x, self.leaves[::2], self.leaves[1::2], self._scales, strict=True)
         update = torch.stack([functional.linear(functional.linear(rows, a), b) * scale for rows, a, b, scale in parts])
         if self._quantised:
             update = update.to(output.dtype)  # PEFT adds in the base's format there, elsewhere in the adapter's
-        return output + update if lanes is None else output.to(update.dtype).index_add(0, lanes, update)
+        return output + update if slots is None else output.to(update.dtype).index_add(0, slots, update)
 
 
 class _Stacked:
@@ -100,11 +100,11 @@ class _Stacked:
         self.dtype: torch.dtype | None = None
         self._scale = torch.tensor([layer.scaling[name] for name in names], device=like.device)[:, None, None]
 
-    def added(self, output: torch.Tensor, x: torch.Tensor, lanes: torch.Tensor | None) -> torch.Tensor:
+    def added(self, output: torch.Tensor, x: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor:
         """See ``_Adapters``."""
         a, b = self.leaves
         inner, up = torch.bmm(x, a.mT.to(x.dtype)), (b * self._scale).to(x.dtype)
-        return torch.baddbmm(output, inner, up) if lanes is None else output.index_add(0, lanes, torch.bmm(inner, up))
+        return torch.baddbmm(output, inner, up) if slots is None else output.index_add(0, slots, torch.bmm(inner, up))
 
 
 @dataclass
@@ -112,18 +112,18 @@ class _Bank:
     """The adapters of one layer, and whose they are."""
 
     adapters: _Adapters
-    lanes: torch.Tensor | None  # the places in the pack of those that have an adapter here; None: all have
+    slots: torch.Tensor | None  # the places in the pack of those that have an adapter here; None: all have
     dropout: list[tuple[float, torch.Generator]]
 
 
-def of_lane(work: partial[list[Found]]) -> Found:
-    """What ``work``, a function of a model and further arguments that gives an answer a lane, says of its model.
+def of_slot(work: partial[list[Found]]) -> Found:
+    """What ``work``, a function of a model and further arguments that gives an answer a slot, says of its model.
 
-    ``work`` is told ``lanes``, how often it is to repeat the rows that it gives the model; of a model that is
+    ``work`` is told ``slots``, how often it is to repeat the rows that it gives the model; of a model that is
     no pack's, once.
     """
-    answer = getattr(work.args[0], SELECTED_LANE, None)
-    found: Found = work(lanes=1)[0] if answer is None else answer(work)
+    answer = getattr(work.args[0], SELECTED_SLOT, None)
+    found: Found = work(slots=1)[0] if answer is None else answer(work)
     return found
 
 
@@ -140,7 +140,7 @@ def adapter_weights(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
 class Pack:
     """The adapters ``names`` of ``model``, used together from here to ``close``; some may ``leave`` before.
 
-    A forward pass then takes a batch made by ``for_all``. ``seed`` is that of every lane's dropout; None: nothing
+    A forward pass then takes a batch made by ``for_all``. ``seed`` is that of every slot's dropout; None: nothing
     is trained, and no memory taken for gradients. ``stacked``: the adapters are multiplied in one batch, as is usual
     on CUDA, else each by itself.
     """
@@ -157,10 +157,10 @@ class Pack:
         self._generators = {name: torch.Generator(on).manual_seed(seed or 0) for name in names}
         self._layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
         self._banks: dict[Any, _Bank] = {}
-        self.gradients: list[torch.Tensor] = []  # of all lanes
+        self.gradients: list[torch.Tensor] = []  # of all slots
         self._packed = True
-        self._rows = 0  # of each lane, in this forward pass; 0: any number
-        self._answers: list[tuple[partial[Any], list[Any] | None]] = []  # of each lane, to what was asked of one
+        self._rows = 0  # of each slot, in this forward pass; 0: any number
+        self._answers: list[tuple[partial[Any], list[Any] | None]] = []  # of each slot, to what was asked of one
         self._fill()
         for layer in self._layers:
             vars(layer)["forward"] = partial(self._forward, layer)
@@ -171,7 +171,7 @@ class Pack:
         self._hooks = self._share_first_layers()
 
     def for_all(self, batch: Batch) -> Batch:
-        """``batch`` once for each lane, lane after lane, as the model takes it."""
+        """``batch`` once for each slot, slot after slot, as the model takes it."""
         self._rows = len(batch.input_ids)
         return batch.repeated(len(self.names))
 
@@ -206,34 +206,34 @@ class Pack:
 
     @contextmanager
     def asked(self, name: str) -> Iterator[None]:
-        """``alone``, for what all lanes will be asked: ``of_lane`` answers it for all at once, until ``forget``."""
-        setattr(self.model, SELECTED_LANE, partial(self._answer, self.names.index(name)))
+        """``alone``, for what all slots will be asked: ``of_slot`` answers it for all at once, until ``forget``."""
+        setattr(self.model, SELECTED_SLOT, partial(self._answer, self.names.index(name)))
         try:
             with self.alone(name):
                 yield
         finally:
-            delattr(self.model, SELECTED_LANE)
+            delattr(self.model, SELECTED_SLOT)
 
     def _answer(self, place: int, work: partial[list[Any]]) -> Any:
-        """The answer of the lane in that place, and of it alone where they cannot be asked together.
+        """The answer of the slot in that place, and of it alone where they cannot be asked together.
 
-        Lanes on 8-bit layers cannot: in an evaluation these round by all the rows that they are given at once.
+        Slots on 8-bit layers cannot: in an evaluation these round by all the rows that they are given at once.
         """
         if self._8bit:
-            return work(lanes=1)[0]
+            return work(slots=1)[0]
         question = (work.func, work.args, work.keywords)
         known = [answers for one, answers in self._answers if (one.func, one.args, one.keywords) == question]
         if not known:
             self._packed, self._rows = True, 0
             try:
-                known = [work(lanes=len(self.names))]
+                known = [work(slots=len(self.names))]
             except Exception as error:
-                log.warning("lanes are asked one by one, as together there is a %s: %s", type(error).__name__, error)
+                log.warning("slots are asked one by one, as together there is a %s: %s", type(error).__name__, error)
                 known = [None]
             finally:
                 self._packed = False
             self._answers.append((work, known[0]))
-        return work(lanes=1)[0] if known[0] is None else known[0][place]
+        return work(slots=1)[0] if known[0] is None else known[0][place]
 
     def forget(self) -> None:
         """The adapters have changed: what was asked before is to be answered anew."""
@@ -274,7 +274,7 @@ class Pack:
         self.gradients = []
 
     def _forward(self, layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The layer's output for the rows of all lanes: [lanes * rows, ..., out]."""
+        """The layer's output for the rows of all slots: [slots * rows, ..., out]."""
         if not self._packed:
             output: torch.Tensor = type(layer).forward(layer, x, *args, **kwargs)
             return output
@@ -282,31 +282,31 @@ class Pack:
         bank = self._banks.get(layer)
         if bank is None:
             return result
-        lanes = len(self.names)
-        if x.ndim != 3 or len(x) % lanes or self._rows not in (0, len(x) // lanes):
+        slots = len(self.names)
+        if x.ndim != 3 or len(x) % slots or self._rows not in (0, len(x) // slots):
             raise ValueError(f"a layer that is given {list(x.shape)} in place of all rows cannot be packed")
-        mine = x.reshape(lanes, -1, x.shape[-1])
-        mine = (mine if bank.lanes is None else mine[bank.lanes]).to(bank.adapters.dtype or result.dtype)
+        mine = x.reshape(slots, -1, x.shape[-1])
+        mine = (mine if bank.slots is None else mine[bank.slots]).to(bank.adapters.dtype or result.dtype)
         if layer.training and any(p for p, _ in bank.dropout):
             mine = mine * _noise(mine, bank.dropout)
-        added = bank.adapters.added(result.reshape(lanes, -1, result.shape[-1]), mine, bank.lanes)
+        added = bank.adapters.added(result.reshape(slots, -1, result.shape[-1]), mine, bank.slots)
         return added.reshape(result.shape).to(result.dtype)
 
     def _apart(self, module: Linear8bitLt) -> Linear8bitLt:
-        """Have an 8-bit layer of CUDA look at each lane by itself.
+        """Have an 8-bit layer of CUDA look at each slot by itself.
 
         Which columns it takes for outliers, and so how it rounds, depends on all rows that it is given at once.
         """
 
         def forward(x: torch.Tensor) -> torch.Tensor:
-            lanes = len(self.names) if self._packed and len(x) == len(self.names) * self._rows else 1
-            return torch.cat([Linear8bitLt.forward(module, part) for part in x.chunk(lanes)])
+            slots = len(self.names) if self._packed and len(x) == len(self.names) * self._rows else 1
+            return torch.cat([Linear8bitLt.forward(module, part) for part in x.chunk(slots)])
 
         vars(module)["forward"] = forward
         return module
 
     def _share_first_layers(self) -> list[Any]:
-        """Have the layers before the first adapted one see the rows once, as all lanes are the same there."""
+        """Have the layers before the first adapted one see the rows once, as all slots are the same there."""
         before = _before_the_adapters(self.model)
 
         def once(_: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -314,9 +314,9 @@ class Pack:
             return _each(lambda t: t[: self._rows] if self._packed and len(t) == every > 0 else t, (args, kwargs))
 
         def for_all(_: nn.Module, args: Any, kwargs: Any) -> Any:
-            lanes = len(self.names)
+            slots = len(self.names)
             return _each(
-                lambda t: torch.cat([t] * lanes) if self._packed and len(t) == self._rows else t, (args, kwargs)
+                lambda t: torch.cat([t] * slots) if self._packed and len(t) == self._rows else t, (args, kwargs)
             )
 
         hooks = [layer.register_forward_pre_hook(once, with_kwargs=True) for layer in before[:-1]]
@@ -324,9 +324,9 @@ class Pack:
 
 
 def _noise(x: torch.Tensor, dropout: Sequence[tuple[float, torch.Generator]]) -> torch.Tensor:
-    """What dropout multiplies ``x`` with, [adapters, rows, in]: on a CPU each lane's numbers are those of torch's own.
+    """What dropout multiplies ``x`` with, [adapters, rows, in]: on a CPU each slot's numbers are those of torch's own.
 
-    Every lane draws from its own generator, so that its numbers do not depend on the other lanes.
+    Every slot draws from its own generator, so that its numbers do not depend on the other slots.
     """
     noise = torch.ones_like(x)
     for mine, (p, generator) in zip(noise, dropout, strict=True):
