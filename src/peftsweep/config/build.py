@@ -73,7 +73,7 @@ def storage(trial: Trial) -> Any:
     """
     name = trial.config.model.name_or_path
     held = getattr(model.architecture(trial.config.model), "quantization_config", None)
-    said = held.to_dict() if hasattr(held, "to_dict") else held
+    said = held.to_dict() if held is not None and hasattr(held, "to_dict") else held
     if not said:
         return quantization(trial)
     library = str(said.get("quant_method", "a library that it does not name"))
