@@ -261,10 +261,6 @@ def _trade_off(ax: Any, good: pd.DataFrame, cost: Cost, score: str, styles: dict
     front = frontier_of(np.column_stack([x, y if columns.lower_is_better(score) else -y]).astype(float))
     ax.set_xlabel(name)
     ax.margins(x=0.12, y=0.1)
-    if spans_a_decade(x):
-        log_axis(ax.xaxis)
-    if columns.lower_is_better(score) and spans_a_decade(y):
-        log_axis(ax.yaxis)
     if len(rows) > EACH:
         ax.plot(
             x[~front], y[~front], color=FADED, marker=".", markersize=3, alpha=0.3, linestyle="none", rasterized=True
@@ -281,6 +277,10 @@ def _trade_off(ax: Any, good: pd.DataFrame, cost: Cost, score: str, styles: dict
     line = x[front].sort_values()
     if len(line) > 1:
         ax.plot(line, y[line.index], color=INK, linewidth=0.9, linestyle="--", zorder=1.5)
+    if spans_a_decade(x):  # now that the points are drawn, as their number of decades decides the ticks
+        log_axis(ax.xaxis)
+    if columns.lower_is_better(score) and spans_a_decade(y):
+        log_axis(ax.yaxis)
     best = y[line.index].sort_values(ascending=columns.lower_is_better(score)).index
     names = rows["label"][best]
     return x, y, names[names.str.len().cumsum() <= NAMED], line.index
