@@ -131,13 +131,13 @@ def test_seconds_are_drawn_in_the_unit_that_the_axis_names(seconds: float, shown
     assert seconds / factor == pytest.approx(shown)
 
 
-def test_ticks_of_a_frontier_over_many_decades_do_not_overlap() -> None:
+def test_a_frontier_over_many_decades_has_a_few_ticks() -> None:
     table = tables.trials({"config.method.r": list(range(1, 9))})
     table["train_info.adapter_bytes"] = [10.0**n for n in range(2, 10)]
     panel = dict(plot.figures(table, tables.steps(table)))["frontier_task"].axes[-1]
     low, high = panel.get_xlim()
     assert panel.get_xscale() == "log"
-    assert sum(low <= tick <= high for tick in panel.get_xticks()) <= 10
+    assert 2 <= sum(low <= tick <= high for tick in panel.get_xticks()) <= 10
 
 
 @pytest.mark.parametrize(("values", "wide"), [([1, 9.9], False), ([1, 10], True), ([0, 10], False), ([-1, 5], False)])
