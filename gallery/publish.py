@@ -1,7 +1,8 @@
 """Copy the answers of finished studies into the gallery: python gallery/publish.py ranks encoder
 
-Of multirun/gallery_NAME it takes RESULTS.md with its plots, answer.json, report.html and results.parquet, and writes date, hardware
-and hours into gallery/NAME/README.md and the table of gallery/README.md, so that no figure is typed.
+Of multirun/gallery_NAME it takes RESULTS.md with its plots, answer.json, report.html and results.parquet, and writes
+date, hardware and hours into gallery/NAME/README.md, and the tables of gallery/README.md and README.md, so that no
+figure is typed.
 """
 
 from __future__ import annotations
@@ -35,12 +36,17 @@ def publish(name: str) -> None:
     table.to_parquet(folder / "results.parquet")
     page = (study / "report.html").read_text(encoding="utf-8")
     (folder / "report.html").write_text(with_shared_scripts(page), encoding="utf-8")
-    answer = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
-    fill(folder / "README.md", "\n".join(f"- {fact}" for fact in facts(table)) + f"\n\n> {advice(answer)}\n")
+    fill(folder / "README.md", said(folder))
+
+
+def said(folder: Path) -> str:
+    """When, where and for how long a published study ran, and its advice."""
+    table = pd.read_parquet(folder / "results.parquet")
+    return "\n".join(f"- {fact}" for fact in facts(table)) + f"\n\n> {advice(folder)}\n"
 
 
 def with_shared_scripts(page: str) -> str:
-    """The page with its two libraries, 6 MB, outside of it: plotly's from its own address, that of tables beside the studies."""
+    """The page without its two libraries, 6 MB: plotly is at its own address, that of tables beside the studies."""
     source = f'<script src="https://cdn.plot.ly/plotly-{get_plotlyjs_version()}.min.js"></script>'
     page = page.replace(f"<script>{get_plotlyjs()}</script>", source)
     library = max(re.findall(r"<script>(.*?)</script>", page, re.S), key=len)
@@ -67,9 +73,42 @@ def hardware(trial: pd.Series[Any]) -> str:
     return f"{trial['meta_info.system.processor']}, {threads:.0f} thread, torch {trial['meta_info.torch.version']}"
 
 
-def advice(answer: dict[str, Any]) -> str:
-    """The sentence that says what to use."""
+def advice(folder: Path) -> str:
+    """The sentence of a published study that says what to use."""
+    answer = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
     return str(next(part for part in answer["sections"] if part["name"] == "use")["sentences"][0])
+
+
+def scores(folder: Path) -> list[str]:
+    """The table of the README: the configurations of the study of ranks beside its base, as answer.json has them."""
+    parts = {
+        part["name"]: part for part in json.loads((folder / "answer.json").read_text(encoding="utf-8"))["sections"]
+    }
+    judged = parts["certainty"]["facts"]["scores"]
+    names = [f"eval_info.{found['score']['evaluation']}.{found['score']['metric']}.value" for found in judged]
+    heads = ["configuration", *(found["score"]["name"] for found in judged), "trainable", "adapter", "training"]
+    lines = ["| " + " | ".join(heads) + " |", "|---|" + "--:|" * (len(heads) - 1)]
+    for row in sorted(parts["table"]["tables"][0]["rows"], key=lambda row: row[names[-1]]):
+        cells = [f"{figure(row[n])} [{figure(row[f'{n}.low'])}, {figure(row[f'{n}.high'])}]" for n in names]
+        cells += [f"{row['train_info.trainable_parameters']:,.0f}", f"{row['train_info.adapter_bytes'] / 1e6:.1f} MB"]
+        lines.append(f"| {row['configuration']} | {' | '.join(cells)} | {row['train_info.train_seconds']:.0f} s |")
+    trials = pd.read_parquet(folder / "results.parquet")
+    bases = [f"eval_info.{found['score']['evaluation']}.base_{found['score']['metric']}.value" for found in judged]
+    beside = {
+        f"the untouched base, {quant}": [*values]
+        for quant, values in trials.groupby("choices.quant")[bases].first().T.items()
+    }
+    beside |= {"always the most frequent answer": [found["majority"] for found in judged]}
+    beside |= {"guessing": [found["random"] for found in judged]}
+    for name, values in beside.items():
+        cells = ["" if value is None else figure(value) for value in values]
+        lines.append(f"| {name} | {' | '.join(cells)} | | | |")
+    return lines
+
+
+def figure(value: float) -> str:
+    """A score with the digits that it has room for."""
+    return f"{value:.3f}" if value < 1 else f"{value:,.1f}"
 
 
 def fill(page: Path, text: str) -> None:
@@ -77,21 +116,24 @@ def fill(page: Path, text: str) -> None:
     page.write_text(SHOWN.sub(lambda _: text, page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
-def index() -> None:
+def overview() -> list[str]:
     """The table of the gallery: a row a study that was run."""
     lines = ["| study | what to use | date | hardware | hours |", "|---|---|---|---|--:|"]
-    for file in sorted(GALLERY.glob("*/answer.json")):
-        table = pd.read_parquet(file.with_name("results.parquet"))
-        date, device, hours = (fact.partition(": ")[2] for fact in facts(table))
-        said = advice(json.loads(file.read_text(encoding="utf-8")))
-        name = file.parent.name
-        lines.append(f"| [{name}]({name}/README.md) | {said} | {date} | {device} | {hours.partition(',')[0]} |")
-    fill(GALLERY / "README.md", "\n".join(lines) + "\n")
-    unlinked = [re.sub(r"^\| \[(\w+)\]\([^)]*\)", r"| `\1`", line) for line in lines]
-    fill(GALLERY.parent / "docs" / "gallery.md", "\n".join(unlinked) + "\n")
+    for folder in sorted(file.parent for file in GALLERY.glob("*/answer.json")):
+        date, device, hours = (fact.partition(": ")[2] for fact in facts(pd.read_parquet(folder / "results.parquet")))
+        link = f"[{folder.name}]({folder.name}/README.md)"
+        lines.append(f"| {link} | {advice(folder)} | {date} | {device} | {hours.partition(',')[0]} |")
+    return lines
+
+
+def unlinked(lines: list[str]) -> list[str]:
+    """The table for a page of the documentation, whose links stay within it."""
+    return [re.sub(r"^\| \[(\w+)\]\([^)]*\)", r"| `\1`", line) for line in lines]
 
 
 if __name__ == "__main__":
     for study in sys.argv[1:]:
         publish(study)
-    index()
+    fill(GALLERY / "README.md", "\n".join(overview()) + "\n")
+    fill(GALLERY.parent / "docs" / "gallery.md", "\n".join(unlinked(overview())) + "\n")
+    fill(GALLERY.parent / "README.md", "\n".join(scores(GALLERY / "ranks")) + "\n")
