@@ -18,6 +18,9 @@ from typing import Any
 import pandas as pd
 from plotly.offline import get_plotlyjs, get_plotlyjs_version
 
+from peftsweep.analysis.table import columns
+from peftsweep.analysis.text import words
+
 GALLERY = Path(__file__).parent
 TABLES = "tables.js"  # the library that report.html sorts and filters with, once for all studies
 PRIVATE = ["run_info.host"]  # columns that say where a study ran and not what it found
@@ -89,26 +92,23 @@ def scores(folder: Path) -> list[str]:
     heads = ["configuration", *(found["score"]["name"] for found in judged), "trainable", "adapter", "training"]
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "--:|" * (len(heads) - 1)]
     for row in sorted(parts["table"]["tables"][0]["rows"], key=lambda row: row[names[-1]]):
-        cells = [f"{figure(row[n])} [{figure(row[f'{n}.low'])}, {figure(row[f'{n}.high'])}]" for n in names]
+        cells = [
+            f"{words.number(row[n])} [{words.number(row[f'{n}.low'])}, {words.number(row[f'{n}.high'])}]" for n in names
+        ]
         cells += [f"{row['train_info.trainable_parameters']:,.0f}", f"{row['train_info.adapter_bytes'] / 1e6:.1f} MB"]
         lines.append(f"| {row['configuration']} | {' | '.join(cells)} | {row['train_info.train_seconds']:.0f} s |")
     trials = pd.read_parquet(folder / "results.parquet")
     bases = [f"eval_info.{found['score']['evaluation']}.base_{found['score']['metric']}.value" for found in judged]
     beside = {
-        f"the untouched base, {quant}": [*values]
+        f"the untouched base, {columns.in_words(columns.QUANT, quant)}": [*values]
         for quant, values in trials.groupby("choices.quant")[bases].first().T.items()
     }
     beside |= {"always the most frequent answer": [found["majority"] for found in judged]}
     beside |= {"guessing": [found["random"] for found in judged]}
     for name, values in beside.items():
-        cells = ["" if value is None else figure(value) for value in values]
+        cells = ["" if value is None else words.number(value) for value in values]
         lines.append(f"| {name} | {' | '.join(cells)} | | | |")
     return lines
-
-
-def figure(value: float) -> str:
-    """A score with the digits that it has room for."""
-    return f"{value:.3f}" if value < 1 else f"{value:,.1f}"
 
 
 def fill(page: Path, text: str) -> None:

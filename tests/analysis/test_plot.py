@@ -131,6 +131,12 @@ def test_seconds_are_drawn_in_the_unit_that_the_axis_names(seconds: float, shown
     assert seconds / factor == pytest.approx(shown)
 
 
+def test_the_base_s_score_is_written_in_digits_where_it_is_far_from_what_is_compared() -> None:
+    table = tables.trials({"config.method.r": [8, 16, 32]})
+    table["eval_info.task.base_accuracy.value"] = 2288.4
+    assert "untouched base: 2,288" in texts("rank_task", table)
+
+
 def test_a_frontier_over_many_decades_has_a_few_ticks() -> None:
     table = tables.trials({"config.method.r": list(range(1, 9))})
     table["train_info.adapter_bytes"] = [10.0**n for n in range(2, 10)]

@@ -49,6 +49,7 @@ from peftsweep.analysis.statistics import trials as statistics_trials
 from peftsweep.analysis.statistics.frontier import front as frontier_of
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.columns import QUANT, RANK, TARGETS, Cost
+from peftsweep.analysis.text import words
 from peftsweep.study.atomic import replacing
 
 TASKS = 4  # pairs of model and dataset with figures: those of the most trials
@@ -359,7 +360,7 @@ def heatmap(merged: pd.DataFrame, score: str) -> Any:
     image = ax.imshow(np.ma.masked_invalid(best.astype(float)), cmap=dark_is_good, aspect="auto")
     for (row, method), (column, quant) in itertools.product(enumerate(order), enumerate(quants)):
         value: Any = best.iat[row, column]
-        text = str(why.get((method, quant), "n/a")) if pd.isna(value) else f"{value:.3g}"
+        text = str(why.get((method, quant), "n/a")) if pd.isna(value) else words.number(value)
         shade = 0.0 if pd.isna(value) else float(np.dot(image.cmap(image.norm(value))[:3], (0.3, 0.6, 0.1)))
         colour = FADED if pd.isna(value) else "white" if shade < 0.5 else "black"
         ax.text(column, row, text, ha="center", va="center", fontsize=7, color=INK if pd.isna(value) else colour)
