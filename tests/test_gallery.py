@@ -77,7 +77,7 @@ def test_conclusion_the_advice_on_pefts_results_is_in_a_tie_with_the_first_of_it
     answer = json.loads((folder("import") / "answer.json").read_text(encoding="utf-8"))
     use = next(part for part in answer["sections"] if part["name"] == "use")["facts"]
     accuracy, error = (found[f"eval_info.gsm8k.accuracy.{part}"] for part in ("value", "stderr"))
-    first, advised = accuracy.idxmax(), use["trials"][0]
+    first, advised = str(accuracy.idxmax()), str(use["trials"][0])
     assert advised != first
     assert accuracy[first] - accuracy[advised] < 2 * (error[first] ** 2 + error[advised] ** 2) ** 0.5
     assert found.loc[advised, "train_info.adapter_bytes"] < found.loc[first, "train_info.adapter_bytes"] / 10
