@@ -52,6 +52,15 @@ def test_conclusion_parameters_grow_with_the_rank_and_quality_by_perplexity_too(
     assert perplexity.loc[32] < perplexity.loc[2]
 
 
+def test_conclusion_methods_at_ten_times_their_rate_make_the_right_answers_far_likelier_than_the_base_does() -> None:
+    found = results("methods").query(
+        "`config.train.learning_rate_scale` == 10 and `choices.method` in ['lora', 'full']"
+    )
+    score = "eval_info.perplexity.perplexity.value"
+    assert len(found) == 2
+    assert (found[score] * 3 < found["eval_info.perplexity.base_perplexity.value"]).all()
+
+
 def test_conclusion_a_classifier_learns_its_task_with_each_method() -> None:
     found = results("encoder")
     gain = found["eval_info.sst2.accuracy.value"] - found["eval_info.sst2.majority"]
