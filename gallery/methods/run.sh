@@ -1,8 +1,7 @@
 #!/bin/sh
-# Which method, at which rate? Seven methods at its usual rate, three times and ten times it; the best third goes on.
+# Which method, at which rate? Seven methods at their usual rate, at three and at ten times it; the best third goes on.
 set -eu
-top=$(dirname "$0")/..
-peftsweep --config-dir "$top/ranks" study=gallery_methods model="${MODELS:-HuggingFaceTB}/SmolLM2-135M-Instruct" \
+peftsweep --config-dir gallery/ranks study=gallery_methods model="${MODELS:-HuggingFaceTB}/SmolLM2-135M-Instruct" \
     dataset=openbookqa dataset.reader=cloze.question dataset.missing=drop eval.openbookqa.reader=cloze.question \
     ${DATA:+dataset.path="$DATA/commonsense/commonsense_17k.jsonl"} ${DATA:+dataset.test_path="$DATA/commonsense/openbookqa_test.jsonl"} \
     ${DATA:+eval.openbookqa.path="$DATA/commonsense/openbookqa_test.jsonl"} 'eval=[openbookqa,perplexity]' \
