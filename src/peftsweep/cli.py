@@ -141,7 +141,10 @@ def _hydra() -> int:
     fill.register()
     if not {"-sc", "--shell-completion"} & set(sys.argv):
         sys.argv[1:] = _checked(sys.argv[1:])
-        command_line.import_from([*command_line.own_folders(sys.argv[1:]), Path.cwd()])
+        own = command_line.own_folders(sys.argv[1:])
+        command_line.import_from([*own, Path.cwd()])
+        # What a trial was told, which workers inherit: the command that repeats it must find the same options.
+        os.environ[store.OWN_OPTIONS] = str(own[-1]) if own else ""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would else print as ten lines
     try:
         hydra.main(version_base="1.3", config_path=fill.conf_dir(), config_name="config")(_task)()

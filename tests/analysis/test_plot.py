@@ -10,6 +10,7 @@ import pytest
 
 from peftsweep.analysis.figures import axes, page, plot
 from peftsweep.analysis.statistics import trials
+from peftsweep.analysis.table.columns import TRAINING_TIME
 from tests import tables
 
 METHODS, QUANTS = ["lora", "dora", "ia3"], ["none", "4bit"]
@@ -118,6 +119,31 @@ def test_a_pack_s_memory_is_no_trial_s_stage() -> None:
     assert part["memory.train.allocated_peak"].isna().tolist() == [False, True]
     assert part["train_info.train_seconds"].isna().tolist() == [False, True]
     assert part["memory.predicted.peak_bytes"].notna().all()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown", "unit"),
+    [(7200, 2, "h"), (7199, 7199 / 60, "min"), (300, 5, "min"), (299, 299, "s"), (1, 1, "s"), (0.5, 500, "ms")],
+)
+def test_seconds_are_drawn_in_the_unit_that_the_axis_names(seconds: float, shown: float, unit: str) -> None:
+    factor, name = TRAINING_TIME.scale(seconds)
+    assert name == f"training time ({unit})"
+    assert seconds / factor == pytest.approx(shown)
+
+
+def test_the_base_s_score_is_written_in_digits_where_it_is_far_from_what_is_compared() -> None:
+    table = tables.trials({"config.method.r": [8, 16, 32]})
+    table["eval_info.task.base_accuracy.value"] = 2288.4
+    assert "untouched base: 2,288" in texts("rank_task", table)
+
+
+def test_a_frontier_over_many_decades_has_a_few_ticks() -> None:
+    table = tables.trials({"config.method.r": list(range(1, 9))})
+    table["train_info.adapter_bytes"] = [10.0**n for n in range(2, 10)]
+    panel = dict(plot.figures(table, tables.steps(table)))["frontier_task"].axes[-1]
+    low, high = panel.get_xlim()
+    assert panel.get_xscale() == "log"
+    assert 2 <= sum(low <= tick <= high for tick in panel.get_xticks()) <= 10
 
 
 @pytest.mark.parametrize(("values", "wide"), [([1, 9.9], False), ([1, 10], True), ([0, 10], False), ([-1, 5], False)])

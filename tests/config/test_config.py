@@ -14,10 +14,12 @@ import pytest
 import yaml
 
 from peftsweep import InputError, cli
+from peftsweep.analysis.answer import build
 from peftsweep.config.calls import check_call
 from peftsweep.config.compose import Trial
 from peftsweep.config.fill import conf_dir
 from peftsweep.forecast import forecast
+from peftsweep.trial import done
 from tests import schemas
 
 Compose = Callable[..., Trial]
@@ -268,3 +270,16 @@ def test_a_user_brings_a_method_of_their_own(command: Command) -> None:
     code, out, err = command("--config-dir", "mine", "method=wide", "dry_run=true")
     assert (code, err) == (0, "")
     assert "tiny-wide-r64" in out
+
+
+def test_the_command_that_repeats_a_trial_names_the_folder_of_the_options_it_was_told(
+    command: Command, compose: Compose, tmp_path: Path
+) -> None:
+    for flag in (["--config-dir", "my options"], ["--config-dir=my options"], []):
+        Path("my options").mkdir(exist_ok=True)
+        assert command(*flag, "method.r=4", "dry_run=true")[0] == 0
+        for name, text in done.in_words(compose("method.r=4")).items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(text)
+        told = "'--config-dir=my options' " if flag else ""
+        assert build.command(tmp_path) == f"peftsweep {told}device=cpu method.r=4"

@@ -36,6 +36,7 @@ BASE = "base"  # in a study: what the untouched base scores and answers, a folde
 RESIDUAL = "base"  # beside an adapter: the base that it belongs to, where that is not the trial's
 MERGED = "merged"
 CHECKPOINTS = "checkpoints"
+OWN_OPTIONS = "PEFTSWEEP_CONFIG_DIR"  # the environment variable that tells workers the folder of --config-dir
 OURS = ("peftsweep.evaluation.evaluate.", "peftsweep.evaluate.")  # evaluations, all of which write a line a row
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 # What files of a study may meet, on a network's disk above all.

@@ -152,9 +152,16 @@ class Oversized(Refused):
 
 
 def in_words(trial: Trial) -> dict[str, str]:
-    """The files that Hydra would write: the composed configuration and the words of the command line."""
-    tree, words = OmegaConf.to_yaml(as_text(trial.tree)), OmegaConf.to_yaml(trial.overrides)
-    return {".hydra/config.yaml": tree, ".hydra/overrides.yaml": words}
+    """The files that Hydra would write: the composed configuration and the words of the command line.
+
+    Before the words stands the folder of the user's own options, without which they are not understood.
+    """
+    own = os.environ.get(store.OWN_OPTIONS)
+    words = [f"--config-dir={own}", *trial.overrides] if own else trial.overrides
+    return {
+        ".hydra/config.yaml": OmegaConf.to_yaml(as_text(trial.tree)),
+        ".hydra/overrides.yaml": OmegaConf.to_yaml(words),
+    }
 
 
 def _mend_words(trial: Trial, place: Path) -> None:

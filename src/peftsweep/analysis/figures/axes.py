@@ -12,6 +12,7 @@ import pandas as pd
 
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.columns import Cost
+from peftsweep.analysis.text import words
 from peftsweep.study.record import trials_in_words
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#7F7F7F")  # Okabe and Ito's
@@ -181,7 +182,7 @@ def _draw_base(ax: Any, base: float) -> None:
         ax.annotate("untouched base", (1, base), (-2, 2), xycoords=("axes fraction", "data"),
                     textcoords="offset points", ha="right", va="bottom", fontsize=6.5)  # fmt: skip
     else:
-        ax.set_title(f"untouched base: {base:.3g}", fontsize=7, loc="right")
+        ax.set_title(f"untouched base: {words.number(base)}", fontsize=7, loc="right")
 
 
 def _series_of(ax: Any, rows: pd.DataFrame, places: Any, styles: Any, *, dodge: float) -> None:

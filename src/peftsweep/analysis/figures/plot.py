@@ -49,6 +49,7 @@ from peftsweep.analysis.statistics import trials as statistics_trials
 from peftsweep.analysis.statistics.frontier import front as frontier_of
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.columns import QUANT, RANK, TARGETS, Cost
+from peftsweep.analysis.text import words
 from peftsweep.study.atomic import replacing
 
 TASKS = 4  # pairs of model and dataset with figures: those of the most trials
@@ -261,10 +262,6 @@ def _trade_off(ax: Any, good: pd.DataFrame, cost: Cost, score: str, styles: dict
     front = frontier_of(np.column_stack([x, y if columns.lower_is_better(score) else -y]).astype(float))
     ax.set_xlabel(name)
     ax.margins(x=0.12, y=0.1)
-    if spans_a_decade(x):
-        log_axis(ax.xaxis)
-    if columns.lower_is_better(score) and spans_a_decade(y):
-        log_axis(ax.yaxis)
     if len(rows) > EACH:
         ax.plot(
             x[~front], y[~front], color=FADED, marker=".", markersize=3, alpha=0.3, linestyle="none", rasterized=True
@@ -281,6 +278,10 @@ def _trade_off(ax: Any, good: pd.DataFrame, cost: Cost, score: str, styles: dict
     line = x[front].sort_values()
     if len(line) > 1:
         ax.plot(line, y[line.index], color=INK, linewidth=0.9, linestyle="--", zorder=1.5)
+    if spans_a_decade(x):  # now that the points are drawn, as their number of decades decides the ticks
+        log_axis(ax.xaxis)
+    if columns.lower_is_better(score) and spans_a_decade(y):
+        log_axis(ax.yaxis)
     best = y[line.index].sort_values(ascending=columns.lower_is_better(score)).index
     names = rows["label"][best]
     return x, y, names[names.str.len().cumsum() <= NAMED], line.index
@@ -359,7 +360,7 @@ def heatmap(merged: pd.DataFrame, score: str) -> Any:
     image = ax.imshow(np.ma.masked_invalid(best.astype(float)), cmap=dark_is_good, aspect="auto")
     for (row, method), (column, quant) in itertools.product(enumerate(order), enumerate(quants)):
         value: Any = best.iat[row, column]
-        text = str(why.get((method, quant), "n/a")) if pd.isna(value) else f"{value:.3g}"
+        text = str(why.get((method, quant), "n/a")) if pd.isna(value) else words.number(value)
         shade = 0.0 if pd.isna(value) else float(np.dot(image.cmap(image.norm(value))[:3], (0.3, 0.6, 0.1)))
         colour = FADED if pd.isna(value) else "white" if shade < 0.5 else "black"
         ax.text(column, row, text, ha="center", va="center", fontsize=7, color=INK if pd.isna(value) else colour)

@@ -25,9 +25,9 @@ MEASURED = ("train_info.", "memory.", "eval_info.", "generation_info.")
 FACTS = ("valid_fraction", "majority", "random", "seen_in_training", *OF_TEXTS)  # that explain a score and are none
 LESS = ("bytes", "parameters", "_peak", "_mean", "rss", "loss", "padding_fraction", "overhead.value")
 MORE = ("tokens_per_second", "speed_up")
-UNITS = {
-    "bytes": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")),
-    "seconds": ((7200.0, "h"), (300.0, "min"), (1.0, "s"), (1e-3, "ms")),
+UNITS = {  # from which value on, how much of the column's unit one is, and its sign
+    "bytes": ((1e9, 1e9, "GB"), (1e6, 1e6, "MB"), (1e3, 1e3, "kB")),
+    "seconds": ((7200.0, 3600.0, "h"), (300.0, 60.0, "min"), (1.0, 1.0, "s"), (1e-3, 1e-3, "ms")),
 }
 
 
@@ -41,8 +41,8 @@ class Cost:
 
     def scale(self, largest: float) -> tuple[float, str]:
         """What to divide values up to ``largest`` by, and the name with the unit they then have."""
-        for factor, sign in UNITS.get(self.unit, ()):
-            if largest >= factor:
+        for least, factor, sign in UNITS.get(self.unit, ()):
+            if largest >= least:
                 return factor, f"{self.name} ({sign})"
         return 1.0, f"{self.name} ({self.unit})" if self.unit else self.name
 
