@@ -27,6 +27,7 @@ from peftsweep.evaluation import decoding
 from peftsweep.evaluation.decoding import Written
 from peftsweep.evaluation.text import overlap, responses
 from peftsweep.models import model as models_model
+from peftsweep.observe import display
 from peftsweep.schema import ModelConfig
 from peftsweep.study import cautions
 from peftsweep.study.record import Result
@@ -187,6 +188,13 @@ def test_texts_that_are_empty_cut_or_that_rouge_cannot_read_are_told() -> None:
     facts = {"rougeL": {"value": 0.0, "stderr": 0.0, "n": 9}, "empty_texts": 2, "cut_texts": 3, "unread_references": 9}
     told = cautions.cautions({}, {"rouge": facts}, {})
     assert [line.partition(" rows ")[0] for line in told] == ["rouge: 2 of 9", "rouge: 3 of 9", "rouge: 9 of 9"]
+
+
+def test_statistics_are_shown_where_they_are_all_that_is_measured() -> None:
+    length = {"length_words": {"value": 3.0, "stderr": 0.5, "n": 9}, "base_length_words": {"value": 2.0}}
+    assert display.scores_line(length) == "length_words 3.000 ± 0.500 (base 2.000)"
+    rouge = {"headline": "rougeL", "rougeL": {"value": 0.25, "stderr": None, "n": 9}}
+    assert display.scores_line(length | rouge) == "rougeL 0.250"
 
 
 def test_a_reference_that_rouge_cannot_read_is_counted(base: Any, tokenizer: Any) -> None:

@@ -249,9 +249,10 @@ def _stop_line(stop: dict[str, Any]) -> str:
 def scores_line(scores: dict[str, Any]) -> str:
     """``accuracy 0.84 ± 0.03 (base 0.01, majority 0.50, chance 0.50)`` for each metric, the headline first."""
     parts = []
+    hidden = ("loss", *(OF_TEXTS if HEADLINE in scores else ()))  # which explain another figure
     for metric in sorted(scores, key=lambda metric: metric != scores.get(HEADLINE)):
         score = scores[metric]
-        silent = metric.startswith("base_") or metric.endswith("valid_fraction") or metric in ("loss", *OF_TEXTS)
+        silent = metric.startswith("base_") or metric.endswith("valid_fraction") or metric in hidden
         if silent or not _is_score(score):
             continue
         value, stderr = score["value"], score["stderr"]
