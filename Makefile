@@ -50,18 +50,18 @@ check: install  ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The studies of gallery/, and what makes a tenth of each. MODELS and DATA name folders where no hub is reached, PEFT a checkout of it.
+# The studies of gallery/, and what makes a part of each. MODELS and DATA name folders where no hub is reached, PEFT a checkout of it.
 STUDIES = ranks methods chat encoder import
-quick_ranks = seed=0 method.r=2,32 quant=none train.steps=20 eval.openbookqa.samples=30 eval.perplexity.samples=30
+quick_ranks = seed=0 method.r=2,32 quant=none train.steps=30 eval.openbookqa.samples=30 eval.perplexity.samples=30
 quick_methods = method=lora,full train.learning_rate_scale=10 halving.min_steps=null train.steps=10 eval.openbookqa.samples=20 eval.perplexity.samples=20
 quick_chat = dataset.turns=all train.learning_rate=1e-3 train.steps=20 eval.calls.samples=16 eval.answers.samples=16
-quick_encoder = seed=0 train.steps=40 eval.sst2.samples=200
+quick_encoder = seed=0 eval.sst2.samples=200
 
 gallery: install  ## runs the studies of the gallery whole, and copies their answers into it
 	for study in $(STUDIES); do PATH="$(CURDIR)/$(BIN):$$PATH" sh gallery/$$study/run.sh || exit 1; done
 	PATH="$(CURDIR)/$(BIN):$$PATH" python gallery/publish.py $(STUDIES)
 
-gallery-quick: install  ## a tenth of each study of the gallery, and the test of the conclusions that are certain
+gallery-quick: install  ## a part of each study of the gallery, in minutes, and the test of the conclusions that are certain
 	$(foreach study,ranks methods chat encoder,PATH="$(CURDIR)/$(BIN):$$PATH" sh gallery/$(study)/run.sh study=gallery_quick_$(study) $(quick_$(study)) &&) true
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh gallery/import/run.sh gallery_quick_import
 	PATH="$(CURDIR)/$(BIN):$$PATH" peftsweep-collect --no-plots $(STUDIES:%=multirun/gallery_quick_%)
