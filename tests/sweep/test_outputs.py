@@ -101,7 +101,7 @@ def test_collects_beside_a_running_sweep_read_what_is_there_and_disturb_nothing(
 def read_only_study(tmp_path: Path) -> Iterator[Path]:
     """A real study of four trials, on a file system that may only be read."""
     shutil.copytree(FIRST, study := tmp_path / "multirun" / "ranks")
-    mounted: list[str | Path] = ["mount", "--bind", "-o", "ro", study.parent, study.parent]
+    mounted = ["mount", "--bind", "-o", "ro", str(study.parent), str(study.parent)]
     if subprocess.run(mounted, capture_output=True).returncode:
         pytest.skip("a file system can be mounted by root only")
     yield study
