@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks import architectures as table
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -324,3 +325,9 @@ def test_a_checkpoint_of_another_library_is_said_to_be_untested(
     with caplog.at_level(logging.WARNING):
         assert build.storage(compose("model=causal_lm", f"model.name_or_path={folder}")) is None
     assert "is quantised by gptq: untested" in caplog.text
+
+
+def test_a_model_of_which_no_layer_can_be_quantised_is_not_called_quantised(compose: Compose, tmp_path: Path) -> None:
+    folder = table.write("falcon", Task.causal_lm, tmp_path / "falcon")
+    with pytest.raises(InputError, match=r"quant=4bit: no layer of .*falcon can be stored so; take quant=none"):
+        forecast.check(compose("model=causal_lm", f"model.name_or_path={folder}", "quant=4bit"))

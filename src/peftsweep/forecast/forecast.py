@@ -208,7 +208,11 @@ def _forecast(trial: Trial) -> Forecast:
 
 
 def _stored(trial: Trial) -> str:
-    """How much of the base is really quantised, in words."""
+    """How much of the base is really quantised, in words.
+
+    Raises:
+        InputError: nothing of it is.
+    """
     kept = build.storage(trial)
     if kept is None:
         return ""
@@ -217,7 +221,11 @@ def _stored(trial: Trial) -> str:
         base = skeleton(trial.config.model, kept, classes=len(trial.config.dataset.classes))
         weights = coverage.weights(base, trial.config.model.roles)
         total = sum(weight.size for weight in weights.values())
-        _STORED[key] = coverage.stored(coverage.quantised(weights), total)
+        found = coverage.quantised(weights)
+        if not found:  # of Falcon, whose layers are of a class of its own
+            kind = trial.config.model.name_or_path
+            raise InputError(f"quant={trial.choices['quant']}: no layer of {kind} can be stored so; take quant=none")
+        _STORED[key] = coverage.stored(found, total)
     return _STORED[key]
 
 
