@@ -386,7 +386,8 @@ def _of_expert(name: str) -> bool:
 
 def _known(roles: Roles) -> Roles:
     """``roles`` and the names that later architectures have."""
-    return {role: [*roles.get(role, []), *FURTHER_ROLES.get(role, [])] for role in {**roles, **FURTHER_ROLES}}
+    named = ((role, [*roles.get(role, []), *FURTHER_ROLES.get(role, [])]) for role in {**roles, **FURTHER_ROLES})
+    return {role: list(dict.fromkeys(names)) for role, names in named}
 
 
 def check_modules(base: PreTrainedModel, names: Sequence[str], key: str) -> None:
