@@ -207,6 +207,7 @@ def _task(cfg: DictConfig) -> None:
 def run_one(overrides: list[str]) -> Result:
     """The Python door: see ``peftsweep.run``."""
     check_platform()
+    from peftsweep.config import build
     from peftsweep.forecast import forecast
     from peftsweep.sweep import sweep
     from peftsweep.trial import done, task
@@ -216,7 +217,7 @@ def run_one(overrides: list[str]) -> Result:
         return sweep.planned(one)
     forecast.check(one)
     if done.finished(one) is None:
-        forecast.check_cached(one)
+        build.check_cached(one)
     with sweep.terminable():
         return task.run(one)
 

@@ -110,9 +110,9 @@ def checked(words: Sequence[str], conf: Path) -> list[str]:
 
 
 def check_twice(words: Sequence[str], conf: Path) -> None:
-    """Refuse two choices of one group, and two axes of one key, of which Hydra would take the last.
+    """Refuse two choices of one group, and a swept key that is given again, of which Hydra would take the last.
 
-    Of a plain key the last word counts, so that a script can end in the words that it was given.
+    After a plain value the last word counts, so that a script can end in the words that it was given.
 
     Raises:
         InputError: the line names both words.
@@ -125,7 +125,7 @@ def check_twice(words: Sequence[str], conf: Path) -> None:
             continue
         before, said[key] = said.get(key, word), word
         is_group = key.partition("/")[0] in groups  # or a folder in one: hydra/launcher, point/peft_comparison
-        if before != word and (is_group or any(_parsed(one).is_sweep_override() for one in (before, word))):
+        if before != word and (is_group or _parsed(before).is_sweep_override()):
             several = "several in brackets" if key in SEVERAL else "several to be swept after commas"
             advice = "" if key.startswith("hydra") else f", {several}"
             raise InputError(f"{before} {word}: {key} is given twice; give it once{advice}")

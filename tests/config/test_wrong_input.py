@@ -206,7 +206,7 @@ WRONG_WORDS = {
     "hydra/launcher=local hydra/launcher=slurm": "hydra/launcher is given twice; give it once",
     "+point/peft_comparison=a +point/peft_comparison=b": "point/peft_comparison is given twice",
     "method.r=8,16 method.r=32": "method.r=8,16 method.r=32: method.r is given twice",
-    "seed=0 seed=range(3)": "seed is given twice",
+    "seed=range(3) seed=0": "seed is given twice",
 }
 OF_HYDRA = (
     "antlr",

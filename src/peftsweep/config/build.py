@@ -39,7 +39,7 @@ from peftsweep.models import saved as models_saved
 from peftsweep.models.coverage import COVERAGE, Coverage
 from peftsweep.models.initialise import Setting
 from peftsweep.models.probe import Abilities
-from peftsweep.schema import Init, LossOn, Task
+from peftsweep.schema import DatasetConfig, Init, LossOn, RowsConfig, Task, ValidationConfig
 from peftsweep.study import record, store
 from peftsweep.study.atomic import make_way
 from peftsweep.study.reading import usable
@@ -423,3 +423,21 @@ def asked(trial: Trial, name: str, rows: list[data_rows.Row], tokenizer: PreTrai
     """Rows as ``eval.<name>`` shows them to the model."""
     examples = evaluations.test_examples(trial.config, name, rows)
     return evaluations.rendered(trial.config.dataset, examples, tokenizer, f"eval.{name}", "the test rows")
+
+
+def check_cached(trial: Trial) -> None:
+    """Where the hub does not answer: that all that the trial takes from it is in the local cache.
+
+    Raises:
+        InputError: something is not.
+    """
+    config = trial.config
+    model.check_cached(config.model)
+    sources: dict[str, DatasetConfig | ValidationConfig | RowsConfig] = {
+        "dataset": config.dataset,
+        "dataset.validation": config.dataset.validation,
+    }
+    sources |= {f"eval.{name}": evaluations.evaluation_source(config, name) for name in config.eval}
+    for key, rows in sources.items():
+        if rows.hub is not None and rows.path is None:
+            data_rows.check_cached(rows.hub, rows.hub_config, rows.revision, f"{key}.hub")

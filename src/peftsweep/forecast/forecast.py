@@ -19,9 +19,8 @@ from typing import Any, TypeVar
 import torch
 from peft import PeftModel
 
-from peftsweep.config import build, checks, evaluations, identity
+from peftsweep.config import build, checks, identity
 from peftsweep.config.compose import Trial
-from peftsweep.data import rows as data_rows
 from peftsweep.data.tokens import Tokens
 from peftsweep.errors import InputError
 from peftsweep.forecast.predict import Prediction, Shape, predict, shapes, skeleton
@@ -30,7 +29,7 @@ from peftsweep.models import model as models_model
 from peftsweep.models.shapes import without_numbers
 from peftsweep.observe import measure, streams
 from peftsweep.observe.display import size
-from peftsweep.schema import Config, DatasetConfig, Dtype, RowsConfig, Task, TrainConfig, ValidationConfig
+from peftsweep.schema import Config, Dtype, Task, TrainConfig
 from peftsweep.training import optimizer
 
 log = logging.getLogger(__name__)
@@ -168,24 +167,6 @@ def _with_keys(trial: Trial, said: str) -> str:
     words = [word.lstrip("+") for word in trial.overrides if word.lstrip("+").startswith(f"{section}.")]
     named = [word for word in words if word.partition("=")[0].removeprefix(f"{section}.") in said] or words
     return " ".join(named) + said.removeprefix(str(section)) if named else said
-
-
-def check_cached(trial: Trial) -> None:
-    """Where the hub does not answer: that all that the trial takes from it is in the local cache.
-
-    Raises:
-        InputError: something is not.
-    """
-    config = trial.config
-    models_model.check_cached(config.model)
-    sources: dict[str, DatasetConfig | ValidationConfig | RowsConfig] = {
-        "dataset": config.dataset,
-        "dataset.validation": config.dataset.validation,
-    }
-    sources |= {f"eval.{name}": evaluations.evaluation_source(config, name) for name in config.eval}
-    for key, rows in sources.items():
-        if rows.hub is not None and rows.path is None:
-            data_rows.check_cached(rows.hub, rows.hub_config, rows.revision, f"{key}.hub")
 
 
 def _of_the_model(trial: Trial) -> list[Any]:

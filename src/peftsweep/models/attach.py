@@ -22,7 +22,15 @@ from peftsweep.errors import InputError
 from peftsweep.models import compatibility
 from peftsweep.models.losses import METHOD_INPUTS
 from peftsweep.models.model import new_parts
-from peftsweep.models.parts import classifies, head_names, never_called, text_config, text_part
+from peftsweep.models.parts import (
+    UNTRAINED_PARTS,
+    adaptable_modules,
+    classifies,
+    head_names,
+    never_called,
+    text_config,
+    text_part,
+)
 from peftsweep.models.saved import keep_dtype, names_as_written
 from peftsweep.schema import TargetsConfig
 
@@ -31,9 +39,6 @@ REFUSALS = (ValueError, TypeError, ImportError, AssertionError, ZeroDivisionErro
 log = logging.getLogger(__name__)
 
 LINEAR = (nn.Linear, Conv1D)  # bitsandbytes' quantised layers are subclasses of nn.Linear
-# Parts of layers in which an adapter would learn nothing: attention to what an encoder or a camera has seen, never
-# called with text alone, and indexers, which choose the tokens that are attended to and so have no gradient.
-UNTRAINED_PARTS = frozenset(("encoder_attn", "crossattention", "cross_attn", "indexer"))
 ALL_LINEAR = "all-linear"  # PEFT's word for the modules that linear_names finds
 EXPERTS = "experts"  # a role of every mixture of experts, whose members are found by their shapes
 FORWARD = ("gate_proj", "up_proj", "down_proj")
@@ -277,7 +282,7 @@ def _aim_at_text(method: Any, base: PreTrainedModel) -> None:
         if not kinds:
             return
         method.target_modules = list(known[kinds[0]])
-    method.target_modules = [name for name, _ in _modules(base) if check_target_module_exists(method, name)]
+    method.target_modules = [name for name, _ in adaptable_modules(base) if check_target_module_exists(method, name)]
 
 
 def _without_preference(method: Any, base: PreTrainedModel) -> bool:
@@ -345,7 +350,7 @@ def linear_names(base: PreTrainedModel, method: Any = None) -> list[str]:
 
     Those that PEFT refuses for ``method``, such as Mamba's ``out_proj`` for LoRA, are left out, which is logged.
     """
-    names = [n for n, module in _modules(base) if isinstance(module, LINEAR) and not _of_expert(n)]
+    names = [n for n, module in adaptable_modules(base) if isinstance(module, LINEAR) and not _of_expert(n)]
     names = _without_refused(method, base, names)
     return _shortest(base, names, list(dict.fromkeys(name.rpartition(".")[2] for name in names)))
 
@@ -407,7 +412,7 @@ def role_members(base: PreTrainedModel, roles: Roles) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     roles = _known(roles)
     suffixes = [(suffix, role) for role, names in roles.items() for suffix in names]
-    for name, _ in _modules(base):
+    for name, _ in adaptable_modules(base):
         if _of_expert(name):
             found.setdefault(EXPERTS, []).append(name)
             continue
@@ -427,34 +432,7 @@ def _shortest(base: PreTrainedModel, names: Sequence[str], suffixes: list[str]) 
 
 
 def _matching(base: PreTrainedModel, suffix: str) -> list[str]:
-    return [name for name, _ in _modules(base) if _ends(name, suffix)]
-
-
-def _modules(base: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    """All modules without parts that text reaches, outside the head, which an adapter can wrap."""
-    heads, reached = head_names(base), {id(module) for module in text_part(base).modules()}
-    return [
-        (name, module)
-        for name, module in base.named_modules()
-        if name.partition(".")[0] not in heads
-        and next(module.children(), None) is None
-        and id(module) in reached
-        and UNTRAINED_PARTS.isdisjoint(name.split("."))
-        and _multiplies(module)
-    ]
-
-
-@torch.no_grad()
-def _multiplies(module: Any) -> bool:
-    """Whether a module that is said to be linear is; routers that also choose, and products in groups, are not."""
-    own = type(module).__module__.startswith("transformers.models.") and isinstance(module, nn.Linear)
-    if not own or type(module).forward is nn.Linear.forward:
-        return True
-    try:
-        answer = module(torch.zeros(1, 1, module.in_features, device=module.weight.device, dtype=module.weight.dtype))
-    except (RuntimeError, ValueError, TypeError):
-        return False
-    return isinstance(answer, torch.Tensor) and answer.shape == (1, 1, module.out_features)
+    return [name for name, _ in adaptable_modules(base) if _ends(name, suffix)]
 
 
 def _ends(name: str, suffix: str) -> bool:

@@ -25,6 +25,9 @@ def text_config(model: Any) -> Any:
 # Layers that models of these types never call, as they multiply with the weights themselves: an adapter on one would do
 # nothing, and weights that are stored in another format cannot be multiplied with so.
 NEVER_CALLED = dict.fromkeys(("mamba", "falcon_mamba", "jamba"), ("dt_proj",))
+# Parts of layers in which an adapter would learn nothing: attention to what an encoder or a camera has seen, never
+# called with text alone, and indexers, which choose the tokens that are attended to and so have no gradient.
+UNTRAINED_PARTS = frozenset(("encoder_attn", "crossattention", "cross_attn", "indexer"))
 
 
 def never_called(model: Any) -> tuple[str, ...]:
@@ -96,3 +99,30 @@ def weight_count(parameter: nn.Parameter) -> int:
 def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Names and parameters that training changes."""
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def adaptable_modules(base: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """All modules without parts that text reaches, outside the head, which an adapter can wrap."""
+    heads, reached = head_names(base), {id(module) for module in text_part(base).modules()}
+    return [
+        (name, module)
+        for name, module in base.named_modules()
+        if name.partition(".")[0] not in heads
+        and next(module.children(), None) is None
+        and id(module) in reached
+        and UNTRAINED_PARTS.isdisjoint(name.split("."))
+        and _multiplies(module)
+    ]
+
+
+@torch.no_grad()
+def _multiplies(module: Any) -> bool:
+    """Whether a module that is said to be linear is; routers that also choose, and products in groups, are not."""
+    own = type(module).__module__.startswith("transformers.models.") and isinstance(module, nn.Linear)
+    if not own or type(module).forward is nn.Linear.forward:
+        return True
+    try:
+        answer = module(torch.zeros(1, 1, module.in_features, device=module.weight.device, dtype=module.weight.dtype))
+    except (RuntimeError, ValueError, TypeError):
+        return False
+    return isinstance(answer, torch.Tensor) and answer.shape == (1, 1, module.out_features)

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from peftsweep.analysis.table import naming
-from peftsweep.config import evaluations, experiment, repeat
+from peftsweep.config import build, evaluations, experiment, repeat
 from peftsweep.config.compose import Trial
 from peftsweep.errors import InputError, NotRun, SweepFailed, suggest
 from peftsweep.forecast import forecast, timing
@@ -67,7 +67,7 @@ def run(
         _share(done, trials, results, stand_ins)
     missing = {stand_ins[n].identity: stand_ins[n] for n, done in enumerate(results) if done is None}
     for one in missing.values():
-        forecast.check_cached(one)
+        build.check_cached(one)
         evaluations.check_conversations(one.config)
     if missing:
         with suppress(OSError):  # which the first trial says that writes
