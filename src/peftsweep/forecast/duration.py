@@ -32,7 +32,7 @@ FIRST_SECONDS, NEXT_SECONDS = 4.0, 1.0  # for which operations are timed: of the
 SETUP_SECONDS, TENSOR_SECONDS = 0.3, 0.002
 LOAD_RATE, QUANTISE_RATE, SAVE_RATE = 1e9, 2e8, 5e8  # bytes/s that are read, quantised, written
 NOT_ASKED = "not asked for"
-MOST_SECONDS = 15.0  # for which a process times operations, but for those of the first trial of a model
+MOST_SECONDS = 10.0  # for which a process times operations, but for those of the first trial of a model
 _SPENT = [0.0]
 _MODELS: set[str] = set()  # of which a trial was predicted
 

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 Found = TypeVar("Found")
 
-MOST_SECONDS = 15.0  # of CPU that a process spends on traces; then parts are taken to be as those of trials like it
+MOST_SECONDS = 10.0  # of CPU that a process spends on traces; then parts are taken to be as those of trials like it
 RANKS = ("r", "lora_alpha", "lora_dropout", "init_r", "target_r")  # of a method, by which one is like another
 MOST_BATCHES = 2_000  # of a run, of which the mean size is taken
 # Of the keys of train, those that change how long it is and not what a step takes.
