@@ -87,7 +87,7 @@ def test_a_cpu_works_and_calls_in_turns_and_a_gpu_at_the_same_time(device: Devic
     assert device.step(ledger)[0] == pytest.approx(MEASURED.host_seconds)
 
 
-def test_a_machine_that_has_become_slower_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_of_another_speed_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[float] = []
     lap = [1e-3]
     monkeypatch.setattr(speed.Meter, "laps", lambda self, seconds: [lap[0]] * 4)
@@ -97,11 +97,15 @@ def test_a_machine_that_has_become_slower_is_measured_again(tmp_path: Path, monk
         return dataclasses.replace(MEASURED, lap_seconds=lap[0])
 
     monkeypatch.setattr(speed, "measure", measure)
-    for now in (1.0e-3, 1.1e-3, 1.5e-3, 1.5e-3):
+    for now in (1.0e-3, 1.1e-3, 1.5e-3, 1.5e-3, 1.2e-3, 1.1e-3):  # at last it is no longer as busy as it was
         lap[0] = now
         busy = Device(CPU, folder=tmp_path)
         busy.speed  # noqa: B018
-    assert measured == [1.0e-3, 1.5e-3]
+    assert measured == [1.0e-3, 1.5e-3, 1.1e-3]
+    lap[0] = 0.5e-3
+    trial = Device(CPU, folder=tmp_path)
+    assert trial.take_kept()  # a trial measures nothing
+    assert trial.busy == pytest.approx(0.5e-3 / 1.1e-3)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 0}', '{"version": 1}'])

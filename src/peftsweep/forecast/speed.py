@@ -1,4 +1,4 @@
-"""How fast a device is: measured once, kept in the user's cache, and again where the machine has become slower.
+"""How fast a device is: measured once, kept in the user's cache, and again where that has changed.
 
 A roofline says what an operation takes at least: its FLOPs at the ceiling of its number format, its bytes at the
 memory's bandwidth, or the launch of a kernel. How near a kernel comes to that depends on its sizes, so each operation
@@ -37,9 +37,9 @@ from peftsweep.study.atomic import write_text
 log = logging.getLogger(__name__)
 
 VERSION = 1  # of what is measured and how it is kept
-LAP = 512  # the size of the square product by which a machine is found to have become slower
+LAP = 512  # the size of the square product by which a machine is found to have another speed
 LAP_SECONDS = 0.15  # for which it is repeated
-SLOWER = 1.3  # times as slow as then: all is measured again
+CHANGED = 1.3  # times as slow as then, or as fast, as when others made it busy: all is measured again
 OPERATION_SECONDS = 0.004  # for which an operation is repeated
 MOST_REPEATS = 20
 MOST_UPDATED = 2**24  # numbers of weights whose update is timed; that of more is proportional
@@ -148,7 +148,7 @@ class Device:
         if self._speed is None:
             kept = self.kept()
             laps = self._meter.laps(LAP_SECONDS)
-            if kept is None or laps[len(laps) // 4] > SLOWER * kept.lap_seconds:
+            if kept is None or not 1 / CHANGED <= laps[len(laps) // 4] / kept.lap_seconds <= CHANGED:
                 kept = measure(self._meter)
                 self._changed = True
                 laps = self._meter.laps(LAP_SECONDS)
@@ -173,7 +173,8 @@ class Device:
         if self._speed is None:
             return False
         laps = self._meter.laps(LAP_SECONDS / 3)
-        self.busy = max(1.0, sum(laps) / len(laps) / self._speed.lap_seconds)
+        ratio = sum(laps) / len(laps) / self._speed.lap_seconds
+        self.busy = ratio if ratio < 1 / CHANGED else max(1.0, ratio)  # less than 1: it was busy when it was measured
         return True
 
     def write(self) -> None:
