@@ -46,6 +46,7 @@ def without_times(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         return
     nothing = Estimate(unknown={"train": "not asked for"})
     monkeypatch.setattr(timing.Timing, "estimate", lambda self, one: nothing)
+    monkeypatch.setattr(timing.Timing, "measure", lambda self: None)
     monkeypatch.setattr(foreseen, "foresee", lambda *_: {})
 
 

@@ -173,8 +173,7 @@ class Device:
         if self._speed is None:
             return False
         laps = self._meter.laps(LAP_SECONDS / 3)
-        ratio = sum(laps) / len(laps) / self._speed.lap_seconds
-        self.busy = ratio if ratio < 1 / CHANGED else max(1.0, ratio)  # less than 1: it was busy when it was measured
+        self.busy = max(1.0, sum(laps) / len(laps) / self._speed.lap_seconds)
         return True
 
     def write(self) -> None:

@@ -61,6 +61,11 @@ class Timing:
             self._estimates[one.identity] = found
         return self._estimates[one.identity]
 
+    def measure(self) -> None:
+        """Measure how fast the device is, where that is not known, before other processes of a plan make it busy."""
+        with measure.threads(self._threads):
+            _ = self.device.speed
+
     def trace(self, one: Trial) -> None:
         """Find out the operations of one trial, which ``estimate`` then knows."""
         if not forecast.check(one).refused:

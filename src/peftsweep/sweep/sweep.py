@@ -273,6 +273,7 @@ def _dry_run(trials: Sequence[Trial], options: Options) -> None:
     trials = list(listed.values())
     first: dict[str, Trial] = {}  # of those that attach the same
     width, printed, times = max(len(one.name) for one in trials), [], Timing(trials, options.workers)
+    times.measure()
     for one in forecast.ahead(trials, forecast.prediction, times.trace, caches=timing.CACHES):
         evaluations.check_conversations(one.config)
         forecasts.append(foreseen := forecast.check(one))
