@@ -169,9 +169,7 @@ class TrainConfig:
     compile: str = "none"  # a backend of torch.compile: inductor, aot_eager, cudagraphs, eager
     compile_dynamic: bool | None = None  # null: shapes become dynamic when a second one is seen; false: one graph each
     pad_to_multiple_of: int = 1  # of tokens: fewer shapes to compile for, more padding
-    capture: Capture = (
-        Capture.off
-    )  # auto: batches of few lengths, on CUDA captured as graphs; not measured on a GPU yet
+    capture: Capture = Capture.off  # auto: batches of few lengths, captured as CUDA graphs; not measured on a GPU yet
     eval_every: str | None = None  # "100" steps or "0.5epochs": validation rows in steps.jsonl
     keep_best: bool = False  # end with the weights of the best validation
     best_metric: str = "loss"  # which one that is: the lowest loss, or <eval>.<metric> on validation rows

@@ -226,6 +226,9 @@ class _Reader:
         return bool((one - other).abs().mean() <= limit * other.std())
 
 
+_LIKELY: dict[tuple[Any, ...], Shortcuts] = {}  # by what decides them
+
+
 def known_shortcuts(base: Any) -> Shortcuts:
     """``likely_shortcuts``, remembered by what decides them: a sweep's forecasts ask for each of its methods."""
     said = base.config.to_json_string(), text_config(base)._attn_implementation
@@ -233,9 +236,6 @@ def known_shortcuts(base: Any) -> Shortcuts:
     if key not in _LIKELY:
         _LIKELY[key] = likely_shortcuts(base)
     return _LIKELY[key]
-
-
-_LIKELY: dict[tuple[Any, ...], Shortcuts] = {}
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ from peftsweep.trial import outcome, task
 from peftsweep.trial.session import Answers, Session
 
 log = logging.getLogger(__name__)
-MIN_PACK_SPEEDUP = 1.1  # in the probe, which leaves out what each slot does by itself in a step
+MIN_PACK_SPEEDUP = 1.1  # of whole steps, in the probe, whose few steps scatter
 
 
 # ---- the pack --------------------------------------------------------------------------------------

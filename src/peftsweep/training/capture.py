@@ -37,9 +37,8 @@ log = logging.getLogger(__name__)
 EXTRA = 0.06  # of the tokens of a run: the most by which the ladder adds to its padding
 WARM = 2  # usual passes of a length, in which kernels are chosen and workspaces allocated, before it is captured
 WORTH = 20  # batches of a length that must be to come; capturing one takes about as long as several steps
-SAME = (
-    0.02  # norm of the difference of gradients relative to theirs: a few roundings of bfloat16, as sums are reordered
-)
+# Norm of the difference of gradients, relative to theirs: a few roundings of bfloat16, as sums are reordered.
+SAME = 0.02
 
 
 # ---- what a run needs ------------------------------------------------------------------------------
