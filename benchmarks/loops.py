@@ -2,7 +2,7 @@
 
     python benchmarks/loops.py cpu                  # or gpu, rehearse: settings, each in a process of its own
     python benchmarks/loops.py "model=llama3.2_1b model.init=random model.dtype=bfloat16 method.r=32 targets=qv" \
-        --batch 4 --tokens 305 --answers 0.65 --sides ours,plain,peft,hand,trainer,sft
+        --batch 1,4 --tokens 305 --answers 0.65 --sides ours,plain,peft,hand,trainer,sft
 
 Every side trains an adapter of its own kind from the same weights on the same rows, in the same order, on one base; the
 sides take turns, ``--rounds`` times, in another order each time. A line is printed as soon as a side was measured, and
@@ -14,6 +14,7 @@ no further round begins when ``--minutes`` are over.
 | plain | train.train without the shortcuts of shortcuts.py: the logits from the first answer on, a mask |
 | masked | train.train with the head's shortcuts and a mask |
 | fused | ours, with the layers of training/fused_lora.py, which CUDA has anyway |
+| captured | train.train with train.capture=auto, once its graphs are captured |
 | peft | the loop of PEFT's method comparison (run.py there): its loss of prompt and answer, its logging |
 | hand | what one writes by hand: all logits, loss on the answers, fused AdamW |
 | trainer | transformers' Trainer |
@@ -21,7 +22,9 @@ no further round begins when ``--minutes`` are over.
 
 Lengths of rows are log-normal around ``--tokens``, as those of GSM8K; ``--answers`` is the answers' share of them. On a
 CPU, which others may use too, a side's time is the sum over the steps of the fastest time that a step took in any
-round; on a GPU it is that of the fastest round. The first steps are left out. Memory is the peak on the device.
+round; on a GPU it is that of the fastest round. The first steps are left out. Memory is the peak on the device. With
+``--profile`` each side is run once more under torch.profiler, which counts the kernels of a step and the milliseconds
+that the device computes in it.
 """
 
 from __future__ import annotations
@@ -41,9 +44,11 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
 from transformers import get_cosine_schedule_with_warmup
 
 from peftsweep import cli
@@ -55,10 +60,12 @@ from peftsweep.evaluation.inference import bare
 from peftsweep.models import model, parts, probe
 from peftsweep.models.shortcuts import SHORTCUTS, Shortcuts
 from peftsweep.observe.measure import Meter, synchronise
+from peftsweep.schema import Capture
 from peftsweep.study import record
-from peftsweep.training import fused_lora, loop
+from peftsweep.training import capture, fused_lora, loop
 
 WARMUP = 4  # steps
+CAPTURED_ROUNDS = 5  # times through the batches, until a length was seen often enough to be captured
 RATE = 1e-4
 CLIP = 1.0
 LONGEST = 768
@@ -73,6 +80,8 @@ SMOL_WORDS = f"{RANDOM} model.dtype=float32 '+model.architecture={SMOL}' method=
 ONE_B = "model=llama3.2_1b model.init=random model.dtype=bfloat16 method=lora method.r=32 targets=qv"
 THREE_B = ONE_B.replace("1b", "3b")
 
+GPU_OPTIONS = "--tokens 305 --answers 0.65 --rounds 2 --sides ours,captured,peft,hand --profile"
+
 # Words, and options of this command.
 SETS: dict[str, list[tuple[str, str]]] = {
     "cpu": [
@@ -83,9 +92,9 @@ SETS: dict[str, list[tuple[str, str]]] = {
         ("model=tiny method=lora method.r=8", "--batch 16 --tokens 30 --answers 0.4 --steps 40"),
     ],
     "gpu": [
-        *((ONE_B, f"--batch {batch} --tokens 305 --answers 0.65") for batch in (4, 1, 16)),
-        (f"{ONE_B} quant=4bit", "--batch 4 --tokens 305 --answers 0.65"),
-        (THREE_B, "--batch 4 --tokens 305 --answers 0.65"),
+        (ONE_B, f"--batch 4,1,16 {GPU_OPTIONS}"),
+        (f"{ONE_B} quant=4bit", f"--batch 4 {GPU_OPTIONS}"),
+        (THREE_B, f"--batch 4 {GPU_OPTIONS}"),
     ],
     "rehearse": [
         (SMALL_WORDS, "--batch 2 --tokens 38 --answers 0.4 --steps 8 --rounds 1 --sides ours,plain,peft,hand")
@@ -94,7 +103,7 @@ SETS: dict[str, list[tuple[str, str]]] = {
 
 
 class Bench:
-    """One setting: a base, adapters on it, and the batches that every side takes."""
+    """One setting: a base, adapters on it, and the batches that every side takes, made by ``plan_batches``."""
 
     def __init__(self, words: Sequence[str], said: argparse.Namespace) -> None:
         cfg = cli.compose([*words])
@@ -104,14 +113,18 @@ class Bench:
         base = model.load(self.trial.config.model, build.quantization(self.trial), self.device)
         probe.abilities(base)
         self.base: Any = base
-        self.batch, self.steps = said.batch, said.steps
-        count = said.batch * (said.steps + 2)
-        self.rows = rows(count, said.tokens, said.answers, min(1000, int(parts.text_config(base).vocab_size)))
-        order = batches.batch_order([len(row.ids) for row in self.rows], said.batch, 0)
-        self.plan = list(itertools.islice(order, said.steps))
+        self.said, self.steps = said, said.steps
         self.marks: list[float] = []
+        self.facts: dict[str, Any] = {}  # of the side that was measured last
         self.clock = time.process_time if said.cpu_seconds else time.perf_counter
         print(f"loaded in {time.perf_counter() - begun:.1f} s: {getattr(base, SHORTCUTS)}", flush=True)
+
+    def plan_batches(self, batch: int) -> None:
+        """Take batches of that many rows from here on."""
+        self.batch, vocabulary = batch, int(parts.text_config(self.base).vocab_size)
+        self.rows = rows(batch * (self.steps + 2), self.said.tokens, self.said.answers, min(1000, vocabulary))
+        order = batches.batch_order([len(row.ids) for row in self.rows], batch, 0)
+        self.plan = list(itertools.islice(order, self.steps))
 
     @property
     def tokens(self) -> int:
@@ -124,19 +137,20 @@ class Bench:
 
     def tick(self) -> None:
         """A step has ended."""
-        if self.device.type == "cpu" or len(self.marks) + 1 in (WARMUP, self.steps):
+        if self.device.type == "cpu" or len(self.marks) % self.steps + 1 in (WARMUP, self.steps):
             synchronise(self.device)
         self.marks.append(self.clock())
 
     def measure(self, side: Callable[[Bench], None]) -> tuple[list[float], float | None]:
         """The seconds of every timed step (on a GPU of all of them together), and the peak in GB."""
         self.marks.clear()
+        self.facts = {}
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         side(self)
-        marks = self.marks[WARMUP - 1 :]
+        marks = self.marks[-self.steps :][WARMUP - 1 :]  # of a side that goes through the batches often, the last time
         took = [marks[-1] - marks[0]] if on_gpu else [b - a for a, b in itertools.pairwise(marks)]
         return took, torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None
 
@@ -150,12 +164,14 @@ def rows(count: int, tokens: int, answers: float, vocabulary: int) -> list[Token
 # ---- the sides -------------------------------------------------------------------------------------
 
 
-def ours(bench: Bench, short: Shortcuts | None = None, *, fuse: bool = False) -> None:
+def ours(bench: Bench, short: Shortcuts | None = None, *, fuse: bool = False, often: int = 1, **keys: Any) -> None:
+    """``train.train`` with these ``keys`` of ``train``, ``often`` times through the batches."""
     adapted = bench.adapted()
     if short is not None:
         setattr(parts.base_of(adapted), SHORTCUTS, short)
     own = bench.trial.config.train
-    config = replace(own, steps=bench.steps, epochs=None, log_every=10, batch_size=bench.batch, learning_rate=RATE)
+    steps, order = often * bench.steps, often * bench.plan
+    config = replace(own, steps=steps, epochs=None, log_every=10, batch_size=bench.batch, learning_rate=RATE, **keys)
     meter = Meter(bench.device)
     sample = meter.sample
 
@@ -166,13 +182,21 @@ def ours(bench: Bench, short: Shortcuts | None = None, *, fuse: bool = False) ->
     with meter.stage("train"), fused_lora.fused(adapted) if fuse else nullcontext():
         meter.sample = sample_and_tick  # type: ignore[method-assign]
         try:
-            loop.train(adapted, bench.rows, config, pad_id=0, seed=0, meter=meter, log=lambda _: None, order=bench.plan)
+            done = loop.train(
+                adapted, bench.rows, config, pad_id=0, seed=0, meter=meter, log=lambda _: None, order=order
+            )
+            bench.facts = done.compilation | {"loss": done.final_loss}
         finally:
             meter.sample = sample  # type: ignore[method-assign]
 
 
 def fused(bench: Bench) -> None:
     ours(bench, fuse=True)
+
+
+def captured(bench: Bench) -> None:
+    with patch.object(capture, "WORTH", 1):
+        ours(bench, often=CAPTURED_ROUNDS, capture=Capture.auto)
 
 
 def plain(bench: Bench) -> None:
@@ -285,7 +309,7 @@ def _with_trainer(bench: Bench, kind: Any, arguments: Any, **options: Any) -> No
 
 
 SIDES: dict[str, Callable[[Bench], None]] = {
-    **{"ours": ours, "fused": fused, "plain": plain, "masked": masked},
+    **{"ours": ours, "fused": fused, "captured": captured, "plain": plain, "masked": masked},
     **{"peft": peft, "hand": hand, "trainer": trainer, "sft": sft},
 }
 
@@ -297,6 +321,7 @@ def compare(bench: Bench, sides: Sequence[str], rounds: int, end: float) -> dict
     """Milliseconds a step and tokens a second of every side, and how many times as fast it is as PEFT's loop."""
     fastest: dict[str, list[float]] = {}
     peaks: dict[str, float | None] = {}
+    facts: dict[str, dict[str, Any]] = {}
     for number in range(rounds):
         for side in sides if number % 2 else sides[::-1]:
             if fastest.keys() >= set(sides) and time.monotonic() > end:
@@ -308,7 +333,10 @@ def compare(bench: Bench, sides: Sequence[str], rounds: int, end: float) -> dict
                 continue
             fastest[side] = [min(pair) for pair in zip(took, fastest.get(side, took), strict=True)]
             peaks[side] = max(peak, peaks.get(side) or 0.0) if peak is not None else None
+            facts[side] = dict(bench.facts)
             print(f"{side:10} {line(bench, fastest[side], peaks[side])}, just now {sum(took):.2f} s", flush=True)
+            if facts[side]:
+                print(f"{'':10} {facts[side]}", flush=True)
     timed = bench.steps - WARMUP
     found: dict[str, Any] = {
         side: {
@@ -317,9 +345,22 @@ def compare(bench: Bench, sides: Sequence[str], rounds: int, end: float) -> dict
             "peak_gb": peaks[side],
             "times_as_fast_as_peft": sum(fastest["peft"]) / sum(took) if "peft" in fastest else None,
         }
+        | facts[side]
         for side, took in fastest.items()
     }
     return found
+
+
+def profiled(bench: Bench, side: str) -> dict[str, float]:
+    """Kernels of a step of the side, and the milliseconds that they take; of all steps, warm-up and capturing too."""
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
+        bench.measure(SIDES[side])
+    kernels = [one for one in seen.events() if one.device_type == torch.autograd.DeviceType.CUDA]
+    steps = len(bench.marks)
+    return {
+        "kernels_a_step": len(kernels) / steps,
+        "device_ms_a_step": sum(one.device_time for one in kernels) / 1000 / steps,
+    }
 
 
 def line(bench: Bench, took: Sequence[float], peak: float | None) -> str:
@@ -328,17 +369,26 @@ def line(bench: Bench, took: Sequence[float], peak: float | None) -> str:
     return f"{1000 * total / (bench.steps - WARMUP):8.2f} ms a step, {bench.tokens / total:8.0f} tokens/s{memory}"
 
 
-def one(words: str, said: argparse.Namespace) -> dict[str, Any]:
-    """One setting, in this process."""
-    end = time.monotonic() + 60 * said.minutes
-    bench = Bench(shlex.split(words), said)
+def one(words: str, said: argparse.Namespace) -> list[dict[str, Any]]:
+    """One setting at every batch size, in this process."""
+    bench, settings = Bench(shlex.split(words), said), []
     sides = [side for side in said.sides.split(",") if side != "sft" or find_spec("trl")]
-    found = compare(bench, sides, said.rounds, end)
-    for side, figures in found.items():
-        ratio = figures["times_as_fast_as_peft"]
-        print(f"{side:10} {figures['step_ms']:8.2f} ms" + (f" {ratio:6.2f} x PEFT's" if ratio else ""), flush=True)
-    setting = {"words": words, "batch": said.batch, "tokens": said.tokens, "answers": said.answers, "steps": said.steps}
-    return setting | {"rounds": said.rounds, "threads": torch.get_num_threads(), "sides": found}
+    for batch in map(int, said.batch.split(",")):
+        bench.plan_batches(batch)
+        found = compare(bench, sides, said.rounds, time.monotonic() + 60 * said.minutes)
+        for side, figures in found.items():
+            figures |= profiled(bench, side) if said.profile else {}
+            ratio, kernels = figures["times_as_fast_as_peft"], figures.get("kernels_a_step")
+            print(
+                f"batch {batch:2} {side:10} {figures['step_ms']:8.2f} ms"
+                + (f" {ratio:6.2f} x PEFT's" if ratio else "")
+                + (f", {kernels:.0f} kernels of {figures['device_ms_a_step']:.2f} ms" if kernels else ""),
+                flush=True,
+            )
+        setting = {"words": words, "batch": batch, "tokens": said.tokens, "answers": said.answers, "steps": said.steps}
+        settings.append(setting | {"rounds": said.rounds, "threads": torch.get_num_threads(), "sides": found})
+        keep(said.out, settings)
+    return settings
 
 
 def several(name: str, said: argparse.Namespace) -> list[dict[str, Any]]:
@@ -371,7 +421,7 @@ DEFAULT_SIDES = "ours,plain,peft,hand,trainer,sft"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("setting", help=f"one of {', '.join(SETS)}, or words of peftsweep's command line")
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--batch", default="4", help="rows of a batch; several with commas between them")
     parser.add_argument("--tokens", type=int, default=305, help="mean length of a row")
     parser.add_argument("--answers", type=float, default=0.65, help="share of a row that is its answer")
     parser.add_argument("--steps", type=int, default=25)
@@ -379,9 +429,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=3.5, help="of each setting")
     parser.add_argument("--sides", default=DEFAULT_SIDES)
     parser.add_argument("--cpu-seconds", action="store_true", help="of this process, where others use the CPU too")
+    parser.add_argument("--profile", action="store_true", help="count the kernels of a step, on a GPU")
     parser.add_argument("--out", type=Path)
     said = parser.parse_args()
-    keep(said.out, several(said.setting, said) if said.setting in SETS else [one(said.setting, said)])
+    keep(said.out, several(said.setting, said) if said.setting in SETS else one(said.setting, said))
 
 
 if __name__ == "__main__":
