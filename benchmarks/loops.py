@@ -10,7 +10,7 @@ no further round begins when ``--minutes`` are over.
 
 | side | what it is |
 |---|---|
-| ours | train.train |
+| ours | train.train with train.capture=off |
 | plain | train.train without the shortcuts of shortcuts.py: the logits from the first answer on, a mask |
 | masked | train.train with the head's shortcuts and a mask |
 | fused | ours, with the layers of training/fused_lora.py, which CUDA has anyway |
@@ -116,6 +116,7 @@ class Bench:
         self.said, self.steps = said, said.steps
         self.marks: list[float] = []
         self.facts: dict[str, Any] = {}  # of the side that was measured last
+        self.meter: Meter | None = None  # of that side, if it is ours
         self.clock = time.process_time if said.cpu_seconds else time.perf_counter
         print(f"loaded in {time.perf_counter() - begun:.1f} s: {getattr(base, SHORTCUTS)}", flush=True)
 
@@ -144,7 +145,7 @@ class Bench:
     def measure(self, side: Callable[[Bench], None]) -> tuple[list[float], float | None]:
         """The seconds of every timed step (on a GPU of all of them together), and the peak in GB."""
         self.marks.clear()
-        self.facts = {}
+        self.facts, self.meter = {}, None
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.empty_cache()
@@ -152,7 +153,12 @@ class Bench:
         side(self)
         marks = self.marks[-self.steps :][WARMUP - 1 :]  # of a side that goes through the batches often, the last time
         took = [marks[-1] - marks[0]] if on_gpu else [b - a for a, b in itertools.pairwise(marks)]
-        return took, torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None
+        if not on_gpu:
+            return took, None
+        # The product's meter resets the peak in between; what it saw is the whole training's.
+        peak = self.meter.stages["train"].allocated_peak if self.meter else torch.cuda.max_memory_allocated()
+        self.facts |= {"reserved_gb": torch.cuda.max_memory_reserved() / 1e9}
+        return took, (peak or 0) / 1e9
 
 
 def rows(count: int, tokens: int, answers: float, vocabulary: int) -> list[Tokens]:
@@ -164,15 +170,18 @@ def rows(count: int, tokens: int, answers: float, vocabulary: int) -> list[Token
 # ---- the sides -------------------------------------------------------------------------------------
 
 
-def ours(bench: Bench, short: Shortcuts | None = None, *, fuse: bool = False, often: int = 1, **keys: Any) -> None:
-    """``train.train`` with these ``keys`` of ``train``, ``often`` times through the batches."""
+def ours(bench: Bench, short: Shortcuts | None = None, *, fuse: bool = False, often: int = 1) -> None:
+    """``train.train``, ``often`` times through the batches, which are captured if that is more than once."""
     adapted = bench.adapted()
     if short is not None:
         setattr(parts.base_of(adapted), SHORTCUTS, short)
     own = bench.trial.config.train
     steps, order = often * bench.steps, often * bench.plan
-    config = replace(own, steps=steps, epochs=None, log_every=10, batch_size=bench.batch, learning_rate=RATE, **keys)
-    meter = Meter(bench.device)
+    way = Capture.auto if often > 1 else Capture.off
+    config = replace(
+        own, steps=steps, epochs=None, log_every=10, batch_size=bench.batch, learning_rate=RATE, capture=way
+    )
+    meter = bench.meter = Meter(bench.device)
     sample = meter.sample
 
     def sample_and_tick() -> None:
@@ -196,7 +205,7 @@ def fused(bench: Bench) -> None:
 
 def captured(bench: Bench) -> None:
     with patch.object(capture, "WORTH", 1):
-        ours(bench, often=CAPTURED_ROUNDS, capture=Capture.auto)
+        ours(bench, often=CAPTURED_ROUNDS)
 
 
 def plain(bench: Bench) -> None:
@@ -355,7 +364,7 @@ def profiled(bench: Bench, side: str) -> dict[str, float]:
     """Kernels of a step of the side, and the milliseconds that they take; of all steps, warm-up and capturing too."""
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
         bench.measure(SIDES[side])
-    kernels = [one for one in seen.events() if one.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [one for one in seen.events() if one.device_type.name == "CUDA"]
     steps = len(bench.marks)
     return {
         "kernels_a_step": len(kernels) / steps,

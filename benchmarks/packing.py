@@ -5,8 +5,9 @@
 Three ways to train the same eight adapters (ranks, rates and targets differ) in one warm process, on the same rows:
 together (packed.train_packed), one by one (train.train), and PEFT's plain loop, in which every adapter is made
 the active one in turn and takes its step. Each round runs all three; their order changes from round to round. A
-side's seconds are those of attaching and of all steps. `probe` is what pack=auto would find, and `auto` how fast
-its choice is beside the better one. `ratio_evaluated` is how many times as fast the eight write answers to the same
+side's seconds are those of attaching and of all steps; the ratio of `steps` compares the median steps alone, without
+what capturing took. With `--capture off|auto` steps are captured as CUDA graphs on both sides, or on none. `probe` is
+what pack=auto would find, and `auto` how fast its choice is beside the better one. `ratio_evaluated` is how many times as fast the eight write answers to the same
 questions at once as one after the other.
 
 `large` is a Llama of 1B parameters with random weights in bfloat16, 512 tokens a row, for a CUDA device; `small`
@@ -45,7 +46,7 @@ from peftsweep.evaluation import evaluate
 from peftsweep.evaluation.inference import bare
 from peftsweep.models import attach, losses, model
 from peftsweep.observe.measure import Meter, synchronise
-from peftsweep.schema import TargetsConfig, TrainConfig
+from peftsweep.schema import Capture, TargetsConfig, TrainConfig
 from peftsweep.study import record
 from peftsweep.tiny import task
 from peftsweep.training import loop, packed, slots
@@ -61,6 +62,7 @@ SCALES: dict[str, dict[str, Any]] = {
     "small": {"words": ["model=tiny"], "tokens": 64, "batches": (1, 4, 16), "steps": 24},
 }
 SLOTS = 8
+CAPTURE = [Capture.off]  # as the command says
 QV = ["q_proj", "v_proj"]
 ALL = [*QV, "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -70,7 +72,9 @@ def method(slot: int) -> LoraConfig:
 
 
 def config(slot: int, batch: int, steps: int) -> TrainConfig:
-    return TrainConfig(steps=steps, batch_size=batch, learning_rate=1e-4 * (1 + slot), log_every=steps)
+    return TrainConfig(
+        steps=steps, batch_size=batch, learning_rate=1e-4 * (1 + slot), log_every=steps, capture=CAPTURE[0]
+    )
 
 
 def fresh(base: Any) -> Any:
@@ -85,21 +89,27 @@ def rows_of(tokens: int, vocabulary: int) -> list[data_tokens.Tokens]:
     ]
 
 
-def together(base: Any, rows: list[data_tokens.Tokens], batch: int, steps: int, meter: Meter) -> None:
+def together(base: Any, rows: list[data_tokens.Tokens], batch: int, steps: int, meter: Meter) -> float:
     names = [f"slot{slot}" for slot in range(SLOTS)]
     adapted = attach.attach_slots(fresh(base), {n: (method(i), TargetsConfig()) for i, n in enumerate(names)}, 0, {})
     sides = [packed.Slot(n, config(i, batch, steps), lambda row: None) for i, n in enumerate(names)]
-    packed.train_packed(adapted, rows, sides, pad_id=0, seed=0, meter=meter)
+    ended = packed.train_packed(adapted, rows, sides, pad_id=0, seed=0, meter=meter)
+    return statistics.median(ended[names[0]].trained.step_seconds[-steps // 2 :])
 
 
-def one_by_one(base: Any, rows: list[data_tokens.Tokens], batch: int, steps: int, meter: Meter) -> None:
+def one_by_one(base: Any, rows: list[data_tokens.Tokens], batch: int, steps: int, meter: Meter) -> float:
+    total = 0.0
     for slot in range(SLOTS):
         torch.manual_seed(0)
         adapted = attach.attach(fresh(base), method(slot), TargetsConfig(), {})
-        loop.train(adapted, rows, config(slot, batch, steps), pad_id=0, seed=0, meter=meter, log=lambda row: None)
+        done = loop.train(
+            adapted, rows, config(slot, batch, steps), pad_id=0, seed=0, meter=meter, log=lambda row: None
+        )
+        total += statistics.median(done.step_seconds[-steps // 2 :])
+    return total
 
 
-def plain_loop(base: Any, rows: list[data_tokens.Tokens], batch: int, steps: int, meter: Meter) -> None:
+def plain_loop(base: Any, rows: list[data_tokens.Tokens], batch: int, steps: int, meter: Meter) -> float:
     names = [f"slot{slot}" for slot in range(SLOTS)]
     adapted = attach.attach_slots(fresh(base), {n: (method(i), TargetsConfig()) for i, n in enumerate(names)}, 0, {})
     adapted.train()
@@ -111,6 +121,8 @@ def plain_loop(base: Any, rows: list[data_tokens.Tokens], batch: int, steps: int
             (name, weights, optimizer, training_optimizer.make_scheduler(optimizer, config(slot, batch, steps), steps))
         )
     stream = loop.batches(rows, config(0, batch, steps), pad_id=0, seed=0, device=meter.device)
+    synchronise(meter.device)
+    start = time.perf_counter()
     for _ in range(steps):
         (one,) = next(stream)
         for name, weights, optimizer, scheduler in sides:
@@ -120,9 +132,11 @@ def plain_loop(base: Any, rows: list[data_tokens.Tokens], batch: int, steps: int
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
+    synchronise(meter.device)
+    return (time.perf_counter() - start) / steps
 
 
-SIDES: dict[str, Callable[..., None]] = {"together": together, "one_by_one": one_by_one, "plain_loop": plain_loop}
+SIDES: dict[str, Callable[..., float]] = {"together": together, "one_by_one": one_by_one, "plain_loop": plain_loop}
 
 
 def evaluated(base: Any, tokenizer: Any, tokens: int, rounds: int) -> dict[str, Any]:
@@ -151,17 +165,17 @@ def evaluated(base: Any, tokenizer: Any, tokens: int, rounds: int) -> dict[str, 
     return {"ratio_evaluated": statistics.median(ratios), "seconds": found}
 
 
-def timed(side: str, *arguments: Any, meter: Meter) -> tuple[float, int | None]:
-    """Seconds, and the peak of the memory on the device in bytes."""
+def timed(side: str, *arguments: Any, meter: Meter) -> tuple[float, float, int | None]:
+    """Seconds, those of a step of all slots, and the peak of the memory that was reserved on the device in bytes."""
     on_gpu = meter.device.type == "cuda"
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     synchronise(meter.device)
     start = time.perf_counter()
-    SIDES[side](*arguments, meter)
+    step = SIDES[side](*arguments, meter)
     synchronise(meter.device)
-    return time.perf_counter() - start, torch.cuda.max_memory_allocated() if on_gpu else None
+    return time.perf_counter() - start, step, torch.cuda.max_memory_reserved() if on_gpu else None
 
 
 def compare(
@@ -169,12 +183,14 @@ def compare(
 ) -> dict[str, Any]:
     """All sides at one batch size."""
     seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    of_steps: dict[str, list[float]] = {side: [] for side in SIDES}
     memory: dict[str, int | None] = {}
     for number in range(rounds + 1):  # the first one warms up, with few steps
         order = [*SIDES] if number % 2 else [*reversed(SIDES)]
         for side in order:
-            took, memory[side] = timed(side, base, rows, batch, steps if number else 2, meter=meter)
+            took, step, memory[side] = timed(side, base, rows, batch, steps if number else 2, meter=meter)
             seconds[side].append(took)
+            of_steps[side] += [step] if number else []
     adapters = {f"slot{slot}": (method(slot), TargetsConfig()) for slot in range(SLOTS)}
     adapted = attach.attach_slots(fresh(base), adapters, 0, {})
     probe = packed.speedup(adapted, [*adapters], rows, config(0, batch, steps), pad_id=0, meter=meter)
@@ -189,8 +205,11 @@ def compare(
         "ratio_to_plain_loop": statistics.median(
             a / b for a, b in zip(found["plain_loop"], found["together"], strict=True)
         ),
+        "ratio_of_steps": min(of_steps["one_by_one"]) / min(of_steps["together"]),
+        "steps_seconds": {side: min(took) for side, took in of_steps.items()},
         "probe": probe,
         "auto": (ratio if probe >= MIN_PACK_SPEEDUP else 1.0) / max(ratio, 1.0),
+        "capture": CAPTURE[0].value,
         "seconds": found,
         "device_memory_peak": memory,
     }
@@ -235,12 +254,21 @@ def main() -> None:
     words.add_argument("--rounds", type=int, default=2)
     words.add_argument("--minutes", type=float, default=8)
     words.add_argument("--arithmetic", action="store_true")
+    words.add_argument("--capture", choices=[way.value for way in Capture], default="off")
+    words.add_argument("--batches", help="batch sizes in place of the scale's, with commas between them")
+    words.add_argument("--steps", type=int, help="steps of a trial in place of the scale's")
+    words.add_argument("--quants", default="none,4bit")
+    words.add_argument("--model", help="words of the model in place of the scale's")
     words.add_argument("--out", type=Path)
     said = words.parse_args()
-    scale, begun = SCALES[said.scale], time.monotonic()
+    scale, begun = dict(SCALES[said.scale]), time.monotonic()
+    CAPTURE[:] = [Capture(said.capture)]
+    scale |= {"steps": said.steps} if said.steps else {}
+    scale |= {"batches": [*map(int, said.batches.split(","))]} if said.batches else {}
+    scale |= {"words": said.model.split()} if said.model else {}
     meter = Meter(model.device("auto"))
     settings, answers = [], {}
-    for quant in ("none", "4bit"):
+    for quant in said.quants.split(","):
         told = [*scale["words"], f"quant={quant}"]
         cfg = cli.compose(told)
         one = make_trial(cfg, cfg.hydra.runtime.choices, told)
@@ -258,12 +286,15 @@ def main() -> None:
             found = {"quant": quant} | compare(base, rows, batch, scale["steps"], said.rounds, meter)
             settings.append(found)
             print(
-                f"{quant:5} batch {batch:2}: {found['ratio_to_one_by_one']:.2f} x one by one, "
+                f"{quant:5} batch {batch:2}: {found['ratio_to_one_by_one']:.2f} x one by one "
+                f"(steps alone {found['ratio_of_steps']:.2f}), "
                 f"{found['ratio_to_plain_loop']:.2f} x PEFT's loop, probe {found['probe']:.2f}, "
                 f"auto {found['auto']:.2f}",
                 flush=True,
             )
         if said.arithmetic:
+            continue
+        if time.monotonic() - begun > 60 * said.minutes:
             continue
         answers[quant] = evaluated(base, tokenizer, scale["tokens"], said.rounds)
         print(f"{quant:5} evaluated: {answers[quant]['ratio_evaluated']:.2f} x one by one", flush=True)

@@ -93,7 +93,7 @@ class LossOn(Enum):
 
 
 class Capture(Enum):
-    """Whether the step's forward and backward are taken in few static shapes, captured as CUDA graphs."""
+    """Whether on CUDA the step's forward and backward are taken in few static shapes and captured as CUDA graphs."""
 
     off = "off"
     auto = "auto"
@@ -169,7 +169,7 @@ class TrainConfig:
     compile: str = "none"  # a backend of torch.compile: inductor, aot_eager, cudagraphs, eager
     compile_dynamic: bool | None = None  # null: shapes become dynamic when a second one is seen; false: one graph each
     pad_to_multiple_of: int = 1  # of tokens: fewer shapes to compile for, more padding
-    capture: Capture = Capture.off  # auto: batches of few lengths, captured as CUDA graphs; not measured on a GPU yet
+    capture: Capture = Capture.auto  # on CUDA, not compiled: batches of few lengths, whose steps are captured as graphs
     eval_every: str | None = None  # "100" steps or "0.5epochs": validation rows in steps.jsonl
     keep_best: bool = False  # end with the weights of the best validation
     best_metric: str = "loss"  # which one that is: the lowest loss, or <eval>.<metric> on validation rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +15,6 @@ import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig
 
-from peftsweep import InputError
 from peftsweep.config.compose import Trial
 from peftsweep.data import batches
 from peftsweep.data.tokens import Tokens
@@ -36,6 +36,11 @@ KINDS = {  # log-normal ones are as long as the rows of GSM8K, of which those of
     "alike": [64] * 100,
     "two": [10, 500] * 50,
 }
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture, "DEVICES", ("cuda", "cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +212,7 @@ def test_what_cannot_be_static_goes_on_as_usual_and_says_why_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     found = []
+    caplog.set_level(logging.INFO, "peftsweep")
     for way in Capture:
         found.append(run(rows, changed(adapted()), capture=way, steps=3, **options))
     assert found[1][0].compilation == {"capture_off": reason}
@@ -229,8 +235,11 @@ class Pretended(StaticSteps):
     def _aside(self, static: Any) -> torch.Tensor:
         return self._pass(static)
 
+    def _worth(self, left: int) -> bool:
+        return True
+
     def _recorded(self, static: Any) -> tuple[Any, torch.Tensor]:
-        loss = torch.zeros(())
+        loss = torch.zeros(1)
 
         def replay() -> None:
             Pretended.replays += 1
@@ -247,13 +256,12 @@ def out_of_memory(*_: Any) -> None:
 
 
 def of_other_gradients(steps: Any, _: Any) -> None:
-    steps._trained[0].grad += 1
+    steps._gradients[0] += 1
 
 
 def pretended(rows: list[Tokens], monkeypatch: pytest.MonkeyPatch, broken: Any = None) -> tuple[Any, Any]:
     plain = run(rows, steps=20)
     monkeypatch.setattr(loop, "StaticSteps", Pretended)
-    monkeypatch.setattr(capture, "WORTH", 1)
     monkeypatch.setattr(Pretended, "replays", 0)
     if broken is not None:
         monkeypatch.setattr(Pretended, "broken", staticmethod(broken))
@@ -303,13 +311,16 @@ def test_graphs_change_no_loss_and_no_weight(way: str, monkeypatch: pytest.Monke
 # ---- the key ---------------------------------------------------------------------------------------
 
 
-def test_capture_is_no_part_of_the_identity_and_keeps_a_trial_out_of_packs(compose: Callable[..., Trial]) -> None:
-    plain, static = compose(), compose("train.capture=auto")
+def test_capture_is_no_part_of_the_identity(compose: Callable[..., Trial]) -> None:
+    plain, static = compose("train.capture=off"), compose()
     assert (static.identity, static.training) == (plain.identity, plain.training)
-    assert packing.alone(plain) is None
-    assert packing.alone(static) == "its step is captured"
+    assert packing.alone(plain) is packing.alone(static) is None
 
 
-def test_a_step_is_captured_or_compiled(compose: Callable[..., Trial]) -> None:
-    with pytest.raises(InputError, match=r"^train.capture=auto: must be off with train.compile=eager$"):
-        compose("train.capture=auto", "train.compile=eager")
+def test_steps_are_static_on_cuda_alone_and_where_they_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    on_cuda = torch.device("cuda")
+    assert capture.captures(TrainConfig(), on_cuda)
+    assert not capture.captures(TrainConfig(), CPU)
+    assert not capture.captures(TrainConfig(compile="inductor"), on_cuda)
+    assert not capture.captures(TrainConfig(capture=Capture.off), on_cuda)

@@ -6,6 +6,7 @@ No test here asks for equality to the bit between a pack and a trial alone: slot
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ from peftsweep.models import parts as models_parts
 from peftsweep.observe.measure import Meter
 from peftsweep.schema import Dtype, ModelConfig, Schedule, TargetsConfig, TrainConfig
 from peftsweep.tiny import task
-from peftsweep.training import fused_lora, loop, packed
+from peftsweep.training import capture, fused_lora, loop, packed
 from peftsweep.training.checkpoint import Checkpoints
 from peftsweep.training.run import Trained
 from peftsweep.training.slots import Pack
@@ -245,6 +246,29 @@ def test_eight_slots_are_the_trials_alone_after_100_steps(
         check_same([many[1], many[0], *many[2:]], single)
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_steps_in_static_shapes_come_to_what_others_do(
+    rows: list[tokens.Tokens], tokenizer: Any, monkeypatch: pytest.MonkeyPatch, stacked: bool
+) -> None:
+    """As on CUDA, where they are captured; a slot ends before the others."""
+    monkeypatch.setattr(packed, "Pack", partial(Pack, stacked=stacked))
+    specs, shared = SLOTS[1:], {"steps": 9, "accumulation": 2, "batch_size": 3}
+    usual = together(specs, rows, tokenizer, base(), **shared)
+    monkeypatch.setattr(capture, "DEVICES", ("cpu",))
+    static = together(specs, rows, tokenizer, base(), **shared)
+    check_same(static, usual, same=10 * SAME)
+    assert static[0].trained.compilation["capture_lengths"]
+    assert usual[0].trained.compilation == {}
+
+
+def test_slots_that_drop_are_not_taken_in_static_shapes(
+    rows: list[tokens.Tokens], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capture, "DEVICES", ("cpu",))
+    (one, _) = together([Spec(dropout=0.1), Spec(r=2)], rows, tokenizer, base(), steps=2)
+    assert "dropout" in one.trained.compilation["capture_off"]
+
+
 def test_swapped_configurations_are_found_out(rows: list[tokens.Tokens], tokenizer: Any) -> None:
     """The nearest two slots can be: they differ in nothing but the rate, by a thousandth."""
     specs = [Spec(train={"learning_rate": rate}) for rate in (4e-3, 4.004e-3)]
@@ -424,7 +448,7 @@ def test_on_a_cpu_an_adapter_adds_what_it_adds_alone_to_the_bit(rows_of_a_slot: 
     gradients = [weight.grad for weight in weights]
     pack = Pack(adapted, [*specs], SEED)
     nothing = torch.zeros(*x.shape[:2], layer.out_features)
-    update = pack._banks[layer].adapters.added(nothing, x, None)
+    update = pack._banks[layer].adapters.added(nothing, x)
     assert all(torch.equal(mine, other) for mine, other in zip(update, expected, strict=True))
     update.square().sum().backward()
     assert all(torch.equal(weight.grad, other) for weight, other in zip(weights, gradients, strict=True))
@@ -445,6 +469,11 @@ CUT = [
     Spec(dropout=0.3, targets=ALL),
     Spec(r=2, train={"clip": 0.05, "steps": 6}),
     Spec(r=5, train={"keep_best": True}),
+]
+CUT_OF_ROWS = [
+    Spec(targets=ALL),
+    Spec(r=2, train={"clip": 0.05, "steps": 6}),
+    Spec(r=5, targets=("k_proj", "down_proj"), train={"weight_decay": 0.1}),
 ]
 
 
@@ -527,6 +556,28 @@ def test_slots_go_on_from_checkpoints_together_or_alone(rows: list[tokens.Tokens
         assert cut.trained.packed
         assert cut.trained.lanes == [3] * (5 if len(parts) > 2 else 3) + [1] * (3 if len(parts) > 2 else 5)
         assert not any("seconds" in line for line in cut.lines[2])  # which would be the pack's too
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", pytest.param("Adagrad", marks=pytest.mark.slow)])
+def test_slots_whose_weights_lie_in_one_row_keep_the_checkpoints_of_trials_alone(
+    rows: list[tokens.Tokens], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    """As on CUDA. AdamW steps the row as one weight, Adagrad each weight; one slot ends before the others."""
+    monkeypatch.setattr(packed, "Pack", partial(Pack, stacked=True))
+    monkeypatch.setattr(sys.modules[__name__], "CUT", CUT_OF_ROWS)
+    for spec in CUT_OF_ROWS:
+        spec.train["optimizer"] = optimizer
+    (tmp_path / "whole").mkdir()
+    whole = Cut(tmp_path / "whole", rows)
+    expected = [whole.alone(number) for number in range(3)]
+    for parts in ("pa", "ap"):
+        (tmp_path / parts).mkdir()
+        cut = Cut(tmp_path / parts, rows)
+        for part, stop_at in zip(parts, (4, None), strict=True):
+            found = cut.together((0, 1, 2), stop_at) if part == "p" else [cut.alone(n, stop_at) for n in range(3)]
+        for n, (mine, other) in enumerate(zip(found, expected, strict=True)):
+            assert apart(mine, other) <= 10 * SAME_WEIGHTS
+            assert losses(cut.lines[n]) == pytest.approx(losses(whole.lines[n]), rel=10 * SAME)
 
 
 @pytest.mark.slow

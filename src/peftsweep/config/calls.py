@@ -91,7 +91,7 @@ def check_calls(config: Config, choices: Mapping[str, str | None]) -> None:
         _check_packages(node, f"eval.{name}")
     from peftsweep.evaluation import inference_plan
     from peftsweep.observe import profiler, tracker  # which import torch, as `--help` must not
-    from peftsweep.training import capture, compiled, length, optimizer
+    from peftsweep.training import compiled, length, optimizer
 
     if config.inference.get("_target_") == "peftsweep.evaluation.inference.benchmark":
         inference_plan.plan(**config.inference)
@@ -103,7 +103,6 @@ def check_calls(config: Config, choices: Mapping[str, str | None]) -> None:
         profiler.check_schedule(*(said.arguments[name] for name in ("wait", "warmup", "active")))
     _check_model(config.model)
     compiled.check(config.train)
-    capture.check(config.train)
     _check_optimizer(config.train.optimizer_kwargs, optimizer.find_optimizer(config.train.optimizer))
     length.interval(config.train, "eval_every", rows=1)
     length.checkpoint_due(config.train, rows=1)

@@ -41,6 +41,7 @@ from peftsweep.schema import ModelConfig, TrainConfig
 from peftsweep.training import length as training_length
 from peftsweep.training import optimizer as training_optimizer
 from peftsweep.training.fused_lora import as_trained
+from peftsweep.training.packed import optimized
 from peftsweep.training.slots import Pack
 
 # cuBLAS gets a workspace for each thread that calls it, here the forward's and autograd's, and torch's allocator counts
@@ -199,8 +200,10 @@ def _trace(
             return _traced(adapted, config, batch, device, [training_optimizer.make_optimizer(adapted, config)], None)
     pack = Pack(adapted, [*slots], seed=0, stacked=device == "cuda")
     try:
-        weights = {name: list(pack.weights(name).values()) for name in slots}
-        optimizers = [training_optimizer.make_optimizer(nn.Module(), one, weights[name]) for name, one in slots.items()]
+        optimizers = [
+            training_optimizer.make_optimizer(nn.Module(), one, optimized(pack, name, one))
+            for name, one in slots.items()
+        ]
         return _traced(adapted, config, pack.for_all(batch), device, optimizers, pack)
     finally:
         pack.close()

@@ -15,7 +15,7 @@ from peftsweep.config.identity import content_hash
 from peftsweep.errors import InputError
 from peftsweep.forecast import forecast
 from peftsweep.models import model
-from peftsweep.schema import Capture, Task, TrainConfig
+from peftsweep.schema import Task, TrainConfig
 from peftsweep.training import optimizer
 
 # What slots of a pack may differ in: of a LoRA's configuration, and of its training.
@@ -88,7 +88,6 @@ def alone(trial: Trial) -> str | None:
         "it trains nothing": config.adapter.path is not None or not (config.train.steps or config.train.epochs),
         "it is a classifier": config.model.task is not Task.causal_lm,
         "it is compiled": config.train.compile != "none",
-        "its step is captured": config.train.capture is not Capture.off,
         "its optimizer is not torch's own": not _of_torch(config.train),
         "it is profiled or timed": config.profiler or config.inference,
         "its base is spread over devices": config.model.device_map is not None,

@@ -17,8 +17,8 @@ from peftsweep.data.tokens import Tokens
 from peftsweep.models.losses import answer_losses, auxiliary_loss, losses_and_hits
 from peftsweep.models.parts import trainable_parameters
 from peftsweep.observe.measure import Laps, Meter
-from peftsweep.schema import Capture, TrainConfig
-from peftsweep.training.capture import Size, StaticSteps, sizes
+from peftsweep.schema import TrainConfig
+from peftsweep.training.capture import Size, StaticSteps, captures, sizes
 from peftsweep.training.checkpoint import Checkpoints, Interruption, OptimizerState, Randomness, Weights
 from peftsweep.training.compiled import compiled
 from peftsweep.training.fused_lora import as_trained
@@ -67,7 +67,9 @@ def train(
         checkpoints.restore({"weights": Weights(model)})
         model.eval()
         return Trained(**checkpoints.trained)
-    static = None if after_step else _static_sizes(rows, config, seed, order)  # a profiler looks at a step's parts
+    static = None  # a profiler looks at a step's parts
+    if captures(config, meter.device) and not after_step:
+        static = sizes(order or steps_of(rows, config, seed), rows, config)
     take_step = _Step(model, run, record_function if after_step else nullcontext, static)
     numbered = partial(batches, rows, config, pad_id=pad_id, seed=seed, device=meter.device, order=order)
     due = checkpoint_due(config, len(rows))
@@ -111,15 +113,6 @@ def train(
             with meter.stage("save"):
                 checkpoints.save(run.steps, {"weights": parts["weights"]}, vars(result))
     return result
-
-
-def _static_sizes(
-    rows: Sequence[Tokens], config: TrainConfig, seed: int, order: Sequence[list[int]] | None
-) -> list[Size] | None:
-    """The sizes of a run's micro-batches; None where its steps are not taken in static shapes."""
-    if config.capture is Capture.off:
-        return None
-    return sizes(order or steps_of(rows, config, seed), rows, config)
 
 
 class _Step:
@@ -167,14 +160,15 @@ class _Step:
         answer_tokens = sum(batch.answer_tokens for batch in taken)
         loss = torch.zeros((), device=run.meter.device)
         for batch in taken:
-            part = static(batch, answer_tokens) if static else None
-            loss += self._pass(called, batch, answer_tokens) if part is None else part
+            captured = static(batch, answer_tokens) if static else None
+            loss += self._pass(called, batch, answer_tokens) if captured is None else captured[0]
         with self._span("optimizer"):
             run.update()
             if self._allocate:
                 self._allocate(step)  # AdaLoRA, AdaMSS: ranks are dealt out anew from this step's gradients
-            if static:
-                static.begin(run.parameters, regularised=bool(self._regularised))
+            if static and not static.begun:  # the first step was taken as usual, and graphs will add to its gradients
+                trained = [p.grad for p in run.parameters if p.requires_grad]
+                static.begin(trained, regularised=bool(self._regularised))
             run.optimizer.zero_grad(set_to_none=not (static and static.begun))
         return loss
 

@@ -17,6 +17,8 @@ from peftsweep.schema import Dtype, Schedule, TrainConfig
 
 SCHEDULES = {Schedule.cosine: "cosine", Schedule.linear: "linear", Schedule.constant: "constant_with_warmup"}
 FUSED = ("cpu", "cuda")  # devices that have torch's fused optimizers
+# Which treat each number by itself, however numbers are parted into parameters.
+ELEMENTWISE = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 SCALE = 2.0**16  # of the loss at first, with float16; torch's default
 
 

@@ -24,13 +24,16 @@ from peftsweep.models.losses import answer_losses
 from peftsweep.observe.measure import Laps, Meter, out_of_memory
 from peftsweep.schema import TrainConfig
 from peftsweep.study.claims import Claimed
+from peftsweep.training.capture import CAPTURED_AFTER, WARM, Size, StaticSteps, captures, sizes
 from peftsweep.training.checkpoint import Checkpoints, Interruption, OptimizerState
 from peftsweep.training.fused_lora import as_trained
-from peftsweep.training.length import checkpoint_due
+from peftsweep.training.length import checkpoint_due, steps_of
 from peftsweep.training.loop import batches
 from peftsweep.training.optimizer import (
+    ELEMENTWISE,
     autocast,
     enable_checkpointing,
+    find_optimizer,
     make_optimizer,
 )
 from peftsweep.training.run import WARMUP_LAPS, Prune, Row, Run, Trained
@@ -88,16 +91,21 @@ def train_packed(
     due = {slot.config.checkpoint_every: checkpoint_due(slot.config, len(rows)) for slot in slots if slot.checkpoints}
     with closing(pack), Interruption(wanted=bool(due)) as interruption:
         running = [_SlotRun(slot, pack, rows, laps, meter) for slot in slots]
+        static = _static_steps(model, pack, running, rows, seed, meter)
         step, *others = {one.step for one in running}
         if others:
             raise ValueError(f"slots cannot go on together from different steps: {sorted([step, *others])}")
-        stream = batches(rows, shared, pad_id=pad_id, seed=seed, device=meter.device, first=step)
+        shaped = static.padded if static else lambda batch: batch
+        numbered = partial(batches, rows, shared, pad_id=pad_id, seed=seed, device=meter.device)
+        stream = numbered(first=step, shaped=shaped)
         while True:
             leaving = [one for one in running if one.over]
             running = [one for one in running if one not in leaving]
             if leaving:
                 pack.leave([one.slot.name for one in leaving])
-                ended |= {one.slot.name: one.end() for one in leaving}
+                ended |= {one.slot.name: one.end(static.facts() if static else {}) for one in leaving}
+                if static:
+                    static.begin(pack.gradients, slots=len(running))
             if not running:
                 break
             interruption.deliver()  # when the weights of those that have left are on the disk
@@ -107,6 +115,10 @@ def train_packed(
             answer_tokens = sum(batch.answer_tokens for batch in micro_batches)
             losses = torch.zeros(len(running), device=meter.device)
             for batch in micro_batches:
+                captured = static(batch, answer_tokens) if static else None
+                if captured is not None:
+                    losses += captured
+                    continue
                 with narrowed:
                     each = answer_losses(model, pack.for_all(batch))
                     parts = each.view(len(running), -1).sum(1) / answer_tokens
@@ -120,7 +132,7 @@ def train_packed(
                     one.update()
             pack.zero_grad()
             # ------------------------------------------------------------------------------------
-            laps.stop()
+            laps.stop(static.end_step() if static else 0.0)
             meter.sample()
             step += 1
             pack.forget()
@@ -139,14 +151,37 @@ def train_packed(
     return ended
 
 
+def _static_steps(
+    model: PeftModel, pack: Pack, running: Sequence[_SlotRun], rows: Sequence[Tokens], seed: int, meter: Meter
+) -> StaticSteps | None:
+    """What takes the steps of the pack in static shapes; None where they are not."""
+    longest = max(running, key=lambda one: one.steps).config
+    if not captures(longest, meter.device):
+        return None
+    found = sizes(steps_of(rows, longest, seed), rows, longest)
+    return _static(model, pack, longest, found, meter)
+
+
+def _static(model: PeftModel, pack: Pack, config: TrainConfig, found: Sequence[Size], meter: Meter) -> StaticSteps:
+    def losses(batch: Batch) -> torch.Tensor:
+        with autocast(config, meter.device):
+            return answer_losses(model, pack.for_all(batch))
+
+    reason = "the slots of a pack draw the numbers of their dropout by themselves" if pack.drops else None
+    static = StaticSteps(model, config, losses, found, meter.device, reason)
+    static.begin(pack.gradients, slots=len(pack.names))
+    return static
+
+
 def speedup(
     model: PeftModel, names: Sequence[str], rows: Sequence[Tokens], config: TrainConfig, *, pad_id: int, meter: Meter
 ) -> float:
     """How many times as fast the adapters ``names`` take a step together as one by one; afterwards none has changed.
 
     Whole steps, each slot's clipping and optimizer included, as these take as long together as one by one: on an H100
-    a probe of forward and backward alone said 4.33 where steps were 1.67 times as fast. The batch is the longest of the
-    first ones. Both sides are warmed up, and timed in turn, twice, by the device's clock.
+    a probe of forward and backward alone said 4.33 where steps were 1.67 times as fast. Where steps are captured, they
+    are here. The batch is the longest of the first ones. Both sides are warmed up, and timed in turn, twice, by the
+    device's clock.
     """
     steps = batches(rows, config, pad_id=pad_id, seed=0, device=meter.device)
     some = itertools.islice(itertools.chain.from_iterable(steps), PROBED_BATCHES)
@@ -173,41 +208,70 @@ def _alone(model: PeftModel, name: str, batch: Batch, config: TrainConfig, meter
     """The seconds of some warmed-up steps of this adapter, as it is trained without a pack."""
     model.set_adapter(name)
     weights = list(adapter_weights(model, name).values())
-    optimizer = make_optimizer(nn.Module(), config, weights)
+    slots = [(weights, make_optimizer(nn.Module(), config, weights))]
     with as_trained(model, config, meter.device.type):
-        return _timed(lambda: answer_losses(model, batch), [(weights, optimizer)], optimizer.zero_grad, config, meter)
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight)
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        static = None
+        if captures(config, meter.device):
+            static = StaticSteps(model, config, partial(answer_losses, model), _probed(batch), meter.device)
+            static.begin(gradients)
+        took = _timed(partial(answer_losses, model), static, slots, gradients, batch, config, meter)
+    for weight in weights:
+        weight.grad = None
+    return took
 
 
 def _together(model: PeftModel, names: Sequence[str], batch: Batch, config: TrainConfig, meter: Meter) -> list[float]:
     """The seconds of some warmed-up steps of these adapters as a pack."""
     with closing(Pack(model, names, seed=0)) as pack:
-        weights = [list(pack.weights(name).values()) for name in names]
-        slots = [(own, make_optimizer(nn.Module(), config, own)) for own in weights]
-        return _timed(lambda: answer_losses(model, pack.for_all(batch)), slots, pack.zero_grad, config, meter)
+        trained = [optimized(pack, name, config) for name in names]
+        slots = [(own, make_optimizer(nn.Module(), config, own)) for own in trained]
+        static = _static(model, pack, config, _probed(batch), meter) if captures(config, meter.device) else None
+        return _timed(
+            lambda one: answer_losses(model, pack.for_all(one)), static, slots, pack.gradients, batch, config, meter
+        )
+
+
+def _probed(batch: Batch) -> list[Size]:
+    """Of the micro-batches of a probe, which are all ``batch``, as many as are worth to be captured."""
+    size = Size(batch.input_ids.shape[1], batch.tokens, batch.answer_tokens)
+    return [size] * (CAPTURED_AFTER + WARMUP_LAPS + PROBES)
 
 
 def _timed(
-    losses: Callable[[], torch.Tensor],
+    losses: Callable[[Batch], torch.Tensor],
+    static: StaticSteps | None,
     slots: Sequence[tuple[list[nn.Parameter], torch.optim.Optimizer]],
-    zero_grad: Callable[[], None],
+    gradients: list[torch.Tensor],
+    batch: Batch,
     config: TrainConfig,
     meter: Meter,
 ) -> list[float]:
     """The seconds of ``PROBES`` steps of ``slots``, their weights and optimizers, after ``WARMUP_LAPS`` others."""
-    laps = Laps(meter.device)
-    for _ in range(WARMUP_LAPS + PROBES):
+    laps, warmup = Laps(meter.device), WARMUP_LAPS + (WARM if static else 0)
+    batch = static.padded(batch) if static else batch
+    for _ in range(warmup + PROBES):
         laps.start()
-        with autocast(config, meter.device):
-            loss = losses().sum()
-        loss.backward()
-        del loss
+        if static is None or static(batch, batch.answer_tokens) is None:
+            with autocast(config, meter.device):
+                loss = losses(batch).sum()
+            loss.backward()
+            del loss
         for weights, optimizer in slots:
             if config.clip:
                 nn.utils.clip_grad_norm_(weights, config.clip)
             optimizer.step()
-        zero_grad()
+        torch._foreach_zero_(gradients)
         laps.stop()
-    return laps.seconds()[WARMUP_LAPS:]
+    return laps.seconds()[warmup:]
+
+
+def optimized(pack: Pack, name: str, config: TrainConfig) -> list[nn.Parameter]:
+    """What the optimizer of a slot steps: its weights, in one row where it treats each number alike."""
+    row = pack.row(name) if find_optimizer(config.optimizer) in ELEMENTWISE else None
+    return [*pack.weights(name).values()] if row is None else [row]
 
 
 class _SlotRun(Run):
@@ -217,13 +281,15 @@ class _SlotRun(Run):
         weights = {
             name.replace(f".{slot.name}.", f".{DEFAULT}."): weight for name, weight in pack.weights(slot.name).items()
         }
-        optimizer = make_optimizer(nn.Module(), slot.config, list(weights.values()))
+        trained = optimized(pack, slot.name, slot.config)
+        optimizer = make_optimizer(nn.Module(), slot.config, trained)
         own = _SlotLaps(laps)
         super().__init__(slot.config, len(rows), weights, optimizer, own, meter, slot.log, slot.validate, slot.prune)
+        self.parameters = trained
         self.slot, self._pack = slot, pack
-        self._checkpointed = self.parts(
-            _Weights(weights), _OptimizerState(optimizer), _Dropout(pack.dropout(slot.name))
-        )
+        in_a_row = trained[0] is pack.row(slot.name)
+        state = _RowState(optimizer, [*weights.values()], pack) if in_a_row else _OptimizerState(optimizer)
+        self._checkpointed = self.parts(_Weights(weights), state, _Dropout(pack.dropout(slot.name)))
         if slot.checkpoints:
             slot.checkpoints.restore(self._checkpointed)
         self.consider()
@@ -251,15 +317,18 @@ class _SlotRun(Run):
             with self.meter.stage("checkpoint"):
                 self.slot.checkpoints.save(self.step, self._checkpointed)
 
-    def end(self) -> Ended:
-        """What it has come to, once it has left the pack; the weights of a whole training are on the disk."""
+    def end(self, facts: dict[str, Any]) -> Ended:
+        """What it has come to, once it has left the pack; the weights of a whole training are on the disk.
+
+        ``facts`` are those of capturing.
+        """
         if self.error is None:
             self.restore_best()
         if self.stepped and self.error is None:
             with self.isolated(), self._pack.alone(self.slot.name):
                 self.check(self._pack.model)
             self._pack.model.train()
-        trained = self.trained()
+        trained = self.trained(facts)
         if self.slot.checkpoints and self.stepped and self.complete and self.error is None:
             with self.meter.stage("save"):
                 self.slot.checkpoints.save(self.step, {"weights": self._checkpointed["weights"]}, vars(trained))
@@ -312,6 +381,43 @@ class _OptimizerState(OptimizerState):
             for name, value in own.items():
                 if isinstance(value, torch.Tensor) and value.shape == weight.shape:
                     own[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
+
+
+class _RowState(OptimizerState):
+    """The state of an optimizer that steps all ``weights`` in one row: that of one that steps each by itself."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, weights: Sequence[nn.Parameter], pack: Pack) -> None:
+        super().__init__(optimizer)
+        self._weights, self._pack = weights, pack
+        (self._row,) = optimizer.param_groups[0]["params"]
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        of_row: dict[str, Any] = state["state"].get(0, {})
+        each = {
+            number: {name: self._part(value, weight) for name, value in of_row.items()}
+            for number, weight in enumerate(self._weights if of_row else ())
+        }
+        (group,) = state["param_groups"]
+        return {"state": each, "param_groups": [group | {"params": [*range(len(self._weights))]}]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        (group,) = state["param_groups"]
+        of_row: dict[str, Any] = {}
+        for number, weight in enumerate(self._weights if state["state"] else ()):
+            for name, value in state["state"][number].items():
+                if not isinstance(value, torch.Tensor) or value.shape != weight.shape:
+                    of_row[name] = value
+                    continue
+                if name not in of_row:
+                    of_row[name] = torch.zeros_like(self._row, dtype=value.dtype, requires_grad=False)
+                self._pack.part_of(of_row[name], weight).copy_(value)
+        super().load_state_dict({"state": {0: of_row} if of_row else {}, "param_groups": [group | {"params": [0]}]})
+
+    def _part(self, value: Any, weight: nn.Parameter) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return _apart(self._pack.part_of(value, weight) if value.shape == self._row.shape else value)
 
 
 class _Dropout:

@@ -18,11 +18,12 @@ kernel costs more than a small product, adapters are multiplied in one batch.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from bitsandbytes.nn.modules import Linear8bitLt
@@ -35,6 +36,8 @@ from peftsweep.data.batches import Batch
 from peftsweep.models.model import QUANTISED
 
 log = logging.getLogger(__name__)
+# Of gradients that lie between those of other layers, as the weights do: the row of a slot is what is to be contiguous.
+warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract")
 
 Found = TypeVar("Found")
 SELECTED_SLOT = "peftsweep_slot"  # attribute of a pack's model, by which the slot that is asked is answered
@@ -45,18 +48,17 @@ class _Adapters(Protocol):
 
     leaves: list[torch.Tensor]
     dtype: torch.dtype | None  # of the ``x`` that they are given; None: that of the base's output
+    slots: torch.Tensor | None  # the places in the pack of those that are given an ``x``; None: all
 
-    def added(self, output: torch.Tensor, x: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor:
-        """The base's ``output`` [slots, rows, out] with what they add for ``x`` [adapters, rows, in].
-
-        ``slots`` are those that have an adapter here, None: all.
-        """
+    def added(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The base's ``output`` [slots, rows, out] with what they add for ``x`` [adapters, rows, in]."""
 
 
 class _Separate:
     """Each multiplied by itself, in the shapes and layouts of the trial alone."""
 
-    def __init__(self, layer: Any, names: Sequence[str], trained: bool) -> None:
+    def __init__(self, layer: Any, names: Sequence[str], slots: torch.Tensor | None, trained: bool) -> None:
+        self.slots = slots
         self._quantised = isinstance(layer.base_layer, QUANTISED)
         self._scales = [layer.scaling[name] for name in names]
         weights = [part[name].weight for name in names for part in (layer.lora_A, layer.lora_B)]
@@ -65,31 +67,32 @@ class _Separate:
         for weight, leaf in zip(weights, self.leaves, strict=True) if trained else ():
             weight.grad = leaf.grad = torch.zeros_like(leaf)
 
-    def added(self, output: torch.Tensor, x: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor:
+    def added(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """See ``_Adapters``."""
         parts = zip(x, self.leaves[::2], self.leaves[1::2], self._scales, strict=True)
         update = torch.stack([functional.linear(functional.linear(rows, a), b) * scale for rows, a, b, scale in parts])
         if self._quantised:
             update = update.to(output.dtype)  # PEFT adds in the base's format there, elsewhere in the adapter's
-        return output + update if slots is None else output.to(update.dtype).index_add(0, slots, update)
+        if self.slots is None:
+            return output + update
+        return output.to(update.dtype).index_add(0, self.slots, update)
 
 
 class _Stacked:
-    """All multiplied in one batch, ranks filled up with zeros to the largest, R, in the format of the base's output.
+    """All multiplied in one batch, in the format of the base's output. So does ``fused_lora`` with a trial on CUDA.
 
-    So does ``fused_lora`` with a trial alone on CUDA. Shapes: ``a`` [adapters, R, in], ``b`` [adapters, R, out],
-    ``scale`` [adapters, 1, 1]; PEFT's weights become parts of the first two. A filled-up part has no gradient that
-    anybody takes, and stays zero.
+    ``a`` [slots, R, in] and ``b`` [slots, R, out] are parts of the pack's ``_Buffers``, and PEFT's weights become
+    parts of these. Ranks are filled up with zeros to the largest, R, and a slot without an adapter here has nothing
+    but zeros: A and B are zero there, and so are their gradients. Shape of ``scale``: [slots, 1, 1].
     """
 
-    def __init__(self, layer: Any, names: Sequence[str], trained: bool) -> None:
-        like = layer.lora_A[names[0]].weight
-        rank = max(layer.r[name] for name in names)
-        a = like.new_zeros(len(names), rank, layer.in_features)
-        b = like.new_zeros(len(names), rank, layer.out_features)
-        if trained:
-            a.grad, b.grad = torch.zeros_like(a), torch.zeros_like(b)
+    slots = None
+
+    def __init__(self, layer: Any, names: Sequence[str], buffers: _Buffers) -> None:
+        a, b = buffers.parts(layer)
         for place, name in enumerate(names):
+            if name not in layer.lora_A:
+                continue
             own, down, up = slice(layer.r[name]), layer.lora_A[name].weight, layer.lora_B[name].weight
             for weight, part in ((down, a[place, own]), (up, b[place, own].T)):
                 part.copy_(weight.data)
@@ -98,21 +101,60 @@ class _Stacked:
                 down.grad, up.grad = a.grad[place, own], b.grad[place, own].T
         self.leaves = [a.requires_grad_(), b.requires_grad_()]
         self.dtype: torch.dtype | None = None
-        self._scale = torch.tensor([layer.scaling[name] for name in names], device=like.device)[:, None, None]
+        scales = [layer.scaling.get(name, 0.0) for name in names]
+        self._scale = torch.tensor(scales, device=a.device)[:, None, None]
 
-    def added(self, output: torch.Tensor, x: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor:
+    def added(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """See ``_Adapters``."""
         a, b = self.leaves
         inner, up = torch.bmm(x, a.mT.to(x.dtype)), (b * self._scale).to(x.dtype)
-        return torch.baddbmm(output, inner, up) if slots is None else output.index_add(0, slots, torch.bmm(inner, up))
+        return torch.baddbmm(output, inner, up)
+
+
+class _Buffers:
+    """The weights of all slots, and their gradients, [slots, weights of a slot], in which each layer has its place.
+
+    A slot's row is all that its optimizer has to know where it treats each number alike: a step of AdamW is then one
+    kernel, and clipping two, in place of as many as there are layers.
+    """
+
+    def __init__(self, layers: Sequence[Any], names: Sequence[str]) -> None:
+        self._places: dict[Any, tuple[int, int]] = {}  # of each layer its largest rank, and where its A begins
+        self._size = 0
+        for layer in layers:
+            if ranks := [layer.r[name] for name in names if name in layer.lora_A]:
+                self._places[layer] = max(ranks), self._size
+                self._size += max(ranks) * (layer.in_features + layer.out_features)
+        self.weights = self.gradients = torch.empty(0)
+
+    def make(self, slots: int, like: torch.Tensor, trained: bool) -> None:
+        """Those of so many slots, all zeros."""
+        self.weights = like.new_zeros(slots, self._size)
+        self.gradients = torch.zeros_like(self.weights) if trained else like.new_zeros(0)
+
+    def parts(self, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [slots, R, in] and B [slots, R, out] of a layer, and their gradients."""
+        rank, start = self._places[layer]
+        middle, end = start + rank * layer.in_features, start + rank * (layer.in_features + layer.out_features)
+        found = []
+        for begin, stop in ((start, middle), (middle, end)):
+            part = self.weights[:, begin:stop].unflatten(1, (rank, -1))
+            if len(self.gradients):
+                part.grad = self.gradients[:, begin:stop].unflatten(1, (rank, -1))
+            found.append(part)
+        a, b = found
+        return a, b
+
+    def part_of(self, row: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The part of ``row``, laid out as a slot's, that has the place of that PEFT ``weight`` in its own."""
+        return row.as_strided(weight.shape, weight.stride(), weight.storage_offset() % self._size)
 
 
 @dataclass
 class _Bank:
-    """The adapters of one layer, and whose they are."""
+    """The adapters of one layer, and the dropout of each."""
 
     adapters: _Adapters
-    slots: torch.Tensor | None  # the places in the pack of those that have an adapter here; None: all have
     dropout: list[tuple[float, torch.Generator]]
 
 
@@ -153,10 +195,12 @@ class Pack:
         self._trained = seed is not None
         device = next(model.parameters()).device
         on = "cpu" if device.type == "meta" else device
-        self._kind = _Stacked if (device.type == "cuda" if stacked is None else stacked) else _Separate
         self._generators = {name: torch.Generator(on).manual_seed(seed or 0) for name in names}
         self._layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
         self._banks: dict[Any, _Bank] = {}
+        in_one_batch = device.type == "cuda" if stacked is None else stacked
+        self._buffers = _Buffers(self._layers, names) if in_one_batch else None
+        self._rows_of = dict[str, nn.Parameter]()  # of the buffers, by slot
         self.gradients: list[torch.Tensor] = []  # of all slots
         self._packed = True
         self._rows = 0  # of each slot, in this forward pass; 0: any number
@@ -178,6 +222,21 @@ class Pack:
     def weights(self, name: str) -> dict[str, nn.Parameter]:
         """The parameters of an adapter by their names in the model, in their order there."""
         return adapter_weights(self.model, name)
+
+    def row(self, name: str) -> nn.Parameter | None:
+        """All weights of a slot in one row, which stays that slot's when others leave; None where they have none."""
+        return self._rows_of.get(name)
+
+    def part_of(self, row: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The part of ``row``, laid out as ``row(name)``, that has the place of ``weight``, one of that slot's."""
+        if self._buffers is None:
+            raise RuntimeError("the weights of this pack have no rows")
+        return self._buffers.part_of(row, weight)
+
+    @property
+    def drops(self) -> bool:
+        """Whether a slot has dropout."""
+        return any(p for bank in self._banks.values() for p, _ in bank.dropout)
 
     def dropout(self, name: str) -> torch.Generator:
         """What an adapter's dropout is drawn from."""
@@ -248,20 +307,32 @@ class Pack:
             hook.remove()
 
     def _fill(self) -> None:
-        for layer in self._layers:
-            if names := [name for name in self.names if name in layer.lora_A]:
-                self._banks[layer] = self._bank(layer, names)
-        leaves = [leaf for bank in self._banks.values() for leaf in bank.adapters.leaves]
-        self.gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        layers = [layer for layer in self._layers if any(name in layer.lora_A for name in self.names)]
+        if self._buffers is not None and layers:
+            like = next(iter(layers[0].lora_A.values())).weight
+            self._buffers.make(len(self.names), like.detach(), self._trained)
+        for layer in layers:
+            self._banks[layer] = self._bank(layer)
+        if self._buffers is None:
+            leaves = [leaf for bank in self._banks.values() for leaf in bank.adapters.leaves]
+            self.gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        elif self._trained and layers:
+            self.gradients = [self._buffers.gradients]
+            rows = zip(self.names, self._buffers.weights, self._buffers.gradients, strict=True)
+            for name, weights, gradients in rows:
+                row = self._rows_of.setdefault(name, nn.Parameter(weights))
+                row.data, row.grad = weights, gradients
 
-    def _bank(self, layer: Any, names: list[str]) -> _Bank:
-        like = layer.lora_A[names[0]].weight
-        places = [self.names.index(name) for name in names]
-        return _Bank(
-            self._kind(layer, names, self._trained),
-            None if len(places) == len(self.names) else torch.tensor(places, device=like.device),
-            [(getattr(layer.lora_dropout[name], "p", 0.0), self._generators[name]) for name in names],
-        )
+    def _bank(self, layer: Any) -> _Bank:
+        having = [name for name in self.names if name in layer.lora_A]
+        if self._buffers is not None:
+            names, adapters = self.names, cast(_Adapters, _Stacked(layer, self.names, self._buffers))
+        else:
+            device = layer.lora_A[having[0]].weight.device
+            some = None if having == self.names else torch.tensor([self.names.index(n) for n in having], device=device)
+            names, adapters = having, _Separate(layer, having, some, self._trained)
+        chances = [getattr(layer.lora_dropout[name], "p", 0.0) if name in having else 0.0 for name in names]
+        return _Bank(adapters, [(p, self._generators[name]) for p, name in zip(chances, names, strict=True)])
 
     def _free(self) -> None:
         for layer in self._banks:
@@ -285,11 +356,11 @@ class Pack:
         slots = len(self.names)
         if x.ndim != 3 or len(x) % slots or self._rows not in (0, len(x) // slots):
             raise ValueError(f"a layer that is given {list(x.shape)} in place of all rows cannot be packed")
-        mine = x.reshape(slots, -1, x.shape[-1])
-        mine = (mine if bank.slots is None else mine[bank.slots]).to(bank.adapters.dtype or result.dtype)
+        mine, some = x.reshape(slots, -1, x.shape[-1]), bank.adapters.slots
+        mine = (mine if some is None else mine[some]).to(bank.adapters.dtype or result.dtype)
         if layer.training and any(p for p, _ in bank.dropout):
             mine = mine * _noise(mine, bank.dropout)
-        added = bank.adapters.added(result.reshape(slots, -1, result.shape[-1]), mine, bank.slots)
+        added = bank.adapters.added(result.reshape(slots, -1, result.shape[-1]), mine)
         return added.reshape(result.shape).to(result.dtype)
 
     def _apart(self, module: Linear8bitLt) -> Linear8bitLt:
