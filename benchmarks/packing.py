@@ -6,9 +6,9 @@ Three ways to train the same eight adapters (ranks, rates and targets differ) in
 together (packed.train_packed), one by one (train.train), and PEFT's plain loop, in which every adapter is made
 the active one in turn and takes its step. Each round runs all three; their order changes from round to round. A
 side's seconds are those of attaching and of all steps; the ratio of `steps` compares the median steps alone, without
-what capturing took. With `--capture off|auto` steps are captured as CUDA graphs on both sides, or on none. `probe` is
-what pack=auto would find, and `auto` how fast its choice is beside the better one. `ratio_evaluated` is how many times as fast the eight write answers to the same
-questions at once as one after the other.
+what capturing took. With `--capture off,auto` steps are captured as CUDA graphs on no side, and then on both. `probe`
+is what pack=auto would find, and `auto` how fast its choice is beside the better one. `ratio_evaluated` is how many
+times as fast the eight write answers to the same questions at once as one after the other.
 
 `large` is a Llama of 1B parameters with random weights in bfloat16, 512 tokens a row, for a CUDA device; `small`
 is the embedded model with 64 tokens a row. No new setting begins when ``minutes`` are over.
@@ -21,6 +21,7 @@ independent of the others on every CPU. The figures are CPU seconds beside the f
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -254,7 +255,7 @@ def main() -> None:
     words.add_argument("--rounds", type=int, default=2)
     words.add_argument("--minutes", type=float, default=8)
     words.add_argument("--arithmetic", action="store_true")
-    words.add_argument("--capture", choices=[way.value for way in Capture], default="off")
+    words.add_argument("--capture", default="off", help="off, auto, or both with a comma between them")
     words.add_argument("--batches", help="batch sizes in place of the scale's, with commas between them")
     words.add_argument("--steps", type=int, help="steps of a trial in place of the scale's")
     words.add_argument("--quants", default="none,4bit")
@@ -262,7 +263,6 @@ def main() -> None:
     words.add_argument("--out", type=Path)
     said = words.parse_args()
     scale, begun = dict(SCALES[said.scale]), time.monotonic()
-    CAPTURE[:] = [Capture(said.capture)]
     scale |= {"steps": said.steps} if said.steps else {}
     scale |= {"batches": [*map(int, said.batches.split(","))]} if said.batches else {}
     scale |= {"words": said.model.split()} if said.model else {}
@@ -275,7 +275,8 @@ def main() -> None:
         tokenizer = model.load_tokenizer(one.config.model)
         base = build.load_base(one, tokenizer, meter.device)
         rows = rows_of(scale["tokens"], min(base.config.vocab_size, 500))
-        for batch in scale["batches"]:
+        for batch, way in itertools.product(scale["batches"], map(Capture, said.capture.split(","))):
+            CAPTURE[:] = [way]
             if time.monotonic() - begun > 60 * said.minutes:
                 continue
             if said.arithmetic:
@@ -286,7 +287,7 @@ def main() -> None:
             found = {"quant": quant} | compare(base, rows, batch, scale["steps"], said.rounds, meter)
             settings.append(found)
             print(
-                f"{quant:5} batch {batch:2}: {found['ratio_to_one_by_one']:.2f} x one by one "
+                f"{quant:5} batch {batch:2} capture {way.value}: {found['ratio_to_one_by_one']:.2f} x one by one "
                 f"(steps alone {found['ratio_of_steps']:.2f}), "
                 f"{found['ratio_to_plain_loop']:.2f} x PEFT's loop, probe {found['probe']:.2f}, "
                 f"auto {found['auto']:.2f}",

@@ -24,7 +24,7 @@ from peftsweep.models.shortcuts import SHORTCUTS, Shortcuts
 from peftsweep.observe.measure import Meter
 from peftsweep.schema import Capture, Dtype, TargetsConfig, TrainConfig
 from peftsweep.sweep import packing
-from peftsweep.training import capture, checkpoint, loop
+from peftsweep.training import capture, checkpoint, loop, packed
 from peftsweep.training.capture import StaticSteps, ladder, sizes
 from tests.architectures import make
 from tests.conftest import SAME_WEIGHTS, apart
@@ -306,6 +306,42 @@ def test_graphs_change_no_loss_and_no_weight(way: str, monkeypatch: pytest.Monke
     assert static[1] == pytest.approx(plain[1], rel=1e-3)
     facts = static[0].compilation
     assert facts.get("capture_graphs", 0) >= 2 or (way == "checkpointed" and facts["capture_off"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shared", [{}, {"accumulation": 2, "batch_size": 4}])
+def test_graphs_of_a_pack_change_no_loss(shared: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA; one slot ends before the others, so that the rest is captured anew."""
+    device = torch.device("cuda")
+    monkeypatch.setattr(capture, "WORTH", 1)
+    chance = random.Random(0)
+    rows = [Tokens([chance.randrange(3, 500) for _ in range(chance.randint(20, 40))], 9) for _ in range(64)]
+    lengths = {"slot0": 40, "slot1": 40, "slot2": 25}
+    found: list[dict[str, Any]] = []
+    for way in Capture:
+        methods = {
+            name: (LoraConfig(r=2 + n, target_modules=["q_proj", "v_proj"] if n else "all-linear"), TargetsConfig())
+            for n, name in enumerate(lengths)
+        }
+        torch.manual_seed(0)
+        base: Any = make("llama")
+        setattr(base, SHORTCUTS, Shortcuts(answers_only=True, bare_head=True, no_mask=True))
+        lines: dict[str, list[dict[str, Any]]] = {name: [] for name in lengths}
+        options: dict[str, Any] = {"batch_size": 8, "log_every": 1, "warmup": 1, "learning_rate": 1e-3, "capture": way}
+        slots = [
+            packed.Slot(name, TrainConfig(steps=steps, **options | shared), lines[name].append)
+            for name, steps in lengths.items()
+        ]
+        model = attach.attach_slots(base.to(device), methods, 0, {})
+        ended = packed.train_packed(model, rows, slots, pad_id=0, seed=0, meter=Meter(device))
+        facts = ended["slot0"].trained.compilation
+        found.append({"facts": facts} | {name: losses(own) for name, own in lines.items()})
+    plain, static = found
+    assert static["facts"]["capture_graphs"] >= 3
+    assert plain["facts"] == {}
+    for name, steps in lengths.items():
+        assert len(plain[name]) == steps
+        assert static[name] == pytest.approx(plain[name], rel=1e-3)
 
 
 # ---- the key ---------------------------------------------------------------------------------------
