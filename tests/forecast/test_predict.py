@@ -18,7 +18,7 @@ from peftsweep.data.tokens import Tokens
 from peftsweep.forecast import predict
 from peftsweep.forecast.predict import Prediction, Shape
 from peftsweep.models import attach, model
-from peftsweep.schema import Dtype, ModelConfig, TargetsConfig, TrainConfig
+from peftsweep.schema import Capture, Dtype, ModelConfig, TargetsConfig, TrainConfig
 
 CPU = torch.device("cpu")
 SHAPE = Shape(rows=4, length=128, answer_length=32, answer_tokens=100)
@@ -199,8 +199,16 @@ def test_autocast_casts_frozen_weights_for_each_use() -> None:
 
 
 def test_a_second_micro_batch_meets_the_gradients_of_the_first() -> None:
-    one, two = predicted(full=True), predicted(full=True, accumulation=2)
+    usual: dict[str, Any] = {"full": True, "capture": Capture.off}
+    one, two = predicted(**usual), predicted(**usual, accumulation=2)
     assert two.forward_peak - one.forward_peak == one.gradient_bytes
+
+
+def test_captured_steps_keep_gradients_and_have_workspaces_of_their_own() -> None:
+    usual, captured = predicted(full=True, capture=Capture.off), predicted(full=True)
+    assert captured.forward_peak - usual.forward_peak == usual.gradient_bytes
+    assert captured.workspace_bytes == 2 * usual.workspace_bytes
+    assert predicted("cpu", full=True) == predicted("cpu", full=True, capture=Capture.off)
 
 
 def test_the_micro_batch_with_the_most_logits_counts_too() -> None:

@@ -85,6 +85,7 @@ def test_a_cpu_works_and_calls_in_turns_and_a_gpu_at_the_same_time(device: Devic
     assert device.step(ledger)[0] == pytest.approx(1e-3)
     device.speed.operations[one.key] = 1e-7
     assert device.step(ledger)[0] == pytest.approx(MEASURED.host_seconds)
+    assert device.step(ledger, captured=True)[0] == pytest.approx(1e-7)
 
 
 def test_a_machine_of_another_speed_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -298,7 +298,7 @@ def test_a_graph_that_fails_or_gives_other_gradients_is_given_up(
 def test_graphs_change_no_loss_and_no_weight(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On CUDA: a checkpointed pass may be refused by torch, which must then be said and change nothing either."""
     device = torch.device("cuda")
-    monkeypatch.setattr(capture, "WORTH", 1)
+    monkeypatch.setattr(StaticSteps, "_worth", lambda *_: True)
     chance = random.Random(0)
     rows = [Tokens([chance.randrange(3, 500) for _ in range(chance.randint(20, 40))], 9) for _ in range(64)]
     options = {"steps": 40, "learning_rate": 1e-3} | WAYS[way]
@@ -313,7 +313,7 @@ def test_graphs_change_no_loss_and_no_weight(way: str, monkeypatch: pytest.Monke
 def test_graphs_of_a_pack_change_no_loss(shared: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """On CUDA; one slot ends before the others, so that the rest is captured anew."""
     device = torch.device("cuda")
-    monkeypatch.setattr(capture, "WORTH", 1)
+    monkeypatch.setattr(StaticSteps, "_worth", lambda *_: True)
     chance = random.Random(0)
     rows = [Tokens([chance.randrange(3, 500) for _ in range(chance.randint(20, 40))], 9) for _ in range(64)]
     lengths = {"slot0": 40, "slot1": 40, "slot2": 25}

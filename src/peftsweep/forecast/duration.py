@@ -22,6 +22,7 @@ from peftsweep.forecast.history import KINDS, NORMAL_90, History
 from peftsweep.forecast.speed import Device
 from peftsweep.forecast.work import Asked, Batches, Traced, evaluations, number_of_steps, once, run_of, step_key, trace
 from peftsweep.models import model as models_model
+from peftsweep.training.capture import WARM, captures
 
 # One standard deviation of the logarithm of a prediction that no record corrects: that of training as
 # benchmarks/time_prediction.py finds it, the others as what they rest on is only guessed.
@@ -31,6 +32,9 @@ FIRST_SECONDS, NEXT_SECONDS = 4.0, 1.0  # for which operations are timed: of the
 # Of loading, attaching and saving, until records say more (measured on two cores with the embedded model).
 SETUP_SECONDS, TENSOR_SECONDS = 0.3, 0.002
 LOAD_RATE, QUANTISE_RATE, SAVE_RATE = 1e9, 2e8, 5e8  # bytes/s that are read, quantised, written
+# Micro-batches of a captured run that take as long as without graphs: of each of some 14 lengths those before it is
+# captured, and what capturing takes.
+USUAL_BATCHES = 14 * (WARM + 3)
 NOT_ASKED = "not asked for"
 MOST_SECONDS = 10.0  # for which a process times operations, but for those of the first trial of a model
 _SPENT = [0.0]
@@ -219,7 +223,10 @@ def _timed(
         unknown["train"] = f"train.compile={config.compile}: compiled steps are predicted from records alone"
     else:
         took, share = device.step(traced.step.ledger, until)
-        took = took * run.count * run.scale + device.update(traced.step.trained, config) * steps
+        replayed = max(run.count - USUAL_BATCHES, 0.0) if captures(config, device.device) else 0.0
+        replay = device.step(traced.step.ledger, until, captured=True)[0] if replayed else 0.0
+        took = (took * (run.count - replayed) + replay * replayed) * run.scale
+        took += device.update(traced.step.trained, config) * steps
         spread = SPREADS["train"] + share * ESTIMATED_SPREAD + ESTIMATED_SPREAD * traced.step_alike
         spans["train"] = corrected("train", took, spread)
         decided = "records" if history.correction("train") else "speed"

@@ -40,13 +40,14 @@ from peftsweep.models.shortcuts import SHORTCUTS
 from peftsweep.schema import ModelConfig, TrainConfig
 from peftsweep.training import length as training_length
 from peftsweep.training import optimizer as training_optimizer
+from peftsweep.training.capture import captures, unfit
 from peftsweep.training.fused_lora import as_trained
 from peftsweep.training.packed import optimized
 from peftsweep.training.slots import Pack
 
-# cuBLAS gets a workspace for each thread that calls it, here the forward's and autograd's, and torch's allocator counts
-# them. From compute capability 9.0 on each has 32 MiB, before it 8 (aten/src/ATen/cuda/CublasHandlePool.cpp). Which GPU
-# it will be is not known here, so the larger is assumed. Measured on an H100: 64 MiB.
+# cuBLAS gets a workspace for each thread that calls it, here the forward's and autograd's, and each stream; torch's
+# allocator counts them. From compute capability 9.0 on each has 32 MiB, before it 8 (in ATen's CublasHandlePool.cpp).
+# Which GPU it will be is not known here, so the larger is assumed. Measured on an H100: 64 MiB; captured, 132.
 WORKSPACES = {"cuda": 2 * 32 * 2**20}
 
 
@@ -219,13 +220,14 @@ def _traced(
 ) -> Prediction:
     allocator = Allocator(BLOCK.get(device, 1), batch.answer_tokens)
     kernels = Kernels(device, config.autocast)
+    captured = captures(config, torch.device(device)) and unfit(adapted, config) is None  # then gradients are kept
     tensors = [(_is_adapter(name, adapted), tensor) for name, tensor in _named_tensors(adapted)]
     weights = allocator.hold(tensor for own, tensor in tensors if not own)
     adapter = allocator.hold(tensor for own, tensor in tensors if own)
     allocator.hold(pack.gradients if pack else [])  # which a pack has from the beginning
     forward = backward = kept = logits = 0
     with as_on_device(device, config.autocast), allocator:
-        for _ in range(min(2, config.accumulation)):  # the second micro-batch finds the gradients of the first
+        for _ in range(2 if captured else min(2, config.accumulation)):  # the second finds the gradients of the first
             before = allocator.mark()
             with kernels.forward(), _at_head(adapted, lambda: allocator.live) as at_head:
                 loss = answer_losses(adapted, batch).sum() / batch.answer_tokens
@@ -254,7 +256,7 @@ def _traced(
         forward_peak=forward + states,
         backward_peak=backward + states,
         step_peak=step,
-        workspace_bytes=WORKSPACES.get(device, 0),
+        workspace_bytes=WORKSPACES.get(device, 0) * (2 if captured else 1),
     )
 
 

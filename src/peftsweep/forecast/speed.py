@@ -237,13 +237,14 @@ class Device:
             self._changed = True
         return operations[key] * self.busy
 
-    def step(self, ledger: Ledger, until: float = math.inf) -> tuple[float, float]:
+    def step(self, ledger: Ledger, until: float = math.inf, *, captured: bool = False) -> tuple[float, float]:
         """The seconds of a step of these operations, and the share of them that is estimated.
 
-        A CPU works and calls in turns; a GPU works while the host calls, whichever takes longer.
+        A CPU works and calls in turns; a GPU works while the host calls, whichever takes longer, or, where the step is
+        ``captured`` as a graph, without the host.
         """
         work, estimated = self.work(ledger, until)
-        host = self.speed.host_seconds * ledger.dispatches
+        host = 0.0 if captured else self.speed.host_seconds * ledger.dispatches
         inside = work + self.speed.byte_seconds * ledger.other_bytes
         took = max(inside, host) if self.device.type == "cuda" else inside + host
         return took * self.busy, estimated / work if work else 0.0

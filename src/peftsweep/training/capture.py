@@ -7,9 +7,9 @@ losses; places that a batch does not use have a weight of zero. Gradients are ze
 to them, and accumulation is a replay for each micro-batch. Clipping, optimizer and schedule stay outside of the graphs.
 
 As PyTorch asks for, a length is first run as usual, on the stream that captures it (those are steps of the training);
-its graph is kept only if a replay gives the loss and the gradients of such a pass. What cannot be captured goes on
-uncaptured, and the reason stands in the record. On an H100, with 1B parameters and one row of 305 tokens a step, a step
-takes 10 ms in place of 81 to 185 (docs/measured.md).
+its graph is kept only if a replay gives the loss of such a pass and gradients of the same norms. What cannot be
+captured goes on uncaptured, and the reason stands in the record. On an H100, with 1B parameters and one row of 305
+tokens a step, a step takes 10 ms in place of 81 to 185 (docs/measured.md).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -30,17 +31,20 @@ from torch.nn.modules.dropout import _DropoutNd
 from peftsweep.data.batches import Batch, micro_batches
 from peftsweep.data.tokens import Tokens
 from peftsweep.models.parts import base_of, classifies, text_config
-from peftsweep.observe.measure import synchronise
+from peftsweep.observe.measure import out_of_memory, synchronise
 from peftsweep.schema import Capture, Dtype, TrainConfig
+from peftsweep.training.length import steps_of
 
 log = logging.getLogger(__name__)
 
+Found = TypeVar("Found")
+
 DEVICES = ("cuda",)  # on which steps are taken in static shapes
 EXTRA = 0.06  # of the tokens of a run: the most by which the ladder adds to its padding
+LARGE = 2**31  # bytes of gradients
 WARM = 2  # usual passes of a length, in which kernels are chosen and workspaces allocated, before it is captured
-CAPTURED_AFTER = WARM + 1  # the last of these passes is that of the capture
 WORTH = 8  # batches of a length that must be to come, until it is known what a capture takes and what it saves
-# Norm of the difference of gradients, relative to theirs: a few roundings of bfloat16, as sums are reordered.
+# Difference of a gradient's norm, relative to it: a few roundings of bfloat16, as sums are reordered.
 SAME = 0.02
 
 
@@ -63,6 +67,19 @@ def sizes(order: Iterable[list[int]], rows: Sequence[Tokens], config: TrainConfi
             lengths = [len(row.ids) for row in batch]
             found.append(Size(max(lengths), sum(lengths), sum(row.answer_tokens for row in batch)))
     return found
+
+
+def sizes_of_run(
+    rows: Sequence[Tokens],
+    config: TrainConfig,
+    seed: int,
+    device: torch.device,
+    order: Sequence[list[int]] | None = None,
+) -> list[Size] | None:
+    """The sizes of a run's micro-batches; None where its steps are not taken in static shapes."""
+    if not captures(config, device):
+        return None
+    return sizes(order or steps_of(rows, config, seed), rows, config)
 
 
 def ladder(found: Sequence[Size], rows: int) -> list[int]:
@@ -102,16 +119,28 @@ def unfit(model: Any, config: TrainConfig) -> str | None:
         "its method deals out ranks anew in the steps": hasattr(
             getattr(model, "base_model", None), "update_and_allocate"
         ),
+        "its gradients, which would be kept, are large": _large(model),
         "its layers are on several devices": len({p.device for p in model.parameters()}) > 1,
         "it leaves out layers at random": bool(getattr(text_config(base_of(model)), "layerdrop", 0)),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
+def _large(model: nn.Module) -> bool:
+    """Whether the gradients of the model's trained weights take much memory."""
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) > LARGE
+
+
 def drops(model: nn.Module) -> bool:
     """Whether a pass of the model draws random numbers."""
     of_attention = getattr(text_config(base_of(model)), "attention_dropout", 0)
     return bool(of_attention) or any(isinstance(m, _DropoutNd) and m.p > 0 for m in model.modules())
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all graphs of a process: for each stream that multiplies, torch keeps workspaces of 64 MiB."""
+    return torch.cuda.Stream(device)
 
 
 # ---- the step --------------------------------------------------------------------------------------
@@ -177,7 +206,7 @@ class StaticSteps:
         """The stream on which graphs are captured, and the memory that they share."""
         if self._device.type != "cuda" or self.off:
             return None, None
-        return torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
+        return _stream(self._device), torch.cuda.graph_pool_handle()
 
     @property
     def begun(self) -> bool:
@@ -206,6 +235,8 @@ class StaticSteps:
         self.off = reason
         self._of_length.clear()
         self._gradients = []
+        if self._stream is not None:
+            torch.cuda.empty_cache()  # of the memory of graphs
         log.info("train.capture is off: %s", reason)
 
     def padded(self, batch: Batch) -> Batch:
@@ -225,8 +256,11 @@ class StaticSteps:
             answer_start=1,
         )
 
-    def __call__(self, batch: Batch, answer_tokens: int) -> torch.Tensor | None:
-        """Forward and backward of ``batch``: its part of the step's loss, [slots]; None where it is taken as usual."""
+    def __call__(self, batch: Batch, answer_tokens: int, *, first: bool) -> torch.Tensor | None:
+        """Forward and backward of ``batch``: its part of the step's loss, [slots]; None where it is taken as usual.
+
+        ``first``: it is the first of its step, and gradients are zero.
+        """
         static = self._static(batch) if self.begun else None
         if static is None:
             return None
@@ -236,17 +270,28 @@ class StaticSteps:
         if static.graph is not None:
             static.graph.replay()
             return static.losses
-        if self._stream is None or static.taken <= WARM or not self._worth(left):
-            return self._aside(static)
-        start = time.perf_counter()
-        losses = self._capture(static)
-        self._cost = time.perf_counter() - start
-        self._seconds += self._cost
-        return losses
+        try:
+            if self._stream is None or static.taken <= WARM or not first or not self._worth(left):
+                return self._aside(static)
+            start = time.perf_counter()
+            losses = self._capture(static)
+            self._cost = time.perf_counter() - start
+            self._seconds += self._cost
+            return losses
+        except RuntimeError as error:
+            if not first or not out_of_memory(error):
+                raise
+            reason = "memory ran out, of which gradients that are kept and graphs take some"
+        torch._foreach_zero_(self._gradients)
+        self.give_up(reason)
+        return None
 
     def _worth(self, left: int) -> bool:
-        """Whether a capture takes less time than it saves in so many batches of its length."""
-        return left >= WORTH if not self._graphs else left * self._saved > self._cost
+        """Whether a capture takes less time than it saves in so many batches of its length.
+
+        Where numbers are drawn at random, time decides nothing: a replay draws others than a usual pass.
+        """
+        return left >= WORTH if not self._graphs or self._random else left * self._saved > self._cost
 
     def _static(self, batch: Batch) -> _Static | None:
         """The buffers that ``batch`` fits into."""
@@ -266,7 +311,8 @@ class StaticSteps:
         return self._of_length[length]
 
     def _pass(self, static: _Static) -> torch.Tensor:
-        losses: torch.Tensor = (self._losses(static.batch).view(self._slots, -1) * static.weights).sum(1)
+        weighted: torch.Tensor = self._losses(static.batch).view(self._slots, -1) * static.weights
+        losses = weighted.sum(1)
         losses.sum().backward()
         return losses.detach()
 
@@ -282,30 +328,28 @@ class StaticSteps:
         return losses
 
     def _capture(self, static: _Static) -> torch.Tensor:
-        """A usual pass, and then its capture; which of both counts, its losses are returned, its gradients added."""
-        before = [gradient.clone() for gradient in self._gradients]
+        """A usual pass, and then its capture; which of both counts, its losses are returned and its gradients left."""
         usual, of_pass = self._timed(lambda: self._aside(static))
-        after = [gradient.clone() for gradient in self._gradients]
+        expected = [usual.norm(), *torch._foreach_norm(self._gradients)]
         try:
             graph, losses = self._recorded(static)
-            for _ in range(2):  # the first replay brings the graph to the device
-                torch._foreach_copy_(self._gradients, before)
-                _, of_replay = self._timed(graph.replay)
-            if self._random or _same(
-                [losses, *torch._foreach_sub(self._gradients, before)], [usual, *torch._foreach_sub(after, before)]
-            ):
-                static.graph, static.losses = graph, losses
-                self._graphs += 1
-                self._saved = of_pass - of_replay
-                return losses
-            reason = "a replay gave another loss or other gradients"
         except Exception as error:  # whatever an operation raises that a graph cannot hold, or for which memory lacks
-            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        torch._foreach_copy_(self._gradients, after)
-        self.give_up(reason)
+            self.give_up((str(error).splitlines() or [""])[0] or type(error).__name__)
+            return usual
+        for _ in range(2):  # the first replay brings the graph to the device
+            torch._foreach_zero_(self._gradients)
+            _, of_replay = self._timed(graph.replay)
+        if self._random or _same([losses.norm(), *torch._foreach_norm(self._gradients)], expected):
+            static.graph, static.losses = graph, losses
+            self._graphs += 1
+            self._saved = of_pass - of_replay
+            return losses
+        torch._foreach_zero_(self._gradients)
+        usual = self._aside(static)
+        self.give_up("a replay gave another loss or other gradients")
         return usual
 
-    def _timed(self, work: Callable[[], Any]) -> tuple[Any, float]:
+    def _timed(self, work: Callable[[], Found]) -> tuple[Found, float]:
         """What ``work`` gives, and its seconds."""
         synchronise(self._device)
         start = time.perf_counter()
@@ -344,7 +388,6 @@ class StaticSteps:
 
 
 def _same(found: Sequence[torch.Tensor], usual: Sequence[torch.Tensor]) -> bool:
-    """Whether they differ by rounding alone."""
-    apart = sum((a - b).float().square().sum() for a, b in zip(found, usual, strict=True))
-    size = sum(b.float().square().sum() for b in usual)
-    return bool(torch.as_tensor(apart <= SAME**2 * size))
+    """Whether these norms differ by rounding alone."""
+    norms, expected = (torch.stack([norm.float() for norm in some]) for some in (found, usual))
+    return bool((norms - expected).norm() <= SAME * expected.norm())

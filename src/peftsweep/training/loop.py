@@ -18,11 +18,11 @@ from peftsweep.models.losses import answer_losses, auxiliary_loss, losses_and_hi
 from peftsweep.models.parts import trainable_parameters
 from peftsweep.observe.measure import Laps, Meter
 from peftsweep.schema import TrainConfig
-from peftsweep.training.capture import Size, StaticSteps, captures, sizes
+from peftsweep.training.capture import Size, StaticSteps, sizes_of_run
 from peftsweep.training.checkpoint import Checkpoints, Interruption, OptimizerState, Randomness, Weights
 from peftsweep.training.compiled import compiled
 from peftsweep.training.fused_lora import as_trained
-from peftsweep.training.length import checkpoint_due, rows_per_step, steps_of
+from peftsweep.training.length import checkpoint_due, rows_per_step
 from peftsweep.training.optimizer import (
     autocast,
     enable_checkpointing,
@@ -67,9 +67,7 @@ def train(
         checkpoints.restore({"weights": Weights(model)})
         model.eval()
         return Trained(**checkpoints.trained)
-    static = None  # a profiler looks at a step's parts
-    if captures(config, meter.device) and not after_step:
-        static = sizes(order or steps_of(rows, config, seed), rows, config)
+    static = None if after_step else sizes_of_run(rows, config, seed, meter.device, order)  # it looks at a step's parts
     take_step = _Step(model, run, record_function if after_step else nullcontext, static)
     numbered = partial(batches, rows, config, pad_id=pad_id, seed=seed, device=meter.device, order=order)
     due = checkpoint_due(config, len(rows))
@@ -159,8 +157,8 @@ class _Step:
         run, static = self._run, self._static
         answer_tokens = sum(batch.answer_tokens for batch in taken)
         loss = torch.zeros((), device=run.meter.device)
-        for batch in taken:
-            captured = static(batch, answer_tokens) if static else None
+        for number, batch in enumerate(taken):
+            captured = static(batch, answer_tokens, first=number == 0) if static else None
             loss += self._pass(called, batch, answer_tokens) if captured is None else captured[0]
         with self._span("optimizer"):
             run.update()

@@ -24,10 +24,10 @@ from peftsweep.models.losses import answer_losses
 from peftsweep.observe.measure import Laps, Meter, out_of_memory
 from peftsweep.schema import TrainConfig
 from peftsweep.study.claims import Claimed
-from peftsweep.training.capture import CAPTURED_AFTER, WARM, Size, StaticSteps, captures, sizes
+from peftsweep.training.capture import WARM, WORTH, Size, StaticSteps, captures, sizes_of_run
 from peftsweep.training.checkpoint import Checkpoints, Interruption, OptimizerState
 from peftsweep.training.fused_lora import as_trained
-from peftsweep.training.length import checkpoint_due, steps_of
+from peftsweep.training.length import checkpoint_due
 from peftsweep.training.loop import batches
 from peftsweep.training.optimizer import (
     ELEMENTWISE,
@@ -114,19 +114,14 @@ def train_packed(
             micro_batches = next(stream)
             answer_tokens = sum(batch.answer_tokens for batch in micro_batches)
             losses = torch.zeros(len(running), device=meter.device)
-            for batch in micro_batches:
-                captured = static(batch, answer_tokens) if static else None
-                if captured is not None:
-                    losses += captured
-                    continue
-                with narrowed:
-                    each = answer_losses(model, pack.for_all(batch))
-                    parts = each.view(len(running), -1).sum(1) / answer_tokens
-                del each
-                scaled = [one.scaler.scale(part) for one, part in zip(running, parts, strict=True)]
-                torch.stack(scaled).sum().backward()
-                losses += parts.detach()
-                del parts, scaled
+            for number, batch in enumerate(micro_batches):
+                captured = static(batch, answer_tokens, first=number == 0) if static else None
+                if captured is None:
+                    with narrowed:
+                        parts = answer_losses(model, pack.for_all(batch)).view(len(running), -1).sum(1) / answer_tokens
+                    _backward(running, parts)
+                    captured = parts.detach()
+                losses += captured
             for one in running:
                 with one.isolated():
                     one.update()
@@ -151,15 +146,19 @@ def train_packed(
     return ended
 
 
+def _backward(running: Sequence[_SlotRun], parts: torch.Tensor) -> None:
+    """The backward of all slots, from the loss of each."""
+    scaled = [one.scaler.scale(part) for one, part in zip(running, parts, strict=True)]
+    torch.stack(scaled).sum().backward()
+
+
 def _static_steps(
     model: PeftModel, pack: Pack, running: Sequence[_SlotRun], rows: Sequence[Tokens], seed: int, meter: Meter
 ) -> StaticSteps | None:
     """What takes the steps of the pack in static shapes; None where they are not."""
     longest = max(running, key=lambda one: one.steps).config
-    if not captures(longest, meter.device):
-        return None
-    found = sizes(steps_of(rows, longest, seed), rows, longest)
-    return _static(model, pack, longest, found, meter)
+    found = sizes_of_run(rows, longest, seed, meter.device)
+    return None if found is None else _static(model, pack, longest, found, meter)
 
 
 def _static(model: PeftModel, pack: Pack, config: TrainConfig, found: Sequence[Size], meter: Meter) -> StaticSteps:
@@ -237,7 +236,7 @@ def _together(model: PeftModel, names: Sequence[str], batch: Batch, config: Trai
 def _probed(batch: Batch) -> list[Size]:
     """Of the micro-batches of a probe, which are all ``batch``, as many as are worth to be captured."""
     size = Size(batch.input_ids.shape[1], batch.tokens, batch.answer_tokens)
-    return [size] * (CAPTURED_AFTER + WARMUP_LAPS + PROBES)
+    return [size] * (WARM + WARMUP_LAPS + PROBES + WORTH)
 
 
 def _timed(
@@ -254,7 +253,7 @@ def _timed(
     batch = static.padded(batch) if static else batch
     for _ in range(warmup + PROBES):
         laps.start()
-        if static is None or static(batch, batch.answer_tokens) is None:
+        if static is None or static(batch, batch.answer_tokens, first=True) is None:
             with autocast(config, meter.device):
                 loss = losses(batch).sum()
             loss.backward()
