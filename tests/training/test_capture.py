@@ -6,7 +6,8 @@ import itertools
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from peftsweep.models import losses as models_losses
 from peftsweep.models.shortcuts import SHORTCUTS, Shortcuts
 from peftsweep.observe.measure import Meter
 from peftsweep.schema import Capture, Dtype, TargetsConfig, TrainConfig
-from peftsweep.sweep import packing
+from peftsweep.sweep import packing, workers
 from peftsweep.training import capture, checkpoint, loop, packed
 from peftsweep.training.capture import StaticSteps, ladder, sizes
 from tests.architectures import make
@@ -288,9 +289,46 @@ def test_a_length_is_captured_after_usual_passes_and_then_replayed(
 def test_a_graph_that_fails_or_gives_other_gradients_is_given_up(
     rows: list[Tokens], monkeypatch: pytest.MonkeyPatch, broken: Any, reason: str
 ) -> None:
+    """After one that failed nothing is captured in the process any more, and a worker is replaced."""
+    monkeypatch.setattr(capture, "_FAILED", [])
     plain, static = pretended(rows, monkeypatch, broken)
     assert static[1] == pytest.approx(plain[1], rel=1e-4)
     assert static[0].compilation == {"capture_off": reason}
+    failed = broken is out_of_memory
+    assert (capture.has_failed(), workers._device_broken()) == (failed, failed)
+    after = run(rows, steps=3, capture=Capture.auto)[0].compilation
+    assert after.get("capture_off") == ("a capture has failed in this process" if failed else None)
+
+
+def test_a_pass_in_which_the_host_waits_is_not_captured(rows: list[Tokens], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch says so of a usual pass; what it has added to the gradients until then is not counted."""
+
+    @contextmanager
+    def waits(_: torch.device) -> Iterator[None]:
+        yield
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    monkeypatch.setattr(capture, "_without_waiting", waits)
+    plain, static = pretended(rows, monkeypatch)
+    assert static[1] == pytest.approx(plain[1], rel=1e-4)
+    assert static[0].compilation == {"capture_off": "the host waits for the device in a pass"}
+    assert not capture.has_failed()
+
+
+def test_memory_that_runs_out_beside_graphs_ends_capturing_and_not_the_trial(
+    rows: list[Tokens], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(Pretended):
+        def _aside(self, static: Any) -> torch.Tensor:
+            self._pass(static)
+            out_of_memory()
+            return torch.empty(0)
+
+    plain = run(rows, steps=6)
+    monkeypatch.setattr(loop, "StaticSteps", Full)
+    full = run(rows, steps=6, capture=Capture.auto)
+    assert full[1] == pytest.approx(plain[1], rel=1e-4)
+    assert "memory ran out" in full[0].compilation["capture_off"]
 
 
 @pytest.mark.gpu

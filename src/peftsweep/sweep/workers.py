@@ -1,8 +1,7 @@
 """Where trials run: in warm worker processes, so that a crash costs one trial and imports are paid once.
 
-A worker runs one trial after the other on its device and keeps the frozen base between those that share
-it. It ends with its parent, however that ends. What it did stands in the study; what it tells on its
-way are messages for the display.
+A worker runs one trial after the other on its device and keeps the frozen base between those that share it. It ends
+with its parent, however that ends. What it did stands in the study; what it tells on its way is for the display.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ from peftsweep.study import claims, store
 from peftsweep.study.record import Result, Status, sitting_seconds
 from peftsweep.sweep import pack as sweep_pack
 from peftsweep.sweep import packing, processes
+from peftsweep.training import capture
 from peftsweep.trial import done, task
 
 POLL_SECONDS = 1.0  # seconds between two looks at the workers, if none has news
@@ -424,13 +424,13 @@ def serve(channel: connection.Connection[Any, Any], threads: int | None) -> None
 
 
 def _device_broken() -> bool:
-    """Whether a fault, such as an illegal address, has left this process without the use of its GPU."""
+    """Whether a fault, such as an illegal address or a failed capture, has spoiled this process's use of its GPU."""
     try:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
     except RuntimeError:
         return True
-    return False
+    return capture.has_failed()
 
 
 def _in_worker(job: Job, options: Options, channel: connection.Connection[Any, Any]) -> tuple[str, str]:

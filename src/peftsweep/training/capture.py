@@ -8,8 +8,13 @@ to them, and accumulation is a replay for each micro-batch. Clipping, optimizer 
 
 As PyTorch asks for, a length is first run as usual, on the stream that captures it (those are steps of the training);
 its graph is kept only if a replay gives the loss of such a pass and gradients of the same norms. What cannot be
-captured goes on uncaptured, and the reason stands in the record. On an H100, with 1B parameters and one row of 305
-tokens a step, a step takes 10 ms in place of 81 to 185 (docs/measured.md).
+captured goes on uncaptured, and the reason stands in the record. A pass in which the host waits for the device, as for
+routing in some mixtures of experts or for outliers in 8-bit layers, cannot; torch finds that out before it is captured.
+A capture that fails all the same ends those of its process: before torch 2.12 the allocator then takes it to go on for
+ever (github.com/pytorch/pytorch, pull requests 180395 and 190308), and a sweep's worker is replaced after the trial.
+
+On an H100, with 1B parameters and one row of 305 tokens a step, a step takes 10 ms in place of 81 to 185
+(docs/measured.md).
 """
 
 from __future__ import annotations
@@ -18,7 +23,8 @@ import logging
 import time
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
@@ -111,6 +117,14 @@ def captures(config: TrainConfig, device: torch.device) -> bool:
     return config.capture is Capture.auto and device.type in DEVICES and config.compile == "none"
 
 
+_FAILED: list[str] = []  # why captures of this process have failed
+
+
+def has_failed() -> bool:
+    """Whether a capture has failed in this process, whose memory may then not be freed any more."""
+    return bool(_FAILED)
+
+
 def unfit(model: Any, config: TrainConfig) -> str | None:
     """Why the step of ``model`` cannot be static; None where only trying it can tell."""
     reasons = {
@@ -184,6 +198,7 @@ class StaticSteps:
         reason: str | None = None,
     ) -> None:
         self.off = reason or ("no micro-batch has all its rows" if not found else unfit(model, config))
+        self.off = self.off or ("a capture has failed in this process" if has_failed() else None)
         self.rungs = ladder(found, config.batch_size) if not self.off else []
         self._rows, self._losses, self._device = config.batch_size, losses, device
         self._of_length: dict[int, _Static] = {}
@@ -197,6 +212,7 @@ class StaticSteps:
         self._random = drops(model)
         self._stream: Any = None
         self._pool: Any = None
+        self._pool_bytes = self._longest = 0  # of the captured lengths
         self._saved = self._cost = 0.0  # seconds of the last capture, and by which its replay is shorter than a pass
         self._graphs, self._seconds, self._told = 0, 0.0, 0.0
         if self.off:
@@ -222,7 +238,7 @@ class StaticSteps:
             return
         self._of_length.clear()
         self._stream, self._pool = self._of_graphs()  # that of graphs that are gone cannot be taken again
-        self._pool_bytes = 0
+        self._pool_bytes = self._longest = 0
         if regularised:
             self.give_up("its method adds to the loss")
         elif any(gradient is None for gradient in gradients):
@@ -327,14 +343,29 @@ class StaticSteps:
         here.wait_stream(self._stream)
         return losses
 
-    def _capture(self, static: _Static) -> torch.Tensor:
-        """A usual pass, and then its capture; which of both counts, its losses are returned and its gradients left."""
-        usual, of_pass = self._timed(lambda: self._aside(static))
+    def _capture(self, static: _Static) -> torch.Tensor | None:
+        """A usual pass, and then its capture; which of both counts, its losses are returned and its gradients left.
+
+        None where the pass was refused, as the host waits in it.
+        """
+        try:
+            with _without_waiting(self._device):
+                usual, of_pass = self._timed(lambda: self._aside(static))
+        except RuntimeError as error:
+            if "synchronizing" not in str(error):
+                raise
+            torch._foreach_zero_(self._gradients)
+            self.give_up("the host waits for the device in a pass")
+            return None
         expected = [usual.norm(), *torch._foreach_norm(self._gradients)]
         try:
             graph, losses = self._recorded(static)
         except Exception as error:  # whatever an operation raises that a graph cannot hold, or for which memory lacks
-            self.give_up((str(error).splitlines() or [""])[0] or type(error).__name__)
+            _FAILED.append((str(error).splitlines() or [""])[0] or type(error).__name__)
+            self.give_up(_FAILED[-1])
+            return usual
+        if lack := self._lack():
+            self.give_up(lack)
             return usual
         for _ in range(2):  # the first replay brings the graph to the device
             torch._foreach_zero_(self._gradients)
@@ -358,22 +389,26 @@ class StaticSteps:
         return found, time.perf_counter() - start
 
     def _recorded(self, static: _Static) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        """The graph of a pass, whose memory is not that of usual passes; for one of these there must be room beside it.
-
-        Raises:
-            RuntimeError: there is not.
-        """
+        """The graph of a pass, whose memory is not that of usual passes."""
         torch.cuda.empty_cache()
         reserved = torch.cuda.memory_reserved(self._device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            losses = self._pass(static)
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                losses = self._pass(static)
+        finally:
+            torch.cuda.set_stream(here)  # which torch leaves undone if the capture fails
         self._pool_bytes += torch.cuda.memory_reserved(self._device) - reserved
-        captured = [length for length, one in self._of_length.items() if one.graph or one is static]
-        needed, free = self._pool_bytes * self.rungs[-1] / max(captured), torch.cuda.mem_get_info(self._device)[0]
-        if free < needed:
-            raise RuntimeError(f"beside the graphs {free / 1e9:.1f} GB are free, and a pass takes {needed / 1e9:.1f}")
+        self._longest = max(self._longest, static.batch.input_ids.shape[1])
         return graph, losses
+
+    def _lack(self) -> str | None:
+        """What is wrong if there is no room for a usual pass of the longest batches beside the graphs."""
+        if self._device.type != "cuda":
+            return None
+        needed, free = self._pool_bytes * self.rungs[-1] / self._longest, torch.cuda.mem_get_info(self._device)[0]
+        short = free < needed
+        return f"beside the graphs {free / 1e9:.1f} GB are free, and a pass takes {needed / 1e9:.1f}" if short else None
 
     def end_step(self) -> float:
         """The seconds of capturing since the last call."""
@@ -385,6 +420,20 @@ class StaticSteps:
         if self.off:
             return {"capture_off": self.off}
         return {"capture_lengths": self.rungs, "capture_graphs": self._graphs, "capture_seconds": self._seconds}
+
+
+@contextmanager
+def _without_waiting(device: torch.device) -> Iterator[None]:
+    """In the block torch raises a RuntimeError where the host would wait for a CUDA device."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def _same(found: Sequence[torch.Tensor], usual: Sequence[torch.Tensor]) -> bool:
