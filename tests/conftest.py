@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ from peftsweep.study import record
 from peftsweep.study.record import Result
 from peftsweep.training import loop
 from peftsweep.trial import foreseen
+from tests.composing import keep_compositions
 
 SMALL = ["train.steps=4", "train.log_every=2", "dataset.samples=64", "eval.tiny_math.samples=8"]
 SMALL += ["eval.perplexity.samples=8", "train.batch_size=4", "device=cpu"]
@@ -37,6 +38,14 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return tmp_path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def composing() -> Iterator[pytest.MonkeyPatch]:
+    """Hydra composes a choice of options once in this process, see tests/composing.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        keep_compositions(patch)
+        yield patch
 
 
 @pytest.fixture(autouse=True)
