@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -63,6 +64,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Tests mean the CPU, also where there is a GPU; those of the GPU are chosen by their mark (`make gpu`)."""
     if config.getoption("markexpr") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_finish() -> None:
+    """Of what is imported nothing is garbage: a trial, which collects it at its end, need not look through all that."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
