@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +97,34 @@ def compose(request: pytest.FixtureRequest) -> Callable[..., Trial]:
 def run_small() -> Callable[..., Result]:
     """Run one small trial on the embedded model."""
     return lambda *overrides: cli.run_one([*SMALL, *overrides])
+
+
+@pytest.fixture(scope="session")
+def trained_studies() -> dict[tuple[str, ...], Path]:
+    """The folders in which ``trained`` has run its trials, by their words."""
+    return {}
+
+
+@pytest.fixture
+def trained(
+    trained_studies: dict[tuple[str, ...], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Result]:
+    """The record of one small trial and its study, run once for all tests and copied into this one's folder.
+
+    For tests that need a trial and are not about running it.
+    """
+
+    def of(*overrides: str) -> Result:
+        if overrides not in trained_studies:
+            folder = tmp_path_factory.mktemp("trained")
+            with contextlib.chdir(folder):
+                cli.run_one([*SMALL, *overrides])
+            trained_studies[overrides] = folder
+        shutil.copytree(trained_studies[overrides] / "multirun", "multirun", dirs_exist_ok=True)
+        (file,) = (trained_studies[overrides]).glob("multirun/*/*/result.json")
+        return Result.read(file.parent.relative_to(trained_studies[overrides]))
+
+    return of
 
 
 @pytest.fixture

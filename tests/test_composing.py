@@ -29,9 +29,7 @@ def composed(words: list[str]) -> str:
 
 
 @pytest.mark.parametrize("kind", WORDS)
-def test_a_kept_composition_with_the_values_put_in_is_that_of_hydra(
-    kind: str, composing: pytest.MonkeyPatch
-) -> None:
+def test_a_kept_composition_with_the_values_put_in_is_that_of_hydra(kind: str, composing: pytest.MonkeyPatch) -> None:
     composing.undo()
     try:
         register()

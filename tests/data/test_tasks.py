@@ -198,8 +198,8 @@ def test_the_tasks_of_the_harness_are_indexed_only_where_a_task_names_them(monke
     assert harness._manager(["own"], ".").all_tasks == ["both", "own"]
     made = Mock(return_value=SimpleNamespace(all_subtasks=["own"]))
     monkeypatch.setattr("lm_eval.tasks.TaskManager", made)
-    for tasks in (["both"], ["own", "piqa"]):
-        harness._manager(tasks, ".")
+    for names in (["both"], ["own", "piqa"]):
+        harness._manager(names, ".")
         assert made.call_args == call(include_path=".")  # with those of the harness
 
 
