@@ -179,8 +179,6 @@ def test_a_study_that_cannot_be_written_is_one_line_and_keeps_what_it_holds(
 def test_a_record_of_a_later_version_is_one_line_and_not_overwritten(
     command: Command, trained: Callable[..., Result]
 ) -> None:
-    command: Command, trained: Callable[..., Result]
-) -> None:
     trained()
     (file,) = Path("multirun/default").glob("*/result.json")
     file.write_text(later := file.read_text().replace('"schema_version": 1', '"schema_version": 99'))
