@@ -53,13 +53,23 @@ def composing() -> Iterator[pytest.MonkeyPatch]:
 
 @pytest.fixture(autouse=True)
 def without_times(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The speed of this machine is measured by no test but those that are about it (tests/forecast)."""
+    """The speed of this machine is measured by no test but those that are about it (tests/forecast).
+
+    A trial predicts its memory, by tracing a step of it, only there and where ``memory_foreseen`` is asked for.
+    """
     if "forecast" in request.path.parts:
         return
     nothing = Estimate(unknown={"train": "not asked for"})
     monkeypatch.setattr(timing.Timing, "estimate", lambda self, one: nothing)
     monkeypatch.setattr(timing.Timing, "measure", lambda self: None)
     monkeypatch.setattr(foreseen, "foresee", lambda *_: {})
+    if "memory_foreseen" not in request.fixturenames:
+        monkeypatch.setattr(foreseen, "memory", lambda *_: None)
+
+
+@pytest.fixture
+def memory_foreseen() -> None:
+    """Have the trials of this test predict their memory, see ``without_times``."""
 
 
 def pytest_configure(config: pytest.Config) -> None:

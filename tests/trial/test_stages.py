@@ -193,6 +193,7 @@ def test_a_limit_is_a_size(words: list[str], compose: Compose) -> None:
         compose(*words)
 
 
+@pytest.mark.usefixtures("memory_foreseen")
 def test_a_trial_that_runs_out_of_memory_keeps_what_it_measured_and_holds_nothing(
     run_small: RunSmall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
