@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
-from hydra._internal.core_plugins.file_config_source import FileConfigSource
-from hydra._internal.core_plugins.importlib_resources_config_source import ImportlibResourcesConfigSource
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.core.utils import JobRuntime
 from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.types import RunMode
@@ -26,7 +26,9 @@ DECIDES_MORE = ("hydra.searchpath", "hydra.job.")  # keys of Hydra's by which it
 
 def keep_compositions(patch: pytest.MonkeyPatch) -> None:
     """Have Hydra read each yaml once, and compose each choice of options once."""
-    for source in (FileConfigSource, ImportlibResourcesConfigSource):
+    Plugins.instance()  # which registers the classes that read options
+    for scheme in ("file", "pkg"):
+        source = SourcesRegistry.instance().resolve(scheme)
         patch.setattr(source, "load_config", _read_once(source.load_config))
     patch.setattr(ConfigStore, "__deepcopy__", lambda store, _: store, raising=False)  # for each composition, to read
     patch.setattr(ConfigLoaderImpl, "_load_configuration_impl", _composed_once(ConfigLoaderImpl))
