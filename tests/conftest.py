@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +28,7 @@ from peftsweep.study import record
 from peftsweep.study.record import Result
 from peftsweep.training import loop
 from peftsweep.trial import foreseen
+from tests.composing import keep_compositions
 
 SMALL = ["train.steps=4", "train.log_every=2", "dataset.samples=64", "eval.tiny_math.samples=8"]
 SMALL += ["eval.perplexity.samples=8", "train.batch_size=4", "device=cpu"]
@@ -39,21 +43,45 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def composing() -> Iterator[pytest.MonkeyPatch]:
+    """Hydra composes a choice of options once in this process, see tests/composing.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        keep_compositions(patch)
+        yield patch
+
+
 @pytest.fixture(autouse=True)
 def without_times(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The speed of this machine is measured by no test but those that are about it (tests/forecast)."""
+    """The speed of this machine is measured by no test but those that are about it (tests/forecast).
+
+    A trial predicts its memory, by tracing a step of it, only there and where ``memory_foreseen`` is asked for.
+    """
     if "forecast" in request.path.parts:
         return
     nothing = Estimate(unknown={"train": "not asked for"})
     monkeypatch.setattr(timing.Timing, "estimate", lambda self, one: nothing)
     monkeypatch.setattr(timing.Timing, "measure", lambda self: None)
     monkeypatch.setattr(foreseen, "foresee", lambda *_: {})
+    if "memory_foreseen" not in request.fixturenames:
+        monkeypatch.setattr(foreseen, "memory", lambda *_: None)
+
+
+@pytest.fixture
+def memory_foreseen() -> None:
+    """Have the trials of this test predict their memory, see ``without_times``."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Tests mean the CPU, also where there is a GPU; those of the GPU are chosen by their mark (`make gpu`)."""
     if config.getoption("markexpr") != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_finish() -> None:
+    """Of what is imported nothing is garbage: a trial, which collects it at its end, need not look through all that."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -79,6 +107,34 @@ def compose(request: pytest.FixtureRequest) -> Callable[..., Trial]:
 def run_small() -> Callable[..., Result]:
     """Run one small trial on the embedded model."""
     return lambda *overrides: cli.run_one([*SMALL, *overrides])
+
+
+@pytest.fixture(scope="session")
+def trained_studies() -> dict[tuple[str, ...], Path]:
+    """The folders in which ``trained`` has run its trials, by their words."""
+    return {}
+
+
+@pytest.fixture
+def trained(
+    trained_studies: dict[tuple[str, ...], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Result]:
+    """The record of one small trial and its study, run once for all tests and copied into this one's folder.
+
+    For tests that need a trial and are not about running it.
+    """
+
+    def of(*overrides: str) -> Result:
+        if overrides not in trained_studies:
+            folder = tmp_path_factory.mktemp("trained")
+            with contextlib.chdir(folder):
+                cli.run_one([*SMALL, *overrides])
+            trained_studies[overrides] = folder
+        shutil.copytree(trained_studies[overrides] / "multirun", "multirun", dirs_exist_ok=True)
+        (file,) = (trained_studies[overrides]).glob("multirun/*/*/result.json")
+        return Result.read(file.parent.relative_to(trained_studies[overrides]))
+
+    return of
 
 
 @pytest.fixture

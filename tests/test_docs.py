@@ -252,6 +252,7 @@ def columns(result: Result) -> list[str]:
     return list(record.flat(record.read_json(result.folder / record.RESULT, {"schema_version": int})))
 
 
+@pytest.mark.usefixtures("memory_foreseen")
 def test_every_column_of_a_record_has_a_sentence(run_small: Any) -> None:
     result = run_small("adapter.check=false")
     assert [column for column in columns(result) if not meanings.of_column(column)] == []
@@ -262,6 +263,7 @@ def test_every_column_of_a_record_has_a_sentence(run_small: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("memory_foreseen")
 def test_every_column_of_a_record_with_all_that_can_be_measured_has_a_sentence(run_small: Any) -> None:
     words = ["inference=standard", "inference.samples=1", "inference.runs=2", "inference.batch_sizes=[1]"]
     words += ["inference.categories={short: {new_tokens: 4}, medium: null, long: null}", "profiler=torch"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -49,14 +50,25 @@ NEEDS = {  # what an option leaves to the user
 OPTIONS = [f"{group}={file.stem}" for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_every_yaml_composes_validates_and_attaches(option: str, compose: Compose, questions: Path) -> None:
+def together() -> list[list[str]]:
+    """Every option once, as many of groups that leave each other alone in one composition as there are."""
+    of = {group: [option for option in OPTIONS if option.startswith(f"{group}=")] for group in GROUPS}
+    rows = itertools.zip_longest(of["method"], [*of["eval"], *of["dataset"]], [*of["train"], *of["profiler"]])
+    return [
+        *([option for option in row if option] for row in rows),
+        *([option] for group in ("model", "targets", "quant") for option in of[group]),
+    ]
+
+
+@pytest.mark.parametrize("options", together(), ids=" ".join)
+def test_every_yaml_composes_validates_and_attaches(options: list[str], compose: Compose, questions: Path) -> None:
     for name in schemas.SCHEMAS:
         schemas.write(name, Path())
-    one = compose(option, *NEEDS.get(option, []))
+    one = compose(*options, *(word for option in options for word in NEEDS.get(option, [])))
     foreseen = forecast.check(one)
-    assert (foreseen.trainable_parameters or 0) > 0 or (option == "method=xlora" and foreseen.refused)
-    assert one.choices[option.partition("=")[0]] in (option.partition("=")[2], f"['{option.partition('=')[2]}']")
+    assert (foreseen.trainable_parameters or 0) > 0 or ("method=xlora" in options and foreseen.refused)
+    for group, _, name in (option.partition("=") for option in options):
+        assert one.choices[group] in (name, f"['{name}']")
 
 
 @pytest.mark.parametrize(

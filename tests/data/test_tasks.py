@@ -7,7 +7,9 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -185,6 +187,22 @@ def test_a_trial_on_lm_eval_tasks_of_its_own() -> None:
     assert {"own_piqa_acc", "base_own_piqa_acc"} <= set(result.eval_info["lm_eval"])
 
 
+def test_the_tasks_of_the_harness_are_indexed_only_where_a_task_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval")
+    Path("own_task.yaml").write_text("task: own\n")
+    Path("own_group.yaml").write_text("group: both\ntask: [own, piqa]\n")
+    whole = SimpleNamespace(all_tasks=["piqa"])
+    monkeypatch.setattr(harness, "_own_tasks", lambda: whole)
+    assert harness._manager(["piqa"], None) is harness._manager([{"group": "mine", "task": ["piqa"]}], None) is whole
+    assert harness._manager([{"task": "mine"}], None).all_tasks == []
+    assert harness._manager(["own"], ".").all_tasks == ["both", "own"]
+    made = Mock(return_value=SimpleNamespace(all_subtasks=["own"]))
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", made)
+    for names in (["both"], ["own", "piqa"]):
+        harness._manager(names, ".")
+        assert made.call_args == call(include_path=".")  # with those of the harness
+
+
 def test_a_constant_answer_is_called_degenerate(base: Any, tokenizer: Any) -> None:
     rows = [Example(f"Tom has {n} pens. More?", "yes" if n % 2 else "no") for n in range(40)]
     found = evaluate.classification(base, tokenizer, rows, classes=["no", "yes"])
@@ -205,10 +223,10 @@ def test_every_question_set_has_its_three_yamls() -> None:
 def test_rows_that_have_ended_leave_the_batch_and_nothing_else_changes(
     quant: str, compose: Compose, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = compose(f"quant={quant}", "train.steps=60")
-    adapted: Any = build.attach_method(one, models_model.load(one.config.model, build.quantization(one), CPU), 60)
+    one = compose(f"quant={quant}", "train.steps=20", "train.batch_size=4", "train.learning_rate_scale=30")
+    adapted: Any = build.attach_method(one, models_model.load(one.config.model, build.quantization(one), CPU), 20)
     rows = templates.examples(task.rows("train", 1000), "{question}\n", "{answer}")
-    tokens = data_tokens.tokenize(tokenizer, rows, 64)
+    tokens = data_tokens.tokenize(tokenizer, rows[:100], 64)
     loop.train(adapted, tokens, one.config.train, pad_id=0, seed=0, meter=Meter(CPU), log=lambda row: None)
     prompts = [row.prompt for row in rows[:40]]
     assert decoding.takes_a_cache(adapted)

@@ -16,12 +16,13 @@ import pandas as pd
 import pytest
 
 from peftsweep import cli
+from peftsweep.analysis import interchange
 from peftsweep.analysis.figures import page
 from peftsweep.analysis.table import table
 from peftsweep.data import fingerprint
 from peftsweep.study import claims, reading, record, store, sweep_record
 from peftsweep.study.reading import Unreadable
-from peftsweep.study.record import LaterVersion, RecordError, Result
+from peftsweep.study.record import LaterVersion, RecordError, Result, Status
 from tests.analysis.test_collect import Collect, collect_command
 from tests.conftest import SMALL, records
 
@@ -408,10 +409,8 @@ def test_collect_names_every_damaged_file_and_shows_the_rest(
     assert collect_command("--status", "ranks")[0] == 0
 
 
-@pytest.mark.parametrize("way", [*ANY, "without train_info", "no metrics", "a text for a number", "an unknown status"])
-def test_an_odd_file_of_peft_s_comparison_is_named_and_the_others_become_trials(
-    way: str, collect_command: Collect
-) -> None:
+def two_results_of_which_one_is(way: str) -> None:
+    """Write two result files of PEFT's comparison into ``theirs``, of which b.json is damaged that way."""
     from tests.analysis.test_interchange import THEIRS
 
     for name in ("a", "b"):
@@ -423,13 +422,29 @@ def test_an_odd_file_of_peft_s_comparison_is_named_and_the_others_become_trials(
         "an unknown status": put("odd", "train_info", "status"),
     }
     (ANY | own)[way](Path("theirs/b.json"))
-    code, out, err = collect_command("--from-peft", "theirs", "--no-plots")
-    assert code == 0
-    assert "1 trial: 1 success" in out
+
+
+@pytest.mark.parametrize("way", [*ANY, "without train_info", "no metrics", "a text for a number", "an unknown status"])
+def test_an_odd_file_of_peft_s_comparison_is_named_and_the_others_become_trials(
+    way: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two_results_of_which_one_is(way)
+    study = interchange.from_peft(Path("theirs"))
+    assert [Result.read(file.parent).status for file in study.glob("*/result.json")] == [Status.success]
+    err = capsys.readouterr().err
     another_kind = ("null", "a number", "a list", "a text", "an empty object", "NaN", "nested in lists")
     if way not in another_kind:  # JSON of any other kind may lie there, such as an adapter_config.json
         assert err.startswith("skipped: theirs/b.json: ")
         assert err.count("\n") == 1
+
+
+def test_collect_imports_the_others(collect_command: Collect) -> None:
+    two_results_of_which_one_is("an unknown status")
+    code, out, err = collect_command("--from-peft", "theirs", "--no-plots")
+    assert code == 0
+    assert "1 trial: 1 success" in out
+    assert err.startswith("skipped: theirs/b.json: ")
+    assert err.count("\n") == 1
 
 
 def test_a_study_that_may_only_be_read_is_shown_and_written_elsewhere(

@@ -59,8 +59,8 @@ def test_points_with_one_identity_are_trained_once_under_both_labels(command: Co
     assert result.run_info["labels"] == ["one", "two"]
 
 
-def test_a_dry_run_lists_and_trains_nothing(command: Command) -> None:
-    command(*SMALL, "method.r=2")
+def test_a_dry_run_lists_and_trains_nothing(command: Command, trained: Callable[..., Result]) -> None:
+    trained("method.r=2")
     words = [*SMALL, "method.r=2,4", "dry_run=true"]
     code, out, _ = command(*words)
     assert code == 0
@@ -107,7 +107,7 @@ def test_stock_launchers_run_and_resume_too(launcher: str, command: Command) -> 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupted_sweep_continues_to_the_undisturbed_result(end: signal.Signals, command: Command) -> None:
-    words = [*SMALL, "train.steps=4,200"]
+    words = [*SMALL, "train.steps=4,80"]
     process = start(*words)
     assert wait_for(lambda: list(Path("multirun/default").glob("*/result.json")), process)
     assert wait_for(lambda: len(list(Path("multirun/default").glob("*/steps.jsonl"))) == 2, process)
@@ -155,9 +155,9 @@ def contents() -> dict[Path, bytes]:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO])
 def test_a_study_that_cannot_be_written_is_one_line_and_keeps_what_it_holds(
-    number: int, command: Command, monkeypatch: pytest.MonkeyPatch
+    number: int, command: Command, trained: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command(*SMALL, "method.r=2")
+    trained("method.r=2")
     before = contents()
 
     def full(*_: Any, **__: Any) -> Any:
@@ -176,8 +176,10 @@ def test_a_study_that_cannot_be_written_is_one_line_and_keeps_what_it_holds(
     assert len(records()) == 2
 
 
-def test_a_record_of_a_later_version_is_one_line_and_not_overwritten(command: Command) -> None:
-    command(*SMALL)
+def test_a_record_of_a_later_version_is_one_line_and_not_overwritten(
+    command: Command, trained: Callable[..., Result]
+) -> None:
+    trained()
     (file,) = Path("multirun/default").glob("*/result.json")
     file.write_text(later := file.read_text().replace('"schema_version": 1', '"schema_version": 99'))
     code, out, err = command(*SMALL)
@@ -186,8 +188,8 @@ def test_a_record_of_a_later_version_is_one_line_and_not_overwritten(command: Co
     assert file.read_text() == later
 
 
-def test_a_record_that_was_cut_off_is_run_again(command: Command) -> None:
-    command(*SMALL)
+def test_a_record_that_was_cut_off_is_run_again(command: Command, trained: Callable[..., Result]) -> None:
+    trained()
     (file,) = Path("multirun/default").glob("*/result.json")
     whole = Result.read(file.parent)
     file.write_text(file.read_text()[:200])

@@ -22,6 +22,7 @@ from tests.conftest import records
 
 Compose = Callable[..., Trial]
 Command = Callable[..., tuple[int, str, str]]
+Planned = Callable[..., list[Trial]]
 
 CONF = Path(conf_dir())
 SMALL = ["model=tiny", "dataset=tiny_math"]
@@ -70,6 +71,25 @@ def experiment(folder: Path, adapter: dict[str, Any], training: dict[str, Any]) 
         if said:
             (folder / name).write_text(json.dumps(said))
     return str(folder)
+
+
+@pytest.fixture
+def planned(command: Command, monkeypatch: pytest.MonkeyPatch) -> Planned:
+    """The trials that a command's words make, of which none is run."""
+
+    def of(*words: str) -> list[Trial]:
+        found: list[Trial] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(sweep, "_dry_run", lambda trials, options: found.extend(trials))
+            code, _, err = command(*words, "dry_run=true")
+        assert (code, err) == (0, "")
+        return found
+
+    return of
+
+
+def point(one: Trial) -> tuple[Any, ...]:
+    return one.config.method["r"], one.choices["targets"], one.choices["quant"]
 
 
 def from_folder(folder: str) -> list[str]:
@@ -165,7 +185,10 @@ def test_every_sweep_composes_validates_and_names_its_points(name: str, compose:
         assert set(options) <= {file.stem for file in group.glob("*.yaml")}
 
 
-@pytest.mark.parametrize("point", POINTS)
+FAST = POINTS[::4]  # all of them take 13 s, in the slow tier
+
+
+@pytest.mark.parametrize("point", [p if p in FAST else pytest.param(p, marks=pytest.mark.slow) for p in POINTS])
 def test_every_point_is_its_label_its_method_and_its_training(point: str, compose: Compose) -> None:
     long = [] if point.startswith("peft_comparison/") else ["train.epochs=100"]  # than its warm-up
     one = compose(*SMALL, *long, swept(point))
@@ -214,18 +237,19 @@ def test_the_ranks_become_five_trials(command: Command) -> None:
     assert counts == [counts[0] * factor for factor in (1, 2, 4, 8, 16)]
 
 
-def test_the_command_line_replaces_the_values_of_a_grid(command: Command) -> None:
-    rows = plan(command, "sweep=rank_ablation", *SMALL, "method.r=2,3", "quant=none")
-    assert [row["label"].split("-")[2:5] for row in rows] == [[f"r{rank}", "qkvo", "none"] for rank in (2, 3)]
+def test_the_command_line_replaces_the_values_of_a_grid(planned: Planned) -> None:
+    trials = planned("sweep=rank_ablation", *SMALL, "method.r=2,3", "quant=none")
+    assert [point(one) for one in trials] == [(rank, "qkvo", "none") for rank in (2, 3)]
 
 
-def test_a_sweep_of_points_carries_their_labels(command: Command) -> None:
-    rows = plan(command, "sweep=hira_baselines", *SMALL, "train.epochs=100")
-    assert [row["label"] for row in rows] == ["full", "hira", "ia3", "lora"]
+def test_a_sweep_of_points_carries_their_labels(planned: Planned) -> None:
+    trials = planned("sweep=hira_baselines", *SMALL, "train.epochs=100")
+    assert [one.label for one in trials] == ["full", "hira", "ia3", "lora"]
     few = "+point/peft_comparison=glob([lora--*, full*], exclude=*rank64*)"  # the sweep's own key, so it replaces it
-    rows = plan(command, "sweep=peft_comparison", *SMALL, few)
-    assert {"lora/llama-3.2-3B-rank32", "full-finetuning/llama-3.2-3B-lr_0.00001"} < {row["label"] for row in rows}
-    assert len({row["trial"] for row in rows}) == len(rows) == 9
+    trials = planned("sweep=peft_comparison", *SMALL, few)
+    expected = {"lora/llama-3.2-3B-rank32", "full-finetuning/llama-3.2-3B-lr_0.00001"}
+    assert expected < {one.label for one in trials}
+    assert len({one.identity for one in trials}) == len(trials) == 9
 
 
 @pytest.mark.parametrize(
@@ -295,25 +319,6 @@ def test_counts_and_sizes_are_those_that_peft_published(label: str, compose: Com
 
 ABLATIONS = {(r, "qkvo", "4bit") for r in (4, 8, 16, 32, 64)}
 ABLATIONS |= {(16, targets, "none") for targets in ("qv", "qkv", "qkvo", "all_linear", "mlp")}
-
-
-@pytest.fixture
-def planned(command: Command, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Trial]]:
-    """The trials that a command's words make, of which none is run."""
-
-    def of(*words: str) -> list[Trial]:
-        found: list[Trial] = []
-        with monkeypatch.context() as patch:
-            patch.setattr(sweep, "_dry_run", lambda trials, options: found.extend(trials))
-            code, _, err = command(*words, "dry_run=true")
-        assert (code, err) == (0, "")
-        return found
-
-    return of
-
-
-def point(one: Trial) -> tuple[Any, ...]:
-    return one.config.method["r"], one.choices["targets"], one.choices["quant"]
 
 
 @pytest.mark.parametrize(

@@ -106,8 +106,10 @@ def test_a_base_score_kept_with_other_kernels_is_measured_anew(
     assert kept == [2, 2, 4]  # of two evaluations
 
 
-def test_a_done_trial_is_not_trained_again_unless_forced(run_small: RunSmall, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = run_small()
+def test_a_done_trial_is_not_trained_again_unless_forced(
+    trained: RunSmall, run_small: RunSmall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = trained()
     with monkeypatch.context() as context:
         context.setattr(loop, "train", lambda *a, **k: pytest.fail("trained again"))
         again = run_small("label=mine")
@@ -119,9 +121,9 @@ def test_a_done_trial_is_not_trained_again_unless_forced(run_small: RunSmall, mo
 
 
 def test_a_trained_adapter_is_used_again_when_only_evaluations_differ(
-    run_small: RunSmall, monkeypatch: pytest.MonkeyPatch
+    trained: RunSmall, run_small: RunSmall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = run_small("quant=4bit")
+    first = trained("quant=4bit")
     monkeypatch.setattr(loop, "train", lambda *a, **k: pytest.fail("trained again"))
     second = run_small("quant=4bit", "eval.tiny_math.samples=9")
     assert second.status is Status.success
@@ -139,8 +141,8 @@ def test_other_methods_train_save_and_report(words: list[str], run_small: RunSma
     assert (place(result) / "adapter").is_dir()
 
 
-def test_full_fine_tuning_comes_back_for_another_evaluation(run_small: RunSmall) -> None:
-    first = run_small("method=full")
+def test_full_fine_tuning_comes_back_for_another_evaluation(trained: RunSmall, run_small: RunSmall) -> None:
+    first = trained("method=full")
     second = run_small("method=full", "eval.tiny_math.samples=9")
     assert second.train_info["trained_by"] == first.trial
     assert second.eval_info["perplexity"]["perplexity"] == first.eval_info["perplexity"]["perplexity"]
@@ -272,7 +274,8 @@ def test_an_adapter_that_does_not_come_back_is_reported(run_small: RunSmall, mon
 def test_the_size_of_the_adapter_is_foreseen_to_the_byte(
     method: str, run_small: RunSmall, compose: Callable[..., Trial]
 ) -> None:
-    foreseen, found = forecast.check(compose(f"method={method}")), run_small(f"method={method}").train_info
+    few = ["eval.tiny_math.samples=1", "eval.perplexity.samples=1", "adapter.check=false"]
+    foreseen, found = forecast.check(compose(f"method={method}")), run_small(f"method={method}", *few).train_info
     assert foreseen.trainable_parameters == found["trainable_parameters"]
     assert foreseen.adapter_bytes == found["adapter_bytes"]
 
@@ -369,28 +372,28 @@ def test_x_lora_mixes_adapters_trained_before(run_small: RunSmall) -> None:
     assert mixed.train_info["reloads"] is False  # PEFT does not save the router: the record says so
 
 
-def test_the_base_is_scored_once_a_study(run_small: RunSmall) -> None:
-    first, second = run_small(), run_small("seed=1")
+def test_the_base_is_scored_once_a_study(trained: RunSmall, run_small: RunSmall) -> None:
+    first, second = trained(), run_small("seed=1")
     files = list(Path("multirun/default/base").glob("tiny-none-*/*.json"))
     assert sorted(file.name.partition("-")[0] for file in files) == ["perplexity", "tiny_math"]
     base = [result.eval_info["perplexity"]["base_perplexity"] for result in (first, second)]
     assert base[0] == base[1]
 
 
-def test_the_base_s_answers_are_kept_by_row_in_the_format_of_a_trial_s(run_small: RunSmall) -> None:
-    trained, untrained = run_small(), run_small("train=none", "train.steps=0")
+def test_the_base_s_answers_are_kept_by_row_in_the_format_of_a_trial_s(trained: RunSmall, run_small: RunSmall) -> None:
+    whole, untrained = trained(), run_small("train=none", "train.steps=0")
     for name, metric in (("tiny_math", "accuracy"), ("perplexity", "perplexity")):
-        kept = {result.eval_info[name]["base_predictions"] for result in (trained, untrained)}
+        kept = {result.eval_info[name]["base_predictions"] for result in (whole, untrained)}
         assert len(kept) == 1
         base = lines(Path("multirun/default") / kept.pop())
         assert [line["prompt"] for line in base] == [
-            x["prompt"] for x in lines(place(trained) / f"predictions/{name}.jsonl")
+            x["prompt"] for x in lines(place(whole) / f"predictions/{name}.jsonl")
         ]
         assert base == lines(place(untrained) / f"predictions/{name}.jsonl")  # which is the base itself
         found = measured.row_scores(base, metric)
         assert found is not None
         mean = math.exp(found.mean()) if metric == "perplexity" else found.mean()
-        assert mean == pytest.approx(trained.eval_info[name][f"base_{metric}"]["value"])
+        assert mean == pytest.approx(whole.eval_info[name][f"base_{metric}"]["value"])
 
 
 def test_presets_run_at_small_size_without_their_weights(run_small: RunSmall) -> None:
@@ -455,8 +458,8 @@ def test_from_python_a_wrong_word_is_an_exception() -> None:
         peftsweep.run(["method.r=0"])
 
 
-def test_a_broken_record_is_run_again(run_small: RunSmall) -> None:
-    result = run_small()
+def test_a_broken_record_is_run_again(trained: RunSmall, run_small: RunSmall) -> None:
+    result = trained()
     (place(result) / "result.json").write_text('{"schema_version": 1, "run_in')
     with pytest.raises(RecordError, match=r"result\.json"):
         Result.read(place(result))
@@ -464,8 +467,8 @@ def test_a_broken_record_is_run_again(run_small: RunSmall) -> None:
     assert run_small().status is Status.success
 
 
-def test_a_record_of_a_later_version_is_not_misread(run_small: RunSmall) -> None:
-    result = run_small()
+def test_a_record_of_a_later_version_is_not_misread(trained: RunSmall) -> None:
+    result = trained()
     file = place(result) / "result.json"
     file.write_text(file.read_text().replace('"schema_version": 1', '"schema_version": 99'))
     with pytest.raises(RecordError, match="later version"):

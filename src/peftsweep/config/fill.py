@@ -33,8 +33,9 @@ OPEN = (  # sections whose keys are the arguments of a class or function
 TEMPLATE = re.compile(r"(dataset|eval\.\w+)\.(prompt|answer|stop)")  # keys of texts that may have several lines
 
 
+@functools.cache
 def register() -> None:
-    """Tell Hydra the schema, under a name of its own so that no group lists it as an option.
+    """Tell Hydra the schema, once in a process, under a name of its own so that no group lists it as an option.
 
     In the sections of ``OPEN`` a key needs no ``+``: they hold the arguments of what a yaml names, few of which it
     lists. ``trial`` checks them.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +15,9 @@ from peftsweep.errors import InputError
 from peftsweep.evaluation.evaluate import Evaluation
 from peftsweep.evaluation.metrics import Score
 from peftsweep.models.probe import abilities
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
 
 def lm_eval(
@@ -39,11 +43,10 @@ def lm_eval(
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise InputError(f"eval.lm_eval: {error}; pip install 'peftsweep[lm_eval]'") from None
     hub.problem()  # before the harness asks it for each of its tasks
-    manager = TaskManager(include_path=include_path)
+    manager = _manager(tasks, include_path)
     known = set(manager.all_tasks)
     for task in tasks:
         if isinstance(task, str) and task not in known:
@@ -76,6 +79,24 @@ def lm_eval(
             scores[name] = Score(float(value), stderr if isinstance(stderr, float) else None, n)
     lines = [_line(task, sample) for task, samples in found.get("samples", {}).items() for sample in samples]
     return Evaluation(scores, lines)
+
+
+def _manager(tasks: Sequence[str | dict[str, Any]], include_path: str | None) -> TaskManager:
+    """What knows the tasks. To index the thousands of yamls of the harness takes seconds, and few tasks need it."""
+    from lm_eval.tasks import TaskManager
+
+    near = TaskManager(include_path=include_path, include_defaults=False)
+    if all(task in near.all_subtasks if isinstance(task, str) else "group" not in task for task in tasks):
+        return near
+    return TaskManager(include_path=include_path) if include_path else _own_tasks()
+
+
+@functools.cache
+def _own_tasks() -> TaskManager:
+    """The index of the harness's own tasks, from whose yamls it makes a task anew for each evaluation."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _line(task: str, sample: dict[str, Any]) -> dict[str, Any]:

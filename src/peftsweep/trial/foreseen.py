@@ -14,11 +14,17 @@ import torch
 from peftsweep.config.compose import Trial
 from peftsweep.data.rows import Rows
 from peftsweep.data.tokens import Tokens
-from peftsweep.forecast import duration, history, timing
+from peftsweep.forecast import duration, forecast, history, timing
 from peftsweep.study import store
 from peftsweep.study.record import Result
 
 log = logging.getLogger(__name__)
+
+
+def memory(trial: Trial, result: Result, tokens: Sequence[Tokens]) -> None:
+    """Note in the record the memory that training on these rows is predicted to take."""
+    if predicted := forecast.prediction(trial, tokens):
+        result.memory["predicted"] = predicted.facts()
 
 
 def foresee(trial: Trial, result: Result, rows: Rows, tokens: Sequence[Tokens], device: torch.device) -> dict[str, Any]:

@@ -185,8 +185,7 @@ class Session:
             self.info["coverage"] = build.coverage_of(self.adapted)
 
     def _train(self) -> None:
-        if predicted := forecast.prediction(self.trial, self.tokens):
-            self.result.memory["predicted"] = predicted.facts()
+        foreseen.memory(self.trial, self.result, self.tokens)
         flops = foreseen.foresee(self.trial, self.result, self.rows, self.tokens, self.meter.device)
         self.observer.expects(foreseen.by_kind(self.result))
         checkpoints = self.checkpoints()

@@ -1,0 +1,39 @@
+"""What the tests compose is what Hydra composes."""
+
+from __future__ import annotations
+
+import hydra
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+from peftsweep.config.fill import conf_dir, register
+from tests.composing import keep_compositions
+
+WORDS = {
+    "groups and values": ["method=ia3", "hydra.launcher.workers=0", "+method.x=[1,2]", "train={steps: 3}", "label=a"],
+    "a sweep": ["quant=4bit,none", "seed=1,2", "+point/sst2=lora", "eval=[perplexity]", "hydra/launcher=basic"],
+    "a wrong value": ["train.steps=many"],
+}
+
+
+def composed(words: list[str]) -> str:
+    with hydra.initialize_config_dir(conf_dir(), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        try:
+            return OmegaConf.to_yaml(loader.load_configuration("config", words, RunMode.MULTIRUN))
+        except HydraException as error:
+            return str(error)
+
+
+@pytest.mark.parametrize("kind", WORDS)
+def test_a_kept_composition_with_the_values_put_in_is_that_of_hydra(kind: str, composing: pytest.MonkeyPatch) -> None:
+    composing.undo()
+    try:
+        register()
+        expected = [composed(words) for words in (["seed=7", *WORDS[kind]], WORDS[kind])]
+    finally:
+        keep_compositions(composing)
+    assert [composed(words) for words in (["seed=7", *WORDS[kind]], WORDS[kind])] == expected
