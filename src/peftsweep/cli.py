@@ -7,10 +7,12 @@ import json
 import math
 import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import hydra
@@ -168,8 +170,30 @@ def _checked(words: Sequence[str]) -> list[str]:
     return checked
 
 
-def _guarded(door: object) -> int:
-    assert callable(door)
+_interrupts: list[int] = []
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Remember an interrupt: what is being imported may raise something else in its place, or go on half imported."""
+    _interrupts.append(number)
+    signal.default_int_handler(number, frame)
+
+
+def _guarded(door: Callable[[], Any]) -> int:
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+    try:
+        return _said_in_a_line(door)
+    except KeyboardInterrupt:
+        pass
+    except Exception:
+        if not _interrupts:
+            raise
+    print("interrupted; the same command continues", file=sys.stderr)
+    return 130
+
+
+def _said_in_a_line(door: Callable[[], Any]) -> int:
     try:
         check_platform()
         return int(door())
@@ -183,9 +207,6 @@ def _guarded(door: object) -> int:
         if reason is None:
             raise
         problem = str(reason)
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        return 130
     print(f"peftsweep: {problem}", file=sys.stderr)
     return 2
 
