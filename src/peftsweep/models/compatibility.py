@@ -114,11 +114,6 @@ RULES = (
 FULL = "full fine-tuning cannot train quantised weights; take quant=none or an adapter method"
 
 
-def stored(quant: Mapping[str, Any]) -> str:
-    """The kind of base that a transformers quantization config makes."""
-    return "4bit" if quant.get("load_in_4bit") else "8bit" if quant.get("load_in_8bit") else "none"
-
-
 def refusal(method: Mapping[str, Any], kinds: Iterable[str]) -> str | None:
     """Why ``method`` (a PEFT config's ``_target_`` and options) cannot be trained on such a base; None where it can."""
     for kind in kinds:

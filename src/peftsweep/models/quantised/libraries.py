@@ -1,0 +1,149 @@
+"""Which libraries quantise a base, what each needs here, and which of them were tried.
+
+The names are transformers' own: ``quant_method`` of its quantization configs, which stands in a checkpoint's config
+too. What a library asks of the machine is asked of transformers' quantizer, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from peftsweep.errors import InputError, first_line
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library that quantises while transformers loads a model."""
+
+    name: str  # transformers' quant_method
+    config: str  # transformers' class of its options
+    module: str  # that must be importable
+    install: str  # what pip installs
+    tried: bool  # whether training on it was tried; of others nothing is known, the memory neither
+    gpu: bool = False  # whether it needs one
+
+
+LIBRARIES = (
+    Library("bitsandbytes", "BitsAndBytesConfig", "bitsandbytes", "peftsweep", tried=True),
+    Library("torchao", "TorchAoConfig", "torchao", "peftsweep[torchao]", tried=True),
+    Library("quanto", "QuantoConfig", "optimum.quanto", "peftsweep[quanto]", tried=True),
+    Library("hqq", "HqqConfig", "hqq", "hqq", tried=False),
+    Library("fp8", "FineGrainedFP8Config", "kernels", "kernels", tried=False, gpu=True),
+)
+BY_NAME = {one.name: one for one in LIBRARIES}
+BY_CONFIG = {one.config: one for one in LIBRARIES}
+
+
+@dataclass(frozen=True)
+class Untested:
+    """In place of the quantization config of a checkpoint whose library was not tried: all that is known of it."""
+
+    library: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As of transformers' configs."""
+        return {"quant_method": self.library}
+
+
+def kind(said: Mapping[str, Any]) -> str:
+    """The kind of base that a quantization config makes, as ``compatibility`` names them."""
+    if said.get("load_in_4bit") or said.get("load_in_8bit"):
+        return "4bit" if said.get("load_in_4bit") else "8bit"
+    method = said.get("quant_method")
+    if method is None or method == "bitsandbytes":
+        return "none"
+    library = BY_NAME.get(str(getattr(method, "value", method)))
+    return library.name if library is not None and library.tried else "untested"
+
+
+def is_tried(quantization: Any) -> bool:
+    """Whether training on what a quantization config makes was tried, so that its memory can be predicted."""
+    return kind(quantization.to_dict()) != "untested"
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module can be imported, without importing it; its package may be missing too."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def problem(library: Library, gpus: int) -> str | None:
+    """Why ``library`` cannot quantise a model on this machine, and what to do; None where it can."""
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    from transformers.quantizers.base import HfQuantizer
+
+    quantizer = AUTO_QUANTIZER_MAPPING.get(library.name)
+    if quantizer is not None and quantizer.get_quantize_ops is HfQuantizer.get_quantize_ops:
+        return f"transformers no longer quantises by {library.name} while it loads a model; take another quant"
+    if library.gpu and not gpus:
+        return f"{library.name} needs a GPU; without one take quant=fp8_torchao"
+    if not is_installed(library.module):
+        return f"needs the package {library.module}: pip install '{library.install}'"
+    return None
+
+
+def check_option(quant: Mapping[str, Any], option: str, gpus: int) -> None:
+    """Refuse an option of ``quant`` whose library is not here, or cannot do it here; ``gpus`` are those there are.
+
+    Raises:
+        InputError: the line says what to install.
+    """
+    library = BY_CONFIG.get(str(quant.get("_target_")).rpartition(".")[2])
+    if library is not None and (reason := problem(library, gpus)):
+        raise InputError(f"quant={option}: {reason}")
+
+
+def check_config(quantization: Any, said: str, *, loaded: bool, on_cpu: bool) -> None:
+    """Refuse a quantization config that transformers' own quantizer refuses here, or with which nothing is trained.
+
+    ``loaded`` says that the weights are stored so in the checkpoint, ``said`` names the key. What a quantizer asks
+    of a GPU is left to the loading, as asking would initialise CUDA in a process that others are forked from.
+
+    Raises:
+        InputError: the line says why.
+    """
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    if quantization.quant_method == "bitsandbytes":  # what it needs is needed by all trials
+        return
+    try:
+        quantizer: Any = AutoHfQuantizer.from_config(quantization, pre_quantized=loaded)
+        if on_cpu:
+            quantizer.validate_environment(device_map={"": "cpu"}, weights_only=True)
+        trains = bool(quantizer.is_trainable)
+    except Exception as error:  # of any kind: of a missing package, a version, a device
+        raise InputError(f"{said}: {first_line(error)}") from error
+    if not trains:
+        raise InputError(f"{said}: transformers takes such weights for inference alone: nothing is trained on them")
+
+
+def of_checkpoint(said: Mapping[str, Any], name: str, *, on_cpu: bool) -> Any:
+    """The quantization config of a checkpoint ``name`` whose own config says ``said``; ``Untested`` of other libraries.
+
+    Raises:
+        InputError: as ``check_config``.
+    """
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    library = str(said.get("quant_method", "a library that it does not name"))
+    known = BY_NAME.get(library)
+    key = f"model.name_or_path={name}: is quantised by {library}"
+    if known is not None and not is_installed(known.module):
+        raise InputError(f"{key}, which needs the package {known.module}: pip install '{known.install}'")
+    try:
+        quantization: Any = AutoQuantizationConfig.from_dict(dict(said))
+    except Exception as error:
+        raise InputError(f"{key}: {first_line(error)}") from error
+    check_config(quantization, key, loaded=True, on_cpu=on_cpu)
+    if known is not None and known.tried:
+        return quantization
+    log.warning("%s is quantised by %s: untested; its memory is not predicted", name, library)
+    return Untested(library)
