@@ -113,7 +113,8 @@ def _check_quant(node: Mapping[str, Any], option: str) -> None:
 
     from peftsweep.models.quantised import libraries
 
-    libraries.check_option(node, option, torch.cuda.device_count())
+    if reason := libraries.problem(node, torch.cuda.device_count()):
+        raise InputError(f"quant={option}: {reason}")
     check_call(node, "quant")
 
 

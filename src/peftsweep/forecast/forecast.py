@@ -308,6 +308,8 @@ def refusal(trial: Trial) -> str | None:
             kinds.append("encoder")
     if config.train.checkpointing:
         kinds.append("checkpointing")
+    if config.train.autocast:
+        kinds.append(f"{kinds[0]} autocast")
     if config.model.dtype is Dtype.float16 and config.train.autocast is Dtype.float16:
         kinds += ["float16"] if config.train.autocast_adapter_dtype else ["float16", "float16 adapter"]
     setup = {"method_setup": config.method_setup.get("_target_")}

@@ -36,6 +36,7 @@ LIBRARIES = (
     Library("hqq", "HqqConfig", "hqq", "hqq", tried=False),
     Library("fp8", "FineGrainedFP8Config", "kernels", "kernels", tried=False, gpu=True),
 )
+INFERENCE_ONLY = "transformers and PEFT take such weights for inference alone"
 BY_NAME = {one.name: one for one in LIBRARIES}
 BY_CONFIG = {one.config: one for one in LIBRARIES}
 
@@ -75,30 +76,28 @@ def is_installed(module: str) -> bool:
         return False
 
 
-def problem(library: Library, gpus: int) -> str | None:
-    """Why ``library`` cannot quantise a model on this machine, and what to do; None where it can."""
+def problem(quant: Mapping[str, Any], gpus: int) -> str | None:
+    """Why a base cannot be trained on this machine as the keys of ``quant`` store it; None where it can.
+
+    ``gpus`` is how many there are. Nothing is imported of the library.
+    """
+    library = BY_CONFIG.get(str(quant.get("_target_")).rpartition(".")[2])
+    if library is None:
+        return None
+    if "Int4" in str((quant.get("quant_type") or {}).get("_target_")):
+        return INFERENCE_ONLY
+    import transformers
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
     from transformers.quantizers.base import HfQuantizer
 
     quantizer = AUTO_QUANTIZER_MAPPING.get(library.name)
     if quantizer is not None and quantizer.get_quantize_ops is HfQuantizer.get_quantize_ops:
-        return f"transformers no longer quantises by {library.name} while it loads a model; take another quant"
+        return f"transformers {transformers.__version__} does not quantise by {library.name} while it loads a model"
     if library.gpu and not gpus:
-        return f"{library.name} needs a GPU; without one take quant=fp8_torchao"
+        return "needs a GPU; without one take quant=fp8_torchao"
     if not is_installed(library.module):
         return f"needs the package {library.module}: pip install '{library.install}'"
     return None
-
-
-def check_option(quant: Mapping[str, Any], option: str, gpus: int) -> None:
-    """Refuse an option of ``quant`` whose library is not here, or cannot do it here; ``gpus`` are those there are.
-
-    Raises:
-        InputError: the line says what to install.
-    """
-    library = BY_CONFIG.get(str(quant.get("_target_")).rpartition(".")[2])
-    if library is not None and (reason := problem(library, gpus)):
-        raise InputError(f"quant={option}: {reason}")
 
 
 def check_config(quantization: Any, said: str, *, loaded: bool, on_cpu: bool) -> None:
@@ -122,7 +121,7 @@ def check_config(quantization: Any, said: str, *, loaded: bool, on_cpu: bool) ->
     except Exception as error:  # of any kind: of a missing package, a version, a device
         raise InputError(f"{said}: {first_line(error)}") from error
     if not trains:
-        raise InputError(f"{said}: transformers takes such weights for inference alone: nothing is trained on them")
+        raise InputError(f"{said}: {INFERENCE_ONLY}")
 
 
 def of_checkpoint(said: Mapping[str, Any], name: str, *, on_cpu: bool) -> Any:
