@@ -1,7 +1,7 @@
 """Every method on every quantisation: runs the sweep on the embedded model and writes docs/methods.md.
 
 python benchmarks/method_matrix.py docs/methods.md
-python benchmarks/method_matrix.py --other docs/quantisations.md     # other libraries than bitsandbytes, with their extras
+python benchmarks/method_matrix.py --other docs/quantisations.md     # torchao and quanto, whose extras it needs
 """
 
 from __future__ import annotations
@@ -51,33 +51,10 @@ which one is better. The letters:
 
 OTHER_QUANTS = ("int8_torchao", "fp8_torchao", "int8_quanto", "int4_quanto")
 OTHER_SWEEP = ("method=glob(*)", f"quant={','.join(OTHER_QUANTS)}", *SWEEP[2:])
+BEGIN, END = "<!-- methods -->\n", "<!-- end -->\n"  # around what is written of the page of the other libraries
 OTHER_HEAD = """\
-# Quantisations
-
-How the base is stored is `quant=`. bitsandbytes comes with peftsweep ([methods on it](methods.md)); the packages of other libraries are extras.
-`peftsweep-doctor` says which of them this machine can do, and a sweep with one that it cannot is refused in one line.
-
-| `quant=` | library | weights | needs | LoRA trains, is saved, read back, merged | memory predicted |
-|---|---|---|---|---|---|
-| `4bit` | bitsandbytes | NF4 in blocks of 64 | | yes | yes |
-| `8bit`, `8bit_offload` | bitsandbytes | int8, outliers apart | | yes | yes |
-| `int8_torchao` | torchao | int8, a scale a row | `peftsweep[torchao]` | yes | on a CPU; not with `train.autocast` |
-| `fp8_torchao` | torchao | float8 e4m3, a scale a row | `peftsweep[torchao]` | yes | on a CPU; not with `train.autocast` |
-| `int8_quanto` | quanto | int8, a scale a row | `peftsweep[quanto]` | yes, not with `train.autocast` | on a CPU |
-| `int4_quanto` | quanto | int4, a scale and a shift for each 128 | `peftsweep[quanto]` | yes, not with `train.autocast` | on a CPU |
-| `int4_torchao` | torchao | int4 in groups | | no: transformers and PEFT take them for inference alone | |
-| `hqq` | HQQ | 4 bits in groups of 64 | | no: transformers {transformers} does not quantise so while it loads a model | |
-| `fp8` | transformers | float8 in blocks of 128 by 128 | a GPU of capability 8.9, `kernels` | untested | no |
-| `none`, a checkpoint by GPTQ, AWQ, another library | its own | as stored | what its library needs | untested, which is logged | no |
-
-A checkpoint that is quantised already (by bitsandbytes or torchao) is read with `quant=none` and treated as the option above. torchao and quanto
-were tried on a CPU; on a GPU they are untested. A base is dequantised before an adapter is merged into it.
-
-## Methods on torchao and quanto
-
-{count} trials of {steps} steps on {date}, made by `python benchmarks/method_matrix.py --other docs/quantisations.md`, which runs
-`peftsweep {sweep}`. A cell is read as [there](methods.md): the mean loss of an answer token on 200 test rows (the untouched base's is
-{bases}), **R** read back onto a fresh base with the same losses, **M** merged with the same losses.
+{count} trials of {steps} steps on {date}, made by `python benchmarks/method_matrix.py --other docs/quantisations.md`.
+It runs `peftsweep {sweep}` on the embedded model, whose untouched losses are {bases}.
 
 {versions}.
 
@@ -92,7 +69,7 @@ def main() -> None:
 
 
 def write_other(target: Path) -> None:
-    """The page of the libraries beside bitsandbytes."""
+    """The methods on the page of the quantisations, for the libraries beside bitsandbytes."""
     table = run(OTHER_SWEEP)
     rows = {(row["choices.method"], row["choices.quant"]): row for _, row in table.iterrows()}
     reasons: dict[str, int] = {}
@@ -111,7 +88,8 @@ def write_other(target: Path) -> None:
         columns=" | ".join(OTHER_QUANTS),
         rules="|".join(["---"] * len(OTHER_QUANTS)),
     )
-    target.write_text(head + "\n".join(lines) + notes(reasons))
+    before, _, rest = target.read_text().partition(BEGIN)
+    target.write_text(before + BEGIN + head + "\n".join(lines) + notes(reasons) + END + rest.partition(END)[2])
 
 
 def method_names() -> list[str]:

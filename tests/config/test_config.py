@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from peftsweep.config.calls import check_call
 from peftsweep.config.compose import Trial
 from peftsweep.config.fill import conf_dir
 from peftsweep.forecast import forecast
+from peftsweep.models.quantised import libraries
 from peftsweep.trial import done
 from tests import schemas
 
@@ -53,10 +55,16 @@ OPTIONS = [f"{group}={file.stem}" for group in GROUPS for file in sorted((CONF /
 def test_every_yaml_composes_validates_and_attaches(option: str, compose: Compose, questions: Path) -> None:
     for name in schemas.SCHEMAS:
         schemas.write(name, Path())
+    group, _, name = option.partition("=")
+    quant = yaml.safe_load((CONF / group / f"{name}.yaml").read_text()) if group == "quant" else None
+    if reason := libraries.problem(quant or {}, gpus=0):
+        with pytest.raises(InputError, match=re.escape(f"{option}: {reason}")):
+            compose(option)
+        return
     one = compose(option, *NEEDS.get(option, []))
     foreseen = forecast.check(one)
     assert (foreseen.trainable_parameters or 0) > 0 or (option == "method=xlora" and foreseen.refused)
-    assert one.choices[option.partition("=")[0]] in (option.partition("=")[2], f"['{option.partition('=')[2]}']")
+    assert one.choices[group] in (name, f"['{name}']")
 
 
 @pytest.mark.parametrize(

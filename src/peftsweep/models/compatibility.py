@@ -114,6 +114,9 @@ RULES = (
         Rule("LoraConfig", SUBCLASSES, f"{name} replaces the base's weights, which would be quantised again", when)
         for name, when in REPLACING.items()
     ),
+    Rule("LoraConfig", ("torchao",), "its biases are no part of PEFT's layers for torchao", {"lora_bias": True}),
+    Rule("LoraConfig", ("quanto",), IN_PLACE, {"alora_invocation_tokens": Sequence}),
+    Rule("LoraConfig", ("quanto",), "quanto's weights cannot be copied", {"layer_replication": Sequence}),
     Rule("LoraConfig", ("torchao",), f"MiCA: {UNKNOWN_TO_TORCHAO}", {"init_lora_weights": "mica"}),
     Rule("LoraConfig", ("8bit",), "its residual would have to be quantised again", {"init_lora_weights": "pissa*"}),
     Rule(

@@ -59,7 +59,7 @@ def flop_formulas() -> dict[Any, Callable[..., int]]:
 
 
 def _more_formulas() -> dict[Any, Callable[..., int]]:
-    """What torch's counter lacks: attention on a CPU, and the products of bitsandbytes and of quanto, where it is loaded.
+    """What torch's counter lacks: attention on a CPU, and the products of bitsandbytes and quanto (where it is loaded).
 
     The backward of its quantised layers multiplies by dequantised weights, which torch counts.
     """
