@@ -128,8 +128,10 @@ def gptq(tmp_path: Path) -> Path:
         ({}, "none"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "4bit"),
         ({"load_in_8bit": True, "load_in_4bit": False}, "8bit"),
-        ({"quant_method": "torchao"}, "torchao"),
+        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}, "torchao"),
+        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8StaticActivationConfig"}}}, "untested"),
         ({"quant_method": "quanto", "weights": "int4"}, "quanto"),
+        ({"quant_method": "quanto", "weights": "int2"}, "untested"),
         ({"quant_method": "fp8"}, "untested"),
         ({"quant_method": "awq"}, "untested"),
     ],
@@ -214,6 +216,14 @@ def test_a_dequantised_base_answers_as_the_quantised_one(quant: str, compose: Co
         plain.save_pretrained(tmp_path)
         again = saved.read(tmp_path, plain)
         assert torch.equal(again(ids).logits, plain(ids).logits)
+
+
+def test_a_format_that_was_not_tried_is_said_to_be_untested(compose: Compose, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("optimum.quanto")
+    one = compose("quant=int8_quanto", "quant.weights=int2")
+    with caplog.at_level(logging.WARNING):
+        assert forecast.prediction(one) is None
+    assert "quant=int8_quanto: untested; its memory is not predicted" in caplog.text
 
 
 @pytest.mark.slow

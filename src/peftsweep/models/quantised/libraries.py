@@ -25,16 +25,17 @@ class Library:
     config: str  # transformers' class of its options
     module: str  # that must be importable
     install: str  # what pip installs
-    tried: bool  # whether training on it was tried; of others nothing is known, the memory neither
+    tried: tuple[str, ...] = ()  # formats on which training was tried; of others nothing is known, the memory neither
     gpu: bool = False  # whether it needs one
 
 
+FORMATS_OF_TORCHAO = ("Int8WeightOnlyConfig", "Float8WeightOnlyConfig")
 LIBRARIES = (
-    Library("bitsandbytes", "BitsAndBytesConfig", "bitsandbytes", "peftsweep", tried=True),
-    Library("torchao", "TorchAoConfig", "torchao", "peftsweep[torchao]", tried=True),
-    Library("quanto", "QuantoConfig", "optimum.quanto", "peftsweep[quanto]", tried=True),
-    Library("hqq", "HqqConfig", "hqq", "hqq", tried=False),
-    Library("fp8", "FineGrainedFP8Config", "kernels", "kernels", tried=False, gpu=True),
+    Library("bitsandbytes", "BitsAndBytesConfig", "bitsandbytes", "peftsweep", ("4bit", "8bit")),
+    Library("torchao", "TorchAoConfig", "torchao", "peftsweep[torchao]", FORMATS_OF_TORCHAO),
+    Library("quanto", "QuantoConfig", "optimum.quanto", "peftsweep[quanto]", ("int8", "float8", "int4")),
+    Library("hqq", "HqqConfig", "hqq", "hqq"),
+    Library("fp8", "FineGrainedFP8Config", "kernels", "kernels", gpu=True),
 )
 INFERENCE_ONLY = "transformers and PEFT take such weights for inference alone"
 BY_NAME = {one.name: one for one in LIBRARIES}
@@ -60,7 +61,9 @@ def kind(said: Mapping[str, Any]) -> str:
     if method is None or method == "bitsandbytes":
         return "none"
     library = BY_NAME.get(str(getattr(method, "value", method)))
-    return library.name if library is not None and library.tried else "untested"
+    own = (said.get("quant_type") or {}).get("default", {})  # of torchao
+    stored = own.get("_type") or said.get("weights")  # or of quanto
+    return library.name if library is not None and stored in library.tried else "untested"
 
 
 def is_tried(quantization: Any) -> bool:
@@ -122,6 +125,8 @@ def check_config(quantization: Any, said: str, *, loaded: bool, on_cpu: bool) ->
         raise InputError(f"{said}: {first_line(error)}") from error
     if not trains:
         raise InputError(f"{said}: {INFERENCE_ONLY}")
+    if not loaded and not is_tried(quantization):
+        log.warning("%s: untested; its memory is not predicted", said)
 
 
 def of_checkpoint(said: Mapping[str, Any], name: str, *, on_cpu: bool) -> Any:
@@ -142,7 +147,7 @@ def of_checkpoint(said: Mapping[str, Any], name: str, *, on_cpu: bool) -> Any:
     except Exception as error:
         raise InputError(f"{key}: {first_line(error)}") from error
     check_config(quantization, key, loaded=True, on_cpu=on_cpu)
-    if known is not None and known.tried:
+    if is_tried(quantization):
         return quantization
     log.warning("%s is quantised by %s: untested; its memory is not predicted", name, library)
     return Untested(library)
