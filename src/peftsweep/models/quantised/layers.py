@@ -7,7 +7,7 @@ tensor subclasses around plain tensors (``__tensor_flatten__``), on nn.Linear or
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import bitsandbytes
@@ -29,7 +29,7 @@ def bits(module: nn.Module) -> int | None:
     weight = module._parameters.get("weight")
     if weight is None:
         return None
-    if is_traceable_wrapper_subclass(weight):
+    if _is_wrapper(weight):
         return round(8 * max(part.nbytes for part in plain_tensors(weight)) / weight.numel())  # the rest are scales
     return 8 if weight.is_floating_point() and weight.dtype.itemsize == 1 else None
 
@@ -41,10 +41,10 @@ def is_quantised(module: nn.Module) -> bool:
 
 def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The tensors that a tensor subclass is made of; a plain tensor itself."""
-    if not is_traceable_wrapper_subclass(tensor):
+    if not _is_wrapper(tensor):
         yield tensor
         return
-    for name in tensor.__tensor_flatten__()[0]:
+    for name in cast(Any, tensor).__tensor_flatten__()[0]:
         yield from plain_tensors(getattr(tensor, name))
 
 
@@ -67,7 +67,7 @@ def footprint(model: nn.Module) -> int:
 
 def dequantise(base: Any) -> Any:
     """``base`` with plain layers in place of all quantised ones; it is consumed."""
-    layers = [(name, layer) for name, layer in base.named_modules() if _is_wrapped(layer)]
+    layers = [(name, layer) for name, layer in base.named_modules() if _is_wrapper(layer._parameters.get("weight"))]
     if not layers:
         return base.dequantize()
     for name, layer in layers:
@@ -80,9 +80,8 @@ def dequantise(base: Any) -> Any:
     return base
 
 
-def _is_wrapped(layer: nn.Module) -> bool:
-    weight = layer._parameters.get("weight")
-    return weight is not None and is_traceable_wrapper_subclass(weight)
+def _is_wrapper(tensor: Any) -> bool:
+    return is_traceable_wrapper_subclass(tensor)
 
 
 # ---- without numbers -------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def problem(quant: Mapping[str, Any], gpus: int) -> str | None:
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
     from transformers.quantizers.base import HfQuantizer
 
-    quantizer = AUTO_QUANTIZER_MAPPING.get(library.name)
+    quantizer: Any = AUTO_QUANTIZER_MAPPING.get(library.name)
     if quantizer is not None and quantizer.get_quantize_ops is HfQuantizer.get_quantize_ops:
         return f"transformers {transformers.__version__} does not quantise by {library.name} while it loads a model"
     if library.gpu and not gpus:
