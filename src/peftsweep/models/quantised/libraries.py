@@ -63,7 +63,8 @@ def kind(said: Mapping[str, Any]) -> str:
     library = BY_NAME.get(str(getattr(method, "value", method)))
     own = (said.get("quant_type") or {}).get("default", {})  # of torchao
     stored = own.get("_type") or said.get("weights")  # or of quanto
-    return library.name if library is not None and stored in library.tried else "untested"
+    tried = library is not None and stored in library.tried and not said.get("include_input_output_embeddings")
+    return library.name if library is not None and tried else "untested"
 
 
 def is_tried(quantization: Any) -> bool:
