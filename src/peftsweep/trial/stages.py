@@ -17,8 +17,7 @@ from peftsweep.config.identity import model_identity
 from peftsweep.data import batches, fingerprint
 from peftsweep.data import rows as data_rows
 from peftsweep.models import losses as models_losses
-from peftsweep.models import compatibility, model, saved
-from peftsweep.models.quantised import libraries
+from peftsweep.models import model, saved
 from peftsweep.schema import Dtype
 from peftsweep.study import record, store
 
@@ -79,9 +78,8 @@ def merge_adapter(
 ) -> dict[str, Any]:
     """Write the merged model and read it back: does it answer a batch as the base with its adapter does?
 
-    A quantised base is dequantised first, exactly where it has 32 bits. 8-bit layers also round what flows through
-    them; there, and where torchao's or quanto's weights become plain ones of 16 bits, the merged model is held to the
-    adapter on the dequantised base, and its difference from the trained one is told.
+    A quantised base is dequantised first, exactly. 8-bit layers also round what flows through them, so that the
+    merged model is held to the adapter on the dequantised base, and its difference from the trained one is told.
     """
     folder = place / store.MERGED
     try:
@@ -109,10 +107,8 @@ def merge_adapter(
 
 
 def _rounds(trial: Trial) -> bool:
-    """Whether dequantising rounds: 8-bit layers round their inputs, and weights in plain tensors get 16 bits."""
-    kept = build.storage(trial)
-    kind = libraries.kind({} if kept is None else kept.to_dict())
-    return kind == "8bit" or (kind in compatibility.SUBCLASSES and trial.config.model.dtype is not Dtype.float32)
+    """Whether the base's layers round their inputs, as 8-bit ones do."""
+    return bool(getattr(build.storage(trial), "load_in_8bit", False))
 
 
 def _same(trial: Trial, found: torch.Tensor, expected: torch.Tensor, exact: float = RELOAD_TOLERANCE) -> bool:
