@@ -134,7 +134,7 @@ def gptq(tmp_path: Path) -> Path:
         ({"quant_method": "quanto", "weights": "int4"}, "quanto"),
         ({"quant_method": "quanto", "weights": "int2"}, "untested"),
         ({"quant_method": "fp8"}, "untested"),
-        ({"quant_method": "awq"}, "untested"),
+        ({"quant_method": "awq", "quant_type": "a word"}, "untested"),
     ],
 )
 def test_the_kind_of_base_is_that_of_the_library(said: dict[str, Any], kind: str) -> None:

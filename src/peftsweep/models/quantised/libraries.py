@@ -61,10 +61,15 @@ def kind(said: Mapping[str, Any]) -> str:
     if method is None or method == "bitsandbytes":
         return "none"
     library = BY_NAME.get(str(getattr(method, "value", method)))
-    own = (said.get("quant_type") or {}).get("default", {})  # of torchao
-    stored = own.get("_type") or said.get("weights")  # or of quanto
+    stored = _at(said, "quant_type", "default", "_type") or said.get("weights")  # of torchao, of quanto
     tried = library is not None and stored in library.tried and not said.get("include_input_output_embeddings")
     return library.name if library is not None and tried else "untested"
+
+
+def _at(tree: Any, *keys: str) -> Any:
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
 
 
 def is_tried(quantization: Any) -> bool:
@@ -88,7 +93,7 @@ def problem(quant: Mapping[str, Any], gpus: int) -> str | None:
     library = BY_CONFIG.get(str(quant.get("_target_")).rpartition(".")[2])
     if library is None:
         return None
-    if "Int4" in str((quant.get("quant_type") or {}).get("_target_")):
+    if "Int4" in str(_at(quant, "quant_type", "_target_")):
         return INFERENCE_ONLY
     import transformers
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
