@@ -1,6 +1,7 @@
 """Every method on every quantisation: runs the sweep on the embedded model and writes docs/methods.md.
 
 python benchmarks/method_matrix.py docs/methods.md
+python benchmarks/method_matrix.py --other docs/quantisations.md     # torchao and quanto, whose extras it needs
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,18 +49,75 @@ which one is better. The letters:
 """
 
 
+OTHER_QUANTS = ("int8_torchao", "fp8_torchao", "int8_quanto", "int4_quanto")
+OTHER_SWEEP = ("method=glob(*)", f"quant={','.join(OTHER_QUANTS)}", *SWEEP[2:])
+BEGIN, END = "<!-- methods -->\n", "<!-- end -->\n"  # around what is written of the page of the other libraries
+OTHER_HEAD = """\
+{count} trials of {steps} steps on {date}, made by `python benchmarks/method_matrix.py --other docs/quantisations.md`.
+It runs `peftsweep {sweep}` on the embedded model, whose untouched losses are {bases}.
+
+{versions}.
+
+| method | {columns} |
+|---|{rules}|
+"""
+
+
 def main() -> None:
-    target = Path(sys.argv[1]).resolve()
+    other = sys.argv[1] == "--other"
+    (write_other if other else write_methods)(Path(sys.argv[-1]).resolve())
+
+
+def write_other(target: Path) -> None:
+    """The methods on the page of the quantisations, for the libraries beside bitsandbytes."""
+    table = run(OTHER_SWEEP)
+    rows = {(row["choices.method"], row["choices.quant"]): row for _, row in table.iterrows()}
+    reasons: dict[str, int] = {}
+    lines = [
+        f"| {method} | {' | '.join(cell(rows.get((method, quant)), reasons) for quant in OTHER_QUANTS)} |"
+        for method in method_names()
+    ]
+    head = OTHER_HEAD.format(
+        transformers=version("transformers"),
+        count=len(table),
+        steps=20,
+        date=f"{datetime.now(UTC):%Y-%m-%d}",
+        sweep=" ".join(OTHER_SWEEP),
+        bases=", ".join(f"{quant} {base_loss(table, quant):.2f}" for quant in OTHER_QUANTS),
+        versions=versions("peft", "transformers", "torch", "torchao", "optimum-quanto"),
+        columns=" | ".join(OTHER_QUANTS),
+        rules="|".join(["---"] * len(OTHER_QUANTS)),
+    )
+    before, _, rest = target.read_text().partition(BEGIN)
+    target.write_text(before + BEGIN + head + "\n".join(lines) + notes(reasons) + END + rest.partition(END)[2])
+
+
+def method_names() -> list[str]:
+    """Of conf/, but for qlora: it is lora on a 4-bit base, trained once under both names."""
+    return sorted(file.stem for file in Path(conf_dir(), "method").glob("*.yaml") if file.stem != "qlora")
+
+
+def versions(*packages: str) -> str:
+    """Packages with their versions."""
+    return ", ".join(f"{name} {version(name)}" for name in packages)
+
+
+def notes(reasons: dict[str, int]) -> str:
+    """The reasons that the cells number."""
+    listed = [f"{number}. {reason}" for reason, number in reasons.items()]
+    return "\n\nRefused before training, and why:\n\n" + "\n".join(listed) + "\n"
+
+
+def write_methods(target: Path) -> None:
+    """The page of the methods, on bitsandbytes."""
     table, classifiers = run(SWEEP), run(CLASSIFIER)
-    # qlora is lora on a 4-bit base, trained once under both names.
-    methods = sorted(file.stem for file in Path(conf_dir(), "method").glob("*.yaml") if file.stem != "qlora")
     rows = {(row["choices.method"], row["choices.quant"]): row for _, row in table.iterrows()}
     rows |= {
         (row["choices.method"], "seq-cls"): row for _, row in classifiers.iterrows() if row["choices.quant"] == "none"
     }
     reasons: dict[str, int] = {}
     lines = []
-    for method in methods:
+    for method in method_names():
         trainable = [
             rows[method, quant].get("train_info.trainable_parameters") for quant in QUANTS if (method, quant) in rows
         ]
@@ -66,17 +125,15 @@ def main() -> None:
         cells = [cell(rows.get((method, kind)), reasons) for kind in (*QUANTS, "seq-cls")]
         lines.append(f"| {method} | {about(method)} | {known[0] if known else ''} | {' | '.join(cells)} |")
     bases = ", ".join(f"{quant} {base_loss(table, quant):.2f}" for quant in QUANTS)
-    versions = ", ".join(f"{name} {version(name)}" for name in ("peft", "transformers", "torch", "bitsandbytes"))
     head = HEAD.format(
         count=len(table) + len(classifiers),
         steps=20,
         sweep=" ".join(SWEEP),
         classifier=" ".join(CLASSIFIER),
         bases=bases,
-        versions=versions,
+        versions=versions("peft", "transformers", "torch", "bitsandbytes"),
     )
-    notes = [f"{number}. {reason}" for reason, number in reasons.items()]
-    target.write_text(head + "\n".join(lines) + "\n\nRefused before training, and why:\n\n" + "\n".join(notes) + "\n")
+    target.write_text(head + "\n".join(lines) + notes(reasons))
 
 
 def run(words: tuple[str, ...]) -> pd.DataFrame:

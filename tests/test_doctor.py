@@ -12,6 +12,7 @@ from huggingface_hub import constants
 
 from peftsweep import doctor
 from peftsweep.data import hub
+from peftsweep.models.quantised import libraries
 from peftsweep.observe import streams
 
 NAMES = ["packages", "system", "devices", "precision", "quantisation", "kernels", "memory", "disk", "hub", "extras"]
@@ -37,7 +38,8 @@ def test_ten_lines_say_what_the_machine_can_do(
     assert f"torch {torch.__version__}" in lines[0]
     assert "no CUDA device" in lines[2]
     assert "trials run on the CPU" in lines[2]
-    assert lines[4].endswith("quant=4bit,8bit on cpu")
+    assert "quant=4bit,8bit" in lines[4]
+    assert "; not fp8: needs a GPU" in lines[4]
     assert "HF_HUB_OFFLINE=1 is set" in lines[8]
 
 
@@ -65,6 +67,15 @@ def test_a_missing_extra_is_named_with_its_command(monkeypatch: pytest.MonkeyPat
     fix = doctor._extras().fix
     assert fix is not None
     assert fix.endswith("pip install 'peftsweep[mlflow,wandb]'")
+
+
+def test_options_of_quant_are_named_with_what_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libraries, "is_installed", lambda module: module == "torchao")
+    found = doctor._other_quants(gpus=0)
+    assert [name for name, reason in found.items() if reason is None] == ["fp8_torchao", "int8_torchao"]
+    assert str(found["int8_quanto"]).endswith("pip install 'peftsweep[quanto]'")
+    assert "inference alone" in str(found["int4_torchao"])
+    assert str(doctor._other_quants(gpus=1)["fp8"]).endswith("pip install 'kernels'")
 
 
 def test_a_check_that_breaks_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:

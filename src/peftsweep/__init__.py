@@ -34,6 +34,9 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 # bitsandbytes warns on import that an optional CPU kernel is missing; the kernel is never used here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# torchao warns of its CUDA kernels where there is no CUDA, and torch of an old call in it.
+logging.getLogger("torchao").setLevel(logging.ERROR)
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 former_names.install()
 

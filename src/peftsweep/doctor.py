@@ -20,7 +20,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peftsweep import __version__
+import yaml
+
+from peftsweep import __version__, options
 from peftsweep.data import hub
 from peftsweep.errors import first_line
 from peftsweep.observe import fast_dtype, streams
@@ -30,6 +32,7 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accele
 LEAST_FREE_DISK = 1e9  # bytes, below which records and adapters may not find room
 LEAST_FREE_MEMORY = 1e9  # bytes, which the imports alone nearly take
 CGROUP = Path("/sys/fs/cgroup")  # where a container's limit of memory stands
+BITSANDBYTES = "BitsAndBytesConfig"
 NOT_EXTRAS = ("dev",)  # extras that bring no feature
 
 
@@ -171,9 +174,28 @@ def _quantisation() -> Finding:
             works.append(name)
         except Exception as error:
             broken[name] = first_line(error)
+    for name, reason in _other_quants(torch.cuda.device_count()).items():
+        if reason is None:
+            works.append(name)
+        else:
+            broken[name] = reason
     said = f"quant={','.join(works)} on {where}" if works else f"none on {where}"
-    fix = "; ".join(f"quant={name} fails: {why}" for name, why in broken.items()) or None
+    names: dict[str, list[str]] = {}
+    for name, why in broken.items():
+        names.setdefault(why, []).append(name)
+    fix = "; ".join(f"not {', '.join(those)}: {why}" for why, those in names.items()) or None
     return Finding("quantisation", said, fix, facts={"works": works, "broken": broken})
+
+
+def _other_quants(gpus: int) -> dict[str, str | None]:
+    """The options of ``quant`` by other libraries than bitsandbytes, each with why it does not train here."""
+    from peftsweep.models.quantised import libraries
+
+    files = sorted((Path(options.conf_dir()) / "quant").glob("*.yaml"))
+    nodes = {file.stem: yaml.safe_load(file.read_text(encoding="utf-8")) or {} for file in files}
+    nodes = {name: node.get("quant", node) for name, node in nodes.items()}
+    own = {name: node for name, node in nodes.items() if "_target_" in node and BITSANDBYTES not in node["_target_"]}
+    return {name: libraries.problem(node, gpus) for name, node in own.items()}
 
 
 def _kernels() -> Finding:

@@ -75,6 +75,9 @@ SYNONYMS = {  # what other libraries and people call our keys and options, in sm
     # options
     "4bit": ("nf4", "int4", "fp4", "bnb4", "bnb_4bit", "bnb_nf4", "4_bit", "load_in_4bit", "q4", "4", "four", "qlora"),
     "8bit": ("int8", "bnb8", "bnb_8bit", "8_bit", "llm.int8", "llm_int8", "load_in_8bit", "q8", "8"),
+    "int8_torchao": ("torchao", "int8_weight_only", "int8wo"),
+    "int8_quanto": ("quanto",),
+    "fp8_torchao": ("float8", "fp8_e4m3", "float8_weight_only"),
     "none": ("fp32", "fp16", "bf16", "float16", "bfloat16", "float32", "16bit", "32bit", "no", "off", "full", "null"),
     "full": ("full_ft", "fft", "sft", "full_finetuning", "full_fine_tuning", "full_finetune", "finetune", "none"),
     "prefix_tuning": ("prefix",),

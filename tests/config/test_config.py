@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from peftsweep.config.calls import check_call
 from peftsweep.config.compose import Trial
 from peftsweep.config.fill import conf_dir
 from peftsweep.forecast import forecast
+from peftsweep.models.quantised import libraries
 from peftsweep.trial import done
 from tests import schemas
 
@@ -64,6 +66,12 @@ def together() -> list[list[str]]:
 def test_every_yaml_composes_validates_and_attaches(options: list[str], compose: Compose, questions: Path) -> None:
     for name in schemas.SCHEMAS:
         schemas.write(name, Path())
+    for option in [one for one in options if one.startswith("quant=")]:
+        quant = yaml.safe_load((CONF / "quant" / f"{option.removeprefix('quant=')}.yaml").read_text())
+        if reason := libraries.problem(quant or {}, gpus=0):
+            with pytest.raises(InputError, match=re.escape(f"{option}: {reason}")):
+                compose(option)
+            options = [one for one in options if one != option]
     one = compose(*options, *(word for option in options for word in NEEDS.get(option, [])))
     foreseen = forecast.check(one)
     assert (foreseen.trainable_parameters or 0) > 0 or ("method=xlora" in options and foreseen.refused)

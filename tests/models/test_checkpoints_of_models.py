@@ -314,19 +314,6 @@ def test_a_checkpoint_in_4_bits_is_predicted_as_one(compose: Compose, packed: Pa
     assert found[0].weights_bytes == found[1].weights_bytes
 
 
-def test_a_checkpoint_of_another_library_is_said_to_be_untested(
-    compose: Compose, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = write("llama", tmp_path / "gptq")
-    shape = json.loads((folder / "config.json").read_text()) | {
-        "quantization_config": {"quant_method": "gptq", "bits": 4}
-    }
-    (folder / "config.json").write_text(json.dumps(shape))
-    with caplog.at_level(logging.WARNING):
-        assert build.storage(compose("model=causal_lm", f"model.name_or_path={folder}")) is None
-    assert "is quantised by gptq: untested" in caplog.text
-
-
 def test_a_model_of_which_no_layer_can_be_quantised_is_not_called_quantised(compose: Compose, tmp_path: Path) -> None:
     folder = table.write("falcon", Task.causal_lm, tmp_path / "falcon")
     with pytest.raises(InputError, match=r"quant=4bit: no layer of .*falcon can be stored so; take quant=none"):

@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from peft import PeftModel
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftsweep.config import evaluations, identity
 from peftsweep.config.compose import Trial
@@ -39,6 +39,7 @@ from peftsweep.models import saved as models_saved
 from peftsweep.models.coverage import COVERAGE, Coverage
 from peftsweep.models.initialise import Setting
 from peftsweep.models.probe import Abilities
+from peftsweep.models.quantised import layers, libraries
 from peftsweep.schema import DatasetConfig, Init, LossOn, RowsConfig, Task, ValidationConfig
 from peftsweep.study import record, store
 from peftsweep.study.atomic import make_way
@@ -66,25 +67,21 @@ def quantization(trial: Trial) -> Any:
 def storage(trial: Trial) -> Any:
     """The quantization config by which the base is stored: that of ``quant``, else that of its checkpoint, or None.
 
-    Of checkpoints that another library than bitsandbytes has quantised nothing was tried, which is logged.
-
     Raises:
-        InputError: ``quant`` asks for a checkpoint that is quantised already.
+        InputError: ``quant`` asks for a checkpoint that is quantised already, or the library cannot do it here.
     """
-    name = trial.config.model.name_or_path
+    name, on_cpu = trial.config.model.name_or_path, model.device(trial.config.device).type == "cpu"
     held = getattr(model.architecture(trial.config.model), "quantization_config", None)
     said = held.to_dict() if held is not None and hasattr(held, "to_dict") else held
-    if not said:
-        return quantization(trial)
-    library = str(said.get("quant_method", "a library that it does not name"))
-    if trial.config.quant:
-        raise InputError(
-            f"quant={trial.choices['quant']}: the checkpoint {name} is quantised already, by {library}; take quant=none"
-        )
-    if library == "bitsandbytes":
-        return BitsAndBytesConfig.from_dict(said)
-    log.warning("%s is quantised by %s: untested; its memory is predicted as if it were not", name, library)
-    return None
+    asked, key = quantization(trial), f"quant={trial.choices['quant']}"
+    if said and asked is not None:
+        library = said.get("quant_method", "a library that it does not name")
+        raise InputError(f"{key}: the checkpoint {name} is quantised already, by {library}; take quant=none")
+    if said:
+        return libraries.of_checkpoint(said, name, on_cpu=on_cpu)
+    if asked is not None:
+        libraries.check_config(asked, key, loaded=False, on_cpu=on_cpu)
+    return asked
 
 
 def evaluator(trial: Trial, name: str) -> Evaluate:
@@ -227,7 +224,8 @@ def keep_bases() -> None:
 def _fingerprint(base: PreTrainedModel) -> int:
     """A sum over all bits of the weights and buffers, and where they lie; another one after any change that is seen."""
     total = 0
-    for number, tensor in enumerate([*base.parameters(), *base.buffers()], start=1):
+    kept = [part for one in (*base.parameters(), *base.buffers()) for part in layers.plain_tensors(one)]
+    for number, tensor in enumerate(kept, start=1):
         raw = tensor.detach().contiguous().flatten().view(torch.uint8)
         words = nn.functional.pad(raw, (0, -len(raw) % 8)).view(torch.int64)
         total += number * int(words.sum())

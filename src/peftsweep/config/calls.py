@@ -72,7 +72,7 @@ def check_calls(config: Config, choices: Mapping[str, str | None]) -> None:
     if config.method_setup:
         check_call(config.method_setup, "method_setup", provided=("setting",))
     if config.quant:
-        check_call(config.quant, "quant")
+        _check_quant(config.quant, str(choices.get("quant")))
     if config.inference:
         check_call(config.inference, "inference", provided=("variants", "tokenizer", "saved", "clock"))
     if config.profiler:
@@ -106,6 +106,16 @@ def check_calls(config: Config, choices: Mapping[str, str | None]) -> None:
     _check_optimizer(config.train.optimizer_kwargs, optimizer.find_optimizer(config.train.optimizer))
     length.interval(config.train, "eval_every", rows=1)
     length.checkpoint_due(config.train, rows=1)
+
+
+def _check_quant(node: Mapping[str, Any], option: str) -> None:
+    import torch  # which `--help` must not
+
+    from peftsweep.models.quantised import libraries
+
+    if reason := libraries.problem(node, torch.cuda.device_count()):
+        raise InputError(f"quant={option}: {reason}")
+    check_call(node, "quant")
 
 
 def _check_packages(node: Mapping[str, Any], key: str) -> None:

@@ -42,6 +42,7 @@ FORMATS = tuple(name for name in Dtype.__members__ if name != Dtype.auto.name)
 ONE_OF = {
     "quant.bnb_4bit_quant_type": ("nf4", "fp4"),
     "quant.bnb_4bit_compute_dtype": FORMATS,
+    "quant.weights": ("int8", "float8", "int4", "int2"),
     "train.autocast": FORMATS,
 }
 

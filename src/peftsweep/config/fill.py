@@ -20,7 +20,7 @@ from peftsweep.config.calls import GENERATION
 from peftsweep.config.checks import FORMATS
 from peftsweep.config.identity import MOVED, current_name, model_identity
 from peftsweep.errors import InputError
-from peftsweep.models.compatibility import stored
+from peftsweep.models.quantised import libraries
 from peftsweep.options import conf_dir as conf_dir
 from peftsweep.schema import Config
 from peftsweep.study import store
@@ -148,7 +148,7 @@ def _fill_groups(cfg: DictConfig, found: experiment.Reading, said: set[str]) -> 
             for key in [key for key in found.keys if key.partition(".")[0] == group]:
                 found.refuse(key, f"{experiment.OVERRIDDEN} {group}")
     if "quant" in found.keys:
-        made["quant"] = stored(found.keys["quant"])
+        made["quant"] = libraries.kind(found.keys["quant"])
     if option := found.keys.pop("inference", None):
         cfg.inference = OmegaConf.load(Path(conf_dir()) / "inference" / f"{option}.yaml")
         made["inference"] = str(option)

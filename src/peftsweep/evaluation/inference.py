@@ -41,6 +41,7 @@ from peftsweep.evaluation.inference_figures import (
 from peftsweep.evaluation.inference_plan import ADAPTER, OVERALL, Category, plan
 from peftsweep.models.losses import row_inputs
 from peftsweep.models.model import token_limit
+from peftsweep.models.quantised.layers import footprint
 from peftsweep.models.saved import NOT_MERGEABLE, mergeable
 from peftsweep.observe.measure import out_of_memory, synchronise
 from peftsweep.study import record
@@ -104,7 +105,7 @@ def benchmark(
             missing[MERGED] = {LEFT_OUT: reason}
         else:
             models[MERGED] = joined
-    footprints = {name: cast(Any, model).get_memory_footprint() for name, model in models.items()}
+    footprints = {name: footprint(model) for name, model in models.items()}
     room = _positions(models.values(), tokenizer)
     rows: list[Row] = []
     with ExitStack() as stack:

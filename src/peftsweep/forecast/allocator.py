@@ -18,6 +18,7 @@ from peftsweep.forecast.operations import Ledger
 from peftsweep.schema import Dtype
 
 META = torch.device("meta")
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 # Every block of CUDA's caching allocator is a multiple of this (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize).
 BLOCK = {"cuda": 512}
 MASK_ALIGNMENT = 16  # to which the memory-efficient attention pads the rows of a mask
@@ -62,6 +63,8 @@ class Allocator(TorchDispatchMode):
         return sum(self._size(tensor.untyped_storage()) for tensor in tensors)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(kind not in PLAIN for kind in types):
+            return NotImplemented  # a quantised weight says first which operations on plain tensors it is
         if func is aten.add.Tensor and self._accumulates(*args):
             func = aten.add_.Tensor
         result = self._without_numbers(func, args, kwargs or {})
@@ -133,7 +136,11 @@ RAISED = {
 
 
 class Kernels(TorchFunctionMode):
-    """Calls, in place of what the meta device would, the kernels of ``device``; casts as autocast does there."""
+    """Calls, in place of what the meta device would, the kernels of ``device``; casts as autocast does there.
+
+    Raises:
+        NotImplementedError: a quantised weight is multiplied in a way that was measured nowhere.
+    """
 
     def __init__(self, device: str, autocast: Dtype | None) -> None:
         super().__init__()
@@ -144,6 +151,9 @@ class Kernels(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         kwargs = kwargs or {}
+        for kind in types:
+            if hasattr(kind, "__tensor_flatten__"):
+                self._check(kind)
         if self._dtype is not None and torch.is_grad_enabled():  # autocast is off in a backward written in python
             if name in LOWERED:
                 args, kwargs = tree_map_only(torch.Tensor, self._lowered, (args, kwargs))
@@ -156,6 +166,11 @@ class Kernels(TorchFunctionMode):
         if name in ("grouped_mm", "_grouped_mm"):
             return _grouped(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _check(self, kind: type) -> None:
+        """Refuse a tensor subclass in what only its library knows: casts of autocast, quanto's kernels for CUDA."""
+        if self._dtype is not None or (self._cuda and kind.__module__.startswith("optimum.quanto")):
+            raise NotImplementedError(f"nobody knows what {kind.__name__} keeps there")
 
     @contextmanager
     def forward(self) -> Iterator[None]:

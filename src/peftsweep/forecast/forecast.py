@@ -26,6 +26,7 @@ from peftsweep.errors import InputError
 from peftsweep.forecast.predict import Prediction, Shape, predict, shapes, skeleton
 from peftsweep.models import compatibility, coverage, parts, probe, saved
 from peftsweep.models import model as models_model
+from peftsweep.models.quantised import libraries
 from peftsweep.models.shapes import without_numbers
 from peftsweep.observe import measure, streams
 from peftsweep.observe.display import size
@@ -195,7 +196,7 @@ def _stored(trial: Trial) -> str:
         InputError: nothing of it is.
     """
     kept = build.storage(trial)
-    if kept is None:
+    if kept is None or not libraries.is_tried(kept):
         return ""
     key = identity.content_hash([*_of_the_model(trial), trial.tree["quant"]])
     if key not in _STORED:
@@ -297,7 +298,7 @@ def refusal(trial: Trial) -> str | None:
     """Why the trial's method cannot be trained on its base; None where it can."""
     config = trial.config
     kept = build.storage(trial)
-    kinds = [compatibility.stored({} if kept is None else kept.to_dict())]
+    kinds = [libraries.kind({} if kept is None else kept.to_dict())]
     if config.model.dtype is not Dtype.float32:
         kinds.append(f"narrow {kinds[0]}")
     if config.model.task is Task.seq_cls:
@@ -307,6 +308,8 @@ def refusal(trial: Trial) -> str | None:
             kinds.append("encoder")
     if config.train.checkpointing:
         kinds.append("checkpointing")
+    if config.train.autocast:
+        kinds.append(f"{kinds[0]} autocast")
     if config.model.dtype is Dtype.float16 and config.train.autocast is Dtype.float16:
         kinds += ["float16"] if config.train.autocast_adapter_dtype else ["float16", "float16 adapter"]
     setup = {"method_setup": config.method_setup.get("_target_")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -183,10 +184,10 @@ def _frozen(value: Any) -> Any:
 
 
 def _flops(operator: torch._ops.OpOverload, args: Any, kwargs: Any, result: Any) -> int:
-    formula: Callable[..., int] | None = _formulas().get(operator.overloadpacket)
+    formula: Callable[..., int] | None = _formulas("optimum.quanto" in sys.modules).get(operator.overloadpacket)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
 
 
 @functools.cache
-def _formulas() -> dict[Any, Callable[..., int]]:
+def _formulas(_quanto: bool) -> dict[Any, Callable[..., int]]:
     return flop_formulas()

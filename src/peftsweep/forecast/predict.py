@@ -25,8 +25,6 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import AutoHfQuantizer
 
 from peftsweep.data.batches import Batch, batch_order, micro_batches
 from peftsweep.data.tokens import Tokens
@@ -36,6 +34,7 @@ from peftsweep.models.model import skeleton as bare_skeleton
 from peftsweep.models.model import spare
 from peftsweep.models.parts import base_of, classifies, head_names, text_config, trainable_parameters
 from peftsweep.models.probe import known_shortcuts
+from peftsweep.models.quantised import layers, libraries
 from peftsweep.models.shortcuts import SHORTCUTS
 from peftsweep.schema import ModelConfig, TrainConfig
 from peftsweep.training import length as training_length
@@ -110,46 +109,22 @@ class Prediction:
 def skeleton(model: ModelConfig, quantization: Any, where: str = "meta", classes: int = 0) -> PreTrainedModel:
     """``model.skeleton`` with its layers as ``quantization`` stores them.
 
-    ``quantization`` is a transformers quantization config of bitsandbytes, or None for none. Which layers
-    stay as they are is transformers' own choice, so that a method attaches as it does to the loaded base.
+    ``quantization`` is a transformers quantization config, or None for none. Which layers stay as they are is
+    transformers' own choice, so that a method attaches as it does to the loaded base.
+
+    Raises:
+        ValueError: it is of a library that was not tried, so that nobody knows what it keeps.
     """
     base = bare_skeleton(model, where, classes)
     if model.attn_implementation is not None:
         base.set_attn_implementation(model.attn_implementation)
     if quantization is None:
         return base
-    import bitsandbytes
-
+    if not libraries.is_tried(quantization):
+        raise ValueError(f"{quantization} was not tried")
     spare(quantization, base)
-    plain = dict(base.named_modules())
-    quantizer: Any = AutoHfQuantizer.from_config(quantization)
-    quantizer.preprocess_model(base, device_map=None)
-    with patch.dict(bitsandbytes.functional.name2qmap):  # a cache that must not keep a tensor without numbers
-        for name, module in base.named_modules():
-            if module is not plain.get(name):
-                _store(module, plain[name])
-    quantizer.postprocess_model(base)  # marks the model, by which PEFT knows it
+    layers.quantise_skeleton(base, quantization)
     return base
-
-
-def _store(module: Any, plain: Any) -> None:
-    """Give the quantised layer ``module`` the weights of the layer it stands for."""
-    import bitsandbytes
-    from bitsandbytes.nn.modules import Int8Params, Linear4bit, Params4bit
-
-    weight = plain.weight.detach().T if isinstance(plain, Conv1D) else plain.weight.detach()
-    old = module.weight
-    if isinstance(module, Linear4bit):
-        options = {name: getattr(old, name) for name in ("blocksize", "compress_statistics", "quant_type")}
-        packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_storage=old.quant_storage, **options)
-        options |= {"quant_state": state, "quant_storage": old.quant_storage, "module": module, "bnb_quantized": True}
-        module.weight, module.quant_state = Params4bit(packed, requires_grad=False, **options), state
-    else:
-        numbers, scales, _ = bitsandbytes.functional.int8_vectorwise_quant(weight.half())
-        module.weight = Int8Params(numbers, requires_grad=False, CB=numbers, SCB=scales)
-        module.state.threshold = 0.0  # how many outliers there are only data says; they are few
-    if plain.bias is not None:
-        module.bias = nn.Parameter(plain.bias.detach(), requires_grad=False)
 
 
 # ---- the step --------------------------------------------------------------------------------------
@@ -279,18 +254,10 @@ def _shape_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors that ``model`` keeps, with what bitsandbytes keeps beside its weights."""
+    """All tensors that ``model`` keeps, in plain ones, with what bitsandbytes keeps beside its weights."""
     yield from model.named_buffers()
     for name, parameter in model.named_parameters():
-        yield name, parameter
-        scales = getattr(parameter, "SCB", None)
-        if scales is not None:
-            yield name, scales
-        state = getattr(parameter, "quant_state", None)
-        while state is not None:
-            parts = (state.absmax, state.code, state.offset)
-            yield from ((name, part) for part in parts if isinstance(part, torch.Tensor))
-            state = state.state2
+        yield from ((name, part) for part in layers.kept_tensors(parameter))
 
 
 def _is_adapter(name: str, model: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """Which methods cannot be trained on which kind of base, and why.
 
-Each rule was seen with PEFT 0.21 and bitsandbytes 0.50 on a CPU: the method fails, or it runs and is silently
-something else. Such a trial is refused before anything is loaded, and its record says why.
+Each rule was seen with PEFT 0.21, bitsandbytes 0.50, torchao 0.18 and quanto 0.2 on a CPU: the method fails, or it
+runs and is silently something else. Such a trial is refused before anything is loaded, and its record says why.
 """
 
 from __future__ import annotations
@@ -23,12 +23,21 @@ HEADLESS = "PEFT leaves the new head untrained, and what is trained below a rand
 CACHELESS = "it prepends keys and values, and the model takes none"
 RECOMPUTED = "the layers, computed again in the backward pass, find their keys and values in the cache twice"
 UNSCALED = "gradients of 16 bits cannot be unscaled: take train.autocast=bfloat16 or model.dtype=float32"
-BOTH = ("4bit", "8bit")
-ANY = ("none", *BOTH)
+UNKNOWN_TO_TORCHAO = "it calculates with the base's weights, and torchao's know no such operation"
+MERGE_OF_TORCHAO = "PEFT does not give it the settings of torchao that it asks for"
+IN_PLACE = "it changes the output of a layer in place, which quanto's autograd forbids"
+AUTOCAST_OF_QUANTO = "the format of quanto's weights cannot be changed, as autocast does; take model.dtype=bfloat16"
+BOTH = ("4bit", "8bit")  # of bitsandbytes
+SUBCLASSES = ("torchao", "quanto")
+QUANTISED = (*BOTH, *SUBCLASSES, "untested")
+ANY = ("none", *QUANTISED)
 KINDS = {  # of bases
     "none": "on a base that is not quantised",
     "4bit": "on a 4bit base",
     "8bit": "on an 8bit base",
+    "torchao": "on a base quantised by torchao",
+    "quanto": "on a base quantised by quanto",
+    "quanto autocast": "on a base quantised by quanto with train.autocast",
     "narrow 8bit": "on an 8bit base whose other weights have 16 bits",
     "classifier": "with a classifier's head",
     "encoder": "on an encoder",
@@ -60,6 +69,13 @@ UNQUANTISED: dict[str, dict[str, Any]] = {  # initialisations of LoRA from the w
     "LoRA-GA": {"init_lora_weights": "lora_ga"},
     "the orthogonal initialisation": {"init_lora_weights": "orthogonal"},
 }
+REPLACING: dict[str, dict[str, Any]] = {  # options of LoRA with which PEFT changes the base's weights
+    "PiSSA": {"init_lora_weights": "pissa*"},
+    "OLoRA": {"init_lora_weights": "olora"},
+    "CorDA": {"init_lora_weights": "corda"},
+    "LoRA-GA": {"init_lora_weights": "lora_ga"},
+    "KaSA": {"kasa_config": Mapping},
+}
 RULES = (
     *(
         Rule(config, BOTH, PACKED)
@@ -80,10 +96,32 @@ RULES = (
         Rule("LoraConfig", BOTH, f"{name} takes apart the base's weights, which must be floating point", when)
         for name, when in UNQUANTISED.items()
     ),
+    *(
+        Rule(config, ("torchao",), UNKNOWN_TO_TORCHAO)
+        for config in (
+            *("AdamssConfig", "DeftConfig", "DeloraConfig", "FrodConfig", "GloraConfig", "HiraConfig", "HRAConfig"),
+            *("OSFConfig", "PeanutConfig", "PsoftConfig", "SupertuningConfig", "TinyLoraConfig"),
+        )
+    ),
+    *(
+        Rule(config, ("torchao",), MERGE_OF_TORCHAO)
+        for config in ("BOFTConfig", "MissConfig", "OFTConfig", "ShiraConfig", "VeraConfig")
+    ),
+    *(Rule(config, ("quanto",), IN_PLACE) for config in ("AdaLoraConfig", "C3AConfig", "GraloraConfig", "PolyConfig")),
+    Rule("FrodConfig", ("quanto",), "it casts the base's weights, and the format of quanto's cannot be changed"),
+    Rule("GloraConfig", ("quanto",), "it takes plain linear layers alone"),
+    *(
+        Rule("LoraConfig", SUBCLASSES, f"{name} replaces the base's weights, which would be quantised again", when)
+        for name, when in REPLACING.items()
+    ),
+    Rule("LoraConfig", ("torchao",), "its biases are no part of PEFT's layers for torchao", {"lora_bias": True}),
+    Rule("LoraConfig", ("quanto",), IN_PLACE, {"alora_invocation_tokens": Sequence}),
+    Rule("LoraConfig", ("quanto",), "quanto's weights cannot be copied", {"layer_replication": Sequence}),
+    Rule("LoraConfig", ("torchao",), f"MiCA: {UNKNOWN_TO_TORCHAO}", {"init_lora_weights": "mica"}),
     Rule("LoraConfig", ("8bit",), "its residual would have to be quantised again", {"init_lora_weights": "pissa*"}),
     Rule(
         "LoraConfig",
-        ("none", "8bit"),
+        ("none", "8bit", *SUBCLASSES),
         "LoftQ makes up for 4-bit storage",
         {"method_setup": "peftsweep.models.initialise.loftq"},
     ),
@@ -114,16 +152,13 @@ RULES = (
 FULL = "full fine-tuning cannot train quantised weights; take quant=none or an adapter method"
 
 
-def stored(quant: Mapping[str, Any]) -> str:
-    """The kind of base that a transformers quantization config makes."""
-    return "4bit" if quant.get("load_in_4bit") else "8bit" if quant.get("load_in_8bit") else "none"
-
-
 def refusal(method: Mapping[str, Any], kinds: Iterable[str]) -> str | None:
     """Why ``method`` (a PEFT config's ``_target_`` and options) cannot be trained on such a base; None where it can."""
     for kind in kinds:
-        if not method and kind in BOTH:
+        if not method and kind in QUANTISED:
             return FULL
+        if kind == "quanto autocast":
+            return f"not {KINDS[kind]}: {AUTOCAST_OF_QUANTO}"
         if kind == "float16 adapter" or (kind == "float16" and not method):
             return f"not {KINDS[kind]}: {UNSCALED}"
         config = method.get("_target_", "").rpartition(".")[2]

@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -14,6 +13,7 @@ from torch import nn
 
 from peftsweep.models.attach import EXPERTS, Roles, expert_parameters, role_members
 from peftsweep.models.parts import base_of, head_names, text_part, weight_count
+from peftsweep.models.quantised.layers import bits
 
 COVERAGE = "peftsweep_coverage"  # the attribute of an adapted model that holds its coverage
 EMBEDDINGS, HEAD, ROUTER, BESIDE_TEXT, OTHER = "embeddings", "head", "router", "beside_text", "other"
@@ -30,7 +30,7 @@ class Weight:
     role: str
     layer: int | None  # the number of the layer that it is part of
     size: int  # of numbers, packed or not
-    bits: int | None  # 4 or 8 where bitsandbytes stores it so
+    bits: int | None  # in which it is stored, where it is quantised
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,8 @@ def weights(base: Any, roles: Roles) -> dict[str, Weight]:
             role = ROUTER
         role, number = (role, re.search(r"\.(\d+)\.", name)) if id(parameter) in text else (BESIDE_TEXT, None)
         module = base.get_submodule(owner)
-        bits = 4 if isinstance(module, Linear4bit) else 8 if isinstance(module, Linear8bitLt) else None
         layer = int(number[1]) if number else None
-        found[name] = Weight(role, layer, weight_count(parameter), bits if own == "weight" else None)
+        found[name] = Weight(role, layer, weight_count(parameter), bits(module) if own == "weight" else None)
     return found
 
 
@@ -146,7 +145,7 @@ def coverage(before: dict[str, Weight], adapted: nn.Module, adapter: str | None 
 
 
 def quantised(before: dict[str, Weight]) -> dict[int, int]:
-    """How many of the weights are stored in 4 and 8 bits: fused experts, for example, are not."""
+    """How many of the weights are stored in so many bits: fused experts, for example, are not quantised."""
     kinds = sorted({weight.bits for weight in before.values() if weight.bits})
     return {bits: sum(weight.size for weight in before.values() if weight.bits == bits) for bits in kinds}
 

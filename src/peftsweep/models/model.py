@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 import transformers
-from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import (
@@ -37,15 +36,16 @@ from peftsweep.models.parts import (
     text_part,
     weight_count,
 )
+from peftsweep.models.quantised.layers import is_quantised
 from peftsweep.schema import Init, ModelConfig, Task
 
 TINY = Path(__file__).parents[1] / "tiny" / "weights"
-QUANTISED = (Linear4bit, Linear8bitLt)
 NEW_PARTS = "peftsweep_new_parts"  # the attribute of a classifier that names the modules its checkpoint lacked
 WEIGHTS = (".safetensors", ".bin")  # endings of files of them
 ROTARY = ("rope_theta", "rope_scaling", "partial_rotary_factor")  # that transformers moves into rope_parameters
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")  # names of a configuration's longest sequence
-SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert")  # keys of quantization configs: modules left as they are
+# Keys of quantization configs: modules left as they are.
+SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
 NAMED = 5  # of many parameters, so many are named in a message
 CLASSES: dict[Task, Any] = {
     Task.causal_lm: AutoModelForCausalLM,
@@ -293,8 +293,9 @@ def load(
     else:
         options |= {"revision": model.revision or "main", "device_map": model.device_map or {"": where}}
         base = _pretrained(model, quantization, options, seed)
-        if any(isinstance(base.get_submodule(name), QUANTISED) for name in new_parts(base)):
-            quantization.llm_int8_skip_modules = [*quantization.llm_int8_skip_modules, *new_parts(base)]
+        if any(is_quantised(base.get_submodule(name)) for name in new_parts(base)):
+            name = next(name for name in SKIPPED if hasattr(quantization, name))
+            setattr(quantization, name, [*getattr(quantization, name), *new_parts(base)])
             base = _pretrained(model, quantization, options, seed)  # what is trained is never quantised
     keep_weights_unpacked(base)
     base.requires_grad_(False)

@@ -23,8 +23,8 @@ from peftsweep.data.tokens import Tokens
 from peftsweep.errors import InputError
 from peftsweep.models import shortcuts
 from peftsweep.models.losses import answer_losses
-from peftsweep.models.model import QUANTISED
 from peftsweep.models.parts import base_of, text_config, text_part
+from peftsweep.models.quantised.layers import is_quantised
 from peftsweep.models.shortcuts import SHORTCUTS, Shortcuts
 
 log = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class _Reader:
         taken = inspect.signature(base.forward).parameters
         self.positioned = "position_ids" in taken
         self.vocabulary = int(base.get_input_embeddings().weight.shape[0])
-        kinds = {type(module) for module in base.modules() if isinstance(module, QUANTISED)}
+        kinds = {type(module) for module in base.modules() if is_quantised(module)}
         exact = base.dtype == torch.float32 and not kinds
         self.tolerance = ROUNDED if any(issubclass(k, Linear8bitLt) for k in kinds) else EXACT if exact else NARROW
 

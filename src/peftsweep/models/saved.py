@@ -24,8 +24,9 @@ from transformers.pytorch_utils import Conv1D
 
 from peftsweep.errors import InputError
 from peftsweep.models.losses import METHOD_INPUTS
-from peftsweep.models.model import NAMED, QUANTISED, keep_weights_unpacked
+from peftsweep.models.model import NAMED, keep_weights_unpacked
 from peftsweep.models.parts import text_config
+from peftsweep.models.quantised.layers import dequantise, is_quantised
 from peftsweep.models.shapes import at_target_rank
 from peftsweep.study.atomic import sync_tree
 from peftsweep.study.store import RESIDUAL
@@ -53,7 +54,7 @@ def keep_dtype(adapted: PeftModel) -> None:
     if adapted.get_base_model().dtype == torch.float32:
         return
     for module in adapted.modules():
-        if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), QUANTISED):
+        if isinstance(module, BaseTunerLayer) and is_quantised(module.get_base_layer()):
             module.register_forward_hook(cast_back)
 
 
@@ -197,7 +198,7 @@ def dequantised(base: PreTrainedModel, folder: Path) -> PeftModel:
     """The adapter saved in ``folder`` on ``base``, which is dequantised first and consumed."""
     base = _base_of(base, folder)
     if getattr(base, "is_quantized", False):
-        base = cast(Any, base).dequantize()
+        base = dequantise(base)
         vars(base)["_weight_conversions"] = None  # by which transformers would pack a saved base's weights again
         vars(base).update(is_loaded_in_4bit=False, is_loaded_in_8bit=False)  # by which PEFT refuses to merge IA3
         _as_made(base)

@@ -59,11 +59,11 @@ def flop_formulas() -> dict[Any, Callable[..., int]]:
 
 
 def _more_formulas() -> dict[Any, Callable[..., int]]:
-    """What torch's counter lacks: attention on a CPU, and the products of bitsandbytes (where that is loaded).
+    """What torch's counter lacks: attention on a CPU, and the products of bitsandbytes and quanto (where it is loaded).
 
     The backward of its quantised layers multiplies by dequantised weights, which torch counts.
     """
-    aten, bits = torch.ops.aten, torch.ops.bitsandbytes
+    aten, bits, quanto = torch.ops.aten, torch.ops.bitsandbytes, torch.ops.quanto
     formulas = {
         aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
         aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
@@ -71,6 +71,8 @@ def _more_formulas() -> dict[Any, Callable[..., int]]:
         ],
     }
     formulas |= {getattr(bits, name): formula for name, formula in BITSANDBYTES.items() if hasattr(bits, name)}
+    if hasattr(quanto, "qbytes_mm"):
+        formulas[quanto.qbytes_mm] = _int8_flops
     return formulas
 
 
@@ -97,7 +99,7 @@ BITSANDBYTES: dict[str, Callable[..., int]] = {
 
 def uncounted(averages: Sequence[Any]) -> str:
     """Names of the operators that look like a matrix product but have no formula; empty where all were counted."""
-    known = {f"bitsandbytes::{name}" for name in BITSANDBYTES}
+    known = {"quanto::qbytes_mm", *(f"bitsandbytes::{name}" for name in BITSANDBYTES)}
     return " ".join(sorted({e.key for e in averages if PRODUCT.fullmatch(e.key)} - known))
 
 

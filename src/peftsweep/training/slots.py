@@ -33,7 +33,7 @@ from torch import nn
 from torch.nn import functional
 
 from peftsweep.data.batches import Batch
-from peftsweep.models.model import QUANTISED
+from peftsweep.models.quantised.layers import BITSANDBYTES
 
 log = logging.getLogger(__name__)
 # Of gradients that lie between those of other layers, as the weights do: the row of a slot is what is to be contiguous.
@@ -59,7 +59,7 @@ class _Separate:
 
     def __init__(self, layer: Any, names: Sequence[str], slots: torch.Tensor | None, trained: bool) -> None:
         self.slots = slots
-        self._quantised = isinstance(layer.base_layer, QUANTISED)
+        self._base_format = isinstance(layer.base_layer, BITSANDBYTES)
         self._scales = [layer.scaling[name] for name in names]
         weights = [part[name].weight for name in names for part in (layer.lora_A, layer.lora_B)]
         self.leaves = [weight.detach().requires_grad_() for weight in weights]
@@ -71,7 +71,7 @@ class _Separate:
         """See ``_Adapters``."""
         parts = zip(x, self.leaves[::2], self.leaves[1::2], self._scales, strict=True)
         update = torch.stack([functional.linear(functional.linear(rows, a), b) * scale for rows, a, b, scale in parts])
-        if self._quantised:
+        if self._base_format:
             update = update.to(output.dtype)  # PEFT adds in the base's format there, elsewhere in the adapter's
         if self.slots is None:
             return output + update

@@ -27,6 +27,7 @@ from peftsweep.evaluation import inference, likelihood, scaled
 from peftsweep.forecast import forecast
 from peftsweep.models import losses, parts, probe
 from peftsweep.models import saved as models_saved
+from peftsweep.models.quantised.layers import footprint
 from peftsweep.observe.display import Observer
 from peftsweep.observe.measure import Meter, Stage
 from peftsweep.schema import Role
@@ -95,7 +96,7 @@ class Session:
             self.base = build.load_base(self.trial, self.tokenizer, self.meter.device, dropped=True)
             self.pad_id = int(self.tokenizer.pad_token_id)
         self.info["base_parameters"] = parts.count(self.base).total
-        self.info["base_bytes"] = self.base.get_memory_footprint()
+        self.info["base_bytes"] = footprint(self.base)
         if not parts.classifies(self.base):
             self.info |= probe.abilities(self.base).facts()
 

@@ -20,7 +20,10 @@ MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 3)))
 INK, FADED, RULE = "#333333", "#9A9A9A", "#E3E3E3"
 SERIES = len(COLOURS)  # that are told apart; the others are drawn in grey
-QUANTS = ("none", "8bit", "4bit", "8bit_offload")  # in the order of figures
+QUANTS = (
+    *("none", "8bit", "int8_torchao", "int8_quanto", "fp8", "fp8_torchao"),
+    *("4bit", "int4_torchao", "int4_quanto", "hqq", "8bit_offload"),
+)  # in the order of figures
 
 
 CALLED = ".called"  # a factor's column of what its levels are called

@@ -1,0 +1,1 @@
+"""The libraries that store a base in fewer bits: what each needs, and what its layers are made of."""

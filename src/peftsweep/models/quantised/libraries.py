@@ -1,0 +1,159 @@
+"""Which libraries quantise a base, what each needs here, and which of them were tried.
+
+The names are transformers' own: ``quant_method`` of its quantization configs, which stands in a checkpoint's config
+too. What a library asks of the machine is asked of transformers' quantizer, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from peftsweep.errors import InputError, first_line
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library that quantises while transformers loads a model."""
+
+    name: str  # transformers' quant_method
+    config: str  # transformers' class of its options
+    module: str  # that must be importable
+    install: str  # what pip installs
+    tried: tuple[str, ...] = ()  # formats on which training was tried; of others nothing is known, the memory neither
+    gpu: bool = False  # whether it needs one
+
+
+FORMATS_OF_TORCHAO = ("Int8WeightOnlyConfig", "Float8WeightOnlyConfig")
+LIBRARIES = (
+    Library("bitsandbytes", "BitsAndBytesConfig", "bitsandbytes", "peftsweep", ("4bit", "8bit")),
+    Library("torchao", "TorchAoConfig", "torchao", "peftsweep[torchao]", FORMATS_OF_TORCHAO),
+    Library("quanto", "QuantoConfig", "optimum.quanto", "peftsweep[quanto]", ("int8", "float8", "int4")),
+    Library("hqq", "HqqConfig", "hqq", "hqq"),
+    Library("fp8", "FineGrainedFP8Config", "kernels", "kernels", gpu=True),
+)
+INFERENCE_ONLY = "transformers and PEFT take such weights for inference alone"
+BY_NAME = {one.name: one for one in LIBRARIES}
+BY_CONFIG = {one.config: one for one in LIBRARIES}
+
+
+@dataclass(frozen=True)
+class Untested:
+    """In place of the quantization config of a checkpoint whose library was not tried: all that is known of it."""
+
+    library: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As of transformers' configs."""
+        return {"quant_method": self.library}
+
+
+def kind(said: Mapping[str, Any]) -> str:
+    """The kind of base that a quantization config makes, as ``compatibility`` names them."""
+    if said.get("load_in_4bit") or said.get("load_in_8bit"):
+        return "4bit" if said.get("load_in_4bit") else "8bit"
+    method = said.get("quant_method")
+    if method is None or method == "bitsandbytes":
+        return "none"
+    library = BY_NAME.get(str(getattr(method, "value", method)))
+    stored = _at(said, "quant_type", "default", "_type") or said.get("weights")  # of torchao, of quanto
+    tried = library is not None and stored in library.tried and not said.get("include_input_output_embeddings")
+    return library.name if library is not None and tried else "untested"
+
+
+def _at(tree: Any, *keys: str) -> Any:
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def is_tried(quantization: Any) -> bool:
+    """Whether training on what a quantization config makes was tried, so that its memory can be predicted."""
+    return kind(quantization.to_dict()) != "untested"
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module can be imported, without importing it; its package may be missing too."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def problem(quant: Mapping[str, Any], gpus: int) -> str | None:
+    """Why a base cannot be trained on this machine as the keys of ``quant`` store it; None where it can.
+
+    ``gpus`` is how many there are. Nothing is imported of the library.
+    """
+    library = BY_CONFIG.get(str(quant.get("_target_")).rpartition(".")[2])
+    if library is None:
+        return None
+    if "Int4" in str(_at(quant, "quant_type", "_target_")):
+        return INFERENCE_ONLY
+    import transformers
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    from transformers.quantizers.base import HfQuantizer
+
+    quantizer: Any = AUTO_QUANTIZER_MAPPING.get(library.name)
+    if quantizer is not None and quantizer.get_quantize_ops is HfQuantizer.get_quantize_ops:
+        return f"transformers {transformers.__version__} does not quantise by {library.name} while it loads a model"
+    if library.gpu and not gpus:
+        return "needs a GPU; without one take quant=fp8_torchao"
+    if not is_installed(library.module):
+        return f"needs the package {library.module}: pip install '{library.install}'"
+    return None
+
+
+def check_config(quantization: Any, said: str, *, loaded: bool, on_cpu: bool) -> None:
+    """Refuse a quantization config that transformers' own quantizer refuses here, or with which nothing is trained.
+
+    ``loaded`` says that the weights are stored so in the checkpoint, ``said`` names the key. What a quantizer asks
+    of a GPU is left to the loading, as asking would initialise CUDA in a process that others are forked from.
+
+    Raises:
+        InputError: the line says why.
+    """
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    if quantization.quant_method == "bitsandbytes":  # what it needs is needed by all trials
+        return
+    try:
+        quantizer: Any = AutoHfQuantizer.from_config(quantization, pre_quantized=loaded)
+        if on_cpu:
+            quantizer.validate_environment(device_map={"": "cpu"}, weights_only=True)
+        trains = bool(quantizer.is_trainable)
+    except Exception as error:  # of any kind: of a missing package, a version, a device
+        raise InputError(f"{said}: {first_line(error)}") from error
+    if not trains:
+        raise InputError(f"{said}: {INFERENCE_ONLY}")
+    if not loaded and not is_tried(quantization):
+        log.warning("%s: untested; its memory is not predicted", said)
+
+
+def of_checkpoint(said: Mapping[str, Any], name: str, *, on_cpu: bool) -> Any:
+    """The quantization config of a checkpoint ``name`` whose own config says ``said``; ``Untested`` of other libraries.
+
+    Raises:
+        InputError: as ``check_config``.
+    """
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    library = str(said.get("quant_method", "a library that it does not name"))
+    known = BY_NAME.get(library)
+    key = f"model.name_or_path={name}: is quantised by {library}"
+    if known is not None and not is_installed(known.module):
+        raise InputError(f"{key}, which needs the package {known.module}: pip install '{known.install}'")
+    try:
+        quantization: Any = AutoQuantizationConfig.from_dict(dict(said))
+    except Exception as error:
+        raise InputError(f"{key}: {first_line(error)}") from error
+    check_config(quantization, key, loaded=True, on_cpu=on_cpu)
+    if is_tried(quantization):
+        return quantization
+    log.warning("%s is quantised by %s: untested; its memory is not predicted", name, library)
+    return Untested(library)
