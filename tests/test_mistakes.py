@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,25 @@ def test_a_wrong_column_is_answered_by_the_word_with_a_right_one(prompt: str, sa
     with pytest.raises(InputError) as refused:
         cli._trial("dataset=file", "dataset.path=rows.jsonl", f'dataset.prompt="{prompt}"', 'dataset.answer="{reply}"')
     assert said in str(refused.value)
+
+
+@pytest.mark.parametrize("instead", [KeyboardInterrupt, RecursionError, ImportError])
+def test_an_interrupt_is_one_line_whatever_an_import_makes_of_it(
+    instead: type[BaseException], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_interrupts", [])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupted() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise instead("half imported")
+
+    try:
+        assert cli._guarded(interrupted) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == "interrupted; the same command continues\n"
 
 
 WRONG_PATHS = {
