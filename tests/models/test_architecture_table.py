@@ -32,10 +32,10 @@ ROLES = {
 }
 
 
-def shape(kind: str, task: Task = Task.causal_lm) -> Any:
+def shape(kind: str, task: Task = Task.causal_lm, **options: Any) -> Any:
     """The type's small model without numbers."""
     with torch.device("meta"):
-        return model.CLASSES[task].from_config(small_config(kind))
+        return model.CLASSES[task].from_config(small_config(kind, **options))
 
 
 def random(kind: str) -> ModelConfig:
@@ -139,14 +139,14 @@ def test_layers_that_only_look_linear_are_not_adapted(kind: str, layer: str) -> 
         ("qwen2_moe", r"_gate$", "mlp.shared_expert.up_proj"),
         ("minimax", r"mlp\.gate", "self_attn.output_gate"),
         ("gemma4_text", r"router", "per_layer_input_gate"),
+        ("doge", r"router", "self_attn.dt_proj"),
     ],
 )
 def test_what_chooses_among_experts_is_not_adapted_in_any_family(kind: str, router: str, beside: str) -> None:
-    base = shape(kind)
     for targets in (TargetsConfig(all_linear=True), TargetsConfig(roles=["mlp"])):
+        base = shape(kind, **{"is_moe": True} if kind == "doge" else {})
         if targets.roles and "mlp" not in attach.role_members(base, ROLES[Task.causal_lm]):
             continue
-        base = shape(kind)
         adapted = attach.attach(base, LoraConfig(r=2), targets, ROLES[Task.causal_lm])
         names = [name.removesuffix(".lora_A.default.weight") for name, _ in parts.trainable_parameters(adapted)]
         assert names

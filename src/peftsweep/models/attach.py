@@ -32,6 +32,7 @@ from peftsweep.models.parts import (
     router_modules,
     text_config,
     text_part,
+    trainable_parameters,
 )
 from peftsweep.models.saved import keep_dtype, names_as_written
 from peftsweep.schema import TargetsConfig
@@ -159,7 +160,18 @@ def attach(
     setattr(adapted, METHOD_INPUTS, inputs or {})
     keep_dtype(adapted)
     _freeze_beside_text(base)
+    _check_trains(adapted, trained)
     return adapted
+
+
+def _check_trains(adapted: PeftModel, heads: Sequence[str]) -> None:
+    """Refuse an adapter without a trainable number, such as OSF's of a full rank; ``heads`` are not part of it."""
+    own = (p for name, p in trainable_parameters(adapted) if not any(f".{head}." in f".{name}" for head in heads))
+    if not any(parameter.numel() for parameter in own):
+        kind = type(adapted.peft_config["default"]).__name__
+        raise InputError(
+            f"method: {kind} has no trainable parameter with these options, so that nothing would be learnt"
+        )
 
 
 def _adapted_names(adapted: PeftModel) -> list[str]:

@@ -71,8 +71,9 @@ def classifies(model: nn.Module) -> bool:
 # ---- mixtures of experts ---------------------------------------------------------------------------
 
 
-# Beside the experts of a layer: what chooses among them, and what weighs the one that all tokens share.
-ROUTER = re.compile(r"(shared_experts?_|experts?_)?gate|router(_\w+)?|gating")
+ROUTER = re.compile(r"router(_\w+)?")
+# What chooses among the experts that lie beside it, and what weighs the one that all tokens share.
+GATE = re.compile(r"(shared_experts?_|experts?_)?gate|gating")
 
 
 def expert_parameters(base: nn.Module) -> list[str]:
@@ -86,7 +87,7 @@ def expert_parameters(base: nn.Module) -> list[str]:
 
 
 def router_modules(base: nn.Module) -> set[str]:
-    """The innermost modules that choose among experts, whether they are linear layers or classes of their own.
+    """The modules that choose among experts, with their parts: linear layers, or classes of their own.
 
     An adapter there changes which experts a token is sent to, and in most families they are no linear layers, so that
     the same words would mean other things from one family to the next.
@@ -94,13 +95,14 @@ def router_modules(base: nn.Module) -> set[str]:
     holders = {name.rpartition(".")[0] for name in expert_parameters(base)}
     holders |= {name for name, _ in base.named_modules() if name.rpartition(".")[2] == "experts"}
     blocks = holders | {name.rpartition(".")[0] for name in holders}
-    found = set()
-    for name, module in base.named_modules():
-        parts = name.split(".")
-        routes = (ROUTER.fullmatch(part) and ".".join(parts[:n]) in blocks for n, part in enumerate(parts))
-        if next(module.children(), None) is None and any(routes):
-            found.add(name)
-    return found
+
+    def routes(parts: list[str]) -> bool:
+        return any(
+            ROUTER.fullmatch(part) or (GATE.fullmatch(part) and ".".join(parts[:place]) in blocks)
+            for place, part in enumerate(parts)
+        )
+
+    return {name for name, _ in base.named_modules() if routes(name.split("."))}
 
 
 # ---- counting and saving ---------------------------------------------------------------------------
