@@ -100,13 +100,30 @@ TYPED = {  # before the tab key, and after it
 }
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-def test_bash_completes_what_is_typed(tmp_path: Path) -> None:
+SHELLS = {  # how each is started without a person's own settings, and what makes it print no marks around a paste
+    "bash": (["bash", "--norc", "--noprofile", "-i"], "bind 'set enable-bracketed-paste off'"),
+    "zsh": (["zsh", "-f", "-i"], "unset zle_bracketed_paste; bindkey -e"),
+    "fish": (["fish", "--no-config", "-i"], "true"),
+}
+
+
+@pytest.mark.parametrize(
+    "shell",
+    [
+        pytest.param(name, marks=pytest.mark.skipif(shutil.which(name) is None, reason=f"needs {name}"))
+        for name in completion.SHELLS
+    ],
+)
+def test_a_shell_completes_what_is_typed(shell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shell on a terminal of its own, in which keys are pressed; the line is then printed instead of run."""
-    (tmp_path / "script").write_text(completion.script("bash"))
+    (tmp_path / "script").write_text(completion.script(shell))
+    for name in ("HOME", "ZDOTDIR", "XDG_CONFIG_HOME", "XDG_DATA_HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("TERM", "xterm")
+    arguments, setting = SHELLS[shell]
     process, terminal = pty.fork()
     if process == 0:
-        os.execvp("bash", ["bash", "--norc", "--noprofile", "-i"])
+        os.execvp(arguments[0], arguments)
 
     def until(end: str) -> str:
         seen, stop = "", time.monotonic() + 20
@@ -116,7 +133,7 @@ def test_bash_completes_what_is_typed(tmp_path: Path) -> None:
         return seen
 
     try:
-        os.write(terminal, b"PS1='ready> '; bind 'set enable-bracketed-paste off'; source ./script; echo so''urced\n")
+        os.write(terminal, f"{setting}; source ./script; echo so''urced\n".encode())
         until("sourced")
         for before, after in TYPED.items():
             os.write(terminal, f"{before}\t".encode())
