@@ -66,7 +66,7 @@ class TargetsConfig:
 
     roles: list[str] | None = None  # q, k, v, o, mlp, experts, shared_experts, linear_attention, or of model.roles
     modules: list[str] | None = None  # module names, for what the roles cannot say
-    all_linear: bool = False  # every linear layer but the output head
+    all_linear: bool = False  # every linear layer but the output head, experts and routers
     otherwise: list[str] = field(default_factory=lambda: ["q", "v"])  # roles, where the method prefers none
 
 
