@@ -1,8 +1,9 @@
 """The search of sweep=tune: which configurations to try next, given the validation scores of those tried before.
 
-For each method the learning rate comes first, at its smallest size (rank), then the size at the best rate, then the
-target modules at both. A low rank finds the rate of all ranks because the best rate of LoRA hardly depends on its rank
-(Schulman et al., "LoRA Without Regret", 2025).
+For each method the learning rate comes first, at its smallest size (rank), then the size at the best rate, then once
+more a rate beside it at that size, then the target modules at both. A low rank finds the rate of all ranks nearly, as
+the best rate of LoRA hardly depends on its rank (Schulman et al., "LoRA Without Regret", 2025); in short trainings it
+does, by up to a step of the ladder.
 
 Nothing here trains anything or reads a file: an ``Ask`` answers with scores, from trials, a table or a simulation. The
 same answers give the same decisions, so that a command that was killed decides the same again from its records.
@@ -15,6 +16,7 @@ import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from functools import partial
 from typing import Protocol
 
 MOST_RATES = 9  # of one method, with those by which its ladder is extended
@@ -73,6 +75,7 @@ class Space:
     extends: bool = True  # whether the ladder of rates grows where the best lies at an end of it
     sizes: tuple[int | None, ...] = (None,)  # the smallest first
     targets: tuple[str | None, ...] = (None,)  # the method's own first
+    again: bool = True  # whether a rate beside the best is tried at the best size too
 
 
 def ladder(rate: float, count: int = 3) -> tuple[float, ...]:
@@ -114,7 +117,7 @@ def tune(spaces: Sequence[Space], ask: Ask, seed: int = 0) -> list[Tuned]:
     best: dict[str, Point | None] = {}
     try:
         best = _together("rate", {one.method: rates(one, seed) for one in spaces}, ask, found)
-        for stage, search in (("size", sizes), ("targets", targets)):
+        for stage, search in (("size", sizes), ("rate again", partial(rate_again, found=found)), ("targets", targets)):
             at = {one.method: search(one, point) for one in spaces if (point := best[one.method])}
             best |= _together(stage, at, ask, found)
     except Spent:
@@ -196,6 +199,21 @@ def next_rate(tried: Sequence[float], best: float | None) -> float | None:
 def sizes(space: Space, best: Point) -> Search:
     """The best size at the best rate; of equal ones the smallest."""
     return (yield from _variants(best, [replace(best, size=size) for size in space.sizes]))
+
+
+def rate_again(space: Space, best: Point, found: Mapping[str, Tuned]) -> Search:
+    """The better of the best rate and the one beside it, at the best size, which the rate was not chosen at."""
+    known = found[space.method]
+    # At the smallest size: what went to its end was ahead of all others at the rung.
+    place = {point: (0, score) for point, score in known.ends.items() if point.size == space.sizes[0]}
+    place |= {p: (1, score) for p, score in known.rungs.items() if p not in place and p.size == space.sizes[0]}
+    tried = sorted({point.rate for point in place})
+    at = tried.index(best.rate)
+    beside = {tried[n] for n in (at - 1, at + 1) if 0 <= n < len(tried)}
+    nearest = min((p for p in place if p.rate in beside), key=place.__getitem__, default=None)
+    if best.size == space.sizes[0] or nearest is None or not space.again:
+        return best
+    return (yield from _variants(best, [best, replace(best, rate=nearest.rate)]))
 
 
 def targets(space: Space, best: Point) -> Search:
