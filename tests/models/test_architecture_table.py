@@ -143,8 +143,9 @@ def test_layers_that_only_look_linear_are_not_adapted(kind: str, layer: str) -> 
     ],
 )
 def test_what_chooses_among_experts_is_not_adapted_in_any_family(kind: str, router: str, beside: str) -> None:
+    options: dict[str, Any] = {"is_moe": True} if kind == "doge" else {}
     for targets in (TargetsConfig(all_linear=True), TargetsConfig(roles=["mlp"])):
-        base = shape(kind, **{"is_moe": True} if kind == "doge" else {})
+        base = shape(kind, Task.causal_lm, **options)
         if targets.roles and "mlp" not in attach.role_members(base, ROLES[Task.causal_lm]):
             continue
         adapted = attach.attach(base, LoraConfig(r=2), targets, ROLES[Task.causal_lm])
