@@ -248,6 +248,17 @@ def test_every_contestant_of_a_league_has_the_same_number_of_trials(trials: int)
     assert {until for _, _, until in ask.asked} == {Until.end}
 
 
+def test_a_league_tries_a_rate_again_at_the_best_size_too() -> None:
+    def loss(point: Point) -> float:
+        return valley(point.rate, 4.5e-4 / (point.size or 4) ** 0.5 * 2) - (point.size or 0)
+
+    space = Space("lora", (6e-5, 2e-4, 6e-4, 2e-3), sizes=(4, 8, 16))
+    ask = Simulated(loss)
+    (found,) = search.equally([space], ask, 8, {"lora": 0})
+    assert found.best is not None
+    assert (found.best.size, found.best.rate < 4e-4, len(ask.points)) == (16, True, 8)
+
+
 def test_rates_that_the_best_lies_between_are_tried_closer_together() -> None:
     ask = Simulated(lambda p: valley(p.rate, 1.6e-4))
     search.equally([Space("ia3", search.ladder(1e-4))], ask, 5, {"ia3": 0})

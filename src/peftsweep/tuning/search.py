@@ -207,13 +207,9 @@ def rate_again(space: Space, best: Point, found: Mapping[str, Tuned]) -> Search:
     # At the smallest size: what went to its end was ahead of all others at the rung.
     place = {point: (0, score) for point, score in known.ends.items() if point.size == space.sizes[0]}
     place |= {p: (1, score) for p, score in known.rungs.items() if p not in place and p.size == space.sizes[0]}
-    tried = sorted({point.rate for point in place})
-    at = tried.index(best.rate)
-    beside = {tried[n] for n in (at - 1, at + 1) if 0 <= n < len(tried)}
-    nearest = min((p for p in place if p.rate in beside), key=place.__getitem__, default=None)
-    if best.size == space.sizes[0] or nearest is None or not space.again:
+    if best.size == space.sizes[0] or not space.again or (rate := _beside(best, place)) is None:
         return best
-    return (yield from _variants(best, [best, replace(best, rate=nearest.rate)]))
+    return (yield from _variants(best, [best, replace(best, rate=rate)]))
 
 
 def targets(space: Space, best: Point) -> Search:
@@ -242,8 +238,10 @@ def equally(spaces: Sequence[Space], ask: Ask, trials: int, seeds: Mapping[str, 
 
 
 def _equal(space: Space, trials: int, seed: int) -> Search:
-    """Rates first, extended at an end of the ladder or else closer together; the last trials are for the sizes."""
+    """Rates first, extended at an end of the ladder or else closer together; then the sizes, and a rate once more."""
     sizes = space.sizes[: max(1, trials - 2)]
+    again = len(sizes) > 1 and trials - len(sizes) >= len(space.rates)
+    of_rates = trials - len(sizes) + 1 - again
     tried = from_centre(space.rates)[: trials - len(sizes) + 1]
     known: dict[Point, float] = {}
 
@@ -251,15 +249,36 @@ def _equal(space: Space, trials: int, seed: int) -> Search:
         return Point(space.method, rate, size or sizes[0], space.targets[0], seed)
 
     known |= yield [at(rate) for rate in tried], Until.end
-    while len(tried) < (trials - len(sizes) + 1 if known else trials):
-        best = min(known, key=known.__getitem__).rate if known else None
-        rate = next_rate(tried, best) or closer(tried, best or 0.0, {point.rate: loss for point, loss in known.items()})
-        tried.append(rate)
-        known |= yield [at(rate)], Until.end
+    while len(tried) < (of_rates if known else trials):
+        tried.append(_another_rate(tried, known))
+        known |= yield [at(tried[-1])], Until.end
     if known and len(sizes) > 1:
         best = min(known, key=known.__getitem__).rate
         known |= yield [at(best, size) for size in sizes[1:]], Until.end
+    if known and again:
+        chosen = min(known, key=known.__getitem__)
+        beside = (
+            None
+            if chosen.size == sizes[0]
+            else _beside(chosen, {p: (0, known[p]) for p in map(at, tried) if p in known})
+        )
+        known |= yield [at(_another_rate(tried, known)) if beside is None else at(beside, chosen.size)], Until.end
     return min(known, key=known.__getitem__, default=None)
+
+
+def _another_rate(tried: Sequence[float], known: Scores) -> float:
+    """A rate beyond the ladder's end that is the best, or else closer to the best."""
+    best = min(known, key=known.__getitem__).rate if known else None
+    return next_rate(tried, best) or closer(tried, best or 0.0, {point.rate: loss for point, loss in known.items()})
+
+
+def _beside(best: Point, place: Mapping[Point, tuple[int, float]]) -> float | None:
+    """Of the rates next to the best one that with the least ``place``, which the points of the smallest size have."""
+    tried = sorted({point.rate for point in place})
+    at = tried.index(best.rate)
+    beside = {tried[n] for n in (at - 1, at + 1) if 0 <= n < len(tried)}
+    nearest = min((point for point in place if point.rate in beside), key=place.__getitem__, default=None)
+    return None if nearest is None else nearest.rate
 
 
 def closer(tried: Sequence[float], best: float, losses: Mapping[float, float]) -> float:
