@@ -265,7 +265,7 @@ def _wrong_part(key: str, value: Any, hint: Any) -> tuple[str, Any, Any]:
         parts: list[tuple[Any, Any, Any]] = []
         if isinstance(value, list) and typing.get_origin(kind) is list:
             parts = [(place, one, *typing.get_args(kind)) for place, one in enumerate(value)]
-        elif isinstance(value, Mapping) and dataclasses.is_dataclass(kind):
+        elif isinstance(value, Mapping) and isinstance(kind, type) and dataclasses.is_dataclass(kind):
             parts = [(name, value[name], inner) for name, inner in hints_of(kind).items() if name in value]
         for name, one, inner in parts:
             if not _fits(one, inner):

@@ -94,8 +94,8 @@ def _correlation(pairs: Sequence[tuple[float | None, float | None]]) -> str:
     """Spearman's rank correlation of the two values, in words."""
     from peftsweep.analysis.statistics import rungs
 
-    first, then = ([math.nan if pair[place] is None else pair[place] for pair in pairs] for place in (0, 1))
-    found = rungs.rank_correlation(first, then)
+    known = [[math.nan if value is None else value for value in pair] for pair in pairs]
+    found = rungs.rank_correlation([pair[0] for pair in known], [pair[1] for pair in known])
     if found.n < MIN_PAIRS:
         return f"{found.n} trials went on, too few for a correlation"
     return f"rank correlation {found.rho:.2f} (Spearman, the {found.n} trials that went on)"
