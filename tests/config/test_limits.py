@@ -180,6 +180,20 @@ def test_of_a_list_or_a_nested_configuration_the_part_that_is_wrong_is_named(opt
     assert str(raised.value).startswith(said)
 
 
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("adapter.scales=[0.5,abc]", "adapter.scales.1=abc: must be float"),
+        ("adapter.scales=[null]", "adapter.scales.0=null: must be float"),
+        ("tune.ranks=[4,x]", "tune.ranks.1=x: must be int"),
+    ],
+)
+def test_of_a_list_of_the_schema_the_place_that_is_wrong_is_named(word: str, said: str) -> None:
+    with pytest.raises(InputError) as raised:
+        cli._trial("device=cpu", word)
+    assert str(raised.value).startswith(said)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("option", [*(f"method={name}" for name in METHODS), *OTHERS])
 def test_every_numeric_key_with_every_odd_value_is_meaningful_or_one_line(option: str) -> None:

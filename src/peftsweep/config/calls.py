@@ -394,13 +394,14 @@ def one_line(error: BaseException, own_folders: Iterable[Path] = ()) -> str:
             return str(below)
         below = below.__cause__ or below.__context__
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        key = re.sub(r"\[(\d+)\]", r".\1", cause.full_key)  # OmegaConf's name of a place in a list
         if type(cause).__name__ in ("ValidationError", "ConfigTypeError", "UnsupportedValueType") and (
-            kind := schema_type(cause.full_key)
+            kind := schema_type(key)
         ):
             value = getattr(cause, "value", None)
             meant = synonyms(str(value), kind.removeprefix("one of ").split(", "))
             hint = f"; did you mean '{meant[0]}'?" if meant else ""
-            return f"{cause.full_key}={'null' if value is None else value}: must be {kind}{hint}"
+            return f"{key}={'null' if value is None else value}: must be {kind}{hint}"
         if type(cause).__name__ in ("ConfigAttributeError", "ConfigKeyError"):
             parent = cause.parent_node
             known = [str(key) for key in parent] if isinstance(parent, DictConfig) else []
