@@ -180,6 +180,12 @@ def test_of_a_list_or_a_nested_configuration_the_part_that_is_wrong_is_named(opt
     assert str(raised.value).startswith(said)
 
 
+def test_of_a_sequence_that_a_function_takes_the_place_that_is_wrong_is_named() -> None:
+    node = {"_target_": "peftsweep.evaluation.inference.benchmark", "batch_sizes": [1, "abc"]}
+    with pytest.raises(InputError, match=r"^inference.batch_sizes.1=abc: must be int$"):
+        calls.check_call(node, "inference")
+
+
 @pytest.mark.parametrize(
     ("word", "said"),
     [

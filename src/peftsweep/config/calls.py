@@ -11,7 +11,7 @@ import pydoc
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
@@ -263,7 +263,7 @@ def _wrong_part(key: str, value: Any, hint: Any) -> tuple[str, Any, Any]:
     """Of a value that is not of its type the innermost part of which that is true, with its key and type."""
     for kind in typing.get_args(hint) if typing.get_origin(hint) in UNIONS else (hint,):
         parts: list[tuple[Any, Any, Any]] = []
-        if isinstance(value, list) and typing.get_origin(kind) is list:
+        if isinstance(value, list) and typing.get_origin(kind) in (list, Sequence):
             parts = [(place, one, *typing.get_args(kind)) for place, one in enumerate(value)]
         elif isinstance(value, Mapping) and isinstance(kind, type) and dataclasses.is_dataclass(kind):
             parts = [(name, value[name], inner) for name, inner in hints_of(kind).items() if name in value]
