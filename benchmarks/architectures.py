@@ -133,7 +133,7 @@ class Case:
 
     def roles(self) -> str:
         found = attach.role_members(self.base, self.trial.config.model.roles)
-        return " ".join([*found, *([attach.EXPERTS] if attach.expert_parameters(self.base) else [])])
+        return " ".join([*found, *([attach.EXPERTS] if parts.expert_parameters(self.base) else [])])
 
     def all_linear(self) -> str:
         reach = self.record("none").train_info["coverage"]

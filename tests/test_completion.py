@@ -73,6 +73,25 @@ def test_files_and_options_of_ones_own_are_offered() -> None:
     assert "method=lonely" not in completion.completions("peftsweep method=lo")
 
 
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("dataset.path=my", r"dataset.path=my\ rows.jsonl"),
+        (r"dataset.path=my\ ", r"dataset.path=my\ rows.jsonl"),
+        ('"dataset.path=my', "dataset.path=my rows.jsonl"),
+        ("'dataset.path=my r", "dataset.path=my rows.jsonl"),
+    ],
+)
+def test_a_blank_in_a_name_is_offered_as_the_shell_takes_it(
+    shell: str, typed: str, offered: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("my rows.jsonl").touch()
+    monkeypatch.setattr(sys, "argv", ["", shell, f"peftsweep method=lora {typed}"])
+    completion.main()
+    assert capsys.readouterr().out.strip() == offered.removeprefix("dataset.path=" if shell == "bash" else "")
+
+
 def test_the_options_are_those_of_conf() -> None:
     conf = Path(options.conf_dir())
     for group, *_ in options.groups(conf):
@@ -97,16 +116,35 @@ TYPED = {  # before the tab key, and after it
     "peftsweep quant=none,8bit_": "peftsweep quant=none,8bit_offload",
     "peftsweep train.learning_rate_": "peftsweep train.learning_rate_scale=",
     "peftsweep method=lora method.use_rs": "peftsweep method=lora method.use_rslora=",
+    "peftsweep dataset=my": "peftsweep dataset=my\\ rows.jsonl",
 }
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-def test_bash_completes_what_is_typed(tmp_path: Path) -> None:
+SHELLS = {  # how each is started without a person's own settings, and what makes it print no marks around a paste
+    "bash": (["bash", "--norc", "--noprofile", "-i"], "bind 'set enable-bracketed-paste off'"),
+    "zsh": (["zsh", "-f", "-i"], "unset zle_bracketed_paste; bindkey -e"),
+    "fish": (["fish", "--no-config", "-i"], "true"),
+}
+
+
+@pytest.mark.parametrize(
+    "shell",
+    [
+        pytest.param(name, marks=pytest.mark.skipif(shutil.which(name) is None, reason=f"needs {name}"))
+        for name in completion.SHELLS
+    ],
+)
+def test_a_shell_completes_what_is_typed(shell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shell on a terminal of its own, in which keys are pressed; the line is then printed instead of run."""
-    (tmp_path / "script").write_text(completion.script("bash"))
+    (tmp_path / "script").write_text(completion.script(shell))
+    (tmp_path / "my rows.jsonl").touch()
+    for name in ("HOME", "ZDOTDIR", "XDG_CONFIG_HOME", "XDG_DATA_HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("TERM", "xterm")
+    arguments, setting = SHELLS[shell]
     process, terminal = pty.fork()
     if process == 0:
-        os.execvp("bash", ["bash", "--norc", "--noprofile", "-i"])
+        os.execvp(arguments[0], arguments)
 
     def until(end: str) -> str:
         seen, stop = "", time.monotonic() + 20
@@ -116,7 +154,7 @@ def test_bash_completes_what_is_typed(tmp_path: Path) -> None:
         return seen
 
     try:
-        os.write(terminal, b"PS1='ready> '; bind 'set enable-bracketed-paste off'; source ./script; echo so''urced\n")
+        os.write(terminal, f"{setting}; source ./script; echo so''urced\n".encode())
         until("sourced")
         for before, after in TYPED.items():
             os.write(terminal, f"{before}\t".encode())

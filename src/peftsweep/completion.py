@@ -46,7 +46,8 @@ complete -F _peftsweep peftsweep
     "zsh": """\
 _peftsweep() {{
     local -a found
-    found=("${{(@f)$({python} -P -m peftsweep.completion zsh "${{(j: :)words[1,CURRENT-1]}} $PREFIX" 2>/dev/null)}}")
+    local line="${{(j: :)words[1,CURRENT-1]}} $QIPREFIX$PREFIX"
+    found=("${{(@f)$({python} -P -m peftsweep.completion zsh "$line" 2>/dev/null)}}")
     [[ -n $found ]] && compadd -Q -S '' -- $found
 }}
 (( $+functions[compdef] )) || {{ autoload -Uz compinit && compinit; }}
@@ -73,8 +74,11 @@ def main() -> None:
     """Print the words that may go on from a line: ``python -m peftsweep.completion SHELL LINE [BREAKS]``."""
     shell, line, *breaks = sys.argv[1:]
     found = completions(line)
+    _, current, quote = _words(line)
+    if shell != "fish" and not quote:  # fish does so itself
+        found = [_escaped(word) for word in found]
+        current = _escaped(current)
     if shell == "bash":  # which replaces what follows the last of these signs, and not the whole word
-        current = _words(line)[1]
         kept = max((current.rfind(sign) for sign in "=:" if not breaks or sign in breaks[0]), default=-1) + 1
         found = [word[kept:] for word in found]
     print("\n".join(found))
@@ -82,7 +86,7 @@ def main() -> None:
 
 def completions(line: str) -> list[str]:
     """The words that the last one of ``line`` may become."""
-    before, current = _words(line)
+    before, current, _ = _words(line)
     if before and before[-1] in VALUES:
         return _beginning(VALUES[before[-1]], current)
     if before and before[-1] == "--config-dir":
@@ -97,14 +101,20 @@ def completions(line: str) -> list[str]:
     return [f"{key}={swept}{comma}{one}" for one in _values(key, value, folders)]
 
 
-def _words(line: str) -> tuple[list[str], str]:
-    """The whole words after the command, and the one that is being typed."""
-    try:
-        words = shlex.split(line)
-    except ValueError:  # a quote that is open yet
-        words = line.split()
-    current = "" if not line or line[-1].isspace() else words.pop().lstrip("'\"")
-    return words[1:], current
+def _words(line: str) -> tuple[list[str], str, str]:
+    """The whole words after the command, the one that is being typed, and the quote that it has opened, if any."""
+    for quote in ("", '"', "'"):
+        try:
+            words = shlex.split(f"{line}|{quote}")
+        except ValueError:  # another quote is open
+            continue
+        return words[1:-1], words[-1][:-1] if len(words) > 1 else "", quote
+    return line.split()[1:], "", ""
+
+
+def _escaped(word: str) -> str:
+    """A word as it is typed without quotes."""
+    return re.sub(r"([\s'\"\\$`&;|<>()])", r"\\\1", word)
 
 
 def _own_folders(words: Sequence[str]) -> list[Path]:

@@ -66,7 +66,7 @@ class TargetsConfig:
 
     roles: list[str] | None = None  # q, k, v, o, mlp, experts, shared_experts, linear_attention, or of model.roles
     modules: list[str] | None = None  # module names, for what the roles cannot say
-    all_linear: bool = False  # every linear layer but the output head
+    all_linear: bool = False  # every linear layer but the output head, experts and routers
     otherwise: list[str] = field(default_factory=lambda: ["q", "v"])  # roles, where the method prefers none
 
 
@@ -325,10 +325,14 @@ class RowsConfig:
 def type_of(key: str) -> Any:
     """The annotation of a dotted key of ``Config``; None for one that the schema does not list.
 
-    Of a section that holds sections of its own by free names, as ``eval`` does, it is what all of these are.
+    Of a section that holds sections of its own by free names, as ``eval`` does, it is what all of these are; of a
+    place in a list (``adapter.scales.1``) what its values are.
     """
     kind: Any = Config
     for part in key.split("."):
+        if part.isdecimal():
+            lists = [one for one in (kind, *typing.get_args(kind)) if typing.get_origin(one) is list]
+            return typing.get_args(lists[0])[0] if lists else None
         hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
         if part not in hints:
             return None

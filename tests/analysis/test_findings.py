@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 from scipy import stats as reference
 
+from peftsweep.analysis.figures.charts import format_numbers
 from peftsweep.analysis.statistics import comparisons, effects
 from peftsweep.analysis.text import report as text_report
 from peftsweep.analysis.text import words
@@ -121,7 +122,7 @@ class Claim:
 SENTENCE = re.compile(
     r"- (task accuracy|other perplexity)(?:, (on average over \d+ settings of the rest|with .+?))?: (.*)"
 )
-P = r"p ([=<] \d(?:\.\d+)?)"
+P = r"(?:adjusted )?p ([=<] \d(?:\.\d+)?)"
 
 
 def claims(text: str) -> Iterator[Claim]:
@@ -163,7 +164,7 @@ def _of_factor(score: str, scope: frozenset[str], body: str, line: str) -> Itera
             for those in re.findall(rf"; {said}: ((?:\d+ \([^)]*\)(?:, )?)+)", rank[2]):
                 for level, p in re.findall(rf"(\d+) \([^)]*?{P}\)", those):
                     yield claim(f"r={level}", f"r={best}", verdict, p)
-        if step := re.search(rf"From rank (\d+) to (\d+) it went .*?, {P}", rank[2]):
+        if step := re.search(rf"From rank (\d+) to (\d+) it went .*? {P}", rank[2]):
             yield claim(f"r={step[2]}", f"r={step[1]}", "", step[3])
 
 
@@ -256,6 +257,31 @@ def test_each_pair_is_adjusted_among_all_pairs_wherever_it_is_told(tmp_path: Pat
     p = words.p(expected[3, 4])
     assert f"| {p} | worse" in re.sub(" +", " ", text)
     assert text.count(f"p = {p}") == 5  # the best and the next; rank by rank and the last step, in summary and section
+
+
+def test_an_interval_of_a_pair_alone_is_told_as_such_where_the_adjusted_p_is_that_of_a_tie(tmp_path: Path) -> None:
+    right = [np.arange(400) < 200 + 8 * (n == 7) for n in range(8)]  # 8 rows that none of the 7 others has
+    text = study([{"config.method.r": 4 << n} for n in range(8)], right).report(tmp_path)
+    (said,) = re.findall(r"rank 4 is the smallest that is not separable from the best, 512 \((.*?)\)", text)[:1]
+    p = holm({0: reference.binomtest(8, 8).pvalue} | dict.fromkeys(range(1, 28), 1.0))[0]
+    assert reference.binomtest(8, 8).pvalue < 0.05 < p
+    assert said.startswith("−0.020 [−0.0")
+    assert said.endswith(f"] for this pair alone, adjusted p {words.p_is(p)}")
+    row = {"difference": -0.051, "low": -0.089, "high": -0.014, "scale": "difference"}
+    assert words.tested(row, 1.0) == "−0.051 [−0.089, −0.014] for this pair alone, adjusted p = 1.000"
+    assert words.tested(row, 0.04) == "−0.051 [−0.089, −0.014], p = 0.040"
+    assert words.tested(row | {"high": 0.001}, 1.0) == "−0.051 [−0.089, +0.001], p = 1.000"
+    assert words.tested(row, math.nan) == "−0.051 [−0.089, −0.014]"
+
+
+def test_scores_of_a_column_have_the_same_number_of_digits() -> None:
+    assert [words.number(value) for value in (76.0, 64.84, 104.7, 999.94, 0.3, 9.5)] == [
+        *("76.00", "64.84", "104.7", "999.9", "0.300", "9.500")
+    ]
+    large = [words.number(value) for value in (999.96, 2466.3, 25_000.0, 2.5e7)]
+    assert large == ["1,000", "2,466", "25,000", "2.5e+07"]
+    assert format_numbers(pd.Series([76.0, 64.84, None, 2466.3])) == ["76.00", "64.84", "", "2,466"]
+    assert format_numbers(pd.Series([64, 2_442_240])) == ["64", "2,442,240"]
 
 
 def test_a_p_value_is_told_on_its_side_of_the_limit() -> None:

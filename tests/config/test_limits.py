@@ -164,6 +164,42 @@ def test_a_time_and_a_pack_have_a_largest_value() -> None:
     assert checks.placement({"timeout": "2h", "retries": 0})["timeout"] == 7200
 
 
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"kasa_config": {"beta": 0.1, "gamma": "abc"}}, "method.kasa_config.gamma=abc: must be float"),
+        ({"target_modules": ["q", 3]}, "method.target_modules.1=3: must be str"),
+        ({"layer_replication": [[0, 1], [None, 2]]}, "method.layer_replication.1"),
+        ({"layers_to_transform": [0, None]}, "method.layers_to_transform.1=null: must be int"),
+        ({"layers_to_transform": "x"}, "method.layers_to_transform=x: must be int or list[int] or null"),
+    ],
+)
+def test_of_a_list_or_a_nested_configuration_the_part_that_is_wrong_is_named(option: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError) as raised:
+        calls.check_call({"_target_": "peft.LoraConfig"} | option, "method")
+    assert str(raised.value).startswith(said)
+
+
+def test_of_a_sequence_that_a_function_takes_the_place_that_is_wrong_is_named() -> None:
+    node = {"_target_": "peftsweep.evaluation.inference.benchmark", "batch_sizes": [1, "abc"]}
+    with pytest.raises(InputError, match=r"^inference.batch_sizes.1=abc: must be int$"):
+        calls.check_call(node, "inference")
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("adapter.scales=[0.5,abc]", "adapter.scales.1=abc: must be float"),
+        ("adapter.scales=[null]", "adapter.scales.0=null: must be float"),
+        ("tune.ranks=[4,x]", "tune.ranks.1=x: must be int"),
+    ],
+)
+def test_of_a_list_of_the_schema_the_place_that_is_wrong_is_named(word: str, said: str) -> None:
+    with pytest.raises(InputError) as raised:
+        cli._trial("device=cpu", word)
+    assert str(raised.value).startswith(said)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("option", [*(f"method={name}" for name in METHODS), *OTHERS])
 def test_every_numeric_key_with_every_odd_value_is_meaningful_or_one_line(option: str) -> None:

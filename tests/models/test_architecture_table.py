@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,10 @@ ROLES = {
 }
 
 
-def shape(kind: str, task: Task = Task.causal_lm) -> Any:
+def shape(kind: str, task: Task = Task.causal_lm, **options: Any) -> Any:
     """The type's small model without numbers."""
     with torch.device("meta"):
-        return model.CLASSES[task].from_config(small_config(kind))
+        return model.CLASSES[task].from_config(small_config(kind, **options))
 
 
 def random(kind: str) -> ModelConfig:
@@ -126,6 +127,33 @@ def test_layers_that_only_look_linear_are_not_adapted(kind: str, layer: str) -> 
     names = attach.linear_names(shape(kind))
     assert layer not in {name.rpartition(".")[2] for name in names}
     assert "q_proj" in names or "q_b_proj" in names
+
+
+@pytest.mark.parametrize(
+    ("kind", "router", "beside"),
+    [
+        ("afmoe", r"mlp\.router\.", "mlp.shared_experts.up_proj"),
+        ("hunyuan_v1_moe", r"mlp\.gate\.", "mlp.shared_mlp.up_proj"),
+        ("jetmoe", r"\.router\.", "self_attention.kv_proj"),
+        ("longcat_flash", r"\.router\.", "self_attn.0.o_proj"),
+        ("zaya", r"mlp\.gate\.", "o_proj"),
+        ("qwen2_moe", r"_gate$", "mlp.shared_expert.up_proj"),
+        ("minimax", r"mlp\.gate", "self_attn.output_gate"),
+        ("gemma4_text", r"router", "per_layer_input_gate"),
+        ("doge", r"router", "self_attn.dt_proj"),
+    ],
+)
+def test_what_chooses_among_experts_is_not_adapted_in_any_family(kind: str, router: str, beside: str) -> None:
+    options: dict[str, Any] = {"is_moe": True} if kind == "doge" else {}
+    for targets in (TargetsConfig(all_linear=True), TargetsConfig(roles=["mlp"])):
+        base = shape(kind, Task.causal_lm, **options)
+        if targets.roles and "mlp" not in attach.role_members(base, ROLES[Task.causal_lm]):
+            continue
+        adapted = attach.attach(base, LoraConfig(r=2), targets, ROLES[Task.causal_lm])
+        names = [name.removesuffix(".lora_A.default.weight") for name, _ in parts.trainable_parameters(adapted)]
+        assert names
+        assert not [name for name in names if re.search(router, name)]
+        assert targets.roles or any(name.endswith(beside) for name in names)
 
 
 @pytest.mark.parametrize(("kind", "part"), [("bart", "encoder_attn"), ("axk2", "indexer")])

@@ -14,8 +14,8 @@ from peftsweep.config import build
 from peftsweep.config.compose import Trial
 from peftsweep.forecast.predict import skeleton
 from peftsweep.models import attach
-from peftsweep.models.parts import base_of
-from peftsweep.schema import ModelConfig, TargetsConfig
+from peftsweep.models.parts import base_of, trainable_parameters
+from peftsweep.schema import ModelConfig, TargetsConfig, Task
 
 ROLES = {role: [f"{role}_proj"] for role in "qkvo"} | {"mlp": ["gate_proj", "up_proj", "down_proj"]}
 QV = ["q_proj", "v_proj"]
@@ -96,6 +96,20 @@ def test_what_an_option_names_and_the_model_lacks_is_refused(config: str, option
 def test_what_the_model_has_may_be_named(config: str, options: dict[str, Any]) -> None:
     aimed = {} if "num_virtual_tokens" in options else {"target_modules": QV}
     assert isinstance(adapt(config, aimed | options), peft.PeftModel)
+
+
+@pytest.mark.parametrize("task", list(Task))
+@pytest.mark.parametrize(("rank", "trainable"), [(127, True), (128, False), (500, False)])
+def test_an_adapter_without_a_trainable_parameter_is_refused(rank: int, trainable: bool, task: Task) -> None:
+    """OSF freezes the ``effective_rank`` largest directions of a layer, of which the model's have 128."""
+    base = skeleton(ModelConfig(name_or_path="tiny", task=task), None, classes=3)
+    method = peft.OSFConfig(effective_rank=rank, target_modules=QV)
+    if not trainable:
+        with pytest.raises(InputError, match=r"^method: OSFConfig has no trainable parameter[^\n]*$"):
+            attach.attach(base, method, TargetsConfig(), ROLES)
+        return
+    adapted = attach.attach(base, method, TargetsConfig(), ROLES)
+    assert sum(p.numel() for name, p in trainable_parameters(adapted) if "score" not in name) > 0
 
 
 def test_names_in_full_are_of_the_layers_that_are_asked_for_too() -> None:

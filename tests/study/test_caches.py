@@ -226,6 +226,28 @@ def test_a_record_of_the_first_version_is_known_to_be_wrong_by_its_architecture(
     assert bool(told(tmp_path)) == bool(why)
 
 
+@pytest.mark.parametrize(
+    ("kind", "targets", "method", "wrong"),
+    [
+        ("qwen2_moe", {"all_linear": True}, {"r": 2}, True),
+        ("qwen2_moe", {}, {"target_modules": "all-linear"}, True),
+        ("qwen2_moe", {"roles": ["q", "mlp"]}, {"r": 2}, False),
+        ("qwen2_moe", {"all_linear": True}, None, False),
+        ("mixtral", {"all_linear": True}, {"r": 2}, False),  # whose router is no linear layer
+        ("llama", {"all_linear": True}, {"r": 2}, False),
+    ],
+)
+def test_a_record_whose_adapter_reached_routers_is_run_again(
+    kind: str, targets: dict[str, Any], method: dict[str, Any] | None, wrong: bool, tmp_path: Path
+) -> None:
+    config = {"model": {"name_or_path": str(write(kind, tmp_path))}, "method": method, "targets": targets}
+    said = mended.outdated(Result({"identity_rule": 2}, {}, config=config)) or ""
+    assert said.startswith("what chooses among a mixture's experts was adapted too" if wrong else "")
+    assert bool(said) == wrong
+    assert mended.right_since(config) == (3 if wrong else 2 if kind != "llama" and method else 1)
+    assert mended.outdated(Result({"identity_rule": 3}, {}, config=config)) is None
+
+
 def test_a_record_of_the_first_version_is_known_to_be_wrong_by_its_tokens_and_classes(folder: Path) -> None:
     assert told(folder) == ""
     assert "beginning-of-sequence" in told(folder, {"truncated_rows": 3})

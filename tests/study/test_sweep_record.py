@@ -42,12 +42,14 @@ def test_seconds_in_which_no_trial_runs_are_counted_once_however_many_run(
 
 
 def test_a_sweep_leaves_its_record_and_one_that_had_nothing_to_do_none(command: Command) -> None:
-    words = [*SMALL, "method.r=2,4", "eval=[perplexity]"]
+    Path("mine").mkdir()
+    words = ["--config-dir", "mine", *SMALL, "method.r=2,4", "eval=[perplexity]"]
     assert command(*(word for word in words if "tiny_math" not in word))[0] == 0
     assert command(*(word for word in words if "tiny_math" not in word))[0] == 0
     (file,) = Path("multirun/default/sweeps").glob("*.json")
     found = record.read_json(file)
     assert found["trials"] == {"success": 2}
+    assert found["command"][0] == "--config-dir=mine"  # without which the others might not be understood
     assert "method.r=2,4" in found["command"]
     assert found["seconds_in_trials"] <= sum(one.run_info["total_seconds"] for one in records().values()) + 1e-6
     assert 0 < found["seconds_outside_trials"] < found["seconds"]

@@ -347,6 +347,79 @@ def test_a_ray_cluster_that_loses_a_machine_ends_with_the_whole_table() -> None:
     assert max(one.run_info["resumed"] for one in records().values()) >= 10  # the lost one went on
 
 
+RAY = [*SMALL, "method.r=2,4", "train.steps=400", "train.log_every=10", "train.checkpoint_every=20", *PLACES["ray"]]
+# Runs the command, and cancels the task of the first trial when it has written a checkpoint.
+CANCELS = """
+import threading, time
+from pathlib import Path
+import ray
+from ray.remote_function import RemoteFunction
+
+tasks, submit = [], RemoteFunction._remote
+
+def submitted(*args, **options):
+    tasks.append(submit(*args, **options))
+    return tasks[-1]
+
+def cancel():
+    while not list(Path("multirun/default").glob("*-r2-*/checkpoints/*.pt")):
+        time.sleep(0.05)
+    ray.cancel(tasks[0])
+
+RemoteFunction._remote = submitted
+threading.Thread(target=cancel, daemon=True).start()
+from peftsweep import cli
+cli.main()
+"""
+
+
+@pytest.mark.slow
+@needs("ray")
+@pytest.mark.usefixtures("one_thread")
+def test_a_worker_of_ray_that_is_killed_costs_that_process() -> None:
+    process = start(*RAY)
+    found = wait_for(training, process)
+    assert found, process.communicate()
+    os.kill(found[0], signal.SIGKILL)
+    out, _ = process.communicate(timeout=1800)
+    assert process.returncode == 0, out
+    assert sorted(one.status.name for one in records().values()) == ["success", "success"]
+    assert max(one.run_info["resumed"] for one in records().values()) >= 20
+
+
+@pytest.mark.slow
+@needs("ray")
+@pytest.mark.usefixtures("one_thread")
+def test_a_task_of_ray_that_is_cancelled_is_recorded_and_the_others_end() -> None:
+    process = start(*RAY, door=CANCELS)
+    out, err = process.communicate(timeout=1800)
+    ended = {one.config["method"]["r"]: one.status.name for one in records().values()}
+    assert ended == {2: "cancelled", 4: "success"}, (out, err)
+    assert process.returncode != 0
+    assert "2 trials: 1 success, 1 cancelled" in out.splitlines()[-1]
+    again = start(*RAY)
+    out, _ = again.communicate(timeout=1800)
+    assert (again.returncode, len(records())) == (0, 2), out
+    assert max(one.run_info["resumed"] for one in records().values()) >= 20
+
+
+@pytest.mark.slow
+@needs("ray")
+@pytest.mark.usefixtures("one_thread")
+def test_a_parent_of_ray_that_is_killed_is_gone_on_from_by_the_same_command() -> None:
+    process = start(*RAY)
+    found = wait_for(training, process)
+    assert found, process.communicate()
+    process.kill()
+    process.communicate()
+    again = start(*RAY)
+    out, _ = again.communicate(timeout=1800)
+    assert again.returncode == 0, out
+    assert sorted(one.status.name for one in records().values()) == ["success", "success"]
+    assert max(one.run_info["resumed"] for one in records().values()) >= 20
+    assert not psutil.pid_exists(found[0])
+
+
 def training() -> list[int]:
     """The processes of trials that have written a checkpoint."""
     found = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -377,13 +378,30 @@ def test_the_report_pairs_what_a_point_came_to_on_its_rows() -> None:
     ]
 
 
+def test_a_halving_of_rows_of_which_nothing_went_on_yet_is_told() -> None:
+    one = held("0-0.25", [3.0], Status.stopped)
+    said = {"metric": "loss", "factor": 4, "min_steps": None, "resource": "rows", "min_fraction": 0.25}
+    records = []
+    for point, part in ((0, 0.25), (1, 1.0)):  # the second one of another halving, whose first rung is not there
+        copy = dataclasses.replace(one, config={"halving": said, "dataset": {"fraction": part}, "seed": point})
+        copy.train_info["steps"] = 9
+        records.append(copy)
+    assert halving_notes.notes(records)[1:] == [
+        "rung 1 (0.25 of the rows) and what came next: 0 trials went on, too few for a correlation"
+    ]
+
+
 @pytest.mark.slow
 def test_a_halving_of_rows_trains_the_best_on_all_of_them_and_decides_the_same_again(command: Command) -> None:
     words = [*(word for word in SMALL if "steps" not in word and "samples" not in word), "eval=[perplexity]"]
     words += ["dataset.samples=180", "train.epochs=1", "eval.perplexity.samples=8", "adapter.save=false"]
     words += ["train.learning_rate=0,1e-5,3e-3", "halving.resource=rows", "halving.min_fraction=0.3"]
-    code, _, err = command(*words)
+    code, out, err = command(*words)
     assert code == 0, err
+    trained = 3 * 13 + 41  # steps of three points on 0.3 of the rows, and of one on all
+    assert f"halving by loss, of rows: {trained} of about " in out
+    assert "; 2 points were not trained on all rows" in out
+    assert "rung 1 (0.3 of the rows) and what came next: 1 trials went on, too few for a correlation" in out
     ends = {
         (one.config["train"]["learning_rate"], one.config["dataset"]["fraction"]): one for one in records().values()
     }

@@ -126,7 +126,30 @@ def test_size_and_targets_are_tried_at_the_best_rate() -> None:
     ask = Simulated(lambda p: valley(p.rate, 1e-3) - (p.size or 0) / 100 - (p.targets == "qv"))
     (found,) = search.tune([space], ask)
     assert found.best == Point("lora", 1e-3, 16, "qv", 0)
-    assert len(ask.points) == 2 + 1 + 1
+    assert len(ask.points) == 2 + 1 + 1 + 1  # rates, size, the other rate at the best size, targets
+
+
+@pytest.mark.parametrize(("falls", "expected"), [(0.25, 2e-4), (0.0, 6e-4), (-0.25, 2e-3)])
+def test_a_rate_beside_the_best_is_tried_at_the_best_size(falls: float, expected: float) -> None:
+    """The best rate is ``size ** -(2 falls)`` times that of the smallest size, which lies between two of the ladder."""
+    lean = {0.25: 4.5e-4, 0.0: 6e-4, -0.25: 8e-4}[falls]  # at rank 4, so that 6e-4 is the best of the ladder there
+
+    def loss(point: Point) -> float:
+        size = point.size or 4
+        return valley(point.rate, lean * (size / 4) ** (-2 * falls)) - size
+
+    space = Space("lora", (6e-5, 2e-4, 6e-4, 2e-3), sizes=(4, 8, 16), extends=False)
+    (found,) = search.tune([space], ask := Simulated(loss))
+    assert found.best == Point("lora", expected, 16, None, 0)
+    assert len(ask.points) == 4 + 2 + 1
+    again = [(stage, point.rate) for stage, point, _ in ask.asked if stage == "rate again"]
+    assert len(again) == 2  # what it is held against, which is known, and one more
+
+
+def test_no_rate_is_tried_again_where_the_smallest_size_is_the_best() -> None:
+    ask = Simulated(lambda point: valley(point.rate) + (point.size or 0))
+    search.tune([LORA], ask)
+    assert "rate again" not in {stage for stage, _, _ in ask.asked}
 
 
 def test_methods_have_rates_of_their_own_and_the_best_comes_first() -> None:
@@ -223,6 +246,17 @@ def test_every_contestant_of_a_league_has_the_same_number_of_trials(trials: int)
         assert {point.seed for point in own} == {seeds[space.method]}
         assert (one.best is None) == (space.method == "diverges")
     assert {until for _, _, until in ask.asked} == {Until.end}
+
+
+def test_a_league_tries_a_rate_again_at_the_best_size_too() -> None:
+    def loss(point: Point) -> float:
+        return valley(point.rate, 4.5e-4 / (point.size or 4) ** 0.5 * 2) - (point.size or 0)
+
+    space = Space("lora", (6e-5, 2e-4, 6e-4, 2e-3), sizes=(4, 8, 16))
+    ask = Simulated(loss)
+    (found,) = search.equally([space], ask, 8, {"lora": 0})
+    assert found.best is not None
+    assert (found.best.size, found.best.rate < 4e-4, len(ask.points)) == (16, True, 8)
 
 
 def test_rates_that_the_best_lies_between_are_tried_closer_together() -> None:

@@ -328,14 +328,18 @@ def decided(study: str) -> Any:
 
 @pytest.mark.slow
 def test_real_trials_stop_before_their_test_rows_and_their_rows_hold_the_validation(command: Command) -> None:
-    code, out, err = command(*REAL, "budget=4trials")
+    Path("mine").mkdir()
+    code, out, err = command("--config-dir", "mine", *REAL, "budget=4trials")
     assert (code, err) == (0, "")
     held = [Result.read(file.parent) for file in Path("multirun").glob("default/*/result.json")]
     assert len(held) == 4
     judged = [one for one in held if one.eval_info]
     assert [one.status.name for one in judged] == ["success"]
     assert all(one.train_info["validation"]["loss"] > 0 for one in held if one not in judged)
-    assert "Use lora, lr=" in out
+    written = json.loads(Path("multirun/default", store.TUNE).read_text())
+    gains = {"use": "Use lora, lr=", "none": "No gain shown by lora, lr="}  # which of them 9 steps do not decide
+    assert gains[written["decision"]["verdict"]] in out
+    assert written["command"][0] == "--config-dir=mine"
     assert "4 trials" in out.splitlines()[-1]
 
 

@@ -107,7 +107,7 @@ class LocalLauncher(Launcher):
         from peftsweep.study import store
         from peftsweep.study.sweep_record import SweepRecord
 
-        words = self.config.hydra.overrides.task
+        words = store.with_own_options(self.config.hydra.overrides.task)
         self._sweep_record = self._sweep_record or SweepRecord(store.folder(self.config.study), words, workers)
         return self._sweep_record
 

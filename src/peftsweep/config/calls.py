@@ -11,7 +11,7 @@ import pydoc
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
@@ -34,6 +34,7 @@ SET_BY_OTHER_KEYS = {  # arguments of an optimizer that are not train.optimizer_
     **dict.fromkeys(("params", "model"), "what the method trains"),
 }
 DEVICE_MAP = re.compile(r"auto|balanced|balanced_low_0|sequential|disk|meta|(cpu|cuda|xpu|mps)(:\d+)?")
+UNIONS = (typing.Union, types.UnionType)
 PACKAGES = {  # options that a package brings
     "hydra/launcher/submitit_slurm": "peftsweep[slurm]",
     "hydra/launcher/submitit_local": "peftsweep[slurm]",
@@ -264,13 +265,27 @@ def _check_types(values: Mapping[str, Any], described: Any, key: str) -> None:
     hints = hints_of(described)
     for name, value in values.items():
         if not _fits(value, hints[name]):
-            said = "null" if value is None else value
-            raise InputError(f"{key}.{name}={said}: must be {type_in_words(hints[name])}")
+            where, part, hint = _wrong_part(f"{key}.{name}", value, hints[name])
+            raise InputError(f"{where}={'null' if part is None else part}: must be {type_in_words(hint)}")
+
+
+def _wrong_part(key: str, value: Any, hint: Any) -> tuple[str, Any, Any]:
+    """Of a value that is not of its type the innermost part of which that is true, with its key and type."""
+    for kind in typing.get_args(hint) if typing.get_origin(hint) in UNIONS else (hint,):
+        parts: list[tuple[Any, Any, Any]] = []
+        if isinstance(value, list) and typing.get_origin(kind) in (list, Sequence):
+            parts = [(place, one, *typing.get_args(kind)) for place, one in enumerate(value)]
+        elif isinstance(value, Mapping) and isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            parts = [(name, value[name], inner) for name, inner in hints_of(kind).items() if name in value]
+        for name, one, inner in parts:
+            if not _fits(one, inner):
+                return _wrong_part(f"{key}.{name}", one, inner)
+    return key, value, hint
 
 
 def type_in_words(hint: Any) -> str:
     """A type as a message and the reference say it: ``int or null``."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+    if typing.get_origin(hint) in UNIONS:
         kinds = {type_in_words(kind) for kind in typing.get_args(hint)}  # whose order typing does not keep
         return " or ".join(sorted(kinds, key=lambda kind: (kind == "null", kind)))
     if typing.get_origin(hint) is typing.Literal:
@@ -320,8 +335,7 @@ def number_types(hint: Any) -> set[type]:
     """Of int and float those that a value of the type may itself be."""
     if isinstance(hint, type):
         return {hint} & {int, float}
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return set().union(*map(number_types, typing.get_args(hint))) if union else set()
+    return set().union(*map(number_types, typing.get_args(hint))) if typing.get_origin(hint) in UNIONS else set()
 
 
 @functools.cache
@@ -390,13 +404,14 @@ def one_line(error: BaseException, own_folders: Iterable[Path] = ()) -> str:
             return str(below)
         below = below.__cause__ or below.__context__
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        key = re.sub(r"\[(\d+)\]", r".\1", cause.full_key)  # OmegaConf's name of a place in a list
         if type(cause).__name__ in ("ValidationError", "ConfigTypeError", "UnsupportedValueType") and (
-            kind := schema_type(cause.full_key)
+            kind := schema_type(key)
         ):
             value = getattr(cause, "value", None)
             meant = synonyms(str(value), kind.removeprefix("one of ").split(", "))
             hint = f"; did you mean '{meant[0]}'?" if meant else ""
-            return f"{cause.full_key}={'null' if value is None else value}: must be {kind}{hint}"
+            return f"{key}={'null' if value is None else value}: must be {kind}{hint}"
         if type(cause).__name__ in ("ConfigAttributeError", "ConfigKeyError"):
             parent = cause.parent_node
             known = [str(key) for key in parent] if isinstance(parent, DictConfig) else []

@@ -14,7 +14,7 @@ import torch
 from peftsweep.config import identity
 from peftsweep.config.compose import Trial
 from peftsweep.errors import InputError
-from peftsweep.forecast import duration, forecast, history, speed, work
+from peftsweep.forecast import duration, forecast, history, speed
 from peftsweep.forecast.duration import NOTHING, Estimate, Span
 from peftsweep.models import model
 from peftsweep.observe import measure, streams
@@ -22,7 +22,6 @@ from peftsweep.observe.remaining import format_seconds
 from peftsweep.schema import Config, PriceConfig
 from peftsweep.study import record, store
 
-CACHES = work.CACHES  # of what ``Timing.trace`` finds out
 MOST_RECORDS = 300  # of the study that is added to, of which the newest are read
 IMPORTED = time.time()  # when this process had imported what a trial needs, as a worker has to
 MOST_IMPORT_SECONDS = 60.0  # of a process that was there long before

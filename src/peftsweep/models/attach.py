@@ -26,10 +26,13 @@ from peftsweep.models.parts import (
     UNTRAINED_PARTS,
     adaptable_modules,
     classifies,
+    expert_parameters,
     head_names,
     never_called,
+    router_modules,
     text_config,
     text_part,
+    trainable_parameters,
 )
 from peftsweep.models.saved import keep_dtype, names_as_written
 from peftsweep.schema import TargetsConfig
@@ -157,7 +160,18 @@ def attach(
     setattr(adapted, METHOD_INPUTS, inputs or {})
     keep_dtype(adapted)
     _freeze_beside_text(base)
+    _check_trains(adapted, trained)
     return adapted
+
+
+def _check_trains(adapted: PeftModel, heads: Sequence[str]) -> None:
+    """Refuse an adapter without a trainable number, such as OSF's of a full rank; ``heads`` are not part of it."""
+    own = (p for name, p in trainable_parameters(adapted) if not any(f".{head}." in f".{name}" for head in heads))
+    if not any(parameter.numel() for parameter in own):
+        kind = type(adapted.peft_config["default"]).__name__
+        raise InputError(
+            f"method: {kind} has no trainable parameter with these options, so that nothing would be learnt"
+        )
 
 
 def _adapted_names(adapted: PeftModel) -> list[str]:
@@ -346,11 +360,13 @@ def role_modules(base: PreTrainedModel, wanted: Sequence[str], roles: Roles) -> 
 
 
 def linear_names(base: PreTrainedModel, method: Any = None) -> list[str]:
-    """The last names of all linear layers but those of the head and of experts, in order of appearance.
+    """The last names of all linear layers but those of the head, of experts and of routers, in order of appearance.
 
     Those that PEFT refuses for ``method``, such as Mamba's ``out_proj`` for LoRA, are left out, which is logged.
     """
-    names = [n for n, module in adaptable_modules(base) if isinstance(module, LINEAR) and not _of_expert(n)]
+    left = router_modules(base)
+    linear = [name for name, module in adaptable_modules(base) if isinstance(module, LINEAR) and name not in left]
+    names = [name for name in linear if not _of_expert(name)]
     names = _without_refused(method, base, names)
     return _shortest(base, names, list(dict.fromkeys(name.rpartition(".")[2] for name in names)))
 
@@ -372,16 +388,6 @@ def _is_taken(method: Any, base: PreTrainedModel, name: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def expert_parameters(base: PreTrainedModel) -> list[str]:
-    """The weights of a mixture's experts that are one tensor, [experts, ...], as they are in transformers 5."""
-    return [
-        f"{name}.{own}"
-        for name, module in base.named_modules()
-        for own, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3 and "expert" in f"{name}.{type(module).__name__}".lower()
-    ]
 
 
 def _of_expert(name: str) -> bool:
@@ -412,7 +418,10 @@ def role_members(base: PreTrainedModel, roles: Roles) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     roles = _known(roles)
     suffixes = [(suffix, role) for role, names in roles.items() for suffix in names]
+    routers = router_modules(base)
     for name, _ in adaptable_modules(base):
+        if name in routers:
+            continue
         if _of_expert(name):
             found.setdefault(EXPERTS, []).append(name)
             continue

@@ -11,13 +11,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from peftsweep.models.attach import EXPERTS, Roles, expert_parameters, role_members
-from peftsweep.models.parts import base_of, head_names, text_part, weight_count
+from peftsweep.models.attach import EXPERTS, Roles, role_members
+from peftsweep.models.parts import base_of, expert_parameters, head_names, router_modules, text_part, weight_count
 from peftsweep.models.quantised.layers import bits
 
 COVERAGE = "peftsweep_coverage"  # the attribute of an adapted model that holds its coverage
 EMBEDDINGS, HEAD, ROUTER, BESIDE_TEXT, OTHER = "embeddings", "head", "router", "beside_text", "other"
-ROUTERS = ("gate", "router", "shared_expert_gate")  # names of the layers that choose among experts
 # What PEFT puts into the name of a weight that it wraps.
 WRAPPING = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
 MIN_NAMED_SHARE = 0.01  # share of all weights from which a role that is not adapted is named
@@ -110,7 +109,7 @@ def percent(share: float) -> str:
 def weights(base: Any, roles: Roles) -> dict[str, Weight]:
     """The weights of ``base`` by name, before a method is attached to it."""
     playing = {name: role for role, names in reversed(role_members(base, roles).items()) for name in names}
-    experts = set(expert_parameters(base))
+    experts, routers = set(expert_parameters(base)), router_modules(base)
     special = {id(p): HEAD for name in head_names(base) for p in base.get_submodule(name).parameters()}
     special |= {id(p): EMBEDDINGS for p in base.get_input_embeddings().parameters()}  # a tied head is one of these
     text = {id(p) for p in text_part(base).parameters()} | special.keys()
@@ -118,7 +117,7 @@ def weights(base: Any, roles: Roles) -> dict[str, Weight]:
     for name, parameter in base.named_parameters():
         owner, _, own = name.rpartition(".")
         role = EXPERTS if name in experts else playing.get(owner) or special.get(id(parameter), OTHER)
-        if role == OTHER and owner.rpartition(".")[2] in ROUTERS:
+        if role == OTHER and owner in routers:
             role = ROUTER
         role, number = (role, re.search(r"\.(\d+)\.", name)) if id(parameter) in text else (BESIDE_TEXT, None)
         module = base.get_submodule(owner)

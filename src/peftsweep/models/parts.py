@@ -68,6 +68,43 @@ def classifies(model: nn.Module) -> bool:
     return type(base_of(model)).__name__.endswith("ForSequenceClassification")
 
 
+# ---- mixtures of experts ---------------------------------------------------------------------------
+
+
+ROUTER = re.compile(r"router(_\w+)?")
+# What chooses among the experts that lie beside it, and what weighs the one that all tokens share.
+GATE = re.compile(r"(shared_experts?_|experts?_)?gate|gating")
+
+
+def expert_parameters(base: nn.Module) -> list[str]:
+    """The weights of a mixture's experts that are one tensor, [experts, ...], as they are in transformers 5."""
+    return [
+        f"{name}.{own}"
+        for name, module in base.named_modules()
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and "expert" in f"{name}.{type(module).__name__}".lower()
+    ]
+
+
+def router_modules(base: nn.Module) -> set[str]:
+    """The modules that choose among experts, with their parts: linear layers, or classes of their own.
+
+    An adapter there changes which experts a token is sent to, and in most families they are no linear layers, so that
+    the same words would mean other things from one family to the next.
+    """
+    holders = {name.rpartition(".")[0] for name in expert_parameters(base)}
+    holders |= {name for name, _ in base.named_modules() if name.rpartition(".")[2] == "experts"}
+    blocks = holders | {name.rpartition(".")[0] for name in holders}
+
+    def routes(parts: list[str]) -> bool:
+        return any(
+            ROUTER.fullmatch(part) or (GATE.fullmatch(part) and ".".join(parts[:place]) in blocks)
+            for place, part in enumerate(parts)
+        )
+
+    return {name for name, _ in base.named_modules() if routes(name.split("."))}
+
+
 # ---- counting and saving ---------------------------------------------------------------------------
 
 

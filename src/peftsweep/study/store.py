@@ -6,6 +6,7 @@ import errno
 import functools
 import os
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -43,6 +44,12 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 NOT_WRITTEN = (errno.EACCES, errno.EPERM, errno.EFBIG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, *TRANSIENT)
 # How writers that raise no OSError put it: safetensors in the system's words, torch in its own.
 NO_ROOM_SAID = (*map(os.strerror, NO_ROOM), "PytorchStreamWriter failed writing")
+
+
+def with_own_options(words: Sequence[str]) -> list[str]:
+    """The words of a command behind the folder of the user's own options, without which they are not understood."""
+    own = os.environ.get(OWN_OPTIONS)
+    return [f"--config-dir={own}", *words] if own else list(words)
 
 
 def folder(study: str) -> Path:

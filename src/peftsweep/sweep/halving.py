@@ -52,12 +52,14 @@ def run(launch: Launch, points: Sequence[Point], config: HalvingConfig, *, quiet
     ``launch`` runs points, numbered from its second argument on, and answers with a job for each.
     """
     jobs: dict[tuple[str, ...], JobReturn] = {}
+    known: dict[str, Result] = {}  # by name: of rows each rung of a point is a trial of its own
     going, words, started, entered = list(points), _words(config, 1), 0, 0
     for number in count(1):
         ended = launch([[*point, *words] for point in going], started)
         started += len(going)
         jobs |= {tuple(point): job for point, job in zip(going, ended, strict=True)}
         results = [_result(job) for job in ended]
+        known |= {result.trial: result for result in results if result is not None}
         failed = sum(job.status is JobStatus.FAILED for job in ended)
         if missing := sum(result is None for result in results) - failed:
             _say(
@@ -73,7 +75,7 @@ def run(launch: Launch, points: Sequence[Point], config: HalvingConfig, *, quiet
         going = [point for point, one in zip(going, results, strict=True) if one and one.run_info["identity"] in best]
         words = [*_words(config, None if len(best) == 1 else number + 1), "force=false"]
         _say(f"rung {number}: the best {len(best)} of {len(by_identity) + failed} by {config.metric} go on", quiet)
-    for line in notes(filter(None, map(_result, jobs.values()))):
+    for line in notes(known.values()):
         _say(line, quiet)
     return [jobs[tuple(point)] for point in points]
 

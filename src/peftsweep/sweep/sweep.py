@@ -14,7 +14,7 @@ from peftsweep.analysis.table import naming
 from peftsweep.config import build, evaluations, experiment, repeat
 from peftsweep.config.compose import Trial
 from peftsweep.errors import InputError, NotRun, SweepFailed, suggest
-from peftsweep.forecast import forecast, timing
+from peftsweep.forecast import forecast, timing, work
 from peftsweep.forecast.duration import Span
 from peftsweep.forecast.forecast import Forecast
 from peftsweep.forecast.timing import Timing, money, told
@@ -274,7 +274,7 @@ def _dry_run(trials: Sequence[Trial], options: Options) -> None:
     first: dict[str, Trial] = {}  # of those that attach the same
     width, printed, times = max(len(one.name) for one in trials), [], Timing(trials, options.workers)
     times.measure()
-    for one in forecast.ahead(trials, forecast.prediction, times.trace, caches=timing.CACHES):
+    for one in forecast.ahead(trials, forecast.prediction, times.trace, caches=work.CACHES):
         evaluations.check_conversations(one.config)
         forecasts.append(foreseen := forecast.check(one))
         stand_in = first.setdefault(forecast.twin_key(one, foreseen), one)

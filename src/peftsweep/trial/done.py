@@ -152,15 +152,10 @@ class Oversized(Refused):
 
 
 def in_words(trial: Trial) -> dict[str, str]:
-    """The files that Hydra would write: the composed configuration and the words of the command line.
-
-    Before the words stands the folder of the user's own options, without which they are not understood.
-    """
-    own = os.environ.get(store.OWN_OPTIONS)
-    words = [f"--config-dir={own}", *trial.overrides] if own else trial.overrides
+    """The files that Hydra would write: the composed configuration and the words of the command line."""
     return {
         ".hydra/config.yaml": OmegaConf.to_yaml(as_text(trial.tree)),
-        ".hydra/overrides.yaml": OmegaConf.to_yaml(words),
+        ".hydra/overrides.yaml": OmegaConf.to_yaml(store.with_own_options(trial.overrides)),
     }
 
 

@@ -17,6 +17,8 @@ from peftsweep.schema import Dtype, Init, ModelConfig, Task
 from peftsweep.study.record import Result
 
 Values = Mapping[str, Any]
+ALL_LINEAR = "all-linear"  # in place of names of modules
+MLP_NAMES = ("gate_proj", "up_proj", "down_proj", "fc1", "fc2")  # of them those that parts of a router have too
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -84,6 +86,15 @@ def _has_experts(config: Values, _: Values) -> bool:
     return _adapts_by_role(config) and _base(config).experts
 
 
+def _adapts_routers(config: Values, _: Values) -> bool:
+    if not _adapts_by_role(config):
+        return False
+    targets = _section(config, "targets")
+    if targets.get("all_linear") or _section(config, "method").get("target_modules") == ALL_LINEAR:
+        return bool(_base(config).linear_routers)
+    return "mlp" in (targets.get("roles") or ()) and bool(_base(config).linear_routers & set(MLP_NAMES))
+
+
 def _recurs(config: Values, _: Values) -> bool:
     return _base(config).recurrent
 
@@ -100,6 +111,7 @@ MENDED = (
     Mended(2, _names_in_another_order, "the classes of the checkpoint's head were taken in the order of the dataset's"),
     Mended(2, _reads_more_than_text, "parts of the model that read no text were adapted too"),
     Mended(2, _has_experts, "the roles of a mixture of experts named other weights"),
+    Mended(3, _adapts_routers, "what chooses among a mixture's experts was adapted too, as it is linear in this model"),
     Mended(2, _recurs, "left-padded batches changed the answers of layers that carry a state from token to token"),
 )
 
@@ -116,6 +128,7 @@ class _Base:
     head: list[str] | None = None  # the names of its head's outputs
     composite: bool = False  # it reads more than text
     experts: bool = False
+    linear_routers: frozenset[str] = frozenset()  # the last names of what chooses among experts, where it is linear
     recurrent: bool = False
 
 
@@ -136,9 +149,12 @@ _BASES: dict[str, _Base] = {}  # by the content of their files
 
 
 def _read(base: ModelConfig) -> _Base:
-    from peftsweep.models import model, parts  # imports torch, which `--help` must not
+    from torch import nn  # which `--help` must not import
+
+    from peftsweep.models import model, parts
 
     shape, marks = model.architecture(base), model.load_tokenizer(base)
+    bare = model.skeleton(base, classes=1)
     ids, text = marks("a").input_ids, parts.text_config(shape)
     layers = getattr(text, "layer_types", None) or []
     stateful = [kind for kind in layers if not kind.endswith("attention") or kind == "linear_attention"]
@@ -148,7 +164,12 @@ def _read(base: ModelConfig) -> _Base:
         head=parts.head_classes(shape) if base.task is Task.seq_cls else None,
         composite=text is not shape,
         experts=any((getattr(text, name, None) or 0) > 1 for name in EXPERT_COUNTS),
-        recurrent=bool(stateful) or bool(getattr(model.skeleton(base, classes=1), "_is_stateful", False)),
+        linear_routers=frozenset(
+            name.rpartition(".")[2]
+            for name in parts.router_modules(bare)
+            if isinstance(bare.get_submodule(name), nn.Linear)
+        ),
+        recurrent=bool(stateful) or bool(getattr(bare, "_is_stateful", False)),
     )
 
 

@@ -105,7 +105,11 @@ def foreseen(setting: Setting) -> list[str]:
     for one in setting.spaces:
         size, targets = setting.trials.sizes[one.method], [option or "its own" for option in one.targets]
         parts = [f"rates {', '.join(f'{rate:g}' for rate in one.rates)}" + (" and beyond" if one.extends else "")]
-        parts += [f"{size} {', '.join(map(str, one.sizes))} at the best rate"] if len(one.sizes) > 1 else []
+        parts += (
+            [f"{size} {', '.join(map(str, one.sizes))} at the best rate, and a rate beside it at the best of them"]
+            if len(one.sizes) > 1
+            else []
+        )
         parts += [f"targets {', '.join(targets)} at the best of these"] if len(targets) > 1 else []
         lines.append(f"{one.method}: {'; '.join(parts)}")
     return lines

@@ -67,7 +67,7 @@ def _question(
         return [job._return_value if job.status in (JobStatus.COMPLETED, JobStatus.FAILED) else None for job in jobs]
 
     return Question(
-        words=list(config.hydra.overrides.task),
+        words=store.with_own_options(config.hydra.overrides.task),
         base_words=base_words(words[0]),
         trials=trials,
         with_rate=with_rate,

@@ -104,14 +104,17 @@ def read(file: Path) -> list[Grid]:
 
 
 def run(grid: Grid) -> Replay:
-    """Tune against a grid: every rate at the lowest rank, then every rank at the best of them."""
+    """Tune against a grid: every rate at the lowest rank, then every rank at the best of them, and nothing more.
+
+    So that all grids are searched with rates + ranks - 1 runs, no rate is tried again at the best rank.
+    """
     asked, losses = set[Point](), grid.finite
 
     def ask(stage: str, points: Sequence[Point], until: Until) -> Scores:
         asked.update(points)
         return {point: losses[at] for point in points if (at := (point.rate, point.size or 0)) in losses}
 
-    space = Space(grid.name, tuple(grid.rates), extends=False, sizes=tuple(grid.ranks))
+    space = Space(grid.name, tuple(grid.rates), extends=False, sizes=tuple(grid.ranks), again=False)
     (found,) = tune([space], ask)
     of, usual = len(grid.rates) * len(grid.ranks), min(grid.rates, key=lambda rate: abs(math.log(rate / USUAL_RATE)))
     best = found.best

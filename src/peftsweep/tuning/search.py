@@ -1,8 +1,9 @@
 """The search of sweep=tune: which configurations to try next, given the validation scores of those tried before.
 
-For each method the learning rate comes first, at its smallest size (rank), then the size at the best rate, then the
-target modules at both. A low rank finds the rate of all ranks because the best rate of LoRA hardly depends on its rank
-(Schulman et al., "LoRA Without Regret", 2025).
+For each method the learning rate comes first, at its smallest size (rank), then the size at the best rate, then once
+more a rate beside it at that size, then the target modules at both. A low rank finds the rate of all ranks nearly, as
+the best rate of LoRA hardly depends on its rank (Schulman et al., "LoRA Without Regret", 2025); in short trainings it
+does, by up to a step of the ladder.
 
 Nothing here trains anything or reads a file: an ``Ask`` answers with scores, from trials, a table or a simulation. The
 same answers give the same decisions, so that a command that was killed decides the same again from its records.
@@ -15,6 +16,7 @@ import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from functools import partial
 from typing import Protocol
 
 MOST_RATES = 9  # of one method, with those by which its ladder is extended
@@ -73,6 +75,7 @@ class Space:
     extends: bool = True  # whether the ladder of rates grows where the best lies at an end of it
     sizes: tuple[int | None, ...] = (None,)  # the smallest first
     targets: tuple[str | None, ...] = (None,)  # the method's own first
+    again: bool = True  # whether a rate beside the best is tried at the best size too
 
 
 def ladder(rate: float, count: int = 3) -> tuple[float, ...]:
@@ -114,7 +117,7 @@ def tune(spaces: Sequence[Space], ask: Ask, seed: int = 0) -> list[Tuned]:
     best: dict[str, Point | None] = {}
     try:
         best = _together("rate", {one.method: rates(one, seed) for one in spaces}, ask, found)
-        for stage, search in (("size", sizes), ("targets", targets)):
+        for stage, search in (("size", sizes), ("rate again", partial(rate_again, found=found)), ("targets", targets)):
             at = {one.method: search(one, point) for one in spaces if (point := best[one.method])}
             best |= _together(stage, at, ask, found)
     except Spent:
@@ -198,6 +201,17 @@ def sizes(space: Space, best: Point) -> Search:
     return (yield from _variants(best, [replace(best, size=size) for size in space.sizes]))
 
 
+def rate_again(space: Space, best: Point, found: Mapping[str, Tuned]) -> Search:
+    """The better of the best rate and the one beside it, at the best size, which the rate was not chosen at."""
+    known = found[space.method]
+    # At the smallest size: what went to its end was ahead of all others at the rung.
+    place = {point: (0, score) for point, score in known.ends.items() if point.size == space.sizes[0]}
+    place |= {p: (1, score) for p, score in known.rungs.items() if p not in place and p.size == space.sizes[0]}
+    if best.size == space.sizes[0] or not space.again or (rate := _beside(best, place)) is None:
+        return best
+    return (yield from _variants(best, [best, replace(best, rate=rate)]))
+
+
 def targets(space: Space, best: Point) -> Search:
     """The best target modules at the best rate and size; of equal ones the method's own."""
     return (yield from _variants(best, [replace(best, targets=option) for option in space.targets]))
@@ -224,8 +238,10 @@ def equally(spaces: Sequence[Space], ask: Ask, trials: int, seeds: Mapping[str, 
 
 
 def _equal(space: Space, trials: int, seed: int) -> Search:
-    """Rates first, extended at an end of the ladder or else closer together; the last trials are for the sizes."""
+    """Rates first, extended at an end of the ladder or else closer together; then the sizes, and a rate once more."""
     sizes = space.sizes[: max(1, trials - 2)]
+    again = len(sizes) > 1 and trials - len(sizes) >= len(space.rates)
+    of_rates = trials - len(sizes) + 1 - again
     tried = from_centre(space.rates)[: trials - len(sizes) + 1]
     known: dict[Point, float] = {}
 
@@ -233,15 +249,36 @@ def _equal(space: Space, trials: int, seed: int) -> Search:
         return Point(space.method, rate, size or sizes[0], space.targets[0], seed)
 
     known |= yield [at(rate) for rate in tried], Until.end
-    while len(tried) < (trials - len(sizes) + 1 if known else trials):
-        best = min(known, key=known.__getitem__).rate if known else None
-        rate = next_rate(tried, best) or closer(tried, best or 0.0, {point.rate: loss for point, loss in known.items()})
-        tried.append(rate)
-        known |= yield [at(rate)], Until.end
+    while len(tried) < (of_rates if known else trials):
+        tried.append(_another_rate(tried, known))
+        known |= yield [at(tried[-1])], Until.end
     if known and len(sizes) > 1:
         best = min(known, key=known.__getitem__).rate
         known |= yield [at(best, size) for size in sizes[1:]], Until.end
+    if known and again:
+        chosen = min(known, key=known.__getitem__)
+        beside = (
+            None
+            if chosen.size == sizes[0]
+            else _beside(chosen, {p: (0, known[p]) for p in map(at, tried) if p in known})
+        )
+        known |= yield [at(_another_rate(tried, known)) if beside is None else at(beside, chosen.size)], Until.end
     return min(known, key=known.__getitem__, default=None)
+
+
+def _another_rate(tried: Sequence[float], known: Scores) -> float:
+    """A rate beyond the ladder's end that is the best, or else closer to the best."""
+    best = min(known, key=known.__getitem__).rate if known else None
+    return next_rate(tried, best) or closer(tried, best or 0.0, {point.rate: loss for point, loss in known.items()})
+
+
+def _beside(best: Point, place: Mapping[Point, tuple[int, float]]) -> float | None:
+    """Of the rates next to the best one that with the least ``place``, which the points of the smallest size have."""
+    tried = sorted({point.rate for point in place})
+    at = tried.index(best.rate)
+    beside = {tried[n] for n in (at - 1, at + 1) if 0 <= n < len(tried)}
+    nearest = min((point for point in place if point.rate in beside), key=place.__getitem__, default=None)
+    return None if nearest is None else nearest.rate
 
 
 def closer(tried: Sequence[float], best: float, losses: Mapping[float, float]) -> float:

@@ -98,7 +98,7 @@ def gain_over(base: Base) -> str | None:
     if base.gain is None or base.p is None:
         return None
     parts = {"difference": base.gain, "low": base.low, "high": base.high, "scale": base.scale}
-    return f"{words.difference(parts)}, p {words.p_is(base.p)}"
+    return words.tested(parts, base.p)
 
 
 # ---- how sure ----------------------------------------------------------------------------------------

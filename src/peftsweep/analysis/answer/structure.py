@@ -98,9 +98,9 @@ class Base:
 
     value: float
     gain: float | None
-    low: float | None
+    low: float | None  # of the 95% interval of this pair alone
     high: float | None
-    p: float | None
+    p: float | None  # adjusted for all pairs
     scale: Literal["difference", "ratio"] | None
 
 
@@ -149,9 +149,9 @@ class Comparison:
     value: float | None
     reference_value: float | None
     difference: float | None
-    low: float | None
+    low: float | None  # of the 95% interval of this pair alone
     high: float | None
-    p: float | None
+    p: float | None  # adjusted for all pairs
     verdict: str
     settings: int  # of the other factors, over which it is averaged
     also_changed: list[str]

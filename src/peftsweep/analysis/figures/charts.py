@@ -33,9 +33,11 @@ def plain_text(value: Any) -> str:
 
 
 def format_numbers(values: pd.Series[Any]) -> list[str]:
-    """Numbers to four digits, large ones whole; empty where there is none."""
+    """A column of numbers to four digits, zeros at the end included, large and whole ones whole; empty for none."""
     floats = values.astype(float).to_numpy(dtype=float, na_value=np.nan)
-    return ["" if np.isnan(value) else format_number(float(value)) for value in floats]
+    known = floats[~np.isnan(floats)]
+    form = ",.0f" if (known == known.round()).all() else "#.4g"
+    return ["" if np.isnan(v) else f"{v:{form if abs(v) < 999.95 else ',.0f'}}" for v in floats.tolist()]
 
 
 def format_number(value: float) -> str:

@@ -48,7 +48,7 @@ def _rows(found: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _two(task: Task, factor: str, score: str, row: Mapping[str, Any]) -> str:
     """One sentence of a factor of two levels."""
-    what, p = columns.score_name(score), f"p {words.p_is(row['p_adjusted'])}" if words.known(row["p_adjusted"]) else ""
+    what, apart = columns.score_name(score), words.tested(row, row["p_adjusted"])
     level, reference = (words.code(task.names.setting(factor, row[name])) for name in ("level", "reference"))
     what += _over(task, row)
     ends = f"from {words.number(row['reference_value'])} to {words.number(row['value'])}"
@@ -57,7 +57,7 @@ def _two(task: Task, factor: str, score: str, row: Mapping[str, Any]) -> str:
     if row["verdict"] == "tie":
         bound = max(abs(row["low"]), abs(row["high"]))
         return (
-            f"{what}: no difference between {level} and {reference} is shown ({words.difference(row)}, {p}); "
+            f"{what}: no difference between {level} and {reference} is shown ({apart}); "
             f"one of more than {words.amount(bound, row['scale'])} is unlikely{moved}."
         )
     if row["verdict"] == "unknown":
@@ -68,7 +68,7 @@ def _two(task: Task, factor: str, score: str, row: Mapping[str, Any]) -> str:
     agree = f", {row['agreeing']} of {row['contexts']} settings agree" if row["contexts"] > 1 else ""
     return (
         f"{what}: {level} {is_} {row['verdict']} than {reference}, {ends} ({words.difference(row)}; {better} is "
-        f"better), {p}{agree}{moved}."
+        f"better), p {words.p_is(row['p_adjusted'])}{agree}{moved}."
     )
 
 
@@ -111,11 +111,10 @@ def _several(task: Task, factor: str, score: str, found: pd.DataFrame) -> str:
 
 
 def _level(task: Task, factor: str, row: Mapping[str, Any], *, several: bool) -> str:
-    p = f", p {words.p_is(row['p_adjusted'])}" if words.known(row["p_adjusted"]) else ""
     over = _over(task, row) if several else ""
     figure = f"{words.number(row['value'])}" + (f" against {words.number(row['reference_value'])}" if several else "")
-    figure += f", {words.difference(row)}"
-    return f"{words.code(task.names.setting(factor, row['level']))} ({figure}{p}{over})"
+    figure += f", {words.tested(row, row['p_adjusted'])}"
+    return f"{words.code(task.names.setting(factor, row['level']))} ({figure}{over})"
 
 
 def _with(task: Task, factor: str, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -166,7 +165,7 @@ def _enough_rank(task: Task, score: str) -> str:
         what, scope = what + scope, ""
     if enough is not best:
         said = f"rank {enough['level']} is the smallest that is not separable from the best, {best['level']} "
-        said += f"({words.difference(enough)}, p {words.p_is(enough['p_adjusted'])})"
+        said += f"({words.tested(enough, enough['p_adjusted'])})"
     elif best is last:
         said = f"rank {best['level']}, the largest tried, is best, and returns have not ended there"
     else:
@@ -179,11 +178,10 @@ def _last_step(score: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """What the largest rank changed against the one before it."""
     before, last = rows[-2:]
     step = {"difference": last["step"], "low": last["step_low"], "high": last["step_high"], "scale": last["scale"]}
-    p = f", p {words.p_is(last['step_p'])}" if words.known(last["step_p"]) else ""
     better = "lower" if columns.lower_is_better(score) else "higher"
     ends = f"from {words.number(before['value'])} to {words.number(last['value'])}"
     since = f"From rank {before['level']} to {last['level']} it went {ends}"
-    return f"{since} ({words.difference(step)}{p}; {better} is better)"
+    return f"{since} ({words.tested(step, last['step_p'])}; {better} is better)"
 
 
 def _by_verdict(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -165,7 +165,7 @@ def _best(task: Task, score: str) -> str:
         return f"**{what}**: {best_is}; how far chance reaches is not known."
     if len(others) == len(compared) - 1:
         last = compared.iloc[-1]
-        gap = f"{words.difference(last)}, p {words.p_is(last['p_adjusted'])}"
+        gap = words.tested(last, last["p_adjusted"])
         every = "both" if len(compared) == 2 else f"all {len(compared)}"
         moved = also(task, task.unnamed(best, compared.index[-1])) if len(compared) == 2 else ""
         return (
@@ -177,10 +177,9 @@ def _best(task: Task, score: str) -> str:
     worse = [n for n in compared.index if n not in others and n != best]
     if not others:
         second, rest = compared.iloc[1], [known.verdict(n, best) for n in worse[1:]]
-        p = words.p_is(second["p_adjusted"])
         following = words.code(task.labels[compared.index[1]])
         said = f"{words.code(task.labels[best])} is best, {figure}; the next, {following}, is worse by "
-        said += f"{words.difference(second)}, p {p}"
+        said += words.tested(second, second["p_adjusted"])
         if so := rest.count("worse"):
             said += ", and so is the third" if len(compared) == 3 else f", and so are {so:,} others"
         if (left := len(rest) - so) > 0:
@@ -235,7 +234,7 @@ def _over_base(task: Task, score: str, base: str) -> str:
     if not words.known(best["gain_p_adjusted"]):
         return said
     parts = {"difference": best["gain"], "low": best["gain_low"], "high": best["gain_high"], "scale": best["scale"]}
-    gain = f"{words.difference(parts)}, p {words.p_is(best['gain_p_adjusted'])}"
+    gain = words.tested(parts, best["gain_p_adjusted"])
     as_if = "" if compared.attrs["gains_paired"] else ", as if each had rows of its own"
     return f"{said} {words.code(task.labels[compared.index[0]])} against it: {gain}{as_if}."
 

@@ -60,7 +60,8 @@ def _notes_of_rows(results: Sequence[Result], config: HalvingConfig) -> list[str
     """As `_notes`, where each rung of a point is a trial of its own, on a fraction of the rows."""
     points: dict[str, dict[float, Result]] = {}
     for one in results:
-        tree = one.config | {"dataset": one.config["dataset"] | {"fraction": None}, "label": None}
+        apart = {"dataset": one.config["dataset"] | {"fraction": None}, "halving": None, "label": None, "force": None}
+        tree = one.config | apart  # what the rungs of a point have in common
         points.setdefault(json.dumps(tree, sort_keys=True), {})[float(one.config["dataset"]["fraction"])] = one
     trained = sum(one.train_info["steps"] for one in results)
     total = sum(max(one.train_info["steps"] / part for part, one in rungs.items()) for rungs in points.values())
@@ -93,8 +94,8 @@ def _correlation(pairs: Sequence[tuple[float | None, float | None]]) -> str:
     """Spearman's rank correlation of the two values, in words."""
     from peftsweep.analysis.statistics import rungs
 
-    known = [(math.nan if first is None else first, math.nan if then is None else then) for first, then in pairs]
-    found = rungs.rank_correlation(*zip(*known, strict=True))
+    known = [[math.nan if value is None else value for value in pair] for pair in pairs]
+    found = rungs.rank_correlation([pair[0] for pair in known], [pair[1] for pair in known])
     if found.n < MIN_PAIRS:
         return f"{found.n} trials went on, too few for a correlation"
     return f"rank correlation {found.rho:.2f} (Spearman, the {found.n} trials that went on)"

@@ -111,8 +111,9 @@ def _tests(tasks: Sequence[Task]) -> Iterator[str]:
     if chances:
         yield (
             "p-values are adjusted by Holm's method for all pairs, as which one is best was read from the same data; "
-            "below 0.05 counts. A tie means that no difference is shown, not that there is none: the interval says how "
-            "large it may be. So costs choose only among those of a tie that lie within one standard error of the best."
+            "below 0.05 counts. Intervals are of each pair alone, and not adjusted. A tie means that no difference is "
+            "shown, not that there is none: the interval says how large it may be. So costs choose only among those of "
+            "a tie that lie within one standard error of the best."
             " The best figure of many is partly luck, and would probably be lower on other rows."
         )
     if any(score for _, score in judged if words.scale(score) == "ratio"):

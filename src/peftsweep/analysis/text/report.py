@@ -181,7 +181,7 @@ def _over_base(row: pd.Series[Any]) -> str:
     if not words.known(row["gain"]):
         return ""
     parts = {"difference": row["gain"], "low": row["gain_low"], "high": row["gain_high"], "scale": row["scale"]}
-    return f"{words.difference(parts)}, p {words.p_is(row['gain_p_adjusted'])}"
+    return words.tested(parts, row["gain_p_adjusted"])
 
 
 def _meaning(compared: pd.DataFrame, count: int, score: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from peftsweep.analysis.statistics.intervals import ALPHA
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.columns import PREDICTED
 from peftsweep.observe.display import size
@@ -76,7 +77,11 @@ def number(value: float) -> str:
     """A score, in as many digits as tell it from others."""
     if not known(value):
         return "?"
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.4g}" if abs(value) < 1e6 else f"{value:.3g}"
+    if abs(value) < 10:
+        return f"{value:.3f}"
+    if abs(value) < 999.95:
+        return f"{value:#.4g}"  # with its zeros, as the others of its column: 76.00 beside 64.84
+    return f"{value:,.0f}" if abs(value) < 1e6 else f"{value:.3g}"
 
 
 def difference(row: Any) -> str:
@@ -86,6 +91,21 @@ def difference(row: Any) -> str:
         return middle
     low, high = (amount(row[end], row["scale"], signed=True) for end in ("low", "high"))
     return f"{middle} [{low}, {high}]"
+
+
+def tested(row: Any, p_adjusted: float) -> str:
+    """A difference with its interval and its adjusted p.
+
+    The interval is of the pair alone, p is adjusted for all pairs: where the one excludes no difference and the other
+    does not, the text says which is which.
+    """
+    said = difference(row)
+    if not known(p_adjusted):
+        return said
+    alone = known(row["low"]) and not row["low"] <= 0 <= row["high"]
+    if alone and p_adjusted >= ALPHA:
+        return f"{said} for this pair alone, adjusted p {p_is(p_adjusted)}"
+    return f"{said}, p {p_is(p_adjusted)}"
 
 
 def change(column: str, row: pd.Series[Any]) -> str:

@@ -61,7 +61,7 @@ def sharegpt(row: Row) -> Row:
         NoAnswer, ValueError: as ``messages``.
     """
     turns = _turns(row)
-    roles = [ROLES.get(said := _said(turn), said) for turn in turns]
+    roles = [_in_template(_said(turn)) for turn in turns]
     first = next((n for n, role in enumerate(roles) if role in ("user", "system")), len(turns))
     last = max((n for n, role in enumerate(roles) if role == "assistant"), default=-1)
     return messages({key: row[key] for key in row if key not in COLUMNS} | {COLUMNS[0]: turns[first : last + 1]})
@@ -69,7 +69,13 @@ def sharegpt(row: Row) -> Row:
 
 def _said(turn: Any) -> str:
     """The role of a turn as the file has it; of what is no turn none."""
-    return str(turn.get("role") or turn.get("from")).strip().lower() if isinstance(turn, Mapping) else ""
+    return str(turn.get("role") or turn.get("from")) if isinstance(turn, Mapping) else ""
+
+
+def _in_template(said: str) -> str:
+    """A role of a file, which may be none that is known, as chat templates name it."""
+    plain = said.strip().lower()
+    return ROLES.get(plain, plain)
 
 
 def was_read_otherwise(row: Row) -> bool:
@@ -106,7 +112,7 @@ def _turns(row: Row) -> list[Any]:
 
 def _untrained(turn: Any) -> Any:
     """A turn before the completion, which is not trained on."""
-    return turn | {"weight": 0} if ROLES.get(_said(turn), _said(turn)) == "assistant" else turn
+    return turn | {"weight": 0} if _in_template(_said(turn)) == "assistant" else turn
 
 
 def _listed(value: Any, name: str) -> list[Any]:
@@ -186,8 +192,7 @@ def _message(turn: Any) -> Message:
 
 
 def _role(said: str) -> str:
-    plain = said.strip().lower()
-    role = ROLES.get(plain, plain)
+    role = _in_template(said)
     if role not in KNOWN_ROLES:
         raise ValueError(f"a turn has the unknown role '{said}'; known are {', '.join([*KNOWN_ROLES, *ROLES])}")
     return role
