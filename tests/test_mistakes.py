@@ -128,7 +128,7 @@ def test_the_words_of_other_libraries_lead_to_ours(word: str) -> None:
     ],
 )
 def test_a_key_of_another_section_is_suggested(wrong: str, known: list[str], meant: str) -> None:
-    assert calls._meant(wrong, known) == f"did you mean '{meant}'?"
+    assert calls.meant(wrong, known) == f"did you mean '{meant}'?"
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from peftsweep import command_line, completion, doctor, options, shorthand
-from peftsweep.config import calls, checks, experiment, fill
+from peftsweep.config import checks, experiment, fill
 from peftsweep.config import compose as configuration
 from peftsweep.errors import InputError, Unwritable, check_platform
 from peftsweep.observe import streams
@@ -201,7 +201,7 @@ def _said_in_a_line(door: Callable[[], Any]) -> int:
         problem = str(error)
     except (HydraException, OmegaConfBaseException) as error:
         own = command_line.own_folders(sys.argv[1:])
-        problem = command_line.wrong_yaml(sys.argv[1:], only_chosen=True) or calls.one_line(error, own)
+        problem = command_line.wrong_yaml(sys.argv[1:], only_chosen=True) or checks.one_line(error, own)
     except (OSError, Unwritable, ValueError, yaml.YAMLError) as error:
         reason = store.unwritable(error) or command_line.wrong_yaml(sys.argv[1:])
         if reason is None:
@@ -263,7 +263,7 @@ def _composed(*words: str) -> tuple[DictConfig, tuple[str, ...]]:
     try:
         cfg = compose(list(words))
     except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(calls.one_line(error, command_line.own_folders(words))) from None
+        raise InputError(checks.one_line(error, command_line.own_folders(words))) from None
     checks.check_expanded(cfg, [word.lstrip("+~").partition("=")[0] for word in words])
     return cfg, words
 

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from peftsweep import InputError, cli, command_line, limits
-from peftsweep.config import calls, fill
+from peftsweep.config import calls, checks, fill
 from peftsweep.config import compose as configuration
 from peftsweep.forecast import forecast
 
@@ -155,8 +155,6 @@ def test_what_peft_refuses_names_the_words_that_it_is_about() -> None:
 
 
 def test_a_time_and_a_pack_have_a_largest_value() -> None:
-    from peftsweep.config import checks
-
     with pytest.raises(InputError, match=r"hydra.launcher.timeout=18446744073709551616: must be a time such as"):
         checks.placement({"timeout": "18446744073709551616"})
     with pytest.raises(InputError, match=r"hydra.launcher.pack=18446744073709551616: must be auto, off or a number"):
@@ -222,7 +220,7 @@ def test_every_numeric_key_with_every_odd_value_is_meaningful_or_one_line(option
                 if forecast.check(one).trainable_parameters is None:
                     wrong.append(f"{key}={value}: is not attached")
             except (InputError, OmegaConfBaseException) as error:
-                said = str(error) if isinstance(error, InputError) else calls.one_line(error)
+                said = str(error) if isinstance(error, InputError) else checks.one_line(error)
                 if not said.startswith(key) or "\n" in said:
                     wrong.append(f"{key}={value}: {said}")
     assert wrong == []

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from peftsweep import InputError, cli, command_line, limits
-from peftsweep.config import calls, fill
+from peftsweep.config import checks, fill
 from peftsweep.config import compose as configuration
 from peftsweep.config.compose import Trial
 from peftsweep.data import hub, rows
@@ -358,7 +358,7 @@ def test_no_number_of_any_group_may_be_what_is_none(every: int) -> None:
                 configuration.trial(point, cfg.hydra.runtime.choices, [f"{key}={value}"])
                 said = None
             except (InputError, OmegaConfBaseException) as error:
-                said = str(error) if isinstance(error, InputError) else calls.one_line(error)
+                said = str(error) if isinstance(error, InputError) else checks.one_line(error)
             if said is None and value not in MAY_BE.get(key, ()):
                 wrong.append(f"{key}={value} is taken")
             elif said is not None and not (said.startswith(key) and "must be" in said and "\n" not in said):

@@ -16,7 +16,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import TrialState
 
 from peftsweep import cli
-from peftsweep.config import calls
+from peftsweep.config import checks
 from peftsweep.errors import InputError
 from peftsweep.search import pruning, search, space
 from peftsweep.search.search import Options, Search
@@ -392,7 +392,7 @@ def test_where_optuna_is_missing_or_old_one_line_says_so(monkeypatch: pytest.Mon
     with pytest.raises(Exception, match="hydra/sweeper") as raised:
         cli.compose(["hydra/sweeper=optunaa"])
     raised.value.missing_cfg_file, raised.value.options = "hydra/sweeper/optuna", ["basic", "grid"]  # type: ignore[attr-defined]
-    assert calls.one_line(raised.value) == "hydra/sweeper=optuna: pip install 'peftsweep[optuna_hydra]'"
+    assert checks.one_line(raised.value) == "hydra/sweeper=optuna: pip install 'peftsweep[optuna_hydra]'"
     monkeypatch.setattr(optuna, "__version__", "2.10.1")
     with pytest.raises(
         InputError, match=r"Optuna is 2\.10\.1, from 4\.2 on is needed: pip install 'peftsweep\[optuna\]'"

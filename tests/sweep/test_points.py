@@ -14,7 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peftsweep.config import calls, compose
+from peftsweep.config import checks, compose
 from peftsweep.config.compose import Trial
 from peftsweep.config.fill import conf_dir, register
 from peftsweep.errors import InputError
@@ -95,7 +95,7 @@ def what(make: Any, *arguments: Any) -> Trial | str:
     except InputError as error:
         return str(error)
     except (HydraException, OmegaConfBaseException) as error:
-        return calls.one_line(error)
+        return checks.one_line(error)
     return made
 
 

@@ -14,17 +14,11 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
-from hydra.errors import MissingConfigException
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
-
-from peftsweep import limits, options, schema
+from peftsweep import limits, schema
 from peftsweep.config.evaluations import ROWS_KEYS
 from peftsweep.config.experiment import ORIGIN
-from peftsweep.data import files
 from peftsweep.errors import InputError, first_line, suggest, synonyms
 from peftsweep.schema import Config, LossOn, ModelConfig, RowsConfig, Task
 
@@ -35,15 +29,7 @@ SET_BY_OTHER_KEYS = {  # arguments of an optimizer that are not train.optimizer_
 }
 DEVICE_MAP = re.compile(r"auto|balanced|balanced_low_0|sequential|disk|meta|(cpu|cuda|xpu|mps)(:\d+)?")
 UNIONS = (typing.Union, types.UnionType)
-PACKAGES = {  # options that a package brings
-    "hydra/launcher/submitit_slurm": "peftsweep[slurm]",
-    "hydra/launcher/submitit_local": "peftsweep[slurm]",
-    "hydra/launcher/ray": "peftsweep[ray]",
-    "hydra/launcher/joblib": "hydra-joblib-launcher",
-    "hydra/sweeper/optuna": "peftsweep[optuna_hydra]",
-}
-ANY = {"model": "model=./FOLDER, one of the hub model=ORG/NAME", "dataset": "dataset=FILE.jsonl"}
-SECTIONS = ("model", "train", "dataset", "targets", "adapter", "halving")  # in which a key may be sought by its name
+SOUGHT_IN = ("model", "train", "dataset", "targets", "adapter", "halving")  # in which a key may be sought by its name
 METHOD_KEYS = ("method.r", "method.lora_alpha", "method.lora_dropout")  # that most methods have
 GENERATION = "peftsweep.evaluation.evaluate.generation"
 TEXT = "peftsweep.evaluation.text.overlap.generated_text"
@@ -167,7 +153,7 @@ def _no_option(key: str, method: str, known: list[str]) -> InputError:
     if key in fields:
         advice = f"run it without method.{key}, in a command of its own; the study holds the trials of both"
     else:
-        advice = _meant(key, known)
+        advice = meant(key, known)
     return InputError(f"method.{key}: {method} has no such option; {advice}")
 
 
@@ -379,67 +365,12 @@ def _adapter(hint: Any) -> Any:
         return None
 
 
-def one_line(error: BaseException, own_folders: Iterable[Path] = ()) -> str:
-    """What Hydra or OmegaConf found wrong, as one line that names the key and what is allowed.
-
-    ``own_folders`` are those of ``--config-dir``, whose options are named beside ours.
-    """
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, option = error.missing_cfg_file.rpartition("/")
-        if package := PACKAGES.get(error.missing_cfg_file):
-            named = re.search(rf"In '{group}/(\w+)'", str(error))  # ours, which begins with the missing one
-            return f"{group}={named[1] if named else option}: pip install '{package}'"
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and (path := _path_in_yaml(error)):
-        return path
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        # Of an option in a list, such as eval=[a,b], Hydra does not say which there are.
-        known = list(error.options or ()) or options.names(group, [Path(options.conf_dir()), *own_folders])
-        if error.options is not None or known:
-            own = f"; one of your own is {ANY[group]}" if group in ANY else ""
-            return f"{group}={option}: no such option; {suggest(option, known)}{own}"
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    below: BaseException | None = error
-    while below is not None:
-        if isinstance(below, InputError):  # raised by a resolver of conf/
-            return str(below)
-        below = below.__cause__ or below.__context__
-    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-        key = re.sub(r"\[(\d+)\]", r".\1", cause.full_key)  # OmegaConf's name of a place in a list
-        if type(cause).__name__ in ("ValidationError", "ConfigTypeError", "UnsupportedValueType") and (
-            kind := schema_type(key)
-        ):
-            value = getattr(cause, "value", None)
-            meant = synonyms(str(value), kind.removeprefix("one of ").split(", "))
-            hint = f"; did you mean '{meant[0]}'?" if meant else ""
-            return f"{key}={'null' if value is None else value}: must be {kind}{hint}"
-        if type(cause).__name__ in ("ConfigAttributeError", "ConfigKeyError"):
-            parent = cause.parent_node
-            known = [str(key) for key in parent] if isinstance(parent, DictConfig) else []
-            return f"{cause.full_key}: no such key; {_meant(str(cause.key), known)}"
-        return f"{cause.full_key}: {first_line(cause)}"
-    text = " ".join(str(error).split())
-    text = re.sub(r"^In '([\w/]+)': \w+ raised while composing config:", r"\1.yaml:", text)
-    text = re.sub(r"full_key: ([\w.]+)", r"(key \1)", text)
-    noise = "full_key:|reference_type=|object_type=|To append|Check available"
-    return re.sub(rf"\s*({noise}|Set the environment variable|See https?://).*", "", text)
-
-
-def _path_in_yaml(error: MissingConfigException) -> str | None:
-    """That a model or data set by its path, which the command line takes, was chosen where Hydra looks for a yaml."""
-    group, _, name = str(error.missing_cfg_file).partition("/")
-    if group not in ANY or not ("/" in name or name.startswith("~") or files.format_of(name) in files.FORMATS):
-        return None
-    where = "is for the command line and the params of a sweep, not for a yaml's defaults or another sweeper"
-    key = {"model": "model.name_or_path", "dataset": "dataset.path"}[group]
-    return f"{group}={name}: {where}; give {key} there"
-
-
-def _meant(wrong: str, known: list[str]) -> str:
+def meant(wrong: str, known: list[str]) -> str:
     """What a key may have been meant for: one beside it by another name, one of another section, or one like it."""
     kinds = typing.get_type_hints(Config)
     others = [
         *METHOD_KEYS,
-        *(f"{name}.{field.name}" for name in SECTIONS for field in dataclasses.fields(kinds[name])),
+        *(f"{name}.{field.name}" for name in SOUGHT_IN for field in dataclasses.fields(kinds[name])),
         *kinds,
         "hydra.launcher.workers",
     ]

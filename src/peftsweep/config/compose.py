@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from peftsweep import limits
-from peftsweep.config.calls import check_calls, one_line
+from peftsweep.config.calls import check_calls
 from peftsweep.config.checks import (
     check_complete,
     check_files,
@@ -28,6 +28,7 @@ from peftsweep.config.checks import (
     check_objective,
     check_values,
     check_warmup,
+    one_line,
 )
 from peftsweep.config.evaluations import check_evaluation_rows, check_metrics
 from peftsweep.config.fill import conf_dir, fill_from_files, read_newlines, use_current_names
