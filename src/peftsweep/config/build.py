@@ -70,7 +70,8 @@ def storage(trial: Trial) -> Any:
     Raises:
         InputError: ``quant`` asks for a checkpoint that is quantised already, or the library cannot do it here.
     """
-    name, on_cpu = trial.config.model.name_or_path, model.device(trial.config.device).type == "cpu"
+    name, device = trial.config.model.name_or_path, trial.config.device
+    on_cpu = (model.device(device).type if device == "auto" else device) == "cpu"  # another need not be there to plan
     held = getattr(model.architecture(trial.config.model), "quantization_config", None)
     said = held.to_dict() if held is not None and hasattr(held, "to_dict") else held
     asked, key = quantization(trial), f"quant={trial.choices['quant']}"
