@@ -243,7 +243,7 @@ def test_other_evaluations_that_need_a_package_say_so_first(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("eval.text_metrics.metrics=[rougeX]", "eval.text_metrics.metrics=['rougeX']: must be Sequence["),
+        ("eval.text_metrics.metrics=[rougeX]", "eval.text_metrics.metrics.0=rougeX: must be one of rouge1, rouge2,"),
         ("eval.text_metrics.tokenize=mecab", "eval.text_metrics.tokenize=mecab: must be one of 13a, intl"),
         ("eval.text_metrics.word_order=-1", "eval.text_metrics.word_order=-1: must"),
         ("train.eval_every=1 train.best_metric=text_metrics.rouge3", "does not measure 'rouge3'"),
