@@ -37,6 +37,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from peftsweep.data.batches import Batch, micro_batches
 from peftsweep.data.tokens import Tokens
 from peftsweep.models.parts import base_of, classifies, text_config
+from peftsweep.models.quantised.layers import is_wrapper
 from peftsweep.observe.measure import out_of_memory, synchronise
 from peftsweep.schema import Capture, Dtype, TrainConfig
 from peftsweep.training.length import steps_of
@@ -134,6 +135,7 @@ def unfit(model: Any, config: TrainConfig) -> str | None:
             getattr(model, "base_model", None), "update_and_allocate"
         ),
         "its gradients, which would be kept, are large": _large(model),
+        "it was not tried on torchao's or quanto's weights": any(map(is_wrapper, model.parameters())),
         "its layers are on several devices": len({p.device for p in model.parameters()}) > 1,
         "it leaves out layers at random": bool(getattr(text_config(base_of(model)), "layerdrop", 0)),
     }

@@ -29,7 +29,7 @@ def bits(module: nn.Module) -> int | None:
     weight = module._parameters.get("weight")
     if weight is None:
         return None
-    if _is_wrapper(weight):
+    if is_wrapper(weight):
         return round(8 * max(part.nbytes for part in plain_tensors(weight)) / weight.numel())  # the rest are scales
     return 8 if weight.is_floating_point() and weight.dtype.itemsize == 1 else None
 
@@ -41,7 +41,7 @@ def is_quantised(module: nn.Module) -> bool:
 
 def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The tensors that a tensor subclass is made of; a plain tensor itself."""
-    if not _is_wrapper(tensor):
+    if not is_wrapper(tensor):
         yield tensor
         return
     for name in cast(Any, tensor).__tensor_flatten__()[0]:
@@ -67,7 +67,7 @@ def footprint(model: nn.Module) -> int:
 
 def dequantise(base: Any) -> Any:
     """``base`` with plain layers in place of all quantised ones; it is consumed."""
-    layers = [(name, layer) for name, layer in base.named_modules() if _is_wrapper(layer._parameters.get("weight"))]
+    layers = [(name, layer) for name, layer in base.named_modules() if is_wrapper(layer._parameters.get("weight"))]
     if not layers:
         return base.dequantize()
     for name, layer in layers:
@@ -80,7 +80,8 @@ def dequantise(base: Any) -> Any:
     return base
 
 
-def _is_wrapper(tensor: Any) -> bool:
+def is_wrapper(tensor: Any) -> bool:
+    """Whether it is a tensor subclass around others, as torchao's and quanto's weights are."""
     return is_traceable_wrapper_subclass(tensor)
 
 
