@@ -19,6 +19,7 @@ import logging
 import os
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -305,7 +306,13 @@ def page(found: Mapping[str, Any]) -> str:
         adapts = cells.get("all_linear", "").replace(" ", ", ").replace("%,", "%;")
         task = "" if row["task"] == Task.causal_lm.value else " (classifier)"
         lines.append(f"| {kind}{task} | {adapts} | {' | '.join(said)} |")
-    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    of = Counter(row["transformers"] for row in found["types"].values())
+    usual = of.most_common(1)[0][0]
+    numbers = {"transformers": usual} | found["versions"]
+    versions = ", ".join(f"{name} {number}" for name, number in numbers.items())
+    for other in sorted(of.keys() - {usual}):
+        own = [kind for kind, row in found["types"].items() if row["transformers"] == other]
+        versions += f"; transformers {other} for {', '.join(own)}"
     counts = f"{len(lines)} types, of which {whole} work in every column."
     notes = [f"{number}. {reason}" for reason, number in reasons.items()]
     left = [f"- {kind}: {reason}" for kind, reason in sorted(LEFT_OUT.items())]
@@ -336,9 +343,9 @@ def main() -> None:
     every = kinds()
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"types": {}, "not_run": []}
     for kind in words.only if words.only is not None else [one for one in every if one not in found["types"]]:
-        row = look(kind, every[kind])
+        row = look(kind, every[kind]) | {"transformers": version("transformers")}
         print(kind, row, flush=True)
-        found["versions"] = {name: version(name) for name in ("transformers", "peft", "torch", "bitsandbytes")}
+        found["versions"] = {name: version(name) for name in ("peft", "torch", "bitsandbytes")}
         found["types"] = dict(sorted((found["types"] | {kind: row}).items()))
         found["not_run"] = sorted(set(found["not_run"]) - {kind})
         file.write_text(json.dumps(found, indent=1) + "\n")
