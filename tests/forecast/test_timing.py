@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from peftsweep.analysis import forecast_report
+from peftsweep.config import build
 from peftsweep.config.compose import Trial
 from peftsweep.errors import InputError
-from peftsweep.forecast import duration, history, speed, timing
+from peftsweep.forecast import duration, history, speed, timing, work
 from peftsweep.forecast.duration import Estimate, Span
 from peftsweep.forecast.history import History
 from peftsweep.observe import streams
@@ -197,6 +198,21 @@ def test_seconds_are_those_of_the_steps_and_a_record_of_the_same_shape_decides(
     assert twice.decided_by == "records"
     assert twice.spans["train"].seconds == pytest.approx(2 * long.spans["train"].seconds)  # type: ignore[union-attr]
     assert twice.uncorrected["train"] == pytest.approx(long.spans["train"].seconds)  # type: ignore[union-attr]
+
+
+def test_trials_of_other_seeds_have_one_shape_and_the_flops_of_their_own_padding(compose: Compose) -> None:
+    """Then they share what one traces, and the records of one foretell the other."""
+    trials = [compose("dataset.samples=32", "train.steps=10", f"seed={seed}") for seed in (0, 1)]
+    assert trials[1].rows is not None
+    tokens = build.training_tokens(trials[1], build.load_tokenizer(trials[1]), trials[1].rows.train)
+    runs, traced = [], []
+    for one in trials:
+        run, _, _, _, operations = duration.operations(one, "cpu", tokens, judged=False)
+        runs.append(run)
+        traced.append(operations)
+    assert runs[0].shape == runs[1].shape  # type: ignore[union-attr]
+    assert traced[0] is traced[1]
+    assert runs[1].tokens == pytest.approx(work._batches(tokens, trials[1].config.train, 1).tokens)  # type: ignore[union-attr]
 
 
 def test_a_base_that_an_earlier_trial_scores_is_in_no_seconds_of_a_later_one(

@@ -59,6 +59,11 @@ class Shape:
     answer_length: int  # positions from the first answer token of any row on
     answer_tokens: int  # of all rows together
 
+    @property
+    def tokens(self) -> int:
+        """With padding."""
+        return self.rows * self.length
+
 
 def shapes(rows: Sequence[Tokens], config: TrainConfig, seed: int) -> list[Shape]:
     """Those of all micro-batches of a run on ``rows``, each once."""
@@ -154,14 +159,14 @@ def predict(
             setattr(base_of(adapted), SHORTCUTS, known_shortcuts(base_of(adapted)))
     training_optimizer.enable_checkpointing(adapted, config.checkpointing)
     adapted.train()
-    longest = max(shapes, key=lambda shape: (shape.rows * shape.length, shape.answer_length))
+    longest = max(shapes, key=lambda shape: (shape.tokens, shape.answer_length))
     first = _trace(adapted, config, longest, device, slots)
     # Another may hold more answer tokens. What a token and what the head takes for such a one is known now.
-    token = first.activation_bytes / (longest.rows * longest.length)
+    token = first.activation_bytes / longest.tokens
     before = first.weights_bytes + first.adapter_bytes + first.optimizer_bytes + first.activation_bytes
     at_head = max(2 * first.logits_bytes, first.forward_peak - before)  # logits that are kept have a gradient later
     answer = at_head / max(longest.answer_tokens, 1)
-    other = max(shapes, key=lambda shape: shape.rows * shape.length * token + shape.answer_tokens * answer)
+    other = max(shapes, key=lambda shape: shape.tokens * token + shape.answer_tokens * answer)
     if other == longest:
         return first
     return max(first, _trace(adapted, config, other, device, slots), key=lambda one: one.peak_bytes)

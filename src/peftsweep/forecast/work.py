@@ -60,6 +60,11 @@ class Batches:
     count: float
     scale: float = 1.0  # mean tokens over those of the mean shape, whose sizes are whole numbers
 
+    @property
+    def tokens(self) -> float:
+        """Of the mean one, with padding."""
+        return self.shape.tokens * self.scale
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -130,8 +135,9 @@ def run_of(
         train = {key: value for key, value in trial.tree["train"].items() if key not in forecast.RATES}
         of_rows = [trial.tree["dataset"], rows.fingerprints["train"], train, build.virtual_tokens(trial)]
         return once(["run", forecast._of_the_model(trial), *of_rows], read), None
-    if tokens:
-        return _batches(tokens, config, trial.config.seed), None
+    if tokens:  # the mean batch of seed 0, whose operations and records trials of other seeds share, scaled to this one's
+        usual, own = (_batches(tokens, config, seed) for seed in (0, trial.config.seed))
+        return Batches(usual.shape, own.count, own.tokens / usual.shape.tokens), None
     if config.epochs is not None:
         return None, "train.epochs is a number of steps only with the rows, which are not here yet"
     return Batches(forecast.longest(trial), config.steps * config.accumulation), None
