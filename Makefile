@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 RAY = .venv-ray
 OPTUNA_2 = .venv-optuna-2
-BENCHMARKS = loop_overhead generation memory_prediction sweep_wall_time collect_scale planning
+BENCHMARKS = loop_overhead inference memory_prediction start_to_end collect_scale planning
 
 # Where this is set, each process compiles torch, transformers and peft anew: twice the time of a short command.
 export PYTHONDONTWRITEBYTECODE =

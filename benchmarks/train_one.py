@@ -1,6 +1,6 @@
 """One LoRA trial as one writes it by hand with transformers and PEFT: train, evaluate, save, print the scores.
 
-Called by sweep_wall_time.py in a loop, a process a trial.
+Called by start_to_end.py in a loop, a process a trial.
 
     python benchmarks/train_one.py --model DIR --rows DIR --rank 8 --seed 0 --steps 100 --out DIR
 """

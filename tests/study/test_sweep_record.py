@@ -36,6 +36,7 @@ def test_seconds_in_which_no_trial_runs_are_counted_once_however_many_run(
     assert found["seconds"] == 21.0
     assert found["seconds_in_trials"] == 9.0
     assert found["seconds_outside_trials"] == 12.0
+    assert (found["seconds_before_trials"], found["seconds_between_trials"]) == (5.0, 6.0)
     assert found["trials"] == {"success": 3}
     assert found["workers"] == 2
     assert sweep_record.last(tmp_path) == found

@@ -135,7 +135,7 @@ def run_of(
         train = {key: value for key, value in trial.tree["train"].items() if key not in forecast.RATES}
         of_rows = [trial.tree["dataset"], rows.fingerprints["train"], train, build.virtual_tokens(trial)]
         return once(["run", forecast._of_the_model(trial), *of_rows], read), None
-    if tokens:  # the mean batch of seed 0, whose operations and records trials of other seeds share, scaled to this one's
+    if tokens:  # the mean batch of seed 0, scaled: trials of other seeds then share its operations and its records
         usual, own = (_batches(tokens, config, seed) for seed in (0, trial.config.seed))
         return Batches(usual.shape, own.count, own.tokens / usual.shape.tokens), None
     if config.epochs is not None:

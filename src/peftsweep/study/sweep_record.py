@@ -69,7 +69,10 @@ class SweepRecord:
             return
         seconds = time.perf_counter() - self._began
         trials = covered(self._spans)
+        first, last = min(begin for begin, _ in self._spans), max(end for _, end in self._spans)
         times = {"seconds": seconds, "seconds_in_trials": trials, "seconds_outside_trials": seconds - trials}
+        # Of those outside: until the first trial, and from the end of trials to the next. The rest is after the last.
+        times |= {"seconds_before_trials": first - self._began, "seconds_between_trials": last - first - trials}
         ended = {"trials": dict(self._ended), "not_run": self._left}
         record.write_json(self._file, self._facts | ended | times)
 

@@ -1,13 +1,15 @@
-"""How long does a sweep take beside a shell loop over a script, and its planning a point?
+"""How long does a sweep take from start to end, beside a shell loop over a script, and what of it is no trial?
 
-    python benchmarks/sweep_wall_time.py [--rounds 3] [--train-seconds 3] [--points 1000] [--out FILE]
+    python benchmarks/start_to_end.py [--rounds 3] [--train-seconds 3] [--points 1000] [--out FILE]
 
 Twelve LoRA trials of the embedded model (four ranks, three seeds) on the same rows: by `peftsweep` with one worker
 (the default on a CPU; it takes all cores) and with two, and by a loop that starts `train_one.py` for each, which does
 the same with plain transformers and PEFT: the same number of steps of the same size, perplexity and written answers of
 base and adapter on 200 rows, the adapter saved. All in turns, in fresh folders. How many steps are ``--train-seconds``
-of training is found out first. `planning` is the time from the command to the first trial (composed, checked, hashed,
-looked up) of a sweep over so many points, less that of ten, for each point.
+of training is found out first. ``outside_trials`` are the seconds of each sweep in which no trial ran: in all, before
+the first (imports, checks, the worker's start), and from the end of each trial to the next. `planning` is the time
+from the command to the first trial (composed, checked, hashed, looked up) of a sweep over so many points, less that of
+ten, for each point.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from peftsweep.config.compose import trial as make_trial
 from peftsweep.data import templates
 from peftsweep.models import model
 from peftsweep.schema import ModelConfig
+from peftsweep.study import store, sweep_record
 
 RANKS, SEEDS = (4, 8, 16, 32), (0, 1, 2)
 HERE = Path(__file__).resolve().parent
@@ -63,17 +66,20 @@ def main() -> None:
                 seconds[name].append(time.perf_counter() - start)
                 print(f"{name}: {seconds[name][-1]:.1f} s, accuracies {scores}", flush=True)
         studies = [f"one_worker{number}" for number in range(options.rounds)]
+        sweeps, rounds = [name for name in sides if name != "shell_loop"], range(options.rounds)
+        outside = {name: [outside_trials(f"{name}{number}") for number in rounds] for name in sweeps}
         train_seconds = [float(peftsweep.load(one)["train_info.train_seconds"].median()) for one in studies]
         planned = {points: planning(points) for points in (FEW, options.points)}
     ratios = {
         name: [ours / theirs for ours, theirs in zip(seconds[name], seconds["shell_loop"], strict=True)]
-        for name in ("one_worker", "two_workers")
+        for name in sweeps
     }
     result = {
         "share_of_the_shell_loops_time": {
             name: {"median": statistics.median(every), "all": every} for name, every in ratios.items()
         },
         "seconds": seconds,
+        "outside_trials": outside,
         "trials": len(RANKS) * len(SEEDS),
         "steps": steps,
         "train_seconds_of_a_trial": train_seconds,
@@ -112,6 +118,17 @@ def sweep(name: str, steps: int, workers: int = 1) -> list[float]:
     words.append(f"hydra.launcher.workers={workers}")
     subprocess.run([sys.executable, "-c", OURS, *words], check=True, stdout=subprocess.DEVNULL)
     return sorted(float(value) for value in peftsweep.load(name)["eval_info.tiny_math.accuracy.value"])
+
+
+def outside_trials(name: str) -> dict[str, float]:
+    """Of the sweep of that study, as its record says."""
+    found = sweep_record.last(store.folder(name)) or {}
+    gaps = len(RANKS) * len(SEEDS) - 1
+    return {
+        "seconds": found["seconds_outside_trials"],
+        "before_the_first": found["seconds_before_trials"],
+        "from_one_to_the_next": found["seconds_between_trials"] / gaps,
+    }
 
 
 def shell_loop(name: str, steps: int) -> list[float]:
