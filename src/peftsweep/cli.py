@@ -164,6 +164,7 @@ def _hydra() -> int:
 def _checked(words: Sequence[str]) -> list[str]:
     """The words of a command as Hydra is to read them."""
     conf = Path(fill.conf_dir())
+    command_line.check_names(words, conf)
     shorthand.forget()
     checked = command_line.checked(shorthand.expanded(words, [conf, *command_line.own_folders(words)]), conf)
     command_line.check_twice(checked, conf)

@@ -265,6 +265,20 @@ def wrong_yaml(words: Sequence[str], *, only_chosen: bool = False) -> str | None
     return None
 
 
+def check_names(words: Sequence[str], conf: Path) -> None:
+    """Refuse a yaml of ``--config-dir`` that has the name of one of ours, which Hydra would read in its place.
+
+    Raises:
+        InputError: the line names the file.
+    """
+    for folder in own_folders(words):
+        for file in sorted(folder.rglob("*.yaml")):
+            name = file.relative_to(folder)
+            if (conf / name).is_file():
+                option = f"{name.parent.as_posix()}={name.stem}" if name.parent.name else name.name
+                raise InputError(f"{file}: {option} is one of peftsweep's own; give the file another name")
+
+
 def _unlike_ours(node: yaml.Node) -> tuple[int, str] | None:
     """The line and fault of a tree that is no configuration: it must have keys, each once, and no tags."""
     if not isinstance(node, yaml.MappingNode):

@@ -280,6 +280,19 @@ def test_a_wrong_yaml_of_ones_own_is_named_with_its_line(
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(("file", "option"), [("sweep/methods.yaml", "sweep=methods"), ("config.yaml", "config.yaml")])
+def test_a_yaml_of_ones_own_with_the_name_of_ours_is_refused_and_not_passed_over(
+    file: str, option: str, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    Path("mine/sweep").mkdir(parents=True)
+    Path("mine", file).write_text("train: {steps: 3}\n")
+    code, _, err = command("--config-dir", "mine", "dry_run=true")
+    assert (code, err) == (
+        2,
+        f"peftsweep: mine/{file}: {option} is one of peftsweep's own; give the file another name\n",
+    )
+
+
 @pytest.mark.parametrize("text", ["", "# @package _global_\nmethod: {}\n"])
 def test_a_method_yaml_that_names_no_method_is_no_full_fine_tuning(
     text: str, command: Callable[..., tuple[int, str, str]]

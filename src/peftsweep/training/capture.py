@@ -283,8 +283,9 @@ class StaticSteps:
         if static is None:
             return None
         static.fill(batch, answer_tokens)
-        left = self._left[static.batch.input_ids.shape[1]]
-        self._left[static.batch.input_ids.shape[1]] -= 1
+        length = batch.input_ids.shape[1]
+        left = self._left[length]
+        self._left[length] = left - 1
         if static.graph is not None:
             static.graph.replay()
             return static.losses
