@@ -19,6 +19,7 @@ from peftsweep.analysis.answer import build, render, structure
 from peftsweep.analysis.answer.structure import Answer
 from peftsweep.analysis.figures import page, plot
 from peftsweep.analysis.statistics import trials as statistics_trials
+from peftsweep.analysis.statistics.task import study_tasks
 from peftsweep.analysis.table import columns, naming
 from peftsweep.analysis.table.columns import CALLED, NAME
 from peftsweep.analysis.table.table import (
@@ -36,7 +37,7 @@ from peftsweep.analysis.table.table import (
     write_parquet,
 )
 from peftsweep.analysis.table.where import where
-from peftsweep.analysis.text import findings, halving_notes, recommendations, report
+from peftsweep.analysis.text import halving_notes, recommendations, report
 from peftsweep.errors import InputError
 from peftsweep.observe.display import summary
 from peftsweep.study import claims as study_claims
@@ -114,7 +115,7 @@ def _collected(options: Options) -> tuple[int, list[Answer]]:
         rows = predictions(one.folder)
         written, answer = _write(one, called, rows, options)
         if options.where or answer is None:
-            found = findings.tasks(mine, rows)
+            found = study_tasks(mine, rows)
             answer = build.answer(one.folder, mine, found, steps(one.results), options.quality_loss)
         answers.append(answer)
         if len(mine):

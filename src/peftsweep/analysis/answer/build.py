@@ -36,10 +36,10 @@ from peftsweep.analysis.answer.structure import (
     number,
 )
 from peftsweep.analysis.statistics import trials
+from peftsweep.analysis.statistics.task import Task
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.columns import PREDICTED
 from peftsweep.analysis.text import findings, recommendations, searches, words
-from peftsweep.analysis.text.findings import Task
 from peftsweep.analysis.text.searches import Search
 from peftsweep.study import record, store
 from peftsweep.study.reading import read_yaml, usable

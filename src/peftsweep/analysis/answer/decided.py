@@ -7,9 +7,10 @@ from typing import Any
 
 from peftsweep.analysis.answer.structure import TUNE, Base, Decision, Placebo, Section
 from peftsweep.analysis.statistics import trials
+from peftsweep.analysis.statistics.task import Task
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.text import findings, words
-from peftsweep.analysis.text.findings import Advice, Task
+from peftsweep.analysis.text.findings import Advice
 from peftsweep.analysis.text.searches import Search
 from peftsweep.study.record import Status
 

@@ -11,10 +11,10 @@ import pandas as pd
 from peftsweep.analysis.answer.structure import Column, Section, Table, Unit, number
 from peftsweep.analysis.answer.tables import best_first
 from peftsweep.analysis.statistics import trials
+from peftsweep.analysis.statistics.task import Task
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.table import BREAK_EVEN, COMPILE, SPEED_UP
 from peftsweep.analysis.text import words
-from peftsweep.analysis.text.findings import Task
 
 MOST = 12  # configurations of a table, the best first
 FEWEST_STEPS = 6  # logged steps of a trial, from which on the interval of a speed-up is told

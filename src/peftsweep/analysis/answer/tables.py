@@ -9,8 +9,8 @@ import pandas as pd
 
 from peftsweep.analysis.answer.structure import Column, Table, number
 from peftsweep.analysis.statistics import trials
+from peftsweep.analysis.statistics.task import Task
 from peftsweep.analysis.table import columns
-from peftsweep.analysis.text.findings import Task
 from peftsweep.study.scores import baseline
 
 MOST = 100  # configurations of a table

@@ -10,9 +10,9 @@ import pandas as pd
 
 from peftsweep.analysis.answer.structure import WARNINGS, Section
 from peftsweep.analysis.statistics import trials
+from peftsweep.analysis.statistics.task import Task
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.text import words
-from peftsweep.analysis.text.findings import Task
 from peftsweep.study import record
 from peftsweep.study.record import Status
 

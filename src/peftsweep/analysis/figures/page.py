@@ -32,9 +32,10 @@ from peftsweep.analysis.figures.charts import (
 )
 from peftsweep.analysis.statistics import effects, stats, trials
 from peftsweep.analysis.statistics import measured as statistics_measured
+from peftsweep.analysis.statistics.task import study_tasks
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.columns import CALLED, STATUS, WARNINGS
-from peftsweep.analysis.text import findings, paired
+from peftsweep.analysis.text import paired
 from peftsweep.study.record import counted, trials_in_words, write_text
 
 REPORT = "report.html"
@@ -122,7 +123,7 @@ def write(
 
     It opens with the ``answer``, which is made here where it is not given.
     """
-    answer = answer or build.answer(folder, table, findings.tasks(table, predictions), steps)
+    answer = answer or build.answer(folder, table, study_tasks(table, predictions), steps)
     shared, differing = _settings(table)
     table = table.assign(**{CALLED: columns.named_trials(table)})
     every = trials.tasks(table)

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
 from peftsweep.analysis.statistics import effects
 from peftsweep.analysis.statistics.effects import VARYING, Moved
+from peftsweep.analysis.statistics.task import Task
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.columns import DEVICE_MEMORY, RANK
 from peftsweep.analysis.text import words
 from peftsweep.analysis.text.words import SECONDS
 
-if TYPE_CHECKING:
-    from peftsweep.analysis.text.findings import Task
-
-
-MOST_MOVED = 6  # settings that move with a factor: with more, nothing is put down to it
+MAX_MOVED_SETTINGS = 6  # where more settings than these change with a factor, no difference is attributed to it
 
 
 def keys_of(task: Task, moved: Iterable[Moved]) -> str:
@@ -26,13 +23,13 @@ def keys_of(task: Task, moved: Iterable[Moved]) -> str:
     return ", ".join(dict.fromkeys(task.names.key(one.key) for one in moved))
 
 
-def of_factor(task: Task, factor: str, score: str) -> list[str]:
+def score_findings(task: Task, factor: str, score: str) -> list[str]:
     """What the data says of a factor, in sentences; of a setting that moves with it each says so."""
     found = task.effects(score, factor)
     if found.empty:
         return []
     moved = [one for several in found["moved"] for one in several]
-    if len({one.key for one in moved}) > MOST_MOVED:
+    if len({one.key for one in moved}) > MAX_MOVED_SETTINGS:
         return [_not_told(task, factor, score, found, moved)]
     if factor == RANK and (line := _enough_rank(task, score)):
         return [line]
@@ -204,7 +201,7 @@ def cost_findings(task: Task, factor: str, costs: Mapping[str, pd.DataFrame]) ->
                 level, reference = (
                     words.code(task.names.setting(factor, row[name])) for name in ("level", "reference")
                 )
-                if len(row["moved"]) > MOST_MOVED:
+                if len(row["moved"]) > MAX_MOVED_SETTINGS:
                     continue
                 times = f"{1 + row['difference']:.2f} times [{1 + row['low']:.2f}, {1 + row['high']:.2f}]"
                 name = f"{columns.factor_name(column)}{_over(task, row)}"

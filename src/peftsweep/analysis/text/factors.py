@@ -8,9 +8,9 @@ from typing import Any
 import pandas as pd
 
 from peftsweep.analysis.statistics import effects, rungs, trials
+from peftsweep.analysis.statistics.task import Task
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.text import factor_findings, findings, words
-from peftsweep.analysis.text.findings import Task
 from peftsweep.analysis.text.words import ADAPTER, PARAMETERS, SECONDS, SPEED
 
 APPROXIMATE = "≈ marks a difference that may be chance."
@@ -50,7 +50,9 @@ def _told(task: Task, factor: str) -> Iterator[str]:
             yield ""
         if not quality and (moving := task.design.moving(factor)):
             yield f"- With the {columns.factor_name(factor)} moved {', '.join(map(task.names.key, moving))}."
-        yield from (f"- {line}" for score in task.scores for line in factor_findings.of_factor(task, factor, score))
+        yield from (
+            f"- {line}" for score in task.scores for line in factor_findings.score_findings(task, factor, score)
+        )
         yield from (f"- {line}" for line in factor_findings.cost_findings(task, factor, costs))
     elif task.design.levels[factor].nunique() > effects.MOST_LEVELS:
         yield from _trend(task, factor)

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 import pandas as pd
 
 from peftsweep.analysis.statistics import rungs, trials
+from peftsweep.analysis.statistics.task import Task
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.text import words
-from peftsweep.analysis.text.findings import Task
 from peftsweep.analysis.text.words import ROWS
 from peftsweep.study.record import Status
 

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from peftsweep.analysis.statistics import comparisons, measured
 from peftsweep.analysis.statistics import trials as statistics_trials
+from peftsweep.analysis.statistics.task import Task
 from peftsweep.analysis.statistics.trials import Floats
 from peftsweep.analysis.table.columns import evaluation, lower_is_better, score_name
 from peftsweep.analysis.table.table import predictions_file
 from peftsweep.analysis.text import words
-from peftsweep.analysis.text.findings import Task
 from peftsweep.study import record
 from peftsweep.study.reading import Unreadable
 

@@ -15,11 +15,11 @@ from peftsweep.analysis.answer import build, render, structure
 from peftsweep.analysis.answer.structure import USE, Answer, Use
 from peftsweep.analysis.statistics import frontier
 from peftsweep.analysis.statistics import trials as statistics_trials
+from peftsweep.analysis.statistics.task import Task, study_tasks
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.columns import QUANT, RANK, TARGETS
 from peftsweep.analysis.text import findings, methodology, paired, recommendations, words
 from peftsweep.analysis.text.factors import cost_section, factor_section, standing_section
-from peftsweep.analysis.text.findings import Task
 from peftsweep.analysis.text.recommendations import QUALITY_LOSS
 from peftsweep.analysis.text.words import ADAPTER, ROWS, SECONDS
 from peftsweep.study import record
@@ -48,7 +48,7 @@ def write(
 
     ``quality_loss`` is the share of the best figure that may be lost where speed goes before quality.
     """
-    file, found = folder / RESULTS, findings.tasks(table, predictions)
+    file, found = folder / RESULTS, study_tasks(table, predictions)
     answer = build.answer(folder, table, found, steps, quality_loss)
     structure.write(answer, folder, render.plain)
     lines = _document(folder, table, found, answer, steps, plots, quality_loss)

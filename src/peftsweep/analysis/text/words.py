@@ -16,7 +16,6 @@ from peftsweep.study.record import Status
 
 ADAPTER, SECONDS = columns.ADAPTER.column, columns.TRAINING_TIME.column
 PARAMETERS, SPEED = columns.TRAINABLE.column, "train_info.tokens_per_second"
-SHOWN_MEMORY = tuple(memory.column for memory in columns.MEMORY)  # the first that is known
 ROWS = 25  # of a table; results.parquet has all
 
 
