@@ -32,6 +32,7 @@ from tests.composing import keep_compositions
 
 SMALL = ["train.steps=4", "train.log_every=2", "dataset.samples=64", "eval.tiny_math.samples=8"]
 SMALL += ["eval.perplexity.samples=8", "train.batch_size=4", "device=cpu"]
+SMALL += ["adapter.check=false"]  # a sixth of such a trial; tests of what is saved say adapter.check=true
 Found = TypeVar("Found")
 
 

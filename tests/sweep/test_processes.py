@@ -102,6 +102,7 @@ def on_gpu_host(scratch: Path, *words: str, **environment: str) -> tuple[subproc
 
 
 @pretended
+@pytest.mark.slow  # the test below it tells when workers are forked too
 def test_workers_are_forked_before_cuda_is_initialised(scratch: Path) -> None:
     done, lines = on_gpu_host(scratch, *TINY, "device=cpu")
     assert "forks" not in lines
