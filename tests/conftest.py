@@ -14,21 +14,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
-import torch
 
 from peftsweep import cli
 from peftsweep.config.compose import Trial
 from peftsweep.config.compose import trial as make_trial
-from peftsweep.forecast import timing
-from peftsweep.forecast.duration import Estimate
 from peftsweep.study import record
 from peftsweep.study.record import Result
-from peftsweep.training import loop
-from peftsweep.trial import foreseen
 from tests.composing import keep_compositions
+
+if TYPE_CHECKING:
+    import torch  # imported where it is used: the process of pytest-xdist that only deals out tests goes without it
 
 SMALL = ["train.steps=4", "train.log_every=2", "dataset.samples=64", "eval.tiny_math.samples=8"]
 SMALL += ["eval.perplexity.samples=8", "train.batch_size=4", "device=cpu"]
@@ -46,9 +44,10 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def composing() -> Iterator[pytest.MonkeyPatch]:
-    """Hydra composes a choice of options once in this process, see tests/composing.py."""
+    """Hydra composes a choice of options once in this process, see tests/composing.py; no test waits for the disk."""
     with pytest.MonkeyPatch.context() as patch:
         keep_compositions(patch)
+        patch.setattr(os, "fsync", lambda _: None)
         yield patch
 
 
@@ -60,6 +59,10 @@ def without_times(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     """
     if "forecast" in request.path.parts:
         return
+    from peftsweep.forecast import timing
+    from peftsweep.forecast.duration import Estimate
+    from peftsweep.trial import foreseen
+
     nothing = Estimate(unknown={"train": "not asked for"})
     monkeypatch.setattr(timing.Timing, "estimate", lambda self, one: nothing)
     monkeypatch.setattr(timing.Timing, "measure", lambda self: None)
@@ -87,6 +90,8 @@ def pytest_collection_finish() -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests of a GPU are skipped where there is none."""
+    import torch
+
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs CUDA")
 
@@ -160,6 +165,8 @@ def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture
 def fails_at_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Have every training of this rank, in this process, raise an error that says ``broken``."""
+    from peftsweep.training import loop
+
     real = loop.train
 
     def arrange(rank: int) -> None:
@@ -203,6 +210,8 @@ SAME_WEIGHTS = 5e-5
 
 def apart(weights: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> float:
     """How far the weights are from the others, relative to the norm of all of these."""
+    import torch
+
     assert weights.keys() == others.keys()
     one, other = (torch.cat([tensors[name].detach().flatten() for name in others]) for tensors in (weights, others))
     return float((one - other).norm() / other.norm())

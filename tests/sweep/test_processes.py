@@ -187,7 +187,7 @@ def test_a_device_that_is_not_there_is_refused(
 # ---- what a trial has started ends with its worker ---------------------------------------------------
 
 GUARDED = """
-import ctypes, os, subprocess, sys, time
+import ctypes, os, subprocess, sys
 from multiprocessing import Pipe
 from peftsweep.sweep import processes
 
@@ -204,7 +204,7 @@ if (guard := os.fork()) == 0:
     exec(sys.argv[2])
 held.close()
 if sys.argv[3] == "lets go":
-    time.sleep(3.0)
+    sys.stdin.readline()
     leash.close()
 print(os.waitstatus_to_exitcode(os.waitpid(guard, 0)[1]), flush=True)
 """
@@ -230,10 +230,15 @@ def test_all_that_a_worker_started_ends_with_it(does: str, how: str, code: int |
     """Also what has left its group and session, also if the worker can do nothing about it any more."""
     seconds = f"600.{uuid.uuid4().int % 10**9:09}"
     words = [sys.executable, "-c", GUARDED, seconds, does, how]
-    command = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    command = subprocess.Popen(words, **pipes, text=True, start_new_session=True)
+    assert command.stdin
     assert command.stdout
     assert command.stdout.readline() == "started\n"
-    assert how != "lets go" or wait_for(lambda: len(left(seconds)) == 3, command)
+    if how == "lets go":
+        assert wait_for(lambda: len(left(seconds)) == 3, command)
+        command.stdin.write("\n")
+        command.stdin.flush()
     if how == "is killed":
         os.killpg(command.pid, signal.SIGKILL)
     out, _ = command.communicate(timeout=60)
