@@ -340,7 +340,7 @@ def type_of(key: str) -> Any:
         if part.isdecimal():
             lists = [one for one in (kind, *typing.get_args(kind)) if typing.get_origin(one) is list]
             return typing.get_args(lists[0])[0] if lists else None
-        kinds = key_types(kind) if dataclasses.is_dataclass(kind) else {}
+        kinds = key_types(kind) if isinstance(kind, type) and dataclasses.is_dataclass(kind) else {}
         if part not in kinds:
             return None
         kind = kinds[part]

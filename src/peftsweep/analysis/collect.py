@@ -218,7 +218,7 @@ def status(names: Sequence[str], as_json: bool = False) -> int:
         print(_one_or_all([record.plain(one) for one in found]))
         return 0
     for one in found:
-        print(f"{one.folder}: {in_words(one.trials)}, {len(one.running)} running")
+        print(f"{one.folder}: {counts_in_words(one.trials)}, {len(one.running)} running")
         for claim in one.running:
             print(f"    running: {claim}")
         if one.cut_off:
@@ -246,7 +246,7 @@ def _standing(folder: Path) -> Standing:
     )
 
 
-def in_words(trials: Mapping[str, int]) -> str:
+def counts_in_words(trials: Mapping[str, int]) -> str:
     """Counts by status: ``3 trials: 2 success, 1 failed``."""
     return counted(Counter(trials).elements())
 
@@ -254,7 +254,7 @@ def in_words(trials: Mapping[str, int]) -> str:
 def _failures(results: Sequence[Result]) -> dict[str, list[str]]:
     """Why trials did not succeed -> the names of those it befell."""
     found: dict[str, list[str]] = {}
-    names = naming.of_trees([vars(result) for result in results])
+    names = naming.trial_names([vars(result) for result in results])
     for result, name in zip(results, names, strict=True):
         if result.status is not Status.success:
             reason = summary(result)[0] if result.error else result.status.name

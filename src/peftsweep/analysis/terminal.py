@@ -130,16 +130,16 @@ def print_study(table: pd.DataFrame, name: str, answer: Answer, *, of: int) -> N
         title += f"; the {len(shown)} " + (f"best by {', '.join(sorted(by))}" if by else "newest")
         title += " of each model and dataset" if len(tasks) > 1 else ""
     show(title, _columns(shown, all_good=_all_good(table)), to)
-    for section in answer.of("table"):
+    for section in answer.sections_named("table"):
         for found in section.tables[1:]:
             if len(found.columns) >= MANY_TESTS + 2:
-                show(render.heading(section).replace(section.title, found.title), _of_answer(found), to)
+                show(render.heading(section).replace(section.title, found.title), _answer_columns(found), to)
     print_generation(shown, to)
     for line in notes(table, shown):
         to.print(line, markup=False, soft_wrap=True)
 
 
-def _of_answer(table: Table) -> list[Shown]:
+def _answer_columns(table: Table) -> list[Shown]:
     """The columns of a table of the answer, without intervals."""
     plain = [Column(column.key, column.title, column.unit) for column in table.columns]
     rows = [{key: value for key, value in row.items() if not key.endswith((".low", ".high"))} for row in table.rows]

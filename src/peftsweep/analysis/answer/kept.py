@@ -23,7 +23,7 @@ MOST = 100  # rows of the table
 
 def section(table: pd.DataFrame) -> Section | None:
     """The scales and the one that keeps most, of each trial that was scored so; None where none was."""
-    trials = [(name, found) for name, found in retention.of_table(table) if found]
+    trials = [(name, found) for name, found in retention.table_curves(table) if found]
     if not trials:
         return None
     rows = [row for name, found in trials for row in _rows(name, found)]
@@ -41,7 +41,7 @@ def _rows(name: str, found: list[ScaleCurve]) -> list[dict[str, Any]]:
     for scale in sorted({point.scale for curve in found for point in curve.points}):
         row: dict[str, Any] = {"trial": name, "scale": scale}
         for curve in found:
-            if (point := curve.at(scale)) is not None:
+            if (point := curve.score_at(scale)) is not None:
                 key = _key(curve)
                 row[key] = point.value
                 if point.stderr is not None:

@@ -137,7 +137,7 @@ def _generation(task: Task) -> list[Table]:
     heads += [Column(*key) for key in keys]
     rows = [
         {"configuration": task.labels[n], "category": category, "model": variant}
-        | _of_variant(task, n, f"{prefix}{category}.{variant}.", keys)
+        | _variant_figures(task, n, f"{prefix}{category}.{variant}.", keys)
         for n in best_first(task)[:MOST]
         for category in sorted(categories, key=lambda c: (c == "overall", c))
         for variant in ("base", "adapted", "merged")
@@ -146,19 +146,19 @@ def _generation(task: Task) -> list[Table]:
     return _table(task, "", heads, rows, note)
 
 
-def _of_variant(task: Task, n: Any, prefix: str, keys: Sequence[tuple[str, str, Unit]]) -> dict[str, Any]:
+def _variant_figures(task: Task, n: Any, prefix: str, keys: Sequence[tuple[str, str, Unit]]) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for key, _, kind in keys:
         if kind == "change":
             for part, end in (("value", ""), ("low", ".low"), ("high", ".high")):
-                ratio = number(_at(task, n, f"{prefix}{key}.{part}"))
+                ratio = number(_value_at(task, n, f"{prefix}{key}.{part}"))
                 row[key + end] = None if ratio is None else ratio - 1
         else:
-            row[key] = number(_at(task, n, prefix + key))
+            row[key] = number(_value_at(task, n, prefix + key))
     return row
 
 
-def _at(task: Task, n: Any, column: str) -> Any:
+def _value_at(task: Task, n: Any, column: str) -> Any:
     return task.configurations.at[n, column] if column in task.configurations else None
 
 
@@ -250,8 +250,8 @@ def _compilation(task: Task, steps: pd.DataFrame) -> Iterator[Table]:
     rows = []
     compiled = task.configurations.index[task.configurations[COMPILE].fillna("none").ne("none")]
     for n in [n for n in best_first(task) if n in set(compiled)][:MOST]:
-        row: dict[str, Any] = {"configuration": task.labels[n]} | {c: number(_at(task, n, c)) for c in facts}
-        gain, even = number(_at(task, n, SPEED_UP)), _at(task, n, BREAK_EVEN)
+        row: dict[str, Any] = {"configuration": task.labels[n]} | {c: number(_value_at(task, n, c)) for c in facts}
+        gain, even = number(_value_at(task, n, SPEED_UP)), _value_at(task, n, BREAK_EVEN)
         low, high = speed_up_interval(*_step_times(task, steps, n)) if gain is not None else (None, None)
         row |= {"speed": None if gain is None else gain - 1, "speed.low": low, "speed.high": high}
         never = even is not None and not pd.isna(even) and np.isinf(even)

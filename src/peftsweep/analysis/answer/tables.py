@@ -17,7 +17,7 @@ MOST = 100  # configurations of a table
 AVERAGE = "average"
 
 
-def of(task: Task) -> list[Table]:
+def score_tables(task: Task) -> list[Table]:
     """What the configurations score and cost, the best first; and the matrix where there is one."""
     order, shown = best_first(task), task.scores
     costs = columns.costs(task.configurations)
@@ -69,7 +69,7 @@ def matrix(task: Task) -> Table | None:
     order = averages.sort_values(ascending=False, na_position="last", kind="stable").index
     rows = [_row(task.labels[n], dict(zip(tests, values.loc[n], strict=True))) for n in order[:MOST]]
     best = order[0]
-    for name, found in _beside(task, tests, best).items():
+    for name, found in _references(task, tests, best).items():
         if any(value is not None for value in found.values()):
             rows.append(_row(name, found))
     heads = [Column("configuration", "configuration"), Column(AVERAGE, AVERAGE, "score")]
@@ -88,7 +88,7 @@ def _row(name: str, values: dict[str, Any]) -> dict[str, Any]:
     return {"configuration": name, AVERAGE: float(np.mean(whole)) if len(whole) == len(known) else None, **known}
 
 
-def _beside(task: Task, tests: list[str], best: Any) -> dict[str, dict[str, float | None]]:
+def _references(task: Task, tests: list[str], best: Any) -> dict[str, dict[str, float | None]]:
     """What each test's scores are held against: the best configuration's base, chance, and answers that can be read."""
     found: dict[str, dict[str, float | None]] = {}
     for test in tests:

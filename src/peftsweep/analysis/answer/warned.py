@@ -18,7 +18,7 @@ from peftsweep.study.record import Status
 
 FIGURE = re.compile(r"'[^']*'|\d[\d.,]*")  # what of a warning differs from one trial to the next
 JUDGED = f"run_info.{record.JUDGED}"
-READ_OTHERWISE = "an earlier version read answers by other rules than those of the others; force=true judges them anew"
+READ_OTHERWISE = "an earlier version read these answers by other rules; force=true evaluates them again"
 WARNED = 5  # configurations that a warning names
 
 

@@ -161,7 +161,7 @@ def write(
 def _answer(answer: Answer) -> list[str]:
     """The sections that answer, in their order, and the tables of scores where there are several tests."""
     told = [part for part in answer.sections if part.sentences]
-    scores = [part for part in answer.of("table") if len(part.tables) > 1]
+    scores = [part for part in answer.sections_named("table") if len(part.tables) > 1]
     return [
         f'<section class="answer {html.escape(part.name)}"><h2>{html.escape(render.heading(part))}</h2>\n'
         f"{render.as_html(part)}</section>"
@@ -171,7 +171,7 @@ def _answer(answer: Answer) -> list[str]:
 
 def _printed(answer: Answer) -> str:
     """What stands on paper for the table of trials, which scrolls: the scores and costs of the configurations."""
-    tables = [dataclasses.replace(part, tables=part.tables[:1]) for part in answer.of("table")]
+    tables = [dataclasses.replace(part, tables=part.tables[:1]) for part in answer.sections_named("table")]
     return f'<div class="printed">{"".join(map(render.as_html, tables))}</div>'
 
 

@@ -189,7 +189,7 @@ def named_trials(table: pd.DataFrame) -> list[str]:
 def names_of_trials(table: pd.DataFrame) -> Names:
     """What the settings and trials of ``table`` are called."""
     ours = [c for c in table.columns if c.startswith(naming.SETTINGS)]
-    return naming.of_all(texts(table, ours))
+    return naming.full_names(texts(table, ours))
 
 
 def labels(table: pd.DataFrame, factors: Sequence[str], names: Names | None = None) -> pd.Series[Any]:
@@ -200,14 +200,14 @@ def labels(table: pd.DataFrame, factors: Sequence[str], names: Names | None = No
     return pd.Series([", ".join(filter(None, row)) or "default" for row in rows], table.index, dtype=object)
 
 
-def in_words(factor: str, value: Any) -> str:
+def setting_in_words(factor: str, value: Any) -> str:
     """One value of a choice or setting; empty where the trial has no such setting."""
     return Names({}).setting(factor, value)
 
 
 def level_name(factor: str, value: Any, names: Names | None = None) -> str:
     """One value of a choice or setting below the name of it."""
-    return in_words(QUANT, value) if factor == QUANT else (names or Names({})).value(factor, value)
+    return setting_in_words(QUANT, value) if factor == QUANT else (names or Names({})).value(factor, value)
 
 
 def factor_name(column: str) -> str:

@@ -259,22 +259,22 @@ def shortened(text: str, longest: int) -> str:
 # ---- trials that were composed and records ---------------------------------------------------------
 
 
-def of_trees(trees: Sequence[Mapping[str, Any]]) -> list[str]:
+def trial_names(trees: Sequence[Mapping[str, Any]]) -> list[str]:
     """The name of each trial: ``trees`` hold their ``choices`` and ``config``, as in a record.
 
     Trials that differ in nothing that makes a configuration or its seed are told apart by what else they differ in.
     """
     flat = [record.flat({key: tree[key] for key in ("choices", "config")}) for tree in trees]
     keys = list(dict.fromkeys(key for row in flat for key in row))
-    return of_columns({key: [as_text(row.get(key)) for row in flat] for key in keys})
+    return trial_names_from_columns({key: [as_text(row.get(key)) for row in flat] for key in keys})
 
 
-def of_columns(columns: Texts) -> list[str]:
+def trial_names_from_columns(columns: Texts) -> list[str]:
     """The same for columns of text."""
-    return of_all(columns).trials()
+    return full_names(columns).trials()
 
 
-def of_all(columns: Texts) -> Names:
+def full_names(columns: Texts) -> Names:
     """The names of trials, whose seeds and, where nothing else tells them apart, other settings are part of them."""
     mine = {k: texts for k, texts in columns.items() if k in (SEED, LABEL, METHOD) or is_setting(k, texts)}
     found = Names(mine)

@@ -49,7 +49,7 @@ def _told(task: Task, factor: str) -> Iterator[str]:
             yield f"{averaged if contexts[-1] > 1 else 'In the one setting that has both levels.'} {APPROXIMATE}"
             yield ""
         if not quality and (moving := task.design.moving(factor)):
-            yield f"- With the {columns.factor_name(factor)} moved {', '.join(map(task.names.key, moving))}."
+            yield f"- Together with the {columns.factor_name(factor)} changed {', '.join(map(task.names.key, moving))}."
         yield from (
             f"- {line}" for score in task.scores for line in factor_findings.score_findings(task, factor, score)
         )

@@ -49,12 +49,12 @@ def _best(task: Task, score: str) -> str:
     others = [n for n in task.tied(score) if n != best]
     if compared["verdict"].eq("unknown").any():
         best_is = f"the best figure is that of {words.code(task.labels[best])}, {figure}"
-        return f"**{what}**: {best_is}; how far chance reaches is not known."
+        return f"**{what}**: {best_is}; the uncertainty is not known."
     if len(others) == len(compared) - 1:
         last = compared.iloc[-1]
         gap = words.tested(last, last["p_adjusted"])
         every = "both" if len(compared) == 2 else f"all {len(compared)}"
-        moved = also(task, task.unnamed(best, compared.index[-1])) if len(compared) == 2 else ""
+        moved = other_differences(task, task.unnamed(best, compared.index[-1])) if len(compared) == 2 else ""
         return (
             f"**{what}**: {every} configurations are a tie; the best figure is that of "
             f"{words.code(task.labels[best])}, {figure}, and the last differs by {gap}{moved}."
@@ -71,19 +71,19 @@ def _best(task: Task, score: str) -> str:
             said += ", and so is the third" if len(compared) == 3 else f", and so are {so:,} others"
         if (left := len(rest) - so) > 0:
             said += f"; {left:,} more {'is' if left == 1 else 'are'} worse than another one"
-        return f"**{what}**: {said}{also(task, task.unnamed(best, compared.index[1]))}."
+        return f"**{what}**: {said}{other_differences(task, task.unnamed(best, compared.index[1]))}."
     named = "; ".join(words.code(task.labels[n]) for n in others[:6])
     named += f"; and {len(others) - 6} more" if len(others) > 6 else ""
     beaten = all(any(known.verdict(n, other) == "worse" for other in [best, *others]) for n in worse)
     return (
         f"**{what}**: the best figure is that of {words.code(task.labels[best])}, {figure}. It is a tie with {named}"
-        f"{also(task, task.unnamed(best, others[0])) if len(others) == 1 else ''}. "
+        f"{other_differences(task, task.unnamed(best, others[0])) if len(others) == 1 else ''}. "
         f"{words.plural('configuration', len(worse))} of {len(compared):,} {'is' if len(worse) == 1 else 'are'} "
         f"worse than {'one of these' if beaten else 'another one'}."
     )
 
 
-def also(task: Task, moved: Sequence[Moved]) -> str:
+def other_differences(task: Task, moved: Sequence[Moved]) -> str:
     """What else two configurations differ in, as the end of a sentence that names the first and then the second."""
     if len(moved) > MAX_MOVED_SETTINGS:
         return f"; they also differ in {len(moved)} other settings ({keys_of(task, moved)})"
@@ -100,7 +100,7 @@ def _against_baselines(task: Task, score: str) -> Iterator[str]:
     bound = row[f"{score}.low"] if sign > 0 else row[f"{score}.high"]
     base = row.get(columns.base_of(score), math.nan)
     if words.known(base):
-        yield _over_base(task, score, words.number(base))
+        yield _gain_over_base(task, score, words.number(base))
     yield from _chance(row, name, metric, bound if sign > 0 else math.nan)
     flags = [c for c in task.configurations.columns if c.startswith(f"eval_info.{name}.") and c.endswith("degenerate")]
     flags = [c for c in flags if not c.startswith(f"eval_info.{name}.base_")]
@@ -109,10 +109,10 @@ def _against_baselines(task: Task, score: str) -> Iterator[str]:
         yield f"{words.plural('configuration', count)} {always}."
     seen = row.get(f"eval_info.{name}.seen_in_training", math.nan)
     if words.known(seen) and seen > 0:
-        yield f"**{seen:.0f} test rows of {name} were trained on**; the score says less than it seems to."
+        yield f"**{seen:.0f} test rows of {name} were trained on**; the score may be too high."
 
 
-def _over_base(task: Task, score: str, base: str) -> str:
+def _gain_over_base(task: Task, score: str, base: str) -> str:
     """What the best configuration gains over the untouched base, which scores ``base``."""
     compared = task.compare(score)
     best, said = compared.iloc[0], f"The untouched base scores {base} on the same rows."

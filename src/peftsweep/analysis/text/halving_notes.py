@@ -52,7 +52,7 @@ def _notes(results: Sequence[Result], config: HalvingConfig) -> list[str]:
     ]
     for place in range(max(len(one.values) for one in courses) - 1):
         pairs = [(one.values[place], one.values[place + 1]) for one in courses if len(one.values) > place + 1]
-        lines.append(f"rung {place + 1} and what came next: {_correlation(pairs)}")
+        lines.append(f"rung {place + 1} against the next: {_correlation(pairs)}")
     return lines
 
 
@@ -74,7 +74,7 @@ def _notes_of_rows(results: Sequence[Result], config: HalvingConfig) -> list[str
     for place, (part, following) in enumerate(itertools.pairwise(parts), start=1):
         both = [(rungs[part], rungs[following]) for rungs in points.values() if {part, following} <= rungs.keys()]
         pairs = [(_last(first, config), _last(then, config)) for first, then in both]
-        lines.append(f"rung {place} ({part:.3g} of the rows) and what came next: {_correlation(pairs)}")
+        lines.append(f"rung {place} ({part:.3g} of the rows) against the next: {_correlation(pairs)}")
     return lines
 
 

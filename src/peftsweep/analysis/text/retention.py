@@ -52,13 +52,13 @@ def keeps_most(found: Iterable[ScaleCurve], retention: ScaleCurve) -> float | No
 
 def _within(curve: ScaleCurve, scale: float) -> bool:
     """Whether the score at ``scale`` is no worse than the lower end of the 95% interval at 1."""
-    here, whole = curve.at(scale), curve.at(1.0)
+    here, whole = curve.score_at(scale), curve.score_at(1.0)
     if here is None or whole is None:
         return False
     return curve.sign * (here.value - whole.value) >= -Z * (whole.stderr or 0.0)
 
 
-def of_table(table: pd.DataFrame) -> Iterator[tuple[str, list[ScaleCurve]]]:
+def table_curves(table: pd.DataFrame) -> Iterator[tuple[str, list[ScaleCurve]]]:
     """The curves of each trial that was scored so, of a table with a row a trial; by the trial's name."""
     if SCALES not in table:
         return
@@ -84,7 +84,7 @@ def notes(trials: Iterable[tuple[str, list[ScaleCurve]]]) -> Iterator[str]:
 
 def _line(name: str, found: Iterable[ScaleCurve], retention: ScaleCurve, scale: float) -> str:
     def said(curve: ScaleCurve, at: float) -> str:
-        point = curve.at(at)
+        point = curve.score_at(at)
         return "?" if point is None else f"{point.value:.3f}"
 
     targets = [one for one in found if one.role == Role.target.value]
