@@ -55,7 +55,7 @@ def composing() -> Iterator[pytest.MonkeyPatch]:
 def without_times(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The speed of this machine is measured by no test but those that are about it (tests/forecast).
 
-    A trial predicts its memory, by tracing a step of it, only there and where ``memory_foreseen`` is asked for.
+    A trial or a command predicts memory, by tracing a step, only there and where ``memory_foreseen`` is asked for.
     """
     if "forecast" in request.path.parts:
         return
@@ -73,7 +73,11 @@ def without_times(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def memory_foreseen() -> None:
-    """Have the trials of this test predict their memory, see ``without_times``."""
+    """Have the trials and commands of this test predict memory, see ``without_times``."""
+
+
+def unpredicted(*_: Any, **__: Any) -> None:
+    """In place of ``forecast.prediction``."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -144,8 +148,13 @@ def trained(
 
 
 @pytest.fixture
-def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
-    """Run `peftsweep` with the given words: exit code, stdout, stderr."""
+def command(
+    request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
+    """Run `peftsweep` with the given words: exit code, stdout, stderr. Its plans are ``without_times`` too."""
+    from peftsweep.forecast import forecast
+
+    foreseen = "forecast" in request.path.parts or "memory_foreseen" in request.fixturenames
 
     def run(*words: str) -> tuple[int, str, str]:
         if not any("hydra/launcher" in word or "hydra.launcher" in word for word in words):
@@ -154,8 +163,11 @@ def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
             words = (*words, "device=cpu")
         monkeypatch.setattr("sys.argv", ["peftsweep", *words])
         capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
+        with monkeypatch.context() as patch:
+            if not foreseen:
+                patch.setattr(forecast, "prediction", unpredicted)
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
         out, err = capfd.readouterr()
         return int(ended.value.code or 0), out, err
 

@@ -178,6 +178,7 @@ def test_what_is_predicted_not_to_fit_is_refused_until_the_limit_is_raised(run_s
     assert run_small("memory_limit=8GB", "skip_oversized=true").status is Status.success
 
 
+@pytest.mark.usefixtures("memory_foreseen")
 def test_the_plan_marks_what_will_not_fit(command: Callable[..., tuple[int, str, str]]) -> None:
     code, out, _ = command("method=lora,full", "dry_run=true", "memory_limit=100MB", "train.capture=off")
     assert code == 0

@@ -409,6 +409,7 @@ def test_the_base_s_answers_are_kept_by_row_in_the_format_of_a_trial_s(trained: 
 
 
 def test_presets_run_at_small_size_without_their_weights(run_small: RunSmall) -> None:
+    few = ["eval.tiny_math.samples=1", "eval.perplexity.samples=1"]
     sizes = {"hidden_size": 64, "num_attention_heads": 2, "vocab_size": 600}
     presets = {
         "llama3.2_1b": {"intermediate_size": 128, "num_hidden_layers": 1, "num_key_value_heads": 1, "head_dim": 32},
@@ -417,11 +418,11 @@ def test_presets_run_at_small_size_without_their_weights(run_small: RunSmall) ->
         "phi2": {"intermediate_size": 128, "num_hidden_layers": 1, "num_key_value_heads": 2},
     }
     for name, own in presets.items():
-        words = [f"model.architecture.{key}={value}" for key, value in (sizes | own).items()]
+        words = [*few, *(f"model.architecture.{key}={value}" for key, value in (sizes | own).items())]
         result = run_small(f"model={name}", "model.init=random", "quant=4bit", "targets=qkvo", *words)
         assert result.status is Status.success, result.error
     neo = ["hidden_size=64", "num_heads=2", "num_layers=1", "attention_types=[[[global],1]]", "vocab_size=600"]
-    words = [f"model.architecture.{word}" for word in neo]
+    words = [*few, *(f"model.architecture.{word}" for word in neo)]
     result = run_small("model=gpt_neo_1.3b", "model.init=random", "quant=8bit", "targets=mlp", *words)
     assert result.status is Status.success, result.error
 
@@ -517,7 +518,8 @@ def test_an_adapter_from_elsewhere_is_scored_too(run_small: RunSmall, tmp_path: 
 
 def test_a_classifier_is_scored_again_with_its_head(run_small: RunSmall) -> None:
     words = ["device=cpu", "dataset=tiny_direction", "model.task=seq_cls", "eval=[classification]"]
-    trained = cli.run_one([*words, "train.steps=20", "dataset.samples=320", "eval.classification.samples=40"])
+    few = ["train.steps=4", "dataset.samples=64", "eval.classification.samples=40", "adapter.check=false"]
+    trained = cli.run_one([*words, *few])
     again = cli.run_one(
         ["device=cpu", "dataset=tiny_direction", f"adapter.path={place(trained)}", "eval.tiny_direction.samples=40"]
     )
