@@ -74,7 +74,7 @@ class Collected:
 
 @contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """Millions of values in no circle are read: to look for circles among them takes a sixth of all time."""
+    """Reading makes millions of objects without reference cycles; looking for cycles would take a sixth of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -22,7 +22,7 @@ def section(search: Search, task: str = "") -> Section:
 
 
 def task_searches(searches: Sequence[Search], task: Task, *, alone: bool) -> list[Search]:
-    """Those searches that are of this task; all of them where it stands ``alone`` in its study."""
+    """The searches that trained trials of this task; all of them where the study has no other task (``alone``)."""
     names = set(task.table[trials.TRIAL].astype(str))
     return [one for one in searches if alone or not names.isdisjoint(one.decision.trials)]
 

@@ -159,7 +159,7 @@ def write(
 
 
 def _answer(answer: Answer) -> list[str]:
-    """The sections that answer, in their order, and the tables of scores where there are several tests."""
+    """The sections of the answer, in their order, and the tables of scores where there are several tests."""
     told = [part for part in answer.sections if part.sentences]
     scores = [part for part in answer.sections_named("table") if len(part.tables) > 1]
     return [
@@ -170,7 +170,7 @@ def _answer(answer: Answer) -> list[str]:
 
 
 def _printed(answer: Answer) -> str:
-    """What stands on paper for the table of trials, which scrolls: the scores and costs of the configurations."""
+    """The table that is printed in place of the one of trials, which scrolls: scores and costs of configurations."""
     tables = [dataclasses.replace(part, tables=part.tables[:1]) for part in answer.sections_named("table")]
     return f'<div class="printed">{"".join(map(render.as_html, tables))}</div>'
 
@@ -262,7 +262,7 @@ def _trials(table: pd.DataFrame, found: Sequence[str]) -> str:
 
 
 def _fresh(name: str, taken: Mapping[str, Any]) -> str:
-    """``name``, or with a number where a column is called so already."""
+    """``name``, with a number where there is a column of that name already."""
     return name if name not in taken else next(n for k in itertools.count(2) if (n := f"{name} {k}") not in taken)
 
 
@@ -361,7 +361,7 @@ def _rows(tasks: Mapping[str, pd.DataFrame], folder: Path, predictions: trials.P
 
 
 def _pairs_of(title: str, rows: paired.Rows, folder: Path, most: int) -> dict[str, Any]:
-    """What the page knows of a score's rows; of ``most`` of them also what was said."""
+    """The rows of a score as the page holds them; of at most ``most`` of them the texts too."""
     digits = 4 if rows.losses else 3
     places = [*rows.pairs(), *itertools.combinations(range(len(rows.members)), 2)]
     shown = paired.examples(rows, places, each=EACH, most=most)
@@ -415,7 +415,7 @@ def _panels(table: pd.DataFrame, differing: Sequence[str], folder: Path) -> str:
 
 
 def _warned(lines: Any) -> str:
-    """What makes the trial's scores say less than they seem to."""
+    """The warnings in the trial's record."""
     found = [] if not isinstance(lines, str) else json.loads(lines)
     return "".join(f'<p class="note">Warning: {plain_text(line)}.</p>' for line in found)
 

@@ -1,4 +1,4 @@
-"""What a study varied, and what each level of it does: to a score, to a cost, and for how many tries."""
+"""What a study varied, what each level of a factor does to a score or a cost, and how much was tried of each method."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Design:
 
 
 def _together(seeds: Iterable[str]) -> str:
-    """All seeds of several configurations."""
+    """The seeds of several configurations, joined by +."""
     return "+".join(sorted({seed for text in seeds for seed in text.split("+") if seed}, key=_number))
 
 
@@ -277,7 +277,7 @@ def _effect(known: Tested, plan: Design, factor: str, named: str | None) -> list
 
 
 def _figures(measured: Measured, places: NDArray[np.int64], said: Mapping[str, float], sign: int) -> dict[str, Any]:
-    """What two levels come to, at ``places`` [2, contexts]: of the level, and of the one it is held against."""
+    """The figures of two levels, at ``places`` [2, contexts]: of the level, and of the one it is compared with."""
     means = measured.means[places]
     (value, reference_value) = measured.back((means[0].mean(), means[1].mean()))
     (difference, low, high) = measured.change(tuple(np.array(said[part]) for part in ("estimate", "low", "high")))

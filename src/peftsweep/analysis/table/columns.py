@@ -1,4 +1,4 @@
-"""What the columns of a table of trials say: what was varied, what is a score or a cost, and its name in words."""
+"""The columns of a table of trials: what was varied, what is a score or a cost, and its name in words."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def main_scores(table: pd.DataFrame) -> list[str]:
 
 
 def _headlines(table: pd.DataFrame, name: str) -> list[Any]:
-    """What the trials say that an evaluation is judged by; nothing where they do not agree."""
+    """The metric by which the trials say that an evaluation is judged; none where they do not agree."""
     column = f"eval_info.{name}.{HEADLINE}"
     said = list(table[column].dropna().unique()) if column in table else []
     return said if len(said) == 1 else []

@@ -181,7 +181,7 @@ def as_text(value: Any) -> str:
 
 
 def plain(text: str) -> str:
-    """A value in no more digits than it was given in, a list as its entries."""
+    """A number in the digits that it was given in, a list as its entries."""
     if FRACTION.fullmatch(text):
         return f"{float(text):g}"
     if text in ("True", "False"):
@@ -240,7 +240,7 @@ def distinct(texts: Sequence[str], longest: int) -> list[str]:
 
 
 def numbered(names: Sequence[str]) -> list[str]:
-    """The names of different things, with a number where one is another's too: ``a``, ``b``, ``a #2``."""
+    """The names, with a number where two are the same: ``a``, ``b``, ``a #2``."""
     found: list[str] = []
     taken: set[str] = set()
     for name in names:

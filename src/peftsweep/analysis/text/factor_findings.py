@@ -24,7 +24,7 @@ def keys_of(task: Task, moved: Iterable[Moved]) -> str:
 
 
 def score_findings(task: Task, factor: str, score: str) -> list[str]:
-    """What the data says of a factor, in sentences; of a setting that moves with it each says so."""
+    """Sentences on what a factor did to a score; each names the settings that changed with the factor."""
     found = task.effects(score, factor)
     if found.empty:
         return []
@@ -69,7 +69,7 @@ def _two_levels(task: Task, factor: str, score: str, row: Mapping[str, Any]) -> 
 
 
 def _compared_settings(task: Task, row: Mapping[str, Any]) -> str:
-    """In which settings of the other factors two levels were compared, where there is more than one."""
+    """The settings of the other factors in which two levels were compared, where there are other factors."""
     if row["contexts"] > 1:
         return f", on average over {row['contexts']} settings of the other factors"
     within = [task.names.setting(factor, level) for factor, level in row["within"].items()]
@@ -114,7 +114,7 @@ def _level(task: Task, factor: str, row: Mapping[str, Any], *, several: bool) ->
 
 
 def _moved_settings(task: Task, factor: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The settings that move with a factor, with their values at each level, as the end of a sentence."""
+    """The end of a sentence: the settings that changed with a factor, with their values at each level."""
     value, found = task.names.value, dict[str, dict[str, str]]()
     reference = str(rows[0]["reference"])
     for row in rows:
@@ -134,17 +134,17 @@ def _moved_settings(task: Task, factor: str, rows: Sequence[Mapping[str, Any]]) 
 
 
 def _too_many_moved(task: Task, factor: str, score: str, found: pd.DataFrame, moved: Sequence[Moved]) -> str:
-    """Where levels differ in so much else that a difference cannot be put down to the factor."""
+    """The sentence where levels differ in too many other settings to attribute a difference to the factor."""
     named = [*found["level"], found["reference"].iloc[0]]
     levels = ", ".join(words.code(task.names.setting(factor, level)) for level in sorted(named, key=words.sortable))
     return (
         f"{columns.score_name(score)}: {levels} also differ in {len({one.key for one in moved})} other settings "
-        f"({keys_of(task, moved)}), so that no difference is put down to the {columns.factor_name(factor)}."
+        f"({keys_of(task, moved)}), so that no difference is attributed to the {columns.factor_name(factor)}."
     )
 
 
 def _enough_rank(task: Task, score: str) -> str:
-    """How large a rank has to be, and what the last step brought."""
+    """The smallest rank that ties with the best one, and what the largest rank changed."""
     found = effects.returns(task.table, score, plan=task.design, known=task.tested(score))
     if found.empty or found["verdict"].eq("unknown").any():
         return ""
@@ -181,7 +181,7 @@ def _last_step(score: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _other_ranks(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Those of these ranks that are worse than the best, and those that are not shown to be."""
+    """The ranks that are worse than the best one, and the ranks that tie with it."""
     text = ""
     for verdict, said in (("worse", "worse than the best"), ("tie", "no difference from the best is shown")):
         those = [row for row in rows if row["verdict"] == verdict]
@@ -192,7 +192,7 @@ def _other_ranks(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def cost_findings(task: Task, factor: str, costs: Mapping[str, pd.DataFrame]) -> Iterator[str]:
-    """What the levels of a factor certainly cost in time and memory, in sentences."""
+    """Sentences on the time and memory of a factor's levels, where a difference is shown."""
     for column, found in costs.items():
         for row in _rows(found):
             certain = row["verdict"] in ("worse", "better")

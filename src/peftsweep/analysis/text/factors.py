@@ -18,13 +18,13 @@ MOST_NAMED = 12  # methods whose budgets are told one by one
 
 
 def standing_section(row: pd.Series[Any]) -> str:
-    """A configuration may be no worse than the best for certain, and yet than one that is in a tie with it."""
+    """The cell of a ranking: ``worse than another`` is worse than one that ties with the best, not than the best."""
     other = row["verdict"] == "worse" and row["p_adjusted"] >= trials.ALPHA
     return "worse than another" if other else {"best": "**best**", "unknown": "?"}.get(row["verdict"], row["verdict"])
 
 
 def factor_section(task: Task, factor: str, mark: str, figures: Sequence[str]) -> Iterator[str]:
-    """The section of one factor in RESULTS.md, empty where nothing is known of it."""
+    """The section of one factor in RESULTS.md; empty where nothing is known."""
     name, told = columns.factor_name(factor), [*_told(task, factor), "", *figures]
     if any(told):
         yield f"## {name[0].upper()}{name[1:]}{mark}"
@@ -33,7 +33,7 @@ def factor_section(task: Task, factor: str, mark: str, figures: Sequence[str]) -
 
 
 def _told(task: Task, factor: str) -> Iterator[str]:
-    """All that is known of a factor."""
+    """Tables and sentences of a factor."""
     measured = [column for column in (task.memory, SECONDS, ADAPTER) if column and column in task.table]
     quality = {score: task.effects(score, factor) for score in task.scores}
     of_first = quality.values() if quality else (task.effects(column, factor) for column in measured)

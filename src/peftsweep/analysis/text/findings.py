@@ -84,7 +84,7 @@ def _best(task: Task, score: str) -> str:
 
 
 def other_differences(task: Task, moved: Sequence[Moved]) -> str:
-    """What else two configurations differ in, as the end of a sentence that names the first and then the second."""
+    """The end of a sentence on two configurations: the other settings in which they differ, first and second value."""
     if len(moved) > MAX_MOVED_SETTINGS:
         return f"; they also differ in {len(moved)} other settings ({keys_of(task, moved)})"
     value = task.names.value
@@ -93,7 +93,7 @@ def other_differences(task: Task, moved: Sequence[Moved]) -> str:
 
 
 def _against_baselines(task: Task, score: str) -> Iterator[str]:
-    """The untouched base, always the same answer, and what makes a score worth less than it looks."""
+    """Sentences on the untouched base, on guessing, and on what makes a score less reliable than it looks."""
     name, metric = columns.evaluation(score)
     sign, best = columns.direction(score) or 1, task.compare(score).index[0]
     row = task.row(best, f"eval_info.{name}.")

@@ -1,4 +1,4 @@
-"""What a halving spared, and how far its rungs foretold what came after."""
+"""What a halving saved, and how well each rung predicted the next one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MIN_PAIRS = 3  # pairs below which a correlation says nothing
 
 
 def notes(results: Iterable[Result]) -> list[str]:
-    """Of each halving among the records: the steps it spared, and how far its rungs foretold what came after."""
+    """Lines for each halving among the records: the steps that it saved, and how well each rung predicted the next."""
     sweeps: dict[tuple[Any, ...], list[Result]] = {}
     of_rows: dict[tuple[Any, ...], list[Result]] = {}
     for result in results:
@@ -83,7 +83,7 @@ def _last(one: Result, config: HalvingConfig) -> float | None:
 
 
 def _bytes(file: Path) -> int:
-    """How many the file holds, which a running sweep may just have deleted."""
+    """The size of the file; 0 where a running sweep has just deleted it."""
     try:
         return file.stat().st_size
     except OSError:

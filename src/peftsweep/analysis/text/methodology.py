@@ -1,4 +1,4 @@
-"""How the figures of a study were come by: what failed, on what machine, how many seeds and rows, which tests."""
+"""How the figures of a study were measured: the machine, the numbers of seeds and rows, the statistical tests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peftsweep.analysis.text.words import ROWS
 from peftsweep.study.record import Status
 
 COVERED = "train_info.coverage.line"
-NAMES = 8  # of configurations that reach as far, so many are named
+MAX_NAMES = 8  # of configurations that adapt the same modules
 
 
 def methodology(table: pd.DataFrame, tasks: Sequence[Task], steps: pd.DataFrame) -> Iterator[str]:
@@ -75,13 +75,14 @@ def _measured(task: Task, several: bool) -> Iterator[str]:
 
 
 def _covered(task: Task, mark: str) -> Iterator[str]:
-    """How far each configuration reaches into the base, those that reach as far together."""
+    """Which modules of the base each configuration adapts; configurations that adapt the same are named together."""
     if COVERED not in task.table:
         return
     known = task.table.dropna(subset=[COVERED])
     for line, rows in list(known.groupby(COVERED, sort=False))[:ROWS]:
         names = list(dict.fromkeys(task.labels[number] for number in rows["configuration"]))
-        yield f"What was adapted{mark}: {', '.join(names[:NAMES])}{', ...' if len(names) > NAMES else ''}: {line}."
+        named = ", ".join(names[:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")
+        yield f"What was adapted{mark}: {named}: {line}."
 
 
 def _tests(tasks: Sequence[Task]) -> Iterator[str]:

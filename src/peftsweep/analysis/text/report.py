@@ -102,7 +102,7 @@ def _document(
 
 
 def _take(left: dict[str, Path], names: Sequence[str], folder: Path) -> list[str]:
-    """Links to the figures called so, which are then no longer ``left``."""
+    """Links to the figures whose names begin with one of ``names``; these are removed from ``left``."""
     taken = [stem for stem in left if stem.startswith(tuple(names))] if names else []
     return list(_links([left.pop(stem) for stem in taken], folder))
 
@@ -162,7 +162,7 @@ def _ranking(task: Task, score: str, mark: str) -> Iterator[str]:
 
 
 def _not_in_names(task: Task, numbers: list[int]) -> Iterator[str]:
-    """The settings that configurations differ in and that their names do not hold, as they follow from others."""
+    """The settings in which configurations differ and which are not in their names, as they follow from others."""
     moved = {one.key for number in numbers[1:] for one in task.unnamed(numbers[0], number)}
     texts = task.design.settings.loc[numbers]
     value = task.names.value

@@ -1,4 +1,4 @@
-"""What adapters have cost elsewhere, and at which of their scales the most of it is kept.
+"""How much an adapter lost in other abilities, and at which of its scales the most of them is kept.
 
 A trial with evaluations of both roles holds its scores at fractions of the adapter's scale (``train_info.scales``);
 the base is at 0 and the adapter as it was trained at 1.
@@ -24,7 +24,10 @@ Z = float(special.ndtri(1 - ALPHA / 2))  # standard errors to each side of a 95%
 
 
 def curves(record: Mapping[str, Any], evaluations: Mapping[str, Mapping[str, Any]]) -> list[ScaleCurve]:
-    """The curves of a trial, of ``train_info`` and ``eval_info`` of its record; none where it was not scored so."""
+    """The curves of a trial, from ``train_info`` and ``eval_info`` of its record.
+
+    There are none where it was not scored at several scales.
+    """
     rows = record.get("scales") or []
     found = []
     for name, role, metric in dict.fromkeys((row["eval"], row["role"], row["metric"]) for row in rows):
@@ -59,7 +62,7 @@ def _within(curve: ScaleCurve, scale: float) -> bool:
 
 
 def table_curves(table: pd.DataFrame) -> Iterator[tuple[str, list[ScaleCurve]]]:
-    """The curves of each trial that was scored so, of a table with a row a trial; by the trial's name."""
+    """The name and curves of each trial of the table that was scored at several scales."""
     if SCALES not in table:
         return
     for (_, row), name in zip(table.iterrows(), columns.named_trials(table), strict=True):
@@ -75,7 +78,7 @@ def table_curves(table: pd.DataFrame) -> Iterator[tuple[str, list[ScaleCurve]]]:
 
 
 def notes(trials: Iterable[tuple[str, list[ScaleCurve]]]) -> Iterator[str]:
-    """A line for each trial, by its name and curves, and each of its evaluations of what is to be kept."""
+    """A line for each trial (its name and curves) and each of its evaluations with the role ``retention``."""
     for name, found in trials:
         for retention in (one for one in found if one.role == Role.retention.value):
             if (scale := keeps_most(found, retention)) is not None:
