@@ -62,7 +62,7 @@ class Shown:
 
     @property
     def most(self) -> int:
-        """Characters with which nothing of it is folded."""
+        """Characters at which no text in it is folded."""
         return max(len(self.title), *map(len, self.cells), 1)
 
 
