@@ -392,6 +392,6 @@ MEASURES: dict[Callable[..., Evaluation], Callable[[Mapping[str, Any]], tuple[st
 
 
 def measures(function: Any, options: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The metrics of an evaluation with these options; None of a function that is not in ``MEASURES``."""
+    """The metrics of an evaluation with these options; None for a function that is not one of peftsweep's."""
     known = MEASURES.get(function)
     return known(options) if known else None
