@@ -26,7 +26,7 @@ from peftsweep.study.record import Status, counted, trials_in_words
 
 NO_SETTINGS = ("choices.profiler", "choices.tracker", "choices.inference")  # that change nothing of a trial
 SHOWN = 40  # trials that a printed table holds
-MOST_COLUMNS = 12
+MAX_COLUMNS = 12  # of a table in a terminal, however wide that is
 PIPE = 200  # characters of a line where there is no terminal, and COLUMNS does not say
 MANY_TESTS = 3  # from which on the trials' table has their average, and a table of its own has each
 NAMES = ("trial", "configuration", "status", "model", "method", "quant")  # columns of words
@@ -67,12 +67,12 @@ class Shown:
 
 
 def fitting(found: Sequence[Shown], width: int) -> list[Shown]:
-    """The columns that have room in ``width`` characters, at most `MOST_COLUMNS`, in their order; at least one."""
+    """The columns that have room in ``width`` characters, at most `MAX_COLUMNS`, in their order; at least one."""
     order = sorted(range(len(found)), key=lambda place: (found[place].rank, place))
     chosen: list[int] = []
     for place in order:
         with_it = _width([found[n].least for n in [*chosen, place]])
-        if not chosen or (len(chosen) < MOST_COLUMNS and with_it <= width):
+        if not chosen or (len(chosen) < MAX_COLUMNS and with_it <= width):
             chosen.append(place)
     return [found[place] for place in sorted(chosen)]
 
@@ -172,7 +172,7 @@ def _columns(table: pd.DataFrame, *, all_good: bool) -> list[Shown]:
     differing = [c for c in dict.fromkeys([*varying(table), *names.settings]) if c in table]
     called = Shown("trial", [str(name) for name in table[CALLED]], 0)
     settings = [_setting(table, names, column) for column in differing]
-    room = MOST_COLUMNS // 2
+    room = MAX_COLUMNS // 2
     found = settings if 0 < len(settings) <= room else [called]
     if not all_good:
         found.append(Shown("status", [str(status) for status in table["run_info.status"]], 2))

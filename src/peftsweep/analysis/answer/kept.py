@@ -18,7 +18,7 @@ from peftsweep.analysis.answer.structure import (
 from peftsweep.analysis.text import retention, words
 from peftsweep.schema import Role
 
-MOST = 100  # rows of the table
+MAX_ROWS = 100  # rows of the table
 
 
 def section(table: pd.DataFrame) -> Section | None:
@@ -30,7 +30,7 @@ def section(table: pd.DataFrame) -> Section | None:
     columns = [Column("trial", "trial"), Column("scale", "scale", "score")]
     columns += [Column(key, key, "score") for key in dict.fromkeys(_key(one) for _, found in trials for one in found)]
     note = "Scale 0 is the untouched base, 1 the adapter as it was trained; in brackets: 95% intervals."
-    shown = Table("Scores by the adapter's scale", columns, rows[:MOST], note, max(0, len(rows) - MOST))
+    shown = Table("Scores by the adapter's scale", columns, rows[:MAX_ROWS], note, max(0, len(rows) - MAX_ROWS))
     sentences = [words.escaped(line) + "." for line in retention.notes(trials)]
     return Section(RETENTION, "What was kept", sentences, Retention([_facts(*one) for one in trials]), [shown])
 

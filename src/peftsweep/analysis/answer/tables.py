@@ -13,7 +13,7 @@ from peftsweep.analysis.statistics.task import Task
 from peftsweep.analysis.table import columns
 from peftsweep.study.scores import baseline
 
-MOST = 100  # configurations of a table
+MAX_ROWS = 100  # configurations of a table
 AVERAGE = "average"
 
 
@@ -28,9 +28,9 @@ def score_tables(task: Task) -> list[Table]:
         {"configuration": task.labels[n], "seeds": int(task.row(n, "n")["n"])}
         | {key: value for score in shown for key, value in score_cells(task, score, n).items()}
         | {cost.column: number(task.configurations.at[n, cost.column]) for cost in costs}
-        for n in order[:MOST]
+        for n in order[:MAX_ROWS]
     ]
-    scores = Table("Scores and costs", heads, rows, left_out=max(0, len(order) - MOST))
+    scores = Table("Scores and costs", heads, rows, left_out=max(0, len(order) - MAX_ROWS))
     return [scores, *filter(None, [matrix(task)])]
 
 
@@ -67,7 +67,7 @@ def matrix(task: Task) -> Table | None:
     values = task.configurations[tests].astype(float)
     averages = values.mean(axis=1, skipna=False)
     order = averages.sort_values(ascending=False, na_position="last", kind="stable").index
-    rows = [_row(task.labels[n], dict(zip(tests, values.loc[n], strict=True))) for n in order[:MOST]]
+    rows = [_row(task.labels[n], dict(zip(tests, values.loc[n], strict=True))) for n in order[:MAX_ROWS]]
     best = order[0]
     for name, found in _references(task, tests, best).items():
         if any(value is not None for value in found.values()):
@@ -79,7 +79,7 @@ def matrix(task: Task) -> Table | None:
         Column(test, columns.evaluation(test)[0] if same else columns.score_name(test), "score") for test in tests
     ]
     note = "The average is over all tests; it is missing where one of them is."
-    return Table(f"Scores by test{same.replace('_', ' ')}", heads, rows, note, left_out=max(0, len(order) - MOST))
+    return Table(f"Scores by test{same.replace('_', ' ')}", heads, rows, note, left_out=max(0, len(order) - MAX_ROWS))
 
 
 def _row(name: str, values: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from peftsweep.analysis.table.naming import FRACTION, Names, telling
 from peftsweep.study.record import Status
 
 GROUP, VARYING = "group", "varying"
-MOST_LEVELS = 30  # of a factor whose levels are held against each other
+MAX_LEVELS = 30  # of a factor; levels of one with more are not compared pair by pair
 NUMBERS = ("value", "reference_value", "difference", "low", "high", "p", "p_adjusted")
 EFFECTS = (
     "factor",
@@ -177,7 +177,7 @@ def _cells(text: pd.DataFrame, factor: str) -> pd.DataFrame:
     for place, (level, context) in enumerate(zip(text[factor].tolist(), contexts, strict=False)):
         if level:
             cells.setdefault(level, {}).setdefault(context, place)
-    if len(cells) > MOST_LEVELS:
+    if len(cells) > MAX_LEVELS:
         return pd.DataFrame()
     every = {context: n for n, context in enumerate(dict.fromkeys(c for of_level in cells.values() for c in of_level))}
     levels = sorted(cells, key=_number)

@@ -18,7 +18,7 @@ from peftsweep.analysis.text.words import SECONDS
 MAX_MOVED_SETTINGS = 6  # where more settings than these change with a factor, no difference is attributed to it
 
 
-def keys_of(task: Task, moved: Iterable[Moved]) -> str:
+def moved_keys(task: Task, moved: Iterable[Moved]) -> str:
     """The keys of the settings that ``moved``, each once, separated by commas."""
     return ", ".join(dict.fromkeys(task.names.key(one.key) for one in moved))
 
@@ -139,7 +139,7 @@ def _too_many_moved(task: Task, factor: str, score: str, found: pd.DataFrame, mo
     levels = ", ".join(words.code(task.names.setting(factor, level)) for level in sorted(named, key=words.sortable))
     return (
         f"{columns.score_name(score)}: {levels} also differ in {len({one.key for one in moved})} other settings "
-        f"({keys_of(task, moved)}), so that no difference is attributed to the {columns.factor_name(factor)}."
+        f"({moved_keys(task, moved)}), so that no difference is attributed to the {columns.factor_name(factor)}."
     )
 
 

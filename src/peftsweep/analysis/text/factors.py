@@ -14,10 +14,10 @@ from peftsweep.analysis.text import factor_findings, findings, words
 from peftsweep.analysis.text.words import ADAPTER, PARAMETERS, SECONDS, SPEED
 
 APPROXIMATE = "≈ marks a difference that may be chance."
-MOST_NAMED = 12  # methods whose budgets are told one by one
+MAX_NAMED = 12  # methods; with more, their budgets are given as ranges
 
 
-def standing_section(row: pd.Series[Any]) -> str:
+def standing_cell(row: pd.Series[Any]) -> str:
     """The cell of a ranking: ``worse than another`` is worse than one that ties with the best, not than the best."""
     other = row["verdict"] == "worse" and row["p_adjusted"] >= trials.ALPHA
     return "worse than another" if other else {"best": "**best**", "unknown": "?"}.get(row["verdict"], row["verdict"])
@@ -54,7 +54,7 @@ def _told(task: Task, factor: str) -> Iterator[str]:
             f"- {line}" for score in task.scores for line in factor_findings.score_findings(task, factor, score)
         )
         yield from (f"- {line}" for line in factor_findings.cost_findings(task, factor, costs))
-    elif task.design.levels[factor].nunique() > effects.MOST_LEVELS:
+    elif task.design.levels[factor].nunique() > effects.MAX_LEVELS:
         yield from _trend(task, factor)
     elif task.scores:
         yield from _best_of_each(task, factor)
@@ -134,8 +134,8 @@ def _best_of_each(task: Task, factor: str) -> Iterator[str]:
                     "best configuration": task.labels[number],
                     columns.score_name(score): findings.value_of(task, score, number),
                     "against the best": words.difference(row) if row["verdict"] != "best" else "",
-                    "": standing_section(row),
-                    **cost_section(task, number),
+                    "": standing_cell(row),
+                    **cost_cells(task, number),
                 }
             )
         yield from words.table(rows)
@@ -164,7 +164,7 @@ def _budget(task: Task, factor: str) -> Iterator[str]:
     found = effects.budget(task.table)
     unequal = [c for c in found.columns if found[c][found[c] > 0].nunique() > 1]
     if unequal:
-        each = len(found) <= MOST_NAMED
+        each = len(found) <= MAX_NAMED
         said = "; ".join(
             f"{column.replace('_', ' ')}: "
             + ", ".join(f"{method} {value:g}" for method, value in found[column].items() if each)
@@ -176,7 +176,7 @@ def _budget(task: Task, factor: str) -> Iterator[str]:
         yield "More tries find a better best by luck alone."
 
 
-def cost_section(task: Task, number: Any) -> dict[str, str]:
+def cost_cells(task: Task, number: Any) -> dict[str, str]:
     """The costs that are known of trial ``number``, in words, by their headings in the table."""
     shown = {PARAMETERS: "trainable", ADAPTER: "adapter", task.memory or "": "", SECONDS: "train", SPEED: "tokens/s"}
     shown[task.memory or ""] = columns.factor_name(task.memory) if task.memory else ""

@@ -17,7 +17,7 @@ from peftsweep.analysis.statistics.effects import Moved
 from peftsweep.analysis.statistics.task import Task
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.text import words
-from peftsweep.analysis.text.factor_findings import MAX_MOVED_SETTINGS, keys_of, score_findings
+from peftsweep.analysis.text.factor_findings import MAX_MOVED_SETTINGS, moved_keys, score_findings
 from peftsweep.analysis.text.words import ADAPTER, SECONDS
 from peftsweep.study.record import Status
 from peftsweep.study.scores import baseline
@@ -86,7 +86,7 @@ def _best(task: Task, score: str) -> str:
 def other_differences(task: Task, moved: Sequence[Moved]) -> str:
     """The end of a sentence on two configurations: the other settings in which they differ, first and second value."""
     if len(moved) > MAX_MOVED_SETTINGS:
-        return f"; they also differ in {len(moved)} other settings ({keys_of(task, moved)})"
+        return f"; they also differ in {len(moved)} other settings ({moved_keys(task, moved)})"
     value = task.names.value
     parts = [f"{task.names.key(m.key)} ({value(m.key, m.value)}, {value(m.key, m.reference_value)})" for m in moved]
     return f"; they also differ in {', '.join(parts)}" if parts else ""

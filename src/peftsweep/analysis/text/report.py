@@ -19,14 +19,14 @@ from peftsweep.analysis.statistics.task import Task, study_tasks
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.columns import QUANT, RANK, TARGETS
 from peftsweep.analysis.text import findings, methodology, paired, recommendations, words
-from peftsweep.analysis.text.factors import cost_section, factor_section, standing_section
+from peftsweep.analysis.text.factors import cost_cells, factor_section, standing_cell
 from peftsweep.analysis.text.recommendations import QUALITY_LOSS
 from peftsweep.analysis.text.words import ADAPTER, ROWS, SECONDS
 from peftsweep.study import record
 from peftsweep.study.record import Status
 
 RESULTS = "RESULTS.md"
-MOST_VALUES = 6  # of a setting that are named
+MAX_VALUES = 6  # of a setting; of one with more values their number is given
 FIGURES = {  # how the figures of a factor are called
     RANK: ("rank", "quality_rank"),
     QUANT: ("quantisation", "heatmap"),
@@ -142,9 +142,9 @@ def _ranking(task: Task, score: str, mark: str) -> Iterator[str]:
                 columns.evaluation(score)[1]: findings.value_of(task, score, number),
                 "against the best": words.difference(row) if row["verdict"] != "best" else "",
                 "p": words.p(row["p_adjusted"]),
-                "": standing_section(row),
+                "": standing_cell(row),
                 "over the untouched base": _over_base(row),
-                **cost_section(task, number),
+                **cost_cells(task, number),
             }
         )
     yield from words.table(rows)
@@ -169,7 +169,7 @@ def _not_in_names(task: Task, numbers: list[int]) -> Iterator[str]:
     parts = []
     for key in sorted(moved):
         values = [value(key, text) if text else "none" for text in sorted(set(texts[key]), key=words.sortable)]
-        some = f"{len(values)} values" if len(values) > MOST_VALUES else ", ".join(values)
+        some = f"{len(values)} values" if len(values) > MAX_VALUES else ", ".join(values)
         parts.append(f"{task.names.key(key)} ({some})")
     if parts:
         yield f"These settings differ too, and are not in the names: {', '.join(parts)}."
