@@ -230,8 +230,8 @@ def test_all_that_a_worker_started_ends_with_it(does: str, how: str, code: int |
     """Also what has left its group and session, also if the worker can do nothing about it any more."""
     seconds = f"600.{uuid.uuid4().int % 10**9:09}"
     words = [sys.executable, "-c", GUARDED, seconds, does, how]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    command = subprocess.Popen(words, **pipes, text=True, start_new_session=True)
+    pipe = subprocess.PIPE
+    command = subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True, start_new_session=True)
     assert command.stdin
     assert command.stdout
     assert command.stdout.readline() == "started\n"
