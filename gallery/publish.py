@@ -100,7 +100,7 @@ def scores(folder: Path) -> list[str]:
     trials = pd.read_parquet(folder / "results.parquet")
     bases = [f"eval_info.{found['score']['evaluation']}.base_{found['score']['metric']}.value" for found in judged]
     beside = {
-        f"the untouched base, {columns.in_words(columns.QUANT, quant)}": [*values]
+        f"the untouched base, {columns.setting_in_words(columns.QUANT, quant)}": [*values]
         for quant, values in trials.groupby("choices.quant")[bases].first().T.items()
     }
     beside |= {"always the most frequent answer": [found["majority"] for found in judged]}

@@ -14,24 +14,23 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
-import torch
 
 from peftsweep import cli
 from peftsweep.config.compose import Trial
 from peftsweep.config.compose import trial as make_trial
-from peftsweep.forecast import timing
-from peftsweep.forecast.duration import Estimate
 from peftsweep.study import record
 from peftsweep.study.record import Result
-from peftsweep.training import loop
-from peftsweep.trial import foreseen
 from tests.composing import keep_compositions
+
+if TYPE_CHECKING:
+    import torch  # imported where it is used: the process of pytest-xdist that only deals out tests goes without it
 
 SMALL = ["train.steps=4", "train.log_every=2", "dataset.samples=64", "eval.tiny_math.samples=8"]
 SMALL += ["eval.perplexity.samples=8", "train.batch_size=4", "device=cpu"]
+SMALL += ["adapter.check=false"]  # a sixth of such a trial; tests of what is saved say adapter.check=true
 Found = TypeVar("Found")
 
 
@@ -45,9 +44,10 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def composing() -> Iterator[pytest.MonkeyPatch]:
-    """Hydra composes a choice of options once in this process, see tests/composing.py."""
+    """Hydra composes a choice of options once in this process, see tests/composing.py; no test waits for the disk."""
     with pytest.MonkeyPatch.context() as patch:
         keep_compositions(patch)
+        patch.setattr(os, "fsync", lambda _: None)
         yield patch
 
 
@@ -55,10 +55,14 @@ def composing() -> Iterator[pytest.MonkeyPatch]:
 def without_times(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The speed of this machine is measured by no test but those that are about it (tests/forecast).
 
-    A trial predicts its memory, by tracing a step of it, only there and where ``memory_foreseen`` is asked for.
+    A trial or a command predicts memory, by tracing a step, only there and where ``memory_foreseen`` is asked for.
     """
     if "forecast" in request.path.parts:
         return
+    from peftsweep.forecast import timing
+    from peftsweep.forecast.duration import Estimate
+    from peftsweep.trial import foreseen
+
     nothing = Estimate(unknown={"train": "not asked for"})
     monkeypatch.setattr(timing.Timing, "estimate", lambda self, one: nothing)
     monkeypatch.setattr(timing.Timing, "measure", lambda self: None)
@@ -69,7 +73,11 @@ def without_times(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def memory_foreseen() -> None:
-    """Have the trials of this test predict their memory, see ``without_times``."""
+    """Have the trials and commands of this test predict memory, see ``without_times``."""
+
+
+def unpredicted(*_: Any, **__: Any) -> None:
+    """In place of ``forecast.prediction``."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -78,14 +86,20 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
-def pytest_collection_finish() -> None:
-    """Of what is imported nothing is garbage: a trial, which collects it at its end, need not look through all that."""
+@pytest.fixture(scope="module", autouse=True)
+def without_old_objects() -> None:
+    """What is alive before the tests of a file, such as all modules, no garbage collection of theirs looks through.
+
+    Each trial collects garbage. Without this it takes more time with each file that has left objects behind.
+    """
     gc.collect()
     gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests of a GPU are skipped where there is none."""
+    import torch
+
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs CUDA")
 
@@ -138,8 +152,13 @@ def trained(
 
 
 @pytest.fixture
-def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
-    """Run `peftsweep` with the given words: exit code, stdout, stderr."""
+def command(
+    request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
+    """Run `peftsweep` with the given words: exit code, stdout, stderr. Its plans are ``without_times`` too."""
+    from peftsweep.forecast import forecast
+
+    foreseen = "forecast" in request.path.parts or "memory_foreseen" in request.fixturenames
 
     def run(*words: str) -> tuple[int, str, str]:
         if not any("hydra/launcher" in word or "hydra.launcher" in word for word in words):
@@ -148,8 +167,11 @@ def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
             words = (*words, "device=cpu")
         monkeypatch.setattr("sys.argv", ["peftsweep", *words])
         capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
+        with monkeypatch.context() as patch:
+            if not foreseen:
+                patch.setattr(forecast, "prediction", unpredicted)
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
         out, err = capfd.readouterr()
         return int(ended.value.code or 0), out, err
 
@@ -159,6 +181,8 @@ def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture
 def fails_at_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Have every training of this rank, in this process, raise an error that says ``broken``."""
+    from peftsweep.training import loop
+
     real = loop.train
 
     def arrange(rank: int) -> None:
@@ -202,6 +226,8 @@ SAME_WEIGHTS = 5e-5
 
 def apart(weights: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> float:
     """How far the weights are from the others, relative to the norm of all of these."""
+    import torch
+
     assert weights.keys() == others.keys()
     one, other = (torch.cat([tensors[name].detach().flatten() for name in others]) for tensors in (weights, others))
     return float((one - other).norm() / other.norm())

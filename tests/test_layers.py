@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
+import functools
+import importlib
 from pathlib import Path
 
-import pytest
-
 import peftsweep
+from peftsweep.config.fill import conf_dir
 
 PACKAGE = Path(peftsweep.__file__).parent
 # Lowest first: a folder (or a module beside the folders) may import those before it.
@@ -68,18 +69,24 @@ MODULES = {".".join(file.relative_to(PACKAGE).with_suffix("").parts): file for f
 MODULES = {name: file for name, file in MODULES.items() if not name.startswith("tiny.") and name != "__init__"}
 
 
-def imports(file: Path, *, top_level_only: bool = False) -> set[str]:
+@functools.cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def imports(file: Path, *, top_level_only: bool = False) -> frozenset[str]:
     """The modules that a file imports, in functions too; not those of its type checker alone."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+    tree = parsed(file)
     for_types = {id(node) for one in ast.walk(tree) if _is_for_types(one) for node in ast.walk(one)}
     nodes = [node for node in (tree.body if top_level_only else ast.walk(tree)) if id(node) not in for_types]
-    found = set()
+    found = set[str]()
     for node in nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return found
+    return frozenset(found)
 
 
 def _is_for_types(node: ast.AST) -> bool:
@@ -96,19 +103,39 @@ def place(module: str) -> int:
     return ORDER.index(module.partition(".")[0])
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
-def test_imports_go_down_only(module: str) -> None:
-    folder = module.partition(".")[0]
-    above = {name for name in own(MODULES[module]) if place(name) >= place(module) and name.partition(".")[0] != folder}
-    assert not above
+def test_imports_go_down_only() -> None:
+    for module, file in MODULES.items():
+        folder = module.partition(".")[0]
+        others = {name for name in own(file) if name.partition(".")[0] != folder}
+        assert not {name for name in others if place(name) >= place(module)}, module
 
 
-def test_no_two_files_of_a_folder_import_each_other_when_they_are_imported() -> None:
-    graph = {name: own(file, top_level_only=True) for name, file in MODULES.items()}
+def test_no_files_import_each_other_directly_or_in_a_circle() -> None:
+    graph = {name: own(file) for name, file in MODULES.items()}  # with imports in functions
     left = dict(graph)
     while ready := [name for name, needs in left.items() if not needs & left.keys() - {name}]:
         left = {name: needs for name, needs in left.items() if name not in ready}
     assert not left
+
+
+FOLDERS = sorted({name.rpartition(".")[0] for name in MODULES if "." in name})
+PLUGINS = [*PACKAGE.parent.joinpath("hydra_plugins").rglob("*.py")]
+
+
+def test_a_folder_lists_the_files_that_others_import_or_a_yaml_names() -> None:
+    yamls = "".join(file.read_text(encoding="utf-8") for file in Path(conf_dir()).rglob("*.yaml"))
+    in_yamls = {name for name in MODULES if f"peftsweep.{name}." in yamls}
+    for folder in FOLDERS:
+        outside = [file for name, file in MODULES.items() if not name.startswith(f"{folder}.")] + PLUGINS
+        used = in_yamls.union(*map(own, outside))
+        files = sorted(name.removeprefix(f"{folder}.") for name in used if name.rpartition(".")[0] == folder)
+        assert importlib.import_module(f"peftsweep.{folder}").__all__ == files, folder
+
+
+def test_no_file_uses_a_private_name_of_another() -> None:
+    for module, file in MODULES.items():
+        last = {name.rpartition(".")[2] for name in imports(file) if name.startswith("peftsweep.")}
+        assert not {name for name in last if name.startswith("_") and name != "__version__"}, module
 
 
 def test_who_knows_hydra() -> None:
@@ -130,6 +157,6 @@ def test_folders_files_and_functions_are_small() -> None:
     for name, file in MODULES.items():
         text = file.read_text(encoding="utf-8")
         assert len(text.splitlines()) <= MOST_LINES, name
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(parsed(file)):
             if isinstance(node, ast.FunctionDef):
                 assert (node.end_lineno or 0) - node.lineno < MOST_LINES_OF_A_FUNCTION, f"{name}.{node.name}"

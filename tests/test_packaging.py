@@ -29,16 +29,27 @@ def test_the_wheel_carries_conf_the_launcher_and_the_embedded_model(wheel: Path)
     assert conf | code | weights <= held
 
 
-def test_the_installed_wheel_composes_and_lists_a_sweep(wheel: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["method.r=16", "--cfg", "job"], "  r: 16\n"),
+        pytest.param(
+            ["method.r=8,16", "dry_run=true"], "2 trials, 2 new; nothing was trained", marks=pytest.mark.slow
+        ),  # imports torch
+    ],
+)
+def test_the_installed_wheel_composes_and_lists_a_sweep(
+    words: list[str], said: str, wheel: Path, tmp_path: Path
+) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     # -S and -P keep the checkout out; the dependencies are those of this environment.
     site = next(path for path in sys.path if path.endswith("site-packages"))
     program = (
         f"import sys; sys.path[:0] = [{str(tmp_path / 'site')!r}]; sys.path.append({site!r})\n"
         "import peftsweep; assert 'site/peftsweep' in peftsweep.__file__, peftsweep.__file__\n"
-        "from peftsweep import cli; sys.argv = ['peftsweep', 'method.r=8,16', 'quant=4bit', 'dry_run=true']\n"
+        f"from peftsweep import cli; sys.argv = ['peftsweep', 'quant=4bit', *{words}]\n"
         "cli.main()"
     )
     done = subprocess.run([sys.executable, "-S", "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "2 trials, 2 new; nothing was trained" in done.stdout
+    assert said in done.stdout

@@ -255,7 +255,7 @@ def _one_point(words: Sequence[str], taker: str) -> list[str]:
 
 def _trial(*words: str) -> configuration.Trial:
     cfg, words = _composed(*words)
-    return configuration.trial(cfg, cfg.hydra.runtime.choices, words)
+    return configuration.checked(configuration.filled(cfg, cfg.hydra.runtime.choices, list(words)))
 
 
 def _composed(*words: str) -> tuple[DictConfig, tuple[str, ...]]:

@@ -51,7 +51,7 @@ class Finding:
 
 
 def versions() -> dict[str, str | None]:
-    """The versions that matter, by package, without importing any; ``cuda`` is that which torch is built for."""
+    """The versions that matter, by package, without importing any; ``cuda`` is the version that torch is built for."""
     found: dict[str, str | None] = {"peftsweep": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:

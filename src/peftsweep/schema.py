@@ -6,6 +6,7 @@ The files in conf/ fill these in, config/ checks them, and all other modules rec
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from dataclasses import dataclass, field
 from enum import Enum
@@ -322,6 +323,12 @@ class RowsConfig:
     role: Role = Role.target  # or retention: what the base could do and is to keep
 
 
+@functools.cache
+def key_types(section: Any) -> dict[str, Any]:
+    """The annotation of each key of a section, which is a dataclass of this file; read once, as that takes long."""
+    return typing.get_type_hints(section)
+
+
 def type_of(key: str) -> Any:
     """The annotation of a dotted key of ``Config``; None for one that the schema does not list.
 
@@ -333,10 +340,10 @@ def type_of(key: str) -> Any:
         if part.isdecimal():
             lists = [one for one in (kind, *typing.get_args(kind)) if typing.get_origin(one) is list]
             return typing.get_args(lists[0])[0] if lists else None
-        hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
-        if part not in hints:
+        kinds = key_types(kind) if isinstance(kind, type) and dataclasses.is_dataclass(kind) else {}
+        if part not in kinds:
             return None
-        kind = hints[part]
+        kind = kinds[part]
         if typing.get_origin(kind) is dict:
             kind = typing.get_args(kind)[1]
             return None if kind is Any else kind

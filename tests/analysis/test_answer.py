@@ -502,7 +502,9 @@ def tuned(rows: Sequence[dict[str, Any]]) -> Decision:
         finals.setdefault(f"r{row['config.method.r']}", {})[row["config.seed"]] = one
     order = sorted(finals, key=lambda name: -sum(one.value for one in finals[name].values()))
     column = "eval_info.task.accuracy.value"
-    found = tuning_decision.of_tuning(column, finals, order, {name: f"lora, lr=0.001, {name}" for name in finals}, [])
+    found = tuning_decision.tuned_decision(
+        column, finals, order, {name: f"lora, lr=0.001, {name}" for name in finals}, []
+    )
     found = dataclasses.replace(found, not_tried=["lora: r=64"])
     facts = {"lines": [tuning_decision.sentence(found), "not tried of lora: r=64"], "command": ["sweep=tune"]}
     record.write_json(STUDY / "tune.json", facts | {"decision": tuning_decision.facts(found)})
@@ -534,7 +536,7 @@ def test_what_a_tuning_decided_comes_first_and_nothing_contradicts_it() -> None:
     assert search["sentences"] == [tuning_decision.sentence(decided), "not tried of lora: r=64"]
     assert search["facts"]["not_tried"] == ["lora: r=64"]
     assert search["facts"]["command"] == "peftsweep sweep=tune"
-    assert "sweep=tune decided so, over 3 seeds; the untouched base scores 0.600, against it: " in text
+    assert "sweep=tune chose it, over 3 seeds; the untouched base scores 0.600, against it: " in text
     jsonschema.Draft202012Validator(structure.schema()).validate(held)
 
 

@@ -74,7 +74,7 @@ def tree(choices: dict[str, Any] | None = None, **config: Any) -> dict[str, Any]
     ],
 )
 def test_a_name_holds_what_differs_and_nothing_else(trees: list[dict[str, Any]], names: list[str] | None) -> None:
-    found = naming.of_trees(trees)
+    found = naming.trial_names(trees)
     assert names is None or found == names
     assert len(set(found)) == len(trees)
 
@@ -82,7 +82,7 @@ def test_a_name_holds_what_differs_and_nothing_else(trees: list[dict[str, Any]],
 def test_long_prompts_are_told_by_where_they_differ() -> None:
     start = "Answer the following question as briefly as you can, with a number and nothing else. "
     texts = [start + "Question: {q}", start + "Problem: {q}"]
-    found = naming.of_trees([tree(dataset={"prompt": text}) for text in texts])
+    found = naming.trial_names([tree(dataset={"prompt": text}) for text in texts])
     assert len(set(found)) == 2
     assert max(map(len, found)) < 60
     assert ("Question" in found[0], "Problem" in found[1]) == (True, True)
@@ -107,7 +107,7 @@ def test_no_two_of_a_thousand_random_configurations_have_one_name() -> None:
                 config.setdefault(group, {})[key] = values[draw.integers(len(values))]
             one = tree({key: str(draw.choice(values)) for key, values in choices.items()}, **config)
             trees[str(one)] = one
-        assert len(set(naming.of_trees(list(trees.values())))) == len(trees)
+        assert len(set(naming.trial_names(list(trees.values())))) == len(trees)
 
 
 def test_a_table_of_records_names_trials_as_the_sweep_did() -> None:
@@ -122,7 +122,7 @@ def test_a_table_of_records_names_trials_as_the_sweep_did() -> None:
         for quant, rate, seed in itertools.product(("none", "4bit"), (1e-3, 1e-4), (0, 1))
     ]
     table = pd.DataFrame([record.flat({"choices": one["choices"], "config": one["config"]}) for one in trees])
-    assert columns.named_trials(table.convert_dtypes()) == naming.of_trees(trees)
+    assert columns.named_trials(table.convert_dtypes()) == naming.trial_names(trees)
 
 
 def test_configurations_of_several_models_have_names_that_tell_the_model() -> None:

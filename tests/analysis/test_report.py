@@ -268,7 +268,7 @@ def test_what_a_pack_took_is_compared_with_nothing(tmp_path: Path) -> None:
     level = next(line for line in text.split("## Rank\n")[1].splitlines() if line.startswith("|   16 "))
     assert [cell.strip() for cell in level.split("|")][-4:-2] == ["", ""]  # neither memory nor time
     assert " 0.5 s" not in text
-    assert "Without some of these figures: 1." in text
+    assert "Configurations without some of these figures: 1." in text
 
 
 def test_nothing_is_recommended_that_does_not_beat_the_untouched_base(tmp_path: Path) -> None:

@@ -411,7 +411,7 @@ def test_f1_is_that_of_scikit_learn_and_its_error_that_of_a_bootstrap(classes: i
     assert found["f1"].value == pytest.approx(f1_score(gold, said, average=average))
     assert found["accuracy"].value == pytest.approx(sum(s == g for s, g in zip(said, gold, strict=True)) / 400)
     draws = []
-    for _ in range(600):
+    for _ in range(200):
         rows = [rng.randrange(400) for _ in range(400)]
         draws.append(f1_score([gold[n] for n in rows], [said[n] for n in rows], average=average))
     assert found["f1"].stderr == pytest.approx(statistics.stdev(draws), rel=0.15)

@@ -20,7 +20,7 @@ from peftsweep.forecast import duration, history, speed, timing, work
 from peftsweep.forecast.duration import Estimate, Span
 from peftsweep.forecast.history import History
 from peftsweep.observe import streams
-from peftsweep.observe.remaining import format_seconds, of_sweep, remaining
+from peftsweep.observe.remaining import format_seconds, remaining, remaining_of_sweep
 from peftsweep.schema import PriceConfig
 from peftsweep.study.record import Result
 from peftsweep.sweep.workers import Budget, Options
@@ -309,9 +309,9 @@ def test_without_a_prediction_the_steps_alone_say_what_is_left() -> None:
 
 
 def test_a_sweep_ends_when_its_workers_have_taken_all_that_waits() -> None:
-    assert of_sweep([10.0, 4.0], [5.0, 5.0], 2) == pytest.approx(14.0)  # 4 + 5 + 5 | 10
-    assert of_sweep([10.0], [None], 1) == pytest.approx(20.0)  # as long as the others
-    assert of_sweep([None], [None], 2) is None
+    assert remaining_of_sweep([10.0, 4.0], [5.0, 5.0], 2) == pytest.approx(14.0)  # 4 + 5 + 5 | 10
+    assert remaining_of_sweep([10.0], [None], 1) == pytest.approx(20.0)  # as long as the others
+    assert remaining_of_sweep([None], [None], 2) is None
 
 
 @pytest.mark.parametrize(

@@ -313,7 +313,7 @@ def test_adalora_needs_steps_to_weigh_its_ranks(compose: Compose) -> None:
 def test_a_quantised_base_of_16_bits_trains_and_comes_back(
     name: str, quant: str, run_small: Callable[..., Result]
 ) -> None:
-    result = run_small(f"method={name}", f"quant={quant}", "model.dtype=bfloat16")
+    result = run_small(f"method={name}", f"quant={quant}", "model.dtype=bfloat16", "adapter.check=true")
     assert result.status is Status.success, result.error
     assert result.train_info["reloads"], result.train_info
 

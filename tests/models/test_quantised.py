@@ -230,7 +230,7 @@ def test_a_format_that_was_not_tried_is_said_to_be_untested(compose: Compose, ca
 @pytest.mark.slow
 @pytest.mark.parametrize("words", ["", "model.dtype=bfloat16", "train.checkpointing=true targets=all_linear"])
 def test_lora_trains_comes_back_and_is_merged(quant: str, words: str, run_small: RunSmall) -> None:
-    found = run_small(f"quant={quant}", "method.r=2", "adapter.merge=true", *words.split())
+    found = run_small(f"quant={quant}", "method.r=2", "adapter.check=true", "adapter.merge=true", *words.split())
     info = found.train_info
     assert found.status.name == "success", found.error
     assert info["reloads"]

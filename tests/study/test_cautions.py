@@ -145,8 +145,8 @@ def test_the_report_says_which_trials_were_judged_by_the_rules_of_an_earlier_ver
         | ({"run_info.judged": 2} if n else {})
         for n in range(3)
     ]
-    assert "- an earlier version read answers by other rules" in (text := written(tmp_path, *rows))
-    assert "judges them anew (`lora, r=2`)." in text
+    assert "- an earlier version read these answers by other rules" in (text := written(tmp_path, *rows))
+    assert "evaluates them again (`lora, r=2`)." in text
     assert "## Warnings" not in written(tmp_path, *rows[1:])
     assert "## Warnings" not in written(tmp_path, rows[0])
 

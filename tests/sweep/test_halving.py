@@ -40,6 +40,7 @@ def records(name: str = "default") -> dict[str, Result]:
 # ---- one trial -------------------------------------------------------------------------------------
 
 NINE = [*SMALL[1:], "train.steps=9", "dataset.validation_samples=8", "train.eval_every=1", "train.keep_best=true"]
+NINE += ["eval.tiny_math.samples=2"]
 
 
 def test_a_trial_that_stops_at_every_rung_ends_as_if_it_never_had(run_small: RunSmall) -> None:
@@ -306,11 +307,11 @@ def test_the_report_says_what_was_spared_and_how_well_the_rungs_foretold() -> No
     lines = halving_notes.notes(results)
     assert "33 of 81 steps trained (41%); 6 trials stopped" in lines[0]
     assert lines[1:] == [
-        "rung 1 and what came next: rank correlation 1.00 (Spearman, the 3 trials that went on)",
-        "rung 2 and what came next: rank correlation -1.00 (Spearman, the 3 trials that went on)",
+        "rung 1 against the next: rank correlation 1.00 (Spearman, the 3 trials that went on)",
+        "rung 2 against the next: rank correlation -1.00 (Spearman, the 3 trials that went on)",
     ]
     assert halving_notes.notes([held("e", [1.0, 2.0])])[1:] == [
-        "rung 1 and what came next: 1 trials went on, too few for a correlation"
+        "rung 1 against the next: 1 trials went on, too few for a correlation"
     ]
 
 
@@ -374,7 +375,7 @@ def test_the_report_pairs_what_a_point_came_to_on_its_rows() -> None:
     lines = halving_notes.notes(results)
     assert "144 of about 144 steps trained (100%); 1 points were not trained on all rows" in lines[0]
     assert lines[1:] == [
-        "rung 1 (0.25 of the rows) and what came next: rank correlation 1.00 (Spearman, the 3 trials that went on)"
+        "rung 1 (0.25 of the rows) against the next: rank correlation 1.00 (Spearman, the 3 trials that went on)"
     ]
 
 
@@ -387,7 +388,7 @@ def test_a_halving_of_rows_of_which_nothing_went_on_yet_is_told() -> None:
         copy.train_info["steps"] = 9
         records.append(copy)
     assert halving_notes.notes(records)[1:] == [
-        "rung 1 (0.25 of the rows) and what came next: 0 trials went on, too few for a correlation"
+        "rung 1 (0.25 of the rows) against the next: 0 trials went on, too few for a correlation"
     ]
 
 
@@ -401,7 +402,7 @@ def test_a_halving_of_rows_trains_the_best_on_all_of_them_and_decides_the_same_a
     trained = 3 * 13 + 41  # steps of three points on 0.3 of the rows, and of one on all
     assert f"halving by loss, of rows: {trained} of about " in out
     assert "; 2 points were not trained on all rows" in out
-    assert "rung 1 (0.3 of the rows) and what came next: 1 trials went on, too few for a correlation" in out
+    assert "rung 1 (0.3 of the rows) against the next: 1 trials went on, too few for a correlation" in out
     ends = {
         (one.config["train"]["learning_rate"], one.config["dataset"]["fraction"]): one for one in records().values()
     }

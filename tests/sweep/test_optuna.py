@@ -356,7 +356,7 @@ def test_a_trial_that_is_worse_than_the_median_is_pruned_whichever_way_is_better
     for values in ([1.0, 1.0], [2.0, 2.0], [worst, worst], [worst, 0.5 if metric == "loss" else 3.0]):
         trial = under_way.next()[0]
         sweeper = {"pruner": median, "storage": kept.storage}
-        asked = pruning.of_trial(sweeper, "default", kept.study_name, trial.number, metric)
+        asked = pruning.trial_pruning(sweeper, "default", kept.study_name, trial.number, metric)
         assert asked is not None
         prune = pruning.verdict(asked)
         verdicts.append([prune(step, {metric: value}) for step, value in zip((5, 15), values, strict=True)])

@@ -65,7 +65,7 @@ def check_same(one: Result, other: Result) -> None:
 
 @pytest.mark.slow
 def test_a_packed_trial_is_recorded_as_it_is_alone(compose: Compose) -> None:
-    together = pack.run(trials(compose, "packed"))
+    together = pack.run(trials(compose, "packed", "adapter.check=true"))
     for one, mine in zip(trials(compose, "alone"), together, strict=True):
         single = task.run(one)
         check_same(mine, single)
@@ -159,7 +159,7 @@ def test_what_fails_for_all_is_tried_again_by_fewer(
         raise error
 
     monkeypatch.setattr(packed, "train_packed", failing)
-    results = pack.run(trials(compose, "packed", "eval.tiny_math.samples=2", "adapter.check=false"))
+    results = pack.run(trials(compose, "packed", "eval.tiny_math.samples=2"))
     assert tried == packs
     assert [result.status for result in results] == [Status.success] * 3
     assert all("packed_with" not in result.run_info for result in results)

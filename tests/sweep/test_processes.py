@@ -102,6 +102,7 @@ def on_gpu_host(scratch: Path, *words: str, **environment: str) -> tuple[subproc
 
 
 @pretended
+@pytest.mark.slow  # the test below it tells when workers are forked too
 def test_workers_are_forked_before_cuda_is_initialised(scratch: Path) -> None:
     done, lines = on_gpu_host(scratch, *TINY, "device=cpu")
     assert "forks" not in lines
@@ -186,7 +187,7 @@ def test_a_device_that_is_not_there_is_refused(
 # ---- what a trial has started ends with its worker ---------------------------------------------------
 
 GUARDED = """
-import ctypes, os, subprocess, sys, time
+import ctypes, os, subprocess, sys
 from multiprocessing import Pipe
 from peftsweep.sweep import processes
 
@@ -203,7 +204,7 @@ if (guard := os.fork()) == 0:
     exec(sys.argv[2])
 held.close()
 if sys.argv[3] == "lets go":
-    time.sleep(3.0)
+    sys.stdin.readline()
     leash.close()
 print(os.waitstatus_to_exitcode(os.waitpid(guard, 0)[1]), flush=True)
 """
@@ -229,10 +230,15 @@ def test_all_that_a_worker_started_ends_with_it(does: str, how: str, code: int |
     """Also what has left its group and session, also if the worker can do nothing about it any more."""
     seconds = f"600.{uuid.uuid4().int % 10**9:09}"
     words = [sys.executable, "-c", GUARDED, seconds, does, how]
-    command = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    pipe = subprocess.PIPE
+    command = subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True, start_new_session=True)
+    assert command.stdin
     assert command.stdout
     assert command.stdout.readline() == "started\n"
-    assert how != "lets go" or wait_for(lambda: len(left(seconds)) == 3, command)
+    if how == "lets go":
+        assert wait_for(lambda: len(left(seconds)) == 3, command)
+        command.stdin.write("\n")
+        command.stdin.flush()
     if how == "is killed":
         os.killpg(command.pid, signal.SIGKILL)
     out, _ = command.communicate(timeout=60)

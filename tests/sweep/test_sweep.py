@@ -107,7 +107,7 @@ def test_stock_launchers_run_and_resume_too(launcher: str, command: Command) -> 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupted_sweep_continues_to_the_undisturbed_result(end: signal.Signals, command: Command) -> None:
-    words = [*SMALL, "train.steps=4,80"]
+    words = [*SMALL, "train.steps=4,40"]
     process = start(*words)
     assert wait_for(lambda: list(Path("multirun/default").glob("*/result.json")), process)
     assert wait_for(lambda: len(list(Path("multirun/default").glob("*/steps.jsonl"))) == 2, process)

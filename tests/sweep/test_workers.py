@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -106,7 +107,7 @@ def test_four_ways_to_go_wrong_cost_one_trial_each(command: Command) -> None:
     code, out, _ = command(
         *WITHOUT_WRITING,
         f"eval.perplexity._target_={targets},peftsweep.evaluation.evaluate.perplexity",
-        "hydra.launcher.timeout=20",
+        "hydra.launcher.timeout=10",
         "hydra.launcher.workers=2",
     )
     assert code == 1
@@ -138,15 +139,24 @@ def worker_of(process: subprocess.Popen[str]) -> psutil.Process | None:
     return wait_for(holder, process)
 
 
+def kill_a_worker() -> None:
+    """Kill the first process that holds a claim."""
+    end = time.monotonic() + 240
+    while time.monotonic() < end:
+        for file in Path("multirun/default/.claims").glob("*.json"):
+            with contextlib.suppress(ValueError, OSError):
+                return os.kill(json.loads(file.read_text())["pid"], signal.SIGKILL)
+        time.sleep(0.01)
+
+
 def test_a_killed_worker_costs_its_trial_and_a_retry_saves_it(command: Command) -> None:
     words = [*SMALL, "method.r=2,4"]
     for retries, statuses in ((0, ["failed", "success"]), (1, ["success", "success"])):
-        process = start(*words, f"hydra.launcher.retries={retries}")
-        worker = worker_of(process)
-        assert worker is not None
-        worker.kill()
-        out, err = process.communicate(timeout=120)
-        assert (process.returncode, err) == (1 - retries, ""), out
+        killer = threading.Thread(target=kill_a_worker)
+        killer.start()
+        code, out, err = command(*words, f"hydra.launcher.retries={retries}")
+        killer.join()
+        assert (code, err) == (1 - retries, ""), out
         assert sorted(one.status.name for one in records().values()) == statuses
         if not retries:
             assert "its process ended by SIGKILL" in out

@@ -63,7 +63,7 @@ def test_evaluation_moves_no_peak_but_its_own(run_small: RunSmall) -> None:
 
 
 def test_the_seconds_of_all_stages_are_those_of_the_trial(run_small: RunSmall) -> None:
-    info = run_small("train.eval_every=2", "dataset.validation_samples=6").train_info
+    info = run_small("train.eval_every=2", "dataset.validation_samples=6", "adapter.check=true").train_info
     stages = ("setup", "load", "data", "baseline", "attach", "train_stage", "validate", "eval", "save", "reload")
     total = sum(info[f"{name}_seconds"] for name in stages)
     (record,) = Path("multirun/default").glob("*/result.json")
@@ -138,7 +138,7 @@ def test_a_profile_changes_nothing_of_the_trial(run_small: RunSmall) -> None:
 def test_a_profiled_trial_is_compiled_once(run_small: RunSmall, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = Mock(wraps=torch.compile)
     monkeypatch.setattr(torch, "compile", counted)
-    words = ["profiler=torch", "profiler.active=2", "profiler.sizes=[32]", "train.compile=eager", "adapter.check=false"]
+    words = ["profiler=torch", "profiler.active=2", "profiler.sizes=[32]", "train.compile=eager"]
     found = run_small(*words).train_info["profile"]["torch"]
     assert counted.call_count == 1
     assert found["flops_per_step"] > 0
@@ -178,6 +178,7 @@ def test_what_is_predicted_not_to_fit_is_refused_until_the_limit_is_raised(run_s
     assert run_small("memory_limit=8GB", "skip_oversized=true").status is Status.success
 
 
+@pytest.mark.usefixtures("memory_foreseen")
 def test_the_plan_marks_what_will_not_fit(command: Callable[..., tuple[int, str, str]]) -> None:
     code, out, _ = command("method=lora,full", "dry_run=true", "memory_limit=100MB", "train.capture=off")
     assert code == 0
@@ -228,14 +229,15 @@ KNOBS = {
     "paged optimizer": ["train.optimizer=bitsandbytes.optim.PagedAdamW32bit"],
     "accumulation": ["train.accumulation=2"],
     "compile": ["train.compile=eager"],
-    "8 bits with offload": ["quant=8bit_offload"],  # takes 7 s
+    "8 bits with offload": ["quant=8bit_offload"],
 }
+SLOW_KNOBS = ["compile", "8 bits with offload"]  # the first imports torch's compiler; each takes 7 s
 
 
-@pytest.mark.parametrize("knob", [*list(KNOBS)[:-1], pytest.param("8 bits with offload", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("knob", [pytest.param(k, marks=pytest.mark.slow) if k in SLOW_KNOBS else k for k in KNOBS])
 def test_every_knob_trains(knob: str, run_small: RunSmall) -> None:
     few = ["eval.tiny_math.samples=1", "eval.perplexity.samples=1"]
-    result = run_small(*KNOBS[knob], *few, "adapter.check=false")
+    result = run_small(*KNOBS[knob], *few)
     assert result.status is Status.success, result.error
     assert result.train_info["final_loss"] < 4.5
 

@@ -45,7 +45,7 @@ def place(result: Result) -> Path:
 
 
 def test_the_folder_holds_all_that_the_design_promises(run_small: RunSmall) -> None:
-    result = run_small("quant=4bit")
+    result = run_small("quant=4bit", "adapter.check=true")
     folder = place(result)
     assert folder.parent == Path("multirun/default")
     assert folder.name.startswith("tiny-lora-r8-4bit-tiny_math-s0-")
@@ -259,13 +259,13 @@ def test_validation_rows_and_the_best_weights(run_small: RunSmall) -> None:
 def test_an_adapter_that_does_not_come_back_is_reported(run_small: RunSmall, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as context:
         context.setattr(saved, "restore", fail_with(KeyError("router")))
-        result = run_small()
+        result = run_small("adapter.check=true")
     assert result.status is Status.success
     assert result.train_info["reloads"] is False
     assert result.train_info["reload_error"] == "KeyError: 'router'"
     with monkeypatch.context() as context:
         context.setattr(saved, "restore", lambda base, *_, **__: base)  # the untouched base
-        result = run_small("seed=1")
+        result = run_small("adapter.check=true", "seed=1")
     assert result.train_info["reloads"] is False
     assert result.train_info["reload_difference"] > 0.01
 
@@ -274,7 +274,7 @@ def test_an_adapter_that_does_not_come_back_is_reported(run_small: RunSmall, mon
 def test_the_size_of_the_adapter_is_foreseen_to_the_byte(
     method: str, run_small: RunSmall, compose: Callable[..., Trial]
 ) -> None:
-    few = ["eval.tiny_math.samples=1", "eval.perplexity.samples=1", "adapter.check=false"]
+    few = ["eval.tiny_math.samples=1", "eval.perplexity.samples=1"]
     foreseen, found = forecast.check(compose(f"method={method}")), run_small(f"method={method}", *few).train_info
     assert foreseen.trainable_parameters == found["trainable_parameters"]
     assert foreseen.adapter_bytes == found["adapter_bytes"]
@@ -290,7 +290,13 @@ def test_the_size_of_the_adapter_is_foreseen_to_the_byte(
 )
 @pytest.mark.parametrize("quant", ["none", "4bit"])
 def test_what_is_saved_comes_back_and_merges(run_small: RunSmall, method: str, quant: str) -> None:
-    words = [f"method={method}", f"quant={quant}", "adapter.merge=true", "train.learning_rate_scale=50"]
+    words = [
+        f"method={method}",
+        f"quant={quant}",
+        "adapter.check=true",
+        "adapter.merge=true",
+        "train.learning_rate_scale=50",
+    ]
     if method == "lora_pissa_niter_2":
         words[0] = "method=pissa"
         words.append("method.init_lora_weights=pissa_niter_2")
@@ -317,7 +323,9 @@ def test_what_is_saved_comes_back_and_merges(run_small: RunSmall, method: str, q
 
 @pytest.mark.parametrize("quant", [pytest.param("4bit", marks=pytest.mark.slow), "8bit"])
 def test_ia3_merges_on_a_quantised_base(quant: str, run_small: RunSmall) -> None:
-    result = run_small("method=ia3", f"quant={quant}", "adapter.merge=true", "train.learning_rate_scale=500")
+    result = run_small(
+        "method=ia3", f"quant={quant}", "adapter.check=true", "adapter.merge=true", "train.learning_rate_scale=500"
+    )
     assert result.train_info["merges"] is True
     merged: Any = AutoModelForCausalLM.from_pretrained(place(result) / "merged")
     base: Any = model.load(ModelConfig(name_or_path="tiny"), None, torch.device("cpu"))
@@ -331,7 +339,7 @@ def test_ia3_merges_on_a_quantised_base(quant: str, run_small: RunSmall) -> None
 
 
 def test_what_cannot_be_merged_says_so(run_small: RunSmall) -> None:
-    result = run_small("method=prompt_tuning", "adapter.merge=true")
+    result = run_small("method=prompt_tuning", "adapter.check=true", "adapter.merge=true")
     assert result.status is Status.success
     assert result.train_info["merges"] is False
     expected = "not mergeable: what the method adds cannot be merged into the weights"
@@ -350,9 +358,13 @@ def test_loftq_begins_closer_to_the_unquantised_base_than_lora(run_small: RunSma
     """The point of LoftQ (arXiv 2310.08659): quantised base and adapter together are nearer to the weights."""
     config = ModelConfig(name_or_path="tiny")
     whole: Any = model.load(config, None, torch.device("cpu"))
-    kept = run_small("method=loftq", "quant=4bit", "train=none", "adapter.merge=true", "method.r=16")
+    kept = run_small(
+        "method=loftq", "quant=4bit", "train=none", "adapter.check=true", "adapter.merge=true", "method.r=16"
+    )
     merged: Any = AutoModelForCausalLM.from_pretrained(place(kept) / "merged")
-    plain = run_small("method=lora", "quant=4bit", "train=none", "adapter.merge=true", "method.r=16")
+    plain = run_small(
+        "method=lora", "quant=4bit", "train=none", "adapter.check=true", "adapter.merge=true", "method.r=16"
+    )
     rounded: Any = AutoModelForCausalLM.from_pretrained(place(plain) / "merged")
     for name, weight in whole.named_parameters():
         if "proj" in name:
@@ -366,7 +378,7 @@ def test_x_lora_mixes_adapters_trained_before(run_small: RunSmall) -> None:
     a, b = ((place(one) / "adapter").resolve() for one in (first, second))
     refused = run_small("method=xlora")
     assert "method.adapters={a: DIR, b: DIR}" in (refused.error or {})["message"]
-    mixed = run_small("method=xlora", f"method.adapters={{a: '{a}', b: '{b}'}}")
+    mixed = run_small("method=xlora", "adapter.check=true", f"method.adapters={{a: '{a}', b: '{b}'}}")
     assert mixed.status is Status.success
     assert mixed.train_info["trainable_parameters"] == 128 * 2 + 2  # a router over two adapters
     assert mixed.train_info["reloads"] is False  # PEFT does not save the router: the record says so
@@ -397,6 +409,7 @@ def test_the_base_s_answers_are_kept_by_row_in_the_format_of_a_trial_s(trained: 
 
 
 def test_presets_run_at_small_size_without_their_weights(run_small: RunSmall) -> None:
+    few = ["eval.tiny_math.samples=1", "eval.perplexity.samples=1"]
     sizes = {"hidden_size": 64, "num_attention_heads": 2, "vocab_size": 600}
     presets = {
         "llama3.2_1b": {"intermediate_size": 128, "num_hidden_layers": 1, "num_key_value_heads": 1, "head_dim": 32},
@@ -405,11 +418,11 @@ def test_presets_run_at_small_size_without_their_weights(run_small: RunSmall) ->
         "phi2": {"intermediate_size": 128, "num_hidden_layers": 1, "num_key_value_heads": 2},
     }
     for name, own in presets.items():
-        words = [f"model.architecture.{key}={value}" for key, value in (sizes | own).items()]
+        words = [*few, *(f"model.architecture.{key}={value}" for key, value in (sizes | own).items())]
         result = run_small(f"model={name}", "model.init=random", "quant=4bit", "targets=qkvo", *words)
         assert result.status is Status.success, result.error
     neo = ["hidden_size=64", "num_heads=2", "num_layers=1", "attention_types=[[[global],1]]", "vocab_size=600"]
-    words = [f"model.architecture.{word}" for word in neo]
+    words = [*few, *(f"model.architecture.{word}" for word in neo)]
     result = run_small("model=gpt_neo_1.3b", "model.init=random", "quant=8bit", "targets=mlp", *words)
     assert result.status is Status.success, result.error
 
@@ -505,7 +518,8 @@ def test_an_adapter_from_elsewhere_is_scored_too(run_small: RunSmall, tmp_path: 
 
 def test_a_classifier_is_scored_again_with_its_head(run_small: RunSmall) -> None:
     words = ["device=cpu", "dataset=tiny_direction", "model.task=seq_cls", "eval=[classification]"]
-    trained = cli.run_one([*words, "train.steps=20", "dataset.samples=320", "eval.classification.samples=40"])
+    few = ["train.steps=4", "dataset.samples=64", "eval.classification.samples=40", "adapter.check=false"]
+    trained = cli.run_one([*words, *few])
     again = cli.run_one(
         ["device=cpu", "dataset=tiny_direction", f"adapter.path={place(trained)}", "eval.tiny_direction.samples=40"]
     )
@@ -527,7 +541,7 @@ def test_rows_are_tokenised_once_for_all_trials_that_share_them(
 
     monkeypatch.setattr(build, "_TOKENS", {})
     monkeypatch.setattr(tokens, "tokenize", counted)
-    run_small("adapter.check=false"), run_small("method.r=2"), run_small("seed=1")
+    run_small(), run_small("method.r=2"), run_small("seed=1")
     assert len(calls) == 1
     run_small("dataset.max_length=64")
     run_small("dataset.samples=48")
@@ -553,7 +567,7 @@ def test_a_merged_folder_that_answers_otherwise_is_taken_away(
     """The record's word is about what was read back from the disk, not about the model in memory."""
     untouched = model.load(ModelConfig(name_or_path="tiny"), None, torch.device("cpu"))
     monkeypatch.setattr(saved, "read", lambda folder, like: untouched)
-    result = run_small("adapter.merge=true", "train.learning_rate_scale=50")
+    result = run_small("adapter.check=true", "adapter.merge=true", "train.learning_rate_scale=50")
     assert result.status is Status.success
     assert result.train_info["merges"] is False
     assert result.train_info["merge_difference"] > 0.01
@@ -566,8 +580,8 @@ def test_no_trial_goes_on_from_an_adapter_that_does_not_come_back(
 ) -> None:
     with monkeypatch.context() as context:
         context.setattr(saved, "restore", lambda base, *_, **__: base)
-        assert run_small().train_info["reloads"] is False
-    again = run_small("eval.tiny_math.samples=4")
+        assert run_small("adapter.check=true").train_info["reloads"] is False
+    again = run_small("adapter.check=true", "eval.tiny_math.samples=4")
     assert again.train_info["reloads"] is True
     assert "trained_by" not in again.train_info
     assert run_small("eval.tiny_math.samples=5").train_info["trained_by"] == again.trial

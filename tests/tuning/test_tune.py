@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from peftsweep import cli
+from peftsweep.analysis.answer.structure import Decision, Finalist
 from peftsweep.analysis.text import searches
 from peftsweep.config.compose import Trial
 from peftsweep.config.compose import trial as make_trial
@@ -209,6 +210,13 @@ def test_reports_repeat_what_was_decided(ask: Ask) -> None:
     assert decided.verdict == "use"
     assert decision.sentence(decided) in lines
     assert len(decided.finalists[0].trials) == 1
+
+
+def test_a_score_is_named_once_where_evaluation_and_metric_have_one_name() -> None:
+    for column, name in (("perplexity.perplexity", "perplexity"), ("tiny_math.accuracy", "tiny_math accuracy")):
+        finalist = Finalist("lora", "lora, lr=0.1", 1.031, ["a"])
+        decided = Decision(None, "use", "lora, lr=0.1", ["a"], f"eval_info.{column}.value", [finalist])
+        assert decision.sentence(decided) == f"Use lora, lr=0.1: {name} 1.031 on the test rows, 1 seed."
 
 
 @pytest.mark.parametrize(

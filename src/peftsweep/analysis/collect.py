@@ -19,6 +19,7 @@ from peftsweep.analysis.answer import build, render, structure
 from peftsweep.analysis.answer.structure import Answer
 from peftsweep.analysis.figures import page, plot
 from peftsweep.analysis.statistics import trials as statistics_trials
+from peftsweep.analysis.statistics.task import study_tasks
 from peftsweep.analysis.table import columns, naming
 from peftsweep.analysis.table.columns import CALLED, NAME
 from peftsweep.analysis.table.table import (
@@ -36,7 +37,7 @@ from peftsweep.analysis.table.table import (
     write_parquet,
 )
 from peftsweep.analysis.table.where import where
-from peftsweep.analysis.text import findings, halving_notes, recommendations, report
+from peftsweep.analysis.text import halving_notes, recommendations, report
 from peftsweep.errors import InputError
 from peftsweep.observe.display import summary
 from peftsweep.study import claims as study_claims
@@ -73,7 +74,7 @@ class Collected:
 
 @contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """Millions of values in no circle are read: to look for circles among them takes a sixth of all time."""
+    """Reading makes millions of objects without reference cycles; looking for cycles would take a sixth of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -114,7 +115,7 @@ def _collected(options: Options) -> tuple[int, list[Answer]]:
         rows = predictions(one.folder)
         written, answer = _write(one, called, rows, options)
         if options.where or answer is None:
-            found = findings.tasks(mine, rows)
+            found = study_tasks(mine, rows)
             answer = build.answer(one.folder, mine, found, steps(one.results), options.quality_loss)
         answers.append(answer)
         if len(mine):
@@ -217,7 +218,7 @@ def status(names: Sequence[str], as_json: bool = False) -> int:
         print(_one_or_all([record.plain(one) for one in found]))
         return 0
     for one in found:
-        print(f"{one.folder}: {in_words(one.trials)}, {len(one.running)} running")
+        print(f"{one.folder}: {counts_in_words(one.trials)}, {len(one.running)} running")
         for claim in one.running:
             print(f"    running: {claim}")
         if one.cut_off:
@@ -245,7 +246,7 @@ def _standing(folder: Path) -> Standing:
     )
 
 
-def in_words(trials: Mapping[str, int]) -> str:
+def counts_in_words(trials: Mapping[str, int]) -> str:
     """Counts by status: ``3 trials: 2 success, 1 failed``."""
     return counted(Counter(trials).elements())
 
@@ -253,7 +254,7 @@ def in_words(trials: Mapping[str, int]) -> str:
 def _failures(results: Sequence[Result]) -> dict[str, list[str]]:
     """Why trials did not succeed -> the names of those it befell."""
     found: dict[str, list[str]] = {}
-    names = naming.of_trees([vars(result) for result in results])
+    names = naming.trial_names([vars(result) for result in results])
     for result, name in zip(results, names, strict=True):
         if result.status is not Status.success:
             reason = summary(result)[0] if result.error else result.status.name

@@ -48,7 +48,7 @@ def exported(result: Result) -> dict[str, Any]:
     """A trial as a result file. What it cannot say of ours stands under ``run_info.peftsweep``."""
     run, trained, config = result.run_info, result.train_info, result.config
     score = _score_name(result.eval_info)
-    resident = _of_train(result, "reserved_peak") is None
+    resident = _training_score(result, "reserved_peak") is None
     label = run["labels"][0]
     return {
         "run_info": {
@@ -86,14 +86,14 @@ def _score_name(scores: Mapping[str, Any]) -> str | None:
     return SCORE if SCORE in known else next(iter(known), None)
 
 
-def _of_train(result: Result, name: str) -> Any:
+def _training_score(result: Result, name: str) -> Any:
     return result.memory.get("train", {}).get(name)
 
 
 def _memory(result: Result, name: str) -> int | None:
     """What was reserved; without a device how far the process grew, the one figure that is known then."""
-    value = _of_train(result, name)
-    if value is None and (resident := _of_train(result, "rss_peak")) is not None:
+    value = _training_score(result, name)
+    if value is None and (resident := _training_score(result, "rss_peak")) is not None:
         value = resident - result.memory.get("start", {}).get("rss", 0)
     return None if value is None else round(value)
 

@@ -26,7 +26,7 @@ from peftsweep.study.record import Status, counted, trials_in_words
 
 NO_SETTINGS = ("choices.profiler", "choices.tracker", "choices.inference")  # that change nothing of a trial
 SHOWN = 40  # trials that a printed table holds
-MOST_COLUMNS = 12
+MAX_COLUMNS = 12  # of a table in a terminal, however wide that is
 PIPE = 200  # characters of a line where there is no terminal, and COLUMNS does not say
 MANY_TESTS = 3  # from which on the trials' table has their average, and a table of its own has each
 NAMES = ("trial", "configuration", "status", "model", "method", "quant")  # columns of words
@@ -62,17 +62,17 @@ class Shown:
 
     @property
     def most(self) -> int:
-        """Characters with which nothing of it is folded."""
+        """Characters at which no text in it is folded."""
         return max(len(self.title), *map(len, self.cells), 1)
 
 
 def fitting(found: Sequence[Shown], width: int) -> list[Shown]:
-    """The columns that have room in ``width`` characters, at most `MOST_COLUMNS`, in their order; at least one."""
+    """The columns that have room in ``width`` characters, at most `MAX_COLUMNS`, in their order; at least one."""
     order = sorted(range(len(found)), key=lambda place: (found[place].rank, place))
     chosen: list[int] = []
     for place in order:
         with_it = _width([found[n].least for n in [*chosen, place]])
-        if not chosen or (len(chosen) < MOST_COLUMNS and with_it <= width):
+        if not chosen or (len(chosen) < MAX_COLUMNS and with_it <= width):
             chosen.append(place)
     return [found[place] for place in sorted(chosen)]
 
@@ -130,16 +130,16 @@ def print_study(table: pd.DataFrame, name: str, answer: Answer, *, of: int) -> N
         title += f"; the {len(shown)} " + (f"best by {', '.join(sorted(by))}" if by else "newest")
         title += " of each model and dataset" if len(tasks) > 1 else ""
     show(title, _columns(shown, all_good=_all_good(table)), to)
-    for section in answer.of("table"):
+    for section in answer.sections_named("table"):
         for found in section.tables[1:]:
             if len(found.columns) >= MANY_TESTS + 2:
-                show(render.heading(section).replace(section.title, found.title), _of_answer(found), to)
+                show(render.heading(section).replace(section.title, found.title), _answer_columns(found), to)
     print_generation(shown, to)
     for line in notes(table, shown):
         to.print(line, markup=False, soft_wrap=True)
 
 
-def _of_answer(table: Table) -> list[Shown]:
+def _answer_columns(table: Table) -> list[Shown]:
     """The columns of a table of the answer, without intervals."""
     plain = [Column(column.key, column.title, column.unit) for column in table.columns]
     rows = [{key: value for key, value in row.items() if not key.endswith((".low", ".high"))} for row in table.rows]
@@ -172,7 +172,7 @@ def _columns(table: pd.DataFrame, *, all_good: bool) -> list[Shown]:
     differing = [c for c in dict.fromkeys([*varying(table), *names.settings]) if c in table]
     called = Shown("trial", [str(name) for name in table[CALLED]], 0)
     settings = [_setting(table, names, column) for column in differing]
-    room = MOST_COLUMNS // 2
+    room = MAX_COLUMNS // 2
     found = settings if 0 < len(settings) <= room else [called]
     if not all_good:
         found.append(Shown("status", [str(status) for status in table["run_info.status"]], 2))

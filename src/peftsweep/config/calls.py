@@ -367,7 +367,7 @@ def _adapter(hint: Any) -> Any:
 
 def meant(wrong: str, known: list[str]) -> str:
     """What a key may have been meant for: one beside it by another name, one of another section, or one like it."""
-    kinds = typing.get_type_hints(Config)
+    kinds = schema.key_types(Config)
     others = [
         *METHOD_KEYS,
         *(f"{name}.{field.name}" for name in SOUGHT_IN for field in dataclasses.fields(kinds[name])),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from peftsweep.config.calls import numeric_options
 from peftsweep.data import files
 from peftsweep.data import rows as data_rows
 from peftsweep.errors import InputError, first_line, suggest, synonyms
-from peftsweep.schema import Config, Dtype, Resource
+from peftsweep.schema import Config, Dtype, Resource, key_types
 from peftsweep.study import rungs, store
 from peftsweep.study.record import SECTIONS
 
@@ -60,7 +59,7 @@ ONE_OF = {
 
 def check_keys(tree: Mapping[str, Any], schema: Any, where: str = "") -> None:
     """Refuse a key that nobody reads, as an added one (``+train.learning_rte``) may be."""
-    kinds = typing.get_type_hints(schema)
+    kinds = key_types(schema)
     for key, value in tree.items():
         if key not in kinds:
             raise InputError(f"{where}{key}: no such key; {suggest(str(key), list(kinds))}")
@@ -70,7 +69,7 @@ def check_keys(tree: Mapping[str, Any], schema: Any, where: str = "") -> None:
 
 def check_complete(cfg: DictConfig, schema: Any, where: str = "") -> None:
     """Refuse a configuration that lacks a key, as one that was deleted (``~seed``)."""
-    for field, kind in typing.get_type_hints(schema).items():
+    for field, kind in key_types(schema).items():
         if field not in cfg.keys():  # noqa: SIM118 (a value that must yet be given is not "in")
             raise InputError(f"{where}{field}: must be given; it cannot be deleted")
         if dataclasses.is_dataclass(kind) and not OmegaConf.is_missing(cfg, field):

@@ -242,7 +242,7 @@ def with_pruning(one: Trial, sweeper: Mapping[str, Any]) -> Trial:
         InputError: it has no validations, at which that decides.
     """
     config, own = one.config, one.config.search
-    found = pruning.of_trial(sweeper, config.study, own.study, own.trial, config.train.best_metric)
+    found = pruning.trial_pruning(sweeper, config.study, own.study, own.trial, config.train.best_metric)
     if found is not None and config.train.eval_every is None:
         raise InputError("hydra.sweeper.pruner: needs train.eval_every, as it decides at the trial's validations")
     return dataclasses.replace(one, pruning=found)

@@ -226,7 +226,7 @@ def _by_content(value: Any) -> Any:
 
 
 def canonical_name(target: str, rule: int = IDENTITY_RULE) -> str:
-    """The one name under which a class or function enters an identity, whichever of its names was given.
+    """The canonical name of a class or function in an identity, also where another of its names was given.
 
     That is the shortest dotted name under which it can be imported; of one that has moved, its first name.
     """

@@ -355,14 +355,6 @@ def _by_texts(row: Example) -> Example:
     return row._replace(choices=tuple(choice._replace(answer=choice.text) for choice in row.choices))
 
 
-# What each evaluation measures, by name, so that a misspelt one is found before anything is loaded.
-MEASURES: dict[Callable[..., Evaluation], tuple[str, ...]] = {
-    perplexity: ("perplexity", "loss"),
-    text_perplexity: ("perplexity", "loss"),
-    generation: ("accuracy", "valid_fraction"),
-    classification: ("accuracy", "f1"),
-    multiple_choice: ("acc", "acc_norm"),
-}
 NOT_THE_TEXTS = (
     "peftsweep.data.tasks.winogrande",
     "peftsweep.data.tasks.commonsense_qa",
@@ -374,15 +366,32 @@ WAYS = {  # of instruction
 }
 
 
-def measures(function: Any, options: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """The metrics of an evaluation with these options; None of one that is not of this module."""
-    if function is instruction:
-        return tuple(name for way in options.get("ways", WAYS) for name in WAYS.get(way, ()))
-    from peftsweep.evaluation.text import overlap  # which imports this module
+def _generation_measures(options: Mapping[str, Any]) -> tuple[str, ...]:
+    readings = ["", *(f"{name}_" for name in options.get("beside") or ())]
+    return tuple(f"{reading}{metric}" for reading in readings for metric in ("accuracy", "valid_fraction"))
 
-    if function is overlap.generated_text:
-        return tuple(options.get("metrics", overlap.METRICS))
+
+def _choice_measures(options: Mapping[str, Any]) -> tuple[str, ...]:
+    return ("acc",) if options.get("reader") in NOT_THE_TEXTS else ("acc", "acc_norm")
+
+
+def _instruction_measures(options: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(name for way in options.get("ways", WAYS) for name in WAYS.get(way, ()))
+
+
+# The metrics that each evaluation measures, by its options, so that a misspelt one is found before anything is loaded.
+# An evaluation of another file is put in by that file.
+MEASURES: dict[Callable[..., Evaluation], Callable[[Mapping[str, Any]], tuple[str, ...]]] = {
+    perplexity: lambda _: ("perplexity", "loss"),
+    text_perplexity: lambda _: ("perplexity", "loss"),
+    generation: _generation_measures,
+    classification: lambda _: ("accuracy", "f1"),
+    multiple_choice: _choice_measures,
+    instruction: _instruction_measures,
+}
+
+
+def measures(function: Any, options: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The metrics of an evaluation with these options; None for a function that is not one of peftsweep's."""
     known = MEASURES.get(function)
-    if known and function is generation:
-        return (*known, *(f"{name}_{metric}" for name in options.get("beside") or () for metric in known))
-    return ("acc",) if known and options.get("reader") in NOT_THE_TEXTS else known
+    return known(options) if known else None

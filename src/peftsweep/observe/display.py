@@ -14,7 +14,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from peftsweep.observe.remaining import format_seconds, of_sweep, remaining
+from peftsweep.observe.remaining import format_seconds, remaining, remaining_of_sweep
 from peftsweep.study.record import HEADLINE, Result, Status
 from peftsweep.study.scores import OF_TEXTS, baseline
 
@@ -117,7 +117,7 @@ class Display:
         mean = sum(whole) / len(whole) if whole else None
         if mean is not None:
             left = [max(mean - age, 0.0) if rest is None else rest for age, rest in zip(ages, left, strict=True)]
-        return of_sweep(left, [mean] * waiting, max(len(running), 1))
+        return remaining_of_sweep(left, [mean] * waiting, max(len(running), 1))
 
 
 class TrialView(Observer):

@@ -51,7 +51,7 @@ def _training(expected: float | None, step: int, steps: int | None, taken: float
     return (weight * own + (1 - weight) * expected / steps) * (steps - step)
 
 
-def of_sweep(running: Sequence[float | None], waiting: Sequence[float | None], workers: int) -> float | None:
+def remaining_of_sweep(running: Sequence[float | None], waiting: Sequence[float | None], workers: int) -> float | None:
     """The seconds until a sweep is done: ``running`` trials have so much left, ``waiting`` ones will take so much.
 
     A trial of which nothing is known counts as the mean of the others; None where nothing is known of any.

@@ -1,1 +1,3 @@
 """What a key or a column means."""
+
+__all__ = ["keys", "meanings"]

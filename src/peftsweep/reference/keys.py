@@ -184,7 +184,7 @@ def called_keys(prefix: str, target: str, notes: Mapping[str, str], values: Mapp
         if name in meanings.PROVIDED or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
         key = f"{prefix}.{name}"
-        said = notes.get(name) or help_of(function, name) or meanings.of(key)
+        said = notes.get(name) or help_of(function, name) or meanings.key_meaning(key)
         hint = hints.get(name, Any)
         default = values.get(name, parameter.default)
         words = calls.type_in_words(hint) if name in hints else ""

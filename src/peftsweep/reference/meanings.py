@@ -89,7 +89,7 @@ OPTIONS = {  # pattern of a key -> what it is; the first that fits counts
 }
 
 
-def of(key: str) -> str:
+def key_meaning(key: str) -> str:
     """The sentence of an option, empty where there is none."""
     return matches(key, OPTIONS)
 
@@ -251,7 +251,7 @@ PREDICTIONS = {
 }
 
 
-def of_column(column: str) -> str:
+def column_meaning(column: str) -> str:
     """The sentence of a column of a record, empty where there is none."""
     return matches(column, COLUMNS)
 

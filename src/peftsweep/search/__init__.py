@@ -1,1 +1,3 @@
 """Which point is tried next, and which trial is not worth going on with? A search by Optuna."""
+
+__all__ = ["pruning", "search", "space"]

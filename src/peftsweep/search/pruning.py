@@ -31,7 +31,7 @@ class Pruning:
     pruner: dict[str, Any]  # a class of optuna.pruners as _target_, and its arguments
 
 
-def of_trial(
+def trial_pruning(
     sweeper: Mapping[str, Any], study: str, name: str | None, number: int | None, metric: str
 ) -> Pruning | None:
     """The pruning that ``hydra.sweeper`` asks for of the trial ``number`` of the search ``name``; None where none.

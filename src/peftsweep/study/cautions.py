@@ -24,7 +24,7 @@ def cautions(
     """The lines that a record's sections give cause to; none where nothing is the matter."""
     lines = list(_cut("training", train_info, train_info.get("training_rows")))
     for name, facts in eval_info.items():
-        lines += _of_evaluation(name, facts)
+        lines += _evaluation_cautions(name, facts)
     for name, facts in generation_info.items():
         if isinstance(facts, Mapping) and facts.get("cut_prompts"):
             lines.append(
@@ -33,7 +33,7 @@ def cautions(
     return lines
 
 
-def _of_evaluation(name: str, facts: Mapping[str, Any]) -> Iterator[str]:
+def _evaluation_cautions(name: str, facts: Mapping[str, Any]) -> Iterator[str]:
     count = next((score["n"] for score in facts.values() if isinstance(score, Mapping) and "n" in score), None)
     yield from _cut(name, facts, count)
     for metric, score in facts.items():

@@ -63,7 +63,7 @@ def plan(trials: Sequence[Trial], limit: int, fits: Fits | None = None) -> list[
 
 
 def _most(group: Sequence[Trial], limit: int, fits: Fits | None) -> int:
-    """How many of the group fit together, whichever these are."""
+    """How many trials of the group fit into memory together, for any choice of them."""
     if limit < 2 or fits is None:
         return limit
     heaviest = sorted(group, key=lambda one: -(forecast.check(one).trainable_parameters or 0))

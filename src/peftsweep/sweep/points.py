@@ -34,7 +34,7 @@ ANY = ""  # the name of whatever there is
 
 
 class Points:
-    """The points of a sweep as trials: each what ``compose.trial`` makes of that which Hydra composes of its words.
+    """The points of a sweep as trials: each is what ``compose.trial`` makes of Hydra's composition of its words.
 
     Hydra composes once for each choice of groups. Points that differ only in plain values from which no other value
     follows are resolved once; of these, points that differ only in the seed are checked once.

@@ -143,7 +143,9 @@ def _named(trials: Sequence[Trial]) -> list[Trial]:
     trees = [{"choices": one.choices, "config": one.tree} for one in trials]
     if len(trees) + len(others) < 2:
         return list(trials)
-    return [replace(one, told_by=name) for one, name in zip(trials, naming.of_trees([*trees, *others]), strict=False)]
+    return [
+        replace(one, told_by=name) for one, name in zip(trials, naming.trial_names([*trees, *others]), strict=False)
+    ]
 
 
 def _compared(display: Display, one: Trial, result: Result | None) -> bool:

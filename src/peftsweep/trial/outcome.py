@@ -170,7 +170,8 @@ def begin(trial: Trial, place: Path) -> Result:
     for name in ("", ".hydra", "predictions", store.ADAPTER, store.MERGED, store.CHECKPOINTS):
         make_way(place / name, folder=True)
     place.mkdir(parents=True, exist_ok=True)
-    for name in (record.RESULT, record.STEPS, "generation.jsonl", "trial.log", *in_words(trial)):
+    words = in_words(trial)
+    for name in (record.RESULT, record.STEPS, "generation.jsonl", "trial.log", *words):
         make_way(place / name)
     for part in ("predictions", store.ADAPTER, store.MERGED):
         for file in list((place / part).glob("*.*")):
@@ -179,7 +180,7 @@ def begin(trial: Trial, place: Path) -> Result:
     remove_partials(place, own=True)
     if trial.config.force:
         shutil.rmtree(place / store.CHECKPOINTS, ignore_errors=True)
-    for name, text in in_words(trial).items():
+    for name, text in words.items():
         record.write_text(place / name, text)
     on_gpu = model.device(trial.config.device).type == "cuda"
     about = record.environment(gpus=on_gpu)

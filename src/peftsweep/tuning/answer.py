@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peftsweep.analysis.answer.structure import Decision
-from peftsweep.analysis.table.columns import direction
+from peftsweep.analysis.table.columns import direction, score_name
 from peftsweep.config.compose import Trial
 from peftsweep.config.identity import content_hash
 from peftsweep.errors import InputError, SweepFailed
@@ -247,7 +247,7 @@ def _decision(setting: Setting, found: Sequence[Tuned], final: Final | None) -> 
         made = Decision(None, "by validation", called[method], [trial], column)
     else:
         order = final.order(direction(final.column) or 1)
-        made = decision.of_tuning(final.column, final.scores, order, called, final.looks)
+        made = decision.tuned_decision(final.column, final.scores, order, called, final.looks)
     return replace(made, not_tried=_not_tried(setting, found), not_trained=_not_trained(setting))
 
 
@@ -257,7 +257,7 @@ def _decided(found: Decision, final: Final | None, tie: float) -> list[str]:
     for one, look in zip(found.between, looks, strict=True):
         assert final is not None
         hopeless = statistics.hopeless(look, tie)
-        lines.append(decision.between(one, tie, final.column, hopeless=hopeless, spent=final.spent))
+        lines.append(decision.comparison_sentence(one, tie, final.column, hopeless=hopeless, spent=final.spent))
     if len(found.finalists) > 1 and not looks:
         others = ", ".join(f"{one.name} {one.value:.4g}" for one in found.finalists[1:])
         lines.append(f"Not settled: {others}, with one seed each; the same command with a larger budget goes on.")
@@ -374,8 +374,8 @@ def league(asked: Question, say: Callable[[str], None]) -> None:
     result = statistics.league(column, found, own.placebo, placebo, own.difference)
     costs = {name: _costs(trials, name) for name in asked.trials}
     called = {name: configuration(replace(p, method=name), trials.sizes[name]) for name, p in best.items()}
-    lines = _ranking(called, result, costs, own.placebo, placebo, own.difference, said)
-    decided = decision.of_league(column, found, result, called, own.placebo, own.difference)
+    lines = _ranking(called, result, costs, own.placebo, placebo, own.difference, score_name(column))
+    decided = decision.league_decision(column, found, result, called, own.placebo, own.difference)
     record.write_json(
         asked.folder / LEAGUE,
         {"asked": asked.hash, "command": asked.words, "column": column, "lines": lines, "costs": costs}
@@ -407,9 +407,9 @@ def _ranking(
     method: str,
     placebo: str,
     difference: float,
-    said: tuple[str, str],
+    score: str,
 ) -> list[str]:
-    lines = [f"league by {' '.join(said)} on the test rows:"]
+    lines = [f"league by {score} on the test rows:"]
     for one in found.standings:
         cost = costs[one.contestant]
         lines.append(

@@ -8,7 +8,7 @@ from typing import Any
 
 from peftsweep.analysis.answer.decided import gain_over
 from peftsweep.analysis.answer.structure import Base, Between, Decision, Finalist, Placebo, number
-from peftsweep.analysis.table.columns import direction
+from peftsweep.analysis.table.columns import direction, score_name
 from peftsweep.analysis.text import words
 from peftsweep.study import record
 from peftsweep.tuning import finals as statistics
@@ -17,7 +17,7 @@ from peftsweep.tuning.finals import BETTER, TIE, WORSE, Finals, Gain, League, Lo
 UNKNOWN = "unknown"
 
 
-def of_tuning(
+def tuned_decision(
     column: str, scores: Finals, order: Sequence[str], called: Mapping[str, str], looks: Sequence[tuple[str, str, Look]]
 ) -> Decision:
     """Of finalists with ``scores``, the best of ``order`` first, whose configurations are ``called`` so."""
@@ -33,7 +33,7 @@ def of_tuning(
     return Decision(None, verdict, called[best], finalists[0].trials, column, finalists, base, between)
 
 
-def of_league(
+def league_decision(
     column: str, scores: Finals, found: League, called: Mapping[str, str], method: str, difference: float
 ) -> Decision:
     """Of a ranked league, in which ``method`` took part a second time."""
@@ -55,14 +55,14 @@ def sentence(decision: Decision) -> str:
     if decision.verdict == "by validation":
         said = f"By validation alone: {decision.configuration}."
         return f"{said} Nothing was judged on the test rows, as the budget was spent."
-    best, name = decision.finalists[0], (decision.column or "").removeprefix("eval_info.").removesuffix(".value")
+    best, name = decision.finalists[0], score_name(decision.column or "")
     seeds = words.plural("seed", len(best.trials))
     use = "Use" if decision.verdict == "use" else "No gain shown by"
-    line = f"{use} {best.configuration}: {name.replace('.', ' ')} {best.value:.4g} on the test rows, {seeds}"
-    return f"{line}{against(decision.base)}."
+    line = f"{use} {best.configuration}: {name} {best.value:.4g} on the test rows, {seeds}"
+    return f"{line}{gain_clause(decision.base)}."
 
 
-def against(base: Base | None) -> str:
+def gain_clause(base: Base | None) -> str:
     """The end of a sentence: the untouched base, and the gain over it."""
     if base is None:
         return ""
@@ -87,7 +87,7 @@ def _finalist(name: str, configuration: str, scores: Finals, rank: int | None = 
     return Finalist(name, configuration, sum(one.value for one in own) / len(own), [one.trial for one in own], rank)
 
 
-def between(one: Between, tie: float, column: str, *, hopeless: bool, spent: bool) -> str:
+def comparison_sentence(one: Between, tie: float, column: str, *, hopeless: bool, spent: bool) -> str:
     """What stands between two finalists; ``spent`` says whether the budget ended the comparison."""
     ends = f"{one.estimate:+.4f} [{one.low:+.4f}, {one.high:+.4f}]"
     scale = " (logarithms of ratios)" if "perplexity" in column else ""

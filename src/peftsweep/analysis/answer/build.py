@@ -36,10 +36,10 @@ from peftsweep.analysis.answer.structure import (
     number,
 )
 from peftsweep.analysis.statistics import trials
+from peftsweep.analysis.statistics.task import Task
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.columns import PREDICTED
 from peftsweep.analysis.text import findings, recommendations, searches, words
-from peftsweep.analysis.text.findings import Task
 from peftsweep.analysis.text.searches import Search
 from peftsweep.study import record, store
 from peftsweep.study.reading import read_yaml, usable
@@ -64,7 +64,7 @@ def answer(
     if len(table) and columns.CALLED not in table:
         table = table.assign(**{columns.CALLED: columns.named_trials(table)})
     found, several = searches.decisions(folder), len(tasks) > 1
-    of_tasks = [part for task in tasks for part in _of_task(folder, task, several, quality_loss, found)]
+    of_tasks = [part for task in tasks for part in _task_sections(folder, task, several, quality_loss, found)]
     told = {part.name for part in of_tasks}
     after = [decided.section(one) for one in found if one.name not in told]
     after += [part for part in (kept.section(table), failures.section(table)) if part]
@@ -82,11 +82,11 @@ def answer(
     )
 
 
-def _of_task(
+def _task_sections(
     folder: Path, task: Task, several: bool, quality_loss: float, found: Sequence[Search]
 ) -> Iterator[Section]:
     """What to use, what a search decided, how sure that is, what each choice was worth and what it costs."""
-    name, mine = task.name if several else "", decided.of_task(found, task, alone=not several)
+    name, mine = task.name if several else "", decided.task_searches(found, task, alone=not several)
     advice = decided.advice(task, findings.advice(task), mine)
     use = _use(folder, task, advice, quality_loss)
     yield Section(USE, "What to use", list(_use_sentences(use, advice)), use, task=name)
@@ -111,7 +111,7 @@ def _tables(task: Task, steps: pd.DataFrame, several: bool) -> Iterator[Section]
     """The table of the configurations, and a section for everything else that was measured."""
     name = task.name if several else ""
     if len(task.configurations):
-        yield Section("table", "The configurations", [], tables=tables.of(task), task=name)
+        yield Section("table", "The configurations", [], tables=tables.score_tables(task), task=name)
         yield from measurements.sections(task, steps, name)
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from peftsweep.analysis.answer.structure import TUNE, Base, Decision, Placebo, Section
 from peftsweep.analysis.statistics import trials
+from peftsweep.analysis.statistics.task import Task
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.text import findings, words
-from peftsweep.analysis.text.findings import Advice, Task
+from peftsweep.analysis.text.findings import Advice
 from peftsweep.analysis.text.searches import Search
 from peftsweep.study.record import Status
 
@@ -20,8 +21,8 @@ def section(search: Search, task: str = "") -> Section:
     return Section(search.name, f"What sweep={search.name} decided", sentences, search.decision, task=task)
 
 
-def of_task(searches: Sequence[Search], task: Task, *, alone: bool) -> list[Search]:
-    """Those searches that are of this task; all of them where it stands ``alone`` in its study."""
+def task_searches(searches: Sequence[Search], task: Task, *, alone: bool) -> list[Search]:
+    """The searches that trained trials of this task; all of them where the study has no other task (``alone``)."""
     names = set(task.table[trials.TRIAL].astype(str))
     return [one for one in searches if alone or not names.isdisjoint(one.decision.trials)]
 
@@ -42,19 +43,21 @@ def advice(task: Task, general: Advice, searches: Sequence[Search]) -> Advice:
     name = words.code(task.labels[number])
     if decision.verdict == "by validation":
         if general.verdict not in ("nothing succeeded", "not judged"):
-            return _beside(general, f"sweep=tune chose {name} by validation alone, which no test row has judged")
+            return _with_base_comparison(
+                general, f"sweep=tune chose {name} by validation alone, which no test row has judged"
+            )
         why = "sweep=tune chose it by validation; its budget left nothing for test rows"
         return Advice("by validation", number, why, f"**Use {name}, by validation alone**: {why}.", TUNE)
     if _knows_more(task, general, number, decision):
         said = "decided for" if decision.verdict == "use" else "had shown no gain by"
-        return _beside(general, f"sweep=tune, which did not judge all of these trials, {said} {name}")
+        return _with_base_comparison(general, f"sweep=tune, which did not judge all of these trials, {said} {name}")
     score = columns.score_name(decision.column or "")
     seeds = words.plural("seed", len(decision.trials))
     if decision.verdict == "none":
-        shown = f"is not shown to be better than the untouched base, by {score}{_against(decision.base)}"
+        shown = f"is not shown to be better than the untouched base, by {score}{_gain_clause(decision.base)}"
         best = "the best that sweep=tune found"
         return Advice("none", None, f"{best} {shown}", f"**Use none of these**: {best}, {name}, {shown}.", TUNE)
-    why = f"sweep=tune decided so, over {seeds}" + _against(decision.base)
+    why = f"sweep=tune chose it, over {seeds}" + _gain_clause(decision.base)
     if task.scores and findings.no_gain(task, task.scores[0]):
         why += "; with all other trials of this study counted in, a gain over the base is not shown"
     shown = f"{findings.in_short(task, task.scores[0], number)}; " if _is_scored(task, number) else ""
@@ -81,11 +84,11 @@ def _knows_more(task: Task, general: Advice, number: Any, decision: Decision) ->
     return bool(better and (own & ~judged).any())
 
 
-def _beside(general: Advice, said: str) -> Advice:
+def _with_base_comparison(general: Advice, said: str) -> Advice:
     return Advice(general.verdict, general.chosen, general.why, f"{general.sentence} ({said}.)")
 
 
-def _against(base: Base | None) -> str:
+def _gain_clause(base: Base | None) -> str:
     """The end of a sentence: what the untouched base scores, and the gain over it."""
     if base is None:
         return ""

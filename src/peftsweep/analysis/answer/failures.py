@@ -13,8 +13,8 @@ from peftsweep.analysis.statistics import trials
 from peftsweep.analysis.table.columns import CALLED, WITHOUT_RESULT
 from peftsweep.analysis.text import words
 
-NAMED = 3  # trials of a cause that a sentence names; facts have all up to MOST
-MOST = 100
+NAMED = 3  # trials of a cause that a sentence names; answer.json names MAX_TRIALS
+MAX_TRIALS = 100  # of a cause, that answer.json names
 NUMBER = re.compile(r"\d[\d.,]*(e[+-]?\d+)?")  # what differs between messages of one cause
 # How the end of a message begins that says itself what to change.
 ADVICE = re.compile(r"; (?=(?:try|take|lower) |\S+=float16 overflows)")
@@ -80,7 +80,7 @@ def _failure(status: str, stage: str, same: Sequence[Mapping[Any, Any]]) -> Fail
     advice = next((row["advice"] for row in same if row["advice"]), "")
     oversized = _known(first.get(ERRORS[1])) == "Oversized"
     change = _capital(advice) or (OVERSIZED if oversized else remedy(status, first["cause"]))
-    names = [str(row.get(CALLED, row[trials.TRIAL])) for row in same[:MOST]]
+    names = [str(row.get(CALLED, row[trials.TRIAL])) for row in same[:MAX_TRIALS]]
     return Failure(status, stage or None, first["cause"], len(same), names, change)
 
 

@@ -18,19 +18,19 @@ from peftsweep.analysis.answer.structure import (
 from peftsweep.analysis.text import retention, words
 from peftsweep.schema import Role
 
-MOST = 100  # rows of the table
+MAX_ROWS = 100  # rows of the table
 
 
 def section(table: pd.DataFrame) -> Section | None:
     """The scales and the one that keeps most, of each trial that was scored so; None where none was."""
-    trials = [(name, found) for name, found in retention.of_table(table) if found]
+    trials = [(name, found) for name, found in retention.table_curves(table) if found]
     if not trials:
         return None
     rows = [row for name, found in trials for row in _rows(name, found)]
     columns = [Column("trial", "trial"), Column("scale", "scale", "score")]
     columns += [Column(key, key, "score") for key in dict.fromkeys(_key(one) for _, found in trials for one in found)]
     note = "Scale 0 is the untouched base, 1 the adapter as it was trained; in brackets: 95% intervals."
-    shown = Table("Scores by the adapter's scale", columns, rows[:MOST], note, max(0, len(rows) - MOST))
+    shown = Table("Scores by the adapter's scale", columns, rows[:MAX_ROWS], note, max(0, len(rows) - MAX_ROWS))
     sentences = [words.escaped(line) + "." for line in retention.notes(trials)]
     return Section(RETENTION, "What was kept", sentences, Retention([_facts(*one) for one in trials]), [shown])
 
@@ -41,7 +41,7 @@ def _rows(name: str, found: list[ScaleCurve]) -> list[dict[str, Any]]:
     for scale in sorted({point.scale for curve in found for point in curve.points}):
         row: dict[str, Any] = {"trial": name, "scale": scale}
         for curve in found:
-            if (point := curve.at(scale)) is not None:
+            if (point := curve.score_at(scale)) is not None:
                 key = _key(curve)
                 row[key] = point.value
                 if point.stderr is not None:

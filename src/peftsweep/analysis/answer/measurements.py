@@ -11,12 +11,12 @@ import pandas as pd
 from peftsweep.analysis.answer.structure import Column, Section, Table, Unit, number
 from peftsweep.analysis.answer.tables import best_first
 from peftsweep.analysis.statistics import trials
+from peftsweep.analysis.statistics.task import Task
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.table import BREAK_EVEN, COMPILE, SPEED_UP
 from peftsweep.analysis.text import words
-from peftsweep.analysis.text.findings import Task
 
-MOST = 12  # configurations of a table, the best first
+MAX_ROWS = 12  # configurations of a table, the best first
 FEWEST_STEPS = 6  # logged steps of a trial, from which on the interval of a speed-up is told
 REDRAWS = 999
 # How the figures of one kind end, and their unit; the first that fits.
@@ -72,7 +72,7 @@ def _table(task: Task, title: str, heads: Sequence[Column], rows: list[dict[str,
     kept = [head for head in heads if any(row.get(head.key) is not None for row in rows)]
     keys = {head.key for head in kept} - {"configuration", "category", "model", "evaluation", "trial"}
     rows = [row for row in rows if any(row.get(key) is not None for key in keys)]
-    left_out = max(0, len(task.configurations) - MOST) if rows else 0
+    left_out = max(0, len(task.configurations) - MAX_ROWS) if rows else 0
     return [Table(title, kept, rows, note, left_out)] if keys and rows else []
 
 
@@ -82,7 +82,7 @@ def _plain(task: Task, title: str, keys: Iterable[tuple[str, str, Unit]], note: 
     heads = [Column("configuration", "configuration"), *(Column(*key) for key in found)]
     rows = [
         {"configuration": task.labels[n]} | {key: number(task.configurations.at[n, key]) for key, *_ in found}
-        for n in best_first(task)[:MOST]
+        for n in best_first(task)[:MAX_ROWS]
     ]
     return _table(task, title, heads, rows, note)
 
@@ -137,8 +137,8 @@ def _generation(task: Task) -> list[Table]:
     heads += [Column(*key) for key in keys]
     rows = [
         {"configuration": task.labels[n], "category": category, "model": variant}
-        | _of_variant(task, n, f"{prefix}{category}.{variant}.", keys)
-        for n in best_first(task)[:MOST]
+        | _variant_figures(task, n, f"{prefix}{category}.{variant}.", keys)
+        for n in best_first(task)[:MAX_ROWS]
         for category in sorted(categories, key=lambda c: (c == "overall", c))
         for variant in ("base", "adapted", "merged")
     ]
@@ -146,19 +146,19 @@ def _generation(task: Task) -> list[Table]:
     return _table(task, "", heads, rows, note)
 
 
-def _of_variant(task: Task, n: Any, prefix: str, keys: Sequence[tuple[str, str, Unit]]) -> dict[str, Any]:
+def _variant_figures(task: Task, n: Any, prefix: str, keys: Sequence[tuple[str, str, Unit]]) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for key, _, kind in keys:
         if kind == "change":
             for part, end in (("value", ""), ("low", ".low"), ("high", ".high")):
-                ratio = number(_at(task, n, f"{prefix}{key}.{part}"))
+                ratio = number(_value_at(task, n, f"{prefix}{key}.{part}"))
                 row[key + end] = None if ratio is None else ratio - 1
         else:
-            row[key] = number(_at(task, n, prefix + key))
+            row[key] = number(_value_at(task, n, prefix + key))
     return row
 
 
-def _at(task: Task, n: Any, column: str) -> Any:
+def _value_at(task: Task, n: Any, column: str) -> Any:
     return task.configurations.at[n, column] if column in task.configurations else None
 
 
@@ -169,7 +169,7 @@ def _answers(task: Task) -> Iterator[Table]:
     """Rows that were cut, answers that could not be read, and rows that were left out of the training."""
     names = dict.fromkeys(columns.evaluation(score)[0] for score in columns.scores(task.table))
     rows, keys = [], dict.fromkeys(ROWS_OF)
-    for n in best_first(task)[:MOST]:
+    for n in best_first(task)[:MAX_ROWS]:
         for name in names:
             facts = {k.removeprefix(f"eval_info.{name}."): v for k, v in task.row(n, f"eval_info.{name}.").items()}
             own = {key: number(facts[key]) for key in ROWS_OF if key in facts and number(facts[key])}
@@ -201,7 +201,7 @@ def _validation(task: Task, steps: pd.DataFrame) -> Iterator[Table]:
     order = {n: place for place, n in enumerate(best_first(task))}
     mine = task.table[[trials.TRIAL, "configuration"]]  # of few columns, as the table is wide
     mine = mine[mine[trials.TRIAL].isin(set(steps["trial"]))]
-    mine = mine.iloc[mine["configuration"].map(order).argsort(kind="stable")].head(MOST)
+    mine = mine.iloc[mine["configuration"].map(order).argsort(kind="stable")].head(MAX_ROWS)
     metrics = [c for c in steps.columns if c.startswith("validation_") and steps[c].notna().any()]
     rates = "learning_rate" in steps and steps["learning_rate"].notna().any()
     if not metrics and not rates:
@@ -249,9 +249,9 @@ def _compilation(task: Task, steps: pd.DataFrame) -> Iterator[Table]:
         return
     rows = []
     compiled = task.configurations.index[task.configurations[COMPILE].fillna("none").ne("none")]
-    for n in [n for n in best_first(task) if n in set(compiled)][:MOST]:
-        row: dict[str, Any] = {"configuration": task.labels[n]} | {c: number(_at(task, n, c)) for c in facts}
-        gain, even = number(_at(task, n, SPEED_UP)), _at(task, n, BREAK_EVEN)
+    for n in [n for n in best_first(task) if n in set(compiled)][:MAX_ROWS]:
+        row: dict[str, Any] = {"configuration": task.labels[n]} | {c: number(_value_at(task, n, c)) for c in facts}
+        gain, even = number(_value_at(task, n, SPEED_UP)), _value_at(task, n, BREAK_EVEN)
         low, high = speed_up_interval(*_step_times(task, steps, n)) if gain is not None else (None, None)
         row |= {"speed": None if gain is None else gain - 1, "speed.low": low, "speed.high": high}
         never = even is not None and not pd.isna(even) and np.isinf(even)
@@ -317,7 +317,7 @@ def _profiles(task: Task) -> Iterator[Table]:
             rows = [
                 {"configuration": task.labels[n]}
                 | {c: str(firsts.at[n, c]) for c in texts if words.known(firsts.at[n, c])}
-                for n in best_first(task)[:MOST]
+                for n in best_first(task)[:MAX_ROWS]
             ]
             yield from _table(task, f"profiler={kind}, the costliest operator", heads, rows)
 

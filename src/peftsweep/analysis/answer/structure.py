@@ -293,7 +293,7 @@ class ScaleCurve:
         """1 where more is better, -1 where less is."""
         return 1 if self.better == "higher" else -1
 
-    def at(self, scale: float) -> ScaleScore | None:
+    def score_at(self, scale: float) -> ScaleScore | None:
         """The score at ``scale``; None where it was not measured."""
         return next((one for one in self.points if one.scale == scale), None)
 
@@ -347,7 +347,7 @@ class Answer:
     configurations: int
     sections: list[Section]
 
-    def of(self, *names: str) -> list[Section]:
+    def sections_named(self, *names: str) -> list[Section]:
         """The sections called so, of all tasks, in their order."""
         return [section for section in self.sections if section.name in names]
 

@@ -9,15 +9,15 @@ import pandas as pd
 
 from peftsweep.analysis.answer.structure import Column, Table, number
 from peftsweep.analysis.statistics import trials
+from peftsweep.analysis.statistics.task import Task
 from peftsweep.analysis.table import columns
-from peftsweep.analysis.text.findings import Task
 from peftsweep.study.scores import baseline
 
-MOST = 100  # configurations of a table
+MAX_ROWS = 100  # configurations of a table
 AVERAGE = "average"
 
 
-def of(task: Task) -> list[Table]:
+def score_tables(task: Task) -> list[Table]:
     """What the configurations score and cost, the best first; and the matrix where there is one."""
     order, shown = best_first(task), task.scores
     costs = columns.costs(task.configurations)
@@ -28,9 +28,9 @@ def of(task: Task) -> list[Table]:
         {"configuration": task.labels[n], "seeds": int(task.row(n, "n")["n"])}
         | {key: value for score in shown for key, value in score_cells(task, score, n).items()}
         | {cost.column: number(task.configurations.at[n, cost.column]) for cost in costs}
-        for n in order[:MOST]
+        for n in order[:MAX_ROWS]
     ]
-    scores = Table("Scores and costs", heads, rows, left_out=max(0, len(order) - MOST))
+    scores = Table("Scores and costs", heads, rows, left_out=max(0, len(order) - MAX_ROWS))
     return [scores, *filter(None, [matrix(task)])]
 
 
@@ -67,9 +67,9 @@ def matrix(task: Task) -> Table | None:
     values = task.configurations[tests].astype(float)
     averages = values.mean(axis=1, skipna=False)
     order = averages.sort_values(ascending=False, na_position="last", kind="stable").index
-    rows = [_row(task.labels[n], dict(zip(tests, values.loc[n], strict=True))) for n in order[:MOST]]
+    rows = [_row(task.labels[n], dict(zip(tests, values.loc[n], strict=True))) for n in order[:MAX_ROWS]]
     best = order[0]
-    for name, found in _beside(task, tests, best).items():
+    for name, found in _references(task, tests, best).items():
         if any(value is not None for value in found.values()):
             rows.append(_row(name, found))
     heads = [Column("configuration", "configuration"), Column(AVERAGE, AVERAGE, "score")]
@@ -79,7 +79,7 @@ def matrix(task: Task) -> Table | None:
         Column(test, columns.evaluation(test)[0] if same else columns.score_name(test), "score") for test in tests
     ]
     note = "The average is over all tests; it is missing where one of them is."
-    return Table(f"Scores by test{same.replace('_', ' ')}", heads, rows, note, left_out=max(0, len(order) - MOST))
+    return Table(f"Scores by test{same.replace('_', ' ')}", heads, rows, note, left_out=max(0, len(order) - MAX_ROWS))
 
 
 def _row(name: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def _row(name: str, values: dict[str, Any]) -> dict[str, Any]:
     return {"configuration": name, AVERAGE: float(np.mean(whole)) if len(whole) == len(known) else None, **known}
 
 
-def _beside(task: Task, tests: list[str], best: Any) -> dict[str, dict[str, float | None]]:
+def _references(task: Task, tests: list[str], best: Any) -> dict[str, dict[str, float | None]]:
     """What each test's scores are held against: the best configuration's base, chance, and answers that can be read."""
     found: dict[str, dict[str, float | None]] = {}
     for test in tests:

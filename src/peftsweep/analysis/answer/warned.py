@@ -1,4 +1,4 @@
-"""What makes scores say less than they seem to, as the records have it."""
+"""The warnings of the records: what makes scores less reliable than they look."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import pandas as pd
 
 from peftsweep.analysis.answer.structure import WARNINGS, Section
 from peftsweep.analysis.statistics import trials
+from peftsweep.analysis.statistics.task import Task
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.text import words
-from peftsweep.analysis.text.findings import Task
 from peftsweep.study import record
 from peftsweep.study.record import Status
 
-FIGURE = re.compile(r"'[^']*'|\d[\d.,]*")  # what of a warning differs from one trial to the next
+FIGURE = re.compile(r"'[^']*'|\d[\d.,]*")  # the parts of a warning that differ between trials
 JUDGED = f"run_info.{record.JUDGED}"
-READ_OTHERWISE = "an earlier version read answers by other rules than those of the others; force=true judges them anew"
+READ_OTHERWISE = "an earlier version read these answers by other rules; force=true evaluates them again"
 WARNED = 5  # configurations that a warning names
 
 
 def section(tasks: Sequence[Task]) -> Iterator[Section]:
-    """The warnings, those that differ in figures alone once; none where there are none."""
+    """The section of the warnings; of those that differ in their numbers alone one stands for all."""
     found: dict[str, dict[str, list[str]]] = {}  # by the line without its figures, the line, the trials' labels
     for task in tasks:
         said = task.table[columns.WARNINGS].dropna() if columns.WARNINGS in task.table else pd.Series(dtype=object)
@@ -48,7 +48,7 @@ def section(tasks: Sequence[Task]) -> Iterator[Section]:
 
 
 def _judged_before(task: Task) -> list[str]:
-    """The configurations that are compared with others though their answers were read by the rules before."""
+    """The configurations whose answers were read by the rules of an earlier version, while others' were not."""
     good = task.table[task.table[trials.SUCCESS] == Status.success.name]
     versions = good[JUDGED].fillna(1) if JUDGED in good else pd.Series(1, index=good.index)
     read = [c for c in good.columns if c.endswith(".valid_fraction.value")]

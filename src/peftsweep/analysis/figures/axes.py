@@ -30,7 +30,7 @@ CALLED = ".called"  # a factor's column of what its levels are called
 
 
 def series_labels(rows: pd.DataFrame, factors: Sequence[str]) -> pd.Series[Any]:
-    """The name of each row's series: its values of ``factors``."""
+    """The name of each row's series, made of its values of ``factors``."""
     parts = zip(*(rows[f"{factor}{CALLED}"] for factor in factors), strict=True) if factors else [()] * len(rows)
     named = pd.Series([", ".join(filter(None, part)) or "default" for part in parts], rows.index, dtype=object)
     return columns.shortened(named)
@@ -86,14 +86,14 @@ def panel_rows(rows: pd.DataFrame, what: str | Cost, x: pd.Series[Any], series: 
 
 
 def best_first(rows: pd.DataFrame, score: str | None) -> list[Any]:
-    """Where the rows are, the best score first; in their order where there is none."""
+    """The positions of the rows, those with the best score first; in their order where there is no score."""
     if score is None or score not in rows:
         return list(rows.index)
     return list(rows[score].sort_values(ascending=columns.lower_is_better(score), na_position="last").index)
 
 
 def room_for_names(merged: pd.DataFrame, room: int) -> tuple[pd.DataFrame, str]:
-    """At most ``room`` rows, those of the best score, and the words that say so."""
+    """The ``room`` rows with the best score, and a note that says how many there are; all rows where they fit."""
     if len(merged) <= room:
         return merged, ""
     score = next(iter(columns.main_scores(merged)), None)
@@ -239,7 +239,7 @@ def _short_number(value: float) -> str:
 
 
 def add_legend(figure: Any, styles: dict[str, dict[str, Any]]) -> None:
-    """The series above the panels, in as many columns as their names leave room for."""
+    """Write the legend above the panels, in as many columns as fit."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], label=name, **style) for name, style in styles.items()]

@@ -243,7 +243,7 @@ def curves_chart(task: str, table: pd.DataFrame, steps: pd.DataFrame, name: str)
 
 
 def _visible(drawn: Sequence[str], shown: Sequence[str]) -> dict[str, list[bool]]:
-    """Of the curves of the columns ``drawn`` those of ``shown`` alone; the legend names a trial once."""
+    """For each curve, drawn from the columns ``drawn``, whether it is in ``shown``; the legend names a trial once."""
     return {"visible": [c in shown for c in drawn], "showlegend": [c == shown[0] for c in drawn]}
 
 

@@ -32,9 +32,10 @@ from peftsweep.analysis.figures.charts import (
 )
 from peftsweep.analysis.statistics import effects, stats, trials
 from peftsweep.analysis.statistics import measured as statistics_measured
+from peftsweep.analysis.statistics.task import study_tasks
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.columns import CALLED, STATUS, WARNINGS
-from peftsweep.analysis.text import findings, paired
+from peftsweep.analysis.text import paired
 from peftsweep.study.record import counted, trials_in_words, write_text
 
 REPORT = "report.html"
@@ -122,7 +123,7 @@ def write(
 
     It opens with the ``answer``, which is made here where it is not given.
     """
-    answer = answer or build.answer(folder, table, findings.tasks(table, predictions), steps)
+    answer = answer or build.answer(folder, table, study_tasks(table, predictions), steps)
     shared, differing = _settings(table)
     table = table.assign(**{CALLED: columns.named_trials(table)})
     every = trials.tasks(table)
@@ -158,9 +159,9 @@ def write(
 
 
 def _answer(answer: Answer) -> list[str]:
-    """The sections that answer, in their order, and the tables of scores where there are several tests."""
+    """The sections of the answer, in their order, and the tables of scores where there are several tests."""
     told = [part for part in answer.sections if part.sentences]
-    scores = [part for part in answer.of("table") if len(part.tables) > 1]
+    scores = [part for part in answer.sections_named("table") if len(part.tables) > 1]
     return [
         f'<section class="answer {html.escape(part.name)}"><h2>{html.escape(render.heading(part))}</h2>\n'
         f"{render.as_html(part)}</section>"
@@ -169,8 +170,8 @@ def _answer(answer: Answer) -> list[str]:
 
 
 def _printed(answer: Answer) -> str:
-    """What stands on paper for the table of trials, which scrolls: the scores and costs of the configurations."""
-    tables = [dataclasses.replace(part, tables=part.tables[:1]) for part in answer.of("table")]
+    """The table that is printed in place of the one of trials, which scrolls: scores and costs of configurations."""
+    tables = [dataclasses.replace(part, tables=part.tables[:1]) for part in answer.sections_named("table")]
     return f'<div class="printed">{"".join(map(render.as_html, tables))}</div>'
 
 
@@ -261,7 +262,7 @@ def _trials(table: pd.DataFrame, found: Sequence[str]) -> str:
 
 
 def _fresh(name: str, taken: Mapping[str, Any]) -> str:
-    """``name``, or with a number where a column is called so already."""
+    """``name``, with a number where there is a column of that name already."""
     return name if name not in taken else next(n for k in itertools.count(2) if (n := f"{name} {k}") not in taken)
 
 
@@ -360,7 +361,7 @@ def _rows(tasks: Mapping[str, pd.DataFrame], folder: Path, predictions: trials.P
 
 
 def _pairs_of(title: str, rows: paired.Rows, folder: Path, most: int) -> dict[str, Any]:
-    """What the page knows of a score's rows; of ``most`` of them also what was said."""
+    """The rows of a score as the page holds them; of at most ``most`` of them the texts too."""
     digits = 4 if rows.losses else 3
     places = [*rows.pairs(), *itertools.combinations(range(len(rows.members)), 2)]
     shown = paired.examples(rows, places, each=EACH, most=most)
@@ -414,7 +415,7 @@ def _panels(table: pd.DataFrame, differing: Sequence[str], folder: Path) -> str:
 
 
 def _warned(lines: Any) -> str:
-    """What makes the trial's scores say less than they seem to."""
+    """The warnings in the trial's record."""
     found = [] if not isinstance(lines, str) else json.loads(lines)
     return "".join(f'<p class="note">Warning: {plain_text(line)}.</p>' for line in found)
 

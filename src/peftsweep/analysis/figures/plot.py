@@ -134,10 +134,10 @@ def figures(
         one.attrs["task"] = name if len(tasks) > 1 else ""
         mark = columns.file_mark(name) if len(tasks) > 1 else ""
         mine = steps[steps["trial"].isin(one["run_info.trial"])] if "trial" in steps else steps
-        yield from ((stem + mark, figure) for stem, figure in _of_task(one, mine, predictions))
+        yield from ((stem + mark, figure) for stem, figure in _task_figures(one, mine, predictions))
 
 
-def _of_task(
+def _task_figures(
     table: pd.DataFrame, steps: pd.DataFrame, predictions: statistics_trials.Predictions | None
 ) -> Iterator[tuple[str, Any]]:
     merged = _configurations(table, predictions)
@@ -190,21 +190,21 @@ def _configurations(table: pd.DataFrame, predictions: statistics_trials.Predicti
 
 def rank(merged: pd.DataFrame, score: str) -> Any:
     """Quality against rank, and the memory of training on a second panel."""
-    return _against(merged, RANK, [score, columns.costs(merged)[0]]) if columns.costs(merged) else None
+    return _scores_over_factor(merged, RANK, [score, columns.costs(merged)[0]]) if columns.costs(merged) else None
 
 
 def modules(merged: pd.DataFrame, score: str) -> Any:
     """Quality by the modules that carry the adapter, and how many parameters that is."""
     names = [c for c in (TARGETS, "config.method.target_modules") if c in merged.attrs["factors"]]
-    return _against(merged, names[0], [score, columns.TRAINABLE]) if names else None
+    return _scores_over_factor(merged, names[0], [score, columns.TRAINABLE]) if names else None
 
 
 def quantisation(merged: pd.DataFrame, score: str) -> Any:
     """Quality, memory and time of training by how the base is stored."""
-    return _against(merged, QUANT, [score, *columns.costs(merged)[:2]])
+    return _scores_over_factor(merged, QUANT, [score, *columns.costs(merged)[:2]])
 
 
-def _against(merged: pd.DataFrame, factor: str, shown: Sequence[str | Cost]) -> Any:
+def _scores_over_factor(merged: pd.DataFrame, factor: str, shown: Sequence[str | Cost]) -> Any:
     """A panel for each of ``shown`` over the values of ``factor``, a series for each setting of the other factors."""
     factors = merged.attrs["factors"]
     rows = merged[merged[factor].notna()] if factor in factors else merged[:0]
@@ -217,7 +217,7 @@ def _against(merged: pd.DataFrame, factor: str, shown: Sequence[str | Cost]) -> 
     x = rows[factor].astype(float) if numeric else rows[factor].map(lambda v: columns.level_name(factor, v))
     long = pd.concat([panel_rows(rows, what, x, series) for what in shown])
     if not numeric:
-        first = [columns.in_words(QUANT, quant) for quant in QUANTS]
+        first = [columns.setting_in_words(QUANT, quant) for quant in QUANTS]
         by_size = rows.groupby(x)[columns.TRAINABLE.column].mean().sort_values().index  # of modules, the fewest first
         order = sorted(by_size, key=lambda name: first.index(name) if name in first else len(first))
         long["x"] = pd.Categorical(long["x"], order, ordered=True)
@@ -226,7 +226,7 @@ def _against(merged: pd.DataFrame, factor: str, shown: Sequence[str | Cost]) -> 
         base = float(merged[columns.base_of(shown[0])].mean())
     styles = series_styles(list(series), best)
     moving = ", ".join(merged.attrs["moving"].get(factor, []))
-    note = SPREADS + (f"; with the {columns.factor_name(factor)} moved {moving}" if moving else "")
+    note = SPREADS + (f"; together with the {columns.factor_name(factor)} changed {moving}" if moving else "")
     return draw_facets(long, styles, columns.factor_name(factor), merged, base=base, joined=numeric, note=note)
 
 
@@ -364,7 +364,7 @@ def heatmap(merged: pd.DataFrame, score: str) -> Any:
         shade = 0.0 if pd.isna(value) else float(np.dot(image.cmap(image.norm(value))[:3], (0.3, 0.6, 0.1)))
         colour = FADED if pd.isna(value) else "white" if shade < 0.5 else "black"
         ax.text(column, row, text, ha="center", va="center", fontsize=7, color=INK if pd.isna(value) else colour)
-    ax.set_xticks(range(len(quants)), [columns.in_words(QUANT, quant) for quant in quants])
+    ax.set_xticks(range(len(quants)), [columns.setting_in_words(QUANT, quant) for quant in quants])
     ax.set_yticks(range(len(order)), list(columns.shortened(pd.Series(map(str, order)))))
     ax.xaxis.tick_top()
     ax.tick_params(length=0)

@@ -15,14 +15,14 @@ from peftsweep.schema import Role
 
 def kept(table: pd.DataFrame) -> Any:
     """A line a trial from the base to the whole adapter; a ring is where most is kept within the target's interval."""
-    trials = [(name, found, both) for name, found in retention.of_table(table) if (both := _both(found))]
+    trials = [(name, found, both) for name, found in retention.table_curves(table) if (both := _both(found))]
     if not trials:
         return None
     names = [name for name, *_ in trials]
     styles = series_styles(names, names[:SERIES])
     figure, (ax,) = new_figure(1, 5.2, 3.8)
     for name, found, (target, old) in trials:
-        points = {one.scale: (one.value, there.value) for one in old.points if (there := target.at(one.scale))}
+        points = {one.scale: (one.value, there.value) for one in old.points if (there := target.score_at(one.scale))}
         ax.plot(*zip(*points.values(), strict=True), **styles.get(name, GREY | {"alpha": 0.4}), linewidth=1)
         if (best := retention.keeps_most(found, old)) in points:
             ax.plot(*points[best], marker="o", markersize=11, fillstyle="none", color=INK, linestyle="none")

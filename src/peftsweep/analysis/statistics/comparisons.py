@@ -16,7 +16,7 @@ from peftsweep.analysis.statistics.measured import Measured, measure
 from peftsweep.analysis.statistics.trials import (
     ALPHA,
     CREATED,
-    MOST_COMPARED,
+    MAX_COMPARED,
     SEED,
     SUCCESS,
     TRIAL,
@@ -200,7 +200,7 @@ def tested(
         return None
     order = np.argsort(-sign * measured.means, kind="stable")
     place = int(order[0]) if reference is None else int(np.flatnonzero(measured.numbers == reference)[0])
-    near = np.union1d(order[:MOST_COMPARED], place)
+    near = np.union1d(order[:MAX_COMPARED], place)
     unread = predictions is not None and measured.rows is None and len(near) < k  # the rows of so many were too many
     exact = measure(table, column, predictions, measured.numbers[near]) if unread else measured.take(near)
     rest = np.setdiff1d(order, near)

@@ -1,4 +1,4 @@
-"""What a study varied, and what each level of it does: to a score, to a cost, and for how many tries."""
+"""What a study varied, what each level of a factor does to a score or a cost, and how much was tried of each method."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from peftsweep.analysis.table.naming import FRACTION, Names, telling
 from peftsweep.study.record import Status
 
 GROUP, VARYING = "group", "varying"
-MOST_LEVELS = 30  # of a factor whose levels are held against each other
+MAX_LEVELS = 30  # of a factor; levels of one with more are not compared pair by pair
 NUMBERS = ("value", "reference_value", "difference", "low", "high", "p", "p_adjusted")
 EFFECTS = (
     "factor",
@@ -96,7 +96,7 @@ class Design:
 
 
 def _together(seeds: Iterable[str]) -> str:
-    """All seeds of several configurations."""
+    """The seeds of several configurations, joined by +."""
     return "+".join(sorted({seed for text in seeds for seed in text.split("+") if seed}, key=_number))
 
 
@@ -177,7 +177,7 @@ def _cells(text: pd.DataFrame, factor: str) -> pd.DataFrame:
     for place, (level, context) in enumerate(zip(text[factor].tolist(), contexts, strict=False)):
         if level:
             cells.setdefault(level, {}).setdefault(context, place)
-    if len(cells) > MOST_LEVELS:
+    if len(cells) > MAX_LEVELS:
         return pd.DataFrame()
     every = {context: n for n, context in enumerate(dict.fromkeys(c for of_level in cells.values() for c in of_level))}
     levels = sorted(cells, key=_number)
@@ -277,7 +277,7 @@ def _effect(known: Tested, plan: Design, factor: str, named: str | None) -> list
 
 
 def _figures(measured: Measured, places: NDArray[np.int64], said: Mapping[str, float], sign: int) -> dict[str, Any]:
-    """What two levels come to, at ``places`` [2, contexts]: of the level, and of the one it is held against."""
+    """The figures of two levels, at ``places`` [2, contexts]: of the level, and of the one it is compared with."""
     means = measured.means[places]
     (value, reference_value) = measured.back((means[0].mean(), means[1].mean()))
     (difference, low, high) = measured.change(tuple(np.array(said[part]) for part in ("estimate", "low", "high")))

@@ -14,7 +14,10 @@ from peftsweep.analysis.table.columns import direction
 
 
 def front(values: Floats) -> NDArray[np.bool_]:
-    """Which rows of ``values`` [k, metrics], less being better, no other one equals in all and beats in one."""
+    """Whether each row of ``values`` [k, metrics] is on the Pareto front; smaller values are better.
+
+    It is where no other row is at least as good in all metrics and better in one.
+    """
     left = np.lexsort(values.T[::-1])  # whoever dominates another comes before it
     found = np.zeros(len(values), dtype=bool)
     while len(left):

@@ -18,7 +18,7 @@ from peftsweep.analysis.statistics.trials import (
     ALPHA,
     CORRECT_COLUMNS,
     CREATED,
-    MOST_READ,
+    MAX_READ,
     SEED,
     SUCCESS,
     TRIAL,
@@ -296,7 +296,7 @@ def _interaction(by_row: Floats, rows: Floats, places: NDArray[np.int64], seeds:
 def _by_row(trials: pd.DataFrame, column: str, values: Floats, predictions: Predictions) -> Floats | None:
     """Each trial's score of each test row [trials, rows]; None unless all were judged on the same rows."""
     name, metric = evaluation(column)
-    if (trials["configuration"] >= 0).sum() > MOST_READ or not column.endswith(".value"):
+    if (trials["configuration"] >= 0).sum() > MAX_READ or not column.endswith(".value"):
         return None
     found: list[Floats] = []
     asked: list[Any] = []

@@ -36,7 +36,7 @@ from peftsweep.analysis.statistics.intervals import clopper_pearson
 from peftsweep.analysis.statistics.measured import measure
 from peftsweep.analysis.statistics.trials import (
     ALPHA,
-    MOST_COMPARED,
+    MAX_COMPARED,
     SEED,
     SUCCESS,
     TRIAL,
@@ -83,7 +83,7 @@ def configurations(table: pd.DataFrame, predictions: Predictions | None = None) 
         rough = measure(table, column)
         intervals = [rough.intervals()]
         if predictions is not None:
-            best = np.argsort(-(direction(column) or 1) * rough.means, kind="stable")[:MOST_COMPARED]
+            best = np.argsort(-(direction(column) or 1) * rough.means, kind="stable")[:MAX_COMPARED]
             intervals.append(measure(table, column, predictions, rough.numbers[best]).intervals())
         for part in ("low", "high", "interval"):
             for found_interval in intervals:

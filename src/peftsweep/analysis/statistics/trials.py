@@ -28,8 +28,8 @@ TASK = (
 TASK_COLUMNS = ("choices.model", "choices.dataset")  # by the name of a task
 # The figure of a line of predictions that a metric is the mean of.
 CORRECT_COLUMNS = {"accuracy": "correct", "acc": "correct", "acc_norm": "correct_norm"} | TEXT_PARTS
-MOST_COMPARED = 40  # configurations: the best ones, of each pair of which the rows are compared
-MOST_READ = 400  # trials whose predictions are read
+MAX_COMPARED = 40  # the best configurations, whose pairs are compared row by row
+MAX_READ = 400  # trials; of a larger study no predictions are read
 
 
 # ---- what can be compared --------------------------------------------------------------------------

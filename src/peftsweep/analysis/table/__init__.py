@@ -1,1 +1,3 @@
 """Records as tables."""
+
+__all__ = ["columns", "naming", "table", "where"]

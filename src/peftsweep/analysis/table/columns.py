@@ -1,4 +1,4 @@
-"""What the columns of a table of trials say: what was varied, what is a score or a cost, and its name in words."""
+"""The columns of a table of trials: what was varied, what is a score or a cost, and its name in words."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def main_scores(table: pd.DataFrame) -> list[str]:
 
 
 def _headlines(table: pd.DataFrame, name: str) -> list[Any]:
-    """What the trials say that an evaluation is judged by; nothing where they do not agree."""
+    """The metric by which the trials say that an evaluation is judged; none where they do not agree."""
     column = f"eval_info.{name}.{HEADLINE}"
     said = list(table[column].dropna().unique()) if column in table else []
     return said if len(said) == 1 else []
@@ -189,7 +189,7 @@ def named_trials(table: pd.DataFrame) -> list[str]:
 def names_of_trials(table: pd.DataFrame) -> Names:
     """What the settings and trials of ``table`` are called."""
     ours = [c for c in table.columns if c.startswith(naming.SETTINGS)]
-    return naming.of_all(texts(table, ours))
+    return naming.full_names(texts(table, ours))
 
 
 def labels(table: pd.DataFrame, factors: Sequence[str], names: Names | None = None) -> pd.Series[Any]:
@@ -200,14 +200,14 @@ def labels(table: pd.DataFrame, factors: Sequence[str], names: Names | None = No
     return pd.Series([", ".join(filter(None, row)) or "default" for row in rows], table.index, dtype=object)
 
 
-def in_words(factor: str, value: Any) -> str:
+def setting_in_words(factor: str, value: Any) -> str:
     """One value of a choice or setting; empty where the trial has no such setting."""
     return Names({}).setting(factor, value)
 
 
 def level_name(factor: str, value: Any, names: Names | None = None) -> str:
     """One value of a choice or setting below the name of it."""
-    return in_words(QUANT, value) if factor == QUANT else (names or Names({})).value(factor, value)
+    return setting_in_words(QUANT, value) if factor == QUANT else (names or Names({})).value(factor, value)
 
 
 def factor_name(column: str) -> str:

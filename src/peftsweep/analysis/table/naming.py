@@ -181,7 +181,7 @@ def as_text(value: Any) -> str:
 
 
 def plain(text: str) -> str:
-    """A value in no more digits than it was given in, a list as its entries."""
+    """A number in the digits that it was given in, a list as its entries."""
     if FRACTION.fullmatch(text):
         return f"{float(text):g}"
     if text in ("True", "False"):
@@ -240,7 +240,7 @@ def distinct(texts: Sequence[str], longest: int) -> list[str]:
 
 
 def numbered(names: Sequence[str]) -> list[str]:
-    """The names of different things, with a number where one is another's too: ``a``, ``b``, ``a #2``."""
+    """The names, with a number where two are the same: ``a``, ``b``, ``a #2``."""
     found: list[str] = []
     taken: set[str] = set()
     for name in names:
@@ -259,22 +259,22 @@ def shortened(text: str, longest: int) -> str:
 # ---- trials that were composed and records ---------------------------------------------------------
 
 
-def of_trees(trees: Sequence[Mapping[str, Any]]) -> list[str]:
+def trial_names(trees: Sequence[Mapping[str, Any]]) -> list[str]:
     """The name of each trial: ``trees`` hold their ``choices`` and ``config``, as in a record.
 
     Trials that differ in nothing that makes a configuration or its seed are told apart by what else they differ in.
     """
     flat = [record.flat({key: tree[key] for key in ("choices", "config")}) for tree in trees]
     keys = list(dict.fromkeys(key for row in flat for key in row))
-    return of_columns({key: [as_text(row.get(key)) for row in flat] for key in keys})
+    return trial_names_from_columns({key: [as_text(row.get(key)) for row in flat] for key in keys})
 
 
-def of_columns(columns: Texts) -> list[str]:
+def trial_names_from_columns(columns: Texts) -> list[str]:
     """The same for columns of text."""
-    return of_all(columns).trials()
+    return full_names(columns).trials()
 
 
-def of_all(columns: Texts) -> Names:
+def full_names(columns: Texts) -> Names:
     """The names of trials, whose seeds and, where nothing else tells them apart, other settings are part of them."""
     mine = {k: texts for k, texts in columns.items() if k in (SEED, LABEL, METHOD) or is_setting(k, texts)}
     found = Names(mine)

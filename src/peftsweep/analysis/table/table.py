@@ -148,7 +148,7 @@ def together(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
 
 
 def newest(table: pd.DataFrame) -> pd.DataFrame:
-    """Of trials with the same identity the newest, and one that is done before one that is to be tried again."""
+    """One trial of each identity: the newest that is done, else the newest."""
     if "run_info.identity" not in table:
         return table
     done = table["run_info.status"].map(lambda status: Status(status).done)

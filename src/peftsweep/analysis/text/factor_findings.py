@@ -3,57 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
 from peftsweep.analysis.statistics import effects
 from peftsweep.analysis.statistics.effects import VARYING, Moved
+from peftsweep.analysis.statistics.task import Task
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.columns import DEVICE_MEMORY, RANK
 from peftsweep.analysis.text import words
 from peftsweep.analysis.text.words import SECONDS
 
-if TYPE_CHECKING:
-    from peftsweep.analysis.text.findings import Task
+MAX_MOVED_SETTINGS = 6  # where more settings than these change with a factor, no difference is attributed to it
 
 
-MOST_MOVED = 6  # settings that move with a factor: with more, nothing is put down to it
-
-
-def keys_of(task: Task, moved: Iterable[Moved]) -> str:
+def moved_keys(task: Task, moved: Iterable[Moved]) -> str:
     """The keys of the settings that ``moved``, each once, separated by commas."""
     return ", ".join(dict.fromkeys(task.names.key(one.key) for one in moved))
 
 
-def of_factor(task: Task, factor: str, score: str) -> list[str]:
-    """What the data says of a factor, in sentences; of a setting that moves with it each says so."""
+def score_findings(task: Task, factor: str, score: str) -> list[str]:
+    """Sentences on what a factor did to a score; each names the settings that changed with the factor."""
     found = task.effects(score, factor)
     if found.empty:
         return []
     moved = [one for several in found["moved"] for one in several]
-    if len({one.key for one in moved}) > MOST_MOVED:
-        return [_not_told(task, factor, score, found, moved)]
+    if len({one.key for one in moved}) > MAX_MOVED_SETTINGS:
+        return [_too_many_moved(task, factor, score, found, moved)]
     if factor == RANK and (line := _enough_rank(task, score)):
         return [line]
     levels = task.design.levels[factor]
     if levels[levels != ""].nunique() > 2:
-        return [_several(task, factor, score, found)]
-    return [_two(task, factor, score, row) for row in _rows(found)]
+        return [_several_levels(task, factor, score, found)]
+    return [_two_levels(task, factor, score, row) for row in _rows(found)]
 
 
 def _rows(found: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(name): value for name, value in row.items()} for row in found.to_dict("records")]
 
 
-def _two(task: Task, factor: str, score: str, row: Mapping[str, Any]) -> str:
+def _two_levels(task: Task, factor: str, score: str, row: Mapping[str, Any]) -> str:
     """One sentence of a factor of two levels."""
     what, apart = columns.score_name(score), words.tested(row, row["p_adjusted"])
     level, reference = (words.code(task.names.setting(factor, row[name])) for name in ("level", "reference"))
-    what += _over(task, row)
+    what += _compared_settings(task, row)
     ends = f"from {words.number(row['reference_value'])} to {words.number(row['value'])}"
     better = "lower" if columns.lower_is_better(score) else "higher"
-    moved = _with(task, factor, [row])
+    moved = _moved_settings(task, factor, [row])
     if row["verdict"] == "tie":
         bound = max(abs(row["low"]), abs(row["high"]))
         return (
@@ -61,9 +58,8 @@ def _two(task: Task, factor: str, score: str, row: Mapping[str, Any]) -> str:
             f"one of more than {words.amount(bound, row['scale'])} is unlikely{moved}."
         )
     if row["verdict"] == "unknown":
-        return (
-            f"{what}: {level} differs from {reference}, {ends} ({words.difference(row)}); chance is not known{moved}."
-        )
+        differs = f"{what}: {level} differs from {reference}, {ends} ({words.difference(row)})"
+        return f"{differs}; the uncertainty is not known{moved}."
     is_ = "is" if task.seeds > 1 else "came out"
     agree = f", {row['agreeing']} of {row['contexts']} settings agree" if row["contexts"] > 1 else ""
     return (
@@ -72,21 +68,21 @@ def _two(task: Task, factor: str, score: str, row: Mapping[str, Any]) -> str:
     )
 
 
-def _over(task: Task, row: Mapping[str, Any]) -> str:
-    """In which settings of the other factors two levels were compared, where there is more than one."""
+def _compared_settings(task: Task, row: Mapping[str, Any]) -> str:
+    """The settings of the other factors in which two levels were compared, where there are other factors."""
     if row["contexts"] > 1:
-        return f", on average over {row['contexts']} settings of the rest"
+        return f", on average over {row['contexts']} settings of the other factors"
     within = [task.names.setting(factor, level) for factor, level in row["within"].items()]
     return f", with {', '.join(within)}" if within else ""
 
 
-def _several(task: Task, factor: str, score: str, found: pd.DataFrame) -> str:
+def _several_levels(task: Task, factor: str, score: str, found: pd.DataFrame) -> str:
     """One sentence of a factor of three or more levels, which names all of them."""
     rows, first = _rows(found), found.iloc[0]
-    scopes = [_over(task, row) for row in rows]
+    scopes = [_compared_settings(task, row) for row in rows]
     same = len(set(scopes)) == 1
     reference = words.code(task.names.setting(factor, first["reference"]))
-    ahead = "is held against the others"  # of levels that share few settings each may be ahead of another
+    ahead = "is compared with the others"  # of levels that share few settings each may be ahead of another
     if ((columns.direction(score) or 1) * found["difference"] <= 0).all():
         ahead = "has the best figure"
     figure = f", {words.number(first['reference_value'])}" if found["reference_value"].nunique() == 1 else ""
@@ -95,7 +91,7 @@ def _several(task: Task, factor: str, score: str, found: pd.DataFrame) -> str:
         "tie": "no difference from it is shown",
         "worse": "worse",
         "better": "better",
-        "unknown": "chance is not known",
+        "unknown": "the uncertainty is not known",
     }
     for verdict, said in heads.items():
         those = [row for row in rows if row["verdict"] == verdict]
@@ -105,20 +101,20 @@ def _several(task: Task, factor: str, score: str, found: pd.DataFrame) -> str:
     missing = sorted(set(levels) - {"", first["reference"], *found["level"]}, key=words.sortable)
     if missing:
         named = ", ".join(words.code(task.names.setting(factor, level)) for level in missing)
-        parts.append(f"no setting of the rest is shared with {named}")
+        parts.append(f"{named} share no settings of the other factors with it")
     better = "lower" if columns.lower_is_better(score) else "higher"
-    return "; ".join(parts) + f"; {better} is better{_with(task, factor, rows)}."
+    return "; ".join(parts) + f"; {better} is better{_moved_settings(task, factor, rows)}."
 
 
 def _level(task: Task, factor: str, row: Mapping[str, Any], *, several: bool) -> str:
-    over = _over(task, row) if several else ""
+    over = _compared_settings(task, row) if several else ""
     figure = f"{words.number(row['value'])}" + (f" against {words.number(row['reference_value'])}" if several else "")
     figure += f", {words.tested(row, row['p_adjusted'])}"
     return f"{words.code(task.names.setting(factor, row['level']))} ({figure}{over})"
 
 
-def _with(task: Task, factor: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The settings that move with a factor, with their values at each level, as the end of a sentence."""
+def _moved_settings(task: Task, factor: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The end of a sentence: the settings that changed with a factor, with their values at each level."""
     value, found = task.names.value, dict[str, dict[str, str]]()
     reference = str(rows[0]["reference"])
     for row in rows:
@@ -134,29 +130,29 @@ def _with(task: Task, factor: str, rows: Sequence[Mapping[str, Any]]) -> str:
         values = [of_key.get(level, of_key[reference]) for level in levels]
         parts.append(f"{task.names.key(key)} ({', '.join(values if set(values) != {VARYING} else [VARYING])})")
     told = ", ".join(value(factor, level) for level in levels)
-    return f"; with the {columns.factor_name(factor)} ({told}) moved {', '.join(parts)}"
+    return f"; together with the {columns.factor_name(factor)} ({told}) changed {', '.join(parts)}"
 
 
-def _not_told(task: Task, factor: str, score: str, found: pd.DataFrame, moved: Sequence[Moved]) -> str:
-    """Where levels differ in so much else that a difference cannot be put down to the factor."""
+def _too_many_moved(task: Task, factor: str, score: str, found: pd.DataFrame, moved: Sequence[Moved]) -> str:
+    """The sentence where levels differ in too many other settings to attribute a difference to the factor."""
     named = [*found["level"], found["reference"].iloc[0]]
     levels = ", ".join(words.code(task.names.setting(factor, level)) for level in sorted(named, key=words.sortable))
     return (
         f"{columns.score_name(score)}: {levels} also differ in {len({one.key for one in moved})} other settings "
-        f"({keys_of(task, moved)}), so that no difference is put down to the {columns.factor_name(factor)}."
+        f"({moved_keys(task, moved)}), so that no difference is attributed to the {columns.factor_name(factor)}."
     )
 
 
 def _enough_rank(task: Task, score: str) -> str:
-    """How large a rank has to be, and what the last step brought."""
+    """The smallest rank that ties with the best one, and what the largest rank changed."""
     found = effects.returns(task.table, score, plan=task.design, known=task.tested(score))
     if found.empty or found["verdict"].eq("unknown").any():
         return ""
     rows = [row | {"level": f"{row['level']:g}"} for row in _rows(found)]
     best, last, smallest = next(row for row in rows if row["verdict"] == "best"), rows[-1], rows[0]
     enough = next(row for row in rows if row["verdict"] in ("best", "tie"))
-    what, scope = columns.score_name(score), _over(task, last)
-    moved = _with(task, RANK, [row | {"reference": best["level"]} for row in rows])
+    what, scope = columns.score_name(score), _compared_settings(task, last)
+    moved = _moved_settings(task, RANK, [row | {"reference": best["level"]} for row in rows])
     tried = task.design.levels[RANK]
     if len(rows) < tried[tried != ""].nunique():
         what += f", {'among the ranks' if moved else 'where only the rank differs'} "
@@ -167,10 +163,10 @@ def _enough_rank(task: Task, score: str) -> str:
         said = f"rank {enough['level']} is the smallest that is not separable from the best, {best['level']} "
         said += f"({words.tested(enough, enough['p_adjusted'])})"
     elif best is last:
-        said = f"rank {best['level']}, the largest tried, is best, and returns have not ended there"
+        said = f"rank {best['level']}, the largest tried, is best, and a larger one may be better still"
     else:
         said = f"rank {best['level']}{', the smallest tried,' if best is smallest else ''} has the best figure"
-    others = _by_verdict([row for row in rows if row is not best and row is not enough])
+    others = _other_ranks([row for row in rows if row is not best and row is not enough])
     return f"{what}: {said}{others}{scope}. {_last_step(score, rows)}{moved}."
 
 
@@ -184,8 +180,8 @@ def _last_step(score: str, rows: Sequence[Mapping[str, Any]]) -> str:
     return f"{since} ({words.tested(step, last['step_p'])}; {better} is better)"
 
 
-def _by_verdict(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Those of these ranks that are worse than the best, and those that are not shown to be."""
+def _other_ranks(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The ranks that are worse than the best one, and the ranks that tie with it."""
     text = ""
     for verdict, said in (("worse", "worse than the best"), ("tie", "no difference from the best is shown")):
         those = [row for row in rows if row["verdict"] == verdict]
@@ -196,7 +192,7 @@ def _by_verdict(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def cost_findings(task: Task, factor: str, costs: Mapping[str, pd.DataFrame]) -> Iterator[str]:
-    """What the levels of a factor certainly cost in time and memory, in sentences."""
+    """Sentences on the time and memory of a factor's levels, where a difference is shown."""
     for column, found in costs.items():
         for row in _rows(found):
             certain = row["verdict"] in ("worse", "better")
@@ -204,8 +200,8 @@ def cost_findings(task: Task, factor: str, costs: Mapping[str, pd.DataFrame]) ->
                 level, reference = (
                     words.code(task.names.setting(factor, row[name])) for name in ("level", "reference")
                 )
-                if len(row["moved"]) > MOST_MOVED:
+                if len(row["moved"]) > MAX_MOVED_SETTINGS:
                     continue
                 times = f"{1 + row['difference']:.2f} times [{1 + row['low']:.2f}, {1 + row['high']:.2f}]"
-                name = f"{columns.factor_name(column)}{_over(task, row)}"
-                yield f"{name}: {level} takes {times} that of {reference}{_with(task, factor, [row])}."
+                name = f"{columns.factor_name(column)}{_compared_settings(task, row)}"
+                yield f"{name}: {level} takes {times} that of {reference}{_moved_settings(task, factor, [row])}."

@@ -8,23 +8,23 @@ from typing import Any
 import pandas as pd
 
 from peftsweep.analysis.statistics import effects, rungs, trials
+from peftsweep.analysis.statistics.task import Task
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.text import factor_findings, findings, words
-from peftsweep.analysis.text.findings import Task
 from peftsweep.analysis.text.words import ADAPTER, PARAMETERS, SECONDS, SPEED
 
 APPROXIMATE = "≈ marks a difference that may be chance."
-MOST_NAMED = 12  # methods whose budgets are told one by one
+MAX_NAMED = 12  # methods; with more, their budgets are given as ranges
 
 
-def standing_section(row: pd.Series[Any]) -> str:
-    """A configuration may be no worse than the best for certain, and yet than one that is in a tie with it."""
+def standing_cell(row: pd.Series[Any]) -> str:
+    """The cell of a ranking: ``worse than another`` is worse than one that ties with the best, not than the best."""
     other = row["verdict"] == "worse" and row["p_adjusted"] >= trials.ALPHA
     return "worse than another" if other else {"best": "**best**", "unknown": "?"}.get(row["verdict"], row["verdict"])
 
 
 def factor_section(task: Task, factor: str, mark: str, figures: Sequence[str]) -> Iterator[str]:
-    """The section of one factor in RESULTS.md, empty where nothing is known of it."""
+    """The section of one factor in RESULTS.md; empty where nothing is known."""
     name, told = columns.factor_name(factor), [*_told(task, factor), "", *figures]
     if any(told):
         yield f"## {name[0].upper()}{name[1:]}{mark}"
@@ -33,7 +33,7 @@ def factor_section(task: Task, factor: str, mark: str, figures: Sequence[str]) -
 
 
 def _told(task: Task, factor: str) -> Iterator[str]:
-    """All that is known of a factor."""
+    """Tables and sentences of a factor."""
     measured = [column for column in (task.memory, SECONDS, ADAPTER) if column and column in task.table]
     quality = {score: task.effects(score, factor) for score in task.scores}
     of_first = quality.values() if quality else (task.effects(column, factor) for column in measured)
@@ -49,10 +49,12 @@ def _told(task: Task, factor: str) -> Iterator[str]:
             yield f"{averaged if contexts[-1] > 1 else 'In the one setting that has both levels.'} {APPROXIMATE}"
             yield ""
         if not quality and (moving := task.design.moving(factor)):
-            yield f"- With the {columns.factor_name(factor)} moved {', '.join(map(task.names.key, moving))}."
-        yield from (f"- {line}" for score in task.scores for line in factor_findings.of_factor(task, factor, score))
+            yield f"- Together with the {columns.factor_name(factor)} changed {', '.join(map(task.names.key, moving))}."
+        yield from (
+            f"- {line}" for score in task.scores for line in factor_findings.score_findings(task, factor, score)
+        )
         yield from (f"- {line}" for line in factor_findings.cost_findings(task, factor, costs))
-    elif task.design.levels[factor].nunique() > effects.MOST_LEVELS:
+    elif task.design.levels[factor].nunique() > effects.MAX_LEVELS:
         yield from _trend(task, factor)
     elif task.scores:
         yield from _best_of_each(task, factor)
@@ -132,8 +134,8 @@ def _best_of_each(task: Task, factor: str) -> Iterator[str]:
                     "best configuration": task.labels[number],
                     columns.score_name(score): findings.value_of(task, score, number),
                     "against the best": words.difference(row) if row["verdict"] != "best" else "",
-                    "": standing_section(row),
-                    **cost_section(task, number),
+                    "": standing_cell(row),
+                    **cost_cells(task, number),
                 }
             )
         yield from words.table(rows)
@@ -162,7 +164,7 @@ def _budget(task: Task, factor: str) -> Iterator[str]:
     found = effects.budget(task.table)
     unequal = [c for c in found.columns if found[c][found[c] > 0].nunique() > 1]
     if unequal:
-        each = len(found) <= MOST_NAMED
+        each = len(found) <= MAX_NAMED
         said = "; ".join(
             f"{column.replace('_', ' ')}: "
             + ", ".join(f"{method} {value:g}" for method, value in found[column].items() if each)
@@ -174,7 +176,7 @@ def _budget(task: Task, factor: str) -> Iterator[str]:
         yield "More tries find a better best by luck alone."
 
 
-def cost_section(task: Task, number: Any) -> dict[str, str]:
+def cost_cells(task: Task, number: Any) -> dict[str, str]:
     """The costs that are known of trial ``number``, in words, by their headings in the table."""
     shown = {PARAMETERS: "trainable", ADAPTER: "adapter", task.memory or "": "", SECONDS: "train", SPEED: "tokens/s"}
     shown[task.memory or ""] = columns.factor_name(task.memory) if task.memory else ""

@@ -5,135 +5,22 @@ Every sentence is made from figures of the study; where the data does not tell, 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
-from peftsweep.analysis.statistics import comparisons, effects, stats, trials
+from peftsweep.analysis.statistics import trials
 from peftsweep.analysis.statistics.effects import Moved
+from peftsweep.analysis.statistics.task import Task
 from peftsweep.analysis.table import columns
-from peftsweep.analysis.table.naming import Names
 from peftsweep.analysis.text import words
-from peftsweep.analysis.text.factor_findings import MOST_MOVED, keys_of, of_factor
-from peftsweep.analysis.text.words import ADAPTER, SECONDS, SHOWN_MEMORY
+from peftsweep.analysis.text.factor_findings import MAX_MOVED_SETTINGS, moved_keys, score_findings
+from peftsweep.analysis.text.words import ADAPTER, SECONDS
 from peftsweep.study.record import Status
 from peftsweep.study.scores import baseline
-
-
-@dataclass
-class Task:
-    """The trials of one model on one dataset, which can be compared with each other."""
-
-    name: str
-    table: pd.DataFrame
-    predictions: trials.Predictions | None
-    _tested: dict[str, comparisons.Tested | None] = field(default_factory=dict)
-    _compared: dict[str, pd.DataFrame] = field(default_factory=dict)
-    _effects: dict[tuple[str, str, str | None], pd.DataFrame] = field(default_factory=dict)
-
-    @cached_property
-    def configurations(self) -> pd.DataFrame:
-        return stats.configurations(self.table, self.predictions)
-
-    @cached_property
-    def labels(self) -> pd.Series[str]:
-        return effects.labels(self.table)
-
-    @cached_property
-    def design(self) -> effects.Design:
-        return effects.design(self.table)
-
-    @property
-    def names(self) -> Names:
-        """What settings and their values are called."""
-        return self.design.names
-
-    @property
-    def factors(self) -> list[str]:
-        return self.design.factors
-
-    @cached_property
-    def scores(self) -> list[str]:
-        """The main score of each evaluation, first the one that decides."""
-        return columns.main_scores(self.table)
-
-    def effects(self, column: str, factor: str, reference: str | None = None) -> pd.DataFrame:
-        """What the levels of one factor do to a score, or to a cost against the level ``reference``."""
-        key = (column, factor if reference else "", reference)
-        if key not in self._effects:
-            known, plan, named = self.tested(column), self.design, None
-            if reference:
-                plan, named = dataclasses.replace(plan, factors=[factor]), {factor: reference}
-            self._effects[key] = effects.effects(self.table, column, None, named, plan, known)
-        found = self._effects[key]
-        return found[found["factor"] == factor]
-
-    def tested(self, column: str) -> comparisons.Tested | None:
-        """Every pair of configurations: all that is said of two of them is read from here."""
-        if column not in self._tested:
-            predictions = self.predictions if column in self.scores else None
-            self._tested[column] = comparisons.tested(self.table, column, predictions)
-        return self._tested[column]
-
-    def compare(self, score: str) -> pd.DataFrame:
-        """Every configuration against the best one."""
-        if score not in self._compared:
-            self._compared[score] = comparisons.compare(self.table, score, known=self.tested(score))
-        return self._compared[score]
-
-    def unnamed(self, first: int, second: int) -> list[Moved]:
-        """The settings that two configurations differ in and that follow from those in their names."""
-        one, other = self.design.levels.loc[[first, second]].to_numpy().tolist()
-        named = [factor for factor, a, b in zip(self.factors, one, other, strict=True) if a != b]
-        return self.design.moved([first], [second], named)
-
-    def tied(self, score: str) -> pd.Index[Any]:
-        """The best configuration and those that are not certainly worse."""
-        compared = self.compare(score)
-        return compared.index[compared["verdict"].isin(["best", "tie", "unknown"])]
-
-    def near(self, score: str) -> pd.Index[Any]:
-        """Those of the tie that lie within one standard error of the best, among which costs may decide.
-
-        What is not shown to be better than the untouched base is left out, as nothing is gained by using it.
-        """
-        compared, useful = self.compare(score), self.useful(score)
-        near: pd.Index[Any] = compared.index[
-            compared["near"] & compared.index.isin(self.tied(score).intersection(useful))
-        ]
-        return near if len(near) else useful[:1]
-
-    def useful(self, score: str) -> pd.Index[Any]:
-        """Those that are shown to be better than the untouched base, the best first; all where that is not known."""
-        compared = self.compare(score)
-        return compared.index[compared["gained"].isin(["better", "unknown"])]
-
-    def row(self, number: Any, prefix: str | tuple[str, ...]) -> dict[str, Any]:
-        """What is known of a configuration in the columns that begin so; the whole wide row would take long."""
-        return {c: self._columns[c].at[number] for c in self._columns if c.startswith(prefix)}
-
-    @cached_property
-    def _columns(self) -> dict[str, pd.Series[Any]]:
-        return {c: self.configurations[c] for c in self.configurations.columns}
-
-    @cached_property
-    def memory(self) -> str | None:
-        return next((c for c in SHOWN_MEMORY if c in self.table and self.table[c].notna().any()), None)
-
-    @cached_property
-    def seeds(self) -> int:
-        """The most successful seeds a configuration has."""
-        return int(self.configurations["n"].max()) if len(self.configurations) else 0
-
-
-def tasks(table: pd.DataFrame, predictions: trials.Predictions | None) -> list[Task]:
-    """The tasks of a study's table."""
-    return [Task(name, part, predictions) for name, part in trials.tasks(table).items()]
 
 
 def certainty(task: Task) -> Iterator[str]:
@@ -149,7 +36,7 @@ def certainty(task: Task) -> Iterator[str]:
 def choices(task: Task) -> Iterator[str]:
     """What each factor was worth, a sentence each."""
     for factor in task.factors if task.scores else ():
-        yield from of_factor(task, factor, task.scores[0])[:1]
+        yield from score_findings(task, factor, task.scores[0])[:1]
 
 
 def _best(task: Task, score: str) -> str:
@@ -162,12 +49,12 @@ def _best(task: Task, score: str) -> str:
     others = [n for n in task.tied(score) if n != best]
     if compared["verdict"].eq("unknown").any():
         best_is = f"the best figure is that of {words.code(task.labels[best])}, {figure}"
-        return f"**{what}**: {best_is}; how far chance reaches is not known."
+        return f"**{what}**: {best_is}; the uncertainty is not known."
     if len(others) == len(compared) - 1:
         last = compared.iloc[-1]
         gap = words.tested(last, last["p_adjusted"])
         every = "both" if len(compared) == 2 else f"all {len(compared)}"
-        moved = also(task, task.unnamed(best, compared.index[-1])) if len(compared) == 2 else ""
+        moved = other_differences(task, task.unnamed(best, compared.index[-1])) if len(compared) == 2 else ""
         return (
             f"**{what}**: {every} configurations are a tie; the best figure is that of "
             f"{words.code(task.labels[best])}, {figure}, and the last differs by {gap}{moved}."
@@ -184,36 +71,36 @@ def _best(task: Task, score: str) -> str:
             said += ", and so is the third" if len(compared) == 3 else f", and so are {so:,} others"
         if (left := len(rest) - so) > 0:
             said += f"; {left:,} more {'is' if left == 1 else 'are'} worse than another one"
-        return f"**{what}**: {said}{also(task, task.unnamed(best, compared.index[1]))}."
+        return f"**{what}**: {said}{other_differences(task, task.unnamed(best, compared.index[1]))}."
     named = "; ".join(words.code(task.labels[n]) for n in others[:6])
     named += f"; and {len(others) - 6} more" if len(others) > 6 else ""
     beaten = all(any(known.verdict(n, other) == "worse" for other in [best, *others]) for n in worse)
     return (
         f"**{what}**: the best figure is that of {words.code(task.labels[best])}, {figure}. It is a tie with {named}"
-        f"{also(task, task.unnamed(best, others[0])) if len(others) == 1 else ''}. "
+        f"{other_differences(task, task.unnamed(best, others[0])) if len(others) == 1 else ''}. "
         f"{words.plural('configuration', len(worse))} of {len(compared):,} {'is' if len(worse) == 1 else 'are'} "
         f"worse than {'one of these' if beaten else 'another one'}."
     )
 
 
-def also(task: Task, moved: Sequence[Moved]) -> str:
-    """What else two configurations differ in, as the end of a sentence that names the first and then the second."""
-    if len(moved) > MOST_MOVED:
-        return f"; they also differ in {len(moved)} other settings ({keys_of(task, moved)})"
+def other_differences(task: Task, moved: Sequence[Moved]) -> str:
+    """The end of a sentence on two configurations: the other settings in which they differ, first and second value."""
+    if len(moved) > MAX_MOVED_SETTINGS:
+        return f"; they also differ in {len(moved)} other settings ({moved_keys(task, moved)})"
     value = task.names.value
     parts = [f"{task.names.key(m.key)} ({value(m.key, m.value)}, {value(m.key, m.reference_value)})" for m in moved]
     return f"; they also differ in {', '.join(parts)}" if parts else ""
 
 
 def _against_baselines(task: Task, score: str) -> Iterator[str]:
-    """The untouched base, always the same answer, and what makes a score worth less than it looks."""
+    """Sentences on the untouched base, on guessing, and on what makes a score less reliable than it looks."""
     name, metric = columns.evaluation(score)
     sign, best = columns.direction(score) or 1, task.compare(score).index[0]
     row = task.row(best, f"eval_info.{name}.")
     bound = row[f"{score}.low"] if sign > 0 else row[f"{score}.high"]
     base = row.get(columns.base_of(score), math.nan)
     if words.known(base):
-        yield _over_base(task, score, words.number(base))
+        yield _gain_over_base(task, score, words.number(base))
     yield from _chance(row, name, metric, bound if sign > 0 else math.nan)
     flags = [c for c in task.configurations.columns if c.startswith(f"eval_info.{name}.") and c.endswith("degenerate")]
     flags = [c for c in flags if not c.startswith(f"eval_info.{name}.base_")]
@@ -222,10 +109,10 @@ def _against_baselines(task: Task, score: str) -> Iterator[str]:
         yield f"{words.plural('configuration', count)} {always}."
     seen = row.get(f"eval_info.{name}.seen_in_training", math.nan)
     if words.known(seen) and seen > 0:
-        yield f"**{seen:.0f} test rows of {name} were trained on**; the score says less than it seems to."
+        yield f"**{seen:.0f} test rows of {name} were trained on**; the score may be too high."
 
 
-def _over_base(task: Task, score: str, base: str) -> str:
+def _gain_over_base(task: Task, score: str, base: str) -> str:
     """What the best configuration gains over the untouched base, which scores ``base``."""
     compared = task.compare(score)
     best, said = compared.iloc[0], f"The untouched base scores {base} on the same rows."

@@ -1,4 +1,4 @@
-"""What a halving spared, and how far its rungs foretold what came after."""
+"""What a halving saved, and how well each rung predicted the next one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MIN_PAIRS = 3  # pairs below which a correlation says nothing
 
 
 def notes(results: Iterable[Result]) -> list[str]:
-    """Of each halving among the records: the steps it spared, and how far its rungs foretold what came after."""
+    """Lines for each halving among the records: the steps that it saved, and how well each rung predicted the next."""
     sweeps: dict[tuple[Any, ...], list[Result]] = {}
     of_rows: dict[tuple[Any, ...], list[Result]] = {}
     for result in results:
@@ -52,7 +52,7 @@ def _notes(results: Sequence[Result], config: HalvingConfig) -> list[str]:
     ]
     for place in range(max(len(one.values) for one in courses) - 1):
         pairs = [(one.values[place], one.values[place + 1]) for one in courses if len(one.values) > place + 1]
-        lines.append(f"rung {place + 1} and what came next: {_correlation(pairs)}")
+        lines.append(f"rung {place + 1} against the next: {_correlation(pairs)}")
     return lines
 
 
@@ -74,7 +74,7 @@ def _notes_of_rows(results: Sequence[Result], config: HalvingConfig) -> list[str
     for place, (part, following) in enumerate(itertools.pairwise(parts), start=1):
         both = [(rungs[part], rungs[following]) for rungs in points.values() if {part, following} <= rungs.keys()]
         pairs = [(_last(first, config), _last(then, config)) for first, then in both]
-        lines.append(f"rung {place} ({part:.3g} of the rows) and what came next: {_correlation(pairs)}")
+        lines.append(f"rung {place} ({part:.3g} of the rows) against the next: {_correlation(pairs)}")
     return lines
 
 
@@ -83,7 +83,7 @@ def _last(one: Result, config: HalvingConfig) -> float | None:
 
 
 def _bytes(file: Path) -> int:
-    """How many the file holds, which a running sweep may just have deleted."""
+    """The size of the file; 0 where a running sweep has just deleted it."""
     try:
         return file.stat().st_size
     except OSError:

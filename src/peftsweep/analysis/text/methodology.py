@@ -1,4 +1,4 @@
-"""How the figures of a study were come by: what failed, on what machine, how many seeds and rows, which tests."""
+"""How the figures of a study were measured: the machine, the numbers of seeds and rows, the statistical tests."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterator, Sequence
 import pandas as pd
 
 from peftsweep.analysis.statistics import rungs, trials
+from peftsweep.analysis.statistics.task import Task
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.text import words
-from peftsweep.analysis.text.findings import Task
 from peftsweep.analysis.text.words import ROWS
 from peftsweep.study.record import Status
 
 COVERED = "train_info.coverage.line"
-NAMES = 8  # of configurations that reach as far, so many are named
+MAX_NAMES = 8  # of configurations that adapt the same modules
 
 
 def methodology(table: pd.DataFrame, tasks: Sequence[Task], steps: pd.DataFrame) -> Iterator[str]:
@@ -27,7 +27,7 @@ def methodology(table: pd.DataFrame, tasks: Sequence[Task], steps: pd.DataFrame)
         yield from (f"- {line}" for task in tasks for line in _measured(task, len(tasks) > 1))
         yield from (f"- {line}" for line in _tests(tasks))
     yield ""
-    yield from _of_rungs(table, steps)
+    yield from _rung_predictions(table, steps)
 
 
 def _environment(table: pd.DataFrame) -> Iterator[str]:
@@ -75,13 +75,14 @@ def _measured(task: Task, several: bool) -> Iterator[str]:
 
 
 def _covered(task: Task, mark: str) -> Iterator[str]:
-    """How far each configuration reaches into the base, those that reach as far together."""
+    """Which modules of the base each configuration adapts; configurations that adapt the same are named together."""
     if COVERED not in task.table:
         return
     known = task.table.dropna(subset=[COVERED])
     for line, rows in list(known.groupby(COVERED, sort=False))[:ROWS]:
         names = list(dict.fromkeys(task.labels[number] for number in rows["configuration"]))
-        yield f"What was adapted{mark}: {', '.join(names[:NAMES])}{', ...' if len(names) > NAMES else ''}: {line}."
+        named = ", ".join(names[:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")
+        yield f"What was adapted{mark}: {named}: {line}."
 
 
 def _tests(tasks: Sequence[Task]) -> Iterator[str]:
@@ -91,7 +92,7 @@ def _tests(tasks: Sequence[Task]) -> Iterator[str]:
         yield (
             "Configurations are compared on the same test rows, each row's score averaged over seeds. The variance of "
             "a difference is that between rows plus that between seeds, with Satterthwaite's degrees of freedom and "
-            "Student's t; a configuration's seeds are taken to vary at least as the study's do on average."
+            "Student's t; the variance between a configuration's seeds is taken to be at least the study's average."
         )
     by_rows = [task.compare(score) for task, score in judged if "rows" in set(task.compare(score)["chance"])]
     if any(not compared.attrs["paired"] for compared in by_rows):
@@ -105,22 +106,22 @@ def _tests(tasks: Sequence[Task]) -> Iterator[str]:
             "other scores by the paired t test over rows. Both are of these trained models, not of what another seed "
             "would give."
         )
-    yield from _of_bases([task.compare(score) for task, score in judged])
+    yield from _base_comparisons([task.compare(score) for task, score in judged])
     if "seeds" in chances:
         yield "Where rows could not be paired, Student's t over seeds compares configurations, on these test rows."
     if chances:
         yield (
-            "p-values are adjusted by Holm's method for all pairs, as which one is best was read from the same data; "
-            "below 0.05 counts. Intervals are of each pair alone, and not adjusted. A tie means that no difference is "
-            "shown, not that there is none: the interval says how large it may be. So costs choose only among those of "
-            "a tie that lie within one standard error of the best."
+            "p-values are adjusted by Holm's method for all pairs, as the best one is chosen from the same data; one "
+            "below 0.05 counts as a difference. Intervals are of each pair alone, and not adjusted. A tie means that "
+            "no difference is shown, not that there is none: the interval says how large it may be. So costs decide "
+            "only between configurations of a tie that lie within one standard error of the best."
             " The best figure of many is partly luck, and would probably be lower on other rows."
         )
     if any(score for _, score in judged if words.scale(score) == "ratio"):
         yield "Perplexities and costs are compared by ratios."
 
 
-def _of_bases(compared: Sequence[pd.DataFrame]) -> Iterator[str]:
+def _base_comparisons(compared: Sequence[pd.DataFrame]) -> Iterator[str]:
     """How configurations are compared with their untouched bases."""
     of_base = [one for one in compared if one["gain"].notna().any()]
     if any(one.attrs["gains_paired"] for one in of_base):
@@ -146,7 +147,7 @@ def _stopped_early(table: pd.DataFrame, steps: pd.DataFrame) -> int:
     return int((~(stopped["train_info.steps"] >= totals).fillna(False).astype(bool)).sum())
 
 
-def _of_rungs(table: pd.DataFrame, steps: pd.DataFrame) -> Iterator[str]:
+def _rung_predictions(table: pd.DataFrame, steps: pd.DataFrame) -> Iterator[str]:
     metric = "validation_loss"
     found = rungs.rungs(steps, metric) if len(steps) else pd.DataFrame()
     found = found[(found["n"] >= 3) & found["rho"].notna()] if len(found) else found

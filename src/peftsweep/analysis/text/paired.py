@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from peftsweep.analysis.statistics import comparisons, measured
 from peftsweep.analysis.statistics import trials as statistics_trials
+from peftsweep.analysis.statistics.task import Task
 from peftsweep.analysis.statistics.trials import Floats
 from peftsweep.analysis.table.columns import evaluation, lower_is_better, score_name
 from peftsweep.analysis.table.table import predictions_file
 from peftsweep.analysis.text import words
-from peftsweep.analysis.text.findings import Task
 from peftsweep.study import record
 from peftsweep.study.reading import Unreadable
 
@@ -58,15 +58,15 @@ class Rows:
         """Whether a figure is a loss, of which less is better."""
         return lower_is_better(self.column)
 
-    def apart(self, first: int, second: int) -> Floats:
+    def advantage(self, first: int, second: int) -> Floats:
         """How far the member at place ``first`` is better than that at ``second``, on each row [rows]."""
         found: Floats = self.figures[first] - self.figures[second]
         found = -found if self.losses else found
         return np.where(np.abs(found) <= ALIKE, 0.0, found)
 
-    def won(self, first: int, second: int) -> NDArray[np.int64]:
+    def rows_won(self, first: int, second: int) -> NDArray[np.int64]:
         """The rows that ``first`` wins against ``second``, the clearest first, else in their order."""
-        apart = self.apart(first, second)
+        apart = self.advantage(first, second)
         clearest = np.argsort(-apart, kind="stable")
         return clearest[: int((apart > 0).sum())]
 
@@ -190,7 +190,7 @@ def examples(found: Rows, pairs: Sequence[tuple[int, int]], *, each: int, most: 
     chosen: dict[int, None] = {}
     for first, second in pairs:
         for one, other in ((first, second), (second, first)):
-            won = found.won(one, other).tolist()
+            won = found.rows_won(one, other).tolist()
             here = sum(row in chosen for row in won)
             for row in (row for row in won if row not in chosen):
                 if here >= each or len(chosen) >= most:
@@ -230,7 +230,7 @@ def _leading(task: Task, score: str) -> Rows | None:
 
 
 def _tally(found: Rows, first: int, second: int) -> dict[str, str]:
-    won, lost = len(found.won(first, second)), len(found.won(second, first))
+    won, lost = len(found.rows_won(first, second)), len(found.rows_won(second, first))
     names = {"configuration": found.members[first].name, "against": found.members[second].name}
     return names | {"won": f"{won:,}", "lost": f"{lost:,}", "alike": f"{found.figures.shape[1] - won - lost:,}"}
 
@@ -239,7 +239,7 @@ def _shown(found: Rows, folder: Path, first: int, second: int) -> Iterator[str]:
     """Some rows that the first of two wins, and some that it loses, as they were written."""
     names = [found.members[place].name for place in (first, second)]
     every = [texts(folder, found, place) for place in (first, second)]
-    for verb, won in (("wins", found.won(first, second)), ("loses", found.won(second, first))):
+    for verb, won in (("wins", found.rows_won(first, second)), ("loses", found.rows_won(second, first))):
         if not len(won):
             continue
         shown = won[:SHOWN].tolist()

@@ -7,10 +7,10 @@ from typing import Any
 
 import pandas as pd
 
+from peftsweep.analysis.statistics.task import Task
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.columns import HOST_MEMORY, PREDICTED
 from peftsweep.analysis.text import findings, words
-from peftsweep.analysis.text.findings import Task
 from peftsweep.analysis.text.words import ADAPTER, SECONDS
 from peftsweep.observe.display import size
 

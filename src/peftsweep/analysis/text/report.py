@@ -15,18 +15,18 @@ from peftsweep.analysis.answer import build, render, structure
 from peftsweep.analysis.answer.structure import USE, Answer, Use
 from peftsweep.analysis.statistics import frontier
 from peftsweep.analysis.statistics import trials as statistics_trials
+from peftsweep.analysis.statistics.task import Task, study_tasks
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.columns import QUANT, RANK, TARGETS
 from peftsweep.analysis.text import findings, methodology, paired, recommendations, words
-from peftsweep.analysis.text.factors import cost_section, factor_section, standing_section
-from peftsweep.analysis.text.findings import Task
+from peftsweep.analysis.text.factors import cost_cells, factor_section, standing_cell
 from peftsweep.analysis.text.recommendations import QUALITY_LOSS
 from peftsweep.analysis.text.words import ADAPTER, ROWS, SECONDS
 from peftsweep.study import record
 from peftsweep.study.record import Status
 
 RESULTS = "RESULTS.md"
-MOST_VALUES = 6  # of a setting that are named
+MAX_VALUES = 6  # of a setting; of one with more values their number is given
 FIGURES = {  # how the figures of a factor are called
     RANK: ("rank", "quality_rank"),
     QUANT: ("quantisation", "heatmap"),
@@ -48,7 +48,7 @@ def write(
 
     ``quality_loss`` is the share of the best figure that may be lost where speed goes before quality.
     """
-    file, found = folder / RESULTS, findings.tasks(table, predictions)
+    file, found = folder / RESULTS, study_tasks(table, predictions)
     answer = build.answer(folder, table, found, steps, quality_loss)
     structure.write(answer, folder, render.plain)
     lines = _document(folder, table, found, answer, steps, plots, quality_loss)
@@ -73,7 +73,7 @@ def _document(
     for section in answer.sections:
         if section.sentences:
             yield from render.markdown(section)
-    for section in answer.of("table"):
+    for section in answer.sections_named("table"):
         if len(section.tables) > 1:  # a ranking has what a table of one score has
             yield from render.markdown(section)
     for task in tasks:
@@ -86,7 +86,7 @@ def _document(
             yield from factor_section(task, factor, mark, _take(left, FIGURES.get(factor, ()), folder))
         for score in task.scores[:1]:
             yield from _frontier(task, score, mark, _take(left, FRONTIER, folder))
-        advised = [one.facts for one in answer.of(USE) if one.task in ("", task.name)]
+        advised = [one.facts for one in answer.sections_named(USE) if one.task in ("", task.name)]
         if not any(isinstance(use, Use) and use.verdict == "none" for use in advised):
             yield from recommendations.section(task, mark, quality_loss)
         yield from paired.section(task, mark, folder)
@@ -102,7 +102,7 @@ def _document(
 
 
 def _take(left: dict[str, Path], names: Sequence[str], folder: Path) -> list[str]:
-    """Links to the figures called so, which are then no longer ``left``."""
+    """Links to the figures whose names begin with one of ``names``; these are removed from ``left``."""
     taken = [stem for stem in left if stem.startswith(tuple(names))] if names else []
     return list(_links([left.pop(stem) for stem in taken], folder))
 
@@ -142,9 +142,9 @@ def _ranking(task: Task, score: str, mark: str) -> Iterator[str]:
                 columns.evaluation(score)[1]: findings.value_of(task, score, number),
                 "against the best": words.difference(row) if row["verdict"] != "best" else "",
                 "p": words.p(row["p_adjusted"]),
-                "": standing_section(row),
+                "": standing_cell(row),
                 "over the untouched base": _over_base(row),
-                **cost_section(task, number),
+                **cost_cells(task, number),
             }
         )
     yield from words.table(rows)
@@ -162,17 +162,17 @@ def _ranking(task: Task, score: str, mark: str) -> Iterator[str]:
 
 
 def _not_in_names(task: Task, numbers: list[int]) -> Iterator[str]:
-    """The settings that configurations differ in and that their names do not hold, as they follow from others."""
+    """The settings in which configurations differ and which are not in their names, as they follow from others."""
     moved = {one.key for number in numbers[1:] for one in task.unnamed(numbers[0], number)}
     texts = task.design.settings.loc[numbers]
     value = task.names.value
     parts = []
     for key in sorted(moved):
         values = [value(key, text) if text else "none" for text in sorted(set(texts[key]), key=words.sortable)]
-        some = f"{len(values)} values" if len(values) > MOST_VALUES else ", ".join(values)
+        some = f"{len(values)} values" if len(values) > MAX_VALUES else ", ".join(values)
         parts.append(f"{task.names.key(key)} ({some})")
     if parts:
-        yield f"Not in these names, but not the same in all: {', '.join(parts)}."
+        yield f"These settings differ too, and are not in the names: {', '.join(parts)}."
         yield ""
 
 
@@ -193,17 +193,21 @@ def _meaning(compared: pd.DataFrame, count: int, score: str) -> str:
         "seeds": "other seeds on the same test rows",
     }.get(chance[0] if len(chance) else "", "")
     if not covers:
-        return "One seed and no rows: how far chance reaches is not known."
+        return "One seed and no record of single rows: the uncertainty is not known."
     scale = " Differences are relative." if len(compared) and compared["scale"].iloc[0] == "ratio" else ""
     if count < 2:
         return f"In brackets: the 95% interval, which covers {covers}."
     others = (compared["verdict"] == "worse") & (compared["p_adjusted"] >= statistics_trials.ALPHA)
     of_base = ", those with the untouched base among them" if compared["gain"].notna().any() else ""
     pairs = words.plural("pair", compared.attrs["family"]) + of_base
-    another = " Worse than another: than one of the tie, not for certain than the best." if others.any() else ""
+    another = (
+        " 'Worse than another': worse than one of the tie, while no difference from the best is shown."
+        if others.any()
+        else ""
+    )
     return (
         f"In brackets: 95% intervals, which cover {covers}. p is adjusted for {pairs} "
-        f"(Holm), the intervals are not; than those in a tie none is better for certain.{another}{scale}"
+        f"(Holm), the intervals are not; no configuration is shown to be better than those in a tie.{another}{scale}"
     )
 
 
@@ -232,11 +236,11 @@ def _frontier(task: Task, score: str, mark: str, figures: Sequence[str]) -> Iter
         ]
     )
     yield (
-        f"On the front is what no other configuration beats in one of {columns.score_name(score)}, "
-        f"{', '.join(map(columns.factor_name, costs))} without losing in another. "
-        f"Redraws of {drawn} tell how much of that is chance."
+        f"A configuration is on the front if no other one is better in one of {columns.score_name(score)}, "
+        f"{', '.join(map(columns.factor_name, costs))} and at least as good in the others. "
+        f"Redraws of {drawn} (bootstrap) show how often that holds."
         + (
-            f" Without some of these figures: {lacking:,}."
+            f" Configurations without some of these figures: {lacking:,}."
             if (lacking := len(task.compare(score)) - len(found))
             else ""
         )

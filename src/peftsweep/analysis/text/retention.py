@@ -1,4 +1,4 @@
-"""What adapters have cost elsewhere, and at which of their scales the most of it is kept.
+"""How much an adapter lost in other abilities, and at which of its scales the most of them is kept.
 
 A trial with evaluations of both roles holds its scores at fractions of the adapter's scale (``train_info.scales``);
 the base is at 0 and the adapter as it was trained at 1.
@@ -24,7 +24,10 @@ Z = float(special.ndtri(1 - ALPHA / 2))  # standard errors to each side of a 95%
 
 
 def curves(record: Mapping[str, Any], evaluations: Mapping[str, Mapping[str, Any]]) -> list[ScaleCurve]:
-    """The curves of a trial, of ``train_info`` and ``eval_info`` of its record; none where it was not scored so."""
+    """The curves of a trial, from ``train_info`` and ``eval_info`` of its record.
+
+    There are none where it was not scored at several scales.
+    """
     rows = record.get("scales") or []
     found = []
     for name, role, metric in dict.fromkeys((row["eval"], row["role"], row["metric"]) for row in rows):
@@ -52,14 +55,14 @@ def keeps_most(found: Iterable[ScaleCurve], retention: ScaleCurve) -> float | No
 
 def _within(curve: ScaleCurve, scale: float) -> bool:
     """Whether the score at ``scale`` is no worse than the lower end of the 95% interval at 1."""
-    here, whole = curve.at(scale), curve.at(1.0)
+    here, whole = curve.score_at(scale), curve.score_at(1.0)
     if here is None or whole is None:
         return False
     return curve.sign * (here.value - whole.value) >= -Z * (whole.stderr or 0.0)
 
 
-def of_table(table: pd.DataFrame) -> Iterator[tuple[str, list[ScaleCurve]]]:
-    """The curves of each trial that was scored so, of a table with a row a trial; by the trial's name."""
+def table_curves(table: pd.DataFrame) -> Iterator[tuple[str, list[ScaleCurve]]]:
+    """The name and curves of each trial of the table that was scored at several scales."""
     if SCALES not in table:
         return
     for (_, row), name in zip(table.iterrows(), columns.named_trials(table), strict=True):
@@ -75,7 +78,7 @@ def of_table(table: pd.DataFrame) -> Iterator[tuple[str, list[ScaleCurve]]]:
 
 
 def notes(trials: Iterable[tuple[str, list[ScaleCurve]]]) -> Iterator[str]:
-    """A line for each trial, by its name and curves, and each of its evaluations of what is to be kept."""
+    """A line for each trial (its name and curves) and each of its evaluations with the role ``retention``."""
     for name, found in trials:
         for retention in (one for one in found if one.role == Role.retention.value):
             if (scale := keeps_most(found, retention)) is not None:
@@ -84,7 +87,7 @@ def notes(trials: Iterable[tuple[str, list[ScaleCurve]]]) -> Iterator[str]:
 
 def _line(name: str, found: Iterable[ScaleCurve], retention: ScaleCurve, scale: float) -> str:
     def said(curve: ScaleCurve, at: float) -> str:
-        point = curve.at(at)
+        point = curve.score_at(at)
         return "?" if point is None else f"{point.value:.3f}"
 
     targets = [one for one in found if one.role == Role.target.value]

@@ -16,7 +16,6 @@ from peftsweep.study.record import Status
 
 ADAPTER, SECONDS = columns.ADAPTER.column, columns.TRAINING_TIME.column
 PARAMETERS, SPEED = columns.TRAINABLE.column, "train_info.tokens_per_second"
-SHOWN_MEMORY = tuple(memory.column for memory in columns.MEMORY)  # the first that is known
 ROWS = 25  # of a table; results.parquet has all
 
 
@@ -137,15 +136,15 @@ def scale(score: str) -> str:
 
 def p(p: float) -> str:
     """A p-value of a table."""
-    return "" if not known(p) else "<0.001" if p < 0.001 else _of_p(p) if p < 0.995 else "1"
+    return "" if not known(p) else "<0.001" if p < 0.001 else _p_digits(p) if p < 0.995 else "1"
 
 
 def p_is(p: float) -> str:
     """A p-value of a sentence."""
-    return "< 0.001" if p < 0.001 else f"= {_of_p(p)}"
+    return "< 0.001" if p < 0.001 else f"= {_p_digits(p)}"
 
 
-def _of_p(p: float) -> str:
+def _p_digits(p: float) -> str:
     """In three digits, or in as many as show on which side of 0.05 it lies."""
     return next((text for n in (3, 4, 5) if float(text := f"{p:.{n}f}") != 0.05), f"{p:.6f}")
 

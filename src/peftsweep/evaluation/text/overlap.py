@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from peftsweep.data.templates import Example
 from peftsweep.errors import InputError
 from peftsweep.evaluation.decoding import write
-from peftsweep.evaluation.evaluate import Evaluation, room
+from peftsweep.evaluation.evaluate import MEASURES, Evaluation, room
 from peftsweep.evaluation.text.responses import Parted, jackknife, mean, statistics_of
 from peftsweep.study.scores import TEXT_PARTS
 
@@ -70,6 +70,9 @@ def generated_text(
         facts["unread_references"] = sum(not _rouge_words(answer) for answer in answers)
     facts |= room(tokenizer, examples, max_new_tokens, max_length)
     return Evaluation({name: figure.score for name, figure in measured.items()} | statistics_of(written), lines, facts)
+
+
+MEASURES[generated_text] = lambda options: tuple(options.get("metrics", METRICS))
 
 
 def compare(

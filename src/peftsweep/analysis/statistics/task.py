@@ -1,0 +1,128 @@
+"""The trials of one model on one dataset, and what is computed of them, each once."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import pandas as pd
+
+from peftsweep.analysis.statistics import comparisons, effects, stats, trials
+from peftsweep.analysis.statistics.effects import Moved
+from peftsweep.analysis.table import columns
+from peftsweep.analysis.table.naming import Names
+
+SHOWN_MEMORY = tuple(memory.column for memory in columns.MEMORY)  # the first that is known
+
+
+@dataclass
+class Task:
+    """The trials of one model on one dataset, which can be compared with each other."""
+
+    name: str
+    table: pd.DataFrame
+    predictions: trials.Predictions | None
+    _tested: dict[str, comparisons.Tested | None] = field(default_factory=dict)
+    _compared: dict[str, pd.DataFrame] = field(default_factory=dict)
+    _effects: dict[tuple[str, str, str | None], pd.DataFrame] = field(default_factory=dict)
+
+    @cached_property
+    def configurations(self) -> pd.DataFrame:
+        return stats.configurations(self.table, self.predictions)
+
+    @cached_property
+    def labels(self) -> pd.Series[str]:
+        return effects.labels(self.table)
+
+    @cached_property
+    def design(self) -> effects.Design:
+        return effects.design(self.table)
+
+    @property
+    def names(self) -> Names:
+        """What settings and their values are called."""
+        return self.design.names
+
+    @property
+    def factors(self) -> list[str]:
+        return self.design.factors
+
+    @cached_property
+    def scores(self) -> list[str]:
+        """The main score of each evaluation, first the one that decides."""
+        return columns.main_scores(self.table)
+
+    def effects(self, column: str, factor: str, reference: str | None = None) -> pd.DataFrame:
+        """What the levels of one factor do to a score, or to a cost against the level ``reference``."""
+        key = (column, factor if reference else "", reference)
+        if key not in self._effects:
+            known, plan, named = self.tested(column), self.design, None
+            if reference:
+                plan, named = dataclasses.replace(plan, factors=[factor]), {factor: reference}
+            self._effects[key] = effects.effects(self.table, column, None, named, plan, known)
+        found = self._effects[key]
+        return found[found["factor"] == factor]
+
+    def tested(self, column: str) -> comparisons.Tested | None:
+        """Every pair of configurations: all that is said of two of them is read from here."""
+        if column not in self._tested:
+            predictions = self.predictions if column in self.scores else None
+            self._tested[column] = comparisons.tested(self.table, column, predictions)
+        return self._tested[column]
+
+    def compare(self, score: str) -> pd.DataFrame:
+        """Every configuration against the best one."""
+        if score not in self._compared:
+            self._compared[score] = comparisons.compare(self.table, score, known=self.tested(score))
+        return self._compared[score]
+
+    def unnamed(self, first: int, second: int) -> list[Moved]:
+        """The settings that two configurations differ in and that follow from those in their names."""
+        one, other = self.design.levels.loc[[first, second]].to_numpy().tolist()
+        named = [factor for factor, a, b in zip(self.factors, one, other, strict=True) if a != b]
+        return self.design.moved([first], [second], named)
+
+    def tied(self, score: str) -> pd.Index[Any]:
+        """The best configuration and those that are not certainly worse."""
+        compared = self.compare(score)
+        return compared.index[compared["verdict"].isin(["best", "tie", "unknown"])]
+
+    def near(self, score: str) -> pd.Index[Any]:
+        """Those of the tie that lie within one standard error of the best, among which costs may decide.
+
+        What is not shown to be better than the untouched base is left out, as nothing is gained by using it.
+        """
+        compared, useful = self.compare(score), self.useful(score)
+        near: pd.Index[Any] = compared.index[
+            compared["near"] & compared.index.isin(self.tied(score).intersection(useful))
+        ]
+        return near if len(near) else useful[:1]
+
+    def useful(self, score: str) -> pd.Index[Any]:
+        """Those that are shown to be better than the untouched base, the best first; all where that is not known."""
+        compared = self.compare(score)
+        return compared.index[compared["gained"].isin(["better", "unknown"])]
+
+    def row(self, number: Any, prefix: str | tuple[str, ...]) -> dict[str, Any]:
+        """What is known of a configuration in the columns that begin so; the whole wide row would take long."""
+        return {c: self._columns[c].at[number] for c in self._columns if c.startswith(prefix)}
+
+    @cached_property
+    def _columns(self) -> dict[str, pd.Series[Any]]:
+        return {c: self.configurations[c] for c in self.configurations.columns}
+
+    @cached_property
+    def memory(self) -> str | None:
+        return next((c for c in SHOWN_MEMORY if c in self.table and self.table[c].notna().any()), None)
+
+    @cached_property
+    def seeds(self) -> int:
+        """The most successful seeds a configuration has."""
+        return int(self.configurations["n"].max()) if len(self.configurations) else 0
+
+
+def study_tasks(table: pd.DataFrame, predictions: trials.Predictions | None) -> list[Task]:
+    """The tasks of a study's table."""
+    return [Task(name, part, predictions) for name, part in trials.tasks(table).items()]
