@@ -1,6 +1,7 @@
 """Tests under other kernels and versions than usual; how they ended is written into docs/tested_on.md.
 
     python tests/tested_on.py                    # the numeric tests under all sets of CPU kernels, one thread and two
+    python tests/tested_on.py --fast             # all fast tests in place of the numeric ones
     python tests/tested_on.py --other            # under one set that is not the machine's own; writes nothing
     python tests/tested_on.py --versions lowest  # the fast tests in this environment, under that name
 
@@ -107,6 +108,7 @@ def main() -> None:
     words.add_argument("--other", action="store_true", help="only one set that is not the machine's own, one thread")
     words.add_argument("--set", choices=SETS, action="append", help="only this set")
     words.add_argument("--threads", type=int, choices=THREADS, action="append", help="only with so many threads")
+    words.add_argument("--fast", action="store_true", help="all fast tests")
     words.add_argument("--versions", metavar="NAME", help="instead: the fast tests with the versions installed here")
     said = words.parse_args()
     if said.versions:
@@ -117,10 +119,10 @@ def main() -> None:
     for name in [other_set()] if said.other else said.set or SETS:
         for threads in [1] if said.other else said.threads or THREADS:
             print(f"== {name}, {threads} thread{'s'[: threads - 1]}", flush=True)
-            run = run_tests(SETS[name], threads)
+            run = run_tests(SETS[name], threads, FAST if said.fast else MARKED)
             codes.append(run.code)
             if not said.other:
-                write(name, threads, run)
+                write(f"all fast tests, {name}" if said.fast else name, threads, run)
     sys.exit(any(codes))
 
 
