@@ -30,7 +30,8 @@ HUB_ID = re.compile(r"(?P<id>\w[\w.-]*/[\w.-]+)(?::(?P<split>.+))?")
 WEB = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?(?P<id>[\w.-]+/[\w.-]+).*")
 PLAIN_WORD = re.compile(r"[\w./+-]+", re.ASCII)  # needs no quotes in Hydra's grammar
 TEMPLATES = ("dataset.prompt", "dataset.answer")
-LOOKED_AT = ("dataset.encoding", "dataset.hub_config", "dataset.revision")  # keys that say how rows are read
+# Keys that say how a name is read.
+LOOKED_AT = ("dataset.encoding", "dataset.hub_config", "dataset.revision", "model.revision")
 OWN_READING = (*TEMPLATES, "dataset.reader")  # keys by which a person says what rows mean
 PARTS = {  # of a folder, by the names of its files
     "train": r"train(ing)?(\b|_).*",
@@ -198,7 +199,8 @@ def _typed(group: str, name: str, folders: tuple[Path, ...]) -> str | None:
 def _longer(group: str, name: str, said: Said, folders: tuple[Path, ...]) -> Meaning:
     if page := WEB.fullmatch(name):
         raise InputError(f"{group}={name}: is the address of a page; must be {group}={page['id']}")
-    return _model(name, folders[0]) if group == "model" else _dataset(name, dict(said), folders[0])
+    keys = dict(said)
+    return _model(name, keys, folders[0]) if group == "model" else _dataset(name, keys, folders[0])
 
 
 def _exists(name: str) -> bool:
@@ -215,10 +217,10 @@ def _is_local(name: str) -> bool:
 # ---- models ----------------------------------------------------------------------------------------
 
 
-def _model(name: str, conf: Path) -> Meaning:
+def _model(name: str, said: Mapping[str, str], conf: Path) -> Meaning:
     folder = Path(name).expanduser()
     if not _is_local(name):
-        described = _config_on_hub(name, conf)
+        described = _config_on_hub(name, said.get("model.revision"), conf)
     elif not folder.exists():
         raise InputError(f"model={name}: no such folder; one of the hub is model=ORG/NAME{files.similar(folder)}")
     elif not (folder / "config.json").is_file():
@@ -235,20 +237,23 @@ def _model(name: str, conf: Path) -> Meaning:
     return Meaning({"model": option, GROUPS["model"]: name} | ({} if task is None else {"model.task": task.value}))
 
 
-def _config_on_hub(name: str, conf: Path) -> Any:
-    """The config.json of a model of the hub; of our presets only what they are; {} where it cannot be had."""
+def _config_on_hub(name: str, revision: str | None, conf: Path) -> Any:
+    """The config.json of a model of the hub; of our presets only what they are; {} where the hub does not answer.
+
+    Raises:
+        InputError: the hub answers, but not with a config.json.
+    """
     for file in sorted((conf / "model").glob("*.yaml")):
         node = yaml.safe_load(file.read_text(encoding="utf-8"))
         if (node.get("model") or node).get("name_or_path") == name:
             return {"architectures": ["ForMaskedLM" if "model" in node else "ForCausalLM"]}
-    import huggingface_hub
-
-    hub.problem()  # asked once, as the download would wait long for a hub that does not answer
     try:
-        file = Path(huggingface_hub.hf_hub_download(name, "config.json"))
-        return json.loads(file.read_text(encoding="utf-8"))
-    except Exception:  # not cached and no network, or a model that needs a login: loading it will say so
-        return {}
+        with hub.loading(f"model={name}", "a local folder"):
+            return json.loads(hub.config_of_model(name, revision).read_text(encoding="utf-8"))
+    except InputError:
+        if hub.problem() is None:
+            raise
+        return {}  # not cached and no network: loading it will say so
 
 
 def kind(config: Mapping[str, Any]) -> tuple[str, Task | None]:

@@ -424,11 +424,11 @@ def asked(trial: Trial, name: str, rows: list[data_rows.Row], tokenizer: PreTrai
     return evaluations.rendered(trial.config.dataset, examples, tokenizer, f"eval.{name}", "the test rows")
 
 
-def check_cached(trial: Trial) -> None:
-    """Where the hub does not answer: that all that the trial takes from it is in the local cache.
+def check_there(trial: Trial) -> None:
+    """That the hub has what the trial takes from it or, where it does not answer, the local cache.
 
     Raises:
-        InputError: something is not.
+        InputError: something is not there.
     """
     config = trial.config
     model.check_cached(config.model)
@@ -439,4 +439,4 @@ def check_cached(trial: Trial) -> None:
     sources |= {f"eval.{name}": evaluations.evaluation_source(config, name) for name in config.eval}
     for key, rows in sources.items():
         if rows.hub is not None and rows.path is None:
-            data_rows.check_cached(rows.hub, rows.hub_config, rows.revision, f"{key}.hub")
+            data_rows.check_there(rows.hub, rows.hub_config, rows.revision, f"{key}.hub")

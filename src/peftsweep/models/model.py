@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,6 +14,7 @@ from typing import Any, cast
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -40,10 +42,12 @@ from peftsweep.models.quantised.layers import is_quantised
 from peftsweep.schema import Init, ModelConfig, Task
 
 TINY = Path(__file__).parents[1] / "tiny" / "weights"
+COMMIT = "peftsweep_commit"  # the attribute of a base for the hub's commit that its weights are of
 NEW_PARTS = "peftsweep_new_parts"  # the attribute of a classifier that names the modules its checkpoint lacked
 WEIGHTS = (".safetensors", ".bin")  # endings of files of them
 ROTARY = ("rope_theta", "rope_scaling", "partial_rotary_factor")  # that transformers moves into rope_parameters
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")  # names of a configuration's longest sequence
+BROKEN_WEIGHTS = (OSError, EOFError, SafetensorError, pickle.UnpicklingError)  # what reading a file of them may raise
 # Keys of quantization configs: modules left as they are.
 SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
 NAMED = 5  # of many parameters, so many are named in a message
@@ -99,8 +103,13 @@ def architecture(model: ModelConfig) -> transformers.PreTrainedConfig:
     if model.init is Init.random:
         raise InputError("model.init=random needs model.architecture (model_type and sizes), as the presets have")
     with _loading(model):
-        found = AutoConfig.from_pretrained(source(model), revision=model.revision or "main")
+        found = AutoConfig.from_pretrained(source(model), revision=_revision(model))
     return cast(transformers.PreTrainedConfig, found)
+
+
+def _revision(model: ModelConfig) -> str:
+    """What of the model's repository is loaded: its commit; for a folder, which has no revisions, the main branch."""
+    return "main" if is_local(model) else hub.config_of_model(source(model), model.revision).parent.name
 
 
 @contextmanager
@@ -135,7 +144,7 @@ def check_cached(model: ModelConfig) -> None:
     if is_local(model) or hub.problem() is None:
         return
     with _loading(model):
-        folder = Path(snapshot_download(source(model), revision=model.revision or "main", local_files_only=True))
+        folder = Path(snapshot_download(source(model), revision=_revision(model), local_files_only=True))
         if not any(file.suffix in WEIGHTS for file in folder.iterdir()):
             raise OSError("no weights")
     load_tokenizer(model)
@@ -198,7 +207,7 @@ def _shape(model: ModelConfig, classes: int) -> transformers.PreTrainedConfig:
 
 def commit(base: PreTrainedModel) -> str | None:
     """The hub's commit that the base was loaded from; None for a local folder."""
-    return getattr(base.config, "_commit_hash", None)
+    return getattr(base, COMMIT, None)
 
 
 def token_limit(model: nn.Module) -> int | None:
@@ -242,7 +251,7 @@ def load_tokenizer(model: ModelConfig, virtual_tokens: int = 0) -> PreTrainedTok
     folder = str(TINY) if model.init is Init.random else source(model)
     key = f"model.name_or_path={model.name_or_path}"
     with _loading(model, "its tokenizer"):
-        found: Any = AutoTokenizer.from_pretrained(folder, revision=model.revision or "main")
+        found: Any = AutoTokenizer.from_pretrained(folder, revision=_revision(model))
     tokenizer = cast(PreTrainedTokenizerBase, found)
     limit = positions(model)
     if model.init is Init.random:
@@ -291,12 +300,13 @@ def load(
     if model.init is Init.random:
         base = _random(model, quantization, where, options)
     else:
-        options |= {"revision": model.revision or "main", "device_map": model.device_map or {"": where}}
+        options |= {"revision": _revision(model), "device_map": model.device_map or {"": where}}
         base = _pretrained(model, quantization, options, seed)
         if any(is_quantised(base.get_submodule(name)) for name in new_parts(base)):
             name = next(name for name in SKIPPED if hasattr(quantization, name))
             setattr(quantization, name, [*getattr(quantization, name), *new_parts(base)])
             base = _pretrained(model, quantization, options, seed)  # what is trained is never quantised
+        setattr(base, COMMIT, None if is_local(model) else options["revision"])
     keep_weights_unpacked(base)
     base.requires_grad_(False)
     return cast(PreTrainedModel, base.eval())
@@ -317,15 +327,17 @@ def spare(quantization: Any, base: PreTrainedModel) -> None:
 def _pretrained(model: ModelConfig, quantization: Any, options: dict[str, Any], seed: int) -> PreTrainedModel:
     """The model with the weights of its checkpoint, which must have them all, but for parts of a classifier."""
     torch.manual_seed(seed)
-    if not is_local(model):
-        hub.problem()
-    base, info = CLASSES[model.task].from_pretrained(
-        source(model),
-        quantization_config=quantization,
-        ignore_mismatched_sizes=True,  # so that the line below names them
-        output_loading_info=True,
-        **options,
-    )
+    try:
+        base, info = CLASSES[model.task].from_pretrained(
+            source(model),
+            quantization_config=quantization,
+            ignore_mismatched_sizes=True,  # so that the line below names them
+            output_loading_info=True,
+            **options,
+        )
+    except BROKEN_WEIGHTS:
+        with _loading(model, "its weights"):  # says what is wrong
+            raise
     lacking = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if not lacking:
         return cast(PreTrainedModel, base)
