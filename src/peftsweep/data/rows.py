@@ -59,18 +59,21 @@ def first_hub_rows(name: str, config: str | None, split: str, revision: str | No
 def _loaded(name: str, config: str | None, split: str, revision: str | None, key: str) -> Any:
     import datasets
 
-    check_there(name, config, revision, key)  # the library says less of what is missing
-    with _loading_rows(name, key):  # no network, no such split
-        found = datasets.load_dataset(name, config, split=split, revision=revision)
+    with _loading_rows(name, key):  # no network, no such dataset, no such split
+        try:
+            found = datasets.load_dataset(name, config, split=split, revision=revision)
+        except Exception:
+            if hub.problem() is None:
+                hub.check_access(name, "dataset", revision)  # whose error says more
+            raise
     commit = _commit(found)
-    if hub.is_offline() and commit is not None:
-        # The library takes what it has kept last, whatever its revision.
-        wanted = hub.commit_in_cache(name, "dataset", revision) or revision
-        if wanted not in (commit, None):
-            raise InputError(
-                f"{key}={name}: what the local cache has kept of it last is of commit {commit}, not of "
-                f"{revision or 'the main branch'}; load that once where there is a network"
-            )
+    # Where the hub refuses, or there is no network, the library takes what it has kept last, whatever its revision.
+    wanted = None if commit is None else hub.commit_in_cache(name, "dataset", revision) or revision
+    if wanted not in (commit, None):
+        raise InputError(
+            f"{key}={name}: what the local cache has kept of it last is of commit {commit}, not of "
+            f"{revision or 'the main branch'}; load that once where there is a network"
+        )
     _COMMITS[name, revision] = commit
     return found
 
