@@ -148,7 +148,8 @@ FAMILIES: dict[str, tuple[str, list[str], str]] = {
     ),
     "Gemma, the system within the first turn": (
         "{{ bos_token }}{% set first = messages[0].content + '\n\n' if messages[0].role == 'system' else '' %}"
-        "{% for m in (messages[1:] if first else messages) %}<|turn|>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+        "{% for m in (messages[1:] if first else messages) %}<|turn|>"
+        "{{ 'model' if m.role == 'assistant' else m.role }}\n"
         "{{ first if loop.first else '' }}{{ m.content | trim }}<|/turn|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|turn|>model\n{% endif %}",
         ["<|turn|>", "<|/turn|>"],
@@ -184,7 +185,8 @@ FAMILIES: dict[str, tuple[str, list[str], str]] = {
         "</s>",
     ),
     "DeepSeek, whose generation prompt opens the reasoning": (
-        "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}<|A|>{{ m.content.split('</think>')[-1] }}<|eos|>"
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
+        "<|A|>{{ m.content.split('</think>')[-1] }}<|eos|>"
         "{% elif m.role == 'user' %}<|U|>{{ m.content }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<|A|><think>\n{% endif %}",
         ["<|A|>", "<|U|>", "<|eos|>"],

@@ -111,7 +111,8 @@ SAME: list[tuple[str, Row, Row]] = [
         )
         for name in ("parameters", "input", "args")
     ),
-    ("content that is one part", {"messages": [SYSTEM, USER, SAID | {"content": {"type": "text", "text": "Seven."}}]}, PLAIN),
+    ("content that is one part",
+     {"messages": [SYSTEM, USER, SAID | {"content": {"type": "text", "text": "Seven."}}]}, PLAIN),
 ]  # fmt: skip
 
 

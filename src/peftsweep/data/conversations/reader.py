@@ -22,14 +22,7 @@ ALIASES = {
     "tool": ("observation", "function_response", "tool_response"),
 }
 ARGUMENTS = ("arguments", "parameters", "input", "args")  # names of what a call hands over; the first that is there
-NOT_TRAINED = (
-    "train",
-    "training",
-    "trainable",
-    "train_on_turn",
-    "loss",
-    "loss_mask",
-)  # keys of a turn: false is weight 0
+NOT_TRAINED = ("train", "training", "trainable", "train_on_turn", "loss", "loss_mask")  # of a turn: false is weight 0
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # columns of what is no text
 TOOL_ROLES = ("tool", "function", "ipython", "environment")  # whose content is often a value
 ROLES = {name: role for role, names in ALIASES.items() for name in names}  # in files -> in chat templates
