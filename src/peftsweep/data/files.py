@@ -224,7 +224,7 @@ def _is_rows(value: Any) -> bool:
 
 
 def _read_csv(text: str) -> list[Row]:
-    """Comma-separated, or as Excel writes it where the comma is the decimal mark: with semicolons; or with tabs or bars."""
+    """Separated by commas, or by semicolons (as Excel does where the comma is the decimal mark), tabs or bars."""
     first = text.partition("\n")[0].strip()
     if named := first.startswith("sep=") and len(first) == 5:
         text = text.partition("\n")[2]
