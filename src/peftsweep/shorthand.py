@@ -233,7 +233,10 @@ def _model(name: str, said: Mapping[str, str], conf: Path) -> Meaning:
             described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"model={name}: its config.json cannot be read ({first_line(error)})") from None
-    option, task = kind(described if isinstance(described, dict) else {})
+    try:
+        option, task = kind(described if isinstance(described, dict) else {})
+    except InputError as error:
+        raise InputError(f"model={name}: {error}") from None
     return Meaning({"model": option, GROUPS["model"]: name} | ({} if task is None else {"model.task": task.value}))
 
 
@@ -267,8 +270,10 @@ def kind(config: Mapping[str, Any]) -> tuple[str, Task | None]:
         return "causal_lm", None
     if re.search(r"ForMaskedLM|ForPreTraining", made):
         return "encoder", None
-    decodes = _decodes(str(config.get("model_type", "")))
-    if not decodes:
+    model_type = str(config.get("model_type", ""))
+    if not _decodes(model_type):
+        if not _reads_text(model_type):
+            raise InputError(f"model_type {model_type} reads no text; must be a language model or an encoder of text")
         return "encoder", None
     return "causal_lm", Task.seq_cls if "ForSequenceClassification" in made else None
 
@@ -279,6 +284,14 @@ def _decodes(model_type: str) -> bool:
 
     writes = model_type in names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     return not model_type or (writes and model_type not in names.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+
+
+def _reads_text(model_type: str) -> bool:
+    """Whether transformers has a classifier of texts of this type, or knows nothing of it."""
+    from transformers.models.auto import configuration_auto, modeling_auto
+
+    known = model_type in configuration_auto.CONFIG_MAPPING_NAMES
+    return not known or model_type in modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 
 # ---- data sets -------------------------------------------------------------------------------------

@@ -425,12 +425,13 @@ def asked(trial: Trial, name: str, rows: list[data_rows.Row], tokenizer: PreTrai
 
 
 def check_there(trial: Trial) -> None:
-    """That the hub has what the trial takes from it or, where it does not answer, the local cache.
+    """That the base's files are whole, and that the hub has what the trial takes from it, or the local cache has it.
 
     Raises:
         InputError: something is not there.
     """
     config = trial.config
+    models_saved.check_files(config.model)
     model.check_cached(config.model)
     sources: dict[str, DatasetConfig | ValidationConfig | RowsConfig] = {
         "dataset": config.dataset,

@@ -6,7 +6,7 @@ import copy
 import math
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -47,6 +47,11 @@ NEW_PARTS = "peftsweep_new_parts"  # the attribute of a classifier that names th
 WEIGHTS = (".safetensors", ".bin")  # endings of files of them
 ROTARY = ("rope_theta", "rope_scaling", "partial_rotary_factor")  # that transformers moves into rope_parameters
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")  # names of a configuration's longest sequence
+OWN_CODE = {"trust_remote_code": False}  # without which transformers asks the terminal whether to run a model's code
+WITH_ADAPTER = (  # transformers loads it into the base unasked
+    "holds an adapter beside the model (adapter_config.json); move it, adapter.path=FOLDER evaluates it"
+)
+NATIVE = "must be an architecture of transformers"
 BROKEN_WEIGHTS = (OSError, EOFError, SafetensorError, pickle.UnpicklingError)  # what reading a file of them may raise
 # Keys of quantization configs: modules left as they are.
 SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
@@ -103,7 +108,12 @@ def architecture(model: ModelConfig) -> transformers.PreTrainedConfig:
     if model.init is Init.random:
         raise InputError("model.init=random needs model.architecture (model_type and sizes), as the presets have")
     with _loading(model):
-        found = AutoConfig.from_pretrained(source(model), revision=_revision(model))
+        found = AutoConfig.from_pretrained(source(model), revision=_revision(model), **OWN_CODE)
+    if model.task is Task.causal_lm and getattr(found, "is_encoder_decoder", False):
+        raise InputError(
+            f"model.name_or_path={model.name_or_path}: is an encoder with a decoder (model_type {found.model_type}), "
+            "for which there is no task; must be a decoder alone, or an encoder"
+        )
     return cast(transformers.PreTrainedConfig, found)
 
 
@@ -123,10 +133,12 @@ def _loading(model: ModelConfig, part: str = "") -> Iterator[None]:
     with nullcontext() if is_local(model) else hub.loading(key, "a local folder"):
         try:
             yield
-        except hub.UNREADABLE as error:
+        except Exception as error:  # of parsers, checks of types, arithmetic with sizes: each raises types of its own
+            if "trust_remote_code" in str(error):
+                raise InputError(f"{key}: needs code of its own (auto_map), which is never run; {NATIVE}") from error
             if isinstance(error, InputError) or not is_local(model):
                 raise
-            reason = " ".join(str(error).split())[:200]
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise InputError(f"{key}: {part + ' ' if part else ''}cannot be loaded ({reason})") from error
 
 
@@ -191,11 +203,14 @@ def made(model: ModelConfig, config: transformers.PreTrainedConfig, **options: A
         raise InputError(
             f"model.task={model.task.value}: {model.name_or_path} is no {what} (model_type {config.model_type})"
         ) from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
-        if not model.architecture:
-            raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise InputError(f"model.architecture: describes no model that transformers can make ({reason})") from error
+        key = (
+            "model.architecture:" if model.architecture else f"model.name_or_path={model.name_or_path}: its config.json"
+        )
+        raise InputError(f"{key} describes no model that transformers can make ({reason})") from error
 
 
 def _shape(model: ModelConfig, classes: int) -> transformers.PreTrainedConfig:
@@ -251,7 +266,7 @@ def load_tokenizer(model: ModelConfig, virtual_tokens: int = 0) -> PreTrainedTok
     folder = str(TINY) if model.init is Init.random else source(model)
     key = f"model.name_or_path={model.name_or_path}"
     with _loading(model, "its tokenizer"):
-        found: Any = AutoTokenizer.from_pretrained(folder, revision=_revision(model))
+        found: Any = AutoTokenizer.from_pretrained(folder, revision=_revision(model), **OWN_CODE)
     tokenizer = cast(PreTrainedTokenizerBase, found)
     limit = positions(model)
     if model.init is Init.random:
@@ -334,10 +349,14 @@ def _pretrained(model: ModelConfig, quantization: Any, options: dict[str, Any], 
             ignore_mismatched_sizes=True,  # so that the line below names them
             output_loading_info=True,
             **options,
+            **OWN_CODE,
         )
     except BROKEN_WEIGHTS:
         with _loading(model, "its weights"):  # says what is wrong
             raise
+    if getattr(base, "_hf_peft_config_loaded", False):
+        raise InputError(f"model.name_or_path={model.name_or_path}: {WITH_ADAPTER}")
+    _check_layers(model, base, info["unexpected_keys"])
     lacking = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if not lacking:
         return cast(PreTrainedModel, base)
@@ -355,6 +374,22 @@ def _pretrained(model: ModelConfig, quantization: Any, options: dict[str, Any], 
         )
     setattr(base, NEW_PARTS, parts)
     return cast(PreTrainedModel, base)
+
+
+def _check_layers(model: ModelConfig, base: PreTrainedModel, unexpected: Iterable[str]) -> None:
+    """Refuse a checkpoint with more layers than its configuration, of which transformers leaves out the last ones.
+
+    Layers that only predict further tokens (``num_nextn_predict_layers``) come after those of the model.
+    """
+    further = getattr(text_config(base), "num_nextn_predict_layers", None) or 0
+    stacks = {name: len(module) for name, module in base.named_modules() if isinstance(module, nn.ModuleList)}
+    for key, found in ((key, found) for key in sorted(unexpected) for found in re.finditer(r"\.(\d+)\.", key)):
+        layers = stacks.get(stack := key[: found.start()])
+        if layers is not None and int(found[1]) >= layers + further:
+            raise InputError(
+                f"model.name_or_path={model.name_or_path}: the checkpoint has layer {found[1]} of {stack}, of which its "
+                f"config.json says that there are {layers}"
+            )
 
 
 def _own_size(base: nn.Module, part: str) -> int:
