@@ -288,10 +288,10 @@ def _decodes(model_type: str) -> bool:
 
 def _reads_text(model_type: str) -> bool:
     """Whether transformers has a classifier of texts of this type, or knows nothing of it."""
-    from transformers.models.auto import configuration_auto, modeling_auto
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto import modeling_auto as names
 
-    known = model_type in configuration_auto.CONFIG_MAPPING_NAMES
-    return not known or model_type in modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    return model_type not in CONFIG_MAPPING or model_type in names.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 
 # ---- data sets -------------------------------------------------------------------------------------

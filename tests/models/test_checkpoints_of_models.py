@@ -391,7 +391,7 @@ def test_shards_and_the_format_of_torch_are_whole_too(tmp_path: Path) -> None:
 
 def test_an_adapter_that_transformers_would_load_with_the_base_is_refused(tmp_path: Path) -> None:
     folder = write("llama", tmp_path / "llama")
-    get_peft_model(make("llama"), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
+    get_peft_model(make("llama"), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(str(folder))
     with pytest.raises(InputError, match="holds an adapter beside the model"):
         model.load(config_of(folder), None, CPU)
 

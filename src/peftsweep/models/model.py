@@ -383,13 +383,14 @@ def _check_layers(model: ModelConfig, base: PreTrainedModel, unexpected: Iterabl
     """
     further = getattr(text_config(base), "num_nextn_predict_layers", None) or 0
     stacks = {name: len(module) for name, module in base.named_modules() if isinstance(module, nn.ModuleList)}
-    for key, found in ((key, found) for key in sorted(unexpected) for found in re.finditer(r"\.(\d+)\.", key)):
-        layers = stacks.get(stack := key[: found.start()])
-        if layers is not None and int(found[1]) >= layers + further:
-            raise InputError(
-                f"model.name_or_path={model.name_or_path}: the checkpoint has layer {found[1]} of {stack}, of which its "
-                f"config.json says that there are {layers}"
-            )
+    for key in sorted(unexpected):
+        for found in re.finditer(r"\.(\d+)\.", key):
+            stack, number = key[: found.start()], int(found[1])
+            if number >= stacks.get(stack, math.inf) + further:
+                raise InputError(
+                    f"model.name_or_path={model.name_or_path}: the checkpoint has layer {number} of {stack}, of which "
+                    f"its config.json says that there are {stacks[stack]}"
+                )
 
 
 def _own_size(base: nn.Module, part: str) -> int:
