@@ -73,6 +73,13 @@ def test_a_checkpoint_is_what_its_config_says(config: Mapping[str, Any], option:
     assert shorthand.kind(config) == (option, task)
 
 
+@pytest.mark.parametrize("kind", ["vit", "clip", "wav2vec2", "dinov2"])
+def test_a_model_that_reads_no_text_is_one_line(kind: str) -> None:
+    checkpoint("own", architectures=["SomeModel"], model_type=kind)
+    with pytest.raises(InputError, match=f"^model=./own: model_type {kind} reads no text"):
+        meaning("model=own")
+
+
 @pytest.mark.parametrize("name", ["./own", "own", "own/", "deep/er/own", "./with blank", "a=b/own", "ünï/own"])
 def test_a_folder_is_a_model(name: str) -> None:
     checkpoint(name, architectures=["LlamaForCausalLM"])

@@ -239,7 +239,7 @@ def run_one(overrides: list[str]) -> Result:
         return sweep.planned(one)
     forecast.check(one)
     if done.finished(one) is None:
-        build.check_cached(one)
+        build.check_there(one)
     with sweep.terminable():
         return task.run(one)
 

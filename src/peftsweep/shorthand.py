@@ -30,7 +30,8 @@ HUB_ID = re.compile(r"(?P<id>\w[\w.-]*/[\w.-]+)(?::(?P<split>.+))?")
 WEB = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?(?P<id>[\w.-]+/[\w.-]+).*")
 PLAIN_WORD = re.compile(r"[\w./+-]+", re.ASCII)  # needs no quotes in Hydra's grammar
 TEMPLATES = ("dataset.prompt", "dataset.answer")
-LOOKED_AT = ("dataset.encoding", "dataset.hub_config", "dataset.revision")  # keys that say how rows are read
+# Keys that say how a name is read.
+LOOKED_AT = ("dataset.encoding", "dataset.hub_config", "dataset.revision", "model.revision")
 OWN_READING = (*TEMPLATES, "dataset.reader")  # keys by which a person says what rows mean
 PARTS = {  # of a folder, by the names of its files
     "train": r"train(ing)?(\b|_).*",
@@ -198,7 +199,8 @@ def _typed(group: str, name: str, folders: tuple[Path, ...]) -> str | None:
 def _longer(group: str, name: str, said: Said, folders: tuple[Path, ...]) -> Meaning:
     if page := WEB.fullmatch(name):
         raise InputError(f"{group}={name}: is the address of a page; must be {group}={page['id']}")
-    return _model(name, folders[0]) if group == "model" else _dataset(name, dict(said), folders[0])
+    keys = dict(said)
+    return _model(name, keys, folders[0]) if group == "model" else _dataset(name, keys, folders[0])
 
 
 def _exists(name: str) -> bool:
@@ -215,10 +217,10 @@ def _is_local(name: str) -> bool:
 # ---- models ----------------------------------------------------------------------------------------
 
 
-def _model(name: str, conf: Path) -> Meaning:
+def _model(name: str, said: Mapping[str, str], conf: Path) -> Meaning:
     folder = Path(name).expanduser()
     if not _is_local(name):
-        described = _config_on_hub(name, conf)
+        described = _config_on_hub(name, said.get("model.revision"), conf)
     elif not folder.exists():
         raise InputError(f"model={name}: no such folder; one of the hub is model=ORG/NAME{files.similar(folder)}")
     elif not (folder / "config.json").is_file():
@@ -231,24 +233,30 @@ def _model(name: str, conf: Path) -> Meaning:
             described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"model={name}: its config.json cannot be read ({first_line(error)})") from None
-    option, task = kind(described if isinstance(described, dict) else {})
+    try:
+        option, task = kind(described if isinstance(described, dict) else {})
+    except InputError as error:
+        raise InputError(f"model={name}: {error}") from None
     return Meaning({"model": option, GROUPS["model"]: name} | ({} if task is None else {"model.task": task.value}))
 
 
-def _config_on_hub(name: str, conf: Path) -> Any:
-    """The config.json of a model of the hub; of our presets only what they are; {} where it cannot be had."""
+def _config_on_hub(name: str, revision: str | None, conf: Path) -> Any:
+    """The config.json of a model of the hub; of our presets only what they are; {} where the hub does not answer.
+
+    Raises:
+        InputError: the hub answers, but not with a config.json.
+    """
     for file in sorted((conf / "model").glob("*.yaml")):
         node = yaml.safe_load(file.read_text(encoding="utf-8"))
         if (node.get("model") or node).get("name_or_path") == name:
             return {"architectures": ["ForMaskedLM" if "model" in node else "ForCausalLM"]}
-    import huggingface_hub
-
-    hub.problem()  # asked once, as the download would wait long for a hub that does not answer
     try:
-        file = Path(huggingface_hub.hf_hub_download(name, "config.json"))
-        return json.loads(file.read_text(encoding="utf-8"))
-    except Exception:  # not cached and no network, or a model that needs a login: loading it will say so
-        return {}
+        with hub.loading(f"model={name}", "a local folder"):
+            return json.loads(hub.config_of_model(name, revision).read_text(encoding="utf-8"))
+    except InputError:
+        if hub.problem() is None:
+            raise
+        return {}  # not cached and no network: loading it will say so
 
 
 def kind(config: Mapping[str, Any]) -> tuple[str, Task | None]:
@@ -262,8 +270,10 @@ def kind(config: Mapping[str, Any]) -> tuple[str, Task | None]:
         return "causal_lm", None
     if re.search(r"ForMaskedLM|ForPreTraining", made):
         return "encoder", None
-    decodes = _decodes(str(config.get("model_type", "")))
-    if not decodes:
+    model_type = str(config.get("model_type", ""))
+    if not _decodes(model_type):
+        if not _reads_text(model_type):
+            raise InputError(f"model_type {model_type} reads no text; must be a language model or an encoder of text")
         return "encoder", None
     return "causal_lm", Task.seq_cls if "ForSequenceClassification" in made else None
 
@@ -274,6 +284,14 @@ def _decodes(model_type: str) -> bool:
 
     writes = model_type in names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     return not model_type or (writes and model_type not in names.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
+
+
+def _reads_text(model_type: str) -> bool:
+    """Whether transformers has a classifier of texts of this type, or knows nothing of it."""
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto import modeling_auto as names
+
+    return model_type not in CONFIG_MAPPING or model_type in names.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 
 # ---- data sets -------------------------------------------------------------------------------------

@@ -138,6 +138,89 @@ def test_every_turn_of_the_assistant_is_trained_to_its_end_mark(name: str, every
     assert trained(made, tokens(made, {"messages": TALK}, turns=Turns.last)) == every[-1:]
 
 
+# Of families of models: the template, its special tokens, and what ends a turn of the assistant.
+FAMILIES: dict[str, tuple[str, list[str], str]] = {
+    "Llama 3": (
+        "{{ bos_token }}{% for m in messages %}<|h|>{{ m.role }}<|/h|>\n\n{{ m.content | trim }}<|eot|>{% endfor %}"
+        "{% if add_generation_prompt %}<|h|>assistant<|/h|>\n\n{% endif %}",
+        ["<|h|>", "<|/h|>", "<|eot|>"],
+        "<|eot|>",
+    ),
+    "Gemma, the system within the first turn": (
+        "{{ bos_token }}{% set first = messages[0].content + '\n\n' if messages[0].role == 'system' else '' %}"
+        "{% for m in (messages[1:] if first else messages) %}<|turn|>"
+        "{{ 'model' if m.role == 'assistant' else m.role }}\n"
+        "{{ first if loop.first else '' }}{{ m.content | trim }}<|/turn|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|turn|>model\n{% endif %}",
+        ["<|turn|>", "<|/turn|>"],
+        "<|/turn|>",
+    ),
+    "Mistral, the system within the last user's turn": (
+        "{% set system = messages[0].content + '\n\n' if messages[0].role == 'system' else '' %}"
+        "{% set n = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}"
+        "{% set n.last = loop.index0 %}{% endif %}{% endfor %}{{ bos_token }}{% for m in messages %}"
+        "{% if m.role == 'user' %}[INST] {{ system if loop.index0 == n.last else '' }}{{ m.content }}[/INST]"
+        "{% elif m.role == 'assistant' %}{{ ' ' + m.content | trim + eos_token }}{% endif %}{% endfor %}",
+        ["[INST]", "[/INST]"],
+        "</s>",
+    ),
+    "Phi 3, which ends a text with EOS too": (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}",
+        ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
+        "<|end|>",
+    ),
+    "Zephyr": (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content + eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+        [],
+        "</s>",
+    ),
+    "Alpaca": (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% else %}"
+        "### {{ 'Instruction' if m.role == 'user' else 'Response' }}:\n{{ m.content }}"
+        "{{ eos_token if m.role == 'assistant' else '' }}{% endif %}\n\n{% endfor %}"
+        "{% if add_generation_prompt %}### Response:\n{% endif %}",
+        [],
+        "</s>",
+    ),
+    "DeepSeek, whose generation prompt opens the reasoning": (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
+        "<|A|>{{ m.content.split('</think>')[-1] }}<|eos|>"
+        "{% elif m.role == 'user' %}<|U|>{{ m.content }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|A|><think>\n{% endif %}",
+        ["<|A|>", "<|U|>", "<|eos|>"],
+        "<|eos|>",
+    ),
+    "Qwen, with a system of its own": (
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nHelp.<|im_end|>\n{% endif %}" + CHATML,
+        MARKS,
+        "<|im_end|>",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("system", [False, True])
+def test_the_assistant_s_texts_and_ends_of_turns_alone_are_trained_on(family: str, system: bool) -> None:
+    template, special, end = FAMILIES[family]
+    made = tokenizer(template, special)
+    messages = turns("same", "same", "Hello é😀?", "عربي 7", "assistant:", "assistant: <a>")
+    before: list[Row] = [{"role": "system", "content": "Be kind."}] if system else []
+    found = tokens(made, {"messages": before + messages})
+    assert found.ids == made.apply_chat_template(before + messages, tokenize=True)["input_ids"]
+    pieces = trained(made, found)
+    assert [piece.partition(end)[0].strip() for piece in pieces] == ["same", "عربي 7", "assistant: <a>"]
+    assert [piece.partition(end)[1] for piece in pieces] == [end] * 3
+    # What is not trained on, put together, is the text without the assistant's turns.
+    rest = made.decode(found.ids)
+    for piece in reversed(pieces):
+        before_it, _, after_it = rest.rpartition(piece)
+        rest = before_it + after_it
+    assert "عربي" not in rest
+    assert rest.count("same") == 1
+
+
 def test_what_a_template_marks_by_generation_is_the_mask_of_transformers() -> None:
     made = tokenizer(GENERATION)
     found = tokens(made, {"messages": TALK})

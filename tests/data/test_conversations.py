@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from peftsweep.config.fill import conf_dir
 from peftsweep.data import hub, layouts, templates
 from peftsweep.data import rows as data_rows
 from peftsweep.data import tokens as data_tokens
-from peftsweep.data.conversations import trees
+from peftsweep.data.conversations import reader, trees
 from peftsweep.schema import DatasetConfig, OnMissing
 from tests import schemas
 from tests.data.test_chat import CHATML, GENERATION, LLAMA, SCHEMA, TOOLS, read, tokenizer, tokens, trained
@@ -86,6 +87,32 @@ SAME: list[tuple[str, Row, Row]] = [
         },
         CALLED,
     ),
+    (
+        "a call as a turn under its later name",
+        {
+            "conversations": [
+                {"from": "human", "value": "3+4?"},
+                {"from": "tool_call", "value": json.dumps(ADD)},
+                {"from": "tool_response", "value": "7"},
+                {"from": "gpt", "value": "Seven."},
+            ],
+            "tools": [SCHEMA],
+        },
+        CALLED,
+    ),
+    ("tools without the key function", CALLED | {"tools": [SCHEMA["function"]]}, CALLED),
+    ("tools with Anthropic's key",
+     CALLED | {"tools": [{"name": "add", "input_schema": {"type": "object", "properties": {}}}]}, CALLED),
+    *(
+        (
+            f"arguments under {name}",
+            CALLED | {"messages": calling({"type": "function", "function": {"name": "add", name: {"a": 3}}})},
+            CALLED,
+        )
+        for name in ("parameters", "input", "args")
+    ),
+    ("content that is one part",
+     {"messages": [SYSTEM, USER, SAID | {"content": {"type": "text", "text": "Seven."}}]}, PLAIN),
 ]  # fmt: skip
 
 
@@ -120,6 +147,14 @@ def test_a_turn_with_the_weight_0_is_not_trained_on(template: str) -> None:
     assert weighted.ids == whole.ids
     assert [text[:5] for text in trained(made, weighted)] == ["Seven", "Nine."]
     assert [text[:5] for text in trained(made, whole)] == ["Seven", "Eight", "Nine."]
+
+
+@pytest.mark.parametrize("key", ["train", "training", "trainable", "train_on_turn", "loss", "loss_mask"])
+@pytest.mark.parametrize("no", [False, 0])
+def test_false_under_any_name_of_the_weight_leaves_a_turn_out_of_the_training(key: str, no: Any) -> None:
+    made = tokenizer(CHATML)
+    row = {"messages": [USER, SAID | {key: no}, USER, SAID | {"content": "Eight.", key: True}]}
+    assert trained(made, tokens(made, row)) == ["Eight.<|im_end|>"]
 
 
 def test_a_column_conversation_of_plain_text_is_no_list_of_turns() -> None:
@@ -210,6 +245,16 @@ WRONG: list[tuple[str, Row, str]] = [
     ("two systems", PLAIN | {"system": "Be kind."}, "two different prompts of the system"),
     ("tools that are text", PLAIN | {"tools": "add"}, "its tools are text that is no JSON"),
     ("tools that are numbers", PLAIN | {"tools": [1]}, "its tools are not JSON schemas of functions"),
+    ("a weight that is text", {"messages": [USER, SAID | {"weight": "0"}]}, r"weight '0'; must be 0 or 1 \(turn 2\)"),
+    ("a flag that is text", {"messages": [USER, SAID | {"train": "no"}]}, r"'no' under 'train'; must be true or false"),
+    ("a mask", {"messages": [USER, SAID | {"mask": True}]}, r"the key 'mask', which some read as trained on"),
+    ("tools of another kind", PLAIN | {"tools": [{"type": "custom", "custom": {"name": "a"}}]}, "not JSON schemas"),
+    ("names of tools", PLAIN | {"tools": ["add"]}, "its tools are not JSON schemas of functions"),
+    ("arguments that are JSON text of JSON text", {"messages": calling(call(arguments='"{}"'))}, "neither an object"),
+    ("arguments that are JSON text of a list", {"messages": calling(call(arguments="[3]"))}, "neither an object"),
+    ("a list of texts", {"messages": [USER, SAID | {"content": ["Seven."]}]}, r"a list of texts; must .*\(turn 2\)"),
+    ("images in a column", PLAIN | {"images": ["a.png"]}, "its column 'images' holds what is no text"),
+    ("an answer that is not wanted", {"prompt": [USER], "completion": [SAID], "label": False}, "its label is false"),
     ("half a surrogate", {"messages": [USER | {"content": "\ud83d"}, SAID]}, "half a surrogate pair"),
 ]  # fmt: skip
 
@@ -265,6 +310,9 @@ GOOD_FILES: list[tuple[str, bytes, int]] = [
     ("within.json", json.dumps({"version": 1, "data": [PLAIN, PLAIN]}).encode(), 2),
     ("lines.json", LINES.encode(), 2),
     ("newlines.csv", AS_CSV.encode(), 1),
+    ("tabs.csv", AS_CSV.replace(",id", "\tid").replace('",1', '"\t1').encode(), 1),
+    ("bars.csv", AS_CSV.replace(",id", "|id").replace('",1', '"|1').encode(), 1),
+    ("packed.jsonl", gzip.compress(LINES.encode()), 2),
 ]
 
 
@@ -396,6 +444,20 @@ PASSED_OVER: list[Row] = [
     {"messages": [USER, SAID], "functions": [SCHEMA["function"]]},
     {"messages": [USER, {"role": "bot", "content": "Hm."}, SAID]},
 ]
+
+
+READ_OTHERWISE_SINCE: list[Row] = [
+    {"messages": [USER, SAID | {"train": False}, USER, SAID]},
+    CALLED | {"tools": [SCHEMA["function"]]},
+    {"messages": calling({"name": "add", "parameters": {"a": 3}})},
+]
+
+
+@pytest.mark.parametrize("row", READ_OTHERWISE_SINCE)
+def test_rows_that_the_version_before_read_otherwise_have_another_identity(row: Row) -> None:
+    own = dataset("chat", path="rows")
+    assert identity._dataset_identity(own, data_rows.Rows([row]))["conversations"] == 3
+    assert reader.version(PLAIN | {"messages": [USER, SAID], "system": "Count."}) == 2  # as it was
 
 
 def test_only_conversations_that_earlier_versions_read_otherwise_have_another_identity() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
@@ -146,6 +147,29 @@ def test_the_tokens_of_a_text_and_whether_it_was_cut_are_those_of_transformers(b
             assert one.text == tokenizer.decode(ids, skip_special_tokens=True)
         ends.add(tuple(one.cut for one in found))
     assert len(ends) > 1
+
+
+OWN_SETTINGS: list[dict[str, Any]] = [
+    {"repetition_penalty": 3.0},
+    {"no_repeat_ngram_size": 2, "min_new_tokens": 9},
+    {"max_length": 5, "forced_eos_token_id": 2, "suppress_tokens": [28, 30, 35]},
+    {"do_sample": True, "temperature": 5.0, "top_k": 3, "num_return_sequences": 2},
+]
+
+
+@pytest.mark.parametrize("settings", OWN_SETTINGS)
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generation_settings_of_a_base_change_no_text(
+    settings: dict[str, Any], beams: int, base: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = ["Tom has 3 pens and", "a"]
+    expected = decoding.generate(base, tokenizer, prompts, max_new_tokens=10, num_beams=beams)
+    own = copy.deepcopy(base.generation_config)
+    for name, value in settings.items():
+        setattr(own, name, value)
+    monkeypatch.setattr(base, "generation_config", own)
+    assert decoding.generate(base, tokenizer, prompts, max_new_tokens=10, num_beams=beams) == expected
+    assert base.generation_config is own
 
 
 def test_a_text_that_a_stop_ends_is_not_cut(base: Any, tokenizer: Any) -> None:

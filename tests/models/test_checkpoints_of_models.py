@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks import architectures as table
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -24,9 +26,9 @@ from peftsweep.config import build
 from peftsweep.config.compose import Trial
 from peftsweep.evaluation import decoding
 from peftsweep.forecast import forecast
-from peftsweep.models import attach, model
+from peftsweep.models import attach, model, probe
 from peftsweep.models import saved as models_saved
-from peftsweep.schema import ModelConfig, TargetsConfig, Task
+from peftsweep.schema import Dtype, ModelConfig, TargetsConfig, Task
 from peftsweep.study.record import Result, Status
 from tests.architectures import SIZES, make, write
 from tests.conftest import SMALL
@@ -318,3 +320,127 @@ def test_a_model_of_which_no_layer_can_be_quantised_is_not_called_quantised(comp
     folder = table.write("falcon", Task.causal_lm, tmp_path / "falcon")
     with pytest.raises(InputError, match=r"quant=4bit: no layer of .*falcon can be stored so; take quant=none"):
         forecast.check(compose("model=causal_lm", f"model.name_or_path={folder}", "quant=4bit"))
+
+
+# ---- folders that are no model, or not a whole one ---------------------------------------------------
+
+
+def damaged(how: str, folder: Path) -> None:
+    """Have something be wrong with the checkpoint in ``folder``."""
+    weights, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if how == "cut off":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif how == "empty":
+        weights.write_bytes(b"")
+    elif how == "pointer":
+        weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n")
+    elif how == "gone":
+        weights.unlink()
+    elif how == "cut off, in torch's format":
+        file = folder / "pytorch_model.bin"
+        torch.save(load_file(weights), file)
+        file.write_bytes(file.read_bytes()[:5000])
+        weights.unlink()
+    elif how == "with an adapter":
+        (folder / "adapter_config.json").write_text("{}")
+    elif how == "index":
+        index.write_text("{")
+    else:
+        index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors", "b": weights.name}}))
+
+
+DAMAGED = {
+    "cut off": r"model\.safetensors is no whole file of weights \(.*; copy or download it again",
+    "empty": r"model\.safetensors is no whole file of weights",
+    "pointer": r"a pointer of git-lfs, in whose place git lfs pull puts the file",
+    "gone": r"holds no weights, such as model\.safetensors",
+    "cut off, in torch's format": r"pytorch_model\.bin is no whole file of weights \(cut off\)",
+    "with an adapter": r"holds an adapter beside the model \(adapter_config\.json\)",
+    "index": r"model\.safetensors\.index\.json cannot be read",
+    "a file of the index": r"lacks model-00001-of-00002\.safetensors \(1 of 2 files of model\.safetensors\.index",
+}
+
+
+@pytest.mark.parametrize("how", DAMAGED)
+def test_a_checkpoint_that_is_not_whole_is_one_line_before_it_is_loaded(how: str, tmp_path: Path) -> None:
+    folder = write("llama", tmp_path / "llama")
+    models_saved.check_files(config_of(folder))  # is whole
+    damaged(how, folder)
+    with pytest.raises(InputError, match=rf"^model\.name_or_path=.*llama: .*{DAMAGED[how]}") as error:
+        models_saved.check_files(config_of(folder))
+    assert "\n" not in str(error.value)
+
+
+def test_a_sweep_does_not_begin_with_a_checkpoint_that_is_not_whole(compose: Compose, tmp_path: Path) -> None:
+    folder = write("llama", tmp_path / "llama")
+    damaged("cut off", folder)
+    with pytest.raises(InputError, match="no whole file of weights"):
+        build.check_there(compose("model=causal_lm", f"model.name_or_path={folder}"))
+
+
+def test_shards_and_the_format_of_torch_are_whole_too(tmp_path: Path) -> None:
+    sharded, plain = tmp_path / "sharded", tmp_path / "plain"
+    make("llama").save_pretrained(sharded, max_shard_size="20KB")
+    make("llama").save_pretrained(plain)
+    torch.save(load_file(plain / "model.safetensors"), plain / "pytorch_model.bin")
+    (plain / "model.safetensors").unlink()
+    for folder in (sharded, plain):
+        models_saved.check_files(config_of(folder))
+        assert model.load(config_of(folder), None, CPU).num_parameters() == make("llama").num_parameters()
+
+
+def test_an_adapter_that_transformers_would_load_with_the_base_is_refused(tmp_path: Path) -> None:
+    folder = write("llama", tmp_path / "llama")
+    get_peft_model(make("llama"), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(str(folder))
+    with pytest.raises(InputError, match="holds an adapter beside the model"):
+        model.load(config_of(folder), None, CPU)
+
+
+def test_a_checkpoint_of_more_layers_than_its_configuration_says_is_refused(tmp_path: Path) -> None:
+    folder = write("llama", tmp_path / "llama")
+    said = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (folder / "config.json").write_text(json.dumps(said))
+    with pytest.raises(InputError, match=r"has layer 1 of model\.layers, of which its config\.json says"):
+        model.load(config_of(folder), None, CPU)
+    (folder / "config.json").write_text(json.dumps(said | {"num_nextn_predict_layers": 1}))
+    model.load(config_of(folder), None, CPU)
+
+
+def test_weights_that_are_no_numbers_are_said_to_be_so(tmp_path: Path) -> None:
+    folder = write("llama", tmp_path / "llama")
+    change(folder, "model.norm.weight", torch.full((32,), math.nan))
+    with pytest.raises(InputError, match="LlamaForCausalLM gives NaN or infinite logits: its weights are damaged"):
+        probe.probe(model.load(config_of(folder, dtype=Dtype.float32), None, CPU))
+
+
+CONFIGURATIONS: list[tuple[dict[str, Any], str]] = [
+    ({"hidden_size": "32"}, "cannot be loaded .*'hidden_size' expected int, got str"),
+    ({"num_attention_heads": 0}, "(cannot be loaded|its config.json describes no model) .*modulo by zero"),
+    ({"model_type": "bart", "is_encoder_decoder": True}, r"an encoder with a decoder \(model_type bart\)"),
+    ({"model_type": "whisper", "is_encoder_decoder": True}, r"an encoder with a decoder \(model_type whisper\)"),
+]
+
+
+@pytest.mark.parametrize(("changed", "said"), CONFIGURATIONS)
+def test_a_configuration_that_makes_no_decoder_is_one_line(changed: dict[str, Any], said: str, tmp_path: Path) -> None:
+    folder = write("llama", tmp_path / "llama")
+    described = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(described | changed))
+    with pytest.raises(InputError, match=rf"^model\.name_or_path=.*{said}"):
+        model.positions(config_of(folder))
+
+
+@pytest.mark.parametrize("part", ["config.json", "tokenizer_config.json"])
+def test_code_of_a_model_s_own_is_never_run_and_nobody_is_asked(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write("llama", tmp_path / "llama")
+    own: dict[str, Any] = {"model_type": "ours", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
+    if part != "config.json":
+        own = {"tokenizer_class": "OfOurOwn", "auto_map": {"AutoTokenizer": ["code.T", None]}}
+    (folder / part).write_text(json.dumps(json.loads((folder / part).read_text()) | own))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(InputError, match=r"needs code of its own \(auto_map\), which is never run"):
+        model.load_tokenizer(config_of(folder))
+    assert not (tmp_path / "was_run").exists()

@@ -424,13 +424,14 @@ def asked(trial: Trial, name: str, rows: list[data_rows.Row], tokenizer: PreTrai
     return evaluations.rendered(trial.config.dataset, examples, tokenizer, f"eval.{name}", "the test rows")
 
 
-def check_cached(trial: Trial) -> None:
-    """Where the hub does not answer: that all that the trial takes from it is in the local cache.
+def check_there(trial: Trial) -> None:
+    """That the base's files are whole, and that the hub has what the trial takes from it, or the local cache has it.
 
     Raises:
-        InputError: something is not.
+        InputError: something is not there.
     """
     config = trial.config
+    models_saved.check_files(config.model)
     model.check_cached(config.model)
     sources: dict[str, DatasetConfig | ValidationConfig | RowsConfig] = {
         "dataset": config.dataset,
@@ -439,4 +440,4 @@ def check_cached(trial: Trial) -> None:
     sources |= {f"eval.{name}": evaluations.evaluation_source(config, name) for name in config.eval}
     for key, rows in sources.items():
         if rows.hub is not None and rows.path is None:
-            data_rows.check_cached(rows.hub, rows.hub_config, rows.revision, f"{key}.hub")
+            data_rows.check_there(rows.hub, rows.hub_config, rows.revision, f"{key}.hub")

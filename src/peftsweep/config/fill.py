@@ -30,6 +30,7 @@ OPEN = (  # sections whose keys are the arguments of a class or function
     *("method", "method_setup", "quant", "eval", "inference", "profiler", "tracker"),
     *("model.architecture", "train.optimizer_kwargs", "dataset.validation.columns"),
 )
+NAMES = ("name_or_path", "hub", "path", "revision")  # keys that say which model or dataset
 TEMPLATE = re.compile(r"(dataset|eval\.\w+)\.(prompt|answer|stop)")  # keys of texts that may have several lines
 
 
@@ -211,6 +212,9 @@ def _fill_from_record(cfg: DictConfig, said: set[str]) -> dict[str, str]:
         if key not in repeat.NOT_REPEATED and key not in said and key in cfg:
             restored.put(cfg, key, value)
     restored.put_back(cfg, own)
+    for section, commit in repeat.commits(original).items():
+        if not said & {section, *(f"{section}.{key}" for key in NAMES)}:
+            cfg[section].revision = commit
     return {group: option for group, option in original.choices.items() if group not in said}
 
 

@@ -153,8 +153,9 @@ def _dataset_identity(dataset: DatasetConfig, rows: data_rows.Rows | None, rule:
     how = {key: value for key, value in said.items() if key not in CHOOSES_ROWS}
     if dataset.missing is not OnMissing.empty:  # the others choose rows
         how.pop("missing", None)
-    if dataset.reader in conversations.READERS and any(map(conversations.was_read_otherwise, rows.train)):
-        how["conversations"] = 2  # the version of how such rows are read
+    if dataset.reader in conversations.READERS:
+        version = max(map(conversations.version, rows.train), default=1)
+        how |= {"conversations": version} if version > 1 else {}
     return how | {part: rows.fingerprints[part] for part in ("train", "validation")}
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftsweep.data import hub
 from peftsweep.errors import InputError
 from peftsweep.observe.display import size
 from peftsweep.study import record
@@ -40,6 +41,7 @@ COUNTED = ("final_loss", "best_loss", "steps", "tokens", "training_rows", "train
 TIMED = ("train_info.train_seconds", "train_info.tokens_per_second", "run_info.total_seconds")
 MEMORY = ("memory.train.allocated_peak", "memory.train.rss_peak")
 IDENTITY = "run_info.identity"  # a hash of all settings and data that change a number
+DATA = ("model_sha", "dataset_sha", "tokenizer_sha", "rows_sha")
 PLACE = (IDENTITY, "run_info.host", "run_info.git_commit", "run_info.git_branch", "run_info.git_dirty")
 # What may change the last bits of a sum, and so in the end an answer; code is not among it, as its changes shall show.
 ENVIRONMENT = (
@@ -190,10 +192,16 @@ def original(path: str) -> Result:
     return found
 
 
+def commits(of: Result) -> dict[str, str]:
+    """The commits of the hub that a trial's model and dataset were loaded from, by section of the configuration."""
+    found = {section: str(of.meta_info.get(f"{section}_sha")) for section in ("model", "dataset")}
+    return {section: commit for section, commit in found.items() if hub.COMMIT.fullmatch(commit)}
+
+
 def compare(before: Result, after: Result) -> Comparison:
     """Hold the record ``after`` against that of the trial it repeats."""
     flat = [record.flat(record.plain(vars(one) | {"folder": None})) for one in (before, after)]
-    changed = _changed(*flat)
+    changed = _without_pins(_changed(*flat), before, after)
     return Comparison(
         of=before.folder or Path(),
         changed=changed,
@@ -258,6 +266,20 @@ def _changed(before: Flat, after: Flat) -> dict[str, tuple[Any, Any]]:
         if key.startswith("config.") and key.split(".")[1] not in (*NOT_REPEATED, "label")
     ]
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
+
+
+def _without_pins(changed: dict[str, tuple[Any, Any]], before: Result, after: Result) -> dict[str, tuple[Any, Any]]:
+    """``changed`` but for a revision that now is said, and that names the commit which was loaded before, too.
+
+    Where nothing else is told otherwise and all data are the same, the identity has changed for that reason alone.
+    """
+    same = commits(before).items() & commits(after).items()
+    pins = {f"config.{section}.revision" for section, _ in same}
+    others = [key for key in changed if key.startswith("config.") and key not in pins]
+    data = [[one.meta_info.get(key) for key in DATA] for one in (before, after)]
+    if pins.intersection(changed) and not others and data[0] == data[1]:
+        pins.add(IDENTITY)
+    return {key: sides for key, sides in changed.items() if key not in pins}
 
 
 def _figures(before: Flat, after: Flat) -> list[Figure]:

@@ -113,8 +113,9 @@ class ChatTemplate:
     def _readable_call(self, call: dict[str, Any]) -> dict[str, Any]:
         function = call.get("function", call)
         given = function.get("arguments")
+        said = arguments_object(given) if isinstance(given, str) else given
         if isinstance(given, str) and self._takes_objects and not self._takes_json:
-            function = function | {"arguments": arguments_object(given)}
+            function = function | {"arguments": said}
         elif isinstance(given, dict) and self._takes_json and not self._takes_objects:
             function = function | {"arguments": json.dumps(given, ensure_ascii=False)}
         return call | {"function": function} if "function" in call else function

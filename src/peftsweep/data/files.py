@@ -26,6 +26,7 @@ FORMATS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".md")  # in c
 PLAIN = (".txt", ".md")  # of paragraphs
 SHOWN = 4  # files of a folder, in a message
 BEGINNING = 2**20  # bytes of a file that its first rows are looked for in
+GZIP = b"\x1f\x8b"  # how such a file begins
 BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 csv.field_size_limit(2**31 - 1)  # the default ends a field at 128 KiB
@@ -50,9 +51,9 @@ def read_rows(path: str | Path, key: str = "path", encoding: str | None = None) 
         if suffix == ".parquet":
             rows = _read_parquet(file)
         else:
-            rows = _READERS[suffix](
-                _decoded(gzip.decompress(file.read_bytes()) if packed else file.read_bytes(), encoding, option)
-            )
+            content = file.read_bytes()
+            packed = packed or content.startswith(GZIP)  # which some tools write without the ending
+            rows = _READERS[suffix](_decoded(gzip.decompress(content) if packed else content, encoding, option))
     except _BrokenLine as broken:
         raise InputError(f"{key}={path}: line {broken.line}: {broken}") from None
     except LookupError:
@@ -223,11 +224,11 @@ def _is_rows(value: Any) -> bool:
 
 
 def _read_csv(text: str) -> list[Row]:
-    """Comma-separated, or as Excel writes it where the comma is the decimal mark: with semicolons."""
+    """Separated by commas, or by semicolons (as Excel does where the comma is the decimal mark), tabs or bars."""
     first = text.partition("\n")[0].strip()
     if named := first.startswith("sep=") and len(first) == 5:
         text = text.partition("\n")[2]
-    delimiter = first[4] if named else ";" if ";" in first and "," not in first else ","
+    delimiter = first[4] if named else next((mark for mark in ",;\t|" if mark in first), ",")
     return _read_table(text, int(named), delimiter=delimiter, strict=True)
 
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -17,6 +19,8 @@ from peftsweep.errors import InputError
 
 HUB_TIMEOUT_SECONDS = 4.0  # seconds until a hub that says nothing counts as one that cannot be reached
 GATEWAY_ERRORS = (502, 503, 504)  # of a proxy in front of it
+NOT_FOUND = 404
+COMMIT = re.compile(r"[0-9a-f]{40}")
 UNREADABLE = (
     OSError,
     ValueError,
@@ -25,7 +29,7 @@ UNREADABLE = (
     KeyError,
     ImportError,
     RecursionError,
-)  # what loading may raise
+)  # what loading from a folder may raise
 
 
 @functools.cache
@@ -86,9 +90,53 @@ def is_offline() -> bool:
     return bool(constants.HF_HUB_OFFLINE)
 
 
+@functools.cache
+def config_of_model(name: str, revision: str | None) -> Path:
+    """The config.json of a model, in the local cache, in the folder that is called after its commit.
+
+    A revision, by default the main branch, is asked for once in a process, so that all that this loads is of one commit
+    wherever the branch moves; where the hub does not answer, it is that of the local cache.
+
+    Raises:
+        OSError, or what else the client raises: neither the hub nor the cache has a config.json of it.
+    """
+    import huggingface_hub
+
+    problem()
+    return Path(huggingface_hub.hf_hub_download(name, "config.json", revision=revision))
+
+
+def commit_in_cache(name: str, kind: str, revision: str | None) -> str | None:
+    """The commit that a revision of a repository (``kind`` is model or dataset) named when it was last asked for.
+
+    None where the local cache has nothing of it.
+    """
+    import huggingface_hub
+
+    try:
+        folder = huggingface_hub.snapshot_download(name, repo_type=kind, revision=revision, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return Path(folder).name
+
+
+def check_access(name: str, kind: str, revision: str | None) -> None:
+    """Ask the hub for a repository (``kind`` is model or dataset).
+
+    Raises:
+        OSError, or what else the client raises: there is none, or no such revision, or it is gated.
+    """
+    from huggingface_hub import HfApi
+
+    if HfApi().repo_info(name, revision=revision, repo_type=kind).gated:
+        HfApi().auth_check(name, repo_type=kind)
+
+
 @contextmanager
-def loading(what: str, instead: str) -> Iterator[None]:
+def loading(what: str, instead: str, choices: str = "") -> Iterator[None]:
     """Load ``what``, a key with a name on the hub, in the body; ``instead`` is what could be given in its place.
+
+    ``choices`` is said of other errors than the hub's own answers: the keys that choose a part of it.
 
     Raises:
         InputError: it cannot be loaded.
@@ -100,11 +148,45 @@ def loading(what: str, instead: str) -> Iterator[None]:
             _say_once(f"{unreachable}: what is in the local cache is used")
     except InputError:
         raise
-    except UNREADABLE as error:
+    except Exception as error:  # of the HTTP client, of its cache, of a parser: each raises types of its own
         if unreachable is None:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{what}: cannot be loaded ({reason}); {instead} can be given instead") from error
+            answered, first = _answer(error), _first(error)
+            said = " ".join(str(first).partition("Example of usage")[0].split()) or type(first).__name__
+            reason = f"({answered})" if answered else f"({said[:200]}){choices}"
+            raise InputError(f"{what}: cannot be loaded {reason}; {instead} can be given instead") from error
         raise InputError(
             f"{what}: is not in the local cache, and {unreachable}; give {instead}, or download it where there is a "
             "network"
         ) from error
+
+
+def _first(error: BaseException) -> BaseException:
+    """What happened, where ``error`` says only in the course of what."""
+    return error if error.__cause__ is None else _first(error.__cause__)
+
+
+def _answer(error: BaseException) -> str | None:
+    """What the hub has answered and what to do, where that is among the causes of ``error``."""
+    from huggingface_hub import errors
+
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    log_in = "log in (hf auth login, or HF_TOKEN)"
+    for found in causes:
+        if isinstance(found, errors.GatedRepoError):
+            return f"it is gated: accept its terms on its page of the hub, then {log_in}"
+        if isinstance(found, errors.RepositoryNotFoundError):
+            return f"the hub has none of this name, or it is private: then {log_in}"
+        if isinstance(found, errors.RevisionNotFoundError):
+            return "it has no such revision; must be a branch, a tag or a whole commit"
+    for found in causes:
+        status = getattr(getattr(found, "response", None), "status_code", 0)
+        if isinstance(found, errors.EntryNotFoundError) and status == NOT_FOUND:
+            return "it holds no config.json; of an adapter, download it, and give adapter.path=FOLDER"
+        if isinstance(found, errors.HfHubHTTPError) and status != NOT_FOUND:
+            again = "the same command tries again, with HF_HUB_OFFLINE=1 in the local cache"
+            return f"the hub answers with status {status}; {again}"
+    return None

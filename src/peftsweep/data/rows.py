@@ -10,7 +10,8 @@ import hashlib
 import json
 import pydoc
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -42,11 +43,7 @@ def hub_rows(name: str, config: str | None, split: str, revision: str | None, ke
     Raises:
         InputError: it cannot be loaded.
     """
-    import datasets
-
-    with hub.loading(f"{key}={name}", "local rows"):  # no network, no such dataset, no such split
-        loaded = datasets.load_dataset(name, config, split=split, revision=revision)
-    return trees.joined(plain_rows(loaded))
+    return trees.joined(plain_rows(_loaded(name, config, split, revision, key)))
 
 
 def first_hub_rows(name: str, config: str | None, split: str, revision: str | None, count: int = 100) -> list[Row]:
@@ -55,26 +52,62 @@ def first_hub_rows(name: str, config: str | None, split: str, revision: str | No
     Raises:
         InputError: it cannot be loaded.
     """
+    loaded = _loaded(name, config, split, revision, "dataset")
+    return plain_rows(loaded.select(range(min(count, len(loaded)))))
+
+
+def _loaded(name: str, config: str | None, split: str, revision: str | None, key: str) -> Any:
     import datasets
 
-    with hub.loading(f"dataset={name}", "local rows"):
-        loaded = datasets.load_dataset(name, config, split=split, revision=revision)
-        return plain_rows(loaded.select(range(min(count, len(loaded)))))
+    with _loading_rows(name, key):  # no network, no such dataset, no such split
+        try:
+            found = datasets.load_dataset(name, config, split=split, revision=revision)
+        except Exception:
+            if hub.problem() is None:
+                hub.check_access(name, "dataset", revision)  # whose error says more
+            raise
+    commit = _commit(found)
+    # Where the hub refuses, or there is no network, the library takes what it has kept last, whatever its revision.
+    wanted = None if commit is None else hub.commit_in_cache(name, "dataset", revision) or revision
+    if wanted not in (commit, None):
+        raise InputError(
+            f"{key}={name}: what the local cache has kept of it last is of commit {commit}, not of "
+            f"{revision or 'the main branch'}; load that once where there is a network"
+        )
+    _COMMITS[name, revision] = commit
+    return found
 
 
 @lru_cache
-def check_cached(name: str, config: str | None, revision: str | None, key: str) -> None:
-    """Where the hub does not answer: that the dataset is in the local cache.
+def check_there(name: str, config: str | None, revision: str | None, key: str) -> None:
+    """That the hub has the dataset or, where it does not answer, the local cache.
 
     Raises:
-        InputError: it is not.
+        InputError: it does not.
     """
-    if hub.problem() is None:
-        return
     import datasets
 
-    with hub.loading(f"{key}={name}", "local rows"):
-        datasets.load_dataset_builder(name, config, revision=revision)
+    with _loading_rows(name, key):
+        if hub.problem() is None:
+            hub.check_access(name, "dataset", revision)
+        else:
+            datasets.load_dataset_builder(name, config, revision=revision)
+
+
+@contextmanager
+def _loading_rows(name: str, key: str) -> Iterator[None]:
+    section = key.rpartition(".")[0] or key
+    with hub.loading(f"{key}={name}", "local rows", f"; {section}.hub_config, .hub_split and .revision say which rows"):
+        yield
+
+
+def _commit(loaded: Any) -> str | None:
+    """The hub's commit that a dataset was made of, after which its folder in the cache is called; None for another."""
+    folders = {Path(file["filename"]).parent.name for file in getattr(loaded, "cache_files", ())}
+    return next((name for name in folders if hub.COMMIT.fullmatch(name)), None)
+
+
+_COMMITS: dict[tuple[str | None, str | None], str | None] = {}  # loaded by this process, by name and revision
 
 
 @dataclass
@@ -85,6 +118,7 @@ class Rows:
     validation: list[Row] = field(default_factory=list)
     test: list[Row] = field(default_factory=list)
     left_out: dict[str, int] = field(default_factory=dict)  # of the training rows, by reason
+    commit: str | None = None  # of the hub's dataset that they were loaded from
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -103,6 +137,7 @@ def load_rows(dataset: DatasetConfig, *, validation: bool = False) -> Rows:
         InputError: a file or a hub dataset cannot be read, or nothing is left to train on.
     """
     train, test, missing = _train_and_test(dataset)
+    commit = None if dataset.path else _COMMITS.get((dataset.hub, dataset.revision))
     train, left_out = _clean(dataset, train, test)
     if dataset.missing is OnMissing.drop:
         left_out["missing_rows"] = missing
@@ -111,14 +146,14 @@ def load_rows(dataset: DatasetConfig, *, validation: bool = False) -> Rows:
         train = shuffle.sample(train, dataset.samples)
     if validation and (dataset.validation.path or dataset.validation.hub):
         kept = _fraction(train, dataset.fraction, shuffle)
-        return Rows(train=kept, validation=validation_rows(dataset), test=test, left_out=left_out)
+        return Rows(kept, validation_rows(dataset), test, left_out, commit)
     held_out = min(dataset.validation_samples, len(train) // 10) if validation else 0
     if validation and not held_out:
         raise InputError(f"train.eval_every: {len(train)} training rows are too few to hold out validation rows")
     if held_out:
         train = shuffle.sample(train, len(train))
     kept = _fraction(train[held_out:], dataset.fraction, shuffle)
-    return Rows(train=kept, validation=train[:held_out], test=test, left_out=left_out)
+    return Rows(kept, train[:held_out], test, left_out, commit)
 
 
 def _fraction(rows: list[Row], fraction: float, shuffle: random.Random) -> list[Row]:

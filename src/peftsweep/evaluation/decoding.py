@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from peftsweep.data.templates import Example
 from peftsweep.data.tokens import prompt_ids
@@ -258,19 +259,38 @@ def _searched(
     sampling: Sampling | None,
 ) -> list[list[int]]:
     """What transformers' own generation writes: drawn, with beams, and for methods that prepare their own inputs."""
-    made: torch.Tensor = cast(Any, model).generate(
-        input_ids=ids,
-        attention_mask=attention,
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        **(LIKELIEST if sampling is None else sampling.options),
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=list(ends),
-        stopping_criteria=StoppingCriteriaList([_Stopping(stops, ids.shape[1])] if stops else []),
-        **row_inputs(model, ids),
-    )
+    writing: Any = model
+    with without_own_settings(model):
+        made: torch.Tensor = writing.generate(
+            input_ids=ids,
+            attention_mask=attention,
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            **(LIKELIEST if sampling is None else sampling.options),
+            use_cache=getattr(writing.config, "use_cache", True),
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=list(ends),
+            stopping_criteria=StoppingCriteriaList([_Stopping(stops, ids.shape[1])] if stops else []),
+            **row_inputs(model, ids),
+        )
     tokens: list[list[int]] = made[:, ids.shape[1] :].tolist()
     return tokens
+
+
+@contextmanager
+def without_own_settings(model: nn.Module) -> Iterator[None]:
+    """Inside, the model has no generation settings of its own: no sampling, no penalties, no end mark.
+
+    They would hold for what transformers' own generation writes, and not for ``_greedy``.
+    """
+    kept = [(module, module.generation_config) for module in model.modules() if "generation_config" in vars(module)]
+    for module, _ in kept:
+        module.generation_config = cast(Any, GenerationConfig())
+    try:
+        yield
+    finally:
+        for module, config in kept:
+            module.generation_config = config
 
 
 def takes_a_cache(model: nn.Module) -> bool:

@@ -24,9 +24,10 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from peftsweep.data.tokens import prompt_ids
+from peftsweep.evaluation.decoding import without_own_settings
 from peftsweep.evaluation.inference_figures import (
     ADAPTED,
     LEFT_OUT,
@@ -266,19 +267,15 @@ class _Marks(StoppingCriteria):
 
 @contextmanager
 def _generating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode and without generation defaults of its own: no sampling, no penalties, no end mark."""
+    """The model in eval mode and without generation settings of its own."""
     modes = [(module, module.training) for module in model.modules()]
-    kept = [(module, module.generation_config) for module, _ in modes if "generation_config" in vars(module)]
     model.eval()
-    for module, _ in kept:
-        module.generation_config = cast(Any, GenerationConfig())
     try:
-        yield
+        with without_own_settings(model):
+            yield
     finally:
         for module, training in modes:
             module.training = training
-        for module, config in kept:
-            module.generation_config = config
 
 
 def _reset_peak(device: torch.device) -> int | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +14,7 @@ from typing import Any, cast
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -40,10 +42,17 @@ from peftsweep.models.quantised.layers import is_quantised
 from peftsweep.schema import Init, ModelConfig, Task
 
 TINY = Path(__file__).parents[1] / "tiny" / "weights"
+COMMIT = "peftsweep_commit"  # the attribute of a base for the hub's commit that its weights are of
 NEW_PARTS = "peftsweep_new_parts"  # the attribute of a classifier that names the modules its checkpoint lacked
 WEIGHTS = (".safetensors", ".bin")  # endings of files of them
 ROTARY = ("rope_theta", "rope_scaling", "partial_rotary_factor")  # that transformers moves into rope_parameters
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")  # names of a configuration's longest sequence
+OWN_CODE = {"trust_remote_code": False}  # without which transformers asks the terminal whether to run a model's code
+WITH_ADAPTER = (  # transformers loads it into the base unasked
+    "holds an adapter beside the model (adapter_config.json); move it, adapter.path=FOLDER evaluates it"
+)
+NATIVE = "must be an architecture of transformers"
+BROKEN_WEIGHTS = (OSError, EOFError, SafetensorError, pickle.UnpicklingError)  # what reading a file of them may raise
 # Keys of quantization configs: modules left as they are.
 SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
 NAMED = 5  # of many parameters, so many are named in a message
@@ -99,8 +108,18 @@ def architecture(model: ModelConfig) -> transformers.PreTrainedConfig:
     if model.init is Init.random:
         raise InputError("model.init=random needs model.architecture (model_type and sizes), as the presets have")
     with _loading(model):
-        found = AutoConfig.from_pretrained(source(model), revision=model.revision or "main")
+        found = AutoConfig.from_pretrained(source(model), revision=_revision(model), **OWN_CODE)
+    if model.task is Task.causal_lm and getattr(found, "is_encoder_decoder", False):
+        raise InputError(
+            f"model.name_or_path={model.name_or_path}: is an encoder with a decoder (model_type {found.model_type}), "
+            "for which there is no task; must be a decoder alone, or an encoder"
+        )
     return cast(transformers.PreTrainedConfig, found)
+
+
+def _revision(model: ModelConfig) -> str:
+    """What of the model's repository is loaded: its commit; for a folder, which has no revisions, the main branch."""
+    return "main" if is_local(model) else hub.config_of_model(source(model), model.revision).parent.name
 
 
 @contextmanager
@@ -114,10 +133,12 @@ def _loading(model: ModelConfig, part: str = "") -> Iterator[None]:
     with nullcontext() if is_local(model) else hub.loading(key, "a local folder"):
         try:
             yield
-        except hub.UNREADABLE as error:
+        except Exception as error:  # of parsers, checks of types, arithmetic with sizes: each raises types of its own
+            if "trust_remote_code" in str(error):
+                raise InputError(f"{key}: needs code of its own (auto_map), which is never run; {NATIVE}") from error
             if isinstance(error, InputError) or not is_local(model):
                 raise
-            reason = " ".join(str(error).split())[:200]
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise InputError(f"{key}: {part + ' ' if part else ''}cannot be loaded ({reason})") from error
 
 
@@ -135,7 +156,7 @@ def check_cached(model: ModelConfig) -> None:
     if is_local(model) or hub.problem() is None:
         return
     with _loading(model):
-        folder = Path(snapshot_download(source(model), revision=model.revision or "main", local_files_only=True))
+        folder = Path(snapshot_download(source(model), revision=_revision(model), local_files_only=True))
         if not any(file.suffix in WEIGHTS for file in folder.iterdir()):
             raise OSError("no weights")
     load_tokenizer(model)
@@ -182,11 +203,14 @@ def made(model: ModelConfig, config: transformers.PreTrainedConfig, **options: A
         raise InputError(
             f"model.task={model.task.value}: {model.name_or_path} is no {what} (model_type {config.model_type})"
         ) from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
-        if not model.architecture:
-            raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise InputError(f"model.architecture: describes no model that transformers can make ({reason})") from error
+        key = (
+            "model.architecture:" if model.architecture else f"model.name_or_path={model.name_or_path}: its config.json"
+        )
+        raise InputError(f"{key} describes no model that transformers can make ({reason})") from error
 
 
 def _shape(model: ModelConfig, classes: int) -> transformers.PreTrainedConfig:
@@ -198,7 +222,7 @@ def _shape(model: ModelConfig, classes: int) -> transformers.PreTrainedConfig:
 
 def commit(base: PreTrainedModel) -> str | None:
     """The hub's commit that the base was loaded from; None for a local folder."""
-    return getattr(base.config, "_commit_hash", None)
+    return getattr(base, COMMIT, None)
 
 
 def token_limit(model: nn.Module) -> int | None:
@@ -242,7 +266,7 @@ def load_tokenizer(model: ModelConfig, virtual_tokens: int = 0) -> PreTrainedTok
     folder = str(TINY) if model.init is Init.random else source(model)
     key = f"model.name_or_path={model.name_or_path}"
     with _loading(model, "its tokenizer"):
-        found: Any = AutoTokenizer.from_pretrained(folder, revision=model.revision or "main")
+        found: Any = AutoTokenizer.from_pretrained(folder, revision=_revision(model), **OWN_CODE)
     tokenizer = cast(PreTrainedTokenizerBase, found)
     limit = positions(model)
     if model.init is Init.random:
@@ -291,12 +315,13 @@ def load(
     if model.init is Init.random:
         base = _random(model, quantization, where, options)
     else:
-        options |= {"revision": model.revision or "main", "device_map": model.device_map or {"": where}}
+        options |= {"revision": _revision(model), "device_map": model.device_map or {"": where}}
         base = _pretrained(model, quantization, options, seed)
         if any(is_quantised(base.get_submodule(name)) for name in new_parts(base)):
             name = next(name for name in SKIPPED if hasattr(quantization, name))
             setattr(quantization, name, [*getattr(quantization, name), *new_parts(base)])
             base = _pretrained(model, quantization, options, seed)  # what is trained is never quantised
+        setattr(base, COMMIT, None if is_local(model) else options["revision"])
     keep_weights_unpacked(base)
     base.requires_grad_(False)
     return cast(PreTrainedModel, base.eval())
@@ -317,15 +342,21 @@ def spare(quantization: Any, base: PreTrainedModel) -> None:
 def _pretrained(model: ModelConfig, quantization: Any, options: dict[str, Any], seed: int) -> PreTrainedModel:
     """The model with the weights of its checkpoint, which must have them all, but for parts of a classifier."""
     torch.manual_seed(seed)
-    if not is_local(model):
-        hub.problem()
-    base, info = CLASSES[model.task].from_pretrained(
-        source(model),
-        quantization_config=quantization,
-        ignore_mismatched_sizes=True,  # so that the line below names them
-        output_loading_info=True,
-        **options,
-    )
+    try:
+        base, info = CLASSES[model.task].from_pretrained(
+            source(model),
+            quantization_config=quantization,
+            ignore_mismatched_sizes=True,  # so that the line below names them
+            output_loading_info=True,
+            **options,
+            **OWN_CODE,
+        )
+    except BROKEN_WEIGHTS:
+        with _loading(model, "its weights"):  # says what is wrong
+            raise
+    if getattr(base, "_hf_peft_config_loaded", False):
+        raise InputError(f"model.name_or_path={model.name_or_path}: {WITH_ADAPTER}")
+    _check_layers(model, base, info["unexpected_keys"])
     lacking = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if not lacking:
         return cast(PreTrainedModel, base)
@@ -343,6 +374,23 @@ def _pretrained(model: ModelConfig, quantization: Any, options: dict[str, Any], 
         )
     setattr(base, NEW_PARTS, parts)
     return cast(PreTrainedModel, base)
+
+
+def _check_layers(model: ModelConfig, base: PreTrainedModel, unexpected: Iterable[str]) -> None:
+    """Refuse a checkpoint with more layers than its configuration, of which transformers leaves out the last ones.
+
+    Layers that only predict further tokens (``num_nextn_predict_layers``) come after those of the model.
+    """
+    further = getattr(text_config(base), "num_nextn_predict_layers", None) or 0
+    stacks = {name: len(module) for name, module in base.named_modules() if isinstance(module, nn.ModuleList)}
+    for key in sorted(unexpected):
+        for found in re.finditer(r"\.(\d+)\.", key):
+            stack, number = key[: found.start()], int(found[1])
+            if number >= stacks.get(stack, math.inf) + further:
+                raise InputError(
+                    f"model.name_or_path={model.name_or_path}: the checkpoint has layer {number} of {stack}, of which "
+                    f"its config.json says that there are {stacks[stack]}"
+                )
 
 
 def _own_size(base: nn.Module, part: str) -> int:

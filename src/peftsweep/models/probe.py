@@ -69,7 +69,7 @@ def probe(base: Any) -> Abilities:
     """Read two rows alone, in padded batches and with a cache, and compare the logits.
 
     Raises:
-        InputError: the model sees later tokens, or padding on the right changes what it reads.
+        InputError: the model sees later tokens, padding on the right changes what it reads, or logits are not finite.
     """
     with _rows_rounded_alone(base):
         return _probe(base)
@@ -79,6 +79,11 @@ def _probe(base: Any) -> Abilities:
     reader = _Reader(base)
     short, long = reader.rows(SHORT + 1), reader.rows(LONG + 1)
     alone = [reader.alone(short), reader.alone(long)]
+    if not all(bool(logits.isfinite().all()) for logits in alone):
+        raise InputError(
+            f"model: {type(base).__name__} gives NaN or infinite logits: its weights are damaged, or beyond "
+            f"{base.dtype} (model.dtype=float32)"
+        )
     if not reader.same(reader.alone(reader.other_end(long))[:, :SHORT], alone[1][:, :SHORT], reader.tolerance / 5):
         raise InputError(
             f"model.task=causal_lm: {type(base).__name__} sees the tokens that it is to predict, as encoders do; "

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import patch
@@ -15,25 +17,70 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import transformers_weight_conversion
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     PreTrainedModel,
 )
 from transformers.pytorch_utils import Conv1D
 
-from peftsweep.errors import InputError
+from peftsweep.errors import InputError, first_line
 from peftsweep.models.losses import METHOD_INPUTS
-from peftsweep.models.model import NAMED, keep_weights_unpacked
+from peftsweep.models.model import NAMED, WEIGHTS, WITH_ADAPTER, is_local, keep_weights_unpacked, source
 from peftsweep.models.parts import text_config
 from peftsweep.models.quantised.layers import dequantise, is_quantised
 from peftsweep.models.shapes import at_target_rank
+from peftsweep.schema import Init, ModelConfig
 from peftsweep.study.atomic import sync_tree
 from peftsweep.study.store import RESIDUAL
 
 INITIAL = "initial"  # beside a saved adapter: as it began, where the base was changed by its initialisation
+STEMS = ("model", "pytorch_model")  # how the names of files of weights begin that transformers reads
+POINTER = b"version https://git-lfs"  # how what a clone without git-lfs leaves begins
 SHARED = ("vblora_vector_bank", "prompt_encoder")  # of an adapter's weights, saved once and under other names
 NOT_MERGEABLE = "what the method adds cannot be merged into the weights"
+
+
+def check_files(model: ModelConfig) -> None:
+    """See that a model's folder, if it is in one, holds whole weights and no adapter, without reading them.
+
+    Raises:
+        InputError: it does not.
+    """
+    if model.init is Init.random or not is_local(model):
+        return
+    folder, key = Path(source(model)), f"model.name_or_path={model.name_or_path}"
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(f"{key}: {WITH_ADAPTER}")
+    found = {file.name: file for file in folder.iterdir() if file.suffix in WEIGHTS}
+    if not found:
+        raise InputError(f"{key}: holds no weights, such as model.safetensors")
+    for index in sorted(folder.glob("*.index.json")):
+        try:
+            shards = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{key}: {index.name} cannot be read ({first_line(error)})") from None
+        if index.name.startswith(STEMS) and (missing := sorted(shards - found.keys())):
+            raise InputError(f"{key}: lacks {missing[0]} ({len(missing)} of {len(shards)} files of {index.name})")
+    for name, file in found.items():
+        if name.startswith(STEMS) and (problem := _problem(file, file.stat().st_size, file.stat().st_mtime_ns)):
+            raise InputError(f"{key}: {name} is no whole file of weights ({problem}); copy or download it again")
+
+
+@lru_cache(maxsize=10_000)
+def _problem(file: Path, size: int, modified: int) -> str | None:
+    """What is wrong with a file of weights, by its beginning and its ``size``."""
+    with file.open("rb") as stream:
+        beginning = stream.read(len(POINTER))
+    if beginning == POINTER:
+        return "a pointer of git-lfs, in whose place git lfs pull puts the file"
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="pt"):
+                return None
+        except (SafetensorError, OSError) as error:
+            return first_line(error)
+    return "cut off" if beginning.startswith(b"PK") and not zipfile.is_zipfile(file) else None
 
 
 def keep_dtype(adapted: PeftModel) -> None:

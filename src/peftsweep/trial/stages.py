@@ -40,7 +40,9 @@ def row_sources(
         model_created = fingerprint.on_hub(config.model.name_or_path, "model", model_sha)[1]
     dataset_sha, dataset_created = None, None
     if config.dataset.hub and not config.dataset.path:
-        dataset_sha, dataset_created = fingerprint.on_hub(config.dataset.hub, "dataset", config.dataset.revision)
+        revision = rows.commit or config.dataset.revision
+        dataset_sha, dataset_created = fingerprint.on_hub(config.dataset.hub, "dataset", revision)
+        dataset_sha = rows.commit or dataset_sha
     return {
         "model_sha": model_sha,
         "model_created_at": model_created,

@@ -15,11 +15,16 @@ READERS = ("peftsweep.data.tasks.messages", "peftsweep.data.tasks.sharegpt")  # 
 COLUMNS = ("messages", "conversations", "conversation")  # the first that holds something is read
 SYSTEM_COLUMNS = ("system", "system_prompt")  # of a system's turn that stands beside the turns
 CALL = "function_call"  # a role of ShareGPT's layout, and a key of OpenAI's former one
+CALLING = (CALL, "tool_call")  # roles of turns that are one call
 ALIASES = {
     "user": ("human", "prompter"),
-    "assistant": ("gpt", "chatgpt", "bing", "bard", "claude", "ai", "bot", "model", CALL),
-    "tool": ("observation", "function_response"),
+    "assistant": ("gpt", "chatgpt", "bing", "bard", "claude", "ai", "bot", "model", *CALLING),
+    "tool": ("observation", "function_response", "tool_response"),
 }
+ARGUMENTS = ("arguments", "parameters", "input", "args")  # names of what a call hands over; the first that is there
+NOT_TRAINED = ("train", "training", "trainable", "train_on_turn", "loss", "loss_mask")  # of a turn: false is weight 0
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # columns of what is no text
+TOOL_ROLES = ("tool", "function", "ipython", "environment")  # whose content is often a value
 ROLES = {name: role for role, names in ALIASES.items() for name in names}  # in files -> in chat templates
 # Those that chat templates know.
 KNOWN_ROLES = (
@@ -38,13 +43,17 @@ def messages(row: Row) -> Row:
     Turns are OpenAI's (``messages`` of role and content), ShareGPT's (``conversations`` of from and value), two lists
     ``prompt`` and ``completion``, or a tree of messages (``trees``); lists may be JSON text. ``tools`` or ``functions``
     are what the assistant may call; ``system`` or ``system_prompt`` is a system's turn before the others. Content that
-    is a list holds text parts; what else is a list or dict is JSON. A turn of the assistant with the weight 0 is not
-    trained on, and one at the end is left out.
+    is a list holds text parts; what else is a list or dict is JSON. A turn of the assistant with the weight 0, or with
+    false under another name of that (``NOT_TRAINED``), is not trained on, and one at the end is left out.
 
     Raises:
-        NoAnswer: there is no conversation, or it does not end with the assistant's turn.
+        NoAnswer: there is no conversation, it does not end with the assistant's turn, or its answer is not wanted.
         ValueError: a turn, a tool or a call is none, has an unknown role, or has a part that is no text.
     """
+    if row.get("label") is False:
+        raise NoAnswer("its label is false, which marks an answer that is not wanted")
+    if media := next((column for column in MEDIA if row.get(column)), None):
+        raise ValueError(f"its column '{media}' holds what is no text")
     said = [_numbered(number, turn) for number, turn in enumerate(_turns(row), start=1)]
     if said:
         said = [*_system(row, said[0]), *said]
@@ -78,17 +87,27 @@ def _in_template(said: str) -> str:
     return ROLES.get(plain, plain)
 
 
-def was_read_otherwise(row: Row) -> bool:
-    """Whether earlier versions took other turns from this row, or trained on others: it has what they passed over."""
+def version(row: Row) -> int:
+    """Which version of this reader was the first that took these turns from the row, and trained on these."""
     earlier = {"human": "user", "gpt": "assistant"}
     try:
         turns = _turns(row)
+        calls = [call for turn in turns for call in _listed(turn.get("tool_calls") or [], "tool_calls")]
+        tools = _listed(row.get("tools") or [], "tools")
+        if any(turn.get(key) in (False, 0) for turn in turns for key in NOT_TRAINED if turn.get(key) is not None):
+            return 3
+        if any(isinstance(tool, dict) and "function" not in tool for tool in map(_parsed, tools)):
+            return 3
+        if any(ARGUMENTS[0] not in call.get("function", call) for call in calls):
+            return 3
+        if any(isinstance(turn.get("content"), dict) and turn["content"].get("type") == "text" for turn in turns):
+            return 3
         added = bool(_system(row, _message(turns[0]))) or (bool(row.get("functions")) and not row.get("tools"))
         said = [turn.get("role") or turn.get("from") for turn in turns]
         renamed = any(earlier.get(role, role) != _role(role) for role in said)
-        return added or renamed or any(turn.get(CALL) or turn.get("weight") == 0 for turn in turns)
+        return 2 if added or renamed or any(turn.get(CALL) or turn.get("weight") == 0 for turn in turns) else 1
     except (ValueError, IndexError, AttributeError):
-        return False  # no version has read it
+        return 1  # no version has read it
 
 
 # ---- what a row holds ------------------------------------------------------------------------------
@@ -131,12 +150,26 @@ def _tools(row: Row) -> list[Any] | None:
     given = row.get("tools") or row.get("functions")
     if given in (None, "", "null"):
         return None
-    found = [json.loads(tool) if isinstance(tool, str) else tool for tool in _listed(given, "tools")]
-    if not all(isinstance(tool, dict) and isinstance(tool.get("function", {}), dict) for tool in found):
-        raise ValueError("its tools are not JSON schemas of functions")
-    if not row.get("tools"):  # OpenAI's former layout
-        found = [{"type": "function", "function": function} for function in found]
+    found = [_schema(_parsed(tool)) for tool in _listed(given, "tools")]
     return found or None
+
+
+def _parsed(value: Any) -> Any:
+    """A value that may be given as JSON text; other text stays as it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _schema(tool: Any) -> Row:
+    """A tool as OpenAI has it: a function under this key, which others leave out."""
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError("its tools are not JSON schemas of functions")
+    if "input_schema" in function and "parameters" not in function:  # Anthropic's name
+        function = {"parameters" if key == "input_schema" else key: value for key, value in function.items()}
+    return tool | {"function": function} if "function" in tool else {"type": "function", "function": function}
 
 
 def _system(row: Row, first: Message) -> list[Message]:
@@ -176,19 +209,30 @@ def _message(turn: Any) -> Message:
         raise ValueError("a turn is not an object with a role")
     content = turn["value"] if turn.get("content") is None and "value" in turn else turn.get("content")
     calls = _former_calls(turn.get(CALL)) or turn.get("tool_calls")
-    if said == CALL:
+    if said in CALLING:
         content, calls = None, _former_calls(content)
     given: Message = {
         "role": _role(said),
-        "content": None if content is None else _content(content),
+        "content": None if content is None else _content(content, _role(said)),
         "tool_calls": [_call(call) for call in _listed(calls, "tool_calls")] if calls else None,
     }
     others = ("from", "value", CALL)
     message = {key: value for key, value in turn.items() if key not in others} | given
     message = {key: value for key, value in message.items() if value is not None}
+    return message | _weight(message)
+
+
+def _weight(message: Message) -> Message:
+    """The weight 0 of a turn that some key of it leaves out of the training."""
     if (weight := message.get("weight", 1)) not in (0, 1):
-        raise ValueError(f"a turn has the weight {weight}; must be 0 or 1")
-    return message
+        raise ValueError(f"a turn has the weight {weight!r}; must be 0 or 1")
+    flags = {key: message[key] for key in NOT_TRAINED if key in message}
+    for key, value in flags.items():
+        if value not in (0, 1):
+            raise ValueError(f"a turn has {value!r} under '{key}'; must be true or false")
+    if message["role"] == "assistant" and message.get("mask") is not None:
+        raise ValueError("a turn has the key 'mask', which some read as trained on and some as not; weight says it")
+    return {} if all(flags.values()) else {"weight": 0}
 
 
 def _role(said: str) -> str:
@@ -198,9 +242,13 @@ def _role(said: str) -> str:
     return role
 
 
-def _content(content: Any) -> Any:
+def _content(content: Any, role: str) -> Any:
     if isinstance(content, str):
         return content
+    if isinstance(content, dict) and content.get("type") == "text":
+        content = [content]
+    if isinstance(content, list) and any(isinstance(part, str) for part in content) and role not in TOOL_ROLES:
+        raise ValueError("its content is a list of texts; must be a text, or parts of type text")
     if isinstance(content, list) and all(isinstance(part, dict) and "type" in part for part in content):
         if other := [part["type"] for part in content if not isinstance(part.get("text"), str)]:
             raise ValueError(f"a part of type '{other[0]}' is no text")
@@ -224,9 +272,13 @@ def _call(call: Any) -> Row:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError("a tool call names no function")
-    given = function.get("arguments")
+    name = next((name for name in ARGUMENTS if name in function), ARGUMENTS[0])
+    given = function.get(name)
     if given is None or (isinstance(given, str) and not given.strip()):
-        function = function | {"arguments": {}}
-    elif not isinstance(given, dict | str):
+        given = {}
+    said = _parsed(given)
+    if not isinstance(said, dict) and not (said is given and isinstance(said, str)):  # what is no JSON, chat.py says
         raise ValueError("the arguments of a tool call are neither an object nor JSON text of one")
+    others = {key: value for key, value in function.items() if key != name}
+    function = function | {name: given} if name == ARGUMENTS[0] else others | {ARGUMENTS[0]: given}
     return call | {"function": function} if "function" in call else dict(function)
