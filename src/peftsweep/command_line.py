@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -157,8 +157,10 @@ def _says_something(word: str, groups: dict[str, Path]) -> bool:
         raise InputError(f"{word}: has keys; give one of them, or choose another by {key.replace('.', '/')}=")
     _check_swept(word, one)
     _check_truth(one)
-    if key not in groups or one.package is not None:
+    if key not in groups:
         return True
+    if one.package is not None or one.is_add() or one.is_force_add():
+        raise InputError(f"{word}: must be {key}=OPTION, without + and @")
     if key in OPTIONAL and key not in SEVERAL and one.value() is None:
         return False  # as in config.yaml: none is chosen
     _check_option(word, one, groups[key])
@@ -203,6 +205,10 @@ def _check_swept(word: str, one: Override) -> None:
         if values <= 0:
             raise InputError(f"{word}: there is no value in this range")
     text = word.partition("=")[2]
+    if re.fullmatch(r"-?\d+,0\d+", text):
+        raise InputError(
+            f"{word}: a comma parts values to be swept; the decimal mark is a dot: {word.replace(',', '.')}"
+        )
     if isinstance(value, ChoiceSweep) and value.simple_form and len(text) < 1000 and Path(text).expanduser().exists():
         raise InputError(f"{word}: the comma of a file's name needs quotes: '{one.key_or_group}=\"{text}\"'")
 
@@ -229,12 +235,21 @@ def _check_option(word: str, one: Override, group: Path) -> None:
     for choice in choices:
         several = choice if isinstance(choice, list) and group.name in SEVERAL else [choice]
         for option in several:
-            if isinstance(option, list):
+            if isinstance(option, list) and option:
                 raise InputError(f"{word}: must be one option; to sweep several: {group.name}={_listed(option)}")
-            if option is None or option == "" or isinstance(option, bool | int | float):
-                if option is None and group.name not in SEVERAL and group.name in OPTIONAL:
-                    continue
-                raise InputError(f"{word}: no such option; {suggest('', known)}")
+            if option is None and group.name not in SEVERAL and group.name in OPTIONAL:
+                continue
+            text = str(option.text if isinstance(option, QuotedString) else option or "")
+            is_number = isinstance(option, bool | int | float)  # which Hydra would take for the name of an option
+            if is_number or not text or (isinstance(option, str | QuotedString) and not _is_option(text)):
+                name = "" if is_number else PurePath(text).stem
+                raise InputError(f"{word}: no such option; {suggest(name, known)}")
+
+
+def _is_option(text: str) -> bool:
+    """Whether the text can name an option of a group, or of a folder in one: not a path that leads elsewhere."""
+    parts = text.split("/")
+    return "$" in text or not (set(parts) & {"", ".", ".."} or text.endswith((".yaml", ".yml")))
 
 
 def _listed(options: Iterable[Any]) -> str:

@@ -62,6 +62,10 @@ def source(model: ModelConfig) -> str:
     if model.name_or_path == "tiny":
         return str(TINY)
     looks_local = model.name_or_path.startswith((".", "/", "~")) or model.name_or_path.count("/") > 1
+    if not model.name_or_path.strip():
+        raise InputError("model.name_or_path: must be given, a folder or the ORG/NAME of the hub")
+    if Path(model.name_or_path).expanduser().is_file():
+        raise InputError(f"model.name_or_path={model.name_or_path}: is a file; must be the folder of a checkpoint")
     if looks_local and not Path(model.name_or_path).expanduser().is_dir():
         hint = files.similar(Path(model.name_or_path))
         raise InputError(f"model.name_or_path={model.name_or_path}: no such folder{hint}")
@@ -156,6 +160,10 @@ def _described(fields: dict[str, Any]) -> transformers.PreTrainedConfig:
         return type(default)(**fields)
     except Exception as error:  # of any kind: transformers checks types, and calculates sizes from sizes
         reason = re.sub(r".*\b\w+Error: ", "", " ".join(str(error).split()))
+        if found := re.match(r"Field '(\w+)' expected ([^,]+)", reason):
+            raise InputError(f"model.architecture.{found[1]}={fields[found[1]]}: must be {found[2]}") from None
+        if found := re.match(r"Field '(\w+)' with value", reason):
+            raise InputError(f"model.architecture.{found[1]}={fields[found[1]]}: is of a wrong type") from None
         raise InputError(f"model.architecture: {reason}") from None
 
 
