@@ -312,7 +312,7 @@ def numeric_options(tree: Mapping[str, Any]) -> dict[str, limits.Option]:
     found: dict[str, limits.Option] = {}
     for key, target in named.items():
         with suppress(pydoc.ErrorDuringImport):  # which `check_call` says
-            located = pydoc.locate(str(target)) or pydoc.locate(f"torch.optim.{target}")
+            located = pydoc.locate(target if "." in str(target) else f"torch.optim.{target}")
             found |= {f"{key}.{name}": option for name, option in numbers_of(located).items()}
     return found
 
