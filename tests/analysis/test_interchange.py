@@ -269,7 +269,12 @@ def test_a_trial_that_their_processing_could_not_read_is_left_out(collect_comman
     [
         (["--from-peft", "nowhere"], "--from-peft nowhere: no folder below it holds a result file"),
         (["--from-peft", "theirs", "a", "b"], "--from-peft: fills one study, not 2"),
-        (["--out"], "--out: expected one argument"),
+        (["--out"], "--out: needs a value"),
+        (["--svg=3"], "--svg: takes no value"),
+        (["--statsu"], "--statsu: no such option; did you mean '--status'?"),
+        (["--status", "--prune"], "--status --prune: each is instead of the table; give one"),
+        (["--keep-best", "3"], "--keep-best: only with --prune"),
+        (["--json", "--prune"], "--json: not with --prune"),
     ],
 )
 def test_bad_input_is_one_line(words: list[str], problem: str, collect_command: Collect) -> None:

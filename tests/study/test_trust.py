@@ -79,6 +79,13 @@ def test_a_word_in_a_record_imports_no_module(compose: Compose, command: Command
     assert not Path("ran").exists()
 
 
+def test_a_name_in_a_record_changes_nothing_of_the_terminal(compose: Compose, command: Command) -> None:
+    place = record(compose, {"dataset.generator": "a\x1b[31m\nb\u202e"})
+    code, _, err = command(f"repeat={place}", "dry_run=true")
+    assert (code, err.count("\n")) == (2, 1)
+    assert r"names a\x1b[31m\nb\u202e in dataset.generator" in err
+
+
 def test_names_that_the_project_offers_are_repeated(compose: Compose, command: Command) -> None:
     place = record(compose, {"train.optimizer": "bitsandbytes.optim.AdamW8bit", "label": "mine/r=8"})
     code, out, err = command(f"repeat={place}", "dry_run=true")

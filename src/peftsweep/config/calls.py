@@ -240,6 +240,7 @@ def check_call(node: Mapping[str, Any], key: str, provided: Iterable[str] = (), 
         raise InputError(f"{key}._target_={target}: cannot be imported ({first_line(error)})") from None
     if not callable(function):
         raise InputError(f"{key}._target_={target}: no such class or function")
+    _check_taken(function, [*provided], f"{key}._target_={target}")
     hints = hints_of(function)
     known = [name for name in _parameters(function) if name not in provided]
     for name, value in node.items():
@@ -260,6 +261,16 @@ def check_call(node: Mapping[str, Any], key: str, provided: Iterable[str] = (), 
                 raise InputError(f"{key}.{name}=null: must be a number")
             if not (value is None and default is None):  # annotated as if it could not be None
                 _check_types({name: value}, function, key)
+
+
+def _check_taken(function: Callable[..., Any], provided: Sequence[str], said: str) -> None:
+    """Refuse a function that cannot be called with as many arguments as peftsweep will call it with."""
+    kinds = inspect.Parameter
+    takes = inspect.signature(function).parameters.values()
+    if any(one.kind in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD) for one in takes):
+        return
+    if len(takes) < len(provided):
+        raise InputError(f"{said}: cannot be called with {', '.join(provided)}")
 
 
 def _check_types(values: Mapping[str, Any], described: Any, key: str) -> None:

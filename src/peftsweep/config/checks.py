@@ -186,6 +186,8 @@ def check_unused(words: Sequence[str]) -> None:
         if key.partition(".")[0] in ("budget", "tune", "league"):
             name = "league" if key.startswith("league") else "tune"
             raise InputError(f"{key}: is of a search, and nothing without it; add sweep={name}")
+        if key == "experiments" and not any(re.match(r"\+?sweep=.*(experiments|glob)", other) for other in words):
+            raise InputError(f"{word}: is of a sweep of experiments, and nothing without it; add sweep=experiments")
 
 
 def check_joinable(word: str, sweeps: Mapping[str, DictConfig]) -> None:
