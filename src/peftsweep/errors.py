@@ -171,7 +171,15 @@ def printable(text: object) -> str:
 
 def first_line(error: BaseException) -> str:
     """The first line of what an exception says, or else its type."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (message(error).splitlines() or [type(error).__name__])[0]
+
+
+def message(error: BaseException) -> str:
+    """What an exception says; nothing where its class, which may be anybody's, fails to say it."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
 
 
 class Unwritable(Exception):

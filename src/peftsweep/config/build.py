@@ -33,7 +33,7 @@ from peftsweep.data.tokens import Tokens
 from peftsweep.errors import InputError
 from peftsweep.evaluation.evaluate import Evaluation
 from peftsweep.evaluation.inference import Benchmark, bare
-from peftsweep.evaluation.isolation import process_state_kept
+from peftsweep.evaluation.isolation import ends_as_an_error, generators_kept, process_state_kept
 from peftsweep.models import attach, coverage, model, parts, probe
 from peftsweep.models import saved as models_saved
 from peftsweep.models.coverage import COVERAGE, Coverage
@@ -92,7 +92,7 @@ def evaluator(trial: Trial, name: str) -> Evaluate:
     if options.get("classes"):
         options["classes"] = classes(trial, options["classes"])
     function: Evaluate = _instantiate(options | {"_partial_": True}, f"eval.{name}")
-    return process_state_kept()(function)
+    return process_state_kept()(generators_kept()(ends_as_an_error()(function)))
 
 
 def inference_benchmark(trial: Trial) -> Callable[..., Benchmark]:
