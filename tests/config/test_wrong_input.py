@@ -96,6 +96,8 @@ UNREAD = {
     "eval.tiny_math.sample=3": "sample: peftsweep.evaluation.evaluate.generation has no such option; did you",
     "train.optimizer_kwargs.beta=3": "train.optimizer_kwargs.beta: AdamW has no such option; did you mean 'betas'?",
     "train.optimizer_kwargs.lr=3": "train.optimizer_kwargs.lr: is train.learning_rate",
+    "model=llama3.2_1b model.init=random model.architecture.num_key_value_heads=5": "must divide num_attention",
+    "model=llama3.2_1b model.init=random model.architecture.num_hidden_layers=two": "layers=two: must be int",
     "model=llama3.2_1b model.init=random model.architecture.hiden_size=64": "model.architecture.hiden_size: no such",
     "model=llama3.2_1b model.init=random model.architecture.model_type=lama": "did you mean 'llama'?",
     "model=llama3.2_1b model.init=random model.architecture.hidden_act=x": "model.architecture: describes no model",

@@ -71,6 +71,7 @@ def test_a_broken_file_is_named_with_its_line(name: str, text: str, problem: str
         ("{question[0].real}", "names an attribute"),
         ("{question:>99999999999}", "pads to more than 10000 characters"),
         ("{question:{answer}}", "or to a column"),
+        ("question", """is the same text for all rows; the column is 'dataset.prompt="{question}"'"""),
     ],
 )
 def test_a_template_puts_in_columns_and_no_more(template: str, problem: str) -> None:

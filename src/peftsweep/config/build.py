@@ -31,6 +31,7 @@ from peftsweep.data.rows import Rows
 from peftsweep.data.templates import Example
 from peftsweep.data.tokens import Tokens
 from peftsweep.errors import InputError
+from peftsweep.evaluation import harness
 from peftsweep.evaluation.evaluate import Evaluation
 from peftsweep.evaluation.inference import Benchmark, bare
 from peftsweep.evaluation.isolation import ends_as_an_error, generators_kept, process_state_kept
@@ -48,6 +49,7 @@ from peftsweep.study.trust import as_text
 
 log = logging.getLogger(__name__)
 
+HARNESS = "peftsweep.evaluation.harness.lm_eval"
 MIN_CACHED_SECONDS = 5.0  # seconds of tokenising, after which its result is kept in the study's folder
 LEAST_ADALORA = 2  # steps: in the first one PEFT gathers how much each rank matters
 TOKENS_FORMAT = 3  # of what is kept of rows in tokens; another one where the same rows become other tokens
@@ -425,12 +427,15 @@ def asked(trial: Trial, name: str, rows: list[data_rows.Row], tokenizer: PreTrai
 
 
 def check_cached(trial: Trial) -> None:
-    """Where the hub does not answer: that all that the trial takes from it is in the local cache.
+    """That the harness knows its tasks, and where the hub does not answer that the cache holds what the trial takes.
 
     Raises:
         InputError: something is not.
     """
     config = trial.config
+    for node in config.eval.values():
+        if node["_target_"] == HARNESS:
+            harness.check_tasks(node["tasks"], node.get("include_path"))
     model.check_cached(config.model)
     sources: dict[str, DatasetConfig | ValidationConfig | RowsConfig] = {
         "dataset": config.dataset,

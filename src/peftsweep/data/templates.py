@@ -260,6 +260,8 @@ def _check_fields(template: str) -> None:
 
 
 def _fill(template: str, row: _Row, key: str, number: str) -> str:
+    if template in row and not columns(template):
+        raise InputError(f"{key}={template}: is the same text for all rows; the column is '{key}=\"{{{template}}}\"'")
     try:
         _check_fields(template)
         plain = all(type(row.get(name)) is str for name in columns(template))

@@ -157,7 +157,7 @@ def _described(fields: dict[str, Any]) -> transformers.PreTrainedConfig:
         if not hasattr(default, name) and name not in ROTARY:
             raise InputError(f"model.architecture.{name}: no such key; {suggest(name, sorted(default.to_dict()))}")
     try:
-        return type(default)(**fields)
+        described = type(default)(**fields)
     except Exception as error:  # of any kind: transformers checks types, and calculates sizes from sizes
         reason = re.sub(r".*\b\w+Error: ", "", " ".join(str(error).split()))
         if found := re.match(r"Field '(\w+)' expected ([^,]+)", reason):
@@ -165,6 +165,10 @@ def _described(fields: dict[str, Any]) -> transformers.PreTrainedConfig:
         if found := re.match(r"Field '(\w+)' with value", reason):
             raise InputError(f"model.architecture.{found[1]}={fields[found[1]]}: is of a wrong type") from None
         raise InputError(f"model.architecture: {reason}") from None
+    heads, shared = (getattr(described, f"num_{of}_heads", None) for of in ("attention", "key_value"))
+    if isinstance(heads, int) and isinstance(shared, int) and shared and heads % shared:
+        raise InputError(f"model.architecture.num_key_value_heads={shared}: must divide num_attention_heads={heads}")
+    return cast(transformers.PreTrainedConfig, described)
 
 
 def skeleton(model: ModelConfig, where: str = "meta", classes: int = 0) -> PreTrainedModel:
