@@ -144,6 +144,8 @@ def _hydra() -> int:
     if not {"-sc", "--shell-completion"} & set(sys.argv):
         sys.argv[1:] = _checked(sys.argv[1:])
         own = command_line.own_folders(sys.argv[1:])
+        if lacking := [folder for folder in own if not folder.is_dir()]:
+            raise InputError(f"--config-dir {lacking[0]}: no such folder")
         command_line.import_from([*own, Path.cwd()])
         # What a trial was told, which workers inherit: the command that repeats it must find the same options.
         os.environ[store.OWN_OPTIONS] = str(own[-1]) if own else ""

@@ -136,8 +136,6 @@ def checked(words: Sequence[str], conf: Path) -> list[str]:
             if value is None or (choices and value not in choices):
                 raise InputError(f"{name}: needs a value" + (f", one of {', '.join(choices)}" if choices else ""))
             kept.append(value)
-        if name in CONFIG_DIR and not Path(folder := kept[-1].removeprefix(f"{name}=")).is_dir():
-            raise InputError(f"{name}={folder}: no such folder")
         elif options[name].nargs == "?" and not given and (value := next(left, None)) is not None:
             if choices and value not in choices:
                 raise InputError(f"{name} {value}: must be {name} alone, or with one of {', '.join(choices)}")

@@ -168,7 +168,7 @@ def _described(fields: dict[str, Any]) -> transformers.PreTrainedConfig:
     heads, shared = (getattr(described, f"num_{of}_heads", None) for of in ("attention", "key_value"))
     if isinstance(heads, int) and isinstance(shared, int) and shared and heads % shared:
         raise InputError(f"model.architecture.num_key_value_heads={shared}: must divide num_attention_heads={heads}")
-    return cast(transformers.PreTrainedConfig, described)
+    return described
 
 
 def skeleton(model: ModelConfig, where: str = "meta", classes: int = 0) -> PreTrainedModel:
