@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from peftsweep import command_line, completion, doctor, options, shorthand
 from peftsweep.config import checks, experiment, fill
 from peftsweep.config import compose as configuration
-from peftsweep.errors import InputError, Unwritable, check_platform
+from peftsweep.errors import InputError, Unwritable, check_platform, printable
 from peftsweep.observe import streams
 from peftsweep.study import store, sweep_record
 from peftsweep.use import chat_with, show_rows
@@ -144,6 +144,8 @@ def _hydra() -> int:
     if not {"-sc", "--shell-completion"} & set(sys.argv):
         sys.argv[1:] = _checked(sys.argv[1:])
         own = command_line.own_folders(sys.argv[1:])
+        if lacking := [folder for folder in own if not folder.is_dir()]:
+            raise InputError(f"--config-dir {lacking[0]}: no such folder")
         command_line.import_from([*own, Path.cwd()])
         # What a trial was told, which workers inherit: the command that repeats it must find the same options.
         os.environ[store.OWN_OPTIONS] = str(own[-1]) if own else ""
@@ -208,7 +210,7 @@ def _said_in_a_line(door: Callable[[], Any]) -> int:
         if reason is None:
             raise
         problem = str(reason)
-    print(f"peftsweep: {problem}", file=sys.stderr)
+    print(f"peftsweep: {printable(problem)}", file=sys.stderr)
     return 2
 
 
@@ -293,18 +295,17 @@ def collect() -> None:
 
     def door() -> int:
         words = _collect_parser().parse_args()
+        _check_together(words)
         if words.memory_guide:
             from peftsweep.forecast import guide
 
             return guide.main(words.memory_guide, _trial, words.studies)
         from peftsweep.analysis import collect as collecting
 
-        if words.yes and not words.prune:
-            raise InputError("--yes: only with --prune")
         if words.prune:
             from peftsweep.analysis import prune
 
-            return prune.main(words.studies, words.keep_best, confirmed=words.yes)
+            return prune.main(words.studies, 1 if words.keep_best is None else words.keep_best, confirmed=words.yes)
         if words.forecast_report:
             from peftsweep.analysis import forecast_report
 
@@ -326,6 +327,19 @@ def collect() -> None:
         )
 
     sys.exit(_guarded(door))
+
+
+def _check_together(words: argparse.Namespace) -> None:
+    """Refuse options of ``peftsweep-collect`` of which one would not be heeded."""
+    instead = ("status", "prune", "forecast_report", "memory_guide")
+    chosen = [f"--{name.replace('_', '-')}" for name in instead if getattr(words, name)]
+    if len(chosen) > 1:
+        raise InputError(f"{' '.join(chosen)}: each is instead of the table; give one")
+    for name, value in (("yes", words.yes or None), ("keep-best", words.keep_best)):
+        if value is not None and not words.prune:
+            raise InputError(f"--{name}: only with --prune")
+    if words.json and chosen and not words.status:
+        raise InputError(f"--json: not with {chosen[0]}")
 
 
 def _collect_parser() -> argparse.ArgumentParser:
@@ -364,7 +378,6 @@ def _collect_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--keep-best",
         type=command_line.whole_number(0),
-        default=1,
         metavar="N",
         help="with --prune: trials that keep adapter and merged model, by each evaluation (default: 1)",
     )

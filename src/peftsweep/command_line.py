@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -33,19 +33,48 @@ OF_HYDRA = {  # keys of Hydra's that decide nothing here, and what does
         ("hydra.sweep.dir", "hydra.sweep.subdir", "hydra.run.dir", "hydra.output_subdir"),
         "decides nothing: a trial's folder is multirun/STUDY/TRIAL, by study=STUDY, in the working directory",
     ),
+    **{
+        f"hydra.{kind}._target_": f"cannot be set; hydra/{kind}=OPTION chooses another"
+        for kind in ("launcher", "sweeper", "callbacks")
+    },
     "hydra": "is Hydra's own section; give one of its keys, such as hydra.launcher.workers=2",
+    **dict.fromkeys(
+        ("--config-path", "-cp", "--config-name", "-cn"), "cannot be set; --config-dir DIR adds options of your own"
+    ),
     **dict.fromkeys(("-r", "--run", "hydra.mode"), "cannot be set: every command is a sweep, of one trial or more"),
 }
+CONFIG_DIR = ("--config-dir", "-cd")
 AMOUNT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(inf|nan)", re.IGNORECASE)
 SECTIONS_OF_HYDRA = ("hydra.launcher", "hydra.sweeper", "hydra.callbacks", "hydra.job")
 NOT_NULL = (*SECTIONS_OF_HYDRA, "hydra/launcher", "hydra/sweeper")
+
+
+OF_ARGPARSE = {  # messages of argparse's and what stands for them here
+    r"unrecognized arguments: (\S+).*": r"\1: no such option",
+    r"the following arguments are required: (.*)": r"\1: must be given",
+    r"(.*): expected (?:one|at least one) argument": r"\1: needs a value",
+    r"(.*): ignored explicit argument .*": r"\1: takes no value",
+    r"(.*): invalid int value: '(.*)'": r"\1: must be a whole number, not \2",
+    r"(.*): invalid float value: '(.*)'": r"\1: must be a number, not \2",
+    r"(.*): invalid choice: '(.*)' \(choose from (.*)\)": r"\1: must be one of \3, not \2",
+    r"ambiguous option: (.*) could match (.*)": r"\1: may be \2",
+}
 
 
 class OneLineParser(argparse.ArgumentParser):
     """A parser of options whose errors are ``InputError``."""
 
     def error(self, message: str) -> typing.NoReturn:
-        raise InputError(message.removeprefix("argument "))
+        message = message.removeprefix("argument ")
+        for theirs, ours in OF_ARGPARSE.items():
+            if found := re.fullmatch(theirs, message, re.DOTALL):
+                raise InputError(found.expand(ours).replace("'", "") + self._meant(found[1], ours))
+        raise InputError(message)
+
+    def _meant(self, wrong: str, said: str) -> str:
+        """What is close to a wrong option."""
+        known = [name for action in self._actions for name in action.option_strings]
+        return f"; {suggest(wrong, known)}" if said.endswith("no such option") else ""
 
 
 def whole_number(least: int) -> Callable[[str], int]:
@@ -95,6 +124,9 @@ def checked(words: Sequence[str], conf: Path) -> list[str]:
         if name in OF_HYDRA:
             raise InputError(f"{name}: {OF_HYDRA[name]}")
         if name not in options:
+            key = name.lstrip("-").replace("-", "_")
+            if key in groups or type_of(key) is not None:
+                raise InputError(f"{name}: no such option; a key is given without dashes: {key}=VALUE")
             raise InputError(f"{name}: no such option; {suggest(name, list(options))}")
         takes, choices = options[name].nargs is None, options[name].choices
         if given and not takes:
@@ -104,8 +136,13 @@ def checked(words: Sequence[str], conf: Path) -> list[str]:
             if value is None or (choices and value not in choices):
                 raise InputError(f"{name}: needs a value" + (f", one of {', '.join(choices)}" if choices else ""))
             kept.append(value)
-        elif options[name].nargs == "?":
-            kept.extend(value for value in [next(left, None)] if value is not None)
+        elif options[name].nargs == "?" and not given and (value := next(left, None)) is not None:
+            if choices and value not in choices:
+                raise InputError(f"{name} {value}: must be {name} alone, or with one of {', '.join(choices)}")
+            kept.append(value)
+    lone = [word for word in kept if word in ("--resolve", "--package", "-p")]
+    if lone and not any(word.partition("=")[0] in ("--cfg", "-c") for word in kept):
+        raise InputError(f"{lone[0]}: only with --cfg job")
     return kept
 
 
@@ -155,14 +192,25 @@ def _says_something(word: str, groups: dict[str, Path]) -> bool:
         raise InputError(f"{word}: must be given; without this word it is peftsweep's own")
     if key in SECTIONS_OF_HYDRA and not isinstance(one._value, dict):
         raise InputError(f"{word}: has keys; give one of them, or choose another by {key.replace('.', '/')}=")
+    if key == "hydra.searchpath" and isinstance(one._value, list):
+        _check_folders(word, [str(getattr(place, "text", place)) for place in one._value])
     _check_swept(word, one)
     _check_truth(one)
-    if key not in groups or one.package is not None:
+    if key not in groups:
         return True
+    if one.package is not None or one.is_add() or one.is_force_add():
+        raise InputError(f"{word}: must be {key}=OPTION, without + and @")
     if key in OPTIONAL and key not in SEVERAL and one.value() is None:
         return False  # as in config.yaml: none is chosen
     _check_option(word, one, groups[key])
     return True
+
+
+def _check_folders(word: str, places: Sequence[str]) -> None:
+    """Refuse a folder to look for options in that is not there, of which Hydra only warns."""
+    for place in (text.removeprefix("file://") for text in places):
+        if not place.startswith("pkg://") and not Path(place).is_dir():
+            raise InputError(f"{word}: no such folder: {place}")
 
 
 def _parsed(word: str) -> Override:
@@ -203,6 +251,10 @@ def _check_swept(word: str, one: Override) -> None:
         if values <= 0:
             raise InputError(f"{word}: there is no value in this range")
     text = word.partition("=")[2]
+    if re.fullmatch(r"-?\d+,0\d+", text):
+        raise InputError(
+            f"{word}: a comma parts values to be swept; the decimal mark is a dot: {word.replace(',', '.')}"
+        )
     if isinstance(value, ChoiceSweep) and value.simple_form and len(text) < 1000 and Path(text).expanduser().exists():
         raise InputError(f"{word}: the comma of a file's name needs quotes: '{one.key_or_group}=\"{text}\"'")
 
@@ -229,12 +281,21 @@ def _check_option(word: str, one: Override, group: Path) -> None:
     for choice in choices:
         several = choice if isinstance(choice, list) and group.name in SEVERAL else [choice]
         for option in several:
-            if isinstance(option, list):
+            if isinstance(option, list) and option:
                 raise InputError(f"{word}: must be one option; to sweep several: {group.name}={_listed(option)}")
-            if option is None or option == "" or isinstance(option, bool | int | float):
-                if option is None and group.name not in SEVERAL and group.name in OPTIONAL:
-                    continue
-                raise InputError(f"{word}: no such option; {suggest('', known)}")
+            if option is None and group.name not in SEVERAL and group.name in OPTIONAL:
+                continue
+            text = str(option.text if isinstance(option, QuotedString) else option or "")
+            is_number = isinstance(option, bool | int | float)  # which Hydra would take for the name of an option
+            if is_number or not text or (isinstance(option, str | QuotedString) and not _is_option(text)):
+                name = "" if is_number else PurePath(text).stem
+                raise InputError(f"{word}: no such option; {suggest(name, known)}")
+
+
+def _is_option(text: str) -> bool:
+    """Whether the text can name an option of a group, or of a folder in one: not a path that leads elsewhere."""
+    parts = text.split("/")
+    return "$" in text or not (set(parts) & {"", ".", ".."} or text.endswith((".yaml", ".yml")))
 
 
 def _listed(options: Iterable[Any]) -> str:
@@ -318,6 +379,6 @@ def own_folders(words: Sequence[str]) -> list[Path]:
     found = []
     for place, word in enumerate(words):
         name, given, value = word.partition("=")
-        if name in ("--config-dir", "-cd"):
+        if name in CONFIG_DIR:
             found += [Path(value)] if given else [Path(following) for following in words[place + 1 : place + 2]]
     return found

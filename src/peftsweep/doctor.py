@@ -22,9 +22,9 @@ from typing import Any
 
 import yaml
 
-from peftsweep import __version__, options
+from peftsweep import __version__, command_line, options
 from peftsweep.data import hub
-from peftsweep.errors import first_line
+from peftsweep.errors import InputError, first_line
 from peftsweep.observe import fast_dtype, streams
 from peftsweep.observe.display import size
 
@@ -80,11 +80,15 @@ def _cuda_of_torch() -> str | None:
 def main() -> None:
     """``peftsweep-doctor``: exit code 0 where a trial can run here, 1 where none can."""
     streams.settle()
-    parser = argparse.ArgumentParser(
+    parser = command_line.OneLineParser(
         prog="peftsweep-doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", action="store_true", help="the same as one JSON object")
-    words = parser.parse_args()
+    try:
+        words = parser.parse_args()
+    except InputError as error:
+        print(f"peftsweep: {error}", file=sys.stderr)
+        sys.exit(2)
     found = []
     for check in CHECKS:
         found.append(_looked_at(check))

@@ -164,9 +164,22 @@ def synonyms(wrong: str, known: Iterable[str]) -> list[str]:
     return [name for name in known if plain in (last := name.rpartition(".")[2], *SYNONYMS.get(last, ()))]
 
 
+def printable(text: object) -> str:
+    """A text, of a file perhaps, as one line that changes nothing of a terminal: what is not printable is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what an exception says, or else its type."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (message(error).splitlines() or [type(error).__name__])[0]
+
+
+def message(error: BaseException) -> str:
+    """What an exception says; nothing where its class, which may be anybody's, fails to say it."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
 
 
 class Unwritable(Exception):

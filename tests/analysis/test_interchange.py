@@ -264,12 +264,32 @@ def test_a_trial_that_their_processing_could_not_read_is_left_out(collect_comman
     assert not Path("for_peft").exists()
 
 
+@pytest.mark.parametrize("key", ["optimizer_kwargs", "batch_size"])
+def test_a_record_of_wrong_types_is_left_out_and_the_others_are_written(key: str, collect_command: Collect) -> None:
+    whole = {"trained": {"steps": 4, "tokens": 5, "total_parameters": 6}, "model": {"name_or_path": "tiny"}}
+    for name in ("whole", "odd"):
+        folder = write(name, 8, 0.5)
+        result = Result.read(folder)
+        result.config |= {"model": whole["model"], "train": {key: "nan", "epochs": 1} if name == "odd" else {}}
+        result.train_info |= whole["trained"]
+        result.write(folder)
+    code, out, err = collect_command("--to-peft", "for_peft", "--no-plots")
+    assert (code, err) == (0, "")
+    assert "left out: odd: its record holds something of a wrong type" in out
+    assert "wrote 1 trial to for_peft" in out
+
+
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
         (["--from-peft", "nowhere"], "--from-peft nowhere: no folder below it holds a result file"),
         (["--from-peft", "theirs", "a", "b"], "--from-peft: fills one study, not 2"),
-        (["--out"], "--out: expected one argument"),
+        (["--out"], "--out: needs a value"),
+        (["--svg=3"], "--svg: takes no value"),
+        (["--statsu"], "--statsu: no such option; did you mean '--status'?"),
+        (["--status", "--prune"], "--status --prune: each is instead of the table; give one"),
+        (["--keep-best", "3"], "--keep-best: only with --prune"),
+        (["--json", "--prune"], "--json: not with --prune"),
     ],
 )
 def test_bad_input_is_one_line(words: list[str], problem: str, collect_command: Collect) -> None:

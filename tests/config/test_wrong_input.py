@@ -67,6 +67,22 @@ def test_modules_to_save_are_trained() -> None:
 
 
 UNREAD = {
+    "method=prompt_tuning method.prompt_tuning_init=TXT": "must be one of TEXT, SAMPLE_VOCAB, RANDOM",
+    "method=road method.variant=road_3": "method.variant=road_3: must be one of road_1, road_2, road_4",
+    "method=c3a method.bias=lora_only": "method.bias=lora_only: must be one of none, all, c3a_only",
+    "method=tinylora method.init_weights=normal": "method.init_weights=normal: must be bool or one of uniform",
+    "method=adalora method.init_r=2 method.target_r=8": "method.target_r=8: must be at most method.init_r=2",
+    "method=oft method.r=7": "method.r=7: r must divide the modules' sizes; PEFT would take 8",
+    "quant=4bit quant.load_in_4bit=false": "quant.load_in_4bit: must be true, or quant.load_in_8bit",
+    "train.optimizer_kwargs.betas=[0.9]": "train.optimizer_kwargs.betas=[0.9]: must be tuple[float, float]",
+    "train.warmup=2.5": "train.warmup=2.5: must be a share below 1, or a whole number of steps",
+    "model.name_or_path=''": "model.name_or_path: must be given",
+    "dataset.generator=builtins.dict.fromkeys": "dataset.generator=builtins.dict.fromkeys: must be a function",
+    "dataset.generator=builtins.slice": "dataset.generator=builtins.slice: must return a list of rows",
+    "tracker._target_=os.getcwd": "tracker._target_=os.getcwd: cannot be called with folder, name, study",
+    "eval.tiny_math.metric._target_=os.getcwd": "_target_=os.getcwd: cannot be called with prediction, answer",
+    "inference=standard inference.batch_sizes=[8,8]": "inference.batch_sizes=[8, 8]: must be at least one number, each",
+    "dataset.samples=99999999": "99999999 rows are too many to draw; at most 1000000 can be",
     "method.lora_alfa=3": "method.lora_alfa: method=lora (peft.LoraConfig) has no such option; did you mean 'lora_a",
     "method.rank=3": "method.rank: method=lora (peft.LoraConfig) has no such option; did you mean 'r'?",
     "method=ia3 method.r=8": "method.r: method=ia3 (peft.IA3Config) has no such option; run it without method.r, in",
@@ -80,6 +96,8 @@ UNREAD = {
     "eval.tiny_math.sample=3": "sample: peftsweep.evaluation.evaluate.generation has no such option; did you",
     "train.optimizer_kwargs.beta=3": "train.optimizer_kwargs.beta: AdamW has no such option; did you mean 'betas'?",
     "train.optimizer_kwargs.lr=3": "train.optimizer_kwargs.lr: is train.learning_rate",
+    "model=llama3.2_1b model.init=random model.architecture.num_key_value_heads=5": "must divide num_attention",
+    "model=llama3.2_1b model.init=random model.architecture.num_hidden_layers=two": "layers=two: must be int",
     "model=llama3.2_1b model.init=random model.architecture.hiden_size=64": "model.architecture.hiden_size: no such",
     "model=llama3.2_1b model.init=random model.architecture.model_type=lama": "did you mean 'llama'?",
     "model=llama3.2_1b model.init=random model.architecture.hidden_act=x": "model.architecture: describes no model",
@@ -92,6 +110,25 @@ def test_a_key_that_nobody_reads_is_refused(words: str) -> None:
         checked(*words.split())
     assert UNREAD[words] in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--config-dir nowhere", "--config-dir nowhere: no such folder"),
+        ("seed=interval(0,3)", "seed=interval(0,3): an interval is for a search"),
+        ("experiments=nowhere", "experiments=nowhere: is of a sweep of experiments, and nothing without it"),
+        ("method=glob(lorax*)", "method=glob(lorax*): the sweep is empty"),
+        ("targets.modules=[nope]", "targets.modules: the model has no module 'nope'"),
+    ],
+)
+def test_a_sweep_that_is_refused_leaves_nothing_behind(
+    words: str, said: str, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, out, err = command(*words.split())
+    assert (code, out) == (2, "")
+    assert err.startswith(f"peftsweep: {said}")
+    assert not Path("multirun").exists()
 
 
 # ---- a hub that does not answer ------------------------------------------------------------------------
@@ -171,6 +208,17 @@ WRONG_WORDS = {
     "model=true": "model=true: no such option; there are: ",
     "quant=": "quant=: no such option; there are: 4bit, 8bit",
     "eval=null": "eval=null: no such option; there are: ",
+    "method=/lora": "method=/lora: no such option; did you mean 'lora'?",
+    "method=../method/lora": "method=../method/lora: no such option; did you mean 'lora'?",
+    "targets=qv.yaml": "targets=qv.yaml: no such option; did you mean 'qv'?",
+    "eval=[../eval/boolq]": "eval=[../eval/boolq]: no such option; did you mean 'boolq'?",
+    "method=[]": "method=[]: no such option; there are: adalora",
+    "+method=dora": "+method=dora: must be method=OPTION, without + and @",
+    "++quant=4bit": "++quant=4bit: must be quant=OPTION, without + and @",
+    "targets@method=qv": "targets@method=qv: must be targets=OPTION, without + and @",
+    "train.learning_rate=0,001": "the decimal mark is a dot: train.learning_rate=0.001",
+    "train.optimizer_kwargs=[1]": "train.optimizer_kwargs: has keys; give them with their values",
+    "dataset.validation=3": "dataset.validation: has keys; give them with their values",
     "method=[lora,ia3]": "method=[lora,ia3]: must be one option; to sweep several: method=lora,ia3",
     "~method": "~method: cannot be deleted",
     "~targets": "~targets: cannot be deleted",
@@ -184,6 +232,13 @@ WRONG_WORDS = {
     "-r": "-r: cannot be set",
     "--foo": "--foo: no such option",
     "--config-dir": "--config-dir: needs a value",
+    "--config-name other": "--config-name: cannot be set; --config-dir DIR adds options of your own",
+    "--resolve": "--resolve: only with --cfg job",
+    "--info nope": "--info nope: must be --info alone, or with one of all, config",
+    "--train.steps=5": "--train.steps: no such option; a key is given without dashes: train.steps=VALUE",
+    "--dry-run": "--dry-run: no such option; a key is given without dashes: dry_run=VALUE",
+    "hydra.searchpath=[nowhere]": "hydra.searchpath=[nowhere]: no such folder: nowhere",
+    "hydra.launcher._target_=os.getcwd": "hydra.launcher._target_: cannot be set; hydra/launcher=OPTION chooses",
     "method.r=range(1,5,0)": "the step of a range must not be 0",
     "method.r=range(5,1)": "there is no value in this range",
     "method.r=range(1,1000000000)": "a range may have at most 100,000 values",

@@ -64,6 +64,29 @@ def test_a_broken_file_is_named_with_its_line(name: str, text: str, problem: str
         data_rows.read_rows(name, "dataset.path")
 
 
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{question.__class__}", "names an attribute; an item of a column is {column[item]}"),
+        ("{question[0].real}", "names an attribute"),
+        ("{question:>99999999999}", "pads to more than 10000 characters"),
+        ("{question:{answer}}", "or to a column"),
+        ("question", """is the same text for all rows; the column is 'dataset.prompt="{question}"'"""),
+    ],
+)
+def test_a_template_puts_in_columns_and_no_more(template: str, problem: str) -> None:
+    with pytest.raises(InputError) as refused:
+        list(templates.Templates(template, "{answer}").each(ROWS))
+    assert problem in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_item_of_a_column_may_hold_a_dot() -> None:
+    (made,) = templates.Templates("{a[b.c]:>4}", "{a[d]}").each([{"a": {"b.c": "x", "d": "y"}}])
+    assert made is not None
+    assert (made.prompt, made.answer) == ("   x", "y")
+
+
 def test_a_tsv_keeps_lone_quotes() -> None:
     Path("rows.tsv").write_text('sentence\tlabel\na "lone quote\t1\n')
     assert data_rows.read_rows("rows.tsv") == [{"sentence": 'a "lone quote', "label": "1"}]

@@ -214,15 +214,15 @@ def test_duplicates_are_left_out_and_one_prompt_is_in_one_part(data_command: Dat
 # ---- wrong input -----------------------------------------------------------------------------------
 
 WRONG: dict[str, tuple[list[str], str]] = {
-    "an unknown dataset": (["nope"], "NAME: invalid choice: 'nope'"),
-    "two datasets": (["alpaca,dolly"], "NAME: invalid choice"),
+    "an unknown dataset": (["nope"], "NAME: must be one of alpaca"),
+    "two datasets": (["alpaca,dolly"], "not alpaca,dolly"),
     "a split above 1": (["gsm8k", "--split", "1.5"], "--split=1.5: must lie between 0 and 1"),
     "a split of 0": (["gsm8k", "--split", "0"], "--split=0.0: must lie between 0 and 1"),
-    "no number": (["gsm8k", "--split", "half"], "--split: invalid float value: 'half'"),
+    "no number": (["gsm8k", "--split", "half"], "--split: must be a number, not half"),
     "a split that leaves nothing to test": (["gsm8k", "--split", "0.99"], "--split=0.99: parts 40 rows into 40"),
     "no samples": (["gsm8k", "--samples", "0"], "--samples=0: must be at least 1"),
-    "an unknown format": (["gsm8k", "--format", "xml"], "--format: invalid choice: 'xml'"),
-    "an unknown option": (["gsm8k", "--sample-size", "3"], "unrecognized arguments: --sample-size"),
+    "an unknown format": (["gsm8k", "--format", "xml"], "--format: must be one of alpaca, chatml, raw, not xml"),
+    "an unknown option": (["gsm8k", "--sample-size", "3"], "--sample-size: no such option; did you mean '--samples'?"),
     "another suffix": (["gsm8k", "--out", "out.csv"], "--out=out.csv: must end in .jsonl"),
     "the source itself": (["gsm8k", "--out", "questions.jsonl", "--force"], "must be another file than that of --path"),
     "a file as folder": (["gsm8k", "--out", "questions.jsonl/o.jsonl"], "must lie in a folder that can be written to"),

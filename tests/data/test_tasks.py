@@ -187,6 +187,15 @@ def test_a_trial_on_lm_eval_tasks_of_its_own() -> None:
     assert {"own_piqa_acc", "base_own_piqa_acc"} <= set(result.eval_info["lm_eval"])
 
 
+def test_a_task_that_the_harness_lacks_is_named_before_anything_is_trained(
+    compose: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "_manager", lambda tasks, path: SimpleNamespace(all_tasks=["piqa", "boolq"]))
+    build.check_cached(compose("eval=[lm_eval]", "eval.lm_eval.tasks=[piqa]"))
+    with pytest.raises(InputError, match=r"eval.lm_eval.tasks: piqqa: the harness has no such task .*mean 'piqa'\?"):
+        build.check_cached(compose("eval=[lm_eval]", "eval.lm_eval.tasks=[piqqa]"))
+
+
 def test_the_tasks_of_the_harness_are_indexed_only_where_a_task_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lm_eval")
     Path("own_task.yaml").write_text("task: own\n")

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import logging
 import os
+import random
+import resource
 import signal
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from peftsweep.config import build
 from peftsweep.config.compose import Trial
 from peftsweep.evaluation.evaluate import Evaluation
-from peftsweep.evaluation.isolation import process_state_kept
+from peftsweep.evaluation.isolation import ends_as_an_error, generators_kept, process_state_kept
+from peftsweep.study import record
 
 CHANGES: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {  # what is done, and where it shows
     "folder": (lambda: os.chdir("/"), os.getcwd),
@@ -27,6 +36,21 @@ CHANGES: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {  # wha
     "device": (lambda: torch.set_default_device("meta"), lambda: torch.ones(1).device),
     "threads": (lambda: torch.set_num_threads(torch.get_num_threads() + 1), torch.get_num_threads),
     "precision": (lambda: torch.set_float32_matmul_precision("medium"), torch.get_float32_matmul_precision),
+    "children": (lambda: signal.signal(signal.SIGCHLD, signal.SIG_IGN), lambda: signal.getsignal(signal.SIGCHLD)),
+    "alarm": (lambda: signal.alarm(1000), lambda: signal.getitimer(signal.ITIMER_REAL)[0] > 0),
+    "limit of core files": (
+        lambda: resource.setrlimit(resource.RLIMIT_CORE, (1, resource.getrlimit(resource.RLIMIT_CORE)[1])),
+        lambda: resource.getrlimit(resource.RLIMIT_CORE),
+    ),
+    "recursion": (lambda: sys.setrecursionlimit(5000), sys.getrecursionlimit),
+    "collection": (gc.disable, gc.isenabled),
+    "logging": (lambda: logging.disable(logging.CRITICAL), lambda: logging.root.manager.disable),
+    "warnings": (lambda: warnings.simplefilter("error", BytesWarning), lambda: list(warnings.filters)),
+    "path": (sys.path.clear, lambda: list(sys.path)),
+    "hook": (lambda: setattr(sys, "excepthook", None), lambda: sys.excepthook),
+    "output": (lambda: sys.stdout.close(), lambda: sys.stdout.closed),
+    "no output": (lambda: setattr(sys, "stdout", None), lambda: sys.stdout is None),
+    "descriptor": (lambda: os.close(2), lambda: Path("/dev/fd/2").exists()),
     "determinism": (lambda: torch.use_deterministic_algorithms(True), torch.are_deterministic_algorithms_enabled),
 }
 
@@ -37,8 +61,48 @@ def test_what_a_block_changes_of_its_process_is_put_back(what: str) -> None:
     before = shown()
     with process_state_kept():
         change()
-        assert shown() != before
+        assert shown() != before or what == "output"  # which is not closed even there
     assert shown() == before
+
+
+def test_random_numbers_go_on_as_if_a_block_had_drawn_none() -> None:
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(1))
+
+    def sown() -> None:
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+
+    sown()
+    expected = draw()
+    sown()
+    with generators_kept():
+        draw()
+    assert draw() == expected
+
+
+@pytest.mark.parametrize("raised", [SystemExit(3), GeneratorExit(), asyncio.CancelledError()])
+def test_a_metric_that_ends_the_process_fails_its_trial_alone(raised: BaseException) -> None:
+    with pytest.raises(RuntimeError, match=f"it ended by {type(raised).__name__}"), ends_as_an_error():
+        raise raised
+    with pytest.raises(KeyboardInterrupt), ends_as_an_error():
+        raise KeyboardInterrupt
+
+
+class Speechless(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+def test_an_exception_that_cannot_be_written_is_recorded_by_its_type() -> None:
+    assert record.failure(Speechless(), "evaluate") | {"traceback": ""} == {
+        "type": "Speechless",
+        "message": "",
+        "stage": "evaluate",
+        "traceback": "",
+    }
+    assert record.one_line(Speechless()) == "Speechless"
 
 
 def test_it_is_put_back_after_an_error(tmp_path: Path) -> None:

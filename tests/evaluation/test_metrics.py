@@ -13,6 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from sklearn.metrics import f1_score
@@ -426,6 +427,8 @@ def test_a_metric_of_one_s_own_gives_booleans_or_judgements() -> None:
     plain = metrics.judgements(lambda said, answer: said == answer, texts, answers)
     assert plain == [Judgement(True, "a"), Judgement(False, "b")]
     assert metrics.judgements(metrics.exact_match, texts, answers) == plain
+    of_numpy: Any = lambda said, answer: np.bool_(said == answer)  # noqa: E731
+    assert metrics.judgements(of_numpy, texts, answers) == plain
     share: Any = 0.5
     with pytest.raises(TypeError, match=r"must give a bool or a metrics\.Judgement, not float"):
         metrics.judgements(lambda said, answer: share, texts, answers)

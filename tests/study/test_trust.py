@@ -18,6 +18,7 @@ from tests.conftest import SMALL
 Compose = Callable[..., Trial]
 Command = Callable[..., tuple[int, str, str]]
 TOUCH = {"_target_": "pathlib.Path.touch", "self": {"_target_": "pathlib.Path", "_args_": ["ran"]}}
+LM_EVAL = {"_target_": "peftsweep.evaluation.harness.lm_eval"}
 HOSTILE: dict[str, Any] = {  # dotted key -> what a record says there
     "quant": {"_target_": "os.system", "command": "touch ran"},
     "method": {"_target_": "subprocess.check_output", "args": ["touch", "ran"]},
@@ -31,6 +32,11 @@ HOSTILE: dict[str, Any] = {  # dotted key -> what a record says there
     "dataset.reader": "os.system",
     "train.optimizer": "subprocess.Popen",
     "inference": {"_target_": "os.system", "command": "touch ran"},
+    "model.attn_implementation": "theirs/kernel",
+    "method.megatron_core": "theirs",
+    "method.corda_config": {"cache_file": "ran"},
+    "eval.harness": LM_EVAL | {"tasks": [{"task": "x", "doc_to_text": "{{ cycler.__init__.__globals__.os }}"}]},
+    "eval.with_yamls": LM_EVAL | {"tasks": ["x"], "include_path": "theirs"},
 }
 
 
@@ -63,6 +69,21 @@ def test_a_record_that_names_other_code_runs_nothing(way: str, key: str, compose
     assert key in err
     assert not Path("ran").exists()
     assert place.exists()
+
+
+def test_a_word_in_a_record_imports_no_module(compose: Compose, command: Command) -> None:
+    Path("theirs.py").write_text("from pathlib import Path\nPath('ran').touch()\n")
+    code, _, err = command(f"repeat={record(compose, {'train.optimizer': 'theirs'})}", "dry_run=true")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "train.optimizer=theirs: no such optimizer" in err
+    assert not Path("ran").exists()
+
+
+def test_a_name_in_a_record_changes_nothing_of_the_terminal(compose: Compose, command: Command) -> None:
+    place = record(compose, {"dataset.generator": "a\x1b[31m\nb\u202e"})
+    code, _, err = command(f"repeat={place}", "dry_run=true")
+    assert (code, err.count("\n")) == (2, 1)
+    assert r"names a\x1b[31m\nb\u202e in dataset.generator" in err
 
 
 def test_names_that_the_project_offers_are_repeated(compose: Compose, command: Command) -> None:

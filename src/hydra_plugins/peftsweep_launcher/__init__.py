@@ -12,7 +12,7 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
@@ -115,8 +115,8 @@ class LocalLauncher(Launcher):
         from peftsweep.sweep.everything import sweep
 
         trials = self.trials(job_overrides)
-        Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)  # into which sweepers write
         results = run(trials)
+        Path(self.config.hydra.sweep.dir).mkdir(parents=True, exist_ok=True)  # into which sweepers write at their end
         answers = [sweep.answer(one, result) for one, result in zip(trials, results, strict=True)]
         return [
             PointReturn(
@@ -169,11 +169,16 @@ class GridSweeper(BasicSweeper):
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
         """Run the points of the words; a failure among them is raised when all of them have run."""
         assert self.hydra_context is not None
-        self._check(arguments)
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        grids = self._joined(arguments, parser.parse_overrides(arguments)) or [[*self._parse_config(), *arguments]]
+        parsed = parser.parse_overrides(arguments)
+        self._check(arguments, parsed)
+        grids = self._joined(arguments, parsed) or [[*self._parse_config(), *arguments]]
         points = [point for grid in grids for point in self.split_arguments(parser.parse_overrides(grid), None)[0]]
-        from peftsweep.errors import NotRun
+        from peftsweep.errors import InputError, NotRun
+
+        if not points:
+            empty = [word for word, one in zip(arguments, parsed, strict=True) if isinstance(one._value, Glob)]
+            raise InputError(f"{' '.join(empty)}: the sweep is empty: a glob in it matches no option")
 
         size = self.max_batch_size or max(len(points), 1)
         batches = [points[start : start + size] for start in range(0, len(points), size)] or [[]]
@@ -184,12 +189,17 @@ class GridSweeper(BasicSweeper):
             raise next((one for one in failures if not isinstance(one, NotRun)), failures[0])
         return jobs
 
-    def _check(self, arguments: list[str]) -> None:
+    def _check(self, arguments: list[str], parsed: Sequence[Override]) -> None:
         from peftsweep.config.checks import check_unused
         from peftsweep.errors import InputError
 
         assert self.config is not None
         check_unused(arguments)
+        for word in (one.input_line for one in parsed if one.is_interval_sweep()):
+            raise InputError(
+                f"{word}: an interval is for a search, such as hydra/sweeper=optuna_current; a grid takes values after "
+                "commas, or range(FIRST,END,STEP)"
+            )
         size, params = self.max_batch_size, self.config.hydra.sweeper.params
         if size is not None and not (type(size) is int and size >= 1):
             raise InputError(f"hydra.sweeper.max_batch_size={size}: must be a whole number, at least 1, or null")

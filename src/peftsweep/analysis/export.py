@@ -8,6 +8,7 @@ from typing import Any
 
 from peftsweep.analysis.interchange import PACKAGES, QUANTS
 from peftsweep.config import experiment_keys
+from peftsweep.errors import first_line, printable
 from peftsweep.study import record
 from peftsweep.study.record import STEPS, Result, Status
 
@@ -27,7 +28,12 @@ def to_peft(results: Sequence[Result], folder: Path) -> list[str]:
     """
     said, names = [], set()
     for result in results:
-        content = exported(result)
+        try:
+            content = exported(result)
+        except (TypeError, ValueError, AttributeError, LookupError) as error:  # of a record that somebody has edited
+            reason = f"its record holds something of a wrong type ({first_line(error)})"
+            said.append(printable(f"left out: {result.run_info['labels'][0]}: {reason}"))
+            continue
         facts = content["train_info"] | content["train_info"]["metrics"][-1]
         missing = [name for name in (*INTEGERS, "train samples", "train total tokens") if facts[name] is None]
         label = content["run_info"]["experiment_name"]

@@ -21,6 +21,7 @@ from peftsweep.analysis.statistics import trials as statistics_trials
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.columns import CALLED, PREDICTION_ERROR
 from peftsweep.analysis.table.table import BREAK_EVEN, COMPILE, SPEED_UP
+from peftsweep.errors import printable
 from peftsweep.observe.display import size
 from peftsweep.study.record import Status, counted, trials_in_words
 
@@ -94,7 +95,7 @@ def show(title: str, found: Sequence[Shown], to: Console) -> None:
         head = column.title if whole else "\n".join(_lines(column.title, column.least))
         grid.add_column(escape(head), justify="left" if named else "right", overflow="fold", min_width=width)
     for cells in zip(*(column.cells for column in kept), strict=True):
-        grid.add_row(*map(escape, cells))
+        grid.add_row(*(escape(printable(cell)) for cell in cells))
     to.print(grid)
     if left := [column.title for column in found if column not in kept]:
         to.print(f"Not shown: {', '.join(left)}; RESULTS.md has all.", markup=False, soft_wrap=True)

@@ -31,9 +31,10 @@ from peftsweep.data.rows import Rows
 from peftsweep.data.templates import Example
 from peftsweep.data.tokens import Tokens
 from peftsweep.errors import InputError
+from peftsweep.evaluation import harness
 from peftsweep.evaluation.evaluate import Evaluation
 from peftsweep.evaluation.inference import Benchmark, bare
-from peftsweep.evaluation.isolation import process_state_kept
+from peftsweep.evaluation.isolation import ends_as_an_error, generators_kept, process_state_kept
 from peftsweep.models import attach, coverage, model, parts, probe
 from peftsweep.models import saved as models_saved
 from peftsweep.models.coverage import COVERAGE, Coverage
@@ -48,6 +49,7 @@ from peftsweep.study.trust import as_text
 
 log = logging.getLogger(__name__)
 
+HARNESS = "peftsweep.evaluation.harness.lm_eval"
 MIN_CACHED_SECONDS = 5.0  # seconds of tokenising, after which its result is kept in the study's folder
 LEAST_ADALORA = 2  # steps: in the first one PEFT gathers how much each rank matters
 TOKENS_FORMAT = 3  # of what is kept of rows in tokens; another one where the same rows become other tokens
@@ -92,7 +94,7 @@ def evaluator(trial: Trial, name: str) -> Evaluate:
     if options.get("classes"):
         options["classes"] = classes(trial, options["classes"])
     function: Evaluate = _instantiate(options | {"_partial_": True}, f"eval.{name}")
-    return process_state_kept()(function)
+    return process_state_kept()(generators_kept()(ends_as_an_error()(function)))
 
 
 def inference_benchmark(trial: Trial) -> Callable[..., Benchmark]:
@@ -425,13 +427,16 @@ def asked(trial: Trial, name: str, rows: list[data_rows.Row], tokenizer: PreTrai
 
 
 def check_there(trial: Trial) -> None:
-    """That the base's files are whole, and that the hub has what the trial takes from it, or the local cache has it.
+    """That the base's files are whole, the harness knows its tasks, and the hub or the local cache has all of the rest.
 
     Raises:
         InputError: something is not there.
     """
     config = trial.config
     models_saved.check_files(config.model)
+    for node in config.eval.values():
+        if node["_target_"] == HARNESS:
+            harness.check_tasks(node["tasks"], node.get("include_path"))
     model.check_cached(config.model)
     sources: dict[str, DatasetConfig | ValidationConfig | RowsConfig] = {
         "dataset": config.dataset,

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import inspect
 import json
+import operator
 import pydoc
 import re
 import types
@@ -46,6 +47,7 @@ NEVER_NULL = tuple(
         *("opt_projection_epsilon", "opt_projection_format_epsilon"),
     )
 )
+WORDS_OF_HELP = ("bias", "init_weights")  # options whose words stand in their help where their type is any text
 EXTRA_VALUES = {"init_lora_weights": r"lora_ga|pissa_niter_\d+"}  # values that PEFT takes beside what it annotates
 
 
@@ -103,6 +105,9 @@ def _check_quant(node: Mapping[str, Any], option: str) -> None:
     if reason := libraries.problem(node, torch.cuda.device_count()):
         raise InputError(f"quant={option}: {reason}")
     check_call(node, "quant")
+    library = libraries.BY_CONFIG.get(str(node["_target_"]).rpartition(".")[2])
+    if library is libraries.BY_NAME["bitsandbytes"] and libraries.kind(node) == "none":
+        raise InputError("quant.load_in_4bit: must be true, or quant.load_in_8bit; quant=none leaves the base as it is")
 
 
 def _check_packages(node: Mapping[str, Any], key: str) -> None:
@@ -139,11 +144,22 @@ def _check_method(node: Mapping[str, Any], option: str) -> None:
         for key in node:
             if key not in known and not key.startswith("_"):
                 raise _no_option(key, f"method={option} ({node['_target_']})", known)
+        _check_words(node, config)
     check_call(node, "method")
     for key in ("rank_pattern", "alpha_pattern"):  # which PEFT annotates as dictionaries of anything
         for module, number in dict(node.get(key) or {}).items():
             if isinstance(number, bool) or not isinstance(number, int | float):
                 raise InputError(f"method.{key}.{module}={number}: must be a number")
+
+
+def _check_words(node: Mapping[str, Any], config: Any) -> None:
+    """Refuse a word that PEFT's help of an option does not list, where the type of the option is any text."""
+    for field in dataclasses.fields(config):
+        if field.name in WORDS_OF_HELP and isinstance(said := node.get(field.name), str):
+            words = re.findall(r"'(\w+)'", field.metadata.get("help", ""))
+            if words and str in (hint := hints_of(config)[field.name], *typing.get_args(hint)) and said not in words:
+                others = [type_in_words(kind) for kind in typing.get_args(hint) if kind is not str]
+                raise InputError(f"method.{field.name}={said}: must be {' or '.join([*others, one_of(words)])}")
 
 
 def _no_option(key: str, method: str, known: list[str]) -> InputError:
@@ -224,6 +240,7 @@ def check_call(node: Mapping[str, Any], key: str, provided: Iterable[str] = (), 
         raise InputError(f"{key}._target_={target}: cannot be imported ({first_line(error)})") from None
     if not callable(function):
         raise InputError(f"{key}._target_={target}: no such class or function")
+    _check_taken(function, [*provided], f"{key}._target_={target}")
     hints = hints_of(function)
     known = [name for name in _parameters(function) if name not in provided]
     for name, value in node.items():
@@ -244,6 +261,16 @@ def check_call(node: Mapping[str, Any], key: str, provided: Iterable[str] = (), 
                 raise InputError(f"{key}.{name}=null: must be a number")
             if not (value is None and default is None):  # annotated as if it could not be None
                 _check_types({name: value}, function, key)
+
+
+def _check_taken(function: Callable[..., Any], provided: Sequence[str], said: str) -> None:
+    """Refuse a function that cannot be called with as many arguments as peftsweep will call it with."""
+    kinds = inspect.Parameter
+    takes = inspect.signature(function).parameters.values()
+    if any(one.kind in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD) for one in takes):
+        return
+    if len(takes) < len(provided):
+        raise InputError(f"{said}: cannot be called with {', '.join(provided)}")
 
 
 def _check_types(values: Mapping[str, Any], described: Any, key: str) -> None:
@@ -269,13 +296,20 @@ def _wrong_part(key: str, value: Any, hint: Any) -> tuple[str, Any, Any]:
     return key, value, hint
 
 
+def one_of(words: Iterable[Any]) -> str:
+    """``one of a, b``."""
+    return "one of " + ", ".join(map(str, words))
+
+
 def type_in_words(hint: Any) -> str:
     """A type as a message and the reference say it: ``int or null``."""
     if typing.get_origin(hint) in UNIONS:
         kinds = {type_in_words(kind) for kind in typing.get_args(hint)}  # whose order typing does not keep
         return " or ".join(sorted(kinds, key=lambda kind: (kind == "null", kind)))
     if typing.get_origin(hint) is typing.Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+        return one_of(typing.get_args(hint))
+    if _is_enum(hint):
+        return one_of(member.value for member in hint)
     return (
         "null"
         if hint is type(None)
@@ -289,7 +323,7 @@ def numeric_options(tree: Mapping[str, Any]) -> dict[str, limits.Option]:
     found: dict[str, limits.Option] = {}
     for key, target in named.items():
         with suppress(pydoc.ErrorDuringImport):  # which `check_call` says
-            located = pydoc.locate(str(target)) or pydoc.locate(f"torch.optim.{target}")
+            located = pydoc.locate(target if "." in str(target) else f"torch.optim.{target}")
             found |= {f"{key}.{name}": option for name, option in numbers_of(located).items()}
     return found
 
@@ -335,9 +369,25 @@ def hints_of(function: Any) -> dict[str, Any]:
     """The types of what a class or function takes; empty where they cannot be found out."""
     described = function if dataclasses.is_dataclass(function) or not inspect.isclass(function) else function.__init__
     try:
-        return typing.get_type_hints(described)
+        return {name: _in_a_yaml(hint) for name, hint in typing.get_type_hints(described).items()}
     except (NameError, TypeError):  # annotations that exist for type checkers only
         return {}
+
+
+def _in_a_yaml(hint: Any) -> Any:
+    """A type without what no yaml holds (tensors), and without the ``str`` that PEFT adds to an enumeration's names."""
+    kinds = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return tuple[tuple(map(_in_a_yaml, kinds))]  # type: ignore[misc]
+    if typing.get_origin(hint) not in UNIONS:
+        return hint
+    words = any(_is_enum(kind) or typing.get_origin(kind) is typing.Literal for kind in kinds)
+    left = [kind for kind in kinds if not (words and kind is str) and getattr(kind, "__name__", "") != "Tensor"]
+    return functools.reduce(operator.or_, left) if left else hint
+
+
+def _is_enum(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Enum)
 
 
 def _fits(value: Any, hint: Any) -> bool:

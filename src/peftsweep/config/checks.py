@@ -186,6 +186,8 @@ def check_unused(words: Sequence[str]) -> None:
         if key.partition(".")[0] in ("budget", "tune", "league"):
             name = "league" if key.startswith("league") else "tune"
             raise InputError(f"{key}: is of a search, and nothing without it; add sweep={name}")
+        if key == "experiments" and not any(re.match(r"\+?sweep=.*(experiments|glob)", other) for other in words):
+            raise InputError(f"{word}: is of a sweep of experiments, and nothing without it; add sweep=experiments")
 
 
 def check_joinable(word: str, sweeps: Mapping[str, DictConfig]) -> None:
@@ -300,7 +302,8 @@ def check_files(config: Config) -> None:
     named = {"path": own.path, "test_path": own.test_path, "validation.path": own.validation.path}
     for key, path in named.items():
         if path is not None and not Path(path).is_file():
-            raise InputError(f"dataset.{key}={path}: no such file{files.similar(Path(path))}")
+            wrong = "is a folder; must be a file" if Path(path).is_dir() else f"no such file{files.similar(Path(path))}"
+            raise InputError(f"dataset.{key}={path}: {wrong}")
     encodings = {"dataset.encoding": own.encoding, "dataset.validation.encoding": own.validation.encoding}
     encodings |= {f"eval.{name}.encoding": node.get("encoding") for name, node in config.eval.items()}
     for key, encoding in encodings.items():
@@ -358,6 +361,8 @@ def one_line(error: BaseException, own_folders: Iterable[Path] = ()) -> str:
             parent = cause.parent_node
             known = [str(key) for key in parent] if isinstance(parent, DictConfig) else []
             return f"{cause.full_key}: no such key; {calls.meant(str(cause.key), known)}"
+        if re.match("Cannot (assign|merge)|Invalid type assigned|Object of unsupported type", first_line(cause)):
+            return f"{cause.full_key}: has keys; give them with their values: '{cause.full_key}={{KEY: VALUE}}'"
         return f"{cause.full_key}: {first_line(cause)}"
     text = " ".join(str(error).split())
     text = re.sub(r"^In '([\w/]+)': \w+ raised while composing config:", r"\1.yaml:", text)

@@ -106,8 +106,8 @@ def similar(path: Path) -> str:
         names = sorted(one.name for one in folder.iterdir())
         same = [name for name in names if Path(name).stem == path.stem]
         if close := same or difflib.get_close_matches(path.name, names, n=1, cutoff=0.75):
-            return f"; did you mean '{path.with_name(close[0])}'?"
-        readable = [str(path.with_name(name)) for name in names if format_of(name) in FORMATS][:SHOWN]
+            return f"; did you mean '{path.parent / close[0]}'?"
+        readable = [str(path.parent / name) for name in names if format_of(name) in FORMATS][:SHOWN]
         if path.suffix and readable:
             return f"; in {folder.absolute()} there are {', '.join(readable)}"
     return f"; looked for in {folder.absolute()}"

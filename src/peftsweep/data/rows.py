@@ -22,7 +22,7 @@ from peftsweep.data.conversations import trees
 from peftsweep.data.files import FORMATS as FORMATS
 from peftsweep.data.files import Row as Row
 from peftsweep.data.files import plain_rows
-from peftsweep.errors import InputError, suggest
+from peftsweep.errors import InputError, first_line, suggest
 from peftsweep.schema import DatasetConfig, OnMissing, RowsConfig
 
 if TYPE_CHECKING:
@@ -217,14 +217,10 @@ def _train_and_test(dataset: DatasetConfig) -> tuple[list[Row], list[Row], int]:
         make: Any = pydoc.locate(dataset.generator)
         if not callable(make):
             raise InputError(f"dataset.generator={dataset.generator}: no such function")
-        try:
-            train = make("train", dataset.samples or 1000, dataset.split_seed)
-        except TypeError as error:
-            said = f"dataset.generator={dataset.generator}"
-            raise InputError(f"{said}: must be a function of split, count and seed ({error})") from error
+        train = _generated(dataset, make, "train", dataset.samples or 1000)
         if dataset.test_path is not None:
             return train, read_rows(dataset.test_path, "dataset.test_path", dataset.encoding), 0
-        return train, make("test", GENERATED_TEST_ROWS, dataset.split_seed), 0
+        return train, _generated(dataset, make, "test", GENERATED_TEST_ROWS), 0
     if dataset.path is not None:
         read = read_rows(dataset.path, "dataset.path", dataset.encoding)
     elif dataset.hub is not None:
@@ -248,6 +244,21 @@ def _train_and_test(dataset: DatasetConfig) -> tuple[list[Row], list[Row], int]:
             f"{len(order) - cut} test rows; both need at least one (or give dataset.test_path)"
         )
     return order[:cut], order[cut:], missing
+
+
+def _generated(dataset: DatasetConfig, make: Any, split: str, count: int) -> list[Row]:
+    said = f"dataset.generator={dataset.generator}"
+    try:
+        rows = make(split, count, dataset.split_seed)
+    except InputError:
+        raise
+    except TypeError as error:
+        raise InputError(f"{said}: must be a function of split, count and seed ({error})") from error
+    except Exception as error:  # of any kind: it may be anybody's
+        raise InputError(f"{said}: {type(error).__name__}: {first_line(error)}") from error
+    if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
+        raise InputError(f"{said}: must return a list of rows, each a dict of its columns")
+    return rows
 
 
 def evaluation_rows(source: RowsConfig, key: str, own: Sequence[Row]) -> list[Row]:

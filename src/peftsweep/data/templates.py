@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     pass
 
 
+WIDEST = 10_000  # characters that a template may pad a value to
+
+
 class Choice(NamedTuple):
     """One of the answers a question offers, with the prompt before it (most often that of all)."""
 
@@ -242,8 +245,25 @@ def columns(template: str) -> tuple[str, ...]:
     return tuple(re.split(r"[.\[]", name)[0] for name in names)
 
 
+@lru_cache(maxsize=64)
+def _check_fields(template: str) -> None:
+    """Refuse what ``str.format`` does beside putting in a column or an item of it.
+
+    Raises:
+        ValueError: a field names an attribute, or pads to more characters than a row can mean.
+    """
+    for _, name, spec, _ in string.Formatter().parse(template):
+        if "." in re.sub(r"\[[^\]]*\]", "", name or ""):
+            raise ValueError(f"{{{name}}} names an attribute; an item of a column is {{column[item]}}")
+        if "{" in (spec or "") or any(int(digits) > WIDEST for digits in re.findall(r"\d+", spec or "")):
+            raise ValueError(f"{{{name}:{spec}}} pads to more than {WIDEST} characters, or to a column")
+
+
 def _fill(template: str, row: _Row, key: str, number: str) -> str:
+    if template in row and not columns(template):
+        raise InputError(f"{key}={template}: is the same text for all rows; the column is '{key}=\"{{{template}}}\"'")
     try:
+        _check_fields(template)
         plain = all(type(row.get(name)) is str for name in columns(template))
         text = template.format_map(row) if plain else _Formatter().vformat(template, (), row)
     except _NoValue as error:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peftsweep.data import hub
 from peftsweep.data.templates import Example
-from peftsweep.errors import InputError
+from peftsweep.errors import InputError, suggest
 from peftsweep.evaluation.evaluate import Evaluation
 from peftsweep.evaluation.metrics import Score
 from peftsweep.models.probe import abilities
@@ -46,11 +46,7 @@ def lm_eval(
     except ImportError as error:
         raise InputError(f"eval.lm_eval: {error}; pip install 'peftsweep[lm_eval]'") from None
     hub.problem()  # before the harness asks it for each of its tasks
-    manager = _manager(tasks, include_path)
-    known = set(manager.all_tasks)
-    for task in tasks:
-        if isinstance(task, str) and task not in known:
-            raise InputError(f"eval.lm_eval.tasks: {task}: the harness has no such task (include_path={include_path})")
+    manager = check_tasks(tasks, include_path)
     wrapped = HFLM(
         pretrained=model,
         tokenizer=tokenizer,
@@ -79,6 +75,23 @@ def lm_eval(
             scores[name] = Score(float(value), stderr if isinstance(stderr, float) else None, n)
     lines = [_line(task, sample) for task, samples in found.get("samples", {}).items() for sample in samples]
     return Evaluation(scores, lines)
+
+
+def check_tasks(tasks: Sequence[str | dict[str, Any]], include_path: str | None = None) -> TaskManager:
+    """What knows the tasks.
+
+    Raises:
+        InputError: a task is unknown.
+    """
+    manager = _manager(tasks, include_path)
+    known = set(manager.all_tasks)
+    for task in tasks:
+        if isinstance(task, str) and task not in known:
+            raise InputError(
+                f"eval.lm_eval.tasks: {task}: the harness has no such task (include_path={include_path}); "
+                f"{suggest(task, sorted(known))}"
+            )
+    return manager
 
 
 def _manager(tasks: Sequence[str | dict[str, Any]], include_path: str | None) -> TaskManager:

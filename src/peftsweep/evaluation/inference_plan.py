@@ -45,6 +45,8 @@ def plan(
     least = [("samples", samples, 1), ("runs", runs, 1), ("warmup", warmup, 0)]
     for key, number, smallest in [*least, *(("batch_sizes", size, 1) for size in batch_sizes)]:
         _at_least(f"inference.{key}", number, smallest)
+    if not batch_sizes or len(set(batch_sizes)) < len(batch_sizes):
+        raise InputError(f"inference.batch_sizes={list(batch_sizes)}: must be at least one number, each once")
     wanted = {name: node for name, node in categories.items() if node is not None}
     if not wanted:
         raise InputError("inference.categories: must name at least one category")

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import gc
+import locale
+import logging
 import os
+import random
+import resource
 import signal
+import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 DESCRIPTORS = Path("/proc/self/fd")
@@ -18,15 +26,23 @@ LEAKED = 64  # open files more than before, after which a process is given up; l
 
 @contextmanager
 def process_state_kept() -> Iterator[None]:
-    """Put back what the block has changed: folder, environment, umask, signal handlers, and torch's settings.
+    """Put back what the block has changed: folder, environment, umask, streams, signals, limits, settings.
 
-    Of torch these are grad and inference mode, default dtype and device, current GPU, threads, precision of matrix
-    products, and whether algorithms are deterministic.
+    Of Python these are what ``_INTERPRETER`` lists; of torch grad and inference mode, default dtype and device,
+    current GPU, threads, precision of matrix products, and whether algorithms are deterministic.
     """
     folder, environment, umask = os.getcwd(), dict(os.environ), _umask()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    settings = _torch_settings()
-    with torch.inference_mode(torch.is_inference_mode_enabled()), torch.set_grad_enabled(torch.is_grad_enabled()):
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    timer, limits = signal.getitimer(signal.ITIMER_REAL), {kind: resource.getrlimit(kind) for kind in _LIMITS}
+    interpreter, settings = [get() for get, _ in _INTERPRETER], _torch_settings()
+    with (
+        torch.inference_mode(torch.is_inference_mode_enabled()),
+        torch.set_grad_enabled(torch.is_grad_enabled()),
+        warnings.catch_warnings(),
+        _standard_streams_kept(),
+        redirect_stdout(_Unclosable.of(sys.stdout)),
+        redirect_stderr(_Unclosable.of(sys.stderr)),
+    ):
         try:
             yield
         finally:
@@ -35,12 +51,81 @@ def process_state_kept() -> Iterator[None]:
             _restore_environment(environment)
             os.umask(umask)
             if threading.current_thread() is threading.main_thread():
+                signal.setitimer(signal.ITIMER_REAL, *timer)  # an alarm that is left would end the process
                 for number, handler in handlers.items():
                     if handler is not None and signal.getsignal(number) is not handler:
                         signal.signal(number, handler)
+            for kind, limit in limits.items():
+                with suppress(ValueError, OSError):  # the hard one was lowered: only root may raise it
+                    resource.setrlimit(kind, limit)
+            for (get, put), before in zip(_INTERPRETER, interpreter, strict=True):
+                if get() != before:
+                    put(before)
             for put, before, now in zip(_SETTERS, settings, _torch_settings(), strict=True):
                 if now != before:
                     put(before)
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Put back the states of the random number generators of Python, NumPy and torch."""
+    python, of_numpy = random.getstate(), numpy.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            numpy.random.set_state(of_numpy)
+
+
+@contextmanager
+def ends_as_an_error() -> Iterator[None]:
+    """Have the block end by an ``Exception``, as of a trial, where it would end the process by ``sys.exit``.
+
+    Raises:
+        RuntimeError: it ended by an exception that is none but Ctrl-C.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise RuntimeError(f"it ended by {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _standard_streams_kept() -> Iterator[None]:
+    """Put back the descriptors 0, 1 and 2 where the block closes or redirects them."""
+    copies = {}
+    for number in (0, 1, 2):
+        with suppress(OSError):  # it was closed before
+            copies[number] = os.dup(number)
+    try:
+        yield
+    finally:
+        for number, copy in copies.items():
+            os.dup2(copy, number)
+            os.close(copy)
+
+
+class _Unclosable:
+    """A stream of output that is not closed by who writes to it."""
+
+    @classmethod
+    def of(cls, stream: Any) -> Any:
+        """Around ``stream``, but for None, which stands for no stream at all."""
+        return stream if stream is None or isinstance(stream, cls) else cls(stream)
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def close(self) -> None:
+        """Write what is held back, and stay open."""
+        self._stream.flush()
 
 
 def open_files() -> int:
@@ -89,6 +174,28 @@ def _set_benchmark(on: bool) -> None:
     torch.backends.cudnn.benchmark = on
 
 
+def _set_collection(on: bool) -> None:
+    (gc.enable if on else gc.disable)()
+
+
+def _set_path(folders: list[str]) -> None:
+    sys.path[:] = folders
+
+
+def _set_hooks(hooks: tuple[Any, Any]) -> None:
+    sys.excepthook, threading.excepthook = hooks
+
+
+_LIMITS = sorted({getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")})
+# Settings of Python, with what sets them.
+_INTERPRETER: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
+    (sys.getrecursionlimit, sys.setrecursionlimit),
+    (gc.isenabled, _set_collection),
+    (lambda: logging.root.manager.disable, logging.disable),
+    (lambda: locale.setlocale(locale.LC_ALL), lambda name: locale.setlocale(locale.LC_ALL, name)),
+    (lambda: list(sys.path), _set_path),
+    (lambda: (sys.excepthook, threading.excepthook), _set_hooks),
+)
 _SETTERS: tuple[Any, ...] = (
     torch.set_default_dtype,
     _set_device,

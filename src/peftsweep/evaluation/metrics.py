@@ -13,6 +13,8 @@ from decimal import Decimal
 from importlib import import_module
 from typing import Any
 
+import numpy as np
+
 from peftsweep.errors import InputError
 from peftsweep.evaluation.numerals import as_number as as_number
 from peftsweep.evaluation.numerals import in_digits, same_number, without_latex
@@ -62,10 +64,11 @@ def judgements(
     judged = []
     for said, answer in zip(predictions, answers, strict=True):
         found: Any = metric(said, answer)
-        if isinstance(found, bool):
-            found = Judgement(found, said)
+        if isinstance(found, bool | np.bool_):
+            found = Judgement(bool(found), said)
         if not isinstance(found, Judgement):
-            name = getattr(metric, "__name__", type(metric).__name__)
+            named = getattr(metric, "func", metric)  # of a partial
+            name = getattr(named, "__name__", type(named).__name__)
             raise TypeError(f"the metric {name} must give a bool or a metrics.Judgement, not {type(found).__name__}")
         judged.append(found)
     return judged

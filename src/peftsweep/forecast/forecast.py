@@ -180,8 +180,8 @@ def _forecast(trial: Trial) -> Forecast:
     config = trial.config
     models_model.device(config.device)
     build.storage(trial)
-    _check_reading(trial)
     with streams.without_warnings():
+        _check_reading(trial)
         if reason := refusal(trial):
             bare = models_model.skeleton(config.model, classes=len(config.dataset.classes))
             return Forecast(0, parts.count(bare).total, 0, reason)

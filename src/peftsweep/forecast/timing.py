@@ -117,7 +117,8 @@ class Timing:
             spans.append(self._job(job, found, loaded))
         if unknown:
             return None, "; ".join(f"{record.trials_in_words(count)}: {why}" for why, count in unknown.items())
-        imports = min(IMPORTED - psutil.Process().create_time(), MOST_IMPORT_SECONDS)
+        took = IMPORTED - psutil.Process().create_time()  # below 0 in a process that was forked since
+        imports = min(max(took, 0.0), MOST_IMPORT_SECONDS)
         end = finish(spans, self.workers) + Span(imports, imports / 2, imports * 2)
         places = f"{self.workers} worker" + ("s" if self.workers != 1 else "")
         return end, f"{places} on {self.devices} device" + ("s" if self.devices != 1 else "")

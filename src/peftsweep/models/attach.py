@@ -149,7 +149,7 @@ def attach(
         base.config.use_cache = False
     put: Any = partial(get_peft_model, autocast_adapter_dtype=float32)
     try:
-        with names_as_written():
+        with names_as_written(), compatibility.options_as_given():
             adapted = initialise(method, put) if initialise else put(base, method)
     except REFUSALS as error:
         raise _refused(error) from error

@@ -7,7 +7,9 @@ runs and is silently something else. Such a trial is refused before anything is 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -211,6 +213,22 @@ def check_names(method: Any, base: nn.Module, config: Any) -> None:
                 raise InputError(f"method.{key}: token {token} is none of the model's {tokens} embeddings")
     if hasattr(method, "num_virtual_tokens"):
         _check_virtual_tokens(method, config, width)
+    if method.peft_type == "ADALORA" and method.target_r > method.init_r:
+        raise InputError(
+            f"method.target_r={method.target_r}: must be at most method.init_r={method.init_r}, as ranks are taken away"
+        )
+
+
+@contextmanager
+def options_as_given() -> Iterator[None]:
+    """Have PEFT raise ValueError in the body where it would take another number than the given one, and warn of it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=r".*Adjusted `\w+` to \(\d+\)")
+        try:
+            yield
+        except UserWarning as warning:
+            name, instead = re.findall(r"Adjusted `(\w+)` to \((\d+)\)", str(warning))[0]
+            raise ValueError(f"{name} must divide the modules' sizes; PEFT would take {instead}") from warning
 
 
 def check_adapted(method: Any, adapted: Sequence[str]) -> None:

@@ -71,6 +71,10 @@ def source(model: ModelConfig) -> str:
     if model.name_or_path == "tiny":
         return str(TINY)
     looks_local = model.name_or_path.startswith((".", "/", "~")) or model.name_or_path.count("/") > 1
+    if not model.name_or_path.strip():
+        raise InputError("model.name_or_path: must be given, a folder or the ORG/NAME of the hub")
+    if Path(model.name_or_path).expanduser().is_file():
+        raise InputError(f"model.name_or_path={model.name_or_path}: is a file; must be the folder of a checkpoint")
     if looks_local and not Path(model.name_or_path).expanduser().is_dir():
         hint = files.similar(Path(model.name_or_path))
         raise InputError(f"model.name_or_path={model.name_or_path}: no such folder{hint}")
@@ -174,10 +178,18 @@ def _described(fields: dict[str, Any]) -> transformers.PreTrainedConfig:
         if not hasattr(default, name) and name not in ROTARY:
             raise InputError(f"model.architecture.{name}: no such key; {suggest(name, sorted(default.to_dict()))}")
     try:
-        return type(default)(**fields)
+        described = type(default)(**fields)
     except Exception as error:  # of any kind: transformers checks types, and calculates sizes from sizes
         reason = re.sub(r".*\b\w+Error: ", "", " ".join(str(error).split()))
+        if found := re.match(r"Field '(\w+)' expected ([^,]+)", reason):
+            raise InputError(f"model.architecture.{found[1]}={fields[found[1]]}: must be {found[2]}") from None
+        if found := re.match(r"Field '(\w+)' with value", reason):
+            raise InputError(f"model.architecture.{found[1]}={fields[found[1]]}: is of a wrong type") from None
         raise InputError(f"model.architecture: {reason}") from None
+    heads, shared = (getattr(described, f"num_{of}_heads", None) for of in ("attention", "key_value"))
+    if isinstance(heads, int) and isinstance(shared, int) and shared and heads % shared:
+        raise InputError(f"model.architecture.num_key_value_heads={shared}: must divide num_attention_heads={heads}")
+    return described
 
 
 def skeleton(model: ModelConfig, where: str = "meta", classes: int = 0) -> PreTrainedModel:

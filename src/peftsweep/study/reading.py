@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import yaml
 
-from peftsweep.errors import first_line
+from peftsweep.errors import first_line, printable
 
 LARGEST = 256 * 2**20  # bytes of a JSON file
 LONGEST = 32 * 2**20  # bytes of a line of a .jsonl file
@@ -140,7 +140,7 @@ def usable(read: Callable[[], Found]) -> Found | None:
     try:
         return read()
     except Unreadable as error:
-        print(f"skipped: {error}", file=sys.stderr)
+        print(f"skipped: {printable(error)}", file=sys.stderr)
         return None
 
 

@@ -20,6 +20,7 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any, Self
 
+from peftsweep.errors import message
 from peftsweep.study.atomic import write_text as write_text
 from peftsweep.study.cautions import cautions
 from peftsweep.study.owner import host as host
@@ -350,7 +351,7 @@ def failure(error: BaseException, stage: str | None) -> dict[str, str]:
     """What result.json says of an exception."""
     return {
         "type": type(error).__name__,
-        "message": str(error),
+        "message": message(error),
         "stage": stage or "setup",
         "traceback": "".join(traceback.format_exception(error)),
     }
@@ -358,7 +359,7 @@ def failure(error: BaseException, stage: str | None) -> dict[str, str]:
 
 def one_line(error: BaseException) -> str:
     """An exception's type and the first line of what it says."""
-    return f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(": ")
+    return f"{type(error).__name__}: {message(error)}".splitlines()[0].removesuffix(": ")
 
 
 # ---- the environment -------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from peftsweep.errors import InputError, Unwritable, suggest
+from peftsweep.errors import InputError, Unwritable, message, suggest
 from peftsweep.study.atomic import TRANSIENT
 from peftsweep.study.reading import Unreadable, opened, read_text
 from peftsweep.study.record import (
@@ -294,8 +294,8 @@ def unwritable(error: BaseException) -> Unwritable | None:
         ours = ROOT.resolve() in (where.resolve(), *where.resolve().parents)
         reason = error.strerror if error.errno in NO_ROOM or (error.errno in NOT_WRITTEN and ours) else None
     else:
-        reason = next((said for said in NO_ROOM_SAID if said in str(error)), None)
-        code = re.search(r"serializ.*\(os error (\d+)\)", str(error), re.DOTALL)  # as of safetensors
+        reason = next((said for said in NO_ROOM_SAID if said in message(error)), None)
+        code = re.search(r"serializ.*\(os error (\d+)\)", message(error), re.DOTALL)  # as of safetensors
         if code and int(code[1]) in NOT_WRITTEN:
             reason = os.strerror(int(code[1]))
     return Unwritable(f"{where}: {reason}; what is done is kept, the same command continues") if reason else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,19 @@ import yaml
 from peftsweep.errors import InputError
 
 CODE = ("_target_", "optimizer", "generator", "reader")  # keys whose values name code
+# Keys by which a library finds code, or a file that it writes, and whether a value does that.
+LEADS_TO_CODE: dict[str, Callable[[Any], bool]] = {
+    "attn_implementation": lambda said: "/" in str(said),  # a kernel of the hub, which is downloaded and run
+    "trust_remote_code": bool,
+    "megatron_core": lambda said: said != "megatron.core",  # a module that PEFT imports
+    "include_path": bool,  # the harness's own yamls, whose !function names a file beside them
+    "tasks": lambda said: (
+        isinstance(said, list) and any(isinstance(one, Mapping) for one in said)
+    ),  # the harness runs the templates of a task
+    **dict.fromkeys(("cache_file", "covariance_file"), bool),  # PEFT writes it
+}
 INTERPOLATION = re.compile(r"(\\*)\$\{")
+LONGEST = 100  # characters of a name, in a message
 PACKAGE = re.compile(r"# @package (\w+)")
 # By section, names of libraries whose classes take part in no more than what the section is for.
 OPTIMIZERS = re.compile(r"\w+|torch\.optim\.\w+|bitsandbytes\.optim\.\w+|peft\.optimizers\.create_\w+_optimizer")
@@ -41,10 +53,16 @@ def names(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
         return
     for name, value in tree.items():
         here = f"{key}.{name}" if key else str(name)
-        if name in CODE and value is not None and not isinstance(value, Mapping):
+        if value is not None and _is_code(str(name), value):
             yield here, str(value)
         else:
             yield from names(value, here)
+
+
+def _is_code(key: str, value: Any) -> bool:
+    if key in CODE:
+        return not isinstance(value, Mapping)
+    return key in LEADS_TO_CODE and LEADS_TO_CODE[key](value)
 
 
 def check(tree: Mapping[str, Any], conf: Path, own: Container[str], source: str) -> None:
@@ -59,8 +77,8 @@ def check(tree: Mapping[str, Any], conf: Path, own: Container[str], source: str)
     for key, name in names(tree):
         if name not in own and not _is_offered(key, name, conf):
             raise InputError(
-                f"{source}: names {name} in {key}, which is no part of peftsweep and would be run; "
-                f"give {key}={name} yourself, or trust=true, if you know what it does"
+                f"{source}: names {name[:LONGEST]} in {key}, which is no part of peftsweep and would be run; "
+                f"give {key}={name[:LONGEST]} yourself, or trust=true, if you know what it does"
             )
 
 

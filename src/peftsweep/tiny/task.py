@@ -31,6 +31,9 @@ GAINS = ("buys", "finds", "gets", "wins", "picks", "makes", "borrows", "collects
 LOSSES = ("sells", "loses", "drops", "breaks", "lends", "uses", "wastes", "hides")
 
 
+MOST_ROWS = 1_000_000  # of the some millions that there are; the last of them would be drawn for hours
+
+
 class Story(NamedTuple):
     """Someone has `first` things, then one verb adds `second` of them or takes them away."""
 
@@ -91,6 +94,8 @@ def rows(split: str, count: int, seed: int = 0) -> list[dict[str, str]]:
     """`count` rows of `tiny_math`, without repeats; a longer list begins with the shorter one."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; tiny_math has {', '.join(SPLITS)}")
+    if count > MOST_ROWS:
+        raise ValueError(f"{count} rows are too many to draw; at most {MOST_ROWS} can be")
     rng = random.Random(f"tiny_math {split} {seed}")
     found: dict[str, str] = {}
     while len(found) < count:

@@ -49,6 +49,9 @@ def find_optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:
     return make
 
 
+REFUSALS = (TypeError, ValueError, LookupError, NotImplementedError)  # the last of bitsandbytes' SGD without momentum
+
+
 def make_optimizer(
     model: nn.Module, config: TrainConfig, parameters: Sequence[nn.Parameter] | None = None
 ) -> torch.optim.Optimizer:
@@ -72,7 +75,7 @@ def make_optimizer(
         options["fused"] = True
     try:
         return make(model if "model" in known else parameters, **options | config.optimizer_kwargs)
-    except (TypeError, ValueError, NotImplementedError) as error:  # as of bitsandbytes' SGD without momentum
+    except REFUSALS as error:
         said = f"{config.optimizer} does not take {config.optimizer_kwargs}"
         raise InputError(f"train.optimizer_kwargs: {said} ({error})") from None
 
@@ -94,6 +97,8 @@ def check_warmup(config: TrainConfig, steps: int) -> None:
     Raises:
         InputError: it is not shorter than the training of ``steps`` steps.
     """
+    if config.warmup >= 1 and not config.warmup.is_integer():
+        raise InputError(f"train.warmup={config.warmup:g}: must be a share below 1, or a whole number of steps")
     if steps and (warmup := warmup_steps(config, steps)) >= steps:
         raise InputError(
             f"train.warmup={config.warmup:g}: {warmup} steps, must be fewer than the {steps} of the training"

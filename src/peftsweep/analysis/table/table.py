@@ -17,7 +17,7 @@ import pandas as pd
 
 import peftsweep
 from peftsweep.analysis.table.columns import PREDICTED, PREDICTION_ERROR
-from peftsweep.errors import InputError
+from peftsweep.errors import InputError, printable
 from peftsweep.study import record
 from peftsweep.study.atomic import replacing
 from peftsweep.study.reading import usable
@@ -58,7 +58,7 @@ def read(folder: Path) -> list[Result]:
             results.append(Result.read_whole(place))
         except RecordError as error:
             if os.path.lexists(place / RESULT):  # else a sweep has just begun that trial again
-                print(f"skipped: {error}", file=sys.stderr)
+                print(f"skipped: {printable(error)}", file=sys.stderr)
     return sorted(results, key=lambda result: (result.run_info["created_at"], result.trial))
 
 
