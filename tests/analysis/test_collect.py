@@ -73,6 +73,7 @@ def test_a_study_becomes_tables_plots_and_a_short_table(collect_command: Collect
     plots = {file.name for file in Path("multirun/default/plots").iterdir()}
     assert {"rank_task.png", "adapter_size.png"} <= plots
     assert "0.800 ± 0.030" in out
+    assert "± is one standard error over the test rows" in out
     assert "failed" in out
     lines = out.splitlines()
     assert lines[0].startswith("Use lora, r=32: 0.800")  # the answer comes first

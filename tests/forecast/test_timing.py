@@ -84,7 +84,7 @@ def test_the_report_counts_errors_and_the_intervals_that_held() -> None:
     assert found.coverage == pytest.approx(2 / 3)
     line = forecast_report.line([result(seconds=8.0), result(seconds=10.0), result(seconds=16.0)])
     assert line is not None
-    assert "median error 20%, worst -50% over 3 trials; the 90% interval held 2" in line
+    assert "off by 20% in the median, at most 50% shorter; 2 of 3 trials within the predicted 90% interval" in line
     assert forecast_report.line([result(predicted=None)]) is None
 
 

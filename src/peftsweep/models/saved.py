@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -30,6 +31,9 @@ from peftsweep.models.quantised.layers import dequantise, is_quantised
 from peftsweep.models.shapes import at_target_rank
 from peftsweep.study.atomic import sync_tree
 from peftsweep.study.store import RESIDUAL
+
+# PEFT reads the attribute by its old name whenever it puts an adapter on a model.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 INITIAL = "initial"  # beside a saved adapter: as it began, where the base was changed by its initialisation
 SHARED = ("vblora_vector_bank", "prompt_encoder")  # of an adapter's weights, saved once and under other names

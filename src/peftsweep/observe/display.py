@@ -151,7 +151,7 @@ class TrialView(Observer):
                     *([f"loss {row['loss']:.3f}"] if "loss" in row else []),
                     *([f"{row['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in row else []),
                     *([size(row["memory_allocated"])] if row.get("memory_allocated") else []),
-                    *(f"{key} {row[key]:.3f}" for key in row if key.startswith(VALIDATION)),
+                    *([f"validation: {validated}"] if (validated := _validated(row)) else []),
                 ]
             )
             left = self.left()
@@ -237,6 +237,13 @@ def summary(result: Result) -> list[str]:
         + (f"; adapter {size(info['adapter_bytes'])}" if info.get("adapter_bytes") else "")
     )
     return [*lines, *(f"warning: {caution}" for caution in result.cautions())]
+
+
+def _validated(row: dict[str, Any]) -> str:
+    """``loss 2.243, gsm8k.accuracy 0.250``: a validation without losses of evaluations and what explains a score."""
+    scores = {key.removeprefix(VALIDATION): row[key] for key in row if key.startswith(VALIDATION)}
+    hidden = (".loss", ".valid_fraction")
+    return ", ".join(f"{n} {v:.3f}" for n, v in scores.items() if v is not None and not n.endswith(hidden))
 
 
 def _stop_line(stop: dict[str, Any]) -> str:
