@@ -94,6 +94,15 @@ def test_forecast_records_of_no_study_is_one_line(study: str) -> None:
         history.named(study)
 
 
+def test_only_studies_are_proposed_for_forecast_records() -> None:
+    for name in (".hashes", "planned", "mine"):
+        Path("multirun", name).mkdir(parents=True)
+    Path("multirun/mine/t0").mkdir()
+    Path("multirun/mine/t0/result.json").write_text("{}")
+    with pytest.raises(InputError, match=r"no such study; (there is mine|there are mine|did you mean 'mine'\?)$"):
+        history.named("other")
+
+
 def test_forecast_records_of_an_empty_study_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "multirun" / "empty").mkdir(parents=True)
     with pytest.raises(InputError, match="holds no records"):
@@ -136,6 +145,10 @@ def test_a_price_is_a_number_or_of_a_table_by_the_name_of_the_device(price: Any,
 def test_a_price_that_is_none_is_one_line(price: Any) -> None:
     with pytest.raises(InputError, match="price"):
         timing.hourly(PriceConfig(price), "some CPU")
+
+
+def test_an_unknown_price_is_answered_by_a_number(command: Callable[..., tuple[int, str, str]]) -> None:
+    assert "one of your own is price=2.49" in command("price=abc", "dry_run=true")[2]
 
 
 @pytest.mark.parametrize("word", ["price=abc", "price=-1", "price=nan", "price=[1]", "forecast.records=no_such"])
