@@ -221,7 +221,7 @@ def _spread(error: Any, rows: Any) -> str:
     """A standard error; the number of rows where all agree, as an error of 0 would claim more than is known."""
     if pd.isna(error):
         return ""
-    return f" {PLUS_MINUS} {error:.3f}" if error > 0 or pd.isna(rows) else f" of {rows:,.0f} rows"
+    return f" {PLUS_MINUS} {error:.3f}" if error > 0 or pd.isna(rows) else f" ({rows:,.0f} rows)"
 
 
 def _costs(table: pd.DataFrame) -> list[Shown]:

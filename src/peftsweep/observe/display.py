@@ -264,7 +264,8 @@ def scores_line(scores: dict[str, Any]) -> str:
             continue
         value, stderr = score["value"], score["stderr"]
         text = f"{metric} {value:.3f}" if value is not None else f"{metric} infinite"
-        text += f" ± {stderr:.3f}" if stderr is not None else ""
+        if stderr is not None:  # of rows that all agree it is 0, which says less than their number
+            text += f" ± {stderr:.3f}" if stderr > 0 else f" over {score['n']:,} rows"
         beside = {
             "base": scores.get(f"base_{metric}", {}).get("value"),
             "majority": baseline(scores, metric, "majority"),
