@@ -40,6 +40,27 @@ def test_a_wrong_column_is_answered_by_the_word_with_a_right_one(prompt: str, sa
     assert said in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("header", "row", "prompt", "answer"),
+    [
+        ("Frage (Text),Antwort,id", "What is {n}?,{n},{n}", "Frage (Text)", "Antwort"),
+        ("row_id,asked,said", "x{n},What is {n}?,{n}{n}", "asked", "said"),
+        ("nth,asked,said", "{n},What is {n}?,yes", "asked", "said"),
+        ("short,long,said", "a,What is the value of {n}?,yes", "long", "said"),
+    ],
+)
+def test_columns_that_only_number_the_rows_are_no_example_of_a_prompt_or_an_answer(
+    header: str, row: str, prompt: str, answer: str
+) -> None:
+    Path("rows.csv").write_text("\n".join([header, *(row.format(n=n) for n in range(30))]))
+    with pytest.raises(InputError) as refused:
+        cli._trial("dataset=rows.csv")
+    assert f"""'dataset.prompt="{{{prompt}}}\\n"' 'dataset.answer="{{{answer}}}"'""" in str(refused.value)
+    with pytest.raises(InputError, match="no column 'label'") as refused:
+        cli._trial("dataset=sst2", "dataset.path=rows.csv")
+    assert f"""as in 'dataset.answer=" {{{answer}}}"'""" in str(refused.value)
+
+
 @pytest.mark.parametrize("instead", [KeyboardInterrupt, RecursionError, ImportError])
 def test_an_interrupt_is_one_line_whatever_an_import_makes_of_it(
     instead: type[BaseException], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -93,11 +114,12 @@ def test_too_little_memory_is_answered_by_keys_that_need_less() -> None:
     assert "there are 2.0 MB; try train.batch_size=4 train.accumulation=2, train.checkpointing=true, quant=4bit" in said
 
 
-def test_too_high_a_rate_is_answered_by_a_lower_one() -> None:
+@pytest.mark.parametrize(("rate", "proposed"), [(3.0, "0.001"), (0.01, "0.001"), (0.004, "0.0004")])
+def test_too_high_a_rate_is_answered_by_one_that_may_do(rate: float, proposed: str) -> None:
     import torch
 
-    with pytest.raises(FloatingPointError, match=r"lower train.learning_rate, such as 0\.3$"):
-        finite.check_finite(float("nan"), "at step 7", torch.nn.Linear(1, 1), TrainConfig(learning_rate=3.0))
+    with pytest.raises(FloatingPointError, match=rf"lower train.learning_rate, such as {proposed}$"):
+        finite.check_finite(float("nan"), "at step 7", torch.nn.Linear(1, 1), TrainConfig(learning_rate=rate))
 
 
 MEANT = {

@@ -181,7 +181,8 @@ def _amount(word: str) -> str:
 def _says_something(word: str, groups: dict[str, Path]) -> bool:
     """Whether the word, which is checked, chooses or changes anything."""
     if "=" not in word and not word.startswith("~"):
-        raise InputError(f"{word}: must be KEY=VALUE; a value with blanks needs quotes for the shell")
+        said = "--help lists the keys" if word in ("help", "?") else "a value with blanks needs quotes for the shell"
+        raise InputError(f"{word}: must be KEY=VALUE; {said}")
     one = _parsed(word)
     key = one.key_or_group
     if not all(key.replace("/", ".").split(".")):

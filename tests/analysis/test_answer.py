@@ -536,8 +536,28 @@ def test_what_a_tuning_decided_comes_first_and_nothing_contradicts_it() -> None:
     assert search["sentences"] == [tuning_decision.sentence(decided), "not tried of lora: r=64"]
     assert search["facts"]["not_tried"] == ["lora: r=64"]
     assert search["facts"]["command"] == "peftsweep sweep=tune"
-    assert "sweep=tune chose it, over 3 seeds; the untouched base scores 0.600, against it: " in text
+    assert "chose it, over 3 seeds; it is not told apart from r8; the untouched base scores 0.600, against it: " in text
     jsonschema.Draft202012Validator(structure.schema()).validate(held)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "verdict", "said"),
+    [
+        ("r16", "r8", "tie", "; it is a tie with r8; the untouched"),
+        ("r8", "r16", "open", "; it is not told apart from r8; the untouched"),
+        ("r16", "r8", "better", "3 seeds; the untouched"),
+        ("r8", "r16", "worse", "3 seeds; the untouched"),
+    ],
+)
+def test_what_a_tuning_chose_is_said_with_the_rivals_it_did_not_beat(
+    first: str, second: str, verdict: Any, said: str
+) -> None:
+    rows = judged_on_rows((80, 81))
+    decided = dataclasses.replace(
+        tuned(rows), between=[structure.Between(first, second, 0.01, -0.02, 0.04, 3, verdict)]
+    )
+    record.write_json(STUDY / "tune.json", {"lines": ["Use x"], "decision": tuning_decision.facts(decided)})
+    assert said in section(answered(*rows)[0], "use")["sentences"][0]
 
 
 def test_where_a_tuning_shows_no_gain_nothing_is_recommended() -> None:
@@ -600,6 +620,21 @@ def test_the_placebo_of_a_league_is_part_of_how_sure_it_is() -> None:
     jsonschema.Draft202012Validator(structure.schema()).validate(held)
 
 
+@pytest.mark.parametrize("other", [1, 2])
+def test_the_advice_beside_a_league_names_what_the_league_does_not_tell_apart(other: int) -> None:
+    """A report counts the placebo's seeds as its method's, so that it may tell more apart than the league does."""
+    finalists = [
+        structure.Finalist(name, f"{name}, r={rank}", 0.8, trials, place)
+        for name, rank, trials, place in (("lora", 16, ["t3", "t4"], 1), ("ia3", 8, ["t0", "t1"], other))
+    ]
+    found = Decision(None, "ranked", finalists[0].configuration, finalists[0].trials, "c", finalists)
+    record.write_json(STUDY / "league.json", {"lines": ["1. lora"], "decision": tuning_decision.facts(found)})
+    sentence = section(answered(*ranks(40, 80))[0], "use")["sentences"][0]
+    beside = "(sweep=league, over 2 seeds of each, does not tell apart: lora, ia3.)"
+    assert sentence.endswith(beside) == (other == 1)
+    assert ("league" in sentence) == (other == 1)
+
+
 def test_what_was_kept_is_in_all_four_outputs() -> None:
     curve = [{"scale": 0.5, "eval": "task", "role": "target", "metric": "accuracy", "value": 0.79, "stderr": 0.02}]
     old = {"eval": "old", "role": "retention", "metric": "perplexity", "stderr": 0.1}
@@ -624,3 +659,20 @@ def test_what_was_kept_is_in_all_four_outputs() -> None:
     assert "5.300 [5.104, 5.496]" in opened
     assert sentence in html.unescape(opened)
     jsonschema.Draft202012Validator(structure.schema()).validate(held)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (["method.r=8", "train.eval_every=10", "halving.min_steps=10", "halving.rung=2", "force=false"], True),
+        (["method.r=8", "halving.min_steps=10", "halving.rung=1"], True),
+        (["method.r=8", "halving.resource=rows", "halving.min_fraction=0.1", "dataset.fraction=0.1"], False),
+    ],
+)
+def test_the_command_of_a_trial_of_a_search_trains_it_without_the_search(said: list[str], told: bool) -> None:
+    """A search validates at its rungs: with as many steps between validations the trial is the same one."""
+    kept = STUDY / "t0" / ".hydra" / "overrides.yaml"
+    kept.parent.mkdir(parents=True)
+    kept.write_text(json.dumps(said), encoding="utf-8")
+    command = build.command(STUDY / "t0")
+    assert command == ("peftsweep method.r=8 train.eval_every=10" if told else f"peftsweep {' '.join(said)}")

@@ -50,10 +50,26 @@ def write(name: str, rank: int, accuracy: float | None, place: str = "default", 
         config={"method": {"r": rank, "target_modules": ["q_proj"]}, "seed": 0, "extra": extra},
         train_info={} if failed else {"adapter_bytes": 1000 * rank, "train_seconds": 2.5, "trainable_parameters": rank},
         memory={} if failed else {"train": {"rss_peak": 10**8 + rank, "allocated_peak": None}},
-        eval_info={} if failed else {"task": {"accuracy": {"value": accuracy, "stderr": 0.03, "n": 200}}},
+        eval_info={}
+        if failed
+        else {"task": {"accuracy": {"value": accuracy, "stderr": 0.03 * bool(accuracy), "n": 200}}},
     ).write(folder)
     (folder / "steps.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 1.5}\n{"step": 3, "lo')
     return folder
+
+
+def test_the_terminal_has_no_error_of_0_and_the_memory_that_the_answer_tells(collect_command: Collect) -> None:
+    for rank, accuracy in ((8, 0.0), (16, 0.7)):
+        record = write(f"r{rank}", rank, accuracy) / "result.json"
+        said = json.loads(record.read_text())
+        said["memory"]["predicted"] = {"peak_bytes": rank * 10**6}
+        record.write_text(json.dumps(said))
+    _, out, _ = collect_command("--no-plots")
+    assert "0.000 (200 rows)" in out
+    assert "0.000 ± 0.000" not in out
+    assert "predicted memory" in out
+    assert all(size in out for size in ("8.0 MB", "16.0 MB"))
+    assert "100.0 MB" not in out  # of the whole process
 
 
 def test_a_study_becomes_tables_plots_and_a_short_table(collect_command: Collect) -> None:
@@ -73,6 +89,7 @@ def test_a_study_becomes_tables_plots_and_a_short_table(collect_command: Collect
     plots = {file.name for file in Path("multirun/default/plots").iterdir()}
     assert {"rank_task.png", "adapter_size.png"} <= plots
     assert "0.800 ± 0.030" in out
+    assert "± is one standard error over the test rows" in out
     assert "failed" in out
     lines = out.splitlines()
     assert lines[0].startswith("Use lora, r=32: 0.800")  # the answer comes first

@@ -349,7 +349,7 @@ def test_named_points_that_differ_in_four_settings_are_no_comparison_of_ranks(tm
     ]
     (said,) = set(sentences(study(many, right(0.3, 0.9)).report(tmp_path), "`r=8`", "`r=16`"))
     assert "also differ in 9 other settings" in said
-    assert "no difference is put down to the rank" in said
+    assert "no difference is attributed to the rank" in said
 
 
 @pytest.mark.parametrize(
@@ -453,3 +453,27 @@ def test_speed_goes_before_quality_only_within_a_bound_that_is_told(
     text = file.read_text()
     assert ("speed before quality" in text) == advised
     assert not advised or "a loss of at most 0.285 is accepted, 30% of the best" in text
+
+
+# ---- scores that disagree ----------------------------------------------------------------------------
+
+
+def test_the_advice_names_a_score_by_which_another_is_shown_to_be_better(tmp_path: Path) -> None:
+    points = [{"config.method.r": rank, "config.seed": seed} for rank in (8, 16) for seed in range(3)]
+    right = [np.arange(ROWS) < count for count in (50, 51, 50, 20, 21, 20)]
+    for perplexities, said in (([9.0, 9.1, 9.2, 3.0, 3.1, 3.2], True), ([3.0, 3.1, 3.2, 9.0, 9.1, 9.2], False)):
+        text = study(points, right, other=perplexities).report(tmp_path)
+        use = next(line for line in text.splitlines() if "**Use" in line)
+        assert use.startswith("- **Use `lora, r=8`**")
+        assert ("; by other perplexity `lora, r=16` is better." in use) == said
+
+
+def test_a_choice_that_the_first_score_does_not_show_is_told_by_one_that_does(tmp_path: Path) -> None:
+    points = [{"config.method.r": rank, "config.seed": seed} for rank in (8, 16) for seed in range(3)]
+    text = study(points, [np.arange(ROWS) < 30] * 6, other=[9.0, 9.1, 9.2, 3.0, 3.1, 3.2]).report(tmp_path)
+    worth = text.partition("## What each choice was worth")[2].partition("\n## ")[0]
+    assert "- task accuracy: ranks 8, 16 have the same figure, 0.500." in worth
+    assert "- other perplexity: rank 16, the largest tried, is best, and a larger one may be better still" in worth
+    right = [np.arange(ROWS) < count for count in (50, 51, 50, 20, 21, 20)]
+    text = study(points, right, other=[9.0, 9.1, 9.2, 3.0, 3.1, 3.2]).report(tmp_path)
+    assert "perplexity" not in text.partition("## What each choice was worth")[2].partition("\n## ")[0]

@@ -183,3 +183,26 @@ def test_overheads_of_few_runs_are_drawn_without_an_interval() -> None:
     bounds = [c for c in table.columns if c.endswith(("overhead.low", "overhead.high"))]
     table[bounds] = None
     assert "latency" in dict(plot.figures(table, tables.steps(table)))
+
+
+def test_shares_stand_on_a_linear_axis_however_far_their_intervals_reach(recwarn: pytest.WarningsRecorder) -> None:
+    """An interval from 0.001 to 0.249 spans decades, and a base of 0 has no place on a logarithmic axis."""
+    table = tables.trials({"config.method.r": [8, 16]}, seeds=1)
+    table["eval_info.task.accuracy.value"], table["eval_info.task.accuracy.n"] = 0.05, 20
+    table["eval_info.task.accuracy.stderr"], table["eval_info.task.base_accuracy.value"] = 0.05, 0.0
+    figure = dict(plot.figures(table, tables.steps(table)))["rank_task"]
+    figure.canvas.draw()
+    assert figure.axes[0].get_yscale() == "linear"
+    assert not [one for one in recwarn if "constrained_layout" in str(one.message)]
+
+
+def test_stages_stand_in_the_order_in_which_a_trial_runs_them() -> None:
+    """A first checkpoint is saved before the training, so that records name the stage of saving earlier."""
+    table = tables.trials({"config.method.r": [8, 16]})
+    for stage in ("save", "merge", "eval", "load", "own"):
+        table[f"memory.{stage}.allocated_peak"] = 1e9
+    panel = dict(plot.figures(table, tables.steps(table)))["memory_stages"].axes[0]
+    shown = [text.get_text() for text in panel.get_xticklabels()]
+    assert [name for name in shown if name in ("load", "train", "save", "eval", "merge", "own")] == [
+        *("load", "train", "save", "eval", "merge", "own")
+    ]

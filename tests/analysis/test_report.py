@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 
 from peftsweep.analysis.answer import render
+from peftsweep.analysis.statistics import intervals as statistics_intervals
 from peftsweep.analysis.table.table import predictions
 from peftsweep.analysis.text import report
 
@@ -112,6 +113,23 @@ def test_one_seed_is_called_one_seed(tmp_path: Path) -> None:
     assert "One seed each" not in written(tmp_path, *ranks(40, 80))
 
 
+def test_the_advice_names_the_tie_it_was_chosen_from(tmp_path: Path) -> None:
+    first, second, _ = (
+        trial(n, share, **{"config.method.r": r}) for n, share, r in ((0, 92, 8), (1, 88, 16), (2, 40, 4))
+    )
+    assert "; the best figure by task accuracy, in a tie with `lora, r=16`." in written(tmp_path / "1", first, second)
+    text = written(tmp_path / "2", first, second, trial(2, 87, **{"config.method.r": 32}))
+    assert "; the best figure by task accuracy, in a tie with 2 more." in text
+    text = written(tmp_path / "3", first, trial(1, 40, **{"config.method.r": 16}))
+    assert "; the best by task accuracy." in text
+
+
+def test_costs_of_one_seed_are_called_as_fixed_as_the_redraws_take_them(tmp_path: Path) -> None:
+    fixed = "costs measured once are the same in all of them"
+    assert fixed in written(tmp_path / "1", *ranks(40, 80, seeds=1))
+    assert fixed not in written(tmp_path / "3", *ranks(40, 80, seeds=3))
+
+
 def test_a_tie_for_lack_of_seeds_is_not_advised(tmp_path: Path) -> None:
     scores = [20, 60, 40, 75, 77, 76]
     wild = [trial(n, score, n % 3, **{"config.method.r": 8 + 8 * (n // 3)}) for n, score in enumerate(scores)]
@@ -122,7 +140,9 @@ def test_a_tie_for_lack_of_seeds_is_not_advised(tmp_path: Path) -> None:
 
 def test_what_is_all_the_same_is_called_a_tie(tmp_path: Path) -> None:
     text = written(tmp_path, *ranks(70, 70, 70))
-    assert "all 3 configurations are a tie" in text
+    assert "all 3 configurations are a tie with the same figure, 0.703" in text
+    assert "ranks 8, 16, 32 have the same figure, 0.703" in text
+    assert "best figure is that of" not in text
     assert "worse" not in text.partition("## Methodology")[0]
 
 
@@ -380,6 +400,22 @@ def test_a_gain_that_the_rows_do_not_show_is_no_advice(tmp_path: Path) -> None:
     _, text = paired_study(tmp_path, (50, 240, 200), (150, 30, 100))  # the same 0.580 and 0.500, by other rows
     assert "0.580" in text
     assert text.startswith("Use none of these: none is shown to be better than the untouched base")
+
+
+def test_no_gain_shown_is_not_called_no_gain(tmp_path: Path) -> None:
+    """5 of 40 rows gained and 1 lost: Newcombe's interval of the difference 0.1 ends at 0.219 (checked by hand)."""
+    table, text = paired_study(tmp_path, (19, 5, 1), n=40)
+    first = text.splitlines()[0]
+    high = statistics_intervals.paired_interval(np.array([5]), np.array([1]), 40)[1][0]
+    assert f"40 test rows leave a gain of up to {high:.3f} possible" in first
+    assert "learning rate" not in first  # as the records do not say which it was
+    for rates, said in (([1e-4], "all results are of one learning rate, 0.0001."), ([1e-4, 1e-3], "possible.")):
+        rows = pd.concat([table] * len(rates), ignore_index=True)
+        rows["config.train.learning_rate"] = rates
+        rows["run_info.trial"] = [f"t{n}" for n in range(len(rates))]
+        rows["config.method.r"] = [8 << n for n in range(len(rates))]
+        _, answer = report.write(tmp_path, rows, pd.DataFrame(), (), predictions(tmp_path))
+        assert next(iter(render.lines(answer))).endswith(said)
 
 
 def test_a_study_without_the_base_s_rows_says_how_it_compares(tmp_path: Path) -> None:

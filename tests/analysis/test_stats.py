@@ -174,6 +174,26 @@ def test_the_interval_over_seeds_and_rows_covers_the_truth(seeds: int, spread: f
     assert 0.93 <= np.mean(covered) <= 0.975
 
 
+@pytest.mark.parametrize(("logit", "rows", "width"), [(-6.0, 40, 0.35), (-4.0, 200, 0.5)])
+def test_a_share_near_0_beside_others_that_vary_has_an_interval_that_covers_and_says_something(
+    logit: float, rows: int, width: float
+) -> None:
+    """Its seeds are taken to vary as those of the others, which is more than it can: 0 of 80 was "from 0 to 1"."""
+    generator = np.random.default_rng(rows)
+    draws = logit + generator.normal(0, 0.7, 100_000) + generator.normal(0, 1, 100_000)  # a seed's part and a row's
+    truth = float((1 / (1 + np.exp(-draws))).mean())
+    found = []
+    for _ in range(150):
+        logits = np.array([-1.0, -1.0, logit])[:, None, None] + generator.normal(0, 0.7, (3, 2, 1))
+        logits = logits + generator.normal(0, 1, (1, 1, rows))
+        right = (generator.random(logits.shape) < 1 / (1 + np.exp(-logits))).astype(float)
+        found.append(measured(right).intervals().loc[2, ["low", "high"]].astype(float).tolist())
+    low, high = np.array(found).T
+    assert ((low <= truth) & (truth <= high)).mean() >= 0.93
+    assert np.median(high - low) < width
+    assert (high >= 1 - 0.025 ** (1 / rows)).all()  # what 0 of the rows leaves possible, by Clopper and Pearson
+
+
 @pytest.mark.parametrize(
     ("configs", "seeds", "spread"),
     [

@@ -77,7 +77,7 @@ def test_a_condition_chooses_rows(expression: str, rows: str | None) -> None:
         ("config.method.r is 8", "is and is not stand before None only"),
         ("config.method.r in choices.quant", "in needs a list, or a text and a column of text"),
         ("config.method.r > 1 / 0", "1 / 0: division by zero"),
-        ("config.method.r =", "cannot be read"),
+        ("config.method.r =", "cannot be read (invalid syntax); must be a condition, such as --where "),
         ("", "cannot be read"),
         ("__import__('os').system('true')", "not understood"),
         ("(lambda: 1)()", "not understood"),

@@ -136,7 +136,10 @@ BAD = {
     "a module the model lacks": (["targets.modules=[q_prj]"], "the model has no module 'q_prj'; it has: q_proj"),
     "a method's module": (["method.target_modules=[q_prj]"], "method.target_modules: the model has no module 'q_prj'"),
     "targets of full fine-tuning": (["method=full", "targets=qv"], "targets: full fine-tuning trains every module"),
-    "a missing file": (["dataset=file", "dataset.path=no.jsonl"], "dataset.answer: must be given"),
+    "a missing file": (
+        ["dataset=file", "dataset.path=no.jsonl"],
+        "dataset.answer, dataset.prompt: must be given",
+    ),
     "a missing data file": (["dataset.path=no.jsonl"], "dataset.path=no.jsonl: no such file"),
     "an unknown format": (["dataset.path=rows.xml"], "unknown format '.xml'; allowed: .json .jsonl"),
     "an unknown dtype": (["model.dtype=float8"], "model.dtype=float8: must be one of auto, float32, bfloat16, float16"),

@@ -246,6 +246,7 @@ WRONG_WORDS = {
     "method.r=8,,16": "there is no value beside one of its commas",
     "method.r=8, 16": "method.r=8, 16: values are separated by commas alone: 'method.r=8,16'",
     "method.r": "method.r: must be KEY=VALUE",
+    "help": "help: must be KEY=VALUE; --help lists the keys",
     "=3": "=3: must be KEY=VALUE, and the key has an empty part",
     "method..r=3": "method..r=3: cannot be read; must be KEY=VALUE",
     "dataset.prompt={question}": "needs quotes inside those of the shell: 'dataset.prompt=\"{question}\"'",

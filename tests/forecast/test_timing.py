@@ -84,7 +84,7 @@ def test_the_report_counts_errors_and_the_intervals_that_held() -> None:
     assert found.coverage == pytest.approx(2 / 3)
     line = forecast_report.line([result(seconds=8.0), result(seconds=10.0), result(seconds=16.0)])
     assert line is not None
-    assert "median error 20%, worst -50% over 3 trials; the 90% interval held 2" in line
+    assert "off by 20% in the median, at most 50% shorter; 2 of 3 trials within the predicted 90% interval" in line
     assert forecast_report.line([result(predicted=None)]) is None
 
 
@@ -92,6 +92,15 @@ def test_the_report_counts_errors_and_the_intervals_that_held() -> None:
 def test_forecast_records_of_no_study_is_one_line(study: str) -> None:
     with pytest.raises(InputError, match=r"forecast\.records=.*: no such study"):
         history.named(study)
+
+
+def test_only_studies_are_proposed_for_forecast_records() -> None:
+    for name in (".hashes", "planned", "mine"):
+        Path("multirun", name).mkdir(parents=True)
+    Path("multirun/mine/t0").mkdir()
+    Path("multirun/mine/t0/result.json").write_text("{}")
+    with pytest.raises(InputError, match=r"no such study; there are: mine$"):
+        history.named("other")
 
 
 def test_forecast_records_of_an_empty_study_is_one_line(tmp_path: Path) -> None:
@@ -136,6 +145,10 @@ def test_a_price_is_a_number_or_of_a_table_by_the_name_of_the_device(price: Any,
 def test_a_price_that_is_none_is_one_line(price: Any) -> None:
     with pytest.raises(InputError, match="price"):
         timing.hourly(PriceConfig(price), "some CPU")
+
+
+def test_an_unknown_price_is_answered_by_a_number(command: Callable[..., tuple[int, str, str]]) -> None:
+    assert "one of your own is price=2.49" in command("price=abc", "dry_run=true")[2]
 
 
 @pytest.mark.parametrize("word", ["price=abc", "price=-1", "price=nan", "price=[1]", "forecast.records=no_such"])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from peftsweep.observe.display import Display
+from peftsweep.observe.display import Display, _validated, scores_line
 from peftsweep.study.record import Result
 
 ROW = {"step": 30, "steps": 120, "loss": 1.2345, "seconds": 60.0, "tokens_per_second": 1000.0}
@@ -68,6 +68,19 @@ def test_a_row_says_state_step_loss_score_memory_and_time_left() -> None:
     cells = ["train", "30/120", "1.234", "tiny.accuracy 0.625", "2.5 GB", "3.0 min"]  # 90 steps of 2 seconds
     assert all(cell in row for cell in cells)
     assert last == "0 of 3 trials done, 75 s, about 11.5 min left"  # 180 s, and two more trials of 75 + 180 s
+
+
+def test_a_validation_is_told_by_its_scores_and_each_loss_once() -> None:
+    scores = {"loss": 1.5, "tiny.accuracy": 0.625, "tiny.valid_fraction": 1.0, "a.loss": 1.5, "a.perplexity": None}
+    said = _validated(ROW | {f"validation_{name}": value for name, value in scores.items()})
+    assert said == "loss 1.500, tiny.accuracy 0.625"
+    assert _validated(ROW) == ""
+
+
+def test_rows_that_all_agree_are_told_by_their_number_and_not_by_an_error_of_0() -> None:
+    scores = {"accuracy": {"value": 0.0, "stderr": 0.0, "n": 1200}, "base_accuracy": {"value": 0.1}}
+    assert scores_line(scores) == "accuracy 0.000 over 1,200 rows (base 0.100)"
+    assert scores_line({"accuracy": {"value": 0.5, "stderr": 0.05, "n": 100}}) == "accuracy 0.500 ± 0.050"
 
 
 def ended(folder: Path) -> Result:

@@ -317,7 +317,7 @@ def test_an_epoch_ends_with_a_smaller_step(rows: list[data_tokens.Tokens]) -> No
 
 @pytest.mark.parametrize("options", [{"learning_rate": 1e30}, {"learning_rate": math.inf}])
 def test_a_step_that_ruins_the_weights_is_a_failure(rows: list[data_tokens.Tokens], options: dict[str, Any]) -> None:
-    with pytest.raises(FloatingPointError, match=r"after step 1.*; lower train.learning_rate(, such as 1e\+29)?$"):
+    with pytest.raises(FloatingPointError, match=r"after step 1.*; lower train.learning_rate(, such as 0\.001)?$"):
         run(rows, steps=1, warmup=0, **options)
 
 

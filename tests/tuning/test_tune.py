@@ -254,7 +254,7 @@ def test_a_league_gives_every_contestant_the_same_and_lora_twice(ask: Ask) -> No
     seeds = {name: set(of) for name, of in found["scores"].items()}
     assert (seeds["lora"], seeds["lora (placebo)"]) == ({"1", "2", "3"}, {"1001", "1002", "1003"})
     assert any("won" in line and "of 9 pairs of seeds against lora" in line for line in lines)
-    assert "a difference of 0.02 is found in 80% of leagues with " in lines[-1]
+    assert "would show a difference of 0.02 in 80% of leagues" in lines[-1]
     (search,) = searches.decisions(launch.study)
     placebo, result = search.decision.placebo, found["result"]
     assert placebo is not None

@@ -59,9 +59,11 @@ def line(results: Sequence[Result]) -> str | None:
     found = error(results, "train")
     if found is None:
         return None
+    longer = "longer" if found.worst > 0 else "shorter"
     return (
-        f"predicted training seconds: median error {found.median:.0%}, worst {found.worst:+.0%} over "
-        f"{trials_in_words(len(found.errors))}; the {INTERVAL:.0%} interval held {found.held} of them"
+        f"predicted training seconds against measured ones: off by {found.median:.0%} in the median, at most "
+        f"{abs(found.worst):.0%} {longer}; {found.held} of {trials_in_words(len(found.errors))} within the predicted "
+        f"{INTERVAL:.0%} interval"
     )
 
 

@@ -18,6 +18,7 @@ from rich.table import Table as Grid
 from peftsweep.analysis.answer import render, tables
 from peftsweep.analysis.answer.structure import Answer, Column, Table
 from peftsweep.analysis.statistics import trials as statistics_trials
+from peftsweep.analysis.statistics.task import memory_of
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.columns import CALLED, PREDICTION_ERROR
 from peftsweep.analysis.table.table import BREAK_EVEN, COMPILE, SPEED_UP
@@ -30,6 +31,7 @@ SHOWN = 40  # trials that a printed table holds
 MAX_COLUMNS = 12  # of a table in a terminal, however wide that is
 PIPE = 200  # characters of a line where there is no terminal, and COLUMNS does not say
 MANY_TESTS = 3  # from which on the trials' table has their average, and a table of its own has each
+PLUS_MINUS = "±"
 NAMES = ("trial", "configuration", "status", "model", "method", "quant")  # columns of words
 NARROWEST = 24  # characters of a column of names that is folded
 Row = dict[Any, Any]  # of a table, by column
@@ -130,7 +132,10 @@ def print_study(table: pd.DataFrame, name: str, answer: Answer, *, of: int) -> N
         by = {columns.score_name(score) for task in tasks.values() for score in columns.main_scores(task)[:1]}
         title += f"; the {len(shown)} " + (f"best by {', '.join(sorted(by))}" if by else "newest")
         title += " of each model and dataset" if len(tasks) > 1 else ""
-    show(title, _columns(shown, all_good=_all_good(table)), to)
+    of_trials = _columns(shown, all_good=_all_good(table))
+    if any(PLUS_MINUS in cell for column in of_trials for cell in column.cells):
+        title += f"; {PLUS_MINUS} is one standard error over the test rows"
+    show(title, of_trials, to)
     for section in answer.sections_named("table"):
         for found in section.tables[1:]:
             if len(found.columns) >= MANY_TESTS + 2:
@@ -205,12 +210,19 @@ def _scores(table: pd.DataFrame) -> list[Shown]:
 
 def _score(table: pd.DataFrame, score: str) -> Shown:
     stem = score.removesuffix("value")
-    errors = table[f"{stem}stderr"] if f"{stem}stderr" in table else pd.Series(pd.NA, table.index)
+    errors, rows = (table.get(f"{stem}{part}", pd.Series(pd.NA, table.index)) for part in ("stderr", "n"))
     cells = [
-        "" if pd.isna(value) else f"{value:.3f}" + ("" if pd.isna(error) else f" ± {error:.3f}")
-        for value, error in zip(table[score], errors, strict=True)
+        "" if pd.isna(value) else f"{value:.3f}" + _spread(error, n)
+        for value, error, n in zip(table[score], errors, rows, strict=True)
     ]
     return Shown(columns.score_name(score), cells, 1)
+
+
+def _spread(error: Any, rows: Any) -> str:
+    """A standard error; the number of rows where all agree, as an error of 0 would claim more than is known."""
+    if pd.isna(error):
+        return ""
+    return f" {PLUS_MINUS} {error:.3f}" if error > 0 or pd.isna(rows) else f" ({rows:,.0f} rows)"
 
 
 def _costs(table: pd.DataFrame) -> list[Shown]:
@@ -218,12 +230,11 @@ def _costs(table: pd.DataFrame) -> list[Shown]:
         values = table[column] if column in table else pd.Series(pd.NA, table.index)
         return ["" if pd.isna(value) else form(value) for value in values]
 
-    peaks = [c for c in (f"memory.train.{n}" for n in ("allocated_peak", "reserved_peak", "rss_peak")) if c in table]
-    peak = table[peaks].astype("Float64").bfill(axis=1).iloc[:, 0] if peaks else pd.Series(pd.NA, table.index)
+    memory = memory_of(table)
     return [
         Shown("trainable", cells("train_info.trainable_parameters", "{:,}".format), 6),
         Shown("adapter", cells("train_info.adapter_bytes", size), 5),
-        Shown("peak memory", ["" if pd.isna(value) else size(value) for value in peak], 4),
+        *([Shown(columns.factor_name(memory), cells(memory, size), 4)] if memory else []),
         Shown("train", cells("train_info.train_seconds", "{:,.1f} s".format), 3),
         Shown("tokens/s", cells("train_info.tokens_per_second", "{:,.0f}".format), 7),
     ]

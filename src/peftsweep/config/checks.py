@@ -29,7 +29,7 @@ PACKAGES = {  # options that a package brings
     "hydra/launcher/joblib": "hydra-joblib-launcher",
     "hydra/sweeper/optuna": "peftsweep[optuna_hydra]",
 }
-ANY = {"model": "model=./FOLDER, one of the hub model=ORG/NAME", "dataset": "dataset=FILE.jsonl"}
+ANY = {"model": "model=./FOLDER, one of the hub model=ORG/NAME", "dataset": "dataset=FILE.jsonl", "price": "price=2.49"}
 LAUNCHER = {
     "workers": 0,
     "devices": None,

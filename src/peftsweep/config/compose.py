@@ -54,6 +54,17 @@ DECIDE_OTHERS = (
 OF_THE_SWEEP = ("forecast", "price", "budget", "tune", "league", "search")
 WORDS_FOR_NULL = ("no", "off", "false", "never", "none", "0")  # as people write null for an interval
 
+EXAMPLES = {  # of keys that have no default, as a shell wants them
+    "model.name_or_path": "model.name_or_path=DIR_OR_HUB_ID",
+    "dataset.path": "dataset.path=rows.jsonl",
+    "dataset.prompt": """'dataset.prompt="{question}"'""",
+    "dataset.answer": """'dataset.answer="{answer}"'""",
+    "eval.forgetting.path": "eval.forgetting.path=text.jsonl",
+    "eval.substring.path": "eval.substring.path=rows.jsonl",
+    "eval.lm_eval.tasks": "'eval.lm_eval.tasks=[mmlu]'",
+    "method.path": "method.path=DIR",
+}
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -167,7 +178,8 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         problem = one_line(error)
     if missing := sorted(OmegaConf.missing_keys(cfg)):
-        problem = f"{missing[0]}: must be given"
+        shown = [word for key, word in EXAMPLES.items() if key in missing]
+        problem = f"{', '.join(missing)}: must be given" + (f", such as {' '.join(shown)}" if shown else "")
     raise InputError(problem)
 
 

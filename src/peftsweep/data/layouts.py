@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from peftsweep.data import tasks
@@ -22,6 +24,7 @@ MEANINGFUL = (
     *("premise", "hypothesis", "label", "labels", "chosen", "rejected", "image", "images", "audio", "video"),
 )
 LABELS = ("label", "labels", "class", "category", "sentiment", "target", "intent")
+NUMBERS_OF_ROWS = ("", "id", "idx", "index", "key", "no", "nr", "number", "row", "uid", "uuid", "guid", "unnamed: 0")
 MOST_CLASSES = 20  # different values of a column that an example command calls classes
 READER_ERRORS = (ValueError, KeyError, TypeError, IndexError, AttributeError)
 
@@ -150,16 +153,37 @@ def _pair(rows: Sequence[Row], prompt: str, answer: str) -> Layout:
     return Layout("file", {"prompt": f"{{{prompt}}}" + ("" if own else "\\n"), "answer": f"{{{answer}}}"})
 
 
+def _is_named_as_number(column: str) -> bool:
+    """Whether a column only tells rows apart, by its name."""
+    return column.strip().lower() in NUMBERS_OF_ROWS or column.lower().endswith("_id")
+
+
+def _counts(rows: Sequence[Row], column: str) -> bool:
+    """Whether a column only counts the rows."""
+    values = [str(row.get(column)) for row in rows]
+    if len(values) < 2 or not all(value.isdecimal() for value in values):
+        return False
+    return all(int(after) == int(before) + 1 for before, after in itertools.pairwise(values))
+
+
+def _length(rows: Sequence[Row], column: str) -> int:
+    """Characters of all texts of a column."""
+    return sum(len(str(row.get(column, ""))) for row in rows)
+
+
 def example(rows: Sequence[Row]) -> dict[str, Any]:
     """Keys of ``dataset`` that a person may have meant by the columns of ``rows``, to be shown as an example."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     texts = [c for c in columns if _holds_text(rows, c) and not set("{}[].!:\\\"'") & set(c)] or ["COLUMN"]
+    for says_nothing in (_is_named_as_number, partial(_counts, rows)):
+        kept = [c for c in texts if not says_nothing(c)]
+        texts = kept if len(kept) > 1 else texts
     labels = [c for c in texts if c.strip().lower() in LABELS]
     liked = [c for c in texts if c.strip().lower() in (*ANSWERS, "chosen")]
     answer = (labels or liked or texts)[-1]
     others = [c for c in texts if c != answer] or [answer]
     known = (*CONTEXTS, *PROMPTS, "text", "sentence", "premise", "hypothesis")
-    asked = [c for c in others if c.strip().lower() in known] or others[-1:]
+    asked = [c for c in others if c.strip().lower() in known] or [max(others, key=lambda c: _length(rows, c))]
     asked.sort(key=lambda column: column.strip().lower() not in CONTEXTS)  # the context before the question
     shown: dict[str, Any] = {
         "prompt": "\\n".join(f"{{{column}}}" for column in asked) + "\\n",

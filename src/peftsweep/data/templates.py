@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from peftsweep.data import chat
+from peftsweep.data import chat, layouts
 from peftsweep.data.chat import Conversation, Rendered
 from peftsweep.data.conversations.reader import NoAnswer
 from peftsweep.data.files import FORMATS as FORMATS
@@ -271,7 +271,8 @@ def _fill(template: str, row: _Row, key: str, number: str) -> str:
     except KeyError as error:
         column = str(error.args[0])
         advice = suggest(column, list(row))
-        named = [name for name in row if f"'{name}'" in advice] or list(row)[:1]
+        shown = layouts.example([row]).get(key.rpartition(".")[2], "")
+        named = [name for name in row if f"'{name}'" in advice] or [*columns(shown), *row][:1]
         word = f"""'{key}="{template.replace(f"{{{column}", f"{{{named[0]}")}"'""".replace("\n", "\\n")
         raise InputError(f"{key}: row {number} has no column '{column}'; {advice.rstrip('?')}, as in {word}") from None
     except TypeError as error:

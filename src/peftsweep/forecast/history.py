@@ -120,7 +120,7 @@ def named(study: str) -> list[Result]:
     """
     folder = store.folder(study) if store.is_plain(study) else Path(study).expanduser()
     if not folder.is_dir():
-        known = [place.name for place in store.ROOT.iterdir() if place.is_dir()] if store.ROOT.is_dir() else []
+        known = [place.name for place in store.studies()]
         raise InputError(
             f"forecast.records={study}: no such study; {suggest(study, known) if known else 'there is none'}"
         )

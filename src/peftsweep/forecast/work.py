@@ -22,6 +22,7 @@ from peftsweep.data.batches import batch_order, micro_batches
 from peftsweep.data.rows import Rows
 from peftsweep.data.templates import Example
 from peftsweep.data.tokens import Tokens, prompt_ids, tokenize
+from peftsweep.errors import InputError
 from peftsweep.evaluation import evaluate
 from peftsweep.evaluation.text import overlap
 from peftsweep.forecast import forecast
@@ -177,7 +178,8 @@ def evaluations(trial: Trial, tokenizer: PreTrainedTokenizerBase | None) -> tupl
             asked = once(["asked", name, trial.tree["eval"][name], own], read)
         except Exception as error:
             log.debug("the rows of eval.%s", name, exc_info=True)
-            return {}, f"eval.{name}: its rows are not here yet ({type(error).__name__})"
+            kind = "" if isinstance(error, InputError) else f" ({type(error).__name__})"
+            return {}, f"eval.{name}: its rows are not here yet{kind}"
         if asked is None:
             return {}, f"eval.{name}: what it does with the model is not known"
         found[name] = asked

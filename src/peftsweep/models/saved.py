@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -33,6 +34,9 @@ from peftsweep.models.shapes import at_target_rank
 from peftsweep.schema import Init, ModelConfig
 from peftsweep.study.atomic import sync_tree
 from peftsweep.study.store import RESIDUAL
+
+# PEFT reads the attribute by its old name whenever it puts an adapter on a model.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 INITIAL = "initial"  # beside a saved adapter: as it began, where the base was changed by its initialisation
 STEMS = ("model", "pytorch_model")  # how the names of files of weights begin that transformers reads

@@ -151,7 +151,7 @@ class TrialView(Observer):
                     *([f"loss {row['loss']:.3f}"] if "loss" in row else []),
                     *([f"{row['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in row else []),
                     *([size(row["memory_allocated"])] if row.get("memory_allocated") else []),
-                    *(f"{key} {row[key]:.3f}" for key in row if key.startswith(VALIDATION)),
+                    *([f"validation: {validated}"] if (validated := _validated(row)) else []),
                 ]
             )
             left = self.left()
@@ -239,6 +239,13 @@ def summary(result: Result) -> list[str]:
     return [*lines, *(f"warning: {caution}" for caution in result.cautions())]
 
 
+def _validated(row: dict[str, Any]) -> str:
+    """``loss 2.243, gsm8k.accuracy 0.250``: a validation without losses of evaluations and what explains a score."""
+    scores = {key.removeprefix(VALIDATION): row[key] for key in row if key.startswith(VALIDATION)}
+    hidden = (".loss", ".valid_fraction")
+    return ", ".join(f"{n} {v:.3f}" for n, v in scores.items() if v is not None and not n.endswith(hidden))
+
+
 def _stop_line(stop: dict[str, Any]) -> str:
     """``stopped at step 40, patience: loss 1.2000, the best was 1.1000 at step 20``."""
     value, best = ("no number" if stop[key] is None else f"{stop[key]:.4f}" for key in ("value", "best_value"))
@@ -257,7 +264,8 @@ def scores_line(scores: dict[str, Any]) -> str:
             continue
         value, stderr = score["value"], score["stderr"]
         text = f"{metric} {value:.3f}" if value is not None else f"{metric} infinite"
-        text += f" ± {stderr:.3f}" if stderr is not None else ""
+        if stderr is not None:  # of rows that all agree it is 0, which says less than their number
+            text += f" ± {stderr:.3f}" if stderr > 0 else f" over {score['n']:,} rows"
         beside = {
             "base": scores.get(f"base_{metric}", {}).get("value"),
             "majority": baseline(scores, metric, "majority"),

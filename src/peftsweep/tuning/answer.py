@@ -409,7 +409,9 @@ def _ranking(
     difference: float,
     score: str,
 ) -> list[str]:
-    lines = [f"league by {score} on the test rows:"]
+    alike = len({one.rank for one in found.standings}) < len(found.standings)
+    told = "; those of one place are not told apart" if alike else ""
+    lines = [f"league by {score} on the test rows{told}:"]
     for one in found.standings:
         cost = costs[one.contestant]
         lines.append(
@@ -422,7 +424,7 @@ def _ranking(
         f"seeds against {method}; that is what luck is worth"
         + ("" if not found.placebo_better else f", and here it is called {found.placebo}")
     )
-    enough = "no number of seeds on these test rows, as far as they tell"
-    needed = f"league.seeds={found.seeds}" if found.seeds else enough
-    lines.append(f"a difference of {difference:g} is found in 80% of leagues with {needed}")
+    would = f"would show a difference of {difference:g} in 80% of leagues"
+    more = f"no number of seeds {would} on these test rows; more test rows may"
+    lines.append(f"league.seeds={found.seeds} {would}" if found.seeds else more)
     return lines

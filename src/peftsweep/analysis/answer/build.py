@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 import peftsweep
-from peftsweep.analysis.answer import decided, failures, kept, measurements, tables, warned
+from peftsweep.analysis.answer import decided, failures, kept, measurements, render, tables, warned
 from peftsweep.analysis.answer.structure import (
     CHOICES,
     COSTS,
@@ -127,7 +127,7 @@ def _use(folder: Path, task: Task, advice: findings.Advice, quality_loss: float)
     ]
     if advice.chosen is None:
         nothing: Any = (None, None, None, [], needs, advice.decided_by)
-        return Use(advice.verdict, None, {}, None, advice.why, *nothing)  # type: ignore[arg-type]
+        return Use(advice.verdict, None, {}, None, render.plain(advice.why), *nothing)  # type: ignore[arg-type]
     rows = task.table[task.table["configuration"] == advice.chosen]
     trained = rows[rows[trials.SUCCESS] == "success"]
     good = (trained if len(trained) else rows).sort_values([c for c in (trials.SEED, trials.CREATED) if c in rows])
@@ -139,7 +139,7 @@ def _use(folder: Path, task: Task, advice: findings.Advice, quality_loss: float)
         task.labels[advice.chosen],
         _settings(task, good.iloc[0]),
         score_of(task, task.scores[0], advice.chosen) if task.scores else None,
-        advice.why,
+        render.plain(advice.why),
         command(place),
         place.as_posix() if place.is_dir() else None,
         saved.as_posix() if saved.is_dir() and any(saved.iterdir()) else None,
@@ -168,10 +168,21 @@ def _use_sentences(use: Use, advice: findings.Advice) -> Iterator[str]:
 
 
 def command(trial: Path) -> str | None:
-    """The command that runs a trial again, from the overrides that Hydra kept; None where there are none."""
+    """The command that runs a trial again, from the overrides that Hydra kept; None where there are none.
+
+    What changes no number of the trial is left out: whether done ones are run again, and how a search chose. Of a
+    search the steps between two validations stay, as the rows of a validation are not trained on.
+    """
     file = trial / ".hydra" / "overrides.yaml"
     found = usable(lambda: read_yaml(file, [str])) if os.path.lexists(file) else None
-    return None if found is None else "peftsweep " + " ".join(map(_quoted, found))
+    if found is None:
+        return None
+    every = "train.eval_every="
+    said = any(word.startswith(every) for word in found)
+    words = found if said else [word.replace("halving.min_steps=", every, 1) for word in found]
+    if any(word.startswith(every) for word in words):  # else rungs of rows may say how often
+        words = [word for word in words if not word.startswith("halving.")]
+    return "peftsweep " + " ".join(_quoted(word) for word in words if not word.startswith("force="))
 
 
 def _quoted(word: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from peftsweep.analysis.answer.structure import TUNE, Base, Decision, Placebo, Section
+from peftsweep.analysis.answer.structure import LEAGUE, TUNE, Base, Decision, Placebo, Section
 from peftsweep.analysis.statistics import trials
 from peftsweep.analysis.statistics.task import Task
 from peftsweep.analysis.table import columns
@@ -35,6 +35,7 @@ def advice(task: Task, general: Advice, searches: Sequence[Search]) -> Advice:
 
     It knows more where it chooses by trials that the search did not judge, and these are shown to be better.
     """
+    general = _with_league(general, searches)
     search = next((one for one in searches if one.name == TUNE and one.decision.verdict), None)
     numbers = None if search is None else task.table.loc[_are(task, search.decision.trials), "configuration"]
     if search is None or numbers is None or numbers.empty:
@@ -57,11 +58,25 @@ def advice(task: Task, general: Advice, searches: Sequence[Search]) -> Advice:
         shown = f"is not shown to be better than the untouched base, by {score}{_gain_clause(decision.base)}"
         best = "the best that sweep=tune found"
         return Advice("none", None, f"{best} {shown}", f"**Use none of these**: {best}, {name}, {shown}.", TUNE)
-    why = f"sweep=tune chose it, over {seeds}" + _gain_clause(decision.base)
+    why = f"sweep=tune chose it, over {seeds}{_rivals(decision)}{_gain_clause(decision.base)}"
     if task.scores and findings.no_gain(task, task.scores[0]):
         why += "; with all other trials of this study counted in, a gain over the base is not shown"
     shown = f"{findings.in_short(task, task.scores[0], number)}; " if _is_scored(task, number) else ""
     return Advice("use", number, why, f"**Use {name}**: {shown}{why}.", TUNE)
+
+
+def _rivals(decision: Decision) -> str:
+    """The finalists that the best one is not shown to be better than, as a part of a sentence."""
+    best, verdicts = decision.finalists[0].name, dict[str, str]()
+    for one in decision.between:
+        if best in (one.first, one.second):
+            verdicts[one.second if one.first == best else one.first] = one.verdict
+    others = {one.name: verdicts.get(one.name, "open") for one in decision.finalists[1:]}
+    text = ""
+    for verdict, said in (("tie", "a tie with"), ("open", "not told apart from")):
+        if names := [words.escaped(name) for name, found in others.items() if found == verdict]:
+            text += f"; it is {said} {', '.join(names)}"
+    return text
 
 
 def _are(task: Task, names: Sequence[str]) -> Any:
@@ -82,6 +97,18 @@ def _knows_more(task: Task, general: Advice, number: Any, decision: Decision) ->
     same = general.chosen == number
     better = same or decision.verdict == "none" or (known and known.verdict(general.chosen, number) == "better")
     return bool(better and (own & ~judged).any())
+
+
+def _with_league(general: Advice, searches: Sequence[Search]) -> Advice:
+    """The advice with what a league does not tell apart, which has as many seeds of each and no other trials."""
+    finalists = next((one.decision.finalists for one in searches if one.name == LEAGUE), [])
+    first = [words.escaped(one.name) for one in finalists if one.rank == 1]
+    if general.verdict != "use" or len(first) < 2:
+        return general
+    seeds = words.plural("seed", len(finalists[0].trials))
+    return _with_base_comparison(
+        general, f"sweep=league, over {seeds} of each, does not tell apart: {', '.join(first)}"
+    )
 
 
 def _with_base_comparison(general: Advice, said: str) -> Advice:

@@ -327,7 +327,8 @@ def _profiles(task: Task) -> Iterator[Table]:
 
 def _memory(task: Task) -> Iterator[Table]:
     """The memory of each stage, a table for each way of measuring it; of one stage alone a column for each."""
-    found = {what: [c for c in _own(task, "memory.") if c.endswith(f".{what}")] for what in MEMORY}
+    own = columns.in_order_of_stages(_own(task, "memory."))
+    found = {what: [c for c in own if c.endswith(f".{what}")] for what in MEMORY}
     stages = {c.split(".")[1] for every in found.values() for c in every}
     if len(stages) < 2:
         keys = [(c, MEMORY[what], "bytes") for what, every in found.items() for c in every]
@@ -341,5 +342,6 @@ def _memory(task: Task) -> Iterator[Table]:
 def _stages(task: Task) -> Iterator[Table]:
     """The seconds of each stage of a trial."""
     found = [c for c in _own(task, "train_info.") if c.endswith("_seconds") and c.count(".") == 1]
+    found = columns.in_order_of_stages(found)
     keys = [(c, c.removeprefix("train_info.").removesuffix("_seconds").replace("_", " "), "seconds") for c in found]
     yield from _plain(task, "", keys) if len(keys) > 1 else []  # type: ignore[arg-type]

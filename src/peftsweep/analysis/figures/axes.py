@@ -142,7 +142,8 @@ def draw_facets(
         _series_of(ax, rows, places, styles, dodge=0.12 if numeric else 0.0 if joined else 0.6)
         ax.set_ylabel(panel)
         ax.set_xlabel(x_label)
-        if spans_a_decade(rows[["value", "low"]]):
+        share = rows[["value", "high"]].max().max() <= 1  # of an interval from 0.001 to 0.249 a linear axis tells more
+        if not share and spans_a_decade(rows[["value", "low"]]):
             log_axis(ax.yaxis)
         elif rows["value"].max() >= 10_000:
             ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short_number(value)))
@@ -180,10 +181,11 @@ def _category_axis(ax: Any, names: Sequence[str]) -> None:
 def _draw_base(ax: Any, base: float) -> None:
     """A line at the untouched base's score, or its number in words where it would flatten all that is compared."""
     low, high = ax.get_ylim()
-    if low - (high - low) <= base <= high + (high - low) / 2:
+    on_axis = base > 0 or ax.get_yscale() != "log"
+    if on_axis and low - (high - low) <= base <= high + (high - low) / 2:
         ax.axhline(base, color=INK, linestyle=":", linewidth=1)
         ax.annotate("untouched base", (1, base), (-2, 2), xycoords=("axes fraction", "data"),
-                    textcoords="offset points", ha="right", va="bottom", fontsize=6.5)  # fmt: skip
+                    textcoords="offset points", ha="right", va="bottom", fontsize=6.5, bbox=LABEL_BOX)  # fmt: skip
     else:
         ax.set_title(f"untouched base: {words.number(base)}", fontsize=7, loc="right")
 

@@ -63,7 +63,7 @@ def memory_stages(merged: pd.DataFrame) -> Any:
     device = columns.measured(merged, columns.DEVICE_MEMORY.column)
     ending = ".allocated_peak" if device else ".rss_peak"
     peaks = [c for c in merged.columns if c.startswith("memory.") and c.endswith(ending)]
-    peaks = [c for c in peaks if columns.measured(merged, c)]
+    peaks = columns.in_order_of_stages(c for c in peaks if columns.measured(merged, c))
     if len(peaks) < 2:
         return None
     rows, chosen = room_for_names(merged[merged[peaks].notna().any(axis=1)], SERIES)

@@ -192,13 +192,24 @@ class Measured:
         return found[several & ((spread.stderr > 0) | self.shares)]
 
     def _share_intervals(self, spread: Contrasts) -> tuple[Floats, Floats]:
-        """Those of shares, from as many rows as would vary so, of one trained model each (Korn and Graubard, 1998)."""
+        """Those of shares, from as many rows as would vary so, of one trained model each (Korn and Graubard, 1998).
+
+        Where the standard error is more than p (1 - p), as that of a share of 0 whose seeds are taken to vary as others
+        do, that leaves next to no row and an interval from 0 to 1. Then each end is the nearer one of these and of
+        Student's interval with two rows more, but no nearer than that of the exact one of the rows alone.
+        """
         rows = cast(Floats, self.rows).shape[1]
+        varies = self.means * (1 - self.means)
         with np.errstate(divide="ignore", invalid="ignore"):
-            effective = 1 + self.means * (1 - self.means) / spread.stderr**2
+            effective = 1 + varies / spread.stderr**2
         quantiles = special.stdtrit(rows - 1, 1 - ALPHA / 2) / special.stdtrit(spread.df, 1 - ALPHA / 2)
         n = np.where(spread.stderr > 0, effective * quantiles**2, rows)
-        return clopper_pearson(self.means * n, n)
+        low, high = clopper_pearson(self.means * n, n)
+        least_low, least_high = clopper_pearson(self.means * rows, np.full(len(self.means), float(rows)))
+        students = self.contrasts(np.eye(len(self.means))).interval
+        wide = spread.stderr > varies
+        low = np.where(wide, np.minimum(least_low, np.maximum(low, students[0])), low)
+        return low, np.where(wide, np.maximum(least_high, np.minimum(high, students[1])), high)
 
     def back(self, values: tuple[Floats, ...]) -> tuple[Floats, ...]:
         """``values`` in the column's own units."""

@@ -17,6 +17,11 @@ from peftsweep.analysis.table.naming import Names
 SHOWN_MEMORY = tuple(memory.column for memory in columns.MEMORY)  # the first that is known
 
 
+def memory_of(table: pd.DataFrame) -> str | None:
+    """The column of memory that is shown of these trials, None where none is known."""
+    return next((c for c in SHOWN_MEMORY if c in table and table[c].notna().any()), None)
+
+
 @dataclass
 class Task:
     """The trials of one model on one dataset, which can be compared with each other."""
@@ -115,7 +120,7 @@ class Task:
 
     @cached_property
     def memory(self) -> str | None:
-        return next((c for c in SHOWN_MEMORY if c in self.table and self.table[c].notna().any()), None)
+        return memory_of(self.table)
 
     @cached_property
     def seeds(self) -> int:

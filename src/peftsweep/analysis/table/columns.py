@@ -55,6 +55,10 @@ TRAINABLE = Cost("train_info.trainable_parameters", "trainable parameters")
 PREDICTED, PREDICTION_ERROR = "memory.predicted.peak_bytes", "memory.predicted.error"
 # The first that is known; a process's memory is that of all it has imported, and of what ran in it before.
 MEMORY = (DEVICE_MEMORY, Cost(PREDICTED, "training memory, predicted", "bytes"), HOST_MEMORY)
+STAGES = (  # of a trial, in the order in which most of their work is done
+    *("setup", "load", "data", "baseline", "attach", "compile", "train", "train_stage", "validate", "save"),
+    *("eval", "scales", "inference", "profile", "reload", "merge"),
+)
 NAMES = {
     RANK: "rank",
     METHOD: "method",
@@ -242,3 +246,9 @@ def outcome(rows: pd.DataFrame) -> str:
 
 def _counted(counts: Any) -> str:
     return ", ".join(f"{int(counts[name])} {name}" for name in NOT_SUCCESS if counts.get(name, 0))
+
+
+def in_order_of_stages(found: Iterable[str]) -> list[str]:
+    """Columns of stages (``memory.STAGE.x``, ``train_info.STAGE_seconds``) in the order of `STAGES`, others last."""
+    places = {stage: place for place, stage in enumerate(STAGES)}
+    return sorted(found, key=lambda c: places.get(c.split(".")[1].removesuffix("_seconds"), len(STAGES)))

@@ -44,7 +44,7 @@ PREFERRED = (
     *(f"config.{name}" for name in ("train.learning_rate", "model.name_or_path", "dataset.path", "dataset.prompt")),
     *(f"config.train.{name}" for name in ("steps", "epochs", "batch_size")),
 )
-SHORT = {"learning_rate": "lr", "target_modules": "modules", "name_or_path": "model"}
+SHORT = {"learning_rate": "lr", "target_modules": "modules", "otherwise": "modules", "name_or_path": "model"}
 FRACTION = re.compile(r"-?\d+\.\d+(e-?\d+)?|-?\d+e-\d+")  # a number, as text
 FIRST = (LABEL, METHOD)  # in names
 # In which no two trials of one study differ for their numbers' sake.

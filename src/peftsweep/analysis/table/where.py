@@ -45,7 +45,9 @@ def where(table: pd.DataFrame, expression: str) -> pd.Series[bool]:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"--where {expression}: cannot be read ({str(error).splitlines()[0]})") from None
+        why = str(error).splitlines()[0].removesuffix(" (<unknown>, line 1)")
+        example = "such as --where \"choices.quant == '4bit' and config.method.r >= 8\""
+        raise InputError(f"--where {expression}: cannot be read ({why}); must be a condition, {example}") from None
     return found.fillna(False).astype(bool)
 
 

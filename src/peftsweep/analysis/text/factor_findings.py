@@ -159,6 +159,9 @@ def _enough_rank(task: Task, score: str) -> str:
         what, scope = f"{what}({', '.join(row['level'] for row in rows)})", scope.replace(", with ", "; all with ")
     else:
         what, scope = what + scope, ""
+    if len({row["value"] for row in rows}) == 1:
+        ranks = ", ".join(row["level"] for row in rows)
+        return f"{what}: ranks {ranks} have the same figure, {words.number(best['value'])}{scope}{moved}."
     if enough is not best:
         said = f"rank {enough['level']} is the smallest that is not separable from the best, {best['level']} "
         said += f"({words.tested(enough, enough['p_adjusted'])})"

@@ -16,11 +16,14 @@ from peftsweep.analysis.statistics import trials
 from peftsweep.analysis.statistics.effects import Moved
 from peftsweep.analysis.statistics.task import Task
 from peftsweep.analysis.table import columns
+from peftsweep.analysis.table.columns import METHOD
 from peftsweep.analysis.text import words
 from peftsweep.analysis.text.factor_findings import MAX_MOVED_SETTINGS, moved_keys, score_findings
 from peftsweep.analysis.text.words import ADAPTER, SECONDS
 from peftsweep.study.record import Status
 from peftsweep.study.scores import baseline
+
+LEARNING_RATE = "config.train.learning_rate"
 
 
 def certainty(task: Task) -> Iterator[str]:
@@ -34,9 +37,17 @@ def certainty(task: Task) -> Iterator[str]:
 
 
 def choices(task: Task) -> Iterator[str]:
-    """What each factor was worth, a sentence each."""
+    """What each factor was worth, a sentence each; a second one where another score shows what the first does not."""
     for factor in task.factors if task.scores else ():
         yield from score_findings(task, factor, task.scores[0])[:1]
+        if not _shows(task, factor, task.scores[0]):
+            other = next((score for score in task.scores[1:] if _shows(task, factor, score)), None)
+            yield from score_findings(task, factor, other)[:1] if other else ()
+
+
+def _shows(task: Task, factor: str, score: str) -> bool:
+    """Whether some level of a factor is shown to be better or worse than another by this score."""
+    return bool(task.effects(score, factor)["verdict"].isin(["better", "worse"]).any())
 
 
 def _best(task: Task, score: str) -> str:
@@ -55,6 +66,9 @@ def _best(task: Task, score: str) -> str:
         gap = words.tested(last, last["p_adjusted"])
         every = "both" if len(compared) == 2 else f"all {len(compared)}"
         moved = other_differences(task, task.unnamed(best, compared.index[-1])) if len(compared) == 2 else ""
+        if compared["value"].nunique() == 1:
+            same = f"are a tie with the same figure, {figure}; their difference is {gap}"
+            return f"**{what}**: {every} configurations {same}{moved}."
         return (
             f"**{what}**: {every} configurations are a tie; the best figure is that of "
             f"{words.code(task.labels[best])}, {figure}, and the last differs by {gap}{moved}."
@@ -166,8 +180,8 @@ def advice(task: Task) -> Advice:
     score, score_name = task.scores[0], columns.score_name(task.scores[0])
     compared = task.compare(score)
     if no_gain(task, score):
-        why = f"none is shown to be better than the untouched base, by {score_name}"
-        return Advice("none", None, why, f"**Use none of these**: {why}.")
+        why = f"none is shown to be better than the untouched base, by {score_name}{_gained_by_others(task, score)}"
+        return Advice("none", None, why, f"**Use none of these**: {why}.{_not_ruled_out(task, score)}")
     if len(compared) < 2:
         only = compared.index[0]
         why = "it is the only configuration with this score"
@@ -182,8 +196,12 @@ def _chosen(task: Task, score: str) -> tuple[Any, str]:
     """The configuration to use, and why."""
     near, configs, score_name = task.near(score), task.configurations, columns.score_name(score)
     chosen, why = near[0], f"the best by {score_name}"
+    ties = [number for number in task.tied(score) if number != chosen]
     if chosen != task.compare(score).index[0]:
         why += " of those that are shown to be better than the untouched base"
+    elif ties:
+        with_ = words.code(task.labels[ties[0]]) if len(ties) == 1 else f"{len(ties)} more"
+        why = f"the best figure by {score_name}, in a tie with {with_}"
     if len(near) > 1:
         sizes = configs.loc[near, ADAPTER].astype(float) if ADAPTER in configs else pd.Series(1.0, index=near)
         small = sizes[sizes <= 1.05 * sizes.min()].index if sizes.notna().any() else near
@@ -193,7 +211,54 @@ def _chosen(task: Task, score: str) -> tuple[Any, str]:
         why = f"of the {len(near)} within one standard error of the best {score_name}, the smallest adapter"
         if len(small) > 1:
             why += f", and of those within 5% of it the {'fastest' if timed else 'best'}"
-    return chosen, why
+    return chosen, why + _better_by_others(task, score, chosen)
+
+
+def _better_by_others(task: Task, score: str, chosen: Any) -> str:
+    """The other scores by which another configuration is shown to be better than the ``chosen`` one."""
+    against = []
+    for other in task.scores:
+        known, compared = task.tested(other), task.compare(other)
+        if other == score or known is None or chosen not in compared.index:
+            continue
+        if known.verdict(first := compared.index[0], chosen) == "better":
+            against.append((columns.score_name(other), words.code(task.labels[first])))
+    if not against:
+        return ""
+    better = against[0][1] if len(against) == 1 else "others"
+    return f"; by {_listed([name for name, _ in against])} {better} {'is' if len(against) == 1 else 'are'} better"
+
+
+def _gained_by_others(task: Task, score: str) -> str:
+    """The other scores by which a configuration is shown to be better than the untouched base."""
+    gained = [one for one in task.scores if one != score and task.compare(one)["gained"].eq("better").any()]
+    if not gained:
+        return ""
+    return f", though by {_listed([columns.score_name(one) for one in gained])} there is a gain"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """At most three of these names, and how many more there are."""
+    more = [f"{len(names) - 3} more"] if len(names) > 3 else []
+    *first, last = [*names[:3], *more]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _not_ruled_out(task: Task, score: str) -> str:
+    """What might still be a gain, where none is shown: what the interval leaves, and what was not tried."""
+    compared, parts = task.compare(score), list[str]()
+    most = compared["gain_high"].max() if (columns.direction(score) or 1) > 0 else -compared["gain_low"].min()
+    if words.known(most) and most > 0:
+        rows = words.values(task.table, f"{score.removesuffix('value')}n")
+        of = f"{rows[0]} test rows leave" if len(rows) == 1 else "the test rows leave"
+        parts.append(f"{of} a gain of up to {words.amount(most, compared['scale'].iloc[0])} possible")
+    done = task.table[task.table[trials.SUCCESS] == Status.success.name]
+    rates = words.values(done, LEARNING_RATE)
+    if len(rates) == 1:
+        parts.append(f"all results are of one learning rate, {task.names.value(LEARNING_RATE, rates[0])}")
+    elif rates and METHOD in done and done.groupby(METHOD)[LEARNING_RATE].nunique().max() == 1:
+        parts.append("each method has results of one learning rate alone")
+    return f" That is no proof that nothing helps: {', and '.join(parts)}." if parts else ""
 
 
 def in_short(task: Task, score: str, number: Any) -> str:

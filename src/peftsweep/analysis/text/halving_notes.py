@@ -12,7 +12,7 @@ from typing import Any
 from peftsweep.observe.display import size
 from peftsweep.schema import HalvingConfig, Resource
 from peftsweep.study import store
-from peftsweep.study.record import Result, Status
+from peftsweep.study.record import Result, Status, trials_in_words
 from peftsweep.study.rungs import TRAINED_STATUSES, course
 
 MIN_PAIRS = 3  # pairs below which a correlation says nothing
@@ -46,10 +46,11 @@ def _notes(results: Sequence[Result], config: HalvingConfig) -> list[str]:
     trained, total = sum(one.train_info["steps"] for one in results), sum(one.total for one in courses)
     files = [file for one in stopped if one.folder for file in one.folder.glob(f"{store.CHECKPOINTS}/*")]
     kept = size(sum(_bytes(file) for file in files))
-    lines = [
+    line = (
         f"halving by {config.metric}: {trained:,} of {total:,} steps trained ({trained / max(total, 1):.0%}); "
-        f"{len(stopped)} trials stopped, any of which may have won in the end; their checkpoints hold {kept}"
-    ]
+        f"{trials_in_words(len(stopped))} stopped, any of which may have won in the end; their checkpoints hold {kept}"
+    )
+    lines = [line] if stopped else []  # a league trains all to their ends
     for place in range(max(len(one.values) for one in courses) - 1):
         pairs = [(one.values[place], one.values[place + 1]) for one in courses if len(one.values) > place + 1]
         lines.append(f"rung {place + 1} against the next: {_correlation(pairs)}")

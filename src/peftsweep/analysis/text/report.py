@@ -238,7 +238,8 @@ def _frontier(task: Task, score: str, mark: str, figures: Sequence[str]) -> Iter
     yield (
         f"A configuration is on the front if no other one is better in one of {columns.score_name(score)}, "
         f"{', '.join(map(columns.factor_name, costs))} and at least as good in the others. "
-        f"Redraws of {drawn} (bootstrap) show how often that holds."
+        f"Redraws of {drawn} (bootstrap) show how often that holds"
+        + ("; costs measured once are the same in all of them." if task.configurations["n"].min() < 2 else ".")
         + (
             f" Configurations without some of these figures: {lacking:,}."
             if (lacking := len(task.compare(score)) - len(found))
