@@ -46,7 +46,7 @@ CHANGES: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {  # wha
     "collection": (gc.disable, gc.isenabled),
     "logging": (lambda: logging.disable(logging.CRITICAL), lambda: logging.root.manager.disable),
     "warnings": (lambda: warnings.simplefilter("error", BytesWarning), lambda: list(warnings.filters)),
-    "path": (sys.path.clear, lambda: list(sys.path)),
+    "path": (lambda: sys.path.clear(), lambda: list(sys.path)),
     "hook": (lambda: setattr(sys, "excepthook", None), lambda: sys.excepthook),
     "output": (lambda: sys.stdout.close(), lambda: sys.stdout.closed),
     "no output": (lambda: setattr(sys, "stdout", None), lambda: sys.stdout is None),
