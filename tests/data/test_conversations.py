@@ -157,6 +157,14 @@ def test_false_under_any_name_of_the_weight_leaves_a_turn_out_of_the_training(ke
     assert trained(made, tokens(made, row)) == ["Eight.<|im_end|>"]
 
 
+@pytest.mark.parametrize("columns", [("instruction", "output"), ("instruction", "response"), ("dialogue", "summary")])
+def test_lists_in_the_columns_of_a_named_dataset_are_not_taken_for_its_texts(columns: tuple[str, str]) -> None:
+    asked, said = columns
+    assert layouts.recognise([{asked: "Say it.", said: "It."}]) is not None
+    assert layouts.recognise([{asked: "Say it.", said: ["It.", "That."]}]) is None
+    assert layouts.recognise([{asked: {"a": 1}, said: "It."}]) is None
+
+
 def test_a_column_conversation_of_plain_text_is_no_list_of_turns() -> None:
     assert layouts.recognise([{"conversation": "Ann: Hi.", "abstract": "A greeting."}]) is None
     assert layouts.recognise([{"conversation": json.dumps([USER, SAID])}]) == layouts.Layout("chat")
@@ -254,6 +262,7 @@ WRONG: list[tuple[str, Row, str]] = [
     ("arguments that are JSON text of a list", {"messages": calling(call(arguments="[3]"))}, "neither an object"),
     ("a list of texts", {"messages": [USER, SAID | {"content": ["Seven."]}]}, r"a list of texts; must .*\(turn 2\)"),
     ("images in a column", PLAIN | {"images": ["a.png"]}, "its column 'images' holds what is no text"),
+    ("images in a turn", {"messages": [USER | {"images": ["a.png"]}, SAID]}, r"its 'images' are no text \(turn 1\)"),
     ("an answer that is not wanted", {"prompt": [USER], "completion": [SAID], "label": False}, "its label is false"),
     ("half a surrogate", {"messages": [USER | {"content": "\ud83d"}, SAID]}, "half a surrogate pair"),
 ]  # fmt: skip

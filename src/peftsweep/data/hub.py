@@ -21,15 +21,6 @@ HUB_TIMEOUT_SECONDS = 4.0  # seconds until a hub that says nothing counts as one
 GATEWAY_ERRORS = (502, 503, 504)  # of a proxy in front of it
 NOT_FOUND = 404
 COMMIT = re.compile(r"[0-9a-f]{40}")
-UNREADABLE = (
-    OSError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    KeyError,
-    ImportError,
-    RecursionError,
-)  # what loading from a folder may raise
 
 
 @functools.cache

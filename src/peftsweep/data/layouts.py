@@ -45,12 +45,14 @@ class _Named:
     name: str
     needs: tuple[str, ...]
     may_have: tuple[str, ...] = ()
-    fits: Callable[[Row], object] = lambda row: True  # raises, or is false, for another's row
+    fits: Callable[[Row], object] | None = None  # raises, or is false, for another's row; by default all is text
 
     def is_of(self, rows: Sequence[Row]) -> bool:
         if any(column not in row for row in rows for column in self.needs):
             return False
         whole = [row for row in rows if all(row[column] is not None for column in self.needs)]
+        if self.fits is None:
+            return bool(whole) and all(_holds_text(whole, column) for column in self.needs)
         try:
             return bool(whole) and all(self.fits(row) for row in whole)
         except READER_ERRORS:

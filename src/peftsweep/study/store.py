@@ -67,7 +67,10 @@ def adapter(path: str) -> Path:
     for candidate in (given, given / ADAPTER):
         if any((candidate / name).is_file() for name in ADAPTER_CONFIGS):
             return candidate
-    raise InputError(f"adapter.path={path}: holds no adapter_config.json, and no trial with one")
+    said = f"adapter.path={path}: holds no adapter_config.json, and no trial with one"
+    if not given.exists() and path.count("/") == 1:
+        said += f"; one of the hub: hf download {path} --local-dir FOLDER"
+    raise InputError(said)
 
 
 def is_plain(name: str) -> bool:

@@ -207,6 +207,8 @@ def _message(turn: Any) -> Message:
     """A turn as chat templates take it; what is null in it is absent."""
     if not isinstance(turn, dict) or not isinstance(said := turn.get("role") or turn.get("from"), str):
         raise ValueError("a turn is not an object with a role")
+    if media := next((key for key in MEDIA if turn.get(key)), None):
+        raise ValueError(f"its '{media}' are no text")
     content = turn["value"] if turn.get("content") is None and "value" in turn else turn.get("content")
     calls = _former_calls(turn.get(CALL)) or turn.get("tool_calls")
     if said in CALLING:
