@@ -349,7 +349,7 @@ def test_named_points_that_differ_in_four_settings_are_no_comparison_of_ranks(tm
     ]
     (said,) = set(sentences(study(many, right(0.3, 0.9)).report(tmp_path), "`r=8`", "`r=16`"))
     assert "also differ in 9 other settings" in said
-    assert "no difference is put down to the rank" in said
+    assert "no difference is attributed to the rank" in said
 
 
 @pytest.mark.parametrize(
