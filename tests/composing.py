@@ -19,6 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from peftsweep.config.fill import conf_dir
+from peftsweep.schema import MISSING
 
 UNCHANGED = ("hydra.conf", "pkg://hydra.conf", conf_dir(), "structured://")  # places of options that no test changes
 DECIDES_MORE = ("hydra.searchpath", "hydra.job.")  # keys of Hydra's by which it does more than to put in a value
@@ -67,7 +68,8 @@ def _composed_once(loader: type[ConfigLoaderImpl]) -> Callable[..., DictConfig]:
     ) -> DictConfig:
         how = (run_mode, from_shell, validate_sweep_overrides)
         places = {place.path for place in self.config_search_path.get_path()}
-        if not places <= {*UNCHANGED} or any(word.lstrip("+~").startswith(DECIDES_MORE) for word in overrides):
+        decides_more = any(word.lstrip("+~").startswith(DECIDES_MORE) or MISSING in word for word in overrides)
+        if not places <= {*UNCHANGED} or decides_more:
             return compose(self, config_name, overrides, *how)
         parsed = OverridesParser.create().parse_overrides(overrides)
         if validate_sweep_overrides:
@@ -76,9 +78,10 @@ def _composed_once(loader: type[ConfigLoaderImpl]) -> Callable[..., DictConfig]:
         values = [one for one in said if isinstance(one.value(), dict) or not is_group(one.key_or_group)]
         groups = [str(one.input_line) for one in said if one not in values]
         launchers = sorted(ConfigStore.instance().repo["hydra"]["launcher"])
-        key = repr((config_name, groups, how, launchers, JobRuntime.instance().conf))
+        # Not by the mode, which decides only whether a group of which none is chosen yet (???) is an error.
+        key = repr((config_name, groups, launchers, JobRuntime.instance().conf))
         if key not in kept:
-            kept[key] = pickle.dumps(compose(self, config_name, groups, *how))
+            kept[key] = pickle.dumps(compose(self, config_name, groups, run_mode, from_shell, False))
         cfg: DictConfig = pickle.loads(kept[key])
         self._apply_overrides_to_config(values, cfg)
         others = [one for one in parsed if not one.is_hydra_override()]

@@ -44,11 +44,18 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def composing() -> Iterator[pytest.MonkeyPatch]:
-    """Hydra composes a choice of options once in this process, see tests/composing.py; no test waits for the disk."""
+    """Hydra composes a choice of options once in this process, see tests/composing.py."""
     with pytest.MonkeyPatch.context() as patch:
         keep_compositions(patch)
-        patch.setattr(os, "fsync", lambda _: None)
         yield patch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_waiting_for_the_disk() -> Iterator[None]:
+    """Each record of a trial is written through to the disk, which no test can tell."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -19,21 +19,22 @@ WORDS = {
 }
 
 
-def composed(words: list[str]) -> str:
+def composed(words: list[str], mode: RunMode) -> str:
     with hydra.initialize_config_dir(conf_dir(), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         try:
-            return OmegaConf.to_yaml(loader.load_configuration("config", words, RunMode.MULTIRUN))
+            return OmegaConf.to_yaml(loader.load_configuration("config", words, mode))
         except HydraException as error:
             return str(error)
 
 
 @pytest.mark.parametrize("kind", WORDS)
 def test_a_kept_composition_with_the_values_put_in_is_that_of_hydra(kind: str, composing: pytest.MonkeyPatch) -> None:
+    commands = [(words, mode) for words in (["seed=7", *WORDS[kind]], WORDS[kind]) for mode in RunMode]
     composing.undo()
     try:
         register()
-        expected = [composed(words) for words in (["seed=7", *WORDS[kind]], WORDS[kind])]
+        expected = [composed(*command) for command in commands]
     finally:
         keep_compositions(composing)
-    assert [composed(words) for words in (["seed=7", *WORDS[kind]], WORDS[kind])] == expected
+    assert [composed(*command) for command in commands] == expected
