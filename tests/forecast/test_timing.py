@@ -147,6 +147,11 @@ def test_a_price_that_is_none_is_one_line(price: Any) -> None:
         timing.hourly(PriceConfig(price), "some CPU")
 
 
+def test_a_table_of_prices_without_the_device_is_answered_by_a_number() -> None:
+    with pytest.raises(InputError, match=r"its table has H100, .* the device, some CPU; price=2\.49 is a device-hour"):
+        timing.hourly(PriceConfig({"H100": 3.0}), "some CPU")
+
+
 def test_an_unknown_price_is_answered_by_a_number(command: Callable[..., tuple[int, str, str]]) -> None:
     assert "one of your own is price=2.49" in command("price=abc", "dry_run=true")[2]
 

@@ -203,7 +203,8 @@ def hourly(price: PriceConfig, device: str) -> float | None:
         fitting = [amount for name, amount in said.items() if str(name).lower() in device.lower()]
         if not fitting:
             names = ", ".join(map(str, said)) or "no device"
-            raise InputError(f"price: its table has {names}, and none of them is in the name of the device, {device}")
+            said_of = f"its table has {names}, and none of them is in the name of the device, {device}"
+            raise InputError(f"price: {said_of}; price=2.49 is a device-hour of any")
         said = fitting[0]
     if said is None:
         return None
