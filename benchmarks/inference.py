@@ -76,8 +76,7 @@ class Bench:
 
 
 def write(bench: Bench, batch: int) -> list[str]:
-    options = {"max_new_tokens": NEW_TOKENS, "batch_size": batch}
-    return decoding.generate(bench.model, bench.tokenizer, bench.prompts, **options)
+    return decoding.generate(bench.model, bench.tokenizer, bench.prompts, max_new_tokens=NEW_TOKENS, batch_size=batch)
 
 
 @torch.no_grad()
