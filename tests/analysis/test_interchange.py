@@ -266,11 +266,13 @@ def test_a_trial_that_their_processing_could_not_read_is_left_out(collect_comman
 
 @pytest.mark.parametrize("key", ["optimizer_kwargs", "batch_size"])
 def test_a_record_of_wrong_types_is_left_out_and_the_others_are_written(key: str, collect_command: Collect) -> None:
+    trained: dict[str, Any] = {"steps": 4, "tokens": 5, "total_parameters": 6}
     for name in ("whole", "odd"):
         folder = write(name, 8, 0.5)
         result = Result.read(folder)
-        result.config |= {"model": {"name_or_path": "tiny"}, "train": {key: "nan", "epochs": 1} if name == "odd" else {}}
-        result.train_info |= {"steps": 4, "tokens": 5, "total_parameters": 6}
+        odd: dict[str, Any] = {key: "nan"} if name == "odd" else {}
+        result.config |= {"model": {"name_or_path": "tiny"}, "train": odd}
+        result.train_info |= trained
         result.write(folder)
     code, out, err = collect_command("--to-peft", "for_peft", "--no-plots")
     assert (code, err) == (0, "")
