@@ -105,6 +105,19 @@ def test_a_machine_of_another_speed_is_measured_again(tmp_path: Path, monkeypatc
     assert measured == [1.0e-3, 1.5e-3, 1.1e-3]
 
 
+@pytest.mark.parametrize("now", [2.0, 0.5])
+def test_what_was_measured_on_a_busier_or_idler_machine_is_scaled_to_what_it_is_now(
+    device: Device, monkeypatch: pytest.MonkeyPatch, now: float
+) -> None:
+    ledger = product(32)
+    before, _ = device.step(ledger)
+    device.write()
+    monkeypatch.setattr(speed.Meter, "laps", lambda self, seconds: [now * MEASURED.lap_seconds] * 4)
+    again = Device(CPU, folder=device._file.parent)
+    assert again.take_kept()
+    assert again.step(ledger, until=0.0)[0] == pytest.approx(now * before)
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 0}', '{"version": 1}'])
 def test_a_damaged_cache_is_measured_again(device: Device, content: str) -> None:
     device._file.write_text(content)

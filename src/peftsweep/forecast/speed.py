@@ -140,7 +140,7 @@ class Device:
         self._speed: Speed | None = None
         self._kinds: dict[Any, dict[str, tuple[float, float]]] = {}  # of what was timed: rooflines and seconds
         self._changed = False
-        self.busy = 1.0  # times as slow as a device that does nothing else, when last looked
+        self.busy = 1.0  # times as slow, when last looked, as when it was measured
 
     @property
     def speed(self) -> Speed:
@@ -153,7 +153,7 @@ class Device:
                 self._changed = True
                 laps = self._meter.laps(LAP_SECONDS)
             self._speed = kept
-            self.busy = max(1.0, sum(laps) / len(laps) / kept.lap_seconds)
+            self.busy = sum(laps) / len(laps) / kept.lap_seconds
             self.write()
         return self._speed
 
@@ -173,7 +173,7 @@ class Device:
         if self._speed is None:
             return False
         laps = self._meter.laps(LAP_SECONDS / 3)
-        self.busy = max(1.0, sum(laps) / len(laps) / self._speed.lap_seconds)
+        self.busy = sum(laps) / len(laps) / self._speed.lap_seconds
         return True
 
     def write(self) -> None:
