@@ -7,7 +7,6 @@ import locale
 import logging
 import os
 import random
-import resource
 import signal
 import sys
 import threading
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import psutil
 import torch
 
 DESCRIPTORS = Path("/proc/self/fd")
@@ -33,7 +33,8 @@ def process_state_kept() -> Iterator[None]:
     """
     folder, environment, umask = os.getcwd(), dict(os.environ), _umask()
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
-    timer, limits = signal.getitimer(signal.ITIMER_REAL), {kind: resource.getrlimit(kind) for kind in _LIMITS}
+    process = psutil.Process()
+    timer, limits = signal.getitimer(signal.ITIMER_REAL), {kind: process.rlimit(kind) for kind in _LIMITS}
     interpreter, settings = [get() for get, _ in _INTERPRETER], _torch_settings()
     with (
         torch.inference_mode(torch.is_inference_mode_enabled()),
@@ -56,8 +57,8 @@ def process_state_kept() -> Iterator[None]:
                     if handler is not None and signal.getsignal(number) is not handler:
                         signal.signal(number, handler)
             for kind, limit in limits.items():
-                with suppress(ValueError, OSError):  # the hard one was lowered: only root may raise it
-                    resource.setrlimit(kind, limit)
+                with suppress(ValueError, OSError, psutil.Error):  # the hard one was lowered: only root may raise it
+                    process.rlimit(kind, limit)
             for (get, put), before in zip(_INTERPRETER, interpreter, strict=True):
                 if get() != before:
                     put(before)
@@ -186,7 +187,7 @@ def _set_hooks(hooks: tuple[Any, Any]) -> None:
     sys.excepthook, threading.excepthook = hooks
 
 
-_LIMITS = sorted({getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")})
+_LIMITS = sorted({getattr(psutil, name) for name in dir(psutil) if name.startswith("RLIMIT_")})  # on Linux alone
 # Settings of Python, with what sets them.
 _INTERPRETER: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
     (sys.getrecursionlimit, sys.setrecursionlimit),

@@ -97,7 +97,7 @@ def check_warmup(config: TrainConfig, steps: int) -> None:
     Raises:
         InputError: it is not shorter than the training of ``steps`` steps.
     """
-    if config.warmup >= 1 and not config.warmup.is_integer():
+    if config.warmup >= 1 and config.warmup != round(config.warmup):
         raise InputError(f"train.warmup={config.warmup:g}: must be a share below 1, or a whole number of steps")
     if steps and (warmup := warmup_steps(config, steps)) >= steps:
         raise InputError(
