@@ -118,6 +118,12 @@ def test_what_was_measured_on_a_busier_or_idler_machine_is_scaled_to_what_it_is_
     assert again.step(ledger, until=0.0)[0] == pytest.approx(now * before)
 
 
+def test_a_moment_in_which_others_compute_does_not_count_and_a_steady_neighbour_does() -> None:
+    assert speed.usual([1.0] * 40 + [9.0] * 10) == 1.0
+    assert speed.usual([1.0, 3.0] * 25) == 2.0
+    assert speed.usual([1.0]) == 1.0
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 0}', '{"version": 1}'])
 def test_a_damaged_cache_is_measured_again(device: Device, content: str) -> None:
     device._file.write_text(content)

@@ -18,7 +18,6 @@ from peftsweep.forecast.operations import Ledger
 from peftsweep.schema import Dtype
 
 META = torch.device("meta")
-PLAIN = (torch.Tensor, torch.nn.Parameter)
 # Every block of CUDA's caching allocator is a multiple of this (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize).
 BLOCK = {"cuda": 512}
 MASK_ALIGNMENT = 16  # to which the memory-efficient attention pads the rows of a mask
@@ -63,8 +62,8 @@ class Allocator(TorchDispatchMode):
         return sum(self._size(tensor.untyped_storage()) for tensor in tensors)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(kind not in PLAIN for kind in types):
-            return NotImplemented  # a quantised weight says first which operations on plain tensors it is
+        if any(kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for kind in types):
+            return NotImplemented  # a weight of torchao says first which operations on plain tensors it is
         if func is aten.add.Tensor and self._accumulates(*args):
             func = aten.add_.Tensor
         result = self._without_numbers(func, args, kwargs or {})

@@ -14,9 +14,10 @@ import logging
 import math
 import os
 import platform
+import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 VERSION = 1  # of what is measured and how it is kept
 LAP = 512  # the size of the square product by which a machine is found to have another speed
 LAP_SECONDS = 0.15  # for which it is repeated
+LAP_PARTS = 5  # of that time
 CHANGED = 1.3  # times as slow as then, or as fast, as when others made it busy: all is measured again
 OPERATION_SECONDS = 0.004  # for which an operation is repeated
 MOST_REPEATS = 20
@@ -122,12 +124,21 @@ class Meter:
         return self.best(call, OPERATION_SECONDS, MOST_REPEATS) * max(1.0, numbers / MOST_UPDATED)
 
     def laps(self, seconds: float) -> list[float]:
-        """The seconds of each of many reference products, for so long."""
+        """The seconds of each of many reference products, for so long, in their order."""
         left = torch.ones(LAP, LAP, device=self.device)
         product, took, end = left @ left, [], time.perf_counter() + seconds
         while time.perf_counter() < end:
             took.append(self.once(lambda: torch.mm(left, left, out=product)))
-        return sorted(took)
+        return took
+
+
+def usual(laps: Sequence[float]) -> float:
+    """The seconds of a lap: the median of the means of several parts of the time.
+
+    A mean counts what others take from all the time, the median leaves out what comes and goes.
+    """
+    size = max(len(laps) // LAP_PARTS, 1)
+    return statistics.median(statistics.fmean(laps[start : start + size]) for start in range(0, len(laps), size))
 
 
 class Device:
@@ -148,12 +159,12 @@ class Device:
         if self._speed is None:
             kept = self.kept()
             laps = self._meter.laps(LAP_SECONDS)
-            if kept is None or not 1 / CHANGED <= laps[len(laps) // 4] / kept.lap_seconds <= CHANGED:
+            if kept is None or not 1 / CHANGED <= sorted(laps)[len(laps) // 4] / kept.lap_seconds <= CHANGED:
                 kept = measure(self._meter)
                 self._changed = True
                 laps = self._meter.laps(LAP_SECONDS)
             self._speed = kept
-            self.busy = sum(laps) / len(laps) / kept.lap_seconds
+            self.busy = usual(laps) / kept.lap_seconds
             self.write()
         return self._speed
 
@@ -172,8 +183,7 @@ class Device:
             self._speed = self.kept()
         if self._speed is None:
             return False
-        laps = self._meter.laps(LAP_SECONDS / 3)
-        self.busy = sum(laps) / len(laps) / self._speed.lap_seconds
+        self.busy = usual(self._meter.laps(LAP_SECONDS / 3)) / self._speed.lap_seconds
         return True
 
     def write(self) -> None:
@@ -325,7 +335,7 @@ def measure(meter: Meter) -> Speed:
     small = torch.ones(8, device=device)
     speed.launch_seconds = meter.best(lambda: small.add_(1.0), 0.01, 1000)
     laps = meter.laps(2 * LAP_SECONDS)
-    speed.lap_seconds = laps[len(laps) // 4]
+    speed.lap_seconds = sorted(laps)[len(laps) // 4]
     for one in _samples(device):
         with suppress(Exception):  # an operator that this device lacks
             speed.operations[one.key] = meter.operation(one)
