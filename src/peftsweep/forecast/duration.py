@@ -26,7 +26,7 @@ from peftsweep.training.capture import WARM, captures
 
 # One standard deviation of the logarithm of a prediction that no record corrects: that of training as
 # benchmarks/time_prediction.py finds it, the others as what they rest on is only guessed.
-SPREADS = {"load": 0.5, "train": 0.12, "evaluate": 0.35, "save": 0.5}
+SPREADS = {"load": 0.5, "train": 0.18, "evaluate": 0.35, "save": 0.5}
 ESTIMATED_SPREAD = 0.3  # of the part of a step whose operations were not timed
 FIRST_SECONDS, NEXT_SECONDS = 4.0, 1.0  # for which operations are timed: of the first trial of a model, of others
 # Of loading, attaching and saving, until records say more (measured on two cores with the embedded model).
