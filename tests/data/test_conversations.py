@@ -74,31 +74,24 @@ SAME: list[tuple[str, Row, Row]] = [
     ("arguments as JSON text", {"messages": calling(call(arguments='{"a": 3}')), "tools": [SCHEMA]}, CALLED),
     ("OpenAI's former calls and functions",
      {"messages": calling(function_call=ADD, content=None), "functions": [SCHEMA["function"]]}, CALLED),
-    (
-        "a call as a turn of ShareGPT",
-        {
-            "conversations": [
-                {"from": "human", "value": "3+4?"},
-                {"from": "function_call", "value": json.dumps(ADD)},
-                {"from": "observation", "value": "7"},
-                {"from": "gpt", "value": "Seven."},
-            ],
-            "tools": json.dumps([SCHEMA]),
-        },
-        CALLED,
-    ),
-    (
-        "a call as a turn under its later name",
-        {
-            "conversations": [
-                {"from": "human", "value": "3+4?"},
-                {"from": "tool_call", "value": json.dumps(ADD)},
-                {"from": "tool_response", "value": "7"},
-                {"from": "gpt", "value": "Seven."},
-            ],
-            "tools": [SCHEMA],
-        },
-        CALLED,
+    *(
+        (
+            f"a call as a turn called {said}",
+            {
+                "conversations": [
+                    {"from": "human", "value": "3+4?"},
+                    {"from": said, "value": json.dumps(ADD)},
+                    {"from": result, "value": "7"},
+                    {"from": "gpt", "value": "Seven."},
+                ],
+                "tools": tools,
+            },
+            CALLED,
+        )
+        for said, result, tools in (
+            ("function_call", "observation", json.dumps([SCHEMA])),
+            ("tool_call", "tool_response", [SCHEMA]),
+        )
     ),
     ("tools without the key function", CALLED | {"tools": [SCHEMA["function"]]}, CALLED),
     ("tools with Anthropic's key",

@@ -436,7 +436,8 @@ def check_there(trial: Trial) -> None:
     models_saved.check_files(config.model)
     for node in config.eval.values():
         if node["_target_"] == HARNESS:
-            harness.check_tasks(node["tasks"], node.get("include_path"))
+            names = tuple(task for task in node["tasks"] if isinstance(task, str))
+            harness.check_there(names, node.get("include_path"))
     model.check_cached(config.model)
     sources: dict[str, DatasetConfig | ValidationConfig | RowsConfig] = {
         "dataset": config.dataset,

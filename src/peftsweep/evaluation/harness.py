@@ -94,6 +94,16 @@ def check_tasks(tasks: Sequence[str | dict[str, Any]], include_path: str | None 
     return manager
 
 
+@functools.cache
+def check_there(names: tuple[str, ...], include_path: str | None) -> None:
+    """That the harness, or the folder, has tasks of these names: found out once for all trials of a command.
+
+    Raises:
+        InputError: one is unknown.
+    """
+    check_tasks(names, include_path)
+
+
 def _manager(tasks: Sequence[str | dict[str, Any]], include_path: str | None) -> TaskManager:
     """What knows the tasks. To index the thousands of yamls of the harness takes seconds, and few tasks need it."""
     from lm_eval.tasks import TaskManager

@@ -31,6 +31,7 @@ from peftsweep.forecast.allocator import Allocator
 from peftsweep.forecast.operations import Ledger, Operation, SameDevice, TensorSpec, specs
 from peftsweep.forecast.trace import Sizes, made_optimizer, reference_step
 from peftsweep.observe.flops import matmul_ceiling
+from peftsweep.observe.measure import lower_quartile
 from peftsweep.schema import TrainConfig
 from peftsweep.study import record
 from peftsweep.study.atomic import write_text
@@ -88,7 +89,7 @@ class Meter:
         took: list[float] = []
         while len(took) < 3 or (sum(took) < seconds and len(took) < most):
             took.append(self.once(call))
-        return sorted(took)[len(took) // 4]
+        return lower_quartile(took)
 
     def once(self, call: Callable[[], object]) -> float:
         """The seconds of one call, or on a GPU of its kernels."""
@@ -159,7 +160,7 @@ class Device:
         if self._speed is None:
             kept = self.kept()
             laps = self._meter.laps(LAP_SECONDS)
-            if kept is None or not 1 / CHANGED <= sorted(laps)[len(laps) // 4] / kept.lap_seconds <= CHANGED:
+            if kept is None or not 1 / CHANGED <= lower_quartile(laps) / kept.lap_seconds <= CHANGED:
                 kept = measure(self._meter)
                 self._changed = True
                 laps = self._meter.laps(LAP_SECONDS)
@@ -335,7 +336,7 @@ def measure(meter: Meter) -> Speed:
     small = torch.ones(8, device=device)
     speed.launch_seconds = meter.best(lambda: small.add_(1.0), 0.01, 1000)
     laps = meter.laps(2 * LAP_SECONDS)
-    speed.lap_seconds = sorted(laps)[len(laps) // 4]
+    speed.lap_seconds = lower_quartile(laps)
     for one in _samples(device):
         with suppress(Exception):  # an operator that this device lacks
             speed.operations[one.key] = meter.operation(one)

@@ -135,7 +135,7 @@ def reference_step(
         with patch.object(loop, "Laps", partial(measure.Laps, clock=clock)):
             options: dict[str, Any] = {"pad_id": 0, "seed": 0, "log": lambda row: None}
             took = loop.train(adapted, data, config, meter=measure.Meter(device), **options).steady_seconds
-    return step, sorted(took)[len(took) // 4]  # as operations are timed, which others disturb least
+    return step, measure.lower_quartile(took)  # as operations are timed
 
 
 def made_optimizer(trained: Sizes, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:

@@ -137,7 +137,8 @@ def run_of(
         of_rows = [trial.tree["dataset"], rows.fingerprints["train"], train, build.virtual_tokens(trial)]
         return once(["run", forecast._of_the_model(trial), *of_rows], read), None
     if tokens:  # the mean batch of seed 0, scaled: trials of other seeds then share its operations and its records
-        usual, own = (_batches(tokens, config, seed) for seed in (0, trial.config.seed))
+        usual = _batches(tokens, config, 0)
+        own = _batches(tokens, config, trial.config.seed) if trial.config.seed else usual
         return Batches(usual.shape, own.count, own.tokens / usual.shape.tokens), None
     if config.epochs is not None:
         return None, "train.epochs is a number of steps only with the rows, which are not here yet"

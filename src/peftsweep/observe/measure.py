@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -232,6 +232,11 @@ def synchronise(device: torch.device) -> None:
 def percentile(values: list[float], percent: float) -> float | None:
     """Linear interpolation between the nearest values; None of no values."""
     return float(torch.tensor(values, dtype=torch.float64).quantile(percent / 100)) if values else None
+
+
+def lower_quartile(seconds: Sequence[float]) -> float:
+    """Of repetitions the seconds of a fast one, which others disturb least; one of the values."""
+    return sorted(seconds)[len(seconds) // 4]
 
 
 def _mean(values: list[float]) -> float | None:
