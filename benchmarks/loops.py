@@ -13,7 +13,7 @@ no further round begins when ``--minutes`` are over.
 | ours | train.train with train.capture=off |
 | plain | train.train without the shortcuts of shortcuts.py: the logits from the first answer on, a mask |
 | masked | train.train with the head's shortcuts and a mask |
-| fused | ours, with the layers of training/fused_lora.py, which CUDA has anyway |
+| fused | ours, with the layers of training/fused.py, which CUDA has anyway |
 | captured | train.train with train.capture=auto, once its graphs are captured |
 | peft | the loop of PEFT's method comparison (run.py there): its loss of prompt and answer, its logging |
 | hand | what one writes by hand: all logits, loss on the answers, fused AdamW |
@@ -62,7 +62,8 @@ from peftsweep.models.shortcuts import SHORTCUTS, Shortcuts
 from peftsweep.observe.measure import Meter, synchronise
 from peftsweep.schema import Capture
 from peftsweep.study import record
-from peftsweep.training import capture, fused_lora, loop
+from peftsweep.training import capture, loop
+from peftsweep.training import fused as training_fused
 
 WARMUP = 4  # steps
 CAPTURED_ROUNDS = 5  # times through the batches, until a length was seen often enough to be captured
@@ -188,7 +189,7 @@ def ours(bench: Bench, short: Shortcuts | None = None, *, fuse: bool = False, of
         sample()
         bench.tick()
 
-    with meter.stage("train"), fused_lora.fused(adapted) if fuse else nullcontext():
+    with meter.stage("train"), training_fused.fused(adapted) if fuse else nullcontext():
         meter.sample = sample_and_tick  # type: ignore[method-assign]
         try:
             done = loop.train(

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -26,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from peftsweep import command_line, completion, doctor, options, shorthand
 from peftsweep.config import checks, experiment, fill
 from peftsweep.config import compose as configuration
-from peftsweep.errors import InputError, Unwritable, check_platform, printable
+from peftsweep.errors import EXIT_CODES, InputError, Unwritable, check_platform, printable
 from peftsweep.observe import streams
 from peftsweep.study import store, sweep_record
 from peftsweep.use import chat_with, show_rows
@@ -173,11 +174,19 @@ def _checked(words: Sequence[str]) -> list[str]:
     return checked
 
 
+INTERRUPTED = EXIT_CODES[130]
 _interrupts: list[int] = []
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Remember an interrupt: what is being imported may raise something else in its place, or go on half imported."""
+    """End the process at once during an import: an extension module in C++ that meets an exception may abort it.
+
+    Else remember the interrupt, as what it interrupts may raise something else in its place.
+    """
+    if any(one.f_code.co_filename == "<frozen importlib._bootstrap>" for one, _ in traceback.walk_stack(frame)):
+        sys.stdout.flush()
+        print(INTERRUPTED, file=sys.stderr, flush=True)
+        os._exit(130)
     _interrupts.append(number)
     signal.default_int_handler(number, frame)
 
@@ -192,7 +201,7 @@ def _guarded(door: Callable[[], Any]) -> int:
     except Exception:
         if not _interrupts:
             raise
-    print("interrupted; the same command continues", file=sys.stderr)
+    print(INTERRUPTED, file=sys.stderr)
     return 130
 
 

@@ -27,7 +27,7 @@ from peftsweep.models import parts as models_parts
 from peftsweep.observe.measure import Meter
 from peftsweep.schema import Dtype, ModelConfig, Schedule, TargetsConfig, TrainConfig
 from peftsweep.tiny import task
-from peftsweep.training import capture, fused_lora, loop, packed
+from peftsweep.training import capture, fused, loop, packed
 from peftsweep.training.checkpoint import Checkpoints
 from peftsweep.training.run import Trained
 from peftsweep.training.slots import Pack
@@ -203,7 +203,7 @@ def test_adapters_multiplied_in_one_batch_compute_what_each_does_alone_on_cuda(
         adapted.set_adapter(name)
         if name in having:
             torch.nn.init.normal_(layer.lora_B[name].weight, std=0.1)
-        alone = fused_lora._fused(layer, x) if name in having else layer.base_layer(x)
+        alone = fused._fused(layer, x) if name in having else layer.base_layer(x)
         if name in having:
             alone.square().sum().backward()
             expected += [part[name].weight.grad for part in parts]
@@ -447,8 +447,9 @@ def test_on_a_cpu_an_adapter_adds_what_it_adds_alone_to_the_bit(rows_of_a_slot: 
     torch.stack(expected).square().sum().backward()
     gradients = [weight.grad for weight in weights]
     pack = Pack(adapted, [*specs], SEED)
-    nothing = torch.zeros(*x.shape[:2], layer.out_features)
-    update = pack._banks[layer].adapters.added(nothing, x)
+    update = pack._banks[layer].adapters.output(
+        lambda rows: rows.new_zeros(*rows.shape[:-1], layer.out_features), x, None
+    )
     assert all(torch.equal(mine, other) for mine, other in zip(update, expected, strict=True))
     update.square().sum().backward()
     assert all(torch.equal(weight.grad, other) for weight, other in zip(weights, gradients, strict=True))

@@ -40,7 +40,7 @@ from peftsweep.schema import ModelConfig, TrainConfig
 from peftsweep.training import length as training_length
 from peftsweep.training import optimizer as training_optimizer
 from peftsweep.training.capture import captures, unfit
-from peftsweep.training.fused_lora import as_trained
+from peftsweep.training.fused import as_trained
 from peftsweep.training.packed import optimized
 from peftsweep.training.slots import Pack
 
@@ -185,7 +185,8 @@ def _trace(
             training_optimizer.make_optimizer(nn.Module(), one, optimized(pack, name, one))
             for name, one in slots.items()
         ]
-        return _traced(adapted, config, pack.for_all(batch), device, optimizers, pack)
+        with as_trained(adapted, config, device):
+            return _traced(adapted, config, pack.for_all(batch), device, optimizers, pack)
     finally:
         pack.close()
 

@@ -27,7 +27,7 @@ from peftsweep.observe import measure
 from peftsweep.schema import Init, ModelConfig, TargetsConfig, TrainConfig
 from peftsweep.training import loop
 from peftsweep.training import optimizer as training_optimizer
-from peftsweep.training.fused_lora import as_trained
+from peftsweep.training.fused import as_trained
 
 REFERENCE_STEPS = 12  # of which the first three are left out
 Sizes = tuple[tuple[tuple[int, ...], torch.dtype], ...]

@@ -21,7 +21,7 @@ from peftsweep.schema import TrainConfig
 from peftsweep.training.capture import Size, StaticSteps, sizes_of_run
 from peftsweep.training.checkpoint import Checkpoints, Interruption, OptimizerState, Randomness, Weights
 from peftsweep.training.compiled import compiled
-from peftsweep.training.fused_lora import as_trained
+from peftsweep.training.fused import as_trained
 from peftsweep.training.length import checkpoint_due, rows_per_step
 from peftsweep.training.optimizer import (
     autocast,

@@ -26,7 +26,7 @@ from peftsweep.schema import TrainConfig
 from peftsweep.study.claims import Claimed
 from peftsweep.training.capture import WARM, WORTH, Size, StaticSteps, captures, sizes_of_run
 from peftsweep.training.checkpoint import Checkpoints, Interruption, OptimizerState
-from peftsweep.training.fused_lora import as_trained
+from peftsweep.training.fused import as_trained
 from peftsweep.training.length import checkpoint_due
 from peftsweep.training.loop import batches
 from peftsweep.training.optimizer import (
@@ -89,7 +89,8 @@ def train_packed(
     model.train()
     narrowed = autocast(shared, meter.device)
     due = {slot.config.checkpoint_every: checkpoint_due(slot.config, len(rows)) for slot in slots if slot.checkpoints}
-    with closing(pack), Interruption(wanted=bool(due)) as interruption:
+    fewer_operations = as_trained(model, shared, meter.device.type)
+    with closing(pack), fewer_operations, Interruption(wanted=bool(due)) as interruption:
         running = [_SlotRun(slot, pack, rows, laps, meter) for slot in slots]
         static = _static_steps(model, pack, running, rows, seed, meter)
         step, *others = {one.step for one in running}
@@ -224,7 +225,7 @@ def _alone(model: PeftModel, name: str, batch: Batch, config: TrainConfig, meter
 
 def _together(model: PeftModel, names: Sequence[str], batch: Batch, config: TrainConfig, meter: Meter) -> list[float]:
     """The seconds of some warmed-up steps of these adapters as a pack."""
-    with closing(Pack(model, names, seed=0)) as pack:
+    with closing(Pack(model, names, seed=0)) as pack, as_trained(model, config, meter.device.type):
         trained = [optimized(pack, name, config) for name in names]
         slots = [(own, make_optimizer(nn.Module(), config, own)) for own in trained]
         static = _static(model, pack, config, _probed(batch), meter) if captures(config, meter.device) else None

@@ -34,12 +34,14 @@ from torch.nn import functional
 
 from peftsweep.data.batches import Batch
 from peftsweep.models.quantised.layers import BITSANDBYTES
+from peftsweep.training.fused import with_lora
 
 log = logging.getLogger(__name__)
 # Of gradients that lie between those of other layers, as the weights do: the row of a slot is what is to be contiguous.
 warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract")
 
 Found = TypeVar("Found")
+Draw = Callable[[torch.Tensor], torch.Tensor]
 SELECTED_SLOT = "peftsweep_slot"  # attribute of a pack's model, by which the slot that is asked is answered
 
 
@@ -47,46 +49,51 @@ class _Adapters(Protocol):
     """The adapters of one layer: their weights as leaves of the graph, whose gradients are those of PEFT's weights."""
 
     leaves: list[torch.Tensor]
-    dtype: torch.dtype | None  # of the ``x`` that they are given; None: that of the base's output
-    slots: torch.Tensor | None  # the places in the pack of those that are given an ``x``; None: all
 
-    def added(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """The base's ``output`` [slots, rows, out] with what they add for ``x`` [adapters, rows, in]."""
+    def output(self, base: Callable[..., torch.Tensor], x: torch.Tensor, draw: Draw | None) -> torch.Tensor:
+        """What ``base`` gives for ``x`` [slots * rows, ..., in], with what they add.
+
+        ``draw`` gives what dropout multiplies their rows with, shape [adapters, rows, in].
+        """
 
 
 class _Separate:
     """Each multiplied by itself, in the shapes and layouts of the trial alone."""
 
-    def __init__(self, layer: Any, names: Sequence[str], slots: torch.Tensor | None, trained: bool) -> None:
-        self.slots = slots
+    def __init__(self, layer: Any, names: Sequence[str], pack: Sequence[str], trained: bool) -> None:
+        self._slots = len(pack)
         self._base_format = isinstance(layer.base_layer, BITSANDBYTES)
         self._scales = [layer.scaling[name] for name in names]
         weights = [part[name].weight for name in names for part in (layer.lora_A, layer.lora_B)]
+        places = torch.tensor([pack.index(name) for name in names], device=weights[0].device)
+        self._places = None if len(names) == len(pack) else places
         self.leaves = [weight.detach().requires_grad_() for weight in weights]
-        self.dtype: torch.dtype | None = weights[0].dtype
         for weight, leaf in zip(weights, self.leaves, strict=True) if trained else ():
             weight.grad = leaf.grad = torch.zeros_like(leaf)
 
-    def added(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def output(self, base: Callable[..., torch.Tensor], x: torch.Tensor, draw: Draw | None) -> torch.Tensor:
         """See ``_Adapters``."""
-        parts = zip(x, self.leaves[::2], self.leaves[1::2], self._scales, strict=True)
+        result = base(x)
+        found, own = (one.reshape(self._slots, -1, one.shape[-1]) for one in (result, x))
+        own = (own if self._places is None else own[self._places]).to(self.leaves[0].dtype)
+        own = own if draw is None else own * draw(own)
+        parts = zip(own, self.leaves[::2], self.leaves[1::2], self._scales, strict=True)
         update = torch.stack([functional.linear(functional.linear(rows, a), b) * scale for rows, a, b, scale in parts])
         if self._base_format:
-            update = update.to(output.dtype)  # PEFT adds in the base's format there, elsewhere in the adapter's
-        if self.slots is None:
-            return output + update
-        return output.to(update.dtype).index_add(0, self.slots, update)
+            update = update.to(result.dtype)  # PEFT adds in the base's format there, elsewhere in the adapter's
+        places = self._places
+        found = found + update if places is None else found.to(update.dtype).index_add(0, places, update)
+        return found.reshape(result.shape).to(result.dtype)
 
 
 class _Stacked:
-    """All multiplied in one batch, in the format of the base's output. So does ``fused_lora`` with a trial on CUDA.
+    """All multiplied in one batch, in the format of the base's output. So does ``fused`` with a trial on CUDA.
 
     ``a`` [slots, R, in] and ``b`` [slots, R, out] are parts of the pack's ``_Buffers``, and PEFT's weights become
-    parts of these. Ranks are filled up with zeros to the largest, R, and a slot without an adapter here has nothing
-    but zeros: A and B are zero there, and so are their gradients. Shape of ``scale``: [slots, 1, 1].
+    parts of these; the leaf of ``b`` is turned as PEFT's is, [slots, out, R]. Ranks are filled up with zeros to the
+    largest, R, and a slot without an adapter here has nothing but zeros: A and B are zero there, and so are their
+    gradients. Shape of the scale: [slots, 1, 1].
     """
-
-    slots = None
 
     def __init__(self, layer: Any, names: Sequence[str], buffers: _Buffers) -> None:
         a, b = buffers.parts(layer)
@@ -99,16 +106,17 @@ class _Stacked:
                 weight.data = part
             if a.grad is not None and b.grad is not None:
                 down.grad, up.grad = a.grad[place, own], b.grad[place, own].T
-        self.leaves = [a.requires_grad_(), b.requires_grad_()]
-        self.dtype: torch.dtype | None = None
+        turned = b.mT
+        turned.grad = None if b.grad is None else b.grad.mT
+        self.leaves = [a.requires_grad_(), turned.requires_grad_()]
         scales = [layer.scaling.get(name, 0.0) for name in names]
         self._scale = torch.tensor(scales, device=a.device)[:, None, None]
 
-    def added(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def output(self, base: Callable[..., torch.Tensor], x: torch.Tensor, draw: Draw | None) -> torch.Tensor:
         """See ``_Adapters``."""
+        own = x if draw is None else x.reshape(len(self._scale), -1, x.shape[-1])
         a, b = self.leaves
-        inner, up = torch.bmm(x, a.mT.to(x.dtype)), (b * self._scale).to(x.dtype)
-        return torch.baddbmm(output, inner, up)
+        return with_lora(base, x, own if draw is None else own * draw(own), a, b, self._scale)
 
 
 class _Buffers:
@@ -328,9 +336,7 @@ class Pack:
         if self._buffers is not None:
             names, adapters = self.names, cast(_Adapters, _Stacked(layer, self.names, self._buffers))
         else:
-            device = layer.lora_A[having[0]].weight.device
-            some = None if having == self.names else torch.tensor([self.names.index(n) for n in having], device=device)
-            names, adapters = having, _Separate(layer, having, some, self._trained)
+            names, adapters = having, _Separate(layer, having, self.names, self._trained)
         chances = [getattr(layer.lora_dropout[name], "p", 0.0) if name in having else 0.0 for name in names]
         return _Bank(adapters, [(p, self._generators[name]) for p, name in zip(chances, names, strict=True)])
 
@@ -349,19 +355,16 @@ class Pack:
         if not self._packed:
             output: torch.Tensor = type(layer).forward(layer, x, *args, **kwargs)
             return output
-        result: torch.Tensor = layer.base_layer(x, *args, **kwargs)
+        base = partial(layer.base_layer, *args, **kwargs) if args or kwargs else layer.base_layer
         bank = self._banks.get(layer)
         if bank is None:
-            return result
+            found: torch.Tensor = base(x)
+            return found
         slots = len(self.names)
         if x.ndim != 3 or len(x) % slots or self._rows not in (0, len(x) // slots):
             raise ValueError(f"a layer that is given {list(x.shape)} in place of all rows cannot be packed")
-        mine, some = x.reshape(slots, -1, x.shape[-1]), bank.adapters.slots
-        mine = (mine if some is None else mine[some]).to(bank.adapters.dtype or result.dtype)
-        if layer.training and any(p for p, _ in bank.dropout):
-            mine = mine * _noise(mine, bank.dropout)
-        added = bank.adapters.added(result.reshape(slots, -1, result.shape[-1]), mine)
-        return added.reshape(result.shape).to(result.dtype)
+        drops = layer.training and any(p for p, _ in bank.dropout)
+        return bank.adapters.output(base, x, partial(_noise, dropout=bank.dropout) if drops else None)
 
     def _apart(self, module: Linear8bitLt) -> Linear8bitLt:
         """Have an 8-bit layer of CUDA look at each slot by itself.

@@ -1,13 +1,18 @@
-"""LoRA layers in fewer operations, held against PEFT's own."""
+"""LoRA layers and norms in fewer operations, held against those of PEFT and transformers."""
 
 from __future__ import annotations
 
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch._decomp import decompositions
 from transformers import BitsAndBytesConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from peftsweep.data.tokens import Tokens
 from peftsweep.forecast import predict
@@ -15,8 +20,9 @@ from peftsweep.models import attach, model
 from peftsweep.models import losses as models_losses
 from peftsweep.observe.measure import Meter
 from peftsweep.schema import Dtype, ModelConfig, TargetsConfig, TrainConfig
-from peftsweep.training import fused_lora, loop
-from peftsweep.training.fused_lora import fused
+from peftsweep.training import fused as training_fused
+from peftsweep.training import loop
+from peftsweep.training.fused import fused
 from tests.models.test_shortcuts import apart, batch
 
 QUANTS: dict[str, dict[str, Any]] = {"none": {}, "4bit": {"load_in_4bit": True}, "8bit": {"load_in_8bit": True}}
@@ -90,7 +96,7 @@ def test_a_merged_or_disabled_adapter_is_not_added_twice() -> None:
 def test_an_evaluation_is_peft_s(monkeypatch: pytest.MonkeyPatch) -> None:
     trained = adapted("none", Dtype.float32).eval()
     with fused(trained):
-        monkeypatch.setattr(fused_lora, "_fused", None)
+        monkeypatch.setattr(training_fused, "_fused", None)
         models_losses.answer_losses(trained, batch())
         with pytest.raises(TypeError):
             models_losses.answer_losses(trained.train(), batch())
@@ -98,7 +104,7 @@ def test_an_evaluation_is_peft_s(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("wrong", ["output", "gradient"])
 def test_a_layer_that_computes_something_else_stays_peft_s(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = fused_lora._fused
+    exact = training_fused._fused
 
     def lie(layer: Any, x: torch.Tensor) -> torch.Tensor:
         found = exact(layer, x)
@@ -106,10 +112,10 @@ def test_a_layer_that_computes_something_else_stays_peft_s(wrong: str, monkeypat
             return found
         return found * 1.01 if wrong == "output" else found * 0.9 + 0.1 * found.detach()
 
-    monkeypatch.setattr(fused_lora, "_fused", lie)
+    monkeypatch.setattr(training_fused, "_fused", lie)
     trained = adapted("none", Dtype.float32, lora_dropout=0.1)
     before = {name: weight.clone() for name, weight in trained.named_parameters()}
-    linear = [m for m in trained.modules() if type(m) in fused_lora.KINDS]
+    linear = [m for m in trained.modules() if type(m) in training_fused.KINDS]
     with fused(trained) as layers:
         square = sum(m.out_features == m.in_features for m in linear)
         assert 0 < layers == len(linear) - square
@@ -117,18 +123,102 @@ def test_a_layer_that_computes_something_else_stays_peft_s(wrong: str, monkeypat
     assert all(m.lora_dropout["default"].training for m in linear)
 
 
+@pytest.fixture
+def norms_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's RMS norm has a backward of its own on CUDA alone; here that which torch.compile breaks it into."""
+    both = SimpleNamespace(
+        _fused_rms_norm=torch.ops.aten._fused_rms_norm,
+        _fused_rms_norm_backward=decompositions._fused_rms_norm_backward,
+    )
+    monkeypatch.setattr(training_fused, "ATEN", both)
+    monkeypatch.setattr(training_fused, "DEVICES", ("cpu",))
+
+
+@pytest.mark.usefixtures("norms_on_a_cpu")
+@pytest.mark.parametrize("dtype", [Dtype.float32, Dtype.bfloat16])
+def test_torch_s_norms_are_as_near_to_32_bits_as_the_model_s(dtype: Dtype) -> None:
+    trained = adapted("none", dtype)
+    norms = [module for module in trained.modules() if type(module).__name__ == "LlamaRMSNorm"]
+    with torch.no_grad():
+        for norm in norms:
+            norm.weight.uniform_(0.5, 2)
+    plain = losses_and_gradients(trained)
+    with fused(trained):
+        assert all("forward" in vars(norm) for norm in norms)
+        found = losses_and_gradients(trained)
+        with torch.no_grad():
+            evaluated = trained.eval()(batch().input_ids).logits
+    with torch.no_grad():
+        assert torch.equal(evaluated, trained(batch().input_ids).logits)
+    exact = losses_and_gradients(trained.train().float())
+    for one, other, right in zip(found, plain, exact, strict=True):
+        assert apart(one, right) <= max(1.5 * apart(other, right), 1e-5)
+
+
+class GemmaLikeRMSNorm(LlamaRMSNorm):
+    """Its weights are added to one."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states) * (1 + 1 / self.weight)
+
+
+@pytest.mark.usefixtures("norms_on_a_cpu")
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_norms_that_are_another_function_or_are_trained_stay_the_model_s(device: str) -> None:
+    with torch.device(device):
+        norms = [LlamaRMSNorm(8), GemmaLikeRMSNorm(8), LlamaRMSNorm(8)]
+    for norm in norms[:2]:
+        norm.weight.requires_grad_(False)
+    assert training_fused._norms(nn.ModuleList(norms), torch.float32) == norms[:1]
+
+
+@pytest.mark.usefixtures("norms_on_a_cpu")
+def test_the_gradients_of_weights_are_added_to_those_that_are_there() -> None:
+    trained = adapted("none", Dtype.float32)
+    with fused(trained):
+        _, once = losses_and_gradients(trained)
+        models_losses.answer_losses(trained, batch()).mean().backward()
+    twice = torch.cat([p.grad.flatten() for p in trained.parameters() if p.grad is not None])
+    assert torch.allclose(twice, 2 * once, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.usefixtures("norms_on_a_cpu")
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layer_whose_output_is_a_view_or_whose_a_is_frozen_gives_the_same(bias: bool, drop: float) -> None:
+    """With a bias torch gives a view of what it multiplies; LoRA-FA trains B alone."""
+    torch.manual_seed(0)
+    made: Any = get_peft_model(
+        nn.Sequential(nn.Linear(6, 4, bias=bias)), LoraConfig(r=2, lora_dropout=drop, target_modules=["0"])
+    )
+    layer = made.base_model.model[0]
+    a, b = layer.lora_A["default"].weight.requires_grad_(False), layer.lora_B["default"].weight
+    b.data.normal_()
+    x, found = torch.randn(2, 3, 6, requires_grad=True), []
+    for forward in (layer, partial(training_fused._fused, layer)):
+        torch.manual_seed(1)  # of dropout
+        layer.zero_grad()
+        output = forward(x)
+        output.square().sum().backward()
+        found.append([output.detach(), x.grad, b.grad])
+        x.grad = None
+    assert a.grad is None
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.usefixtures("norms_on_a_cpu")
 def test_a_training_takes_them_on_cuda_and_its_losses_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [Tokens(list(range(3, 20)), 4), Tokens(list(range(30, 60)), 20)] * 4
     found, calls = [], list[int]()
-    exact = fused_lora._fused
+    exact = training_fused._fused
 
     def counted(layer: Any, x: torch.Tensor) -> torch.Tensor:
         calls.append(1)
         return exact(layer, x)
 
-    monkeypatch.setattr(fused_lora, "_fused", counted)
-    for devices in (fused_lora.DEVICES, ("cpu",)):
-        monkeypatch.setattr(fused_lora, "DEVICES", devices)
+    monkeypatch.setattr(training_fused, "_fused", counted)
+    for devices in (("cuda",), ("cpu",)):
+        monkeypatch.setattr(training_fused, "DEVICES", devices)
         config, lines = TrainConfig(steps=4, batch_size=4, log_every=1, warmup=1), list[dict[str, Any]]()
         trained, meter = adapted("none", Dtype.float32), Meter(torch.device("cpu"))
         loop.train(trained, rows, config, pad_id=0, seed=0, meter=meter, log=lines.append)
@@ -147,7 +237,7 @@ def test_the_memory_that_is_predicted_for_cuda_is_that_of_fewer_operations(monke
         return predict.predict(made, TrainConfig(), [predict.Shape(8, 256, 20, 160)], "cuda").peak_bytes
 
     fewer = peak()
-    monkeypatch.setattr(fused_lora, "DEVICES", ())
+    monkeypatch.setattr(training_fused, "DEVICES", ())
     assert fewer < 0.95 * peak()
 
 
