@@ -1,14 +1,15 @@
 """How much sooner are eight LoRA trials done when they are trained together on one base?
 
-    python benchmarks/packing.py [--scale large|small] [--rounds 2] [--minutes 8] [--out FILE]
+    python benchmarks/packing.py [--scale large|small] [--rounds 2] [--minutes 8] [--sides SIDES] [--out FILE]
 
 Three ways to train the same eight adapters (ranks, rates and targets differ) in one warm process, on the same rows:
 together (packed.train_packed), one by one (train.train), and PEFT's plain loop, in which every adapter is made
 the active one in turn and takes its step. Each round runs all three; their order changes from round to round. A
 side's seconds are those of attaching and of all steps; the ratio of `steps` compares the median steps alone, without
 what capturing took. With `--capture off,auto` steps are captured as CUDA graphs on no side, and then on both. `probe`
-is what pack=auto would find, and `auto` how fast its choice is beside the better one. `ratio_evaluated` is how many
-times as fast the eight write answers to the same questions at once as one after the other.
+is what pack=auto would find, and `auto` how fast the steps of its choice are beside those of the better one.
+`ratio_evaluated` is how many times as fast the eight write answers to the same questions at once as one after the
+other; `--sides together,one_by_one` leaves out that and PEFT's loop.
 
 `large` is a Llama of 1B parameters with random weights in bfloat16, 512 tokens a row, for a CUDA device; `small`
 is the embedded model with 64 tokens a row. No new setting begins when ``minutes`` are over.
@@ -23,6 +24,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import random
 import statistics
@@ -64,6 +66,7 @@ SCALES: dict[str, dict[str, Any]] = {
 }
 SLOTS = 8
 CAPTURE = [Capture.off]  # as the command says
+COMPARED = ["together", "one_by_one", "plain_loop"]  # as the command says
 QV = ["q_proj", "v_proj"]
 ALL = [*QV, "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -183,33 +186,35 @@ def compare(
     base: Any, rows: list[data_tokens.Tokens], batch: int, steps: int, rounds: int, meter: Meter
 ) -> dict[str, Any]:
     """All sides at one batch size."""
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-    of_steps: dict[str, list[float]] = {side: [] for side in SIDES}
+    seconds: dict[str, list[float]] = {side: [] for side in COMPARED}
+    of_steps: dict[str, list[float]] = {side: [] for side in COMPARED}
     memory: dict[str, int | None] = {}
     for number in range(rounds + 1):  # the first one warms up, with few steps
-        order = [*SIDES] if number % 2 else [*reversed(SIDES)]
+        order = [*COMPARED] if number % 2 else [*reversed(COMPARED)]
         for side in order:
             took, step, memory[side] = timed(side, base, rows, batch, steps if number else 2, meter=meter)
             seconds[side].append(took)
             of_steps[side] += [step] if number else []
+            print(f"    {side}: {took:.1f} s, {1000 * step:.1f} ms a step", flush=True)
     adapters = {f"slot{slot}": (method(slot), TargetsConfig()) for slot in range(SLOTS)}
     adapted = attach.attach_slots(fresh(base), adapters, 0, {})
     probe = packed.speedup(adapted, [*adapters], rows, config(0, batch, steps), pad_id=0, meter=meter)
     found = {side: took[1:] for side, took in seconds.items()}
-    ratio = statistics.median(a / b for a, b in zip(found["one_by_one"], found["together"], strict=True))
+    of_steps_alone = min(of_steps["one_by_one"]) / min(of_steps["together"])
     from peftsweep.sweep.pack import MIN_PACK_SPEEDUP
 
     return {
         "batch_size": batch,
         "steps": steps,
-        "ratio_to_one_by_one": ratio,
-        "ratio_to_plain_loop": statistics.median(
-            a / b for a, b in zip(found["plain_loop"], found["together"], strict=True)
-        ),
-        "ratio_of_steps": min(of_steps["one_by_one"]) / min(of_steps["together"]),
+        **{
+            f"ratio_to_{side}": statistics.median(a / b for a, b in zip(took, found["together"], strict=True))
+            for side, took in found.items()
+            if side != "together"
+        },
+        "ratio_of_steps": of_steps_alone,
         "steps_seconds": {side: min(took) for side, took in of_steps.items()},
         "probe": probe,
-        "auto": (ratio if probe >= MIN_PACK_SPEEDUP else 1.0) / max(ratio, 1.0),
+        "auto": (of_steps_alone if probe >= MIN_PACK_SPEEDUP else 1.0) / max(of_steps_alone, 1.0),
         "capture": CAPTURE[0].value,
         "seconds": found,
         "device_memory_peak": memory,
@@ -259,6 +264,7 @@ def main() -> None:
     words.add_argument("--batches", help="batch sizes in place of the scale's, with commas between them")
     words.add_argument("--steps", type=int, help="steps of a trial in place of the scale's")
     words.add_argument("--quants", default="none,4bit")
+    words.add_argument("--sides", default=",".join(COMPARED))
     words.add_argument("--model", help="words of the model in place of the scale's")
     words.add_argument("--out", type=Path)
     said = words.parse_args()
@@ -266,7 +272,7 @@ def main() -> None:
     scale |= {"steps": said.steps} if said.steps else {}
     scale |= {"batches": [*map(int, said.batches.split(","))]} if said.batches else {}
     scale |= {"words": said.model.split()} if said.model else {}
-    meter = Meter(model.device("auto"))
+    meter, COMPARED[:] = Meter(model.device("auto")), said.sides.split(",")
     settings, answers = [], {}
     for quant in said.quants.split(","):
         told = [*scale["words"], f"quant={quant}"]
@@ -289,11 +295,11 @@ def main() -> None:
             print(
                 f"{quant:5} batch {batch:2} capture {way.value}: {found['ratio_to_one_by_one']:.2f} x one by one "
                 f"(steps alone {found['ratio_of_steps']:.2f}), "
-                f"{found['ratio_to_plain_loop']:.2f} x PEFT's loop, probe {found['probe']:.2f}, "
+                f"{found.get('ratio_to_plain_loop', math.nan):.2f} x PEFT's loop, probe {found['probe']:.2f}, "
                 f"auto {found['auto']:.2f}",
                 flush=True,
             )
-        if said.arithmetic:
+        if said.arithmetic or "plain_loop" not in COMPARED:
             continue
         if time.monotonic() - begun > 60 * said.minutes:
             continue
