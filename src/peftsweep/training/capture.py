@@ -13,7 +13,7 @@ routing in some mixtures of experts or for outliers in 8-bit layers, cannot; tor
 A capture that fails all the same ends those of its process: before torch 2.12 the allocator then takes it to go on for
 ever (github.com/pytorch/pytorch, pull requests 180395 and 190308), and a sweep's worker is replaced after the trial.
 
-On an H100, with 1B parameters and one row of 305 tokens a step, a step takes 10 ms in place of 81 to 185
+On an H100, with 1B parameters and one row of 305 tokens a step, a step takes 9 ms in place of 81 to 194
 (docs/measured.md).
 """
 
