@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import bitsandbytes
@@ -68,6 +69,20 @@ def predicted(
 )
 def test_the_prediction_is_what_the_allocator_is_asked_for(base: str, words: str, tolerance: float) -> None:
     assert abs(compare((base, words), "small", CPU, 128)["error"]) <= tolerance
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("answers", [SHAPE.answer_tokens, 8])
+def test_what_the_head_keeps_is_the_gradient_of_the_answers_hidden_states_and_never_negative(
+    device: str, answers: int
+) -> None:
+    found = predicted(device, shapes=[dataclasses.replace(SHAPE, answer_tokens=answers)])
+    kept = answers * SIZES["hidden_size"] * 4  # float32: the head is frozen, its gradient is taken in the forward
+    assert kept <= found.logits_bytes <= kept + 8192  # with the losses and positions
+    states = found.weights_bytes + found.adapter_bytes + found.optimizer_bytes
+    assert states + found.activation_bytes + found.logits_bytes <= found.forward_peak
+    whole = predicted(device, full=True, shapes=[dataclasses.replace(SHAPE, answer_tokens=answers)])
+    assert whole.logits_bytes >= kept
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ BLOCK = {"cuda": 512}
 MASK_ALIGNMENT = 16  # to which the memory-efficient attention pads the rows of a mask
 
 aten = torch.ops.aten
+Storage = weakref.ref[Any]  # the memory of a tensor, or of several
 
 
 # ---- the allocator ---------------------------------------------------------------------------------
@@ -42,7 +43,7 @@ class Allocator(TorchDispatchMode):
         self._ledger = ledger
         self._block = block
         self._answers = answers
-        self._known: dict[int, weakref.ref[Any]] = {}
+        self._known: dict[int, Storage] = {}
         self.in_backward = False
 
     def hold(self, tensors: Iterable[torch.Tensor]) -> int:
@@ -56,6 +57,14 @@ class Allocator(TorchDispatchMode):
         """Let a new peak begin; returns what is alive."""
         self.peak = self.live
         return self.live
+
+    def alive(self) -> list[Storage]:
+        """All memory that is held now."""
+        return list(self._known.values())
+
+    def still_alive(self, memory: Iterable[Storage]) -> int:
+        """The bytes of ``memory`` that have not been freed."""
+        return sum(self._size(storage) for one in memory if (storage := one()) is not None)
 
     def measure(self, tensors: Iterable[torch.Tensor]) -> int:
         """The bytes of ``tensors``."""

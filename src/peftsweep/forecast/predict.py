@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -48,6 +48,8 @@ from peftsweep.training.slots import Pack
 # allocator counts them. From compute capability 9.0 on each has 32 MiB, before it 8 (in ATen's CublasHandlePool.cpp).
 # Which GPU it will be is not known here, so the larger is assumed. Measured on an H100: 64 MiB; captured, 132.
 WORKSPACES = {"cuda": 2 * 32 * 2**20}
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -210,11 +212,12 @@ def _traced(
     with as_on_device(device, config.autocast), allocator:
         for _ in range(2 if captured else min(2, config.accumulation)):  # the second finds the gradients of the first
             before = allocator.mark()
-            with kernels.forward(), _at_head(adapted, lambda: allocator.live) as at_head:
+            with kernels.forward(), _at_head(adapted, allocator.alive) as at_head:
                 loss = answer_losses(adapted, batch).sum() / batch.answer_tokens
                 regulariser = auxiliary_loss(adapted, batch)
                 loss = loss if regulariser is None else loss + regulariser
-            kept, logits = at_head[-1] - before, allocator.live - at_head[-1]
+            held = allocator.still_alive(at_head[-1])  # without the prompts' hidden states: the head frees them
+            kept, logits = held - before, allocator.live - held
             forward = max(forward, allocator.peak)
             allocator.mark()
             allocator.in_backward = True
@@ -288,11 +291,11 @@ def meta_batch(adapted: nn.Module, shape: Shape) -> Batch:
 
 
 @contextmanager
-def _at_head(adapted: Any, note: Callable[[], int]) -> Iterator[list[int]]:
+def _at_head(adapted: Any, note: Callable[[], Found]) -> Iterator[list[Found]]:
     """What ``note`` says each time that the head over the vocabulary (or over classes) begins."""
     base: Any = adapted.get_base_model() if isinstance(adapted, PeftModel) else adapted
     heads = [base.get_submodule(name) for name in head_names(base)] or [base.get_output_embeddings()]
-    notes: list[int] = []
+    notes: list[Found] = []
     hook = heads[-1].register_forward_pre_hook(lambda *_: notes.append(note()))
     try:
         yield notes

@@ -42,6 +42,9 @@ VERSION = 1  # of what is measured and how it is kept
 LAP = 512  # the size of the square product by which a machine is found to have another speed
 LAP_SECONDS = 0.15  # for which it is repeated
 LAP_PARTS = 5  # of that time
+LOOKED_SECONDS, LOOKED_EVERY = 0.012, 0.2  # for which laps are repeated beside other timings, and how often
+MOST_PROBES = 3  # of a device whose speed changes while it is measured
+ROUNDS = 3  # of the steps that are run, of which the middle one counts
 CHANGED = 1.3  # times as slow as then, or as fast, as when others made it busy: all is measured again
 OPERATION_SECONDS = 0.004  # for which an operation is repeated
 MOST_REPEATS = 20
@@ -78,18 +81,38 @@ class Speed:
 
 
 class Meter:
-    """Times operations and steps on a device, by a clock that is the wall's unless told otherwise."""
+    """Times operations and steps on a device, by a clock that is the wall's unless told otherwise.
+
+    All its seconds are those of a device on which a lap takes ``lap_seconds``: a device is slower at one moment than
+    at another (others compute, its frequency changes), so a lap is timed beside each timing.
+    """
 
     def __init__(self, device: torch.device, clock: Clock = time.perf_counter) -> None:
         self.device, self.clock = device, clock
+        self.lap_seconds = math.nan  # not known yet: seconds are as they are measured
+        self._slowness, self.looked = 1.0, -math.inf
+
+    def slowness(self, every: float = LOOKED_EVERY) -> float:
+        """Times as slow as where a lap takes ``lap_seconds``; laps are timed again ``every`` so many seconds."""
+        if not math.isnan(self.lap_seconds) and time.perf_counter() >= self.looked + every:
+            self._slowness = lower_quartile(self.laps(LOOKED_SECONDS)) / self.lap_seconds
+            self.looked = time.perf_counter()
+        return self._slowness
 
     def best(self, call: Callable[[], object], seconds: float, most: int) -> float:
         """Of some repetitions the seconds of a fast one (the lower quartile), which others disturb least."""
+        slowness = self.slowness()
         call()
         took: list[float] = []
         while len(took) < 3 or (sum(took) < seconds and len(took) < most):
             took.append(self.once(call))
-        return lower_quartile(took)
+        return lower_quartile(took) / slowness
+
+    def around(self, run: Callable[[], float]) -> float:
+        """The seconds that ``run`` returns, by the laps before and after it."""
+        before = self.slowness(0)
+        took = run()
+        return took / math.sqrt(before * self.slowness(0))
 
     def once(self, call: Callable[[], object]) -> float:
         """The seconds of one call, or on a GPU of its kernels."""
@@ -160,11 +183,14 @@ class Device:
         if self._speed is None:
             kept = self.kept()
             laps = self._meter.laps(LAP_SECONDS)
-            if kept is None or not 1 / CHANGED <= lower_quartile(laps) / kept.lap_seconds <= CHANGED:
-                kept = measure(self._meter)
-                self._changed = True
+            for _ in range(MOST_PROBES):  # what was measured while others computed does not hold afterwards
+                if kept is not None and 1 / CHANGED <= lower_quartile(laps) / kept.lap_seconds <= CHANGED:
+                    break
+                kept, self._changed = measure(self._meter), True
                 laps = self._meter.laps(LAP_SECONDS)
+            assert kept is not None
             self._speed = kept
+            self._meter.lap_seconds = kept.lap_seconds
             self.busy = usual(laps) / kept.lap_seconds
             self.write()
         return self._speed
@@ -184,6 +210,7 @@ class Device:
             self._speed = self.kept()
         if self._speed is None:
             return False
+        self._meter.lap_seconds = self._speed.lap_seconds
         self.busy = usual(self._meter.laps(LAP_SECONDS / 3)) / self._speed.lap_seconds
         return True
 
@@ -326,7 +353,8 @@ def _real(value: Any, device: torch.device, indices: int) -> Any:
 def measure(meter: Meter) -> Speed:
     """The probe: ceilings, bandwidth, launches, thin products, dequantisation, and two steps of a small model."""
     device, begun = meter.device, time.perf_counter()
-    speed = Speed()
+    speed = Speed(lap_seconds=lower_quartile(meter.laps(2 * LAP_SECONDS)))
+    meter.lap_seconds, meter.looked = speed.lap_seconds, -math.inf
     for name in DTYPES[device.type]:
         dtype = getattr(torch, name)
         speed.ceilings[name] = matmul_ceiling(device, dtype, SIZES[device.type], repeats=5, clock=meter.clock)
@@ -335,8 +363,6 @@ def measure(meter: Meter) -> Speed:
     speed.bandwidth = 2 * source.nbytes / meter.best(lambda: target.copy_(source), 0.1, MOST_REPEATS)
     small = torch.ones(8, device=device)
     speed.launch_seconds = meter.best(lambda: small.add_(1.0), 0.01, 1000)
-    laps = meter.laps(2 * LAP_SECONDS)
-    speed.lap_seconds = lower_quartile(laps)
     for one in _samples(device):
         with suppress(Exception):  # an operator that this device lacks
             speed.operations[one.key] = meter.operation(one)
@@ -372,7 +398,8 @@ def _calibrate(speed: Speed, meter: Meter) -> None:
     """
     found = {}
     for name, (width, rows, tokens) in CALIBRATION.items():
-        step, seconds = reference_step(meter.clock, meter.device, width, rows, tokens)
+        step, run = reference_step(meter.clock, meter.device, width, rows, tokens)
+        seconds = statistics.median(meter.around(run) for _ in range(ROUNDS))
         alone = 0.0
         for one, count in step.ledger.calls.items():
             if not one.views:

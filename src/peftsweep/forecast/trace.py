@@ -115,8 +115,8 @@ def untouched(adapted: Any) -> Any:
 
 def reference_step(
     clock: Callable[[], float], device: torch.device, width: int, rows: int, tokens: int
-) -> tuple[Step, float]:
-    """A LoRA step of a small random model: its operations, and the seconds of a fast one of some on ``device``."""
+) -> tuple[Step, Callable[[], float]]:
+    """A LoRA step of a small random model: its operations, and what returns the seconds of a fast one of some."""
     sizes: dict[str, Any] = {"model_type": "llama", "vocab_size": 512, "hidden_size": width}
     sizes |= {"intermediate_size": 4 * width, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape_of = ModelConfig("random", init=Init.random, architecture=sizes)
@@ -128,14 +128,19 @@ def reference_step(
     with torch.device("meta"):
         bare = attach.attach(skeleton(shape_of, None), method, TargetsConfig(), {})
     step = Tracer(bare, config, device.type).step(shape)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
         base = model.load(shape_of, None, device)
         probe.abilities(base)
         adapted = attach.attach(base, dataclasses.replace(method), TargetsConfig(), {})
-        with patch.object(loop, "Laps", partial(measure.Laps, clock=clock)):
+
+    def run() -> float:
+        with torch.random.fork_rng(devices), patch.object(loop, "Laps", partial(measure.Laps, clock=clock)):
             options: dict[str, Any] = {"pad_id": 0, "seed": 0, "log": lambda row: None}
             took = loop.train(adapted, data, config, meter=measure.Meter(device), **options).steady_seconds
-    return step, measure.lower_quartile(took)  # as operations are timed
+        return measure.lower_quartile(took)  # as operations are timed
+
+    return step, run
 
 
 def made_optimizer(trained: Sizes, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
