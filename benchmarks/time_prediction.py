@@ -6,6 +6,8 @@
 Prints a line a configuration as it goes. On a shared CPU ``--cpu-seconds`` takes the clock of the process in place of
 the wall's, for predictions and for steps, with one thread: what others do then disturbs less. Each configuration is
 measured twice; the second time is also predicted from the first, as a record of the same shape would predict it.
+A shared machine's speed changes between a prediction and the run: reference products are timed beside both, and the
+prediction is that of the machine as it was while it ran; ``error_as_foreseen`` is that of the prediction as it was.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from peftsweep.study import record
 from peftsweep.training import loop
 
 STEPS = 11  # of which the first three are left out
+NAMES = {"predicted": "seconds", "low": "low", "high": "high"}
 TINY = "model=tiny"
 LLAMA = "model=llama3.2_1b model.init=random"
 GPT_NEO = "model=gpt_neo_1.3b model.init=random"
@@ -132,6 +135,12 @@ def measured(trial: Trial, tokens: list[Tokens], device: torch.device, clock: Ca
     return statistics.fmean(found.steady_seconds) * config.train.steps
 
 
+def busy(device: speed.Device) -> float:
+    """Times as slow as when the device was measured."""
+    device.take_kept()
+    return device.busy
+
+
 def compare(
     point: tuple[str, str, int, int], scale: str, device: speed.Device, clock: Callable[[], float]
 ) -> dict[str, Any]:
@@ -142,9 +151,16 @@ def compare(
     device.take_kept()
     found = duration.estimate(trial, device, None, tokens, judged=False)
     took = time.perf_counter() - begun
-    span = found.spans.get("train")
-    first, second = (measured(trial, tokens, device.device, clock) for _ in range(2))
-    truth = math.sqrt(first * second)
+    span, then, seen = found.spans.get("train"), device.busy, list[float]()
+
+    def run() -> float:
+        before = busy(device)
+        seconds = measured(trial, tokens, device.device, clock)
+        seen.append(math.sqrt(before * busy(device)))
+        return seconds
+
+    first, second = run(), run()
+    truth, now = math.sqrt(first * second), math.sqrt(seen[0] * seen[1])
     sizes = trial.config.model.architecture
     name = (
         f"{trial.choices['model']} {sizes.get('hidden_size', sizes.get('dim', ''))} {point[1]}, {point[2]} x {point[3]}"
@@ -152,8 +168,9 @@ def compare(
     line = {"point": name, "measured": truth, "measured_first": first, "measured_second": second, "seconds": took}
     if span is None:
         return line | {"predicted": None, "why": found.why}
-    line |= {"predicted": span.seconds, "low": span.low, "high": span.high, "flops": found.flops}
-    return line | {"error": span.seconds / truth - 1, "same_shape_error": first / second - 1, "busy": device.busy}
+    line |= {name: getattr(span, key) * now / then for name, key in NAMES.items()} | {"flops": found.flops}
+    line |= {"error": line["predicted"] / truth - 1, "error_as_foreseen": span.seconds / truth - 1}
+    return line | {"same_shape_error": first / second - 1, "busy": now, "busy_when_predicted": then}
 
 
 def in_short(lines: list[dict[str, Any]]) -> dict[str, Any]:
@@ -173,6 +190,7 @@ def in_short(lines: list[dict[str, Any]]) -> dict[str, Any]:
         "n": len(lines),
         "not_predicted": len(lines) - len(known),
         "median_error": statistics.median(errors),
+        "median_error_as_foreseen": statistics.median(abs(line["error_as_foreseen"]) for line in known),
         "worst_error": max(errors),
         "coverage": held / len(known),
         "median_error_with_records": statistics.median(corrected),

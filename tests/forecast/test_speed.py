@@ -14,6 +14,7 @@ from peftsweep.forecast import speed
 from peftsweep.forecast.allocator import Allocator
 from peftsweep.forecast.operations import Ledger
 from peftsweep.forecast.speed import Device, Speed
+from peftsweep.schema import TrainConfig
 
 CPU = torch.device("cpu")
 MEASURED = Speed({"float32": 1e9, "bfloat16": 2e9}, 1e8, 1e-6, host_seconds=1e-5, byte_seconds=1e-9, lap_seconds=1e-3)
@@ -118,13 +119,60 @@ def test_what_was_measured_on_a_busier_or_idler_machine_is_scaled_to_what_it_is_
     assert again.step(ledger, until=0.0)[0] == pytest.approx(now * before)
 
 
+def test_what_is_timed_in_a_busy_moment_is_slowed_by_it_once(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    device.speed  # noqa: B018
+    monkeypatch.setattr(speed.Meter, "laps", lambda self, seconds: [2 * MEASURED.lap_seconds] * 4)
+    monkeypatch.setattr(speed.Meter, "once", lambda self, call: 2e-3)
+    now, ledger = Device(CPU, folder=device._file.parent), product(32)
+    assert now.take_kept()
+    assert now.step(ledger)[0] == pytest.approx(2e-3 + 2 * MEASURED.host_seconds)
+    assert now.update((((8, 8), torch.float32),), TrainConfig()) == pytest.approx(2e-3)
+    (one,) = ledger.calls
+    assert now.speed.operations[one.key] == pytest.approx(1e-3)  # as it is kept: of a device that is not busy
+
+
+def test_a_step_is_as_slow_as_the_laps_before_and_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    laps = iter([1e-3, 4e-3])
+    monkeypatch.setattr(speed.Meter, "laps", lambda self, seconds: [next(laps)] * 4)
+    meter = speed.Meter(CPU)
+    assert meter.around(lambda: 0.5) == 0.5  # nothing to compare with
+    meter.lap_seconds = 1e-3
+    assert meter.around(lambda: 0.5) == pytest.approx(0.25)
+
+
+def test_a_probe_that_others_disturbed_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    probes = iter([dataclasses.replace(MEASURED, lap_seconds=lap) for lap in (6e-3, 1.1e-3)])
+    monkeypatch.setattr(speed.Meter, "laps", lambda self, seconds: [1e-3] * 4)
+    monkeypatch.setattr(speed, "measure", lambda meter: next(probes))
+    device = Device(CPU, folder=tmp_path)
+    assert device.speed.lap_seconds == 1.1e-3
+    found = device.kept()
+    assert found is not None
+    assert found.lap_seconds == 1.1e-3
+
+
+@pytest.mark.parametrize(("size", "sets"), [(64, speed.MOST_SETS), (1024, 3), (4096, 1)])
+def test_a_cpu_times_an_operation_on_tensors_that_no_cache_holds(size: int, sets: int) -> None:
+    read: list[int] = []
+
+    def operator(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        read.append(left.data_ptr())
+        return left.new_empty(size, size)
+
+    (one,) = product(size).calls
+    fake: Any = dataclasses.replace(one, operator=operator)  # type: ignore[arg-type]
+    speed.Meter(CPU).operation(fake)
+    assert len(set(read)) == min(sets, len(read))
+    assert sets == 1 or len(read) > sets
+
+
 def test_a_moment_in_which_others_compute_does_not_count_and_a_steady_neighbour_does() -> None:
     assert speed.usual([1.0] * 40 + [9.0] * 10) == 1.0
     assert speed.usual([1.0, 3.0] * 25) == 2.0
     assert speed.usual([1.0]) == 1.0
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 0}', '{"version": 1}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 1}', '{"version": 2}'])
 def test_a_damaged_cache_is_measured_again(device: Device, content: str) -> None:
     device._file.write_text(content)
     assert device.kept() is None

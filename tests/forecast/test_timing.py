@@ -200,6 +200,27 @@ def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> speed.Device:
 SMALL = ("dataset.samples=32", "eval.tiny_math.samples=8", "eval.perplexity.samples=8")
 
 
+def test_saving_reads_the_base_back_for_the_check_and_for_the_merge_but_does_not_begin_a_trial(
+    compose: Compose, device: speed.Device
+) -> None:
+    """Measured on two cores, idle, with the embedded model: some 0.1 s to save the adapter and to read it back."""
+
+    def saving(*words: str) -> float:
+        span = duration.estimate(compose(*SMALL, *words), device, judged=False).spans["save"]
+        assert span is not None
+        return span.seconds
+
+    alone, checked, merged = (saving(*words) for words in (["adapter.check=false"], [], ["adapter.merge=true"]))
+    trial = compose(*SMALL)
+    tensors, size = duration._weights(trial)
+    read = tensors * duration.TENSOR_SECONDS + size / duration.LOAD_RATE
+    assert checked - alone == pytest.approx(read)
+    assert merged - checked == pytest.approx(2 * read + size / duration.SAVE_RATE)
+    assert 0.05 < checked < 0.2
+    assert duration._loading(trial) > duration.SETUP_SECONDS + read
+    assert saving("adapter.save=false", "adapter.check=false") == 0.0
+
+
 def test_seconds_are_those_of_the_steps_and_a_record_of_the_same_shape_decides(
     compose: Compose, device: speed.Device
 ) -> None:

@@ -9,6 +9,7 @@ far above its roofline as the nearest one of its kind.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -16,7 +17,7 @@ import os
 import platform
 import statistics
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ from peftsweep.study.atomic import write_text
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of what is measured and how it is kept
+VERSION = 2  # of what is measured and how it is kept
 LAP = 512  # the size of the square product by which a machine is found to have another speed
 LAP_SECONDS = 0.15  # for which it is repeated
 LAP_PARTS = 5  # of that time
@@ -48,6 +49,7 @@ ROUNDS = 3  # of the steps that are run, of which the middle one counts
 CHANGED = 1.3  # times as slow as then, or as fast, as when others made it busy: all is measured again
 OPERATION_SECONDS = 0.004  # for which an operation is repeated
 MOST_REPEATS = 20
+COLD_BYTES, MOST_SETS = 48e6, 12  # of tensors that a CPU's caches do not hold, and of an operation's at most
 MOST_UPDATED = 2**24  # numbers of weights whose update is timed; that of more is proportional
 LARGEST = 1e9  # bytes of an operation that is timed
 CALIBRATION = {"small": (64, 2, 16), "middle": (256, 4, 128)}  # width, rows and tokens of the steps that are run
@@ -67,8 +69,8 @@ class Speed:
     bandwidth: float = math.nan  # bytes/s that a copy reads and writes
     launch_seconds: float = math.nan  # of the smallest kernel
     host_seconds: float = 0.0  # of a call of an operator, for what is around it: Python, modules, autograd
-    # Of each byte that is moved by what is no product: an operation that is timed alone finds its tensors in the caches
-    # and its result's memory mapped, in a step it does not.
+    # Of each byte that is moved by what is no product, beyond the operations' own seconds: in a step many tensors are
+    # held at the same time, so that less is in the caches, and mapped, than where one operation is timed alone.
     byte_seconds: float = 0.0
     lap_seconds: float = math.nan  # of the reference product
     operations: dict[str, float] = field(default_factory=dict)  # by their keys
@@ -128,10 +130,21 @@ class Meter:
         return self.clock() - begun
 
     def operation(self, one: Operation) -> float:
-        """The seconds of ``one``, on tensors of its shapes."""
-        arguments, keywords = _made(one, self.device)
+        """The seconds of ``one``, on tensors of its shapes.
+
+        On a CPU each call takes other tensors and its result is kept for some time: in a step, too, most of what is
+        read is in no cache (weights, activations of the forward) and what is written goes to new memory.
+        """
+        sets = 1 if self.device.type == "cuda" else int(min(max(COLD_BYTES / max(one.bytes, 1), 1), MOST_SETS))
+        arguments = itertools.cycle([_made(one, self.device) for _ in range(sets)])
+        results = deque[Any](maxlen=sets)
+
+        def call() -> None:
+            given, named = next(arguments)
+            results.append(one.operator(*given, **named))
+
         with torch.no_grad():
-            return self.best(lambda: one.operator(*arguments, **keywords), OPERATION_SECONDS, MOST_REPEATS)
+            return self.best(call, OPERATION_SECONDS, MOST_REPEATS)
 
     def update(self, trained: Sizes, config: TrainConfig) -> float:
         """The seconds in which gradients are clipped and the optimizer changes weights of these shapes."""
