@@ -221,6 +221,33 @@ def test_saving_reads_the_base_back_for_the_check_and_for_the_merge_but_does_not
     assert saving("adapter.save=false", "adapter.check=false") == 0.0
 
 
+def test_validations_are_in_the_seconds_of_evaluations_as_often_as_they_come(
+    compose: Compose, device: speed.Device
+) -> None:
+    def evaluating(*words: str) -> float:
+        return duration.estimate(compose(*SMALL, *words), device).uncorrected["evaluate"]
+
+    never = evaluating("train.steps=20")
+    often, once = (evaluating("train.steps=19", f"train.eval_every={every}") - never for every in (5, 100))
+    assert once > 0
+    assert often == pytest.approx(4 * once)  # after 5, 10, 15 steps and the last
+    assert history.measured({"eval_seconds": 3.0, "validate_seconds": 2.0})["evaluate"] == 5.0
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
+def test_virtual_tokens_are_read_with_the_prompt_and_not_again_with_each_token(compose: Compose, method: str) -> None:
+    def token(*words: str) -> float:
+        trial = compose(*SMALL, *words)
+        _, _, asked, _, traced = duration.operations(trial, "cpu")
+        assert traced is not None
+        ledger = traced.asked[asked["tiny_math"].key][1]
+        assert ledger is not None
+        return ledger.flops
+
+    alone = token("method=ln_tuning")  # which adds no operations to the base
+    assert alone < token(f"method={method}") < 1.2 * alone  # which attends to them, too
+
+
 def test_seconds_are_those_of_the_steps_and_a_record_of_the_same_shape_decides(
     compose: Compose, device: speed.Device
 ) -> None:

@@ -251,7 +251,7 @@ def _evaluating(
     until: float,
     corrected: Callable[[str, float, float], Span],
 ) -> tuple[Span, Span]:
-    """Of all evaluations, of the untouched base and of the trained model; and of the former alone.
+    """Of all evaluations, of the untouched base and of the trained model, validations too; of the untouched base alone.
 
     A trained model is taken to write what is asked for and to end, an untouched one to go on to the last token.
     """
@@ -260,9 +260,10 @@ def _evaluating(
         read, token = traced.asked[one.key]
         forward = device.step(read, until)[0] * one.read.count * one.read.scale
         decode = device.step(token, until)[0] * one.read.count if token else 0.0
-        least, most = one.tokens
-        trained, base = trained + forward + decode * least, base + forward + decode * most
-        low, high = low + 2 * (forward + decode * least), high + 2 * (forward + decode * most)
+        least, most = (forward + decode * count for count in one.tokens)
+        trained, base = trained + one.of_trained * least, base + one.of_base * most
+        times = one.of_base + one.of_trained
+        low, high = low + times * least, high + times * most
     both = trained + base
     span = corrected("evaluate", both, SPREADS["evaluate"] + ESTIMATED_SPREAD * traced.asked_alike)
     factor = span.seconds / both if both else 1.0

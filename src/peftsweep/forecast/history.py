@@ -17,7 +17,7 @@ from peftsweep.study.record import RESULT, RecordError, Result, Status
 KINDS = ("load", "train", "evaluate", "save")  # of the seconds of a trial
 STAGES = {  # of a record, that make up each kind; the seconds of train are those of its steps
     "load": ("setup", "load", "data", "attach"),
-    "evaluate": ("baseline", "eval"),
+    "evaluate": ("baseline", "validate", "eval"),
     "save": ("save", "reload", "merge"),
 }
 MOST_READ = 2_000  # records of a study

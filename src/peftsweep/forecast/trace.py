@@ -93,9 +93,13 @@ class Tracer:
         def prompt() -> None:
             found.append(adapted(input_ids=ids, attention_mask=torch.ones_like(ids), **options).past_key_values)
 
+        prompt_learning = isinstance(adapted, PeftModel) and adapted.active_peft_config.is_prompt_learning
+        virtual = adapted.active_peft_config.num_virtual_tokens if prompt_learning else 0
+        after = untouched(adapted) if prompt_learning else adapted  # virtual tokens are read with the prompt alone
+
         def token() -> None:
-            longer = torch.ones(rows, context + 1, dtype=torch.int64, device=META)
-            adapted(input_ids=ids[:, :1], attention_mask=longer, past_key_values=found[0], **options)
+            longer = torch.ones(rows, virtual + context + 1, dtype=torch.int64, device=META)
+            after(input_ids=ids[:, :1], attention_mask=longer, past_key_values=found[0], **options)
 
         self._evaluated(prompt, rows)
         return self._evaluated(token, rows)

@@ -23,7 +23,7 @@ from peftsweep.data.rows import Rows
 from peftsweep.data.templates import Example
 from peftsweep.data.tokens import Tokens, prompt_ids, tokenize
 from peftsweep.errors import InputError
-from peftsweep.evaluation import evaluate
+from peftsweep.evaluation import evaluate, likelihood
 from peftsweep.evaluation.text import overlap
 from peftsweep.forecast import forecast
 from peftsweep.forecast.operations import Ledger
@@ -69,10 +69,12 @@ class Batches:
 
 @dataclass(frozen=True)
 class Asked:
-    """What an evaluation makes the model do, once."""
+    """What an evaluation makes the model do, and how often."""
 
     read: Batches
     tokens: tuple[float, float] = (0.0, 0.0)  # decoded one after the other: at least, at most
+    of_base: int = 1  # times that it is asked of the untouched base
+    of_trained: int = 1  # and of the model that is trained: after it, or, to validate, in between
 
     @property
     def key(self) -> tuple[Shape, float]:
@@ -172,6 +174,7 @@ def evaluations(trial: Trial, tokenizer: PreTrainedTokenizerBase | None) -> tupl
     if tokenizer is None or trial.rows is None:
         return {}, "the test rows or the model's tokenizer are not here yet"
     rows, found = trial.rows, dict[str, Asked]()
+    validate = partial(_validations, trial, rows, tokenizer)
     own = [forecast._of_the_model(trial), trial.tree["dataset"], rows.fingerprints, build.virtual_tokens(trial)]
     for name in trial.config.eval:
         try:
@@ -184,7 +187,23 @@ def evaluations(trial: Trial, tokenizer: PreTrainedTokenizerBase | None) -> tupl
         if asked is None:
             return {}, f"eval.{name}: what it does with the model is not known"
         found[name] = asked
-    return found, None
+    return found | once(["validations", trial.tree["train"], trial.tree["eval"], own], validate), None
+
+
+def _validations(trial: Trial, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> dict[str, Asked]:
+    """What is asked of the model while it is trained, as often as its run is long; each is no evaluation's name."""
+    config = trial.config.train
+    every = training_length.interval(config, "eval_every", len(rows.train))
+    if every is None or not rows.validation or number_of_steps(trial, None) == 0:
+        return {}
+    size = int(inspect.signature(likelihood.mean_loss).parameters["batch_size"].default)
+    read = _mean(_in_batches(build.training_tokens(trial, tokenizer, rows.validation), size))
+    found: dict[str, Asked | None] = {"validation loss": Asked(read)}
+    for name in trial.config.eval:
+        if examples := build.validation_examples(trial, name, rows, tokenizer):
+            found[f"validation {name}"] = _asked(trial, name, examples, tokenizer)
+    times = math.ceil(training_length.total_steps(config, len(rows.train)) / every)
+    return {name: replace(one, of_base=0, of_trained=times) for name, one in found.items() if one}
 
 
 def _read_evaluation(trial: Trial, name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Asked | None:
