@@ -41,7 +41,6 @@ from peftsweep.study import record
 from peftsweep.training import loop
 
 STEPS = 11  # of which the first three are left out
-NAMES = {"predicted": "seconds", "low": "low", "high": "high"}
 TINY = "model=tiny"
 LLAMA = "model=llama3.2_1b model.init=random"
 GPT_NEO = "model=gpt_neo_1.3b model.init=random"
@@ -168,8 +167,9 @@ def compare(
     line = {"point": name, "measured": truth, "measured_first": first, "measured_second": second, "seconds": took}
     if span is None:
         return line | {"predicted": None, "why": found.why}
-    line |= {name: getattr(span, key) * now / then for name, key in NAMES.items()} | {"flops": found.flops}
-    line |= {"error": line["predicted"] / truth - 1, "error_as_foreseen": span.seconds / truth - 1}
+    slowed = span.times(now / then)
+    line |= {"predicted": slowed.seconds, "low": slowed.low, "high": slowed.high, "flops": found.flops}
+    line |= {"error": slowed.seconds / truth - 1, "error_as_foreseen": span.seconds / truth - 1}
     return line | {"same_shape_error": first / second - 1, "busy": now, "busy_when_predicted": then}
 
 

@@ -45,7 +45,7 @@ LAP_SECONDS = 0.15  # for which it is repeated
 LAP_PARTS = 5  # of that time
 LOOKED_SECONDS, LOOKED_EVERY = 0.012, 0.2  # for which laps are repeated beside other timings, and how often
 MOST_PROBES = 2  # of a device whose speed changes while it is measured
-ROUNDS = 3  # of the steps that are run, of which the middle one counts
+ROUNDS = 3  # of the steps that are run, and of their operations, of which the middle one counts
 CHANGED = 1.3  # times as slow as then, or as fast, as when others made it busy: all is measured again
 OPERATION_SECONDS = 0.004  # for which an operation is repeated
 MOST_REPEATS = 20
@@ -412,13 +412,13 @@ def _calibrate(speed: Speed, meter: Meter) -> None:
     found = {}
     for name, (width, rows, tokens) in CALIBRATION.items():
         step, run = reference_step(meter.clock, meter.device, width, rows, tokens)
-        seconds = statistics.median(meter.around(run) for _ in range(ROUNDS))
-        alone = 0.0
-        for one, count in step.ledger.calls.items():
-            if not one.views:
-                if one.key not in speed.operations:
-                    speed.operations[one.key] = meter.operation(one)
-                alone += count * speed.operations[one.key]
+        kernels = {one: count for one, count in step.ledger.calls.items() if not one.views}
+        # In turns, as what is wanted is the difference of the two.
+        rounds = [(meter.around(run), [meter.operation(one) for one in kernels]) for _ in range(ROUNDS)]
+        seconds = statistics.median(whole for whole, _ in rounds)
+        each = [statistics.median(took) for took in zip(*(parts for _, parts in rounds), strict=True)]
+        speed.operations |= {one.key: took for one, took in zip(kernels, each, strict=True)}
+        alone = sum(count * took for count, took in zip(kernels.values(), each, strict=True))
         found[name] = step.ledger, seconds - meter.update(step.trained, TrainConfig()), alone
     (tiny, short, little), (middle, long, much) = found["small"], found["middle"]
     on_gpu = meter.device.type == "cuda"  # which works while the host calls
