@@ -22,7 +22,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString, RangeSweep
 from hydra.errors import HydraException
 
-from peftsweep.errors import InputError, suggest
+from peftsweep.errors import InputError, as_sweep, suggest
 from peftsweep.schema import type_of
 
 MOST_VALUES = 100_000  # of a range
@@ -221,6 +221,8 @@ def _parsed(word: str) -> Override:
         key, _, value = word.partition("=")
         if value.strip().startswith(",") or value.strip().endswith(",") or re.search(r",\s*,", value):
             raise InputError(f"{word}: there is no value beside one of its commas") from error
+        if type_of(key) is not str and (numbers := as_sweep(key, value)):
+            raise InputError(f"{word}: cannot be read{numbers}") from error
         for quote in ('"', "'"):
             quoted = f"{key}={quote}{value}{quote}"
             if quote not in value and _is_readable(quoted):

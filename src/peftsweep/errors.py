@@ -1,5 +1,6 @@
 """What a command can end with besides success."""
 
+import re
 import sys
 from collections.abc import Iterable
 
@@ -129,6 +130,10 @@ EXIT_CODES = {
     130: "interrupted; the same command continues",
 }
 LISTED = 80  # of the known names, in a message
+FEW = 10  # values of a range that are written out
+NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+FROM_TO = re.compile(rf"({NUMBER})\s*(?:-|\u2013|\.{{2,3}}|:|to)\s*({NUMBER})")
+SEVERAL_NUMBERS = re.compile(rf"[\[({{]?\s*{NUMBER}(?:\s*[\s,;/|]\s*{NUMBER})+\s*[\])}}]?")
 
 
 class InputError(ValueError):
@@ -162,6 +167,26 @@ def synonyms(wrong: str, known: Iterable[str]) -> list[str]:
     """Those of ``known``, by the last part of a dotted key, that other libraries call ``wrong``."""
     plain = wrong.lower().replace("-", "_")
     return [name for name in known if plain in (last := name.rpartition(".")[2], *SYNONYMS.get(last, ()))]
+
+
+def as_sweep(key: str, text: str) -> str:
+    """``; to sweep it: seed=0,1,2`` where ``text`` is a range of numbers (0-2) or a list ([0,1,2]), else empty."""
+    if key.rpartition(".")[2].isdecimal():  # a place in a list, which is no key of a sweep
+        return ""
+    if bounds := FROM_TO.fullmatch(text.strip()):
+        first, last = bounds.groups()
+        whole = first.isdecimal() and last.isdecimal()
+        if not float(first) < float(last):
+            return ""
+        if not whole:
+            return f"; to sweep it: {key}={first},{last}"
+        if int(last) - int(first) < FEW:
+            return f"; to sweep it: {key}={','.join(map(str, range(int(first), int(last) + 1)))}"
+        each = f"'{key}=range({first},{int(last) + 1})'"
+        return f"; to sweep it: {key}={first},{last}, or each number between them: {each}"
+    if SEVERAL_NUMBERS.fullmatch(text.strip()):
+        return f"; to sweep it: {key}={','.join(re.findall(NUMBER, text))}"
+    return ""
 
 
 def printable(text: object) -> str:

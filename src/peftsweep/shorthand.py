@@ -80,6 +80,8 @@ def expanded(words: Sequence[str], folders: Iterable[Path]) -> list[str]:
             raise InputError(f"{word}: {group} is given twice; give it once, several to be swept after commas")
         if names and GROUPS[group] in said:
             raise InputError(f"{word}: {GROUPS[group]} is given too, and names another; give one of the two")
+        if group == "dataset" and "dataset.hub_split" in said and (split := next(filter(None, map(_split, names)), "")):
+            raise InputError(f"{word}: dataset.hub_split is given too; {split} is a split already; give one of the two")
         longer = [_longer(group, name, _that_matters(said), options) for name in names]
         if one.is_sweep_override() or not longer:
             found.append(_readable(word))
@@ -212,6 +214,12 @@ def _exists(name: str) -> bool:
 
 def _is_local(name: str) -> bool:
     return _exists(name) or name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name)
+
+
+def _split(name: str) -> str:
+    """The split of a dataset of the hub that a name ends in (``ORG/NAME:test``); empty where there is none."""
+    found = None if _is_local(name) else HUB_ID.fullmatch(name)
+    return (found and found["split"]) or ""
 
 
 # ---- models ----------------------------------------------------------------------------------------

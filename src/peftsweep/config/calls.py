@@ -20,7 +20,7 @@ from typing import Any
 from peftsweep import limits, schema
 from peftsweep.config.evaluations import ROWS_KEYS
 from peftsweep.config.experiment import ORIGIN
-from peftsweep.errors import InputError, first_line, suggest, synonyms
+from peftsweep.errors import InputError, as_sweep, first_line, suggest, synonyms
 from peftsweep.schema import Config, LossOn, ModelConfig, RowsConfig, Task
 
 SET_BY_OTHER_KEYS = {  # arguments of an optimizer that are not train.optimizer_kwargs'
@@ -279,7 +279,9 @@ def _check_types(values: Mapping[str, Any], described: Any, key: str) -> None:
     for name, value in values.items():
         if not _fits(value, hints[name]):
             where, part, hint = _wrong_part(f"{key}.{name}", value, hints[name])
-            raise InputError(f"{where}={'null' if part is None else part}: must be {type_in_words(hint)}")
+            kind = type_in_words(hint)
+            numbers = as_sweep(where, str(part)) if re.search("int|float", kind) else ""
+            raise InputError(f"{where}={'null' if part is None else part}: must be {kind}{numbers}")
 
 
 def _wrong_part(key: str, value: Any, hint: Any) -> tuple[str, Any, Any]:

@@ -17,7 +17,7 @@ from peftsweep.config import calls
 from peftsweep.config.calls import numeric_options
 from peftsweep.data import files
 from peftsweep.data import rows as data_rows
-from peftsweep.errors import InputError, first_line, suggest, synonyms
+from peftsweep.errors import InputError, as_sweep, first_line, suggest, synonyms
 from peftsweep.schema import Config, Dtype, Resource, key_types
 from peftsweep.study import rungs, store
 from peftsweep.study.record import SECTIONS
@@ -355,7 +355,8 @@ def one_line(error: BaseException, own_folders: Iterable[Path] = ()) -> str:
         ):
             value = getattr(cause, "value", None)
             meant = synonyms(str(value), kind.removeprefix("one of ").split(", "))
-            hint = f"; did you mean '{meant[0]}'?" if meant else ""
+            numbers = as_sweep(key, str(value)) if re.search("int|float", kind) else ""
+            hint = f"; did you mean '{meant[0]}'?" if meant else numbers
             return f"{key}={'null' if value is None else value}: must be {kind}{hint}"
         if type(cause).__name__ in ("ConfigAttributeError", "ConfigKeyError"):
             parent = cause.parent_node

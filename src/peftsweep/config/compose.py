@@ -30,7 +30,7 @@ from peftsweep.config.checks import (
     check_warmup,
     one_line,
 )
-from peftsweep.config.evaluations import check_evaluation_rows, check_metrics
+from peftsweep.config.evaluations import check_evaluation_rows, check_metrics, check_sources
 from peftsweep.config.fill import conf_dir, fill_from_files, read_newlines, use_current_names
 from peftsweep.config.identity import Identity, current_name, identity_of
 from peftsweep.config.restored import FROM_FILE
@@ -209,6 +209,7 @@ def checked(said: Filled) -> Trial:
     check_objective(config)
     check_calls(config, choices)
     check_files(config)
+    check_sources(config, {word.lstrip("+").partition("=")[0] for word in said.overrides})
     rows = None if config.dataset.hub and not config.dataset.path else _rows(config)
     check_evaluation_rows(config, rows or _test_rows(config))
     check_warmup(config, rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import pydoc
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,45 @@ from peftsweep.errors import InputError, suggest
 from peftsweep.schema import Config, DatasetConfig, Init, RowsConfig
 
 ROWS_KEYS = tuple(field.name for field in dataclasses.fields(RowsConfig))
+OF_THE_HUB = ("hub_config", "hub_split", "hub_test_split", "revision")  # which rows of a dataset of the hub are read
 HARNESS = "peftsweep.evaluation.harness.lm_eval"  # whose tasks bring their own rows
+
+
+def check_sources(config: Config, given: Collection[str]) -> None:
+    """Refuse a key of the command line that is read for one kind of source, where rows or base come from another.
+
+    ``given`` are the keys of the command line. A key that is null counts as not given.
+
+    Raises:
+        InputError: the line names the key, and the source that is read.
+    """
+    own, validation = config.dataset, config.dataset.validation
+    sections: dict[str, tuple[Any, list[str | None]]] = {  # with the local files of each
+        "dataset": (own, [own.path, own.test_path]),
+        "dataset.validation": (validation, [validation.path]),
+    }
+    for name in config.eval:
+        source = evaluation_source(config, name)
+        sections[f"eval.{name}"] = (source, [source.path])
+    for section, (source, files) in sections.items():
+        for key in OF_THE_HUB:
+            if _is_given(source, f"{section}.{key}", given) and (source.path or not source.hub):
+                read = f"{section}.path={source.path} is a file" if source.path else f"there is no {section}.hub"
+                raise InputError(f"{section}.{key}: is only for rows of the hub, and {read}")
+        if _is_given(source, f"{section}.encoding", given) and not any(files):
+            raise InputError(f"{section}.encoding: is only for a local file, and there is no {section}.path")
+    if own.test_path and _is_given(own, "dataset.hub_test_split", given):
+        raise InputError(f"dataset.hub_test_split: the test rows are those of dataset.test_path={own.test_path}")
+    if _is_given(config.model, "model.revision", given):
+        from peftsweep.models.model import is_local  # imports torch, which `--help` must not
+
+        if is_local(config.model):
+            kind = "has random weights" if config.model.init is Init.random else "is a folder"
+            raise InputError(f"model.revision: is only for a model of the hub; {config.model.name_or_path} {kind}")
+
+
+def _is_given(section: Any, key: str, given: Collection[str]) -> bool:
+    return key in given and getattr(section, key.rpartition(".")[2]) is not None
 
 
 def check_evaluation_rows(config: Config, rows: data_rows.Rows | None) -> None:

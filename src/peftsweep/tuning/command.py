@@ -39,6 +39,8 @@ def run(launcher: Any, config: DictConfig, loader: Any, points: Sequence[Sequenc
     if (sweeper := config.hydra.runtime.choices["hydra/sweeper"]) != "grid":
         raise InputError(f"hydra/sweeper={sweeper}: sweep={'league' if league else 'tune'} brings its own")
     asked = _question(launcher, config, loader, points, league)
+    if not config.quiet:
+        print(_place(asked.folder, league), flush=True)
     if config.dry_run:
         _dry_run(asked, launcher, league)
         return
@@ -48,6 +50,13 @@ def run(launcher: Any, config: DictConfig, loader: Any, points: Sequence[Sequenc
         [line for line in lines if line.startswith(("Use ", "No gain shown by ", "By "))] if config.quiet else lines
     ):
         print(line, flush=True)
+
+
+def _place(folder: Path, league: bool) -> str:
+    """Which study a search continues, as its first line."""
+    name, file = ("league", store.LEAGUE) if league else ("tune", store.TUNE)
+    does = "goes on with" if (folder / file).is_file() else "keeps its trials in"
+    return f"sweep={name}: {does} the study {folder} (study=NAME: another)"
 
 
 def _question(
