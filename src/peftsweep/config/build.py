@@ -74,8 +74,7 @@ def storage(trial: Trial) -> Any:
     """
     name, device = trial.config.model.name_or_path, trial.config.device
     on_cpu = (model.device(device).type if device == "auto" else device) == "cpu"  # another need not be there to plan
-    held = getattr(model.architecture(trial.config.model), "quantization_config", None)
-    said = held.to_dict() if held is not None and hasattr(held, "to_dict") else held
+    said = libraries.said_by_checkpoint(model.architecture(trial.config.model), name)
     asked, key = quantization(trial), f"quant={trial.choices['quant']}"
     if said and asked is not None:
         library = said.get("quant_method", "a library that it does not name")

@@ -135,6 +135,23 @@ def check_config(quantization: Any, said: str, *, loaded: bool, on_cpu: bool) ->
         log.warning("%s: untested; its memory is not predicted", said)
 
 
+def said_by_checkpoint(shape: Any, name: str) -> Mapping[str, Any] | None:
+    """The quantization config in the config.json of a checkpoint ``name``, or in that of its text part; None for none.
+
+    Raises:
+        InputError: it is empty or no object, which transformers refuses while it loads the weights.
+    """
+    configs = (shape, shape.get_text_config(decoder=True))
+    held = next((one for config in configs if (one := getattr(config, "quantization_config", None)) is not None), None)
+    said = held.to_dict() if hasattr(held, "to_dict") else held
+    if said is not None and not (isinstance(said, Mapping) and said):
+        raise InputError(
+            f"model.name_or_path={name}: quantization_config={said} in its config.json names no library; delete it if "
+            "the checkpoint is not quantised"
+        )
+    return said
+
+
 def of_checkpoint(said: Mapping[str, Any], name: str, *, on_cpu: bool) -> Any:
     """The quantization config of a checkpoint ``name`` whose own config says ``said``; ``Untested`` of other libraries.
 
