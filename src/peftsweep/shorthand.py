@@ -309,7 +309,7 @@ def _dataset(name: str, said: Mapping[str, str], conf: Path) -> Meaning:
     path = Path(name).expanduser()
     if not _is_local(name) and files.format_of(name) not in files.FORMATS:
         return _hub_dataset(name, said, conf)
-    own = _of_folder(name, path) if path.is_dir() else {"dataset.path": str(path)}
+    own = folder_files(name, path) if path.is_dir() else {"dataset.path": str(path)}
     file = own["dataset.path"]
     if not Path(file).is_file():
         one_of_hub = "" if "." in Path(name).name[1:] else "; one of the hub is dataset=ORG/NAME:SPLIT"
@@ -323,8 +323,12 @@ def _dataset(name: str, said: Mapping[str, str], conf: Path) -> Meaning:
     return _recognised(name, files.first_rows(file, "dataset.path", said.get("dataset.encoding")), own, said, conf)
 
 
-def _of_folder(name: str, folder: Path) -> dict[str, Any]:
-    """The files of a folder that are trained and tested on: those that are called so, or its only one."""
+def folder_files(name: str, folder: Path) -> dict[str, str]:
+    """The files of a folder that are trained and tested on, by key: those that are called so, or its only one.
+
+    Raises:
+        InputError: it holds none, or several of which no name says what it is for; ``name`` is the folder as given.
+    """
     data = _data_files(folder) or _data_files(folder / "data")  # as repositories of the hub have them
     parts = {part: [one for one in data if re.fullmatch(names, one.stem, re.I)] for part, names in PARTS.items()}
     if len(data) == 1:
