@@ -64,7 +64,7 @@ def trained(trial: Trial) -> Result | None:
     root, earlier = store.folder(trial.config.study), trial.earlier
     for training in (trial.training, *([earlier.training] if earlier else [])):
         held = None if trial.config.force else store.trained(root, training)
-        if held and not mended.outdated(held) and _recognised(trial, held, "training", training):
+        if held and not mended.outdated(held, training=True) and _recognised(trial, held, "training", training):
             return held
     return None
 

@@ -128,8 +128,12 @@ def _kernels(device: torch.device) -> dict[str, Any]:
 def _of_rows(trial: Trial, name: str, test: list[Example]) -> dict[str, Any]:
     """The rows of the evaluation ``name`` and how they are judged."""
     node = trial.config.eval[name]
-    by_packages = {"text": [record.package(one) for one in TEXT_PACKAGES]} if node.get("_target_") == TEXT else {}
-    return by_packages | {
+    further: dict[str, Any] = {}
+    if node.get("_target_") == TEXT:
+        further["text"] = [record.package(one) for one in TEXT_PACKAGES]
+    if (node.get("num_beams") or 1) > 1:
+        further["own_settings"] = False  # before, a base's own generation settings acted on beams
+    return further | {
         "eval": evaluation_identity(trial.config.eval[name]),
         "judged": evaluate.JUDGED,
         "examples": data_rows.fingerprint(example._asdict() for example in test),
