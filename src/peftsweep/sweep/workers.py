@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from statistics import median
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from tqdm import tqdm
@@ -26,7 +26,7 @@ from peftsweep.config import build
 from peftsweep.config import compose as configuration
 from peftsweep.config.compose import Trial
 from peftsweep.errors import Unwritable
-from peftsweep.evaluation.isolation import LEAKED, open_files, process_state_kept
+from peftsweep.evaluation.isolation import Resources, process_state_kept
 from peftsweep.observe import measure
 from peftsweep.observe.display import Display, Observer, TrialView
 from peftsweep.study import claims, store
@@ -40,6 +40,7 @@ POLL_SECONDS = 1.0  # seconds between two looks at the workers, if none has news
 CLAIM_RETRY_SECONDS = 1.0  # seconds until a trial that another process runs is looked at again
 CANCEL_GRACE_SECONDS = 30.0  # seconds that an interrupted trial has to write its record
 Job = list[Trial]  # one, or several that are trained together
+Channel: TypeAlias = "connection.Connection[Any, Any]"
 TAIL_BYTES = 4000  # last bytes of a dead worker's output that its trial's record keeps
 
 
@@ -195,7 +196,7 @@ class _Worker:
         return self._child.process
 
     @property
-    def connection(self) -> connection.Connection[Any, Any]:
+    def connection(self) -> Channel:
         return self._child.connection
 
     def give(self, job: Job, views: list[TrialView], options: Options) -> None:
@@ -231,9 +232,8 @@ class _Worker:
         code = self.process.exitcode or 0
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         starved = code == -signal.SIGKILL and processes.oom_kills() > self._oom_kills
-        status = Status.oom if starved else Status.failed
         message = f"its process ended by {name}" + (", as the host was out of memory" if starved else "")
-        return status, self.failure("WorkerDied", message)
+        return Status.oom if starved else Status.failed, self.failure("WorkerDied", message)
 
     def failure(self, kind: str, message: str) -> dict[str, str]:
         output = self._child.output
@@ -393,7 +393,7 @@ def _cancel(pool: list[_Worker]) -> None:
 class _Reporter(Observer):
     """Tells the parent how a trial of its job comes along."""
 
-    def __init__(self, channel: connection.Connection[Any, Any], number: int) -> None:
+    def __init__(self, channel: Channel, number: int) -> None:
         self._channel, self._number = channel, number
 
     def stage(self, name: str) -> None:
@@ -406,20 +406,20 @@ class _Reporter(Observer):
         self._channel.send(("expects", self._number, dict(seconds)))
 
 
-def serve(channel: connection.Connection[Any, Any], threads: int | None) -> None:
+def serve(channel: Channel, threads: int | None) -> None:
     """Run the jobs that come through ``channel``, one after the other, until it is closed."""
     if threads is not None:
         torch.set_num_threads(threads)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process would leave behind
     build.keep_bases()
-    opened = open_files()
+    resources = Resources.now()
     while True:
         try:
             job, options = channel.recv()
-            channel.send(("end", *_in_worker(job, options, channel)))
+            channel.send(("end", *_in_worker(job, options, channel, resources)))
         except (EOFError, OSError, KeyboardInterrupt):
             return
-        if _device_broken() or open_files() > opened + LEAKED:
+        if _device_broken() or resources.are_lost():
             return  # the next trial gets a new process
 
 
@@ -433,7 +433,7 @@ def _device_broken() -> bool:
     return capture.has_failed()
 
 
-def _in_worker(job: Job, options: Options, channel: connection.Connection[Any, Any]) -> tuple[str, str]:
+def _in_worker(job: Job, options: Options, channel: Channel, resources: Resources) -> tuple[str, str]:
     """How the job ended: as its records say, or not at all, and why."""
     reporters = [_Reporter(channel, number) for number in range(len(job))]
     try:
@@ -444,7 +444,7 @@ def _in_worker(job: Job, options: Options, channel: connection.Connection[Any, A
     except KeyboardInterrupt:
         return "cancelled", ""
     except BaseException as error:
-        if reason := store.unwritable(error):
+        if (reason := store.unwritable(error)) and not resources.limits_are_lost():
             return "unwritable", str(reason)
         return "broken", traceback.format_exc()
     return "done", ""
