@@ -92,18 +92,18 @@ def main() -> None:
     streams.settle()
     sweep_record.command_begins()
     if {"--help", "-h"} & set(sys.argv[1:]):
-        sys.exit(_guarded(_help))
+        sys.exit(_run_command(_help))
     if "--version" in sys.argv[1:]:
         print(doctor.version_text())
         return
     if "--completion" in sys.argv[1:]:
-        sys.exit(_guarded(_completion))
+        sys.exit(_run_command(_completion))
     # Every command is a sweep. Hydra would accept -m at the end only, and without it would call a comma in one
     # override ambiguous whenever another is wrong.
     words = [word for word in sys.argv if word not in ("-m", "--multirun")]
     others = {word.partition("=")[0] for word in words[1:]} & OTHER_COMMANDS
     sys.argv = words if others else [*words, "--multirun"]
-    sys.exit(_guarded(_plan_as_json if "--json" in sys.argv else _hydra))
+    sys.exit(_run_command(_plan_as_json if "--json" in sys.argv else _hydra))
 
 
 def _plan_as_json() -> int:
@@ -191,11 +191,11 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     signal.default_int_handler(number, frame)
 
 
-def _guarded(door: Callable[[], Any]) -> int:
+def _run_command(door: Callable[[], Any]) -> int:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
     try:
-        return _said_in_a_line(door)
+        return _print_errors_in_one_line(door)
     except KeyboardInterrupt:
         pass
     except Exception:
@@ -205,7 +205,7 @@ def _guarded(door: Callable[[], Any]) -> int:
     return 130
 
 
-def _said_in_a_line(door: Callable[[], Any]) -> int:
+def _print_errors_in_one_line(door: Callable[[], Any]) -> int:
     try:
         check_platform()
         return int(door())
@@ -250,7 +250,7 @@ def run_one(overrides: list[str]) -> Result:
         return sweep.planned(one)
     forecast.check(one)
     if done.finished(one) is None:
-        build.check_there(one)
+        build.check_available(one)
     with sweep.terminable():
         return task.run(one)
 
@@ -335,7 +335,7 @@ def collect() -> None:
             )
         )
 
-    sys.exit(_guarded(door))
+    sys.exit(_run_command(door))
 
 
 def _check_together(words: argparse.Namespace) -> None:
@@ -414,7 +414,7 @@ def data() -> None:
         words = vars(_data_parser(prepare.FORMATS).parse_args())
         return prepare.main(compose([f"dataset={words.pop('dataset')}"]), prepare.Options(**words))
 
-    sys.exit(_guarded(door))
+    sys.exit(_run_command(door))
 
 
 def chat() -> None:
@@ -425,7 +425,7 @@ def chat() -> None:
         cfg, used = _composed(*_one_point(words, "peftsweep-chat"))
         return configuration.without_data(cfg, cfg.hydra.runtime.choices, used)
 
-    sys.exit(_guarded(lambda: chat_with.main(chat_with.parser().parse_intermixed_args(), saved)))
+    sys.exit(_run_command(lambda: chat_with.main(chat_with.parser().parse_intermixed_args(), saved)))
 
 
 def _data_parser(formats: Sequence[str]) -> argparse.ArgumentParser:

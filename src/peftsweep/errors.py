@@ -129,8 +129,8 @@ EXIT_CODES = {
     3: "a trial was not run, or not to its end: a limit, a deadline, an interrupt of that trial alone",
     130: "interrupted; the same command continues",
 }
-LISTED = 80  # of the known names, in a message
-FEW = 10  # values of a range that are written out
+MAX_LISTED = 80  # of the known names, in a message
+MAX_WRITTEN_OUT = 10  # values of a range that are written out
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 FROM_TO = re.compile(rf"({NUMBER})\s*(?:-|\u2013|\.{{2,3}}|:|to)\s*({NUMBER})")
 SEVERAL_NUMBERS = re.compile(rf"[\[({{]?\s*{NUMBER}(?:\s*[\s,;/|]\s*{NUMBER})+\s*[\])}}]?")
@@ -159,7 +159,7 @@ def suggest(wrong: str, known: list[str]) -> str:
     swapped = [name for name in known if sorted(name) == sorted(wrong.lower())]
     if close := synonyms(wrong, known) or swapped or get_close_matches(wrong, known, n=1):
         return f"did you mean '{close[0]}'?"
-    few = known if len(known) <= LISTED else [*known[:LISTED], f"and {len(known) - LISTED} more"]
+    few = known if len(known) <= MAX_LISTED else [*known[:MAX_LISTED], f"and {len(known) - MAX_LISTED} more"]
     return "there are: " + (", ".join(few) or "none")
 
 
@@ -180,7 +180,7 @@ def as_sweep(key: str, text: str) -> str:
             return ""
         if not whole:
             return f"; to sweep it: {key}={first},{last}"
-        if int(last) - int(first) < FEW:
+        if int(last) - int(first) < MAX_WRITTEN_OUT:
             return f"; to sweep it: {key}={','.join(map(str, range(int(first), int(last) + 1)))}"
         each = f"'{key}=range({first},{int(last) + 1})'"
         return f"; to sweep it: {key}={first},{last}, or each number between them: {each}"

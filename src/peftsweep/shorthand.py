@@ -31,8 +31,8 @@ WEB = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?(
 PLAIN_WORD = re.compile(r"[\w./+-]+", re.ASCII)  # needs no quotes in Hydra's grammar
 TEMPLATES = ("dataset.prompt", "dataset.answer")
 # Keys that say how a name is read.
-LOOKED_AT = ("dataset.encoding", "dataset.hub_config", "dataset.revision", "model.revision")
-OWN_READING = (*TEMPLATES, "dataset.reader")  # keys by which a person says what rows mean
+SOURCE_KEYS = ("dataset.encoding", "dataset.hub_config", "dataset.revision", "model.revision")
+COLUMN_KEYS = (*TEMPLATES, "dataset.reader")  # keys by which a person says what rows mean
 PARTS = {  # of a folder, by the names of its files
     "train": r"train(ing)?(\b|_).*",
     "test": r"test(\b|_).*",
@@ -41,10 +41,10 @@ PARTS = {  # of a folder, by the names of its files
 NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "README.md", "LICENSE.txt")
 NAMED_KEYS = ("reader", "prompt", "answer", "classes")  # what rows of a data set of ours mean
 KINDS = {"chat": "conversations", "text": "plain text"}  # options that need no templates
-LISTED = 6  # files or columns, in a message
+MAX_LISTED = 6  # files or columns, in a message
 RECOGNISED = "prompt/completion, question/answer, instruction/input/output, text, messages, conversations"
 
-Said = tuple[tuple[str, str], ...]  # keys of the command line that matter, with their values
+GivenKeys = tuple[tuple[str, str], ...]  # keys of the command line that matter, with their values
 
 
 class Meaning(NamedTuple):
@@ -66,7 +66,7 @@ def expanded(words: Sequence[str], folders: Iterable[Path]) -> list[str]:
     if not any(word.startswith(tuple(f"{group}=" for group in GROUPS)) for word in words):
         return list(words)
     groups = [(word.partition("=")[0], word) for word in words]
-    options, said = tuple(folders), _said(words)
+    options, said = tuple(folders), _given_keys(words)
     found: list[str] = []
     for group, word in groups:
         one = _parsed(word) if group in GROUPS else None
@@ -74,7 +74,7 @@ def expanded(words: Sequence[str], folders: Iterable[Path]) -> list[str]:
             found.append(word)
             continue
         whole = one.is_sweep_override() and _exists(word.partition("=")[2])  # one file, whose comma needs quotes
-        meant = {name: _typed(group, name, options) for name in ([] if whole else _names(one))}
+        meant = {name: _path_or_hub_id(group, name, options) for name in ([] if whole else _names(one))}
         names = [typed for typed in meant.values() if typed is not None]
         if names and sum(other == group for other, _ in groups) > 1:
             raise InputError(f"{word}: {group} is given twice; give it once, several to be swept after commas")
@@ -82,9 +82,9 @@ def expanded(words: Sequence[str], folders: Iterable[Path]) -> list[str]:
             raise InputError(f"{word}: {GROUPS[group]} is given too, and names another; give one of the two")
         if group == "dataset" and "dataset.hub_split" in said and (split := next(filter(None, map(_split, names)), "")):
             raise InputError(f"{word}: dataset.hub_split is given too; {split} is a split already; give one of the two")
-        longer = [_longer(group, name, _that_matters(said), options) for name in names]
+        longer = [_expand_name(group, name, _reading_keys(said), options) for name in names]
         if one.is_sweep_override() or not longer:
-            found.append(_readable(word))
+            found.append(_quote_paths(word))
         else:
             found += [override(key, value) for key, value in longer[0].keys.items() if key == group or key not in said]
         if said.get("quiet", "").lower() != "true":
@@ -95,46 +95,46 @@ def expanded(words: Sequence[str], folders: Iterable[Path]) -> list[str]:
 
 def forget() -> None:
     """Have the next command look at files and folders again; the points of a command are told what it was told."""
-    _longer.cache_clear()
+    _expand_name.cache_clear()
 
 
 # ---- words -----------------------------------------------------------------------------------------
 
 
-def _said(words: Sequence[str]) -> dict[str, str]:
+def _given_keys(words: Sequence[str]) -> dict[str, str]:
     pairs = (word.lstrip("+~").partition("=") for word in words)
     return {key: value.strip("'\"") for key, _, value in pairs}
 
 
-def _that_matters(said: Mapping[str, str]) -> Said:
+def _reading_keys(said: Mapping[str, str]) -> GivenKeys:
     """Of the keys of the command line those that decide how rows are read, so that others need no second look."""
-    values = {key: said[key] for key in LOOKED_AT if key in said}
-    return tuple((values | {key: "" for key in OWN_READING if key in said}).items())
+    values = {key: said[key] for key in SOURCE_KEYS if key in said}
+    return tuple((values | {key: "" for key in COLUMN_KEYS if key in said}).items())
 
 
 @functools.lru_cache(maxsize=1024)
 def _parsed(word: str) -> Override | None:
     """The word as Hydra reads it, with quotes around names that its grammar has no place for; None where it cannot."""
     try:
-        return OverridesParser.create().parse_overrides([_readable(word)])[0]
+        return OverridesParser.create().parse_overrides([_quote_paths(word)])[0]
     except (HydraException, ValueError):
         return None  # which is said, with the rest of what is wrong, by the check of all words
 
 
 @functools.lru_cache(maxsize=1024)
-def _readable(word: str) -> str:
+def _quote_paths(word: str) -> str:
     """The word, with quotes around each path that Hydra's grammar cannot read: of ``~/model``, ``a=b.csv``."""
     group, _, value = word.partition("=")
-    if group not in GROUPS or _can_be_read(word):
+    if group not in GROUPS or _parses(word):
         return word
     names = [value] if _exists(value) else value.split(",")
-    quoted = [name if _can_be_read(f"{group}={name}") else _quoted(name) for name in names]
+    quoted = [name if _parses(f"{group}={name}") else _quoted(name) for name in names]
     again = f"{group}={','.join(quoted)}"
-    looks = all(_looks_typed(name) for name in names)
-    return again if looks and _can_be_read(again) else word
+    looks = all(_looks_like_path(name) for name in names)
+    return again if looks and _parses(again) else word
 
 
-def _can_be_read(word: str) -> bool:
+def _parses(word: str) -> bool:
     try:
         OverridesParser.create().parse_overrides([word])
     except (HydraException, ValueError):
@@ -152,15 +152,15 @@ def _names(one: Override) -> list[str]:
 
 def override(key: str, value: Any) -> str:
     """An override as Hydra reads it, in quotes where it must be."""
-    return f"{key}={_written(value)}"
+    return f"{key}={_hydra_value(value)}"
 
 
-def _written(value: Any) -> str:
+def _hydra_value(value: Any) -> str:
     """A value in Hydra's grammar."""
     if value is None:
         return "null"
     if isinstance(value, list):
-        return f"[{','.join(map(_written, value))}]"
+        return f"[{','.join(map(_hydra_value, value))}]"
     text = str(value)
     return text if PLAIN_WORD.fullmatch(text) and not re.fullmatch(r"[\d.e+-]+", text) else _quoted(text)
 
@@ -181,24 +181,24 @@ def _say_once(remark: str) -> None:
 # ---- what a name is --------------------------------------------------------------------------------
 
 
-def _looks_typed(name: str) -> bool:
+def _looks_like_path(name: str) -> bool:
     """Whether a name can be no option's: a path, a hub id or a file."""
     return "/" in name or name.startswith("~") or files.format_of(name) in files.FORMATS
 
 
-def _typed(group: str, name: str, folders: tuple[Path, ...]) -> str | None:
+def _path_or_hub_id(group: str, name: str, folders: tuple[Path, ...]) -> str | None:
     """The path or hub id that a name is; None for one that is an option's, or that nothing is found under."""
     if not name.strip():
         return None
     if not name.startswith((".", "/", "~")) and any((one / group / f"{name}.yaml").is_file() for one in folders):
         return None
-    if _looks_typed(name) or (group == "dataset" and re.search(r"\.[A-Za-z]\w{0,7}$", name)):
+    if _looks_like_path(name) or (group == "dataset" and re.search(r"\.[A-Za-z]\w{0,7}$", name)):
         return name
     return f"./{name}" if _exists(name) else None
 
 
 @functools.lru_cache(maxsize=1024)
-def _longer(group: str, name: str, said: Said, folders: tuple[Path, ...]) -> Meaning:
+def _expand_name(group: str, name: str, said: GivenKeys, folders: tuple[Path, ...]) -> Meaning:
     if page := WEB.fullmatch(name):
         raise InputError(f"{group}={name}: is the address of a page; must be {group}={page['id']}")
     keys = dict(said)
@@ -341,7 +341,7 @@ def folder_files(name: str, folder: Path) -> dict[str, str]:
         raise InputError(f"dataset={name}: holds what save_to_disk wrote; write a file of it: python -c {write}")
     if not data:
         raise InputError(f"dataset={name}: no file in this folder can be read; must be {' '.join(files.FORMATS)}")
-    listed = ", ".join(file.name for file in data[:LISTED]) + (", ..." if len(data) > LISTED else "")
+    listed = ", ".join(file.name for file in data[:MAX_LISTED]) + (", ..." if len(data) > MAX_LISTED else "")
     example = f"dataset={(parts['train'] or data)[0]}"
     example += f" dataset.test_path={parts['test'][0]}" if parts["test"] else ""
     raise InputError(f"dataset={name}: holds several files ({listed}); name the one to train on: {example}")
@@ -377,7 +377,7 @@ def _recognised(
 ) -> Meaning:
     """The option and keys that the columns of ``rows``, which lie ``where``, call for."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    listed = ", ".join(columns[:LISTED]) + (", ..." if len(columns) > LISTED else "")
+    listed = ", ".join(columns[:MAX_LISTED]) + (", ..." if len(columns) > MAX_LISTED else "")
     layout = None if any(key in said for key in TEMPLATES) else layouts.recognise(rows)
     if layout is None:
         shown = {f"dataset.{key}": value for key, value in layouts.example(rows).items()}

@@ -148,8 +148,8 @@ def test_a_key_of_a_later_version_changes_no_identity_by_its_default() -> None:
     from peftsweep.schema import TrainConfig
 
     first = tuple(key for key in identity.FIRST_TRAIN_KEYS if key != "clip")  # as if it had come later
-    assert "clip" not in identity._said(TrainConfig(), first)
-    assert identity._said(TrainConfig(clip=2.0), first)["clip"] == 2.0
+    assert "clip" not in identity._section_identity(TrainConfig(), first)
+    assert identity._section_identity(TrainConfig(clip=2.0), first)["clip"] == 2.0
 
 
 # ---- records of earlier versions -------------------------------------------------------------------
@@ -385,8 +385,8 @@ def test_forecasts_follow_the_model_s_files_and_the_classes(folder: Path, compos
 def test_a_kept_base_and_a_pack_follow_the_model_s_files(
     folder: Path, compose: Compose, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "_KEEPING", [True])
-    monkeypatch.setattr(build, "_KEPT", [])
+    monkeypatch.setattr(build, "_KEEP_BASES", [True])
+    monkeypatch.setattr(build, "_BASE_CACHE", [])
     one, sums = compose(*QUICK), list[float]()
     shared = packing.shared_settings(one)
     tokenizer = model.load_tokenizer(one.config.model)

@@ -51,10 +51,14 @@ log = logging.getLogger(__name__)
 
 HARNESS = "peftsweep.evaluation.harness.lm_eval"
 MIN_CACHED_SECONDS = 5.0  # seconds of tokenising, after which its result is kept in the study's folder
-LEAST_ADALORA = 2  # steps: in the first one PEFT gathers how much each rank matters
+MIN_ADALORA_STEPS = 2  # steps: in the first one PEFT gathers how much each rank matters
 TOKENS_FORMAT = 3  # of what is kept of rows in tokens; another one where the same rows become other tokens
-OF_THE_MODEL = ("num_layers", "num_attention_heads", "token_dim")  # options that PEFT reads from the model by itself
-REMEMBERED = 4  # tokenised training sets: training and validation rows of two datasets
+OPTIONS_OF_THE_MODEL = (
+    "num_layers",
+    "num_attention_heads",
+    "token_dim",
+)  # options that PEFT reads from the model by itself
+MAX_CACHED_TOKENS = 4  # tokenised training sets: training and validation rows of two datasets
 
 
 Model = PreTrainedModel | PeftModel
@@ -75,15 +79,15 @@ def storage(trial: Trial) -> Any:
     name, device = trial.config.model.name_or_path, trial.config.device
     on_cpu = (model.device(device).type if device == "auto" else device) == "cpu"  # another need not be there to plan
     said = libraries.said_by_checkpoint(model.architecture(trial.config.model), name)
-    asked, key = quantization(trial), f"quant={trial.choices['quant']}"
-    if said and asked is not None:
+    rendered_examples, key = quantization(trial), f"quant={trial.choices['quant']}"
+    if said and rendered_examples is not None:
         library = said.get("quant_method", "a library that it does not name")
         raise InputError(f"{key}: the checkpoint {name} is quantised already, by {library}; take quant=none")
     if said:
         return libraries.of_checkpoint(said, name, on_cpu=on_cpu)
-    if asked is not None:
-        libraries.check_config(asked, key, loaded=False, on_cpu=on_cpu)
-    return asked
+    if rendered_examples is not None:
+        libraries.check_config(rendered_examples, key, loaded=False, on_cpu=on_cpu)
+    return rendered_examples
 
 
 def evaluator(trial: Trial, name: str) -> Evaluate:
@@ -176,8 +180,8 @@ def load_base(
     config, key = trial.config, _base_key(trial, device)
     if not dropped:
         drop_other_base(trial, device)
-    if _KEPT:
-        return cast(PreTrainedModel, bare(_KEPT[0].base))
+    if _BASE_CACHE:
+        return cast(PreTrainedModel, bare(_BASE_CACHE[0].base))
     base = model.load(config.model, quantization(trial), device, len(config.dataset.classes), config.seed)
     if parts.classifies(base):
         parts.text_config(base).pad_token_id = tokenizer.pad_token_id  # a decoder's head looks at the token before it
@@ -185,16 +189,18 @@ def load_base(
         base.config.label2id = {name: number for number, name in base.config.id2label.items()}
     else:
         _PROBED[key] = probe.abilities(base, _PROBED.get(key))
-    if not _KEEPING:
+    if not _KEEP_BASES:
         return base
-    _KEPT.append(_Base(key, base, _fingerprint(base)))
+    _BASE_CACHE.append(_Base(key, base, _fingerprint(base)))
     return cast(PreTrainedModel, bare(base))
 
 
 def drop_other_base(trial: Trial, device: torch.device) -> None:
     """Free a kept base that is not this trial's, before the memory of loading is measured."""
-    if _KEPT and (_KEPT[0].key != _base_key(trial, device) or _KEPT[0].weights != _fingerprint(_KEPT[0].base)):
-        _KEPT.clear()
+    if _BASE_CACHE and (
+        _BASE_CACHE[0].key != _base_key(trial, device) or _BASE_CACHE[0].weights != _fingerprint(_BASE_CACHE[0].base)
+    ):
+        _BASE_CACHE.clear()
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -214,13 +220,13 @@ class _Base:
 
 
 _PROBED: dict[str, Abilities] = {}  # of bases that are loaded again
-_KEEPING: list[bool] = []
-_KEPT: list[_Base] = []  # at most one
+_KEEP_BASES: list[bool] = []
+_BASE_CACHE: list[_Base] = []  # at most one
 
 
 def keep_bases() -> None:
     """From here on keep the last base between trials: for a process that runs nothing else."""
-    _KEEPING.append(True)
+    _KEEP_BASES.append(True)
 
 
 def _fingerprint(base: PreTrainedModel) -> int:
@@ -248,8 +254,8 @@ def attach_method(
         # AdaLoRA plans its budget over the run, whose length in steps is known only with the data.
         method.tinit, method.tfinal = (round(n * steps / method.total_step) for n in (method.tinit, method.tfinal))
         method.total_step = steps
-        if steps - method.tfinal < LEAST_ADALORA:
-            least = f"the ranks are dealt out after at least {LEAST_ADALORA} steps"
+        if steps - method.tfinal < MIN_ADALORA_STEPS:
+            least = f"the ranks are dealt out after at least {MIN_ADALORA_STEPS} steps"
             raise InputError(f"method.tfinal={method.tfinal}: of {steps} steps; {least}, so take more train.steps")
     if config.method_setup and initialise is None and hasattr(method, "init_lora_weights"):
         method.init_lora_weights = True  # a forecast, without data: as many weights, other numbers
@@ -290,7 +296,9 @@ def _method(trial: Trial) -> Any:
     options = task | trial.config.method
     if any(group.startswith("point") for group in trial.choices):  # an experiment, perhaps of another model
         named = {word.lstrip("+").partition("=")[0] for word in trial.overrides}
-        options = {key: one for key, one in options.items() if key not in OF_THE_MODEL or f"method.{key}" in named}
+        options = {
+            key: one for key, one in options.items() if key not in OPTIONS_OF_THE_MODEL or f"method.{key}" in named
+        }
     if options.get("target_modules") != attach.ALL_LINEAR:
         return _instantiate(options, "method")
     # PEFT takes method.layers_to_transform for names of modules alone, which these become when they are attached.
@@ -362,7 +370,7 @@ def training_tokens(trial: Trial, tokenizer: PreTrainedTokenizerBase, rows: list
             if held or time.perf_counter() - start > MIN_CACHED_SECONDS:
                 make_way(file)
                 data_tokens.write_tokens(file, _TOKENS[key])
-        while len(_TOKENS) > REMEMBERED:
+        while len(_TOKENS) > MAX_CACHED_TOKENS:
             _TOKENS.pop(next(iter(_TOKENS)))
     return _TOKENS[key]
 
@@ -425,7 +433,7 @@ def asked(trial: Trial, name: str, rows: list[data_rows.Row], tokenizer: PreTrai
     return evaluations.rendered(trial.config.dataset, examples, tokenizer, f"eval.{name}", "the test rows")
 
 
-def check_there(trial: Trial) -> None:
+def check_available(trial: Trial) -> None:
     """That the base's files are whole, the harness knows its tasks, and the hub or the local cache has all of the rest.
 
     Raises:

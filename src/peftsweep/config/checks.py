@@ -40,7 +40,7 @@ LAUNCHER = {
     "pack": None,
     "measure": None,
 }  # with the least
-WHOLE_SWEEP = (  # keys with one value for all points of a sweep
+SWEEP_WIDE_KEYS = (  # keys with one value for all points of a sweep
     *("study", "dry_run", "quiet", "stop_on_failure", "halving", "hydra.launcher", "hydra.sweeper._target_"),
     *("hydra.sweeper.max_batch_size", "hydra.sweep.dir"),
 )
@@ -49,7 +49,7 @@ PACK = 8  # trials at once that pack=auto tries
 OFF = "off"
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 FORMATS = tuple(name for name in Dtype.__members__ if name != Dtype.auto.name)
-ONE_OF = {
+ALLOWED_WORDS = {
     "quant.bnb_4bit_quant_type": ("nf4", "fp4"),
     "quant.bnb_4bit_compute_dtype": FORMATS,
     "quant.weights": ("int8", "float8", "int4", "int2"),
@@ -78,7 +78,7 @@ def check_complete(cfg: DictConfig, schema: Any, where: str = "") -> None:
 
 def check_values(tree: dict[str, Any]) -> None:
     """Check the keys that allow a few words only; InputError names the key and the words."""
-    for key, allowed in ONE_OF.items():
+    for key, allowed in ALLOWED_WORDS.items():
         if (value := _at(tree, key)) is not None and value not in allowed:
             raise InputError(f"{key}={value}: must be one of {', '.join(allowed)}")
     limits.check(tree, numeric_options(tree))
@@ -198,7 +198,7 @@ def check_joinable(word: str, sweeps: Mapping[str, DictConfig]) -> None:
     """
     if not sweeps:
         raise InputError(f"{word}: matches no option of sweep")
-    for key in WHOLE_SWEEP:
+    for key in SWEEP_WIDE_KEYS:
         (first, value), *others = ((option, _plain(cfg, key)) for option, cfg in sweeps.items())
         for option, other in others:
             if other != value:
@@ -361,7 +361,7 @@ def one_line(error: BaseException, own_folders: Iterable[Path] = ()) -> str:
         if type(cause).__name__ in ("ConfigAttributeError", "ConfigKeyError"):
             parent = cause.parent_node
             known = [str(key) for key in parent] if isinstance(parent, DictConfig) else []
-            return f"{cause.full_key}: no such key; {calls.meant(str(cause.key), known)}"
+            return f"{cause.full_key}: no such key; {calls.suggest_key(str(cause.key), known)}"
         if re.match("Cannot (assign|merge)|Invalid type assigned|Object of unsupported type", first_line(cause)):
             return f"{cause.full_key}: has keys; give them with their values: '{cause.full_key}={{KEY: VALUE}}'"
         return f"{cause.full_key}: {first_line(cause)}"

@@ -46,12 +46,12 @@ from peftsweep.study import trust
 # Keys of the configuration by which `filled` decides others, or which it changes themselves: those of files that tell
 # others, and those that are looked at on the way.
 SOURCES = ("repeat", "adapter.path", "method.path", "train.params_file")
-DECIDE_OTHERS = (
+KEYS_THAT_DECIDE_OTHERS = (
     *SOURCES,
     *("device", "trust", "model.dtype", "train.eval_every", "train.checkpoint_every", "train.best_metric", "halving"),
 )
 # For which search a trial is run, and what is said of it before, is no part of what it is.
-OF_THE_SWEEP = ("forecast", "price", "budget", "tune", "league", "search")
+SWEEP_SECTIONS = ("forecast", "price", "budget", "tune", "league", "search")
 WORDS_FOR_NULL = ("no", "off", "false", "never", "none", "0")  # as people write null for an interval
 
 EXAMPLES = {  # of keys that have no default, as a shell wants them
@@ -220,7 +220,7 @@ def checked(said: Filled) -> Trial:
     elif chosen["method"] == FROM_FILE:
         chosen["method"] = "full"
     # How far the trial goes now is no part of what it is, nor is what is said of it before.
-    tree = {key: value for key, value in tree.items() if key not in OF_THE_SWEEP}
+    tree = {key: value for key, value in tree.items() if key not in SWEEP_SECTIONS}
     tree |= {"halving": {key: value for key, value in tree["halving"].items() if key not in ("rung", "test")}}
     chosen.pop("price", None)
     return _identified(Trial(config, tree, chosen, said.overrides, rows, "", "", "", experiment=said.experiment))

@@ -16,7 +16,7 @@ from peftsweep.errors import InputError, suggest
 from peftsweep.schema import Config, DatasetConfig, Init, RowsConfig
 
 ROWS_KEYS = tuple(field.name for field in dataclasses.fields(RowsConfig))
-OF_THE_HUB = ("hub_config", "hub_split", "hub_test_split", "revision")  # which rows of a dataset of the hub are read
+HUB_KEYS = ("hub_config", "hub_split", "hub_test_split", "revision")  # which rows of a dataset of the hub are read
 HARNESS = "peftsweep.evaluation.harness.lm_eval"  # whose tasks bring their own rows
 
 
@@ -37,7 +37,7 @@ def check_sources(config: Config, given: Collection[str]) -> None:
         source = evaluation_source(config, name)
         sections[f"eval.{name}"] = (source, [source.path])
     for section, (source, files) in sections.items():
-        for key in OF_THE_HUB:
+        for key in HUB_KEYS:
             if _is_given(source, f"{section}.{key}", given) and (source.path or not source.hub):
                 read = f"{section}.path={source.path} is a file" if source.path else f"there is no {section}.hub"
                 raise InputError(f"{section}.{key}: is only for rows of the hub, and {read}")
@@ -85,7 +85,7 @@ def _check_norm(config: Config, name: str, examples: list[templates.Example]) ->
 
 def test_rows(config: Config, name: str, rows: data_rows.Rows) -> list[data_rows.Row]:
     """The rows that ``eval.<name>`` judges on, without those that it sets aside for validation."""
-    return _parted(config, name, rows)[1]
+    return _split_for_validation(config, name, rows)[1]
 
 
 def validation_rows(config: Config, name: str, rows: data_rows.Rows) -> list[data_rows.Row] | None:
@@ -99,10 +99,12 @@ def validation_rows(config: Config, name: str, rows: data_rows.Rows) -> list[dat
     if same_source(config, name):
         return rows.validation
     source = evaluation_source(config, name)
-    return _parted(config, name, rows)[0] if source.path or source.hub else rows.validation
+    return _split_for_validation(config, name, rows)[0] if source.path or source.hub else rows.validation
 
 
-def _parted(config: Config, name: str, rows: data_rows.Rows) -> tuple[list[data_rows.Row] | None, list[data_rows.Row]]:
+def _split_for_validation(
+    config: Config, name: str, rows: data_rows.Rows
+) -> tuple[list[data_rows.Row] | None, list[data_rows.Row]]:
     found = data_rows.evaluation_rows(evaluation_source(config, name), f"eval.{name}", rows.test)
     if not sets_aside(config, name):
         return None, found

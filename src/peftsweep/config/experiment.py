@@ -39,15 +39,15 @@ ORIGIN = (
     "megatron_core",
     "task_type",  # the model's task decides
 )
-OF_NO_EFFECT = {  # fields that change no number of a trial, and need no warning
+FIELDS_WITHOUT_EFFECT = {  # fields that change no number of a trial, and need no warning
     "peft_version": "the installed PEFT is used",
     "auto_mapping": "says which class was adapted",
     "inference_mode": "a trial trains what it attaches",
     "megatron_core": "is for Megatron's parallel layers",
     "task_type": "model.task says it",
 }
-SAYS_NOTHING = "is unset"
-NAMES_NONE = "names no model: that of the sweep stands"
+UNSET = "is unset"
+NO_MODEL_NAMED = "names no model: that of the sweep stands"
 OVERRIDDEN = "the command line says"
 
 
@@ -94,7 +94,7 @@ class Reading:
 
 def unheeded(facts: Mapping[str, Mapping[str, str]]) -> str | None:
     """The fields that were not taken and would have changed something, as a warning names them; None for none."""
-    quiet = (SAYS_NOTHING, NAMES_NONE, OVERRIDDEN, *OF_NO_EFFECT.values())
+    quiet = (UNSET, NO_MODEL_NAMED, OVERRIDDEN, *FIELDS_WITHOUT_EFFECT.values())
     said = [f"{name} ({why})" for name, why in facts.get("not_taken", {}).items() if not why.startswith(quiet)]
     return f"not taken of the experiment's files: {'; '.join(said)}" if said else None
 
@@ -181,13 +181,13 @@ def _options(said: Mapping[str, Any], config: Any, file: Path) -> Reading:
     method: dict[str, Any] = {"_target_": f"peft.{config.__name__}"}
     found = Reading({"method": method}, {"peft_type": ["method._target_"]})
     for name, value in said.items():
-        if name in OF_NO_EFFECT:
-            found.not_taken[name] = OF_NO_EFFECT[name]
+        if name in FIELDS_WITHOUT_EFFECT:
+            found.not_taken[name] = FIELDS_WITHOUT_EFFECT[name]
         elif name == "base_model_name_or_path":
             _take_model(found, name, value)
         elif name == "revision":
             if value is None or not said.get("base_model_name_or_path"):
-                found.not_taken[name] = SAYS_NOTHING if value is None else "is of a model that is not named"
+                found.not_taken[name] = UNSET if value is None else "is of a model that is not named"
             else:
                 found.put(name, "model.revision", value)
         elif name in fields and name not in ORIGIN:
@@ -196,7 +196,7 @@ def _options(said: Mapping[str, Any], config: Any, file: Path) -> Reading:
         elif name not in ORIGIN:
             if value not in (None, False, {}, []):
                 raise InputError(f"method.path={file}: {config.__name__} has no {name}; {suggest(name, list(fields))}")
-            found.not_taken[name] = SAYS_NOTHING
+            found.not_taken[name] = UNSET
     return found
 
 
@@ -204,7 +204,7 @@ def _take_model(found: Reading, name: str, value: Any) -> None:
     if value:
         found.put(name, MODEL, str(value))
     else:
-        found.not_taken[name] = NAMES_NONE
+        found.not_taken[name] = NO_MODEL_NAMED
 
 
 # ---- training --------------------------------------------------------------------------------------
@@ -355,7 +355,7 @@ def benchmark(said: Mapping[str, Any], source: str) -> Reading:
     _take_bits(found, said, str(dtype or "float16"))
     for name in said:
         if name not in found.taken:
-            found.not_taken[name] = SAYS_NOTHING if said[name] in (None, False) else "inference has no such option"
+            found.not_taken[name] = UNSET if said[name] in (None, False) else "inference has no such option"
     return found
 
 

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from peftsweep.config import experiment, experiment_keys, repeat, restored
 from peftsweep.config.calls import GENERATION
 from peftsweep.config.checks import FORMATS
-from peftsweep.config.identity import MOVED, current_name, model_identity
+from peftsweep.config.identity import FORMER_NAMES, current_name, model_identity
 from peftsweep.errors import InputError
 from peftsweep.models.quantised import libraries
 from peftsweep.options import conf_dir as conf_dir
@@ -58,7 +58,7 @@ def _schema() -> DictConfig:
 
 def use_current_names(cfg: DictConfig) -> None:
     """Have every ``_target_`` that has moved since a record or a yaml was written name what it is now."""
-    if not MOVED:
+    if not FORMER_NAMES:
         return
     nodes = [cfg]
     while nodes:

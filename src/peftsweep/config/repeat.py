@@ -81,7 +81,7 @@ class Figure:
 
     def __str__(self) -> str:
         if self.before is None or self.after is None:
-            return f"{self.name}: {_said(self.before)} -> {_said(self.after)}"
+            return f"{self.name}: {_value_in_words(self.before)} -> {_value_in_words(self.after)}"
         apart = f", {abs(self.after - self.before) / self.stderr:.1f} standard errors" if self.stderr else ""
         return f"{self.name}: {self.before:.6g} -> {self.after:.6g} ({self.after - self.before:+.3g}{apart})"
 
@@ -134,7 +134,9 @@ class Comparison:
 
     def lines(self) -> list[str]:
         """What there is to say, the verdict last."""
-        said = [f"{key}: {_said(before)} -> {_said(now)}" for key, (before, now) in self.changed.items()]
+        said = [
+            f"{key}: {_value_in_words(before)} -> {_value_in_words(now)}" for key, (before, now) in self.changed.items()
+        ]
         lines = [f"changed: {line}" for line in said] or ["changed: nothing; the same versions, device and code"]
         if self._other_end:
             return [*lines, f"not the same: {self.status[0]} before, {self.status[1]} now"]
@@ -328,5 +330,5 @@ def _costs(before: Flat, after: Flat) -> list[str]:
     return lines
 
 
-def _said(value: Any) -> str:
+def _value_in_words(value: Any) -> str:
     return "not recorded" if value is None else str(value)

@@ -31,15 +31,20 @@ SECTIONS = {
     "method_inputs": ("method",),
     "eval": ("eval", "dataset"),  # as a dataset brings its own evaluations
 }
-OF_THE_WEIGHTS = ("method", "method_inputs", "targets")  # sections that the saved weights have decided
+WEIGHTS_SECTIONS = ("method", "method_inputs", "targets")  # sections that the saved weights have decided
 BASE = "model.name_or_path"
-READ = {"model": {"name_or_path": str}, "dataset": {"classes": [str]}, "eval": {"*": dict}, "seed": int}  # of a record
-HOW = ("dtype", "attn_implementation", "device_map")  # of a model: how it calculates, not which it is
+RECORD_FIELDS = {
+    "model": {"name_or_path": str},
+    "dataset": {"classes": [str]},
+    "eval": {"*": dict},
+    "seed": int,
+}  # of a record
+COMPUTE_KEYS = ("dtype", "attn_implementation", "device_map")  # of a model: how it calculates, not which it is
 FROM_FILE = "from/adapter_config"  # the option of method that reads one
 
 Identify = Callable[[ModelConfig], Mapping[str, Any]]  # a base by what it is: config.model_identity
 Choices = Mapping[str, str | None]  # the option of each group
-Said = set[str]  # the keys on the command line
+GivenKeys = set[str]  # the keys on the command line
 
 
 def put(cfg: DictConfig, section: str, value: Any) -> None:
@@ -54,7 +59,7 @@ def put(cfg: DictConfig, section: str, value: Any) -> None:
             OmegaConf.update(cfg, f"{section}.{name}", part, merge=typed)
 
 
-def own_values(cfg: DictConfig, said: Said) -> dict[str, Any]:
+def own_values(cfg: DictConfig, said: GivenKeys) -> dict[str, Any]:
     """What the keys below groups are on the command line."""
     found = {key: OmegaConf.select(cfg, key) for key in said if "." in key and not key.startswith("hydra.")}
     return {key: copy.deepcopy(value) for key, value in found.items()}  # lists and dicts are filled in place
@@ -69,22 +74,22 @@ def put_back(cfg: DictConfig, own: Mapping[str, Any]) -> None:
 # ---- of a trial ------------------------------------------------------------------------------------
 
 
-def from_trial(cfg: DictConfig, said: Said, choices: Choices, held: Result, identify: Identify) -> dict[str, str]:
+def from_trial(cfg: DictConfig, said: GivenKeys, choices: Choices, held: Result, identify: Identify) -> dict[str, str]:
     """Put all that the record ``held`` says into ``cfg``; gives the choices that it has made.
 
     Raises:
         InputError: the command line contradicts the saved weights, or has a key that the trial has not.
     """
     path, own = cfg.adapter.path, own_values(cfg, said)
-    if wrong := fault(held.config, READ, "config"):
+    if wrong := fault(held.config, RECORD_FIELDS, "config"):
         raise InputError(f"adapter.path={path}: {(held.folder or Path()) / RESULT}: {wrong}")
     _check_method_of_trial(cfg, said, choices, held)
     kept = [section for section, groups in SECTIONS.items() if not said.intersection(groups)]
-    kept += [section for section in OF_THE_WEIGHTS if section not in kept]  # what was said of them is the same
+    kept += [section for section in WEIGHTS_SECTIONS if section not in kept]  # what was said of them is the same
     for section in kept:
         if section in held.config:
             put(cfg, section, _located(section, held))
-    put_back(cfg, {key: value for key, value in own.items() if key.partition(".")[0] not in OF_THE_WEIGHTS})
+    put_back(cfg, {key: value for key, value in own.items() if key.partition(".")[0] not in WEIGHTS_SECTIONS})
     _check_base_of_trial(cfg, path, held, identify)
     _check_head(cfg, path, held)
     if "dataset.test_path" in said and "dataset.leave_out_tested" not in said:
@@ -92,17 +97,17 @@ def from_trial(cfg: DictConfig, said: Said, choices: Choices, held: Result, iden
     unknown = [name for name, node in cfg.eval.items() if "_target_" not in node]
     if unknown:
         raise InputError(f"eval.{unknown[0]}: the trial of adapter.path={path} has {', '.join(held.config['eval'])}")
-    return {group: held.choices[group] for group in (*kept, *OF_THE_WEIGHTS) if group in held.choices}
+    return {group: held.choices[group] for group in (*kept, *WEIGHTS_SECTIONS) if group in held.choices}
 
 
-def _check_method_of_trial(cfg: DictConfig, said: Said, choices: Choices, held: Result) -> None:
-    for group in said.intersection(OF_THE_WEIGHTS):
+def _check_method_of_trial(cfg: DictConfig, said: GivenKeys, choices: Choices, held: Result) -> None:
+    for group in said.intersection(WEIGHTS_SECTIONS):
         option, trained = choices.get(group), held.choices.get(group)
         if option != trained and _plain(cfg, group) != held.config.get(group):
             raise _contradicts(cfg, f"{group}={option}", f"{group}={trained}")
     for key, value in own_values(cfg, said).items():
         trained = _at(held.config, key)
-        if key.partition(".")[0] in OF_THE_WEIGHTS and _plain(cfg, key) != trained:
+        if key.partition(".")[0] in WEIGHTS_SECTIONS and _plain(cfg, key) != trained:
             raise _contradicts(cfg, f"{key}={value}", f"{key}={trained}")
 
 
@@ -112,7 +117,7 @@ def _contradicts(cfg: DictConfig, said: str, trained: str) -> InputError:
 
 def _check_base_of_trial(cfg: DictConfig, path: str, held: Result, identify: Identify) -> None:
     recorded = held.config["model"]
-    how = {key: recorded[key] for key in HOW if key in recorded}
+    how = {key: recorded[key] for key in COMPUTE_KEYS if key in recorded}
     given, trained = _model(cfg, how), _model(cfg, dict(_located("model", held)))
     if given == trained or fingerprint.of_values(identify(given)) == held.meta_info.get("model_sha"):
         return
@@ -195,7 +200,7 @@ def _plain(cfg: DictConfig, key: str) -> Any:
 
 
 def from_elsewhere(
-    cfg: DictConfig, said: Said, choices: Choices, folder: Path, identify: Identify
+    cfg: DictConfig, said: GivenKeys, choices: Choices, folder: Path, identify: Identify
 ) -> tuple[dict[str, str], str | None]:
     """Put the method that an adapter's own file names into ``cfg``.
 
@@ -226,14 +231,14 @@ def from_elsewhere(
     return made, str(base)
 
 
-def _check_method(cfg: DictConfig, said: Said, choices: Choices, method: Mapping[str, Any]) -> None:
+def _check_method(cfg: DictConfig, said: GivenKeys, choices: Choices, method: Mapping[str, Any]) -> None:
     """Options that the command line chooses by a group count as far as they say which method it is."""
     option = choices.get("method")
     if "method" in said and option != FROM_FILE:
         given = _plain(cfg, "method") or {}
         kind = {key: value for key, value in given.items() if key == "_target_" or isinstance(value, bool)}
         if not given or any(_value(method, key) != value for key, value in kind.items()):
-            raise _contradicts(cfg, f"method={option}", _described(method))
+            raise _contradicts(cfg, f"method={option}", _method_in_words(method))
     for key in said:
         section, _, name = key.partition(".")
         if section == "method" and name and name != "path" and _plain(cfg, key) != _value(method, name):
@@ -249,12 +254,12 @@ def _value(method: Mapping[str, Any], name: str) -> Any:
     return None if parameter is None or isinstance(parameter.default, type(dataclasses.MISSING)) else parameter.default
 
 
-def _described(method: Mapping[str, Any]) -> str:
+def _method_in_words(method: Mapping[str, Any]) -> str:
     on = [key for key, value in method.items() if value is True]
     return ", ".join([str(method["_target_"]), *(f"{key}=true" for key in on)])
 
 
-def _check_targets(cfg: DictConfig, said: Said, saved: Any) -> None:
+def _check_targets(cfg: DictConfig, said: GivenKeys, saved: Any) -> None:
     """The adapter's own modules are those that it has; roles that name just these say nothing else."""
     key = next((key for key in sorted(said) if key.partition(".")[0] == "targets"), None)
     if key is None:

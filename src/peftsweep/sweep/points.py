@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from peftsweep.config import checks
 from peftsweep.config import compose as configuration
-from peftsweep.config.compose import DECIDE_OTHERS, SOURCES, Filled, Trial
+from peftsweep.config.compose import KEYS_THAT_DECIDE_OTHERS, SOURCES, Filled, Trial
 from peftsweep.config.fill import TEMPLATE
 
 PLAIN = (bool, int, float, str, type(None))
@@ -137,7 +137,9 @@ class _Base:
     def decides_nothing(self, key: str) -> bool:
         """Whether there is a plain value by this name, from which no other follows."""
         if key not in self._known:
-            decides = any(_overlap(key, other) for other in DECIDE_OTHERS) or key.rpartition(".")[2] in RENAMED
+            decides = (
+                any(_overlap(key, other) for other in KEYS_THAT_DECIDE_OTHERS) or key.rpartition(".")[2] in RENAMED
+            )
             plain = NAME.fullmatch(key) and not TEMPLATE.fullmatch(key)
             plain = plain and isinstance(_at(self._tree, key, default=()), PLAIN)
             self._known[key] = bool(plain) and not decides and not _any_overlaps(key, self._read)

@@ -67,7 +67,7 @@ def run(
         _share(done, trials, results, stand_ins)
     missing = {stand_ins[n].identity: stand_ins[n] for n, done in enumerate(results) if done is None}
     for one in missing.values():
-        build.check_there(one)
+        build.check_available(one)
         evaluations.check_conversations(one.config)
     if missing:
         with suppress(OSError):  # which the first trial says that writes
