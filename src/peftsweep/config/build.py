@@ -53,11 +53,7 @@ HARNESS = "peftsweep.evaluation.harness.lm_eval"
 MIN_CACHED_SECONDS = 5.0  # seconds of tokenising, after which its result is kept in the study's folder
 MIN_ADALORA_STEPS = 2  # steps: in the first one PEFT gathers how much each rank matters
 TOKENS_FORMAT = 3  # of what is kept of rows in tokens; another one where the same rows become other tokens
-OPTIONS_OF_THE_MODEL = (
-    "num_layers",
-    "num_attention_heads",
-    "token_dim",
-)  # options that PEFT reads from the model by itself
+MODEL_OPTIONS = ("num_layers", "num_attention_heads", "token_dim")  # options that PEFT reads from the model by itself
 MAX_CACHED_TOKENS = 4  # tokenised training sets: training and validation rows of two datasets
 
 
@@ -79,15 +75,15 @@ def storage(trial: Trial) -> Any:
     name, device = trial.config.model.name_or_path, trial.config.device
     on_cpu = (model.device(device).type if device == "auto" else device) == "cpu"  # another need not be there to plan
     said = libraries.said_by_checkpoint(model.architecture(trial.config.model), name)
-    rendered_examples, key = quantization(trial), f"quant={trial.choices['quant']}"
-    if said and rendered_examples is not None:
+    wanted, key = quantization(trial), f"quant={trial.choices['quant']}"
+    if said and wanted is not None:
         library = said.get("quant_method", "a library that it does not name")
         raise InputError(f"{key}: the checkpoint {name} is quantised already, by {library}; take quant=none")
     if said:
         return libraries.of_checkpoint(said, name, on_cpu=on_cpu)
-    if rendered_examples is not None:
-        libraries.check_config(rendered_examples, key, loaded=False, on_cpu=on_cpu)
-    return rendered_examples
+    if wanted is not None:
+        libraries.check_config(wanted, key, loaded=False, on_cpu=on_cpu)
+    return wanted
 
 
 def evaluator(trial: Trial, name: str) -> Evaluate:
@@ -197,10 +193,10 @@ def load_base(
 
 def drop_other_base(trial: Trial, device: torch.device) -> None:
     """Free a kept base that is not this trial's, before the memory of loading is measured."""
-    if _BASE_CACHE and (
-        _BASE_CACHE[0].key != _base_key(trial, device) or _BASE_CACHE[0].weights != _fingerprint(_BASE_CACHE[0].base)
-    ):
+    kept = next(iter(_BASE_CACHE), None)
+    if kept and (kept.key != _base_key(trial, device) or kept.weights != _fingerprint(kept.base)):
         _BASE_CACHE.clear()
+        del kept  # the last reference, so that it is freed here
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -296,9 +292,7 @@ def _method(trial: Trial) -> Any:
     options = task | trial.config.method
     if any(group.startswith("point") for group in trial.choices):  # an experiment, perhaps of another model
         named = {word.lstrip("+").partition("=")[0] for word in trial.overrides}
-        options = {
-            key: one for key, one in options.items() if key not in OPTIONS_OF_THE_MODEL or f"method.{key}" in named
-        }
+        options = {key: one for key, one in options.items() if key not in MODEL_OPTIONS or f"method.{key}" in named}
     if options.get("target_modules") != attach.ALL_LINEAR:
         return _instantiate(options, "method")
     # PEFT takes method.layers_to_transform for names of modules alone, which these become when they are attached.
@@ -416,7 +410,7 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel, toke
 
 def test_examples(trial: Trial, name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """The test rows of ``eval.<name>`` as it shows them to the model."""
-    return asked(trial, name, evaluations.test_rows(trial.config, name, rows), tokenizer)
+    return shown(trial, name, evaluations.test_rows(trial.config, name, rows), tokenizer)
 
 
 def validation_examples(
@@ -424,10 +418,10 @@ def validation_examples(
 ) -> list[Example] | None:
     """The rows that ``eval.<name>`` validates on, as it shows them to the model; None where it does not validate."""
     found = evaluations.validation_rows(trial.config, name, rows)
-    return None if found is None else asked(trial, name, found, tokenizer)
+    return None if found is None else shown(trial, name, found, tokenizer)
 
 
-def asked(trial: Trial, name: str, rows: list[data_rows.Row], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+def shown(trial: Trial, name: str, rows: list[data_rows.Row], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """Rows as ``eval.<name>`` shows them to the model."""
     examples = evaluations.test_examples(trial.config, name, rows)
     return evaluations.rendered(trial.config.dataset, examples, tokenizer, f"eval.{name}", "the test rows")

@@ -30,14 +30,7 @@ SET_BY_OTHER_KEYS = {  # arguments of an optimizer that are not train.optimizer_
 }
 DEVICE_MAP = re.compile(r"auto|balanced|balanced_low_0|sequential|disk|meta|(cpu|cuda|xpu|mps)(:\d+)?")
 UNIONS = (typing.Union, types.UnionType)
-SEARCHED_SECTIONS = (
-    "model",
-    "train",
-    "dataset",
-    "targets",
-    "adapter",
-    "halving",
-)  # in which a key may be sought by its name
+SEARCHED = ("model", "train", "dataset", "targets", "adapter", "halving")  # sections in which a key is sought by name
 METHOD_KEYS = ("method.r", "method.lora_alpha", "method.lora_dropout")  # that most methods have
 GENERATION = "peftsweep.evaluation.evaluate.generation"
 TEXT = "peftsweep.evaluation.text.overlap.generated_text"
@@ -54,10 +47,7 @@ NEVER_NULL = tuple(
         *("opt_projection_epsilon", "opt_projection_format_epsilon"),
     )
 )
-OPTIONS_WITH_WORDS_IN_HELP = (
-    "bias",
-    "init_weights",
-)  # options whose words stand in their help where their type is any text
+WORDS_IN_HELP = ("bias", "init_weights")  # options of any text by their type, whose words stand in their help
 EXTRA_VALUES = {"init_lora_weights": r"lora_ga|pissa_niter_\d+"}  # values that PEFT takes beside what it annotates
 
 
@@ -165,13 +155,10 @@ def _check_method(node: Mapping[str, Any], option: str) -> None:
 def _check_words(node: Mapping[str, Any], config: Any) -> None:
     """Refuse a word that PEFT's help of an option does not list, where the type of the option is any text."""
     for field in dataclasses.fields(config):
-        if field.name in OPTIONS_WITH_WORDS_IN_HELP and isinstance(said := node.get(field.name), str):
+        if field.name in WORDS_IN_HELP and isinstance(said := node.get(field.name), str):
             words = re.findall(r"'(\w+)'", field.metadata.get("help", ""))
-            if (
-                words
-                and str in (hint := argument_types(config)[field.name], *typing.get_args(hint))
-                and said not in words
-            ):
+            hint = argument_types(config)[field.name]
+            if words and str in (hint, *typing.get_args(hint)) and said not in words:
                 others = [type_in_words(kind) for kind in typing.get_args(hint) if kind is not str]
                 raise InputError(f"method.{field.name}={said}: must be {' or '.join([*others, one_of(words)])}")
 
@@ -292,13 +279,13 @@ def _check_types(values: Mapping[str, Any], described: Any, key: str) -> None:
     hints = argument_types(described)
     for name, value in values.items():
         if not _has_type(value, hints[name]):
-            where, part, hint = _innermost_wrong_part(f"{key}.{name}", value, hints[name])
+            where, part, hint = _wrong_value(f"{key}.{name}", value, hints[name])
             kind = type_in_words(hint)
             numbers = as_sweep(where, str(part)) if re.search("int|float", kind) else ""
             raise InputError(f"{where}={'null' if part is None else part}: must be {kind}{numbers}")
 
 
-def _innermost_wrong_part(key: str, value: Any, hint: Any) -> tuple[str, Any, Any]:
+def _wrong_value(key: str, value: Any, hint: Any) -> tuple[str, Any, Any]:
     """Of a value that is not of its type the innermost part of which that is true, with its key and type."""
     for kind in typing.get_args(hint) if typing.get_origin(hint) in UNIONS else (hint,):
         parts: list[tuple[Any, Any, Any]] = []
@@ -308,7 +295,7 @@ def _innermost_wrong_part(key: str, value: Any, hint: Any) -> tuple[str, Any, An
             parts = [(name, value[name], inner) for name, inner in argument_types(kind).items() if name in value]
         for name, one, inner in parts:
             if not _has_type(one, inner):
-                return _innermost_wrong_part(f"{key}.{name}", one, inner)
+                return _wrong_value(f"{key}.{name}", one, inner)
     return key, value, hint
 
 
@@ -340,7 +327,7 @@ def numeric_options(tree: Mapping[str, Any]) -> dict[str, limits.Option]:
     for key, target in named.items():
         with suppress(pydoc.ErrorDuringImport):  # which `check_call` says
             located = pydoc.locate(target if "." in str(target) else f"torch.optim.{target}")
-            found |= {f"{key}.{name}": option for name, option in numeric_arguments(located).items()}
+            found |= {f"{key}.{name}": option for name, option in numbers_taken(located).items()}
     return found
 
 
@@ -352,7 +339,7 @@ def _targets(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 @functools.cache
-def numeric_arguments(function: Any) -> dict[str, limits.Option]:
+def numbers_taken(function: Any) -> dict[str, limits.Option]:
     """The numbers that a class or function takes, by their names."""
     if not callable(function):
         return {}
@@ -436,7 +423,7 @@ def suggest_key(wrong: str, known: list[str]) -> str:
     kinds = schema.key_types(Config)
     others = [
         *METHOD_KEYS,
-        *(f"{name}.{field.name}" for name in SEARCHED_SECTIONS for field in dataclasses.fields(kinds[name])),
+        *(f"{name}.{field.name}" for name in SEARCHED for field in dataclasses.fields(kinds[name])),
         *kinds,
         "hydra.launcher.workers",
     ]

@@ -178,7 +178,7 @@ def shown(value: Any) -> str:
 def called_keys(prefix: str, target: str, notes: Mapping[str, str], values: Mapping[str, Any]) -> list[Key]:
     """What a class or function takes, under ``prefix``; ``values`` are what a yaml sets, ``notes`` its comments."""
     function: Any = pydoc.locate(target)
-    hints, numbers = calls.argument_types(function), calls.numeric_arguments(function)
+    hints, numbers = calls.argument_types(function), calls.numbers_taken(function)
     found = []
     for name, parameter in inspect.signature(function).parameters.items():
         if name in meanings.PROVIDED or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
