@@ -215,7 +215,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     hub.problem.cache_clear()
-    rows.check_there.cache_clear()
+    rows.check_available.cache_clear()
     yield
     hub.problem.cache_clear()
 

@@ -23,7 +23,7 @@ import torch
 from peftsweep.config import build
 from peftsweep.config.compose import Trial
 from peftsweep.evaluation.evaluate import Evaluation
-from peftsweep.evaluation.isolation import Resources, ends_as_an_error, generators_kept, process_state_kept
+from peftsweep.evaluation.isolation import Resources, ends_as_error, generators_kept, process_state_kept
 from peftsweep.study import record, store
 from peftsweep.sweep import workers
 
@@ -90,9 +90,9 @@ def test_random_numbers_go_on_as_if_a_block_had_drawn_none() -> None:
 
 @pytest.mark.parametrize("raised", [SystemExit(3), GeneratorExit(), asyncio.CancelledError()])
 def test_a_metric_that_ends_the_process_fails_its_trial_alone(raised: BaseException) -> None:
-    with pytest.raises(RuntimeError, match=f"it ended by {type(raised).__name__}"), ends_as_an_error():
+    with pytest.raises(RuntimeError, match=f"it ended by {type(raised).__name__}"), ends_as_error():
         raise raised
-    with pytest.raises(KeyboardInterrupt), ends_as_an_error():
+    with pytest.raises(KeyboardInterrupt), ends_as_error():
         raise KeyboardInterrupt
 
 
@@ -107,10 +107,10 @@ def test_a_file_that_a_metric_cannot_write_is_no_full_disk_of_the_study(tmp_path
     with pytest.raises(OSError, match="File too large") as plain, process_state_kept():
         writes()
     assert store.unwritable(plain.value) is not None
-    with pytest.raises(RuntimeError, match="File too large") as own, process_state_kept(), ends_as_an_error():
+    with pytest.raises(RuntimeError, match="File too large") as own, process_state_kept(), ends_as_error():
         writes()
     assert store.unwritable(own.value) is None
-    with pytest.raises(FileNotFoundError), ends_as_an_error():
+    with pytest.raises(FileNotFoundError), ends_as_error():
         (tmp_path / "missing").read_text()
 
 

@@ -34,7 +34,7 @@ from peftsweep.errors import InputError
 from peftsweep.evaluation import harness
 from peftsweep.evaluation.evaluate import Evaluation
 from peftsweep.evaluation.inference import Benchmark, bare
-from peftsweep.evaluation.isolation import ends_as_an_error, generators_kept, process_state_kept
+from peftsweep.evaluation.isolation import ends_as_error, generators_kept, process_state_kept
 from peftsweep.models import attach, coverage, model, parts, probe
 from peftsweep.models import saved as models_saved
 from peftsweep.models.coverage import COVERAGE, Coverage
@@ -93,7 +93,7 @@ def evaluator(trial: Trial, name: str) -> Evaluate:
     if options.get("classes"):
         options["classes"] = classes(trial, options["classes"])
     function: Evaluate = _instantiate(options | {"_partial_": True}, f"eval.{name}")
-    return process_state_kept()(generators_kept()(ends_as_an_error()(function)))
+    return process_state_kept()(generators_kept()(ends_as_error()(function)))
 
 
 def inference_benchmark(trial: Trial) -> Callable[..., Benchmark]:
@@ -438,7 +438,7 @@ def check_available(trial: Trial) -> None:
     for node in config.eval.values():
         if node["_target_"] == HARNESS:
             names = tuple(task for task in node["tasks"] if isinstance(task, str))
-            harness.check_there(names, node.get("include_path"))
+            harness.check_known(names, node.get("include_path"))
     model.check_cached(config.model)
     sources: dict[str, DatasetConfig | ValidationConfig | RowsConfig] = {
         "dataset": config.dataset,
@@ -447,4 +447,4 @@ def check_available(trial: Trial) -> None:
     sources |= {f"eval.{name}": evaluations.evaluation_source(config, name) for name in config.eval}
     for key, rows in sources.items():
         if rows.hub is not None and rows.path is None:
-            data_rows.check_there(rows.hub, rows.hub_config, rows.revision, f"{key}.hub")
+            data_rows.check_available(rows.hub, rows.hub_config, rows.revision, f"{key}.hub")

@@ -187,7 +187,7 @@ def render(template: ChatTemplate, conversation: Conversation, turns: Turns, wri
         start = _turn(template, conversation, text, len(conversation.messages) - 1)[0]
         spans = [span for span in spans if span[1] > start]
     else:
-        spans = _of_trained(template, conversation, text, spans)
+        spans = _trained_parts(template, conversation, text, spans)
     encoded = template.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     trained = _covered(encoded.offset_mapping, spans)
     if not any(trained[1:]):
@@ -198,7 +198,7 @@ def render(template: ChatTemplate, conversation: Conversation, turns: Turns, wri
     return Rendered(
         ids,
         trained,
-        prompt=_begun(template, conversation),
+        prompt=_up_to_last_turn(template, conversation),
         said=str(template.tokenizer.decode(ids[first:last], skip_special_tokens=True)).strip(),
         end=_end(template, ids, first, last),
         written=written,
@@ -217,10 +217,10 @@ def _end(template: ChatTemplate, ids: Sequence[int], first: int, last: int) -> i
 
 def prompt(template: ChatTemplate, conversation: Conversation) -> str:
     """The text up to where the last turn of ``conversation`` is to be written."""
-    return _begun(template, template.readable(conversation))
+    return _up_to_last_turn(template, template.readable(conversation))
 
 
-def _begun(template: ChatTemplate, conversation: Conversation) -> str:
+def _up_to_last_turn(template: ChatTemplate, conversation: Conversation) -> str:
     return template.text(conversation._replace(messages=conversation.messages[:-1]), begun=True)
 
 
@@ -255,7 +255,7 @@ def _turns(template: ChatTemplate, conversation: Conversation, text: str, *, onl
     return found
 
 
-def _of_trained(template: ChatTemplate, conversation: Conversation, text: str, spans: list[Span]) -> list[Span]:
+def _trained_parts(template: ChatTemplate, conversation: Conversation, text: str, spans: list[Span]) -> list[Span]:
     """Of what the template marks, the part that is in no turn with the weight 0."""
     for number, message in enumerate(conversation.messages):
         if message["role"] == "assistant" and not is_trained(message):
@@ -265,10 +265,10 @@ def _of_trained(template: ChatTemplate, conversation: Conversation, text: str, s
 
 
 def _unknown(number: int) -> str:
-    return f"where turn {number + 1} begins and ends cannot be told; {_WAYS}"
+    return f"where turn {number + 1} begins and ends cannot be told; {_LOCATORS}"
 
 
-_WAYS = "dataset.turns=last trains the last turn alone, and a template with {% generation %} marks its turns itself"
+_LOCATORS = "dataset.turns=last trains the last turn alone, and a template with {% generation %} marks its turns itself"
 
 
 def _turn(template: ChatTemplate, conversation: Conversation, text: str, number: int) -> Span:
@@ -288,7 +288,7 @@ def _turn(template: ChatTemplate, conversation: Conversation, text: str, number:
         start = _begin(template, conversation, text, number)
     end = len(text) if last else _length_within(text, _text(template, so_far))
     if end is None:
-        _, end = _around(template, conversation, text, number)
+        _, end = _content_place(template, conversation, text, number)
         _, as_last = _probed(template, so_far, number)
         end += _end_mark(template, text[end:], as_last)
     return start, end
@@ -304,7 +304,7 @@ def _begin(template: ChatTemplate, conversation: Conversation, text: str, number
         _warn_of_another_prompt(template)
     if conversation.messages[number].get("content"):
         with suppress(ValueError):
-            return _around(template, conversation, text, number)[0]
+            return _content_place(template, conversation, text, number)[0]
     asked, closed = _text(template, before, begun=True), _length_within(text, _text(template, before))
     if asked is None or closed is None or (shared := _shared(text, asked)) < closed:
         raise ValueError(_unknown(number))
@@ -327,7 +327,7 @@ def _length_within(text: str, beginning: str | None) -> int | None:
     return len(beginning) if beginning is not None and text.startswith(beginning) else None
 
 
-def _around(template: ChatTemplate, conversation: Conversation, text: str, number: int) -> Span:
+def _content_place(template: ChatTemplate, conversation: Conversation, text: str, number: int) -> Span:
     """Where the content of a turn begins and ends, by what stands around another content in its place."""
     before, after = _probed(template, conversation, number)
     if not text.startswith(before) or not text.endswith(after) or len(before) + len(after) > len(text):
@@ -368,7 +368,7 @@ def _end_mark(template: ChatTemplate, after: str, as_last: str) -> int:
     shared = after[: _shared(after, as_last)]
     ends = [shared.rfind(mark) + len(mark) for mark in template.special.values() if mark in shared]
     if not ends:
-        raise ValueError("where its turns end cannot be told; " + _WAYS)
+        raise ValueError("where its turns end cannot be told; " + _LOCATORS)
     return max(ends)
 
 

@@ -25,7 +25,7 @@ MEANINGFUL = (
 )
 LABELS = ("label", "labels", "class", "category", "sentiment", "target", "intent")
 NUMBERS_OF_ROWS = ("", "id", "idx", "index", "key", "no", "nr", "number", "row", "uid", "uuid", "guid", "unnamed: 0")
-MOST_CLASSES = 20  # different values of a column that an example command calls classes
+MAX_CLASSES = 20  # different values of a column that an example command calls classes
 READER_ERRORS = (ValueError, KeyError, TypeError, IndexError, AttributeError)
 
 
@@ -192,7 +192,7 @@ def example(rows: Sequence[Row]) -> dict[str, Any]:
         "answer": f"{{{answer}}}",
     }
     classes = list(dict.fromkeys(str(row[answer]).strip() for row in rows if row.get(answer) is not None))
-    if labels and 1 < len(classes) <= MOST_CLASSES:
+    if labels and 1 < len(classes) <= MAX_CLASSES:
         numbers = all(one.isdecimal() for one in classes)  # whose names are not in the file
         shown["classes"] = [f"NAME_OF_{n}" for n in range(max(map(int, classes)) + 1)] if numbers else sorted(classes)
     return shown

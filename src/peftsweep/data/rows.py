@@ -79,7 +79,7 @@ def _loaded(name: str, config: str | None, split: str, revision: str | None, key
 
 
 @lru_cache
-def check_there(name: str, config: str | None, revision: str | None, key: str) -> None:
+def check_available(name: str, config: str | None, revision: str | None, key: str) -> None:
     """That the hub has the dataset or, where it does not answer, the local cache.
 
     Raises:

@@ -45,7 +45,7 @@ def through_chat_template(
         raise InputError("dataset.chat=true: the model's tokenizer has no chat template; dataset.chat=false needs none")
     if not tokenizer.is_fast:
         raise InputError("dataset.chat: the model's tokenizer gives no offsets; must be one of the tokenizers library")
-    begin = str(tokenizer.decode([*lead(tokenizer)]))
+    begin = str(tokenizer.decode([*leading_marks(tokenizer)]))
     template = ChatTemplate(tokenizer) if chat_template else chat.plain_layout(tokenizer, begin)
     return [
         _rendered(template, begin, row, turns, f"{key}: row {n} of {file}" if file else f"{key}: row {n}")
@@ -69,7 +69,7 @@ def _rendered(template: ChatTemplate, begin: str, row: Example, turns: Turns, wh
     return row._replace(prompt=rendered.prompt.removeprefix(begin), answer=answer, choices=choices, rendered=rendered)
 
 
-def lead(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def leading_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The marks that the tokenizer puts before a text, such as BOS; those after it are not for a prompt."""
     plain, marked = (tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
     starts = range(len(marked) - len(plain) + 1)
@@ -80,7 +80,7 @@ def prompt_ids(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | Example], max_length: int = sys.maxsize
 ) -> list[list[int]]:
     """Prompts as the model goes on from them, at least a token each; a longer one loses its beginning, but for BOS."""
-    marks = list(lead(tokenizer))
+    marks = list(leading_marks(tokenizer))
     encoded = []
     for prompt in prompts:
         row = Example(prompt, "") if isinstance(prompt, str) else prompt
@@ -145,7 +145,7 @@ def tokenize(
     all tokens are the answer's, those of the prompt too, and what is too long loses its end.
     """
     limit = min(max_length, tokenizer.model_max_length)
-    marks = list(lead(tokenizer))
+    marks = list(leading_marks(tokenizer))
     apart = iter(_apart(tokenizer, marks, [row for row in rows if not row.rendered]))
     found = [(row.rendered.ids, row.rendered.trained) if row.rendered else next(apart) for row in rows]
     if whole:
@@ -192,7 +192,7 @@ def tokenize_pairs(
     text, as those of a chat template do. A longer pair loses its beginning, but for BOS.
     """
     limit = min(max_length, tokenizer.model_max_length)
-    marks = [] if marked else list(lead(tokenizer))
+    marks = [] if marked else list(leading_marks(tokenizer))
     contexts = [context.rstrip() for context, _ in pairs]
     starts = [len(ids) for ids in tokenizer(contexts, add_special_tokens=False).input_ids]
     wholes = tokenizer([context + following for context, following in pairs], add_special_tokens=False).input_ids

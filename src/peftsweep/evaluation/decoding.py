@@ -101,7 +101,7 @@ class Sampling(NamedTuple):
 
 
 # A base's own defaults of sampling must not leak in.
-LIKELIEST: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+GREEDY_OPTIONS: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 @torch.no_grad()
@@ -142,7 +142,9 @@ def _generate(
         made = (
             _greedy(model, ids, attention, max_new_tokens, ends, stops, slots)
             if greedy
-            else _searched(model, tokenizer, ids, attention, max_new_tokens, num_beams, ends, stops, sampling)
+            else _generate_with_transformers(
+                model, tokenizer, ids, attention, max_new_tokens, num_beams, ends, stops, sampling
+            )
         )
         written = map(ended, made, tokenizer.batch_decode(made, skip_special_tokens=True))
         for mine in texts:
@@ -247,7 +249,7 @@ def _unfinished(over: Sequence[bool], slots: int) -> list[int]:
     return [place for mine in ordered for place in mine[:most]]
 
 
-def _searched(
+def _generate_with_transformers(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     ids: torch.Tensor,
@@ -266,7 +268,7 @@ def _searched(
             attention_mask=attention,
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,
-            **(LIKELIEST if sampling is None else sampling.options),
+            **(GREEDY_OPTIONS if sampling is None else sampling.options),
             use_cache=getattr(writing.config, "use_cache", True),
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=list(ends),

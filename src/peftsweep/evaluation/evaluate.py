@@ -25,7 +25,7 @@ from peftsweep.models.parts import classifies
 
 log = logging.getLogger(__name__)
 
-JUDGED = 2  # the version of how answers are read and judged, under which scores of a base are kept
+JUDGING_VERSION = 2  # the version of how answers are read and judged, under which scores of a base are kept
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def multiple_choice(
     if normed:
         by_length = [_likeliest_by_length(row, found) for row, found in zip(examples, likelihoods, strict=True)]
         scores["acc_norm"] = _share(by_length, gold)
-        facts |= _of_way("norm_", _choice_baselines(by_length, examples))
+        facts |= _facts_of_way("norm_", _choice_baselines(by_length, examples))
         for line, mine, right in zip(lines, by_length, gold, strict=True):
             line["correct_norm"] = mine == right
     return Evaluation(scores, lines, facts | cut | {"headline": headline or [*scores][-1]})
@@ -248,19 +248,19 @@ def instruction(
         found_labels, cut = grouped_likelihoods(model, tokenizer, pairs, marked=_marked(examples), **sizes)
         said = [_likeliest(row) for row in found_labels]
         scores["label_acc"] = _share(said, gold)
-        facts = _of_way("label_", _choice_baselines(said, examples)) | cut | facts
+        facts = _facts_of_way("label_", _choice_baselines(said, examples)) | cut | facts
         for line, n, row in zip(lines, said, examples, strict=True):
             line["label_prediction"] = row.choices[n].label
     if "choices" in ways and any(choice.text != choice.label for row in examples for choice in row.choices):
         found = multiple_choice(model, tokenizer, [_by_texts(row) for row in examples], **sizes)
         scores |= {f"choice_{name}": score for name, score in found.scores.items()}
-        facts = _of_way("choice_", found.facts) | facts
+        facts = _facts_of_way("choice_", found.facts) | facts
         for line, other in zip(lines, found.predictions, strict=True):
             line["choice_prediction"] = other["prediction"]
     return Evaluation(scores, lines, facts)
 
 
-def _of_way(way: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _facts_of_way(way: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     """The facts of one of several ways to judge the same questions: what was answered under names of its own."""
     own = ("histogram", "degenerate")
     return {f"{way}{name}" if name.endswith(own) else name: fact for name, fact in facts.items() if name != "headline"}

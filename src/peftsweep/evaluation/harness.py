@@ -95,7 +95,7 @@ def check_tasks(tasks: Sequence[str | dict[str, Any]], include_path: str | None 
 
 
 @functools.cache
-def check_there(names: tuple[str, ...], include_path: str | None) -> None:
+def check_known(names: tuple[str, ...], include_path: str | None) -> None:
     """That the harness, or the folder, has tasks of these names: found out once for all trials of a command.
 
     Raises:

@@ -23,7 +23,7 @@ import torch
 from peftsweep.study import store
 
 DESCRIPTORS = Path("/proc/self/fd")
-LEAKED = 64  # open files more than before, after which a process is given up; libraries keep a few
+MAX_LEAKED_FILES = 64  # open files more than before, after which a process is given up; libraries keep a few
 
 
 @contextmanager
@@ -83,7 +83,7 @@ def generators_kept() -> Iterator[None]:
 
 
 @contextmanager
-def ends_as_an_error() -> Iterator[None]:
+def ends_as_error() -> Iterator[None]:
     """Have the block end by an ``Exception`` of a trial, where it would end the process or the sweep.
 
     That is ``sys.exit``, and an error of a file that the block writes, which is no error of the study's files.
@@ -94,7 +94,7 @@ def ends_as_an_error() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in store.NOT_WRITTEN:
+        if error.errno in store.UNWRITABLE_ERRNOS:
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
         raise
     except (Exception, KeyboardInterrupt):
@@ -154,7 +154,7 @@ class Resources(NamedTuple):
 
     def are_lost(self) -> bool:
         """Whether code of a user's has left many files open since, or a limit that could not be put back."""
-        return Resources.now().open_files > self.open_files + LEAKED or self.limits_are_lost()
+        return Resources.now().open_files > self.open_files + MAX_LEAKED_FILES or self.limits_are_lost()
 
     def limits_are_lost(self) -> bool:
         """Whether a limit is another one now: a hard limit that was lowered can only be raised by root."""

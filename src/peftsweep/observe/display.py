@@ -16,7 +16,7 @@ from rich.text import Text
 
 from peftsweep.observe.remaining import format_seconds, remaining, remaining_of_sweep
 from peftsweep.study.record import HEADLINE, Result, Status
-from peftsweep.study.scores import OF_TEXTS, baseline
+from peftsweep.study.scores import TEXT_METRICS, baseline
 
 QUIET_SECONDS = 10.0  # at most a line this often from a running trial in a pipe
 
@@ -256,7 +256,7 @@ def _stop_line(stop: dict[str, Any]) -> str:
 def scores_line(scores: dict[str, Any]) -> str:
     """``accuracy 0.84 ± 0.03 (base 0.01, majority 0.50, chance 0.50)`` for each metric, the headline first."""
     parts = []
-    hidden = ("loss", *(OF_TEXTS if HEADLINE in scores else ()))  # which explain another figure
+    hidden = ("loss", *(TEXT_METRICS if HEADLINE in scores else ()))  # which explain another figure
     for metric in sorted(scores, key=lambda metric: metric != scores.get(HEADLINE)):
         score = scores[metric]
         silent = metric.startswith("base_") or metric.endswith("valid_fraction") or metric in hidden

@@ -29,9 +29,9 @@ from peftsweep.errors import InputError, suggest
 from peftsweep.reference import meanings
 
 NOTE = re.compile(r"^ *(?:- )?(?P<key>[\w.]+):(?: .*?)?\s+# (?P<text>.*)$")
-MORE = re.compile(r"^ {20,}# (?P<text>.*)$")
+CONTINUED_COMMENT = re.compile(r"^ {20,}# (?P<text>.*)$")
 CALLED = ("quant", "inference", "profiler", "tracker")  # groups whose options name a class or function
-FREE = ("eval", "method_setup")
+OPEN_SECTIONS = ("eval", "method_setup")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _comments_of_yaml(file: Path) -> dict[str, str]:
         if match := NOTE.match(line):
             last = match["key"]
             found[last] = match["text"].strip()
-        elif (match := MORE.match(line)) and last:
+        elif (match := CONTINUED_COMMENT.match(line)) and last:
             found[last] += " " + match["text"].strip()
         else:
             last = ""
@@ -288,7 +288,7 @@ def light_keys() -> dict[str, Key]:
 def all_keys(method: str = "lora") -> dict[str, Key]:
     """Every key by its name, those of ``method`` as the option of that name has them."""
     found = light_keys()
-    for group in (*CALLED, *FREE):
+    for group in (*CALLED, *OPEN_SECTIONS):
         found |= {key.name: key for keys in section_keys(group).values() for key in keys}
     target = _methods().get(method, {}).get("_target_")
     return found | ({key.name: key for key in called_keys("method", target, {}, {})} if target else {})

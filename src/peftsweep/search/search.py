@@ -31,7 +31,7 @@ DIRECTIONS = ("minimize", "maximize")
 NAME_LENGTH = 10  # hex digits
 OLDEST = 4  # version of Optuna
 # Samplers that go through one sequence, of which the storage says how far they have come.
-OF_ONE_SEQUENCE = ("GridSampler", "QMCSampler")
+SEQUENTIAL_SAMPLERS = ("GridSampler", "QMCSampler")
 KEYS = ("n_trials", "n_jobs", "direction", "storage", "study_name", "sampler", "pruner", "params")
 
 
@@ -165,7 +165,7 @@ class Search:
         seed = node.get("seed")
         if target is not None and "seed" not in inspect.signature(target).parameters:
             node = {key: value for key, value in node.items() if key != "seed"}
-        elif isinstance(seed, int) and target is not None and target.__name__ not in OF_ONE_SEQUENCE:
+        elif isinstance(seed, int) and target is not None and target.__name__ not in SEQUENTIAL_SAMPLERS:
             node = node | {"seed": seed + number}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

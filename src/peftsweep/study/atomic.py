@@ -13,7 +13,7 @@ from pathlib import Path
 from peftsweep.study import owner
 
 PARTIAL = ".partial"  # how the names end that files have while they are written
-OLD = 3600.0  # seconds without a change after which nobody writes a file any more
+ABANDONED_SECONDS = 3600.0  # seconds without a change after which nobody writes a file any more
 
 TRANSIENT = (errno.EIO, errno.ESTALE, errno.EBUSY, errno.ENOLCK)  # which a network's disk may get over
 PAUSES = (0.1, 1.0)  # seconds before another try
@@ -70,12 +70,12 @@ def remove_partials(folder: Path, *, own: bool = False) -> None:
     """Delete below ``folder`` what writers that were killed have left.
 
     If it is this process's ``own`` that is all, else what processes have left that have ended; of those that cannot be
-    seen from here, what has not changed for ``OLD`` seconds.
+    seen from here, what has not changed for ``ABANDONED_SECONDS`` seconds.
     """
     for file in folder.rglob(f".*{PARTIAL}"):
         with suppress(OSError, IndexError):
             gone = own or owner.gone(file.name.split(".")[-3])
-            if gone or (gone is None and time.time() - file.stat().st_mtime > OLD):
+            if gone or (gone is None and time.time() - file.stat().st_mtime > ABANDONED_SECONDS):
                 file.unlink()
 
 

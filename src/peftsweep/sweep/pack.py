@@ -71,13 +71,15 @@ def run(
             at_step.setdefault(_step(one), []).append(one)
     for group in at_step.values():
         if len(group) > 1:
-            done |= _together(group, told, probe=probe, measure=measure)
+            done |= _run_together(group, told, probe=probe, measure=measure)
     rest = (one for one in trials if one.identity not in done)
     done |= {one.identity: task.run(one, told[one.identity]) for one in rest}
     return [done[one.identity] for one in trials]
 
 
-def _together(trials: Sequence[Trial], told: dict[str, Observer], *, probe: bool, measure: bool) -> dict[str, Result]:
+def _run_together(
+    trials: Sequence[Trial], told: dict[str, Observer], *, probe: bool, measure: bool
+) -> dict[str, Result]:
     """The records by identity, of none that each has to run alone."""
     names = [one.identity for one in trials]
     with ExitStack() as claims:
@@ -124,7 +126,7 @@ class _SharedFailure(Exception):
         self.memory = out_of_memory(error)
 
 
-class _Everyone(Observer):
+class _BroadcastObserver(Observer):
     """Tells every slot's observer what all do together."""
 
     def __init__(self, observers: Sequence[Observer]) -> None:
@@ -141,7 +143,7 @@ class _Slot:
     def __init__(self, name: str, one: Trial, observer: Observer, device: torch.device) -> None:
         self.name, self.trial, self.place = name, one, trial_done.folder(one)
         self.tracker, self.meter = Tracker(observer), Meter(device)
-        sittings = outcome.Sittings(self.place, self.meter)
+        sittings = outcome.Attempts(self.place, self.meter)
         self.result = outcome.begin(one, self.place)
         self.session = Session(one, self.result, self.meter, self.tracker, sittings)
         self.status: Status | None = None
@@ -185,7 +187,7 @@ class _Pack:
         device = model.device(trials[0].config.device)
         self.start = time.perf_counter()
         self.meter = Meter(device)
-        self.everyone = _Everyone(observers)
+        self.everyone = _BroadcastObserver(observers)
         self.slots = [
             _Slot(f"slot{number}", one, observer, device)
             for number, (one, observer) in enumerate(zip(trials, observers, strict=True))

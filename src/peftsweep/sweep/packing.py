@@ -55,14 +55,14 @@ def plan(trials: Sequence[Trial], limit: int, fits: Fits | None = None) -> list[
         groups.setdefault(one.identity if alone(one) else shared_settings(one), []).append(one)
     packs = []
     for group in groups.values():
-        most = _most(group, min(limit, len(group)), fits)
+        most = _largest_pack(group, min(limit, len(group)), fits)
         in_order = sorted(group, key=_length) if len(group) > most else group
         size = math.ceil(len(group) / math.ceil(len(group) / most))
         packs += [in_order[start : start + size] for start in range(0, len(group), size)]
     return packs
 
 
-def _most(group: Sequence[Trial], limit: int, fits: Fits | None) -> int:
+def _largest_pack(group: Sequence[Trial], limit: int, fits: Fits | None) -> int:
     """How many trials of the group fit into memory together, for any choice of them."""
     if limit < 2 or fits is None:
         return limit

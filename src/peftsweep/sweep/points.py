@@ -29,7 +29,14 @@ INTERPOLATION, RESOLVER = "${", re.compile(r"\$\{\s*([\w.]+)\s*:")
 NAME_IN_BRACKETS = re.compile(r"\[['\"]?(\w+)['\"]?\]")
 REFERENCE = re.compile(r"[A-Za-z_][\w.]*")
 COMPUTED_NAME = re.compile(r"\$\{[^{}:]*\$\{")  # ${a.${b}}
-PURE = ("mul", "share", "choose", "folders", "oc.env", "now")  # resolvers that read only what their arguments name
+PURE_RESOLVERS = (
+    "mul",
+    "share",
+    "choose",
+    "folders",
+    "oc.env",
+    "now",
+)  # resolvers that read only what their arguments name
 ANY = ""  # the name of whatever there is
 
 
@@ -218,7 +225,7 @@ def _names_read(text: str) -> list[str]:
     """The keys that an interpolation may read; of a relative one its last parts."""
     if INTERPOLATION not in text:
         return []
-    if COMPUTED_NAME.search(text) or not set(RESOLVER.findall(text)) <= set(PURE):
+    if COMPUTED_NAME.search(text) or not set(RESOLVER.findall(text)) <= set(PURE_RESOLVERS):
         return [ANY]
     dotted = NAME_IN_BRACKETS.sub(r".\1", text)
     return [name.strip(".") for name in REFERENCE.findall(dotted)]

@@ -31,9 +31,9 @@ from peftsweep.sweep.workers import Budget, Options
 from peftsweep.trial import done as trial_done
 from peftsweep.trial import outcome
 
-SIZED = "sizes are known of {} trials"
-PROBED_DEADLINE = 600.0  # seconds from which on a deadline is worth the probe of the device's speed
-MOST_READ = 400  # records of a study that are read for the names of a sweep that goes on in it
+SIZES_MESSAGE = "sizes are known of {} trials"
+MIN_PROBED_DEADLINE_SECONDS = 600.0  # seconds from which on a deadline is worth the probe of the device's speed
+MAX_RECORDS_READ = 400  # records of a study that are read for the names of a sweep that goes on in it
 
 
 def run(
@@ -60,7 +60,7 @@ def run(
     if config.dry_run:
         _dry_run(trials, options)
         return [None] * len(trials)
-    known = streams.progress(forecast.ahead(trials), SIZED, len(trials), quiet=config.quiet)
+    known = streams.progress(forecast.ahead(trials), SIZES_MESSAGE, len(trials), quiet=config.quiet)
     stand_ins = _stand_ins(trials, [forecast.check(one) for one in known])  # raises before anything is written
     results: list[Result | None] = [trial_done.finished(one) for one in trials]
     for done in _once(results):
@@ -132,13 +132,13 @@ def _expected(trials: Sequence[Trial], options: Options) -> dict[str, float]:
     if options.deadline is None or not trials:
         return {}
     times = Timing(trials, options.workers)
-    return times.expected(trials) if options.deadline >= PROBED_DEADLINE or times.device.take_kept() else {}
+    return times.expected(trials) if options.deadline >= MIN_PROBED_DEADLINE_SECONDS or times.device.take_kept() else {}
 
 
 def _named(trials: Sequence[Trial]) -> list[Trial]:
     """The trials with names that tell them apart, also from those that the study holds already."""
     own = {one.identity for one in trials}
-    held = store.records(store.folder(trials[0].config.study), MOST_READ)
+    held = store.records(store.folder(trials[0].config.study), MAX_RECORDS_READ)
     others = [vars(result) for result in held if result.run_info.get("identity") not in own]
     trees = [{"choices": one.choices, "config": one.tree} for one in trials]
     if len(trees) + len(others) < 2:

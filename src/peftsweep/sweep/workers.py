@@ -71,7 +71,7 @@ def run(trials: Sequence[Trial], options: Options, budget: Budget, display: Disp
     if options.pack:
         jobs = packing.plan(trials, options.pack, packing.fits_memory)
     if options.workers == 0:
-        yield from _here(deque(jobs), budget, display, options)
+        yield from _inline(deque(jobs), budget, display, options)
         return
     places = processes.places(options.workers, options.devices, [one.config.device for one in trials])
     threads = measure.threads_each(len(places)) if places[0] == processes.CPU else None
@@ -92,7 +92,7 @@ def run(trials: Sequence[Trial], options: Options, budget: Budget, display: Disp
 # ---- in this process -------------------------------------------------------------------------------
 
 
-def _here(queue: deque[Job], budget: Budget, display: Display, options: Options) -> Iterator[tuple[Trial, Result]]:
+def _inline(queue: deque[Job], budget: Budget, display: Display, options: Options) -> Iterator[tuple[Trial, Result]]:
     while queue and (room := budget.take(len(queue[0]), queue[0])):
         whole = queue.popleft()
         job = whole[:room]
@@ -100,7 +100,7 @@ def _here(queue: deque[Job], budget: Budget, display: Display, options: Options)
             queue.appendleft(rest)
         views = [display.trial(one.name) for one in job]
         try:
-            results = _run_job(job, views, options) if len(job) > 1 else [_patiently(job[0], views[0], display)]
+            results = _run_job(job, views, options) if len(job) > 1 else [_run_when_free(job[0], views[0], display)]
         except claims.Claimed:  # one of several, so that the others go on alone
             for view in views:
                 view.drop()
@@ -114,7 +114,7 @@ def _here(queue: deque[Job], budget: Budget, display: Display, options: Options)
             yield one, result
 
 
-def _patiently(one: Trial, view: TrialView, display: Display) -> Result:
+def _run_when_free(one: Trial, view: TrialView, display: Display) -> Result:
     said = False
     while True:
         try:
@@ -291,7 +291,7 @@ def _in_pool(
                 queue.append(job)
             else:
                 later.append((now + CLAIM_RETRY_SECONDS, job))
-        _deal(queue, pool, budget, display, options)
+        _assign_jobs(queue, pool, budget, display, options)
         busy = [worker for worker in pool if worker.job]
         if not busy and not later:
             return
@@ -336,7 +336,7 @@ def _in_pool(
                 yield one, result
 
 
-def _deal(queue: deque[Job], pool: list[_Worker], budget: Budget, display: Display, options: Options) -> None:
+def _assign_jobs(queue: deque[Job], pool: list[_Worker], budget: Budget, display: Display, options: Options) -> None:
     """Give each worker that has none a job of the queue, as much of it as the budget allows."""
     for worker in pool:
         if not worker.job and queue and (room := budget.take(len(queue[0]), queue[0])):

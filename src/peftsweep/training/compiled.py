@@ -81,7 +81,7 @@ _HELD: list[dict[tuple[int, str, bool | None], Compilation]] = []  # what is kep
 
 
 @contextmanager
-def once() -> Iterator[None]:
+def compile_once() -> Iterator[None]:
     """In this block a model is compiled for its first training only; later ones, as a profiler's, go on with that."""
     if _HELD:  # within another such block
         yield

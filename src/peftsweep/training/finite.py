@@ -13,7 +13,7 @@ from peftsweep.models.losses import answer_losses
 from peftsweep.schema import Dtype, TrainConfig
 from peftsweep.training.optimizer import autocast
 
-HIGH = 1e-3  # a learning rate that is rarely too high for an adapter, the most that is proposed
+MAX_PROPOSED_RATE = 1e-3  # a learning rate that is rarely too high for an adapter, the most that is proposed
 
 
 def check_finite(loss: float, when: str, model: nn.Module, config: TrainConfig) -> None:
@@ -46,7 +46,9 @@ def check_trained(
 def _remedy(model: nn.Module, config: TrainConfig) -> str:
     """What to change where numbers have overflowed."""
     rate = config.learning_rate
-    lower = "lower train.learning_rate" + (f", such as {min(rate / 10, HIGH):g}" if math.isfinite(rate) else "")
+    lower = "lower train.learning_rate" + (
+        f", such as {min(rate / 10, MAX_PROPOSED_RATE):g}" if math.isfinite(rate) else ""
+    )
     if config.autocast is Dtype.float16:
         key = "train.autocast"
     elif any(parameter.dtype == torch.float16 for parameter in model.parameters()):

@@ -14,8 +14,8 @@ from peftsweep.errors import InputError
 from peftsweep.limits import LARGEST
 from peftsweep.schema import TrainConfig
 
-MOST_STEPS = 5_000  # of a run, among which typical ones are looked for
-GOLDEN = (math.sqrt(5) - 1) / 2
+MAX_SCANNED_STEPS = 5_000  # of a run, among which typical ones are looked for
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 def padded_tokens(step: Sequence[int], rows: Sequence[Tokens], config: TrainConfig) -> int:
@@ -27,9 +27,9 @@ def padded_tokens(step: Sequence[int], rows: Sequence[Tokens], config: TrainConf
 
 
 def steps_of(rows: Sequence[Tokens], config: TrainConfig, seed: int) -> list[list[int]]:
-    """The row numbers of each step of a run; of a long one those of its first ``MOST_STEPS``."""
+    """The row numbers of each step of a run; of a long one those of its first ``MAX_SCANNED_STEPS``."""
     order = batch_order([len(row.ids) for row in rows], rows_per_step(config), seed)
-    return list(itertools.islice(order, min(max(total_steps(config, len(rows)), 1), MOST_STEPS)))
+    return list(itertools.islice(order, min(max(total_steps(config, len(rows)), 1), MAX_SCANNED_STEPS)))
 
 
 def typical_steps(rows: Sequence[Tokens], config: TrainConfig, seed: int, count: int) -> list[list[int]]:
@@ -40,7 +40,7 @@ def typical_steps(rows: Sequence[Tokens], config: TrainConfig, seed: int, count:
     not be.
     """
     by_size = sorted(steps_of(rows, config, seed), key=lambda step: padded_tokens(step, rows, config))
-    return [by_size[int((0.5 + n * GOLDEN) % 1 * len(by_size))] for n in reversed(range(count))]
+    return [by_size[int((0.5 + n * GOLDEN_RATIO) % 1 * len(by_size))] for n in reversed(range(count))]
 
 
 def rows_per_step(config: TrainConfig) -> int:

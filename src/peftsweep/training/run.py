@@ -162,7 +162,7 @@ class Run:
         patience = self.config.patience
         if self.complete:
             return
-        if patience is not None and without_gain(self.progress.validations) >= patience:
+        if patience is not None and validations_without_gain(self.progress.validations) >= patience:
             self.progress.stopped = PATIENCE
         elif scores is not None and self._prune is not None and self._prune(self.step, scores):
             self.progress.stopped = PRUNED
@@ -225,7 +225,7 @@ class Progress:
     stopped: str | None = None  # why it ends before its last step
 
     def validated(self, scores: dict[str, float], step: int, config: TrainConfig) -> None:
-        self.validations.append((badness(scores, config.best_metric), scores["loss"], step))
+        self.validations.append((as_loss(scores, config.best_metric), scores["loss"], step))
 
     def add(self, loss: torch.Tensor, batches: Sequence[Batch], slots: int = 1) -> None:
         self.step += 1
@@ -316,7 +316,7 @@ class Epoch:
         vars(self).update(state)
 
 
-def badness(scores: dict[str, float], metric: str) -> float:
+def as_loss(scores: dict[str, float], metric: str) -> float:
     """The value of ``metric``, turned so that less is better; what is no number is worst."""
     if metric not in scores:
         raise InputError(f"train.best_metric={metric}: the validation has {', '.join(scores)}")
@@ -324,7 +324,7 @@ def badness(scores: dict[str, float], metric: str) -> float:
     return math.inf if math.isnan(value) else value
 
 
-def without_gain(validations: Sequence[tuple[float, float, int]]) -> int:
+def validations_without_gain(validations: Sequence[tuple[float, float, int]]) -> int:
     """How many validations have followed the best one; of equal ones the first is the best."""
     worth = [bad for bad, *_ in validations]
     return len(worth) - 1 - worth.index(min(worth)) if worth else 0

@@ -86,15 +86,15 @@ def finished(trial: Trial) -> Result | None:
         done.run_info["labels"].append(trial.label)
     if by_earlier_rule:
         done.run_info["recognised"] = {"identity": trial.identity, "training": trial.training}
-    if new_label or by_earlier_rule or _headlined_anew(trial, done):
+    if new_label or by_earlier_rule or _update_headlines(trial, done):
         done.write(folder(trial))
     if by_earlier_rule:
         store.mark_recognised(done)
-    _mend_words(trial, folder(trial))
+    _repair_hydra_files(trial, folder(trial))
     return done
 
 
-def _headlined_anew(trial: Trial, done: Result) -> bool:
+def _update_headlines(trial: Trial, done: Result) -> bool:
     """Have the record say the headlines that are asked for, of the metrics that it holds; whether it did not."""
     changed = False
     for name, node in trial.config.eval.items():
@@ -115,10 +115,10 @@ def done_before(trial: Trial) -> Result | None:
     done = None if trial.config.force else store.result(folder(trial))
     if done is None or not done.status.done or _fault(done) or damaged(trial):
         return None
-    return done if _reached(trial, done) else None
+    return done if _is_far_enough(trial, done) else None
 
 
-def _reached(trial: Trial, done: Result) -> bool:
+def _is_far_enough(trial: Trial, done: Result) -> bool:
     """Whether the trial has come as far as it is sent now, which may be farther than when it was stopped."""
     stop = done.run_info.get("stopped")
     if stop is None or done.status is not Status.stopped:
@@ -151,7 +151,7 @@ class Oversized(Refused):
     """The trial is predicted not to fit into the memory."""
 
 
-def in_words(trial: Trial) -> dict[str, str]:
+def hydra_files(trial: Trial) -> dict[str, str]:
     """The files that Hydra would write: the composed configuration and the words of the command line."""
     return {
         ".hydra/config.yaml": OmegaConf.to_yaml(as_text(trial.tree)),
@@ -159,7 +159,7 @@ def in_words(trial: Trial) -> dict[str, str]:
     }
 
 
-def _mend_words(trial: Trial, place: Path) -> None:
+def _repair_hydra_files(trial: Trial, place: Path) -> None:
     """Write those of these files again that are there and damaged."""
     for name, shape in ((".hydra/config.yaml", dict), (".hydra/overrides.yaml", [str])):
         try:
@@ -167,4 +167,4 @@ def _mend_words(trial: Trial, place: Path) -> None:
                 read_yaml(place / name, shape)
         except Unreadable:
             make_way(place / name)
-            record.write_text(place / name, in_words(trial)[name])
+            record.write_text(place / name, hydra_files(trial)[name])

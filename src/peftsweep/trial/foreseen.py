@@ -27,7 +27,9 @@ def memory(trial: Trial, result: Result, tokens: Sequence[Tokens]) -> None:
         result.memory["predicted"] = predicted.facts()
 
 
-def foresee(trial: Trial, result: Result, rows: Rows, tokens: Sequence[Tokens], device: torch.device) -> dict[str, Any]:
+def predict_time(
+    trial: Trial, result: Result, rows: Rows, tokens: Sequence[Tokens], device: torch.device
+) -> dict[str, Any]:
     """Note in the record what was predicted, and what its seconds depend on; gives FLOPs by number format.
 
     What ``dry_run=true`` or a deadline has said of the trial on this device stands; else it is predicted now, if the
@@ -50,7 +52,7 @@ def foresee(trial: Trial, result: Result, rows: Rows, tokens: Sequence[Tokens], 
         return {}
 
 
-def by_kind(result: Result) -> dict[str, float]:
+def predicted_by_kind(result: Result) -> dict[str, float]:
     """The seconds that were predicted, of each kind of a trial's work of which they were."""
     said = result.train_info.get("predicted") or {}
     return {kind: said[f"{kind}_seconds"] for kind in history.KINDS if f"{kind}_seconds" in said}

@@ -28,12 +28,12 @@ from peftsweep.study.atomic import make_way, persistently, remove_partials
 from peftsweep.study.reading import Unreadable
 from peftsweep.study.record import Result, Status
 from peftsweep.training.run import Trained
-from peftsweep.trial.done import Refused, folder, in_words
+from peftsweep.trial.done import Refused, folder, hydra_files
 
 log = logging.getLogger(__name__)
 
 
-def so_far(place: Path) -> dict[str, Any]:
+def progress_so_far(place: Path) -> dict[str, Any]:
     """What a training that did not end had come to."""
     try:
         steps = [row for row in record.read_lines(place / record.STEPS, record.STEP, whole=False) if "loss" in row]
@@ -70,7 +70,7 @@ def failure_of(error: BaseException, stage: str | None, config: Config) -> dict[
     return found
 
 
-class Sittings:
+class Attempts:
     """The seconds and the memory of a trial, in all and by stage, over all the times that it was sat down to.
 
     Those before this one are what its record says, or where it was killed what its last checkpoint says. They count
@@ -105,7 +105,7 @@ class Sittings:
 
 def _recorded_seconds(held: Result) -> dict[str, float]:
     found = {name: held.train_info.get(_seconds_key(name)) for name in held.memory}
-    found[Sittings.TOTAL] = held.run_info.get("total_seconds")
+    found[Attempts.TOTAL] = held.run_info.get("total_seconds")
     return {name: seconds for name, seconds in found.items() if seconds is not None}
 
 
@@ -170,7 +170,7 @@ def begin(trial: Trial, place: Path) -> Result:
     for name in ("", ".hydra", "predictions", store.ADAPTER, store.MERGED, store.CHECKPOINTS):
         make_way(place / name, folder=True)
     place.mkdir(parents=True, exist_ok=True)
-    words = in_words(trial)
+    words = hydra_files(trial)
     for name in (record.RESULT, record.STEPS, "generation.jsonl", "trial.log", *words):
         make_way(place / name)
     for part in ("predictions", store.ADAPTER, store.MERGED):
@@ -217,17 +217,17 @@ def end(
     status: Status,
     failure: dict[str, str] | None,
     tracker: Tracker,
-    sittings: Sittings,
+    sittings: Attempts,
 ) -> None:
     """Complete the record, write it, and leave the folder as a trial that has ended leaves it."""
     claims.check_claim(place.parent, result.run_info["identity"])
     before = sittings.earlier
     now = time.perf_counter() - start
     result.run_info |= {"status": status.value, "error": failure, "sitting_seconds": now}
-    result.run_info["total_seconds"] = now + before.get(Sittings.TOTAL, 0.0)
-    result.train_info = (so_far(place) if status is not Status.success else {}) | result.train_info
+    result.run_info["total_seconds"] = now + before.get(Attempts.TOTAL, 0.0)
+    result.train_info = (progress_so_far(place) if status is not Status.success else {}) | result.train_info
     for name in dict.fromkeys([*meter.stages, *before]):
-        if name != Sittings.TOTAL:
+        if name != Attempts.TOTAL:
             seconds = meter.stages[name].seconds if name in meter.stages else 0.0
             result.train_info[_seconds_key(name)] = seconds + before.get(name, 0.0)
     now_held = {name: stage.memory() for name, stage in meter.stages.items()}

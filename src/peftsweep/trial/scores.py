@@ -24,12 +24,12 @@ from peftsweep.models import model, parts
 from peftsweep.study import record, store
 from peftsweep.study.atomic import make_way
 from peftsweep.study.reading import Unreadable
-from peftsweep.trial.outcome import Sittings
+from peftsweep.trial.outcome import Attempts
 
 log = logging.getLogger(__name__)
 
 # Facts of an evaluation that are the same whatever the model says.
-OF_THE_ROWS = (
+FACTS_OF_ROWS = (
     *("majority", "random", "f1_majority", "f1_random", record.HEADLINE),
     *("truncated_prompts", "truncated_answers", "long_references"),
 )
@@ -38,20 +38,20 @@ COST = ("seconds", "allocated_peak", "rss_peak")  # of an evaluation
 CHECKSUM = "sha256"  # in a file of a base's scores, of these and its answers
 
 
-class KeptEvaluations:
+class EvaluationCache:
     """The evaluations that are done, each in a file of its own in ``folder``, until the trial has its record.
 
     One is used again by the same trial on the same device with the same packages, rows and way of judging.
     """
 
-    def __init__(self, trial: Trial, folder: Path, device: torch.device, sittings: Sittings) -> None:
+    def __init__(self, trial: Trial, folder: Path, device: torch.device, sittings: Attempts) -> None:
         self._trial, self._folder, self._device, self._sittings = trial, folder, device, sittings
 
     def keep(self, name: str, test: list[Example], found: dict[str, Any], *, packed: bool = False) -> None:
         """Write what the evaluation ``name`` has found; if ``packed`` without what it took, which is the pack's."""
         seconds, memory = self._sittings.seconds(), self._sittings.memory()
         if packed:
-            seconds, memory = {Sittings.TOTAL: seconds[Sittings.TOTAL]}, {}
+            seconds, memory = {Attempts.TOTAL: seconds[Attempts.TOTAL]}, {}
             found = {key: value for key, value in found.items() if key not in COST}
         kept = {"of": self._of(name, test), "found": found, "seconds": seconds, "memory": memory}
         record.write_json(self._file(name), kept)
@@ -109,7 +109,7 @@ def base_scores(
         for place, is_folder in ((folder.parent, True), (folder, True), (scores, False), (answers, False)):
             make_way(place, folder=is_folder)
         found = build.evaluator(trial, name)(base, tokenizer, test)
-        own = {fact: value for fact, value in found.facts.items() if fact not in OF_THE_ROWS}
+        own = {fact: value for fact, value in found.facts.items() if fact not in FACTS_OF_ROWS}
         known = record.plain(found.scores | own)
         record.write_lines(answers, found.predictions)
         record.write_json(scores, known | {CHECKSUM: _checksum(known, answers)})
@@ -135,7 +135,7 @@ def _of_rows(trial: Trial, name: str, test: list[Example]) -> dict[str, Any]:
         further["own_settings"] = False  # before, a base's own generation settings acted on beams
     return further | {
         "eval": evaluation_identity(trial.config.eval[name]),
-        "judged": evaluate.JUDGED,
+        "judged": evaluate.JUDGING_VERSION,
         "examples": data_rows.fingerprint(example._asdict() for example in test),
     }
 

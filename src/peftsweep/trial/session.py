@@ -39,8 +39,8 @@ from peftsweep.training import checkpoint, compiled, length, loop, optimizer, ru
 from peftsweep.training.run import Trained
 from peftsweep.trial import foreseen, mended, seen
 from peftsweep.trial.done import Oversized, Refused, folder, trained
-from peftsweep.trial.outcome import Sittings, log_step, train_cost, train_info
-from peftsweep.trial.scores import COST, KeptEvaluations, base_scores
+from peftsweep.trial.outcome import Attempts, log_step, train_cost, train_info
+from peftsweep.trial.scores import COST, EvaluationCache, base_scores
 from peftsweep.trial.stages import merge_adapter, reload_adapter, row_sources
 
 log = logging.getLogger(__name__)
@@ -57,12 +57,12 @@ class Session:
     adapted: Model
 
     def __init__(
-        self, trial: Trial, result: Result, meter: Meter, observer: Observer, sittings: Sittings | None = None
+        self, trial: Trial, result: Result, meter: Meter, observer: Observer, sittings: Attempts | None = None
     ) -> None:
         self.trial, self.result, self.meter, self.observer = trial, result, meter, observer
         self.config, self.info, self.place = trial.config, result.train_info, folder(trial)
-        self.sittings = sittings or Sittings(self.place, meter)
-        self.kept = KeptEvaluations(trial, self.place / store.CHECKPOINTS, meter.device, self.sittings)
+        self.sittings = sittings or Attempts(self.place, meter)
+        self.kept = EvaluationCache(trial, self.place / store.CHECKPOINTS, meter.device, self.sittings)
         self.bare: Any = None  # the untouched base, kept beside the adapted one to be timed
         self.earlier = trained(trial)
         self.profiled_steps = 0
@@ -187,8 +187,8 @@ class Session:
 
     def _train(self) -> None:
         foreseen.memory(self.trial, self.result, self.tokens)
-        flops = foreseen.foresee(self.trial, self.result, self.rows, self.tokens, self.meter.device)
-        self.observer.expects(foreseen.by_kind(self.result))
+        flops = foreseen.predict_time(self.trial, self.result, self.rows, self.tokens, self.meter.device)
+        self.observer.expects(foreseen.predicted_by_kind(self.result))
         checkpoints = self.checkpoints()
         with self.stage("train"), self.steps() as lines:
             trained = loop.train(
@@ -306,7 +306,7 @@ class Session:
         self.result.run_info["rung"] = rungs.rung(self.config.halving, self.place, self.stop_at)
 
     def evaluate(self) -> None:
-        self.result.run_info[record.JUDGED] = evaluation_evaluate.JUDGED
+        self.result.run_info[record.JUDGED] = evaluation_evaluate.JUDGING_VERSION
         for name, test in self.tests.items():
             self.result.eval_info[name] |= self.kept.find(name, test) or self._evaluate(name, test)
 
@@ -371,7 +371,7 @@ class Session:
         with self.stage("profile"):
             try:
                 prepare()
-                with compiled.once():
+                with compiled.compile_once():
                     found = build.profiler(self.trial)(self._further_steps, self.place / "profile", self.meter.device)
                 found |= self._sizes(self.profiled_steps) if self.profiled_steps else {}
             except Exception as error:

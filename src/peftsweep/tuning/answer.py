@@ -18,7 +18,7 @@ from peftsweep.study import record
 from peftsweep.study.store import LEAGUE, TUNE
 from peftsweep.tuning import decision, search
 from peftsweep.tuning import finals as statistics
-from peftsweep.tuning.budget import Purse, parse
+from peftsweep.tuning.budget import BudgetAccount, parse
 from peftsweep.tuning.finals import BETTER, OPEN, TIE, WORSE, Finals, Judged, Look
 from peftsweep.tuning.search import Point, Space, Spent, Tuned, Until
 from peftsweep.tuning.space import Plan, check_lists, plan, space
@@ -59,7 +59,7 @@ class Setting:
     trials: Trials
 
 
-def made_ready(asked: Question, file: str) -> Setting:
+def prepare(asked: Question, file: str) -> Setting:
     """The question, checked; ``file`` is the one of the study in which its earlier commands are.
 
     Raises:
@@ -81,7 +81,7 @@ def made_ready(asked: Question, file: str) -> Setting:
         )
         raise InputError(f"budget={config.budget}: must be {least}")
     total, earlier = common.total, earlier_seconds(asked.folder / file, asked.hash)
-    purse = Purse(budget, (common.rung or total, total, total), Clock(earlier))
+    purse = BudgetAccount(budget, (common.rung or total, total, total), Clock(earlier))
     words = [*asked.base_words, *(["skip_oversized=true"] if config.memory_limit is not None else [])]
     named = config.tune.targets is not None
     return Setting(
@@ -89,7 +89,7 @@ def made_ready(asked: Question, file: str) -> Setting:
     )
 
 
-def first(setting: Setting, seed: int) -> list[tuple[Point, Until]]:
+def first_trials(setting: Setting, seed: int) -> list[tuple[Point, Until]]:
     """The trials that a tuning begins with."""
     until = Until.rung if setting.plan.rung else Until.end
     return [
@@ -99,7 +99,7 @@ def first(setting: Setting, seed: int) -> list[tuple[Point, Until]]:
     ]
 
 
-def foreseen(setting: Setting) -> list[str]:
+def planned_lines(setting: Setting) -> list[str]:
     """What may be tried of each method, a line each."""
     lines = []
     for one in setting.spaces:
@@ -141,7 +141,7 @@ def tune(asked: Question, say: Callable[[str], None]) -> None:
         SweepFailed: no trial could be trained.
         NotRun: the launcher did not run all that it was given.
     """
-    setting = made_ready(asked, TUNE)
+    setting = prepare(asked, TUNE)
     seed = asked.any.config.seed
     found: list[Tuned] = []
 
@@ -354,7 +354,7 @@ def league(asked: Question, say: Callable[[str], None]) -> None:
     asked = replace(
         asked, trials={**asked.trials, placebo: asked.trials[own.placebo]}, with_rate={**asked.with_rate, placebo: True}
     )
-    setting = made_ready(asked, LEAGUE)
+    setting = prepare(asked, LEAGUE)
     trials = setting.trials
     trials.options = {placebo: own.placebo}
     seeds = {name: _seed(config.seed, PLACEBO_SEED if name == placebo else 0) for name in asked.trials}

@@ -45,7 +45,7 @@ def parse(said: object) -> Budget | None:
     return Budget(amount, unit.removesuffix("s") + "s") if counts else Budget(amount * SECONDS[unit], "seconds")
 
 
-class Purse:
+class BudgetAccount:
     """What a budget leaves to a tuning.
 
     Trials and steps are counted by what was asked for, so that the same command with the same budget always comes to

@@ -130,8 +130,8 @@ def check_axes(parsed: Sequence[Override], name: str) -> None:
 
 def _dry_run(asked: Question, launcher: Any, league: bool) -> None:
     """List the first trials, and say what would come after them."""
-    setting = answer.made_ready(asked, store.LEAGUE if league else store.TUNE)
-    first = answer.first(setting, asked.any.config.seed)
+    setting = answer.prepare(asked, store.LEAGUE if league else store.TUNE)
+    first = answer.first_trials(setting, asked.any.config.seed)
     launcher.launch([setting.trials.words_of(point, until) for point, until in first], initial_job_idx=0)
-    for line in answer.foreseen(setting):
+    for line in answer.planned_lines(setting):
         print(line)

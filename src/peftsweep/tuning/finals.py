@@ -24,7 +24,7 @@ from peftsweep.analysis.table.columns import direction, evaluation
 from peftsweep.study.record import Status
 
 POWER = 0.8  # with which a league is to see the difference that it was asked for
-MOST_SEEDS = 1000  # that a league may ask for
+MAX_SEEDS = 1000  # that a league may ask for
 CONTESTANT = "choices.method"  # under which a table of finals holds who a trial is of
 BETTER, WORSE, TIE, OPEN = "better", "worse", "tie", "open"
 
@@ -236,7 +236,7 @@ def seeds_needed(found: Tested, difference: float) -> int | None:
     rows = float(np.mean([_variance_of_rows(measured, pair) for pair in pairs])) if pairs else 0.0
     if not between and not rows:
         return None
-    for seeds in range(2, MOST_SEEDS + 1):
+    for seeds in range(2, MAX_SEEDS + 1):
         quantile = special.stdtrit(count * (seeds - 1), 1 - ALPHA / found.family / 2) + special.ndtri(POWER)
         if quantile**2 * (2 * between / seeds + rows) <= wanted**2:
             return seeds

@@ -19,9 +19,9 @@ from enum import IntEnum
 from functools import partial
 from typing import Protocol
 
-MOST_RATES = 9  # of one method, with those by which its ladder is extended
-KEEP = 3  # one in so many rates is trained from the first rung to the end, and at least two
-STEP = math.sqrt(10)  # between two rates of a ladder
+MAX_RATES = 9  # of one method, with those by which its ladder is extended
+RATES_PER_SURVIVOR = 3  # one in so many rates is trained from the first rung to the end, and at least two
+RATE_STEP = math.sqrt(10)  # between two rates of a ladder
 
 
 class Until(IntEnum):
@@ -80,7 +80,7 @@ class Space:
 
 def ladder(rate: float, count: int = 3) -> tuple[float, ...]:
     """``count`` rates around ``rate``, half an order of magnitude apart, to three digits."""
-    return tuple(float(f"{rate * STEP ** (place - count // 2):.3g}") for place in range(count))
+    return tuple(float(f"{rate * RATE_STEP ** (place - count // 2):.3g}") for place in range(count))
 
 
 @dataclass
@@ -170,11 +170,11 @@ def rates(space: Space, seed: int) -> Search:
     while True:
         points = [Point(space.method, rate, space.sizes[0], space.targets[0], seed) for rate in from_centre(tried)]
         first = yield points, Until.rung
-        kept = sorted(first, key=first.__getitem__)[: max(2, math.ceil(len(tried) / KEEP))]
+        kept = sorted(first, key=first.__getitem__)[: max(2, math.ceil(len(tried) / RATES_PER_SURVIVOR))]
         scores = (yield kept, Until.end) if kept else {}
         best = min(scores, key=scores.__getitem__) if scores else None
         beyond = next_rate(tried, best.rate if best else None)
-        if beyond is None or not space.extends or len(tried) >= MOST_RATES:
+        if beyond is None or not space.extends or len(tried) >= MAX_RATES:
             return best
         tried.append(beyond)
 
@@ -192,8 +192,8 @@ def next_rate(tried: Sequence[float], best: float | None) -> float | None:
     Where none could be trained (``best`` is None) it is a lower one.
     """
     if best is None or best == min(tried):
-        return float(f"{min(tried) / STEP:.3g}")
-    return float(f"{best * STEP:.3g}") if best == max(tried) else None
+        return float(f"{min(tried) / RATE_STEP:.3g}")
+    return float(f"{best * RATE_STEP:.3g}") if best == max(tried) else None
 
 
 def sizes(space: Space, best: Point) -> Search:

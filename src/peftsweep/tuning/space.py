@@ -21,7 +21,7 @@ SEARCHED = {  # keys that the search sets itself, and what says what it may set
     "targets": "tune.targets",
     "seed": "tune.seeds",
 }
-OF_THE_SEARCH = ("budget", "tune", "league", "sweep")  # keys that no trial gets
+SEARCH_KEYS = ("budget", "tune", "league", "sweep")  # keys that no trial gets
 
 
 @dataclass(frozen=True)
@@ -110,4 +110,4 @@ def base_words(words: Sequence[str]) -> list[str]:
     """Of the words of the command line those that every trial gets."""
     own = {"method", "seed", "train.learning_rate", *(f"method.{size}" for size in SIZES)}
     keys = {word: word.lstrip("+~").partition("=")[0].strip() for word in words}
-    return [word for word in words if keys[word] not in own and keys[word].partition(".")[0] not in OF_THE_SEARCH]
+    return [word for word in words if keys[word] not in own and keys[word].partition(".")[0] not in SEARCH_KEYS]

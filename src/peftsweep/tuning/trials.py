@@ -16,7 +16,7 @@ from peftsweep.study import record
 from peftsweep.study.reading import Unreadable
 from peftsweep.study.record import Result, Status
 from peftsweep.study.rungs import TRAINED_STATUSES, course
-from peftsweep.tuning.budget import Purse
+from peftsweep.tuning.budget import BudgetAccount
 from peftsweep.tuning.finals import BaseScore, Judged
 from peftsweep.tuning.search import Point, Scores, Spent, Until
 from peftsweep.tuning.space import FACTOR, Plan
@@ -32,7 +32,7 @@ class Trials:
     words: Sequence[str]  # that all trials get
     plan: Plan
     sizes: Mapping[str, str | None]  # the option that is a method's size
-    purse: Purse
+    purse: BudgetAccount
     at_once: int = 1  # trials that run side by side
     note: Callable[[], None] = lambda: None  # called after every launch
     named_targets: bool = False  # whether the user has named the targets that are tried

@@ -277,7 +277,7 @@ class Writer:
         prompt = self.form.filled(prompt)
         for name, one in self.models.items():
             torch.manual_seed(self.seed + self.drawn)
-            asked = self._asked(name, prompt)
+            asked = self._in_training_form(name, prompt)
             text = decoding.generate(
                 one,
                 self.tokenizer,
@@ -291,7 +291,7 @@ class Writer:
             yield name, text
         self.drawn += 1
 
-    def _asked(self, name: str, prompt: str) -> str | Example:
+    def _in_training_form(self, name: str, prompt: str) -> str | Example:
         from peftsweep.data.chat import Conversation
         from peftsweep.data.templates import Example
         from peftsweep.data.tokens import through_chat_template

@@ -22,7 +22,14 @@ ALIASES = {
     "tool": ("observation", "function_response", "tool_response"),
 }
 ARGUMENTS = ("arguments", "parameters", "input", "args")  # names of what a call hands over; the first that is there
-NOT_TRAINED = ("train", "training", "trainable", "train_on_turn", "loss", "loss_mask")  # of a turn: false is weight 0
+UNTRAINED_KEYS = (
+    "train",
+    "training",
+    "trainable",
+    "train_on_turn",
+    "loss",
+    "loss_mask",
+)  # of a turn: false is weight 0
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # columns of what is no text
 TOOL_ROLES = ("tool", "function", "ipython", "environment")  # whose content is often a value
 ROLES = {name: role for role, names in ALIASES.items() for name in names}  # in files -> in chat templates
@@ -44,7 +51,7 @@ def messages(row: Row) -> Row:
     ``prompt`` and ``completion``, or a tree of messages (``trees``); lists may be JSON text. ``tools`` or ``functions``
     are what the assistant may call; ``system`` or ``system_prompt`` is a system's turn before the others. Content that
     is a list holds text parts; what else is a list or dict is JSON. A turn of the assistant with the weight 0, or with
-    false under another name of that (``NOT_TRAINED``), is not trained on, and one at the end is left out.
+    false under another name of that (``UNTRAINED_KEYS``), is not trained on, and one at the end is left out.
 
     Raises:
         NoAnswer: there is no conversation, it does not end with the assistant's turn, or its answer is not wanted.
@@ -70,13 +77,13 @@ def sharegpt(row: Row) -> Row:
         NoAnswer, ValueError: as ``messages``.
     """
     turns = _turns(row)
-    roles = [_in_template(_said(turn)) for turn in turns]
+    roles = [_in_template(_raw_role(turn)) for turn in turns]
     first = next((n for n, role in enumerate(roles) if role in ("user", "system")), len(turns))
     last = max((n for n, role in enumerate(roles) if role == "assistant"), default=-1)
     return messages({key: row[key] for key in row if key not in COLUMNS} | {COLUMNS[0]: turns[first : last + 1]})
 
 
-def _said(turn: Any) -> str:
+def _raw_role(turn: Any) -> str:
     """The role of a turn as the file has it; of what is no turn none."""
     return str(turn.get("role") or turn.get("from")) if isinstance(turn, Mapping) else ""
 
@@ -94,7 +101,7 @@ def version(row: Row) -> int:
         turns = _turns(row)
         calls = [call for turn in turns for call in _listed(turn.get("tool_calls") or [], "tool_calls")]
         tools = _listed(row.get("tools") or [], "tools")
-        if any(turn.get(key) in (False, 0) for turn in turns for key in NOT_TRAINED if turn.get(key) is not None):
+        if any(turn.get(key) in (False, 0) for turn in turns for key in UNTRAINED_KEYS if turn.get(key) is not None):
             return 3
         if any(isinstance(tool, dict) and "function" not in tool for tool in map(_parsed, tools)):
             return 3
@@ -131,7 +138,7 @@ def _turns(row: Row) -> list[Any]:
 
 def _untrained(turn: Any) -> Any:
     """A turn before the completion, which is not trained on."""
-    return turn | {"weight": 0} if _in_template(_said(turn)) == "assistant" else turn
+    return turn | {"weight": 0} if _in_template(_raw_role(turn)) == "assistant" else turn
 
 
 def _listed(value: Any, name: str) -> list[Any]:
@@ -228,7 +235,7 @@ def _weight(message: Message) -> Message:
     """The weight 0 of a turn that some key of it leaves out of the training."""
     if (weight := message.get("weight", 1)) not in (0, 1):
         raise ValueError(f"a turn has the weight {weight!r}; must be 0 or 1")
-    flags = {key: message[key] for key in NOT_TRAINED if key in message}
+    flags = {key: message[key] for key in UNTRAINED_KEYS if key in message}
     for key, value in flags.items():
         if value not in (0, 1):
             raise ValueError(f"a turn has {value!r} under '{key}'; must be true or false")
