@@ -1,4 +1,4 @@
-"""What a trial's configuration names, made: the base, the method on it, the rows in tokens, the evaluations."""
+"""Make the objects that a trial's configuration names: base, method, tokenised rows, evaluations."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ Evaluate = Callable[[Model, PreTrainedTokenizerBase, list[Example]], Evaluation]
 
 
 def quantization(trial: Trial) -> Any:
-    """The transformers quantization config that ``quant`` names; None for none."""
+    """The transformers quantization config that ``quant`` names, or None."""
     return _instantiate(trial.config.quant, "quant") if trial.config.quant else None
 
 
@@ -103,7 +103,7 @@ def inference_benchmark(trial: Trial) -> Callable[..., Benchmark]:
 
 
 def profiler(trial: Trial) -> Callable[..., dict[str, Any]]:
-    """What ``profiler`` names, as a function of a run of training steps, a folder and a device."""
+    """The profiler that ``profiler`` names: a function of a training run, a folder and a device."""
     function: Callable[..., dict[str, Any]] = _instantiate(trial.config.profiler | {"_partial_": True}, "profiler")
     return function
 
@@ -133,13 +133,13 @@ def load_tokenizer(trial: Trial) -> PreTrainedTokenizerBase:
 
 
 def virtual_tokens(trial: Trial) -> int:
-    """How many tokens the method puts before every row."""
+    """The number of virtual tokens that the method puts before every row."""
     method = trial.config.method
     return int(method.get("num_virtual_tokens") or len(method.get("cpt_token_ids") or ()))
 
 
 def classes(trial: Trial, names: Sequence[str] | None = None) -> list[str]:
-    """The classes in the order of the head's outputs: that of a checkpoint whose head names them, else as they stand.
+    """The classes in the order of the head's outputs: the checkpoint's order if its head names them, else as given.
 
     ``names`` are ``dataset.classes`` by default. Capitals do not count.
     """
@@ -226,7 +226,7 @@ def keep_bases() -> None:
 
 
 def _fingerprint(base: PreTrainedModel) -> int:
-    """A sum over all bits of the weights and buffers, and where they lie; another one after any change that is seen."""
+    """A sum over all bits of the weights and buffers, and their addresses, which a change of a weight changes."""
     total = 0
     kept = [part for one in (*base.parameters(), *base.buffers()) for part in layers.plain_tensors(one)]
     for number, tensor in enumerate(kept, start=1):
@@ -304,7 +304,7 @@ def _method(trial: Trial) -> Any:
 def initialisation(
     trial: Trial, place: Path, base: PreTrainedModel, tokens: list[Tokens], tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[Any, Callable[..., PeftModel]], PeftModel] | None:
-    """What ``method_setup`` names, as ``attach`` calls it; None where the method needs no such thing."""
+    """The initialisation that ``method_setup`` names, as ``attach`` calls it; None where the method needs none."""
     config = trial.config
     if not config.method_setup:
         return None
@@ -384,7 +384,7 @@ def _tokenize(trial: Trial, tokenizer: PreTrainedTokenizerBase, rows: list[data_
 
 
 def tokens_of(trial: Trial, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[Tokens]:
-    """Rendered examples as the model is trained on them; those that ``drop_long`` leaves out are a token too long."""
+    """Rendered examples in tokens, as they are trained on; rows that ``drop_long`` leaves out are a token too long."""
     own = trial.config.dataset
     if trial.config.model.task is Task.seq_cls:
         return data_tokens.tokenize_for_classes(tokenizer, examples, own.max_length, classes(trial))
@@ -422,7 +422,7 @@ def validation_examples(
 
 
 def shown(trial: Trial, name: str, rows: list[data_rows.Row], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """Rows as ``eval.<name>`` shows them to the model."""
+    """Rows as examples: the prompts and answers of ``eval.<name>``."""
     examples = evaluations.test_examples(trial.config, name, rows)
     return evaluations.rendered(trial.config.dataset, examples, tokenizer, f"eval.{name}", "the test rows")
 

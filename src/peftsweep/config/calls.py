@@ -190,7 +190,7 @@ def _check_optimizer(options: Mapping[str, Any], make: Callable[..., Any]) -> No
 
 
 def _check_model(model: ModelConfig) -> None:
-    """What transformers would find wrong only when it loads the weights."""
+    """Refuse what transformers would refuse only when it loads the weights."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     known, said = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()], model.attn_implementation
@@ -286,7 +286,7 @@ def _check_types(values: Mapping[str, Any], described: Any, key: str) -> None:
 
 
 def _wrong_value(key: str, value: Any, hint: Any) -> tuple[str, Any, Any]:
-    """Of a value that is not of its type the innermost part of which that is true, with its key and type."""
+    """The innermost part of a value that has the wrong type, with its key and the type that it must have."""
     for kind in typing.get_args(hint) if typing.get_origin(hint) in UNIONS else (hint,):
         parts: list[tuple[Any, Any, Any]] = []
         if isinstance(value, list) and typing.get_origin(kind) in (list, Sequence):
@@ -321,7 +321,7 @@ def type_in_words(hint: Any) -> str:
 
 
 def numeric_options(tree: Mapping[str, Any]) -> dict[str, limits.Option]:
-    """The numbers that the classes and functions named in a configuration take, by their dotted keys."""
+    """The numeric arguments of the classes and functions that a configuration names, by dotted key."""
     named = dict(_targets(tree)) | {"train.optimizer_kwargs": tree["train"]["optimizer"]}
     found: dict[str, limits.Option] = {}
     for key, target in named.items():
@@ -340,7 +340,7 @@ def _targets(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 @functools.cache
 def numbers_taken(function: Any) -> dict[str, limits.Option]:
-    """The numbers that a class or function takes, by their names."""
+    """The numeric arguments of a class or function, by name."""
     if not callable(function):
         return {}
     known = str(getattr(function, "__module__", "")).partition(".")[0] in ("peft", "peftsweep")
@@ -355,7 +355,7 @@ def numbers_taken(function: Any) -> dict[str, limits.Option]:
 
 
 def number_types(hint: Any) -> set[type]:
-    """Of int and float those that a value of the type may itself be."""
+    """Which of int and float a value of the type may be."""
     if isinstance(hint, type):
         return {hint} & {int, float}
     return set().union(*map(number_types, typing.get_args(hint))) if typing.get_origin(hint) in UNIONS else set()
@@ -369,7 +369,7 @@ def _parameters(function: Any) -> list[str]:
 
 @functools.cache
 def argument_types(function: Any) -> dict[str, Any]:
-    """The types of what a class or function takes; empty where they cannot be found out."""
+    """The types of the arguments of a class or function, by name; empty where they cannot be resolved."""
     described = function if dataclasses.is_dataclass(function) or not inspect.isclass(function) else function.__init__
     try:
         return {name: _yaml_type(hint) for name, hint in typing.get_type_hints(described).items()}
@@ -378,7 +378,7 @@ def argument_types(function: Any) -> dict[str, Any]:
 
 
 def _yaml_type(hint: Any) -> Any:
-    """A type without what no yaml holds (tensors), and without the ``str`` that PEFT adds to an enumeration's names."""
+    """A type without the parts that no yaml holds (tensors), and without the ``str`` that PEFT adds to enumerations."""
     kinds = typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
         return tuple[tuple(map(_yaml_type, kinds))]  # type: ignore[misc]
@@ -419,7 +419,7 @@ def _adapter(hint: Any) -> Any:
 
 
 def suggest_key(wrong: str, known: list[str]) -> str:
-    """What a key may have been meant for: one beside it by another name, one of another section, or one like it."""
+    """A hint which key was meant: a synonym in this section, a key of another section, or a similar spelling."""
     kinds = schema.key_types(Config)
     others = [
         *METHOD_KEYS,

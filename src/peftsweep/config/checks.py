@@ -103,7 +103,7 @@ def check_values(tree: dict[str, Any]) -> None:
 
 
 def check_halving(config: Config, sweeper: str | None) -> None:
-    """A rung must be a step at which the trial is validated anyway, so that it changes nothing of the trial."""
+    """Check the keys of halving: a rung must be a step that is validated anyway, so that no trial changes by it."""
     halving, every, by_rows = config.halving, config.train.eval_every, config.halving.resource is Resource.rows
     other = "min_steps" if by_rows else "min_fraction"
     if (value := getattr(halving, other)) is not None:
@@ -139,7 +139,7 @@ def _check_halving_of_rows(config: Config) -> None:
 
 
 def check_objective(config: Config) -> None:
-    """As far as it can be known before a record is there."""
+    """Refuse an ``objective`` that cannot be a column, as far as this is known before there is a record."""
     said = config.objective
     columns = [said] if isinstance(said, str) else [] if said is None else said
     if not isinstance(columns, list) or not all(isinstance(column, str) for column in columns):
@@ -155,7 +155,7 @@ def check_objective(config: Config) -> None:
 
 
 def check_expanded(cfg: DictConfig, given: Iterable[str]) -> None:
-    """Refuse a composed point whose options bring axes that were not expanded: it is a trial nobody asked for.
+    """Refuse a composed point whose options sweep keys that were not expanded: it would be one unwanted trial.
 
     ``given`` are the keys of the point's words.
 
@@ -176,7 +176,7 @@ def check_expanded(cfg: DictConfig, given: Iterable[str]) -> None:
 
 
 def check_unused(words: Sequence[str]) -> None:
-    """Refuse keys of a search where the command is a grid, which would not heed them.
+    """Refuse keys of a search in a command that is a grid, which does not read them.
 
     Raises:
         InputError: the line names the key.
@@ -191,7 +191,7 @@ def check_unused(words: Sequence[str]) -> None:
 
 
 def check_joinable(word: str, sweeps: Mapping[str, DictConfig]) -> None:
-    """Refuse a ``word`` of options of ``sweep``, composed one by one, that differ in what is of a sweep as a whole.
+    """Refuse to join options of ``sweep`` that differ in a key which has one value for the whole sweep.
 
     Raises:
         InputError: the line names the key and the values, or there is no option.
@@ -287,7 +287,7 @@ def _at(tree: Any, key: str) -> Any:
 
 
 def check_warmup(config: Config, rows: data_rows.Rows | None) -> None:
-    """As far as the length of the training is known: with epochs from the rows, whose tokens are not counted yet."""
+    """Refuse a warm-up that is not shorter than the training, as far as its length is known without tokens."""
     from peftsweep.training import length, optimizer  # imports torch, which `--help` must not
 
     if config.adapter.path is None and (rows is not None or config.train.epochs is None):
@@ -297,7 +297,7 @@ def check_warmup(config: Config, rows: data_rows.Rows | None) -> None:
 
 
 def check_files(config: Config) -> None:
-    """A file that is named must be there, whether or not this trial would read it."""
+    """Refuse a file that does not exist and an unknown encoding, whether or not this trial would read the file."""
     own = config.dataset
     named = {"path": own.path, "test_path": own.test_path, "validation.path": own.validation.path}
     for key, path in named.items():
@@ -325,7 +325,7 @@ def _is_encoding(name: str) -> bool:
 
 
 def one_line(error: BaseException, own_folders: Iterable[Path] = ()) -> str:
-    """What Hydra or OmegaConf found wrong, as one line that names the key and what is allowed.
+    """The error of Hydra or OmegaConf as one line that names the key and what is allowed.
 
     ``own_folders`` are those of ``--config-dir``, whose options are named beside ours.
     """
@@ -373,7 +373,7 @@ def one_line(error: BaseException, own_folders: Iterable[Path] = ()) -> str:
 
 
 def _path_in_yaml(error: MissingConfigException) -> str | None:
-    """That a model or data set by its path, which the command line takes, was chosen where Hydra looks for a yaml."""
+    """The message where a path stands in a yaml's defaults, which name options; None if the error is another one."""
     group, _, name = str(error.missing_cfg_file).partition("/")
     if group not in ANY or not ("/" in name or name.startswith("~") or files.format_of(name) in files.FORMATS):
         return None

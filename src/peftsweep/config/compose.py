@@ -87,7 +87,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """What the trial is called beside others, see naming; its label where it is alone."""
+        """The name that tells the trial from others of its sweep and study (see naming); else its label."""
         return self.told_by or self.label
 
     @property
@@ -97,7 +97,7 @@ class Trial:
 
 
 def without_data(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterable[str]) -> Trial:
-    """A trial whose model is used alone: its data files are not looked at, and it has no identity.
+    """A trial of which only the model is used: its data files are not read, and it has no identity.
 
     Raises:
         InputError: as ``filled``, or a value is out of its range.
@@ -129,7 +129,7 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
 
 
 def filled(cfg: DictConfig, choices: Mapping[str, str | None], overrides: list[str]) -> Filled:
-    """``cfg``, which is used up, as plain values.
+    """``cfg`` as plain values; ``cfg`` itself is changed.
 
     Raises:
         InputError: a key is missing or unknown, a value cannot be resolved, or a file cannot be read.
@@ -227,7 +227,7 @@ def checked(said: Filled) -> Trial:
 
 
 def with_seed(one: Trial, seed: int, overrides: list[str]) -> Trial:
-    """A checked trial with another seed, from which no other value of it follows.
+    """A checked trial with another seed, where no other value depends on the seed.
 
     Raises:
         InputError: the seed is out of its range.
@@ -270,7 +270,7 @@ def with_rows(trial: Trial) -> Trial:
     """The trial of ``without_rows`` with its rows, read again.
 
     Raises:
-        InputError: they are not those any more that it was checked with.
+        InputError: the files have changed since the trial was checked.
     """
     config = trial.config
     if trial.offline:
@@ -297,7 +297,7 @@ def _rows(config: Config) -> data_rows.Rows:
 
 
 def _test_rows(config: Config) -> data_rows.Rows | None:
-    """Of a dataset of the hub the local test rows, where a file of them is given; None without."""
+    """The local test rows of a dataset of the hub, where ``dataset.test_path`` is given; else None."""
     own = config.dataset
     if own.test_path is None:
         return None

@@ -68,7 +68,7 @@ def check_evaluation_rows(config: Config, rows: data_rows.Rows | None) -> None:
 
 
 def _check_norm(config: Config, name: str, examples: list[templates.Example]) -> None:
-    """Refuse to compare or choose by ``acc_norm`` where something else than the choices' texts is scored."""
+    """Refuse ``acc_norm`` as a headline or metric where the scored texts are not those of the choices."""
     from peftsweep.evaluation import evaluate  # imports torch, which `--help` must not
 
     node = config.eval[name]
@@ -113,7 +113,7 @@ def _split_for_validation(
 
 
 def sets_aside(config: Config, name: str) -> bool:
-    """Whether ``eval.<name>`` sets rows of its own aside, as its metric is asked for in validation."""
+    """Whether ``eval.<name>`` holds out some of its own rows, because validation chooses by its metric."""
     source = evaluation_source(config, name)
     named = [metric.partition(".")[0] for metric in _validation_metrics(config).values()]
     own = bool(source.path or source.hub) and not same_source(config, name)
@@ -121,7 +121,7 @@ def sets_aside(config: Config, name: str) -> bool:
 
 
 def _validation_metrics(config: Config) -> dict[str, str]:
-    """The metrics by which a validation chooses, by their keys."""
+    """The metrics that a validation chooses by, by the key that names each."""
     found = {"train.best_metric": config.train.best_metric, "halving.metric": config.halving.metric}
     found["tune.metric"] = config.tune.metric
     return {key: metric for key, metric in found.items() if metric is not None and metric != "loss"}
@@ -146,7 +146,7 @@ def check_metrics(config: Config) -> None:
 
 
 def check_conversations(config: Config) -> None:
-    """Let a local tokenizer's chat template render all local rows, so that what it refuses is known before training."""
+    """Render all local rows with a local tokenizer's chat template, to find rows that it refuses before training."""
     from peftsweep.models.model import source  # imports torch, which `--help` must not
 
     if not config.dataset.chat or config.model.init is Init.random:

@@ -53,7 +53,7 @@ OVERRIDDEN = "the command line says"
 
 @dataclass
 class Reading:
-    """What files say, as dotted keys of a trial, and of each field where it went or why it was not taken."""
+    """The keys of a trial that files set, and for each field of the files its key, or why it was not taken."""
 
     keys: dict[str, Any] = field(default_factory=dict)
     taken: dict[str, list[str]] = field(default_factory=dict)  # field -> the keys it went to
@@ -70,7 +70,7 @@ class Reading:
         self.taken.setdefault(name, []).append(key)
 
     def refuse(self, key: str, reason: str) -> None:
-        """Take nothing for ``key``, for a reason that the fields that went there are told."""
+        """Remove ``key``; ``reason`` is noted for the fields that had set it."""
         self.keys.pop(key, None)
         for name in [name for name, keys in self.taken.items() if key in keys]:
             self.taken[name].remove(key)
@@ -79,12 +79,12 @@ class Reading:
                 del self.taken[name]
 
     def only(self, names: Mapping[str, Any]) -> Reading:
-        """The same, of which only the fields ``names`` were said; the others are defaults."""
+        """The same keys, of which only the fields ``names`` stood in the file; the others are defaults."""
         taken = {name: keys for name, keys in self.taken.items() if name.partition(".")[0] in names}
         return Reading(self.keys, taken, self.not_taken)
 
     def __or__(self, other: Reading) -> Reading:
-        """Both, of which the second wins; a field of the same name is then told apart by its file's."""
+        """Both readings; the second wins. Fields of the same name are told apart by the name of their file."""
         return Reading(self.keys | other.keys, self.taken | other.taken, self.not_taken | other.not_taken)
 
     def facts(self) -> dict[str, dict[str, str]]:
@@ -93,7 +93,7 @@ class Reading:
 
 
 def unheeded(facts: Mapping[str, Mapping[str, str]]) -> str | None:
-    """The fields that were not taken and would have changed something, as a warning names them; None for none."""
+    """A warning that names the fields that were not taken although they matter; None if there are none."""
     quiet = (UNSET, NO_MODEL_NAMED, OVERRIDDEN, *FIELDS_WITHOUT_EFFECT.values())
     said = [f"{name} ({why})" for name, why in facts.get("not_taken", {}).items() if not why.startswith(quiet)]
     return f"not taken of the experiment's files: {'; '.join(said)}" if said else None
@@ -114,7 +114,7 @@ def folders(root: str | None) -> list[Path]:
 
 
 def label(folder: str) -> str:
-    """How PEFT's comparison calls the experiment in ``folder``: lora/llama-3.2-3B-rank32."""
+    """The name of the experiment in ``folder`` in PEFT's comparison, such as lora/llama-3.2-3B-rank32."""
     return "/".join(Path(folder).expanduser().resolve().parts[-2:])
 
 
@@ -138,7 +138,7 @@ def read(folder: str | None, parameters: str | None) -> Reading:
 
 
 def _models_agree(first: Reading, second: Reading) -> Reading:
-    """Both; of two that name a model the second decides, as it does where PEFT loads the model itself."""
+    """Both readings; if both name a model the second decides, as it does where PEFT loads the model."""
     if MODEL in first.keys and MODEL in second.keys and first.keys[MODEL] != second.keys[MODEL]:
         first.refuse(MODEL, f"model_id says {second.keys[MODEL]}")
         first.refuse("model.revision", f"model_id says {second.keys[MODEL]}")
@@ -291,7 +291,7 @@ def _take_optimizer(found: Reading, said: Mapping[str, Any], source: str) -> Non
 
 
 def _take_validation(found: Reading, said: Mapping[str, Any], own: Mapping[str, Any], source: str) -> None:
-    """How often, by how many rows at once, and how much is written."""
+    """Take the interval, the batch size and the number of new tokens of the validation."""
     every, steps = said["eval_steps"], said["max_steps"]
     if every is not None:
         if not isinstance(every, int) or every < 1 or ("eval_steps" in own and every > steps):
@@ -312,7 +312,7 @@ def _take_validation(found: Reading, said: Mapping[str, Any], own: Mapping[str, 
 
 
 def _take_numbers(found: Reading, said: Mapping[str, Any], source: str) -> None:
-    """The formats of the base's weights and of the calculation."""
+    """Take the number formats of the base's weights and of autocast."""
     # torch.autocast as PEFT's comparison calls it: in 16 bits of this format, with a scaled loss.
     found.take("use_amp", train__autocast="float16" if said["use_amp"] else None)
     dtype = said.get("dtype")

@@ -1,4 +1,4 @@
-"""What a configuration takes from files: options of conf/, model folders, evaluations of a data set, records."""
+"""Fill a configuration from files: experiments, saved adapters and records of trials."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _schema() -> DictConfig:
 
 
 def use_current_names(cfg: DictConfig) -> None:
-    """Have every ``_target_`` that has moved since a record or a yaml was written name what it is now."""
+    """Replace former names of classes and functions, in every ``_target_``, by their present names."""
     if not FORMER_NAMES:
         return
     nodes = [cfg]
@@ -75,7 +75,7 @@ def use_current_names(cfg: DictConfig) -> None:
 def fill_from_files(
     cfg: DictConfig, overrides: Iterable[str], choices: Mapping[str, str | None]
 ) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
-    """Put what an experiment's or an adapter's files say in its place, below what the command line says.
+    """Set the keys that files of a record, an adapter or an experiment name; keys of the command line win.
 
     Returns the choices that the files have made, and what became of each field of an experiment's.
     """
@@ -102,7 +102,7 @@ def fill_from_files(
 
 
 def _fill_model(cfg: DictConfig, found: experiment.Reading, said: set[str]) -> dict[str, str]:
-    """Have the model that an experiment names, as the preset of that name has it, unless the command line has one."""
+    """Use the model that an experiment names, by its preset if there is one, unless the command line names a model."""
     if "model" in said:
         found.refuse(experiment_keys.MODEL, f"{experiment.OVERRIDDEN} model")
     if experiment_keys.MODEL not in found.keys:
@@ -127,7 +127,7 @@ def _put_model(cfg: DictConfig, name: str, said: set[str], **more: Any) -> str:
 
 
 def _model_node(name: str) -> tuple[str, DictConfig]:
-    """The option of ``model`` that is called ``name`` on the hub, with its keys; of another, what any has."""
+    """The option of ``model`` with this hub id, and its keys; for an id without a preset those of any causal model."""
     folder = Path(conf_dir()) / "model"
 
     def load(option: str) -> DictConfig:
@@ -142,7 +142,7 @@ def _model_node(name: str) -> tuple[str, DictConfig]:
 
 
 def _fill_groups(cfg: DictConfig, found: experiment.Reading, said: set[str]) -> dict[str, str]:
-    """How the base is stored and how inference is timed, unless the command line chooses them."""
+    """Set ``quant`` and ``inference`` from an experiment, unless the command line chooses them."""
     made = {}
     for group in ("quant", "inference"):
         if any(key.partition(".")[0] == group and (key == group or group == "quant") for key in said):
@@ -157,7 +157,7 @@ def _fill_groups(cfg: DictConfig, found: experiment.Reading, said: set[str]) -> 
 
 
 def _fill_evaluations(cfg: DictConfig, found: experiment.Reading, said: set[str]) -> None:
-    """Put what an experiment says of all evaluations into those that have such an option, and its template into all."""
+    """Set an experiment's options in all evaluations that have them, and its template in all evaluations."""
     general = {
         key: key.removeprefix(experiment_keys.EVALUATIONS) for key in found.keys if experiment_keys.EVALUATIONS in key
     }
@@ -200,7 +200,7 @@ def _with_columns(template: str, current: str) -> str | None:
 
 
 def _fill_from_record(cfg: DictConfig, said: set[str]) -> dict[str, str]:
-    """All that the record of a trial says, key by key; what it lacks, as records of older versions do, stays."""
+    """Set every key that a trial's record holds; keys that older records lack keep their value."""
     original = repeat.original(cfg.repeat)
     if "study" not in said:
         cfg.study = f"{original.run_info['study']}-repeat"
@@ -219,7 +219,7 @@ def _fill_from_record(cfg: DictConfig, said: set[str]) -> dict[str, str]:
 
 
 def _fill_from_adapter(cfg: DictConfig, said: set[str], choices: Mapping[str, str | None]) -> dict[str, str]:
-    """The trial that a saved adapter is of, or of one from elsewhere its method and base; nothing is trained."""
+    """Set the configuration of a saved adapter: that of its trial, or its method and base if it has no record."""
     folder = store.adapter(cfg.adapter.path)
     cfg.label = cfg.label or as_text(experiment.label(str(folder.parent if folder.name == store.ADAPTER else folder)))
     made: dict[str, str] = {}
@@ -235,7 +235,7 @@ def _fill_from_adapter(cfg: DictConfig, said: set[str], choices: Mapping[str, st
 
 
 def _use_base(cfg: DictConfig, base: str, said: set[str]) -> str:
-    """Have the base that an adapter names, a local one in the format that it is stored in; gives the option it is."""
+    """Use the base that an adapter names; a local one in its stored number format. Returns the option of ``model``."""
     kept: dict[str, Any] = {"revision": cfg.model.revision}
     with contextlib.suppress(OSError, ValueError):
         stored = json.loads((Path(base).expanduser() / "config.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What a trial is recognised by: a hash of everything that changes its numbers."""
+"""The identity of a trial: a hash of everything that changes its numbers."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ CHANGES_NO_SCORE = ("headline", "role")  # of their options: what trials are com
 
 @dataclass(frozen=True)
 class Identity:
-    """What a trial is recognised by, and its training alone, by one version of the rule."""
+    """The hash of a trial and of its training alone, by one version of the rule."""
 
     rule: int
     trial: str
@@ -97,9 +97,9 @@ def _training(config: Config, rows: data_rows.Rows | None, rule: int) -> dict[st
 
 
 def _section_identity(section: Any, first: tuple[str, ...]) -> dict[str, Any]:
-    """A section of the configuration by its keys; one that is not among the ``first`` only where it was changed.
+    """The keys of a section. A key that is not among ``first`` counts only if its value is not the default.
 
-    A key that a later version brings thus leaves the identities of all other trials as they were.
+    A key that a later version adds thus does not change the identities of other trials.
     """
     blank = {field.name: field for field in dataclasses.fields(section)}
     return {
@@ -115,7 +115,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _evaluating(config: Config, rows: data_rows.Rows | None, rule: int) -> dict[str, Any]:
-    """Everything else that changes the scores."""
+    """Everything beside the training that changes the scores."""
     prompts = config.inference.get("prompts_file")
     said = {
         "test": rows.fingerprints["test"] if rows is not None else None,
@@ -160,7 +160,7 @@ def _dataset_identity(dataset: DatasetConfig, rows: data_rows.Rows | None, rule:
 
 
 def model_identity(model: ModelConfig, rule: int = IDENTITY_RULE) -> dict[str, Any]:
-    """The base by what it is: a local folder by its files, a hub model by id and revision."""
+    """What identifies the base: the content of a local folder, or id and revision of a model of the hub."""
     from peftsweep.models.model import source  # imports torch, which `--help` must not
 
     said = {key: getattr(model, key) for key in ("task", "init", "dtype", "attn_implementation", "device_map")}
@@ -218,7 +218,7 @@ def _canonical(node: Any, rule: int) -> Any:
 
 
 def _by_content(value: Any) -> Any:
-    """A path, or several, by what is there; what is no local file or folder stays as it is."""
+    """The content of a path, or of several; a value that is no local file or folder stays as it is."""
     if isinstance(value, Mapping):
         return {key: _by_content(one) for key, one in value.items()}
     if not isinstance(value, str) or not (place := Path(value).expanduser()).exists():
@@ -246,7 +246,7 @@ def _shortest(target: str) -> str:
 
 
 def current_name(target: str) -> str:
-    """Where a class or function is now, by any of its names."""
+    """The present name of a class or function, by any of its names."""
     return _renamed(target, FORMER_NAMES)
 
 

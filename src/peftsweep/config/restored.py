@@ -60,13 +60,13 @@ def put(cfg: DictConfig, section: str, value: Any) -> None:
 
 
 def own_values(cfg: DictConfig, said: GivenKeys) -> dict[str, Any]:
-    """What the keys below groups are on the command line."""
+    """The values of the dotted keys that the command line gives."""
     found = {key: OmegaConf.select(cfg, key) for key in said if "." in key and not key.startswith("hydra.")}
     return {key: copy.deepcopy(value) for key, value in found.items()}  # lists and dicts are filled in place
 
 
 def put_back(cfg: DictConfig, own: Mapping[str, Any]) -> None:
-    """Have the command line's own keys again what they were."""
+    """Set the keys of the command line to their values again."""
     for key, value in own.items():
         OmegaConf.update(cfg, key, value, merge=False)
 
@@ -75,7 +75,7 @@ def put_back(cfg: DictConfig, own: Mapping[str, Any]) -> None:
 
 
 def from_trial(cfg: DictConfig, said: GivenKeys, choices: Choices, held: Result, identify: Identify) -> dict[str, str]:
-    """Put all that the record ``held`` says into ``cfg``; gives the choices that it has made.
+    """Set in ``cfg`` all that the record ``held`` says; returns the choices of groups that it makes.
 
     Raises:
         InputError: the command line contradicts the saved weights, or has a key that the trial has not.
@@ -128,7 +128,7 @@ def _check_base_of_trial(cfg: DictConfig, path: str, held: Result, identify: Ide
 
 
 def _same(given: ModelConfig, trained: ModelConfig, identify: Identify) -> bool:
-    """Whether two models are the same base, however each calculates."""
+    """Whether two models are the same base, whatever their number format and attention."""
     try:
         sides = [identify(one) for one in (given, trained)]
     except InputError:  # one is not there any more
@@ -145,7 +145,7 @@ def _model(cfg: DictConfig, changed: Mapping[str, Any]) -> ModelConfig:
 
 
 def _check_head(cfg: DictConfig, path: str, held: Result) -> None:
-    """A saved head has an output for each class that it was trained on."""
+    """Refuse classes that are not those of a saved head."""
     trained = held.config["dataset"]["classes"]
     if not cfg.dataset.classes:
         cfg.dataset.classes = as_text(trained)
@@ -158,7 +158,7 @@ def _check_head(cfg: DictConfig, path: str, held: Result) -> None:
 
 
 def _located(section: str, held: Result) -> Any:
-    """A section of the record; files that are not where it says, seen from here, are looked for seen from its study."""
+    """A section of the record. A relative path that does not exist here is looked up beside the record's study."""
     value = held.config[section]
     root = (held.folder or Path()).resolve().parents[2]  # of multirun/<study>/<trial>
 
@@ -202,7 +202,7 @@ def _plain(cfg: DictConfig, key: str) -> Any:
 def from_elsewhere(
     cfg: DictConfig, said: GivenKeys, choices: Choices, folder: Path, identify: Identify
 ) -> tuple[dict[str, str], str | None]:
-    """Put the method that an adapter's own file names into ``cfg``.
+    """Set in ``cfg`` the method that the file of an adapter names.
 
     Gives the choices that it has made, and the base that it names, where the command line names none.
 
@@ -246,7 +246,7 @@ def _check_method(cfg: DictConfig, said: GivenKeys, choices: Choices, method: Ma
 
 
 def _value(method: Mapping[str, Any], name: str) -> Any:
-    """An option of a method, by default that of its class."""
+    """The value of an option of a method; if it is not given, the default of its class."""
     if name in method:
         return method[name]
     found: Any = pydoc.locate(method["_target_"])
@@ -260,7 +260,7 @@ def _method_in_words(method: Mapping[str, Any]) -> str:
 
 
 def _check_targets(cfg: DictConfig, said: GivenKeys, saved: Any) -> None:
-    """The adapter's own modules are those that it has; roles that name just these say nothing else."""
+    """Refuse targets that are not the modules of the saved adapter."""
     key = next((key for key in sorted(said) if key.partition(".")[0] == "targets"), None)
     if key is None:
         return
