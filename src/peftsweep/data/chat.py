@@ -225,7 +225,7 @@ def _up_to_last_turn(template: ChatTemplate, conversation: Conversation) -> str:
 
 
 def _covered(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
-    """Whether each token has a character of a span; tokens of white space may come without any in ``offsets``."""
+    """Whether each token overlaps a span; tokens of white space may have no characters in ``offsets``."""
     covered = [False] * len(offsets)
     ends = [end for _, end in offsets]
     for start, end in spans:
@@ -256,7 +256,7 @@ def _turns(template: ChatTemplate, conversation: Conversation, text: str, *, onl
 
 
 def _trained_parts(template: ChatTemplate, conversation: Conversation, text: str, spans: list[Span]) -> list[Span]:
-    """Of what the template marks, the part that is in no turn with the weight 0."""
+    """The spans that the template marks as generated, without those of turns with the weight 0."""
     for number, message in enumerate(conversation.messages):
         if message["role"] == "assistant" and not is_trained(message):
             start, end = _turn(template, conversation, text, number)
@@ -312,7 +312,7 @@ def _begin(template: ChatTemplate, conversation: Conversation, text: str, number
 
 
 def _shared(one: str, other: str) -> int:
-    """How many characters both begin with."""
+    """The length of the common beginning of two texts."""
     return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
@@ -328,7 +328,7 @@ def _length_within(text: str, beginning: str | None) -> int | None:
 
 
 def _content_place(template: ChatTemplate, conversation: Conversation, text: str, number: int) -> Span:
-    """Where the content of a turn begins and ends, by what stands around another content in its place."""
+    """The span of a turn's content, found by rendering the conversation with a probe in its place."""
     before, after = _probed(template, conversation, number)
     if not text.startswith(before) or not text.endswith(after) or len(before) + len(after) > len(text):
         raise ValueError(_unknown(number))
@@ -336,7 +336,7 @@ def _content_place(template: ChatTemplate, conversation: Conversation, text: str
 
 
 def _probed(template: ChatTemplate, conversation: Conversation, number: int) -> tuple[str, str]:
-    """What stands before and after the content of a turn, or the name of the tool that a turn without content calls."""
+    """The text before and after the content of a turn, or after the tool name of a turn without content."""
     messages = [*conversation.messages]
     messages[number] = _with_probe(messages[number])
     before, found, after = template.text(conversation._replace(messages=messages)).partition(PROBE)
@@ -359,7 +359,7 @@ def _named(tool: dict[str, Any]) -> dict[str, Any]:
 
 
 def _end_mark(template: ChatTemplate, after: str, as_last: str) -> int:
-    """How long the end of a turn is at the beginning of ``after``, by what ends it ``as_last`` turn.
+    """The length of a turn's end marks at the beginning of ``after``; ``as_last`` is what ends it as the last turn.
 
     Some templates end the last turn with a further mark; then the mark that both have in common is the end.
     """
@@ -411,7 +411,7 @@ def _check_written_out(template: ChatTemplate, conversation: Conversation, text:
 
 
 def _writes(template: ChatTemplate, conversation: Conversation, number: int, probe: Message) -> bool:
-    """Whether the text holds the probe that is in this message; a template that takes none is not asked."""
+    """Whether the template writes the probe that is in this message."""
     messages = [*conversation.messages[:number], probe, *conversation.messages[number + 1 :]]
     text = _text(template, conversation._replace(messages=messages))
     return text is None or PROBE in text

@@ -73,7 +73,7 @@ def _remembered(path: str, size: int, modified: int, changed: int) -> str:
 
 
 def _file_note(known: dict[str, Any], found: str) -> dict[str, Any]:
-    """What is kept of a file's hash, with a hash of the note, as nobody would notice that another's stands there."""
+    """The cached note of a file's hash, with a checksum of the note, so that a damaged note is detected."""
     return known | {"sha256": found, "note": of_values([known, found])}
 
 

@@ -55,7 +55,7 @@ class Example(NamedTuple):
 
     @property
     def asked(self) -> str:
-        """The prompt; one that a chat template rendered, with all its special tokens as text."""
+        """The prompt; if a chat template rendered it, with all its special tokens as text."""
         return self.rendered.prompt if self.rendered else self.prompt
 
 

@@ -70,7 +70,7 @@ def _rendered(template: ChatTemplate, begin: str, row: Example, turns: Turns, wh
 
 
 def leading_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The marks that the tokenizer puts before a text, such as BOS; those after it are not for a prompt."""
+    """The special tokens that the tokenizer puts before a text, such as BOS."""
     plain, marked = (tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
     starts = range(len(marked) - len(plain) + 1)
     return tuple(next((marked[:n] for n in starts if marked[n : n + len(plain)] == plain), ()))
@@ -92,7 +92,7 @@ def prompt_ids(
 
 
 def _first(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What an empty text begins with: BOS, else the end mark of the text before, as lm-evaluation-harness has it."""
+    """The first token of an empty text: BOS, else EOS, as in lm-evaluation-harness."""
     return int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
 
 
@@ -167,7 +167,7 @@ def _apart(
 
 
 def _shortened(ids: list[int], trained: list[bool], kept: int, limit: int) -> Tokens:
-    """At most ``limit`` tokens: the first ``kept`` and the last, among them the last answer as far as it fits."""
+    """At most ``limit`` tokens: the first ``kept`` ones and the last ones, with the last answer as far as it fits."""
     lost_prompt = lost_answer = 0
     if (surplus := len(ids) - limit) > 0:
         if limit < max(kept, 1) + 1:

@@ -84,18 +84,18 @@ def sharegpt(row: Row) -> Row:
 
 
 def _raw_role(turn: Any) -> str:
-    """The role of a turn as the file has it; of what is no turn none."""
+    """The role of a turn as in the file; empty if it is no turn."""
     return str(turn.get("role") or turn.get("from")) if isinstance(turn, Mapping) else ""
 
 
 def _in_template(said: str) -> str:
-    """A role of a file, which may be none that is known, as chat templates name it."""
+    """The name that chat templates have for a role of a file, known or unknown."""
     plain = said.strip().lower()
     return ROLES.get(plain, plain)
 
 
 def version(row: Row) -> int:
-    """Which version of this reader was the first that took these turns from the row, and trained on these."""
+    """The first version of this reader that took the same turns from the row and trained on the same."""
     earlier = {"human": "user", "gpt": "assistant"}
     try:
         turns = _turns(row)
@@ -180,7 +180,7 @@ def _schema(tool: Any) -> Row:
 
 
 def _system(row: Row, first: Message) -> list[Message]:
-    """A system's turn of a column of its own."""
+    """The system turn that a column of the row holds."""
     for column in SYSTEM_COLUMNS:
         text = row.get(column)
         if not isinstance(text, str) or not text.strip():
@@ -193,7 +193,7 @@ def _system(row: Row, first: Message) -> list[Message]:
 
 
 def _until_trained(said: list[Message]) -> list[Message]:
-    """The turns up to the last one that is trained on: nothing that follows it plays a part."""
+    """The turns up to the last one that is trained on; later turns have no effect."""
     trained = [number for number, message in enumerate(said) if is_trained(message)]
     if not trained:
         raise NoAnswer("no turn of the assistant is trained on: all have the weight 0")
@@ -232,7 +232,7 @@ def _message(turn: Any) -> Message:
 
 
 def _weight(message: Message) -> Message:
-    """The weight 0 of a turn that some key of it leaves out of the training."""
+    """The weight 0 of a turn that one of its keys excludes from the training."""
     if (weight := message.get("weight", 1)) not in (0, 1):
         raise ValueError(f"a turn has the weight {weight!r}; must be 0 or 1")
     flags = {key: message[key] for key in UNTRAINED_KEYS if key in message}
