@@ -238,7 +238,7 @@ def _task(cfg: DictConfig) -> None:
 
 
 def run_one(overrides: list[str]) -> Result:
-    """The Python door: see ``peftsweep.run``."""
+    """Run one trial from Python: see ``peftsweep.run``."""
     check_platform()
     from peftsweep.config import build
     from peftsweep.forecast import forecast

@@ -1,4 +1,4 @@
-"""The words of a command line, checked before Hydra reads them, and what a person's own yaml has wrong.
+"""Check the words of a command line before Hydra reads them, and the user's own yamls.
 
 Hydra's grammar has characters of its own, so that a path or a template may need quotes inside those of the shell.
 """
@@ -72,7 +72,7 @@ class OneLineParser(argparse.ArgumentParser):
         raise InputError(message)
 
     def _meant(self, wrong: str, said: str) -> str:
-        """What is close to a wrong option."""
+        """A hint which option was meant."""
         known = [name for action in self._actions for name in action.option_strings]
         return f"; {suggest(wrong, known)}" if said.endswith("no such option") else ""
 
@@ -101,7 +101,7 @@ def number(fits: Callable[[float], bool], allowed: str) -> Callable[[str], float
 
 
 def checked(words: Sequence[str], conf: Path) -> list[str]:
-    """The words of a command, without what says nothing; ``conf`` is the folder of our own yamls.
+    """The words of a command, checked, without words that change nothing; ``conf`` is the folder of our own yamls.
 
     Raises:
         InputError: a word cannot be read, or chooses none of a group's options; the line names it.
@@ -243,7 +243,7 @@ def _is_readable(word: str) -> bool:
 
 
 def _check_swept(word: str, one: Override) -> None:
-    """Refuse a range without values, or of so many that nobody means it, and a list that is the name of a file."""
+    """Refuse a range without values or with too many, and a list that is the name of a file."""
     value: Any = one._value
     if isinstance(value, RangeSweep):
         if not value.step:
@@ -306,7 +306,7 @@ def _listed(options: Iterable[Any]) -> str:
 
 
 def wrong_yaml(words: Sequence[str], *, only_chosen: bool = False) -> str | None:
-    """What a yaml in the folders of ``--config-dir`` has wrong, with its file and line; None if all can be read.
+    """The first fault of a yaml in the folders of ``--config-dir``, with file and line; None if all can be read.
 
     Those that the words choose are looked at first.
     """

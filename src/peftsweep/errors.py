@@ -1,4 +1,4 @@
-"""What a command can end with besides success."""
+"""Exit codes and errors of the commands."""
 
 import re
 import sys
@@ -141,7 +141,7 @@ class InputError(ValueError):
 
 
 def check_platform() -> None:
-    """Say on which system this will not run, or has not been tested. To be called before anything heavy is imported.
+    """Refuse systems on which peftsweep does not run, and warn of untested ones. Called before any heavy import.
 
     Raises:
         InputError: peftsweep does not run here.
@@ -164,7 +164,7 @@ def suggest(wrong: str, known: list[str]) -> str:
 
 
 def synonyms(wrong: str, known: Iterable[str]) -> list[str]:
-    """Those of ``known``, by the last part of a dotted key, that other libraries call ``wrong``."""
+    """The ``known`` keys, by the last part of a dotted key, that other libraries call ``wrong``."""
     plain = wrong.lower().replace("-", "_")
     return [name for name in known if plain in (last := name.rpartition(".")[2], *SYNONYMS.get(last, ()))]
 

@@ -1,4 +1,4 @@
-"""What a trial can be told: every key with its type and default, as plain dataclasses.
+"""The schema of a configuration: every key with its type and default, as plain dataclasses.
 
 The files in conf/ fill these in, config/ checks them, and all other modules receive them as plain values.
 """
@@ -200,7 +200,7 @@ class AdapterConfig:
 
 
 class Resource(Enum):
-    """Of what a trial is given more at each rung."""
+    """What grows from rung to rung."""
 
     steps = "steps"
     rows = "rows"  # of training: each rung is a training of its own, on more of them
@@ -261,7 +261,7 @@ class PriceConfig:
 
 @dataclass
 class ForecastConfig:
-    """What predictions of time go by, beside the device's measured speed and the study's own records."""
+    """Further records for predictions of time, beside the device's measured speed and the study's own records."""
 
     records: str | None = None  # a study (below multirun/, or a folder) whose records of the same device correct them
 

@@ -1,4 +1,4 @@
-"""A model and a data set named as people name them: ``model=./folder``, ``model=ORG/NAME``, ``dataset=rows.jsonl``.
+"""Short names of a model and a data set: ``model=./folder``, ``model=ORG/NAME``, ``dataset=rows.jsonl``.
 
 Each such word stands for words that Hydra knows: ``model=causal_lm model.name_or_path=./folder``. What follows from
 them, such as a trial's identity and its record, is thus that of the longer command.
@@ -48,7 +48,7 @@ GivenKeys = tuple[tuple[str, str], ...]  # keys of the command line that matter,
 
 
 class Meaning(NamedTuple):
-    """What a name stands for: an option of its group and keys, as words in this order; and what to say of it."""
+    """The words that a short name stands for, as keys in this order, and a remark to print."""
 
     keys: dict[str, Any]
     remark: str = ""
@@ -94,7 +94,7 @@ def expanded(words: Sequence[str], folders: Iterable[Path]) -> list[str]:
 
 
 def forget() -> None:
-    """Have the next command look at files and folders again; the points of a command are told what it was told."""
+    """Forget what files and folders held, so that the next command reads them again."""
     _expand_name.cache_clear()
 
 
@@ -107,7 +107,7 @@ def _given_keys(words: Sequence[str]) -> dict[str, str]:
 
 
 def _reading_keys(said: Mapping[str, str]) -> GivenKeys:
-    """Of the keys of the command line those that decide how rows are read, so that others need no second look."""
+    """The keys of the command line that decide how rows are read."""
     values = {key: said[key] for key in SOURCE_KEYS if key in said}
     return tuple((values | {key: "" for key in COLUMN_KEYS if key in said}).items())
 
@@ -143,7 +143,7 @@ def _parses(word: str) -> bool:
 
 
 def _names(one: Override) -> list[str]:
-    """The texts that a word chooses, as they were meant."""
+    """The texts that a word chooses, without quotes."""
     value = one._value
     choices = value.list if isinstance(value, ChoiceSweep) else [value]
     texts = [choice.text if isinstance(choice, QuotedString) else choice for choice in choices]
@@ -182,12 +182,12 @@ def _say_once(remark: str) -> None:
 
 
 def _looks_like_path(name: str) -> bool:
-    """Whether a name can be no option's: a path, a hub id or a file."""
+    """Whether a name is a path, a hub id or a file, and no name of an option."""
     return "/" in name or name.startswith("~") or files.format_of(name) in files.FORMATS
 
 
 def _path_or_hub_id(group: str, name: str, folders: tuple[Path, ...]) -> str | None:
-    """The path or hub id that a name is; None for one that is an option's, or that nothing is found under."""
+    """The path or hub id of a name; None if it is the name of an option, or nothing is found."""
     if not name.strip():
         return None
     if not name.startswith((".", "/", "~")) and any((one / group / f"{name}.yaml").is_file() for one in folders):

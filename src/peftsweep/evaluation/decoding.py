@@ -242,7 +242,7 @@ def _greedy(
 
 
 def _unfinished(over: Sequence[bool], slots: int) -> list[int]:
-    """The places that are not over; and in each slot as many others that all keep as many."""
+    """The rows that are not over, and in each slot so many finished rows that all slots keep the same number."""
     size = len(over) // slots
     ordered = [sorted(range(size * n, size * (n + 1)), key=over.__getitem__) for n in range(slots)]
     most = max(sum(not over[place] for place in mine) for mine in ordered)
@@ -260,7 +260,7 @@ def _generate_with_transformers(
     stops: _Stops,
     sampling: Sampling | None,
 ) -> list[list[int]]:
-    """What transformers' own generation writes: drawn, with beams, and for methods that prepare their own inputs."""
+    """Generate with transformers: for sampling, beams, and methods that prepare their own inputs."""
     writing: Any = model
     with without_own_settings(model):
         made: torch.Tensor = writing.generate(
@@ -281,7 +281,7 @@ def _generate_with_transformers(
 
 @contextmanager
 def without_own_settings(model: nn.Module) -> Iterator[None]:
-    """Inside, the model has no generation settings of its own: no sampling, no penalties, no end mark.
+    """In the block the model has no generation settings of its own: no sampling, no penalties, no end mark.
 
     They would hold for what transformers' own generation writes, and not for ``_greedy``.
     """

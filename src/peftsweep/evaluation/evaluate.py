@@ -30,7 +30,7 @@ JUDGING_VERSION = 2  # the version of how answers are read and judged, under whi
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores by name, a line a row for predictions/<eval>.jsonl, and what else tells how far to trust them."""
+    """The scores by name, the rows of predictions/<eval>.jsonl, and facts that tell how far to trust the scores."""
 
     scores: dict[str, Score]
     predictions: list[dict[str, Any]]
@@ -196,7 +196,7 @@ def multiple_choice(
 
 
 def scores_texts(examples: Sequence[Example]) -> bool:
-    """Whether the likelihood that is asked for is that of the choices' own texts, but for white space around them."""
+    """Whether the scored texts are those of the choices, but for white space around them."""
     return all(choice.answer.strip() == choice.text.strip() for row in examples for choice in row.choices)
 
 
@@ -261,7 +261,7 @@ def instruction(
 
 
 def _facts_of_way(way: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts of one of several ways to judge the same questions: what was answered under names of its own."""
+    """The facts of one of several ways to judge the same questions, under names of that way."""
     own = ("histogram", "degenerate")
     return {f"{way}{name}" if name.endswith(own) else name: fact for name, fact in facts.items() if name != "headline"}
 
@@ -342,7 +342,7 @@ def room(
     max_length: int,
     needed: Callable[[str], str] = str.strip,
 ) -> dict[str, int]:
-    """How many prompts are cut, and of how many references what is ``needed`` has more tokens than may be written."""
+    """The number of prompts that are cut, and of references whose ``needed`` part is longer than may be written."""
     limit = min(max_length, tokenizer.model_max_length - max_new_tokens)
     references = tokenizer([needed(row.answer) for row in examples], add_special_tokens=False).input_ids
     return {

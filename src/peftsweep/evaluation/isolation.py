@@ -1,4 +1,4 @@
-"""What code of a user's may change of its process: put back, so that the next trial finds it as a new process would."""
+"""Restore the state of the process after code of a user, so that the next trial finds it as in a new process."""
 
 from __future__ import annotations
 
@@ -119,11 +119,11 @@ def _standard_streams_kept() -> Iterator[None]:
 
 
 class _Unclosable:
-    """A stream of output that is not closed by who writes to it."""
+    """An output stream whose ``close`` only flushes."""
 
     @classmethod
     def of(cls, stream: Any) -> Any:
-        """Around ``stream``, but for None, which stands for no stream at all."""
+        """A wrapper of ``stream``; None (no stream) stays None."""
         return stream if stream is None or isinstance(stream, cls) else cls(stream)
 
     def __init__(self, stream: Any) -> None:
@@ -133,7 +133,7 @@ class _Unclosable:
         return getattr(self._stream, name)
 
     def close(self) -> None:
-        """Write what is held back, and stay open."""
+        """Flush, and stay open."""
         self._stream.flush()
 
 

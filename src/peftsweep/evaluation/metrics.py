@@ -294,7 +294,7 @@ def shortest_text(answer: str) -> str:
 def answer_baselines(
     said: Sequence[str | None], gold: Sequence[str], labels: Sequence[str] = (), written: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """What a share of right answers is worth: the baselines, and the answers that were given.
+    """Baselines for a share of right answers, and the histogram of the answers.
 
     ``majority`` is the share that always giving the most frequent reference answer would reach, ``random`` that of
     guessing among ``labels`` (those seen in ``gold`` unless given). Predictions are ``degenerate`` if one answer makes

@@ -181,7 +181,7 @@ def _adapted_names(adapted: PeftModel) -> list[str]:
 
 
 def _refused(error: Exception) -> InputError:
-    """What PEFT says of a configuration that it does not take, in one line."""
+    """PEFT's error about a configuration, as one line."""
     return InputError(f"method: {' '.join(str(error).split())[:LONGEST] or type(error).__name__}")
 
 
@@ -194,7 +194,7 @@ def _always_trained(base: PreTrainedModel) -> list[str]:
 
 
 def _freeze_beside_text(base: PreTrainedModel) -> None:
-    """Leave what text never reaches, such as a vision tower, as it is."""
+    """Freeze the parts that text never reaches, such as a vision tower."""
     reached = text_part(base)
     if reached is not base:
         kept = {id(p) for part in (reached, *(getattr(base, n) for n in head_names(base))) for p in part.parameters()}

@@ -122,7 +122,7 @@ def architecture(model: ModelConfig) -> transformers.PreTrainedConfig:
 
 
 def _revision(model: ModelConfig) -> str:
-    """What of the model's repository is loaded: its commit; for a folder, which has no revisions, the main branch."""
+    """The commit of the model's repository that is loaded; for a local folder, which has none, the main branch."""
     return "main" if is_local(model) else hub.config_of_model(source(model), model.revision).parent.name
 
 
@@ -152,7 +152,7 @@ def is_local(model: ModelConfig) -> bool:
 
 
 def check_cached(model: ModelConfig) -> None:
-    """Where the hub does not answer: that its files of the model are in the local cache.
+    """Check, where the hub does not answer, that the files of the model are in the local cache.
 
     Raises:
         InputError: they are not.

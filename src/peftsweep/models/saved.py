@@ -46,7 +46,7 @@ NOT_MERGEABLE = "what the method adds cannot be merged into the weights"
 
 
 def check_files(model: ModelConfig) -> None:
-    """See that a model's folder, if it is in one, holds whole weights and no adapter, without reading them.
+    """Check that the folder of a model holds whole weight files and no adapter, without reading the weights.
 
     Raises:
         InputError: it does not.
@@ -73,7 +73,7 @@ def check_files(model: ModelConfig) -> None:
 
 @lru_cache(maxsize=10_000)
 def _problem(file: Path, size: int, modified: int) -> str | None:
-    """What is wrong with a file of weights, by its beginning and its ``size``."""
+    """The fault of a file of weights, by its beginning and its ``size``; None if there is none."""
     with file.open("rb") as stream:
         beginning = stream.read(len(POINTER))
     if beginning == POINTER:
@@ -88,7 +88,7 @@ def _problem(file: Path, size: int, modified: int) -> str | None:
 
 
 def keep_dtype(adapted: PeftModel) -> None:
-    """Have adapters on quantised layers answer in the number format they are asked in.
+    """Make adapters on quantised layers return the number format of their input.
 
     Those of several methods (IA3, RoAd, RandLora, PVeRA, on 8 bits AdaLoRA) calculate in 32 bits and stay
     there, so that on a 16-bit base attention meets queries, keys and values of two formats.
@@ -219,7 +219,7 @@ def names_as_written() -> Iterator[None]:
 
 @contextmanager
 def _load_results() -> Iterator[list[Any]]:
-    """What PEFT finds out while it loads adapters and does not tell."""
+    """Collect the missing and unexpected keys that PEFT finds while it loads adapters."""
     results: list[Any] = []
     load = PeftModel.load_adapter
 

@@ -1,4 +1,4 @@
-"""Tells a running trial's numbers to an outside tool, through accelerate's trackers.
+"""Sends a running trial's numbers to an outside tool, through accelerate's trackers.
 
 A tracker is opt-in and no part of a trial's identity: nothing is read back from it, and what goes wrong
 with it never reaches the trial. What it writes lies in the study's folder, under ``tracker/``.
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class Tracker(Observer):
-    """Tells ``observer`` and a tool how a trial comes along; without a tool, ``observer`` alone.
+    """Sends the progress of a trial to ``observer`` and, where there is one, to a tool.
 
     The tool is dropped, with one warning in the log, at the first exception it raises.
     """

@@ -1,4 +1,4 @@
-"""The reference: each key, option, column, exit code and public name, with its sentence, from where each is said once.
+"""The reference: each key, option, column, exit code and public name, with its sentence from its one source.
 
 Sentences are the comments of schema.py and conf/, the help texts of PEFT's configuration classes, docstrings, and
 meanings.py for what has none of these. ``peftsweep --help KEY`` shows one key, and ``reference_pages`` writes all.
@@ -87,7 +87,7 @@ def _comments_of_yaml(file: Path) -> dict[str, str]:
 
 
 def sentence_of_option(file: Path) -> str:
-    """What an option is: the comment at the head of its yaml."""
+    """The description of an option: the comment at the head of its yaml."""
     lines = file.read_text(encoding="utf-8").splitlines()
     head: list[str] = []
     for line in lines:
@@ -105,7 +105,7 @@ def options(group: str) -> dict[str, str]:
 
 
 def _of_point(file: Path) -> str:
-    """What a named point chooses, as far as it is a word or a number; most have no comment of their own."""
+    """The words and numbers that a named point sets; most points have no comment of their own."""
     tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     groups = [
         f"{key.split('/')[-1]}={option}"
@@ -176,7 +176,7 @@ def shown(value: Any) -> str:
 
 
 def called_keys(prefix: str, target: str, notes: Mapping[str, str], values: Mapping[str, Any]) -> list[Key]:
-    """What a class or function takes, under ``prefix``; ``values`` are what a yaml sets, ``notes`` its comments."""
+    """The arguments of a class or function, as keys; ``values`` and ``notes`` are values and comments of a yaml."""
     function: Any = pydoc.locate(target)
     hints, numbers = calls.argument_types(function), calls.numbers_taken(function)
     found = []
@@ -193,7 +193,7 @@ def called_keys(prefix: str, target: str, notes: Mapping[str, str], values: Mapp
 
 
 def help_of(config: Any, name: str) -> str:
-    """The first sentence of what PEFT's class says of a field."""
+    """The first sentence of the help of a field of PEFT's class."""
     fields = {field.name: field for field in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else {}
     text = " ".join(str(fields[name].metadata.get("help", "")).split()) if name in fields else ""
     return re.split(r"(?<=[^.][.!])\s+(?=[A-Z`'(])", text)[0]
@@ -278,7 +278,7 @@ def _methods() -> dict[str, dict[str, Any]]:
 
 
 def light_keys() -> dict[str, Key]:
-    """The keys that are known without importing torch, by their names: all but those of classes and functions."""
+    """The keys that need no import of torch, by name: all but the arguments of classes and functions."""
     found = {key.name: key for key in [*schema_keys(), *rows_keys()]}
     for group in ("hydra/launcher", "hydra/sweeper"):
         found |= {key.name: key for keys in hydra_keys(group).values() for key in keys}

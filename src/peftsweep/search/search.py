@@ -186,7 +186,7 @@ class Search:
         return batch
 
     def trials(self) -> list[FrozenTrial]:
-        """All but those that wait to be asked for."""
+        """All trials but those that are enqueued."""
         import optuna
 
         waiting = optuna.trial.TrialState.WAITING
@@ -227,7 +227,7 @@ class Search:
             pruning.report(self.study, trial.number, stop["metric"], stop["step"], stop["value"])
 
     def lines(self) -> list[str]:
-        """How the search stands, in words: how its trials ended, and the best of them."""
+        """The state of the search as lines: how its trials ended, and the best of them."""
         import optuna
 
         states = [one.state.name.lower() for one in self.trials()]
@@ -276,7 +276,7 @@ def _numbers(answer: Any, objectives: Sequence[str]) -> list[float] | None:
 
 
 def _end_whole(journal: Path) -> None:
-    """Take away a last line that was cut off as it was written, which the next one would be written onto."""
+    """Remove an incomplete last line, which the next line would be appended to."""
     if journal.is_file() and (text := journal.read_bytes()) and not text.endswith(b"\n"):
         with journal.open("r+b") as file:
             file.truncate(text.rfind(b"\n") + 1)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under another name, then renamed."""
+"""Atomic files: written under another name, then renamed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write_text(file: Path, text: str) -> None:
 
 
 def persistently(write: Callable[[], None]) -> None:
-    """Call ``write``, which may be called again, and again after an error that a disk may get over.
+    """Call ``write``, and call it again after an error that may be temporary.
 
     Raises:
         OSError: after one of ``TRANSIENT`` at the third try, after any other at the first.

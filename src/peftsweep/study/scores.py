@@ -1,4 +1,4 @@
-"""What the scores in a record are called, which way is better, and what they are held against."""
+"""The names of scores in a record, which direction is better, and their baselines."""
 
 from __future__ import annotations
 

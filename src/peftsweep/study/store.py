@@ -1,4 +1,4 @@
-"""The folder as state: which trials a study holds and which of them are done."""
+"""The folder of a study: which trials it holds and which of them are done."""
 
 from __future__ import annotations
 
@@ -287,12 +287,12 @@ def _marked(study: Path, mark: Path) -> Path | None:
 
 
 def _mark(study: Path, training: str) -> Path:
-    """Looked up by name, as reading every record of a large study before each trial would take minutes."""
+    """The file that names the trial of a training; to read all records of a large study would take minutes."""
     return study / ".trained" / training
 
 
 def unwritable(error: BaseException) -> Unwritable | None:
-    """What ``error`` says of a disk that takes no more or may not be written; None if it is about something else."""
+    """``error`` as ``Unwritable`` if it says that the study cannot be written; else None."""
     if isinstance(error, Unwritable):
         return error
     where = Path(str(getattr(error, "filename", None) or ROOT))

@@ -55,11 +55,11 @@ class SweepRecord:
     def add(self, result: Result) -> None:
         """A trial has just ended."""
         now = time.perf_counter()
-        self._spans.append((max(self._began, now - record.sitting_seconds(result)), now))
+        self._spans.append((max(self._began, now - record.last_attempt_seconds(result)), now))
         self._ended[result.status.name] += 1
 
     def leave(self, count: int) -> None:
-        """So many trials that were asked for were not run to their end, for no fault of theirs."""
+        """Count trials that this command did not run to their end: a limit, a deadline, an interrupt."""
         self._left += count
         _not_run.append(count)
 

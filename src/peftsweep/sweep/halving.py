@@ -81,7 +81,7 @@ def run(launch: Launch, points: Sequence[Point], config: HalvingConfig, *, quiet
 
 
 def _words(config: HalvingConfig, number: int | None) -> list[str]:
-    """What sends a point to rung ``number``; None: to its end."""
+    """The words that send a point to rung ``number``; None: to its end."""
     if config.resource is Resource.steps:
         return [f"halving.rung={'null' if number is None else number}"]
     part = 1.0 if number is None else rungs.fraction(config, number)

@@ -1,4 +1,4 @@
-"""Several trials trained at once on one frozen base: which can be, and the running of those that are.
+"""Run several trials at once on one frozen base.
 
 What is alike in them is done once: the base is loaded, the rows are read, the base is scored. Then their
 adapters are trained together (packed.py), and each is evaluated, saved and recorded as a trial alone is. Its numbers
@@ -80,7 +80,7 @@ def run(
 def _run_together(
     trials: Sequence[Trial], told: dict[str, Observer], *, probe: bool, measure: bool
 ) -> dict[str, Result]:
-    """The records by identity, of none that each has to run alone."""
+    """The records of the pack by identity; none of a trial that has to run alone."""
     names = [one.identity for one in trials]
     with ExitStack() as claims:
         for one in trials:
@@ -100,13 +100,13 @@ def _run_together(
 
 
 def _trained(one: Trial) -> bool:
-    """Whether its trained weights are there already."""
+    """Whether the trained weights of the trial exist already."""
     ended = trial_done.folder(one) / store.CHECKPOINTS / checkpoint.TRAINED
     return trial_done.trained(one) is not None or (ended.exists() and not one.config.force)
 
 
 def _step(one: Trial) -> int:
-    """That of the checkpoint from which it would go on; 0 without one."""
+    """The step of the checkpoint from which the trial would continue; 0 without one."""
     files = [] if one.config.force else (trial_done.folder(one) / store.CHECKPOINTS).glob("step-*.pt")
     return max((int(file.stem.partition("-")[2]) for file in files), default=0)
 
@@ -119,7 +119,7 @@ _SPEEDUPS: dict[str, float] = {}  # of packs that this process has tried out
 
 
 class _SharedFailure(Exception):
-    """What the slots share has failed."""
+    """A step that all slots share has failed."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(record.one_line(error))
@@ -127,7 +127,7 @@ class _SharedFailure(Exception):
 
 
 class _BroadcastObserver(Observer):
-    """Tells every slot's observer what all do together."""
+    """Passes what all slots do together to the observer of each."""
 
     def __init__(self, observers: Sequence[Observer]) -> None:
         self._observers = observers
@@ -143,15 +143,15 @@ class _Slot:
     def __init__(self, name: str, one: Trial, observer: Observer, device: torch.device) -> None:
         self.name, self.trial, self.place = name, one, trial_done.folder(one)
         self.tracker, self.meter = Tracker(observer), Meter(device)
-        sittings = outcome.Attempts(self.place, self.meter)
+        attempts = outcome.Attempts(self.place, self.meter)
         self.result = outcome.begin(one, self.place)
-        self.session = Session(one, self.result, self.meter, self.tracker, sittings)
+        self.session = Session(one, self.result, self.meter, self.tracker, attempts)
         self.status: Status | None = None
         self.failure: dict[str, str] | None = None
 
     @contextmanager
     def own(self) -> Iterator[None]:
-        """What fails in the block ends this trial and no other."""
+        """An error in the block ends this trial and no other."""
         try:
             yield
         except study_claims.Claimed:  # it is another process's now
@@ -169,18 +169,18 @@ class _Slot:
             self.session.save()
 
     def drop(self) -> None:
-        """It runs again, in another pack or alone."""
+        """The trial runs again, in another pack or alone."""
         self.tracker.end({}, Status.cancelled.value)
 
     def end(self, start: float) -> Result:
         status = self.status or Status.success
-        sittings = self.session.sittings
-        outcome.end(self.result, self.place, self.meter, start, status, self.failure, self.tracker, sittings)
+        attempts = self.session.attempts
+        outcome.end(self.result, self.place, self.meter, start, status, self.failure, self.tracker, attempts)
         return self.result
 
 
 class _Pack:
-    """Trials on their way together. The first one's session does, under a meter of the pack, what all share."""
+    """Trials of one pack. The session of the first one does what all share, under a meter of the pack."""
 
     def __init__(self, trials: Sequence[Trial], observers: Sequence[Observer], probe: bool, measure: bool) -> None:
         self._probe, self._measure = probe, measure
@@ -255,7 +255,7 @@ class _Pack:
                 slot.result.memory["packed_predicted"] = predicted.facts()
 
     def _try_out(self, lead: Session, slots: Sequence[_Slot]) -> None:
-        """Raise unless the slots are faster together, by what was found for such a pack before, or by trying it."""
+        """Raise unless the slots are faster together, by an earlier measurement of such a pack or a new one."""
         key = content_hash([shared_settings(lead.trial), len(slots)])
         if key not in _SPEEDUPS:
             with lead.stage("probe"):
@@ -290,7 +290,7 @@ class _Pack:
             )
 
     def _note(self, slot: _Slot, slots: Sequence[_Slot], ended: packed.Ended) -> None:
-        """What the slot has come to. What it took is the pack's, and stands where no trial's own figure stands."""
+        """Record the result of a slot. Its time and memory are the pack's, under keys of their own."""
         session, stages = slot.session, self.meter.stages
         cast(PeftModel, session.adapted).set_adapter(slot.name)
         trainable = parts.count(session.adapted).trainable
@@ -310,7 +310,7 @@ class _Pack:
             slot.status = Status.stopped
 
     def _judge(self) -> None:
-        """End those that have come to their rung."""
+        """End the slots that have reached their rung."""
         for slot in self._alive():
             if slot.session.stop_at is not None:
                 with slot.own():
@@ -318,7 +318,7 @@ class _Pack:
                     slot.status = Status.stopped
 
     def _evaluate(self) -> None:
-        """Evaluate the slots, what is asked of each asked of all at once; so what it took is the pack's."""
+        """Evaluate all slots at once; time and memory of that are the pack's."""
         slots = self._alive()
         if not slots:
             return
@@ -332,7 +332,7 @@ class _Pack:
         self._note_evaluations(slots)
 
     def _note_evaluations(self, slots: Sequence[_Slot]) -> None:
-        """What they took, which was measured with the slot that asked first, is that of the pack."""
+        """Record the time and memory of the evaluations, measured with the first slot, as the pack's."""
         whole = self.meter.stages["eval"] = Stage()
         for slot in slots:
             whole.add(slot.meter.stages.pop("eval", Stage()))

@@ -1,4 +1,4 @@
-"""From the words of each point of a sweep to its trial: what points have in common is composed and checked once."""
+"""Make the trial of each point of a sweep; what points have in common is composed and checked once."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Points:
         return point, dict(base.whole.hydra.runtime.choices)
 
     def _parse(self, words: Sequence[str]) -> tuple[tuple[str, ...], dict[str, Override]]:
-        """The words that choose options of groups, and the others with what they say."""
+        """The words that choose options of groups, and the other words, parsed."""
         for word in words:
             if word not in self._parsed:
                 (self._parsed[word],) = self._parser.parse_overrides([word])
@@ -128,7 +128,7 @@ class Points:
 
 
 class _Base:
-    """What Hydra has composed."""
+    """A configuration that Hydra has composed, for one choice of groups."""
 
     def __init__(self, whole: DictConfig) -> None:
         self.whole = whole

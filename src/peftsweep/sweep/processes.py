@@ -88,7 +88,7 @@ def _visible() -> list[str]:
 
 
 def hide_gpus() -> None:
-    """Have this process, and all that it starts, see no GPU; without effect on a torch that is imported already."""
+    """Hide all GPUs from this process and its children; no effect if torch is imported already."""
     if "torch" not in sys.modules:
         os.environ[VISIBLE] = CPU
 

@@ -1,4 +1,4 @@
-"""How the jobs of submitit's launchers end: each by itself, and also where SLURM keeps no accounting.
+"""The states of the jobs of submitit's launchers: each by itself, and also where SLURM keeps no accounting.
 
 submitit knows a job's state from ``sacct`` alone. Where accounting is off that fails, a job whose process was killed
 stays UNKNOWN, and is waited for without end. Here ``squeue`` is asked first, which every SLURM has; a job that it no

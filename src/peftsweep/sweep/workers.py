@@ -1,4 +1,4 @@
-"""Where trials run: in warm worker processes, so that a crash costs one trial and imports are paid once.
+"""Worker processes that run trials, so that a crash costs one trial and imports are paid once.
 
 A worker runs one trial after the other on its device and keeps the frozen base between those that share it. It ends
 with its parent, however that ends. What it did stands in the study; what it tells on its way is for the display.
@@ -30,7 +30,7 @@ from peftsweep.evaluation.isolation import Resources, process_state_kept
 from peftsweep.observe import measure
 from peftsweep.observe.display import Display, Observer, TrialView
 from peftsweep.study import claims, store
-from peftsweep.study.record import Result, Status, sitting_seconds
+from peftsweep.study.record import Result, Status, last_attempt_seconds
 from peftsweep.sweep import pack as sweep_pack
 from peftsweep.sweep import packing, processes
 from peftsweep.training import capture
@@ -135,7 +135,7 @@ def _run_job(job: Job, observers: Sequence[Observer], options: Options) -> list[
 
 
 class Budget:
-    """What ``limit`` and ``deadline`` leave to one command, which may run trials several times."""
+    """The rest of ``limit`` and ``deadline`` of one command, which may run trials several times."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
@@ -151,7 +151,7 @@ class Budget:
         self._off.clear()
 
     def take(self, wanted: int, job: Sequence[Trial] = ()) -> int:
-        """How many of the ``wanted`` trials, which are those of ``job``, may start now; they are counted."""
+        """The number of the ``wanted`` trials of ``job`` that may start now; they are counted as started."""
         elapsed = time.monotonic() - self._begun
         late = self._options.deadline is not None and elapsed + self.estimate(job) > self._options.deadline
         limit = self._options.limit
@@ -160,14 +160,14 @@ class Budget:
         return room
 
     def give_back(self, count: int) -> None:
-        """Trials that were counted have not run."""
+        """Uncount trials that have not run."""
         self._started -= count
 
     def spend(self, result: Result) -> None:
         """A trial has ended."""
-        self._took.append(sitting_seconds(result))
+        self._took.append(last_attempt_seconds(result))
         if expected := self.expected.get(result.run_info.get("identity", "")):
-            self._off.append(sitting_seconds(result) / expected)
+            self._off.append(last_attempt_seconds(result) / expected)
 
     def estimate(self, job: Sequence[Trial] = ()) -> float:
         """The seconds that a job takes: as predicted, times what predictions were off by, where it was predicted.
@@ -208,7 +208,7 @@ class _Worker:
         self.connection.send(([configuration.without_rows(one) for one in job], options))
 
     def take(self) -> Job:
-        """What it ran; it is free again."""
+        """The job that the worker ran; the worker is free again."""
         job, self.job = self.job, []
         return job
 
@@ -352,7 +352,7 @@ def _held_elsewhere(one: Trial) -> bool:
 
 
 def _ended(worker: _Worker, options: Options) -> tuple[str, str] | None:
-    """How the worker's trial has ended, if it has; a trial that hangs is ended here."""
+    """How the worker's trial has ended, or None; a trial over its timeout is killed here."""
     if ended := worker.news():
         return ended
     if options.timeout is not None and time.monotonic() - worker.since > options.timeout * len(worker.job):
@@ -391,7 +391,7 @@ def _cancel(pool: list[_Worker]) -> None:
 
 
 class _Reporter(Observer):
-    """Tells the parent how a trial of its job comes along."""
+    """Sends the progress of a trial to the parent."""
 
     def __init__(self, channel: Channel, number: int) -> None:
         self._channel, self._number = channel, number
@@ -424,7 +424,7 @@ def serve(channel: Channel, threads: int | None) -> None:
 
 
 def _device_broken() -> bool:
-    """Whether a fault, such as an illegal address or a failed capture, has spoiled this process's use of its GPU."""
+    """Whether this process cannot use its GPU any more, after an illegal address or a failed capture."""
     try:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
@@ -434,7 +434,7 @@ def _device_broken() -> bool:
 
 
 def _in_worker(job: Job, options: Options, channel: Channel, resources: Resources) -> tuple[str, str]:
-    """How the job ended: as its records say, or not at all, and why."""
+    """How the job ended, and a message: "done" where its records say how, else why there is none."""
     reporters = [_Reporter(channel, number) for number in range(len(job))]
     try:
         with process_state_kept():

@@ -1,4 +1,4 @@
-"""How many steps a training takes, and when something is due in it."""
+"""The number of steps of a training, and the steps at which validations and checkpoints are due."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 def padded_tokens(step: Sequence[int], rows: Sequence[Tokens], config: TrainConfig) -> int:
-    """The tokens of a step, of its rows by their numbers, with what its micro-batches are padded by."""
+    """The tokens of a step, padding included; ``step`` holds the numbers of its rows."""
     multiple, total = config.pad_to_multiple_of, 0
     for numbers in next(micro_batches([list(step)], config.batch_size)):
         total += len(numbers) * math.ceil(max(len(rows[n].ids) for n in numbers) / multiple) * multiple
@@ -44,7 +44,7 @@ def typical_steps(rows: Sequence[Tokens], config: TrainConfig, seed: int, count:
 
 
 def rows_per_step(config: TrainConfig) -> int:
-    """Rows that an optimizer step takes, but for an epoch's last one."""
+    """The rows of an optimizer step; the last step of an epoch may have fewer."""
     return config.batch_size * config.accumulation
 
 
@@ -56,7 +56,7 @@ def total_steps(config: TrainConfig, rows: int) -> int:
 
 
 def in_epochs(step: int, config: TrainConfig, rows: int) -> float:
-    """How often the data has been gone through after ``step`` steps."""
+    """The number of epochs after ``step`` steps."""
     return step / steps_per_epoch(config, rows)
 
 

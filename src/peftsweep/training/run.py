@@ -32,7 +32,7 @@ WARMUP_LAPS = 3  # first steps allocate and tune; they are trained on, but left 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training run did. Losses are means over answer tokens, in nats."""
+    """The result of a training run. Losses are means over answer tokens, in nats."""
 
     steps: int
     epochs: float
@@ -169,7 +169,7 @@ class Run:
 
     @property
     def stopped(self) -> bool:
-        """Whether its validations have ended it before its last step."""
+        """Whether a validation has ended the run before its last step."""
         return self.progress.stopped is not None
 
     def _figures(self, model: nn.Module) -> Row:
@@ -213,7 +213,7 @@ class Run:
 
 @dataclass
 class Progress:
-    """How far the loop has come."""
+    """The counters and sums of a run so far."""
 
     laps: Laps
     step: int = 0
@@ -235,13 +235,13 @@ class Progress:
         self.positions += sum(batch.input_ids.numel() for batch in batches)
 
     def mean_loss(self) -> float:
-        """Of the steps since it was last asked for."""
+        """The mean loss of the steps since the last call."""
         mean = torch.stack(self.losses).mean().item()
         self.losses.clear()
         return mean
 
     def own(self, row: Row) -> Row:
-        """A row of steps.jsonl without what is a pack's, if steps were taken in one."""
+        """A row of steps.jsonl; in a pack without the figures that belong to the whole pack."""
         return {key: value for key, value in row.items() if max(self.lanes) == 1 or key not in OF_A_PACK}
 
     def trained(
@@ -263,7 +263,7 @@ class Progress:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return vars(self) | {"laps": self.laps.seconds(), "stopped": None}  # which the next sitting decides anew
+        return vars(self) | {"laps": self.laps.seconds(), "stopped": None}  # which the next attempt decides anew
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.laps.resume(state["laps"])
@@ -317,7 +317,7 @@ class Epoch:
 
 
 def as_loss(scores: dict[str, float], metric: str) -> float:
-    """The value of ``metric``, turned so that less is better; what is no number is worst."""
+    """The value of ``metric``, negated if more is better, so that less is better; NaN becomes infinity."""
     if metric not in scores:
         raise InputError(f"train.best_metric={metric}: the validation has {', '.join(scores)}")
     value = scores[metric] if metric.rpartition(".")[2] in LOWER_IS_BETTER else -scores[metric]
@@ -325,7 +325,7 @@ def as_loss(scores: dict[str, float], metric: str) -> float:
 
 
 def validations_without_gain(validations: Sequence[tuple[float, float, int]]) -> int:
-    """How many validations have followed the best one; of equal ones the first is the best."""
+    """The number of validations since the best one; of equal ones the first is the best."""
     worth = [bad for bad, *_ in validations]
     return len(worth) - 1 - worth.index(min(worth)) if worth else 0
 

@@ -1,4 +1,4 @@
-"""Which trials a study holds already, and whether they are to be run again."""
+"""Find the trials that a study holds already, and decide whether they are run again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from peftsweep.trial import mended
 
 
 def folder(trial: Trial) -> Path:
-    """Where the trial's record is or will be; one of an earlier version stays where it is."""
+    """The folder of the trial's record, existing or new; a record of an earlier version stays where it is."""
     root = store.folder(trial.config.study)
     place = store.trial_folder(root, trial.slug, trial.identity)
     if place.exists():
@@ -55,7 +55,7 @@ def _fault(held: Result) -> str | None:
 
 
 def damaged(trial: Trial) -> str | None:
-    """What of the trial's files is damaged, so that it is run again; None where nothing is."""
+    """The damage of the trial's files, for which it is run again; None if there is none."""
     return None if trial.config.force else store.damage(folder(trial))
 
 
@@ -95,7 +95,7 @@ def finished(trial: Trial) -> Result | None:
 
 
 def _update_headlines(trial: Trial, done: Result) -> bool:
-    """Have the record say the headlines that are asked for, of the metrics that it holds; whether it did not."""
+    """Set the record's headline metrics to those of the configuration; returns whether any has changed."""
     changed = False
     for name, node in trial.config.eval.items():
         wanted, found = node.get(record.HEADLINE), done.eval_info.get(name, {})
@@ -105,7 +105,7 @@ def _update_headlines(trial: Trial, done: Result) -> bool:
 
 
 def resumes_full(trial: Trial) -> bool:
-    """Whether the trial was stopped at a rung, of a halving that is not asked for any more."""
+    """Whether the trial was stopped at a rung of a halving, and the command has no halving any more."""
     held = store.result(folder(trial)) if rungs.begins(trial.config.halving) is None else None
     return held is not None and held.status is Status.stopped
 
@@ -119,7 +119,7 @@ def done_before(trial: Trial) -> Result | None:
 
 
 def _is_far_enough(trial: Trial, done: Result) -> bool:
-    """Whether the trial has come as far as it is sent now, which may be farther than when it was stopped."""
+    """Whether the trial has reached its rung or end of today, which may be later than when it was stopped."""
     stop = done.run_info.get("stopped")
     if stop is None or done.status is not Status.stopped:
         return rungs.reached(trial.config.halving, done)

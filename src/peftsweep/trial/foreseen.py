@@ -1,4 +1,4 @@
-"""What a trial's record says of its time: what was predicted before it ran, its FLOPs, its share of the ceiling."""
+"""Predictions and FLOPs in a trial's record: predicted memory and seconds, FLOPs, and MFU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def memory(trial: Trial, result: Result, tokens: Sequence[Tokens]) -> None:
-    """Note in the record the memory that training on these rows is predicted to take."""
+    """Write the predicted memory of training on these rows into the record."""
     if predicted := forecast.prediction(trial, tokens):
         result.memory["predicted"] = predicted.facts()
 
@@ -53,13 +53,13 @@ def predict_time(
 
 
 def predicted_by_kind(result: Result) -> dict[str, float]:
-    """The seconds that were predicted, of each kind of a trial's work of which they were."""
+    """The predicted seconds of each kind of a trial's work, where there are any."""
     said = result.train_info.get("predicted") or {}
     return {kind: said[f"{kind}_seconds"] for kind in history.KINDS if f"{kind}_seconds" in said}
 
 
 def _planned(trial: Trial, device: str) -> dict[str, Any] | None:
-    """What the study's plan says of the trial, if it was made for this device."""
+    """The row of the trial in the study's plan, if the plan was made for this device."""
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         plan = json.loads((store.folder(trial.config.study) / store.PLAN).read_text(encoding="utf-8"))
         for row in plan:

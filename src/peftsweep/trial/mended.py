@@ -1,7 +1,7 @@
-"""Faults of earlier versions: whose records hold numbers that are known to be wrong, and why.
+"""Known faults of earlier versions, and which records hold wrong numbers because of them.
 
 A record of such a version counts as done unless one of these faults made its numbers wrong; then the trial is run
-again. What tells a wrong record is its configuration, what its training counted, and the base's files.
+again. A wrong record is recognised by its configuration, the counts of its training, and the base's files.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ MENDED = (
 
 @dataclass(frozen=True)
 class _Base:
-    """What the files of a base say that decides which faults concerned it."""
+    """The facts about a base, read from its files, that decide which faults concerned it."""
 
     begins: bool = False  # its tokenizer puts a beginning-of-sequence token before each text
     ends: bool = False  # and an end-of-sequence token after it

@@ -1,4 +1,4 @@
-"""Scores that are not computed twice: of an untouched base, and of a trial whose evaluation was cut off."""
+"""Caches of scores: of the untouched base, and of a trial whose evaluation was interrupted."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ CHECKSUM = "sha256"  # in a file of a base's scores, of these and its answers
 
 
 class EvaluationCache:
-    """The evaluations that are done, each in a file of its own in ``folder``, until the trial has its record.
+    """The finished evaluations of a trial without a record, each in a file in ``folder``.
 
     One is used again by the same trial on the same device with the same packages, rows and way of judging.
     """
 
-    def __init__(self, trial: Trial, folder: Path, device: torch.device, sittings: Attempts) -> None:
-        self._trial, self._folder, self._device, self._sittings = trial, folder, device, sittings
+    def __init__(self, trial: Trial, folder: Path, device: torch.device, attempts: Attempts) -> None:
+        self._trial, self._folder, self._device, self._attempts = trial, folder, device, attempts
 
     def keep(self, name: str, test: list[Example], found: dict[str, Any], *, packed: bool = False) -> None:
         """Write what the evaluation ``name`` has found; if ``packed`` without what it took, which is the pack's."""
-        seconds, memory = self._sittings.seconds(), self._sittings.memory()
+        seconds, memory = self._attempts.seconds(), self._attempts.memory()
         if packed:
             seconds, memory = {Attempts.TOTAL: seconds[Attempts.TOTAL]}, {}
             found = {key: value for key, value in found.items() if key not in COST}
@@ -57,13 +57,13 @@ class EvaluationCache:
         record.write_json(self._file(name), kept)
 
     def find(self, name: str, test: list[Example]) -> dict[str, Any] | None:
-        """What was kept of the evaluation; None if it was not, or of something else."""
+        """The kept result of the evaluation; None if there is none, or it is of another configuration."""
         try:
             kept = record.read_json(self._file(name))
             if kept["of"] != self._of(name, test):
                 return None
             found: dict[str, Any] = kept["found"]
-            self._sittings.resume(kept["seconds"], kept["memory"])
+            self._attempts.resume(kept["seconds"], kept["memory"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or no file of ours
             return None
         log.info("%s: taken from before the trial was cut off", name)
@@ -117,7 +117,7 @@ def base_scores(
 
 
 def _kernels(device: torch.device) -> dict[str, Any]:
-    """What beside the weights decides the scores of a model on ``device``."""
+    """What decides the scores of a model on ``device`` beside its weights: processor, kernels, packages."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else record.processor(),
         "kernels": None if device.type == "cuda" else record.kernels(),
@@ -141,7 +141,7 @@ def _of_rows(trial: Trial, name: str, test: list[Example]) -> dict[str, Any]:
 
 
 def _kept_scores(scores: Path, answers: Path) -> dict[str, Any] | None:
-    """What a base scored, from the study; None where it is not there, or not as it was written."""
+    """The kept scores of a base; None if there are none, or a file was changed."""
     if not (os.path.lexists(scores) and os.path.lexists(answers)):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Which test rows the adapter was trained on."""
+"""Count the test rows that the adapter was trained on."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _in_dataset_templates(dataset: DatasetConfig, trial: Trial, name: str, rows:
 
 
 def _trained_examples(training: Training, asked: set[Written], tokenizer: PreTrainedTokenizerBase) -> set[Written]:
-    """Those of the examples ``asked`` for that the training took; a short one leaves out some of its rows."""
+    """The ``asked`` examples that the training took; a short training does not take all of its rows."""
     config, tokens = training.trial.config, training.tokens
     examples = templates.dataset_examples(config.dataset, training.rows)
     found = [
@@ -109,7 +109,7 @@ def _ids(trial: Trial, row: data_rows.Row, tokenizer: PreTrainedTokenizerBase) -
 def _of_adapter(
     trial: Trial, rows: Rows, tokens: Sequence[Tokens], tokenizer: PreTrainedTokenizerBase
 ) -> Training | None:
-    """What the record of a saved adapter says that it was trained on, if these rows can be had."""
+    """The training rows of a saved adapter by its record, if they can still be read."""
     held = store.result(store.adapter(str(trial.config.adapter.path)).parent)
     trained_on = ((held.meta_info.get("rows_sha") or {}) if held else {}).get("train")
     if held is None or trained_on is None:

@@ -72,7 +72,7 @@ def _run_claimed(trial: Trial, place: Path, observer: Observer) -> Result:
             Session(trial, held, meter, tracker).score_base_again()
         held.write(place)
         return held
-    sittings = Attempts(place, meter)
+    attempts = Attempts(place, meter)
     with meter.stage("setup"):  # and all that is between the stages
         result = begin(trial, place)
     with logged(place / "trial.log"):
@@ -83,7 +83,7 @@ def _run_claimed(trial: Trial, place: Path, observer: Observer) -> Result:
         status, failure = Status.success, None
         try:
             with meter.stage("setup"), current(meter.device):
-                status = _run(Session(trial, result, meter, tracker, sittings))
+                status = _run(Session(trial, result, meter, tracker, attempts))
         except claims.Claimed:  # the other process writes the record
             tracker.end({}, Status.cancelled.value)
             raise
@@ -91,11 +91,11 @@ def _run_claimed(trial: Trial, place: Path, observer: Observer) -> Result:
             status, failure = status_of(error), failure_of(error, meter.current, trial.config)
             full = store.unwritable(error)  # the next trial would train for nothing
             if full or not isinstance(error, Exception):
-                end(result, place, meter, start, status, failure, tracker, sittings)
+                end(result, place, meter, start, status, failure, tracker, attempts)
                 if full:
                     raise full from error
                 raise
-        end(result, place, meter, start, status, failure, tracker, sittings)
+        end(result, place, meter, start, status, failure, tracker, attempts)
     empty(meter.device)
     return result
 

@@ -1,4 +1,4 @@
-"""sweep=tune and sweep=league from the question to what they decided, said and written down."""
+"""Run sweep=tune and sweep=league: search, finals, decision, and the file that keeps them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PLACEBO_SEED = 1000  # by which the placebo's seeds lie above those of the other
 
 @dataclass(frozen=True)
 class Question:
-    """What a command asks."""
+    """A command of sweep=tune or sweep=league, parsed."""
 
     words: list[str]  # of the command line
     base_words: list[str]  # of them, those that every trial gets
@@ -41,18 +41,18 @@ class Question:
 
     @property
     def any(self) -> Trial:
-        """One of the trials, for what is the same in all."""
+        """One of the trials, for the settings that all share."""
         return next(iter(self.trials.values()))
 
     @property
     def hash(self) -> str:
-        """Of what is asked, without how long for."""
+        """A hash of the question without its budget."""
         return content_hash([sorted(self.base_words), sorted(self.trials), asdict(self.any.config.tune)])
 
 
 @dataclass
 class Setting:
-    """A question made ready: its spaces, and the trials that answer."""
+    """A checked question with its search spaces and its trials."""
 
     spaces: list[Space]
     plan: Plan
@@ -60,7 +60,7 @@ class Setting:
 
 
 def prepare(asked: Question, file: str) -> Setting:
-    """The question, checked; ``file`` is the one of the study in which its earlier commands are.
+    """Check the question; ``file`` of the study holds the results of earlier commands.
 
     Raises:
         InputError: it cannot be asked so.
@@ -100,7 +100,7 @@ def first_trials(setting: Setting, seed: int) -> list[tuple[Point, Until]]:
 
 
 def planned_lines(setting: Setting) -> list[str]:
-    """What may be tried of each method, a line each."""
+    """One line a method: the values that may be tried."""
     lines = []
     for one in setting.spaces:
         size, targets = setting.trials.sizes[one.method], [option or "its own" for option in one.targets]
@@ -134,7 +134,7 @@ class Final:
 
 
 def tune(asked: Question, say: Callable[[str], None]) -> None:
-    """Search, judge the finalists, say what was decided, and write it to the study's tune.json.
+    """Search, judge the finalists, print the decision, and write it to the study's tune.json.
 
     Raises:
         InputError: the question cannot be asked so; nothing was trained.
@@ -168,7 +168,7 @@ def tune(asked: Question, say: Callable[[str], None]) -> None:
 
 
 def _finals(setting: Setting, found: Sequence[Tuned], one: Trial, seed: int) -> Final | None:
-    """Judge the finalists seed by seed until what is between them is settled; None where none was judged."""
+    """Judge the finalists seed by seed until their comparison is decided; None where none was judged."""
     config, trials = one.config.tune, setting.trials
     best = {each.method: each.best for each in found if each.best is not None}
     names = list(best)[: config.finalists]
@@ -221,7 +221,7 @@ def configuration(point: Point, size: str | None) -> str:
 
 
 def _searched(setting: Setting, found: Sequence[Tuned]) -> list[str]:
-    """A line a method: its best by validation, and what that was chosen among."""
+    """One line a method: its best configuration by validation, and the values it was chosen among."""
     lines = []
     for one in found:
         known = {point: setting.plan.sign * score for point, score in (one.ends or one.rungs).items()}
@@ -238,7 +238,7 @@ def _searched(setting: Setting, found: Sequence[Tuned]) -> list[str]:
 
 
 def _decision(setting: Setting, found: Sequence[Tuned], final: Final | None) -> Decision:
-    """What to use, and what was not tried or could not be trained."""
+    """The decision: what to use, what was not tried and what could not be trained."""
     best, sizes = {one.method: one.best for one in found if one.best}, setting.trials.sizes
     called = {method: configuration(point, sizes[method]) for method, point in best.items()}
     if final is None:
@@ -252,7 +252,7 @@ def _decision(setting: Setting, found: Sequence[Tuned], final: Final | None) -> 
 
 
 def _decided(found: Decision, final: Final | None, tie: float) -> list[str]:
-    """What to use, and what stands between the finalists."""
+    """The sentences about what to use and about each comparison of finalists."""
     lines, looks = [decision.sentence(found)], [look for _, _, look in final.looks] if final else []
     for one, look in zip(found.between, looks, strict=True):
         assert final is not None
@@ -265,7 +265,7 @@ def _decided(found: Decision, final: Final | None, tie: float) -> list[str]:
 
 
 def _not_tried(setting: Setting, found: Sequence[Tuned]) -> list[str]:
-    """What the search would have tried of each method, and did not."""
+    """One line a method: values that the search did not come to."""
     lines = []
     known = {one.method: {**one.rungs, **one.ends} for one in found}
     for one in setting.spaces:
@@ -280,7 +280,7 @@ def _not_tried(setting: Setting, found: Sequence[Tuned]) -> list[str]:
 
 
 def _not_trained(setting: Setting) -> list[str]:
-    """What could not be trained, with the reason."""
+    """One line a configuration that could not be trained, with the reason."""
     sizes, refused = setting.trials.sizes, setting.trials.refused
     return [f"{configuration(point, sizes[point.method])}: {reason}" for point, reason in refused.items()]
 
@@ -388,7 +388,7 @@ def league(asked: Question, say: Callable[[str], None]) -> None:
 
 
 def _costs(trials: Trials, contestant: str) -> dict[str, Any]:
-    """What a contestant took, tuning and finals together."""
+    """The costs of a contestant, tuning and finals together."""
     own = {point: one for point, one in trials.results.items() if point.method == contestant}
     info = [one.train_info for one in own.values()]
     begun = len(own) + sum(p.method == contestant and p not in own for p in trials.refused)

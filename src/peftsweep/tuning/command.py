@@ -1,4 +1,4 @@
-"""What sweep=tune and sweep=league have from Hydra: the words of a command, composed trials, and a launcher."""
+"""Connect sweep=tune and sweep=league to Hydra: words of the command, composed trials, launcher."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RATE = "train.learning_rate"
 
 
 def run(launcher: Any, config: DictConfig, loader: Any, points: Sequence[Sequence[str]], *, league: bool) -> None:
-    """Answer the question of a command; ``points`` are its words, with each of its methods once.
+    """Run the search of a command; ``points`` are its words, with each of its methods once.
 
     Raises:
         InputError: it cannot be asked so; nothing was trained.

@@ -31,7 +31,7 @@ BETTER, WORSE, TIE, OPEN = "better", "worse", "tie", "open"
 
 @dataclass(frozen=True)
 class BaseScore:
-    """What the untouched base scores on the same test rows."""
+    """The score of the untouched base on the same test rows."""
 
     answers: str  # the file of its answers in the study, by which bases are told apart
     value: float
@@ -42,7 +42,7 @@ class BaseScore:
 
 @dataclass(frozen=True)
 class Judged:
-    """What one trial scored on its test rows."""
+    """The scores of one trial on its test rows."""
 
     trial: str
     value: float
@@ -185,7 +185,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class League:
-    """What the finals of a league say."""
+    """The result of the finals of a league."""
 
     standings: list[Standing]  # the best first
     placebo: str  # how the placebo did against the method that it is

@@ -25,7 +25,7 @@ RATE_STEP = math.sqrt(10)  # between two rates of a ladder
 
 
 class Until(IntEnum):
-    """How far a trial is asked to go."""
+    """How far a trial is trained and judged."""
 
     rung = 1  # the first rung, and its validation
     end = 2  # the end of its training, and its validation
@@ -34,7 +34,7 @@ class Until(IntEnum):
 
 @dataclass(frozen=True)
 class Point:
-    """One trial of a tuning. What is None is as the method's yaml says."""
+    """One trial of a tuning. A value of None is that of the method's yaml."""
 
     method: str
     rate: float
@@ -47,7 +47,7 @@ Scores = Mapping[Point, float]  # of validation, lower is better; a trial that f
 
 
 class Ask(Protocol):
-    """Where scores come from."""
+    """A source of scores: trials, a table or a simulation."""
 
     def __call__(self, stage: str, points: Sequence[Point], until: Until) -> Scores:
         """The scores of those of ``points`` that could be trained so far.
@@ -68,7 +68,7 @@ class Spent(Exception):
 
 @dataclass(frozen=True)
 class Space:
-    """What may be tried of one method."""
+    """The search space of one method."""
 
     method: str
     rates: tuple[float, ...]
@@ -85,7 +85,7 @@ def ladder(rate: float, count: int = 3) -> tuple[float, ...]:
 
 @dataclass
 class Tuned:
-    """What is known of one method: its scores, and the best of those trained to the end."""
+    """The results of one method: its scores, and the best of those trained to the end."""
 
     method: str
     ends: dict[Point, float] = field(default_factory=dict)
@@ -100,7 +100,7 @@ class Tuned:
 
     @property
     def score(self) -> float:
-        """That of the best; infinite where nothing could be trained."""
+        """The score of the best; infinite where nothing could be trained."""
         return math.inf if self.best is None else (self.ends or self.rungs)[self.best]
 
 
@@ -130,7 +130,7 @@ def tune(spaces: Sequence[Space], ask: Ask, seed: int = 0) -> list[Tuned]:
 def _together(
     stage: str, searches: Mapping[str, Search], ask: Ask, found: Mapping[str, Tuned]
 ) -> dict[str, Point | None]:
-    """Run the searches in step with each other, so that what they want is asked for at once; what each came to."""
+    """Run the searches in step, so that their points run in one batch; returns the result of each."""
     ended: dict[str, Point | None] = {}
     wants: dict[str, Want] = {}
 

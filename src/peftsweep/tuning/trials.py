@@ -26,7 +26,7 @@ Launch = Callable[[list[list[str]]], Sequence[Result | BaseException | None]]  #
 
 @dataclass
 class Trials:
-    """Answers what a search asks for by running trials; one that is done costs nothing, as everywhere."""
+    """Runs the trials that a search asks for, and returns their scores; a trial that is done is not run again."""
 
     launch: Launch
     words: Sequence[str]  # that all trials get
@@ -76,7 +76,7 @@ class Trials:
             if ended.trial in others and point not in self.results:
                 self.purse.same(point)
             self.results[point] = ended
-            self.purse.took(until, record.sitting_seconds(ended))
+            self.purse.took(until, record.last_attempt_seconds(ended))
             if (value := self._value(ended, until)) is not None and math.isfinite(value):
                 self.scores[point, until] = self.plan.sign * value
                 return
@@ -111,7 +111,7 @@ class Trials:
         return [*words, "force=false"] if point in self.results else words
 
     def judged(self, point: Point, evaluation: str, metric: str) -> Judged | None:
-        """What the trial scored on its test rows; None where it has not been judged."""
+        """The scores of the trial on its test rows; None where it has not been judged."""
         result = self.results.get(point)
         score = (result.eval_info.get(evaluation) or {}).get(metric) if result else None
         if result is None or result.status is not Status.success or not score or result.folder is None:
@@ -156,7 +156,7 @@ class Clock:
 
 
 def earlier_seconds(file: Path, asked: str) -> float:
-    """What earlier commands with the same question took, by the file that they left."""
+    """The seconds of earlier commands with the same question, from the file that they wrote."""
     try:
         found = record.read_json(file, dict)
     except (Unreadable, OSError):  # there is none, or it is damaged: it is written anew

@@ -222,7 +222,7 @@ def _print(name: str, text: str, *, named: bool) -> None:
 
 @dataclass
 class Writer:
-    """The models that write, and what each has said in the conversation so far."""
+    """The models that write, and the conversation of each so far."""
 
     trial: Trial
     form: Form
@@ -237,7 +237,7 @@ class Writer:
 
     @classmethod
     def load(cls, trial: Trial, options: argparse.Namespace, form: Form) -> Writer:
-        """Load the trial's base and what was saved of it onto its device."""
+        """Load the trial's base and its saved weights onto its device."""
         import transformers
 
         from peftsweep.config import build
@@ -263,7 +263,7 @@ class Writer:
         self.said.clear()
 
     def texts(self, prompt: str) -> Iterator[tuple[str, str]]:
-        """What each model writes after the prompt, which in a conversation is the user's next turn.
+        """The text that each model writes after the prompt; in a conversation the prompt is the user's next turn.
 
         Raises:
             InputError: the chat template refuses it, or there is no room for so many new tokens.
