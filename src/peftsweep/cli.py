@@ -191,11 +191,11 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     signal.default_int_handler(number, frame)
 
 
-def _run_command(door: Callable[[], Any]) -> int:
+def _run_command(command: Callable[[], Any]) -> int:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
     try:
-        return _print_errors_in_one_line(door)
+        return _print_errors_in_one_line(command)
     except KeyboardInterrupt:
         pass
     except Exception:
@@ -205,10 +205,10 @@ def _run_command(door: Callable[[], Any]) -> int:
     return 130
 
 
-def _print_errors_in_one_line(door: Callable[[], Any]) -> int:
+def _print_errors_in_one_line(command: Callable[[], Any]) -> int:
     try:
         check_platform()
-        return int(door())
+        return int(command())
     except InputError as error:
         problem = str(error)
     except (HydraException, OmegaConfBaseException) as error:

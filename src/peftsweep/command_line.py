@@ -71,10 +71,10 @@ class OneLineParser(argparse.ArgumentParser):
                 raise InputError(found.expand(ours).replace("'", "") + self._meant(found[1], ours))
         raise InputError(message)
 
-    def _meant(self, wrong: str, said: str) -> str:
+    def _meant(self, wrong: str, message: str) -> str:
         """A hint which option was meant."""
         known = [name for action in self._actions for name in action.option_strings]
-        return f"; {suggest(wrong, known)}" if said.endswith("no such option") else ""
+        return f"; {suggest(wrong, known)}" if message.endswith("no such option") else ""
 
 
 def whole_number(least: int) -> Callable[[str], int]:

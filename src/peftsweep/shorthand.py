@@ -106,10 +106,10 @@ def _given_keys(words: Sequence[str]) -> dict[str, str]:
     return {key: value.strip("'\"") for key, _, value in pairs}
 
 
-def _reading_keys(said: Mapping[str, str]) -> GivenKeys:
+def _reading_keys(given: Mapping[str, str]) -> GivenKeys:
     """The keys of the command line that decide how rows are read."""
-    values = {key: said[key] for key in SOURCE_KEYS if key in said}
-    return tuple((values | {key: "" for key in COLUMN_KEYS if key in said}).items())
+    values = {key: given[key] for key in SOURCE_KEYS if key in given}
+    return tuple((values | {key: "" for key in COLUMN_KEYS if key in given}).items())
 
 
 @functools.lru_cache(maxsize=1024)
@@ -198,10 +198,10 @@ def _path_or_hub_id(group: str, name: str, folders: tuple[Path, ...]) -> str | N
 
 
 @functools.lru_cache(maxsize=1024)
-def _expand_name(group: str, name: str, said: GivenKeys, folders: tuple[Path, ...]) -> Meaning:
+def _expand_name(group: str, name: str, given: GivenKeys, folders: tuple[Path, ...]) -> Meaning:
     if page := WEB.fullmatch(name):
         raise InputError(f"{group}={name}: is the address of a page; must be {group}={page['id']}")
-    keys = dict(said)
+    keys = dict(given)
     return _model(name, keys, folders[0]) if group == "model" else _dataset(name, keys, folders[0])
 
 
@@ -225,10 +225,10 @@ def _split(name: str) -> str:
 # ---- models ----------------------------------------------------------------------------------------
 
 
-def _model(name: str, said: Mapping[str, str], conf: Path) -> Meaning:
+def _model(name: str, given: Mapping[str, str], conf: Path) -> Meaning:
     folder = Path(name).expanduser()
     if not _is_local(name):
-        described = _config_on_hub(name, said.get("model.revision"), conf)
+        described = _config_on_hub(name, given.get("model.revision"), conf)
     elif not folder.exists():
         raise InputError(f"model={name}: no such folder; one of the hub is model=ORG/NAME{files.similar(folder)}")
     elif not (folder / "config.json").is_file():
@@ -305,10 +305,10 @@ def _reads_text(model_type: str) -> bool:
 # ---- data sets -------------------------------------------------------------------------------------
 
 
-def _dataset(name: str, said: Mapping[str, str], conf: Path) -> Meaning:
+def _dataset(name: str, given: Mapping[str, str], conf: Path) -> Meaning:
     path = Path(name).expanduser()
     if not _is_local(name) and files.format_of(name) not in files.FORMATS:
-        return _hub_dataset(name, said, conf)
+        return _hub_dataset(name, given, conf)
     own = folder_files(name, path) if path.is_dir() else {"dataset.path": str(path)}
     file = own["dataset.path"]
     if not Path(file).is_file():
@@ -318,9 +318,9 @@ def _dataset(name: str, said: Mapping[str, str], conf: Path) -> Meaning:
         raise InputError(f"dataset={name}: unknown format; must be a file of {' '.join(files.FORMATS)}, or .gz of them")
     if files.format_of(file) in files.PLAIN:
         return Meaning({"dataset": "text"} | own)
-    if "dataset.reader" in said or all(key in said for key in TEMPLATES):
+    if "dataset.reader" in given or all(key in given for key in TEMPLATES):
         return Meaning({"dataset": "file"} | own)
-    return _recognised(name, files.first_rows(file, "dataset.path", said.get("dataset.encoding")), own, said, conf)
+    return _recognised(name, files.first_rows(file, "dataset.path", given.get("dataset.encoding")), own, given, conf)
 
 
 def folder_files(name: str, folder: Path) -> dict[str, str]:
@@ -354,22 +354,22 @@ def _data_files(folder: Path) -> list[Path]:
     return [one for one in found if files.format_of(one) not in files.PLAIN] or found
 
 
-def _hub_dataset(name: str, said: Mapping[str, str], conf: Path) -> Meaning:
+def _hub_dataset(name: str, given: Mapping[str, str], conf: Path) -> Meaning:
     found = HUB_ID.fullmatch(name)
     assert found is not None
     source, split = found["id"], found["split"]
     for file in sorted((conf / "dataset").glob("*.yaml")):
         own = yaml.safe_load(file.read_text(encoding="utf-8"))["dataset"]
         same_split = split in (None, own.get("hub_split", "train"))
-        same_config = said.get("dataset.hub_config") in (None, own.get("hub_config"))
+        same_config = given.get("dataset.hub_config") in (None, own.get("hub_config"))
         if own.get("hub") == source and same_split and same_config:
             return Meaning({"dataset": file.stem})
     where: dict[str, Any] = {"dataset.path": None, "dataset.hub": source, "dataset.hub_split": split or "train"}
-    if "dataset.reader" in said or all(key in said for key in TEMPLATES):
+    if "dataset.reader" in given or all(key in given for key in TEMPLATES):
         return Meaning({"dataset": "file"} | where)
-    config, revision = said.get("dataset.hub_config"), said.get("dataset.revision")
+    config, revision = given.get("dataset.hub_config"), given.get("dataset.revision")
     rows = data_rows.first_hub_rows(source, config, split or "train", revision)
-    return _recognised(name, rows, where, said, conf)
+    return _recognised(name, rows, where, given, conf)
 
 
 def _recognised(

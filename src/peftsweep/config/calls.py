@@ -264,14 +264,14 @@ def check_call(node: Mapping[str, Any], key: str, provided: Iterable[str] = (), 
                 _check_types({name: value}, function, key)
 
 
-def _check_signature(function: Callable[..., Any], provided: Sequence[str], said: str) -> None:
+def _check_signature(function: Callable[..., Any], provided: Sequence[str], target: str) -> None:
     """Refuse a function that cannot be called with as many arguments as peftsweep will call it with."""
     kinds = inspect.Parameter
     takes = inspect.signature(function).parameters.values()
     if any(one.kind in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD) for one in takes):
         return
     if len(takes) < len(provided):
-        raise InputError(f"{said}: cannot be called with {', '.join(provided)}")
+        raise InputError(f"{target}: cannot be called with {', '.join(provided)}")
 
 
 def _check_types(values: Mapping[str, Any], described: Any, key: str) -> None:

@@ -197,19 +197,19 @@ def with_plain(config: Config, tree: Mapping[str, Any]) -> Config:
     return dataclasses.replace(config, method=tree["method"], quant=tree["quant"], eval=tree["eval"])
 
 
-def checked(said: Filled) -> Trial:
+def checked(values: Filled) -> Trial:
     """The trial of these values.
 
     Raises:
         InputError: a value is out of its range, or values do not belong together.
     """
-    config, tree, choices = said.config, said.tree, said.choices
+    config, tree, choices = values.config, values.tree, values.choices
     check_values(tree)
     check_halving(config, choices.get("hydra/sweeper"))
     check_objective(config)
     check_calls(config, choices)
     check_files(config)
-    check_sources(config, {word.lstrip("+").partition("=")[0] for word in said.overrides})
+    check_sources(config, {word.lstrip("+").partition("=")[0] for word in values.overrides})
     rows = None if config.dataset.hub and not config.dataset.path else _rows(config)
     check_evaluation_rows(config, rows or _test_rows(config))
     check_warmup(config, rows)
@@ -223,7 +223,7 @@ def checked(said: Filled) -> Trial:
     tree = {key: value for key, value in tree.items() if key not in SWEEP_SECTIONS}
     tree |= {"halving": {key: value for key, value in tree["halving"].items() if key not in ("rung", "test")}}
     chosen.pop("price", None)
-    return _identified(Trial(config, tree, chosen, said.overrides, rows, "", "", "", experiment=said.experiment))
+    return _identified(Trial(config, tree, chosen, values.overrides, rows, "", "", "", experiment=values.experiment))
 
 
 def with_seed(one: Trial, seed: int, overrides: list[str]) -> Trial:

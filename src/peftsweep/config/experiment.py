@@ -277,29 +277,29 @@ def translated(parameters: Mapping[str, Any], source: str) -> Reading:
     return found.only(parameters)
 
 
-def _take_optimizer(found: Reading, said: Mapping[str, Any], source: str) -> None:
-    kind, options = said["optimizer_type"], dict(said["optimizer_kwargs"])
+def _take_optimizer(found: Reading, fields: Mapping[str, Any], source: str) -> None:
+    kind, options = fields["optimizer_type"], dict(fields["optimizer_kwargs"])
     found.take("optimizer_type", train__optimizer=OPTIMIZERS.get(str(kind).lower(), f"torch.optim.{kind}"))
     found.take("optimizer_kwargs", train__learning_rate=options.pop("lr", 1e-3))  # torch's own
     found.take("optimizer_kwargs", train__weight_decay=options.pop("weight_decay", 0.01))  # torch's own
     found.take("optimizer_kwargs", train__optimizer_kwargs=options)
     found.keys["train.learning_rate_scale"] = 1.0
-    if said["lr_scheduler"] not in ("cosine", None):
+    if fields["lr_scheduler"] not in ("cosine", None):
         raise InputError(f"{source}: lr_scheduler must be cosine or null")
-    cosine = said["lr_scheduler"] == "cosine"
+    cosine = fields["lr_scheduler"] == "cosine"
     found.take("lr_scheduler", train__schedule="cosine" if cosine else "constant", train__warmup=0.1 if cosine else 0.0)
 
 
-def _take_validation(found: Reading, said: Mapping[str, Any], own: Mapping[str, Any], source: str) -> None:
+def _take_validation(found: Reading, fields: Mapping[str, Any], own: Mapping[str, Any], source: str) -> None:
     """Take the interval, the batch size and the number of new tokens of the validation."""
-    every, steps = said["eval_steps"], said["max_steps"]
+    every, steps = fields["eval_steps"], fields["max_steps"]
     if every is not None:
         if not isinstance(every, int) or every < 1 or ("eval_steps" in own and every > steps):
             raise InputError(f"{source}: eval_steps={every}: must be a number of steps, at most max_steps={steps}")
         found.put("eval_steps", "train.eval_every", str(min(every, steps)))
-    if "batch_size_eval" in said:
-        found.put("batch_size_eval", f"{EVALUATIONS}batch_size", said["batch_size_eval"])
-    for name, value in (said.get("generation_kwargs") or {}).items():
+    if "batch_size_eval" in fields:
+        found.put("batch_size_eval", f"{EVALUATIONS}batch_size", fields["batch_size_eval"])
+    for name, value in (fields.get("generation_kwargs") or {}).items():
         theirs = f"generation_kwargs.{name}"
         if name in ("max_new_tokens", "num_beams"):
             found.put("generation_kwargs", f"{EVALUATIONS}{name}", value)
@@ -311,11 +311,11 @@ def _take_validation(found: Reading, said: Mapping[str, Any], own: Mapping[str, 
             found.not_taken[theirs] = "evaluations decode greedily or by beams"
 
 
-def _take_numbers(found: Reading, said: Mapping[str, Any], source: str) -> None:
+def _take_numbers(found: Reading, fields: Mapping[str, Any], source: str) -> None:
     """Take the number formats of the base's weights and of autocast."""
     # torch.autocast as PEFT's comparison calls it: in 16 bits of this format, with a scaled loss.
-    found.take("use_amp", train__autocast="float16" if said["use_amp"] else None)
-    dtype = said.get("dtype")
+    found.take("use_amp", train__autocast="float16" if fields["use_amp"] else None)
+    dtype = fields.get("dtype")
     if dtype in QUANTISED:
         found.put("dtype", "quant", QUANTISED[dtype])
     elif dtype in ("float32", "float16", "bfloat16"):
@@ -327,44 +327,44 @@ def _take_numbers(found: Reading, said: Mapping[str, Any], source: str) -> None:
 # ---- inference -------------------------------------------------------------------------------------
 
 
-def benchmark(said: Mapping[str, Any], source: str) -> Reading:
+def benchmark(fields: Mapping[str, Any], source: str) -> Reading:
     """The keys that parameters of PEFT's text generation benchmark set.
 
     Raises:
         InputError: one is of a wrong type.
     """
-    if wrong := fault(dict(said), BENCHMARK):
+    if wrong := fault(dict(fields), BENCHMARK):
         raise InputError(f"{source}: {wrong}")
     found = Reading()
     for name, ours in INFERENCE.items():
-        if said.get(name) is not None:
-            found.put(name, ours, said[name])
+        if fields.get(name) is not None:
+            found.put(name, ours, fields[name])
     found.keys["inference"] = "standard"
-    for category in CATEGORIES if "max_new_tokens" in said else ():
-        found.put("max_new_tokens", f"inference.categories.{category}.new_tokens", said["max_new_tokens"])
-    for category, options in (said.get("category_generation_params") or {}).items():
+    for category in CATEGORIES if "max_new_tokens" in fields else ():
+        found.put("max_new_tokens", f"inference.categories.{category}.new_tokens", fields["max_new_tokens"])
+    for category, options in (fields.get("category_generation_params") or {}).items():
         if not isinstance(options, dict) or set(options) - {"max_new_tokens"}:
             raise InputError(f"{source}: category_generation_params.{category}: must hold max_new_tokens alone")
         for value in options.values():
             found.put("category_generation_params", f"inference.categories.{category}.new_tokens", value)
-    dtype = said.get("dtype")
+    dtype = fields.get("dtype")
     if dtype is not None:
         if dtype not in ("float32", "float16", "bfloat16"):
             raise InputError(f"{source}: dtype={dtype}: must be float32, float16 or bfloat16")
         found.take("dtype", model__dtype=dtype)
-    _take_bits(found, said, str(dtype or "float16"))
-    for name in said:
+    _take_bits(found, fields, str(dtype or "float16"))
+    for name in fields:
         if name not in found.taken:
-            found.not_taken[name] = UNSET if said[name] in (None, False) else "inference has no such option"
+            found.not_taken[name] = UNSET if fields[name] in (None, False) else "inference has no such option"
     return found
 
 
-def _take_bits(found: Reading, said: Mapping[str, Any], dtype: str) -> None:
+def _take_bits(found: Reading, fields: Mapping[str, Any], dtype: str) -> None:
     nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
-    if said.get("use_8bit"):
+    if fields.get("use_8bit"):
         node = {"_target_": BITSANDBYTES, "load_in_8bit": True, "llm_int8_enable_fp32_cpu_offload": True}
         found.put("use_8bit", "quant", node)
-    elif said.get("use_4bit"):
+    elif fields.get("use_4bit"):
         found.put("use_4bit", "quant", {"_target_": BITSANDBYTES, "load_in_4bit": True} | nf4)
 
 

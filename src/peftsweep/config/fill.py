@@ -101,9 +101,9 @@ def fill_from_files(
     return made, found.facts()
 
 
-def _fill_model(cfg: DictConfig, found: experiment.Reading, said: set[str]) -> dict[str, str]:
+def _fill_model(cfg: DictConfig, found: experiment.Reading, given: set[str]) -> dict[str, str]:
     """Use the model that an experiment names, by its preset if there is one, unless the command line names a model."""
-    if "model" in said:
+    if "model" in given:
         found.refuse(experiment_keys.MODEL, f"{experiment.OVERRIDDEN} model")
     if experiment_keys.MODEL not in found.keys:
         found.refuse("model.revision", f"{experiment.OVERRIDDEN} model")
@@ -111,16 +111,16 @@ def _fill_model(cfg: DictConfig, found: experiment.Reading, said: set[str]) -> d
     name = found.keys.pop(experiment_keys.MODEL)
     if not OmegaConf.is_missing(cfg.model, "name_or_path") and cfg.model.name_or_path == name:
         return {}
-    choice = _put_model(cfg, name, said)
-    if "train.learning_rate_scale" not in said:
+    choice = _put_model(cfg, name, given)
+    if "train.learning_rate_scale" not in given:
         cfg.train.learning_rate_scale = 1.0  # that of another model's recipe
     return {"model": choice}
 
 
-def _put_model(cfg: DictConfig, name: str, said: set[str], **more: Any) -> str:
+def _put_model(cfg: DictConfig, name: str, given: set[str], **more: Any) -> str:
     """Replace the model by the one called ``name``, with ``more`` of its keys; those on the command line stay."""
     option, node = _model_node(name)
-    own = restored.own_values(cfg, {key for key in said if key.startswith("model.")})
+    own = restored.own_values(cfg, {key for key in given if key.startswith("model.")})
     cfg.model = OmegaConf.merge(_schema().model, node, {"name_or_path": as_text(name)} | more)
     restored.put_back(cfg, own)
     return option
@@ -141,11 +141,11 @@ def _model_node(name: str) -> tuple[str, DictConfig]:
     return "causal_lm", load("causal_lm")
 
 
-def _fill_groups(cfg: DictConfig, found: experiment.Reading, said: set[str]) -> dict[str, str]:
+def _fill_groups(cfg: DictConfig, found: experiment.Reading, given: set[str]) -> dict[str, str]:
     """Set ``quant`` and ``inference`` from an experiment, unless the command line chooses them."""
     made = {}
     for group in ("quant", "inference"):
-        if any(key.partition(".")[0] == group and (key == group or group == "quant") for key in said):
+        if any(key.partition(".")[0] == group and (key == group or group == "quant") for key in given):
             for key in [key for key in found.keys if key.partition(".")[0] == group]:
                 found.refuse(key, f"{experiment.OVERRIDDEN} {group}")
     if "quant" in found.keys:
@@ -156,7 +156,7 @@ def _fill_groups(cfg: DictConfig, found: experiment.Reading, said: set[str]) -> 
     return made
 
 
-def _fill_evaluations(cfg: DictConfig, found: experiment.Reading, said: set[str]) -> None:
+def _fill_evaluations(cfg: DictConfig, found: experiment.Reading, given: set[str]) -> None:
     """Set an experiment's options in all evaluations that have them, and its template in all evaluations."""
     general = {
         key: key.removeprefix(experiment_keys.EVALUATIONS) for key in found.keys if experiment_keys.EVALUATIONS in key
@@ -168,7 +168,7 @@ def _fill_evaluations(cfg: DictConfig, found: experiment.Reading, said: set[str]
             for name, node in cfg.eval.items()
             if node.get(option) is not None and (option != "prompt" or node._target_ == GENERATION)
         }
-        mine = {where: node for where, node in nodes.items() if where not in said}
+        mine = {where: node for where, node in nodes.items() if where not in given}
         for where, node in mine.items():
             template = _with_columns(value, node.prompt) if option == "prompt" else value
             if template is None:
@@ -199,42 +199,42 @@ def _with_columns(template: str, current: str) -> str | None:
     return template.replace("{query}", f"{{{columns.pop()}}}") if len(columns) == 1 else None
 
 
-def _fill_from_record(cfg: DictConfig, said: set[str]) -> dict[str, str]:
+def _fill_from_record(cfg: DictConfig, given: set[str]) -> dict[str, str]:
     """Set every key that a trial's record holds; keys that older records lack keep their value."""
     original = repeat.original(cfg.repeat)
-    if "study" not in said:
+    if "study" not in given:
         cfg.study = f"{original.run_info['study']}-repeat"
     if original.folder and original.folder.parent.resolve() == store.folder(cfg.study).resolve():
         raise InputError(f"repeat={cfg.repeat}: study={cfg.study} holds the original, which is kept; take another")
     cfg.force = True  # or a second repeat, with other versions, would be told the first one's numbers
-    own = restored.own_values(cfg, said)
+    own = restored.own_values(cfg, given)
     for key, value in original.config.items():
-        if key not in repeat.NOT_REPEATED and key not in said and key in cfg:
+        if key not in repeat.NOT_REPEATED and key not in given and key in cfg:
             restored.put(cfg, key, value)
     restored.put_back(cfg, own)
     for section, commit in repeat.commits(original).items():
-        if not said & {section, *(f"{section}.{key}" for key in NAMES)}:
+        if not given & {section, *(f"{section}.{key}" for key in NAMES)}:
             cfg[section].revision = commit
-    return {group: option for group, option in original.choices.items() if group not in said}
+    return {group: option for group, option in original.choices.items() if group not in given}
 
 
-def _fill_from_adapter(cfg: DictConfig, said: set[str], choices: Mapping[str, str | None]) -> dict[str, str]:
+def _fill_from_adapter(cfg: DictConfig, given: set[str], choices: Mapping[str, str | None]) -> dict[str, str]:
     """Set the configuration of a saved adapter: that of its trial, or its method and base if it has no record."""
     folder = store.adapter(cfg.adapter.path)
     cfg.label = cfg.label or as_text(experiment.label(str(folder.parent if folder.name == store.ADAPTER else folder)))
     made: dict[str, str] = {}
     if cfg.repeat is None:  # whose record holds all that the adapter's held
         if trained := store.result_of_adapter(folder):
-            made = restored.from_trial(cfg, said, choices, trained, model_identity)
+            made = restored.from_trial(cfg, given, choices, trained, model_identity)
         else:
-            made, base = restored.from_elsewhere(cfg, said, choices, folder, model_identity)
+            made, base = restored.from_elsewhere(cfg, given, choices, folder, model_identity)
             if base is not None:
-                made["model"] = _use_base(cfg, base, said)
+                made["model"] = _use_base(cfg, base, given)
     cfg.train.steps, cfg.train.epochs, cfg.adapter.save, cfg.method_setup = 0, None, False, {}
     return made
 
 
-def _use_base(cfg: DictConfig, base: str, said: set[str]) -> str:
+def _use_base(cfg: DictConfig, base: str, given: set[str]) -> str:
     """Use the base that an adapter names; a local one in its stored number format. Returns the option of ``model``."""
     kept: dict[str, Any] = {"revision": cfg.model.revision}
     with contextlib.suppress(OSError, ValueError):
@@ -242,7 +242,7 @@ def _use_base(cfg: DictConfig, base: str, said: set[str]) -> str:
         dtype = stored.get("dtype", stored.get("torch_dtype"))
         if dtype in FORMATS:
             kept["dtype"] = dtype
-    return _put_model(cfg, base, said, **kept)
+    return _put_model(cfg, base, given, **kept)
 
 
 def read_newlines(cfg: DictConfig, overrides: Iterable[str]) -> None:

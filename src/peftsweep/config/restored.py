@@ -59,9 +59,9 @@ def put(cfg: DictConfig, section: str, value: Any) -> None:
             OmegaConf.update(cfg, f"{section}.{name}", part, merge=typed)
 
 
-def own_values(cfg: DictConfig, said: GivenKeys) -> dict[str, Any]:
+def own_values(cfg: DictConfig, given: GivenKeys) -> dict[str, Any]:
     """The values of the dotted keys that the command line gives."""
-    found = {key: OmegaConf.select(cfg, key) for key in said if "." in key and not key.startswith("hydra.")}
+    found = {key: OmegaConf.select(cfg, key) for key in given if "." in key and not key.startswith("hydra.")}
     return {key: copy.deepcopy(value) for key, value in found.items()}  # lists and dicts are filled in place
 
 
@@ -74,17 +74,17 @@ def put_back(cfg: DictConfig, own: Mapping[str, Any]) -> None:
 # ---- of a trial ------------------------------------------------------------------------------------
 
 
-def from_trial(cfg: DictConfig, said: GivenKeys, choices: Choices, held: Result, identify: Identify) -> dict[str, str]:
+def from_trial(cfg: DictConfig, given: GivenKeys, choices: Choices, held: Result, identify: Identify) -> dict[str, str]:
     """Set in ``cfg`` all that the record ``held`` says; returns the choices of groups that it makes.
 
     Raises:
         InputError: the command line contradicts the saved weights, or has a key that the trial has not.
     """
-    path, own = cfg.adapter.path, own_values(cfg, said)
+    path, own = cfg.adapter.path, own_values(cfg, given)
     if wrong := fault(held.config, RECORD_FIELDS, "config"):
         raise InputError(f"adapter.path={path}: {(held.folder or Path()) / RESULT}: {wrong}")
-    _check_method_of_trial(cfg, said, choices, held)
-    kept = [section for section, groups in SECTIONS.items() if not said.intersection(groups)]
+    _check_method_of_trial(cfg, given, choices, held)
+    kept = [section for section, groups in SECTIONS.items() if not given.intersection(groups)]
     kept += [section for section in WEIGHTS_SECTIONS if section not in kept]  # what was said of them is the same
     for section in kept:
         if section in held.config:
@@ -92,7 +92,7 @@ def from_trial(cfg: DictConfig, said: GivenKeys, choices: Choices, held: Result,
     put_back(cfg, {key: value for key, value in own.items() if key.partition(".")[0] not in WEIGHTS_SECTIONS})
     _check_base_of_trial(cfg, path, held, identify)
     _check_head(cfg, path, held)
-    if "dataset.test_path" in said and "dataset.leave_out_tested" not in said:
+    if "dataset.test_path" in given and "dataset.leave_out_tested" not in given:
         cfg.dataset.leave_out_tested = False  # nothing is trained, and the test rows may be the trained ones
     unknown = [name for name, node in cfg.eval.items() if "_target_" not in node]
     if unknown:
@@ -100,12 +100,12 @@ def from_trial(cfg: DictConfig, said: GivenKeys, choices: Choices, held: Result,
     return {group: held.choices[group] for group in (*kept, *WEIGHTS_SECTIONS) if group in held.choices}
 
 
-def _check_method_of_trial(cfg: DictConfig, said: GivenKeys, choices: Choices, held: Result) -> None:
-    for group in said.intersection(WEIGHTS_SECTIONS):
+def _check_method_of_trial(cfg: DictConfig, given: GivenKeys, choices: Choices, held: Result) -> None:
+    for group in given.intersection(WEIGHTS_SECTIONS):
         option, trained = choices.get(group), held.choices.get(group)
         if option != trained and _plain(cfg, group) != held.config.get(group):
             raise _contradicts(cfg, f"{group}={option}", f"{group}={trained}")
-    for key, value in own_values(cfg, said).items():
+    for key, value in own_values(cfg, given).items():
         trained = _at(held.config, key)
         if key.partition(".")[0] in WEIGHTS_SECTIONS and _plain(cfg, key) != trained:
             raise _contradicts(cfg, f"{key}={value}", f"{key}={trained}")
@@ -200,7 +200,7 @@ def _plain(cfg: DictConfig, key: str) -> Any:
 
 
 def from_elsewhere(
-    cfg: DictConfig, said: GivenKeys, choices: Choices, folder: Path, identify: Identify
+    cfg: DictConfig, given: GivenKeys, choices: Choices, folder: Path, identify: Identify
 ) -> tuple[dict[str, str], str | None]:
     """Set in ``cfg`` the method that the file of an adapter names.
 
@@ -219,12 +219,12 @@ def from_elsewhere(
     except InputError as error:
         raise InputError(str(error).replace("method.path=", "adapter.path=", 1)) from None
     method, base = read["method"], read.get(experiment_keys.MODEL)
-    _check_method(cfg, said, choices, method)
-    _check_targets(cfg, said, method.get("target_modules"))
+    _check_method(cfg, given, choices, method)
+    _check_targets(cfg, given, method.get("target_modules"))
     cfg.method, made = as_text(method), {"method": FROM_FILE}
     if base is None:
         return made, None
-    if "model" in said or BASE in said:
+    if "model" in given or BASE in given:
         _check_base(cfg, str(base), read.get("model.revision"), identify)
         return made, None
     cfg.model.revision = as_text(read.get("model.revision"))
@@ -259,9 +259,9 @@ def _method_in_words(method: Mapping[str, Any]) -> str:
     return ", ".join([str(method["_target_"]), *(f"{key}=true" for key in on)])
 
 
-def _check_targets(cfg: DictConfig, said: GivenKeys, saved: Any) -> None:
+def _check_targets(cfg: DictConfig, given: GivenKeys, saved: Any) -> None:
     """Refuse targets that are not the modules of the saved adapter."""
-    key = next((key for key in sorted(said) if key.partition(".")[0] == "targets"), None)
+    key = next((key for key in sorted(given) if key.partition(".")[0] == "targets"), None)
     if key is None:
         return
     asked = [cfg.model.roles.get(role) or [] for role in cfg.targets.roles or []]

@@ -315,11 +315,11 @@ def _likeliest(scores: Sequence[float]) -> int:
     return max(range(len(scores)), key=scores.__getitem__)
 
 
-def _share(said: Sequence[int], gold: Sequence[int | None]) -> Score:
-    return metrics.proportion(sum(s == g for s, g in zip(said, gold, strict=True)), len(gold))
+def _share(predicted: Sequence[int], gold: Sequence[int | None]) -> Score:
+    return metrics.proportion(sum(s == g for s, g in zip(predicted, gold, strict=True)), len(gold))
 
 
-def _choice_baselines(said: Sequence[int], examples: Sequence[Example]) -> dict[str, Any]:
+def _choice_baselines(predicted: Sequence[int], examples: Sequence[Example]) -> dict[str, Any]:
     """Baselines over the choices, by their labels where these are the same in all rows, else by place, from 1 on."""
     longest = max(len(row.choices) for row in examples)
     at_place = [{row.choices[n].label for row in examples if n < len(row.choices)} for n in range(longest)]
@@ -327,7 +327,7 @@ def _choice_baselines(said: Sequence[int], examples: Sequence[Example]) -> dict[
     same = len(set(labels)) == longest and all(len(names) == 1 for names in at_place)
     names = labels if same else [str(n + 1) for n in range(longest)]
     gold = [names[cast(int, row.gold)] for row in examples]
-    return metrics.answer_baselines([names[n] for n in said], gold, names) | _guessing(examples)
+    return metrics.answer_baselines([names[n] for n in predicted], gold, names) | _guessing(examples)
 
 
 def _guessing(examples: Sequence[Example]) -> dict[str, float]:

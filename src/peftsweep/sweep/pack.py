@@ -78,7 +78,7 @@ def run(
 
 
 def _run_together(
-    trials: Sequence[Trial], told: dict[str, Observer], *, probe: bool, measure: bool
+    trials: Sequence[Trial], observers: dict[str, Observer], *, probe: bool, measure: bool
 ) -> dict[str, Result]:
     """The records of the pack by identity; none of a trial that has to run alone."""
     names = [one.identity for one in trials]
@@ -86,7 +86,9 @@ def _run_together(
         for one in trials:
             claims.enter_context(study_claims.claim(trial_done.folder(one).parent, one.identity))
         try:
-            return dict(zip(names, _Pack(trials, [told[name] for name in names], probe, measure).run(), strict=True))
+            return dict(
+                zip(names, _Pack(trials, [observers[name] for name in names], probe, measure).run(), strict=True)
+            )
         except _SharedFailure as failure:
             reason, memory = str(failure), failure.memory
     outcome.empty(model.device(trials[0].config.device))
@@ -94,7 +96,7 @@ def _run_together(
     half = (len(trials) + 1) // 2 if memory else 0
     done: dict[str, Result] = {}
     for part in (trials[:half], trials[half:]) if half > 1 else ():
-        ended = run(part, [told[one.identity] for one in part], probe=probe, measure=measure)
+        ended = run(part, [observers[one.identity] for one in part], probe=probe, measure=measure)
         done |= {one.identity: result for one, result in zip(part, ended, strict=True)}
     return done
 

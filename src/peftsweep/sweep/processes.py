@@ -55,8 +55,8 @@ PDEATHSIG, DUMPABLE, SUBREAPER = 1, 4, 36
 # ---- where -----------------------------------------------------------------------------------------
 
 
-def places(workers: int | None, devices: Sequence[Any] | None, asked: Iterable[str]) -> list[Place]:
-    """The place of each worker, for trials whose ``device`` keys are ``asked``.
+def places(workers: int | None, devices: Sequence[Any] | None, device_keys: Iterable[str]) -> list[Place]:
+    """The place of each worker, for trials whose ``device`` keys are ``device_keys``.
 
     ``devices`` are numbers as torch counts the visible CUDA devices, None for all; ``workers`` is their number, None
     for one a device (on a CPU one).
@@ -64,14 +64,15 @@ def places(workers: int | None, devices: Sequence[Any] | None, asked: Iterable[s
     Raises:
         InputError: ``devices`` names one that is not there.
     """
-    asked = set(asked)
-    visible = [] if asked == {"cpu"} else _visible()
+    device_keys = set(device_keys)
+    visible = [] if device_keys == {"cpu"} else _visible()
     for number in devices or []:
         if not (str(number).isdecimal() and int(number) < len(visible)):
             there = ", ".join(map(str, range(len(visible)))) or "none"
-            why = "; device=cpu uses none" if asked == {"cpu"} else "" if visible else "; leave it out to use the CPU"
+            without = "; device=cpu uses none" if device_keys == {"cpu"} else "; leave it out to use the CPU"
+            why = "" if visible else without
             raise InputError(f"hydra.launcher.devices: no CUDA device {number}; there are: {there}{why}")
-    if any(":" in device for device in asked):  # cuda:1 means the second of all that are visible
+    if any(":" in device for device in device_keys):  # cuda:1 means the second of all that are visible
         return [None] * (workers or 1)
     chosen = visible if devices is None else [visible[int(number)] for number in devices]
     dealt: list[Place] = [*chosen] or [CPU]

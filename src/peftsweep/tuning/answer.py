@@ -59,19 +59,19 @@ class Setting:
     trials: Trials
 
 
-def prepare(asked: Question, file: str) -> Setting:
+def prepare(question: Question, file: str) -> Setting:
     """Check the question; ``file`` of the study holds the results of earlier commands.
 
     Raises:
         InputError: it cannot be asked so.
     """
-    config = asked.any.config
+    config = question.any.config
     tune = asdict(config.tune)
     check_lists(tune)
-    budget, common = parse(config.budget), plan(asked.any, config.tune.metric)
+    budget, common = parse(config.budget), plan(question.any, config.tune.metric)
     spaces, sizes = [], {}
-    for name, one in asked.trials.items():
-        found, sizes[name] = space(one, tune, has_rate=asked.with_rate[name])
+    for name, one in question.trials.items():
+        found, sizes[name] = space(one, tune, has_rate=question.with_rate[name])
         spaces.append(replace(found, method=name))
     if budget is not None and budget.unit == "steps" and budget.amount < (common.total or math.inf):
         least = (
@@ -80,12 +80,12 @@ def prepare(asked: Question, file: str) -> Setting:
             else "trials or time: steps are not known"
         )
         raise InputError(f"budget={config.budget}: must be {least}")
-    total, earlier = common.total, earlier_seconds(asked.folder / file, asked.hash)
+    total, earlier = common.total, earlier_seconds(question.folder / file, question.hash)
     purse = BudgetAccount(budget, (common.rung or total, total, total), Clock(earlier))
-    words = [*asked.base_words, *(["skip_oversized=true"] if config.memory_limit is not None else [])]
+    words = [*question.base_words, *(["skip_oversized=true"] if config.memory_limit is not None else [])]
     named = config.tune.targets is not None
     return Setting(
-        spaces, common, Trials(asked.launch, words, common, sizes, purse, asked.at_once, named_targets=named)
+        spaces, common, Trials(question.launch, words, common, sizes, purse, question.at_once, named_targets=named)
     )
 
 
@@ -133,7 +133,7 @@ class Final:
         return sorted(means, key=lambda name: -sign * means[name])
 
 
-def tune(asked: Question, say: Callable[[str], None]) -> None:
+def tune(question: Question, say: Callable[[str], None]) -> None:
     """Search, judge the finalists, print the decision, and write it to the study's tune.json.
 
     Raises:
@@ -141,28 +141,28 @@ def tune(asked: Question, say: Callable[[str], None]) -> None:
         SweepFailed: no trial could be trained.
         NotRun: the launcher did not run all that it was given.
     """
-    setting = prepare(asked, TUNE)
-    seed = asked.any.config.seed
+    setting = prepare(question, TUNE)
+    seed = question.any.config.seed
     found: list[Tuned] = []
 
     def note() -> None:
-        _write(asked, setting, found, None, [])
+        _write(question, setting, found, None, [])
 
     setting.trials.note = note
     found = search.tune(setting.spaces, setting.trials, seed)
     if all(one.best is None for one in found):
         reasons = sorted(set(setting.trials.refused.values()))
         raise SweepFailed("no trial could be trained: " + ("; ".join(reasons[:3]) or "the budget has room for none"))
-    final = _finals(setting, found, asked.any, seed)
+    final = _finals(setting, found, question.any, seed)
     decided = _decision(setting, found, final)
     lines = [
         *_searched(setting, found),
-        *_decided(decided, final, asked.any.config.tune.tie),
+        *_decided(decided, final, question.any.config.tune.tie),
         *(f"not tried of {line}" for line in decided.not_tried),
         *(f"could not be trained: {line}" for line in decided.not_trained),
         _spent(setting),
     ]
-    _write(asked, setting, found, final, lines, decided)
+    _write(question, setting, found, final, lines, decided)
     for line in lines:
         say(line)
 
@@ -292,7 +292,7 @@ def _spent(setting: Setting) -> str:
 
 
 def _write(
-    asked: Question,
+    question: Question,
     setting: Setting,
     found: Sequence[Tuned],
     final: Final | None,
@@ -302,10 +302,10 @@ def _write(
     purse, sizes = setting.trials.purse, setting.trials.sizes
     scores = {(p, until): setting.plan.sign * score for (p, until), score in setting.trials.scores.items()}
     record.write_json(
-        asked.folder / TUNE,
+        question.folder / TUNE,
         {
-            "asked": asked.hash,
-            "command": asked.words,
+            "asked": question.hash,
+            "command": question.words,
             "metric": f"validation_{setting.plan.metric}",
             "budget": str(purse.budget) if purse.budget else None,
             "spent": {"trials": purse.trials, "steps": purse.steps, "seconds": purse.seconds},
@@ -340,7 +340,7 @@ def _final_facts(final: Final) -> dict[str, Any]:
 # ---- sweep=league ----------------------------------------------------------------------------------
 
 
-def league(asked: Question, say: Callable[[str], None]) -> None:
+def league(question: Question, say: Callable[[str], None]) -> None:
     """Tune all methods with equally many trials, judge them on the test rows, and rank them; see league.json.
 
     Raises:
@@ -348,19 +348,21 @@ def league(asked: Question, say: Callable[[str], None]) -> None:
         SweepFailed: a contestant could not be trained.
         NotRun: the launcher did not run all that it was given.
     """
-    config = asked.any.config
+    config = question.any.config
     own = config.league
     placebo = f"{own.placebo} (placebo)"
-    asked = replace(
-        asked, trials={**asked.trials, placebo: asked.trials[own.placebo]}, with_rate={**asked.with_rate, placebo: True}
+    question = replace(
+        question,
+        trials={**question.trials, placebo: question.trials[own.placebo]},
+        with_rate={**question.with_rate, placebo: True},
     )
-    setting = prepare(asked, LEAGUE)
+    setting = prepare(question, LEAGUE)
     trials = setting.trials
     trials.options = {placebo: own.placebo}
-    seeds = {name: _seed(config.seed, PLACEBO_SEED if name == placebo else 0) for name in asked.trials}
+    seeds = {name: _seed(config.seed, PLACEBO_SEED if name == placebo else 0) for name in question.trials}
     tuned = search.equally(setting.spaces, trials, own.trials, seeds)
     best = {one.method: one.best for one in tuned if one.best is not None}
-    if lacking := [name for name in asked.trials if name not in best]:
+    if lacking := [name for name in question.trials if name not in best]:
         raise SweepFailed(f"no trial of {', '.join(lacking)} could be trained")
     points = {name: [replace(p, seed=_seed(seeds[name], n + 1)) for n in range(own.seeds)] for name, p in best.items()}
     trials("finals", [point for group in zip(*points.values(), strict=True) for point in group], Until.test)
@@ -372,13 +374,13 @@ def league(asked: Question, say: Callable[[str], None]) -> None:
         raise SweepFailed(f"fewer than two final trials of {', '.join(lacking)} came to their end")
     column = f"eval_info.{said[0]}.{said[1]}.value"
     result = statistics.league(column, found, own.placebo, placebo, own.difference)
-    costs = {name: _costs(trials, name) for name in asked.trials}
+    costs = {name: _costs(trials, name) for name in question.trials}
     called = {name: configuration(replace(p, method=name), trials.sizes[name]) for name, p in best.items()}
     lines = _ranking(called, result, costs, own.placebo, placebo, own.difference, score_name(column))
     decided = decision.league_decision(column, found, result, called, own.placebo, own.difference)
     record.write_json(
-        asked.folder / LEAGUE,
-        {"asked": asked.hash, "command": asked.words, "column": column, "lines": lines, "costs": costs}
+        question.folder / LEAGUE,
+        {"asked": question.hash, "command": question.words, "column": column, "lines": lines, "costs": costs}
         | {"spent": {"seconds": trials.purse.seconds}, "best": {name: asdict(p) for name, p in best.items()}}
         | {"scores": {name: {str(s): one.value for s, one in of.items()} for name, of in found.items()}}
         | {"result": record.plain(asdict(result)), "decision": decision.facts(decided)},

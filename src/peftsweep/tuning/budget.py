@@ -26,22 +26,22 @@ class Budget:
         return f"{self.amount:,.0f} {self.unit}"
 
 
-def parse(said: object) -> Budget | None:
+def parse(text: object) -> Budget | None:
     """``40trials``, ``5000steps``, ``90m``, ``2h``; None stays None.
 
     Raises:
         InputError: it is no such budget.
     """
-    if said is None:
+    if text is None:
         return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", str(said).strip())
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", str(text).strip())
     unit = found[2] if found else ""
     counts = unit in UNITS
     if found is None or unit not in UNITS | SECONDS:
-        raise InputError(f"budget={said}: must be a number of {ALLOWED}")
+        raise InputError(f"budget={text}: must be a number of {ALLOWED}")
     amount = float(found[1])
     if amount <= 0 or (counts and not amount.is_integer()):
-        raise InputError(f"budget={said}: must be above 0, trials and steps in whole numbers")
+        raise InputError(f"budget={text}: must be above 0, trials and steps in whole numbers")
     return Budget(amount, unit.removesuffix("s") + "s") if counts else Budget(amount * SECONDS[unit], "seconds")
 
 

@@ -128,10 +128,10 @@ def check_axes(parsed: Sequence[Override], name: str) -> None:
             raise InputError(f"{word.input_line}: sweep={name} takes several values of method alone{way}")
 
 
-def _dry_run(asked: Question, launcher: Any, league: bool) -> None:
+def _dry_run(question: Question, launcher: Any, league: bool) -> None:
     """List the first trials, and say what would come after them."""
-    setting = answer.prepare(asked, store.LEAGUE if league else store.TUNE)
-    first = answer.first_trials(setting, asked.any.config.seed)
+    setting = answer.prepare(question, store.LEAGUE if league else store.TUNE)
+    first = answer.first_trials(setting, question.any.config.seed)
     launcher.launch([setting.trials.words_of(point, until) for point, until in first], initial_job_idx=0)
     for line in answer.planned_lines(setting):
         print(line)

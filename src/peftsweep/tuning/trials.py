@@ -155,11 +155,11 @@ class Clock:
         return self._earlier + time.monotonic() - self._begun
 
 
-def earlier_seconds(file: Path, asked: str) -> float:
+def earlier_seconds(file: Path, question: str) -> float:
     """The seconds of earlier commands with the same question, from the file that they wrote."""
     try:
         found = record.read_json(file, dict)
     except (Unreadable, OSError):  # there is none, or it is damaged: it is written anew
         return 0.0
-    spent = found.get("spent") if isinstance(found, dict) and found.get("asked") == asked else None
+    spent = found.get("spent") if isinstance(found, dict) and found.get("asked") == question else None
     return float(spent.get("seconds", 0.0)) if isinstance(spent, dict) else 0.0

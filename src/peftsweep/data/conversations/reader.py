@@ -88,9 +88,9 @@ def _raw_role(turn: Any) -> str:
     return str(turn.get("role") or turn.get("from")) if isinstance(turn, Mapping) else ""
 
 
-def _in_template(said: str) -> str:
+def _in_template(role: str) -> str:
     """The name that chat templates have for a role of a file, known or unknown."""
-    plain = said.strip().lower()
+    plain = role.strip().lower()
     return ROLES.get(plain, plain)
 
 
@@ -244,10 +244,10 @@ def _weight(message: Message) -> Message:
     return {} if all(flags.values()) else {"weight": 0}
 
 
-def _role(said: str) -> str:
-    role = _in_template(said)
+def _role(raw: str) -> str:
+    role = _in_template(raw)
     if role not in KNOWN_ROLES:
-        raise ValueError(f"a turn has the unknown role '{said}'; known are {', '.join([*KNOWN_ROLES, *ROLES])}")
+        raise ValueError(f"a turn has the unknown role '{raw}'; known are {', '.join([*KNOWN_ROLES, *ROLES])}")
     return role
 
 
