@@ -143,7 +143,7 @@ RUN_INFO = {
     },
     "experiment?": {"taken?": {"*": str}, "not_taken?": {"*": str}},
 }
-REQUIRED_RUN_INFO = {"labels": list, "study": str, "created_at": str}  # of RUN_INFO, by tables and sweeps
+NEEDED = {"labels": list, "study": str, "created_at": str}  # of RUN_INFO, by tables and sweeps
 CONFIG = {  # of which the keys that are read again; all others are settings of any kind
     **{f"{section}?": dict for section in ("model", "method", "dataset", "train", "quant", "targets", "inference")},
     "seed?": int,
@@ -230,7 +230,7 @@ class Result:
             RecordError: as ``read``; or it lacks its labels, study or date.
         """
         result = cls.read(folder)
-        if wrong := fault(result.run_info, REQUIRED_RUN_INFO, "run_info"):
+        if wrong := fault(result.run_info, NEEDED, "run_info"):
             raise RecordError(f"{folder / RESULT}: {wrong}")
         return result
 
