@@ -148,7 +148,7 @@ def _hydra() -> int:
         if lacking := [folder for folder in own if not folder.is_dir()]:
             raise InputError(f"--config-dir {lacking[0]}: no such folder")
         command_line.import_from([*own, Path.cwd()])
-        # What a trial was told, which workers inherit: the command that repeats it must find the same options.
+        # Workers inherit the folder of own options: the command that repeats a trial must find the same options.
         os.environ[store.OWN_OPTIONS] = str(own[-1]) if own else ""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would else print as ten lines
     try:

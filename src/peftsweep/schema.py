@@ -256,7 +256,7 @@ class PriceConfig:
     """What an hour of a device costs, in the user's currency: `price=2.49`, or a table of conf/price."""
 
     hour: Any = None  # a number, or device names -> numbers, of which the first that the device's name holds counts
-    currency: str = ""  # only told
+    currency: str = ""  # only printed
 
 
 @dataclass
@@ -303,7 +303,7 @@ class Config:
     budget: str | None = None  # of sweep=tune: 40trials, 5000steps, 90m, 2h; null: until it is decided
     tune: TuneConfig = field(default_factory=TuneConfig)
     league: LeagueConfig = field(default_factory=LeagueConfig)
-    objective: Any = None  # a column of the record, or a list of them, that a sweeper such as Optuna's is told
+    objective: Any = None  # a column of the record, or a list of them, that a sweeper such as Optuna's optimises
 
 
 @dataclass

@@ -32,7 +32,7 @@ PLAIN_WORD = re.compile(r"[\w./+-]+", re.ASCII)  # needs no quotes in Hydra's gr
 TEMPLATES = ("dataset.prompt", "dataset.answer")
 # Keys that say how a name is read.
 SOURCE_KEYS = ("dataset.encoding", "dataset.hub_config", "dataset.revision", "model.revision")
-COLUMN_KEYS = (*TEMPLATES, "dataset.reader")  # keys by which a person says what rows mean
+COLUMN_KEYS = (*TEMPLATES, "dataset.reader")  # keys that say which columns are prompt and answer
 PARTS = {  # of a folder, by the names of its files
     "train": r"train(ing)?(\b|_).*",
     "test": r"test(\b|_).*",
@@ -61,7 +61,7 @@ def expanded(words: Sequence[str], folders: Iterable[Path]) -> list[str]:
     ``folders`` hold options, which come first.
 
     Raises:
-        InputError: there is no such file or folder, or what is in it cannot be told.
+        InputError: there is no such file or folder, or its content is not recognised.
     """
     if not any(word.startswith(tuple(f"{group}=" for group in GROUPS)) for word in words):
         return list(words)
@@ -208,7 +208,7 @@ def _expand_name(group: str, name: str, given: GivenKeys, folders: tuple[Path, .
 def _exists(name: str) -> bool:
     try:
         return Path(name).expanduser().exists()
-    except (OSError, RuntimeError):  # too long a name, or the home of nobody
+    except (OSError, RuntimeError):  # too long a name, or the home of no user
         return False
 
 

@@ -205,7 +205,7 @@ def _check_model(model: ModelConfig) -> None:
 
 
 def _check_task(config: Config) -> None:
-    """A classifier needs classes, and can be asked for nothing but them."""
+    """Refuse a classifier without classes, or with evaluations other than classification."""
     classifier = config.model.task is Task.seq_cls
     if classifier and len(config.dataset.classes) < 2:
         raise InputError(

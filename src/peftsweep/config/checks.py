@@ -58,7 +58,7 @@ ALLOWED_WORDS = {
 
 
 def check_keys(tree: Mapping[str, Any], schema: Any, where: str = "") -> None:
-    """Refuse a key that nobody reads, as an added one (``+train.learning_rte``) may be."""
+    """Refuse a key that is not in the schema, such as an added one (``+train.learning_rte``)."""
     kinds = key_types(schema)
     for key, value in tree.items():
         if key not in kinds:

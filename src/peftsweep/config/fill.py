@@ -82,11 +82,11 @@ def fill_from_files(
     said = {override.lstrip("+~").partition("=")[0] for override in overrides}
     made = _fill_from_record(cfg, said) if cfg.repeat is not None else {}
     made |= _fill_from_adapter(cfg, said, choices) if cfg.adapter.path is not None else {}
-    folder, file = cfg.method.get("path"), cfg.train.params_file  # which may be told by method.path
+    folder, file = cfg.method.get("path"), cfg.train.params_file  # which may be given by method.path
     if folder is None and file is None:
         return made, repeat.original(cfg.repeat).run_info.get("experiment", {}) if cfg.repeat is not None else {}
     found = experiment.read(folder, file)
-    cfg.train.params_file = None  # the same trial as one that is told the same by keys
+    cfg.train.params_file = None  # the same trial as with the same keys on the command line
     for key in said - {"method", "quant", "inference"}:  # whole groups, of which an experiment's files tell more
         found.refuse(key, f"{experiment.OVERRIDDEN} {key}")
     if folder is not None:
@@ -206,7 +206,7 @@ def _fill_from_record(cfg: DictConfig, given: set[str]) -> dict[str, str]:
         cfg.study = f"{original.run_info['study']}-repeat"
     if original.folder and original.folder.parent.resolve() == store.folder(cfg.study).resolve():
         raise InputError(f"repeat={cfg.repeat}: study={cfg.study} holds the original, which is kept; take another")
-    cfg.force = True  # or a second repeat, with other versions, would be told the first one's numbers
+    cfg.force = True  # else a second repeat, with other versions, would return the numbers of the first
     own = restored.own_values(cfg, given)
     for key, value in original.config.items():
         if key not in repeat.NOT_REPEATED and key not in given and key in cfg:

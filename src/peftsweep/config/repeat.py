@@ -273,7 +273,7 @@ def _changed(before: Flat, after: Flat) -> dict[str, tuple[Any, Any]]:
 def _without_pins(changed: dict[str, tuple[Any, Any]], before: Result, after: Result) -> dict[str, tuple[Any, Any]]:
     """``changed`` but for a revision that now is said, and that names the commit which was loaded before, too.
 
-    Where nothing else is told otherwise and all data are the same, the identity has changed for that reason alone.
+    If no other setting differs and all data are the same, this alone has changed the identity.
     """
     same = commits(before).items() & commits(after).items()
     pins = {f"config.{section}.revision" for section, _ in same}

@@ -166,7 +166,7 @@ class ChatTemplate:
 
 
 def plain_layout(tokenizer: PreTrainedTokenizerBase, begin: str) -> ChatTemplate:
-    """The layout of conversations where no chat template is wished for; ``begin`` stands before the first turn."""
+    """The layout of conversations without a chat template; ``begin`` stands before the first turn."""
     return ChatTemplate(tokenizer, PLAIN, {"begin": begin})
 
 
@@ -174,7 +174,7 @@ def render(template: ChatTemplate, conversation: Conversation, turns: Turns, wri
     """``conversation`` in the tokens of ``apply_chat_template(tokenize=True)``; ``turns`` of the assistant are trained.
 
     Raises:
-        ValueError: the template leaves out a part of the conversation, or a turn's place in the text cannot be told.
+        ValueError: the template leaves out a part of the conversation, or the place of a turn in the text is unknown.
         jinja2.TemplateError, and what else a template may raise: it refuses the conversation.
     """
     conversation = template.readable(conversation)
@@ -297,7 +297,7 @@ def _turn(template: ChatTemplate, conversation: Conversation, text: str, number:
 def _begin(template: ChatTemplate, conversation: Conversation, text: str, number: int) -> int:
     """Where a turn begins that the template writes otherwise than after its generation prompt, which may reason.
 
-    That is where its content begins; where that cannot be told, where it and the generation prompt part.
+    That is where its content begins; if that is unknown, the first difference to the generation prompt.
     """
     before = conversation._replace(messages=conversation.messages[:number])
     if number:

@@ -63,7 +63,7 @@ def generate(
 
 
 class Written(NamedTuple):
-    """A text that was written, of so many ``tokens`` without the end mark; ``cut``: it came to no end of its own."""
+    """A generated text, its number of ``tokens`` without the end mark, and whether it was ``cut`` at the limit."""
 
     text: str
     tokens: int
@@ -89,7 +89,7 @@ def write(
 
 
 class Sampling(NamedTuple):
-    """How tokens are drawn, under transformers' names; ``top_k`` and a base's own such settings play no part."""
+    """How tokens are sampled, under transformers' names; ``top_k`` and the base's own settings are not used."""
 
     temperature: float = 1.0
     top_p: float = 1.0

@@ -56,7 +56,7 @@ class Judgement:
 def judgements(
     metric: Callable[[str, str], Judgement | bool], predictions: Sequence[str], answers: Sequence[str]
 ) -> list[Judgement]:
-    """What ``metric`` says of each prediction; one of a person's own may give plain booleans.
+    """The judgement of ``metric`` on each prediction; a user's metric may return plain booleans.
 
     Raises:
         TypeError: it gives something else, such as a share.

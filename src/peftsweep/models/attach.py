@@ -266,7 +266,7 @@ def _aim(method: Any, base: PreTrainedModel, modules: list[str] | None, targets:
             if name not in full or check_target_module_exists(method, f".{name}")
         ]
     if modules is not None and hasattr(method, "feedforward_modules") and method.feedforward_modules is None:
-        # IA3 scales the input, not the output, of feed-forward layers, and must be told which those are.
+        # IA3 scales the input, not the output, of feed-forward layers, and needs their names.
         feedforward = set(role_members(base, roles).get("mlp", []))
         method.feedforward_modules = [n for n in method.target_modules if feedforward & set(_matching(base, n))]
 

@@ -139,7 +139,7 @@ RULES = (
     Rule("PrefixTuningConfig", ("encoder",), CACHELESS),
     Rule("CartridgeConfig", ("encoder",), CACHELESS),
     *(Rule(config, ("checkpointing",), RECOMPUTED) for config in ("PrefixTuningConfig", "CartridgeConfig")),
-    Rule("PolyConfig", ("checkpointing",), "its layers are told of their tasks in the forward pass only"),
+    Rule("PolyConfig", ("checkpointing",), "its layers get their tasks in the forward pass only"),
     *(
         Rule(config, ("float16",), UNSCALED)
         for config in (

@@ -1,4 +1,4 @@
-"""What a person sees while trials run: a live line on a terminal, plain lines in a pipe, summaries."""
+"""The output while trials run: a live line on a terminal, plain lines in a pipe, summaries."""
 
 from __future__ import annotations
 

@@ -218,13 +218,13 @@ def out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def current(device: torch.device) -> Iterator[None]:
-    """Make a CUDA device the current one in the block: libraries launch kernels there when they are told of none."""
+    """Make a CUDA device the current one in the block: libraries launch kernels there if no device is given."""
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         yield
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until a GPU has done what it was told."""
+    """Wait until a GPU has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

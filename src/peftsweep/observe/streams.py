@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 EVERY_SECONDS = 2.0  # between two lines of a progress
-FEW_LINES = 20  # items, of so few no progress is told
+FEW_LINES = 20  # items; no progress is shown of fewer
 
 IN_ASCII = {"\N{MINUS SIGN}": "-", "\N{PLUS-MINUS SIGN}": "+/-", "\N{EN DASH}": "-", "\N{HORIZONTAL ELLIPSIS}": "..."}
 

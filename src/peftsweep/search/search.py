@@ -119,7 +119,7 @@ def options(said: Mapping[str, Any], objective: Any, study: str, searched: Any, 
 
 
 class Search:
-    """A search under way."""
+    """A running search."""
 
     def __init__(self, options: Options, dimensions: Mapping[str, Dimension]) -> None:
         self.options = options
@@ -221,7 +221,7 @@ class Search:
             self._exhausted = True
 
     def _report_stop(self, trial: FrozenTrial, result: Result) -> None:
-        """What a trial had come to that was pruned before, at the same point, which Optuna has not been told of."""
+        """Report to Optuna the last value of a trial that was pruned before, at the same point."""
         stop = result.run_info.get("stopped")
         if stop and stop["value"] is not None and len(self.options.directions) == 1:
             pruning.report(self.study, trial.number, stop["metric"], stop["step"], stop["value"])

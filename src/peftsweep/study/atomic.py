@@ -13,7 +13,7 @@ from pathlib import Path
 from peftsweep.study import owner
 
 PARTIAL = ".partial"  # how the names end that files have while they are written
-ABANDONED_SECONDS = 3600.0  # seconds without a change after which nobody writes a file any more
+ABANDONED_SECONDS = 3600.0  # seconds without a change after which a temporary file counts as abandoned
 
 TRANSIENT = (errno.EIO, errno.ESTALE, errno.EBUSY, errno.ENOLCK)  # which a network's disk may get over
 PAUSES = (0.1, 1.0)  # seconds before another try
@@ -89,7 +89,7 @@ def sync_tree(folder: Path) -> None:
 def make_way(path: Path, *, folder: bool = False) -> None:
     """Set aside what stands where a file of ours, or a ``folder``, is to be and is none, such as a link to itself.
 
-    It is renamed and not deleted, as it may be somebody's; of a link nothing is lost.
+    It is renamed and not deleted, as it may be the user's; of a link nothing is lost.
     """
     if not os.path.lexists(path) or (path.is_dir() if folder else path.is_file()):
         return

@@ -190,7 +190,7 @@ class _Watch:
         return self._views[one.identity]
 
     def end(self, one: Trial, result: Result) -> Result:
-        """Show that the trial has ended; with its name, if others were told of since."""
+        """Show that the trial has ended; with its name, if lines of others stand between."""
         self._view(one).end(result, named=self._named != one.identity)
         self._named = one.identity
         return result

@@ -46,7 +46,7 @@ Place = str | None  # a worker's CUDA_VISIBLE_DEVICES; None: as in this process
 POLL_SECONDS: float | None = 0.2  # seconds between two looks at a worker, where the system does not tell of its end
 SOCKETS, LOG = "pymp-", "peftsweep-worker-"  # how names of temporary files begin, before the tag of their process
 READY, CUDA_LOST = "ready", "forked from a process that has initialised CUDA"
-EXIT_SECONDS = 5.0  # until a worker that was told to end is killed, and for its guard to kill what it leaves
+EXIT_SECONDS = 5.0  # until a worker that should end is killed, and for its guard to kill its children
 # Of Linux's prctl: a signal for this process when its parent ends; orphans below this process become its children;
 # whether a process that is killed by a fault leaves an image of its memory.
 PDEATHSIG, DUMPABLE, SUBREAPER = 1, 4, 36

@@ -213,7 +213,7 @@ class _Worker:
         return job
 
     def news(self) -> tuple[str, str] | None:
-        """Pass on what the worker has told; its last word on its job (how it ended, and a traceback), if it came."""
+        """Pass on the worker's messages; returns how its job ended, and a traceback, if it has ended."""
         try:
             while self.connection.poll():
                 kind, number, content = self.connection.recv()

@@ -69,7 +69,7 @@ Prune = Callable[[int, dict[str, float]], bool]  # a step and its validation's s
 
 
 class Run:
-    """A training under way on ``rows`` rows.
+    """A running training on ``rows`` rows.
 
     ``trained`` are the parameters that ``optimizer`` steps, by their names in the model; ``validate`` returns the
     scores of the model as it is now. The caller does forward and backward.
@@ -155,7 +155,7 @@ class Run:
             self.consider(scores)
 
     def consider(self, scores: dict[str, float] | None = None) -> None:
-        """Whether the run ends with the validations that it has come to, the last of which had these ``scores``.
+        """Decide whether the run ends after the validations so far, the last of which had these ``scores``.
 
         Without them it was restored: its process may have died between the checkpoint and its end.
         """

@@ -133,7 +133,7 @@ def _seconds_key(stage: str) -> str:
 
 
 def log_step(lines: Any, observer: Observer, row: dict[str, Any]) -> None:
-    """A row of steps.jsonl, which ``lines`` is, on the disk and told to ``observer``."""
+    """Write a row to steps.jsonl (``lines``), and pass it to ``observer``."""
     lines.write(record.line(row))
     persistently(lines.flush)  # what was not written stays in its buffer
     observer.step(row)

@@ -424,7 +424,7 @@ class Session:
         with self.stage("train"):
             trained = self._steps(MEASURED_STEPS, self.meter)
         cost = train_cost(trained)
-        del cost["train_seconds"]  # that of all its steps nobody has measured
+        del cost["train_seconds"]  # which was not measured for all of its steps
         self.info |= cost | {"measured_steps": MEASURED_STEPS}
         self.let_go()
 

@@ -89,7 +89,7 @@ def _run_claimed(trial: Trial, place: Path, observer: Observer) -> Result:
             raise
         except BaseException as error:
             status, failure = status_of(error), failure_of(error, meter.current, trial.config)
-            full = store.unwritable(error)  # the next trial would train for nothing
+            full = store.unwritable(error)  # the next trial could not be written either
             if full or not isinstance(error, Exception):
                 end(result, place, meter, start, status, failure, tracker, attempts)
                 if full:

@@ -265,7 +265,7 @@ def _decided(found: Decision, final: Final | None, tie: float) -> list[str]:
 
 
 def _not_tried(setting: Setting, found: Sequence[Tuned]) -> list[str]:
-    """One line a method: values that the search did not come to."""
+    """One line a method: values that the search did not try."""
     lines = []
     known = {one.method: {**one.rungs, **one.ends} for one in found}
     for one in setting.spaces:

@@ -33,7 +33,7 @@ BETTER, WORSE, TIE, OPEN = "better", "worse", "tie", "open"
 class BaseScore:
     """The score of the untouched base on the same test rows."""
 
-    answers: str  # the file of its answers in the study, by which bases are told apart
+    answers: str  # the file of its answers in the study, which differs between bases
     value: float
     stderr: float | None
     n: int | None

@@ -90,7 +90,7 @@ class Tuned:
     method: str
     ends: dict[Point, float] = field(default_factory=dict)
     rungs: dict[Point, float] = field(default_factory=dict)
-    over: bool = False  # whether every stage came to its end
+    over: bool = False  # whether every stage was completed
 
     @property
     def best(self) -> Point | None:

@@ -153,7 +153,7 @@ class Form:
         """The form of a dataset's prompts, with columns ``given`` as NAME=TEXT.
 
         Raises:
-            InputError: a column is none of the template's, or which of several the prompt is cannot be told.
+            InputError: a column is none of the template's, or several columns may be the prompt.
         """
         if wrong := next((word for word in given if "=" not in word), None):
             raise InputError(f"--column={wrong}: must be NAME=TEXT")

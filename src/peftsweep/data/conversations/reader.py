@@ -71,7 +71,7 @@ def messages(row: Row) -> Row:
 
 
 def sharegpt(row: Row) -> Row:
-    """``messages`` of a row as people shared it: from the first turn of a person or the system to the last answer.
+    """``messages`` of a shared conversation: from the first turn of the user or the system to the last answer.
 
     Raises:
         NoAnswer, ValueError: as ``messages``.
