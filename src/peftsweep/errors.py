@@ -133,7 +133,7 @@ MAX_LISTED = 80  # of the known names, in a message
 MAX_WRITTEN_OUT = 10  # values of a range that are written out
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 FROM_TO = re.compile(rf"({NUMBER})\s*(?:-|\u2013|\.{{2,3}}|:|to)\s*({NUMBER})")
-SEVERAL_NUMBERS = re.compile(rf"[\[({{]?\s*{NUMBER}(?:\s*[\s,;/|]\s*{NUMBER})+\s*[\])}}]?")
+SEVERAL_NUMBERS = re.compile(rf"[\[({{]?\s*{NUMBER}(?:\s*[\s,;|]\s*{NUMBER})+\s*[\])}}]?")
 
 
 class InputError(ValueError):
@@ -184,7 +184,8 @@ def as_sweep(key: str, text: str) -> str:
             return f"; to sweep it: {key}={','.join(map(str, range(int(first), int(last) + 1)))}"
         each = f"'{key}=range({first},{int(last) + 1})'"
         return f"; to sweep it: {key}={first},{last}, or each number between them: {each}"
-    if SEVERAL_NUMBERS.fullmatch(text.strip()):
+    thousands = re.fullmatch(r"\d{1,3}(?: \d{3})+", text.strip())  # 2 000 is one number
+    if SEVERAL_NUMBERS.fullmatch(text.strip()) and not thousands:
         return f"; to sweep it: {key}={','.join(re.findall(NUMBER, text))}"
     return ""
 

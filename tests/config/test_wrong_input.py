@@ -66,6 +66,8 @@ RANGES = {  # what people write where several values are swept
     "seed=(0,1)": "seed=(0,1): cannot be read; to sweep it: seed=0,1",
     "seed=0;1": "seed=0;1: cannot be read; to sweep it: seed=0,1",
     "seed=3-0": "seed=3-0: must be int",
+    "dataset.fraction=1/2": "dataset.fraction=1/2: must be float",
+    "train.steps=2 000": "train.steps=2 000: must be int",
     "method.r=8-32": "method.r=8-32: must be int; to sweep it: method.r=8,32, or each number between them: "
     "'method.r=range(8,33)'",
     "method.r=[8,16]": "method.r=[8, 16]: must be int; to sweep it: method.r=8,16",
