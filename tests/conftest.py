@@ -73,7 +73,7 @@ def without_times(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     nothing = Estimate(unknown={"train": "not asked for"})
     monkeypatch.setattr(timing.Timing, "estimate", lambda self, one: nothing)
     monkeypatch.setattr(timing.Timing, "measure", lambda self: None)
-    monkeypatch.setattr(foreseen, "foresee", lambda *_: {})
+    monkeypatch.setattr(foreseen, "predict_time", lambda *_: {})
     if "memory_foreseen" not in request.fixturenames:
         monkeypatch.setattr(foreseen, "memory", lambda *_: None)
 

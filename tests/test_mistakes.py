@@ -74,7 +74,7 @@ def test_an_interrupt_is_one_line_whatever_an_import_makes_of_it(
         raise instead("half imported")
 
     try:
-        assert cli._guarded(interrupted) == 130
+        assert cli._run_command(interrupted) == 130
     finally:
         signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "interrupted; the same command continues\n"
@@ -150,7 +150,7 @@ def test_the_words_of_other_libraries_lead_to_ours(word: str) -> None:
     ],
 )
 def test_a_key_of_another_section_is_suggested(wrong: str, known: list[str], meant: str) -> None:
-    assert calls.meant(wrong, known) == f"did you mean '{meant}'?"
+    assert calls.suggest_key(wrong, known) == f"did you mean '{meant}'?"
 
 
 @pytest.mark.parametrize(

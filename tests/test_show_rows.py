@@ -11,6 +11,7 @@ import pytest
 
 from peftsweep import cli
 from peftsweep.config import build
+from peftsweep.data import rows as data_rows
 from peftsweep.data.tokens import Tokens
 from peftsweep.use import show_rows
 from tests.data.test_chat import CHATML, TALK, TOOLS, tokenizer, tokens
@@ -176,3 +177,19 @@ def test_a_classifiers_rows_have_their_class_and_no_loss_on_text(show: Show) -> 
         "class yes",
         "class no",
     ]
+
+
+def test_one_row_of_a_hub_dataset_or_of_a_folder_is_enough(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is set aside to test on, which a part such as ``test[:1]`` has no row for."""
+    held = [{"question": "1 + 1?", "answer": "2"}]
+    monkeypatch.setattr(data_rows, "first_hub_rows", lambda *where: held)
+    monkeypatch.setattr(data_rows, "hub_rows", lambda *where: held)
+    Path("folder").mkdir()
+    Path("folder", "rows.jsonl").write_text(json.dumps(held[0]) + "\n")
+    for name in ("someone/rows:test[:1]", "folder"):
+        monkeypatch.setattr("sys.argv", ["peftsweep-data", "show", name])
+        with pytest.raises(SystemExit) as ended:
+            cli.data()
+        assert (ended.value.code, "Question: 1 + 1?\nAnswer:[[ 2</s>]]" in capfd.readouterr().out) == (0, True), name

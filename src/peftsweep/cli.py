@@ -92,18 +92,18 @@ def main() -> None:
     streams.settle()
     sweep_record.command_begins()
     if {"--help", "-h"} & set(sys.argv[1:]):
-        sys.exit(_guarded(_help))
+        sys.exit(_run_command(_help))
     if "--version" in sys.argv[1:]:
         print(doctor.version_text())
         return
     if "--completion" in sys.argv[1:]:
-        sys.exit(_guarded(_completion))
+        sys.exit(_run_command(_completion))
     # Every command is a sweep. Hydra would accept -m at the end only, and without it would call a comma in one
     # override ambiguous whenever another is wrong.
     words = [word for word in sys.argv if word not in ("-m", "--multirun")]
     others = {word.partition("=")[0] for word in words[1:]} & OTHER_COMMANDS
     sys.argv = words if others else [*words, "--multirun"]
-    sys.exit(_guarded(_plan_as_json if "--json" in sys.argv else _hydra))
+    sys.exit(_run_command(_plan_as_json if "--json" in sys.argv else _hydra))
 
 
 def _plan_as_json() -> int:
@@ -148,7 +148,7 @@ def _hydra() -> int:
         if lacking := [folder for folder in own if not folder.is_dir()]:
             raise InputError(f"--config-dir {lacking[0]}: no such folder")
         command_line.import_from([*own, Path.cwd()])
-        # What a trial was told, which workers inherit: the command that repeats it must find the same options.
+        # Workers inherit the folder of own options: the command that repeats a trial must find the same options.
         os.environ[store.OWN_OPTIONS] = str(own[-1]) if own else ""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would else print as ten lines
     try:
@@ -191,11 +191,11 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     signal.default_int_handler(number, frame)
 
 
-def _guarded(door: Callable[[], Any]) -> int:
+def _run_command(command: Callable[[], Any]) -> int:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
     try:
-        return _said_in_a_line(door)
+        return _print_errors_in_one_line(command)
     except KeyboardInterrupt:
         pass
     except Exception:
@@ -205,10 +205,10 @@ def _guarded(door: Callable[[], Any]) -> int:
     return 130
 
 
-def _said_in_a_line(door: Callable[[], Any]) -> int:
+def _print_errors_in_one_line(command: Callable[[], Any]) -> int:
     try:
         check_platform()
-        return int(door())
+        return int(command())
     except InputError as error:
         problem = str(error)
     except (HydraException, OmegaConfBaseException) as error:
@@ -238,7 +238,7 @@ def _task(cfg: DictConfig) -> None:
 
 
 def run_one(overrides: list[str]) -> Result:
-    """The Python door: see ``peftsweep.run``."""
+    """Run one trial from Python: see ``peftsweep.run``."""
     check_platform()
     from peftsweep.config import build
     from peftsweep.forecast import forecast
@@ -250,7 +250,7 @@ def run_one(overrides: list[str]) -> Result:
         return sweep.planned(one)
     forecast.check(one)
     if done.finished(one) is None:
-        build.check_there(one)
+        build.check_available(one)
     with sweep.terminable():
         return task.run(one)
 
@@ -335,7 +335,7 @@ def collect() -> None:
             )
         )
 
-    sys.exit(_guarded(door))
+    sys.exit(_run_command(door))
 
 
 def _check_together(words: argparse.Namespace) -> None:
@@ -414,7 +414,7 @@ def data() -> None:
         words = vars(_data_parser(prepare.FORMATS).parse_args())
         return prepare.main(compose([f"dataset={words.pop('dataset')}"]), prepare.Options(**words))
 
-    sys.exit(_guarded(door))
+    sys.exit(_run_command(door))
 
 
 def chat() -> None:
@@ -425,7 +425,7 @@ def chat() -> None:
         cfg, used = _composed(*_one_point(words, "peftsweep-chat"))
         return configuration.without_data(cfg, cfg.hydra.runtime.choices, used)
 
-    sys.exit(_guarded(lambda: chat_with.main(chat_with.parser().parse_intermixed_args(), saved)))
+    sys.exit(_run_command(lambda: chat_with.main(chat_with.parser().parse_intermixed_args(), saved)))
 
 
 def _data_parser(formats: Sequence[str]) -> argparse.ArgumentParser:

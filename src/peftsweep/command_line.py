@@ -1,4 +1,4 @@
-"""The words of a command line, checked before Hydra reads them, and what a person's own yaml has wrong.
+"""Check the words of a command line before Hydra reads them, and the user's own yamls.
 
 Hydra's grammar has characters of its own, so that a path or a template may need quotes inside those of the shell.
 """
@@ -22,13 +22,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, QuotedString, RangeSweep
 from hydra.errors import HydraException
 
-from peftsweep.errors import InputError, suggest
+from peftsweep.errors import InputError, as_sweep, suggest
 from peftsweep.schema import type_of
 
-MOST_VALUES = 100_000  # of a range
-SEVERAL = ("eval",)  # groups of which several options may be chosen at once
-OPTIONAL = ("eval", "sweep", "point")  # groups of which none need be chosen
-OF_HYDRA = {  # keys of Hydra's that decide nothing here, and what does
+MAX_RANGE_VALUES = 100_000  # of a range
+GROUPS_OF_SEVERAL_OPTIONS = ("eval",)  # groups of which several options may be chosen at once
+OPTIONAL_GROUPS = ("eval", "sweep", "point")  # groups of which none need be chosen
+HYDRA_KEYS_REFUSED = {  # keys of Hydra's that decide nothing here, and what does
     **dict.fromkeys(
         ("hydra.sweep.dir", "hydra.sweep.subdir", "hydra.run.dir", "hydra.output_subdir"),
         "decides nothing: a trial's folder is multirun/STUDY/TRIAL, by study=STUDY, in the working directory",
@@ -44,12 +44,12 @@ OF_HYDRA = {  # keys of Hydra's that decide nothing here, and what does
     **dict.fromkeys(("-r", "--run", "hydra.mode"), "cannot be set: every command is a sweep, of one trial or more"),
 }
 CONFIG_DIR = ("--config-dir", "-cd")
-AMOUNT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(inf|nan)", re.IGNORECASE)
+PRICE_PATTERN = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(inf|nan)", re.IGNORECASE)
 SECTIONS_OF_HYDRA = ("hydra.launcher", "hydra.sweeper", "hydra.callbacks", "hydra.job")
-NOT_NULL = (*SECTIONS_OF_HYDRA, "hydra/launcher", "hydra/sweeper")
+NON_NULL_KEYS = (*SECTIONS_OF_HYDRA, "hydra/launcher", "hydra/sweeper")
 
 
-OF_ARGPARSE = {  # messages of argparse's and what stands for them here
+ARGPARSE_MESSAGES = {  # messages of argparse's and what stands for them here
     r"unrecognized arguments: (\S+).*": r"\1: no such option",
     r"the following arguments are required: (.*)": r"\1: must be given",
     r"(.*): expected (?:one|at least one) argument": r"\1: needs a value",
@@ -66,15 +66,15 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> typing.NoReturn:
         message = message.removeprefix("argument ")
-        for theirs, ours in OF_ARGPARSE.items():
+        for theirs, ours in ARGPARSE_MESSAGES.items():
             if found := re.fullmatch(theirs, message, re.DOTALL):
                 raise InputError(found.expand(ours).replace("'", "") + self._meant(found[1], ours))
         raise InputError(message)
 
-    def _meant(self, wrong: str, said: str) -> str:
-        """What is close to a wrong option."""
+    def _meant(self, wrong: str, message: str) -> str:
+        """A hint which option was meant."""
         known = [name for action in self._actions for name in action.option_strings]
-        return f"; {suggest(wrong, known)}" if said.endswith("no such option") else ""
+        return f"; {suggest(wrong, known)}" if message.endswith("no such option") else ""
 
 
 def whole_number(least: int) -> Callable[[str], int]:
@@ -101,7 +101,7 @@ def number(fits: Callable[[float], bool], allowed: str) -> Callable[[str], float
 
 
 def checked(words: Sequence[str], conf: Path) -> list[str]:
-    """The words of a command, without what says nothing; ``conf`` is the folder of our own yamls.
+    """The words of a command, checked, without words that change nothing; ``conf`` is the folder of our own yamls.
 
     Raises:
         InputError: a word cannot be read, or chooses none of a group's options; the line names it.
@@ -114,15 +114,15 @@ def checked(words: Sequence[str], conf: Path) -> list[str]:
     kept: list[str] = []
     left = iter(words)
     for said in left:
-        word = _amount(said)
+        word = _price_as_key(said)
         kept.append(word)
         if not word.startswith("-"):
-            if not _says_something(word, groups):
+            if not _changes_configuration(word, groups):
                 kept.pop()
             continue
         name, given, _ = word.partition("=")
-        if name in OF_HYDRA:
-            raise InputError(f"{name}: {OF_HYDRA[name]}")
+        if name in HYDRA_KEYS_REFUSED:
+            raise InputError(f"{name}: {HYDRA_KEYS_REFUSED[name]}")
         if name not in options:
             key = name.lstrip("-").replace("-", "_")
             if key in groups or type_of(key) is not None:
@@ -163,22 +163,22 @@ def check_twice(words: Sequence[str], conf: Path) -> None:
         before, said[key] = said.get(key, word), word
         is_group = key.partition("/")[0] in groups  # or a folder in one: hydra/launcher, point/peft_comparison
         if before != word and (is_group or _parsed(before).is_sweep_override()):
-            several = "several in brackets" if key in SEVERAL else "several to be swept after commas"
+            several = "several in brackets" if key in GROUPS_OF_SEVERAL_OPTIONS else "several to be swept after commas"
             advice = "" if key.startswith("hydra") else f", {several}"
             raise InputError(f"{before} {word}: {key} is given twice; give it once{advice}")
 
 
-def _amount(word: str) -> str:
+def _price_as_key(word: str) -> str:
     """``price=2.49`` as the key of the group ``price`` that an amount is; every other word as it is."""
     key, _, value = word.partition("=")
-    if key != "price" or not AMOUNT.fullmatch(value.strip("'\"")):
+    if key != "price" or not PRICE_PATTERN.fullmatch(value.strip("'\"")):
         return word
     if not (math.isfinite(float(value.strip("'\""))) and float(value.strip("'\"")) >= 0):
         raise InputError(f"{word}: must be the price of a device-hour, a number of at least 0, such as price=2.49")
     return f"price.hour={value}"
 
 
-def _says_something(word: str, groups: dict[str, Path]) -> bool:
+def _changes_configuration(word: str, groups: dict[str, Path]) -> bool:
     """Whether the word, which is checked, chooses or changes anything."""
     if "=" not in word and not word.startswith("~"):
         said = "--help lists the keys" if word in ("help", "?") else "a value with blanks needs quotes for the shell"
@@ -187,21 +187,21 @@ def _says_something(word: str, groups: dict[str, Path]) -> bool:
     key = one.key_or_group
     if not all(key.replace("/", ".").split(".")):
         raise InputError(f"{word}: must be KEY=VALUE, and the key has an empty part")
-    if key in OF_HYDRA:
-        raise InputError(f"{key}: {OF_HYDRA[key]}")
-    if key in NOT_NULL and one._value is None:
+    if key in HYDRA_KEYS_REFUSED:
+        raise InputError(f"{key}: {HYDRA_KEYS_REFUSED[key]}")
+    if key in NON_NULL_KEYS and one._value is None:
         raise InputError(f"{word}: must be given; without this word it is peftsweep's own")
     if key in SECTIONS_OF_HYDRA and not isinstance(one._value, dict):
         raise InputError(f"{word}: has keys; give one of them, or choose another by {key.replace('.', '/')}=")
     if key == "hydra.searchpath" and isinstance(one._value, list):
         _check_folders(word, [str(getattr(place, "text", place)) for place in one._value])
     _check_swept(word, one)
-    _check_truth(one)
+    _check_boolean(one)
     if key not in groups:
         return True
     if one.package is not None or one.is_add() or one.is_force_add():
         raise InputError(f"{word}: must be {key}=OPTION, without + and @")
-    if key in OPTIONAL and key not in SEVERAL and one.value() is None:
+    if key in OPTIONAL_GROUPS and key not in GROUPS_OF_SEVERAL_OPTIONS and one.value() is None:
         return False  # as in config.yaml: none is chosen
     _check_option(word, one, groups[key])
     return True
@@ -221,6 +221,8 @@ def _parsed(word: str) -> Override:
         key, _, value = word.partition("=")
         if value.strip().startswith(",") or value.strip().endswith(",") or re.search(r",\s*,", value):
             raise InputError(f"{word}: there is no value beside one of its commas") from error
+        if type_of(key) is not str and (numbers := as_sweep(key, value)):
+            raise InputError(f"{word}: cannot be read{numbers}") from error
         for quote in ('"', "'"):
             quoted = f"{key}={quote}{value}{quote}"
             if quote not in value and _is_readable(quoted):
@@ -241,14 +243,14 @@ def _is_readable(word: str) -> bool:
 
 
 def _check_swept(word: str, one: Override) -> None:
-    """Refuse a range without values, or of so many that nobody means it, and a list that is the name of a file."""
+    """Refuse a range without values or with too many, and a list that is the name of a file."""
     value: Any = one._value
     if isinstance(value, RangeSweep):
         if not value.step:
             raise InputError(f"{word}: the step of a range must not be 0")
         values = (value.stop - value.start) / value.step  # type: ignore[operator]
-        if not (math.isfinite(values) and values <= MOST_VALUES):
-            raise InputError(f"{word}: a range may have at most {MOST_VALUES:,} values")
+        if not (math.isfinite(values) and values <= MAX_RANGE_VALUES):
+            raise InputError(f"{word}: a range may have at most {MAX_RANGE_VALUES:,} values")
         if values <= 0:
             raise InputError(f"{word}: there is no value in this range")
     text = word.partition("=")[2]
@@ -260,7 +262,7 @@ def _check_swept(word: str, one: Override) -> None:
         raise InputError(f"{word}: the comma of a file's name needs quotes: '{one.key_or_group}=\"{text}\"'")
 
 
-def _check_truth(one: Override) -> None:
+def _check_boolean(one: Override) -> None:
     """Refuse a number for a key that is true or false, of which Hydra would make true."""
     value: Any = one._value
     kind = type_of(one.key_or_group)
@@ -275,16 +277,16 @@ def _check_option(word: str, one: Override, group: Path) -> None:
     """Refuse what is no name of an option where one is chosen, or several where there can be one."""
     value, known = one._value, sorted(file.stem for file in group.glob("*.yaml"))
     if one.is_delete():
-        if group.name not in OPTIONAL:
+        if group.name not in OPTIONAL_GROUPS:
             raise InputError(f"{word}: cannot be deleted; {suggest(group.name, known)}")
         return
     choices = value.list if isinstance(value, ChoiceSweep) else [value]
     for choice in choices:
-        several = choice if isinstance(choice, list) and group.name in SEVERAL else [choice]
+        several = choice if isinstance(choice, list) and group.name in GROUPS_OF_SEVERAL_OPTIONS else [choice]
         for option in several:
             if isinstance(option, list) and option:
                 raise InputError(f"{word}: must be one option; to sweep several: {group.name}={_listed(option)}")
-            if option is None and group.name not in SEVERAL and group.name in OPTIONAL:
+            if option is None and group.name not in GROUPS_OF_SEVERAL_OPTIONS and group.name in OPTIONAL_GROUPS:
                 continue
             text = str(option.text if isinstance(option, QuotedString) else option or "")
             is_number = isinstance(option, bool | int | float)  # which Hydra would take for the name of an option
@@ -304,7 +306,7 @@ def _listed(options: Iterable[Any]) -> str:
 
 
 def wrong_yaml(words: Sequence[str], *, only_chosen: bool = False) -> str | None:
-    """What a yaml in the folders of ``--config-dir`` has wrong, with its file and line; None if all can be read.
+    """The first fault of a yaml in the folders of ``--config-dir``, with file and line; None if all can be read.
 
     Those that the words choose are looked at first.
     """
@@ -314,7 +316,7 @@ def wrong_yaml(words: Sequence[str], *, only_chosen: bool = False) -> str | None
     for file in sorted(files, key=lambda file: (file.stem not in said, file)):
         try:
             read = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-            problem = None if read is None else _unlike_ours(read)
+            problem = None if read is None else _wrong_configuration(read)
         except UnicodeDecodeError as error:
             problem = (file.read_bytes()[: error.start].count(b"\n") + 1, "is no UTF-8 text")
         except yaml.MarkedYAMLError as error:
@@ -341,17 +343,17 @@ def check_names(words: Sequence[str], conf: Path) -> None:
                 raise InputError(f"{file}: {option} is one of peftsweep's own; give the file another name")
 
 
-def _unlike_ours(node: yaml.Node) -> tuple[int, str] | None:
+def _wrong_configuration(node: yaml.Node) -> tuple[int, str] | None:
     """The line and fault of a tree that is no configuration: it must have keys, each once, and no tags."""
     if not isinstance(node, yaml.MappingNode):
         return node.start_mark.line + 1, "must hold keys and values"
     for key, value in node.value:
         if key.value == "defaults" and not isinstance(value, yaml.SequenceNode):
             return key.start_mark.line + 1, "defaults must be a list"
-    return _wrong_part(node)
+    return _wrong_node(node)
 
 
-def _wrong_part(node: yaml.Node) -> tuple[int, str] | None:
+def _wrong_node(node: yaml.Node) -> tuple[int, str] | None:
     line = node.start_mark.line + 1
     if not node.tag.startswith("tag:yaml.org,2002:") or "/" in node.tag:
         return line, "has a tag (!); there are none in a configuration"
@@ -365,7 +367,7 @@ def _wrong_part(node: yaml.Node) -> tuple[int, str] | None:
         parts = [value for _, value in node.value]
     else:
         parts = node.value if isinstance(node, yaml.SequenceNode) else []
-    return next((found for part in parts if (found := _wrong_part(part)) is not None), None)
+    return next((found for part in parts if (found := _wrong_node(part)) is not None), None)
 
 
 def import_from(folders: Iterable[Path]) -> None:

@@ -1,5 +1,6 @@
-"""What a command can end with besides success."""
+"""Exit codes and errors of the commands."""
 
+import re
 import sys
 from collections.abc import Iterable
 
@@ -128,7 +129,11 @@ EXIT_CODES = {
     3: "a trial was not run, or not to its end: a limit, a deadline, an interrupt of that trial alone",
     130: "interrupted; the same command continues",
 }
-LISTED = 80  # of the known names, in a message
+MAX_LISTED = 80  # of the known names, in a message
+MAX_WRITTEN_OUT = 10  # values of a range that are written out
+NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+FROM_TO = re.compile(rf"({NUMBER})\s*(?:-|\u2013|\.{{2,3}}|:|to)\s*({NUMBER})")
+SEVERAL_NUMBERS = re.compile(rf"[\[({{]?\s*{NUMBER}(?:\s*[\s,;|]\s*{NUMBER})+\s*[\])}}]?")
 
 
 class InputError(ValueError):
@@ -136,7 +141,7 @@ class InputError(ValueError):
 
 
 def check_platform() -> None:
-    """Say on which system this will not run, or has not been tested. To be called before anything heavy is imported.
+    """Refuse systems on which peftsweep does not run, and warn of untested ones. Called before any heavy import.
 
     Raises:
         InputError: peftsweep does not run here.
@@ -154,14 +159,35 @@ def suggest(wrong: str, known: list[str]) -> str:
     swapped = [name for name in known if sorted(name) == sorted(wrong.lower())]
     if close := synonyms(wrong, known) or swapped or get_close_matches(wrong, known, n=1):
         return f"did you mean '{close[0]}'?"
-    few = known if len(known) <= LISTED else [*known[:LISTED], f"and {len(known) - LISTED} more"]
+    few = known if len(known) <= MAX_LISTED else [*known[:MAX_LISTED], f"and {len(known) - MAX_LISTED} more"]
     return "there are: " + (", ".join(few) or "none")
 
 
 def synonyms(wrong: str, known: Iterable[str]) -> list[str]:
-    """Those of ``known``, by the last part of a dotted key, that other libraries call ``wrong``."""
+    """The ``known`` keys, by the last part of a dotted key, that other libraries call ``wrong``."""
     plain = wrong.lower().replace("-", "_")
     return [name for name in known if plain in (last := name.rpartition(".")[2], *SYNONYMS.get(last, ()))]
+
+
+def as_sweep(key: str, text: str) -> str:
+    """``; to sweep it: seed=0,1,2`` where ``text`` is a range of numbers (0-2) or a list ([0,1,2]), else empty."""
+    if key.rpartition(".")[2].isdecimal():  # a place in a list, which is no key of a sweep
+        return ""
+    if bounds := FROM_TO.fullmatch(text.strip()):
+        first, last = bounds.groups()
+        whole = first.isdecimal() and last.isdecimal()
+        if not float(first) < float(last):
+            return ""
+        if not whole:
+            return f"; to sweep it: {key}={first},{last}"
+        if int(last) - int(first) < MAX_WRITTEN_OUT:
+            return f"; to sweep it: {key}={','.join(map(str, range(int(first), int(last) + 1)))}"
+        each = f"'{key}=range({first},{int(last) + 1})'"
+        return f"; to sweep it: {key}={first},{last}, or each number between them: {each}"
+    thousands = re.fullmatch(r"\d{1,3}(?: \d{3})+", text.strip())  # 2 000 is one number
+    if SEVERAL_NUMBERS.fullmatch(text.strip()) and not thousands:
+        return f"; to sweep it: {key}={','.join(re.findall(NUMBER, text))}"
+    return ""
 
 
 def printable(text: object) -> str:

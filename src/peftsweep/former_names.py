@@ -1,4 +1,4 @@
-"""Names of modules in the first version, which a person's yaml and code and older records may hold."""
+"""Names of modules in the first version, which a user's yaml and code and older records may hold."""
 
 from __future__ import annotations
 

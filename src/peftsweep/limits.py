@@ -36,11 +36,11 @@ class Range:
 
 SEED = Range(least=0, most=LARGEST_SEED)
 COUNT = Range(least=1, most=LARGEST)
-OR_NONE = Range(least=0, most=LARGEST)  # a count that may be 0
+COUNT_OR_ZERO = Range(least=0, most=LARGEST)  # a count that may be 0
 WHOLE = Range(least=-LARGEST, most=LARGEST)
 FLOAT = Range(least=-LARGEST_SCALE, most=LARGEST_SCALE)
 RATE = Range(least=0, most=LARGEST_FLOAT32)
-NO_LESS_THAN_0 = Range(least=0, most=LARGEST_SCALE)
+NON_NEGATIVE = Range(least=0, most=LARGEST_SCALE)
 POSITIVE = Range(above=0, most=LARGEST_SCALE)
 BELOW_1 = Range(least=0, below=1)
 SHARE = Range(least=0, most=1)
@@ -76,13 +76,13 @@ PATTERNS: dict[Range, tuple[str, ...]] = {  # where several patterns fit a key, 
         *("train.optimizer_kwargs.loraplus_lr_ratio", "model.architecture.*theta", "hydra.launcher.mem_gb"),
     ),
     RATE: ("train.learning_rate", "train.learning_rate_scale", "train.weight_decay", "train.clip", "train.warmup"),
-    NO_LESS_THAN_0: (
+    NON_NEGATIVE: (
         *("train.optimizer_kwargs.eps", "train.optimizer_kwargs.*_decay", "model.architecture.*eps*"),
         *("method.*eps", "method.*_bound", "method.*_std", "method.init_scale", "method.*_weight"),
         *("method.regularization_alpha", "method.*_decay_factor", "method.*_exponent", "method.kasa_config.*"),
         *("quant.llm_int8_threshold", "hydra.launcher.ray.remote.num_?pus"),
     ),
-    OR_NONE: (
+    COUNT_OR_ZERO: (
         "search.trial",
         *("train.steps", "inference.warmup", "profiler.wait", "profiler.warmup", "method_inputs.*"),
         *("method.oft_block_size", "method.boft_block_size", "method.*_warmup", "method.num_frozen_tokens"),

@@ -21,7 +21,7 @@ from peftsweep.errors import EXIT_CODES
 from peftsweep.reference import meanings
 from peftsweep.reference.keys import (
     CALLED,
-    FREE,
+    OPEN_SECTIONS,
     Key,
     groups,
     hydra_keys,
@@ -90,7 +90,7 @@ def _keys_page() -> str:
         "## The rows of an evaluation",
         _of_keys(rows_keys()),
     ]
-    for group in (*FREE, *CALLED):
+    for group in (*OPEN_SECTIONS, *CALLED):
         for target, keys in section_keys(group).items():
             if keys:
                 parts += [f"## {group}: {target}", _of_keys(keys)]

@@ -1,4 +1,4 @@
-"""What a trial can be told: every key with its type and default, as plain dataclasses.
+"""The schema of a configuration: every key with its type and default, as plain dataclasses.
 
 The files in conf/ fill these in, config/ checks them, and all other modules receive them as plain values.
 """
@@ -200,7 +200,7 @@ class AdapterConfig:
 
 
 class Resource(Enum):
-    """Of what a trial is given more at each rung."""
+    """What grows from rung to rung."""
 
     steps = "steps"
     rows = "rows"  # of training: each rung is a training of its own, on more of them
@@ -256,12 +256,12 @@ class PriceConfig:
     """What an hour of a device costs, in the user's currency: `price=2.49`, or a table of conf/price."""
 
     hour: Any = None  # a number, or device names -> numbers, of which the first that the device's name holds counts
-    currency: str = ""  # only told
+    currency: str = ""  # only printed
 
 
 @dataclass
 class ForecastConfig:
-    """What predictions of time go by, beside the device's measured speed and the study's own records."""
+    """Further records for predictions of time, beside the device's measured speed and the study's own records."""
 
     records: str | None = None  # a study (below multirun/, or a folder) whose records of the same device correct them
 
@@ -303,7 +303,7 @@ class Config:
     budget: str | None = None  # of sweep=tune: 40trials, 5000steps, 90m, 2h; null: until it is decided
     tune: TuneConfig = field(default_factory=TuneConfig)
     league: LeagueConfig = field(default_factory=LeagueConfig)
-    objective: Any = None  # a column of the record, or a list of them, that a sweeper such as Optuna's is told
+    objective: Any = None  # a column of the record, or a list of them, that a sweeper such as Optuna's optimises
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""A model and a data set named as people name them: ``model=./folder``, ``model=ORG/NAME``, ``dataset=rows.jsonl``.
+"""Short names of a model and a data set: ``model=./folder``, ``model=ORG/NAME``, ``dataset=rows.jsonl``.
 
 Each such word stands for words that Hydra knows: ``model=causal_lm model.name_or_path=./folder``. What follows from
 them, such as a trial's identity and its record, is thus that of the longer command.
@@ -31,8 +31,8 @@ WEB = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?(
 PLAIN_WORD = re.compile(r"[\w./+-]+", re.ASCII)  # needs no quotes in Hydra's grammar
 TEMPLATES = ("dataset.prompt", "dataset.answer")
 # Keys that say how a name is read.
-LOOKED_AT = ("dataset.encoding", "dataset.hub_config", "dataset.revision", "model.revision")
-OWN_READING = (*TEMPLATES, "dataset.reader")  # keys by which a person says what rows mean
+SOURCE_KEYS = ("dataset.encoding", "dataset.hub_config", "dataset.revision", "model.revision")
+COLUMN_KEYS = (*TEMPLATES, "dataset.reader")  # keys that say which columns are prompt and answer
 PARTS = {  # of a folder, by the names of its files
     "train": r"train(ing)?(\b|_).*",
     "test": r"test(\b|_).*",
@@ -41,14 +41,14 @@ PARTS = {  # of a folder, by the names of its files
 NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "README.md", "LICENSE.txt")
 NAMED_KEYS = ("reader", "prompt", "answer", "classes")  # what rows of a data set of ours mean
 KINDS = {"chat": "conversations", "text": "plain text"}  # options that need no templates
-LISTED = 6  # files or columns, in a message
+MAX_LISTED = 6  # files or columns, in a message
 RECOGNISED = "prompt/completion, question/answer, instruction/input/output, text, messages, conversations"
 
-Said = tuple[tuple[str, str], ...]  # keys of the command line that matter, with their values
+GivenKeys = tuple[tuple[str, str], ...]  # keys of the command line that matter, with their values
 
 
 class Meaning(NamedTuple):
-    """What a name stands for: an option of its group and keys, as words in this order; and what to say of it."""
+    """The words that a short name stands for, as keys in this order, and a remark to print."""
 
     keys: dict[str, Any]
     remark: str = ""
@@ -61,12 +61,12 @@ def expanded(words: Sequence[str], folders: Iterable[Path]) -> list[str]:
     ``folders`` hold options, which come first.
 
     Raises:
-        InputError: there is no such file or folder, or what is in it cannot be told.
+        InputError: there is no such file or folder, or its content is not recognised.
     """
     if not any(word.startswith(tuple(f"{group}=" for group in GROUPS)) for word in words):
         return list(words)
     groups = [(word.partition("=")[0], word) for word in words]
-    options, said = tuple(folders), _said(words)
+    options, said = tuple(folders), _given_keys(words)
     found: list[str] = []
     for group, word in groups:
         one = _parsed(word) if group in GROUPS else None
@@ -74,15 +74,17 @@ def expanded(words: Sequence[str], folders: Iterable[Path]) -> list[str]:
             found.append(word)
             continue
         whole = one.is_sweep_override() and _exists(word.partition("=")[2])  # one file, whose comma needs quotes
-        meant = {name: _typed(group, name, options) for name in ([] if whole else _names(one))}
+        meant = {name: _path_or_hub_id(group, name, options) for name in ([] if whole else _names(one))}
         names = [typed for typed in meant.values() if typed is not None]
         if names and sum(other == group for other, _ in groups) > 1:
             raise InputError(f"{word}: {group} is given twice; give it once, several to be swept after commas")
         if names and GROUPS[group] in said:
             raise InputError(f"{word}: {GROUPS[group]} is given too, and names another; give one of the two")
-        longer = [_longer(group, name, _that_matters(said), options) for name in names]
+        if group == "dataset" and "dataset.hub_split" in said and (split := next(filter(None, map(_split, names)), "")):
+            raise InputError(f"{word}: dataset.hub_split is given too; {split} is a split already; give one of the two")
+        longer = [_expand_name(group, name, _reading_keys(said), options) for name in names]
         if one.is_sweep_override() or not longer:
-            found.append(_readable(word))
+            found.append(_quote_paths(word))
         else:
             found += [override(key, value) for key, value in longer[0].keys.items() if key == group or key not in said]
         if said.get("quiet", "").lower() != "true":
@@ -92,47 +94,47 @@ def expanded(words: Sequence[str], folders: Iterable[Path]) -> list[str]:
 
 
 def forget() -> None:
-    """Have the next command look at files and folders again; the points of a command are told what it was told."""
-    _longer.cache_clear()
+    """Forget what files and folders held, so that the next command reads them again."""
+    _expand_name.cache_clear()
 
 
 # ---- words -----------------------------------------------------------------------------------------
 
 
-def _said(words: Sequence[str]) -> dict[str, str]:
+def _given_keys(words: Sequence[str]) -> dict[str, str]:
     pairs = (word.lstrip("+~").partition("=") for word in words)
     return {key: value.strip("'\"") for key, _, value in pairs}
 
 
-def _that_matters(said: Mapping[str, str]) -> Said:
-    """Of the keys of the command line those that decide how rows are read, so that others need no second look."""
-    values = {key: said[key] for key in LOOKED_AT if key in said}
-    return tuple((values | {key: "" for key in OWN_READING if key in said}).items())
+def _reading_keys(given: Mapping[str, str]) -> GivenKeys:
+    """The keys of the command line that decide how rows are read."""
+    values = {key: given[key] for key in SOURCE_KEYS if key in given}
+    return tuple((values | {key: "" for key in COLUMN_KEYS if key in given}).items())
 
 
 @functools.lru_cache(maxsize=1024)
 def _parsed(word: str) -> Override | None:
     """The word as Hydra reads it, with quotes around names that its grammar has no place for; None where it cannot."""
     try:
-        return OverridesParser.create().parse_overrides([_readable(word)])[0]
+        return OverridesParser.create().parse_overrides([_quote_paths(word)])[0]
     except (HydraException, ValueError):
         return None  # which is said, with the rest of what is wrong, by the check of all words
 
 
 @functools.lru_cache(maxsize=1024)
-def _readable(word: str) -> str:
+def _quote_paths(word: str) -> str:
     """The word, with quotes around each path that Hydra's grammar cannot read: of ``~/model``, ``a=b.csv``."""
     group, _, value = word.partition("=")
-    if group not in GROUPS or _can_be_read(word):
+    if group not in GROUPS or _parses(word):
         return word
     names = [value] if _exists(value) else value.split(",")
-    quoted = [name if _can_be_read(f"{group}={name}") else _quoted(name) for name in names]
+    quoted = [name if _parses(f"{group}={name}") else _quoted(name) for name in names]
     again = f"{group}={','.join(quoted)}"
-    looks = all(_looks_typed(name) for name in names)
-    return again if looks and _can_be_read(again) else word
+    looks = all(_looks_like_path(name) for name in names)
+    return again if looks and _parses(again) else word
 
 
-def _can_be_read(word: str) -> bool:
+def _parses(word: str) -> bool:
     try:
         OverridesParser.create().parse_overrides([word])
     except (HydraException, ValueError):
@@ -141,7 +143,7 @@ def _can_be_read(word: str) -> bool:
 
 
 def _names(one: Override) -> list[str]:
-    """The texts that a word chooses, as they were meant."""
+    """The texts that a word chooses, without quotes."""
     value = one._value
     choices = value.list if isinstance(value, ChoiceSweep) else [value]
     texts = [choice.text if isinstance(choice, QuotedString) else choice for choice in choices]
@@ -150,15 +152,15 @@ def _names(one: Override) -> list[str]:
 
 def override(key: str, value: Any) -> str:
     """An override as Hydra reads it, in quotes where it must be."""
-    return f"{key}={_written(value)}"
+    return f"{key}={_hydra_value(value)}"
 
 
-def _written(value: Any) -> str:
+def _hydra_value(value: Any) -> str:
     """A value in Hydra's grammar."""
     if value is None:
         return "null"
     if isinstance(value, list):
-        return f"[{','.join(map(_written, value))}]"
+        return f"[{','.join(map(_hydra_value, value))}]"
     text = str(value)
     return text if PLAIN_WORD.fullmatch(text) and not re.fullmatch(r"[\d.e+-]+", text) else _quoted(text)
 
@@ -179,34 +181,34 @@ def _say_once(remark: str) -> None:
 # ---- what a name is --------------------------------------------------------------------------------
 
 
-def _looks_typed(name: str) -> bool:
-    """Whether a name can be no option's: a path, a hub id or a file."""
+def _looks_like_path(name: str) -> bool:
+    """Whether a name is a path, a hub id or a file, and no name of an option."""
     return "/" in name or name.startswith("~") or files.format_of(name) in files.FORMATS
 
 
-def _typed(group: str, name: str, folders: tuple[Path, ...]) -> str | None:
-    """The path or hub id that a name is; None for one that is an option's, or that nothing is found under."""
+def _path_or_hub_id(group: str, name: str, folders: tuple[Path, ...]) -> str | None:
+    """The path or hub id of a name; None if it is the name of an option, or nothing is found."""
     if not name.strip():
         return None
     if not name.startswith((".", "/", "~")) and any((one / group / f"{name}.yaml").is_file() for one in folders):
         return None
-    if _looks_typed(name) or (group == "dataset" and re.search(r"\.[A-Za-z]\w{0,7}$", name)):
+    if _looks_like_path(name) or (group == "dataset" and re.search(r"\.[A-Za-z]\w{0,7}$", name)):
         return name
     return f"./{name}" if _exists(name) else None
 
 
 @functools.lru_cache(maxsize=1024)
-def _longer(group: str, name: str, said: Said, folders: tuple[Path, ...]) -> Meaning:
+def _expand_name(group: str, name: str, given: GivenKeys, folders: tuple[Path, ...]) -> Meaning:
     if page := WEB.fullmatch(name):
         raise InputError(f"{group}={name}: is the address of a page; must be {group}={page['id']}")
-    keys = dict(said)
+    keys = dict(given)
     return _model(name, keys, folders[0]) if group == "model" else _dataset(name, keys, folders[0])
 
 
 def _exists(name: str) -> bool:
     try:
         return Path(name).expanduser().exists()
-    except (OSError, RuntimeError):  # too long a name, or the home of nobody
+    except (OSError, RuntimeError):  # too long a name, or the home of no user
         return False
 
 
@@ -214,13 +216,19 @@ def _is_local(name: str) -> bool:
     return _exists(name) or name.startswith((".", "/", "~")) or not HUB_ID.fullmatch(name)
 
 
+def _split(name: str) -> str:
+    """The split of a dataset of the hub that a name ends in (``ORG/NAME:test``); empty where there is none."""
+    found = None if _is_local(name) else HUB_ID.fullmatch(name)
+    return (found and found["split"]) or ""
+
+
 # ---- models ----------------------------------------------------------------------------------------
 
 
-def _model(name: str, said: Mapping[str, str], conf: Path) -> Meaning:
+def _model(name: str, given: Mapping[str, str], conf: Path) -> Meaning:
     folder = Path(name).expanduser()
     if not _is_local(name):
-        described = _config_on_hub(name, said.get("model.revision"), conf)
+        described = _config_on_hub(name, given.get("model.revision"), conf)
     elif not folder.exists():
         raise InputError(f"model={name}: no such folder; one of the hub is model=ORG/NAME{files.similar(folder)}")
     elif not (folder / "config.json").is_file():
@@ -297,11 +305,11 @@ def _reads_text(model_type: str) -> bool:
 # ---- data sets -------------------------------------------------------------------------------------
 
 
-def _dataset(name: str, said: Mapping[str, str], conf: Path) -> Meaning:
+def _dataset(name: str, given: Mapping[str, str], conf: Path) -> Meaning:
     path = Path(name).expanduser()
     if not _is_local(name) and files.format_of(name) not in files.FORMATS:
-        return _hub_dataset(name, said, conf)
-    own = _of_folder(name, path) if path.is_dir() else {"dataset.path": str(path)}
+        return _hub_dataset(name, given, conf)
+    own = folder_files(name, path) if path.is_dir() else {"dataset.path": str(path)}
     file = own["dataset.path"]
     if not Path(file).is_file():
         one_of_hub = "" if "." in Path(name).name[1:] else "; one of the hub is dataset=ORG/NAME:SPLIT"
@@ -310,13 +318,17 @@ def _dataset(name: str, said: Mapping[str, str], conf: Path) -> Meaning:
         raise InputError(f"dataset={name}: unknown format; must be a file of {' '.join(files.FORMATS)}, or .gz of them")
     if files.format_of(file) in files.PLAIN:
         return Meaning({"dataset": "text"} | own)
-    if "dataset.reader" in said or all(key in said for key in TEMPLATES):
+    if "dataset.reader" in given or all(key in given for key in TEMPLATES):
         return Meaning({"dataset": "file"} | own)
-    return _recognised(name, files.first_rows(file, "dataset.path", said.get("dataset.encoding")), own, said, conf)
+    return _recognised(name, files.first_rows(file, "dataset.path", given.get("dataset.encoding")), own, given, conf)
 
 
-def _of_folder(name: str, folder: Path) -> dict[str, Any]:
-    """The files of a folder that are trained and tested on: those that are called so, or its only one."""
+def folder_files(name: str, folder: Path) -> dict[str, str]:
+    """The files of a folder that are trained and tested on, by key: those that are called so, or its only one.
+
+    Raises:
+        InputError: it holds none, or several of which no name says what it is for; ``name`` is the folder as given.
+    """
     data = _data_files(folder) or _data_files(folder / "data")  # as repositories of the hub have them
     parts = {part: [one for one in data if re.fullmatch(names, one.stem, re.I)] for part, names in PARTS.items()}
     if len(data) == 1:
@@ -329,7 +341,7 @@ def _of_folder(name: str, folder: Path) -> dict[str, Any]:
         raise InputError(f"dataset={name}: holds what save_to_disk wrote; write a file of it: python -c {write}")
     if not data:
         raise InputError(f"dataset={name}: no file in this folder can be read; must be {' '.join(files.FORMATS)}")
-    listed = ", ".join(file.name for file in data[:LISTED]) + (", ..." if len(data) > LISTED else "")
+    listed = ", ".join(file.name for file in data[:MAX_LISTED]) + (", ..." if len(data) > MAX_LISTED else "")
     example = f"dataset={(parts['train'] or data)[0]}"
     example += f" dataset.test_path={parts['test'][0]}" if parts["test"] else ""
     raise InputError(f"dataset={name}: holds several files ({listed}); name the one to train on: {example}")
@@ -342,22 +354,22 @@ def _data_files(folder: Path) -> list[Path]:
     return [one for one in found if files.format_of(one) not in files.PLAIN] or found
 
 
-def _hub_dataset(name: str, said: Mapping[str, str], conf: Path) -> Meaning:
+def _hub_dataset(name: str, given: Mapping[str, str], conf: Path) -> Meaning:
     found = HUB_ID.fullmatch(name)
     assert found is not None
     source, split = found["id"], found["split"]
     for file in sorted((conf / "dataset").glob("*.yaml")):
         own = yaml.safe_load(file.read_text(encoding="utf-8"))["dataset"]
         same_split = split in (None, own.get("hub_split", "train"))
-        same_config = said.get("dataset.hub_config") in (None, own.get("hub_config"))
+        same_config = given.get("dataset.hub_config") in (None, own.get("hub_config"))
         if own.get("hub") == source and same_split and same_config:
             return Meaning({"dataset": file.stem})
     where: dict[str, Any] = {"dataset.path": None, "dataset.hub": source, "dataset.hub_split": split or "train"}
-    if "dataset.reader" in said or all(key in said for key in TEMPLATES):
+    if "dataset.reader" in given or all(key in given for key in TEMPLATES):
         return Meaning({"dataset": "file"} | where)
-    config, revision = said.get("dataset.hub_config"), said.get("dataset.revision")
+    config, revision = given.get("dataset.hub_config"), given.get("dataset.revision")
     rows = data_rows.first_hub_rows(source, config, split or "train", revision)
-    return _recognised(name, rows, where, said, conf)
+    return _recognised(name, rows, where, given, conf)
 
 
 def _recognised(
@@ -365,7 +377,7 @@ def _recognised(
 ) -> Meaning:
     """The option and keys that the columns of ``rows``, which lie ``where``, call for."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    listed = ", ".join(columns[:LISTED]) + (", ..." if len(columns) > LISTED else "")
+    listed = ", ".join(columns[:MAX_LISTED]) + (", ..." if len(columns) > MAX_LISTED else "")
     layout = None if any(key in said for key in TEMPLATES) else layouts.recognise(rows)
     if layout is None:
         shown = {f"dataset.{key}": value for key, value in layouts.example(rows).items()}

@@ -259,16 +259,20 @@ def test_each_pair_is_adjusted_among_all_pairs_wherever_it_is_told(tmp_path: Pat
     assert text.count(f"p = {p}") == 5  # the best and the next; rank by rank and the last step, in summary and section
 
 
-def test_an_interval_of_a_pair_alone_is_told_as_such_where_the_adjusted_p_is_that_of_a_tie(tmp_path: Path) -> None:
+def test_an_interval_of_a_single_comparison_is_told_as_such_where_the_adjusted_p_is_that_of_a_tie(
+    tmp_path: Path,
+) -> None:
     right = [np.arange(400) < 200 + 8 * (n == 7) for n in range(8)]  # 8 rows that none of the 7 others has
     text = study([{"config.method.r": 4 << n} for n in range(8)], right).report(tmp_path)
     (said,) = re.findall(r"rank 4 is the smallest that is not separable from the best, 512 \((.*?)\)", text)[:1]
     p = holm({0: reference.binomtest(8, 8).pvalue} | dict.fromkeys(range(1, 28), 1.0))[0]
     assert reference.binomtest(8, 8).pvalue < 0.05 < p
     assert said.startswith("−0.020 [−0.0")
-    assert said.endswith(f"] for this pair alone, adjusted p {words.p_is(p)}")
+    assert said.endswith(f"] as a single comparison, not shown among all pairs, p {words.p_is(p)}")
     row = {"difference": -0.051, "low": -0.089, "high": -0.014, "scale": "difference"}
-    assert words.tested(row, 1.0) == "−0.051 [−0.089, −0.014] for this pair alone, adjusted p = 1.000"
+    assert (
+        words.tested(row, 1.0) == "−0.051 [−0.089, −0.014] as a single comparison, not shown among all pairs, p = 1.000"
+    )
     assert words.tested(row, 0.04) == "−0.051 [−0.089, −0.014], p = 0.040"
     assert words.tested(row | {"high": 0.001}, 1.0) == "−0.051 [−0.089, +0.001], p = 1.000"
     assert words.tested(row, math.nan) == "−0.051 [−0.089, −0.014]"

@@ -444,7 +444,7 @@ def test_advice_and_sentences_about_the_base_follow_the_ranking(studies: int, tm
         ]
         _, text = paired_study(tmp_path / str(number), *cells)
         ranking = text.partition("## Ranking")[2].partition("## ")[0]
-        told = r"\](?:,| for this pair alone, adjusted) p ([<=]) ([\d.]+) *\|"
+        told = r"\](?:,| as a single comparison, not shown among all pairs,) p ([<=]) ([\d.]+) *\|"
         over = re.findall(r"\| *([+−][\d.]+) \[([+−][\d.]+), ([+−][\d.]+)" + told, ranking)
         assert len(over) == 3
         better = [value[0] == "+" and (how == "<" or float(p) < 0.05) for value, _, _, how, p in over]

@@ -301,7 +301,7 @@ def test_the_command_that_repeats_a_trial_names_the_folder_of_the_options_it_was
     for flag in (["--config-dir", "my options"], ["--config-dir=my options"], []):
         Path("my options").mkdir(exist_ok=True)
         assert command(*flag, "method.r=4", "dry_run=true")[0] == 0
-        for name, text in done.in_words(compose("method.r=4")).items():
+        for name, text in done.hydra_files(compose("method.r=4")).items():
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_text(text)
         told = "'--config-dir=my options' " if flag else ""

@@ -58,6 +58,69 @@ def test_an_option_that_no_yaml_lists_needs_no_plus(words: list[str], key: str, 
     assert found == value
 
 
+RANGES = {  # what people write where several values are swept
+    "seed=0-3": "seed=0-3: must be int; to sweep it: seed=0,1,2,3",
+    "seed=1..2": "seed=1..2: must be int; to sweep it: seed=1,2",
+    "seed=0 1 2": "seed=0 1 2: must be int; to sweep it: seed=0,1,2",
+    "seed=[0,1]": "seed=[0, 1]: must be int; to sweep it: seed=0,1",
+    "seed=(0,1)": "seed=(0,1): cannot be read; to sweep it: seed=0,1",
+    "seed=0;1": "seed=0;1: cannot be read; to sweep it: seed=0,1",
+    "seed=3-0": "seed=3-0: must be int",
+    "dataset.fraction=1/2": "dataset.fraction=1/2: must be float",
+    "train.steps=2 000": "train.steps=2 000: must be int",
+    "method.r=8-32": "method.r=8-32: must be int; to sweep it: method.r=8,32, or each number between them: "
+    "'method.r=range(8,33)'",
+    "method.r=[8,16]": "method.r=[8, 16]: must be int; to sweep it: method.r=8,16",
+    "train.learning_rate=1e-4-1e-3": "train.learning_rate=1e-4-1e-3: must be float; to sweep it: "
+    "train.learning_rate=1e-4,1e-3",
+    "train.epochs=1-3": "train.epochs=1-3: must be float or null; to sweep it: train.epochs=1,2,3",
+    "adapter.scales=[0.1-0.5]": "adapter.scales.0=0.1-0.5: must be float",
+}
+
+
+@pytest.mark.parametrize("word", RANGES)
+def test_a_range_or_a_list_where_one_number_is_wanted_is_told_with_the_words_that_sweep_it(word: str) -> None:
+    with pytest.raises(InputError) as error:
+        cli._trial("device=cpu", word)
+    assert str(error.value) == RANGES[word]
+
+
+FILE = "dataset=rows.jsonl"
+UNREAD_SOURCES = {
+    f"{FILE} dataset.revision=abc": "dataset.revision: is only for rows of the hub, and dataset.path=rows.jsonl is",
+    f"{FILE} dataset.hub_config=a": "dataset.hub_config: is only for rows of the hub",
+    f"{FILE} dataset.hub_split=train": "dataset.hub_split: is only for rows of the hub",
+    f"{FILE} dataset.hub_test_split=test": "dataset.hub_test_split: is only for rows of the hub",
+    f"{FILE} eval.perplexity.hub_split=a": "eval.perplexity.hub_split: is only for rows of the hub, and there is no",
+    f"{FILE} dataset.validation.revision=a": "dataset.validation.revision: is only for rows of the hub, and there is",
+    f"{FILE} dataset.validation.path=rows.jsonl dataset.validation.hub_split=a": "dataset.validation.path=rows.jsonl",
+    "dataset.hub_split=test": "dataset.hub_split: is only for rows of the hub, and there is no dataset.hub",
+    "dataset.encoding=utf-8": "dataset.encoding: is only for a local file, and there is no dataset.path",
+    "dataset=gsm8k eval.gsm8k.path=rows.jsonl eval.gsm8k.revision=a": "eval.gsm8k.revision: is only for rows of the",
+    "dataset=gsm8k dataset.test_path=rows.jsonl dataset.hub_test_split=test": "the test rows are those of dataset.test",
+    "model.revision=main": "model.revision: is only for a model of the hub; tiny is a folder",
+    "model=llama3.2_1b model.init=random model.revision=a": "meta-llama/Llama-3.2-1B has random weights",
+    "dataset=someone/rows:test dataset.hub_split=train": "dataset.hub_split is given too; test is a split already",
+}
+
+
+@pytest.mark.parametrize("words", UNREAD_SOURCES)
+def test_a_key_of_one_kind_of_source_is_refused_where_rows_or_base_come_from_another(words: str) -> None:
+    Path("rows.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n{"question": "1 + 2?", "answer": "3"}\n')
+    with pytest.raises(InputError) as error:
+        cli._trial("device=cpu", "dataset.train_fraction=0.5", *words.split())
+    assert UNREAD_SOURCES[words] in str(error.value)
+
+
+def test_a_key_of_a_source_that_is_read_or_null_is_taken() -> None:
+    Path("rows.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n{"question": "1 + 2?", "answer": "3"}\n')
+    words = ["dataset.train_fraction=0.5", "dataset.encoding=utf-8", "dataset.revision=null"]
+    own = cli._trial("device=cpu", FILE, *words)
+    assert own.config.dataset.encoding == "utf-8"
+    hub_words = ["dataset.revision=a", "dataset.hub_split=train", "dataset.hub_test_split=test"]
+    assert cli._trial("device=cpu", "dataset=gsm8k", *hub_words).config.dataset.revision == "a"
+
+
 def test_modules_to_save_are_trained() -> None:
     """The embedded model's head of 512 tokens and 128 dimensions is trained, in full, beside the adapter."""
     alone, with_head = checked(), checked("method.modules_to_save=[lm_head]")
@@ -154,7 +217,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     hub.problem.cache_clear()
-    rows.check_there.cache_clear()
+    rows.check_available.cache_clear()
     yield
     hub.problem.cache_clear()
 

@@ -191,9 +191,9 @@ def test_a_task_that_the_harness_lacks_is_named_before_anything_is_trained(
     compose: Compose, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(harness, "_manager", lambda tasks, path: SimpleNamespace(all_tasks=["piqa", "boolq"]))
-    build.check_there(compose("eval=[lm_eval]", "eval.lm_eval.tasks=[piqa]"))
+    build.check_available(compose("eval=[lm_eval]", "eval.lm_eval.tasks=[piqa]"))
     with pytest.raises(InputError, match=r"eval.lm_eval.tasks: piqqa: the harness has no such task .*mean 'piqa'\?"):
-        build.check_there(compose("eval=[lm_eval]", "eval.lm_eval.tasks=[piqqa]"))
+        build.check_available(compose("eval=[lm_eval]", "eval.lm_eval.tasks=[piqqa]"))
 
 
 def test_the_tasks_of_the_harness_are_indexed_only_where_a_task_names_them(monkeypatch: pytest.MonkeyPatch) -> None:

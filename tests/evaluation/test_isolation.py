@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
 import os
@@ -22,8 +23,9 @@ import torch
 from peftsweep.config import build
 from peftsweep.config.compose import Trial
 from peftsweep.evaluation.evaluate import Evaluation
-from peftsweep.evaluation.isolation import ends_as_an_error, generators_kept, process_state_kept
-from peftsweep.study import record
+from peftsweep.evaluation.isolation import Resources, ends_as_error, generators_kept, process_state_kept
+from peftsweep.study import record, store
+from peftsweep.sweep import workers
 
 CHANGES: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {  # what is done, and where it shows
     "folder": (lambda: os.chdir("/"), os.getcwd),
@@ -41,6 +43,10 @@ CHANGES: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {  # wha
     "limit of core files": (
         lambda: resource.setrlimit(resource.RLIMIT_CORE, (1, resource.getrlimit(resource.RLIMIT_CORE)[1])),
         lambda: resource.getrlimit(resource.RLIMIT_CORE),
+    ),
+    "limit of a file's size": (
+        lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])),
+        lambda: resource.getrlimit(resource.RLIMIT_FSIZE),
     ),
     "recursion": (lambda: sys.setrecursionlimit(5000), sys.getrecursionlimit),
     "collection": (gc.disable, gc.isenabled),
@@ -84,10 +90,46 @@ def test_random_numbers_go_on_as_if_a_block_had_drawn_none() -> None:
 
 @pytest.mark.parametrize("raised", [SystemExit(3), GeneratorExit(), asyncio.CancelledError()])
 def test_a_metric_that_ends_the_process_fails_its_trial_alone(raised: BaseException) -> None:
-    with pytest.raises(RuntimeError, match=f"it ended by {type(raised).__name__}"), ends_as_an_error():
+    with pytest.raises(RuntimeError, match=f"it ended by {type(raised).__name__}"), ends_as_error():
         raise raised
-    with pytest.raises(KeyboardInterrupt), ends_as_an_error():
+    with pytest.raises(KeyboardInterrupt), ends_as_error():
         raise KeyboardInterrupt
+
+
+def test_a_file_that_a_metric_cannot_write_is_no_full_disk_of_the_study(tmp_path: Path) -> None:
+    """Its own error ends its trial; an error of the study's files (store.unwritable) ends the sweep."""
+
+    def writes() -> None:
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+        (tmp_path / "large").write_bytes(bytes(100))
+
+    with pytest.raises(OSError, match="File too large") as plain, process_state_kept():
+        writes()
+    assert store.unwritable(plain.value) is not None
+    with pytest.raises(RuntimeError, match="File too large") as own, process_state_kept(), ends_as_error():
+        writes()
+    assert store.unwritable(own.value) is None
+    with pytest.raises(FileNotFoundError), ends_as_error():
+        (tmp_path / "missing").read_text()
+
+
+def test_a_process_whose_limits_cannot_be_put_back_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a hard limit, which only root may raise again: then not the study's disk is full."""
+    before = Resources.now()
+    assert not before.are_lost()
+    soft, hard = before.limits[resource.RLIMIT_CORE]
+    other = before._replace(limits=before.limits | {resource.RLIMIT_CORE: (soft + 1, hard)})
+    assert other.are_lost()
+    assert before._replace(open_files=before.open_files - 1000).are_lost()
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.EFBIG, "File too large", "multirun/default/x/result.json")
+
+    monkeypatch.setattr(workers, "_run_job", full)
+    options: Any = None
+    assert workers._in_worker([], options, options, before)[0] == "unwritable"
+    assert workers._in_worker([], options, options, other)[0] == "broken"
 
 
 class Speechless(Exception):

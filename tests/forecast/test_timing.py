@@ -24,7 +24,7 @@ from peftsweep.observe.remaining import format_seconds, remaining, remaining_of_
 from peftsweep.schema import PriceConfig
 from peftsweep.study.record import Result
 from peftsweep.sweep.workers import Budget, Options
-from peftsweep.trial.foreseen import by_kind
+from peftsweep.trial.foreseen import predicted_by_kind
 
 Compose = Callable[..., Trial]
 
@@ -391,5 +391,5 @@ def test_seconds_in_words(seconds: float, said: str) -> None:
 def test_what_is_told_of_the_time_left_is_what_was_predicted_by_kind() -> None:
     span = Span(10.0, 8.0, 12.0)
     facts = Estimate({"load": span, "train": span.times(2), "evaluate": None}).facts()
-    assert by_kind(Result({}, {}, {}, train_info={"predicted": facts})) == {"load": 10.0, "train": 20.0}
-    assert by_kind(Result({}, {}, {})) == {}
+    assert predicted_by_kind(Result({}, {}, {}, train_info={"predicted": facts})) == {"load": 10.0, "train": 20.0}
+    assert predicted_by_kind(Result({}, {}, {})) == {}

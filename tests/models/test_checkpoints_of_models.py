@@ -375,7 +375,7 @@ def test_a_sweep_does_not_begin_with_a_checkpoint_that_is_not_whole(compose: Com
     folder = write("llama", tmp_path / "llama")
     damaged("cut off", folder)
     with pytest.raises(InputError, match="no whole file of weights"):
-        build.check_there(compose("model=causal_lm", f"model.name_or_path={folder}"))
+        build.check_available(compose("model=causal_lm", f"model.name_or_path={folder}"))
 
 
 def test_shards_and_the_format_of_torch_are_whole_too(tmp_path: Path) -> None:

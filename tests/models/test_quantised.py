@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 from benchmarks.memory_prediction import LLAMA, _storage_bytes, compare
 from torch.testing._internal.two_tensor import TwoTensor
+from transformers import CONFIG_MAPPING
 
 from peftsweep import InputError, cli
 from peftsweep.config import build
@@ -108,6 +110,26 @@ def test_a_checkpoint_of_a_library_that_was_not_tried_is_untested_and_its_memory
     assert forecast.prediction(one) is None
     full = compose("model=causal_lm", f"model.name_or_path={gptq}", "method=full")
     assert "cannot train quantised weights" in str(forecast.refusal(full))
+
+
+@pytest.mark.parametrize("said", [{}, [], "4bit"])
+@pytest.mark.parametrize("quant", ["none", "4bit"])
+def test_a_quantization_config_that_names_no_library_is_refused_before_loading(
+    compose: Compose, tmp_path: Path, said: object, quant: str
+) -> None:
+    folder = shutil.copytree(model.TINY, tmp_path / "empty")
+    shape = json.loads((folder / "config.json").read_text()) | {"quantization_config": said}
+    (folder / "config.json").write_text(json.dumps(shape))
+    one = compose("model=causal_lm", f"model.name_or_path={folder}", f"quant={quant}")
+    with pytest.raises(InputError, match=r"quantization_config=.* names no library|cannot be loaded"):
+        forecast.check(one)
+
+
+def test_the_quantization_of_a_text_part_is_that_of_the_checkpoint() -> None:
+    shape = CONFIG_MAPPING["gemma3"]()
+    assert libraries.said_by_checkpoint(shape, "x") is None
+    shape.text_config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    assert libraries.said_by_checkpoint(shape, "x") == {"quant_method": "gptq", "bits": 4}
 
 
 @pytest.fixture

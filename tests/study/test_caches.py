@@ -148,8 +148,8 @@ def test_a_key_of_a_later_version_changes_no_identity_by_its_default() -> None:
     from peftsweep.schema import TrainConfig
 
     first = tuple(key for key in identity.FIRST_TRAIN_KEYS if key != "clip")  # as if it had come later
-    assert "clip" not in identity._said(TrainConfig(), first)
-    assert identity._said(TrainConfig(clip=2.0), first)["clip"] == 2.0
+    assert "clip" not in identity._section_identity(TrainConfig(), first)
+    assert identity._section_identity(TrainConfig(clip=2.0), first)["clip"] == 2.0
 
 
 # ---- records of earlier versions -------------------------------------------------------------------
@@ -246,6 +246,36 @@ def test_a_record_whose_adapter_reached_routers_is_run_again(
     assert bool(said) == wrong
     assert mended.right_since(config) == (3 if wrong else 2 if kind != "llama" and method else 1)
     assert mended.outdated(Result({"identity_rule": 3}, {}, config=config)) is None
+
+
+@pytest.mark.parametrize(
+    ("own", "beams", "method", "wrong"),
+    [
+        ({"repetition_penalty": 1.3}, 2, "peft.LoraConfig", True),
+        ({"no_repeat_ngram_size": 3}, 1, "peft.PromptTuningConfig", True),
+        ({"min_new_tokens": 4}, 1, "peft.PrefixTuningConfig", True),
+        ({"repetition_penalty": 1.3}, 1, "peft.LoraConfig", False),  # written token by token, without penalties
+        ({"temperature": 0.6, "do_sample": True}, 2, "peft.LoraConfig", False),  # which was never heeded
+        (None, 2, "peft.LoraConfig", False),
+    ],
+)
+def test_a_record_whose_texts_the_bases_own_generation_settings_changed_is_run_again_with_its_weights_kept(
+    own: dict[str, Any] | None, beams: int, method: str, wrong: bool, tmp_path: Path
+) -> None:
+    base = write("llama", tmp_path)
+    (base / "generation_config.json").unlink(missing_ok=True)
+    if own is not None:
+        (base / "generation_config.json").write_text(json.dumps(own))
+    config = {
+        **{"model": {"name_or_path": str(base)}, "method": {"_target_": method}, "targets": {"roles": ["q"]}},
+        "eval": {"written": {"num_beams": beams, "max_new_tokens": 8}, "loss": {}},
+    }
+    held = Result({"identity_rule": 3}, {}, config=config)
+    assert bool(mended.outdated(held)) == wrong
+    assert mended.outdated(held, training=True) is None
+    assert mended.right_since(config) == 1
+    assert mended.outdated(Result({"identity_rule": 4}, {}, config=config)) is None
+    assert mended.outdated(Result({"identity_rule": 3}, {}, config=config | {"eval": {"loss": {}}})) is None
 
 
 def test_a_record_of_the_first_version_is_known_to_be_wrong_by_its_tokens_and_classes(folder: Path) -> None:
@@ -355,8 +385,8 @@ def test_forecasts_follow_the_model_s_files_and_the_classes(folder: Path, compos
 def test_a_kept_base_and_a_pack_follow_the_model_s_files(
     folder: Path, compose: Compose, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "_KEEPING", [True])
-    monkeypatch.setattr(build, "_KEPT", [])
+    monkeypatch.setattr(build, "_KEEP_BASES", [True])
+    monkeypatch.setattr(build, "_BASE_CACHE", [])
     one, sums = compose(*QUICK), list[float]()
     shared = packing.shared_settings(one)
     tokenizer = model.load_tokenizer(one.config.model)

@@ -101,7 +101,7 @@ def test_progress_is_told_every_other_second(
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     for quiet in (True, False):
-        for count in (1500, streams.FEW):
+        for count in (1500, streams.FEW_LINES):
             for _ in streams.progress(range(count), "checked {} points", count, quiet=quiet):
                 now[0] += 6.3 / count  # seconds a point
     assert capsys.readouterr().out.splitlines() == [

@@ -360,8 +360,8 @@ def test_numbers_do_not_depend_on_the_place_or_on_what_ran_before(quant: str, co
 
 
 def test_a_base_that_a_method_changed_is_loaded_again(compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "_KEPT", [])
-    monkeypatch.setattr(build, "_KEEPING", [True])
+    monkeypatch.setattr(build, "_BASE_CACHE", [])
+    monkeypatch.setattr(build, "_KEEP_BASES", [True])
     loads: list[int] = []
     real = model.load
     monkeypatch.setattr(model, "load", lambda *a, **k: loads.append(1) or real(*a, **k))  # type: ignore[func-returns-value]
@@ -380,10 +380,10 @@ def test_a_base_that_a_method_changed_is_loaded_again(compose: Compose, monkeypa
 def test_a_kept_base_is_gone_before_the_memory_of_loading_another_is_measured(
     run_small: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "_KEPT", [])
-    monkeypatch.setattr(build, "_KEEPING", [True])
+    monkeypatch.setattr(build, "_BASE_CACHE", [])
+    monkeypatch.setattr(build, "_KEEP_BASES", [True])
     real, held = model.load_tokenizer, list[int]()  # the first that is done in the stage
-    monkeypatch.setattr(model, "load_tokenizer", lambda *a: held.append(len(build._KEPT)) or real(*a))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(model, "load_tokenizer", lambda *a: held.append(len(build._BASE_CACHE)) or real(*a))  # type: ignore[func-returns-value]
     for words in (["method.r=2"], ["method.r=4"], ["quant=8bit"]):
         run_small("adapter.check=false", *words)
     assert held == [0, 1, 0]
@@ -402,7 +402,7 @@ def test_a_worker_whose_gpu_has_failed_takes_no_other_trial(monkeypatch: pytest.
         def send(self, what: Any) -> None:
             self.sent.append(what)
 
-    monkeypatch.setattr(build, "_KEEPING", [])
+    monkeypatch.setattr(build, "_KEEP_BASES", [])
     monkeypatch.setattr(workers, "_in_worker", lambda *_: ("done", ""))
     monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
     monkeypatch.setattr("torch.cuda.synchronize", fails)

@@ -21,7 +21,7 @@ from peftsweep.errors import InputError
 from peftsweep.evaluation import scaled
 from peftsweep.observe.measure import Laps, Meter
 from peftsweep.study.record import Result, Status
-from peftsweep.training.run import Run, without_gain
+from peftsweep.training.run import Run, validations_without_gain
 from tests.conftest import SMALL
 
 Compose = Callable[..., Trial]
@@ -193,7 +193,7 @@ def test_a_trial_is_scored_at_fractions_of_its_scale(tmp_path: Path) -> None:
     [([], 0), ([3.0], 0), ([3.0, 2.0], 0), ([2.0, 3.0, 2.0], 2), ([2.0, 1.0, 1.0, 1.5], 2), ([math.inf] * 3, 2)],
 )
 def test_validations_without_gain_are_those_since_the_first_best(losses: list[float], waited: int) -> None:
-    assert without_gain([(loss, loss, step) for step, loss in enumerate(losses)]) == waited
+    assert validations_without_gain([(loss, loss, step) for step, loss in enumerate(losses)]) == waited
 
 
 @pytest.mark.parametrize(("steps", "stopped"), [(5, True), (3, False)])

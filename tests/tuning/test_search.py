@@ -12,7 +12,7 @@ import pytest
 
 from peftsweep.errors import InputError
 from peftsweep.tuning import replay, search
-from peftsweep.tuning.budget import Budget, Purse, parse
+from peftsweep.tuning.budget import Budget, BudgetAccount, parse
 from peftsweep.tuning.search import Point, Scores, Space, Spent, Until
 
 PUBLIC = Path(__file__).parents[1] / "fixtures" / "lora_rates_and_ranks.csv"
@@ -23,7 +23,7 @@ class Simulated:
     """Answers from a formula, as trials would, within a budget; what was asked for is kept in order."""
 
     def __init__(self, loss: Callable[[Point], float | None], budget: Budget | None = None) -> None:
-        self.loss, self.purse = loss, Purse(budget, (10, 30, 30), lambda: 0.0)
+        self.loss, self.purse = loss, BudgetAccount(budget, (10, 30, 30), lambda: 0.0)
         self.asked: list[tuple[str, Point, Until]] = []
 
     def __call__(self, stage: str, points: Sequence[Point], until: Until) -> Scores:
@@ -111,7 +111,7 @@ def test_where_every_rate_diverges_lower_ones_are_tried() -> None:
     assert found.best is not None
     assert found.best.rate < 1e-5
     (found,) = search.tune([LORA], ask := Simulated(lambda _: None))
-    assert (found.best, len(ask.points)) == (None, search.MOST_RATES)
+    assert (found.best, len(ask.points)) == (None, search.MAX_RATES)
 
 
 def test_of_the_rates_only_the_best_go_from_the_rung_to_the_end() -> None:
@@ -196,7 +196,7 @@ def test_a_budget_of_steps_counts_those_of_trials_that_stopped() -> None:
 
 def test_a_budget_of_time_starts_nothing_that_is_foreseen_to_end_later() -> None:
     now = [0.0]
-    purse = Purse(Budget(100, "seconds"), (None, None, None), lambda: now[0])
+    purse = BudgetAccount(Budget(100, "seconds"), (None, None, None), lambda: now[0])
     points = [Point("lora", 10.0**-n, None, None, 0) for n in range(1, 9)]
     begun = []
     for batch in purse.admit(points, Until.end, at_once=2):

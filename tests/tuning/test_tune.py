@@ -23,6 +23,7 @@ from peftsweep.errors import InputError, NotRun, SweepFailed
 from peftsweep.study import record, store
 from peftsweep.study.record import Result
 from peftsweep.tuning import answer, decision
+from peftsweep.tuning import command as tuning_command
 from peftsweep.tuning.answer import Question
 from tests.conftest import SMALL, start, wait_for
 
@@ -263,6 +264,17 @@ def test_a_league_gives_every_contestant_the_same_and_lora_twice(ask: Ask) -> No
     assert lines[1].startswith(f"1. {search.decision.configuration}: ")
 
 
+def test_the_first_line_of_a_search_says_which_study_it_goes_to() -> None:
+    place = Path("multirun/default")
+    first = "sweep=tune: keeps its trials in the study multirun/default (study=NAME: another)"
+    assert tuning_command._place(place, league=False) == first
+    place.mkdir(parents=True)
+    (place / store.TUNE).write_text("{}")
+    again = "sweep=tune: goes on with the study multirun/default (study=NAME: another)"
+    assert tuning_command._place(place, league=False) == again
+    assert tuning_command._place(place, league=True) == first.replace("tune", "league")
+
+
 # ---- wrong words -----------------------------------------------------------------------------------
 
 
@@ -339,6 +351,7 @@ def test_real_trials_stop_before_their_test_rows_and_their_rows_hold_the_validat
     Path("mine").mkdir()
     code, out, err = command("--config-dir", "mine", *REAL, "budget=4trials")
     assert (code, err) == (0, "")
+    assert out.startswith("sweep=tune: keeps its trials in the study multirun/default (study=NAME: another)\n")
     held = [Result.read(file.parent) for file in Path("multirun").glob("default/*/result.json")]
     assert len(held) == 4
     judged = [one for one in held if one.eval_info]

@@ -150,7 +150,7 @@ def _write(
         pages = [page.write(one.table, logged, one.folder, rows, answer)] if options.plots else []
         return [*pages, results], answer
     except OSError as error:
-        if error.errno not in (*store.NO_ROOM, *store.NOT_WRITTEN):
+        if error.errno not in (*store.NO_SPACE_ERRNOS, *store.UNWRITABLE_ERRNOS):
             raise
         print(f"{one.folder}: nothing is written there: {error.strerror}", file=sys.stderr)
         return [], None

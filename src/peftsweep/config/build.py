@@ -1,4 +1,4 @@
-"""What a trial's configuration names, made: the base, the method on it, the rows in tokens, the evaluations."""
+"""Make the objects that a trial's configuration names: base, method, tokenised rows, evaluations."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from peftsweep.errors import InputError
 from peftsweep.evaluation import harness
 from peftsweep.evaluation.evaluate import Evaluation
 from peftsweep.evaluation.inference import Benchmark, bare
-from peftsweep.evaluation.isolation import ends_as_an_error, generators_kept, process_state_kept
+from peftsweep.evaluation.isolation import ends_as_error, generators_kept, process_state_kept
 from peftsweep.models import attach, coverage, model, parts, probe
 from peftsweep.models import saved as models_saved
 from peftsweep.models.coverage import COVERAGE, Coverage
@@ -51,10 +51,10 @@ log = logging.getLogger(__name__)
 
 HARNESS = "peftsweep.evaluation.harness.lm_eval"
 MIN_CACHED_SECONDS = 5.0  # seconds of tokenising, after which its result is kept in the study's folder
-LEAST_ADALORA = 2  # steps: in the first one PEFT gathers how much each rank matters
+MIN_ADALORA_STEPS = 2  # steps: in the first one PEFT gathers how much each rank matters
 TOKENS_FORMAT = 3  # of what is kept of rows in tokens; another one where the same rows become other tokens
-OF_THE_MODEL = ("num_layers", "num_attention_heads", "token_dim")  # options that PEFT reads from the model by itself
-REMEMBERED = 4  # tokenised training sets: training and validation rows of two datasets
+MODEL_OPTIONS = ("num_layers", "num_attention_heads", "token_dim")  # options that PEFT reads from the model by itself
+MAX_CACHED_TOKENS = 4  # tokenised training sets: training and validation rows of two datasets
 
 
 Model = PreTrainedModel | PeftModel
@@ -62,7 +62,7 @@ Evaluate = Callable[[Model, PreTrainedTokenizerBase, list[Example]], Evaluation]
 
 
 def quantization(trial: Trial) -> Any:
-    """The transformers quantization config that ``quant`` names; None for none."""
+    """The transformers quantization config that ``quant`` names, or None."""
     return _instantiate(trial.config.quant, "quant") if trial.config.quant else None
 
 
@@ -74,17 +74,16 @@ def storage(trial: Trial) -> Any:
     """
     name, device = trial.config.model.name_or_path, trial.config.device
     on_cpu = (model.device(device).type if device == "auto" else device) == "cpu"  # another need not be there to plan
-    held = getattr(model.architecture(trial.config.model), "quantization_config", None)
-    said = held.to_dict() if held is not None and hasattr(held, "to_dict") else held
-    asked, key = quantization(trial), f"quant={trial.choices['quant']}"
-    if said and asked is not None:
+    said = libraries.said_by_checkpoint(model.architecture(trial.config.model), name)
+    wanted, key = quantization(trial), f"quant={trial.choices['quant']}"
+    if said and wanted is not None:
         library = said.get("quant_method", "a library that it does not name")
         raise InputError(f"{key}: the checkpoint {name} is quantised already, by {library}; take quant=none")
     if said:
         return libraries.of_checkpoint(said, name, on_cpu=on_cpu)
-    if asked is not None:
-        libraries.check_config(asked, key, loaded=False, on_cpu=on_cpu)
-    return asked
+    if wanted is not None:
+        libraries.check_config(wanted, key, loaded=False, on_cpu=on_cpu)
+    return wanted
 
 
 def evaluator(trial: Trial, name: str) -> Evaluate:
@@ -94,7 +93,7 @@ def evaluator(trial: Trial, name: str) -> Evaluate:
     if options.get("classes"):
         options["classes"] = classes(trial, options["classes"])
     function: Evaluate = _instantiate(options | {"_partial_": True}, f"eval.{name}")
-    return process_state_kept()(generators_kept()(ends_as_an_error()(function)))
+    return process_state_kept()(generators_kept()(ends_as_error()(function)))
 
 
 def inference_benchmark(trial: Trial) -> Callable[..., Benchmark]:
@@ -104,7 +103,7 @@ def inference_benchmark(trial: Trial) -> Callable[..., Benchmark]:
 
 
 def profiler(trial: Trial) -> Callable[..., dict[str, Any]]:
-    """What ``profiler`` names, as a function of a run of training steps, a folder and a device."""
+    """The profiler that ``profiler`` names: a function of a training run, a folder and a device."""
     function: Callable[..., dict[str, Any]] = _instantiate(trial.config.profiler | {"_partial_": True}, "profiler")
     return function
 
@@ -134,13 +133,13 @@ def load_tokenizer(trial: Trial) -> PreTrainedTokenizerBase:
 
 
 def virtual_tokens(trial: Trial) -> int:
-    """How many tokens the method puts before every row."""
+    """The number of virtual tokens that the method puts before every row."""
     method = trial.config.method
     return int(method.get("num_virtual_tokens") or len(method.get("cpt_token_ids") or ()))
 
 
 def classes(trial: Trial, names: Sequence[str] | None = None) -> list[str]:
-    """The classes in the order of the head's outputs: that of a checkpoint whose head names them, else as they stand.
+    """The classes in the order of the head's outputs: the checkpoint's order if its head names them, else as given.
 
     ``names`` are ``dataset.classes`` by default. Capitals do not count.
     """
@@ -177,8 +176,8 @@ def load_base(
     config, key = trial.config, _base_key(trial, device)
     if not dropped:
         drop_other_base(trial, device)
-    if _KEPT:
-        return cast(PreTrainedModel, bare(_KEPT[0].base))
+    if _BASE_CACHE:
+        return cast(PreTrainedModel, bare(_BASE_CACHE[0].base))
     base = model.load(config.model, quantization(trial), device, len(config.dataset.classes), config.seed)
     if parts.classifies(base):
         parts.text_config(base).pad_token_id = tokenizer.pad_token_id  # a decoder's head looks at the token before it
@@ -186,16 +185,18 @@ def load_base(
         base.config.label2id = {name: number for number, name in base.config.id2label.items()}
     else:
         _PROBED[key] = probe.abilities(base, _PROBED.get(key))
-    if not _KEEPING:
+    if not _KEEP_BASES:
         return base
-    _KEPT.append(_Base(key, base, _fingerprint(base)))
+    _BASE_CACHE.append(_Base(key, base, _fingerprint(base)))
     return cast(PreTrainedModel, bare(base))
 
 
 def drop_other_base(trial: Trial, device: torch.device) -> None:
     """Free a kept base that is not this trial's, before the memory of loading is measured."""
-    if _KEPT and (_KEPT[0].key != _base_key(trial, device) or _KEPT[0].weights != _fingerprint(_KEPT[0].base)):
-        _KEPT.clear()
+    kept = next(iter(_BASE_CACHE), None)
+    if kept and (kept.key != _base_key(trial, device) or kept.weights != _fingerprint(kept.base)):
+        _BASE_CACHE.clear()
+        del kept  # the last reference, so that it is freed here
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -215,17 +216,17 @@ class _Base:
 
 
 _PROBED: dict[str, Abilities] = {}  # of bases that are loaded again
-_KEEPING: list[bool] = []
-_KEPT: list[_Base] = []  # at most one
+_KEEP_BASES: list[bool] = []
+_BASE_CACHE: list[_Base] = []  # at most one
 
 
 def keep_bases() -> None:
     """From here on keep the last base between trials: for a process that runs nothing else."""
-    _KEEPING.append(True)
+    _KEEP_BASES.append(True)
 
 
 def _fingerprint(base: PreTrainedModel) -> int:
-    """A sum over all bits of the weights and buffers, and where they lie; another one after any change that is seen."""
+    """A sum over all bits of the weights and buffers, and their addresses, which a change of a weight changes."""
     total = 0
     kept = [part for one in (*base.parameters(), *base.buffers()) for part in layers.plain_tensors(one)]
     for number, tensor in enumerate(kept, start=1):
@@ -249,8 +250,8 @@ def attach_method(
         # AdaLoRA plans its budget over the run, whose length in steps is known only with the data.
         method.tinit, method.tfinal = (round(n * steps / method.total_step) for n in (method.tinit, method.tfinal))
         method.total_step = steps
-        if steps - method.tfinal < LEAST_ADALORA:
-            least = f"the ranks are dealt out after at least {LEAST_ADALORA} steps"
+        if steps - method.tfinal < MIN_ADALORA_STEPS:
+            least = f"the ranks are dealt out after at least {MIN_ADALORA_STEPS} steps"
             raise InputError(f"method.tfinal={method.tfinal}: of {steps} steps; {least}, so take more train.steps")
     if config.method_setup and initialise is None and hasattr(method, "init_lora_weights"):
         method.init_lora_weights = True  # a forecast, without data: as many weights, other numbers
@@ -291,7 +292,7 @@ def _method(trial: Trial) -> Any:
     options = task | trial.config.method
     if any(group.startswith("point") for group in trial.choices):  # an experiment, perhaps of another model
         named = {word.lstrip("+").partition("=")[0] for word in trial.overrides}
-        options = {key: one for key, one in options.items() if key not in OF_THE_MODEL or f"method.{key}" in named}
+        options = {key: one for key, one in options.items() if key not in MODEL_OPTIONS or f"method.{key}" in named}
     if options.get("target_modules") != attach.ALL_LINEAR:
         return _instantiate(options, "method")
     # PEFT takes method.layers_to_transform for names of modules alone, which these become when they are attached.
@@ -303,7 +304,7 @@ def _method(trial: Trial) -> Any:
 def initialisation(
     trial: Trial, place: Path, base: PreTrainedModel, tokens: list[Tokens], tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[Any, Callable[..., PeftModel]], PeftModel] | None:
-    """What ``method_setup`` names, as ``attach`` calls it; None where the method needs no such thing."""
+    """The initialisation that ``method_setup`` names, as ``attach`` calls it; None where the method needs none."""
     config = trial.config
     if not config.method_setup:
         return None
@@ -363,7 +364,7 @@ def training_tokens(trial: Trial, tokenizer: PreTrainedTokenizerBase, rows: list
             if held or time.perf_counter() - start > MIN_CACHED_SECONDS:
                 make_way(file)
                 data_tokens.write_tokens(file, _TOKENS[key])
-        while len(_TOKENS) > REMEMBERED:
+        while len(_TOKENS) > MAX_CACHED_TOKENS:
             _TOKENS.pop(next(iter(_TOKENS)))
     return _TOKENS[key]
 
@@ -383,7 +384,7 @@ def _tokenize(trial: Trial, tokenizer: PreTrainedTokenizerBase, rows: list[data_
 
 
 def tokens_of(trial: Trial, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[Tokens]:
-    """Rendered examples as the model is trained on them; those that ``drop_long`` leaves out are a token too long."""
+    """Rendered examples in tokens, as they are trained on; rows that ``drop_long`` leaves out are a token too long."""
     own = trial.config.dataset
     if trial.config.model.task is Task.seq_cls:
         return data_tokens.tokenize_for_classes(tokenizer, examples, own.max_length, classes(trial))
@@ -409,7 +410,7 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel, toke
 
 def test_examples(trial: Trial, name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """The test rows of ``eval.<name>`` as it shows them to the model."""
-    return asked(trial, name, evaluations.test_rows(trial.config, name, rows), tokenizer)
+    return shown(trial, name, evaluations.test_rows(trial.config, name, rows), tokenizer)
 
 
 def validation_examples(
@@ -417,16 +418,16 @@ def validation_examples(
 ) -> list[Example] | None:
     """The rows that ``eval.<name>`` validates on, as it shows them to the model; None where it does not validate."""
     found = evaluations.validation_rows(trial.config, name, rows)
-    return None if found is None else asked(trial, name, found, tokenizer)
+    return None if found is None else shown(trial, name, found, tokenizer)
 
 
-def asked(trial: Trial, name: str, rows: list[data_rows.Row], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """Rows as ``eval.<name>`` shows them to the model."""
+def shown(trial: Trial, name: str, rows: list[data_rows.Row], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """Rows as examples: the prompts and answers of ``eval.<name>``."""
     examples = evaluations.test_examples(trial.config, name, rows)
     return evaluations.rendered(trial.config.dataset, examples, tokenizer, f"eval.{name}", "the test rows")
 
 
-def check_there(trial: Trial) -> None:
+def check_available(trial: Trial) -> None:
     """That the base's files are whole, the harness knows its tasks, and the hub or the local cache has all of the rest.
 
     Raises:
@@ -437,7 +438,7 @@ def check_there(trial: Trial) -> None:
     for node in config.eval.values():
         if node["_target_"] == HARNESS:
             names = tuple(task for task in node["tasks"] if isinstance(task, str))
-            harness.check_there(names, node.get("include_path"))
+            harness.check_known(names, node.get("include_path"))
     model.check_cached(config.model)
     sources: dict[str, DatasetConfig | ValidationConfig | RowsConfig] = {
         "dataset": config.dataset,
@@ -446,4 +447,4 @@ def check_there(trial: Trial) -> None:
     sources |= {f"eval.{name}": evaluations.evaluation_source(config, name) for name in config.eval}
     for key, rows in sources.items():
         if rows.hub is not None and rows.path is None:
-            data_rows.check_there(rows.hub, rows.hub_config, rows.revision, f"{key}.hub")
+            data_rows.check_available(rows.hub, rows.hub_config, rows.revision, f"{key}.hub")

@@ -20,7 +20,7 @@ from typing import Any
 from peftsweep import limits, schema
 from peftsweep.config.evaluations import ROWS_KEYS
 from peftsweep.config.experiment import ORIGIN
-from peftsweep.errors import InputError, first_line, suggest, synonyms
+from peftsweep.errors import InputError, as_sweep, first_line, suggest, synonyms
 from peftsweep.schema import Config, LossOn, ModelConfig, RowsConfig, Task
 
 SET_BY_OTHER_KEYS = {  # arguments of an optimizer that are not train.optimizer_kwargs'
@@ -30,12 +30,12 @@ SET_BY_OTHER_KEYS = {  # arguments of an optimizer that are not train.optimizer_
 }
 DEVICE_MAP = re.compile(r"auto|balanced|balanced_low_0|sequential|disk|meta|(cpu|cuda|xpu|mps)(:\d+)?")
 UNIONS = (typing.Union, types.UnionType)
-SOUGHT_IN = ("model", "train", "dataset", "targets", "adapter", "halving")  # in which a key may be sought by its name
+SEARCHED = ("model", "train", "dataset", "targets", "adapter", "halving")  # sections in which a key is sought by name
 METHOD_KEYS = ("method.r", "method.lora_alpha", "method.lora_dropout")  # that most methods have
 GENERATION = "peftsweep.evaluation.evaluate.generation"
 TEXT = "peftsweep.evaluation.text.overlap.generated_text"
 LANGUAGE_MODEL_ONLY = ("peftsweep.evaluation.evaluate.perplexity", GENERATION, TEXT)
-OF_PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {  # modules that what is called needs, and their extra
+REQUIRED_PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {  # modules that what is called needs, and their extra
     "peftsweep.evaluation.harness.lm_eval": (("lm_eval",), "lm_eval"),
     "peftsweep.evaluation.metrics.math_verify_match": (("math_verify",), "lm_eval"),
 }
@@ -47,7 +47,7 @@ NEVER_NULL = tuple(
         *("opt_projection_epsilon", "opt_projection_format_epsilon"),
     )
 )
-WORDS_OF_HELP = ("bias", "init_weights")  # options whose words stand in their help where their type is any text
+WORDS_IN_HELP = ("bias", "init_weights")  # options of any text by their type, whose words stand in their help
 EXTRA_VALUES = {"init_lora_weights": r"lora_ga|pissa_niter_\d+"}  # values that PEFT takes beside what it annotates
 
 
@@ -115,7 +115,7 @@ def _check_packages(node: Mapping[str, Any], key: str) -> None:
     from peftsweep.evaluation.text import overlap  # imports torch, which `--help` must not
 
     for inner, target in _targets(node):
-        modules, extra = OF_PACKAGES.get(str(target), ((), ""))
+        modules, extra = REQUIRED_PACKAGES.get(str(target), ((), ""))
         if target == TEXT:
             modules, extra = tuple(sorted(overlap.needed(node.get("metrics", overlap.METRICS)))), "text"
         if missing := [module for module in modules if importlib.util.find_spec(module) is None]:
@@ -155,9 +155,10 @@ def _check_method(node: Mapping[str, Any], option: str) -> None:
 def _check_words(node: Mapping[str, Any], config: Any) -> None:
     """Refuse a word that PEFT's help of an option does not list, where the type of the option is any text."""
     for field in dataclasses.fields(config):
-        if field.name in WORDS_OF_HELP and isinstance(said := node.get(field.name), str):
+        if field.name in WORDS_IN_HELP and isinstance(said := node.get(field.name), str):
             words = re.findall(r"'(\w+)'", field.metadata.get("help", ""))
-            if words and str in (hint := hints_of(config)[field.name], *typing.get_args(hint)) and said not in words:
+            hint = argument_types(config)[field.name]
+            if words and str in (hint, *typing.get_args(hint)) and said not in words:
                 others = [type_in_words(kind) for kind in typing.get_args(hint) if kind is not str]
                 raise InputError(f"method.{field.name}={said}: must be {' or '.join([*others, one_of(words)])}")
 
@@ -169,7 +170,7 @@ def _no_option(key: str, method: str, known: list[str]) -> InputError:
     if key in fields:
         advice = f"run it without method.{key}, in a command of its own; the study holds the trials of both"
     else:
-        advice = meant(key, known)
+        advice = suggest_key(key, known)
     return InputError(f"method.{key}: {method} has no such option; {advice}")
 
 
@@ -184,12 +185,12 @@ def _check_optimizer(options: Mapping[str, Any], make: Callable[..., Any]) -> No
             raise InputError(
                 f"train.optimizer_kwargs.{name}: {make.__name__} has no such option; {suggest(name, names)}"
             )
-    hints = hints_of(make)
+    hints = argument_types(make)
     _check_types({name: value for name, value in options.items() if name in hints}, make, "train.optimizer_kwargs")
 
 
 def _check_model(model: ModelConfig) -> None:
-    """What transformers would find wrong only when it loads the weights."""
+    """Refuse what transformers would refuse only when it loads the weights."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     known, said = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()], model.attn_implementation
@@ -204,7 +205,7 @@ def _check_model(model: ModelConfig) -> None:
 
 
 def _check_task(config: Config) -> None:
-    """A classifier needs classes, and can be asked for nothing but them."""
+    """Refuse a classifier without classes, or with evaluations other than classification."""
     classifier = config.model.task is Task.seq_cls
     if classifier and len(config.dataset.classes) < 2:
         raise InputError(
@@ -240,8 +241,8 @@ def check_call(node: Mapping[str, Any], key: str, provided: Iterable[str] = (), 
         raise InputError(f"{key}._target_={target}: cannot be imported ({first_line(error)})") from None
     if not callable(function):
         raise InputError(f"{key}._target_={target}: no such class or function")
-    _check_taken(function, [*provided], f"{key}._target_={target}")
-    hints = hints_of(function)
+    _check_signature(function, [*provided], f"{key}._target_={target}")
+    hints = argument_types(function)
     known = [name for name in _parameters(function) if name not in provided]
     for name, value in node.items():
         if name in ("_target_", "_partial_"):
@@ -263,36 +264,38 @@ def check_call(node: Mapping[str, Any], key: str, provided: Iterable[str] = (), 
                 _check_types({name: value}, function, key)
 
 
-def _check_taken(function: Callable[..., Any], provided: Sequence[str], said: str) -> None:
+def _check_signature(function: Callable[..., Any], provided: Sequence[str], target: str) -> None:
     """Refuse a function that cannot be called with as many arguments as peftsweep will call it with."""
     kinds = inspect.Parameter
     takes = inspect.signature(function).parameters.values()
     if any(one.kind in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD) for one in takes):
         return
     if len(takes) < len(provided):
-        raise InputError(f"{said}: cannot be called with {', '.join(provided)}")
+        raise InputError(f"{target}: cannot be called with {', '.join(provided)}")
 
 
 def _check_types(values: Mapping[str, Any], described: Any, key: str) -> None:
     """Refuse a value that is not of the type that a class or function annotates it with."""
-    hints = hints_of(described)
+    hints = argument_types(described)
     for name, value in values.items():
-        if not _fits(value, hints[name]):
-            where, part, hint = _wrong_part(f"{key}.{name}", value, hints[name])
-            raise InputError(f"{where}={'null' if part is None else part}: must be {type_in_words(hint)}")
+        if not _has_type(value, hints[name]):
+            where, part, hint = _wrong_value(f"{key}.{name}", value, hints[name])
+            kind = type_in_words(hint)
+            numbers = as_sweep(where, str(part)) if re.search("int|float", kind) else ""
+            raise InputError(f"{where}={'null' if part is None else part}: must be {kind}{numbers}")
 
 
-def _wrong_part(key: str, value: Any, hint: Any) -> tuple[str, Any, Any]:
-    """Of a value that is not of its type the innermost part of which that is true, with its key and type."""
+def _wrong_value(key: str, value: Any, hint: Any) -> tuple[str, Any, Any]:
+    """The innermost part of a value that has the wrong type, with its key and the type that it must have."""
     for kind in typing.get_args(hint) if typing.get_origin(hint) in UNIONS else (hint,):
         parts: list[tuple[Any, Any, Any]] = []
         if isinstance(value, list) and typing.get_origin(kind) in (list, Sequence):
             parts = [(place, one, *typing.get_args(kind)) for place, one in enumerate(value)]
         elif isinstance(value, Mapping) and isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            parts = [(name, value[name], inner) for name, inner in hints_of(kind).items() if name in value]
+            parts = [(name, value[name], inner) for name, inner in argument_types(kind).items() if name in value]
         for name, one, inner in parts:
-            if not _fits(one, inner):
-                return _wrong_part(f"{key}.{name}", one, inner)
+            if not _has_type(one, inner):
+                return _wrong_value(f"{key}.{name}", one, inner)
     return key, value, hint
 
 
@@ -318,13 +321,13 @@ def type_in_words(hint: Any) -> str:
 
 
 def numeric_options(tree: Mapping[str, Any]) -> dict[str, limits.Option]:
-    """The numbers that the classes and functions named in a configuration take, by their dotted keys."""
+    """The numeric arguments of the classes and functions that a configuration names, by dotted key."""
     named = dict(_targets(tree)) | {"train.optimizer_kwargs": tree["train"]["optimizer"]}
     found: dict[str, limits.Option] = {}
     for key, target in named.items():
         with suppress(pydoc.ErrorDuringImport):  # which `check_call` says
             located = pydoc.locate(target if "." in str(target) else f"torch.optim.{target}")
-            found |= {f"{key}.{name}": option for name, option in numbers_of(located).items()}
+            found |= {f"{key}.{name}": option for name, option in numbers_taken(located).items()}
     return found
 
 
@@ -336,12 +339,12 @@ def _targets(tree: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 @functools.cache
-def numbers_of(function: Any) -> dict[str, limits.Option]:
-    """The numbers that a class or function takes, by their names."""
+def numbers_taken(function: Any) -> dict[str, limits.Option]:
+    """The numeric arguments of a class or function, by name."""
     if not callable(function):
         return {}
     known = str(getattr(function, "__module__", "")).partition(".")[0] in ("peft", "peftsweep")
-    hints = hints_of(function)
+    hints = argument_types(function)
     kinds = {name: number_types(hints[name]) for name in _parameters(function) if name in hints}
     defaults = {name: inspect.signature(function).parameters[name].default for name in kinds}
     return {
@@ -352,7 +355,7 @@ def numbers_of(function: Any) -> dict[str, limits.Option]:
 
 
 def number_types(hint: Any) -> set[type]:
-    """Of int and float those that a value of the type may itself be."""
+    """Which of int and float a value of the type may be."""
     if isinstance(hint, type):
         return {hint} & {int, float}
     return set().union(*map(number_types, typing.get_args(hint))) if typing.get_origin(hint) in UNIONS else set()
@@ -365,20 +368,20 @@ def _parameters(function: Any) -> list[str]:
 
 
 @functools.cache
-def hints_of(function: Any) -> dict[str, Any]:
-    """The types of what a class or function takes; empty where they cannot be found out."""
+def argument_types(function: Any) -> dict[str, Any]:
+    """The types of the arguments of a class or function, by name; empty where they cannot be resolved."""
     described = function if dataclasses.is_dataclass(function) or not inspect.isclass(function) else function.__init__
     try:
-        return {name: _in_a_yaml(hint) for name, hint in typing.get_type_hints(described).items()}
+        return {name: _yaml_type(hint) for name, hint in typing.get_type_hints(described).items()}
     except (NameError, TypeError):  # annotations that exist for type checkers only
         return {}
 
 
-def _in_a_yaml(hint: Any) -> Any:
-    """A type without what no yaml holds (tensors), and without the ``str`` that PEFT adds to an enumeration's names."""
+def _yaml_type(hint: Any) -> Any:
+    """A type without the parts that no yaml holds (tensors), and without the ``str`` that PEFT adds to enumerations."""
     kinds = typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
-        return tuple[tuple(map(_in_a_yaml, kinds))]  # type: ignore[misc]
+        return tuple[tuple(map(_yaml_type, kinds))]  # type: ignore[misc]
     if typing.get_origin(hint) not in UNIONS:
         return hint
     words = any(_is_enum(kind) or typing.get_origin(kind) is typing.Literal for kind in kinds)
@@ -390,7 +393,7 @@ def _is_enum(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Enum)
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _has_type(value: Any, hint: Any) -> bool:
     import pydantic
 
     adapter = _adapter(hint)
@@ -415,12 +418,12 @@ def _adapter(hint: Any) -> Any:
         return None
 
 
-def meant(wrong: str, known: list[str]) -> str:
-    """What a key may have been meant for: one beside it by another name, one of another section, or one like it."""
+def suggest_key(wrong: str, known: list[str]) -> str:
+    """A hint which key was meant: a synonym in this section, a key of another section, or a similar spelling."""
     kinds = schema.key_types(Config)
     others = [
         *METHOD_KEYS,
-        *(f"{name}.{field.name}" for name in SOUGHT_IN for field in dataclasses.fields(kinds[name])),
+        *(f"{name}.{field.name}" for name in SEARCHED for field in dataclasses.fields(kinds[name])),
         *kinds,
         "hydra.launcher.workers",
     ]

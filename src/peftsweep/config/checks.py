@@ -17,7 +17,7 @@ from peftsweep.config import calls
 from peftsweep.config.calls import numeric_options
 from peftsweep.data import files
 from peftsweep.data import rows as data_rows
-from peftsweep.errors import InputError, first_line, suggest, synonyms
+from peftsweep.errors import InputError, as_sweep, first_line, suggest, synonyms
 from peftsweep.schema import Config, Dtype, Resource, key_types
 from peftsweep.study import rungs, store
 from peftsweep.study.record import SECTIONS
@@ -40,7 +40,7 @@ LAUNCHER = {
     "pack": None,
     "measure": None,
 }  # with the least
-WHOLE_SWEEP = (  # keys with one value for all points of a sweep
+SWEEP_WIDE_KEYS = (  # keys with one value for all points of a sweep
     *("study", "dry_run", "quiet", "stop_on_failure", "halving", "hydra.launcher", "hydra.sweeper._target_"),
     *("hydra.sweeper.max_batch_size", "hydra.sweep.dir"),
 )
@@ -49,7 +49,7 @@ PACK = 8  # trials at once that pack=auto tries
 OFF = "off"
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 FORMATS = tuple(name for name in Dtype.__members__ if name != Dtype.auto.name)
-ONE_OF = {
+ALLOWED_WORDS = {
     "quant.bnb_4bit_quant_type": ("nf4", "fp4"),
     "quant.bnb_4bit_compute_dtype": FORMATS,
     "quant.weights": ("int8", "float8", "int4", "int2"),
@@ -58,7 +58,7 @@ ONE_OF = {
 
 
 def check_keys(tree: Mapping[str, Any], schema: Any, where: str = "") -> None:
-    """Refuse a key that nobody reads, as an added one (``+train.learning_rte``) may be."""
+    """Refuse a key that is not in the schema, such as an added one (``+train.learning_rte``)."""
     kinds = key_types(schema)
     for key, value in tree.items():
         if key not in kinds:
@@ -78,7 +78,7 @@ def check_complete(cfg: DictConfig, schema: Any, where: str = "") -> None:
 
 def check_values(tree: dict[str, Any]) -> None:
     """Check the keys that allow a few words only; InputError names the key and the words."""
-    for key, allowed in ONE_OF.items():
+    for key, allowed in ALLOWED_WORDS.items():
         if (value := _at(tree, key)) is not None and value not in allowed:
             raise InputError(f"{key}={value}: must be one of {', '.join(allowed)}")
     limits.check(tree, numeric_options(tree))
@@ -103,7 +103,7 @@ def check_values(tree: dict[str, Any]) -> None:
 
 
 def check_halving(config: Config, sweeper: str | None) -> None:
-    """A rung must be a step at which the trial is validated anyway, so that it changes nothing of the trial."""
+    """Check the keys of halving: a rung must be a step that is validated anyway, so that no trial changes by it."""
     halving, every, by_rows = config.halving, config.train.eval_every, config.halving.resource is Resource.rows
     other = "min_steps" if by_rows else "min_fraction"
     if (value := getattr(halving, other)) is not None:
@@ -139,7 +139,7 @@ def _check_halving_of_rows(config: Config) -> None:
 
 
 def check_objective(config: Config) -> None:
-    """As far as it can be known before a record is there."""
+    """Refuse an ``objective`` that cannot be a column, as far as this is known before there is a record."""
     said = config.objective
     columns = [said] if isinstance(said, str) else [] if said is None else said
     if not isinstance(columns, list) or not all(isinstance(column, str) for column in columns):
@@ -155,7 +155,7 @@ def check_objective(config: Config) -> None:
 
 
 def check_expanded(cfg: DictConfig, given: Iterable[str]) -> None:
-    """Refuse a composed point whose options bring axes that were not expanded: it is a trial nobody asked for.
+    """Refuse a composed point whose options sweep keys that were not expanded: it would be one unwanted trial.
 
     ``given`` are the keys of the point's words.
 
@@ -176,7 +176,7 @@ def check_expanded(cfg: DictConfig, given: Iterable[str]) -> None:
 
 
 def check_unused(words: Sequence[str]) -> None:
-    """Refuse keys of a search where the command is a grid, which would not heed them.
+    """Refuse keys of a search in a command that is a grid, which does not read them.
 
     Raises:
         InputError: the line names the key.
@@ -191,14 +191,14 @@ def check_unused(words: Sequence[str]) -> None:
 
 
 def check_joinable(word: str, sweeps: Mapping[str, DictConfig]) -> None:
-    """Refuse a ``word`` of options of ``sweep``, composed one by one, that differ in what is of a sweep as a whole.
+    """Refuse to join options of ``sweep`` that differ in a key which has one value for the whole sweep.
 
     Raises:
         InputError: the line names the key and the values, or there is no option.
     """
     if not sweeps:
         raise InputError(f"{word}: matches no option of sweep")
-    for key in WHOLE_SWEEP:
+    for key in SWEEP_WIDE_KEYS:
         (first, value), *others = ((option, _plain(cfg, key)) for option, cfg in sweeps.items())
         for option, other in others:
             if other != value:
@@ -287,7 +287,7 @@ def _at(tree: Any, key: str) -> Any:
 
 
 def check_warmup(config: Config, rows: data_rows.Rows | None) -> None:
-    """As far as the length of the training is known: with epochs from the rows, whose tokens are not counted yet."""
+    """Refuse a warm-up that is not shorter than the training, as far as its length is known without tokens."""
     from peftsweep.training import length, optimizer  # imports torch, which `--help` must not
 
     if config.adapter.path is None and (rows is not None or config.train.epochs is None):
@@ -297,7 +297,7 @@ def check_warmup(config: Config, rows: data_rows.Rows | None) -> None:
 
 
 def check_files(config: Config) -> None:
-    """A file that is named must be there, whether or not this trial would read it."""
+    """Refuse a file that does not exist and an unknown encoding, whether or not this trial would read the file."""
     own = config.dataset
     named = {"path": own.path, "test_path": own.test_path, "validation.path": own.validation.path}
     for key, path in named.items():
@@ -325,7 +325,7 @@ def _is_encoding(name: str) -> bool:
 
 
 def one_line(error: BaseException, own_folders: Iterable[Path] = ()) -> str:
-    """What Hydra or OmegaConf found wrong, as one line that names the key and what is allowed.
+    """The error of Hydra or OmegaConf as one line that names the key and what is allowed.
 
     ``own_folders`` are those of ``--config-dir``, whose options are named beside ours.
     """
@@ -355,12 +355,13 @@ def one_line(error: BaseException, own_folders: Iterable[Path] = ()) -> str:
         ):
             value = getattr(cause, "value", None)
             meant = synonyms(str(value), kind.removeprefix("one of ").split(", "))
-            hint = f"; did you mean '{meant[0]}'?" if meant else ""
+            numbers = as_sweep(key, str(value)) if re.search("int|float", kind) else ""
+            hint = f"; did you mean '{meant[0]}'?" if meant else numbers
             return f"{key}={'null' if value is None else value}: must be {kind}{hint}"
         if type(cause).__name__ in ("ConfigAttributeError", "ConfigKeyError"):
             parent = cause.parent_node
             known = [str(key) for key in parent] if isinstance(parent, DictConfig) else []
-            return f"{cause.full_key}: no such key; {calls.meant(str(cause.key), known)}"
+            return f"{cause.full_key}: no such key; {calls.suggest_key(str(cause.key), known)}"
         if re.match("Cannot (assign|merge)|Invalid type assigned|Object of unsupported type", first_line(cause)):
             return f"{cause.full_key}: has keys; give them with their values: '{cause.full_key}={{KEY: VALUE}}'"
         return f"{cause.full_key}: {first_line(cause)}"
@@ -372,7 +373,7 @@ def one_line(error: BaseException, own_folders: Iterable[Path] = ()) -> str:
 
 
 def _path_in_yaml(error: MissingConfigException) -> str | None:
-    """That a model or data set by its path, which the command line takes, was chosen where Hydra looks for a yaml."""
+    """The message where a path stands in a yaml's defaults, which name options; None if the error is another one."""
     group, _, name = str(error.missing_cfg_file).partition("/")
     if group not in ANY or not ("/" in name or name.startswith("~") or files.format_of(name) in files.FORMATS):
         return None

@@ -30,7 +30,7 @@ from peftsweep.config.checks import (
     check_warmup,
     one_line,
 )
-from peftsweep.config.evaluations import check_evaluation_rows, check_metrics
+from peftsweep.config.evaluations import check_evaluation_rows, check_metrics, check_sources
 from peftsweep.config.fill import conf_dir, fill_from_files, read_newlines, use_current_names
 from peftsweep.config.identity import Identity, current_name, identity_of
 from peftsweep.config.restored import FROM_FILE
@@ -46,12 +46,12 @@ from peftsweep.study import trust
 # Keys of the configuration by which `filled` decides others, or which it changes themselves: those of files that tell
 # others, and those that are looked at on the way.
 SOURCES = ("repeat", "adapter.path", "method.path", "train.params_file")
-DECIDE_OTHERS = (
+KEYS_THAT_DECIDE_OTHERS = (
     *SOURCES,
     *("device", "trust", "model.dtype", "train.eval_every", "train.checkpoint_every", "train.best_metric", "halving"),
 )
 # For which search a trial is run, and what is said of it before, is no part of what it is.
-OF_THE_SWEEP = ("forecast", "price", "budget", "tune", "league", "search")
+SWEEP_SECTIONS = ("forecast", "price", "budget", "tune", "league", "search")
 WORDS_FOR_NULL = ("no", "off", "false", "never", "none", "0")  # as people write null for an interval
 
 EXAMPLES = {  # of keys that have no default, as a shell wants them
@@ -87,7 +87,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """What the trial is called beside others, see naming; its label where it is alone."""
+        """The name that tells the trial from others of its sweep and study (see naming); else its label."""
         return self.told_by or self.label
 
     @property
@@ -97,7 +97,7 @@ class Trial:
 
 
 def without_data(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterable[str]) -> Trial:
-    """A trial whose model is used alone: its data files are not looked at, and it has no identity.
+    """A trial of which only the model is used: its data files are not read, and it has no identity.
 
     Raises:
         InputError: as ``filled``, or a value is out of its range.
@@ -129,7 +129,7 @@ def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterabl
 
 
 def filled(cfg: DictConfig, choices: Mapping[str, str | None], overrides: list[str]) -> Filled:
-    """``cfg``, which is used up, as plain values.
+    """``cfg`` as plain values; ``cfg`` itself is changed.
 
     Raises:
         InputError: a key is missing or unknown, a value cannot be resolved, or a file cannot be read.
@@ -197,18 +197,19 @@ def with_plain(config: Config, tree: Mapping[str, Any]) -> Config:
     return dataclasses.replace(config, method=tree["method"], quant=tree["quant"], eval=tree["eval"])
 
 
-def checked(said: Filled) -> Trial:
+def checked(values: Filled) -> Trial:
     """The trial of these values.
 
     Raises:
         InputError: a value is out of its range, or values do not belong together.
     """
-    config, tree, choices = said.config, said.tree, said.choices
+    config, tree, choices = values.config, values.tree, values.choices
     check_values(tree)
     check_halving(config, choices.get("hydra/sweeper"))
     check_objective(config)
     check_calls(config, choices)
     check_files(config)
+    check_sources(config, {word.lstrip("+").partition("=")[0] for word in values.overrides})
     rows = None if config.dataset.hub and not config.dataset.path else _rows(config)
     check_evaluation_rows(config, rows or _test_rows(config))
     check_warmup(config, rows)
@@ -219,14 +220,14 @@ def checked(said: Filled) -> Trial:
     elif chosen["method"] == FROM_FILE:
         chosen["method"] = "full"
     # How far the trial goes now is no part of what it is, nor is what is said of it before.
-    tree = {key: value for key, value in tree.items() if key not in OF_THE_SWEEP}
+    tree = {key: value for key, value in tree.items() if key not in SWEEP_SECTIONS}
     tree |= {"halving": {key: value for key, value in tree["halving"].items() if key not in ("rung", "test")}}
     chosen.pop("price", None)
-    return _identified(Trial(config, tree, chosen, said.overrides, rows, "", "", "", experiment=said.experiment))
+    return _identified(Trial(config, tree, chosen, values.overrides, rows, "", "", "", experiment=values.experiment))
 
 
 def with_seed(one: Trial, seed: int, overrides: list[str]) -> Trial:
-    """A checked trial with another seed, from which no other value of it follows.
+    """A checked trial with another seed, where no other value depends on the seed.
 
     Raises:
         InputError: the seed is out of its range.
@@ -269,7 +270,7 @@ def with_rows(trial: Trial) -> Trial:
     """The trial of ``without_rows`` with its rows, read again.
 
     Raises:
-        InputError: they are not those any more that it was checked with.
+        InputError: the files have changed since the trial was checked.
     """
     config = trial.config
     if trial.offline:
@@ -296,7 +297,7 @@ def _rows(config: Config) -> data_rows.Rows:
 
 
 def _test_rows(config: Config) -> data_rows.Rows | None:
-    """Of a dataset of the hub the local test rows, where a file of them is given; None without."""
+    """The local test rows of a dataset of the hub, where ``dataset.test_path`` is given; else None."""
     own = config.dataset
     if own.test_path is None:
         return None

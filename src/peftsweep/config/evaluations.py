@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import pydoc
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,45 @@ from peftsweep.errors import InputError, suggest
 from peftsweep.schema import Config, DatasetConfig, Init, RowsConfig
 
 ROWS_KEYS = tuple(field.name for field in dataclasses.fields(RowsConfig))
+HUB_KEYS = ("hub_config", "hub_split", "hub_test_split", "revision")  # which rows of a dataset of the hub are read
 HARNESS = "peftsweep.evaluation.harness.lm_eval"  # whose tasks bring their own rows
+
+
+def check_sources(config: Config, given: Collection[str]) -> None:
+    """Refuse a key of the command line that is read for one kind of source, where rows or base come from another.
+
+    ``given`` are the keys of the command line. A key that is null counts as not given.
+
+    Raises:
+        InputError: the line names the key, and the source that is read.
+    """
+    own, validation = config.dataset, config.dataset.validation
+    sections: dict[str, tuple[Any, list[str | None]]] = {  # with the local files of each
+        "dataset": (own, [own.path, own.test_path]),
+        "dataset.validation": (validation, [validation.path]),
+    }
+    for name in config.eval:
+        source = evaluation_source(config, name)
+        sections[f"eval.{name}"] = (source, [source.path])
+    for section, (source, files) in sections.items():
+        for key in HUB_KEYS:
+            if _is_given(source, f"{section}.{key}", given) and (source.path or not source.hub):
+                read = f"{section}.path={source.path} is a file" if source.path else f"there is no {section}.hub"
+                raise InputError(f"{section}.{key}: is only for rows of the hub, and {read}")
+        if _is_given(source, f"{section}.encoding", given) and not any(files):
+            raise InputError(f"{section}.encoding: is only for a local file, and there is no {section}.path")
+    if own.test_path and _is_given(own, "dataset.hub_test_split", given):
+        raise InputError(f"dataset.hub_test_split: the test rows are those of dataset.test_path={own.test_path}")
+    if _is_given(config.model, "model.revision", given):
+        from peftsweep.models.model import is_local  # imports torch, which `--help` must not
+
+        if is_local(config.model):
+            kind = "has random weights" if config.model.init is Init.random else "is a folder"
+            raise InputError(f"model.revision: is only for a model of the hub; {config.model.name_or_path} {kind}")
+
+
+def _is_given(section: Any, key: str, given: Collection[str]) -> bool:
+    return key in given and getattr(section, key.rpartition(".")[2]) is not None
 
 
 def check_evaluation_rows(config: Config, rows: data_rows.Rows | None) -> None:
@@ -30,7 +68,7 @@ def check_evaluation_rows(config: Config, rows: data_rows.Rows | None) -> None:
 
 
 def _check_norm(config: Config, name: str, examples: list[templates.Example]) -> None:
-    """Refuse to compare or choose by ``acc_norm`` where something else than the choices' texts is scored."""
+    """Refuse ``acc_norm`` as a headline or metric where the scored texts are not those of the choices."""
     from peftsweep.evaluation import evaluate  # imports torch, which `--help` must not
 
     node = config.eval[name]
@@ -47,7 +85,7 @@ def _check_norm(config: Config, name: str, examples: list[templates.Example]) ->
 
 def test_rows(config: Config, name: str, rows: data_rows.Rows) -> list[data_rows.Row]:
     """The rows that ``eval.<name>`` judges on, without those that it sets aside for validation."""
-    return _parted(config, name, rows)[1]
+    return _split_for_validation(config, name, rows)[1]
 
 
 def validation_rows(config: Config, name: str, rows: data_rows.Rows) -> list[data_rows.Row] | None:
@@ -61,10 +99,12 @@ def validation_rows(config: Config, name: str, rows: data_rows.Rows) -> list[dat
     if same_source(config, name):
         return rows.validation
     source = evaluation_source(config, name)
-    return _parted(config, name, rows)[0] if source.path or source.hub else rows.validation
+    return _split_for_validation(config, name, rows)[0] if source.path or source.hub else rows.validation
 
 
-def _parted(config: Config, name: str, rows: data_rows.Rows) -> tuple[list[data_rows.Row] | None, list[data_rows.Row]]:
+def _split_for_validation(
+    config: Config, name: str, rows: data_rows.Rows
+) -> tuple[list[data_rows.Row] | None, list[data_rows.Row]]:
     found = data_rows.evaluation_rows(evaluation_source(config, name), f"eval.{name}", rows.test)
     if not sets_aside(config, name):
         return None, found
@@ -73,7 +113,7 @@ def _parted(config: Config, name: str, rows: data_rows.Rows) -> tuple[list[data_
 
 
 def sets_aside(config: Config, name: str) -> bool:
-    """Whether ``eval.<name>`` sets rows of its own aside, as its metric is asked for in validation."""
+    """Whether ``eval.<name>`` holds out some of its own rows, because validation chooses by its metric."""
     source = evaluation_source(config, name)
     named = [metric.partition(".")[0] for metric in _validation_metrics(config).values()]
     own = bool(source.path or source.hub) and not same_source(config, name)
@@ -81,7 +121,7 @@ def sets_aside(config: Config, name: str) -> bool:
 
 
 def _validation_metrics(config: Config) -> dict[str, str]:
-    """The metrics by which a validation chooses, by their keys."""
+    """The metrics that a validation chooses by, by the key that names each."""
     found = {"train.best_metric": config.train.best_metric, "halving.metric": config.halving.metric}
     found["tune.metric"] = config.tune.metric
     return {key: metric for key, metric in found.items() if metric is not None and metric != "loss"}
@@ -106,7 +146,7 @@ def check_metrics(config: Config) -> None:
 
 
 def check_conversations(config: Config) -> None:
-    """Let a local tokenizer's chat template render all local rows, so that what it refuses is known before training."""
+    """Render all local rows with a local tokenizer's chat template, to find rows that it refuses before training."""
     from peftsweep.models.model import source  # imports torch, which `--help` must not
 
     if not config.dataset.chat or config.model.init is Init.random:

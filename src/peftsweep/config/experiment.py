@@ -39,21 +39,21 @@ ORIGIN = (
     "megatron_core",
     "task_type",  # the model's task decides
 )
-OF_NO_EFFECT = {  # fields that change no number of a trial, and need no warning
+FIELDS_WITHOUT_EFFECT = {  # fields that change no number of a trial, and need no warning
     "peft_version": "the installed PEFT is used",
     "auto_mapping": "says which class was adapted",
     "inference_mode": "a trial trains what it attaches",
     "megatron_core": "is for Megatron's parallel layers",
     "task_type": "model.task says it",
 }
-SAYS_NOTHING = "is unset"
-NAMES_NONE = "names no model: that of the sweep stands"
+UNSET = "is unset"
+NO_MODEL_NAMED = "names no model: that of the sweep stands"
 OVERRIDDEN = "the command line says"
 
 
 @dataclass
 class Reading:
-    """What files say, as dotted keys of a trial, and of each field where it went or why it was not taken."""
+    """The keys of a trial that files set, and for each field of the files its key, or why it was not taken."""
 
     keys: dict[str, Any] = field(default_factory=dict)
     taken: dict[str, list[str]] = field(default_factory=dict)  # field -> the keys it went to
@@ -70,7 +70,7 @@ class Reading:
         self.taken.setdefault(name, []).append(key)
 
     def refuse(self, key: str, reason: str) -> None:
-        """Take nothing for ``key``, for a reason that the fields that went there are told."""
+        """Remove ``key``; ``reason`` is noted for the fields that had set it."""
         self.keys.pop(key, None)
         for name in [name for name, keys in self.taken.items() if key in keys]:
             self.taken[name].remove(key)
@@ -79,12 +79,12 @@ class Reading:
                 del self.taken[name]
 
     def only(self, names: Mapping[str, Any]) -> Reading:
-        """The same, of which only the fields ``names`` were said; the others are defaults."""
+        """The same keys, of which only the fields ``names`` stood in the file; the others are defaults."""
         taken = {name: keys for name, keys in self.taken.items() if name.partition(".")[0] in names}
         return Reading(self.keys, taken, self.not_taken)
 
     def __or__(self, other: Reading) -> Reading:
-        """Both, of which the second wins; a field of the same name is then told apart by its file's."""
+        """Both readings; the second wins. Fields of the same name are told apart by the name of their file."""
         return Reading(self.keys | other.keys, self.taken | other.taken, self.not_taken | other.not_taken)
 
     def facts(self) -> dict[str, dict[str, str]]:
@@ -93,8 +93,8 @@ class Reading:
 
 
 def unheeded(facts: Mapping[str, Mapping[str, str]]) -> str | None:
-    """The fields that were not taken and would have changed something, as a warning names them; None for none."""
-    quiet = (SAYS_NOTHING, NAMES_NONE, OVERRIDDEN, *OF_NO_EFFECT.values())
+    """A warning that names the fields that were not taken although they matter; None if there are none."""
+    quiet = (UNSET, NO_MODEL_NAMED, OVERRIDDEN, *FIELDS_WITHOUT_EFFECT.values())
     said = [f"{name} ({why})" for name, why in facts.get("not_taken", {}).items() if not why.startswith(quiet)]
     return f"not taken of the experiment's files: {'; '.join(said)}" if said else None
 
@@ -114,7 +114,7 @@ def folders(root: str | None) -> list[Path]:
 
 
 def label(folder: str) -> str:
-    """How PEFT's comparison calls the experiment in ``folder``: lora/llama-3.2-3B-rank32."""
+    """The name of the experiment in ``folder`` in PEFT's comparison, such as lora/llama-3.2-3B-rank32."""
     return "/".join(Path(folder).expanduser().resolve().parts[-2:])
 
 
@@ -138,7 +138,7 @@ def read(folder: str | None, parameters: str | None) -> Reading:
 
 
 def _models_agree(first: Reading, second: Reading) -> Reading:
-    """Both; of two that name a model the second decides, as it does where PEFT loads the model itself."""
+    """Both readings; if both name a model the second decides, as it does where PEFT loads the model."""
     if MODEL in first.keys and MODEL in second.keys and first.keys[MODEL] != second.keys[MODEL]:
         first.refuse(MODEL, f"model_id says {second.keys[MODEL]}")
         first.refuse("model.revision", f"model_id says {second.keys[MODEL]}")
@@ -181,13 +181,13 @@ def _options(said: Mapping[str, Any], config: Any, file: Path) -> Reading:
     method: dict[str, Any] = {"_target_": f"peft.{config.__name__}"}
     found = Reading({"method": method}, {"peft_type": ["method._target_"]})
     for name, value in said.items():
-        if name in OF_NO_EFFECT:
-            found.not_taken[name] = OF_NO_EFFECT[name]
+        if name in FIELDS_WITHOUT_EFFECT:
+            found.not_taken[name] = FIELDS_WITHOUT_EFFECT[name]
         elif name == "base_model_name_or_path":
             _take_model(found, name, value)
         elif name == "revision":
             if value is None or not said.get("base_model_name_or_path"):
-                found.not_taken[name] = SAYS_NOTHING if value is None else "is of a model that is not named"
+                found.not_taken[name] = UNSET if value is None else "is of a model that is not named"
             else:
                 found.put(name, "model.revision", value)
         elif name in fields and name not in ORIGIN:
@@ -196,7 +196,7 @@ def _options(said: Mapping[str, Any], config: Any, file: Path) -> Reading:
         elif name not in ORIGIN:
             if value not in (None, False, {}, []):
                 raise InputError(f"method.path={file}: {config.__name__} has no {name}; {suggest(name, list(fields))}")
-            found.not_taken[name] = SAYS_NOTHING
+            found.not_taken[name] = UNSET
     return found
 
 
@@ -204,7 +204,7 @@ def _take_model(found: Reading, name: str, value: Any) -> None:
     if value:
         found.put(name, MODEL, str(value))
     else:
-        found.not_taken[name] = NAMES_NONE
+        found.not_taken[name] = NO_MODEL_NAMED
 
 
 # ---- training --------------------------------------------------------------------------------------
@@ -277,29 +277,29 @@ def translated(parameters: Mapping[str, Any], source: str) -> Reading:
     return found.only(parameters)
 
 
-def _take_optimizer(found: Reading, said: Mapping[str, Any], source: str) -> None:
-    kind, options = said["optimizer_type"], dict(said["optimizer_kwargs"])
+def _take_optimizer(found: Reading, fields: Mapping[str, Any], source: str) -> None:
+    kind, options = fields["optimizer_type"], dict(fields["optimizer_kwargs"])
     found.take("optimizer_type", train__optimizer=OPTIMIZERS.get(str(kind).lower(), f"torch.optim.{kind}"))
     found.take("optimizer_kwargs", train__learning_rate=options.pop("lr", 1e-3))  # torch's own
     found.take("optimizer_kwargs", train__weight_decay=options.pop("weight_decay", 0.01))  # torch's own
     found.take("optimizer_kwargs", train__optimizer_kwargs=options)
     found.keys["train.learning_rate_scale"] = 1.0
-    if said["lr_scheduler"] not in ("cosine", None):
+    if fields["lr_scheduler"] not in ("cosine", None):
         raise InputError(f"{source}: lr_scheduler must be cosine or null")
-    cosine = said["lr_scheduler"] == "cosine"
+    cosine = fields["lr_scheduler"] == "cosine"
     found.take("lr_scheduler", train__schedule="cosine" if cosine else "constant", train__warmup=0.1 if cosine else 0.0)
 
 
-def _take_validation(found: Reading, said: Mapping[str, Any], own: Mapping[str, Any], source: str) -> None:
-    """How often, by how many rows at once, and how much is written."""
-    every, steps = said["eval_steps"], said["max_steps"]
+def _take_validation(found: Reading, fields: Mapping[str, Any], own: Mapping[str, Any], source: str) -> None:
+    """Take the interval, the batch size and the number of new tokens of the validation."""
+    every, steps = fields["eval_steps"], fields["max_steps"]
     if every is not None:
         if not isinstance(every, int) or every < 1 or ("eval_steps" in own and every > steps):
             raise InputError(f"{source}: eval_steps={every}: must be a number of steps, at most max_steps={steps}")
         found.put("eval_steps", "train.eval_every", str(min(every, steps)))
-    if "batch_size_eval" in said:
-        found.put("batch_size_eval", f"{EVALUATIONS}batch_size", said["batch_size_eval"])
-    for name, value in (said.get("generation_kwargs") or {}).items():
+    if "batch_size_eval" in fields:
+        found.put("batch_size_eval", f"{EVALUATIONS}batch_size", fields["batch_size_eval"])
+    for name, value in (fields.get("generation_kwargs") or {}).items():
         theirs = f"generation_kwargs.{name}"
         if name in ("max_new_tokens", "num_beams"):
             found.put("generation_kwargs", f"{EVALUATIONS}{name}", value)
@@ -311,11 +311,11 @@ def _take_validation(found: Reading, said: Mapping[str, Any], own: Mapping[str, 
             found.not_taken[theirs] = "evaluations decode greedily or by beams"
 
 
-def _take_numbers(found: Reading, said: Mapping[str, Any], source: str) -> None:
-    """The formats of the base's weights and of the calculation."""
+def _take_numbers(found: Reading, fields: Mapping[str, Any], source: str) -> None:
+    """Take the number formats of the base's weights and of autocast."""
     # torch.autocast as PEFT's comparison calls it: in 16 bits of this format, with a scaled loss.
-    found.take("use_amp", train__autocast="float16" if said["use_amp"] else None)
-    dtype = said.get("dtype")
+    found.take("use_amp", train__autocast="float16" if fields["use_amp"] else None)
+    dtype = fields.get("dtype")
     if dtype in QUANTISED:
         found.put("dtype", "quant", QUANTISED[dtype])
     elif dtype in ("float32", "float16", "bfloat16"):
@@ -327,44 +327,44 @@ def _take_numbers(found: Reading, said: Mapping[str, Any], source: str) -> None:
 # ---- inference -------------------------------------------------------------------------------------
 
 
-def benchmark(said: Mapping[str, Any], source: str) -> Reading:
+def benchmark(fields: Mapping[str, Any], source: str) -> Reading:
     """The keys that parameters of PEFT's text generation benchmark set.
 
     Raises:
         InputError: one is of a wrong type.
     """
-    if wrong := fault(dict(said), BENCHMARK):
+    if wrong := fault(dict(fields), BENCHMARK):
         raise InputError(f"{source}: {wrong}")
     found = Reading()
     for name, ours in INFERENCE.items():
-        if said.get(name) is not None:
-            found.put(name, ours, said[name])
+        if fields.get(name) is not None:
+            found.put(name, ours, fields[name])
     found.keys["inference"] = "standard"
-    for category in CATEGORIES if "max_new_tokens" in said else ():
-        found.put("max_new_tokens", f"inference.categories.{category}.new_tokens", said["max_new_tokens"])
-    for category, options in (said.get("category_generation_params") or {}).items():
+    for category in CATEGORIES if "max_new_tokens" in fields else ():
+        found.put("max_new_tokens", f"inference.categories.{category}.new_tokens", fields["max_new_tokens"])
+    for category, options in (fields.get("category_generation_params") or {}).items():
         if not isinstance(options, dict) or set(options) - {"max_new_tokens"}:
             raise InputError(f"{source}: category_generation_params.{category}: must hold max_new_tokens alone")
         for value in options.values():
             found.put("category_generation_params", f"inference.categories.{category}.new_tokens", value)
-    dtype = said.get("dtype")
+    dtype = fields.get("dtype")
     if dtype is not None:
         if dtype not in ("float32", "float16", "bfloat16"):
             raise InputError(f"{source}: dtype={dtype}: must be float32, float16 or bfloat16")
         found.take("dtype", model__dtype=dtype)
-    _take_bits(found, said, str(dtype or "float16"))
-    for name in said:
+    _take_bits(found, fields, str(dtype or "float16"))
+    for name in fields:
         if name not in found.taken:
-            found.not_taken[name] = SAYS_NOTHING if said[name] in (None, False) else "inference has no such option"
+            found.not_taken[name] = UNSET if fields[name] in (None, False) else "inference has no such option"
     return found
 
 
-def _take_bits(found: Reading, said: Mapping[str, Any], dtype: str) -> None:
+def _take_bits(found: Reading, fields: Mapping[str, Any], dtype: str) -> None:
     nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
-    if said.get("use_8bit"):
+    if fields.get("use_8bit"):
         node = {"_target_": BITSANDBYTES, "load_in_8bit": True, "llm_int8_enable_fp32_cpu_offload": True}
         found.put("use_8bit", "quant", node)
-    elif said.get("use_4bit"):
+    elif fields.get("use_4bit"):
         found.put("use_4bit", "quant", {"_target_": BITSANDBYTES, "load_in_4bit": True} | nf4)
 
 

@@ -1,4 +1,4 @@
-"""What a configuration takes from files: options of conf/, model folders, evaluations of a data set, records."""
+"""Fill a configuration from files: experiments, saved adapters and records of trials."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from peftsweep.config import experiment, experiment_keys, repeat, restored
 from peftsweep.config.calls import GENERATION
 from peftsweep.config.checks import FORMATS
-from peftsweep.config.identity import MOVED, current_name, model_identity
+from peftsweep.config.identity import FORMER_NAMES, current_name, model_identity
 from peftsweep.errors import InputError
 from peftsweep.models.quantised import libraries
 from peftsweep.options import conf_dir as conf_dir
@@ -57,8 +57,8 @@ def _schema() -> DictConfig:
 
 
 def use_current_names(cfg: DictConfig) -> None:
-    """Have every ``_target_`` that has moved since a record or a yaml was written name what it is now."""
-    if not MOVED:
+    """Replace former names of classes and functions, in every ``_target_``, by their present names."""
+    if not FORMER_NAMES:
         return
     nodes = [cfg]
     while nodes:
@@ -75,18 +75,18 @@ def use_current_names(cfg: DictConfig) -> None:
 def fill_from_files(
     cfg: DictConfig, overrides: Iterable[str], choices: Mapping[str, str | None]
 ) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
-    """Put what an experiment's or an adapter's files say in its place, below what the command line says.
+    """Set the keys that files of a record, an adapter or an experiment name; keys of the command line win.
 
     Returns the choices that the files have made, and what became of each field of an experiment's.
     """
     said = {override.lstrip("+~").partition("=")[0] for override in overrides}
     made = _fill_from_record(cfg, said) if cfg.repeat is not None else {}
     made |= _fill_from_adapter(cfg, said, choices) if cfg.adapter.path is not None else {}
-    folder, file = cfg.method.get("path"), cfg.train.params_file  # which may be told by method.path
+    folder, file = cfg.method.get("path"), cfg.train.params_file  # which may be given by method.path
     if folder is None and file is None:
         return made, repeat.original(cfg.repeat).run_info.get("experiment", {}) if cfg.repeat is not None else {}
     found = experiment.read(folder, file)
-    cfg.train.params_file = None  # the same trial as one that is told the same by keys
+    cfg.train.params_file = None  # the same trial as with the same keys on the command line
     for key in said - {"method", "quant", "inference"}:  # whole groups, of which an experiment's files tell more
         found.refuse(key, f"{experiment.OVERRIDDEN} {key}")
     if folder is not None:
@@ -101,9 +101,9 @@ def fill_from_files(
     return made, found.facts()
 
 
-def _fill_model(cfg: DictConfig, found: experiment.Reading, said: set[str]) -> dict[str, str]:
-    """Have the model that an experiment names, as the preset of that name has it, unless the command line has one."""
-    if "model" in said:
+def _fill_model(cfg: DictConfig, found: experiment.Reading, given: set[str]) -> dict[str, str]:
+    """Use the model that an experiment names, by its preset if there is one, unless the command line names a model."""
+    if "model" in given:
         found.refuse(experiment_keys.MODEL, f"{experiment.OVERRIDDEN} model")
     if experiment_keys.MODEL not in found.keys:
         found.refuse("model.revision", f"{experiment.OVERRIDDEN} model")
@@ -111,23 +111,23 @@ def _fill_model(cfg: DictConfig, found: experiment.Reading, said: set[str]) -> d
     name = found.keys.pop(experiment_keys.MODEL)
     if not OmegaConf.is_missing(cfg.model, "name_or_path") and cfg.model.name_or_path == name:
         return {}
-    choice = _put_model(cfg, name, said)
-    if "train.learning_rate_scale" not in said:
+    choice = _put_model(cfg, name, given)
+    if "train.learning_rate_scale" not in given:
         cfg.train.learning_rate_scale = 1.0  # that of another model's recipe
     return {"model": choice}
 
 
-def _put_model(cfg: DictConfig, name: str, said: set[str], **more: Any) -> str:
+def _put_model(cfg: DictConfig, name: str, given: set[str], **more: Any) -> str:
     """Replace the model by the one called ``name``, with ``more`` of its keys; those on the command line stay."""
     option, node = _model_node(name)
-    own = restored.own_values(cfg, {key for key in said if key.startswith("model.")})
+    own = restored.own_values(cfg, {key for key in given if key.startswith("model.")})
     cfg.model = OmegaConf.merge(_schema().model, node, {"name_or_path": as_text(name)} | more)
     restored.put_back(cfg, own)
     return option
 
 
 def _model_node(name: str) -> tuple[str, DictConfig]:
-    """The option of ``model`` that is called ``name`` on the hub, with its keys; of another, what any has."""
+    """The option of ``model`` with this hub id, and its keys; for an id without a preset those of any causal model."""
     folder = Path(conf_dir()) / "model"
 
     def load(option: str) -> DictConfig:
@@ -141,11 +141,11 @@ def _model_node(name: str) -> tuple[str, DictConfig]:
     return "causal_lm", load("causal_lm")
 
 
-def _fill_groups(cfg: DictConfig, found: experiment.Reading, said: set[str]) -> dict[str, str]:
-    """How the base is stored and how inference is timed, unless the command line chooses them."""
+def _fill_groups(cfg: DictConfig, found: experiment.Reading, given: set[str]) -> dict[str, str]:
+    """Set ``quant`` and ``inference`` from an experiment, unless the command line chooses them."""
     made = {}
     for group in ("quant", "inference"):
-        if any(key.partition(".")[0] == group and (key == group or group == "quant") for key in said):
+        if any(key.partition(".")[0] == group and (key == group or group == "quant") for key in given):
             for key in [key for key in found.keys if key.partition(".")[0] == group]:
                 found.refuse(key, f"{experiment.OVERRIDDEN} {group}")
     if "quant" in found.keys:
@@ -156,8 +156,8 @@ def _fill_groups(cfg: DictConfig, found: experiment.Reading, said: set[str]) -> 
     return made
 
 
-def _fill_evaluations(cfg: DictConfig, found: experiment.Reading, said: set[str]) -> None:
-    """Put what an experiment says of all evaluations into those that have such an option, and its template into all."""
+def _fill_evaluations(cfg: DictConfig, found: experiment.Reading, given: set[str]) -> None:
+    """Set an experiment's options in all evaluations that have them, and its template in all evaluations."""
     general = {
         key: key.removeprefix(experiment_keys.EVALUATIONS) for key in found.keys if experiment_keys.EVALUATIONS in key
     }
@@ -168,7 +168,7 @@ def _fill_evaluations(cfg: DictConfig, found: experiment.Reading, said: set[str]
             for name, node in cfg.eval.items()
             if node.get(option) is not None and (option != "prompt" or node._target_ == GENERATION)
         }
-        mine = {where: node for where, node in nodes.items() if where not in said}
+        mine = {where: node for where, node in nodes.items() if where not in given}
         for where, node in mine.items():
             template = _with_columns(value, node.prompt) if option == "prompt" else value
             if template is None:
@@ -199,50 +199,50 @@ def _with_columns(template: str, current: str) -> str | None:
     return template.replace("{query}", f"{{{columns.pop()}}}") if len(columns) == 1 else None
 
 
-def _fill_from_record(cfg: DictConfig, said: set[str]) -> dict[str, str]:
-    """All that the record of a trial says, key by key; what it lacks, as records of older versions do, stays."""
+def _fill_from_record(cfg: DictConfig, given: set[str]) -> dict[str, str]:
+    """Set every key that a trial's record holds; keys that older records lack keep their value."""
     original = repeat.original(cfg.repeat)
-    if "study" not in said:
+    if "study" not in given:
         cfg.study = f"{original.run_info['study']}-repeat"
     if original.folder and original.folder.parent.resolve() == store.folder(cfg.study).resolve():
         raise InputError(f"repeat={cfg.repeat}: study={cfg.study} holds the original, which is kept; take another")
-    cfg.force = True  # or a second repeat, with other versions, would be told the first one's numbers
-    own = restored.own_values(cfg, said)
+    cfg.force = True  # else a second repeat, with other versions, would return the numbers of the first
+    own = restored.own_values(cfg, given)
     for key, value in original.config.items():
-        if key not in repeat.NOT_REPEATED and key not in said and key in cfg:
+        if key not in repeat.NOT_REPEATED and key not in given and key in cfg:
             restored.put(cfg, key, value)
     restored.put_back(cfg, own)
     for section, commit in repeat.commits(original).items():
-        if not said & {section, *(f"{section}.{key}" for key in NAMES)}:
+        if not given & {section, *(f"{section}.{key}" for key in NAMES)}:
             cfg[section].revision = commit
-    return {group: option for group, option in original.choices.items() if group not in said}
+    return {group: option for group, option in original.choices.items() if group not in given}
 
 
-def _fill_from_adapter(cfg: DictConfig, said: set[str], choices: Mapping[str, str | None]) -> dict[str, str]:
-    """The trial that a saved adapter is of, or of one from elsewhere its method and base; nothing is trained."""
+def _fill_from_adapter(cfg: DictConfig, given: set[str], choices: Mapping[str, str | None]) -> dict[str, str]:
+    """Set the configuration of a saved adapter: that of its trial, or its method and base if it has no record."""
     folder = store.adapter(cfg.adapter.path)
     cfg.label = cfg.label or as_text(experiment.label(str(folder.parent if folder.name == store.ADAPTER else folder)))
     made: dict[str, str] = {}
     if cfg.repeat is None:  # whose record holds all that the adapter's held
         if trained := store.result_of_adapter(folder):
-            made = restored.from_trial(cfg, said, choices, trained, model_identity)
+            made = restored.from_trial(cfg, given, choices, trained, model_identity)
         else:
-            made, base = restored.from_elsewhere(cfg, said, choices, folder, model_identity)
+            made, base = restored.from_elsewhere(cfg, given, choices, folder, model_identity)
             if base is not None:
-                made["model"] = _use_base(cfg, base, said)
+                made["model"] = _use_base(cfg, base, given)
     cfg.train.steps, cfg.train.epochs, cfg.adapter.save, cfg.method_setup = 0, None, False, {}
     return made
 
 
-def _use_base(cfg: DictConfig, base: str, said: set[str]) -> str:
-    """Have the base that an adapter names, a local one in the format that it is stored in; gives the option it is."""
+def _use_base(cfg: DictConfig, base: str, given: set[str]) -> str:
+    """Use the base that an adapter names; a local one in its stored number format. Returns the option of ``model``."""
     kept: dict[str, Any] = {"revision": cfg.model.revision}
     with contextlib.suppress(OSError, ValueError):
         stored = json.loads((Path(base).expanduser() / "config.json").read_text(encoding="utf-8"))
         dtype = stored.get("dtype", stored.get("torch_dtype"))
         if dtype in FORMATS:
             kept["dtype"] = dtype
-    return _put_model(cfg, base, said, **kept)
+    return _put_model(cfg, base, given, **kept)
 
 
 def read_newlines(cfg: DictConfig, overrides: Iterable[str]) -> None:

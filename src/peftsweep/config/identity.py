@@ -1,4 +1,4 @@
-"""What a trial is recognised by: a hash of everything that changes its numbers."""
+"""The identity of a trial: a hash of everything that changes its numbers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from peftsweep.study import store
 
 CONVERSATIONS = "peftsweep.data.tasks.messages"  # the first reader of datasets that hold them
 IDENTITY_LENGTH = 10  # hex digits: a study of 10,000 trials has a clash once in 20,000 studies
-# Its version, which a record keeps; a study's trials are recognised by earlier ones too. The third has the hashes of
-# the second: it tells records whose numbers a fault has changed since, see trial/mended.py.
-IDENTITY_RULE = 3
+# Its version, which a record keeps; a study's trials are recognised by earlier ones too. The third and the fourth
+# have the hashes of the second: they tell records whose numbers a fault has changed since, see trial/mended.py.
+IDENTITY_RULE = 4
 # Former names of modules, classes and functions, and their names now. In an identity they keep the former ones.
-MOVED = former_names.MODULES
+FORMER_NAMES = former_names.MODULES
 # Names that are not the shortest, under which identities of the first rule have what conf/ names.
-FIRST_NAMES = {f"peft.{name}": f"peft.tuners.lora.config.{name}" for name in ("KasaConfig", "BdLoraConfig")}
+NAMES_OF_RULE_1 = {f"peft.{name}": f"peft.tuners.lora.config.{name}" for name in ("KasaConfig", "BdLoraConfig")}
 CALLS = ("method", "method_setup", "quant")  # sections of an identity that name what is called
 FILE_OPTIONS = ("adapters", "include_path", "cache_file", "covariance_file")  # of methods and evaluations
 # Keys that were there when the first rule was made.
@@ -51,7 +51,7 @@ CHANGES_NO_SCORE = ("headline", "role")  # of their options: what trials are com
 
 @dataclass(frozen=True)
 class Identity:
-    """What a trial is recognised by, and its training alone, by one version of the rule."""
+    """The hash of a trial and of its training alone, by one version of the rule."""
 
     rule: int
     trial: str
@@ -66,14 +66,14 @@ def identity_of(config: Config, rows: data_rows.Rows | None, rule: int = IDENTIT
 
 def _training(config: Config, rows: data_rows.Rows | None, rule: int) -> dict[str, Any]:
     """Everything that changes the trained weights."""
-    train = _said(config.train, FIRST_TRAIN_KEYS)
+    train = _section_identity(config.train, FIRST_TRAIN_KEYS)
     # Which change no weight: one that was stopped can go on; what is captured is the same but for rounding.
     for key in ("checkpoint_every", "patience", "capture"):
         train.pop(key, None)
     train["learning_rate"] *= train.pop("learning_rate_scale")  # only their product matters
     if config.train.epochs is not None:
         train.pop("steps")
-    targets = _said(config.targets, FIRST_TARGETS_KEYS)
+    targets = _section_identity(config.targets, FIRST_TARGETS_KEYS)
     if config.targets.roles is not None:
         targets["roles"] = {role: config.model.roles.get(role) for role in sorted(config.targets.roles)}
     said: dict[str, Any] = {
@@ -96,10 +96,10 @@ def _training(config: Config, rows: data_rows.Rows | None, rule: int) -> dict[st
     return {key: _canonical(value, rule) if key in CALLS else value for key, value in said.items()}
 
 
-def _said(section: Any, first: tuple[str, ...]) -> dict[str, Any]:
-    """A section of the configuration by its keys; one that is not among the ``first`` only where it was changed.
+def _section_identity(section: Any, first: tuple[str, ...]) -> dict[str, Any]:
+    """The keys of a section. A key that is not among ``first`` counts only if its value is not the default.
 
-    A key that a later version brings thus leaves the identities of all other trials as they were.
+    A key that a later version adds thus does not change the identities of other trials.
     """
     blank = {field.name: field for field in dataclasses.fields(section)}
     return {
@@ -115,7 +115,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _evaluating(config: Config, rows: data_rows.Rows | None, rule: int) -> dict[str, Any]:
-    """Everything else that changes the scores."""
+    """Everything beside the training that changes the scores."""
     prompts = config.inference.get("prompts_file")
     said = {
         "test": rows.fingerprints["test"] if rows is not None else None,
@@ -143,7 +143,7 @@ def _changes_nothing(option: str, value: Any) -> bool:
 
 
 def _dataset_identity(dataset: DatasetConfig, rows: data_rows.Rows | None, rule: int = IDENTITY_RULE) -> dict[str, Any]:
-    said = _said(dataset, FIRST_DATASET_KEYS)
+    said = _section_identity(dataset, FIRST_DATASET_KEYS)
     if rule > 1 and _is_chat(dataset.chat, dataset.reader):
         said["turns"] = dataset.turns
     if rows is None:
@@ -160,7 +160,7 @@ def _dataset_identity(dataset: DatasetConfig, rows: data_rows.Rows | None, rule:
 
 
 def model_identity(model: ModelConfig, rule: int = IDENTITY_RULE) -> dict[str, Any]:
-    """The base by what it is: a local folder by its files, a hub model by id and revision."""
+    """What identifies the base: the content of a local folder, or id and revision of a model of the hub."""
     from peftsweep.models.model import source  # imports torch, which `--help` must not
 
     said = {key: getattr(model, key) for key in ("task", "init", "dtype", "attn_implementation", "device_map")}
@@ -218,7 +218,7 @@ def _canonical(node: Any, rule: int) -> Any:
 
 
 def _by_content(value: Any) -> Any:
-    """A path, or several, by what is there; what is no local file or folder stays as it is."""
+    """The content of a path, or of several; a value that is no local file or folder stays as it is."""
     if isinstance(value, Mapping):
         return {key: _by_content(one) for key, one in value.items()}
     if not isinstance(value, str) or not (place := Path(value).expanduser()).exists():
@@ -231,8 +231,8 @@ def canonical_name(target: str, rule: int = IDENTITY_RULE) -> str:
 
     That is the shortest dotted name under which it can be imported; of one that has moved, its first name.
     """
-    before = {now: before for before, now in MOVED.items()}
-    return _renamed(target, before) if rule == 1 else _renamed(_shortest(target), before | FIRST_NAMES)
+    before = {now: before for before, now in FORMER_NAMES.items()}
+    return _renamed(target, before) if rule == 1 else _renamed(_shortest(target), before | NAMES_OF_RULE_1)
 
 
 @functools.cache
@@ -246,8 +246,8 @@ def _shortest(target: str) -> str:
 
 
 def current_name(target: str) -> str:
-    """Where a class or function is now, by any of its names."""
-    return _renamed(target, MOVED)
+    """The present name of a class or function, by any of its names."""
+    return _renamed(target, FORMER_NAMES)
 
 
 def _renamed(target: str, names: Mapping[str, str]) -> str:

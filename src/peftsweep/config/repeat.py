@@ -72,7 +72,7 @@ class Figure:
 
     @property
     def close(self) -> bool:
-        """Whether another version or device may have made the difference."""
+        """Whether another version or device can explain the difference."""
         if self.before is None or self.after is None or self.equal:
             return self.equal
         if self.stderr:
@@ -81,7 +81,7 @@ class Figure:
 
     def __str__(self) -> str:
         if self.before is None or self.after is None:
-            return f"{self.name}: {_said(self.before)} -> {_said(self.after)}"
+            return f"{self.name}: {_value_in_words(self.before)} -> {_value_in_words(self.after)}"
         apart = f", {abs(self.after - self.before) / self.stderr:.1f} standard errors" if self.stderr else ""
         return f"{self.name}: {self.before:.6g} -> {self.after:.6g} ({self.after - self.before:+.3g}{apart})"
 
@@ -101,7 +101,7 @@ class Comparison:
 
     @property
     def different(self) -> list[Figure]:
-        """What is not equal to the bit."""
+        """The figures that are not equal to the bit."""
         return [figure for figure in self.figures if not figure.equal]
 
     @property
@@ -116,14 +116,14 @@ class Comparison:
 
     @property
     def far(self) -> list[Figure]:
-        """What differs by more than another order of sums would explain: of the scores (else losses), and of counts."""
+        """The scores (else losses) and counts that differ by more than another order of sums explains."""
         scored = any(figure.score for figure in self.figures)
         judged = [figure for figure in self.figures if figure.score or figure.count or not scored]
         return [figure for figure in judged if not (figure.equal if figure.count else figure.close)]
 
     @property
     def same(self) -> bool:
-        """Whether no figure differs by more than what changed would allow."""
+        """Whether no figure differs by more than the changes of version and device allow."""
         if self._other_end:
             return False
         return self.equal if self.exact else not self.far
@@ -133,8 +133,10 @@ class Comparison:
         return self.status[0] != self.status[1]
 
     def lines(self) -> list[str]:
-        """What there is to say, the verdict last."""
-        said = [f"{key}: {_said(before)} -> {_said(now)}" for key, (before, now) in self.changed.items()]
+        """The comparison as lines of text, the verdict last."""
+        said = [
+            f"{key}: {_value_in_words(before)} -> {_value_in_words(now)}" for key, (before, now) in self.changed.items()
+        ]
         lines = [f"changed: {line}" for line in said] or ["changed: nothing; the same versions, device and code"]
         if self._other_end:
             return [*lines, f"not the same: {self.status[0]} before, {self.status[1]} now"]
@@ -199,7 +201,7 @@ def commits(of: Result) -> dict[str, str]:
 
 
 def compare(before: Result, after: Result) -> Comparison:
-    """Hold the record ``after`` against that of the trial it repeats."""
+    """Compare the record ``after`` with that of the trial it repeats."""
     flat = [record.flat(record.plain(vars(one) | {"folder": None})) for one in (before, after)]
     changed = _without_pins(_changed(*flat), before, after)
     return Comparison(
@@ -238,7 +240,7 @@ def _other_device(before: Result, after: Result) -> list[str]:
 
 
 def _other_kernels(changed: Mapping[str, tuple[Any, Any]], before: Flat) -> list[str]:
-    """What of the environment or the settings differs, or is not known."""
+    """The parts of environment and settings that differ, or that a record lacks."""
     unknown = before.get(CAPABILITY) is None
     keys = [key for key in changed if key.startswith((*ENVIRONMENT, IDENTITY)) and not (unknown and key == CAPABILITY)]
     reasons = [f"{', '.join(key.removeprefix('meta_info.') for key in keys)} changed"] if keys else []
@@ -248,7 +250,7 @@ def _other_kernels(changed: Mapping[str, tuple[Any, Any]], before: Flat) -> list
 
 
 def _other_sums(before: Result, after: Result) -> list[str]:
-    """Ways to train that take sums in another order, or did so where nothing is recorded of."""
+    """Settings under which sums are taken in another order, and settings that the record lacks."""
     sides = (before, after)
     packs = any(one.train_info.get("packed") or one.run_info.get("packed_with") for one in sides)
     reasons = ["trained in a pack, in which sums are taken in another order"] if packs else []
@@ -271,7 +273,7 @@ def _changed(before: Flat, after: Flat) -> dict[str, tuple[Any, Any]]:
 def _without_pins(changed: dict[str, tuple[Any, Any]], before: Result, after: Result) -> dict[str, tuple[Any, Any]]:
     """``changed`` but for a revision that now is said, and that names the commit which was loaded before, too.
 
-    Where nothing else is told otherwise and all data are the same, the identity has changed for that reason alone.
+    If no other setting differs and all data are the same, this alone has changed the identity.
     """
     same = commits(before).items() & commits(after).items()
     pins = {f"config.{section}.revision" for section, _ in same}
@@ -328,5 +330,5 @@ def _costs(before: Flat, after: Flat) -> list[str]:
     return lines
 
 
-def _said(value: Any) -> str:
+def _value_in_words(value: Any) -> str:
     return "not recorded" if value is None else str(value)

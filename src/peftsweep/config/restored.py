@@ -31,15 +31,20 @@ SECTIONS = {
     "method_inputs": ("method",),
     "eval": ("eval", "dataset"),  # as a dataset brings its own evaluations
 }
-OF_THE_WEIGHTS = ("method", "method_inputs", "targets")  # sections that the saved weights have decided
+WEIGHTS_SECTIONS = ("method", "method_inputs", "targets")  # sections that the saved weights have decided
 BASE = "model.name_or_path"
-READ = {"model": {"name_or_path": str}, "dataset": {"classes": [str]}, "eval": {"*": dict}, "seed": int}  # of a record
-HOW = ("dtype", "attn_implementation", "device_map")  # of a model: how it calculates, not which it is
+RECORD_FIELDS = {
+    "model": {"name_or_path": str},
+    "dataset": {"classes": [str]},
+    "eval": {"*": dict},
+    "seed": int,
+}  # of a record
+COMPUTE_KEYS = ("dtype", "attn_implementation", "device_map")  # of a model: how it calculates, not which it is
 FROM_FILE = "from/adapter_config"  # the option of method that reads one
 
 Identify = Callable[[ModelConfig], Mapping[str, Any]]  # a base by what it is: config.model_identity
 Choices = Mapping[str, str | None]  # the option of each group
-Said = set[str]  # the keys on the command line
+GivenKeys = set[str]  # the keys on the command line
 
 
 def put(cfg: DictConfig, section: str, value: Any) -> None:
@@ -54,14 +59,14 @@ def put(cfg: DictConfig, section: str, value: Any) -> None:
             OmegaConf.update(cfg, f"{section}.{name}", part, merge=typed)
 
 
-def own_values(cfg: DictConfig, said: Said) -> dict[str, Any]:
-    """What the keys below groups are on the command line."""
-    found = {key: OmegaConf.select(cfg, key) for key in said if "." in key and not key.startswith("hydra.")}
+def own_values(cfg: DictConfig, given: GivenKeys) -> dict[str, Any]:
+    """The values of the dotted keys that the command line gives."""
+    found = {key: OmegaConf.select(cfg, key) for key in given if "." in key and not key.startswith("hydra.")}
     return {key: copy.deepcopy(value) for key, value in found.items()}  # lists and dicts are filled in place
 
 
 def put_back(cfg: DictConfig, own: Mapping[str, Any]) -> None:
-    """Have the command line's own keys again what they were."""
+    """Set the keys of the command line to their values again."""
     for key, value in own.items():
         OmegaConf.update(cfg, key, value, merge=False)
 
@@ -69,40 +74,40 @@ def put_back(cfg: DictConfig, own: Mapping[str, Any]) -> None:
 # ---- of a trial ------------------------------------------------------------------------------------
 
 
-def from_trial(cfg: DictConfig, said: Said, choices: Choices, held: Result, identify: Identify) -> dict[str, str]:
-    """Put all that the record ``held`` says into ``cfg``; gives the choices that it has made.
+def from_trial(cfg: DictConfig, given: GivenKeys, choices: Choices, held: Result, identify: Identify) -> dict[str, str]:
+    """Set in ``cfg`` all that the record ``held`` says; returns the choices of groups that it makes.
 
     Raises:
         InputError: the command line contradicts the saved weights, or has a key that the trial has not.
     """
-    path, own = cfg.adapter.path, own_values(cfg, said)
-    if wrong := fault(held.config, READ, "config"):
+    path, own = cfg.adapter.path, own_values(cfg, given)
+    if wrong := fault(held.config, RECORD_FIELDS, "config"):
         raise InputError(f"adapter.path={path}: {(held.folder or Path()) / RESULT}: {wrong}")
-    _check_method_of_trial(cfg, said, choices, held)
-    kept = [section for section, groups in SECTIONS.items() if not said.intersection(groups)]
-    kept += [section for section in OF_THE_WEIGHTS if section not in kept]  # what was said of them is the same
+    _check_method_of_trial(cfg, given, choices, held)
+    kept = [section for section, groups in SECTIONS.items() if not given.intersection(groups)]
+    kept += [section for section in WEIGHTS_SECTIONS if section not in kept]  # what was said of them is the same
     for section in kept:
         if section in held.config:
             put(cfg, section, _located(section, held))
-    put_back(cfg, {key: value for key, value in own.items() if key.partition(".")[0] not in OF_THE_WEIGHTS})
+    put_back(cfg, {key: value for key, value in own.items() if key.partition(".")[0] not in WEIGHTS_SECTIONS})
     _check_base_of_trial(cfg, path, held, identify)
     _check_head(cfg, path, held)
-    if "dataset.test_path" in said and "dataset.leave_out_tested" not in said:
+    if "dataset.test_path" in given and "dataset.leave_out_tested" not in given:
         cfg.dataset.leave_out_tested = False  # nothing is trained, and the test rows may be the trained ones
     unknown = [name for name, node in cfg.eval.items() if "_target_" not in node]
     if unknown:
         raise InputError(f"eval.{unknown[0]}: the trial of adapter.path={path} has {', '.join(held.config['eval'])}")
-    return {group: held.choices[group] for group in (*kept, *OF_THE_WEIGHTS) if group in held.choices}
+    return {group: held.choices[group] for group in (*kept, *WEIGHTS_SECTIONS) if group in held.choices}
 
 
-def _check_method_of_trial(cfg: DictConfig, said: Said, choices: Choices, held: Result) -> None:
-    for group in said.intersection(OF_THE_WEIGHTS):
+def _check_method_of_trial(cfg: DictConfig, given: GivenKeys, choices: Choices, held: Result) -> None:
+    for group in given.intersection(WEIGHTS_SECTIONS):
         option, trained = choices.get(group), held.choices.get(group)
         if option != trained and _plain(cfg, group) != held.config.get(group):
             raise _contradicts(cfg, f"{group}={option}", f"{group}={trained}")
-    for key, value in own_values(cfg, said).items():
+    for key, value in own_values(cfg, given).items():
         trained = _at(held.config, key)
-        if key.partition(".")[0] in OF_THE_WEIGHTS and _plain(cfg, key) != trained:
+        if key.partition(".")[0] in WEIGHTS_SECTIONS and _plain(cfg, key) != trained:
             raise _contradicts(cfg, f"{key}={value}", f"{key}={trained}")
 
 
@@ -112,7 +117,7 @@ def _contradicts(cfg: DictConfig, said: str, trained: str) -> InputError:
 
 def _check_base_of_trial(cfg: DictConfig, path: str, held: Result, identify: Identify) -> None:
     recorded = held.config["model"]
-    how = {key: recorded[key] for key in HOW if key in recorded}
+    how = {key: recorded[key] for key in COMPUTE_KEYS if key in recorded}
     given, trained = _model(cfg, how), _model(cfg, dict(_located("model", held)))
     if given == trained or fingerprint.of_values(identify(given)) == held.meta_info.get("model_sha"):
         return
@@ -123,7 +128,7 @@ def _check_base_of_trial(cfg: DictConfig, path: str, held: Result, identify: Ide
 
 
 def _same(given: ModelConfig, trained: ModelConfig, identify: Identify) -> bool:
-    """Whether two models are the same base, however each calculates."""
+    """Whether two models are the same base, whatever their number format and attention."""
     try:
         sides = [identify(one) for one in (given, trained)]
     except InputError:  # one is not there any more
@@ -140,7 +145,7 @@ def _model(cfg: DictConfig, changed: Mapping[str, Any]) -> ModelConfig:
 
 
 def _check_head(cfg: DictConfig, path: str, held: Result) -> None:
-    """A saved head has an output for each class that it was trained on."""
+    """Refuse classes that are not those of a saved head."""
     trained = held.config["dataset"]["classes"]
     if not cfg.dataset.classes:
         cfg.dataset.classes = as_text(trained)
@@ -153,7 +158,7 @@ def _check_head(cfg: DictConfig, path: str, held: Result) -> None:
 
 
 def _located(section: str, held: Result) -> Any:
-    """A section of the record; files that are not where it says, seen from here, are looked for seen from its study."""
+    """A section of the record. A relative path that does not exist here is looked up beside the record's study."""
     value = held.config[section]
     root = (held.folder or Path()).resolve().parents[2]  # of multirun/<study>/<trial>
 
@@ -195,9 +200,9 @@ def _plain(cfg: DictConfig, key: str) -> Any:
 
 
 def from_elsewhere(
-    cfg: DictConfig, said: Said, choices: Choices, folder: Path, identify: Identify
+    cfg: DictConfig, given: GivenKeys, choices: Choices, folder: Path, identify: Identify
 ) -> tuple[dict[str, str], str | None]:
-    """Put the method that an adapter's own file names into ``cfg``.
+    """Set in ``cfg`` the method that the file of an adapter names.
 
     Gives the choices that it has made, and the base that it names, where the command line names none.
 
@@ -214,26 +219,26 @@ def from_elsewhere(
     except InputError as error:
         raise InputError(str(error).replace("method.path=", "adapter.path=", 1)) from None
     method, base = read["method"], read.get(experiment_keys.MODEL)
-    _check_method(cfg, said, choices, method)
-    _check_targets(cfg, said, method.get("target_modules"))
+    _check_method(cfg, given, choices, method)
+    _check_targets(cfg, given, method.get("target_modules"))
     cfg.method, made = as_text(method), {"method": FROM_FILE}
     if base is None:
         return made, None
-    if "model" in said or BASE in said:
+    if "model" in given or BASE in given:
         _check_base(cfg, str(base), read.get("model.revision"), identify)
         return made, None
     cfg.model.revision = as_text(read.get("model.revision"))
     return made, str(base)
 
 
-def _check_method(cfg: DictConfig, said: Said, choices: Choices, method: Mapping[str, Any]) -> None:
+def _check_method(cfg: DictConfig, said: GivenKeys, choices: Choices, method: Mapping[str, Any]) -> None:
     """Options that the command line chooses by a group count as far as they say which method it is."""
     option = choices.get("method")
     if "method" in said and option != FROM_FILE:
         given = _plain(cfg, "method") or {}
         kind = {key: value for key, value in given.items() if key == "_target_" or isinstance(value, bool)}
         if not given or any(_value(method, key) != value for key, value in kind.items()):
-            raise _contradicts(cfg, f"method={option}", _described(method))
+            raise _contradicts(cfg, f"method={option}", _method_in_words(method))
     for key in said:
         section, _, name = key.partition(".")
         if section == "method" and name and name != "path" and _plain(cfg, key) != _value(method, name):
@@ -241,7 +246,7 @@ def _check_method(cfg: DictConfig, said: Said, choices: Choices, method: Mapping
 
 
 def _value(method: Mapping[str, Any], name: str) -> Any:
-    """An option of a method, by default that of its class."""
+    """The value of an option of a method; if it is not given, the default of its class."""
     if name in method:
         return method[name]
     found: Any = pydoc.locate(method["_target_"])
@@ -249,14 +254,14 @@ def _value(method: Mapping[str, Any], name: str) -> Any:
     return None if parameter is None or isinstance(parameter.default, type(dataclasses.MISSING)) else parameter.default
 
 
-def _described(method: Mapping[str, Any]) -> str:
+def _method_in_words(method: Mapping[str, Any]) -> str:
     on = [key for key, value in method.items() if value is True]
     return ", ".join([str(method["_target_"]), *(f"{key}=true" for key in on)])
 
 
-def _check_targets(cfg: DictConfig, said: Said, saved: Any) -> None:
-    """The adapter's own modules are those that it has; roles that name just these say nothing else."""
-    key = next((key for key in sorted(said) if key.partition(".")[0] == "targets"), None)
+def _check_targets(cfg: DictConfig, given: GivenKeys, saved: Any) -> None:
+    """Refuse targets that are not the modules of the saved adapter."""
+    key = next((key for key in sorted(given) if key.partition(".")[0] == "targets"), None)
     if key is None:
         return
     asked = [cfg.model.roles.get(role) or [] for role in cfg.targets.roles or []]

@@ -52,7 +52,7 @@ class Batch:
         return self.input_ids[:, self.answer_start :].flatten().index_select(0, self.places)
 
     def repeated(self, times: int) -> Batch:
-        """All rows that many times, one after the other."""
+        """The batch repeated ``times`` times along the rows."""
         rows, length = self.input_ids.shape
         starts = (self.places.new_ones(times).cumsum(0) - 1) * rows * (length - self.answer_start)
         return replace(

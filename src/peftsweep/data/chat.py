@@ -166,7 +166,7 @@ class ChatTemplate:
 
 
 def plain_layout(tokenizer: PreTrainedTokenizerBase, begin: str) -> ChatTemplate:
-    """The layout of conversations where no chat template is wished for; ``begin`` stands before the first turn."""
+    """The layout of conversations without a chat template; ``begin`` stands before the first turn."""
     return ChatTemplate(tokenizer, PLAIN, {"begin": begin})
 
 
@@ -174,7 +174,7 @@ def render(template: ChatTemplate, conversation: Conversation, turns: Turns, wri
     """``conversation`` in the tokens of ``apply_chat_template(tokenize=True)``; ``turns`` of the assistant are trained.
 
     Raises:
-        ValueError: the template leaves out a part of the conversation, or a turn's place in the text cannot be told.
+        ValueError: the template leaves out a part of the conversation, or the place of a turn in the text is unknown.
         jinja2.TemplateError, and what else a template may raise: it refuses the conversation.
     """
     conversation = template.readable(conversation)
@@ -187,7 +187,7 @@ def render(template: ChatTemplate, conversation: Conversation, turns: Turns, wri
         start = _turn(template, conversation, text, len(conversation.messages) - 1)[0]
         spans = [span for span in spans if span[1] > start]
     else:
-        spans = _of_trained(template, conversation, text, spans)
+        spans = _trained_parts(template, conversation, text, spans)
     encoded = template.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     trained = _covered(encoded.offset_mapping, spans)
     if not any(trained[1:]):
@@ -198,7 +198,7 @@ def render(template: ChatTemplate, conversation: Conversation, turns: Turns, wri
     return Rendered(
         ids,
         trained,
-        prompt=_begun(template, conversation),
+        prompt=_up_to_last_turn(template, conversation),
         said=str(template.tokenizer.decode(ids[first:last], skip_special_tokens=True)).strip(),
         end=_end(template, ids, first, last),
         written=written,
@@ -217,15 +217,15 @@ def _end(template: ChatTemplate, ids: Sequence[int], first: int, last: int) -> i
 
 def prompt(template: ChatTemplate, conversation: Conversation) -> str:
     """The text up to where the last turn of ``conversation`` is to be written."""
-    return _begun(template, template.readable(conversation))
+    return _up_to_last_turn(template, template.readable(conversation))
 
 
-def _begun(template: ChatTemplate, conversation: Conversation) -> str:
+def _up_to_last_turn(template: ChatTemplate, conversation: Conversation) -> str:
     return template.text(conversation._replace(messages=conversation.messages[:-1]), begun=True)
 
 
 def _covered(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
-    """Whether each token has a character of a span; tokens of white space may come without any in ``offsets``."""
+    """Whether each token overlaps a span; tokens of white space may have no characters in ``offsets``."""
     covered = [False] * len(offsets)
     ends = [end for _, end in offsets]
     for start, end in spans:
@@ -255,8 +255,8 @@ def _turns(template: ChatTemplate, conversation: Conversation, text: str, *, onl
     return found
 
 
-def _of_trained(template: ChatTemplate, conversation: Conversation, text: str, spans: list[Span]) -> list[Span]:
-    """Of what the template marks, the part that is in no turn with the weight 0."""
+def _trained_parts(template: ChatTemplate, conversation: Conversation, text: str, spans: list[Span]) -> list[Span]:
+    """The spans that the template marks as generated, without those of turns with the weight 0."""
     for number, message in enumerate(conversation.messages):
         if message["role"] == "assistant" and not is_trained(message):
             start, end = _turn(template, conversation, text, number)
@@ -265,10 +265,10 @@ def _of_trained(template: ChatTemplate, conversation: Conversation, text: str, s
 
 
 def _unknown(number: int) -> str:
-    return f"where turn {number + 1} begins and ends cannot be told; {_WAYS}"
+    return f"where turn {number + 1} begins and ends cannot be told; {_LOCATORS}"
 
 
-_WAYS = "dataset.turns=last trains the last turn alone, and a template with {% generation %} marks its turns itself"
+_LOCATORS = "dataset.turns=last trains the last turn alone, and a template with {% generation %} marks its turns itself"
 
 
 def _turn(template: ChatTemplate, conversation: Conversation, text: str, number: int) -> Span:
@@ -288,7 +288,7 @@ def _turn(template: ChatTemplate, conversation: Conversation, text: str, number:
         start = _begin(template, conversation, text, number)
     end = len(text) if last else _length_within(text, _text(template, so_far))
     if end is None:
-        _, end = _around(template, conversation, text, number)
+        _, end = _content_place(template, conversation, text, number)
         _, as_last = _probed(template, so_far, number)
         end += _end_mark(template, text[end:], as_last)
     return start, end
@@ -297,14 +297,14 @@ def _turn(template: ChatTemplate, conversation: Conversation, text: str, number:
 def _begin(template: ChatTemplate, conversation: Conversation, text: str, number: int) -> int:
     """Where a turn begins that the template writes otherwise than after its generation prompt, which may reason.
 
-    That is where its content begins; where that cannot be told, where it and the generation prompt part.
+    That is where its content begins; if that is unknown, the first difference to the generation prompt.
     """
     before = conversation._replace(messages=conversation.messages[:number])
     if number:
         _warn_of_another_prompt(template)
     if conversation.messages[number].get("content"):
         with suppress(ValueError):
-            return _around(template, conversation, text, number)[0]
+            return _content_place(template, conversation, text, number)[0]
     asked, closed = _text(template, before, begun=True), _length_within(text, _text(template, before))
     if asked is None or closed is None or (shared := _shared(text, asked)) < closed:
         raise ValueError(_unknown(number))
@@ -312,7 +312,7 @@ def _begin(template: ChatTemplate, conversation: Conversation, text: str, number
 
 
 def _shared(one: str, other: str) -> int:
-    """How many characters both begin with."""
+    """The length of the common beginning of two texts."""
     return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
@@ -327,8 +327,8 @@ def _length_within(text: str, beginning: str | None) -> int | None:
     return len(beginning) if beginning is not None and text.startswith(beginning) else None
 
 
-def _around(template: ChatTemplate, conversation: Conversation, text: str, number: int) -> Span:
-    """Where the content of a turn begins and ends, by what stands around another content in its place."""
+def _content_place(template: ChatTemplate, conversation: Conversation, text: str, number: int) -> Span:
+    """The span of a turn's content, found by rendering the conversation with a probe in its place."""
     before, after = _probed(template, conversation, number)
     if not text.startswith(before) or not text.endswith(after) or len(before) + len(after) > len(text):
         raise ValueError(_unknown(number))
@@ -336,7 +336,7 @@ def _around(template: ChatTemplate, conversation: Conversation, text: str, numbe
 
 
 def _probed(template: ChatTemplate, conversation: Conversation, number: int) -> tuple[str, str]:
-    """What stands before and after the content of a turn, or the name of the tool that a turn without content calls."""
+    """The text before and after the content of a turn, or after the tool name of a turn without content."""
     messages = [*conversation.messages]
     messages[number] = _with_probe(messages[number])
     before, found, after = template.text(conversation._replace(messages=messages)).partition(PROBE)
@@ -359,7 +359,7 @@ def _named(tool: dict[str, Any]) -> dict[str, Any]:
 
 
 def _end_mark(template: ChatTemplate, after: str, as_last: str) -> int:
-    """How long the end of a turn is at the beginning of ``after``, by what ends it ``as_last`` turn.
+    """The length of a turn's end marks at the beginning of ``after``; ``as_last`` is what ends it as the last turn.
 
     Some templates end the last turn with a further mark; then the mark that both have in common is the end.
     """
@@ -368,7 +368,7 @@ def _end_mark(template: ChatTemplate, after: str, as_last: str) -> int:
     shared = after[: _shared(after, as_last)]
     ends = [shared.rfind(mark) + len(mark) for mark in template.special.values() if mark in shared]
     if not ends:
-        raise ValueError("where its turns end cannot be told; " + _WAYS)
+        raise ValueError("where its turns end cannot be told; " + _LOCATORS)
     return max(ends)
 
 
@@ -411,7 +411,7 @@ def _check_written_out(template: ChatTemplate, conversation: Conversation, text:
 
 
 def _writes(template: ChatTemplate, conversation: Conversation, number: int, probe: Message) -> bool:
-    """Whether the text holds the probe that is in this message; a template that takes none is not asked."""
+    """Whether the template writes the probe that is in this message."""
     messages = [*conversation.messages[:number], probe, *conversation.messages[number + 1 :]]
     text = _text(template, conversation._replace(messages=messages))
     return text is None or PROBE in text

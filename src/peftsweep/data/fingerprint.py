@@ -31,7 +31,7 @@ CHUNK = 2**20
 HUB_TIMEOUT_SECONDS = 5.0  # seconds
 # Of a model's or an adapter's folder, what neither transformers nor PEFT reads: texts, images, other frameworks'
 # weights, and what transformers' Trainer keeps beside a model.
-NOT_READ = {
+IGNORED_FILES = {
     *(".md", ".pdf", ".html", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".log", ".lock"),
     *(".h5", ".msgpack", ".onnx", ".ot", ".tflite", ".pb", ".gguf", ".pt", ".pth"),
 }
@@ -42,7 +42,7 @@ PREFERRED = {
     "pytorch_model": ("model.safetensors", "model.safetensors.index.json"),
     "adapter_model": ("adapter_model.safetensors",),
 }
-PASSING = ("truncation", "padding", "name_or_path", "is_local", "local_files_only")  # of a tokenizer's files
+STATE_SETTINGS = ("truncation", "padding", "name_or_path", "is_local", "local_files_only")  # of a tokenizer's files
 TEMPLATES = "additional_chat_templates"  # a folder in a tokenizer's
 
 
@@ -63,17 +63,17 @@ def _remembered(path: str, size: int, modified: int, changed: int) -> str:
     note = store.ROOT / HASHES / f"{hashlib.sha256(path.encode()).hexdigest()[:20]}.json"
     with suppress(Unreadable):
         kept: dict[str, Any] = read_json(note, {"sha256": str, "note": str})
-        if kept == _noted(known, kept["sha256"]):
+        if kept == _file_note(known, kept["sha256"]):
             return str(kept["sha256"])
     found = _read_and_hash(path, size)
     with suppress(OSError):  # a folder that may not be written: then it is read again the next time
         make_way(note)
-        write_json(note, _noted(known, found))
+        write_json(note, _file_note(known, found))
     return found
 
 
-def _noted(known: dict[str, Any], found: str) -> dict[str, Any]:
-    """What is kept of a file's hash, with a hash of the note, as nobody would notice that another's stands there."""
+def _file_note(known: dict[str, Any], found: str) -> dict[str, Any]:
+    """The cached note of a file's hash, with a checksum of the note, so that a damaged note is detected."""
     return known | {"sha256": found, "note": of_values([known, found])}
 
 
@@ -97,7 +97,7 @@ def files_read(folder: Path) -> dict[str, Path]:
 
 def _may_be_read(name: str, beside: dict[str, Path]) -> bool:
     file = Path(name)
-    if name.startswith(".") or name in TRAINER or file.suffix.lower() in NOT_READ:
+    if name.startswith(".") or name in TRAINER or file.suffix.lower() in IGNORED_FILES:
         return False
     if file.suffix in ("", ".txt") and name.lower().startswith(TEXTS):
         return False
@@ -144,7 +144,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
             content = file.read_bytes()
             if file.suffix == ".json":
                 said = json.loads(content)
-                for key in PASSING if isinstance(said, dict) else ():
+                for key in STATE_SETTINGS if isinstance(said, dict) else ():
                     said.pop(key, None)
                 content = json.dumps(said, sort_keys=True).encode()
             digest.update(f"{file.name} {len(content)} ".encode() + content)

@@ -1,4 +1,4 @@
-"""The hub of models and datasets: whether it answers, which is asked once, before a library waits for it.
+"""The hub of models and datasets. Whether it answers is asked once, before a library waits for it.
 
 The libraries that load from the hub try again for minutes where it does not answer, once for every file.
 """
@@ -51,7 +51,7 @@ def _say_once(text: str) -> None:
 
 
 def _ask(endpoint: str) -> str | None:
-    """Why ``endpoint`` does not answer; None where it does, whatever it says."""
+    """The reason why ``endpoint`` does not answer; None if it answers, with whatever status."""
     from huggingface_hub import get_session
 
     session: Any = get_session()  # which knows of proxies and certificates
@@ -63,7 +63,7 @@ def _ask(endpoint: str) -> str | None:
 
 
 def go_offline() -> None:
-    """Have this process, and all that it starts, load from the local cache alone."""
+    """Make this process, and all processes that it starts, load from the local cache only."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     from huggingface_hub import constants
 
@@ -75,7 +75,7 @@ def go_offline() -> None:
 
 
 def is_offline() -> bool:
-    """Whether this process loads from the local cache alone."""
+    """Whether this process loads from the local cache only."""
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
@@ -112,7 +112,7 @@ def commit_in_cache(name: str, kind: str, revision: str | None) -> str | None:
 
 
 def check_access(name: str, kind: str, revision: str | None) -> None:
-    """Ask the hub for a repository (``kind`` is model or dataset).
+    """Check that the hub gives access to a repository (``kind`` is model or dataset).
 
     Raises:
         OSError, or what else the client raises: there is none, or no such revision, or it is gated.
@@ -152,12 +152,12 @@ def loading(what: str, instead: str, choices: str = "") -> Iterator[None]:
 
 
 def _first(error: BaseException) -> BaseException:
-    """What happened, where ``error`` says only in the course of what."""
+    """The first cause of ``error``."""
     return error if error.__cause__ is None else _first(error.__cause__)
 
 
 def _answer(error: BaseException) -> str | None:
-    """What the hub has answered and what to do, where that is among the causes of ``error``."""
+    """The answer of the hub among the causes of ``error``, and what to do; None if there is none."""
     from huggingface_hub import errors
 
     causes: list[BaseException] = []

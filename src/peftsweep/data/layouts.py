@@ -1,4 +1,4 @@
-"""The columns of a file -> how its rows become prompts and answers, where the names of the columns tell it."""
+"""Recognise by the names of a file's columns how its rows become prompts and answers."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ MEANINGFUL = (
 )
 LABELS = ("label", "labels", "class", "category", "sentiment", "target", "intent")
 NUMBERS_OF_ROWS = ("", "id", "idx", "index", "key", "no", "nr", "number", "row", "uid", "uuid", "guid", "unnamed: 0")
-MOST_CLASSES = 20  # different values of a column that an example command calls classes
+MAX_CLASSES = 20  # different values of a column that an example command calls classes
 READER_ERRORS = (ValueError, KeyError, TypeError, IndexError, AttributeError)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows become prompts and answers: an option of ``dataset``, and keys of it."""
+    """The option of ``dataset`` that fits the rows, and its keys."""
 
     option: str  # file, chat or text
     keys: Mapping[str, Any] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class _Named:
-    """The columns of one of our datasets, by which its rows are known in any file."""
+    """The columns of a shipped dataset, by which its rows are recognised in any file."""
 
     name: str
     needs: tuple[str, ...]
@@ -90,7 +90,7 @@ NAMED = (
 
 
 def recognise(rows: Sequence[Row]) -> Layout | None:
-    """The layout that the columns of ``rows`` have; None where they may mean several, or none.
+    """The layout of ``rows`` by their columns; None if no layout or several layouts fit.
 
     A layout of ``named`` has no keys: they are those of that dataset.
     """
@@ -130,7 +130,7 @@ def _are_turns(rows: Sequence[Row]) -> bool:
 
 
 def _left_out(rows: Sequence[Row], columns: Iterable[str], used: Sequence[str]) -> bool:
-    """Whether a column with something in it, which may belong to the prompt or the answer, would not be used."""
+    """Whether a column that is not empty, and may belong to prompt or answer, would not be used."""
     others = [column for column in columns if column not in used]
     meaningful = [c for c in others if c.strip().lower() in (*MEANINGFUL, *PROMPTS, *ANSWERS)]
     return any(row.get(column) not in (None, "", [], {}) for row in rows for column in meaningful)
@@ -147,7 +147,7 @@ def _holds_lists(rows: Sequence[Row], column: str) -> bool:
 
 
 def _pair(rows: Sequence[Row], prompt: str, answer: str) -> Layout:
-    """A prompt before its answer, with white space between them: their own, or that of the template."""
+    """The templates of a prompt column and an answer column, with white space between the two."""
     if prompt.strip().lower() in QUESTIONS:
         return Layout("file", {"prompt": f"Question: {{{prompt}}}\\nAnswer:", "answer": f" {{{answer}}}"})
     both = [(row[prompt], row[answer]) for row in rows if None not in (row.get(prompt), row.get(answer))]
@@ -156,12 +156,12 @@ def _pair(rows: Sequence[Row], prompt: str, answer: str) -> Layout:
 
 
 def _is_named_as_number(column: str) -> bool:
-    """Whether a column only tells rows apart, by its name."""
+    """Whether the name of a column says that it numbers the rows."""
     return column.strip().lower() in NUMBERS_OF_ROWS or column.lower().endswith("_id")
 
 
 def _counts(rows: Sequence[Row], column: str) -> bool:
-    """Whether a column only counts the rows."""
+    """Whether the values of a column number the rows."""
     values = [str(row.get(column)) for row in rows]
     if len(values) < 2 or not all(value.isdecimal() for value in values):
         return False
@@ -174,7 +174,7 @@ def _length(rows: Sequence[Row], column: str) -> int:
 
 
 def example(rows: Sequence[Row]) -> dict[str, Any]:
-    """Keys of ``dataset`` that a person may have meant by the columns of ``rows``, to be shown as an example."""
+    """Example values of ``dataset.prompt`` and ``dataset.answer`` for the columns of ``rows``."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     texts = [c for c in columns if _holds_text(rows, c) and not set("{}[].!:\\\"'") & set(c)] or ["COLUMN"]
     for says_nothing in (_is_named_as_number, partial(_counts, rows)):
@@ -192,7 +192,7 @@ def example(rows: Sequence[Row]) -> dict[str, Any]:
         "answer": f"{{{answer}}}",
     }
     classes = list(dict.fromkeys(str(row[answer]).strip() for row in rows if row.get(answer) is not None))
-    if labels and 1 < len(classes) <= MOST_CLASSES:
+    if labels and 1 < len(classes) <= MAX_CLASSES:
         numbers = all(one.isdecimal() for one in classes)  # whose names are not in the file
         shown["classes"] = [f"NAME_OF_{n}" for n in range(max(map(int, classes)) + 1)] if numbers else sorted(classes)
     return shown

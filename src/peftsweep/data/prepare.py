@@ -79,7 +79,7 @@ def main(cfg: DictConfig, options: Options) -> int:
 
 
 def check(options: Options) -> None:
-    """What can be known to be wrong before any row is read.
+    """Check the options that can be checked before any row is read.
 
     Raises:
         InputError: the line names the option and what is allowed.
@@ -139,7 +139,7 @@ def read(dataset: DatasetConfig, options: Options) -> list[Row]:
 
 
 def unique(pairs: Sequence[Pair]) -> list[Pair]:
-    """The first of those that have both prompt and answer in common."""
+    """The pairs without duplicates of both prompt and answer."""
     first: dict[tuple[str, str], Pair] = {}
     for pair in pairs:
         first.setdefault(pair.example.written, pair)
@@ -176,7 +176,7 @@ def split(pairs: Sequence[Pair], options: Options) -> tuple[list[Pair], list[Pai
 def shaping(
     dataset: DatasetConfig, options: Options, rows: Sequence[Row]
 ) -> tuple[Callable[[Pair], Row], Sequence[str]]:
-    """The function that makes a row of the wished format, and peftsweep's words that read it."""
+    """The function that makes a row of the chosen format, and the words of peftsweep that read such rows."""
     if options.format == "chatml":
         return _chatml, ["dataset=chat"]
     if options.format == "raw":

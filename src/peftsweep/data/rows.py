@@ -79,8 +79,8 @@ def _loaded(name: str, config: str | None, split: str, revision: str | None, key
 
 
 @lru_cache
-def check_there(name: str, config: str | None, revision: str | None, key: str) -> None:
-    """That the hub has the dataset or, where it does not answer, the local cache.
+def check_available(name: str, config: str | None, revision: str | None, key: str) -> None:
+    """Check that the hub (or the local cache, where the hub does not answer) has the dataset.
 
     Raises:
         InputError: it does not.
@@ -157,7 +157,7 @@ def load_rows(dataset: DatasetConfig, *, validation: bool = False) -> Rows:
 
 
 def _fraction(rows: list[Row], fraction: float, shuffle: random.Random) -> list[Row]:
-    """So many of the rows, at least one; a larger fraction has all those of a smaller one."""
+    """A ``fraction`` of the rows, at least one; a larger fraction contains a smaller one."""
     return rows if fraction == 1 else shuffle.sample(rows, len(rows))[: max(1, round(fraction * len(rows)))]
 
 
@@ -186,7 +186,7 @@ def validation_rows(dataset: DatasetConfig) -> list[Row]:
 
 
 def _clean(dataset: DatasetConfig, train: list[Row], test: list[Row]) -> tuple[list[Row], dict[str, int]]:
-    """Training rows without those that are tested on, are too long, or (if so wished) come twice; and their numbers."""
+    """Training rows without test rows, rows that are too long and duplicates; and how many of each were left out."""
     try:
         known = dataset_examples(replace(dataset, missing=OnMissing.drop), test)
         tested = {example.written for example in known}

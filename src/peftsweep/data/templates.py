@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     pass
 
 
-WIDEST = 10_000  # characters that a template may pad a value to
+MAX_FIELD_WIDTH = 10_000  # characters that a template may pad a value to
 
 
 class Choice(NamedTuple):
@@ -55,7 +55,7 @@ class Example(NamedTuple):
 
     @property
     def asked(self) -> str:
-        """The prompt; one that a chat template rendered, with all its special tokens as text."""
+        """The prompt; if a chat template rendered it, with all its special tokens as text."""
         return self.rendered.prompt if self.rendered else self.prompt
 
 
@@ -255,8 +255,8 @@ def _check_fields(template: str) -> None:
     for _, name, spec, _ in string.Formatter().parse(template):
         if "." in re.sub(r"\[[^\]]*\]", "", name or ""):
             raise ValueError(f"{{{name}}} names an attribute; an item of a column is {{column[item]}}")
-        if "{" in (spec or "") or any(int(digits) > WIDEST for digits in re.findall(r"\d+", spec or "")):
-            raise ValueError(f"{{{name}:{spec}}} pads to more than {WIDEST} characters, or to a column")
+        if "{" in (spec or "") or any(int(digits) > MAX_FIELD_WIDTH for digits in re.findall(r"\d+", spec or "")):
+            raise ValueError(f"{{{name}:{spec}}} pads to more than {MAX_FIELD_WIDTH} characters, or to a column")
 
 
 def _fill(template: str, row: _Row, key: str, number: str) -> str:

@@ -45,7 +45,7 @@ def through_chat_template(
         raise InputError("dataset.chat=true: the model's tokenizer has no chat template; dataset.chat=false needs none")
     if not tokenizer.is_fast:
         raise InputError("dataset.chat: the model's tokenizer gives no offsets; must be one of the tokenizers library")
-    begin = str(tokenizer.decode([*lead(tokenizer)]))
+    begin = str(tokenizer.decode([*leading_marks(tokenizer)]))
     template = ChatTemplate(tokenizer) if chat_template else chat.plain_layout(tokenizer, begin)
     return [
         _rendered(template, begin, row, turns, f"{key}: row {n} of {file}" if file else f"{key}: row {n}")
@@ -69,8 +69,8 @@ def _rendered(template: ChatTemplate, begin: str, row: Example, turns: Turns, wh
     return row._replace(prompt=rendered.prompt.removeprefix(begin), answer=answer, choices=choices, rendered=rendered)
 
 
-def lead(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The marks that the tokenizer puts before a text, such as BOS; those after it are not for a prompt."""
+def leading_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The special tokens that the tokenizer puts before a text, such as BOS."""
     plain, marked = (tokenizer("a", add_special_tokens=special).input_ids for special in (False, True))
     starts = range(len(marked) - len(plain) + 1)
     return tuple(next((marked[:n] for n in starts if marked[n : n + len(plain)] == plain), ()))
@@ -80,7 +80,7 @@ def prompt_ids(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | Example], max_length: int = sys.maxsize
 ) -> list[list[int]]:
     """Prompts as the model goes on from them, at least a token each; a longer one loses its beginning, but for BOS."""
-    marks = list(lead(tokenizer))
+    marks = list(leading_marks(tokenizer))
     encoded = []
     for prompt in prompts:
         row = Example(prompt, "") if isinstance(prompt, str) else prompt
@@ -92,7 +92,7 @@ def prompt_ids(
 
 
 def _first(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What an empty text begins with: BOS, else the end mark of the text before, as lm-evaluation-harness has it."""
+    """The first token of an empty text: BOS, else EOS, as in lm-evaluation-harness."""
     return int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
 
 
@@ -145,7 +145,7 @@ def tokenize(
     all tokens are the answer's, those of the prompt too, and what is too long loses its end.
     """
     limit = min(max_length, tokenizer.model_max_length)
-    marks = list(lead(tokenizer))
+    marks = list(leading_marks(tokenizer))
     apart = iter(_apart(tokenizer, marks, [row for row in rows if not row.rendered]))
     found = [(row.rendered.ids, row.rendered.trained) if row.rendered else next(apart) for row in rows]
     if whole:
@@ -167,7 +167,7 @@ def _apart(
 
 
 def _shortened(ids: list[int], trained: list[bool], kept: int, limit: int) -> Tokens:
-    """At most ``limit`` tokens: the first ``kept`` and the last, among them the last answer as far as it fits."""
+    """At most ``limit`` tokens: the first ``kept`` ones and the last ones, with the last answer as far as it fits."""
     lost_prompt = lost_answer = 0
     if (surplus := len(ids) - limit) > 0:
         if limit < max(kept, 1) + 1:
@@ -192,7 +192,7 @@ def tokenize_pairs(
     text, as those of a chat template do. A longer pair loses its beginning, but for BOS.
     """
     limit = min(max_length, tokenizer.model_max_length)
-    marks = [] if marked else list(lead(tokenizer))
+    marks = [] if marked else list(leading_marks(tokenizer))
     contexts = [context.rstrip() for context, _ in pairs]
     starts = [len(ids) for ids in tokenizer(contexts, add_special_tokens=False).input_ids]
     wholes = tokenizer([context + following for context, following in pairs], add_special_tokens=False).input_ids

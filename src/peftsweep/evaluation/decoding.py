@@ -63,7 +63,7 @@ def generate(
 
 
 class Written(NamedTuple):
-    """A text that was written, of so many ``tokens`` without the end mark; ``cut``: it came to no end of its own."""
+    """A generated text, its number of ``tokens`` without the end mark, and whether it was ``cut`` at the limit."""
 
     text: str
     tokens: int
@@ -89,7 +89,7 @@ def write(
 
 
 class Sampling(NamedTuple):
-    """How tokens are drawn, under transformers' names; ``top_k`` and a base's own such settings play no part."""
+    """How tokens are sampled, under transformers' names; ``top_k`` and the base's own settings are not used."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -101,7 +101,7 @@ class Sampling(NamedTuple):
 
 
 # A base's own defaults of sampling must not leak in.
-LIKELIEST: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+GREEDY_OPTIONS: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 @torch.no_grad()
@@ -142,7 +142,9 @@ def _generate(
         made = (
             _greedy(model, ids, attention, max_new_tokens, ends, stops, slots)
             if greedy
-            else _searched(model, tokenizer, ids, attention, max_new_tokens, num_beams, ends, stops, sampling)
+            else _generate_with_transformers(
+                model, tokenizer, ids, attention, max_new_tokens, num_beams, ends, stops, sampling
+            )
         )
         written = map(ended, made, tokenizer.batch_decode(made, skip_special_tokens=True))
         for mine in texts:
@@ -240,14 +242,14 @@ def _greedy(
 
 
 def _unfinished(over: Sequence[bool], slots: int) -> list[int]:
-    """The places that are not over; and in each slot as many others that all keep as many."""
+    """The rows that are not over, and in each slot so many finished rows that all slots keep the same number."""
     size = len(over) // slots
     ordered = [sorted(range(size * n, size * (n + 1)), key=over.__getitem__) for n in range(slots)]
     most = max(sum(not over[place] for place in mine) for mine in ordered)
     return [place for mine in ordered for place in mine[:most]]
 
 
-def _searched(
+def _generate_with_transformers(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     ids: torch.Tensor,
@@ -258,7 +260,7 @@ def _searched(
     stops: _Stops,
     sampling: Sampling | None,
 ) -> list[list[int]]:
-    """What transformers' own generation writes: drawn, with beams, and for methods that prepare their own inputs."""
+    """Generate with transformers: for sampling, beams, and methods that prepare their own inputs."""
     writing: Any = model
     with without_own_settings(model):
         made: torch.Tensor = writing.generate(
@@ -266,7 +268,7 @@ def _searched(
             attention_mask=attention,
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,
-            **(LIKELIEST if sampling is None else sampling.options),
+            **(GREEDY_OPTIONS if sampling is None else sampling.options),
             use_cache=getattr(writing.config, "use_cache", True),
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=list(ends),
@@ -279,7 +281,7 @@ def _searched(
 
 @contextmanager
 def without_own_settings(model: nn.Module) -> Iterator[None]:
-    """Inside, the model has no generation settings of its own: no sampling, no penalties, no end mark.
+    """In the block the model has no generation settings of its own: no sampling, no penalties, no end mark.
 
     They would hold for what transformers' own generation writes, and not for ``_greedy``.
     """

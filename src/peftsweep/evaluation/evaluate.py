@@ -25,12 +25,12 @@ from peftsweep.models.parts import classifies
 
 log = logging.getLogger(__name__)
 
-JUDGED = 2  # the version of how answers are read and judged, under which scores of a base are kept
+JUDGING_VERSION = 2  # the version of how answers are read and judged, under which scores of a base are kept
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores by name, a line a row for predictions/<eval>.jsonl, and what else tells how far to trust them."""
+    """The scores by name, the rows of predictions/<eval>.jsonl, and facts that tell how far to trust the scores."""
 
     scores: dict[str, Score]
     predictions: list[dict[str, Any]]
@@ -189,14 +189,14 @@ def multiple_choice(
     if normed:
         by_length = [_likeliest_by_length(row, found) for row, found in zip(examples, likelihoods, strict=True)]
         scores["acc_norm"] = _share(by_length, gold)
-        facts |= _of_way("norm_", _choice_baselines(by_length, examples))
+        facts |= _facts_of_way("norm_", _choice_baselines(by_length, examples))
         for line, mine, right in zip(lines, by_length, gold, strict=True):
             line["correct_norm"] = mine == right
     return Evaluation(scores, lines, facts | cut | {"headline": headline or [*scores][-1]})
 
 
 def scores_texts(examples: Sequence[Example]) -> bool:
-    """Whether the likelihood that is asked for is that of the choices' own texts, but for white space around them."""
+    """Whether the scored texts are those of the choices, but for white space around them."""
     return all(choice.answer.strip() == choice.text.strip() for row in examples for choice in row.choices)
 
 
@@ -248,20 +248,20 @@ def instruction(
         found_labels, cut = grouped_likelihoods(model, tokenizer, pairs, marked=_marked(examples), **sizes)
         said = [_likeliest(row) for row in found_labels]
         scores["label_acc"] = _share(said, gold)
-        facts = _of_way("label_", _choice_baselines(said, examples)) | cut | facts
+        facts = _facts_of_way("label_", _choice_baselines(said, examples)) | cut | facts
         for line, n, row in zip(lines, said, examples, strict=True):
             line["label_prediction"] = row.choices[n].label
     if "choices" in ways and any(choice.text != choice.label for row in examples for choice in row.choices):
         found = multiple_choice(model, tokenizer, [_by_texts(row) for row in examples], **sizes)
         scores |= {f"choice_{name}": score for name, score in found.scores.items()}
-        facts = _of_way("choice_", found.facts) | facts
+        facts = _facts_of_way("choice_", found.facts) | facts
         for line, other in zip(lines, found.predictions, strict=True):
             line["choice_prediction"] = other["prediction"]
     return Evaluation(scores, lines, facts)
 
 
-def _of_way(way: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts of one of several ways to judge the same questions: what was answered under names of its own."""
+def _facts_of_way(way: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of one of several ways to judge the same questions, under names of that way."""
     own = ("histogram", "degenerate")
     return {f"{way}{name}" if name.endswith(own) else name: fact for name, fact in facts.items() if name != "headline"}
 
@@ -315,11 +315,11 @@ def _likeliest(scores: Sequence[float]) -> int:
     return max(range(len(scores)), key=scores.__getitem__)
 
 
-def _share(said: Sequence[int], gold: Sequence[int | None]) -> Score:
-    return metrics.proportion(sum(s == g for s, g in zip(said, gold, strict=True)), len(gold))
+def _share(predicted: Sequence[int], gold: Sequence[int | None]) -> Score:
+    return metrics.proportion(sum(s == g for s, g in zip(predicted, gold, strict=True)), len(gold))
 
 
-def _choice_baselines(said: Sequence[int], examples: Sequence[Example]) -> dict[str, Any]:
+def _choice_baselines(predicted: Sequence[int], examples: Sequence[Example]) -> dict[str, Any]:
     """Baselines over the choices, by their labels where these are the same in all rows, else by place, from 1 on."""
     longest = max(len(row.choices) for row in examples)
     at_place = [{row.choices[n].label for row in examples if n < len(row.choices)} for n in range(longest)]
@@ -327,7 +327,7 @@ def _choice_baselines(said: Sequence[int], examples: Sequence[Example]) -> dict[
     same = len(set(labels)) == longest and all(len(names) == 1 for names in at_place)
     names = labels if same else [str(n + 1) for n in range(longest)]
     gold = [names[cast(int, row.gold)] for row in examples]
-    return metrics.answer_baselines([names[n] for n in said], gold, names) | _guessing(examples)
+    return metrics.answer_baselines([names[n] for n in predicted], gold, names) | _guessing(examples)
 
 
 def _guessing(examples: Sequence[Example]) -> dict[str, float]:
@@ -342,7 +342,7 @@ def room(
     max_length: int,
     needed: Callable[[str], str] = str.strip,
 ) -> dict[str, int]:
-    """How many prompts are cut, and of how many references what is ``needed`` has more tokens than may be written."""
+    """The number of prompts that are cut, and of references whose ``needed`` part is longer than may be written."""
     limit = min(max_length, tokenizer.model_max_length - max_new_tokens)
     references = tokenizer([needed(row.answer) for row in examples], add_special_tokens=False).input_ids
     return {

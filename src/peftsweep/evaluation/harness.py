@@ -95,8 +95,8 @@ def check_tasks(tasks: Sequence[str | dict[str, Any]], include_path: str | None 
 
 
 @functools.cache
-def check_there(names: tuple[str, ...], include_path: str | None) -> None:
-    """That the harness, or the folder, has tasks of these names: found out once for all trials of a command.
+def check_known(names: tuple[str, ...], include_path: str | None) -> None:
+    """Check, once for all trials of a command, that the harness or the folder has tasks of these names.
 
     Raises:
         InputError: one is unknown.
@@ -105,7 +105,7 @@ def check_there(names: tuple[str, ...], include_path: str | None) -> None:
 
 
 def _manager(tasks: Sequence[str | dict[str, Any]], include_path: str | None) -> TaskManager:
-    """What knows the tasks. To index the thousands of yamls of the harness takes seconds, and few tasks need it."""
+    """The harness's task manager. It indexes thousands of yamls in seconds, which few tasks need."""
     from lm_eval.tasks import TaskManager
 
     near = TaskManager(include_path=include_path, include_defaults=False)

@@ -1,4 +1,4 @@
-"""Which prompts the inference benchmark writes answers to, how long and how often."""
+"""The prompts of the inference benchmark, the length of its answers and the number of runs."""
 
 from __future__ import annotations
 

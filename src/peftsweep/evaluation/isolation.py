@@ -1,4 +1,4 @@
-"""What code of a user's may change of its process: put back, so that the next trial finds it as a new process would."""
+"""Restore the state of the process after code of a user, so that the next trial finds it as in a new process."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import psutil
 import torch
 
+from peftsweep.study import store
+
 DESCRIPTORS = Path("/proc/self/fd")
-LEAKED = 64  # open files more than before, after which a process is given up; libraries keep a few
+MAX_LEAKED_FILES = 64  # open files more than before, after which a process is given up; libraries keep a few
 
 
 @contextmanager
@@ -34,7 +36,7 @@ def process_state_kept() -> Iterator[None]:
     folder, environment, umask = os.getcwd(), dict(os.environ), _umask()
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     process = psutil.Process()
-    timer, limits = signal.getitimer(signal.ITIMER_REAL), {kind: process.rlimit(kind) for kind in _LIMITS}
+    timer, limits = signal.getitimer(signal.ITIMER_REAL), Resources.now().limits
     interpreter, settings = [get() for get, _ in _INTERPRETER], _torch_settings()
     with (
         torch.inference_mode(torch.is_inference_mode_enabled()),
@@ -81,14 +83,20 @@ def generators_kept() -> Iterator[None]:
 
 
 @contextmanager
-def ends_as_an_error() -> Iterator[None]:
-    """Have the block end by an ``Exception``, as of a trial, where it would end the process by ``sys.exit``.
+def ends_as_error() -> Iterator[None]:
+    """Have the block end by an ``Exception`` of a trial, where it would end the process or the sweep.
+
+    That is ``sys.exit``, and an error of a file that the block writes, which is no error of the study's files.
 
     Raises:
-        RuntimeError: it ended by an exception that is none but Ctrl-C.
+        RuntimeError: it ended by one of these.
     """
     try:
         yield
+    except OSError as error:
+        if error.errno in store.UNWRITABLE_ERRNOS:
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+        raise
     except (Exception, KeyboardInterrupt):
         raise
     except BaseException as error:
@@ -111,11 +119,11 @@ def _standard_streams_kept() -> Iterator[None]:
 
 
 class _Unclosable:
-    """A stream of output that is not closed by who writes to it."""
+    """An output stream whose ``close`` only flushes."""
 
     @classmethod
     def of(cls, stream: Any) -> Any:
-        """Around ``stream``, but for None, which stands for no stream at all."""
+        """A wrapper of ``stream``; None (no stream) stays None."""
         return stream if stream is None or isinstance(stream, cls) else cls(stream)
 
     def __init__(self, stream: Any) -> None:
@@ -125,13 +133,32 @@ class _Unclosable:
         return getattr(self._stream, name)
 
     def close(self) -> None:
-        """Write what is held back, and stay open."""
+        """Flush, and stay open."""
         self._stream.flush()
 
 
-def open_files() -> int:
-    """How many files this process has open; 0 where the system does not say."""
-    return len(os.listdir(DESCRIPTORS)) if DESCRIPTORS.is_dir() else 0
+class Resources(NamedTuple):
+    """What a process has of the system."""
+
+    open_files: int  # 0 where the system does not say
+    limits: dict[int, tuple[int, int]]  # soft and hard, by kind; empty where the system has none
+
+    @classmethod
+    def now(cls) -> Resources:
+        """Those of this process."""
+        process = psutil.Process()
+        return cls(
+            len(os.listdir(DESCRIPTORS)) if DESCRIPTORS.is_dir() else 0,
+            {kind: process.rlimit(kind) for kind in _LIMITS},
+        )
+
+    def are_lost(self) -> bool:
+        """Whether code of a user's has left many files open since, or a limit that could not be put back."""
+        return Resources.now().open_files > self.open_files + MAX_LEAKED_FILES or self.limits_are_lost()
+
+    def limits_are_lost(self) -> bool:
+        """Whether a limit is another one now: a hard limit that was lowered can only be raised by root."""
+        return Resources.now().limits != self.limits
 
 
 def _restore_environment(before: dict[str, str]) -> None:

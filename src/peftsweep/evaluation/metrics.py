@@ -56,7 +56,7 @@ class Judgement:
 def judgements(
     metric: Callable[[str, str], Judgement | bool], predictions: Sequence[str], answers: Sequence[str]
 ) -> list[Judgement]:
-    """What ``metric`` says of each prediction; one of a person's own may give plain booleans.
+    """The judgement of ``metric`` on each prediction; a user's metric may return plain booleans.
 
     Raises:
         TypeError: it gives something else, such as a share.
@@ -292,9 +292,9 @@ def shortest_text(answer: str) -> str:
 
 
 def answer_baselines(
-    said: Sequence[str | None], gold: Sequence[str], labels: Sequence[str] = (), written: Sequence[str] = ()
+    predicted: Sequence[str | None], gold: Sequence[str], labels: Sequence[str] = (), written: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """What a share of right answers is worth: the baselines, and the answers that were given.
+    """Baselines for a share of right answers, and the histogram of the answers.
 
     ``majority`` is the share that always giving the most frequent reference answer would reach, ``random`` that of
     guessing among ``labels`` (those seen in ``gold`` unless given). Predictions are ``degenerate`` if one answer makes
@@ -302,13 +302,13 @@ def answer_baselines(
     does so in ``gold``: the model ignores its input. ``histogram`` counts the 20 most frequent predictions; "" stands
     for those that could not be read.
     """
-    made = Counter(answer for answer in said if answer is not None)
+    made = Counter(answer for answer in predicted if answer is not None)
     references = Counter(gold)
     constant = _uniform(made) or _uniform(Counter(text.strip() for text in written if text.strip()))
     return {
         "majority": max(references.values()) / len(gold),
         "random": 1 / len(set(labels or gold)),
-        "histogram": dict(Counter(_shown(answer or "") for answer in said).most_common(20)),
+        "histogram": dict(Counter(_shown(answer or "") for answer in predicted).most_common(20)),
         "degenerate": constant and max(references.values()) < DEGENERATE * len(gold),
     }
 
@@ -360,7 +360,7 @@ def accuracy(judgements: Sequence[Judgement]) -> dict[str, Score]:
     }
 
 
-def classification(said: Sequence[int], gold: Sequence[int], classes: int) -> dict[str, Score]:
+def classification(predicted: Sequence[int], gold: Sequence[int], classes: int) -> dict[str, Score]:
     """Accuracy and F1 of predicted class numbers: of the last class where there are two, else the mean of all (macro).
 
     F1 is 2 TP / (2 TP + FP + FN), a ratio of sums over rows; its standard error is that of a ratio
@@ -370,8 +370,8 @@ def classification(said: Sequence[int], gold: Sequence[int], classes: int) -> di
     measured = [1] if classes == 2 else range(classes)
     f1, influence = 0.0, [0.0] * n  # of each row on the mean of the measured classes' F1
     for number in measured:
-        hits = [2.0 * (s == g == number) for s, g in zip(said, gold, strict=True)]
-        sizes = [(s == number) + (g == number) for s, g in zip(said, gold, strict=True)]
+        hits = [2.0 * (s == g == number) for s, g in zip(predicted, gold, strict=True)]
+        sizes = [(s == number) + (g == number) for s, g in zip(predicted, gold, strict=True)]
         if not (total := sum(sizes)):
             continue  # neither said nor meant anywhere: F1 is 0, as scikit-learn has it
         ratio = sum(hits) / total
@@ -381,7 +381,7 @@ def classification(said: Sequence[int], gold: Sequence[int], classes: int) -> di
             for i, hit, size in zip(influence, hits, sizes, strict=True)
         ]
     stderr = math.sqrt(sum(i * i for i in influence) * n / (n - 1)) if n > 1 else None
-    right = sum(s == g for s, g in zip(said, gold, strict=True))
+    right = sum(s == g for s, g in zip(predicted, gold, strict=True))
     return {"accuracy": proportion(right, n), "f1": Score(f1, stderr, n)}
 
 

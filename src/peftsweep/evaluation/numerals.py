@@ -13,7 +13,7 @@ import unicodedata
 from fractions import Fraction
 
 LONGEST = 1000  # characters that are read of a text
-MOST_DIGITS = 300  # of a number, and its largest power of ten: what is longer is no answer, and would take long
+MAX_DIGITS = 300  # of a number, and its largest power of ten: what is longer is no answer, and would take long
 
 # LaTeX around an answer that does not change it.
 LATEX = (
@@ -202,7 +202,7 @@ def _value(found: re.Match[str]) -> int | float | None:
     if found["alone"]:
         value = _power("1", found["alone"])
     elif found["whole"]:
-        top, bottom = int(found["part"][:MOST_DIGITS]), int(found["of"][:MOST_DIGITS])
+        top, bottom = int(found["part"][:MAX_DIGITS]), int(found["of"][:MAX_DIGITS])
         value = _decimal(found["whole"]) if top < bottom else None  # "5 3/2" is no mixed number
         value = None if value is None else value + Fraction(top, bottom)
     else:
@@ -220,12 +220,12 @@ def _value(found: re.Match[str]) -> int | float | None:
 
 def _power(text: str, power: str) -> Fraction | None:
     number = _decimal(text)
-    return None if number is None or abs(int(power[:9])) > MOST_DIGITS else number * Fraction(10) ** int(power)
+    return None if number is None or abs(int(power[:9])) > MAX_DIGITS else number * Fraction(10) ** int(power)
 
 
 def _decimal(text: str) -> Fraction | None:
     digits, _, power = re.sub("[ ,'’_]", "", text).lower().partition("e")
-    if len(digits) > MOST_DIGITS or len(power) > 4 or abs(int(power or 0)) > MOST_DIGITS:
+    if len(digits) > MAX_DIGITS or len(power) > 4 or abs(int(power or 0)) > MAX_DIGITS:
         return None
     return Fraction(digits) * Fraction(10) ** int(power or 0)
 

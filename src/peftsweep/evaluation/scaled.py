@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-WITH_A_SCALE = ("LORA", "LOHA", "LOKR")  # types of PEFT's whose layers add a product times `scaling` to the base's
+SCALED_TYPES = ("LORA", "LOHA", "LOKR")  # types of PEFT's whose layers add a product times `scaling` to the base's
 BASE_UNCHANGED = (True, False, "gaussian", "orthogonal", "eva")  # initialisations that leave the base's weights alone
 TRAINED_WHOLE = ("modules_to_save", "trainable_token_indices")  # options of what is trained beside, and has no scale
 
@@ -20,7 +20,7 @@ def unscalable(model: nn.Module) -> str | None:
     if not isinstance(model, PeftModel):
         return "all weights are trained, there is no adapter with a scale"
     config = model.peft_config[model.active_adapter]
-    if config.peft_type not in WITH_A_SCALE:
+    if config.peft_type not in SCALED_TYPES:
         return f"an adapter of {config.peft_type} has no scale; LoRA, LoHa and LoKr have"
     if isinstance(config, LoraConfig) and config.use_dora:
         return "the magnitudes that DoRA trains have no scale"

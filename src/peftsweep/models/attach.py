@@ -181,7 +181,7 @@ def _adapted_names(adapted: PeftModel) -> list[str]:
 
 
 def _refused(error: Exception) -> InputError:
-    """What PEFT says of a configuration that it does not take, in one line."""
+    """PEFT's error about a configuration, as one line."""
     return InputError(f"method: {' '.join(str(error).split())[:LONGEST] or type(error).__name__}")
 
 
@@ -194,7 +194,7 @@ def _always_trained(base: PreTrainedModel) -> list[str]:
 
 
 def _freeze_beside_text(base: PreTrainedModel) -> None:
-    """Leave what text never reaches, such as a vision tower, as it is."""
+    """Freeze the parts that text never reaches, such as a vision tower."""
     reached = text_part(base)
     if reached is not base:
         kept = {id(p) for part in (reached, *(getattr(base, n) for n in head_names(base))) for p in part.parameters()}
@@ -266,7 +266,7 @@ def _aim(method: Any, base: PreTrainedModel, modules: list[str] | None, targets:
             if name not in full or check_target_module_exists(method, f".{name}")
         ]
     if modules is not None and hasattr(method, "feedforward_modules") and method.feedforward_modules is None:
-        # IA3 scales the input, not the output, of feed-forward layers, and must be told which those are.
+        # IA3 scales the input, not the output, of feed-forward layers, and needs their names.
         feedforward = set(role_members(base, roles).get("mlp", []))
         method.feedforward_modules = [n for n in method.target_modules if feedforward & set(_matching(base, n))]
 

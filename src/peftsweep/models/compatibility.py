@@ -139,7 +139,7 @@ RULES = (
     Rule("PrefixTuningConfig", ("encoder",), CACHELESS),
     Rule("CartridgeConfig", ("encoder",), CACHELESS),
     *(Rule(config, ("checkpointing",), RECOMPUTED) for config in ("PrefixTuningConfig", "CartridgeConfig")),
-    Rule("PolyConfig", ("checkpointing",), "its layers are told of their tasks in the forward pass only"),
+    Rule("PolyConfig", ("checkpointing",), "its layers get their tasks in the forward pass only"),
     *(
         Rule(config, ("float16",), UNSCALED)
         for config in (
@@ -272,19 +272,19 @@ def _check_each(method: Any, key: str, names: Sequence[str], kind: str, before: 
             raise _nothing(key, one, names, kind)
 
 
-def _found(pattern: str, names: Sequence[str], said: str) -> list[re.Match[str]]:
-    """Where ``names`` match; ``said`` is the option and what it holds."""
+def _found(pattern: str, names: Sequence[str], option: str) -> list[re.Match[str]]:
+    """Where ``names`` match; ``option`` is the option and what it holds."""
     try:
         return [found for name in names if (found := re.search(pattern, name))]
     except re.error as error:
-        raise InputError(f"{said} is no regular expression: {error}") from error
+        raise InputError(f"{option} is no regular expression: {error}") from error
 
 
-def _nothing(key: str, said: str, names: Sequence[str], kind: str) -> InputError:
+def _nothing(key: str, option: str, names: Sequence[str], kind: str) -> InputError:
     parts = 2 if key == "target_parameters" else 1  # of a name that say what it is
     ends = sorted({".".join(name.split(".")[-parts:]) for name in names} - set(map(str, range(len(names)))))
-    nearest = ".".join(said.split(".")[-parts:])
-    return InputError(f"method.{key}: '{said}' matches no {kind}; {suggest(nearest, ends)}")
+    nearest = ".".join(option.split(".")[-parts:])
+    return InputError(f"method.{key}: '{option}' matches no {kind}; {suggest(nearest, ends)}")
 
 
 def _check_layers(method: Any, modules: Sequence[str]) -> None:

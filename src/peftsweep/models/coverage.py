@@ -1,4 +1,4 @@
-"""Which of the base's weights a method adapts, by their role: what was attached, not what was asked for."""
+"""Which of the base's weights a method adapts, by their role, as found in the adapted model."""
 
 from __future__ import annotations
 

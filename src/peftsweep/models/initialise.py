@@ -1,4 +1,4 @@
-"""Initialisations that need more than a method's options: data, a text, or the base before it was quantised.
+"""Initialisations of adapters that need data, a text, or the base before it was quantised.
 
 A method's yaml names one as ``method_setup``. Each is a function of a ``Setting`` that attaches the method in its
 turn and gives the adapted model back.
@@ -32,7 +32,7 @@ from peftsweep.study.store import RESIDUAL
 
 @dataclass(frozen=True)
 class Setting:
-    """What an initialisation has to work with."""
+    """The arguments of an initialisation."""
 
     base: PreTrainedModel
     method: Any  # a PEFT config

@@ -91,14 +91,14 @@ def last_positions(count: int, device: torch.device) -> torch.Tensor:
 
 
 def class_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """What a classifier says of each row, in float32: shape [rows, classes]."""
+    """The logits of a classifier, in float32: shape [rows, classes]."""
     inputs = row_inputs(model, batch.input_ids)
     logits: torch.Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **inputs).logits
     return logits.float()
 
 
 def row_inputs(model: nn.Module, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the method wants beside the tokens, such as ``task_ids``: one number a row, shape [rows]."""
+    """The arguments of the method's forward beside the tokens, such as ``task_ids``: one number a row, shape [rows]."""
     wanted: dict[str, int] = getattr(model, METHOD_INPUTS, {})
     return {name: input_ids.new_full((len(input_ids),), value) for name, value in wanted.items()}
 

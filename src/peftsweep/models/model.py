@@ -55,7 +55,7 @@ NATIVE = "must be an architecture of transformers"
 BROKEN_WEIGHTS = (OSError, EOFError, SafetensorError, pickle.UnpicklingError)  # what reading a file of them may raise
 # Keys of quantization configs: modules left as they are.
 SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
-NAMED = 5  # of many parameters, so many are named in a message
+MAX_NAMED = 5  # of many parameters, so many are named in a message
 CLASSES: dict[Task, Any] = {
     Task.causal_lm: AutoModelForCausalLM,
     Task.seq_cls: AutoModelForSequenceClassification,
@@ -122,7 +122,7 @@ def architecture(model: ModelConfig) -> transformers.PreTrainedConfig:
 
 
 def _revision(model: ModelConfig) -> str:
-    """What of the model's repository is loaded: its commit; for a folder, which has no revisions, the main branch."""
+    """The commit of the model's repository that is loaded; for a local folder, which has none, the main branch."""
     return "main" if is_local(model) else hub.config_of_model(source(model), model.revision).parent.name
 
 
@@ -152,7 +152,7 @@ def is_local(model: ModelConfig) -> bool:
 
 
 def check_cached(model: ModelConfig) -> None:
-    """Where the hub does not answer: that its files of the model are in the local cache.
+    """Check, where the hub does not answer, that the files of the model are in the local cache.
 
     Raises:
         InputError: they are not.
@@ -372,7 +372,9 @@ def _pretrained(model: ModelConfig, quantization: Any, options: dict[str, Any], 
     lacking = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if not lacking:
         return cast(PreTrainedModel, base)
-    names = ", ".join(lacking[:NAMED]) + (f" and {len(lacking) - NAMED} more" if len(lacking) > NAMED else "")
+    names = ", ".join(lacking[:MAX_NAMED]) + (
+        f" and {len(lacking) - MAX_NAMED} more" if len(lacking) > MAX_NAMED else ""
+    )
     if model.task is Task.causal_lm:
         raise InputError(
             f"model.name_or_path={model.name_or_path}: the checkpoint lacks weights of {type(base).__name__}, "

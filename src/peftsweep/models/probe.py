@@ -1,4 +1,4 @@
-"""What a loaded language model does with later tokens, padding, its cache and its head, found by a few small forwards.
+"""Probe a language model by a few small forwards: later tokens, padding, its cache and its output head.
 
 Architectures differ in this, and a wrong assumption gives wrong numbers without an error: recurrent layers may
 read padding as text, and not every cache can give up some of its rows.
@@ -42,14 +42,14 @@ SAME_LOSSES = 1e-4
 
 @dataclass(frozen=True)
 class Abilities:
-    """What may be relied on; without it rows are read one by one, by transformers' own generation, with all logits."""
+    """What the model supports; else rows are read one by one, by transformers' generation, with all logits."""
 
     padded_batches: bool  # a row padded on the left, in a batch, gets the logits that it gets alone
     row_cache: bool  # generation can go on from a cache of which some rows were selected
     shortcuts: Shortcuts = field(default_factory=Shortcuts)  # of a forward pass for losses
 
     def facts(self) -> dict[str, Any]:
-        """All by name, for a trial's record."""
+        """All abilities by name, for a trial's record."""
         return asdict(self)
 
 
@@ -189,7 +189,7 @@ class _Reader:
         return all(self.same(after.logits[n, -1].float(), alone[int(m)][0, -1]) for n, m in enumerate(chosen))
 
     def shortcuts(self, rows: list[torch.Tensor]) -> Shortcuts:
-        """Those of the likely ones with which losses and gradients are the same."""
+        """The likely shortcuts with which losses and gradients are the same."""
         batch = collate([Tokens(row[0].tolist(), len(row[0]) // 2) for row in rows], 0).to(self.base.device)
         found = Shortcuts()
         try:

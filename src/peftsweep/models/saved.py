@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peftsweep.errors import InputError, first_line
 from peftsweep.models.losses import METHOD_INPUTS
-from peftsweep.models.model import NAMED, WEIGHTS, WITH_ADAPTER, is_local, keep_weights_unpacked, source
+from peftsweep.models.model import MAX_NAMED, WEIGHTS, WITH_ADAPTER, is_local, keep_weights_unpacked, source
 from peftsweep.models.parts import text_config
 from peftsweep.models.quantised.layers import dequantise, is_quantised
 from peftsweep.models.shapes import at_target_rank
@@ -46,7 +46,7 @@ NOT_MERGEABLE = "what the method adds cannot be merged into the weights"
 
 
 def check_files(model: ModelConfig) -> None:
-    """See that a model's folder, if it is in one, holds whole weights and no adapter, without reading them.
+    """Check that the folder of a model holds whole weight files and no adapter, without reading the weights.
 
     Raises:
         InputError: it does not.
@@ -73,7 +73,7 @@ def check_files(model: ModelConfig) -> None:
 
 @lru_cache(maxsize=10_000)
 def _problem(file: Path, size: int, modified: int) -> str | None:
-    """What is wrong with a file of weights, by its beginning and its ``size``."""
+    """The fault of a file of weights, by its beginning and its ``size``; None if there is none."""
     with file.open("rb") as stream:
         beginning = stream.read(len(POINTER))
     if beginning == POINTER:
@@ -88,7 +88,7 @@ def _problem(file: Path, size: int, modified: int) -> str | None:
 
 
 def keep_dtype(adapted: PeftModel) -> None:
-    """Have adapters on quantised layers answer in the number format they are asked in.
+    """Make adapters on quantised layers return the number format of their input.
 
     Those of several methods (IA3, RoAd, RandLora, PVeRA, on 8 bits AdaLoRA) calculate in 32 bits and stay
     there, so that on a 16-bit base attention meets queries, keys and values of two formats.
@@ -189,10 +189,10 @@ def _with_adapter(base: PreTrainedModel, folder: Path, **options: Any) -> PeftMo
     unknown = [key for result in results for key in result.unexpected_keys if "." in key]  # a prompt's have no dot
     for what, keys in (("the model has no place for", unknown), ("the file lacks", missing)):
         if keys:
-            more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
+            more = f" and {len(keys) - MAX_NAMED} more" if len(keys) > MAX_NAMED else ""
             raise InputError(
                 f"adapter {folder}: it is of another model than {type(base).__name__}: {what} "
-                f"{', '.join(keys[:NAMED])}{more}"
+                f"{', '.join(keys[:MAX_NAMED])}{more}"
             )
     return adapted
 
@@ -219,7 +219,7 @@ def names_as_written() -> Iterator[None]:
 
 @contextmanager
 def _load_results() -> Iterator[list[Any]]:
-    """What PEFT finds out while it loads adapters and does not tell."""
+    """Collect the missing and unexpected keys that PEFT finds while it loads adapters."""
     results: list[Any] = []
     load = PeftModel.load_adapter
 

@@ -1,4 +1,4 @@
-"""What a person sees while trials run: a live line on a terminal, plain lines in a pipe, summaries."""
+"""The output while trials run: a live line on a terminal, plain lines in a pipe, summaries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.text import Text
 
 from peftsweep.observe.remaining import format_seconds, remaining, remaining_of_sweep
 from peftsweep.study.record import HEADLINE, Result, Status
-from peftsweep.study.scores import OF_TEXTS, baseline
+from peftsweep.study.scores import TEXT_METRICS, baseline
 
 QUIET_SECONDS = 10.0  # at most a line this often from a running trial in a pipe
 
@@ -28,7 +28,7 @@ WORDS = ("trial", "status", "model", "method", "quant")  # columns of a table th
 
 
 class Observer:
-    """Is told how a trial comes along; this one keeps it to itself."""
+    """Receives the progress of a trial; this base class ignores it."""
 
     def stage(self, name: str) -> None:
         """A stage begins."""
@@ -41,7 +41,7 @@ class Observer:
 
 
 class Display:
-    """Tells how a sweep of ``total`` trials comes along: a live table of those that run, or plain lines in a pipe."""
+    """Shows the progress of a sweep of ``total`` trials: a live table in a terminal, plain lines in a pipe."""
 
     def __init__(self, total: int, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
         self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
@@ -73,12 +73,12 @@ class Display:
             self.console.print(text, markup=False)
 
     def trial(self, name: str) -> TrialView:
-        """The next trial begins; what is given is its observer."""
+        """The next trial begins; returns its observer."""
         self._number += 1
         return TrialView(self, f"[{self._number}/{self._total}] {name}")
 
     def uncount(self) -> None:
-        """The trial that began last, or another one, begins again later."""
+        """A trial that had begun is put back, to begin again later."""
         self._number -= 1
 
     def count(self, result: Result, seconds: float) -> None:
@@ -87,7 +87,7 @@ class Display:
         self._took += [seconds] if result.status.good else []
 
     def board(self) -> RenderableType:
-        """The trials that run, as a table no higher and no wider than the terminal, and how far the sweep is."""
+        """The running trials as a table that fits the terminal, and the progress of the sweep."""
         columns = [column for column in COLUMNS if self.console.width >= NEEDED_WIDTH.get(column, 0)]
         shown = Table(box=None, header_style="bold", expand=True, padding=(0, 2, 0, 0))
         shown.add_column("trial", ratio=1, no_wrap=True, overflow="ellipsis", min_width=10)
@@ -185,7 +185,7 @@ class TrialView(Observer):
         }
 
     def drop(self) -> None:
-        """The trial is not run after all, or not here."""
+        """Remove the line: the trial is not run, or not here."""
         if self in self._display.running:
             self._display.running.remove(self)
 
@@ -256,7 +256,7 @@ def _stop_line(stop: dict[str, Any]) -> str:
 def scores_line(scores: dict[str, Any]) -> str:
     """``accuracy 0.84 ± 0.03 (base 0.01, majority 0.50, chance 0.50)`` for each metric, the headline first."""
     parts = []
-    hidden = ("loss", *(OF_TEXTS if HEADLINE in scores else ()))  # which explain another figure
+    hidden = ("loss", *(TEXT_METRICS if HEADLINE in scores else ()))  # which explain another figure
     for metric in sorted(scores, key=lambda metric: metric != scores.get(HEADLINE)):
         score = scores[metric]
         silent = metric.startswith("base_") or metric.endswith("valid_fraction") or metric in hidden

@@ -51,7 +51,7 @@ def _of_cpu(key: str) -> Dtype:
 
 
 def _faster() -> Dtype:
-    """What a feed-forward layer's forward and backward takes less time in, by the fastest of some rounds of each."""
+    """The number format in which forward and backward of a feed-forward layer are faster; the fastest round counts."""
     rounds = [(_seconds("bfloat16"), _seconds("float32")) for _ in range(ROUNDS)]
     narrow, wide = (min(took) for took in zip(*rounds, strict=True))
     return Dtype.bfloat16 if wide > FASTER * narrow else Dtype.float32

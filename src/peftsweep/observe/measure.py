@@ -128,7 +128,7 @@ class Meter:
         return part.rss_peak if part.allocated_peak is None else part.allocated_peak
 
     def so_far(self) -> dict[str, Stage]:
-        """What each stage has taken until now, those that are open as they stand at their last interruption."""
+        """The stages so far; open stages without the time since their last interruption."""
         found = {name: Stage() for name in (*self.stages, *(name for name, _ in self._open))}
         for name, stage in (*self.stages.items(), *self._open):
             found[name].add(stage)
@@ -194,7 +194,7 @@ class Laps:
             self._times.append(self._clock() - self._start - without)
 
     def resume(self, seconds: list[float]) -> None:
-        """Go on after laps that took this."""
+        """Start with the laps of an earlier run, in seconds."""
         self._times += seconds
 
     def seconds(self) -> list[float]:
@@ -218,13 +218,13 @@ def out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def current(device: torch.device) -> Iterator[None]:
-    """Make a CUDA device the current one in the block: libraries launch kernels there when they are told of none."""
+    """Make a CUDA device the current one in the block: libraries launch kernels there if no device is given."""
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         yield
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until a GPU has done what it was told."""
+    """Wait until a GPU has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -235,7 +235,7 @@ def percentile(values: list[float], percent: float) -> float | None:
 
 
 def lower_quartile(seconds: Sequence[float]) -> float:
-    """Of repetitions the seconds of a fast one, which others disturb least; one of the values."""
+    """The lower quartile of repeated measurements, which other processes disturb least; one of the values."""
     return sorted(seconds)[len(seconds) // 4]
 
 

@@ -1,4 +1,4 @@
-"""What ``conf/profiler`` names: a close look at a few training steps after the trial is done.
+"""The profilers of ``conf/profiler``: a few further training steps are profiled after the trial.
 
 Profiled steps are slower, so they are steps of their own: ``run(steps, after_step)`` trains that many
 optimizer steps and calls ``after_step()`` after each. Every call of it should begin with the same
@@ -105,7 +105,7 @@ def memory(
     stacks: str = "python",
     gzip_trace: bool = True,
 ) -> Facts:
-    """What a training step allocates, and when it holds most.
+    """The memory that a training step allocates, and the moment of its peak.
 
     Writes memory.json (the operators that allocate most, net and as means a step) and a trace with the
     memory curve; on CUDA also memory_snapshot.pickle, the allocator's last ``max_entries`` actions with

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 EVERY_SECONDS = 2.0  # between two lines of a progress
-FEW = 20  # items, of so few no progress is told
+FEW_LINES = 20  # items; no progress is shown of fewer
 
 IN_ASCII = {"\N{MINUS SIGN}": "-", "\N{PLUS-MINUS SIGN}": "+/-", "\N{EN DASH}": "-", "\N{HORIZONTAL ELLIPSIS}": "..."}
 
@@ -87,11 +87,11 @@ def _lasting(stream: io.TextIOWrapper | None, number: int) -> io.TextIOWrapper:
 def progress(items: Iterable[Item], done: str, total: int, *, quiet: bool) -> Iterator[Item]:
     """``items``, with a line now and then of how many of ``total`` are done: ``checked 120 of 2,000 points``.
 
-    ``done`` is its text, with a place for the number. The first line comes after a second; of ``FEW`` there is none.
+    ``done`` is its text, with a place for the number. The first line comes after a second; of few items there is none.
     """
     last = time.monotonic() - EVERY_SECONDS / 2
     for number, item in enumerate(items):
-        if not quiet and number and total > FEW and time.monotonic() - last > EVERY_SECONDS:
+        if not quiet and number and total > FEW_LINES and time.monotonic() - last > EVERY_SECONDS:
             last = time.monotonic()
             print(done.format(f"{number:,} of {total:,}"), flush=True)
         yield item

@@ -1,4 +1,4 @@
-"""Tells a running trial's numbers to an outside tool, through accelerate's trackers.
+"""Sends a running trial's numbers to an outside tool, through accelerate's trackers.
 
 A tracker is opt-in and no part of a trial's identity: nothing is read back from it, and what goes wrong
 with it never reaches the trial. What it writes lies in the study's folder, under ``tracker/``.
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class Tracker(Observer):
-    """Tells ``observer`` and a tool how a trial comes along; without a tool, ``observer`` alone.
+    """Sends the progress of a trial to ``observer`` and, where there is one, to a tool.
 
     The tool is dropped, with one warning in the log, at the first exception it raises.
     """
@@ -58,7 +58,7 @@ class Tracker(Observer):
         self._observer.expects(seconds)
 
     def end(self, metrics: Mapping[str, Any], status: str) -> None:
-        """The trial has ended: ``metrics`` are its flat results, which are told as of its last step."""
+        """The trial has ended: ``metrics`` are its flat results, sent as those of its last step."""
         self._tell(lambda tool: tool.log(_numbers(metrics), step=self._step))
         self._tell(lambda tool: _tell_status(tool, status, self._step))
         self._tell(_finish)
@@ -151,7 +151,7 @@ def trackio(*, folder: Path, name: str, study: str, space: str | None = None) ->
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
-    """The numeric values of a row, without its step, which is told apart."""
+    """The numeric values of a row without its step, which is sent separately."""
     kept = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"}
     return {key: float(value) for key, value in kept.items()}
 
@@ -176,7 +176,7 @@ def _finish(tool: GeneralTracker) -> None:
 
 
 def _process_state() -> None:
-    """Make the process state that accelerate's trackers ask for, unless somebody has.
+    """Make the process state that accelerate's trackers need, unless there is one.
 
     It is that of one process on the CPU, so that no device is touched, and is made without the environment,
     where a launcher's variables (LOCAL_RANK, WORLD_SIZE) would have it wait for other processes.

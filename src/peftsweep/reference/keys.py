@@ -1,4 +1,4 @@
-"""The reference: each key, option, column, exit code and public name, with its sentence, from where each is said once.
+"""The reference: each key, option, column, exit code and public name, with its sentence from its one source.
 
 Sentences are the comments of schema.py and conf/, the help texts of PEFT's configuration classes, docstrings, and
 meanings.py for what has none of these. ``peftsweep --help KEY`` shows one key, and ``reference_pages`` writes all.
@@ -29,9 +29,9 @@ from peftsweep.errors import InputError, suggest
 from peftsweep.reference import meanings
 
 NOTE = re.compile(r"^ *(?:- )?(?P<key>[\w.]+):(?: .*?)?\s+# (?P<text>.*)$")
-MORE = re.compile(r"^ {20,}# (?P<text>.*)$")
+CONTINUED_COMMENT = re.compile(r"^ {20,}# (?P<text>.*)$")
 CALLED = ("quant", "inference", "profiler", "tracker")  # groups whose options name a class or function
-FREE = ("eval", "method_setup")
+OPEN_SECTIONS = ("eval", "method_setup")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _comments_of_yaml(file: Path) -> dict[str, str]:
         if match := NOTE.match(line):
             last = match["key"]
             found[last] = match["text"].strip()
-        elif (match := MORE.match(line)) and last:
+        elif (match := CONTINUED_COMMENT.match(line)) and last:
             found[last] += " " + match["text"].strip()
         else:
             last = ""
@@ -87,7 +87,7 @@ def _comments_of_yaml(file: Path) -> dict[str, str]:
 
 
 def sentence_of_option(file: Path) -> str:
-    """What an option is: the comment at the head of its yaml."""
+    """The description of an option: the comment at the head of its yaml."""
     lines = file.read_text(encoding="utf-8").splitlines()
     head: list[str] = []
     for line in lines:
@@ -105,7 +105,7 @@ def options(group: str) -> dict[str, str]:
 
 
 def _of_point(file: Path) -> str:
-    """What a named point chooses, as far as it is a word or a number; most have no comment of their own."""
+    """The words and numbers that a named point sets; most points have no comment of their own."""
     tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     groups = [
         f"{key.split('/')[-1]}={option}"
@@ -176,9 +176,9 @@ def shown(value: Any) -> str:
 
 
 def called_keys(prefix: str, target: str, notes: Mapping[str, str], values: Mapping[str, Any]) -> list[Key]:
-    """What a class or function takes, under ``prefix``; ``values`` are what a yaml sets, ``notes`` its comments."""
+    """The arguments of a class or function, as keys; ``values`` and ``notes`` are values and comments of a yaml."""
     function: Any = pydoc.locate(target)
-    hints, numbers = calls.hints_of(function), calls.numbers_of(function)
+    hints, numbers = calls.argument_types(function), calls.numbers_taken(function)
     found = []
     for name, parameter in inspect.signature(function).parameters.items():
         if name in meanings.PROVIDED or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
@@ -193,7 +193,7 @@ def called_keys(prefix: str, target: str, notes: Mapping[str, str], values: Mapp
 
 
 def help_of(config: Any, name: str) -> str:
-    """The first sentence of what PEFT's class says of a field."""
+    """The first sentence of the help of a field of PEFT's class."""
     fields = {field.name: field for field in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else {}
     text = " ".join(str(fields[name].metadata.get("help", "")).split()) if name in fields else ""
     return re.split(r"(?<=[^.][.!])\s+(?=[A-Z`'(])", text)[0]
@@ -278,7 +278,7 @@ def _methods() -> dict[str, dict[str, Any]]:
 
 
 def light_keys() -> dict[str, Key]:
-    """The keys that are known without importing torch, by their names: all but those of classes and functions."""
+    """The keys that need no import of torch, by name: all but the arguments of classes and functions."""
     found = {key.name: key for key in [*schema_keys(), *rows_keys()]}
     for group in ("hydra/launcher", "hydra/sweeper"):
         found |= {key.name: key for keys in hydra_keys(group).values() for key in keys}
@@ -288,7 +288,7 @@ def light_keys() -> dict[str, Key]:
 def all_keys(method: str = "lora") -> dict[str, Key]:
     """Every key by its name, those of ``method`` as the option of that name has them."""
     found = light_keys()
-    for group in (*CALLED, *FREE):
+    for group in (*CALLED, *OPEN_SECTIONS):
         found |= {key.name: key for keys in section_keys(group).values() for key in keys}
     target = _methods().get(method, {}).get("_target_")
     return found | ({key.name: key for key in called_keys("method", target, {}, {})} if target else {})

@@ -1,4 +1,4 @@
-"""What the columns of a record and the options without a comment of their own mean: the reference's own sentences."""
+"""Sentences of the reference: the columns of a record, and the options without a comment of their own."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ COLUMNS = {  # pattern of a column -> what it is; the first that fits counts
     "run_info.host": "the machine",
     "run_info.git_*": "commit, branch and state of the checkout that the command ran in",
     "run_info.category": "main for a clean checkout of the branch main, else test",
-    "run_info.resumed": "the step that its last sitting went on from; 0: from the beginning",
+    "run_info.resumed": "the step that its last attempt continued from; 0: from the beginning",
     "run_info.judged": "version of how answers are read",
     "run_info.error": "null where nothing went wrong",
     "run_info.error.type": "class of the error that ended it",
@@ -117,8 +117,8 @@ COLUMNS = {  # pattern of a column -> what it is; the first that fits counts
     "run_info.error.stage": "the stage that it came in",
     "run_info.error.traceback": "where it came from",
     "run_info.warnings": "what makes its scores say less than they seem to",
-    "run_info.sitting_seconds": "seconds of its last sitting",
-    "run_info.total_seconds": "seconds of all its sittings",
+    "run_info.sitting_seconds": "seconds of its last attempt",
+    "run_info.total_seconds": "seconds of all its attempts",
     "run_info.packed_with": "trials that were trained in the same pack",
     "run_info.rung.*": "where halving stopped it: number of the rung, step, metric and value",
     "run_info.experiment.*": "which fields of an experiment's files were taken, and which not, and why",

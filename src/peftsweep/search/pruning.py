@@ -75,7 +75,7 @@ def load(pruning: Pruning) -> Study:
 
 
 def report(study: Study, number: int, metric: str, step: int, value: float) -> bool:
-    """Have the trial ``number`` report what it has come to at a step; whether it is to be pruned.
+    """Report the value of trial ``number`` at a step; returns whether the trial is to be pruned.
 
     A pruner reads values in the direction of the objective; a metric whose better side is the other is negated.
     """

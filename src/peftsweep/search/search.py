@@ -31,7 +31,7 @@ DIRECTIONS = ("minimize", "maximize")
 NAME_LENGTH = 10  # hex digits
 OLDEST = 4  # version of Optuna
 # Samplers that go through one sequence, of which the storage says how far they have come.
-OF_ONE_SEQUENCE = ("GridSampler", "QMCSampler")
+SEQUENTIAL_SAMPLERS = ("GridSampler", "QMCSampler")
 KEYS = ("n_trials", "n_jobs", "direction", "storage", "study_name", "sampler", "pruner", "params")
 
 
@@ -119,7 +119,7 @@ def options(said: Mapping[str, Any], objective: Any, study: str, searched: Any, 
 
 
 class Search:
-    """A search under way."""
+    """A running search."""
 
     def __init__(self, options: Options, dimensions: Mapping[str, Dimension]) -> None:
         self.options = options
@@ -165,7 +165,7 @@ class Search:
         seed = node.get("seed")
         if target is not None and "seed" not in inspect.signature(target).parameters:
             node = {key: value for key, value in node.items() if key != "seed"}
-        elif isinstance(seed, int) and target is not None and target.__name__ not in OF_ONE_SEQUENCE:
+        elif isinstance(seed, int) and target is not None and target.__name__ not in SEQUENTIAL_SAMPLERS:
             node = node | {"seed": seed + number}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -186,7 +186,7 @@ class Search:
         return batch
 
     def trials(self) -> list[FrozenTrial]:
-        """All but those that wait to be asked for."""
+        """All trials but those that are enqueued."""
         import optuna
 
         waiting = optuna.trial.TrialState.WAITING
@@ -221,13 +221,13 @@ class Search:
             self._exhausted = True
 
     def _report_stop(self, trial: FrozenTrial, result: Result) -> None:
-        """What a trial had come to that was pruned before, at the same point, which Optuna has not been told of."""
+        """Report to Optuna the last value of a trial that was pruned before, at the same point."""
         stop = result.run_info.get("stopped")
         if stop and stop["value"] is not None and len(self.options.directions) == 1:
             pruning.report(self.study, trial.number, stop["metric"], stop["step"], stop["value"])
 
     def lines(self) -> list[str]:
-        """How the search stands, in words: how its trials ended, and the best of them."""
+        """The state of the search as lines: how its trials ended, and the best of them."""
         import optuna
 
         states = [one.state.name.lower() for one in self.trials()]
@@ -276,7 +276,7 @@ def _numbers(answer: Any, objectives: Sequence[str]) -> list[float] | None:
 
 
 def _end_whole(journal: Path) -> None:
-    """Take away a last line that was cut off as it was written, which the next one would be written onto."""
+    """Remove an incomplete last line, which the next line would be appended to."""
     if journal.is_file() and (text := journal.read_bytes()) and not text.endswith(b"\n"):
         with journal.open("r+b") as file:
             file.truncate(text.rfind(b"\n") + 1)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 LOG = "log"
-OF_THE_SWEEP = ("hydra", "search", "halving")  # sections that one point cannot have of its own
-WHOLE = ("study", "dry_run", "quiet", "objective", "stop_on_failure", *OF_THE_SWEEP)
+SWEEP_SECTIONS = ("hydra", "search", "halving")  # sections that one point cannot have of its own
+SWEEP_KEYS = ("study", "dry_run", "quiet", "objective", "stop_on_failure", *SWEEP_SECTIONS)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def split(words: Sequence[str], parsed: Sequence[Override]) -> tuple[dict[str, D
         fixed.pop(key, None)
         if not one.is_sweep_override():
             fixed[key] = word
-        elif key.partition(".")[0] in WHOLE or key.startswith("hydra/"):
+        elif key.partition(".")[0] in SWEEP_KEYS or key.startswith("hydra/"):
             raise InputError(f"{word}: is of the search as a whole, and cannot be searched over")
         else:
             dimensions[key] = _dimension(word, one)

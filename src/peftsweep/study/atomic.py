@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under another name, then renamed."""
+"""Atomic files: written under another name, then renamed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from peftsweep.study import owner
 
 PARTIAL = ".partial"  # how the names end that files have while they are written
-OLD = 3600.0  # seconds without a change after which nobody writes a file any more
+ABANDONED_SECONDS = 3600.0  # seconds without a change after which a temporary file counts as abandoned
 
 TRANSIENT = (errno.EIO, errno.ESTALE, errno.EBUSY, errno.ENOLCK)  # which a network's disk may get over
 PAUSES = (0.1, 1.0)  # seconds before another try
@@ -34,7 +34,7 @@ def write_text(file: Path, text: str) -> None:
 
 
 def persistently(write: Callable[[], None]) -> None:
-    """Call ``write``, which may be called again, and again after an error that a disk may get over.
+    """Call ``write``, and call it again after an error that may be temporary.
 
     Raises:
         OSError: after one of ``TRANSIENT`` at the third try, after any other at the first.
@@ -70,12 +70,12 @@ def remove_partials(folder: Path, *, own: bool = False) -> None:
     """Delete below ``folder`` what writers that were killed have left.
 
     If it is this process's ``own`` that is all, else what processes have left that have ended; of those that cannot be
-    seen from here, what has not changed for ``OLD`` seconds.
+    seen from here, what has not changed for ``ABANDONED_SECONDS`` seconds.
     """
     for file in folder.rglob(f".*{PARTIAL}"):
         with suppress(OSError, IndexError):
             gone = own or owner.gone(file.name.split(".")[-3])
-            if gone or (gone is None and time.time() - file.stat().st_mtime > OLD):
+            if gone or (gone is None and time.time() - file.stat().st_mtime > ABANDONED_SECONDS):
                 file.unlink()
 
 
@@ -89,7 +89,7 @@ def sync_tree(folder: Path) -> None:
 def make_way(path: Path, *, folder: bool = False) -> None:
     """Set aside what stands where a file of ours, or a ``folder``, is to be and is none, such as a link to itself.
 
-    It is renamed and not deleted, as it may be somebody's; of a link nothing is lost.
+    It is renamed and not deleted, as it may be the user's; of a link nothing is lost.
     """
     if not os.path.lexists(path) or (path.is_dir() if folder else path.is_file()):
         return

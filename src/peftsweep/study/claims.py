@@ -151,7 +151,7 @@ def _is_mine(file: Path, token: str) -> bool:
 
 
 def _holder(file: Path) -> str | None:
-    """Who runs the trial of this claim, or may do so, in words; None if nobody does."""
+    """The process that runs, or may run, the trial of this claim, in words; None if there is none."""
     try:
         holder = read_json(file)
         alive = owner.alive(holder)

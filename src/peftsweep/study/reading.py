@@ -136,7 +136,7 @@ def usable_lines(file: Path, shape: Shape = object, *, whole: bool = True) -> li
 
 
 def usable(read: Callable[[], Found]) -> Found | None:
-    """What ``read`` gives; None where the file cannot be used, which is then said on stderr."""
+    """The result of ``read``; None where the file cannot be used, with a line on stderr."""
     try:
         return read()
     except Unreadable as error:

@@ -70,7 +70,7 @@ class Status(Enum):
 
     @property
     def good(self) -> bool:
-        """Whether a sweep that holds it has nothing to complain of (exit code 0)."""
+        """Whether the exit code of a sweep with this trial is 0."""
         return self in (Status.success, Status.refused, Status.stopped, Status.planned)
 
 
@@ -190,7 +190,7 @@ def counted(statuses: Iterable[str]) -> str:
 
 @dataclass
 class Result:
-    """The truth about one trial, as result.json holds it."""
+    """The record of one trial, as in result.json."""
 
     run_info: dict[str, Any]
     choices: dict[str, str]
@@ -219,7 +219,7 @@ class Result:
         return self.run_info.get("error")
 
     def cautions(self) -> list[str]:
-        """What makes its scores say less than they seem to."""
+        """Warnings about its scores."""
         return cautions(self.train_info, self.eval_info, self.generation_info)
 
     @classmethod
@@ -297,7 +297,7 @@ def read_predictions(file: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def sitting_seconds(result: Result) -> float:
+def last_attempt_seconds(result: Result) -> float:
     """How long the trial ran the last time; its total counts earlier times too, where it went on from a checkpoint."""
     return float(result.run_info.get("sitting_seconds", result.run_info["total_seconds"]))
 
@@ -348,7 +348,7 @@ def now() -> str:
 
 
 def failure(error: BaseException, stage: str | None) -> dict[str, str]:
-    """What result.json says of an exception."""
+    """An exception as result.json holds it."""
     return {
         "type": type(error).__name__,
         "message": message(error),
@@ -436,7 +436,7 @@ def _torch(gpus: bool) -> dict[str, Any]:
 
 
 def kernels() -> dict[str, Any]:
-    """What decides the last bits of a sum on a CPU, beside its model and the versions of the packages.
+    """The settings that decide the last bits of a sum on a CPU, beside its model and the versions of the packages.
 
     The instruction set that torch uses, its threads, and the environment variables that choose other kernels.
     """

@@ -1,4 +1,4 @@
-"""The rungs of a halving: at which steps a trial is compared, and what its record says of it there."""
+"""The rungs of a halving: the steps at which a trial is compared, and their facts in its record."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def begins(config: HalvingConfig) -> float | None:
 
 
 def fraction(config: HalvingConfig, number: int) -> float:
-    """Of the training rows at rung ``number``, from 1 on; 1 where that would be more than a factor-th of them."""
+    """The fraction of the training rows at rung ``number``, from 1 on; 1 where it would be more than 1 / factor."""
     assert config.min_fraction is not None
     part = config.min_fraction * config.factor ** (number - 1)
     return part if part * config.factor <= 1 + 1e-9 else 1.0
@@ -80,7 +80,7 @@ def rung(config: HalvingConfig, place: Path, step: int) -> dict[str, Any]:
 
 
 def validated(place: Path, step: int) -> dict[str, float]:
-    """What the validation after ``step`` steps of the trial in ``place`` says, by its metrics."""
+    """The metrics of the validation after ``step`` steps of the trial in ``place``."""
     row = _validations(place).get(step, {})
     return {key.removeprefix(PREFIX): value for key, value in row.items() if key.startswith(PREFIX)}
 
@@ -93,14 +93,14 @@ def _validations(place: Path) -> dict[int, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Course:
-    """How a trial has come along: its steps, were it to end, and the metric at each rung passed and at its end."""
+    """The course of a trial: its total steps, and the metric at each passed rung and at its end."""
 
     total: int
     values: list[float | None]
 
 
 def course(result: Result, config: HalvingConfig) -> Course:
-    """What the validations of the trial say at its rungs."""
+    """The course of a trial by its validations."""
     place = (result.folder or Path()).parent / result.train_info.get("trained_by", result.trial)
     validations = _validations(place)
     total = next((int(row["steps"]) for row in validations.values()), 0)

@@ -1,4 +1,4 @@
-"""The folder as state: which trials a study holds and which of them are done."""
+"""The folder of a study: which trials it holds and which of them are done."""
 
 from __future__ import annotations
 
@@ -38,12 +38,15 @@ RESIDUAL = "base"  # beside an adapter: the base that it belongs to, where that 
 MERGED = "merged"
 CHECKPOINTS = "checkpoints"
 OWN_OPTIONS = "PEFTSWEEP_CONFIG_DIR"  # the environment variable that tells workers the folder of --config-dir
-OURS = ("peftsweep.evaluation.evaluate.", "peftsweep.evaluate.")  # evaluations, all of which write a line a row
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+OWN_EVALUATIONS = (
+    "peftsweep.evaluation.evaluate.",
+    "peftsweep.evaluate.",
+)  # evaluations, all of which write a line a row
+NO_SPACE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 # What files of a study may meet, on a network's disk above all.
-NOT_WRITTEN = (errno.EACCES, errno.EPERM, errno.EFBIG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, *TRANSIENT)
+UNWRITABLE_ERRNOS = (errno.EACCES, errno.EPERM, errno.EFBIG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, *TRANSIENT)
 # How writers that raise no OSError put it: safetensors in the system's words, torch in its own.
-NO_ROOM_SAID = (*map(os.strerror, NO_ROOM), "PytorchStreamWriter failed writing")
+NO_SPACE_MESSAGES = (*map(os.strerror, NO_SPACE_ERRNOS), "PytorchStreamWriter failed writing")
 
 
 def with_own_options(words: Sequence[str]) -> list[str]:
@@ -203,7 +206,7 @@ def damage_of_lines(predictions: Path, done: Result, evaluation: str) -> str | N
     except Unreadable as error:
         return str(error)
     node = done.config.get("eval", {}).get(evaluation, {})  # a user's own evaluation may write no lines
-    return None if held or not str(node.get("_target_")).startswith(OURS) else f"{predictions}: it is empty"
+    return None if held or not str(node.get("_target_")).startswith(OWN_EVALUATIONS) else f"{predictions}: it is empty"
 
 
 def damage_of_weights(folder: Path) -> str | None:
@@ -284,21 +287,23 @@ def _marked(study: Path, mark: Path) -> Path | None:
 
 
 def _mark(study: Path, training: str) -> Path:
-    """Looked up by name, as reading every record of a large study before each trial would take minutes."""
+    """The file that names the trial of a training; to read all records of a large study would take minutes."""
     return study / ".trained" / training
 
 
 def unwritable(error: BaseException) -> Unwritable | None:
-    """What ``error`` says of a disk that takes no more or may not be written; None if it is about something else."""
+    """``error`` as ``Unwritable`` if it says that the study cannot be written; else None."""
     if isinstance(error, Unwritable):
         return error
     where = Path(str(getattr(error, "filename", None) or ROOT))
     if isinstance(error, OSError):
         ours = ROOT.resolve() in (where.resolve(), *where.resolve().parents)
-        reason = error.strerror if error.errno in NO_ROOM or (error.errno in NOT_WRITTEN and ours) else None
+        reason = (
+            error.strerror if error.errno in NO_SPACE_ERRNOS or (error.errno in UNWRITABLE_ERRNOS and ours) else None
+        )
     else:
-        reason = next((said for said in NO_ROOM_SAID if said in message(error)), None)
+        reason = next((said for said in NO_SPACE_MESSAGES if said in message(error)), None)
         code = re.search(r"serializ.*\(os error (\d+)\)", message(error), re.DOTALL)  # as of safetensors
-        if code and int(code[1]) in NOT_WRITTEN:
+        if code and int(code[1]) in UNWRITABLE_ERRNOS:
             reason = os.strerror(int(code[1]))
     return Unwritable(f"{where}: {reason}; what is done is kept, the same command continues") if reason else None

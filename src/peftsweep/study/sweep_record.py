@@ -18,7 +18,7 @@ from peftsweep.study.reading import usable
 from peftsweep.study.record import Result
 
 FOLDER = "sweeps"
-LASTED = {"seconds": (int, float), "seconds_outside_trials": (int, float)}  # what is read of such a file
+DURATION_FIELDS = {"seconds": (int, float), "seconds_outside_trials": (int, float)}  # what is read of such a file
 _began: list[float] = []
 _not_run: list[int] = []  # by each sweep of the command
 plans: list[Path] = []  # that the command has written, as dry_run=true says
@@ -55,11 +55,11 @@ class SweepRecord:
     def add(self, result: Result) -> None:
         """A trial has just ended."""
         now = time.perf_counter()
-        self._spans.append((max(self._began, now - record.sitting_seconds(result)), now))
+        self._spans.append((max(self._began, now - record.last_attempt_seconds(result)), now))
         self._ended[result.status.name] += 1
 
     def leave(self, count: int) -> None:
-        """So many trials that were asked for were not run to their end, for no fault of theirs."""
+        """Count trials that this command did not run to their end: a limit, a deadline, an interrupt."""
         self._left += count
         _not_run.append(count)
 
@@ -80,7 +80,7 @@ class SweepRecord:
 def last(study: Path) -> dict[str, Any] | None:
     """What the newest command that ran trials in this study wrote; files that cannot be read are named on stderr."""
     for file in sorted((study / FOLDER).glob("*.json"), reverse=True):
-        found: dict[str, Any] | None = usable(partial(record.read_json, file, LASTED))
+        found: dict[str, Any] | None = usable(partial(record.read_json, file, DURATION_FIELDS))
         if found is not None:
             return found
     return None

@@ -1,4 +1,4 @@
-"""What a record or another file from elsewhere may say: values as text, and names only of what this project offers.
+"""Limits for a record or another file from elsewhere: values are text, and only names of this project are called.
 
 A configuration may name code (``_target_``, an optimizer, a reader of rows), which is then imported and called. Who
 writes a yaml or a command line may name any; a record, an adapter's folder or an experiment's file may come from

@@ -32,7 +32,7 @@ LAST_LINE = 4096  # bytes at the end of steps.jsonl that surely hold it
 
 
 class WorkerDied(Exception):
-    """A job is over and left no record. Its launcher may know how its trial is then to be recorded."""
+    """A job is over and left no record; the launcher may know the status of its trial."""
 
     def __init__(self, message: str, status: Status = Status.failed) -> None:
         super().__init__(message)
@@ -104,17 +104,17 @@ def run(trials: Sequence[Trial], launch: Launch, display: Display) -> Iterator[t
 
 
 def _is_final(problem: BaseException | None) -> bool:
-    """Whether the trial would come to the same if it was run again: not where its process died for no known reason."""
+    """Whether another try would end the same; false where the process died for an unknown reason."""
     return problem is not None and not (isinstance(problem, WorkerDied) and problem.status is Status.failed)
 
 
 def _failure(error: BaseException | None) -> dict[str, str]:
-    """What the record of a trial says that could not write its own."""
+    """The error in the record of a trial that could not write its record."""
     return record.failure(error or WorkerDied("its process ended without a record"), None)
 
 
 class _Watch:
-    """Shows how trials come along, by what they write."""
+    """Shows the progress of trials by the files that they write."""
 
     def __init__(self, trials: Sequence[Trial], display: Display) -> None:
         self.results: dict[str, Result] = {}  # new ones, by identity
@@ -129,7 +129,7 @@ class _Watch:
 
     @contextmanager
     def looking(self) -> Iterator[None]:
-        """Look at the study now and then during the block, and once after it."""
+        """Read the study regularly during the block, and once after it."""
         over = threading.Event()
         begun = time.monotonic()
 
@@ -190,7 +190,7 @@ class _Watch:
         return self._views[one.identity]
 
     def end(self, one: Trial, result: Result) -> Result:
-        """Show that the trial has ended; with its name, if others were told of since."""
+        """Show that the trial has ended; with its name, if lines of others stand between."""
         self._view(one).end(result, named=self._named != one.identity)
         self._named = one.identity
         return result

@@ -49,7 +49,7 @@ def plan(cfg: DictConfig, points: Sequence[Point]) -> HalvingConfig | None:
 def run(launch: Launch, points: Sequence[Point], config: HalvingConfig, *, quiet: bool = False) -> list[JobReturn]:
     """Run ``points`` from rung to rung and give the last that is known of each.
 
-    ``launch`` runs points, numbered from its second argument on, and answers with a job for each.
+    ``launch`` runs points, numbered from its second argument on, and returns a job for each.
     """
     jobs: dict[tuple[str, ...], JobReturn] = {}
     known: dict[str, Result] = {}  # by name: of rows each rung of a point is a trial of its own
@@ -70,7 +70,7 @@ def run(launch: Launch, points: Sequence[Point], config: HalvingConfig, *, quiet
         by_identity = {result.run_info["identity"]: result for result in results if result is not None}
         entered = entered or len(by_identity) + failed
         if not any(result.status is Status.stopped for result in by_identity.values()):
-            break  # each has come to its end
+            break  # all have ended
         best = ranked(by_identity, dataclasses.replace(config, rung=number))[: max(1, entered // config.factor**number)]
         going = [point for point, one in zip(going, results, strict=True) if one and one.run_info["identity"] in best]
         words = [*_words(config, None if len(best) == 1 else number + 1), "force=false"]
@@ -81,7 +81,7 @@ def run(launch: Launch, points: Sequence[Point], config: HalvingConfig, *, quiet
 
 
 def _words(config: HalvingConfig, number: int | None) -> list[str]:
-    """What sends a point to rung ``number``; None: to its end."""
+    """The words that send a point to rung ``number``; None: to its end."""
     if config.resource is Resource.steps:
         return [f"halving.rung={'null' if number is None else number}"]
     part = 1.0 if number is None else rungs.fraction(config, number)
@@ -99,7 +99,7 @@ def _say(line: str, quiet: bool) -> None:
 
 
 def ranked(results: dict[str, Result], config: HalvingConfig) -> list[str]:
-    """The keys of the trials that came to the rung of ``config``, the best first.
+    """The keys of the trials that reached the rung of ``config``, the best first.
 
     Trials that ended before it are judged by their end. Ties are in the order of the keys, what is no number is last.
     """

@@ -1,4 +1,4 @@
-"""Several trials trained at once on one frozen base: which can be, and the running of those that are.
+"""Run several trials at once on one frozen base.
 
 What is alike in them is done once: the base is loaded, the rows are read, the base is scored. Then their
 adapters are trained together (packed.py), and each is evaluated, saved and recorded as a trial alone is. Its numbers
@@ -71,20 +71,24 @@ def run(
             at_step.setdefault(_step(one), []).append(one)
     for group in at_step.values():
         if len(group) > 1:
-            done |= _together(group, told, probe=probe, measure=measure)
+            done |= _run_together(group, told, probe=probe, measure=measure)
     rest = (one for one in trials if one.identity not in done)
     done |= {one.identity: task.run(one, told[one.identity]) for one in rest}
     return [done[one.identity] for one in trials]
 
 
-def _together(trials: Sequence[Trial], told: dict[str, Observer], *, probe: bool, measure: bool) -> dict[str, Result]:
-    """The records by identity, of none that each has to run alone."""
+def _run_together(
+    trials: Sequence[Trial], observers: dict[str, Observer], *, probe: bool, measure: bool
+) -> dict[str, Result]:
+    """The records of the pack by identity; none of a trial that has to run alone."""
     names = [one.identity for one in trials]
     with ExitStack() as claims:
         for one in trials:
             claims.enter_context(study_claims.claim(trial_done.folder(one).parent, one.identity))
         try:
-            return dict(zip(names, _Pack(trials, [told[name] for name in names], probe, measure).run(), strict=True))
+            return dict(
+                zip(names, _Pack(trials, [observers[name] for name in names], probe, measure).run(), strict=True)
+            )
         except _SharedFailure as failure:
             reason, memory = str(failure), failure.memory
     outcome.empty(model.device(trials[0].config.device))
@@ -92,19 +96,19 @@ def _together(trials: Sequence[Trial], told: dict[str, Observer], *, probe: bool
     half = (len(trials) + 1) // 2 if memory else 0
     done: dict[str, Result] = {}
     for part in (trials[:half], trials[half:]) if half > 1 else ():
-        ended = run(part, [told[one.identity] for one in part], probe=probe, measure=measure)
+        ended = run(part, [observers[one.identity] for one in part], probe=probe, measure=measure)
         done |= {one.identity: result for one, result in zip(part, ended, strict=True)}
     return done
 
 
 def _trained(one: Trial) -> bool:
-    """Whether its trained weights are there already."""
+    """Whether the trained weights of the trial exist already."""
     ended = trial_done.folder(one) / store.CHECKPOINTS / checkpoint.TRAINED
     return trial_done.trained(one) is not None or (ended.exists() and not one.config.force)
 
 
 def _step(one: Trial) -> int:
-    """That of the checkpoint from which it would go on; 0 without one."""
+    """The step of the checkpoint from which the trial would continue; 0 without one."""
     files = [] if one.config.force else (trial_done.folder(one) / store.CHECKPOINTS).glob("step-*.pt")
     return max((int(file.stem.partition("-")[2]) for file in files), default=0)
 
@@ -117,15 +121,15 @@ _SPEEDUPS: dict[str, float] = {}  # of packs that this process has tried out
 
 
 class _SharedFailure(Exception):
-    """What the slots share has failed."""
+    """A step that all slots share has failed."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(record.one_line(error))
         self.memory = out_of_memory(error)
 
 
-class _Everyone(Observer):
-    """Tells every slot's observer what all do together."""
+class _BroadcastObserver(Observer):
+    """Passes what all slots do together to the observer of each."""
 
     def __init__(self, observers: Sequence[Observer]) -> None:
         self._observers = observers
@@ -141,15 +145,15 @@ class _Slot:
     def __init__(self, name: str, one: Trial, observer: Observer, device: torch.device) -> None:
         self.name, self.trial, self.place = name, one, trial_done.folder(one)
         self.tracker, self.meter = Tracker(observer), Meter(device)
-        sittings = outcome.Sittings(self.place, self.meter)
+        attempts = outcome.Attempts(self.place, self.meter)
         self.result = outcome.begin(one, self.place)
-        self.session = Session(one, self.result, self.meter, self.tracker, sittings)
+        self.session = Session(one, self.result, self.meter, self.tracker, attempts)
         self.status: Status | None = None
         self.failure: dict[str, str] | None = None
 
     @contextmanager
     def own(self) -> Iterator[None]:
-        """What fails in the block ends this trial and no other."""
+        """An error in the block ends this trial and no other."""
         try:
             yield
         except study_claims.Claimed:  # it is another process's now
@@ -167,25 +171,25 @@ class _Slot:
             self.session.save()
 
     def drop(self) -> None:
-        """It runs again, in another pack or alone."""
+        """The trial runs again, in another pack or alone."""
         self.tracker.end({}, Status.cancelled.value)
 
     def end(self, start: float) -> Result:
         status = self.status or Status.success
-        sittings = self.session.sittings
-        outcome.end(self.result, self.place, self.meter, start, status, self.failure, self.tracker, sittings)
+        attempts = self.session.attempts
+        outcome.end(self.result, self.place, self.meter, start, status, self.failure, self.tracker, attempts)
         return self.result
 
 
 class _Pack:
-    """Trials on their way together. The first one's session does, under a meter of the pack, what all share."""
+    """Trials of one pack. The session of the first one does what all share, under a meter of the pack."""
 
     def __init__(self, trials: Sequence[Trial], observers: Sequence[Observer], probe: bool, measure: bool) -> None:
         self._probe, self._measure = probe, measure
         device = model.device(trials[0].config.device)
         self.start = time.perf_counter()
         self.meter = Meter(device)
-        self.everyone = _Everyone(observers)
+        self.everyone = _BroadcastObserver(observers)
         self.slots = [
             _Slot(f"slot{number}", one, observer, device)
             for number, (one, observer) in enumerate(zip(trials, observers, strict=True))
@@ -253,7 +257,7 @@ class _Pack:
                 slot.result.memory["packed_predicted"] = predicted.facts()
 
     def _try_out(self, lead: Session, slots: Sequence[_Slot]) -> None:
-        """Raise unless the slots are faster together, by what was found for such a pack before, or by trying it."""
+        """Raise unless the slots are faster together, by an earlier measurement of such a pack or a new one."""
         key = content_hash([shared_settings(lead.trial), len(slots)])
         if key not in _SPEEDUPS:
             with lead.stage("probe"):
@@ -288,7 +292,7 @@ class _Pack:
             )
 
     def _note(self, slot: _Slot, slots: Sequence[_Slot], ended: packed.Ended) -> None:
-        """What the slot has come to. What it took is the pack's, and stands where no trial's own figure stands."""
+        """Record the result of a slot. Its time and memory are the pack's, under keys of their own."""
         session, stages = slot.session, self.meter.stages
         cast(PeftModel, session.adapted).set_adapter(slot.name)
         trainable = parts.count(session.adapted).trainable
@@ -308,7 +312,7 @@ class _Pack:
             slot.status = Status.stopped
 
     def _judge(self) -> None:
-        """End those that have come to their rung."""
+        """End the slots that have reached their rung."""
         for slot in self._alive():
             if slot.session.stop_at is not None:
                 with slot.own():
@@ -316,7 +320,7 @@ class _Pack:
                     slot.status = Status.stopped
 
     def _evaluate(self) -> None:
-        """Evaluate the slots, what is asked of each asked of all at once; so what it took is the pack's."""
+        """Evaluate all slots at once; time and memory of that are the pack's."""
         slots = self._alive()
         if not slots:
             return
@@ -330,7 +334,7 @@ class _Pack:
         self._note_evaluations(slots)
 
     def _note_evaluations(self, slots: Sequence[_Slot]) -> None:
-        """What they took, which was measured with the slot that asked first, is that of the pack."""
+        """Record the time and memory of the evaluations, measured with the first slot, as the pack's."""
         whole = self.meter.stages["eval"] = Stage()
         for slot in slots:
             whole.add(slot.meter.stages.pop("eval", Stage()))

@@ -55,15 +55,15 @@ def plan(trials: Sequence[Trial], limit: int, fits: Fits | None = None) -> list[
         groups.setdefault(one.identity if alone(one) else shared_settings(one), []).append(one)
     packs = []
     for group in groups.values():
-        most = _most(group, min(limit, len(group)), fits)
+        most = _largest_pack(group, min(limit, len(group)), fits)
         in_order = sorted(group, key=_length) if len(group) > most else group
         size = math.ceil(len(group) / math.ceil(len(group) / most))
         packs += [in_order[start : start + size] for start in range(0, len(group), size)]
     return packs
 
 
-def _most(group: Sequence[Trial], limit: int, fits: Fits | None) -> int:
-    """How many trials of the group fit into memory together, for any choice of them."""
+def _largest_pack(group: Sequence[Trial], limit: int, fits: Fits | None) -> int:
+    """The number of trials of the group that fit into memory together, whichever are chosen."""
     if limit < 2 or fits is None:
         return limit
     heaviest = sorted(group, key=lambda one: -(forecast.check(one).trainable_parameters or 0))
@@ -107,13 +107,13 @@ def _plain_lora(method: dict[str, Any]) -> bool:
 
 
 def _of_torch(config: TrainConfig) -> bool:
-    """Others may look at how a weight lies in memory, which packing changes."""
+    """Whether the optimizer is torch's: others may depend on the memory layout of a weight, which packing changes."""
     made = optimizer.find_optimizer(config.optimizer)
     return isinstance(made, type) and made.__module__.startswith("torch.optim")
 
 
 def _base_drops(trial: Trial) -> bool:
-    """Its random numbers are drawn for all slots at once, so that a slot's would depend on the others."""
+    """Whether the base has dropout, whose random numbers would be drawn for all slots at once."""
     key = content_hash(identity.model_identity(trial.config.model))
     if key not in _DROPS:
         try:
@@ -128,13 +128,13 @@ _DROPS: dict[str, bool] = {}  # by model
 
 
 def _length(trial: Trial) -> float:
-    """How long it trains, in a measure that is the same for all of a pack."""
+    """The length of the training, in a unit that all trials of a pack share."""
     config = trial.config.train
     return config.steps if config.epochs is None else math.inf
 
 
 def shared_settings(trial: Trial) -> str:
-    """What must be alike in the trials of a pack."""
+    """The settings that must be equal in the trials of a pack."""
     tree = trial.tree
     kept = {key: tree[key] for key in ("seed", "device", "model", "quant", "dataset", "eval")}
     own = {*PER_TRIAL, "eval_every"}

@@ -1,4 +1,4 @@
-"""From the words of each point of a sweep to its trial: what points have in common is composed and checked once."""
+"""Make the trial of each point of a sweep; what points have in common is composed and checked once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from peftsweep.config import checks
 from peftsweep.config import compose as configuration
-from peftsweep.config.compose import DECIDE_OTHERS, SOURCES, Filled, Trial
+from peftsweep.config.compose import KEYS_THAT_DECIDE_OTHERS, SOURCES, Filled, Trial
 from peftsweep.config.fill import TEMPLATE
 
 PLAIN = (bool, int, float, str, type(None))
@@ -29,7 +29,14 @@ INTERPOLATION, RESOLVER = "${", re.compile(r"\$\{\s*([\w.]+)\s*:")
 NAME_IN_BRACKETS = re.compile(r"\[['\"]?(\w+)['\"]?\]")
 REFERENCE = re.compile(r"[A-Za-z_][\w.]*")
 COMPUTED_NAME = re.compile(r"\$\{[^{}:]*\$\{")  # ${a.${b}}
-PURE = ("mul", "share", "choose", "folders", "oc.env", "now")  # resolvers that read only what their arguments name
+PURE_RESOLVERS = (
+    "mul",
+    "share",
+    "choose",
+    "folders",
+    "oc.env",
+    "now",
+)  # resolvers that read only what their arguments name
 ANY = ""  # the name of whatever there is
 
 
@@ -86,7 +93,7 @@ class Points:
         return point, dict(base.whole.hydra.runtime.choices)
 
     def _parse(self, words: Sequence[str]) -> tuple[tuple[str, ...], dict[str, Override]]:
-        """The words that choose options of groups, and the others with what they say."""
+        """The words that choose options of groups, and the other words, parsed."""
         for word in words:
             if word not in self._parsed:
                 (self._parsed[word],) = self._parser.parse_overrides([word])
@@ -121,7 +128,7 @@ class Points:
 
 
 class _Base:
-    """What Hydra has composed."""
+    """A configuration that Hydra has composed, for one choice of groups."""
 
     def __init__(self, whole: DictConfig) -> None:
         self.whole = whole
@@ -137,7 +144,9 @@ class _Base:
     def decides_nothing(self, key: str) -> bool:
         """Whether there is a plain value by this name, from which no other follows."""
         if key not in self._known:
-            decides = any(_overlap(key, other) for other in DECIDE_OTHERS) or key.rpartition(".")[2] in RENAMED
+            decides = (
+                any(_overlap(key, other) for other in KEYS_THAT_DECIDE_OTHERS) or key.rpartition(".")[2] in RENAMED
+            )
             plain = NAME.fullmatch(key) and not TEMPLATE.fullmatch(key)
             plain = plain and isinstance(_at(self._tree, key, default=()), PLAIN)
             self._known[key] = bool(plain) and not decides and not _any_overlaps(key, self._read)
@@ -216,7 +225,7 @@ def _names_read(text: str) -> list[str]:
     """The keys that an interpolation may read; of a relative one its last parts."""
     if INTERPOLATION not in text:
         return []
-    if COMPUTED_NAME.search(text) or not set(RESOLVER.findall(text)) <= set(PURE):
+    if COMPUTED_NAME.search(text) or not set(RESOLVER.findall(text)) <= set(PURE_RESOLVERS):
         return [ANY]
     dotted = NAME_IN_BRACKETS.sub(r".\1", text)
     return [name.strip(".") for name in REFERENCE.findall(dotted)]

@@ -1,4 +1,4 @@
-"""Imported by the process that workers are forked from: as much as a fork may inherit.
+"""Imports that the process makes which workers are forked from.
 
 A process that was forked from one that has initialised CUDA cannot use CUDA. bitsandbytes, which PEFT imports too,
 initialises it when it is imported: it asks every GPU for its compute capability. So on a host with a GPU only libraries

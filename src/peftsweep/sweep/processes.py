@@ -46,7 +46,7 @@ Place = str | None  # a worker's CUDA_VISIBLE_DEVICES; None: as in this process
 POLL_SECONDS: float | None = 0.2  # seconds between two looks at a worker, where the system does not tell of its end
 SOCKETS, LOG = "pymp-", "peftsweep-worker-"  # how names of temporary files begin, before the tag of their process
 READY, CUDA_LOST = "ready", "forked from a process that has initialised CUDA"
-EXIT_SECONDS = 5.0  # until a worker that was told to end is killed, and for its guard to kill what it leaves
+EXIT_SECONDS = 5.0  # until a worker that should end is killed, and for its guard to kill its children
 # Of Linux's prctl: a signal for this process when its parent ends; orphans below this process become its children;
 # whether a process that is killed by a fault leaves an image of its memory.
 PDEATHSIG, DUMPABLE, SUBREAPER = 1, 4, 36
@@ -55,8 +55,8 @@ PDEATHSIG, DUMPABLE, SUBREAPER = 1, 4, 36
 # ---- where -----------------------------------------------------------------------------------------
 
 
-def places(workers: int | None, devices: Sequence[Any] | None, asked: Iterable[str]) -> list[Place]:
-    """The place of each worker, for trials whose ``device`` keys are ``asked``.
+def places(workers: int | None, devices: Sequence[Any] | None, device_keys: Iterable[str]) -> list[Place]:
+    """The place of each worker, for trials whose ``device`` keys are ``device_keys``.
 
     ``devices`` are numbers as torch counts the visible CUDA devices, None for all; ``workers`` is their number, None
     for one a device (on a CPU one).
@@ -64,14 +64,15 @@ def places(workers: int | None, devices: Sequence[Any] | None, asked: Iterable[s
     Raises:
         InputError: ``devices`` names one that is not there.
     """
-    asked = set(asked)
-    visible = [] if asked == {"cpu"} else _visible()
+    device_keys = set(device_keys)
+    visible = [] if device_keys == {"cpu"} else _visible()
     for number in devices or []:
         if not (str(number).isdecimal() and int(number) < len(visible)):
             there = ", ".join(map(str, range(len(visible)))) or "none"
-            why = "; device=cpu uses none" if asked == {"cpu"} else "" if visible else "; leave it out to use the CPU"
+            without = "; device=cpu uses none" if device_keys == {"cpu"} else "; leave it out to use the CPU"
+            why = "" if visible else without
             raise InputError(f"hydra.launcher.devices: no CUDA device {number}; there are: {there}{why}")
-    if any(":" in device for device in asked):  # cuda:1 means the second of all that are visible
+    if any(":" in device for device in device_keys):  # cuda:1 means the second of all that are visible
         return [None] * (workers or 1)
     chosen = visible if devices is None else [visible[int(number)] for number in devices]
     dealt: list[Place] = [*chosen] or [CPU]
@@ -88,7 +89,7 @@ def _visible() -> list[str]:
 
 
 def hide_gpus() -> None:
-    """Have this process, and all that it starts, see no GPU; without effect on a torch that is imported already."""
+    """Hide all GPUs from this process and its children; no effect if torch is imported already."""
     if "torch" not in sys.modules:
         os.environ[VISIBLE] = CPU
 

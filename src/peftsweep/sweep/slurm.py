@@ -1,4 +1,4 @@
-"""How the jobs of submitit's launchers end: each by itself, and also where SLURM keeps no accounting.
+"""The states of the jobs of submitit's launchers: each by itself, and also where SLURM keeps no accounting.
 
 submitit knows a job's state from ``sacct`` alone. Where accounting is off that fails, a job whose process was killed
 stays UNKNOWN, and is waited for without end. Here ``squeue`` is asked first, which every SLURM has; a job that it no
@@ -79,7 +79,7 @@ class QueueWatcher(SlurmInfoWatcher):  # type: ignore[misc]
         return dict(line.strip().split("|", 1) for line in answer.splitlines() if "|" in line)
 
     def _accounting(self) -> dict[str, dict[str, str]]:
-        """What ``sacct`` knows of the jobs; nothing where accounting is off."""
+        """The states of the jobs by ``sacct``; empty where accounting is off."""
         command = self._make_command()
         if command is None:
             return {}
@@ -104,7 +104,7 @@ def _cause(error: Exception) -> str:
 
 @contextmanager
 def jobs_end_alone() -> Iterator[None]:
-    """Inside, a launcher of submitit's returns what each of its jobs came to.
+    """In the block a launcher of submitit returns the result of each of its jobs.
 
     Outside it raises the error of the first job that has ended badly, while the others of the array still wait.
     """

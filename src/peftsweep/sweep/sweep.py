@@ -31,9 +31,9 @@ from peftsweep.sweep.workers import Budget, Options
 from peftsweep.trial import done as trial_done
 from peftsweep.trial import outcome
 
-SIZED = "sizes are known of {} trials"
-PROBED_DEADLINE = 600.0  # seconds from which on a deadline is worth the probe of the device's speed
-MOST_READ = 400  # records of a study that are read for the names of a sweep that goes on in it
+SIZES_MESSAGE = "sizes are known of {} trials"
+MIN_PROBED_DEADLINE_SECONDS = 600.0  # seconds from which on a deadline is worth the probe of the device's speed
+MAX_RECORDS_READ = 400  # records of a study that are read for the names of a sweep that goes on in it
 
 
 def run(
@@ -60,14 +60,14 @@ def run(
     if config.dry_run:
         _dry_run(trials, options)
         return [None] * len(trials)
-    known = streams.progress(forecast.ahead(trials), SIZED, len(trials), quiet=config.quiet)
+    known = streams.progress(forecast.ahead(trials), SIZES_MESSAGE, len(trials), quiet=config.quiet)
     stand_ins = _stand_ins(trials, [forecast.check(one) for one in known])  # raises before anything is written
     results: list[Result | None] = [trial_done.finished(one) for one in trials]
     for done in _once(results):
         _share(done, trials, results, stand_ins)
     missing = {stand_ins[n].identity: stand_ins[n] for n, done in enumerate(results) if done is None}
     for one in missing.values():
-        build.check_there(one)
+        build.check_available(one)
         evaluations.check_conversations(one.config)
     if missing:
         with suppress(OSError):  # which the first trial says that writes
@@ -103,7 +103,7 @@ def run(
 
 
 def _say_what_runs(display: Display, results: Sequence[Result | None], missing: Sequence[Trial]) -> None:
-    """Say which trials are done before, and which run again and why."""
+    """Print which trials were done before, and which run again and why."""
     for held in _once(results):
         display.say(f"done before: {held.trial} ({held.status.name})")
     if again := sum(trial_done.resumes_full(one) for one in missing):
@@ -119,7 +119,7 @@ def _say_what_runs(display: Display, results: Sequence[Result | None], missing: 
 
 
 def _check(trials: Sequence[Trial], launch: Launch | None) -> None:
-    """Refuse what is wrong of the sweep as a whole."""
+    """Check the trials of the sweep together."""
     if not trials:
         raise InputError("the sweep is empty: a glob in it matches no option")
     if launch and trials[0].config.stop_on_failure:
@@ -132,13 +132,13 @@ def _expected(trials: Sequence[Trial], options: Options) -> dict[str, float]:
     if options.deadline is None or not trials:
         return {}
     times = Timing(trials, options.workers)
-    return times.expected(trials) if options.deadline >= PROBED_DEADLINE or times.device.take_kept() else {}
+    return times.expected(trials) if options.deadline >= MIN_PROBED_DEADLINE_SECONDS or times.device.take_kept() else {}
 
 
 def _named(trials: Sequence[Trial]) -> list[Trial]:
     """The trials with names that tell them apart, also from those that the study holds already."""
     own = {one.identity for one in trials}
-    held = store.records(store.folder(trials[0].config.study), MOST_READ)
+    held = store.records(store.folder(trials[0].config.study), MAX_RECORDS_READ)
     others = [vars(result) for result in held if result.run_info.get("identity") not in own]
     trees = [{"choices": one.choices, "config": one.tree} for one in trials]
     if len(trees) + len(others) < 2:
@@ -161,7 +161,7 @@ def _compared(display: Display, one: Trial, result: Result | None) -> bool:
 
 
 def answer(one: Trial, result: Result | None) -> Any:
-    """What a sweeper is told of the trial: its record, the numbers of ``objective``, or an exception if it failed.
+    """The value of a trial for a sweeper: its record, the numbers of ``objective``, or an exception if it failed.
 
     Raises:
         InputError: ``objective`` names no number of the record.
@@ -313,7 +313,7 @@ def _to_run(row: dict[str, Any]) -> bool:
 
 
 def _disk_line(rows: Sequence[dict[str, Any]]) -> str:
-    """What the trials that are to be run will leave on the disk, each counted once."""
+    """A line about the disk space that the trials to be run will take, each counted once."""
     left = {row["trial"]: row["disk_bytes"] for row in rows if _to_run(row)}
     known = [count for count in left.values() if count is not None]
     least = "at least " if len(known) < len(left) else ""
@@ -321,7 +321,7 @@ def _disk_line(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _disk_bytes(one: Trial, foreseen: Forecast) -> int | None:
-    """Of the adapter and the merged model, if they are kept; None where a size is not known."""
+    """The bytes of the adapter and the merged model, if they are kept; None where a size is unknown."""
     config = one.config
     adapter = foreseen.adapter_bytes if config.adapter.save and config.adapter.path is None else 0
     merged: int | None = 0
@@ -352,7 +352,7 @@ def _time_cell(row: dict[str, Any]) -> str:
 
 
 def planned(one: Trial) -> Result:
-    """What ``dry_run=true`` says of one trial, as a record of status ``planned`` that is not written; none is trained.
+    """The plan of one trial, as a record of status ``planned`` that is not written; nothing is trained.
 
     Of a trial that is done it is its record.
     """

@@ -1,4 +1,4 @@
-"""Where trials run: in warm worker processes, so that a crash costs one trial and imports are paid once.
+"""Worker processes that run trials, so that a crash costs one trial and imports are paid once.
 
 A worker runs one trial after the other on its device and keeps the frozen base between those that share it. It ends
 with its parent, however that ends. What it did stands in the study; what it tells on its way is for the display.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from statistics import median
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from tqdm import tqdm
@@ -26,11 +26,11 @@ from peftsweep.config import build
 from peftsweep.config import compose as configuration
 from peftsweep.config.compose import Trial
 from peftsweep.errors import Unwritable
-from peftsweep.evaluation.isolation import LEAKED, open_files, process_state_kept
+from peftsweep.evaluation.isolation import Resources, process_state_kept
 from peftsweep.observe import measure
 from peftsweep.observe.display import Display, Observer, TrialView
 from peftsweep.study import claims, store
-from peftsweep.study.record import Result, Status, sitting_seconds
+from peftsweep.study.record import Result, Status, last_attempt_seconds
 from peftsweep.sweep import pack as sweep_pack
 from peftsweep.sweep import packing, processes
 from peftsweep.training import capture
@@ -40,6 +40,7 @@ POLL_SECONDS = 1.0  # seconds between two looks at the workers, if none has news
 CLAIM_RETRY_SECONDS = 1.0  # seconds until a trial that another process runs is looked at again
 CANCEL_GRACE_SECONDS = 30.0  # seconds that an interrupted trial has to write its record
 Job = list[Trial]  # one, or several that are trained together
+Channel: TypeAlias = "connection.Connection[Any, Any]"
 TAIL_BYTES = 4000  # last bytes of a dead worker's output that its trial's record keeps
 
 
@@ -70,7 +71,7 @@ def run(trials: Sequence[Trial], options: Options, budget: Budget, display: Disp
     if options.pack:
         jobs = packing.plan(trials, options.pack, packing.fits_memory)
     if options.workers == 0:
-        yield from _here(deque(jobs), budget, display, options)
+        yield from _inline(deque(jobs), budget, display, options)
         return
     places = processes.places(options.workers, options.devices, [one.config.device for one in trials])
     threads = measure.threads_each(len(places)) if places[0] == processes.CPU else None
@@ -91,7 +92,7 @@ def run(trials: Sequence[Trial], options: Options, budget: Budget, display: Disp
 # ---- in this process -------------------------------------------------------------------------------
 
 
-def _here(queue: deque[Job], budget: Budget, display: Display, options: Options) -> Iterator[tuple[Trial, Result]]:
+def _inline(queue: deque[Job], budget: Budget, display: Display, options: Options) -> Iterator[tuple[Trial, Result]]:
     while queue and (room := budget.take(len(queue[0]), queue[0])):
         whole = queue.popleft()
         job = whole[:room]
@@ -99,7 +100,7 @@ def _here(queue: deque[Job], budget: Budget, display: Display, options: Options)
             queue.appendleft(rest)
         views = [display.trial(one.name) for one in job]
         try:
-            results = _run_job(job, views, options) if len(job) > 1 else [_patiently(job[0], views[0], display)]
+            results = _run_job(job, views, options) if len(job) > 1 else [_run_when_free(job[0], views[0], display)]
         except claims.Claimed:  # one of several, so that the others go on alone
             for view in views:
                 view.drop()
@@ -113,7 +114,7 @@ def _here(queue: deque[Job], budget: Budget, display: Display, options: Options)
             yield one, result
 
 
-def _patiently(one: Trial, view: TrialView, display: Display) -> Result:
+def _run_when_free(one: Trial, view: TrialView, display: Display) -> Result:
     said = False
     while True:
         try:
@@ -134,7 +135,7 @@ def _run_job(job: Job, observers: Sequence[Observer], options: Options) -> list[
 
 
 class Budget:
-    """What ``limit`` and ``deadline`` leave to one command, which may run trials several times."""
+    """The rest of ``limit`` and ``deadline`` of one command, which may run trials several times."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
@@ -150,7 +151,7 @@ class Budget:
         self._off.clear()
 
     def take(self, wanted: int, job: Sequence[Trial] = ()) -> int:
-        """How many of the ``wanted`` trials, which are those of ``job``, may start now; they are counted."""
+        """The number of the ``wanted`` trials of ``job`` that may start now; they are counted as started."""
         elapsed = time.monotonic() - self._begun
         late = self._options.deadline is not None and elapsed + self.estimate(job) > self._options.deadline
         limit = self._options.limit
@@ -159,14 +160,14 @@ class Budget:
         return room
 
     def give_back(self, count: int) -> None:
-        """Trials that were counted have not run."""
+        """Uncount trials that have not run."""
         self._started -= count
 
     def spend(self, result: Result) -> None:
         """A trial has ended."""
-        self._took.append(sitting_seconds(result))
+        self._took.append(last_attempt_seconds(result))
         if expected := self.expected.get(result.run_info.get("identity", "")):
-            self._off.append(sitting_seconds(result) / expected)
+            self._off.append(last_attempt_seconds(result) / expected)
 
     def estimate(self, job: Sequence[Trial] = ()) -> float:
         """The seconds that a job takes: as predicted, times what predictions were off by, where it was predicted.
@@ -195,7 +196,7 @@ class _Worker:
         return self._child.process
 
     @property
-    def connection(self) -> connection.Connection[Any, Any]:
+    def connection(self) -> Channel:
         return self._child.connection
 
     def give(self, job: Job, views: list[TrialView], options: Options) -> None:
@@ -207,12 +208,12 @@ class _Worker:
         self.connection.send(([configuration.without_rows(one) for one in job], options))
 
     def take(self) -> Job:
-        """What it ran; it is free again."""
+        """The job that the worker ran; the worker is free again."""
         job, self.job = self.job, []
         return job
 
     def news(self) -> tuple[str, str] | None:
-        """Pass on what the worker has told; its last word on its job (how it ended, and a traceback), if it came."""
+        """Pass on the worker's messages; returns how its job ended, and a traceback, if it has ended."""
         try:
             while self.connection.poll():
                 kind, number, content = self.connection.recv()
@@ -231,9 +232,8 @@ class _Worker:
         code = self.process.exitcode or 0
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         starved = code == -signal.SIGKILL and processes.oom_kills() > self._oom_kills
-        status = Status.oom if starved else Status.failed
         message = f"its process ended by {name}" + (", as the host was out of memory" if starved else "")
-        return status, self.failure("WorkerDied", message)
+        return Status.oom if starved else Status.failed, self.failure("WorkerDied", message)
 
     def failure(self, kind: str, message: str) -> dict[str, str]:
         output = self._child.output
@@ -291,7 +291,7 @@ def _in_pool(
                 queue.append(job)
             else:
                 later.append((now + CLAIM_RETRY_SECONDS, job))
-        _deal(queue, pool, budget, display, options)
+        _assign_jobs(queue, pool, budget, display, options)
         busy = [worker for worker in pool if worker.job]
         if not busy and not later:
             return
@@ -336,7 +336,7 @@ def _in_pool(
                 yield one, result
 
 
-def _deal(queue: deque[Job], pool: list[_Worker], budget: Budget, display: Display, options: Options) -> None:
+def _assign_jobs(queue: deque[Job], pool: list[_Worker], budget: Budget, display: Display, options: Options) -> None:
     """Give each worker that has none a job of the queue, as much of it as the budget allows."""
     for worker in pool:
         if not worker.job and queue and (room := budget.take(len(queue[0]), queue[0])):
@@ -352,7 +352,7 @@ def _held_elsewhere(one: Trial) -> bool:
 
 
 def _ended(worker: _Worker, options: Options) -> tuple[str, str] | None:
-    """How the worker's trial has ended, if it has; a trial that hangs is ended here."""
+    """How the worker's trial has ended, or None; a trial over its timeout is killed here."""
     if ended := worker.news():
         return ended
     if options.timeout is not None and time.monotonic() - worker.since > options.timeout * len(worker.job):
@@ -391,9 +391,9 @@ def _cancel(pool: list[_Worker]) -> None:
 
 
 class _Reporter(Observer):
-    """Tells the parent how a trial of its job comes along."""
+    """Sends the progress of a trial to the parent."""
 
-    def __init__(self, channel: connection.Connection[Any, Any], number: int) -> None:
+    def __init__(self, channel: Channel, number: int) -> None:
         self._channel, self._number = channel, number
 
     def stage(self, name: str) -> None:
@@ -406,25 +406,25 @@ class _Reporter(Observer):
         self._channel.send(("expects", self._number, dict(seconds)))
 
 
-def serve(channel: connection.Connection[Any, Any], threads: int | None) -> None:
+def serve(channel: Channel, threads: int | None) -> None:
     """Run the jobs that come through ``channel``, one after the other, until it is closed."""
     if threads is not None:
         torch.set_num_threads(threads)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process would leave behind
     build.keep_bases()
-    opened = open_files()
+    resources = Resources.now()
     while True:
         try:
             job, options = channel.recv()
-            channel.send(("end", *_in_worker(job, options, channel)))
+            channel.send(("end", *_in_worker(job, options, channel, resources)))
         except (EOFError, OSError, KeyboardInterrupt):
             return
-        if _device_broken() or open_files() > opened + LEAKED:
+        if _device_broken() or resources.are_lost():
             return  # the next trial gets a new process
 
 
 def _device_broken() -> bool:
-    """Whether a fault, such as an illegal address or a failed capture, has spoiled this process's use of its GPU."""
+    """Whether this process cannot use its GPU any more, after an illegal address or a failed capture."""
     try:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
@@ -433,8 +433,8 @@ def _device_broken() -> bool:
     return capture.has_failed()
 
 
-def _in_worker(job: Job, options: Options, channel: connection.Connection[Any, Any]) -> tuple[str, str]:
-    """How the job ended: as its records say, or not at all, and why."""
+def _in_worker(job: Job, options: Options, channel: Channel, resources: Resources) -> tuple[str, str]:
+    """How the job ended, and a message: "done" where its records say how, else why there is none."""
     reporters = [_Reporter(channel, number) for number in range(len(job))]
     try:
         with process_state_kept():
@@ -444,7 +444,7 @@ def _in_worker(job: Job, options: Options, channel: connection.Connection[Any, A
     except KeyboardInterrupt:
         return "cancelled", ""
     except BaseException as error:
-        if reason := store.unwritable(error):
+        if (reason := store.unwritable(error)) and not resources.limits_are_lost():
             return "unwritable", str(reason)
         return "broken", traceback.format_exc()
     return "done", ""

@@ -1,4 +1,4 @@
-"""The state of a training on the disk, from which one that was cut off goes on as if it had not been.
+"""The state of a training on the disk, from which an interrupted training continues with the same numbers.
 
 On the same CPU with the same kernels, versions and thread count the rest of the training is the same to the bit; on
 another, or on a GPU, within rounding. The state itself is kept to the bit.
@@ -63,7 +63,7 @@ class Part(Protocol):
 
 
 class Interruption:
-    """Holds signals that end a training back until the running step is over and a checkpoint of it is written.
+    """Delays signals that end a training until the running step is over and its checkpoint is written.
 
     Held is what Python handles: Ctrl-C, a scheduler's SIGTERM, a hangup, and the signal before SLURM's preemption,
     whose handler puts the job back into the queue. A second signal is not held, nor one that has waited its seconds.
@@ -107,7 +107,7 @@ class Interruption:
         self._overdue.start()
 
     def deliver(self) -> None:
-        """Do what the signal that is held asks for, if there is one; that mostly raises."""
+        """Call the handler of the delayed signal, if there is one; most handlers raise."""
         number, self.pending = self.pending, None
         if number is not None and self._overdue is not None:
             self._overdue.cancel()
@@ -118,7 +118,7 @@ class Interruption:
 
 
 def stamp(training: str, device: torch.device, since: int = 1) -> dict[str, Any]:
-    """What must be the same for a training to go on: its identity, the device, the packages.
+    """A hash of what must be the same for a training to continue: its identity, the device, the packages.
 
     With ``since`` above 1, checkpoints are of no use that were written before that version of the identity's rule.
     """
@@ -230,7 +230,7 @@ class Checkpoints:
                 other.unlink()
 
     def clear(self) -> None:
-        """Delete what there is, as it is not needed or not wanted any more."""
+        """Delete all checkpoints."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -238,7 +238,7 @@ class Checkpoints:
 
 
 class Weights:
-    """What training changes in a model: its trainable parameters, and what its method keeps beside them."""
+    """The parts of a model that training changes: trainable parameters, buffers and counters of the method."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -267,7 +267,7 @@ class Weights:
             setattr(holder, key, _restored(getattr(holder, key), state["attributes"][name]))
 
     def _changed_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Without the others: a quantised base's or BOFT's would make gigabytes of each checkpoint."""
+        """The buffers that training has changed. All buffers of a quantised base or of BOFT would be gigabytes."""
         for name, buffer in self._model.named_buffers():
             first, version = self._buffers.get(name, (None, None))
             owner = self._model.get_submodule(name.rpartition(".")[0])
@@ -310,11 +310,11 @@ class OptimizerState:
         self._optimizer = optimizer
 
     def state_dict(self) -> dict[str, Any]:
-        """As of torch, or of the optimizer's own making."""
+        """The state of the optimizer."""
         return self._optimizer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load it, and put back what was rounded."""
+        """Load the state, and restore the values that torch has rounded."""
         self._optimizer.load_state_dict(state)
         parameters = list(chain.from_iterable(group["params"] for group in self._optimizer.param_groups))
         for key, values in state["state"].items():
@@ -326,7 +326,7 @@ class OptimizerState:
 
 
 class Randomness:
-    """The random numbers that torch draws next, on the CPU and on every CUDA device where ``device`` is one."""
+    """The state of torch's random number generators: of the CPU, and of all CUDA devices if ``device`` is one."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -336,7 +336,7 @@ class Randomness:
         return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if self._on_gpu else []}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Draw the same again."""
+        """Restore the generators."""
         torch.set_rng_state(state["cpu"])
         if self._on_gpu:
             torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,4 +1,4 @@
-"""torch.compile around the training step: what it costs, what it did, and why it is off where it is.
+"""torch.compile around the training step, with its cost, its graphs, and the reason where it is off.
 
 Compiling is tried on real batches before the first step, so that its seconds stand apart from the
 steps; what is compiled anew in a step, for a shape not seen before, is taken out of that step's time.
@@ -39,7 +39,7 @@ class Compilation:
     _before: int = 0  # graphs when the steps began
 
     def begin_steps(self) -> None:
-        """From here on every new graph is a recompilation."""
+        """Count every graph that is compiled from here on as a recompilation."""
         self._before, self._spent = _graphs(), _seconds()
 
     def end_step(self) -> float:
@@ -81,8 +81,8 @@ _HELD: list[dict[tuple[int, str, bool | None], Compilation]] = []  # what is kep
 
 
 @contextmanager
-def once() -> Iterator[None]:
-    """In this block a model is compiled for its first training only; later ones, as a profiler's, go on with that."""
+def compile_once() -> Iterator[None]:
+    """In this block a model is compiled at its first training; later trainings (a profiler's) use the same graphs."""
     if _HELD:  # within another such block
         yield
         return

@@ -1,4 +1,4 @@
-"""Losses and weights that are no longer numbers: found at once, with what to change."""
+"""Find losses and weights that are not finite, and say what to change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peftsweep.models.losses import answer_losses
 from peftsweep.schema import Dtype, TrainConfig
 from peftsweep.training.optimizer import autocast
 
-HIGH = 1e-3  # a learning rate that is rarely too high for an adapter, the most that is proposed
+MAX_PROPOSED_RATE = 1e-3  # a learning rate that is rarely too high for an adapter, the most that is proposed
 
 
 def check_finite(loss: float, when: str, model: nn.Module, config: TrainConfig) -> None:
@@ -30,7 +30,7 @@ def check_finite(loss: float, when: str, model: nn.Module, config: TrainConfig) 
 def check_trained(
     model: nn.Module, weights: Sequence[torch.Tensor], batch: Batch, config: TrainConfig, step: int
 ) -> None:
-    """Refuse a model that its last step has ruined: the loss that was logged is of the weights before it.
+    """Check the weights after the last step, of which no loss was logged.
 
     Raises:
         FloatingPointError: one of ``weights`` is not finite after ``step`` steps, or the loss on ``batch`` is not.
@@ -44,9 +44,11 @@ def check_trained(
 
 
 def _remedy(model: nn.Module, config: TrainConfig) -> str:
-    """What to change where numbers have overflowed."""
+    """What to change after an overflow, as a sentence."""
     rate = config.learning_rate
-    lower = "lower train.learning_rate" + (f", such as {min(rate / 10, HIGH):g}" if math.isfinite(rate) else "")
+    lower = "lower train.learning_rate" + (
+        f", such as {min(rate / 10, MAX_PROPOSED_RATE):g}" if math.isfinite(rate) else ""
+    )
     if config.autocast is Dtype.float16:
         key = "train.autocast"
     elif any(parameter.dtype == torch.float16 for parameter in model.parameters()):

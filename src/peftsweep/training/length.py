@@ -1,4 +1,4 @@
-"""How many steps a training takes, and when something is due in it."""
+"""The number of steps of a training, and the steps at which validations and checkpoints are due."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from peftsweep.errors import InputError
 from peftsweep.limits import LARGEST
 from peftsweep.schema import TrainConfig
 
-MOST_STEPS = 5_000  # of a run, among which typical ones are looked for
-GOLDEN = (math.sqrt(5) - 1) / 2
+MAX_SCANNED_STEPS = 5_000  # of a run, among which typical ones are looked for
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 def padded_tokens(step: Sequence[int], rows: Sequence[Tokens], config: TrainConfig) -> int:
-    """The tokens of a step, of its rows by their numbers, with what its micro-batches are padded by."""
+    """The tokens of a step, padding included; ``step`` holds the numbers of its rows."""
     multiple, total = config.pad_to_multiple_of, 0
     for numbers in next(micro_batches([list(step)], config.batch_size)):
         total += len(numbers) * math.ceil(max(len(rows[n].ids) for n in numbers) / multiple) * multiple
@@ -27,9 +27,9 @@ def padded_tokens(step: Sequence[int], rows: Sequence[Tokens], config: TrainConf
 
 
 def steps_of(rows: Sequence[Tokens], config: TrainConfig, seed: int) -> list[list[int]]:
-    """The row numbers of each step of a run; of a long one those of its first ``MOST_STEPS``."""
+    """The row numbers of each step of a run; of a long one those of its first ``MAX_SCANNED_STEPS``."""
     order = batch_order([len(row.ids) for row in rows], rows_per_step(config), seed)
-    return list(itertools.islice(order, min(max(total_steps(config, len(rows)), 1), MOST_STEPS)))
+    return list(itertools.islice(order, min(max(total_steps(config, len(rows)), 1), MAX_SCANNED_STEPS)))
 
 
 def typical_steps(rows: Sequence[Tokens], config: TrainConfig, seed: int, count: int) -> list[list[int]]:
@@ -40,11 +40,11 @@ def typical_steps(rows: Sequence[Tokens], config: TrainConfig, seed: int, count:
     not be.
     """
     by_size = sorted(steps_of(rows, config, seed), key=lambda step: padded_tokens(step, rows, config))
-    return [by_size[int((0.5 + n * GOLDEN) % 1 * len(by_size))] for n in reversed(range(count))]
+    return [by_size[int((0.5 + n * GOLDEN_RATIO) % 1 * len(by_size))] for n in reversed(range(count))]
 
 
 def rows_per_step(config: TrainConfig) -> int:
-    """Rows that an optimizer step takes, but for an epoch's last one."""
+    """The rows of an optimizer step; the last step of an epoch may have fewer."""
     return config.batch_size * config.accumulation
 
 
@@ -56,7 +56,7 @@ def total_steps(config: TrainConfig, rows: int) -> int:
 
 
 def in_epochs(step: int, config: TrainConfig, rows: int) -> float:
-    """How often the data has been gone through after ``step`` steps."""
+    """The number of epochs after ``step`` steps."""
     return step / steps_per_epoch(config, rows)
 
 

@@ -114,7 +114,7 @@ def enable_checkpointing(model: Any, wanted: bool) -> None:
 
 
 def make_scaler(config: TrainConfig, device: torch.device) -> torch.amp.GradScaler:
-    """What scales the loss where ``train.autocast`` is float16, and skips steps whose gradients overflow."""
+    """The gradient scaler for ``train.autocast=float16``, which skips steps whose gradients overflow."""
     return torch.amp.GradScaler(device.type, init_scale=SCALE, enabled=config.autocast is Dtype.float16)
 
 
@@ -130,6 +130,6 @@ def check_stepped(scaler: torch.amp.GradScaler, steps: int) -> None:
 
 
 def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
-    """What ``train.autocast`` asks for."""
+    """The autocast context of ``train.autocast``."""
     dtype = getattr(torch, (config.autocast or Dtype.bfloat16).value)
     return torch.autocast(device.type, dtype=dtype, enabled=bool(config.autocast))

@@ -32,7 +32,7 @@ WARMUP_LAPS = 3  # first steps allocate and tune; they are trained on, but left 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training run did. Losses are means over answer tokens, in nats."""
+    """The result of a training run. Losses are means over answer tokens, in nats."""
 
     steps: int
     epochs: float
@@ -69,7 +69,7 @@ Prune = Callable[[int, dict[str, float]], bool]  # a step and its validation's s
 
 
 class Run:
-    """A training under way on ``rows`` rows.
+    """A running training on ``rows`` rows.
 
     ``trained`` are the parameters that ``optimizer`` steps, by their names in the model; ``validate`` returns the
     scores of the model as it is now. The caller does forward and backward.
@@ -155,21 +155,21 @@ class Run:
             self.consider(scores)
 
     def consider(self, scores: dict[str, float] | None = None) -> None:
-        """Whether the run ends with the validations that it has come to, the last of which had these ``scores``.
+        """Decide whether the run ends after the validations so far, the last of which had these ``scores``.
 
         Without them it was restored: its process may have died between the checkpoint and its end.
         """
         patience = self.config.patience
         if self.complete:
             return
-        if patience is not None and without_gain(self.progress.validations) >= patience:
+        if patience is not None and validations_without_gain(self.progress.validations) >= patience:
             self.progress.stopped = PATIENCE
         elif scores is not None and self._prune is not None and self._prune(self.step, scores):
             self.progress.stopped = PRUNED
 
     @property
     def stopped(self) -> bool:
-        """Whether its validations have ended it before its last step."""
+        """Whether a validation has ended the run before its last step."""
         return self.progress.stopped is not None
 
     def _figures(self, model: nn.Module) -> Row:
@@ -213,7 +213,7 @@ class Run:
 
 @dataclass
 class Progress:
-    """How far the loop has come."""
+    """The counters and sums of a run so far."""
 
     laps: Laps
     step: int = 0
@@ -225,7 +225,7 @@ class Progress:
     stopped: str | None = None  # why it ends before its last step
 
     def validated(self, scores: dict[str, float], step: int, config: TrainConfig) -> None:
-        self.validations.append((badness(scores, config.best_metric), scores["loss"], step))
+        self.validations.append((as_loss(scores, config.best_metric), scores["loss"], step))
 
     def add(self, loss: torch.Tensor, batches: Sequence[Batch], slots: int = 1) -> None:
         self.step += 1
@@ -235,13 +235,13 @@ class Progress:
         self.positions += sum(batch.input_ids.numel() for batch in batches)
 
     def mean_loss(self) -> float:
-        """Of the steps since it was last asked for."""
+        """The mean loss of the steps since the last call."""
         mean = torch.stack(self.losses).mean().item()
         self.losses.clear()
         return mean
 
     def own(self, row: Row) -> Row:
-        """A row of steps.jsonl without what is a pack's, if steps were taken in one."""
+        """A row of steps.jsonl; in a pack without the figures that belong to the whole pack."""
         return {key: value for key, value in row.items() if max(self.lanes) == 1 or key not in OF_A_PACK}
 
     def trained(
@@ -263,7 +263,7 @@ class Progress:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return vars(self) | {"laps": self.laps.seconds(), "stopped": None}  # which the next sitting decides anew
+        return vars(self) | {"laps": self.laps.seconds(), "stopped": None}  # which the next attempt decides anew
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.laps.resume(state["laps"])
@@ -316,16 +316,16 @@ class Epoch:
         vars(self).update(state)
 
 
-def badness(scores: dict[str, float], metric: str) -> float:
-    """The value of ``metric``, turned so that less is better; what is no number is worst."""
+def as_loss(scores: dict[str, float], metric: str) -> float:
+    """The value of ``metric``, negated if more is better, so that less is better; NaN becomes infinity."""
     if metric not in scores:
         raise InputError(f"train.best_metric={metric}: the validation has {', '.join(scores)}")
     value = scores[metric] if metric.rpartition(".")[2] in LOWER_IS_BETTER else -scores[metric]
     return math.inf if math.isnan(value) else value
 
 
-def without_gain(validations: Sequence[tuple[float, float, int]]) -> int:
-    """How many validations have followed the best one; of equal ones the first is the best."""
+def validations_without_gain(validations: Sequence[tuple[float, float, int]]) -> int:
+    """The number of validations since the best one; of equal ones the first is the best."""
     worth = [bad for bad, *_ in validations]
     return len(worth) - 1 - worth.index(min(worth)) if worth else 0
 

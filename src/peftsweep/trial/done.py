@@ -1,4 +1,4 @@
-"""Which trials a study holds already, and whether they are to be run again."""
+"""Find the trials that a study holds already, and decide whether they are run again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from peftsweep.trial import mended
 
 
 def folder(trial: Trial) -> Path:
-    """Where the trial's record is or will be; one of an earlier version stays where it is."""
+    """The folder of the trial's record, existing or new; a record of an earlier version stays where it is."""
     root = store.folder(trial.config.study)
     place = store.trial_folder(root, trial.slug, trial.identity)
     if place.exists():
@@ -55,7 +55,7 @@ def _fault(held: Result) -> str | None:
 
 
 def damaged(trial: Trial) -> str | None:
-    """What of the trial's files is damaged, so that it is run again; None where nothing is."""
+    """The damage of the trial's files, for which it is run again; None if there is none."""
     return None if trial.config.force else store.damage(folder(trial))
 
 
@@ -64,7 +64,7 @@ def trained(trial: Trial) -> Result | None:
     root, earlier = store.folder(trial.config.study), trial.earlier
     for training in (trial.training, *([earlier.training] if earlier else [])):
         held = None if trial.config.force else store.trained(root, training)
-        if held and not mended.outdated(held) and _recognised(trial, held, "training", training):
+        if held and not mended.outdated(held, training=True) and _recognised(trial, held, "training", training):
             return held
     return None
 
@@ -86,16 +86,16 @@ def finished(trial: Trial) -> Result | None:
         done.run_info["labels"].append(trial.label)
     if by_earlier_rule:
         done.run_info["recognised"] = {"identity": trial.identity, "training": trial.training}
-    if new_label or by_earlier_rule or _headlined_anew(trial, done):
+    if new_label or by_earlier_rule or _update_headlines(trial, done):
         done.write(folder(trial))
     if by_earlier_rule:
         store.mark_recognised(done)
-    _mend_words(trial, folder(trial))
+    _repair_hydra_files(trial, folder(trial))
     return done
 
 
-def _headlined_anew(trial: Trial, done: Result) -> bool:
-    """Have the record say the headlines that are asked for, of the metrics that it holds; whether it did not."""
+def _update_headlines(trial: Trial, done: Result) -> bool:
+    """Set the record's headline metrics to those of the configuration; returns whether any has changed."""
     changed = False
     for name, node in trial.config.eval.items():
         wanted, found = node.get(record.HEADLINE), done.eval_info.get(name, {})
@@ -105,7 +105,7 @@ def _headlined_anew(trial: Trial, done: Result) -> bool:
 
 
 def resumes_full(trial: Trial) -> bool:
-    """Whether the trial was stopped at a rung, of a halving that is not asked for any more."""
+    """Whether the trial was stopped at a rung of a halving, and the command has no halving any more."""
     held = store.result(folder(trial)) if rungs.begins(trial.config.halving) is None else None
     return held is not None and held.status is Status.stopped
 
@@ -115,11 +115,11 @@ def done_before(trial: Trial) -> Result | None:
     done = None if trial.config.force else store.result(folder(trial))
     if done is None or not done.status.done or _fault(done) or damaged(trial):
         return None
-    return done if _reached(trial, done) else None
+    return done if _is_far_enough(trial, done) else None
 
 
-def _reached(trial: Trial, done: Result) -> bool:
-    """Whether the trial has come as far as it is sent now, which may be farther than when it was stopped."""
+def _is_far_enough(trial: Trial, done: Result) -> bool:
+    """Whether the trial has reached its rung or end of today, which may be later than when it was stopped."""
     stop = done.run_info.get("stopped")
     if stop is None or done.status is not Status.stopped:
         return rungs.reached(trial.config.halving, done)
@@ -151,7 +151,7 @@ class Oversized(Refused):
     """The trial is predicted not to fit into the memory."""
 
 
-def in_words(trial: Trial) -> dict[str, str]:
+def hydra_files(trial: Trial) -> dict[str, str]:
     """The files that Hydra would write: the composed configuration and the words of the command line."""
     return {
         ".hydra/config.yaml": OmegaConf.to_yaml(as_text(trial.tree)),
@@ -159,7 +159,7 @@ def in_words(trial: Trial) -> dict[str, str]:
     }
 
 
-def _mend_words(trial: Trial, place: Path) -> None:
+def _repair_hydra_files(trial: Trial, place: Path) -> None:
     """Write those of these files again that are there and damaged."""
     for name, shape in ((".hydra/config.yaml", dict), (".hydra/overrides.yaml", [str])):
         try:
@@ -167,4 +167,4 @@ def _mend_words(trial: Trial, place: Path) -> None:
                 read_yaml(place / name, shape)
         except Unreadable:
             make_way(place / name)
-            record.write_text(place / name, in_words(trial)[name])
+            record.write_text(place / name, hydra_files(trial)[name])

@@ -1,4 +1,4 @@
-"""What a trial's record says of its time: what was predicted before it ran, its FLOPs, its share of the ceiling."""
+"""Predictions and FLOPs in a trial's record: predicted memory and seconds, FLOPs, and MFU."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ log = logging.getLogger(__name__)
 
 
 def memory(trial: Trial, result: Result, tokens: Sequence[Tokens]) -> None:
-    """Note in the record the memory that training on these rows is predicted to take."""
+    """Write the predicted memory of training on these rows into the record."""
     if predicted := forecast.prediction(trial, tokens):
         result.memory["predicted"] = predicted.facts()
 
 
-def foresee(trial: Trial, result: Result, rows: Rows, tokens: Sequence[Tokens], device: torch.device) -> dict[str, Any]:
+def predict_time(
+    trial: Trial, result: Result, rows: Rows, tokens: Sequence[Tokens], device: torch.device
+) -> dict[str, Any]:
     """Note in the record what was predicted, and what its seconds depend on; gives FLOPs by number format.
 
     What ``dry_run=true`` or a deadline has said of the trial on this device stands; else it is predicted now, if the
@@ -50,14 +52,14 @@ def foresee(trial: Trial, result: Result, rows: Rows, tokens: Sequence[Tokens], 
         return {}
 
 
-def by_kind(result: Result) -> dict[str, float]:
-    """The seconds that were predicted, of each kind of a trial's work of which they were."""
+def predicted_by_kind(result: Result) -> dict[str, float]:
+    """The predicted seconds of each kind of a trial's work, where there are any."""
     said = result.train_info.get("predicted") or {}
     return {kind: said[f"{kind}_seconds"] for kind in history.KINDS if f"{kind}_seconds" in said}
 
 
 def _planned(trial: Trial, device: str) -> dict[str, Any] | None:
-    """What the study's plan says of the trial, if it was made for this device."""
+    """The row of the trial in the study's plan, if the plan was made for this device."""
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         plan = json.loads((store.folder(trial.config.study) / store.PLAN).read_text(encoding="utf-8"))
         for row in plan:

@@ -1,7 +1,7 @@
-"""Faults of earlier versions: whose records hold numbers that are known to be wrong, and why.
+"""Known faults of earlier versions, and which records hold wrong numbers because of them.
 
 A record of such a version counts as done unless one of these faults made its numbers wrong; then the trial is run
-again. What tells a wrong record is its configuration, what its training counted, and the base's files.
+again. A wrong record is recognised by its configuration, the counts of its training, and the base's files.
 """
 
 from __future__ import annotations
@@ -19,6 +19,13 @@ from peftsweep.study.record import Result
 Values = Mapping[str, Any]
 ALL_LINEAR = "all-linear"  # in place of names of modules
 MLP_NAMES = ("gate_proj", "up_proj", "down_proj", "fc1", "fc2")  # of them those that parts of a router have too
+# Generation settings of a base that changed what transformers' own generation wrote.
+GENERATION_SETTINGS = (
+    *("repetition_penalty", "no_repeat_ngram_size", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size"),
+    *("bad_words_ids", "min_length", "min_new_tokens", "length_penalty", "early_stopping", "diversity_penalty"),
+    *("num_beam_groups", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"),
+    *("sequence_bias", "exponential_decay_length_penalty", "stop_strings", "max_time", "guidance_scale"),
+)
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -29,6 +36,7 @@ class Mended:
     rule: int  # of the first version without it
     concerns: Callable[[Values, Values], bool]  # a trial's configuration, and train_info of its record
     reason: str
+    training: bool = True  # whether it made the trained weights wrong; else only scores, and the weights can be kept
 
 
 def rule_of(result: Result) -> int:
@@ -36,16 +44,19 @@ def rule_of(result: Result) -> int:
     return int(result.run_info.get("identity_rule", 1))
 
 
-def outdated(result: Result) -> str | None:
-    """Why the numbers of a record, of an earlier version, are known to be wrong; None where they are not."""
+def outdated(result: Result, *, training: bool = False) -> str | None:
+    """Why the numbers of a record, of an earlier version, are known to be wrong; None where they are not.
+
+    With ``training`` only the trained weights are asked about.
+    """
     mine = rule_of(result)
-    faults = (fault for fault in MENDED if mine < fault.rule and fault.concerns(result.config, result.train_info))
-    return next((fault.reason for fault in faults), None)
+    faults = (fault for fault in MENDED if mine < fault.rule and (fault.training or not training))
+    return next((fault.reason for fault in faults if fault.concerns(result.config, result.train_info)), None)
 
 
 def right_since(tree: Values) -> int:
-    """The first rule by which a trial of this configuration has the numbers that it has now."""
-    return max((fault.rule for fault in MENDED if fault.concerns(tree, {})), default=1)
+    """The first rule by which the training of this configuration gives the weights that it gives now."""
+    return max((fault.rule for fault in MENDED if fault.training and fault.concerns(tree, {})), default=1)
 
 
 # ---- what a fault concerned ------------------------------------------------------------------------
@@ -99,6 +110,21 @@ def _recurs(config: Values, _: Values) -> bool:
     return _base(config).recurrent
 
 
+def _writes_by_own_settings(config: Values, _: Values) -> bool:
+    writing = [node for node in _section(config, "eval").values() if "max_new_tokens" in node]
+    by_beams = any((node.get("num_beams") or 1) > 1 for node in writing)
+    without_cache = bool(config.get("method_inputs")) or _is_prompt_learning(_section(config, "method"))
+    return bool(writing) and (by_beams or without_cache) and _base(config).own_settings
+
+
+def _is_prompt_learning(method: Values) -> bool:
+    import peft  # which imports torch, which `--help` must not
+
+    package, _, name = str(method.get("_target_")).rpartition(".")
+    kind = getattr(peft, name, None) if package.partition(".")[0] == "peft" else None
+    return isinstance(kind, type) and issubclass(kind, peft.PromptLearningConfig)
+
+
 MENDED = (
     Mended(2, _accumulates, "with train.accumulation above 1 a step took other rows than one large batch would have"),
     Mended(
@@ -113,6 +139,12 @@ MENDED = (
     Mended(2, _has_experts, "the roles of a mixture of experts named other weights"),
     Mended(3, _adapts_routers, "what chooses among a mixture's experts was adapted too, as it is linear in this model"),
     Mended(2, _recurs, "left-padded batches changed the answers of layers that carry a state from token to token"),
+    Mended(
+        4,
+        _writes_by_own_settings,
+        "the base's own generation settings, such as a repetition penalty, changed what it wrote",
+        training=False,
+    ),
 )
 
 
@@ -121,7 +153,7 @@ MENDED = (
 
 @dataclass(frozen=True)
 class _Base:
-    """What the files of a base say that decides which faults concerned it."""
+    """The facts about a base, read from its files, that decide which faults concerned it."""
 
     begins: bool = False  # its tokenizer puts a beginning-of-sequence token before each text
     ends: bool = False  # and an end-of-sequence token after it
@@ -130,6 +162,7 @@ class _Base:
     experts: bool = False
     linear_routers: frozenset[str] = frozenset()  # the last names of what chooses among experts, where it is linear
     recurrent: bool = False
+    own_settings: bool = False  # its generation settings change what it writes
 
 
 def _base(config: Values) -> _Base:
@@ -170,7 +203,19 @@ def _read(base: ModelConfig) -> _Base:
             if isinstance(bare.get_submodule(name), nn.Linear)
         ),
         recurrent=bool(stateful) or bool(getattr(bare, "_is_stateful", False)),
+        own_settings=base.init is Init.pretrained and _has_generation_settings(model.source(base), base.revision),
     )
+
+
+def _has_generation_settings(name: str, revision: str | None) -> bool:
+    from transformers import GenerationConfig
+
+    try:
+        own = GenerationConfig.from_pretrained(name, revision=revision or "main")
+    except OSError:  # it has none
+        return False
+    usual = GenerationConfig()
+    return any(getattr(own, key, None) != getattr(usual, key, None) for key in GENERATION_SETTINGS)
 
 
 def _section(config: Values, name: str) -> Values:

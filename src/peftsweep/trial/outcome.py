@@ -1,4 +1,4 @@
-"""What a trial's record says: how it began, how it ended, what it took, why it failed."""
+"""The parts of a trial's record: its beginning, its end, its time and memory, its error."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from peftsweep.study.atomic import make_way, persistently, remove_partials
 from peftsweep.study.reading import Unreadable
 from peftsweep.study.record import Result, Status
 from peftsweep.training.run import Trained
-from peftsweep.trial.done import Refused, folder, in_words
+from peftsweep.trial.done import Refused, folder, hydra_files
 
 log = logging.getLogger(__name__)
 
 
-def so_far(place: Path) -> dict[str, Any]:
-    """What a training that did not end had come to."""
+def progress_so_far(place: Path) -> dict[str, Any]:
+    """The progress of a training that did not end, by its logged steps."""
     try:
         steps = [row for row in record.read_lines(place / record.STEPS, record.STEP, whole=False) if "loss" in row]
     except Unreadable as error:
@@ -44,14 +44,14 @@ def so_far(place: Path) -> dict[str, Any]:
 
 
 def empty(device: torch.device) -> None:
-    """Give back the memory of what is not used any more: until now an exception's frames may have held a model."""
+    """Free unused memory; the frames of an exception may have held a model until now."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def status_of(error: BaseException) -> Status:
-    """How a trial ends that ``error`` ends."""
+    """The status of a trial that ``error`` has ended."""
     if isinstance(error, Refused):
         return Status.refused
     if out_of_memory(error):
@@ -60,7 +60,7 @@ def status_of(error: BaseException) -> Status:
 
 
 def failure_of(error: BaseException, stage: str | None, config: Config) -> dict[str, str]:
-    """What the record says of ``error``; of memory that ran out one line, with what to change."""
+    """``error`` for the record; for a lack of memory one line with what to change."""
     found = record.failure(error, stage)
     log.log(logging.INFO if isinstance(error, Refused) else logging.ERROR, "%s", found["traceback"])
     if out_of_memory(error):
@@ -70,8 +70,8 @@ def failure_of(error: BaseException, stage: str | None, config: Config) -> dict[
     return found
 
 
-class Sittings:
-    """The seconds and the memory of a trial, in all and by stage, over all the times that it was sat down to.
+class Attempts:
+    """The seconds and the memory of a trial, in total and by stage, over all its attempts.
 
     Those before this one are what its record says, or where it was killed what its last checkpoint says. They count
     once it goes on from there; what a trial that begins anew had done before is lost.
@@ -87,30 +87,30 @@ class Sittings:
         self.earlier_memory: dict[str, dict[str, Any]] = {}
 
     def resume(self, seconds: dict[str, float], memory: dict[str, dict[str, Any]]) -> None:
-        """It goes on from what keeps these; of the record and all that is kept, the latest counts."""
+        """Continue from an earlier attempt with these figures; of several the latest counts."""
         latest = max(seconds, self._recorded, self.earlier, key=lambda found: found.get(self.TOTAL, 0.0))
         self.earlier = self.earlier | seconds | latest
         self.earlier_memory = peaks(self.earlier_memory, memory)
 
     def seconds(self) -> dict[str, float]:
-        """Of all sittings until now."""
+        """The seconds of all attempts so far."""
         now = {name: stage.seconds for name, stage in self._meter.so_far().items()}
         now[self.TOTAL] = time.perf_counter() - self._begun
         return {name: self.earlier.get(name, 0.0) + now.get(name, 0.0) for name in {**self.earlier, **now}}
 
     def memory(self) -> dict[str, dict[str, Any]]:
-        """Of the stages of all sittings until now."""
+        """The memory of the stages of all attempts so far."""
         return peaks(self.earlier_memory, {name: stage.memory() for name, stage in self._meter.so_far().items()})
 
 
 def _recorded_seconds(held: Result) -> dict[str, float]:
     found = {name: held.train_info.get(_seconds_key(name)) for name in held.memory}
-    found[Sittings.TOTAL] = held.run_info.get("total_seconds")
+    found[Attempts.TOTAL] = held.run_info.get("total_seconds")
     return {name: seconds for name, seconds in found.items() if seconds is not None}
 
 
 def peaks(one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The memory of stages in two sittings: the higher peaks; means and percentiles of the one with the higher peak."""
+    """The memory of stages in two attempts: the higher peaks, with mean and percentiles of that attempt."""
 
     def height(memory: dict[str, Any]) -> tuple[float, float]:
         return memory.get("allocated_peak") or 0, memory.get("rss_peak") or 0
@@ -133,14 +133,14 @@ def _seconds_key(stage: str) -> str:
 
 
 def log_step(lines: Any, observer: Observer, row: dict[str, Any]) -> None:
-    """A row of steps.jsonl, which ``lines`` is, on the disk and told to ``observer``."""
+    """Write a row to steps.jsonl (``lines``), and pass it to ``observer``."""
     lines.write(record.line(row))
     persistently(lines.flush)  # what was not written stays in its buffer
     observer.step(row)
 
 
 def train_info(trained: Trained) -> dict[str, Any]:
-    """What the training did, for the record."""
+    """The facts of the training, for the record."""
     return {
         "steps": trained.steps,
         "epochs": trained.epochs,
@@ -154,7 +154,7 @@ def train_info(trained: Trained) -> dict[str, Any]:
 
 
 def train_cost(trained: Trained) -> dict[str, Any]:
-    """What the training took, for the record; of steps taken together with other trials, where none's own stands."""
+    """Time and memory of the training, for the record; those of a pack under keys of their own."""
     seconds = sum(trained.step_seconds)
     cost = {
         "train_seconds": seconds,
@@ -170,7 +170,7 @@ def begin(trial: Trial, place: Path) -> Result:
     for name in ("", ".hydra", "predictions", store.ADAPTER, store.MERGED, store.CHECKPOINTS):
         make_way(place / name, folder=True)
     place.mkdir(parents=True, exist_ok=True)
-    words = in_words(trial)
+    words = hydra_files(trial)
     for name in (record.RESULT, record.STEPS, "generation.jsonl", "trial.log", *words):
         make_way(place / name)
     for part in ("predictions", store.ADAPTER, store.MERGED):
@@ -188,7 +188,7 @@ def begin(trial: Trial, place: Path) -> Result:
 
 
 def run_info(trial: Trial, place: Path) -> dict[str, Any]:
-    """What a record says of the run of a trial in the folder ``place``, as far as it is known at the beginning."""
+    """``run_info`` of a trial in the folder ``place``, as far as it is known at the beginning."""
     return {
         "trial": place.name,
         "labels": [trial.label],
@@ -217,21 +217,21 @@ def end(
     status: Status,
     failure: dict[str, str] | None,
     tracker: Tracker,
-    sittings: Sittings,
+    attempts: Attempts,
 ) -> None:
-    """Complete the record, write it, and leave the folder as a trial that has ended leaves it."""
+    """Complete and write the record, and delete what an ended trial does not keep."""
     claims.check_claim(place.parent, result.run_info["identity"])
-    before = sittings.earlier
+    before = attempts.earlier
     now = time.perf_counter() - start
     result.run_info |= {"status": status.value, "error": failure, "sitting_seconds": now}
-    result.run_info["total_seconds"] = now + before.get(Sittings.TOTAL, 0.0)
-    result.train_info = (so_far(place) if status is not Status.success else {}) | result.train_info
+    result.run_info["total_seconds"] = now + before.get(Attempts.TOTAL, 0.0)
+    result.train_info = (progress_so_far(place) if status is not Status.success else {}) | result.train_info
     for name in dict.fromkeys([*meter.stages, *before]):
-        if name != Sittings.TOTAL:
+        if name != Attempts.TOTAL:
             seconds = meter.stages[name].seconds if name in meter.stages else 0.0
             result.train_info[_seconds_key(name)] = seconds + before.get(name, 0.0)
     now_held = {name: stage.memory() for name, stage in meter.stages.items()}
-    result.memory |= peaks(sittings.earlier_memory, now_held)
+    result.memory |= peaks(attempts.earlier_memory, now_held)
     result.run_info["warnings"] = result.cautions()
     for caution in result.run_info["warnings"]:
         log.warning(caution)
@@ -245,13 +245,13 @@ def end(
 
 
 def _without_histograms(facts: dict[str, Any]) -> dict[str, Any]:
-    """Their keys are answers, which are no names that a tracker takes."""
+    """The facts without histograms, whose keys are answers and no names for a tracker."""
     return {name: fact for name, fact in facts.items() if not name.endswith("histogram")}
 
 
 @contextmanager
 def logged(*files: Path) -> Iterator[None]:
-    """All logging and warnings of the block go to ``files``, and only there."""
+    """Send all logging and warnings of the block to ``files``, and only there."""
     for name in ("transformers", "huggingface_hub", "datasets"):  # each prints to stderr by a handler of its own
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True

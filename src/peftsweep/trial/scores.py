@@ -1,4 +1,4 @@
-"""Scores that are not computed twice: of an untouched base, and of a trial whose evaluation was cut off."""
+"""Caches of scores: of the untouched base, and of a trial whose evaluation was interrupted."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from peftsweep.models import model, parts
 from peftsweep.study import record, store
 from peftsweep.study.atomic import make_way
 from peftsweep.study.reading import Unreadable
-from peftsweep.trial.outcome import Sittings
+from peftsweep.trial.outcome import Attempts
 
 log = logging.getLogger(__name__)
 
 # Facts of an evaluation that are the same whatever the model says.
-OF_THE_ROWS = (
+FACTS_OF_ROWS = (
     *("majority", "random", "f1_majority", "f1_random", record.HEADLINE),
     *("truncated_prompts", "truncated_answers", "long_references"),
 )
@@ -38,32 +38,32 @@ COST = ("seconds", "allocated_peak", "rss_peak")  # of an evaluation
 CHECKSUM = "sha256"  # in a file of a base's scores, of these and its answers
 
 
-class KeptEvaluations:
-    """The evaluations that are done, each in a file of its own in ``folder``, until the trial has its record.
+class EvaluationCache:
+    """The finished evaluations of a trial without a record, each in a file in ``folder``.
 
     One is used again by the same trial on the same device with the same packages, rows and way of judging.
     """
 
-    def __init__(self, trial: Trial, folder: Path, device: torch.device, sittings: Sittings) -> None:
-        self._trial, self._folder, self._device, self._sittings = trial, folder, device, sittings
+    def __init__(self, trial: Trial, folder: Path, device: torch.device, attempts: Attempts) -> None:
+        self._trial, self._folder, self._device, self._attempts = trial, folder, device, attempts
 
     def keep(self, name: str, test: list[Example], found: dict[str, Any], *, packed: bool = False) -> None:
         """Write what the evaluation ``name`` has found; if ``packed`` without what it took, which is the pack's."""
-        seconds, memory = self._sittings.seconds(), self._sittings.memory()
+        seconds, memory = self._attempts.seconds(), self._attempts.memory()
         if packed:
-            seconds, memory = {Sittings.TOTAL: seconds[Sittings.TOTAL]}, {}
+            seconds, memory = {Attempts.TOTAL: seconds[Attempts.TOTAL]}, {}
             found = {key: value for key, value in found.items() if key not in COST}
         kept = {"of": self._of(name, test), "found": found, "seconds": seconds, "memory": memory}
         record.write_json(self._file(name), kept)
 
     def find(self, name: str, test: list[Example]) -> dict[str, Any] | None:
-        """What was kept of the evaluation; None if it was not, or of something else."""
+        """The kept result of the evaluation; None if there is none, or it is of another configuration."""
         try:
             kept = record.read_json(self._file(name))
             if kept["of"] != self._of(name, test):
                 return None
             found: dict[str, Any] = kept["found"]
-            self._sittings.resume(kept["seconds"], kept["memory"])
+            self._attempts.resume(kept["seconds"], kept["memory"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or no file of ours
             return None
         log.info("%s: taken from before the trial was cut off", name)
@@ -109,7 +109,7 @@ def base_scores(
         for place, is_folder in ((folder.parent, True), (folder, True), (scores, False), (answers, False)):
             make_way(place, folder=is_folder)
         found = build.evaluator(trial, name)(base, tokenizer, test)
-        own = {fact: value for fact, value in found.facts.items() if fact not in OF_THE_ROWS}
+        own = {fact: value for fact, value in found.facts.items() if fact not in FACTS_OF_ROWS}
         known = record.plain(found.scores | own)
         record.write_lines(answers, found.predictions)
         record.write_json(scores, known | {CHECKSUM: _checksum(known, answers)})
@@ -117,7 +117,7 @@ def base_scores(
 
 
 def _kernels(device: torch.device) -> dict[str, Any]:
-    """What beside the weights decides the scores of a model on ``device``."""
+    """What decides the scores of a model on ``device`` beside its weights: processor, kernels, packages."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else record.processor(),
         "kernels": None if device.type == "cuda" else record.kernels(),
@@ -128,16 +128,20 @@ def _kernels(device: torch.device) -> dict[str, Any]:
 def _of_rows(trial: Trial, name: str, test: list[Example]) -> dict[str, Any]:
     """The rows of the evaluation ``name`` and how they are judged."""
     node = trial.config.eval[name]
-    by_packages = {"text": [record.package(one) for one in TEXT_PACKAGES]} if node.get("_target_") == TEXT else {}
-    return by_packages | {
+    further: dict[str, Any] = {}
+    if node.get("_target_") == TEXT:
+        further["text"] = [record.package(one) for one in TEXT_PACKAGES]
+    if (node.get("num_beams") or 1) > 1:
+        further["own_settings"] = False  # before, a base's own generation settings acted on beams
+    return further | {
         "eval": evaluation_identity(trial.config.eval[name]),
-        "judged": evaluate.JUDGED,
+        "judged": evaluate.JUDGING_VERSION,
         "examples": data_rows.fingerprint(example._asdict() for example in test),
     }
 
 
 def _kept_scores(scores: Path, answers: Path) -> dict[str, Any] | None:
-    """What a base scored, from the study; None where it is not there, or not as it was written."""
+    """The kept scores of a base; None if there are none, or a file was changed."""
     if not (os.path.lexists(scores) and os.path.lexists(answers)):
         return None
     try:

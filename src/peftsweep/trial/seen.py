@@ -1,4 +1,4 @@
-"""Which test rows the adapter was trained on."""
+"""Count the test rows that the adapter was trained on."""
 
 from __future__ import annotations
 
@@ -55,20 +55,25 @@ def seen(
     if training is None:
         return dict.fromkeys(tests)
     dataset = training.trial.config.dataset
-    asked = {name: _ways(test, _again(dataset, trial, name, rows)) for name, test in tests.items()}
-    known = _taken(training, {written for each in asked.values() for ways in each for written in ways}, tokenizer)
+    asked = {
+        name: _written_in_all_templates(test, _in_dataset_templates(dataset, trial, name, rows))
+        for name, test in tests.items()
+    }
+    known = _trained_examples(
+        training, {written for each in asked.values() for ways in each for written in ways}, tokenizer
+    )
     counts: dict[str, int | None] = {name: sum(bool(ways & known) for ways in each) for name, each in asked.items()}
     harness = [name for name in tests if config.eval[name].get("_target_") == HARNESS]
     return counts | dict.fromkeys(harness)
 
 
-def _ways(test: Sequence[Example], again: Sequence[Example | None]) -> list[set[Written]]:
+def _written_in_all_templates(test: Sequence[Example], again: Sequence[Example | None]) -> list[set[Written]]:
     """Prompt and answer of each test row, in all templates that it was put into."""
     others = again if len(again) == len(test) else [None] * len(test)
     return [{one.written for one in pair if one is not None} for pair in zip(test, others, strict=True)]
 
 
-def _again(dataset: DatasetConfig, trial: Trial, name: str, rows: Rows) -> list[Example | None]:
+def _in_dataset_templates(dataset: DatasetConfig, trial: Trial, name: str, rows: Rows) -> list[Example | None]:
     """The test rows in the dataset's own templates, if they have its columns."""
     whole = dataclasses.replace(dataset, missing=OnMissing.drop)
     try:
@@ -77,8 +82,8 @@ def _again(dataset: DatasetConfig, trial: Trial, name: str, rows: Rows) -> list[
         return []
 
 
-def _taken(training: Training, asked: set[Written], tokenizer: PreTrainedTokenizerBase) -> set[Written]:
-    """Those of the examples ``asked`` for that the training took; a short one leaves out some of its rows."""
+def _trained_examples(training: Training, asked: set[Written], tokenizer: PreTrainedTokenizerBase) -> set[Written]:
+    """The ``asked`` examples that the training took; a short training does not take all of its rows."""
     config, tokens = training.trial.config, training.tokens
     examples = templates.dataset_examples(config.dataset, training.rows)
     found = [
@@ -104,7 +109,7 @@ def _ids(trial: Trial, row: data_rows.Row, tokenizer: PreTrainedTokenizerBase) -
 def _of_adapter(
     trial: Trial, rows: Rows, tokens: Sequence[Tokens], tokenizer: PreTrainedTokenizerBase
 ) -> Training | None:
-    """What the record of a saved adapter says that it was trained on, if these rows can be had."""
+    """The training rows of a saved adapter by its record, if they can still be read."""
     held = store.result(store.adapter(str(trial.config.adapter.path)).parent)
     trained_on = ((held.meta_info.get("rows_sha") or {}) if held else {}).get("train")
     if held is None or trained_on is None:

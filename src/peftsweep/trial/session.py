@@ -39,8 +39,8 @@ from peftsweep.training import checkpoint, compiled, length, loop, optimizer, ru
 from peftsweep.training.run import Trained
 from peftsweep.trial import foreseen, mended, seen
 from peftsweep.trial.done import Oversized, Refused, folder, trained
-from peftsweep.trial.outcome import Sittings, log_step, train_cost, train_info
-from peftsweep.trial.scores import COST, KeptEvaluations, base_scores
+from peftsweep.trial.outcome import Attempts, log_step, train_cost, train_info
+from peftsweep.trial.scores import COST, EvaluationCache, base_scores
 from peftsweep.trial.stages import merge_adapter, reload_adapter, row_sources
 
 log = logging.getLogger(__name__)
@@ -51,18 +51,18 @@ OCCUPIED_BYTES = 1e9  # bytes that others hold on a device, beyond what its driv
 
 
 class Session:
-    """A trial under way: each method is a step of it and writes what it finds into the record."""
+    """A running trial: each method is a step of it and writes its results into the record."""
 
     base: PreTrainedModel
     adapted: Model
 
     def __init__(
-        self, trial: Trial, result: Result, meter: Meter, observer: Observer, sittings: Sittings | None = None
+        self, trial: Trial, result: Result, meter: Meter, observer: Observer, attempts: Attempts | None = None
     ) -> None:
         self.trial, self.result, self.meter, self.observer = trial, result, meter, observer
         self.config, self.info, self.place = trial.config, result.train_info, folder(trial)
-        self.sittings = sittings or Sittings(self.place, meter)
-        self.kept = KeptEvaluations(trial, self.place / store.CHECKPOINTS, meter.device, self.sittings)
+        self.attempts = attempts or Attempts(self.place, meter)
+        self.kept = EvaluationCache(trial, self.place / store.CHECKPOINTS, meter.device, self.attempts)
         self.bare: Any = None  # the untouched base, kept beside the adapted one to be timed
         self.earlier = trained(trial)
         self.profiled_steps = 0
@@ -142,7 +142,7 @@ class Session:
         return seen.seen(self.trial, self.rows, self.tokens, self.tests, self.tokenizer)
 
     def share(self, other: Session) -> None:
-        """Take over what ``other``, of a trial on the same base and rows, has loaded, read and found out."""
+        """Take over the base, the rows and their facts from ``other``, a trial on the same base and rows."""
         self.base, self.adapted = other.base, other.adapted
         self.tokenizer, self.pad_id = other.tokenizer, other.pad_id
         self.rows, self.tokens, self.tests = other.rows, other.tokens, other.tests
@@ -187,8 +187,8 @@ class Session:
 
     def _train(self) -> None:
         foreseen.memory(self.trial, self.result, self.tokens)
-        flops = foreseen.foresee(self.trial, self.result, self.rows, self.tokens, self.meter.device)
-        self.observer.expects(foreseen.by_kind(self.result))
+        flops = foreseen.predict_time(self.trial, self.result, self.rows, self.tokens, self.meter.device)
+        self.observer.expects(foreseen.predicted_by_kind(self.result))
         checkpoints = self.checkpoints()
         with self.stage("train"), self.steps() as lines:
             trained = loop.train(
@@ -213,7 +213,7 @@ class Session:
         )
 
     def note_stop(self, trained: run.Trained) -> None:
-        """Have the record say so if the validations ended the training before its last step."""
+        """Note in the record whether a validation ended the training before its last step."""
         if trained.stopped is None:
             return
         asked = self.trial.pruning if trained.stopped == rungs.PRUNED else None
@@ -222,11 +222,11 @@ class Session:
         self.result.run_info["stopped"] = rungs.stop(self.place, trained.stopped, trained.steps, metric)
 
     def prune(self) -> run.Prune | None:
-        """What tells after a validation whether a search prunes the trial; None where none does."""
+        """The function that decides after a validation whether a search prunes the trial; None without a search."""
         return None if self.trial.pruning is None else pruning.verdict(self.trial.pruning)
 
     def checkpoints(self) -> checkpoint.Checkpoints:
-        """Those of the training, which goes on from the newest one."""
+        """The checkpoints of the training, which continues from the newest one."""
         trial, since = self.trial, mended.right_since(self.trial.tree)
         trainings = [trial.training, *([trial.earlier.training] if trial.earlier else [])]
         stamps = [checkpoint.stamp(training, self.meter.device, since) for training in trainings]
@@ -236,11 +236,11 @@ class Session:
             found.clear()
         self.result.run_info["resumed"] = resumed = found.find()  # from this step on; 0: from the beginning
         if resumed:
-            self.sittings.resume(found.earlier, found.earlier_memory)
+            self.attempts.resume(found.earlier, found.earlier_memory)
         if found.trained is None:
             self.kept.forget()  # of other weights
         found.check = self.check_claim
-        found.seconds, found.memory = self.sittings.seconds, self.sittings.memory
+        found.seconds, found.memory = self.attempts.seconds, self.attempts.memory
         return found
 
     def log_step(self, lines: TextIO, row: dict[str, Any]) -> None:
@@ -273,7 +273,7 @@ class Session:
         return answers
 
     def compare(self, answers: Answers | None) -> None:
-        """Load what was saved, and merge it: do both answer as the trained model did?"""
+        """Load the saved adapter and merge it, and compare the losses of both with the trained model's."""
         if answers is not None:
             self.check(answers)
             if self.config.adapter.merge and self.config.method:
@@ -300,18 +300,18 @@ class Session:
         return validate
 
     def judge(self) -> None:
-        """What the validation says at the rung at which the trial stops; the test rows are left alone."""
+        """Record the validation of the rung at which the trial stops; the test rows are not used."""
         assert self.stop_at is not None
         self.info["validation"] = rungs.validated(self.place, self.stop_at)
         self.result.run_info["rung"] = rungs.rung(self.config.halving, self.place, self.stop_at)
 
     def evaluate(self) -> None:
-        self.result.run_info[record.JUDGED] = evaluation_evaluate.JUDGED
+        self.result.run_info[record.JUDGED] = evaluation_evaluate.JUDGING_VERSION
         for name, test in self.tests.items():
             self.result.eval_info[name] |= self.kept.find(name, test) or self._evaluate(name, test)
 
     def _evaluate(self, name: str, test: list[Example]) -> dict[str, Any]:
-        """Scores, facts and cost; they are on the disk, for a sitting that goes on after this one was cut off."""
+        """Scores, facts and cost; they are on the disk, for a attempt that goes on after this one was cut off."""
         with self.stage("eval") as own:
             evaluation = build.evaluator(self.trial, name)(self.adapted, self.tokenizer, test)
         self.check_claim()
@@ -341,7 +341,7 @@ class Session:
                         rows.append({"scale": scale, "eval": name, "role": roles[name], "metric": metric, **score})
 
     def save(self) -> None:
-        """Have the trained weights on the disk, if they are to be saved."""
+        """Save the trained weights, if the configuration says so."""
         if not self.config.adapter.save:
             return
         with self.stage("save"):
@@ -364,14 +364,14 @@ class Session:
             return probe, losses.answer_losses(self.adapted, probe)
 
     def profile(self, prepare: Callable[[], None] = lambda: None) -> None:
-        """Look closely at some further steps, whose weights are thrown away.
+        """Profile some further steps, whose weights are thrown away.
 
         That this fails is a fact of the record, as the trial itself has succeeded.
         """
         with self.stage("profile"):
             try:
                 prepare()
-                with compiled.once():
+                with compiled.compile_once():
                     found = build.profiler(self.trial)(self._further_steps, self.place / "profile", self.meter.device)
                 found |= self._sizes(self.profiled_steps) if self.profiled_steps else {}
             except Exception as error:
@@ -393,7 +393,7 @@ class Session:
         self._steps(steps, Meter(self.meter.device), after_step)
 
     def _steps(self, steps: int, meter: Meter, after_step: Callable[[], None] | None = None) -> Trained:
-        """Some more steps, of all sizes as the trial's are."""
+        """Run further steps, with sizes distributed as the trial's."""
         config = dataclasses.replace(self.config.train, steps=steps, epochs=None, keep_best=False, log_every=steps)
         return loop.train(
             self.adapted,
@@ -417,14 +417,14 @@ class Session:
             self._attach()
 
     def measure(self) -> None:
-        """What a step takes alone, of a trial that was trained with others: some steps of it, thrown away."""
+        """Measure the step of a packed trial alone, on some further steps that are thrown away."""
         with self.stage("load"):
             self.base = build.load_base(self.trial, self.tokenizer, self.meter.device)
         self._attach()
         with self.stage("train"):
             trained = self._steps(MEASURED_STEPS, self.meter)
         cost = train_cost(trained)
-        del cost["train_seconds"]  # that of all its steps nobody has measured
+        del cost["train_seconds"]  # which was not measured for all of its steps
         self.info |= cost | {"measured_steps": MEASURED_STEPS}
         self.let_go()
 

@@ -31,7 +31,7 @@ NARROW_TOLERANCE = 0.03
 def row_sources(
     trial: Trial, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: data_rows.Rows
 ) -> dict[str, Any]:
-    """What the model, the tokenizer and the rows were: the hub's commits and dates, else hashes of the content."""
+    """The versions of model, tokenizer and rows: the hub's commits and dates, else hashes of their content."""
     config = trial.config
     model_sha, model_created = model.commit(base), None
     if model_sha is None:
@@ -56,7 +56,7 @@ def row_sources(
 def reload_adapter(
     trial: Trial, place: Path, tokenizer: PreTrainedTokenizerBase, probe: batches.Batch, losses: torch.Tensor
 ) -> dict[str, Any]:
-    """Load what was saved onto a fresh base: does it answer a batch as the trained model does?
+    """Load the saved adapter onto a fresh base, and compare its losses on a batch with the trained model's.
 
     Of a classifier's base what its checkpoint lacks is drawn from another seed, so that it must have been saved.
     """
@@ -78,7 +78,7 @@ def reload_adapter(
 def merge_adapter(
     trial: Trial, place: Path, tokenizer: PreTrainedTokenizerBase, probe: batches.Batch, losses: torch.Tensor
 ) -> dict[str, Any]:
-    """Write the merged model and read it back: does it answer a batch as the base with its adapter does?
+    """Write the merged model, read it back, and compare its losses on a batch with those of base and adapter.
 
     A quantised base is dequantised first, exactly. 8-bit layers also round what flows through them, so that the
     merged model is held to the adapter on the dequantised base, and its difference from the trained one is told.

@@ -21,7 +21,7 @@ from peftsweep.study import claims, record, store
 from peftsweep.study.record import Result, Status
 from peftsweep.training import compiled
 from peftsweep.trial.done import done_before, finished, folder, lacks_answers_of_base, lacks_profile
-from peftsweep.trial.outcome import Sittings, begin, empty, end, failure_of, logged, so_far, status_of
+from peftsweep.trial.outcome import Attempts, begin, empty, end, failure_of, logged, progress_so_far, status_of
 from peftsweep.trial.session import Session
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def died(trial: Trial, status: Status, failure: dict[str, str], seconds: float) 
     place = folder(trial)
     with claims.claim(place.parent, trial.identity):
         result = begin(trial, place)
-        result.train_info |= so_far(place)
+        result.train_info |= progress_so_far(place)
         result.run_info |= {"status": status.value, "error": failure}
         result.run_info |= {"sitting_seconds": seconds, "total_seconds": seconds}
         result.write(place)
@@ -72,7 +72,7 @@ def _run_claimed(trial: Trial, place: Path, observer: Observer) -> Result:
             Session(trial, held, meter, tracker).score_base_again()
         held.write(place)
         return held
-    sittings = Sittings(place, meter)
+    attempts = Attempts(place, meter)
     with meter.stage("setup"):  # and all that is between the stages
         result = begin(trial, place)
     with logged(place / "trial.log"):
@@ -83,19 +83,19 @@ def _run_claimed(trial: Trial, place: Path, observer: Observer) -> Result:
         status, failure = Status.success, None
         try:
             with meter.stage("setup"), current(meter.device):
-                status = _run(Session(trial, result, meter, tracker, sittings))
+                status = _run(Session(trial, result, meter, tracker, attempts))
         except claims.Claimed:  # the other process writes the record
             tracker.end({}, Status.cancelled.value)
             raise
         except BaseException as error:
             status, failure = status_of(error), failure_of(error, meter.current, trial.config)
-            full = store.unwritable(error)  # the next trial would train for nothing
+            full = store.unwritable(error)  # the next trial could not be written either
             if full or not isinstance(error, Exception):
-                end(result, place, meter, start, status, failure, tracker, sittings)
+                end(result, place, meter, start, status, failure, tracker, attempts)
                 if full:
                     raise full from error
                 raise
-        end(result, place, meter, start, status, failure, tracker, sittings)
+        end(result, place, meter, start, status, failure, tracker, attempts)
     empty(meter.device)
     return result
 
@@ -109,7 +109,7 @@ def _run(session: Session) -> Status:
         session.judge()
         return Status.stopped
     session.score_base()
-    with compiled.once() if session.config.profiler else nullcontext():
+    with compiled.compile_once() if session.config.profiler else nullcontext():
         session.adapt()
         if session.stopped_early:
             return Status.stopped

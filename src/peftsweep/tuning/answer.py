@@ -1,4 +1,4 @@
-"""sweep=tune and sweep=league from the question to what they decided, said and written down."""
+"""Run sweep=tune and sweep=league: search, finals, decision, and the file that keeps them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from peftsweep.study import record
 from peftsweep.study.store import LEAGUE, TUNE
 from peftsweep.tuning import decision, search
 from peftsweep.tuning import finals as statistics
-from peftsweep.tuning.budget import Purse, parse
+from peftsweep.tuning.budget import BudgetAccount, parse
 from peftsweep.tuning.finals import BETTER, OPEN, TIE, WORSE, Finals, Judged, Look
 from peftsweep.tuning.search import Point, Space, Spent, Tuned, Until
 from peftsweep.tuning.space import Plan, check_lists, plan, space
@@ -29,7 +29,7 @@ PLACEBO_SEED = 1000  # by which the placebo's seeds lie above those of the other
 
 @dataclass(frozen=True)
 class Question:
-    """What a command asks."""
+    """A command of sweep=tune or sweep=league, parsed."""
 
     words: list[str]  # of the command line
     base_words: list[str]  # of them, those that every trial gets
@@ -41,37 +41,37 @@ class Question:
 
     @property
     def any(self) -> Trial:
-        """One of the trials, for what is the same in all."""
+        """One of the trials, for the settings that all share."""
         return next(iter(self.trials.values()))
 
     @property
     def hash(self) -> str:
-        """Of what is asked, without how long for."""
+        """A hash of the question without its budget."""
         return content_hash([sorted(self.base_words), sorted(self.trials), asdict(self.any.config.tune)])
 
 
 @dataclass
 class Setting:
-    """A question made ready: its spaces, and the trials that answer."""
+    """A checked question with its search spaces and its trials."""
 
     spaces: list[Space]
     plan: Plan
     trials: Trials
 
 
-def made_ready(asked: Question, file: str) -> Setting:
-    """The question, checked; ``file`` is the one of the study in which its earlier commands are.
+def prepare(question: Question, file: str) -> Setting:
+    """Check the question; ``file`` of the study holds the results of earlier commands.
 
     Raises:
         InputError: it cannot be asked so.
     """
-    config = asked.any.config
+    config = question.any.config
     tune = asdict(config.tune)
     check_lists(tune)
-    budget, common = parse(config.budget), plan(asked.any, config.tune.metric)
+    budget, common = parse(config.budget), plan(question.any, config.tune.metric)
     spaces, sizes = [], {}
-    for name, one in asked.trials.items():
-        found, sizes[name] = space(one, tune, has_rate=asked.with_rate[name])
+    for name, one in question.trials.items():
+        found, sizes[name] = space(one, tune, has_rate=question.with_rate[name])
         spaces.append(replace(found, method=name))
     if budget is not None and budget.unit == "steps" and budget.amount < (common.total or math.inf):
         least = (
@@ -80,16 +80,16 @@ def made_ready(asked: Question, file: str) -> Setting:
             else "trials or time: steps are not known"
         )
         raise InputError(f"budget={config.budget}: must be {least}")
-    total, earlier = common.total, earlier_seconds(asked.folder / file, asked.hash)
-    purse = Purse(budget, (common.rung or total, total, total), Clock(earlier))
-    words = [*asked.base_words, *(["skip_oversized=true"] if config.memory_limit is not None else [])]
+    total, earlier = common.total, earlier_seconds(question.folder / file, question.hash)
+    purse = BudgetAccount(budget, (common.rung or total, total, total), Clock(earlier))
+    words = [*question.base_words, *(["skip_oversized=true"] if config.memory_limit is not None else [])]
     named = config.tune.targets is not None
     return Setting(
-        spaces, common, Trials(asked.launch, words, common, sizes, purse, asked.at_once, named_targets=named)
+        spaces, common, Trials(question.launch, words, common, sizes, purse, question.at_once, named_targets=named)
     )
 
 
-def first(setting: Setting, seed: int) -> list[tuple[Point, Until]]:
+def first_trials(setting: Setting, seed: int) -> list[tuple[Point, Until]]:
     """The trials that a tuning begins with."""
     until = Until.rung if setting.plan.rung else Until.end
     return [
@@ -99,8 +99,8 @@ def first(setting: Setting, seed: int) -> list[tuple[Point, Until]]:
     ]
 
 
-def foreseen(setting: Setting) -> list[str]:
-    """What may be tried of each method, a line each."""
+def planned_lines(setting: Setting) -> list[str]:
+    """One line a method: the values that may be tried."""
     lines = []
     for one in setting.spaces:
         size, targets = setting.trials.sizes[one.method], [option or "its own" for option in one.targets]
@@ -133,42 +133,42 @@ class Final:
         return sorted(means, key=lambda name: -sign * means[name])
 
 
-def tune(asked: Question, say: Callable[[str], None]) -> None:
-    """Search, judge the finalists, say what was decided, and write it to the study's tune.json.
+def tune(question: Question, say: Callable[[str], None]) -> None:
+    """Search, judge the finalists, print the decision, and write it to the study's tune.json.
 
     Raises:
         InputError: the question cannot be asked so; nothing was trained.
         SweepFailed: no trial could be trained.
         NotRun: the launcher did not run all that it was given.
     """
-    setting = made_ready(asked, TUNE)
-    seed = asked.any.config.seed
+    setting = prepare(question, TUNE)
+    seed = question.any.config.seed
     found: list[Tuned] = []
 
     def note() -> None:
-        _write(asked, setting, found, None, [])
+        _write(question, setting, found, None, [])
 
     setting.trials.note = note
     found = search.tune(setting.spaces, setting.trials, seed)
     if all(one.best is None for one in found):
         reasons = sorted(set(setting.trials.refused.values()))
         raise SweepFailed("no trial could be trained: " + ("; ".join(reasons[:3]) or "the budget has room for none"))
-    final = _finals(setting, found, asked.any, seed)
+    final = _finals(setting, found, question.any, seed)
     decided = _decision(setting, found, final)
     lines = [
         *_searched(setting, found),
-        *_decided(decided, final, asked.any.config.tune.tie),
+        *_decided(decided, final, question.any.config.tune.tie),
         *(f"not tried of {line}" for line in decided.not_tried),
         *(f"could not be trained: {line}" for line in decided.not_trained),
         _spent(setting),
     ]
-    _write(asked, setting, found, final, lines, decided)
+    _write(question, setting, found, final, lines, decided)
     for line in lines:
         say(line)
 
 
 def _finals(setting: Setting, found: Sequence[Tuned], one: Trial, seed: int) -> Final | None:
-    """Judge the finalists seed by seed until what is between them is settled; None where none was judged."""
+    """Judge the finalists seed by seed until their comparison is decided; None where none was judged."""
     config, trials = one.config.tune, setting.trials
     best = {each.method: each.best for each in found if each.best is not None}
     names = list(best)[: config.finalists]
@@ -221,7 +221,7 @@ def configuration(point: Point, size: str | None) -> str:
 
 
 def _searched(setting: Setting, found: Sequence[Tuned]) -> list[str]:
-    """A line a method: its best by validation, and what that was chosen among."""
+    """One line a method: its best configuration by validation, and the values it was chosen among."""
     lines = []
     for one in found:
         known = {point: setting.plan.sign * score for point, score in (one.ends or one.rungs).items()}
@@ -238,7 +238,7 @@ def _searched(setting: Setting, found: Sequence[Tuned]) -> list[str]:
 
 
 def _decision(setting: Setting, found: Sequence[Tuned], final: Final | None) -> Decision:
-    """What to use, and what was not tried or could not be trained."""
+    """The decision: what to use, what was not tried and what could not be trained."""
     best, sizes = {one.method: one.best for one in found if one.best}, setting.trials.sizes
     called = {method: configuration(point, sizes[method]) for method, point in best.items()}
     if final is None:
@@ -252,7 +252,7 @@ def _decision(setting: Setting, found: Sequence[Tuned], final: Final | None) -> 
 
 
 def _decided(found: Decision, final: Final | None, tie: float) -> list[str]:
-    """What to use, and what stands between the finalists."""
+    """The sentences about what to use and about each comparison of finalists."""
     lines, looks = [decision.sentence(found)], [look for _, _, look in final.looks] if final else []
     for one, look in zip(found.between, looks, strict=True):
         assert final is not None
@@ -265,7 +265,7 @@ def _decided(found: Decision, final: Final | None, tie: float) -> list[str]:
 
 
 def _not_tried(setting: Setting, found: Sequence[Tuned]) -> list[str]:
-    """What the search would have tried of each method, and did not."""
+    """One line a method: values that the search did not try."""
     lines = []
     known = {one.method: {**one.rungs, **one.ends} for one in found}
     for one in setting.spaces:
@@ -280,7 +280,7 @@ def _not_tried(setting: Setting, found: Sequence[Tuned]) -> list[str]:
 
 
 def _not_trained(setting: Setting) -> list[str]:
-    """What could not be trained, with the reason."""
+    """One line a configuration that could not be trained, with the reason."""
     sizes, refused = setting.trials.sizes, setting.trials.refused
     return [f"{configuration(point, sizes[point.method])}: {reason}" for point, reason in refused.items()]
 
@@ -292,7 +292,7 @@ def _spent(setting: Setting) -> str:
 
 
 def _write(
-    asked: Question,
+    question: Question,
     setting: Setting,
     found: Sequence[Tuned],
     final: Final | None,
@@ -302,10 +302,10 @@ def _write(
     purse, sizes = setting.trials.purse, setting.trials.sizes
     scores = {(p, until): setting.plan.sign * score for (p, until), score in setting.trials.scores.items()}
     record.write_json(
-        asked.folder / TUNE,
+        question.folder / TUNE,
         {
-            "asked": asked.hash,
-            "command": asked.words,
+            "asked": question.hash,
+            "command": question.words,
             "metric": f"validation_{setting.plan.metric}",
             "budget": str(purse.budget) if purse.budget else None,
             "spent": {"trials": purse.trials, "steps": purse.steps, "seconds": purse.seconds},
@@ -340,7 +340,7 @@ def _final_facts(final: Final) -> dict[str, Any]:
 # ---- sweep=league ----------------------------------------------------------------------------------
 
 
-def league(asked: Question, say: Callable[[str], None]) -> None:
+def league(question: Question, say: Callable[[str], None]) -> None:
     """Tune all methods with equally many trials, judge them on the test rows, and rank them; see league.json.
 
     Raises:
@@ -348,19 +348,21 @@ def league(asked: Question, say: Callable[[str], None]) -> None:
         SweepFailed: a contestant could not be trained.
         NotRun: the launcher did not run all that it was given.
     """
-    config = asked.any.config
+    config = question.any.config
     own = config.league
     placebo = f"{own.placebo} (placebo)"
-    asked = replace(
-        asked, trials={**asked.trials, placebo: asked.trials[own.placebo]}, with_rate={**asked.with_rate, placebo: True}
+    question = replace(
+        question,
+        trials={**question.trials, placebo: question.trials[own.placebo]},
+        with_rate={**question.with_rate, placebo: True},
     )
-    setting = made_ready(asked, LEAGUE)
+    setting = prepare(question, LEAGUE)
     trials = setting.trials
     trials.options = {placebo: own.placebo}
-    seeds = {name: _seed(config.seed, PLACEBO_SEED if name == placebo else 0) for name in asked.trials}
+    seeds = {name: _seed(config.seed, PLACEBO_SEED if name == placebo else 0) for name in question.trials}
     tuned = search.equally(setting.spaces, trials, own.trials, seeds)
     best = {one.method: one.best for one in tuned if one.best is not None}
-    if lacking := [name for name in asked.trials if name not in best]:
+    if lacking := [name for name in question.trials if name not in best]:
         raise SweepFailed(f"no trial of {', '.join(lacking)} could be trained")
     points = {name: [replace(p, seed=_seed(seeds[name], n + 1)) for n in range(own.seeds)] for name, p in best.items()}
     trials("finals", [point for group in zip(*points.values(), strict=True) for point in group], Until.test)
@@ -372,13 +374,13 @@ def league(asked: Question, say: Callable[[str], None]) -> None:
         raise SweepFailed(f"fewer than two final trials of {', '.join(lacking)} came to their end")
     column = f"eval_info.{said[0]}.{said[1]}.value"
     result = statistics.league(column, found, own.placebo, placebo, own.difference)
-    costs = {name: _costs(trials, name) for name in asked.trials}
+    costs = {name: _costs(trials, name) for name in question.trials}
     called = {name: configuration(replace(p, method=name), trials.sizes[name]) for name, p in best.items()}
     lines = _ranking(called, result, costs, own.placebo, placebo, own.difference, score_name(column))
     decided = decision.league_decision(column, found, result, called, own.placebo, own.difference)
     record.write_json(
-        asked.folder / LEAGUE,
-        {"asked": asked.hash, "command": asked.words, "column": column, "lines": lines, "costs": costs}
+        question.folder / LEAGUE,
+        {"asked": question.hash, "command": question.words, "column": column, "lines": lines, "costs": costs}
         | {"spent": {"seconds": trials.purse.seconds}, "best": {name: asdict(p) for name, p in best.items()}}
         | {"scores": {name: {str(s): one.value for s, one in of.items()} for name, of in found.items()}}
         | {"result": record.plain(asdict(result)), "decision": decision.facts(decided)},
@@ -388,7 +390,7 @@ def league(asked: Question, say: Callable[[str], None]) -> None:
 
 
 def _costs(trials: Trials, contestant: str) -> dict[str, Any]:
-    """What a contestant took, tuning and finals together."""
+    """The costs of a contestant, tuning and finals together."""
     own = {point: one for point, one in trials.results.items() if point.method == contestant}
     info = [one.train_info for one in own.values()]
     begun = len(own) + sum(p.method == contestant and p not in own for p in trials.refused)

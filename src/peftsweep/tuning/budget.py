@@ -1,4 +1,4 @@
-"""The budget of sweep=tune: how it is said, and what it leaves room for."""
+"""The budget of sweep=tune: its syntax, and the trials that it admits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ALLOWED = "trials (40trials), optimizer steps (5000steps) or wall time (90m, 2h,
 
 @dataclass(frozen=True)
 class Budget:
-    """So many ``trials``, ``steps`` or ``seconds``; infinite where none was given."""
+    """A budget of ``trials``, ``steps`` or ``seconds``; infinite where none was given."""
 
     amount: float
     unit: str
@@ -26,27 +26,27 @@ class Budget:
         return f"{self.amount:,.0f} {self.unit}"
 
 
-def parse(said: object) -> Budget | None:
+def parse(text: object) -> Budget | None:
     """``40trials``, ``5000steps``, ``90m``, ``2h``; None stays None.
 
     Raises:
         InputError: it is no such budget.
     """
-    if said is None:
+    if text is None:
         return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", str(said).strip())
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+)", str(text).strip())
     unit = found[2] if found else ""
     counts = unit in UNITS
     if found is None or unit not in UNITS | SECONDS:
-        raise InputError(f"budget={said}: must be a number of {ALLOWED}")
+        raise InputError(f"budget={text}: must be a number of {ALLOWED}")
     amount = float(found[1])
     if amount <= 0 or (counts and not amount.is_integer()):
-        raise InputError(f"budget={said}: must be above 0, trials and steps in whole numbers")
+        raise InputError(f"budget={text}: must be above 0, trials and steps in whole numbers")
     return Budget(amount, unit.removesuffix("s") + "s") if counts else Budget(amount * SECONDS[unit], "seconds")
 
 
-class Purse:
-    """What a budget leaves to a tuning.
+class BudgetAccount:
+    """The account of a tuning's budget.
 
     Trials and steps are counted by what was asked for, so that the same command with the same budget always comes to
     the same; a trial that failed counts whole. Wall time is that of ``clock``, with what earlier commands took.
@@ -62,7 +62,7 @@ class Purse:
 
     @property
     def trials(self) -> int:
-        """How many were begun."""
+        """The number of trials begun."""
         return len(self._went.keys() - self._free)
 
     @property
@@ -106,7 +106,7 @@ class Purse:
         return median(self._took[until]) if self._took[until] else 0.0
 
     def took(self, until: Until, seconds: float) -> None:
-        """So long a batch of trials took, by which the next one is foreseen."""
+        """Note the seconds of a batch of trials, by which the next batch is predicted."""
         self._took[until].append(seconds)
 
     def same(self, point: Point) -> None:

@@ -1,4 +1,4 @@
-"""What sweep=tune and sweep=league have from Hydra: the words of a command, composed trials, and a launcher."""
+"""Connect sweep=tune and sweep=league to Hydra: words of the command, composed trials, launcher."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RATE = "train.learning_rate"
 
 
 def run(launcher: Any, config: DictConfig, loader: Any, points: Sequence[Sequence[str]], *, league: bool) -> None:
-    """Answer the question of a command; ``points`` are its words, with each of its methods once.
+    """Run the search of a command; ``points`` are its words, with each of its methods once.
 
     Raises:
         InputError: it cannot be asked so; nothing was trained.
@@ -39,6 +39,8 @@ def run(launcher: Any, config: DictConfig, loader: Any, points: Sequence[Sequenc
     if (sweeper := config.hydra.runtime.choices["hydra/sweeper"]) != "grid":
         raise InputError(f"hydra/sweeper={sweeper}: sweep={'league' if league else 'tune'} brings its own")
     asked = _question(launcher, config, loader, points, league)
+    if not config.quiet:
+        print(_place(asked.folder, league), flush=True)
     if config.dry_run:
         _dry_run(asked, launcher, league)
         return
@@ -48,6 +50,13 @@ def run(launcher: Any, config: DictConfig, loader: Any, points: Sequence[Sequenc
         [line for line in lines if line.startswith(("Use ", "No gain shown by ", "By "))] if config.quiet else lines
     ):
         print(line, flush=True)
+
+
+def _place(folder: Path, league: bool) -> str:
+    """Which study a search continues, as its first line."""
+    name, file = ("league", store.LEAGUE) if league else ("tune", store.TUNE)
+    does = "goes on with" if (folder / file).is_file() else "keeps its trials in"
+    return f"sweep={name}: {does} the study {folder} (study=NAME: another)"
 
 
 def _question(
@@ -119,10 +128,10 @@ def check_axes(parsed: Sequence[Override], name: str) -> None:
             raise InputError(f"{word.input_line}: sweep={name} takes several values of method alone{way}")
 
 
-def _dry_run(asked: Question, launcher: Any, league: bool) -> None:
+def _dry_run(question: Question, launcher: Any, league: bool) -> None:
     """List the first trials, and say what would come after them."""
-    setting = answer.made_ready(asked, store.LEAGUE if league else store.TUNE)
-    first = answer.first(setting, asked.any.config.seed)
+    setting = answer.prepare(question, store.LEAGUE if league else store.TUNE)
+    first = answer.first_trials(setting, question.any.config.seed)
     launcher.launch([setting.trials.words_of(point, until) for point, until in first], initial_job_idx=0)
-    for line in answer.foreseen(setting):
+    for line in answer.planned_lines(setting):
         print(line)

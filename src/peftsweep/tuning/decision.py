@@ -1,4 +1,4 @@
-"""What a tuning or a league decided, as facts that its file keeps and every report repeats, and as one sentence."""
+"""The decision of a tuning or a league: the facts in its file and its reports, and one sentence."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def facts(decision: Decision) -> dict[str, Any]:
 
 
 def sentence(decision: Decision) -> str:
-    """What to use, on which numbers, and what it gains over the untouched base."""
+    """The sentence: what to use, its scores, and its gain over the untouched base."""
     if decision.verdict == "by validation":
         said = f"By validation alone: {decision.configuration}."
         return f"{said} Nothing was judged on the test rows, as the budget was spent."
@@ -88,7 +88,7 @@ def _finalist(name: str, configuration: str, scores: Finals, rank: int | None = 
 
 
 def comparison_sentence(one: Between, tie: float, column: str, *, hopeless: bool, spent: bool) -> str:
-    """What stands between two finalists; ``spent`` says whether the budget ended the comparison."""
+    """The sentence about the comparison of two finalists; ``spent``: the budget ended it."""
     ends = f"{one.estimate:+.4f} [{one.low:+.4f}, {one.high:+.4f}]"
     scale = " (logarithms of ratios)" if "perplexity" in column else ""
     held = f"{ends}{scale}, valid at every look, {one.looks} so far"

@@ -24,16 +24,16 @@ from peftsweep.analysis.table.columns import direction, evaluation
 from peftsweep.study.record import Status
 
 POWER = 0.8  # with which a league is to see the difference that it was asked for
-MOST_SEEDS = 1000  # that a league may ask for
+MAX_SEEDS = 1000  # that a league may ask for
 CONTESTANT = "choices.method"  # under which a table of finals holds who a trial is of
 BETTER, WORSE, TIE, OPEN = "better", "worse", "tie", "open"
 
 
 @dataclass(frozen=True)
 class BaseScore:
-    """What the untouched base scores on the same test rows."""
+    """The score of the untouched base on the same test rows."""
 
-    answers: str  # the file of its answers in the study, by which bases are told apart
+    answers: str  # the file of its answers in the study, which differs between bases
     value: float
     stderr: float | None
     n: int | None
@@ -42,7 +42,7 @@ class BaseScore:
 
 @dataclass(frozen=True)
 class Judged:
-    """What one trial scored on its test rows."""
+    """The scores of one trial on its test rows."""
 
     trial: str
     value: float
@@ -185,7 +185,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class League:
-    """What the finals of a league say."""
+    """The result of the finals of a league."""
 
     standings: list[Standing]  # the best first
     placebo: str  # how the placebo did against the method that it is
@@ -236,7 +236,7 @@ def seeds_needed(found: Tested, difference: float) -> int | None:
     rows = float(np.mean([_variance_of_rows(measured, pair) for pair in pairs])) if pairs else 0.0
     if not between and not rows:
         return None
-    for seeds in range(2, MOST_SEEDS + 1):
+    for seeds in range(2, MAX_SEEDS + 1):
         quantile = special.stdtrit(count * (seeds - 1), 1 - ALPHA / found.family / 2) + special.ndtri(POWER)
         if quantile**2 * (2 * between / seeds + rows) <= wanted**2:
             return seeds

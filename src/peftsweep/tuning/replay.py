@@ -55,7 +55,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Replay:
-    """What the tuner found in one grid; regrets are losses above the grid's best."""
+    """The result of the tuner in one grid; a regret is the loss above the grid's best."""
 
     name: str
     best: tuple[float, int] | None  # rate and rank; None where every run that it asked for had diverged
@@ -137,7 +137,7 @@ def _random(grid: Grid, runs: int, of: int) -> float:
 
 
 def lines(replays: Sequence[Replay]) -> list[str]:
-    """What a replay says: a line a grid, and all of them together."""
+    """The report of a replay: one line a grid, and one for all together."""
     said = []
     for one in replays:
         best = "nothing: every run had diverged" if one.best is None else f"rate {one.best[0]:g}, rank {one.best[1]}"

@@ -19,13 +19,13 @@ from enum import IntEnum
 from functools import partial
 from typing import Protocol
 
-MOST_RATES = 9  # of one method, with those by which its ladder is extended
-KEEP = 3  # one in so many rates is trained from the first rung to the end, and at least two
-STEP = math.sqrt(10)  # between two rates of a ladder
+MAX_RATES = 9  # of one method, with those by which its ladder is extended
+RATES_PER_SURVIVOR = 3  # one in so many rates is trained from the first rung to the end, and at least two
+RATE_STEP = math.sqrt(10)  # between two rates of a ladder
 
 
 class Until(IntEnum):
-    """How far a trial is asked to go."""
+    """How far a trial is trained and judged."""
 
     rung = 1  # the first rung, and its validation
     end = 2  # the end of its training, and its validation
@@ -34,7 +34,7 @@ class Until(IntEnum):
 
 @dataclass(frozen=True)
 class Point:
-    """One trial of a tuning. What is None is as the method's yaml says."""
+    """One trial of a tuning. A value of None is that of the method's yaml."""
 
     method: str
     rate: float
@@ -47,7 +47,7 @@ Scores = Mapping[Point, float]  # of validation, lower is better; a trial that f
 
 
 class Ask(Protocol):
-    """Where scores come from."""
+    """A source of scores: trials, a table or a simulation."""
 
     def __call__(self, stage: str, points: Sequence[Point], until: Until) -> Scores:
         """The scores of those of ``points`` that could be trained so far.
@@ -68,7 +68,7 @@ class Spent(Exception):
 
 @dataclass(frozen=True)
 class Space:
-    """What may be tried of one method."""
+    """The search space of one method."""
 
     method: str
     rates: tuple[float, ...]
@@ -80,17 +80,17 @@ class Space:
 
 def ladder(rate: float, count: int = 3) -> tuple[float, ...]:
     """``count`` rates around ``rate``, half an order of magnitude apart, to three digits."""
-    return tuple(float(f"{rate * STEP ** (place - count // 2):.3g}") for place in range(count))
+    return tuple(float(f"{rate * RATE_STEP ** (place - count // 2):.3g}") for place in range(count))
 
 
 @dataclass
 class Tuned:
-    """What is known of one method: its scores, and the best of those trained to the end."""
+    """The results of one method: its scores, and the best of those trained to the end."""
 
     method: str
     ends: dict[Point, float] = field(default_factory=dict)
     rungs: dict[Point, float] = field(default_factory=dict)
-    over: bool = False  # whether every stage came to its end
+    over: bool = False  # whether every stage was completed
 
     @property
     def best(self) -> Point | None:
@@ -100,7 +100,7 @@ class Tuned:
 
     @property
     def score(self) -> float:
-        """That of the best; infinite where nothing could be trained."""
+        """The score of the best; infinite where nothing could be trained."""
         return math.inf if self.best is None else (self.ends or self.rungs)[self.best]
 
 
@@ -130,7 +130,7 @@ def tune(spaces: Sequence[Space], ask: Ask, seed: int = 0) -> list[Tuned]:
 def _together(
     stage: str, searches: Mapping[str, Search], ask: Ask, found: Mapping[str, Tuned]
 ) -> dict[str, Point | None]:
-    """Run the searches in step with each other, so that what they want is asked for at once; what each came to."""
+    """Run the searches in step, so that their points run in one batch; returns the result of each."""
     ended: dict[str, Point | None] = {}
     wants: dict[str, Want] = {}
 
@@ -170,11 +170,11 @@ def rates(space: Space, seed: int) -> Search:
     while True:
         points = [Point(space.method, rate, space.sizes[0], space.targets[0], seed) for rate in from_centre(tried)]
         first = yield points, Until.rung
-        kept = sorted(first, key=first.__getitem__)[: max(2, math.ceil(len(tried) / KEEP))]
+        kept = sorted(first, key=first.__getitem__)[: max(2, math.ceil(len(tried) / RATES_PER_SURVIVOR))]
         scores = (yield kept, Until.end) if kept else {}
         best = min(scores, key=scores.__getitem__) if scores else None
         beyond = next_rate(tried, best.rate if best else None)
-        if beyond is None or not space.extends or len(tried) >= MOST_RATES:
+        if beyond is None or not space.extends or len(tried) >= MAX_RATES:
             return best
         tried.append(beyond)
 
@@ -192,8 +192,8 @@ def next_rate(tried: Sequence[float], best: float | None) -> float | None:
     Where none could be trained (``best`` is None) it is a lower one.
     """
     if best is None or best == min(tried):
-        return float(f"{min(tried) / STEP:.3g}")
-    return float(f"{best * STEP:.3g}") if best == max(tried) else None
+        return float(f"{min(tried) / RATE_STEP:.3g}")
+    return float(f"{best * RATE_STEP:.3g}") if best == max(tried) else None
 
 
 def sizes(space: Space, best: Point) -> Search:

@@ -1,4 +1,4 @@
-"""What sweep=tune may try: its keys checked, and the space of each method from its composed configuration."""
+"""The search spaces of sweep=tune: check its keys, and make the space of each method from its configuration."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ SEARCHED = {  # keys that the search sets itself, and what says what it may set
     "targets": "tune.targets",
     "seed": "tune.seeds",
 }
-OF_THE_SEARCH = ("budget", "tune", "league", "sweep")  # keys that no trial gets
+SEARCH_KEYS = ("budget", "tune", "league", "sweep")  # keys that no trial gets
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What all trials of a tuning have in common."""
+    """The settings that all trials of a tuning share."""
 
     metric: str  # of the validation
     rung: int | None  # steps to the first rung; None: trials go to their end at once
@@ -35,7 +35,7 @@ class Plan:
 
     @property
     def sign(self) -> int:
-        """By which a value of the metric becomes a score, of which less is better."""
+        """The factor that makes a value of the metric a score, of which less is better."""
         return 1 if self.metric.rpartition(".")[2] in LOWER_IS_BETTER else -1
 
 
@@ -107,7 +107,7 @@ def check_lists(tune: Mapping[str, Any]) -> None:
 
 
 def base_words(words: Sequence[str]) -> list[str]:
-    """Of the words of the command line those that every trial gets."""
+    """The words of the command line that every trial gets."""
     own = {"method", "seed", "train.learning_rate", *(f"method.{size}" for size in SIZES)}
     keys = {word: word.lstrip("+~").partition("=")[0].strip() for word in words}
-    return [word for word in words if keys[word] not in own and keys[word].partition(".")[0] not in OF_THE_SEARCH]
+    return [word for word in words if keys[word] not in own and keys[word].partition(".")[0] not in SEARCH_KEYS]

@@ -16,7 +16,7 @@ from peftsweep.study import record
 from peftsweep.study.reading import Unreadable
 from peftsweep.study.record import Result, Status
 from peftsweep.study.rungs import TRAINED_STATUSES, course
-from peftsweep.tuning.budget import Purse
+from peftsweep.tuning.budget import BudgetAccount
 from peftsweep.tuning.finals import BaseScore, Judged
 from peftsweep.tuning.search import Point, Scores, Spent, Until
 from peftsweep.tuning.space import FACTOR, Plan
@@ -26,13 +26,13 @@ Launch = Callable[[list[list[str]]], Sequence[Result | BaseException | None]]  #
 
 @dataclass
 class Trials:
-    """Answers what a search asks for by running trials; one that is done costs nothing, as everywhere."""
+    """Runs the trials that a search asks for, and returns their scores; a trial that is done is not run again."""
 
     launch: Launch
     words: Sequence[str]  # that all trials get
     plan: Plan
     sizes: Mapping[str, str | None]  # the option that is a method's size
-    purse: Purse
+    purse: BudgetAccount
     at_once: int = 1  # trials that run side by side
     note: Callable[[], None] = lambda: None  # called after every launch
     named_targets: bool = False  # whether the user has named the targets that are tried
@@ -76,7 +76,7 @@ class Trials:
             if ended.trial in others and point not in self.results:
                 self.purse.same(point)
             self.results[point] = ended
-            self.purse.took(until, record.sitting_seconds(ended))
+            self.purse.took(until, record.last_attempt_seconds(ended))
             if (value := self._value(ended, until)) is not None and math.isfinite(value):
                 self.scores[point, until] = self.plan.sign * value
                 return
@@ -111,7 +111,7 @@ class Trials:
         return [*words, "force=false"] if point in self.results else words
 
     def judged(self, point: Point, evaluation: str, metric: str) -> Judged | None:
-        """What the trial scored on its test rows; None where it has not been judged."""
+        """The scores of the trial on its test rows; None where it has not been judged."""
         result = self.results.get(point)
         score = (result.eval_info.get(evaluation) or {}).get(metric) if result else None
         if result is None or result.status is not Status.success or not score or result.folder is None:
@@ -155,11 +155,11 @@ class Clock:
         return self._earlier + time.monotonic() - self._begun
 
 
-def earlier_seconds(file: Path, asked: str) -> float:
-    """What earlier commands with the same question took, by the file that they left."""
+def earlier_seconds(file: Path, question: str) -> float:
+    """The seconds of earlier commands with the same question, from the file that they wrote."""
     try:
         found = record.read_json(file, dict)
     except (Unreadable, OSError):  # there is none, or it is damaged: it is written anew
         return 0.0
-    spent = found.get("spent") if isinstance(found, dict) and found.get("asked") == asked else None
+    spent = found.get("spent") if isinstance(found, dict) and found.get("asked") == question else None
     return float(spent.get("seconds", 0.0)) if isinstance(spent, dict) else 0.0

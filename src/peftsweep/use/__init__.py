@@ -1,3 +1,3 @@
-"""Commands on a few rows or one trial: what the model sees of a row, and what it writes."""
+"""Commands on a few rows or one trial: show the tokens of a row, and write text with a trained model."""
 
 __all__ = ["chat_with", "show_rows"]

@@ -153,7 +153,7 @@ class Form:
         """The form of a dataset's prompts, with columns ``given`` as NAME=TEXT.
 
         Raises:
-            InputError: a column is none of the template's, or which of several the prompt is cannot be told.
+            InputError: a column is none of the template's, or several columns may be the prompt.
         """
         if wrong := next((word for word in given if "=" not in word), None):
             raise InputError(f"--column={wrong}: must be NAME=TEXT")
@@ -222,7 +222,7 @@ def _print(name: str, text: str, *, named: bool) -> None:
 
 @dataclass
 class Writer:
-    """The models that write, and what each has said in the conversation so far."""
+    """The models that write, and the conversation of each so far."""
 
     trial: Trial
     form: Form
@@ -237,7 +237,7 @@ class Writer:
 
     @classmethod
     def load(cls, trial: Trial, options: argparse.Namespace, form: Form) -> Writer:
-        """Load the trial's base and what was saved of it onto its device."""
+        """Load the trial's base and its saved weights onto its device."""
         import transformers
 
         from peftsweep.config import build
@@ -263,7 +263,7 @@ class Writer:
         self.said.clear()
 
     def texts(self, prompt: str) -> Iterator[tuple[str, str]]:
-        """What each model writes after the prompt, which in a conversation is the user's next turn.
+        """The text that each model writes after the prompt; in a conversation the prompt is the user's next turn.
 
         Raises:
             InputError: the chat template refuses it, or there is no room for so many new tokens.
@@ -277,7 +277,7 @@ class Writer:
         prompt = self.form.filled(prompt)
         for name, one in self.models.items():
             torch.manual_seed(self.seed + self.drawn)
-            asked = self._asked(name, prompt)
+            asked = self._in_training_form(name, prompt)
             text = decoding.generate(
                 one,
                 self.tokenizer,
@@ -291,7 +291,7 @@ class Writer:
             yield name, text
         self.drawn += 1
 
-    def _asked(self, name: str, prompt: str) -> str | Example:
+    def _in_training_form(self, name: str, prompt: str) -> str | Example:
         from peftsweep.data.chat import Conversation
         from peftsweep.data.templates import Example
         from peftsweep.data.tokens import through_chat_template

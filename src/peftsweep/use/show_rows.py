@@ -72,13 +72,16 @@ def main(options: argparse.Namespace, compose: Callable[..., Trial]) -> int:
 def overrides(options: argparse.Namespace) -> list[str]:
     """The words of ``peftsweep`` for these options.
 
-    Of a file all rows are trained on and tested on, so that one row is enough and none is left out.
+    Of a file, or of that of a folder, all rows are trained on and tested on, so that one row is enough and none is left
+    out.
     """
     words = [shorthand.override("dataset", options.data), shorthand.override("model", options.model), *options.words]
     if wrong := next((word for word in options.words if "=" not in word), None):
         raise InputError(f"{wrong}: must be KEY=VALUE, as for peftsweep")
-    own = {"dataset.test_path": options.data, "dataset.leave_out_tested": "false"}
-    if Path(options.data).expanduser().is_file():
+    path = Path(options.data).expanduser()
+    if path.exists():
+        file = shorthand.folder_files(options.data, path)["dataset.path"] if path.is_dir() else str(path)
+        own = {"dataset.test_path": file, "dataset.leave_out_tested": "false"}
         given = {word.lstrip("+").partition("=")[0] for word in words}
         words += [shorthand.override(key, value) for key, value in own.items() if key not in given]
     return words
@@ -87,7 +90,7 @@ def overrides(options: argparse.Namespace) -> list[str]:
 def shown(trial: Trial, tokenizer: PreTrainedTokenizerBase, count: int) -> Iterator[tuple[int, Tokens | None]]:
     """The first ``count`` rows in tokens by their numbers; None for one that lacks a value and is left out.
 
-    Rows of a file keep its order, others come in the order of training.
+    Rows of a file or of the hub keep their order, those of a generator come in the order of training.
 
     Raises:
         InputError: a row cannot be read, or the chat template refuses it.
@@ -97,9 +100,11 @@ def shown(trial: Trial, tokenizer: PreTrainedTokenizerBase, count: int) -> Itera
     own = trial.config.dataset
     if own.path is not None:
         rows = data_rows.read_rows(own.path, "dataset.path", own.encoding)
+    elif own.hub is not None and own.generator is None:
+        rows = data_rows.hub_rows(own.hub, own.hub_config, own.hub_split, own.revision, "dataset.hub")
     else:
         rows = (trial.rows or data_rows.load_rows(own)).train
-    file = own.path or "the training rows"
+    file = own.path or own.hub or "the training rows"
     examples: list[Example | None] = [*itertools.islice(templates.templates(own, file).each(rows), count)]
     kept = [example for example in examples if example]
     made = iter(build.tokens_of(trial, tokenizer, evaluations.rendered(own, kept, tokenizer, file=file)))

@@ -95,15 +95,15 @@ def difference(row: Any) -> str:
 def tested(row: Any, p_adjusted: float) -> str:
     """A difference with its interval and its adjusted p.
 
-    The interval is of the pair alone, p is adjusted for all pairs: where the one excludes no difference and the other
-    does not, the text says which is which.
+    The interval is that of a single comparison, p is adjusted for all pairs that are compared. Where the interval does
+    not hold 0 and p is that of a tie, the text says so.
     """
     said = difference(row)
     if not known(p_adjusted):
         return said
-    alone = known(row["low"]) and not row["low"] <= 0 <= row["high"]
-    if alone and p_adjusted >= ALPHA:
-        return f"{said} for this pair alone, adjusted p {p_is(p_adjusted)}"
+    single = known(row["low"]) and not row["low"] <= 0 <= row["high"]
+    if single and p_adjusted >= ALPHA:
+        return f"{said} as a single comparison, not shown among all pairs, p {p_is(p_adjusted)}"
     return f"{said}, p {p_is(p_adjusted)}"
 
 

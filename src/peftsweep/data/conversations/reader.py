@@ -22,7 +22,14 @@ ALIASES = {
     "tool": ("observation", "function_response", "tool_response"),
 }
 ARGUMENTS = ("arguments", "parameters", "input", "args")  # names of what a call hands over; the first that is there
-NOT_TRAINED = ("train", "training", "trainable", "train_on_turn", "loss", "loss_mask")  # of a turn: false is weight 0
+UNTRAINED_KEYS = (
+    "train",
+    "training",
+    "trainable",
+    "train_on_turn",
+    "loss",
+    "loss_mask",
+)  # of a turn: false is weight 0
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # columns of what is no text
 TOOL_ROLES = ("tool", "function", "ipython", "environment")  # whose content is often a value
 ROLES = {name: role for role, names in ALIASES.items() for name in names}  # in files -> in chat templates
@@ -44,7 +51,7 @@ def messages(row: Row) -> Row:
     ``prompt`` and ``completion``, or a tree of messages (``trees``); lists may be JSON text. ``tools`` or ``functions``
     are what the assistant may call; ``system`` or ``system_prompt`` is a system's turn before the others. Content that
     is a list holds text parts; what else is a list or dict is JSON. A turn of the assistant with the weight 0, or with
-    false under another name of that (``NOT_TRAINED``), is not trained on, and one at the end is left out.
+    false under another name of that (``UNTRAINED_KEYS``), is not trained on, and one at the end is left out.
 
     Raises:
         NoAnswer: there is no conversation, it does not end with the assistant's turn, or its answer is not wanted.
@@ -64,37 +71,37 @@ def messages(row: Row) -> Row:
 
 
 def sharegpt(row: Row) -> Row:
-    """``messages`` of a row as people shared it: from the first turn of a person or the system to the last answer.
+    """``messages`` of a shared conversation: from the first turn of the user or the system to the last answer.
 
     Raises:
         NoAnswer, ValueError: as ``messages``.
     """
     turns = _turns(row)
-    roles = [_in_template(_said(turn)) for turn in turns]
+    roles = [_in_template(_raw_role(turn)) for turn in turns]
     first = next((n for n, role in enumerate(roles) if role in ("user", "system")), len(turns))
     last = max((n for n, role in enumerate(roles) if role == "assistant"), default=-1)
     return messages({key: row[key] for key in row if key not in COLUMNS} | {COLUMNS[0]: turns[first : last + 1]})
 
 
-def _said(turn: Any) -> str:
-    """The role of a turn as the file has it; of what is no turn none."""
+def _raw_role(turn: Any) -> str:
+    """The role of a turn as in the file; empty if it is no turn."""
     return str(turn.get("role") or turn.get("from")) if isinstance(turn, Mapping) else ""
 
 
-def _in_template(said: str) -> str:
-    """A role of a file, which may be none that is known, as chat templates name it."""
-    plain = said.strip().lower()
+def _in_template(role: str) -> str:
+    """The name that chat templates have for a role of a file, known or unknown."""
+    plain = role.strip().lower()
     return ROLES.get(plain, plain)
 
 
 def version(row: Row) -> int:
-    """Which version of this reader was the first that took these turns from the row, and trained on these."""
+    """The first version of this reader that took the same turns from the row and trained on the same."""
     earlier = {"human": "user", "gpt": "assistant"}
     try:
         turns = _turns(row)
         calls = [call for turn in turns for call in _listed(turn.get("tool_calls") or [], "tool_calls")]
         tools = _listed(row.get("tools") or [], "tools")
-        if any(turn.get(key) in (False, 0) for turn in turns for key in NOT_TRAINED if turn.get(key) is not None):
+        if any(turn.get(key) in (False, 0) for turn in turns for key in UNTRAINED_KEYS if turn.get(key) is not None):
             return 3
         if any(isinstance(tool, dict) and "function" not in tool for tool in map(_parsed, tools)):
             return 3
@@ -131,7 +138,7 @@ def _turns(row: Row) -> list[Any]:
 
 def _untrained(turn: Any) -> Any:
     """A turn before the completion, which is not trained on."""
-    return turn | {"weight": 0} if _in_template(_said(turn)) == "assistant" else turn
+    return turn | {"weight": 0} if _in_template(_raw_role(turn)) == "assistant" else turn
 
 
 def _listed(value: Any, name: str) -> list[Any]:
@@ -173,7 +180,7 @@ def _schema(tool: Any) -> Row:
 
 
 def _system(row: Row, first: Message) -> list[Message]:
-    """A system's turn of a column of its own."""
+    """The system turn that a column of the row holds."""
     for column in SYSTEM_COLUMNS:
         text = row.get(column)
         if not isinstance(text, str) or not text.strip():
@@ -186,7 +193,7 @@ def _system(row: Row, first: Message) -> list[Message]:
 
 
 def _until_trained(said: list[Message]) -> list[Message]:
-    """The turns up to the last one that is trained on: nothing that follows it plays a part."""
+    """The turns up to the last one that is trained on; later turns have no effect."""
     trained = [number for number, message in enumerate(said) if is_trained(message)]
     if not trained:
         raise NoAnswer("no turn of the assistant is trained on: all have the weight 0")
@@ -225,10 +232,10 @@ def _message(turn: Any) -> Message:
 
 
 def _weight(message: Message) -> Message:
-    """The weight 0 of a turn that some key of it leaves out of the training."""
+    """The weight 0 of a turn that one of its keys excludes from the training."""
     if (weight := message.get("weight", 1)) not in (0, 1):
         raise ValueError(f"a turn has the weight {weight!r}; must be 0 or 1")
-    flags = {key: message[key] for key in NOT_TRAINED if key in message}
+    flags = {key: message[key] for key in UNTRAINED_KEYS if key in message}
     for key, value in flags.items():
         if value not in (0, 1):
             raise ValueError(f"a turn has {value!r} under '{key}'; must be true or false")
@@ -237,10 +244,10 @@ def _weight(message: Message) -> Message:
     return {} if all(flags.values()) else {"weight": 0}
 
 
-def _role(said: str) -> str:
-    role = _in_template(said)
+def _role(raw: str) -> str:
+    role = _in_template(raw)
     if role not in KNOWN_ROLES:
-        raise ValueError(f"a turn has the unknown role '{said}'; known are {', '.join([*KNOWN_ROLES, *ROLES])}")
+        raise ValueError(f"a turn has the unknown role '{raw}'; known are {', '.join([*KNOWN_ROLES, *ROLES])}")
     return role
 
 

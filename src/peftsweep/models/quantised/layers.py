@@ -1,4 +1,4 @@
-"""Quantised layers of all libraries: in how many bits, made of which tensors, and as plain layers again.
+"""Quantised layers of all libraries: their bits, their tensors, and how they become plain layers again.
 
 bitsandbytes has layers of its own and keeps scales beside their weights. torchao and quanto have weights that are
 tensor subclasses around plain tensors (``__tensor_flatten__``), on nn.Linear or a subclass of it.

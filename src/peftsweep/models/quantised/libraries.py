@@ -53,16 +53,16 @@ class Untested:
         return {"quant_method": self.library}
 
 
-def kind(said: Mapping[str, Any]) -> str:
+def kind(config: Mapping[str, Any]) -> str:
     """The kind of base that a quantization config makes, as ``compatibility`` names them."""
-    if said.get("load_in_4bit") or said.get("load_in_8bit"):
-        return "4bit" if said.get("load_in_4bit") else "8bit"
-    method = said.get("quant_method")
+    if config.get("load_in_4bit") or config.get("load_in_8bit"):
+        return "4bit" if config.get("load_in_4bit") else "8bit"
+    method = config.get("quant_method")
     if method is None or method == "bitsandbytes":
         return "none"
     library = BY_NAME.get(str(getattr(method, "value", method)))
-    stored = _at(said, "quant_type", "default", "_type") or said.get("weights")  # of torchao, of quanto
-    tried = library is not None and stored in library.tried and not said.get("include_input_output_embeddings")
+    stored = _at(config, "quant_type", "default", "_type") or config.get("weights")  # of torchao, of quanto
+    tried = library is not None and stored in library.tried and not config.get("include_input_output_embeddings")
     return library.name if library is not None and tried else "untested"
 
 
@@ -109,11 +109,12 @@ def problem(quant: Mapping[str, Any], gpus: int) -> str | None:
     return None
 
 
-def check_config(quantization: Any, said: str, *, loaded: bool, on_cpu: bool) -> None:
+def check_config(quantization: Any, key: str, *, loaded: bool, on_cpu: bool) -> None:
     """Refuse a quantization config that transformers' own quantizer refuses here, or with which nothing is trained.
 
-    ``loaded`` says that the weights are stored so in the checkpoint, ``said`` names the key. What a quantizer asks
-    of a GPU is left to the loading, as asking would initialise CUDA in a process that others are forked from.
+    ``loaded`` says that the weights are stored so in the checkpoint; ``key`` begins the line of an error. What a
+    quantizer asks of a GPU is left to the loading, as asking would initialise CUDA in a process that others are forked
+    from.
 
     Raises:
         InputError: the line says why.
@@ -128,28 +129,45 @@ def check_config(quantization: Any, said: str, *, loaded: bool, on_cpu: bool) ->
             quantizer.validate_environment(device_map={"": "cpu"}, weights_only=True)
         trains = bool(quantizer.is_trainable)
     except Exception as error:  # of any kind: of a missing package, a version, a device
-        raise InputError(f"{said}: {first_line(error)}") from error
+        raise InputError(f"{key}: {first_line(error)}") from error
     if not trains:
-        raise InputError(f"{said}: {INFERENCE_ONLY}")
+        raise InputError(f"{key}: {INFERENCE_ONLY}")
     if not loaded and not is_tried(quantization):
-        log.warning("%s: untested; its memory is not predicted", said)
+        log.warning("%s: untested; its memory is not predicted", key)
 
 
-def of_checkpoint(said: Mapping[str, Any], name: str, *, on_cpu: bool) -> Any:
-    """The quantization config of a checkpoint ``name`` whose own config says ``said``; ``Untested`` of other libraries.
+def said_by_checkpoint(shape: Any, name: str) -> Mapping[str, Any] | None:
+    """The quantization config in the config.json of a checkpoint ``name``, or in that of its text part; None for none.
+
+    Raises:
+        InputError: it is empty or no object, which transformers refuses while it loads the weights.
+    """
+    configs = (shape, shape.get_text_config(decoder=True))
+    held = next((one for config in configs if (one := getattr(config, "quantization_config", None)) is not None), None)
+    said = held.to_dict() if held is not None and hasattr(held, "to_dict") else held
+    if said is not None and not (isinstance(said, Mapping) and said):
+        raise InputError(
+            f"model.name_or_path={name}: quantization_config={said} in its config.json names no library; delete it if "
+            "the checkpoint is not quantised"
+        )
+    return said
+
+
+def of_checkpoint(config: Mapping[str, Any], name: str, *, on_cpu: bool) -> Any:
+    """The quantization config of a checkpoint ``name`` from that of its config.json; ``Untested`` of other libraries.
 
     Raises:
         InputError: as ``check_config``.
     """
     from transformers.quantizers.auto import AutoQuantizationConfig
 
-    library = str(said.get("quant_method", "a library that it does not name"))
+    library = str(config.get("quant_method", "a library that it does not name"))
     known = BY_NAME.get(library)
     key = f"model.name_or_path={name}: is quantised by {library}"
     if known is not None and not is_installed(known.module):
         raise InputError(f"{key}, which needs the package {known.module}: pip install '{known.install}'")
     try:
-        quantization: Any = AutoQuantizationConfig.from_dict(dict(said))
+        quantization: Any = AutoQuantizationConfig.from_dict(dict(config))
     except Exception as error:
         raise InputError(f"{key}: {first_line(error)}") from error
     check_config(quantization, key, loaded=True, on_cpu=on_cpu)
