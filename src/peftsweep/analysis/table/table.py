@@ -9,6 +9,7 @@ import os
 import sqlite3
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -160,28 +161,41 @@ def newest(table: pd.DataFrame) -> pd.DataFrame:
     return table.loc[sorted(kept)]
 
 
+@dataclass
+class _Names:
+    """What an object in the rows has held so far: the columns of its plain values, and the objects in it."""
+
+    prefix: str = ""
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    objects: dict[str, _Names] = field(default_factory=dict)
+
+
 class _Columns:
     """A table under construction: the values of each column, None where a row lacks it."""
 
     def __init__(self, *names: str) -> None:
         self.values: dict[str, list[Any]] = {name: [] for name in names}
         self.rows = 0
+        self._names = _Names()
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Add a row of nested values; a nested key becomes a dotted column, an empty dict none."""
-        self._add(row, "")
+        self._add(row, self._names)
         self.rows += 1
 
-    def _add(self, values: Mapping[str, Any], prefix: str) -> None:
+    def _add(self, values: Mapping[str, Any], names: _Names) -> None:
+        columns, objects, rows = names.columns, names.objects, self.rows
         for key, value in values.items():
-            kind, name = type(value), prefix + key  # this loop is most of a large study's time
+            kind = type(value)  # this loop is much of a large study's time: each name is made once
             if kind is dict and not key.endswith(AS_TEXT):
-                self._add(value, name + ".")
+                if key not in objects:
+                    objects[key] = _Names(f"{names.prefix}{key}.")
+                self._add(value, objects[key])
                 continue
-            column = self.values.get(name)
-            if column is None:
-                column = self.values[name] = []
-            if missing := self.rows - len(column):
+            if key not in columns:
+                columns[key] = self.values.setdefault(names.prefix + key, [])
+            column = columns[key]
+            if missing := rows - len(column):
                 column.extend([None] * missing)
             column.append(value if kind in SCALARS else json.dumps(record.plain(value)))
 
