@@ -49,7 +49,7 @@ def read_bytes(file: Path, most: int = LARGEST) -> bytes:
     with opened(file) as stream:
         if (size := os.fstat(stream.fileno()).st_size) > most:
             raise Unreadable(f"{file}: {size:,} bytes; such a file has at most {most:,}")
-        return stream.read(most)
+        return stream.read()
 
 
 @contextmanager
@@ -116,8 +116,7 @@ def read_lines(file: Path, shape: Shape = object, *, whole: bool = True) -> list
         return []
     right = compiled(shape)
     with opened(file) as stream:
-        content = stream.read(LONGEST + 1)
-        if len(content) <= LONGEST and (found := _whole_rows(content, right)) is not None:
+        if os.fstat(stream.fileno()).st_size <= LONGEST and (found := _whole_rows(stream.read(), right)) is not None:
             return found
         stream.seek(0)  # to say in which line what is wrong
         rows = []

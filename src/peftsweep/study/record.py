@@ -98,8 +98,7 @@ def _fact(value: Any, key: str) -> str | None:
     """Of an evaluation: a score, or what else is known of it."""
     if key.endswith("histogram"):
         return fault(value, {"*": int}, key)
-    scored = isinstance(value, dict) and not SCORE.keys().isdisjoint(value)
-    return IS_SCORE(value, key) if scored else _figures(value, key)
+    return (IS_SCORE if isinstance(value, dict) and not SCORE.keys().isdisjoint(value) else _figures)(value, key)
 
 
 def _figures(value: Any, key: str) -> str | None:
@@ -144,7 +143,7 @@ RUN_INFO = {
     },
     "experiment?": {"taken?": {"*": str}, "not_taken?": {"*": str}},
 }
-NEEDED = {"labels": list, "study": str, "created_at": str}  # of RUN_INFO, by tables and sweeps
+NEEDED = compiled({"labels": list, "study": str, "created_at": str})  # of RUN_INFO, by tables and sweeps
 CONFIG = {  # of which the keys that are read again; all others are settings of any kind
     **{f"{section}?": dict for section in ("model", "method", "dataset", "train", "quant", "targets", "inference")},
     "seed?": int,
@@ -175,7 +174,8 @@ PREDICTION = {  # a line of predictions
     "choices?": [str],
     **{f"{part}?": (float, int) for part in TEXT_PARTS.values()},
 }
-IS_RECORD, IS_SCORE, IS_PREDICTION, IS_FIGURES = map(compiled, (RECORD, SCORE, PREDICTION, {"*": _figures}))
+IS_RECORD, IS_SCORE, IS_PREDICTION = map(compiled, (RECORD, SCORE, PREDICTION))
+IS_FIGURES, HAS_VERSION = compiled({"*": _figures}), compiled({"schema_version": int})
 
 
 def trials_in_words(count: int) -> str:
@@ -250,7 +250,7 @@ class Result:
             RecordError: there is no record, or it is broken or of a later schema.
         """
         try:
-            content = read_json(folder / RESULT, {"schema_version": int})
+            content = read_json(folder / RESULT, HAS_VERSION)
             if content["schema_version"] > SCHEMA_VERSION:
                 raise LaterVersion(f"{folder / RESULT}: written by a later version of peftsweep")
             check(content, IS_RECORD, str(folder / RESULT))
