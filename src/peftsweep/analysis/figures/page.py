@@ -124,10 +124,10 @@ def write(
 
     It opens with the ``answer``, which is made here where it is not given, as are the ``tasks`` of ``table``.
     """
-    every = study_tasks(table, predictions) if tasks is None else tasks
-    answer = answer or build.answer(folder, table, every, steps)
     shared, differing = _settings(table)
     table = table.assign(**{CALLED: columns.named_trials(table)})
+    every = study_tasks(table, predictions) if tasks is None else tasks
+    answer = answer or build.answer(folder, table, every, steps)
     most = sorted(every, key=lambda task: -len(task.table))[:TASKS]
     left = f"<p class='note'>The {TASKS} of {len(every)} models and datasets with the most trials.</p>"
     drawn = [(task.name if len(every) > 1 else "", task) for task in most]
