@@ -117,7 +117,12 @@ def test_each_yaml_is_parsed_once_and_a_composition_is_that_of_hydra(
         master = loader.load_configuration("config", ["device=cpu"], RunMode.MULTIRUN)
         expected = [loader.load_sweep_config(master, words) for words in every]
         parsed, load = list[str](), OmegaConf.load
-        monkeypatch.setattr(OmegaConf, "load", lambda file: (parsed.append(file.name), load(file))[1])
+
+        def noted(file: Any) -> Any:
+            parsed.append(file.name)
+            return load(file)
+
+        monkeypatch.setattr(OmegaConf, "load", noted)
         points = Points(loader, master)
         composed = [points.compose(words) for words in every]
     finally:

@@ -132,12 +132,12 @@ def _whole_rows(content: bytes, wrong: Check) -> list[dict[str, Any]] | None:
     try:
         text = content.decode()
         while place < len(text):
-            row, end = OURS.scan_once(text, place)
+            row, end = OURS.raw_decode(text, place)
             if text[end] != "\n" or type(row) is not dict or wrong(row, "") or _brackets(text, place, end) > DEEPEST:
                 return None
             rows.append(row)
             place = end + 1
-    except (ValueError, StopIteration, IndexError, RecursionError):
+    except (ValueError, IndexError, RecursionError):
         return None
     return rows if len(rows) == text.count("\n") and not HALF_CHARACTER.search(text) else None  # none in two lines
 

@@ -230,7 +230,7 @@ def _typed(values: list[Any]) -> Any:
         values, kinds = [None if value is None else float(value) for value in values], {float}
     for allowed, dtype, plain in DTYPES:
         if kinds <= allowed:
-            whole = np.array(values, plain) if kinds == found else values  # without gaps, which is quicker
+            whole: Any = np.array(values, plain) if kinds == found else values  # without gaps, which is quicker
             return pd.array(whole, dtype=dtype)  # type: ignore[call-overload]
     text = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
     return pd.array(text, dtype="string")
