@@ -231,7 +231,7 @@ def _typed(values: list[Any]) -> Any:
     for allowed, dtype, plain in DTYPES:
         if kinds <= allowed:
             whole: Any = np.array(values, plain) if kinds == found else values  # without gaps, which is quicker
-            return pd.array(whole, dtype=dtype)  # type: ignore[call-overload]
+            return pd.array(whole, dtype=dtype)
     text = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
     return pd.array(text, dtype="string")
 
