@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -384,6 +385,65 @@ def test_what_is_wrong_is_said_in_one_line(content: bytes, said: str, scratch: P
         reading.read_json(scratch / "file.json", {"a": int, "c?": [int]})
     assert str(raised.value).startswith(f"{scratch}/file.json: ")
     assert said in str(raised.value)
+
+
+TWO_LINES = b'{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 1.0}\n'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        TWO_LINES,
+        b"",
+        b"\n",
+        TWO_LINES[:-1],
+        TWO_LINES + b"\n",
+        TWO_LINES + b'{"step": 3',
+        TWO_LINES.replace(b"\n", b"\r\n"),
+        TWO_LINES.replace(b'{"step": 2', b'  {"step": 2'),
+        TWO_LINES.replace(b", ", b",\n"),  # an object in two lines
+        TWO_LINES.replace(b"\n", b" ", 1),  # two objects in a line
+        TWO_LINES.replace(b"}\n{", b"}{").replace(b", ", b",\n", 1),  # both: as many objects as lines
+        TWO_LINES.replace(b"}", b"},"),
+        b"[" + TWO_LINES.replace(b"\n", b",\n") + b"]\n",
+        codecs.BOM_UTF8 + TWO_LINES,
+        TWO_LINES + b"3\n",
+        TWO_LINES.replace(b"2.5", b"1e999"),
+        TWO_LINES.replace(b"2.5", b"NaN"),
+        TWO_LINES.replace(b"2.5", b'"high"'),
+        TWO_LINES.replace(b"2.5", b'"\\ud800"'),
+        TWO_LINES.replace(b"2.5", b"[" * 100 + b"]" * 100),
+        TWO_LINES.replace(b"2.5", b"\xff"),
+        TWO_LINES.replace(b"\n", b"\0"),
+        TWO_LINES.replace(b"\n", "\u2028".encode()),
+        b"{" * 20_000 + b"\n",
+    ],
+)
+@pytest.mark.parametrize("shape", [{"step": int, "*": reading.NUMBER}, {"*": object}])
+def test_a_file_that_is_read_at_once_gives_what_its_lines_give_one_by_one(
+    content: bytes, shape: reading.Shape, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def outcomes() -> Iterator[list[dict[str, Any]] | str]:
+        for whole in (True, False):
+            try:
+                yield reading.read_lines(scratch / "rows.jsonl", shape, whole=whole)
+            except Unreadable as error:
+                yield str(error)
+
+    (scratch / "rows.jsonl").write_bytes(content)
+    at_once = [*outcomes()]
+    monkeypatch.setattr(reading, "_whole_rows", lambda *_: None)
+    assert at_once == [*outcomes()]
+
+
+def test_collecting_opens_each_record_and_each_file_of_steps_once(
+    ranks: list[Path], collect_command: Collect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, real = list[Path](), reading.opened
+    monkeypatch.setattr(reading, "opened", lambda file: opened.append(file) or real(file))  # type: ignore[func-returns-value]
+    assert collect_command("ranks", "--no-plots")[0] == 0
+    for name in ("result.json", "steps.jsonl"):
+        assert sorted(file for file in opened if file.name == name) == sorted(place / name for place in ranks)
 
 
 # ---- the doors -------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from peftsweep.config.compose import Trial
 from peftsweep.config.fill import conf_dir, register
 from peftsweep.errors import InputError
 from peftsweep.sweep.points import Points
+from tests.composing import keep_compositions
 
 OWN = {  # yamls of a person, in the folder mine
     "method/wide.yaml": """
@@ -105,6 +106,31 @@ def test_points_are_the_trials_of_what_hydra_composes(kind: str, loaded: tuple[A
     for text in SWEEPS[kind]:
         words = split(text)
         assert what(points.trial, words) == what(by_hydra, loaded, words), words
+
+
+def test_each_yaml_is_parsed_once_and_a_composition_is_that_of_hydra(
+    loaded: tuple[Any, DictConfig], composing: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader, every = loaded[0], (["method=ia3"], ["method=ia3", "quant=4bit"], ["+point/sst2=lora"], ["method=ia3"])
+    composing.undo()
+    try:
+        master = loader.load_configuration("config", ["device=cpu"], RunMode.MULTIRUN)
+        expected = [loader.load_sweep_config(master, words) for words in every]
+        parsed, load = list[str](), OmegaConf.load
+
+        def noted(file: Any) -> Any:
+            parsed.append(file.name)
+            return load(file)
+
+        monkeypatch.setattr(OmegaConf, "load", noted)
+        points = Points(loader, master)
+        composed = [points.compose(words) for words in every]
+    finally:
+        keep_compositions(composing)
+    for (found, choices), whole in zip(composed, expected, strict=True):
+        assert choices == whole.hydra.runtime.choices
+        assert found == {key: value for key, value in whole.items_ex(resolve=False) if key != "hydra"}
+    assert len(parsed) == len(set(parsed)) > 10
 
 
 def split(text: str) -> list[str]:

@@ -145,9 +145,10 @@ def _write(
     try:
         write_parquet(one.table, one.folder / RESULTS_FILE)
         write_parquet(logged, one.folder / STEPS_FILE)
-        drawn = plot.study(one.table, logged, one.folder / "plots", options.kind, rows) if options.plots else []
-        results, answer = report.write(one.folder, called, logged, drawn, rows, options.quality_loss)
-        pages = [page.write(one.table, logged, one.folder, rows, answer)] if options.plots else []
+        tasks, plots = study_tasks(called, rows), one.folder / "plots"
+        drawn = plot.study(one.table, logged, plots, options.kind, tasks=tasks) if options.plots else []
+        results, answer = report.write(one.folder, called, logged, drawn, rows, options.quality_loss, tasks)
+        pages = [page.write(one.table, logged, one.folder, rows, answer, tasks)] if options.plots else []
         return [*pages, results], answer
     except OSError as error:
         if error.errno not in (*store.NO_SPACE_ERRNOS, *store.UNWRITABLE_ERRNOS):

@@ -10,6 +10,7 @@ import os
 import re
 import stat
 import sys
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # of a pair in UTF-16, where 
 # function of a value and its key that says what is wrong. A key that ends in ? may be missing; * stands for all keys
 # that are not named.
 Shape = Any
+Check = Callable[[Any, str], str | None]
 NUMBER = (int, float, type(None))
 TEXT = (str, type(None))
 KINDS = {dict: "an object", list: "a list", str: "a text", int: "an integer", float: "a number", bool: "a boolean"}
@@ -47,7 +49,7 @@ def read_bytes(file: Path, most: int = LARGEST) -> bytes:
     with opened(file) as stream:
         if (size := os.fstat(stream.fileno()).st_size) > most:
             raise Unreadable(f"{file}: {size:,} bytes; such a file has at most {most:,}")
-        return stream.read(most)
+        return stream.read()
 
 
 @contextmanager
@@ -112,15 +114,35 @@ def read_lines(file: Path, shape: Shape = object, *, whole: bool = True) -> list
     """
     if not os.path.lexists(file):
         return []
-    rows = []
+    right = compiled(shape)
     with opened(file) as stream:
+        if os.fstat(stream.fileno()).st_size <= LONGEST and (found := _whole_rows(stream.read(), right)) is not None:
+            return found
+        stream.seek(0)  # to say in which line what is wrong
+        rows = []
         for number, line in enumerate(iter(lambda: stream.readline(LONGEST), b""), 1):
             if whole or line.endswith(b"\n") or b"\0" in line:
-                rows.append(_row(f"{file}: line {number}", line, shape))
-    return rows
+                rows.append(_row(f"{file}: line {number}", line, right))
+        return rows
 
 
-def _row(name: str, line: bytes, shape: Shape) -> dict[str, Any]:
+def _whole_rows(content: bytes, wrong: Check) -> list[dict[str, Any]] | None:
+    """The rows of a file with an object of the right shape in every line, which is the quick case; None of another."""
+    rows, place = [], 0
+    try:
+        text = content.decode()
+        while place < len(text):
+            row, end = OURS.raw_decode(text, place)
+            if text[end] != "\n" or type(row) is not dict or wrong(row, "") or _brackets(text, place, end) > DEEPEST:
+                return None
+            rows.append(row)
+            place = end + 1
+    except (ValueError, IndexError, RecursionError):
+        return None
+    return rows if len(rows) == text.count("\n") and not HALF_CHARACTER.search(text) else None  # none in two lines
+
+
+def _row(name: str, line: bytes, shape: Check) -> dict[str, Any]:
     if not line.endswith(b"\n"):
         raise Unreadable(f"{name}: half a line")
     row = _parsed(name, _decoded(name, line))
@@ -146,15 +168,16 @@ def usable(read: Callable[[], Found]) -> Found | None:
 
 def _decoded(name: object, content: bytes) -> str:
     try:
-        return content.decode("utf-8-sig")
+        return content.removeprefix(BOM_UTF8).decode()
     except UnicodeDecodeError as error:
         raise Unreadable(f"{name}: byte {error.start + 1} is no UTF-8") from None
 
 
 def _parsed(name: str, text: str, *, foreign: bool = False) -> Any:
     try:
-        content = json.loads(text, parse_constant=(lambda _: None) if foreign else _no_number, parse_float=_finite)
-        _check_depth(content, DEEPEST)
+        content = (FOREIGN if foreign else OURS).decode(text)
+        if _brackets(text) > DEEPEST:
+            _check_depth(content, DEEPEST)
         if HALF_CHARACTER.search(text):  # half a character is no text, and can be written to no other file
             whole = json.dumps(content, ensure_ascii=False).encode(errors="replace")
             content = json.loads(whole)
@@ -173,6 +196,15 @@ def _no_number(word: str) -> float:
 def _finite(digits: str) -> float:
     number = float(digits)
     return number if abs(number) != float("inf") else _no_number(digits)
+
+
+OURS = json.JSONDecoder(parse_constant=_no_number, parse_float=_finite)
+FOREIGN = json.JSONDecoder(parse_constant=lambda _: None, parse_float=_finite)
+
+
+def _brackets(text: str, *between: int) -> int:
+    """How many objects and lists begin in a text, or between two places of it: no fewer than lie in one another."""
+    return text.count("{", *between) + text.count("[", *between)
 
 
 def _check_depth(value: Any, left: int) -> None:
@@ -194,36 +226,71 @@ def check(value: Any, shape: Shape, name: str) -> None:
 
 def fault(value: Any, shape: Shape, key: str = "") -> str | None:
     """What in ``value`` is not of the shape, with its dotted key; None: nothing."""
+    return compiled(shape)(value, key)
+
+
+def compiled(shape: Shape) -> Check:
+    """The shape as a function of a value and its key, for shapes that thousands of values are checked against.
+
+    It is a shape too. Most values are plain and right, which is seen without a call or a key for each of them.
+    """
     if isinstance(shape, Mapping):
-        return _fault_of_object(value, shape, key) if type(value) is dict else _wrong(value, dict, key)
+        return _check_of_object(shape)
     if isinstance(shape, list):
+        return _check_of_list(shape[0])
+    if isinstance(shape, frozenset):
+        said = f"must be one of {', '.join(sorted(shape))}"
+        return lambda value, key: None if value in shape else f"{key}: {said}"
+    if not isinstance(shape, type) and callable(shape):
+        found: Check = shape
+        return found
+    allowed = _types(shape)
+    return lambda value, key: None if not allowed or type(value) in allowed else _wrong(value, allowed[0], key)
+
+
+def _types(shape: Shape) -> tuple[type, ...]:
+    """The types that a shape of types allows; none for every type, and for a shape of another kind."""
+    types = shape if isinstance(shape, tuple) else (shape,)
+    return types if object not in types and all(isinstance(one, type) for one in types) else ()
+
+
+def _check_of_list(shape: Shape) -> Check:
+    types, inner = _types(shape), compiled(shape)
+
+    def wrong(value: Any, key: str) -> str | None:
         if type(value) is not list:
             return _wrong(value, list, key)
-        found = (fault(part, shape[0], f"{key}.{place}") for place, part in enumerate(value))
-        return next((wrong for wrong in found if wrong), None)
-    if isinstance(shape, frozenset):
-        return None if value in shape else f"{key}: must be one of {', '.join(sorted(shape))}"
-    if callable(shape) and not isinstance(shape, type):
-        found_wrong: str | None = shape(value, key)
-        return found_wrong
-    allowed = shape if isinstance(shape, tuple) else (shape,)
-    return None if object in allowed or type(value) in allowed else _wrong(value, allowed[0], key)
+        parts = enumerate(value)
+        found = (inner(part, f"{key}.{place}") for place, part in parts if type(part) not in types)
+        return next((said for said in found if said), None)
+
+    return wrong
 
 
-def _fault_of_object(value: dict[str, Any], shape: Mapping[str, Shape], key: str) -> str | None:
+def _check_of_object(shape: Mapping[str, Shape]) -> Check:
     named = {name.removesuffix("?") for name in shape}
-    for name, inner in shape.items():
-        own = name.removesuffix("?")
-        if own == "*":
-            for other in value.keys() - named:
-                if wrong := fault(value[other], inner, _joined(key, other)):
-                    return wrong
-        elif own in value:
-            if wrong := fault(value[own], inner, _joined(key, own)):
-                return wrong
-        elif own == name:
-            return f"{_joined(key, own)} is missing"
-    return None
+    parts = [
+        (name.removesuffix("?"), name.endswith("?"), _types(inner), compiled(inner)) for name, inner in shape.items()
+    ]
+
+    def wrong(value: Any, key: str) -> str | None:
+        if type(value) is not dict:
+            return _wrong(value, dict, key)
+        for name, optional, types, inner in parts:
+            if name == "*":
+                for other, found in value.items():
+                    other_kind = type(found) not in types and other not in named
+                    if other_kind and (said := inner(found, _joined(key, other))):
+                        return said
+            elif name in value:
+                found = value[name]
+                if type(found) not in types and (said := inner(found, _joined(key, name))):
+                    return said
+            elif not optional:
+                return f"{_joined(key, name)} is missing"
+        return None
+
+    return wrong
 
 
 def _joined(key: str, name: str) -> str:

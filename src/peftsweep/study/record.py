@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import Enum
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any, Self
@@ -24,7 +24,7 @@ from peftsweep.errors import message
 from peftsweep.study.atomic import write_text as write_text
 from peftsweep.study.cautions import cautions
 from peftsweep.study.owner import host as host
-from peftsweep.study.reading import NUMBER, TEXT, Unreadable, check, fault
+from peftsweep.study.reading import NUMBER, TEXT, Unreadable, check, compiled, fault
 from peftsweep.study.reading import read_json as read_json
 from peftsweep.study.reading import read_lines as read_lines
 from peftsweep.study.reading import usable_lines as usable_lines
@@ -98,18 +98,17 @@ def _fact(value: Any, key: str) -> str | None:
     """Of an evaluation: a score, or what else is known of it."""
     if key.endswith("histogram"):
         return fault(value, {"*": int}, key)
-    scored = isinstance(value, dict) and SCORE.keys() & value.keys()
-    return fault(value, SCORE, key) if scored else _figures(value, key)
+    return (IS_SCORE if isinstance(value, dict) and not SCORE.keys().isdisjoint(value) else _figures)(value, key)
 
 
 def _figures(value: Any, key: str) -> str | None:
     """Nested facts: what is called as numbers are is one, as a text would make a text of the whole column."""
     if isinstance(value, dict):
-        return fault(value, {"*": _figures}, key)
+        return IS_FIGURES(value, key)
     name = key.rpartition(".")[2]
-    if isinstance(value, list) or not NUMERIC.search(name):
+    if isinstance(value, list) or not is_numeric(name):
         return fault(value, TEXT, key) if name in NAMES else None
-    return fault(value, NUMBER, key)
+    return None if type(value) in NUMBER else fault(value, NUMBER, key)
 
 
 # Names of facts that tables and figures calculate with, and those that are read as names.
@@ -117,6 +116,7 @@ NUMERIC = re.compile(
     r"(seconds|seconds_per_token|bytes|parameters|rows|steps?|tokens|loss|fraction|epochs|per_second|prompts|answers|"
     r"references|peak|mean|majority|random|seen_in_training|speed_up|difference|value|low|high|to_first_token|flops|mfu)(_p\d+)?$"
 )
+is_numeric = lru_cache(maxsize=10_000)(NUMERIC.search)
 NAMES = (HEADLINE, "base_predictions", "trained_by", "reload_error", "merge_error")
 SCORE = {"value": NUMBER, "stderr": NUMBER, "n": NUMBER}
 ERROR = {"type": str, "message": str, "stage": str, "traceback?": str}
@@ -143,7 +143,7 @@ RUN_INFO = {
     },
     "experiment?": {"taken?": {"*": str}, "not_taken?": {"*": str}},
 }
-NEEDED = {"labels": list, "study": str, "created_at": str}  # of RUN_INFO, by tables and sweeps
+NEEDED = compiled({"labels": list, "study": str, "created_at": str})  # of RUN_INFO, by tables and sweeps
 CONFIG = {  # of which the keys that are read again; all others are settings of any kind
     **{f"{section}?": dict for section in ("model", "method", "dataset", "train", "quant", "targets", "inference")},
     "seed?": int,
@@ -163,7 +163,7 @@ RECORD = {
     "meta_info?": dict,
 }
 SCORES = {"*": _fact}  # of a base, in its file
-STEP = {"step": int, "*": NUMBER}  # a line of steps.jsonl
+STEP = compiled({"step": int, "*": NUMBER})  # a line of steps.jsonl
 PREDICTION = {  # a line of predictions
     "correct?": (bool, int, float),
     "correct_norm?": bool,
@@ -174,6 +174,8 @@ PREDICTION = {  # a line of predictions
     "choices?": [str],
     **{f"{part}?": (float, int) for part in TEXT_PARTS.values()},
 }
+IS_RECORD, IS_SCORE, IS_PREDICTION = map(compiled, (RECORD, SCORE, PREDICTION))
+IS_FIGURES, HAS_VERSION = compiled({"*": _figures}), compiled({"schema_version": int})
 
 
 def trials_in_words(count: int) -> str:
@@ -248,10 +250,10 @@ class Result:
             RecordError: there is no record, or it is broken or of a later schema.
         """
         try:
-            content = read_json(folder / RESULT, {"schema_version": int})
+            content = read_json(folder / RESULT, HAS_VERSION)
             if content["schema_version"] > SCHEMA_VERSION:
                 raise LaterVersion(f"{folder / RESULT}: written by a later version of peftsweep")
-            check(content, RECORD, str(folder / RESULT))
+            check(content, IS_RECORD, str(folder / RESULT))
         except RecordError:
             raise
         except Unreadable as error:
@@ -289,7 +291,7 @@ def read_predictions(file: Path) -> list[dict[str, Any]]:
     Raises:
         Unreadable: it is damaged; or a line lacks a figure that another one has.
     """
-    lines = read_lines(file, PREDICTION)
+    lines = read_lines(file, IS_PREDICTION)
     needed = {key for key in (name.removesuffix("?") for name in PREDICTION) if any(key in line for line in lines)}
     for number, line in enumerate(lines, 1):
         if lacking := needed - line.keys():
@@ -395,10 +397,9 @@ def git() -> dict[str, Any]:
 
 def _git(*words: str) -> str | None:
     try:
-        done = subprocess.run(["git", *words], capture_output=True, text=True, timeout=10, check=True)
+        return subprocess.run(["git", *words], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
 
 
 @cache

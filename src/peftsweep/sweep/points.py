@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import pickle
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
+from hydra._internal.config_repository import ConfigRepository
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
+from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -48,11 +52,11 @@ class Points:
     """
 
     def __init__(self, loader: ConfigLoader, master: DictConfig) -> None:
-        self._loader, self._master = loader, master
+        self._loader, self._master = _reading_once(loader), master
         self._parser = OverridesParser.create(config_loader=loader)
         self._parsed: dict[str, Override] = {}
         # No group has a dot in its name, and to ask Hydra takes 20 ms.
-        self._is_group = functools.cache(lambda key: "." not in key and bool(loader.get_group_options(key)))
+        self._is_group = functools.cache(lambda key: "." not in key and bool(self._loader.get_group_options(key)))
         self._bases: dict[tuple[str, ...], _Base] = {}
         self._families: dict[tuple[Any, ...], _Family] = {}
 
@@ -124,6 +128,35 @@ class Points:
             alone = said[key] == 1 and not any(_overlap(key, other) for other in said if other != key)
             if alone and _is_plain(one.value()) and base.decides_nothing(key) and not _any_overlaps(key, read):
                 found[word] = key
+        return found
+
+
+def _reading_once(loader: ConfigLoader) -> ConfigLoader:
+    """``loader``, but for each yaml being read and parsed once for all that it composes: half of Hydra's time."""
+    own: Any = copy.copy(loader)
+    own.repository = _ParsedOnce(own.repository.get_sources(), {})
+    found: ConfigLoader = own
+    return found
+
+
+class _ParsedOnce(ConfigRepository):
+    """Hydra's options. A composition changes the nodes that it is given, so that each gets copies of its own."""
+
+    def __init__(self, sources: list[Any], parsed: dict[str, bytes]) -> None:
+        self.sources, self._parsed = sources, parsed
+
+    def __deepcopy__(self, _: Any) -> _ParsedOnce:
+        """What Hydra makes for each composition, in which ``hydra.searchpath`` may bring other options."""
+        return _ParsedOnce(self.sources, self._parsed)
+
+    def initialize_sources(self, config_search_path: ConfigSearchPath) -> None:
+        super().initialize_sources(config_search_path)
+        self._parsed = {}
+
+    def load_config(self, config_path: str) -> ConfigResult | None:
+        if config_path not in self._parsed:
+            self._parsed[config_path] = pickle.dumps(super().load_config(config_path))
+        found: ConfigResult | None = pickle.loads(self._parsed[config_path])
         return found
 
 

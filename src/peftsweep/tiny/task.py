@@ -14,6 +14,7 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 SPLITS = ("train", "validation", "test")
@@ -96,6 +97,11 @@ def rows(split: str, count: int, seed: int = 0) -> list[dict[str, str]]:
         raise ValueError(f"unknown split {split!r}; tiny_math has {', '.join(SPLITS)}")
     if count > MOST_ROWS:
         raise ValueError(f"{count} rows are too many to draw; at most {MOST_ROWS} can be")
+    return [{"question": question, "answer": answer} for question, answer in _drawn(split, count, seed)]
+
+
+@lru_cache(maxsize=8)  # trials that differ in how many of them they train on need the same
+def _drawn(split: str, count: int, seed: int) -> tuple[tuple[str, str], ...]:
     rng = random.Random(f"tiny_math {split} {seed}")
     found: dict[str, str] = {}
     while len(found) < count:
@@ -103,7 +109,7 @@ def rows(split: str, count: int, seed: int = 0) -> list[dict[str, str]]:
         if split_of(story) == split:
             equation = story.equation
             found[f"{story.text} How many {story.thing} now?"] = f"{equation} #{equation.split('=')[1]}"
-    return [{"question": question, "answer": answer} for question, answer in found.items()]
+    return tuple(found.items())
 
 
 def direction_rows(split: str, count: int, seed: int = 0) -> list[dict[str, str]]:

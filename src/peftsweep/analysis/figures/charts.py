@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 
 from peftsweep.analysis.figures.axes import COLOURS, FADED, INK, RULE, spans_a_decade
-from peftsweep.analysis.statistics import effects, frontier
+from peftsweep.analysis.statistics import frontier
+from peftsweep.analysis.statistics.task import Task
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.columns import CALLED
 
@@ -78,20 +79,20 @@ def _named(task: str) -> str:
     return f"<h3>{plain_text(task)}</h3>\n" if task else ""
 
 
-def frontier_chart(task: str, merged: pd.DataFrame, table: pd.DataFrame, name: str) -> str:
+def frontier_chart(title: str, task: Task, name: str) -> str:
     """Every configuration with a score, on axes that two menus choose, the best trade-offs of each pair joined.
 
     A front belongs to a pair of axes, and is a trace of its own. The menu of one axis gives its x to the fronts of
     that axis and none to the others, the other menu does so with y; a trace without x or y is not drawn.
     """
-    found = effects.factors(table)
+    merged = task.configurations
     across, up = _axes(merged)
     good = merged[merged["n"] > 0]
     if not across or not columns.scores(merged) or len(good) < 2:
         return ""
-    series = columns.labels(good, found[:1], columns.names(table, labelled=False))
+    series = columns.labels(good, task.factors[:1], task.names)
     groups = [(str(label), good.loc[places]) for label, places in good.groupby(series, sort=False).groups.items()]
-    names = effects.labels(table).loc[good.index]
+    names = task.labels.loc[good.index]
     hover = dict(zip(good.index, _hover(good, names, [*up, *across]), strict=True))
     fronts = [(x, y, *_front(good, x, y)) for x, y in itertools.product(across, up)]
 
@@ -132,7 +133,7 @@ def frontier_chart(task: str, merged: pd.DataFrame, table: pd.DataFrame, name: s
         "is better and cheaper. Hover for all figures; the menus choose the axes; a click in the legend hides a series."
     )
     note += f" Without a point: {failed}." if failed else ""
-    return f"{_named(task)}<p class='note'>{note}</p>\n" + _plot(traces, layout, name, menus)
+    return f"{_named(title)}<p class='note'>{note}</p>\n" + _plot(traces, layout, name, menus)
 
 
 FRONT: dict[str, Any] = {

@@ -30,9 +30,9 @@ from peftsweep.analysis.figures.charts import (
     frontier_chart,
     plain_text,
 )
-from peftsweep.analysis.statistics import effects, stats, trials
+from peftsweep.analysis.statistics import effects, trials
 from peftsweep.analysis.statistics import measured as statistics_measured
-from peftsweep.analysis.statistics.task import study_tasks
+from peftsweep.analysis.statistics.task import Task, study_tasks
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.columns import CALLED, STATUS, WARNINGS
 from peftsweep.analysis.text import paired
@@ -118,28 +118,26 @@ def write(
     folder: Path,
     predictions: trials.Predictions | None = None,
     answer: Answer | None = None,
+    tasks: Sequence[Task] | None = None,
 ) -> Path:
     """Write the page of the study in ``folder``: ``table`` has a row a trial, ``steps`` a row a logged step.
 
-    It opens with the ``answer``, which is made here where it is not given.
+    It opens with the ``answer``, which is made here where it is not given, as are the ``tasks`` of ``table``.
     """
-    answer = answer or build.answer(folder, table, study_tasks(table, predictions), steps)
     shared, differing = _settings(table)
     table = table.assign(**{CALLED: columns.named_trials(table)})
-    every = trials.tasks(table)
-    tasks = dict(sorted(every.items(), key=lambda task: -len(task[1]))[:TASKS])
+    every = study_tasks(table, predictions) if tasks is None else tasks
+    answer = answer or build.answer(folder, table, every, steps)
+    most = sorted(every, key=lambda task: -len(task.table))[:TASKS]
     left = f"<p class='note'>The {TASKS} of {len(every)} models and datasets with the most trials.</p>"
-    drawn = [(name if len(every) > 1 else "", part) for name, part in tasks.items()]
-    fronts = [
-        frontier_chart(name, stats.configurations(part, predictions), part, f"frontier-plot-{n}")
-        for n, (name, part) in enumerate(drawn)
-    ]
-    curves = [curves_chart(name, part, steps, f"curves-plot-{n}") for n, (name, part) in enumerate(drawn)]
-    more = left if len(every) > len(tasks) else ""
+    drawn = [(task.name if len(every) > 1 else "", task) for task in most]
+    fronts = [frontier_chart(title, task, f"frontier-plot-{n}") for n, (title, task) in enumerate(drawn)]
+    curves = [curves_chart(title, task.table, steps, f"curves-plot-{n}") for n, (title, task) in enumerate(drawn)]
+    more = left if len(every) > len(most) else ""
     sections = [
         ("Trials", "trials", _trials(table, effects.factors(table)) + _printed(answer)),
         ("Quality and cost", "frontier", more + "\n".join(fronts) if any(fronts) else ""),
-        ("Rows won and lost", "rows", more + _rows(tasks, folder, predictions) if predictions else ""),
+        ("Rows won and lost", "rows", more + _rows(most, folder, predictions) if predictions else ""),
         ("Learning curves", "curves", more + "\n".join(curves) if any(curves) else ""),
         ("A trial", "trial", _panels(table, differing, folder)),
     ]
@@ -340,17 +338,17 @@ CHOOSE = """(() => {
 })();"""
 
 
-def _rows(tasks: Mapping[str, pd.DataFrame], folder: Path, predictions: trials.Predictions) -> str:
+def _rows(tasks: Sequence[Task], folder: Path, predictions: trials.Predictions) -> str:
     """A choice of two configurations or bases, and the rows that either of them wins."""
     found: list[tuple[str, paired.Rows]] = []
-    for task, table in tasks.items():
-        names = effects.labels(table)
-        for score in columns.main_scores(table):
-            measured = statistics_measured.measure(table, score)
+    for task in tasks:
+        names = task.labels
+        for score in task.scores:
+            measured = statistics_measured.measure(task.table, score)
             best = measured.numbers[np.argsort(-columns.direction(score) * measured.means, kind="stable")]
             called = dict(zip(names.index.tolist(), names.tolist(), strict=True))
-            rows = paired.rows(table, score, predictions, called, best[:MEMBERS].tolist())
-            title = f"{columns.score_name(score)}, {task}" if len(tasks) > 1 else columns.score_name(score)
+            rows = paired.rows(task.table, score, predictions, called, best[:MEMBERS].tolist())
+            title = f"{columns.score_name(score)}, {task.name}" if len(tasks) > 1 else columns.score_name(score)
             found += [(title, rows)] if rows is not None else []
     if not found:
         return ""

@@ -44,9 +44,9 @@ from peftsweep.analysis.figures.axes import (
 )
 from peftsweep.analysis.figures.costs import latency, memory_predicted, memory_stages
 from peftsweep.analysis.figures.retention import kept
-from peftsweep.analysis.statistics import effects, stats
 from peftsweep.analysis.statistics import trials as statistics_trials
 from peftsweep.analysis.statistics.frontier import front as frontier_of
+from peftsweep.analysis.statistics.task import Task, study_tasks
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.columns import QUANT, RANK, TARGETS, Cost
 from peftsweep.analysis.text import words
@@ -97,8 +97,11 @@ def study(
     folder: Path,
     kind: str = "png",
     predictions: statistics_trials.Predictions | None = None,
+    tasks: Sequence[Task] | None = None,
 ) -> list[Path]:
     """Write the figures that ``table`` (a row a trial) and its ``steps`` have something to say for.
+
+    ``tasks`` are those of ``table``, where they are known.
 
     Gives the files written, as .png of 300 dots an inch or as .svg (``kind``).
     """
@@ -108,7 +111,7 @@ def study(
     written = []
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a label may be in any script
-        for name, figure in figures(table, steps, predictions):
+        for name, figure in figures(table, steps, predictions, tasks):
             # A record from elsewhere may call an evaluation anything: no name leads out of the folder.
             plain = re.sub(r"[^\w.-]+", "-", name)[:120]
             file = folder / f"{plain}.{kind}"
@@ -121,26 +124,25 @@ def study(
 
 
 def figures(
-    table: pd.DataFrame, steps: pd.DataFrame, predictions: statistics_trials.Predictions | None = None
+    table: pd.DataFrame,
+    steps: pd.DataFrame,
+    predictions: statistics_trials.Predictions | None = None,
+    tasks: Sequence[Task] | None = None,
 ) -> Iterator[tuple[str, Any]]:
     """Name and figure of everything that the study can show, apart for each model and dataset.
 
     A figure of a score carries its evaluation's name; where there are several tasks, each figure its task's.
     """
-    tasks = statistics_trials.tasks(table)
-    most = sorted(tasks, key=lambda name: len(tasks[name]), reverse=True)[:TASKS]
-    for name in most:
-        one = tasks[name].copy()
-        one.attrs["task"] = name if len(tasks) > 1 else ""
-        mark = columns.file_mark(name) if len(tasks) > 1 else ""
-        mine = steps[steps["trial"].isin(one["run_info.trial"])] if "trial" in steps else steps
-        yield from ((stem + mark, figure) for stem, figure in _task_figures(one, mine, predictions))
+    tasks = study_tasks(table, predictions) if tasks is None else tasks
+    for task in sorted(tasks, key=lambda task: len(task.table), reverse=True)[:TASKS]:
+        title = task.name if len(tasks) > 1 else ""
+        mark = columns.file_mark(task.name) if len(tasks) > 1 else ""
+        mine = steps[steps["trial"].isin(task.table["run_info.trial"])] if "trial" in steps else steps
+        yield from ((stem + mark, figure) for stem, figure in _task_figures(task, mine, title))
 
 
-def _task_figures(
-    table: pd.DataFrame, steps: pd.DataFrame, predictions: statistics_trials.Predictions | None
-) -> Iterator[tuple[str, Any]]:
-    merged = _configurations(table, predictions)
+def _task_figures(task: Task, steps: pd.DataFrame, title: str) -> Iterator[tuple[str, Any]]:
+    merged = _configurations(task, title)
     by_score: dict[str, Callable[[pd.DataFrame, str], Any]] = {
         "rank": rank,
         "frontier": frontier,
@@ -148,7 +150,7 @@ def _task_figures(
         "quantisation": quantisation,
         "heatmap": heatmap,
     }
-    for score in columns.main_scores(table)[:EVALUATIONS]:
+    for score in task.scores[:EVALUATIONS]:
         for name, make in by_score.items():
             if (figure := make(merged, score)) is not None:
                 yield f"{name}_{columns.evaluation(score)[0]}", figure
@@ -163,17 +165,18 @@ def _task_figures(
     for name, plain in of_all.items():
         if (figure := plain(merged)) is not None:
             yield name, figure
-    if (figure := learning_curves(table, steps)) is not None:
+    table = task.table.copy()
+    table.attrs["task"] = title
+    if (figure := learning_curves(table, steps, task.labels)) is not None:
         yield "learning_curves", figure
     if (figure := kept(table)) is not None:
         yield "retention", figure
 
 
-def _configurations(table: pd.DataFrame, predictions: statistics_trials.Predictions | None) -> pd.DataFrame:
+def _configurations(task: Task, title: str) -> pd.DataFrame:
     """One row a configuration, its ``label``, and in ``outcome`` what did not succeed; its attrs hold the factors."""
-    merged = stats.configurations(table, predictions).copy()
-    plan = effects.design(table)
-    merged = merged.assign(label=columns.shortened(effects.labels(table)), outcome=columns.outcomes(merged))
+    merged, plan = task.configurations.copy(), task.design
+    merged = merged.assign(label=columns.shortened(task.labels), outcome=columns.outcomes(merged))
     # What levels are called, as columns, since pandas copies what is in attrs at every step.
     told = {
         f"{factor}{CALLED}": merged[factor].map(functools.partial(plan.names.setting, factor))
@@ -181,7 +184,7 @@ def _configurations(table: pd.DataFrame, predictions: statistics_trials.Predicti
     }
     merged = merged.assign(**told)
     moving = {factor: [plan.names.key(key) for key in plan.moving(factor)] for factor in (RANK, QUANT, TARGETS)}
-    merged.attrs |= {"factors": plan.factors, "task": table.attrs["task"], "moving": moving}
+    merged.attrs |= {"factors": plan.factors, "task": title, "moving": moving}
     return merged
 
 
@@ -375,13 +378,13 @@ def heatmap(merged: pd.DataFrame, score: str) -> Any:
     return with_caption(figure, merged, "the best configuration of each pair" if several else "")
 
 
-def learning_curves(table: pd.DataFrame, steps: pd.DataFrame) -> Any:
+def learning_curves(table: pd.DataFrame, steps: pd.DataFrame, labels: pd.Series[str]) -> Any:
     """Training loss by step, and validation loss beside it where trials were validated."""
     shown = [c for c in ("loss", "validation_loss") if columns.measured(steps, c)]
     rows = steps[steps["step"].notna()] if "step" in steps else steps[:0]
     if not shown or rows.groupby("trial")[shown[0]].count().max() < 2:
         return None
-    names = table["configuration"].map(columns.shortened(effects.labels(table))).set_axis(table["run_info.trial"])
+    names = table["configuration"].map(columns.shortened(labels)).set_axis(table["run_info.trial"])
     score = next(iter(columns.main_scores(table)), None)
     best = names.to_numpy()[table.index.get_indexer(pd.Index(best_first(table, score)))]
     styles = series_styles(list(names), list(best))

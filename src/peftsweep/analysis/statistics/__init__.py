@@ -1,3 +1,3 @@
 """What can be said of a table, and how surely."""
 
-__all__ = ["comparisons", "effects", "frontier", "intervals", "measured", "rungs", "stats", "task", "trials"]
+__all__ = ["comparisons", "effects", "frontier", "intervals", "measured", "rungs", "task", "trials"]

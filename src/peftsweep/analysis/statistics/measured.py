@@ -107,13 +107,15 @@ class Measured:
         ``rows_of_their_own`` counts the variance of each score over its rows where rows cannot be paired.
         """
         alone, whole, seed_freedom = self._of_seeds()
+        squares = weights**2
+        fourth = np.power(weights, 4, out=np.zeros_like(weights), where=weights != 0)  # a pair has two, and it is slow
         if self.rows is not None:
             by_rows = self._by_rows(weights)
         elif rows_of_their_own or not (self.seeds > 1).any():
-            by_rows = weights**2 @ self.stderrs**2
+            by_rows = squares @ self.stderrs**2
         else:
             by_rows = np.zeros(len(weights))
-        by_seeds, spread = weights**2 @ alone, weights**4 @ (whole**2 / seed_freedom)
+        by_seeds, spread = squares @ alone, fourth @ (whole**2 / seed_freedom)
         found = self._with_rows(weights @ self.means, by_seeds, spread, by_rows)
         unknown = self.column.endswith(".value") & (found.stderr == 0) & weights.any(axis=1)  # a score always has some
         found = dataclasses.replace(found, stderr=np.where(unknown, np.nan, found.stderr))

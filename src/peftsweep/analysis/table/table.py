@@ -9,10 +9,13 @@ import os
 import sqlite3
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 import peftsweep
@@ -31,7 +34,11 @@ AS_TEXT = "histogram"  # what keys end so have answers as their own keys: a colu
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how texts begin that a spreadsheet takes for formulas
 # Of a line of predictions.
 KEPT = ("correct", "correct_norm", "log_likelihood", "tokens", "label", "label_prediction", *TEXT_PARTS.values())
-DTYPES: tuple[tuple[set[type], str], ...] = ({bool}, "boolean"), ({int}, "Int64"), ({int, float}, "Float64")
+DTYPES: tuple[tuple[set[type], str, type], ...] = (
+    ({bool}, "boolean", np.bool_),
+    ({int}, "Int64", np.int64),
+    ({int, float}, "Float64", np.float64),
+)
 SCALARS = {str, int, float, bool, type(None)}
 INTEGERS = 2**63  # beyond them, a number is kept as a float
 
@@ -95,8 +102,9 @@ def steps(results: Iterable[Result], names: Mapping[str, str] | None = None) -> 
             "label": (names or {}).get(result.trial, info["labels"][0]),
             "study": info["study"],
         }
-        for row in record.usable_lines((result.folder or Path()) / STEPS, record.STEP, whole=False):
-            columns.add(name | row)
+        rows = record.usable_lines((result.folder or Path()) / STEPS, record.STEP, whole=False)
+        own = {key: [row.get(key) for row in rows] for key in dict.fromkeys(chain.from_iterable(rows))}
+        columns.extend({key: [value] * len(rows) for key, value in name.items()} | own, len(rows))
     return columns.frame()
 
 
@@ -160,29 +168,42 @@ def newest(table: pd.DataFrame) -> pd.DataFrame:
     return table.loc[sorted(kept)]
 
 
+@dataclass
+class _Names:
+    """What an object in the rows has held so far: the columns of its plain values, and the objects in it."""
+
+    prefix: str = ""
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    objects: dict[str, _Names] = field(default_factory=dict)
+
+
 class _Columns:
     """A table under construction: the values of each column, None where a row lacks it."""
 
     def __init__(self, *names: str) -> None:
         self.values: dict[str, list[Any]] = {name: [] for name in names}
         self.rows = 0
+        self._names = _Names()
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Add a row of nested values; a nested key becomes a dotted column, an empty dict none."""
-        self._add(row, "")
+        self._add(row, self._names)
         self.rows += 1
 
-    def _add(self, values: Mapping[str, Any], prefix: str) -> None:
-        for key, value in values.items():
-            kind, name = type(value), prefix + key  # this loop is most of a large study's time
+    def _add(self, values: Mapping[str, Any], names: _Names) -> None:
+        columns, rows = names.columns, self.rows
+        for key, value in values.items():  # this loop is much of a large study's time: each name is made once
+            kind = type(value)
             if kind is dict and not key.endswith(AS_TEXT):
-                self._add(value, name + ".")
+                if key not in names.objects:
+                    names.objects[key] = _Names(f"{names.prefix}{key}.")
+                self._add(value, names.objects[key])
                 continue
-            column = self.values.get(name)
+            column = columns.get(key)
             if column is None:
-                column = self.values[name] = []
-            if missing := self.rows - len(column):
-                column.extend([None] * missing)
+                column = columns[key] = self.values.setdefault(names.prefix + key, [])
+            if len(column) != rows:
+                column.extend([None] * (rows - len(column)))
             column.append(value if kind in SCALARS else json.dumps(record.plain(value)))
 
     def extend(self, values: Mapping[str, list[Any]], rows: int) -> None:
@@ -201,14 +222,16 @@ class _Columns:
 
 
 def _typed(values: list[Any]) -> Any:
-    kinds = set(map(type, values)) - {type(None)}
+    found = set(map(type, values))
+    kinds = found - {type(None)}
     if not kinds:
         return pd.array(values, dtype=object)
-    if kinds == {int} and any(value is not None and abs(value) >= INTEGERS for value in values):
+    if kinds == {int} and max(abs(value) for value in values if value is not None) >= INTEGERS:
         values, kinds = [None if value is None else float(value) for value in values], {float}
-    for allowed, dtype in DTYPES:
+    for allowed, dtype, plain in DTYPES:
         if kinds <= allowed:
-            return pd.array(values, dtype=dtype)  # type: ignore[call-overload]
+            whole: Any = np.array(values, plain) if kinds == found else values  # without gaps, which is quicker
+            return pd.array(whole, dtype=dtype)
     text = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
     return pd.array(text, dtype="string")
 

@@ -43,12 +43,14 @@ def write(
     plots: Sequence[Path] = (),
     predictions: statistics_trials.Predictions | None = None,
     quality_loss: float = QUALITY_LOSS,
+    tasks: Sequence[Task] | None = None,
 ) -> tuple[Path, Answer]:
     """Write RESULTS.md and answer.json of the study in ``folder``, whose trials are ``table``; gives the file and both.
 
-    ``quality_loss`` is the share of the best figure that may be lost where speed goes before quality.
+    ``quality_loss`` is the share of the best figure that may be lost where speed goes before quality; ``tasks`` are
+    those of ``table``, where they are known.
     """
-    file, found = folder / RESULTS, study_tasks(table, predictions)
+    file, found = folder / RESULTS, study_tasks(table, predictions) if tasks is None else tasks
     answer = build.answer(folder, table, found, steps, quality_loss)
     structure.write(answer, folder, render.plain)
     lines = _document(folder, table, found, answer, steps, plots, quality_loss)
