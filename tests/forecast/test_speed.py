@@ -39,6 +39,7 @@ def products_of(ledger: Ledger) -> Ledger:
 def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Device:
     """A device whose laps take what they took when it was measured."""
     monkeypatch.setattr(speed.Meter, "laps", lambda self, seconds: [MEASURED.lap_seconds] * 4)
+    monkeypatch.setattr(speed.Meter, "bandwidth", lambda self, seconds: MEASURED.bandwidth)
     monkeypatch.setattr(speed, "measure", lambda meter: dataclasses.replace(MEASURED, operations={}))
     return Device(CPU, folder=tmp_path)
 
@@ -93,6 +94,7 @@ def test_a_machine_of_another_speed_is_measured_again(tmp_path: Path, monkeypatc
     measured: list[float] = []
     lap = [1e-3]
     monkeypatch.setattr(speed.Meter, "laps", lambda self, seconds: [lap[0]] * 4)
+    monkeypatch.setattr(speed.Meter, "bandwidth", lambda self, seconds: MEASURED.bandwidth)
 
     def measure(meter: Any) -> Speed:
         measured.append(lap[0])
@@ -104,6 +106,24 @@ def test_a_machine_of_another_speed_is_measured_again(tmp_path: Path, monkeypatc
         busy = Device(CPU, folder=tmp_path)
         busy.speed  # noqa: B018
     assert measured == [1.0e-3, 1.5e-3, 1.1e-3]
+
+
+@pytest.mark.parametrize(("now", "again"), [(1.4, False), (1.6, True), (0.3, False)])
+def test_what_was_measured_while_others_used_the_memory_is_measured_again_without_them(
+    device: Device, monkeypatch: pytest.MonkeyPatch, now: float, again: bool
+) -> None:
+    device.speed  # noqa: B018
+    monkeypatch.setattr(speed.Meter, "bandwidth", lambda self, seconds: now * MEASURED.bandwidth)
+    anew = dataclasses.replace(MEASURED, bandwidth=now * MEASURED.bandwidth)
+    monkeypatch.setattr(speed, "measure", lambda meter: anew)
+    assert (Device(CPU, folder=device._file.parent).speed == anew) is again
+
+
+def test_a_process_that_waits_for_a_core_is_on_no_slower_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    meter = speed.Meter(CPU)
+    meter.lap_seconds = 1e-3
+    monkeypatch.setattr(speed.Meter, "laps", lambda self, seconds: [8e-3, 1.2e-3, 9e-3])
+    assert meter.slowness() == pytest.approx(1.2)
 
 
 @pytest.mark.parametrize("now", [2.0, 0.5])

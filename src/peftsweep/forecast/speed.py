@@ -47,6 +47,7 @@ LOOKED_SECONDS, LOOKED_EVERY = 0.012, 0.2  # for which laps are repeated beside 
 MOST_PROBES = 2  # of a device whose speed changes while it is measured
 ROUNDS = 3  # of the steps that are run, and of their operations, of which the middle one counts
 CHANGED = 1.3  # times as slow as then, or as fast, as when others made it busy: all is measured again
+CHANGED_MEMORY = 1.5  # times the bandwidth of then: others used the memory, and all is measured again
 OPERATION_SECONDS = 0.004  # for which an operation is repeated
 MOST_REPEATS = 20
 COLD_BYTES, MOST_SETS = 48e6, 12  # of tensors that a CPU's caches do not hold, and of an operation's at most
@@ -97,7 +98,8 @@ class Meter:
     def slowness(self, every: float = LOOKED_EVERY) -> float:
         """Times as slow as where a lap takes ``lap_seconds``; laps are timed again ``every`` so many seconds."""
         if not math.isnan(self.lap_seconds) and time.perf_counter() >= self.looked + every:
-            self._slowness = lower_quartile(self.laps(LOOKED_SECONDS)) / self.lap_seconds
+            # The fastest: of few laps most may be longer as the process waits for a core, which a timing leaves out.
+            self._slowness = min(self.laps(LOOKED_SECONDS)) / self.lap_seconds
             self.looked = time.perf_counter()
         return self._slowness
 
@@ -160,6 +162,12 @@ class Meter:
 
         return self.best(call, OPERATION_SECONDS, MOST_REPEATS) * max(1.0, numbers / MOST_UPDATED)
 
+    def bandwidth(self, seconds: float) -> float:
+        """Bytes/s that a copy reads and writes, repeated for so long."""
+        source = torch.ones(COPIED[self.device.type] // 4, device=self.device)
+        target = torch.empty_like(source)
+        return 2 * source.nbytes / self.best(lambda: target.copy_(source), seconds, MOST_REPEATS)
+
     def laps(self, seconds: float) -> list[float]:
         """The seconds of each of many reference products, for so long, in their order."""
         left = torch.ones(LAP, LAP, device=self.device)
@@ -197,7 +205,7 @@ class Device:
             kept = self.kept()
             laps = self._meter.laps(LAP_SECONDS)
             for _ in range(MOST_PROBES):  # what was measured while others computed does not hold afterwards
-                if kept is not None and 1 / CHANGED <= lower_quartile(laps) / kept.lap_seconds <= CHANGED:
+                if kept is not None and self._holds(kept, laps):
                     break
                 kept, self._changed = measure(self._meter), True
                 laps = self._meter.laps(LAP_SECONDS)
@@ -207,6 +215,16 @@ class Device:
             self.busy = usual(laps) / kept.lap_seconds
             self.write()
         return self._speed
+
+    def _holds(self, kept: Speed, laps: Sequence[float]) -> bool:
+        """Whether a lap takes as long as when ``kept`` was measured, and others did not use the memory then.
+
+        Others who use it now do not count: what was measured is to be that of a device that does nothing else.
+        """
+        if not 1 / CHANGED <= lower_quartile(laps) / kept.lap_seconds <= CHANGED:
+            return False
+        self._meter.lap_seconds = kept.lap_seconds
+        return self._meter.bandwidth(LOOKED_SECONDS) <= CHANGED_MEMORY * kept.bandwidth
 
     def kept(self) -> Speed | None:
         """What was measured before; None where nothing was, or that cannot be read."""
@@ -371,9 +389,7 @@ def measure(meter: Meter) -> Speed:
     for name in DTYPES[device.type]:
         dtype = getattr(torch, name)
         speed.ceilings[name] = matmul_ceiling(device, dtype, SIZES[device.type], repeats=5, clock=meter.clock)
-    source = torch.ones(COPIED[device.type] // 4, device=device)
-    target = torch.empty_like(source)
-    speed.bandwidth = 2 * source.nbytes / meter.best(lambda: target.copy_(source), 0.1, MOST_REPEATS)
+    speed.bandwidth = meter.bandwidth(0.1)
     small = torch.ones(8, device=device)
     speed.launch_seconds = meter.best(lambda: small.add_(1.0), 0.01, 1000)
     for one in _samples(device):
