@@ -158,7 +158,7 @@ def effects(
     difference has the same sign), ``chance``, and ``moved``, the settings that differ beside the factor.
 
     In one context two levels are two configurations, and what is said of them is what `Tested` says; averages over
-    several are adjusted for all pairs of levels of the factor. The interval is of these contexts; it does not say that
+    several are adjusted for all pairs of levels of all factors. The interval is of these contexts; it does not say that
     the effect is the same in others. Factors of more than 30 levels are passed over. ``plan`` and ``known`` are the
     table's ``design`` and ``tested``, where they are known.
     """
@@ -215,11 +215,18 @@ def _level_pairs(cells: pd.DataFrame) -> list[_Levels]:
     return found
 
 
-def _compared_levels(known: Tested, pairs: Sequence[_Levels], count: int) -> list[dict[str, float]]:
-    """Estimate, interval and p of each pair of ``count`` levels, first less second.
+def _family(plan: Design, measured: Measured) -> int:
+    """The number of pairs of levels of all factors: else a study of many factors would show some effect by chance."""
+    levels = plan.levels.loc[measured.numbers]
+    counts = [levels.loc[levels[factor] != "", factor].nunique() for factor in levels.columns]
+    return sum(count * (count - 1) // 2 for count in counts if count <= MAX_LEVELS)
+
+
+def _compared_levels(known: Tested, pairs: Sequence[_Levels], family: int) -> list[dict[str, float]]:
+    """Estimate, interval and p of each pair of levels, first less second.
 
     Two levels in one context are two configurations, whose difference has been tested. Averages over several contexts
-    are a question of their own, in which the pairs of levels are the family.
+    are a question of their own, in which the ``family`` pairs of levels of all factors are adjusted together.
     """
     measured = known.measured
     weights = np.zeros((len(pairs), len(measured.means)))
@@ -229,7 +236,7 @@ def _compared_levels(known: Tested, pairs: Sequence[_Levels], count: int) -> lis
     contrasts = measured.contrasts(weights)
     several = np.array([pair.places.shape[1] > 1 for pair in pairs], dtype=bool)
     adjusted = np.full(len(pairs), np.nan)
-    adjusted[several] = holm(contrasts.p[several], count * (count - 1) // 2)
+    adjusted[several] = holm(contrasts.p[several], family)
     parts = zip(contrasts.estimate, *contrasts.interval, contrasts.p, adjusted, strict=True)
     found = [dict(zip(("estimate", "low", "high", "p", "p_adjusted"), map(float, part), strict=True)) for part in parts]
     for n, pair in enumerate(pairs):
@@ -261,7 +268,7 @@ def _effect(known: Tested, plan: Design, factor: str, named: str | None) -> list
     if len(cells) < 2:
         return []
     pairs = _level_pairs(cells)
-    found = _compared_levels(known, pairs, len(cells))
+    found = _compared_levels(known, pairs, _family(plan, measured))
     levels = [str(level) for level in cells.index]
     reference = levels.index(named) if named in levels else _reference(pairs, found, len(cells), sign)
     rows = []
@@ -349,7 +356,7 @@ def returns(
     size = np.array([float(level) for level in complete.index])
     gains = measured.contrasts(sign * np.diff(levels, axis=0) / np.diff(np.log2(size))[:, None])
     pairs = _level_pairs(complete)
-    found = _compared_levels(known, pairs, len(complete))
+    found = _compared_levels(known, pairs, _family(plan, measured))
     best = int(np.argmax(sign * (levels @ measured.means)))
     against = {pair.second: _turned(said) for pair, said in zip(pairs, found, strict=True) if pair.first == best}
     against |= {pair.first: said for pair, said in zip(pairs, found, strict=True) if pair.second == best}

@@ -111,11 +111,12 @@ def _tests(tasks: Sequence[Task]) -> Iterator[str]:
         yield "Where rows could not be paired, Student's t over seeds compares configurations, on these test rows."
     if chances:
         yield (
-            "p-values are adjusted by Holm's method for all pairs, as the best one is chosen from the same data; one "
-            "below 0.05 counts as a difference. Intervals are of each pair alone, and not adjusted. A tie means that "
+            "p-values are adjusted by Holm's method for all pairs of configurations of a score, as the best one is "
+            "chosen from the same data; those of levels of a choice, averaged over the other choices, for all pairs of "
+            "levels of all choices. One below 0.05 counts as a difference. Intervals are of each pair alone, and not adjusted. A tie means that "
             "no difference is shown, not that there is none: the interval says how large it may be. So costs decide "
             "only between configurations of a tie that lie within one standard error of the best."
-            " The best figure of many is partly luck, and would probably be lower on other rows."
+            " The best figure of many is partly luck, and would probably be worse on other rows."
         )
     if any(score for _, score in judged if words.scale(score) == "ratio"):
         yield "Perplexities and costs are compared by ratios."
