@@ -30,6 +30,8 @@ EFFECTS = (
     "contexts",
     "within",
     "agreeing",
+    "better_in",
+    "worse_in",
     *NUMBERS,
     "verdict",
     "scale",
@@ -153,7 +155,8 @@ def effects(
     A level is held against the factor's reference, which the fewest levels beat unless ``references`` names one, over
     the ``contexts`` (combinations of the other factors) in which both were measured. Columns: ``factor``, ``level``,
     ``reference``, ``contexts``, ``within`` (the levels of the other factors, where there is one context), ``value``
-    and ``reference_value`` (means over these contexts), ``difference`` with ``low`` to ``high`` (relative to one where
+    and ``reference_value`` (means over these contexts), ``better_in`` and ``worse_in`` (contexts in which the two
+    configurations are shown to differ so, of several), ``difference`` with ``low`` to ``high`` (relative to one where
     ``scale`` is ``ratio``), ``p``, ``p_adjusted``, ``verdict`` of the level, ``agreeing`` contexts (whose own
     difference has the same sign), ``chance``, and ``moved``, the settings that differ beside the factor.
 
@@ -279,8 +282,17 @@ def _effect(known: Tested, plan: Design, factor: str, named: str | None) -> list
         places, said = (pair.places[::-1], _turned(said)) if turn else (pair.places, said)
         names = {"factor": factor, "level": levels[pair.second if turn else pair.first], "reference": levels[reference]}
         more = {"moved": _moved(plan, measured, places, factor), "within": _within(plan, measured, places, factor)}
+        more |= _shown_in(known, places)
         rows.append(names | _figures(measured, places, said, sign) | more)
     return rows
+
+
+def _shown_in(known: Tested, places: NDArray[np.int64]) -> dict[str, int]:
+    """In how many of several contexts the first level's configuration is shown to be better, and worse."""
+    if places.shape[1] < 2:
+        return {"better_in": 0, "worse_in": 0}
+    said = [known.verdict(first, second) for first, second in known.measured.numbers[places].T.tolist()]
+    return {"better_in": said.count("better"), "worse_in": said.count("worse")}
 
 
 def _figures(measured: Measured, places: NDArray[np.int64], said: Mapping[str, float], sign: int) -> dict[str, Any]:
@@ -335,9 +347,9 @@ def returns(
     level with ``low``, ``high``, ``p_adjusted`` and ``verdict``, as `effects` has them. The first level that is
     ``best`` or a ``tie`` is the smallest that is not shown to be worse than the best one. ``step``, ``step_low``,
     ``step_high`` and ``step_p`` (adjusted) compare a level with the one before it. ``moved`` are the settings that
-    differ from the best level's beside the factor.
+    differ from the best level's beside the factor; ``better_in`` and ``worse_in`` are as `effects` has them.
     """
-    names = [*RETURNS, *STEP, "contexts", "within", "scale", "moved"]
+    names = [*RETURNS, *STEP, "better_in", "worse_in", "contexts", "within", "scale", "moved"]
     plan = plan or design(table)
     known = known or tested(table, column, predictions)
     cells = _cells(plan.levels.loc[known.measured.numbers], factor) if known and factor in plan.factors else None
@@ -377,8 +389,22 @@ def returns(
             name: step[part] for name, part in zip(STEP, ("difference", "low", "high", "p_adjusted"), strict=True)
         }
         steps |= {"moved": moved, "within": _within(plan, measured, places, factor)}
+        steps |= _shown_in(known, both if level != best else both[:, :1])
         rows.append(_figures(measured, both, against.get(level, alone), sign) | steps)
-    more = [*STEP, "within", "difference", "low", "high", "p_adjusted", "verdict", "contexts", "scale", "moved"]
+    more = [
+        *STEP,
+        "better_in",
+        "worse_in",
+        "within",
+        "difference",
+        "low",
+        "high",
+        "p_adjusted",
+        "verdict",
+        "contexts",
+        "scale",
+        "moved",
+    ]
     whole = whole.join(pd.DataFrame(rows)[more])
     whole.loc[best, "verdict"] = "best"
     return whole

@@ -66,7 +66,9 @@ class Contrasts:
         """The ends of the 95% interval of each."""
         half = special.stdtrit(self.df, 1 - ALPHA / 2) * self.stderr
         low, high = np.where(np.isnan(self.exact[1:]), [self._centre - half, self._centre + half], self.exact[1:])
-        return (low, high) if self.limits is None else (np.maximum(low, self.limits[0]), np.minimum(high, self.limits[1]))
+        return (
+            (low, high) if self.limits is None else (np.maximum(low, self.limits[0]), np.minimum(high, self.limits[1]))
+        )
 
 
 @dataclass(frozen=True)
@@ -344,9 +346,7 @@ def _interaction(by_row: Floats, rows: Floats, places: NDArray[np.int64], seeds:
     return found
 
 
-def _by_row(
-    trials: pd.DataFrame, column: str, values: Floats, predictions: Predictions
-) -> tuple[Floats | None, bool]:
+def _by_row(trials: pd.DataFrame, column: str, values: Floats, predictions: Predictions) -> tuple[Floats | None, bool]:
     """Each trial's score of each test row [trials, rows], None unless all were judged on the same rows.
 
     And whether it was seen that they were not.
