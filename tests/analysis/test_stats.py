@@ -708,7 +708,8 @@ def test_a_configuration_without_a_standard_error_takes_nothing_from_the_other_c
     whole = comparisons.tested(table, ACCURACY)
     table.loc[1, STDERR] = None
     part = comparisons.tested(table, ACCURACY)
-    assert whole and part
+    assert whole
+    assert part
     assert part.between(2, 0).p == pytest.approx(whole.between(2, 0).p)
     assert part.verdict(2, 0) == "better"
     assert {part.verdict(2, 1), part.verdict(1, 0)} == {"unknown"}

@@ -66,9 +66,9 @@ class Contrasts:
         """The ends of the 95% interval of each."""
         half = special.stdtrit(self.df, 1 - ALPHA / 2) * self.stderr
         low, high = np.where(np.isnan(self.exact[1:]), [self._centre - half, self._centre + half], self.exact[1:])
-        return (
-            (low, high) if self.limits is None else (np.maximum(low, self.limits[0]), np.minimum(high, self.limits[1]))
-        )
+        if self.limits is None:
+            return low, high
+        return np.maximum(low, self.limits[0]), np.minimum(high, self.limits[1])
 
 
 @dataclass(frozen=True)
