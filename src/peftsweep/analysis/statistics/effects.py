@@ -281,8 +281,8 @@ def _effect(known: Tested, plan: Design, factor: str, named: str | None) -> list
         turn = pair.first == reference
         places, said = (pair.places[::-1], _turned(said)) if turn else (pair.places, said)
         names = {"factor": factor, "level": levels[pair.second if turn else pair.first], "reference": levels[reference]}
-        more = {"moved": _moved(plan, measured, places, factor), "within": _within(plan, measured, places, factor)}
-        more |= _shown_in(known, places)
+        more: dict[str, Any] = {"moved": _moved(plan, measured, places, factor), **_shown_in(known, places)}
+        more["within"] = _within(plan, measured, places, factor)
         rows.append(names | _figures(measured, places, said, sign) | more)
     return rows
 

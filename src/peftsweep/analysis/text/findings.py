@@ -31,11 +31,9 @@ def certainty(task: Task) -> Iterator[str]:
     """How sure the answer is: what is best by each score, its ties, the untouched base and chance."""
     if task.scores and task.seeds == 1 and len(task.configurations) > 1:
         yield "**One seed each**: all of this is of these trained models; other seeds may order them otherwise."
-    if task.scores and (tried := len(task.compare(task.scores[0]))) >= MANY:
-        yield (
-            f"The best figure is that of the best of {tried:,}, which is partly luck: on other test rows expect a "
-            "worse one."
-        )
+    values = task.compare(task.scores[0])["value"] if task.scores else pd.Series(dtype=float)
+    if len(values) >= MANY and values.nunique() > 1:
+        yield f"The best of {len(values):,} figures is partly luck: on other test rows expect a worse one."
     for score in task.scores:
         by = f"{columns.score_name(score)}: " if len(task.scores) > 1 else ""
         yield _best(task, score)
