@@ -481,3 +481,56 @@ def test_a_choice_that_the_first_score_does_not_show_is_told_by_one_that_does(tm
     right = [np.arange(ROWS) < count for count in (50, 51, 50, 20, 21, 20)]
     text = study(points, right, other=[9.0, 9.1, 9.2, 3.0, 3.1, 3.2]).report(tmp_path)
     assert "perplexity" not in text.partition("## What each choice was worth")[2].partition("\n## ")[0]
+
+
+# ---- what is not known is said to be not known -----------------------------------------------------
+
+
+def alike(*shares: float) -> list[np.ndarray[Any, Any]]:
+    """Answers of which these shares are right, the first rows of each."""
+    return [np.arange(ROWS) < round(share * ROWS) for share in shares]
+
+
+def ranks(*levels: int) -> list[dict[str, Any]]:
+    return [{"config.method.r": rank} for rank in levels]
+
+
+def test_what_cannot_be_compared_is_named_and_is_no_tie(tmp_path: Path) -> None:
+    made = study(ranks(4, 8, 16), alike(0.1, 0.5, 0.9))
+    made.table.loc[1, "eval_info.task.accuracy.stderr"] = None
+    file, answer = text_report.write(tmp_path, made.table, pd.DataFrame())
+    text = file.read_text()
+    assert "1 configuration is worse; the uncertainty of its difference from `lora, r=8` is not known." in text
+    assert "in a tie with" not in text
+    assert "on the front if" in text
+    assert "of redraws" not in text
+    (sure,) = answer.sections_named("certainty")
+    assert sure.facts.scores[0].ties == []  # type: ignore[union-attr]
+
+
+def test_a_configuration_without_a_score_is_said_to_be_compared_with_none(tmp_path: Path) -> None:
+    made = study(ranks(4, 8, 16), alike(0.1, 0.5, 0.9), other=[3.0, math.inf, 2.0])
+    text = made.report(tmp_path)
+    assert "- By other perplexity `lora, r=8` is not compared: no such score is recorded." in text
+    assert "`lora, r=4`, is worse by +50.0%" in text
+
+
+def test_the_figure_of_the_best_of_many_is_said_to_be_partly_luck(tmp_path: Path) -> None:
+    said = "figures is partly luck: on other test rows expect a worse one."
+    assert f"- The best of 3 {said}" in study(ranks(4, 8, 16), alike(0.5, 0.6, 0.5)).report(tmp_path)
+    assert said not in study(ranks(4, 8, 16), alike(0.5, 0.5, 0.5)).report(tmp_path)  # none was chosen
+    assert said not in study(ranks(4, 8), alike(0.5, 0.6)).report(tmp_path)
+
+
+def test_an_average_that_hides_opposite_differences_says_so(tmp_path: Path) -> None:
+    cells = itertools.product((4, 8), ("none", "4bit"))
+    points = [{"config.method.r": rank, "choices.quant": quant} for rank, quant in cells]
+    text = study(points, alike(0.2, 0.8, 0.8, 0.2)).report(tmp_path)
+    assert text.count("but it depends on the other factors: shown to be better in 1 of these settings and worse in 1")
+    assert "it depends on" not in study(points, alike(0.2, 0.2, 0.8, 0.8)).report(tmp_path)
+
+
+def test_a_ratio_far_from_1_is_told_as_a_factor() -> None:
+    assert [words.amount(value, "ratio", signed=True) for value in (0.5, 9.0, 49.0, -0.5, 2e11, 1e-6 - 1)] == [
+        *("+50.0%", "+900%", "×50", "−50.0%", "×2e+11", "×1e−06"),
+    ]

@@ -696,3 +696,133 @@ def test_nothing_measured_is_no_error() -> None:
     assert effects.returns(empty, ACCURACY).empty
     assert frontier.pareto(empty, [ACCURACY]).empty
     assert rungs.rungs(pd.DataFrame({"trial": [], "step": []})).empty
+
+
+# ---- what one configuration lacks leaves what is known of the others -------------------------------
+
+STDERR, ROWS = "eval_info.task.accuracy.stderr", "eval_info.task.accuracy.n"
+
+
+def test_a_configuration_without_a_standard_error_takes_nothing_from_the_other_comparisons() -> None:
+    table = study({4: [0.2], 8: [0.5], 16: [0.9]})
+    whole = comparisons.tested(table, ACCURACY)
+    table.loc[1, STDERR] = None
+    part = comparisons.tested(table, ACCURACY)
+    assert whole
+    assert part
+    assert part.between(2, 0).p == pytest.approx(whole.between(2, 0).p)
+    assert part.verdict(2, 0) == "better"
+    assert {part.verdict(2, 1), part.verdict(1, 0)} == {"unknown"}
+    assert all(math.isnan(end) for end in (part.between(2, 1).low, part.between(2, 1).high))
+    assert comparisons.compare(table, ACCURACY)["verdict"].to_dict() == {2: "best", 1: "unknown", 0: "worse"}
+    found = frontier.pareto(table, [ACCURACY, "train_info.adapter_bytes"])
+    assert found["front"].all()
+    assert found["share"].isna().all()  # nobody knows how often
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan, None])
+def test_a_score_that_is_no_number_is_no_score_and_leaves_the_others_as_they_are(value: float | None) -> None:
+    table = study({4: [0.2], 8: [0.5], 16: [0.9]})
+    expected = comparisons.compare(table.drop(index=1), ACCURACY)
+    table[ACCURACY] = pd.array([0.2, value, 0.9], dtype="Float64")
+    found = comparisons.compare(table, ACCURACY)
+    assert found.index.tolist() == [2, 0]
+    assert found["p"].tolist()[1] == pytest.approx(expected["p"].tolist()[1])
+
+
+def test_rows_without_a_figure_are_not_paired() -> None:
+    table, lines = study({8: [0.5], 16: [0.5]}), answers({"t0": [True, False] * 50, "t1": [False, True] * 50})
+
+    def read(name: str, metric: str) -> list[dict[str, Any]]:
+        found = lines(name, metric)
+        return [line | {"correct": math.nan} if name == "t1" and n == 7 else line for n, line in enumerate(found)]
+
+    found = comparisons.compare(table, ACCURACY, read)
+    assert not found.attrs["paired"]
+    assert found["p"].tolist()[1] == 1.0
+
+
+def test_one_right_and_one_wrong_row_show_no_difference_and_none_lies_beyond_1() -> None:
+    for n, most in ((1, 0.5), (2, 0.3), (60, 1e-6)):
+        table = study({8: [1.0], 16: [0.0]}).assign(**{ROWS: n, STDERR: 0.0})
+        found = comparisons.compare(table, ACCURACY).loc[1]
+        assert found["p"] < most
+        assert -1 <= found["low"] <= found["difference"] == -1.0
+        assert (found["p"] >= 0.05) == (n < 3)
+        assert (found["high"] > 0) == (n < 3)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 12])
+def test_shares_of_rows_of_their_own_that_are_equal_are_a_tie_in_at_least_93_of_100_studies(n: int) -> None:
+    """By enumeration of all outcomes; with a right and a wrong row more the error stays close to 5% at any n."""
+    counts = np.arange(n + 1)
+    cells = [(int(a), int(b)) for a in counts for b in counts]
+    table = study({rank: [a / n] for rank, a in enumerate(counts.tolist(), 1)}).assign(**{ROWS: n})
+    table[STDERR] = (table[ACCURACY] * (1 - table[ACCURACY]) / max(n - 1, 1)) ** 0.5
+    of = statistics_measured.measure(table, ACCURACY)
+    p = of.pairs(np.array([a for a, _ in cells]), np.array([b for _, b in cells]))[1]
+    for share in (0.02, 0.1, 0.3, 0.5, 0.8):
+        chance = reference.binom.pmf(counts, n, share)
+        error = sum(chance[a] * chance[b] for (a, b), one in zip(cells, p, strict=True) if one < 0.05)
+        assert error <= 0.07
+
+
+def test_seeds_judged_on_other_numbers_of_rows_are_not_compared_as_if_on_the_same() -> None:
+    table = study({8: [0.50, 0.51, 0.52], 16: [0.60, 0.61, 0.62]})
+    same = comparisons.compare(table, ACCURACY)
+    assert (same["verdict"].tolist()[1], same["chance"].unique().tolist()) == ("worse", ["seeds"])
+    table[ROWS] = pd.array([50, 50, 50, 100, 100, 100], dtype="Int64")
+    table[STDERR] = (table[ACCURACY] * (1 - table[ACCURACY]) / (table[ROWS] - 1)) ** 0.5
+    other = comparisons.compare(table, ACCURACY)
+    assert (other["verdict"].tolist()[1], other["chance"].unique().tolist()) == ("tie", ["seeds and rows"])
+    half = 1.96 * math.sqrt(0.51 * 0.49 / 50 + 0.61 * 0.39 / 100)  # of the rows alone, which is nearly all of it
+    assert (other["high"] - other["low"]).iloc[1] / 2 == pytest.approx(half, rel=0.1)
+    right = {f"t{n}": [True] * (50 + n) + [False] * (50 - n) for n in range(6)}
+    told = study({8: [0.5, 0.51, 0.52], 16: [0.53, 0.54, 0.55]})
+
+    def read(name: str, metric: str) -> list[dict[str, Any]]:
+        found = answers(right)(name, metric)
+        return found if name < "t3" else [line | {"prompt": f"other {line['prompt']}"} for line in found]
+
+    assert comparisons.compare(told, ACCURACY, read)["chance"].unique().tolist() == ["seeds and rows"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [("wer", -1), ("brier_score", -1), ("task_ter_strict", -1), ("error_rate", -1), ("RMSE", -1), ("filter", 1)],
+)
+def test_of_metrics_of_errors_less_is_better(metric: str, expected: int) -> None:
+    assert columns.direction(f"eval_info.task.{metric}.value") == expected
+
+
+def of_three_factors() -> tuple[pd.DataFrame, comparisons.Tested, np.random.Generator]:
+    """A study of three ranks, two quantisations and two rates, and a generator of scores for it."""
+    cells = list(itertools.product((4, 8, 16), ("none", "4bit"), (1e-4, 3e-4)))
+    keys = ("config.method.r", "choices.quant", "config.train.learning_rate")
+    rows = [trial(n, 8, 0, 0.5, **dict(zip(keys, cell, strict=True))) for n, cell in enumerate(cells)]
+    table = pd.DataFrame(rows).drop(columns="config.method.lora_alpha").convert_dtypes()
+    known = comparisons.tested(table, ACCURACY)
+    assert known
+    return table, known, np.random.default_rng(5)
+
+
+def drawn_effects(table: pd.DataFrame, known: comparisons.Tested, chances: Floats) -> pd.DataFrame:
+    """The effects of a study whose rows [configurations, rows] are right with these chances."""
+    of = measured((np.random.default_rng(int(chances.sum() * 1e6)).random(chances.shape) < chances)[:, None] * 1.0)
+    return effects.effects(table, ACCURACY, known=dataclasses.replace(known, measured=of, exact=of))
+
+
+def test_levels_that_are_compared_on_average_are_adjusted_for_the_levels_of_all_factors() -> None:
+    table, known, generator = of_three_factors()
+    found = drawn_effects(table, known, np.tile(generator.random(100), (12, 1)))
+    of_two = found[found["factor"] != "config.method.r"]
+    assert (found["contexts"] > 1).all()
+    assert of_two["p_adjusted"].tolist() == pytest.approx(np.minimum(1, 5 * of_two["p"]).tolist())  # 3 + 1 + 1 pairs
+
+
+@pytest.mark.slow
+def test_no_choice_is_worth_anything_in_95_of_100_studies_in_which_none_is() -> None:
+    table, known, generator = of_three_factors()
+    studies = [drawn_effects(table, known, np.tile(generator.random(100), (12, 1))) for _ in range(300)]
+    shown = np.mean([found["verdict"].isin(["better", "worse"]).any() for found in studies])
+    assert shown <= 0.075  # 5%, and two standard errors of 300 studies

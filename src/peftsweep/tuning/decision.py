@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -89,6 +90,9 @@ def _finalist(name: str, configuration: str, scores: Finals, rank: int | None = 
 
 def comparison_sentence(one: Between, tie: float, column: str, *, hopeless: bool, spent: bool) -> str:
     """The sentence about the comparison of two finalists; ``spent``: the budget ended it."""
+    if not math.isfinite(one.low) or not math.isfinite(one.high):
+        differ = f"{one.first} and {one.second} differ by {one.estimate:+.4f}"
+        return f"{differ}: the uncertainty is not known, so they are not told apart."
     ends = f"{one.estimate:+.4f} [{one.low:+.4f}, {one.high:+.4f}]"
     scale = " (logarithms of ratios)" if "perplexity" in column else ""
     held = f"{ends}{scale}, valid at every look, {one.looks} so far"

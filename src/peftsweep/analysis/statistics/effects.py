@@ -30,6 +30,8 @@ EFFECTS = (
     "contexts",
     "within",
     "agreeing",
+    "better_in",
+    "worse_in",
     *NUMBERS,
     "verdict",
     "scale",
@@ -153,12 +155,13 @@ def effects(
     A level is held against the factor's reference, which the fewest levels beat unless ``references`` names one, over
     the ``contexts`` (combinations of the other factors) in which both were measured. Columns: ``factor``, ``level``,
     ``reference``, ``contexts``, ``within`` (the levels of the other factors, where there is one context), ``value``
-    and ``reference_value`` (means over these contexts), ``difference`` with ``low`` to ``high`` (relative to one where
+    and ``reference_value`` (means over these contexts), ``better_in`` and ``worse_in`` (contexts in which the two
+    configurations are shown to differ so, of several), ``difference`` with ``low`` to ``high`` (relative to one where
     ``scale`` is ``ratio``), ``p``, ``p_adjusted``, ``verdict`` of the level, ``agreeing`` contexts (whose own
     difference has the same sign), ``chance``, and ``moved``, the settings that differ beside the factor.
 
     In one context two levels are two configurations, and what is said of them is what `Tested` says; averages over
-    several are adjusted for all pairs of levels of the factor. The interval is of these contexts; it does not say that
+    several are adjusted for all pairs of levels of all factors. The interval is of these contexts; it does not say that
     the effect is the same in others. Factors of more than 30 levels are passed over. ``plan`` and ``known`` are the
     table's ``design`` and ``tested``, where they are known.
     """
@@ -215,11 +218,18 @@ def _level_pairs(cells: pd.DataFrame) -> list[_Levels]:
     return found
 
 
-def _compared_levels(known: Tested, pairs: Sequence[_Levels], count: int) -> list[dict[str, float]]:
-    """Estimate, interval and p of each pair of ``count`` levels, first less second.
+def _family(plan: Design, measured: Measured) -> int:
+    """The number of pairs of levels of all factors: else a study of many factors would show some effect by chance."""
+    levels = plan.levels.loc[measured.numbers]
+    counts = [levels.loc[levels[factor] != "", factor].nunique() for factor in levels.columns]
+    return sum(count * (count - 1) // 2 for count in counts if count <= MAX_LEVELS)
+
+
+def _compared_levels(known: Tested, pairs: Sequence[_Levels], family: int) -> list[dict[str, float]]:
+    """Estimate, interval and p of each pair of levels, first less second.
 
     Two levels in one context are two configurations, whose difference has been tested. Averages over several contexts
-    are a question of their own, in which the pairs of levels are the family.
+    are a question of their own, in which the ``family`` pairs of levels of all factors are adjusted together.
     """
     measured = known.measured
     weights = np.zeros((len(pairs), len(measured.means)))
@@ -229,7 +239,7 @@ def _compared_levels(known: Tested, pairs: Sequence[_Levels], count: int) -> lis
     contrasts = measured.contrasts(weights)
     several = np.array([pair.places.shape[1] > 1 for pair in pairs], dtype=bool)
     adjusted = np.full(len(pairs), np.nan)
-    adjusted[several] = holm(contrasts.p[several], count * (count - 1) // 2)
+    adjusted[several] = holm(contrasts.p[several], family)
     parts = zip(contrasts.estimate, *contrasts.interval, contrasts.p, adjusted, strict=True)
     found = [dict(zip(("estimate", "low", "high", "p", "p_adjusted"), map(float, part), strict=True)) for part in parts]
     for n, pair in enumerate(pairs):
@@ -261,7 +271,7 @@ def _effect(known: Tested, plan: Design, factor: str, named: str | None) -> list
     if len(cells) < 2:
         return []
     pairs = _level_pairs(cells)
-    found = _compared_levels(known, pairs, len(cells))
+    found = _compared_levels(known, pairs, _family(plan, measured))
     levels = [str(level) for level in cells.index]
     reference = levels.index(named) if named in levels else _reference(pairs, found, len(cells), sign)
     rows = []
@@ -271,9 +281,20 @@ def _effect(known: Tested, plan: Design, factor: str, named: str | None) -> list
         turn = pair.first == reference
         places, said = (pair.places[::-1], _turned(said)) if turn else (pair.places, said)
         names = {"factor": factor, "level": levels[pair.second if turn else pair.first], "reference": levels[reference]}
-        more = {"moved": _moved(plan, measured, places, factor), "within": _within(plan, measured, places, factor)}
+        more: dict[str, Any] = {"moved": _moved(plan, measured, places, factor), **_shown_in(known, places)}
+        more["within"] = _within(plan, measured, places, factor)
         rows.append(names | _figures(measured, places, said, sign) | more)
     return rows
+
+
+def _shown_in(known: Tested, places: NDArray[np.int64]) -> dict[str, int]:
+    """In how many of several contexts the first level's configuration is shown to be better, and worse.
+
+    Pairs that are not tested, most of those beyond the best 40, are passed over: testing each would take long.
+    """
+    pairs = known.measured.numbers[places].T.tolist() if places.shape[1] > 1 else []
+    said = [known.verdict(a, b) for a, b in pairs if (a, b) in known.pairs or (b, a) in known.pairs]
+    return {"better_in": said.count("better"), "worse_in": said.count("worse")}
 
 
 def _figures(measured: Measured, places: NDArray[np.int64], said: Mapping[str, float], sign: int) -> dict[str, Any]:
@@ -328,9 +349,9 @@ def returns(
     level with ``low``, ``high``, ``p_adjusted`` and ``verdict``, as `effects` has them. The first level that is
     ``best`` or a ``tie`` is the smallest that is not shown to be worse than the best one. ``step``, ``step_low``,
     ``step_high`` and ``step_p`` (adjusted) compare a level with the one before it. ``moved`` are the settings that
-    differ from the best level's beside the factor.
+    differ from the best level's beside the factor; ``better_in`` and ``worse_in`` are as `effects` has them.
     """
-    names = [*RETURNS, *STEP, "contexts", "within", "scale", "moved"]
+    names = [*RETURNS, *STEP, "better_in", "worse_in", "contexts", "within", "scale", "moved"]
     plan = plan or design(table)
     known = known or tested(table, column, predictions)
     cells = _cells(plan.levels.loc[known.measured.numbers], factor) if known and factor in plan.factors else None
@@ -349,7 +370,7 @@ def returns(
     size = np.array([float(level) for level in complete.index])
     gains = measured.contrasts(sign * np.diff(levels, axis=0) / np.diff(np.log2(size))[:, None])
     pairs = _level_pairs(complete)
-    found = _compared_levels(known, pairs, len(complete))
+    found = _compared_levels(known, pairs, _family(plan, measured))
     best = int(np.argmax(sign * (levels @ measured.means)))
     against = {pair.second: _turned(said) for pair, said in zip(pairs, found, strict=True) if pair.first == best}
     against |= {pair.first: said for pair, said in zip(pairs, found, strict=True) if pair.second == best}
@@ -370,8 +391,10 @@ def returns(
             name: step[part] for name, part in zip(STEP, ("difference", "low", "high", "p_adjusted"), strict=True)
         }
         steps |= {"moved": moved, "within": _within(plan, measured, places, factor)}
+        steps |= _shown_in(known, both)
         rows.append(_figures(measured, both, against.get(level, alone), sign) | steps)
-    more = [*STEP, "within", "difference", "low", "high", "p_adjusted", "verdict", "contexts", "scale", "moved"]
+    more = [*STEP, "better_in", "worse_in", "within", "difference", "low", "high", "p_adjusted", "verdict"]
+    more += ["contexts", "scale", "moved"]
     whole = whole.join(pd.DataFrame(rows)[more])
     whole.loc[best, "verdict"] = "best"
     return whole

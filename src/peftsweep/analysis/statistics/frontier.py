@@ -34,8 +34,9 @@ def pareto(
 
     ``front`` says whether no other configuration is better in one of ``columns`` and at least as good in all;
     ``share`` is the part of ``draws`` redraws of seeds and test rows (`Measured.draws`) in which it is so, of fewer
-    where there are more than 500 configurations. A cost with one seed does not vary in them. ``attrs["chance"]`` says
-    what the redraws of the first column cover.
+    where there are more than 500 configurations. A cost with one seed does not vary in them. It is missing where of a
+    configuration it is not known how much its figure of the first column varies. ``attrs["chance"]`` says what the
+    redraws of the first column cover.
 
     Raises:
         ValueError: of one of them it is not known whether more or less is better.
@@ -55,7 +56,9 @@ def pareto(
         return pd.DataFrame(columns=[*columns, "front", "share"])
     values = {m.column: m.back((-direction(m.column) * x,))[0] for m, x in zip(measured, found, strict=True)}
     times = np.sum([front(np.stack([d[n] for d in drawn], axis=1)) for n in range(draws)], axis=0)
-    parts = {**values, "front": front(np.stack(found, axis=1)), "share": times / draws}
+    alike = np.isin(measured[0].numbers, shared)
+    share = times / draws if measured[0].varies[alike].all() else np.full(len(shared), np.nan)
+    parts = {**values, "front": front(np.stack(found, axis=1)), "share": share}
     whole = pd.DataFrame(parts, index=pd.Index(shared, name="configuration"))
     whole.attrs["chance"] = measured[0].chance
     return whole

@@ -46,12 +46,18 @@ class Contrasts:
     stderr: Floats  # missing where nothing tells it
     df: Floats
     exact: Floats  # [3, c]: p and the ends of the interval where they follow from counts of rows, else missing
+    limits: tuple[Floats, Floats] | None = None  # what no contrast can lie below or above
+    centre: Floats | None = None  # of p and the interval, where that is not the estimate
+
+    @property
+    def _centre(self) -> Floats:
+        return self.estimate if self.centre is None else self.centre
 
     @property
     def p(self) -> Floats:
         """Two-sided, against no difference. Of a cost without any spread (bytes on a disk) a difference is certain."""
         with np.errstate(divide="ignore", invalid="ignore"):
-            t = np.where(self.estimate == 0, 0.0, np.abs(self.estimate) / self.stderr)
+            t = np.where(self.estimate == 0, 0.0, np.abs(self._centre) / self.stderr)
         found: Floats = np.where(np.isnan(self.stderr) & (self.estimate != 0), np.nan, 2 * special.stdtr(self.df, -t))
         return np.where(np.isnan(self.exact[0]), found, self.exact[0])
 
@@ -59,8 +65,10 @@ class Contrasts:
     def interval(self) -> tuple[Floats, Floats]:
         """The ends of the 95% interval of each."""
         half = special.stdtrit(self.df, 1 - ALPHA / 2) * self.stderr
-        low, high = np.where(np.isnan(self.exact[1:]), [self.estimate - half, self.estimate + half], self.exact[1:])
-        return low, high
+        low, high = np.where(np.isnan(self.exact[1:]), [self._centre - half, self._centre + half], self.exact[1:])
+        if self.limits is None:
+            return low, high
+        return np.maximum(low, self.limits[0]), np.minimum(high, self.limits[1])
 
 
 @dataclass(frozen=True)
@@ -76,11 +84,14 @@ class Measured:
     answered: Floats  # [k] the part of it that comes from seeds answering single rows differently; 0 without rows
     rows: Floats | None  # [k, rows] the score of each test row, averaged over seeds; None where not known
     stderrs: Floats  # [k] of one trial's score over its rows; missing for costs
+    unlike_rows: bool = False  # whether it is known that not all were judged on the same rows
+    shrunk: Floats | None = None  # [k] means, those of right and wrong answers with a right and a wrong one more
 
     @property
     def chance(self) -> str | None:
         """What the uncertainty covers: seeds, rows or both; None where there is only one seed of a cost."""
-        seeds, rows = bool((self.seeds > 1).any()), self.rows is not None or not (self.seeds > 1).any()
+        seeds = bool((self.seeds > 1).any())
+        rows = self.rows is not None or self.unlike_rows or not seeds
         known = [name for name, there in (("seeds", seeds), ("rows", rows and not self._no_rows)) if there]
         return " and ".join(known) or None
 
@@ -111,15 +122,37 @@ class Measured:
         fourth = np.power(weights, 4, out=np.zeros_like(weights), where=weights != 0)  # a pair has two, and it is slow
         if self.rows is not None:
             by_rows = self._by_rows(weights)
-        elif rows_of_their_own or not (self.seeds > 1).any():
-            by_rows = squares @ self.stderrs**2
+        elif rows_of_their_own or self.unlike_rows or not (self.seeds > 1).any():
+            by_rows = self._by_stderrs(squares)
         else:
             by_rows = np.zeros(len(weights))
         by_seeds, spread = squares @ alone, fourth @ (whole**2 / seed_freedom)
         found = self._with_rows(weights @ self.means, by_seeds, spread, by_rows)
         unknown = self.column.endswith(".value") & (found.stderr == 0) & weights.any(axis=1)  # a score always has some
         found = dataclasses.replace(found, stderr=np.where(unknown, np.nan, found.stderr))
+        if self.rows is None and self.shrunk is not None:
+            found = dataclasses.replace(found, centre=weights @ self.shrunk)
+        if is_share(self.column, pd.Series(self.means)) and not self.ratio:
+            limits = np.minimum(weights, 0).sum(axis=1), np.maximum(weights, 0).sum(axis=1)
+            found = dataclasses.replace(found, limits=limits)
         return dataclasses.replace(found, exact=self._counted(weights)) if self.one_model_each else found
+
+    def _by_stderrs(self, squares: Floats) -> Floats:
+        """The variance of contrasts over rows of their own; missing for those with a configuration that has none.
+
+        A missing standard error makes nothing of the contrasts that have no part of its configuration.
+        """
+        variances = self.stderrs**2
+        missing = ~np.isfinite(variances)
+        found: Floats = squares @ np.where(missing, 0.0, variances)
+        return np.where((squares[:, missing] > 0).any(axis=1), np.nan, found)
+
+    @property
+    def varies(self) -> NDArray[np.bool_]:
+        """Of which configurations [k] it is known how much their score varies with seeds or rows."""
+        if self.rows is not None or ((self.seeds > 1).any() and not self.unlike_rows):
+            return np.ones(len(self.means), dtype=bool)
+        return np.isfinite(self.stderrs)
 
     def _by_rows(self, weights: Floats) -> Floats:
         """The variance of contrasts [c] over test rows; of shares with two rows more, as far apart as rows can be."""
@@ -181,7 +214,9 @@ class Measured:
         """The 95% interval of each configuration's own value over seeds and rows, as far as they are known."""
         if self.rows is None and not (self.seeds > 1).any():
             return pd.DataFrame(columns=["low", "high", "interval"])
-        by_rows = np.zeros(len(self.means)) if self.rows is None else self.rows.var(axis=1, ddof=1) / self.rows.shape[1]
+        by_rows = self.stderrs**2 if self.unlike_rows else np.zeros(len(self.means))
+        if self.rows is not None:
+            by_rows = self.rows.var(axis=1, ddof=1) / self.rows.shape[1]
         alone, whole, seed_freedom = self._of_seeds()
         spread = self._with_rows(self.means, alone, whole**2 / seed_freedom, by_rows)
         low, high = self.back(spread.interval)
@@ -236,7 +271,7 @@ class Measured:
             if self.shares:
                 own = generator.standard_exponential((2, *size))
                 found += (own[0] - own[1]) / math.sqrt(2) / (self.rows.shape[1] + 2)
-        elif not (self.seeds > 1).any():
+        elif self.unlike_rows or not (self.seeds > 1).any():
             found += generator.standard_normal(size) * np.nan_to_num(self.stderrs)
         variances, _, freedoms = self._of_seeds()
         drawn: Floats = found + generator.standard_t(freedoms, size) * np.sqrt(variances)
@@ -254,17 +289,19 @@ def measure(
     """``column`` of every configuration, or of ``only`` those, in which a successful trial has it."""
     numbers, stem = identify(table), column.removesuffix("value")
     table = table[[c for c in (SUCCESS, CREATED, TRIAL, SEED, column, f"{stem}stderr", f"{stem}n") if c in table]]
-    there = table[SUCCESS].eq(Status.success.name) & table[column].notna()
+    there = table[SUCCESS].eq(Status.success.name) & np.isfinite(table[column].astype("float64"))
     if only is not None:
         there &= numbers.isin(only)
     trials = one_a_seed(table[there], numbers[there])
     values = trials[column].astype("float64")
     ratio = is_ratio(column, values)
     stderr = trials[f"{stem}stderr"].astype("float64") if f"{stem}stderr" in trials else values * np.nan
+    centres = values
     if f"{stem}n" in trials:  # right and wrong answers: with a right and a wrong one more
         n = trials[f"{stem}n"].astype("float64")
-        share = (values * n + 1) / (n + 2)
-        stderr = stderr.mask(binomial(column, values, stderr, n), (share * (1 - share) / (n + 1)) ** 0.5)
+        share, counts_rows = (values * n + 1) / (n + 2), binomial(column, values, stderr, n)
+        stderr = stderr.mask(counts_rows, (share * (1 - share) / (n + 1)) ** 0.5)
+        centres = values.mask(counts_rows, share)
     if ratio:
         values, stderr = values.transform("log"), stderr / values
     groups = values.groupby(trials["configuration"])
@@ -273,7 +310,8 @@ def measure(
     places = np.asarray(trials["configuration"].map(place_of), dtype=np.int64)
     counts = np.asarray(seeds, dtype=np.int64)
     between = as_floats(groups.var())
-    by_row = _by_row(trials, column, as_floats(values), predictions) if predictions else None
+    counted = f"{stem}n" in trials and trials[f"{stem}n"].nunique() > 1
+    by_row, others = _by_row(trials, column, as_floats(values), predictions) if predictions else (None, False)
     rows, answered = None, np.zeros(len(counts))
     if by_row is not None:
         rows = _sums(by_row, places, len(seeds)) / counts[:, None]
@@ -288,6 +326,8 @@ def measure(
         answered,
         rows,
         as_floats(stderr.groupby(trials["configuration"]).mean()),
+        counted or others,
+        None if ratio or (seeds > 1).any() else as_floats(centres.groupby(trials["configuration"]).mean()),
     )
 
 
@@ -306,22 +346,27 @@ def _interaction(by_row: Floats, rows: Floats, places: NDArray[np.int64], seeds:
     return found
 
 
-def _by_row(trials: pd.DataFrame, column: str, values: Floats, predictions: Predictions) -> Floats | None:
-    """Each trial's score of each test row [trials, rows]; None unless all were judged on the same rows."""
+def _by_row(trials: pd.DataFrame, column: str, values: Floats, predictions: Predictions) -> tuple[Floats | None, bool]:
+    """Each trial's score of each test row [trials, rows], None unless all were judged on the same rows.
+
+    And whether it was seen that they were not.
+    """
     name, metric = evaluation(column)
     if (trials["configuration"] >= 0).sum() > MAX_READ or not column.endswith(".value"):
-        return None
+        return None, False
     found: list[Floats] = []
     asked: list[Any] = []
     for trial, value in zip(trials[TRIAL], values, strict=True):
         lines = predictions(trial, name)
         row = row_scores(lines, metric)
         asked = asked or _asked(lines)
-        # What the rows come to must be what the record says: a file may be of another run, or of other rows.
-        if row is None or len(row) < 2 or asked != _asked(lines) or abs(row.mean() - value) > 1e-6 * max(1, abs(value)):
-            return None
+        # What the rows come to must be what the record says: a file may be of another run. A NaN is never close.
+        if row is None or len(row) < 2 or not abs(row.mean() - value) <= 1e-6 * max(1, abs(value)):
+            return None, False
+        if asked != _asked(lines):
+            return None, True
         found.append(row)
-    return np.stack(found) if found else None
+    return (np.stack(found), False) if found else (None, False)
 
 
 def _asked(lines: Sequence[dict[str, Any]]) -> list[Any]:

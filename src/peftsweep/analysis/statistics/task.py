@@ -90,9 +90,14 @@ class Task:
         return self.design.moved([first], [second], named)
 
     def tied(self, score: str) -> pd.Index[Any]:
-        """The best configuration and those that are not certainly worse."""
+        """The best configuration and those that no difference from it is shown of."""
         compared = self.compare(score)
-        return compared.index[compared["verdict"].isin(["best", "tie", "unknown"])]
+        return compared.index[compared["verdict"].isin(["best", "tie"])]
+
+    def not_compared(self, score: str) -> pd.Index[Any]:
+        """Those whose difference from the best has no known uncertainty, such as those without a standard error."""
+        compared = self.compare(score)
+        return compared.index[compared["verdict"].eq("unknown")]
 
     def near(self, score: str) -> pd.Index[Any]:
         """Those of the tie that lie within one standard error of the best, among which costs may decide.

@@ -55,7 +55,7 @@ def _two_levels(task: Task, factor: str, score: str, row: Mapping[str, Any]) -> 
         bound = max(abs(row["low"]), abs(row["high"]))
         return (
             f"{what}: no difference between {level} and {reference} is shown ({apart}); "
-            f"one of more than {words.amount(bound, row['scale'])} is unlikely{moved}."
+            f"one of more than {words.amount(bound, row['scale'])} is unlikely{_depends(row)}{moved}."
         )
     if row["verdict"] == "unknown":
         differs = f"{what}: {level} differs from {reference}, {ends} ({words.difference(row)})"
@@ -64,7 +64,17 @@ def _two_levels(task: Task, factor: str, score: str, row: Mapping[str, Any]) -> 
     agree = f", {row['agreeing']} of {row['contexts']} settings agree" if row["contexts"] > 1 else ""
     return (
         f"{what}: {level} {is_} {row['verdict']} than {reference}, {ends} ({words.difference(row)}; {better} is "
-        f"better), p {words.p_is(row['p_adjusted'])}{agree}{moved}."
+        f"better), p {words.p_is(row['p_adjusted'])}{agree}{_depends(row)}{moved}."
+    )
+
+
+def _depends(row: Mapping[str, Any]) -> str:
+    """That the average hides opposite differences, where the settings show both."""
+    if not row["better_in"] or not row["worse_in"]:
+        return ""
+    return (
+        f", but it depends on the other factors: shown to be better in {row['better_in']} of these settings and worse "
+        f"in {row['worse_in']}"
     )
 
 
@@ -109,7 +119,7 @@ def _several_levels(task: Task, factor: str, score: str, found: pd.DataFrame) ->
 def _level(task: Task, factor: str, row: Mapping[str, Any], *, several: bool) -> str:
     over = _compared_settings(task, row) if several else ""
     figure = f"{words.number(row['value'])}" + (f" against {words.number(row['reference_value'])}" if several else "")
-    figure += f", {words.tested(row, row['p_adjusted'])}"
+    figure += f", {words.tested(row, row['p_adjusted'])}{_depends(row)}"
     return f"{words.code(task.names.setting(factor, row['level']))} ({figure}{over})"
 
 
@@ -164,7 +174,7 @@ def _enough_rank(task: Task, score: str) -> str:
         return f"{what}: ranks {ranks} have the same figure, {words.number(best['value'])}{scope}{moved}."
     if enough is not best:
         said = f"rank {enough['level']} is the smallest that is not separable from the best, {best['level']} "
-        said += f"({words.tested(enough, enough['p_adjusted'])})"
+        said += f"({words.tested(enough, enough['p_adjusted'])}{_depends(enough)})"
     elif best is last:
         said = f"rank {best['level']}, the largest tried, is best, and a larger one may be better still"
     else:
@@ -188,7 +198,7 @@ def _other_ranks(rows: Sequence[Mapping[str, Any]]) -> str:
     text = ""
     for verdict, said in (("worse", "worse than the best"), ("tie", "no difference from the best is shown")):
         those = [row for row in rows if row["verdict"] == verdict]
-        figures = (f"{words.number(row['value'])}, p {words.p_is(row['p_adjusted'])}" for row in those)
+        figures = (f"{words.number(row['value'])}, p {words.p_is(row['p_adjusted'])}{_depends(row)}" for row in those)
         named = ", ".join(f"{row['level']} ({figure})" for row, figure in zip(those, figures, strict=True))
         text += f"; {said}: {named}" if those else ""
     return text

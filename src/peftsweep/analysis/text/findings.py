@@ -23,6 +23,7 @@ from peftsweep.analysis.text.words import ADAPTER, SECONDS
 from peftsweep.study.record import Status
 from peftsweep.study.scores import baseline
 
+MANY = 3  # configurations, of which the best one's figure is said to be partly luck
 LEARNING_RATE = "config.train.learning_rate"
 
 
@@ -30,10 +31,23 @@ def certainty(task: Task) -> Iterator[str]:
     """How sure the answer is: what is best by each score, its ties, the untouched base and chance."""
     if task.scores and task.seeds == 1 and len(task.configurations) > 1:
         yield "**One seed each**: all of this is of these trained models; other seeds may order them otherwise."
+    values = task.compare(task.scores[0])["value"] if task.scores else pd.Series(dtype=float)
+    if len(values) >= MANY and values.nunique() > 1:
+        yield f"The best of {len(values):,} figures is partly luck: on other test rows expect a worse one."
     for score in task.scores:
         by = f"{columns.score_name(score)}: " if len(task.scores) > 1 else ""
         yield _best(task, score)
         yield from (by + sentence for sentence in _against_baselines(task, score))
+        if lacking := _without_score(task, score):
+            yield f"By {columns.score_name(score)} {lacking}."
+
+
+def _without_score(task: Task, score: str) -> str:
+    """The configurations that succeeded without this score, which are compared with none; empty where all have it."""
+    succeeded = task.configurations.index[task.configurations["n"] > 0]
+    lacking = succeeded.difference(task.compare(score).index)
+    are = "is" if len(lacking) == 1 else "are"
+    return f"{_named(task, lacking)} {are} not compared: no such score is recorded" if len(lacking) else ""
 
 
 def choices(task: Task) -> Iterator[str]:
@@ -58,9 +72,9 @@ def _best(task: Task, score: str) -> str:
         alone = "there is no other configuration to compare it with"
         return f"**{what}**: {words.code(task.labels[best])} reaches {what} {figure}; {alone}."
     others = [n for n in task.tied(score) if n != best]
-    if compared["verdict"].eq("unknown").any():
+    if len(unknown := task.not_compared(score)):
         best_is = f"the best figure is that of {words.code(task.labels[best])}, {figure}"
-        return f"**{what}**: {best_is}; the uncertainty is not known."
+        return f"**{what}**: {best_is}; {_partly_compared(task, score, others, unknown)}."
     if len(others) == len(compared) - 1:
         last = compared.iloc[-1]
         gap = words.tested(last, last["p_adjusted"])
@@ -97,6 +111,21 @@ def _best(task: Task, score: str) -> str:
     )
 
 
+def _partly_compared(task: Task, score: str, ties: Sequence[Any], unknown: pd.Index[Any]) -> str:
+    """What is known of the others where of some the uncertainty of their difference from the best is not known."""
+    if len(unknown) == len(task.compare(score)) - 1:
+        return "the uncertainty is not known"
+    worse = int(task.compare(score)["verdict"].eq("worse").sum())
+    parts = [f"{_named(task, ties)} {'is' if len(ties) == 1 else 'are'} in a tie with it"] if ties else []
+    parts += [f"{words.plural('configuration', worse)} {'is' if worse == 1 else 'are'} worse"] if worse else []
+    return "; ".join([*parts, f"the uncertainty of its difference from {_named(task, unknown)} is not known"])
+
+
+def _named(task: Task, numbers: Sequence[Any] | pd.Index[Any]) -> str:
+    """At most three of these configurations by name, and how many more there are."""
+    return _listed([words.code(task.labels[number]) for number in numbers])
+
+
 def other_differences(task: Task, moved: Sequence[Moved]) -> str:
     """The end of a sentence on two configurations: the other settings in which they differ, first and second value."""
     if len(moved) > MAX_MOVED_SETTINGS:
@@ -115,6 +144,8 @@ def _against_baselines(task: Task, score: str) -> Iterator[str]:
     base = row.get(columns.base_of(score), math.nan)
     if words.known(base):
         yield _gain_over_base(task, score, words.number(base))
+    elif columns.measured(task.table, columns.base_of(score)):
+        yield f"No score of the untouched base is recorded for {words.code(task.labels[best])}, unlike for others."
     yield from _chance(row, name, metric, bound if sign > 0 else math.nan)
     flags = [c for c in task.configurations.columns if c.startswith(f"eval_info.{name}.") and c.endswith("degenerate")]
     flags = [c for c in flags if not c.startswith(f"eval_info.{name}.base_")]
@@ -202,6 +233,10 @@ def _chosen(task: Task, score: str) -> tuple[Any, str]:
     elif ties:
         with_ = words.code(task.labels[ties[0]]) if len(ties) == 1 else f"{len(ties)} more"
         why = f"the best figure by {score_name}, in a tie with {with_}"
+    elif len(task.not_compared(score)):
+        why = f"the best figure by {score_name}"
+    if len(unknown := task.not_compared(score)):
+        why += f" (the uncertainty of its difference from {_named(task, unknown)} is not known)"
     if len(near) > 1:
         sizes = configs.loc[near, ADAPTER].astype(float) if ADAPTER in configs else pd.Series(1.0, index=near)
         small = sizes[sizes <= 1.05 * sizes.min()].index if sizes.notna().any() else near

@@ -88,7 +88,15 @@ def _covered(task: Task, mark: str) -> Iterator[str]:
 def _tests(tasks: Sequence[Task]) -> Iterator[str]:
     judged = [(task, score) for task in tasks for score in task.scores if len(task.compare(score)) > 1]
     chances = {chance for task, score in judged for chance in task.compare(score)["chance"].dropna()}
-    if "seeds and rows" in chances:
+    of_both = [
+        found for found in (task.compare(score) for task, score in judged) if "seeds and rows" in set(found["chance"])
+    ]
+    if any(not found.attrs["paired"] for found in of_both):
+        yield (
+            "Where not all were judged on the same test rows, the variance of a difference is that between seeds plus "
+            "that of each score over its own rows."
+        )
+    if any(found.attrs["paired"] for found in of_both):
         yield (
             "Configurations are compared on the same test rows, each row's score averaged over seeds. The variance of "
             "a difference is that between rows plus that between seeds, with Satterthwaite's degrees of freedom and "
@@ -111,11 +119,13 @@ def _tests(tasks: Sequence[Task]) -> Iterator[str]:
         yield "Where rows could not be paired, Student's t over seeds compares configurations, on these test rows."
     if chances:
         yield (
-            "p-values are adjusted by Holm's method for all pairs, as the best one is chosen from the same data; one "
-            "below 0.05 counts as a difference. Intervals are of each pair alone, and not adjusted. A tie means that "
-            "no difference is shown, not that there is none: the interval says how large it may be. So costs decide "
-            "only between configurations of a tie that lie within one standard error of the best."
-            " The best figure of many is partly luck, and would probably be lower on other rows."
+            "p-values are adjusted by Holm's method for all pairs of configurations of a score, as the best one is "
+            "chosen from the same data; those of the levels of a choice, averaged over the other choices, for all "
+            "pairs of levels of all choices. One below 0.05 counts as a difference. Intervals are of each pair alone, "
+            "and not adjusted. A tie means that no difference is shown, not that there is none: the interval says how "
+            "large it may be. So costs decide only between configurations of a tie that lie within one standard error "
+            "of the best."
+            " The best figure of many is partly luck, and would probably be worse on other rows."
         )
     if any(score for _, score in judged if words.scale(score) == "ratio"):
         yield "Perplexities and costs are compared by ratios."

@@ -232,16 +232,19 @@ def _frontier(task: Task, score: str, mark: str, figures: Sequence[str]) -> Iter
                 "configuration": task.labels[number],
                 columns.score_name(score): words.number(row[score]),
                 **{columns.factor_name(c): words.cost(c, row[c]) for c in costs},
-                "on the front": ("yes" if row["front"] else "no") + f", in {row['share']:.0%} of redraws",
+                "on the front": ("yes" if row["front"] else "no")
+                + (f", in {row['share']:.0%} of redraws" if words.known(row["share"]) else ""),
             }
             for number, row in zip(kept.index, kept.to_dict("records"), strict=True)
         ]
     )
+    holds = f"Redraws of {drawn} (bootstrap) show how often that holds"
+    holds += "; costs measured once are the same in all of them." if task.configurations["n"].min() < 2 else "."
+    if found["share"].isna().any():
+        holds = "How often that holds by chance is not known, as some scores have no standard error."
     yield (
         f"A configuration is on the front if no other one is better in one of {columns.score_name(score)}, "
-        f"{', '.join(map(columns.factor_name, costs))} and at least as good in the others. "
-        f"Redraws of {drawn} (bootstrap) show how often that holds"
-        + ("; costs measured once are the same in all of them." if task.configurations["n"].min() < 2 else ".")
+        f"{', '.join(map(columns.factor_name, costs))} and at least as good in the others. {holds}"
         + (
             f" Configurations without some of these figures: {lacking:,}."
             if (lacking := len(task.compare(score)) - len(found))

@@ -33,7 +33,7 @@ def table(rows: Sequence[Mapping[str, str]]) -> Iterator[str]:
     columns = [c for c in columns if any(row.get(c) for row in rows)]
     cells = [[str(row.get(c, "")).replace("|", "\\|").replace("\n", " ") for c in columns] for row in rows]
     widths = [max(len(c), 3, *(len(line[n]) for line in cells)) for n, c in enumerate(columns)]
-    numeric = [all(not line[n] or line[n][0] in "0123456789+-−=<≈" for line in cells) for n in range(len(columns))]
+    numeric = [all(not line[n] or line[n][0] in "0123456789+-−=<≈×" for line in cells) for n in range(len(columns))]
 
     def line(parts: Sequence[str]) -> str:
         fitted = (p.rjust(w) if right else p.ljust(w) for p, w, right in zip(parts, widths, numeric, strict=True))
@@ -118,11 +118,13 @@ def change(column: str, row: pd.Series[Any]) -> str:
 
 
 def amount(value: float, scale: str, *, signed: bool = False) -> str:
-    """A difference without its interval: in per cent where ``scale`` is ``ratio``."""
+    """A difference without its interval: in per cent where ``scale`` is ``ratio``, as a factor where that is large."""
     if not known(value):
         return "?"
     value, sign = value + 0.0, "+" if signed else ""  # a zero has no sign
-    if scale == "ratio":
+    if scale == "ratio" and not -0.999 < value < 10:
+        text = f"×{1 + value:.3g}"
+    elif scale == "ratio":
         text = f"{value:{sign}.1%}" if abs(value) < 1 else f"{value:{sign},.0%}"
     else:
         text = f"{value:{sign}.3f}"
