@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftsweep.errors import InputError, first_line, suggest
 from peftsweep.study import store
-from peftsweep.study.scores import LOWER_IS_BETTER
+from peftsweep.study.scores import is_minimized
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -84,9 +84,9 @@ def report(study: Study, number: int, metric: str, step: int, value: float) -> b
     frozen = study.get_trials(deepcopy=False)[number]
     trial = optuna.trial.Trial(study, frozen._trial_id)
     if step not in frozen.intermediate_values:  # as in a trial that goes on from an earlier checkpoint
-        lower_is_better = metric.rpartition(".")[2] in LOWER_IS_BETTER
+        lower = is_minimized(metric)
         minimized = study.direction is optuna.study.StudyDirection.MINIMIZE
-        trial.report(value if lower_is_better == minimized else -value, step)
+        trial.report(value if lower == minimized else -value, step)
     return bool(trial.should_prune())
 
 

@@ -12,7 +12,7 @@ from peftsweep.errors import InputError
 from peftsweep.schema import HalvingConfig, Resource
 from peftsweep.study import record
 from peftsweep.study.record import Result, Status
-from peftsweep.study.scores import LOWER_IS_BETTER
+from peftsweep.study.scores import is_minimized
 
 TRAINED_STATUSES = (Status.stopped, Status.success)
 PATIENCE, PRUNED = "patience", "pruned"  # why a training ends before its last step, at no rung
@@ -60,7 +60,7 @@ def stop(place: Path, why: str, step: int, metric: str) -> dict[str, Any]:
     """What a record says of a trial in ``place`` that ended early with its validation at ``step``, and ``why``."""
     key, known = f"{PREFIX}{metric}", _validations(place)
     values = {at: row[key] for at, row in known.items() if at <= step and row.get(key) is not None}
-    sign = 1 if metric.rpartition(".")[2] in LOWER_IS_BETTER else -1
+    sign = 1 if is_minimized(metric) else -1
     best = min(values, key=lambda at: (sign * values[at], at), default=None)
     said = {"why": why, "step": step, "metric": metric, "value": values.get(step)}
     return said | {"best_step": best, "best_value": None if best is None else values[best]}

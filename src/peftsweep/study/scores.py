@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
-LOWER_IS_BETTER = ("loss", "perplexity")
+# In the names of metrics of which less is better: losses, and what counts or measures errors.
+LOWER = re.compile(
+    r"(?<![a-z])(loss|perplexity|bits_per_byte|error|errors|err|wer|cer|mer|ter|eer|mae|mse|rmse|nll|ece|brier|toxicity)(?![a-z])",
+    re.IGNORECASE,
+)
 NOT_SHARES = ("valid_fraction", "loss", "perplexity")  # figures that no answer can reach by being given always
 
 # Figures of written texts, and the key of a line of predictions that holds what the row adds to each.
@@ -17,6 +22,11 @@ TEXT_METRICS = (
     *("length_tokens", "length_words", "length_characters", "empty_fraction", "cut_fraction"),
     *("distinct_1", "distinct_2"),
 )
+
+
+def is_minimized(metric: str) -> bool:
+    """Whether less is better, by the metric's name, before which that of its evaluation may stand with a dot."""
+    return LOWER.search(metric.rpartition(".")[2]) is not None
 
 
 def baseline(facts: Mapping[str, Any], metric: str, which: str) -> float | None:

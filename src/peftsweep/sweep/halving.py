@@ -25,7 +25,7 @@ from peftsweep.schema import HalvingConfig, Resource
 from peftsweep.study import rungs
 from peftsweep.study.record import Result, Status
 from peftsweep.study.rungs import TRAINED_STATUSES, course
-from peftsweep.study.scores import LOWER_IS_BETTER
+from peftsweep.study.scores import is_minimized
 
 # ---- a sweep of them -------------------------------------------------------------------------------
 
@@ -113,4 +113,4 @@ def ranked(results: dict[str, Result], config: HalvingConfig) -> list[str]:
 
 
 def _lower_is_better(config: HalvingConfig) -> bool:
-    return str(config.metric).rpartition(".")[2] in LOWER_IS_BETTER
+    return is_minimized(str(config.metric))

@@ -16,7 +16,7 @@ from peftsweep.errors import InputError
 from peftsweep.observe.measure import Laps, Meter
 from peftsweep.schema import TrainConfig
 from peftsweep.study.rungs import PATIENCE, PRUNED
-from peftsweep.study.scores import LOWER_IS_BETTER
+from peftsweep.study.scores import is_minimized
 from peftsweep.training.checkpoint import Part
 from peftsweep.training.finite import check_finite, check_trained
 from peftsweep.training.length import in_epochs, interval, steps_per_epoch, total_steps
@@ -320,7 +320,7 @@ def as_loss(scores: dict[str, float], metric: str) -> float:
     """The value of ``metric``, negated if more is better, so that less is better; NaN becomes infinity."""
     if metric not in scores:
         raise InputError(f"train.best_metric={metric}: the validation has {', '.join(scores)}")
-    value = scores[metric] if metric.rpartition(".")[2] in LOWER_IS_BETTER else -scores[metric]
+    value = scores[metric] if is_minimized(metric) else -scores[metric]
     return math.inf if math.isnan(value) else value
 
 

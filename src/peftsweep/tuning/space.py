@@ -8,7 +8,7 @@ from typing import Any
 
 from peftsweep.config.compose import Trial
 from peftsweep.errors import InputError
-from peftsweep.study.scores import LOWER_IS_BETTER
+from peftsweep.study.scores import is_minimized
 from peftsweep.training.length import total_steps
 from peftsweep.tuning.search import Space, ladder
 
@@ -36,7 +36,7 @@ class Plan:
     @property
     def sign(self) -> int:
         """The factor that makes a value of the metric a score, of which less is better."""
-        return 1 if self.metric.rpartition(".")[2] in LOWER_IS_BETTER else -1
+        return 1 if is_minimized(self.metric) else -1
 
 
 def plan(one: Trial, metric: str | None) -> Plan:

@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import special
 
 from peftsweep.analysis.statistics.trials import ALPHA
-from peftsweep.study.scores import LOWER_IS_BETTER
+from peftsweep.study.scores import is_minimized
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def rungs(steps: pd.DataFrame, metric: str = "validation_loss") -> pd.DataFrame:
     seen = steps[steps[metric].notna()]
     by_step = seen.pivot_table(index="trial", columns="step", values=metric, aggfunc="last").astype(float)
     last = by_step.columns.max()
-    sign = -1.0 if metric.rpartition(".")[2].removeprefix("validation_") in LOWER_IS_BETTER else 1.0
+    sign = -1.0 if is_minimized(metric) else 1.0
     rows = []
     for step in by_step.columns[:-1]:
         both = by_step[[step, last]].dropna()

@@ -12,7 +12,7 @@ import pandas as pd
 from peftsweep.analysis.table import naming
 from peftsweep.analysis.table.naming import Names
 from peftsweep.study.record import HEADLINE, Status
-from peftsweep.study.scores import LOWER_IS_BETTER, TEXT_METRICS
+from peftsweep.study.scores import TEXT_METRICS, is_minimized
 
 STATUS, WARNINGS, TARGETS = "run_info.status", "run_info.warnings", "choices.targets"
 RANK, METHOD, QUANT = naming.RANK, naming.METHOD, naming.QUANT
@@ -25,9 +25,6 @@ MEASURED = ("train_info.", "memory.", "eval_info.", "generation_info.")
 FACTS = ("valid_fraction", "majority", "random", "seen_in_training", *TEXT_METRICS)  # that explain a score and are none
 LESS = ("bytes", "parameters", "_peak", "_mean", "rss", "loss", "padding_fraction", "overhead.value")
 MORE = ("tokens_per_second", "speed_up")
-ERRORS = re.compile(  # in the names of metrics that count or measure errors
-    r"(?<![a-z])(error|errors|err|wer|cer|mer|ter|eer|mae|mse|rmse|nll|ece|brier|toxicity)(?![a-z])", re.IGNORECASE
-)
 UNITS = {  # from which value on, how much of the column's unit one is, and its sign
     "bytes": ((1e9, 1e9, "GB"), (1e6, 1e6, "MB"), (1e3, 1e3, "kB")),
     "seconds": ((7200.0, 3600.0, "h"), (300.0, 60.0, "min"), (1.0, 1.0, "s"), (1e-3, 1e-3, "ms")),
@@ -82,8 +79,7 @@ def direction(column: str) -> int:
     """1 where more is better, -1 where less is, 0 where that is not known."""
     if column.startswith("eval_info.") and column.endswith(".value"):
         metric = column.removesuffix(".value").rpartition(".")[2].removeprefix("base_")
-        lower = any(word in metric for word in (*LOWER_IS_BETTER, "bits_per_byte")) or ERRORS.search(metric)
-        return 0 if metric in FACTS else -1 if lower else 1
+        return 0 if metric in FACTS else -1 if is_minimized(metric) else 1
     name = column.removeprefix("train_info.").removesuffix("_p50").removesuffix("_p95").removesuffix("_p99")
     if name.endswith(MORE):
         return 1

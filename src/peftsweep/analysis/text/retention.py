@@ -17,7 +17,7 @@ from peftsweep.analysis.answer.structure import ScaleCurve, ScaleScore
 from peftsweep.analysis.statistics.intervals import ALPHA
 from peftsweep.analysis.table import columns
 from peftsweep.schema import Role
-from peftsweep.study.scores import LOWER_IS_BETTER
+from peftsweep.study.scores import is_minimized
 
 SCALES = "train_info.scales"
 Z = float(special.ndtri(1 - ALPHA / 2))  # standard errors to each side of a 95% interval
@@ -40,7 +40,7 @@ def curves(record: Mapping[str, Any], evaluations: Mapping[str, Mapping[str, Any
         for scale, key in ((0.0, f"base_{metric}"), (1.0, metric)):
             if (score := facts.get(key)) and score["value"] is not None:
                 points.append(ScaleScore(scale, score["value"], score["stderr"]))
-        better: Any = "lower" if metric.rpartition(".")[2] in LOWER_IS_BETTER else "higher"
+        better: Any = "lower" if is_minimized(metric) else "higher"
         found.append(ScaleCurve(name, metric, role, better, sorted(points, key=lambda one: one.scale)))
     return found
 
