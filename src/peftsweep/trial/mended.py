@@ -19,13 +19,14 @@ from peftsweep.study.record import Result
 Values = Mapping[str, Any]
 ALL_LINEAR = "all-linear"  # in place of names of modules
 MLP_NAMES = ("gate_proj", "up_proj", "down_proj", "fc1", "fc2")  # of them those that parts of a router have too
-# Generation settings of a base that changed what transformers' own generation wrote, with the value that changes nothing.
+# Settings of a base that changed what transformers' own generation wrote, each with a value that changes nothing.
 BEAM_SETTINGS = {"length_penalty": 1, "early_stopping": False, "diversity_penalty": 0, "num_beam_groups": 1}
 GENERATION_SETTINGS: Mapping[str, Any] = BEAM_SETTINGS | {
     **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "guidance_scale"), 1),
     **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), 0),
-    **dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "stop_strings"), []),
-    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty", "max_time")),
+    **{name: [] for name in ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias")},
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "max_time", "stop_strings")),
+    "exponential_decay_length_penalty": None,
 }
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
