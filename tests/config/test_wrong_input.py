@@ -97,6 +97,7 @@ UNREAD_SOURCES = {
     "dataset.hub_split=test": "dataset.hub_split: is only for rows of the hub, and there is no dataset.hub",
     "dataset.encoding=utf-8": "dataset.encoding: is only for a local file, and there is no dataset.path",
     "dataset=gsm8k eval.gsm8k.path=rows.jsonl eval.gsm8k.revision=a": "eval.gsm8k.revision: is only for rows of the",
+    "dataset=gsm8k dataset.path=rows.jsonl eval.gsm8k.hub_split=a": "dataset.path=rows.jsonl is read in place of",
     "dataset=gsm8k dataset.test_path=rows.jsonl dataset.hub_test_split=test": "the test rows are those of dataset.test",
     "model.revision=main": "model.revision: is only for a model of the hub; tiny is a folder",
     "model=llama3.2_1b model.init=random model.revision=a": "meta-llama/Llama-3.2-1B has random weights",

@@ -192,7 +192,7 @@ def test_a_moment_in_which_others_compute_does_not_count_and_a_steady_neighbour_
     assert speed.usual([1.0]) == 1.0
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 1}', '{"version": 2}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"version": 1}', '{"version": 2}'])
 def test_a_damaged_cache_is_measured_again(device: Device, content: str) -> None:
     device._file.write_text(content)
     assert device.kept() is None

@@ -257,6 +257,12 @@ def test_a_record_whose_adapter_reached_routers_is_run_again(
         ({"repetition_penalty": 1.3}, 1, "peft.LoraConfig", False),  # written token by token, without penalties
         ({"temperature": 0.6, "do_sample": True}, 2, "peft.LoraConfig", False),  # which was never heeded
         (None, 2, "peft.LoraConfig", False),
+        # Values that change nothing, which many checkpoints hold.
+        ({"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0}, 2, "peft.LoraConfig", False),
+        ({"length_penalty": 1.0, "early_stopping": False, "num_beam_groups": 1}, 2, "peft.LoraConfig", False),
+        ({"length_penalty": 0.0}, 2, "peft.LoraConfig", True),
+        ({"length_penalty": 2.0, "early_stopping": True}, 1, "peft.PromptTuningConfig", False),  # of beams alone
+        ({"forced_eos_token_id": 0}, 1, "peft.PromptTuningConfig", True),
     ],
 )
 def test_a_record_whose_texts_the_bases_own_generation_settings_changed_is_run_again_with_its_weights_kept(

@@ -169,7 +169,49 @@ def test_norms_that_are_another_function_or_are_trained_stay_the_model_s(device:
         norms = [LlamaRMSNorm(8), GemmaLikeRMSNorm(8), LlamaRMSNorm(8)]
     for norm in norms[:2]:
         norm.weight.requires_grad_(False)
-    assert training_fused._norms(nn.ModuleList(norms), torch.float32) == norms[:1]
+    assert training_fused._norms(nn.ModuleList(norms)) == norms[:1]
+
+
+@pytest.mark.usefixtures("norms_on_a_cpu")
+def test_a_norm_whose_input_is_narrower_than_its_weights_gives_the_format_of_the_model_s() -> None:
+    """As Qwen3's norms of queries and keys under autocast."""
+    norm = LlamaRMSNorm(8).requires_grad_(False)
+    x = torch.randn(2, 3, 8, dtype=torch.bfloat16, requires_grad=True)
+    expected = norm(x)
+    assert training_fused._norms(norm) == [norm]
+    found = training_fused._norm(norm, x)
+    assert type(training_fused._norm(norm, x.float()).grad_fn).__name__ == "_RmsNormBackward"
+    assert found.dtype == expected.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(0, 6), (2, 0, 6)])
+def test_a_layer_of_an_expert_that_no_token_chose_gives_nothing(shape: tuple[int, ...]) -> None:
+    layer = with_adapter(nn.Linear(6, 4))
+    x = torch.empty(shape, requires_grad=True)
+    output = training_fused._fused(layer, x)
+    output.sum().backward()
+    assert output.shape == (*shape[:-1], 4)
+    assert x.grad is not None
+    assert x.grad.shape == shape
+    assert not layer.lora_A["default"].weight.grad.any()
+
+
+class SquashedLinear(nn.Linear):
+    """Its backward needs its output."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input).sigmoid()
+
+
+def test_a_layer_whose_base_needs_its_output_again_stays_peft_s() -> None:
+    layers = with_adapter(nn.Linear(6, 4)), with_adapter(SquashedLinear(6, 4))
+    assert [training_fused.same(layer, torch.float32) for layer in layers] == [True, False]
+
+
+def with_adapter(linear: nn.Linear) -> Any:
+    made: Any = get_peft_model(nn.Sequential(linear), LoraConfig(r=2, target_modules=["0"]))
+    return made.base_model.model[0]
 
 
 @pytest.mark.usefixtures("norms_on_a_cpu")

@@ -40,6 +40,8 @@ def check_sources(config: Config, given: Collection[str]) -> None:
         for key in HUB_KEYS:
             if _is_given(source, f"{section}.{key}", given) and (source.path or not source.hub):
                 read = f"{section}.path={source.path} is a file" if source.path else f"there is no {section}.hub"
+                if section.startswith("eval.") and not source.path and rows_config(config.eval[section[5:]]).hub:
+                    read = f"dataset.path={own.path} is read in place of {own.hub}"
                 raise InputError(f"{section}.{key}: is only for rows of the hub, and {read}")
         if _is_given(source, f"{section}.encoding", given) and not any(files):
             raise InputError(f"{section}.encoding: is only for a local file, and there is no {section}.path")

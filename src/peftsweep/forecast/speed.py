@@ -228,7 +228,7 @@ class Device:
 
     def kept(self) -> Speed | None:
         """What was measured before; None where nothing was, or that cannot be read."""
-        with suppress(OSError, ValueError, TypeError, KeyError):
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
             said = json.loads(self._file.read_text(encoding="utf-8"))
             if said.pop("version") == VERSION:
                 found = Speed(**{one.name: said[one.name] for one in dataclasses.fields(Speed)})

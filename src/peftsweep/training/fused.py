@@ -63,7 +63,7 @@ def fused(model: nn.Module) -> Iterator[int]:
     layers = [layer for layer in layers if _weights(layer)[0].is_meta or same(layer, dtype)]
     for layer in layers:
         vars(layer)["forward"] = partial(_forward, layer)
-    norms = _norms(model, dtype)
+    norms = _norms(model)
     for norm in norms:
         vars(norm)["forward"] = partial(_norm, norm)
     try:
@@ -165,13 +165,13 @@ class _Product(torch.autograd.Function):
         else:
             ctx.mark_dirty(output)
         down, up = a.to(output.dtype), b.to(output.dtype)
-        x = x.reshape(*a.shape[:-2], -1, x.shape[-1])
+        x = x.reshape(*a.shape[:-2], -1, x.shape[-1])  # of no rows perhaps, as of an expert that no token chose
         inner = x @ down.mT
         if isinstance(scale, torch.Tensor):
             inner *= scale
         ctx.alpha, ctx.scale = (1.0, scale) if isinstance(scale, torch.Tensor) else (scale, None)
         ctx.save_for_backward(x, inner, down, up, weight)
-        _add_product(output.view(*x.shape[:-1], -1), inner, up.mT, ctx.alpha)
+        _add_product(output.view(*x.shape[:-1], up.shape[-2]), inner, up.mT, ctx.alpha)
         return output
 
     @staticmethod
@@ -180,7 +180,7 @@ class _Product(torch.autograd.Function):
         """The gradients of the input, of the base's output, and of A and B unless these were added to what is there."""
         x, inner, down, up, weight = ctx.saved_tensors
         (of_output,) = gradients
-        flat = of_output.reshape(*x.shape[:-1], -1)
+        flat = of_output.reshape(*x.shape[:-1], up.shape[-2])
         of_inner = flat @ up
         if ctx.scale is not None:
             of_inner *= ctx.scale
@@ -216,12 +216,12 @@ def _add_to(leaf: torch.Tensor, left: torch.Tensor, right: torch.Tensor, alpha: 
 # ---- norms -----------------------------------------------------------------------------------------
 
 
-def _norms(model: nn.Module, dtype: torch.dtype) -> list[Any]:
-    """The RMS norms of the model that are torch's; one of each class is tried, for inputs of this ``dtype``."""
+def _norms(model: nn.Module) -> list[Any]:
+    """The RMS norms of the model that are torch's; one of each class and format of weights is tried."""
     found: list[Any] = [module for module in model.modules() if hasattr(ATEN, NORM) and _is_norm(module)]
-    one_of_class = {type(norm): norm for norm in found}
-    fit = {kind for kind, norm in one_of_class.items() if _same_norm(norm, dtype)}
-    return [norm for norm in found if type(norm) in fit]
+    one_of_kind = {(type(norm), norm.weight.dtype): norm for norm in found}
+    fit = {kind for kind, norm in one_of_kind.items() if _same_norm(norm)}
+    return [norm for norm in found if (type(norm), norm.weight.dtype) in fit]
 
 
 def _is_norm(module: Any) -> bool:
@@ -239,7 +239,8 @@ def _epsilon(norm: Any) -> Any:
 
 
 def _norm(norm: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    if not torch.is_grad_enabled() or args or kwargs:
+    # With a narrower input, as of a norm within an attention under autocast, transformers gives the weights' format.
+    if not torch.is_grad_enabled() or x.dtype != norm.weight.dtype or args or kwargs:
         output: torch.Tensor = type(norm).forward(norm, x, *args, **kwargs)
         return output
     found: torch.Tensor = _RmsNorm.apply(x, norm.weight, _epsilon(norm))
@@ -268,13 +269,13 @@ class _RmsNorm(torch.autograd.Function):
 
 
 @torch.no_grad()
-def _same_norm(norm: Any, dtype: torch.dtype) -> bool:
+def _same_norm(norm: Any) -> bool:
     """Whether the norm with random weights is torch's but for rounding; on the meta device one on the CPU is tried."""
     device = "cpu" if norm.weight.is_meta else norm.weight.device
     tried = copy.deepcopy(norm).to_empty(device=device)
     draw = torch.Generator(device).manual_seed(0)
     tried.weight.normal_(generator=draw)
-    x = torch.randn(*TRIED, len(tried.weight), generator=draw, dtype=dtype, device=device)
+    x = torch.randn(*TRIED, len(tried.weight), generator=draw, dtype=tried.weight.dtype, device=device)
     expected = tried(x)
     found, _ = ATEN._fused_rms_norm(x, [x.shape[-1]], tried.weight, _epsilon(tried))
     limit = EXACT if found.dtype == torch.float32 else NARROW
@@ -302,6 +303,8 @@ def same(layer: Any, dtype: torch.dtype) -> bool:
         for weight in (down, up):
             weight.requires_grad_().grad = None
         found, expected = (_tried(forward, layer, x) for forward in (_fused, type(layer).forward))
+    except RuntimeError:  # as of a base whose backward needs the output that is changed in place
+        return False
     finally:
         up.data = kept
         dropout.train(dropped)

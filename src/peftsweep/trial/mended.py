@@ -19,13 +19,15 @@ from peftsweep.study.record import Result
 Values = Mapping[str, Any]
 ALL_LINEAR = "all-linear"  # in place of names of modules
 MLP_NAMES = ("gate_proj", "up_proj", "down_proj", "fc1", "fc2")  # of them those that parts of a router have too
-# Generation settings of a base that changed what transformers' own generation wrote.
-GENERATION_SETTINGS = (
-    *("repetition_penalty", "no_repeat_ngram_size", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size"),
-    *("bad_words_ids", "min_length", "min_new_tokens", "length_penalty", "early_stopping", "diversity_penalty"),
-    *("num_beam_groups", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"),
-    *("sequence_bias", "exponential_decay_length_penalty", "stop_strings", "max_time", "guidance_scale"),
-)
+# Settings of a base that changed what transformers' own generation wrote, each with a value that changes nothing.
+BEAM_SETTINGS = {"length_penalty": 1, "early_stopping": False, "diversity_penalty": 0, "num_beam_groups": 1}
+GENERATION_SETTINGS: Mapping[str, Any] = BEAM_SETTINGS | {
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "guidance_scale"), 1),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), 0),
+    **{name: [] for name in ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias")},
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "max_time", "stop_strings")),
+    "exponential_decay_length_penalty": None,
+}
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -114,7 +116,9 @@ def _writes_by_own_settings(config: Values, _: Values) -> bool:
     writing = [node for node in _section(config, "eval").values() if "max_new_tokens" in node]
     by_beams = any((node.get("num_beams") or 1) > 1 for node in writing)
     without_cache = bool(config.get("method_inputs")) or _is_prompt_learning(_section(config, "method"))
-    return bool(writing) and (by_beams or without_cache) and _base(config).own_settings
+    if not writing or not (by_beams or without_cache):
+        return False
+    return bool(_base(config).own_settings if by_beams else _base(config).own_settings - BEAM_SETTINGS.keys())
 
 
 def _is_prompt_learning(method: Values) -> bool:
@@ -162,7 +166,7 @@ class _Base:
     experts: bool = False
     linear_routers: frozenset[str] = frozenset()  # the last names of what chooses among experts, where it is linear
     recurrent: bool = False
-    own_settings: bool = False  # its generation settings change what it writes
+    own_settings: frozenset[str] = frozenset()  # its generation settings that change what it writes
 
 
 def _base(config: Values) -> _Base:
@@ -203,19 +207,21 @@ def _read(base: ModelConfig) -> _Base:
             if isinstance(bare.get_submodule(name), nn.Linear)
         ),
         recurrent=bool(stateful) or bool(getattr(bare, "_is_stateful", False)),
-        own_settings=base.init is Init.pretrained and _has_generation_settings(model.source(base), base.revision),
+        own_settings=_own_settings(base) if base.init is Init.pretrained else frozenset(),
     )
 
 
-def _has_generation_settings(name: str, revision: str | None) -> bool:
+def _own_settings(base: ModelConfig) -> frozenset[str]:
     from transformers import GenerationConfig
 
+    from peftsweep.models import model
+
     try:
-        own = GenerationConfig.from_pretrained(name, revision=revision or "main")
+        own = GenerationConfig.from_pretrained(model.source(base), revision=base.revision or "main")
     except OSError:  # it has none
-        return False
-    usual = GenerationConfig()
-    return any(getattr(own, key, None) != getattr(usual, key, None) for key in GENERATION_SETTINGS)
+        return frozenset()
+    held = {name: getattr(own, name, None) for name in GENERATION_SETTINGS}
+    return frozenset(name for name, value in held.items() if value not in (None, GENERATION_SETTINGS[name]))
 
 
 def _section(config: Values, name: str) -> Values:
