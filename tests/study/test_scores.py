@@ -17,7 +17,7 @@ def test_errors_and_losses_are_better_when_less_whoever_asks(metric: str) -> Non
     assert run.as_loss({metric: 0.25}, metric) == 0.25
 
 
-@pytest.mark.parametrize("metric", ["accuracy", "rougeL", "answer.f1", "glossary", "power", "mercury", "lossless_share"])
+@pytest.mark.parametrize("metric", ["accuracy", "rougeL", "answer.f1", "glossary", "power", "mercury"])
 def test_other_scores_are_better_when_more(metric: str) -> None:
     assert not is_minimized(metric)
     assert run.as_loss({metric: 0.25}, metric) == -0.25

@@ -254,6 +254,7 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """The norm, in the format of ``x``."""
         found: torch.Tensor
+        x = x.contiguous()  # which a part of a wider projection is not, as before a norm of latent attention
         found, scale = ATEN._fused_rms_norm(x, [x.shape[-1]], weight, eps)
         ctx.save_for_backward(x, scale, weight)
         return found
