@@ -5,9 +5,9 @@
 Writes studies of made-up trials, as a sweep of methods, quantisations, ranks, rates and seeds leaves them on the disk
 (a record of 200 columns, ten logged steps and answers to 100 test rows each), and runs `peftsweep-collect`, with its
 figures and report.html, on each in a process of its own, so that its imports count too and its peak memory is its own.
-The sizes take turns, ``--repeats`` times; the median counts. Beside the time on the clock, which other processes
-lengthen, stands that of the processor. Growth is the exponent of the processor's time, beyond that of the imports,
-between sizes: 1 is linear.
+The sizes take turns, ``--repeats`` times; the median counts. The largest is collected without plots, too. Beside the
+time on the clock, which other processes lengthen, stands that of the processor. Growth is the exponent of the
+processor's time, beyond that of the imports, between sizes: 1 is linear.
 """
 
 from __future__ import annotations
@@ -53,15 +53,19 @@ def main() -> None:
         for trials in options.trials:
             write_study(Path("multirun") / f"n{trials}", trials)
         runs: dict[int, list[dict[str, float]]] = {trials: [] for trials in options.trials}
-        starts = []
+        starts, largest = [], max(options.trials)
+        without_plots: list[dict[str, float]] = []
         for _ in range(options.repeats):
             starts.append(timed(["-c", IMPORTS])["cpu_seconds"])
             for trials in options.trials:
                 runs[trials].append(timed(["-c", COLLECT, f"multirun/n{trials}"]))
                 print(f"{trials:6} trials: {runs[trials][-1]}", flush=True)
+            without_plots.append(timed(["-c", COLLECT, "--no-plots", f"multirun/n{largest}"]))
+            print(f"{largest:6} trials without plots: {without_plots[-1]}", flush=True)
         columns = table_width(Path("multirun") / f"n{options.trials[0]}" / "results.parquet")
         pages = {n: (Path("multirun") / f"n{n}" / "report.html").stat().st_size for n in options.trials}
     report = summarise(runs, statistics.median(starts), columns) | {"report_html_bytes": pages}
+    report["without_plots"] = {largest: without_plots}
     print(json.dumps(report, indent=1))
     if out:
         out.write_text(json.dumps(report, indent=1) + "\n")
