@@ -80,21 +80,27 @@ def other_set() -> str:
     return COMPATIBLE if torch.backends.mkl.is_available() else ATEN_DEFAULT
 
 
+def processor() -> str:
+    """This machine's CPU, the kernels that ATen takes on it, and its number of cores."""
+    stamp = record.environment()
+    return f"{stamp['system']['processor']}, {stamp['torch']['cpu_capability']}, {stamp['system']['cpus']} cores"
+
+
 def row(name: str, threads: int, run: Run) -> str:
     """A line of the table: what was run, how it ended, on what, and when."""
     stamp = record.environment()
     versions = ", ".join(f"{name} {stamp['packages'][name]['version']}" for name in PACKAGES)
-    system = f"{stamp['system']['processor']}, {stamp['torch']['cpu_capability']}, {stamp['system']['cpus']} cores"
     python = f"Python {stamp['system']['python']}"
-    cells = [name, threads, run.passed, run.failed, f"{run.seconds:.0f}", system, f"{python}, {versions}"]
+    cells = [name, threads, run.passed, run.failed, f"{run.seconds:.0f}", processor(), f"{python}, {versions}"]
     return f"| {' | '.join(map(str, cells))} | {record.now()[:10]} |"
 
 
 def write(name: str, threads: int, run: Run) -> None:
-    """Put the row into docs/tested_on.md, in place of the last one of the same set and number of threads."""
+    """Put the row into docs/tested_on.md, in place of the last one of the same set, number of threads and CPU."""
     lines = TABLE.read_text(encoding="utf-8").splitlines()
     key, new = f"| {name} | {threads} |", row(name, threads, run)
-    at = next((number for number, line in enumerate(lines) if line.startswith(key)), None)
+    same = (number for number, line in enumerate(lines) if line.startswith(key) and f"| {processor()} |" in line)
+    at = next(same, None)
     if at is None:
         lines.insert(max(number for number, line in enumerate(lines) if line.startswith("|")) + 1, new)
     else:
@@ -104,25 +110,25 @@ def write(name: str, threads: int, run: Run) -> None:
 
 def main() -> None:
     """Run what the command line asks for; the exit code is 1 if any test failed."""
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--other", action="store_true", help="only one set that is not the machine's own, one thread")
-    words.add_argument("--set", choices=SETS, action="append", help="only this set")
-    words.add_argument("--threads", type=int, choices=THREADS, action="append", help="only with so many threads")
-    words.add_argument("--fast", action="store_true", help="all fast tests")
-    words.add_argument("--versions", metavar="NAME", help="instead: the fast tests with the versions installed here")
-    said = words.parse_args()
-    if said.versions:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--other", action="store_true", help="only one set that is not the machine's own, one thread")
+    parser.add_argument("--set", choices=SETS, action="append", help="only this set")
+    parser.add_argument("--threads", type=int, choices=THREADS, action="append", help="only with so many threads")
+    parser.add_argument("--fast", action="store_true", help="all fast tests")
+    parser.add_argument("--versions", metavar="NAME", help="instead: the fast tests with the versions installed here")
+    options = parser.parse_args()
+    if options.versions:
         run = run_tests({}, 1, FAST)
-        write(f"{said.versions} versions", 1, run)
+        write(f"{options.versions} versions", 1, run)
         sys.exit(run.code)
     codes = []
-    for name in [other_set()] if said.other else said.set or SETS:
-        for threads in [1] if said.other else said.threads or THREADS:
+    for name in [other_set()] if options.other else options.set or SETS:
+        for threads in [1] if options.other else options.threads or THREADS:
             print(f"== {name}, {threads} thread{'s'[: threads - 1]}", flush=True)
-            run = run_tests(SETS[name], threads, FAST if said.fast else MARKED)
+            run = run_tests(SETS[name], threads, FAST if options.fast else MARKED)
             codes.append(run.code)
-            if not said.other:
-                write(f"all fast tests, {name}" if said.fast else name, threads, run)
+            if not options.other:
+                write(f"all fast tests, {name}" if options.fast else name, threads, run)
     sys.exit(any(codes))
 
 
