@@ -22,7 +22,7 @@ from peftsweep.forecast.history import KINDS, NORMAL_90, History
 from peftsweep.forecast.speed import Device
 from peftsweep.forecast.work import Asked, Batches, Traced, evaluations, number_of_steps, once, run_of, step_key, trace
 from peftsweep.models import model as models_model
-from peftsweep.training.capture import WARM, captures
+from peftsweep.training.capture import WARMUP_PASSES, captures
 
 # One standard deviation of the logarithm of a prediction that no record corrects: that of training as
 # benchmarks/time_prediction.py finds it, the others as what they rest on is only guessed.
@@ -35,7 +35,7 @@ SETUP_SECONDS, FILES_SECONDS, TENSOR_SECONDS = 0.3, 0.02, 0.002
 LOAD_RATE, QUANTISE_RATE, SAVE_RATE = 1e9, 2e8, 5e8  # bytes/s that are read, quantised, written
 # Micro-batches of a captured run that take as long as without graphs: of each of some 14 lengths those before it is
 # captured, and what capturing takes.
-USUAL_BATCHES = 14 * (WARM + 3)
+USUAL_BATCHES = 14 * (WARMUP_PASSES + 3)
 NOT_ASKED = "not asked for"
 MOST_SECONDS = 10.0  # for which a process times operations, but for those of the first trial of a model
 _SPENT = [0.0]

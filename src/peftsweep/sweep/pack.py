@@ -327,7 +327,7 @@ class _Pack:
         together = Pack(cast(PeftModel, slots[0].session.adapted), [slot.name for slot in slots])
         try:
             for slot in slots:
-                with slot.own(), together.asked(slot.name):
+                with slot.own(), together.evaluated_together(slot.name):
                     slot.session.evaluate()
         finally:
             together.close()
