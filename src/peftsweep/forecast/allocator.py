@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from peftsweep.forecast import operations
 from peftsweep.forecast.operations import Ledger
 from peftsweep.schema import Dtype
 
@@ -46,6 +47,11 @@ class Allocator(TorchDispatchMode):
         self._known: dict[int, Storage] = {}
         self.in_backward = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Not to be wrapped, each call, in what keeps torch.compile out: nothing is compiled here."""
+        return False
+
     def hold(self, tensors: Iterable[torch.Tensor]) -> int:
         """Count what there is already; returns the bytes."""
         before = self.live
@@ -75,15 +81,16 @@ class Allocator(TorchDispatchMode):
             return NotImplemented  # a weight of torchao says first which operations on plain tensors it is
         if func is aten.add.Tensor and self._accumulates(*args):
             func = aten.add_.Tensor
-        result = self._without_numbers(func, args, kwargs or {})
+        kwargs, operation, known = kwargs or {}, None, False
+        result = self._without_numbers(func, args, kwargs)
         if result is None:
-            result = func(*args, **kwargs or {})
+            result, operation, known = operations.run(func, args, kwargs)
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, torch.Tensor):
                 self._note(tensor)
         self.peak = max(self.peak, self.live)
         if self._ledger is not None:
-            self._ledger.note(func, args, kwargs or {}, result)
+            self._ledger.note(operation if known else operations.operation(func, args, kwargs, result))
         return result
 
     def _accumulates(self, gradient: torch.Tensor, more: Any) -> bool:

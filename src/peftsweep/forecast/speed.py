@@ -368,7 +368,7 @@ def _made(one: Operation, device: torch.device) -> tuple[list[Any], dict[str, An
 def _real(value: Any, device: torch.device, indices: int) -> Any:
     if isinstance(value, SameDevice):
         return device
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and not isinstance(value, TensorSpec):
         return [_real(part, device, indices) for part in value]
     if not isinstance(value, TensorSpec):
         return value
