@@ -14,7 +14,7 @@ import torch
 
 from peftsweep.observe.flops import PRODUCT, flop_formulas
 
-# Of these the first tensor is read in as many numbers as are returned, not as a whole.
+# Operators that read only as many numbers of their first tensor as they return.
 GATHERS = {"aten::embedding", "aten::index", "aten::index_select", "aten::gather"}
 UNCOUNTED = {"aten::_local_scalar_dense", "aten::detach", "aten::is_same_size"}
 
@@ -39,7 +39,7 @@ class TensorSpec(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Of memory that it occupies: a dimension that is expanded (stride 0) counts once."""
+        """The memory that it occupies: an expanded dimension (stride 0) counts once."""
         numbers = 1
         for size, stride in zip(self.shape, self.stride, strict=True):
             numbers *= size if stride else 1
@@ -48,49 +48,49 @@ class TensorSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class SameDevice:
-    """An argument that is a device: that of the tensors."""
+    """Stands for an argument that is a device: the device of the tensors."""
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One call of an operator, by the shapes, strides and number formats of its arguments."""
+    """One call of an operator, with the shapes, strides and dtypes of its arguments."""
 
     operator: torch._ops.OpOverload
     arguments: tuple[Any, ...]
     keywords: tuple[tuple[str, Any], ...]
     flops: int = field(compare=False)
     bytes: int = field(compare=False)  # read and written
-    views: bool = field(compare=False)  # whether it only looks at its argument in another way: no kernel
+    views: bool = field(compare=False)  # whether it only returns a view of an argument, without a kernel
 
     @property
     def name(self) -> str:
-        """Of the operator, without its overload: ``aten::mm``."""
+        """The name of the operator, without its overload: ``aten::mm``."""
         return str(self.operator.name()).partition(".")[0]
 
     @functools.cached_property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        """Of its tensors, in order."""
+        """The dtypes of its tensors, in order."""
         return tuple(spec.dtype for spec in specs((self.arguments, self.keywords)))
 
     @property
     def kind(self) -> tuple[str, tuple[torch.dtype, ...]]:
-        """What two operations share that differ in their sizes alone."""
+        """Equal for operations that differ only in their sizes."""
         return self.operator.name(), self.dtypes
 
     @functools.cached_property
     def key(self) -> str:
-        """Names it in a file."""
-        return f"{self.operator.name()}{_said(self.arguments)}{_said(self.keywords)}"
+        """The name of the operation in the cache file of a device's speed."""
+        return f"{self.operator.name()}{_as_text(self.arguments)}{_as_text(self.keywords)}"
 
 
-def _said(value: Any) -> str:
+def _as_text(value: Any) -> str:
     if isinstance(value, TensorSpec):
         dense = value.stride == _contiguous(value.shape)
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}" + (
             "" if dense else f"@{list(value.stride)}"
         )
     if isinstance(value, tuple):
-        return f"({','.join(map(_said, value))})"
+        return f"({','.join(map(_as_text, value))})"
     return str(value)
 
 
@@ -112,24 +112,24 @@ def specs(value: Any) -> Iterator[TensorSpec]:
 
 
 class Ledger:
-    """What was called, and how often."""
+    """The operations that were called, with their numbers of calls."""
 
     def __init__(self) -> None:
         self.calls: Counter[Operation] = Counter()
 
     def note(self, operation: Operation | None) -> None:
-        """Count a call of ``operation``; None is one that is not counted."""
+        """Count a call of ``operation``; None is not counted."""
         if operation is not None:
             self.calls[operation] += 1
 
     @property
     def flops(self) -> int:
-        """Of matrix products: one of [m, k] and [k, n] is 2 m n k."""
+        """The FLOPs of all matrix products; a product of [m, k] and [k, n] has 2 m n k."""
         return sum(one.flops * count for one, count in self.calls.items())
 
     @property
     def flops_by_dtype(self) -> Counter[torch.dtype]:
-        """Of matrix products, by the number format of the first factor."""
+        """The FLOPs of all matrix products, by the dtype of the first factor."""
         found: Counter[torch.dtype] = Counter()
         for one, count in self.calls.items():
             if one.flops:
@@ -138,27 +138,27 @@ class Ledger:
 
     @property
     def bytes(self) -> int:
-        """Read and written by all kernels."""
+        """The bytes that all kernels read and write."""
         return sum(one.bytes * count for one, count in self.calls.items())
 
     @property
     def other_bytes(self) -> int:
-        """Read and written by kernels that are no matrix products."""
+        """The bytes that kernels other than matrix products read and write."""
         return sum(one.bytes * count for one, count in self.calls.items() if not one.flops)
 
     @property
     def launches(self) -> int:
-        """Kernels started: every call but views."""
+        """The number of kernel launches: all calls except views."""
         return sum(count for one, count in self.calls.items() if not one.views)
 
     @property
     def dispatches(self) -> int:
-        """Calls that go through torch's dispatcher, views too."""
+        """The number of calls through torch's dispatcher, including views."""
         return sum(self.calls.values())
 
     @property
     def uncounted(self) -> list[str]:
-        """Operators that look like a matrix product, of which no formula says the FLOPs."""
+        """Operators that look like a matrix product by their name, and have no formula for the FLOPs."""
         return sorted({one.name for one in self.calls if not one.flops and PRODUCT.fullmatch(one.name)})
 
 
@@ -166,7 +166,7 @@ class Ledger:
 
 
 def operation(operator: torch._ops.OpOverload, args: Any, kwargs: Any, result: Any) -> Operation | None:
-    """The call that has returned ``result``; None where it is not counted."""
+    """The operation of a call that has returned ``result``; None where it is not counted."""
     arguments, keywords = _frozen(args), _frozen_keywords(kwargs)
     name = operator.name().partition(".")[0]
     if name in UNCOUNTED:
