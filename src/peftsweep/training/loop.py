@@ -49,26 +49,14 @@ def train(
 ) -> Trained:
     """Train the parameters of ``model`` that require gradients.
 
-    A step takes ``batch_size * accumulation`` rows. Its loss is the mean over all their answer tokens, in nats, and the
-    rows do not depend on how they are split into micro-batches; so accumulation changes the memory and not the results
-    (but for rounding and for the random numbers of dropout).
+    A step takes ``batch_size * accumulation`` rows, and its loss is the mean over all their answer tokens, in nats. So
+    accumulation changes the memory and not the results (but for rounding and the random numbers of dropout).
 
-    Args:
-        model: the model, with its adapter attached.
-        rows: the training rows.
-        config: ``train`` of the configuration.
-        pad_id: the token that pads a batch.
-        seed: of the order of the rows and of dropout.
-        meter: measures seconds and memory.
-        log: gets one row of steps.jsonl for each logged step and one for each epoch.
-        validate: called every ``config.eval_every``, as a stage of its own; returns at least ``loss`` and
-            ``config.best_metric``.
-        after_step: the profiler's, called after each step; the trace then names the parts of a step.
-        checkpoints: gets one every ``config.checkpoint_every``, and the trained weights at the end. Training goes on
-            from the one that it has found; if that holds the trained weights, nothing is trained.
-        stop_at: a rung's step: training ends there with a checkpoint, on the learning rate schedule of all its steps.
-        prune: decides after a validation whether training ends there with a checkpoint, as after ``config.patience``.
-        order: the row numbers of each step, instead of those that follow from ``seed``.
+    ``log`` gets a row of steps.jsonl for each logged step and each epoch. ``validate`` returns at least ``loss`` and
+    ``config.best_metric``. With ``after_step``, a profiler's, the trace names the parts of a step. ``checkpoints`` gets
+    one every ``config.checkpoint_every`` and the trained weights at the end; training goes on from the one it has found.
+    At ``stop_at``, a rung's step, training ends with a checkpoint, on the schedule of all steps; so it does after a
+    validation if ``prune`` is true or ``config.patience`` used up. ``order`` holds the row numbers of each step.
 
     Raises:
         FloatingPointError: a loss is not finite, or at the end a weight is not.
@@ -79,8 +67,7 @@ def train(
         checkpoints.restore({"weights": Weights(model)})
         model.eval()
         return Trained(**checkpoints.trained)
-    # A graph would hide the parts of a step from the profiler.
-    sizes = None if after_step else sizes_of_run(rows, config, seed, meter.device, order)
+    sizes = None if after_step else sizes_of_run(rows, config, seed, meter.device, order)  # graphs hide a step's parts
     take_step = _Step(model, run, record_function if after_step else nullcontext, sizes)
     run_batches = partial(batches, rows, config, pad_id=pad_id, seed=seed, device=meter.device, order=order)
     due = checkpoint_due(config, len(rows))
