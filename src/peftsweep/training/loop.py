@@ -54,7 +54,7 @@ def train(
 
     ``log`` gets a row of steps.jsonl for each logged step and each epoch. ``validate`` returns at least ``loss`` and
     ``config.best_metric``. With ``after_step``, a profiler's, the trace names the parts of a step. ``checkpoints`` gets
-    one every ``config.checkpoint_every`` and the trained weights at the end; training goes on from the one it has found.
+    one every ``config.checkpoint_every`` and the trained weights at the end; training goes on from the one found.
     At ``stop_at``, a rung's step, training ends with a checkpoint, on the schedule of all steps; so it does after a
     validation if ``prune`` is true or ``config.patience`` used up. ``order`` holds the row numbers of each step.
 
