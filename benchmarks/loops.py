@@ -205,7 +205,7 @@ def fused(bench: Bench) -> None:
 
 
 def captured(bench: Bench) -> None:
-    with patch.object(capture.StaticSteps, "_worth", lambda *_: True):
+    with patch.object(capture.StaticSteps, "_pays_off", lambda *_: True):
         ours(bench, often=CAPTURED_ROUNDS)
 
 

@@ -157,7 +157,7 @@ def evaluated(base: Any, tokenizer: Any, tokens: int, rounds: int) -> dict[str, 
             together = slots.Pack(adapted, names) if side == "together" else None
             for name in names:
                 adapted.set_adapter(name)
-                with together.asked(name) if together else nullcontext():
+                with together.evaluated_together(name) if together else nullcontext():
                     evaluate.generation(adapted, tokenizer, asked, max_new_tokens=tokens // 2)
                     evaluate.perplexity(adapted, tokenizer, asked)
             if together:

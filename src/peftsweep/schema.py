@@ -211,11 +211,11 @@ class HalvingConfig:
     """Successive halving: trials run to a rung, and only the best of them on to the next."""
 
     metric: str | None = None  # of the validation, as train.best_metric, which it is by default
-    factor: int = 3  # one trial in so many goes on, for so many times the steps
+    factor: int = 3  # 3: one trial in three goes on, for three times the steps
     min_steps: int | None = None  # steps until the first rung; null: every trial runs to its end
     rung: int | None = None  # at which this trial stops, from 1 on; the sweeper's to say
     resource: Resource = Resource.steps  # of what each rung gives more; rows: of the training rows, by a new trial
-    min_fraction: float | None = None  # of the training rows at the first rung, with resource=rows; null as min_steps
+    min_fraction: float | None = None  # with resource=rows: share of the rows at the first rung; null as min_steps
     test: bool = True  # false: it stops at its end too, before its test rows are judged; the sweeper's to say
 
 
@@ -231,12 +231,12 @@ class SearchConfig:
 class TuneConfig:
     """sweep=tune: what is searched, and when a comparison of finalists is over."""
 
-    rates: list[float] | None = None  # learning rates to try; null: a ladder around the method's, extended at its ends
-    ranks: list[int] | None = None  # null: 1, 2 and 4 times the method's rank, or what else its size is called
-    targets: list[str] | None = None  # options of `targets`, at the best of both; null: the method's, qv, all_linear
-    metric: str | None = None  # of the validation, as train.best_metric, which it is by default
-    finalists: int = 2  # methods that are judged on the test rows, the best by validation
-    seeds: int = 8  # of each finalist at most
+    rates: list[float] | None = None  # learning rates; null: rates around the method's own, extended beyond the best
+    ranks: list[int] | None = None  # ranks; null: 1, 2 and 4 times the method's rank or other size option
+    targets: list[str] | None = None  # options of `targets`; null: the method's own, qv, all_linear
+    metric: str | None = None  # the metric of the validation; null: train.best_metric
+    finalists: int = 2  # the number of methods that are judged on the test rows, the best by validation
+    seeds: int = 8  # the most seeds of each finalist
     tie: float = 0.01  # a difference that does not matter: of an accuracy 0.01, of a perplexity 1%
     replay: str | None = None  # a table of finished runs to decide on, so that nothing is trained
 
@@ -248,7 +248,7 @@ class LeagueConfig:
     trials: int = 8  # of tuning, for every contestant
     seeds: int = 5  # final trials of each, judged on the test rows
     placebo: str = "lora"  # the method that takes part twice, under another name and with other seeds
-    difference: float = 0.02  # that the league is to tell apart; it says how many seeds that takes
+    difference: float = 0.02  # a difference of scores; the league says how many seeds would show it
 
 
 @dataclass
@@ -300,7 +300,7 @@ class Config:
     forecast: ForecastConfig = field(default_factory=ForecastConfig)
     price: PriceConfig = field(default_factory=PriceConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
-    budget: str | None = None  # of sweep=tune: 40trials, 5000steps, 90m, 2h; null: until it is decided
+    budget: str | None = None  # the budget of sweep=tune: 40trials, 5000steps, 90m, 2h; null: no limit
     tune: TuneConfig = field(default_factory=TuneConfig)
     league: LeagueConfig = field(default_factory=LeagueConfig)
     objective: Any = None  # a column of the record, or a list of them, that a sweeper such as Optuna's optimises

@@ -23,7 +23,7 @@ from peftsweep.study import claims, record, store
 from peftsweep.study.record import Result, Status
 from peftsweep.sweep import pack, packing
 from peftsweep.training import packed
-from peftsweep.training.run import OF_A_PACK
+from peftsweep.training.run import PACK_KEYS
 from peftsweep.trial import done, outcome, task
 from peftsweep.trial import session as trial_session
 from tests.conftest import SAME_WEIGHTS, SMALL, apart, check_row, check_scores
@@ -54,7 +54,7 @@ def weights(result: Result) -> dict[str, torch.Tensor]:
 def check_same(one: Result, other: Result) -> None:
     """The trial's own numbers: losses, weights, predictions, scores."""
     for a, b in zip(lines(one, record.STEPS), lines(other, record.STEPS), strict=True):
-        kept = {*a, *b} - {*OF_A_PACK}
+        kept = {*a, *b} - {*PACK_KEYS}
         check_row({key: a.get(key) for key in kept}, {key: b.get(key) for key in kept})
     assert apart(weights(one), weights(other)) <= SAME_WEIGHTS
     for name in one.eval_info:

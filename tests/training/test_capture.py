@@ -134,7 +134,8 @@ def test_static_shapes_change_no_loss_and_no_weight(way: str, rows: list[Tokens]
     lengths = static[0].compilation["capture_lengths"]
     assert 1 < len(lengths) < len({len(row.ids) for row in rows})
     assert static[0].tokens == plain[0].tokens
-    assert plain[0].padding_fraction < static[0].padding_fraction < plain[0].padding_fraction + capture.EXTRA
+    added = static[0].padding_fraction - plain[0].padding_fraction
+    assert 0 < added < capture.MAX_EXTRA_PADDING
     assert not plain[0].compilation
 
 
@@ -230,16 +231,16 @@ class Pretended(StaticSteps):
     broken: Callable[[StaticSteps, Any], None] = staticmethod(lambda steps, static: None)
     replays = 0
 
-    def _of_graphs(self) -> tuple[Any, Any]:
+    def _stream_and_pool(self) -> tuple[Any, Any]:
         return object(), None
 
-    def _aside(self, static: Any) -> torch.Tensor:
+    def _eager_pass(self, static: Any) -> torch.Tensor:
         return self._pass(static)
 
-    def _worth(self, left: int) -> bool:
+    def _pays_off(self, left: int) -> bool:
         return True
 
-    def _recorded(self, static: Any) -> tuple[Any, torch.Tensor]:
+    def _record_graph(self, static: Any) -> tuple[Any, torch.Tensor]:
         loss = torch.zeros(1)
 
         def replay() -> None:
@@ -290,7 +291,7 @@ def test_a_graph_that_fails_or_gives_other_gradients_is_given_up(
     rows: list[Tokens], monkeypatch: pytest.MonkeyPatch, broken: Any, reason: str
 ) -> None:
     """After one that failed nothing is captured in the process any more, and a worker is replaced."""
-    monkeypatch.setattr(capture, "_FAILED", [])
+    monkeypatch.setattr(capture, "_FAILURES", [])
     plain, static = pretended(rows, monkeypatch, broken)
     assert static[1] == pytest.approx(plain[1], rel=1e-4)
     assert static[0].compilation == {"capture_off": reason}
@@ -308,7 +309,7 @@ def test_a_pass_in_which_the_host_waits_is_not_captured(rows: list[Tokens], monk
         yield
         raise RuntimeError("called a synchronizing CUDA operation")
 
-    monkeypatch.setattr(capture, "_without_waiting", waits)
+    monkeypatch.setattr(capture, "_error_if_host_waits", waits)
     plain, static = pretended(rows, monkeypatch)
     assert static[1] == pytest.approx(plain[1], rel=1e-4)
     assert static[0].compilation == {"capture_off": "the host waits for the device in a pass"}
@@ -319,7 +320,7 @@ def test_memory_that_runs_out_beside_graphs_ends_capturing_and_not_the_trial(
     rows: list[Tokens], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Full(Pretended):
-        def _aside(self, static: Any) -> torch.Tensor:
+        def _eager_pass(self, static: Any) -> torch.Tensor:
             self._pass(static)
             out_of_memory()
             return torch.empty(0)
@@ -336,7 +337,7 @@ def test_memory_that_runs_out_beside_graphs_ends_capturing_and_not_the_trial(
 def test_graphs_change_no_loss_and_no_weight(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On CUDA: a checkpointed pass may be refused by torch, which must then be said and change nothing either."""
     device = torch.device("cuda")
-    monkeypatch.setattr(StaticSteps, "_worth", lambda *_: True)
+    monkeypatch.setattr(StaticSteps, "_pays_off", lambda *_: True)
     chance = random.Random(0)
     rows = [Tokens([chance.randrange(3, 500) for _ in range(chance.randint(20, 40))], 9) for _ in range(64)]
     options = {"steps": 40, "learning_rate": 1e-3} | WAYS[way]
@@ -351,7 +352,7 @@ def test_graphs_change_no_loss_and_no_weight(way: str, monkeypatch: pytest.Monke
 def test_graphs_of_a_pack_change_no_loss(shared: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """On CUDA; one slot ends before the others, so that the rest is captured anew."""
     device = torch.device("cuda")
-    monkeypatch.setattr(StaticSteps, "_worth", lambda *_: True)
+    monkeypatch.setattr(StaticSteps, "_pays_off", lambda *_: True)
     chance = random.Random(0)
     rows = [Tokens([chance.randrange(3, 500) for _ in range(chance.randint(20, 40))], 9) for _ in range(64)]
     lengths = {"slot0": 40, "slot1": 40, "slot2": 25}

@@ -629,7 +629,7 @@ def evaluations(adapted: Any, tokenizer: Any, kinds: Sequence[str], pack: Pack |
     found = []
     for name in adapted.peft_config:
         adapted.set_adapter(name)
-        with pack.asked(name) if pack else nullcontext():
+        with pack.evaluated_together(name) if pack else nullcontext():
             found.append([EVALUATIONS[kind](adapted, tokenizer, questions()) for kind in kinds])
     return found
 

@@ -160,7 +160,7 @@ def test_an_8_bit_optimizer_and_its_options_can_be_named(rows: list[data_tokens.
 
 @pytest.mark.parametrize(
     ("optimizer", "reason"),
-    [("LBFGS", "want a closure"), ("SparseAdam", "sparse gradients only"), ("bitsandbytes.optim.SGD8bit", "momentum")],
+    [("LBFGS", "need a closure"), ("SparseAdam", "sparse gradients only"), ("bitsandbytes.optim.SGD8bit", "momentum")],
 )
 def test_an_optimizer_that_cannot_take_a_step_is_refused(
     rows: list[data_tokens.Tokens], optimizer: str, reason: str

@@ -92,9 +92,9 @@ def test_a_verdict_is_what_the_whole_interval_says() -> None:
 
 def test_where_test_rows_alone_leave_the_doubt_no_seed_is_asked_for() -> None:
     few = Look(3, 0.01, -0.2, 0.2, OPEN, by_rows=0.15)
-    assert finals.hopeless(few, 0.01)
-    assert not finals.hopeless(Look(3, 0.01, -0.2, 0.2, OPEN, by_rows=0.005), 0.01)
-    assert not finals.hopeless(Look(3, 0.16, -0.2, 0.2, OPEN, by_rows=0.15), 0.01)
+    assert finals.undecidable(few, 0.01)
+    assert not finals.undecidable(Look(3, 0.01, -0.2, 0.2, OPEN, by_rows=0.005), 0.01)
+    assert not finals.undecidable(Look(3, 0.16, -0.2, 0.2, OPEN, by_rows=0.15), 0.01)
 
 
 def test_a_league_ranks_counts_the_placebos_wins_and_asks_for_seeds() -> None:

@@ -23,11 +23,11 @@ class Simulated:
     """Answers from a formula, as trials would, within a budget; what was asked for is kept in order."""
 
     def __init__(self, loss: Callable[[Point], float | None], budget: Budget | None = None) -> None:
-        self.loss, self.purse = loss, BudgetAccount(budget, (10, 30, 30), lambda: 0.0)
+        self.loss, self.account = loss, BudgetAccount(budget, (10, 30, 30), lambda: 0.0)
         self.asked: list[tuple[str, Point, Until]] = []
 
     def __call__(self, stage: str, points: Sequence[Point], until: Until) -> Scores:
-        admitted = [point for batch in self.purse.admit(points, until) for point in batch]
+        admitted = [point for batch in self.account.admit(points, until) for point in batch]
         self.asked += [(stage, point, until) for point in admitted]
         known = {point: loss for point in admitted if (loss := self.loss(point)) is not None}
         if len(admitted) < len(points):
@@ -52,11 +52,11 @@ def test_on_the_public_sweep_rate_first_then_rank_finds_the_best_with_less_than_
     assert len(found) == 23
     for grid, one in zip(grids, found, strict=True):
         assert one.runs <= len(grid.rates) + len(grid.ranks) - 1
-    assert (sum(one.runs for one in found), sum(one.of for one in found)) == (148, 320)
+    assert (sum(one.runs for one in found), sum(one.cells for one in found)) == (148, 320)
     regrets = [one.regret for one in found]
     assert (median(regrets) <= 0.0005, max(regrets) <= 0.008) == (True, True)
-    assert median(one.usual for one in found) == pytest.approx(0.0050, abs=5e-5)
-    assert max(one.usual for one in found) == pytest.approx(0.0508, abs=5e-5)
+    assert median(one.default for one in found) == pytest.approx(0.0050, abs=5e-5)
+    assert max(one.default for one in found) == pytest.approx(0.0508, abs=5e-5)
     assert "23 sweeps, 148 of 320 runs (46%)" in replay.lines(found)
 
 
@@ -64,7 +64,7 @@ def test_a_run_that_diverged_is_survived(tmp_path: Path) -> None:
     file = tmp_path / "runs.csv"
     file.write_text("lr,r,loss\n1e-4,1,2.0\n1e-3,1,nan\n1e-4,2,1.9\n1e-3,2,1.0\n3e-4,2,1.5\n3e-4,1,\n")
     (one,) = map(replay.run, replay.read(file))
-    assert (one.best, one.runs, one.of) == ((1e-4, 2), 4, 6)
+    assert (one.best, one.runs, one.cells) == ((1e-4, 2), 4, 6)
     assert one.regret == pytest.approx(0.9)
 
 
@@ -188,21 +188,21 @@ def test_a_larger_budget_goes_on_from_the_decisions_of_a_smaller_one() -> None:
 def test_a_budget_of_steps_counts_those_of_trials_that_stopped() -> None:
     ask = Simulated(lambda p: valley(p.rate), Budget(70, "steps"))
     search.tune([LORA], ask)
-    assert ask.purse.steps == 3 * 10 + 2 * 20  # the budget is spent to its last step
+    assert ask.account.steps == 3 * 10 + 2 * 20  # the budget is spent to its last step
     ask = Simulated(lambda p: valley(p.rate), Budget(69, "steps"))
     search.tune([LORA], ask)
-    assert ask.purse.steps == 50
+    assert ask.account.steps == 50
 
 
 def test_a_budget_of_time_starts_nothing_that_is_foreseen_to_end_later() -> None:
     now = [0.0]
-    purse = BudgetAccount(Budget(100, "seconds"), (None, None, None), lambda: now[0])
+    account = BudgetAccount(Budget(100, "seconds"), (None, None, None), lambda: now[0])
     points = [Point("lora", 10.0**-n, None, None, 0) for n in range(1, 9)]
     begun = []
-    for batch in purse.admit(points, Until.end, at_once=2):
+    for batch in account.admit(points, Until.end, at_once=2):
         begun.append((now[0], len(batch)))
         now[0] += 30
-        purse.took(Until.end, 30.0)
+        account.add_seconds(Until.end, 30.0)
     assert begun == [(0.0, 2), (30.0, 2), (60.0, 2)]
 
 

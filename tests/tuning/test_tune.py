@@ -267,12 +267,12 @@ def test_a_league_gives_every_contestant_the_same_and_lora_twice(ask: Ask) -> No
 def test_the_first_line_of_a_search_says_which_study_it_goes_to() -> None:
     place = Path("multirun/default")
     first = "sweep=tune: keeps its trials in the study multirun/default (study=NAME: another)"
-    assert tuning_command._place(place, league=False) == first
+    assert tuning_command._study_line(place, league=False) == first
     place.mkdir(parents=True)
     (place / store.TUNE).write_text("{}")
     again = "sweep=tune: goes on with the study multirun/default (study=NAME: another)"
-    assert tuning_command._place(place, league=False) == again
-    assert tuning_command._place(place, league=True) == first.replace("tune", "league")
+    assert tuning_command._study_line(place, league=False) == again
+    assert tuning_command._study_line(place, league=True) == first.replace("tune", "league")
 
 
 # ---- wrong words -----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What a training step allocates, counted on the meta device."""
+"""Count the memory that a training step allocates, on the meta device."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from peftsweep.forecast import operations
 from peftsweep.forecast.operations import Ledger
 from peftsweep.schema import Dtype
 
 META = torch.device("meta")
 # Every block of CUDA's caching allocator is a multiple of this (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize).
 BLOCK = {"cuda": 512}
-MASK_ALIGNMENT = 16  # to which the memory-efficient attention pads the rows of a mask
+MASK_ALIGNMENT = 16  # the memory-efficient attention pads the rows of a mask to a multiple of this
 
 aten = torch.ops.aten
 Storage = weakref.ref[Any]  # the memory of a tensor, or of several
@@ -30,11 +31,10 @@ Storage = weakref.ref[Any]  # the memory of a tensor, or of several
 
 
 class Allocator(TorchDispatchMode):
-    """Follows the storages that operations make, from their making to their end, and computes nothing.
+    """Tracks the storages that operations allocate and free, and computes nothing.
 
-    ``live`` and ``peak`` are bytes, in whole blocks. What only numbers could say is answered as for a
-    padded batch: that many positions of a mask are ``answers``, that not all is true. With a ``ledger`` every
-    operation is also counted.
+    ``live`` and ``peak`` are bytes, in whole blocks. Results that depend on numbers are those of a padded batch: a
+    boolean mask selects ``answers`` positions, and ``all`` is False. With a ``ledger`` every operation is also counted.
     """
 
     def __init__(self, block: int, answers: int, ledger: Ledger | None = None) -> None:
@@ -46,15 +46,20 @@ class Allocator(TorchDispatchMode):
         self._known: dict[int, Storage] = {}
         self.in_backward = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Avoid the guard that keeps torch.compile out of each call, as nothing is compiled here."""
+        return False
+
     def hold(self, tensors: Iterable[torch.Tensor]) -> int:
-        """Count what there is already; returns the bytes."""
+        """Count tensors that exist already; returns their bytes."""
         before = self.live
         for tensor in tensors:
             self._note(tensor)
         return self.live - before
 
     def mark(self) -> int:
-        """Let a new peak begin; returns what is alive."""
+        """Start a new peak; returns the live bytes."""
         self.peak = self.live
         return self.live
 
@@ -72,32 +77,33 @@ class Allocator(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for kind in types):
-            return NotImplemented  # a weight of torchao says first which operations on plain tensors it is
+            return NotImplemented  # a weight of torchao first translates the call to operations on plain tensors
         if func is aten.add.Tensor and self._accumulates(*args):
             func = aten.add_.Tensor
-        result = self._without_numbers(func, args, kwargs or {})
+        kwargs, operation, known = kwargs or {}, None, False
+        result = self._without_numbers(func, args, kwargs)
         if result is None:
-            result = func(*args, **kwargs or {})
+            result, operation, known = operations.run(func, args, kwargs)
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, torch.Tensor):
                 self._note(tensor)
         self.peak = max(self.peak, self.live)
         if self._ledger is not None:
-            self._ledger.note(func, args, kwargs or {}, result)
+            self._ledger.note(operation if known else operations.operation(func, args, kwargs, result))
         return result
 
     def _accumulates(self, gradient: torch.Tensor, more: Any) -> bool:
-        """Whether autograd sums up gradients, which it does in place where no mode watches it (input_buffer.cpp)."""
+        """Whether this adds up gradients, which autograd does in place without a dispatch mode (input_buffer.cpp)."""
         whole = gradient.untyped_storage().nbytes() == gradient.numel() * gradient.element_size()
         alike = isinstance(more, torch.Tensor) and gradient.shape == more.shape  # ``more`` may be a number
         return self.in_backward and not torch.is_grad_enabled() and whole and alike
 
     def _without_numbers(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """The result of an operation that the meta device lacks as its shape depends on numbers; else None."""
+        """The result of an operation whose shape depends on numbers, so that the meta device lacks it; else None."""
         if func is aten._local_scalar_dense.default and args[0].device == META:
             return 0
         if func is aten.index_put.default:
-            func = aten.index_put_.default  # as autograd does where no mode watches it (FunctionsManual.cpp)
+            func = aten.index_put_.default  # as autograd does without a dispatch mode (FunctionsManual.cpp)
         if func is aten.nonzero.default:
             return args[0].new_empty((self._answers, args[0].dim()), dtype=torch.int64)
         if func in (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default):
@@ -130,7 +136,7 @@ class Allocator(TorchDispatchMode):
         return -(-storage.nbytes() // self._block) * self._block
 
 
-# ---- what a device does otherwise ------------------------------------------------------------------
+# ---- kernels that differ from those of the meta device ---------------------------------------------
 
 # Autocast's lists (docs.pytorch.org/docs/stable/amp.html, "Autocast Op Reference") as far as models use them.
 LOWERED = {
@@ -144,10 +150,10 @@ RAISED = {
 
 
 class Kernels(TorchFunctionMode):
-    """Calls, in place of what the meta device would, the kernels of ``device``; casts as autocast does there.
+    """Replaces kernels of the meta device with those of ``device``, and casts as autocast does on ``device``.
 
     Raises:
-        NotImplementedError: a quantised weight is multiplied in a way that was measured nowhere.
+        NotImplementedError: the memory of a product with this type of quantised weight was never measured.
     """
 
     def __init__(self, device: str, autocast: Dtype | None) -> None:
@@ -176,22 +182,22 @@ class Kernels(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _check(self, kind: type) -> None:
-        """Refuse a tensor subclass in what only its library knows: casts of autocast, quanto's kernels for CUDA."""
+        """Refuse a tensor subclass under autocast, and on CUDA those of quanto: only its library knows the memory."""
         if self._dtype is not None or (self._cuda and kind.__module__.startswith("optimum.quanto")):
-            raise NotImplementedError(f"nobody knows what {kind.__name__} keeps there")
+            raise NotImplementedError(f"the memory of products with {kind.__name__} is not known here")
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """The block of autocast: until its end it keeps its casts of the weights that are trained."""
+        """The block of the forward: autocast keeps its casts of trained weights until the end of the block."""
         self._casts = {}
         with self:
             yield
         self._casts = None
 
     def backward(self, loss: torch.Tensor) -> None:
-        """The backward of ``loss`` with these kernels, where checkpointing computes layers again.
+        """The backward of ``loss`` with these kernels, which checkpointed layers need to compute again.
 
-        ``loss.backward()`` would suspend the mode for its time; this is what it calls in the end.
+        ``loss.backward()`` would suspend this mode; the function here is the one that it calls in the end.
         """
         run: Any = torch.autograd.Variable._execution_engine.run_backward
         with self:
@@ -218,10 +224,10 @@ class Kernels(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Any:
-        """Fused attention, of which the backward needs a number a row in place of the matrix of weights.
+        """Fused attention, whose backward needs one number a row instead of the matrix of attention weights.
 
-        CUDA has the memory-efficient kernel for masks, for 32 bits and for values of another width than the queries,
-        flash attention for the rest; the CPU has its own, without dropout, for values of the same width.
+        CUDA uses the memory-efficient kernel for masks, for 32 bits and for values of another width than the queries,
+        and flash attention otherwise. The CPU has a kernel of its own, without dropout, for values of the same width.
         """
         bias = _bias(attn_mask, query, MASK_ALIGNMENT if self._cuda else 1)
         repeat = query.shape[1] // key.shape[1]
@@ -246,7 +252,7 @@ class Kernels(TorchFunctionMode):
 
 
 def _bias(mask: torch.Tensor | None, query: torch.Tensor, alignment: int) -> torch.Tensor | None:
-    """The mask in the numbers that attention adds, its rows padded to the alignment."""
+    """The mask as the numbers that attention adds to its scores, with rows padded to the alignment."""
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
     if mask is not None and (odd := mask.shape[-1] % alignment):
@@ -255,15 +261,15 @@ def _bias(mask: torch.Tensor | None, query: torch.Tensor, alignment: int) -> tor
 
 
 def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-    """CUDA's keeps a mask of one byte a number."""
+    """Dropout of CUDA, which keeps a mask of one byte a number."""
     return torch.native_dropout(input, p, training)[0] if training and 0 < p < 1 else input
 
 
 def _grouped(input: torch.Tensor, weight: torch.Tensor, **_: Any) -> torch.Tensor:
     """The product of each token with its expert's weight: [tokens, in] and [experts, in, out] give [tokens, out].
 
-    How many tokens an expert gets only numbers say; that all go to the first takes as much memory. The meta device has
-    this operation in bfloat16 only.
+    The number of tokens of each expert depends on numbers; with all tokens at the first expert the memory is the same.
+    The meta device has this operation in bfloat16 only.
     """
     return input @ weight[0]
 
@@ -274,7 +280,7 @@ def _raised(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def as_on_device(device: str, autocast: Dtype | None) -> Iterator[None]:
-    """What PEFT and bitsandbytes ask before they choose how to go on is answered as on ``device``."""
+    """In the block PEFT and bitsandbytes, which query the device to choose a kernel, behave as on ``device``."""
     from bitsandbytes.autograd import _functions
 
     before = torch.is_autocast_enabled(device)

@@ -1,8 +1,9 @@
-"""How long a trial will take on this device: to load, to train, to evaluate, to save.
+"""Predict the seconds of a trial on this device: to load, to train, to evaluate, to save.
 
-The operations of one micro-batch of the mean size are found on the meta device (trace.py) and their seconds from the
-device's measured speed (speed.py): a run's batches differ in size, but the seconds of a step are nearly linear in its
-tokens, so that those of the mean are the mean of those of all. Records of the same device correct it (history.py).
+The meta device gives the operations of one micro-batch of mean size (trace.py), and the measured speed of the device
+gives their seconds (speed.py). The batches of a run differ in size, but the seconds of a step are nearly linear in its
+tokens, so that a batch of mean size takes the mean seconds. Records of the same device correct the prediction
+(history.py).
 """
 
 from __future__ import annotations
@@ -22,45 +23,45 @@ from peftsweep.forecast.history import KINDS, NORMAL_90, History
 from peftsweep.forecast.speed import Device
 from peftsweep.forecast.work import Asked, Batches, Traced, evaluations, number_of_steps, once, run_of, step_key, trace
 from peftsweep.models import model as models_model
-from peftsweep.training.capture import WARM, captures
+from peftsweep.training.capture import WARMUP_PASSES, captures
 
-# One standard deviation of the logarithm of a prediction that no record corrects: that of training as
-# benchmarks/time_prediction.py finds it, the others as what they rest on is only guessed.
+# Standard deviation of the logarithm of a prediction without records. That of training was measured by
+# benchmarks/time_prediction.py; the others are larger, because their constants below are rough.
 SPREADS = {"load": 0.5, "train": 0.18, "evaluate": 0.35, "save": 0.5}
-ESTIMATED_SPREAD = 0.3  # of the part of a step whose operations were not timed
-FIRST_SECONDS, NEXT_SECONDS = 4.0, 1.0  # for which operations are timed: of the first trial of a model, of others
-# Of loading, attaching and saving, until records say more (measured on two cores with the embedded model): of what a
-# trial begins with, of the files of an adapter, of each tensor of a base.
+ESTIMATED_SPREAD = 0.3  # the same for the part of a step whose operations were not timed
+FIRST_SECONDS, NEXT_SECONDS = 4.0, 1.0  # limits of timing operations: for the first trial of a model, for others
+# Seconds without records, measured on two cores with the embedded model: for the start of a trial, for the files of an
+# adapter, for each tensor of a base.
 SETUP_SECONDS, FILES_SECONDS, TENSOR_SECONDS = 0.3, 0.02, 0.002
 LOAD_RATE, QUANTISE_RATE, SAVE_RATE = 1e9, 2e8, 5e8  # bytes/s that are read, quantised, written
-# Micro-batches of a captured run that take as long as without graphs: of each of some 14 lengths those before it is
-# captured, and what capturing takes.
-USUAL_BATCHES = 14 * (WARM + 3)
+# Micro-batches of a captured run that take as long as without graphs: for each of about 14 lengths, the passes before
+# the capture, and three more for the seconds of the capture.
+UNCAPTURED_BATCHES = 14 * (WARMUP_PASSES + 3)
 NOT_ASKED = "not asked for"
-MOST_SECONDS = 10.0  # for which a process times operations, but for those of the first trial of a model
+MOST_SECONDS = 10.0  # limit of timing operations in a process, without the first trials of models
 _SPENT = [0.0]
-_MODELS: set[str] = set()  # of which a trial was predicted
+_MODELS: set[str] = set()  # models for which a trial was predicted in this process
 
 
 @dataclass(frozen=True)
 class Span:
-    """Seconds that are expected, and the interval that holds the truth in 90 of 100 cases."""
+    """Expected seconds, with the interval that contains the true value in 90% of cases."""
 
     seconds: float
     low: float
     high: float
 
     def __add__(self, other: Span) -> Span:
-        """One after the other; errors are taken to go the same way, as one cause (a busy machine) makes most."""
+        """The seconds of both, one after the other; their errors are assumed to have one cause, a busy machine."""
         return Span(self.seconds + other.seconds, self.low + other.low, self.high + other.high)
 
     def times(self, factor: float) -> Span:
-        """So many times as long."""
+        """``factor`` times as long."""
         return Span(self.seconds * factor, self.low * factor, self.high * factor)
 
     @classmethod
     def around(cls, seconds: float, spread: float) -> Span:
-        """``spread`` is one standard deviation of the logarithm."""
+        """The span of ``seconds`` whose logarithm has the standard deviation ``spread``."""
         width = math.exp(NORMAL_90 * spread)
         return cls(seconds, seconds / width, seconds * width)
 
@@ -70,20 +71,20 @@ NOTHING = Span(0.0, 0.0, 0.0)
 
 @dataclass(frozen=True)
 class Estimate:
-    """The seconds of a trial, by kind; of a kind that nobody can say anything of, None, and why."""
+    """The predicted seconds of a trial by kind (load, train, evaluate, save); None for a kind that is unknown."""
 
     spans: Mapping[str, Span | None] = field(default_factory=dict)
-    uncorrected: Mapping[str, float] = field(default_factory=dict)  # by kind, without what records say
-    baseline: Span = NOTHING  # of evaluate: that of the untouched base, which the study keeps
+    uncorrected: Mapping[str, float] = field(default_factory=dict)  # by kind: the seconds before records correct them
+    baseline: Span = NOTHING  # the part of evaluate for the untouched base, whose scores the study keeps
     flops: int | None = None  # of the matrix products of the whole training
     flops_by_dtype: Mapping[str, float] = field(default_factory=dict)
-    shape: str | None = None  # the same for trainings whose steps take the same time
-    decided_by: str = "speed"  # what says the seconds of training: speed, records, or the same shape
-    unknown: Mapping[str, str] = field(default_factory=dict)  # by kind, why nothing is said
+    shape: str | None = None  # a hash that is equal for trainings whose steps take the same time
+    decided_by: str = "speed"  # the source of the seconds of training: speed, records, or the same shape
+    unknown: Mapping[str, str] = field(default_factory=dict)  # by kind: why its seconds are unknown
 
     @property
     def total(self) -> Span | None:
-        """Of the whole trial; None where one of its parts is not known."""
+        """The seconds of the whole trial; None where one of its parts is unknown."""
         found = NOTHING
         for kind in KINDS:
             span = self.spans.get(kind)
@@ -94,11 +95,11 @@ class Estimate:
 
     @property
     def why(self) -> str | None:
-        """Why there is no total."""
+        """Why there is no total; None where there is one."""
         return "; ".join(dict.fromkeys(self.unknown.values())) or None
 
     def facts(self) -> dict[str, Any]:
-        """For a trial's record: ``train_info.predicted``."""
+        """The prediction for a trial's record, ``train_info.predicted``, in seconds."""
         found: dict[str, Any] = {"decided_by": self.decided_by}
         total = {"total": self.total} if self.total else {}
         for kind, span in (dict(self.spans) | total).items():
@@ -109,9 +110,9 @@ class Estimate:
 
 
 def with_evaluations(found: Estimate, span: Span, share: float) -> Estimate:
-    """The same with a ``share`` of the seconds ``span`` of its evaluations, corrected and not.
+    """The estimate with only a ``share`` of the seconds ``span`` of its evaluations.
 
-    Both, as records compare what was predicted before correction with what was measured.
+    The uncorrected seconds are reduced, too, because records compare these with the measured seconds.
     """
     uncorrected = dict(found.uncorrected)
     if "evaluate" in uncorrected:
@@ -120,7 +121,7 @@ def with_evaluations(found: Estimate, span: Span, share: float) -> Estimate:
 
 
 def seconds(trial: Trial, device: Device | None = None, history: History | None = None) -> Span | None:
-    """The seconds of a trial with their 90% interval; None where they cannot be said."""
+    """The predicted seconds of a trial with their 90% interval; None where a part of them is unknown."""
     return estimate(trial, device or Device(models_model.device(trial.config.device)), history).total
 
 
@@ -134,10 +135,16 @@ def estimate(
     timed: bool = True,
     judged: bool = True,
 ) -> Estimate:
-    """What a trial will take on ``device``; without ``timed`` only its FLOPs, without ``judged`` no evaluations.
+    """Predict the seconds of a trial on ``device``.
 
-    Operations that were never timed are timed now, unless ``probe`` is false. ``tokens`` are its training rows, where
-    they have been read.
+    Args:
+        trial: the trial.
+        device: the device, with its measured speed.
+        history: records that correct the prediction.
+        tokens: the training rows, if they have been read already.
+        probe: whether operations that were never timed are timed now.
+        timed: False predicts the FLOPs of the training alone.
+        judged: False leaves out the evaluations.
     """
     history = history or History()
     if reason := forecast.refusal(trial):
@@ -164,9 +171,9 @@ def estimate(
 def operations(
     trial: Trial, where: str, tokens: Sequence[Tokens] | None = None, *, judged: bool = True
 ) -> tuple[Batches | None, str | None, dict[str, Asked], str | None, Traced | None]:
-    """A trial's micro-batches, or why they are not known; the same of its evaluations; the operations of both.
+    """The work of a trial: micro-batches, why they are unknown, evaluations, why they are unknown, operations.
 
-    ``where`` is a device's type. Without ``judged`` the evaluations are left out.
+    ``where`` is the type of the device. Without ``judged`` the evaluations are left out.
     """
     tokenizer = build.load_tokenizer(trial) if models_model.is_local(trial.config.model) else None
     run, missing = run_of(trial, tokenizer, tokens)
@@ -224,7 +231,7 @@ def _timed(
         unknown["train"] = f"train.compile={config.compile}: compiled steps are predicted from records alone"
     else:
         took, share = device.step(traced.step.ledger, until)
-        replayed = max(run.count - USUAL_BATCHES, 0.0) if captures(config, device.device) else 0.0
+        replayed = max(run.count - UNCAPTURED_BATCHES, 0.0) if captures(config, device.device) else 0.0
         replay = device.step(traced.step.ledger, until, captured=True)[0] if replayed else 0.0
         took = (took * (run.count - replayed) + replay * replayed) * run.scale
         took += device.update(traced.step.trained, config) * steps
@@ -251,9 +258,10 @@ def _evaluating(
     until: float,
     corrected: Callable[[str, float, float], Span],
 ) -> tuple[Span, Span]:
-    """Of all evaluations, of the untouched base and of the trained model, validations too; of the untouched base alone.
+    """The seconds of all evaluations and validations, and the part of them for the untouched base.
 
-    A trained model is taken to write what is asked for and to end, an untouched one to go on to the last token.
+    A trained model is assumed to end its text after as many tokens as the answers have, an untouched one to write
+    ``max_new_tokens``.
     """
     low = high = trained = base = 0.0
     for one in asked.values():
@@ -272,7 +280,7 @@ def _evaluating(
 
 
 def _weights(trial: Trial) -> tuple[int, int]:
-    """Tensors and bytes of the base as it is stored on the disk."""
+    """The number of tensors of the base, and their bytes on the disk."""
 
     def count() -> tuple[int, int]:
         tensors = list(
@@ -284,18 +292,18 @@ def _weights(trial: Trial) -> tuple[int, int]:
 
 
 def _reading(trial: Trial) -> float:
-    """Of a base, as it is read from the disk and quantised."""
+    """The seconds to read the base from the disk and to quantise it."""
     count, size = _weights(trial)
     return TENSOR_SECONDS * count + size / LOAD_RATE + (size / QUANTISE_RATE if trial.config.quant else 0.0)
 
 
 def _loading(trial: Trial) -> float:
-    """Of the beginning of a trial: its base is read, and a method attached to its tensors."""
+    """The seconds until training: the base is read, and the method is attached to its tensors."""
     return SETUP_SECONDS + _reading(trial) + TENSOR_SECONDS * _weights(trial)[0]
 
 
 def _saving(trial: Trial) -> float:
-    """Of the adapter, of its reading back onto a fresh base, and of the merged model, which is read back too."""
+    """The seconds to save the adapter, to load it onto a fresh base for the check, and to merge, save and check."""
     config, foreseen = trial.config.adapter, forecast.check(trial)
     if not config.save or config.path is not None:
         return 0.0

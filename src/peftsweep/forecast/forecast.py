@@ -1,4 +1,4 @@
-"""What is known of a trial before anything is loaded: whether it is refused, how large it is, what it will need."""
+"""Forecast a trial before anything is loaded: whether it is refused, its sizes, and the memory that it will need."""
 
 from __future__ import annotations
 
@@ -40,34 +40,34 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is known of a trial before anything is loaded."""
+    """The sizes of a trial, and why it is refused, before anything is loaded."""
 
-    trainable_parameters: int | None = None  # None where attaching failed; the trial itself will say why
+    trainable_parameters: int | None = None  # None where attaching failed; the trial will then report the error
     total_parameters: int | None = None
     adapter_bytes: int | None = None  # of the file that holds the adapter
     refused: str | None = None  # why it will not be trained
-    coverage: str | None = None  # how far it reaches into the base, in words
-    attached: str | None = None  # a hash of what is trained, by names and shapes
+    coverage: str | None = None  # the parts of the base that are adapted or quantised, in words
+    attached: str | None = None  # a hash of the names and shapes of the trained parameters
 
 
-# Of a configuration, what changes a forecast, beside the model, which counts by its content.
+# Keys of a configuration that change a forecast; the model counts by its content, not by its keys.
 KEYS = ("device", "adapter", "method", "method_inputs", "method_setup", "targets", "quant", "eval", "train")
-ALL_ELSE = (  # of a configuration, what changes numbers beside the modules that a method is attached to
+ALL_ELSE = (  # keys of a configuration that change numbers, without those that choose the adapted modules
     *("seed", "device", "model", "method", "method_inputs", "method_setup", "quant", "dataset", "eval", "train"),
     *("inference", "profiler", "adapter", "halving", "memory_limit", "skip_oversized", "force", "repeat"),
 )
-AIMS = ("target_modules", "target_parameters", "exclude_modules")  # of a method: by which modules are named
-RATES = ("learning_rate", "learning_rate_scale", "schedule", "warmup", "weight_decay", "clip")  # that take no memory
+AIMS = ("target_modules", "target_parameters", "exclude_modules")  # keys of a method that choose its modules
+RATES = ("learning_rate", "learning_rate_scale", "schedule", "warmup", "weight_decay", "clip")  # do not change memory
 # Of base and adapter. Some methods begin with random numbers that the meta device lacks, some with the base's (SVD,
 # masks), of which any will do.
 PLACES = (("meta", "meta"), ("meta", "cpu"), ("cpu", "cpu"))
-_FORECASTS: dict[str, Forecast] = {}  # of a sweep over seeds or data, one is enough
+_FORECASTS: dict[str, Forecast] = {}  # trials that differ only in seed or data share one
 _PREDICTIONS: dict[str, Prediction | None] = {}
 _SHAPES: dict[str, list[Shape]] = {}
 _ROOMS: dict[str, int] = {}  # by model, its files and the virtual tokens of the method
 _STORED: dict[str, str] = {}  # by model and quantisation
 CACHES: tuple[dict[str, Any], ...] = (_FORECASTS, _PREDICTIONS, _SHAPES, _ROOMS)
-MANY = 8  # forecasts that are worth the start of processes
+MANY = 8  # number of forecasts from which on other processes compute them
 
 
 def check(trial: Trial) -> Forecast:
@@ -90,7 +90,7 @@ def _forecast_key(trial: Trial) -> str:
 
 
 def _foreseen_by(trial: Trial) -> dict[str, Any]:
-    """Of a configuration, what changes a forecast, beside the model."""
+    """The keys of the configuration that change a forecast, without the model."""
     train = {key: value for key, value in trial.tree["train"].items() if key not in RATES}
     return {key: trial.tree[key] for key in KEYS} | {"train": train}
 
@@ -142,12 +142,12 @@ def _find_out(
     caches: Sequence[dict[str, Any]],
     channel: connection.Connection[Any, Any],
 ) -> None:
-    """Send what is new in the caches after each of the trials."""
+    """Send the new entries of the caches after each trial."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command ends this process
     torch.set_num_threads(1)  # those of the process that was forked are not here
     for one in trials:
         before = [set(cache) for cache in caches]
-        with suppress(Exception):  # which the command meets itself
+        with suppress(Exception):  # the process of the command will get the same error, and report it
             check(one)
             for find_out in others:
                 find_out(one)
@@ -159,19 +159,19 @@ def _find_out(
             channel.send([{} for _ in caches])
 
 
-def _with_keys(trial: Trial, said: str) -> str:
-    """What a library says of a whole section, as PEFT of a method, with the words that it can be about."""
+def _with_keys(trial: Trial, message: str) -> str:
+    """A library's ``message`` about a whole section, such as PEFT's about a method, with the keys that it may mean."""
     section = next(
-        (name for name in ("method", "quant", "train.optimizer_kwargs") if said.startswith(f"{name}: ")),
+        (name for name in ("method", "quant", "train.optimizer_kwargs") if message.startswith(f"{name}: ")),
         None,
     )
     words = [word.lstrip("+") for word in trial.overrides if word.lstrip("+").startswith(f"{section}.")]
-    named = [word for word in words if word.partition("=")[0].removeprefix(f"{section}.") in said] or words
-    return " ".join(named) + said.removeprefix(str(section)) if named else said
+    named = [word for word in words if word.partition("=")[0].removeprefix(f"{section}.") in message] or words
+    return " ".join(named) + message.removeprefix(str(section)) if named else message
 
 
 def _of_the_model(trial: Trial) -> list[Any]:
-    """The model as keys of forecasts have it: its files, its roles, the classes of its head."""
+    """The part of a forecast's cache key for the model: its files, its roles, the classes of its head."""
     model = trial.config.model
     return [identity.model_identity(model), model.roles, trial.config.dataset.classes]
 
@@ -190,7 +190,7 @@ def _forecast(trial: Trial) -> Forecast:
 
 
 def _stored(trial: Trial) -> str:
-    """How much of the base is really quantised, in words.
+    """The share of the base that is really quantised, in words.
 
     Raises:
         InputError: nothing of it is.
@@ -227,7 +227,7 @@ def _check_reading(trial: Trial) -> None:
 
 
 def _room(trial: Trial) -> int | None:
-    """How many tokens a row may have; None where there is no limit. Of a local model also by its tokenizer."""
+    """The most tokens that a row may have, for a local model also by its tokenizer; None without a limit."""
     config, virtual = trial.config.model, build.virtual_tokens(trial)
     if not models_model.is_local(config):
         limit = models_model.positions(config)
@@ -239,7 +239,7 @@ def _room(trial: Trial) -> int | None:
 
 
 def _sizes(adapted: build.Model, config: TrainConfig) -> Forecast:
-    optimizer.make_optimizer(adapted, config)  # which may freeze some of the parameters
+    optimizer.make_optimizer(adapted, config)  # may freeze some parameters
     counts, reach = parts.count(adapted), build.coverage_of(adapted)
     attached = [(name, list(p.shape), str(p.dtype)) for name, p in parts.trainable_parameters(adapted)]
     file_size = saved.saved_bytes(adapted) if isinstance(adapted, PeftModel) else counts.trainable_bytes
@@ -253,7 +253,7 @@ def _sizes(adapted: build.Model, config: TrainConfig) -> Forecast:
 
 
 def twin_key(trial: Trial, foreseen: Forecast) -> str:
-    """The same for trials that attach the same parameters, all else equal, by whatever names they call the modules."""
+    """A key that is equal for trials that train the same parameters, also if they name the modules in other ways."""
     if foreseen.attached is None:
         return trial.identity
     tree = {key: trial.tree[key] for key in ALL_ELSE}
@@ -295,7 +295,7 @@ def _with_skeleton(
 
 
 def refusal(trial: Trial) -> str | None:
-    """Why the trial's method cannot be trained on its base; None where it can."""
+    """The reason why the trial's method cannot be trained on its base; None where it can."""
     config = trial.config
     kept = build.storage(trial)
     kinds = [libraries.kind({} if kept is None else kept.to_dict())]
@@ -335,19 +335,19 @@ def prediction(trial: Trial, tokens: Sequence[Tokens] | None = None, *, own_orde
 
 
 def _where(config: Config) -> str:
-    """The kind of device that a prediction is for."""
+    """The type of the device that a prediction is for."""
     return "cuda" if config.memory_limit else models_model.device(config.device).type
 
 
 def _key(where: str, batches: Sequence[Shape], trials: Sequence[Trial]) -> str:
-    """Of a prediction: the same for whatever changes none."""
-    said: list[Any] = [where, [dataclasses.asdict(one) for one in batches]]
-    said += [[*_of_the_model(one), _foreseen_by(one)] for one in trials]
-    return identity.content_hash(said)
+    """The cache key of a prediction, from all that changes it."""
+    parts: list[Any] = [where, [dataclasses.asdict(shape) for shape in batches]]
+    parts += [[*_of_the_model(trial), _foreseen_by(trial)] for trial in trials]
+    return identity.content_hash(parts)
 
 
 def predicted(trial: Trial, batches: Sequence[Shape], where: str) -> Prediction | None:
-    """The memory that training on micro-batches of these shapes takes on a device "cuda" or "cpu"."""
+    """The predicted memory of training on micro-batches of these shapes, for a device type "cuda" or "cpu"."""
     if trial.config.adapter.path is not None or refusal(trial):
         return None
     trial = without_initialisation(trial)
@@ -362,7 +362,7 @@ def predicted(trial: Trial, batches: Sequence[Shape], where: str) -> Prediction 
 
 
 def without_initialisation(trial: Trial) -> Trial:
-    """The trial with a LoRA's usual initial weights: none changes a shape, but some take the base apart."""
+    """The trial with LoRA's default initial weights: others change no shape, but some decompose the base's weights."""
     if "init_lora_weights" not in trial.config.method:
         return trial
     method = trial.config.method | {"init_lora_weights": True}
@@ -372,7 +372,7 @@ def without_initialisation(trial: Trial) -> Trial:
 def together(
     trials: Sequence[Trial], tokens: Sequence[Tokens] | None = None, where: str | None = None
 ) -> Prediction | None:
-    """``prediction`` of training ``trials`` at once, as ``pack`` does, on a device "cuda" or "cpu"."""
+    """The predicted memory of training ``trials`` together in a pack, for a device type "cuda" or "cpu"."""
     config = trials[0].config
     where = where or _where(config)
     batches = _shapes(max(trials, key=lambda one: (one.config.train.epochs or 0, one.config.train.steps)), tokens)
@@ -392,7 +392,7 @@ def together(
 
 
 def longest(trial: Trial) -> Shape:
-    """A micro-batch of rows as long as ``dataset.max_length`` and the model allow, a half of each the answer."""
+    """A micro-batch of rows of the greatest length that ``dataset.max_length`` and the model allow, half answer."""
     rows, room = trial.config.train.batch_size, _room(trial)
     length = min(trial.config.dataset.max_length, room or trial.config.dataset.max_length)
     return Shape(rows, length, length // 2, rows * (length // 2))
@@ -409,8 +409,8 @@ def _shapes(trial: Trial, tokens: Sequence[Tokens] | None, seed: int = 0) -> lis
     if trial.rows is None or not models_model.is_local(config.model):
         return [longest(trial)]
     train = {key: value for key, value in trial.tree["train"].items() if key not in RATES}
-    said = [trial.tree["dataset"], trial.rows.fingerprints["train"], train, build.virtual_tokens(trial), seed]
-    key = identity.content_hash([*_of_the_model(trial), *said])
+    parts = [trial.tree["dataset"], trial.rows.fingerprints["train"], train, build.virtual_tokens(trial), seed]
+    key = identity.content_hash([*_of_the_model(trial), *parts])
     if key not in _SHAPES:
         rows = build.training_tokens(trial, build.load_tokenizer(trial), trial.rows.train)
         _SHAPES[key] = shapes(rows, config.train, seed) or [longest(trial)]
@@ -418,7 +418,7 @@ def _shapes(trial: Trial, tokens: Sequence[Tokens] | None, seed: int = 0) -> lis
 
 
 def oversized(trial: Trial, *, own_order: bool = False) -> str | None:
-    """Why the trial will not fit into the memory, see ``prediction``; None where it will, or nobody knows."""
+    """The reason why the trial will not fit into the memory, by ``prediction``; None where it fits or is unknown."""
     limit = memory_limit(trial)
     if limit is None or (found := prediction(trial, own_order=own_order)) is None or found.peak_bytes <= limit:
         return None
@@ -438,7 +438,7 @@ def smaller(config: Config, stage: str) -> str:
 
 
 def memory_limit(trial: Trial) -> float | None:
-    """The bytes that ``memory_limit`` grants, else those of the device; None on a CPU."""
+    """The bytes of ``memory_limit`` if it is set, else those of the device; None on a CPU."""
     if trial.config.memory_limit is not None:
         return checks.size_in_bytes(trial.config.memory_limit, "memory_limit")
     device = models_model.device(trial.config.device)

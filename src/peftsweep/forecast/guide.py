@@ -1,4 +1,4 @@
-"""Which method, stored how, fits which GPU: predicted, without weights or a GPU."""
+"""Predict which method with which quantisation fits which GPU, without weights and without a GPU."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from peftsweep.observe.display import show_table, size
 
 METHODS = ("lora", "dora", "ia3", "hira", "prompt_tuning", "full")
 QUANTS = ("none", "8bit", "4bit")
-SIZES = (8, 12, 16, 24, 40, 48, 80, 141)  # GB, of GPUs that are sold
-USUAL = ("dataset.max_length=512", "train.batch_size=4")  # unless the words say otherwise
-USABLE = 0.9  # of a GPU; the rest is left to the driver's context and to gaps between blocks (a choice, not measured)
+SIZES = (8, 12, 16, 24, 40, 48, 80, 141)  # GB of memory of common GPUs
+USUAL = ("dataset.max_length=512", "train.batch_size=4")  # defaults, which words of the command line override
+USABLE = 0.9  # share of a GPU's memory; the driver and gaps between blocks take the rest (chosen, not measured)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method on a base stored in one way, and the GPUs that hold its training step."""
+    """A method with a quantisation, and the GPUs whose memory is large enough for its training step."""
 
     method: str
     quant: str
-    peak_bytes: int | None  # None: refused, or not to be known without weights
-    fits: dict[int, bool]  # GB of a GPU -> whether the peak leaves it room
-    refused: str | None = None  # why it cannot be trained at all
+    peak_bytes: int | None  # None: refused, or unknown without weights
+    fits: dict[int, bool]  # GB of a GPU -> whether the peak fits
+    refused: str | None = None  # why it cannot be trained
 
     @property
     def smallest(self) -> int | None:
-        """The smallest GPU that will do, in GB."""
+        """The memory of the smallest GPU that fits, in GB."""
         return min((size for size, enough in self.fits.items() if enough), default=None)
 
 

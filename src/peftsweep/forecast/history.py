@@ -1,4 +1,4 @@
-"""What records say of the seconds of a device: how far predictions were off, and what the same step took."""
+"""The measured seconds of a device in records: the errors of predictions, and the seconds of the same step."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from peftsweep.errors import InputError, suggest
 from peftsweep.study import store
 from peftsweep.study.record import RESULT, RecordError, Result, Status
 
-KINDS = ("load", "train", "evaluate", "save")  # of the seconds of a trial
-STAGES = {  # of a record, that make up each kind; the seconds of train are those of its steps
+KINDS = ("load", "train", "evaluate", "save")  # parts of a trial, whose seconds are predicted
+STAGES = {  # the stages of a record that belong to each kind; the seconds of train are those of its steps
     "load": ("setup", "load", "data", "attach"),
     "evaluate": ("baseline", "validate", "eval"),
     "save": ("save", "reload", "merge"),
 }
-MOST_READ = 2_000  # records of a study
-LEAST_SPREAD = 0.04  # of the logarithm: what the same trial's seconds differ by from run to run
-NORMAL_90 = 1.645  # standard deviations that hold 90% of a normal distribution
+MOST_READ = 2_000  # most records of a study that are read
+LEAST_SPREAD = 0.04  # standard deviation of the logarithm between runs of the same trial
+NORMAL_90 = 1.645  # within so many standard deviations lie 90% of a normal distribution
 SECTION, DEVICE, SHAPE = "time", "device", "shape"  # of meta_info: what the seconds depend on
 
 
 @dataclass(frozen=True)
 class Correction:
-    """What a prediction is multiplied by, and how far the logarithm of the truth then scatters (one deviation)."""
+    """The factor of a prediction, and the standard deviation of the logarithm of its error afterwards."""
 
     factor: float
     spread: float
@@ -37,10 +37,10 @@ class Correction:
 
 @dataclass
 class History:
-    """The seconds that records hold of one device."""
+    """The measured seconds of one device, from records."""
 
-    ratios: dict[str, list[float]] = field(default_factory=dict)  # logarithms of measured over predicted, by kind
-    steps: dict[str, list[float]] = field(default_factory=dict)  # seconds a step, by the shape of the training
+    ratios: dict[str, list[float]] = field(default_factory=dict)  # by kind: log(measured / predicted seconds)
+    steps: dict[str, list[float]] = field(default_factory=dict)  # by Estimate.shape: seconds of a step
 
     def correction(self, kind: str) -> Correction | None:
         """The median of the ratios of a kind; None where no record has one."""
@@ -55,7 +55,7 @@ class History:
         return Correction(math.exp(middle), spread * math.sqrt(1 + 1.57 / len(ratios)), len(ratios))
 
     def step(self, shape: str) -> Correction | None:
-        """The seconds of a step of this very shape, where a record has them: they decide."""
+        """The measured seconds of a step of this shape; None where no record has one."""
         seconds = self.steps.get(shape)
         if not seconds:
             return None
@@ -65,7 +65,7 @@ class History:
 
 
 def measured(info: Mapping[str, Any]) -> dict[str, float]:
-    """The seconds of each kind that the ``train_info`` of a record has measured."""
+    """The measured seconds of each kind in the ``train_info`` of a record."""
     found = {}
     for kind, stages in STAGES.items():
         parts = [info.get(f"{stage}_seconds") for stage in stages]
@@ -77,13 +77,13 @@ def measured(info: Mapping[str, Any]) -> dict[str, float]:
 
 
 def of(records: Iterable[Result], device: str) -> History:
-    """The history of the device whose key is ``device``; records of others, and of earlier versions, say nothing."""
+    """The history of the device whose key is ``device``; records of other devices and versions are left out."""
     history = History()
     for result in records:
         about, info = result.meta_info.get(SECTION), result.train_info
         if not isinstance(about, dict) or result.status is not Status.success or about.get(DEVICE) != device:
             continue
-        if result.run_info.get("resumed"):  # whose sittings may have been on other machines
+        if result.run_info.get("resumed"):  # its earlier attempts may have run on other machines
             continue
         seconds, predicted = measured(info), info.get("predicted") or {}
         if seconds.get("train") and info.get("steps") and isinstance(about.get(SHAPE), str):
@@ -96,7 +96,7 @@ def of(records: Iterable[Result], device: str) -> History:
 
 
 def newest(study: Path, most: int) -> list[Result]:
-    """The records of a study that were written last and can be read, at most so many."""
+    """The newest readable records of a study, up to a number."""
     if not study.is_dir():
         return []
     found = []

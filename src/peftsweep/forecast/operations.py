@@ -6,15 +6,15 @@ import copyreg
 import functools
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from peftsweep.observe.flops import PRODUCT, flop_formulas
 
-# Of these the first tensor is read in as many numbers as are returned, not as a whole.
+# Operators that read only as many numbers of their first tensor as they return.
 GATHERS = {"aten::embedding", "aten::index", "aten::index_select", "aten::gather"}
 UNCOUNTED = {"aten::_local_scalar_dense", "aten::detach", "aten::is_same_size"}
 
@@ -30,8 +30,7 @@ def _operator(name: str, overload: str) -> torch._ops.OpOverload:
 copyreg.pickle(torch._ops.OpOverload, lambda one: (_operator, (one._schema.name, one._overloadname)))
 
 
-@dataclass(frozen=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """A tensor without its numbers."""
 
     dtype: torch.dtype
@@ -40,7 +39,7 @@ class TensorSpec:
 
     @property
     def bytes(self) -> int:
-        """Of memory that it occupies: a dimension that is expanded (stride 0) counts once."""
+        """The memory that it occupies: an expanded dimension (stride 0) counts once."""
         numbers = 1
         for size, stride in zip(self.shape, self.stride, strict=True):
             numbers *= size if stride else 1
@@ -49,49 +48,49 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class SameDevice:
-    """An argument that is a device: that of the tensors."""
+    """Stands for an argument that is a device: the device of the tensors."""
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One call of an operator, by the shapes, strides and number formats of its arguments."""
+    """One call of an operator, with the shapes, strides and dtypes of its arguments."""
 
     operator: torch._ops.OpOverload
     arguments: tuple[Any, ...]
     keywords: tuple[tuple[str, Any], ...]
     flops: int = field(compare=False)
     bytes: int = field(compare=False)  # read and written
-    views: bool = field(compare=False)  # whether it only looks at its argument in another way: no kernel
+    views: bool = field(compare=False)  # whether it only returns a view of an argument, without a kernel
 
     @property
     def name(self) -> str:
-        """Of the operator, without its overload: ``aten::mm``."""
+        """The name of the operator, without its overload: ``aten::mm``."""
         return str(self.operator.name()).partition(".")[0]
 
     @functools.cached_property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        """Of its tensors, in order."""
+        """The dtypes of its tensors, in order."""
         return tuple(spec.dtype for spec in specs((self.arguments, self.keywords)))
 
     @property
     def kind(self) -> tuple[str, tuple[torch.dtype, ...]]:
-        """What two operations share that differ in their sizes alone."""
+        """Equal for operations that differ only in their sizes."""
         return self.operator.name(), self.dtypes
 
     @functools.cached_property
     def key(self) -> str:
-        """Names it in a file."""
-        return f"{self.operator.name()}{_said(self.arguments)}{_said(self.keywords)}"
+        """The name of the operation in the cache file of a device's speed."""
+        return f"{self.operator.name()}{_as_text(self.arguments)}{_as_text(self.keywords)}"
 
 
-def _said(value: Any) -> str:
+def _as_text(value: Any) -> str:
     if isinstance(value, TensorSpec):
         dense = value.stride == _contiguous(value.shape)
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}" + (
             "" if dense else f"@{list(value.stride)}"
         )
     if isinstance(value, tuple):
-        return f"({','.join(map(_said, value))})"
+        return f"({','.join(map(_as_text, value))})"
     return str(value)
 
 
@@ -113,34 +112,24 @@ def specs(value: Any) -> Iterator[TensorSpec]:
 
 
 class Ledger:
-    """What was called, and how often."""
+    """The operations that were called, with their numbers of calls."""
 
     def __init__(self) -> None:
         self.calls: Counter[Operation] = Counter()
 
-    def note(self, operator: torch._ops.OpOverload, args: Any, kwargs: Any, result: Any) -> None:
-        """Count a call that has returned ``result``."""
-        arguments, keywords = _frozen(args), tuple((name, _frozen(value)) for name, value in sorted(kwargs.items()))
-        name = operator.name().partition(".")[0]
-        if name in UNCOUNTED:
-            return
-        views = bool(getattr(operator, "is_view", False))
-        read = [spec.bytes for spec in specs((arguments, keywords))]
-        written = sum(spec.bytes for spec in specs(_frozen(result)))
-        if name in GATHERS and read:
-            read[0] = min(read[0], written)
-        size = 0 if views else sum(read) + written
-        flops = 0 if views else _flops(operator, args, kwargs, result)
-        self.calls[Operation(operator, arguments, keywords, flops, size, views)] += 1
+    def note(self, operation: Operation | None) -> None:
+        """Count a call of ``operation``; None is not counted."""
+        if operation is not None:
+            self.calls[operation] += 1
 
     @property
     def flops(self) -> int:
-        """Of matrix products: one of [m, k] and [k, n] is 2 m n k."""
+        """The FLOPs of all matrix products; a product of [m, k] and [k, n] has 2 m n k."""
         return sum(one.flops * count for one, count in self.calls.items())
 
     @property
     def flops_by_dtype(self) -> Counter[torch.dtype]:
-        """Of matrix products, by the number format of the first factor."""
+        """The FLOPs of all matrix products, by the dtype of the first factor."""
         found: Counter[torch.dtype] = Counter()
         for one, count in self.calls.items():
             if one.flops:
@@ -149,38 +138,160 @@ class Ledger:
 
     @property
     def bytes(self) -> int:
-        """Read and written by all kernels."""
+        """The bytes that all kernels read and write."""
         return sum(one.bytes * count for one, count in self.calls.items())
 
     @property
     def other_bytes(self) -> int:
-        """Read and written by kernels that are no matrix products."""
+        """The bytes that kernels other than matrix products read and write."""
         return sum(one.bytes * count for one, count in self.calls.items() if not one.flops)
 
     @property
     def launches(self) -> int:
-        """Kernels started: every call but views."""
+        """The number of kernel launches: all calls except views."""
         return sum(count for one, count in self.calls.items() if not one.views)
 
     @property
     def dispatches(self) -> int:
-        """Calls that go through torch's dispatcher, views too."""
+        """The number of calls through torch's dispatcher, including views."""
         return sum(self.calls.values())
 
     @property
     def uncounted(self) -> list[str]:
-        """Operators that look like a matrix product, of which no formula says the FLOPs."""
+        """Operators that look like a matrix product by their name, and have no formula for the FLOPs."""
         return sorted({one.name for one in self.calls if not one.flops and PRODUCT.fullmatch(one.name)})
+
+
+# ---- one call ----------------------------------------------------------------------------------------
+
+
+def operation(operator: torch._ops.OpOverload, args: Any, kwargs: Any, result: Any) -> Operation | None:
+    """The operation of a call that has returned ``result``; None where it is not counted."""
+    arguments, keywords = _frozen(args), _frozen_keywords(kwargs)
+    name = operator.name().partition(".")[0]
+    if name in UNCOUNTED:
+        return None
+    views = bool(getattr(operator, "is_view", False))
+    read = [spec.bytes for spec in specs((arguments, keywords))]
+    written = sum(spec.bytes for spec in specs(_frozen(result)))
+    if name in GATHERS and read:
+        read[0] = min(read[0], written)
+    size = 0 if views else sum(read) + written
+    flops = 0 if views else _flops(operator, args, kwargs, result)
+    return Operation(operator, arguments, keywords, flops, size, views)
+
+
+class Known(NamedTuple):
+    """What a call on the meta device returns: new tensors of these shapes (None: no tensor), one or a tuple."""
+
+    results: tuple[TensorSpec | None, ...]
+    single: bool
+    operation: Operation | None
+
+    def again(self) -> Any:
+        """Tensors as the call returns them."""
+        with torch._C.DisableTorchFunction():  # modes that watch calls are not to see these
+            made = [
+                spec and torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device="meta")
+                for spec in self.results
+            ]
+        return made[0] if self.single else tuple(made)
+
+
+_KNOWN: dict[Any, Known] = {}
+MOST_KNOWN = 20_000
+
+
+def run(operator: torch._ops.OpOverload, args: Any, kwargs: Any) -> tuple[Any, Operation | None, bool]:
+    """What the call returns, the operation that it is, and whether that was found out here.
+
+    Layers repeat and trials are alike, and what a call on the meta device returns is decided by the shapes, strides and
+    number formats of its arguments; many such calls are written in Python and take long. So the results of operators
+    that return new tensors alone are remembered, and made again as empty tensors.
+    """
+    key = _key(operator, args, kwargs) if _returns_new(operator) else None
+    if key is None:
+        return operator(*args, **kwargs), None, False
+    known = _KNOWN.get(key)
+    if known is not None:
+        return known.again(), known.operation, True
+    result = operator(*args, **kwargs)
+    results = result if isinstance(result, tuple) else (result,)
+    if not all(_is_plain(one) for one in results) or _share_memory(results, _tensors([args, kwargs])):
+        return result, None, False
+    if len(_KNOWN) >= MOST_KNOWN:
+        _KNOWN.clear()
+    specs_ = tuple(None if one is None else _frozen(one) for one in results)
+    known = Known(specs_, not isinstance(result, tuple), operation(operator, args, kwargs, result))
+    _KNOWN[key] = known
+    return result, known.operation, True
+
+
+@functools.cache
+def _returns_new(operator: torch._ops.OpOverload) -> bool:
+    """Whether the operator says that it changes no argument and returns tensors that are no views of one."""
+    schema = operator._schema
+    if any(part.alias_info is not None for part in (*schema.arguments, *schema.returns)):
+        return False
+    return bool(schema.returns) and all(str(part.type) == "Tensor" for part in schema.returns)
+
+
+def _key(operator: torch._ops.OpOverload, args: Any, kwargs: Any) -> Any:
+    """Of what decides the results of a call; None where more than shapes decides, or no tensor is given."""
+    given = [*_tensors(args), *_tensors(kwargs)]
+    if not given or not all(one.is_meta and one.layout is torch.strided for one in given):
+        return None
+    if any(isinstance(value, torch.device) and value.type != "meta" for value in kwargs.values()):
+        return None
+    arguments, keywords = _frozen(args), _frozen_keywords(kwargs)
+    # The types too, as 1 == 1.0 == True, and the number format of a result depends on which it is.
+    key = operator, arguments, keywords, *map(type, arguments), *[type(value) for _, value in keywords]
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+def _is_plain(result: Any) -> bool:
+    """Whether ``torch.empty_strided`` makes the like: on the meta device, in memory of just its size."""
+    if result is None:
+        return True
+    if type(result) is not torch.Tensor or not result.is_meta or result.layout is not torch.strided:
+        return False
+    last = sum((size - 1) * step for size, step in zip(result.shape, result.stride(), strict=True))
+    numbers = 0 if 0 in result.shape else last + 1
+    return result.storage_offset() == 0 and result.untyped_storage().nbytes() == numbers * result.element_size()
+
+
+def _share_memory(results: Iterable[torch.Tensor | None], arguments: Iterable[torch.Tensor]) -> bool:
+    """Whether a result is in the memory of another or of an argument."""
+    own = [one.untyped_storage()._cdata for one in results if one is not None]
+    return len({*own}) < len(own) or not {*own}.isdisjoint(one.untyped_storage()._cdata for one in arguments)
 
 
 def _frozen(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return TensorSpec(value.dtype, tuple(value.shape), tuple(value.stride()))
+        return TensorSpec(value.dtype, tuple(value.shape), value.stride())
     if isinstance(value, list | tuple):
         return tuple(_frozen(part) for part in value)
     if isinstance(value, torch.device):
         return SameDevice()
     return value
+
+
+def _frozen_keywords(kwargs: Any) -> tuple[tuple[str, Any], ...]:
+    return tuple((name, _frozen(value)) for name, value in sorted(kwargs.items())) if kwargs else ()
 
 
 def _flops(operator: torch._ops.OpOverload, args: Any, kwargs: Any, result: Any) -> int:

@@ -54,7 +54,7 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a micro-batch."""
+    """The shape of a micro-batch."""
 
     rows: int
     length: int  # tokens of its longest row
@@ -63,12 +63,12 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        """With padding."""
+        """Tokens, with padding."""
         return self.rows * self.length
 
 
 def shapes(rows: Sequence[Tokens], config: TrainConfig, seed: int) -> list[Shape]:
-    """Those of all micro-batches of a run on ``rows``, each once."""
+    """The different shapes of the micro-batches of a run on ``rows``, sorted by length."""
     order = batch_order([len(row.ids) for row in rows], training_length.rows_per_step(config), seed)
     steps = islice(micro_batches(order, config.batch_size), training_length.total_steps(config, len(rows)))
     found = set()
@@ -82,31 +82,31 @@ def shapes(rows: Sequence[Tokens], config: TrainConfig, seed: int) -> list[Shape
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes on the training device. What is kept adds up; the peaks are measured while it all happens.
+    """Predicted bytes on the training device. The first six are sums of tensors; the peaks include temporary tensors.
 
-    The forward ends with ``weights + adapter + optimizer + activations + logits`` (and, in a second
-    micro-batch, gradients); the backward frees the activations as it makes the gradients; the optimizer's
-    step has ``weights + adapter + gradient + optimizer`` and what it needs in between.
+    The forward ends with ``weights + adapter + optimizer + activations + logits`` (and, in a second micro-batch,
+    gradients). The backward frees the activations while it makes the gradients. The optimizer's step has
+    ``weights + adapter + gradient + optimizer`` and its temporary tensors.
     """
 
     weights_bytes: int  # of the base, as it is stored, with its buffers
     adapter_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
-    activation_bytes: int  # kept from the forward for the backward, without
-    logits_bytes: int  # those that the head and the loss keep
+    activation_bytes: int  # kept from the forward for the backward, without ``logits_bytes``
+    logits_bytes: int  # kept by the head and the loss
     forward_peak: int
     backward_peak: int
     step_peak: int
-    workspace_bytes: int = 0  # of cuBLAS, beside all the above
+    workspace_bytes: int = 0  # of cuBLAS, included in no peak
 
     @property
     def peak_bytes(self) -> int:
-        """The most that is alive at any time of a step after the first."""
+        """The peak of a step after the first one, in bytes."""
         return max(self.forward_peak, self.backward_peak, self.step_peak) + self.workspace_bytes
 
     def facts(self) -> dict[str, int]:
-        """All of it by name, for a trial's record."""
+        """All values by name, in bytes, for a trial's record."""
         return dataclasses.asdict(self) | {"peak_bytes": self.peak_bytes}
 
 
@@ -116,11 +116,11 @@ class Prediction:
 def skeleton(model: ModelConfig, quantization: Any, where: str = "meta", classes: int = 0) -> PreTrainedModel:
     """``model.skeleton`` with its layers as ``quantization`` stores them.
 
-    ``quantization`` is a transformers quantization config, or None for none. Which layers stay as they are is
-    transformers' own choice, so that a method attaches as it does to the loaded base.
+    ``quantization`` is a transformers quantization config, or None. transformers' own rules choose the layers that are
+    not quantised, so that a method attaches as it does to the loaded base.
 
     Raises:
-        ValueError: it is of a library that was not tried, so that nobody knows what it keeps.
+        ValueError: the memory of this quantisation library is unknown, as it was never measured.
     """
     base = bare_skeleton(model, where, classes)
     if model.attn_implementation is not None:
@@ -144,13 +144,13 @@ def predict(
     device: str,
     slots: Mapping[str, TrainConfig] | None = None,
 ) -> Prediction:
-    """The memory of the largest training step of ``adapted`` on a ``device`` ("cuda", "cpu"); the model is used up.
+    """The memory of the largest training step of ``adapted`` on a ``device`` ("cuda", "cpu").
 
-    ``adapted`` is made of ``skeleton`` with its method attached; ``shapes`` are those of the micro-batches. With
-    ``slots``, its adapters by name, these are trained together.
+    ``adapted`` is the result of ``skeleton`` with its method attached; it is changed, and must not be used afterwards.
+    ``shapes`` are those of the micro-batches. With ``slots``, configurations by adapter, these are trained as a pack.
 
     Raises:
-        Exception: whatever is raised by a method that cannot run without numbers.
+        Exception: any error of a method that cannot run on the meta device.
     """
     to_meta(adapted)
     text = text_config(adapted)
@@ -163,7 +163,8 @@ def predict(
     adapted.train()
     longest = max(shapes, key=lambda shape: (shape.tokens, shape.answer_length))
     first = _trace(adapted, config, longest, device, slots)
-    # Another may hold more answer tokens. What a token and what the head takes for such a one is known now.
+    # A shorter batch with more answer tokens may need more memory: estimate it from the bytes of a token and of an
+    # answer token at the head.
     token = first.activation_bytes / longest.tokens
     before = first.weights_bytes + first.adapter_bytes + first.optimizer_bytes + first.activation_bytes
     at_head = max(2 * first.logits_bytes, first.forward_peak - before)  # logits that are kept have a gradient later
@@ -207,10 +208,12 @@ def _traced(
     tensors = [(_is_adapter(name, adapted), tensor) for name, tensor in _named_tensors(adapted)]
     weights = allocator.hold(tensor for own, tensor in tensors if not own)
     adapter = allocator.hold(tensor for own, tensor in tensors if own)
-    allocator.hold(pack.gradients if pack else [])  # which a pack has from the beginning
+    allocator.hold(pack.gradients if pack else [])  # a pack allocates its gradients at the start
     forward = backward = kept = logits = 0
     with as_on_device(device, config.autocast), allocator:
-        for _ in range(2 if captured else min(2, config.accumulation)):  # the second finds the gradients of the first
+        for _ in range(
+            2 if captured else min(2, config.accumulation)
+        ):  # the second pass has the gradients of the first
             before = allocator.mark()
             with kernels.forward(), _at_head(adapted, allocator.alive) as at_head:
                 loss = answer_losses(adapted, batch).sum() / batch.answer_tokens
@@ -245,10 +248,10 @@ def _traced(
 
 
 def to_meta(adapted: nn.Module) -> None:
-    """Leave only shapes of what an attaching with numbers has made on another device."""
+    """Move to the meta device all tensors of ``adapted`` that attaching has made on another device."""
     moved: dict[int, Any] = {}  # tied weights stay tied
     for module in adapted.modules():
-        vars(module).get("_lora_kasa_truncation_deferred", set()).clear()  # which KaSA would need numbers for
+        vars(module).get("_lora_kasa_truncation_deferred", set()).clear()  # KaSA's truncation needs numbers
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None and tensor.device != META:
@@ -263,7 +266,7 @@ def _shape_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors that ``model`` keeps, in plain ones, with what bitsandbytes keeps beside its weights."""
+    """All tensors of ``model`` as plain tensors, with those that bitsandbytes keeps in addition to its weights."""
     yield from model.named_buffers()
     for name, parameter in model.named_parameters():
         yield from ((name, part) for part in layers.kept_tensors(parameter))
@@ -292,7 +295,7 @@ def meta_batch(adapted: nn.Module, shape: Shape) -> Batch:
 
 @contextmanager
 def _at_head(adapted: Any, note: Callable[[], Found]) -> Iterator[list[Found]]:
-    """What ``note`` says each time that the head over the vocabulary (or over classes) begins."""
+    """Yields a list that gets the result of ``note()`` before each call of the head over vocabulary or classes."""
     base: Any = adapted.get_base_model() if isinstance(adapted, PeftModel) else adapted
     heads = [base.get_submodule(name) for name in head_names(base)] or [base.get_output_embeddings()]
     notes: list[Found] = []
@@ -307,8 +310,8 @@ def _at_head(adapted: Any, note: Callable[[], Found]) -> Iterator[list[Found]]:
 
 
 def _step(optimizer: torch.optim.Optimizer, allocator: Allocator, device: str) -> int:
-    """Make what the first step of ``optimizer`` makes; returns the most that is alive in it, in bytes."""
-    fused = "fused" in inspect.signature(type(optimizer)).parameters  # and so train has it on a real device
+    """Take the first step of ``optimizer``, which makes its state; returns the peak of the step in bytes."""
+    fused = "fused" in inspect.signature(type(optimizer)).parameters  # training uses it on a real device, too
     if hasattr(optimizer, "init_state"):
         _init_states(optimizer, device)
         return allocator.live  # the kernels of bitsandbytes take nothing more

@@ -1,9 +1,9 @@
-"""How fast a device is: measured once, kept in the user's cache, and again where that has changed.
+"""The speed of a device: measured once, kept in the user's cache, and measured again when it has changed.
 
-A roofline says what an operation takes at least: its FLOPs at the ceiling of its number format, its bytes at the
-memory's bandwidth, or the launch of a kernel. How near a kernel comes to that depends on its sizes, so each operation
-of a step is also timed alone, on tensors of its shapes and strides, once for all trials; one that was not is taken as
-far above its roofline as the nearest one of its kind.
+The roofline of an operation is its shortest possible time: its FLOPs at the highest rate of its dtype, its bytes at the
+memory's bandwidth, or the launch of a kernel. How near a kernel comes to its roofline depends on its sizes. So each
+operation of a step is also timed alone, on tensors of its shapes and strides, once for all trials. An operation that
+was not timed is assumed to exceed its roofline by the same factor as the nearest timed operation of its kind.
 """
 
 from __future__ import annotations
@@ -40,71 +40,72 @@ from peftsweep.study.atomic import write_text
 log = logging.getLogger(__name__)
 
 VERSION = 2  # of what is measured and how it is kept
-LAP = 512  # the size of the square product by which a machine is found to have another speed
-LAP_SECONDS = 0.15  # for which it is repeated
-LAP_PARTS = 5  # of that time
-LOOKED_SECONDS, LOOKED_EVERY = 0.012, 0.2  # for which laps are repeated beside other timings, and how often
-MOST_PROBES = 2  # of a device whose speed changes while it is measured
-ROUNDS = 3  # of the steps that are run, and of their operations, of which the middle one counts
-CHANGED = 1.3  # times as slow as then, or as fast, as when others made it busy: all is measured again
-CHANGED_MEMORY = 1.5  # times the bandwidth of then: others used the memory, and all is measured again
-OPERATION_SECONDS = 0.004  # for which an operation is repeated
+# A "lap" is one reference product of two LAP x LAP matrices; its seconds show when the device has another speed.
+LAP = 512
+LAP_SECONDS = 0.15  # laps are repeated for this time
+LAP_PARTS = 5  # parts of that time, whose means are compared
+LOOKED_SECONDS, LOOKED_EVERY = 0.012, 0.2  # between other timings: laps for this time, at this interval
+MOST_PROBES = 2  # probes of a device whose speed changes while it is measured
+ROUNDS = 3  # measurements of a calibration step and of its operations; the median counts
+CHANGED = 1.3  # ratio of lap seconds, up or down, from which on the kept speed is measured again
+CHANGED_MEMORY = 1.5  # ratio of bandwidth, up, from which on it is: other processes used the memory then
+OPERATION_SECONDS = 0.004  # an operation is repeated for this time
 MOST_REPEATS = 20
-COLD_BYTES, MOST_SETS = 48e6, 12  # of tensors that a CPU's caches do not hold, and of an operation's at most
-MOST_UPDATED = 2**24  # numbers of weights whose update is timed; that of more is proportional
-LARGEST = 1e9  # bytes of an operation that is timed
-CALIBRATION = {"small": (64, 2, 16), "middle": (256, 4, 128)}  # width, rows and tokens of the steps that are run
+COLD_BYTES, MOST_SETS = 48e6, 12  # bytes that exceed a CPU's caches; most copies of an operation's tensors
+MOST_UPDATED = 2**24  # most weights whose optimizer step is timed; the seconds of more are proportional
+LARGEST = 1e9  # bytes of the largest operation that is timed
+CALIBRATION = {"small": (64, 2, 16), "middle": (256, 4, 128)}  # width, rows and tokens of the calibration steps
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
 SIZES = {"cpu": (256, 512, 1024), "cuda": (2048, 4096, 8192)}
-THIN = (8, 32)  # ranks of the products that are timed with the probe
-COPIED = {"cpu": 2**25, "cuda": 2**28}  # bytes
+THIN = (8, 32)  # ranks of the LoRA products that the probe times
+COPIED = {"cpu": 2**25, "cuda": 2**28}  # bytes of the copy that measures the bandwidth
 
 Clock = Callable[[], float]
 
 
 @dataclass
 class Speed:
-    """What was measured of a device. Seconds are those of a device that does nothing else."""
+    """The measured speed of a device, in seconds of a device that does nothing else."""
 
-    ceilings: dict[str, float] = field(default_factory=dict)  # FLOP/s of a matrix product, by number format
+    ceilings: dict[str, float] = field(default_factory=dict)  # highest FLOP/s of a matrix product, by dtype
     bandwidth: float = math.nan  # bytes/s that a copy reads and writes
     launch_seconds: float = math.nan  # of the smallest kernel
-    host_seconds: float = 0.0  # of a call of an operator, for what is around it: Python, modules, autograd
-    # Of each byte that is moved by what is no product, beyond the operations' own seconds: in a step many tensors are
-    # held at the same time, so that less is in the caches, and mapped, than where one operation is timed alone.
+    host_seconds: float = 0.0  # overhead of one operator call: Python, modules, autograd
+    # Extra seconds for each byte moved by operations other than products. A step holds many tensors at the same time,
+    # so that less of them is in the caches, or mapped, than when one operation is timed alone.
     byte_seconds: float = 0.0
     lap_seconds: float = math.nan  # of the reference product
-    operations: dict[str, float] = field(default_factory=dict)  # by their keys
+    operations: dict[str, float] = field(default_factory=dict)  # seconds of timed operations, by their keys
 
     def roofline(self, one: Operation) -> float:
-        """The seconds that ``one`` takes at least."""
+        """The shortest possible seconds of ``one``."""
         dtype = str(one.dtypes[0]).removeprefix("torch.") if one.dtypes else ""
         ceiling = self.ceilings.get(dtype) or max(self.ceilings.values())
         return max(one.flops / ceiling, one.bytes / self.bandwidth, self.launch_seconds)
 
 
 class Meter:
-    """Times operations and steps on a device, by a clock that is the wall's unless told otherwise.
+    """Times operations and steps on a device with ``clock``, by default the wall clock.
 
-    All its seconds are those of a device on which a lap takes ``lap_seconds``: a device is slower at one moment than
-    at another (others compute, its frequency changes), so a lap is timed beside each timing.
+    All seconds are scaled to a device on which a lap takes ``lap_seconds``. The speed of a device varies (other
+    processes, its clock frequency), so laps are timed before and after other timings.
     """
 
     def __init__(self, device: torch.device, clock: Clock = time.perf_counter) -> None:
         self.device, self.clock = device, clock
-        self.lap_seconds = math.nan  # not known yet: seconds are as they are measured
+        self.lap_seconds = math.nan  # unknown at first: seconds are not scaled
         self._slowness, self.looked = 1.0, -math.inf
 
     def slowness(self, every: float = LOOKED_EVERY) -> float:
-        """Times as slow as where a lap takes ``lap_seconds``; laps are timed again ``every`` so many seconds."""
+        """The seconds of a lap now / ``lap_seconds``; laps are timed again if the last are ``every`` seconds old."""
         if not math.isnan(self.lap_seconds) and time.perf_counter() >= self.looked + every:
-            # The fastest: of few laps most may be longer as the process waits for a core, which a timing leaves out.
+            # The fastest lap: most of a few laps may include a wait for a core, and ``best`` leaves such waits out.
             self._slowness = min(self.laps(LOOKED_SECONDS)) / self.lap_seconds
             self.looked = time.perf_counter()
         return self._slowness
 
     def best(self, call: Callable[[], object], seconds: float, most: int) -> float:
-        """Of some repetitions the seconds of a fast one (the lower quartile), which others disturb least."""
+        """The seconds of ``call``: the lower quartile of repetitions, as other processes disturb fast ones least."""
         slowness = self.slowness()
         call()
         took: list[float] = []
@@ -113,13 +114,13 @@ class Meter:
         return lower_quartile(took) / slowness
 
     def around(self, run: Callable[[], float]) -> float:
-        """The seconds that ``run`` returns, by the laps before and after it."""
+        """The seconds that ``run`` returns, scaled by the laps before and after it."""
         before = self.slowness(0)
         took = run()
         return took / math.sqrt(before * self.slowness(0))
 
     def once(self, call: Callable[[], object]) -> float:
-        """The seconds of one call, or on a GPU of its kernels."""
+        """The seconds of one call; on a GPU those of its kernels."""
         if self.device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -134,8 +135,8 @@ class Meter:
     def operation(self, one: Operation) -> float:
         """The seconds of ``one``, on tensors of its shapes.
 
-        On a CPU each call takes other tensors and its result is kept for some time: in a step, too, most of what is
-        read is in no cache (weights, activations of the forward) and what is written goes to new memory.
+        On a CPU each call takes other tensors, and its result is kept for some time. This is as in a step, where most
+        inputs (weights, activations of the forward) are in no cache, and outputs go to new memory.
         """
         sets = 1 if self.device.type == "cuda" else int(min(max(COLD_BYTES / max(one.bytes, 1), 1), MOST_SETS))
         arguments = itertools.cycle([_made(one, self.device) for _ in range(sets)])
@@ -149,7 +150,7 @@ class Meter:
             return self.best(call, OPERATION_SECONDS, MOST_REPEATS)
 
     def update(self, trained: Sizes, config: TrainConfig) -> float:
-        """The seconds in which gradients are clipped and the optimizer changes weights of these shapes."""
+        """The seconds to clip the gradients and to take the optimizer's step for weights of these shapes."""
         numbers = sum(math.prod(shape) for shape, _ in trained)
         some = trained if numbers <= MOST_UPDATED else (((MOST_UPDATED,), trained[0][1]),)
         optimizer = made_optimizer(some, config, self.device)
@@ -163,13 +164,13 @@ class Meter:
         return self.best(call, OPERATION_SECONDS, MOST_REPEATS) * max(1.0, numbers / MOST_UPDATED)
 
     def bandwidth(self, seconds: float) -> float:
-        """Bytes/s that a copy reads and writes, repeated for so long."""
+        """The bytes/s that a copy reads and writes; the copy is repeated for ``seconds``."""
         source = torch.ones(COPIED[self.device.type] // 4, device=self.device)
         target = torch.empty_like(source)
         return 2 * source.nbytes / self.best(lambda: target.copy_(source), seconds, MOST_REPEATS)
 
     def laps(self, seconds: float) -> list[float]:
-        """The seconds of each of many reference products, for so long, in their order."""
+        """The seconds of each reference product in their order; the product is repeated for ``seconds``."""
         left = torch.ones(LAP, LAP, device=self.device)
         product, took, end = left @ left, [], time.perf_counter() + seconds
         while time.perf_counter() < end:
@@ -180,31 +181,31 @@ class Meter:
 def usual(laps: Sequence[float]) -> float:
     """The seconds of a lap: the median of the means of several parts of the time.
 
-    A mean counts what others take from all the time, the median leaves out what comes and goes.
+    A mean includes a constant load by other processes; the median over the parts leaves out short disturbances.
     """
     size = max(len(laps) // LAP_PARTS, 1)
     return statistics.median(statistics.fmean(laps[start : start + size]) for start in range(0, len(laps), size))
 
 
 class Device:
-    """A device with its speed, which is measured when it is first needed."""
+    """A device with its speed, which is measured when it is needed for the first time."""
 
     def __init__(self, device: torch.device, clock: Clock = time.perf_counter, folder: Path | None = None) -> None:
         self.device, self._meter = device, Meter(device, clock)
         self.key = device_key(device)
         self._file = (folder or cache_folder()) / f"speed-{self.key}.json"
         self._speed: Speed | None = None
-        self._kinds: dict[Any, dict[str, tuple[float, float]]] = {}  # of what was timed: rooflines and seconds
+        self._kinds: dict[Any, dict[str, tuple[float, float]]] = {}  # timed operations by kind: (roofline, seconds)
         self._changed = False
-        self.busy = 1.0  # times as slow, when last looked, as when it was measured
+        self.busy = 1.0  # seconds of a lap at the last look / seconds of a lap of the idle device
 
     @property
     def speed(self) -> Speed:
-        """What is kept of it, else what is measured now; then also how busy it is."""
+        """The kept speed if it still holds, else a new measurement; sets ``busy`` at the first call."""
         if self._speed is None:
             kept = self.kept()
             laps = self._meter.laps(LAP_SECONDS)
-            for _ in range(MOST_PROBES):  # what was measured while others computed does not hold afterwards
+            for _ in range(MOST_PROBES):  # a speed that was measured while other processes ran does not hold afterwards
                 if kept is not None and self._holds(kept, laps):
                     break
                 kept, self._changed = measure(self._meter), True
@@ -217,9 +218,9 @@ class Device:
         return self._speed
 
     def _holds(self, kept: Speed, laps: Sequence[float]) -> bool:
-        """Whether a lap takes as long as when ``kept`` was measured, and others did not use the memory then.
+        """Whether a lap takes as long as when ``kept`` was measured, and the memory was not used by others then.
 
-        Others who use it now do not count: what was measured is to be that of a device that does nothing else.
+        A lower bandwidth now does not count: ``kept`` is the speed of a device that does nothing else.
         """
         if not 1 / CHANGED <= lower_quartile(laps) / kept.lap_seconds <= CHANGED:
             return False
@@ -227,16 +228,16 @@ class Device:
         return self._meter.bandwidth(LOOKED_SECONDS) <= CHANGED_MEMORY * kept.bandwidth
 
     def kept(self) -> Speed | None:
-        """What was measured before; None where nothing was, or that cannot be read."""
+        """The speed in the cache; None where there is none, or where it cannot be read."""
         with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-            said = json.loads(self._file.read_text(encoding="utf-8"))
-            if said.pop("version") == VERSION:
-                found = Speed(**{one.name: said[one.name] for one in dataclasses.fields(Speed)})
-                return found if _usable(found) else None
+            content = json.loads(self._file.read_text(encoding="utf-8"))
+            if content.pop("version") == VERSION:
+                speed = Speed(**{part.name: content[part.name] for part in dataclasses.fields(Speed)})
+                return speed if _usable(speed) else None
         return None
 
     def take_kept(self) -> bool:
-        """Go by what is kept, and measure nothing but how busy the device is; False where nothing is kept."""
+        """Use the speed in the cache, and measure only how busy the device is; False without one in the cache."""
         if self._speed is None:
             self._speed = self.kept()
         if self._speed is None:
@@ -246,27 +247,27 @@ class Device:
         return True
 
     def write(self) -> None:
-        """Keep what was measured; a cache that cannot be written is none."""
+        """Write the speed to the cache; if that fails, a warning is logged."""
         if not self._changed or self._speed is None:
             return
-        said = {"version": VERSION, "device": name_of(self.device), **dataclasses.asdict(self._speed)}
+        content = {"version": VERSION, "device": name_of(self.device), **dataclasses.asdict(self._speed)}
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self._file, json.dumps(said, indent=1))
+            write_text(self._file, json.dumps(content, indent=1))
             self._changed = False
         except OSError as error:
             log.warning("the measured speed of the device cannot be kept (%s)", error)
 
     def work(self, ledger: Ledger, until: float = math.inf) -> tuple[float, float]:
-        """The seconds of all kernels of ``ledger``, and the part of them that was not timed but estimated.
+        """The seconds of all kernels of ``ledger``, and the part of these seconds that is estimated, not timed.
 
-        Operations are timed until the clock time ``until``, those that take longest first.
+        Operations are timed until ``until`` (of ``time.perf_counter``), the longest ones first.
         """
         speed, total, estimated = self.speed, 0.0, 0.0
         calls = [(one, count) for one, count in ledger.calls.items() if not one.views]
         for one, _ in sorted(calls, key=lambda call: -call[1] * speed.roofline(call[0])):
             if one.key not in speed.operations and one.bytes <= LARGEST and time.perf_counter() < until:
-                with suppress(Exception):  # whatever an operator raises that wants other numbers: it is estimated
+                with suppress(Exception):  # an operator may refuse these numbers with any error; it is then estimated
                     speed.operations[one.key] = self._meter.operation(one)
                     self._changed = True
             if (timed := speed.operations.get(one.key)) is not None:
@@ -280,7 +281,7 @@ class Device:
         return total, estimated
 
     def _estimate(self, one: Operation) -> float:
-        """As far above its roofline as the nearest of its kind that was timed; at twice that where none was."""
+        """The seconds of ``one``: its roofline times the factor of the nearest timed operation of its kind, else 2."""
         floor = self.speed.roofline(one)
         known = self._kinds.get(one.kind)
         if not known:
@@ -289,7 +290,7 @@ class Device:
         return floor * took / nearest
 
     def update(self, trained: Sizes, config: TrainConfig) -> float:
-        """The seconds of the optimizer's step over weights of these shapes."""
+        """The seconds of clipping and of the optimizer's step for weights of these shapes."""
         if not trained:
             return 0.0
         key = f"update {config.optimizer} {config.optimizer_kwargs} clip={bool(config.clip)} " + ",".join(
@@ -299,7 +300,7 @@ class Device:
         if key not in operations:
             try:
                 operations[key] = self._meter.update(trained, config)
-            except Exception:  # an optimizer of another kind: as AdamW reads and writes
+            except Exception:  # an optimizer that cannot be made like this: assume the bytes that AdamW moves
                 log.debug("the update cannot be timed", exc_info=True)
                 bytes_ = sum(7 * math.prod(shape) * dtype.itemsize for shape, dtype in trained)
                 operations[key] = bytes_ / self.speed.bandwidth + len(trained) * self.speed.launch_seconds
@@ -307,10 +308,10 @@ class Device:
         return operations[key] * self.busy
 
     def step(self, ledger: Ledger, until: float = math.inf, *, captured: bool = False) -> tuple[float, float]:
-        """The seconds of a step of these operations, and the share of them that is estimated.
+        """The seconds of a step with these operations, and the share of its kernels' seconds that is estimated.
 
-        A CPU works and calls in turns; a GPU works while the host calls, whichever takes longer, or, where the step is
-        ``captured`` as a graph, without the host.
+        On a CPU the seconds of kernels and of operator calls add up. A GPU works while the host calls, so that the
+        longer of both counts; a step that is ``captured`` as a graph needs no calls.
         """
         work, estimated = self.work(ledger, until)
         host = 0.0 if captured else self.speed.host_seconds * ledger.dispatches
@@ -319,7 +320,7 @@ class Device:
         return took * self.busy, estimated / work if work else 0.0
 
     def ideal(self, flops: dict[str, float]) -> float | None:
-        """The seconds of these FLOPs, by number format, at the device's ceiling; None if it was never measured."""
+        """The seconds of these FLOPs (by dtype) at the device's highest rate; None if that was never measured."""
         speed = self._speed or self.kept()
         if speed is None or any(dtype not in speed.ceilings for dtype in flops):
             return None
@@ -336,7 +337,7 @@ def _usable(found: Speed) -> bool:
 
 
 def device_key(device: torch.device) -> str:
-    """Of all that changes a device's speed, but for what else runs on it."""
+    """A hash of all that changes the speed of a device, except for other processes."""
     from peftsweep.config.identity import content_hash
 
     versions = {name: (found or {}).get("version") for name, found in record.packages().items()}
@@ -350,7 +351,7 @@ def name_of(device: torch.device) -> str:
 
 
 def cache_folder() -> Path:
-    """Where what is measured of this machine is kept: ``$XDG_CACHE_HOME/peftsweep``, else ``~/.cache/peftsweep``."""
+    """The folder of measurements of this machine: ``$XDG_CACHE_HOME/peftsweep``, else ``~/.cache/peftsweep``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftsweep"
 
 
@@ -358,7 +359,7 @@ def cache_folder() -> Path:
 
 
 def _made(one: Operation, device: torch.device) -> tuple[list[Any], dict[str, Any]]:
-    """Its arguments, with numbers that it takes: ones, and indices below any of its sizes."""
+    """The arguments of ``one`` as real tensors, with valid numbers: ones, and indices below each of its sizes."""
     floats = [spec for spec in specs((one.arguments, one.keywords)) if spec.dtype.is_floating_point and spec.shape]
     indices = max(min((min(spec.shape) for spec in floats), default=1), 1)
     made = [_real(value, device, indices) for value in one.arguments]
@@ -368,7 +369,7 @@ def _made(one: Operation, device: torch.device) -> tuple[list[Any], dict[str, An
 def _real(value: Any, device: torch.device, indices: int) -> Any:
     if isinstance(value, SameDevice):
         return device
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and not isinstance(value, TensorSpec):
         return [_real(part, device, indices) for part in value]
     if not isinstance(value, TensorSpec):
         return value
@@ -382,7 +383,7 @@ def _real(value: Any, device: torch.device, indices: int) -> Any:
 
 
 def measure(meter: Meter) -> Speed:
-    """The probe: ceilings, bandwidth, launches, thin products, dequantisation, and two steps of a small model."""
+    """Measure a device: ceilings, bandwidth, launches, LoRA products, dequantisation, and steps of two small models."""
     device, begun = meter.device, time.perf_counter()
     speed = Speed(lap_seconds=lower_quartile(meter.laps(2 * LAP_SECONDS)))
     meter.lap_seconds, meter.looked = speed.lap_seconds, -math.inf
@@ -401,7 +402,7 @@ def measure(meter: Meter) -> Speed:
 
 
 def _samples(device: torch.device) -> Iterator[Operation]:
-    """Products as a LoRA has them, and a layer that is stored in 4 and in 8 bits, made wide again."""
+    """The products of a LoRA layer, and the dequantisation of a layer that is stored in 4 and in 8 bits."""
     import bitsandbytes  # noqa: F401  (it names its operators)
 
     ledger = Ledger()
@@ -421,15 +422,15 @@ def _samples(device: torch.device) -> Iterator[Operation]:
 
 
 def _calibrate(speed: Speed, meter: Meter) -> None:
-    """What a real training step takes beyond its operations: of each call, and of each operation's own time.
+    """Set ``host_seconds`` and ``byte_seconds``: the time of a real step beyond that of its operations timed alone.
 
-    Two steps are run, one of tiny tensors, whose time is that of the calls, and one of larger ones.
+    Two steps are run: one with tiny tensors, in which the calls take most of the time, and one with larger tensors.
     """
     found = {}
     for name, (width, rows, tokens) in CALIBRATION.items():
         step, run = reference_step(meter.clock, meter.device, width, rows, tokens)
         kernels = {one: count for one, count in step.ledger.calls.items() if not one.views}
-        # In turns, as what is wanted is the difference of the two.
+        # Both are timed in turns, because their difference is needed.
         rounds = [(meter.around(run), [meter.operation(one) for one in kernels]) for _ in range(ROUNDS)]
         seconds = statistics.median(whole for whole, _ in rounds)
         each = [statistics.median(took) for took in zip(*(parts for _, parts in rounds), strict=True)]
@@ -438,7 +439,7 @@ def _calibrate(speed: Speed, meter: Meter) -> None:
         found[name] = step.ledger, seconds - meter.update(step.trained, TrainConfig()), alone
     (tiny, short, little), (middle, long, much) = found["small"], found["middle"]
     on_gpu = meter.device.type == "cuda"  # which works while the host calls
-    for _ in range(10):  # two equations with two unknown, of which neither is below 0
+    for _ in range(10):  # solves two equations for two unknowns, neither below 0, by iteration
         inside = 0.0 if on_gpu else little + speed.byte_seconds * tiny.other_bytes
         speed.host_seconds = max(short - inside, 0.0) / tiny.dispatches
         host = 0.0 if on_gpu else speed.host_seconds * middle.dispatches

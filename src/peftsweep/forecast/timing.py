@@ -1,4 +1,4 @@
-"""How long and how dear a sweep will be: its trials' seconds, its end over its workers, money."""
+"""Predict the time and the cost of a sweep: the seconds of its trials, the end of the last worker, the price."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from peftsweep.observe.remaining import format_seconds
 from peftsweep.schema import Config, PriceConfig
 from peftsweep.study import record, store
 
-MOST_RECORDS = 300  # of the study that is added to, of which the newest are read
-IMPORTED = time.time()  # when this process had imported what a trial needs, as a worker has to
-MOST_IMPORT_SECONDS = 60.0  # of a process that was there long before
-PACKED = (0.7, 1.3)  # the seconds of trials that are trained together, over those of the same one by one
+MOST_RECORDS = 300  # newest records of the sweep's own study that are read
+IMPORTED = time.time()  # the end of this process's imports, which each worker needs, too
+MOST_IMPORT_SECONDS = 60.0  # limit for a process that ran long before the imports, such as a notebook
+PACKED = (0.7, 1.3)  # interval of the seconds of trials in a pack, relative to the same trials one by one
 
 
 class Timing:
@@ -47,7 +47,7 @@ class Timing:
         self._estimates: dict[str, Estimate] = {}
 
     def estimate(self, one: Trial) -> Estimate:
-        """Of one trial, without the scores of a base that an earlier one has found."""
+        """The estimate of one trial; the evaluation of a base is left out if an earlier trial evaluates the same."""
         if one.identity not in self._estimates:
             with streams.without_warnings(), measure.threads(self._threads):
                 found = duration.estimate(one, self.device, self.history)
@@ -61,23 +61,23 @@ class Timing:
         return self._estimates[one.identity]
 
     def measure(self) -> None:
-        """Measure how fast the device is, where that is not known, before other processes of a plan make it busy."""
+        """Measure the speed of the device, if it is unknown, before other processes of the plan make it busy."""
         with measure.threads(self._threads):
             _ = self.device.speed
 
     def trace(self, one: Trial) -> None:
-        """Find out the operations of one trial, which ``estimate`` then knows."""
+        """Trace the operations of one trial, which ``estimate`` then takes from the cache."""
         if not forecast.check(one).refused:
             with streams.without_warnings():
                 duration.operations(one, self.device.device.type)
 
     def expected(self, trials: Sequence[Trial]) -> dict[str, float]:
-        """The seconds of trials, by their identities, of which they can be said."""
+        """The predicted seconds of trials by identity, without those that have no prediction."""
         totals = {one.identity: self.estimate(one).total for one in trials}
         return {name: total.seconds for name, total in totals.items() if total is not None}
 
     def row(self, one: Trial) -> dict[str, Any]:
-        """What plan.json says of the trial."""
+        """The keys of the trial in plan.json about time, FLOPs and cost."""
         found = self.estimate(one)
         total = found.total
         ideal = self.device.ideal(dict(found.flops_by_dtype)) if found.flops_by_dtype else None
@@ -96,17 +96,18 @@ class Timing:
 
     @property
     def _sharing(self) -> float:
-        """Trials that run at the same time on one device."""
+        """The number of trials that run at the same time on one device."""
         return self.workers / self.devices
 
     def cost(self, device_seconds: float) -> float:
-        """In the currency of ``price``."""
+        """The cost of ``device_seconds``, in the currency of ``price``."""
         return device_seconds / 3600 * (self.price or 0.0)
 
     def sweep(self, jobs: Sequence[Sequence[Trial]]) -> tuple[Span | None, str]:
-        """When a sweep of these jobs ends, each a trial or a pack, and in words on what; None: not to be said.
+        """The seconds of a sweep of these jobs, each a trial or a pack, and a text that names workers and devices.
 
-        A warm worker loads each base once; what a process imports, this one has imported too.
+        None and the reasons, where a trial has no prediction. A warm worker loads each base once. The seconds of a
+        worker's imports are those of this process.
         """
         spans, unknown, loaded = list[Span](), dict[str, int](), set[str]()
         for job in jobs:
@@ -117,7 +118,7 @@ class Timing:
             spans.append(self._job(job, found, loaded))
         if unknown:
             return None, "; ".join(f"{record.trials_in_words(count)}: {why}" for why, count in unknown.items())
-        took = IMPORTED - psutil.Process().create_time()  # below 0 in a process that was forked since
+        took = IMPORTED - psutil.Process().create_time()  # below 0 in a process that was forked after the imports
         imports = min(max(took, 0.0), MOST_IMPORT_SECONDS)
         end = finish(spans, self.workers) + Span(imports, imports / 2, imports * 2)
         places = f"{self.workers} worker" + ("s" if self.workers != 1 else "")
@@ -135,7 +136,7 @@ class Timing:
         return load + train + own
 
     def lines(self, jobs: Sequence[Sequence[Trial]]) -> list[str]:
-        """The last lines of a plan: when the sweep would be done, and what it would cost."""
+        """The last lines of a plan: the time of the sweep, and its cost if a price is known."""
         if not jobs:
             return []
         end, where = self.sweep(jobs)
@@ -152,10 +153,10 @@ class Timing:
 
 
 def check(config: Config) -> None:
-    """Refuse a price that is none, and ``forecast.records`` of no study, before anything is planned.
+    """Check ``price`` and ``forecast.records`` before anything is planned.
 
     Raises:
-        InputError: the line names the key.
+        InputError: the price is no amount, or ``forecast.records`` names no study.
     """
     if not isinstance(config.price.hour, Mapping):
         hourly(config.price, "")
@@ -169,54 +170,56 @@ def told(span: Span) -> str:
 
 
 def money(amount: float) -> str:
-    """With two decimals, or as many as its first two digits need."""
+    """``amount`` with two decimals, or below 0.1 with two significant digits."""
     return f"{amount:.2f}" if amount >= 0.1 or amount == 0 else f"{amount:.2g}"
 
 
 @cache
 def device_of(where: torch.device, threads: int) -> speed.Device:
-    """The device with its speed, once a process and number of threads."""
+    """The device with its speed, cached for each number of threads."""
     return speed.Device(where)
 
 
 def finish(spans: Sequence[Span], workers: int) -> Span:
-    """When the last of these jobs ends, which ``workers`` take in this order as they become free."""
+    """The seconds until the last of these jobs ends; each of ``workers`` takes the next job when it is free."""
 
     def end(seconds: Sequence[float]) -> float:
-        free = [0.0] * max(workers, 1)
-        for one in seconds:
-            place = free.index(min(free))
-            free[place] += one
-        return max(free)
+        free_at = [0.0] * max(workers, 1)
+        for job_seconds in seconds:
+            worker = free_at.index(min(free_at))
+            free_at[worker] += job_seconds
+        return max(free_at)
 
     return Span(*(end([getattr(span, name) for span in spans]) for name in ("seconds", "low", "high")))
 
 
 def hourly(price: PriceConfig, device: str) -> float | None:
-    """What an hour of the device costs; of a table the entry whose name is part of the device's; None: no price.
+    """The price of an hour of the device, from a table the first entry whose name is a part of the device's name.
+
+    None without a price.
 
     Raises:
         InputError: it is no amount, or the table has no entry for the device.
     """
-    said = price.hour
-    if isinstance(said, Mapping):
-        fitting = [amount for name, amount in said.items() if str(name).lower() in device.lower()]
-        if not fitting:
-            names = ", ".join(map(str, said)) or "no device"
-            said_of = f"its table has {names}, and none of them is in the name of the device, {device}"
-            raise InputError(f"price: {said_of}; price=2.49 is a device-hour of any")
-        said = fitting[0]
-    if said is None:
+    amount = price.hour
+    if isinstance(amount, Mapping):
+        matching = [hour for name, hour in amount.items() if str(name).lower() in device.lower()]
+        if not matching:
+            names = ", ".join(map(str, amount)) or "no device"
+            reason = f"its table has {names}, and none of them is in the name of the device, {device}"
+            raise InputError(f"price: {reason}; price=2.49 is a device-hour of any")
+        amount = matching[0]
+    if amount is None:
         return None
-    if isinstance(said, bool) or not isinstance(said, int | float) or not (math.isfinite(said) and said >= 0):
+    if isinstance(amount, bool) or not isinstance(amount, int | float) or not (math.isfinite(amount) and amount >= 0):
         raise InputError(
-            f"price={said}: must be the price of a device-hour, a number of at least 0, such as price=2.49"
+            f"price={amount}: must be the price of a device-hour, a number of at least 0, such as price=2.49"
         )
-    return float(said)
+    return float(amount)
 
 
 def records_of(device: str, named: str | None, study: str) -> history.History:
-    """What is known of the device's seconds: from the records that ``forecast.records`` names, and the study's own.
+    """The measured seconds of the device, from the records that ``forecast.records`` names and from the study's own.
 
     Raises:
         InputError: ``forecast.records`` names no study.

@@ -1,4 +1,4 @@
-"""The operations of a training step, of a forward and of a decoded token, found by running them on the meta device."""
+"""Trace the operations of a training step, of a forward and of a decoding step, by running them on the meta device."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from peftsweep.training import loop
 from peftsweep.training import optimizer as training_optimizer
 from peftsweep.training.fused import as_trained
 
-REFERENCE_STEPS = 12  # of which the first three are left out
+REFERENCE_STEPS = 12  # the first three are left out
 Sizes = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One micro-batch, forward and backward, and the weights that the optimizer then changes."""
+    """The operations of forward and backward of one micro-batch, and the weights that the optimizer changes."""
 
     ledger: Ledger
-    trained: Sizes  # shape and number format of each
+    trained: Sizes  # shape and dtype of each trained weight
 
 
 class Tracer:
-    """Runs parts of a trial on an adapted model without numbers; ``device`` is "cpu" or "cuda"."""
+    """Traces parts of a trial with an adapted model on the meta device; ``device`` is "cpu" or "cuda"."""
 
     def __init__(self, adapted: Any, config: TrainConfig, device: str) -> None:
         self._adapted, self._config, self._device = adapted, config, device
@@ -62,10 +62,10 @@ class Tracer:
             yield kernels
 
     def step(self, shape: Shape) -> Step:
-        """A micro-batch of training."""
+        """The operations of a micro-batch of training."""
         adapted, batch, ledger = self._adapted, meta_batch(self._adapted, shape), Ledger()
         training_optimizer.enable_checkpointing(adapted, self._config.checkpointing)
-        training_optimizer.make_optimizer(adapted, self._config)  # which may freeze some of the weights
+        training_optimizer.make_optimizer(adapted, self._config)  # may freeze some of the weights
         adapted.train()
         with self._run(ledger, batch.answer_tokens) as kernels, as_trained(adapted, self._config, self._device):
             with kernels.forward():
@@ -79,13 +79,13 @@ class Tracer:
         return Step(ledger, weights)
 
     def read(self, shape: Shape) -> Ledger:
-        """A forward whose answers are scored, as of an evaluation by likelihood."""
+        """The operations of a forward that scores its answer tokens, as in an evaluation by likelihood."""
         return self._evaluated(
             lambda: answer_losses(self._adapted, meta_batch(self._adapted, shape)), shape.answer_tokens
         )
 
     def decode(self, rows: int, context: int) -> Ledger:
-        """One more token for each of some rows, each after ``context`` tokens."""
+        """The operations of decoding one token for each row of a batch, after ``context`` tokens."""
         adapted, found = self._adapted, list[Any]()
         ids = torch.zeros(rows, context, dtype=torch.int64, device=META)
         options = {"use_cache": True, **row_inputs(adapted, ids)}
@@ -113,14 +113,14 @@ class Tracer:
 
 
 def untouched(adapted: Any) -> Any:
-    """What stands for the base in a trace: a method that is one with it has none."""
+    """The base of a trace without the method, if the method can be taken off it."""
     return adapted.get_base_model() if isinstance(adapted, PeftModel) else adapted
 
 
 def reference_step(
     clock: Callable[[], float], device: torch.device, width: int, rows: int, tokens: int
 ) -> tuple[Step, Callable[[], float]]:
-    """A LoRA step of a small random model: its operations, and what returns the seconds of a fast one of some."""
+    """A LoRA step of a small random model: its operations, and a function that runs it and returns its seconds."""
     sizes: dict[str, Any] = {"model_type": "llama", "vocab_size": 512, "hidden_size": width}
     sizes |= {"intermediate_size": 4 * width, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape_of = ModelConfig("random", init=Init.random, architecture=sizes)

@@ -1,4 +1,4 @@
-"""What a trial makes the device do: its micro-batches, what its evaluations ask for, and the operations of both."""
+"""The work of a trial: the micro-batches of its training and of its evaluations, and the operations of both."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ log = logging.getLogger(__name__)
 
 Found = TypeVar("Found")
 
-MOST_SECONDS = 10.0  # of CPU that a process spends on traces; then parts are taken to be as those of trials like it
-RANKS = ("r", "lora_alpha", "lora_dropout", "init_r", "target_r")  # of a method, by which one is like another
-MOST_BATCHES = 2_000  # of a run, of which the mean size is taken
-# Of the keys of train, those that change how long it is and not what a step takes.
+MOST_SECONDS = 10.0  # CPU seconds of traces in a process; after them the traces of similar trials are used
+RANKS = ("r", "lora_alpha", "lora_dropout", "init_r", "target_r")  # keys in which similar methods may differ
+MOST_BATCHES = 2_000  # steps of a run from which the mean batch size is computed
+# Keys of train that change the number of steps, but not the time of a step.
 LENGTHS = (
     *forecast.RATES,
     "steps",
@@ -55,30 +55,30 @@ LENGTHS = (
 
 @dataclass(frozen=True)
 class Batches:
-    """Micro-batches of a run or an evaluation: the mean one, and how many."""
+    """The micro-batches of a run or an evaluation: the mean shape, and their number."""
 
     shape: Shape
     count: float
-    scale: float = 1.0  # mean tokens over those of the mean shape, whose sizes are whole numbers
+    scale: float = 1.0  # mean tokens / tokens of ``shape``, whose sizes are rounded to whole numbers
 
     @property
     def tokens(self) -> float:
-        """Of the mean one, with padding."""
+        """The mean tokens of a micro-batch, with padding."""
         return self.shape.tokens * self.scale
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What an evaluation makes the model do, and how often."""
+    """The work of an evaluation: forward passes over batches, decoding steps, and how often it is done."""
 
     read: Batches
-    tokens: tuple[float, float] = (0.0, 0.0)  # decoded one after the other: at least, at most
-    of_base: int = 1  # times that it is asked of the untouched base
-    of_trained: int = 1  # and of the model that is trained: after it, or, to validate, in between
+    tokens: tuple[float, float] = (0.0, 0.0)  # decoding steps of a batch: (lowest, highest) number
+    of_base: int = 1  # number of times with the untouched base
+    of_trained: int = 1  # number of times with the trained model: after training, or in validations
 
     @property
     def key(self) -> tuple[Shape, float]:
-        """The same for what has the same operations."""
+        """Equal for evaluations with the same operations."""
         return self.read.shape, self.tokens[1]
 
 
@@ -87,30 +87,30 @@ class Traced:
     """The operations of a trial's parts."""
 
     step: Step | None
-    asked: Mapping[tuple[Shape, float], tuple[Ledger, Ledger | None]]  # by their keys: a forward, a decoded token
-    step_alike: bool = False  # taken from another trial that is much like it
-    asked_alike: bool = False
+    asked: Mapping[tuple[Shape, float], tuple[Ledger, Ledger | None]]  # by Asked.key: a forward, a decoding step
+    step_alike: bool = False  # whether ``step`` is that of a similar trial
+    asked_alike: bool = False  # whether ``asked`` is that of a similar trial
 
 
 _TRACED: dict[str, Traced | None] = {}
 _LIKE: dict[str, Traced] = {}
-_ASKED: dict[str, Traced] = {}  # by all that decides what evaluations do, but for the method
-_ONCE: dict[str, Any] = {}  # what else is the same for many trials of a sweep, by its key
+_ASKED: dict[str, Traced] = {}  # by a hash of model, quantisation and evaluations, without the method
+_ONCE: dict[str, Any] = {}  # results of ``once``
 CACHES = (_TRACED, _LIKE, _ASKED, _ONCE)
 _SPENT = [0.0]
 
 
 def once(key: Any, make: Callable[[], Found]) -> Found:
-    """What ``make`` has made for this key before, else now."""
-    said = identity.content_hash(key)
-    if said not in _ONCE:
-        _ONCE[said] = make()
-    found: Found = _ONCE[said]
+    """The result of ``make()``, cached in this process by the content of ``key``."""
+    digest = identity.content_hash(key)
+    if digest not in _ONCE:
+        _ONCE[digest] = make()
+    found: Found = _ONCE[digest]
     return found
 
 
 def number_of_steps(trial: Trial, run: Batches | None) -> int | None:
-    """The optimizer's steps; None where they depend on rows that are not here."""
+    """The number of optimizer steps; None where it depends on rows that are not on this machine."""
     config = trial.config
     if config.adapter.path is not None or (config.train.epochs is None and config.train.steps == 0):
         return 0
@@ -125,7 +125,10 @@ def number_of_steps(trial: Trial, run: Batches | None) -> int | None:
 def run_of(
     trial: Trial, tokenizer: PreTrainedTokenizerBase | None, tokens: Sequence[Tokens] | None
 ) -> tuple[Batches | None, str | None]:
-    """The micro-batches of the training; without rows, as long as ``dataset.max_length`` allows. Else why not."""
+    """The micro-batches of the training, or None and the reason.
+
+    Without the rows each is as long as ``dataset.max_length`` allows.
+    """
     config = trial.config.train
     if number_of_steps(trial, None) == 0:
         return None, None
@@ -157,7 +160,7 @@ def _batches(rows: Sequence[Tokens], config: TrainConfig, seed: int) -> Batches:
 
 
 def _mean(batches: Sequence[Sequence[Tokens]], multiple: int = 1) -> Batches:
-    """The batch of mean sizes, by which each stands that is padded to its longest row."""
+    """The batch of mean sizes; each batch is padded to its longest row, rounded up to ``multiple``."""
     widths = [math.ceil(max(len(row.ids) for row in batch) / multiple) * multiple for batch in batches]
     tokens = statistics.fmean(len(batch) * width for batch, width in zip(batches, widths, strict=True))
     rows = max(round(statistics.fmean(map(len, batches))), 1)
@@ -170,7 +173,7 @@ def _mean(batches: Sequence[Sequence[Tokens]], multiple: int = 1) -> Batches:
 
 
 def evaluations(trial: Trial, tokenizer: PreTrainedTokenizerBase | None) -> tuple[dict[str, Asked], str | None]:
-    """What each evaluation asks of the model; or why that is not known."""
+    """The work of each evaluation and validation, by name; or the reason why it is unknown."""
     if tokenizer is None or trial.rows is None:
         return {}, "the test rows or the model's tokenizer are not here yet"
     rows, found = trial.rows, dict[str, Asked]()
@@ -191,7 +194,7 @@ def evaluations(trial: Trial, tokenizer: PreTrainedTokenizerBase | None) -> tupl
 
 
 def _validations(trial: Trial, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> dict[str, Asked]:
-    """What is asked of the model while it is trained, as often as its run is long; each is no evaluation's name."""
+    """The work of all validations of a training, under names that no evaluation has."""
     config = trial.config.train
     every = training_length.interval(config, "eval_every", len(rows.train))
     if every is None or not rows.validation or number_of_steps(trial, None) == 0:
@@ -243,16 +246,16 @@ def _most(examples: Sequence[Example]) -> int:
 
 
 def _questions(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, limit: int) -> list[Tokens]:
-    """Each question with all its choices behind it, as what they have in common is read once."""
+    """Each question followed by all its choices, because the question is read once for all of them."""
     texts = [(row.choices[0].prompt if row.choices else row.prompt) for row in examples]
     choices = ["".join(choice.answer for choice in row.choices) or row.answer for row in examples]
-    prompts, answers = (tokenizer(said, add_special_tokens=False).input_ids for said in (texts, choices))
+    prompts, answers = (tokenizer(part, add_special_tokens=False).input_ids for part in (texts, choices))
     joined = [(first[:limit], second) for first, second in zip(prompts, answers, strict=True)]
     return [Tokens([*first, *second], max(len(first), 1)) for first, second in joined]
 
 
 def _in_batches(rows: Sequence[Tokens], size: int) -> list[list[Tokens]]:
-    """As evaluations take them: the longest first, so that a batch holds rows of like lengths."""
+    """The batches of an evaluation: the longest rows first, so that the rows of a batch have similar lengths."""
     ordered = sorted(rows, key=lambda row: -len(row.ids))
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
@@ -261,23 +264,26 @@ def _in_batches(rows: Sequence[Tokens], size: int) -> list[list[Tokens]]:
 
 
 def step_key(trial: Trial, run: Batches | None, where: str) -> list[Any]:
-    """Of what decides the seconds of a step, but for the device."""
+    """All that decides the seconds of a step, except for the device."""
     tree = {key: trial.tree[key] for key in forecast.KEYS if key not in ("device", "eval", "train")}
     tree["train"] = {key: value for key, value in trial.tree["train"].items() if key not in LENGTHS}
     return [where, *forecast._of_the_model(trial), tree, asdict(run.shape) if run else None]
 
 
 def trace(trial: Trial, run: Batches | None, asked: Sequence[Asked], where: str) -> Traced | None:
-    """The operations of a micro-batch and of the evaluations on a device "cpu" or "cuda"; None if nobody can say."""
-    said = step_key(trial, run, where)
+    """The operations of a micro-batch and of the evaluations on a device type ``where`` ("cpu" or "cuda").
+
+    None if the method cannot be attached on the meta device.
+    """
+    key_parts = step_key(trial, run, where)
     sizes = [[asdict(one.read.shape), one.tokens[1]] for one in asked]
-    key = identity.content_hash([*said, sizes])
+    key = identity.content_hash([*key_parts, sizes])
     if key in _TRACED:
         return _TRACED[key]
-    *of_the_model, tree, shape = said
+    *of_the_model, tree, shape = key_parts
     quantised = trial.config.quant
     method = {key: value for key, value in trial.tree["method"].items() if key not in (*forecast.AIMS, *RANKS)}
-    # But for the rank and the modules of the method.
+    # Trials that differ only in the rank and the targets of the method count as similar.
     like = identity.content_hash([of_the_model, quantised, method, tree["train"], shape, sizes])
     if _SPENT[0] > MOST_SECONDS and like in _LIKE:
         return replace(_LIKE[like], step_alike=True, asked_alike=True)

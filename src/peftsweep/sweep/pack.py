@@ -37,7 +37,7 @@ from peftsweep.trial import outcome, task
 from peftsweep.trial.session import Answers, Session
 
 log = logging.getLogger(__name__)
-MIN_PACK_SPEEDUP = 1.1  # of whole steps, in the probe, whose few steps scatter
+MIN_PACK_SPEEDUP = 1.1  # of whole steps; the margin covers the noise of the probe's few steps
 
 
 # ---- the pack --------------------------------------------------------------------------------------
@@ -52,18 +52,18 @@ def run(
 ) -> list[Result]:
     """Train and evaluate the trials of one pack; the record of each is written in any case.
 
-    With ``probe`` they are trained together only if some steps, tried out, are faster so. With ``measure`` each takes
-    some steps alone afterwards, for a speed and a memory of its own.
+    With ``probe`` they are trained together only if some timed steps are faster together. With ``measure`` each trial
+    takes some steps alone afterwards, to measure its own speed and memory.
 
-    Those that are done, or were trained before and need only be evaluated, do not join; those that were cut off go on
-    with those at the same step. If what all share fails, two halves try it again where memory ran out, else each trial
-    alone, so that no failure is put down to the wrong one.
+    Trials that are done, or only need to be evaluated, do not join the pack. Interrupted trials go on together with
+    those at the same step. If an operation of the whole pack fails, two halves are tried if memory ran out, else each
+    trial alone, so that the record of a failure is that of the right trial.
 
     Raises:
-        KeyboardInterrupt: the user interrupted it; those that had not ended are recorded as cancelled.
-        study.Claimed: another process runs one of them.
+        KeyboardInterrupt: the user interrupted it; trials that had not ended are recorded as cancelled.
+        study.Claimed: another process runs one of the trials.
     """
-    told = dict(zip((one.identity for one in trials), observers or [Observer() for _ in trials], strict=True))
+    observer_of = dict(zip((one.identity for one in trials), observers or [Observer() for _ in trials], strict=True))
     done = {one.identity: found for one in trials if (found := trial_done.finished(one))}
     at_step: dict[int, list[Trial]] = {}
     for one in trials:
@@ -71,16 +71,16 @@ def run(
             at_step.setdefault(_step(one), []).append(one)
     for group in at_step.values():
         if len(group) > 1:
-            done |= _run_together(group, told, probe=probe, measure=measure)
+            done |= _run_together(group, observer_of, probe=probe, measure=measure)
     rest = (one for one in trials if one.identity not in done)
-    done |= {one.identity: task.run(one, told[one.identity]) for one in rest}
+    done |= {one.identity: task.run(one, observer_of[one.identity]) for one in rest}
     return [done[one.identity] for one in trials]
 
 
 def _run_together(
     trials: Sequence[Trial], observers: dict[str, Observer], *, probe: bool, measure: bool
 ) -> dict[str, Result]:
-    """The records of the pack by identity; none of a trial that has to run alone."""
+    """The records of the pack by identity, without trials that have to run alone."""
     names = [one.identity for one in trials]
     with ExitStack() as claims:
         for one in trials:
@@ -114,14 +114,14 @@ def _step(one: Trial) -> int:
 
 
 class NotWorthIt(Exception):
-    """The trials are faster one by one."""
+    """The pack is not faster than its trials one by one."""
 
 
-_SPEEDUPS: dict[str, float] = {}  # of packs that this process has tried out
+_SPEEDUPS: dict[str, float] = {}  # of packs that this process has timed
 
 
 class _SharedFailure(Exception):
-    """A step that all slots share has failed."""
+    """An operation of the whole pack has failed."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(record.one_line(error))
@@ -129,7 +129,7 @@ class _SharedFailure(Exception):
 
 
 class _BroadcastObserver(Observer):
-    """Passes what all slots do together to the observer of each."""
+    """Reports the stages of the pack to the observer of each slot."""
 
     def __init__(self, observers: Sequence[Observer]) -> None:
         self._observers = observers
@@ -171,7 +171,7 @@ class _Slot:
             self.session.save()
 
     def drop(self) -> None:
-        """The trial runs again, in another pack or alone."""
+        """End the tracker's run without a record, as the trial runs again, in another pack or alone."""
         self.tracker.end({}, Status.cancelled.value)
 
     def end(self, start: float) -> Result:
@@ -182,7 +182,7 @@ class _Slot:
 
 
 class _Pack:
-    """Trials of one pack. The session of the first one does what all share, under a meter of the pack."""
+    """The trials of one pack; one more session, with the pack's own meter, runs their common stages."""
 
     def __init__(self, trials: Sequence[Trial], observers: Sequence[Observer], probe: bool, measure: bool) -> None:
         self._probe, self._measure = probe, measure
@@ -199,7 +199,7 @@ class _Pack:
         """The record of each trial.
 
         Raises:
-            _SharedFailure: what they share has failed; nothing is recorded of those that it hit.
+            _SharedFailure: an operation of the whole pack has failed; no record is written for the trials in it.
         """
         with outcome.logged(*(slot.place / "trial.log" for slot in self.slots)), current(self.meter.device):
             for slot in self.slots:
@@ -327,7 +327,7 @@ class _Pack:
         together = Pack(cast(PeftModel, slots[0].session.adapted), [slot.name for slot in slots])
         try:
             for slot in slots:
-                with slot.own(), together.asked(slot.name):
+                with slot.own(), together.evaluated_together(slot.name):
                     slot.session.evaluate()
         finally:
             together.close()

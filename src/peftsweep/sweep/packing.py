@@ -18,7 +18,7 @@ from peftsweep.models import model
 from peftsweep.schema import Task, TrainConfig
 from peftsweep.training import optimizer
 
-# What slots of a pack may differ in: of a LoRA's configuration, and of its training.
+# Keys in which the slots of a pack may differ: ADAPTER and TARGETING of a LoRA's configuration, PER_TRIAL of train.
 ADAPTER = ("r", "lora_alpha", "use_rslora", "lora_dropout", "init_lora_weights", "rank_pattern", "alpha_pattern")
 TARGETING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 PER_TRIAL = (
@@ -34,7 +34,7 @@ PER_TRIAL = (
         "params_file",
     ),
 )
-PLAIN = (True, "gaussian", False)  # ways to begin that draw numbers and do not look at the base
+PLAIN = (True, "gaussian", False)  # values of init_lora_weights that do not depend on the base's weights
 
 
 # ---- which -----------------------------------------------------------------------------------------
@@ -44,11 +44,11 @@ Fits = Callable[[Sequence[Trial]], bool]
 
 
 def plan(trials: Sequence[Trial], limit: int, fits: Fits | None = None) -> list[list[Trial]]:
-    """``trials`` in packs of at most ``limit``, in the order of their first ones; what cannot be packed is alone.
+    """Group ``trials`` into packs of at most ``limit``; a trial that cannot be packed is a pack of its own.
 
-    Trials of a pack share all but what an adapter and its optimizer may have of their own; those of like length are
-    put together, and the packs made as even as can be. Any pack ``fits``, the memory for instance, if the heaviest of
-    its group do.
+    Trials of a pack have equal settings, except for those of the adapter and its optimizer. Trials of similar length
+    are put together, and the packs of a group have nearly equal sizes. A pack size is allowed if the largest trials
+    of the group fit (``fits``) together in a pack of this size.
     """
     groups: dict[str, list[Trial]] = {}
     for one in trials:
@@ -73,7 +73,7 @@ def _largest_pack(group: Sequence[Trial], limit: int, fits: Fits | None) -> int:
 
 
 def fits_memory(trials: Sequence[Trial]) -> bool:
-    """Whether they can be trained together in the memory of the device, as far as can be said."""
+    """Whether the trials fit together into the memory of the device; True where that is unknown."""
     limit = forecast.memory_limit(trials[0])
     if limit is None or (predicted := forecast.together(trials)) is None:
         return True
@@ -118,7 +118,7 @@ def _base_drops(trial: Trial) -> bool:
     if key not in _DROPS:
         try:
             fields = model.architecture(trial.config.model).to_dict()
-        except InputError:  # which is said when it is loaded
+        except InputError:  # reported when the model is loaded
             return True
         _DROPS[key] = any("drop" in name and isinstance(p, float) and p > 0 for name, p in fields.items())
     return _DROPS[key]

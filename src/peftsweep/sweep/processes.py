@@ -43,8 +43,8 @@ PRELOAD = "peftsweep.sweep.preload"  # what the process that workers are forked 
 PROGRAM = "peftsweep.sweep.everything"  # by its name, as what it imports comes after the device is set
 CPU = ""  # the place of a worker that sees no GPU
 Place = str | None  # a worker's CUDA_VISIBLE_DEVICES; None: as in this process
-POLL_SECONDS: float | None = 0.2  # seconds between two looks at a worker, where the system does not tell of its end
-SOCKETS, LOG = "pymp-", "peftsweep-worker-"  # how names of temporary files begin, before the tag of their process
+POLL_SECONDS: float | None = 0.2  # seconds between two checks of a worker, where the system does not report its end
+SOCKETS, LOG = "pymp-", "peftsweep-worker-"  # prefixes of temporary files, followed by the tag of their process
 READY, CUDA_LOST = "ready", "forked from a process that has initialised CUDA"
 EXIT_SECONDS = 5.0  # until a worker that should end is killed, and for its guard to kill its children
 # Of Linux's prctl: a signal for this process when its parent ends; orphans below this process become its children;
@@ -112,23 +112,23 @@ class Child:
     output: int
 
     def interrupt(self) -> None:
-        """Interrupt what it does."""
+        """Interrupt the running trial."""
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGINT)
 
     def kill(self) -> None:
-        """Kill it and all that it has started."""
+        """Kill the worker and all processes that it has started."""
         self.leash.close()
         self.process.join(EXIT_SECONDS)
         self.process.kill()
         self.process.join()
 
     def let_go(self) -> None:
-        """Give it no more work, so that it ends by itself if it is idle."""
+        """Close its queue, so that an idle worker ends by itself."""
         self.connection.close()
 
     def end(self, seconds: float = 0.0) -> None:
-        """Let it end by itself within ``seconds``, if it is idle; else kill it. What it has started ends with it."""
+        """Let an idle worker end by itself within ``seconds``, else kill it; processes that it has started end, too."""
         self.let_go()
         self.process.join(seconds)
         self.kill()
@@ -195,7 +195,7 @@ def end_ahead() -> None:
 
 
 def start(place: Place, threads: int | None) -> Child:
-    """A worker in that place, with so many CPU threads (None: as many as torch takes)."""
+    """Start a worker in that place, with this number of CPU threads (None: torch's default)."""
     if threads is None:
         for number, (where, child) in enumerate(_ahead):
             if where == place:
@@ -238,7 +238,7 @@ def _work(
     place: Place,
     threads: int | None,
 ) -> None:
-    """The life of a worker."""
+    """The main function of a worker process."""
     os.setpgid(0, 0)  # Ctrl-C is for the parent, which then interrupts the trial once
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, left_to_parent)
@@ -326,7 +326,7 @@ def _running(family: Iterable[Any]) -> list[Any]:
 
 
 def _end_as(status: int) -> NoReturn:
-    """End this process as another one did, of which waitpid said this."""
+    """End this process in the same way as another one, whose status from waitpid is given."""
     code = os.waitstatus_to_exitcode(status)
     if code < 0:
         _prctl(DUMPABLE, 0)
@@ -342,7 +342,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 def oom_kills() -> int:
-    """How often the kernel has killed a process for memory since it started; 0 where it does not say."""
+    """How many processes the kernel has killed for lack of memory since boot; 0 where it does not report that."""
     try:
         lines = Path("/proc/vmstat").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))

@@ -32,7 +32,7 @@ from peftsweep.trial import done as trial_done
 from peftsweep.trial import outcome
 
 SIZES_MESSAGE = "sizes are known of {} trials"
-MIN_PROBED_DEADLINE_SECONDS = 600.0  # seconds from which on a deadline is worth the probe of the device's speed
+MIN_PROBED_DEADLINE_SECONDS = 600.0  # for a shorter deadline the device's speed is not measured, only read
 MAX_RECORDS_READ = 400  # records of a study that are read for the names of a sweep that goes on in it
 
 
@@ -43,15 +43,15 @@ def run(
     launch: Launch | None = None,
     sweep_record: SweepRecord | None = None,
 ) -> list[Result | None]:
-    """Run what is missing of ``trials`` and give the record of each; None for one that was not reached.
+    """Run those of ``trials`` that are not done; the record of each trial, None for one that was not reached.
 
-    Every trial is checked before the first one starts. Points with the same identity are trained once.
-    They run in workers of this machine as ``options`` says, or where ``launch`` places them. ``budget``
-    is what ``options`` leave, where it is not only for this sweep. ``sweep_record`` notes what this command has run.
+    Every trial is checked before the first one starts. Points with the same identity are trained once. They run in
+    workers of this machine as ``options`` says, or where ``launch`` places them. ``budget`` is the rest of limit and
+    deadline, if it is shared with other sweeps of the command. ``sweep_record`` collects what the command has run.
 
     Raises:
         InputError: a trial is wrong; nothing was trained.
-        SweepFailed: a trial that was to be repeated came out otherwise.
+        SweepFailed: a repeated trial has other results than the original.
         KeyboardInterrupt: the user interrupted it.
     """
     _check(trials, launch)
@@ -70,7 +70,7 @@ def run(
         build.check_available(one)
         evaluations.check_conversations(one.config)
     if missing:
-        with suppress(OSError):  # which the first trial says that writes
+        with suppress(OSError):  # the first trial that writes will report the error
             remove_partials(store.folder(config.study))
     with Display(len(missing), quiet=config.quiet) as display, terminable():
         _say_what_runs(display, results, list(missing.values()))
@@ -149,7 +149,7 @@ def _named(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def _compared(display: Display, one: Trial, result: Result | None) -> bool:
-    """Say how the trial and the one that it repeats compare; gives whether they are the same."""
+    """Print the comparison of the trial with the one that it repeats; returns whether they are the same."""
     if result is None:
         return True  # not reached
     comparison = repeat.compare(repeat.original(str(one.config.repeat)), result)
@@ -184,9 +184,9 @@ def answer(one: Trial, result: Result | None) -> Any:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM, by which schedulers end a job, and SIGHUP interrupt like Ctrl-C, so that running trials are recorded.
+    """In the block SIGTERM (of schedulers) and SIGHUP interrupt like Ctrl-C, so that running trials are recorded.
 
-    A hangup that is ignored, as under nohup, stays so: it is to outlive the terminal.
+    A hangup that is ignored, as under nohup, stays ignored, because the command is meant to outlive the terminal.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -205,9 +205,9 @@ def terminable() -> Iterator[None]:
 
 
 def _stand_ins(trials: Sequence[Trial], forecasts: Sequence[Forecast]) -> list[Trial]:
-    """For each trial the one that is trained in its place: itself, or one that attaches the same, all else equal.
+    """For each trial the one that is trained instead of it: itself, or one that trains the same parameters.
 
-    That is the first of them, unless another has its own record already.
+    Of several equal trials it is the first, unless another one has a record already.
     """
     chosen: dict[str, Trial] = {}
     keys = [forecast.twin_key(one, foreseen) for one, foreseen in zip(trials, forecasts, strict=True)]
@@ -219,7 +219,7 @@ def _stand_ins(trials: Sequence[Trial], forecasts: Sequence[Forecast]) -> list[T
 
 
 def _share(result: Result, trials: Sequence[Trial], results: list[Result | None], stand_ins: Sequence[Trial]) -> None:
-    """Give the record to every other point of the sweep that it stands for, and it their labels."""
+    """Use the record for all points of the sweep that it stands for, and add their labels to it."""
     for number, other in enumerate(trials):
         known = result.run_info["identity"], (result.run_info.get("recognised") or {}).get("identity")
         if results[number] is None and stand_ins[number].identity in known:
@@ -232,7 +232,7 @@ def _share(result: Result, trials: Sequence[Trial], results: list[Result | None]
 def _share_cancelled(
     ran: Iterable[Trial], trials: Sequence[Trial], results: list[Result | None], stand_ins: Sequence[Trial]
 ) -> None:
-    """Give out the records that trials have written as they were interrupted."""
+    """Share the records that interrupted trials have written."""
     for one in ran:
         with suppress(InputError, OSError):
             if (held := store.result(trial_done.folder(one))) and held.status is Status.cancelled:
@@ -240,7 +240,7 @@ def _share_cancelled(
 
 
 def _left(results: Sequence[Result | None]) -> int:
-    """How many points of the sweep were not run, or not to their end."""
+    """The number of points of the sweep that were not run, or not to their end."""
     return sum(result is None or result.status is Status.cancelled for result in results)
 
 
@@ -264,16 +264,16 @@ def _counted(results: Sequence[Result | None], name: str) -> str:
 
 
 def _dry_run(trials: Sequence[Trial], options: Options) -> None:
-    """Print a line a trial as soon as it is known, and write all of them as the study's plan.json.
+    """Print one line for each trial as soon as it is predicted, and write all of them to the study's plan.json.
 
-    Points that are one trial under one label are listed once.
+    Points with the same identity and label are listed once.
     """
     config, forecasts = trials[0].config, list[Forecast]()
     listed: dict[tuple[str, str], Trial] = {}
     for one in trials:
         listed.setdefault((one.identity, one.label), one)
     trials = list(listed.values())
-    first: dict[str, Trial] = {}  # of those that attach the same
+    first: dict[str, Trial] = {}  # the first one of trials that train the same parameters
     width, printed, times = max(len(one.name) for one in trials), [], Timing(trials, options.workers)
     times.measure()
     for one in forecast.ahead(trials, forecast.prediction, times.trace, caches=work.CACHES):

@@ -50,13 +50,13 @@ class Options:
 
     workers: int | None = None  # null: one a device; 0: in this process
     devices: Sequence[str] | None = None  # of CUDA, by their numbers; null: all that are visible
-    retries: int = 0  # of a trial whose worker dies
-    timeout: float | None = None  # seconds a trial may take
-    limit: int | None = None  # trials to run at most
-    deadline: float | None = None  # seconds after which none should be running any more
-    pack: int | None = None  # trials to train at once at most, on one base; null: each alone
-    probe: bool = False  # try out first whether that is faster
-    measure: bool = False  # take some steps of each packed trial alone afterwards, for its own speed and memory
+    retries: int = 0  # further tries of a trial whose worker has died
+    timeout: float | None = None  # most seconds of a trial
+    limit: int | None = None  # most trials that are run
+    deadline: float | None = None  # seconds after which no trial should be running any more
+    pack: int | None = None  # most trials that are trained together on one base; null: each alone
+    probe: bool = False  # time some steps first, and train together only if that is faster
+    measure: bool = False  # afterwards take some steps of each packed trial alone, to measure its speed and memory
 
 
 def run(trials: Sequence[Trial], options: Options, budget: Budget, display: Display) -> Iterator[tuple[Trial, Result]]:
@@ -135,18 +135,18 @@ def _run_job(job: Job, observers: Sequence[Observer], options: Options) -> list[
 
 
 class Budget:
-    """The rest of ``limit`` and ``deadline`` of one command, which may run trials several times."""
+    """The rest of ``limit`` and ``deadline`` of one command, which may run several batches of trials."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
         self._begun = time.monotonic()
         self._started = 0
         self._took: list[float] = []  # seconds of the trials that have ended
-        self._off: list[float] = []  # their seconds over those that were predicted
-        self.expected: dict[str, float] = {}  # seconds of trials, by their identities, where they were predicted
+        self._off: list[float] = []  # measured seconds / predicted seconds of these trials
+        self.expected: dict[str, float] = {}  # predicted seconds by identity of a trial
 
     def begin(self) -> None:
-        """Other trials begin, that may take another time."""
+        """Start another batch of trials, whose seconds may differ from those of the last one."""
         self._took.clear()
         self._off.clear()
 
@@ -170,7 +170,7 @@ class Budget:
             self._off.append(last_attempt_seconds(result) / expected)
 
     def estimate(self, job: Sequence[Trial] = ()) -> float:
-        """The seconds that a job takes: as predicted, times what predictions were off by, where it was predicted.
+        """The expected seconds of a job: predicted ones times the usual error of predictions, if it was predicted.
 
         Else the median of the trials that have ended, 0 before the first.
         """
@@ -434,7 +434,7 @@ def _device_broken() -> bool:
 
 
 def _in_worker(job: Job, options: Options, channel: Channel, resources: Resources) -> tuple[str, str]:
-    """How the job ended, and a message: "done" where its records say how, else why there is none."""
+    """How the job ended, and a message: "done" if its records say how, else the reason for a missing record."""
     reporters = [_Reporter(channel, number) for number in range(len(job))]
     try:
         with process_state_kept():

@@ -1,20 +1,19 @@
 """Forward and backward of a step in a few static shapes, which CUDA captures as graphs and replays.
 
-At the batch sizes of a sweep a step on a GPU is bound by the host, which starts thousands of small kernels. A CUDA
-graph starts all of them at once, but its shapes and addresses are fixed. Batches are therefore padded to few lengths
-(``ladder``), each of which has buffers for its tokens, for the places of its answers and for the weights of their
-losses; places that a batch does not use have a weight of zero. Gradients are zeroed and not freed, so that graphs add
-to them, and accumulation is a replay for each micro-batch. Clipping, optimizer and schedule stay outside of the graphs.
+At the batch sizes of a sweep the host limits the speed of a step on a GPU, because it launches thousands of small
+kernels. A CUDA graph launches all of them at once, but its shapes and addresses are fixed. Batches are therefore padded
+to a few lengths (``ladder``). Each length has buffers for its tokens, for the positions of its answer tokens and for
+the weights of their losses; positions that a batch does not use have a weight of zero. Gradients are zeroed and not
+freed, so that graphs add to them; gradient accumulation is one replay for each micro-batch. Clipping, optimizer and
+schedule stay outside of the graphs.
 
-As PyTorch asks for, a length is first run as usual, on the stream that captures it (those are steps of the training);
-its graph is kept only if a replay gives the loss of such a pass and gradients of the same norms. What cannot be
-captured goes on uncaptured, and the reason stands in the record. A pass in which the host waits for the device, as for
-routing in some mixtures of experts or for outliers in 8-bit layers, cannot; torch finds that out before it is captured.
-A capture that fails all the same ends those of its process: before torch 2.12 the allocator then takes it to go on for
-ever (github.com/pytorch/pytorch, pull requests 180395 and 190308), and a sweep's worker is replaced after the trial.
-
-On an H100, with 1B parameters and one row of 305 tokens a step, a step takes 9 ms in place of 81 to 194
-(docs/measured.md).
+As PyTorch requires, the first passes of a length run eagerly, on the stream that later captures it (they are steps of
+the training). Its graph is kept only if a replay gives the same loss as an eager pass, and gradients of the same norms.
+A model that cannot be captured is trained eagerly, and the record holds the reason. One such reason is that the host
+waits for the device in a pass (routing in some mixtures of experts, outliers in 8-bit layers); torch reports that
+before the capture starts. After a capture that fails, its process captures nothing more: before torch 2.12 the
+allocator believes that the capture still runs (pull requests 180395 and 190308 of github.com/pytorch/pytorch), and a
+sweep replaces the worker after the trial. docs/measured.md has the times of steps with and without graphs.
 """
 
 from __future__ import annotations
@@ -44,36 +43,35 @@ from peftsweep.training.length import steps_of
 
 log = logging.getLogger(__name__)
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
-DEVICES = ("cuda",)  # on which steps are taken in static shapes
-EXTRA = 0.06  # of the tokens of a run: the most by which the ladder adds to its padding
-LARGE = 2**31  # bytes of gradients
-WARM = 2  # usual passes of a length, in which kernels are chosen and workspaces allocated, before it is captured
-WORTH = 8  # batches of a length that must be to come, until it is known what a capture takes and what it saves
-# Difference of a gradient's norm, relative to it: a few roundings of bfloat16, as sums are reordered.
-SAME = 0.02
+DEVICES = ("cuda",)  # device types on which steps run in static shapes
+MAX_EXTRA_PADDING = 0.06  # padding that the ladder may add, as a share of the run's tokens
+MAX_GRADIENT_BYTES = 2**31  # larger gradients would take too much memory, as static steps keep them
+WARMUP_PASSES = 2  # eager passes of a length before its capture: they choose kernels and allocate workspaces
+MIN_BATCHES_TO_CAPTURE = 8  # remaining batches of a length, while the cost and the gain of a capture are unknown
+NORM_TOLERANCE = 0.02  # relative difference of a gradient's norm: a few roundings of bfloat16 in another order
 
 
 # ---- what a run needs ------------------------------------------------------------------------------
 
 
 class Size(NamedTuple):
-    """Of a micro-batch that holds all its rows."""
+    """The size of a micro-batch of ``batch_size`` rows."""
 
     length: int  # of its longest row, in tokens
-    tokens: int  # without padding
+    tokens: int  # of all rows, without padding
     answers: int  # answer tokens of all rows
 
 
 def sizes(order: Iterable[list[int]], rows: Sequence[Tokens], config: TrainConfig) -> list[Size]:
-    """Those of the micro-batches of the steps of ``order``, without those of fewer rows than others."""
-    found = []
+    """The sizes of the micro-batches of the steps in ``order``; micro-batches with fewer rows are left out."""
+    result = []
     for step in micro_batches(order, config.batch_size):
         for batch in ([rows[n] for n in numbers] for numbers in step if len(numbers) == config.batch_size):
             lengths = [len(row.ids) for row in batch]
-            found.append(Size(max(lengths), sum(lengths), sum(row.answer_tokens for row in batch)))
-    return found
+            result.append(Size(max(lengths), sum(lengths), sum(row.answer_tokens for row in batch)))
+    return result
 
 
 def sizes_of_run(
@@ -83,58 +81,61 @@ def sizes_of_run(
     device: torch.device,
     order: Sequence[list[int]] | None = None,
 ) -> list[Size] | None:
-    """The sizes of a run's micro-batches; None where its steps are not taken in static shapes."""
+    """The sizes of a run's micro-batches; None where its steps do not run in static shapes.
+
+    ``order`` holds the row numbers of each step; without it they follow from ``seed``.
+    """
     if not captures(config, device):
         return None
     return sizes(order or steps_of(rows, config, seed), rows, config)
 
 
-def ladder(found: Sequence[Size], rows: int) -> list[int]:
-    """Few lengths to which batches of ``rows`` rows are padded, so that they add at most ``EXTRA`` of their tokens.
+def ladder(sizes: Sequence[Size], rows: int) -> list[int]:
+    """The few lengths, in tokens and ascending, to which batches of ``rows`` rows are padded.
 
-    The longest, and then one by one that which saves most.
+    The longest batch gives the first length. Lengths that save most padding follow, until ``MAX_EXTRA_PADDING`` holds.
     """
-    counts = Counter(size.length for size in found)
-    known, below, total = sorted(counts), {0: 0}, 0
-    for length in known:
+    counts = Counter(size.length for size in sizes)
+    lengths, up_to, total = sorted(counts), {0: 0}, 0
+    for length in lengths:
         total += counts[length]
-        below[length] = total
-    rungs = known[-1:]
-    extra = sum((known[-1] - length) * count for length, count in counts.items())
+        up_to[length] = total  # batches that are no longer than this
+    rungs = lengths[-1:]
+    extra = sum((lengths[-1] - length) * count for length, count in counts.items())
 
     def saved(length: int) -> int:
-        place = bisect_left(rungs, length)
-        return (rungs[place] - length) * (below[length] - below[rungs[place - 1] if place else 0])
+        index = bisect_left(rungs, length)
+        return (rungs[index] - length) * (up_to[length] - up_to[rungs[index - 1] if index else 0])
 
-    while extra * rows > EXTRA * sum(size.tokens for size in found):
-        best = max(known, key=saved)
+    while extra * rows > MAX_EXTRA_PADDING * sum(size.tokens for size in sizes):
+        best = max(lengths, key=saved)
         extra -= saved(best)
         insort(rungs, best)
     return rungs
 
 
 def captures(config: TrainConfig, device: torch.device) -> bool:
-    """Whether steps on ``device`` are taken in static shapes, if they can."""
+    """Whether steps on ``device`` run in static shapes, unless the model rules that out."""
     return config.capture is Capture.auto and device.type in DEVICES and config.compile == "none"
 
 
-_FAILED: list[str] = []  # why captures of this process have failed
+_FAILURES: list[str] = []  # why captures of this process have failed
 
 
 def has_failed() -> bool:
-    """Whether a capture has failed in this process, whose memory may then not be freed any more."""
-    return bool(_FAILED)
+    """Whether a capture has failed in this process; the allocator may then no longer free memory."""
+    return bool(_FAILURES)
 
 
 def unfit(model: Any, config: TrainConfig) -> str | None:
-    """Why the step of ``model`` cannot be static; None where only trying it can tell."""
+    """Why the step of ``model`` cannot run in static shapes; None where only a capture can tell."""
     reasons = {
         "it is a classifier": classifies(model),
         "the loss is scaled, for float16": config.autocast is Dtype.float16,
         "its method deals out ranks anew in the steps": hasattr(
             getattr(model, "base_model", None), "update_and_allocate"
         ),
-        "its gradients, which would be kept, are large": _large(model),
+        "its gradients, which would be kept, are large": _gradient_bytes(model) > MAX_GRADIENT_BYTES,
         "it was not tried on torchao's or quanto's weights": any(map(is_wrapper, model.parameters())),
         "its layers are on several devices": len({p.device for p in model.parameters()}) > 1,
         "it leaves out layers at random": bool(getattr(text_config(base_of(model)), "layerdrop", 0)),
@@ -142,20 +143,20 @@ def unfit(model: Any, config: TrainConfig) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def _large(model: nn.Module) -> bool:
-    """Whether the gradients of the model's trained weights take much memory."""
-    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) > LARGE
+def _gradient_bytes(model: nn.Module) -> int:
+    """The bytes of the gradients of the model's trained weights."""
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
 def drops(model: nn.Module) -> bool:
-    """Whether a pass of the model draws random numbers."""
-    of_attention = getattr(text_config(base_of(model)), "attention_dropout", 0)
-    return bool(of_attention) or any(isinstance(m, _DropoutNd) and m.p > 0 for m in model.modules())
+    """Whether a pass of the model in training draws random numbers for dropout."""
+    attention_dropout = getattr(text_config(base_of(model)), "attention_dropout", 0)
+    return bool(attention_dropout) or any(isinstance(m, _DropoutNd) and m.p > 0 for m in model.modules())
 
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all graphs of a process: for each stream that multiplies, torch keeps workspaces of 64 MiB."""
+    """The one stream of all graphs of a process: torch keeps 64 MiB of workspace for each stream with a product."""
     return torch.cuda.Stream(device)
 
 
@@ -163,17 +164,17 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 @dataclass
-class _Static:
-    """A length: the buffers of its batch, and its graph once it is captured."""
+class _StaticBatch:
+    """The buffers for batches of one length, and the graph of that length once it is captured."""
 
-    batch: Batch  # with all places that a batch of this length may have, [places]
-    weights: torch.Tensor  # of the loss at each place, [places]
-    taken: int = 0
+    batch: Batch  # with as many answer positions as any batch of this length has, [positions]
+    weights: torch.Tensor  # of the loss at each answer position, [positions]
+    passes: int = 0
     graph: torch.cuda.CUDAGraph | None = None
-    losses: torch.Tensor | None = None  # of the last replay
+    losses: torch.Tensor | None = None  # of the last replay, [slots]
 
     def fill(self, batch: Batch, answer_tokens: int) -> None:
-        """Take over ``batch``; the weighted sum of its losses is then a part of the mean of ``answer_tokens``."""
+        """Copy ``batch`` into the buffers; ``answer_tokens``, those of the whole step, give the weights of the mean."""
         count = batch.answer_tokens
         self.batch.input_ids.copy_(batch.input_ids)
         self.batch.attention_mask.copy_(batch.attention_mask)
@@ -181,13 +182,14 @@ class _Static:
         self.batch.places[count:].zero_()
         self.weights[:count].fill_(1 / answer_tokens)
         self.weights[count:].zero_()
-        self.taken += 1
+        self.passes += 1
 
 
 class StaticSteps:
-    """Takes the micro-batches of a run in static shapes; ``losses`` gives those of a batch's answer tokens.
+    """Runs forward and backward of the micro-batches of a run in static shapes.
 
-    ``found`` are the sizes of the micro-batches that have all their rows, ``reason`` one not to take them so.
+    ``losses`` returns the loss of each answer token of a batch, [answer tokens]. ``sizes`` are the sizes of the
+    micro-batches that have all their rows. With a ``reason`` nothing runs in static shapes, and the record holds it.
     """
 
     def __init__(
@@ -195,107 +197,109 @@ class StaticSteps:
         model: nn.Module,
         config: TrainConfig,
         losses: Callable[[Batch], torch.Tensor],
-        found: Sequence[Size],
+        sizes: Sequence[Size],
         device: torch.device,
         reason: str | None = None,
     ) -> None:
-        self.off = reason or ("no micro-batch has all its rows" if not found else unfit(model, config))
+        self.off = reason or ("no micro-batch has all its rows" if not sizes else unfit(model, config))
         self.off = self.off or ("a capture has failed in this process" if has_failed() else None)
-        self.rungs = ladder(found, config.batch_size) if not self.off else []
+        self.rungs = ladder(sizes, config.batch_size) if not self.off else []
         self._rows, self._losses, self._device = config.batch_size, losses, device
-        self._of_length: dict[int, _Static] = {}
-        self._answers, self._left = dict[int, int](), Counter[int]()
-        for size in found if self.rungs else ():
+        self._static_batches: dict[int, _StaticBatch] = {}  # by length
+        self._max_answers, self._remaining = dict[int, int](), Counter[int]()  # by length: answer tokens, batches
+        for size in sizes if self.rungs else ():
             length = self.rungs[bisect_left(self.rungs, size.length)]
-            self._answers[length] = max(size.answers, self._answers.get(length, 0))
-            self._left[length] += 1
-        self._gradients: list[torch.Tensor] = []  # once it has begun
+            self._max_answers[length] = max(size.answers, self._max_answers.get(length, 0))
+            self._remaining[length] += 1
+        self._gradients: list[torch.Tensor] = []  # empty until ``begin``
         self._slots = 1
         self._random = drops(model)
         self._stream: Any = None
         self._pool: Any = None
         self._pool_bytes = self._longest = 0  # of the captured lengths
-        self._saved = self._cost = 0.0  # seconds of the last capture, and by which its replay is shorter than a pass
-        self._graphs, self._seconds, self._told = 0, 0.0, 0.0
+        self._capture_cost = 0.0  # seconds of the last capture
+        self._replay_gain = 0.0  # seconds by which a replay of the last graph is shorter than an eager pass
+        self._graphs, self._seconds, self._reported_seconds = 0, 0.0, 0.0
         if self.off:
             self.give_up(self.off)
 
-    def _of_graphs(self) -> tuple[Any, Any]:
-        """The stream on which graphs are captured, and the memory that they share."""
+    def _stream_and_pool(self) -> tuple[Any, Any]:
+        """The stream on which graphs are captured, and the memory pool that they share."""
         if self._device.type != "cuda" or self.off:
             return None, None
         return _stream(self._device), torch.cuda.graph_pool_handle()
 
     @property
     def begun(self) -> bool:
-        """Whether micro-batches are taken here."""
+        """Whether micro-batches run in static shapes now."""
         return bool(self._gradients)
 
     def begin(self, gradients: Sequence[torch.Tensor | None], *, slots: int = 1, regularised: bool = False) -> None:
-        """Take micro-batches from here on, whose passes add to ``gradients``; graphs of others are forgotten.
+        """Run micro-batches in static shapes from here on; their passes add to ``gradients``.
 
-        ``losses`` gives those of ``slots``, one after the other, each with the answer tokens of the batch.
+        Graphs that add to other gradients are dropped. ``losses`` then returns [slots * answer tokens], slot after
+        slot. ``regularised``: the method adds a term to the loss, which rules out static shapes.
         """
         if self.off:
             return
-        self._of_length.clear()
-        self._stream, self._pool = self._of_graphs()  # that of graphs that are gone cannot be taken again
+        self._static_batches.clear()
+        self._stream, self._pool = self._stream_and_pool()  # the pool of dropped graphs cannot be used again
         self._pool_bytes = self._longest = 0
         if regularised:
             self.give_up("its method adds to the loss")
         elif any(gradient is None for gradient in gradients):
             self.give_up("some of its weights had no gradient in the first step")
         else:
-            self._gradients, self._slots = [one for one in gradients if one is not None], slots
+            self._gradients, self._slots = [gradient for gradient in gradients if gradient is not None], slots
 
     def give_up(self, reason: str) -> None:
-        """Go on without static shapes."""
+        """Go on without static shapes; the record holds the ``reason``."""
         self.off = reason
-        self._of_length.clear()
+        self._static_batches.clear()
         self._gradients = []
         if self._stream is not None:
-            torch.cuda.empty_cache()  # of the memory of graphs
+            torch.cuda.empty_cache()  # frees the memory of the graphs
         log.info("train.capture is off: %s", reason)
 
     def padded(self, batch: Batch) -> Batch:
         """``batch``, still on the host, padded to the next length of the ladder, if it has all its rows."""
         rows, length = batch.input_ids.shape
-        place = bisect_left(self.rungs, length)
-        if self.off or rows != self._rows or place == len(self.rungs):
+        rung = bisect_left(self.rungs, length)
+        if self.off or rows != self._rows or rung == len(self.rungs):
             return batch
-        fill = (0, self.rungs[place] - length)
-        answers = functional.pad(batch.answer_mask, fill)
+        padding = (0, self.rungs[rung] - length)
+        answer_mask = functional.pad(batch.answer_mask, padding)
         return replace(
             batch,
-            input_ids=functional.pad(batch.input_ids, fill),  # with any token: nothing sees it
-            attention_mask=functional.pad(batch.attention_mask, fill),
-            answer_mask=answers,
-            places=answers.flatten().nonzero()[:, 0],
+            input_ids=functional.pad(batch.input_ids, padding),  # with any token: the attention mask hides it
+            attention_mask=functional.pad(batch.attention_mask, padding),
+            answer_mask=answer_mask,
+            places=answer_mask.flatten().nonzero()[:, 0],
             answer_start=1,
         )
 
     def __call__(self, batch: Batch, answer_tokens: int, *, first: bool) -> torch.Tensor | None:
-        """Forward and backward of ``batch``: its part of the step's loss, [slots]; None where it is taken as usual.
+        """Run forward and backward of ``batch``; its part of the step's loss, [slots], or None if nothing was run.
 
-        ``first``: it is the first of its step, and gradients are zero.
+        ``answer_tokens`` are those of the whole step. ``first``: the batch is the step's first, all gradients are zero.
         """
-        static = self._static(batch) if self.begun else None
+        static = self._static_batch(batch) if self.begun else None
         if static is None:
             return None
         static.fill(batch, answer_tokens)
         length = batch.input_ids.shape[1]
-        left = self._left[length]
-        self._left[length] = left - 1
+        remaining = self._remaining[length]
+        self._remaining[length] = remaining - 1
         if static.graph is not None:
             static.graph.replay()
             return static.losses
         try:
-            if self._stream is None or static.taken <= WARM or not first or not self._worth(left):
-                return self._aside(static)
+            if self._stream is None or static.passes <= WARMUP_PASSES or not first or not self._pays_off(remaining):
+                return self._eager_pass(static)
             start = time.perf_counter()
             losses = self._capture(static)
-            self._cost = time.perf_counter() - start
-            self._seconds += self._cost
+            self._capture_cost = time.perf_counter() - start
+            self._seconds += self._capture_cost
             return losses
         except RuntimeError as error:
             if not first or not out_of_memory(error):
@@ -305,128 +309,129 @@ class StaticSteps:
         self.give_up(reason)
         return None
 
-    def _worth(self, left: int) -> bool:
-        """Whether a capture takes less time than it saves in so many batches of its length.
+    def _pays_off(self, remaining: int) -> bool:
+        """Whether a capture takes less time than its replays save in the ``remaining`` batches of its length."""
+        # With dropout, measured times must not decide: replays draw other random numbers than eager passes do.
+        if not self._graphs or self._random:
+            return remaining >= MIN_BATCHES_TO_CAPTURE
+        return remaining * self._replay_gain > self._capture_cost
 
-        Where numbers are drawn at random, time decides nothing: a replay draws others than a usual pass.
-        """
-        return left >= WORTH if not self._graphs or self._random else left * self._saved > self._cost
-
-    def _static(self, batch: Batch) -> _Static | None:
-        """The buffers that ``batch`` fits into."""
+    def _static_batch(self, batch: Batch) -> _StaticBatch | None:
+        """The buffers for ``batch``; None where it has fewer rows, or more answer tokens than were counted before."""
         rows, length = batch.input_ids.shape
-        if rows != self._rows or batch.answer_tokens > self._answers.get(length, 0):
+        if rows != self._rows or batch.answer_tokens > self._max_answers.get(length, 0):
             return None
-        if length not in self._of_length:
+        if length not in self._static_batches:
             blank = replace(
                 batch,
                 input_ids=torch.zeros_like(batch.input_ids),
                 attention_mask=torch.zeros_like(batch.attention_mask),
-                places=batch.places.new_zeros(self._answers[length]),
-                answer_tokens=self._answers[length],
+                places=batch.places.new_zeros(self._max_answers[length]),
+                answer_tokens=self._max_answers[length],
             )
-            weights = torch.zeros(self._answers[length], device=self._device)
-            self._of_length[length] = _Static(blank, weights)
-        return self._of_length[length]
+            weights = torch.zeros(self._max_answers[length], device=self._device)
+            self._static_batches[length] = _StaticBatch(blank, weights)
+        return self._static_batches[length]
 
-    def _pass(self, static: _Static) -> torch.Tensor:
+    def _pass(self, static: _StaticBatch) -> torch.Tensor:
+        """Forward and backward on the current stream; the weighted losses, [slots]."""
         weighted: torch.Tensor = self._losses(static.batch).view(self._slots, -1) * static.weights
         losses = weighted.sum(1)
         losses.sum().backward()
         return losses.detach()
 
-    def _aside(self, static: _Static) -> torch.Tensor:
-        """A usual pass, on CUDA on the stream of the graphs."""
+    def _eager_pass(self, static: _StaticBatch) -> torch.Tensor:
+        """A pass without a graph; on CUDA it runs on the stream of the graphs. The weighted losses, [slots]."""
         if self._stream is None:
             return self._pass(static)
-        here = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(here)
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             losses = self._pass(static)
-        here.wait_stream(self._stream)
+        current.wait_stream(self._stream)
         return losses
 
-    def _capture(self, static: _Static) -> torch.Tensor | None:
-        """A usual pass, and then its capture; which of both counts, its losses are returned and its gradients left.
+    def _capture(self, static: _StaticBatch) -> torch.Tensor | None:
+        """Run an eager pass, capture it and compare a replay with it; the losses, [slots].
 
-        None where the pass was refused, as the host waits in it.
+        Losses and gradients are the replay's if the graph is kept, else the eager pass's; None if the host waits.
         """
         try:
-            with _without_waiting(self._device):
-                usual, of_pass = self._timed(lambda: self._aside(static))
+            with _error_if_host_waits(self._device):
+                eager_losses, eager_seconds = self._timed(lambda: self._eager_pass(static))
         except RuntimeError as error:
             if "synchronizing" not in str(error):
                 raise
             torch._foreach_zero_(self._gradients)
             self.give_up("the host waits for the device in a pass")
             return None
-        expected = [usual.norm(), *torch._foreach_norm(self._gradients)]
+        eager_norms = [eager_losses.norm(), *torch._foreach_norm(self._gradients)]
         try:
-            graph, losses = self._recorded(static)
-        except Exception as error:  # whatever an operation raises that a graph cannot hold, or for which memory lacks
-            _FAILED.append((str(error).splitlines() or [""])[0] or type(error).__name__)
-            self.give_up(_FAILED[-1])
-            return usual
-        if lack := self._lack():
-            self.give_up(lack)
-            return usual
-        for _ in range(2):  # the first replay brings the graph to the device
+            graph, losses = self._record_graph(static)
+        except Exception as error:  # any error: from an operation that a graph cannot hold, or for lack of memory
+            _FAILURES.append((str(error).splitlines() or [""])[0] or type(error).__name__)
+            self.give_up(_FAILURES[-1])
+            return eager_losses
+        if shortage := self._memory_shortage():
+            self.give_up(shortage)
+            return eager_losses
+        for _ in range(2):  # the first replay also uploads the graph to the device
             torch._foreach_zero_(self._gradients)
-            _, of_replay = self._timed(graph.replay)
-        if self._random or _same([losses.norm(), *torch._foreach_norm(self._gradients)], expected):
+            _, replay_seconds = self._timed(graph.replay)
+        if self._random or _same_norms([losses.norm(), *torch._foreach_norm(self._gradients)], eager_norms):
             static.graph, static.losses = graph, losses
             self._graphs += 1
-            self._saved = of_pass - of_replay
+            self._replay_gain = eager_seconds - replay_seconds
             return losses
         torch._foreach_zero_(self._gradients)
-        usual = self._aside(static)
+        eager_losses = self._eager_pass(static)
         self.give_up("a replay gave another loss or other gradients")
-        return usual
+        return eager_losses
 
-    def _timed(self, work: Callable[[], Found]) -> tuple[Found, float]:
-        """What ``work`` gives, and its seconds."""
+    def _timed(self, work: Callable[[], Result]) -> tuple[Result, float]:
+        """The result of ``work``, and its seconds."""
         synchronise(self._device)
         start = time.perf_counter()
-        found = work()
+        result = work()
         synchronise(self._device)
-        return found, time.perf_counter() - start
+        return result, time.perf_counter() - start
 
-    def _recorded(self, static: _Static) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        """The graph of a pass, whose memory is not that of usual passes."""
+    def _record_graph(self, static: _StaticBatch) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        """The graph of a pass, in a memory pool apart from that of eager passes, and its losses, [slots]."""
         torch.cuda.empty_cache()
         reserved = torch.cuda.memory_reserved(self._device)
-        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
         try:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 losses = self._pass(static)
         finally:
-            torch.cuda.set_stream(here)  # which torch leaves undone if the capture fails
+            torch.cuda.set_stream(current)  # torch does not restore it if the capture fails
         self._pool_bytes += torch.cuda.memory_reserved(self._device) - reserved
         self._longest = max(self._longest, static.batch.input_ids.shape[1])
         return graph, losses
 
-    def _lack(self) -> str | None:
-        """What is wrong if there is no room for a usual pass of the longest batches beside the graphs."""
+    def _memory_shortage(self) -> str | None:
+        """A message where an eager pass of the longest batches no longer fits beside the graphs; else None."""
         if self._device.type != "cuda":
             return None
         needed, free = self._pool_bytes * self.rungs[-1] / self._longest, torch.cuda.mem_get_info(self._device)[0]
-        short = free < needed
-        return f"beside the graphs {free / 1e9:.1f} GB are free, and a pass takes {needed / 1e9:.1f}" if short else None
+        message = f"beside the graphs {free / 1e9:.1f} GB are free, and a pass takes {needed / 1e9:.1f} GB"
+        return message if free < needed else None
 
     def end_step(self) -> float:
         """The seconds of capturing since the last call."""
-        told, self._told = self._told, self._seconds
-        return self._seconds - told
+        reported, self._reported_seconds = self._reported_seconds, self._seconds
+        return self._seconds - reported
 
     def facts(self) -> dict[str, Any]:
-        """For the record: the lengths that batches were padded to, those that were captured, or why none was."""
+        """For the record: the lengths of the ladder, the number of graphs and the seconds of captures, or why none."""
         if self.off:
             return {"capture_off": self.off}
         return {"capture_lengths": self.rungs, "capture_graphs": self._graphs, "capture_seconds": self._seconds}
 
 
 @contextmanager
-def _without_waiting(device: torch.device) -> Iterator[None]:
+def _error_if_host_waits(device: torch.device) -> Iterator[None]:
     """In the block torch raises a RuntimeError where the host would wait for a CUDA device."""
     if device.type != "cuda":
         yield
@@ -439,7 +444,7 @@ def _without_waiting(device: torch.device) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-def _same(found: Sequence[torch.Tensor], usual: Sequence[torch.Tensor]) -> bool:
-    """Whether these norms differ by rounding alone."""
-    norms, expected = (torch.stack([norm.float() for norm in some]) for some in (found, usual))
-    return bool((norms - expected).norm() <= SAME * expected.norm())
+def _same_norms(replayed: Sequence[torch.Tensor], eager: Sequence[torch.Tensor]) -> bool:
+    """Whether the norms of a replay and of an eager pass differ by rounding alone."""
+    norms, expected = (torch.stack([norm.float() for norm in some]) for some in (replayed, eager))
+    return bool((norms - expected).norm() <= NORM_TOLERANCE * expected.norm())

@@ -50,23 +50,24 @@ CHANGING = {
 
 
 class Part(Protocol):
-    """A part of the training that can say its state and take it back."""
+    """A part of the training whose state can be saved and restored."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers and text, in dicts, lists and tuples."""
 
     def load_state_dict(self, state: dict[str, Any], /) -> Any:
-        """Go on from what ``state_dict`` gave."""
+        """Restore a state that ``state_dict`` returned."""
 
 
-# ---- the moment ------------------------------------------------------------------------------------
+# ---- signals ---------------------------------------------------------------------------------------
 
 
 class Interruption:
     """Delays signals that end a training until the running step is over and its checkpoint is written.
 
-    Held is what Python handles: Ctrl-C, a scheduler's SIGTERM, a hangup, and the signal before SLURM's preemption,
-    whose handler puts the job back into the queue. A second signal is not held, nor one that has waited its seconds.
+    It delays the signals in ``SECONDS`` that have a Python handler: Ctrl-C, a scheduler's SIGTERM, a hangup, and the
+    signal before SLURM's preemption, whose handler puts the job back into the queue. A second signal is delivered at
+    once. So is one that has waited as long as ``SECONDS`` allows.
     """
 
     SECONDS: Mapping[int, float] = {
@@ -118,47 +119,47 @@ class Interruption:
 
 
 def stamp(training: str, device: torch.device, since: int = 1) -> dict[str, Any]:
-    """A hash of what must be the same for a training to continue: its identity, the device, the packages.
+    """The values that must be equal for a training to continue: its identity, the device, the packages' versions.
 
-    With ``since`` above 1, checkpoints are of no use that were written before that version of the identity's rule.
+    With ``since`` above 1, checkpoints of earlier versions of the identity's rule do not match.
     """
-    found = {
+    values = {
         "format": FORMAT,
         "training": training,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "packages": record.packages(),
     }
-    return found | ({"since": since} if since > 1 else {})
+    return values | ({"since": since} if since > 1 else {})
 
 
 class Checkpoints:
-    """The newest checkpoint of one training in ``folder``, which also knows how long its file ``rows`` was then.
+    """The checkpoints of one training, of which ``folder`` keeps the newest.
 
-    A kill at any moment leaves a whole checkpoint, once there is one. Those with one of the
-    stamps ``also`` are usable too.
+    A checkpoint also holds the length of steps.jsonl (the file ``rows``) at that time. Once there is a checkpoint, a
+    kill at any moment leaves a complete one. Checkpoints with one of the stamps ``also`` are usable too.
     """
 
     def __init__(self, folder: Path, stamp: dict[str, Any], rows: Path, also: Sequence[dict[str, Any]] = ()) -> None:
         self._folder, self._stamps, self._rows = folder, [stamp, *also], rows
-        self.check: Callable[[], None] = lambda: None  # raises where none may be written any more
-        self.seconds: Callable[[], dict[str, float]] = dict  # of the trial until now, which a checkpoint keeps
-        self.memory: Callable[[], dict[str, dict[str, Any]]] = dict  # of its stages until now, which it keeps too
-        self.earlier: dict[str, float] = {}  # the seconds that the found one keeps
-        self.earlier_memory: dict[str, dict[str, Any]] = {}
-        self.trained: dict[str, Any] | None = None  # what the training did, if the found one is of its end
+        self.check: Callable[[], None] = lambda: None  # raises an error where no checkpoint may be written any more
+        self.seconds: Callable[[], dict[str, float]] = dict  # the trial's seconds until now, by stage; saved
+        self.memory: Callable[[], dict[str, dict[str, Any]]] = dict  # the memory of its stages until now; saved
+        self.earlier: dict[str, float] = {}  # the seconds that the checkpoint found holds
+        self.earlier_memory: dict[str, dict[str, Any]] = {}  # the memory that it holds
+        self.trained: dict[str, Any] | None = None  # the fields of Trained, if it was written at the end of training
         self._found: dict[str, Any] | None = None
-        self._file = folder  # that it was found in
+        self._file = folder  # the file of the checkpoint found
 
     def find(self) -> int:
-        """The step of the newest usable checkpoint, which is then held for ``restore``; 0 without one.
+        """The step of the newest usable checkpoint, which is kept for ``restore``; 0 without one.
 
-        What was appended to the file of rows after it is cut off.
+        The lines that were appended to steps.jsonl after this checkpoint are cut off.
         """
         steps = sorted(self._folder.glob("step-*.pt"), key=lambda file: (len(file.name), file.name), reverse=True)
         for file in [*self._folder.glob(TRAINED), *steps]:
             try:
                 found = self._read(file)
-            except Exception as error:  # whatever a file of any content makes torch raise
+            except Exception as error:  # torch raises any type of error for a damaged file
                 reason = (str(error).splitlines() or [""])[0]
                 log.warning("the checkpoint %s is ignored: %s: %s", file.name, type(error).__name__, reason)
                 continue
@@ -178,12 +179,12 @@ class Checkpoints:
         return found
 
     def restore(self, parts: Mapping[str, Part]) -> None:
-        """Give each of ``parts`` the state that was found, if one was.
+        """Load the state of the checkpoint found, if any, into ``parts``.
 
         Raises:
-            Unreadable: that state is not one of these parts; it is deleted, so that the next run begins anew.
+            Unreadable: the state does not fit these parts; the checkpoint is deleted, so that the next run starts anew.
         """
-        found, self._found = self._found, None  # memory that is not to be held while it trains
+        found, self._found = self._found, None  # frees its memory before the training goes on
         if found is None:
             return
         try:
@@ -199,9 +200,9 @@ class Checkpoints:
             ) from error
 
     def save(self, step: int, parts: Mapping[str, Part], trained: dict[str, Any] | None = None) -> None:
-        """Write a checkpoint and then delete the one before; it is on the disk when this returns.
+        """Write a checkpoint and delete the previous one; the new one is on the disk when this returns.
 
-        That of the end of a training holds, as ``trained``, what the training did, and needs the weights alone.
+        ``trained``: at the end of a training, the fields of ``Trained``; ``parts`` then needs the weights alone.
         """
         self.check()
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -238,7 +239,7 @@ class Checkpoints:
 
 
 class Weights:
-    """The parts of a model that training changes: trainable parameters, buffers and counters of the method."""
+    """The state of a model that training changes: trainable parameters, buffers and counters of the method."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -246,7 +247,7 @@ class Weights:
         self._buffers = {name: (weakref.ref(buffer), buffer._version) for name, buffer in model.named_buffers()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Parameters and the buffers that have changed, by name, which of the former train, and the method's own."""
+        """By name: the parameters and which of them still train, the changed buffers, the method's own attributes."""
         return {
             "parameters": {name: p.detach() for name, p in self._parameters.items()},
             "trained": [name for name, p in self._parameters.items() if p.requires_grad],  # AdaMSS drops subspaces
@@ -256,7 +257,7 @@ class Weights:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put everything in its place, in a model that was made in the same way."""
+        """Restore the state in a model that was built in the same way."""
         for name, parameter in self._parameters.items():
             parameter.copy_(state["parameters"][name])
             parameter.requires_grad_(name in state["trained"])
@@ -271,7 +272,7 @@ class Weights:
         for name, buffer in self._model.named_buffers():
             first, version = self._buffers.get(name, (None, None))
             owner = self._model.get_submodule(name.rpartition(".")[0])
-            # A batch norm's statistics are changed without being counted.
+            # The statistics of a batch norm change without a new ``_version``.
             if first is not None and (
                 first() is not buffer or buffer._version != version or isinstance(owner, _NormBase)
             ):
@@ -279,7 +280,7 @@ class Weights:
 
 
 def _attributes(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
-    """A name, the object and its attribute, for every one of ``CHANGING`` in ``model``."""
+    """Every attribute of ``CHANGING`` in ``model``: a name, the object that has it, the attribute's name."""
     holders = [(f"peft_config.{name}", config) for name, config in getattr(model, "peft_config", {}).items()]
     for name, module in model.named_modules():
         holders += [(name, module), *((f"{name}.{key}", value) for key, value in vars(module).items())]
@@ -290,21 +291,21 @@ def _attributes(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
 
 
 def _saved(value: Any) -> Any:
-    """``value`` with generators of random numbers as their states."""
+    """``value`` with each random number generator replaced by its state, which can be saved."""
     if isinstance(value, dict):
-        return {key: _saved(one) for key, one in value.items()}
+        return {key: _saved(element) for key, element in value.items()}
     return value.get_state() if isinstance(value, torch.Generator) else value
 
 
-def _restored(now: Any, saved: Any) -> Any:
-    """``saved`` as it was, where ``now`` has the generators that are to go on."""
-    if isinstance(saved, dict) and isinstance(now, dict):
-        return {key: _restored(now.get(key), one) for key, one in saved.items()}
-    return now.set_state(saved) if isinstance(now, torch.Generator) else saved
+def _restored(current: Any, saved: Any) -> Any:
+    """The value that ``_saved`` was given; the generators are those in ``current``, set to the saved states."""
+    if isinstance(saved, dict) and isinstance(current, dict):
+        return {key: _restored(current.get(key), element) for key, element in saved.items()}
+    return current.set_state(saved) if isinstance(current, torch.Generator) else saved
 
 
 class OptimizerState:
-    """An optimizer's state, to the bit: torch itself rounds it to the format of the parameters when it is loaded."""
+    """An optimizer's state, restored to the bit: torch alone would round it to the parameters' dtype when loading."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
@@ -318,11 +319,12 @@ class OptimizerState:
         self._optimizer.load_state_dict(state)
         parameters = list(chain.from_iterable(group["params"] for group in self._optimizer.param_groups))
         for key, values in state["state"].items():
-            own = self._optimizer.state[parameters[key] if isinstance(key, int) else key]  # LoRA-FA's are by name
+            loaded = self._optimizer.state[parameters[key] if isinstance(key, int) else key]  # LoRA-FA's keys are names
             for name, value in values.items():
-                now = own.get(name)
-                if isinstance(value, torch.Tensor) and isinstance(now, torch.Tensor) and now.dtype != value.dtype:
-                    own[name] = value.to(now.device)
+                rounded = loaded.get(name)
+                both = isinstance(value, torch.Tensor) and isinstance(rounded, torch.Tensor)
+                if both and rounded.dtype != value.dtype:
+                    loaded[name] = value.to(rounded.device)
 
 
 class Randomness:

@@ -1,7 +1,7 @@
-"""torch.compile around the training step, with its cost, its graphs, and the reason where it is off.
+"""torch.compile for the training step: its seconds, its graphs, and the reason where it is off.
 
-Compiling is tried on real batches before the first step, so that its seconds stand apart from the
-steps; what is compiled anew in a step, for a shape not seen before, is taken out of that step's time.
+The model is compiled on real batches before the first step, so that the seconds of compiling are apart from those of
+the steps. Where a step compiles again, for a new shape, the seconds of that are subtracted from the step's.
 """
 
 from __future__ import annotations
@@ -24,43 +24,43 @@ from peftsweep.schema import TrainConfig
 log = logging.getLogger(__name__)
 
 NONE = "none"
-PROBED_BATCHES = 200  # batches, for one of another length and one of fewer rows
-TOLERANCE = 0.05  # of the loss: dropout draws other numbers when compiled, rounding differs
+PROBED_BATCHES = 200  # first batches that are searched for one of another length and one with fewer rows
+TOLERANCE = 0.05  # relative difference of the loss: a compiled model rounds, and draws for dropout, in another way
 
 
 @dataclass
 class Compilation:
-    """The compiled ``model``, or the model itself where compiling is off, and the reason then."""
+    """The compiled ``model``; or the model itself, and ``off``, the reason why it is not compiled."""
 
     model: nn.Module
     off: str | None = None
-    _spent: float = 0.0  # seconds of compiling in this process, at the last look
-    _recompiling: float = 0.0  # of them in the steps
-    _before: int = 0  # graphs when the steps began
+    _total_seconds: float = 0.0  # of compiling in this process, when last read
+    _step_seconds: float = 0.0  # of compiling within steps
+    _first_graphs: int = 0  # graphs that were compiled before the first step
 
     def begin_steps(self) -> None:
         """Count every graph that is compiled from here on as a recompilation."""
-        self._before, self._spent = _graphs(), _seconds()
+        self._first_graphs, self._total_seconds = _graphs(), _seconds()
 
     def end_step(self) -> float:
         """The seconds of compiling in the step that has just ended."""
         if self.off is not None:
             return 0.0
-        before, self._spent = self._spent, _seconds()
-        self._recompiling += self._spent - before
-        return self._spent - before
+        before, self._total_seconds = self._total_seconds, _seconds()
+        self._step_seconds += self._total_seconds - before
+        return self._total_seconds - before
 
     def facts(self) -> dict[str, Any]:
-        """For the record: graphs, the breaks between them, and what was compiled only in the steps."""
+        """For the record: the graphs, the breaks between them, and the recompilations within steps."""
         if self.off is not None:
             return {} if self.off == NONE else {"compile_off": self.off}
         from torch._dynamo.utils import counters
 
         return {
-            "recompile_seconds": self._recompiling,
+            "recompile_seconds": self._step_seconds,
             "compile_graphs": _graphs(),
             "compile_graph_breaks": sum(counters["graph_break"].values()),
-            "compile_recompiles": _graphs() - self._before,
+            "compile_recompiles": _graphs() - self._first_graphs,
         }
 
 
@@ -68,7 +68,7 @@ def check(config: TrainConfig) -> None:
     """Refuse a ``train.compile`` that names no backend.
 
     Raises:
-        InputError: the line lists those that torch has.
+        InputError: torch has no such backend; the message lists those that it has.
     """
     if config.compile == NONE:
         return
@@ -77,20 +77,21 @@ def check(config: TrainConfig) -> None:
         raise InputError(f"train.compile={config.compile}: no such backend; {suggest(config.compile, known)}")
 
 
-_HELD: list[dict[tuple[int, str, bool | None], Compilation]] = []  # what is kept in a block of `once`; empty outside
+# In a block of `compile_once`: its compilations, by model and options. Empty outside of such a block.
+_KEPT: list[dict[tuple[int, str, bool | None], Compilation]] = []
 
 
 @contextmanager
 def compile_once() -> Iterator[None]:
     """In this block a model is compiled at its first training; later trainings (a profiler's) use the same graphs."""
-    if _HELD:  # within another such block
+    if _KEPT:  # within another such block
         yield
         return
-    _HELD.append({})
+    _KEPT.append({})
     try:
         yield
     finally:
-        if _HELD.pop():
+        if _KEPT.pop():
             import torch._dynamo
 
             torch._dynamo.reset()
@@ -104,55 +105,55 @@ def compiled(
     losses: Callable[[nn.Module, Batch], torch.Tensor],
     meter: Meter,
 ) -> Iterator[Compilation]:
-    """The model as ``train.compile`` wants it, tried on batches of unlike shapes; the gradients are as before.
+    """``model`` compiled as ``train.compile`` says, after a try on batches of different shapes; it has no gradients.
 
-    ``losses`` is the step's own forward. Where compiling fails, or the compiled model has
-    another loss, it is off, and the reason said.
+    ``batches`` starts the run's micro-batches from the first; ``losses`` is the step's own forward. Where compiling
+    fails, or the compiled model has another loss, the model is not compiled, and ``Compilation.off`` is the reason.
     """
     if config.compile == NONE:
         yield Compilation(model, off=NONE)
         return
     key = id(model), config.compile, config.compile_dynamic
-    if _HELD and (held := _HELD[0].get(key)):
-        held.begin_steps()
-        yield held
+    if _KEPT and (kept := _KEPT[0].get(key)):
+        kept.begin_steps()
+        yield kept
         return
     import torch._dynamo.utils
 
-    torch._dynamo.reset()  # what another trial of this process compiled has its own guards and counts
+    torch._dynamo.reset()  # drops the graphs and counters of earlier trials of this process
     torch._dynamo.utils.counters.clear()
     called: Any = torch.compile(model, backend=config.compile, dynamic=config.compile_dynamic)
     compilation = Compilation(called)
     with meter.stage("compile"):
         try:
-            for batch in _unlike(batches):
+            for batch in _different_shapes(batches):
                 _try(model, called, batch, losses)
-        except Exception as error:  # whatever dynamo, a backend or a C++ compiler raises
+        except Exception as error:  # dynamo, a backend and a C++ compiler raise errors of any type
             log.warning("train.compile=%s is off: %s", config.compile, error)
             compilation = Compilation(model, off=(str(error).splitlines() or [""])[0] or type(error).__name__)
         finally:
             model.zero_grad(set_to_none=True)
     compilation.begin_steps()
-    if _HELD:
-        _HELD[0][key] = compilation
+    if _KEPT:
+        _KEPT[0][key] = compilation
     try:
         yield compilation
     finally:
-        if not _HELD:
+        if not _KEPT:
             torch._dynamo.reset()
 
 
 def _try(model: nn.Module, called: nn.Module, batch: Batch, losses: Callable[[nn.Module, Batch], torch.Tensor]) -> None:
     """Compile for ``batch``, forward and backward, and compare the loss with the eager one."""
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        wanted = losses(model, batch).mean().item()
+        eager = losses(model, batch).mean().item()
     loss = losses(called, batch).mean()
     loss.backward()
-    if not abs(loss.item() - wanted) <= TOLERANCE * abs(wanted):
-        raise ArithmeticError(f"the compiled model's loss is {loss.item():.4f}, the eager one's {wanted:.4f}")
+    if not abs(loss.item() - eager) <= TOLERANCE * abs(eager):
+        raise ArithmeticError(f"the compiled model's loss is {loss.item():.4f}, the eager one's {eager:.4f}")
 
 
-def _unlike(batches: Callable[[], Iterator[Batch]]) -> list[Batch]:
+def _different_shapes(batches: Callable[[], Iterator[Batch]]) -> list[Batch]:
     """The first batch, and the first ones of another length and of another number of rows."""
     shape = next(batches()).input_ids.shape
     others = (

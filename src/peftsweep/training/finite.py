@@ -1,4 +1,4 @@
-"""Find losses and weights that are not finite, and say what to change."""
+"""Detect losses and weights that are not finite, and propose a remedy."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from peftsweep.models.losses import answer_losses
 from peftsweep.schema import Dtype, TrainConfig
 from peftsweep.training.optimizer import autocast
 
-MAX_PROPOSED_RATE = 1e-3  # a learning rate that is rarely too high for an adapter, the most that is proposed
+MAX_PROPOSED_RATE = 1e-3  # highest learning rate that is proposed; it is rarely too high for an adapter
 
 
 def check_finite(loss: float, when: str, model: nn.Module, config: TrainConfig) -> None:
-    """Refuse to go on from a training loss that is no number; the message says ``when``.
+    """Check the training loss; ``when`` is the part of the message that names the step.
 
     Raises:
-        FloatingPointError: it is not finite.
+        FloatingPointError: ``loss`` is not finite.
     """
     if not math.isfinite(loss):
         raise FloatingPointError(f"the training loss is {loss} {when}; {_remedy(model, config)}")
@@ -30,7 +30,7 @@ def check_finite(loss: float, when: str, model: nn.Module, config: TrainConfig) 
 def check_trained(
     model: nn.Module, weights: Sequence[torch.Tensor], batch: Batch, config: TrainConfig, step: int
 ) -> None:
-    """Check the weights after the last step, of which no loss was logged.
+    """Check the weights after the last step: the last logged loss is that of the weights before this step.
 
     Raises:
         FloatingPointError: one of ``weights`` is not finite after ``step`` steps, or the loss on ``batch`` is not.

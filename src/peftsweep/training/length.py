@@ -14,7 +14,7 @@ from peftsweep.errors import InputError
 from peftsweep.limits import LARGEST
 from peftsweep.schema import TrainConfig
 
-MAX_SCANNED_STEPS = 5_000  # of a run, among which typical ones are looked for
+MAX_SCANNED_STEPS = 5_000  # steps of a run that are counted or searched; a longer run repeats their sizes
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
@@ -33,11 +33,11 @@ def steps_of(rows: Sequence[Tokens], config: TrainConfig, seed: int) -> list[lis
 
 
 def typical_steps(rows: Sequence[Tokens], config: TrainConfig, seed: int, count: int) -> list[list[int]]:
-    """The row numbers of ``count`` steps of a run, of all sizes as these are distributed in it.
+    """The row numbers of ``count`` steps whose sizes are distributed as those of the whole run.
 
-    They are chosen by their padded tokens, at quantiles that multiples of the golden ratio spread evenly, so that the
-    last few of them are as typical as all: their median is near the whole run's, which that of the first steps need
-    not be.
+    They are chosen at quantiles of the padded tokens. Multiples of the golden ratio spread these quantiles evenly, so
+    that the last few steps are as typical as all of them: their median is near that of the run, unlike the median of
+    the run's first steps.
     """
     by_size = sorted(steps_of(rows, config, seed), key=lambda step: padded_tokens(step, rows, config))
     return [by_size[int((0.5 + n * GOLDEN_RATIO) % 1 * len(by_size))] for n in reversed(range(count))]
@@ -61,7 +61,7 @@ def in_epochs(step: int, config: TrainConfig, rows: int) -> float:
 
 
 def rows_taken(rows: Sequence[Tokens], config: TrainConfig, seed: int) -> set[int]:
-    """The numbers of the rows that a run with ``seed`` takes, of which a short one leaves some out."""
+    """The numbers of the rows that a run with ``seed`` trains on; a run shorter than an epoch leaves some out."""
     steps = total_steps(config, len(rows))
     if steps >= steps_per_epoch(config, len(rows)):
         return set(range(len(rows)))
@@ -80,10 +80,10 @@ def interval(config: TrainConfig, key: str, rows: int) -> int | None:
     Raises:
         InputError: it is neither.
     """
-    said: str | None = getattr(config, key)
-    if said is None:
+    text: str | None = getattr(config, key)
+    if text is None:
         return None
-    number, epochs, rest = said.strip().partition("epoch")
+    number, epochs, rest = text.strip().partition("epoch")
     try:
         every = float(number) * (steps_per_epoch(config, rows) if epochs else 1)
         valid = 0 < every <= LARGEST and rest in ("", "s")
@@ -91,14 +91,16 @@ def interval(config: TrainConfig, key: str, rows: int) -> int | None:
         valid = False
     if not valid or not (epochs or every.is_integer()):
         others = " or minutes (10min)" if key == "checkpoint_every" else ""
-        raise InputError(f"train.{key}={said}: must be a number of steps (100) or epochs (0.5epochs){others}")
+        raise InputError(f"train.{key}={text}: must be a number of steps (100) or epochs (0.5epochs){others}")
     return max(1, round(every))
 
 
 def checkpoint_due(
     config: TrainConfig, rows: int, clock: Callable[[], float] = time.monotonic
 ) -> Callable[[int], bool]:
-    """Whether a checkpoint is due after a step: ``checkpoint_every`` is steps or epochs, or ``"10min"``.
+    """A function that says whether a checkpoint is due after a step; to be called once after each step.
+
+    ``checkpoint_every`` is a number of steps or of epochs, or minutes (``"10min"``) by ``clock``, which is in seconds.
 
     Raises:
         InputError: it is none of these.

@@ -47,19 +47,19 @@ def train(
     prune: Prune | None = None,
     order: Sequence[list[int]] | None = None,
 ) -> Trained:
-    """Train the parameters of ``model`` that require gradients; ``log`` gets a row a logged step and a row an epoch.
+    """Train the parameters of ``model`` that require gradients.
 
-    A step takes ``batch_size * accumulation`` rows, the same ones however they are parted into micro-batches, and its
-    loss is the mean over all their answer tokens, so that accumulation changes memory and not results (to rounding,
-    and but for what dropout draws). ``validate`` is called every ``config.eval_every``, must return at least ``loss``
-    and ``config.best_metric``, and is a stage of its own. With ``after_step``, a profiler's, the parts of a step carry
-    names in its trace. ``checkpoints`` gets one every ``config.checkpoint_every`` and the trained weights at the end,
-    and training goes on from what it has found; if that are the trained weights, nothing is trained. With ``stop_at``,
-    a rung's step, it ends there with a checkpoint, on the schedule of its full length; so it does after a validation
-    of which ``prune`` says so, or which exhausts ``config.patience``. ``order`` gives other rows for each step.
+    A step takes ``batch_size * accumulation`` rows, and its loss is the mean over all their answer tokens, in nats. So
+    accumulation changes the memory and not the results (but for rounding and the random numbers of dropout).
+
+    ``log`` gets a row of steps.jsonl for each logged step and each epoch. ``validate`` returns at least ``loss`` and
+    ``config.best_metric``. With ``after_step``, a profiler's, the trace names the parts of a step. ``checkpoints`` gets
+    one every ``config.checkpoint_every`` and the trained weights at the end; training goes on from the one found.
+    At ``stop_at``, a rung's step, training ends with a checkpoint, on the schedule of all steps; so it does after a
+    validation if ``prune`` is true or ``config.patience`` used up. ``order`` holds the row numbers of each step.
 
     Raises:
-        FloatingPointError: the loss is no longer finite, or at the end the weights or the loss that they give.
+        FloatingPointError: a loss is not finite, or at the end a weight is not.
     """
     laps, optimizer = Laps(meter.device), make_optimizer(model, config)
     run = Run(config, len(rows), dict(trainable_parameters(model)), optimizer, laps, meter, log, validate, prune)
@@ -67,40 +67,40 @@ def train(
         checkpoints.restore({"weights": Weights(model)})
         model.eval()
         return Trained(**checkpoints.trained)
-    static = None if after_step else sizes_of_run(rows, config, seed, meter.device, order)  # it looks at a step's parts
-    take_step = _Step(model, run, record_function if after_step else nullcontext, static)
-    numbered = partial(batches, rows, config, pad_id=pad_id, seed=seed, device=meter.device, order=order)
+    sizes = None if after_step else sizes_of_run(rows, config, seed, meter.device, order)  # graphs hide a step's parts
+    take_step = _Step(model, run, record_function if after_step else nullcontext, sizes)
+    run_batches = partial(batches, rows, config, pad_id=pad_id, seed=seed, device=meter.device, order=order)
     due = checkpoint_due(config, len(rows))
     parts = run.parts(Weights(model), OptimizerState(optimizer), Randomness(meter.device)) if checkpoints else {}
     enable_checkpointing(model, config.checkpointing)
     model.train()
     with (
-        compiled(model, config, lambda: chain.from_iterable(numbered()), take_step.losses, meter) as compilation,
+        compiled(model, config, lambda: chain.from_iterable(run_batches()), take_step.losses, meter) as compilation,
         Interruption(wanted=checkpoints is not None) as interruption,
         as_trained(model, config, meter.device.type),
     ):
         torch.manual_seed(seed)  # dropout does not depend on how many numbers the adapter's creation drew
         if checkpoints:
             checkpoints.restore(parts)
-        stream = numbered(first=run.step, shaped=take_step.shaped)
+        steps = run_batches(first=run.step, shaped=take_step.shaped)
         last = run.steps if stop_at is None else min(stop_at, run.steps)
         run.consider()
         for step in range(run.step + 1, last + 1):
             if run.stopped:
                 break
             laps.start()
-            taken = next(stream)
-            loss = take_step(compilation.model, step, taken)
-            laps.stop(compilation.end_step() + take_step.capturing())
+            micro_batches = next(steps)
+            loss = take_step(compilation.model, step, micro_batches)
+            laps.stop(compilation.end_step() + take_step.end_capture())
             if after_step:
                 after_step()
             meter.sample()
-            run.count(loss, taken)
+            run.count(loss, micro_batches)
             run.report(model, partial(torch.compiler.set_stance, "force_eager"))
             if checkpoints and not run.complete and (due(step) or interruption.pending or step == last or run.stopped):
                 with meter.stage("checkpoint"):
                     checkpoints.save(step, parts)
-            if not run.complete:  # else when the trained weights are on the disk
+            if not run.complete:  # after the last step a signal waits until the trained weights are on the disk
                 interruption.deliver()
         run.restore_best()
         with torch.compiler.set_stance("force_eager"):
@@ -114,9 +114,10 @@ def train(
 
 
 class _Step:
-    """The step of a training: forward, backward and optimizer, and what they need.
+    """The step of a training: forward, backward and optimizer.
 
-    With the sizes ``static`` of its micro-batches it is taken in static shapes, after a first one that is not.
+    With the ``sizes`` of its micro-batches it runs in static shapes, from the second step on. ``span`` makes the
+    context that names a part of the step in a trace.
     """
 
     def __init__(
@@ -124,56 +125,56 @@ class _Step:
         model: nn.Module,
         run: Run,
         span: Callable[[str], AbstractContextManager[Any]],
-        static: Sequence[Size] | None = None,
+        sizes: Sequence[Size] | None = None,
     ) -> None:
         self._model, self._run, self._span = model, run, span
-        self._narrowed = autocast(run.config, run.meter.device)
+        self._autocast = autocast(run.config, run.meter.device)
         self._allocate = getattr(getattr(model, "base_model", None), "update_and_allocate", None)
         self._regularised: bool | None = None  # known after the first forward
         self._static: StaticSteps | None = None
-        if static is not None:
-            self._static = StaticSteps(model, run.config, partial(self.losses, model), static, run.meter.device)
+        if sizes is not None:
+            self._static = StaticSteps(model, run.config, partial(self.losses, model), sizes, run.meter.device)
 
     def shaped(self, batch: Batch) -> Batch:
-        """``batch``, still on the host, in the shape in which it is taken."""
+        """``batch``, still on the host, padded to the shape of its step."""
         return self._static.padded(batch) if self._static else batch
 
-    def capturing(self) -> float:
+    def end_capture(self) -> float:
         """The seconds of capturing in the step that has just ended."""
         return self._static.end_step() if self._static else 0.0
 
     def end(self) -> dict[str, Any]:
-        """Free the gradients, which static steps keep; the facts of capturing, for the record."""
+        """Free the gradients, which static steps keep; return the facts of captures for the record."""
         self._run.optimizer.zero_grad(set_to_none=True)
         return self._static.facts() if self._static else {}
 
     def losses(self, called: nn.Module, batch: Batch) -> torch.Tensor:
-        """The loss of each answer token, in the number format of the training."""
-        with self._narrowed:
+        """The loss of each answer token, [answer tokens], under the training's autocast."""
+        with self._autocast:
             return answer_losses(called, batch)
 
-    def __call__(self, called: nn.Module, step: int, taken: list[Batch]) -> torch.Tensor:
-        """The loss of step number ``step``, on the device; ``called`` is the model, compiled or not."""
+    def __call__(self, called: nn.Module, step: int, micro_batches: list[Batch]) -> torch.Tensor:
+        """Take step number ``step``; its loss, a scalar on the device. ``called`` is the model, compiled or not."""
         run, static = self._run, self._static
-        answer_tokens = sum(batch.answer_tokens for batch in taken)
+        answer_tokens = sum(batch.answer_tokens for batch in micro_batches)
         loss = torch.zeros((), device=run.meter.device)
-        for number, batch in enumerate(taken):
-            captured = static(batch, answer_tokens, first=number == 0) if static else None
-            loss += self._pass(called, batch, answer_tokens) if captured is None else captured[0]
+        for number, batch in enumerate(micro_batches):
+            static_losses = static(batch, answer_tokens, first=number == 0) if static else None
+            loss += self._pass(called, batch, answer_tokens) if static_losses is None else static_losses[0]
         with self._span("optimizer"):
             run.update()
             if self._allocate:
                 self._allocate(step)  # AdaLoRA, AdaMSS: ranks are dealt out anew from this step's gradients
-            if static and not static.begun:  # the first step was taken as usual, and graphs will add to its gradients
-                trained = [p.grad for p in run.parameters if p.requires_grad]
-                static.begin(trained, regularised=bool(self._regularised))
+            if static and not static.begun:  # the first step made the gradients to which graphs will add
+                gradients = [p.grad for p in run.parameters if p.requires_grad]
+                static.begin(gradients, regularised=bool(self._regularised))
             run.optimizer.zero_grad(set_to_none=not (static and static.begun))
         return loss
 
     def _pass(self, called: nn.Module, batch: Batch, answer_tokens: int) -> torch.Tensor:
-        """Forward and backward of a micro-batch: its part of the loss of a step with ``answer_tokens``."""
+        """Forward and backward of a micro-batch; its part of the loss of a step that has ``answer_tokens``."""
         run = self._run
-        with self._span("forward"), self._narrowed:
+        with self._span("forward"), self._autocast:
             losses, hits = losses_and_hits(called, batch)
             part = losses.sum() / answer_tokens
             regulariser = auxiliary_loss(self._model, batch) if self._regularised is not False else None
@@ -198,11 +199,12 @@ def batches(
     order: Iterable[list[int]] | None = None,
     shaped: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> Iterator[list[Batch]]:
-    """The micro-batches of each step that a run with ``seed`` takes, without end, after the first ``first`` steps.
+    """The micro-batches of each step of a run with ``seed``, without end, from step number ``first`` (0-based) on.
 
-    Each is ``shaped`` on the host, before it goes to the device.
+    ``shaped`` is applied to each on the host, before it goes to the device. ``order`` holds the row numbers of each
+    step, instead of those that follow from ``seed``.
     """
     order = order or batch_order([len(row.ids) for row in rows], rows_per_step(config), seed)
     for step in islice(micro_batches(order, config.batch_size), first, None):
-        some = (collate([rows[n] for n in numbers], pad_id, config.pad_to_multiple_of) for numbers in step)
-        yield [shaped(batch).to(device) for batch in some]
+        on_host = (collate([rows[n] for n in numbers], pad_id, config.pad_to_multiple_of) for numbers in step)
+        yield [shaped(batch).to(device) for batch in on_host]

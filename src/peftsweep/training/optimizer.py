@@ -16,16 +16,16 @@ from peftsweep.models.parts import trainable_parameters
 from peftsweep.schema import Dtype, Schedule, TrainConfig
 
 SCHEDULES = {Schedule.cosine: "cosine", Schedule.linear: "linear", Schedule.constant: "constant_with_warmup"}
-FUSED = ("cpu", "cuda")  # devices that have torch's fused optimizers
-# Which treat each number by itself, however numbers are parted into parameters.
+FUSED = ("cpu", "cuda")  # device types for which torch has fused optimizers
+# Optimizers that step each number independently, so that several parameters can be stepped as one.
 ELEMENTWISE = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
-SCALE = 2.0**16  # of the loss at first, with float16; torch's default
+INITIAL_SCALE = 2.0**16  # of the loss with float16; torch's default
 
 
 def find_optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:
-    """What ``train.optimizer`` names: ``AdamW`` is a class of torch.optim, others by their dotted path.
+    """The class or function that ``train.optimizer`` names: a class of torch.optim (``AdamW``), or a dotted path.
 
-    Beside classes of optimizers it may be a function that makes one for a model, as PEFT's
+    The path may name an optimizer class, or a function that makes an optimizer for a model, such as PEFT's
     ``peft.optimizers.create_loraplus_optimizer``.
 
     Raises:
@@ -35,8 +35,8 @@ def find_optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:
         found: Any = pydoc.locate(name if "." in name else f"torch.optim.{name}")
     except pydoc.ErrorDuringImport:
         found = None
-    of_model = inspect.isfunction(found) and "model" in inspect.signature(found).parameters
-    if not of_model and not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
+    takes_model = inspect.isfunction(found) and "model" in inspect.signature(found).parameters
+    if not takes_model and not (inspect.isclass(found) and issubclass(found, torch.optim.Optimizer)):
         raise InputError(
             f"train.optimizer={name}: no such optimizer; give a class of torch.optim (AdamW, SGD) or a dotted path"
         )
@@ -44,24 +44,28 @@ def find_optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:
         raise InputError(f"train.optimizer={name}: takes sparse gradients only; those of a trial are dense")
     closure = inspect.signature(getattr(found, "step", found)).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
-        raise InputError(f"train.optimizer={name}: its steps want a closure that calculates the loss again")
+        raise InputError(
+            f"train.optimizer={name}: its steps need a closure that computes the loss again; "
+            "take an optimizer whose step() needs none (AdamW, SGD)"
+        )
     make: Callable[..., torch.optim.Optimizer] = found
     return make
 
 
-REFUSALS = (TypeError, ValueError, LookupError, NotImplementedError)  # the last of bitsandbytes' SGD without momentum
+# What constructors of optimizers raise for wrong arguments (bitsandbytes' SGD without momentum: the last one).
+REFUSALS = (TypeError, ValueError, LookupError, NotImplementedError)
 
 
 def make_optimizer(
     model: nn.Module, config: TrainConfig, parameters: Sequence[nn.Parameter] | None = None
 ) -> torch.optim.Optimizer:
-    """The optimizer of ``parameters`` at the scaled learning rate, fused where torch offers that.
+    """The optimizer of ``parameters`` at ``learning_rate * learning_rate_scale``, fused where torch has that.
 
-    Without ``parameters`` it is that of all the model's trainable ones. Making it may freeze some of them, as
-    LoRA-FA does with the A matrices.
+    Without ``parameters`` it steps all trainable parameters of ``model``. Some optimizers freeze parameters when they
+    are made, as LoRA-FA does with the A matrices.
 
     Raises:
-        InputError: ``train.optimizer_kwargs`` does not fit it.
+        InputError: the optimizer does not accept ``train.optimizer_kwargs``.
     """
     make = find_optimizer(config.optimizer)
     known = inspect.signature(make).parameters
@@ -76,8 +80,8 @@ def make_optimizer(
     try:
         return make(model if "model" in known else parameters, **options | config.optimizer_kwargs)
     except REFUSALS as error:
-        said = f"{config.optimizer} does not take {config.optimizer_kwargs}"
-        raise InputError(f"train.optimizer_kwargs: {said} ({error})") from None
+        reason = f"{config.optimizer} does not take {config.optimizer_kwargs}"
+        raise InputError(f"train.optimizer_kwargs: {reason} ({error})") from None
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> Any:
@@ -92,10 +96,10 @@ def warmup_steps(config: TrainConfig, steps: int) -> int:
 
 
 def check_warmup(config: TrainConfig, steps: int) -> None:
-    """Refuse a warm-up that never ends: no step of such a training would have the learning rate asked for.
+    """Refuse a warm-up that does not end before the training: no step would have the configured learning rate.
 
     Raises:
-        InputError: it is not shorter than the training of ``steps`` steps.
+        InputError: ``train.warmup`` is neither a share nor a whole number, or not shorter than ``steps``.
     """
     if config.warmup >= 1 and config.warmup != round(config.warmup):
         raise InputError(f"train.warmup={config.warmup:g}: must be a share below 1, or a whole number of steps")
@@ -106,7 +110,7 @@ def check_warmup(config: TrainConfig, steps: int) -> None:
 
 
 def enable_checkpointing(model: Any, wanted: bool) -> None:
-    """Switch gradient checkpointing on if it is ``wanted``: activations are calculated again in the backward."""
+    """Enable gradient checkpointing if it is ``wanted``: activations are then computed again in the backward."""
     if wanted:
         # Renamed in transformers 5.23; both names are in the supported range.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -115,18 +119,18 @@ def enable_checkpointing(model: Any, wanted: bool) -> None:
 
 def make_scaler(config: TrainConfig, device: torch.device) -> torch.amp.GradScaler:
     """The gradient scaler for ``train.autocast=float16``, which skips steps whose gradients overflow."""
-    return torch.amp.GradScaler(device.type, init_scale=SCALE, enabled=config.autocast is Dtype.float16)
+    return torch.amp.GradScaler(device.type, init_scale=INITIAL_SCALE, enabled=config.autocast is Dtype.float16)
 
 
 def check_stepped(scaler: torch.amp.GradScaler, steps: int) -> None:
-    """Refuse a training of which the scaler has skipped each of the ``steps``: nothing was trained.
+    """Refuse a training in which the gradient scaler has skipped all ``steps``, so that nothing was trained.
 
     Raises:
         FloatingPointError: the scale was lowered as often as there were steps.
     """
-    if scaler.is_enabled() and scaler.get_scale() <= SCALE * scaler.get_backoff_factor() ** steps:
-        said = f"the gradients of all {steps} steps overflowed, and none was taken"
-        raise FloatingPointError(f"{said}; take train.autocast=bfloat16, or more steps: the scale is halved in each")
+    if scaler.is_enabled() and scaler.get_scale() <= INITIAL_SCALE * scaler.get_backoff_factor() ** steps:
+        reason = f"the gradients of all {steps} steps overflowed, and none was taken"
+        raise FloatingPointError(f"{reason}; take train.autocast=bfloat16, or more steps: each step halves the scale")
 
 
 def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:

@@ -1,7 +1,7 @@
-"""Several LoRA adapters trained at once on one frozen base, each to the numbers it would come to alone within rounding.
+"""Several LoRA adapters trained at once on one frozen base, each with the losses of training it alone, within rounding.
 
-The slots of a pack see the same rows in the same order, in batches that hold them for all (slots.py); each has its
-own loss, clipping, optimizer, schedule, dropout and end.
+All slots of a pack train on the same rows in the same order. A batch holds the rows once for each slot (slots.py).
+Each slot has its own loss, clipping, optimizer, schedule, dropout and last step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from peftsweep.models.losses import answer_losses
 from peftsweep.observe.measure import Laps, Meter, out_of_memory
 from peftsweep.schema import TrainConfig
 from peftsweep.study.claims import Claimed
-from peftsweep.training.capture import WARM, WORTH, Size, StaticSteps, captures, sizes_of_run
+from peftsweep.training.capture import MIN_BATCHES_TO_CAPTURE, WARMUP_PASSES, Size, StaticSteps, captures, sizes_of_run
 from peftsweep.training.checkpoint import Checkpoints, Interruption, OptimizerState
 from peftsweep.training.fused import as_trained
 from peftsweep.training.length import checkpoint_due
@@ -41,14 +41,14 @@ from peftsweep.training.slots import Pack, adapter_weights
 
 # ---- the loop --------------------------------------------------------------------------------------
 
-PROBES = 3  # steps of each kind, twice
-PROBED_BATCHES = 16
-DEFAULT = "default"  # PEFT's name of an adapter that is alone
+PROBED_STEPS = 3  # timed steps, with and without a pack; both are timed twice
+PROBED_BATCHES = 16  # first batches of a run, the longest of which is timed
+DEFAULT = "default"  # the name that PEFT gives the adapter of a trial without a pack
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One trial of a pack: its adapter's name in the model, and what ``train.train`` is told of it."""
+    """One trial of a pack: the name of its adapter in the model, and the arguments of ``loop.train`` for it."""
 
     name: str
     config: TrainConfig
@@ -61,7 +61,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a slot ended: what it did (its step times are those of the whole pack), and the error that ended it early."""
+    """How a slot ended: its training (step times are those of the whole pack), and the error that ended it, if any."""
 
     trained: Trained
     error: Exception | None = None
@@ -70,14 +70,13 @@ class Ended:
 def train_packed(
     model: PeftModel, rows: Sequence[Tokens], slots: Sequence[Slot], *, pad_id: int, seed: int, meter: Meter
 ) -> dict[str, Ended]:
-    """Train the adapters of ``slots`` in one loop, each as ``train.train`` would alone; the rest as for that.
+    """Train the adapters of ``slots`` in one loop, each as ``loop.train`` would alone; how each ended, by its name.
 
-    How near the losses come to those of the trial alone is said in slots.py.
-
-    What the slots' configurations say of batches, autocast, checkpointing and padding must be the same. A slot that
-    has taken its steps, or whose loss is no longer finite, or that fails in its own part, leaves the pack. The slots
-    go on from checkpoints of the same step, which each may have written in a pack or alone; where one is due, each
-    writes one.
+    ``pad_id``, ``seed`` and ``meter`` are those of ``loop.train``. slots.py says how near the losses come to those of
+    the trial alone. The slots' configurations must agree in batches, autocast, checkpointing and padding. A slot leaves
+    the pack when it has taken its steps, when its loss is no longer finite, or when an operation of this slot alone
+    fails. All slots go on from checkpoints of the same step, each written in a pack or alone. When a checkpoint of one
+    slot is due, every slot writes one.
 
     Raises:
         ValueError: the checkpoints are of different steps.
@@ -87,88 +86,86 @@ def train_packed(
     ended: dict[str, Ended] = {}
     enable_checkpointing(model, shared.checkpointing)
     model.train()
-    narrowed = autocast(shared, meter.device)
+    autocasting = autocast(shared, meter.device)
     due = {slot.config.checkpoint_every: checkpoint_due(slot.config, len(rows)) for slot in slots if slot.checkpoints}
     fewer_operations = as_trained(model, shared, meter.device.type)
     with closing(pack), fewer_operations, Interruption(wanted=bool(due)) as interruption:
         running = [_SlotRun(slot, pack, rows, laps, meter) for slot in slots]
         static = _static_steps(model, pack, running, rows, seed, meter)
-        step, *others = {one.step for one in running}
+        step, *others = {run.step for run in running}
         if others:
             raise ValueError(f"slots cannot go on together from different steps: {sorted([step, *others])}")
         shaped = static.padded if static else lambda batch: batch
-        numbered = partial(batches, rows, shared, pad_id=pad_id, seed=seed, device=meter.device)
-        stream = numbered(first=step, shaped=shaped)
+        steps = batches(rows, shared, pad_id=pad_id, seed=seed, device=meter.device, first=step, shaped=shaped)
         while True:
-            leaving = [one for one in running if one.over]
-            running = [one for one in running if one not in leaving]
+            leaving = [run for run in running if run.over]
+            running = [run for run in running if run not in leaving]
             if leaving:
-                pack.leave([one.slot.name for one in leaving])
-                ended |= {one.slot.name: one.end(static.facts() if static else {}) for one in leaving}
+                pack.leave([run.slot.name for run in leaving])
+                ended |= {run.slot.name: run.end(static.facts() if static else {}) for run in leaving}
                 if static:
                     static.begin(pack.gradients, slots=len(running))
             if not running:
                 break
-            interruption.deliver()  # when the weights of those that have left are on the disk
+            interruption.deliver()  # only here, because the weights of slots that have left are now on the disk
             laps.start()
             # ---- the step ----------------------------------------------------------------------
-            micro_batches = next(stream)
+            micro_batches = next(steps)
             answer_tokens = sum(batch.answer_tokens for batch in micro_batches)
             losses = torch.zeros(len(running), device=meter.device)
             for number, batch in enumerate(micro_batches):
-                captured = static(batch, answer_tokens, first=number == 0) if static else None
-                if captured is None:
-                    with narrowed:
+                parts = static(batch, answer_tokens, first=number == 0) if static else None
+                if parts is None:
+                    with autocasting:
                         parts = answer_losses(model, pack.for_all(batch)).view(len(running), -1).sum(1) / answer_tokens
                     _backward(running, parts)
-                    captured = parts.detach()
-                losses += captured
-            for one in running:
-                with one.isolated():
-                    one.update()
+                losses += parts.detach()
+            for run in running:
+                with run.isolated():
+                    run.update()
             pack.zero_grad()
             # ------------------------------------------------------------------------------------
             laps.stop(static.end_step() if static else 0.0)
             meter.sample()
             step += 1
             pack.forget()
-            for one, loss in zip(running, losses, strict=True):
-                one.count(loss, micro_batches, len(running))
-            as_slot = pack.asked if all(one.validation_due for one in running) else pack.alone
-            for one in running:
-                if one.error is None:
-                    with one.isolated():
-                        one.report(model, partial(as_slot, one.slot.name))
-            now = [check(step) for check in due.values()]  # each of them, as they remember when they were asked
-            for one in running:
-                if any(now) or interruption.pending or one.over:
-                    one.save()
+            for run, loss in zip(running, losses, strict=True):
+                run.count(loss, micro_batches, len(running))
+            as_slot = pack.evaluated_together if all(run.validation_due for run in running) else pack.alone
+            for run in running:
+                if run.error is None:
+                    with run.isolated():
+                        run.report(model, partial(as_slot, run.slot.name))
+            due_now = [is_due(step) for is_due in due.values()]  # not any(): each call also restarts its interval
+            for run in running:
+                if any(due_now) or interruption.pending or run.over:
+                    run.save()
     model.eval()
     return ended
 
 
-def _backward(running: Sequence[_SlotRun], parts: torch.Tensor) -> None:
-    """The backward of all slots, from the loss of each."""
-    scaled = [one.scaler.scale(part) for one, part in zip(running, parts, strict=True)]
+def _backward(running: Sequence[_SlotRun], losses: torch.Tensor) -> None:
+    """The backward of all slots at once, from the loss of each, [slots]."""
+    scaled = [run.scaler.scale(loss) for run, loss in zip(running, losses, strict=True)]
     torch.stack(scaled).sum().backward()
 
 
 def _static_steps(
     model: PeftModel, pack: Pack, running: Sequence[_SlotRun], rows: Sequence[Tokens], seed: int, meter: Meter
 ) -> StaticSteps | None:
-    """What takes the steps of the pack in static shapes; None where they are not."""
-    longest = max(running, key=lambda one: one.steps).config
-    found = sizes_of_run(rows, longest, seed, meter.device)
-    return None if found is None else _static(model, pack, longest, found, meter)
+    """The static steps of the pack; None where its steps do not run in static shapes."""
+    longest = max(running, key=lambda run: run.steps).config
+    sizes = sizes_of_run(rows, longest, seed, meter.device)
+    return None if sizes is None else _static(model, pack, longest, sizes, meter)
 
 
-def _static(model: PeftModel, pack: Pack, config: TrainConfig, found: Sequence[Size], meter: Meter) -> StaticSteps:
+def _static(model: PeftModel, pack: Pack, config: TrainConfig, sizes: Sequence[Size], meter: Meter) -> StaticSteps:
     def losses(batch: Batch) -> torch.Tensor:
         with autocast(config, meter.device):
             return answer_losses(model, pack.for_all(batch))
 
     reason = "the slots of a pack draw the numbers of their dropout by themselves" if pack.drops else None
-    static = StaticSteps(model, config, losses, found, meter.device, reason)
+    static = StaticSteps(model, config, losses, sizes, meter.device, reason)
     static.begin(pack.gradients, slots=len(pack.names))
     return static
 
@@ -176,36 +173,32 @@ def _static(model: PeftModel, pack: Pack, config: TrainConfig, found: Sequence[S
 def speedup(
     model: PeftModel, names: Sequence[str], rows: Sequence[Tokens], config: TrainConfig, *, pad_id: int, meter: Meter
 ) -> float:
-    """How many times as fast the adapters ``names`` take a step together as one by one; afterwards none has changed.
+    """The seconds of one step of each adapter in ``names``, divided by the seconds of one step of their pack.
 
-    Whole steps, each slot's clipping and optimizer included, as these take as long together as one by one: on an H100
-    a probe of forward and backward alone said 4.33 where steps were 1.67 times as fast. Where steps are captured, they
-    are here. The batch is the longest of the first ones. Both sides are warmed up, and timed in turn, twice, by the
-    device's clock.
+    All weights are restored afterwards. Whole steps are timed, with clipping and optimizer, because a pack saves
+    nothing in these: on an H100 a probe of forward and backward alone gave 4.33 where steps were 1.67 times as fast.
+    Steps are captured where the training captures them. The batch is the longest of the first ones. Each side is
+    warmed up, and both are timed in turn, twice, by the device's clock.
     """
     steps = batches(rows, config, pad_id=pad_id, seed=0, device=meter.device)
-    some = itertools.islice(itertools.chain.from_iterable(steps), PROBED_BATCHES)
-    batch = max(some, key=lambda one: one.input_ids.numel())
+    first_batches = itertools.islice(itertools.chain.from_iterable(steps), PROBED_BATCHES)
+    longest = max(first_batches, key=lambda batch: batch.input_ids.numel())
     model.train()
     enable_checkpointing(model, config.checkpointing)
-    weights = {name: weight for one in names for name, weight in adapter_weights(model, one).items()}
-    kept = {name: weight.detach().clone() for name, weight in weights.items()}
-    seconds: dict[int, list[float]] = {1: [], len(names): []}
-    for slots, took in [*seconds.items()] * 2:
-        took += (
-            _alone(model, names[0], batch, config, meter)
-            if slots == 1
-            else _together(model, names, batch, config, meter)
-        )
+    weights = [weight for name in names for weight in adapter_weights(model, name).values()]
+    originals = [weight.detach().clone() for weight in weights]
+    alone, together = list[float](), list[float]()
+    for _ in range(2):
+        alone += _seconds_alone(model, names[0], longest, config, meter)
+        together += _seconds_together(model, names, longest, config, meter)
     with torch.no_grad():
-        for name, weight in weights.items():
-            weight.copy_(kept[name])
-    alone, together = (min(took) for took in seconds.values())
-    return len(names) * alone / together
+        for weight, original in zip(weights, originals, strict=True):
+            weight.copy_(original)
+    return len(names) * min(alone) / min(together)
 
 
-def _alone(model: PeftModel, name: str, batch: Batch, config: TrainConfig, meter: Meter) -> list[float]:
-    """The seconds of some warmed-up steps of this adapter, as it is trained without a pack."""
+def _seconds_alone(model: PeftModel, name: str, batch: Batch, config: TrainConfig, meter: Meter) -> list[float]:
+    """The seconds of each of ``PROBED_STEPS`` warmed-up steps of the adapter ``name`` without a pack."""
     model.set_adapter(name)
     weights = list(adapter_weights(model, name).values())
     slots = [(weights, make_optimizer(nn.Module(), config, weights))]
@@ -215,29 +208,33 @@ def _alone(model: PeftModel, name: str, batch: Batch, config: TrainConfig, meter
         gradients = [weight.grad for weight in weights if weight.grad is not None]
         static = None
         if captures(config, meter.device):
-            static = StaticSteps(model, config, partial(answer_losses, model), _probed(batch), meter.device)
+            static = StaticSteps(model, config, partial(answer_losses, model), _probe_sizes(batch), meter.device)
             static.begin(gradients)
-        took = _timed(partial(answer_losses, model), static, slots, gradients, batch, config, meter)
+        seconds = _timed(partial(answer_losses, model), static, slots, gradients, batch, config, meter)
     for weight in weights:
         weight.grad = None
-    return took
+    return seconds
 
 
-def _together(model: PeftModel, names: Sequence[str], batch: Batch, config: TrainConfig, meter: Meter) -> list[float]:
-    """The seconds of some warmed-up steps of these adapters as a pack."""
+def _seconds_together(
+    model: PeftModel, names: Sequence[str], batch: Batch, config: TrainConfig, meter: Meter
+) -> list[float]:
+    """The seconds of each of ``PROBED_STEPS`` warmed-up steps of the adapters ``names`` as a pack."""
+
+    def losses(batch: Batch) -> torch.Tensor:
+        return answer_losses(model, pack.for_all(batch))
+
     with closing(Pack(model, names, seed=0)) as pack, as_trained(model, config, meter.device.type):
         trained = [optimized(pack, name, config) for name in names]
-        slots = [(own, make_optimizer(nn.Module(), config, own)) for own in trained]
-        static = _static(model, pack, config, _probed(batch), meter) if captures(config, meter.device) else None
-        return _timed(
-            lambda one: answer_losses(model, pack.for_all(one)), static, slots, pack.gradients, batch, config, meter
-        )
+        slots = [(weights, make_optimizer(nn.Module(), config, weights)) for weights in trained]
+        static = _static(model, pack, config, _probe_sizes(batch), meter) if captures(config, meter.device) else None
+        return _timed(losses, static, slots, pack.gradients, batch, config, meter)
 
 
-def _probed(batch: Batch) -> list[Size]:
-    """Of the micro-batches of a probe, which are all ``batch``, as many as are worth to be captured."""
+def _probe_sizes(batch: Batch) -> list[Size]:
+    """The sizes of the micro-batches of a probe, all of which are ``batch``; enough of them to have it captured."""
     size = Size(batch.input_ids.shape[1], batch.tokens, batch.answer_tokens)
-    return [size] * (WARM + WARMUP_LAPS + PROBES + WORTH)
+    return [size] * (WARMUP_PASSES + WARMUP_LAPS + PROBED_STEPS + MIN_BATCHES_TO_CAPTURE)
 
 
 def _timed(
@@ -249,10 +246,13 @@ def _timed(
     config: TrainConfig,
     meter: Meter,
 ) -> list[float]:
-    """The seconds of ``PROBES`` steps of ``slots``, their weights and optimizers, after ``WARMUP_LAPS`` others."""
-    laps, warmup = Laps(meter.device), WARMUP_LAPS + (WARM if static else 0)
+    """The seconds of each of ``PROBED_STEPS`` steps, after the warm-up steps.
+
+    ``losses`` returns the loss of each answer token; ``slots`` holds the weights and the optimizer of each slot.
+    """
+    laps, warmup = Laps(meter.device), WARMUP_LAPS + (WARMUP_PASSES if static else 0)
     batch = static.padded(batch) if static else batch
-    for _ in range(warmup + PROBES):
+    for _ in range(warmup + PROBED_STEPS):
         laps.start()
         if static is None or static(batch, batch.answer_tokens, first=True) is None:
             with autocast(config, meter.device):
@@ -269,13 +269,13 @@ def _timed(
 
 
 def optimized(pack: Pack, name: str, config: TrainConfig) -> list[nn.Parameter]:
-    """What the optimizer of a slot steps: its weights, in one row where it treats each number alike."""
+    """The parameters that a slot's optimizer steps: one row of all its weights if the optimizer is elementwise."""
     row = pack.row(name) if find_optimizer(config.optimizer) in ELEMENTWISE else None
     return [*pack.weights(name).values()] if row is None else [row]
 
 
 class _SlotRun(Run):
-    """The training of one slot; what fails in its own part ends it alone."""
+    """The training of one slot; an error in an operation of this slot alone ends only this slot."""
 
     def __init__(self, slot: Slot, pack: Pack, rows: Sequence[Tokens], laps: Laps, meter: Meter) -> None:
         weights = {
@@ -283,13 +283,15 @@ class _SlotRun(Run):
         }
         trained = optimized(pack, slot.name, slot.config)
         optimizer = make_optimizer(nn.Module(), slot.config, trained)
-        own = _SlotLaps(laps)
-        super().__init__(slot.config, len(rows), weights, optimizer, own, meter, slot.log, slot.validate, slot.prune)
+        slot_laps = _SlotLaps(laps)
+        super().__init__(
+            slot.config, len(rows), weights, optimizer, slot_laps, meter, slot.log, slot.validate, slot.prune
+        )
         self.parameters = trained
         self.slot, self._pack = slot, pack
-        in_a_row = trained[0] is pack.row(slot.name)
-        state = _RowState(optimizer, [*weights.values()], pack) if in_a_row else _OptimizerState(optimizer)
-        self._checkpointed = self.parts(_Weights(weights), state, _Dropout(pack.dropout(slot.name)))
+        is_row = trained[0] is pack.row(slot.name)
+        state = _RowState(optimizer, [*weights.values()], pack) if is_row else _OptimizerState(optimizer)
+        self._checkpointed = self.parts(_Weights(weights), state, _DropoutState(pack.dropout(slot.name)))
         if slot.checkpoints:
             slot.checkpoints.restore(self._checkpointed)
         self.consider()
@@ -303,7 +305,7 @@ class _SlotRun(Run):
 
     @contextmanager
     def isolated(self) -> Iterator[None]:
-        """What fails in the block ends this slot alone, unless it is the memory, which belongs to all."""
+        """In the block an error ends this slot alone, unless memory ran out or another command took the trial."""
         try:
             yield
         except Exception as error:
@@ -312,15 +314,15 @@ class _SlotRun(Run):
             self.error = error
 
     def save(self) -> None:
-        """Write a checkpoint, as the trial alone would, unless it has come to its end."""
+        """Write a checkpoint, as the trial alone would, unless the slot has taken its last step or has failed."""
         if self.slot.checkpoints and not self.complete and self.error is None:
             with self.meter.stage("checkpoint"):
                 self.slot.checkpoints.save(self.step, self._checkpointed)
 
     def end(self, facts: dict[str, Any]) -> Ended:
-        """What it has come to, once it has left the pack; the weights of a whole training are on the disk.
+        """How the slot ended, after it has left the pack; the weights of a complete training are on the disk then.
 
-        ``facts`` are those of capturing.
+        ``facts`` are those of ``StaticSteps``.
         """
         if self.error is None:
             self.restore_best()
@@ -335,31 +337,31 @@ class _SlotRun(Run):
         return Ended(trained, self.error)
 
 
-# ---- its checkpoint, which is that of the trial alone ----------------------------------------------
+# ---- the checkpoint of a slot, which has the format of the trial alone -----------------------------
 
 
 class _SlotLaps(Laps):
-    """The laps of a pack, after those that a slot brings along."""
+    """The laps of a slot: those that its checkpoint holds, followed by the laps of the pack."""
 
     def __init__(self, laps: Laps) -> None:
-        self._before: list[float] = []
+        self._resumed: list[float] = []
         self._laps = laps
 
     def resume(self, seconds: list[float]) -> None:
-        self._before = seconds
+        self._resumed = seconds
 
     def seconds(self) -> list[float]:
-        return self._before + self._laps.seconds()
+        return self._resumed + self._laps.seconds()
 
 
 class _Weights:
-    """What ``checkpoint.Weights`` keeps of a plain LoRA, of one slot."""
+    """The weights of one slot, in the format in which ``checkpoint.Weights`` keeps those of a plain LoRA."""
 
     def __init__(self, weights: dict[str, nn.Parameter]) -> None:
         self._weights = weights
 
     def state_dict(self) -> dict[str, Any]:
-        parameters = {name: _apart(weight) for name, weight in self._weights.items()}
+        parameters = {name: _copied(weight) for name, weight in self._weights.items()}
         return {"parameters": parameters, "trained": [*parameters], "buffers": {}, "attributes": {}}
 
     @torch.no_grad()
@@ -369,22 +371,26 @@ class _Weights:
 
 
 class _OptimizerState(OptimizerState):
-    """An optimizer's state in the order of the weights alone, while these lie in a pack in another."""
+    """An optimizer's state, saved with contiguous tensors and loaded with the strides of the pack's weights."""
 
     def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = tree_map_only(torch.Tensor, _apart, super().state_dict())
+        state: dict[str, Any] = tree_map_only(torch.Tensor, _copied, super().state_dict())
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        for weight, own in self._optimizer.state.items():
-            for name, value in own.items():
+        for weight, values in self._optimizer.state.items():
+            for name, value in values.items():
                 if isinstance(value, torch.Tensor) and value.shape == weight.shape:
-                    own[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
+                    values[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
 class _RowState(OptimizerState):
-    """The state of an optimizer that steps all ``weights`` in one row: that of one that steps each by itself."""
+    """The state of an optimizer that steps one row of all ``weights``.
+
+    It is saved and loaded as the state of an optimizer that steps each of ``weights``, so that the trial alone can
+    go on from it.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer, weights: Sequence[nn.Parameter], pack: Pack) -> None:
         super().__init__(optimizer)
@@ -393,35 +399,36 @@ class _RowState(OptimizerState):
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
-        of_row: dict[str, Any] = state["state"].get(0, {})
-        each = {
-            number: {name: self._part(value, weight) for name, value in of_row.items()}
-            for number, weight in enumerate(self._weights if of_row else ())
+        row_state: dict[str, Any] = state["state"].get(0, {})
+        weight_states = {
+            number: {name: self._part(value, weight) for name, value in row_state.items()}
+            for number, weight in enumerate(self._weights if row_state else ())
         }
         (group,) = state["param_groups"]
-        return {"state": each, "param_groups": [group | {"params": [*range(len(self._weights))]}]}
+        return {"state": weight_states, "param_groups": [group | {"params": [*range(len(self._weights))]}]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         (group,) = state["param_groups"]
-        of_row: dict[str, Any] = {}
+        row_state: dict[str, Any] = {}
         for number, weight in enumerate(self._weights if state["state"] else ()):
             for name, value in state["state"][number].items():
                 if not isinstance(value, torch.Tensor) or value.shape != weight.shape:
-                    of_row[name] = value
+                    row_state[name] = value
                     continue
-                if name not in of_row:
-                    of_row[name] = torch.zeros_like(self._row, dtype=value.dtype, requires_grad=False)
-                self._pack.part_of(of_row[name], weight).copy_(value)
-        super().load_state_dict({"state": {0: of_row} if of_row else {}, "param_groups": [group | {"params": [0]}]})
+                if name not in row_state:
+                    row_state[name] = torch.zeros_like(self._row, dtype=value.dtype, requires_grad=False)
+                self._pack.part_of(row_state[name], weight).copy_(value)
+        states = {0: row_state} if row_state else {}
+        super().load_state_dict({"state": states, "param_groups": [group | {"params": [0]}]})
 
     def _part(self, value: Any, weight: nn.Parameter) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        return _apart(self._pack.part_of(value, weight) if value.shape == self._row.shape else value)
+        return _copied(self._pack.part_of(value, weight) if value.shape == self._row.shape else value)
 
 
-class _Dropout:
-    """What ``checkpoint.Randomness`` keeps, with the numbers of one slot."""
+class _DropoutState:
+    """The state of a slot's dropout generator, in the format of ``checkpoint.Randomness``."""
 
     def __init__(self, generator: torch.Generator) -> None:
         self._generator = generator
@@ -433,10 +440,10 @@ class _Dropout:
         return {"cpu": torch.get_rng_state(), "cuda": [state] * torch.cuda.device_count()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        on_cpu, number = self._generator.device.type == "cpu", self._generator.device.index or 0
-        self._generator.set_state(state["cpu"] if on_cpu else state["cuda"][number])
+        on_cpu, index = self._generator.device.type == "cpu", self._generator.device.index or 0
+        self._generator.set_state(state["cpu"] if on_cpu else state["cuda"][index])
 
 
-def _apart(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy that is no part of a larger tensor."""
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy in memory of its own, so that a checkpoint does not hold the whole row."""
     return tensor.detach().clone(memory_format=torch.contiguous_format)

@@ -22,12 +22,12 @@ from peftsweep.training.finite import check_finite, check_trained
 from peftsweep.training.length import in_epochs, interval, steps_per_epoch, total_steps
 from peftsweep.training.optimizer import check_stepped, make_scaler, make_scheduler
 
-# Of a row of steps.jsonl, what is shared by trials that take their steps together.
-OF_A_PACK = (
+# Keys of a row of steps.jsonl that belong to the whole pack: a packed trial's own steps.jsonl leaves them out.
+PACK_KEYS = (
     *("seconds", "tokens_per_second", "memory_allocated"),
     *("epoch_seconds", "epoch_tokens_per_second", "epoch_memory_peak"),
 )
-WARMUP_LAPS = 3  # first steps allocate and tune; they are trained on, but left out of the percentiles
+WARMUP_LAPS = 3  # the first steps allocate memory and choose kernels; percentiles of step times leave them out
 
 
 @dataclass(frozen=True)
@@ -37,35 +37,34 @@ class Trained:
     steps: int
     epochs: float
     tokens: int  # without padding
-    padding_fraction: float
-    final_loss: float | None  # mean over the last logged window
-    best_loss: float | None  # lowest validation loss, where validation was asked for
-    best_step: int | None  # of the best validation by config.best_metric
+    padding_fraction: float  # padding tokens / all tokens
+    final_loss: float | None  # mean over the steps since the last but one logged step
+    best_loss: float | None  # lowest validation loss; None without validation
+    best_step: int | None  # step of the best validation by config.best_metric
     step_seconds: list[float]
-    compilation: dict[str, Any] = field(default_factory=dict)  # facts of torch.compile and of capturing
-    lanes: list[int] = field(
-        default_factory=list
-    )  # trials that took each step together, as records and checkpoints name them
+    compilation: dict[str, Any] = field(default_factory=dict)  # facts of torch.compile and of CUDA graphs
+    # For each step the number of trials that took it together (checkpoints on disk name this field "lanes").
+    lanes: list[int] = field(default_factory=list)
     stopped: str | None = None  # why it ended before its last step: PATIENCE or PRUNED
 
     @property
     def steady_seconds(self) -> list[float]:
-        """Step times without the first few, unless there are no others."""
+        """The step times without the ``WARMUP_LAPS`` first ones; all of them if there are no others."""
         return self.step_seconds[WARMUP_LAPS:] or self.step_seconds
 
     @property
     def packed(self) -> bool:
-        """Whether steps were taken together with other trials, whose time they then are too."""
+        """Whether a step was taken together with other trials; its time is then that of all of them."""
         return max(self.lanes, default=1) > 1
 
     @property
     def share_seconds(self) -> float:
-        """Of all step times, each divided by the trials that took part."""
+        """The sum of the step times, each divided by the number of trials that took the step together."""
         return sum(seconds / slots for seconds, slots in zip(self.step_seconds, self.lanes, strict=True))
 
 
-Row = dict[str, Any]  # of steps.jsonl
-Prune = Callable[[int, dict[str, float]], bool]  # a step and its validation's scores -> whether the run ends there
+Row = dict[str, Any]  # one line of steps.jsonl
+Prune = Callable[[int, dict[str, float]], bool]  # (step, scores of its validation) -> whether the run ends there
 
 
 class Run:
@@ -116,7 +115,7 @@ class Run:
         return self._every is not None and (self.step % self._every == 0 or self.complete)
 
     def parts(self, weights: Part, optimizer: Part, random: Part) -> dict[str, Part]:
-        """What a checkpoint keeps."""
+        """The parts of the run that a checkpoint keeps."""
         parts: dict[str, Part] = {"weights": weights, "optimizer": optimizer, "scheduler": self._scheduler}
         parts |= {"scaler": self.scaler, "random": random, "progress": self.progress, "epoch": self.epoch}
         return parts | ({"best": self._best} if self._best else {})
@@ -137,12 +136,15 @@ class Run:
         self._last = batches[-1]
 
     def report(self, model: nn.Module, alone: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
-        """Log the step, its epoch and its validation where they are due; this is validated in the block ``alone``."""
+        """Log the step, its epoch and its validation where they are due.
+
+        The validation runs in the context ``alone()``, in which the model computes as this trial's alone.
+        """
         numbers = {"step": self.step, "steps": self.steps}
         if self.step % self.config.log_every == 0 or self.complete:
-            self._log(self.progress.own(numbers | self._figures(model)))
+            self._log(self.progress.without_pack_keys(numbers | self._step_row(model)))
         if self.epoch.over(self.step):
-            self._log(numbers | self.progress.own(self.epoch.close()))
+            self._log(numbers | self.progress.without_pack_keys(self.epoch.close()))
         if self._validate and self.validation_due:
             with self.meter.stage("validate"), alone():
                 scores = self._validate()
@@ -155,9 +157,10 @@ class Run:
             self.consider(scores)
 
     def consider(self, scores: dict[str, float] | None = None) -> None:
-        """Decide whether the run ends after the validations so far, the last of which had these ``scores``.
+        """Decide whether the run ends after the validations so far; ``scores`` are those of the last one.
 
-        Without them it was restored: its process may have died between the checkpoint and its end.
+        Call it without ``scores`` for a restored run: its process may have died between the last checkpoint and the
+        decision to stop.
         """
         patience = self.config.patience
         if self.complete:
@@ -172,7 +175,8 @@ class Run:
         """Whether a validation has ended the run before its last step."""
         return self.progress.stopped is not None
 
-    def _figures(self, model: nn.Module) -> Row:
+    def _step_row(self, model: nn.Module) -> Row:
+        """The row of steps.jsonl for a logged step; times in seconds, memory in bytes."""
         self._final_loss = self.progress.mean_loss()  # the only place where the host waits for the device
         check_finite(self._final_loss, f"at step {self.step}", model, self.config)
         seconds, device = sum(self._laps.seconds()), self.meter.device
@@ -187,15 +191,15 @@ class Run:
         }
 
     def restore_best(self) -> None:
-        """Give the model the weights of its best validation, where they were kept and the training is complete."""
+        """Load the weights of the best validation into the model, if they were kept and all steps were taken."""
         if self._best and self.progress.validations and self.complete:
             self._best.restore()
 
     def check(self, model: nn.Module) -> None:
-        """Refuse weights that the training has ruined.
+        """Check the trained weights.
 
         Raises:
-            FloatingPointError: they, or the loss that they give, are not finite, or no step was taken.
+            FloatingPointError: a weight or the loss is not finite, or the gradient scaler has skipped every step.
         """
         if self._last is not None:
             check_trained(model, self.parameters, self._last, self.config, self.step)
@@ -203,11 +207,11 @@ class Run:
 
     @property
     def stepped(self) -> bool:
-        """Whether a step was taken since it was begun or restored."""
+        """Whether a step was taken since the run was begun or restored."""
         return self._last is not None
 
     def trained(self, compilation: dict[str, Any] | None = None) -> Trained:
-        """What the training did; ``compilation`` are the facts of torch.compile and of capturing."""
+        """The result of the run so far; ``compilation`` are the facts of torch.compile and of CUDA graphs."""
         return self.progress.trained(self.config, self._rows, self._final_loss, compilation)
 
 
@@ -218,10 +222,11 @@ class Progress:
     laps: Laps
     step: int = 0
     tokens: int = 0  # without padding
-    positions: int = 0  # with it
+    positions: int = 0  # with padding
     losses: list[torch.Tensor] = field(default_factory=list)  # since the last logged step
-    validations: list[tuple[float, float, int]] = field(default_factory=list)  # how bad, its loss, its step
-    lanes: list[int] = field(default_factory=list)  # how many trials took each step together
+    # For each validation: best_metric as a loss (lower is better), the loss itself, the step.
+    validations: list[tuple[float, float, int]] = field(default_factory=list)
+    lanes: list[int] = field(default_factory=list)  # for each step: the number of trials that took it together
     stopped: str | None = None  # why it ends before its last step
 
     def validated(self, scores: dict[str, float], step: int, config: TrainConfig) -> None:
@@ -240,14 +245,14 @@ class Progress:
         self.losses.clear()
         return mean
 
-    def own(self, row: Row) -> Row:
-        """A row of steps.jsonl; in a pack without the figures that belong to the whole pack."""
-        return {key: value for key, value in row.items() if max(self.lanes) == 1 or key not in OF_A_PACK}
+    def without_pack_keys(self, row: Row) -> Row:
+        """``row`` of steps.jsonl; if the trial was in a pack, without the values that belong to the whole pack."""
+        return {key: value for key, value in row.items() if max(self.lanes) == 1 or key not in PACK_KEYS}
 
     def trained(
         self, config: TrainConfig, rows: int, final_loss: float | None, compilation: dict[str, Any] | None = None
     ) -> Trained:
-        """What the run over ``rows`` rows has done, now that it has ended."""
+        """The result of the run over ``rows`` rows so far."""
         return Trained(
             steps=self.step,
             epochs=in_epochs(self.step, config, rows),
@@ -263,7 +268,8 @@ class Progress:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return vars(self) | {"laps": self.laps.seconds(), "stopped": None}  # which the next attempt decides anew
+        # "stopped" is not kept: the next attempt decides it again, perhaps with another patience.
+        return vars(self) | {"laps": self.laps.seconds(), "stopped": None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.laps.resume(state["laps"])
@@ -271,12 +277,12 @@ class Progress:
 
 
 class Epoch:
-    """Sums up the steps of an epoch; only its end makes the host wait for the device."""
+    """The sums over the steps of an epoch; only ``close`` makes the host wait for the device."""
 
     def __init__(self, steps: int, laps: Laps, meter: Meter) -> None:
         self._steps, self._laps, self._meter = steps, laps, meter
         self._number = 1
-        self._seconds = 0.0  # until the last epoch's end
+        self._seconds = 0.0  # of all epochs that have ended
         self._reset()
 
     def _reset(self) -> None:
@@ -317,7 +323,11 @@ class Epoch:
 
 
 def as_loss(scores: dict[str, float], metric: str) -> float:
-    """The value of ``metric``, negated if more is better, so that less is better; NaN becomes infinity."""
+    """The value of ``metric``, negated if higher is better, so that lower is always better; NaN becomes infinity.
+
+    Raises:
+        InputError: ``scores`` has no such metric.
+    """
     if metric not in scores:
         raise InputError(f"train.best_metric={metric}: the validation has {', '.join(scores)}")
     value = scores[metric] if is_minimized(metric) else -scores[metric]
@@ -326,8 +336,8 @@ def as_loss(scores: dict[str, float], metric: str) -> float:
 
 def validations_without_gain(validations: Sequence[tuple[float, float, int]]) -> int:
     """The number of validations since the best one; of equal ones the first is the best."""
-    worth = [bad for bad, *_ in validations]
-    return len(worth) - 1 - worth.index(min(worth)) if worth else 0
+    values = [as_loss for as_loss, *_ in validations]
+    return len(values) - 1 - values.index(min(values)) if values else 0
 
 
 class Best:

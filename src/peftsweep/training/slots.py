@@ -1,18 +1,18 @@
 """Several LoRA adapters on one frozen base at once: a batch that holds the rows of all of them.
 
-The rows of a batch stand once for each slot, slot after slot; the base is multiplied with all of them at once
-(quantised weights are unpacked once for all), each adapter with its own.
+A batch holds its rows once for each slot, slot after slot. The base is multiplied with the rows of all slots at once,
+so that quantised weights are unpacked once; each adapter is multiplied with the rows of its slot.
 
-How near a slot comes to the trial alone. The last bits of a matrix product depend on the kernel that the library (on a
-CPU MKL) takes for its shape and layout. On a CPU each adapter is therefore multiplied by itself, in the shapes and
-layouts of the trial alone: a step takes 0.92 to 1.02 times as long as with one batched product for all slots, whose
-ranks must be filled up to the largest (benchmarks/packing.py --arithmetic). The base's product has the rows of
-all slots. MKL's kernels for AVX2 and AVX-512 were seen to sum up a row in the same order however many rows there are,
-so that a slot is the trial alone to the bit; its compatible ones (MKL_CBWR=COMPATIBLE) take another order for few rows.
-A product for each slot would make a step 2% to 8% longer on an unquantised base, and on a 4-bit one unpack the weights
-for each slot. What is promised is therefore a tolerance: in 32 bits the losses of the first 20 steps are those of the
-trial alone within 1e-5 relative, which is 170 times the rounding of one operation (2**-24). On CUDA, where starting a
-kernel costs more than a small product, adapters are multiplied in one batch.
+How near the losses of a slot come to those of the trial alone: the last bits of a matrix product depend on the kernel
+that the library (on a CPU: MKL) chooses for its shape and layout. On a CPU each adapter therefore has its own product,
+in the shapes and layouts of the trial alone: a step takes 0.92 to 1.02 times as long as with one batched product for
+all slots, whose ranks must be padded to the largest (benchmarks/packing.py --arithmetic). The base's product has the
+rows of all slots. MKL's kernels for AVX2 and AVX-512 were seen to sum up a row in the same order for any number of
+rows, so that a slot equals the trial alone to the bit; its compatible kernels (MKL_CBWR=COMPATIBLE) use another order
+for few rows. A product of the base for each slot would make a step 2% to 8% longer, and would unpack 4-bit weights for
+each slot. Therefore a tolerance is promised: in 32 bits the losses of the first 20 steps are those of the trial alone
+within 1e-5 relative, which is 170 times the rounding of one operation (2**-24). On CUDA, where launching a kernel
+costs more than a small product, the adapters are multiplied in one batch.
 """
 
 from __future__ import annotations
@@ -37,144 +37,146 @@ from peftsweep.models.quantised.layers import BITSANDBYTES
 from peftsweep.training.fused import with_lora
 
 log = logging.getLogger(__name__)
-# Of gradients that lie between those of other layers, as the weights do: the row of a slot is what is to be contiguous.
+# The weights and gradients of a layer are strided parts of the slot's row, and only the row must be contiguous.
 warnings.filterwarnings("ignore", "grad and param do not obey the gradient layout contract")
 
-Found = TypeVar("Found")
-Draw = Callable[[torch.Tensor], torch.Tensor]
-SELECTED_SLOT = "peftsweep_slot"  # attribute of a pack's model, by which the slot that is asked is answered
+Result = TypeVar("Result")
+DropoutMask = Callable[[torch.Tensor], torch.Tensor]
+SELECTED_SLOT = "peftsweep_slot"  # attribute of a pack's model: the function that returns the selected slot's result
 
 
 class _Adapters(Protocol):
-    """The adapters of one layer: their weights as leaves of the graph, whose gradients are those of PEFT's weights."""
+    """The adapters of one layer; their weights are leaves, whose gradients share memory with PEFT's."""
 
     leaves: list[torch.Tensor]
 
-    def output(self, base: Callable[..., torch.Tensor], x: torch.Tensor, draw: Draw | None) -> torch.Tensor:
-        """What ``base`` gives for ``x`` [slots * rows, ..., in], with what they add.
+    def output(self, base: Callable[..., torch.Tensor], x: torch.Tensor, mask: DropoutMask | None) -> torch.Tensor:
+        """The output of ``base`` for ``x`` [slots * rows, ..., in] plus that of each slot's adapter.
 
-        ``draw`` gives what dropout multiplies their rows with, shape [adapters, rows, in].
+        ``mask`` returns the dropout mask, scaled by 1 / (1 - p), for the adapters' rows, [adapters, rows, in].
         """
 
 
 class _Separate:
-    """Each multiplied by itself, in the shapes and layouts of the trial alone."""
+    """One product for each adapter, in the shapes and layouts of the trial alone."""
 
     def __init__(self, layer: Any, names: Sequence[str], pack: Sequence[str], trained: bool) -> None:
         self._slots = len(pack)
-        self._base_format = isinstance(layer.base_layer, BITSANDBYTES)
+        self._adds_in_base_dtype = isinstance(layer.base_layer, BITSANDBYTES)
         self._scales = [layer.scaling[name] for name in names]
         weights = [part[name].weight for name in names for part in (layer.lora_A, layer.lora_B)]
-        places = torch.tensor([pack.index(name) for name in names], device=weights[0].device)
-        self._places = None if len(names) == len(pack) else places
+        slots = torch.tensor([pack.index(name) for name in names], device=weights[0].device)
+        self._adapted_slots = None if len(names) == len(pack) else slots  # None: all slots have an adapter here
         self.leaves = [weight.detach().requires_grad_() for weight in weights]
         for weight, leaf in zip(weights, self.leaves, strict=True) if trained else ():
             weight.grad = leaf.grad = torch.zeros_like(leaf)
 
-    def output(self, base: Callable[..., torch.Tensor], x: torch.Tensor, draw: Draw | None) -> torch.Tensor:
+    def output(self, base: Callable[..., torch.Tensor], x: torch.Tensor, mask: DropoutMask | None) -> torch.Tensor:
         """See ``_Adapters``."""
-        result = base(x)
-        found, own = (one.reshape(self._slots, -1, one.shape[-1]) for one in (result, x))
-        own = (own if self._places is None else own[self._places]).to(self.leaves[0].dtype)
-        own = own if draw is None else own * draw(own)
-        parts = zip(own, self.leaves[::2], self.leaves[1::2], self._scales, strict=True)
-        update = torch.stack([functional.linear(functional.linear(rows, a), b) * scale for rows, a, b, scale in parts])
-        if self._base_format:
-            update = update.to(result.dtype)  # PEFT adds in the base's format there, elsewhere in the adapter's
-        places = self._places
-        found = found + update if places is None else found.to(update.dtype).index_add(0, places, update)
-        return found.reshape(result.shape).to(result.dtype)
+        base_output = base(x)
+        output, rows = (tensor.reshape(self._slots, -1, tensor.shape[-1]) for tensor in (base_output, x))
+        slots = self._adapted_slots
+        rows = (rows if slots is None else rows[slots]).to(self.leaves[0].dtype)
+        rows = rows if mask is None else rows * mask(rows)
+        parts = zip(rows, self.leaves[::2], self.leaves[1::2], self._scales, strict=True)
+        update = torch.stack([functional.linear(functional.linear(own, a), b) * scale for own, a, b, scale in parts])
+        if self._adds_in_base_dtype:
+            update = update.to(base_output.dtype)  # PEFT does so for these layers; for others it adds in the adapter's
+        output = output + update if slots is None else output.to(update.dtype).index_add(0, slots, update)
+        return output.reshape(base_output.shape).to(base_output.dtype)
 
 
 class _Stacked:
-    """All multiplied in one batch, in the format of the base's output. So does ``fused`` with a trial on CUDA.
+    """One batched product for all adapters, in the dtype of the base's output, as ``fused`` has it for a single trial.
 
     ``a`` [slots, R, in] and ``b`` [slots, R, out] are parts of the pack's ``_Buffers``, and PEFT's weights become
-    parts of these; the leaf of ``b`` is turned as PEFT's is, [slots, out, R]. Ranks are filled up with zeros to the
-    largest, R, and a slot without an adapter here has nothing but zeros: A and B are zero there, and so are their
-    gradients. Shape of the scale: [slots, 1, 1].
+    parts of ``a`` and ``b``; the leaf of ``b`` is transposed to PEFT's layout, [slots, out, R]. R is the largest rank;
+    smaller ranks are padded with zeros. For a slot without an adapter in this layer A, B and their gradients are zero.
+    Shape of the scale: [slots, 1, 1].
     """
 
     def __init__(self, layer: Any, names: Sequence[str], buffers: _Buffers) -> None:
         a, b = buffers.parts(layer)
-        for place, name in enumerate(names):
+        for slot, name in enumerate(names):
             if name not in layer.lora_A:
                 continue
-            own, down, up = slice(layer.r[name]), layer.lora_A[name].weight, layer.lora_B[name].weight
-            for weight, part in ((down, a[place, own]), (up, b[place, own].T)):
+            ranks, down, up = slice(layer.r[name]), layer.lora_A[name].weight, layer.lora_B[name].weight
+            for weight, part in ((down, a[slot, ranks]), (up, b[slot, ranks].T)):
                 part.copy_(weight.data)
                 weight.data = part
             if a.grad is not None and b.grad is not None:
-                down.grad, up.grad = a.grad[place, own], b.grad[place, own].T
-        turned = b.mT
-        turned.grad = None if b.grad is None else b.grad.mT
-        self.leaves = [a.requires_grad_(), turned.requires_grad_()]
+                down.grad, up.grad = a.grad[slot, ranks], b.grad[slot, ranks].T
+        transposed = b.mT
+        transposed.grad = None if b.grad is None else b.grad.mT
+        self.leaves = [a.requires_grad_(), transposed.requires_grad_()]
         scales = [layer.scaling.get(name, 0.0) for name in names]
         self._scale = torch.tensor(scales, device=a.device)[:, None, None]
 
-    def output(self, base: Callable[..., torch.Tensor], x: torch.Tensor, draw: Draw | None) -> torch.Tensor:
+    def output(self, base: Callable[..., torch.Tensor], x: torch.Tensor, mask: DropoutMask | None) -> torch.Tensor:
         """See ``_Adapters``."""
-        own = x if draw is None else x.reshape(len(self._scale), -1, x.shape[-1])
         a, b = self.leaves
-        return with_lora(base, x, own if draw is None else own * draw(own), a, b, self._scale)
+        if mask is None:
+            return with_lora(base, x, x, a, b, self._scale)
+        rows = x.reshape(len(self._scale), -1, x.shape[-1])
+        return with_lora(base, x, rows * mask(rows), a, b, self._scale)
 
 
 class _Buffers:
-    """The weights of all slots, and their gradients, [slots, weights of a slot], in which each layer has its place.
+    """The weights of all slots and their gradients, each [slots, weights of a slot].
 
-    A slot's row is all that its optimizer has to know where it treats each number alike: a step of AdamW is then one
-    kernel, and clipping two, in place of as many as there are layers.
+    Every layer has a fixed part of a slot's row. An elementwise optimizer steps the row as one parameter: a step of
+    AdamW is then one kernel and clipping two, instead of as many as there are layers.
     """
 
     def __init__(self, layers: Sequence[Any], names: Sequence[str]) -> None:
-        self._places: dict[Any, tuple[int, int]] = {}  # of each layer its largest rank, and where its A begins
+        self._parts: dict[Any, tuple[int, int]] = {}  # by layer: its largest rank, the offset of its A in a row
         self._size = 0
         for layer in layers:
             if ranks := [layer.r[name] for name in names if name in layer.lora_A]:
-                self._places[layer] = max(ranks), self._size
+                self._parts[layer] = max(ranks), self._size
                 self._size += max(ranks) * (layer.in_features + layer.out_features)
         self.weights = self.gradients = torch.empty(0)
 
-    def make(self, slots: int, like: torch.Tensor, trained: bool) -> None:
-        """Those of so many slots, all zeros."""
+    def allocate(self, slots: int, like: torch.Tensor, trained: bool) -> None:
+        """Make the buffers of ``slots`` slots, all zeros, with the dtype and device of ``like``."""
         self.weights = like.new_zeros(slots, self._size)
         self.gradients = torch.zeros_like(self.weights) if trained else like.new_zeros(0)
 
     def parts(self, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [slots, R, in] and B [slots, R, out] of a layer, and their gradients."""
-        rank, start = self._places[layer]
+        """A [slots, R, in] and B [slots, R, out] of a layer, with their gradients."""
+        rank, start = self._parts[layer]
         middle, end = start + rank * layer.in_features, start + rank * (layer.in_features + layer.out_features)
-        found = []
+        parts = []
         for begin, stop in ((start, middle), (middle, end)):
             part = self.weights[:, begin:stop].unflatten(1, (rank, -1))
             if len(self.gradients):
                 part.grad = self.gradients[:, begin:stop].unflatten(1, (rank, -1))
-            found.append(part)
-        a, b = found
+            parts.append(part)
+        a, b = parts
         return a, b
 
     def part_of(self, row: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The part of ``row``, laid out as a slot's, that has the place of that PEFT ``weight`` in its own."""
+        """The part of ``row`` that has the offset and the strides of PEFT's ``weight`` in the row of its slot."""
         return row.as_strided(weight.shape, weight.stride(), weight.storage_offset() % self._size)
 
 
 @dataclass
 class _Bank:
-    """The adapters of one layer, and the dropout of each."""
+    """The adapters of one layer, and the dropout probability and generator of each."""
 
     adapters: _Adapters
     dropout: list[tuple[float, torch.Generator]]
 
 
-def of_slot(work: partial[list[Found]]) -> Found:
-    """What ``work``, a function of a model and further arguments that gives an answer a slot, says of its model.
+def of_slot(work: partial[list[Result]]) -> Result:
+    """The result of ``work`` for the selected slot of its model, or for the model itself if it is not in a pack.
 
-    ``work`` is told ``slots``, how often it is to repeat the rows that it gives the model; of a model that is
-    no pack's, once.
+    ``work`` is a partial of a function ``f(model, ..., slots)`` that gives the model each row ``slots`` times and
+    returns a list with the result of each slot.
     """
-    answer = getattr(work.args[0], SELECTED_SLOT, None)
-    found: Found = work(slots=1)[0] if answer is None else answer(work)
-    return found
+    selected_result = getattr(work.args[0], SELECTED_SLOT, None)
+    result: Result = work(slots=1)[0] if selected_result is None else selected_result(work)
+    return result
 
 
 def adapter_weights(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
@@ -190,9 +192,9 @@ def adapter_weights(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
 class Pack:
     """The adapters ``names`` of ``model``, used together from here to ``close``; some may ``leave`` before.
 
-    A forward pass then takes a batch made by ``for_all``. ``seed`` is that of every slot's dropout; None: nothing
-    is trained, and no memory taken for gradients. ``stacked``: the adapters are multiplied in one batch, as is usual
-    on CUDA, else each by itself.
+    A forward pass then takes a batch made by ``for_all``. ``seed`` is that of every slot's dropout; with None nothing
+    is trained, and no memory is allocated for gradients. ``stacked``: the adapters are multiplied in one batched
+    product (the default on CUDA), else each in a product of its own.
     """
 
     def __init__(
@@ -202,28 +204,29 @@ class Pack:
         self.model = model
         self._trained = seed is not None
         device = next(model.parameters()).device
-        on = "cpu" if device.type == "meta" else device
-        self._generators = {name: torch.Generator(on).manual_seed(seed or 0) for name in names}
+        generator_device = "cpu" if device.type == "meta" else device  # the meta device has no generators
+        self._generators = {name: torch.Generator(generator_device).manual_seed(seed or 0) for name in names}
         self._layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
         self._banks: dict[Any, _Bank] = {}
-        in_one_batch = device.type == "cuda" if stacked is None else stacked
-        self._buffers = _Buffers(self._layers, names) if in_one_batch else None
-        self._rows_of = dict[str, nn.Parameter]()  # of the buffers, by slot
+        is_stacked = device.type == "cuda" if stacked is None else stacked
+        self._buffers = _Buffers(self._layers, names) if is_stacked else None
+        self._buffer_rows = dict[str, nn.Parameter]()  # by slot
         self.gradients: list[torch.Tensor] = []  # of all slots
         self._packed = True
         self._rows = 0  # of each slot, in this forward pass; 0: any number
-        self._answers: list[tuple[partial[Any], list[Any] | None]] = []  # of each slot, to what was asked of one
+        # Work that was done for all slots at once, with the result of each slot; None where that failed.
+        self._results: list[tuple[partial[Any], list[Any] | None]] = []
         self._fill()
         for layer in self._layers:
             vars(layer)["forward"] = partial(self._forward, layer)
         self._patched: list[Any] = [*self._layers]
         self._8bit = [module for module in model.modules() if isinstance(module, Linear8bitLt)]
         if device.type == "cuda":
-            self._patched += map(self._apart, self._8bit)
+            self._patched += map(self._split_by_slot, self._8bit)
         self._hooks = self._share_first_layers()
 
     def for_all(self, batch: Batch) -> Batch:
-        """``batch`` once for each slot, slot after slot, as the model takes it."""
+        """``batch`` [rows, ...] repeated for each slot, slot after slot, [slots * rows, ...]."""
         self._rows = len(batch.input_ids)
         return batch.repeated(len(self.names))
 
@@ -233,10 +236,14 @@ class Pack:
 
     def row(self, name: str) -> nn.Parameter | None:
         """All weights of a slot in one row, which stays that slot's when others leave; None where they have none."""
-        return self._rows_of.get(name)
+        return self._buffer_rows.get(name)
 
     def part_of(self, row: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The part of ``row``, laid out as ``row(name)``, that has the place of ``weight``, one of that slot's."""
+        """The part of ``row``, laid out as ``row(name)``, at the offset that ``weight`` has in the row of its slot.
+
+        Raises:
+            RuntimeError: the pack has no buffers.
+        """
         if self._buffers is None:
             raise RuntimeError("the weights of this pack have no rows")
         return self._buffers.part_of(row, weight)
@@ -247,23 +254,23 @@ class Pack:
         return any(p for bank in self._banks.values() for p, _ in bank.dropout)
 
     def dropout(self, name: str) -> torch.Generator:
-        """What an adapter's dropout is drawn from."""
+        """The generator of an adapter's dropout."""
         return self._generators[name]
 
     def leave(self, names: Sequence[str]) -> None:
-        """Let these adapters go, as PEFT had them; the rest is packed anew."""
+        """Take the adapters ``names`` out of the pack, as plain adapters of PEFT; the others are packed again."""
         self._free()
         self.names = [name for name in self.names if name not in names]
         self._fill()
 
     def zero_grad(self) -> None:
-        """Forget all gradients."""
+        """Set the gradients of all slots to zero."""
         if self.gradients:
             torch._foreach_zero_(self.gradients)
 
     @contextmanager
     def alone(self, name: str) -> Iterator[None]:
-        """In the block the model is that of one adapter, and takes any number of rows."""
+        """In the block the model has the adapter ``name`` alone, and takes any number of rows."""
         self._packed = False
         self.model.set_adapter(name)
         try:
@@ -272,42 +279,46 @@ class Pack:
             self._packed = True
 
     @contextmanager
-    def asked(self, name: str) -> Iterator[None]:
-        """``alone``, for what all slots will be asked: ``of_slot`` answers it for all at once, until ``forget``."""
-        setattr(self.model, SELECTED_SLOT, partial(self._answer, self.names.index(name)))
+    def evaluated_together(self, name: str) -> Iterator[None]:
+        """``alone``, for an evaluation that every slot will go through.
+
+        In the block ``of_slot`` does its work for all slots at once, and keeps their results until ``forget``.
+        """
+        setattr(self.model, SELECTED_SLOT, partial(self._result, self.names.index(name)))
         try:
             with self.alone(name):
                 yield
         finally:
             delattr(self.model, SELECTED_SLOT)
 
-    def _answer(self, place: int, work: partial[list[Any]]) -> Any:
-        """The answer of the slot in that place, and of it alone where they cannot be asked together.
+    def _result(self, slot: int, work: partial[list[Any]]) -> Any:
+        """The result of ``work`` for the slot with this number, from that of all slots where these can go together.
 
-        Slots on 8-bit layers cannot: in an evaluation these round by all the rows that they are given at once.
+        With 8-bit layers they cannot: in an evaluation the rounding of these depends on all rows of a batch.
         """
         if self._8bit:
             return work(slots=1)[0]
-        question = (work.func, work.args, work.keywords)
-        known = [answers for one, answers in self._answers if (one.func, one.args, one.keywords) == question]
-        if not known:
+        call = (work.func, work.args, work.keywords)
+        kept = [results for done, results in self._results if (done.func, done.args, done.keywords) == call]
+        if not kept:
             self._packed, self._rows = True, 0
             try:
-                known = [work(slots=len(self.names))]
+                kept = [work(slots=len(self.names))]
             except Exception as error:
-                log.warning("slots are asked one by one, as together there is a %s: %s", type(error).__name__, error)
-                known = [None]
+                message = "the slots of a pack are evaluated one by one, as evaluating them together raised %s: %s"
+                log.warning(message, type(error).__name__, error)
+                kept = [None]
             finally:
                 self._packed = False
-            self._answers.append((work, known[0]))
-        return work(slots=1)[0] if known[0] is None else known[0][place]
+            self._results.append((work, kept[0]))
+        return work(slots=1)[0] if kept[0] is None else kept[0][slot]
 
     def forget(self) -> None:
-        """The adapters have changed: what was asked before is to be answered anew."""
-        self._answers.clear()
+        """Drop the kept results, because the adapters have changed."""
+        self._results.clear()
 
     def close(self) -> None:
-        """Make the model again what PEFT made it."""
+        """Give the model back as PEFT made it: with PEFT's forward passes and weights in memory of their own."""
         self._free()
         for module in self._patched:
             del vars(module)["forward"]
@@ -318,7 +329,7 @@ class Pack:
         layers = [layer for layer in self._layers if any(name in layer.lora_A for name in self.names)]
         if self._buffers is not None and layers:
             like = next(iter(layers[0].lora_A.values())).weight
-            self._buffers.make(len(self.names), like.detach(), self._trained)
+            self._buffers.allocate(len(self.names), like.detach(), self._trained)
         for layer in layers:
             self._banks[layer] = self._bank(layer)
         if self._buffers is None:
@@ -328,17 +339,17 @@ class Pack:
             self.gradients = [self._buffers.gradients]
             rows = zip(self.names, self._buffers.weights, self._buffers.gradients, strict=True)
             for name, weights, gradients in rows:
-                row = self._rows_of.setdefault(name, nn.Parameter(weights))
+                row = self._buffer_rows.setdefault(name, nn.Parameter(weights))
                 row.data, row.grad = weights, gradients
 
     def _bank(self, layer: Any) -> _Bank:
-        having = [name for name in self.names if name in layer.lora_A]
+        adapted = [name for name in self.names if name in layer.lora_A]
         if self._buffers is not None:
             names, adapters = self.names, cast(_Adapters, _Stacked(layer, self.names, self._buffers))
         else:
-            names, adapters = having, _Separate(layer, having, self.names, self._trained)
-        chances = [getattr(layer.lora_dropout[name], "p", 0.0) if name in having else 0.0 for name in names]
-        return _Bank(adapters, [(p, self._generators[name]) for p, name in zip(chances, names, strict=True)])
+            names, adapters = adapted, _Separate(layer, adapted, self.names, self._trained)
+        probabilities = [getattr(layer.lora_dropout[name], "p", 0.0) if name in adapted else 0.0 for name in names]
+        return _Bank(adapters, [(p, self._generators[name]) for p, name in zip(probabilities, names, strict=True)])
 
     def _free(self) -> None:
         for layer in self._banks:
@@ -358,18 +369,21 @@ class Pack:
         base = partial(layer.base_layer, *args, **kwargs) if args or kwargs else layer.base_layer
         bank = self._banks.get(layer)
         if bank is None:
-            found: torch.Tensor = base(x)
-            return found
+            base_output: torch.Tensor = base(x)
+            return base_output
         slots = len(self.names)
         if x.ndim != 3 or len(x) % slots or self._rows not in (0, len(x) // slots):
-            raise ValueError(f"a layer that is given {list(x.shape)} in place of all rows cannot be packed")
+            raise ValueError(
+                f"this model cannot be packed: an adapted layer got an input of shape {list(x.shape)}, "
+                f"not [slots * rows, tokens, features] with the rows of {slots} slots"
+            )
         drops = layer.training and any(p for p, _ in bank.dropout)
-        return bank.adapters.output(base, x, partial(_noise, dropout=bank.dropout) if drops else None)
+        return bank.adapters.output(base, x, partial(_dropout_mask, dropout=bank.dropout) if drops else None)
 
-    def _apart(self, module: Linear8bitLt) -> Linear8bitLt:
-        """Have an 8-bit layer of CUDA look at each slot by itself.
+    def _split_by_slot(self, module: Linear8bitLt) -> Linear8bitLt:
+        """Make an 8-bit layer on CUDA compute each slot in a call of its own; returns the layer.
 
-        Which columns it takes for outliers, and so how it rounds, depends on all rows that it is given at once.
+        The columns that it treats as outliers, and so its rounding, depend on all rows of a call.
         """
 
         def forward(x: torch.Tensor) -> torch.Tensor:
@@ -380,51 +394,56 @@ class Pack:
         return module
 
     def _share_first_layers(self) -> list[Any]:
-        """Have the layers before the first adapted one see the rows once, as all slots are the same there."""
-        before = _before_the_adapters(self.model)
+        """Run the layers before the first adapted one on the rows of one slot, as all slots are equal there.
 
-        def once(_: nn.Module, args: Any, kwargs: Any) -> Any:
-            every = len(self.names) * self._rows
-            return _each(lambda t: t[: self._rows] if self._packed and len(t) == every > 0 else t, (args, kwargs))
+        Returns the handles of the hooks.
+        """
+        layers = _layers_to_first_adapted(self.model)
 
-        def for_all(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        def keep_one_slot(_: nn.Module, args: Any, kwargs: Any) -> Any:
+            total = len(self.names) * self._rows
+            return _map_tensors(
+                lambda t: t[: self._rows] if self._packed and len(t) == total > 0 else t, (args, kwargs)
+            )
+
+        def repeat_for_all(_: nn.Module, args: Any, kwargs: Any) -> Any:
             slots = len(self.names)
-            return _each(
+            return _map_tensors(
                 lambda t: torch.cat([t] * slots) if self._packed and len(t) == self._rows else t, (args, kwargs)
             )
 
-        hooks = [layer.register_forward_pre_hook(once, with_kwargs=True) for layer in before[:-1]]
-        return [*hooks, *(layer.register_forward_pre_hook(for_all, with_kwargs=True) for layer in before[-1:])]
+        hooks = [layer.register_forward_pre_hook(keep_one_slot, with_kwargs=True) for layer in layers[:-1]]
+        return [*hooks, *(layer.register_forward_pre_hook(repeat_for_all, with_kwargs=True) for layer in layers[-1:])]
 
 
-def _noise(x: torch.Tensor, dropout: Sequence[tuple[float, torch.Generator]]) -> torch.Tensor:
-    """What dropout multiplies ``x`` with, [adapters, rows, in]: on a CPU each slot's numbers are those of torch's own.
+def _dropout_mask(x: torch.Tensor, dropout: Sequence[tuple[float, torch.Generator]]) -> torch.Tensor:
+    """The mask of dropout for ``x``, scaled by 1 / (1 - p), [adapters, rows, in]; on a CPU it equals torch's own.
 
     Every slot draws from its own generator, so that its numbers do not depend on the other slots.
     """
-    noise = torch.ones_like(x)
-    for mine, (p, generator) in zip(noise, dropout, strict=True):
+    mask = torch.ones_like(x)
+    for slot_mask, (p, generator) in zip(mask, dropout, strict=True):
         if p:
-            mine.bernoulli_(1 - p, generator=generator).div_(1 - p)
-    return noise
+            slot_mask.bernoulli_(1 - p, generator=generator).div_(1 - p)
+    return mask
 
 
-def _before_the_adapters(model: nn.Module) -> list[nn.Module]:
-    """The layers of the model's stack up to and with the first adapted one; none if there is nothing to share."""
+def _layers_to_first_adapted(model: nn.Module) -> list[nn.Module]:
+    """The layers of the model's stack up to the first adapted one, included; empty if that is the first of all."""
     adapted = {module for module in model.modules() if isinstance(module, LoraLayer)}
     for stack in model.modules():
         if isinstance(stack, nn.ModuleList) and adapted <= set(stack.modules()):
-            first = next(n for n, layer in enumerate(stack) if adapted & set(layer.modules()))
+            first = next(index for index, layer in enumerate(stack) if adapted & set(layer.modules()))
             return list(stack)[: first + 1] if first else []
     return []
 
 
-def _each(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
-    """``value`` with every tensor in it that has rows changed."""
+def _map_tensors(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """``value`` with ``change`` applied to every tensor in it that has rows (two dimensions or more)."""
     if isinstance(value, torch.Tensor):
         return change(value) if value.ndim > 1 else value
     if isinstance(value, tuple | list):
-        return type(value)(_each(change, one) for one in value)
+        return type(value)(_map_tensors(change, element) for element in value)
     if isinstance(value, dict):
-        return {key: _each(change, one) for key, one in value.items()}
+        return {key: _map_tensors(change, element) for key, element in value.items()}
     return value

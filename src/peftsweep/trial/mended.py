@@ -17,8 +17,8 @@ from peftsweep.schema import Dtype, Init, ModelConfig, Task
 from peftsweep.study.record import Result
 
 Values = Mapping[str, Any]
-ALL_LINEAR = "all-linear"  # in place of names of modules
-MLP_NAMES = ("gate_proj", "up_proj", "down_proj", "fc1", "fc2")  # of them those that parts of a router have too
+ALL_LINEAR = "all-linear"  # PEFT's value of target_modules for all linear layers
+MLP_NAMES = ("gate_proj", "up_proj", "down_proj", "fc1", "fc2")  # module names that parts of a router have, too
 # Settings of a base that changed what transformers' own generation wrote, each with a value that changes nothing.
 BEAM_SETTINGS = {"length_penalty": 1, "early_stopping": False, "diversity_penalty": 0, "num_beam_groups": 1}
 GENERATION_SETTINGS: Mapping[str, Any] = BEAM_SETTINGS | {
@@ -35,8 +35,8 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_nu
 class Mended:
     """A fault that made the numbers of some trials wrong, until a rule of identities."""
 
-    rule: int  # of the first version without it
-    concerns: Callable[[Values, Values], bool]  # a trial's configuration, and train_info of its record
+    rule: int  # of the first version without the fault
+    concerns: Callable[[Values, Values], bool]  # (configuration, train_info of the record) -> whether it is affected
     reason: str
     training: bool = True  # whether it made the trained weights wrong; else only scores, and the weights can be kept
 
@@ -47,9 +47,9 @@ def rule_of(result: Result) -> int:
 
 
 def outdated(result: Result, *, training: bool = False) -> str | None:
-    """Why the numbers of a record, of an earlier version, are known to be wrong; None where they are not.
+    """The reason why the numbers of a record of an earlier version are wrong; None where no fault is known.
 
-    With ``training`` only the trained weights are asked about.
+    With ``training`` only faults of the trained weights count.
     """
     mine = rule_of(result)
     faults = (fault for fault in MENDED if mine < fault.rule and (fault.training or not training))
@@ -57,7 +57,7 @@ def outdated(result: Result, *, training: bool = False) -> str | None:
 
 
 def right_since(tree: Values) -> int:
-    """The first rule by which the training of this configuration gives the weights that it gives now."""
+    """The first rule whose versions train this configuration to the same weights as this version."""
     return max((fault.rule for fault in MENDED if fault.training and fault.concerns(tree, {})), default=1)
 
 
@@ -164,7 +164,7 @@ class _Base:
     head: list[str] | None = None  # the names of its head's outputs
     composite: bool = False  # it reads more than text
     experts: bool = False
-    linear_routers: frozenset[str] = frozenset()  # the last names of what chooses among experts, where it is linear
+    linear_routers: frozenset[str] = frozenset()  # the last part of the names of linear routers of experts
     recurrent: bool = False
     own_settings: frozenset[str] = frozenset()  # its generation settings that change what it writes
 
@@ -178,7 +178,7 @@ def _base(config: Values) -> _Base:
         if key not in _BASES:
             _BASES[key] = _read(base)
         return _BASES[key]
-    except (InputError, TypeError, ValueError):  # it is not there any more: the trial itself will say so
+    except (InputError, TypeError, ValueError):  # the base is missing now: the trial itself will report that
         return _Base()
 
 

@@ -44,7 +44,7 @@ def progress_so_far(place: Path) -> dict[str, Any]:
 
 
 def empty(device: torch.device) -> None:
-    """Free unused memory; the frames of an exception may have held a model until now."""
+    """Free unused memory; the frames of an exception may have kept a model alive until now."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -60,7 +60,7 @@ def status_of(error: BaseException) -> Status:
 
 
 def failure_of(error: BaseException, stage: str | None, config: Config) -> dict[str, str]:
-    """``error`` for the record; for a lack of memory one line with what to change."""
+    """``error`` for the record; if memory ran out, one line that says what to change."""
     found = record.failure(error, stage)
     log.log(logging.INFO if isinstance(error, Refused) else logging.ERROR, "%s", found["traceback"])
     if out_of_memory(error):
@@ -128,7 +128,7 @@ def peaks(one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]) -> d
 
 
 def _seconds_key(stage: str) -> str:
-    """Where a record has a stage's seconds. Those of the training are the sum of its steps; its stage's are more."""
+    """The key of a stage's seconds in a record; train_seconds, the sum of the steps, is less than the whole stage."""
     return "train_stage_seconds" if stage == "train" else f"{stage}_seconds"
 
 
@@ -154,7 +154,7 @@ def train_info(trained: Trained) -> dict[str, Any]:
 
 
 def train_cost(trained: Trained) -> dict[str, Any]:
-    """Time and memory of the training, for the record; those of a pack under keys of their own."""
+    """Time and memory of the training, for the record; a packed trial has them under separate keys."""
     seconds = sum(trained.step_seconds)
     cost = {
         "train_seconds": seconds,
@@ -166,7 +166,7 @@ def train_cost(trained: Trained) -> dict[str, Any]:
 
 
 def begin(trial: Trial, place: Path) -> Result:
-    """An empty folder but for the composed configuration, as Hydra writes it, and the record to be filled."""
+    """Make the trial's folder with Hydra's composed configuration alone; returns the record to be filled."""
     for name in ("", ".hydra", "predictions", store.ADAPTER, store.MERGED, store.CHECKPOINTS):
         make_way(place / name, folder=True)
     place.mkdir(parents=True, exist_ok=True)
@@ -188,7 +188,7 @@ def begin(trial: Trial, place: Path) -> Result:
 
 
 def run_info(trial: Trial, place: Path) -> dict[str, Any]:
-    """``run_info`` of a trial in the folder ``place``, as far as it is known at the beginning."""
+    """``run_info`` of a trial in the folder ``place``, with the values that are known at its start."""
     return {
         "trial": place.name,
         "labels": [trial.label],
@@ -245,7 +245,7 @@ def end(
 
 
 def _without_histograms(facts: dict[str, Any]) -> dict[str, Any]:
-    """The facts without histograms, whose keys are answers and no names for a tracker."""
+    """The facts without histograms, because their keys are answers, which a tracker cannot take as names."""
     return {name: fact for name, fact in facts.items() if not name.endswith("histogram")}
 
 

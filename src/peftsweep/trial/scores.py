@@ -28,14 +28,14 @@ from peftsweep.trial.outcome import Attempts
 
 log = logging.getLogger(__name__)
 
-# Facts of an evaluation that are the same whatever the model says.
+# Facts of an evaluation that do not depend on the model's answers.
 FACTS_OF_ROWS = (
     *("majority", "random", "f1_majority", "f1_random", record.HEADLINE),
     *("truncated_prompts", "truncated_answers", "long_references"),
 )
 TEXT_PACKAGES = ("rouge_score", "sacrebleu")  # whose versions decide the scores of written texts
-COST = ("seconds", "allocated_peak", "rss_peak")  # of an evaluation
-CHECKSUM = "sha256"  # in a file of a base's scores, of these and its answers
+COST = ("seconds", "allocated_peak", "rss_peak")  # keys of the cost of an evaluation
+CHECKSUM = "sha256"  # key of the checksum of scores and answers, in a file of a base's scores
 
 
 class EvaluationCache:
@@ -48,7 +48,7 @@ class EvaluationCache:
         self._trial, self._folder, self._device, self._attempts = trial, folder, device, attempts
 
     def keep(self, name: str, test: list[Example], found: dict[str, Any], *, packed: bool = False) -> None:
-        """Write what the evaluation ``name`` has found; if ``packed`` without what it took, which is the pack's."""
+        """Write the result of the evaluation ``name``; if ``packed``, without its cost, which is that of the pack."""
         seconds, memory = self._attempts.seconds(), self._attempts.memory()
         if packed:
             seconds, memory = {Attempts.TOTAL: seconds[Attempts.TOTAL]}, {}
@@ -57,14 +57,14 @@ class EvaluationCache:
         record.write_json(self._file(name), kept)
 
     def find(self, name: str, test: list[Example]) -> dict[str, Any] | None:
-        """The kept result of the evaluation; None if there is none, or it is of another configuration."""
+        """The kept result of the evaluation; None if there is none, or if it has another configuration."""
         try:
             kept = record.read_json(self._file(name))
             if kept["of"] != self._of(name, test):
                 return None
             found: dict[str, Any] = kept["found"]
             self._attempts.resume(kept["seconds"], kept["memory"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or no file of ours
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # missing, damaged, or of another program
             return None
         log.info("%s: taken from before the trial was cut off", name)
         return found
@@ -117,7 +117,7 @@ def base_scores(
 
 
 def _kernels(device: torch.device) -> dict[str, Any]:
-    """What decides the scores of a model on ``device`` beside its weights: processor, kernels, packages."""
+    """What decides the scores of a model on ``device``, besides its weights: processor, kernels, packages."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else record.processor(),
         "kernels": None if device.type == "cuda" else record.kernels(),
@@ -126,7 +126,7 @@ def _kernels(device: torch.device) -> dict[str, Any]:
 
 
 def _of_rows(trial: Trial, name: str, test: list[Example]) -> dict[str, Any]:
-    """The rows of the evaluation ``name`` and how they are judged."""
+    """The rows of the evaluation ``name``, and the settings that judge them."""
     node = trial.config.eval[name]
     further: dict[str, Any] = {}
     if node.get("_target_") == TEXT:

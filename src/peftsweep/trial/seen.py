@@ -28,7 +28,7 @@ Written = tuple[str, str]  # a prompt and its answer
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What an adapter was trained on: the trial that says how rows become examples, its training rows and tokens."""
+    """What an adapter was trained on: its trial (which has the templates), the training rows, and their tokens."""
 
     trial: Trial
     rows: Sequence[data_rows.Row]
@@ -68,7 +68,7 @@ def seen(
 
 
 def _written_in_all_templates(test: Sequence[Example], again: Sequence[Example | None]) -> list[set[Written]]:
-    """Prompt and answer of each test row, in all templates that it was put into."""
+    """For each test row: its prompt and answer in each template that is used for it."""
     others = again if len(again) == len(test) else [None] * len(test)
     return [{one.written for one in pair if one is not None} for pair in zip(test, others, strict=True)]
 
@@ -94,7 +94,7 @@ def _trained_examples(training: Training, asked: set[Written], tokenizer: PreTra
     taken = length.rows_taken(tokens, config.train, config.seed)
     if len(tokens) == len(training.rows):
         return {written for number, _, written in found if number in taken}
-    # Rows that are too long were left out, so that the numbers are no longer the same.
+    # Rows that are too long were left out, so that row numbers and token numbers differ.
     kept = {tuple(tokens[number].ids) for number in taken}
     return {written for _, row, written in found if kept & _ids(training.trial, row, tokenizer)}
 

@@ -45,9 +45,11 @@ from peftsweep.trial.stages import merge_adapter, reload_adapter, row_sources
 
 log = logging.getLogger(__name__)
 Answers = tuple[batches.Batch, torch.Tensor]  # a batch, and a model's losses on it
-MAX_STEP_SIZE_DIFFERENCE = 0.1  # of the trial's median, above which the size of profiled steps is worth a warning
-MEASURED_STEPS = 13  # the first three of them are left out
-OCCUPIED_BYTES = 1e9  # bytes that others hold on a device, beyond what its driver takes
+MAX_STEP_SIZE_DIFFERENCE = (
+    0.1  # share of the trial's median step size; a larger difference of profiled steps is warned of
+)
+MEASURED_STEPS = 13  # the first three are left out
+OCCUPIED_BYTES = 1e9  # bytes of a device that other processes hold, beyond those of its driver
 
 
 class Session:
@@ -77,7 +79,7 @@ class Session:
             yield own
 
     def check_claim(self) -> None:
-        """Raise ``study.Claimed`` where the trial has become another process's."""
+        """Raise ``study.Claimed`` if another process has taken over the trial."""
         claims.check_claim(self.place.parent, self.trial.identity)
 
     def refuse(self) -> None:
@@ -117,7 +119,7 @@ class Session:
         self.stop_at = self.rung_step(len(self.tokens))
 
     def rung_step(self, rows: int) -> int | None:
-        """The step at which training on so many rows stops, for a rung; None: at its end."""
+        """The step of the rung at which training on this number of rows stops; None: it runs to its end."""
         total = length.total_steps(self.config.train, rows)
         return None if self.earlier else rungs.stop_at(self.config.halving, total)
 
@@ -130,7 +132,7 @@ class Session:
             self.result.eval_info[name] = known | {"seen_in_training": counts[name]}
 
     def score_base_again(self) -> None:
-        """The untouched base's answers, which a trial that is done lacks; the record says what it now scores."""
+        """Write the untouched base's answers, which a finished trial lacks, and its scores into the record."""
         self.load()
         self.read()
         for name, test in self.tests.items():
@@ -179,7 +181,7 @@ class Session:
 
     def _attach(self) -> None:
         with self.stage("attach"):
-            torch.manual_seed(self.config.seed)  # the adapter's initial weights are drawn from here on
+            torch.manual_seed(self.config.seed)  # the seed of the adapter's initial weights
             steps = length.total_steps(self.config.train, len(self.tokens))
             initialise = build.initialisation(self.trial, self.place, self.base, self.tokens, self.tokenizer)
             self.adapted = build.attach_method(self.trial, self.base, steps, initialise)
@@ -234,11 +236,11 @@ class Session:
         found = checkpoint.Checkpoints(place, stamps[0], self.place / record.STEPS, also=stamps[1:])
         if self.rows_lost():
             found.clear()
-        self.result.run_info["resumed"] = resumed = found.find()  # from this step on; 0: from the beginning
+        self.result.run_info["resumed"] = resumed = found.find()  # the step; 0: from the beginning
         if resumed:
             self.attempts.resume(found.earlier, found.earlier_memory)
         if found.trained is None:
-            self.kept.forget()  # of other weights
+            self.kept.forget()  # kept evaluations are of other weights
         found.check = self.check_claim
         found.seconds, found.memory = self.attempts.seconds, self.attempts.memory
         return found
@@ -249,7 +251,7 @@ class Session:
         log_step(lines, self.observer, row)
 
     def rows_lost(self) -> bool:
-        """Whether the steps logged until a checkpoint are damaged: then the training begins anew."""
+        """Whether the lines of steps.jsonl up to a checkpoint are damaged: then the training starts anew."""
         try:
             record.read_lines(self.place / record.STEPS, record.STEP, whole=False)
         except Unreadable as error:
@@ -258,12 +260,12 @@ class Session:
         return False
 
     def steps(self) -> TextIO:
-        """The trial's steps.jsonl, to be written on."""
+        """The trial's steps.jsonl, opened for appending."""
         file = self.place / record.STEPS
         return file.open("a", encoding="utf-8") if self.result.run_info["resumed"] else file.open("w", encoding="utf-8")
 
     def keep(self) -> Answers | None:
-        """Time and profile the trained model; its answers to a batch, where what is saved is to be compared."""
+        """Time and profile the trained model; its losses on a batch, if the saved model is compared with them."""
         config = self.config
         if config.inference:
             self.time_inference()
@@ -311,7 +313,7 @@ class Session:
             self.result.eval_info[name] |= self.kept.find(name, test) or self._evaluate(name, test)
 
     def _evaluate(self, name: str, test: list[Example]) -> dict[str, Any]:
-        """Scores, facts and cost; they are on the disk, for a attempt that goes on after this one was cut off."""
+        """Evaluate the model; results are written to the disk at once, so that a later attempt can use them."""
         with self.stage("eval") as own:
             evaluation = build.evaluator(self.trial, name)(self.adapted, self.tokenizer, test)
         self.check_claim()
@@ -322,7 +324,7 @@ class Session:
         return found
 
     def score_scaled(self) -> None:
-        """The scores of the adapter at fractions of its scale, where an evaluation says what is to be kept."""
+        """The scores of the adapter at fractions of its scale, if an evaluation sets them."""
         roles = {name: node.get("role", Role.target.value) for name, node in self.config.eval.items()}
         if not self.config.adapter.scales or set(roles.values()) != {role.value for role in Role}:
             return
@@ -349,7 +351,7 @@ class Session:
 
     def time_inference(self) -> None:
         saved = self.place / store.ADAPTER if self.config.adapter.save else self.config.adapter.path
-        # After full fine-tuning the two are one and the same to a clock.
+        # After full fine-tuning both models have the same operations, and so the same times.
         variants = {"base": self.bare, "adapted": self.adapted} if self.config.method else {"base": self.adapted}
         with self.stage("inference"):
             timed = build.inference_benchmark(self.trial)(variants, self.tokenizer, saved=saved and Path(saved))
@@ -358,7 +360,7 @@ class Session:
         record.write_lines(self.place / "generation.jsonl", timed.runs)
 
     def answers(self) -> Answers:
-        """A batch and the trained model's losses on it, by which what was saved is judged."""
+        """A batch and the trained model's losses on it, with which the saved model is compared."""
         probe = batches.collate(self.tokens[: self.config.train.batch_size], self.pad_id).to(self.meter.device)
         with torch.no_grad():
             return probe, losses.answer_losses(self.adapted, probe)
@@ -380,7 +382,7 @@ class Session:
         self.info.setdefault("profile", {})[self.trial.choices["profiler"]] = found
 
     def _sizes(self, steps: int) -> dict[str, float]:
-        """The padded tokens of a step: the median of ``steps`` typical ones, and that of the trial's own."""
+        """The padded tokens of a step: the median of ``steps`` typical steps, and the median of the trial's steps."""
         rows, config, seed = self.tokens, self.config.train, self.config.seed
         runs = length.typical_steps(rows, config, seed, steps), length.steps_of(rows, config, seed)
         few, all_of = (statistics.median(length.padded_tokens(step, rows, config) for step in run) for run in runs)
@@ -393,7 +395,7 @@ class Session:
         self._steps(steps, Meter(self.meter.device), after_step)
 
     def _steps(self, steps: int, meter: Meter, after_step: Callable[[], None] | None = None) -> Trained:
-        """Run further steps, with sizes distributed as the trial's."""
+        """Run further steps, whose sizes are distributed as those of the trial."""
         config = dataclasses.replace(self.config.train, steps=steps, epochs=None, keep_best=False, log_every=steps)
         return loop.train(
             self.adapted,
@@ -408,7 +410,7 @@ class Session:
         )
 
     def resume(self) -> None:
-        """The trained model of a trial that is done; where its adapter was not kept, one as large."""
+        """The trained model of a finished trial; if its adapter was not kept, an untrained one of the same size."""
         self.load()
         self.read()
         if any((self.place / store.ADAPTER).glob("*.safetensors")):
@@ -417,14 +419,14 @@ class Session:
             self._attach()
 
     def measure(self) -> None:
-        """Measure the step of a packed trial alone, on some further steps that are thrown away."""
+        """Measure the step of a packed trial alone, on some further steps whose weights are discarded."""
         with self.stage("load"):
             self.base = build.load_base(self.trial, self.tokenizer, self.meter.device)
         self._attach()
         with self.stage("train"):
             trained = self._steps(MEASURED_STEPS, self.meter)
         cost = train_cost(trained)
-        del cost["train_seconds"]  # which was not measured for all of its steps
+        del cost["train_seconds"]  # was not measured for all of its steps
         self.info |= cost | {"measured_steps": MEASURED_STEPS}
         self.let_go()
 

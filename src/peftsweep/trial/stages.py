@@ -22,9 +22,9 @@ from peftsweep.schema import Dtype
 from peftsweep.study import record, store
 
 log = logging.getLogger(__name__)
-RELOAD_TOLERANCE = 1e-4  # of any token's loss, in nats: above rounding, far below what an evaluation sees
-MERGE_TOLERANCE = 1e-3  # of any token's loss: sums of merged weights round otherwise than those of two products
-# Of the mean token's, on a 16-bit base: sums in another order were seen to round by 0.013 (by 0.3 for one token).
+RELOAD_TOLERANCE = 1e-4  # nats, for the loss of any token: above rounding, far below what changes a score
+MERGE_TOLERANCE = 1e-3  # nats, for the loss of any token: merged weights round differently than two products
+# Nats, for the mean loss on a 16-bit base: another order of sums was seen to change it by 0.013 (one token by 0.3).
 NARROW_TOLERANCE = 0.03
 
 
@@ -66,7 +66,7 @@ def reload_adapter(
         again = build.restore(trial, base, place / store.ADAPTER)
         with torch.no_grad():
             answered = models_losses.answer_losses(again, probe)
-    except Exception as error:  # whatever PEFT raises; the trial itself has succeeded
+    except Exception as error:  # PEFT may raise any error; the trial itself has succeeded
         log.exception("the saved adapter cannot be loaded")
         return {"reloads": False, "reload_error": record.one_line(error)}
     same = _same(trial, answered, losses)
@@ -97,7 +97,7 @@ def merge_adapter(
     except saved.NotMergeable as error:
         log.warning("adapter.merge=true: %s", error)
         return {"merges": False, "merge_error": str(error)}
-    except Exception as error:  # whatever PEFT raises; the trial itself has succeeded
+    except Exception as error:  # PEFT may raise any error; the trial itself has succeeded
         log.exception("the adapter cannot be merged")
         shutil.rmtree(folder, ignore_errors=True)
         return {"merges": False, "merge_error": record.one_line(error)}
@@ -114,7 +114,7 @@ def _rounds(trial: Trial) -> bool:
 
 
 def _same(trial: Trial, found: torch.Tensor, expected: torch.Tensor, exact: float = RELOAD_TOLERANCE) -> bool:
-    """Whether losses of answer tokens are equal but for rounding: by less than ``exact`` on a base of 32 bits."""
+    """Whether losses of answer tokens are equal but for rounding; on a 32-bit base by less than ``exact`` nats."""
     differences = (found - expected).abs()
     if trial.config.model.dtype is Dtype.float32:
         return differences.max().item() < exact

@@ -24,7 +24,7 @@ from peftsweep.tuning.search import Point, Space, Spent, Tuned, Until
 from peftsweep.tuning.space import Plan, check_lists, plan, space
 from peftsweep.tuning.trials import Clock, Launch, Trials, earlier_seconds, headline
 
-PLACEBO_SEED = 1000  # by which the placebo's seeds lie above those of the others
+PLACEBO_SEED = 1000  # difference between the seeds of the placebo and those of the other contestants
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,16 @@ class Question:
     """A command of sweep=tune or sweep=league, parsed."""
 
     words: list[str]  # of the command line
-    base_words: list[str]  # of them, those that every trial gets
-    trials: Mapping[str, Trial]  # for each method one as it is configured, of which none is run as it is
-    with_rate: Mapping[str, bool]  # whether the method's yaml, or the command, names a learning rate
+    base_words: list[str]  # the words of the command line that every trial gets
+    trials: Mapping[str, Trial]  # by method: its configuration before the search; these are not run
+    with_rate: Mapping[str, bool]  # by method: whether its yaml or the command names a learning rate
     launch: Launch
     folder: Path  # of the study
     at_once: int = 1  # trials that run side by side
 
     @property
     def any(self) -> Trial:
-        """One of the trials, for the settings that all share."""
+        """One of the trials, for the settings that all of them share."""
         return next(iter(self.trials.values()))
 
     @property
@@ -63,16 +63,16 @@ def prepare(question: Question, file: str) -> Setting:
     """Check the question; ``file`` of the study holds the results of earlier commands.
 
     Raises:
-        InputError: it cannot be asked so.
+        InputError: a key does not fit such a search.
     """
     config = question.any.config
     tune = asdict(config.tune)
     check_lists(tune)
     budget, common = parse(config.budget), plan(question.any, config.tune.metric)
     spaces, sizes = [], {}
-    for name, one in question.trials.items():
-        found, sizes[name] = space(one, tune, has_rate=question.with_rate[name])
-        spaces.append(replace(found, method=name))
+    for name, trial in question.trials.items():
+        method_space, sizes[name] = space(trial, tune, has_rate=question.with_rate[name])
+        spaces.append(replace(method_space, method=name))
     if budget is not None and budget.unit == "steps" and budget.amount < (common.total or math.inf):
         least = (
             f"at least {common.total}steps, those of one trial"
@@ -81,11 +81,11 @@ def prepare(question: Question, file: str) -> Setting:
         )
         raise InputError(f"budget={config.budget}: must be {least}")
     total, earlier = common.total, earlier_seconds(question.folder / file, question.hash)
-    purse = BudgetAccount(budget, (common.rung or total, total, total), Clock(earlier))
+    account = BudgetAccount(budget, (common.rung or total, total, total), Clock(earlier))
     words = [*question.base_words, *(["skip_oversized=true"] if config.memory_limit is not None else [])]
     named = config.tune.targets is not None
     return Setting(
-        spaces, common, Trials(question.launch, words, common, sizes, purse, question.at_once, named_targets=named)
+        spaces, common, Trials(question.launch, words, common, sizes, account, question.at_once, named_targets=named)
     )
 
 
@@ -124,12 +124,16 @@ class Final:
 
     column: str
     scores: Finals
-    looks: list[tuple[str, str, Look]]  # the last of each pair
-    spent: bool  # whether the budget ended it
+    looks: list[tuple[str, str, Look]]  # the last comparison of each pair
+    spent: bool  # whether the finals ended because the budget was spent
 
     def order(self, sign: int) -> list[str]:
         """The finalists, the best mean first."""
-        means = {name: sum(one.value for one in of.values()) / len(of) for name, of in self.scores.items() if of}
+        means = {
+            name: sum(score.value for score in by_seed.values()) / len(by_seed)
+            for name, by_seed in self.scores.items()
+            if by_seed
+        }
         return sorted(means, key=lambda name: -sign * means[name])
 
 
@@ -137,9 +141,9 @@ def tune(question: Question, say: Callable[[str], None]) -> None:
     """Search, judge the finalists, print the decision, and write it to the study's tune.json.
 
     Raises:
-        InputError: the question cannot be asked so; nothing was trained.
+        InputError: a key does not fit such a search; nothing was trained.
         SweepFailed: no trial could be trained.
-        NotRun: the launcher did not run all that it was given.
+        NotRun: the launcher did not run all trials.
     """
     setting = prepare(question, TUNE)
     seed = question.any.config.seed
@@ -156,51 +160,56 @@ def tune(question: Question, say: Callable[[str], None]) -> None:
     final = _finals(setting, found, question.any, seed)
     decided = _decision(setting, found, final)
     lines = [
-        *_searched(setting, found),
-        *_decided(decided, final, question.any.config.tune.tie),
+        *_search_lines(setting, found),
+        *_decision_lines(decided, final, question.any.config.tune.tie),
         *(f"not tried of {line}" for line in decided.not_tried),
         *(f"could not be trained: {line}" for line in decided.not_trained),
-        _spent(setting),
+        _spent_line(setting),
     ]
     _write(question, setting, found, final, lines, decided)
     for line in lines:
         say(line)
 
 
-def _finals(setting: Setting, found: Sequence[Tuned], one: Trial, seed: int) -> Final | None:
-    """Judge the finalists seed by seed until their comparison is decided; None where none was judged."""
-    config, trials = one.config.tune, setting.trials
-    best = {each.method: each.best for each in found if each.best is not None}
+def _finals(setting: Setting, tuned: Sequence[Tuned], trial: Trial, seed: int) -> Final | None:
+    """Judge the finalists seed by seed until their comparison is decided; None where no finalist was judged."""
+    config, trials = trial.config.tune, setting.trials
+    best = {method.method: method.best for method in tuned if method.best is not None}
     names = list(best)[: config.finalists]
     judged: dict[str, dict[int, Judged]] = {name: {} for name in names}
-    pairs = [(a, b) for place, a in enumerate(names) for b in names[place + 1 :]]
+    pairs = [(a, b) for index, a in enumerate(names) for b in names[index + 1 :]]
     looks: dict[tuple[str, str], Look] = {}
-    alive, said, spent = set(names), None, False
+    alive, metric, spent = set(names), None, False
     for number in range(config.seeds if len(names) > 1 else 1):
         points = {name: replace(best[name], seed=_seed(seed, number)) for name in names if name in alive}
         try:
             trials("finals", list(points.values()), Until.test)
         except Spent:
             spent = True
-        said = said or headline(trials.results[point] for point in points.values() if point in trials.results)
+        metric = metric or headline(trials.results[point] for point in points.values() if point in trials.results)
         for name, point in points.items():
-            if said and (score := trials.judged(point, *said)) is not None:
+            if metric and (score := trials.judged(point, *metric)) is not None:
                 judged[name][point.seed] = score
-        if spent or said is None:
+        if spent or metric is None:
             break
-        column = f"eval_info.{said[0]}.{said[1]}.value"
-        scored = {name: of for name, of in judged.items() if of}
+        column = _value_column(*metric)
+        scores = {name: by_seed for name, by_seed in judged.items() if by_seed}
         for pair in pairs:
-            if number and alive.issuperset(pair) and scored.keys() >= set(pair):
-                looks[pair] = statistics.look(column, scored, *pair, number, config.tie, len(pairs))
+            if number and alive.issuperset(pair) and scores.keys() >= set(pair):
+                looks[pair] = statistics.look(column, scores, *pair, number, config.tie, len(pairs))
         alive -= {name for (a, b), look in looks.items() for name in _worse(a, b, look)}
-        left = [look for pair, look in looks.items() if alive.issuperset(pair)]
-        if number and all(look.verdict == TIE or statistics.hopeless(look, config.tie) for look in left):
+        open_looks = [look for pair, look in looks.items() if alive.issuperset(pair)]
+        if number and all(look.verdict == TIE or statistics.undecidable(look, config.tie) for look in open_looks):
             break
-    if said is None or not any(judged.values()):
+    if metric is None or not any(judged.values()):
         return None
-    kept = {name: of for name, of in judged.items() if of}
-    return Final(f"eval_info.{said[0]}.{said[1]}.value", kept, [(*pair, look) for pair, look in looks.items()], spent)
+    scores = {name: by_seed for name, by_seed in judged.items() if by_seed}
+    return Final(_value_column(*metric), scores, [(*pair, look) for pair, look in looks.items()], spent)
+
+
+def _value_column(evaluation: str, metric: str) -> str:
+    """The column of a metric's value in the record."""
+    return f"eval_info.{evaluation}.{metric}.value"
 
 
 def _worse(first: str, second: str, look: Look) -> list[str]:
@@ -220,7 +229,7 @@ def configuration(point: Point, size: str | None) -> str:
     return ", ".join(filter(None, [*parts, f"targets={point.targets}" if point.targets else ""]))
 
 
-def _searched(setting: Setting, found: Sequence[Tuned]) -> list[str]:
+def _search_lines(setting: Setting, found: Sequence[Tuned]) -> list[str]:
     """One line a method: its best configuration by validation, and the values it was chosen among."""
     lines = []
     for one in found:
@@ -240,24 +249,24 @@ def _searched(setting: Setting, found: Sequence[Tuned]) -> list[str]:
 def _decision(setting: Setting, found: Sequence[Tuned], final: Final | None) -> Decision:
     """The decision: what to use, what was not tried and what could not be trained."""
     best, sizes = {one.method: one.best for one in found if one.best}, setting.trials.sizes
-    called = {method: configuration(point, sizes[method]) for method, point in best.items()}
+    configurations = {method: configuration(point, sizes[method]) for method, point in best.items()}
     if final is None:
         method, point = next(iter(best.items()))
         trial, column = setting.trials.results[point].trial, f"validation_{setting.plan.metric}"
-        made = Decision(None, "by validation", called[method], [trial], column)
+        made = Decision(None, "by validation", configurations[method], [trial], column)
     else:
         order = final.order(direction(final.column) or 1)
-        made = decision.tuned_decision(final.column, final.scores, order, called, final.looks)
+        made = decision.tuned_decision(final.column, final.scores, order, configurations, final.looks)
     return replace(made, not_tried=_not_tried(setting, found), not_trained=_not_trained(setting))
 
 
-def _decided(found: Decision, final: Final | None, tie: float) -> list[str]:
+def _decision_lines(found: Decision, final: Final | None, tie: float) -> list[str]:
     """The sentences about what to use and about each comparison of finalists."""
     lines, looks = [decision.sentence(found)], [look for _, _, look in final.looks] if final else []
     for one, look in zip(found.between, looks, strict=True):
         assert final is not None
-        hopeless = statistics.hopeless(look, tie)
-        lines.append(decision.comparison_sentence(one, tie, final.column, hopeless=hopeless, spent=final.spent))
+        undecidable = statistics.undecidable(look, tie)
+        lines.append(decision.comparison_sentence(one, tie, final.column, undecidable=undecidable, spent=final.spent))
     if len(found.finalists) > 1 and not looks:
         others = ", ".join(f"{one.name} {one.value:.4g}" for one in found.finalists[1:])
         lines.append(f"Not settled: {others}, with one seed each; the same command with a larger budget goes on.")
@@ -285,10 +294,11 @@ def _not_trained(setting: Setting) -> list[str]:
     return [f"{configuration(point, sizes[point.method])}: {reason}" for point, reason in refused.items()]
 
 
-def _spent(setting: Setting) -> str:
-    purse = setting.trials.purse
-    of = f" of a budget of {purse.budget}" if purse.budget else ""
-    return f"spent: {purse.trials} trials, {purse.steps:,} optimizer steps, {purse.seconds / 60:.1f} minutes{of}"
+def _spent_line(setting: Setting) -> str:
+    account = setting.trials.account
+    budget = f" of a budget of {account.budget}" if account.budget else ""
+    used = f"{account.trials} trials, {account.steps:,} optimizer steps, {account.seconds / 60:.1f} minutes"
+    return f"spent: {used}{budget}"
 
 
 def _write(
@@ -299,7 +309,7 @@ def _write(
     lines: Sequence[str],
     decided: Decision | None = None,
 ) -> None:
-    purse, sizes = setting.trials.purse, setting.trials.sizes
+    account, sizes = setting.trials.account, setting.trials.sizes
     scores = {(p, until): setting.plan.sign * score for (p, until), score in setting.trials.scores.items()}
     record.write_json(
         question.folder / TUNE,
@@ -307,8 +317,8 @@ def _write(
             "asked": question.hash,
             "command": question.words,
             "metric": f"validation_{setting.plan.metric}",
-            "budget": str(purse.budget) if purse.budget else None,
-            "spent": {"trials": purse.trials, "steps": purse.steps, "seconds": purse.seconds},
+            "budget": str(account.budget) if account.budget else None,
+            "spent": {"trials": account.trials, "steps": account.steps, "seconds": account.seconds},
             "tried": [
                 asdict(p)
                 | {
@@ -331,10 +341,14 @@ def _write(
 def _final_facts(final: Final) -> dict[str, Any]:
     return {
         "column": final.column,
-        "scores": {name: {str(s): one.value for s, one in of.items()} for name, of in final.scores.items()},
+        "scores": _values_by_seed(final.scores),
         "looks": [{"first": a, "second": b} | asdict(look) for a, b, look in final.looks],
         "settled": bool(final.looks) and all(look.verdict != OPEN for _, _, look in final.looks),
     }
+
+
+def _values_by_seed(scores: Finals) -> dict[str, dict[str, float]]:
+    return {name: {str(seed): score.value for seed, score in by_seed.items()} for name, by_seed in scores.items()}
 
 
 # ---- sweep=league ----------------------------------------------------------------------------------
@@ -344,9 +358,9 @@ def league(question: Question, say: Callable[[str], None]) -> None:
     """Tune all methods with equally many trials, judge them on the test rows, and rank them; see league.json.
 
     Raises:
-        InputError: the question cannot be asked so; nothing was trained.
+        InputError: a key does not fit such a search; nothing was trained.
         SweepFailed: a contestant could not be trained.
-        NotRun: the launcher did not run all that it was given.
+        NotRun: the launcher did not run all trials.
     """
     config = question.any.config
     own = config.league
@@ -366,23 +380,23 @@ def league(question: Question, say: Callable[[str], None]) -> None:
         raise SweepFailed(f"no trial of {', '.join(lacking)} could be trained")
     points = {name: [replace(p, seed=_seed(seeds[name], n + 1)) for n in range(own.seeds)] for name, p in best.items()}
     trials("finals", [point for group in zip(*points.values(), strict=True) for point in group], Until.test)
-    said = headline(trials.results[point] for group in points.values() for point in group if point in trials.results)
-    if said is None:
+    metric = headline(trials.results[point] for group in points.values() for point in group if point in trials.results)
+    if metric is None:
         raise SweepFailed("no final trial was judged on test rows")
-    found = {name: {p.seed: j for p in group if (j := trials.judged(p, *said))} for name, group in points.items()}
-    if lacking := [name for name, of in found.items() if len(of) < 2]:
+    scores = {name: {p.seed: j for p in group if (j := trials.judged(p, *metric))} for name, group in points.items()}
+    if lacking := [name for name, by_seed in scores.items() if len(by_seed) < 2]:
         raise SweepFailed(f"fewer than two final trials of {', '.join(lacking)} came to their end")
-    column = f"eval_info.{said[0]}.{said[1]}.value"
-    result = statistics.league(column, found, own.placebo, placebo, own.difference)
+    column = _value_column(*metric)
+    result = statistics.league(column, scores, own.placebo, placebo, own.difference)
     costs = {name: _costs(trials, name) for name in question.trials}
-    called = {name: configuration(replace(p, method=name), trials.sizes[name]) for name, p in best.items()}
-    lines = _ranking(called, result, costs, own.placebo, placebo, own.difference, score_name(column))
-    decided = decision.league_decision(column, found, result, called, own.placebo, own.difference)
+    configurations = {name: configuration(replace(p, method=name), trials.sizes[name]) for name, p in best.items()}
+    lines = _ranking(configurations, result, costs, own.placebo, placebo, own.difference, score_name(column))
+    decided = decision.league_decision(column, scores, result, configurations, own.placebo, own.difference)
     record.write_json(
         question.folder / LEAGUE,
         {"asked": question.hash, "command": question.words, "column": column, "lines": lines, "costs": costs}
-        | {"spent": {"seconds": trials.purse.seconds}, "best": {name: asdict(p) for name, p in best.items()}}
-        | {"scores": {name: {str(s): one.value for s, one in of.items()} for name, of in found.items()}}
+        | {"spent": {"seconds": trials.account.seconds}, "best": {name: asdict(p) for name, p in best.items()}}
+        | {"scores": _values_by_seed(scores)}
         | {"result": record.plain(asdict(result)), "decision": decision.facts(decided)},
     )
     for line in lines:
@@ -403,7 +417,7 @@ def _costs(trials: Trials, contestant: str) -> dict[str, Any]:
 
 
 def _ranking(
-    called: Mapping[str, str],
+    configurations: Mapping[str, str],
     found: statistics.League,
     costs: Mapping[str, Mapping[str, Any]],
     method: str,
@@ -411,22 +425,23 @@ def _ranking(
     difference: float,
     score: str,
 ) -> list[str]:
-    alike = len({one.rank for one in found.standings}) < len(found.standings)
-    told = "; those of one place are not told apart" if alike else ""
-    lines = [f"league by {score} on the test rows{told}:"]
+    """The lines of a league: one for each contestant, what the placebo says about chance, the seeds needed."""
+    shared = len({one.rank for one in found.standings}) < len(found.standings)
+    note = "; no difference is shown between contestants of the same rank" if shared else ""
+    lines = [f"league by {score} on the test rows{note}:"]
     for one in found.standings:
         cost = costs[one.contestant]
         lines.append(
-            f"{one.rank}. {called[one.contestant]}: {one.value:.4g} over "
+            f"{one.rank}. {configurations[one.contestant]}: {one.value:.4g} over "
             f"{one.seeds} seeds; {cost['trials']} trials, {cost['steps']:,} steps, {cost['seconds']:.0f} s, "
             f"at most {cost['trainable_parameters']:,} parameters"
         )
     lines.append(
         f"placebo: {method} under another name, with seeds of its own, won {found.wins} of {found.pairs} pairs of "
-        f"seeds against {method}; that is what luck is worth"
-        + ("" if not found.placebo_better else f", and here it is called {found.placebo}")
+        f"seeds against {method}; only chance makes such differences"
+        + ("" if not found.placebo_better else f", and here chance alone made the placebo {found.placebo}")
     )
-    would = f"would show a difference of {difference:g} in 80% of leagues"
-    more = f"no number of seeds {would} on these test rows; more test rows may"
-    lines.append(f"league.seeds={found.seeds} {would}" if found.seeds else more)
+    effect = f"would show a difference of {difference:g} in 80% of leagues"
+    more_rows = f"no number of seeds {effect} on these test rows; more test rows may"
+    lines.append(f"league.seeds={found.seeds} {effect}" if found.seeds else more_rows)
     return lines

@@ -48,27 +48,28 @@ def parse(text: object) -> Budget | None:
 class BudgetAccount:
     """The account of a tuning's budget.
 
-    Trials and steps are counted by what was asked for, so that the same command with the same budget always comes to
-    the same; a trial that failed counts whole. Wall time is that of ``clock``, with what earlier commands took.
+    Trials and steps are counted when they are admitted, and a failed trial counts in full, so that the same command
+    with the same budget always admits the same trials. Wall time is that of ``clock``, which includes the seconds of
+    earlier commands. ``steps`` are the optimizer steps of a trial to each ``Until``.
     """
 
     def __init__(self, budget: Budget | None, steps: Sequence[int | None], clock: Callable[[], float]) -> None:
         self.budget = budget
-        self._steps = dict(zip(Until, steps, strict=True))  # of a trial, until each
+        self._steps = dict(zip(Until, steps, strict=True))
         self._clock = clock
-        self._went: dict[Point, Until] = {}
-        self._free: set[Point] = set()  # which are another point's trial
-        self._took: dict[Until, list[float]] = {until: [] for until in Until}
+        self._reached: dict[Point, Until] = {}  # how far each admitted point was trained
+        self._free: set[Point] = set()  # points that turned out to be the same trial as another point
+        self._seconds: dict[Until, list[float]] = {until: [] for until in Until}
 
     @property
     def trials(self) -> int:
         """The number of trials begun."""
-        return len(self._went.keys() - self._free)
+        return len(self._reached.keys() - self._free)
 
     @property
     def steps(self) -> int:
         """Optimizer steps of all trials; 0 where the length of one is not known."""
-        return sum(self._steps[until] or 0 for point, until in self._went.items() if point not in self._free)
+        return sum(self._steps[until] or 0 for point, until in self._reached.items() if point not in self._free)
 
     @property
     def seconds(self) -> float:
@@ -77,11 +78,14 @@ class BudgetAccount:
 
     @property
     def left(self) -> float:
-        """How much of the budget is left."""
+        """The rest of the budget, in its unit; infinite without one."""
         return float("inf") if self.budget is None else self.budget.amount - float(getattr(self, self.budget.unit))
 
     def admit(self, points: Sequence[Point], until: Until, at_once: int = 1) -> Iterator[list[Point]]:
-        """``points`` that the budget has room for, counted, some at a time, until it has no more."""
+        """Batches of those ``points`` that the budget has room for, which are counted when they are yielded.
+
+        With a budget of wall time a batch holds at most ``at_once`` points, so that the time is checked between them.
+        """
         size = max(1, at_once) if self.budget and self.budget.unit == "seconds" else max(1, len(points))
         for start in range(0, len(points), size):
             batch = [point for point in points[start : start + size] if self._take(point, until)]
@@ -89,26 +93,26 @@ class BudgetAccount:
                 yield batch
 
     def _take(self, point: Point, until: Until) -> bool:
-        if (went := self._went.get(point)) is not None and went >= until:
+        if (reached := self._reached.get(point)) is not None and reached >= until:
             return True
         if self._cost(point, until) > self.left:
             return False
-        self._went[point] = until
+        self._reached[point] = until
         return True
 
     def _cost(self, point: Point, until: Until) -> float:
-        went = self._went.get(point)
+        reached = self._reached.get(point)
         unit = self.budget.unit if self.budget else "trials"
         if unit == "trials":
-            return float(went is None)
+            return float(reached is None)
         if unit == "steps":
-            return float((self._steps[until] or 0) - (self._steps[went] or 0 if went else 0))
-        return median(self._took[until]) if self._took[until] else 0.0
+            return float((self._steps[until] or 0) - (self._steps[reached] or 0 if reached else 0))
+        return median(self._seconds[until]) if self._seconds[until] else 0.0
 
-    def took(self, until: Until, seconds: float) -> None:
-        """Note the seconds of a batch of trials, by which the next batch is predicted."""
-        self._took[until].append(seconds)
+    def add_seconds(self, until: Until, seconds: float) -> None:
+        """Add the seconds of a trial, which predict those of the next trials."""
+        self._seconds[until].append(seconds)
 
-    def same(self, point: Point) -> None:
-        """The point turned out to be a trial that was counted before."""
+    def mark_free(self, point: Point) -> None:
+        """Do not count ``point``: it is the same trial as an earlier point, or it was never begun."""
         self._free.add(point)

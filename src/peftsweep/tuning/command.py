@@ -25,10 +25,10 @@ RATE = "train.learning_rate"
 
 
 def run(launcher: Any, config: DictConfig, loader: Any, points: Sequence[Sequence[str]], *, league: bool) -> None:
-    """Run the search of a command; ``points`` are its words, with each of its methods once.
+    """Run the search of a command; ``points`` holds the words of the command line once for each method.
 
     Raises:
-        InputError: it cannot be asked so; nothing was trained.
+        InputError: a key does not fit such a search; nothing was trained.
     """
     if config.tune.replay is not None and not league:
         for line in replay.lines([replay.run(grid) for grid in replay.read(Path(config.tune.replay).expanduser())]):
@@ -38,25 +38,25 @@ def run(launcher: Any, config: DictConfig, loader: Any, points: Sequence[Sequenc
         raise InputError(f"{key}: is of sweep=tune; a league's budget is league.trials and league.seeds of each method")
     if (sweeper := config.hydra.runtime.choices["hydra/sweeper"]) != "grid":
         raise InputError(f"hydra/sweeper={sweeper}: sweep={'league' if league else 'tune'} brings its own")
-    asked = _question(launcher, config, loader, points, league)
+    question = _question(launcher, config, loader, points, league)
     if not config.quiet:
-        print(_place(asked.folder, league), flush=True)
+        print(_study_line(question.folder, league), flush=True)
     if config.dry_run:
-        _dry_run(asked, launcher, league)
+        _dry_run(question, launcher, league)
         return
     lines: list[str] = []
-    (answer.league if league else answer.tune)(asked, lines.append)
+    (answer.league if league else answer.tune)(question, lines.append)
     for line in (
         [line for line in lines if line.startswith(("Use ", "No gain shown by ", "By "))] if config.quiet else lines
     ):
         print(line, flush=True)
 
 
-def _place(folder: Path, league: bool) -> str:
-    """Which study a search continues, as its first line."""
+def _study_line(folder: Path, league: bool) -> str:
+    """The first line of a search, which names its study."""
     name, file = ("league", store.LEAGUE) if league else ("tune", store.TUNE)
-    does = "goes on with" if (folder / file).is_file() else "keeps its trials in"
-    return f"sweep={name}: {does} the study {folder} (study=NAME: another)"
+    action = "goes on with" if (folder / file).is_file() else "keeps its trials in"
+    return f"sweep={name}: {action} the study {folder} (study=NAME: another)"
 
 
 def _question(
@@ -67,12 +67,12 @@ def _question(
         words = [[*(word for word in words[0] if not word.startswith(f"{METHOD}=")), placebo], *words]
     trials = {str(trial.choices[METHOD]): trial for trial in _trials(launcher, words)}
     if len(trials) < len(words):
-        raise InputError("method: each may be named once, and those read from a file cannot be searched")
-    said = {word.partition("=")[0] for word in words[0]}
-    with_rate = {name: RATE in said or _names_rate(loader, name) for name in trials}
+        raise InputError("method: give each method once; a method that is read from a file cannot be searched")
+    keys = {word.partition("=")[0] for word in words[0]}
+    with_rate = {name: RATE in keys or _names_rate(loader, name) for name in trials}
 
-    def launch(asked: list[list[str]]) -> list[Any]:
-        jobs = launcher.launch(asked, initial_job_idx=0)
+    def launch(batch: list[list[str]]) -> list[Any]:
+        jobs = launcher.launch(batch, initial_job_idx=0)
         return [job._return_value if job.status in (JobStatus.COMPLETED, JobStatus.FAILED) else None for job in jobs]
 
     return Question(
@@ -92,7 +92,7 @@ def _trials(launcher: Any, words: Sequence[Sequence[str]]) -> list[Trial]:
 
 
 def _at_once(config: DictConfig) -> int:
-    """How many trials run side by side, by which wall time is foreseen; all of them on another launcher."""
+    """The trials that run side by side, for predictions of wall time; on launchers other than the local one, all."""
     options = config.hydra.launcher
     if not str(options._target_).endswith(".LocalLauncher"):
         return 10**6
@@ -116,10 +116,10 @@ def _names_rate(loader: Any, option: str) -> bool:
 
 
 def check_axes(parsed: Sequence[Override], name: str) -> None:
-    """Refuse several values of anything but the method.
+    """Check that only ``method`` has several values.
 
     Raises:
-        InputError: the line names the word, and the key that says what is searched.
+        InputError: another key has; the message names it, and the key that lists the values to search.
     """
     for word in parsed:
         if word.is_sweep_override() and word.key_or_group != METHOD:
@@ -129,7 +129,7 @@ def check_axes(parsed: Sequence[Override], name: str) -> None:
 
 
 def _dry_run(question: Question, launcher: Any, league: bool) -> None:
-    """List the first trials, and say what would come after them."""
+    """List the first trials, and the values that the search may try after them."""
     setting = answer.prepare(question, store.LEAGUE if league else store.TUNE)
     first = answer.first_trials(setting, question.any.config.seed)
     launcher.launch([setting.trials.words_of(point, until) for point, until in first], initial_job_idx=0)

@@ -19,33 +19,37 @@ UNKNOWN = "unknown"
 
 
 def tuned_decision(
-    column: str, scores: Finals, order: Sequence[str], called: Mapping[str, str], looks: Sequence[tuple[str, str, Look]]
+    column: str,
+    scores: Finals,
+    order: Sequence[str],
+    configurations: Mapping[str, str],
+    looks: Sequence[tuple[str, str, Look]],
 ) -> Decision:
-    """Of finalists with ``scores``, the best of ``order`` first, whose configurations are ``called`` so."""
+    """The decision between finalists with ``scores``; ``order`` holds their names, the best first."""
     best = order[0]
     gain = statistics.gain(column, scores, best)
-    finalists = [_finalist(name, called[name], scores) for name in order]
+    finalists = [_finalist(name, configurations[name], scores) for name in order]
     between = [
         Between(one, other, look.estimate, look.low, look.high, look.number, look.verdict)  # type: ignore[arg-type]
         for one, other, look in looks
     ]
     verdict: Any = "use" if gain is None or _gains(gain, column) else "none"
     base = None if gain is None else _base(gain)
-    return Decision(None, verdict, called[best], finalists[0].trials, column, finalists, base, between)
+    return Decision(None, verdict, configurations[best], finalists[0].trials, column, finalists, base, between)
 
 
 def league_decision(
-    column: str, scores: Finals, found: League, called: Mapping[str, str], method: str, difference: float
+    column: str, scores: Finals, found: League, configurations: Mapping[str, str], method: str, difference: float
 ) -> Decision:
-    """Of a ranked league, in which ``method`` took part a second time."""
-    finalists = [_finalist(one.contestant, called[one.contestant], scores, one.rank) for one in found.standings]
+    """The decision of a ranked league, whose placebo is a second entry of ``method``."""
+    finalists = [_finalist(one.contestant, configurations[one.contestant], scores, one.rank) for one in found.standings]
     placebo = Placebo(method, found.wins, found.pairs, found.placebo, difference, found.seeds)
     best = finalists[0]
     return Decision(None, "ranked", best.configuration, best.trials, column, finalists, placebo=placebo)
 
 
 def facts(decision: Decision) -> dict[str, Any]:
-    """For the file of the search: without what is not known, and without its command, which the file has."""
+    """The decision for the file of the search, without unknown values and without the command, which the file has."""
     return {
         key: value for key, value in record.plain(asdict(decision)).items() if key != "command" and value is not None
     }
@@ -54,8 +58,8 @@ def facts(decision: Decision) -> dict[str, Any]:
 def sentence(decision: Decision) -> str:
     """The sentence: what to use, its scores, and its gain over the untouched base."""
     if decision.verdict == "by validation":
-        said = f"By validation alone: {decision.configuration}."
-        return f"{said} Nothing was judged on the test rows, as the budget was spent."
+        choice = f"By validation alone: {decision.configuration}."
+        return f"{choice} Nothing was judged on the test rows, as the budget was spent."
     best, name = decision.finalists[0], score_name(decision.column or "")
     seeds = words.plural("seed", len(best.trials))
     use = "Use" if decision.verdict == "use" else "No gain shown by"
@@ -72,7 +76,7 @@ def gain_clause(base: Base | None) -> str:
 
 
 def _gains(gain: Gain, column: str) -> bool:
-    """Whether a gain is shown; where nothing tells how far chance reaches, whether there is one."""
+    """Whether a gain is shown; without an estimate of the noise, whether the score is the better one."""
     if gain.verdict == UNKNOWN:
         return (direction(column) or 1) * gain.gain > 0
     return gain.verdict == BETTER
@@ -88,7 +92,7 @@ def _finalist(name: str, configuration: str, scores: Finals, rank: int | None = 
     return Finalist(name, configuration, sum(one.value for one in own) / len(own), [one.trial for one in own], rank)
 
 
-def comparison_sentence(one: Between, tie: float, column: str, *, hopeless: bool, spent: bool) -> str:
+def comparison_sentence(one: Between, tie: float, column: str, *, undecidable: bool, spent: bool) -> str:
     """The sentence about the comparison of two finalists; ``spent``: the budget ended it."""
     if not math.isfinite(one.low) or not math.isfinite(one.high):
         differ = f"{one.first} and {one.second} differ by {one.estimate:+.4f}"
@@ -101,7 +105,7 @@ def comparison_sentence(one: Between, tie: float, column: str, *, hopeless: bool
     if one.verdict == TIE:
         return f"{one.first} and {one.second} are a tie within {tie:g}: {held}."
     apart = f"{one.first} and {one.second} are not told apart"
-    if hopeless:
+    if undecidable:
         return f"{apart}: {held}; more seeds would not settle it, more test rows could."
     why = "the budget was spent" if spent else "tune.seeds were used up"
     return f"{apart} yet: {held}; {why}."

@@ -1,9 +1,9 @@
-"""Finalists on the test rows: when a difference between them is shown, and what a league says of its contestants.
+"""Finalists on the test rows: when a difference between them is shown, and the ranks of a league.
 
-A tuning looks at the same comparison again after every seed, and stops when it likes what it sees. A 95% interval at
-each look would be wrong somewhere far more often than in 5% of tunings. So the error of 5% is spent over the looks
-(Lan and DeMets, Biometrika 70, 1983): look k has ALPHA / (k (k + 1)), which add up to ALPHA however many there are. By
-Boole's inequality all intervals of a tuning hold together in at least 95% of tunings, whatever it does in between.
+A tuning looks at the same comparison after every seed, and stops as soon as it is decided. With a 95% interval at each
+look, one of them would be wrong in far more than 5% of tunings. So the error of 5% is spent over the looks (Lan and
+DeMets, Biometrika 70, 1983): look k has ALPHA / (k (k + 1)), and these add up to at most ALPHA for any number of looks.
+By Boole's inequality all intervals of a tuning hold together in at least 95% of tunings, whatever it does between them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from peftsweep.analysis.statistics.trials import ALPHA, CREATED, SEED, SUCCESS, 
 from peftsweep.analysis.table.columns import direction, evaluation
 from peftsweep.study.record import Status
 
-POWER = 0.8  # with which a league is to see the difference that it was asked for
-MAX_SEEDS = 1000  # that a league may ask for
-CONTESTANT = "choices.method"  # under which a table of finals holds who a trial is of
+POWER = 0.8  # probability with which a league shows the difference league.difference, if that is the true one
+MAX_SEEDS = 1000  # the most seeds that a league proposes
+CONTESTANT = "choices.method"  # the column of a table of finals that holds the contestant
 BETTER, WORSE, TIE, OPEN = "better", "worse", "tie", "open"
 
 
@@ -56,7 +56,7 @@ Finals = Mapping[str, Mapping[int, Judged]]  # contestant -> seed -> score
 
 
 def table(column: str, finals: Finals) -> pd.DataFrame:
-    """The finals as the statistics take trials: a row each, in which nothing differs but contestant and seed."""
+    """The finals as a table for the statistics: a row for each trial, which differ in contestant and seed alone."""
     stem = column.removesuffix("value")
     rows = [
         {TRIAL: one.trial, SUCCESS: Status.success.name, CREATED: "", CONTESTANT: contestant, SEED: seed}
@@ -76,7 +76,7 @@ def _lines(finals: Finals) -> dict[str, Sequence[dict[str, Any]]]:
 
 @dataclass(frozen=True)
 class Gain:
-    """What a finalist gains over the untouched base; relative where ``scale`` is ``ratio``."""
+    """The gain of a finalist over the untouched base; a ratio where ``scale`` is ``ratio``."""
 
     value: float  # of the base
     gain: float
@@ -84,11 +84,11 @@ class Gain:
     high: float
     p: float  # adjusted for all pairs of finalists and bases, by Holm's method
     scale: str
-    verdict: str  # better, worse, tie, or unknown where nothing tells how far chance reaches
+    verdict: str  # better, worse, tie, or unknown without an estimate of the noise
 
 
 def gain(column: str, finals: Finals, finalist: str) -> Gain | None:
-    """What ``finalist`` gains, tested as a report tests it; None where no score of its base is known."""
+    """The gain of ``finalist``, tested as in a report; None where no score of its base is known."""
     own = [one for judged in finals.values() for one in judged.values()]
     base = next((one.base for one in finals[finalist].values() if one.base), None)
     if base is None:
@@ -110,15 +110,15 @@ def gain(column: str, finals: Finals, finalist: str) -> Gain | None:
 
 
 def spent_at(look: int) -> float:
-    """The part of ALPHA that belongs to a look, counted from 1."""
+    """The share of ALPHA of look number ``look``, counted from 1."""
     return ALPHA / (look * (look + 1))
 
 
 @dataclass(frozen=True)
 class Look:
-    """One finalist against another after so many looks, with an interval that holds at all of them together.
+    """The comparison of two finalists at look ``number``, with an interval that holds at all looks together.
 
-    Estimate and interval are of how much better the first is: differences, or of perplexities logarithms of ratios.
+    Estimate and interval say how much better the first is: a difference, or for perplexities the logarithm of a ratio.
     """
 
     number: int
@@ -126,11 +126,11 @@ class Look:
     low: float
     high: float
     verdict: str  # of the first: better, worse, tie, or open
-    by_rows: float  # half of the interval that no number of seeds would take away
+    by_rows: float  # half the width that the interval would keep with any number of seeds
 
 
 def look(column: str, finals: Finals, first: str, second: str, number: int, tie: float, rivals: int = 1) -> Look:
-    """Compare two finalists at look ``number``; the error of 5% is for all ``rivals`` of the first together."""
+    """Compare two finalists at look ``number``; the error of 5% covers ``rivals`` such comparisons together."""
     lines = _lines(finals)
     found = measure(table(column, finals), column, lambda trial, _: lines[trial])
     places = {name: place for place, name in enumerate(finals)}
@@ -154,9 +154,9 @@ def _verdict(low: float, high: float, tie: float) -> str:
 
 
 def _variance_of_rows(found: Measured, weights: Any) -> float:
-    """That part of a contrast's variance which no number of seeds takes away; 0 where rows are not known.
+    """The part of a contrast's variance that more seeds do not reduce; 0 where the rows are not known.
 
-    It is the variance over test rows less what comes from seeds answering single rows differently.
+    It is the variance over test rows minus the part that comes from different answers of the seeds to the same row.
     """
     if found.rows is None:
         return 0.0
@@ -165,8 +165,8 @@ def _variance_of_rows(found: Measured, weights: Any) -> float:
     return max(float(apart.var(ddof=1)) / len(apart) - by_seeds, 0.0)
 
 
-def hopeless(one: Look, tie: float) -> bool:
-    """Whether more seeds alone would settle nothing: the test rows leave too much doubt for either verdict."""
+def undecidable(one: Look, tie: float) -> bool:
+    """Whether more seeds cannot decide the comparison, because the noise of the test rows alone is too large."""
     return one.verdict == OPEN and one.by_rows > max(tie, abs(one.estimate))
 
 
@@ -188,11 +188,11 @@ class League:
     """The result of the finals of a league."""
 
     standings: list[Standing]  # the best first
-    placebo: str  # how the placebo did against the method that it is
-    placebo_better: bool  # whether one of the two is called better, which luck alone can bring
-    wins: int  # of ``pairs`` of finals, of how many the placebo's score was the better one
-    pairs: int
-    seeds: int | None  # that tell the difference asked for apart; None where the test rows are too few for any number
+    placebo: str  # the verdict on the placebo against the method that it copies
+    placebo_better: bool  # whether one of these two is called better, which only chance can cause
+    wins: int  # the pairs of finals in which the placebo had the better score
+    pairs: int  # all pairs of a final of the placebo and one of the method
+    seeds: int | None  # that show league.difference; None where no number is enough on these test rows
 
 
 def league(column: str, finals: Finals, method: str, placebo: str, difference: float) -> League:

@@ -1,8 +1,8 @@
-"""tune.replay=FILE: the decisions of sweep=tune against a table of finished runs, so that nothing is trained.
+"""tune.replay=FILE: the decisions of sweep=tune on a table of finished runs, so that nothing is trained.
 
-A table has a row a run: its learning rate, its rank and its loss, and whatever else tells one sweep from another, such
-as the model. The grid of a sweep is every rate with every rank that occurs in it; a pair without a row is a run that
-diverged.
+A table has a row for each run, with its learning rate, its rank and its loss. Other columns, such as the model, tell
+one sweep from another. The grid of a sweep is every rate with every rank that occurs in it; a pair without a row is a
+run that diverged.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ COLUMNS = {  # of a table, by the names they may have
     "rank": ("rank", "r", "method.r", "config.method.r", "lora_rank", "lora_r"),
     "loss": ("loss", "test_nll", "test_loss", "validation_loss", "eval_loss", "nll"),
 }
-COSTS = ("train_nll", "train_loss", "wall_minutes", "seconds", "train_seconds", "minutes", "steps", "seed")  # no names
-USUAL_RATE = 1e-4  # what many take without tuning
-DRAWS = 1000  # of random searches
+# Columns that differ between runs of one sweep, so that they do not name a sweep.
+COSTS = ("train_nll", "train_loss", "wall_minutes", "seconds", "train_seconds", "minutes", "steps", "seed")
+DEFAULT_RATE = 1e-4  # a common learning rate without tuning
+DRAWS = 1000  # simulated random searches
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Grid:
 
     @property
     def finite(self) -> dict[tuple[float, int], float]:
-        """Those that did not diverge."""
+        """The losses of the runs that did not diverge."""
         return {at: loss for at, loss in self.losses.items() if math.isfinite(loss)}
 
     @property
@@ -58,19 +59,19 @@ class Replay:
     """The result of the tuner in one grid; a regret is the loss above the grid's best."""
 
     name: str
-    best: tuple[float, int] | None  # rate and rank; None where every run that it asked for had diverged
-    runs: int
-    of: int  # in the whole grid, diverged ones included
+    best: tuple[float, int] | None  # rate and rank; None where every run that it used had diverged
+    runs: int  # runs of the grid that the tuner used
+    cells: int  # runs of the whole grid, including those that diverged
     regret: float
-    random: float  # the mean regret of as many runs drawn from the grid
-    usual: float  # of the rate nearest to 1e-4, at the best rank for it
+    random: float  # the mean regret of a random search with as many runs
+    default: float  # the regret of the rate nearest to DEFAULT_RATE, at its best rank
 
 
 def read(file: Path) -> list[Grid]:
     """The grids of a table (.csv, .tsv, .json, .jsonl or .parquet).
 
     Raises:
-        InputError: it is no such table; the line says what it lacks.
+        InputError: a column is missing, or a value is not allowed; the message names it.
     """
     from peftsweep.data.files import read_rows
 
@@ -97,57 +98,60 @@ def read(file: Path) -> list[Grid]:
             )
         runs = grids.setdefault(", ".join(str(row[label]) for label in labels) or file.stem, {})
         runs.setdefault((rate, int(rank)), []).append(loss)
-    whole = [Grid(name, {at: fmean(runs) for at, runs in of.items()}) for name, of in grids.items()]
-    if not (kept := [one for one in whole if one.finite]):
+    means = [Grid(name, {cell: fmean(runs) for cell, runs in cells.items()}) for name, cells in grids.items()]
+    if not (usable := [grid for grid in means if grid.finite]):
         raise InputError(f"tune.replay={file}: every run in it has diverged")
-    return kept
+    return usable
 
 
 def run(grid: Grid) -> Replay:
-    """Tune against a grid: every rate at the lowest rank, then every rank at the best of them, and nothing more.
+    """Tune on a grid: every rate at the lowest rank, then every rank at the best rate.
 
-    So that all grids are searched with rates + ranks - 1 runs, no rate is tried again at the best rank.
+    No second rate is tried at the best rank, so that every grid is searched with rates + ranks - 1 runs.
     """
-    asked, losses = set[Point](), grid.finite
+    used, losses = set[Point](), grid.finite
 
     def ask(stage: str, points: Sequence[Point], until: Until) -> Scores:
-        asked.update(points)
-        return {point: losses[at] for point in points if (at := (point.rate, point.size or 0)) in losses}
+        used.update(points)
+        return {point: losses[cell] for point in points if (cell := (point.rate, point.size or 0)) in losses}
 
     space = Space(grid.name, tuple(grid.rates), extends=False, sizes=tuple(grid.ranks), again=False)
-    (found,) = tune([space], ask)
-    of, usual = len(grid.rates) * len(grid.ranks), min(grid.rates, key=lambda rate: abs(math.log(rate / USUAL_RATE)))
-    best = found.best
+    (tuned,) = tune([space], ask)
+    cells = len(grid.rates) * len(grid.ranks)
+    default = min(grid.rates, key=lambda rate: abs(math.log(rate / DEFAULT_RATE)))
+    best = tuned.best
     return Replay(
         grid.name,
-        None if best is None else (best.rate, best.size or 0),
-        len(asked),
-        of,
-        found.score - grid.best,
-        _random(grid, len(asked), of),
-        min((loss for (rate, _), loss in losses.items() if rate == usual), default=math.inf) - grid.best,
+        best=None if best is None else (best.rate, best.size or 0),
+        runs=len(used),
+        cells=cells,
+        regret=tuned.score - grid.best,
+        random=_random_regret(grid, len(used), cells),
+        default=min((loss for (rate, _), loss in losses.items() if rate == default), default=math.inf) - grid.best,
     )
 
 
-def _random(grid: Grid, runs: int, of: int) -> float:
-    """The mean regret of ``runs`` cells of the grid drawn at random, over draws in which one had not diverged."""
-    losses = np.array([*grid.finite.values(), *[math.inf] * (of - len(grid.finite))])
-    drawn = np.random.default_rng(0).permuted(np.tile(losses, (DRAWS, 1)), axis=1)[:, :runs].min(axis=1)
-    return float(drawn[np.isfinite(drawn)].mean() - grid.best)
+def _random_regret(grid: Grid, runs: int, cells: int) -> float:
+    """The mean regret of the best of ``runs`` random cells of the grid, over draws with a run that did not diverge."""
+    losses = np.array([*grid.finite.values(), *[math.inf] * (cells - len(grid.finite))])
+    best = np.random.default_rng(0).permuted(np.tile(losses, (DRAWS, 1)), axis=1)[:, :runs].min(axis=1)
+    return float(best[np.isfinite(best)].mean() - grid.best)
 
 
 def lines(replays: Sequence[Replay]) -> list[str]:
-    """The report of a replay: one line a grid, and one for all together."""
-    said = []
-    for one in replays:
-        best = "nothing: every run had diverged" if one.best is None else f"rate {one.best[0]:g}, rank {one.best[1]}"
-        said.append(
-            f"{one.name}: {best}; {one.runs} of {one.of} runs; regret {one.regret:.4f} "
-            f"(random search {one.random:.4f}, always {USUAL_RATE:g} {one.usual:.4f})"
+    """The report of replays: one line for each grid, then the totals and the regrets over all grids."""
+    report = []
+    for replay in replays:
+        best = "nothing: every run had diverged"
+        if replay.best is not None:
+            best = f"rate {replay.best[0]:g}, rank {replay.best[1]}"
+        report.append(
+            f"{replay.name}: {best}; {replay.runs} of {replay.cells} runs; regret {replay.regret:.4f} "
+            f"(random search {replay.random:.4f}, always {DEFAULT_RATE:g} {replay.default:.4f})"
         )
-    runs, of = sum(one.runs for one in replays), sum(one.of for one in replays)
-    said.append(f"{len(replays)} sweeps, {runs} of {of} runs ({runs / max(of, 1):.0%})")
-    for name, key in (("sweep=tune", "regret"), ("random search", "random"), (f"always {USUAL_RATE:g}", "usual")):
-        regrets = [getattr(one, key) for one in replays]
-        said.append(f"{name}: median regret {median(regrets):.4f}, worst {max(regrets):.4f}")
-    return said
+    runs, cells = sum(replay.runs for replay in replays), sum(replay.cells for replay in replays)
+    report.append(f"{len(replays)} sweeps, {runs} of {cells} runs ({runs / max(cells, 1):.0%})")
+    for name, key in (("sweep=tune", "regret"), ("random search", "random"), (f"always {DEFAULT_RATE:g}", "default")):
+        regrets = [getattr(replay, key) for replay in replays]
+        report.append(f"{name}: median regret {median(regrets):.4f}, worst {max(regrets):.4f}")
+    return report

@@ -12,10 +12,10 @@ from peftsweep.study.scores import is_minimized
 from peftsweep.training.length import total_steps
 from peftsweep.tuning.search import Space, ladder
 
-SIZES = ("r", "n_frequency", "num_virtual_tokens", "adapter_len")  # of methods: the option that makes them larger
-TARGETS = ("qv", "all_linear")  # that are tried beside the method's own, where none were named
-FACTOR = 3  # of the rung's steps to those of the end
-SEARCHED = {  # keys that the search sets itself, and what says what it may set
+SIZES = ("r", "n_frequency", "num_virtual_tokens", "adapter_len")  # options that set the size of a method
+TARGETS = ("qv", "all_linear")  # tried beside the method's own targets, unless tune.targets names others
+FACTOR = 3  # steps of a whole training / steps to the first rung
+SEARCHED = {  # keys that the search sets, and the key that lists the values that it tries
     "train.learning_rate": "tune.rates",
     "method.r": "tune.ranks",
     "targets": "tune.targets",
@@ -35,15 +35,15 @@ class Plan:
 
     @property
     def sign(self) -> int:
-        """The factor that makes a value of the metric a score, of which less is better."""
+        """The factor that turns a value of the metric into a score for which lower is better."""
         return 1 if is_minimized(self.metric) else -1
 
 
 def plan(one: Trial, metric: str | None) -> Plan:
-    """The plan of trials like ``one``, whose configuration is as the command line and conf/ say.
+    """The plan for trials like ``one``, whose configuration comes from the command line and conf/.
 
     Raises:
-        InputError: such trials cannot be tuned.
+        InputError: a key of these trials does not fit a search.
     """
     train = one.config.train
     known = one.rows is not None or train.epochs is None
@@ -65,12 +65,12 @@ def plan(one: Trial, metric: str | None) -> Plan:
 
 
 def space(one: Trial, tune: Mapping[str, Any], *, has_rate: bool) -> tuple[Space, str | None]:
-    """What may be tried of the method of ``one``, and the option of it that is its size (None: it has none).
+    """The search space of the method of ``one``, and the name of its option that sets the size (None: it has none).
 
-    ``has_rate`` says whether its yaml or the command line names a learning rate.
+    ``has_rate``: whether its yaml or the command line names a learning rate.
 
     Raises:
-        InputError: there is no rate around which others could be tried.
+        InputError: no rate is known from which a ladder of rates could start.
     """
     method, name = one.config.method, one.choices["method"]
     if tune["rates"] is None and not (has_rate and one.config.train.learning_rate > 0):
@@ -95,10 +95,10 @@ def _targets(one: Trial, given: Sequence[str] | None) -> tuple[str | None, ...]:
 
 
 def check_lists(tune: Mapping[str, Any]) -> None:
-    """Refuse lists of nothing, or with a value twice.
+    """Check the lists under ``tune``.
 
     Raises:
-        InputError: the line names the key.
+        InputError: a list is empty, or has a value twice.
     """
     for key in ("rates", "ranks", "targets"):
         values = tune[key]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from peftsweep.analysis.table.columns import FACTS
@@ -29,14 +29,14 @@ class Trials:
     """Runs the trials that a search asks for, and returns their scores; a trial that is done is not run again."""
 
     launch: Launch
-    words: Sequence[str]  # that all trials get
+    words: Sequence[str]  # of the command line, which all trials get
     plan: Plan
-    sizes: Mapping[str, str | None]  # the option that is a method's size
-    purse: BudgetAccount
+    sizes: Mapping[str, str | None]  # by method: the name of the option that is its size
+    account: BudgetAccount
     at_once: int = 1  # trials that run side by side
     note: Callable[[], None] = lambda: None  # called after every launch
     named_targets: bool = False  # whether the user has named the targets that are tried
-    options: Mapping[str, str] = field(default_factory=dict)  # of `method`, of those that go by another name here
+    options: Mapping[str, str] = field(default_factory=dict)  # by name of a contestant: its method, where that differs
     scores: dict[tuple[Point, Until], float] = field(default_factory=dict)
     results: dict[Point, Result] = field(default_factory=dict)
     refused: dict[Point, str] = field(default_factory=dict)  # why a point was not trained
@@ -44,47 +44,52 @@ class Trials:
 
     def __call__(self, stage: str, points: Sequence[Point], until: Until) -> Scores:
         """See ``search.Ask``."""
-        for batch in self.purse.admit([one for one in points if not self._known(one, until)], until, self.at_once):
+        new = [point for point in points if not self._is_known(point, until)]
+        for batch in self.account.admit(new, until, self.at_once):
             self._run(stage, batch, until)
-        known = {one: self.scores[one, until] for one in points if (one, until) in self.scores}
-        if not all(self._known(one, until) for one in points):
-            raise Spent(known)
-        return known
+        scores = {point: self.scores[point, until] for point in points if (point, until) in self.scores}
+        if not all(self._is_known(point, until) for point in points):
+            raise Spent(scores)
+        return scores
 
-    def _known(self, point: Point, until: Until) -> bool:
+    def _is_known(self, point: Point, until: Until) -> bool:
         return (point, until) in self.scores or (point, until) in self._failed
 
     def _run(self, stage: str, points: Sequence[Point], until: Until) -> None:
-        # With those trained before a point that attaches the same is recognised as theirs.
-        alike = [one for one in self.results if stage == "targets" and any(_alike(one, other) for other in points)]
-        asked = [*alike, *points]
+        # Launched together with trained points that differ in targets alone, a point that adapts the same modules as
+        # one of these is recognised as the same trial.
+        earlier = [
+            point
+            for point in self.results
+            if stage == "targets" and any(_differ_in_targets(point, other) for other in points)
+        ]
         try:
-            ended = self.launch([self.words_of(point, until) for point in asked])
+            ended = self.launch([self.words_of(point, until) for point in [*earlier, *points]])
         except InputError as error:
             if stage != "targets" or self.named_targets:
                 raise
-            ended = [*(self.results[point] for point in alike), *[error] * len(points)]
-        if unreached := sum(one is None or isinstance(one, NotRun) for one in ended):
+            ended = [*(self.results[point] for point in earlier), *[error] * len(points)]
+        if unreached := sum(result is None or isinstance(result, NotRun) for result in ended):
             raise NotRun(f"{unreached} trials of the tuning were not run; the same command continues")
         trials = {self.results[point].trial for point in self.results if point not in points}
-        for point, result in zip(points, ended[len(alike) :], strict=True):
+        for point, result in zip(points, ended[len(earlier) :], strict=True):
             self._take(point, until, result, trials)
         self.note()
 
     def _take(self, point: Point, until: Until, ended: Result | BaseException | None, others: set[str]) -> None:
         if isinstance(ended, Result) and ended.status in TRAINED_STATUSES:
             if ended.trial in others and point not in self.results:
-                self.purse.same(point)
+                self.account.mark_free(point)
             self.results[point] = ended
-            self.purse.took(until, record.last_attempt_seconds(ended))
+            self.account.add_seconds(until, record.last_attempt_seconds(ended))
             if (value := self._value(ended, until)) is not None and math.isfinite(value):
                 self.scores[point, until] = self.plan.sign * value
                 return
-            self.refused[point] = "its validation is no number"
+            self.refused[point] = "its validation score is missing or not finite"
         elif isinstance(ended, Result):
             self.refused[point] = ended.error["message"].partition("\n")[0] if ended.error else ended.status.name
             if ended.status is Status.refused:
-                self.purse.same(point)  # nothing was begun
+                self.account.mark_free(point)  # it was refused before it began
         else:
             self.refused[point] = str(ended)
         self._failed.add((point, until))
@@ -117,21 +122,22 @@ class Trials:
         if result is None or result.status is not Status.success or not score or result.folder is None:
             return None
         facts, read = result.eval_info[evaluation], predictions(result.folder.parent)
-        of_base, answers = facts.get(f"base_{metric}") or {}, str(facts.get("base_predictions") or "")
+        base_score, answers = facts.get(f"base_{metric}") or {}, str(facts.get("base_predictions") or "")
         base = None
-        if (value := of_base.get("value")) is not None:
+        if (value := base_score.get("value")) is not None:
             lines = read(answers, evaluation) if answers else []
-            base = BaseScore(answers, value, of_base.get("stderr"), of_base.get("n"), lines)
+            base = BaseScore(answers, value, base_score.get("stderr"), base_score.get("n"), lines)
         lines = read(result.trial, evaluation)
         return Judged(result.trial, score["value"], score.get("stderr"), score.get("n"), lines, base)
 
 
-def _alike(one: Point, other: Point) -> bool:
-    return (one.method, one.rate, one.size, one.seed) == (other.method, other.rate, other.size, other.seed)
+def _differ_in_targets(first: Point, second: Point) -> bool:
+    """Whether the points differ in their targets at most."""
+    return replace(first, targets=None) == replace(second, targets=None)
 
 
 def headline(results: Iterable[Result]) -> tuple[str, str] | None:
-    """The evaluation and metric by which finalists are judged: the first one's headline, or else its first score."""
+    """The evaluation and metric that judge finalists: the first evaluation, its headline metric or else its first."""
     for result in results:
         for name, facts in result.eval_info.items():
             metrics = [
@@ -146,7 +152,7 @@ def headline(results: Iterable[Result]) -> tuple[str, str] | None:
 
 
 class Clock:
-    """Seconds that a tuning has taken: earlier commands' and this one's."""
+    """The seconds of a tuning: those of earlier commands and of this one."""
 
     def __init__(self, earlier: float) -> None:
         self._earlier, self._begun = earlier, time.monotonic()
@@ -159,7 +165,7 @@ def earlier_seconds(file: Path, question: str) -> float:
     """The seconds of earlier commands with the same question, from the file that they wrote."""
     try:
         found = record.read_json(file, dict)
-    except (Unreadable, OSError):  # there is none, or it is damaged: it is written anew
+    except (Unreadable, OSError):  # the file is missing or damaged, and will be written anew
         return 0.0
     spent = found.get("spent") if isinstance(found, dict) and found.get("asked") == question else None
     return float(spent.get("seconds", 0.0)) if isinstance(spent, dict) else 0.0
