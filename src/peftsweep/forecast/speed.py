@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn import functional
 
 from peftsweep.forecast.allocator import Allocator
-from peftsweep.forecast.operations import Ledger, Operation, SameDevice, TensorSpec, specs
+from peftsweep.forecast.operations import Arguments, Ledger, Operation
 from peftsweep.forecast.trace import Sizes, made_optimizer, reference_step
 from peftsweep.observe.flops import matmul_ceiling
 from peftsweep.observe.measure import lower_quartile
@@ -94,6 +94,7 @@ class Meter:
         self.device, self.clock = device, clock
         self.lap_seconds = math.nan  # not known yet: seconds are as they are measured
         self._slowness, self.looked = 1.0, -math.inf
+        self._arguments = Arguments(device, int(COLD_BYTES))
 
     def slowness(self, every: float = LOOKED_EVERY) -> float:
         """Times as slow as where a lap takes ``lap_seconds``; laps are timed again ``every`` so many seconds."""
@@ -138,7 +139,7 @@ class Meter:
         read is in no cache (weights, activations of the forward) and what is written goes to new memory.
         """
         sets = 1 if self.device.type == "cuda" else int(min(max(COLD_BYTES / max(one.bytes, 1), 1), MOST_SETS))
-        arguments = itertools.cycle([_made(one, self.device) for _ in range(sets)])
+        arguments = itertools.cycle(self._arguments.made(one, sets))
         results = deque[Any](maxlen=sets)
 
         def call() -> None:
@@ -147,6 +148,10 @@ class Meter:
 
         with torch.no_grad():
             return self.best(call, OPERATION_SECONDS, MOST_REPEATS)
+
+    def free(self) -> None:
+        """Give back the memory of the operations that were timed."""
+        self._arguments.free()
 
     def update(self, trained: Sizes, config: TrainConfig) -> float:
         """The seconds in which gradients are clipped and the optimizer changes weights of these shapes."""
@@ -271,6 +276,7 @@ class Device:
                     self._changed = True
             if (timed := speed.operations.get(one.key)) is not None:
                 self._kinds.setdefault(one.kind, {})[one.key] = speed.roofline(one), timed
+        self._meter.free()
         for one, count in calls:
             found = speed.operations.get(one.key)
             if found is None:
@@ -354,30 +360,6 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftsweep"
 
 
-# ---- an operation as it is timed ---------------------------------------------------------------------
-
-
-def _made(one: Operation, device: torch.device) -> tuple[list[Any], dict[str, Any]]:
-    """Its arguments, with numbers that it takes: ones, and indices below any of its sizes."""
-    floats = [spec for spec in specs((one.arguments, one.keywords)) if spec.dtype.is_floating_point and spec.shape]
-    indices = max(min((min(spec.shape) for spec in floats), default=1), 1)
-    made = [_real(value, device, indices) for value in one.arguments]
-    return made, {name: _real(value, device, indices) for name, value in one.keywords}
-
-
-def _real(value: Any, device: torch.device, indices: int) -> Any:
-    if isinstance(value, SameDevice):
-        return device
-    if isinstance(value, tuple) and not isinstance(value, TensorSpec):
-        return [_real(part, device, indices) for part in value]
-    if not isinstance(value, TensorSpec):
-        return value
-    made = torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device=device)
-    if value.dtype == torch.int64 and 0 not in value.stride:
-        return made.copy_(torch.arange(made.numel(), device=device).remainder_(indices).view(value.shape))
-    return made.zero_() if 0 in value.stride or value.dtype == torch.int64 else made.fill_(1)
-
-
 # ---- the probe ---------------------------------------------------------------------------------------
 
 
@@ -396,6 +378,7 @@ def measure(meter: Meter) -> Speed:
         with suppress(Exception):  # an operator that this device lacks
             speed.operations[one.key] = meter.operation(one)
     _calibrate(speed, meter)
+    meter.free()
     log.info("measured the speed of %s in %.1f s", name_of(device), time.perf_counter() - begun)
     return speed
 
