@@ -56,6 +56,7 @@ LARGEST = 1e9  # bytes of an operation that is timed
 CALIBRATION = {"small": (64, 2, 16), "middle": (256, 4, 128)}  # width, rows and tokens of the steps that are run
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
 SIZES = {"cpu": (256, 512, 1024), "cuda": (2048, 4096, 8192)}
+LONGEST_PRODUCT = 0.15  # seconds of a product after which no larger one is timed
 THIN = (8, 32)  # ranks of the products that are timed with the probe
 COPIED = {"cpu": 2**25, "cuda": 2**28}  # bytes
 
@@ -370,7 +371,8 @@ def measure(meter: Meter) -> Speed:
     meter.lap_seconds, meter.looked = speed.lap_seconds, -math.inf
     for name in DTYPES[device.type]:
         dtype = getattr(torch, name)
-        speed.ceilings[name] = matmul_ceiling(device, dtype, SIZES[device.type], repeats=5, clock=meter.clock)
+        options: dict[str, Any] = {"repeats": 5, "clock": meter.clock, "longest": LONGEST_PRODUCT}
+        speed.ceilings[name] = matmul_ceiling(device, dtype, SIZES[device.type], **options)
     speed.bandwidth = meter.bandwidth(0.1)
     small = torch.ones(8, device=device)
     speed.launch_seconds = meter.best(lambda: small.add_(1.0), 0.01, 1000)
