@@ -246,8 +246,9 @@ def _key(operator: torch._ops.OpOverload, args: Any, kwargs: Any) -> Any:
     given = list(_tensors([args, kwargs] if kwargs else args))
     if not given or not all(one.is_meta and one.layout is torch.strided for one in given):
         return None
-    if any(isinstance(value, torch.device) and value.type != "meta" for value in kwargs.values()):
-        return None
+    for value in kwargs.values():
+        if isinstance(value, torch.Generator) or (isinstance(value, torch.device) and value.type != "meta"):
+            return None
     arguments, keywords = _frozen(args), _frozen_keywords(kwargs)
     # The types too, as 1 == 1.0 == True, and the number format of a result depends on which it is.
     key = operator, arguments, keywords, *map(type, arguments), *[type(value) for _, value in keywords]
