@@ -5,7 +5,9 @@
 
 Prints a line a configuration as it goes. On a shared CPU ``--cpu-seconds`` takes the clock of the process in place of
 the wall's, for predictions and for steps, with one thread: what others do then disturbs less. Each configuration is
-measured twice; the second time is also predicted from the first, as a record of the same shape would predict it.
+measured twice; the second time is also predicted from the first, as a record of the same shape would predict it. What
+the two differ by is the noise of the machine: `the_same_by_chance` is what they would differ by if each step only had
+the spread that it has, and no record predicts better than that.
 A shared machine's speed changes between a prediction and the run: reference products are timed beside both, and the
 prediction is that of the machine as it was while it ran; ``error_as_foreseen`` is that of the prediction as it was.
 """
@@ -13,6 +15,7 @@ prediction is that of the machine as it was while it ran; ``error_as_foreseen`` 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -41,6 +44,7 @@ from peftsweep.study import record
 from peftsweep.training import loop
 
 STEPS = 11  # of which the first three are left out
+MEDIAN_OF_NORMAL = 0.6745  # half of a normal distribution is nearer to its mean than so many standard deviations
 TINY = "model=tiny"
 LLAMA = "model=llama3.2_1b model.init=random"
 GPT_NEO = "model=gpt_neo_1.3b model.init=random"
@@ -118,8 +122,8 @@ def rows(trial: Trial, length: int) -> list[Tokens]:
     return [Tokens(ids, own, 0) if classes else Tokens(ids, own - own // 3) for ids, own in made]
 
 
-def measured(trial: Trial, tokens: list[Tokens], device: torch.device, clock: Callable[[], float]) -> float:
-    """Seconds of the training: the mean of its steps but the first, times their number."""
+def measured(trial: Trial, tokens: list[Tokens], device: torch.device, clock: Callable[[], float]) -> list[float]:
+    """Seconds of the steps of the training but for the first."""
     config = trial.config
     base = model.load(config.model, build.quantization(trial), device, len(config.dataset.classes))
     if parts.classifies(base):
@@ -131,7 +135,16 @@ def measured(trial: Trial, tokens: list[Tokens], device: torch.device, clock: Ca
     with patch.object(loop, "Laps", partial(measure.Laps, clock=clock)):
         options: dict[str, Any] = {"pad_id": 0, "seed": config.seed, "log": lambda row: None}
         found = loop.train(adapted, tokens, config.train, meter=measure.Meter(device), **options)
-    return statistics.fmean(found.steady_seconds) * config.train.steps
+    return list(found.steady_seconds)
+
+
+def by_chance(first: list[float], second: list[float]) -> float:
+    """By what share the means of two runs are expected to differ in one case of two, if only each step's seconds vary.
+
+    Steps have rows of other lengths, the same ones in both runs: what varies is the difference of the two of a pair.
+    """
+    logs = [math.log(a / b) for a, b in zip(first, second, strict=True)]
+    return MEDIAN_OF_NORMAL * statistics.stdev(logs) / math.sqrt(len(logs))
 
 
 def busy(device: speed.Device) -> float:
@@ -146,31 +159,42 @@ def compare(
     """One line of the result."""
     trial = compose(point, scale)
     tokens = rows(trial, point[3] * (8 if scale == "large" else 1))
-    begun = time.perf_counter()
+    begun, cpu = time.perf_counter(), time.process_time()
     device.take_kept()
     found = duration.estimate(trial, device, None, tokens, judged=False)
-    took = time.perf_counter() - begun
+    took, used = time.perf_counter() - begun, time.process_time() - cpu
     span, then, seen = found.spans.get("train"), device.busy, list[float]()
 
-    def run() -> float:
+    def run() -> list[float]:
         before = busy(device)
-        seconds = measured(trial, tokens, device.device, clock)
+        steps = measured(trial, tokens, device.device, clock)
         seen.append(math.sqrt(before * busy(device)))
-        return seconds
+        return steps
 
-    first, second = run(), run()
+    runs = run(), run()
+    first, second = (statistics.fmean(steps) * trial.config.train.steps for steps in runs)
     truth, now = math.sqrt(first * second), math.sqrt(seen[0] * seen[1])
     sizes = trial.config.model.architecture
     name = (
         f"{trial.choices['model']} {sizes.get('hidden_size', sizes.get('dim', ''))} {point[1]}, {point[2]} x {point[3]}"
     )
-    line = {"point": name, "measured": truth, "measured_first": first, "measured_second": second, "seconds": took}
+    line: dict[str, Any] = {
+        "point": name,
+        "model": point[0],
+        "measured": truth,
+        "measured_first": first,
+        "measured_second": second,
+    }
+    line |= {"seconds": took, "cpu_seconds": used}
+    # Of the same trial run twice: what a prediction from its record is off by, and how much of that is noise.
+    line |= {"again": first / second - 1, "again_at_one_speed": first / seen[0] / (second / seen[1]) - 1}
+    line |= {"again_by_chance": by_chance(*runs)}
     if span is None:
         return line | {"predicted": None, "why": found.why}
     slowed = span.times(now / then)
     line |= {"predicted": slowed.seconds, "low": slowed.low, "high": slowed.high, "flops": found.flops}
     line |= {"error": slowed.seconds / truth - 1, "error_as_foreseen": span.seconds / truth - 1}
-    return line | {"same_shape_error": first / second - 1, "busy": now, "busy_when_predicted": then}
+    return line | {"busy": now, "busy_when_predicted": then}
 
 
 def in_short(lines: list[dict[str, Any]]) -> dict[str, Any]:
@@ -185,7 +209,8 @@ def in_short(lines: list[dict[str, Any]]) -> dict[str, Any]:
         span = Span.around(line["predicted"], SPREADS["train"])
         held += span.low <= line["measured"] <= span.high
     errors = [abs(line["error"]) for line in known]
-    same = [abs(line["same_shape_error"]) for line in known]
+    models = list(itertools.accumulate(lines, lambda seen, line: seen | {line["model"]}, initial=set[str]()))
+    later = [line for line, seen in zip(lines, models, strict=False) if line["model"] in seen]
     return {
         "n": len(lines),
         "not_predicted": len(lines) - len(known),
@@ -195,8 +220,15 @@ def in_short(lines: list[dict[str, Any]]) -> dict[str, Any]:
         "coverage": held / len(known),
         "median_error_with_records": statistics.median(corrected),
         "worst_error_with_records": max(corrected),
-        "median_error_of_the_same_shape": statistics.median(same),
+        # From a record of the same shape; then what of that the machine's speed, as it was beside both, does not say,
+        # and what the steps of one run differ by without any cause: no prediction can be nearer.
+        "median_error_of_the_same_shape": statistics.median(abs(line["again"]) for line in lines),
+        "the_same_at_one_speed_of_the_machine": statistics.median(abs(line["again_at_one_speed"]) for line in lines),
+        "the_same_by_chance": statistics.median(line["again_by_chance"] for line in lines),
         "slowest_prediction_seconds": max(line["seconds"] for line in lines),
+        "slowest_prediction_cpu_seconds": max(line["cpu_seconds"] for line in lines),
+        "slowest_after_the_first_of_its_model_seconds": max((line["seconds"] for line in later), default=None),
+        "slowest_after_the_first_of_its_model_cpu_seconds": max((line["cpu_seconds"] for line in later), default=None),
     }
 
 
@@ -227,9 +259,15 @@ def main() -> None:
                 print(f"{line['point']:75s} not predicted: {line['why']}", flush=True)
                 continue
             said = f"{line['predicted']:8.2f} s, measured {line['measured']:8.2f} s {line['error']:+7.1%}"
-            print(f"{line['point']:75s} {said}, again {line['same_shape_error']:+6.1%}", flush=True)
+            again = f"the same trial again differs by {line['again']:+6.1%}, by chance {line['again_by_chance']:.1%}"
+            print(f"{line['point']:75s} {said}; {again}; predicted in {line['cpu_seconds']:.1f} s of CPU", flush=True)
     short = in_short(lines)
     print(json.dumps(short, indent=1))
+    print(
+        f"the same trial again differs by {short['median_error_of_the_same_shape']:.1%}, of which "
+        f"{short['the_same_by_chance']:.1%} is chance between steps and "
+        f"{short['the_same_at_one_speed_of_the_machine']:.1%} is left where the machine's speed is allowed for"
+    )
     if options.out:
         facts = {
             "device": device.device.type,

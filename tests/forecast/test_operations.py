@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
+from peftsweep.config import build
+from peftsweep.config.compose import Trial
+from peftsweep.forecast import forecast, operations
 from peftsweep.forecast.allocator import Allocator
 from peftsweep.forecast.operations import Ledger, TensorSpec
+from peftsweep.forecast.predict import Prediction, Shape
+from peftsweep.forecast.trace import Tracer
 
+Compose = Callable[..., Trial]
 M, K, N = 6, 10, 14
 FLOAT = 4  # bytes of a number
 
@@ -82,3 +89,75 @@ def test_flops_are_told_by_number_format() -> None:
     wide, narrow = meta(M, M), meta(M, M, dtype=torch.bfloat16)
     found = counted(lambda: (wide @ wide, narrow @ narrow, narrow @ narrow)).flops_by_dtype
     assert found == {torch.float32: 2 * M**3, torch.bfloat16: 4 * M**3}
+
+
+TRIALS = (
+    "method=lora",
+    "method=dora quant=4bit",
+    "method=full train.checkpointing=true",
+    "method=lora quant=8bit train.autocast=bfloat16",
+    "method=prompt_tuning",
+)
+
+
+@pytest.mark.parametrize("words", TRIALS)
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_a_call_that_is_remembered_gives_the_bytes_and_operations_of_one_that_is_made(
+    words: str, where: str, compose: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = compose("train=quick", *words.split())
+    shape = Shape(2, 12, 5, 10)
+
+    def found() -> tuple[Prediction | None, list[tuple[str, int, int, int]]]:
+        traced = forecast._with_skeleton(
+            trial,
+            build.storage(trial),
+            lambda adapted: Tracer(adapted, trial.config.train, where).step(shape).ledger,
+            (("meta", "meta"), ("meta", "cpu")),
+        )
+        assert traced is not None
+        keys = {one: re.sub("0x[0-9a-f]+", "", one.key) for one in traced.calls}  # a generator's address
+        calls = sorted((keys[one], count, one.flops, one.bytes) for one, count in traced.calls.items())
+        return forecast.predicted(trial, [shape], where), calls
+
+    found()
+    remembered = found()
+    with monkeypatch.context() as patch:
+        patch.setattr(operations, "_key", lambda *_: None)
+        made = found()
+    assert remembered == made
+    assert made[0] is not None
+    assert made[1]
+
+
+def test_a_number_and_the_same_number_of_another_type_are_not_one_call() -> None:
+    whole = torch.empty(M, dtype=torch.int64, device="meta")
+    with Allocator(1, 0):
+        assert [(whole * 2).dtype, (whole * 2.0).dtype, (whole * 2).dtype] == [torch.int64, torch.float32, torch.int64]
+
+
+def test_results_that_are_remembered_are_new_memory_and_are_freed() -> None:
+    tensor = meta(M, N)
+    with Allocator(1, 0) as allocator:
+        first, second = tensor.exp(), tensor.exp()
+        assert allocator.live == 2 * FLOAT * M * N
+        assert first.untyped_storage()._cdata != second.untyped_storage()._cdata
+        del first, second
+        assert allocator.live == 0
+
+
+def test_arguments_of_calls_are_ones_in_memory_of_their_own_but_for_those_that_a_call_changes() -> None:
+    left, right = meta(M, N), meta(N, M).t()
+    (added,) = counted(lambda: left + right).calls
+    (changed,) = counted(lambda: left.add_(right)).calls
+    arguments = operations.Arguments(torch.device("cpu"), 4096)
+    given = [one for args, _ in arguments.made(added, 3) for one in args if isinstance(one, torch.Tensor)]
+    assert [tuple(one.stride()) for one in given] == 3 * [(N, 1), (1, M)]
+    assert all(bool((one == 1).all()) for one in given)
+    assert len({one.data_ptr() for one in given}) == 6
+    assert len({one.untyped_storage()._cdata for one in given}) == 1
+    for args, _ in arguments.made(changed, 2):
+        args[0].add_(args[1])
+    assert all(
+        bool((one == 1).all()) for args, _ in arguments.made(added, 3) for one in args if isinstance(one, torch.Tensor)
+    )

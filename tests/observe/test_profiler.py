@@ -334,6 +334,19 @@ def test_the_ceiling_is_the_best_of_the_sizes_by_the_median_lap() -> None:
     assert ceiling == max(2 * 2**3 / 1.0, 2 * 4**3 / 4.0)
 
 
+def test_sizes_above_one_that_takes_too_long_are_left_out() -> None:
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += 2.0
+        return now
+
+    options: dict[str, Any] = {"repeats": 3, "clock": clock}
+    assert observe_flops.matmul_ceiling(CPU, torch.float32, [4, 2], longest=3.0, **options) == 2 * 4**3 / 2.0
+    assert observe_flops.matmul_ceiling(CPU, torch.float32, [4, 2], longest=1.0, **options) == 2 * 2**3 / 2.0
+
+
 def test_the_steps_before_the_active_ones_are_not_timed() -> None:
     now = 0.0
 

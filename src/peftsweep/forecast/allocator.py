@@ -80,16 +80,18 @@ class Allocator(TorchDispatchMode):
             return NotImplemented  # a weight of torchao first translates the call to operations on plain tensors
         if func is aten.add.Tensor and self._accumulates(*args):
             func = aten.add_.Tensor
-        kwargs, operation, known = kwargs or {}, None, False
+        kwargs = kwargs or {}
         result = self._without_numbers(func, args, kwargs)
-        if result is None:
-            result, operation, known = operations.run(func, args, kwargs)
+        if result is not None:
+            operation = operations.operation(func, args, kwargs, result)
+        else:
+            result, operation = operations.run(func, args, kwargs)
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, torch.Tensor):
                 self._note(tensor)
         self.peak = max(self.peak, self.live)
         if self._ledger is not None:
-            self._ledger.note(operation if known else operations.operation(func, args, kwargs, result))
+            self._ledger.note(operation)
         return result
 
     def _accumulates(self, gradient: torch.Tensor, more: Any) -> bool:

@@ -201,7 +201,7 @@ def _timed(
     *,
     probe: bool,
 ) -> Estimate:
-    model = identity.content_hash([forecast._of_the_model(trial), trial.config.quant])
+    model = identity.content_hash([forecast._of_the_model(trial)])
     begun = time.perf_counter()
     may_take = max(0.0, min(NEXT_SECONDS, MOST_SECONDS - _SPENT[0])) if model in _MODELS else FIRST_SECONDS
     until = begun + may_take if probe else 0.0

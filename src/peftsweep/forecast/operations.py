@@ -16,6 +16,7 @@ from peftsweep.observe.flops import PRODUCT, flop_formulas
 
 # Operators that read only as many numbers of their first tensor as they return.
 GATHERS = {"aten::embedding", "aten::index", "aten::index_select", "aten::gather"}
+ALIGNMENT = 64  # bytes at which a tensor begins that is made for a call
 UNCOUNTED = {"aten::_local_scalar_dense", "aten::detach", "aten::is_same_size"}
 
 
@@ -76,6 +77,11 @@ class Operation:
     def kind(self) -> tuple[str, tuple[torch.dtype, ...]]:
         """Equal for operations that differ only in their sizes."""
         return self.operator.name(), self.dtypes
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether a call leaves its arguments as they are."""
+        return not any(part.alias_info and part.alias_info.is_write for part in self.operator._schema.arguments)
 
     @functools.cached_property
     def key(self) -> str:
@@ -182,18 +188,18 @@ def operation(operator: torch._ops.OpOverload, args: Any, kwargs: Any, result: A
 
 
 class Known(NamedTuple):
-    """What a call on the meta device returns: new tensors of these shapes (None: no tensor), one or a tuple."""
+    """A call that was made before."""
 
-    results: tuple[TensorSpec | None, ...]
-    single: bool
     operation: Operation | None
+    results: tuple[TensorSpec | None, ...] | None  # new tensors (None: no tensor); all of it None: must be called again
+    single: bool = True  # it returns a tensor, not a tuple
 
     def again(self) -> Any:
         """Tensors as the call returns them."""
         with torch._C.DisableTorchFunction():  # modes that watch calls are not to see these
             made = [
                 spec and torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device="meta")
-                for spec in self.results
+                for spec in self.results or ()
             ]
         return made[0] if self.single else tuple(made)
 
@@ -202,29 +208,28 @@ _KNOWN: dict[Any, Known] = {}
 MOST_KNOWN = 20_000
 
 
-def run(operator: torch._ops.OpOverload, args: Any, kwargs: Any) -> tuple[Any, Operation | None, bool]:
-    """What the call returns, the operation that it is, and whether that was found out here.
+def run(operator: torch._ops.OpOverload, args: Any, kwargs: Any) -> tuple[Any, Operation | None]:
+    """What the call returns, and the operation that it is (None: it is not counted).
 
     Layers repeat and trials are alike, and what a call on the meta device returns is decided by the shapes, strides and
     number formats of its arguments; many such calls are written in Python and take long. So the results of operators
     that return new tensors alone are remembered, and made again as empty tensors.
     """
-    key = _key(operator, args, kwargs) if _returns_new(operator) else None
-    if key is None:
-        return operator(*args, **kwargs), None, False
-    known = _KNOWN.get(key)
+    key = _key(operator, args, kwargs)
+    known = None if key is None else _KNOWN.get(key)
     if known is not None:
-        return known.again(), known.operation, True
+        return operator(*args, **kwargs) if known.results is None else known.again(), known.operation
+    given = [] if key is None else [one.untyped_storage()._cdata for one in _tensors([args, kwargs])]
     result = operator(*args, **kwargs)
-    results = result if isinstance(result, tuple) else (result,)
-    if not all(_is_plain(one) for one in results) or _share_memory(results, _tensors([args, kwargs])):
-        return result, None, False
-    if len(_KNOWN) >= MOST_KNOWN:
-        _KNOWN.clear()
-    specs_ = tuple(None if one is None else _frozen(one) for one in results)
-    known = Known(specs_, not isinstance(result, tuple), operation(operator, args, kwargs, result))
-    _KNOWN[key] = known
-    return result, known.operation, True
+    found = operation(operator, args, kwargs, result)
+    if key is not None:
+        if len(_KNOWN) >= MOST_KNOWN:
+            _KNOWN.clear()
+        results = result if isinstance(result, tuple) else (result,)
+        new = _returns_new(operator) and all(map(_is_plain, results)) and _own_memory(results, given)
+        specs_ = tuple(None if one is None else _frozen(one) for one in results) if new else None
+        _KNOWN[key] = Known(found, specs_, not isinstance(result, tuple))
+    return result, found
 
 
 @functools.cache
@@ -238,11 +243,12 @@ def _returns_new(operator: torch._ops.OpOverload) -> bool:
 
 def _key(operator: torch._ops.OpOverload, args: Any, kwargs: Any) -> Any:
     """Of what decides the results of a call; None where more than shapes decides, or no tensor is given."""
-    given = [*_tensors(args), *_tensors(kwargs)]
+    given = list(_tensors([args, kwargs] if kwargs else args))
     if not given or not all(one.is_meta and one.layout is torch.strided for one in given):
         return None
-    if any(isinstance(value, torch.device) and value.type != "meta" for value in kwargs.values()):
-        return None
+    for value in kwargs.values():
+        if isinstance(value, torch.Generator) or (isinstance(value, torch.device) and value.type != "meta"):
+            return None
     arguments, keywords = _frozen(args), _frozen_keywords(kwargs)
     # The types too, as 1 == 1.0 == True, and the number format of a result depends on which it is.
     key = operator, arguments, keywords, *map(type, arguments), *[type(value) for _, value in keywords]
@@ -274,10 +280,10 @@ def _is_plain(result: Any) -> bool:
     return result.storage_offset() == 0 and result.untyped_storage().nbytes() == numbers * result.element_size()
 
 
-def _share_memory(results: Iterable[torch.Tensor | None], arguments: Iterable[torch.Tensor]) -> bool:
-    """Whether a result is in the memory of another or of an argument."""
+def _own_memory(results: Iterable[torch.Tensor | None], given: Iterable[int]) -> bool:
+    """Whether each result has memory of its own, which is not of those ``given``."""
     own = [one.untyped_storage()._cdata for one in results if one is not None]
-    return len({*own}) < len(own) or not {*own}.isdisjoint(one.untyped_storage()._cdata for one in arguments)
+    return len({*own}) == len(own) and {*own}.isdisjoint(given)
 
 
 def _frozen(value: Any) -> Any:
@@ -302,3 +308,65 @@ def _flops(operator: torch._ops.OpOverload, args: Any, kwargs: Any, result: Any)
 @functools.cache
 def _formulas(_quanto: bool) -> dict[Any, Callable[..., int]]:
     return flop_formulas()
+
+
+# ---- a call with numbers -----------------------------------------------------------------------------
+
+
+class Arguments:
+    """Makes arguments of operations on a device, of numbers that they take: ones, and indices below any of the sizes.
+
+    The tensors of ones share ``size`` bytes a number format, which are written once: new memory is mapped as it is
+    first written to, which takes longer than most operations.
+    """
+
+    def __init__(self, device: torch.device, size: int) -> None:
+        self._device, self._size = device, size
+        self._ones: dict[torch.dtype, torch.Tensor] = {}
+        self._used: Counter[torch.dtype] = Counter()  # numbers of them
+
+    def made(self, one: Operation, sets: int) -> list[tuple[list[Any], dict[str, Any]]]:
+        """The arguments of so many calls of ``one``, no two in the same memory; those of an earlier one may be."""
+        self._used.clear()
+        floats = [spec for spec in specs((one.arguments, one.keywords)) if spec.dtype.is_floating_point and spec.shape]
+        indices = max(min((min(spec.shape) for spec in floats), default=1), 1)
+        shared = one.changes_nothing
+        return [
+            (
+                [self._real(value, indices, shared) for value in one.arguments],
+                {name: self._real(value, indices, shared) for name, value in one.keywords},
+            )
+            for _ in range(sets)
+        ]
+
+    def free(self) -> None:
+        """Give the memory back."""
+        self._ones.clear()
+        self._used.clear()
+
+    def _real(self, value: Any, indices: int, shared: bool) -> Any:
+        if isinstance(value, SameDevice):
+            return self._device
+        if not isinstance(value, TensorSpec):
+            return [self._real(part, indices, shared) for part in value] if isinstance(value, tuple) else value
+        numbers = value.dtype == torch.int64
+        if shared and not numbers and 0 not in value.stride and (made := self._of_ones(value)) is not None:
+            return made
+        made = torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device=self._device)
+        if numbers and 0 not in value.stride:
+            return made.copy_(torch.arange(made.numel(), device=self._device).remainder_(indices).view(value.shape))
+        return made.zero_() if 0 in value.stride or numbers else made.fill_(1)
+
+    def _of_ones(self, spec: TensorSpec) -> torch.Tensor | None:
+        """A tensor in the memory that is there; None where that is used up."""
+        last = sum((size - 1) * step for size, step in zip(spec.shape, spec.stride, strict=True))
+        step = ALIGNMENT // spec.dtype.itemsize
+        first, numbers = self._used[spec.dtype], (last // step + 1) * step
+        if 0 in spec.shape or (first + numbers) * spec.dtype.itemsize > self._size:
+            return None
+        if spec.dtype not in self._ones:
+            self._ones[spec.dtype] = torch.ones(
+                self._size // spec.dtype.itemsize, dtype=spec.dtype, device=self._device
+            )
+        self._used[spec.dtype] = first + numbers
+        return self._ones[spec.dtype].as_strided(spec.shape, spec.stride, first)

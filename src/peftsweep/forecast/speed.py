@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn import functional
 
 from peftsweep.forecast.allocator import Allocator
-from peftsweep.forecast.operations import Ledger, Operation, SameDevice, TensorSpec, specs
+from peftsweep.forecast.operations import Arguments, Ledger, Operation
 from peftsweep.forecast.trace import Sizes, made_optimizer, reference_step
 from peftsweep.observe.flops import matmul_ceiling
 from peftsweep.observe.measure import lower_quartile
@@ -39,7 +39,7 @@ from peftsweep.study.atomic import write_text
 
 log = logging.getLogger(__name__)
 
-VERSION = 2  # of what is measured and how it is kept
+VERSION = 3  # of what is measured and how it is kept
 # A "lap" is one reference product of two LAP x LAP matrices; its seconds show when the device has another speed.
 LAP = 512
 LAP_SECONDS = 0.15  # laps are repeated for this time
@@ -57,6 +57,7 @@ LARGEST = 1e9  # bytes of the largest operation that is timed
 CALIBRATION = {"small": (64, 2, 16), "middle": (256, 4, 128)}  # width, rows and tokens of the calibration steps
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
 SIZES = {"cpu": (256, 512, 1024), "cuda": (2048, 4096, 8192)}
+LONGEST_PRODUCT = 0.15  # seconds of a product, after which no larger one is timed
 THIN = (8, 32)  # ranks of the LoRA products that the probe times
 COPIED = {"cpu": 2**25, "cuda": 2**28}  # bytes of the copy that measures the bandwidth
 
@@ -95,6 +96,7 @@ class Meter:
         self.device, self.clock = device, clock
         self.lap_seconds = math.nan  # unknown at first: seconds are not scaled
         self._slowness, self.looked = 1.0, -math.inf
+        self._arguments = Arguments(device, int(COLD_BYTES))
 
     def slowness(self, every: float = LOOKED_EVERY) -> float:
         """The seconds of a lap now / ``lap_seconds``; laps are timed again if the last are ``every`` seconds old."""
@@ -139,7 +141,7 @@ class Meter:
         inputs (weights, activations of the forward) are in no cache, and outputs go to new memory.
         """
         sets = 1 if self.device.type == "cuda" else int(min(max(COLD_BYTES / max(one.bytes, 1), 1), MOST_SETS))
-        arguments = itertools.cycle([_made(one, self.device) for _ in range(sets)])
+        arguments = itertools.cycle(self._arguments.made(one, sets))
         results = deque[Any](maxlen=sets)
 
         def call() -> None:
@@ -148,6 +150,10 @@ class Meter:
 
         with torch.no_grad():
             return self.best(call, OPERATION_SECONDS, MOST_REPEATS)
+
+    def free(self) -> None:
+        """Give back the memory of the operations that were timed."""
+        self._arguments.free()
 
     def update(self, trained: Sizes, config: TrainConfig) -> float:
         """The seconds to clip the gradients and to take the optimizer's step for weights of these shapes."""
@@ -272,6 +278,7 @@ class Device:
                     self._changed = True
             if (timed := speed.operations.get(one.key)) is not None:
                 self._kinds.setdefault(one.kind, {})[one.key] = speed.roofline(one), timed
+        self._meter.free()
         for one, count in calls:
             found = speed.operations.get(one.key)
             if found is None:
@@ -355,30 +362,6 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftsweep"
 
 
-# ---- an operation as it is timed ---------------------------------------------------------------------
-
-
-def _made(one: Operation, device: torch.device) -> tuple[list[Any], dict[str, Any]]:
-    """The arguments of ``one`` as real tensors, with valid numbers: ones, and indices below each of its sizes."""
-    floats = [spec for spec in specs((one.arguments, one.keywords)) if spec.dtype.is_floating_point and spec.shape]
-    indices = max(min((min(spec.shape) for spec in floats), default=1), 1)
-    made = [_real(value, device, indices) for value in one.arguments]
-    return made, {name: _real(value, device, indices) for name, value in one.keywords}
-
-
-def _real(value: Any, device: torch.device, indices: int) -> Any:
-    if isinstance(value, SameDevice):
-        return device
-    if isinstance(value, tuple) and not isinstance(value, TensorSpec):
-        return [_real(part, device, indices) for part in value]
-    if not isinstance(value, TensorSpec):
-        return value
-    made = torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device=device)
-    if value.dtype == torch.int64 and 0 not in value.stride:
-        return made.copy_(torch.arange(made.numel(), device=device).remainder_(indices).view(value.shape))
-    return made.zero_() if 0 in value.stride or value.dtype == torch.int64 else made.fill_(1)
-
-
 # ---- the probe ---------------------------------------------------------------------------------------
 
 
@@ -389,7 +372,8 @@ def measure(meter: Meter) -> Speed:
     meter.lap_seconds, meter.looked = speed.lap_seconds, -math.inf
     for name in DTYPES[device.type]:
         dtype = getattr(torch, name)
-        speed.ceilings[name] = matmul_ceiling(device, dtype, SIZES[device.type], repeats=5, clock=meter.clock)
+        options: dict[str, Any] = {"repeats": 5, "clock": meter.clock, "longest": LONGEST_PRODUCT}
+        speed.ceilings[name] = matmul_ceiling(device, dtype, SIZES[device.type], **options)
     speed.bandwidth = meter.bandwidth(0.1)
     small = torch.ones(8, device=device)
     speed.launch_seconds = meter.best(lambda: small.add_(1.0), 0.01, 1000)
@@ -397,6 +381,7 @@ def measure(meter: Meter) -> Speed:
         with suppress(Exception):  # an operator that this device lacks
             speed.operations[one.key] = meter.operation(one)
     _calibrate(speed, meter)
+    meter.free()
     log.info("measured the speed of %s in %.1f s", name_of(device), time.perf_counter() - begun)
     return speed
 

@@ -7,6 +7,7 @@ read padding as text, and not every cache can give up some of its rows.
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -236,8 +237,10 @@ _LIKELY: dict[tuple[Any, ...], Shortcuts] = {}  # by what decides them
 
 def known_shortcuts(base: Any) -> Shortcuts:
     """``likely_shortcuts``, remembered by what decides them: a sweep's forecasts ask for each of its methods."""
-    said = base.config.to_json_string(), text_config(base)._attn_implementation
-    key = type(base), *said, type(head := base.get_output_embeddings()), shortcuts.is_linear(head)
+    said = base.config.to_dict()
+    said.pop("quantization_config", None)  # how layers are stored changes nothing of what calls them
+    stated = json.dumps(said, sort_keys=True, default=str), text_config(base)._attn_implementation
+    key = type(base), *stated, type(head := base.get_output_embeddings()), shortcuts.is_linear(head)
     if key not in _LIKELY:
         _LIKELY[key] = likely_shortcuts(base)
     return _LIKELY[key]

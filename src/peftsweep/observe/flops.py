@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections import Counter
@@ -110,10 +111,12 @@ def matmul_ceiling(
     *,
     repeats: int = 10,
     clock: Callable[[], float] = time.perf_counter,
+    longest: float = math.inf,
 ) -> float:
     """FLOP/s of the fastest square matrix product: the best of ``sizes``, of each the median of ``repeats``.
 
-    Sizes for which the device lacks the memory are left out; the smallest must fit.
+    Sizes for which the device lacks the memory are left out; the smallest must fit. So are those above one whose
+    product takes over ``longest`` seconds, as in a number format for which the device has no instruction.
     """
     best = 0.0
     for size in sorted(sizes):
@@ -131,5 +134,8 @@ def matmul_ceiling(
             torch.mm(left, right, out=product)
             if lap >= 2:
                 laps.stop()
-        best = max(best, 2 * size**3 / (percentile(laps.seconds(), 50) or 0.0))
+        seconds = percentile(laps.seconds(), 50) or 0.0
+        best = max(best, 2 * size**3 / seconds)
+        if seconds > longest:
+            break
     return best
