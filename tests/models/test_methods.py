@@ -19,9 +19,11 @@ from peftsweep.data import batches, templates, tokens
 from peftsweep.forecast import forecast
 from peftsweep.models import losses, model, parts
 from peftsweep.observe.measure import Meter
+from peftsweep.schema import Task
 from peftsweep.study.record import Result, Status
 from peftsweep.tiny import task
 from peftsweep.training import loop
+from tests.architectures import small_config
 
 Compose = Callable[..., Trial]
 
@@ -300,6 +302,16 @@ def test_every_method_trains_with_every_option_or_is_refused(
 def test_what_a_library_cannot_train_is_refused(words: list[str], reason: str | None, compose: Compose) -> None:
     refused = forecast.refusal(compose(*words))
     assert refused is None if reason is None else reason in (refused or "")
+
+
+@pytest.mark.parametrize(("kind", "wanted"), [("ctrl", "CTRLLMHeadModel"), ("llama", None)])
+def test_checkpointing_that_transformers_has_not_is_refused(kind: str, wanted: str | None, compose: Compose) -> None:
+    model.CLASSES[Task.causal_lm].from_config(small_config(kind)).save_pretrained("base")
+    model.load_tokenizer(tiny()).save_pretrained("base")
+    words = ["model=causal_lm", "model.name_or_path=./base", "train.checkpointing=true"]
+    refused = forecast.refusal(compose(*words))
+    assert refused == (wanted and f"not with train.checkpointing=true: transformers' {wanted} does not support it")
+    assert forecast.refusal(compose(*words[:2])) is None
 
 
 def test_adalora_needs_steps_to_weigh_its_ranks(compose: Compose) -> None:

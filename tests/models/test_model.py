@@ -17,6 +17,7 @@ from peftsweep.config.fill import conf_dir
 from peftsweep.data import batches, tokens
 from peftsweep.models import attach, losses, model, parts, saved
 from peftsweep.schema import Init, ModelConfig, TargetsConfig, Task
+from tests.architectures import small_config
 
 CPU = torch.device("cpu")
 TINY = ModelConfig(name_or_path="tiny")
@@ -101,6 +102,14 @@ def test_targets_speak_in_roles(targets: TargetsConfig, expected: list[str] | No
 def test_all_linear_leaves_the_head_alone() -> None:
     names = attach.target_modules(model.skeleton(TINY), TargetsConfig(all_linear=True), ROLES)
     assert names == [n for role in ("q", "k", "v", "o", "mlp") for n in ROLES[role]]
+
+
+@pytest.mark.parametrize("kind", ["llama4_text", "mllama"])
+def test_a_body_by_another_name_than_the_class_says_is_no_head(kind: str) -> None:
+    """Their ``base_model_prefix`` is "language_model", which names no part of them."""
+    base = model.CLASSES[Task.causal_lm].from_config(small_config(kind))
+    assert parts.head_names(base) == ["lm_head"]
+    assert {"q_proj", "k_proj", "v_proj", "o_proj"} <= {name.rpartition(".")[2] for name in attach.linear_names(base)}
 
 
 def families() -> Iterator[tuple[str, dict[str, Any], str, dict[str, list[str]]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import random
@@ -23,11 +24,12 @@ from peftsweep.models import attach, model, probe
 from peftsweep.models import losses as models_losses
 from peftsweep.models import parts as models_parts
 from peftsweep.observe.measure import Meter
-from peftsweep.schema import Dtype, ModelConfig, Schedule, TargetsConfig, TrainConfig
+from peftsweep.schema import Dtype, ModelConfig, Schedule, TargetsConfig, Task, TrainConfig
 from peftsweep.training import length as training_length
 from peftsweep.training import loop
 from peftsweep.training import optimizer as training_optimizer
 from peftsweep.training.run import Trained
+from tests.architectures import small_config
 from tests.conftest import SAME_WEIGHTS, apart
 
 CPU = torch.device("cpu")
@@ -96,6 +98,24 @@ def test_the_loop_is_that_of_a_plain_torch_script(rows: list[data_tokens.Tokens]
     _, lines, weights = run(rows, warmup=2)
     assert losses(lines) == pytest.approx(expected, abs=1e-5)
     assert apart(weights, dict(models_parts.trainable_parameters(reference))) <= SAME_WEIGHTS
+
+
+def test_checkpointing_trains_a_model_that_changes_its_embeddings_in_place(rows: list[data_tokens.Tokens]) -> None:
+    torch.manual_seed(0)
+    base = model.CLASSES[Task.causal_lm].from_config(small_config("git"), dtype=torch.float32).requires_grad_(False)
+    for part in base.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    probe.abilities(base)
+
+    def trained(checkpointing: bool) -> Any:
+        torch.manual_seed(0)
+        made = attach.attach(copy.deepcopy(base), LoraConfig(r=4, target_modules="all-linear"), TargetsConfig(), {})
+        return run(rows, made, checkpointing=checkpointing)
+
+    plain, checkpointed = trained(False), trained(True)
+    assert losses(checkpointed[1]) == pytest.approx(losses(plain[1]), abs=1e-5)
+    assert apart(checkpointed[2], plain[2]) <= SAME_WEIGHTS
 
 
 @pytest.mark.kernels

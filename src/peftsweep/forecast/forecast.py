@@ -308,6 +308,9 @@ def refusal(trial: Trial) -> str | None:
             kinds.append("encoder")
     if config.train.checkpointing:
         kinds.append("checkpointing")
+        made = models_model.skeleton(config.model, classes=len(config.dataset.classes))
+        if reason := compatibility.checkpointing_refusal(type(made)):
+            return reason
     if config.train.autocast:
         kinds.append(f"{kinds[0]} autocast")
     if config.model.dtype is Dtype.float16 and config.train.autocast is Dtype.float16:

@@ -363,11 +363,13 @@ def linear_names(base: PreTrainedModel, method: Any = None) -> list[str]:
     """The last names of all linear layers but those of the head, of experts and of routers, in order of appearance.
 
     Those that PEFT refuses for ``method``, such as Mamba's ``out_proj`` for LoRA, are left out, which is logged.
+    It is an InputError if there are none.
     """
     left = router_modules(base)
     linear = [name for name, module in adaptable_modules(base) if isinstance(module, LINEAR) and name not in left]
-    names = [name for name in linear if not _of_expert(name)]
-    names = _without_refused(method, base, names)
+    names = _without_refused(method, base, [name for name in linear if not _of_expert(name)])
+    if not names:
+        raise InputError(f"targets: {type(base).__name__} has no linear layer that an adapter can be attached to")
     return _shortest(base, names, list(dict.fromkeys(name.rpartition(".")[2] for name in names)))
 
 

@@ -170,6 +170,13 @@ def refusal(method: Mapping[str, Any], kinds: Iterable[str]) -> str | None:
     return None
 
 
+def checkpointing_refusal(model: type) -> str | None:
+    """Why transformers cannot train the class ``model`` with gradient checkpointing; None where it can."""
+    if getattr(model, "supports_gradient_checkpointing", True):
+        return None
+    return f"not {KINDS['checkpointing']}: transformers' {model.__name__} does not support it"
+
+
 def _matches(value: Any, wanted: Any) -> bool:
     if isinstance(wanted, type):
         return isinstance(value, wanted)

@@ -51,8 +51,16 @@ def text_part(base: Any) -> nn.Module:
 
 def head_names(base: PreTrainedModel) -> list[str]:
     """The names of the parts beside the model's body that hold weights: ``lm_head``, ``score``, ``classifier``."""
-    parts = base.named_children()
-    return [name for name, part in parts if name != base.base_model_prefix and any(True for _ in part.parameters())]
+    parts, body = dict(base.named_children()), body_name(base)
+    return [name for name, part in parts.items() if name != body and any(True for _ in part.parameters())]
+
+
+def body_name(base: PreTrainedModel) -> str:
+    """The name of the part that is the model without its heads; the prefix of Llama 4's and Mllama's names none."""
+    parts = dict(base.named_children())
+    if base.base_model_prefix in parts:
+        return base.base_model_prefix
+    return next((name for name, part in parts.items() if isinstance(part, PreTrainedModel)), base.base_model_prefix)
 
 
 def head_classes(config: transformers.PreTrainedConfig) -> list[str] | None:

@@ -115,6 +115,9 @@ def enable_checkpointing(model: Any, wanted: bool) -> None:
         # Renamed in transformers 5.23; both names are in the supported range.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+        # Which has what the embeddings give require a gradient, that only reentrant checkpoints need. It is then a leaf
+        # of autograd, which models that add positions to it in place (git) cannot change.
+        model.disable_input_require_grads()
 
 
 def make_scaler(config: TrainConfig, device: torch.device) -> torch.amp.GradScaler:
