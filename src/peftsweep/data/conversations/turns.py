@@ -6,6 +6,7 @@ import json
 from typing import Any, NamedTuple
 
 Message = dict[str, Any]
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of what a message reasons before its content
 
 
 class Conversation(NamedTuple):
@@ -37,7 +38,7 @@ class Conversation(NamedTuple):
 
 def says_something_else(message: Message) -> bool:
     """Whether a message without content still says something: it calls tools, or reasons."""
-    return any(message.get(key) for key in ("tool_calls", "reasoning_content", "reasoning", "thinking"))
+    return any(message.get(key) for key in ("tool_calls", *REASONING))
 
 
 def content_text(content: Any) -> str:
