@@ -164,6 +164,14 @@ def test_a_column_conversation_of_plain_text_is_no_list_of_turns() -> None:
     assert layouts.recognise([{"prompt": [USER], "completion": [SAID]}]) == layouts.Layout("chat")
 
 
+@pytest.mark.parametrize("form", [lambda turns: turns, json.dumps])
+def test_prompts_and_completions_of_turns_are_conversations_in_lists_and_in_json_text(form: Any) -> None:
+    row = {"prompt": form([SYSTEM, USER]), "completion": form([SAID])}
+    assert layouts.recognise([row, row | {"id": 1}]) == layouts.Layout("chat")
+    for other in ("[1] is a list", "[]", '["Seven."]'):
+        assert layouts.recognise([row | {"prompt": "3+4?", "completion": other}] * 2) != layouts.Layout("chat")
+
+
 def test_only_the_completion_of_a_conversation_is_trained_on() -> None:
     made = tokenizer(CHATML)
     row = {"prompt": [USER, SAID, USER], "completion": [SAID | {"content": "Seven!"}]}

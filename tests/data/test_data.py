@@ -81,6 +81,12 @@ def test_a_template_puts_in_columns_and_no_more(template: str, problem: str) -> 
     assert "\n" not in str(refused.value)
 
 
+def test_a_column_may_have_a_dot_in_its_name() -> None:
+    (made,) = templates.Templates("{a.b} {a.b[0]}", "{a.c:.1f}").each([{"a.b": ["x"], "a.c": 1.25, "a": {"b": "y"}}])
+    assert made is not None
+    assert (made.prompt, made.answer) == ('["x"] x', "1.2")
+
+
 def test_an_item_of_a_column_may_hold_a_dot() -> None:
     (made,) = templates.Templates("{a[b.c]:>4}", "{a[d]}").each([{"a": {"b.c": "x", "d": "y"}}])
     assert made is not None

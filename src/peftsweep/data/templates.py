@@ -226,7 +226,9 @@ class _Formatter(string.Formatter):
     """Fills templates as ``str.format`` does, but for nulls inside a column's value, and lists and dicts, as JSON."""
 
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        first, *items = re.split(r"\[", field_name)
+        first, *items = field_name.split("[")
+        if "." in first and first not in kwargs:
+            raise ValueError(_attribute(field_name))
         value = self.get_value(first, args, kwargs)
         for item in items:
             value = None if value is None else _item(value, item.removesuffix("]"), field_name)
@@ -271,14 +273,18 @@ def _item(value: Any, name: str, field_name: str) -> Any:
 def columns(template: str) -> tuple[str, ...]:
     """The columns that a template names."""
     names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    return tuple(re.split(r"[.\[]", name)[0] for name in names)
+    return tuple(name.partition("[")[0] for name in names)
+
+
+def _attribute(field_name: str) -> str:
+    return f"{{{field_name}}} names an attribute; an item of a column is {{column[item]}}"
 
 
 @lru_cache(maxsize=64)
 def _names_whole_columns(template: str) -> bool:
     """Whether a template's fields are columns as they are, without items, formats and conversions."""
     fields = [part for part in string.Formatter().parse(template) if part[1] is not None]
-    return not any(spec or conversion or "[" in str(name) for _, name, spec, conversion in fields)
+    return not any(spec or conversion or set("[.") & set(str(name)) for _, name, spec, conversion in fields)
 
 
 @lru_cache(maxsize=64)
@@ -289,8 +295,8 @@ def _check_fields(template: str) -> None:
         ValueError: a field names an attribute, or pads to more characters than a row can mean.
     """
     for _, name, spec, _ in string.Formatter().parse(template):
-        if "." in re.sub(r"\[[^\]]*\]", "", name or ""):
-            raise ValueError(f"{{{name}}} names an attribute; an item of a column is {{column[item]}}")
+        if re.search(r"\][^\[]", name or ""):
+            raise ValueError(_attribute(str(name)))
         if "{" in (spec or "") or any(int(digits) > MAX_FIELD_WIDTH for digits in re.findall(r"\d+", spec or "")):
             raise ValueError(f"{{{name}:{spec}}} pads to more than {MAX_FIELD_WIDTH} characters, or to a column")
 
