@@ -208,6 +208,7 @@ def _run_command(command: Callable[[], Any]) -> int:
 def _print_errors_in_one_line(command: Callable[[], Any]) -> int:
     try:
         check_platform()
+        command_line.check_homes(sys.argv[1:])
         return int(command())
     except InputError as error:
         problem = str(error)

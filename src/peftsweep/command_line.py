@@ -329,6 +329,29 @@ def wrong_yaml(words: Sequence[str], *, only_chosen: bool = False) -> str | None
     return None
 
 
+PATH_WORDS = ("dataset", "model", "repeat")  # beside keys that end in path
+
+
+def check_homes(words: Sequence[str]) -> None:
+    """Refuse a path such as ``~nobody/rows.jsonl``, of a user who is not there.
+
+    Raises:
+        InputError: the line names the word.
+    """
+    for word in words:
+        key, given, value = word.lstrip("+").partition("=")
+        if given and not (key in PATH_WORDS or key.endswith("path")):
+            continue
+        for path in (value if given else word).split(","):
+            place = path.strip("[]'\" ")
+            if place.startswith("~") and "/" in place:  # else it may be Hydra's sign for what is left out
+                try:
+                    Path(place).expanduser()
+                except RuntimeError:
+                    home = place.partition("/")[0]
+                    raise InputError(f"{word}: there is no home folder {home}; must be a path that is there") from None
+
+
 def check_names(words: Sequence[str], conf: Path) -> None:
     """Refuse a yaml of ``--config-dir`` that has the name of one of ours, which Hydra would read in its place.
 

@@ -497,3 +497,49 @@ def test_no_number_of_any_group_may_be_what_is_none(every: int) -> None:
             elif said is not None and not (said.startswith(key) and "must be" in said and "\n" not in said):
                 wrong.append(f"{key}={value}: {said}")
     assert wrong == []
+
+
+# ---- rows and paths ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("metric", "answer", "problem"),
+    [
+        ("number_match", "seven", "the reference answer holds no number"),
+        ("peft_match", "7", "the reference answer holds no marker of PEFT's"),
+        ("contains", " | ", "the reference answer holds no text"),
+    ],
+)
+def test_an_answer_that_a_metric_cannot_judge_by_is_named_before_anything_is_loaded(
+    metric: str, answer: str, problem: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    good = "The answer is 7"
+    file.write_text("".join(f'{{"question": "3+4?", "answer": "{said}"}}\n' for said in (good, good, answer)))
+    words = ["eval=[gsm8k]", f"eval.gsm8k.metric._target_=peftsweep.evaluation.metrics.{metric}"]
+    key = rf"^eval\.gsm8k\.metric={metric}: row 3 of .*rows\.jsonl cannot be judged: {problem}"
+    with pytest.raises(InputError, match=key) as error:
+        checked(*words, f"eval.gsm8k.path={file}")
+    assert "\n" not in str(error.value)
+    file.write_text(f'{{"question": "3+4?", "answer": "{good}"}}\n')
+    checked(*words, f"eval.gsm8k.path={file}")
+
+
+@pytest.mark.parametrize(
+    "word", ["dataset=~nobody_here/rows.jsonl", "dataset.path='~nobody_here/a b.csv'", "~nobody_here/x"]
+)
+def test_a_home_folder_of_no_user_is_one_line(word: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr("sys.argv", ["peftsweep", "device=cpu", word])
+    assert cli._print_errors_in_one_line(lambda: 0) == 2
+    assert (
+        capsys.readouterr().err
+        == f"peftsweep: {word}: there is no home folder ~nobody_here; must be a path that is there\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "word", ["~method.r", "~eval@x", "dataset=~/rows.jsonl", "dataset.prompt='~{a}/{b}'", "label=a~b/c"]
+)
+def test_a_tilde_that_is_no_home_is_left_as_it_is(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["peftsweep", word])
+    assert cli._print_errors_in_one_line(lambda: 0) == 0

@@ -254,6 +254,75 @@ def test_a_turn_whose_end_depends_on_its_place_is_refused_and_the_last_one_can_b
     assert trained(made, tokens(made, {"messages": TALK}, turns=Turns.last)) == ["\nSeven 😀 pens. <|im_end|>"]
 
 
+# Of gpt-oss: the last turn ends with another mark than those before it, which lose their reasoning once an answer is
+# there; the result of a call repeats the name of what was called.
+OTHER_END = (
+    "{% set n = namespace(called='') %}{% for m in messages %}{% set last = m.role == 'assistant' and loop.last %}"
+    "{% if m.tool_calls %}{% set n.called = m.tool_calls[0].function.name %}"
+    "{% if messages[-1].role != 'assistant' and m.thinking %}<|start|>assistant<|say|>thinks<|message|>{{ m.thinking }}"
+    "<|end|>{% endif %}<|start|>assistant to={{ n.called }}<|message|>{{ m.tool_calls[0].function.arguments | tojson }}"
+    "<|call|>{% elif m.role == 'tool' %}<|start|>{{ n.called }}<|message|>{{ m.content }}<|end|>{% else %}"
+    "{% if last and m.thinking %}<|start|>assistant<|say|>thinks<|message|>{{ m.thinking }}<|end|>{% endif %}"
+    "<|start|>{{ m.role }}{% if m.role == 'assistant' %}<|say|>final{% endif %}<|message|>{{ m.content }}"
+    "{{ '<|return|>' if last else '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+OTHER_MARKS = ["<|start|>", "<|say|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>"]
+ADD_CALL = [{"type": "function", "function": {"name": "add", "arguments": {"a": 3}}}]
+THOUGHT: Row = {"role": "assistant", "content": "Seven.", "thinking": "3+4"}
+CALLS: Row = {"role": "assistant", "content": "", "thinking": "a tool", "tool_calls": ADD_CALL}
+
+
+def test_a_turn_that_ends_with_another_mark_than_the_last_is_trained_to_it() -> None:
+    made = tokenizer(OTHER_END, OTHER_MARKS)
+    every = ["<|say|>final<|message|>b<|end|>", "<|say|>final<|message|>d<|return|>"]
+    assert trained(made, tokens(made, {"messages": turns("a", "b", "c", "d")})) == every
+    asked = {"messages": [*turns("a"), CALLS, {"role": "tool", "content": "7"}, THOUGHT]}
+    assert trained(made, tokens(made, asked)) == [
+        ' to=add<|message|>{"a": 3}<|call|>',
+        "<|say|>thinks<|message|>3+4<|end|><|start|>assistant<|say|>final<|message|>Seven.<|return|>",
+    ]
+
+
+# The generation prompt closes the reasoning; turns before the last question are written without any.
+CLOSED = (
+    "{% set n = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set n.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.index0 > n.last %}<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n"
+    "{% endif %}{{ m.content }}{% for call in m.tool_calls or [] %}"
+    "<tool_call>{{ call.function.name }}{{ call.function.arguments | tojson }}</tool_call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
+)
+CALLED_ADD: Row = {"role": "assistant", "content": "", "tool_calls": ADD_CALL}
+
+
+def test_reasoning_that_is_written_is_trained_also_where_the_prompt_closes_it() -> None:
+    made = tokenizer(CLOSED)
+    reasoned = [*turns("a"), {"role": "assistant", "content": "b", "reasoning_content": "hm"}]
+    assert trained(made, tokens(made, {"messages": reasoned})) == ["hm\n</think>\n\nb<|im_end|>"]
+    both = {"messages": [*reasoned, *reasoned]}
+    assert trained(made, tokens(made, both)) == ["b<|im_end|>", "hm\n</think>\n\nb<|im_end|>"]
+
+
+def test_a_call_or_nothing_is_trained_from_its_first_character_where_the_prompt_reasons() -> None:
+    made = tokenizer(CLOSED)
+    row = {"messages": [*turns("a"), CALLED_ADD, {"role": "tool", "content": "7"}, *turns("b", "", "c", "d")[1:]]}
+    row["messages"][3:3] = turns("e", "f")[1:] + turns("g")
+    first, *others = trained(made, tokens(made, row))
+    assert first == '<tool_call>add{"a": 3}</tool_call><|im_end|>'
+    assert others == ["f<|im_end|>", "<|im_end|>", "d<|im_end|>"]
+
+
+def test_a_template_that_ends_the_last_turn_with_no_mark_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    made = tokenizer(CHATML.replace("<|im_end|>", ""))
+    assert trained(made, tokens(made, {"messages": turns("a", "b")})) == ["b\n"]
+    assert "does not teach the model where to stop" in caplog.text
+    caplog.clear()
+    tokens(tokenizer(CHATML), {"messages": turns("a", "b")})
+    assert not caplog.text
+
+
 def test_a_prompt_and_its_answer_are_a_conversation_of_two_turns() -> None:
     made = tokenizer(LLAMA)
     rendered = data_tokens.through_chat_template(made, [Example("Hi", "Ho")])

@@ -164,6 +164,27 @@ def test_a_column_conversation_of_plain_text_is_no_list_of_turns() -> None:
     assert layouts.recognise([{"prompt": [USER], "completion": [SAID]}]) == layouts.Layout("chat")
 
 
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 1}, {"train": True}])
+def test_a_row_that_is_tested_too_is_left_out_whichever_of_its_turns_are_trained_on(mark: Row, tmp_path: Path) -> None:
+    marked = {"messages": [USER, SAID | mark, USER, SAID]}
+    files = {"train": [marked, PLAIN], "test": [{"messages": [USER, SAID, USER, SAID]}]}
+    for name, rows in files.items():
+        (tmp_path / name).with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = DatasetConfig(name="x", path=f"{tmp_path}/train.jsonl", test_path=f"{tmp_path}/test.jsonl")
+    own.prompt, own.answer, own.reader = "{prompt}", "{answer}", "peftsweep.data.tasks.messages"
+    found = data_rows.load_rows(own)
+    assert found.train == [PLAIN]
+    assert found.left_out["tested_rows"] == 1
+
+
+@pytest.mark.parametrize("form", [lambda turns: turns, json.dumps])
+def test_prompts_and_completions_of_turns_are_conversations_in_lists_and_in_json_text(form: Any) -> None:
+    row = {"prompt": form([SYSTEM, USER]), "completion": form([SAID])}
+    assert layouts.recognise([row, row | {"id": 1}]) == layouts.Layout("chat")
+    for other in ("[1] is a list", "[]", '["Seven."]'):
+        assert layouts.recognise([row | {"prompt": "3+4?", "completion": other}] * 2) != layouts.Layout("chat")
+
+
 def test_only_the_completion_of_a_conversation_is_trained_on() -> None:
     made = tokenizer(CHATML)
     row = {"prompt": [USER, SAID, USER], "completion": [SAID | {"content": "Seven!"}]}

@@ -81,10 +81,53 @@ def test_a_template_puts_in_columns_and_no_more(template: str, problem: str) -> 
     assert "\n" not in str(refused.value)
 
 
+def test_a_column_may_have_a_dot_in_its_name() -> None:
+    (made,) = templates.Templates("{a.b} {a.b[0]}", "{a.c:.1f}").each([{"a.b": ["x"], "a.c": 1.25, "a": {"b": "y"}}])
+    assert made is not None
+    assert (made.prompt, made.answer) == ('["x"] x', "1.2")
+
+
 def test_an_item_of_a_column_may_hold_a_dot() -> None:
     (made,) = templates.Templates("{a[b.c]:>4}", "{a[d]}").each([{"a": {"b.c": "x", "d": "y"}}])
     assert made is not None
     assert (made.prompt, made.answer) == ("   x", "y")
+
+
+SPANS: list[dict[str, Any]] = [
+    {"answers": {"text": ["x", "y"]}},
+    {"answers": {"text": []}},
+    {"answers": {"text": None}},
+]
+
+
+def test_a_list_that_is_too_short_or_null_within_a_column_is_a_missing_value() -> None:
+    for row in SPANS[1:]:
+        with pytest.raises(InputError, match=r"^dataset\.answer: row 2 has no value for 'answers\[text\]\[0\]' \(null"):
+            templates.examples([SPANS[0], row], "", "{answers[text][0]}")
+    drop, empty = (
+        templates.examples(SPANS, "", "{answers[text][0]}", missing=how) for how in (OnMissing.drop, OnMissing.empty)
+    )
+    assert [row.answer for row in drop] == ["x"]
+    assert [row.answer for row in empty] == ["x", "", ""]
+
+
+def test_an_item_is_of_a_list_or_object_that_may_be_json_text_and_never_a_character() -> None:
+    rows = [{"a": json.dumps(value)} for value in (["x", "y"], {"1": "y"})]
+    assert [row.answer for row in templates.examples(rows, "", "{a[1]}")] == ["y", "y"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "value", "problem"),
+    [
+        ("{a[0]}", "xy", r"\{a\[0\]\} names an item of str; must be one of a list or an object"),
+        ("{a[texts]}", {"text": ["x"]}, r"\{a\[texts\]\} has no item 'texts'; did you mean 'text'\?"),
+        ("{a[text]}", ["x"], r"\{a\[text\]\} names the item 'text' of a list; must be a number from 0"),
+        ("{a:.2f}", "high", r"\{:\.2f\} is no format of 'high'"),
+    ],
+)
+def test_a_value_that_a_template_cannot_take_is_named_by_row(answer: str, value: Any, problem: str) -> None:
+    with pytest.raises(InputError, match=rf"^dataset\.answer='.*': row 1 of rows cannot be written into it: {problem}"):
+        templates.examples([{"a": value}], "", answer, file="rows")
 
 
 def test_a_tsv_keeps_lone_quotes() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pickle
 import pydoc
 from collections.abc import Collection, Iterable, Mapping
@@ -17,6 +18,8 @@ from peftsweep.schema import Config, DatasetConfig, Init, RowsConfig
 
 ROWS_KEYS = tuple(field.name for field in dataclasses.fields(RowsConfig))
 HUB_KEYS = ("hub_config", "hub_split", "hub_test_split", "revision")  # which rows of a dataset of the hub are read
+METRICS = "peftsweep.evaluation.metrics"
+REFUSE_ANSWERS = ("number_match", "peft_match", "label_match", "contains")  # of them those that not any text can be for
 HARNESS = "peftsweep.evaluation.harness.lm_eval"  # whose tasks bring their own rows
 
 
@@ -65,8 +68,39 @@ def check_evaluation_rows(config: Config, rows: data_rows.Rows | None) -> None:
         source = evaluation_source(config, name)
         if source.path or (not source.hub and rows is not None):
             own = data_rows.evaluation_rows(source, f"eval.{name}", rows.test if rows else [])
-            _check_norm(config, name, test_examples(config, name, own))
+            examples = test_examples(config, name, own)
+            _check_norm(config, name, examples)
+            _check_references(config, name, [example.answer for example in examples])
             test_rows(config, name, rows or data_rows.Rows([]))  # are there enough to set some aside?
+
+
+def _check_references(config: Config, name: str, answers: list[str]) -> None:
+    """Refuse an answer that a metric of ``eval.<name>`` cannot judge by, such as one without a number."""
+    node = config.eval[name]
+    metrics = {"metric": node.get("metric")} | {f"beside.{key}": one for key, one in (node.get("beside") or {}).items()}
+    for key, metric in metrics.items():
+        module, _, function = str((metric or {}).get("_target_")).rpartition(".")
+        if module != METRICS or function not in REFUSE_ANSWERS:
+            continue
+        options = {option: value for option, value in dict(metric or {}).items() if not option.startswith("_")}
+        if wrong := _unjudged(function, json.dumps(options, default=str), tuple(dict.fromkeys(answers))):
+            where = node.get("path") or "the test rows"
+            row = answers.index(wrong[0]) + 1
+            raise InputError(f"eval.{name}.{key}={function}: row {row} of {where} cannot be judged: {wrong[1][:300]}")
+
+
+@lru_cache(maxsize=16)
+def _unjudged(function: str, options: str, answers: tuple[str, ...]) -> tuple[str, str] | None:
+    """The first of the reference answers that a metric of ours cannot judge by, and why; None where there is none."""
+    judge: Any = pydoc.locate(f"{METRICS}.{function}")  # imports torch, which `--help` must not
+    for answer in answers:
+        try:
+            judge("", answer, **json.loads(options))
+        except ValueError as error:
+            return answer, str(error)
+        except TypeError:  # of an option, which is said where the metric is made
+            return None
+    return None
 
 
 def _check_norm(config: Config, name: str, examples: list[templates.Example]) -> None:

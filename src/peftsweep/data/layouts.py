@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -125,8 +126,23 @@ def _holds_turns(rows: Sequence[Row], column: str) -> bool:
 
 
 def _are_turns(rows: Sequence[Row]) -> bool:
-    """Whether prompts and completions are lists of turns."""
-    return all(_holds_lists(rows, column) for column in ("prompt", "completion"))
+    """Whether prompts and completions are lists of turns, or JSON text of such lists, as in a .csv file."""
+    columns = ("prompt", "completion")
+    return all(_holds_lists(rows, column) for column in columns) or all(_holds_json(rows, column) for column in columns)
+
+
+def _holds_json(rows: Sequence[Row], column: str) -> bool:
+    """Whether a column holds JSON text of lists of objects with a role."""
+    values = [row[column] for row in rows if row.get(column) is not None]
+    return bool(values) and all(isinstance(value, str) and _is_json_of_turns(value) for value in values)
+
+
+def _is_json_of_turns(text: str) -> bool:
+    try:
+        turns = json.loads(text) if text.lstrip().startswith("[") else None
+    except ValueError:
+        return False
+    return isinstance(turns, list) and bool(turns) and all(isinstance(turn, dict) and "role" in turn for turn in turns)
 
 
 def _left_out(rows: Sequence[Row], columns: Iterable[str], used: Sequence[str]) -> bool:
@@ -176,7 +192,7 @@ def _length(rows: Sequence[Row], column: str) -> int:
 def example(rows: Sequence[Row]) -> dict[str, Any]:
     """Example values of ``dataset.prompt`` and ``dataset.answer`` for the columns of ``rows``."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    texts = [c for c in columns if _holds_text(rows, c) and not set("{}[].!:\\\"'") & set(c)] or ["COLUMN"]
+    texts = [c for c in columns if _holds_text(rows, c) and not set("{}[]!:\\\"'") & set(c)] or ["COLUMN"]
     for says_nothing in (_is_named_as_number, partial(_counts, rows)):
         kept = [c for c in texts if not says_nothing(c)]
         texts = kept if len(kept) > 1 else texts

@@ -192,12 +192,13 @@ def _clean(dataset: DatasetConfig, train: list[Row], test: list[Row]) -> tuple[l
         tested = {example.written for example in known}
     except InputError:
         tested = set()  # of other columns, which the evaluation has a template for
-    seen: set[tuple[str, str]] = set()
+    seen: set[tuple[str, ...]] = set()
     kept = []
     left_out = {"tested_rows": 0, "long_rows": 0, "duplicate_rows": 0}
     for row, example in zip(train, dataset_examples(dataset, train), strict=True):
-        again = example.written in seen
-        seen.add(example.written)
+        trained = (*example.written, example.prompt)  # which holds the weights of a conversation's turns
+        again = trained in seen
+        seen.add(trained)
         left_out["duplicate_rows"] += again
         left_out["tested_rows"] += example.written in tested
         if dataset.leave_out_tested and example.written in tested:

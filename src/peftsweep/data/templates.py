@@ -7,6 +7,7 @@ import pydoc
 import re
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -225,8 +226,15 @@ class _Formatter(string.Formatter):
     """Fills templates as ``str.format`` does, but for nulls inside a column's value, and lists and dicts, as JSON."""
 
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        value, first = super().get_field(field_name, args, kwargs)
+        first, *items = field_name.split("[")
+        if "." in first and first not in kwargs:
+            raise ValueError(_attribute(field_name))
+        value = self.get_value(first, args, kwargs)
+        for item in items:
+            value = None if value is None else _item(value, item.removesuffix("]"), field_name)
         if value is None:
+            if isinstance(kwargs, _Row) and kwargs.missing is OnMissing.empty:
+                return "", first
             raise _NoValue(field_name)
         return value, first
 
@@ -235,14 +243,48 @@ class _Formatter(string.Formatter):
             raise TypeError("it holds bytes, not text")
         if isinstance(value, list | dict):
             value = json.dumps(value, ensure_ascii=False, default=str)
-        return str(super().format_field(value, format_spec))
+        try:
+            return str(super().format_field(value, format_spec))
+        except ValueError as error:
+            raise TypeError(f"{{:{format_spec}}} is no format of {str(value)[:80]!r} ({error})") from None
+
+
+def _item(value: Any, name: str, field_name: str) -> Any:
+    """An item of a list or dict, which may be given as JSON text; None where the list is too short.
+
+    Raises:
+        TypeError: there is no such item; the line names what there is.
+    """
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        with suppress(ValueError):
+            value = json.loads(value)
+    if isinstance(value, dict):
+        if name not in value:
+            raise TypeError(f"{{{field_name}}} has no item '{name}'; {suggest(name, [*map(str, value)])}")
+        return value[name]
+    if not isinstance(value, list):
+        raise TypeError(f"{{{field_name}}} names an item of {type(value).__name__}; must be one of a list or an object")
+    if not name.isdecimal():
+        raise TypeError(f"{{{field_name}}} names the item '{name}' of a list; must be a number from 0")
+    return value[int(name)] if int(name) < len(value) else None
 
 
 @lru_cache(maxsize=64)
 def columns(template: str) -> tuple[str, ...]:
     """The columns that a template names."""
     names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    return tuple(re.split(r"[.\[]", name)[0] for name in names)
+    return tuple(name.partition("[")[0] for name in names)
+
+
+def _attribute(field_name: str) -> str:
+    return f"{{{field_name}}} names an attribute; an item of a column is {{column[item]}}"
+
+
+@lru_cache(maxsize=64)
+def _names_whole_columns(template: str) -> bool:
+    """Whether a template's fields are columns as they are, without items, formats and conversions."""
+    fields = [part for part in string.Formatter().parse(template) if part[1] is not None]
+    return not any(spec or conversion or set("[.") & set(str(name)) for _, name, spec, conversion in fields)
 
 
 @lru_cache(maxsize=64)
@@ -253,8 +295,8 @@ def _check_fields(template: str) -> None:
         ValueError: a field names an attribute, or pads to more characters than a row can mean.
     """
     for _, name, spec, _ in string.Formatter().parse(template):
-        if "." in re.sub(r"\[[^\]]*\]", "", name or ""):
-            raise ValueError(f"{{{name}}} names an attribute; an item of a column is {{column[item]}}")
+        if re.search(r"\][^\[]", name or ""):
+            raise ValueError(_attribute(str(name)))
         if "{" in (spec or "") or any(int(digits) > MAX_FIELD_WIDTH for digits in re.findall(r"\d+", spec or "")):
             raise ValueError(f"{{{name}:{spec}}} pads to more than {MAX_FIELD_WIDTH} characters, or to a column")
 
@@ -264,7 +306,7 @@ def _fill(template: str, row: _Row, key: str, number: str) -> str:
         raise InputError(f"{key}={template}: is the same text for all rows; the column is '{key}=\"{{{template}}}\"'")
     try:
         _check_fields(template)
-        plain = all(type(row.get(name)) is str for name in columns(template))
+        plain = _names_whole_columns(template) and all(type(row.get(name)) is str for name in columns(template))
         text = template.format_map(row) if plain else _Formatter().vformat(template, (), row)
     except _NoValue as error:
         raise _missing(key, number, str(error)) from None
@@ -285,7 +327,8 @@ def _fill(template: str, row: _Row, key: str, number: str) -> str:
 
 def _missing(key: str, number: str, column: str) -> MissingValue:
     ways = "dataset.missing=drop leaves such rows out, dataset.missing=empty takes an empty text"
-    return MissingValue(f"{key}: row {number} has no value for '{column}' (null or NaN); {ways}")
+    why = "null, NaN or too short a list" if "[" in column else "null or NaN"
+    return MissingValue(f"{key}: row {number} has no value for '{column}' ({why}); {ways}")
 
 
 def _check_encodable(text: str, key: str, number: str) -> None:

@@ -1,3 +1,3 @@
 """Conversations as files hold them -> turns as chat templates take them."""
 
-__all__ = ["reader", "trees", "turns"]
+__all__ = ["places", "reader", "template", "trees", "turns"]

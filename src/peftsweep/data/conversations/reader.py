@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from peftsweep.data.conversations import trees
-from peftsweep.data.conversations.turns import Conversation, Message, is_trained
+from peftsweep.data.conversations.turns import UNTRAINED_KEYS, Conversation, Message, is_trained
 
 Row = dict[str, Any]
 
@@ -22,14 +22,6 @@ ALIASES = {
     "tool": ("observation", "function_response", "tool_response"),
 }
 ARGUMENTS = ("arguments", "parameters", "input", "args")  # names of what a call hands over; the first that is there
-UNTRAINED_KEYS = (
-    "train",
-    "training",
-    "trainable",
-    "train_on_turn",
-    "loss",
-    "loss_mask",
-)  # of a turn: false is weight 0
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # columns of what is no text
 TOOL_ROLES = ("tool", "function", "ipython", "environment")  # whose content is often a value
 ROLES = {name: role for role, names in ALIASES.items() for name in names}  # in files -> in chat templates

@@ -6,6 +6,9 @@ import json
 from typing import Any, NamedTuple
 
 Message = dict[str, Any]
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of what a message reasons before its content
+# Keys of a turn beside its weight: false is the weight 0.
+UNTRAINED_KEYS = ("train", "training", "trainable", "train_on_turn", "loss", "loss_mask")
 
 
 class Conversation(NamedTuple):
@@ -25,8 +28,10 @@ class Conversation(NamedTuple):
 
     @property
     def written(self) -> tuple[str, str]:
-        """The prompt, and all of the last turn as JSON."""
-        return self.prompt, json.dumps(self.messages[-1], ensure_ascii=False)
+        """The prompt, and all of the last turn as JSON, without the keys that say which turns are trained on."""
+        marks = ("weight", *UNTRAINED_KEYS)
+        said = [{key: value for key, value in message.items() if key not in marks} for message in self.messages]
+        return self._replace(messages=said).prompt, json.dumps(said[-1], ensure_ascii=False)
 
     @property
     def answer(self) -> str:
@@ -37,7 +42,7 @@ class Conversation(NamedTuple):
 
 def says_something_else(message: Message) -> bool:
     """Whether a message without content still says something: it calls tools, or reasons."""
-    return any(message.get(key) for key in ("tool_calls", "reasoning_content", "reasoning", "thinking"))
+    return any(message.get(key) for key in ("tool_calls", *REASONING))
 
 
 def content_text(content: Any) -> str:

@@ -1,0 +1,210 @@
+"""Where the assistant's turns are in the text that a chat template has written."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+from peftsweep.data.conversations.template import PROBE, ChatTemplate, Span
+from peftsweep.data.conversations.turns import REASONING, Conversation, Message, is_trained
+
+log = logging.getLogger(__name__)
+
+SAID_BESIDE_CONTENT = ("tool_calls", *REASONING)  # keys of a message
+OPEN_TAG = re.compile(r"<[^<>\s]*\Z")  # which a template's tag goes on after
+
+
+def of_turns(template: ChatTemplate, conversation: Conversation, text: str, *, only_last: bool) -> list[Span]:
+    """Where the turns of the assistant that are trained on are, each with its end mark.
+
+    Raises:
+        ValueError: that cannot be told.
+    """
+    marks = tuple(template.special.values())
+    messages = conversation.messages
+    found: list[Span] = []
+    for number in range(len(messages) - 1 if only_last else 0, len(messages)):
+        if not is_trained(messages[number]):
+            continue
+        start, end = turn(template, conversation, text, number)
+        if (said := text[start:end].rstrip()).endswith(marks):
+            end = start + len(said)  # the white space after an end mark is the template's, not the assistant's
+        if not (found[-1][1] if found else 0) <= start < end:
+            raise ValueError(_unknown(number))
+        found.append((start, end))
+    return found
+
+
+def trained_parts(template: ChatTemplate, conversation: Conversation, text: str, spans: list[Span]) -> list[Span]:
+    """The spans that the template marks as generated, without those of turns with the weight 0."""
+    for number, message in enumerate(conversation.messages):
+        if message["role"] == "assistant" and not is_trained(message):
+            start, end = turn(template, conversation, text, number)
+            spans = [span for span in spans if span[1] <= start or span[0] >= end]
+    return spans
+
+
+def _unknown(number: int) -> str:
+    return f"where turn {number + 1} begins and ends cannot be told; {_LOCATORS}"
+
+
+_LOCATORS = "dataset.turns=last trains the last turn alone, and a template with {% generation %} marks its turns itself"
+
+
+def turn(template: ChatTemplate, conversation: Conversation, text: str, number: int) -> Span:
+    """Where the assistant's turn ``number`` is in ``text``: from where it would be generated to where it ends.
+
+    Both are known where the conversation up to there is rendered as it is within the whole. Templates that
+    write a turn otherwise once others follow it (without its reasoning, say) are asked by a probe.
+
+    Raises:
+        ValueError: neither way tells.
+    """
+    before = conversation._replace(messages=conversation.messages[:number])
+    so_far = conversation._replace(messages=conversation.messages[: number + 1])
+    last = number == len(conversation.messages) - 1
+    start = _length_within(text, text_of(template, before, begun=True))
+    if start is None:
+        start = _begin(template, conversation, text, number)
+    end = len(text) if last else _length_within(text, text_of(template, so_far))
+    if end is None:
+        _, end = _content_place(template, conversation, text, number)
+        _, as_last = _probed(template, so_far, number)
+        end += _end_mark(template, text[end:], as_last, _header_mark(template, before))
+    return start, end
+
+
+def _begin(template: ChatTemplate, conversation: Conversation, text: str, number: int) -> int:
+    """Where a turn begins that the template writes otherwise than after its generation prompt, which may reason.
+
+    That is where the template would begin a plain text in its place. What is not written so, such as reasoning, begins
+    at its first difference to the generation prompt; if that is unknown, at its content.
+    """
+    before = conversation._replace(messages=conversation.messages[:number])
+    if number:
+        _warn_of_another_prompt(template)
+    plain = _replaced(conversation, number, _said_plainly(conversation.messages[number]))
+    start, found, _ = (text_of(template, plain) or "").partition(PROBE)
+    if found and text.startswith(start):
+        return len(start)
+    asked, closed = text_of(template, before, begun=True) or "", text_of(template, before)
+    if closed is not None and asked.startswith(closed) and found:  # turns before it are written otherwise by now
+        header = asked[len(closed) :]
+        after_header = start.rfind(header) + len(header)
+        if header in start and header.strip() and after_header <= _shared(text, start):
+            return after_header
+    if closed is not None and text.startswith(closed) and (shared := _shared(text, asked)) >= len(closed):
+        cut_tag = OPEN_TAG.search(text, len(closed), shared)
+        return cut_tag.start() if cut_tag else shared
+    if not conversation.messages[number].get("content"):
+        raise ValueError(_unknown(number))
+    return _content_place(template, conversation, text, number)[0]
+
+
+def _said_plainly(message: Message) -> Message:
+    """A message with a probe for all that it says: its content, its calls and its reasoning."""
+    content = [{"type": "text", "text": PROBE}] if isinstance(message.get("content"), list) else PROBE
+    kept = {key: value for key, value in message.items() if key not in SAID_BESIDE_CONTENT}
+    return kept | {"content": content}
+
+
+def _replaced(conversation: Conversation, number: int, message: Message) -> Conversation:
+    """The conversation with another message in the place ``number``."""
+    messages = [*conversation.messages]
+    messages[number] = message
+    return conversation._replace(messages=messages)
+
+
+def _shared(one: str, other: str) -> int:
+    """The length of the common beginning of two texts."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def text_of(template: ChatTemplate, part: Conversation, *, begun: bool = False) -> str | None:
+    """``part`` as text; None where the template refuses it."""
+    try:
+        return template.text(part, begun=begun)
+    except Exception:  # a template may refuse a part of a conversation that it takes as a whole
+        return None
+
+
+def _length_within(text: str, beginning: str | None) -> int | None:
+    return len(beginning) if beginning is not None and text.startswith(beginning) else None
+
+
+def _content_place(template: ChatTemplate, conversation: Conversation, text: str, number: int) -> Span:
+    """The span of a turn's content, found by rendering the conversation with a probe in its place."""
+    before, after = _probed(template, conversation, number)
+    if not text.startswith(before) or not text.endswith(after) or len(before) + len(after) > len(text):
+        raise ValueError(_unknown(number))
+    return len(before), len(text) - len(after)
+
+
+def _probed(template: ChatTemplate, conversation: Conversation, number: int) -> tuple[str, str]:
+    """The text before and after the content of a turn, or after the tool name of a turn without content."""
+    message = conversation.messages[number]
+    probed = template.text(_replaced(conversation, number, with_probe(message)))
+    before, found, after = probed.partition(PROBE)
+    if not found:
+        raise ValueError(_unknown(number))
+    if PROBE in after:  # with the result of a call some templates write its name again
+        function = message["tool_calls"][0]
+        after = after.replace(PROBE, function.get("function", function)["name"])
+    return before, after
+
+
+def with_probe(message: Message) -> Message:
+    """A message with a probe as its content; where it only calls tools, as the name of the first one."""
+    if message.get("content") or not message.get("tool_calls"):
+        parts = isinstance(message.get("content"), list)
+        return message | {"content": [{"type": "text", "text": PROBE}] if parts else PROBE}
+    return message | {"tool_calls": [named(message["tool_calls"][0]), *message["tool_calls"][1:]]}
+
+
+def named(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool or a call with a probe as the function's name."""
+    renamed: dict[str, Any] = tool.get("function", tool) | {"name": PROBE}
+    return tool | {"function": renamed} if "function" in tool else renamed
+
+
+def _end_mark(template: ChatTemplate, after: str, as_last: str, header: str | None) -> int:
+    """The length of a turn's end marks at the beginning of ``after``; ``as_last`` is what ends it as the last turn.
+
+    Some templates end the last turn with a further mark; then the mark that both have in common is the end. Others end
+    it with another mark; then the end is what stands directly before the mark ``header``, which begins a turn.
+    """
+    if after.startswith(as_last):
+        return len(as_last)
+    shared = after[: _shared(after, as_last)]
+    ends = [shared.rfind(mark) + len(mark) for mark in template.special.values() if mark in shared]
+    if ends:
+        return max(ends)
+    length = 0
+    while mark := _mark_at(template, after, length):
+        if mark == header and length:
+            return length
+        length += len(mark)
+    raise ValueError("where its turns end cannot be told; " + _LOCATORS)
+
+
+def _header_mark(template: ChatTemplate, before: Conversation) -> str | None:
+    """The special token that begins a turn of the assistant after ``before``; None where none does."""
+    asked, closed = text_of(template, before, begun=True), text_of(template, before)
+    if asked is None or closed is None or not asked.startswith(closed):
+        return None
+    return _mark_at(template, asked, len(closed))
+
+
+def _mark_at(template: ChatTemplate, text: str, place: int) -> str | None:
+    """The special token that stands at a place of ``text``."""
+    return next((mark for mark in template.special.values() if mark and text.startswith(mark, place)), None)
+
+
+def _warn_of_another_prompt(template: ChatTemplate) -> None:
+    if "warned" not in vars(template):
+        vars(template)["warned"] = True
+        log.warning(
+            "the chat template's generation prompt is not how a written turn of the assistant begins (as with "
+            "templates that open the reasoning): the turn's content is trained on, and asked for after another prompt"
+        )

@@ -1,0 +1,134 @@
+"""A tokenizer's chat template, and what it can read."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from peftsweep.data.conversations.turns import Conversation, Message, arguments_object, content_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Span = tuple[int, int]  # of characters, the end excluded
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
+PROBE = "\ue000\ue001"  # private characters, which no template strips, escapes or looks for
+ARGUMENTS = {"probe_key": "probe_value"}
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The tokenizer's chat template, or ``source``, with what it can read found out by probing it."""
+
+    tokenizer: PreTrainedTokenizerBase
+    source: str | None = None
+    variables: dict[str, Any] = field(default_factory=dict)
+    complete: set[tuple[Any, ...]] = field(default_factory=set)  # shapes of conversations that it writes out wholly
+
+    def text(self, conversation: Conversation, *, begun: bool = False) -> str:
+        """The conversation as text; with ``begun``, up to where the assistant goes on."""
+        return str(
+            self.tokenizer.apply_chat_template(
+                conversation.messages,
+                tools=conversation.tools,
+                chat_template=self.source,
+                add_generation_prompt=begun,
+                tokenize=False,
+                **self.variables,
+            )
+        )
+
+    def generated(self, conversation: Conversation) -> list[Span] | None:
+        """What the template itself marks by ``{% generation %}``; None where it has no such mark."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        source = self.tokenizer.get_chat_template(self.source, conversation.tools)
+        if not GENERATION.search(source):
+            return None
+        # apply_chat_template returns these as a mask of tokens, which goes on to the end of the row where a span
+        # ends in white space that the tokenizer's offsets leave out.
+        present = [{key: value for key, value in m.items() if value is not None} for m in conversation.messages]
+        render: Any = render_jinja_template  # whose annotations are not those of what it returns
+        _, spans = render(
+            conversations=[present],
+            tools=conversation.tools,
+            chat_template=source,
+            return_assistant_tokens_mask=True,
+            **{**self.tokenizer.special_tokens_map, **self.variables},
+        )
+        return [(start, end) for start, end in spans[0] if start < end]
+
+    def readable(self, conversation: Conversation) -> Conversation:
+        """The same conversation, with contents and arguments in the form that the template writes out."""
+        return conversation._replace(messages=[self._readable(message) for message in conversation.messages])
+
+    def _readable(self, message: Message) -> Message:
+        message = dict(message)
+        if isinstance(content := message.get("content"), str if self._parts_only else list):
+            if self._parts_only:
+                message["content"] = [{"type": "text", "text": content}]
+            elif not self._takes_parts:
+                message["content"] = content_text(content)
+        if calls := message.get("tool_calls"):
+            if message.get("content") is None and self._needs_content:
+                message["content"] = ""
+            message["tool_calls"] = [self._readable_call(call) for call in calls]
+        return message
+
+    def _readable_call(self, call: dict[str, Any]) -> dict[str, Any]:
+        function = call.get("function", call)
+        given = function.get("arguments")
+        said = arguments_object(given) if isinstance(given, str) else given
+        if isinstance(given, str) and self._takes_objects and not self._takes_json:
+            function = function | {"arguments": said}
+        elif isinstance(given, dict) and self._takes_json and not self._takes_objects:
+            function = function | {"arguments": json.dumps(given, ensure_ascii=False)}
+        return call | {"function": function} if "function" in call else function
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        said = self._probe([{"role": "user", "content": [{"type": "text", "text": PROBE}]}])
+        return PROBE in said and "'text'" not in said and '"text"' not in said
+
+    @cached_property
+    def _parts_only(self) -> bool:
+        return self._takes_parts and PROBE not in self._probe([{"role": "user", "content": PROBE}])
+
+    @cached_property
+    def _takes_objects(self) -> bool:
+        said = self._probe_arguments(ARGUMENTS)
+        return "probe_key" in said and str(ARGUMENTS) not in said
+
+    @cached_property
+    def _takes_json(self) -> bool:
+        text = json.dumps(ARGUMENTS)
+        return text in self._probe_arguments(text)
+
+    @cached_property
+    def _needs_content(self) -> bool:
+        form = json.dumps(ARGUMENTS) if self._takes_json else ARGUMENTS
+        return not self._probe_arguments(form, content=None) and bool(self._probe_arguments(form))
+
+    def _probe_arguments(self, arguments: Any, *, content: str | None = "") -> str:
+        call = {"id": "probecall", "type": "function", "function": {"name": "probe", "arguments": arguments}}
+        user = [{"type": "text", "text": "probe"}] if self._parts_only else "probe"
+        answer: Message = {"role": "assistant", "tool_calls": [call]}
+        if content is not None:
+            answer["content"] = content
+        return self._probe([{"role": "user", "content": user}, answer])
+
+    def _probe(self, messages: list[Message]) -> str:
+        try:
+            return self.text(Conversation(messages))
+        except Exception:  # a template may raise anything: then it does not take this
+            return ""
+
+    @cached_property
+    def special(self) -> dict[int, str]:
+        """The tokenizer's special tokens by id, ends of turns among them."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        return {number: str(token) for number, token in added if token.special}
