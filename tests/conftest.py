@@ -23,7 +23,7 @@ from peftsweep.config.compose import Trial
 from peftsweep.config.compose import trial as make_trial
 from peftsweep.study import record
 from peftsweep.study.record import Result
-from tests.composing import keep_compositions
+from tests.composing import fingerprint, keep_compositions
 
 if TYPE_CHECKING:
     import torch  # imported where it is used: the process of pytest-xdist that only deals out tests goes without it
@@ -42,11 +42,34 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def compositions(pytestconfig: pytest.Config) -> Path:
+    """The folder of what Hydra composes of conf/ as it is now, which processes share and later runs find again."""
+    cache = pytestconfig.cache
+    assert cache is not None
+    folder = cache.mkdir("compositions") / fingerprint()
+    for other in folder.parent.glob("*"):
+        if other != folder:
+            shutil.rmtree(other, ignore_errors=True)
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def without_folders_of_earlier_tests(scratch: Path) -> Iterator[None]:
+    """Each command adds the working directory to where Python looks for modules: after the test it is gone again.
+
+    Otherwise each import, and each worker process at its start, looks through the folders of hundreds of tests.
+    """
+    yield
+    sys.path[:] = [folder for folder in sys.path if not Path(folder).is_relative_to(scratch)]
+
+
 @pytest.fixture(scope="session", autouse=True)
-def composing() -> Iterator[pytest.MonkeyPatch]:
-    """Hydra composes a choice of options once in this process, see tests/composing.py."""
+def composing(compositions: Path) -> Iterator[pytest.MonkeyPatch]:
+    """Hydra composes a choice of options once, see tests/composing.py."""
     with pytest.MonkeyPatch.context() as patch:
-        keep_compositions(patch)
+        keep_compositions(patch, compositions)
         yield patch
 
 
