@@ -121,6 +121,20 @@ def memory_foreseen() -> None:
     """Have the trials and commands of this test predict memory, see ``without_times``."""
 
 
+@pytest.fixture(autouse=True)
+def with_coarse_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures have a sixth of their dots an inch, as most of the time of drawing goes into these."""
+    if "figures_as_published" not in request.fixturenames:
+        from peftsweep.analysis.figures import plot
+
+        monkeypatch.setitem(plot.STYLE, "savefig.dpi", 50)
+
+
+@pytest.fixture
+def figures_as_published() -> None:
+    """Have the figures of this test the dots that users get, see ``with_coarse_figures``."""
+
+
 def unpredicted(*_: Any, **__: Any) -> None:
     """In place of ``forecast.prediction``."""
 
