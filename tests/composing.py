@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import pickle
@@ -62,8 +63,9 @@ class Kept:
             return file.read_bytes()
         except FileNotFoundError:
             made, part = make(), file.with_suffix(f".{os.getpid()}")
-            part.write_bytes(made)
-            part.replace(file)  # whole or not there: another process may read it at any time
+            with contextlib.suppress(FileNotFoundError):  # a run with other versions of Hydra has removed the folder
+                part.write_bytes(made)
+                part.replace(file)  # whole or not there: another process may read it at any time
             return made
 
 

@@ -47,11 +47,11 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def compositions(pytestconfig: pytest.Config) -> Path:
+def compositions(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of what Hydra composes of conf/ as it is now, which processes share and later runs find again."""
     cache = pytestconfig.cache
-    assert cache is not None
-    folder = cache.mkdir("compositions") / fingerprint()
+    kept = cache.mkdir("compositions") if cache else tmp_path_factory.mktemp("compositions")
+    folder = kept / fingerprint()
     for other in folder.parent.glob("*"):
         if other != folder:
             shutil.rmtree(other, ignore_errors=True)
