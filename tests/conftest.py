@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import json
 import os
 import shutil
@@ -17,13 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
+from filelock import FileLock
 
 from peftsweep import cli
 from peftsweep.config.compose import Trial
 from peftsweep.config.compose import trial as make_trial
 from peftsweep.study import record
 from peftsweep.study.record import Result
-from tests.composing import keep_compositions
+from tests.composing import fingerprint, keep_compositions
 
 if TYPE_CHECKING:
     import torch  # imported where it is used: the process of pytest-xdist that only deals out tests goes without it
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 SMALL = ["train.steps=4", "train.log_every=2", "dataset.samples=64", "eval.tiny_math.samples=8"]
 SMALL += ["eval.perplexity.samples=8", "train.batch_size=4", "device=cpu"]
 SMALL += ["adapter.check=false"]  # a sixth of such a trial; tests of what is saved say adapter.check=true
+# For tests that count trials or end them: without the evaluation that generates text, a fifth of such a trial.
+UNWRITTEN = [*(word for word in SMALL if "tiny_math" not in word), "eval=[perplexity]"]
 Found = TypeVar("Found")
 
 
@@ -42,11 +46,34 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def compositions(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of what Hydra composes of conf/ as it is now, which processes share and later runs find again."""
+    cache = pytestconfig.cache
+    kept = cache.mkdir("compositions") if cache else tmp_path_factory.mktemp("compositions")
+    folder = kept / fingerprint()
+    for other in folder.parent.glob("*"):
+        if other != folder:
+            shutil.rmtree(other, ignore_errors=True)
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def without_folders_of_earlier_tests(scratch: Path) -> Iterator[None]:
+    """Each command adds the working directory to where Python looks for modules: after the test it is gone again.
+
+    Otherwise each import, and each worker process at its start, looks through the folders of hundreds of tests.
+    """
+    yield
+    sys.path[:] = [folder for folder in sys.path if not Path(folder).is_relative_to(scratch)]
+
+
 @pytest.fixture(scope="session", autouse=True)
-def composing() -> Iterator[pytest.MonkeyPatch]:
-    """Hydra composes a choice of options once in this process, see tests/composing.py."""
+def composing(compositions: Path) -> Iterator[pytest.MonkeyPatch]:
+    """Hydra composes a choice of options once, see tests/composing.py."""
     with pytest.MonkeyPatch.context() as patch:
-        keep_compositions(patch)
+        keep_compositions(patch, compositions)
         yield patch
 
 
@@ -92,6 +119,20 @@ def without_times(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 @pytest.fixture
 def memory_foreseen() -> None:
     """Have the trials and commands of this test predict memory, see ``without_times``."""
+
+
+@pytest.fixture(autouse=True)
+def with_coarse_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures have a sixth of their dots an inch, as most of the time of drawing goes into these."""
+    if "figures_as_published" not in request.fixturenames:
+        from peftsweep.analysis.figures import plot
+
+        monkeypatch.setitem(plot.STYLE, "savefig.dpi", 50)
+
+
+@pytest.fixture
+def figures_as_published() -> None:
+    """Have the figures of this test the dots that users get, see ``with_coarse_figures``."""
 
 
 def unpredicted(*_: Any, **__: Any) -> None:
@@ -142,29 +183,35 @@ def run_small() -> Callable[..., Result]:
 
 
 @pytest.fixture(scope="session")
-def trained_studies() -> dict[tuple[str, ...], Path]:
-    """The folders in which ``trained`` has run its trials, by their words."""
-    return {}
+def trained_studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which ``trained`` runs its trials, the same in all processes of this run of pytest."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    (folder / "trained").mkdir(exist_ok=True)
+    return folder / "trained"
 
 
 @pytest.fixture
-def trained(
-    trained_studies: dict[tuple[str, ...], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Result]:
+def trained(trained_studies: Path) -> Callable[..., Result]:
     """The record of one small trial and its study, run once for all tests and copied into this one's folder.
 
     For tests that need a trial and are not about running it.
     """
 
     def of(*overrides: str) -> Result:
-        if overrides not in trained_studies:
-            folder = tmp_path_factory.mktemp("trained")
-            with contextlib.chdir(folder):
-                cli.run_one([*SMALL, *overrides])
-            trained_studies[overrides] = folder
-        shutil.copytree(trained_studies[overrides] / "multirun", "multirun", dirs_exist_ok=True)
-        (file,) = (trained_studies[overrides]).glob("multirun/*/*/result.json")
-        return Result.read(file.parent.relative_to(trained_studies[overrides]))
+        folder = trained_studies / hashlib.sha256(repr(overrides).encode()).hexdigest()[:16]
+        with FileLock(f"{folder}.lock"):  # where another process runs it, this one waits for it
+            if not folder.exists():
+                begun = folder.with_suffix(".begun")
+                shutil.rmtree(begun, ignore_errors=True)  # of a test that was interrupted
+                begun.mkdir()
+                with contextlib.chdir(begun):
+                    cli.run_one([*SMALL, *overrides])
+                begun.rename(folder)
+        shutil.copytree(folder / "multirun", "multirun", dirs_exist_ok=True)
+        (file,) = folder.glob("multirun/*/*/result.json")
+        return Result.read(file.parent.relative_to(folder))
 
     return of
 

@@ -75,6 +75,7 @@ def test_series_differ_in_more_than_colour_and_look_the_same_in_every_figure() -
     assert set(axes.series_styles(many, many[::-1])) == set(many[-axes.SERIES :])  # the best are told apart
 
 
+@pytest.mark.usefixtures("figures_as_published")
 def test_any_label_can_be_written_and_old_figures_go() -> None:
     from PIL import Image
 

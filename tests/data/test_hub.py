@@ -28,10 +28,12 @@ CONF = fill.conf_dir()
 PAIRS = [{"prompt": f"Say {n}.", "completion": f"It is {n}."} for n in range(40)]
 # Each command's words as they are meant, or the line that refuses them.
 MEANINGS = """
-import json
+import json, os
 from pathlib import Path
 from peftsweep import InputError, shorthand
 for words in {commands!r}:
+    if words and words[0].startswith("HF_TOKEN="):
+        os.environ["HF_TOKEN"] = words.pop(0).partition("=")[2]
     try:
         print(json.dumps(shorthand.expanded(words, [Path({conf!r})])))
     except InputError as error:
@@ -60,7 +62,10 @@ def lines(rows: Sequence[dict[str, Any]]) -> bytes:
 
 
 def meanings(hub: Hub, cache: Path, *commands: list[str], **variables: str) -> list[Any]:
-    """What ``shorthand`` makes of the words of each command, or why it refuses them."""
+    """What ``shorthand`` makes of the words of each command, or why it refuses them.
+
+    HF_TOKEN=... before the words of a command is set from it on.
+    """
     done = hub.run(MEANINGS.format(commands=[*commands], conf=str(CONF)), cache, **variables)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -112,15 +117,19 @@ def test_what_the_hub_refuses_is_one_line_that_says_what_to_do(hub: Hub, tmp_pat
         "dataset=org/rows:nope": r"Unknown split \"nope\". Should be one of \['train'\].*dataset.hub_config",
         "dataset=org/rows dataset.revision=nope": "it has no such revision",
     }
-    found = meanings(hub, tmp_path / "cache", *(words.split() for words in refused))
-    for (words, expected), said in zip(refused.items(), found, strict=True):
+    taken = [[f"HF_TOKEN={TOKEN}", "model=org/whole"], ["model=org/whole", "model.revision=other/branch"]]
+    taken += [["model=org/gated"], ["dataset=org/gated"]]
+    found = meanings(hub, tmp_path / "cache", *(words.split() for words in refused), *taken)
+    for (words, expected), said in zip(refused.items(), found, strict=False):
         start = words.partition(" ")[0].partition(":")[0]
         assert isinstance(said, str), words
         assert re.match(rf"{re.escape(start)}: cannot be loaded \(.*{expected}", said), said
-    taken = [["model=org/whole"], ["model=org/whole", "model.revision=other/branch"]]
-    taken += [["model=org/gated"], ["dataset=org/gated"]]
-    found = meanings(hub, tmp_path / "cache", *taken, HF_TOKEN=TOKEN)
-    assert [words[0] for words in found] == ["model=causal_lm", "model=encoder", "model=causal_lm", "dataset=file"]
+    assert [words[0] for words in found[len(refused) :]] == [
+        "model=causal_lm",
+        "model=encoder",
+        "model=causal_lm",
+        "dataset=file",
+    ]
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ Compose = Callable[..., Trial]
 
 
 def test_a_row_says_which_gpus_hold_it(compose: Compose) -> None:
-    (row,) = guide("llama3.2_3b", compose, methods=["lora"], quants=["4bit"], words=["train.batch_size=1"])
+    (row,) = guide("llama3.2_1b", compose, methods=["lora"], quants=["4bit"], words=["train.batch_size=1"])
     assert row.peak_bytes is not None
     assert row.fits == {size: row.peak_bytes <= USABLE * size * 10**9 for size in row.fits}
     assert row.smallest == min(size for size in row.fits if row.fits[size])

@@ -44,7 +44,7 @@ def test_a_plan_is_the_same_whatever_was_planned_before(
 ) -> None:
     for cache in (forecast._FORECASTS, forecast._PREDICTIONS, forecast._ROOMS):
         cache.clear()  # of other tests
-    trials = [compose(f"method={method}", f"quant={quant}") for method in methods]
+    trials = [compose(f"method={method}", f"quant={quant}", "eval=[perplexity]") for method in methods]
     before, after = apart(trials), apart(trials[::-1])[::-1]  # each pair of methods in both orders
     for method, one, first, last in zip(methods, trials, before, after, strict=True):
         assert apart([one]) == [first] == [last], method

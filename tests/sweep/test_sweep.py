@@ -17,13 +17,13 @@ import pytest
 
 from peftsweep.study import atomic
 from peftsweep.study.record import Result, Status
-from tests.conftest import SMALL, records, scores, start, wait_for
+from tests.conftest import SMALL, UNWRITTEN, records, scores, start, wait_for
 
 Command = Callable[..., tuple[int, str, str]]
 
 
 def test_a_sweep_trains_every_point_once_and_a_rerun_none(command: Command) -> None:
-    words = [*SMALL, "method.r=2,4", "quant=none,4bit", "-m"]
+    words = [*UNWRITTEN, "method.r=2,4", "quant=none,4bit", "-m"]
     code, out, _ = command(*words)
     assert code == 0
     assert "[4/4] lora, 4bit, r=4\n" in out
@@ -37,22 +37,22 @@ def test_a_sweep_trains_every_point_once_and_a_rerun_none(command: Command) -> N
 
 def test_a_failing_trial_does_not_stop_the_others(command: Command, fails_at_rank: Callable[[int], None]) -> None:
     fails_at_rank(4)
-    code, out, err = command(*SMALL, "method.r=2,4,8")
+    code, out, err = command(*UNWRITTEN, "method.r=2,4,8")
     assert code == 1
     assert "failed in train: RuntimeError: broken" in out
     assert out.splitlines()[-1] == "3 trials: 2 success, 1 failed  (multirun/default)"
     assert err == ""
     assert sorted(result.status.name for result in records().values()) == ["failed", "success", "success"]
-    code, out, _ = command(*SMALL, "method.r=2,4,8", "study=stop", "stop_on_failure=true")
+    code, out, _ = command(*UNWRITTEN, "method.r=2,4,8", "study=stop", "stop_on_failure=true")
     assert code == 1
     assert out.splitlines()[-1] == "2 trials: 1 success, 1 failed, 1 not run  (multirun/stop)"
     fails_at_rank(0)  # none any more
-    code, out, _ = command(*SMALL, "method.r=2,4,8")
+    code, out, _ = command(*UNWRITTEN, "method.r=2,4,8")
     assert (code, out.count("done before")) == (0, 2)
 
 
 def test_points_with_one_identity_are_trained_once_under_both_labels(command: Command) -> None:
-    code, out, _ = command(*SMALL, "label=one,two")
+    code, out, _ = command(*UNWRITTEN, "label=one,two")
     assert code == 0
     assert "[1/1]" in out
     (result,) = records().values()
@@ -84,12 +84,12 @@ def test_a_dry_run_from_python_trains_nothing(run_small: Callable[..., Result]) 
 
 
 def test_quiet_prints_one_line(command: Command) -> None:
-    _, out, err = command(*SMALL, "quiet=true")
+    _, out, err = command(*UNWRITTEN, "quiet=true")
     assert (out.count("\n"), err) == (1, "")
 
 
 def test_refused_is_done_and_no_failure(command: Command) -> None:
-    code, out, _ = command(*SMALL, "method=full", "quant=4bit,none")
+    code, out, _ = command(*UNWRITTEN, "method=full", "quant=4bit,none")
     assert code == 0
     assert "refused: full fine-tuning cannot train quantised weights" in out
     assert out.splitlines()[-1] == "2 trials: 1 success, 1 refused  (multirun/default)"
@@ -97,7 +97,7 @@ def test_refused_is_done_and_no_failure(command: Command) -> None:
 
 @pytest.mark.parametrize("launcher", ["basic"])
 def test_stock_launchers_run_and_resume_too(launcher: str, command: Command) -> None:
-    words = [*SMALL, "method.r=2,4", f"hydra/launcher={launcher}"]
+    words = [*UNWRITTEN, "method.r=2,4", f"hydra/launcher={launcher}"]
     assert command(*words, "hydra.job.chdir=true")[0] == 0  # paths are relative to where the command runs all the same
     assert len(records()) == 2
     assert not list(Path("multirun/.hydra").rglob("result.json"))
@@ -107,7 +107,7 @@ def test_stock_launchers_run_and_resume_too(launcher: str, command: Command) -> 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupted_sweep_continues_to_the_undisturbed_result(end: signal.Signals, command: Command) -> None:
-    words = [*SMALL, "train.steps=4,40"]
+    words = [*UNWRITTEN, "train.steps=4,40"]
     process = start(*words)
     assert wait_for(lambda: list(Path("multirun/default").glob("*/result.json")), process)
     assert wait_for(lambda: len(list(Path("multirun/default").glob("*/steps.jsonl"))) == 2, process)

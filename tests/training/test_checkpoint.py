@@ -74,7 +74,9 @@ WAYS = {
     "scaled losses": ["train.autocast=float16", "train.batch_size=1"],  # so large that the scale is lowered
     "gradient checkpointing": ["train.checkpointing=true", "method.lora_dropout=0.1"],
 }
-QUICK = ("dropout", "an adapter on 4 bits", "AdaLoRA, its ranks dealt out", "the best weights")
+# One each of what is kept beside weights: random numbers, a method's own counts, the best weights. A base in 4 bits is
+# loaded again and nothing of it is kept, so that it belongs to the slow tier.
+QUICK = ("dropout", "AdaLoRA, its ranks dealt out", "the best weights")
 
 
 class Cut(Exception):

@@ -94,6 +94,8 @@ def _gains(
     table: pd.DataFrame, column: str, predictions: Predictions | None, numbers: Sequence[int]
 ) -> tuple[dict[int, Between], bool]:
     """What these configurations gain over their untouched bases, not adjusted yet; and whether row by row."""
+    if not numbers:
+        return {}, False
     joined, base_of = with_bases(table, column)
     there = [number for number in numbers if number in base_of]
     if not there:

@@ -112,13 +112,14 @@ def one_a_seed(table: pd.DataFrame, numbers: pd.Series[int]) -> pd.DataFrame:
 
     A repeated seed is no second draw: it gives the same numbers again.
     """
-    table = table.drop(columns="configuration", errors="ignore")
-    columns = [c for c in (SUCCESS, CREATED) if c in table]
-    order = table[columns].assign(good=table[SUCCESS].eq(Status.success.name)).sort_values(["good", *columns[1:]]).index
+    if "configuration" in table:
+        table = table.drop(columns="configuration")
     seed = table[SEED] if SEED in table else pd.Series(0, index=table.index)
     keys = [numbers.rename("configuration"), seed.rename("seed")]
     if not pd.concat(keys, axis=1).duplicated().any():
         return table.assign(configuration=numbers)
+    columns = [c for c in (SUCCESS, CREATED) if c in table]
+    order = table[columns].assign(good=table[SUCCESS].eq(Status.success.name)).sort_values(["good", *columns[1:]]).index
     kept = table.loc[order].groupby([key.loc[order] for key in keys], sort=False, dropna=False).last().copy()
     return kept.reset_index("configuration").reset_index(drop=True).sort_values("configuration", kind="stable")
 
