@@ -1,8 +1,8 @@
-"""Trials on another launcher of Hydra's: SLURM, Ray, joblib, whatever places jobs.
+"""Run trials with another launcher of Hydra: SLURM, Ray, joblib, or any other.
 
-It is given what is missing and nothing else. How a trial comes along and how it ended is read from the
-study, which the machines share, so that it does not matter what the launcher tells of its jobs, or that
-it gives up when one of them dies.
+The launcher gets only the trials that are missing. The progress and the result of a trial are read from the study,
+which the machines share. So it does not matter what the launcher reports of its jobs, or whether it stops when one
+of them dies.
 """
 
 from __future__ import annotations
@@ -25,32 +25,33 @@ from peftsweep.study.record import Result, Status
 from peftsweep.sweep.workers import CLAIM_RETRY_SECONDS
 from peftsweep.trial import done, task
 
-POLL_SECONDS = 1.0  # seconds between two looks at the study
-MAX_TRIES = 2  # of a trial whose process dies: where that ends others too, the second time shows whose fault it was
+POLL_SECONDS = 1.0  # seconds between two polls of the study
+MAX_TRIES = 2  # of a trial whose process dies: if other trials died with it, the second try shows which one is faulty
 WAITING_NOTICE_SECONDS = 60.0  # seconds without a trial after which the display says so
-LAST_LINE = 4096  # bytes at the end of steps.jsonl that surely hold it
+LAST_LINE = 4096  # bytes at the end of steps.jsonl that always contain its last line
 
 
 class WorkerDied(Exception):
-    """A job is over and left no record; the launcher may know the status of its trial."""
+    """A job has ended without a record; ``status`` is that of its trial, if the launcher knows it."""
 
     def __init__(self, message: str, status: Status = Status.failed) -> None:
         super().__init__(message)
         self.status = status
 
 
-Launch = Callable[[Sequence[Trial]], Sequence[BaseException | None]]  # runs ``job`` for each; what went wrong in it
+Launch = Callable[[Sequence[Trial]], Sequence[BaseException | None]]  # runs ``job`` for each trial; returns errors
 
 
-def job(one: Trial) -> None:
-    """Run the trial in this process, unless it is done or another process that is alive runs it.
+def job(trial: Trial) -> None:
+    """Run the trial in this process, unless it is done or another live process runs it.
 
-    That of a machine that was lost is known by its silence, which is waited for.
+    A process on a machine that was lost is taken for dead when its claim has not been renewed for some time. This
+    function waits for that.
     """
     end = time.monotonic() + study_claims.LEASE_SECONDS + 2 * study_claims.HEARTBEAT_SECONDS
     while True:
         try:
-            task.run(one)
+            task.run(trial)
             return
         except study_claims.Claimed:
             if time.monotonic() > end:
@@ -59,7 +60,7 @@ def job(one: Trial) -> None:
 
 
 def run(trials: Sequence[Trial], launch: Launch, display: Display) -> Iterator[tuple[Trial, Result]]:
-    """Have ``trials`` run by ``launch``, again where processes die, and give each with its record.
+    """Run ``trials`` by ``launch``, again where a process dies, and yield each with its record.
 
     Raises:
         InputError: the launcher runs nothing; it says why.
@@ -76,35 +77,35 @@ def run(trials: Sequence[Trial], launch: Launch, display: Display) -> Iterator[t
                 problems = launch(left)
             except Exception as error:  # whatever a launcher raises when one of its jobs dies
                 raised = error
-            while watch.waits():  # for jobs that go on all the same, or were lost with their machine
+            while watch.waits():  # for jobs that still run, or whose machine was lost
                 time.sleep(POLL_SECONDS)
         if full := next(filter(None, map(store.unwritable, filter(None, [raised, *problems]))), None):
             raise full
-        claims = {one.identity: study_claims.claimed(done.folder(one).parent, one.identity) for one in left}
+        claims = {trial.identity: study_claims.claimed(done.folder(trial).parent, trial.identity) for trial in left}
         if raised and not watch.results and not any(claims.values()):
             raise InputError(f"hydra/launcher: {record.one_line(raised)}") from raised
         again, suspects = list[Trial](), list[Trial]()
-        for one, problem in zip(left, problems, strict=True):
-            tries[one.identity] += claims[one.identity] is Claim.left or raised is None
-            if result := watch.results.get(one.identity) or done.finished(one):
-                yield one, result
-            elif _is_final(problem) or tries[one.identity] >= MAX_TRIES:
+        for trial, problem in zip(left, problems, strict=True):
+            tries[trial.identity] += claims[trial.identity] is Claim.left or raised is None
+            if result := watch.results.get(trial.identity) or done.finished(trial):
+                yield trial, result
+            elif _is_final(problem) or tries[trial.identity] >= MAX_TRIES:
                 status = problem.status if isinstance(problem, WorkerDied) else Status.failed
                 try:
-                    died = task.died(one, status, _failure(problem or raised), 0.0)
-                except study_claims.Claimed:  # another sweep has it now, and is waited for
-                    again.append(one)
+                    died = task.died(trial, status, _failure(problem or raised), 0.0)
+                except study_claims.Claimed:  # another sweep runs it now: wait for that one
+                    again.append(trial)
                 else:
-                    yield one, watch.end(one, died)
+                    yield trial, watch.end(trial, died)
             else:
-                (suspects if raised and tries[one.identity] else again).append(one)
-        batches += [[one] for one in suspects]
+                (suspects if raised and tries[trial.identity] else again).append(trial)
+        batches += [[trial] for trial in suspects]
         if again:
             batches.append(again)
 
 
 def _is_final(problem: BaseException | None) -> bool:
-    """Whether another try would end the same; false where the process died for an unknown reason."""
+    """Whether another try would end in the same way; False if the process died for an unknown reason."""
     return problem is not None and not (isinstance(problem, WorkerDied) and problem.status is Status.failed)
 
 
@@ -114,18 +115,18 @@ def _failure(error: BaseException | None) -> dict[str, str]:
 
 
 class _Watch:
-    """Shows the progress of trials by the files that they write."""
+    """Shows the progress of trials, which is read from the files that they write."""
 
     def __init__(self, trials: Sequence[Trial], display: Display) -> None:
-        self.results: dict[str, Result] = {}  # new ones, by identity
+        self.results: dict[str, Result] = {}  # records that were written since the start, by identity
         self._display = display
         self._named = ""  # the trial whose name was printed last
         self._running = {one.identity: one for one in trials}
-        # Absolute, as a launcher that runs jobs in this process may change its folder meanwhile.
+        # Absolute, because a launcher that runs jobs in this process may change the working directory.
         self._folders = {one.identity: done.folder(one).absolute() for one in trials}
         self._before = {identity: _written(folder) for identity, folder in self._folders.items()}
         self._views: dict[str, TrialView] = {}
-        self._seen: dict[str, int] = {}  # bytes of steps.jsonl
+        self._seen: dict[str, int] = {}  # size of steps.jsonl in bytes when it was last read, by identity
 
     @contextmanager
     def looking(self) -> Iterator[None]:
@@ -133,7 +134,7 @@ class _Watch:
         over = threading.Event()
         begun = time.monotonic()
 
-        def look() -> None:
+        def poll() -> None:
             waiting = True
             while not over.wait(POLL_SECONDS):
                 self._look()
@@ -143,13 +144,13 @@ class _Watch:
                         "no trial has begun yet: the launcher waits for a machine such as its keys ask for"
                     )
 
-        looker = threading.Thread(target=look, daemon=True)
-        looker.start()
+        thread = threading.Thread(target=poll, daemon=True)
+        thread.start()
         try:
             yield
         finally:
             over.set()
-            looker.join()
+            thread.join()
             self._look(last=True)
             for identity in self._running.keys() & self._views.keys():
                 self._views.pop(identity).drop()
@@ -161,43 +162,43 @@ class _Watch:
         return any(study_claims.claimed(self._folders[identity].parent, identity) is Claim.held for identity in running)
 
     def _look(self, *, last: bool = False) -> None:
-        for identity, one in list(self._running.items()):
-            folder = self._folders[identity]
-            if _written(folder) not in (None, self._before[identity]):
-                result = store.result(folder)
-                # One that is interrupted writes its record, and may be in its launcher's queue again.
+        for identity, trial in list(self._running.items()):
+            place = self._folders[identity]
+            if _written(place) not in (None, self._before[identity]):
+                result = store.result(place)
+                # An interrupted trial writes a record too, but its launcher may have put it into the queue again.
                 if result and (last or result.status is not Status.cancelled):
                     del self._running[identity]
-                    self.results[identity] = self.end(one, result)
-            elif study_claims.claimed(folder.parent, identity):
-                self._show(one, folder / record.STEPS)
+                    self.results[identity] = self.end(trial, result)
+            elif study_claims.claimed(place.parent, identity):
+                self._show(trial, place / record.STEPS)
 
-    def _show(self, one: Trial, steps: Path) -> None:
-        view = self._view(one)
+    def _show(self, trial: Trial, steps: Path) -> None:
+        view = self._view(trial)
         size = steps.stat().st_size if steps.exists() else 0
-        if size != self._seen.setdefault(one.identity, size):
-            self._seen[one.identity] = size
+        if size != self._seen.setdefault(trial.identity, size):
+            self._seen[trial.identity] = size
             with steps.open("rb") as lines:
                 lines.seek(max(0, size - LAST_LINE))
                 whole = [line for line in lines.read().splitlines(keepends=True) if line.endswith(b"\n")]
             if whole:
                 view.step(json.loads(whole[-1]))
 
-    def _view(self, one: Trial) -> TrialView:
-        if one.identity not in self._views:
-            self._named = one.identity
-            self._views[one.identity] = self._display.trial(one.name)
-        return self._views[one.identity]
+    def _view(self, trial: Trial) -> TrialView:
+        if trial.identity not in self._views:
+            self._named = trial.identity
+            self._views[trial.identity] = self._display.trial(trial.name)
+        return self._views[trial.identity]
 
-    def end(self, one: Trial, result: Result) -> Result:
-        """Show that the trial has ended; with its name, if lines of others stand between."""
-        self._view(one).end(result, named=self._named != one.identity)
-        self._named = one.identity
+    def end(self, trial: Trial, result: Result) -> Result:
+        """Show that the trial has ended; with its name, if lines of other trials were printed meanwhile."""
+        self._view(trial).end(result, named=self._named != trial.identity)
+        self._named = trial.identity
         return result
 
 
 def _written(folder: Path) -> int | None:
-    """When the record in ``folder`` was written; None where there is none."""
+    """The time at which the record in ``folder`` was written, in nanoseconds; None if there is no record."""
     try:
         return (folder / record.RESULT).stat().st_mtime_ns
     except OSError:

@@ -1,4 +1,4 @@
-"""Make the trial of each point of a sweep; what points have in common is composed and checked once."""
+"""Make the trial of each point of a sweep; what several points have in common is composed and checked once."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ PURE_RESOLVERS = (
     "oc.env",
     "now",
 )  # resolvers that read only what their arguments name
-ANY = ""  # the name of whatever there is
+ANY = ""  # stands for every name
 
 
 class Points:
-    """The points of a sweep as trials: each is what ``compose.trial`` makes of Hydra's composition of its words.
+    """The points of a sweep as trials, each equal to ``compose.trial`` of Hydra's composition of its words.
 
     Hydra composes once for each choice of groups. Points that differ only in plain values from which no other value
-    follows are resolved once; of these, points that differ only in the seed are checked once.
+    follows are resolved once. Points that differ only in the seed are also checked once.
     """
 
     def __init__(self, loader: ConfigLoader, master: DictConfig) -> None:
         self._loader, self._master = _reading_once(loader), master
         self._parser = OverridesParser.create(config_loader=loader)
         self._parsed: dict[str, Override] = {}
-        # No group has a dot in its name, and to ask Hydra takes 20 ms.
+        # No group has a dot in its name; Hydra's answer takes 20 ms.
         self._is_group = functools.cache(lambda key: "." not in key and bool(self._loader.get_group_options(key)))
         self._bases: dict[tuple[str, ...], _Base] = {}
         self._families: dict[tuple[Any, ...], _Family] = {}
@@ -64,8 +64,8 @@ class Points:
         """The trial of a point.
 
         Raises:
-            InputError: something in it is wrong.
-            HydraException, OmegaConfBaseException: it cannot be composed.
+            InputError: a value of the point is wrong.
+            HydraException, OmegaConfBaseException: the point cannot be composed.
         """
         groups, values = self._parse(words)
         own = self._own(groups, values)
@@ -76,7 +76,7 @@ class Points:
         try:
             return self._families[key].member({name: values[word].value() for word, name in own.items()}, words)
         except OmegaConfBaseException:
-            self.compose(words)  # Hydra says what is wrong
+            self.compose(words)  # raises Hydra's own message
             raise
 
     def compose(self, words: Sequence[str]) -> tuple[DictConfig, dict[str, str | None]]:
@@ -84,7 +84,7 @@ class Points:
         groups, values = self._parse(words)
         try:
             if not all(map(_is_change, values.values())):
-                raise ValueError("Hydra's own way with what is added or deleted")
+                raise ValueError("only Hydra itself can add and delete keys")
             base = self._base(groups)
             point = copy.deepcopy(base.config)
             for word in words:
@@ -104,9 +104,9 @@ class Points:
         groups = tuple(word for word in words if self._chooses(self._parsed[word]))
         return groups, {word: self._parsed[word] for word in words if word not in groups}
 
-    def _chooses(self, one: Override) -> bool:
-        """Whether a word chooses an option, or puts in values of its own in place of all (``train={steps: 3}``)."""
-        return self._is_group(one.key_or_group) and not isinstance(one.value(), dict)
+    def _chooses(self, override: Override) -> bool:
+        """Whether a word chooses an option of a group, and not a dict of values for it (``train={steps: 3}``)."""
+        return self._is_group(override.key_or_group) and not isinstance(override.value(), dict)
 
     def _base(self, groups: tuple[str, ...]) -> _Base:
         if groups not in self._bases:
@@ -114,25 +114,30 @@ class Points:
         return self._bases[groups]
 
     def _own(self, groups: tuple[str, ...], values: Mapping[str, Override]) -> dict[str, str]:
-        """The words that only put a plain value in place of another, from which no other follows, with their keys."""
+        """The words that only replace a plain value from which no other value follows; each with its key."""
         if not all(map(_is_change, values.values())):
             return {}
         base = self._base(groups)
-        said = Counter(one.key_or_group for one in values.values())
-        if base.reads_files or not said.keys().isdisjoint(SOURCES):
+        counts = Counter(override.key_or_group for override in values.values())
+        if base.reads_files or not counts.keys().isdisjoint(SOURCES):
             return {}
         read = [name for word in values for name in _names_read(word)]
-        found = {}
-        for word, one in values.items():
-            key = one.key_or_group
-            alone = said[key] == 1 and not any(_overlap(key, other) for other in said if other != key)
-            if alone and _is_plain(one.value()) and base.decides_nothing(key) and not _any_overlaps(key, read):
-                found[word] = key
-        return found
+        plain_values = {}
+        for word, override in values.items():
+            key = override.key_or_group
+            given_once = counts[key] == 1 and not any(_overlap(key, other) for other in counts if other != key)
+            if (
+                given_once
+                and _is_plain(override.value())
+                and base.decides_nothing(key)
+                and not _any_overlaps(key, read)
+            ):
+                plain_values[word] = key
+        return plain_values
 
 
 def _reading_once(loader: ConfigLoader) -> ConfigLoader:
-    """``loader``, but for each yaml being read and parsed once for all that it composes: half of Hydra's time."""
+    """``loader``, but it reads and parses each yaml only once, not for each composition: half of Hydra's time."""
     own: Any = copy.copy(loader)
     own.repository = _ParsedOnce(own.repository.get_sources(), {})
     found: ConfigLoader = own
@@ -140,13 +145,13 @@ def _reading_once(loader: ConfigLoader) -> ConfigLoader:
 
 
 class _ParsedOnce(ConfigRepository):
-    """Hydra's options. A composition changes the nodes that it is given, so that each gets copies of its own."""
+    """Hydra's options. A composition changes the nodes that it gets, so that each gets its own copies."""
 
     def __init__(self, sources: list[Any], parsed: dict[str, bytes]) -> None:
         self.sources, self._parsed = sources, parsed
 
     def __deepcopy__(self, _: Any) -> _ParsedOnce:
-        """What Hydra makes for each composition, in which ``hydra.searchpath`` may bring other options."""
+        """Hydra copies the repository for each composition, because ``hydra.searchpath`` may add other options."""
         return _ParsedOnce(self.sources, self._parsed)
 
     def initialize_sources(self, config_search_path: ConfigSearchPath) -> None:
@@ -175,7 +180,7 @@ class _Base:
         self.reads_files = any(_at(self._tree, key) is not None for key in SOURCES)
 
     def decides_nothing(self, key: str) -> bool:
-        """Whether there is a plain value by this name, from which no other follows."""
+        """Whether ``key`` has a plain value from which no other value follows."""
         if key not in self._known:
             decides = (
                 any(_overlap(key, other) for other in KEYS_THAT_DECIDE_OTHERS) or key.rpartition(".")[2] in RENAMED
@@ -191,38 +196,38 @@ class _Family:
 
     def __init__(self, point: DictConfig, first: Filled) -> None:
         self._point, self._first = point, first
-        self._checked: dict[tuple[Any, ...], Trial] = {}  # by all of the values but the seed
+        self._checked: dict[tuple[Any, ...], Trial] = {}  # by all values except the seed
 
     def member(self, values: Mapping[str, Any], words: Sequence[str]) -> Trial:
         """The trial with these values in place of the first point's.
 
         Raises:
-            OmegaConfBaseException: one of them is not of its key's type.
-            InputError: one of them is wrong.
+            OmegaConfBaseException: a value does not have the type of its key.
+            InputError: a value is wrong.
         """
-        found = {}
+        typed = {}
         for key, value in values.items():
             OmegaConf.update(self._point, key, value)
-            found[key] = OmegaConf.select(self._point, key)  # of the key's type
-        others = tuple((key, type(value), value) for key, value in found.items() if key != "seed")
+            typed[key] = OmegaConf.select(self._point, key)  # of the key's type
+        others = tuple((key, type(value), value) for key, value in typed.items() if key != "seed")
         if others in self._checked:
-            return configuration.with_seed(self._checked[others], found["seed"], list(words))
+            return configuration.with_seed(self._checked[others], typed["seed"], list(words))
         config, tree = self._first.config, self._first.tree
-        for key, value in found.items():
+        for key, value in typed.items():
             config = _put(config, key.split("."), value)
             tree = _put(tree, key.split("."), value.name if isinstance(value, Enum) else value)
-        said = dataclasses.replace(
+        filled = dataclasses.replace(
             self._first, config=configuration.with_plain(config, tree), tree=tree, overrides=list(words)
         )
-        trial = configuration.checked(said)
-        if "seed" in found:
+        trial = configuration.checked(filled)
+        if "seed" in typed:
             self._checked[others] = trial
         return trial
 
 
-def _is_change(one: Override) -> bool:
-    """Whether a word changes the value of a key of ours."""
-    return one.type is OverrideType.CHANGE and one.package is None and not one.is_hydra_override()
+def _is_change(override: Override) -> bool:
+    """Whether a word changes the value of an existing key that is not Hydra's."""
+    return override.type is OverrideType.CHANGE and override.package is None and not override.is_hydra_override()
 
 
 def _is_plain(value: Any) -> bool:
@@ -236,7 +241,7 @@ def _at(tree: Any, key: str, default: Any = None) -> Any:
 
 
 def _put(node: Any, path: Sequence[str], value: Any) -> Any:
-    """A copy of ``node``, nested dataclasses and dicts, with ``value`` at ``path``; the rest of it is shared."""
+    """A copy of ``node`` (nested dataclasses and dicts) with ``value`` at ``path``; all other values are shared."""
     if not path:
         return value
     name, *rest = path
@@ -255,7 +260,7 @@ def _texts(tree: Any) -> Iterator[str]:
 
 
 def _names_read(text: str) -> list[str]:
-    """The keys that an interpolation may read; of a relative one its last parts."""
+    """The keys that an interpolation may read; for a relative interpolation the last parts of the key."""
     if INTERPOLATION not in text:
         return []
     if COMPUTED_NAME.search(text) or not set(RESOLVER.findall(text)) <= set(PURE_RESOLVERS):
@@ -269,5 +274,5 @@ def _any_overlaps(key: str, read: Iterable[str]) -> bool:
 
 
 def _overlap(key: str, other: str) -> bool:
-    """Whether one of the two is the other, or a section that holds it."""
+    """Whether the keys are equal, or one is a section that contains the other."""
     return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")

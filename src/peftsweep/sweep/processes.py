@@ -1,15 +1,14 @@
 """Worker processes of this machine: on which device each works, and how it starts.
 
-They are forked from one process that has imported as much as it may (``preload``). That process never initialises
-CUDA; should an installed package do so there all the same, a worker notices it right after the fork, and workers are
-started by ``spawn`` instead. A worker names its GPU in ``CUDA_VISIBLE_DEVICES`` before it imports anything that could
-look at one.
+Workers are forked from one process that has imported all that does not initialise CUDA (``preload``). If an installed
+package initialises CUDA there in spite of that, a worker detects it right after the fork, and workers are started by
+``spawn`` instead. A worker sets ``CUDA_VISIBLE_DEVICES`` before it imports anything that could use a GPU.
 
-Between the command and each worker stands a guard, the worker's parent, which waits. When the worker ends, or the
-command lets go of it or is killed, the guard ends the worker, whatever it is busy with, and all processes that the
+Each worker has a guard process between itself and the command: the worker's parent. The guard waits until the worker
+ends, or until the command closes the worker's leash or is killed. Then it kills the worker and all processes that the
 worker's trial has started. If the guard is killed, the system kills the worker.
 
-Nothing heavy is imported at the top of this module: a worker reads it before its device is set.
+This module imports nothing large at its top, because a worker imports it before its device is set.
 """
 
 from __future__ import annotations
@@ -40,15 +39,15 @@ from peftsweep.study.owner import left_to_parent
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 PRELOAD = "peftsweep.sweep.preload"  # what the process that workers are forked from imports
-PROGRAM = "peftsweep.sweep.everything"  # by its name, as what it imports comes after the device is set
+PROGRAM = "peftsweep.sweep.everything"  # a name, because the module is imported only after the device is set
 CPU = ""  # the place of a worker that sees no GPU
 Place = str | None  # a worker's CUDA_VISIBLE_DEVICES; None: as in this process
 POLL_SECONDS: float | None = 0.2  # seconds between two checks of a worker, where the system does not report its end
 SOCKETS, LOG = "pymp-", "peftsweep-worker-"  # prefixes of temporary files, followed by the tag of their process
 READY, CUDA_LOST = "ready", "forked from a process that has initialised CUDA"
-EXIT_SECONDS = 5.0  # until a worker that should end is killed, and for its guard to kill its children
-# Of Linux's prctl: a signal for this process when its parent ends; orphans below this process become its children;
-# whether a process that is killed by a fault leaves an image of its memory.
+EXIT_SECONDS = 5.0  # seconds until a worker that should end is killed, and that its guard has to kill its children
+# Options of Linux's prctl: send this process a signal when its parent ends; write a core dump when this process is
+# killed by a fault; make this process the parent of orphaned descendants.
 PDEATHSIG, DUMPABLE, SUBREAPER = 1, 4, 36
 
 
@@ -99,10 +98,10 @@ def hide_gpus() -> None:
 
 @dataclass(frozen=True)
 class Child:
-    """A worker process, of the number ``pid``, and its guard, ``process``, which ends as the worker does.
+    """A worker process with the id ``pid``, and its guard ``process``, which ends with the worker's exit code.
 
-    ``connection`` leads to the worker; ``output`` is a descriptor of what it has printed; the guard waits for the end
-    of ``leash``.
+    ``connection`` leads to the worker. ``output`` is a file descriptor of the text that the worker has printed. When
+    ``leash`` is closed, the guard kills the worker.
     """
 
     process: BaseProcess
@@ -146,12 +145,12 @@ def begin_to_import() -> None:
     _have_temporary_folder()
     multiprocessing.get_context("forkserver").set_forkserver_preload([PRELOAD])
     in_main = threading.current_thread() is threading.main_thread()
-    # A terminal that is closed, and many a scheduler, tells all processes; it is the command that then interrupts the
-    # workers.
+    # A terminal that is closed, and some schedulers, send these signals to all processes; only the command should react
+    # to them, and interrupts the workers itself.
     ignored = (signal.SIGHUP, signal.SIGTERM) if in_main else ()
     before = {number: signal.signal(number, signal.SIG_IGN) for number in ignored}
-    resource_tracker.ensure_running()  # which unblocks Ctrl-C when it has started
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # in a terminal it reaches that process too
+    resource_tracker.ensure_running()  # first, because its start unblocks SIGINT
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C in a terminal reaches the fork server too
     try:
         forkserver.ensure_running()
     finally:
@@ -161,9 +160,9 @@ def begin_to_import() -> None:
 
 
 def _have_temporary_folder() -> None:
-    """Give multiprocessing's sockets a folder by whose name a later command sees that this one was killed.
+    """Give multiprocessing's sockets a folder whose name contains the tag of this process.
 
-    Those of commands that were killed are deleted here.
+    By the tag a later command sees that this one was killed. Folders and logs of killed commands are deleted here.
     """
     for kind in (SOCKETS, LOG):
         for path in Path(tempfile.gettempdir()).glob(f"{kind}*-*-*-*"):
@@ -176,9 +175,9 @@ def _have_temporary_folder() -> None:
 
 
 def start_ahead(chosen: Sequence[Place]) -> None:
-    """Begin to start a worker on each GPU of these places, while this process still imports.
+    """Begin to start a worker on each GPU of ``chosen``, while this process still imports.
 
-    Elsewhere workers inherit all that they need, and start at once.
+    Workers on the CPU start fast enough, because they inherit all imports.
     """
     gpus = [place for place in chosen if place]
     if gpus:
@@ -209,19 +208,19 @@ def _start(place: Place, threads: int | None) -> Child:
     context: Any = multiprocessing.get_context(_method)
     output, path = tempfile.mkstemp(prefix=f"{LOG}{owner.tag()}-", suffix=".log")
     try:
-        mine, theirs = context.Pipe()
-        held, leash = context.Pipe(duplex=False)
-        process = context.Process(target=_work, args=(theirs, held, path, place, threads), daemon=True)
+        own_end, worker_end = context.Pipe()
+        leash_end, leash = context.Pipe(duplex=False)
+        process = context.Process(target=_work, args=(worker_end, leash_end, path, place, threads), daemon=True)
         process.start()
-        theirs.close()
-        held.close()
-        said, pid = READY, process.pid
-        with suppress(EOFError, OSError):  # it died at once, as is seen when it is given work
-            said, pid = mine.recv()
+        worker_end.close()
+        leash_end.close()
+        state, pid = READY, process.pid
+        with suppress(EOFError, OSError):  # it died at once, which is detected when it is given work
+            state, pid = own_end.recv()
     finally:
-        Path(path).unlink(missing_ok=True)  # both have it open by now, so that nothing is left however they end
-    child = Child(process, pid, leash, mine, output)
-    if said == READY:
+        Path(path).unlink(missing_ok=True)  # both processes have it open, so that no file is left however they end
+    child = Child(process, pid, leash, own_end, output)
+    if state == READY:
         return child
     child.end()
     _method = "spawn"
@@ -244,9 +243,9 @@ def _work(
         signal.signal(number, left_to_parent)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     _go_on_guarded(channel, leash)
-    # By it the parent interrupts a trial, also where the command ignores it, as one in the background of a script does.
+    # The parent interrupts a trial by SIGINT, also if the command itself ignores it, as in the background of a script.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    # Processes that a trial forks are to hear SIGTERM, by which it ends them; in those that it starts, exec sees to it.
+    # A trial ends its forked processes by SIGTERM, so that they must not ignore it; exec resets it in other processes.
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -283,12 +282,12 @@ def _go_on_guarded(channel: connection.Connection[Any, Any], leash: connection.C
 
 
 def _guard(worker: int, leash: connection.Connection[Any, Any]) -> int:
-    """Wait until the worker or the command ends; then end all that is left; how the worker ended, as waitpid says."""
+    """Wait until the worker or the command ends, then kill what is left; returns the worker's status from waitpid."""
     import psutil
 
     watched: list[Any] = [leash]
     seconds = POLL_SECONDS
-    with suppress(AttributeError, OSError):  # a system without
+    with suppress(AttributeError, OSError):  # a system without pidfd_open
         watched.append(os.pidfd_open(worker))
         seconds = None
     status = _ended(worker)
@@ -309,7 +308,7 @@ def _guard(worker: int, leash: connection.Connection[Any, Any]) -> int:
 
 
 def _ended(child: int) -> int | None:
-    """How a child of this process ended; None while it runs."""
+    """The status of a child of this process from waitpid; None while it runs."""
     found, status = os.waitpid(child, os.WNOHANG)
     return status if found else None
 
@@ -326,7 +325,7 @@ def _running(family: Iterable[Any]) -> list[Any]:
 
 
 def _end_as(status: int) -> NoReturn:
-    """End this process in the same way as another one, whose status from waitpid is given."""
+    """End this process with the exit code or by the signal of ``status``, another process's status from waitpid."""
     code = os.waitstatus_to_exitcode(status)
     if code < 0:
         _prctl(DUMPABLE, 0)

@@ -1,8 +1,8 @@
-"""The states of the jobs of submitit's launchers: each by itself, and also where SLURM keeps no accounting.
+"""The states of the jobs of submitit's launchers: of each job by itself, and also where SLURM keeps no accounting.
 
-submitit knows a job's state from ``sacct`` alone. Where accounting is off that fails, a job whose process was killed
-stays UNKNOWN, and is waited for without end. Here ``squeue`` is asked first, which every SLURM has; a job that it no
-longer lists is over.
+submitit reads a job's state from ``sacct`` alone. Without accounting ``sacct`` fails: a job whose process was killed
+stays UNKNOWN, and submitit waits for it forever. Here ``squeue`` is called first, which every SLURM has. A job that
+it no longer lists has ended.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
 from peftsweep.study.record import Status
 from peftsweep.sweep.engine import WorkerDied
 
-# https://slurm.schedmd.com/squeue.html#lang-job-state: those after which a job writes nothing more.
+# The states of https://slurm.schedmd.com/squeue.html#lang-job-state after which a job writes nothing more.
 ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT", "GONE"}
 STATUSES = {"OUT_OF_MEMORY": Status.oom, "CANCELLED": Status.cancelled}
 SQUEUE = ("squeue", "--me", "--array", "--states=all", "--noheader", "--format=%i|%T")
-UNLISTED_SECONDS = 60.0  # a job that squeue never listed is taken for lost after them
-POLL_SECONDS = 30  # at most between two looks at the queue
-COMMAND_SECONDS = 60.0  # for an answer of the controller
+UNLISTED_SECONDS = 60.0  # seconds after which a job that squeue has never listed is taken for lost
+POLL_SECONDS = 30  # most seconds between two calls of squeue
+COMMAND_SECONDS = 60.0  # seconds that squeue or sacct may take
 
 
 class QueueWatcher(SlurmInfoWatcher):  # type: ignore[misc]
-    """The states of jobs by ``squeue``; by ``sacct`` for those that it lists no more, where there is accounting."""
+    """The states of jobs from ``squeue``; of jobs that it no longer lists from ``sacct``, if there is accounting."""
 
     def __init__(self) -> None:
         super().__init__(delay_s=POLL_SECONDS)
@@ -51,26 +51,26 @@ class QueueWatcher(SlurmInfoWatcher):  # type: ignore[misc]
         return bool(words) and words[0] in ENDED
 
     def update(self) -> None:
-        """Ask for the states of all jobs that have not ended."""
+        """Read the states of all jobs that have not ended."""
         self._num_calls += 1
         self._last_status_check = time.time()
         queue = self._queue()
         if queue is None:
-            return  # the controller does not answer; jobs run on without it
+            return  # the controller does not answer; jobs run without it, too
         self._listed |= queue.keys()
         jobs = self._registered - self._finished
         self._info_dict.update({job: {"State": queue[job]} for job in jobs & queue.keys()})
         if unlisted := {job for job in jobs - queue.keys() if self._is_over(job)}:
-            told = self._accounting()
+            states = self._accounting()
             for job in unlisted:
-                self._info_dict[job] = told.get(job, {"State": "GONE"})
+                self._info_dict[job] = states.get(job, {"State": "GONE"})
         self._finished |= {job for job in jobs if self.is_done(job, mode="cache")}
 
     def _is_over(self, job: str) -> bool:
         return job in self._listed or time.monotonic() - self._registered_at[job] > UNLISTED_SECONDS
 
     def _queue(self) -> dict[str, str] | None:
-        """The state of each of this user's jobs that SLURM has not forgotten; None where it does not answer."""
+        """The state of each job of this user that SLURM still lists; None if SLURM does not answer."""
         try:
             answer = subprocess.run(SQUEUE, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=True).stdout
         except (OSError, subprocess.SubprocessError) as error:
@@ -79,7 +79,7 @@ class QueueWatcher(SlurmInfoWatcher):  # type: ignore[misc]
         return dict(line.strip().split("|", 1) for line in answer.splitlines() if "|" in line)
 
     def _accounting(self) -> dict[str, dict[str, str]]:
-        """The states of the jobs by ``sacct``; empty where accounting is off."""
+        """The states of the jobs from ``sacct``; empty if accounting is off."""
         command = self._make_command()
         if command is None:
             return {}
@@ -91,29 +91,29 @@ class QueueWatcher(SlurmInfoWatcher):  # type: ignore[misc]
         return {job: facts for job, facts in self.read_info(answer).items() if facts.get("State", "").split()}
 
     def _say(self, line: str) -> None:
-        """Once."""
+        """Print ``line`` to stderr, once."""
         if line not in self._said:
             self._said.add(line)
             print(f"peftsweep: {line}", file=sys.stderr)
 
 
 def _cause(error: Exception) -> str:
-    said = str(getattr(error, "stderr", None) or error).strip()
-    return said.splitlines()[-1] if said else type(error).__name__
+    output = str(getattr(error, "stderr", None) or error).strip()
+    return output.splitlines()[-1] if output else type(error).__name__
 
 
 @contextmanager
 def jobs_end_alone() -> Iterator[None]:
-    """In the block a launcher of submitit returns the result of each of its jobs.
+    """In this context a launcher of submitit returns the result of each of its jobs.
 
-    Outside it raises the error of the first job that has ended badly, while the others of the array still wait.
+    Without it the launcher raises the error of the first job that has failed, while other jobs of the array still wait.
     """
     results = core.Job.results
 
     def results_or_failure(job: Any) -> list[Any]:
         try:
             return list(results(job))
-        except Exception as error:  # what the job has raised, or that it left nothing
+        except Exception as error:  # the error of the job, or that it wrote no result
             failed = JobReturn(status=JobStatus.FAILED)
             failed._return_value = error if job.paths.result_pickle.exists() else _death(job)
             return [failed]
@@ -123,8 +123,8 @@ def jobs_end_alone() -> Iterator[None]:
 
 
 def _death(job: Any) -> WorkerDied:
-    """How a job ended that wrote no result, with the last line of its log."""
+    """The error of a job that wrote no result, with its state and the last line of its log."""
     state = str(job.watcher.get_state(job.job_id, mode="cache"))
     last = [line for line in (job.stderr() or "").splitlines() if line.strip()][-1:]
-    said = ": ".join([f"its job {job.job_id} ended ({state}) without a record", *last])
-    return WorkerDied(said, STATUSES.get(state.partition(" ")[0], Status.failed))
+    message = ": ".join([f"its job {job.job_id} ended ({state}) without a record", *last])
+    return WorkerDied(message, STATUSES.get(state.partition(" ")[0], Status.failed))

@@ -259,8 +259,8 @@ def _summarise(display: Display, trials: Sequence[Trial], results: Sequence[Resu
 
 def _counted(results: Sequence[Result | None], name: str) -> str:
     """``3 trials: 2 success, 1 failed, 1 not run  (multirun/default)``."""
-    said, left = counted(result.status.name for result in _once(results)), sum(result is None for result in results)
-    return said + (f", {left} not run" if left else "") + f"  ({store.folder(name)})"
+    text, left = counted(result.status.name for result in _once(results)), sum(result is None for result in results)
+    return text + (f", {left} not run" if left else "") + f"  ({store.folder(name)})"
 
 
 def _dry_run(trials: Sequence[Trial], options: Options) -> None:

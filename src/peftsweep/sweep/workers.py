@@ -1,7 +1,7 @@
 """Worker processes that run trials, so that a crash costs one trial and imports are paid once.
 
 A worker runs one trial after the other on its device and keeps the frozen base between those that share it. It ends
-with its parent, however that ends. What it did stands in the study; what it tells on its way is for the display.
+when its parent ends. Results are written to the study; the messages that a worker sends meanwhile are for the display.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from peftsweep.sweep import packing, processes
 from peftsweep.training import capture
 from peftsweep.trial import done, task
 
-POLL_SECONDS = 1.0  # seconds between two looks at the workers, if none has news
-CLAIM_RETRY_SECONDS = 1.0  # seconds until a trial that another process runs is looked at again
+POLL_SECONDS = 1.0  # seconds between two polls of the workers, if none sends a message
+CLAIM_RETRY_SECONDS = 1.0  # seconds until a trial that another process runs is tried again
 CANCEL_GRACE_SECONDS = 30.0  # seconds that an interrupted trial has to write its record
 Job = list[Trial]  # one, or several that are trained together
 Channel: TypeAlias = "connection.Connection[Any, Any]"
@@ -114,16 +114,16 @@ def _inline(queue: deque[Job], budget: Budget, display: Display, options: Option
             yield one, result
 
 
-def _run_when_free(one: Trial, view: TrialView, display: Display) -> Result:
-    said = False
+def _run_when_free(trial: Trial, view: TrialView, display: Display) -> Result:
+    announced = False
     while True:
         try:
             with process_state_kept():
-                return task.run(one, view)
+                return task.run(trial, view)
         except claims.Claimed as claimed:
-            if not said:
+            if not announced:
                 display.say(f"    waits: {claimed}")
-            said = True
+            announced = True
             view.stage("run by another process")
             time.sleep(CLAIM_RETRY_SECONDS)
 
@@ -135,7 +135,7 @@ def _run_job(job: Job, observers: Sequence[Observer], options: Options) -> list[
 
 
 class Budget:
-    """The rest of ``limit`` and ``deadline`` of one command, which may run several batches of trials."""
+    """What is left of ``limit`` and ``deadline`` of one command, which may run several batches of trials."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
@@ -164,15 +164,15 @@ class Budget:
         self._started -= count
 
     def spend(self, result: Result) -> None:
-        """A trial has ended."""
+        """Note the seconds of a trial that has ended."""
         self._took.append(last_attempt_seconds(result))
         if expected := self.expected.get(result.run_info.get("identity", "")):
             self._off.append(last_attempt_seconds(result) / expected)
 
     def estimate(self, job: Sequence[Trial] = ()) -> float:
-        """The expected seconds of a job: predicted ones times the usual error of predictions, if it was predicted.
+        """The expected seconds of a job: predicted seconds times the median ratio of measured to predicted ones.
 
-        Else the median of the trials that have ended, 0 before the first.
+        If a trial was not predicted, the median seconds of the trials that have ended; 0 before the first has ended.
         """
         known = [self.expected[one.identity] for one in job if one.identity in self.expected]
         if known and len(known) == len(job):
@@ -213,7 +213,7 @@ class _Worker:
         return job
 
     def news(self) -> tuple[str, str] | None:
-        """Pass on the worker's messages; returns how its job ended, and a traceback, if it has ended."""
+        """Pass the worker's messages to the display; returns (outcome, message) of its job, None while it runs."""
         try:
             while self.connection.poll():
                 kind, number, content = self.connection.recv()
@@ -227,7 +227,7 @@ class _Worker:
         return None if self.process.is_alive() else ("died", "")
 
     def death(self) -> tuple[Status, dict[str, str]]:
-        """How the worker died, for the record of its trial."""
+        """The status and the error of a worker that died, for the record of its trial."""
         self.process.join()
         code = self.process.exitcode or 0
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
@@ -237,8 +237,8 @@ class _Worker:
 
     def failure(self, kind: str, message: str) -> dict[str, str]:
         output = self._child.output
-        said = os.pread(output, TAIL_BYTES, max(0, os.fstat(output).st_size - TAIL_BYTES)).decode(errors="replace")
-        return {"type": kind, "message": message, "stage": self.stage, "traceback": said}
+        printed = os.pread(output, TAIL_BYTES, max(0, os.fstat(output).st_size - TAIL_BYTES)).decode(errors="replace")
+        return {"type": kind, "message": message, "stage": self.stage, "traceback": printed}
 
     def interrupt(self) -> None:
         if self.process.is_alive():
@@ -262,8 +262,8 @@ def _in_pool(
     queue: deque[Job], pool: list[_Worker], budget: Budget, display: Display, options: Options
 ) -> Iterator[tuple[Trial, Result]]:
     tries: dict[str, int] = {}
-    later: list[tuple[float, Job]] = []  # to be looked at again, and when
-    waiting = set[str]()  # of trials that other processes run
+    later: list[tuple[float, Job]] = []  # postponed jobs, each with the time from which it may be tried again
+    waiting = set[str]()  # identities of trials that other processes run
 
     def retract(view: TrialView) -> None:
         view.drop()
@@ -276,10 +276,10 @@ def _in_pool(
         job = worker.take()
         later.extend((time.monotonic() + seconds, [one]) for one in job)
 
-    def wait_for(one: Trial, worker: _Worker, said: str) -> None:
-        if one.identity not in waiting:
-            display.say(f"    waits: {said}")
-        waiting.add(one.identity)
+    def wait_for(trial: Trial, worker: _Worker, reason: str) -> None:
+        if trial.identity not in waiting:
+            display.say(f"    waits: {reason}")
+        waiting.add(trial.identity)
         postpone(worker, CLAIM_RETRY_SECONDS)
 
     while True:
@@ -300,14 +300,14 @@ def _in_pool(
         for worker in busy:
             if (ended := _ended(worker, options)) is None or not worker.job:
                 continue
-            how, said = ended
+            outcome, message = ended
             if len(worker.job) > 1:
-                if how not in ("done", "cancelled"):  # whose fault that is shows when each runs alone
+                if outcome not in ("done", "cancelled"):  # run each trial alone, to find the one that fails
                     postpone(worker, 0.0)
                     continue
                 members = list(zip(worker.take(), worker.views, strict=True))
                 for one, view in members:
-                    if (found := store.result(done.folder(one))) is None:  # it had not begun when another was stopped
+                    if (found := store.result(done.folder(one))) is None:  # it had not begun when the job was stopped
                         retract(view)
                         later.append((now, [one]))
                         continue
@@ -316,18 +316,18 @@ def _in_pool(
                     yield one, found
                 continue
             (one,) = worker.job
-            tries[one.identity] = tries.get(one.identity, 0) + (how == "died")
-            if how == "unwritable":
-                raise Unwritable(said)
-            if how == "claimed":
-                wait_for(one, worker, said)
-            elif how == "died" and tries[one.identity] <= options.retries:
+            tries[one.identity] = tries.get(one.identity, 0) + (outcome == "died")
+            if outcome == "unwritable":
+                raise Unwritable(message)
+            if outcome == "claimed":
+                wait_for(one, worker, message)
+            elif outcome == "died" and tries[one.identity] <= options.retries:
                 postpone(worker, 0.0)
             else:
-                result = None if how == "timeout" else store.result(done.folder(one))
+                result = None if outcome == "timeout" else store.result(done.folder(one))
                 try:
-                    result = result or _record(worker, one, how, said, options)
-                except claims.Claimed as claimed:  # by another sweep, the moment this one's worker was dead
+                    result = result or _record(worker, one, outcome, message, options)
+                except claims.Claimed as claimed:  # another sweep took the trial when this sweep's worker had died
                     wait_for(one, worker, str(claimed))
                     continue
                 budget.spend(result)
@@ -337,7 +337,7 @@ def _in_pool(
 
 
 def _assign_jobs(queue: deque[Job], pool: list[_Worker], budget: Budget, display: Display, options: Options) -> None:
-    """Give each worker that has none a job of the queue, as much of it as the budget allows."""
+    """Give each idle worker the next job of the queue, with as many of its trials as the budget allows."""
     for worker in pool:
         if not worker.job and queue and (room := budget.take(len(queue[0]), queue[0])):
             whole = queue.popleft()
@@ -347,12 +347,12 @@ def _assign_jobs(queue: deque[Job], pool: list[_Worker], budget: Budget, display
             worker.give(job, [display.trial(one.name) for one in job], options)
 
 
-def _held_elsewhere(one: Trial) -> bool:
-    return claims.claimed(done.folder(one).parent, one.identity) is claims.Claim.held
+def _held_elsewhere(trial: Trial) -> bool:
+    return claims.claimed(done.folder(trial).parent, trial.identity) is claims.Claim.held
 
 
 def _ended(worker: _Worker, options: Options) -> tuple[str, str] | None:
-    """How the worker's trial has ended, or None; a trial over its timeout is killed here."""
+    """(outcome, message) of the worker's job, None while it runs; a job over its timeout is killed here."""
     if ended := worker.news():
         return ended
     if options.timeout is not None and time.monotonic() - worker.since > options.timeout * len(worker.job):
@@ -361,19 +361,19 @@ def _ended(worker: _Worker, options: Options) -> tuple[str, str] | None:
     return None
 
 
-def _record(worker: _Worker, one: Trial, how: str, said: str, options: Options) -> Result:
-    """The record of a trial that could not write its own."""
-    if how == "died":
+def _record(worker: _Worker, trial: Trial, outcome: str, said: str, options: Options) -> Result:
+    """Write and return the record of a trial whose own process could not write it."""
+    if outcome == "died":
         status, failure = worker.death()
-    elif how == "timeout":
+    elif outcome == "timeout":
         message = f"it took longer than hydra.launcher.timeout, {options.timeout:g} seconds"
         status, failure = Status.failed, worker.failure("TimeoutError", message)
-    elif how == "cancelled":
+    elif outcome == "cancelled":
         status, failure = Status.cancelled, worker.failure("KeyboardInterrupt", "its process was interrupted")
     else:
         lines = said.strip().splitlines() or ["unknown"]
         status, failure = Status.failed, worker.failure("WorkerFailed", lines[-1]) | {"traceback": said}
-    return task.died(one, status, failure, time.monotonic() - worker.since)
+    return task.died(trial, status, failure, time.monotonic() - worker.since)
 
 
 def _cancel(pool: list[_Worker]) -> None:
@@ -410,7 +410,7 @@ def serve(channel: Channel, threads: int | None) -> None:
     """Run the jobs that come through ``channel``, one after the other, until it is closed."""
     if threads is not None:
         torch.set_num_threads(threads)
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process would leave behind
+    tqdm.set_lock(threading.RLock())  # tqdm's own lock is a system semaphore, which a killed process would leave behind
     build.keep_bases()
     resources = Resources.now()
     while True:
@@ -434,7 +434,7 @@ def _device_broken() -> bool:
 
 
 def _in_worker(job: Job, options: Options, channel: Channel, resources: Resources) -> tuple[str, str]:
-    """How the job ended, and a message: "done" if its records say how, else the reason for a missing record."""
+    """Run a job; returns "done" if its records were written, else the reason for a missing record, and a message."""
     reporters = [_Reporter(channel, number) for number in range(len(job))]
     try:
         with process_state_kept():

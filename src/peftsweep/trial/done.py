@@ -1,4 +1,4 @@
-"""Find the trials that a study holds already, and decide whether they are run again."""
+"""Find the trials that a study contains already, and decide whether they are run again."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ def folder(trial: Trial) -> Path:
 
 
 def _recognised(trial: Trial, held: Result, key: str, earlier: str) -> bool:
-    """Whether a record is the trial's (``key`` is identity) or of the same training (training).
+    """Whether a record is that of the trial (``key`` is "identity"), or of the same training ("training").
 
-    By its own rule; of an earlier one only if no other trial, that this rule could not tell from it, took it before.
+    The current rule of identity decides. By an earlier rule several trials may have the same identity: a record with
+    such an identity counts only if no other trial has been recognised in it.
     """
     mine, taken = getattr(trial, key), held.run_info.get("recognised") or {}
     return mine in (held.run_info.get(key), taken.get(key)) or (
@@ -45,7 +46,7 @@ def _recognised(trial: Trial, held: Result, key: str, earlier: str) -> bool:
 
 
 def outdated(trial: Trial) -> str | None:
-    """Why the trial is run again, though its study holds it: the numbers of an earlier version were wrong."""
+    """Why the numbers of the trial's record, which an earlier version wrote, are wrong; None if they are not."""
     held = None if trial.config.force else store.result(folder(trial))
     return None if held is None else _fault(held)
 
@@ -55,7 +56,7 @@ def _fault(held: Result) -> str | None:
 
 
 def damaged(trial: Trial) -> str | None:
-    """The damage of the trial's files, for which it is run again; None if there is none."""
+    """The damage of the trial's files, because of which it is run again; None if there is no damage."""
     return None if trial.config.force else store.damage(folder(trial))
 
 
@@ -70,10 +71,10 @@ def trained(trial: Trial) -> Result | None:
 
 
 def finished(trial: Trial) -> Result | None:
-    """The trial's record, if nothing is left to do for it; it then carries this trial's label too.
+    """The trial's record, if nothing is left to do for it; this trial's label is then added to it.
 
-    A trial that was too large for another memory limit is tried again under one that it fits, and one that
-    was stopped at a rung goes on for a later one, or to its end.
+    A trial that was refused by a smaller memory limit is run again under a limit that it fits. A trial that was stopped
+    at a rung goes on to a later rung, or to its end.
     """
     done = done_before(trial)
     if done is None or lacks_profile(trial, done) or lacks_answers_of_base(trial, done):
@@ -105,13 +106,13 @@ def _update_headlines(trial: Trial, done: Result) -> bool:
 
 
 def resumes_full(trial: Trial) -> bool:
-    """Whether the trial was stopped at a rung of a halving, and the command has no halving any more."""
+    """Whether the trial was stopped at a rung of a halving, and this command has no halving."""
     held = store.result(folder(trial)) if rungs.begins(trial.config.halving) is None else None
     return held is not None and held.status is Status.stopped
 
 
 def done_before(trial: Trial) -> Result | None:
-    """The result of this trial that an earlier run left, if it may stand."""
+    """The result of this trial from an earlier run, if it is still valid."""
     done = None if trial.config.force else store.result(folder(trial))
     if done is None or not done.status.done or _fault(done) or damaged(trial):
         return None
@@ -119,7 +120,7 @@ def done_before(trial: Trial) -> Result | None:
 
 
 def _is_far_enough(trial: Trial, done: Result) -> bool:
-    """Whether the trial has reached its rung or end of today, which may be later than when it was stopped."""
+    """Whether the trial has reached the rung or end of this command, which may be later than where it was stopped."""
     stop = done.run_info.get("stopped")
     if stop is None or done.status is not Status.stopped:
         return rungs.reached(trial.config.halving, done)
@@ -130,7 +131,7 @@ def _is_far_enough(trial: Trial, done: Result) -> bool:
 
 
 def lacks_profile(trial: Trial, done: Result) -> bool:
-    """Whether a profile is asked for that the earlier run did not write."""
+    """Whether the configuration has a profiler whose profile the earlier run did not write."""
     wanted = bool(trial.config.profiler) and done.status is Status.success
     return wanted and trial.choices["profiler"] not in done.train_info.get("profile", {})
 
@@ -144,7 +145,7 @@ def lacks_answers_of_base(trial: Trial, done: Result) -> bool:
 
 
 class Refused(Exception):
-    """The combination is known not to work."""
+    """The combination of method, quantisation and model is known not to work."""
 
 
 class Oversized(Refused):
@@ -160,7 +161,7 @@ def hydra_files(trial: Trial) -> dict[str, str]:
 
 
 def _repair_hydra_files(trial: Trial, place: Path) -> None:
-    """Write those of these files again that are there and damaged."""
+    """Write each file of ``hydra_files`` again that exists and is damaged."""
     for name, shape in ((".hydra/config.yaml", dict), (".hydra/overrides.yaml", [str])):
         try:
             if os.path.lexists(place / name):

@@ -30,19 +30,20 @@ def memory(trial: Trial, result: Result, tokens: Sequence[Tokens]) -> None:
 def predict_time(
     trial: Trial, result: Result, rows: Rows, tokens: Sequence[Tokens], device: torch.device
 ) -> dict[str, Any]:
-    """Note in the record what was predicted, and what its seconds depend on; gives FLOPs by number format.
+    """Write the predicted seconds, and the facts that they depend on, into the record; returns FLOPs by dtype.
 
-    What ``dry_run=true`` or a deadline has said of the trial on this device stands; else it is predicted now, if the
-    device's speed was ever measured. Nothing is timed here. That it fails is no failure of the trial.
+    A prediction that ``dry_run=true`` or a deadline has made for this device is kept. Else the seconds are predicted
+    now, if the speed of the device has been measured before. Nothing is timed here. If the prediction fails, the trial
+    goes on without it.
     """
     try:
         speed = timing.device_of(device, torch.get_num_threads())
-        kept = speed.take_kept()
+        has_speed = speed.take_kept()
         found = duration.estimate(
-            dataclasses.replace(trial, rows=rows), speed, None, tokens, timed=kept, probe=False, judged=False
+            dataclasses.replace(trial, rows=rows), speed, None, tokens, timed=has_speed, probe=False, judged=False
         )
         planned = _planned(trial, speed.key)
-        predicted = planned or (found.facts() if kept else None)
+        predicted = planned or (found.facts() if has_speed else None)
         if predicted:
             result.train_info["predicted"] = predicted
         result.meta_info[history.SECTION] = {history.DEVICE: speed.key, history.SHAPE: found.shape}
@@ -53,9 +54,9 @@ def predict_time(
 
 
 def predicted_by_kind(result: Result) -> dict[str, float]:
-    """The predicted seconds of each kind of a trial's work, where there are any."""
-    said = result.train_info.get("predicted") or {}
-    return {kind: said[f"{kind}_seconds"] for kind in history.KINDS if f"{kind}_seconds" in said}
+    """The predicted seconds of each kind of a trial's work; kinds without a prediction are missing."""
+    predicted = result.train_info.get("predicted") or {}
+    return {kind: predicted[f"{kind}_seconds"] for kind in history.KINDS if f"{kind}_seconds" in predicted}
 
 
 def _planned(trial: Trial, device: str) -> dict[str, Any] | None:
@@ -64,15 +65,15 @@ def _planned(trial: Trial, device: str) -> dict[str, Any] | None:
         plan = json.loads((store.folder(trial.config.study) / store.PLAN).read_text(encoding="utf-8"))
         for row in plan:
             if row["trial"].endswith(f"-{trial.identity}") and row["predicted_device"] == device:
-                said = row["predicted"]
-                return dict(said) if isinstance(said, dict) and "train_seconds" in said else None
+                predicted = row["predicted"]
+                return dict(predicted) if isinstance(predicted, dict) and "train_seconds" in predicted else None
     return None
 
 
 def count_flops(result: Result, by_dtype: dict[str, Any], planned_steps: int, device: torch.device) -> None:
-    """Note the FLOPs of the steps that were taken, and of the device's ceiling of matrix products the share (MFU).
+    """Write the FLOPs of the steps that were taken, and the MFU, into the record.
 
-    A ceiling is known of a device whose speed was measured; without one there is no share.
+    MFU is the share of the device's fastest matrix products. It is left out if the device's speed was never measured.
     """
     info = result.train_info
     if not by_dtype or not planned_steps or not info.get("steps"):

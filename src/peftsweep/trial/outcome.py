@@ -64,17 +64,17 @@ def failure_of(error: BaseException, stage: str | None, config: Config) -> dict[
     found = record.failure(error, stage)
     log.log(logging.INFO if isinstance(error, Refused) else logging.ERROR, "%s", found["traceback"])
     if out_of_memory(error):
-        asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
-        what = f"no memory left for {asked[1]} more" if asked else "no memory left"
-        found["message"] = f"{what}; {forecast.smaller(config, found['stage'])}"
+        size = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+        reason = f"no memory left for {size[1]} more" if size else "no memory left"
+        found["message"] = f"{reason}; {forecast.smaller(config, found['stage'])}"
     return found
 
 
 class Attempts:
     """The seconds and the memory of a trial, in total and by stage, over all its attempts.
 
-    Those before this one are what its record says, or where it was killed what its last checkpoint says. They count
-    once it goes on from there; what a trial that begins anew had done before is lost.
+    The figures of earlier attempts come from the trial's record, or from its last checkpoint if it was killed. They
+    count from the moment when the trial resumes; a trial that starts from the beginning does not count them.
     """
 
     TOTAL = "total"
@@ -87,7 +87,7 @@ class Attempts:
         self.earlier_memory: dict[str, dict[str, Any]] = {}
 
     def resume(self, seconds: dict[str, float], memory: dict[str, dict[str, Any]]) -> None:
-        """Continue from an earlier attempt with these figures; of several the latest counts."""
+        """Continue from an earlier attempt with these figures; of several attempts the latest counts."""
         latest = max(seconds, self._recorded, self.earlier, key=lambda found: found.get(self.TOTAL, 0.0))
         self.earlier = self.earlier | seconds | latest
         self.earlier_memory = peaks(self.earlier_memory, memory)
@@ -109,22 +109,22 @@ def _recorded_seconds(held: Result) -> dict[str, float]:
     return {name: seconds for name, seconds in found.items() if seconds is not None}
 
 
-def peaks(one: dict[str, dict[str, Any]], other: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The memory of stages in two attempts: the higher peaks, with mean and percentiles of that attempt."""
+def peaks(first: dict[str, dict[str, Any]], second: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The memory of stages in two attempts: the higher peaks, and mean and percentiles of the attempt with them."""
 
     def height(memory: dict[str, Any]) -> tuple[float, float]:
         return memory.get("allocated_peak") or 0, memory.get("rss_peak") or 0
 
-    found = one | other
-    for name in one.keys() & other.keys():
-        lower, higher = sorted((one[name], other[name]), key=height)
+    merged = first | second
+    for name in first.keys() & second.keys():
+        lower, higher = sorted((first[name], second[name]), key=height)
         highest = {
-            key: max((said[key] for said in (lower, higher) if said.get(key) is not None), default=None)
+            key: max((stage[key] for stage in (lower, higher) if stage.get(key) is not None), default=None)
             for key in higher
             if key.endswith("_peak")
         }
-        found[name] = lower | higher | highest
-    return found
+        merged[name] = lower | higher | highest
+    return merged
 
 
 def _seconds_key(stage: str) -> str:
@@ -135,7 +135,7 @@ def _seconds_key(stage: str) -> str:
 def log_step(lines: Any, observer: Observer, row: dict[str, Any]) -> None:
     """Write a row to steps.jsonl (``lines``), and pass it to ``observer``."""
     lines.write(record.line(row))
-    persistently(lines.flush)  # what was not written stays in its buffer
+    persistently(lines.flush)  # rows that could not be written stay in its buffer
     observer.step(row)
 
 
@@ -176,7 +176,7 @@ def begin(trial: Trial, place: Path) -> Result:
     for part in ("predictions", store.ADAPTER, store.MERGED):
         for file in list((place / part).glob("*.*")):
             make_way(file)
-    (place / record.RESULT).unlink(missing_ok=True)  # of a failed try
+    (place / record.RESULT).unlink(missing_ok=True)  # the record of a failed attempt
     remove_partials(place, own=True)
     if trial.config.force:
         shutil.rmtree(place / store.CHECKPOINTS, ignore_errors=True)
@@ -219,7 +219,7 @@ def end(
     tracker: Tracker,
     attempts: Attempts,
 ) -> None:
-    """Complete and write the record, and delete what an ended trial does not keep."""
+    """Complete and write the record, and delete the files that are needed only until a trial has ended."""
     claims.check_claim(place.parent, result.run_info["identity"])
     before = attempts.earlier
     now = time.perf_counter() - start
@@ -230,8 +230,8 @@ def end(
         if name != Attempts.TOTAL:
             seconds = meter.stages[name].seconds if name in meter.stages else 0.0
             result.train_info[_seconds_key(name)] = seconds + before.get(name, 0.0)
-    now_held = {name: stage.memory() for name, stage in meter.stages.items()}
-    result.memory |= peaks(attempts.earlier_memory, now_held)
+    new_memory = {name: stage.memory() for name, stage in meter.stages.items()}
+    result.memory |= peaks(attempts.earlier_memory, new_memory)
     result.run_info["warnings"] = result.cautions()
     for caution in result.run_info["warnings"]:
         log.warning(caution)

@@ -42,11 +42,11 @@ def seen(
     tests: dict[str, list[Example]],
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, int | None]:
-    """How many test rows of each evaluation were trained on, by prompt and answer; None where that is not known.
+    """The number of test rows of each evaluation whose prompt and answer were trained on; None if it is unknown.
 
-    ``rows`` and ``tokens`` are the trial's own. Of a saved adapter (``adapter.path``) the rows count that its record
-    names, if they can still be read; of one without a record they are not known. Neither are the rows of
-    lm-evaluation-harness's tasks. A test row is known again in the evaluation's templates and in the dataset's.
+    ``rows`` and ``tokens`` are those of the trial. For a saved adapter (``adapter.path``) the training rows are those
+    that its record names; the number is None if it has no record, or its rows cannot be read any more. It is None for
+    tasks of lm-evaluation-harness, too. Test rows are compared in the templates of the evaluation and of the dataset.
     """
     config = trial.config
     training: Training | None = Training(trial, rows.train, tokens)
@@ -55,14 +55,16 @@ def seen(
     if training is None:
         return dict.fromkeys(tests)
     dataset = training.trial.config.dataset
-    asked = {
+    test_texts = {
         name: _written_in_all_templates(test, _in_dataset_templates(dataset, trial, name, rows))
         for name, test in tests.items()
     }
-    known = _trained_examples(
-        training, {written for each in asked.values() for ways in each for written in ways}, tokenizer
+    trained_texts = _trained_examples(
+        training, {written for rows_texts in test_texts.values() for ways in rows_texts for written in ways}, tokenizer
     )
-    counts: dict[str, int | None] = {name: sum(bool(ways & known) for ways in each) for name, each in asked.items()}
+    counts: dict[str, int | None] = {
+        name: sum(bool(ways & trained_texts) for ways in rows_texts) for name, rows_texts in test_texts.items()
+    }
     harness = [name for name in tests if config.eval[name].get("_target_") == HARNESS]
     return counts | dict.fromkeys(harness)
 
@@ -82,26 +84,26 @@ def _in_dataset_templates(dataset: DatasetConfig, trial: Trial, name: str, rows:
         return []
 
 
-def _trained_examples(training: Training, asked: set[Written], tokenizer: PreTrainedTokenizerBase) -> set[Written]:
-    """The ``asked`` examples that the training took; a short training does not take all of its rows."""
+def _trained_examples(training: Training, wanted: set[Written], tokenizer: PreTrainedTokenizerBase) -> set[Written]:
+    """The examples among ``wanted`` that were trained on; a short training does not use all of its rows."""
     config, tokens = training.trial.config, training.tokens
     examples = templates.dataset_examples(config.dataset, training.rows)
-    found = [
+    matches = [
         (number, row, example.written)
         for number, (row, example) in enumerate(zip(training.rows, examples, strict=True))
-        if example.written in asked
+        if example.written in wanted
     ]
     taken = length.rows_taken(tokens, config.train, config.seed)
     if len(tokens) == len(training.rows):
-        return {written for number, _, written in found if number in taken}
+        return {written for number, _, written in matches if number in taken}
     # Rows that are too long were left out, so that row numbers and token numbers differ.
     kept = {tuple(tokens[number].ids) for number in taken}
-    return {written for _, row, written in found if kept & _ids(training.trial, row, tokenizer)}
+    return {written for _, row, written in matches if kept & _ids(training.trial, row, tokenizer)}
 
 
 def _ids(trial: Trial, row: data_rows.Row, tokenizer: PreTrainedTokenizerBase) -> set[tuple[int, ...]]:
     try:
-        return {tuple(one.ids) for one in build.training_tokens(trial, tokenizer, [row])}
+        return {tuple(tokens.ids) for tokens in build.training_tokens(trial, tokenizer, [row])}
     except InputError:  # it is too long
         return set()
 
@@ -110,13 +112,13 @@ def _of_adapter(
     trial: Trial, rows: Rows, tokens: Sequence[Tokens], tokenizer: PreTrainedTokenizerBase
 ) -> Training | None:
     """The training rows of a saved adapter by its record, if they can still be read."""
-    held = store.result(store.adapter(str(trial.config.adapter.path)).parent)
-    trained_on = ((held.meta_info.get("rows_sha") or {}) if held else {}).get("train")
-    if held is None or trained_on is None:
+    result = store.result(store.adapter(str(trial.config.adapter.path)).parent)
+    trained_on = ((result.meta_info.get("rows_sha") or {}) if result else {}).get("train")
+    if result is None or trained_on is None:
         return None
-    dataset, own = _section(DatasetConfig, held, "dataset"), _section(TrainConfig, held, "train")
-    config = dataclasses.replace(trial.config, dataset=dataset, train=own, seed=held.config["seed"])
-    made = dataclasses.replace(trial, config=config)
+    dataset, own = _section(DatasetConfig, result, "dataset"), _section(TrainConfig, result, "train")
+    config = dataclasses.replace(trial.config, dataset=dataset, train=own, seed=result.config["seed"])
+    adapter_trial = dataclasses.replace(trial, config=config)
     if rows.fingerprints["train"] != trained_on or dataset != trial.config.dataset:
         try:
             read = data_rows.load_rows(dataset, validation=own.eval_every is not None)
@@ -124,12 +126,12 @@ def _of_adapter(
             return None
         if read.fingerprints["train"] != trained_on:
             return None
-        rows, tokens = read, build.training_tokens(made, tokenizer, read.train)
-    return Training(made, rows.train, tokens)
+        rows, tokens = read, build.training_tokens(adapter_trial, tokenizer, read.train)
+    return Training(adapter_trial, rows.train, tokens)
 
 
-def _section(kind: Any, held: Result, name: str) -> Any:
-    """A section of a record's configuration; one of another version may have keys that are not known."""
+def _section(kind: Any, result: Result, name: str) -> Any:
+    """A section of a record's configuration, without keys that this version does not have."""
     fields = {field.name for field in dataclasses.fields(kind)}
-    said = {key: value for key, value in held.config[name].items() if key in fields}
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), said))
+    values = {key: value for key, value in result.config[name].items() if key in fields}
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))

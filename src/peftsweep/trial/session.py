@@ -218,8 +218,8 @@ class Session:
         """Note in the record whether a validation ended the training before its last step."""
         if trained.stopped is None:
             return
-        asked = self.trial.pruning if trained.stopped == rungs.PRUNED else None
-        metric = asked.metric if asked else self.config.train.best_metric
+        pruning = self.trial.pruning if trained.stopped == rungs.PRUNED else None
+        metric = pruning.metric if pruning else self.config.train.best_metric
         self.stopped_early = True
         self.result.run_info["stopped"] = rungs.stop(self.place, trained.stopped, trained.steps, metric)
 
@@ -287,12 +287,14 @@ class Session:
         if not rows:
             return None
         tokens = build.training_tokens(trial, tokenizer, rows)
-        asked = {name: build.validation_examples(trial, name, self.rows, tokenizer) for name in trial.config.eval}
+        examples_by_name = {
+            name: build.validation_examples(trial, name, self.rows, tokenizer) for name in trial.config.eval
+        }
 
         def validate() -> dict[str, float]:
             adapted.eval()
             scores = {"loss": likelihood.mean_loss(adapted, tokens, pad_id=self.pad_id)}
-            for name, examples in asked.items():
+            for name, examples in examples_by_name.items():
                 if examples is None:
                     continue
                 found = build.evaluator(trial, name)(adapted, tokenizer, examples).scores

@@ -1,4 +1,4 @@
-"""Stages of a trial after its evaluations: the adapter read back, the adapter merged."""
+"""Stages of a trial after its evaluations: load the saved adapter again, merge it into the base."""
 
 from __future__ import annotations
 
@@ -56,9 +56,10 @@ def row_sources(
 def reload_adapter(
     trial: Trial, place: Path, tokenizer: PreTrainedTokenizerBase, probe: batches.Batch, losses: torch.Tensor
 ) -> dict[str, Any]:
-    """Load the saved adapter onto a fresh base, and compare its losses on a batch with the trained model's.
+    """Load the saved adapter onto a fresh base, and compare its losses on a batch with those of the trained model.
 
-    Of a classifier's base what its checkpoint lacks is drawn from another seed, so that it must have been saved.
+    ``losses`` are those of the trained model on ``probe``, one for each answer token, in nats. Weights of a classifier
+    that its checkpoint lacks are drawn from another seed here, so that losses only agree if the adapter holds them.
     """
     try:
         other = dataclasses.replace(trial.config, seed=trial.config.seed + 1)
@@ -78,10 +79,11 @@ def reload_adapter(
 def merge_adapter(
     trial: Trial, place: Path, tokenizer: PreTrainedTokenizerBase, probe: batches.Batch, losses: torch.Tensor
 ) -> dict[str, Any]:
-    """Write the merged model, read it back, and compare its losses on a batch with those of base and adapter.
+    """Write the merged model, load it again, and compare its losses on a batch with those of base and adapter.
 
-    A quantised base is dequantised first, exactly. 8-bit layers also round what flows through them, so that the
-    merged model is held to the adapter on the dequantised base, and its difference from the trained one is told.
+    ``losses`` are those of the trained model on ``probe``, one for each answer token, in nats. A quantised base is
+    dequantised first, exactly. 8-bit layers also round their inputs; then the merged model must agree with the adapter
+    on the dequantised base, and ``merge_difference`` is the difference from the trained model.
     """
     folder = place / store.MERGED
     try:
@@ -103,7 +105,7 @@ def merge_adapter(
         return {"merges": False, "merge_error": record.one_line(error)}
     merges = _same(trial, found, expected, MERGE_TOLERANCE)
     if not merges:
-        log.warning("the merged model does not answer as the trained one does: %s is taken away", folder)
+        log.warning("the merged model does not answer as the trained one does: %s is deleted", folder)
         shutil.rmtree(folder, ignore_errors=True)
     return {"merges": merges, "merge_difference": (found - losses).abs().max().item()}
 

@@ -1,7 +1,4 @@
-"""The task function: one trial from its configuration to its record.
-
-``run`` reads as the list of what happens.
-"""
+"""The task function: one trial from its configuration to its record. ``run`` and ``_run`` list its stages in order."""
 
 from __future__ import annotations
 
@@ -28,15 +25,15 @@ log = logging.getLogger(__name__)
 
 
 def run(trial: Trial, observer: Observer | None = None) -> Result:
-    """Train and evaluate ``trial``, unless its study already holds it; the record is written in any case.
+    """Train and evaluate ``trial``, unless its study contains it already; the record is written in any case.
 
-    Of a done trial that lacks the profile asked for, only that is made. A failure ends up in the
-    record, with its stage and traceback, and not as an exception.
+    If only the profile of a done trial is missing, only the profile is made. A failure is written into the record, with
+    its stage and traceback, and is not raised.
 
     Raises:
-        KeyboardInterrupt: the user interrupted it; it is recorded as cancelled.
-        study.Claimed: another process runs it.
-        Unwritable: its folder cannot be written.
+        KeyboardInterrupt: the user interrupted the trial; it is recorded as cancelled.
+        study.Claimed: another process runs the trial.
+        Unwritable: the trial's folder cannot be written.
     """
     if done := finished(trial):
         return done
@@ -46,7 +43,7 @@ def run(trial: Trial, observer: Observer | None = None) -> Result:
 
 
 def died(trial: Trial, status: Status, failure: dict[str, str], seconds: float) -> Result:
-    """Record a trial whose process could not: how it ended, and what it had logged until then."""
+    """Write the record of a trial whose process died: its status and error, and the steps that it had logged."""
     place = folder(trial)
     with claims.claim(place.parent, trial.identity):
         result = begin(trial, place)
@@ -73,7 +70,7 @@ def _run_claimed(trial: Trial, place: Path, observer: Observer) -> Result:
         held.write(place)
         return held
     attempts = Attempts(place, meter)
-    with meter.stage("setup"):  # and all that is between the stages
+    with meter.stage("setup"):  # this stage also counts what happens between the other stages
         result = begin(trial, place)
     with logged(place / "trial.log"):
         if warning := experiment.unheeded(trial.experiment):
@@ -117,6 +114,6 @@ def _run(session: Session) -> Status:
         session.evaluate()
         session.score_scaled()
         answers = session.keep()
-    session.let_go()  # two bases would not fit where one just does
+    session.let_go()  # a device whose memory one base nearly fills has no room for a second one
     session.compare(answers)
     return Status.success
