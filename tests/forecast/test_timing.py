@@ -240,7 +240,7 @@ def test_virtual_tokens_are_read_with_the_prompt_and_not_again_with_each_token(c
         trial = compose(*SMALL, *words)
         _, _, asked, _, traced = duration.operations(trial, "cpu")
         assert traced is not None
-        ledger = traced.asked[asked["tiny_math"].key][1]
+        ledger = traced.evaluations[asked["tiny_math"].key][1]
         assert ledger is not None
         return ledger.flops
 

@@ -71,8 +71,10 @@ def test_a_plan_that_several_processes_make_is_the_one_that_one_makes(sizes: lis
         return duration.operations(one, "cpu")
 
     def calls() -> list[Any]:  # of each size that is traced, those of a step and of the evaluations
-        found = [(one.step.ledger, one.asked) for one in work._TRACED.values() if one and one.step]
-        return [(step.calls, [(read.calls, write) for read, write in asked.values()]) for step, asked in found]
+        found = [(one.step.ledger, one.evaluations) for one in work._TRACED.values() if one and one.step]
+        return [
+            (step.calls, [(read.calls, write) for read, write in evaluations.values()]) for step, evaluations in found
+        ]
 
     seen = []
     for one in forecast.ahead(sizes, forecast.prediction, operations, caches=work.CACHES):

@@ -21,7 +21,17 @@ from peftsweep.data.tokens import Tokens
 from peftsweep.forecast import forecast
 from peftsweep.forecast.history import KINDS, NORMAL_90, History
 from peftsweep.forecast.speed import Device
-from peftsweep.forecast.work import Asked, Batches, Traced, evaluations, number_of_steps, once, run_of, step_key, trace
+from peftsweep.forecast.work import (
+    Batches,
+    EvaluationWork,
+    Traced,
+    evaluations,
+    number_of_steps,
+    once,
+    run_of,
+    step_key,
+    trace,
+)
 from peftsweep.models import model as models_model
 from peftsweep.training.capture import WARMUP_PASSES, captures
 
@@ -37,7 +47,7 @@ LOAD_RATE, QUANTISE_RATE, SAVE_RATE = 1e9, 2e8, 5e8  # bytes/s that are read, qu
 # Micro-batches of a captured run that take as long as without graphs: for each of about 14 lengths, the passes before
 # the capture, and three more for the seconds of the capture.
 UNCAPTURED_BATCHES = 14 * (WARMUP_PASSES + 3)
-NOT_ASKED = "not asked for"
+NOT_WANTED = "its evaluations are left out"
 MOST_SECONDS = 10.0  # limit of timing operations in a process, without the first trials of models
 _SPENT = [0.0]
 _MODELS: set[str] = set()  # models for which a trial was predicted in this process
@@ -85,13 +95,13 @@ class Estimate:
     @property
     def total(self) -> Span | None:
         """The seconds of the whole trial; None where one of its parts is unknown."""
-        found = NOTHING
+        total = NOTHING
         for kind in KINDS:
             span = self.spans.get(kind)
             if span is None:
                 return None
-            found += span
-        return found
+            total += span
+        return total
 
     @property
     def why(self) -> str | None:
@@ -100,24 +110,24 @@ class Estimate:
 
     def facts(self) -> dict[str, Any]:
         """The prediction for a trial's record, ``train_info.predicted``, in seconds."""
-        found: dict[str, Any] = {"decided_by": self.decided_by}
+        values: dict[str, Any] = {"decided_by": self.decided_by}
         total = {"total": self.total} if self.total else {}
         for kind, span in (dict(self.spans) | total).items():
             if span is not None:
-                found |= {f"{kind}_seconds": span.seconds}
-                found |= {f"{kind}_seconds_low": span.low, f"{kind}_seconds_high": span.high}
-        return found | {f"uncorrected_{kind}_seconds": seconds for kind, seconds in self.uncorrected.items()}
+                values |= {f"{kind}_seconds": span.seconds}
+                values |= {f"{kind}_seconds_low": span.low, f"{kind}_seconds_high": span.high}
+        return values | {f"uncorrected_{kind}_seconds": seconds for kind, seconds in self.uncorrected.items()}
 
 
-def with_evaluations(found: Estimate, span: Span, share: float) -> Estimate:
+def with_evaluations(estimate: Estimate, span: Span, share: float) -> Estimate:
     """The estimate with only a ``share`` of the seconds ``span`` of its evaluations.
 
     The uncorrected seconds are reduced, too, because records compare these with the measured seconds.
     """
-    uncorrected = dict(found.uncorrected)
+    uncorrected = dict(estimate.uncorrected)
     if "evaluate" in uncorrected:
         uncorrected["evaluate"] *= share
-    return replace(found, spans=dict(found.spans) | {"evaluate": span.times(share)}, uncorrected=uncorrected)
+    return replace(estimate, spans=dict(estimate.spans) | {"evaluate": span.times(share)}, uncorrected=uncorrected)
 
 
 def seconds(trial: Trial, device: Device | None = None, history: History | None = None) -> Span | None:
@@ -150,7 +160,7 @@ def estimate(
     if reason := forecast.refusal(trial):
         return _unknown(f"refused: {reason}")
     where = device.device.type
-    run, missing, asked, unasked, traced = operations(trial, where, tokens, judged=timed and judged)
+    run, no_training, work_by_name, no_evaluations, traced = operations(trial, where, tokens, judged=timed and judged)
     if traced is None:
         return _unknown("its method cannot be attached without numbers, so that its operations are not known")
     shape = identity.content_hash([step_key(trial, run, where)]) if run else None
@@ -162,23 +172,23 @@ def estimate(
         found = replace(found, flops=sum(by_dtype.values()), flops_by_dtype=dict(by_dtype))
         if uncounted := traced.step.ledger.uncounted:
             found = replace(found, flops=None, flops_by_dtype={})
-            missing = missing or f"no formula for the FLOPs of {', '.join(uncounted)}"
+            no_training = no_training or f"no formula for the FLOPs of {', '.join(uncounted)}"
     if not timed:
         return found
-    return _timed(trial, device, history, found, run, traced, asked, missing, unasked, probe=probe)
+    return _timed(trial, device, history, found, run, traced, work_by_name, no_training, no_evaluations, probe=probe)
 
 
 def operations(
     trial: Trial, where: str, tokens: Sequence[Tokens] | None = None, *, judged: bool = True
-) -> tuple[Batches | None, str | None, dict[str, Asked], str | None, Traced | None]:
+) -> tuple[Batches | None, str | None, dict[str, EvaluationWork], str | None, Traced | None]:
     """The work of a trial: micro-batches, why they are unknown, evaluations, why they are unknown, operations.
 
     ``where`` is the type of the device. Without ``judged`` the evaluations are left out.
     """
     tokenizer = build.load_tokenizer(trial) if models_model.is_local(trial.config.model) else None
-    run, missing = run_of(trial, tokenizer, tokens)
-    asked, unasked = evaluations(trial, tokenizer) if judged else ({}, NOT_ASKED)
-    return run, missing, asked, unasked, trace(trial, run, list(asked.values()), where)
+    run, no_training = run_of(trial, tokenizer, tokens)
+    work_by_name, no_evaluations = evaluations(trial, tokenizer) if judged else ({}, NOT_WANTED)
+    return run, no_training, work_by_name, no_evaluations, trace(trial, run, list(work_by_name.values()), where)
 
 
 def _unknown(why: str) -> Estimate:
@@ -192,12 +202,12 @@ def _timed(
     trial: Trial,
     device: Device,
     history: History,
-    found: Estimate,
+    estimate: Estimate,
     run: Batches | None,
     traced: Traced,
-    asked: Mapping[str, Asked],
-    missing: str | None,
-    unasked: str | None,
+    work_by_name: Mapping[str, EvaluationWork],
+    no_training: str | None,
+    no_evaluations: str | None,
     *,
     probe: bool,
 ) -> Estimate:
@@ -220,13 +230,13 @@ def _timed(
         return Span.around(took * correction.factor, math.hypot(correction.spread, spread - SPREADS[kind]))
 
     steps = number_of_steps(trial, run)
-    same = history.step(found.shape) if found.shape else None
+    same = history.step(estimate.shape) if estimate.shape else None
     if steps == 0:
         spans["train"] = NOTHING
     elif same is not None and steps is not None:
         spans["train"], decided = Span.around(steps * same.factor, same.spread), "the same shape"
-    elif missing or run is None or traced.step is None or steps is None:
-        unknown["train"] = missing or "its operations are not known"
+    elif no_training or run is None or traced.step is None or steps is None:
+        unknown["train"] = no_training or "its operations are not known"
     elif config.compile != "none":
         unknown["train"] = f"train.compile={config.compile}: compiled steps are predicted from records alone"
     else:
@@ -235,26 +245,26 @@ def _timed(
         replay = device.step(traced.step.ledger, until, captured=True)[0] if replayed else 0.0
         took = (took * (run.count - replayed) + replay * replayed) * run.scale
         took += device.update(traced.step.trained, config) * steps
-        spread = SPREADS["train"] + share * ESTIMATED_SPREAD + ESTIMATED_SPREAD * traced.step_alike
+        spread = SPREADS["train"] + share * ESTIMATED_SPREAD + ESTIMATED_SPREAD * traced.step_from_similar
         spans["train"] = corrected("train", took, spread)
         decided = "records" if history.correction("train") else "speed"
     spans["load"] = corrected("load", _loading(trial), SPREADS["load"])
     spans["save"] = corrected("save", _saving(trial), SPREADS["save"])
-    if unasked:
-        unknown["evaluate"] = unasked
+    if no_evaluations:
+        unknown["evaluate"] = no_evaluations
     else:
-        spans["evaluate"], baseline = _evaluating(device, traced, asked, until, corrected)
-        found = replace(found, baseline=baseline)
+        spans["evaluate"], baseline = _evaluating(device, traced, work_by_name, until, corrected)
+        estimate = replace(estimate, baseline=baseline)
     if probe:
         _SPENT[0] += time.perf_counter() - begun
         device.write()
-    return replace(found, spans=spans, uncorrected=raw, unknown=unknown, decided_by=decided)
+    return replace(estimate, spans=spans, uncorrected=raw, unknown=unknown, decided_by=decided)
 
 
 def _evaluating(
     device: Device,
     traced: Traced,
-    asked: Mapping[str, Asked],
+    work_by_name: Mapping[str, EvaluationWork],
     until: float,
     corrected: Callable[[str, float, float], Span],
 ) -> tuple[Span, Span]:
@@ -264,19 +274,19 @@ def _evaluating(
     ``max_new_tokens``.
     """
     low = high = trained = base = 0.0
-    for one in asked.values():
-        read, token = traced.asked[one.key]
-        forward = device.step(read, until)[0] * one.read.count * one.read.scale
-        decode = device.step(token, until)[0] * one.read.count if token else 0.0
-        least, most = (forward + decode * count for count in one.tokens)
-        trained, base = trained + one.of_trained * least, base + one.of_base * most
-        times = one.of_base + one.of_trained
+    for work in work_by_name.values():
+        read, token = traced.evaluations[work.key]
+        forward = device.step(read, until)[0] * work.read.count * work.read.scale
+        decode = device.step(token, until)[0] * work.read.count if token else 0.0
+        least, most = (forward + decode * count for count in work.tokens)
+        trained, base = trained + work.of_trained * least, base + work.of_base * most
+        times = work.of_base + work.of_trained
         low, high = low + times * least, high + times * most
     both = trained + base
-    span = corrected("evaluate", both, SPREADS["evaluate"] + ESTIMATED_SPREAD * traced.asked_alike)
+    span = corrected("evaluate", both, SPREADS["evaluate"] + ESTIMATED_SPREAD * traced.evaluations_from_similar)
     factor = span.seconds / both if both else 1.0
-    within = Span(span.seconds, min(span.low, low * factor), max(span.high, high * factor))
-    return within, within.times(base / both if both else 0.0)
+    clipped = Span(span.seconds, min(span.low, low * factor), max(span.high, high * factor))
+    return clipped, clipped.times(base / both if both else 0.0)
 
 
 def _weights(trial: Trial) -> tuple[int, int]:

@@ -86,10 +86,10 @@ def check(trial: Trial) -> Forecast:
 
 
 def _forecast_key(trial: Trial) -> str:
-    return identity.content_hash([*_of_the_model(trial), _foreseen_by(trial)])
+    return identity.content_hash([*_of_the_model(trial), _forecast_keys(trial)])
 
 
-def _foreseen_by(trial: Trial) -> dict[str, Any]:
+def _forecast_keys(trial: Trial) -> dict[str, Any]:
     """The keys of the configuration that change a forecast, without the model."""
     train = {key: value for key, value in trial.tree["train"].items() if key not in RATES}
     return {key: trial.tree[key] for key in KEYS} | {"train": train}
@@ -98,64 +98,65 @@ def _foreseen_by(trial: Trial) -> dict[str, Any]:
 def ahead(
     trials: Sequence[Trial], *others: Callable[[Trial], object], caches: Sequence[dict[str, Any]] = ()
 ) -> Iterator[Trial]:
-    """``trials``, each when ``check`` and the ``others`` know of it, which keep what they find out in ``caches`` too.
+    """Yield each of ``trials`` when the results of ``check`` and of the functions ``others`` for it are in the caches.
 
-    Where many are not known yet, processes on all cores find out at the same time. They are forked, which a process
-    that may have initialised CUDA must not be: on a host with a GPU this one finds out alone, when it is asked. It does
-    so too for what is wrong, and when a process dies.
+    ``caches`` are the caches of ``others``. If many results are missing, forked processes on all cores compute them at
+    the same time. A process that may have initialised CUDA must not fork: on a host with a GPU the results are computed
+    later in this process, by the functions themselves. So are results whose computation raised an error, or whose
+    process died.
     """
-    keys = [_forecast_key(one) for one in trials]
-    new = {key: one for key, one in zip(keys, trials, strict=True) if key not in _FORECASTS}
+    keys = [_forecast_key(trial) for trial in trials]
+    new = {key: trial for key, trial in zip(keys, trials, strict=True) if key not in _FORECASTS}
     cores = measure.cores() if sys.platform == "linux" and not torch.cuda.device_count() else 1
     if cores < 2 or len(new) < MANY:
         yield from trials
         return
     cores = min(cores, len(new))
-    kept = (*CACHES, *caches)
+    all_caches = (*CACHES, *caches)
     context, started, waiting = multiprocessing.get_context("fork"), [], list(new)
     try:
         for first in range(cores):
-            mine, theirs = context.Pipe(duplex=False)
+            receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
-                target=_find_out, args=([*new.values()][first::cores], others, kept, theirs), daemon=True
+                target=_fill_caches, args=([*new.values()][first::cores], others, all_caches, sender), daemon=True
             )
             process.start()
-            theirs.close()
-            started.append((process, mine))
-        for one, key in zip(trials, keys, strict=True):
+            sender.close()
+            started.append((process, receiver))
+        for trial, key in zip(trials, keys, strict=True):
             while key in waiting:
-                place = [*new].index(waiting.pop(0))
+                index = [*new].index(waiting.pop(0))
                 with suppress(EOFError):
-                    for cache, found in zip(kept, started[place % cores][1].recv(), strict=True):
-                        cache.update(found)
-            yield one
+                    for cache, entries in zip(all_caches, started[index % cores][1].recv(), strict=True):
+                        cache.update(entries)
+            yield trial
     finally:
-        for process, mine in started:
-            mine.close()
+        for process, receiver in started:
+            receiver.close()
             process.terminate()
             process.join()
 
 
-def _find_out(
+def _fill_caches(
     trials: Sequence[Trial],
     others: Sequence[Callable[[Trial], object]],
     caches: Sequence[dict[str, Any]],
     channel: connection.Connection[Any, Any],
 ) -> None:
-    """Send the new entries of the caches after each trial."""
+    """Compute the results of ``trials`` in a forked process; send the new entries of ``caches`` after each trial."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command ends this process
-    torch.set_num_threads(1)  # those of the process that was forked are not here
-    for one in trials:
+    torch.set_num_threads(1)  # a fork does not copy the other threads
+    for trial in trials:
         before = [set(cache) for cache in caches]
         with suppress(Exception):  # the process of the command will get the same error, and report it
-            check(one)
-            for find_out in others:
-                find_out(one)
-        found = [{k: cache[k] for k in cache.keys() - had} for cache, had in zip(caches, before, strict=True)]
+            check(trial)
+            for other in others:
+                other(trial)
+        new_entries = [{k: cache[k] for k in cache.keys() - keys} for cache, keys in zip(caches, before, strict=True)]
         try:
-            channel.send(found)
+            channel.send(new_entries)
         except (pickle.PicklingError, AttributeError, TypeError, RuntimeError):  # an argument of a rare operator
-            log.debug("what was found out of %s cannot be sent", one.slug, exc_info=True)
+            log.debug("the cache entries of %s cannot be sent", trial.slug, exc_info=True)
             channel.send([{} for _ in caches])
 
 
@@ -345,7 +346,7 @@ def _where(config: Config) -> str:
 def _key(where: str, batches: Sequence[Shape], trials: Sequence[Trial]) -> str:
     """The cache key of a prediction, from all that changes it."""
     parts: list[Any] = [where, [dataclasses.asdict(shape) for shape in batches]]
-    parts += [[*_of_the_model(trial), _foreseen_by(trial)] for trial in trials]
+    parts += [[*_of_the_model(trial), _forecast_keys(trial)] for trial in trials]
     return identity.content_hash(parts)
 
 

@@ -16,15 +16,15 @@ from peftsweep.observe.flops import PRODUCT, flop_formulas
 
 # Operators that read only as many numbers of their first tensor as they return.
 GATHERS = {"aten::embedding", "aten::index", "aten::index_select", "aten::gather"}
-ALIGNMENT = 64  # bytes at which a tensor begins that is made for a call
+ALIGNMENT = 64  # a tensor that is made for a call starts at a multiple of this many bytes
 UNCOUNTED = {"aten::_local_scalar_dense", "aten::detach", "aten::is_same_size"}
 
 
 def _operator(name: str, overload: str) -> torch._ops.OpOverload:
     """The operator of this name, such as ``aten::mm``, and overload."""
     namespace, _, operator = name.partition("::")
-    found: torch._ops.OpOverload = getattr(getattr(getattr(torch.ops, namespace), operator), overload)
-    return found
+    overloaded: torch._ops.OpOverload = getattr(getattr(getattr(torch.ops, namespace), operator), overload)
+    return overloaded
 
 
 # torch's operators cannot be pickled, as the processes that plan a sweep together must.
@@ -32,7 +32,7 @@ copyreg.pickle(torch._ops.OpOverload, lambda one: (_operator, (one._schema.name,
 
 
 class TensorSpec(NamedTuple):
-    """A tensor without its numbers."""
+    """The dtype, shape and stride (in elements) of a tensor, without its storage."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -49,7 +49,7 @@ class TensorSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class SameDevice:
-    """Stands for an argument that is a device: the device of the tensors."""
+    """Takes the place of an argument that is a device: it stands for the device of the tensors."""
 
 
 @dataclass(frozen=True)
@@ -131,31 +131,31 @@ class Ledger:
     @property
     def flops(self) -> int:
         """The FLOPs of all matrix products; a product of [m, k] and [k, n] has 2 m n k."""
-        return sum(one.flops * count for one, count in self.calls.items())
+        return sum(operation.flops * count for operation, count in self.calls.items())
 
     @property
     def flops_by_dtype(self) -> Counter[torch.dtype]:
         """The FLOPs of all matrix products, by the dtype of the first factor."""
-        found: Counter[torch.dtype] = Counter()
-        for one, count in self.calls.items():
-            if one.flops:
-                found[one.dtypes[0]] += one.flops * count
-        return found
+        flops: Counter[torch.dtype] = Counter()
+        for operation, count in self.calls.items():
+            if operation.flops:
+                flops[operation.dtypes[0]] += operation.flops * count
+        return flops
 
     @property
     def bytes(self) -> int:
         """The bytes that all kernels read and write."""
-        return sum(one.bytes * count for one, count in self.calls.items())
+        return sum(operation.bytes * count for operation, count in self.calls.items())
 
     @property
     def other_bytes(self) -> int:
         """The bytes that kernels other than matrix products read and write."""
-        return sum(one.bytes * count for one, count in self.calls.items() if not one.flops)
+        return sum(operation.bytes * count for operation, count in self.calls.items() if not operation.flops)
 
     @property
     def launches(self) -> int:
         """The number of kernel launches: all calls except views."""
-        return sum(count for one, count in self.calls.items() if not one.views)
+        return sum(count for operation, count in self.calls.items() if not operation.views)
 
     @property
     def dispatches(self) -> int:
@@ -165,14 +165,16 @@ class Ledger:
     @property
     def uncounted(self) -> list[str]:
         """Operators that look like a matrix product by their name, and have no formula for the FLOPs."""
-        return sorted({one.name for one in self.calls if not one.flops and PRODUCT.fullmatch(one.name)})
+        return sorted(
+            {operation.name for operation in self.calls if not operation.flops and PRODUCT.fullmatch(operation.name)}
+        )
 
 
 # ---- one call ----------------------------------------------------------------------------------------
 
 
 def operation(operator: torch._ops.OpOverload, args: Any, kwargs: Any, result: Any) -> Operation | None:
-    """The operation of a call that has returned ``result``; None where it is not counted."""
+    """The operation of a call that has returned ``result``; None if it is not counted."""
     arguments, keywords = _frozen(args), _frozen_keywords(kwargs)
     name = operator.name().partition(".")[0]
     if name in UNCOUNTED:
@@ -187,16 +189,17 @@ def operation(operator: torch._ops.OpOverload, args: Any, kwargs: Any, result: A
     return Operation(operator, arguments, keywords, flops, size, views)
 
 
-class Known(NamedTuple):
-    """A call that was made before."""
+class CachedCall(NamedTuple):
+    """The operation and the results of a call on the meta device, cached for equal calls."""
 
-    operation: Operation | None
-    results: tuple[TensorSpec | None, ...] | None  # new tensors (None: no tensor); all of it None: must be called again
+    operation: Operation | None  # None: it is not counted
+    # The new tensors that it returns, None for a result that is no tensor. ``results=None``: it must be called again.
+    results: tuple[TensorSpec | None, ...] | None
     single: bool = True  # it returns a tensor, not a tuple
 
     def again(self) -> Any:
-        """Tensors as the call returns them."""
-        with torch._C.DisableTorchFunction():  # modes that watch calls are not to see these
+        """Empty tensors on the meta device with the shapes, strides and dtypes that the call returns."""
+        with torch._C.DisableTorchFunction():  # function modes that watch calls must not see these
             made = [
                 spec and torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device="meta")
                 for spec in self.results or ()
@@ -204,37 +207,37 @@ class Known(NamedTuple):
         return made[0] if self.single else tuple(made)
 
 
-_KNOWN: dict[Any, Known] = {}
-MOST_KNOWN = 20_000
+_CALLS: dict[Any, CachedCall] = {}
+MOST_CALLS = 20_000
 
 
 def run(operator: torch._ops.OpOverload, args: Any, kwargs: Any) -> tuple[Any, Operation | None]:
-    """What the call returns, and the operation that it is (None: it is not counted).
+    """Call ``operator`` on the meta device; returns its result and its operation (None: it is not counted).
 
-    Layers repeat and trials are alike, and what a call on the meta device returns is decided by the shapes, strides and
-    number formats of its arguments; many such calls are written in Python and take long. So the results of operators
-    that return new tensors alone are remembered, and made again as empty tensors.
+    Layers repeat and trials are similar. The shapes, strides and dtypes of the arguments decide the result of a call on
+    the meta device, and many such calls are slow, because they are written in Python. So the results of operators that
+    return only new tensors are cached, and made again as empty tensors.
     """
     key = _key(operator, args, kwargs)
-    known = None if key is None else _KNOWN.get(key)
-    if known is not None:
-        return operator(*args, **kwargs) if known.results is None else known.again(), known.operation
-    given = [] if key is None else [one.untyped_storage()._cdata for one in _tensors([args, kwargs])]
+    cached = None if key is None else _CALLS.get(key)
+    if cached is not None:
+        return operator(*args, **kwargs) if cached.results is None else cached.again(), cached.operation
+    storages = [] if key is None else [one.untyped_storage()._cdata for one in _tensors([args, kwargs])]
     result = operator(*args, **kwargs)
-    found = operation(operator, args, kwargs, result)
+    counted = operation(operator, args, kwargs, result)
     if key is not None:
-        if len(_KNOWN) >= MOST_KNOWN:
-            _KNOWN.clear()
+        if len(_CALLS) >= MOST_CALLS:
+            _CALLS.clear()
         results = result if isinstance(result, tuple) else (result,)
-        new = _returns_new(operator) and all(map(_is_plain, results)) and _own_memory(results, given)
-        specs_ = tuple(None if one is None else _frozen(one) for one in results) if new else None
-        _KNOWN[key] = Known(found, specs_, not isinstance(result, tuple))
-    return result, found
+        is_remembered = _returns_new(operator) and all(map(_is_plain, results)) and _own_memory(results, storages)
+        new_specs = tuple(None if one is None else _frozen(one) for one in results) if is_remembered else None
+        _CALLS[key] = CachedCall(counted, new_specs, not isinstance(result, tuple))
+    return result, counted
 
 
 @functools.cache
 def _returns_new(operator: torch._ops.OpOverload) -> bool:
-    """Whether the operator says that it changes no argument and returns tensors that are no views of one."""
+    """Whether the operator's schema says that it changes no argument, and returns only tensors that are no views."""
     schema = operator._schema
     if any(part.alias_info is not None for part in (*schema.arguments, *schema.returns)):
         return False
@@ -242,15 +245,15 @@ def _returns_new(operator: torch._ops.OpOverload) -> bool:
 
 
 def _key(operator: torch._ops.OpOverload, args: Any, kwargs: Any) -> Any:
-    """Of what decides the results of a call; None where more than shapes decides, or no tensor is given."""
-    given = list(_tensors([args, kwargs] if kwargs else args))
-    if not given or not all(one.is_meta and one.layout is torch.strided for one in given):
+    """The values that decide the result of a call; None if it also depends on other values, or has no tensor."""
+    tensors = list(_tensors([args, kwargs] if kwargs else args))
+    if not tensors or not all(one.is_meta and one.layout is torch.strided for one in tensors):
         return None
     for value in kwargs.values():
         if isinstance(value, torch.Generator) or (isinstance(value, torch.device) and value.type != "meta"):
             return None
     arguments, keywords = _frozen(args), _frozen_keywords(kwargs)
-    # The types too, as 1 == 1.0 == True, and the number format of a result depends on which it is.
+    # The types too, because 1 == 1.0 == True, but the dtype of a result depends on the type.
     key = operator, arguments, keywords, *map(type, arguments), *[type(value) for _, value in keywords]
     try:
         hash(key)
@@ -270,7 +273,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _is_plain(result: Any) -> bool:
-    """Whether ``torch.empty_strided`` makes the like: on the meta device, in memory of just its size."""
+    """Whether ``torch.empty_strided`` makes an equal tensor: on the meta device, with a storage of just its size."""
     if result is None:
         return True
     if type(result) is not torch.Tensor or not result.is_meta or result.layout is not torch.strided:
@@ -280,10 +283,10 @@ def _is_plain(result: Any) -> bool:
     return result.storage_offset() == 0 and result.untyped_storage().nbytes() == numbers * result.element_size()
 
 
-def _own_memory(results: Iterable[torch.Tensor | None], given: Iterable[int]) -> bool:
-    """Whether each result has memory of its own, which is not of those ``given``."""
-    own = [one.untyped_storage()._cdata for one in results if one is not None]
-    return len({*own}) == len(own) and {*own}.isdisjoint(given)
+def _own_memory(results: Iterable[torch.Tensor | None], argument_storages: Iterable[int]) -> bool:
+    """Whether each result has its own storage, which is none of ``argument_storages``."""
+    storages = [result.untyped_storage()._cdata for result in results if result is not None]
+    return len({*storages}) == len(storages) and {*storages}.isdisjoint(argument_storages)
 
 
 def _frozen(value: Any) -> Any:
@@ -314,33 +317,40 @@ def _formulas(_quanto: bool) -> dict[Any, Callable[..., int]]:
 
 
 class Arguments:
-    """Makes arguments of operations on a device, of numbers that they take: ones, and indices below any of the sizes.
+    """Makes arguments for operations on a device: floats are ones, integers are indices below all sizes.
 
-    The tensors of ones share ``size`` bytes a number format, which are written once: new memory is mapped as it is
-    first written to, which takes longer than most operations.
+    The tensors of ones share one buffer of ``size`` bytes for each dtype, which is written once. New memory would be
+    mapped at its first write, which takes longer than most operations.
     """
 
     def __init__(self, device: torch.device, size: int) -> None:
         self._device, self._size = device, size
         self._ones: dict[torch.dtype, torch.Tensor] = {}
-        self._used: Counter[torch.dtype] = Counter()  # numbers of them
+        self._used: Counter[torch.dtype] = Counter()  # elements of the buffers that are in use
 
-    def made(self, one: Operation, sets: int) -> list[tuple[list[Any], dict[str, Any]]]:
-        """The arguments of so many calls of ``one``, no two in the same memory; those of an earlier one may be."""
+    def made(self, operation: Operation, sets: int) -> list[tuple[list[Any], dict[str, Any]]]:
+        """The arguments of ``sets`` calls of ``operation``.
+
+        No two of these calls share memory; they may share memory with the arguments of an earlier operation.
+        """
         self._used.clear()
-        floats = [spec for spec in specs((one.arguments, one.keywords)) if spec.dtype.is_floating_point and spec.shape]
+        floats = [
+            spec
+            for spec in specs((operation.arguments, operation.keywords))
+            if spec.dtype.is_floating_point and spec.shape
+        ]
         indices = max(min((min(spec.shape) for spec in floats), default=1), 1)
-        shared = one.changes_nothing
+        shared = operation.changes_nothing
         return [
             (
-                [self._real(value, indices, shared) for value in one.arguments],
-                {name: self._real(value, indices, shared) for name, value in one.keywords},
+                [self._real(value, indices, shared) for value in operation.arguments],
+                {name: self._real(value, indices, shared) for name, value in operation.keywords},
             )
             for _ in range(sets)
         ]
 
     def free(self) -> None:
-        """Give the memory back."""
+        """Free the buffers."""
         self._ones.clear()
         self._used.clear()
 
@@ -358,7 +368,7 @@ class Arguments:
         return made.zero_() if 0 in value.stride or numbers else made.fill_(1)
 
     def _of_ones(self, spec: TensorSpec) -> torch.Tensor | None:
-        """A tensor in the memory that is there; None where that is used up."""
+        """A tensor in the buffer of ones; None if the rest of the buffer is too small."""
         last = sum((size - 1) * step for size, step in zip(spec.shape, spec.stride, strict=True))
         step = ALIGNMENT // spec.dtype.itemsize
         first, numbers = self._used[spec.dtype], (last // step + 1) * step

@@ -1,9 +1,9 @@
-"""The memory that a training step will take, without weights, data or device.
+"""Predict the memory of a training step, without weights, data or device.
 
-The step itself is run, on the meta device: every operation happens but none computes, and an
-allocator that only counts follows what is alive. So each method of PEFT, each optimizer, gradient
-checkpointing and autocast are counted as they are, by no formula for an architecture. What a device's
-kernels do otherwise than the meta device's is stood in for (``Kernels``).
+The step itself is run on the meta device: every operation is called but computes nothing, and an allocator that only
+counts adds up the bytes of live tensors. So each method of PEFT, each optimizer, gradient checkpointing and autocast
+are counted as they are, without a formula for each architecture. ``Kernels`` replaces operations whose kernels on the
+device use other memory than those of the meta device.
 
     adapted = attach(skeleton(config.model, quantization), ...)
     predict(adapted, config.train, shapes(rows, config.train, seed), "cuda").peak_bytes
@@ -58,7 +58,7 @@ class Shape:
 
     rows: int
     length: int  # tokens of its longest row
-    answer_length: int  # positions from the first answer token of any row on
+    answer_length: int  # positions from the first answer token of any row to the end of the longest row
     answer_tokens: int  # of all rows together
 
     @property
@@ -71,13 +71,13 @@ def shapes(rows: Sequence[Tokens], config: TrainConfig, seed: int) -> list[Shape
     """The different shapes of the micro-batches of a run on ``rows``, sorted by length."""
     order = batch_order([len(row.ids) for row in rows], training_length.rows_per_step(config), seed)
     steps = islice(micro_batches(order, config.batch_size), training_length.total_steps(config, len(rows)))
-    found = set()
+    distinct = set()
     for numbers in chain.from_iterable(steps):
         batch = [rows[n] for n in numbers]
         length = math.ceil(max(len(row.ids) for row in batch) / config.pad_to_multiple_of) * config.pad_to_multiple_of
         answers = length - max(min(row.answer_start for row in batch), 1)
-        found.add(Shape(len(batch), length, answers, sum(row.answer_tokens for row in batch)))
-    return sorted(found, key=lambda shape: (shape.length, shape.rows, shape.answer_length))
+        distinct.add(Shape(len(batch), length, answers, sum(row.answer_tokens for row in batch)))
+    return sorted(distinct, key=lambda shape: (shape.length, shape.rows, shape.answer_length))
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def predict(
     ``shapes`` are those of the micro-batches. With ``slots``, configurations by adapter, these are trained as a pack.
 
     Raises:
-        Exception: any error of a method that cannot run on the meta device.
+        Exception: the method cannot run on the meta device; the error is its own.
     """
     to_meta(adapted)
     text = text_config(adapted)
@@ -165,14 +165,14 @@ def predict(
     first = _trace(adapted, config, longest, device, slots)
     # A shorter batch with more answer tokens may need more memory: estimate it from the bytes of a token and of an
     # answer token at the head.
-    token = first.activation_bytes / longest.tokens
-    before = first.weights_bytes + first.adapter_bytes + first.optimizer_bytes + first.activation_bytes
-    at_head = max(2 * first.logits_bytes, first.forward_peak - before)  # logits that are kept have a gradient later
-    answer = at_head / max(longest.answer_tokens, 1)
-    other = max(shapes, key=lambda shape: shape.tokens * token + shape.answer_tokens * answer)
-    if other == longest:
+    token_bytes = first.activation_bytes / longest.tokens
+    kept = first.weights_bytes + first.adapter_bytes + first.optimizer_bytes + first.activation_bytes
+    at_head = max(2 * first.logits_bytes, first.forward_peak - kept)  # logits that are kept have a gradient later
+    answer_bytes = at_head / max(longest.answer_tokens, 1)
+    heavier = max(shapes, key=lambda shape: shape.tokens * token_bytes + shape.answer_tokens * answer_bytes)
+    if heavier == longest:
         return first
-    return max(first, _trace(adapted, config, other, device, slots), key=lambda one: one.peak_bytes)
+    return max(first, _trace(adapted, config, heavier, device, slots), key=lambda prediction: prediction.peak_bytes)
 
 
 def _trace(
@@ -185,8 +185,8 @@ def _trace(
     pack = Pack(adapted, [*slots], seed=0, stacked=device == "cuda")
     try:
         optimizers = [
-            training_optimizer.make_optimizer(nn.Module(), one, optimized(pack, name, one))
-            for name, one in slots.items()
+            training_optimizer.make_optimizer(nn.Module(), slot, optimized(pack, name, slot))
+            for name, slot in slots.items()
         ]
         with as_trained(adapted, config, device):
             return _traced(adapted, config, pack.for_all(batch), device, optimizers, pack)
@@ -259,7 +259,7 @@ def to_meta(adapted: nn.Module) -> None:
 
 
 def _shape_of(tensor: torch.Tensor) -> torch.Tensor:
-    if type(tensor) not in (torch.Tensor, nn.Parameter):  # bitsandbytes' move what belongs to them
+    if type(tensor) not in (torch.Tensor, nn.Parameter):  # bitsandbytes' parameters also move their statistics
         return tensor.to(META)
     bare = tensor.detach().to(META)
     return nn.Parameter(bare, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else bare
@@ -298,10 +298,10 @@ def _at_head(adapted: Any, note: Callable[[], Found]) -> Iterator[list[Found]]:
     """Yields a list that gets the result of ``note()`` before each call of the head over vocabulary or classes."""
     base: Any = adapted.get_base_model() if isinstance(adapted, PeftModel) else adapted
     heads = [base.get_submodule(name) for name in head_names(base)] or [base.get_output_embeddings()]
-    notes: list[Found] = []
-    hook = heads[-1].register_forward_pre_hook(lambda *_: notes.append(note()))
+    results: list[Found] = []
+    hook = heads[-1].register_forward_pre_hook(lambda *_: results.append(note()))
     try:
-        yield notes
+        yield results
     finally:
         hook.remove()
 
@@ -314,7 +314,7 @@ def _step(optimizer: torch.optim.Optimizer, allocator: Allocator, device: str) -
     fused = "fused" in inspect.signature(type(optimizer)).parameters  # training uses it on a real device, too
     if hasattr(optimizer, "init_state"):
         _init_states(optimizer, device)
-        return allocator.live  # the kernels of bitsandbytes take nothing more
+        return allocator.live  # the kernels of bitsandbytes make no temporary tensors
     for group in optimizer.param_groups:
         if device == "cuda" and "foreach" in group and not fused:
             group["foreach"] = True  # torch's default there: all parameters at once

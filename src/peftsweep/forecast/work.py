@@ -68,7 +68,7 @@ class Batches:
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvaluationWork:
     """The work of an evaluation: forward passes over batches, decoding steps, and how often it is done."""
 
     read: Batches
@@ -87,16 +87,17 @@ class Traced:
     """The operations of a trial's parts."""
 
     step: Step | None
-    asked: Mapping[tuple[Shape, float], tuple[Ledger, Ledger | None]]  # by Asked.key: a forward, a decoding step
-    step_alike: bool = False  # whether ``step`` is that of a similar trial
-    asked_alike: bool = False  # whether ``asked`` is that of a similar trial
+    # by EvaluationWork.key: the operations of a forward pass and of a decoding step
+    evaluations: Mapping[tuple[Shape, float], tuple[Ledger, Ledger | None]]
+    step_from_similar: bool = False  # whether ``step`` is that of a similar trial
+    evaluations_from_similar: bool = False  # whether ``evaluations`` are those of a similar trial
 
 
 _TRACED: dict[str, Traced | None] = {}
-_LIKE: dict[str, Traced] = {}
-_ASKED: dict[str, Traced] = {}  # by a hash of model, quantisation and evaluations, without the method
+_SIMILAR: dict[str, Traced] = {}
+_EVALUATIONS: dict[str, Traced] = {}  # by a hash of model, quantisation and evaluations, without the method
 _ONCE: dict[str, Any] = {}  # results of ``once``
-CACHES = (_TRACED, _LIKE, _ASKED, _ONCE)
+CACHES = (_TRACED, _SIMILAR, _EVALUATIONS, _ONCE)
 _SPENT = [0.0]
 
 
@@ -105,8 +106,8 @@ def once(key: Any, make: Callable[[], Found]) -> Found:
     digest = identity.content_hash(key)
     if digest not in _ONCE:
         _ONCE[digest] = make()
-    found: Found = _ONCE[digest]
-    return found
+    result: Found = _ONCE[digest]
+    return result
 
 
 def number_of_steps(trial: Trial, run: Batches | None) -> int | None:
@@ -125,9 +126,9 @@ def number_of_steps(trial: Trial, run: Batches | None) -> int | None:
 def run_of(
     trial: Trial, tokenizer: PreTrainedTokenizerBase | None, tokens: Sequence[Tokens] | None
 ) -> tuple[Batches | None, str | None]:
-    """The micro-batches of the training, or None and the reason.
+    """The micro-batches of the training; or None and the reason why they are unknown.
 
-    Without the rows each is as long as ``dataset.max_length`` allows.
+    If the rows are not on this machine, each micro-batch is as long as ``dataset.max_length`` allows.
     """
     config = trial.config.train
     if number_of_steps(trial, None) == 0:
@@ -141,7 +142,7 @@ def run_of(
         train = {key: value for key, value in trial.tree["train"].items() if key not in forecast.RATES}
         of_rows = [trial.tree["dataset"], rows.fingerprints["train"], train, build.virtual_tokens(trial)]
         return once(["run", forecast._of_the_model(trial), *of_rows], read), None
-    if tokens:  # the mean batch of seed 0, scaled: trials of other seeds then share its operations and its records
+    if tokens:  # the mean batch of seed 0, scaled, so that trials of all seeds share its operations and its records
         usual = _batches(tokens, config, 0)
         own = _batches(tokens, config, trial.config.seed) if trial.config.seed else usual
         return Batches(usual.shape, own.count, own.tokens / usual.shape.tokens), None
@@ -172,28 +173,30 @@ def _mean(batches: Sequence[Sequence[Tokens]], multiple: int = 1) -> Batches:
     return Batches(shape, len(batches), tokens / (rows * length))
 
 
-def evaluations(trial: Trial, tokenizer: PreTrainedTokenizerBase | None) -> tuple[dict[str, Asked], str | None]:
-    """The work of each evaluation and validation, by name; or the reason why it is unknown."""
+def evaluations(
+    trial: Trial, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[dict[str, EvaluationWork], str | None]:
+    """The work of each evaluation and validation, by name; or an empty dict and the reason why it is unknown."""
     if tokenizer is None or trial.rows is None:
         return {}, "the test rows or the model's tokenizer are not here yet"
-    rows, found = trial.rows, dict[str, Asked]()
+    rows, work_by_name = trial.rows, dict[str, EvaluationWork]()
     validate = partial(_validations, trial, rows, tokenizer)
     own = [forecast._of_the_model(trial), trial.tree["dataset"], rows.fingerprints, build.virtual_tokens(trial)]
     for name in trial.config.eval:
         try:
             read = partial(_read_evaluation, trial, name, rows, tokenizer)
-            asked = once(["asked", name, trial.tree["eval"][name], own], read)
+            work = once(["evaluation", name, trial.tree["eval"][name], own], read)
         except Exception as error:
             log.debug("the rows of eval.%s", name, exc_info=True)
             kind = "" if isinstance(error, InputError) else f" ({type(error).__name__})"
             return {}, f"eval.{name}: its rows are not here yet{kind}"
-        if asked is None:
+        if work is None:
             return {}, f"eval.{name}: what it does with the model is not known"
-        found[name] = asked
-    return found | once(["validations", trial.tree["train"], trial.tree["eval"], own], validate), None
+        work_by_name[name] = work
+    return work_by_name | once(["validations", trial.tree["train"], trial.tree["eval"], own], validate), None
 
 
-def _validations(trial: Trial, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> dict[str, Asked]:
+def _validations(trial: Trial, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> dict[str, EvaluationWork]:
     """The work of all validations of a training, under names that no evaluation has."""
     config = trial.config.train
     every = training_length.interval(config, "eval_every", len(rows.train))
@@ -201,43 +204,47 @@ def _validations(trial: Trial, rows: Rows, tokenizer: PreTrainedTokenizerBase) -
         return {}
     size = int(inspect.signature(likelihood.mean_loss).parameters["batch_size"].default)
     read = _mean(_in_batches(build.training_tokens(trial, tokenizer, rows.validation), size))
-    found: dict[str, Asked | None] = {"validation loss": Asked(read)}
+    work_by_name: dict[str, EvaluationWork | None] = {"validation loss": EvaluationWork(read)}
     for name in trial.config.eval:
         if examples := build.validation_examples(trial, name, rows, tokenizer):
-            found[f"validation {name}"] = _asked(trial, name, examples, tokenizer)
+            work_by_name[f"validation {name}"] = _work_of_examples(trial, name, examples, tokenizer)
     times = math.ceil(training_length.total_steps(config, len(rows.train)) / every)
-    return {name: replace(one, of_base=0, of_trained=times) for name, one in found.items() if one}
+    return {name: replace(work, of_base=0, of_trained=times) for name, work in work_by_name.items() if work}
 
 
-def _read_evaluation(trial: Trial, name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Asked | None:
-    return _asked(trial, name, build.test_examples(trial, name, rows, tokenizer), tokenizer)
+def _read_evaluation(trial: Trial, name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> EvaluationWork | None:
+    return _work_of_examples(trial, name, build.test_examples(trial, name, rows, tokenizer), tokenizer)
 
 
-def _asked(trial: Trial, name: str, examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> Asked | None:
+def _work_of_examples(
+    trial: Trial, name: str, examples: list[Example], tokenizer: PreTrainedTokenizerBase
+) -> EvaluationWork | None:
     function, evaluator = pydoc.locate(str(trial.config.eval[name].get("_target_"))), build.evaluator(trial, name)
-    known = {key: one.default for key, one in inspect.signature(evaluator).parameters.items()}
-    size, limit = int(known.get("batch_size", 16)), int(known.get("max_length", 768))
-    new = int(known.get("max_new_tokens", 0))
+    defaults = {key: one.default for key, one in inspect.signature(evaluator).parameters.items()}
+    size, limit = int(defaults.get("batch_size", 16)), int(defaults.get("max_length", 768))
+    new = int(defaults.get("max_new_tokens", 0))
     if not examples:
         return None
     if function in (evaluate.generation, overlap.generated_text) or (
-        function is evaluate.instruction and "generation" in known["ways"]
+        function is evaluate.instruction and "generation" in defaults["ways"]
     ):
         prompts = [Tokens(ids, len(ids) - 1) for ids in prompt_ids(tokenizer, examples, limit)]
         answers = tokenizer([one.answer for one in examples], add_special_tokens=False).input_ids
         least = min(max(map(len, answers)) + 1, new)
-        return Asked(_mean(_in_batches(prompts, size)), (float(least), float(new)))
+        return EvaluationWork(_mean(_in_batches(prompts, size)), (float(least), float(new)))
     if function in (evaluate.multiple_choice, evaluate.instruction) or (
         function is evaluate.classification and not trial.config.dataset.classes
     ):
-        return Asked(_mean(_in_batches(_questions(examples, tokenizer, limit), max(1, size // _most(examples)))))
+        return EvaluationWork(
+            _mean(_in_batches(_questions(examples, tokenizer, limit), max(1, size // _most(examples))))
+        )
     if function in (evaluate.perplexity, evaluate.classification):
-        return Asked(_mean(_in_batches(tokenize(tokenizer, examples, limit), size)))
+        return EvaluationWork(_mean(_in_batches(tokenize(tokenizer, examples, limit), size)))
     if function is evaluate.text_perplexity:
         whole = [len(ids) for ids in tokenizer([one.prompt + one.answer for one in examples]).input_ids]
         windows = sum(math.ceil(count / (limit - 1)) for count in whole)
         length = max(round(min(limit, sum(whole) / windows)), 2)
-        return Asked(Batches(Shape(size, length, length - 1, size * (length - 1)), windows / size))
+        return EvaluationWork(Batches(Shape(size, length, length - 1, size * (length - 1)), windows / size))
     return None
 
 
@@ -264,19 +271,19 @@ def _in_batches(rows: Sequence[Tokens], size: int) -> list[list[Tokens]]:
 
 
 def step_key(trial: Trial, run: Batches | None, where: str) -> list[Any]:
-    """All that decides the seconds of a step, except for the device."""
+    """The values that decide the seconds of a step, except for the device; their hash identifies the step."""
     tree = {key: trial.tree[key] for key in forecast.KEYS if key not in ("device", "eval", "train")}
     tree["train"] = {key: value for key, value in trial.tree["train"].items() if key not in LENGTHS}
     return [where, *forecast._of_the_model(trial), tree, asdict(run.shape) if run else None]
 
 
-def trace(trial: Trial, run: Batches | None, asked: Sequence[Asked], where: str) -> Traced | None:
+def trace(trial: Trial, run: Batches | None, evaluations: Sequence[EvaluationWork], where: str) -> Traced | None:
     """The operations of a micro-batch and of the evaluations on a device type ``where`` ("cpu" or "cuda").
 
     None if the method cannot be attached on the meta device.
     """
     key_parts = step_key(trial, run, where)
-    sizes = [[asdict(one.read.shape), one.tokens[1]] for one in asked]
+    sizes = [[asdict(work.read.shape), work.tokens[1]] for work in evaluations]
     key = identity.content_hash([*key_parts, sizes])
     if key in _TRACED:
         return _TRACED[key]
@@ -284,34 +291,38 @@ def trace(trial: Trial, run: Batches | None, asked: Sequence[Asked], where: str)
     quantised = trial.config.quant
     method = {key: value for key, value in trial.tree["method"].items() if key not in (*forecast.AIMS, *RANKS)}
     # Trials that differ only in the rank and the targets of the method count as similar.
-    like = identity.content_hash([of_the_model, quantised, method, tree["train"], shape, sizes])
-    if _SPENT[0] > MOST_SECONDS and like in _LIKE:
-        return replace(_LIKE[like], step_alike=True, asked_alike=True)
-    base = identity.content_hash([where, of_the_model, trial.tree["quant"], sizes])
-    others = _ASKED.get(base) if _SPENT[0] > MOST_SECONDS else None
+    similar_key = identity.content_hash([of_the_model, quantised, method, tree["train"], shape, sizes])
+    if _SPENT[0] > MOST_SECONDS and similar_key in _SIMILAR:
+        return replace(_SIMILAR[similar_key], step_from_similar=True, evaluations_from_similar=True)
+    base_key = identity.content_hash([where, of_the_model, trial.tree["quant"], sizes])
+    similar = _EVALUATIONS.get(base_key) if _SPENT[0] > MOST_SECONDS else None
     begun = time.process_time()
     with streams.without_warnings():
-        found = forecast._with_skeleton(
+        traced = forecast._with_skeleton(
             forecast.without_initialisation(trial),
             build.storage(trial),
-            lambda adapted: _made(adapted, trial.config.train, run, asked if others is None else (), where),
+            lambda adapted: _trace_parts(
+                adapted, trial.config.train, run, evaluations if similar is None else (), where
+            ),
             (("meta", "meta"), ("meta", "cpu")),
         )
     _SPENT[0] += time.process_time() - begun
-    if found and others is not None:
-        found = replace(found, asked=others.asked, asked_alike=True)
-    _TRACED[key] = found
-    if found:
-        _LIKE[like] = found
-        _ASKED.setdefault(base, found)
-    return found
+    if traced and similar is not None:
+        traced = replace(traced, evaluations=similar.evaluations, evaluations_from_similar=True)
+    _TRACED[key] = traced
+    if traced:
+        _SIMILAR[similar_key] = traced
+        _EVALUATIONS.setdefault(base_key, traced)
+    return traced
 
 
-def _made(adapted: build.Model, config: TrainConfig, run: Batches | None, asked: Sequence[Asked], where: str) -> Traced:
+def _trace_parts(
+    adapted: build.Model, config: TrainConfig, run: Batches | None, evaluations: Sequence[EvaluationWork], where: str
+) -> Traced:
     tracer = Tracer(adapted, config, where)
-    parts = {}
-    for one in asked:
-        shape = one.read.shape
-        decode = tracer.decode(shape.rows, shape.length + int(one.tokens[1]) // 2) if one.tokens[1] else None
-        parts[one.key] = tracer.read(shape), decode
-    return Traced(tracer.step(run.shape) if run else None, parts)
+    ledgers = {}
+    for work in evaluations:
+        shape = work.read.shape
+        decode = tracer.decode(shape.rows, shape.length + int(work.tokens[1]) // 2) if work.tokens[1] else None
+        ledgers[work.key] = tracer.read(shape), decode
+    return Traced(tracer.step(run.shape) if run else None, ledgers)
