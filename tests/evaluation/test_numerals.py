@@ -294,9 +294,9 @@ def test_the_documented_texts_are_the_numbers_that_docs_answers_says() -> None:
         if line.startswith("| `")
     ]
     assert len(rows) > 10
-    for texts, said in rows:
+    for texts, documented in rows:
         for text in re.findall(r"`` (.+?) ``|`([^`]+)`", texts):
             number = as_number("".join(text))
-            assert (number is None) == said.startswith("no number"), text
-            values = [float(value) for value in re.findall(r"-?\d+(?:\.\d+)?", said)]
+            assert (number is None) == documented.startswith("none"), text
+            values = [float(value) for value in re.findall(r"-?\d+(?:\.\d+)?", documented)]
             assert number is None or number in values or f"({in_digits(number)})" in texts, text
