@@ -113,8 +113,8 @@ def checked(words: Sequence[str], conf: Path) -> list[str]:
             raise InputError(f"{word} {after}: values are separated by commas alone: '{word}{after}'")
     kept: list[str] = []
     left = iter(words)
-    for said in left:
-        word = _price_as_key(said)
+    for original in left:
+        word = _price_as_key(original)
         kept.append(word)
         if not word.startswith("-"):
             if not _changes_configuration(word, groups):
@@ -155,12 +155,12 @@ def check_twice(words: Sequence[str], conf: Path) -> None:
         InputError: the line names both words.
     """
     groups = {folder.name for folder in conf.iterdir() if folder.is_dir()}
-    said: dict[str, str] = {}
+    word_of_key: dict[str, str] = {}
     for word in words:
         key, given, _ = word.lstrip("+").partition("=")
         if not given or word.startswith(("-", "~")):
             continue
-        before, said[key] = said.get(key, word), word
+        before, word_of_key[key] = word_of_key.get(key, word), word
         is_group = key.partition("/")[0] in groups  # or a folder in one: hydra/launcher, point/peft_comparison
         if before != word and (is_group or _parsed(before).is_sweep_override()):
             several = "several in brackets" if key in GROUPS_OF_SEVERAL_OPTIONS else "several to be swept after commas"
@@ -181,8 +181,8 @@ def _price_as_key(word: str) -> str:
 def _changes_configuration(word: str, groups: dict[str, Path]) -> bool:
     """Whether the word, which is checked, chooses or changes anything."""
     if "=" not in word and not word.startswith("~"):
-        said = "--help lists the keys" if word in ("help", "?") else "a value with blanks needs quotes for the shell"
-        raise InputError(f"{word}: must be KEY=VALUE; {said}")
+        advice = "--help lists the keys" if word in ("help", "?") else "a value with blanks needs quotes for the shell"
+        raise InputError(f"{word}: must be KEY=VALUE; {advice}")
     one = _parsed(word)
     key = one.key_or_group
     if not all(key.replace("/", ".").split(".")):
@@ -267,10 +267,10 @@ def _check_boolean(one: Override) -> None:
     value: Any = one._value
     kind = type_of(one.key_or_group)
     is_truth = bool in (typing.get_args(kind) or (kind,))
-    for said in value.list if isinstance(value, ChoiceSweep) else [value]:
-        is_number = isinstance(said, int | float) and not isinstance(said, bool)
-        if is_truth and is_number and said not in (0, 1):
-            raise InputError(f"{one.key_or_group}={said}: must be true or false")
+    for item in value.list if isinstance(value, ChoiceSweep) else [value]:
+        is_number = isinstance(item, int | float) and not isinstance(item, bool)
+        if is_truth and is_number and item not in (0, 1):
+            raise InputError(f"{one.key_or_group}={item}: must be true or false")
 
 
 def _check_option(word: str, one: Override, group: Path) -> None:
@@ -310,10 +310,10 @@ def wrong_yaml(words: Sequence[str], *, only_chosen: bool = False) -> str | None
 
     Those that the words choose are looked at first.
     """
-    said = {part for word in words for part in re.split(r"[=,\[\]]", word)}
+    chosen_names = {part for word in words for part in re.split(r"[=,\[\]]", word)}
     files = [file for folder in own_folders(words) for file in folder.rglob("*.yaml")]
-    files = [file for file in files if file.stem in said] if only_chosen else files
-    for file in sorted(files, key=lambda file: (file.stem not in said, file)):
+    files = [file for file in files if file.stem in chosen_names] if only_chosen else files
+    for file in sorted(files, key=lambda file: (file.stem not in chosen_names, file)):
         try:
             read = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
             problem = None if read is None else _wrong_configuration(read)

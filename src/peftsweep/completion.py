@@ -139,10 +139,10 @@ def _keys(before: Sequence[str], folders: Sequence[Path], begun: str) -> list[st
     section, dot, _ = begun.partition(".")
     own = _of_schema(Config)
     if not dot:
-        asked = [group for group, *_ in options.groups(folders[0])] + ["sweep", "point"]
-        kinds = {name: kind for name, kind in own.items() if name not in asked or _is_section(kind)}
+        group_names = [group for group, *_ in options.groups(folders[0])] + ["sweep", "point"]
+        kinds = {name: kind for name, kind in own.items() if name not in group_names or _is_section(kind)}
         plain = [name + ("." if _is_section(kind) else "=") for name, kind in kinds.items()]
-        return [*(f"{group}=" for group in asked), *plain, "method.", "hydra/launcher=", "hydra.launcher."]
+        return [*(f"{group}=" for group in group_names), *plain, "method.", "hydra/launcher=", "hydra.launcher."]
     if section == "method":
         return [f"method.{name}=" for name in _method_keys(_chosen("method", before, folders), folders)]
     kind = own.get(section)
@@ -158,9 +158,9 @@ def _is_section(kind: Any) -> bool:
 
 
 def _chosen(group: str, before: Sequence[str], folders: Sequence[Path]) -> str:
-    said = [word.partition("=")[2] for word in before if word.startswith(f"{group}=")]
+    chosen = [word.partition("=")[2] for word in before if word.startswith(f"{group}=")]
     default = next(default for name, _, default in options.groups(folders[0]) if name == group)
-    return (said or [default])[-1].partition(",")[0].strip("'\"")
+    return (chosen or [default])[-1].partition(",")[0].strip("'\"")
 
 
 def _method_keys(option: str, folders: Sequence[Path]) -> list[str]:

@@ -72,8 +72,8 @@ def version_text() -> str:
 def _cuda_of_torch() -> str | None:
     spec = importlib.util.find_spec("torch")
     file = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
-    said = file.read_text(encoding="utf-8") if file and file.is_file() else ""
-    found = re.search(r"^cuda\b[^=]*= *['\"]([\d.]+)['\"]", said, re.M)
+    content = file.read_text(encoding="utf-8") if file and file.is_file() else ""
+    found = re.search(r"^cuda\b[^=]*= *['\"]([\d.]+)['\"]", content, re.M)
     return found[1] if found else None
 
 
@@ -126,10 +126,10 @@ def _system() -> Finding:
     from peftsweep.study import record
 
     cores = measure.cores()
-    said = f"{platform.system()} {platform.release()}, {record.processor()}, {cores} cores"
+    text = f"{platform.system()} {platform.release()}, {record.processor()}, {cores} cores"
     tested = sys.platform == "linux"
     facts = {"system": platform.system(), "processor": record.processor(), "cores": cores}
-    return Finding("system", said, None if tested else "tested on Linux only", sys.platform == "win32", facts)
+    return Finding("system", text, None if tested else "tested on Linux only", sys.platform == "win32", facts)
 
 
 def _devices() -> Finding:
@@ -183,12 +183,12 @@ def _quantisation() -> Finding:
             works.append(name)
         else:
             broken[name] = reason
-    said = f"quant={','.join(works)} on {where}" if works else f"none on {where}"
+    text = f"quant={','.join(works)} on {where}" if works else f"none on {where}"
     names: dict[str, list[str]] = {}
     for name, why in broken.items():
         names.setdefault(why, []).append(name)
     fix = "; ".join(f"not {', '.join(those)}: {why}" for why, those in names.items()) or None
-    return Finding("quantisation", said, fix, facts={"works": works, "broken": broken})
+    return Finding("quantisation", text, fix, facts={"works": works, "broken": broken})
 
 
 def _other_quants(gpus: int) -> dict[str, str | None]:
@@ -208,11 +208,11 @@ def _kernels() -> Finding:
     attention = ["eager", "sdpa"] + ["flash_attention_2"] * (importlib.util.find_spec("flash_attn") is not None)
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX") or "g++", "c++", "clang++"))), None)
     compiles = compiler is not None
-    said = f"{torch.backends.cpu.get_cpu_capability()} on the CPU, attention {', '.join(attention)}"
-    said += ", train.compile=inductor" if compiles else ""
+    text = f"{torch.backends.cpu.get_cpu_capability()} on the CPU, attention {', '.join(attention)}"
+    text += ", train.compile=inductor" if compiles else ""
     fix = None if compiles else "train.compile=inductor needs a C++ compiler: apt install g++"
     facts = {"cpu": torch.backends.cpu.get_cpu_capability(), "attention": attention, "compiles": compiles}
-    return Finding("kernels", said, fix, facts=facts)
+    return Finding("kernels", text, fix, facts=facts)
 
 
 def _memory() -> Finding:
@@ -221,14 +221,14 @@ def _memory() -> Finding:
 
     found = psutil.virtual_memory()
     free, total = _within_container(found.available, found.total)
-    said = f"{size(free)} of {size(total)} free"
+    text = f"{size(free)} of {size(total)} free"
     gpus = []
     for number in range(torch.cuda.device_count()):
         there, whole = torch.cuda.mem_get_info(number)
-        said += f", cuda:{number} {size(there)} of {size(whole)}"
+        text += f", cuda:{number} {size(there)} of {size(whole)}"
         gpus.append(there)
     fix = "end other programs, or take another machine" if free < LEAST_FREE_MEMORY else None
-    return Finding("memory", said, fix, facts={"free": free, "total": total, "gpus": gpus})
+    return Finding("memory", text, fix, facts={"free": free, "total": total, "gpus": gpus})
 
 
 def _within_container(free: int, total: int) -> tuple[int, int]:
@@ -248,12 +248,12 @@ def _disk() -> Finding:
     there = next(place for place in (cache, *cache.parents) if place.exists())
     here, kept = shutil.disk_usage(Path.cwd()).free, shutil.disk_usage(there).free
     writable = os.access(Path.cwd(), os.W_OK)
-    said = f"{size(here)} free here for multirun/, {size(kept)} for the models' cache {cache}"
+    text = f"{size(here)} free here for multirun/, {size(kept)} for the models' cache {cache}"
     fix = None if writable else "nothing can be written here: take another folder"
     if writable and min(here, kept) < LEAST_FREE_DISK:
         fix = "make room: peftsweep-collect --prune lists what can go; HF_HOME=FOLDER moves the cache"
     facts = {"here": here, "cache": kept, "cache_folder": str(cache), "writable": writable}
-    return Finding("disk", said, fix, fatal=not writable, facts=facts)
+    return Finding("disk", text, fix, fatal=not writable, facts=facts)
 
 
 def _hub() -> Finding:

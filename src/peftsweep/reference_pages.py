@@ -70,8 +70,8 @@ def _of_keys(keys: list[Key]) -> str:
     rows = [(key.name, key.type, key.allowed, key.default, key.sentence) for key in keys]
     head = ("key", "type", "range", "default", "what it is")
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for name, kind, span, default, said in rows:
-        cells = [f"`{name}`", _cell(kind), _cell(span), _code(default.replace("|", "\\|")), _cell(said)]
+    for name, kind, span, default, meaning in rows:
+        cells = [f"`{name}`", _cell(kind), _cell(span), _code(default.replace("|", "\\|")), _cell(meaning)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -104,7 +104,7 @@ def _keys_page() -> str:
 def _options_page() -> str:
     parts = ["Every option of every group, as `group=option`; `group=a,b` sweeps it, `'group=glob(*)'` takes all."]
     for group in groups():
-        rows = [(_code(name), said) for name, said in options(group).items()]
+        rows = [(_code(name), meaning) for name, meaning in options(group).items()]
         parts += [f"## {group}", _table(("option", "what it is"), rows)]
     return _page("Options", *parts)
 
@@ -127,16 +127,16 @@ def _columns_page() -> str:
         "The columns of `results.parquet`, of `peftsweep-collect --out FILE` and of `peftsweep.load`, which are the "
         "dotted keys of `result.json`. `*` stands for a name. What is not known is null."
     )
-    rows = [(_code(name), said) for name, said in meanings.COLUMNS.items()]
-    steps = [(_code(name), said) for name, said in meanings.STEPS.items()]
-    lines = [(_code(name), said) for name, said in meanings.PREDICTIONS.items()]
+    rows = [(_code(name), meaning) for name, meaning in meanings.COLUMNS.items()]
+    steps = [(_code(name), meaning) for name, meaning in meanings.STEPS.items()]
+    lines = [(_code(name), meaning) for name, meaning in meanings.PREDICTIONS.items()]
     head = ("column", "what it is")
     parts = [intro, _table(head, rows), "## steps.jsonl and steps.parquet", _table(head, steps)]
     return _page("Columns", *parts, "## predictions/&lt;eval&gt;.jsonl", _table(head, lines))
 
 
 def _commands_page() -> str:
-    codes = [(str(code), said) for code, said in EXIT_CODES.items()]
+    codes = [(str(code), meaning) for code, meaning in EXIT_CODES.items()]
     parts = ["## Exit codes", _table(("code", "what it says"), codes)]
     for name, text in commands().items():
         parts += [f"## {name}", _fenced(text)]
@@ -192,10 +192,12 @@ def _python_page() -> str:
     held = {name: found.fget for name, found in vars(Result).items() if isinstance(found, property)}
     rows = [(_code(name), _first_sentence(found)) for name, found in held.items()]
     sections = [field.name for field in dataclasses.fields(Result) if field.name != "folder"]
-    said = f"Its sections are dictionaries, as in result.json: {', '.join(map(_code, sections))}. [Columns](columns.md)"
+    sentence = (
+        f"Its sections are dictionaries, as in result.json: {', '.join(map(_code, sections))}. [Columns](columns.md)"
+    )
     parts += [
         "### Result, which run returns",
-        f"{said} says what they hold. `folder` is the trial's.",
+        f"{sentence} says what they hold. `folder` is the trial's.",
         _table(HEAD, rows),
     ]
     parts += ["## Names that a yaml may hold", meanings.PUBLIC]
@@ -216,11 +218,13 @@ def llms(top: Path) -> str:
         lines += [f"## {title}", ""]
         for page in [{title: pages}] if isinstance(pages, str) else pages:
             ((name, file),) = page.items()
-            said = _opening((top / site["docs_dir"] / file).read_text(encoding="utf-8"))
-            lines.append(f"- [{name}]({site['docs_dir']}/{file})" + (f": {said}" if said else ""))
+            summary = _opening((top / site["docs_dir"] / file).read_text(encoding="utf-8"))
+            lines.append(f"- [{name}]({site['docs_dir']}/{file})" + (f": {summary}" if summary else ""))
         lines.append("")
     also = {"AGENTS.md": "how a coding agent installs, runs and reads answers", "CHANGELOG.md": "what has changed"}
-    return "\n".join([*lines, "## Also", "", *(f"- [{file}]({file}): {said}" for file, said in also.items())]) + "\n"
+    return (
+        "\n".join([*lines, "## Also", "", *(f"- [{file}]({file}): {summary}" for file, summary in also.items())]) + "\n"
+    )
 
 
 def _opening(text: str) -> str:

@@ -26,19 +26,19 @@ def to_peft(results: Sequence[Result], folder: Path) -> list[str]:
 
     A trial that succeeded goes into ``results/``, any other into ``cancelled_results/``, as theirs do.
     """
-    said, names = [], set()
+    messages, names = [], set()
     for result in results:
         try:
             content = exported(result)
         except (TypeError, ValueError, AttributeError, LookupError) as error:  # of a record that somebody has edited
             reason = f"its record holds something of a wrong type ({first_line(error)})"
-            said.append(printable(f"left out: {result.run_info['labels'][0]}: {reason}"))
+            messages.append(printable(f"left out: {result.run_info['labels'][0]}: {reason}"))
             continue
         facts = content["train_info"] | content["train_info"]["metrics"][-1]
         missing = [name for name in (*INTEGERS, "train samples", "train total tokens") if facts[name] is None]
         label = content["run_info"]["experiment_name"]
         if result.status is Status.success and missing:
-            said.append(f"left out: {label}: its record has no {', no '.join(missing)}")
+            messages.append(f"left out: {label}: its record has no {', no '.join(missing)}")
             continue
         name = label.replace("/", "--")
         if result.status is not Status.success or name in names:
@@ -46,8 +46,8 @@ def to_peft(results: Sequence[Result], folder: Path) -> list[str]:
         names.add(name)
         place = folder / (RESULTS if result.status is Status.success else CANCELLED)
         record.write_json(place / f"{name}.json", content)
-    written = len(results) - len(said)
-    return [*said, f"wrote {written} {'trial' if written == 1 else 'trials'} to {folder}"]
+    written = len(results) - len(messages)
+    return [*messages, f"wrote {written} {'trial' if written == 1 else 'trials'} to {folder}"]
 
 
 def exported(result: Result) -> dict[str, Any]:
@@ -138,8 +138,8 @@ def _validations(result: Result, score: str | None) -> list[dict[str, Any]]:
     for line in record.usable_lines((result.folder or Path()) / STEPS, record.STEP, whole=False):
         loss = line.get("loss", loss)
         if f"validation_{score}" in line:
-            said = {"valid accuracy": line[f"validation_{score}"], "train loss": loss}
-            rows.append({"step": line["step"], **said, "train samples": _samples(result, line["step"])})
+            validation = {"valid accuracy": line[f"validation_{score}"], "train loss": loss}
+            rows.append({"step": line["step"], **validation, "train samples": _samples(result, line["step"])})
     return rows
 
 
@@ -147,14 +147,14 @@ def _parameters(result: Result) -> dict[str, Any]:
     """The training parameters by their names."""
     config, train = result.config, result.config.get("train", {})
     flat = record.flat(config)
-    said = {theirs: flat.get(ours) for theirs, ours in experiment_keys.KEYS.items()}
+    parameters = {theirs: flat.get(ours) for theirs, ours in experiment_keys.KEYS.items()}
     kind = str(train.get("optimizer", "")).rpartition(".")[2]
     named = {path.rpartition(".")[2]: name for name, path in experiment_keys.OPTIMIZERS.items()}
     judged = (config.get("eval") or {}).get("gsm8k", {})
     quantised = {ours: theirs for theirs, ours in QUANTS.items()}.get(result.choices.get("quant", "none"))
-    return said | {
+    return parameters | {
         "model_id": config["model"]["name_or_path"],
-        "dtype": quantised or said["dtype"],
+        "dtype": quantised or parameters["dtype"],
         "optimizer_type": named.get(kind, kind),
         "optimizer_kwargs": {
             "lr": train.get("learning_rate", 0) * train.get("learning_rate_scale", 1),

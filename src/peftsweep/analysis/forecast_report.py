@@ -43,10 +43,10 @@ def error(results: Iterable[Result], kind: str) -> Error | None:
     """Of the successful trials whose ``kind`` of seconds was predicted and measured; None where there is none."""
     errors, held = [], 0
     for result in results:
-        said, took = result.train_info.get("predicted"), measured(result.train_info).get(kind)
-        if result.status is not Status.success or not isinstance(said, dict) or not took:
+        predicted, took = result.train_info.get("predicted"), measured(result.train_info).get(kind)
+        if result.status is not Status.success or not isinstance(predicted, dict) or not took:
             continue
-        seconds, low, high = (said.get(f"{kind}_seconds{end}") for end in ("", "_low", "_high"))
+        seconds, low, high = (predicted.get(f"{kind}_seconds{end}") for end in ("", "_low", "_high"))
         if seconds is None or low is None or high is None or (kind == "train" and result.run_info.get("resumed")):
             continue
         errors.append(seconds / took - 1)

@@ -221,8 +221,8 @@ def _method_name(method: Mapping[str, Any], optimizer: str) -> str:
 
 def _config(method: dict[str, Any], parameters: Mapping[str, Any], name: str) -> dict[str, Any]:
     keys = experiment.translated(parameters, "--from-peft").keys
-    said: dict[str, Any] = {"study": name, "method": method, "model": {"name_or_path": parameters["model_id"]}}
-    tree = OmegaConf.create(said | {"dataset": {"name": "metamath"}})
+    values: dict[str, Any] = {"study": name, "method": method, "model": {"name_or_path": parameters["model_id"]}}
+    tree = OmegaConf.create(values | {"dataset": {"name": "metamath"}})
     for key, value in keys.items():
         if not key.startswith(experiment_keys.EVALUATIONS):
             OmegaConf.update(tree, key, value)

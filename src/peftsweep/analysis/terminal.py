@@ -186,8 +186,8 @@ def _columns(table: pd.DataFrame, *, all_good: bool) -> list[Shown]:
 
 
 def _setting(table: pd.DataFrame, names: Any, column: str) -> Shown:
-    said = table[column].map(functools.partial(names.value, column))
-    return Shown(_title(names.key(column), column), ["" if pd.isna(value) else str(value) for value in said], 0)
+    values = table[column].map(functools.partial(names.value, column))
+    return Shown(_title(names.key(column), column), ["" if pd.isna(value) else str(value) for value in values], 0)
 
 
 def _title(key: str, column: str) -> str:

@@ -87,9 +87,9 @@ def check_calls(config: Config, choices: Mapping[str, str | None]) -> None:
     if config.tracker:
         tracker.check(config.tracker["_target_"])
     if config.profiler.get("_target_") == "peftsweep.observe.profiler.operators":
-        said = inspect.signature(profiler.operators).bind_partial(**_without_target(config.profiler))
-        said.apply_defaults()
-        profiler.check_schedule(*(said.arguments[name] for name in ("wait", "warmup", "active")))
+        bound = inspect.signature(profiler.operators).bind_partial(**_without_target(config.profiler))
+        bound.apply_defaults()
+        profiler.check_schedule(*(bound.arguments[name] for name in ("wait", "warmup", "active")))
     _check_model(config.model)
     compiled.check(config.train)
     _check_optimizer(config.train.optimizer_kwargs, optimizer.find_optimizer(config.train.optimizer))
@@ -119,8 +119,8 @@ def _check_packages(node: Mapping[str, Any], key: str) -> None:
         if target == TEXT:
             modules, extra = tuple(sorted(overlap.needed(node.get("metrics", overlap.METRICS)))), "text"
         if missing := [module for module in modules if importlib.util.find_spec(module) is None]:
-            said = f"{key}.{inner}" if inner else key
-            raise InputError(f"{said}: needs the package {missing[0]}: pip install 'peftsweep[{extra}]'")
+            full_key = f"{key}.{inner}" if inner else key
+            raise InputError(f"{full_key}: needs the package {missing[0]}: pip install 'peftsweep[{extra}]'")
 
 
 def _without_target(node: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,12 +155,12 @@ def _check_method(node: Mapping[str, Any], option: str) -> None:
 def _check_words(node: Mapping[str, Any], config: Any) -> None:
     """Refuse a word that PEFT's help of an option does not list, where the type of the option is any text."""
     for field in dataclasses.fields(config):
-        if field.name in WORDS_IN_HELP and isinstance(said := node.get(field.name), str):
+        if field.name in WORDS_IN_HELP and isinstance(word := node.get(field.name), str):
             words = re.findall(r"'(\w+)'", field.metadata.get("help", ""))
             hint = argument_types(config)[field.name]
-            if words and str in (hint, *typing.get_args(hint)) and said not in words:
+            if words and str in (hint, *typing.get_args(hint)) and word not in words:
                 others = [type_in_words(kind) for kind in typing.get_args(hint) if kind is not str]
-                raise InputError(f"method.{field.name}={said}: must be {' or '.join([*others, one_of(words)])}")
+                raise InputError(f"method.{field.name}={word}: must be {' or '.join([*others, one_of(words)])}")
 
 
 def _no_option(key: str, method: str, known: list[str]) -> InputError:
@@ -193,9 +193,9 @@ def _check_model(model: ModelConfig) -> None:
     """Refuse what transformers would refuse only when it loads the weights."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    known, said = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()], model.attn_implementation
-    if said is not None and said not in known and "/" not in said:  # with one it is a kernel of the hub
-        raise InputError(f"model.attn_implementation={said}: no such attention; {suggest(said, known)}")
+    known, attention = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()], model.attn_implementation
+    if attention is not None and attention not in known and "/" not in attention:  # with one it is a kernel of the hub
+        raise InputError(f"model.attn_implementation={attention}: no such attention; {suggest(attention, known)}")
     places = model.device_map.values() if isinstance(model.device_map, Mapping) else [model.device_map]
     for place in places:
         if place is None or (isinstance(place, int) and not isinstance(place, bool) and place >= 0):

@@ -126,8 +126,8 @@ def check_halving(config: Config, sweeper: str | None) -> None:
         raise InputError(f"train.eval_every={every}: must be steps that divide halving.min_steps={halving.min_steps}")
     steps, most = config.train.steps, config.train.steps // halving.factor
     if config.train.epochs is None and steps and halving.min_steps > most:
-        said = f"halving.min_steps={halving.min_steps}: must be at most {most}"
-        raise InputError(f"{said}, train.steps={steps} divided by halving.factor={halving.factor}")
+        text = f"halving.min_steps={halving.min_steps}: must be at most {most}"
+        raise InputError(f"{text}, train.steps={steps} divided by halving.factor={halving.factor}")
 
 
 def _check_halving_of_rows(config: Config) -> None:
@@ -140,10 +140,10 @@ def _check_halving_of_rows(config: Config) -> None:
 
 def check_objective(config: Config) -> None:
     """Refuse an ``objective`` that cannot be a column, as far as this is known before there is a record."""
-    said = config.objective
-    columns = [said] if isinstance(said, str) else [] if said is None else said
+    objective = config.objective
+    columns = [objective] if isinstance(objective, str) else [] if objective is None else objective
     if not isinstance(columns, list) or not all(isinstance(column, str) for column in columns):
-        raise InputError(f"objective={said}: must be a column of the record, or a list of columns")
+        raise InputError(f"objective={objective}: must be a column of the record, or a list of columns")
     for column in columns:
         section, *names = column.split(".")
         if section not in SECTIONS or not names:

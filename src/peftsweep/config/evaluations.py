@@ -167,14 +167,16 @@ def check_metrics(config: Config) -> None:
     """Refuse a metric that its evaluation does not measure, or that can only be measured on test rows."""
     from peftsweep.evaluation import evaluate  # imports torch, which `--help` must not
 
-    asked = [(key, *metric.partition(".")[::2]) for key, metric in _validation_metrics(config).items()]
-    for key, name, _ in asked:
+    named_metrics = [(key, *metric.partition(".")[::2]) for key, metric in _validation_metrics(config).items()]
+    for key, name, _ in named_metrics:
         if config.eval[name].get("_target_") == HARNESS:
             raise InputError(f"{key}: eval.{name} judges on the test rows of its tasks, and cannot validate")
-    said = [config.objective] if isinstance(config.objective, str) else config.objective or []
-    columns = [column.split(".") for column in said if column.startswith("eval_info.") and column.endswith(".value")]
-    asked += [("objective", column[1], ".".join(column[2:-1]).removeprefix("base_")) for column in columns]
-    for key, name, metric in asked:
+    objectives = [config.objective] if isinstance(config.objective, str) else config.objective or []
+    columns = [
+        column.split(".") for column in objectives if column.startswith("eval_info.") and column.endswith(".value")
+    ]
+    named_metrics += [("objective", column[1], ".".join(column[2:-1]).removeprefix("base_")) for column in columns]
+    for key, name, metric in named_metrics:
         node = config.eval[name]
         known = evaluate.measures(pydoc.locate(node["_target_"]), node)
         if known is not None and metric not in known:

@@ -95,8 +95,8 @@ class Reading:
 def unheeded(facts: Mapping[str, Mapping[str, str]]) -> str | None:
     """A warning that names the fields that were not taken although they matter; None if there are none."""
     quiet = (UNSET, NO_MODEL_NAMED, OVERRIDDEN, *FIELDS_WITHOUT_EFFECT.values())
-    said = [f"{name} ({why})" for name, why in facts.get("not_taken", {}).items() if not why.startswith(quiet)]
-    return f"not taken of the experiment's files: {'; '.join(said)}" if said else None
+    reasons = [f"{name} ({why})" for name, why in facts.get("not_taken", {}).items() if not why.startswith(quiet)]
+    return f"not taken of the experiment's files: {'; '.join(reasons)}" if reasons else None
 
 
 def folders(root: str | None) -> list[Path]:
@@ -166,27 +166,27 @@ def adapter(folder: str) -> Reading:
         if training_file(file.parent) or (file.parent / BENCHMARK_FILE).is_file():
             return Reading({"method": {}})
         raise InputError(f"method.path={folder}: holds no {ADAPTER_FILE}")
-    said = _read(file, "method.path")
+    options = _read(file, "method.path")
     kinds = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    kind = str(said.get("peft_type"))
+    kind = str(options.get("peft_type"))
     if kind not in kinds:
         raise InputError(
             f"method.path={file}: peft_type {kind}: PEFT knows no such method; {suggest(kind, list(kinds))}"
         )
-    return _options(said, kinds[kind], file)
+    return _options(options, kinds[kind], file)
 
 
-def _options(said: Mapping[str, Any], config: Any, file: Path) -> Reading:
+def _options(options: Mapping[str, Any], config: Any, file: Path) -> Reading:
     hints, fields = typing.get_type_hints(config), {one.name: one for one in dataclasses.fields(config)}
     method: dict[str, Any] = {"_target_": f"peft.{config.__name__}"}
     found = Reading({"method": method}, {"peft_type": ["method._target_"]})
-    for name, value in said.items():
+    for name, value in options.items():
         if name in FIELDS_WITHOUT_EFFECT:
             found.not_taken[name] = FIELDS_WITHOUT_EFFECT[name]
         elif name == "base_model_name_or_path":
             _take_model(found, name, value)
         elif name == "revision":
-            if value is None or not said.get("base_model_name_or_path"):
+            if value is None or not options.get("base_model_name_or_path"):
                 found.not_taken[name] = UNSET if value is None else "is of a model that is not named"
             else:
                 found.put(name, "model.revision", value)
@@ -245,34 +245,36 @@ def translated(parameters: Mapping[str, Any], source: str) -> Reading:
     Raises:
         InputError: one is unknown or impossible; ``source`` says where it stands.
     """
-    said = DEFAULTS | dict(parameters)
+    values = DEFAULTS | dict(parameters)
     known = (*KEYS, *OTHER_FIELDS)
-    for name in said:
+    for name in values:
         if name not in known:
             raise InputError(f"{source}: {name}: no such parameter; {suggest(name, list(known))}")
     if wrong := fault(dict(parameters), PARAMETERS):
         raise InputError(f"{source}: {wrong}")
     found = Reading()
     for theirs, ours in KEYS.items():
-        if theirs in said and theirs not in ("dtype", "query_template"):
-            found.put(theirs, ours, said[theirs])
-    _take_optimizer(found, said, source)
-    _take_validation(found, said, parameters, source)
-    _take_numbers(found, said, source)
-    if "model_id" in said:
-        _take_model(found, "model_id", said["model_id"])
-    if "compile" in said:
-        dynamic = True if said["compile"] else None
-        found.take("compile", train__compile="inductor" if said["compile"] else "none", train__compile_dynamic=dynamic)
-    if "query_template" in said:
-        if "{query}" not in str(said["query_template"]):
+        if theirs in values and theirs not in ("dtype", "query_template"):
+            found.put(theirs, ours, values[theirs])
+    _take_optimizer(found, values, source)
+    _take_validation(found, values, parameters, source)
+    _take_numbers(found, values, source)
+    if "model_id" in values:
+        _take_model(found, "model_id", values["model_id"])
+    if "compile" in values:
+        dynamic = True if values["compile"] else None
+        found.take(
+            "compile", train__compile="inductor" if values["compile"] else "none", train__compile_dynamic=dynamic
+        )
+    if "query_template" in values:
+        if "{query}" not in str(values["query_template"]):
             raise InputError(f"{source}: query_template must contain {{query}}")
-        found.put("query_template", "dataset.prompt", said["query_template"])
-        found.put("query_template", f"{EVALUATIONS}prompt", said["query_template"])
-    if text := said.get("init_kv_cache_prefix"):
+        found.put("query_template", "dataset.prompt", values["query_template"])
+        found.put("query_template", f"{EVALUATIONS}prompt", values["query_template"])
+    if text := values.get("init_kv_cache_prefix"):
         node = {"_target_": "peftsweep.models.initialise.prefix_from_text", "text": text}
         found.put("init_kv_cache_prefix", "method_setup", node)
-    elif "init_kv_cache_prefix" in said:
+    elif "init_kv_cache_prefix" in values:
         found.taken["init_kv_cache_prefix"] = ["method_setup"]
     return found.only(parameters)
 
@@ -370,12 +372,12 @@ def _take_bits(found: Reading, fields: Mapping[str, Any], dtype: str) -> None:
 
 def _read(file: Path, key: str) -> dict[str, Any]:
     try:
-        said: Any = read_json(file)
+        content: Any = read_json(file)
     except Unreadable as error:
         raise InputError(f"{key}={file}: cannot be read: {str(error).removeprefix(f'{file}: ')}") from None
-    if not isinstance(said, dict):
+    if not isinstance(content, dict):
         raise InputError(f"{key}={file}: not a JSON object")
-    return said
+    return content
 
 
 def _nested(value: Any, hint: Any) -> Any:

@@ -79,23 +79,23 @@ def fill_from_files(
 
     Returns the choices that the files have made, and what became of each field of an experiment's.
     """
-    said = {override.lstrip("+~").partition("=")[0] for override in overrides}
-    made = _fill_from_record(cfg, said) if cfg.repeat is not None else {}
-    made |= _fill_from_adapter(cfg, said, choices) if cfg.adapter.path is not None else {}
+    given_keys = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    made = _fill_from_record(cfg, given_keys) if cfg.repeat is not None else {}
+    made |= _fill_from_adapter(cfg, given_keys, choices) if cfg.adapter.path is not None else {}
     folder, file = cfg.method.get("path"), cfg.train.params_file  # which may be given by method.path
     if folder is None and file is None:
         return made, repeat.original(cfg.repeat).run_info.get("experiment", {}) if cfg.repeat is not None else {}
     found = experiment.read(folder, file)
     cfg.train.params_file = None  # the same trial as with the same keys on the command line
-    for key in said - {"method", "quant", "inference"}:  # whole groups, of which an experiment's files tell more
+    for key in given_keys - {"method", "quant", "inference"}:  # whole groups, of which an experiment's files tell more
         found.refuse(key, f"{experiment.OVERRIDDEN} {key}")
     if folder is not None:
         cfg.method = as_text(found.keys.pop("method")) | {
             key: value for key, value in cfg.method.items() if key != "path"
         }
         cfg.label = cfg.label or as_text(experiment.label(folder))
-    made |= _fill_model(cfg, found, said) | _fill_groups(cfg, found, said)
-    _fill_evaluations(cfg, found, said)
+    made |= _fill_model(cfg, found, given_keys) | _fill_groups(cfg, found, given_keys)
+    _fill_evaluations(cfg, found, given_keys)
     for key, value in found.keys.items():
         OmegaConf.update(cfg, key, as_text(value), merge=False)
     return made, found.facts()
@@ -248,8 +248,10 @@ def _use_base(cfg: DictConfig, base: str, given: set[str]) -> str:
 def read_newlines(cfg: DictConfig, overrides: Iterable[str]) -> None:
     r"""Have ``\n`` in a template of the command line be the end of a line; ``\\n`` are these two characters."""
     for key in (override.lstrip("+").partition("=")[0] for override in overrides):
-        if TEMPLATE.fullmatch(key) and (said := OmegaConf.select(cfg, key, throw_on_missing=False)) is not None:
-            texts = [_with_newlines(text) for text in said] if OmegaConf.is_list(said) else _with_newlines(said)
+        if TEMPLATE.fullmatch(key) and (template := OmegaConf.select(cfg, key, throw_on_missing=False)) is not None:
+            texts = (
+                [_with_newlines(text) for text in template] if OmegaConf.is_list(template) else _with_newlines(template)
+            )
             OmegaConf.update(cfg, key, texts)
 
 

@@ -134,10 +134,10 @@ class Comparison:
 
     def lines(self) -> list[str]:
         """The comparison as lines of text, the verdict last."""
-        said = [
+        changes = [
             f"{key}: {_value_in_words(before)} -> {_value_in_words(now)}" for key, (before, now) in self.changed.items()
         ]
-        lines = [f"changed: {line}" for line in said] or ["changed: nothing; the same versions, device and code"]
+        lines = [f"changed: {line}" for line in changes] or ["changed: nothing; the same versions, device and code"]
         if self._other_end:
             return [*lines, f"not the same: {self.status[0]} before, {self.status[1]} now"]
         lines += [self.rule, *map(str, self.different)]

@@ -111,8 +111,8 @@ def _check_method_of_trial(cfg: DictConfig, given: GivenKeys, choices: Choices, 
             raise _contradicts(cfg, f"{key}={value}", f"{key}={trained}")
 
 
-def _contradicts(cfg: DictConfig, said: str, trained: str) -> InputError:
-    return InputError(f"{said}: contradicts adapter.path={cfg.adapter.path}, which was trained with {trained}")
+def _contradicts(cfg: DictConfig, given: str, trained: str) -> InputError:
+    return InputError(f"{given}: contradicts adapter.path={cfg.adapter.path}, which was trained with {trained}")
 
 
 def _check_base_of_trial(cfg: DictConfig, path: str, held: Result, identify: Identify) -> None:
@@ -122,8 +122,10 @@ def _check_base_of_trial(cfg: DictConfig, path: str, held: Result, identify: Ide
     if given == trained or fingerprint.of_values(identify(given)) == held.meta_info.get("model_sha"):
         return
     if not _same(given, trained, identify):
-        said = next((key for key in ("task", "init", "name_or_path") if _at(cfg.model, key) != recorded.get(key)), "")
-        key = f"model.{said or 'name_or_path'}"
+        given_key = next(
+            (key for key in ("task", "init", "name_or_path") if _at(cfg.model, key) != recorded.get(key)), ""
+        )
+        key = f"model.{given_key or 'name_or_path'}"
         raise _contradicts(cfg, f"{key}={_plain(cfg, key)}", f"another base, {recorded['name_or_path']}")
 
 
@@ -231,15 +233,15 @@ def from_elsewhere(
     return made, str(base)
 
 
-def _check_method(cfg: DictConfig, said: GivenKeys, choices: Choices, method: Mapping[str, Any]) -> None:
+def _check_method(cfg: DictConfig, given_keys: GivenKeys, choices: Choices, method: Mapping[str, Any]) -> None:
     """Options that the command line chooses by a group count as far as they say which method it is."""
     option = choices.get("method")
-    if "method" in said and option != FROM_FILE:
+    if "method" in given_keys and option != FROM_FILE:
         given = _plain(cfg, "method") or {}
         kind = {key: value for key, value in given.items() if key == "_target_" or isinstance(value, bool)}
         if not given or any(_value(method, key) != value for key, value in kind.items()):
             raise _contradicts(cfg, f"method={option}", _method_in_words(method))
-    for key in said:
+    for key in given_keys:
         section, _, name = key.partition(".")
         if section == "method" and name and name != "path" and _plain(cfg, key) != _value(method, name):
             raise _contradicts(cfg, f"{key}={_plain(cfg, key)}", f"{key}={_value(method, name)}")
@@ -264,11 +266,11 @@ def _check_targets(cfg: DictConfig, given: GivenKeys, saved: Any) -> None:
     key = next((key for key in sorted(given) if key.partition(".")[0] == "targets"), None)
     if key is None:
         return
-    asked = [cfg.model.roles.get(role) or [] for role in cfg.targets.roles or []]
-    asked += [[name] for name in cfg.targets.modules or []]
-    names = {name for role in asked for name in role}
+    role_names = [cfg.model.roles.get(role) or [] for role in cfg.targets.roles or []]
+    role_names += [[name] for name in cfg.targets.modules or []]
+    names = {name for role in role_names for name in role}
     modules = set(saved or ()) if not isinstance(saved, str) else set()
-    if modules and modules <= names and all(modules.intersection(role) for role in asked):
+    if modules and modules <= names and all(modules.intersection(role) for role in role_names):
         return
     shown = ", ".join(sorted(modules)) or saved
     raise _contradicts(cfg, f"{key}={_plain(cfg, key)}", f"target_modules {shown}")

@@ -226,8 +226,8 @@ def _greedy(
         for row, token, ended in zip(running, chosen.tolist(), over, strict=True):
             if not ended:
                 written[row].append(token)
-        said = stops.reached([written[row] for row in running])
-        over = [before or now for before, now in zip(over, said, strict=True)]
+        stopped = stops.reached([written[row] for row in running])
+        over = [before or now for before, now in zip(over, stopped, strict=True)]
         if all(over) or step == max_new_tokens - 1:
             break
         if len(places := _unfinished(over, slots)) < len(running):

@@ -82,9 +82,9 @@ class Coverage:
             for role, reach in ordered
             if not reach.adapted and reach.weights >= MIN_NAMED_SHARE * self.weights
         ]
-        said = f"adapts {percent(self.share)} of the weights" + (f": {', '.join(reached)}" if reached else "")
-        said += f"; not {', '.join(left)}" if left and reached else ""
-        return said + stored(self.quantised, self.weights)
+        text = f"adapts {percent(self.share)} of the weights" + (f": {', '.join(reached)}" if reached else "")
+        text += f"; not {', '.join(left)}" if left and reached else ""
+        return text + stored(self.quantised, self.weights)
 
     def _reached(self, role: str, reach: Reach) -> str:
         notes = [] if reach.adapted == reach.weights else [percent(reach.adapted / reach.weights)]

@@ -237,9 +237,9 @@ _LIKELY: dict[tuple[Any, ...], Shortcuts] = {}  # by what decides them
 
 def known_shortcuts(base: Any) -> Shortcuts:
     """``likely_shortcuts``, remembered by what decides them: a sweep's forecasts ask for each of its methods."""
-    said = base.config.to_dict()
-    said.pop("quantization_config", None)  # how layers are stored changes nothing of what calls them
-    stated = json.dumps(said, sort_keys=True, default=str), text_config(base)._attn_implementation
+    settings = base.config.to_dict()
+    settings.pop("quantization_config", None)  # how layers are stored changes nothing of what calls them
+    stated = json.dumps(settings, sort_keys=True, default=str), text_config(base)._attn_implementation
     key = type(base), *stated, type(head := base.get_output_embeddings()), shortcuts.is_linear(head)
     if key not in _LIKELY:
         _LIKELY[key] = likely_shortcuts(base)

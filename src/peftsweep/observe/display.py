@@ -271,8 +271,8 @@ def scores_line(scores: dict[str, Any]) -> str:
             "majority": baseline(scores, metric, "majority"),
             "chance": baseline(scores, metric, "random"),
         }
-        said = ", ".join(f"{name} {figure:.3f}" for name, figure in beside.items() if figure is not None)
-        parts.append(text + (f" ({said})" if said else ""))
+        figures = ", ".join(f"{name} {figure:.3f}" for name, figure in beside.items() if figure is not None)
+        parts.append(text + (f" ({figures})" if figures else ""))
     return ", ".join(parts)
 
 

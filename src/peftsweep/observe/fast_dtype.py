@@ -75,6 +75,6 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    said = {name.strip(): value.split() for name, _, value in (line.partition(":") for line in lines)}
-    narrow = [flag for flag in said.get("flags", said.get("Features", [])) if "bf16" in flag]
-    return " ".join([*said.get("model name", [platform.machine()]), *narrow])
+    facts = {name.strip(): value.split() for name, _, value in (line.partition(":") for line in lines)}
+    narrow = [flag for flag in facts.get("flags", facts.get("Features", [])) if "bf16" in flag]
+    return " ".join([*facts.get("model name", [platform.machine()]), *narrow])

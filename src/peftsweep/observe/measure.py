@@ -212,8 +212,8 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether a device or the host had no memory left, as ``error`` or what it was raised from says."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    said = isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)) is not None
-    return said or (error.__cause__ is not None and out_of_memory(error.__cause__))
+    by_message = isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)) is not None
+    return by_message or (error.__cause__ is not None and out_of_memory(error.__cause__))
 
 
 @contextmanager

@@ -74,9 +74,9 @@ class Tracker(Observer):
             self._try(lambda: action(tool))
 
     def _try(self, action: Callable[[], None]) -> None:
-        said = io.StringIO()  # some tools print, which would tear the display
+        printed = io.StringIO()  # some tools print, which would tear the display
         try:
-            with redirect_stdout(said), redirect_stderr(said):
+            with redirect_stdout(printed), redirect_stderr(printed):
                 action()
         except Exception as error:  # whatever the tool raises
             log.warning("the tracker is dropped, the trial goes on: %s: %s", type(error).__name__, error)
@@ -84,7 +84,7 @@ class Tracker(Observer):
             with suppress(Exception):
                 if tool is not None:
                     _finish(tool)  # a run left open would be in the way of the next trial's
-        if text := said.getvalue().strip():
+        if text := printed.getvalue().strip():
             log.info("%s", text)
 
 

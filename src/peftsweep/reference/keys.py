@@ -145,10 +145,10 @@ def _keys_of(kind: Any, above: str) -> Iterator[Key]:
             yield from _keys_of(hints[field.name], f"{name}.")
             continue
         default = field.default_factory() if callable(field.default_factory) else field.default
-        said = _comments_of_schema()[kind.__name__, field.name]
+        meaning = _comments_of_schema()[kind.__name__, field.name]
         words = (above[:4] != "eval" and calls.schema_type(name)) or calls.type_in_words(hints[field.name])
         words = "anything" if words == "Any" else words
-        yield Key(name, words, _allowed(name, hints[field.name]), shown(default), said)
+        yield Key(name, words, _allowed(name, hints[field.name]), shown(default), meaning)
 
 
 def _allowed(name: str, hint: Any, option: limits.Option | None = None) -> str:
@@ -184,11 +184,11 @@ def called_keys(prefix: str, target: str, notes: Mapping[str, str], values: Mapp
         if name in meanings.PROVIDED or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
         key = f"{prefix}.{name}"
-        said = notes.get(name) or help_of(function, name) or meanings.key_meaning(key)
+        meaning = notes.get(name) or help_of(function, name) or meanings.key_meaning(key)
         hint = hints.get(name, Any)
         default = values.get(name, parameter.default)
         words = calls.type_in_words(hint) if name in hints else ""
-        found.append(Key(key, words, _allowed(key, hint, numbers.get(name)), shown(default), said))
+        found.append(Key(key, words, _allowed(key, hint, numbers.get(name)), shown(default), meaning))
     return found
 
 
@@ -300,11 +300,11 @@ def explain(name: str, method: str = "lora") -> str:
     Raises:
         InputError: there is no such key.
     """
-    if said := _explained(name, light_keys()):
-        return said
+    if text := _explained(name, light_keys()):
+        return text
     known = all_keys(method)
-    if said := _explained(name, known):
-        return said
+    if text := _explained(name, known):
+        return text
     raise InputError(f"{name}: no such key or group; {suggest(name, list(known))}")
 
 
@@ -312,5 +312,5 @@ def _explained(name: str, known: Mapping[str, Key]) -> str:
     general = re.sub(r"^eval\.[\w-]+\.", "eval.<name>.", name)
     below = [str(key) for key in known.values() if key.name.startswith(f"{general}.")]
     if name in groups():
-        below = [f"{name}={option}: {said}" for option, said in options(name).items()] + below
+        below = [f"{name}={option}: {meaning}" for option, meaning in options(name).items()] + below
     return "\n".join(below) or (str(known[general]) if general in known else "")

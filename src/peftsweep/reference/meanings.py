@@ -258,4 +258,4 @@ def column_meaning(column: str) -> str:
 
 def matches(name: str, sentences: Mapping[str, str]) -> str:
     """The sentence of the first pattern that fits a name, empty where none does."""
-    return next((said for pattern, said in sentences.items() if fnmatchcase(name, pattern)), "")
+    return next((sentence for pattern, sentence in sentences.items() if fnmatchcase(name, pattern)), "")

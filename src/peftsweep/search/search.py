@@ -74,8 +74,8 @@ def check_installed() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
-def options(said: Mapping[str, Any], objective: Any, study: str, searched: Any, at_once: int) -> Options:
-    """The keys ``said`` of ``hydra.sweeper``, checked, with what follows from the sweep where they are null.
+def options(given: Mapping[str, Any], objective: Any, study: str, searched: Any, at_once: int) -> Options:
+    """The keys ``given`` of ``hydra.sweeper``, checked, with what follows from the sweep where they are null.
 
     ``searched`` are plain values that say what is searched: the search is called by a hash of them and of the
     objectives, so that the same command continues it.
@@ -83,9 +83,9 @@ def options(said: Mapping[str, Any], objective: Any, study: str, searched: Any, 
     Raises:
         InputError: one is unknown or wrong.
     """
-    if unknown := [key for key in said if key not in KEYS]:
+    if unknown := [key for key in given if key not in KEYS]:
         raise InputError(f"hydra.sweeper.{unknown[0]}: no such key; {suggest(str(unknown[0]), list(KEYS))}")
-    n_trials, n_jobs = said.get("n_trials"), said.get("n_jobs")
+    n_trials, n_jobs = given.get("n_trials"), given.get("n_jobs")
     for key, number in (("n_trials", n_trials), ("n_jobs", at_once if n_jobs is None else n_jobs)):
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise InputError(f"hydra.sweeper.{key}={number}: must be a whole number, at least 1")
@@ -94,7 +94,7 @@ def options(said: Mapping[str, Any], objective: Any, study: str, searched: Any, 
         raise InputError(
             "objective: must be given, a column of the record or a list of them, such as eval_info.EVAL.METRIC.value"
         )
-    direction = said.get("direction")
+    direction = given.get("direction")
     directions = (direction,) if isinstance(direction, str) else tuple(direction or ())
     if wrong := [one for one in directions if one not in DIRECTIONS]:
         raise InputError(f"hydra.sweeper.direction={wrong[0]}: must be one of {', '.join(DIRECTIONS)}")
@@ -102,7 +102,7 @@ def options(said: Mapping[str, Any], objective: Any, study: str, searched: Any, 
         raise InputError(
             f"hydra.sweeper.direction: has {len(directions)} for {len(objectives)} objectives; give one for each"
         )
-    pruner = dict(said.get("pruner") or {"_target_": pruning.NONE})
+    pruner = dict(given.get("pruner") or {"_target_": pruning.NONE})
     if len(directions) > 1 and pruner.get("_target_") != pruning.NONE:
         raise InputError("hydra.sweeper.pruner: Optuna prunes by one objective, not by several")
     named = fingerprint.of_values([searched, objectives, directions])
@@ -110,9 +110,9 @@ def options(said: Mapping[str, Any], objective: Any, study: str, searched: Any, 
         n_trials=n_trials,  # type: ignore[arg-type]
         n_jobs=at_once if n_jobs is None else n_jobs,
         directions=directions,
-        storage=str(said.get("storage") or store.folder(study) / pruning.JOURNAL),
-        study_name=str(said.get("study_name") or f"peftsweep-{named[:NAME_LENGTH]}"),
-        sampler=dict(said.get("sampler") or {}),
+        storage=str(given.get("storage") or store.folder(study) / pruning.JOURNAL),
+        study_name=str(given.get("study_name") or f"peftsweep-{named[:NAME_LENGTH]}"),
+        sampler=dict(given.get("sampler") or {}),
         pruner=pruner,
         objectives=objectives,
     )
@@ -181,8 +181,8 @@ class Search:
             if len(batch) >= self.options.n_jobs or self._exhausted:
                 break
             self.study.sampler = self._sampler(number)
-            asked = self.study.ask(self._distributions)
-            batch.append(self.study.get_trials(deepcopy=False)[asked.number])
+            new_trial = self.study.ask(self._distributions)
+            batch.append(self.study.get_trials(deepcopy=False)[new_trial.number])
         return batch
 
     def trials(self) -> list[FrozenTrial]:

@@ -65,8 +65,8 @@ def _constant(way: str, facts: Mapping[str, Any]) -> str:
     histogram = facts.get(f"{way}histogram") or {"": 0}
     answer, times = max(histogram.items(), key=lambda entry: entry[1])
     how = f" by {way.strip('_').replace('_', ' ')}" if way else ""
-    said = f"'{answer}'" if answer else "a text without an answer"
-    return f"nearly always the same answer{how}, {times} of {sum(histogram.values())} times {said}"
+    answer_text = f"'{answer}'" if answer else "a text without an answer"
+    return f"nearly always the same answer{how}, {times} of {sum(histogram.values())} times {answer_text}"
 
 
 def _cut(name: str, facts: Mapping[str, Any], count: int | None) -> Iterator[str]:

@@ -66,8 +66,8 @@ def claim(study: Path, identity: str) -> Iterator[None]:
     file, token = _claim(study, identity), uuid.uuid4().hex
     file.parent.mkdir(parents=True, exist_ok=True)
     with _deciding(file):
-        if said := _holder(file):
-            raise Claimed(said)
+        if holder := _holder(file):
+            raise Claimed(holder)
         write_json(file, owner.me() | {"token": token})
     if not _is_mine(file, token):  # there are no locks here, and another wrote at the same moment
         raise Claimed("another process has just taken it")
@@ -155,13 +155,13 @@ def _holder(file: Path) -> str | None:
     try:
         holder = read_json(file)
         alive = owner.alive(holder)
-        said = f"run by process {holder['pid']} on {holder['host']}"
+        text = f"run by process {holder['pid']} on {holder['host']}"
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
         return None
     except OSError:  # such as of another user's; how old it is can be seen all the same
-        holder, alive, said = {}, None, "run by another process"
+        holder, alive, text = {}, None, "run by another process"
     if alive is not None:
-        return said if alive else None
+        return text if alive else None
     try:
         left, age = _silence_left(file, holder)
     except FileNotFoundError:
@@ -169,7 +169,7 @@ def _holder(file: Path) -> str | None:
     if left <= 0:
         return None
     dated = f", dated {-age:,.0f} s ahead of this disk's clock" if age < -1 else ""
-    return f"{said}{dated}; without a sign of life from there it is taken over in {left:.0f} s"
+    return f"{text}{dated}; without a sign of life from there it is taken over in {left:.0f} s"
 
 
 def _silence_left(file: Path, holder: dict[str, Any]) -> tuple[float, float]:

@@ -239,8 +239,8 @@ def compiled(shape: Shape) -> Check:
     if isinstance(shape, list):
         return _check_of_list(shape[0])
     if isinstance(shape, frozenset):
-        said = f"must be one of {', '.join(sorted(shape))}"
-        return lambda value, key: None if value in shape else f"{key}: {said}"
+        expected = f"must be one of {', '.join(sorted(shape))}"
+        return lambda value, key: None if value in shape else f"{key}: {expected}"
     if not isinstance(shape, type) and callable(shape):
         found: Check = shape
         return found
@@ -262,7 +262,7 @@ def _check_of_list(shape: Shape) -> Check:
             return _wrong(value, list, key)
         parts = enumerate(value)
         found = (inner(part, f"{key}.{place}") for place, part in parts if type(part) not in types)
-        return next((said for said in found if said), None)
+        return next((problem for problem in found if problem), None)
 
     return wrong
 
@@ -280,12 +280,12 @@ def _check_of_object(shape: Mapping[str, Shape]) -> Check:
             if name == "*":
                 for other, found in value.items():
                     other_kind = type(found) not in types and other not in named
-                    if other_kind and (said := inner(found, _joined(key, other))):
-                        return said
+                    if other_kind and (problem := inner(found, _joined(key, other))):
+                        return problem
             elif name in value:
                 found = value[name]
-                if type(found) not in types and (said := inner(found, _joined(key, name))):
-                    return said
+                if type(found) not in types and (problem := inner(found, _joined(key, name))):
+                    return problem
             elif not optional:
                 return f"{_joined(key, name)} is missing"
         return None

@@ -186,8 +186,8 @@ def trials_in_words(count: int) -> str:
 def counted(statuses: Iterable[str]) -> str:
     """How trials ended: ``3 trials: 2 success, 1 failed``."""
     counts = Counter(statuses)
-    said = ", ".join(f"{counts[status.name]:,} {status.name}" for status in Status if counts[status.name])
-    return trials_in_words(counts.total()) + (f": {said}" if said else "")
+    text = ", ".join(f"{counts[status.name]:,} {status.name}" for status in Status if counts[status.name])
+    return trials_in_words(counts.total()) + (f": {text}" if text else "")
 
 
 @dataclass

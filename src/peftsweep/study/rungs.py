@@ -62,8 +62,8 @@ def stop(place: Path, why: str, step: int, metric: str) -> dict[str, Any]:
     values = {at: row[key] for at, row in known.items() if at <= step and row.get(key) is not None}
     sign = 1 if is_minimized(metric) else -1
     best = min(values, key=lambda at: (sign * values[at], at), default=None)
-    said = {"why": why, "step": step, "metric": metric, "value": values.get(step)}
-    return said | {"best_step": best, "best_value": None if best is None else values[best]}
+    facts = {"why": why, "step": step, "metric": metric, "value": values.get(step)}
+    return facts | {"best_step": best, "best_value": None if best is None else values[best]}
 
 
 def rung(config: HalvingConfig, place: Path, step: int) -> dict[str, Any]:

@@ -70,10 +70,10 @@ def adapter(path: str) -> Path:
     for candidate in (given, given / ADAPTER):
         if any((candidate / name).is_file() for name in ADAPTER_CONFIGS):
             return candidate
-    said = f"adapter.path={path}: holds no adapter_config.json, and no trial with one"
+    text = f"adapter.path={path}: holds no adapter_config.json, and no trial with one"
     if not given.exists() and path.count("/") == 1:
-        said += f"; one of the hub: hf download {path} --local-dir FOLDER"
-    raise InputError(said)
+        text += f"; one of the hub: hf download {path} --local-dir FOLDER"
+    raise InputError(text)
 
 
 def is_plain(name: str) -> bool:
@@ -302,7 +302,7 @@ def unwritable(error: BaseException) -> Unwritable | None:
             error.strerror if error.errno in NO_SPACE_ERRNOS or (error.errno in UNWRITABLE_ERRNOS and ours) else None
         )
     else:
-        reason = next((said for said in NO_SPACE_MESSAGES if said in message(error)), None)
+        reason = next((pattern for pattern in NO_SPACE_MESSAGES if pattern in message(error)), None)
         code = re.search(r"serializ.*\(os error (\d+)\)", message(error), re.DOTALL)  # as of safetensors
         if code and int(code[1]) in UNWRITABLE_ERRNOS:
             reason = os.strerror(int(code[1]))

@@ -20,12 +20,12 @@ from peftsweep.errors import InputError
 CODE = ("_target_", "optimizer", "generator", "reader")  # keys whose values name code
 # Keys by which a library finds code, or a file that it writes, and whether a value does that.
 LEADS_TO_CODE: dict[str, Callable[[Any], bool]] = {
-    "attn_implementation": lambda said: "/" in str(said),  # a kernel of the hub, which is downloaded and run
+    "attn_implementation": lambda given: "/" in str(given),  # a kernel of the hub, which is downloaded and run
     "trust_remote_code": bool,
-    "megatron_core": lambda said: said != "megatron.core",  # a module that PEFT imports
+    "megatron_core": lambda given: given != "megatron.core",  # a module that PEFT imports
     "include_path": bool,  # the harness's own yamls, whose !function names a file beside them
-    "tasks": lambda said: (
-        isinstance(said, list) and any(isinstance(one, Mapping) for one in said)
+    "tasks": lambda given: (
+        isinstance(given, list) and any(isinstance(one, Mapping) for one in given)
     ),  # the harness runs the templates of a task
     **dict.fromkeys(("cache_file", "covariance_file"), bool),  # PEFT writes it
 }

@@ -361,18 +361,18 @@ def _ended(worker: _Worker, options: Options) -> tuple[str, str] | None:
     return None
 
 
-def _record(worker: _Worker, trial: Trial, outcome: str, said: str, options: Options) -> Result:
+def _record(worker: _Worker, trial: Trial, outcome: str, message: str, options: Options) -> Result:
     """Write and return the record of a trial whose own process could not write it."""
     if outcome == "died":
         status, failure = worker.death()
     elif outcome == "timeout":
-        message = f"it took longer than hydra.launcher.timeout, {options.timeout:g} seconds"
-        status, failure = Status.failed, worker.failure("TimeoutError", message)
+        text = f"it took longer than hydra.launcher.timeout, {options.timeout:g} seconds"
+        status, failure = Status.failed, worker.failure("TimeoutError", text)
     elif outcome == "cancelled":
         status, failure = Status.cancelled, worker.failure("KeyboardInterrupt", "its process was interrupted")
     else:
-        lines = said.strip().splitlines() or ["unknown"]
-        status, failure = Status.failed, worker.failure("WorkerFailed", lines[-1]) | {"traceback": said}
+        lines = message.strip().splitlines() or ["unknown"]
+        status, failure = Status.failed, worker.failure("WorkerFailed", lines[-1]) | {"traceback": message}
     return task.died(trial, status, failure, time.monotonic() - worker.since)
 
 

@@ -101,12 +101,12 @@ def pretrain(
 
 
 @torch.no_grad()
-def accuracy(model: Any, tokenizer: PreTrainedTokenizerFast, asked: list[tuple[str, str]]) -> float:
+def accuracy(model: Any, tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]) -> float:
     """The share of prompts that the model completes exactly as wanted, up to the end of the line."""
-    batch = tokenizer([prompt for prompt, _ in asked], padding=True, padding_side="left", return_tensors="pt")
+    batch = tokenizer([prompt for prompt, _ in pairs], padding=True, padding_side="left", return_tensors="pt")
     out = model.generate(**batch, max_new_tokens=16, do_sample=False)
-    said = tokenizer.batch_decode(out[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
-    right = [text.split("\n")[0] == wanted for text, (_, wanted) in zip(said, asked, strict=True)]
+    texts = tokenizer.batch_decode(out[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
+    right = [text.split("\n")[0] == wanted for text, (_, wanted) in zip(texts, pairs, strict=True)]
     return sum(right) / len(right)
 
 
@@ -114,15 +114,15 @@ def skills(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[
     """Accuracy on everything that pretraining taught, and on the task that it did not."""
     rng = random.Random("skills")
     pairs = [(rng.randint(2, task.LARGEST), rng.randint(2, task.LARGEST)) for _ in range(SKILL_ROWS)]
-    asked = {}
+    pairs_by_skill = {}
     for kind, equation in (("addition", task.add), ("subtraction", task.subtract)):
         cut = [equation(*pair).partition("=") for pair in pairs]
-        asked[kind] = [(left + equals, result) for left, equals, result in cut]
+        pairs_by_skill[kind] = [(left + equals, result) for left, equals, result in cut]
     for name, probe in task.PROBES.items():
         stories = [task.draw_story(rng) for _ in range(SKILL_ROWS)]
-        asked[name] = [(f"{story.text} {probe(story)[0]}\n", probe(story)[1]) for story in stories]
-    asked["the task"] = [(row["question"] + "\n", row["answer"]) for row in task.rows("test", SKILL_ROWS)]
-    return {name: accuracy(model, tokenizer, prompts) for name, prompts in asked.items()}
+        pairs_by_skill[name] = [(f"{story.text} {probe(story)[0]}\n", probe(story)[1]) for story in stories]
+    pairs_by_skill["the task"] = [(row["question"] + "\n", row["answer"]) for row in task.rows("test", SKILL_ROWS)]
+    return {name: accuracy(model, tokenizer, prompts) for name, prompts in pairs_by_skill.items()}
 
 
 def main() -> None:

@@ -160,5 +160,5 @@ def pretraining_text(rng: random.Random) -> str:
     if rng.random() < 0.1:  # an equation beside a story, about other numbers
         return f"{text}\n{equation_lines(rng).splitlines()[0]}"
     (probe,) = rng.choices(list(PROBES.values()), PROBE_WEIGHTS)
-    prompt, said = probe(story)
-    return f"{text} {prompt}\n{said}"
+    prompt, answer = probe(story)
+    return f"{text} {prompt}\n{answer}"

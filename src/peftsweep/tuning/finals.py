@@ -207,11 +207,11 @@ def league(column: str, finals: Finals, method: str, placebo: str, difference: f
         for place, number in enumerate(found.measured.numbers.tolist())
     ]
     pairs = [sign * (own.value - other.value) for own in finals[placebo].values() for other in finals[method].values()]
-    said = found.verdict(names.index(placebo), names.index(method))
+    found_verdict = found.verdict(names.index(placebo), names.index(method))
     return League(
         sorted(standings, key=lambda one: -sign * one.value),
-        said,
-        said in (BETTER, WORSE),
+        found_verdict,
+        found_verdict in (BETTER, WORSE),
         sum(pair > 0 for pair in pairs),
         len(pairs),
         seeds_needed(found, difference),

@@ -277,11 +277,11 @@ class Writer:
         prompt = self.form.filled(prompt)
         for name, one in self.models.items():
             torch.manual_seed(self.seed + self.drawn)
-            asked = self._in_training_form(name, prompt)
+            model_input = self._in_training_form(name, prompt)
             text = decoding.generate(
                 one,
                 self.tokenizer,
-                [asked],
+                [model_input],
                 max_new_tokens=self.max_new_tokens,
                 max_length=sys.maxsize,
                 sampling=self.sampling,
@@ -299,8 +299,8 @@ class Writer:
         if not _converses(self.trial):
             return prompt
         system: list[Message] = [] if self.system is None else [{"role": "system", "content": self.system}]
-        said = self.said.setdefault(name, system)
-        turns: list[Any] = [*said, {"role": "user", "content": prompt}, {"role": "assistant", "content": ANSWER}]
+        history = self.said.setdefault(name, system)
+        turns: list[Any] = [*history, {"role": "user", "content": prompt}, {"role": "assistant", "content": ANSWER}]
         row = Example(prompt, ANSWER, conversation=Conversation(turns))
         own = self.trial.config.dataset
         return through_chat_template(self.tokenizer, [row], chat_template=own.chat, turns=Turns.last, key="--prompt")[0]

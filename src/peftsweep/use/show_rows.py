@@ -122,20 +122,20 @@ def _summary(trial: Trial, row: Tokens | None) -> str:
     own = trial.config.dataset
     if row is None:
         return "left out, as it lacks a value (dataset.missing=drop)"
-    said = [f"{len(row.ids)} tokens"]
+    parts = [f"{len(row.ids)} tokens"]
     if row.label is None:
-        said.append(f"{sum(trained(row))} trained on")
+        parts.append(f"{sum(trained(row))} trained on")
     else:
         from peftsweep.config import build
 
-        said.append(f"class {build.classes(trial)[row.label]}")
+        parts.append(f"class {build.classes(trial)[row.label]}")
     cuts = {"beginning": row.lost_prompt, "end": row.lost_answer}
     if trial.config.model.task is Task.seq_cls:
         cuts = {"end": row.lost_prompt}
-    said += [f"{lost} cut off at its {place}" for place, lost in cuts.items() if lost]
+    parts += [f"{lost} cut off at its {place}" for place, lost in cuts.items() if lost]
     if own.drop_long and len(row.ids) > own.max_length:
-        said.append(f"left out, as it is longer than dataset.max_length={own.max_length}")
-    return ", ".join(said)
+        parts.append(f"left out, as it is longer than dataset.max_length={own.max_length}")
+    return ", ".join(parts)
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], mask: Sequence[bool]) -> Iterator[Piece]:

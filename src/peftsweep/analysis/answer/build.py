@@ -65,8 +65,8 @@ def answer(
         table = table.assign(**{columns.CALLED: columns.named_trials(table)})
     found, several = searches.decisions(folder), len(tasks) > 1
     of_tasks = [part for task in tasks for part in _task_sections(folder, task, several, quality_loss, found)]
-    told = {part.name for part in of_tasks}
-    after = [decided.section(one) for one in found if one.name not in told]
+    task_names = {part.name for part in of_tasks}
+    after = [decided.section(one) for one in found if one.name not in task_names]
     after += [part for part in (kept.section(table), failures.section(table)) if part]
     after += warned.section(tasks)
     after += [part for task in tasks for part in _tables(task, steps, several)]
@@ -178,8 +178,8 @@ def command(trial: Path) -> str | None:
     if found is None:
         return None
     every = "train.eval_every="
-    said = any(word.startswith(every) for word in found)
-    words = found if said else [word.replace("halving.min_steps=", every, 1) for word in found]
+    has_key = any(word.startswith(every) for word in found)
+    words = found if has_key else [word.replace("halving.min_steps=", every, 1) for word in found]
     if any(word.startswith(every) for word in words):  # else rungs of rows may say how often
         words = [word for word in words if not word.startswith("halving.")]
     return "peftsweep " + " ".join(_quoted(word) for word in words if not word.startswith("force="))

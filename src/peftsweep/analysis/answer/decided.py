@@ -50,8 +50,10 @@ def advice(task: Task, general: Advice, searches: Sequence[Search]) -> Advice:
         why = "sweep=tune chose it by validation; its budget left nothing for test rows"
         return Advice("by validation", number, why, f"**Use {name}, by validation alone**: {why}.", TUNE)
     if _knows_more(task, general, number, decision):
-        said = "decided for" if decision.verdict == "use" else "had shown no gain by"
-        return _with_base_comparison(general, f"sweep=tune, which did not judge all of these trials, {said} {name}")
+        decision_text = "decided for" if decision.verdict == "use" else "had shown no gain by"
+        return _with_base_comparison(
+            general, f"sweep=tune, which did not judge all of these trials, {decision_text} {name}"
+        )
     score = columns.score_name(decision.column or "")
     seeds = words.plural("seed", len(decision.trials))
     if decision.verdict == "none":
@@ -73,9 +75,9 @@ def _rivals(decision: Decision) -> str:
             verdicts[one.second if one.first == best else one.first] = one.verdict
     others = {one.name: verdicts.get(one.name, "open") for one in decision.finalists[1:]}
     text = ""
-    for verdict, said in (("tie", "a tie with"), ("open", "not told apart from")):
+    for verdict, text_of_verdict in (("tie", "a tie with"), ("open", "not told apart from")):
         if names := [words.escaped(name) for name, found in others.items() if found == verdict]:
-            text += f"; it is {said} {', '.join(names)}"
+            text += f"; it is {text_of_verdict} {', '.join(names)}"
     return text
 
 
@@ -111,8 +113,8 @@ def _with_league(general: Advice, searches: Sequence[Search]) -> Advice:
     )
 
 
-def _with_base_comparison(general: Advice, said: str) -> Advice:
-    return Advice(general.verdict, general.chosen, general.why, f"{general.sentence} ({said}.)")
+def _with_base_comparison(general: Advice, addition: str) -> Advice:
+    return Advice(general.verdict, general.chosen, general.why, f"{general.sentence} ({addition}.)")
 
 
 def _gain_clause(base: Base | None) -> str:

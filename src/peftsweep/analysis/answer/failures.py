@@ -101,8 +101,8 @@ def _sentence(cause: Failure) -> str:
     named = ", ".join(words.code(name) for name in cause.trials[:NAMED])
     named += f" and {cause.count - NAMED:,} more" if cause.count > NAMED else ""
     where = f" in {cause.stage}" if cause.stage and cause.status != "refused" else ""
-    said = f"{cause.count:,} {cause.status}{where}: {words.escaped(cause.cause).rstrip('.')} ({named})."
-    return f"{said} {words.escaped(cause.change or '')}."
+    text = f"{cause.count:,} {cause.status}{where}: {words.escaped(cause.cause).rstrip('.')} ({named})."
+    return f"{text} {words.escaped(cause.change or '')}."
 
 
 def _capital(text: str) -> str:

@@ -26,8 +26,8 @@ def section(tasks: Sequence[Task]) -> Iterator[Section]:
     """The section of the warnings; of those that differ in their numbers alone one stands for all."""
     found: dict[str, dict[str, list[str]]] = {}  # by the line without its figures, the line, the trials' labels
     for task in tasks:
-        said = task.table[columns.WARNINGS].dropna() if columns.WARNINGS in task.table else pd.Series(dtype=object)
-        for number, text in zip(task.table.loc[said.index, "configuration"], said, strict=True):
+        warnings = task.table[columns.WARNINGS].dropna() if columns.WARNINGS in task.table else pd.Series(dtype=object)
+        for number, text in zip(task.table.loc[warnings.index, "configuration"], warnings, strict=True):
             for line in json.loads(text):
                 same = found.setdefault(FIGURE.sub("#", line), {}).setdefault(line, [])
                 same += [task.labels[number]] if task.labels[number] not in same else []

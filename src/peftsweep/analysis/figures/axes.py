@@ -59,8 +59,8 @@ def series_styles(names: Sequence[str], best: Sequence[str] = ()) -> dict[str, d
     """
     chosen = set(list(dict.fromkeys(best or names))[:SERIES])
     looks = zip(COLOURS, MARKERS, LINES, strict=True)
-    told = [name for name in dict.fromkeys(names) if name in chosen]
-    return {n: {"color": c, "marker": m, "linestyle": s} for n, (c, m, s) in zip(told, looks, strict=False)}
+    names_in_order = [name for name in dict.fromkeys(names) if name in chosen]
+    return {n: {"color": c, "marker": m, "linestyle": s} for n, (c, m, s) in zip(names_in_order, looks, strict=False)}
 
 
 def new_figure(panels: int, width: float, height: float, **options: Any) -> tuple[Any, list[Any]]:

@@ -90,8 +90,8 @@ def memory_predicted(merged: pd.DataFrame) -> Any:
     factor, _ = Cost("", "", "bytes").scale(largest)
     unit = Cost("", "", "bytes").scale(largest)[1].strip()
     series = series_labels(rows, merged.attrs["factors"][:1])
-    told = list(series) if series.nunique() <= SERIES else []
-    styles = {name: look | {"linestyle": "none"} for name, look in series_styles(told).items()}
+    levels = list(series) if series.nunique() <= SERIES else []
+    styles = {name: look | {"linestyle": "none"} for name, look in series_styles(levels).items()}
     figure, (ax,) = new_figure(1, 4.6, 4.4)
     for label, place in rows.groupby(series, sort=False).groups.items():
         look = styles.get(str(label), GREY | {"linestyle": "none"})

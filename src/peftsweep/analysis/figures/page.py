@@ -158,12 +158,12 @@ def write(
 
 def _answer(answer: Answer) -> list[str]:
     """The sections of the answer, in their order, and the tables of scores where there are several tests."""
-    told = [part for part in answer.sections if part.sentences]
+    with_sentences = [part for part in answer.sections if part.sentences]
     scores = [part for part in answer.sections_named("table") if len(part.tables) > 1]
     return [
         f'<section class="answer {html.escape(part.name)}"><h2>{html.escape(render.heading(part))}</h2>\n'
         f"{render.as_html(part)}</section>"
-        for part in [*told, *scores]
+        for part in [*with_sentences, *scores]
     ]
 
 
@@ -204,8 +204,8 @@ def _heading(table: pd.DataFrame, folder: Path) -> str:
             parts.append(f"{name} " + ", ".join(map(str, table[column].dropna().unique())))
     newest = table["run_info.created_at"].dropna().max() if "run_info.created_at" in table else None
     parts.append(f"newest of {newest}" if isinstance(newest, str) else "")
-    said = html.escape("; ".join(filter(None, parts)))
-    return f"<h1>{html.escape(folder.name)}</h1>\n<p class='note'>{said}</p>\n"
+    text = html.escape("; ".join(filter(None, parts)))
+    return f"<h1>{html.escape(folder.name)}</h1>\n<p class='note'>{text}</p>\n"
 
 
 # ---- the table -------------------------------------------------------------------------------------

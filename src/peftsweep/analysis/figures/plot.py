@@ -178,11 +178,11 @@ def _configurations(task: Task, title: str) -> pd.DataFrame:
     merged, plan = task.configurations.copy(), task.design
     merged = merged.assign(label=columns.shortened(task.labels), outcome=columns.outcomes(merged))
     # What levels are called, as columns, since pandas copies what is in attrs at every step.
-    told = {
+    columns_by_name = {
         f"{factor}{CALLED}": merged[factor].map(functools.partial(plan.names.setting, factor))
         for factor in plan.factors
     }
-    merged = merged.assign(**told)
+    merged = merged.assign(**columns_by_name)
     moving = {factor: [plan.names.key(key) for key in plan.moving(factor)] for factor in (RANK, QUANT, TARGETS)}
     merged.attrs |= {"factors": plan.factors, "task": title, "moving": moving}
     return merged

@@ -187,8 +187,8 @@ class Tested:
         known = set(self.exact.numbers.tolist())
         ranks = dict.fromkeys(self.exact.numbers.tolist(), 1)
         for first, second in self.pairs:
-            if first in known and second in known and (said := self.verdict(first, second)) in ("better", "worse"):
-                ranks[second if said == "better" else first] += 1
+            if first in known and second in known and (result := self.verdict(first, second)) in ("better", "worse"):
+                ranks[second if result == "better" else first] += 1
         return ranks
 
 

@@ -257,11 +257,11 @@ def _turned(found: Mapping[str, float]) -> dict[str, float]:
 def _reference(pairs: Sequence[_Levels], found: Sequence[Mapping[str, float]], count: int, sign: int) -> int:
     """The level that the fewest others have a better figure than; of several such the one held against the most."""
     beaten, held = [0] * count, [0] * count
-    for pair, said in zip(pairs, found, strict=True):
+    for pair, test in zip(pairs, found, strict=True):
         held[pair.first] += 1
         held[pair.second] += 1
-        if said["estimate"]:
-            beaten[pair.second if sign * said["estimate"] > 0 else pair.first] += 1
+        if test["estimate"]:
+            beaten[pair.second if sign * test["estimate"] > 0 else pair.first] += 1
     return min(range(count), key=lambda level: (not held[level], beaten[level], -held[level], level))
 
 
@@ -275,15 +275,15 @@ def _effect(known: Tested, plan: Design, factor: str, named: str | None) -> list
     levels = [str(level) for level in cells.index]
     reference = levels.index(named) if named in levels else _reference(pairs, found, len(cells), sign)
     rows = []
-    for pair, said in zip(pairs, found, strict=True):
+    for pair, test in zip(pairs, found, strict=True):
         if reference not in (pair.first, pair.second):
             continue
         turn = pair.first == reference
-        places, said = (pair.places[::-1], _turned(said)) if turn else (pair.places, said)
+        places, test = (pair.places[::-1], _turned(test)) if turn else (pair.places, test)
         names = {"factor": factor, "level": levels[pair.second if turn else pair.first], "reference": levels[reference]}
         more: dict[str, Any] = {"moved": _moved(plan, measured, places, factor), **_shown_in(known, places)}
         more["within"] = _within(plan, measured, places, factor)
-        rows.append(names | _figures(measured, places, said, sign) | more)
+        rows.append(names | _figures(measured, places, test, sign) | more)
     return rows
 
 
@@ -293,15 +293,15 @@ def _shown_in(known: Tested, places: NDArray[np.int64]) -> dict[str, int]:
     Pairs that are not tested, most of those beyond the best 40, are passed over: testing each would take long.
     """
     pairs = known.measured.numbers[places].T.tolist() if places.shape[1] > 1 else []
-    said = [known.verdict(a, b) for a, b in pairs if (a, b) in known.pairs or (b, a) in known.pairs]
-    return {"better_in": said.count("better"), "worse_in": said.count("worse")}
+    verdicts = [known.verdict(a, b) for a, b in pairs if (a, b) in known.pairs or (b, a) in known.pairs]
+    return {"better_in": verdicts.count("better"), "worse_in": verdicts.count("worse")}
 
 
-def _figures(measured: Measured, places: NDArray[np.int64], said: Mapping[str, float], sign: int) -> dict[str, Any]:
+def _figures(measured: Measured, places: NDArray[np.int64], test: Mapping[str, float], sign: int) -> dict[str, Any]:
     """The figures of two levels, at ``places`` [2, contexts]: of the level, and of the one it is compared with."""
     means = measured.means[places]
     (value, reference_value) = measured.back((means[0].mean(), means[1].mean()))
-    (difference, low, high) = measured.change(tuple(np.array(said[part]) for part in ("estimate", "low", "high")))
+    (difference, low, high) = measured.change(tuple(np.array(test[part]) for part in ("estimate", "low", "high")))
     gaps = means[0] - means[1]
     return {
         "contexts": places.shape[1],
@@ -311,9 +311,9 @@ def _figures(measured: Measured, places: NDArray[np.int64], said: Mapping[str, f
         "difference": float(difference),
         "low": float(low),
         "high": float(high),
-        "p": said["p"],
-        "p_adjusted": said["p_adjusted"],
-        "verdict": verdict(sign * said["estimate"], said["p_adjusted"]),
+        "p": test["p"],
+        "p_adjusted": test["p_adjusted"],
+        "verdict": verdict(sign * test["estimate"], test["p_adjusted"]),
         "scale": "ratio" if measured.ratio else "difference",
         "chance": measured.chance,
     }
@@ -372,14 +372,14 @@ def returns(
     pairs = _level_pairs(complete)
     found = _compared_levels(known, pairs, _family(plan, measured))
     best = int(np.argmax(sign * (levels @ measured.means)))
-    against = {pair.second: _turned(said) for pair, said in zip(pairs, found, strict=True) if pair.first == best}
-    against |= {pair.first: said for pair, said in zip(pairs, found, strict=True) if pair.second == best}
+    against = {pair.second: _turned(test) for pair, test in zip(pairs, found, strict=True) if pair.first == best}
+    against |= {pair.first: test for pair, test in zip(pairs, found, strict=True) if pair.second == best}
     whole = pd.DataFrame({"level": size, "value": measured.back((levels @ measured.means,))[0]})
     gained = [*measured.change((gains.estimate,)), *measured.change(gains.interval)]
     for name, part in zip(RETURNS[2:5], gained, strict=True):
         whole[name] = np.append(np.nan, part)
     since = {
-        pair.second: _turned(said) for pair, said in zip(pairs, found, strict=True) if pair.second == pair.first + 1
+        pair.second: _turned(test) for pair, test in zip(pairs, found, strict=True) if pair.second == pair.first + 1
     }
     alone = {"estimate": 0.0, "low": 0.0, "high": 0.0, "p": np.nan, "p_adjusted": np.nan}
     rows = []

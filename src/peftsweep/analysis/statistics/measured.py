@@ -355,15 +355,15 @@ def _by_row(trials: pd.DataFrame, column: str, values: Floats, predictions: Pred
     if (trials["configuration"] >= 0).sum() > MAX_READ or not column.endswith(".value"):
         return None, False
     found: list[Floats] = []
-    asked: list[Any] = []
+    prompts: list[Any] = []
     for trial, value in zip(trials[TRIAL], values, strict=True):
         lines = predictions(trial, name)
         row = row_scores(lines, metric)
-        asked = asked or _asked(lines)
+        prompts = prompts or _asked(lines)
         # What the rows come to must be what the record says: a file may be of another run. A NaN is never close.
         if row is None or len(row) < 2 or not abs(row.mean() - value) <= 1e-6 * max(1, abs(value)):
             return None, False
-        if asked != _asked(lines):
+        if prompts != _asked(lines):
             return None, True
         found.append(row)
     return (np.stack(found), False) if found else (None, False)

@@ -131,8 +131,8 @@ def main_scores(table: pd.DataFrame) -> list[str]:
 def _headlines(table: pd.DataFrame, name: str) -> list[Any]:
     """The metric by which the trials say that an evaluation is judged; none where they do not agree."""
     column = f"eval_info.{name}.{HEADLINE}"
-    said = list(table[column].dropna().unique()) if column in table else []
-    return said if len(said) == 1 else []
+    values = list(table[column].dropna().unique()) if column in table else []
+    return values if len(values) == 1 else []
 
 
 def base_of(score: str) -> str:

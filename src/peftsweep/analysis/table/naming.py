@@ -133,20 +133,20 @@ class Names:
             mine = {key: [texts[n] for n in places] for key, texts in self._columns.items()}
             for place, name in zip(places, Names(mine).trials(), strict=True):
                 found[place] = name
-        told = dict.fromkeys(zip(labelled, found, strict=True))
-        named = dict(zip(told, numbered([name for _, name in told]), strict=True))
+        distinct = dict.fromkeys(zip(labelled, found, strict=True))
+        named = dict(zip(distinct, numbered([name for _, name in distinct]), strict=True))
         return [named[one] for one in zip(labelled, found, strict=True)]
 
     def setting(self, key: str, value: Any) -> str:
         """A setting with its value: ``lr=0.001``, ``4bit``; empty where there is none."""
-        said = self.value(key, value)
-        if not said or key == LABEL:
-            return said
-        if key == QUANT and said == "none":
+        text = self.value(key, value)
+        if not text or key == LABEL:
+            return text
+        if key == QUANT and text == "none":
             return "unquantised"
         if key.startswith("choices."):
-            return f"{self.key(key)} {said}" if said in ("default", "none") else said
-        return f"{self.key(key)}={said}"
+            return f"{self.key(key)} {text}" if text in ("default", "none") else text
+        return f"{self.key(key)}={text}"
 
     def value(self, key: str, value: Any) -> str:
         """A value without its setting: no longer than it needs to be to tell it from the setting's other ones."""

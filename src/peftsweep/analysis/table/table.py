@@ -139,8 +139,10 @@ def predictions_file(folder: Path, trial: str, evaluation: str) -> Path:
 
 
 def _slim(line: dict[str, Any]) -> dict[str, Any]:
-    asked = json.dumps([line.get("prompt"), line.get("answer")]).encode()
-    return {key: line[key] for key in KEPT if key in line} | {"prompt": hashlib.blake2b(asked, digest_size=8).digest()}
+    prompt_and_answer = json.dumps([line.get("prompt"), line.get("answer")]).encode()
+    return {key: line[key] for key in KEPT if key in line} | {
+        "prompt": hashlib.blake2b(prompt_and_answer, digest_size=8).digest()
+    }
 
 
 def together(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:

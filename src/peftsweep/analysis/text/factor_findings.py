@@ -103,10 +103,10 @@ def _several_levels(task: Task, factor: str, score: str, found: pd.DataFrame) ->
         "better": "better",
         "unknown": "the uncertainty is not known",
     }
-    for verdict, said in heads.items():
+    for verdict, heading in heads.items():
         those = [row for row in rows if row["verdict"] == verdict]
         if those:
-            parts.append(f"{said}: {', '.join(_level(task, factor, row, several=not same) for row in those)}")
+            parts.append(f"{heading}: {', '.join(_level(task, factor, row, several=not same) for row in those)}")
     levels = task.design.levels[factor]
     missing = sorted(set(levels) - {"", first["reference"], *found["level"]}, key=words.sortable)
     if missing:
@@ -139,8 +139,8 @@ def _moved_settings(task: Task, factor: str, rows: Sequence[Mapping[str, Any]]) 
     for key, of_key in found.items():
         values = [of_key.get(level, of_key[reference]) for level in levels]
         parts.append(f"{task.names.key(key)} ({', '.join(values if set(values) != {VARYING} else [VARYING])})")
-    told = ", ".join(value(factor, level) for level in levels)
-    return f"; together with the {columns.factor_name(factor)} ({told}) changed {', '.join(parts)}"
+    levels_text = ", ".join(value(factor, level) for level in levels)
+    return f"; together with the {columns.factor_name(factor)} ({levels_text}) changed {', '.join(parts)}"
 
 
 def _too_many_moved(task: Task, factor: str, score: str, found: pd.DataFrame, moved: Sequence[Moved]) -> str:
@@ -173,14 +173,14 @@ def _enough_rank(task: Task, score: str) -> str:
         ranks = ", ".join(row["level"] for row in rows)
         return f"{what}: ranks {ranks} have the same figure, {words.number(best['value'])}{scope}{moved}."
     if enough is not best:
-        said = f"rank {enough['level']} is the smallest that is not separable from the best, {best['level']} "
-        said += f"({words.tested(enough, enough['p_adjusted'])}{_depends(enough)})"
+        text = f"rank {enough['level']} is the smallest that is not separable from the best, {best['level']} "
+        text += f"({words.tested(enough, enough['p_adjusted'])}{_depends(enough)})"
     elif best is last:
-        said = f"rank {best['level']}, the largest tried, is best, and a larger one may be better still"
+        text = f"rank {best['level']}, the largest tried, is best, and a larger one may be better still"
     else:
-        said = f"rank {best['level']}{', the smallest tried,' if best is smallest else ''} has the best figure"
+        text = f"rank {best['level']}{', the smallest tried,' if best is smallest else ''} has the best figure"
     others = _other_ranks([row for row in rows if row is not best and row is not enough])
-    return f"{what}: {said}{others}{scope}. {_last_step(score, rows)}{moved}."
+    return f"{what}: {text}{others}{scope}. {_last_step(score, rows)}{moved}."
 
 
 def _last_step(score: str, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -196,11 +196,11 @@ def _last_step(score: str, rows: Sequence[Mapping[str, Any]]) -> str:
 def _other_ranks(rows: Sequence[Mapping[str, Any]]) -> str:
     """The ranks that are worse than the best one, and the ranks that tie with it."""
     text = ""
-    for verdict, said in (("worse", "worse than the best"), ("tie", "no difference from the best is shown")):
+    for verdict, meaning in (("worse", "worse than the best"), ("tie", "no difference from the best is shown")):
         those = [row for row in rows if row["verdict"] == verdict]
         figures = (f"{words.number(row['value'])}, p {words.p_is(row['p_adjusted'])}{_depends(row)}" for row in those)
         named = ", ".join(f"{row['level']} ({figure})" for row, figure in zip(those, figures, strict=True))
-        text += f"; {said}: {named}" if those else ""
+        text += f"; {meaning}: {named}" if those else ""
     return text
 
 

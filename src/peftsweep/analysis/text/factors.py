@@ -25,11 +25,11 @@ def standing_cell(row: pd.Series[Any]) -> str:
 
 def factor_section(task: Task, factor: str, mark: str, figures: Sequence[str]) -> Iterator[str]:
     """The section of one factor in RESULTS.md; empty where nothing is known."""
-    name, told = columns.factor_name(factor), [*_told(task, factor), "", *figures]
-    if any(told):
+    name, lines = columns.factor_name(factor), [*_told(task, factor), "", *figures]
+    if any(lines):
         yield f"## {name[0].upper()}{name[1:]}{mark}"
         yield ""
-        yield from told
+        yield from lines
 
 
 def _told(task: Task, factor: str) -> Iterator[str]:
@@ -98,10 +98,10 @@ def _score_cells(
     if mine.empty:
         return {title: "", against: ""}
     row = mine.iloc[0]
-    said = words.difference(row)
+    difference = words.difference(row)
     if found["reference_value"].round(12).nunique() > 1:
-        said += f", from {words.number(row['reference_value'])}"
-    return {title: words.number(row["value"]), against: said + _settings(row, several)}
+        difference += f", from {words.number(row['reference_value'])}"
+    return {title: words.number(row["value"]), against: difference + _settings(row, several)}
 
 
 def _cost_cell(column: str, found: pd.DataFrame, level: str, reference: str, *, several: bool) -> str:
@@ -165,14 +165,14 @@ def _budget(task: Task, factor: str) -> Iterator[str]:
     unequal = [c for c in found.columns if found[c][found[c] > 0].nunique() > 1]
     if unequal:
         each = len(found) <= MAX_NAMED
-        said = "; ".join(
+        text = "; ".join(
             f"{column.replace('_', ' ')}: "
             + ", ".join(f"{method} {value:g}" for method, value in found[column].items() if each)
             + ("" if each else f"{found[column].min():g} to {found[column].max():g}")
             for column in unequal[:3]
         )
         yield ""
-        yield f"**Unequal budgets**: the methods were not given the same tries ({said})."
+        yield f"**Unequal budgets**: the methods were not given the same tries ({text})."
         yield "More tries find a better best by luck alone."
 
 

@@ -93,13 +93,13 @@ def _best(task: Task, score: str) -> str:
     if not others:
         second, rest = compared.iloc[1], [known.verdict(n, best) for n in worse[1:]]
         following = words.code(task.labels[compared.index[1]])
-        said = f"{words.code(task.labels[best])} is best, {figure}; the next, {following}, is worse by "
-        said += words.tested(second, second["p_adjusted"])
+        text = f"{words.code(task.labels[best])} is best, {figure}; the next, {following}, is worse by "
+        text += words.tested(second, second["p_adjusted"])
         if so := rest.count("worse"):
-            said += ", and so is the third" if len(compared) == 3 else f", and so are {so:,} others"
+            text += ", and so is the third" if len(compared) == 3 else f", and so are {so:,} others"
         if (left := len(rest) - so) > 0:
-            said += f"; {left:,} more {'is' if left == 1 else 'are'} worse than another one"
-        return f"**{what}**: {said}{other_differences(task, task.unnamed(best, compared.index[1]))}."
+            text += f"; {left:,} more {'is' if left == 1 else 'are'} worse than another one"
+        return f"**{what}**: {text}{other_differences(task, task.unnamed(best, compared.index[1]))}."
     named = "; ".join(words.code(task.labels[n]) for n in others[:6])
     named += f"; and {len(others) - 6} more" if len(others) > 6 else ""
     beaten = all(any(known.verdict(n, other) == "worse" for other in [best, *others]) for n in worse)
@@ -160,15 +160,15 @@ def _against_baselines(task: Task, score: str) -> Iterator[str]:
 def _gain_over_base(task: Task, score: str, base: str) -> str:
     """What the best configuration gains over the untouched base, which scores ``base``."""
     compared = task.compare(score)
-    best, said = compared.iloc[0], f"The untouched base scores {base} on the same rows."
+    best, text = compared.iloc[0], f"The untouched base scores {base} on the same rows."
     if no_gain(task, score):
-        said = f"**No gain shown** over the untouched base, which scores {base} on the same rows."
+        text = f"**No gain shown** over the untouched base, which scores {base} on the same rows."
     if not words.known(best["gain_p_adjusted"]):
-        return said
+        return text
     parts = {"difference": best["gain"], "low": best["gain_low"], "high": best["gain_high"], "scale": best["scale"]}
     gain = words.tested(parts, best["gain_p_adjusted"])
     as_if = "" if compared.attrs["gains_paired"] else ", as if each had rows of its own"
-    return f"{said} {words.code(task.labels[compared.index[0]])} against it: {gain}{as_if}."
+    return f"{text} {words.code(task.labels[compared.index[0]])} against it: {gain}{as_if}."
 
 
 def _chance(row: Mapping[str, Any], name: str, metric: str, bound: float) -> Iterator[str]:
@@ -203,11 +203,11 @@ class Advice:
 def advice(task: Task) -> Advice:
     """What to use: of those near the best the smallest adapter, of about equal ones the fastest."""
     if not (task.table[trials.SUCCESS] == Status.success.name).any():
-        said = "No trial has succeeded, so there is nothing to recommend. See what failed below."
-        return Advice("nothing succeeded", None, "no trial has succeeded", said)
+        sentence = "No trial has succeeded, so there is nothing to recommend. See what failed below."
+        return Advice("nothing succeeded", None, "no trial has succeeded", sentence)
     if not task.scores:
-        said = "No trial was judged by an evaluation; costs are all that can be compared."
-        return Advice("not judged", None, "no trial was judged by an evaluation", said)
+        sentence = "No trial was judged by an evaluation; costs are all that can be compared."
+        return Advice("not judged", None, "no trial was judged by an evaluation", sentence)
     score, score_name = task.scores[0], columns.score_name(task.scores[0])
     compared = task.compare(score)
     if no_gain(task, score):
@@ -216,11 +216,11 @@ def advice(task: Task) -> Advice:
     if len(compared) < 2:
         only = compared.index[0]
         why = "it is the only configuration with this score"
-        said = f"**Use {words.code(task.labels[only])}**: {in_short(task, score, only)}; {why}."
-        return Advice("only one", only, why, said)
+        sentence = f"**Use {words.code(task.labels[only])}**: {in_short(task, score, only)}; {why}."
+        return Advice("only one", only, why, sentence)
     chosen, why = _chosen(task, score)
-    said = f"**Use {words.code(task.labels[chosen])}**: {in_short(task, score, chosen)}; {why}."
-    return Advice("use", chosen, why, said)
+    sentence = f"**Use {words.code(task.labels[chosen])}**: {in_short(task, score, chosen)}; {why}."
+    return Advice("use", chosen, why, sentence)
 
 
 def _chosen(task: Task, score: str) -> tuple[Any, str]:
@@ -304,8 +304,8 @@ def in_short(task: Task, score: str, number: Any) -> str:
         (task.memory or "", columns.factor_name(task.memory or "")),
     )
     configs = task.configurations
-    known = [(c, said) for c, said in costs if c in configs and words.known(configs.loc[number, c])]
-    parts = [f"{words.cost(c, configs.loc[number, c])} {said}" for c, said in known]
+    known = [(c, unit) for c, unit in costs if c in configs and words.known(configs.loc[number, c])]
+    parts = [f"{words.cost(c, configs.loc[number, c])} {unit}" for c, unit in known]
     return ", ".join([f"{value_of(task, score, number)} {columns.score_name(score)}", *parts])
 
 

@@ -26,12 +26,16 @@ def notes(results: Iterable[Result]) -> list[str]:
     sweeps: dict[tuple[Any, ...], list[Result]] = {}
     of_rows: dict[tuple[Any, ...], list[Result]] = {}
     for result in results:
-        said = result.config.get("halving") or {}
-        if said.get("min_fraction") is not None and result.status in TRAINED_STATUSES and "steps" in result.train_info:
-            of_rows.setdefault((said["metric"], said["factor"], said["min_fraction"]), []).append(result)
-        if said.get("min_steps") is not None and result.status in TRAINED_STATUSES and "steps" in result.train_info:
-            sweeps.setdefault((said["metric"], said["factor"], said["min_steps"]), []).append(result)
-    lines = [line for said, group in sweeps.items() for line in _notes(group, HalvingConfig(*said))]
+        halving = result.config.get("halving") or {}
+        if (
+            halving.get("min_fraction") is not None
+            and result.status in TRAINED_STATUSES
+            and "steps" in result.train_info
+        ):
+            of_rows.setdefault((halving["metric"], halving["factor"], halving["min_fraction"]), []).append(result)
+        if halving.get("min_steps") is not None and result.status in TRAINED_STATUSES and "steps" in result.train_info:
+            sweeps.setdefault((halving["metric"], halving["factor"], halving["min_steps"]), []).append(result)
+    lines = [line for halving, group in sweeps.items() for line in _notes(group, HalvingConfig(*halving))]
     for (metric, factor, part), group in of_rows.items():
         config = HalvingConfig(metric, factor, resource=Resource.rows, min_fraction=part)
         lines += _notes_of_rows(group, config)

@@ -206,20 +206,20 @@ def examples(found: Rows, pairs: Sequence[tuple[int, int]], *, each: int, most: 
 def section(task: Task, mark: str, folder: Path) -> Iterator[str]:
     """Which rows the best configurations win and lose, against their untouched bases and against the best one."""
     known = (_leading(task, score) for score in task.scores)
-    told = [found for found in known if found is not None and found.pairs()]
-    if not told:
+    shown = [found for found in known if found is not None and found.pairs()]
+    if not shown:
         return
     yield f"## Rows won and lost{mark}"
     yield ""
-    for found in told:
+    for found in shown:
         won = "the loss a token is smaller" if found.losses else "the answer is right, or that of more seeds"
         yield f"{score_name(found.column)}, {words.plural('row', found.figures.shape[1])}; a row is won where {won}."
         yield ""
         yield from words.table([_tally(found, *pair) for pair in found.pairs()])
-    best = [pair for pair in told[0].pairs() if pair[0] == 0]
+    best = [pair for pair in shown[0].pairs() if pair[0] == 0]
     for first, second in best[:2]:  # the untouched base and the second best
-        yield from _shown(told[0], folder, first, second)
-    seeds = " The answers are those of the first seed." if max(m.seeds for m in told[0].members) > 1 else ""
+        yield from _shown(shown[0], folder, first, second)
+    seeds = " The answers are those of the first seed." if max(m.seeds for m in shown[0].members) > 1 else ""
     yield f"Rows are numbered as the lines of the files of predictions.{seeds} In report.html any two can be chosen."
     yield ""
 

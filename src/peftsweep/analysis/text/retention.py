@@ -86,16 +86,19 @@ def notes(trials: Iterable[tuple[str, list[ScaleCurve]]]) -> Iterator[str]:
 
 
 def _line(name: str, found: Iterable[ScaleCurve], retention: ScaleCurve, scale: float) -> str:
-    def said(curve: ScaleCurve, at: float) -> str:
+    def value(curve: ScaleCurve, at: float) -> str:
         point = curve.score_at(at)
         return "?" if point is None else f"{point.value:.3f}"
 
     targets = [one for one in found if one.role == Role.target.value]
-    quality = ", ".join(f"{one.evaluation} {one.metric} {said(one, scale)} (whole {said(one, 1.0)})" for one in targets)
-    kept = f"{retention.evaluation} {retention.metric} {said(retention, scale)}"
-    beside = f"whole {said(retention, 1.0)}, base {said(retention, 0.0)}"
+    quality = ", ".join(
+        f"{one.evaluation} {one.metric} {value(one, scale)} (whole {value(one, 1.0)})" for one in targets
+    )
+    kept = f"{retention.evaluation} {retention.metric} {value(retention, scale)}"
+    beside = f"whole {value(retention, 1.0)}, base {value(retention, 0.0)}"
     if scale == 1.0:
-        return f"{name}: keeps most of {retention.evaluation} as it is: {kept} (base {said(retention, 0.0)}); {quality}"
+        base = value(retention, 0.0)
+        return f"{name}: keeps most of {retention.evaluation} as it is: {kept} (base {base}); {quality}"
     where = "without the adapter" if scale == 0.0 else f"at {scale:g} of its scale"
     return (
         f"{name}: keeps most of {retention.evaluation} {where}: {kept} ({beside}), with {quality}, within the interval"

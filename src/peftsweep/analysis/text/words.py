@@ -98,13 +98,13 @@ def tested(row: Any, p_adjusted: float) -> str:
     The interval is that of a single comparison, p is adjusted for all pairs that are compared. Where the interval does
     not hold 0 and p is that of a tie, the text says so.
     """
-    said = difference(row)
+    text = difference(row)
     if not known(p_adjusted):
-        return said
+        return text
     single = known(row["low"]) and not row["low"] <= 0 <= row["high"]
     if single and p_adjusted >= ALPHA:
-        return f"{said} as a single comparison, not shown among all pairs, p {p_is(p_adjusted)}"
-    return f"{said}, p {p_is(p_adjusted)}"
+        return f"{text} as a single comparison, not shown among all pairs, p {p_is(p_adjusted)}"
+    return f"{text}, p {p_is(p_adjusted)}"
 
 
 def change(column: str, row: pd.Series[Any]) -> str:

@@ -144,13 +144,13 @@ def said_by_checkpoint(shape: Any, name: str) -> Mapping[str, Any] | None:
     """
     configs = (shape, shape.get_text_config(decoder=True))
     held = next((one for config in configs if (one := getattr(config, "quantization_config", None)) is not None), None)
-    said = held.to_dict() if held is not None and hasattr(held, "to_dict") else held
-    if said is not None and not (isinstance(said, Mapping) and said):
+    stated = held.to_dict() if held is not None and hasattr(held, "to_dict") else held
+    if stated is not None and not (isinstance(stated, Mapping) and stated):
         raise InputError(
-            f"model.name_or_path={name}: quantization_config={said} in its config.json names no library; delete it if "
-            "the checkpoint is not quantised"
+            f"model.name_or_path={name}: quantization_config={stated} in its config.json names no library; delete it "
+            "if the checkpoint is not quantised"
         )
-    return said
+    return stated
 
 
 def of_checkpoint(config: Mapping[str, Any], name: str, *, on_cpu: bool) -> Any:
