@@ -278,5 +278,5 @@ def test_help_of_a_key_is_printed_and_of_no_key_is_one_line(command: Any) -> Non
     assert err.count("\n") == 1
     code, out, err = command("--help", "hydra.launcher.timeout", "quant")
     assert (code, err) == (0, "")
-    assert "for a trial: 90s, 30m, 2h" in out
+    assert "longest time of a trial: 90s, 30m, 2h" in out
     assert "quant=4bit: NF4 with double quantisation" in out

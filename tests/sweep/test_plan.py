@@ -92,7 +92,7 @@ def test_a_plan_that_several_processes_make_is_the_one_that_one_makes(sizes: lis
 
 
 def test_a_process_that_dies_is_not_waited_for(sizes: list[Trial], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecast, "_find_out", lambda *_: os._exit(1))
+    monkeypatch.setattr(forecast, "_fill_caches", lambda *_: os._exit(1))
     assert list(forecast.ahead(sizes)) == sizes
     assert not forecast._FORECASTS
 
