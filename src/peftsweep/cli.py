@@ -35,7 +35,7 @@ from peftsweep.use import chat_with, show_rows
 if TYPE_CHECKING:
     from peftsweep.study.record import Result
 
-NOT_RUN = 3  # the exit code where a trial that was asked for was not run
+NOT_RUN = 3  # the exit code if a trial of the command was not run
 OTHER_COMMANDS = {"--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--hydra-help"}
 HELP = """\
 peftsweep: sweep parameter-efficient fine-tuning configurations and learn which one to use.
@@ -160,7 +160,7 @@ def _hydra() -> int:
     except ValueError as error:
         if "No trials are completed" not in str(error):
             raise
-        return 1  # Optuna's word for a search of which every trial failed, as has been said of each
+        return 1  # Optuna stops so if every trial failed; each failure has been printed already
     return NOT_RUN if sweep_record.not_run() else 0
 
 

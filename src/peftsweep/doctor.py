@@ -41,13 +41,13 @@ class Finding:
     """A line of the report."""
 
     name: str
-    said: str
+    text: str
     fix: str | None = None  # what to do, where something is missing
     fatal: bool = False  # no trial can run
     facts: dict[str, Any] = field(default_factory=dict)  # the same for a program
 
     def __str__(self) -> str:
-        return f"{self.name:13} {self.said}" + (f"; {self.fix}" if self.fix else "")
+        return f"{self.name:13} {self.text}" + (f"; {self.fix}" if self.fix else "")
 
 
 def versions() -> dict[str, str | None]:

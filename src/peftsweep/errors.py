@@ -137,7 +137,7 @@ SEVERAL_NUMBERS = re.compile(rf"[\[({{]?\s*{NUMBER}(?:\s*[\s,;|]\s*{NUMBER})+\s*
 
 
 class InputError(ValueError):
-    """Wrong input, said in one line that names the key and what is allowed; exit code 2."""
+    """Wrong input. The message is one line that names the key and the allowed values; exit code 2."""
 
 
 def check_platform() -> None:
@@ -217,4 +217,4 @@ class SweepFailed(Exception):
 
 
 class NotRun(SweepFailed):
-    """A trial that was asked for was not run, or not to its end, and did not fail either; exit code 3."""
+    """A trial of the command was not run, or not to its end, without a failure; exit code 3."""

@@ -25,7 +25,7 @@ SWEEP = "sweep"  # the group whose options bring axes of their own
 
 @dataclass
 class PointReturn(JobReturn):
-    """A point's answer to a sweeper. Hydra's own prints to stderr what has been said of a failure already."""
+    """A point's result for a sweeper. Hydra's own class prints to stderr a failure that has been reported already."""
 
     result: Any = None  # the trial's record; None where it was not run
 
@@ -38,8 +38,10 @@ class PointReturn(JobReturn):
 
 def _devices(config: DictConfig, points: Sequence[Sequence[str]]) -> set[str]:
     """What the points of a sweep say, or leave, of ``device``."""
-    said = [{key: value.strip("'\"") for key, _, value in (word.partition("=") for word in words)} for words in points]
-    return {words.get("device", config.device) for words in said}
+    points_values = [
+        {key: value.strip("'\"") for key, _, value in (word.partition("=") for word in words)} for words in points
+    ]
+    return {words.get("device", config.device) for words in points_values}
 
 
 def _check_numbers(section: str, options: DictConfig) -> None:
@@ -73,13 +75,13 @@ class LocalLauncher(Launcher):
 
         job_overrides = self._spelled_out(job_overrides)
         placement = checks.placement(self.options)
-        asked = _devices(self.config, job_overrides)
-        if asked == {"cpu"}:
+        devices = _devices(self.config, job_overrides)
+        if devices == {"cpu"}:
             processes.hide_gpus()
         places: list[processes.Place] = []
         if placement.get("workers") != 0 and not self.config.dry_run:
             processes.begin_to_import()
-            places = processes.places(placement.get("workers"), placement.get("devices"), asked)
+            places = processes.places(placement.get("workers"), placement.get("devices"), devices)
             processes.start_ahead(places[: len(job_overrides)])
         try:
             from peftsweep.sweep.everything import sweep
@@ -137,9 +139,9 @@ class LocalLauncher(Launcher):
         from peftsweep.sweep.points import Points
 
         points = Points(self.context.config_loader, self.config)
-        said, quiet = "checked {} points", self.config.quiet
+        text, quiet = "checked {} points", self.config.quiet
         sweeper: Any = OmegaConf.to_container(self.config.hydra.sweeper)
-        shown = streams.progress(job_overrides, said, len(job_overrides), quiet=quiet)
+        shown = streams.progress(job_overrides, text, len(job_overrides), quiet=quiet)
         return [configuration.with_pruning(points.trial(words), sweeper) for words in shown]
 
     def at_once(self, job_overrides: Sequence[Sequence[str]]) -> int:

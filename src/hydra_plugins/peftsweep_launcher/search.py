@@ -35,16 +35,16 @@ class OptunaSweeper(Sweeper):
         search.check_installed()
         assert self.config is not None
         assert self.hydra_context is not None
-        said = {key: _plain(value) for key, value in self.options.items()}
-        words = [*(f"{key}={value}" for key, value in (said.get("params") or {}).items()), *arguments]
+        given = {key: _plain(value) for key, value in self.options.items()}
+        words = [*(f"{key}={value}" for key, value in (given.get("params") or {}).items()), *arguments]
         parsed = OverridesParser.create(config_loader=self.hydra_context.config_loader).parse_overrides(words)
         dimensions, fixed = space.split(words, parsed)
         ends = [[*fixed, *point] for point in space.points(dimensions)]
-        # What is wrong with any of them is said before the search begins, and what is with pruning in it.
+        # Wrong values are reported before the search begins; so are values that are wrong only with pruning.
         first, *_ = self.launcher.trials([[*point, "search.study=check", "search.trial=0"] for point in ends])
         searched = [first.identity, space.described(dimensions)]
         options = search.options(
-            said, _plain(self.config.objective), self.config.study, searched, self.launcher.at_once(ends)
+            given, _plain(self.config.objective), self.config.study, searched, self.launcher.at_once(ends)
         )
         if self.config.dry_run:
             return self.launcher.launch(ends, initial_job_idx=0)  # type: ignore[no-any-return]

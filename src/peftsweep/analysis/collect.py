@@ -47,7 +47,7 @@ from peftsweep.study.record import Result, Status, counted, trials_in_words
 
 @dataclass(frozen=True)
 class Options:
-    """What ``peftsweep-collect`` is asked for."""
+    """The options of ``peftsweep-collect``."""
 
     studies: Sequence[str] = ()  # names or folders; none: all of them
     out: Path | None = None  # one table of the trials of all
@@ -86,7 +86,7 @@ def _without_garbage_collection() -> Iterator[None]:
 
 @_without_garbage_collection()
 def main(options: Options) -> int:
-    """``peftsweep-collect``: tables, plots and reports into each study, and one table of all that was asked for."""
+    """``peftsweep-collect``: tables, plots and reports into each study, and one table of all chosen trials."""
     if options.out is not None:
         check_ending(options.out)
     with _said_on_stderr() if options.json else nullcontext():
@@ -181,7 +181,7 @@ def _folders(options: Options) -> list[Path]:
 
 
 def _hand_over(chosen: pd.DataFrame, results: Sequence[Result], options: Options) -> None:
-    """Write the chosen trials of all studies to where else they were asked for."""
+    """Write the chosen trials of all studies to the other outputs of the command."""
     if options.out is None and options.to_peft is None:
         return
     kept = newest(chosen)

@@ -22,7 +22,7 @@ INTEGERS = ("file_size", "num_trainable_params", "accelerator_memory_max")
 
 
 def to_peft(results: Sequence[Result], folder: Path) -> list[str]:
-    """Write trials as result files into ``folder``, their comparison's MetaMathQA; gives what is to be said of it.
+    """Write trials as result files into ``folder``, their comparison's MetaMathQA; returns lines to print.
 
     A trial that succeeded goes into ``results/``, any other into ``cancelled_results/``, as theirs do.
     """

@@ -50,7 +50,7 @@ KEYS_THAT_DECIDE_OTHERS = (
     *SOURCES,
     *("device", "trust", "model.dtype", "train.eval_every", "train.checkpoint_every", "train.best_metric", "halving"),
 )
-# For which search a trial is run, and what is said of it before, is no part of what it is.
+# The search that a trial belongs to, and messages about it, are no part of its identity.
 SWEEP_SECTIONS = ("forecast", "price", "budget", "tune", "league", "search")
 WORDS_FOR_NULL = ("no", "off", "false", "never", "none", "0")  # as people write null for an interval
 
@@ -102,10 +102,10 @@ def without_data(cfg: DictConfig, choices: Mapping[str, str | None], overrides: 
     Raises:
         InputError: as ``filled``, or a value is out of its range.
     """
-    said = filled(cfg.copy(), choices, list(overrides))
-    check_values(said.tree)
+    values = filled(cfg.copy(), choices, list(overrides))
+    check_values(values.tree)
     chosen = {group: str(option) for group, option in choices.items() if option}
-    return Trial(said.config, said.tree, chosen, said.overrides, None, "", "", "")
+    return Trial(values.config, values.tree, chosen, values.overrides, None, "", "", "")
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def checked(values: Filled) -> Trial:
         chosen["method"] = config.method["_target_"].rpartition(".")[2].removesuffix("Config").lower()
     elif chosen["method"] == FROM_FILE:
         chosen["method"] = "full"
-    # How far the trial goes now is no part of what it is, nor is what is said of it before.
+    # The number of steps to run now, and messages about the trial, are no part of its identity.
     tree = {key: value for key, value in tree.items() if key not in SWEEP_SECTIONS}
     tree |= {"halving": {key: value for key, value in tree["halving"].items() if key not in ("rung", "test")}}
     chosen.pop("price", None)

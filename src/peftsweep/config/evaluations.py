@@ -98,7 +98,7 @@ def _unjudged(function: str, options: str, answers: tuple[str, ...]) -> tuple[st
             judge("", answer, **json.loads(options))
         except ValueError as error:
             return answer, str(error)
-        except TypeError:  # of an option, which is said where the metric is made
+        except TypeError:  # an option is wrong, which is reported when the metric is made
             return None
     return None
 

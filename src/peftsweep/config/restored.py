@@ -85,7 +85,7 @@ def from_trial(cfg: DictConfig, given: GivenKeys, choices: Choices, held: Result
         raise InputError(f"adapter.path={path}: {(held.folder or Path()) / RESULT}: {wrong}")
     _check_method_of_trial(cfg, given, choices, held)
     kept = [section for section, groups in SECTIONS.items() if not given.intersection(groups)]
-    kept += [section for section in WEIGHTS_SECTIONS if section not in kept]  # what was said of them is the same
+    kept += [section for section in WEIGHTS_SECTIONS if section not in kept]  # the words for them are the same
     for section in kept:
         if section in held.config:
             put(cfg, section, _located(section, held))

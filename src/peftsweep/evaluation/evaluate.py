@@ -89,12 +89,12 @@ def generation(
     lines = [
         {
             "prompt": row.prompt,
-            "prediction": said,
+            "prediction": prediction,
             "answer": row.answer,
             "extracted": judgement.extracted,
             "correct": judgement.correct,
         }
-        for row, said, judgement in zip(examples, predictions, judged, strict=True)
+        for row, prediction, judgement in zip(examples, predictions, judged, strict=True)
     ]
     scores = metrics.accuracy(judged)
     for name, other in (beside or {}).items():
@@ -131,7 +131,7 @@ def classification(
         pairs = [[(row.asked, row.answer.replace(row.answer.strip(), name)) for name in classes] for row in examples]
         sizes: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "marked": _marked(examples)}
         scores, cut = grouped_likelihoods(model, tokenizer, pairs, **sizes)
-    said = [_likeliest(row) for row in scores]
+    predicted = [_likeliest(row) for row in scores]
     lines = [
         {
             "prompt": row.prompt,
@@ -140,11 +140,11 @@ def classification(
             "correct": mine == right,
             "log_likelihoods": score,
         }
-        for row, mine, right, score in zip(examples, said, gold, scores, strict=True)
+        for row, mine, right, score in zip(examples, predicted, gold, scores, strict=True)
     ]
-    facts = metrics.answer_baselines([classes[n] for n in said], [classes[n] for n in gold], classes)
+    facts = metrics.answer_baselines([classes[n] for n in predicted], [classes[n] for n in gold], classes)
     facts |= metrics.f1_baselines(gold, len(classes)) | cut
-    return Evaluation(metrics.classification(said, gold, len(classes)), lines, facts)
+    return Evaluation(metrics.classification(predicted, gold, len(classes)), lines, facts)
 
 
 def multiple_choice(
@@ -173,7 +173,7 @@ def multiple_choice(
     sizes: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "marked": _marked(examples)}
     likelihoods, cut = grouped_likelihoods(model, tokenizer, pairs, **sizes)
     gold = [cast(int, row.gold) for row in examples]
-    said = [_likeliest(row) for row in likelihoods]
+    predicted = [_likeliest(row) for row in likelihoods]
     lines = [
         {
             "prompt": row.choices[right].prompt,
@@ -183,9 +183,9 @@ def multiple_choice(
             "correct": mine == right,
             "log_likelihoods": found,
         }
-        for row, mine, right, found in zip(examples, said, gold, likelihoods, strict=True)
+        for row, mine, right, found in zip(examples, predicted, gold, likelihoods, strict=True)
     ]
-    scores, facts = {"acc": _share(said, gold)}, _choice_baselines(said, examples)
+    scores, facts = {"acc": _share(predicted, gold)}, _choice_baselines(predicted, examples)
     if normed:
         by_length = [_likeliest_by_length(row, found) for row, found in zip(examples, likelihoods, strict=True)]
         scores["acc_norm"] = _share(by_length, gold)
@@ -246,10 +246,10 @@ def instruction(
     if "labels" in ways:
         pairs = [[(choice.prompt, choice.answer) for choice in row.choices] for row in examples]
         found_labels, cut = grouped_likelihoods(model, tokenizer, pairs, marked=_marked(examples), **sizes)
-        said = [_likeliest(row) for row in found_labels]
-        scores["label_acc"] = _share(said, gold)
-        facts = _facts_of_way("label_", _choice_baselines(said, examples)) | cut | facts
-        for line, n, row in zip(lines, said, examples, strict=True):
+        predicted = [_likeliest(row) for row in found_labels]
+        scores["label_acc"] = _share(predicted, gold)
+        facts = _facts_of_way("label_", _choice_baselines(predicted, examples)) | cut | facts
+        for line, n, row in zip(lines, predicted, examples, strict=True):
             line["label_prediction"] = row.choices[n].label
     if "choices" in ways and any(choice.text != choice.label for row in examples for choice in row.choices):
         found = multiple_choice(model, tokenizer, [_by_texts(row) for row in examples], **sizes)

@@ -25,7 +25,7 @@ MARKERS = ("The answer is: ", "The answer is ", "The final answer is: ", "The fi
 
 GSM8K_STRICT = re.compile(r"#### (-?[0-9.,]+)")
 GSM8K_FLEXIBLE = re.compile(r"-?(?:[$0-9.,]{2,}|[0-9]+)")
-DEGENERATE = 0.95  # share of one answer among all, from which on the model is taken to ignore what it is asked
+DEGENERATE = 0.95  # if one answer has at least this share of all answers, the model is taken to ignore the prompt
 MIN_ANSWERS = 20  # answers, below which a share says nothing
 MAX_LABELS = 20  # different reference answers at most, if it is a set to choose from
 SHOWN_ANSWER = 60  # characters of an answer in a histogram
@@ -62,10 +62,10 @@ def judgements(
         TypeError: it gives something else, such as a share.
     """
     judged = []
-    for said, answer in zip(predictions, answers, strict=True):
-        found: Any = metric(said, answer)
+    for prediction, answer in zip(predictions, answers, strict=True):
+        found: Any = metric(prediction, answer)
         if isinstance(found, bool | np.bool_):
-            found = Judgement(bool(found), said)
+            found = Judgement(bool(found), prediction)
         if not isinstance(found, Judgement):
             named = getattr(metric, "func", metric)  # of a partial
             name = getattr(named, "__name__", type(named).__name__)
@@ -76,8 +76,8 @@ def judgements(
 
 def exact_match(prediction: str, answer: str) -> Judgement:
     """The same text, but for white space at both ends."""
-    said = prediction.strip()
-    return Judgement(said == answer.strip(), said or None)
+    extracted = prediction.strip()
+    return Judgement(extracted == answer.strip(), extracted or None)
 
 
 def number_match(prediction: str, answer: str, markers: Sequence[str] = MARKERS) -> Judgement:
@@ -92,14 +92,14 @@ def number_match(prediction: str, answer: str, markers: Sequence[str] = MARKERS)
         ValueError: the reference answer is no number and holds neither marker nor box; it cannot be judged.
     """
     gold = _marked(answer, markers)
-    said = _marked(prediction, markers) or ([] if gold else prediction.strip().splitlines()[:1])
+    candidates = _marked(prediction, markers) or ([] if gold else prediction.strip().splitlines()[:1])
     expected = as_number(gold[-1] if gold else answer)
     if expected is None:
         if not (wanted := _plain(gold[-1] if gold else "")):
             raise ValueError(f"the reference answer holds no number, alone, behind a marker or in a box: {answer!r}")
-        text = _plain(said[0]) if said else ""
+        text = _plain(candidates[0]) if candidates else ""
         return Judgement(text == wanted, text or None, wanted)
-    number = next((found for text in said if (found := as_number(text)) is not None), None)
+    number = next((found for text in candidates if (found := as_number(text)) is not None), None)
     correct = number is not None and same_number(number, expected)
     return Judgement(correct, None if number is None else in_digits(number), in_digits(expected))
 
@@ -151,11 +151,11 @@ def peft_match(prediction: str, answer: str) -> Judgement:
     Raises:
         ValueError: the reference answer holds no marker.
     """
-    said, gold = _peft_answer(prediction), _peft_answer(answer)
+    extracted, gold = _peft_answer(prediction), _peft_answer(answer)
     if gold is None:
         raise ValueError(f"the reference answer holds no marker of PEFT's comparison: {answer!r}")
-    correct = said is not None and _peft_value(said) == _peft_value(gold)
-    return Judgement(correct, said or None, gold)
+    correct = extracted is not None and _peft_value(extracted) == _peft_value(gold)
+    return Judgement(correct, extracted or None, gold)
 
 
 def _peft_answer(text: str) -> str | None:
@@ -192,8 +192,8 @@ def gsm8k_flexible(prediction: str, answer: str) -> Judgement:
 
 def _gsm8k(found: str | None, answer: str) -> Judgement:
     """The task's exact match: texts compared without commas, dollars, all up to the last ``####`` and a final dot."""
-    said = None if found is None else _ignoring(found)
-    return Judgement(said is not None and said == _ignoring(answer), said)
+    extracted = None if found is None else _ignoring(found)
+    return Judgement(extracted is not None and extracted == _ignoring(answer), extracted)
 
 
 def _ignoring(text: str) -> str:
@@ -227,15 +227,15 @@ def math_verify_match(prediction: str, answer: str) -> Judgement:
     final, expected = (_marked(prediction, MARKERS) or [""])[0], (_marked(answer, MARKERS) or [""])[-1]
     bare = _trimmed(answer.replace("\\$", ""))
     gold = read(expected, otherwise=answer if "$" in bare else f"\\boxed{{{bare}}}")
-    said = read(final, otherwise=prediction)
+    parsed = read(final, otherwise=prediction)
     if not gold:
         raise ValueError(f"math-verify reads nothing from the reference answer: {answer!r}")
     number, right = as_number(final), as_number(expected or answer)
     if number is not None and right is not None:
         correct = same_number(number, right)
     else:
-        correct = bool(said) and bool(library.verify(gold, said, timeout_seconds=seconds))
-    extracted = str(said[-1]) if said else None if number is None else in_digits(number)
+        correct = bool(parsed) and bool(library.verify(gold, parsed, timeout_seconds=seconds))
+    extracted = str(parsed[-1]) if parsed else None if number is None else in_digits(number)
     return Judgement(correct, extracted, str(gold[-1]))
 
 
@@ -254,8 +254,8 @@ def label_match(prediction: str, answer: str, labels: Sequence[str], case_sensit
     expected = _first_label(answer, labels, case_sensitive)
     if expected is None:
         raise ValueError(f"the reference answer holds none of the labels {', '.join(labels)}: {answer!r}")
-    said = _first_label(prediction, labels, case_sensitive)
-    return Judgement(said == expected, said, expected)
+    found_label = _first_label(prediction, labels, case_sensitive)
+    return Judgement(found_label == expected, found_label, expected)
 
 
 def _first_label(text: str, labels: Sequence[str], case_sensitive: bool) -> str | None:
@@ -278,8 +278,8 @@ def contains(prediction: str, answer: str) -> Judgement:
     """
     if not (expected := _alternatives(answer)):
         raise ValueError(f"the reference answer holds no text: {answer!r}")
-    said = next((text for text in expected if text.casefold() in prediction.casefold()), None)
-    return Judgement(said is not None, said)
+    match = next((text for text in expected if text.casefold() in prediction.casefold()), None)
+    return Judgement(match is not None, match)
 
 
 def _alternatives(answer: str) -> list[str]:
@@ -373,7 +373,7 @@ def classification(predicted: Sequence[int], gold: Sequence[int], classes: int) 
         hits = [2.0 * (s == g == number) for s, g in zip(predicted, gold, strict=True)]
         sizes = [(s == number) + (g == number) for s, g in zip(predicted, gold, strict=True)]
         if not (total := sum(sizes)):
-            continue  # neither said nor meant anywhere: F1 is 0, as scikit-learn has it
+            continue  # the class is neither predicted nor right in any row: F1 is 0, as in scikit-learn
         ratio = sum(hits) / total
         f1 += ratio / len(measured)
         influence = [

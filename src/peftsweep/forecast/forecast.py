@@ -213,7 +213,7 @@ def _stored(trial: Trial) -> str:
 
 
 def _check_reading(trial: Trial) -> None:
-    """That the base is a causal model where one is asked for, has its tokenizer, and room for what it is to write."""
+    """Check that the base is causal if the task needs it, has a tokenizer, and has positions for the texts to write."""
     config = trial.config
     if config.model.task is Task.causal_lm:
         probe.check_causal(models_model.architecture(config.model), partial(models_model.made, config.model))

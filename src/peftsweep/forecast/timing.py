@@ -144,7 +144,7 @@ class Timing:
             return [f"time: not known of {where}"]
         packs = sum(len(job) > 1 for job in jobs)
         packed = f", {packs} of them packs" if packs else ""
-        line = f"time: {told(end)} for {len(jobs)} job{'s' if len(jobs) != 1 else ''}{packed}, {where}"
+        line = f"time: {in_words(end)} for {len(jobs)} job{'s' if len(jobs) != 1 else ''}{packed}, {where}"
         if self.price is None:
             return [line]
         low, middle, high = (self.cost(seconds * self.devices) for seconds in (end.low, end.seconds, end.high))
@@ -164,7 +164,7 @@ def check(config: Config) -> None:
         history.named(config.forecast.records)
 
 
-def told(span: Span) -> str:
+def in_words(span: Span) -> str:
     """``3.2 min (2.7 min to 3.9 min)``."""
     return f"{format_seconds(span.seconds)} ({format_seconds(span.low)} to {format_seconds(span.high)})"
 

@@ -165,7 +165,7 @@ class Meter:
 class Laps:
     """Times repeated steps without making the host wait for the device.
 
-    On a GPU the marks are events in the device's own queue, read out when ``seconds`` is asked for.
+    On a GPU the marks are events in the device's own queue, read out when ``seconds`` is called.
     """
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:

@@ -22,7 +22,7 @@ def remaining(
     steps: int | None = None,
     step_seconds: float | None = None,
 ) -> float | None:
-    """The seconds that a trial has left; None where nothing can be said.
+    """The seconds that a trial has left; None if they cannot be estimated.
 
     ``expected`` are its seconds by kind (``load``, ``train``, ``evaluate``, ``save``), ``in_stage`` those since its
     ``stage`` began, ``step_seconds`` the sum of its steps so far. Its own steps correct what was expected: the more

@@ -40,7 +40,7 @@ class Options:
     """The keys of ``hydra.sweeper``, checked."""
 
     n_trials: int  # of the search, those of earlier commands included
-    n_jobs: int  # trials asked for at once
+    n_jobs: int  # trials that are chosen and run at the same time
     directions: tuple[str, ...]
     storage: str
     study_name: str
@@ -132,7 +132,7 @@ class Search:
         import optuna
 
         options = self.options
-        self._sampler(0)  # so that what is wrong with it is said before anything is written
+        self._sampler(0)  # so that a wrong sampler is reported before anything is written
         if "://" not in options.storage:
             _end_whole(Path(options.storage))
         study = optuna.create_study(

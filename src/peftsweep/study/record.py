@@ -370,7 +370,7 @@ def one_line(error: BaseException) -> str:
 def environment(*, gpus: bool = True) -> dict[str, Any]:
     """Versions, system and device; of the environment variables only ``KERNEL_SWITCHES``.
 
-    Without ``gpus`` no GPU is asked for its name.
+    Without ``gpus`` the names of GPUs are not read.
     """
     return {
         "packages": packages(),

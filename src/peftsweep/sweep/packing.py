@@ -63,7 +63,7 @@ def plan(trials: Sequence[Trial], limit: int, fits: Fits | None = None) -> list[
 
 
 def _largest_pack(group: Sequence[Trial], limit: int, fits: Fits | None) -> int:
-    """The number of trials of the group that fit into memory together, whichever are chosen."""
+    """The number of trials of the group that fit into memory together, for any choice of them."""
     if limit < 2 or fits is None:
         return limit
     heaviest = sorted(group, key=lambda one: -(forecast.check(one).trainable_parameters or 0))

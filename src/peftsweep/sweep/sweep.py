@@ -17,7 +17,7 @@ from peftsweep.errors import InputError, NotRun, SweepFailed, suggest
 from peftsweep.forecast import forecast, timing, work
 from peftsweep.forecast.duration import Span
 from peftsweep.forecast.forecast import Forecast
-from peftsweep.forecast.timing import Timing, money, told
+from peftsweep.forecast.timing import Timing, in_words, money
 from peftsweep.observe import streams
 from peftsweep.observe.display import Display, size, summary
 from peftsweep.schema import Dtype
@@ -91,7 +91,7 @@ def run(
             raise
         finally:
             sweep_record.leave(_left(results))
-            with suppress(OSError):  # a full disk, of which the trials have said so
+            with suppress(OSError):  # a full disk, which the trials have reported
                 sweep_record.write()
         _summarise(display, trials, results, config.study)
         same = [
@@ -348,7 +348,7 @@ def _time_cell(row: dict[str, Any]) -> str:
     if row["predicted_seconds"] is None:
         return f"  time ? ({row['no_time_because']})"
     cost = "" if row["predicted_cost"] is None else f"  cost {money(row['predicted_cost'])}"
-    return f"  time {told(Span(*(row[f'predicted_seconds{end}'] for end in ('', '_low', '_high'))))}{cost}"
+    return f"  time {in_words(Span(*(row[f'predicted_seconds{end}'] for end in ('', '_low', '_high'))))}{cost}"
 
 
 def planned(one: Trial) -> Result:

@@ -198,7 +198,7 @@ class Form:
 
 
 def _lines(trial: Trial, form: Form) -> Iterator[str]:
-    """The lines of standard input; in a terminal each is asked for."""
+    """The lines of standard input; in a terminal with a prompt for each."""
     in_terminal = sys.stdin is not None and sys.stdin.isatty()
     if in_terminal:
         kind = "a turn" if _converses(trial) else "the beginning of a text"
@@ -227,12 +227,12 @@ class Writer:
     trial: Trial
     form: Form
     tokenizer: PreTrainedTokenizerBase
-    models: dict[str, nn.Module]  # by what they are called; the base, where asked for, first
+    models: dict[str, nn.Module]  # by the names that are printed; the base, with --base, first
     max_new_tokens: int
     sampling: Sampling | None
     seed: int
     system: str | None = None
-    said: dict[str, list[Message]] = field(default_factory=dict)
+    histories: dict[str, list[Message]] = field(default_factory=dict)
     drawn: int = 0  # texts so far, each of which has a seed of its own
 
     @classmethod
@@ -260,7 +260,7 @@ class Writer:
 
     def begin(self) -> None:
         """Forget the conversation so far."""
-        self.said.clear()
+        self.histories.clear()
 
     def texts(self, prompt: str) -> Iterator[tuple[str, str]]:
         """The text that each model writes after the prompt; in a conversation the prompt is the user's next turn.
@@ -287,7 +287,7 @@ class Writer:
                 sampling=self.sampling,
             )[0]
             if _converses(self.trial):
-                self.said[name] += [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
+                self.histories[name] += [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
             yield name, text
         self.drawn += 1
 
@@ -299,7 +299,7 @@ class Writer:
         if not _converses(self.trial):
             return prompt
         system: list[Message] = [] if self.system is None else [{"role": "system", "content": self.system}]
-        history = self.said.setdefault(name, system)
+        history = self.histories.setdefault(name, system)
         turns: list[Any] = [*history, {"role": "user", "content": prompt}, {"role": "assistant", "content": ANSWER}]
         row = Example(prompt, ANSWER, conversation=Conversation(turns))
         own = self.trial.config.dataset

@@ -1,4 +1,4 @@
-"""Everything else that was measured, as tables: none of it decides what to use, all of it may be asked for."""
+"""Tables of all other measurements, which do not decide what to use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from peftsweep.analysis.table.table import BREAK_EVEN, COMPILE, SPEED_UP
 from peftsweep.analysis.text import words
 
 MAX_ROWS = 12  # configurations of a table, the best first
-FEWEST_STEPS = 6  # logged steps of a trial, from which on the interval of a speed-up is told
+FEWEST_STEPS = 6  # a speed-up gets an interval if each trial has at least this many logged steps
 REDRAWS = 999
 # How the figures of one kind end, and their unit; the first that fits.
 UNITS: tuple[tuple[tuple[str, ...], Unit], ...] = (

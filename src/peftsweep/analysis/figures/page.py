@@ -372,7 +372,7 @@ def _pairs_of(title: str, rows: paired.Rows, folder: Path, most: int) -> dict[st
         "start": (rows.pairs() or [(0, 1)])[0],
         "members": [{"name": m.name, "seeds": m.seeds, "file": m.file(rows.column)} for m in rows.members],
         "figures": [[round(value, digits) for value in figures] for figures in rows.figures.tolist()],
-        "texts": {n: [written[0][n].prompt, written[0][n].answer, [of[n].said for of in written]] for n in shown},
+        "texts": {n: [written[0][n].prompt, written[0][n].answer, [of[n].output for of in written]] for n in shown},
     }
 
 
@@ -388,7 +388,7 @@ def _settings(table: pd.DataFrame) -> tuple[dict[str, Any], list[str]]:
 
 
 def _panels(table: pd.DataFrame, differing: Sequence[str], folder: Path) -> str:
-    """A panel a trial, hidden until the page is asked for it."""
+    """A panel for each trial, which is hidden until its trial is chosen."""
     figures = [c for c in table.columns if c.startswith("eval_info.") and c.endswith(".value")]
     figures += [c for c in FIGURES if c in table]
     rows = table.tail(PANELS)

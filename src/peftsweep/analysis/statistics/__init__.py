@@ -1,3 +1,3 @@
-"""What can be said of a table, and how surely."""
+"""Statistics of a table of trials: intervals, comparisons, effects."""
 
 __all__ = ["comparisons", "effects", "frontier", "intervals", "measured", "rungs", "task", "trials"]

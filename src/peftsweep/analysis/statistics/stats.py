@@ -1,4 +1,4 @@
-"""Trials -> what can be said of them: intervals over seeds and test rows, comparisons, ties.
+"""Statistics of trials: intervals over seeds and test rows, comparisons, ties.
 
 Everything here is a pure function of the table of trials, a row a trial with the dotted columns of results.parquet,
 and of ``predictions``, a function (trial, eval) -> the lines of its predictions. A *configuration* is what

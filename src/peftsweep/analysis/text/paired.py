@@ -94,16 +94,16 @@ def rows(
     joined, base_of = comparisons.with_bases(table, column)
     trials = joined[joined[statistics_trials.SUCCESS].eq("success") & joined[column].notna()]
     wanted = [*order, *sorted({base_of[n] for n in order if n in base_of}, reverse=True)]
-    members, figures, asked = [], [], None
+    members, figures, shared_prompts = [], [], None
     for number in wanted:
         mine = trials[trials["configuration"] == number].drop_duplicates(
             [c for c in (statistics_trials.SEED,) if c in trials]
         )
         found = [_figures(predictions(str(t), evaluation(column)[0]), column, v) for t, v in _scored(mine, column)]
         known = [one for one in found if one is not None]
-        if not known or len(known) < len(found) or any(one[0] != (asked or known[0][0]) for one in known):
+        if not known or len(known) < len(found) or any(one[0] != (shared_prompts or known[0][0]) for one in known):
             continue
-        asked = known[0][0]
+        shared_prompts = known[0][0]
         first = str(mine[statistics_trials.TRIAL].iloc[0])
         name = names[number] if number >= 0 else _base_name(first, several=wanted[-1] < -1)
         members.append(Member(number, name, first, len(known), base_of.get(number)))
@@ -116,7 +116,7 @@ def _scored(trials: pd.DataFrame, column: str) -> list[tuple[Any, float]]:
 
 
 def _figures(lines: Sequence[dict[str, Any]], column: str, value: float) -> tuple[list[Any], Floats] | None:
-    """What was asked, and the figure of each row; None where they are not those of the score ``value``."""
+    """The prompts, and the figure of each row; None if they are not those of the score ``value``."""
     figures = measured.row_scores(lines, evaluation(column)[1])
     if figures is None or len(figures) < 1:
         return None
@@ -140,15 +140,15 @@ def _base_name(file: str, *, several: bool) -> str:
 
 @dataclass(frozen=True)
 class Text:
-    """What was asked in a row, what is right, and what was said."""
+    """The prompt of a row, the right answer, and the model's output."""
 
     prompt: str
     answer: str
-    said: str
+    output: str
 
     def cut(self, prompt: int, others: int) -> Text:
         """The same with the middle of long texts left out, beyond so many characters."""
-        return Text(cut(self.prompt, prompt), cut(self.answer, others), cut(self.said, others))
+        return Text(cut(self.prompt, prompt), cut(self.answer, others), cut(self.output, others))
 
 
 def texts(folder: Path, found: Rows, place: int) -> list[Text]:
@@ -158,7 +158,7 @@ def texts(folder: Path, found: Rows, place: int) -> list[Text]:
     """
     try:
         lines = record.read_predictions(folder / found.members[place].file(found.column))
-    except Unreadable:  # as was said when its figures were read
+    except Unreadable:  # which was reported when its figures were read
         lines = []
     if len(lines) != found.figures.shape[1]:
         return [Text("", "", "")] * found.figures.shape[1]
@@ -251,7 +251,7 @@ def _shown(found: Rows, folder: Path, first: int, second: int) -> Iterator[str]:
             [
                 {"row": str(row + 1)}
                 | {"prompt": words.code(written[0][row].prompt), "answer": words.code(written[0][row].answer)}
-                | {name: words.code(of[row].said) for name, of in zip(names, written, strict=True)}
+                | {name: words.code(of[row].output) for name, of in zip(names, written, strict=True)}
                 for row in shown
             ]
         )

@@ -34,7 +34,7 @@ SHAPE = {"lines": [str], "command?": [str], "decision?": DECISION}  # of such a 
 
 @dataclass(frozen=True)
 class Search:
-    """A search that has ended: ``tune`` or ``league``, what it said, and its facts."""
+    """A search that has ended: ``tune`` or ``league``, its messages, and its facts."""
 
     name: str
     lines: list[str]

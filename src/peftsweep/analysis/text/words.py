@@ -132,7 +132,7 @@ def amount(value: float, scale: str, *, signed: bool = False) -> str:
 
 
 def scale(score: str) -> str:
-    """How differences of a score are told, before any is known."""
+    """How the report words differences of a score, before any difference is known."""
     return "ratio" if "perplexity" in columns.evaluation(score)[1] else "difference"
 
 

@@ -1,4 +1,4 @@
-"""What can be said of written texts without a reference: lengths, empty and cut ones, how varied their words are."""
+"""Statistics of generated texts without a reference: lengths, shares of empty and cut texts, variety of words."""
 
 from __future__ import annotations
 
