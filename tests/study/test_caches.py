@@ -249,6 +249,23 @@ def test_a_record_whose_adapter_reached_routers_is_run_again(
 
 
 @pytest.mark.parametrize(
+    ("asked", "weight", "steps", "wrong"),
+    [(True, 0.1, 4, True), (False, 0.1, 4, False), (True, 0.0, 4, False), (True, 0.1, None, False)],
+)
+def test_a_record_trained_without_the_loss_of_the_routers_is_run_again(
+    asked: bool, weight: float, steps: int | None, wrong: bool, tmp_path: Path
+) -> None:
+    base = write("mixtral", tmp_path)
+    said = json.loads((base / "config.json").read_text())
+    said |= {"output_router_logits": asked, "router_aux_loss_coef": weight}
+    (base / "config.json").write_text(json.dumps(said))
+    config = {"model": {"name_or_path": str(base)}, "method": {"r": 2}, "train": {"steps": steps}}
+    assert mended.right_since(config) == (4 if wrong else 2)
+    assert bool(mended.outdated(Result({"identity_rule": 3}, {}, config=config))) == wrong
+    assert mended.outdated(Result({"identity_rule": 4}, {}, config=config)) is None
+
+
+@pytest.mark.parametrize(
     ("own", "beams", "method", "wrong"),
     [
         ({"repetition_penalty": 1.3}, 2, "peft.LoraConfig", True),

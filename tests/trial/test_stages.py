@@ -199,7 +199,7 @@ def test_a_trial_that_runs_out_of_memory_keeps_what_it_measured_and_holds_nothin
     run_small: RunSmall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: list[weakref.ref[Any]] = []
-    plain = losses.losses_and_hits
+    plain = losses.forward_losses
 
     def full(called: Any, batch: Any) -> Any:
         held.append(weakref.ref(called))
@@ -208,7 +208,7 @@ def test_a_trial_that_runs_out_of_memory_keeps_what_it_measured_and_holds_nothin
         return plain(called, batch)
 
     with monkeypatch.context() as context:
-        context.setattr(loop, "losses_and_hits", full)
+        context.setattr(loop, "forward_losses", full)
         result = run_small("train.log_every=1")
     assert (result.status, (result.error or {})["stage"]) == (Status.oom, "train")
     assert result.memory["train"]["rss_peak"] > 0

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from peftsweep.data.batches import Batch, batch_order, micro_batches
 from peftsweep.data.tokens import Tokens
 from peftsweep.forecast.allocator import BLOCK, META, Allocator, Kernels, as_on_device
-from peftsweep.models.losses import answer_losses, auxiliary_loss
+from peftsweep.models.losses import regularised_loss
 from peftsweep.models.model import skeleton as bare_skeleton
 from peftsweep.models.model import spare
 from peftsweep.models.parts import base_of, classifies, head_names, text_config, trainable_parameters
@@ -216,9 +216,7 @@ def _traced(
         ):  # the second pass has the gradients of the first
             before = allocator.mark()
             with kernels.forward(), _at_head(adapted, allocator.alive) as at_head:
-                loss = answer_losses(adapted, batch).sum() / batch.answer_tokens
-                regulariser = auxiliary_loss(adapted, batch)
-                loss = loss if regulariser is None else loss + regulariser
+                loss = regularised_loss(adapted, batch)
             held = allocator.still_alive(at_head[-1])  # without the prompts' hidden states: the head frees them
             kept, logits = held - before, allocator.live - held
             forward = max(forward, allocator.peak)
@@ -226,7 +224,7 @@ def _traced(
             allocator.in_backward = True
             kernels.backward(loss)
             allocator.in_backward = False
-            del loss, regulariser
+            del loss
             backward = max(backward, allocator.peak)
         alone = [p.grad for _, p in trainable_parameters(adapted) if p.grad is not None]
         before, gradients = allocator.mark(), pack.gradients if pack else alone

@@ -20,7 +20,7 @@ from peftsweep.forecast.allocator import META, Allocator, Kernels, as_on_device
 from peftsweep.forecast.operations import Ledger
 from peftsweep.forecast.predict import Shape, meta_batch, skeleton, to_meta
 from peftsweep.models import attach, model, probe
-from peftsweep.models.losses import answer_losses, auxiliary_loss, row_inputs
+from peftsweep.models.losses import answer_losses, regularised_loss, row_inputs
 from peftsweep.models.parts import base_of, classifies, text_config, trainable_parameters
 from peftsweep.models.shortcuts import SHORTCUTS
 from peftsweep.observe import measure
@@ -69,9 +69,7 @@ class Tracer:
         adapted.train()
         with self._run(ledger, batch.answer_tokens) as kernels, as_trained(adapted, self._config, self._device):
             with kernels.forward():
-                loss = answer_losses(adapted, batch).sum() / batch.answer_tokens
-                regulariser = auxiliary_loss(adapted, batch)
-                loss = loss if regulariser is None else loss + regulariser
+                loss = regularised_loss(adapted, batch)
             self._allocator.in_backward = True
             kernels.backward(loss)
         weights = tuple((tuple(p.shape), p.dtype) for _, p in trainable_parameters(adapted) if p.grad is not None)

@@ -26,6 +26,7 @@ from peftsweep.data.tokens import Tokens
 from peftsweep.errors import InputError
 from peftsweep.models.losses import answer_losses
 from peftsweep.models.model import keep_weights_unpacked
+from peftsweep.models.parts import as_configured
 from peftsweep.models.saved import INITIAL
 from peftsweep.study.store import RESIDUAL
 
@@ -105,7 +106,8 @@ def pissa(setting: Setting) -> PeftModel:
         if name in weights:
             _quantise_again(module, weights[name])
     if setting.folder is not None:
-        setting.base.save_pretrained(setting.folder / RESIDUAL)
+        with as_configured(setting.base):
+            setting.base.save_pretrained(setting.folder / RESIDUAL)
     adapted = setting.attach(setting.base, setting.method)
     set_peft_model_state_dict(adapted, principal)
     return adapted

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -15,11 +15,19 @@ from torch import nn
 
 from peftsweep.data.batches import Batch
 from peftsweep.models import shortcuts
-from peftsweep.models.parts import base_of, text_config, trainable_parameters
+from peftsweep.models.parts import ROUTER_LOSS, base_of, text_config, trainable_parameters
 from peftsweep.models.shortcuts import SHORTCUTS, Shortcuts
 
 METHOD_INPUTS = "peftsweep_method_inputs"  # the attribute of an adapted model that holds them
 CALL_THE_BASE_ONCE = (BaseTuner.forward, AdaLoraModel.forward, PolyModel.forward)
+
+
+class Losses(NamedTuple):
+    """What a forward of a batch gives to train on."""
+
+    answers: torch.Tensor  # of every answer token (a classifier: class), float32: [batch.answer_tokens]
+    hits: torch.Tensor | None  # of a classifier: the number of rows of which the right class is the likeliest
+    routers: torch.Tensor | None  # in training mode, of a mixture of experts that adds it: a scalar, weighted
 
 
 # ---- using -----------------------------------------------------------------------------------------
@@ -27,41 +35,64 @@ CALL_THE_BASE_ONCE = (BaseTuner.forward, AdaLoraModel.forward, PolyModel.forward
 
 def answer_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Cross-entropy of every answer token (a classifier: class) of ``batch``, in float32: [batch.answer_tokens]."""
-    return losses_and_hits(model, batch)[0]
+    return forward_losses(model, batch).answers
 
 
-def losses_and_hits(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``answer_losses``, and of a classifier the number of rows of which the right class is the likeliest.
+def forward_losses(model: nn.Module, batch: Batch) -> Losses:
+    """The losses of one forward of ``batch``.
 
     Logits of the answer tokens alone are computed where the output head allows it (shortcuts.py), else those from
     the first answer token of any row on. Methods that put virtual tokens before the input return longer logits; the
-    last positions are those of the input.
+    last positions are those of the input. The loss of the routers is a mean over all tokens but padding, so that the
+    model gets its mask.
     """
     if batch.labels is not None:
         logits = class_logits(model, batch)
         hits = (logits.argmax(-1) == batch.labels).sum()
-        return nn.functional.cross_entropy(logits, batch.labels, reduction="none"), hits
+        return Losses(nn.functional.cross_entropy(logits, batch.labels, reduction="none"), hits, None)
+    balanced = model.training and hasattr(base_of(model), ROUTER_LOSS)
     short = allowed_shortcuts(model)
+    if balanced:
+        short = replace(short, no_mask=False)
     kept = batch.input_ids.shape[1] - batch.answer_start + 1  # the one before the first answer predicts it
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
     inputs |= {"attention_mask": None if short.no_mask else batch.attention_mask}
-    inputs |= row_inputs(model, batch.input_ids)
+    inputs |= row_inputs(model, batch.input_ids) | ({"output_router_logits": True} if balanced else {})
     unmasked = shortcuts.causal_only(text_config(base_of(model))) if short.no_mask else nullcontext()
     if not short.answers_only:
         with unmasked:
             keep = last_positions(kept, batch.input_ids.device)
-            logits = (
-                model(**inputs, logits_to_keep=keep).logits[:, -kept:-1].flatten(0, 1).index_select(0, batch.places)
-            )
-        return nn.functional.cross_entropy(logits.float(), batch.targets, reduction="none"), None
+            output = model(**inputs, logits_to_keep=keep)
+        routers = _router_loss(model, output) if balanced else None
+        logits = output.logits[:, -kept:-1].flatten(0, 1).index_select(0, batch.places)
+        del output  # all logits, which the backward needs no more
+        return Losses(nn.functional.cross_entropy(logits.float(), batch.targets, reduction="none"), None, routers)
     head = base_of(model).get_output_embeddings()
     with unmasked, shortcuts.gathered(head, batch, skip=short.bare_head and shortcuts.is_frozen(head)) as found:
-        logits = model(**inputs, logits_to_keep=kept).logits
+        output = model(**inputs, logits_to_keep=kept)
+    routers, logits = _router_loss(model, output) if balanced else None, output.logits
+    del output
     if not found.skipped:
-        return nn.functional.cross_entropy(logits[0].float(), batch.targets, reduction="none"), None
+        return Losses(nn.functional.cross_entropy(logits[0].float(), batch.targets, reduction="none"), None, routers)
     if logits is not found.hidden:
         raise RuntimeError(f"{type(model).__name__} changes what its output head returns")
-    return shortcuts.linear_cross_entropy(logits[0], head, batch.targets), None
+    return Losses(shortcuts.linear_cross_entropy(logits[0], head, batch.targets), None, routers)
+
+
+def _router_loss(model: nn.Module, output: Any) -> torch.Tensor | None:
+    """The routers' load-balancing loss in a model's ``output``, times its weight; None where no layer has routers."""
+    found = getattr(output, "aux_loss", None)
+    weight: float = getattr(base_of(model), ROUTER_LOSS)
+    return found.to(output.logits.device) * weight if isinstance(found, torch.Tensor) else None
+
+
+def regularised_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The loss of a training step of one batch, a scalar, with all that method and model add to it."""
+    found = forward_losses(model, batch)
+    loss = found.answers.sum() / batch.answer_tokens
+    for term in (auxiliary_loss(model, batch), found.routers):
+        loss = loss if term is None else loss + term
+    return loss
 
 
 def allowed_shortcuts(model: nn.Module) -> Shortcuts:

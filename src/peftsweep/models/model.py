@@ -32,6 +32,7 @@ from peftsweep.errors import InputError, suggest
 from peftsweep.models.parts import (
     base_of,
     classifies,
+    defer_router_loss,
     head_names,
     never_called,
     text_config,
@@ -209,7 +210,7 @@ def made(model: ModelConfig, config: transformers.PreTrainedConfig, **options: A
         InputError: the architecture is of another kind.
     """
     try:
-        return cast(PreTrainedModel, CLASSES[model.task].from_config(config, **options))
+        return cast(PreTrainedModel, defer_router_loss(CLASSES[model.task].from_config(config, **options)))
     except ValueError as error:  # transformers has no such model of this type
         what = "causal language model" if model.task is Task.causal_lm else "classifier"
         raise InputError(
@@ -336,7 +337,7 @@ def load(
         setattr(base, COMMIT, None if is_local(model) else options["revision"])
     keep_weights_unpacked(base)
     base.requires_grad_(False)
-    return cast(PreTrainedModel, base.eval())
+    return cast(PreTrainedModel, defer_router_loss(base.eval()))
 
 
 def spare(quantization: Any, base: PreTrainedModel) -> None:

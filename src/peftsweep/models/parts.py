@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import transformers
@@ -14,6 +16,9 @@ from torch import nn
 from transformers import (
     PreTrainedModel,
 )
+
+ROUTER_LOSS = "peftsweep_router_loss"  # the attribute of a base that adds a loss of its routers in training
+Base = TypeVar("Base", bound=nn.Module)
 
 
 def text_config(model: Any) -> Any:
@@ -77,6 +82,43 @@ def classifies(model: nn.Module) -> bool:
 
 
 # ---- mixtures of experts ---------------------------------------------------------------------------
+
+
+def router_loss_weight(config: Any) -> float:
+    """The factor of the routers' load-balancing loss that transformers adds in training; 0 where it adds none.
+
+    transformers adds it where the configuration (a model's may be given) says ``output_router_logits``.
+    """
+    text = text_config(config)
+    weights = (getattr(text, name, None) for name in ("router_aux_loss_coef", "aux_loss_coef"))
+    experts = getattr(text, "ffn_config", None)  # DBRX
+    found = next((w for w in (*weights, getattr(experts, "moe_loss_weight", None)) if w is not None), 0.0)
+    return float(found) if getattr(text, "output_router_logits", False) else 0.0
+
+
+def defer_router_loss(base: Base) -> Base:
+    """``base``, whose configuration no longer asks each forward for the loss of the routers; training does.
+
+    In a forward after cached tokens transformers would compute it with a mask of another length, and fail.
+    """
+    weight = router_loss_weight(base)
+    if weight and "output_router_logits" in inspect.signature(base.forward).parameters:
+        setattr(base, ROUTER_LOSS, weight)
+        text_config(base).output_router_logits = False
+    return base
+
+
+@contextmanager
+def as_configured(base: Any) -> Iterator[None]:
+    """Inside, the configuration of ``base`` is that of its checkpoint, to be written with what is saved."""
+    asked = hasattr(base, ROUTER_LOSS)
+    if asked:
+        text_config(base).output_router_logits = True
+    try:
+        yield
+    finally:
+        if asked:
+            text_config(base).output_router_logits = False
 
 
 ROUTER = re.compile(r"router(_\w+)?")

@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from peftsweep.errors import InputError, first_line
 from peftsweep.models.losses import METHOD_INPUTS
 from peftsweep.models.model import MAX_NAMED, WEIGHTS, WITH_ADAPTER, is_local, keep_weights_unpacked, source
-from peftsweep.models.parts import text_config
+from peftsweep.models.parts import as_configured, text_config
 from peftsweep.models.quantised.layers import dequantise, is_quantised
 from peftsweep.models.shapes import at_target_rank
 from peftsweep.schema import Init, ModelConfig
@@ -153,7 +153,8 @@ def save(model: PreTrainedModel | PeftModel, folder: Path) -> int:
         if name != "default":
             (folder / name).rmdir()
     else:
-        model.save_pretrained(str(folder))
+        with as_configured(model):
+            model.save_pretrained(str(folder))
     sync_tree(folder)
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 

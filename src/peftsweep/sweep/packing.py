@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft import LoraConfig
 
@@ -15,6 +15,7 @@ from peftsweep.config.identity import content_hash
 from peftsweep.errors import InputError
 from peftsweep.forecast import forecast
 from peftsweep.models import model
+from peftsweep.models.parts import router_loss_weight
 from peftsweep.schema import Task, TrainConfig
 from peftsweep.training import optimizer
 
@@ -92,7 +93,8 @@ def alone(trial: Trial) -> str | None:
         "it is profiled or timed": config.profiler or config.inference,
         "its base is spread over devices": config.model.device_map is not None,
         "dropout under gradient checkpointing": config.train.checkpointing and config.method.get("lora_dropout"),
-        "its base has dropout of its own": _base_drops(trial),
+        "its base has dropout of its own": _base_facts(trial).drops,
+        "its base adds a loss of its routers": _base_facts(trial).balances,
     }
     return next((reason for reason, holds in checks.items() if holds), None)
 
@@ -112,19 +114,25 @@ def _of_torch(config: TrainConfig) -> bool:
     return isinstance(made, type) and made.__module__.startswith("torch.optim")
 
 
-def _base_drops(trial: Trial) -> bool:
-    """Whether the base has dropout, whose random numbers would be drawn for all slots at once."""
+class _BaseFacts(NamedTuple):
+    drops: bool  # it has dropout, whose random numbers would be drawn for all slots at once
+    balances: bool  # it adds a loss of its routers, a mean over the tokens of all slots
+
+
+def _base_facts(trial: Trial) -> _BaseFacts:
+    """What the configuration of the trial's base says against a pack."""
     key = content_hash(identity.model_identity(trial.config.model))
-    if key not in _DROPS:
+    if key not in _FACTS:
         try:
-            fields = model.architecture(trial.config.model).to_dict()
+            found = model.architecture(trial.config.model)
         except InputError:  # reported when the model is loaded
-            return True
-        _DROPS[key] = any("drop" in name and isinstance(p, float) and p > 0 for name, p in fields.items())
-    return _DROPS[key]
+            return _BaseFacts(drops=True, balances=True)
+        drops = any("drop" in name and isinstance(p, float) and p > 0 for name, p in found.to_dict().items())
+        _FACTS[key] = _BaseFacts(drops, balances=router_loss_weight(found) != 0)
+    return _FACTS[key]
 
 
-_DROPS: dict[str, bool] = {}  # by model
+_FACTS: dict[str, _BaseFacts] = {}  # by model
 
 
 def _length(trial: Trial) -> float:

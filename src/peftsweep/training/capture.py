@@ -35,14 +35,13 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from peftsweep.data.batches import Batch, micro_batches
 from peftsweep.data.tokens import Tokens
-from peftsweep.models.parts import base_of, classifies, text_config
+from peftsweep.models.parts import ROUTER_LOSS, base_of, classifies, text_config
 from peftsweep.models.quantised.layers import is_wrapper
 from peftsweep.observe.measure import out_of_memory, synchronise
 from peftsweep.schema import Capture, Dtype, TrainConfig
 from peftsweep.training.length import steps_of
 
 log = logging.getLogger(__name__)
-
 Result = TypeVar("Result")
 
 DEVICES = ("cuda",)  # device types on which steps run in static shapes
@@ -138,6 +137,7 @@ def unfit(model: Any, config: TrainConfig) -> str | None:
         "its gradients, which would be kept, are large": _gradient_bytes(model) > MAX_GRADIENT_BYTES,
         "it was not tried on torchao's or quanto's weights": any(map(is_wrapper, model.parameters())),
         "its layers are on several devices": len({p.device for p in model.parameters()}) > 1,
+        "its routers add to the loss": hasattr(base_of(model), ROUTER_LOSS),
         "it leaves out layers at random": bool(getattr(text_config(base_of(model)), "layerdrop", 0)),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

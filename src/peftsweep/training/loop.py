@@ -14,7 +14,7 @@ from torch.profiler import record_function
 
 from peftsweep.data.batches import Batch, batch_order, collate, micro_batches
 from peftsweep.data.tokens import Tokens
-from peftsweep.models.losses import answer_losses, auxiliary_loss, losses_and_hits
+from peftsweep.models.losses import answer_losses, auxiliary_loss, forward_losses
 from peftsweep.models.parts import trainable_parameters
 from peftsweep.observe.measure import Laps, Meter
 from peftsweep.schema import TrainConfig
@@ -175,16 +175,17 @@ class _Step:
         """Forward and backward of a micro-batch; its part of the loss of a step that has ``answer_tokens``."""
         run = self._run
         with self._span("forward"), self._autocast:
-            losses, hits = losses_and_hits(called, batch)
+            losses, hits, routers = forward_losses(called, batch)
             part = losses.sum() / answer_tokens
             regulariser = auxiliary_loss(self._model, batch) if self._regularised is not False else None
             self._regularised = regulariser is not None
+            added = [term for term in (regulariser, routers) if term is not None]
         if hits is not None:
             run.epoch.hits += hits
         del losses
         with self._span("backward"):
             share = batch.answer_tokens / answer_tokens
-            run.scaler.scale(part if regulariser is None else part + regulariser * share).backward()
+            run.scaler.scale(part if not added else part + sum(added) * share).backward()
         return part.detach()
 
 

@@ -129,6 +129,12 @@ def _is_prompt_learning(method: Values) -> bool:
     return isinstance(kind, type) and issubclass(kind, peft.PromptLearningConfig)
 
 
+def _balances_experts(config: Values, _: Values) -> bool:
+    train, adapter = _section(config, "train"), _section(config, "adapter")
+    trains = bool(train.get("steps") or train.get("epochs")) and not adapter.get("path")
+    return trains and _base(config).balances
+
+
 MENDED = (
     Mended(2, _accumulates, "with train.accumulation above 1 a step took other rows than one large batch would have"),
     Mended(
@@ -149,6 +155,11 @@ MENDED = (
         "the base's own generation settings, such as a repetition penalty, changed what it wrote",
         training=False,
     ),
+    Mended(
+        4,
+        _balances_experts,
+        "the load-balancing loss of the routers, which the base's configuration asks for, was left out",
+    ),
 )
 
 
@@ -166,6 +177,7 @@ class _Base:
     experts: bool = False
     linear_routers: frozenset[str] = frozenset()  # the last part of the names of linear routers of experts
     recurrent: bool = False
+    balances: bool = False  # it adds a loss of its routers in training
     own_settings: frozenset[str] = frozenset()  # its generation settings that change what it writes
 
 
@@ -207,6 +219,7 @@ def _read(base: ModelConfig) -> _Base:
             if isinstance(bare.get_submodule(name), nn.Linear)
         ),
         recurrent=bool(stateful) or bool(getattr(bare, "_is_stateful", False)),
+        balances=hasattr(bare, parts.ROUTER_LOSS),
         own_settings=_own_settings(base) if base.init is Init.pretrained else frozenset(),
     )
 
