@@ -305,7 +305,7 @@ def test_templates_take_columns_and_braces() -> None:
 
 
 def test_a_column_that_only_other_rows_have_is_missing_in_this_one() -> None:
-    rows = [{"question": "a", "answer": "b", "much more": None}, {"question": "c"}]
+    rows: list[dict[str, Any]] = [{"question": "a", "answer": "b", "much more": None}, {"question": "c"}]
     first = Example("a", "b")
     assert templates.examples(rows, "{question}", "{answer}", missing=OnMissing.drop) == [first]
     assert templates.examples(rows, "{question}", "{answer}", missing=OnMissing.empty) == [first, Example("c", "")]
@@ -317,10 +317,10 @@ def test_a_column_that_only_other_rows_have_is_missing_in_this_one() -> None:
 
 def test_a_conversation_that_a_row_lacks_altogether_can_be_left_out() -> None:
     said = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
-    rows = [{"conversations": said, "note": None}, {"note": "none here"}]
+    rows: list[dict[str, Any]] = [{"conversations": said, "note": None}, {"note": "none here"}]
     for reader in ("messages", "sharegpt"):
-        how = {"reader": f"peftsweep.data.tasks.{reader}", "missing": OnMissing.drop}
-        (example,) = templates.examples(rows, "{prompt}", "{answer}", **how)  # type: ignore[arg-type]
+        how: dict[str, Any] = {"reader": f"peftsweep.data.tasks.{reader}", "missing": OnMissing.drop}
+        (example,) = templates.examples(rows, "{prompt}", "{answer}", **how)
         assert example.answer == "b"
         with pytest.raises(InputError, match="row 2 cannot be read: it has no column messages"):
             templates.examples(rows, "{prompt}", "{answer}", reader=f"peftsweep.data.tasks.{reader}")
