@@ -239,6 +239,9 @@ def test_a_key_is_explained_with_type_range_and_default() -> None:
     assert "qlora" in reference.explain("method").lower()
     with pytest.raises(errors.InputError, match=r"did you mean 'train\.batch_size'"):
         reference.explain("train.batchsize")
+    with pytest.raises(errors.InputError, match=r"there are: study, .*dataset, eval, train,") as refused:
+        reference.explain("nokey")
+    assert "train." not in str(refused.value)
 
 
 def test_every_exit_code_has_a_sentence() -> None:

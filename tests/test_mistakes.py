@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 from pathlib import Path
 
@@ -59,6 +60,28 @@ def test_columns_that_only_number_the_rows_are_no_example_of_a_prompt_or_an_answ
     with pytest.raises(InputError, match="no column 'label'") as refused:
         cli._trial("dataset=sst2", "dataset.path=rows.csv")
     assert f"""as in 'dataset.answer=" {{{answer}}}"'""" in str(refused.value)
+
+
+def test_the_example_for_a_file_of_one_text_has_no_prompt_and_trains() -> None:
+    Path("rows.csv").write_text("\n".join(["tale", *(f"Once there were {n}." for n in range(30))]))
+    with pytest.raises(InputError) as refused:
+        cli._trial("dataset=rows.csv")
+    said = str(refused.value).partition("give it, such as: ")[2]
+    assert said == """dataset=text dataset.path=rows.csv 'dataset.answer="{tale}"'"""
+    assert cli._trial(*shlex.split(said)).config.dataset.answer == "{tale}"
+
+
+def test_the_example_for_answers_that_a_label_judges_takes_the_answers_and_says_that_some_are_not_wanted() -> None:
+    lines = [json.dumps({"prompt": f"{n}?", "completion": f"{n}.", "label": n % 2 == 0}) for n in range(30)]
+    Path("rows.jsonl").write_text("\n".join(lines))
+    with pytest.raises(InputError, match="rows whose label is false hold answers that are not wanted") as refused:
+        cli._trial("dataset=rows.jsonl")
+    assert str(refused.value).endswith("""'dataset.prompt="{prompt}\\n"' 'dataset.answer="{completion}"'""")
+    Path("rows.jsonl").write_text("\n".join(lines).replace("completion", "said"))  # a class of true and false
+    with pytest.raises(InputError) as refused:
+        cli._trial("dataset=rows.jsonl")
+    assert "not wanted" not in str(refused.value)
+    assert """'dataset.answer="{label}"'""" in str(refused.value)
 
 
 @pytest.mark.parametrize("instead", [KeyboardInterrupt, RecursionError, ImportError])

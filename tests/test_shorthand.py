@@ -196,7 +196,6 @@ ASKED: dict[str, tuple[dict[str, Any], str, str]] = {
     "two questions": ({"prompt": "a", "question": "b", "answer": "c"}, "{prompt}\\n{question}", "{answer}"),
     "two answers": ({"problem": "a", "solution": "b", "answer": "c"}, "{problem}", "{answer}"),
     "messages in place of texts": ({"prompt": TURNS[:1], "response": TURNS[1:]}, "", ""),
-    "one unknown column": ({"content": "a"}, "{content}", "{content}"),
 }
 
 

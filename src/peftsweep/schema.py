@@ -130,7 +130,7 @@ class DatasetConfig:
     train_fraction: float = 0.9  # parts `path` where no test rows are named
     split_seed: int = 0  # of that parting, so that trials of different seeds share their test rows
     reader: str | None = None  # dotted path of a function row -> row, see tasks.py
-    missing: OnMissing = OnMissing.error  # what a null or NaN in a column that a template names does
+    missing: OnMissing = OnMissing.error  # what a null, NaN or absent value of a column that a template names does
     leave_out_tested: bool = True  # leave out training rows whose prompt and answer are a test row's
     max_characters: int | None = None  # of prompt and answer; training rows that are longer are left out
     deduplicate: bool = False  # leave out training rows that repeat an earlier one

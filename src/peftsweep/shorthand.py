@@ -381,11 +381,18 @@ def _recognised(
     layout = None if any(key in said for key in TEMPLATES) else layouts.recognise(rows)
     if layout is None:
         shown = {f"dataset.{key}": value for key, value in layouts.example(rows).items()}
-        words = [shlex.quote(override("dataset", name)), *(f"'{override(key, value)}'" for key, value in shown.items())]
+        both = "dataset.prompt" in shown
+        first = {"dataset": name} if both else {"dataset": "text", **where}
+        words = [shlex.quote(override(key, value)) for key, value in first.items()]
+        words += [f"'{override(key, value)}'" for key, value in shown.items()]
         why = f"do not say what is asked and what is answered (recognised are {RECOGNISED})"
+        if unwanted := layouts.unwanted(rows):
+            why += f" and rows whose {unwanted} is false hold answers that are not wanted, to be left out of the file"
         if given := [key for key in TEMPLATES if key in said]:
             why = f"are not looked at where {given[0]} is given"
-        raise InputError(f"dataset={name}: its columns ({listed}) {why}; give both, such as: {' '.join(words)}")
+        raise InputError(
+            f"dataset={name}: its columns ({listed}) {why}; give {'both' if both else 'it'}, such as: {' '.join(words)}"
+        )
     keys, evaluations = dict(layout.keys), []
     if layout.named is not None:
         node = yaml.safe_load((conf / "dataset" / f"{layout.named}.yaml").read_text(encoding="utf-8"))

@@ -304,6 +304,28 @@ def test_templates_take_columns_and_braces() -> None:
         templates.examples(ROWS, "{questoin}", "{answer}")
 
 
+def test_a_column_that_only_other_rows_have_is_missing_in_this_one() -> None:
+    rows: list[dict[str, Any]] = [{"question": "a", "answer": "b", "much more": None}, {"question": "c"}]
+    first = Example("a", "b")
+    assert templates.examples(rows, "{question}", "{answer}", missing=OnMissing.drop) == [first]
+    assert templates.examples(rows, "{question}", "{answer}", missing=OnMissing.empty) == [first, Example("c", "")]
+    with pytest.raises(InputError, match=r"row 2 has no column 'answer'.*; dataset.missing=drop leaves out the rows"):
+        templates.examples(rows, "{question}", "{answer}")
+    with pytest.raises(InputError, match=r"row 1 has no column 'reply'; .*'dataset.answer=\S+$"):  # which no row has
+        templates.examples(rows, "{question}", "{reply}", missing=OnMissing.drop)
+
+
+def test_a_conversation_that_a_row_lacks_altogether_can_be_left_out() -> None:
+    said = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    rows: list[dict[str, Any]] = [{"conversations": said, "note": None}, {"note": "none here"}]
+    for reader in ("messages", "sharegpt"):
+        how: dict[str, Any] = {"reader": f"peftsweep.data.tasks.{reader}", "missing": OnMissing.drop}
+        (example,) = templates.examples(rows, "{prompt}", "{answer}", **how)
+        assert example.answer == "b"
+        with pytest.raises(InputError, match="row 2 cannot be read: it has no column messages"):
+            templates.examples(rows, "{prompt}", "{answer}", reader=f"peftsweep.data.tasks.{reader}")
+
+
 def test_the_answer_ends_and_long_rows_lose_the_beginning_of_the_prompt_but_for_bos() -> None:
     tokenizer = model.load_tokenizer(ModelConfig(name_or_path="tiny"))
     row = Example("Tom has 47 apples. " * 10, "47+38=85")

@@ -135,7 +135,16 @@ def test_an_instruction_is_judged_in_three_ways(compose: Compose, base: Any, tok
 @pytest.mark.parametrize(
     ("reader", "row", "problem"),
     [
-        ("arc", {"question": "?", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "E"}, "cannot be read"),
+        (
+            "arc",
+            {"question": "?", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "E"},
+            "its answerKey 'E' is none of",
+        ),
+        (
+            "commonsense_qa",
+            {"question": "?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": ""},
+            "its answerKey '' is none of the labels of its choices: A, B",
+        ),
         ("piqa", {"goal": "g", "sol1": "a", "label": 0}, "has no column 'sol2'"),
         ("piqa", {"goal": "g", "sol1": "a", "sol2": "b", "label": -1}, "its label names choice 0 of 2"),
         ("winogrande", {"sentence": "a _", "option1": "a", "option2": "b", "answer": "0"}, "its label names choice 0"),

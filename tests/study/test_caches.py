@@ -26,6 +26,7 @@ from peftsweep.sweep import packing
 from peftsweep.trial import done, mended, scores, stages, task
 from tests.architectures import write
 from tests.conftest import SMALL, records
+from tests.data.test_chat import CHATML, CLOSED
 
 Compose = Callable[..., Trial]
 CPU = torch.device("cpu")
@@ -261,8 +262,8 @@ def test_a_record_trained_without_the_loss_of_the_routers_is_run_again(
     (base / "config.json").write_text(json.dumps(said))
     config = {"model": {"name_or_path": str(base)}, "method": {"r": 2}, "train": {"steps": steps}}
     assert mended.right_since(config) == (4 if wrong else 2)
-    assert bool(mended.outdated(Result({"identity_rule": 3}, {}, config=config))) == wrong
-    assert mended.outdated(Result({"identity_rule": 4}, {}, config=config)) is None
+    assert bool(mended.outdated(Result({"identity_rule": 4}, {}, config=config))) == wrong
+    assert mended.outdated(Result({"identity_rule": 5}, {}, config=config)) is None
 
 
 @pytest.mark.parametrize(
@@ -299,6 +300,71 @@ def test_a_record_whose_texts_the_bases_own_generation_settings_changed_is_run_a
     assert mended.right_since(config) == 1
     assert mended.outdated(Result({"identity_rule": 4}, {}, config=config)) is None
     assert mended.outdated(Result({"identity_rule": 3}, {}, config=config | {"eval": {"loss": {}}})) is None
+
+
+ASKED = {"role": "user", "content": "a"}
+CALLED = [{"type": "function", "function": {"name": "add", "arguments": {}}}]
+
+
+@pytest.mark.parametrize(
+    ("template", "said", "wrong"),
+    [
+        (CLOSED, {"content": "b", "reasoning_content": "c"}, True),
+        (CLOSED, {"content": "", "tool_calls": CALLED}, True),
+        (CLOSED, {"content": ""}, True),
+        (CLOSED, {"content": "<think>c</think>b"}, True),
+        (CLOSED, {"content": "b"}, False),  # which begins where its content does
+        (CHATML, {"content": "b", "reasoning_content": "c"}, False),
+        (None, {"content": "b", "reasoning_content": "c"}, False),
+    ],
+)
+def test_a_record_of_turns_that_the_generation_prompt_does_not_begin_is_run_again(
+    template: str | None, said: dict[str, Any], wrong: bool, folder: Path
+) -> None:
+    if template:
+        (folder / "chat_template.jinja").write_text(template)
+    rows, plain = folder.with_name("rows.jsonl"), {"messages": [ASKED, {"role": "assistant", "content": "b"}]}
+    rows.write_text(json.dumps(plain) + "\n" + json.dumps({"messages": [ASKED, {"role": "assistant"} | said]}))
+    dataset = {"path": str(rows), "reader": identity.CONVERSATIONS, "prompt": "{prompt}", "answer": "{answer}"}
+    config: dict[str, Any] = {"model": {"name_or_path": str(folder)}, "dataset": dataset | {"chat": bool(template)}}
+    held = Result({"identity_rule": 4}, {}, config=config)
+    assert bool(mended.outdated(held)) == bool(mended.outdated(held, training=True)) == wrong
+    assert mended.right_since(config) == (5 if wrong else 2)
+    assert mended.outdated(Result({"identity_rule": 5}, {}, config=config)) is None
+    rows.write_text(json.dumps(plain))
+    assert mended.outdated(held) is None
+    tested = config | {"eval": {"loss": {"path": str(rows)}}, "dataset": config["dataset"] | {"test_path": str(rows)}}
+    assert mended.outdated(Result({"identity_rule": 4}, {}, config=tested)) is None
+    rows.unlink()  # nobody knows any more
+    assert bool(mended.outdated(held)) == (template is CLOSED)
+
+
+@pytest.mark.parametrize(
+    ("template", "column", "wrong"),
+    [
+        ("{a[0]}", '["x", "y"]', True),
+        ("{q} {a[0][t]}", '[{"t": "x"}]', True),
+        ("{a[0]}", ["x", "y"], False),
+        ("{a[t]}", {"t": "x"}, False),
+        ("{a}", '["x", "y"]', False),
+        ("{q}", '["x", "y"]', False),
+    ],
+)
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_record_of_items_of_json_text_is_run_again_and_keeps_its_weights_if_only_the_evaluation_took_them(
+    template: str, column: Any, wrong: bool, asked: bool, scratch: Path
+) -> None:
+    (scratch / "rows.jsonl").write_text(json.dumps({"q": "q", "a": column}))
+    own, plain = {"prompt": "{q}", "answer": template}, {"prompt": "{q}", "answer": "{q}"}
+    config = {
+        "dataset": {"path": str(scratch / "rows.jsonl")} | (plain if asked else own),
+        "eval": {"written": own if asked else {}},
+    }
+    held = Result({"identity_rule": 4}, {}, config=config)
+    assert bool(mended.outdated(held)) == wrong
+    assert bool(mended.outdated(held, training=True)) == (wrong and not asked)
+    assert mended.right_since(config) == (5 if wrong and not asked else 1)
+    assert mended.outdated(Result({"identity_rule": 5}, {}, config=config)) is None
 
 
 def test_a_record_of_the_first_version_is_known_to_be_wrong_by_its_tokens_and_classes(folder: Path) -> None:

@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 HARNESS = "peftsweep.evaluation.harness.lm_eval"
 MIN_CACHED_SECONDS = 5.0  # seconds of tokenising, after which its result is kept in the study's folder
 MIN_ADALORA_STEPS = 2  # steps: in the first one PEFT gathers how much each rank matters
-TOKENS_FORMAT = 3  # of what is kept of rows in tokens; another one where the same rows become other tokens
+TOKENS_FORMAT = 4  # of what is kept of rows in tokens; another one where the same rows become other tokens
 MODEL_OPTIONS = ("num_layers", "num_attention_heads", "token_dim")  # options that PEFT reads from the model by itself
 MAX_CACHED_TOKENS = 4  # tokenised training sets: training and validation rows of two datasets
 

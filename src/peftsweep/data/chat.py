@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from peftsweep.data.conversations import places
 from peftsweep.data.conversations.template import PROBE, Span
 from peftsweep.data.conversations.template import ChatTemplate as ChatTemplate
+from peftsweep.data.conversations.turns import REASONING
 from peftsweep.data.conversations.turns import Conversation as Conversation
 from peftsweep.data.conversations.turns import Message as Message
-from peftsweep.data.conversations.turns import content_text
+from peftsweep.data.conversations.turns import content_text as content_text
 from peftsweep.data.conversations.turns import says_something_else as says_something_else
 from peftsweep.schema import Turns
 
@@ -110,6 +111,28 @@ def _warn_of_no_end(template: ChatTemplate) -> None:
 def prompt(template: ChatTemplate, conversation: Conversation) -> str:
     """The text up to where the last turn of ``conversation`` is to be written."""
     return _up_to_last_turn(template, template.readable(conversation))
+
+
+def asks_otherwise(template: ChatTemplate) -> bool:
+    """Whether the template writes a turn of the assistant otherwise than after its generation prompt.
+
+    Asked of a turn with content alone, with reasoning, with a call, and of an empty one, as the first and as a later
+    turn. What the template refuses is left out.
+    """
+    call = {"id": "probecall", "type": "function", "function": {"name": "probe", "arguments": {}}}
+    ways: list[Message] = [{"content": "b"}, {"content": "b", REASONING[0]: "c"}, {"content": "b", REASONING[2]: "c"}]
+    ways += [{"content": ""}, {"content": "", "tool_calls": [call]}, {"content": "", "tool_calls": [call]} | ways[1]]
+    for way in ways:
+        turns: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant"} | way]
+        conversation = template.readable(Conversation([*turns, *turns]))
+        for last in (1, 3):
+            so_far = conversation._replace(messages=conversation.messages[: last + 1])
+            for whole in (so_far, conversation):
+                before = so_far._replace(messages=so_far.messages[:-1])
+                asked, text = places.text_of(template, before, begun=True), places.text_of(template, whole)
+                if asked is not None and text is not None and not text.startswith(asked):
+                    return True
+    return False
 
 
 def _up_to_last_turn(template: ChatTemplate, conversation: Conversation) -> str:

@@ -189,8 +189,24 @@ def _length(rows: Sequence[Row], column: str) -> int:
     return sum(len(str(row.get(column, ""))) for row in rows)
 
 
+def unwanted(rows: Sequence[Row]) -> str | None:
+    """The column whose false marks an answer that is not wanted, as in files for KTO; None where there is none."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    if not any(column.strip().lower() in ANSWERS for column in columns):
+        return None
+    return next((c for c in columns if c.strip().lower() in ("label", "labels") and _holds_truths(rows, c)), None)
+
+
+def _holds_truths(rows: Sequence[Row], column: str) -> bool:
+    values = [row[column] for row in rows if row.get(column) is not None]
+    return bool(values) and all(isinstance(value, bool) for value in values)
+
+
 def example(rows: Sequence[Row]) -> dict[str, Any]:
-    """Example values of ``dataset.prompt`` and ``dataset.answer`` for the columns of ``rows``."""
+    """Example values of ``dataset.prompt`` and ``dataset.answer`` for the columns of ``rows``.
+
+    Rows of one text have no prompt. A label of true and false beside an answer says whether that is wanted.
+    """
     columns = list(dict.fromkeys(column for row in rows for column in row))
     texts = [c for c in columns if _holds_text(rows, c) and not set("{}[]!:\\\"'") & set(c)] or ["COLUMN"]
     for says_nothing in (_is_named_as_number, partial(_counts, rows)):
@@ -198,6 +214,10 @@ def example(rows: Sequence[Row]) -> dict[str, Any]:
         texts = kept if len(kept) > 1 else texts
     labels = [c for c in texts if c.strip().lower() in LABELS]
     liked = [c for c in texts if c.strip().lower() in (*ANSWERS, "chosen")]
+    if [c for c in liked if c not in labels]:
+        labels = [c for c in labels if not _holds_truths(rows, c)]
+    if len(texts) == 1 and not labels and texts != ["COLUMN"]:
+        return {"answer": f"{{{texts[0]}}}"}
     answer = (labels or liked or texts)[-1]
     others = [c for c in texts if c != answer] or [answer]
     known = (*CONTEXTS, *PROMPTS, "text", "sentence", "premise", "hypothesis")

@@ -34,6 +34,12 @@ def _check_gold(gold: int, choices: int) -> None:
         raise ValueError(f"its label names choice {gold + 1} of {choices}")
 
 
+def _place_of_key(labels: list[str], key: str) -> int:
+    if key not in labels:
+        raise ValueError(f"its answerKey '{key}' is none of the labels of its choices: {', '.join(map(str, labels))}")
+    return labels.index(key)
+
+
 def boolq(row: Row) -> Row:
     """BoolQ: ``passage``, ``question`` and ``answer`` (or, in SuperGLUE, ``label``), true or false."""
     said = str(row["label" if "label" in row else "answer"]).lower()
@@ -76,7 +82,7 @@ def winogrande(row: Row) -> Row:
 
 def arc(row: Row) -> Row:
     """ARC and OpenBookQA: ``question`` (or ``question_stem``), ``choices`` and ``answerKey``, a letter or a digit."""
-    gold = list(row["choices"]["label"]).index(row["answerKey"].strip())
+    gold = _place_of_key(list(row["choices"]["label"]), row["answerKey"].strip())
     read = _with_choices(row, list(row["choices"]["text"]), gold)
     return read | {"question": row.get("question", row.get("question_stem"))}
 
@@ -84,7 +90,7 @@ def arc(row: Row) -> Row:
 def commonsense_qa(row: Row) -> Row:
     """CommonsenseQA: ``question``, ``choices`` and ``answerKey``; the prompt lists the choices, a letter answers."""
     labels, texts = list(row["choices"]["label"]), list(row["choices"]["text"])
-    gold = labels.index(row["answerKey"])
+    gold = _place_of_key(labels, row["answerKey"])
     choices = [{"answer": label, "text": text} for label, text in zip(labels, texts, strict=True)]
     options = "\n".join(f"{label}. {text}" for label, text in zip(labels, texts, strict=True))
     return row | {"choices": choices, "gold": gold, "answer": labels[gold], "options": options}

@@ -84,19 +84,29 @@ class Templates:
     def each(self, rows: Iterable[Row]) -> Iterator[Example | None]:
         """The example of each row; None for one without a value that it needs, where ``missing`` is drop.
 
+        A column that other rows have is null in a row that lacks it, unless ``missing`` is error.
+
         Raises:
             InputError: a template names a column that a row lacks, or is not a template; an answer is no class;
                 a value is missing; a text holds half a surrogate pair.
         """
         read = find_reader(self.reader, self.key)
+        rows = list(rows)
+        every = dict.fromkeys(column for row in rows for column in row)
+        blank = {} if self.missing is OnMissing.error else every
         for n, row in enumerate(rows, start=1):
             number = f"{n} of {self.file}" if self.file else f"{n}"
             try:
-                yield self._example(_Row(row, self.missing), number, read)
+                yield self._example(_Row(blank | row if len(row) < len(blank) else row, self.missing), number, read)
             except MissingValue:
                 if self.missing is not OnMissing.drop:
                     raise
                 yield None
+            except InputError as error:
+                if any(f"no column '{column}'" in str(error) for column in every if column not in row):
+                    ways = "dataset.missing=drop leaves out the rows that lack what others have"
+                    raise InputError(f"{error}; {ways}") from None
+                raise
 
     def _example(self, row: _Row, number: str, read: Callable[[Row], Row] | None) -> Example:
         if read:

@@ -305,7 +305,11 @@ def explain(name: str, method: str = "lora") -> str:
     known = all_keys(method)
     if text := _explained(name, known):
         return text
-    raise InputError(f"{name}: no such key or group; {suggest(name, list(known))}")
+    advice = suggest(name, list(known))
+    if not advice.startswith("did you mean"):  # all keys are too many for a line
+        sections = dict.fromkeys(key.partition(".")[0] for key in known)
+        advice = suggest(name, list(sections))
+    raise InputError(f"{name}: no such key or group; {advice}")
 
 
 def _explained(name: str, known: Mapping[str, Key]) -> str:

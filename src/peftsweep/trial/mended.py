@@ -11,10 +11,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from peftsweep.config.identity import CONVERSATIONS, model_identity
-from peftsweep.data import fingerprint
+from peftsweep.data import chat, fingerprint
 from peftsweep.errors import InputError
 from peftsweep.schema import Dtype, Init, ModelConfig, Task
 from peftsweep.study.record import Result
+from peftsweep.trial import affected_rows
 
 Values = Mapping[str, Any]
 ALL_LINEAR = "all-linear"  # PEFT's value of target_modules for all linear layers
@@ -121,6 +122,29 @@ def _writes_by_own_settings(config: Values, _: Values) -> bool:
     return bool(_base(config).own_settings if by_beams else _base(config).own_settings - BEAM_SETTINGS.keys())
 
 
+def _asks_otherwise(config: Values, _: Values) -> bool:
+    dataset = _section(config, "dataset")
+    if not dataset.get("chat") or not _base(config).asks_otherwise:
+        return False
+    return affected_rows.has_other_turns(dataset, _evaluations(config))
+
+
+def _trains_on_items_of_text(config: Values, _: Values) -> bool:
+    dataset = _section(config, "dataset")
+    return affected_rows.takes_items_of_text(dataset, dataset)
+
+
+def _asks_for_items_of_text(config: Values, _: Values) -> bool:
+    dataset = _section(config, "dataset")
+    own = {**dataset, "path": dataset.get("test_path") or dataset.get("path")}
+    nodes = _evaluations(config)
+    return any(affected_rows.takes_items_of_text(node, node if node.get("path") else own) for node in nodes)
+
+
+def _evaluations(config: Values) -> list[Values]:
+    return [node for node in _section(config, "eval").values() if isinstance(node, Mapping)]
+
+
 def _is_prompt_learning(method: Values) -> bool:
     import peft  # which imports torch, which `--help` must not
 
@@ -156,9 +180,26 @@ MENDED = (
         training=False,
     ),
     Mended(
-        4,
+        5,
         _balances_experts,
         "the load-balancing loss of the routers, which the base's configuration asks for, was left out",
+    ),
+    Mended(
+        5,
+        _asks_otherwise,
+        "after a generation prompt that opens or closes the reasoning, turns that reason, call a tool or are empty "
+        "were trained on from another place than their beginning",
+    ),
+    Mended(
+        5,
+        _trains_on_items_of_text,
+        "an item of a list that the rows hold as JSON text, such as {answers[0]}, was one character of that text",
+    ),
+    Mended(
+        5,
+        _asks_for_items_of_text,
+        "an item of a list that the test rows hold as JSON text, such as {answers[0]}, was one character of that text",
+        training=False,
     ),
 )
 
@@ -179,6 +220,7 @@ class _Base:
     recurrent: bool = False
     balances: bool = False  # it adds a loss of its routers in training
     own_settings: frozenset[str] = frozenset()  # its generation settings that change what it writes
+    asks_otherwise: bool = False  # its chat template writes some turns otherwise than after its generation prompt
 
 
 def _base(config: Values) -> _Base:
@@ -221,6 +263,7 @@ def _read(base: ModelConfig) -> _Base:
         recurrent=bool(stateful) or bool(getattr(bare, "_is_stateful", False)),
         balances=hasattr(bare, parts.ROUTER_LOSS),
         own_settings=_own_settings(base) if base.init is Init.pretrained else frozenset(),
+        asks_otherwise=bool(marks.chat_template) and chat.asks_otherwise(chat.ChatTemplate(marks)),
     )
 
 

@@ -72,7 +72,8 @@ def sharegpt(row: Row) -> Row:
     roles = [_in_template(_raw_role(turn)) for turn in turns]
     first = next((n for n, role in enumerate(roles) if role in ("user", "system")), len(turns))
     last = max((n for n, role in enumerate(roles) if role == "assistant"), default=-1)
-    return messages({key: row[key] for key in row if key not in COLUMNS} | {COLUMNS[0]: turns[first : last + 1]})
+    others = {key: value for key, value in row.items() if key not in COLUMNS}  # nulls among them
+    return messages(others | {COLUMNS[0]: turns[first : last + 1]})
 
 
 def _raw_role(turn: Any) -> str:
