@@ -50,7 +50,8 @@ def forward_losses(model: nn.Module, batch: Batch) -> Losses:
         logits = class_logits(model, batch)
         hits = (logits.argmax(-1) == batch.labels).sum()
         return Losses(nn.functional.cross_entropy(logits, batch.labels, reduction="none"), hits, None)
-    balanced = model.training and hasattr(base_of(model), ROUTER_LOSS)
+    base = base_of(model)  # of a compiled model too, which may be a function
+    balanced = hasattr(base, ROUTER_LOSS) and base.training
     short = allowed_shortcuts(model)
     if balanced:
         short = replace(short, no_mask=False)
@@ -58,7 +59,7 @@ def forward_losses(model: nn.Module, batch: Batch) -> Losses:
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
     inputs |= {"attention_mask": None if short.no_mask else batch.attention_mask}
     inputs |= row_inputs(model, batch.input_ids) | ({"output_router_logits": True} if balanced else {})
-    unmasked = shortcuts.causal_only(text_config(base_of(model))) if short.no_mask else nullcontext()
+    unmasked = shortcuts.causal_only(text_config(base)) if short.no_mask else nullcontext()
     if not short.answers_only:
         with unmasked:
             keep = last_positions(kept, batch.input_ids.device)
@@ -67,7 +68,7 @@ def forward_losses(model: nn.Module, batch: Batch) -> Losses:
         logits = output.logits[:, -kept:-1].flatten(0, 1).index_select(0, batch.places)
         del output  # all logits, which the backward needs no more
         return Losses(nn.functional.cross_entropy(logits.float(), batch.targets, reduction="none"), None, routers)
-    head = base_of(model).get_output_embeddings()
+    head = base.get_output_embeddings()
     with unmasked, shortcuts.gathered(head, batch, skip=short.bare_head and shortcuts.is_frozen(head)) as found:
         output = model(**inputs, logits_to_keep=kept)
     routers, logits = _router_loss(model, output) if balanced else None, output.logits
