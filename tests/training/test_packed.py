@@ -157,7 +157,7 @@ def worst_loss(packed: Found, single: Found, steps: int = 20) -> float:
 
 
 def worst_loss_a_step(packed: Found, single: Found, steps: int = 20) -> float:
-    """The largest relative difference between losses of the first ``steps`` steps, each divided by the number of its step.
+    """``worst_loss``, where each difference is divided by the number of its step.
 
     What rounding makes of a step changes the weights, so that differences add up from step to step.
     """
