@@ -11,10 +11,9 @@ rows of all slots. MKL's kernels for AVX2 and AVX-512 were seen to sum up a row 
 rows, so that a slot equals the trial alone to the bit; its compatible kernels (MKL_CBWR=COMPATIBLE) use another order
 for few rows. A product of the base for each slot would make a step 2% to 8% longer, and would unpack 4-bit weights for
 each slot. Therefore a tolerance is promised: in 32 bits the losses of the first 20 steps are those of the trial alone
-within 1e-5 relative for each step taken, n times 1e-5 at step n, as differences add up from step to step. 1e-5 is 170
-times the rounding of one operation (2**-24). The largest difference seen was 1.2e-5, in the sixth step of a 4-bit base
-with compatible kernels on a CPU with AVX2 only. On CUDA, where launching a kernel costs more than a small product, the
-adapters are multiplied in one batch.
+within n times 1e-5 relative at step n, as differences add up from step to step; 1e-5 is 170 times the rounding of one
+operation (2**-24). The largest seen: 1.2e-5 in step 6 (4 bits, compatible kernels, a CPU with AVX2 only). On CUDA,
+where launching a kernel costs more than a small product, the adapters are multiplied in one batch.
 """
 
 from __future__ import annotations
