@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from bisect import bisect_right
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,8 +20,6 @@ from peftsweep.schema import Turns
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-log = logging.getLogger(__name__)
-
 # The layout of a conversation without a chat template: a paragraph a turn, which its role begins; the tokenizer's
 # own marks stand before the first turn and after each of the assistant's.
 PLAIN = (
@@ -32,6 +29,11 @@ PLAIN = (
     "{% if m.content %} {{ m.content }}{% endif %}{% if m.tool_calls %} {{ m.tool_calls | tojson }}{% endif %}"
     "{{ eos_token }}{% endgeneration %}{% else %} {{ m.content }}{% endif %}{{ '\n\n' }}{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+NO_END = (
+    "the chat template ends the last turn of the assistant with no special token: the training does not teach "
+    "the model where to stop"
 )
 
 
@@ -78,7 +80,7 @@ def render(template: ChatTemplate, conversation: Conversation, turns: Turns, wri
     first = next((n + 1 for n in range(last - 1, -1, -1) if not trained[n]), 0)
     end = _end(template, ids, first, last)
     if end is None:
-        _warn_of_no_end(template)
+        template.warn_once(NO_END)
     return Rendered(
         ids,
         trained,
@@ -97,15 +99,6 @@ def _end(template: ChatTemplate, ids: Sequence[int], first: int, last: int) -> i
     if ids[within] in template.special:
         return ids[within]
     return next((token for token in ids[last:] if token in template.special), None)
-
-
-def _warn_of_no_end(template: ChatTemplate) -> None:
-    if "warned_of_no_end" not in vars(template):
-        vars(template)["warned_of_no_end"] = True
-        log.warning(
-            "the chat template ends the last turn of the assistant with no special token: the training does not teach "
-            "the model where to stop"
-        )
 
 
 def prompt(template: ChatTemplate, conversation: Conversation) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from typing import Any
 
 from peftsweep.data.conversations.template import PROBE, ChatTemplate, Span
 from peftsweep.data.conversations.turns import REASONING, Conversation, Message, is_trained
 
-log = logging.getLogger(__name__)
+ANOTHER_PROMPT = (
+    "the chat template's generation prompt is not how a written turn of the assistant begins (as with "
+    "templates that open the reasoning): the turn's content is trained on, and asked for after another prompt"
+)
 
 SAID_BESIDE_CONTENT = ("tool_calls", *REASONING)  # keys of a message
 OPEN_TAG = re.compile(r"<[^<>\s]*\Z")  # which a template's tag goes on after
@@ -83,7 +85,7 @@ def _begin(template: ChatTemplate, conversation: Conversation, text: str, number
     """
     before = conversation._replace(messages=conversation.messages[:number])
     if number:
-        _warn_of_another_prompt(template)
+        template.warn_once(ANOTHER_PROMPT)
     plain = _replaced(conversation, number, _said_plainly(conversation.messages[number]))
     start, found, _ = (text_of(template, plain) or "").partition(PROBE)
     if found and text.startswith(start):
@@ -199,12 +201,3 @@ def _header_mark(template: ChatTemplate, before: Conversation) -> str | None:
 def _mark_at(template: ChatTemplate, text: str, place: int) -> str | None:
     """The special token that stands at a place of ``text``."""
     return next((mark for mark in template.special.values() if mark and text.startswith(mark, place)), None)
-
-
-def _warn_of_another_prompt(template: ChatTemplate) -> None:
-    if "warned" not in vars(template):
-        vars(template)["warned"] = True
-        log.warning(
-            "the chat template's generation prompt is not how a written turn of the assistant begins (as with "
-            "templates that open the reasoning): the turn's content is trained on, and asked for after another prompt"
-        )

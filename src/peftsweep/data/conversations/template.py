@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +13,8 @@ from peftsweep.data.conversations.turns import Conversation, Message, arguments_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 Span = tuple[int, int]  # of characters, the end excluded
 
@@ -28,6 +31,13 @@ class ChatTemplate:
     source: str | None = None
     variables: dict[str, Any] = field(default_factory=dict)
     complete: set[tuple[Any, ...]] = field(default_factory=set)  # shapes of conversations that it writes out wholly
+    warned: set[str] = field(default_factory=set)  # warnings that were logged
+
+    def warn_once(self, message: str) -> None:
+        """Log a warning about this template, unless the same was logged before."""
+        if message not in self.warned:
+            self.warned.add(message)
+            log.warning(message)
 
     def text(self, conversation: Conversation, *, begun: bool = False) -> str:
         """The conversation as text; with ``begun``, up to where the assistant goes on."""
