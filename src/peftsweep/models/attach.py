@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -267,8 +268,8 @@ def _aim(method: Any, base: PreTrainedModel, modules: list[str] | None, targets:
         ]
     if modules is not None and hasattr(method, "feedforward_modules") and method.feedforward_modules is None:
         # IA3 scales the input, not the output, of feed-forward layers, and needs their names.
-        feedforward = set(role_members(base, roles).get("mlp", []))
-        method.feedforward_modules = [n for n in method.target_modules if feedforward & set(_matching(base, n))]
+        feedforward = role_members(base, roles).get("mlp", [])
+        method.feedforward_modules = [n for n in method.target_modules if any(_ends(name, n) for name in feedforward)]
 
 
 def _aim_at_experts(method: Any, base: PreTrainedModel) -> None:
@@ -354,9 +355,10 @@ def role_modules(base: PreTrainedModel, wanted: Sequence[str], roles: Roles) -> 
         if role not in members:
             raise InputError(f"targets.roles: the model has no '{role}'; it has: {', '.join(members) or 'none'}")
     names = [name for role in wanted for name in members[role]]
-    known = _known(roles)
-    suffixes = [suffix for role in wanted for suffix in known.get(role, []) if _matching(base, suffix)]
-    return _shortest(base, names, suffixes)
+    known, adaptable = _known(roles), [name for name, _ in adaptable_modules(base)]
+    listed = [suffix for role in wanted for suffix in known.get(role, [])]
+    suffixes = [suffix for suffix in listed if any(_ends(name, suffix) for name in adaptable)]
+    return _shortest(base, adaptable, names, suffixes)
 
 
 def linear_names(base: PreTrainedModel, method: Any = None) -> list[str]:
@@ -365,12 +367,12 @@ def linear_names(base: PreTrainedModel, method: Any = None) -> list[str]:
     Those that PEFT refuses for ``method``, such as Mamba's ``out_proj`` for LoRA, are left out, which is logged.
     It is an InputError if there are none.
     """
-    left = router_modules(base)
-    linear = [name for name, module in adaptable_modules(base) if isinstance(module, LINEAR) and name not in left]
+    left, adaptable = router_modules(base), dict(adaptable_modules(base))
+    linear = [name for name, module in adaptable.items() if isinstance(module, LINEAR) and name not in left]
     names = _without_refused(method, base, [name for name in linear if not _of_expert(name)])
     if not names:
         raise InputError(f"targets: {type(base).__name__} has no linear layer that an adapter can be attached to")
-    return _shortest(base, names, list(dict.fromkeys(name.rpartition(".")[2] for name in names)))
+    return _shortest(base, list(adaptable), names, list(dict.fromkeys(name.rpartition(".")[2] for name in names)))
 
 
 def _without_refused(method: Any, base: PreTrainedModel, names: list[str]) -> list[str]:
@@ -418,32 +420,29 @@ def role_members(base: PreTrainedModel, roles: Roles) -> dict[str, list[str]]:
     So in BERT ``attention.output.dense`` is not among those that ``output.dense`` means.
     """
     found: dict[str, list[str]] = {}
-    roles = _known(roles)
-    suffixes = [(suffix, role) for role, names in roles.items() for suffix in names]
-    routers = router_modules(base)
+    roles, routers = _known(roles), router_modules(base)
+    playing = {suffix: [role for role in roles if suffix in roles[role]] for suffix in chain(*roles.values())}
     for name, _ in adaptable_modules(base):
         if name in routers:
             continue
         if _of_expert(name):
             found.setdefault(EXPERTS, []).append(name)
             continue
-        fitting = [(len(suffix), role) for suffix, role in suffixes if _ends(name, suffix)]
-        for length, role in fitting:
-            if length == max(fitting)[0]:
-                found.setdefault(role, []).append(name)
+        parts = name.split(".")
+        suffixes = (".".join(parts[start:]) for start in range(len(parts)))  # the longest first
+        for role in next((playing[suffix] for suffix in suffixes if suffix in playing), []):
+            found.setdefault(role, []).append(name)
     return {role: found[role] for role in (*roles, EXPERTS) if role in found}
 
 
-def _shortest(base: PreTrainedModel, names: Sequence[str], suffixes: list[str]) -> list[str]:
-    """``suffixes`` if they mean exactly the modules ``names``, and no module with parts, else the names themselves."""
-    meant = {name for suffix in suffixes for name in _matching(base, suffix)}
-    wholes = [name for name, module in base.named_modules() if next(module.children(), None) is not None]
-    meant |= {name for name in wholes if any(_ends(name, suffix) for suffix in suffixes)}  # such as h.0 by 0
-    return suffixes if meant == set(names) else list(names)
+def _shortest(base: PreTrainedModel, adaptable: list[str], names: list[str], suffixes: list[str]) -> list[str]:
+    """``suffixes`` if they mean exactly the modules ``names`` of the ``adaptable`` ones, and no module with parts.
 
-
-def _matching(base: PreTrainedModel, suffix: str) -> list[str]:
-    return [name for name, _ in adaptable_modules(base) if _ends(name, suffix)]
+    Else the names themselves.
+    """
+    wholes = [name for name, module in base.named_modules() if next(module.children(), None) is not None]  # as h.0 by 0
+    meant = {name for name in (*adaptable, *wholes) if any(_ends(name, suffix) for suffix in suffixes)}
+    return suffixes if meant == set(names) else names
 
 
 def _ends(name: str, suffix: str) -> bool:

@@ -6,6 +6,7 @@ tensor subclasses around plain tensors (``__tensor_flatten__``), on nn.Linear or
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any, cast
 from unittest.mock import patch
@@ -94,10 +95,11 @@ def quantise_skeleton(base: PreTrainedModel, quantization: Any) -> None:
     quantizer: Any = AutoHfQuantizer.from_config(quantization)
     quantizer.preprocess_model(base, device_map=None)
     if quantization.quant_method == "bitsandbytes":
+        stored: dict[Any, tuple[torch.Tensor, Any]] = {}
         with patch.dict(bitsandbytes.functional.name2qmap):  # a cache that must not keep a tensor without numbers
             for name, module in base.named_modules():
                 if module is not plain.get(name):
-                    _store(module, plain[name])
+                    _store(module, plain[name], stored)
     else:
         vars(quantizer).setdefault("offload_to_cpu", False)  # of torchao's, which sets it when it looks at the machine
         convert = quantizer.get_quantize_ops().convert
@@ -107,14 +109,21 @@ def quantise_skeleton(base: PreTrainedModel, quantization: Any) -> None:
     quantizer.postprocess_model(base)  # marks the model, by which PEFT knows it
 
 
-def _store(module: Any, plain: Any) -> None:
-    """Give bitsandbytes' layer ``module`` the weights of the layer it stands for."""
+def _store(module: Any, plain: Any, stored: dict[Any, tuple[torch.Tensor, Any]]) -> None:
+    """Give bitsandbytes' layer ``module`` the weights of the layer it stands for.
+
+    ``stored`` keeps the packed weight and the statistics of each shape, of which further layers get copies.
+    """
     weight = plain.weight.detach().T if isinstance(plain, Conv1D) else plain.weight.detach()
     old = module.weight
     if isinstance(module, Linear4bit):
         options = {name: getattr(old, name) for name in ("blocksize", "compress_statistics", "quant_type")}
-        packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_storage=old.quant_storage, **options)
-        options |= {"quant_state": state, "quant_storage": old.quant_storage, "module": module, "bnb_quantized": True}
+        options["quant_storage"] = old.quant_storage
+        key = (weight.shape, weight.dtype, *options.values())
+        if key not in stored:
+            stored[key] = bitsandbytes.functional.quantize_4bit(weight, **options)
+        packed, state = copy.deepcopy(stored[key])
+        options |= {"quant_state": state, "module": module, "bnb_quantized": True}
         module.weight, module.quant_state = Params4bit(packed, requires_grad=False, **options), state
     else:
         numbers, scales, _ = bitsandbytes.functional.int8_vectorwise_quant(weight.half())
