@@ -156,13 +156,13 @@ def test_every_command_on_the_pages_is_understood() -> None:
     for page, command in commands():
         name, *words = in_words(command)
         if name == "peftsweep-collect":
-            cli._collect_parser().parse_args(words)
+            cli.collect_parser().parse_args(words)
         elif name == "peftsweep-data" and words[0] == "show":
             show_rows.parser().parse_intermixed_args(words[1:])
         elif name == "peftsweep-chat":
             chat_with.parser().parse_intermixed_args(words)
         elif name == "peftsweep-data":
-            cli._data_parser(prepare.FORMATS).parse_args(words)
+            cli.data_parser(prepare.FORMATS).parse_args(words)
         elif name == "peftsweep":
             checked(words)
         else:

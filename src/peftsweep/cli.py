@@ -303,8 +303,8 @@ def collect() -> None:
     """``peftsweep-collect``: tables and plots of studies."""
     streams.settle()
 
-    def door() -> int:
-        words = _collect_parser().parse_args()
+    def run() -> int:
+        words = collect_parser().parse_args()
         _check_together(words)
         if words.memory_guide:
             from peftsweep.forecast import guide
@@ -336,7 +336,7 @@ def collect() -> None:
             )
         )
 
-    sys.exit(_run_command(door))
+    sys.exit(_run_command(run))
 
 
 def _check_together(words: argparse.Namespace) -> None:
@@ -352,7 +352,8 @@ def _check_together(words: argparse.Namespace) -> None:
         raise InputError(f"--json: not with {chosen[0]}")
 
 
-def _collect_parser() -> argparse.ArgumentParser:
+def collect_parser() -> argparse.ArgumentParser:
+    """The parser of ``peftsweep-collect``."""
     parser = command_line.OneLineParser(
         prog="peftsweep-collect", description="Turn the trials of studies into results.parquet, plots and a table."
     )
@@ -360,11 +361,8 @@ def _collect_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="also the trials of all: .parquet .csv .json .jsonl .sqlite .db"
     )
-    parser.add_argument(
-        "--where",
-        metavar="EXPR",
-        help="show, and write to --out, only these: \"choices.quant == '4bit'\"",
-    )
+    where = "show, and write to --out, only these: \"choices.quant == '4bit'\""
+    parser.add_argument("--where", metavar="EXPR", help=where)
     parser.add_argument("--no-plots", action="store_true", help="no plots and no report.html")
     parser.add_argument(
         "--quality-loss",
@@ -406,16 +404,16 @@ def data() -> None:
     """``peftsweep-data``: a dataset as two local files, to train and to test on; ``show``: rows as they are trained."""
     streams.settle()
 
-    def door() -> int:
+    def run() -> int:
         if sys.argv[1:2] == ["show"]:
             options = show_rows.parser().parse_intermixed_args(sys.argv[2:])
             return show_rows.main(options, lambda *words: _trial(*_one_point(words, "peftsweep-data show")))
         from peftsweep.data import prepare
 
-        words = vars(_data_parser(prepare.FORMATS).parse_args())
+        words = vars(data_parser(prepare.FORMATS).parse_args())
         return prepare.main(compose([f"dataset={words.pop('dataset')}"]), prepare.Options(**words))
 
-    sys.exit(_run_command(door))
+    sys.exit(_run_command(run))
 
 
 def chat() -> None:
@@ -429,7 +427,8 @@ def chat() -> None:
     sys.exit(_run_command(lambda: chat_with.main(chat_with.parser().parse_intermixed_args(), saved)))
 
 
-def _data_parser(formats: Sequence[str]) -> argparse.ArgumentParser:
+def data_parser(formats: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of ``peftsweep-data`` for a dataset; ``formats`` are those that it can write."""
     parser = command_line.OneLineParser(
         prog="peftsweep-data",
         description="Write a sample of a dataset as two files, to train and to test on. "

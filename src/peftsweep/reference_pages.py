@@ -152,7 +152,7 @@ def commands() -> dict[str, str]:
     kept = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "100"  # which argparse breaks lines by
     try:
-        parsers: list[argparse.ArgumentParser] = [cli._collect_parser(), cli._data_parser(prepare.FORMATS)]
+        parsers: list[argparse.ArgumentParser] = [cli.collect_parser(), cli.data_parser(prepare.FORMATS)]
         parsers += [show_rows.parser(), chat_with.parser()]
         return {"peftsweep": cli.help_text([])} | {parser.prog: parser.format_help() for parser in parsers}
     finally:

@@ -109,7 +109,7 @@ def test_a_call_that_is_remembered_gives_the_bytes_and_operations_of_one_that_is
     shape = Shape(2, 12, 5, 10)
 
     def found() -> tuple[Prediction | None, list[tuple[str, int, int, int]]]:
-        traced = forecast._with_skeleton(
+        traced = forecast.on_skeleton(
             trial,
             build.storage(trial),
             lambda adapted: Tracer(adapted, trial.config.train, where).step(shape).ledger,

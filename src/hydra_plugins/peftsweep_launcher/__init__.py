@@ -73,7 +73,7 @@ class LocalLauncher(Launcher):
         from peftsweep.config import checks
         from peftsweep.sweep import processes
 
-        job_overrides = self._spelled_out(job_overrides)
+        job_overrides = self.spelled_out(job_overrides)
         placement = checks.placement(self.options)
         devices = _devices(self.config, job_overrides)
         if devices == {"cpu"}:
@@ -96,7 +96,7 @@ class LocalLauncher(Launcher):
         finally:
             processes.end_ahead()
 
-    def _spelled_out(self, points: Sequence[Sequence[str]]) -> list[list[str]]:
+    def spelled_out(self, points: Sequence[Sequence[str]]) -> list[list[str]]:
         """The points with each path or hub id, of those that are swept, as the words that Hydra and jobs know."""
         from peftsweep import shorthand
 
@@ -303,7 +303,7 @@ class EngineLauncher(LocalLauncher):
         """Compose every point, have what is missing run, and answer with one JobReturn a point."""
         from peftsweep.sweep import processes
 
-        job_overrides = self._spelled_out(job_overrides)
+        job_overrides = self.spelled_out(job_overrides)
         if _devices(self.config, job_overrides) == {"cpu"}:
             processes.hide_gpus()
         from peftsweep.sweep import sweep

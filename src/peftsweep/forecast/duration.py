@@ -211,7 +211,7 @@ def _timed(
     *,
     probe: bool,
 ) -> Estimate:
-    model = identity.content_hash([forecast._of_the_model(trial)])
+    model = identity.content_hash([forecast.model_key(trial)])
     begun = time.perf_counter()
     may_take = max(0.0, min(NEXT_SECONDS, MOST_SECONDS - _SPENT[0])) if model in _MODELS else FIRST_SECONDS
     until = begun + may_take if probe else 0.0
@@ -298,7 +298,7 @@ def _weights(trial: Trial) -> tuple[int, int]:
         )
         return len(tensors), sum(one.numel() * one.element_size() for one in tensors)
 
-    return once(["weights", forecast._of_the_model(trial)], count)
+    return once(["weights", forecast.model_key(trial)], count)
 
 
 def _reading(trial: Trial) -> float:

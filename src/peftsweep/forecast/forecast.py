@@ -86,7 +86,7 @@ def check(trial: Trial) -> Forecast:
 
 
 def _forecast_key(trial: Trial) -> str:
-    return identity.content_hash([*_of_the_model(trial), _forecast_keys(trial)])
+    return identity.content_hash([*model_key(trial), _forecast_keys(trial)])
 
 
 def _forecast_keys(trial: Trial) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def _with_keys(trial: Trial, message: str) -> str:
     return " ".join(named) + message.removeprefix(str(section)) if named else message
 
 
-def _of_the_model(trial: Trial) -> list[Any]:
+def model_key(trial: Trial) -> list[Any]:
     """The part of a forecast's cache key for the model: its files, its roles, the classes of its head."""
     model = trial.config.model
     return [identity.model_identity(model), model.roles, trial.config.dataset.classes]
@@ -186,7 +186,7 @@ def _forecast(trial: Trial) -> Forecast:
         if reason := refusal(trial):
             bare = models_model.skeleton(config.model, classes=len(config.dataset.classes))
             return Forecast(0, parts.count(bare).total, 0, reason)
-        foreseen = _with_skeleton(trial, None, lambda adapted: _sizes(adapted, config.train)) or Forecast()
+        foreseen = on_skeleton(trial, None, lambda adapted: _sizes(adapted, config.train)) or Forecast()
         return dataclasses.replace(foreseen, coverage=foreseen.coverage and foreseen.coverage + _stored(trial))
 
 
@@ -199,7 +199,7 @@ def _stored(trial: Trial) -> str:
     kept = build.storage(trial)
     if kept is None or not libraries.is_tried(kept):
         return ""
-    key = identity.content_hash([*_of_the_model(trial), trial.tree["quant"]])
+    key = identity.content_hash([*model_key(trial), trial.tree["quant"]])
     if key not in _STORED:
         base = skeleton(trial.config.model, kept, classes=len(trial.config.dataset.classes))
         weights = coverage.weights(base, trial.config.model.roles)
@@ -264,7 +264,7 @@ def twin_key(trial: Trial, foreseen: Forecast) -> str:
     return identity.content_hash([tree, rows, foreseen.attached])
 
 
-def _with_skeleton(
+def on_skeleton(
     trial: Trial,
     quantization: Any,
     work: Callable[[build.Model], Found],
@@ -346,7 +346,7 @@ def _where(config: Config) -> str:
 def _key(where: str, batches: Sequence[Shape], trials: Sequence[Trial]) -> str:
     """The cache key of a prediction, from all that changes it."""
     parts: list[Any] = [where, [dataclasses.asdict(shape) for shape in batches]]
-    parts += [[*_of_the_model(trial), _forecast_keys(trial)] for trial in trials]
+    parts += [[*model_key(trial), _forecast_keys(trial)] for trial in trials]
     return identity.content_hash(parts)
 
 
@@ -357,7 +357,7 @@ def predicted(trial: Trial, batches: Sequence[Shape], where: str) -> Prediction 
     trial = without_initialisation(trial)
     with streams.without_warnings():
         quantization = build.storage(trial)
-        return _with_skeleton(
+        return on_skeleton(
             trial,
             quantization,
             lambda adapted: predict(adapted, trial.config.train, batches, where),
@@ -385,7 +385,7 @@ def together(
         slots = {f"slot{number}": one for number, one in enumerate(trials)}
         trained = {name: one.config.train for name, one in slots.items()}
         with streams.without_warnings():
-            _PREDICTIONS[key] = _with_skeleton(
+            _PREDICTIONS[key] = on_skeleton(
                 trials[0],
                 build.storage(trials[0]),
                 lambda adapted: predict(adapted, config.train, batches, where, trained),
@@ -414,7 +414,7 @@ def _shapes(trial: Trial, tokens: Sequence[Tokens] | None, seed: int = 0) -> lis
         return [longest(trial)]
     train = {key: value for key, value in trial.tree["train"].items() if key not in RATES}
     parts = [trial.tree["dataset"], trial.rows.fingerprints["train"], train, build.virtual_tokens(trial), seed]
-    key = identity.content_hash([*_of_the_model(trial), *parts])
+    key = identity.content_hash([*model_key(trial), *parts])
     if key not in _SHAPES:
         rows = build.training_tokens(trial, build.load_tokenizer(trial), trial.rows.train)
         _SHAPES[key] = shapes(rows, config.train, seed) or [longest(trial)]

@@ -141,7 +141,7 @@ def run_of(
 
         train = {key: value for key, value in trial.tree["train"].items() if key not in forecast.RATES}
         of_rows = [trial.tree["dataset"], rows.fingerprints["train"], train, build.virtual_tokens(trial)]
-        return once(["run", forecast._of_the_model(trial), *of_rows], read), None
+        return once(["run", forecast.model_key(trial), *of_rows], read), None
     if tokens:  # the mean batch of seed 0, scaled, so that trials of all seeds share its operations and its records
         usual = _batches(tokens, config, 0)
         own = _batches(tokens, config, trial.config.seed) if trial.config.seed else usual
@@ -181,7 +181,7 @@ def evaluations(
         return {}, "the test rows or the model's tokenizer are not here yet"
     rows, work_by_name = trial.rows, dict[str, EvaluationWork]()
     validate = partial(_validations, trial, rows, tokenizer)
-    own = [forecast._of_the_model(trial), trial.tree["dataset"], rows.fingerprints, build.virtual_tokens(trial)]
+    own = [forecast.model_key(trial), trial.tree["dataset"], rows.fingerprints, build.virtual_tokens(trial)]
     for name in trial.config.eval:
         try:
             read = partial(_read_evaluation, trial, name, rows, tokenizer)
@@ -274,7 +274,7 @@ def step_key(trial: Trial, run: Batches | None, where: str) -> list[Any]:
     """The values that decide the seconds of a step, except for the device; their hash identifies the step."""
     tree = {key: trial.tree[key] for key in forecast.KEYS if key not in ("device", "eval", "train")}
     tree["train"] = {key: value for key, value in trial.tree["train"].items() if key not in LENGTHS}
-    return [where, *forecast._of_the_model(trial), tree, asdict(run.shape) if run else None]
+    return [where, *forecast.model_key(trial), tree, asdict(run.shape) if run else None]
 
 
 def trace(trial: Trial, run: Batches | None, evaluations: Sequence[EvaluationWork], where: str) -> Traced | None:
@@ -298,7 +298,7 @@ def trace(trial: Trial, run: Batches | None, evaluations: Sequence[EvaluationWor
     similar = _EVALUATIONS.get(base_key) if _SPENT[0] > MOST_SECONDS else None
     begun = time.process_time()
     with streams.without_warnings():
-        traced = forecast._with_skeleton(
+        traced = forecast.on_skeleton(
             forecast.without_initialisation(trial),
             build.storage(trial),
             lambda adapted: _trace_parts(

@@ -88,7 +88,7 @@ def _question(
 
 def _trials(launcher: Any, words: Sequence[Sequence[str]]) -> list[Trial]:
     points = Points(launcher.context.config_loader, launcher.config)
-    return [points.trial(own) for own in launcher._spelled_out(words)]
+    return [points.trial(own) for own in launcher.spelled_out(words)]
 
 
 def _at_once(config: DictConfig) -> int:
