@@ -135,7 +135,7 @@ def test_a_row_without_a_value_is_told_where_it_is_left_out(show: Show) -> None:
         ([{"content": "a"}, TALK[1]], "row 2 of rows.jsonl cannot be read: a turn is not an object with a role"),
         (
             [{"role": "user", "content": [{"type": "image", "url": "x"}]}, TALK[1]],
-            "row 2 of rows.jsonl cannot be read: a part of type 'image' is no text",
+            "row 2 of rows.jsonl cannot be read: a part of type 'image' is not text",
         ),
         ([TALK[0], {"role": "assistant", "content": None}], "row 2 of rows.jsonl has no value"),
     ],

@@ -104,16 +104,16 @@ def test_what_the_hub_refuses_is_one_line_that_says_what_to_do(hub: Hub, tmp_pat
     hub.dataset("org/parts").commit({"README.md": parts.encode(), "a.jsonl": lines(PAIRS), "b.jsonl": lines(PAIRS)})
     log_in = r"log in \(hf auth login, or HF_TOKEN\)"
     refused = {
-        "model=org/none": f"the hub has none of this name, or it is private: then {log_in}",
-        "model=org/gated": f"it is gated: accept its terms on its page of the hub, then {log_in}",
+        "model=org/none": f"the hub has no repository of this name, or it is private: then {log_in}",
+        "model=org/gated": f"it is gated: accept its terms on its hub page, then {log_in}",
         "model=org/refused": "the hub answers with status 403",
-        "model=org/adapter": "it holds no config.json; of an adapter, download it, and give adapter.path=FOLDER",
+        "model=org/adapter": "it holds no config.json; if it is an adapter, download it and give adapter.path=FOLDER",
         "model=org/whole model.revision=nope": "it has no such revision; must be a branch, a tag or a whole commit",
-        "dataset=org/none": f"the hub has none of this name, or it is private: then {log_in}",
-        "dataset=org/gated": f"it is gated: accept its terms on its page of the hub, then {log_in}",
-        "dataset=org/failing": "the hub answers with status 400; the same command tries again",
+        "dataset=org/none": f"the hub has no repository of this name, or it is private: then {log_in}",
+        "dataset=org/gated": f"it is gated: accept its terms on its hub page, then {log_in}",
+        "dataset=org/failing": "the hub answers with status 400; run the same command again later",
         "dataset=org/script": "Dataset scripts are no longer supported",
-        "dataset=org/parts": r"available configs: \['a', 'b'\]\); dataset.hub_config, .hub_split and .revision say",
+        "dataset=org/parts": r"available configs: \['a', 'b'\]\); dataset.hub_config, .hub_split and .rev",
         "dataset=org/rows:nope": r"Unknown split \"nope\". Should be one of \['train'\].*dataset.hub_config",
         "dataset=org/rows dataset.revision=nope": "it has no such revision",
     }

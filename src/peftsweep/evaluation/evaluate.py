@@ -128,7 +128,9 @@ def classification(
         cut = truncations(rows)
         scores = class_scores(model, rows, pad_id=padding_id(tokenizer), batch_size=batch_size)
     else:
-        pairs = [[(row.asked, row.answer.replace(row.answer.strip(), name)) for name in classes] for row in examples]
+        pairs = [
+            [(row.model_prompt, row.answer.replace(row.answer.strip(), name)) for name in classes] for row in examples
+        ]
         sizes: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "marked": _marked(examples)}
         scores, cut = grouped_likelihoods(model, tokenizer, pairs, **sizes)
     predicted = [_likeliest(row) for row in scores]
