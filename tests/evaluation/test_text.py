@@ -272,7 +272,7 @@ def test_other_evaluations_that_need_a_package_say_so_first(
         ("eval.text_metrics.word_order=-1", "eval.text_metrics.word_order=-1: must"),
         ("train.eval_every=1 train.best_metric=text_metrics.rouge3", "does not measure 'rouge3'"),
         ("train.eval_every=1 train.best_metric=text_metrics.cut_fraction", "does not measure 'cut_fraction'"),
-        ("dataset=tiny_direction model.task=seq_cls", "a classifier (model.task=seq_cls) writes no text"),
+        ("dataset=tiny_direction model.task=seq_cls", "a classifier (model.task=seq_cls) generates no text"),
     ],
 )
 def test_a_wrong_option_is_one_line(words: str, said: str, compose: Callable[..., Trial]) -> None:

@@ -264,5 +264,5 @@ def test_adapters_of_the_base_s_dtype_are_foreseen_as_they_are_made(run_small: R
 
 
 def test_a_classifier_is_not_asked_to_write(compose: Compose) -> None:
-    with pytest.raises(InputError, match=r"inference: a classifier \(model.task=seq_cls\) writes no text"):
+    with pytest.raises(InputError, match=r"inference: a classifier \(model.task=seq_cls\) generates no text"):
         compose("dataset=tiny_direction", "model.task=seq_cls", "eval=[classification]", "inference=standard")

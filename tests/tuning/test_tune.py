@@ -284,7 +284,7 @@ WRONG = [
 ]
 WRONG_TOO = [
     (["sweep=tune", "tune.tie=-0.01"], "tune.tie=-0.01: must be above 0"),
-    (["budget=5trials"], "budget: is of a search, and nothing without it; add sweep=tune"),
+    (["budget=5trials"], "budget: has an effect only in a search; add sweep=tune"),
     (["sweep=tune", "budget=0"], "budget=0: must be a number of trials"),
     (["sweep=tune", "budget=100steps"], "budget=100steps: must be at least 150steps"),
     (["sweep=tune", "tune.rates=[1e-4,1e-4]"], "must be at least one value, each once"),

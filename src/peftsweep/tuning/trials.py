@@ -167,5 +167,7 @@ def earlier_seconds(file: Path, question: str) -> float:
         found = record.read_json(file, dict)
     except (Unreadable, OSError):  # the file is missing or damaged, and will be written anew
         return 0.0
-    spent = found.get("spent") if isinstance(found, dict) and found.get("asked") == question else None
+    if not isinstance(found, dict) or found.get("question", found.get("asked")) != question:  # "asked": its former key
+        return 0.0
+    spent = found.get("spent")
     return float(spent.get("seconds", 0.0)) if isinstance(spent, dict) else 0.0
