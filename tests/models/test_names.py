@@ -53,10 +53,14 @@ def adapt(config: str, options: dict[str, Any], targets: TargetsConfig | None = 
         ("IA3Config", {"feedforward_modules": "up_proj"}, "method.feedforward_modules: 'up_proj' matches no module"),
         ("LoraConfig", LAYERS | {"layers_to_transform": [0, 4]}, "the model has no layer 4; it has 0 to 3"),
         ("VeraConfig", LAYERS | {"layers_to_transform": 9}, "method.layers_to_transform: the model has no layer 9"),
-        ("LoraConfig", LAYERS | {"layers_pattern": ["layers", "h"]}, "'h' is before no number; there are: layers"),
+        (
+            "LoraConfig",
+            LAYERS | {"layers_pattern": ["layers", "h"]},
+            "no module has a number after 'h'; there are: layers",
+        ),
         ("HiraConfig", {"layers_pattern": "layers"}, "method.layers_pattern: needs method.layers_to_transform"),
         ("LoraConfig", {"layer_replication": [[0, 3], [2, 5]]}, "method.layer_replication=[2,5]: must be [start,end]"),
-        ("LoraConfig", {"trainable_token_indices": [0, 533]}, "token 533 is none of the model's 533 embeddings"),
+        ("LoraConfig", {"trainable_token_indices": [0, 533]}, "the model has no embedding for token 533; it has 533"),
         (
             "TrainableTokensConfig",
             {"token_indices": [9999], "target_modules": None},

@@ -74,9 +74,9 @@ def test_a_missing_package_is_one_line_with_its_extra(
 @pytest.mark.parametrize(
     ("quant", "reason"),
     [
-        ("int4_torchao", "transformers and PEFT take such weights for inference alone"),
-        ("hqq", "does not quantise by hqq while it loads a model"),
-        ("fp8", "needs a GPU; without one take quant=fp8_torchao"),
+        ("int4_torchao", "transformers and PEFT support such weights for inference only"),
+        ("hqq", "cannot quantise with hqq while it loads a model"),
+        ("fp8", "needs a GPU; without one use quant=fp8_torchao"),
     ],
 )
 def test_what_trains_nowhere_or_not_here_is_one_line(quant: str, reason: str, compose: Compose) -> None:
@@ -127,9 +127,9 @@ def test_a_quantization_config_that_names_no_library_is_refused_before_loading(
 
 def test_the_quantization_of_a_text_part_is_that_of_the_checkpoint() -> None:
     shape = CONFIG_MAPPING["gemma3"]()
-    assert libraries.said_by_checkpoint(shape, "x") is None
+    assert libraries.checkpoint_quantization(shape, "x") is None
     shape.text_config.quantization_config = {"quant_method": "gptq", "bits": 4}
-    assert libraries.said_by_checkpoint(shape, "x") == {"quant_method": "gptq", "bits": 4}
+    assert libraries.checkpoint_quantization(shape, "x") == {"quant_method": "gptq", "bits": 4}
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_the_kind_of_base_is_that_of_the_library(said: dict[str, Any], kind: str
 @pytest.mark.parametrize(
     ("method", "kind", "reason"),
     [
-        ({"_target_": "peft.HiraConfig"}, "torchao", "torchao's know no such operation"),
+        ({"_target_": "peft.HiraConfig"}, "torchao", "torchao's weights do not support the operation"),
         ({"_target_": "peft.HiraConfig"}, "quanto", None),
         ({"_target_": "peft.VeraConfig"}, "torchao", "settings of torchao"),
         ({"_target_": "peft.PolyConfig"}, "quanto", "in place"),
@@ -177,7 +177,7 @@ def test_the_kind_of_base_is_that_of_the_library(said: dict[str, Any], kind: str
         ({"_target_": "peft.LoraConfig", "lora_bias": True}, "torchao", "biases"),
         ({"_target_": "peft.LoraConfig", "layer_replication": [[0, 2]]}, "quanto", "copied"),
         ({"_target_": "peft.LoraConfig"}, "quanto", None),
-        ({"_target_": "peft.LoraConfig"}, "quanto autocast", "the format of quanto's weights"),
+        ({"_target_": "peft.LoraConfig"}, "quanto autocast", "autocast changes the dtype of weights, which quanto's"),
         ({}, "torchao", "full fine-tuning cannot train quantised weights"),
         ({}, "untested", "full fine-tuning cannot train quantised weights"),
     ],
