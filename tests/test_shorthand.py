@@ -205,11 +205,11 @@ def test_unclear_columns_are_asked_for_in_a_line_with_a_command(name: str) -> No
     file = write("rows.jsonl", [row] * 3)
     with pytest.raises(InputError) as asked:
         meaning(f"dataset={file}")
-    said = str(asked.value)
-    assert "\n" not in said
-    assert f"dataset={file} 'dataset.prompt=\"{prompt}" in said
-    assert f"'dataset.answer=\"{answer}" in said
-    assert all(column in said for column in row)
+    message = str(asked.value)
+    assert "\n" not in message
+    assert f"dataset={file} 'dataset.prompt=\"{prompt}" in message
+    assert f"'dataset.answer=\"{answer}" in message
+    assert all(column in message for column in row)
 
 
 def test_the_command_that_is_asked_for_is_understood() -> None:

@@ -177,7 +177,7 @@ def test_a_key_that_nobody_reads_is_refused(words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("--config-dir nowhere", "--config-dir nowhere: no such folder"),
         ("seed=interval(0,3)", "seed=interval(0,3): an interval is for a search"),
@@ -187,11 +187,11 @@ def test_a_key_that_nobody_reads_is_refused(words: str) -> None:
     ],
 )
 def test_a_sweep_that_is_refused_leaves_nothing_behind(
-    words: str, said: str, command: Callable[..., tuple[int, str, str]]
+    words: str, message: str, command: Callable[..., tuple[int, str, str]]
 ) -> None:
     code, out, err = command(*words.split())
     assert (code, out) == (2, "")
-    assert err.startswith(f"peftsweep: {said}")
+    assert err.startswith(f"peftsweep: {message}")
     assert not Path("multirun").exists()
 
 
@@ -489,13 +489,13 @@ def test_no_number_of_any_group_may_be_what_is_none(every: int) -> None:
             try:
                 OmegaConf.update(point, key, parsed)
                 configuration.trial(point, cfg.hydra.runtime.choices, [f"{key}={value}"])
-                said = None
+                message = None
             except (InputError, OmegaConfBaseException) as error:
-                said = str(error) if isinstance(error, InputError) else checks.one_line(error)
-            if said is None and value not in MAY_BE.get(key, ()):
+                message = str(error) if isinstance(error, InputError) else checks.one_line(error)
+            if message is None and value not in MAY_BE.get(key, ()):
                 wrong.append(f"{key}={value} is taken")
-            elif said is not None and not (said.startswith(key) and "must be" in said and "\n" not in said):
-                wrong.append(f"{key}={value}: {said}")
+            elif message is not None and not (message.startswith(key) and "must be" in message and "\n" not in message):
+                wrong.append(f"{key}={value}: {message}")
     assert wrong == []
 
 
@@ -515,7 +515,7 @@ def test_an_answer_that_a_metric_cannot_judge_by_is_named_before_anything_is_loa
 ) -> None:
     file = tmp_path / "rows.jsonl"
     good = "The answer is 7"
-    file.write_text("".join(f'{{"question": "3+4?", "answer": "{said}"}}\n' for said in (good, good, answer)))
+    file.write_text("".join(f'{{"question": "3+4?", "answer": "{text}"}}\n' for text in (good, good, answer)))
     words = ["eval=[gsm8k]", f"eval.gsm8k.metric._target_=peftsweep.evaluation.metrics.{metric}"]
     key = rf"^eval\.gsm8k\.metric={metric}: row 3 of .*rows\.jsonl cannot be judged: {problem}"
     with pytest.raises(InputError, match=key) as error:

@@ -506,18 +506,18 @@ def test_a_turn_without_content_drops_its_row_or_is_empty_if_so_wished() -> None
 
 
 class Writer(torch.nn.Module):
-    """A model that keeps what it was asked to go on from."""
+    """A model that keeps what it was arguments to go on from."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.config = type("Config", (), {"use_cache": False})
-        self.asked: Row = {}
+        self.arguments: Row = {}
         probe.abilities(self, Abilities(padded_batches=True, row_cache=False))
 
-    def generate(self, **asked: Any) -> torch.Tensor:
-        self.asked = asked
-        return torch.cat([asked["input_ids"], asked["input_ids"].new_full((1, 1), 5)], dim=1)
+    def generate(self, **arguments: Any) -> torch.Tensor:
+        self.arguments = arguments
+        return torch.cat([arguments["input_ids"], arguments["input_ids"].new_full((1, 1), 5)], dim=1)
 
 
 def test_writing_goes_on_from_the_generation_prompt_and_ends_where_the_template_ends_a_turn() -> None:
@@ -525,8 +525,8 @@ def test_writing_goes_on_from_the_generation_prompt_and_ends_where_the_template_
     rows = data_tokens.through_chat_template(made, read({"messages": TALK}))
     decoding.generate(writer, made, rows, max_new_tokens=4)
     wanted = made.apply_chat_template(TALK[:-1], add_generation_prompt=True, tokenize=True)["input_ids"]
-    assert writer.asked["input_ids"].tolist() == [wanted]
-    assert set(writer.asked["eos_token_id"]) == {made.eos_token_id, made.convert_tokens_to_ids("<|im_end|>")}
+    assert writer.arguments["input_ids"].tolist() == [wanted]
+    assert set(writer.arguments["eos_token_id"]) == {made.eos_token_id, made.convert_tokens_to_ids("<|im_end|>")}
     assert (rows[0].prompt, rows[0].answer) == (made.decode(wanted).removeprefix("<s>"), TALK[-1]["content"])
 
 

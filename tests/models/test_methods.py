@@ -269,7 +269,7 @@ def test_every_method_trains_with_every_option_or_is_refused(
         try:
             adapt(one, rows, steps=4)
         except FloatingPointError:
-            pass  # its steps overflowed, which is said; the gradient scaler needs more of them
+            pass  # its steps overflowed, which is reported; the gradient scaler needs more of them
         except Exception as error:
             failed = f"{type(error).__name__}: {error}"
         if bool(refused) != bool(failed):
@@ -282,9 +282,9 @@ def test_every_method_trains_with_every_option_or_is_refused(
     [
         (
             ["method=prefix_tuning", "train.checkpointing=true"],
-            "not with train.checkpointing=true: the layers, computed",
+            "not with train.checkpointing=true: layers that are",
         ),
-        (["method=cartridge", "train.checkpointing=true"], "not with train.checkpointing=true: the layers, computed"),
+        (["method=cartridge", "train.checkpointing=true"], "not with train.checkpointing=true: layers that are"),
         (["method=poly", "train.checkpointing=true"], "not with train.checkpointing=true"),
         (
             ["method=full", "model.dtype=float16", "train.autocast=float16"],

@@ -97,7 +97,7 @@ def test_how_generation_is_timed_belongs_to_the_identity_and_its_prompts_by_cont
     Path("b.json").write_text('{"short": ["two"]}')
     words = [(), TIMED, [*TIMED, "inference.runs=2"]]
     words += [[*TIMED, f"inference.prompts_file={file}.json"] for file in "ab"]
-    trials = [compose(*said) for said in words]
+    trials = [compose(*point) for point in words]
     assert len({one.identity for one in trials}) == 5
     assert len({one.training for one in trials}) == 1
 

@@ -40,7 +40,7 @@ warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", F
 
 INITIAL = "initial"  # a folder in a saved adapter: the initial adapter, if its initialisation changed the base
 STEMS = ("model", "pytorch_model")  # the names of weight files that transformers reads begin so
-POINTER = b"version https://git-lfs"  # the begin of the files that a clone without git-lfs leaves
+POINTER = b"version https://git-lfs"  # the first bytes of files that a clone without git-lfs leaves
 SHARED = ("vblora_vector_bank", "prompt_encoder")  # weights of an adapter that are saved once, under other names
 NOT_MERGEABLE = "what the method adds cannot be merged into the weights"
 

@@ -48,7 +48,7 @@ def trained_parts(template: ChatTemplate, conversation: Conversation, text: str,
 
 
 def _unknown(number: int) -> str:
-    return f"the begin and end of turn {number + 1} cannot be found in the rendered text; {_LOCATORS}"
+    return f"the beginning and end of turn {number + 1} cannot be found in the rendered text; {_LOCATORS}"
 
 
 _LOCATORS = "dataset.turns=last trains on the last turn only; a template with {% generation %} marks its turns itself"
@@ -78,7 +78,7 @@ def turn(template: ChatTemplate, conversation: Conversation, text: str, number: 
 
 
 def _begin(template: ChatTemplate, conversation: Conversation, text: str, number: int) -> int:
-    """The begin of a turn that the template does not write after its generation prompt, which may open the reasoning.
+    """The beginning of a turn that the template does not write after its generation prompt, which may open reasoning.
 
     It is where the template would begin a plain text in place of the turn. If the template writes the turn differently
     from a plain text, as with reasoning, it is the first difference to the generation prompt; else the content.
