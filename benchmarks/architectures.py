@@ -147,8 +147,8 @@ class Case:
     def fourbit(self) -> str:
         record = self.record("4bit")
         share = record.train_info["coverage"].get("share_in_4bit", 0.0)
-        said = _learns(record)
-        return said if said != "yes" or share else "no: no weight is stored in 4 bits"
+        learned = _learns(record)
+        return learned if learned != "yes" or share else "no: no weight is stored in 4 bits"
 
     def reload(self) -> str:
         return _both(self.records, "reloads", "reload_error", "reload_difference")
@@ -299,13 +299,13 @@ def page(found: Mapping[str, Any]) -> str:
     whole = 0
     for kind, row in found["types"].items():
         cells = row["cells"]
-        said = [_short(cells.get(name, ""), reasons) for name in COLUMNS[3:]]
+        outcomes = [_short(cells.get(name, ""), reasons) for name in COLUMNS[3:]]
         if cells["loads"] != "yes":
-            said = [_short(cells["loads"], reasons), *[""] * 6]
-        whole += "no" not in " ".join(said) and "refused" not in " ".join(said)
+            outcomes = [_short(cells["loads"], reasons), *[""] * 6]
+        whole += "no" not in " ".join(outcomes) and "refused" not in " ".join(outcomes)
         adapts = cells.get("all_linear", "").replace(" ", ", ").replace("%,", "%;")
         task = "" if row["task"] == Task.causal_lm.value else " (classifier)"
-        lines.append(f"| {kind}{task} | {adapts} | {' | '.join(said)} |")
+        lines.append(f"| {kind}{task} | {adapts} | {' | '.join(outcomes)} |")
     of = Counter(row["transformers"] for row in found["types"].values())
     usual = of.most_common(1)[0][0]
     numbers = {"transformers": usual} | found["versions"]

@@ -117,7 +117,7 @@ def write_study(folder: Path, trials: int) -> None:
     """``trials`` of a sweep of methods, quantisations, ranks, learning rates and seeds, with some failures."""
     generator = np.random.default_rng(0)
     difficulty = generator.normal(0.0, 1.5, TEST_ROWS)
-    asked = [{"prompt": f"What is {n} times {n + 1}?", "answer": str(n * (n + 1))} for n in range(TEST_ROWS)]
+    questions = [{"prompt": f"What is {n} times {n + 1}?", "answer": str(n * (n + 1))} for n in range(TEST_ROWS)]
     grid = itertools.product(range(trials), METHODS, QUANTS, RANKS, range(SEEDS))
     for number, (rate, method, quant, rank, seed) in enumerate(itertools.islice(grid, trials)):
         place = folder / f"tiny-{method}-{quant}-r{rank}-{seed}-{number:010x}"
@@ -139,8 +139,8 @@ def write_study(folder: Path, trials: int) -> None:
             for s in range(1, STEPS + 1)
         ]
         (place / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        said = (row | {"prediction": "42", "correct": bool(c)} for row, c in zip(asked, correct, strict=True))
-        (place / "predictions" / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
+        lines = (row | {"prediction": "42", "correct": bool(c)} for row, c in zip(questions, correct, strict=True))
+        (place / "predictions" / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
 
 
 def record(

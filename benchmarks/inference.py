@@ -171,22 +171,22 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=3.5)
     parser.add_argument("--cpu-seconds", action="store_true")
     parser.add_argument("--out", type=Path)
-    said = parser.parse_args()
-    begun, clock = time.perf_counter(), time.process_time if said.cpu_seconds else time.perf_counter
-    bench = Bench(said.words)
-    settings = [(work, int(batch)) for work in SIDES for batch in said.batch.split(",")]
+    args = parser.parse_args()
+    begun, clock = time.perf_counter(), time.process_time if args.cpu_seconds else time.perf_counter
+    bench = Bench(args.words)
+    settings = [(work, int(batch)) for work in SIDES for batch in args.batch.split(",")]
     rows = []
     for number, (work, batch) in enumerate(settings):
         now = time.perf_counter()
-        share = (begun + 60 * said.minutes - now) / (len(settings) - number)
-        rows.append(compare(bench, work, batch, said.pairs, now + share, clock))
+        share = (begun + 60 * args.minutes - now) / (len(settings) - number)
+        rows.append(compare(bench, work, batch, args.pairs, now + share, clock))
         print(json.dumps(rows[-1]), flush=True)
     device = torch.cuda.get_device_name() if bench.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    facts = {"device": device, "words": said.words, "prompts": PROMPTS, "new_tokens": NEW_TOKENS}
-    facts |= {"clock": "cpu" if said.cpu_seconds else "wall"}
+    facts = {"device": device, "words": args.words, "prompts": PROMPTS, "new_tokens": NEW_TOKENS}
+    facts |= {"clock": "cpu" if args.cpu_seconds else "wall"}
     facts |= {"versions": {name: version(name) for name in ("torch", "transformers", "peft")}}
-    if said.out:
-        said.out.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+    if args.out:
+        args.out.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ SETS: dict[str, list[tuple[str, str]]] = {
 class Bench:
     """One setting: a base, adapters on it, and the batches that every side takes, made by ``plan_batches``."""
 
-    def __init__(self, words: Sequence[str], said: argparse.Namespace) -> None:
+    def __init__(self, words: Sequence[str], args: argparse.Namespace) -> None:
         cfg = cli.compose([*words])
         self.trial = make_trial(cfg, cfg.hydra.runtime.choices, words)
         self.device = model.device(self.trial.config.device)
@@ -114,17 +114,17 @@ class Bench:
         base = model.load(self.trial.config.model, build.quantization(self.trial), self.device)
         probe.abilities(base)
         self.base: Any = base
-        self.said, self.steps = said, said.steps
+        self.args, self.steps = args, args.steps
         self.marks: list[float] = []
         self.facts: dict[str, Any] = {}  # of the side that was measured last
         self.meter: Meter | None = None  # of that side, if it is ours
-        self.clock = time.process_time if said.cpu_seconds else time.perf_counter
+        self.clock = time.process_time if args.cpu_seconds else time.perf_counter
         print(f"loaded in {time.perf_counter() - begun:.1f} s: {getattr(base, SHORTCUTS)}", flush=True)
 
     def plan_batches(self, batch: int) -> None:
         """Take batches of that many rows from here on."""
         self.batch, vocabulary = batch, int(parts.text_config(self.base).vocab_size)
-        self.rows = rows(batch * (self.steps + 2), self.said.tokens, self.said.answers, min(1000, vocabulary))
+        self.rows = rows(batch * (self.steps + 2), self.args.tokens, self.args.answers, min(1000, vocabulary))
         order = batches.batch_order([len(row.ids) for row in self.rows], batch, 0)
         self.plan = list(itertools.islice(order, self.steps))
 
@@ -301,7 +301,7 @@ def _with_trainer(bench: Bench, kind: Any, arguments: Any, **options: Any) -> No
     numbers = [n for step in bench.plan for n in step]
     chosen = datasets.Dataset.from_dict({"input_ids": [bench.rows[n].ids for n in numbers], "number": numbers})
     with tempfile.TemporaryDirectory() as folder:
-        said = arguments(
+        args = arguments(
             output_dir=folder, max_steps=bench.steps, per_device_train_batch_size=bench.batch, learning_rate=RATE,
             max_grad_norm=CLIP, lr_scheduler_type="cosine", report_to=[], save_strategy="no", logging_steps=10,
             disable_tqdm=True, remove_unused_columns=False, use_cpu=bench.device.type == "cpu",
@@ -310,7 +310,7 @@ def _with_trainer(bench: Bench, kind: Any, arguments: Any, **options: Any) -> No
         tokenizer = build.load_tokenizer(bench.trial)
         InOrder(
             model=bench.adapted(),
-            args=said,
+            args=args,
             train_dataset=chosen,
             data_collator=lambda some: padded(bench, [one["number"] for one in some]),
             processing_class=tokenizer,
@@ -379,15 +379,15 @@ def line(bench: Bench, took: Sequence[float], peak: float | None) -> str:
     return f"{1000 * total / (bench.steps - WARMUP):8.2f} ms a step, {bench.tokens / total:8.0f} tokens/s{memory}"
 
 
-def one(words: str, said: argparse.Namespace) -> list[dict[str, Any]]:
+def one(words: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """One setting at every batch size, in this process."""
-    bench, settings = Bench(shlex.split(words), said), []
-    sides = [side for side in said.sides.split(",") if side != "sft" or find_spec("trl")]
-    for batch in map(int, said.batch.split(",")):
+    bench, settings = Bench(shlex.split(words), args), []
+    sides = [side for side in args.sides.split(",") if side != "sft" or find_spec("trl")]
+    for batch in map(int, args.batch.split(",")):
         bench.plan_batches(batch)
-        found = compare(bench, sides, said.rounds, time.monotonic() + 60 * said.minutes)
+        found = compare(bench, sides, args.rounds, time.monotonic() + 60 * args.minutes)
         for side, figures in found.items():
-            figures |= profiled(bench, side) if said.profile else {}
+            figures |= profiled(bench, side) if args.profile else {}
             ratio, kernels = figures["times_as_fast_as_peft"], figures.get("kernels_a_step")
             print(
                 f"batch {batch:2} {side:10} {figures['step_ms']:8.2f} ms"
@@ -395,25 +395,25 @@ def one(words: str, said: argparse.Namespace) -> list[dict[str, Any]]:
                 + (f", {kernels:.0f} kernels of {figures['device_ms_a_step']:.2f} ms" if kernels else ""),
                 flush=True,
             )
-        setting = {"words": words, "batch": batch, "tokens": said.tokens, "answers": said.answers, "steps": said.steps}
-        settings.append(setting | {"rounds": said.rounds, "threads": torch.get_num_threads(), "sides": found})
-        keep(said.out, settings)
+        setting = {"words": words, "batch": batch, "tokens": args.tokens, "answers": args.answers, "steps": args.steps}
+        settings.append(setting | {"rounds": args.rounds, "threads": torch.get_num_threads(), "sides": found})
+        keep(args.out, settings)
     return settings
 
 
-def several(name: str, said: argparse.Namespace) -> list[dict[str, Any]]:
+def several(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """The settings of a set, each in a process of its own."""
     found = []
     for words, options in SETS[name]:
         print(f"---- {words} {options}", flush=True)
-        given = [] if said.sides == DEFAULT_SIDES else ["--sides", said.sides]
-        given += ["--cpu-seconds"] if said.cpu_seconds else []
-        part = Path(f"{said.out or 'loops'}.part")
-        command = [sys.executable, __file__, words, *options.split(), *given, "--minutes", str(said.minutes)]
+        given = [] if args.sides == DEFAULT_SIDES else ["--sides", args.sides]
+        given += ["--cpu-seconds"] if args.cpu_seconds else []
+        part = Path(f"{args.out or 'loops'}.part")
+        command = [sys.executable, __file__, words, *options.split(), *given, "--minutes", str(args.minutes)]
         done = subprocess.run([*command, "--out", str(part)], check=False)
         if done.returncode == 0:
             found += json.loads(part.read_text())["settings"]
-            keep(said.out, found)
+            keep(args.out, found)
         part.unlink(missing_ok=True)
     return found
 
@@ -441,8 +441,8 @@ def main() -> None:
     parser.add_argument("--cpu-seconds", action="store_true", help="of this process, where others use the CPU too")
     parser.add_argument("--profile", action="store_true", help="count the kernels of a step, on a GPU")
     parser.add_argument("--out", type=Path)
-    said = parser.parse_args()
-    keep(said.out, several(said.setting, said) if said.setting in SETS else one(said.setting, said))
+    args = parser.parse_args()
+    keep(args.out, several(args.setting, args) if args.setting in SETS else one(args.setting, args))
 
 
 if __name__ == "__main__":

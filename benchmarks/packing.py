@@ -148,7 +148,7 @@ def evaluated(base: Any, tokenizer: Any, tokens: int, rounds: int) -> dict[str, 
     names = [f"slot{slot}" for slot in range(SLOTS)]
     adapted = attach.attach_slots(fresh(base), {n: (method(i), TargetsConfig()) for i, n in enumerate(names)}, 0, {})
     adapted.eval()
-    asked = templates.examples(task.rows("test", 16), "{question} ", "{answer}")
+    examples = templates.examples(task.rows("test", 16), "{question} ", "{answer}")
     seconds: dict[str, list[float]] = {"together": [], "one_by_one": []}
     for number in range(rounds + 1):  # the first one warms up
         for side in sorted(seconds, reverse=bool(number % 2)):
@@ -158,8 +158,8 @@ def evaluated(base: Any, tokenizer: Any, tokens: int, rounds: int) -> dict[str, 
             for name in names:
                 adapted.set_adapter(name)
                 with together.evaluated_together(name) if together else nullcontext():
-                    evaluate.generation(adapted, tokenizer, asked, max_new_tokens=tokens // 2)
-                    evaluate.perplexity(adapted, tokenizer, asked)
+                    evaluate.generation(adapted, tokenizer, examples, max_new_tokens=tokens // 2)
+                    evaluate.perplexity(adapted, tokenizer, examples)
             if together:
                 together.close()
             synchronise(base.device)
@@ -267,30 +267,30 @@ def main() -> None:
     words.add_argument("--sides", default=",".join(COMPARED))
     words.add_argument("--model", help="words of the model in place of the scale's")
     words.add_argument("--out", type=Path)
-    said = words.parse_args()
-    scale, begun = dict(SCALES[said.scale]), time.monotonic()
-    scale |= {"steps": said.steps} if said.steps else {}
-    scale |= {"batches": [*map(int, said.batches.split(","))]} if said.batches else {}
-    scale |= {"words": said.model.split()} if said.model else {}
-    meter, COMPARED[:] = Meter(model.device("auto")), said.sides.split(",")
+    args = words.parse_args()
+    scale, begun = dict(SCALES[args.scale]), time.monotonic()
+    scale |= {"steps": args.steps} if args.steps else {}
+    scale |= {"batches": [*map(int, args.batches.split(","))]} if args.batches else {}
+    scale |= {"words": args.model.split()} if args.model else {}
+    meter, COMPARED[:] = Meter(model.device("auto")), args.sides.split(",")
     settings, answers = [], {}
-    for quant in said.quants.split(","):
+    for quant in args.quants.split(","):
         told = [*scale["words"], f"quant={quant}"]
         cfg = cli.compose(told)
         one = make_trial(cfg, cfg.hydra.runtime.choices, told)
         tokenizer = model.load_tokenizer(one.config.model)
         base = build.load_base(one, tokenizer, meter.device)
         rows = rows_of(scale["tokens"], min(base.config.vocab_size, 500))
-        for batch, way in itertools.product(scale["batches"], map(Capture, said.capture.split(","))):
+        for batch, way in itertools.product(scale["batches"], map(Capture, args.capture.split(","))):
             CAPTURE[:] = [way]
-            if time.monotonic() - begun > 60 * said.minutes:
+            if time.monotonic() - begun > 60 * args.minutes:
                 continue
-            if said.arithmetic:
-                found = {"quant": quant} | arithmetic(base, rows, batch, scale["steps"] // 3, said.rounds, meter)
+            if args.arithmetic:
+                found = {"quant": quant} | arithmetic(base, rows, batch, scale["steps"] // 3, args.rounds, meter)
                 settings.append(found)
                 print(f"{quant:5} batch {batch:2}: {found['ratio']}", flush=True)
                 continue
-            found = {"quant": quant} | compare(base, rows, batch, scale["steps"], said.rounds, meter)
+            found = {"quant": quant} | compare(base, rows, batch, scale["steps"], args.rounds, meter)
             settings.append(found)
             print(
                 f"{quant:5} batch {batch:2} capture {way.value}: {found['ratio_to_one_by_one']:.2f} x one by one "
@@ -299,17 +299,17 @@ def main() -> None:
                 f"auto {found['auto']:.2f}",
                 flush=True,
             )
-        if said.arithmetic or "plain_loop" not in COMPARED:
+        if args.arithmetic or "plain_loop" not in COMPARED:
             continue
-        if time.monotonic() - begun > 60 * said.minutes:
+        if time.monotonic() - begun > 60 * args.minutes:
             continue
-        answers[quant] = evaluated(base, tokenizer, scale["tokens"], said.rounds)
+        answers[quant] = evaluated(base, tokenizer, scale["tokens"], args.rounds)
         print(f"{quant:5} evaluated: {answers[quant]['ratio_evaluated']:.2f} x one by one", flush=True)
         del base
-    content = {"scale": said.scale, "slots": SLOTS, "tokens": scale["tokens"], "settings": settings}
+    content = {"scale": args.scale, "slots": SLOTS, "tokens": scale["tokens"], "settings": settings}
     content |= {"evaluations": answers, "load": os.getloadavg()}
-    if said.out:
-        record.write_json(said.out, content | {"environment": record.environment()})
+    if args.out:
+        record.write_json(args.out, content | {"environment": record.environment()})
     else:
         print(json.dumps(content, indent=1))
 

@@ -76,18 +76,18 @@ def dry_run(words: Sequence[str], *, shown: bool) -> dict[str, float]:
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    said = []
+    times = []
     for line in process.stdout:
-        said.append(time.perf_counter() - start)
-        if shown and len(said) % 100 == 1:
-            print(f"{said[-1]:.1f} s: {line}", end="", flush=True)
+        times.append(time.perf_counter() - start)
+        if shown and len(times) % 100 == 1:
+            print(f"{times[-1]:.1f} s: {line}", end="", flush=True)
     _, status, usage = os.wait4(process.pid, 0)
     assert not status
     return {
         "seconds": time.perf_counter() - start,
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
-        "first_line_seconds": said[0],
-        "longest_silence_seconds": max((b - a for a, b in itertools.pairwise(said)), default=0.0),
+        "first_line_seconds": times[0],
+        "longest_silence_seconds": max((b - a for a, b in itertools.pairwise(times)), default=0.0),
     }
 
 

@@ -107,10 +107,10 @@ def compose(point: tuple[str, str, int, int], scale: str) -> Trial:
     base, words, rows, _ = point
     if scale == "large":
         base = " ".join(word for word in base.split() if "architecture" not in word)
-    said = [*base.split(), *words.split(), f"train.batch_size={rows}", f"train.steps={STEPS}", "quiet=true"]
-    said += [] if "model.dtype" in words or scale == "large" else ["model.dtype=float32"]
-    cfg = cli.compose(said)
-    return make_trial(cfg, cfg.hydra.runtime.choices, said)
+    overrides = [*base.split(), *words.split(), f"train.batch_size={rows}", f"train.steps={STEPS}", "quiet=true"]
+    overrides += [] if "model.dtype" in words or scale == "large" else ["model.dtype=float32"]
+    cfg = cli.compose(overrides)
+    return make_trial(cfg, cfg.hydra.runtime.choices, overrides)
 
 
 def rows(trial: Trial, length: int) -> list[Tokens]:
@@ -258,9 +258,11 @@ def main() -> None:
             if line["predicted"] is None:
                 print(f"{line['point']:75s} not predicted: {line['why']}", flush=True)
                 continue
-            said = f"{line['predicted']:8.2f} s, measured {line['measured']:8.2f} s {line['error']:+7.1%}"
+            seconds = f"{line['predicted']:8.2f} s, measured {line['measured']:8.2f} s {line['error']:+7.1%}"
             again = f"the same trial again differs by {line['again']:+6.1%}, by chance {line['again_by_chance']:.1%}"
-            print(f"{line['point']:75s} {said}; {again}; predicted in {line['cpu_seconds']:.1f} s of CPU", flush=True)
+            print(
+                f"{line['point']:75s} {seconds}; {again}; predicted in {line['cpu_seconds']:.1f} s of CPU", flush=True
+            )
     short = in_short(lines)
     print(json.dumps(short, indent=1))
     print(

@@ -39,10 +39,10 @@ def publish(name: str) -> None:
     table.to_parquet(folder / "results.parquet")
     page = (study / "report.html").read_text(encoding="utf-8")
     (folder / "report.html").write_text(with_shared_scripts(page), encoding="utf-8")
-    fill(folder / "README.md", said(folder))
+    fill(folder / "README.md", published_text(folder))
 
 
-def said(folder: Path) -> str:
+def published_text(folder: Path) -> str:
     """When, where and for how long a published study ran, and its advice."""
     table = pd.read_parquet(folder / "results.parquet")
     return "\n".join(f"- {fact}" for fact in facts(table)) + f"\n\n> {advice(folder)}\n"

@@ -42,13 +42,13 @@ class Repository:
 
 
 class Hub(ThreadingHTTPServer):
-    """The server with its repositories, by kind and name, and the paths that it was asked for."""
+    """The server with its repositories, by kind and name, and the paths of its requests."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
-        self.asked: list[str] = []
+        self.requests: list[str] = []
         super().__init__(("127.0.0.1", 0), _Answer)
         Thread(target=partial(self.serve_forever, poll_interval=0.05), daemon=True).start()
 
@@ -83,7 +83,7 @@ class _Answer(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: Any) -> None:
-        """Nothing is logged; tests read ``Hub.asked``."""
+        """Nothing is logged; tests read ``Hub.requests``."""
 
     def do_HEAD(self) -> None:
         self._answer()
@@ -97,7 +97,7 @@ class _Answer(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path).strip("/")
-        self.server.asked.append(f"{self.command} {path}")
+        self.server.requests.append(f"{self.command} {path}")
         if not path:
             return self._send(200, b"the hub")
         api = path.startswith("api/")
@@ -140,10 +140,10 @@ class _Answer(BaseHTTPRequestHandler):
         folders = {parent for path in files for parent in Path(path).parents} - {Path()}
         entries += [{"type": "directory", "path": str(folder), "oid": _oid(b"")} for folder in sorted(folders)]
         if what == "paths-info":
-            asked = (
+            wanted = (
                 json.loads(self._body)["paths"] if self._body[:1] == b"{" else parse_qs(self._body.decode())["paths"]
             )
-            return self._json([entry for entry in entries if entry["path"] in asked])
+            return self._json([entry for entry in entries if entry["path"] in wanted])
         under = "".join(f"{part}/" for part in at[1])
         within = [entry for entry in entries if entry["path"].startswith(under)]
         if under and not within:

@@ -31,8 +31,8 @@ def test_ten_lines_say_what_the_machine_can_do(
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # as if it had been set before the import
     hub.problem.cache_clear()
-    code, said = run(capsys, monkeypatch)
-    lines = said.splitlines()
+    code, output = run(capsys, monkeypatch)
+    lines = output.splitlines()
     assert code == 0
     assert [line.split()[0] for line in lines] == NAMES
     assert f"torch {importlib.metadata.version('torch')}" in lines[0]
@@ -55,8 +55,8 @@ def test_json_holds_the_same_and_a_missing_package_is_exit_code_1(
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.setattr(doctor, "CHECKS", (doctor._packages, doctor._extras))
-    code, said = run(capsys, monkeypatch, "--json")
-    found: dict[str, Any] = json.loads(said)
+    code, output = run(capsys, monkeypatch, "--json")
+    found: dict[str, Any] = json.loads(output)
     assert (code, found["ok"]) == (1, False)
     assert found["checks"]["packages"]["fix"].startswith("missing: peft; ")
     assert set(found["checks"]["extras"]["facts"]) == {"present", "missing"}
@@ -74,7 +74,7 @@ def test_options_of_quant_are_named_with_what_installs_them(monkeypatch: pytest.
     found = doctor._other_quants(gpus=0)
     assert [name for name, reason in found.items() if reason is None] == ["fp8_torchao", "int8_torchao"]
     assert str(found["int8_quanto"]).endswith("pip install 'peftsweep[quanto]'")
-    assert "inference alone" in str(found["int4_torchao"])
+    assert "for inference only" in str(found["int4_torchao"])
     assert str(doctor._other_quants(gpus=1)["fp8"]).endswith("pip install 'kernels'")
 
 
@@ -98,7 +98,7 @@ def test_the_limit_of_a_container_counts_as_memory(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_version_names_all_that_matter_and_the_cuda_that_torch_is_built_for() -> None:
-    said = doctor.version_text()
-    assert said.startswith("peftsweep 0.")
-    assert f"torch {importlib.metadata.version('torch')}" in said
-    assert said.endswith(f"CUDA {torch.version.cuda or 'none'}")
+    output = doctor.version_text()
+    assert output.startswith("peftsweep 0.")
+    assert f"torch {importlib.metadata.version('torch')}" in output
+    assert output.endswith(f"CUDA {torch.version.cuda or 'none'}")

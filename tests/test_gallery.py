@@ -111,7 +111,7 @@ def test_the_figures_of_the_gallery_s_pages_are_those_of_its_records() -> None:
     for page, lines in ((GALLERY / "README.md", shown), (TOP / "docs" / "gallery.md", publish.unlinked(shown))):
         assert "\n".join(lines) in page.read_text(encoding="utf-8")
     for study in STUDIES:
-        assert publish.said(GALLERY / study) in (GALLERY / study / "README.md").read_text(encoding="utf-8")
+        assert publish.published_text(GALLERY / study) in (GALLERY / study / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_first_table_of_the_readme_is_that_of_the_study_of_ranks() -> None:

@@ -74,7 +74,7 @@ def test_the_example_for_a_file_of_one_text_has_no_prompt_and_trains() -> None:
 def test_the_example_for_answers_that_a_label_judges_takes_the_answers_and_says_that_some_are_not_wanted() -> None:
     lines = [json.dumps({"prompt": f"{n}?", "completion": f"{n}.", "label": n % 2 == 0}) for n in range(30)]
     Path("rows.jsonl").write_text("\n".join(lines))
-    with pytest.raises(InputError, match="rows whose label is false hold answers that are not wanted") as refused:
+    with pytest.raises(InputError, match="rows whose label is false hold rejected answers") as refused:
         cli._trial("dataset=rows.jsonl")
     assert str(refused.value).endswith("""'dataset.prompt="{prompt}\\n"' 'dataset.answer="{completion}"'""")
     Path("rows.jsonl").write_text("\n".join(lines).replace("completion", "said"))  # a class of true and false
@@ -124,7 +124,7 @@ def test_a_wrong_path_is_answered_by_what_is_there(word: str) -> None:
 
 def test_no_gpu_is_answered_by_how_to_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    with pytest.raises(InputError, match="there are: none; device=cpu runs on the CPU, peftsweep-doctor says more"):
+    with pytest.raises(InputError, match="there are: none; device=cpu uses the CPU; see peftsweep-doctor"):
         model.device("cuda")
     monkeypatch.setattr(processes, "_visible", list)
     with pytest.raises(InputError, match="no CUDA device 0; there are: none; leave it out to use the CPU"):

@@ -205,11 +205,11 @@ def test_unclear_columns_are_asked_for_in_a_line_with_a_command(name: str) -> No
     file = write("rows.jsonl", [row] * 3)
     with pytest.raises(InputError) as asked:
         meaning(f"dataset={file}")
-    said = str(asked.value)
-    assert "\n" not in said
-    assert f"dataset={file} 'dataset.prompt=\"{prompt}" in said
-    assert f"'dataset.answer=\"{answer}" in said
-    assert all(column in said for column in row)
+    message = str(asked.value)
+    assert "\n" not in message
+    assert f"dataset={file} 'dataset.prompt=\"{prompt}" in message
+    assert f"'dataset.answer=\"{answer}" in message
+    assert all(column in message for column in row)
 
 
 def test_the_command_that_is_asked_for_is_understood() -> None:
@@ -294,7 +294,7 @@ WRONG = {
     "model=./own": "model=./own: no such folder; one of the hub is model=ORG/NAME; did you mean 'owns'?",
     "model=owns": "model=./owns: holds no config.json",
     "model=rows.jsonl/": "model=rows.jsonl/: is a file; must be the folder of a checkpoint",
-    "model=https://huggingface.co/a/b": "model=https://huggingface.co/a/b: is the address of a page; must be model=a/b",
+    "model=https://huggingface.co/a/b": "model=https://huggingface.co/a/b: is a web address; must be model=a/b",
     "model=adapted": "model=./adapted: is an adapter: adapter.path=./adapted evaluates it",
     "dataset=row.jsonl": "dataset=row.jsonl: no such file; did you mean 'rows.jsonl'?",
     "dataset=rows.jsnl": "dataset=rows.jsnl: no such file; did you mean 'rows.jsonl'?",
@@ -302,11 +302,11 @@ WRONG = {
     "dataset=rows.xlsx": "dataset=rows.xlsx: unknown format; must be a file of .json",
     "dataset=owns": "dataset=./owns: no file in this folder can be read",
     "dataset=rows.jsonl,row.jsonl": "dataset=row.jsonl: no such file; did you mean 'rows.jsonl'?",
-    "dataset=rows.jsonl dataset.path=x": "dataset=rows.jsonl: dataset.path is given too, and names another",
+    "dataset=rows.jsonl dataset.path=x": "dataset=rows.jsonl: dataset.path is given too and names another",
     "dataset=rows.jsonl dataset=tiny_math": "dataset=rows.jsonl: dataset is given twice",
-    "dataset=rows.jsonl dataset.prompt=x": "not looked at where dataset.prompt is given; give both, such as: dataset=",
+    "dataset=rows.jsonl dataset.prompt=x": "not used where dataset.prompt is given; give both, such as: dataset=",
     "dataset=rows,1.jsonl": "dataset=rows,1.jsonl: the comma of a file's name needs quotes",
-    "model=gpt2": "one of your own is model=./FOLDER, one of the hub model=ORG/NAME",
+    "model=gpt2": "for your own: model=./FOLDER, or from the hub model=ORG/NAME",
 }
 
 
@@ -327,7 +327,7 @@ def test_a_name_of_nothing_is_a_line_that_says_what_to_type(words: str) -> None:
 def test_a_path_in_the_defaults_of_a_yaml_is_refused_with_the_key_to_give() -> None:
     Path("mine/point").mkdir(parents=True)
     Path("mine/point/own.yaml").write_text("# @package _global_\ndefaults:\n  - override /model: ./own\n")
-    with pytest.raises(InputError, match=r"model=./own: is for the command line .*; give model.name_or_path there"):
+    with pytest.raises(InputError, match=r"model=./own: works on the command line .*; give model.name_or_path there"):
         cli._trial("point=own", "hydra.searchpath=[mine]")
 
 

@@ -78,14 +78,14 @@ def test_what_is_marked_is_what_the_loss_is_on() -> None:
 
 def test_the_parts_of_a_text_are_its_whole_where_tokens_are_bytes() -> None:
     made = tokenizer(CHATML)
-    said = "wé😀 end"
-    ids = made(said, add_special_tokens=False).input_ids
+    text = "wé😀 end"
+    ids = made(text, add_special_tokens=False).input_ids
     cuts = [n for n in range(1, len(ids)) if "\ufffd" not in made.decode(ids[:n])]  # between two characters
     assert len(cuts) > 2
     for cut in cuts:
         mask = [n >= cut for n in range(len(ids))]
         (first, _), (second, learned) = show_rows.pieces(made, ids, mask)
-        assert (first + second, learned) == (said, True)
+        assert (first + second, learned) == (text, True)
 
 
 def test_colours_end_at_each_line() -> None:
@@ -129,25 +129,25 @@ def test_a_row_without_a_value_is_told_where_it_is_left_out(show: Show) -> None:
 
 
 @pytest.mark.parametrize(
-    ("messages", "said"),
+    ("messages", "message"),
     [
         (TALK[:1], "row 2 of rows.jsonl cannot be read: a conversation must end with the assistant's turn"),
         ([{"content": "a"}, TALK[1]], "row 2 of rows.jsonl cannot be read: a turn is not an object with a role"),
         (
             [{"role": "user", "content": [{"type": "image", "url": "x"}]}, TALK[1]],
-            "row 2 of rows.jsonl cannot be read: a part of type 'image' is no text",
+            "row 2 of rows.jsonl cannot be read: a part of type 'image' is not text",
         ),
         ([TALK[0], {"role": "assistant", "content": None}], "row 2 of rows.jsonl has no value"),
     ],
 )
-def test_a_wrong_row_is_one_line_that_names_it(show: Show, messages: list[Row], said: str) -> None:
+def test_a_wrong_row_is_one_line_that_names_it(show: Show, messages: list[Row], message: str) -> None:
     code, out, err = show([{"messages": TALK}, {"messages": messages}], "dataset.chat=false")
     assert (code, out) == (2, "")
-    assert said in err.splitlines()[-1]
+    assert message in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--rows", "0"], "--rows: must be a whole number, at least 1, not 0"),
         (["dataset"], "dataset: must be KEY=VALUE"),
@@ -155,10 +155,10 @@ def test_a_wrong_row_is_one_line_that_names_it(show: Show, messages: list[Row], 
         (["--model", "./nowhere"], "model=./nowhere: no such folder"),
     ],
 )
-def test_a_wrong_option_is_one_line(show: Show, words: list[str], said: str) -> None:
+def test_a_wrong_option_is_one_line(show: Show, words: list[str], message: str) -> None:
     code, _, err = show([{"question": "1?", "answer": "1"}], *words)
     assert code == 2
-    assert said in err.splitlines()[-1]
+    assert message in err.splitlines()[-1]
 
 
 def test_a_name_that_needs_quotes_is_one_file() -> None:

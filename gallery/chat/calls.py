@@ -13,8 +13,8 @@ CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.S)
 
 def same_call(prediction: str, answer: str) -> Judgement:
     """The same function with the same arguments. A prediction without a call that parses has nothing extracted."""
-    said = parsed(prediction)
-    return Judgement(said is not None and said == parsed(answer), None if said is None else json.dumps(said))
+    call = parsed(prediction)
+    return Judgement(call is not None and call == parsed(answer), None if call is None else json.dumps(call))
 
 
 def parsed(text: str) -> dict[str, Any] | None:

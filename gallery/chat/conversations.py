@@ -33,25 +33,29 @@ HELD_OUT = 4  # cities and titles of the test rows
 def weather(draw: random.Random, tested: bool) -> list[Turn]:
     """A city and its degrees."""
     city, degrees = draw.choice(_part(CITIES, tested)), draw.randrange(1, 35, 2) + tested
-    asked = draw.choice(["How warm is it in {}?", "What is the weather in {}?", "Is it cold in {} today?"]).format(city)
-    return _exchange(asked, "weather", {"city": city}, {"degrees": degrees}, f"It is {degrees} degrees in {city}.")
+    request = draw.choice(["How warm is it in {}?", "What is the weather in {}?", "Is it cold in {} today?"]).format(
+        city
+    )
+    return _exchange(request, "weather", {"city": city}, {"degrees": degrees}, f"It is {degrees} degrees in {city}.")
 
 
 def timer(draw: random.Random, tested: bool) -> list[Turn]:
     """A number of minutes."""
     minutes = draw.randrange(2, 60, 2) + tested
-    asked = draw.choice(["Wake me in {} minutes.", "Set a timer of {} minutes.", "Remind me after {} minutes, please."])
-    said = f"Your timer rings in {minutes} minutes."
-    return _exchange(asked.format(minutes), "timer", {"minutes": minutes}, {"started": True}, said)
+    request = draw.choice(
+        ["Wake me in {} minutes.", "Set a timer of {} minutes.", "Remind me after {} minutes, please."]
+    )
+    reply = f"Your timer rings in {minutes} minutes."
+    return _exchange(request.format(minutes), "timer", {"minutes": minutes}, {"started": True}, reply)
 
 
 def play(draw: random.Random, tested: bool) -> list[Turn]:
     """A title, which is found or not."""
     title = draw.choice(_part(TITLES, tested))
-    asked = draw.choice(["Play {}.", "Can I hear {}?", "Put on {}, please."]).format(title)
+    request = draw.choice(["Play {}.", "Can I hear {}?", "Put on {}, please."]).format(title)
     if draw.random() < 0.5:
-        return _exchange(asked, "play", {"title": title}, {"error": "not found"}, f"I could not find {title}.")
-    return _exchange(asked, "play", {"title": title}, {"playing": title}, f"Now playing {title}.")
+        return _exchange(request, "play", {"title": title}, {"error": "not found"}, f"I could not find {title}.")
+    return _exchange(request, "play", {"title": title}, {"playing": title}, f"Now playing {title}.")
 
 
 KINDS: list[Callable[[random.Random, bool], list[Turn]]] = [weather, timer, play]
@@ -61,9 +65,11 @@ def _part(names: list[str], tested: bool) -> list[str]:
     return names[:HELD_OUT] if tested else names[HELD_OUT:]
 
 
-def _exchange(asked: str, name: str, arguments: dict[str, object], result: dict[str, object], said: str) -> list[Turn]:
+def _exchange(
+    request: str, name: str, arguments: dict[str, object], result: dict[str, object], reply: str
+) -> list[Turn]:
     call = f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
-    turns = [("user", asked), ("assistant", call), ("tool", json.dumps(result)), ("assistant", said)]
+    turns = [("user", request), ("assistant", call), ("tool", json.dumps(result)), ("assistant", reply)]
     return [{"role": role, "content": text} for role, text in turns]
 
 

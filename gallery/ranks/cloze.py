@@ -20,9 +20,9 @@ def question(row: Row) -> Row:
     read = tasks.instruction(row)
     texts = [choice["text"] for choice in read["choices"]]
     listed = texts != [choice["answer"] for choice in read["choices"]]
-    asked = row["instruction"].split("question: ", 1)[1].split("\n\nAnswer1:")[0] if listed else None
+    question = row["instruction"].split("question: ", 1)[1].split("\n\nAnswer1:")[0] if listed else None
     return {
-        "question": asked,
+        "question": question,
         "choices": [{"answer": text} for text in texts],
         "gold": read["gold"],
         "answer": texts[read["gold"]],

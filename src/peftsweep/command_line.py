@@ -163,7 +163,8 @@ def check_twice(words: Sequence[str], conf: Path) -> None:
         before, word_of_key[key] = word_of_key.get(key, word), word
         is_group = key.partition("/")[0] in groups  # or a folder in one: hydra/launcher, point/peft_comparison
         if before != word and (is_group or _parsed(before).is_sweep_override()):
-            several = "several in brackets" if key in GROUPS_OF_SEVERAL_OPTIONS else "several to be swept after commas"
+            in_brackets, swept = "several in brackets", "with several values separated by commas"
+            several = in_brackets if key in GROUPS_OF_SEVERAL_OPTIONS else swept
             advice = "" if key.startswith("hydra") else f", {several}"
             raise InputError(f"{before} {word}: {key} is given twice; give it once{advice}")
 

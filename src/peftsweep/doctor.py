@@ -1,6 +1,6 @@
 """What this machine can do, in ten lines, and what to install for what is missing: ``peftsweep-doctor``.
 
-Exit code 0 where a trial can run here, 1 where none can. What only some trials need is said and changes no code.
+The exit code is 0 if a trial can run here, else 1. Needs of some trials only are reported and do not change it.
 """
 
 from __future__ import annotations

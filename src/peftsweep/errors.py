@@ -123,7 +123,7 @@ SYNONYMS = {  # what other libraries and people call our keys and options, in sm
 
 
 EXIT_CODES = {
-    0: "all that was asked for is done",
+    0: "the command has done all its work",
     1: "a trial failed or ran out of memory",
     2: "wrong input, or the study cannot be written; one line says what",
     3: "a trial was not run, or not to its end: a limit, a deadline, an interrupt of that trial alone",

@@ -1,7 +1,7 @@
 """Short names of a model and a data set: ``model=./folder``, ``model=ORG/NAME``, ``dataset=rows.jsonl``.
 
-Each such word stands for words that Hydra knows: ``model=causal_lm model.name_or_path=./folder``. What follows from
-them, such as a trial's identity and its record, is thus that of the longer command.
+Each such word stands for words that Hydra knows: ``model=causal_lm model.name_or_path=./folder``. So a trial's identity
+and its record are those of the longer command.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from peftsweep.data import rows as data_rows
 from peftsweep.errors import InputError, first_line
 from peftsweep.schema import Task
 
-GROUPS = {"model": "model.name_or_path", "dataset": "dataset.path"}  # with the key that the name goes to
+GROUPS = {"model": "model.name_or_path", "dataset": "dataset.path"}  # and the key that a path or hub id sets
 HUB_ID = re.compile(r"(?P<id>\w[\w.-]*/[\w.-]+)(?::(?P<split>.+))?")
 WEB = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?:datasets/)?(?P<id>[\w.-]+/[\w.-]+).*")
 PLAIN_WORD = re.compile(r"[\w./+-]+", re.ASCII)  # needs no quotes in Hydra's grammar
 TEMPLATES = ("dataset.prompt", "dataset.answer")
-# Keys that say how a name is read.
+# Keys that change how the rows or the config of a name are read.
 SOURCE_KEYS = ("dataset.encoding", "dataset.hub_config", "dataset.revision", "model.revision")
 COLUMN_KEYS = (*TEMPLATES, "dataset.reader")  # keys that say which columns are prompt and answer
-PARTS = {  # of a folder, by the names of its files
+PARTS = {  # the files of a folder by their names
     "train": r"train(ing)?(\b|_).*",
     "test": r"test(\b|_).*",
     "validation": r"(valid|validation|val|dev|eval)(\b|_).*",
 }
 NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "README.md", "LICENSE.txt")
-NAMED_KEYS = ("reader", "prompt", "answer", "classes")  # what rows of a data set of ours mean
+NAMED_KEYS = ("reader", "prompt", "answer", "classes")  # of a shipped data set: how its rows are read
 KINDS = {"chat": "conversations", "text": "plain text"}  # options that need no templates
 MAX_LISTED = 6  # files or columns, in a message
 RECOGNISED = "prompt/completion, question/answer, instruction/input/output, text, messages, conversations"
 
-GivenKeys = tuple[tuple[str, str], ...]  # keys of the command line that matter, with their values
+ReadingKeys = tuple[tuple[str, str], ...]  # keys of the command line that decide how rows are read, and their values
 
 
 class Meaning(NamedTuple):
@@ -55,10 +55,10 @@ class Meaning(NamedTuple):
 
 
 def expanded(words: Sequence[str], folders: Iterable[Path]) -> list[str]:
-    """The words with each path and hub id of a model or data set as the words that it stands for.
+    """The words, with each path and hub id of a model or data set replaced by the words that it stands for.
 
-    Values that are swept stay as they are, once each has been looked at: they are single in the words of a point.
-    ``folders`` hold options, which come first.
+    Swept values are checked and stay as they are; they are replaced in the words of each point. Options in ``folders``
+    take precedence over paths.
 
     Raises:
         InputError: there is no such file or folder, or its content is not recognised.
@@ -66,28 +66,34 @@ def expanded(words: Sequence[str], folders: Iterable[Path]) -> list[str]:
     if not any(word.startswith(tuple(f"{group}=" for group in GROUPS)) for word in words):
         return list(words)
     groups = [(word.partition("=")[0], word) for word in words]
-    options, said = tuple(folders), _given_keys(words)
+    options, given = tuple(folders), _given_keys(words)
     found: list[str] = []
     for group, word in groups:
         one = _parsed(word) if group in GROUPS else None
         if one is None or one.package is not None:
             found.append(word)
             continue
-        whole = one.is_sweep_override() and _exists(word.partition("=")[2])  # one file, whose comma needs quotes
+        whole = one.is_sweep_override() and _exists(word.partition("=")[2])  # one file with a comma in its name
         meant = {name: _path_or_hub_id(group, name, options) for name in ([] if whole else _names(one))}
         names = [typed for typed in meant.values() if typed is not None]
         if names and sum(other == group for other, _ in groups) > 1:
-            raise InputError(f"{word}: {group} is given twice; give it once, several to be swept after commas")
-        if names and GROUPS[group] in said:
-            raise InputError(f"{word}: {GROUPS[group]} is given too, and names another; give one of the two")
-        if group == "dataset" and "dataset.hub_split" in said and (split := next(filter(None, map(_split, names)), "")):
-            raise InputError(f"{word}: dataset.hub_split is given too; {split} is a split already; give one of the two")
-        longer = [_expand_name(group, name, _reading_keys(said), options) for name in names]
+            raise InputError(f"{word}: {group} is given twice; give it once, with several values separated by commas")
+        if names and GROUPS[group] in given:
+            raise InputError(f"{word}: {GROUPS[group]} is given too and names another one; give one of the two")
+        if (
+            group == "dataset"
+            and "dataset.hub_split" in given
+            and (split := next(filter(None, map(_split, names)), ""))
+        ):
+            raise InputError(
+                f"{word}: dataset.hub_split is given too, and the name has the split {split}; give one of the two"
+            )
+        longer = [_expand_name(group, name, _reading_keys(given), options) for name in names]
         if one.is_sweep_override() or not longer:
             found.append(_quote_paths(word))
         else:
-            found += [override(key, value) for key, value in longer[0].keys.items() if key == group or key not in said]
-        if said.get("quiet", "").lower() != "true":
+            found += [override(key, value) for key, value in longer[0].keys.items() if key == group or key not in given]
+        if given.get("quiet", "").lower() != "true":
             for remark in filter(None, (meaning.remark for meaning in longer)):
                 _say_once(remark)
     return found
@@ -106,7 +112,7 @@ def _given_keys(words: Sequence[str]) -> dict[str, str]:
     return {key: value.strip("'\"") for key, _, value in pairs}
 
 
-def _reading_keys(given: Mapping[str, str]) -> GivenKeys:
+def _reading_keys(given: Mapping[str, str]) -> ReadingKeys:
     """The keys of the command line that decide how rows are read."""
     values = {key: given[key] for key in SOURCE_KEYS if key in given}
     return tuple((values | {key: "" for key in COLUMN_KEYS if key in given}).items())
@@ -114,16 +120,16 @@ def _reading_keys(given: Mapping[str, str]) -> GivenKeys:
 
 @functools.lru_cache(maxsize=1024)
 def _parsed(word: str) -> Override | None:
-    """The word as Hydra reads it, with quotes around names that its grammar has no place for; None where it cannot."""
+    """The word as Hydra parses it, with quotes around names outside its grammar; None if it cannot be parsed."""
     try:
         return OverridesParser.create().parse_overrides([_quote_paths(word)])[0]
     except (HydraException, ValueError):
-        return None  # which is said, with the rest of what is wrong, by the check of all words
+        return None  # the check of all words reports the error
 
 
 @functools.lru_cache(maxsize=1024)
 def _quote_paths(word: str) -> str:
-    """The word, with quotes around each path that Hydra's grammar cannot read: of ``~/model``, ``a=b.csv``."""
+    """The word, with quotes around each path that Hydra's grammar cannot read, such as ``~/model`` or ``a=b.csv``."""
     group, _, value = word.partition("=")
     if group not in GROUPS or _parses(word):
         return word
@@ -151,7 +157,7 @@ def _names(one: Override) -> list[str]:
 
 
 def override(key: str, value: Any) -> str:
-    """An override as Hydra reads it, in quotes where it must be."""
+    """An override in Hydra's grammar, quoted if it must be."""
     return f"{key}={_hydra_value(value)}"
 
 
@@ -166,7 +172,7 @@ def _hydra_value(value: Any) -> str:
 
 
 def _quoted(text: str) -> str:
-    """In quotes; backslashes are doubled before a quote and at the end, as Hydra's grammar wants."""
+    """The text in quotes; backslashes before a quote and at the end are doubled, as Hydra's grammar requires."""
     quote = "'" if '"' in text and "'" not in text else '"'
     escaped = re.sub(rf"(\\*){quote}", rf"\1\1\\{quote}", text)
     ending = len(escaped) - len(escaped.rstrip("\\"))
@@ -182,12 +188,12 @@ def _say_once(remark: str) -> None:
 
 
 def _looks_like_path(name: str) -> bool:
-    """Whether a name is a path, a hub id or a file, and no name of an option."""
+    """Whether a name has the form of a path, hub id or file, which no option has."""
     return "/" in name or name.startswith("~") or files.format_of(name) in files.FORMATS
 
 
 def _path_or_hub_id(group: str, name: str, folders: tuple[Path, ...]) -> str | None:
-    """The path or hub id of a name; None if it is the name of an option, or nothing is found."""
+    """The path or hub id that a name stands for; None if it names an option, or nothing is found."""
     if not name.strip():
         return None
     if not name.startswith((".", "/", "~")) and any((one / group / f"{name}.yaml").is_file() for one in folders):
@@ -198,9 +204,9 @@ def _path_or_hub_id(group: str, name: str, folders: tuple[Path, ...]) -> str | N
 
 
 @functools.lru_cache(maxsize=1024)
-def _expand_name(group: str, name: str, given: GivenKeys, folders: tuple[Path, ...]) -> Meaning:
+def _expand_name(group: str, name: str, given: ReadingKeys, folders: tuple[Path, ...]) -> Meaning:
     if page := WEB.fullmatch(name):
-        raise InputError(f"{group}={name}: is the address of a page; must be {group}={page['id']}")
+        raise InputError(f"{group}={name}: is a web address; must be {group}={page['id']}")
     keys = dict(given)
     return _model(name, keys, folders[0]) if group == "model" else _dataset(name, keys, folders[0])
 
@@ -208,7 +214,7 @@ def _expand_name(group: str, name: str, given: GivenKeys, folders: tuple[Path, .
 def _exists(name: str) -> bool:
     try:
         return Path(name).expanduser().exists()
-    except (OSError, RuntimeError):  # too long a name, or the home of no user
+    except (OSError, RuntimeError):  # the name is too long, or ~user does not exist
         return False
 
 
@@ -217,7 +223,7 @@ def _is_local(name: str) -> bool:
 
 
 def _split(name: str) -> str:
-    """The split of a dataset of the hub that a name ends in (``ORG/NAME:test``); empty where there is none."""
+    """The split at the end of a hub name (``ORG/NAME:test``); empty if there is none."""
     found = None if _is_local(name) else HUB_ID.fullmatch(name)
     return (found and found["split"]) or ""
 
@@ -249,7 +255,7 @@ def _model(name: str, given: Mapping[str, str], conf: Path) -> Meaning:
 
 
 def _config_on_hub(name: str, revision: str | None, conf: Path) -> Any:
-    """The config.json of a model of the hub; of our presets only what they are; {} where the hub does not answer.
+    """The config.json of a model on the hub; for our presets only its architecture; {} if the hub does not answer.
 
     Raises:
         InputError: the hub answers, but not with a config.json.
@@ -264,14 +270,17 @@ def _config_on_hub(name: str, revision: str | None, conf: Path) -> Any:
     except InputError:
         if hub.problem() is None:
             raise
-        return {}  # not cached and no network: loading it will say so
+        return {}  # not cached and no network: loading raises the error
 
 
 def kind(config: Mapping[str, Any]) -> tuple[str, Task | None]:
-    """The option of ``model`` for a checkpoint's config.json, and its task where that is not the option's own.
+    """The option of ``model`` for a checkpoint's config.json, and its task if that is not the option's default.
 
-    What has written text is ``causal_lm``, also where it reads images too; a decoder with a classifier's head is one
-    with the task ``seq_cls``; everything else that transformers has a masked language model for is an ``encoder``.
+    A model that generates text is ``causal_lm``, also if it reads images too; a decoder with a classifier's head is
+    ``causal_lm`` with the task ``seq_cls``; any other model that reads text is an ``encoder``.
+
+    Raises:
+        InputError: a model of this type does not read text.
     """
     made = " ".join(map(str, config.get("architectures") or ()))
     if re.search(r"ForCausalLM|LMHeadModel|ForConditionalGeneration", made):
@@ -287,15 +296,15 @@ def kind(config: Mapping[str, Any]) -> tuple[str, Task | None]:
 
 
 def _decodes(model_type: str) -> bool:
-    """Whether transformers' models of this type write text, and are no encoders that can be made to."""
-    from transformers.models.auto import modeling_auto as names  # takes long, so that most names do without
+    """Whether transformers' models of this type are decoders that generate text, and not encoders."""
+    from transformers.models.auto import modeling_auto as names  # slow to import, and most names do not need it
 
     writes = model_type in names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     return not model_type or (writes and model_type not in names.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
 
 
 def _reads_text(model_type: str) -> bool:
-    """Whether transformers has a classifier of texts of this type, or knows nothing of it."""
+    """Whether transformers has a text classifier of this type, or does not know the type."""
     from transformers import CONFIG_MAPPING
     from transformers.models.auto import modeling_auto as names
 
@@ -324,12 +333,14 @@ def _dataset(name: str, given: Mapping[str, str], conf: Path) -> Meaning:
 
 
 def folder_files(name: str, folder: Path) -> dict[str, str]:
-    """The files of a folder that are trained and tested on, by key: those that are called so, or its only one.
+    """The training and test file of a folder, by key: chosen by their names, or its only file.
+
+    ``name`` is the folder as given, for messages.
 
     Raises:
-        InputError: it holds none, or several of which no name says what it is for; ``name`` is the folder as given.
+        InputError: it holds no such file, or several whose names do not show their part.
     """
-    data = _data_files(folder) or _data_files(folder / "data")  # as repositories of the hub have them
+    data = _data_files(folder) or _data_files(folder / "data")  # the layout of repositories on the hub
     parts = {part: [one for one in data if re.fullmatch(names, one.stem, re.I)] for part, names in PARTS.items()}
     if len(data) == 1:
         return {"dataset.path": str(data[0])}
@@ -338,7 +349,7 @@ def folder_files(name: str, folder: Path) -> dict[str, str]:
         return {"dataset.path": str(parts["train"][0]), "dataset.test_path": str(tests[0])}
     if not data and list(folder.glob("**/*.arrow")):
         write = shlex.quote(f"import datasets; datasets.load_from_disk({name!r}).to_parquet('rows.parquet')")
-        raise InputError(f"dataset={name}: holds what save_to_disk wrote; write a file of it: python -c {write}")
+        raise InputError(f"dataset={name}: was written by save_to_disk; convert it to a file: python -c {write}")
     if not data:
         raise InputError(f"dataset={name}: no file in this folder can be read; must be {' '.join(files.FORMATS)}")
     listed = ", ".join(file.name for file in data[:MAX_LISTED]) + (", ..." if len(data) > MAX_LISTED else "")
@@ -348,7 +359,7 @@ def folder_files(name: str, folder: Path) -> dict[str, str]:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    """The files of rows in a folder; those of text only where there are no others, as most are notes about these."""
+    """The files of rows in a folder; files of text only if there are no others, as they mostly are notes."""
     found = sorted(one for one in folder.glob("*") if one.is_file() and files.format_of(one) in files.FORMATS)
     found = [one for one in found if one.name not in NO_ROWS]
     return [one for one in found if files.format_of(one) not in files.PLAIN] or found
@@ -373,23 +384,23 @@ def _hub_dataset(name: str, given: Mapping[str, str], conf: Path) -> Meaning:
 
 
 def _recognised(
-    name: str, rows: Sequence[files.Row], where: Mapping[str, Any], said: Mapping[str, str], conf: Path
+    name: str, rows: Sequence[files.Row], where: Mapping[str, Any], given: Mapping[str, str], conf: Path
 ) -> Meaning:
-    """The option and keys that the columns of ``rows``, which lie ``where``, call for."""
+    """The option and keys for ``rows`` by their columns; ``where`` are the keys that name their source."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     listed = ", ".join(columns[:MAX_LISTED]) + (", ..." if len(columns) > MAX_LISTED else "")
-    layout = None if any(key in said for key in TEMPLATES) else layouts.recognise(rows)
+    layout = None if any(key in given for key in TEMPLATES) else layouts.recognise(rows)
     if layout is None:
         shown = {f"dataset.{key}": value for key, value in layouts.example(rows).items()}
         both = "dataset.prompt" in shown
         first = {"dataset": name} if both else {"dataset": "text", **where}
         words = [shlex.quote(override(key, value)) for key, value in first.items()]
         words += [f"'{override(key, value)}'" for key, value in shown.items()]
-        why = f"do not say what is asked and what is answered (recognised are {RECOGNISED})"
+        why = f"do not show which is the prompt and which the answer (recognised are {RECOGNISED})"
         if unwanted := layouts.unwanted(rows):
-            why += f" and rows whose {unwanted} is false hold answers that are not wanted, to be left out of the file"
-        if given := [key for key in TEMPLATES if key in said]:
-            why = f"are not looked at where {given[0]} is given"
+            why += f" and rows whose {unwanted} is false hold rejected answers; remove these rows from the file"
+        if templates := [key for key in TEMPLATES if key in given]:
+            why = f"are not used where {templates[0]} is given"
         raise InputError(
             f"dataset={name}: its columns ({listed}) {why}; give {'both' if both else 'it'}, such as: {' '.join(words)}"
         )
@@ -404,5 +415,5 @@ def _recognised(
         layout.option, f"dataset.prompt='{keys.get('prompt')}' dataset.answer='{keys.get('answer')}'"
     )
     if evaluations not in ([], ["perplexity"]):
-        remark += f"; dataset={layout.named} dataset.path=FILE is judged by {', '.join(evaluations)} as well"
+        remark += f"; dataset={layout.named} dataset.path=FILE is evaluated by {', '.join(evaluations)} as well"
     return Meaning(longer, remark)

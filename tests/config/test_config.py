@@ -154,7 +154,7 @@ BAD = {
     "a classifier without classes": (["model.task=seq_cls"], "dataset.classes: model.task=seq_cls needs the names"),
     "text of a classifier": (
         ["model.task=seq_cls", "dataset=tiny_direction", "eval=[perplexity]"],
-        "eval.perplexity: a classifier (model.task=seq_cls) writes no text",
+        "eval.perplexity: a classifier (model.task=seq_cls) generates no text",
     ),
     "classes of nothing": (["eval=[classification]"], "eval.classification.classes: must name at least two"),
     "an answer that is no class": (

@@ -86,8 +86,8 @@ def test_every_field_of_an_experiment_is_taken_or_named(compose: Compose, tmp_pa
     fields = {name.partition(".")[0] for name in (*taken, *not_taken)}
     assert fields == {*LORA, *training}
     assert (taken["r"], taken["max_steps"], taken["dtype"]) == ("method.r", "train.steps", "quant")
-    assert not_taken["model_id"] == "the command line says model"
-    assert not_taken["seed"] == "the command line says seed"
+    assert not_taken["model_id"] == "the command line sets model"
+    assert not_taken["seed"] == "the command line sets seed"
     warning = experiment.unheeded(one.experiment) or ""
     assert "generation_kwargs.do_sample (" in warning
     assert "generation_kwargs.max_length (" in warning
@@ -113,7 +113,7 @@ def test_the_model_is_the_one_that_an_experiment_names(compose: Compose, tmp_pat
     both = folder(tmp_path / "c", adapter_config=by_base, training_params={"model_id": "facebook/opt-350m"})
     three = compose(*both, *words)
     assert (three.choices["model"], three.config.model.revision) == ("opt_350m", None)
-    assert three.experiment["not_taken"]["base_model_name_or_path"] == "model_id says facebook/opt-350m"
+    assert three.experiment["not_taken"]["base_model_name_or_path"] == "model_id is facebook/opt-350m"
     four = compose(*folder(tmp_path / "d", adapter_config=LORA, training_params={}), "dataset=tiny_math")
     assert four.config.model.name_or_path == "tiny"  # which names none
 

@@ -117,7 +117,7 @@ def test_numbers_have_the_range_of_what_they_are(key: str, wrong: float, right: 
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("adapter.save=-1", "adapter.save=-1: must be true or false"),
         ("dry_run=18446744073709551616", "dry_run=18446744073709551616: must be true or false"),
@@ -132,10 +132,10 @@ def test_numbers_have_the_range_of_what_they_are(key: str, wrong: float, right: 
         ("train.optimizer_kwargs.eps=[1]", "train.optimizer_kwargs.eps=[1]: must be float"),
     ],
 )
-def test_what_is_allowed_is_said_in_words_of_a_yaml(words: str, said: str) -> None:
+def test_what_is_allowed_is_said_in_words_of_a_yaml(words: str, message: str) -> None:
     with pytest.raises(InputError) as error:
         cli._trial("device=cpu", *words.replace(": ", ":").split())
-    assert str(error.value).startswith(said)
+    assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
 
 
@@ -163,7 +163,7 @@ def test_a_time_and_a_pack_have_a_largest_value() -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "said"),
+    ("option", "message"),
     [
         ({"kasa_config": {"beta": 0.1, "gamma": "abc"}}, "method.kasa_config.gamma=abc: must be float"),
         ({"target_modules": ["q", 3]}, "method.target_modules.1=3: must be str"),
@@ -172,10 +172,12 @@ def test_a_time_and_a_pack_have_a_largest_value() -> None:
         ({"layers_to_transform": "x"}, "method.layers_to_transform=x: must be int or list[int] or null"),
     ],
 )
-def test_of_a_list_or_a_nested_configuration_the_part_that_is_wrong_is_named(option: dict[str, Any], said: str) -> None:
+def test_of_a_list_or_a_nested_configuration_the_part_that_is_wrong_is_named(
+    option: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InputError) as raised:
         calls.check_call({"_target_": "peft.LoraConfig"} | option, "method")
-    assert str(raised.value).startswith(said)
+    assert str(raised.value).startswith(message)
 
 
 def test_of_a_sequence_that_a_function_takes_the_place_that_is_wrong_is_named() -> None:
@@ -185,17 +187,17 @@ def test_of_a_sequence_that_a_function_takes_the_place_that_is_wrong_is_named() 
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("word", "message"),
     [
         ("adapter.scales=[0.5,abc]", "adapter.scales.1=abc: must be float"),
         ("adapter.scales=[null]", "adapter.scales.0=null: must be float"),
         ("tune.ranks=[4,x]", "tune.ranks.1=x: must be int"),
     ],
 )
-def test_of_a_list_of_the_schema_the_place_that_is_wrong_is_named(word: str, said: str) -> None:
+def test_of_a_list_of_the_schema_the_place_that_is_wrong_is_named(word: str, message: str) -> None:
     with pytest.raises(InputError) as raised:
         cli._trial("device=cpu", word)
-    assert str(raised.value).startswith(said)
+    assert str(raised.value).startswith(message)
 
 
 @pytest.mark.slow
@@ -220,7 +222,7 @@ def test_every_numeric_key_with_every_odd_value_is_meaningful_or_one_line(option
                 if forecast.check(one).trainable_parameters is None:
                     wrong.append(f"{key}={value}: is not attached")
             except (InputError, OmegaConfBaseException) as error:
-                said = str(error) if isinstance(error, InputError) else checks.one_line(error)
-                if not said.startswith(key) or "\n" in said:
-                    wrong.append(f"{key}={value}: {said}")
+                message = str(error) if isinstance(error, InputError) else checks.one_line(error)
+                if not message.startswith(key) or "\n" in message:
+                    wrong.append(f"{key}={value}: {message}")
     assert wrong == []

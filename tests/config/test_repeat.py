@@ -58,7 +58,10 @@ def test_the_same_numbers_are_equal_to_the_bit() -> None:
 def test_on_a_cpu_with_the_same_versions_any_difference_counts() -> None:
     found = repeat.compare(made(), made("after", loss=1.2500001))
     assert not found.same
-    assert found.lines()[-1] == "not the same: on the same CPU with the same versions and threads every bit should be"
+    assert (
+        found.lines()[-1]
+        == "not the same: with the same CPU, versions and threads the numbers should be equal to the bit"
+    )
     assert "logged losses: different from step 4 on" in found.lines()
     changed_code = made("after", accuracy=0.505)
     changed_code.run_info["git_commit"] = "abc"
@@ -76,7 +79,10 @@ def test_on_a_cpu_with_the_same_versions_any_difference_counts() -> None:
         ({"torch": TORCH | {"cpu_capability": "AVX512"}}, "torch.cpu_capability changed"),
         ({"torch": TORCH | {"kernel_switches": {"MKL_CBWR": "COMPATIBLE"}}}, "torch.kernel_switches.MKL_CBWR changed"),
         ({"system": {"processor": "AMD EPYC"}}, "system.processor changed"),
-        ({"torch": TORCH | {"gpus": ["NVIDIA L40S"]}}, "on a GPU sums have no fixed order; torch.gpus changed"),
+        (
+            {"torch": TORCH | {"gpus": ["NVIDIA L40S"]}},
+            "the order of summation on a GPU is not fixed; torch.gpus changed",
+        ),
     ],
 )
 def test_other_versions_or_devices_may_differ_by_two_standard_errors(meta: dict[str, Any], reason: str) -> None:
@@ -95,8 +101,8 @@ def test_other_versions_or_devices_may_differ_by_two_standard_errors(meta: dict[
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"packed": {"lanes": 3}}, "trained in a pack, in which sums are taken in another order"),
-        ({"resumed": 2}, "went on from a checkpoint, which another machine may have written"),
+        ({"packed": {"lanes": 3}}, "a trial was trained in a pack, which sums in another order"),
+        ({"resumed": 2}, "a trial was resumed from a checkpoint, which another machine may have written"),
     ],
 )
 def test_a_trial_of_a_pack_or_a_checkpoint_may_differ_by_two_standard_errors(
@@ -112,7 +118,7 @@ def test_a_record_that_does_not_say_which_kernels_it_used_is_judged_within_the_t
     before = made(torch={"gpus": [], "threads": 2})
     found = repeat.compare(before, made("after", accuracy=0.505))
     assert (found.same, found.equal) == (True, False)
-    assert found.because == ["the record of before does not say which kernels its CPU used"]
+    assert found.because == ["the first record does not say which CPU kernels were used"]
     repeat.write(found, before)
     assert before.folder is not None
     written = read_json(before.folder / repeat.FILE)
@@ -124,7 +130,7 @@ def test_a_count_that_differs_is_never_the_same(elsewhere: dict[str, Any]) -> No
     after.train_info["steps"] = 5
     found = repeat.compare(made(), after)
     assert not found.same
-    assert found.lines()[-1] == "not the same: train_info.steps, which no rounding changes"
+    assert found.lines()[-1] == "not the same: train_info.steps, which rounding cannot change"
 
 
 def test_without_a_score_the_losses_are_judged(elsewhere: dict[str, Any]) -> None:
@@ -187,7 +193,7 @@ def test_a_trial_is_run_again_from_its_record_alone(run_small: Run, command: Com
     write_json(before.folder / "result.json", content)
     code, out, _ = command(f"repeat={before.folder}")
     assert code == 1
-    assert "not the same: on the same CPU with the same versions and threads every bit should be" in out
+    assert "not the same: with the same CPU, versions and threads the numbers should be equal to the bit" in out
     assert "changed: config.adapter.save: not recorded -> True" in out
     assert "changed: config.train.of_another_version: 1 -> not recorded" in out
 
@@ -206,11 +212,11 @@ def test_what_the_command_says_beats_the_record(run_small: Run, command: Command
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (None, "repeat=gone: no folder of a trial; it holds no result.json"),
+        (None, "repeat=gone: is not the folder of a trial; it holds no result.json"),
         ("{", "repeat=gone: gone/result.json: JSONDecodeError"),
         ('{"schema_version": 99}', "repeat=gone: gone/result.json: written by a later version of peftsweep"),
-        ("imported", "repeat=gone: not a trial of peftsweep but read from theirs.json"),
-        ("held", "study=default holds the original, which is kept; take another"),
+        ("imported", "repeat=gone: is not a trial of peftsweep; it was imported from theirs.json"),
+        ("held", "study=default holds the original, which must be kept; use another"),
     ],
 )
 def test_a_bad_folder_is_one_line(content: str | None, problem: str, command: Command) -> None:

@@ -101,7 +101,7 @@ UNREAD_SOURCES = {
     "dataset=gsm8k dataset.test_path=rows.jsonl dataset.hub_test_split=test": "the test rows are those of dataset.test",
     "model.revision=main": "model.revision: is only for a model of the hub; tiny is a folder",
     "model=llama3.2_1b model.init=random model.revision=a": "meta-llama/Llama-3.2-1B has random weights",
-    "dataset=someone/rows:test dataset.hub_split=train": "dataset.hub_split is given too; test is a split already",
+    "dataset=someone/rows:test dataset.hub_split=train": "dataset.hub_split is given too, and the name has the",
 }
 
 
@@ -136,7 +136,7 @@ UNREAD = {
     "method=c3a method.bias=lora_only": "method.bias=lora_only: must be one of none, all, c3a_only",
     "method=tinylora method.init_weights=normal": "method.init_weights=normal: must be bool or one of uniform",
     "method=adalora method.init_r=2 method.target_r=8": "method.target_r=8: must be at most method.init_r=2",
-    "method=oft method.r=7": "method.r=7: r must divide the modules' sizes; PEFT would take 8",
+    "method=oft method.r=7": "method.r=7: r must divide the modules' sizes; PEFT would use 8",
     "quant=4bit quant.load_in_4bit=false": "quant.load_in_4bit: must be true, or quant.load_in_8bit",
     "train.optimizer_kwargs.betas=[0.9]": "train.optimizer_kwargs.betas=[0.9]: must be tuple[float, float]",
     "train.warmup=2.5": "train.warmup=2.5: must be a share below 1, or a whole number of steps",
@@ -149,8 +149,8 @@ UNREAD = {
     "dataset.samples=99999999": "99999999 rows are too many to draw; at most 1000000 can be",
     "method.lora_alfa=3": "method.lora_alfa: method=lora (peft.LoraConfig) has no such option; did you mean 'lora_a",
     "method.rank=3": "method.rank: method=lora (peft.LoraConfig) has no such option; did you mean 'r'?",
-    "method=ia3 method.r=8": "method.r: method=ia3 (peft.IA3Config) has no such option; run it without method.r, in",
-    "method=full method.r=8": "method.r: method=full has no such option; run it without method.r, in",
+    "method=ia3 method.r=8": "method.r: method=ia3 (peft.IA3Config) has no such option; run this method in a",
+    "method=full method.r=8": "method.r: method=full has no such option; run this method in a",
     "method.inference_mode=true": "method.inference_mode: is set by peftsweep",
     "method.task_type=CAUSAL_LM": "method.task_type: is set by peftsweep",
     "quant=4bit quant.bnb_4bit_quant_typ=fp4": "quant.bnb_4bit_quant_typ: transformers.BitsAndBytesConfig has no such",
@@ -159,7 +159,7 @@ UNREAD = {
     "eval.tiny_mth.samples=3": "eval.tiny_mth: no such key; did you mean 'tiny_math'?",
     "eval.tiny_math.sample=3": "sample: peftsweep.evaluation.evaluate.generation has no such option; did you",
     "train.optimizer_kwargs.beta=3": "train.optimizer_kwargs.beta: AdamW has no such option; did you mean 'betas'?",
-    "train.optimizer_kwargs.lr=3": "train.optimizer_kwargs.lr: is train.learning_rate",
+    "train.optimizer_kwargs.lr=3": "train.optimizer_kwargs.lr: is set by train.learning_rate",
     "model=llama3.2_1b model.init=random model.architecture.num_key_value_heads=5": "must divide num_attention",
     "model=llama3.2_1b model.init=random model.architecture.num_hidden_layers=two": "layers=two: must be int",
     "model=llama3.2_1b model.init=random model.architecture.hiden_size=64": "model.architecture.hiden_size: no such",
@@ -177,21 +177,21 @@ def test_a_key_that_nobody_reads_is_refused(words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("--config-dir nowhere", "--config-dir nowhere: no such folder"),
         ("seed=interval(0,3)", "seed=interval(0,3): an interval is for a search"),
-        ("experiments=nowhere", "experiments=nowhere: is of a sweep of experiments, and nothing without it"),
+        ("experiments=nowhere", "experiments=nowhere: has an effect only with sweep=experiments"),
         ("method=glob(lorax*)", "method=glob(lorax*): the sweep is empty"),
         ("targets.modules=[nope]", "targets.modules: the model has no module 'nope'"),
     ],
 )
 def test_a_sweep_that_is_refused_leaves_nothing_behind(
-    words: str, said: str, command: Callable[..., tuple[int, str, str]]
+    words: str, message: str, command: Callable[..., tuple[int, str, str]]
 ) -> None:
     code, out, err = command(*words.split())
     assert (code, out) == (2, "")
-    assert err.startswith(f"peftsweep: {said}")
+    assert err.startswith(f"peftsweep: {message}")
     assert not Path("multirun").exists()
 
 
@@ -281,8 +281,8 @@ WRONG_WORDS = {
     "++quant=4bit": "++quant=4bit: must be quant=OPTION, without + and @",
     "targets@method=qv": "targets@method=qv: must be targets=OPTION, without + and @",
     "train.learning_rate=0,001": "the decimal mark is a dot: train.learning_rate=0.001",
-    "train.optimizer_kwargs=[1]": "train.optimizer_kwargs: has keys; give them with their values",
-    "dataset.validation=3": "dataset.validation: has keys; give them with their values",
+    "train.optimizer_kwargs=[1]": "train.optimizer_kwargs: is a section; give keys with their values",
+    "dataset.validation=3": "dataset.validation: is a section; give keys with their values",
     "method=[lora,ia3]": "method=[lora,ia3]: must be one option; to sweep several: method=lora,ia3",
     "~method": "~method: cannot be deleted",
     "~targets": "~targets: cannot be deleted",
@@ -320,7 +320,7 @@ WRONG_WORDS = {
     "method.r=${": "needs quotes",
     "method.r=[8": "needs quotes",
     "method.r=foo(3)": "needs quotes",
-    "model=tiny model=opt_350m": "model is given twice; give it once, several to be swept after commas",
+    "model=tiny model=opt_350m": "model is given twice; give it once, with several values separated by commas",
     "method=lora quant=4bit method=ia3,lora": "method=lora method=ia3,lora: method is given twice",
     "eval=gsm8k eval=[boolq]": "eval=gsm8k eval=[boolq]: eval is given twice; give it once, several in brackets",
     "hydra/launcher=local hydra/launcher=slurm": "hydra/launcher is given twice; give it once",
@@ -489,13 +489,13 @@ def test_no_number_of_any_group_may_be_what_is_none(every: int) -> None:
             try:
                 OmegaConf.update(point, key, parsed)
                 configuration.trial(point, cfg.hydra.runtime.choices, [f"{key}={value}"])
-                said = None
+                message = None
             except (InputError, OmegaConfBaseException) as error:
-                said = str(error) if isinstance(error, InputError) else checks.one_line(error)
-            if said is None and value not in MAY_BE.get(key, ()):
+                message = str(error) if isinstance(error, InputError) else checks.one_line(error)
+            if message is None and value not in MAY_BE.get(key, ()):
                 wrong.append(f"{key}={value} is taken")
-            elif said is not None and not (said.startswith(key) and "must be" in said and "\n" not in said):
-                wrong.append(f"{key}={value}: {said}")
+            elif message is not None and not (message.startswith(key) and "must be" in message and "\n" not in message):
+                wrong.append(f"{key}={value}: {message}")
     assert wrong == []
 
 
@@ -515,7 +515,7 @@ def test_an_answer_that_a_metric_cannot_judge_by_is_named_before_anything_is_loa
 ) -> None:
     file = tmp_path / "rows.jsonl"
     good = "The answer is 7"
-    file.write_text("".join(f'{{"question": "3+4?", "answer": "{said}"}}\n' for said in (good, good, answer)))
+    file.write_text("".join(f'{{"question": "3+4?", "answer": "{text}"}}\n' for text in (good, good, answer)))
     words = ["eval=[gsm8k]", f"eval.gsm8k.metric._target_=peftsweep.evaluation.metrics.{metric}"]
     key = rf"^eval\.gsm8k\.metric={metric}: row 3 of .*rows\.jsonl cannot be judged: {problem}"
     with pytest.raises(InputError, match=key) as error:

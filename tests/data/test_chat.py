@@ -243,13 +243,13 @@ def test_after_a_prompt_that_opens_the_reasoning_a_turn_is_trained_from_its_firs
     made = tokenizer(CHATML.replace("assistant\n{% endif", "assistant\n<think>{% endif"))
     messages = turns("3?", "<three>", "4?", "<th")
     assert trained(made, tokens(made, {"messages": messages})) == ["<three><|im_end|>", "<th<|im_end|>"]
-    assert caplog.text.count("generation prompt is not how a written turn of the assistant begins") == 1
+    assert caplog.text.count("generation prompt differs from the beginning of a written turn of the assistant") == 1
 
 
 def test_a_turn_whose_end_depends_on_its_place_is_refused_and_the_last_one_can_be_trained() -> None:
     template = CHATML.replace("<|im_end|>\n", "{{ '<|im_end|>' if loop.last else '<|end|>' }}\n")
     made = tokenizer(template)
-    with pytest.raises(InputError, match=r"row 1 .* where its turns end cannot be told; dataset\.turns=last"):
+    with pytest.raises(InputError, match=r"row 1 .* turns cannot be found in the rendered text; dataset\.turns=last"):
         tokens(made, {"messages": TALK})
     assert trained(made, tokens(made, {"messages": TALK}, turns=Turns.last)) == ["\nSeven 😀 pens. <|im_end|>"]
 
@@ -317,7 +317,7 @@ def test_a_call_or_nothing_is_trained_from_its_first_character_where_the_prompt_
 def test_a_template_that_ends_the_last_turn_with_no_mark_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     made = tokenizer(CHATML.replace("<|im_end|>", ""))
     assert trained(made, tokens(made, {"messages": turns("a", "b")})) == ["b\n"]
-    assert "does not teach the model where to stop" in caplog.text
+    assert "the model does not learn from the training where to stop" in caplog.text
     caplog.clear()
     tokens(tokenizer(CHATML), {"messages": turns("a", "b")})
     assert not caplog.text
@@ -481,7 +481,7 @@ def test_an_empty_prompt_is_no_turn_and_a_missing_template_is_said() -> None:
         ("no JSON", "Expecting value"),
         ({"role": "user"}, "its messages are not a list"),
         ([{"content": "Hi"}, TALK[1]], "a turn is not an object with a role"),
-        ([{"role": "user", "content": [{"type": "image", "url": "x"}]}, TALK[1]], "a part of type 'image' is no text"),
+        ([{"role": "user", "content": [{"type": "image", "url": "x"}]}, TALK[1]], "a part of type 'image' is not text"),
         ([TALK[0], {"role": "assistant", "tool_calls": [{"id": "c1"}]}], "a tool call names no function"),
         ([TALK[0], {"role": "assistant", "content": None}], r"has no value for 'messages\[1\]\.content'"),
         ([TALK[0], {"role": "assistant", "content": "a\ud83d"}], "half a surrogate pair"),
@@ -506,18 +506,18 @@ def test_a_turn_without_content_drops_its_row_or_is_empty_if_so_wished() -> None
 
 
 class Writer(torch.nn.Module):
-    """A model that keeps what it was asked to go on from."""
+    """A model that keeps what it was arguments to go on from."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.config = type("Config", (), {"use_cache": False})
-        self.asked: Row = {}
+        self.arguments: Row = {}
         probe.abilities(self, Abilities(padded_batches=True, row_cache=False))
 
-    def generate(self, **asked: Any) -> torch.Tensor:
-        self.asked = asked
-        return torch.cat([asked["input_ids"], asked["input_ids"].new_full((1, 1), 5)], dim=1)
+    def generate(self, **arguments: Any) -> torch.Tensor:
+        self.arguments = arguments
+        return torch.cat([arguments["input_ids"], arguments["input_ids"].new_full((1, 1), 5)], dim=1)
 
 
 def test_writing_goes_on_from_the_generation_prompt_and_ends_where_the_template_ends_a_turn() -> None:
@@ -525,8 +525,8 @@ def test_writing_goes_on_from_the_generation_prompt_and_ends_where_the_template_
     rows = data_tokens.through_chat_template(made, read({"messages": TALK}))
     decoding.generate(writer, made, rows, max_new_tokens=4)
     wanted = made.apply_chat_template(TALK[:-1], add_generation_prompt=True, tokenize=True)["input_ids"]
-    assert writer.asked["input_ids"].tolist() == [wanted]
-    assert set(writer.asked["eos_token_id"]) == {made.eos_token_id, made.convert_tokens_to_ids("<|im_end|>")}
+    assert writer.arguments["input_ids"].tolist() == [wanted]
+    assert set(writer.arguments["eos_token_id"]) == {made.eos_token_id, made.convert_tokens_to_ids("<|im_end|>")}
     assert (rows[0].prompt, rows[0].answer) == (made.decode(wanted).removeprefix("<s>"), TALK[-1]["content"])
 
 

@@ -25,15 +25,15 @@ from tests import schemas
 from tests.data.test_chat import CHATML, GENERATION, LLAMA, SCHEMA, TOOLS, read, tokenizer, tokens, trained
 
 Row = dict[str, Any]
-USER, SAID = {"role": "user", "content": "3+4?"}, {"role": "assistant", "content": "Seven."}
-ASKED = {"from": "human", "value": "3+4?"}
+USER, REPLY = {"role": "user", "content": "3+4?"}, {"role": "assistant", "content": "Seven."}
+HUMAN = {"from": "human", "value": "3+4?"}
 SYSTEM = {"role": "system", "content": "Count."}
 ADD = {"name": "add", "arguments": {"a": 3}}
 
 
 def calling(*calls: Any, **more: Any) -> list[Row]:
     turn = {"role": "assistant", "tool_calls": [*calls]} if calls else {"role": "assistant"}
-    return [USER, turn | more, {"role": "tool", "content": "7"}, SAID]
+    return [USER, turn | more, {"role": "tool", "content": "7"}, REPLY]
 
 
 def call(**function: Any) -> Row:
@@ -48,7 +48,7 @@ def messages(row: Row) -> list[Row]:
 
 # ---- other layouts of the same conversation --------------------------------------------------------
 
-PLAIN: Row = {"messages": [SYSTEM, USER, SAID]}
+PLAIN: Row = {"messages": [SYSTEM, USER, REPLY]}
 CALLED: Row = {"messages": calling(call()), "tools": [SCHEMA]}
 SAME: list[tuple[str, Row, Row]] = [
     ("a column of another name", {"conversation": PLAIN["messages"]}, PLAIN),
@@ -63,24 +63,24 @@ SAME: list[tuple[str, Row, Row]] = [
         },
         PLAIN,
     ),
-    ("roles in capitals", {"messages": [SYSTEM, USER | {"role": "User"}, SAID | {"role": "Assistant"}]}, PLAIN),
-    ("a system's prompt in a column", {"messages": [USER, SAID], "system": "Count."}, PLAIN),
+    ("roles in capitals", {"messages": [SYSTEM, USER | {"role": "User"}, REPLY | {"role": "Assistant"}]}, PLAIN),
+    ("a system's prompt in a column", {"messages": [USER, REPLY], "system": "Count."}, PLAIN),
     ("the same system's prompt twice", PLAIN | {"system_prompt": "Count."}, PLAIN),
     ("an empty column of the system", PLAIN | {"system": None, "system_prompt": " "}, PLAIN),
-    ("content null beside value", {"messages": [SYSTEM, ASKED | {"content": None}, SAID]}, PLAIN),
-    ("turns after the last that is trained on", {"messages": [*PLAIN["messages"], USER, SAID | {"weight": 0}]}, PLAIN),
-    ("lists of prompt and completion", {"prompt": [SYSTEM, USER], "completion": [SAID]}, PLAIN),
-    ("lists as JSON text", {"prompt": json.dumps([SYSTEM, USER]), "completion": json.dumps([SAID])}, PLAIN),
+    ("content null beside value", {"messages": [SYSTEM, HUMAN | {"content": None}, REPLY]}, PLAIN),
+    ("turns after the last trained one", {"messages": [*PLAIN["messages"], USER, REPLY | {"weight": 0}]}, PLAIN),
+    ("lists of prompt and completion", {"prompt": [SYSTEM, USER], "completion": [REPLY]}, PLAIN),
+    ("lists as JSON text", {"prompt": json.dumps([SYSTEM, USER]), "completion": json.dumps([REPLY])}, PLAIN),
     ("arguments as JSON text", {"messages": calling(call(arguments='{"a": 3}')), "tools": [SCHEMA]}, CALLED),
     ("OpenAI's former calls and functions",
      {"messages": calling(function_call=ADD, content=None), "functions": [SCHEMA["function"]]}, CALLED),
     *(
         (
-            f"a call as a turn called {said}",
+            f"a call as a turn called {role}",
             {
                 "conversations": [
                     {"from": "human", "value": "3+4?"},
-                    {"from": said, "value": json.dumps(ADD)},
+                    {"from": role, "value": json.dumps(ADD)},
                     {"from": result, "value": "7"},
                     {"from": "gpt", "value": "Seven."},
                 ],
@@ -88,7 +88,7 @@ SAME: list[tuple[str, Row, Row]] = [
             },
             CALLED,
         )
-        for said, result, tools in (
+        for role, result, tools in (
             ("function_call", "observation", json.dumps([SCHEMA])),
             ("tool_call", "tool_response", [SCHEMA]),
         )
@@ -105,7 +105,7 @@ SAME: list[tuple[str, Row, Row]] = [
         for name in ("parameters", "input", "args")
     ),
     ("content that is one part",
-     {"messages": [SYSTEM, USER, SAID | {"content": {"type": "text", "text": "Seven."}}]}, PLAIN),
+     {"messages": [SYSTEM, USER, REPLY | {"content": {"type": "text", "text": "Seven."}}]}, PLAIN),
 ]  # fmt: skip
 
 
@@ -127,16 +127,16 @@ def test_a_call_without_arguments_has_the_empty_object(arguments: Row) -> None:
 @pytest.mark.parametrize("template", [CHATML, GENERATION], ids=["by prefixes", "by marks of generation"])
 def test_a_turn_with_the_weight_0_is_not_trained_on(template: str) -> None:
     made = tokenizer(template)
-    said: list[Row] = [
+    turns: list[Row] = [
         USER,
-        SAID,
+        REPLY,
         USER,
-        SAID | {"content": "Eight.", "weight": 0},
+        REPLY | {"content": "Eight.", "weight": 0},
         USER,
-        SAID | {"content": "Nine.", "weight": 1},
+        REPLY | {"content": "Nine.", "weight": 1},
     ]
-    plain = [{key: value for key, value in turn.items() if key != "weight"} for turn in said]
-    weighted, whole = tokens(made, {"messages": said}), tokens(made, {"messages": plain})
+    plain = [{key: value for key, value in turn.items() if key != "weight"} for turn in turns]
+    weighted, whole = tokens(made, {"messages": turns}), tokens(made, {"messages": plain})
     assert weighted.ids == whole.ids
     assert [text[:5] for text in trained(made, weighted)] == ["Seven", "Nine."]
     assert [text[:5] for text in trained(made, whole)] == ["Seven", "Eight", "Nine."]
@@ -146,28 +146,28 @@ def test_a_turn_with_the_weight_0_is_not_trained_on(template: str) -> None:
 @pytest.mark.parametrize("no", [False, 0])
 def test_false_under_any_name_of_the_weight_leaves_a_turn_out_of_the_training(key: str, no: Any) -> None:
     made = tokenizer(CHATML)
-    row = {"messages": [USER, SAID | {key: no}, USER, SAID | {"content": "Eight.", key: True}]}
+    row = {"messages": [USER, REPLY | {key: no}, USER, REPLY | {"content": "Eight.", key: True}]}
     assert trained(made, tokens(made, row)) == ["Eight.<|im_end|>"]
 
 
 @pytest.mark.parametrize("columns", [("instruction", "output"), ("instruction", "response"), ("dialogue", "summary")])
 def test_lists_in_the_columns_of_a_named_dataset_are_not_taken_for_its_texts(columns: tuple[str, str]) -> None:
-    asked, said = columns
-    assert layouts.recognise([{asked: "Say it.", said: "It."}]) is not None
-    assert layouts.recognise([{asked: "Say it.", said: ["It.", "That."]}]) is None
-    assert layouts.recognise([{asked: {"a": 1}, said: "It."}]) is None
+    prompt, answer = columns
+    assert layouts.recognise([{prompt: "Say it.", answer: "It."}]) is not None
+    assert layouts.recognise([{prompt: "Say it.", answer: ["It.", "That."]}]) is None
+    assert layouts.recognise([{prompt: {"a": 1}, answer: "It."}]) is None
 
 
 def test_a_column_conversation_of_plain_text_is_no_list_of_turns() -> None:
     assert layouts.recognise([{"conversation": "Ann: Hi.", "abstract": "A greeting."}]) is None
-    assert layouts.recognise([{"conversation": json.dumps([USER, SAID])}]) == layouts.Layout("chat")
-    assert layouts.recognise([{"prompt": [USER], "completion": [SAID]}]) == layouts.Layout("chat")
+    assert layouts.recognise([{"conversation": json.dumps([USER, REPLY])}]) == layouts.Layout("chat")
+    assert layouts.recognise([{"prompt": [USER], "completion": [REPLY]}]) == layouts.Layout("chat")
 
 
 @pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 1}, {"train": True}])
 def test_a_row_that_is_tested_too_is_left_out_whichever_of_its_turns_are_trained_on(mark: Row, tmp_path: Path) -> None:
-    marked = {"messages": [USER, SAID | mark, USER, SAID]}
-    files = {"train": [marked, PLAIN], "test": [{"messages": [USER, SAID, USER, SAID]}]}
+    marked = {"messages": [USER, REPLY | mark, USER, REPLY]}
+    files = {"train": [marked, PLAIN], "test": [{"messages": [USER, REPLY, USER, REPLY]}]}
     for name, rows in files.items():
         (tmp_path / name).with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     own = DatasetConfig(name="x", path=f"{tmp_path}/train.jsonl", test_path=f"{tmp_path}/test.jsonl")
@@ -179,7 +179,7 @@ def test_a_row_that_is_tested_too_is_left_out_whichever_of_its_turns_are_trained
 
 @pytest.mark.parametrize("form", [lambda turns: turns, json.dumps])
 def test_prompts_and_completions_of_turns_are_conversations_in_lists_and_in_json_text(form: Any) -> None:
-    row = {"prompt": form([SYSTEM, USER]), "completion": form([SAID])}
+    row = {"prompt": form([SYSTEM, USER]), "completion": form([REPLY])}
     assert layouts.recognise([row, row | {"id": 1}]) == layouts.Layout("chat")
     for other in ("[1] is a list", "[]", '["Seven."]'):
         assert layouts.recognise([row | {"prompt": "3+4?", "completion": other}] * 2) != layouts.Layout("chat")
@@ -187,7 +187,7 @@ def test_prompts_and_completions_of_turns_are_conversations_in_lists_and_in_json
 
 def test_only_the_completion_of_a_conversation_is_trained_on() -> None:
     made = tokenizer(CHATML)
-    row = {"prompt": [USER, SAID, USER], "completion": [SAID | {"content": "Seven!"}]}
+    row = {"prompt": [USER, REPLY, USER], "completion": [REPLY | {"content": "Seven!"}]}
     assert trained(made, tokens(made, row)) == ["Seven!<|im_end|>"]
 
 
@@ -216,8 +216,8 @@ def test_a_tree_of_messages_is_the_conversation_of_the_best_replies(tmp_path: Pa
     file = tmp_path / "messages.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in TREE))
     (row,) = data_rows.read_rows(file)
-    said = [("user", "q"), ("assistant", "best"), ("user", "more?"), ("assistant", "unranked")]
-    assert [(turn["role"], turn["content"]) for turn in messages(row)] == said
+    best = [("user", "q"), ("assistant", "best"), ("user", "more?"), ("assistant", "unranked")]
+    assert [(turn["role"], turn["content"]) for turn in messages(row)] == best
     layout = layouts.recognise(TREE)
     assert layout is not None
     assert layout.option == "chat"
@@ -237,48 +237,48 @@ def test_a_row_that_is_a_whole_tree_is_the_same_conversation() -> None:
 # ---- what is refused, by row -----------------------------------------------------------------------
 
 WRONG: list[tuple[str, Row, str]] = [
-    ("an unknown role", {"messages": [USER | {"role": "narrator"}, SAID]}, r"unknown role 'narrator'.*\(turn 1\)"),
-    ("a role that is no text", {"messages": [USER | {"role": 1}, SAID]}, r"not an object with a role \(turn 1\)"),
+    ("an unknown role", {"messages": [USER | {"role": "narrator"}, REPLY]}, r"unknown role 'narrator'.*\(turn 1\)"),
+    ("a role that is no text", {"messages": [USER | {"role": 1}, REPLY]}, r"not an object with a role \(turn 1\)"),
     ("a turn that is text", {"messages": ["3+4?", "Seven."]}, r"not an object with a role \(turn 1\)"),
     ("no turns", {"messages": []}, "must end with the assistant's turn"),
     ("only a system's turn", {"messages": [SYSTEM]}, "must end with the assistant's turn"),
-    ("only the assistant", {"messages": [SAID]}, "must end with the assistant's turn, after another"),
+    ("only the assistant", {"messages": [REPLY]}, "must end with the assistant's turn, after another"),
     ("no conversation", {"messages": None}, "no value for 'messages'"),
     ("a row of another layout", {"prompt": "3+4?", "completion": "Seven."}, "it has: prompt, completion"),
     ("a row of text", {"text": "3+4?"}, "it has no column messages or conversations or conversation; it has: text"),
     ("an empty row", {}, "it has: none"),
-    ("JSON text that is cut", {"messages": '[{"role": "user"'}, "its messages are text that is no JSON"),
+    ("JSON text that is cut", {"messages": '[{"role": "user"'}, "its messages are text, but not JSON"),
     ("an object for a list", {"messages": {"role": "user"}}, "its messages are not a list"),
-    ("null content", {"messages": [USER | {"content": None}, SAID]}, r"no value for 'messages\[0\]\.content'"),
+    ("null content", {"messages": [USER | {"content": None}, REPLY]}, r"no value for 'messages\[0\]\.content'"),
     ("no content", {"messages": [USER, {"role": "assistant"}]}, r"no value for 'messages\[1\]\.content'"),
-    ("an image part", {"messages": [USER | {"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, SAID]},
-     r"a part of type 'image_url' is no text \(turn 1\)"),
-    ("a text part without text", {"messages": [USER | {"content": [{"type": "text"}]}, SAID]}, "'text' is no text"),
+    ("an image part", {"messages": [USER | {"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, REPLY]},
+     r"a part of type 'image_url' is not text \(turn 1\)"),
+    ("a text part without text", {"messages": [USER | {"content": [{"type": "text"}]}, REPLY]}, "'text' is not text"),
     ("a call of no function", {"messages": calling({"id": "1"})}, r"names no function \(turn 2\)"),
     ("a call that is text", {"messages": calling("add(3)")}, r"names no function \(turn 2\)"),
     ("a call's name that is no text", {"messages": calling({"function": {"name": None}})}, "names no function"),
     ("arguments in a list", {"messages": calling({"function": ADD | {"arguments": [3]}})},
      r"arguments of a tool call are neither an object nor JSON text of one \(turn 2\)"),
-    ("a former call that is no JSON", {"conversations": [ASKED, {"from": "function_call", "value": "add(3)"}]},
-     r"a function_call is text that is no JSON .*\(turn 2\)"),
-    ("calls that are no list", {"messages": [USER, SAID | {"tool_calls": ADD}]}, "tool_calls are not a list"),
-    ("a weight of a half", {"messages": [USER, SAID | {"weight": 0.5}]}, r"weight 0\.5; must be 0 or 1 \(turn 2\)"),
-    ("nothing trained on", {"messages": [USER, SAID | {"weight": 0}]}, "all have the weight 0"),
-    ("two systems", PLAIN | {"system": "Be kind."}, "two different prompts of the system"),
-    ("tools that are text", PLAIN | {"tools": "add"}, "its tools are text that is no JSON"),
+    ("a former call that is no JSON", {"conversations": [HUMAN, {"from": "function_call", "value": "add(3)"}]},
+     r"a function_call is text, but not JSON .*\(turn 2\)"),
+    ("calls that are no list", {"messages": [USER, REPLY | {"tool_calls": ADD}]}, "tool_calls are not a list"),
+    ("a weight of a half", {"messages": [USER, REPLY | {"weight": 0.5}]}, r"weight 0\.5; must be 0 or 1 \(turn 2\)"),
+    ("nothing trained on", {"messages": [USER, REPLY | {"weight": 0}]}, "all have the weight 0"),
+    ("two systems", PLAIN | {"system": "Be kind."}, "two different system prompts"),
+    ("tools that are text", PLAIN | {"tools": "add"}, "its tools are text, but not JSON"),
     ("tools that are numbers", PLAIN | {"tools": [1]}, "its tools are not JSON schemas of functions"),
-    ("a weight that is text", {"messages": [USER, SAID | {"weight": "0"}]}, r"weight '0'; must be 0 or 1 \(turn 2\)"),
-    ("a flag that is text", {"messages": [USER, SAID | {"train": "no"}]}, r"'no' under 'train'; must be true or false"),
-    ("a mask", {"messages": [USER, SAID | {"mask": True}]}, r"the key 'mask', which some read as trained on"),
+    ("a weight that is text", {"messages": [USER, REPLY | {"weight": "0"}]}, r"weight '0'; must be 0 or 1 \(turn 2\)"),
+    ("a flag of text", {"messages": [USER, REPLY | {"train": "no"}]}, r"'no' under 'train'; must be true or false"),
+    ("a mask", {"messages": [USER, REPLY | {"mask": True}]}, r"the key 'mask', which has no common meaning"),
     ("tools of another kind", PLAIN | {"tools": [{"type": "custom", "custom": {"name": "a"}}]}, "not JSON schemas"),
     ("names of tools", PLAIN | {"tools": ["add"]}, "its tools are not JSON schemas of functions"),
     ("arguments that are JSON text of JSON text", {"messages": calling(call(arguments='"{}"'))}, "neither an object"),
     ("arguments that are JSON text of a list", {"messages": calling(call(arguments="[3]"))}, "neither an object"),
-    ("a list of texts", {"messages": [USER, SAID | {"content": ["Seven."]}]}, r"a list of texts; must .*\(turn 2\)"),
-    ("images in a column", PLAIN | {"images": ["a.png"]}, "its column 'images' holds what is no text"),
-    ("images in a turn", {"messages": [USER | {"images": ["a.png"]}, SAID]}, r"its 'images' are no text \(turn 1\)"),
-    ("an answer that is not wanted", {"prompt": [USER], "completion": [SAID], "label": False}, "its label is false"),
-    ("half a surrogate", {"messages": [USER | {"content": "\ud83d"}, SAID]}, "half a surrogate pair"),
+    ("a list of texts", {"messages": [USER, REPLY | {"content": ["Seven."]}]}, r"a list of texts; must .*\(turn 2\)"),
+    ("images in a column", PLAIN | {"images": ["a.png"]}, "its column 'images' holds something else than text"),
+    ("images in a turn", {"messages": [USER | {"images": ["a.png"]}, REPLY]}, r"its 'images' are not text \(turn 1\)"),
+    ("an answer that is not wanted", {"prompt": [USER], "completion": [REPLY], "label": False}, "its label is false"),
+    ("half a surrogate", {"messages": [USER | {"content": "\ud83d"}, REPLY]}, "half a surrogate pair"),
 ]  # fmt: skip
 
 
@@ -289,7 +289,7 @@ def test_a_row_that_is_no_conversation_is_one_line_with_its_number(row: Row, rea
     assert "\n" not in str(error.value)
 
 
-LEFT_OUT = [{"messages": [USER]}, {"messages": []}, {"messages": None}, {"messages": [USER, SAID | {"weight": 0}]}]
+LEFT_OUT = [{"messages": [USER]}, {"messages": []}, {"messages": None}, {"messages": [USER, REPLY | {"weight": 0}]}]
 
 
 @pytest.mark.parametrize("row", LEFT_OUT)
@@ -302,16 +302,16 @@ def test_a_conversation_without_an_answer_is_left_out_if_so_wished(row: Row) -> 
 REFUSED = [
     ("a system's turn", LLAMA.replace("Roles must alternate.", "System role not supported."), PLAIN, "System role not"),
     ("arguments that are no JSON", TOOLS, {"messages": calling({"function": ADD | {"arguments": "{a:"}})},
-     "the arguments of a tool call are no JSON"),
+     "the arguments of a tool call are not JSON"),
     ("tools", CHATML, CALLED, "does not write the tool call of turn 2"),
     ("a role", CHATML.replace("{{ m.role }}", "{{ {'user': 'U', 'assistant': 'A'}[m.role].lower() }}"),
-     {"messages": [USER, {"role": "tool", "content": "7"}, SAID]}, "no attribute"),
+     {"messages": [USER, {"role": "tool", "content": "7"}, REPLY]}, "no attribute"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("template", "row", "reason"), [one[1:] for one in REFUSED], ids=[one[0] for one in REFUSED])
 def test_a_row_that_the_template_refuses_is_one_line_with_its_number(template: str, row: Row, reason: str) -> None:
-    rows = read({"messages": [USER, SAID]}, row)
+    rows = read({"messages": [USER, REPLY]}, row)
     with pytest.raises(InputError, match=rf"^dataset: row 2 of rows\.jsonl .*{reason}") as error:
         data_tokens.through_chat_template(tokenizer(template), rows, file="rows.jsonl")
     assert "\n" not in str(error.value)
@@ -319,7 +319,7 @@ def test_a_row_that_the_template_refuses_is_one_line_with_its_number(template: s
 
 # ---- files -----------------------------------------------------------------------------------------
 
-LINES = "".join(json.dumps(row) + "\n" for row in (PLAIN, {"messages": [USER, SAID]}))
+LINES = "".join(json.dumps(row) + "\n" for row in (PLAIN, {"messages": [USER, REPLY]}))
 AS_CSV = (
     'messages,id\n"[{""role"": ""user"", ""content"": ""a\\nb""},\n {""role"": ""assistant"", ""content"": ""c""}]",1\n'
 )
@@ -364,12 +364,12 @@ BAD_FILES: list[tuple[str, bytes, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "said"), BAD_FILES, ids=[one[0] for one in BAD_FILES])
+@pytest.mark.parametrize(("name", "content", "reason"), BAD_FILES, ids=[one[0] for one in BAD_FILES])
 def test_a_file_that_cannot_be_read_is_one_line_with_its_place(
-    name: str, content: bytes, said: str, tmp_path: Path
+    name: str, content: bytes, reason: str, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=rf"^dataset\.path=.*{name}: .*{said}") as error:
+    with pytest.raises(InputError, match=rf"^dataset\.path=.*{name}: .*{reason}") as error:
         data_rows.read_rows(tmp_path / name, "dataset.path")
     assert "\n" not in str(error.value)
 
@@ -377,14 +377,14 @@ def test_a_file_that_cannot_be_read_is_one_line_with_its_place(
 def test_empty_turns_and_lists_of_parts_are_written_as_they_are() -> None:
     made = tokenizer(CHATML)
     parts = [{"type": "text", "text": "3+4?"}]
-    assert tokens(made, {"messages": [USER | {"content": parts}, SAID]}) == tokens(made, {"messages": [USER, SAID]})
-    empty = tokens(made, {"messages": [USER | {"content": ""}, SAID, USER, SAID | {"content": ""}]})
+    assert tokens(made, {"messages": [USER | {"content": parts}, REPLY]}) == tokens(made, {"messages": [USER, REPLY]})
+    empty = tokens(made, {"messages": [USER | {"content": ""}, REPLY, USER, REPLY | {"content": ""}]})
     assert trained(made, empty) == ["Seven.<|im_end|>", "<|im_end|>"]
 
 
 def test_a_file_of_two_layouts_is_read_row_by_row() -> None:
     shared = {"conversations": [{"from": "human", "value": "3+4?"}, {"from": "gpt", "value": "Seven."}]}
-    mixed = [{"messages": [USER, SAID]}, shared, {"prompt": [USER], "completion": [SAID]}]
+    mixed = [{"messages": [USER, REPLY]}, shared, {"prompt": [USER], "completion": [REPLY]}]
     made = tokenizer(CHATML)
     assert len({tuple(tokens(made, row).ids) for row in mixed}) == 1
 
@@ -444,33 +444,33 @@ def test_a_file_of_a_named_datasets_columns_is_known(name: str, prompt: str, ans
 
 
 def test_shared_conversations_begin_with_a_person_and_end_with_an_answer() -> None:
-    greeting, said = {"from": "gpt", "value": "Hi!"}, {"from": "gpt", "value": "Seven."}
+    greeting, reply = {"from": "gpt", "value": "Hi!"}, {"from": "gpt", "value": "Seven."}
     shared: list[Row] = [
-        {"conversations": [greeting, ASKED, said, ASKED]},
-        {"conversations": [{"from": "system", "value": "Count."}, ASKED, said]},
+        {"conversations": [greeting, HUMAN, reply, HUMAN]},
+        {"conversations": [{"from": "system", "value": "Count."}, HUMAN, reply]},
         {"conversations": [greeting]},
         {"conversations": []},
-        {"conversations": [ASKED]},
+        {"conversations": [HUMAN]},
     ]
     made = templates.dataset_examples(dataset("sharegpt", path="rows"), shared)
     roles = [[turn["role"] for turn in row.conversation.messages] for row in made if row.conversation]
     assert roles == [["user", "assistant"], ["system", "user", "assistant"]]
-    wrong = [{"conversations": [ASKED, {"from": "narrator", "value": "?"}, said]}]
+    wrong = [{"conversations": [HUMAN, {"from": "narrator", "value": "?"}, reply]}]
     with pytest.raises(InputError, match=r"row 1 cannot be read: a turn has the unknown role 'narrator'"):
         templates.dataset_examples(dataset("sharegpt", path="rows"), wrong)
 
 
 PASSED_OVER: list[Row] = [
-    PLAIN | {"messages": [USER, SAID], "system": "Count."},
-    {"messages": [USER, SAID | {"weight": 0}, USER, SAID]},
+    PLAIN | {"messages": [USER, REPLY], "system": "Count."},
+    {"messages": [USER, REPLY | {"weight": 0}, USER, REPLY]},
     {"messages": calling(function_call=ADD, content="")},
-    {"messages": [USER, SAID], "functions": [SCHEMA["function"]]},
-    {"messages": [USER, {"role": "bot", "content": "Hm."}, SAID]},
+    {"messages": [USER, REPLY], "functions": [SCHEMA["function"]]},
+    {"messages": [USER, {"role": "bot", "content": "Hm."}, REPLY]},
 ]
 
 
 READ_OTHERWISE_SINCE: list[Row] = [
-    {"messages": [USER, SAID | {"train": False}, USER, SAID]},
+    {"messages": [USER, REPLY | {"train": False}, USER, REPLY]},
     CALLED | {"tools": [SCHEMA["function"]]},
     {"messages": calling({"name": "add", "parameters": {"a": 3}})},
 ]
@@ -480,7 +480,7 @@ READ_OTHERWISE_SINCE: list[Row] = [
 def test_rows_that_the_version_before_read_otherwise_have_another_identity(row: Row) -> None:
     own = dataset("chat", path="rows")
     assert identity._dataset_identity(own, data_rows.Rows([row]))["conversations"] == 3
-    assert reader.version(PLAIN | {"messages": [USER, SAID], "system": "Count."}) == 2  # as it was
+    assert reader.version(PLAIN | {"messages": [USER, REPLY], "system": "Count."}) == 2  # as it was
 
 
 def test_only_conversations_that_earlier_versions_read_otherwise_have_another_identity() -> None:

@@ -71,7 +71,7 @@ def test_a_broken_file_is_named_with_its_line(name: str, text: str, problem: str
         ("{question[0].real}", "names an attribute"),
         ("{question:>99999999999}", "pads to more than 10000 characters"),
         ("{question:{answer}}", "or to a column"),
-        ("question", """is the same text for all rows; the column is 'dataset.prompt="{question}"'"""),
+        ("question", """is the same text for all rows; for the column write 'dataset.prompt="{question}"'"""),
     ],
 )
 def test_a_template_puts_in_columns_and_no_more(template: str, problem: str) -> None:
@@ -179,20 +179,20 @@ def test_an_encoding_can_be_given_and_a_wrong_one_is_said_with_its_line() -> Non
     with pytest.raises(InputError, match=r"dataset\.encoding=cp1253x: no such encoding"):
         data_rows.read_rows("rows.csv", "dataset.path", "cp1253x")
     Path("rows.csv").write_bytes("a\nplain\n".encode("utf-16-le"))
-    with pytest.raises(InputError, match=r"zero bytes, as UTF-16 does: dataset\.encoding=utf-16"):
+    with pytest.raises(InputError, match=r"zero bytes, as UTF-16 does; try dataset\.encoding=utf-16"):
         data_rows.read_rows("rows.csv", "dataset.path")
 
 
 @pytest.mark.parametrize(
     ("name", "text", "problem"),
     [
-        ("rows.csv", "a,b,a\n1,2,3\n", "line 1: the column 'a' comes twice"),
+        ("rows.csv", "a,b,a\n1,2,3\n", "line 1: the column 'a' occurs twice"),
         ("rows.csv", "a,,b\n1,2,3\n", "line 1: column 2 has no name"),
         ("rows.csv", 'a,b\n1,"open\n2,3\n', "line 3: unexpected end of data"),
         ("rows.csv", 'a,b\n"one"two,3\n', "line 2: "),
         ("rows.csv", 'a,b\n"1\n1",2\n3\n', "line 4: not 2 columns"),
-        ("rows.jsonl", '{"a": 1}\n{"a": 1, "a": 2}\n', "line 2: the key 'a' comes twice"),
-        ("rows.json", '[{"a": {"b": 1, "b": 2}}]', "the key 'b' comes twice"),
+        ("rows.jsonl", '{"a": 1}\n{"a": 1, "a": 2}\n', "line 2: the key 'a' occurs twice"),
+        ("rows.json", '[{"a": {"b": 1, "b": 2}}]', "the key 'b' occurs twice"),
         ("rows.json", '{"train": [{"a": 1}], "test": [{"a": 2}]}', "several lists of rows .train, test."),
         ("rows.json", '{"a": 1}\n{"a": \n', "line 2: not JSON"),
         ("rows.csv.gz", "a\n1\n", "cannot be read"),
@@ -207,7 +207,7 @@ def test_what_would_be_read_wrongly_is_an_error(name: str, text: str, problem: s
 
 def test_a_parquet_with_a_column_twice_is_an_error() -> None:
     pyarrow.parquet.write_table(pa.table([pa.array(["1"]), pa.array(["2"])], names=["a", "a"]), "rows.parquet")
-    with pytest.raises(InputError, match="the column 'a' comes twice"):
+    with pytest.raises(InputError, match="the column 'a' occurs twice"):
         data_rows.read_rows("rows.parquet")
 
 
@@ -294,7 +294,7 @@ def test_a_test_file_is_used_whole() -> None:
 
 
 def test_too_few_rows_to_part_say_so() -> None:
-    with pytest.raises(InputError, match=r"dataset.train_fraction=0.9: parts 1 rows"):
+    with pytest.raises(InputError, match=r"dataset.train_fraction=0.9: splits 1 rows"):
         data_rows.load_rows(local(path=str(write(ROWS[:1], "rows.jsonl"))))
 
 

@@ -43,7 +43,7 @@ RUN = "import sys; from peftsweep import cli; sys.argv = ['peftsweep', *{words!r
 READ = """
 import json, sys
 from peftsweep.data import rows
-for name, *where in {asked!r}:
+for name, *where in {sources!r}:
     found = rows.hub_rows(*where, "dataset.hub")
     print(json.dumps([name, found], default=str))
 """
@@ -104,26 +104,26 @@ def test_what_the_hub_refuses_is_one_line_that_says_what_to_do(hub: Hub, tmp_pat
     hub.dataset("org/parts").commit({"README.md": parts.encode(), "a.jsonl": lines(PAIRS), "b.jsonl": lines(PAIRS)})
     log_in = r"log in \(hf auth login, or HF_TOKEN\)"
     refused = {
-        "model=org/none": f"the hub has none of this name, or it is private: then {log_in}",
-        "model=org/gated": f"it is gated: accept its terms on its page of the hub, then {log_in}",
+        "model=org/none": f"the hub has no repository of this name, or it is private: then {log_in}",
+        "model=org/gated": f"it is gated: accept its terms on its hub page, then {log_in}",
         "model=org/refused": "the hub answers with status 403",
-        "model=org/adapter": "it holds no config.json; of an adapter, download it, and give adapter.path=FOLDER",
+        "model=org/adapter": "it holds no config.json; if it is an adapter, download it and give adapter.path=FOLDER",
         "model=org/whole model.revision=nope": "it has no such revision; must be a branch, a tag or a whole commit",
-        "dataset=org/none": f"the hub has none of this name, or it is private: then {log_in}",
-        "dataset=org/gated": f"it is gated: accept its terms on its page of the hub, then {log_in}",
-        "dataset=org/failing": "the hub answers with status 400; the same command tries again",
+        "dataset=org/none": f"the hub has no repository of this name, or it is private: then {log_in}",
+        "dataset=org/gated": f"it is gated: accept its terms on its hub page, then {log_in}",
+        "dataset=org/failing": "the hub answers with status 400; run the same command again later",
         "dataset=org/script": "Dataset scripts are no longer supported",
-        "dataset=org/parts": r"available configs: \['a', 'b'\]\); dataset.hub_config, .hub_split and .revision say",
+        "dataset=org/parts": r"available configs: \['a', 'b'\]\); dataset.hub_config, .hub_split and .rev",
         "dataset=org/rows:nope": r"Unknown split \"nope\". Should be one of \['train'\].*dataset.hub_config",
         "dataset=org/rows dataset.revision=nope": "it has no such revision",
     }
     taken = [[f"HF_TOKEN={TOKEN}", "model=org/whole"], ["model=org/whole", "model.revision=other/branch"]]
     taken += [["model=org/gated"], ["dataset=org/gated"]]
     found = meanings(hub, tmp_path / "cache", *(words.split() for words in refused), *taken)
-    for (words, expected), said in zip(refused.items(), found, strict=False):
+    for (words, expected), output in zip(refused.items(), found, strict=False):
         start = words.partition(" ")[0].partition(":")[0]
-        assert isinstance(said, str), words
-        assert re.match(rf"{re.escape(start)}: cannot be loaded \(.*{expected}", said), said
+        assert isinstance(output, str), words
+        assert re.match(rf"{re.escape(start)}: cannot be loaded \(.*{expected}", output), output
     assert [words[0] for words in found[len(refused) :]] == [
         "model=causal_lm",
         "model=encoder",
@@ -137,12 +137,12 @@ def test_weights_that_are_cut_off_are_one_line_and_the_next_try_goes_on(hub: Hub
     hub.model("org/tiny").commit(files_of(TINY))
     hub.model("org/tiny").faults["model.safetensors"] = CUT_OFF
     words = ["model=org/tiny", *SMALL]
-    code, said = run(hub, tmp_path / "cache", *words)
+    code, output = run(hub, tmp_path / "cache", *words)
     assert code == 1
-    assert "failed in load: InputError: model.name_or_path=org/tiny: cannot be loaded (peer closed connection" in said
+    assert "failed in load: InputError: model.name_or_path=org/tiny: cannot be loaded (peer closed connection" in output
     hub.model("org/tiny").faults.clear()
-    code, said = run(hub, tmp_path / "cache", *words)
-    assert (code, record_of("default").error) == (0, None), said
+    code, output = run(hub, tmp_path / "cache", *words)
+    assert (code, record_of("default").error) == (0, None), output
 
 
 # ---- commits -----------------------------------------------------------------------------------------
@@ -161,18 +161,18 @@ def test_the_commits_that_were_loaded_are_recorded_and_loaded_again_by_repeat_wi
     first = hub.model("org/tiny").commit(tiny)
     rows = hub.dataset("org/rows").commit({"train.jsonl": lines(PAIRS)})
     words = ["model=org/tiny", "dataset=org/rows", "method.r=4", "train.steps=2", "train.batch_size=4", "study=one"]
-    code, said = run(hub, cache, *words)
-    assert code == 0, said
+    code, output = run(hub, cache, *words)
+    assert code == 0, output
     trial = record_of("one")
     assert (trial.meta_info["model_sha"], trial.meta_info["dataset_sha"]) == (first, rows)
     assert trial.meta_info["model_created_at"] == "2024-05-01T12:00:00+00:00"
     hub.model("org/tiny").commit(other_weights(tiny))  # the branches move
     hub.dataset("org/rows").commit({"train.jsonl": lines(PAIRS[20:])})
     for study, variables in (("online", {}), ("offline", {"HF_HUB_OFFLINE": "1"})):
-        code, said = run(hub, cache, f"repeat={trial.folder}", f"study={study}", **variables)
-        assert code == 0, said
-        assert "equal to the bit" in said
-        assert "config.model.revision" not in said  # nothing else is said of it: the same was loaded
+        code, output = run(hub, cache, f"repeat={trial.folder}", f"study={study}", **variables)
+        assert code == 0, output
+        assert "equal to the bit" in output
+        assert "config.model.revision" not in output  # not reported as changed: the same was loaded
         assert (record_of(study).config["model"]["revision"], record_of(study).meta_info["model_sha"]) == (first,) * 2
 
 
@@ -183,8 +183,8 @@ def test_scores_of_the_base_are_not_those_of_the_commit_before(hub: Hub, tmp_pat
     bases = []
     for seed in ("0", "1"):
         words = ["model=org/tiny", "eval=[perplexity]", *(word for word in SMALL if "tiny_math" not in word)]
-        code, said = run(hub, tmp_path / "cache", *words, f"seed={seed}")
-        assert code == 0, said
+        code, output = run(hub, tmp_path / "cache", *words, f"seed={seed}")
+        assert code == 0, output
         (file,) = Path("multirun/default").glob(f"*-s{seed}-*/result.json")
         bases.append(Result.read(file.parent).eval_info["perplexity"]["base_perplexity"]["value"])
         hub.model("org/tiny").commit(other_weights(tiny))
@@ -196,8 +196,8 @@ def test_rows_of_another_revision_are_not_taken_from_the_cache(hub: Hub, tmp_pat
     """The library itself takes, without a network, whatever it has kept last."""
     first = hub.dataset("org/rows").commit({"train.jsonl": lines(PAIRS)})
     hub.dataset("org/rows").commit({"train.jsonl": lines(PAIRS[:20])}, "two")
-    asked = [["two", "org/rows", None, "train", "two"]]
-    assert hub.run(READ.format(asked=asked), tmp_path / "cache").returncode == 0
+    sources = [["two", "org/rows", None, "train", "two"]]
+    assert hub.run(READ.format(sources=sources), tmp_path / "cache").returncode == 0
     commands = [[f"dataset=org/rows{part}"] for part in ("", ":train")]
     commands += [["dataset=org/rows", f"dataset.revision={name}"] for name in (first, "two")]
     found = meanings(hub, tmp_path / "cache", *commands, HF_HUB_OFFLINE="1")
@@ -243,8 +243,8 @@ def test_a_named_dataset_is_read_from_a_repository_of_its_layout(hub: Hub, tmp_p
         described = {"README.md": card(files)} if own.get("hub_config") else {}
         hub.dataset(own["hub"]).commit(files | described, own.get("revision") or "main")
     found = [(name, dataset(name)) for name in names]
-    asked = [[name, one.hub, one.hub_config, one.hub_split, one.revision] for name, one in found]
-    done = hub.run(READ.format(asked=asked), tmp_path / "cache")
+    sources = [[name, one.hub, one.hub_config, one.hub_split, one.revision] for name, one in found]
+    done = hub.run(READ.format(sources=sources), tmp_path / "cache")
     assert done.returncode == 0, done.stderr[-3000:]
     read = dict(map(json.loads, done.stdout.splitlines()))
     assert [*read] == names

@@ -120,7 +120,7 @@ def test_rows_of_one_constant_prompt_are_parted_and_another_encoding_is_read(dat
     words = ("file", "--path", "source.csv", "--prompt", "Say.", "--answer", "{text}", "--out", "out.jsonl")
     code, _, err = data_command(*words)
     assert (code, err.count("\n")) == (2, 1)
-    assert "--path=source.csv: line 2: not utf-8 (byte 0xe9); --encoding=cp1252" in err
+    assert "--path=source.csv: line 2: not utf-8 (byte 0xe9); the file may be in the encoding of Windows: --enc" in err
     assert data_command(*words, "--encoding", "cp1252")[0] == 0
     assert sorted(row["text"] for row in written()) == [f"née {n}" for n in range(8)]
 
@@ -219,13 +219,13 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "a split above 1": (["gsm8k", "--split", "1.5"], "--split=1.5: must lie between 0 and 1"),
     "a split of 0": (["gsm8k", "--split", "0"], "--split=0.0: must lie between 0 and 1"),
     "no number": (["gsm8k", "--split", "half"], "--split: must be a number, not half"),
-    "a split that leaves nothing to test": (["gsm8k", "--split", "0.99"], "--split=0.99: parts 40 rows into 40"),
+    "a split that leaves nothing to test": (["gsm8k", "--split", "0.99"], "--split=0.99: splits 40 rows into 40"),
     "no samples": (["gsm8k", "--samples", "0"], "--samples=0: must be at least 1"),
     "an unknown format": (["gsm8k", "--format", "xml"], "--format: must be one of alpaca, chatml, raw, not xml"),
     "an unknown option": (["gsm8k", "--sample-size", "3"], "--sample-size: no such option; did you mean '--samples'?"),
     "another suffix": (["gsm8k", "--out", "out.csv"], "--out=out.csv: must end in .jsonl"),
-    "the source itself": (["gsm8k", "--out", "questions.jsonl", "--force"], "must be another file than that of --path"),
-    "a file as folder": (["gsm8k", "--out", "questions.jsonl/o.jsonl"], "must lie in a folder that can be written to"),
+    "the source itself": (["gsm8k", "--out", "questions.jsonl", "--force"], "must differ from the file of --path"),
+    "a file as folder": (["gsm8k", "--out", "questions.jsonl/o.jsonl"], "must lie in a writable folder"),
     "no such file": (["gsm8k", "--path", "none.jsonl"], "--path=none.jsonl: no such file"),
     "no template": (["file"], "--prompt: dataset=file needs a template"),
     "a missing column": (["alpaca"], "row 1 of questions.jsonl has no column 'output'"),

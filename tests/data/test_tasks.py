@@ -378,7 +378,7 @@ def test_choices_of_a_users_own_have_acc_norm_if_their_texts_are_scored(
 def test_a_metric_that_a_preset_does_not_measure_is_refused(compose: Compose) -> None:
     rows = schemas.write("winogrande", Path())
     words = ["eval=[winogrande]", f"eval.winogrande.path={rows}", "train.eval_every=2"]
-    with pytest.raises(InputError, match=r"^train\.best_metric: eval\.winogrande does not measure acc_norm, as"):
+    with pytest.raises(InputError, match=r"^train\.best_metric: eval\.winogrande does not measure acc_norm, because"):
         compose(*words, "train.best_metric=winogrande.acc_norm")
     with pytest.raises(InputError, match=r"^eval\.winogrande\.headline: .* must be acc$"):
         compose(*words, "eval.winogrande.headline=acc_norm")

@@ -246,7 +246,7 @@ def test_a_missing_package_is_one_line_before_anything_is_loaded(
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("eval=[lm_eval] eval.lm_eval.tasks=[arc_easy]", r"^eval\.lm_eval: needs the package lm_eval: .*\[lm_eval\]"),
         (
@@ -256,29 +256,29 @@ def test_a_missing_package_is_one_line_before_anything_is_loaded(
     ],
 )
 def test_other_evaluations_that_need_a_package_say_so_first(
-    words: str, said: str, compose: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch
+    words: str, message: str, compose: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("lm_eval", "math_verify"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         compose(*words.split())
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("eval.text_metrics.metrics=[rougeX]", "eval.text_metrics.metrics.0=rougeX: must be one of rouge1, rouge2,"),
         ("eval.text_metrics.tokenize=mecab", "eval.text_metrics.tokenize=mecab: must be one of 13a, intl"),
         ("eval.text_metrics.word_order=-1", "eval.text_metrics.word_order=-1: must"),
         ("train.eval_every=1 train.best_metric=text_metrics.rouge3", "does not measure 'rouge3'"),
         ("train.eval_every=1 train.best_metric=text_metrics.cut_fraction", "does not measure 'cut_fraction'"),
-        ("dataset=tiny_direction model.task=seq_cls", "a classifier (model.task=seq_cls) writes no text"),
+        ("dataset=tiny_direction model.task=seq_cls", "a classifier (model.task=seq_cls) generates no text"),
     ],
 )
-def test_a_wrong_option_is_one_line(words: str, said: str, compose: Callable[..., Trial]) -> None:
+def test_a_wrong_option_is_one_line(words: str, message: str, compose: Callable[..., Trial]) -> None:
     with pytest.raises(InputError) as error:
         compose("eval=[text_metrics]", *words.split())
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 

@@ -153,7 +153,7 @@ def test_a_table_of_prices_without_the_device_is_answered_by_a_number() -> None:
 
 
 def test_an_unknown_price_is_answered_by_a_number(command: Callable[..., tuple[int, str, str]]) -> None:
-    assert "one of your own is price=2.49" in command("price=abc", "dry_run=true")[2]
+    assert "for your own: price=2.49" in command("price=abc", "dry_run=true")[2]
 
 
 @pytest.mark.parametrize("word", ["price=abc", "price=-1", "price=nan", "price=[1]", "forecast.records=no_such"])

@@ -166,19 +166,19 @@ def test_a_classifier_of_another_architecture_s_weights_is_refused(tmp_path: Pat
     folder = write("llama", tmp_path / "llama")
     config = AutoConfig.for_model("bert", **SIZES)
     config.save_pretrained(folder)
-    with pytest.raises(InputError, match=r"the checkpoint is of another model; it lacks bert\.embeddings"):
+    with pytest.raises(InputError, match=r"the checkpoint belongs to another model; it lacks bert\.embeddings"):
         model.load(config_of(folder, task=Task.seq_cls), None, CPU, classes=2)
 
 
 def test_an_adapter_of_another_model_is_an_error(tmp_path: Path) -> None:
     adapted: Any = attach.attach(make("opt"), attach_lora(), TargetsConfig(modules=["q_proj"]), {})
     models_saved.save(adapted, tmp_path)
-    with pytest.raises(InputError, match=r"another model than LlamaForCausalLM: the model has no place for .*decoder"):
+    with pytest.raises(InputError, match=r"than LlamaForCausalLM: the model has no such weights: .*decoder"):
         models_saved.restore(make("llama"), tmp_path)
     models_saved.save(attach.attach(make("llama"), attach_lora(), TargetsConfig(modules=["q_proj"]), {}), tmp_path)
     with pytest.raises(InputError, match=r"the file lacks base_model\.model\.model\.layers\.2"):
         models_saved.restore(make("llama", num_hidden_layers=3), tmp_path)
-    with pytest.raises(InputError, match=r"has no place for base_model.model.model.layers.1"):
+    with pytest.raises(InputError, match=r"has no such weights: base_model.model.model.layers.1"):
         models_saved.restore(make("llama", num_hidden_layers=1), tmp_path)
 
 
@@ -263,7 +263,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused_before_the_sweep(compose: Comp
             said = json.loads(file.read_text())
             said.pop("eos_token", None)
             file.write_text(json.dumps(said))
-    with pytest.raises(InputError, match="its tokenizer has no eos_token, with which an answer ends"):
+    with pytest.raises(InputError, match="its tokenizer has no eos_token to end an answer with"):
         check(endless)
 
 
@@ -272,7 +272,7 @@ def test_a_token_without_an_embedding_is_named(tmp_path: Path) -> None:
     words = ["model=causal_lm", f"model.name_or_path={folder}", *SMALL, "quiet=true"]
     result = cli.run_one(words)
     assert result.status is Status.failed
-    assert "of its tokenizer is none of 400 embeddings" in (result.error or {})["message"]
+    assert "of its tokenizer has no embedding; the model has 400" in (result.error or {})["message"]
 
 
 def test_new_parts_are_not_quantised(masked: Path) -> None:
@@ -350,11 +350,11 @@ def damaged(how: str, folder: Path) -> None:
 
 
 DAMAGED = {
-    "cut off": r"model\.safetensors is no whole file of weights \(.*; copy or download it again",
-    "empty": r"model\.safetensors is no whole file of weights",
-    "pointer": r"a pointer of git-lfs, in whose place git lfs pull puts the file",
+    "cut off": r"model\.safetensors is not a complete file of weights \(.*; copy or download it again",
+    "empty": r"model\.safetensors is not a complete file of weights",
+    "pointer": r"a pointer of git-lfs; git lfs pull downloads the file",
     "gone": r"holds no weights, such as model\.safetensors",
-    "cut off, in torch's format": r"pytorch_model\.bin is no whole file of weights \(cut off\)",
+    "cut off, in torch's format": r"pytorch_model\.bin is not a complete file of weights \(cut off\)",
     "with an adapter": r"holds an adapter beside the model \(adapter_config\.json\)",
     "index": r"model\.safetensors\.index\.json cannot be read",
     "a file of the index": r"lacks model-00001-of-00002\.safetensors \(1 of 2 files of model\.safetensors\.index",
@@ -374,7 +374,7 @@ def test_a_checkpoint_that_is_not_whole_is_one_line_before_it_is_loaded(how: str
 def test_a_sweep_does_not_begin_with_a_checkpoint_that_is_not_whole(compose: Compose, tmp_path: Path) -> None:
     folder = write("llama", tmp_path / "llama")
     damaged("cut off", folder)
-    with pytest.raises(InputError, match="no whole file of weights"):
+    with pytest.raises(InputError, match="is not a complete file of weights"):
         build.check_available(compose("model=causal_lm", f"model.name_or_path={folder}"))
 
 
@@ -400,7 +400,7 @@ def test_a_checkpoint_of_more_layers_than_its_configuration_says_is_refused(tmp_
     folder = write("llama", tmp_path / "llama")
     said = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 1}
     (folder / "config.json").write_text(json.dumps(said))
-    with pytest.raises(InputError, match=r"has layer 1 of model\.layers, of which its config\.json says"):
+    with pytest.raises(InputError, match=r"has layer 1 of model\.layers, but its config\.json has only 1"):
         model.load(config_of(folder), None, CPU)
     (folder / "config.json").write_text(json.dumps(said | {"num_nextn_predict_layers": 1}))
     model.load(config_of(folder), None, CPU)
@@ -441,6 +441,6 @@ def test_code_of_a_model_s_own_is_never_run_and_nobody_is_asked(
     (folder / part).write_text(json.dumps(json.loads((folder / part).read_text()) | own))
     (folder / "code.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')\n")
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    with pytest.raises(InputError, match=r"needs code of its own \(auto_map\), which is never run"):
+    with pytest.raises(InputError, match=r"needs its own code \(auto_map\), which is never run"):
         model.load_tokenizer(config_of(folder))
     assert not (tmp_path / "was_run").exists()

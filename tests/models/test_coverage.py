@@ -140,7 +140,7 @@ def test_what_peft_does_not_take_is_left_out_and_said(caplog: pytest.LogCaptureF
 
 
 def test_a_layer_that_the_model_never_calls_is_refused() -> None:
-    with pytest.raises(InputError, match="the model never calls 'dt_proj', so that an adapter on it would do nothing"):
+    with pytest.raises(InputError, match="the model never calls 'dt_proj', so an adapter there would have no effect"):
         adapt("jamba", TargetsConfig(modules=["dt_proj"]))
 
 

@@ -269,7 +269,7 @@ def test_every_method_trains_with_every_option_or_is_refused(
         try:
             adapt(one, rows, steps=4)
         except FloatingPointError:
-            pass  # its steps overflowed, which is said; the gradient scaler needs more of them
+            pass  # its steps overflowed, which is reported; the gradient scaler needs more of them
         except Exception as error:
             failed = f"{type(error).__name__}: {error}"
         if bool(refused) != bool(failed):
@@ -282,18 +282,18 @@ def test_every_method_trains_with_every_option_or_is_refused(
     [
         (
             ["method=prefix_tuning", "train.checkpointing=true"],
-            "not with train.checkpointing=true: the layers, computed",
+            "not with train.checkpointing=true: layers that are",
         ),
-        (["method=cartridge", "train.checkpointing=true"], "not with train.checkpointing=true: the layers, computed"),
+        (["method=cartridge", "train.checkpointing=true"], "not with train.checkpointing=true: layers that are"),
         (["method=poly", "train.checkpointing=true"], "not with train.checkpointing=true"),
         (
             ["method=full", "model.dtype=float16", "train.autocast=float16"],
             "not with model.dtype=float16 and train.auto",
         ),
-        (["method=eva", "model.dtype=float16", "train.autocast=float16"], "gradients of 16 bits cannot be unscaled"),
+        (["method=eva", "model.dtype=float16", "train.autocast=float16"], "gradients in 16 bits cannot be unscaled"),
         (
             ["model.dtype=float16", "train.autocast=float16", "train.autocast_adapter_dtype=false"],
-            "train.autocast_adapter_dtype=false: gradients of 16 bits",
+            "train.autocast_adapter_dtype=false: gradients in 16 bits",
         ),
         (["train.checkpointing=true"], None),
         (["model.dtype=float16", "train.autocast=float16"], None),
@@ -315,7 +315,7 @@ def test_checkpointing_that_transformers_has_not_is_refused(kind: str, wanted: s
 
 
 def test_adalora_needs_steps_to_weigh_its_ranks(compose: Compose) -> None:
-    with pytest.raises(InputError, match=r"method.tfinal=1: of 2 steps; the ranks are dealt out after at least 2"):
+    with pytest.raises(InputError, match=r"method.tfinal=1: of 2 steps; AdaLoRA needs at least 2"):
         forecast.check(compose("method=adalora", "train.steps=2"))
     assert forecast.check(compose("method=adalora", "train.steps=3")).trainable_parameters
 

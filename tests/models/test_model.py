@@ -180,7 +180,7 @@ def test_a_random_base_is_the_same_each_time_and_can_be_quantised() -> None:
 
 def test_a_model_that_is_no_causal_lm_is_refused() -> None:
     config = ModelConfig(name_or_path="x", init=Init.random, architecture={"model_type": "vit"})
-    with pytest.raises(InputError, match="is no causal language model"):
+    with pytest.raises(InputError, match="is not a causal language model"):
         model.skeleton(config)
 
 

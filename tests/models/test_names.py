@@ -29,12 +29,12 @@ def adapt(config: str, options: dict[str, Any], targets: TargetsConfig | None = 
 
 
 @pytest.mark.parametrize(
-    ("config", "options", "said"),
+    ("config", "options", "message"),
     [
         ("LoraConfig", {"rank_pattern": {"q_pro": 4}}, "method.rank_pattern: 'q_pro' matches no module that gets an"),
         ("LoraConfig", {"rank_pattern": {"q_proj": 4, "k_proj": 4}}, "'k_proj' matches no module that gets an adapter"),
         ("LoraConfig", {"alpha_pattern": {"layers.9.*": 4}}, "method.alpha_pattern: 'layers.9.*' matches no module"),
-        ("LoraConfig", {"rank_pattern": {"q_proj(": 4}}, "method.rank_pattern: 'q_proj(' is no regular expression"),
+        ("LoraConfig", {"rank_pattern": {"q_proj(": 4}}, "method.rank_pattern: 'q_proj(' is not a regular expression"),
         ("LoHaConfig", {"rank_pattern": {"proj": 4}}, "method.rank_pattern: 'proj' matches no module that gets an"),
         ("DeloraConfig", {"lambda_pattern": {"up_proj": 4}}, "method.lambda_pattern: 'up_proj' matches no module"),
         ("C3AConfig", {"block_size": 32, "block_size_pattern": {"k_proj": 32}}, "method.block_size_pattern: 'k_proj'"),
@@ -47,20 +47,24 @@ def adapt(config: str, options: dict[str, Any], targets: TargetsConfig | None = 
         ),
         ("LoraConfig", {"exclude_modules": ["q_proj", "self_attn"]}, "'self_attn' matches no innermost module"),
         ("LoraConfig", {"exclude_modules": r".*\.mpl\..*"}, r"method.exclude_modules: '.*\.mpl\..*' matches no"),
-        ("LoraConfig", {"exclude_modules": "*.mlp"}, "method.exclude_modules: '*.mlp' is no regular expression"),
+        ("LoraConfig", {"exclude_modules": "*.mlp"}, "method.exclude_modules: '*.mlp' is not a regular expression"),
         ("LoraConfig", {"modules_to_save": ["lm_head", "score"]}, "method.modules_to_save: 'score' matches no module"),
         ("LoraConfig", {"target_parameters": ["q_proj.wieght"]}, "did you mean 'q_proj.weight'?"),
         ("IA3Config", {"feedforward_modules": "up_proj"}, "method.feedforward_modules: 'up_proj' matches no module"),
         ("LoraConfig", LAYERS | {"layers_to_transform": [0, 4]}, "the model has no layer 4; it has 0 to 3"),
         ("VeraConfig", LAYERS | {"layers_to_transform": 9}, "method.layers_to_transform: the model has no layer 9"),
-        ("LoraConfig", LAYERS | {"layers_pattern": ["layers", "h"]}, "'h' is before no number; there are: layers"),
+        (
+            "LoraConfig",
+            LAYERS | {"layers_pattern": ["layers", "h"]},
+            "no module has a number after 'h'; there are: layers",
+        ),
         ("HiraConfig", {"layers_pattern": "layers"}, "method.layers_pattern: needs method.layers_to_transform"),
         ("LoraConfig", {"layer_replication": [[0, 3], [2, 5]]}, "method.layer_replication=[2,5]: must be [start,end]"),
-        ("LoraConfig", {"trainable_token_indices": [0, 533]}, "token 533 is none of the model's 533 embeddings"),
+        ("LoraConfig", {"trainable_token_indices": [0, 533]}, "the model has no embedding for token 533; it has 533"),
         (
             "TrainableTokensConfig",
             {"token_indices": [9999], "target_modules": None},
-            "method.token_indices: token 9999",
+            "method.token_indices: the model has no embedding for token 9999",
         ),
         (
             "CartridgeConfig",
@@ -72,9 +76,11 @@ def adapt(config: str, options: dict[str, Any], targets: TargetsConfig | None = 
         ("PromptTuningConfig", TINY | {"token_dim": 64}, "method.token_dim=64: must be 128 or null, the width of the"),
     ],
 )
-def test_what_an_option_names_and_the_model_lacks_is_refused(config: str, options: dict[str, Any], said: str) -> None:
+def test_what_an_option_names_and_the_model_lacks_is_refused(
+    config: str, options: dict[str, Any], message: str
+) -> None:
     aimed = {} if "num_virtual_tokens" in options else {"target_modules": QV}
-    with pytest.raises(InputError, match=rf"^method\.[^\n]*{re.escape(said)}|^{re.escape(said)}"):
+    with pytest.raises(InputError, match=rf"^method\.[^\n]*{re.escape(message)}|^{re.escape(message)}"):
         adapt(config, aimed | options)
 
 

@@ -97,7 +97,7 @@ def test_an_encoder_and_a_translator_are_refused_before_the_sweep(compose: Compo
         forecast.check(compose(*words))
     shape = "{model_type: t5, d_model: 32, d_kv: 8, d_ff: 64, num_layers: 2, num_heads: 4}"
     translator = ("model=causal_lm", "model.name_or_path=t5", "model.init=random", f"+model.architecture={shape}")
-    with pytest.raises(InputError, match="is no causal language model"):
+    with pytest.raises(InputError, match="is not a causal language model"):
         forecast.check(compose(*translator))
 
 

@@ -74,9 +74,9 @@ def test_a_missing_package_is_one_line_with_its_extra(
 @pytest.mark.parametrize(
     ("quant", "reason"),
     [
-        ("int4_torchao", "transformers and PEFT take such weights for inference alone"),
-        ("hqq", "does not quantise by hqq while it loads a model"),
-        ("fp8", "needs a GPU; without one take quant=fp8_torchao"),
+        ("int4_torchao", "transformers and PEFT support such weights for inference only"),
+        ("hqq", "cannot quantise with hqq while it loads a model"),
+        ("fp8", "needs a GPU; without one use quant=fp8_torchao"),
     ],
 )
 def test_what_trains_nowhere_or_not_here_is_one_line(quant: str, reason: str, compose: Compose) -> None:
@@ -112,13 +112,13 @@ def test_a_checkpoint_of_a_library_that_was_not_tried_is_untested_and_its_memory
     assert "cannot train quantised weights" in str(forecast.refusal(full))
 
 
-@pytest.mark.parametrize("said", [{}, [], "4bit"])
+@pytest.mark.parametrize("quantization", [{}, [], "4bit"])
 @pytest.mark.parametrize("quant", ["none", "4bit"])
 def test_a_quantization_config_that_names_no_library_is_refused_before_loading(
-    compose: Compose, tmp_path: Path, said: object, quant: str
+    compose: Compose, tmp_path: Path, quantization: object, quant: str
 ) -> None:
     folder = shutil.copytree(model.TINY, tmp_path / "empty")
-    shape = json.loads((folder / "config.json").read_text()) | {"quantization_config": said}
+    shape = json.loads((folder / "config.json").read_text()) | {"quantization_config": quantization}
     (folder / "config.json").write_text(json.dumps(shape))
     one = compose("model=causal_lm", f"model.name_or_path={folder}", f"quant={quant}")
     with pytest.raises(InputError, match=r"quantization_config=.* names no library|cannot be loaded"):
@@ -127,9 +127,9 @@ def test_a_quantization_config_that_names_no_library_is_refused_before_loading(
 
 def test_the_quantization_of_a_text_part_is_that_of_the_checkpoint() -> None:
     shape = CONFIG_MAPPING["gemma3"]()
-    assert libraries.said_by_checkpoint(shape, "x") is None
+    assert libraries.checkpoint_quantization(shape, "x") is None
     shape.text_config.quantization_config = {"quant_method": "gptq", "bits": 4}
-    assert libraries.said_by_checkpoint(shape, "x") == {"quant_method": "gptq", "bits": 4}
+    assert libraries.checkpoint_quantization(shape, "x") == {"quant_method": "gptq", "bits": 4}
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def gptq(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("said", "kind"),
+    ("quantization", "kind"),
     [
         ({}, "none"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "4bit"),
@@ -159,14 +159,14 @@ def gptq(tmp_path: Path) -> Path:
         ({"quant_method": "awq", "quant_type": "a word"}, "untested"),
     ],
 )
-def test_the_kind_of_base_is_that_of_the_library(said: dict[str, Any], kind: str) -> None:
-    assert libraries.kind(said) == kind
+def test_the_kind_of_base_is_that_of_the_library(quantization: dict[str, Any], kind: str) -> None:
+    assert libraries.kind(quantization) == kind
 
 
 @pytest.mark.parametrize(
     ("method", "kind", "reason"),
     [
-        ({"_target_": "peft.HiraConfig"}, "torchao", "torchao's know no such operation"),
+        ({"_target_": "peft.HiraConfig"}, "torchao", "torchao's weights do not support the operation"),
         ({"_target_": "peft.HiraConfig"}, "quanto", None),
         ({"_target_": "peft.VeraConfig"}, "torchao", "settings of torchao"),
         ({"_target_": "peft.PolyConfig"}, "quanto", "in place"),
@@ -177,7 +177,7 @@ def test_the_kind_of_base_is_that_of_the_library(said: dict[str, Any], kind: str
         ({"_target_": "peft.LoraConfig", "lora_bias": True}, "torchao", "biases"),
         ({"_target_": "peft.LoraConfig", "layer_replication": [[0, 2]]}, "quanto", "copied"),
         ({"_target_": "peft.LoraConfig"}, "quanto", None),
-        ({"_target_": "peft.LoraConfig"}, "quanto autocast", "the format of quanto's weights"),
+        ({"_target_": "peft.LoraConfig"}, "quanto autocast", "autocast changes the dtype of weights, which quanto's"),
         ({}, "torchao", "full fine-tuning cannot train quantised weights"),
         ({}, "untested", "full fine-tuning cannot train quantised weights"),
     ],
@@ -312,6 +312,6 @@ def test_a_checkpoint_of_torchao_is_read_refused_and_predicted_as_one(compose: C
 @pytest.mark.parametrize("words", ["", "targets=all_linear"])
 def test_the_memory_predicted_is_what_a_gpu_takes(quant: str, words: str) -> None:
     if quant.endswith("quanto"):
-        pytest.skip("is said to be unknown")
+        pytest.skip("is not known")
     point = (LLAMA, f"method=lora quant={quant} {words}")
     assert abs(compare(point, "large", torch.device("cuda"), 512)["error"]) <= 0.15

@@ -25,15 +25,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def seconds(monkeypatch: pytest.MonkeyPatch, bfloat16: float, float32: float) -> list[str]:
-    asked: list[str] = []
+    dtypes: list[str] = []
     took = {"bfloat16": bfloat16, "float32": float32}
 
     def timed(dtype: str) -> float:
-        asked.append(dtype)
+        dtypes.append(dtype)
         return took[dtype]
 
     monkeypatch.setattr(fast_dtype, "_seconds", timed)
-    return asked
+    return dtypes
 
 
 @pytest.mark.parametrize(("bfloat16", "expected"), [(0.5, Dtype.bfloat16), (0.97, Dtype.float32), (3.0, Dtype.float32)])
@@ -50,9 +50,9 @@ def test_what_a_cpu_takes_is_measured_once_and_read_in_other_processes(
     seconds(monkeypatch, 0.5, 1.0)
     assert fast_dtype.resolve("cpu") is Dtype.bfloat16
     fast_dtype._of_cpu.cache_clear()  # as in another process
-    asked = seconds(monkeypatch, 1.0, 0.5)
+    dtypes = seconds(monkeypatch, 1.0, 0.5)
     assert fast_dtype.resolve("cpu") is Dtype.bfloat16
-    assert asked == []
+    assert dtypes == []
     (key,) = json.loads(cache.read_text())
     assert torch.__version__ in key
 

@@ -136,6 +136,6 @@ def test_a_row_that_could_not_be_flushed_is_written_once(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.EFBIG, errno.EACCES, errno.ENOSPC])
 def test_what_safetensors_says_of_a_disk_is_the_line_of_a_full_one(code: int) -> None:
-    said = f"Error while serializing: I/O error: {os.strerror(code)} (os error {code})"
-    assert os.strerror(code) in str(store.unwritable(SafetensorError(said)))
+    message = f"Error while serializing: I/O error: {os.strerror(code)} (os error {code})"
+    assert os.strerror(code) in str(store.unwritable(SafetensorError(message)))
     assert store.unwritable(SafetensorError(f"Error while deserializing header (os error {errno.EIO + 1000})")) is None

@@ -51,9 +51,9 @@ def edit(file: Path, place: int = -1) -> None:
 
 
 def rewrite(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    said = json.loads(file.read_text())
-    change(said)
-    file.write_text(json.dumps(said))
+    settings = json.loads(file.read_text())
+    change(settings)
+    file.write_text(json.dumps(settings))
 
 
 # ---- files -----------------------------------------------------------------------------------------
@@ -242,9 +242,9 @@ def test_a_record_whose_adapter_reached_routers_is_run_again(
     kind: str, targets: dict[str, Any], method: dict[str, Any] | None, wrong: bool, tmp_path: Path
 ) -> None:
     config = {"model": {"name_or_path": str(write(kind, tmp_path))}, "method": method, "targets": targets}
-    said = mended.outdated(Result({"identity_rule": 2}, {}, config=config)) or ""
-    assert said.startswith("what chooses among a mixture's experts was adapted too" if wrong else "")
-    assert bool(said) == wrong
+    reason = mended.outdated(Result({"identity_rule": 2}, {}, config=config)) or ""
+    assert reason.startswith("what chooses among a mixture's experts was adapted too" if wrong else "")
+    assert bool(reason) == wrong
     assert mended.right_since(config) == (3 if wrong else 2 if kind != "llama" and method else 1)
     assert mended.outdated(Result({"identity_rule": 3}, {}, config=config)) is None
 
@@ -257,9 +257,9 @@ def test_a_record_trained_without_the_loss_of_the_routers_is_run_again(
     asked: bool, weight: float, steps: int | None, wrong: bool, tmp_path: Path
 ) -> None:
     base = write("mixtral", tmp_path)
-    said = json.loads((base / "config.json").read_text())
-    said |= {"output_router_logits": asked, "router_aux_loss_coef": weight}
-    (base / "config.json").write_text(json.dumps(said))
+    settings = json.loads((base / "config.json").read_text())
+    settings |= {"output_router_logits": asked, "router_aux_loss_coef": weight}
+    (base / "config.json").write_text(json.dumps(settings))
     config = {"model": {"name_or_path": str(base)}, "method": {"r": 2}, "train": {"steps": steps}}
     assert mended.right_since(config) == (5 if wrong else 2)
     assert bool(mended.outdated(Result({"identity_rule": 4}, {}, config=config))) == wrong
@@ -302,12 +302,12 @@ def test_a_record_whose_texts_the_bases_own_generation_settings_changed_is_run_a
     assert mended.outdated(Result({"identity_rule": 3}, {}, config=config | {"eval": {"loss": {}}})) is None
 
 
-ASKED = {"role": "user", "content": "a"}
+USER_TURN = {"role": "user", "content": "a"}
 CALLED = [{"type": "function", "function": {"name": "add", "arguments": {}}}]
 
 
 @pytest.mark.parametrize(
-    ("template", "said", "wrong"),
+    ("template", "turn", "wrong"),
     [
         (CLOSED, {"content": "b", "reasoning_content": "c"}, True),
         (CLOSED, {"content": "", "tool_calls": CALLED}, True),
@@ -319,12 +319,12 @@ CALLED = [{"type": "function", "function": {"name": "add", "arguments": {}}}]
     ],
 )
 def test_a_record_of_turns_that_the_generation_prompt_does_not_begin_is_run_again(
-    template: str | None, said: dict[str, Any], wrong: bool, folder: Path
+    template: str | None, turn: dict[str, Any], wrong: bool, folder: Path
 ) -> None:
     if template:
         (folder / "chat_template.jinja").write_text(template)
-    rows, plain = folder.with_name("rows.jsonl"), {"messages": [ASKED, {"role": "assistant", "content": "b"}]}
-    rows.write_text(json.dumps(plain) + "\n" + json.dumps({"messages": [ASKED, {"role": "assistant"} | said]}))
+    rows, plain = folder.with_name("rows.jsonl"), {"messages": [USER_TURN, {"role": "assistant", "content": "b"}]}
+    rows.write_text(json.dumps(plain) + "\n" + json.dumps({"messages": [USER_TURN, {"role": "assistant"} | turn]}))
     dataset = {"path": str(rows), "reader": identity.CONVERSATIONS, "prompt": "{prompt}", "answer": "{answer}"}
     config: dict[str, Any] = {"model": {"name_or_path": str(folder)}, "dataset": dataset | {"chat": bool(template)}}
     held = Result({"identity_rule": 4}, {}, config=config)
@@ -434,7 +434,7 @@ def test_rows_in_tokens_follow_an_edited_tokenizer(folder: Path, compose: Compos
     one = compose(*QUICK)
     assert one.rows is not None
     before = build.training_tokens(one, model.load_tokenizer(one.config.model), one.rows.train)
-    rewrite(folder / "tokenizer_config.json", lambda said: said.update(model_max_length=16))
+    rewrite(folder / "tokenizer_config.json", lambda settings: settings.update(model_max_length=16))
     after = build.training_tokens(one, model.load_tokenizer(one.config.model), one.rows.train)
     assert max(len(row.ids) for row in before) > 16 == max(len(row.ids) for row in after)
 
@@ -458,7 +458,7 @@ def test_local_rows_are_read_again_when_their_file_changes(questions: Path, comp
 def test_forecasts_follow_the_model_s_files_and_the_classes(folder: Path, compose: Compose) -> None:
     words = [*SMALL, *LOCAL, "method=full"]
     before = forecast.check(compose(*words)), forecast.prediction(compose(*words))
-    rewrite(folder / "config.json", lambda said: said.update(num_hidden_layers=2))
+    rewrite(folder / "config.json", lambda settings: settings.update(num_hidden_layers=2))
     after = forecast.check(compose(*words)), forecast.prediction(compose(*words))
     assert after[0].total_parameters != before[0].total_parameters
     assert before[1] is not None
@@ -534,7 +534,7 @@ def test_the_record_holds_hashes_of_model_tokenizer_and_rows(folder: Path, compo
     assert all(len(first[key]) == 64 for key in ("model_sha", "tokenizer_sha", "dataset_sha"))
     assert first["model_created_at"] is first["dataset_created_at"] is None  # the hub has no part in it
     assert about("dataset.samples=8")["dataset_sha"] != first["dataset_sha"]
-    rewrite(folder / "tokenizer_config.json", lambda said: said.update(model_max_length=512))
+    rewrite(folder / "tokenizer_config.json", lambda settings: settings.update(model_max_length=512))
     second = about()
     assert second["tokenizer_sha"] != first["tokenizer_sha"]
     assert second["model_sha"] != first["model_sha"]  # its folder holds the tokenizer

@@ -38,20 +38,20 @@ FACTS: dict[str, Any] = {
     "long_references": 12,
     "seen_in_training": None,
 }
-SAID = [
+WARNINGS = [
     "piqa: 7 of 300 rows lost a part of the prompt, which is longer than max_length leaves room for",
-    "piqa: 12 of 300 rows have a reference answer of more tokens than max_new_tokens, which cannot be written in full",
+    "piqa: 12 of 300 rows have a reference answer of more tokens than max_new_tokens, so it is never generated in full",
     "piqa: no answer could be read in 180 of 300 texts (valid_fraction 0.400)",
-    "piqa: nearly always the same answer by label, 300 of 300 times 'solution2', whatever was asked",
+    "piqa: nearly always the same answer by label, 300 of 300 times 'solution2' for different prompts",
 ]
 
 
 def test_each_fact_that_spoils_a_score_is_a_line_with_its_count() -> None:
-    assert cautions({}, {"piqa": FACTS}, {}) == SAID
+    assert cautions({}, {"piqa": FACTS}, {}) == WARNINGS
     trained = {"truncated_answers": 3, "training_rows": 64}
     assert cautions(trained, {}, {"overall": {}, "long": {"cut_prompts": 2}}) == [
         "training: 3 of 64 rows lost the end of the answer, which is longer than max_length leaves room for",
-        "inference long: 2 prompts lost their beginning, to fit into the model",
+        "inference long: 2 prompts lost their beginning to fit the model",
     ]
     fine = {"accuracy": score(0.5), "valid_fraction": score(0.5), "degenerate": False, "seen_in_training": 0}
     assert cautions({"truncated_prompts": 0}, {"piqa": fine}, {}) == []
@@ -71,7 +71,7 @@ def test_the_terminal_shows_baselines_beside_every_metric_and_the_cautions_below
     assert "(base 0.100, majority 0.500, chance 0.250)" in lines[0]
     assert "f1 0.300 ± 0.010 (majority 0.000, chance 0.333)" in lines[0]
     assert "valid_fraction" not in lines[0]
-    assert lines[-4:] == [f"warning: {line}" for line in SAID]
+    assert lines[-4:] == [f"warning: {line}" for line in WARNINGS]
 
 
 def test_the_report_lists_each_warning_once_with_the_configurations_that_it_concerns(tmp_path: Path) -> None:

@@ -371,8 +371,8 @@ def test_a_damaged_note_of_a_sweep_is_named_and_the_one_before_it_is_told(
     [
         (b"", "it is empty"),
         (b"[1", "JSONDecodeError"),
-        (b'{"a": NaN}', "NaN is no number"),
-        (b"\xff", "byte 1 is no UTF-8"),
+        (b'{"a": NaN}', "NaN is not a number"),
+        (b"\xff", "byte 1 is not UTF-8"),
         (b"[" * 20_000, "nested too deeply"),
         (b'{"b": 1}', "a is missing"),
         (b'{"a": true}', "a: a boolean, not an integer"),

@@ -169,12 +169,12 @@ def test_no_value_is_shared_that_follows_from_a_plain_key(loaded: tuple[Any, Dic
     cfg = loader.load_sweep_config(master, words)
     tree: Any = OmegaConf.to_container(cfg, enum_to_str=True)
     for key, value in plain_keys({key: tree[key] for key in tree if key != "hydra"}):
-        what(points.trial, [*words, f"{key}={said(value)}"])
-        changed = [*words, f"{key}={said(OTHERS[type(value)](value))}"]
+        what(points.trial, [*words, f"{key}={as_word(value)}"])
+        changed = [*words, f"{key}={as_word(OTHERS[type(value)](value))}"]
         assert what(points.trial, changed) == what(by_hydra, loaded, changed), changed
 
 
-def said(value: Any) -> str:
+def as_word(value: Any) -> str:
     return "null" if value is None else f"'{value}'" if isinstance(value, str) else str(value).lower()
 
 

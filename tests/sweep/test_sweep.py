@@ -167,7 +167,7 @@ def test_a_study_that_cannot_be_written_is_one_line_and_keeps_what_it_holds(
         context.setattr(atomic, "sync", full)
         code, _, err = command(*SMALL, "method.r=2,4")
     assert (code, err.count("\n")) == (2, 1)
-    assert f"multirun/default/x: {os.strerror(number)}; what is done is kept" in err
+    assert f"multirun/default/x: {os.strerror(number)}; finished trials are kept" in err
     assert (
         before.items()
         <= {file: file.read_bytes() for file in Path("multirun/default").rglob("*") if file.is_file()}.items()
@@ -184,7 +184,7 @@ def test_a_record_of_a_later_version_is_one_line_and_not_overwritten(
     file.write_text(later := file.read_text().replace('"schema_version": 1', '"schema_version": 99'))
     code, out, err = command(*SMALL)
     assert (code, out) == (2, "")
-    assert "written by a later version of peftsweep; take another study=" in err
+    assert "written by a later version of peftsweep; use another study=" in err
     assert file.read_text() == later
 
 

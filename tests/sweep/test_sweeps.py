@@ -358,7 +358,7 @@ def test_options_of_sweep_that_cannot_be_joined_are_one_line(text: str, command:
     code, _, err = command("--config-dir", "mine", "dry_run=true", "sweep=quant_study,own", "hydra.launcher.retries=0")
     assert (code, err.count("\n")) == (2, 1)
     key = {"hydra: {launcher: {workers: 2}}": "hydra.launcher"}.get(text, text.partition(":")[0])
-    assert f"sweep=quant_study,own: cannot be joined, as {key} is of the sweep as a whole" in err
+    assert f"sweep=quant_study,own: cannot be joined, because {key} has one value for the whole sweep" in err
 
 
 def test_options_of_sweep_that_share_a_point_have_it_once(command: Command) -> None:

@@ -213,7 +213,7 @@ def test_a_trial_that_finds_the_disk_full_ends_the_sweep_in_one_line(
     with monkeypatch.context() as context:
         context.setattr(saved, "save", full)
         code, _, err = command(*words)
-    line = "peftsweep: multirun: No space left on device; what is done is kept, the same command continues\n"
+    line = "peftsweep: multirun: No space left on device; finished trials are kept, the same command continues\n"
     assert (code, err) == (2, line)
     assert [one.status for one in records().values()] == [Status.failed]  # the second was not trained for nothing
     assert command(*words)[0] == 0
@@ -241,7 +241,7 @@ def test_a_full_disk_and_one_that_is_read_only(small_disk: Path) -> None:
         return process.communicate(timeout=240)[1], process.returncode
 
     assert run() == (
-        "peftsweep: multirun: No space left on device; what is done is kept, the same command continues\n",
+        "peftsweep: multirun: No space left on device; finished trials are kept, the same command continues\n",
         2,
     )
     held = {name: one for name, one in records().items() if one.status is Status.success}
@@ -249,7 +249,7 @@ def test_a_full_disk_and_one_that_is_read_only(small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     err, code = run()
     assert code == 2
-    assert err.endswith("Read-only file system; what is done is kept, the same command continues\n")
+    assert err.endswith("Read-only file system; finished trials are kept, the same command continues\n")
     assert err.count("\n") == 1
     subprocess.run(["mount", "-o", "remount,rw,size=20m", small_disk], check=True)
     assert run() == ("", 0)

@@ -97,7 +97,7 @@ def test_how_generation_is_timed_belongs_to_the_identity_and_its_prompts_by_cont
     Path("b.json").write_text('{"short": ["two"]}')
     words = [(), TIMED, [*TIMED, "inference.runs=2"]]
     words += [[*TIMED, f"inference.prompts_file={file}.json"] for file in "ab"]
-    trials = [compose(*said) for said in words]
+    trials = [compose(*point) for point in words]
     assert len({one.identity for one in trials}) == 5
     assert len({one.training for one in trials}) == 1
 
@@ -264,5 +264,5 @@ def test_adapters_of_the_base_s_dtype_are_foreseen_as_they_are_made(run_small: R
 
 
 def test_a_classifier_is_not_asked_to_write(compose: Compose) -> None:
-    with pytest.raises(InputError, match=r"inference: a classifier \(model.task=seq_cls\) writes no text"):
+    with pytest.raises(InputError, match=r"inference: a classifier \(model.task=seq_cls\) generates no text"):
         compose("dataset=tiny_direction", "model.task=seq_cls", "eval=[classification]", "inference=standard")

@@ -512,7 +512,7 @@ def test_an_adapter_from_elsewhere_is_scored_too(run_small: RunSmall, tmp_path: 
     assert again.config["model"]["name_or_path"] == str(model.TINY)
     assert again.eval_info["perplexity"]["loss"] == trained.eval_info["perplexity"]["loss"]
     assert run_small(f"adapter.path={elsewhere}").run_info["created_at"] == again.run_info["created_at"]
-    with pytest.raises(peftsweep.InputError, match=r"of the hub: hf download org/adapter --local-dir FOLDER"):
+    with pytest.raises(peftsweep.InputError, match=r"from the hub: hf download org/adapter --local-dir FOLDER"):
         store.adapter("org/adapter")
     with pytest.raises(peftsweep.InputError, match=r"adapter\.path=nowhere: holds no adapter_config\.json"):
         run_small("adapter.path=nowhere")

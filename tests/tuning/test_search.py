@@ -20,15 +20,15 @@ LORA = Space("lora", search.ladder(1e-4), sizes=(4, 16, 64))
 
 
 class Simulated:
-    """Answers from a formula, as trials would, within a budget; what was asked for is kept in order."""
+    """Answers from a formula, as trials would, within a budget; what was requested is kept in order."""
 
     def __init__(self, loss: Callable[[Point], float | None], budget: Budget | None = None) -> None:
         self.loss, self.account = loss, BudgetAccount(budget, (10, 30, 30), lambda: 0.0)
-        self.asked: list[tuple[str, Point, Until]] = []
+        self.requests: list[tuple[str, Point, Until]] = []
 
     def __call__(self, stage: str, points: Sequence[Point], until: Until) -> Scores:
         admitted = [point for batch in self.account.admit(points, until) for point in batch]
-        self.asked += [(stage, point, until) for point in admitted]
+        self.requests += [(stage, point, until) for point in admitted]
         known = {point: loss for point in admitted if (loss := self.loss(point)) is not None}
         if len(admitted) < len(points):
             raise Spent(known)
@@ -36,7 +36,7 @@ class Simulated:
 
     @property
     def points(self) -> set[Point]:
-        return {point for _, point, _ in self.asked}
+        return {point for _, point, _ in self.requests}
 
 
 def valley(rate: float, of: float = 1e-4) -> float:
@@ -87,7 +87,7 @@ def test_a_table_that_cannot_be_replayed_is_one_line(text: str, problem: str, tm
         replay.read(file)
 
 
-# ---- what is asked for -----------------------------------------------------------------------------
+# ---- what is requested -----------------------------------------------------------------------------
 
 
 def test_the_ladder_grows_while_the_best_rate_lies_at_its_end() -> None:
@@ -117,7 +117,7 @@ def test_where_every_rate_diverges_lower_ones_are_tried() -> None:
 def test_of_the_rates_only_the_best_go_from_the_rung_to_the_end() -> None:
     ask = Simulated(lambda point: valley(point.rate))
     search.tune([Space("lora", tuple(10.0**-place for place in range(1, 8)), extends=False)], ask)
-    went = [until for _, _, until in ask.asked]
+    went = [until for _, _, until in ask.requests]
     assert (went.count(Until.rung), went.count(Until.end)) == (7, 3)
 
 
@@ -142,14 +142,14 @@ def test_a_rate_beside_the_best_is_tried_at_the_best_size(falls: float, expected
     (found,) = search.tune([space], ask := Simulated(loss))
     assert found.best == Point("lora", expected, 16, None, 0)
     assert len(ask.points) == 4 + 2 + 1
-    again = [(stage, point.rate) for stage, point, _ in ask.asked if stage == "rate again"]
+    again = [(stage, point.rate) for stage, point, _ in ask.requests if stage == "rate again"]
     assert len(again) == 2  # what it is held against, which is known, and one more
 
 
 def test_no_rate_is_tried_again_where_the_smallest_size_is_the_best() -> None:
     ask = Simulated(lambda point: valley(point.rate) + (point.size or 0))
     search.tune([LORA], ask)
-    assert "rate again" not in {stage for stage, _, _ in ask.asked}
+    assert "rate again" not in {stage for stage, _, _ in ask.requests}
 
 
 def test_methods_have_rates_of_their_own_and_the_best_comes_first() -> None:
@@ -176,12 +176,12 @@ def test_a_budget_of_trials_is_kept_and_treats_methods_alike(trials: int) -> Non
 
 
 def test_a_larger_budget_goes_on_from_the_decisions_of_a_smaller_one() -> None:
-    asked = []
+    requests = []
     for trials in (3, 5, 9):
         ask = Simulated(lambda p: valley(p.rate, 1e-3), Budget(trials, "trials"))
         search.tune([LORA], ask)
-        asked.append(ask.asked)
-    for before, after in itertools.pairwise(asked):
+        requests.append(ask.requests)
+    for before, after in itertools.pairwise(requests):
         assert after[: len(before)] == before
 
 
@@ -241,11 +241,11 @@ def test_every_contestant_of_a_league_has_the_same_number_of_trials(trials: int)
     seeds = {space.method: number for number, space in enumerate(spaces)}
     found = search.equally(spaces, ask, trials, seeds)
     for space, one in zip(spaces, found, strict=True):
-        own = [point for _, point, _ in ask.asked if point.method == space.method]
+        own = [point for _, point, _ in ask.requests if point.method == space.method]
         assert (len(own), len(set(own))) == (trials, trials)
         assert {point.seed for point in own} == {seeds[space.method]}
         assert (one.best is None) == (space.method == "diverges")
-    assert {until for _, _, until in ask.asked} == {Until.end}
+    assert {until for _, _, until in ask.requests} == {Until.end}
 
 
 def test_a_league_tries_a_rate_again_at_the_best_size_too() -> None:
@@ -262,5 +262,5 @@ def test_a_league_tries_a_rate_again_at_the_best_size_too() -> None:
 def test_rates_that_the_best_lies_between_are_tried_closer_together() -> None:
     ask = Simulated(lambda p: valley(p.rate, 1.6e-4))
     search.equally([Space("ia3", search.ladder(1e-4))], ask, 5, {"ia3": 0})
-    rates = [point.rate for _, point, _ in ask.asked]
+    rates = [point.rate for _, point, _ in ask.requests]
     assert rates[3] == pytest.approx(math.sqrt(1e-4 * 3.16e-4), rel=1e-4)

@@ -25,6 +25,7 @@ from peftsweep.study.record import Result
 from peftsweep.tuning import answer, decision
 from peftsweep.tuning import command as tuning_command
 from peftsweep.tuning.answer import Question
+from peftsweep.tuning.trials import earlier_seconds
 from tests.conftest import SMALL, start, wait_for
 
 Command = Callable[..., tuple[int, str, str]]
@@ -42,8 +43,8 @@ class MadeUp:
         self.dies_after = math.inf  # trials
         self.base: float | None = None  # the accuracy of the untouched base
 
-    def __call__(self, asked: list[list[str]]) -> Sequence[Result | BaseException | None]:
-        return [self._run(dict(word.split("=", 1) for word in words)) for words in asked]
+    def __call__(self, trials: list[list[str]]) -> Sequence[Result | BaseException | None]:
+        return [self._run(dict(word.split("=", 1) for word in words)) for words in trials]
 
     def _run(self, words: dict[str, str]) -> Result | BaseException | None:
         keys = ("method", "train.learning_rate", "method.r", "targets", "seed")
@@ -139,8 +140,8 @@ def written(launch: MadeUp, file: str = store.TUNE) -> Any:
 
 
 def test_a_tuning_judges_only_its_finalists_on_the_test_rows(ask: Ask) -> None:
-    asked, launch = ask(targets=["default"])
-    answer.tune(asked, (lines := list[str]()).append)
+    question, launch = ask(targets=["default"])
+    answer.tune(question, (lines := list[str]()).append)
     judged = [words for words in launch.launched if words["halving.test"] == "true"]
     assert {(words["method"], words["method.r"]) for words in judged} == {("lora", "32"), ("dora", "32")}
     assert {float(words["train.learning_rate"]) for words in judged if words["method"] == "lora"} == {6.32e-4}
@@ -160,50 +161,61 @@ def test_a_tuning_judges_only_its_finalists_on_the_test_rows(ask: Ask) -> None:
 def test_the_same_command_trains_nothing_again_and_decides_the_same(
     ask: Ask,
 ) -> None:
-    asked, launch = ask(budget="9trials")
-    answer.tune(asked, (first := list[str]()).append)
+    question, launch = ask(budget="9trials")
+    answer.tune(question, (first := list[str]()).append)
     done = len(launch.launched)
-    answer.tune(asked, (again := list[str]()).append)
+    answer.tune(question, (again := list[str]()).append)
     assert (len(launch.launched), again[:-1]) == (done, first[:-1])  # the last line has the time
 
 
 @pytest.mark.parametrize("after", [1, 9, 13])
 def test_a_tuning_that_is_cut_off_goes_on_to_the_same_end(ask: Ask, after: int, tmp_path: Path) -> None:
-    asked, launch = ask(seeds=2, targets=["default"])
+    question, launch = ask(seeds=2, targets=["default"])
     launch.dies_after = after
     with pytest.raises(KeyboardInterrupt):
-        answer.tune(asked, print)
+        answer.tune(question, print)
     launch.dies_after = math.inf
-    answer.tune(asked, (lines := list[str]()).append)
+    answer.tune(question, (lines := list[str]()).append)
     whole = MadeUp(tmp_path / "whole", loss_of)
-    alone = Question(asked.words, asked.base_words, asked.trials, asked.with_rate, whole, whole.study)
+    alone = Question(question.words, question.base_words, question.trials, question.with_rate, whole, whole.study)
     answer.tune(alone, (expected := list[str]()).append)
     assert lines[:-1] == expected[:-1]
+
+
+@pytest.mark.parametrize("key", ["search_hash", "asked"])
+def test_the_seconds_of_earlier_commands_are_read_also_under_the_former_key(key: str, ask: Ask) -> None:
+    question, launch = ask(budget="3trials")
+    answer.tune(question, print)
+    file = launch.study / store.TUNE
+    held = record.read_json(file, dict)
+    record.write_json(file, {key: held.pop("search_hash")} | held | {"spent": {"seconds": 12.5}})
+    assert earlier_seconds(file, question.hash) == 12.5
+    assert earlier_seconds(file, "another") == 0.0
 
 
 def test_a_larger_budget_goes_on_and_a_spent_one_says_what_was_not_tried(
     ask: Ask,
 ) -> None:
-    asked, launch = ask(budget="6trials")
-    answer.tune(asked, (lines := list[str]()).append)
+    question, launch = ask(budget="6trials")
+    answer.tune(question, (lines := list[str]()).append)
     assert "not tried of lora: r=16, r=32, targets=qv, targets=all_linear" in lines
     assert written(launch)["spent"]["trials"] == len(list(launch.study.glob("*/result.json"))) == 6
-    asked, more = ask(budget="20trials")
-    answer.tune(asked, (lines := list[str]()).append)
+    question, more = ask(budget="20trials")
+    answer.tune(question, (lines := list[str]()).append)
     assert not any(words in launch.launched for words in more.launched)
     assert written(more)["spent"]["trials"] == len(list(launch.study.glob("*/result.json"))) <= 20
 
 
 def test_a_tuning_of_which_nothing_can_be_trained_fails(ask: Ask) -> None:
-    asked, _ = ask(methods=["lora"], loss=lambda _: None)
+    question, _ = ask(methods=["lora"], loss=lambda _: None)
     with pytest.raises(SweepFailed, match=r"no trial could be trained: .*failed"):
-        answer.tune(asked, print)
+        answer.tune(question, print)
 
 
 def test_reports_repeat_what_was_decided(ask: Ask) -> None:
-    asked, launch = ask(budget="3trials")
+    question, launch = ask(budget="3trials")
     assert searches.decisions(launch.study) == []
-    answer.tune(asked, (lines := list[str]()).append)
+    answer.tune(question, (lines := list[str]()).append)
     (found,) = searches.decisions(launch.study)
     assert (found.name, found.lines) == ("tune", lines)
     decided = found.decision
@@ -224,9 +236,9 @@ def test_a_score_is_named_once_where_evaluation_and_metric_have_one_name() -> No
     ("base", "said"), [(0.2, "Use lora"), (0.9, "No gain shown by lora"), (0.74, "No gain shown by")]
 )
 def test_use_is_said_where_a_gain_over_the_base_is_shown(ask: Ask, base: float, said: str) -> None:
-    asked, launch = ask(methods=["lora"], budget="9trials")
+    question, launch = ask(methods=["lora"], budget="9trials")
     launch.base = base
-    answer.tune(asked, (lines := list[str]()).append)
+    answer.tune(question, (lines := list[str]()).append)
     (line,) = [line for line in lines if line.startswith(said)]
     (search,) = searches.decisions(launch.study)
     gained = search.decision.base
@@ -237,17 +249,22 @@ def test_use_is_said_where_a_gain_over_the_base_is_shown(ask: Ask, base: float, 
 
 
 def test_trials_that_a_launcher_leaves_end_the_tuning_as_not_run(ask: Ask) -> None:
-    asked, launch = ask(methods=["lora"])
+    question, launch = ask(methods=["lora"])
     limited = Question(
-        asked.words, asked.base_words, asked.trials, asked.with_rate, lambda words: [None] * len(words), launch.study
+        question.words,
+        question.base_words,
+        question.trials,
+        question.with_rate,
+        lambda words: [None] * len(words),
+        launch.study,
     )
     with pytest.raises(NotRun, match="3 trials of the tuning were not run; the same command continues"):
         answer.tune(limited, print)
 
 
 def test_a_league_gives_every_contestant_the_same_and_lora_twice(ask: Ask) -> None:
-    asked, launch = ask(trials=5, seeds=3)
-    answer.league(asked, (lines := list[str]()).append)
+    question, launch = ask(trials=5, seeds=3)
+    answer.league(question, (lines := list[str]()).append)
     found = written(launch, store.LEAGUE)
     assert set(found["costs"]) == {"lora", "dora", "lora (placebo)"}
     assert {one["trials"] for one in found["costs"].values()} == {8}
@@ -284,7 +301,7 @@ WRONG = [
 ]
 WRONG_TOO = [
     (["sweep=tune", "tune.tie=-0.01"], "tune.tie=-0.01: must be above 0"),
-    (["budget=5trials"], "budget: is of a search, and nothing without it; add sweep=tune"),
+    (["budget=5trials"], "budget: has an effect only in a search; add sweep=tune"),
     (["sweep=tune", "budget=0"], "budget=0: must be a number of trials"),
     (["sweep=tune", "budget=100steps"], "budget=100steps: must be at least 150steps"),
     (["sweep=tune", "tune.rates=[1e-4,1e-4]"], "must be at least one value, each once"),

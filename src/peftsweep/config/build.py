@@ -50,9 +50,9 @@ from peftsweep.study.trust import as_text
 log = logging.getLogger(__name__)
 
 HARNESS = "peftsweep.evaluation.harness.lm_eval"
-MIN_CACHED_SECONDS = 5.0  # seconds of tokenising, after which its result is kept in the study's folder
-MIN_ADALORA_STEPS = 2  # steps: in the first one PEFT gathers how much each rank matters
-TOKENS_FORMAT = 4  # of what is kept of rows in tokens; another one where the same rows become other tokens
+MIN_CACHED_SECONDS = 5.0  # tokenising that takes longer is cached in the study's folder
+MIN_ADALORA_STEPS = 2  # in the first step PEFT measures the importance of each rank
+TOKENS_FORMAT = 4  # version of the cache of tokens; it rises when the same rows become other tokens
 MODEL_OPTIONS = ("num_layers", "num_attention_heads", "token_dim")  # options that PEFT reads from the model by itself
 MAX_CACHED_TOKENS = 4  # tokenised training sets: training and validation rows of two datasets
 
@@ -67,27 +67,27 @@ def quantization(trial: Trial) -> Any:
 
 
 def storage(trial: Trial) -> Any:
-    """The quantization config by which the base is stored: that of ``quant``, else that of its checkpoint, or None.
+    """The quantization config of the base: that of ``quant``, else that of the checkpoint, or None.
 
     Raises:
-        InputError: ``quant`` asks for a checkpoint that is quantised already, or the library cannot do it here.
+        InputError: ``quant`` is set for a checkpoint that is quantised already, or its library cannot run here.
     """
     name, device = trial.config.model.name_or_path, trial.config.device
-    on_cpu = (model.device(device).type if device == "auto" else device) == "cpu"  # another need not be there to plan
-    said = libraries.said_by_checkpoint(model.architecture(trial.config.model), name)
-    wanted, key = quantization(trial), f"quant={trial.choices['quant']}"
-    if said and wanted is not None:
-        library = said.get("quant_method", "a library that it does not name")
+    on_cpu = (model.device(device).type if device == "auto" else device) == "cpu"  # to plan, a GPU need not exist
+    stored = libraries.checkpoint_quantization(model.architecture(trial.config.model), name)
+    requested, key = quantization(trial), f"quant={trial.choices['quant']}"
+    if stored and requested is not None:
+        library = stored.get("quant_method", "a library that it does not name")
         raise InputError(f"{key}: the checkpoint {name} is quantised already, by {library}; take quant=none")
-    if said:
-        return libraries.of_checkpoint(said, name, on_cpu=on_cpu)
-    if wanted is not None:
-        libraries.check_config(wanted, key, loaded=False, on_cpu=on_cpu)
-    return wanted
+    if stored:
+        return libraries.of_checkpoint(stored, name, on_cpu=on_cpu)
+    if requested is not None:
+        libraries.check_config(requested, key, loaded=False, on_cpu=on_cpu)
+    return requested
 
 
 def evaluator(trial: Trial, name: str) -> Evaluate:
-    """The evaluation ``eval.<name>`` as a function of model, tokenizer and examples; the process stays as it was."""
+    """The evaluation ``eval.<name>`` as a function of model, tokenizer and examples; it restores the process state."""
     node = trial.config.eval[name]
     options = {key: value for key, value in node.items() if key not in ROWS_KEYS}
     if options.get("classes"):
@@ -117,7 +117,7 @@ def tracker(trial: Trial, place: Path) -> GeneralTracker:
 
 def _instantiate(node: dict[str, Any], key: str) -> Any:
     try:
-        return instantiate(as_text(as_text(node)), _convert_="all")  # which resolves interpolations twice
+        return instantiate(as_text(as_text(node)), _convert_="all")  # interpolations are resolved twice
     except HydraException as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise InputError(f"{key}: {reason}") from error
@@ -141,7 +141,7 @@ def virtual_tokens(trial: Trial) -> int:
 def classes(trial: Trial, names: Sequence[str] | None = None) -> list[str]:
     """The classes in the order of the head's outputs: the checkpoint's order if its head names them, else as given.
 
-    ``names`` are ``dataset.classes`` by default. Capitals do not count.
+    ``names`` are ``dataset.classes`` by default. Names are compared without regard to capitals.
     """
     mine = list(trial.config.dataset.classes if names is None else names)
     if trial.config.model.task is not Task.seq_cls or trial.config.model.init is Init.random:
@@ -152,9 +152,9 @@ def classes(trial: Trial, names: Sequence[str] | None = None) -> list[str]:
     by_name = {name.casefold(): name for name in mine}
     if sorted(by_name) == sorted(name.casefold() for name in theirs):
         return [by_name[name.casefold()] for name in theirs]
-    if len(theirs) == len(mine):  # with another number of outputs the head is drawn anew
+    if len(theirs) == len(mine):  # with another number of outputs the head is initialised anew
         log.warning(
-            "dataset.classes=%s are not the names of the head's outputs, %s: they are taken in their order",
+            "dataset.classes=%s are not the names of the head's outputs, %s: output n is taken as the n-th class",
             mine,
             theirs,
         )
@@ -164,11 +164,11 @@ def classes(trial: Trial, names: Sequence[str] | None = None) -> list[str]:
 def load_base(
     trial: Trial, tokenizer: PreTrainedTokenizerBase, device: torch.device, *, dropped: bool = False
 ) -> PreTrainedModel:
-    """The frozen base on ``device``, quantised as the trial says; where bases are kept, that of the last trial.
+    """The frozen base on ``device``, with the trial's quantisation; if bases are kept, that of the last trial.
 
-    Of a kept base a trial gets the modules anew, over the same weights, so that nothing is left of what
-    the trial before attached; if that changed a weight, all is loaded again. ``dropped`` says that
-    ``drop_other_base`` was just called. What a language model does with padding and its cache has been probed.
+    From a kept base a trial gets new modules over the same weights, so that nothing is left of the adapter of the
+    trial before; if a weight has changed, the base is loaded again. ``dropped``: ``drop_other_base`` was just called.
+    How a language model treats padding and its cache has been probed.
 
     Raises:
         InputError: as ``model.load`` and ``probe.probe``.
@@ -180,7 +180,7 @@ def load_base(
         return cast(PreTrainedModel, bare(_BASE_CACHE[0].base))
     base = model.load(config.model, quantization(trial), device, len(config.dataset.classes), config.seed)
     if parts.classifies(base):
-        parts.text_config(base).pad_token_id = tokenizer.pad_token_id  # a decoder's head looks at the token before it
+        parts.text_config(base).pad_token_id = tokenizer.pad_token_id  # the head reads the token before the padding
         base.config.id2label = dict(enumerate(classes(trial)))
         base.config.label2id = {name: number for number, name in base.config.id2label.items()}
     else:
@@ -192,7 +192,7 @@ def load_base(
 
 
 def drop_other_base(trial: Trial, device: torch.device) -> None:
-    """Free a kept base that is not this trial's, before the memory of loading is measured."""
+    """Free a kept base of another trial before the memory of loading is measured."""
     kept = next(iter(_BASE_CACHE), None)
     if kept and (kept.key != _base_key(trial, device) or kept.weights != _fingerprint(kept.base)):
         _BASE_CACHE.clear()
@@ -204,7 +204,7 @@ def drop_other_base(trial: Trial, device: torch.device) -> None:
 
 def _base_key(trial: Trial, device: torch.device) -> str:
     config = trial.config
-    seed = config.seed if config.model.task is Task.seq_cls else 0  # of which a new head is drawn
+    seed = config.seed if config.model.task is Task.seq_cls else 0  # a new head is initialised from it
     return content_hash([model_identity(config.model), config.quant, str(device), config.dataset.classes, seed])
 
 
@@ -215,18 +215,18 @@ class _Base:
     weights: int
 
 
-_PROBED: dict[str, Abilities] = {}  # of bases that are loaded again
+_PROBED: dict[str, Abilities] = {}  # results of probing, for bases that are loaded again
 _KEEP_BASES: list[bool] = []
 _BASE_CACHE: list[_Base] = []  # at most one
 
 
 def keep_bases() -> None:
-    """From here on keep the last base between trials: for a process that runs nothing else."""
+    """Keep the last base between trials from now on, in a process that runs nothing else."""
     _KEEP_BASES.append(True)
 
 
 def _fingerprint(base: PreTrainedModel) -> int:
-    """A sum over all bits of the weights and buffers, and their addresses, which a change of a weight changes."""
+    """A sum over all bits of the weights and buffers; a change of a weight changes it."""
     total = 0
     kept = [part for one in (*base.parameters(), *base.buffers()) for part in layers.plain_tensors(one)]
     for number, tensor in enumerate(kept, start=1):
@@ -247,14 +247,14 @@ def attach_method(
     before = coverage.weights(base, config.model.roles)
     method: Any = _method(trial) if config.method else None
     if method is not None and getattr(method, "total_step", None) and steps:
-        # AdaLoRA plans its budget over the run, whose length in steps is known only with the data.
+        # AdaLoRA plans its budget over all steps; their number is known only with the data.
         method.tinit, method.tfinal = (round(n * steps / method.total_step) for n in (method.tinit, method.tfinal))
         method.total_step = steps
         if steps - method.tfinal < MIN_ADALORA_STEPS:
-            least = f"the ranks are dealt out after at least {MIN_ADALORA_STEPS} steps"
-            raise InputError(f"method.tfinal={method.tfinal}: of {steps} steps; {least}, so take more train.steps")
+            least = f"AdaLoRA needs at least {MIN_ADALORA_STEPS} steps after tfinal"
+            raise InputError(f"method.tfinal={method.tfinal}: of {steps} steps; {least}; raise train.steps")
     if config.method_setup and initialise is None and hasattr(method, "init_lora_weights"):
-        method.init_lora_weights = True  # a forecast, without data: as many weights, other numbers
+        method.init_lora_weights = True  # a forecast has no data: the weights have the same shapes and other values
     adapted = attach.attach(
         base,
         method,
@@ -269,7 +269,7 @@ def attach_method(
 
 
 def coverage_of(adapted: Model, slot: str | None = None) -> dict[str, Any]:
-    """How far the method (of a pack: that of one slot) reaches into the base, for the record."""
+    """Which part of the base the method adapts, for the record; in a pack, the method of one slot."""
     found: Any = getattr(adapted, COVERAGE)
     reached: Coverage = found if slot is None else found[slot]
     return reached.facts()
@@ -288,14 +288,14 @@ def attach_slots(slots: Mapping[str, Trial], base: PreTrainedModel) -> PeftModel
 
 def _method(trial: Trial) -> Any:
     """The PEFT config that ``method`` names."""
-    task = {"task_type": trial.config.model.task.value.upper()}  # PEFT's names of them
+    task = {"task_type": trial.config.model.task.value.upper()}  # PEFT's names of the tasks
     options = task | trial.config.method
-    if any(group.startswith("point") for group in trial.choices):  # an experiment, perhaps of another model
+    if any(group.startswith("point") for group in trial.choices):  # an experiment that may be for another model
         named = {word.lstrip("+").partition("=")[0] for word in trial.overrides}
         options = {key: one for key, one in options.items() if key not in MODEL_OPTIONS or f"method.{key}" in named}
     if options.get("target_modules") != attach.ALL_LINEAR:
         return _instantiate(options, "method")
-    # PEFT takes method.layers_to_transform for names of modules alone, which these become when they are attached.
+    # PEFT accepts method.layers_to_transform only with names of modules. ALL_LINEAR becomes names on attaching.
     method = _instantiate(options | {"target_modules": None}, "method")
     method.target_modules = attach.ALL_LINEAR
     return method
@@ -304,7 +304,7 @@ def _method(trial: Trial) -> Any:
 def initialisation(
     trial: Trial, place: Path, base: PreTrainedModel, tokens: list[Tokens], tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[Any, Callable[..., PeftModel]], PeftModel] | None:
-    """The initialisation that ``method_setup`` names, as ``attach`` calls it; None where the method needs none."""
+    """The initialisation that ``method_setup`` names, as ``attach`` calls it; None if there is none."""
     config = trial.config
     if not config.method_setup:
         return None
@@ -329,7 +329,7 @@ def initialisation(
 
 
 def restore(trial: Trial, base: PreTrainedModel, saved: Path) -> Model:
-    """``base`` with the adapter (or as the whole model) in the folder ``saved``."""
+    """``base`` with the adapter in the folder ``saved``, or the whole model there."""
     config = trial.config
     before = coverage.weights(base, config.model.roles)
     adapted = models_saved.restore(
@@ -337,16 +337,16 @@ def restore(trial: Trial, base: PreTrainedModel, saved: Path) -> Model:
         saved,
         config.method_inputs,
         float32=config.train.autocast_adapter_dtype,
-        trainable=bool(config.profiler),  # which takes further steps
+        trainable=bool(config.profiler),  # the profiler trains further steps
     )
     setattr(adapted, COVERAGE, coverage.coverage(before, adapted))
     return adapted
 
 
 def training_tokens(trial: Trial, tokenizer: PreTrainedTokenizerBase, rows: list[data_rows.Row]) -> list[Tokens]:
-    """The dataset's rows as the model is trained on them; remembered by their content.
+    """The dataset's rows in tokens, as the model is trained on them; cached by their content.
 
-    Those of the last trials are kept in memory, those that took long also in the study's folder.
+    The rows of the last trials are cached in memory; rows that took long are also cached in the study's folder.
     """
     own, task = asdict(trial.config.dataset) | {"classes": classes(trial)}, trial.config.model.task
     how = {key: value for key, value in own.items() if key not in identity.CHOOSES_ROWS}
@@ -384,11 +384,11 @@ def _tokenize(trial: Trial, tokenizer: PreTrainedTokenizerBase, rows: list[data_
 
 
 def tokens_of(trial: Trial, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[Tokens]:
-    """Rendered examples in tokens, as they are trained on; rows that ``drop_long`` leaves out are a token too long."""
+    """Rendered examples in tokens, as trained on; a row for ``drop_long`` has one token more than ``max_length``."""
     own = trial.config.dataset
     if trial.config.model.task is Task.seq_cls:
         return data_tokens.tokenize_for_classes(tokenizer, examples, own.max_length, classes(trial))
-    limit = own.max_length + own.drop_long  # by one more, to see what is too long
+    limit = own.max_length + own.drop_long  # one token more shows that a row is too long
     return data_tokens.tokenize(tokenizer, examples, limit, whole=own.loss_on is LossOn.text)
 
 
@@ -396,7 +396,7 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel, toke
     """Refuse rows with a token that the base has no embedding for.
 
     Raises:
-        InputError: the line names the token.
+        InputError: the message names the token.
     """
     embeddings: Any = base.get_input_embeddings()
     known = int(embeddings.weight.shape[0])
@@ -404,34 +404,34 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel, toke
     if outside >= known:
         name = tokenizer.convert_ids_to_tokens(outside)
         raise InputError(
-            f"model.name_or_path: token {outside} ({name!r}) of its tokenizer is none of {known} embeddings"
+            f"model.name_or_path: token {outside} ({name!r}) of its tokenizer has no embedding; the model has {known}"
         )
 
 
 def test_examples(trial: Trial, name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """The test rows of ``eval.<name>`` as it shows them to the model."""
+    """The test rows of ``eval.<name>`` as examples for the model."""
     return shown(trial, name, evaluations.test_rows(trial.config, name, rows), tokenizer)
 
 
 def validation_examples(
     trial: Trial, name: str, rows: Rows, tokenizer: PreTrainedTokenizerBase
 ) -> list[Example] | None:
-    """The rows that ``eval.<name>`` validates on, as it shows them to the model; None where it does not validate."""
+    """The validation rows of ``eval.<name>`` as examples for the model; None if it does not validate."""
     found = evaluations.validation_rows(trial.config, name, rows)
     return None if found is None else shown(trial, name, found, tokenizer)
 
 
 def shown(trial: Trial, name: str, rows: list[data_rows.Row], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """Rows as examples: the prompts and answers of ``eval.<name>``."""
+    """The examples of rows, with the prompts and answers of ``eval.<name>``."""
     examples = evaluations.test_examples(trial.config, name, rows)
     return evaluations.rendered(trial.config.dataset, examples, tokenizer, f"eval.{name}", "the test rows")
 
 
 def check_available(trial: Trial) -> None:
-    """That the base's files are whole, the harness knows its tasks, and the hub or the local cache has all of the rest.
+    """Check that the base's files are complete, the harness knows its tasks, and hub or cache have the rest.
 
     Raises:
-        InputError: something is not there.
+        InputError: something is missing.
     """
     config = trial.config
     models_saved.check_files(config.model)

@@ -1,4 +1,4 @@
-"""Checks of what a configuration calls: its options against the signature of the class or function."""
+"""Check the classes and functions that a configuration names: their options against their signatures."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from peftsweep.config.experiment import ORIGIN
 from peftsweep.errors import InputError, as_sweep, first_line, suggest, synonyms
 from peftsweep.schema import Config, LossOn, ModelConfig, RowsConfig, Task
 
-SET_BY_OTHER_KEYS = {  # arguments of an optimizer that are not train.optimizer_kwargs'
+SET_BY_OTHER_KEYS = {  # arguments of an optimizer that other keys set
     "lr": "train.learning_rate",
     "weight_decay": "train.weight_decay",
-    **dict.fromkeys(("params", "model"), "what the method trains"),
+    **dict.fromkeys(("params", "model"), "the method"),
 }
 DEVICE_MAP = re.compile(r"auto|balanced|balanced_low_0|sequential|disk|meta|(cpu|cuda|xpu|mps)(:\d+)?")
 UNIONS = (typing.Union, types.UnionType)
-SEARCHED = ("model", "train", "dataset", "targets", "adapter", "halving")  # sections in which a key is sought by name
+SEARCHED = ("model", "train", "dataset", "targets", "adapter", "halving")  # sections to search for a mistyped key
 METHOD_KEYS = ("method.r", "method.lora_alpha", "method.lora_dropout")  # that most methods have
 GENERATION = "peftsweep.evaluation.evaluate.generation"
 TEXT = "peftsweep.evaluation.text.overlap.generated_text"
 LANGUAGE_MODEL_ONLY = ("peftsweep.evaluation.evaluate.perplexity", GENERATION, TEXT)
-REQUIRED_PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {  # modules that what is called needs, and their extra
+REQUIRED_PACKAGES: dict[str, tuple[tuple[str, ...], str]] = {  # the modules that a target needs, and their extra
     "peftsweep.evaluation.harness.lm_eval": (("lm_eval",), "lm_eval"),
     "peftsweep.evaluation.metrics.math_verify_match": (("math_verify",), "lm_eval"),
 }
-# Options that PEFT annotates as if they could be None, and that must be numbers.
+# Options that must be numbers, although PEFT annotates them as optional.
 NEVER_NULL = tuple(
     f"method.{name}"
     for name in (
@@ -47,12 +47,12 @@ NEVER_NULL = tuple(
         *("opt_projection_epsilon", "opt_projection_format_epsilon"),
     )
 )
-WORDS_IN_HELP = ("bias", "init_weights")  # options of any text by their type, whose words stand in their help
-EXTRA_VALUES = {"init_lora_weights": r"lora_ga|pissa_niter_\d+"}  # values that PEFT takes beside what it annotates
+WORDS_IN_HELP = ("bias", "init_weights")  # options of type str whose allowed words are listed in their help
+EXTRA_VALUES = {"init_lora_weights": r"lora_ga|pissa_niter_\d+"}  # values that PEFT accepts beside the annotated ones
 
 
 def check_calls(config: Config, choices: Mapping[str, str | None]) -> None:
-    """Check what each ``_target_`` names and the arguments that it is given; InputError names the key."""
+    """Check each ``_target_`` and its arguments; an InputError names the key."""
     for section in ("quant", "inference", "profiler", "tracker", "method_setup"):
         if (node := getattr(config, section)) and "_target_" not in node:
             group = section.removesuffix("_setup")
@@ -79,7 +79,7 @@ def check_calls(config: Config, choices: Mapping[str, str | None]) -> None:
         _check_types({key: node[key] for key in ROWS_KEYS if key in node}, RowsConfig, f"eval.{name}")
         _check_packages(node, f"eval.{name}")
     from peftsweep.evaluation import inference_plan
-    from peftsweep.observe import profiler, tracker  # which import torch, as `--help` must not
+    from peftsweep.observe import profiler, tracker  # import torch, which `--help` must not do
     from peftsweep.training import compiled, length, optimizer
 
     if config.inference.get("_target_") == "peftsweep.evaluation.inference.benchmark":
@@ -98,7 +98,7 @@ def check_calls(config: Config, choices: Mapping[str, str | None]) -> None:
 
 
 def _check_quant(node: Mapping[str, Any], option: str) -> None:
-    import torch  # which `--help` must not
+    import torch  # `--help` must not import it
 
     from peftsweep.models.quantised import libraries
 
@@ -107,7 +107,7 @@ def _check_quant(node: Mapping[str, Any], option: str) -> None:
     check_call(node, "quant")
     library = libraries.BY_CONFIG.get(str(node["_target_"]).rpartition(".")[2])
     if library is libraries.BY_NAME["bitsandbytes"] and libraries.kind(node) == "none":
-        raise InputError("quant.load_in_4bit: must be true, or quant.load_in_8bit; quant=none leaves the base as it is")
+        raise InputError("quant.load_in_4bit: must be true, or quant.load_in_8bit; without quantisation: quant=none")
 
 
 def _check_packages(node: Mapping[str, Any], key: str) -> None:
@@ -128,9 +128,9 @@ def _without_target(node: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_method(node: Mapping[str, Any], option: str) -> None:
-    """Check the method that was chosen by ``method=option``: ``check_call``, and whose keys they are.
+    """Check the method that ``method=option`` chose: its keys must be options of its config, of the right types.
 
-    A key of another method is one that a sweep of methods has for all of them.
+    A key of another method may come from a sweep over methods, which gives it to all of them.
     """
     if not node:
         return
@@ -146,14 +146,14 @@ def _check_method(node: Mapping[str, Any], option: str) -> None:
                 raise _no_option(key, f"method={option} ({node['_target_']})", known)
         _check_words(node, config)
     check_call(node, "method")
-    for key in ("rank_pattern", "alpha_pattern"):  # which PEFT annotates as dictionaries of anything
+    for key in ("rank_pattern", "alpha_pattern"):  # PEFT annotates them as dictionaries of any values
         for module, number in dict(node.get(key) or {}).items():
             if isinstance(number, bool) or not isinstance(number, int | float):
                 raise InputError(f"method.{key}.{module}={number}: must be a number")
 
 
 def _check_words(node: Mapping[str, Any], config: Any) -> None:
-    """Refuse a word that PEFT's help of an option does not list, where the type of the option is any text."""
+    """Refuse a word that PEFT's help of an option does not list, if the option has the type str."""
     for field in dataclasses.fields(config):
         if field.name in WORDS_IN_HELP and isinstance(word := node.get(field.name), str):
             words = re.findall(r"'(\w+)'", field.metadata.get("help", ""))
@@ -168,7 +168,7 @@ def _no_option(key: str, method: str, known: list[str]) -> InputError:
 
     fields = {field.name for other in PEFT_TYPE_TO_CONFIG_MAPPING.values() for field in dataclasses.fields(other)}
     if key in fields:
-        advice = f"run it without method.{key}, in a command of its own; the study holds the trials of both"
+        advice = f"run this method in a command of its own, without method.{key}; the study holds the trials of both"
     else:
         advice = suggest_key(key, known)
     return InputError(f"method.{key}: {method} has no such option; {advice}")
@@ -179,7 +179,7 @@ def _check_optimizer(options: Mapping[str, Any], make: Callable[..., Any]) -> No
     takes_all = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in known.values())
     for name in options:
         if name in SET_BY_OTHER_KEYS:
-            raise InputError(f"train.optimizer_kwargs.{name}: is {SET_BY_OTHER_KEYS[name]}")
+            raise InputError(f"train.optimizer_kwargs.{name}: is set by {SET_BY_OTHER_KEYS[name]}")
         if name not in known and not takes_all:
             names = [one for one in _parameters(make) if one not in SET_BY_OTHER_KEYS]
             raise InputError(
@@ -190,18 +190,18 @@ def _check_optimizer(options: Mapping[str, Any], make: Callable[..., Any]) -> No
 
 
 def _check_model(model: ModelConfig) -> None:
-    """Refuse what transformers would refuse only when it loads the weights."""
+    """Refuse values that transformers would refuse only when it loads the weights."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     known, attention = ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()], model.attn_implementation
-    if attention is not None and attention not in known and "/" not in attention:  # with one it is a kernel of the hub
+    if attention is not None and attention not in known and "/" not in attention:  # with / it is a kernel on the hub
         raise InputError(f"model.attn_implementation={attention}: no such attention; {suggest(attention, known)}")
     places = model.device_map.values() if isinstance(model.device_map, Mapping) else [model.device_map]
     for place in places:
         if place is None or (isinstance(place, int) and not isinstance(place, bool) and place >= 0):
             continue
         if not (isinstance(place, str) and DEVICE_MAP.fullmatch(place)):
-            raise InputError(f"model.device_map={model.device_map}: must be auto, a device, or modules with theirs")
+            raise InputError(f"model.device_map={model.device_map}: must be auto, a device, or modules with devices")
 
 
 def _check_task(config: Config) -> None:
@@ -213,24 +213,24 @@ def _check_task(config: Config) -> None:
         )
     if classifier and config.dataset.loss_on is LossOn.text:
         raise InputError(
-            "dataset.loss_on=text: a classifier (model.task=seq_cls) is trained on the class; must be answer"
+            "dataset.loss_on=text: a classifier (model.task=seq_cls) is trained on classes; must be answer"
         )
     if classifier and config.inference:
-        raise InputError("inference: a classifier (model.task=seq_cls) writes no text; take inference=none")
+        raise InputError("inference: a classifier (model.task=seq_cls) generates no text; use inference=none")
     for name, node in config.eval.items():
         if classifier and node.get("_target_") in LANGUAGE_MODEL_ONLY:
-            raise InputError(f"eval.{name}: a classifier (model.task=seq_cls) writes no text; take eval=classification")
+            raise InputError(f"eval.{name}: a classifier (model.task=seq_cls) generates no text; use classification")
         if node.get("classes") == []:
             raise InputError(f"eval.{name}.classes: must name at least two classes (or dataset.classes must)")
 
 
 def check_call(node: Mapping[str, Any], key: str, provided: Iterable[str] = (), also: Iterable[str] = ()) -> None:
-    """Check that ``node`` names a callable by ``_target_`` and gives only options it takes, of their types.
+    """Check that ``node`` names a callable by ``_target_`` and holds only its options, of the right types.
 
     ``provided`` are arguments that the caller adds; ``also`` are keys allowed beside the arguments.
 
     Raises:
-        InputError: the line names the option and what the target takes.
+        InputError: the message names the option and what is allowed.
     """
     target = node.get("_target_")
     if not isinstance(target, str):
@@ -260,12 +260,12 @@ def check_call(node: Mapping[str, Any], key: str, provided: Iterable[str] = (), 
             default = inspect.signature(function).parameters[name].default
             if value is None and f"{key}.{name}" in NEVER_NULL:
                 raise InputError(f"{key}.{name}=null: must be a number")
-            if not (value is None and default is None):  # annotated as if it could not be None
+            if not (value is None and default is None):  # some defaults are None against their annotation
                 _check_types({name: value}, function, key)
 
 
 def _check_signature(function: Callable[..., Any], provided: Sequence[str], target: str) -> None:
-    """Refuse a function that cannot be called with as many arguments as peftsweep will call it with."""
+    """Refuse a function that takes fewer arguments than peftsweep passes."""
     kinds = inspect.Parameter
     takes = inspect.signature(function).parameters.values()
     if any(one.kind in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD) for one in takes):
@@ -275,7 +275,7 @@ def _check_signature(function: Callable[..., Any], provided: Sequence[str], targ
 
 
 def _check_types(values: Mapping[str, Any], described: Any, key: str) -> None:
-    """Refuse a value that is not of the type that a class or function annotates it with."""
+    """Refuse a value that does not have the type in the annotation of a class or function."""
     hints = argument_types(described)
     for name, value in values.items():
         if not _has_type(value, hints[name]):
@@ -286,7 +286,7 @@ def _check_types(values: Mapping[str, Any], described: Any, key: str) -> None:
 
 
 def _wrong_value(key: str, value: Any, hint: Any) -> tuple[str, Any, Any]:
-    """The innermost part of a value that has the wrong type, with its key and the type that it must have."""
+    """The innermost part of a value with a wrong type: its key, the part, and the right type."""
     for kind in typing.get_args(hint) if typing.get_origin(hint) in UNIONS else (hint,):
         parts: list[tuple[Any, Any, Any]] = []
         if isinstance(value, list) and typing.get_origin(kind) in (list, Sequence):
@@ -305,9 +305,9 @@ def one_of(words: Iterable[Any]) -> str:
 
 
 def type_in_words(hint: Any) -> str:
-    """A type as a message and the reference say it: ``int or null``."""
+    """A type in words, for messages and the reference: ``int or null``."""
     if typing.get_origin(hint) in UNIONS:
-        kinds = {type_in_words(kind) for kind in typing.get_args(hint)}  # whose order typing does not keep
+        kinds = {type_in_words(kind) for kind in typing.get_args(hint)}  # typing does not keep their order
         return " or ".join(sorted(kinds, key=lambda kind: (kind == "null", kind)))
     if typing.get_origin(hint) is typing.Literal:
         return one_of(typing.get_args(hint))
@@ -325,7 +325,7 @@ def numeric_options(tree: Mapping[str, Any]) -> dict[str, limits.Option]:
     named = dict(_targets(tree)) | {"train.optimizer_kwargs": tree["train"]["optimizer"]}
     found: dict[str, limits.Option] = {}
     for key, target in named.items():
-        with suppress(pydoc.ErrorDuringImport):  # which `check_call` says
+        with suppress(pydoc.ErrorDuringImport):  # `check_call` reports the error
             located = pydoc.locate(target if "." in str(target) else f"torch.optim.{target}")
             found |= {f"{key}.{name}": option for name, option in numbers_taken(located).items()}
     return found
@@ -355,7 +355,7 @@ def numbers_taken(function: Any) -> dict[str, limits.Option]:
 
 
 def number_types(hint: Any) -> set[type]:
-    """Which of int and float a value of the type may be."""
+    """The number types, int and float, that a type allows."""
     if isinstance(hint, type):
         return {hint} & {int, float}
     return set().union(*map(number_types, typing.get_args(hint))) if typing.get_origin(hint) in UNIONS else set()
@@ -369,16 +369,16 @@ def _parameters(function: Any) -> list[str]:
 
 @functools.cache
 def argument_types(function: Any) -> dict[str, Any]:
-    """The types of the arguments of a class or function, by name; empty where they cannot be resolved."""
+    """The types of the arguments of a class or function, by name; empty if they cannot be resolved."""
     described = function if dataclasses.is_dataclass(function) or not inspect.isclass(function) else function.__init__
     try:
         return {name: _yaml_type(hint) for name, hint in typing.get_type_hints(described).items()}
-    except (NameError, TypeError):  # annotations that exist for type checkers only
+    except (NameError, TypeError):  # annotations for type checkers only
         return {}
 
 
 def _yaml_type(hint: Any) -> Any:
-    """A type without the parts that no yaml holds (tensors), and without the ``str`` that PEFT adds to enumerations."""
+    """A type without tensors, which no yaml can hold, and without the ``str`` that PEFT adds to enumerations."""
     kinds = typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
         return tuple[tuple(map(_yaml_type, kinds))]  # type: ignore[misc]
@@ -400,7 +400,7 @@ def _has_type(value: Any, hint: Any) -> bool:
     if adapter is None:
         return True
     try:
-        # As JSON, so that a string may name an Enum's member; strict, so that "8" and true are no numbers.
+        # As JSON, so that a string may name an Enum's member; strict, so that "8" and true are not numbers.
         adapter.validate_json(json.dumps(value), strict=True)
     except pydantic.ValidationError:
         return False
@@ -409,7 +409,7 @@ def _has_type(value: Any, hint: Any) -> bool:
 
 @functools.cache
 def _adapter(hint: Any) -> Any:
-    """What checks values of the type; None for one that cannot be checked, such as torch.dtype."""
+    """The pydantic adapter that checks values of the type; None for types such as torch.dtype."""
     import pydantic
 
     try:
@@ -419,7 +419,7 @@ def _adapter(hint: Any) -> Any:
 
 
 def suggest_key(wrong: str, known: list[str]) -> str:
-    """A hint which key was meant: a synonym in this section, a key of another section, or a similar spelling."""
+    """A hint: a synonym in this section, a key of another section, or a key with a similar spelling."""
     kinds = schema.key_types(Config)
     others = [
         *METHOD_KEYS,
@@ -433,7 +433,7 @@ def suggest_key(wrong: str, known: list[str]) -> str:
 
 
 def schema_type(key: str) -> str | None:
-    """The type of a key of the schema, in words; None for a key of a section that is open."""
+    """The type of a key of the schema in words; None for a key of an open section."""
     kind = schema.type_of(key)
     if kind is None or dataclasses.is_dataclass(kind) or kind is Any:
         return None

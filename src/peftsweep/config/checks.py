@@ -1,4 +1,4 @@
-"""Checks of a composed configuration: keys, values, what belongs together. A failure is one line that names the key."""
+"""Check a composed configuration: keys, values, and values that must fit together. Errors are one line with the key."""
 
 from __future__ import annotations
 
@@ -22,14 +22,18 @@ from peftsweep.schema import Config, Dtype, Resource, key_types
 from peftsweep.study import rungs, store
 from peftsweep.study.record import SECTIONS
 
-PACKAGES = {  # options that a package brings
+PACKAGES = {  # options of Hydra that need a package
     "hydra/launcher/submitit_slurm": "peftsweep[slurm]",
     "hydra/launcher/submitit_local": "peftsweep[slurm]",
     "hydra/launcher/ray": "peftsweep[ray]",
     "hydra/launcher/joblib": "hydra-joblib-launcher",
     "hydra/sweeper/optuna": "peftsweep[optuna_hydra]",
 }
-ANY = {"model": "model=./FOLDER, one of the hub model=ORG/NAME", "dataset": "dataset=FILE.jsonl", "price": "price=2.49"}
+ANY = {
+    "model": "model=./FOLDER, or from the hub model=ORG/NAME",
+    "dataset": "dataset=FILE.jsonl",
+    "price": "price=2.49",
+}
 LAUNCHER = {
     "workers": 0,
     "devices": None,
@@ -39,13 +43,13 @@ LAUNCHER = {
     "deadline": None,
     "pack": None,
     "measure": None,
-}  # with the least
+}  # keys of hydra.launcher with their smallest values; None: checked apart
 SWEEP_WIDE_KEYS = (  # keys with one value for all points of a sweep
     *("study", "dry_run", "quiet", "stop_on_failure", "halving", "hydra.launcher", "hydra.sweeper._target_"),
     *("hydra.sweeper.max_batch_size", "hydra.sweep.dir"),
 )
-SEARCHES = (".TuneSweeper", ".LeagueSweeper")  # sweepers that decide what to run while they run it
-PACK = 8  # trials at once that pack=auto tries
+SEARCHES = (".TuneSweeper", ".LeagueSweeper")  # sweepers that choose trials while they run
+PACK = 8  # trials that pack=auto trains at once
 OFF = "off"
 UNITS = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 FORMATS = tuple(name for name in Dtype.__members__ if name != Dtype.auto.name)
@@ -58,7 +62,7 @@ ALLOWED_WORDS = {
 
 
 def check_keys(tree: Mapping[str, Any], schema: Any, where: str = "") -> None:
-    """Refuse a key that is not in the schema, such as an added one (``+train.learning_rte``)."""
+    """Refuse a key that is not in the schema, such as ``+train.learning_rte``."""
     kinds = key_types(schema)
     for key, value in tree.items():
         if key not in kinds:
@@ -68,22 +72,28 @@ def check_keys(tree: Mapping[str, Any], schema: Any, where: str = "") -> None:
 
 
 def check_complete(cfg: DictConfig, schema: Any, where: str = "") -> None:
-    """Refuse a configuration that lacks a key, as one that was deleted (``~seed``)."""
+    """Refuse a configuration that lacks a key, for instance after ``~seed``."""
     for field, kind in key_types(schema).items():
-        if field not in cfg.keys():  # noqa: SIM118 (a value that must yet be given is not "in")
+        if field not in cfg.keys():  # noqa: SIM118 ("in cfg" is false for a missing value)
             raise InputError(f"{where}{field}: must be given; it cannot be deleted")
         if dataclasses.is_dataclass(kind) and not OmegaConf.is_missing(cfg, field):
             check_complete(cfg[field], kind, f"{where}{field}.")
 
 
 def check_values(tree: dict[str, Any]) -> None:
-    """Check the keys that allow a few words only; InputError names the key and the words."""
+    """Check the words, ranges and names in a configuration.
+
+    Raises:
+        InputError: the message names the key and what is allowed.
+    """
     for key, allowed in ALLOWED_WORDS.items():
         if (value := _at(tree, key)) is not None and value not in allowed:
             raise InputError(f"{key}={value}: must be one of {', '.join(allowed)}")
     limits.check(tree, numeric_options(tree))
     if tree["train"]["keep_best"] and tree["train"]["eval_every"] is None:
-        raise InputError("train.keep_best=true: needs train.eval_every, the interval of the validations it compares")
+        raise InputError(
+            "train.keep_best=true: needs train.eval_every, the interval of the validations that it compares"
+        )
     if tree["train"]["patience"] is not None and tree["train"]["eval_every"] is None:
         raise InputError(
             f"train.patience={tree['train']['patience']}: needs train.eval_every, as it counts validations"
@@ -103,21 +113,25 @@ def check_values(tree: dict[str, Any]) -> None:
 
 
 def check_halving(config: Config, sweeper: str | None) -> None:
-    """Check the keys of halving: a rung must be a step that is validated anyway, so that no trial changes by it."""
+    """Check the keys of halving: a rung must be a step with a validation, so that halving changes no trial."""
     halving, every, by_rows = config.halving, config.train.eval_every, config.halving.resource is Resource.rows
     other = "min_steps" if by_rows else "min_fraction"
     if (value := getattr(halving, other)) is not None:
         raise InputError(f"halving.{other}={value}: must be null with halving.resource={halving.resource.name}")
     if not halving.test and every is None:
-        raise InputError("halving.test=false: needs train.eval_every, as the trial ends with a validation")
+        raise InputError("halving.test=false: needs train.eval_every, because the trial ends with a validation")
     if rungs.begins(halving) is None:
         return
     if sweeper not in (None, "grid"):
-        raise InputError(f"halving: is done by hydra/sweeper=grid, not by {sweeper}")
+        raise InputError(f"halving: works only with hydra/sweeper=grid, not with {sweeper}")
     if config.objective is not None:
-        raise InputError("objective: is for hydra/sweeper=optuna_current; halving judges by halving.metric")
+        raise InputError(
+            "objective: is only for hydra/sweeper=optuna_current; halving compares trials by halving.metric"
+        )
     if config.train.patience is not None:
-        raise InputError("train.patience: must be null with halving.min_steps, which decides itself what is stopped")
+        raise InputError(
+            "train.patience: must be null with halving.min_steps, because halving itself decides which trials stop"
+        )
     if by_rows:
         _check_halving_of_rows(config)
     if halving.min_steps is None:
@@ -139,7 +153,7 @@ def _check_halving_of_rows(config: Config) -> None:
 
 
 def check_objective(config: Config) -> None:
-    """Refuse an ``objective`` that cannot be a column, as far as this is known before there is a record."""
+    """Refuse an ``objective`` that cannot be a column, as far as this is known without a record."""
     objective = config.objective
     columns = [objective] if isinstance(objective, str) else [] if objective is None else objective
     if not isinstance(columns, list) or not all(isinstance(column, str) for column in columns):
@@ -155,28 +169,28 @@ def check_objective(config: Config) -> None:
 
 
 def check_expanded(cfg: DictConfig, given: Iterable[str]) -> None:
-    """Refuse a composed point whose options sweep keys that were not expanded: it would be one unwanted trial.
+    """Refuse a composed point whose options sweep further keys: it would be run as one unwanted trial.
 
-    ``given`` are the keys of the point's words.
+    ``given`` are the keys in the words of the point.
 
     Raises:
         InputError: the line names the axes.
     """
     if str(OmegaConf.select(cfg, "hydra.sweeper._target_")).endswith(SEARCHES):
         name = cfg.hydra.runtime.choices.sweep
-        raise InputError(f"sweep={name}: is more than one trial; only the command line runs it")
+        raise InputError(f"sweep={name}: is more than one trial; give it on the command line")
     axes = OmegaConf.select(cfg, "hydra.sweeper.params") or {}
     lacking = [name for name in (str(key).lstrip("+") for key in axes) if name not in given]
     if lacking:
         options = [f"{group}={option}" for group, option in cfg.hydra.runtime.choices.items() if group == "sweep"]
         raise InputError(
-            f"{', '.join(options)}: is more than one trial, it sweeps {', '.join(lacking)}; only the command line "
-            "expands it, with hydra/sweeper=grid"
+            f"{', '.join(options)}: sweeps {', '.join(lacking)}, which is more than one trial; give it on the command "
+            "line, with hydra/sweeper=grid"
         )
 
 
 def check_unused(words: Sequence[str]) -> None:
-    """Refuse keys of a search in a command that is a grid, which does not read them.
+    """Refuse keys of a search in the command of a grid, which does not read them.
 
     Raises:
         InputError: the line names the key.
@@ -185,13 +199,13 @@ def check_unused(words: Sequence[str]) -> None:
         key = word.lstrip("+~").partition("=")[0]
         if key.partition(".")[0] in ("budget", "tune", "league"):
             name = "league" if key.startswith("league") else "tune"
-            raise InputError(f"{key}: is of a search, and nothing without it; add sweep={name}")
+            raise InputError(f"{key}: has an effect only in a search; add sweep={name}")
         if key == "experiments" and not any(re.match(r"\+?sweep=.*(experiments|glob)", other) for other in words):
-            raise InputError(f"{word}: is of a sweep of experiments, and nothing without it; add sweep=experiments")
+            raise InputError(f"{word}: has an effect only with sweep=experiments; add it")
 
 
 def check_joinable(word: str, sweeps: Mapping[str, DictConfig]) -> None:
-    """Refuse to join options of ``sweep`` that differ in a key which has one value for the whole sweep.
+    """Refuse to join options of ``sweep`` that differ in a key with one value for the whole sweep.
 
     Raises:
         InputError: the line names the key and the values, or there is no option.
@@ -203,8 +217,8 @@ def check_joinable(word: str, sweeps: Mapping[str, DictConfig]) -> None:
         for option, other in others:
             if other != value:
                 raise InputError(
-                    f"{word}: cannot be joined, as {key} is of the sweep as a whole, and is {value} in {first} and "
-                    f"{other} in {option}; give it on the command line"
+                    f"{word}: cannot be joined, because {key} has one value for the whole sweep, but is {value} in "
+                    f"{first} and {other} in {option}; give {key} on the command line"
                 )
 
 
@@ -214,10 +228,10 @@ def _plain(cfg: DictConfig, key: str) -> Any:
 
 
 def placement(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of ``hydra.launcher`` as ``workers.Options`` takes them.
+    """The keys of ``hydra.launcher`` in the form of ``workers.Options``.
 
     Raises:
-        InputError: one is unknown, or out of range.
+        InputError: a key is unknown, or a value is out of its range.
     """
     for key, value in options.items():
         if key not in LAUNCHER:
@@ -239,10 +253,10 @@ def _is_number(device: Any) -> bool:
 
 
 def _packing(size: Any, measure: Any) -> dict[str, Any]:
-    """``hydra.launcher.pack`` and ``measure`` as ``workers.Options`` takes them."""
+    """``hydra.launcher.pack`` and ``measure`` in the form of ``workers.Options``."""
     if measure not in (None, "alone"):
         raise InputError(f"hydra.launcher.measure={measure}: must be alone or null")
-    if size in (OFF, None) or size is False:  # which yaml makes of a bare off
+    if size in (OFF, None) or size is False:  # yaml reads an unquoted off as false
         number = None
     elif size == "auto":
         number = PACK
@@ -254,10 +268,10 @@ def _packing(size: Any, measure: Any) -> dict[str, Any]:
 
 
 def seconds(text: str | float | None, key: str) -> float | None:
-    """``2h``, ``30m``, ``90s`` or a number of seconds; None stays None.
+    """``2h``, ``30m``, ``90s`` or a number, in seconds; None stays None.
 
     Raises:
-        InputError: it is no such time.
+        InputError: ``text`` is not a time.
     """
     if text is None:
         return None
@@ -269,10 +283,10 @@ def seconds(text: str | float | None, key: str) -> float | None:
 
 
 def size_in_bytes(text: str, key: str) -> float:
-    """``24GB`` or ``512 MiB`` as a number.
+    """``24GB`` or ``512 MiB`` in bytes.
 
     Raises:
-        InputError: it is no such size.
+        InputError: ``text`` is not a size.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
     if found is None or found[2] not in UNITS or not float(found[1]):
@@ -287,7 +301,7 @@ def _at(tree: Any, key: str) -> Any:
 
 
 def check_warmup(config: Config, rows: data_rows.Rows | None) -> None:
-    """Refuse a warm-up that is not shorter than the training, as far as its length is known without tokens."""
+    """Refuse a warm-up that is not shorter than the training, if its length is known without tokenising."""
     from peftsweep.training import length, optimizer  # imports torch, which `--help` must not
 
     if config.adapter.path is None and (rows is not None or config.train.epochs is None):
@@ -297,7 +311,7 @@ def check_warmup(config: Config, rows: data_rows.Rows | None) -> None:
 
 
 def check_files(config: Config) -> None:
-    """Refuse a file that does not exist and an unknown encoding, whether or not this trial would read the file."""
+    """Refuse a missing file or an unknown encoding, even if this trial would not read the file."""
     own = config.dataset
     named = {"path": own.path, "test_path": own.test_path, "validation.path": own.validation.path}
     for key, path in named.items():
@@ -314,33 +328,33 @@ def check_files(config: Config) -> None:
 def _is_encoding(name: str) -> bool:
     try:
         b"a".decode(name)
-    except UnicodeDecodeError:  # as of utf-16, which takes two bytes
+    except UnicodeDecodeError:  # such as utf-16, which needs two bytes
         return True
     except (LookupError, ValueError):
         return False
     return True
 
 
-# ---- what Hydra refuses ------------------------------------------------------------------------------
+# ---- errors of Hydra -----------------------------------------------------------------------------------
 
 
 def one_line(error: BaseException, own_folders: Iterable[Path] = ()) -> str:
-    """The error of Hydra or OmegaConf as one line that names the key and what is allowed.
+    """An error of Hydra or OmegaConf as one line that names the key and what is allowed.
 
-    ``own_folders`` are those of ``--config-dir``, whose options are named beside ours.
+    ``own_folders`` are those of ``--config-dir``, whose options are listed too.
     """
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = error.missing_cfg_file.rpartition("/")
         if package := PACKAGES.get(error.missing_cfg_file):
-            named = re.search(rf"In '{group}/(\w+)'", str(error))  # ours, which begins with the missing one
+            named = re.search(rf"In '{group}/(\w+)'", str(error))  # our option, which is based on the missing one
             return f"{group}={named[1] if named else option}: pip install '{package}'"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and (path := _path_in_yaml(error)):
         return path
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        # Of an option in a list, such as eval=[a,b], Hydra does not say which there are.
+        # For an option in a list, such as eval=[a,b], Hydra does not list the options.
         known = list(error.options or ()) or options.names(group, [Path(options.conf_dir()), *own_folders])
         if error.options is not None or known:
-            own = f"; one of your own is {ANY[group]}" if group in ANY else ""
+            own = f"; for your own: {ANY[group]}" if group in ANY else ""
             return f"{group}={option}: no such option; {suggest(option, known)}{own}"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     below: BaseException | None = error
@@ -349,7 +363,7 @@ def one_line(error: BaseException, own_folders: Iterable[Path] = ()) -> str:
             return str(below)
         below = below.__cause__ or below.__context__
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-        key = re.sub(r"\[(\d+)\]", r".\1", cause.full_key)  # OmegaConf's name of a place in a list
+        key = re.sub(r"\[(\d+)\]", r".\1", cause.full_key)  # OmegaConf writes an index of a list in brackets
         if type(cause).__name__ in ("ValidationError", "ConfigTypeError", "UnsupportedValueType") and (
             kind := calls.schema_type(key)
         ):
@@ -363,7 +377,7 @@ def one_line(error: BaseException, own_folders: Iterable[Path] = ()) -> str:
             known = [str(key) for key in parent] if isinstance(parent, DictConfig) else []
             return f"{cause.full_key}: no such key; {calls.suggest_key(str(cause.key), known)}"
         if re.match("Cannot (assign|merge)|Invalid type assigned|Object of unsupported type", first_line(cause)):
-            return f"{cause.full_key}: has keys; give them with their values: '{cause.full_key}={{KEY: VALUE}}'"
+            return f"{cause.full_key}: is a section; give keys with their values: '{cause.full_key}={{KEY: VALUE}}'"
         return f"{cause.full_key}: {first_line(cause)}"
     text = " ".join(str(error).split())
     text = re.sub(r"^In '([\w/]+)': \w+ raised while composing config:", r"\1.yaml:", text)
@@ -373,10 +387,10 @@ def one_line(error: BaseException, own_folders: Iterable[Path] = ()) -> str:
 
 
 def _path_in_yaml(error: MissingConfigException) -> str | None:
-    """The message where a path stands in a yaml's defaults, which name options; None if the error is another one."""
+    """The message for a path in the defaults of a yaml, which must name options; None for another error."""
     group, _, name = str(error.missing_cfg_file).partition("/")
     if group not in ANY or not ("/" in name or name.startswith("~") or files.format_of(name) in files.FORMATS):
         return None
-    where = "is for the command line and the params of a sweep, not for a yaml's defaults or another sweeper"
+    where = "works on the command line and in the params of a sweep, not in the defaults of a yaml or another sweeper"
     key = {"model": "model.name_or_path", "dataset": "dataset.path"}[group]
     return f"{group}={name}: {where}; give {key} there"

@@ -1,6 +1,6 @@
-"""From a composed configuration to a trial: filled, checked, with an identity.
+"""Turn a composed configuration into a trial: fill it from files, check it, and compute its identity.
 
-The identity of a trial is a hash of everything that changes its numbers and of nothing else.
+The identity of a trial is a hash of everything that changes its results, and of nothing else.
 """
 
 from __future__ import annotations
@@ -43,18 +43,17 @@ from peftsweep.search import pruning
 from peftsweep.search.pruning import Pruning
 from peftsweep.study import trust
 
-# Keys of the configuration by which `filled` decides others, or which it changes themselves: those of files that tell
-# others, and those that are looked at on the way.
+# Keys that `filled` reads to set other keys, or sets itself. SOURCES name files that set other keys.
 SOURCES = ("repeat", "adapter.path", "method.path", "train.params_file")
 KEYS_THAT_DECIDE_OTHERS = (
     *SOURCES,
     *("device", "trust", "model.dtype", "train.eval_every", "train.checkpoint_every", "train.best_metric", "halving"),
 )
-# The search that a trial belongs to, and messages about it, are no part of its identity.
+# Sections about the search that a trial belongs to, or about messages. They are not part of its identity.
 SWEEP_SECTIONS = ("forecast", "price", "budget", "tune", "league", "search")
-WORDS_FOR_NULL = ("no", "off", "false", "never", "none", "0")  # as people write null for an interval
+WORDS_FOR_NULL = ("no", "off", "false", "never", "none", "0")  # words that people write for null in an interval
 
-EXAMPLES = {  # of keys that have no default, as a shell wants them
+EXAMPLES = {  # of keys without a default, quoted for a shell
     "model.name_or_path": "model.name_or_path=DIR_OR_HUB_ID",
     "dataset.path": "dataset.path=rows.jsonl",
     "dataset.prompt": """'dataset.prompt="{question}"'""",
@@ -68,36 +67,36 @@ EXAMPLES = {  # of keys that have no default, as a shell wants them
 
 @dataclass(frozen=True)
 class Trial:
-    """One point of a sweep, checked."""
+    """One checked point of a sweep."""
 
     config: Config
-    tree: dict[str, Any]  # the same as plain values, for result.json
+    tree: dict[str, Any]  # the configuration as plain values, for result.json
     choices: dict[str, str]  # the option chosen in each group
     overrides: list[str]
-    rows: data_rows.Rows | None  # None for hub data, which is not loaded before it is needed
+    rows: data_rows.Rows | None  # None for data of the hub, which is loaded when it is needed
     identity: str
-    training: str  # the identity of the training alone, whatever is evaluated
+    training: str  # the identity of the training alone, without the evaluations
     slug: str
-    earlier: Identity | None = None  # by the first rule, where another
-    # Which fields of an experiment's files were taken, and which not: see experiment.Reading.facts.
+    earlier: Identity | None = None  # by the first rule, if it differs
+    # Which fields of an experiment's files were used, and which not: see experiment.Reading.facts.
     experiment: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
-    told_by: str = ""  # what tells it from the other trials of its sweep and study
-    pruning: Pruning | None = None  # by a search that the trial is part of
-    offline: bool = False  # the hub does not answer, as a process has found that the trial was sent from
+    told_by: str = ""  # the settings that differ from the other trials of its sweep and study
+    pruning: Pruning | None = None  # of the search that the trial is part of
+    offline: bool = False  # the process that sent the trial found that the hub does not answer
 
     @property
     def name(self) -> str:
-        """The name that tells the trial from others of its sweep and study (see naming); else its label."""
+        """The name that distinguishes the trial from others of its sweep and study (see naming); else its label."""
         return self.told_by or self.label
 
     @property
     def label(self) -> str:
-        """The name a sweep gave this point, by default its slug."""
+        """The name that a sweep gave this point; by default its slug."""
         return self.config.label or self.slug
 
 
 def without_data(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterable[str]) -> Trial:
-    """A trial of which only the model is used: its data files are not read, and it has no identity.
+    """A trial for uses of its model alone: its data files are not read, and it has no identity.
 
     Raises:
         InputError: as ``filled``, or a value is out of its range.
@@ -110,20 +109,20 @@ def without_data(cfg: DictConfig, choices: Mapping[str, str | None], overrides: 
 
 @dataclass(frozen=True)
 class Filled:
-    """A composed configuration as plain values, filled from files. Their ranges are not checked yet."""
+    """A composed configuration as plain values, filled from files. The ranges of values are not checked yet."""
 
     config: Config
-    tree: dict[str, Any]  # the same, with enums by their names
+    tree: dict[str, Any]  # the same values, with enums as their names
     choices: dict[str, str | None]
     overrides: list[str]
     experiment: dict[str, dict[str, str]]
 
 
 def trial(cfg: DictConfig, choices: Mapping[str, str | None], overrides: Iterable[str] = ()) -> Trial:
-    """Check ``cfg`` and turn it into plain values. Reads local data files; loads no model.
+    """Check ``cfg`` and turn it into a trial. It reads local data files and loads no model.
 
     Raises:
-        InputError: something in it is wrong; the line names the key and what is allowed.
+        InputError: a key or value is wrong; the message names the key and what is allowed.
     """
     return checked(filled(cfg.copy(), choices, list(overrides)))
 
@@ -139,7 +138,9 @@ def filled(cfg: DictConfig, choices: Mapping[str, str | None], overrides: list[s
     check_complete(cfg, Config)
     read_newlines(cfg, overrides)
     if not cfg.method and choices.get("method") not in ("full", FROM_FILE, None):
-        raise InputError(f"method={choices['method']}: its yaml names no method; it needs method: {{_target_: peft.X}}")
+        raise InputError(
+            f"method={choices['method']}: its yaml names no method; it must have method: {{_target_: peft.X}}"
+        )
     source = None if cfg.trust else _source(cfg)
     own = {name for _, name in trust.names(OmegaConf.to_container(cfg))} if source else set()
     made, heeded = fill_from_files(cfg, overrides, choices)
@@ -190,18 +191,18 @@ def _holds_missing(value: Any) -> bool:
 
 
 def with_plain(config: Config, tree: Mapping[str, Any]) -> Config:
-    """The configuration with the sections of other libraries' options as in ``tree``.
+    """The configuration with the sections for other libraries as in ``tree``.
 
-    An interpolation such as ${model.dtype} is an Enum's member there and must be the name a library knows.
+    In ``config`` an interpolation such as ${model.dtype} is a member of an Enum; libraries need its name.
     """
     return dataclasses.replace(config, method=tree["method"], quant=tree["quant"], eval=tree["eval"])
 
 
 def checked(values: Filled) -> Trial:
-    """The trial of these values.
+    """The trial with these values.
 
     Raises:
-        InputError: a value is out of its range, or values do not belong together.
+        InputError: a value is out of its range, or values do not fit together.
     """
     config, tree, choices = values.config, values.tree, values.choices
     check_values(tree)
@@ -215,11 +216,11 @@ def checked(values: Filled) -> Trial:
     check_warmup(config, rows)
     check_metrics(config)
     chosen = {group: str(option) for group, option in choices.items() if option and not group.startswith("hydra/")}
-    if config.method and chosen["method"] in ("full", FROM_FILE):  # a named point, which brings its method itself
+    if config.method and chosen["method"] in ("full", FROM_FILE):  # a named point sets its method itself
         chosen["method"] = config.method["_target_"].rpartition(".")[2].removesuffix("Config").lower()
     elif chosen["method"] == FROM_FILE:
         chosen["method"] = "full"
-    # The number of steps to run now, and messages about the trial, are no part of its identity.
+    # How far a rung of halving trains, and sections about the search, are not part of the identity.
     tree = {key: value for key, value in tree.items() if key not in SWEEP_SECTIONS}
     tree |= {"halving": {key: value for key, value in tree["halving"].items() if key not in ("rung", "test")}}
     chosen.pop("price", None)
@@ -227,7 +228,7 @@ def checked(values: Filled) -> Trial:
 
 
 def with_seed(one: Trial, seed: int, overrides: list[str]) -> Trial:
-    """A checked trial with another seed, where no other value depends on the seed.
+    """A checked trial with another seed, if no other value depends on the seed.
 
     Raises:
         InputError: the seed is out of its range.
@@ -249,10 +250,10 @@ def _identified(one: Trial) -> Trial:
 
 
 def with_pruning(one: Trial, sweeper: Mapping[str, Any]) -> Trial:
-    """The trial with the pruning that the keys ``sweeper`` of ``hydra.sweeper`` ask for, if it is part of a search.
+    """The trial with the pruning that ``sweeper``, the keys of ``hydra.sweeper``, sets, if it is part of a search.
 
     Raises:
-        InputError: it has no validations, at which that decides.
+        InputError: the trial has no validations, at which the pruner decides.
     """
     config, own = one.config, one.config.search
     found = pruning.trial_pruning(sweeper, config.study, own.study, own.trial, config.train.best_metric)
@@ -262,7 +263,7 @@ def with_pruning(one: Trial, sweeper: Mapping[str, Any]) -> Trial:
 
 
 def without_rows(trial: Trial) -> Trial:
-    """The trial without its rows, to be sent to another process, which reads them itself."""
+    """The trial without its rows, for another process, which reads them itself."""
     return dataclasses.replace(trial, rows=None, offline=hub.is_offline())
 
 
@@ -282,7 +283,7 @@ def with_rows(trial: Trial) -> Trial:
 
 
 def _source(cfg: DictConfig) -> str | None:
-    """The key that names a record, an adapter or an experiment to be read, with its value."""
+    """The key and path of the record, adapter or experiment to read; None if there is none."""
     paths = {"repeat": cfg.repeat, "adapter.path": cfg.adapter.path, "method.path": cfg.method.get("path")}
     paths["train.params_file"] = cfg.train.params_file
     return next((f"{key}={path}" for key, path in paths.items() if path is not None), None)
@@ -297,7 +298,7 @@ def _rows(config: Config) -> data_rows.Rows:
 
 
 def _test_rows(config: Config) -> data_rows.Rows | None:
-    """The local test rows of a dataset of the hub, where ``dataset.test_path`` is given; else None."""
+    """The rows of ``dataset.test_path`` beside training rows of the hub; None without that key."""
     own = config.dataset
     if own.test_path is None:
         return None

@@ -1,4 +1,4 @@
-"""Which rows a trial's evaluations judge on, and which are set aside for validation; checked."""
+"""The rows that a trial's evaluations score, those set aside for validation, and checks of both."""
 
 from __future__ import annotations
 
@@ -17,19 +17,24 @@ from peftsweep.errors import InputError, suggest
 from peftsweep.schema import Config, DatasetConfig, Init, RowsConfig
 
 ROWS_KEYS = tuple(field.name for field in dataclasses.fields(RowsConfig))
-HUB_KEYS = ("hub_config", "hub_split", "hub_test_split", "revision")  # which rows of a dataset of the hub are read
+HUB_KEYS = ("hub_config", "hub_split", "hub_test_split", "revision")  # choose the rows of a dataset of the hub
 METRICS = "peftsweep.evaluation.metrics"
-REFUSE_ANSWERS = ("number_match", "peft_match", "label_match", "contains")  # of them those that not any text can be for
-HARNESS = "peftsweep.evaluation.harness.lm_eval"  # whose tasks bring their own rows
+REFUSE_ANSWERS = (
+    "number_match",
+    "peft_match",
+    "label_match",
+    "contains",
+)  # metrics that cannot judge by every reference answer
+HARNESS = "peftsweep.evaluation.harness.lm_eval"  # its tasks have their own rows
 
 
 def check_sources(config: Config, given: Collection[str]) -> None:
-    """Refuse a key of the command line that is read for one kind of source, where rows or base come from another.
+    """Refuse a key of the command line that has no effect because rows or base come from another kind of source.
 
     ``given`` are the keys of the command line. A key that is null counts as not given.
 
     Raises:
-        InputError: the line names the key, and the source that is read.
+        InputError: the message names the key, and the source that is read.
     """
     own, validation = config.dataset, config.dataset.validation
     sections: dict[str, tuple[Any, list[str | None]]] = {  # with the local files of each
@@ -63,7 +68,7 @@ def _is_given(section: Any, key: str, given: Collection[str]) -> bool:
 
 
 def check_evaluation_rows(config: Config, rows: data_rows.Rows | None) -> None:
-    """Fill the evaluations' templates from every local row, so that a missing column is known before training."""
+    """Fill the evaluations' templates with every local row, so that a missing column is found before training."""
     for name in config.eval:
         source = evaluation_source(config, name)
         if source.path or (not source.hub and rows is not None):
@@ -71,11 +76,11 @@ def check_evaluation_rows(config: Config, rows: data_rows.Rows | None) -> None:
             examples = test_examples(config, name, own)
             _check_norm(config, name, examples)
             _check_references(config, name, [example.answer for example in examples])
-            test_rows(config, name, rows or data_rows.Rows([]))  # are there enough to set some aside?
+            test_rows(config, name, rows or data_rows.Rows([]))  # raises if there are too few to set some aside
 
 
 def _check_references(config: Config, name: str, answers: list[str]) -> None:
-    """Refuse an answer that a metric of ``eval.<name>`` cannot judge by, such as one without a number."""
+    """Refuse a reference answer that a metric of ``eval.<name>`` cannot use, such as one without a number."""
     node = config.eval[name]
     metrics = {"metric": node.get("metric")} | {f"beside.{key}": one for key, one in (node.get("beside") or {}).items()}
     for key, metric in metrics.items():
@@ -91,20 +96,20 @@ def _check_references(config: Config, name: str, answers: list[str]) -> None:
 
 @lru_cache(maxsize=16)
 def _unjudged(function: str, options: str, answers: tuple[str, ...]) -> tuple[str, str] | None:
-    """The first of the reference answers that a metric of ours cannot judge by, and why; None where there is none."""
+    """The first reference answer that a metric of ours cannot use, with the reason; None if there is none."""
     judge: Any = pydoc.locate(f"{METRICS}.{function}")  # imports torch, which `--help` must not
     for answer in answers:
         try:
             judge("", answer, **json.loads(options))
         except ValueError as error:
             return answer, str(error)
-        except TypeError:  # an option is wrong, which is reported when the metric is made
+        except TypeError:  # an option is wrong; creating the metric reports it
             return None
     return None
 
 
 def _check_norm(config: Config, name: str, examples: list[templates.Example]) -> None:
-    """Refuse ``acc_norm`` as a headline or metric where the scored texts are not those of the choices."""
+    """Refuse ``acc_norm`` as a headline or metric if the scored texts are not the texts of the choices."""
     from peftsweep.evaluation import evaluate  # imports torch, which `--help` must not
 
     node = config.eval[name]
@@ -115,20 +120,20 @@ def _check_norm(config: Config, name: str, examples: list[templates.Example]) ->
     }
     for key, metric in by.items():
         if metric == "acc_norm":
-            why = "as something else than its choices' texts is scored"
+            why = "because it scores other texts than those of the choices"
             raise InputError(f"{key}: eval.{name} does not measure acc_norm, {why}; must be acc")
 
 
 def test_rows(config: Config, name: str, rows: data_rows.Rows) -> list[data_rows.Row]:
-    """The rows that ``eval.<name>`` judges on, without those that it sets aside for validation."""
+    """The test rows of ``eval.<name>``, without those that it sets aside for validation."""
     return _split_for_validation(config, name, rows)[1]
 
 
 def validation_rows(config: Config, name: str, rows: data_rows.Rows) -> list[data_rows.Row] | None:
-    """The rows that ``eval.<name>`` validates on; None where it does not.
+    """The rows that ``eval.<name>`` validates on; None if it does not validate.
 
-    One that judges on the dataset's test rows validates on the dataset's validation rows. One with rows of its own
-    validates only where a metric of it chooses among weights or trials, and then on some that it sets aside.
+    An evaluation on the dataset's test rows validates on the dataset's validation rows. One with rows of its own
+    validates only if its metric chooses weights or trials, on some of its rows that it sets aside.
     """
     if not rows.validation or config.eval[name].get("_target_") == HARNESS:
         return None
@@ -164,13 +169,13 @@ def _validation_metrics(config: Config) -> dict[str, str]:
 
 
 def check_metrics(config: Config) -> None:
-    """Refuse a metric that its evaluation does not measure, or that can only be measured on test rows."""
+    """Refuse a metric that its evaluation does not compute, or that it can only compute on test rows."""
     from peftsweep.evaluation import evaluate  # imports torch, which `--help` must not
 
     named_metrics = [(key, *metric.partition(".")[::2]) for key, metric in _validation_metrics(config).items()]
     for key, name, _ in named_metrics:
         if config.eval[name].get("_target_") == HARNESS:
-            raise InputError(f"{key}: eval.{name} judges on the test rows of its tasks, and cannot validate")
+            raise InputError(f"{key}: eval.{name} scores the test rows of its tasks only, so it cannot validate")
     objectives = [config.objective] if isinstance(config.objective, str) else config.objective or []
     columns = [
         column.split(".") for column in objectives if column.startswith("eval_info.") and column.endswith(".value")
@@ -184,7 +189,7 @@ def check_metrics(config: Config) -> None:
 
 
 def check_conversations(config: Config) -> None:
-    """Render all local rows with a local tokenizer's chat template, to find rows that it refuses before training."""
+    """Render all local rows with a local chat template, so that rows it refuses are found before training."""
     from peftsweep.models.model import source  # imports torch, which `--help` must not
 
     if not config.dataset.chat or config.model.init is Init.random:
@@ -219,9 +224,9 @@ def _render_all(settings: bytes, _stamps: tuple[tuple[str, int, int], ...]) -> N
 def rendered(
     dataset: DatasetConfig, examples: list[templates.Example], tokenizer: Any, key: str = "dataset", file: str = ""
 ) -> list[templates.Example]:
-    """``examples`` as the tokenizer's chat template (or the plain layout) renders them, if the dataset wishes so.
+    """``examples`` rendered by the tokenizer's chat template, or by the plain layout without ``dataset.chat``.
 
-    Texts, which have no prompts at all, are no conversations.
+    Plain texts, which have no prompts, are not rendered as conversations.
     """
     chat = dataset.chat and any(example.prompt for example in examples)
     return tokens.through_chat_template(
@@ -230,10 +235,10 @@ def rendered(
 
 
 def test_examples(config: Config, name: str, rows: Iterable[data_rows.Row]) -> list[templates.Example]:
-    """``rows`` as ``eval.<name>`` shows them to the model: by its own templates, else by the dataset's."""
+    """``rows`` as examples of ``eval.<name>``: by its own templates, else by the dataset's."""
     node, own = config.eval[name], config.dataset
     source = rows_config(node)
-    mine = source.prompt is None and source.answer is None  # then the rows are as the dataset's
+    mine = source.prompt is None and source.answer is None  # then the rows have the layout of the dataset
     classes = node.get("classes") or (own.classes if mine else ())
     prompt = own.prompt if source.prompt is None else source.prompt
     answer = own.answer if source.answer is None else source.answer
@@ -242,7 +247,7 @@ def test_examples(config: Config, name: str, rows: Iterable[data_rows.Row]) -> l
 
 
 def evaluation_source(config: Config, name: str) -> RowsConfig:
-    """The rows of ``eval.<name>``: those of the trial's files, where these stand for the evaluation's hub dataset."""
+    """The source of ``eval.<name>``: the trial's own files, if they replace the hub dataset of the evaluation."""
     source, own = rows_config(config.eval[name]), config.dataset
     if own.path and source.hub and source.hub == own.hub:
         return dataclasses.replace(source, hub=None)
@@ -250,7 +255,7 @@ def evaluation_source(config: Config, name: str) -> RowsConfig:
 
 
 def same_source(config: Config, name: str) -> bool:
-    """Whether the rows of ``eval.<name>`` are of the hub dataset that ``dataset.validation`` names, of another part."""
+    """Whether ``eval.<name>`` and ``dataset.validation`` read the same hub dataset."""
     hub = config.dataset.validation.hub
     return hub is not None and rows_config(config.eval[name]).hub == hub
 

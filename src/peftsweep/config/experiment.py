@@ -1,7 +1,7 @@
-"""Experiments as PEFT's method comparison keeps them: a folder with adapter_config.json and training_params.json.
+"""Experiments in the layout of PEFT's method comparison: a folder with adapter_config.json and training_params.json.
 
-``read`` gives what the files of a folder say as keys of a trial, and of each field of each file whether it was taken.
-A folder of PEFT's text generation benchmark has benchmark_params.json beside the adapter_config.json.
+``read`` turns the files of a folder into keys of a trial, and notes for each field whether it was used.
+A folder of PEFT's text generation benchmark has benchmark_params.json beside adapter_config.json.
 """
 
 from __future__ import annotations
@@ -31,29 +31,31 @@ from peftsweep.errors import InputError, suggest
 from peftsweep.study.reading import Unreadable, fault, read_json
 
 ADAPTER_FILE, BENCHMARK_FILE = "adapter_config.json", "benchmark_params.json"
-TRAINING_FILES = ("training_params.json", "training_parameters.json")  # as PEFT's code and as its README call it
+TRAINING_FILES = ("training_params.json", "training_parameters.json")  # the names in PEFT's code and in its README
 FILES = (ADAPTER_FILE, BENCHMARK_FILE, *TRAINING_FILES)
-# Of an adapter_config.json, what says where it came from and not what it is.
+# Fields of an adapter_config.json that say where an adapter came from.
 ORIGIN = (
     *("peft_type", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode"),
     "megatron_core",
     "task_type",  # the model's task decides
 )
 FIELDS_WITHOUT_EFFECT = {  # fields that change no number of a trial, and need no warning
-    "peft_version": "the installed PEFT is used",
-    "auto_mapping": "says which class was adapted",
-    "inference_mode": "a trial trains what it attaches",
-    "megatron_core": "is for Megatron's parallel layers",
-    "task_type": "model.task says it",
+    "peft_version": "the installed version of PEFT is used",
+    "auto_mapping": "names the class that was adapted",
+    "inference_mode": "a trial trains its adapter",
+    "megatron_core": "only for the parallel layers of Megatron",
+    "task_type": "model.task sets it",
 }
 UNSET = "is unset"
-NO_MODEL_NAMED = "names no model: that of the sweep stands"
-OVERRIDDEN = "the command line says"
+NO_MODEL_NAMED = "names no model: the model of the sweep is used"
+OVERRIDDEN = "the command line sets"
+# Reasons that need no warning; the last two are the former words of the two before, which older records hold.
+QUIET_REASONS = (UNSET, NO_MODEL_NAMED, OVERRIDDEN, "names no model: that of the sweep stands", "the command line says")
 
 
 @dataclass
 class Reading:
-    """The keys of a trial that files set, and for each field of the files its key, or why it was not taken."""
+    """The keys of a trial that files set, and for each field its keys, or the reason why it was not used."""
 
     keys: dict[str, Any] = field(default_factory=dict)
     taken: dict[str, list[str]] = field(default_factory=dict)  # field -> the keys it went to
@@ -79,24 +81,27 @@ class Reading:
                 del self.taken[name]
 
     def only(self, names: Mapping[str, Any]) -> Reading:
-        """The same keys, of which only the fields ``names`` stood in the file; the others are defaults."""
+        """The same keys, with notes only for the fields ``names`` of the file; the others are defaults."""
         taken = {name: keys for name, keys in self.taken.items() if name.partition(".")[0] in names}
         return Reading(self.keys, taken, self.not_taken)
 
     def __or__(self, other: Reading) -> Reading:
-        """Both readings; the second wins. Fields of the same name are told apart by the name of their file."""
+        """Both readings; the second one takes precedence."""
         return Reading(self.keys | other.keys, self.taken | other.taken, self.not_taken | other.not_taken)
 
     def facts(self) -> dict[str, dict[str, str]]:
-        """For the record: each field's keys, and each field that was not taken with the reason."""
+        """For the record: the keys of each field, and the reason for each field that was not used."""
         return {"taken": {name: ", ".join(keys) for name, keys in self.taken.items()}, "not_taken": self.not_taken}
 
 
 def unheeded(facts: Mapping[str, Mapping[str, str]]) -> str | None:
-    """A warning that names the fields that were not taken although they matter; None if there are none."""
-    quiet = (UNSET, NO_MODEL_NAMED, OVERRIDDEN, *FIELDS_WITHOUT_EFFECT.values())
-    reasons = [f"{name} ({why})" for name, why in facts.get("not_taken", {}).items() if not why.startswith(quiet)]
-    return f"not taken of the experiment's files: {'; '.join(reasons)}" if reasons else None
+    """A warning with the fields that were not used although they matter; None if there are none."""
+    reasons = [
+        f"{name} ({why})"
+        for name, why in facts.get("not_taken", {}).items()
+        if name not in FIELDS_WITHOUT_EFFECT and not why.startswith(QUIET_REASONS)
+    ]
+    return f"fields of the experiment's files that are not used: {'; '.join(reasons)}" if reasons else None
 
 
 def folders(root: str | None) -> list[Path]:
@@ -106,7 +111,7 @@ def folders(root: str | None) -> list[Path]:
         InputError: there is none.
     """
     if root is None:
-        raise InputError("experiments: must be given, the folder of the experiments")
+        raise InputError("experiments: must be given: the folder of the experiments")
     found = {file.parent for name in FILES for file in Path(root).expanduser().rglob(name)}
     if not found:
         raise InputError(f"experiments={root}: no folder below it holds an {ADAPTER_FILE} or a {TRAINING_FILES[0]}")
@@ -119,13 +124,13 @@ def label(folder: str) -> str:
 
 
 def read(folder: str | None, parameters: str | None) -> Reading:
-    """What the experiment in ``folder`` says, with the training parameters of ``parameters``, a file or folder.
+    """Read the experiment in ``folder``, with the training parameters in ``parameters``, a file or folder.
 
-    Without ``parameters`` those in ``folder`` are taken, if there are any. The key ``method`` is a node with
-    ``_target_``, ``quant`` too; keys of ``eval.*`` are for every evaluation that writes.
+    Without ``parameters`` those in ``folder`` are read, if there are any. The keys ``method`` and ``quant`` are nodes
+    with ``_target_``; keys of ``eval.*`` are for every evaluation that generates text.
 
     Raises:
-        InputError: there is no such file or folder, it cannot be read, or it says something unknown or impossible.
+        InputError: the file or folder does not exist or cannot be read, or a field is unknown or impossible.
     """
     found = adapter(folder) if folder is not None else Reading()
     if folder is not None and parameters is None and training_file(Path(folder).expanduser()):
@@ -138,10 +143,10 @@ def read(folder: str | None, parameters: str | None) -> Reading:
 
 
 def _models_agree(first: Reading, second: Reading) -> Reading:
-    """Both readings; if both name a model the second decides, as it does where PEFT loads the model."""
+    """Both readings; if both name a model, the second one holds, as where PEFT loads the model."""
     if MODEL in first.keys and MODEL in second.keys and first.keys[MODEL] != second.keys[MODEL]:
-        first.refuse(MODEL, f"model_id says {second.keys[MODEL]}")
-        first.refuse("model.revision", f"model_id says {second.keys[MODEL]}")
+        first.refuse(MODEL, f"model_id is {second.keys[MODEL]}")
+        first.refuse("model.revision", f"model_id is {second.keys[MODEL]}")
     twice = {name for name in (*second.taken, *second.not_taken) if name in first.taken or name in first.not_taken}
     taken = {f"benchmark_params.{name}" if name in twice else name: keys for name, keys in second.taken.items()}
     not_taken = {f"benchmark_params.{name}" if name in twice else name: why for name, why in second.not_taken.items()}
@@ -152,12 +157,12 @@ def _models_agree(first: Reading, second: Reading) -> Reading:
 
 
 def adapter(folder: str) -> Reading:
-    """The method of the experiment in ``folder``, as a node with ``_target_``; without a file it is full fine-tuning.
+    """The method of the experiment in ``folder``, a node with ``_target_``; without a file full fine-tuning.
 
     Raises:
-        InputError: there is no such folder, the file cannot be read, or PEFT knows no such method or option.
+        InputError: the folder does not exist, the file cannot be read, or PEFT has no such method or option.
     """
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # takes seconds, which `--help` has not
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # imports torch, which takes seconds
 
     if not Path(folder).expanduser().is_dir():
         raise InputError(f"method.path={folder}: no such folder")
@@ -170,9 +175,7 @@ def adapter(folder: str) -> Reading:
     kinds = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     kind = str(options.get("peft_type"))
     if kind not in kinds:
-        raise InputError(
-            f"method.path={file}: peft_type {kind}: PEFT knows no such method; {suggest(kind, list(kinds))}"
-        )
+        raise InputError(f"method.path={file}: peft_type {kind}: PEFT has no such method; {suggest(kind, list(kinds))}")
     return _options(options, kinds[kind], file)
 
 
@@ -187,7 +190,7 @@ def _options(options: Mapping[str, Any], config: Any, file: Path) -> Reading:
             _take_model(found, name, value)
         elif name == "revision":
             if value is None or not options.get("base_model_name_or_path"):
-                found.not_taken[name] = UNSET if value is None else "is of a model that is not named"
+                found.not_taken[name] = UNSET if value is None else "no base_model_name_or_path names its model"
             else:
                 found.put(name, "model.revision", value)
         elif name in fields and name not in ORIGIN:
@@ -211,7 +214,7 @@ def _take_model(found: Reading, name: str, value: Any) -> None:
 
 
 def training_file(folder: Path) -> Path | None:
-    """The training parameters in ``folder``, under either of their names; None where it holds none.
+    """The file of training parameters in ``folder``, under either of its names; None if there is none.
 
     Raises:
         InputError: it holds both.
@@ -223,12 +226,12 @@ def training_file(folder: Path) -> Path | None:
 
 
 def training(path: str) -> Reading:
-    """The keys that a training_params.json sets, dotted, over the defaults of PEFT's comparison.
+    """The dotted keys that a training_params.json sets, with the defaults of PEFT's comparison for the others.
 
-    A folder stands for the file in it, or for the defaults alone where it holds none.
+    For a folder, its file is read; without one, only the defaults hold.
 
     Raises:
-        InputError: there is no such file, it cannot be read, or it says something unknown.
+        InputError: the file does not exist or cannot be read, or a field is unknown.
     """
     file = Path(path).expanduser()
     if file.is_dir():
@@ -240,10 +243,10 @@ def training(path: str) -> Reading:
 
 
 def translated(parameters: Mapping[str, Any], source: str) -> Reading:
-    """The keys that training parameters of PEFT's comparison set, dotted, over its defaults.
+    """The dotted keys that training parameters of PEFT's comparison set, with its defaults for the others.
 
     Raises:
-        InputError: one is unknown or impossible; ``source`` says where it stands.
+        InputError: a parameter is unknown or impossible; the message begins with ``source``.
     """
     values = DEFAULTS | dict(parameters)
     known = (*KEYS, *OTHER_FIELDS)
@@ -282,8 +285,8 @@ def translated(parameters: Mapping[str, Any], source: str) -> Reading:
 def _take_optimizer(found: Reading, fields: Mapping[str, Any], source: str) -> None:
     kind, options = fields["optimizer_type"], dict(fields["optimizer_kwargs"])
     found.take("optimizer_type", train__optimizer=OPTIMIZERS.get(str(kind).lower(), f"torch.optim.{kind}"))
-    found.take("optimizer_kwargs", train__learning_rate=options.pop("lr", 1e-3))  # torch's own
-    found.take("optimizer_kwargs", train__weight_decay=options.pop("weight_decay", 0.01))  # torch's own
+    found.take("optimizer_kwargs", train__learning_rate=options.pop("lr", 1e-3))  # torch's default
+    found.take("optimizer_kwargs", train__weight_decay=options.pop("weight_decay", 0.01))  # torch's default
     found.take("optimizer_kwargs", train__optimizer_kwargs=options)
     found.keys["train.learning_rate_scale"] = 1.0
     if fields["lr_scheduler"] not in ("cosine", None):
@@ -306,16 +309,18 @@ def _take_validation(found: Reading, fields: Mapping[str, Any], own: Mapping[str
         if name in ("max_new_tokens", "num_beams"):
             found.put("generation_kwargs", f"{EVALUATIONS}{name}", value)
         elif name == "max_length":
-            found.not_taken[theirs] = "prompt and written tokens together are not limited; max_new_tokens is"
+            found.not_taken[theirs] = (
+                "there is no limit for prompt and generated tokens together; max_new_tokens limits generated tokens"
+            )
         elif (name, value) == ("do_sample", False) or value is None:
-            found.taken[theirs] = ["what evaluations do"]
+            found.taken[theirs] = ["evaluations do so"]
         else:
-            found.not_taken[theirs] = "evaluations decode greedily or by beams"
+            found.not_taken[theirs] = "evaluations decode greedily or by beam search"
 
 
 def _take_numbers(found: Reading, fields: Mapping[str, Any], source: str) -> None:
     """Take the number formats of the base's weights and of autocast."""
-    # torch.autocast as PEFT's comparison calls it: in 16 bits of this format, with a scaled loss.
+    # PEFT's comparison calls torch.autocast with float16, and scales the loss.
     found.take("use_amp", train__autocast="float16" if fields["use_amp"] else None)
     dtype = fields.get("dtype")
     if dtype in QUANTISED:
@@ -346,7 +351,7 @@ def benchmark(fields: Mapping[str, Any], source: str) -> Reading:
         found.put("max_new_tokens", f"inference.categories.{category}.new_tokens", fields["max_new_tokens"])
     for category, options in (fields.get("category_generation_params") or {}).items():
         if not isinstance(options, dict) or set(options) - {"max_new_tokens"}:
-            raise InputError(f"{source}: category_generation_params.{category}: must hold max_new_tokens alone")
+            raise InputError(f"{source}: category_generation_params.{category}: must hold only max_new_tokens")
         for value in options.values():
             found.put("category_generation_params", f"inference.categories.{category}.new_tokens", value)
     dtype = fields.get("dtype")
@@ -381,7 +386,7 @@ def _read(file: Path, key: str) -> dict[str, Any]:
 
 
 def _nested(value: Any, hint: Any) -> Any:
-    """A config within a config, such as ``kasa_config``, with the class that PEFT wants there."""
+    """A config inside a config, such as ``kasa_config``, with the class that PEFT expects."""
     if isinstance(value, dict):
         for option in (hint, *typing.get_args(hint)):
             if dataclasses.is_dataclass(option) and isinstance(option, type):

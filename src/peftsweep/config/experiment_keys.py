@@ -1,4 +1,4 @@
-"""The names that files of PEFT's method comparison have for our keys."""
+"""The names of our keys in the files of PEFT's method comparison."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from peftsweep.study.reading import TEXT
 
-DEFAULTS: dict[str, Any] = {  # of PEFT's comparison on MetaMathQA
+DEFAULTS: dict[str, Any] = {  # the defaults of PEFT's comparison on MetaMathQA
     "max_seq_length": 768,
     "batch_size": 4,
     "max_steps": 5000,
@@ -19,7 +19,7 @@ DEFAULTS: dict[str, Any] = {  # of PEFT's comparison on MetaMathQA
     "use_amp": False,
     "autocast_adapter_dtype": True,
 }
-KEYS = {  # theirs and ours, where the value is the same
+KEYS = {  # names in their files -> our keys with the same value
     "max_seq_length": "dataset.max_length",
     "query_template": "dataset.prompt",
     "batch_size": "train.batch_size",
@@ -42,7 +42,7 @@ OTHER_FIELDS = (
     *("model_id", "batch_size_eval", "eval_steps", "compile", "generation_kwargs"),
     *("optimizer_type", "optimizer_kwargs", "lr_scheduler", "use_amp", "init_kv_cache_prefix"),
 )
-# What the fields are, as far as they are read and not only handed on: the key that they go to checks its own value.
+# Types of the fields that are read here. Other fields are only copied to a key, which checks its own value.
 PARAMETERS = {
     "model_id?": TEXT,
     "dtype?": TEXT,
@@ -71,7 +71,7 @@ BENCHMARK = {
     "use_4bit?": (bool, type(None)),
 }
 BITSANDBYTES = "transformers.BitsAndBytesConfig"
-# What the comparison's int8 and int4 are: the defaults of bitsandbytes, which for 4 bits are fp4 and one quantisation.
+# int8 and int4 in the comparison: the defaults of bitsandbytes, for 4 bits fp4 without double quantisation.
 QUANTISED = {
     "int8": {"_target_": BITSANDBYTES, "load_in_8bit": True},
     "int4": {
@@ -82,11 +82,11 @@ QUANTISED = {
         "bnb_4bit_compute_dtype": "float32",
     },
 }
-INFERENCE = {  # fields of a benchmark_params.json and ours
+INFERENCE = {  # fields of a benchmark_params.json -> our keys
     "num_inference_runs": "inference.runs",
     "num_prompt_samples": "inference.samples",
     "prompts_file": "inference.prompts_file",
     "seed": "seed",
     "model_id": MODEL,
 }
-CATEGORIES = ("short", "medium", "long")  # of prompts, all of which the benchmark runs
+CATEGORIES = ("short", "medium", "long")  # the categories of prompts that the benchmark runs

@@ -30,16 +30,16 @@ OPEN = (  # sections whose keys are the arguments of a class or function
     *("method", "method_setup", "quant", "eval", "inference", "profiler", "tracker"),
     *("model.architecture", "train.optimizer_kwargs", "dataset.validation.columns"),
 )
-NAMES = ("name_or_path", "hub", "path", "revision")  # keys that say which model or dataset
+NAMES = ("name_or_path", "hub", "path", "revision")  # keys that name a model or dataset
 TEMPLATE = re.compile(r"(dataset|eval\.\w+)\.(prompt|answer|stop)")  # keys of texts that may have several lines
 
 
 @functools.cache
 def register() -> None:
-    """Tell Hydra the schema, once in a process, under a name of its own so that no group lists it as an option.
+    """Register the schema with Hydra, once in a process, under a name of its own so that no group lists it.
 
-    In the sections of ``OPEN`` a key needs no ``+``: they hold the arguments of what a yaml names, few of which it
-    lists. ``trial`` checks them.
+    In the sections of ``OPEN`` a key needs no ``+``: they hold arguments of a class or function, and a yaml lists only
+    some of them. ``compose.trial`` checks them.
     """
     node = OmegaConf.structured(Config)
     for key in OPEN:
@@ -75,19 +75,19 @@ def use_current_names(cfg: DictConfig) -> None:
 def fill_from_files(
     cfg: DictConfig, overrides: Iterable[str], choices: Mapping[str, str | None]
 ) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
-    """Set the keys that files of a record, an adapter or an experiment name; keys of the command line win.
+    """Set keys from the files of a record, an adapter or an experiment; keys of the command line take precedence.
 
-    Returns the choices that the files have made, and what became of each field of an experiment's.
+    Returns the choices that the files made, and for each field of an experiment whether it was used.
     """
     given_keys = {override.lstrip("+~").partition("=")[0] for override in overrides}
     made = _fill_from_record(cfg, given_keys) if cfg.repeat is not None else {}
     made |= _fill_from_adapter(cfg, given_keys, choices) if cfg.adapter.path is not None else {}
-    folder, file = cfg.method.get("path"), cfg.train.params_file  # which may be given by method.path
+    folder, file = cfg.method.get("path"), cfg.train.params_file  # it may come from method.path too
     if folder is None and file is None:
         return made, repeat.original(cfg.repeat).run_info.get("experiment", {}) if cfg.repeat is not None else {}
     found = experiment.read(folder, file)
     cfg.train.params_file = None  # the same trial as with the same keys on the command line
-    for key in given_keys - {"method", "quant", "inference"}:  # whole groups, of which an experiment's files tell more
+    for key in given_keys - {"method", "quant", "inference"}:  # for whole groups see _fill_groups
         found.refuse(key, f"{experiment.OVERRIDDEN} {key}")
     if folder is not None:
         cfg.method = as_text(found.keys.pop("method")) | {
@@ -113,12 +113,12 @@ def _fill_model(cfg: DictConfig, found: experiment.Reading, given: set[str]) -> 
         return {}
     choice = _put_model(cfg, name, given)
     if "train.learning_rate_scale" not in given:
-        cfg.train.learning_rate_scale = 1.0  # that of another model's recipe
+        cfg.train.learning_rate_scale = 1.0  # the scale belonged to another model
     return {"model": choice}
 
 
 def _put_model(cfg: DictConfig, name: str, given: set[str], **more: Any) -> str:
-    """Replace the model by the one called ``name``, with ``more`` of its keys; those on the command line stay."""
+    """Replace the model by ``name``, with the keys ``more``; keys of the command line keep their values."""
     option, node = _model_node(name)
     own = restored.own_values(cfg, {key for key in given if key.startswith("model.")})
     cfg.model = OmegaConf.merge(_schema().model, node, {"name_or_path": as_text(name)} | more)
@@ -127,7 +127,7 @@ def _put_model(cfg: DictConfig, name: str, given: set[str], **more: Any) -> str:
 
 
 def _model_node(name: str) -> tuple[str, DictConfig]:
-    """The option of ``model`` with this hub id, and its keys; for an id without a preset those of any causal model."""
+    """The option of ``model`` with this hub id, and its keys; for an id without a preset, ``causal_lm``."""
     folder = Path(conf_dir()) / "model"
 
     def load(option: str) -> DictConfig:
@@ -172,7 +172,9 @@ def _fill_evaluations(cfg: DictConfig, found: experiment.Reading, given: set[str
         for where, node in mine.items():
             template = _with_columns(value, node.prompt) if option == "prompt" else value
             if template is None:
-                found.not_taken[f"{names[0]}, in {where}"] = f"its rows have no one column for {{query}}: {node.prompt}"
+                found.not_taken[f"{names[0]}, in {where}"] = (
+                    f"its prompt has several columns, none called query: {node.prompt}"
+                )
                 continue
             found.keys[where] = template
             for name in names:
@@ -188,11 +190,11 @@ def _fill_evaluations(cfg: DictConfig, found: experiment.Reading, given: set[str
     if prompt is not None and not OmegaConf.is_missing(cfg.dataset, "prompt"):
         found.keys["dataset.prompt"] = _with_columns(prompt, cfg.dataset.prompt)
         if found.keys["dataset.prompt"] is None:
-            found.refuse("dataset.prompt", f"the dataset has no one column for {{query}}: {cfg.dataset.prompt}")
+            found.refuse("dataset.prompt", f"its prompt has several columns, none called query: {cfg.dataset.prompt}")
 
 
 def _with_columns(template: str, current: str) -> str | None:
-    """``template``, over a column query, for rows whose question is the one column of ``current``; None for more."""
+    """``template`` with the only column of ``current`` in place of query; None if ``current`` has several columns."""
     columns = {column for _, column, _, _ in string.Formatter().parse(current) if column}
     if "query" in columns:
         return template
@@ -200,13 +202,15 @@ def _with_columns(template: str, current: str) -> str | None:
 
 
 def _fill_from_record(cfg: DictConfig, given: set[str]) -> dict[str, str]:
-    """Set every key that a trial's record holds; keys that older records lack keep their value."""
+    """Set every key that a trial's record holds; keys that an older record lacks keep their values."""
     original = repeat.original(cfg.repeat)
     if "study" not in given:
         cfg.study = f"{original.run_info['study']}-repeat"
     if original.folder and original.folder.parent.resolve() == store.folder(cfg.study).resolve():
-        raise InputError(f"repeat={cfg.repeat}: study={cfg.study} holds the original, which is kept; take another")
-    cfg.force = True  # else a second repeat, with other versions, would return the numbers of the first
+        raise InputError(
+            f"repeat={cfg.repeat}: study={cfg.study} holds the original, which must be kept; use another study"
+        )
+    cfg.force = True  # a second repeat, with other versions, must not return the results of the first
     own = restored.own_values(cfg, given)
     for key, value in original.config.items():
         if key not in repeat.NOT_REPEATED and key not in given and key in cfg:
@@ -223,7 +227,7 @@ def _fill_from_adapter(cfg: DictConfig, given: set[str], choices: Mapping[str, s
     folder = store.adapter(cfg.adapter.path)
     cfg.label = cfg.label or as_text(experiment.label(str(folder.parent if folder.name == store.ADAPTER else folder)))
     made: dict[str, str] = {}
-    if cfg.repeat is None:  # whose record holds all that the adapter's held
+    if cfg.repeat is None:  # with repeat the record holds these keys already
         if trained := store.result_of_adapter(folder):
             made = restored.from_trial(cfg, given, choices, trained, model_identity)
         else:
@@ -235,7 +239,7 @@ def _fill_from_adapter(cfg: DictConfig, given: set[str], choices: Mapping[str, s
 
 
 def _use_base(cfg: DictConfig, base: str, given: set[str]) -> str:
-    """Use the base that an adapter names; a local one in its stored number format. Returns the option of ``model``."""
+    """Use the base that an adapter names, a local one in its stored dtype. Returns the option of ``model``."""
     kept: dict[str, Any] = {"revision": cfg.model.revision}
     with contextlib.suppress(OSError, ValueError):
         stored = json.loads((Path(base).expanduser() / "config.json").read_text(encoding="utf-8"))
@@ -246,7 +250,7 @@ def _use_base(cfg: DictConfig, base: str, given: set[str]) -> str:
 
 
 def read_newlines(cfg: DictConfig, overrides: Iterable[str]) -> None:
-    r"""Have ``\n`` in a template of the command line be the end of a line; ``\\n`` are these two characters."""
+    r"""Read ``\n`` in a template of the command line as a line break, and ``\\n`` as a backslash and an n."""
     for key in (override.lstrip("+").partition("=")[0] for override in overrides):
         if TEMPLATE.fullmatch(key) and (template := OmegaConf.select(cfg, key, throw_on_missing=False)) is not None:
             texts = (

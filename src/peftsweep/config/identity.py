@@ -21,16 +21,17 @@ from peftsweep.study import store
 
 CONVERSATIONS = "peftsweep.data.tasks.messages"  # the first reader of datasets that hold them
 IDENTITY_LENGTH = 10  # hex digits: a study of 10,000 trials has a clash once in 20,000 studies
-# Its version, which a record keeps; a study's trials are recognised by earlier ones too. The third to the fifth
-# have the hashes of the second: they tell records whose numbers a fault has changed since, see trial/mended.py.
+# The version of the rule, which a record keeps; trials are also recognised by earlier versions. Versions 3 to 5 have
+# the hashes of version 2: they mark records whose numbers a fault has changed since then, see trial/mended.py.
 IDENTITY_RULE = 5
-# Former names of modules, classes and functions, and their names now. In an identity they keep the former ones.
+# Former names of modules, classes and functions -> their present names. An identity keeps the former name.
 FORMER_NAMES = former_names.MODULES
-# Names that are not the shortest, under which identities of the first rule have what conf/ names.
+# Classes that conf/ names, and the longer names that identities of the first rule have for them.
 NAMES_OF_RULE_1 = {f"peft.{name}": f"peft.tuners.lora.config.{name}" for name in ("KasaConfig", "BdLoraConfig")}
-CALLS = ("method", "method_setup", "quant")  # sections of an identity that name what is called
-FILE_OPTIONS = ("adapters", "include_path", "cache_file", "covariance_file")  # of methods and evaluations
-# Keys that were there when the first rule was made.
+CALLS = ("method", "method_setup", "quant")  # sections with a _target_
+# Options of methods and evaluations that name files.
+FILE_OPTIONS = ("adapters", "include_path", "cache_file", "covariance_file")
+# The keys that existed when the first rule was made.
 FIRST_TRAIN_KEYS = (
     *("learning_rate", "learning_rate_scale", "steps", "epochs", "batch_size", "accumulation", "schedule", "warmup"),
     *("weight_decay", "clip", "optimizer", "optimizer_kwargs", "autocast", "autocast_adapter_dtype", "checkpointing"),
@@ -38,20 +39,20 @@ FIRST_TRAIN_KEYS = (
     "log_every",
 )
 FIRST_TARGETS_KEYS = ("roles", "modules", "all_linear", "otherwise")
-# Of the dataset's, what chooses rows, whose content is hashed where they are local, and what is made of them.
+# Keys of the dataset that choose rows. Of local rows the content is hashed in their place.
 CHOOSES_ROWS = (
     *("name", "path", "test_path", "hub", "hub_config", "revision", "hub_split", "hub_test_split", "generator"),
     *("train_fraction", "split_seed", "max_characters", "deduplicate", "samples", "validation_samples"),
     *("encoding", "leave_out_tested", "validation", "fraction"),
 )
 FIRST_DATASET_KEYS = (*CHOOSES_ROWS[:-4], "reader", "prompt", "answer", "classes", "max_length", "drop_long", "chat")
-NEW_EVAL_OPTIONS = ("stop", "beside")  # of evaluations, brought by later versions: empty, they change nothing
-CHANGES_NO_SCORE = ("headline", "role")  # of their options: what trials are compared by, what they are for
+NEW_EVAL_OPTIONS = ("stop", "beside")  # options of evaluations that later versions added: empty, they change nothing
+CHANGES_NO_SCORE = ("headline", "role")  # options of evaluations that only choose how scores are reported
 
 
 @dataclass(frozen=True)
 class Identity:
-    """The hash of a trial and of its training alone, by one version of the rule."""
+    """The hashes of a trial and of its training alone, by one version of the rule."""
 
     rule: int
     trial: str
@@ -59,7 +60,7 @@ class Identity:
 
 
 def identity_of(config: Config, rows: data_rows.Rows | None, rule: int = IDENTITY_RULE) -> Identity:
-    """The identity of a trial under one numbered rule of what belongs to it."""
+    """The identity of a trial by the version ``rule`` of the rule."""
     training = _training(config, rows, rule)
     return Identity(rule, content_hash([training, _evaluating(config, rows, rule)]), content_hash(training))
 
@@ -67,7 +68,7 @@ def identity_of(config: Config, rows: data_rows.Rows | None, rule: int = IDENTIT
 def _training(config: Config, rows: data_rows.Rows | None, rule: int) -> dict[str, Any]:
     """Everything that changes the trained weights."""
     train = _section_identity(config.train, FIRST_TRAIN_KEYS)
-    # Which change no weight: one that was stopped can go on; what is captured is the same but for rounding.
+    # These change no weight: a stopped trial can be resumed, and captured steps differ by rounding only.
     for key in ("checkpoint_every", "patience", "capture"):
         train.pop(key, None)
     train["learning_rate"] *= train.pop("learning_rate_scale")  # only their product matters
@@ -76,7 +77,7 @@ def _training(config: Config, rows: data_rows.Rows | None, rule: int) -> dict[st
     targets = _section_identity(config.targets, FIRST_TARGETS_KEYS)
     if config.targets.roles is not None:
         targets["roles"] = {role: config.model.roles.get(role) for role in sorted(config.targets.roles)}
-    said: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "model": model_identity(config.model, rule),
         "method": config.method,
         "method_inputs": config.method_inputs,
@@ -90,16 +91,17 @@ def _training(config: Config, rows: data_rows.Rows | None, rule: int) -> dict[st
     }
     if rule > 1 and config.train.keep_best and (judge := config.train.best_metric.partition(".")[0]) in config.eval:
         own = sets_aside(config, judge)
-        said["best_by"] = [evaluation_identity(config.eval[judge]), config.dataset.validation_samples if own else None]
+        validation_samples = config.dataset.validation_samples if own else None
+        settings["best_by"] = [evaluation_identity(config.eval[judge]), validation_samples]
     name = config.train.optimizer
     train["optimizer"] = canonical_name(name if rule == 1 or "." in name else f"torch.optim.{name}", rule)
-    return {key: _canonical(value, rule) if key in CALLS else value for key, value in said.items()}
+    return {key: _canonical(value, rule) if key in CALLS else value for key, value in settings.items()}
 
 
 def _section_identity(section: Any, first: tuple[str, ...]) -> dict[str, Any]:
     """The keys of a section. A key that is not among ``first`` counts only if its value is not the default.
 
-    A key that a later version adds thus does not change the identities of other trials.
+    So a key that a later version adds does not change the identities of other trials.
     """
     blank = {field.name: field for field in dataclasses.fields(section)}
     return {
@@ -117,25 +119,25 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 def _evaluating(config: Config, rows: data_rows.Rows | None, rule: int) -> dict[str, Any]:
     """Everything beside the training that changes the scores."""
     prompts = config.inference.get("prompts_file")
-    said = {
+    settings = {
         "test": rows.fingerprints["test"] if rows is not None else None,
         "eval": {name: evaluation_identity(node, rule) for name, node in config.eval.items()},
         "inference": _canonical(config.inference, rule)
         | {"prompts_file": None if prompts is None else _file_hash(Path(prompts).expanduser(), rule)},
     }
     if any(sets_aside(config, name) for name in config.eval):
-        said["set_aside"] = [config.dataset.validation_samples, config.dataset.split_seed]
-    return said
+        settings["set_aside"] = [config.dataset.validation_samples, config.dataset.split_seed]
+    return settings
 
 
 def evaluation_identity(node: Mapping[str, Any], rule: int = IDENTITY_RULE) -> dict[str, Any]:
-    """An ``eval`` entry with its file, if it has one, by content instead of by name."""
+    """An ``eval`` entry, with the content of its file, if it has one, in place of the file's name."""
     source = rows_config(node)
-    said: dict[str, Any] = _canonical(node, rule)
-    said = {key: value for key, value in said.items() if not _changes_nothing(key, value)}
+    options: dict[str, Any] = _canonical(node, rule)
+    options = {key: value for key, value in options.items() if not _changes_nothing(key, value)}
     if source.path is None:
-        return said
-    return said | {"path": data_rows.fingerprint(data_rows.read_rows(source.path, encoding=source.encoding))}
+        return options
+    return options | {"path": data_rows.fingerprint(data_rows.read_rows(source.path, encoding=source.encoding))}
 
 
 def _changes_nothing(option: str, value: Any) -> bool:
@@ -143,15 +145,15 @@ def _changes_nothing(option: str, value: Any) -> bool:
 
 
 def _dataset_identity(dataset: DatasetConfig, rows: data_rows.Rows | None, rule: int = IDENTITY_RULE) -> dict[str, Any]:
-    said = _section_identity(dataset, FIRST_DATASET_KEYS)
+    settings = _section_identity(dataset, FIRST_DATASET_KEYS)
     if rule > 1 and _is_chat(dataset.chat, dataset.reader):
-        said["turns"] = dataset.turns
+        settings["turns"] = dataset.turns
     if rows is None:
         files = {"test_path": dataset.test_path, "validation": dataset.validation.path}
         local = {key: _file_hash(Path(path), rule) for key, path in files.items() if path and rule > 1}
-        return said | ({"files": local} if local else {})
-    how = {key: value for key, value in said.items() if key not in CHOOSES_ROWS}
-    if dataset.missing is not OnMissing.empty:  # the others choose rows
+        return settings | ({"files": local} if local else {})
+    how = {key: value for key, value in settings.items() if key not in CHOOSES_ROWS}
+    if dataset.missing is not OnMissing.empty:  # other values choose rows, whose content is hashed
         how.pop("missing", None)
     if dataset.reader in conversations.READERS:
         version = max(map(conversations.version, rows.train), default=1)
@@ -160,18 +162,19 @@ def _dataset_identity(dataset: DatasetConfig, rows: data_rows.Rows | None, rule:
 
 
 def model_identity(model: ModelConfig, rule: int = IDENTITY_RULE) -> dict[str, Any]:
-    """What identifies the base: the content of a local folder, or id and revision of a model of the hub."""
+    """The settings that identify the base: the content of a local folder, or id and revision on the hub."""
     from peftsweep.models.model import source  # imports torch, which `--help` must not
 
-    said = {key: getattr(model, key) for key in ("task", "init", "dtype", "attn_implementation", "device_map")}
+    settings = {key: getattr(model, key) for key in ("task", "init", "dtype", "attn_implementation", "device_map")}
     if model.init is Init.random:
-        return said | {"architecture": model.architecture}
+        return settings | {"architecture": model.architecture}
     folder = Path(source(model))
     if not folder.is_dir():
-        return said | {"hub": model.name_or_path, "revision": model.revision}
+        return settings | {"hub": model.name_or_path, "revision": model.revision}
     if rule > 1:
-        return said | {"files": fingerprint.folder_hashes(folder)}
-    return said | {"files": {file.name: _file_hash(file, rule) for file in sorted(folder.iterdir()) if file.is_file()}}
+        return settings | {"files": fingerprint.folder_hashes(folder)}
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    return settings | {"files": {file.name: _file_hash(file, rule) for file in files}}
 
 
 def _is_chat(chat: bool | None, reader: str | None) -> bool:
@@ -179,7 +182,7 @@ def _is_chat(chat: bool | None, reader: str | None) -> bool:
 
 
 def _adapter_files(path: str | None, rule: int) -> dict[str, str] | None:
-    """A saved adapter by its content, wherever it lies, with the base that was kept beside it."""
+    """The hashes of a saved adapter's files and of the base saved beside it, independent of their place."""
     if path is None:
         return None
     folder = store.adapter(path)
@@ -191,7 +194,7 @@ def _adapter_files(path: str | None, rule: int) -> dict[str, str] | None:
 
 
 def _file_hash(file: Path, rule: int) -> str:
-    """A file's hash; by the first rule that of its size and both ends, where it is larger than 32 MB."""
+    """A file's hash; by the first rule, for files above 32 MB, the hash of the size and of both ends."""
     size, edge = file.stat().st_size, 16 * 2**20
     if rule > 1 or size <= 2 * edge:
         return fingerprint.file_hash(file)
@@ -204,7 +207,7 @@ def _file_hash(file: Path, rule: int) -> str:
 
 
 def _canonical(node: Any, rule: int) -> Any:
-    """Plain values with every ``_target_`` under its one name, and files that options name by their content."""
+    """Plain values with the canonical name of every ``_target_``, and hashes of the files that options name."""
     if isinstance(node, list | tuple):
         return [_canonical(value, rule) for value in node]
     if not isinstance(node, Mapping):
@@ -218,7 +221,7 @@ def _canonical(node: Any, rule: int) -> Any:
 
 
 def _by_content(value: Any) -> Any:
-    """The content of a path, or of several; a value that is no local file or folder stays as it is."""
+    """The hash of a path's content, or of several paths; a value that is not a local path stays as it is."""
     if isinstance(value, Mapping):
         return {key: _by_content(one) for key, one in value.items()}
     if not isinstance(value, str) or not (place := Path(value).expanduser()).exists():
@@ -227,9 +230,9 @@ def _by_content(value: Any) -> Any:
 
 
 def canonical_name(target: str, rule: int = IDENTITY_RULE) -> str:
-    """The canonical name of a class or function in an identity, also where another of its names was given.
+    """The canonical name of a class or function in an identity, for any of its names.
 
-    That is the shortest dotted name under which it can be imported; of one that has moved, its first name.
+    It is the shortest dotted name under which it can be imported; if the class has moved, its first name.
     """
     before = {now: before for before, now in FORMER_NAMES.items()}
     return _renamed(target, before) if rule == 1 else _renamed(_shortest(target), before | NAMES_OF_RULE_1)

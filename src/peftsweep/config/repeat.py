@@ -1,8 +1,8 @@
-"""A trial run again: is it the same, and what changed in between?
+"""Compare a trial that was run again with its first run: are the results the same, and what changed in between?
 
-Two rules. On the same CPU with the same kernels, versions, thread count and settings every number must be equal to the
-bit. Where any of these differs, or is not recorded, sums may be taken in another order; a score may then differ by
-``CLOSE`` standard errors. The comparison says which rule it applied and why.
+There are two rules. With the same CPU, kernels, versions, thread count and settings, every number must be equal to the
+bit. If any of these differs or is not recorded, the order of summation may differ, so a score may differ by ``CLOSE``
+standard errors. The comparison says which rule it applied and why.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from peftsweep.study.reading import Unreadable, check
 from peftsweep.study.record import RESULT, STEP, STEPS, Result, Status
 from peftsweep.study.store import ADAPTER
 
-FILE = "repeat.json"  # what the comparison found, in the folder of the second trial
-# Keys that are not taken from the record: they say where and how a command runs, and change no number.
+FILE = "repeat.json"  # the result of the comparison, in the folder of the second trial
+# Keys that are not read from the record: they say where and how a command runs, and change no result.
 NOT_REPEATED = (
     "study",
     "repeat",
@@ -43,25 +43,25 @@ MEMORY = ("memory.train.allocated_peak", "memory.train.rss_peak")
 IDENTITY = "run_info.identity"  # a hash of all settings and data that change a number
 DATA = ("model_sha", "dataset_sha", "tokenizer_sha", "rows_sha")
 PLACE = (IDENTITY, "run_info.host", "run_info.git_commit", "run_info.git_branch", "run_info.git_dirty")
-# What may change the last bits of a sum, and so in the end an answer; code is not among it, as its changes shall show.
+# Columns whose change may change the last bits of a sum, and so an answer. Code is left out: its changes must show.
 ENVIRONMENT = (
     *("meta_info.packages.", "meta_info.torch.", "meta_info.system.machine", "meta_info.system.processor"),
     "meta_info.system.python",
 )
-CAPABILITY = "meta_info.torch.cpu_capability"  # not in records of before it was recorded
-CLOSE = 2.0  # standard errors between two scores that count as one: 95% of equal ones lie closer
-CLOSE_WITHOUT_ERROR = 0.02  # and the share by which those may differ that have none, and losses where there is no score
+CAPABILITY = "meta_info.torch.cpu_capability"  # older records lack it
+CLOSE = 2.0  # standard errors by which scores may differ: 95% of equal scores differ by less
+CLOSE_WITHOUT_ERROR = 0.02  # the relative difference allowed for scores without a standard error, and for losses
 NEVER_ROUNDED = ("steps", "tokens", "training_rows", "trainable_parameters", "total_parameters")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A score, loss or count in both records; None where one lacks it."""
+    """A score, loss or count in both records; None if a record lacks it."""
 
     name: str
     before: float | None
     after: float | None
-    stderr: float | None = None  # of the difference, as if the two rested on different rows: an upper bound
+    stderr: float | None = None  # of the difference, computed as for different rows: an upper bound
     score: bool = False  # of an evaluation
     count: bool = False  # of rows, tokens, steps or parameters
 
@@ -94,10 +94,10 @@ class Comparison:
     changed: dict[str, tuple[Any, Any]]  # versions, device, code and settings: before and now
     figures: list[Figure]
     status: tuple[str, str]
-    losses: tuple[int, int | None]  # how many were logged in both, and the first step that differs
-    adapter: bool | None  # whether the saved weights are the same bytes; None where one has none
-    costs: list[str]  # how long it took and what it held, before and now: never judged
-    because: list[str]  # why the numbers need not be equal to the bit; none: they must be
+    losses: tuple[int, int | None]  # the number of steps logged in both, and the first step that differs
+    adapter: bool | None  # whether the saved weights are equal in every byte; None if one is missing
+    costs: list[str]  # time and memory, before and now, for information only
+    because: list[str]  # reasons why the numbers may differ in their last bits; empty: they must be equal
 
     @property
     def different(self) -> list[Figure]:
@@ -111,12 +111,12 @@ class Comparison:
 
     @property
     def exact(self) -> bool:
-        """Whether the bits must be the same: a CPU, with the same kernels, settings, versions and threads."""
+        """Whether the numbers must be equal to the bit: the same CPU, kernels, settings, versions and threads."""
         return not self.because
 
     @property
     def far(self) -> list[Figure]:
-        """The scores (else losses) and counts that differ by more than another order of sums explains."""
+        """The scores (else losses) and counts that differ by more than another order of summation explains."""
         scored = any(figure.score for figure in self.figures)
         judged = [figure for figure in self.figures if figure.score or figure.count or not scored]
         return [figure for figure in judged if not (figure.equal if figure.count else figure.close)]
@@ -149,21 +149,21 @@ class Comparison:
 
     @property
     def rule(self) -> str:
-        """Which of the two rules holds, and why."""
+        """The rule that was applied, and the reason."""
         if self.exact:
             return "judged to the bit: the same CPU, kernels, versions, thread count and settings"
         return f"judged within {CLOSE:g} standard errors: {'; '.join(self.because)}"
 
     @property
     def verdict(self) -> str:
-        """In one line: is it the same?"""
+        """One line that says whether the results are the same."""
         if self.equal:
             weights = " and the adapter's weights" if self.adapter else ""
             return f"equal to the bit: {len(self.figures)} figures, {self.losses[0]} logged losses{weights}"
         if self.exact:
-            return "not the same: on the same CPU with the same versions and threads every bit should be"
+            return "not the same: with the same CPU, versions and threads the numbers should be equal to the bit"
         if counts := [figure.name for figure in self.far if figure.count]:
-            return f"not the same: {', '.join(counts)}, which no rounding changes"
+            return f"not the same: {', '.join(counts)}, which rounding cannot change"
         if self.far:
             return f"not the same: {', '.join(figure.name for figure in self.far)} by more than {self._tolerance}"
         return f"the same within {self._tolerance}, not to the bit"
@@ -179,18 +179,18 @@ def original(path: str) -> Result:
     """The record in a trial's folder.
 
     Raises:
-        InputError: there is none that can be repeated.
+        InputError: the folder holds no record, or one that cannot be repeated.
     """
     folder = Path(path).expanduser()
     if not os.path.lexists(folder / RESULT):
-        raise InputError(f"repeat={path}: no folder of a trial; it holds no {RESULT}")
+        raise InputError(f"repeat={path}: is not the folder of a trial; it holds no {RESULT}")
     try:
         found = Result.read(folder)
         check(found.run_info, {"study": str}, str(folder / RESULT))
     except Unreadable as error:
         raise InputError(f"repeat={path}: {error}") from None
     if source := found.run_info.get("imported_from"):
-        raise InputError(f"repeat={path}: not a trial of peftsweep but read from {source}")
+        raise InputError(f"repeat={path}: is not a trial of peftsweep; it was imported from {source}")
     return found
 
 
@@ -217,7 +217,7 @@ def compare(before: Result, after: Result) -> Comparison:
 
 
 def write(comparison: Comparison, after: Result) -> None:
-    """Keep what was found beside the record of the second trial."""
+    """Write the comparison beside the record of the second trial."""
     found = {
         "repeat_of": comparison.of,
         "equal_to_the_bit": comparison.equal,
@@ -236,7 +236,7 @@ Flat = Mapping[str, Any]
 
 def _other_device(before: Result, after: Result) -> list[str]:
     gpus = [one.meta_info.get("torch", {}).get("gpus") for one in (before, after)]
-    return ["on a GPU sums have no fixed order"] if any(gpus) and after.config.get("device") != "cpu" else []
+    return ["the order of summation on a GPU is not fixed"] if any(gpus) and after.config.get("device") != "cpu" else []
 
 
 def _other_kernels(changed: Mapping[str, tuple[Any, Any]], before: Flat) -> list[str]:
@@ -245,22 +245,22 @@ def _other_kernels(changed: Mapping[str, tuple[Any, Any]], before: Flat) -> list
     keys = [key for key in changed if key.startswith((*ENVIRONMENT, IDENTITY)) and not (unknown and key == CAPABILITY)]
     reasons = [f"{', '.join(key.removeprefix('meta_info.') for key in keys)} changed"] if keys else []
     if unknown:
-        reasons.append("the record of before does not say which kernels its CPU used")
+        reasons.append("the first record does not say which CPU kernels were used")
     return reasons
 
 
 def _other_sums(before: Result, after: Result) -> list[str]:
-    """Settings under which sums are taken in another order, and settings that the record lacks."""
+    """Reasons from how the trials ran: in a pack, or resumed."""
     sides = (before, after)
     packs = any(one.train_info.get("packed") or one.run_info.get("packed_with") for one in sides)
-    reasons = ["trained in a pack, in which sums are taken in another order"] if packs else []
+    reasons = ["a trial was trained in a pack, which sums in another order"] if packs else []
     if any(one.run_info.get("resumed") for one in sides):
-        reasons.append("went on from a checkpoint, which another machine may have written")
+        reasons.append("a trial was resumed from a checkpoint, which another machine may have written")
     return reasons
 
 
 def _changed(before: Flat, after: Flat) -> dict[str, tuple[Any, Any]]:
-    """Versions, system, device, place and settings that differ; a record of old may lack some."""
+    """Versions, system, device, place and settings that differ; an older record may lack some."""
     keys = [key for key in dict.fromkeys([*before, *after]) if key.startswith(ENVIRONMENT) or key in PLACE]
     keys += [
         key
@@ -271,9 +271,9 @@ def _changed(before: Flat, after: Flat) -> dict[str, tuple[Any, Any]]:
 
 
 def _without_pins(changed: dict[str, tuple[Any, Any]], before: Result, after: Result) -> dict[str, tuple[Any, Any]]:
-    """``changed`` but for a revision that now is said, and that names the commit which was loaded before, too.
+    """``changed`` without a revision that is set now and names the commit that was loaded before.
 
-    If no other setting differs and all data are the same, this alone has changed the identity.
+    If no other setting differs and all data are the same, only this changed the identity.
     """
     same = commits(before).items() & commits(after).items()
     pins = {f"config.{section}.revision" for section, _ in same}
@@ -312,7 +312,7 @@ def _losses(before: Path, after: Path) -> tuple[int, int | None]:
 
 
 def _same_files(before: Path, after: Path) -> bool | None:
-    """Whether the two adapters are the same bytes."""
+    """Whether the files of the two adapters are equal in every byte."""
     names = [{file.name for file in (place / ADAPTER).glob("*.safetensors")} for place in (before, after)]
     if not names[0] or not names[1]:
         return None

@@ -1,7 +1,7 @@
-"""A saved adapter's configuration: that of the trial that trained it, or what its adapter_config.json says.
+"""The configuration of a saved adapter: that of the trial that trained it, or that of its adapter_config.json.
 
-A key on the command line wins over the record, and a group named there replaces the record's. What contradicts the
-saved weights is refused.
+A key on the command line takes precedence over the record, and a group named there replaces the group of the record.
+Keys that contradict the saved weights are refused.
 """
 
 from __future__ import annotations
@@ -29,32 +29,36 @@ from peftsweep.study.trust import as_text
 SECTIONS = {
     **{name: (name,) for name in ("seed", "model", "method", "targets", "quant", "train", "inference", "dataset")},
     "method_inputs": ("method",),
-    "eval": ("eval", "dataset"),  # as a dataset brings its own evaluations
+    "eval": ("eval", "dataset"),  # a dataset chooses its own evaluations
 }
-WEIGHTS_SECTIONS = ("method", "method_inputs", "targets")  # sections that the saved weights have decided
+WEIGHTS_SECTIONS = ("method", "method_inputs", "targets")  # sections that are fixed by the saved weights
 BASE = "model.name_or_path"
 RECORD_FIELDS = {
     "model": {"name_or_path": str},
     "dataset": {"classes": [str]},
     "eval": {"*": dict},
     "seed": int,
-}  # of a record
-COMPUTE_KEYS = ("dtype", "attn_implementation", "device_map")  # of a model: how it calculates, not which it is
-FROM_FILE = "from/adapter_config"  # the option of method that reads one
+}  # types of fields that are read from a record
+COMPUTE_KEYS = (
+    "dtype",
+    "attn_implementation",
+    "device_map",
+)  # keys of a model that say how it computes, not which one it is
+FROM_FILE = "from/adapter_config"  # the option of method that reads adapter_config.json
 
-Identify = Callable[[ModelConfig], Mapping[str, Any]]  # a base by what it is: config.model_identity
+Identify = Callable[[ModelConfig], Mapping[str, Any]]  # see identity.model_identity
 Choices = Mapping[str, str | None]  # the option of each group
 GivenKeys = set[str]  # the keys on the command line
 
 
 def put(cfg: DictConfig, section: str, value: Any) -> None:
-    """Replace a section of the configuration by a record's, in which keys of other versions may be or be missing."""
+    """Replace a section of the configuration by that of a record, which another version may have written."""
     value = as_text(value)
     if not (isinstance(value, dict) and OmegaConf.get_type(cfg, section) is not dict):
         OmegaConf.update(cfg, section, value, merge=False)
         return
     for name, part in value.items():
-        if name in cfg[section]:  # not one that this version has no more
+        if name in cfg[section]:  # skip keys that this version no longer has
             typed = isinstance(part, dict) and OmegaConf.get_type(cfg[section], name) is not dict
             OmegaConf.update(cfg, f"{section}.{name}", part, merge=typed)
 
@@ -75,17 +79,17 @@ def put_back(cfg: DictConfig, own: Mapping[str, Any]) -> None:
 
 
 def from_trial(cfg: DictConfig, given: GivenKeys, choices: Choices, held: Result, identify: Identify) -> dict[str, str]:
-    """Set in ``cfg`` all that the record ``held`` says; returns the choices of groups that it makes.
+    """Set ``cfg`` from the record ``held``; returns the options that it chooses, by group.
 
     Raises:
-        InputError: the command line contradicts the saved weights, or has a key that the trial has not.
+        InputError: the command line contradicts the saved weights, or names an evaluation that the trial lacks.
     """
     path, own = cfg.adapter.path, own_values(cfg, given)
     if wrong := fault(held.config, RECORD_FIELDS, "config"):
         raise InputError(f"adapter.path={path}: {(held.folder or Path()) / RESULT}: {wrong}")
     _check_method_of_trial(cfg, given, choices, held)
     kept = [section for section, groups in SECTIONS.items() if not given.intersection(groups)]
-    kept += [section for section in WEIGHTS_SECTIONS if section not in kept]  # the words for them are the same
+    kept += [section for section in WEIGHTS_SECTIONS if section not in kept]  # the command line can only repeat them
     for section in kept:
         if section in held.config:
             put(cfg, section, _located(section, held))
@@ -93,7 +97,7 @@ def from_trial(cfg: DictConfig, given: GivenKeys, choices: Choices, held: Result
     _check_base_of_trial(cfg, path, held, identify)
     _check_head(cfg, path, held)
     if "dataset.test_path" in given and "dataset.leave_out_tested" not in given:
-        cfg.dataset.leave_out_tested = False  # nothing is trained, and the test rows may be the trained ones
+        cfg.dataset.leave_out_tested = False  # nothing is trained, so the test rows may be training rows
     unknown = [name for name, node in cfg.eval.items() if "_target_" not in node]
     if unknown:
         raise InputError(f"eval.{unknown[0]}: the trial of adapter.path={path} has {', '.join(held.config['eval'])}")
@@ -130,10 +134,10 @@ def _check_base_of_trial(cfg: DictConfig, path: str, held: Result, identify: Ide
 
 
 def _same(given: ModelConfig, trained: ModelConfig, identify: Identify) -> bool:
-    """Whether two models are the same base, whatever their number format and attention."""
+    """Whether two models are the same base, apart from dtype and attention."""
     try:
         sides = [identify(one) for one in (given, trained)]
-    except InputError:  # one is not there any more
+    except InputError:  # one no longer exists
         return False
     return sides[0] == sides[1]
 
@@ -147,7 +151,7 @@ def _model(cfg: DictConfig, changed: Mapping[str, Any]) -> ModelConfig:
 
 
 def _check_head(cfg: DictConfig, path: str, held: Result) -> None:
-    """Refuse classes that are not those of a saved head."""
+    """Refuse another number of classes than the saved head has."""
     trained = held.config["dataset"]["classes"]
     if not cfg.dataset.classes:
         cfg.dataset.classes = as_text(trained)
@@ -204,16 +208,16 @@ def _plain(cfg: DictConfig, key: str) -> Any:
 def from_elsewhere(
     cfg: DictConfig, given: GivenKeys, choices: Choices, folder: Path, identify: Identify
 ) -> tuple[dict[str, str], str | None]:
-    """Set in ``cfg`` the method that the file of an adapter names.
+    """Set in ``cfg`` the method of an adapter's adapter_config.json.
 
-    Gives the choices that it has made, and the base that it names, where the command line names none.
+    Returns the options that it chooses, by group, and the base that the file names if the command line names none.
 
     Raises:
         InputError: the file cannot be read, or the command line contradicts it.
     """
     if not (folder / experiment.ADAPTER_FILE).is_file():
         raise InputError(
-            f"adapter.path={cfg.adapter.path}: holds a whole model and no adapter; take model.name_or_path="
+            f"adapter.path={cfg.adapter.path}: holds a whole model and no adapter; use model.name_or_path="
             f"{cfg.adapter.path} train=none"
         )
     try:
@@ -234,7 +238,7 @@ def from_elsewhere(
 
 
 def _check_method(cfg: DictConfig, given_keys: GivenKeys, choices: Choices, method: Mapping[str, Any]) -> None:
-    """Options that the command line chooses by a group count as far as they say which method it is."""
+    """Refuse another method. Of a group on the command line, only the keys that identify a method are compared."""
     option = choices.get("method")
     if "method" in given_keys and option != FROM_FILE:
         given = _plain(cfg, "method") or {}
@@ -248,7 +252,7 @@ def _check_method(cfg: DictConfig, given_keys: GivenKeys, choices: Choices, meth
 
 
 def _value(method: Mapping[str, Any], name: str) -> Any:
-    """The value of an option of a method; if it is not given, the default of its class."""
+    """The value of an option of a method; if it is not set, the default of its class."""
     if name in method:
         return method[name]
     found: Any = pydoc.locate(method["_target_"])
@@ -277,7 +281,7 @@ def _check_targets(cfg: DictConfig, given: GivenKeys, saved: Any) -> None:
 
 
 def _check_base(cfg: DictConfig, base: str, revision: str | None, identify: Identify) -> None:
-    """A local model may be a copy of one on the hub; two names on the hub, or two folders, are compared."""
+    """Refuse another base. A local model may be a copy of one on the hub; two hub names or two folders are compared."""
     given, named = str(cfg.model.name_or_path), Path(base).expanduser()
     if given == base:
         return
@@ -285,6 +289,6 @@ def _check_base(cfg: DictConfig, base: str, revision: str | None, identify: Iden
     is_local, was_local = Path(given).expanduser().is_dir(), named.is_dir()
     if was_local and _same(_model(cfg, {}), other, identify):
         return
-    gone = named.is_absolute() and not was_local  # a folder of another machine
+    gone = named.is_absolute() and not was_local  # a folder on another machine
     if was_local or not (is_local or gone or given == "tiny"):
         raise _contradicts(cfg, f"{BASE}={given}", f"another base, {base}")

@@ -1,4 +1,4 @@
-"""Tokens -> padded batches, in an order that the seed gives."""
+"""Tokens -> padded batches, in an order that depends on the seed."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Batch:
 
     Shapes: ``input_ids`` and ``attention_mask`` are [rows, length], of int64. ``answer_mask``
     is [rows, length - 1], bool: whether the token *after* a position belongs to an answer. ``places``
-    are the same positions as numbers, known without waiting for the device: [answer_tokens], of int64, into the
-    flattened [rows, length - answer_start] that begins with the position before ``answer_start``.
-    ``labels`` are a classifier's, [rows], of int64.
+    are the same positions as indices, so that none must be read back from the device: [answer_tokens], of int64, into
+    the flattened [rows, length - answer_start] that begins with the position before ``answer_start``.
+    ``labels`` are the classes for a classifier, [rows], of int64.
     """
 
     input_ids: torch.Tensor
@@ -103,7 +103,7 @@ def collate(rows: Sequence[Tokens], pad_id: int, multiple: int = 1) -> Batch:
 
 
 def batch_order(lengths: Sequence[int], batch_size: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of row numbers, each epoch shuffled anew, rows of like length together.
+    """Endless batches of row numbers, each epoch shuffled anew, rows of similar length together.
 
     Buckets of ``BUCKET_BATCHES`` batches are sorted by length and their batches shuffled again, so
     that padding is small and no epoch begins with all short rows. An epoch's last batch may be smaller.
@@ -123,8 +123,8 @@ def batch_order(lengths: Sequence[int], batch_size: int, seed: int) -> Iterator[
 def micro_batches(steps: Iterable[list[int]], batch_size: int) -> Iterator[list[list[int]]]:
     """The row numbers of each step in micro-batches of ``batch_size``; a step's last one may be smaller.
 
-    Which rows a step takes does not depend on how many micro-batches it has. ``batch_order`` gives them in the order
-    of their length, so that micro-batches hold little padding.
+    The rows of a step do not depend on the number of its micro-batches. ``batch_order`` sorts the rows of a step by
+    length, so that micro-batches hold little padding.
     """
     for step in steps:
         yield [step[start : start + batch_size] for start in range(0, len(step), batch_size)]

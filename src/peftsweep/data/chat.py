@@ -14,14 +14,14 @@ from peftsweep.data.conversations.turns import REASONING
 from peftsweep.data.conversations.turns import Conversation as Conversation
 from peftsweep.data.conversations.turns import Message as Message
 from peftsweep.data.conversations.turns import content_text as content_text
-from peftsweep.data.conversations.turns import says_something_else as says_something_else
+from peftsweep.data.conversations.turns import has_calls_or_reasoning as has_calls_or_reasoning
 from peftsweep.schema import Turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# The layout of a conversation without a chat template: a paragraph a turn, which its role begins; the tokenizer's
-# own marks stand before the first turn and after each of the assistant's.
+# The layout of a conversation without a chat template: each turn is a paragraph that begins with its role. The
+# tokenizer's BOS stands before the first turn, and its EOS after each turn of the assistant.
 PLAIN = (
     "{{ begin }}{% if tools %}Tools: {{ tools | tojson }}{{ '\n\n' }}{% endif %}"
     "{% for m in messages %}{{ m.role | capitalize }}:"
@@ -32,8 +32,8 @@ PLAIN = (
 )
 
 NO_END = (
-    "the chat template ends the last turn of the assistant with no special token: the training does not teach "
-    "the model where to stop"
+    "the chat template ends the last turn of the assistant without a special token: the model does not learn from "
+    "the training where to stop"
 )
 
 
@@ -42,8 +42,8 @@ class Rendered(NamedTuple):
 
     ids: list[int]
     trained: list[bool]
-    prompt: str  # up to where the last turn is to be written, as text with all special tokens
-    said: str  # the last turn, as text without special tokens
+    prompt: str  # the text before the last turn, with all special tokens and the generation prompt
+    last_turn: str  # the last turn, as text without special tokens
     end: int | None  # the token that ends the last turn, if it has a special one
     written: tuple[str, str]  # prompt and answer before the template
 
@@ -54,11 +54,13 @@ def plain_layout(tokenizer: PreTrainedTokenizerBase, begin: str) -> ChatTemplate
 
 
 def render(template: ChatTemplate, conversation: Conversation, turns: Turns, written: tuple[str, str]) -> Rendered:
-    """``conversation`` in the tokens of ``apply_chat_template(tokenize=True)``; ``turns`` of the assistant are trained.
+    """``conversation`` in the tokens of ``apply_chat_template(tokenize=True)``.
+
+    ``turns`` chooses the turns of the assistant that are trained on.
 
     Raises:
         ValueError: the template leaves out a part of the conversation, or the place of a turn in the text is unknown.
-        jinja2.TemplateError, and what else a template may raise: it refuses the conversation.
+        jinja2.TemplateError, or any error that a template raises: it refuses the conversation.
     """
     conversation = template.readable(conversation)
     text = template.text(conversation)
@@ -85,14 +87,14 @@ def render(template: ChatTemplate, conversation: Conversation, turns: Turns, wri
         ids,
         trained,
         prompt=_up_to_last_turn(template, conversation),
-        said=str(template.tokenizer.decode(ids[first:last], skip_special_tokens=True)).strip(),
+        last_turn=str(template.tokenizer.decode(ids[first:last], skip_special_tokens=True)).strip(),
         end=end,
         written=written,
     )
 
 
 def _end(template: ChatTemplate, ids: Sequence[int], first: int, last: int) -> int | None:
-    """The special token that ends the last turn, the tokens ``first`` to ``last``; white space may stand after it."""
+    """The special token that ends the last turn, the tokens ``first`` to ``last``; white space may follow it."""
     within = last - 1
     while within > first and not str(template.tokenizer.decode([ids[within]])).strip():
         within -= 1
@@ -102,15 +104,15 @@ def _end(template: ChatTemplate, ids: Sequence[int], first: int, last: int) -> i
 
 
 def prompt(template: ChatTemplate, conversation: Conversation) -> str:
-    """The text up to where the last turn of ``conversation`` is to be written."""
+    """The text before the last turn of ``conversation``, with the generation prompt."""
     return _up_to_last_turn(template, template.readable(conversation))
 
 
-def asks_otherwise(template: ChatTemplate) -> bool:
-    """Whether the template writes a turn of the assistant otherwise than after its generation prompt.
+def generation_prompt_differs(template: ChatTemplate) -> bool:
+    """Whether some written turn of the assistant does not begin with the template's generation prompt.
 
-    Asked of a turn with content alone, with reasoning, with a call, and of an empty one, as the first and as a later
-    turn. What the template refuses is left out.
+    Turns with content alone, with reasoning, with a call, and without content are tried, as the first and as a later
+    turn. Conversations that the template refuses are passed over.
     """
     call = {"id": "probecall", "type": "function", "function": {"name": "probe", "arguments": {}}}
     ways: list[Message] = [{"content": "b"}, {"content": "b", REASONING[0]: "c"}, {"content": "b", REASONING[2]: "c"}]
@@ -122,8 +124,8 @@ def asks_otherwise(template: ChatTemplate) -> bool:
             so_far = conversation._replace(messages=conversation.messages[: last + 1])
             for whole in (so_far, conversation):
                 before = so_far._replace(messages=so_far.messages[:-1])
-                asked, text = places.text_of(template, before, begun=True), places.text_of(template, whole)
-                if asked is not None and text is not None and not text.startswith(asked):
+                prompted, text = places.text_of(template, before, begun=True), places.text_of(template, whole)
+                if prompted is not None and text is not None and not text.startswith(prompted):
                     return True
     return False
 
@@ -144,22 +146,25 @@ def _covered(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
     return covered
 
 
-# ---- whether all of a conversation is written out ------------------------------------------------------
+# ---- is the whole conversation in the text? ------------------------------------------------------------
 
 
 def _check_written_out(template: ChatTemplate, conversation: Conversation, text: str) -> None:
-    """See that ``text`` holds every message, call and tool.
+    """Check that ``text`` holds every message, call and tool.
 
-    Whether the template writes a message of that role and place at all is found out by probes, once for all
-    conversations of the same shape; that it writes this one, by the text itself.
+    Probes show whether the template writes a message of this role and place at all, once for all conversations of the
+    same shape; whether it writes this message, ``text`` shows.
+
+    Raises:
+        ValueError: a part of a message or a tool is missing in ``text``.
     """
     messages = conversation.messages
     shape = (bool(conversation.tools), *((m["role"], bool(m.get("content")), "tool_calls" in m) for m in messages))
     for n, message in enumerate(messages):
         calls = message.get("tool_calls") or []
         # The last line after any reasoning, which templates may leave out.
-        said = content_text(message.get("content")).rpartition("</think>")[2].strip()
-        pieces = {"content": said.splitlines()[-1:], "tool call": [part for call in calls for part in _pieces(call)]}
+        visible = content_text(message.get("content")).rpartition("</think>")[2].strip()
+        pieces = {"content": visible.splitlines()[-1:], "tool call": [part for call in calls for part in _pieces(call)]}
         probes = {"content": places.with_probe(message), "tool call": _with_probed_names(message)}
         for part, wanted in pieces.items():
             written = all(_occurs(piece.strip(), text) for piece in wanted)
@@ -174,7 +179,7 @@ def _check_written_out(template: ChatTemplate, conversation: Conversation, text:
 
 
 def _writes(template: ChatTemplate, conversation: Conversation, number: int, probe: Message) -> bool:
-    """Whether the template writes the probe that is in this message."""
+    """Whether the template writes the probe when it stands in message ``number``."""
     messages = [*conversation.messages[:number], probe, *conversation.messages[number + 1 :]]
     text = places.text_of(template, conversation._replace(messages=messages))
     return text is None or PROBE in text

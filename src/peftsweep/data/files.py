@@ -1,7 +1,7 @@
 """A file of rows -> its rows, as dicts of its columns; missing values (null, NaN) are None.
 
-JSON and CSV are read by the standard library: of the parsers at hand it alone reports an open quote and a
-short line (pandas pads the line, pyarrow reads on to the end of the file), and it changes no value's type.
+The standard library reads JSON and CSV. It reports an open quote and a line that is too short (pandas pads the line,
+pyarrow reads on to the end of the file), and it changes the type of no value.
 """
 
 from __future__ import annotations
@@ -22,23 +22,31 @@ from peftsweep.errors import InputError
 
 Row = dict[str, Any]
 
-FORMATS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".md")  # in capitals too, each but parquet with .gz
-PLAIN = (".txt", ".md")  # of paragraphs
-SHOWN = 4  # files of a folder, in a message
-BEGINNING = 2**20  # bytes of a file that its first rows are looked for in
-GZIP = b"\x1f\x8b"  # how such a file begins
+FORMATS = (
+    ".json",
+    ".jsonl",
+    ".csv",
+    ".tsv",
+    ".parquet",
+    ".txt",
+    ".md",
+)  # also in capitals; all but .parquet also with .gz
+PLAIN = (".txt", ".md")  # read as paragraphs
+SHOWN = 4  # files of a folder that a message names
+BEGINNING = 2**20  # bytes of a large file that are read for its first rows
+GZIP = b"\x1f\x8b"  # the first bytes of a gzip file
 BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 csv.field_size_limit(2**31 - 1)  # the default ends a field at 128 KiB
 
 
 def read_rows(path: str | Path, key: str = "path", encoding: str | None = None) -> list[Row]:
-    """The rows of a local file; ``key`` is the configuration key an error names.
+    """The rows of a local file; errors name the configuration key ``key``.
 
-    ``encoding`` None is that of the byte order mark, else UTF-8.
+    With ``encoding`` None the byte order mark gives the encoding, else it is UTF-8.
 
     Raises:
-        InputError: no such file, an unknown format or encoding, or a line that cannot be read (its number is given).
+        InputError: no such file, an unknown format or encoding, or a line that cannot be read (with its number).
     """
     file = Path(path)
     if not file.is_file():
@@ -46,13 +54,13 @@ def read_rows(path: str | Path, key: str = "path", encoding: str | None = None) 
     option = f"{key.rpartition('.')[0]}.encoding" if "." in key else "--encoding"
     packed, suffix = file.suffix.lower() == ".gz", format_of(file)
     if suffix not in FORMATS:
-        raise InputError(f"{key}={path}: unknown format '{suffix}'; allowed: {' '.join(FORMATS)}, and .gz of them")
+        raise InputError(f"{key}={path}: unknown format '{suffix}'; allowed: {' '.join(FORMATS)}, and these with .gz")
     try:
         if suffix == ".parquet":
             rows = _read_parquet(file)
         else:
             content = file.read_bytes()
-            packed = packed or content.startswith(GZIP)  # which some tools write without the ending
+            packed = packed or content.startswith(GZIP)  # some tools write gzip without this suffix
             rows = _READERS[suffix](_decoded(gzip.decompress(content) if packed else content, encoding, option))
     except _BrokenLine as broken:
         raise InputError(f"{key}={path}: line {broken.line}: {broken}") from None
@@ -69,7 +77,7 @@ def read_rows(path: str | Path, key: str = "path", encoding: str | None = None) 
 
 
 def format_of(path: str | Path) -> str:
-    """The suffix that says how a file is read, in small letters and without .gz, such as ``.jsonl``."""
+    """The suffix that gives the format of a file, in small letters and without .gz, such as ``.jsonl``."""
     file = Path(path)
     return Path(file.stem if file.suffix.lower() == ".gz" else file.name).suffix.lower()
 
@@ -94,11 +102,11 @@ def first_rows(path: str | Path, key: str = "path", encoding: str | None = None,
         lines = beginning if len(beginning) < BEGINNING else beginning.rpartition(b"\n")[0]
         return _READERS[suffix](_decoded(lines, encoding, key))[:count] or read_rows(path, key, encoding)[:count]
     except (ValueError, LookupError, OSError, EOFError, StopIteration, zlib.error):
-        return read_rows(path, key, encoding)[:count]  # which says what is wrong, or reads a row that the end cut
+        return read_rows(path, key, encoding)[:count]  # raises the error, or reads a row that is cut at BEGINNING
 
 
 def similar(path: Path) -> str:
-    """``; did you mean 'rows.jsonl'?`` where a file or folder of such a name lies beside ``path``, else what does."""
+    """``; did you mean 'rows.jsonl'?`` if a file or folder beside ``path`` has a similar name, else the files there."""
     folder = path.expanduser().parent
     if not folder.is_dir():
         return f"; there is no folder {path.parent}"
@@ -114,7 +122,7 @@ def similar(path: Path) -> str:
 
 
 def plain_rows(rows: Iterable[Row]) -> list[Row]:
-    """Rows that come from Arrow: NaN is None, and an object of a list has no keys that only others of its kind have."""
+    """Rows as Arrow gives them, with None for NaN, and without the null keys that Arrow adds to objects in lists."""
     return [{name: _plain(value) for name, value in row.items()} for row in rows]
 
 
@@ -141,10 +149,10 @@ def _decoded(content: bytes, encoding: str | None, option: str) -> str:
         text = content.decode(encoding or found)
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        hint = f"; {option}=cp1252 (Windows) may be that of this file" if encoding is None else ""
+        hint = f"; the file may be in the encoding of Windows: {option}=cp1252" if encoding is None else ""
         raise _BrokenLine(line, f"not {encoding or found} (byte 0x{content[error.start]:02x}){hint}") from None
     if encoding is None and "\0" in text:
-        raise ValueError(f"it holds zero bytes, as UTF-16 does: {option}=utf-16")
+        raise ValueError(f"it holds zero bytes, as UTF-16 does; try {option}=utf-16")
     return text.removeprefix("\ufeff")
 
 
@@ -162,7 +170,7 @@ def _read_json(text: str) -> list[Row]:
     if isinstance(found, dict):
         lists = {key: value for key, value in found.items() if _is_rows(value)}
         if len(lists) > 1:
-            raise ValueError(f"an object with several lists of rows ({', '.join(lists)}); must be one")
+            raise ValueError(f"an object with several lists of rows ({', '.join(lists)}); must hold one")
         found = next(iter(lists.values()), None)
     if not _is_rows(found):
         raise ValueError("not a list of JSON objects")
@@ -171,7 +179,7 @@ def _read_json(text: str) -> list[Row]:
 
 
 def _read_jsonl(text: str) -> list[Row]:
-    """A line an object; a file that is one list of objects is taken too."""
+    """One object on each line; a file that is one list of objects is read too."""
     if text.lstrip()[:1] == "[" and _is_rows(rows := _parsed(text, 1)):
         return list(rows)
     return _read_lines(text)
@@ -204,7 +212,7 @@ def _parsed(text: str, line: int) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> Row:
     made = dict(pairs)
     if len(made) < len(pairs):
-        raise ValueError(f"the key '{_repeated([key for key, _ in pairs])}' comes twice in one object")
+        raise ValueError(f"the key '{_repeated([key for key, _ in pairs])}' occurs twice in one object")
     return made
 
 
@@ -224,7 +232,7 @@ def _is_rows(value: Any) -> bool:
 
 
 def _read_csv(text: str) -> list[Row]:
-    """Separated by commas, or by semicolons (as Excel does where the comma is the decimal mark), tabs or bars."""
+    """Columns separated by commas, semicolons (as Excel writes where the decimal mark is a comma), tabs or bars."""
     first = text.partition("\n")[0].strip()
     if named := first.startswith("sep=") and len(first) == 5:
         text = text.partition("\n")[2]
@@ -233,7 +241,7 @@ def _read_csv(text: str) -> list[Row]:
 
 
 def _read_tsv(text: str) -> list[Row]:
-    # Tab-separated files as published (GLUE) do not quote; a lone " in them is a character.
+    # Published tab-separated files (GLUE) do not quote; a single " in them is a character.
     return _read_table(text, 0, delimiter="\t", quoting=csv.QUOTE_NONE)
 
 
@@ -256,10 +264,10 @@ def _read_table(text: str, skipped: int, **options: Any) -> list[Row]:
 
 
 def _named_columns(names: Sequence[str], records: Sequence[Sequence[str]]) -> dict[int, str]:
-    """The names by their places, without an unnamed index in the first and unnamed columns that hold nothing."""
+    """The names of columns by place, without an unnamed index in the first column and without empty unnamed columns."""
     named = {place: name for place, name in enumerate(names) if name.strip()}
     if len(set(named.values())) < len(named):
-        raise _BrokenLine(1, f"the column '{_repeated(list(named.values()))}' comes twice")
+        raise _BrokenLine(1, f"the column '{_repeated(list(named.values()))}' occurs twice")
     for place in range(1, len(names)):
         if place not in named and any(record[place] for record in records):
             raise _BrokenLine(1, f"column {place + 1} has no name")
@@ -275,12 +283,12 @@ def _read_parquet(file: Path) -> list[Row]:
 
     table = pyarrow.parquet.ParquetFile(file).read()
     if len(set(table.column_names)) < table.num_columns:
-        raise ValueError(f"the column '{_repeated(table.column_names)}' comes twice")
+        raise ValueError(f"the column '{_repeated(table.column_names)}' occurs twice")
     return plain_rows(table.to_pylist())
 
 
 def _read_text(text: str) -> list[Row]:
-    """Paragraphs, which empty lines part."""
+    """Paragraphs, which empty lines separate."""
     paragraphs = io.StringIO(text, newline=None).read().split("\n\n")
     return [{"text": paragraph.strip()} for paragraph in paragraphs if paragraph.strip()]
 

@@ -1,4 +1,4 @@
-"""Hashes of what files and tokenizers hold: trials are recognised by them, and caches are keyed by them.
+"""Hashes of the contents of files and tokenizers, for the identities of trials and the keys of caches.
 
 docs/caches.md lists every cache and what its key covers.
 """
@@ -29,27 +29,29 @@ HASHES = ".hashes"  # under multirun/: the hashes of large files
 LARGE = 32 * 2**20  # bytes from which a hash is kept on the disk
 CHUNK = 2**20
 HUB_TIMEOUT_SECONDS = 5.0  # seconds
-# Of a model's or an adapter's folder, what neither transformers nor PEFT reads: texts, images, other frameworks'
-# weights, and what transformers' Trainer keeps beside a model.
+# Suffixes of files in the folder of a model or adapter that neither transformers nor PEFT reads: texts, images, and
+# weights of other frameworks.
 IGNORED_FILES = {
     *(".md", ".pdf", ".html", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".log", ".lock"),
     *(".h5", ".msgpack", ".onnx", ".ot", ".tflite", ".pb", ".gguf", ".pt", ".pth"),
 }
 TEXTS = ("readme", "license", "licence", "notice", "use_policy", "changelog", "copying")
+# Files that transformers' Trainer writes beside a model.
 TRAINER = ("training_args.bin", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
 # Weights in torch's own format, and the files that are read instead of them.
 PREFERRED = {
     "pytorch_model": ("model.safetensors", "model.safetensors.index.json"),
     "adapter_model": ("adapter_model.safetensors",),
 }
-STATE_SETTINGS = ("truncation", "padding", "name_or_path", "is_local", "local_files_only")  # of a tokenizer's files
-TEMPLATES = "additional_chat_templates"  # a folder in a tokenizer's
+# Keys in a tokenizer's files that say where it came from or how it was last used, not what it does.
+STATE_SETTINGS = ("truncation", "padding", "name_or_path", "is_local", "local_files_only")
+TEMPLATES = "additional_chat_templates"  # a folder inside that of a tokenizer
 
 
 def file_hash(file: Path) -> str:
     """A hash of every byte of ``file``.
 
-    It is remembered by the file's path, size and times of change, for this process and, of large files, on the disk.
+    The hash is cached by the file's path, size and times of change: in this process, and for large files on the disk.
     """
     stat = file.stat()
     return _remembered(str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
@@ -66,7 +68,7 @@ def _remembered(path: str, size: int, modified: int, changed: int) -> str:
         if kept == _file_note(known, kept["sha256"]):
             return str(kept["sha256"])
     found = _read_and_hash(path, size)
-    with suppress(OSError):  # a folder that may not be written: then it is read again the next time
+    with suppress(OSError):  # without permission to write, the file is hashed again next time
         make_way(note)
         write_json(note, _file_note(known, found))
     return found
@@ -88,7 +90,7 @@ def _read_and_hash(path: str, size: int) -> str:
 def files_read(folder: Path) -> dict[str, Path]:
     """The files in the folder of a model, tokenizer or adapter that transformers and PEFT read, by name.
 
-    Files of unknown kinds are among them, as they may be read.
+    Files of unknown kinds are included, because they may be read.
     """
     found = {file.name: file for file in sorted(folder.iterdir()) if file.is_file()}
     read = {name: file for name, file in found.items() if _may_be_read(name, found)}
@@ -118,24 +120,24 @@ def of_values(content: Any) -> str:
 
 @lru_cache(maxsize=100)
 def on_hub(repository: str, kind: str, revision: str | None) -> tuple[str | None, str | None]:
-    """The commit of a hub repository (``kind`` is model or dataset) and when it was created; None where unknown."""
+    """The commit of a hub repository (``kind`` is model or dataset) and its time of creation; None if unknown."""
     from huggingface_hub import HfApi
 
     if hub.problem() is not None:
         return None, None
     try:
         found = HfApi().repo_info(repository, revision=revision, repo_type=kind, timeout=HUB_TIMEOUT_SECONDS)
-    except Exception as error:  # no network, no such repository, no access: whatever the client raises
-        log.info("the hub says nothing of %s: %s", repository, type(error).__name__)
+    except Exception as error:  # no network, no such repository, no access: the client raises many types
+        log.info("the hub does not give the commit of %s: %s", repository, type(error).__name__)
         return None, None
     created = getattr(found, "created_at", None)
     return found.sha, None if created is None else created.isoformat()
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of all that a tokenizer would be saved as: vocabulary, added tokens, chat template, settings.
+    """A hash of everything that a saved tokenizer holds: vocabulary, added tokens, chat template, settings.
 
-    Where it came from does not count, nor how it last cut or padded, which is a state and no setting.
+    Its origin and its last truncation and padding are left out: they are state, not settings.
     """
     digest = hashlib.sha256()
     with tempfile.TemporaryDirectory() as folder:
@@ -143,9 +145,9 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
         for file in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
             content = file.read_bytes()
             if file.suffix == ".json":
-                said = json.loads(content)
-                for key in STATE_SETTINGS if isinstance(said, dict) else ():
-                    said.pop(key, None)
-                content = json.dumps(said, sort_keys=True).encode()
+                settings = json.loads(content)
+                for key in STATE_SETTINGS if isinstance(settings, dict) else ():
+                    settings.pop(key, None)
+                content = json.dumps(settings, sort_keys=True).encode()
             digest.update(f"{file.name} {len(content)} ".encode() + content)
     return digest.hexdigest()

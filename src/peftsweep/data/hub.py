@@ -1,6 +1,6 @@
-"""The hub of models and datasets. Whether it answers is asked once, before a library waits for it.
+"""The Hugging Face hub. Whether it answers is found out once, before a library waits for it.
 
-The libraries that load from the hub try again for minutes where it does not answer, once for every file.
+If the hub does not answer, the libraries that load from it retry for minutes, for each file anew.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from typing import Any
 
 from peftsweep.errors import InputError
 
-HUB_TIMEOUT_SECONDS = 4.0  # seconds until a hub that says nothing counts as one that cannot be reached
-GATEWAY_ERRORS = (502, 503, 504)  # of a proxy in front of it
+HUB_TIMEOUT_SECONDS = 4.0  # seconds without an answer, after which the hub counts as unreachable
+GATEWAY_ERRORS = (502, 503, 504)  # statuses of a proxy in front of the hub
 NOT_FOUND = 404
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @functools.cache
 def problem() -> str | None:
-    """Why nothing can be loaded from the hub, in words; None where it answers.
+    """Why nothing can be loaded from the hub, as text; None if the hub answers.
 
-    Where it does not, this process uses from here on only what is in the local cache.
+    If it does not answer, this process uses only the local cache from now on.
     """
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE=1 is set"
     found: list[str | None] = []
-    # A thread, as no timeout of the client covers the look-up of a host's name.
+    # A thread, because no timeout of the client covers the DNS look-up of the host.
     asking = Thread(target=lambda: found.append(_ask(constants.ENDPOINT)), daemon=True)
     asking.start()
     asking.join(HUB_TIMEOUT_SECONDS)
@@ -51,13 +51,13 @@ def _say_once(text: str) -> None:
 
 
 def _ask(endpoint: str) -> str | None:
-    """The reason why ``endpoint`` does not answer; None if it answers, with whatever status."""
+    """The reason why ``endpoint`` does not answer; None if it answers, with any status but a gateway's error."""
     from huggingface_hub import get_session
 
-    session: Any = get_session()  # which knows of proxies and certificates
+    session: Any = get_session()  # uses the proxies and certificates that are set
     try:
         status = session.head(endpoint, timeout=HUB_TIMEOUT_SECONDS).status_code
-    except Exception as error:  # of the HTTP library that this version of the client uses
+    except Exception as error:  # its type depends on the client's HTTP library
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     return f"status {status}" if status in GATEWAY_ERRORS else None
 
@@ -83,13 +83,13 @@ def is_offline() -> bool:
 
 @functools.cache
 def config_of_model(name: str, revision: str | None) -> Path:
-    """The config.json of a model, in the local cache, in the folder that is called after its commit.
+    """The config.json of a model in the local cache, in the folder that has its commit as name.
 
-    A revision, by default the main branch, is asked for once in a process, so that all that this loads is of one commit
-    wherever the branch moves; where the hub does not answer, it is that of the local cache.
+    A revision, by default the main branch, is resolved once in a process, so that everything is loaded from one commit
+    even if the branch moves. If the hub does not answer, the commit in the local cache is taken.
 
     Raises:
-        OSError, or what else the client raises: neither the hub nor the cache has a config.json of it.
+        OSError, or another error of the client: neither the hub nor the cache has a config.json of the model.
     """
     import huggingface_hub
 
@@ -98,9 +98,9 @@ def config_of_model(name: str, revision: str | None) -> Path:
 
 
 def commit_in_cache(name: str, kind: str, revision: str | None) -> str | None:
-    """The commit that a revision of a repository (``kind`` is model or dataset) named when it was last asked for.
+    """The commit of a repository's revision when it was last loaded; ``kind`` is model or dataset.
 
-    None where the local cache has nothing of it.
+    None if it is not in the local cache.
     """
     import huggingface_hub
 
@@ -115,7 +115,7 @@ def check_access(name: str, kind: str, revision: str | None) -> None:
     """Check that the hub gives access to a repository (``kind`` is model or dataset).
 
     Raises:
-        OSError, or what else the client raises: there is none, or no such revision, or it is gated.
+        OSError, or another error of the client: there is no such repository or revision, or it is gated.
     """
     from huggingface_hub import HfApi
 
@@ -125,9 +125,10 @@ def check_access(name: str, kind: str, revision: str | None) -> None:
 
 @contextmanager
 def loading(what: str, instead: str, choices: str = "") -> Iterator[None]:
-    """Load ``what``, a key with a name on the hub, in the body; ``instead`` is what could be given in its place.
+    """Turn errors of loading ``what``, a key with a name on the hub, in the body into one clear message.
 
-    ``choices`` is said of other errors than the hub's own answers: the keys that choose a part of it.
+    The message offers ``instead`` in its place. For errors that are not the hub's own answers it ends with
+    ``choices``, the keys that choose a part of a repository.
 
     Raises:
         InputError: it cannot be loaded.
@@ -139,11 +140,11 @@ def loading(what: str, instead: str, choices: str = "") -> Iterator[None]:
             _say_once(f"{unreachable}: what is in the local cache is used")
     except InputError:
         raise
-    except Exception as error:  # of the HTTP client, of its cache, of a parser: each raises types of its own
+    except Exception as error:  # the HTTP client, its cache and parsers raise types of their own
         if unreachable is None:
             answered, first = _answer(error), _first(error)
-            said = " ".join(str(first).partition("Example of usage")[0].split()) or type(first).__name__
-            reason = f"({answered})" if answered else f"({said[:200]}){choices}"
+            message = " ".join(str(first).partition("Example of usage")[0].split()) or type(first).__name__
+            reason = f"({answered})" if answered else f"({message[:200]}){choices}"
             raise InputError(f"{what}: cannot be loaded {reason}; {instead} can be given instead") from error
         raise InputError(
             f"{what}: is not in the local cache, and {unreachable}; give {instead}, or download it where there is a "
@@ -157,7 +158,7 @@ def _first(error: BaseException) -> BaseException:
 
 
 def _answer(error: BaseException) -> str | None:
-    """The answer of the hub among the causes of ``error``, and what to do; None if there is none."""
+    """The hub's answer among the causes of ``error``, with advice; None if the hub did not answer with an error."""
     from huggingface_hub import errors
 
     causes: list[BaseException] = []
@@ -168,16 +169,16 @@ def _answer(error: BaseException) -> str | None:
     log_in = "log in (hf auth login, or HF_TOKEN)"
     for found in causes:
         if isinstance(found, errors.GatedRepoError):
-            return f"it is gated: accept its terms on its page of the hub, then {log_in}"
+            return f"it is gated: accept its terms on its hub page, then {log_in}"
         if isinstance(found, errors.RepositoryNotFoundError):
-            return f"the hub has none of this name, or it is private: then {log_in}"
+            return f"the hub has no repository of this name, or it is private: then {log_in}"
         if isinstance(found, errors.RevisionNotFoundError):
             return "it has no such revision; must be a branch, a tag or a whole commit"
     for found in causes:
         status = getattr(getattr(found, "response", None), "status_code", 0)
         if isinstance(found, errors.EntryNotFoundError) and status == NOT_FOUND:
-            return "it holds no config.json; of an adapter, download it, and give adapter.path=FOLDER"
+            return "it holds no config.json; if it is an adapter, download it and give adapter.path=FOLDER"
         if isinstance(found, errors.HfHubHTTPError) and status != NOT_FOUND:
-            again = "the same command tries again, with HF_HUB_OFFLINE=1 in the local cache"
+            again = "run the same command again later, or with HF_HUB_OFFLINE=1 from the local cache"
             return f"the hub answers with status {status}; {again}"
     return None

@@ -18,7 +18,7 @@ from peftsweep.data.files import Row
 QUESTIONS = ("question", "query", "problem")
 PROMPTS = ("prompt", "instruction", "input", "source", *QUESTIONS)
 ANSWERS = ("completion", "answer", "response", "output", "solution", "target")
-# Columns that no pair uses, and that cannot be left out without a word.
+# Columns that no pair of prompt and answer uses. Rows with one of them are not recognised as such a pair.
 CONTEXTS = ("context", "passage", "document", "background", "history", "system", "system_prompt", "choices", "options")
 MEANINGFUL = (
     *CONTEXTS,
@@ -26,7 +26,7 @@ MEANINGFUL = (
 )
 LABELS = ("label", "labels", "class", "category", "sentiment", "target", "intent")
 NUMBERS_OF_ROWS = ("", "id", "idx", "index", "key", "no", "nr", "number", "row", "uid", "uuid", "guid", "unnamed: 0")
-MAX_CLASSES = 20  # different values of a column that an example command calls classes
+MAX_CLASSES = 20  # the most distinct values that an example command lists as dataset.classes
 READER_ERRORS = (ValueError, KeyError, TypeError, IndexError, AttributeError)
 
 
@@ -36,7 +36,7 @@ class Layout:
 
     option: str  # file, chat or text
     keys: Mapping[str, Any] = field(default_factory=dict)
-    named: str | None = None  # the dataset of ours whose columns, prompt and reader these are
+    named: str | None = None  # the shipped dataset with these columns, whose prompt and reader are used
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class _Named:
     name: str
     needs: tuple[str, ...]
     may_have: tuple[str, ...] = ()
-    fits: Callable[[Row], object] | None = None  # raises, or is false, for another's row; by default all is text
+    fits: Callable[[Row], object] | None = None  # raises or is false for other rows; default: all is text
 
     def is_of(self, rows: Sequence[Row]) -> bool:
         if any(column not in row for row in rows for column in self.needs):
@@ -68,7 +68,7 @@ def _is_sentiment(row: Row) -> bool:
     return str(row["label"]).strip() in ("0", "1", "negative", "positive")
 
 
-# The first that fits is taken, so that those with more columns come first.
+# The first one that fits is taken, so those with more columns stand first.
 NAMED = (
     _Named("boolq", ("passage", "question"), ("answer", "label", "idx"), tasks.boolq),
     _Named("piqa", ("goal", "sol1", "sol2", "label"), fits=tasks.piqa),
@@ -93,7 +93,7 @@ NAMED = (
 def recognise(rows: Sequence[Row]) -> Layout | None:
     """The layout of ``rows`` by their columns; None if no layout or several layouts fit.
 
-    A layout of ``named`` has no keys: they are those of that dataset.
+    A layout with ``named`` has no keys: that dataset has them.
     """
     columns = list(dict.fromkeys(column for row in rows for column in row))
     if trees.are_messages(rows) or all(trees.is_tree(row) for row in rows) or _are_turns(rows):
@@ -146,7 +146,7 @@ def _is_json_of_turns(text: str) -> bool:
 
 
 def _left_out(rows: Sequence[Row], columns: Iterable[str], used: Sequence[str]) -> bool:
-    """Whether a column that is not empty, and may belong to prompt or answer, would not be used."""
+    """Whether a column that is not empty and may belong to prompt or answer would be left out."""
     others = [column for column in columns if column not in used]
     meaningful = [c for c in others if c.strip().lower() in (*MEANINGFUL, *PROMPTS, *ANSWERS)]
     return any(row.get(column) not in (None, "", [], {}) for row in rows for column in meaningful)
@@ -167,12 +167,12 @@ def _pair(rows: Sequence[Row], prompt: str, answer: str) -> Layout:
     if prompt.strip().lower() in QUESTIONS:
         return Layout("file", {"prompt": f"Question: {{{prompt}}}\\nAnswer:", "answer": f" {{{answer}}}"})
     both = [(row[prompt], row[answer]) for row in rows if None not in (row.get(prompt), row.get(answer))]
-    own = bool(both) and all(str(asked)[-1:].isspace() or str(said)[:1].isspace() for asked, said in both)
-    return Layout("file", {"prompt": f"{{{prompt}}}" + ("" if own else "\\n"), "answer": f"{{{answer}}}"})
+    separated = bool(both) and all(str(first)[-1:].isspace() or str(second)[:1].isspace() for first, second in both)
+    return Layout("file", {"prompt": f"{{{prompt}}}" + ("" if separated else "\\n"), "answer": f"{{{answer}}}"})
 
 
 def _is_named_as_number(column: str) -> bool:
-    """Whether the name of a column says that it numbers the rows."""
+    """Whether the name of a column is one of a row number or an id."""
     return column.strip().lower() in NUMBERS_OF_ROWS or column.lower().endswith("_id")
 
 
@@ -190,14 +190,14 @@ def _length(rows: Sequence[Row], column: str) -> int:
 
 
 def unwanted(rows: Sequence[Row]) -> str | None:
-    """The column whose false marks an answer that is not wanted, as in files for KTO; None where there is none."""
+    """The column in which false marks a rejected answer, as in files for KTO; None if there is no such column."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     if not any(column.strip().lower() in ANSWERS for column in columns):
         return None
-    return next((c for c in columns if c.strip().lower() in ("label", "labels") and _holds_truths(rows, c)), None)
+    return next((c for c in columns if c.strip().lower() in ("label", "labels") and _holds_booleans(rows, c)), None)
 
 
-def _holds_truths(rows: Sequence[Row], column: str) -> bool:
+def _holds_booleans(rows: Sequence[Row], column: str) -> bool:
     values = [row[column] for row in rows if row.get(column) is not None]
     return bool(values) and all(isinstance(value, bool) for value in values)
 
@@ -205,30 +205,31 @@ def _holds_truths(rows: Sequence[Row], column: str) -> bool:
 def example(rows: Sequence[Row]) -> dict[str, Any]:
     """Example values of ``dataset.prompt`` and ``dataset.answer`` for the columns of ``rows``.
 
-    Rows of one text have no prompt. A label of true and false beside an answer says whether that is wanted.
+    Rows with one text column have no prompt. A column of true and false beside an answer marks whether the answer is
+    wanted; it is not taken as the answer.
     """
     columns = list(dict.fromkeys(column for row in rows for column in row))
     texts = [c for c in columns if _holds_text(rows, c) and not set("{}[]!:\\\"'") & set(c)] or ["COLUMN"]
-    for says_nothing in (_is_named_as_number, partial(_counts, rows)):
-        kept = [c for c in texts if not says_nothing(c)]
+    for numbers_rows in (_is_named_as_number, partial(_counts, rows)):
+        kept = [c for c in texts if not numbers_rows(c)]
         texts = kept if len(kept) > 1 else texts
     labels = [c for c in texts if c.strip().lower() in LABELS]
-    liked = [c for c in texts if c.strip().lower() in (*ANSWERS, "chosen")]
-    if [c for c in liked if c not in labels]:
-        labels = [c for c in labels if not _holds_truths(rows, c)]
+    answers = [c for c in texts if c.strip().lower() in (*ANSWERS, "chosen")]
+    if [c for c in answers if c not in labels]:
+        labels = [c for c in labels if not _holds_booleans(rows, c)]
     if len(texts) == 1 and not labels and texts != ["COLUMN"]:
         return {"answer": f"{{{texts[0]}}}"}
-    answer = (labels or liked or texts)[-1]
+    answer = (labels or answers or texts)[-1]
     others = [c for c in texts if c != answer] or [answer]
     known = (*CONTEXTS, *PROMPTS, "text", "sentence", "premise", "hypothesis")
-    asked = [c for c in others if c.strip().lower() in known] or [max(others, key=lambda c: _length(rows, c))]
-    asked.sort(key=lambda column: column.strip().lower() not in CONTEXTS)  # the context before the question
+    prompts = [c for c in others if c.strip().lower() in known] or [max(others, key=lambda c: _length(rows, c))]
+    prompts.sort(key=lambda column: column.strip().lower() not in CONTEXTS)  # the context before the question
     shown: dict[str, Any] = {
-        "prompt": "\\n".join(f"{{{column}}}" for column in asked) + "\\n",
+        "prompt": "\\n".join(f"{{{column}}}" for column in prompts) + "\\n",
         "answer": f"{{{answer}}}",
     }
     classes = list(dict.fromkeys(str(row[answer]).strip() for row in rows if row.get(answer) is not None))
     if labels and 1 < len(classes) <= MAX_CLASSES:
-        numbers = all(one.isdecimal() for one in classes)  # whose names are not in the file
+        numbers = all(one.isdecimal() for one in classes)  # the file does not hold the names of the classes
         shown["classes"] = [f"NAME_OF_{n}" for n in range(max(map(int, classes)) + 1)] if numbers else sorted(classes)
     return shown

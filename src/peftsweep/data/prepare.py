@@ -44,19 +44,19 @@ class Options:
 
     @property
     def test_out(self) -> Path:
-        """The file of the test part, beside the other."""
+        """The file of the test rows, beside that of the training rows."""
         return self.out.with_suffix(".test.jsonl")
 
 
 class Pair(NamedTuple):
-    """A row as its source has it, and as the dataset's templates show it."""
+    """A row of the source, and its example by the dataset's templates."""
 
     row: Row
     example: Example
 
 
 def main(cfg: DictConfig, options: Options) -> int:
-    """``peftsweep-data``: write the two files, and say what is in them.
+    """``peftsweep-data``: write the two files, and print what they hold.
 
     Raises:
         InputError: an option is wrong, or rows cannot be read, shaped or written.
@@ -94,21 +94,21 @@ def check(options: Options) -> None:
         raise InputError(f"--out={options.out}: must end in .jsonl")
     for file in (options.out, options.test_out):
         if options.path and file.resolve() == Path(options.path).resolve():
-            raise InputError(f"--out={options.out}: must be another file than that of --path")
+            raise InputError(f"--out={options.out}: must differ from the file of --path")
         if os.path.isdir(file):
             raise InputError(f"--out={options.out}: {file} is a folder; must be a file")
         if os.path.exists(file) and not options.force:
             raise InputError(f"--out={options.out}: {file} exists already; --force replaces it")
     folder = next(parent for parent in options.out.absolute().parents if os.path.exists(parent))
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"--out={options.out}: must lie in a folder that can be written to; {folder} is none")
+        raise InputError(f"--out={options.out}: must lie in a writable folder; {folder} is not one")
 
 
 def dataset_config(cfg: DictConfig, options: Options) -> DatasetConfig:
-    """The dataset that ``cfg`` chose, with what the options say of it.
+    """The dataset that ``cfg`` chose, with the options in place of its keys.
 
     Raises:
-        InputError: it says neither where its rows are nor a template, and no option does.
+        InputError: it has no source of rows or no template, and no option gives one.
     """
     for key in ("path", "encoding", "prompt", "answer"):
         if (value := getattr(options, key)) is not None:
@@ -124,7 +124,7 @@ def dataset_config(cfg: DictConfig, options: Options) -> DatasetConfig:
 
 
 def read(dataset: DatasetConfig, options: Options) -> list[Row]:
-    """The rows of the local file, else those that are made from a seed, else the hub's."""
+    """The rows of the local file, else those of the generator, else the hub's."""
     if dataset.path is not None:
         return data_rows.read_rows(dataset.path, "--path", dataset.encoding)
     if dataset.generator is not None:
@@ -147,25 +147,25 @@ def unique(pairs: Sequence[Pair]) -> list[Pair]:
 
 
 def split(pairs: Sequence[Pair], options: Options) -> tuple[list[Pair], list[Pair]]:
-    """A sample in two parts; all that share a prompt are in the same one, unless all share one.
+    """A sample in two parts; rows with the same prompt stay in one part, unless all rows share one prompt.
 
     Raises:
         InputError: one of the parts would be empty.
     """
     count = min(options.samples or len(pairs), len(pairs))
-    asked: dict[str, list[Pair]] = {}
+    groups: dict[str, list[Pair]] = {}
     constant = len({pair.example.prompt for pair in pairs}) == 1
     for pair in random.Random(options.seed).sample(pairs, count):
         same = pair.example.answer if constant else pair.example.prompt
-        asked.setdefault(" ".join(same.split()).lower(), []).append(pair)
+        groups.setdefault(" ".join(same.split()).lower(), []).append(pair)
     train: list[Pair] = []
     test: list[Pair] = []
-    for group in asked.values():
+    for group in groups.values():
         (train if len(train) < round(count * options.split) else test).extend(group)
     if not train or not test:
         raise InputError(
-            f"--split={options.split}: parts {count} rows into {len(train)} training and {len(test)} test rows; "
-            "both need at least one, and rows of one prompt stay together"
+            f"--split={options.split}: splits {count} rows into {len(train)} training and {len(test)} test rows; "
+            "both need at least one, and rows with the same prompt stay together"
         )
     return train, test
 
@@ -180,32 +180,32 @@ def shaping(
     if options.format == "chatml":
         return _chatml, ["dataset=chat"]
     if options.format == "raw":
-        said = {"dataset.prompt": options.prompt, "dataset.answer": options.answer}
-        words = [_word(key, value) for key, value in said.items() if value is not None]
+        templates_given = {"dataset.prompt": options.prompt, "dataset.answer": options.answer}
+        words = [_word(key, value) for key, value in templates_given.items() if value is not None]
         return lambda pair: pair.row, [f"dataset={dataset.name}", *words]
     if all(row.keys() >= set(COLUMNS) for row in rows):
         return lambda pair: {column: pair.row[column] for column in COLUMNS}, ["dataset=alpaca"]
-    # Not dataset=alpaca, whose template would be put around a prompt that is filled already.
+    # Not dataset=alpaca: its template would be applied to a prompt that is complete already.
     return _alpaca, ["dataset=file", 'dataset.prompt="{instruction}"', 'dataset.answer="{output}"']
 
 
 def _alpaca(pair: Pair) -> Row:
     turns, conversation = _turns(pair.example), pair.example.conversation
     if len(turns) > 2 or (conversation and (conversation.tools or not isinstance(turns[0].get("content"), str))):
-        raise InputError("--format=alpaca: a conversation of several turns is no instruction; take chatml or raw")
+        raise InputError("--format=alpaca: a conversation of several turns is not an instruction; use chatml or raw")
     return {"instruction": turns[0]["content"], "input": "", "output": pair.example.answer}
 
 
 def _chatml(pair: Pair) -> Row:
     if not pair.example.prompt.strip():
-        raise InputError("--format=chatml: a row without a prompt is no conversation; take alpaca or raw")
+        raise InputError("--format=chatml: a row without a prompt is not a conversation; use alpaca or raw")
     conversation = pair.example.conversation
     tools = {"tools": conversation.tools} if conversation and conversation.tools else {}
     return {"messages": _turns(pair.example)} | tools
 
 
 def _turns(example: Example) -> list[Row]:
-    """The turns of a conversation, or prompt and answer as two of them."""
+    """The turns of a conversation, or prompt and answer as two turns."""
     if example.conversation:
         return example.conversation.messages
     return [{"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.answer}]
@@ -216,7 +216,7 @@ def _paths(options: Options) -> list[str]:
 
 
 def _word(key: str, value: str) -> str:
-    """An override as Hydra reads it, in quotes where it must be."""
+    """An override in Hydra's grammar, quoted if it must be."""
     if re.fullmatch(r"[\w./-]+", value):
         return f"{key}={value}"
     escaped = re.sub(r'(\\*)("|\Z)', lambda found: found[1] * 2 + found[2].replace('"', '\\"'), value)

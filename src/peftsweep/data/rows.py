@@ -1,4 +1,4 @@
-"""The rows of a dataset, from the hub, files or a generator, and which of them are trained on, validated and tested.
+"""The rows of a dataset, from the hub, files or a generator, split into training, validation and test rows.
 
 A row is a dict of a file's columns; an example is its prompt and answer; tokens are an example in
 the model's vocabulary; a batch is right-padded tokens as tensors.
@@ -64,15 +64,15 @@ def _loaded(name: str, config: str | None, split: str, revision: str | None, key
             found = datasets.load_dataset(name, config, split=split, revision=revision)
         except Exception:
             if hub.problem() is None:
-                hub.check_access(name, "dataset", revision)  # whose error says more
+                hub.check_access(name, "dataset", revision)  # its error is clearer
             raise
     commit = _commit(found)
-    # Where the hub refuses, or there is no network, the library takes what it has kept last, whatever its revision.
+    # If the hub refuses or there is no network, the library loads the last cached copy, of any revision.
     wanted = None if commit is None else hub.commit_in_cache(name, "dataset", revision) or revision
     if wanted not in (commit, None):
         raise InputError(
-            f"{key}={name}: what the local cache has kept of it last is of commit {commit}, not of "
-            f"{revision or 'the main branch'}; load that once where there is a network"
+            f"{key}={name}: the last copy in the local cache is of commit {commit}, not of "
+            f"{revision or 'the main branch'}; load that once with a network"
         )
     _COMMITS[name, revision] = commit
     return found
@@ -80,7 +80,7 @@ def _loaded(name: str, config: str | None, split: str, revision: str | None, key
 
 @lru_cache
 def check_available(name: str, config: str | None, revision: str | None, key: str) -> None:
-    """Check that the hub (or the local cache, where the hub does not answer) has the dataset.
+    """Check that the hub has the dataset, or the local cache if the hub does not answer.
 
     Raises:
         InputError: it does not.
@@ -97,12 +97,14 @@ def check_available(name: str, config: str | None, revision: str | None, key: st
 @contextmanager
 def _loading_rows(name: str, key: str) -> Iterator[None]:
     section = key.rpartition(".")[0] or key
-    with hub.loading(f"{key}={name}", "local rows", f"; {section}.hub_config, .hub_split and .revision say which rows"):
+    with hub.loading(
+        f"{key}={name}", "local rows", f"; {section}.hub_config, .hub_split and .revision choose the rows"
+    ):
         yield
 
 
 def _commit(loaded: Any) -> str | None:
-    """The hub's commit that a dataset was made of, after which its folder in the cache is called; None for another."""
+    """The hub's commit of a loaded dataset, which is the name of its folder in the cache; None if it has none."""
     folders = {Path(file["filename"]).parent.name for file in getattr(loaded, "cache_files", ())}
     return next((name for name in folders if hub.COMMIT.fullmatch(name)), None)
 
@@ -112,17 +114,17 @@ _COMMITS: dict[tuple[str | None, str | None], str | None] = {}  # loaded by this
 
 @dataclass
 class Rows:
-    """The rows of a dataset by what they are for."""
+    """The rows of a dataset by their use."""
 
     train: list[Row]
     validation: list[Row] = field(default_factory=list)
     test: list[Row] = field(default_factory=list)
-    left_out: dict[str, int] = field(default_factory=dict)  # of the training rows, by reason
-    commit: str | None = None  # of the hub's dataset that they were loaded from
+    left_out: dict[str, int] = field(default_factory=dict)  # the number of training rows left out, by reason
+    commit: str | None = None  # the hub's commit that they were loaded from
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """A hash of each part's content, whatever file it came from."""
+        """A hash of each part's content, independent of its file."""
         return {part: fingerprint(getattr(self, part)) for part in ("train", "validation", "test")}
 
 
@@ -162,7 +164,7 @@ def _fraction(rows: list[Row], fraction: float, shuffle: random.Random) -> list[
 
 
 def validation_rows(dataset: DatasetConfig) -> list[Row]:
-    """``validation_samples`` rows of the source that ``validation`` names, with the dataset's columns beside their own.
+    """``validation_samples`` rows of the source that ``validation`` names, with the dataset's columns added.
 
     With ``split_seed=0`` they are the rows that PEFT's comparison takes (the first of NumPy's legacy shuffle).
 
@@ -181,22 +183,22 @@ def validation_rows(dataset: DatasetConfig) -> list[Row]:
     rows = [read[n] | {mine: read[n][theirs] for mine, theirs in own.columns.items()} for n in order]
     if not rows:
         raise InputError("dataset.validation: its source has no rows")
-    dataset_examples(dataset, rows, own.path or own.hub or "")  # the templates must fit them too
+    dataset_examples(dataset, rows, own.path or own.hub or "")  # raises if the templates do not fit
     return rows
 
 
 def _clean(dataset: DatasetConfig, train: list[Row], test: list[Row]) -> tuple[list[Row], dict[str, int]]:
-    """Training rows without test rows, rows that are too long and duplicates; and how many of each were left out."""
+    """The training rows without test rows, too long rows and duplicates; and the number of each."""
     try:
         known = dataset_examples(replace(dataset, missing=OnMissing.drop), test)
         tested = {example.written for example in known}
     except InputError:
-        tested = set()  # of other columns, which the evaluation has a template for
+        tested = set()  # the test rows have other columns, for which the evaluation has a template
     seen: set[tuple[str, ...]] = set()
     kept = []
     left_out = {"tested_rows": 0, "long_rows": 0, "duplicate_rows": 0}
     for row, example in zip(train, dataset_examples(dataset, train), strict=True):
-        trained = (*example.written, example.prompt)  # which holds the weights of a conversation's turns
+        trained = (*example.written, example.prompt)  # the prompt also holds the weights of a conversation's turns
         again = trained in seen
         seen.add(trained)
         left_out["duplicate_rows"] += again
@@ -213,7 +215,7 @@ def _clean(dataset: DatasetConfig, train: list[Row], test: list[Row]) -> tuple[l
 
 
 def _train_and_test(dataset: DatasetConfig) -> tuple[list[Row], list[Row], int]:
-    """Training rows, test rows, and how many of the former were left out for a missing value."""
+    """Training rows, test rows, and the number of training rows left out for a missing value."""
     if dataset.generator is not None and dataset.path is None:
         make: Any = pydoc.locate(dataset.generator)
         if not callable(make):
@@ -228,7 +230,7 @@ def _train_and_test(dataset: DatasetConfig) -> tuple[list[Row], list[Row], int]:
         read = hub_rows(dataset.hub, dataset.hub_config, dataset.hub_split, dataset.revision, "dataset.hub")
     else:
         raise InputError(f"dataset.path: dataset={dataset.name} needs the file of its training rows")
-    # Here, in the file's own order, an error can name the row.
+    # Examples are made in the order of the file, so that an error can name the row.
     made = templates(dataset, dataset.path or "").each(read)
     train = [row for row, example in zip(read, made, strict=True) if example]
     missing = len(read) - len(train)
@@ -241,29 +243,29 @@ def _train_and_test(dataset: DatasetConfig) -> tuple[list[Row], list[Row], int]:
     cut = round(len(order) * dataset.train_fraction)
     if not 0 < cut < len(order):
         raise InputError(
-            f"dataset.train_fraction={dataset.train_fraction}: parts {len(order)} rows into {cut} training and "
+            f"dataset.train_fraction={dataset.train_fraction}: splits {len(order)} rows into {cut} training and "
             f"{len(order) - cut} test rows; both need at least one (or give dataset.test_path)"
         )
     return order[:cut], order[cut:], missing
 
 
 def _generated(dataset: DatasetConfig, make: Any, split: str, count: int) -> list[Row]:
-    said = f"dataset.generator={dataset.generator}"
+    setting = f"dataset.generator={dataset.generator}"
     try:
         rows = make(split, count, dataset.split_seed)
     except InputError:
         raise
     except TypeError as error:
-        raise InputError(f"{said}: must be a function of split, count and seed ({error})") from error
-    except Exception as error:  # of any kind: it may be anybody's
-        raise InputError(f"{said}: {type(error).__name__}: {first_line(error)}") from error
+        raise InputError(f"{setting}: must be a function of split, count and seed ({error})") from error
+    except Exception as error:  # a user's function may raise anything
+        raise InputError(f"{setting}: {type(error).__name__}: {first_line(error)}") from error
     if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
-        raise InputError(f"{said}: must return a list of rows, each a dict of its columns")
+        raise InputError(f"{setting}: must return a list of rows, each a dict of its columns")
     return rows
 
 
 def evaluation_rows(source: RowsConfig, key: str, own: Sequence[Row]) -> list[Row]:
-    """The rows an evaluation named ``key`` judges on: its own file, its hub dataset, or the dataset's test rows."""
+    """The rows of the evaluation ``key``: from its own file, its hub dataset, or ``own``, the dataset's test rows."""
     if source.path is not None:
         rows = read_rows(source.path, f"{key}.path", source.encoding)
     elif source.hub is not None:
@@ -274,10 +276,10 @@ def evaluation_rows(source: RowsConfig, key: str, own: Sequence[Row]) -> list[Ro
 
 
 def set_aside(rows: Sequence[Row], count: int, seed: int, key: str) -> tuple[list[Row], list[Row]]:
-    """Up to ``count`` rows of an evaluation (at most a half) to validate on, and those that are left to judge on.
+    """Up to ``count`` rows of an evaluation (at most half) for validation, and the rows that are left for the test.
 
     Raises:
-        InputError: there are too few.
+        InputError: there are too few rows.
     """
     numbers = set(random.Random(seed).sample(range(len(rows)), min(count, len(rows) // 2)))
     if not numbers:

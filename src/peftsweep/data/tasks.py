@@ -1,8 +1,8 @@
 """The published question sets: their rows as questions with choices.
 
-A reader takes a row as its source has it and adds ``choices``, for each the columns that differ from one choice to the
-next, and ``gold``, the number of the right one. Columns and choices are those that lm-evaluation-harness scores.
-``Format170k`` writes the same questions as commonsense_170k (LLM-Adapters) does, in training and in test.
+A reader takes a row of the source and adds ``choices``, with the columns that differ between the choices, and
+``gold``, the number of the right choice, from 0. Columns and choices are those that lm-evaluation-harness scores.
+``Format170k`` writes the same questions in the format of commonsense_170k (LLM-Adapters), for training and test.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _with_choices(row: Row, texts: Sequence[str], gold: int) -> Row:
 
 
 def _check_gold(gold: int, choices: int) -> None:
-    # Test sets without labels say -1 or 0, which as a place in a list would be its last.
+    # Test sets without labels have -1, or 0 where labels count from 1; as an index, -1 would be the last choice.
     if not 0 <= gold < choices:
         raise ValueError(f"its label names choice {gold + 1} of {choices}")
 
@@ -42,10 +42,10 @@ def _place_of_key(labels: list[str], key: str) -> int:
 
 def boolq(row: Row) -> Row:
     """BoolQ: ``passage``, ``question`` and ``answer`` (or, in SuperGLUE, ``label``), true or false."""
-    said = str(row["label" if "label" in row else "answer"]).lower()
-    if said not in TRUTH:
-        raise ValueError(f"its answer '{said}' is none of {', '.join(TRUTH)}")
-    return _with_choices(row, ["no", "yes"], TRUTH[said])
+    answer = str(row["label" if "label" in row else "answer"]).lower()
+    if answer not in TRUTH:
+        raise ValueError(f"its answer '{answer}' is none of {', '.join(TRUTH)}")
+    return _with_choices(row, ["no", "yes"], TRUTH[answer])
 
 
 def piqa(row: Row) -> Row:
@@ -71,7 +71,7 @@ def _without_brackets(text: str) -> str:
 
 
 def winogrande(row: Row) -> Row:
-    """WinoGrande, scored in part: an option fills the blank, and the rest of the sentence is likely after it or not."""
+    """WinoGrande, by partial scoring: an option fills the blank, and the rest of the sentence is scored after it."""
     before, _, rest = row["sentence"].partition("_")
     options = [row["option1"], row["option2"]]
     choices = [{"context": before + text, "answer": rest.strip(), "text": text} for text in options]
@@ -97,7 +97,7 @@ def commonsense_qa(row: Row) -> Row:
 
 
 def alpaca(row: Row) -> Row:
-    """Alpaca: ``instruction``, ``input`` (often empty) and ``output``; ``with_input`` announces the input."""
+    """Alpaca: ``instruction``, ``input`` (often empty) and ``output``; ``with_input`` mentions the input."""
     given = row.get("input") or ""
     return row | {
         "input": f"### Input:\n{given}\n\n" if given else "",
@@ -106,7 +106,7 @@ def alpaca(row: Row) -> Row:
 
 
 def dolly(row: Row) -> Row:
-    """Dolly: ``instruction``, ``context`` (often empty) and ``response``, as Alpaca calls them."""
+    """Dolly: ``instruction``, ``context`` (often empty) and ``response``, under Alpaca's names."""
     return alpaca(row | {"input": row.get("context"), "output": row["response"]})
 
 
@@ -115,17 +115,17 @@ def dolly(row: Row) -> Row:
 
 @dataclass(frozen=True)
 class Format170k:
-    """A reader that asks the questions of one source as commonsense_170k does: ``instruction``, ``output``, ``answer``.
+    """A reader that writes one source's questions as commonsense_170k does: ``instruction``, ``output``, ``answer``.
 
-    The choices are labels such as answer2; ``text`` is what a label stands for. Rows that are in the
-    format already are only read.
+    The choices are labels such as answer2; ``text`` is the choice that a label stands for. Rows that are in this
+    format already stay as they are.
     """
 
     reader: Reader
     lead: str  # a template over the row's columns
-    word: str  # for a choice
-    between: str = " "  # of two choices
-    end: str = "\n\n"  # after the last of them
+    word: str  # the name of a choice, before its number
+    between: str = " "  # between two choices
+    end: str = "\n\n"  # after the last choice
 
     def __call__(self, row: Row) -> Row:
         """The row with its instruction, labels and right answer.
@@ -142,8 +142,8 @@ class Format170k:
         options = "" if self.word == "true" else self.between.join(listed) + self.end
         allowed = "true/false" if self.word == "true" else "/".join(labels)
         answer = labels[row["gold"]]
-        asked = f"{self.lead.format_map(row)}\n\n{options}Answer format: {allowed}"
-        return {"instruction": asked, "input": "", "output": f"the correct answer is {answer}", "answer": answer}
+        question = f"{self.lead.format_map(row)}\n\n{options}Answer format: {allowed}"
+        return {"instruction": question, "input": "", "output": f"the correct answer is {answer}", "answer": answer}
 
 
 def instruction(row: Row) -> Row:

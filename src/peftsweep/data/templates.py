@@ -29,7 +29,7 @@ MAX_FIELD_WIDTH = 10_000  # characters that a template may pad a value to
 
 
 class Choice(NamedTuple):
-    """One of the answers a question offers, with the prompt before it (most often that of all)."""
+    """One of the answers that a question offers, with the prompt before it (mostly the same for all of them)."""
 
     prompt: str
     answer: str
@@ -43,9 +43,9 @@ class Example(NamedTuple):
     prompt: str
     answer: str
     choices: tuple[Choice, ...] = ()
-    gold: int | None = None  # the number of the right one
-    conversation: Conversation | None = None  # which prompt and answer are of, as JSON and as the last turn
-    rendered: Rendered | None = None  # in tokens, by a chat template
+    gold: int | None = None  # the number of the right choice, from 0
+    conversation: Conversation | None = None  # its turns before the last, as JSON, are the prompt; the last the answer
+    rendered: Rendered | None = None  # the conversation in tokens, by a chat template
 
     @property
     def written(self) -> tuple[str, str]:
@@ -55,22 +55,22 @@ class Example(NamedTuple):
         return self.conversation.written if self.conversation else (self.prompt, self.answer)
 
     @property
-    def asked(self) -> str:
-        """The prompt; if a chat template rendered it, with all its special tokens as text."""
+    def model_prompt(self) -> str:
+        """The prompt as the model reads it: after a chat template, with all special tokens as text."""
         return self.rendered.prompt if self.rendered else self.prompt
 
 
 class MissingValue(InputError):
-    """A row has no value for a column that it needs."""
+    """A row has no value for a column that the template or reader needs."""
 
 
 @dataclass(frozen=True)
 class Templates:
     """How rows become examples: templates over a row's columns, such as ``"{question}"``.
 
-    Lists and dicts are written as JSON. With ``classes``, an answer must be one of them or its number, which is
-    replaced by its name. A ``reader`` makes questions with choices, or conversations, of the rows; the templates
-    are then filled for each choice too. Errors name ``key`` and ``file``.
+    Lists and dicts are written as JSON. With ``classes``, an answer must be a class or its number, which is replaced
+    by the name of the class. A ``reader`` turns rows into questions with choices, or into conversations; the
+    templates are then filled for each choice too. Errors name ``key`` and ``file``.
     """
 
     prompt: str
@@ -82,9 +82,9 @@ class Templates:
     missing: OnMissing = OnMissing.error
 
     def each(self, rows: Iterable[Row]) -> Iterator[Example | None]:
-        """The example of each row; None for one without a value that it needs, where ``missing`` is drop.
+        """The example of each row; None for a row that lacks a value, if ``missing`` is drop.
 
-        A column that other rows have is null in a row that lacks it, unless ``missing`` is error.
+        A row that lacks a column of other rows counts as one with null there, unless ``missing`` is error.
 
         Raises:
             InputError: a template names a column that a row lacks, or is not a template; an answer is no class;
@@ -104,7 +104,7 @@ class Templates:
                 yield None
             except InputError as error:
                 if any(f"no column '{column}'" in str(error) for column in every if column not in row):
-                    ways = "dataset.missing=drop leaves out the rows that lack what others have"
+                    ways = "dataset.missing=drop leaves out the rows that lack a column of other rows"
                     raise InputError(f"{error}; {ways}") from None
                 raise
 
@@ -141,7 +141,7 @@ def examples(
     reader: str | None = None,
     missing: OnMissing = OnMissing.error,
 ) -> list[Example]:
-    """The examples of ``rows`` by ``Templates``, without rows that are left out for a missing value."""
+    """The examples of ``rows`` by ``Templates``, without rows that lack a value."""
     each = Templates(prompt, answer, key, file, classes, reader, missing).each(rows)
     return [example for example in each if example]
 
@@ -149,11 +149,11 @@ def examples(
 def _conversation_example(conversation: Conversation, how: Templates, number: str) -> Example:
     if (how.prompt, how.answer) != ("{prompt}", "{answer}"):
         raise InputError(
-            f"{how.key}.prompt: a conversation is not put into templates; must be {{prompt}} and {{answer}}"
+            f"{how.key}.prompt: templates do not apply to a conversation; must be {{prompt}}, and the answer {{answer}}"
         )
     messages = []
     for n, message in enumerate(conversation.messages):
-        if message.get("content") is None and not chat.says_something_else(message):
+        if message.get("content") is None and not chat.has_calls_or_reasoning(message):
             if how.missing is not OnMissing.empty:
                 raise _missing(f"{how.key}.reader", number, f"messages[{n}].content")
             message = message | {"content": ""}
@@ -165,18 +165,18 @@ def _conversation_example(conversation: Conversation, how: Templates, number: st
 
 
 def dataset_examples(dataset: DatasetConfig, rows: Iterable[Row], file: str = "") -> list[Example]:
-    """``rows`` by the dataset's own templates, without those that are left out for a missing value."""
+    """The examples of ``rows`` by the dataset's own templates, without rows that lack a value."""
     return [example for example in templates(dataset, file).each(rows) if example]
 
 
 def templates(dataset: DatasetConfig, file: str = "") -> Templates:
-    """The dataset's own, which fill in the rows of ``file``."""
+    """The dataset's own templates; errors name ``file`` as the file of the rows."""
     own = dataset
     return Templates(own.prompt, own.answer, file=file, classes=own.classes, reader=own.reader, missing=own.missing)
 
 
 def find_reader(name: str | None, key: str = "dataset") -> Callable[[Row], Row] | None:
-    """The function that a dotted path names; None for none.
+    """The function that the dotted path ``name`` names; None without a name.
 
     Raises:
         InputError: there is no such function.
@@ -218,7 +218,7 @@ class _NoValue(Exception):
 
 
 class _Row(Row):
-    """A row that does not give out null: it is missing, or an empty text where ``missing`` says so."""
+    """A row whose null values raise ``_NoValue``, or read as an empty text if ``missing`` is empty."""
 
     def __init__(self, row: Row, missing: OnMissing) -> None:
         super().__init__(row)
@@ -233,7 +233,7 @@ class _Row(Row):
 
 
 class _Formatter(string.Formatter):
-    """Fills templates as ``str.format`` does, but for nulls inside a column's value, and lists and dicts, as JSON."""
+    """Fill templates as ``str.format`` does, but with lists and dicts as JSON, and null inside a value as missing."""
 
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         first, *items = field_name.split("[")
@@ -260,10 +260,10 @@ class _Formatter(string.Formatter):
 
 
 def _item(value: Any, name: str, field_name: str) -> Any:
-    """An item of a list or dict, which may be given as JSON text; None where the list is too short.
+    """An item of a list or dict, which may be given as JSON text; None if the list is too short.
 
     Raises:
-        TypeError: there is no such item; the line names what there is.
+        TypeError: there is no such item; the message names the items.
     """
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         with suppress(ValueError):
@@ -292,17 +292,17 @@ def _attribute(field_name: str) -> str:
 
 @lru_cache(maxsize=64)
 def _names_whole_columns(template: str) -> bool:
-    """Whether a template's fields are columns as they are, without items, formats and conversions."""
+    """Whether a template's fields are plain columns, without items, formats and conversions."""
     fields = [part for part in string.Formatter().parse(template) if part[1] is not None]
     return not any(spec or conversion or set("[.") & set(str(name)) for _, name, spec, conversion in fields)
 
 
 @lru_cache(maxsize=64)
 def _check_fields(template: str) -> None:
-    """Refuse what ``str.format`` does beside putting in a column or an item of it.
+    """Refuse fields that do more than insert a column or an item of it.
 
     Raises:
-        ValueError: a field names an attribute, or pads to more characters than a row can mean.
+        ValueError: a field names an attribute, or pads to more than ``MAX_FIELD_WIDTH`` characters.
     """
     for _, name, spec, _ in string.Formatter().parse(template):
         if re.search(r"\][^\[]", name or ""):
@@ -313,7 +313,9 @@ def _check_fields(template: str) -> None:
 
 def _fill(template: str, row: _Row, key: str, number: str) -> str:
     if template in row and not columns(template):
-        raise InputError(f"{key}={template}: is the same text for all rows; the column is '{key}=\"{{{template}}}\"'")
+        raise InputError(
+            f"{key}={template}: is the same text for all rows; for the column write '{key}=\"{{{template}}}\"'"
+        )
     try:
         _check_fields(template)
         plain = _names_whole_columns(template) and all(type(row.get(name)) is str for name in columns(template))
@@ -346,4 +348,4 @@ def _check_encodable(text: str, key: str, number: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         half = f"U+{ord(text[error.start]):04X}"
-        raise InputError(f"{key}: row {number} holds {half}, half a surrogate pair, which no tokenizer takes") from None
+        raise InputError(f"{key}: row {number} holds {half}, half a surrogate pair, which tokenizers refuse") from None

@@ -31,10 +31,11 @@ def through_chat_template(
     key: str = "dataset",
     file: str = "",
 ) -> list[Example]:
-    """The same examples as the tokenizer's chat template renders them, with the prompt of their last turn as text.
+    """The same examples, rendered by the tokenizer's chat template, with the prompt of their last turn as text.
 
-    An example that is no conversation is one of a user's turn, its prompt, and the assistant's, its answer. Without
-    ``chat_template`` conversations are laid out plainly (``chat.PLAIN``) and other examples stay as they are.
+    An example that is not a conversation is rendered as two turns: the user's is its prompt, the assistant's its
+    answer. Without ``chat_template``, conversations are laid out as plain text (``chat.PLAIN``), and other examples
+    stay as they are.
 
     Raises:
         InputError: the tokenizer has no chat template or gives no offsets, or the template refuses a row.
@@ -44,7 +45,9 @@ def through_chat_template(
     if chat_template and not tokenizer.chat_template:
         raise InputError("dataset.chat=true: the model's tokenizer has no chat template; dataset.chat=false needs none")
     if not tokenizer.is_fast:
-        raise InputError("dataset.chat: the model's tokenizer gives no offsets; must be one of the tokenizers library")
+        raise InputError(
+            "dataset.chat: the model's tokenizer gives no offsets; must be a fast tokenizer, of the tokenizers library"
+        )
     begin = str(tokenizer.decode([*leading_marks(tokenizer)]))
     template = ChatTemplate(tokenizer) if chat_template else chat.plain_layout(tokenizer, begin)
     return [
@@ -54,18 +57,18 @@ def through_chat_template(
 
 
 def _rendered(template: ChatTemplate, begin: str, row: Example, turns: Turns, where: str) -> Example:
-    def asking(prompt: str) -> Conversation:
+    def of_two_turns(prompt: str) -> Conversation:
         return Conversation([{"role": "user", "content": prompt}, {"role": "assistant", "content": row.answer}])
 
     try:
         if not row.conversation and not row.prompt.strip():
-            raise ValueError("its prompt is empty, which is no user's turn")
-        conversation = row.conversation or asking(row.prompt)
+            raise ValueError("its prompt is empty; a user's turn needs a text")
+        conversation = row.conversation or of_two_turns(row.prompt)
         rendered = chat.render(template, conversation, turns, row.written)
-        choices = tuple(c._replace(prompt=chat.prompt(template, asking(c.prompt))) for c in row.choices)
+        choices = tuple(c._replace(prompt=chat.prompt(template, of_two_turns(c.prompt))) for c in row.choices)
     except Exception as error:  # a template may raise anything
         raise InputError(f"{where} does not go through the chat template: {' '.join(str(error).split())}") from error
-    answer = rendered.said if "tool_calls" in conversation.messages[-1] else row.answer
+    answer = rendered.last_turn if "tool_calls" in conversation.messages[-1] else row.answer
     return row._replace(prompt=rendered.prompt.removeprefix(begin), answer=answer, choices=choices, rendered=rendered)
 
 
@@ -79,13 +82,16 @@ def leading_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 def prompt_ids(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | Example], max_length: int = sys.maxsize
 ) -> list[list[int]]:
-    """Prompts as the model goes on from them, at least a token each; a longer one loses its beginning, but for BOS."""
+    """The token ids of prompts that the model continues, at least one token each.
+
+    A prompt longer than ``max_length`` loses its beginning, except BOS.
+    """
     marks = list(leading_marks(tokenizer))
     encoded = []
     for prompt in prompts:
         row = Example(prompt, "") if isinstance(prompt, str) else prompt
         before = [] if row.rendered else marks
-        ids = [*before, *tokenizer(row.asked, add_special_tokens=False).input_ids] or [_first(tokenizer)]
+        ids = [*before, *tokenizer(row.model_prompt, add_special_tokens=False).input_ids] or [_first(tokenizer)]
         kept = _kept(ids, marks, tokenizer.bos_token_id)
         encoded.append(ids if len(ids) <= max_length else ids[:kept] + ids[len(ids) - max_length + kept :])
     return encoded
@@ -97,18 +103,18 @@ def _first(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _kept(ids: Sequence[int], marks: Sequence[int], bos: int | None) -> int:
-    """How many tokens at the beginning stay when ``ids`` are cut: the marks before a text, or a template's BOS."""
+    """The number of tokens at the beginning that a cut keeps: the marks before a text, or a template's BOS."""
     if marks and [*ids[: len(marks)]] == [*marks]:
         return len(marks)
     return int(bool(ids) and ids[0] == bos)
 
 
 class Tokens(NamedTuple):
-    """An example in token ids; those from ``answer_start`` on are the answer and its end mark.
+    """An example in token ids; the tokens from ``answer_start`` on are the answer and its end mark.
 
-    For a classifier all of them are the prompt, and the answer is ``label``, the number of its class. Where not
-    all tokens from ``answer_start`` on are the answer's, ``trained`` says of each token whether it is: [tokens].
-    ``lost_prompt`` and ``lost_answer`` count the tokens that were cut off to fit into the length: at the beginning of
+    For a classifier all tokens are the prompt, and the answer is ``label``, the number of its class. Where some
+    tokens after ``answer_start`` are not the answer's, ``trained`` tells for each token whether it is: [tokens].
+    ``lost_prompt`` and ``lost_answer`` count the tokens that were cut off to fit the length: at the beginning of
     the prompt (for a classifier at its end), and at the end of the answer.
     """
 
@@ -121,7 +127,7 @@ class Tokens(NamedTuple):
 
     @property
     def answer_tokens(self) -> int:
-        """How many predictions the loss is over: the answer's tokens, or the one class."""
+        """The number of predictions in the loss: the tokens of the answer, or 1 for a class."""
         if self.label is not None:
             return 1
         return len(self.ids) - max(self.answer_start, 1) if self.trained is None else sum(self.trained[1:])
@@ -138,11 +144,11 @@ def truncations(rows: Sequence[Tokens]) -> dict[str, int]:
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], max_length: int, *, whole: bool = False
 ) -> list[Tokens]:
-    """Prompt and answer are tokenised apart, so that the answer's tokens never depend on the border.
+    """Tokenise prompt and answer separately, so that the tokens of the answer never depend on the prompt.
 
-    What is longer than ``max_length`` loses the beginning of its prompt, but for BOS; only an answer that is too
-    long by itself loses its end. An example that a chat template rendered is the template's tokens. With ``whole``
-    all tokens are the answer's, those of the prompt too, and what is too long loses its end.
+    An example longer than ``max_length`` loses the beginning of its prompt, except BOS; only an answer that is too
+    long by itself loses its end. An example that a chat template rendered keeps the tokens of the template. With
+    ``whole`` all tokens are trained on, those of the prompt too, and an example that is too long loses its end.
     """
     limit = min(max_length, tokenizer.model_max_length)
     marks = list(leading_marks(tokenizer))
@@ -162,8 +168,8 @@ def _apart(
     prompts = tokenizer([row.prompt for row in rows], add_special_tokens=False).input_ids
     answers = tokenizer([row.answer for row in rows], add_special_tokens=False).input_ids
     for prompt, answer in zip(prompts, answers, strict=True):
-        asked, said = [*marks, *prompt], [*answer, tokenizer.eos_token_id]
-        yield asked + said, [False] * len(asked) + [True] * len(said)
+        before, trained = [*marks, *prompt], [*answer, tokenizer.eos_token_id]
+        yield before + trained, [False] * len(before) + [True] * len(trained)
 
 
 def _shortened(ids: list[int], trained: list[bool], kept: int, limit: int) -> Tokens:
@@ -186,10 +192,10 @@ def _shortened(ids: list[int], trained: list[bool], kept: int, limit: int) -> To
 def tokenize_pairs(
     tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], max_length: int, *, marked: bool = False
 ) -> list[Tokens]:
-    """A context and what may follow it, tokenised as one text, as lm-evaluation-harness does; no end mark.
+    """Tokenise each context and its continuation as one text, as lm-evaluation-harness does, without an end mark.
 
-    White space at the end of a context counts to what follows. ``marked`` contexts hold their special tokens as
-    text, as those of a chat template do. A longer pair loses its beginning, but for BOS.
+    White space at the end of a context counts as part of the continuation. ``marked`` contexts hold their special
+    tokens as text, as those of a chat template do. A pair longer than ``max_length`` loses its beginning, except BOS.
     """
     limit = min(max_length, tokenizer.model_max_length)
     marks = [] if marked else list(leading_marks(tokenizer))
@@ -211,15 +217,15 @@ def tokenize_pairs(
 def tokenize_for_classes(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], max_length: int, classes: Sequence[str]
 ) -> list[Tokens]:
-    """Prompts as a classifier reads them, with the tokenizer's marks around them, and the number of their class.
+    """Tokenise prompts for a classifier, with the tokenizer's special tokens around them, and number their class.
 
-    What is longer than ``max_length`` loses its end.
+    A prompt longer than ``max_length`` loses its end.
     """
     limit = min(max_length, tokenizer.model_max_length)
     rendered = any(row.rendered for row in rows)
 
     def encoded(rows: Sequence[Example], **cut: Any) -> list[list[int]]:
-        found: Any = tokenizer([row.asked for row in rows], add_special_tokens=not rendered, **cut)
+        found: Any = tokenizer([row.model_prompt for row in rows], add_special_tokens=not rendered, **cut)
         return list(found.input_ids)
 
     found = []
@@ -231,7 +237,7 @@ def tokenize_for_classes(
 
 
 def write_tokens(file: Path, rows: Sequence[Tokens]) -> None:
-    """Keep tokenised rows as a parquet, atomically."""
+    """Write tokenised rows to a parquet file, atomically."""
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -250,7 +256,7 @@ def _tokens_schema() -> Any:
 
 
 def read_tokens(file: Path, count: int | None = None) -> list[Tokens]:
-    """What ``write_tokens`` kept, of ``count`` rows.
+    """Read the ``count`` rows that ``write_tokens`` wrote.
 
     Raises:
         Unreadable: the file holds something else.

@@ -117,10 +117,10 @@ def classification(
     batch_size: int = 32,
     max_length: int = 512,
 ) -> Evaluation:
-    """Share of rows whose likeliest class is the right one, and F1.
+    """Share of rows whose most likely class is the right one, and F1.
 
-    A classifier says how likely each class is; of a language model it is asked by the probability
-    of the class's name as the answer.
+    The likelihood of a class is the output of a classifier; for a language model it is the probability of the class's
+    name as the answer.
     """
     gold = [classes.index(row.answer.strip()) for row in examples]
     if classifies(model):
@@ -128,7 +128,9 @@ def classification(
         cut = truncations(rows)
         scores = class_scores(model, rows, pad_id=padding_id(tokenizer), batch_size=batch_size)
     else:
-        pairs = [[(row.asked, row.answer.replace(row.answer.strip(), name)) for name in classes] for row in examples]
+        pairs = [
+            [(row.model_prompt, row.answer.replace(row.answer.strip(), name)) for name in classes] for row in examples
+        ]
         sizes: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "marked": _marked(examples)}
         scores, cut = grouped_likelihoods(model, tokenizer, pairs, **sizes)
     predicted = [_likeliest(row) for row in scores]

@@ -1,4 +1,4 @@
-"""What is adapted, and how? Bases, methods attached to them, what is saved of them."""
+"""What is adapted, and how? Load a base, attach a method to it, save and restore the result."""
 
 __all__ = [
     "attach",

@@ -1,4 +1,4 @@
-"""Attach a method to a base: roles to module names, PEFT's preferences, and what is checked on the way."""
+"""Attach a method to a base: turn roles into module names, use PEFT's defaults, check the options."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from peftsweep.models.parts import (
 from peftsweep.models.saved import keep_dtype, names_as_written
 from peftsweep.schema import TargetsConfig
 
-LONGEST = 300  # characters of what PEFT says, which may print a whole module
-REFUSALS = (ValueError, TypeError, ImportError, AssertionError, ZeroDivisionError)  # of PEFT, of a configuration
+LONGEST = 300  # characters of a message of PEFT that are kept, as it may print a whole module
+REFUSALS = (ValueError, TypeError, ImportError, AssertionError, ZeroDivisionError)  # errors of PEFT for wrong options
 log = logging.getLogger(__name__)
 
 LINEAR = (nn.Linear, Conv1D)  # bitsandbytes' quantised layers are subclasses of nn.Linear
@@ -47,10 +47,10 @@ ALL_LINEAR = "all-linear"  # PEFT's word for the modules that linear_names finds
 EXPERTS = "experts"  # a role of every mixture of experts, whose members are found by their shapes
 FORWARD = ("gate_proj", "up_proj", "down_proj")
 RECURRENT = ("in_proj", "x_proj", "dt_proj", "out_proj")
-# Names that later architectures give to roles, known for every model. They are not in conf/model, as the lists there
-# are part of the identity of the trials that target these roles.
+# Further names of a role's layers, in later architectures, for every model. They are not in conf/model, because the
+# lists there are part of the identity of trials that target these roles.
 FURTHER_ROLES: dict[str, list[str]] = {
-    # Of multi-head latent attention: queries from a latent of their own; keys and values from one that they share.
+    # q_a, q_b, kv_a and kv_b are of multi-head latent attention: a latent for queries, one for keys and values.
     "q": [
         "q_proj",
         "q_a_proj",
@@ -117,10 +117,10 @@ def attach(
 ) -> PreTrainedModel | PeftModel:
     """Attach ``method``, a PEFT config, to ``base``, in place; None makes all of the base trainable (full fine-tuning).
 
-    A classifier's head is trained and saved with every method. ``inputs`` are what the method's
-    forward wants beside the tokens, such as ``{"task_ids": 0}``. ``float32`` keeps the weights of an
-    adapter on a 16-bit base in 32 bits. ``initialise`` does the attaching by the function it is given,
-    after and before what an initialisation from data needs.
+    A classifier's head is trained and saved with every method. ``inputs`` are further arguments of the method's
+    forward, such as ``{"task_ids": 0}``. ``float32`` keeps the weights of an adapter on a 16-bit base in 32 bits.
+    ``initialise`` gets the method and a function that attaches it, and returns the adapted model; an initialisation
+    from data runs in it.
 
     Raises:
         InputError: the targets do not fit the model or the method, or PEFT refuses the options.
@@ -141,11 +141,13 @@ def attach(
     if trained and hasattr(method, "modules_to_save"):
         method.modules_to_save = [*(method.modules_to_save or []), *trained]
     config = text_config(base)
-    if hasattr(method, "token_dim") and method.token_dim is None:  # PEFT looks for fewer names than there are
+    if hasattr(method, "token_dim") and method.token_dim is None:  # PEFT does not know all names of these sizes
         method.token_dim = config.hidden_size
         method.num_attention_heads = method.num_attention_heads or getattr(config, "num_attention_heads", None)
-    if hasattr(method, "adapters"):  # X-LoRA reads each token twice, and its router the last hidden states
-        method.adapters = {str(n): path for n, path in enumerate(method.adapters.values())}  # it knows numbers only
+    if hasattr(method, "adapters"):  # X-LoRA runs each token twice, and its router reads the last hidden states
+        method.adapters = {
+            str(n): path for n, path in enumerate(method.adapters.values())
+        }  # X-LoRA needs numbers as names
         method.hidden_size = config.hidden_size
         base.config.use_cache = False
     put: Any = partial(get_peft_model, autocast_adapter_dtype=float32)
@@ -166,17 +168,15 @@ def attach(
 
 
 def _check_trains(adapted: PeftModel, heads: Sequence[str]) -> None:
-    """Refuse an adapter without a trainable number, such as OSF's of a full rank; ``heads`` are not part of it."""
+    """Refuse an adapter without a trainable parameter, such as OSF at full rank; ``heads`` are not counted."""
     own = (p for name, p in trainable_parameters(adapted) if not any(f".{head}." in f".{name}" for head in heads))
     if not any(parameter.numel() for parameter in own):
         kind = type(adapted.peft_config["default"]).__name__
-        raise InputError(
-            f"method: {kind} has no trainable parameter with these options, so that nothing would be learnt"
-        )
+        raise InputError(f"method: {kind} has no trainable parameter with these options, so it would learn nothing")
 
 
 def _adapted_names(adapted: PeftModel) -> list[str]:
-    """The modules and parameters that have an adapter, by their names in the base; none where it lies elsewhere."""
+    """The names, in the base, of modules and parameters with an adapter; empty if the adapter lies elsewhere."""
     tuner = adapted.base_model
     return [*getattr(tuner, "targeted_module_names", ()), *getattr(tuner, "targeted_parameter_names", ())]
 
@@ -187,7 +187,7 @@ def _refused(error: Exception) -> InputError:
 
 
 def _always_trained(base: PreTrainedModel) -> list[str]:
-    """The head of a classifier, and the modules that its checkpoint lacked: their weights mean nothing yet."""
+    """The head of a classifier, and the modules that its checkpoint lacked: their weights are untrained."""
     if not classifies(base):
         return []
     heads = head_names(base)
@@ -217,7 +217,7 @@ def attach_slots(
     Raises:
         InputError: as ``attach``.
     """
-    for method, targets in slots.values():  # all of them before the first changes what the base has
+    for method, targets in slots.values():  # before the first adapter changes the modules of the base
         _aim(method, base, target_modules(base, targets, roles), targets, roles)
         method.task_type = method.task_type or TaskType.CAUSAL_LM
     adapted: Any = None
@@ -237,7 +237,7 @@ def attach_slots(
 
 
 def _aim(method: Any, base: PreTrainedModel, modules: list[str] | None, targets: TargetsConfig, roles: Roles) -> None:
-    """Set the method's target modules: those of ``targets``, else its own, else PEFT's, else ``targets.otherwise``."""
+    """Set the method's target modules: from ``targets``, else its own, else PEFT's, else from ``targets.otherwise``."""
     if not hasattr(method, "target_modules"):
         if modules is not None:
             raise InputError(f"targets: {type(method).__name__} has no target modules; leave targets=default")
@@ -259,7 +259,7 @@ def _aim(method: Any, base: PreTrainedModel, modules: list[str] | None, targets:
         method.target_modules = modules
     _aim_at_text(method, base)
     if getattr(method, "layers_to_transform", None) and not isinstance(method.target_modules, str | None):
-        # PEFT heeds the layers for the ends of names alone; a name in full would mean its module in every layer.
+        # PEFT applies layers_to_transform only to ends of names; a full name would mean its module in every layer.
         full = {name for name, _ in base.named_modules()}
         method.target_modules = [
             name
@@ -273,12 +273,12 @@ def _aim(method: Any, base: PreTrainedModel, modules: list[str] | None, targets:
 
 
 def _aim_at_experts(method: Any, base: PreTrainedModel) -> None:
-    """Add the experts, which are parameters in place of modules, to what the method is attached to."""
+    """Add the experts, which are parameters and not modules, to the targets of the method."""
     names = expert_parameters(base)
     if names and not hasattr(method, "target_parameters"):
         raise InputError(
             f"targets.roles: {type(method).__name__} cannot be attached to experts, which are parameters of this "
-            "model and no modules; take a method that is a peft.LoraConfig"
+            "model and not modules; use a method with peft.LoraConfig"
         )
     if names:
         suffixes = sorted({".".join(name.split(".")[-2:]) for name in names})
@@ -287,7 +287,7 @@ def _aim_at_experts(method: Any, base: PreTrainedModel) -> None:
 
 
 def _aim_at_text(method: Any, base: PreTrainedModel) -> None:
-    """Name the modules one by one where the names would also mean some that text never reaches."""
+    """List the modules one by one if their names would also match modules that text never reaches."""
     parts = (part for name, _ in base.named_modules() for part in name.split("."))
     if text_part(base) is base and UNTRAINED_PARTS.isdisjoint(parts):
         return
@@ -301,16 +301,16 @@ def _aim_at_text(method: Any, base: PreTrainedModel) -> None:
 
 
 def _without_preference(method: Any, base: PreTrainedModel) -> bool:
-    """Whether PEFT knows which modules the method is usually attached to, but not for this architecture."""
+    """Whether PEFT has default modules for the method, but not for this architecture."""
     known = _preferences(method)
     kinds = {base.config.model_type, text_config(base).model_type}
     return bool(known) and not kinds & known.keys() and not getattr(method, "target_parameters", None)
 
 
 def _preferences(method: Any) -> dict[str, Any]:
-    """The modules that PEFT attaches the method to where none are named, by the type of the model."""
+    """PEFT's default modules for the method, by model type."""
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(method.peft_type)
-    constant = f"TRANSFORMERS_MODELS_TO_{method.peft_type.value}_TARGET_MODULES_MAPPING"  # where IA3 keeps its own
+    constant = f"TRANSFORMERS_MODELS_TO_{method.peft_type.value}_TARGET_MODULES_MAPPING"  # for IA3
     return getattr(tuner, "target_module_mapping", None) or getattr(constants, constant, None) or {}
 
 
@@ -318,10 +318,10 @@ def _preferences(method: Any) -> dict[str, Any]:
 
 
 def target_modules(base: PreTrainedModel, targets: TargetsConfig, roles: Roles) -> list[str] | None:
-    """The names of the modules that ``targets`` means in ``base``; None leaves them to the method.
+    """The names of the modules in ``base`` that ``targets`` selects; None leaves them to the method.
 
     Raises:
-        InputError: a role or module that the model lacks; the line lists what it has.
+        InputError: the model lacks a role or module; the message lists what it has.
     """
     if targets.all_linear:
         return linear_names(base)
@@ -334,14 +334,14 @@ def target_modules(base: PreTrainedModel, targets: TargetsConfig, roles: Roles) 
 
 
 def role_modules(base: PreTrainedModel, wanted: Sequence[str], roles: Roles) -> list[str]:
-    """The names of the modules that play the ``wanted`` roles, as short as PEFT understands them.
+    """The names of the modules with the ``wanted`` roles, shortened as far as they stay unambiguous for PEFT.
 
-    A layer that is query, key and value in one (``qkv``) stands for the three together, layers that keys and values
-    share (``kv``, as in DeepSeek) for either of the two. Of the role ``experts`` these
-    are the experts that are modules; ``expert_parameters`` names the others.
+    A layer for query, key and value together (``qkv``) stands for the three roles, layers that keys and values share
+    (``kv``, as in DeepSeek) for either of the two. For the role ``experts`` these are experts that are modules;
+    ``expert_parameters`` names the others.
 
     Raises:
-        InputError: the model lacks one of the roles; the line lists what it has.
+        InputError: the model lacks one of the roles; the message lists what it has.
     """
     members = role_members(base, roles)
     if expert_parameters(base):
@@ -362,10 +362,10 @@ def role_modules(base: PreTrainedModel, wanted: Sequence[str], roles: Roles) -> 
 
 
 def linear_names(base: PreTrainedModel, method: Any = None) -> list[str]:
-    """The last names of all linear layers but those of the head, of experts and of routers, in order of appearance.
+    """The names of all linear layers except head, experts and routers, in order of appearance, shortened.
 
-    Those that PEFT refuses for ``method``, such as Mamba's ``out_proj`` for LoRA, are left out, which is logged.
-    It is an InputError if there are none.
+    Layers that PEFT refuses for ``method``, such as Mamba's ``out_proj`` for LoRA, are left out with a warning.
+    An InputError is raised if there are none.
     """
     left, adaptable = router_modules(base), dict(adaptable_modules(base))
     linear = [name for name, module in adaptable.items() if isinstance(module, LINEAR) and name not in left]
@@ -376,7 +376,7 @@ def linear_names(base: PreTrainedModel, method: Any = None) -> list[str]:
 
 
 def _without_refused(method: Any, base: PreTrainedModel, names: list[str]) -> list[str]:
-    """``names`` without those that PEFT refuses or the model never calls; all of them where none would be left."""
+    """``names`` without layers that PEFT refuses or the model never calls; all of them if none would be left."""
     taken = [name for name in names if _is_taken(method, base, name)]
     if refused := sorted({name.rpartition(".")[2] for name in names if name not in taken}):
         log.warning("targets: left out %s, which cannot be adapted in %s", ", ".join(refused), base.config.model_type)
@@ -400,7 +400,7 @@ def _of_expert(name: str) -> bool:
 
 
 def _known(roles: Roles) -> Roles:
-    """``roles`` and the names that later architectures have."""
+    """``roles`` with the names in later architectures added."""
     named = ((role, [*roles.get(role, []), *FURTHER_ROLES.get(role, [])]) for role in {**roles, **FURTHER_ROLES})
     return {role: list(dict.fromkeys(names)) for role, names in named}
 
@@ -411,13 +411,13 @@ def check_modules(base: PreTrainedModel, names: Sequence[str], key: str) -> None
         if not any(_ends(full, name) for full, _ in base.named_modules()):
             raise InputError(f"{key}: the model has no module '{name}'; it has: {', '.join(linear_names(base))}")
         if name.rpartition(".")[2] in never_called(base):
-            raise InputError(f"{key}: the model never calls '{name}', so that an adapter on it would do nothing")
+            raise InputError(f"{key}: the model never calls '{name}', so an adapter there would have no effect")
 
 
 def role_members(base: PreTrainedModel, roles: Roles) -> dict[str, list[str]]:
-    """The full names of the modules that play each role; of two names that fit a module, the longer one decides.
+    """The full names of the modules with each role; if two names fit a module, the longer one decides.
 
-    So in BERT ``attention.output.dense`` is not among those that ``output.dense`` means.
+    So in BERT ``output.dense`` does not select ``attention.output.dense``.
     """
     found: dict[str, list[str]] = {}
     roles, routers = _known(roles), router_modules(base)
@@ -435,8 +435,17 @@ def role_members(base: PreTrainedModel, roles: Roles) -> dict[str, list[str]]:
     return {role: found[role] for role in (*roles, EXPERTS) if role in found}
 
 
+<<<<<<< HEAD
 def _shortest(base: PreTrainedModel, adaptable: list[str], names: list[str], suffixes: list[str]) -> list[str]:
     """``suffixes`` if they mean exactly the modules ``names`` of the ``adaptable`` ones, and no module with parts.
+=======
+def _shortest(base: PreTrainedModel, names: Sequence[str], suffixes: list[str]) -> list[str]:
+    """``suffixes`` if they match exactly the modules ``names``, and no module with children; else ``names``."""
+    meant = {name for suffix in suffixes for name in _matching(base, suffix)}
+    wholes = [name for name, module in base.named_modules() if next(module.children(), None) is not None]
+    meant |= {name for name in wholes if any(_ends(name, suffix) for suffix in suffixes)}  # 0 matches h.0
+    return suffixes if meant == set(names) else list(names)
+>>>>>>> h1
 
     Else the names themselves.
     """

@@ -1,7 +1,7 @@
 """Which methods cannot be trained on which kind of base, and why.
 
-Each rule was seen with PEFT 0.21, bitsandbytes 0.50, torchao 0.18 and quanto 0.2 on a CPU: the method fails, or it
-runs and is silently something else. Such a trial is refused before anything is loaded, and its record says why.
+Each rule was observed with PEFT 0.21, bitsandbytes 0.50, torchao 0.18 and quanto 0.2 on a CPU: the method fails, or it
+silently trains something else. Such a trial is refused before anything is loaded, and its record holds the reason.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from peftsweep.errors import InputError, suggest
 if TYPE_CHECKING:
     from torch import nn
 
-PACKED = "it calculates with the base's weights, which 4-bit storage packs and 8-bit storage keeps as integers"
+PACKED = "it computes with the base's weights, which are packed in 4 bits and integers in 8 bits"
 PACKED_4BIT = "it calculates with the base's weights, which 4-bit storage packs"
-RAW_8BIT = "it would take the stored 8-bit integers for the weights, without their scales"
-HEADLESS = "PEFT leaves the new head untrained, and what is trained below a random head means nothing"
-CACHELESS = "it prepends keys and values, and the model takes none"
-RECOMPUTED = "the layers, computed again in the backward pass, find their keys and values in the cache twice"
-UNSCALED = "gradients of 16 bits cannot be unscaled: take train.autocast=bfloat16 or model.dtype=float32"
-UNKNOWN_TO_TORCHAO = "it calculates with the base's weights, and torchao's know no such operation"
-MERGE_OF_TORCHAO = "PEFT does not give it the settings of torchao that it asks for"
+RAW_8BIT = "it would use the stored 8-bit integers as the weights, without their scales"
+HEADLESS = "PEFT leaves the new head untrained, and training below a random head is meaningless"
+CACHELESS = "it prepends keys and values to a cache, and the model has no cache"
+RECOMPUTED = "layers that are recomputed in the backward pass find their keys and values in the cache twice"
+UNSCALED = "gradients in 16 bits cannot be unscaled: use train.autocast=bfloat16 or model.dtype=float32"
+UNKNOWN_TO_TORCHAO = "it computes with the base's weights, and torchao's weights do not support the operation"
+MERGE_OF_TORCHAO = "PEFT does not pass it the settings of torchao that it needs"
 IN_PLACE = "it changes the output of a layer in place, which quanto's autograd forbids"
-AUTOCAST_OF_QUANTO = "the format of quanto's weights cannot be changed, as autocast does; take model.dtype=bfloat16"
-BOTH = ("4bit", "8bit")  # of bitsandbytes
+AUTOCAST_OF_QUANTO = "autocast changes the dtype of weights, which quanto's do not allow; use model.dtype=bfloat16"
+BOTH = ("4bit", "8bit")  # the kinds of bitsandbytes
 SUBCLASSES = ("torchao", "quanto")
 QUANTISED = (*BOTH, *SUBCLASSES, "untested")
 ANY = ("none", *QUANTISED)
@@ -51,20 +51,20 @@ KINDS = {  # of bases
 
 @dataclass(frozen=True)
 class Rule:
-    """A PEFT config class, perhaps with certain options, that does not work on some kinds of base."""
+    """A PEFT config class, for certain options or for all, that does not work on some kinds of base."""
 
     config: str
     kinds: tuple[str, ...]
     reason: str
-    when: Mapping[str, Any] = field(default_factory=dict)  # options and the values that the rule is about
+    when: Mapping[str, Any] = field(default_factory=dict)  # the values of options for which the rule holds
 
     def holds(self, config: str, options: Mapping[str, Any], kind: str) -> bool:
-        """Whether the rule is about this method on this kind of base."""
+        """Whether the rule refuses this method on this kind of base."""
         matches = all(_matches(options.get(key), value) for key, value in self.when.items())
         return config == self.config and kind in self.kinds and matches
 
 
-UNQUANTISED: dict[str, dict[str, Any]] = {  # initialisations of LoRA from the weights
+UNQUANTISED: dict[str, dict[str, Any]] = {  # initialisations of LoRA that need unquantised weights
     "PiSSA": {"init_lora_weights": "pissa*", "method_setup": None},
     "MiCA": {"init_lora_weights": "mica"},
     "CorDA": {"init_lora_weights": "corda"},
@@ -89,13 +89,20 @@ RULES = (
     *(Rule(c, ("4bit",), PACKED_4BIT) for c in ("DeftConfig", "HRAConfig", "LoHaConfig", "LoKrConfig", "PeanutConfig")),
     *(Rule(config, ("8bit",), RAW_8BIT) for config in ("DeftConfig", "HRAConfig", "PeanutConfig")),
     Rule(
-        "UniLoraConfig", BOTH, "its scales are cast to the integer type of the stored weights: nothing would be learned"
+        "UniLoraConfig",
+        BOTH,
+        "its scales are cast to the integer type of the stored weights, so it would learn nothing",
     ),
-    Rule("XLoraConfig", ANY, "it mixes adapters trained before: method.adapters={a: DIR, b: DIR}", {"adapters": None}),
-    Rule("AdaLoraConfig", ANY, "method.rank_pattern is what its training finds", {"rank_pattern": Mapping}),
-    Rule("XLoraConfig", BOTH, "its router calls the quantised layers with arguments they do not take"),
+    Rule("XLoraConfig", ANY, "it needs trained adapters to mix: method.adapters={a: DIR, b: DIR}", {"adapters": None}),
+    Rule(
+        "AdaLoraConfig",
+        ANY,
+        "method.rank_pattern is a result of its training and cannot be set",
+        {"rank_pattern": Mapping},
+    ),
+    Rule("XLoraConfig", BOTH, "its router calls the quantised layers with arguments that they do not accept"),
     *(
-        Rule("LoraConfig", BOTH, f"{name} takes apart the base's weights, which must be floating point", when)
+        Rule("LoraConfig", BOTH, f"{name} decomposes the base's weights, which must be floating-point numbers", when)
         for name, when in UNQUANTISED.items()
     ),
     *(
@@ -110,13 +117,13 @@ RULES = (
         for config in ("BOFTConfig", "MissConfig", "OFTConfig", "ShiraConfig", "VeraConfig")
     ),
     *(Rule(config, ("quanto",), IN_PLACE) for config in ("AdaLoraConfig", "C3AConfig", "GraloraConfig", "PolyConfig")),
-    Rule("FrodConfig", ("quanto",), "it casts the base's weights, and the format of quanto's cannot be changed"),
-    Rule("GloraConfig", ("quanto",), "it takes plain linear layers alone"),
+    Rule("FrodConfig", ("quanto",), "it casts the base's weights, which quanto's do not allow"),
+    Rule("GloraConfig", ("quanto",), "it supports plain linear layers only"),
     *(
         Rule("LoraConfig", SUBCLASSES, f"{name} replaces the base's weights, which would be quantised again", when)
         for name, when in REPLACING.items()
     ),
-    Rule("LoraConfig", ("torchao",), "its biases are no part of PEFT's layers for torchao", {"lora_bias": True}),
+    Rule("LoraConfig", ("torchao",), "PEFT's layers for torchao have no such biases", {"lora_bias": True}),
     Rule("LoraConfig", ("quanto",), IN_PLACE, {"alora_invocation_tokens": Sequence}),
     Rule("LoraConfig", ("quanto",), "quanto's weights cannot be copied", {"layer_replication": Sequence}),
     Rule("LoraConfig", ("torchao",), f"MiCA: {UNKNOWN_TO_TORCHAO}", {"init_lora_weights": "mica"}),
@@ -124,10 +131,10 @@ RULES = (
     Rule(
         "LoraConfig",
         ("none", "8bit", *SUBCLASSES),
-        "LoftQ makes up for 4-bit storage",
+        "LoftQ corrects the error of 4-bit quantisation, and needs a 4-bit base",
         {"method_setup": "peftsweep.models.initialise.loftq"},
     ),
-    Rule("LoraConfig", ANY, "PEFT's own LoftQ runs on CUDA only; take method=loftq", {"init_lora_weights": "loftq"}),
+    Rule("LoraConfig", ANY, "PEFT's own LoftQ runs on CUDA only; use method=loftq", {"init_lora_weights": "loftq"}),
     Rule("LoraConfig", ("8bit",), "DoRA loses the scales of 8-bit weights after the first step", {"use_dora": True}),
     Rule("LoraConfig", BOTH, "KaSA on quantised layers is silently plain LoRA", {"kasa_config": Mapping}),
     Rule("LoraConfig", BOTH, "MonteCLoRA on quantised layers is silently plain LoRA", {"monteclora_config": Mapping}),
@@ -171,7 +178,7 @@ def refusal(method: Mapping[str, Any], kinds: Iterable[str]) -> str | None:
 
 
 def checkpointing_refusal(model: type) -> str | None:
-    """Why transformers cannot train the class ``model`` with gradient checkpointing; None where it can."""
+    """Why transformers cannot train the class ``model`` with gradient checkpointing; None if it can."""
     if getattr(model, "supports_gradient_checkpointing", True):
         return None
     return f"not {KINDS['checkpointing']}: transformers' {model.__name__} does not support it"
@@ -185,22 +192,22 @@ def _matches(value: Any, wanted: Any) -> bool:
     return bool(value == wanted)
 
 
-# ---- what the options of a method name ------------------------------------------------------------
+# ---- modules, layers and tokens that options name --------------------------------------------------
 
 ADAPTED = "module that gets an adapter"
-PEFT_HEADS = ("classifier", "score")  # names that PEFT itself puts into modules_to_save of a classifier
+PEFT_HEADS = ("classifier", "score")  # names that PEFT adds to modules_to_save of a classifier
 TOKENS = ("token_indices", "trainable_token_indices", "cpt_token_ids", "alora_invocation_tokens")
-ANY_LAYER = r"[^.]*"  # the name before a layer's number, where layers_pattern says nothing
+ANY_LAYER = r"[^.]*"  # the name before a layer's number without layers_pattern
 
 
 def check_names(method: Any, base: nn.Module, config: Any) -> None:
     """Refuse modules, parameters, layers and tokens that a PEFT config names and ``base`` lacks.
 
-    PEFT passes over most of them without a word, and what was asked for is not done. ``base`` may be on the meta
-    device; ``config`` is transformers' of its part that reads text.
+    PEFT ignores most of them silently. ``base`` may be on the meta device; ``config`` is transformers' configuration
+    of its text part.
 
     Raises:
-        InputError: the line names the option, what is not there, and what is.
+        InputError: the message names the option, what the base lacks, and what it has.
     """
     modules = [name for name, _ in base.named_modules() if name]
     innermost = [name for name, module in base.named_modules() if next(module.children(), None) is None]
@@ -209,7 +216,7 @@ def check_names(method: Any, base: nn.Module, config: Any) -> None:
     _check_each(method, "modules_to_save", [*modules, *heads], "module of the model", before="")
     _check_each(method, "target_parameters", [name for name, _ in base.named_parameters()], "parameter of the model")
     for key, pattern in _patterns(method):
-        _found(pattern, modules, f"method.{key}: '{pattern}'")  # which must be a regular expression
+        _found(pattern, modules, f"method.{key}: '{pattern}'")  # raises if it is not a regular expression
     _check_layers(method, modules)
     embeddings: Any = base.get_input_embeddings()  # type: ignore[operator]
     tokens, width = embeddings.weight.shape
@@ -217,31 +224,31 @@ def check_names(method: Any, base: nn.Module, config: Any) -> None:
         given = getattr(method, key, None) or []
         for token in [n for numbers in given.values() for n in numbers] if isinstance(given, Mapping) else given:
             if token >= tokens:
-                raise InputError(f"method.{key}: token {token} is none of the model's {tokens} embeddings")
+                raise InputError(f"method.{key}: the model has no embedding for token {token}; it has {tokens}")
     if hasattr(method, "num_virtual_tokens"):
         _check_virtual_tokens(method, config, width)
     if method.peft_type == "ADALORA" and method.target_r > method.init_r:
         raise InputError(
-            f"method.target_r={method.target_r}: must be at most method.init_r={method.init_r}, as ranks are taken away"
+            f"method.target_r={method.target_r}: must be at most method.init_r={method.init_r}: AdaLoRA removes ranks"
         )
 
 
 @contextmanager
 def options_as_given() -> Iterator[None]:
-    """Have PEFT raise ValueError in the body where it would take another number than the given one, and warn of it."""
+    """In the body PEFT raises ValueError where it would only warn and change a given number."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=r".*Adjusted `\w+` to \(\d+\)")
         try:
             yield
         except UserWarning as warning:
             name, instead = re.findall(r"Adjusted `(\w+)` to \((\d+)\)", str(warning))[0]
-            raise ValueError(f"{name} must divide the modules' sizes; PEFT would take {instead}") from warning
+            raise ValueError(f"{name} must divide the modules' sizes; PEFT would use {instead}") from warning
 
 
 def check_adapted(method: Any, adapted: Sequence[str]) -> None:
-    """Refuse patterns and layers of which none is in ``adapted``, the full names of the modules that got an adapter.
+    """Refuse patterns and layers that match none of ``adapted``, the full names of the modules with an adapter.
 
-    ``method`` is the PEFT config as it was given, before it was aimed at modules and an initialisation changed it.
+    ``method`` is the PEFT config as it was given, before target modules were set and an initialisation changed it.
 
     Raises:
         InputError: as ``check_names``.
@@ -249,7 +256,7 @@ def check_adapted(method: Any, adapted: Sequence[str]) -> None:
     if not adapted:
         return
     for key, pattern in _patterns(method):
-        # OSF looks for the pattern anywhere in a name, all others at its end.
+        # OSF searches the pattern anywhere in a name, all others at its end.
         whole = pattern if method.peft_type == "OSF" else rf"^(.*\.)?({pattern})$"
         if not _found(whole, adapted, f"method.{key}: '{pattern}'"):
             raise _nothing(key, pattern, adapted, ADAPTED)
@@ -262,13 +269,13 @@ def check_adapted(method: Any, adapted: Sequence[str]) -> None:
 
 
 def _patterns(method: Any) -> list[tuple[str, str]]:
-    """The patterns of modules for which ``rank_pattern`` and its like say another number, each with its option."""
+    """The options such as ``rank_pattern``, each with the patterns of modules that it holds."""
     options = [(key, given) for key, given in vars(method).items() if key.endswith("_pattern")]
     return [(key, pattern) for key, given in options if isinstance(given, Mapping) for pattern in given]
 
 
 def _check_each(method: Any, key: str, names: Sequence[str], kind: str, before: str = ".") -> None:
-    """Each of a list must end one of ``names``, behind ``before``; a regular expression must match one as a whole."""
+    """Each item of a list must end one of ``names``, after ``before``; a regular expression must match a name."""
     given = getattr(method, key, None) or ()
     if isinstance(given, str):
         if not _found(rf"^(?:{given})$", names, f"method.{key}: '{given}'"):
@@ -280,15 +287,15 @@ def _check_each(method: Any, key: str, names: Sequence[str], kind: str, before: 
 
 
 def _found(pattern: str, names: Sequence[str], option: str) -> list[re.Match[str]]:
-    """Where ``names`` match; ``option`` is the option and what it holds."""
+    """The matches of ``pattern`` in ``names``; an error begins with ``option``, the option and its value."""
     try:
         return [found for name in names if (found := re.search(pattern, name))]
     except re.error as error:
-        raise InputError(f"{option} is no regular expression: {error}") from error
+        raise InputError(f"{option} is not a regular expression: {error}") from error
 
 
 def _nothing(key: str, option: str, names: Sequence[str], kind: str) -> InputError:
-    parts = 2 if key == "target_parameters" else 1  # of a name that say what it is
+    parts = 2 if key == "target_parameters" else 1  # parts at the end of a name that identify it
     ends = sorted({".".join(name.split(".")[-parts:]) for name in names} - set(map(str, range(len(names)))))
     nearest = ".".join(option.split(".")[-parts:])
     return InputError(f"method.{key}: '{option}' matches no {kind}; {suggest(nearest, ends)}")
@@ -297,11 +304,15 @@ def _nothing(key: str, option: str, names: Sequence[str], kind: str) -> InputErr
 def _check_layers(method: Any, modules: Sequence[str]) -> None:
     wanted, patterns = (_listed(getattr(method, key, None)) for key in ("layers_to_transform", "layers_pattern"))
     if patterns and not wanted:
-        raise InputError("method.layers_pattern: needs method.layers_to_transform, the numbers that stand behind it")
+        raise InputError(
+            "method.layers_pattern: needs method.layers_to_transform, the numbers of layers after the pattern"
+        )
     for pattern in patterns:
         if not _layers(pattern, modules):
             numbered = sorted({name.split(".")[-2] for name in modules if re.search(r"[^.]+\.\d+$", name)})
-            raise InputError(f"method.layers_pattern: '{pattern}' is before no number; {suggest(pattern, numbered)}")
+            raise InputError(
+                f"method.layers_pattern: no module has a number after '{pattern}'; {suggest(pattern, numbered)}"
+            )
     known = {number for pattern in patterns or [ANY_LAYER] for number in _layers(pattern, modules)}
     count = max(known, default=-1) + 1
     replicated = getattr(method, "layer_replication", None) or ()
@@ -311,13 +322,13 @@ def _check_layers(method: Any, modules: Sequence[str]) -> None:
     for start, end in replicated:
         if not 0 <= start < end <= count:
             raise InputError(
-                f"method.layer_replication=[{start},{end}]: must be [start,end] of layers, with start below end and "
-                f"end at most {count}"
+                f"method.layer_replication=[{start},{end}]: must be [start,end], layers with start below end "
+                f"and end at most {count}"
             )
 
 
 def _layers(pattern: str, names: Sequence[str]) -> set[int]:
-    """The numbers of layers in ``names`` as PEFT reads them: the first one that stands behind ``pattern``."""
+    """The numbers of layers in ``names`` as PEFT reads them: the first number after ``pattern``."""
     whole = rf"^(?:|.*?\.)(?:{pattern})\.(?P<layer>\d+)(?:\.|$)"
     return {int(match["layer"]) for match in _found(whole, names, f"method.layers_pattern: '{pattern}'")}
 
@@ -327,15 +338,15 @@ def _listed(given: Any) -> list[Any]:
 
 
 def _check_virtual_tokens(method: Any, config: Any, width: int) -> None:
-    """What PEFT reads from the model where it is not given, and takes as it is where it is."""
+    """Refuse sizes that differ from the model's: PEFT reads them from the model only if they are not given."""
     layers = getattr(config, "num_hidden_layers", None)
     if layers is not None and method.num_layers not in (None, layers):
         raise InputError(f"method.num_layers={method.num_layers}: must be {layers} or null, the layers of the model")
     if method.num_transformer_submodules not in (None, 1):
         raise InputError(
-            f"method.num_transformer_submodules={method.num_transformer_submodules}: must be 1 or null, as the model "
-            "is one stack of layers"
+            f"method.num_transformer_submodules={method.num_transformer_submodules}: must be 1 or null, because "
+            "the model has one stack of layers"
         )
-    into_cache = method.peft_type in ("PREFIX_TUNING", "CARTRIDGE")  # whose width may be that of some layers alone
+    into_cache = method.peft_type in ("PREFIX_TUNING", "CARTRIDGE")  # their width may be that of some layers only
     if not into_cache and method.token_dim not in (None, width):
         raise InputError(f"method.token_dim={method.token_dim}: must be {width} or null, the width of the embeddings")

@@ -1,4 +1,4 @@
-"""Which of the base's weights a method adapts, by their role, as found in the adapted model."""
+"""The weights of the base that a method adapts, by their role, as found in the adapted model."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from peftsweep.models.quantised.layers import bits
 
 COVERAGE = "peftsweep_coverage"  # the attribute of an adapted model that holds its coverage
 EMBEDDINGS, HEAD, ROUTER, BESIDE_TEXT, OTHER = "embeddings", "head", "router", "beside_text", "other"
-# What PEFT puts into the name of a weight that it wraps.
+# The parts that PEFT adds to the name of a weight that it wraps.
 WRAPPING = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
-MIN_NAMED_SHARE = 0.01  # share of all weights from which a role that is not adapted is named
+MIN_NAMED_SHARE = 0.01  # a role that is not adapted is named from this share of all weights on
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Weight:
     """One weight of the untouched base."""
 
     role: str
-    layer: int | None  # the number of the layer that it is part of
-    size: int  # of numbers, packed or not
-    bits: int | None  # in which it is stored, where it is quantised
+    layer: int | None  # the number of its layer
+    size: int  # how many numbers it holds, unpacked
+    bits: int | None  # how many bits store a number, if it is quantised
 
 
 @dataclass(frozen=True)
 class Reach:
-    """Numbers of weights and of layers that play a role, and of those that are adapted."""
+    """The weights and layers of a role, and how many of them are adapted."""
 
     weights: int
     adapted: int
@@ -44,11 +44,11 @@ class Reach:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How far a method reaches into its base."""
+    """How much of its base a method adapts, by role."""
 
     roles: dict[str, Reach]
     layers: int
-    quantised: dict[int, int]  # bits -> weights that are stored so
+    quantised: dict[int, int]  # bits -> how many weights are stored in them
 
     @property
     def weights(self) -> int:
@@ -57,11 +57,11 @@ class Coverage:
 
     @property
     def share(self) -> float:
-        """Of all weights, those under an adapter or trained themselves."""
+        """The share of weights that have an adapter or are trained themselves."""
         return sum(reach.adapted for reach in self.roles.values()) / max(self.weights, 1)
 
     def facts(self) -> dict[str, Any]:
-        """For a trial's record: shares from 0 to 1, by role with the layers reached."""
+        """For a trial's record: the shares, from 0 to 1, and the adapted layers of each role."""
         roles = {
             role: {
                 "weights": reach.weights,
@@ -101,7 +101,7 @@ def stored(quantised: dict[int, int], total: int) -> str:
 
 
 def percent(share: float) -> str:
-    """``12.3%``, with more digits of what is small."""
+    """``12.3%``, with more digits for small shares."""
     digits = 1 if share >= 0.01 or share == 0 else 3
     return f"{100 * share:.{digits}f}%".replace(".0%", "%")
 
@@ -111,7 +111,7 @@ def weights(base: Any, roles: Roles) -> dict[str, Weight]:
     playing = {name: role for role, names in reversed(role_members(base, roles).items()) for name in names}
     experts, routers = set(expert_parameters(base)), router_modules(base)
     special = {id(p): HEAD for name in head_names(base) for p in base.get_submodule(name).parameters()}
-    special |= {id(p): EMBEDDINGS for p in base.get_input_embeddings().parameters()}  # a tied head is one of these
+    special |= {id(p): EMBEDDINGS for p in base.get_input_embeddings().parameters()}  # a tied head counts as embeddings
     text = {id(p) for p in text_part(base).parameters()} | special.keys()
     found = {}
     for name, parameter in base.named_parameters():
@@ -127,7 +127,7 @@ def weights(base: Any, roles: Roles) -> dict[str, Weight]:
 
 
 def coverage(before: dict[str, Weight], adapted: nn.Module, adapter: str | None = None) -> Coverage:
-    """How far ``adapted`` (of several adapters the named one) reaches into the weights that its base had ``before``."""
+    """How much of the weights ``before`` the model ``adapted`` adapts, with ``adapter`` if it has several."""
     names = _adapted_names(adapted, adapter)
     roles: dict[str, Reach] = {}
     for role in dict.fromkeys(weight.role for weight in before.values()):
@@ -144,13 +144,13 @@ def coverage(before: dict[str, Weight], adapted: nn.Module, adapter: str | None 
 
 
 def quantised(before: dict[str, Weight]) -> dict[int, int]:
-    """How many of the weights are stored in so many bits: fused experts, for example, are not quantised."""
+    """The number of weights that are stored in each number of bits; fused experts, for example, are not quantised."""
     kinds = sorted({weight.bits for weight in before.values() if weight.bits})
     return {bits: sum(weight.size for weight in before.values() if weight.bits == bits) for bits in kinds}
 
 
 def _adapted_names(adapted: nn.Module, adapter: str | None) -> set[str]:
-    """The names, in the untouched base, of weights that have the adapter (None: any) or are trained themselves."""
+    """The names, in the untouched base, of weights with the adapter (None: any adapter) or trained themselves."""
     base = base_of(adapted)
     names = {_plain(name) for name, parameter in base.named_parameters() if parameter.requires_grad}
     if isinstance(adapted, PeftModel):

@@ -1,7 +1,7 @@
-"""Initialisations of adapters that need data, a text, or the base before it was quantised.
+"""Initialisations of adapters that need data, a text, or the unquantised base.
 
-A method's yaml names one as ``method_setup``. Each is a function of a ``Setting`` that attaches the method in its
-turn and gives the adapted model back.
+A method's yaml names one as ``method_setup``. Each is a function of a ``Setting``; it attaches the method and returns
+the adapted model.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class Setting:
     method: Any  # a PEFT config
     attach: Callable[[PreTrainedModel, PeftConfig], PeftModel]
     unquantised: Callable[[], PreTrainedModel]  # loads the base as it is stored
-    rows: Sequence[Tokens]  # of training
+    rows: Sequence[Tokens]  # the training rows
     tokenizer: PreTrainedTokenizerBase
-    folder: Path | None  # of the adapter, for what must be kept beside it; None where nothing is kept
+    folder: Path | None  # the folder of the adapter, for files that belong to it; None if it is not saved
     seed: int
 
     def batches(self, rows: int, batch_size: int) -> Iterator[Batch]:
-        """Some training rows, the same for the same seed."""
+        """Batches of ``rows`` random training rows, the same for the same seed."""
         chosen = random.Random(self.seed).sample(list(self.rows), min(rows, len(self.rows)))
         for start in range(0, len(chosen), batch_size):
             pad_id: Any = self.tokenizer.pad_token_id
@@ -58,17 +58,17 @@ def eva(setting: Setting, *, rows: int = 256, batch_size: int = 16) -> PeftModel
     inputs = [
         {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         for batch in setting.batches(rows, batch_size)
-        if len(batch.input_ids) == batch_size  # each must hold as many tokens as there are components
+        if len(batch.input_ids) == batch_size  # each batch must have as many tokens as there are components
     ]
     if not inputs:
-        raise InputError(f"method_setup.batch_size={batch_size}: more than there are training rows")
+        raise InputError(f"method_setup.batch_size={batch_size}: must be at most the number of training rows")
     initialize_lora_eva_weights(adapted, inputs, show_progress_bar=False, gather_distributed_inputs=False)
     return adapted
 
 
 def corda(setting: Setting, *, rows: int = 256) -> PeftModel:
     """CorDA (arXiv 2406.05223): the base's weights split by the covariance of their inputs on the training rows."""
-    from peft.tuners.lora.corda import preprocess_corda  # the one part of PEFT that wants the package attrs
+    from peft.tuners.lora.corda import preprocess_corda  # only this part of PEFT needs the package attrs
 
     def run() -> None:
         with torch.no_grad():
@@ -93,8 +93,8 @@ def lora_ga(setting: Setting, *, rows: int = 64, batch_size: int = 8) -> PeftMod
 def pissa(setting: Setting) -> PeftModel:
     """PiSSA (arXiv 2404.02948): the principal part of the weights is trained, the rest is the base.
 
-    On a 4-bit base the decomposition is that of the weights before they were quantised, and the rest is
-    quantised in their place (QPiSSA). That base is kept beside the adapter, which means nothing on another.
+    On a 4-bit base the unquantised weights are decomposed, and the rest replaces them in 4 bits (QPiSSA). This base is
+    saved beside the adapter, which cannot be used without it.
     """
     if not getattr(setting.base, "is_loaded_in_4bit", False):
         return _keeping_initial(setting)
@@ -114,9 +114,9 @@ def pissa(setting: Setting) -> PeftModel:
 
 
 def loftq(setting: Setting) -> PeftModel:
-    """LoftQ (arXiv 2310.08659), one iteration: A and B make up for what quantisation has taken from the weights.
+    """LoftQ (arXiv 2310.08659), one iteration: A and B approximate the error of the quantisation.
 
-    PEFT's own runs on CUDA only and leaves out the adapter's scale.
+    PEFT's own implementation runs on CUDA only and ignores the adapter's scale.
     """
     stored = dict(setting.unquantised().named_modules())
     adapted = setting.attach(setting.base, setting.method)
@@ -131,26 +131,26 @@ def loftq(setting: Setting) -> PeftModel:
 
 
 def prefix_from_text(setting: Setting, *, text: str) -> PeftModel:
-    """Keys and values of the virtual tokens are those of the beginning of ``text``."""
+    """Initialise keys and values of the virtual tokens with those of the beginning of ``text``."""
     adapted = setting.attach(setting.base, setting.method)
     initialize_kv_prefix_from_text(adapted, setting.tokenizer, text=text, use_chat_template=False)
     return adapted
 
 
 def _keeping_initial(setting: Setting) -> PeftModel:
-    """Attach and keep the adapter as it began, where it cannot be made again: the saved one is then a LoRA of 2r."""
+    """Attach the method; save the initial adapter if it cannot be computed again, to save a LoRA of rank 2r later."""
     adapted = setting.attach(setting.base, setting.method)
-    said = str(setting.method.init_lora_weights)
-    if setting.folder is not None and (said in ("corda", "lora_ga") or said.startswith("pissa_niter")):
+    option = str(setting.method.init_lora_weights)
+    if setting.folder is not None and (option in ("corda", "lora_ga") or option.startswith("pissa_niter")):
         config: Any = adapted.peft_config["default"]
         config.init_lora_weights = True
         adapted.save_pretrained(str(setting.folder / INITIAL), save_embedding_layers=False)
-        config.init_lora_weights = setting.method.init_lora_weights = said
+        config.init_lora_weights = setting.method.init_lora_weights = option
     return adapted
 
 
 def _lora_layers(adapted: PeftModel) -> list[tuple[str, LoraLayer]]:
-    """The adapted layers by the names they have in the base."""
+    """The adapted layers with their names in the base."""
     modules = adapted.get_base_model().named_modules()
     return [(name, module) for name, module in modules if isinstance(module, LoraLayer)]
 
@@ -163,7 +163,7 @@ def _dequantised(module: Any) -> torch.Tensor:
 
 
 def _quantise_again(module: Any, weight: torch.Tensor) -> None:
-    """Put ``weight`` in the place of a 4-bit layer's, in the same format."""
+    """Replace the weight of a 4-bit layer by ``weight``, in the same format."""
     from bitsandbytes.nn.modules import Params4bit
 
     old = module.weight

@@ -1,4 +1,4 @@
-"""The losses of a batch: of answer tokens, of classes, and what a model adds to them."""
+"""The losses of a batch: of answer tokens, of classes, and the terms that method and model add."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from peftsweep.models import shortcuts
 from peftsweep.models.parts import ROUTER_LOSS, base_of, text_config, trainable_parameters
 from peftsweep.models.shortcuts import SHORTCUTS, Shortcuts
 
-METHOD_INPUTS = "peftsweep_method_inputs"  # the attribute of an adapted model that holds them
+METHOD_INPUTS = "peftsweep_method_inputs"  # the attribute of an adapted model for further arguments of its forward
 CALL_THE_BASE_ONCE = (BaseTuner.forward, AdaLoraModel.forward, PolyModel.forward)
 
 
 class Losses(NamedTuple):
-    """What a forward of a batch gives to train on."""
+    """The losses of one forward of a batch."""
 
     answers: torch.Tensor  # of every answer token (a classifier: class), float32: [batch.answer_tokens]
-    hits: torch.Tensor | None  # of a classifier: the number of rows of which the right class is the likeliest
-    routers: torch.Tensor | None  # in training mode, of a mixture of experts that adds it: a scalar, weighted
+    hits: torch.Tensor | None  # of a classifier: the number of rows whose right class is the most likely one
+    routers: torch.Tensor | None  # a weighted scalar, in training mode of a mixture of experts that adds it
 
 
 # ---- using -----------------------------------------------------------------------------------------
@@ -41,16 +41,15 @@ def answer_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
 def forward_losses(model: nn.Module, batch: Batch) -> Losses:
     """The losses of one forward of ``batch``.
 
-    Logits of the answer tokens alone are computed where the output head allows it (shortcuts.py), else those from
-    the first answer token of any row on. Methods that put virtual tokens before the input return longer logits; the
-    last positions are those of the input. The loss of the routers is a mean over all tokens but padding, so that the
-    model gets its mask.
+    If the output head allows it (shortcuts.py), only the logits of the answer tokens are computed, else those from the
+    first answer token of any row on. With virtual tokens before the input the logits are longer; the last positions are
+    those of the input. The loss of the routers is a mean over all tokens except padding, so the model needs its mask.
     """
     if batch.labels is not None:
         logits = class_logits(model, batch)
         hits = (logits.argmax(-1) == batch.labels).sum()
         return Losses(nn.functional.cross_entropy(logits, batch.labels, reduction="none"), hits, None)
-    base = base_of(model)  # of a compiled model too, which may be a function
+    base = base_of(model)  # a compiled model may be a function
     balanced = hasattr(base, ROUTER_LOSS) and base.training
     short = allowed_shortcuts(model)
     if balanced:
@@ -66,7 +65,7 @@ def forward_losses(model: nn.Module, batch: Batch) -> Losses:
             output = model(**inputs, logits_to_keep=keep)
         routers = _router_loss(model, output) if balanced else None
         logits = output.logits[:, -kept:-1].flatten(0, 1).index_select(0, batch.places)
-        del output  # all logits, which the backward needs no more
+        del output  # frees all logits, which the backward does not need
         return Losses(nn.functional.cross_entropy(logits.float(), batch.targets, reduction="none"), None, routers)
     head = base.get_output_embeddings()
     with unmasked, shortcuts.gathered(head, batch, skip=short.bare_head and shortcuts.is_frozen(head)) as found:
@@ -76,19 +75,19 @@ def forward_losses(model: nn.Module, batch: Batch) -> Losses:
     if not found.skipped:
         return Losses(nn.functional.cross_entropy(logits[0].float(), batch.targets, reduction="none"), None, routers)
     if logits is not found.hidden:
-        raise RuntimeError(f"{type(model).__name__} changes what its output head returns")
+        raise RuntimeError(f"{type(model).__name__} changes the output of its head")
     return Losses(shortcuts.linear_cross_entropy(logits[0], head, batch.targets), None, routers)
 
 
 def _router_loss(model: nn.Module, output: Any) -> torch.Tensor | None:
-    """The routers' load-balancing loss in a model's ``output``, times its weight; None where no layer has routers."""
+    """The routers' load-balancing loss in a model's ``output``, times its weight; None if no layer has routers."""
     found = getattr(output, "aux_loss", None)
     weight: float = getattr(base_of(model), ROUTER_LOSS)
     return found.to(output.logits.device) * weight if isinstance(found, torch.Tensor) else None
 
 
 def regularised_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """The loss of a training step of one batch, a scalar, with all that method and model add to it."""
+    """The loss of a training step of one batch, a scalar, with all terms of method and model."""
     found = forward_losses(model, batch)
     loss = found.answers.sum() / batch.answer_tokens
     for term in (auxiliary_loss(model, batch), found.routers):
@@ -97,27 +96,27 @@ def regularised_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def allowed_shortcuts(model: nn.Module) -> Shortcuts:
-    """Those of the model's base (none where it was not probed) that the method on it and torch.compile allow."""
+    """The shortcuts of the model's base (none if it was not probed) that its method and torch.compile allow."""
     found: Shortcuts = getattr(base_of(model), SHORTCUTS, Shortcuts())
     tuner: Any = getattr(model, "base_model", None) if isinstance(model, PeftModel) else None
     if isinstance(tuner, BaseTuner) and type(tuner).forward not in CALL_THE_BASE_ONCE:
-        return Shortcuts()  # X-LoRA and Shadow read the logits of a pass of their own
-    if hasattr(model, "_orig_mod"):  # compiled: a head whose forward changes would be compiled anew in every step
+        return Shortcuts()  # X-LoRA and Shadow use the logits of a further pass
+    if hasattr(model, "_orig_mod"):  # compiled: a changed forward of the head would be compiled again in every step
         return replace(found, answers_only=False)
     prompted = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
     head = base_of(model).get_output_embeddings() if found.answers_only else None
     return replace(
         found,
         answers_only=found.answers_only and shortcuts.is_linear(head),
-        no_mask=found.no_mask and not prompted,  # such a method lengthens the mask that it is given
+        no_mask=found.no_mask and not prompted,  # prompt learning extends the mask that it gets
     )
 
 
 def last_positions(count: int, device: torch.device) -> torch.Tensor:
-    """The last ``count`` positions for ``logits_to_keep``, which so gives the head a contiguous tensor.
+    """The last ``count`` positions for ``logits_to_keep``, so that the head gets a contiguous tensor.
 
-    Told a number, transformers slices the hidden states; the product of such a slice in bfloat16 takes torch on a CPU
-    10 to 180 times as long.
+    With a number, transformers slices the hidden states; a product of such a slice in bfloat16 takes 10 to 180 times as
+    long on a CPU.
     """
     return torch.arange(-count, 0, device=device)
 
@@ -130,16 +129,16 @@ def class_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def row_inputs(model: nn.Module, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The arguments of the method's forward beside the tokens, such as ``task_ids``: one number a row, shape [rows]."""
+    """Further arguments of the method's forward, such as ``task_ids``: one number for each row, shape [rows]."""
     wanted: dict[str, int] = getattr(model, METHOD_INPUTS, {})
     return {name: input_ids.new_full((len(input_ids),), value) for name, value in wanted.items()}
 
 
 def auxiliary_loss(model: nn.Module, batch: Batch) -> torch.Tensor | None:
-    """The regularisers that the attached method adds to the loss of the task; None where it has none.
+    """The regularisers that the attached method adds to the loss; None if it has none.
 
-    AdaLoRA keeps its factors orthogonal (PEFT adds that only to a loss of its own making), KaSA and
-    MonteCLoRA offer theirs to the caller, Shadow trains its own path on the same labels.
+    AdaLoRA keeps its factors orthogonal (PEFT adds the term only to a loss that it computes itself), KaSA and
+    MonteCLoRA leave their terms to the caller, Shadow trains its own path on the same labels.
     """
     base: Any = getattr(model, "base_model", None)
     config: Any = next(iter(getattr(model, "peft_config", {}).values()), None)

@@ -43,20 +43,20 @@ from peftsweep.models.quantised.layers import is_quantised
 from peftsweep.schema import Init, ModelConfig, Task
 
 TINY = Path(__file__).parents[1] / "tiny" / "weights"
-COMMIT = "peftsweep_commit"  # the attribute of a base for the hub's commit that its weights are of
+COMMIT = "peftsweep_commit"  # the attribute of a base that holds the hub's commit of its weights
 NEW_PARTS = "peftsweep_new_parts"  # the attribute of a classifier that names the modules its checkpoint lacked
-WEIGHTS = (".safetensors", ".bin")  # endings of files of them
-ROTARY = ("rope_theta", "rope_scaling", "partial_rotary_factor")  # that transformers moves into rope_parameters
-POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")  # names of a configuration's longest sequence
-OWN_CODE = {"trust_remote_code": False}  # without which transformers asks the terminal whether to run a model's code
-WITH_ADAPTER = (  # transformers loads it into the base unasked
+WEIGHTS = (".safetensors", ".bin")  # suffixes of files of weights
+ROTARY = ("rope_theta", "rope_scaling", "partial_rotary_factor")  # transformers moves them into rope_parameters
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")  # names of the longest sequence
+OWN_CODE = {"trust_remote_code": False}  # without it transformers asks on the terminal whether to run a model's code
+WITH_ADAPTER = (  # transformers would load it into the base
     "holds an adapter beside the model (adapter_config.json); move it, adapter.path=FOLDER evaluates it"
 )
 NATIVE = "must be an architecture of transformers"
-BROKEN_WEIGHTS = (OSError, EOFError, SafetensorError, pickle.UnpicklingError)  # what reading a file of them may raise
-# Keys of quantization configs: modules left as they are.
+BROKEN_WEIGHTS = (OSError, EOFError, SafetensorError, pickle.UnpicklingError)  # errors of reading a file of weights
+# Keys of quantization configs for modules that are not quantised.
 SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
-MAX_NAMED = 5  # of many parameters, so many are named in a message
+MAX_NAMED = 5  # the most parameters that a message names
 CLASSES: dict[Task, Any] = {
     Task.causal_lm: AutoModelForCausalLM,
     Task.seq_cls: AutoModelForSequenceClassification,
@@ -64,10 +64,10 @@ CLASSES: dict[Task, Any] = {
 
 
 def source(model: ModelConfig) -> str:
-    """The hub id or the local folder that ``model.name_or_path`` means.
+    """The hub id or the local folder of ``model.name_or_path``.
 
     Raises:
-        InputError: it is a path, and there is no such folder.
+        InputError: it is the path of no folder, or empty.
     """
     if model.name_or_path == "tiny":
         return str(TINY)
@@ -83,10 +83,10 @@ def source(model: ModelConfig) -> str:
 
 
 def device(name: str) -> torch.device:
-    """``auto`` is the first CUDA device, or the CPU where there is none. CUDA is not initialised.
+    """The device called ``name``; ``auto`` is the first CUDA device, else the CPU. CUDA is not initialised.
 
     Raises:
-        InputError: it is another kind of device, or not there.
+        InputError: the name is unknown, or there is no such device.
     """
     found = re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", name)
     if found is None:
@@ -97,8 +97,8 @@ def device(name: str) -> torch.device:
     number = int(found[1] or 0)
     if number >= count:
         there = ", ".join(f"cuda:{n}" for n in range(count)) or "none"
-        other = "device=auto takes one that is there" if count else "device=cpu runs on the CPU"
-        raise InputError(f"device={name}: no such CUDA device; there are: {there}; {other}, peftsweep-doctor says more")
+        other = "device=auto uses the first one" if count else "device=cpu uses the CPU"
+        raise InputError(f"device={name}: no such CUDA device; there are: {there}; {other}; see peftsweep-doctor")
     return torch.device("cuda", number)
 
 
@@ -106,7 +106,7 @@ def architecture(model: ModelConfig) -> transformers.PreTrainedConfig:
     """The model's transformers configuration, from its yaml for presets, else from its folder or the hub.
 
     Raises:
-        InputError: it cannot be found, or ``model.architecture`` names no known one.
+        InputError: it cannot be found, or transformers does not know ``model.architecture``.
     """
     if model.architecture:
         return _described(dict(model.architecture))
@@ -117,19 +117,19 @@ def architecture(model: ModelConfig) -> transformers.PreTrainedConfig:
     if model.task is Task.causal_lm and getattr(found, "is_encoder_decoder", False):
         raise InputError(
             f"model.name_or_path={model.name_or_path}: is an encoder with a decoder (model_type {found.model_type}), "
-            "for which there is no task; must be a decoder alone, or an encoder"
+            "which no task supports; must be a decoder, or an encoder"
         )
     return cast(transformers.PreTrainedConfig, found)
 
 
 def _revision(model: ModelConfig) -> str:
-    """The commit of the model's repository that is loaded; for a local folder, which has none, the main branch."""
+    """The commit of the model's repository to load; ``main`` for a local folder."""
     return "main" if is_local(model) else hub.config_of_model(source(model), model.revision).parent.name
 
 
 @contextmanager
 def _loading(model: ModelConfig, part: str = "") -> Iterator[None]:
-    """Load ``part`` of the model (all of it by default) from its folder or the hub in the body.
+    """Turn errors of loading ``part`` of the model, by default the model, in the body into one clear message.
 
     Raises:
         InputError: it cannot be loaded.
@@ -138,9 +138,9 @@ def _loading(model: ModelConfig, part: str = "") -> Iterator[None]:
     with nullcontext() if is_local(model) else hub.loading(key, "a local folder"):
         try:
             yield
-        except Exception as error:  # of parsers, checks of types, arithmetic with sizes: each raises types of its own
+        except Exception as error:  # parsers, type checks and arithmetic with sizes raise many types
             if "trust_remote_code" in str(error):
-                raise InputError(f"{key}: needs code of its own (auto_map), which is never run; {NATIVE}") from error
+                raise InputError(f"{key}: needs its own code (auto_map), which is never run; {NATIVE}") from error
             if isinstance(error, InputError) or not is_local(model):
                 raise
             reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -153,7 +153,7 @@ def is_local(model: ModelConfig) -> bool:
 
 
 def check_cached(model: ModelConfig) -> None:
-    """Check, where the hub does not answer, that the files of the model are in the local cache.
+    """If the hub does not answer, check that the files of the model are in the local cache.
 
     Raises:
         InputError: they are not.
@@ -180,7 +180,7 @@ def _described(fields: dict[str, Any]) -> transformers.PreTrainedConfig:
             raise InputError(f"model.architecture.{name}: no such key; {suggest(name, sorted(default.to_dict()))}")
     try:
         described = type(default)(**fields)
-    except Exception as error:  # of any kind: transformers checks types, and calculates sizes from sizes
+    except Exception as error:  # transformers checks types and computes with sizes: any type of error
         reason = re.sub(r".*\b\w+Error: ", "", " ".join(str(error).split()))
         if found := re.match(r"Field '(\w+)' expected ([^,]+)", reason):
             raise InputError(f"model.architecture.{found[1]}={fields[found[1]]}: must be {found[2]}") from None
@@ -194,27 +194,27 @@ def _described(fields: dict[str, Any]) -> transformers.PreTrainedConfig:
 
 
 def skeleton(model: ModelConfig, where: str = "meta", classes: int = 0) -> PreTrainedModel:
-    """The base without its weights: enough to attach a method and to count.
+    """The base without its weights, to attach a method and to count parameters.
 
-    On the meta device it takes no memory; on another its weights are random numbers. A classifier
-    has ``classes`` outputs.
+    On the meta device it takes no memory; on another device its weights are random. A classifier has ``classes``
+    outputs.
     """
     with torch.device(where):
         return made(model, _shape(model, classes), dtype=getattr(torch, model.dtype.value))
 
 
 def made(model: ModelConfig, config: transformers.PreTrainedConfig, **options: Any) -> PreTrainedModel:
-    """A model of the configuration ``config``, of random weights, for the task of ``model``.
+    """A model of the configuration ``config`` with random weights, for the task of ``model``.
 
     Raises:
-        InputError: the architecture is of another kind.
+        InputError: transformers has no such model for the task, or cannot build it.
     """
     try:
         return cast(PreTrainedModel, defer_router_loss(CLASSES[model.task].from_config(config, **options)))
-    except ValueError as error:  # transformers has no such model of this type
+    except ValueError as error:  # transformers has no model of this type for the task
         what = "causal language model" if model.task is Task.causal_lm else "classifier"
         raise InputError(
-            f"model.task={model.task.value}: {model.name_or_path} is no {what} (model_type {config.model_type})"
+            f"model.task={model.task.value}: {model.name_or_path} is not a {what} (model_type {config.model_type})"
         ) from error
     except (MemoryError, torch.OutOfMemoryError):
         raise
@@ -223,7 +223,7 @@ def made(model: ModelConfig, config: transformers.PreTrainedConfig, **options: A
         key = (
             "model.architecture:" if model.architecture else f"model.name_or_path={model.name_or_path}: its config.json"
         )
-        raise InputError(f"{key} describes no model that transformers can make ({reason})") from error
+        raise InputError(f"{key} describes no model that transformers can build ({reason})") from error
 
 
 def _shape(model: ModelConfig, classes: int) -> transformers.PreTrainedConfig:
@@ -239,10 +239,10 @@ def commit(base: PreTrainedModel) -> str | None:
 
 
 def token_limit(model: nn.Module) -> int | None:
-    """How many tokens the model may see at once, without virtual ones; None where there is no limit.
+    """The largest number of tokens in a sequence, virtual tokens included; None if there is no limit.
 
-    It is the least of what the text configuration says and the rows of learned position embeddings, of which
-    some architectures use none for the first positions (OPT's ``offset``, RoBERTa's padding).
+    It is the least of the limits in the text configuration and the rows of learned position embeddings, without the
+    rows that some architectures reserve (OPT's ``offset``, RoBERTa's padding).
     """
     config = text_config(base_of(model))
     limits = [getattr(config, name, None) for name in POSITIONS]
@@ -264,17 +264,17 @@ def positions(model: ModelConfig) -> int | None:
     return _LIMITS[key]
 
 
-_LIMITS: dict[str, int | None] = {}  # by all that a configuration says
+_LIMITS: dict[str, int | None] = {}  # by the whole configuration
 
 
 def load_tokenizer(model: ModelConfig, virtual_tokens: int = 0) -> PreTrainedTokenizerBase:
-    """The base's tokenizer; the embedded one where the weights are random. Pads with EOS if it must.
+    """The base's tokenizer, or the embedded one for random weights. Without a pad token it pads with EOS.
 
-    Its ``model_max_length`` is what is left of the model's positions beside ``virtual_tokens``, which a method
-    puts before every row.
+    Its ``model_max_length`` is the number of the model's positions without ``virtual_tokens``, which a method puts
+    before every row.
 
     Raises:
-        InputError: there is none, or its marks do not fit the model.
+        InputError: there is no tokenizer, or its special tokens do not fit the model.
     """
     folder = str(TINY) if model.init is Init.random else source(model)
     key = f"model.name_or_path={model.name_or_path}"
@@ -295,9 +295,9 @@ def load_tokenizer(model: ModelConfig, virtual_tokens: int = 0) -> PreTrainedTok
 
 
 def _check_marks(tokenizer: PreTrainedTokenizerBase, model: ModelConfig, vocabulary: float, key: str) -> None:
-    """Refuse a tokenizer without the marks that rows end and are padded with, or with some that the model lacks."""
+    """Refuse a tokenizer without EOS or padding token, or with special tokens that the model has no embedding for."""
     if model.task is Task.causal_lm and tokenizer.eos_token_id is None:
-        raise InputError(f"{key}: its tokenizer has no eos_token, with which an answer ends")
+        raise InputError(f"{key}: its tokenizer has no eos_token to end an answer with")
     if tokenizer.pad_token_id is None:
         raise InputError(f"{key}: its tokenizer has neither a pad_token nor an eos_token to pad with")
     for name in ("pad_token", "eos_token", "bos_token", "cls_token", "sep_token"):
@@ -314,8 +314,8 @@ def load(
 ) -> PreTrainedModel:
     """The frozen base on ``where``, in eval mode; ``quantization`` is a transformers quantization config or None.
 
-    A classifier gets ``classes`` outputs. A head that the checkpoint lacks is drawn from ``seed``, as is whatever
-    else it lacks (``new_parts``), and neither is ever quantised.
+    A classifier gets ``classes`` outputs. A head or other parts that the checkpoint lacks (``new_parts``) are
+    initialised from ``seed``, and are never quantised.
 
     Raises:
         InputError: the checkpoint lacks weights of the model, or has them in other shapes.
@@ -333,7 +333,7 @@ def load(
         if any(is_quantised(base.get_submodule(name)) for name in new_parts(base)):
             name = next(name for name in SKIPPED if hasattr(quantization, name))
             setattr(quantization, name, [*getattr(quantization, name), *new_parts(base)])
-            base = _pretrained(model, quantization, options, seed)  # what is trained is never quantised
+            base = _pretrained(model, quantization, options, seed)  # parts that are trained are never quantised
         setattr(base, COMMIT, None if is_local(model) else options["revision"])
     keep_weights_unpacked(base)
     base.requires_grad_(False)
@@ -341,31 +341,31 @@ def load(
 
 
 def spare(quantization: Any, base: PreTrainedModel) -> None:
-    """Have ``quantization`` leave out a classifier's head, which is trained, and the layers that are never called."""
+    """Exclude a classifier's head, which is trained, and layers that are never called, from ``quantization``."""
     name = next((name for name in SKIPPED if hasattr(quantization, name)), None)
     heads = head_names(base) if classifies(base) else []
     if name is None or not (own := [*heads, *never_called(base)]):
         return
-    said = getattr(quantization, name)
-    if said is None:  # transformers' own choice, such as the output head, which a list of ours would replace
-        said = [] if heads else get_keys_to_not_convert(base)
-    setattr(quantization, name, [*said, *own])
+    excluded = getattr(quantization, name)
+    if excluded is None:  # our list would replace transformers' own choice, such as the output head, so include it
+        excluded = [] if heads else get_keys_to_not_convert(base)
+    setattr(quantization, name, [*excluded, *own])
 
 
 def _pretrained(model: ModelConfig, quantization: Any, options: dict[str, Any], seed: int) -> PreTrainedModel:
-    """The model with the weights of its checkpoint, which must have them all, but for parts of a classifier."""
+    """The model with the weights of its checkpoint, which must be complete, except for parts of a classifier."""
     torch.manual_seed(seed)
     try:
         base, info = CLASSES[model.task].from_pretrained(
             source(model),
             quantization_config=quantization,
-            ignore_mismatched_sizes=True,  # so that the line below names them
+            ignore_mismatched_sizes=True,  # the message below names them
             output_loading_info=True,
             **options,
             **OWN_CODE,
         )
     except BROKEN_WEIGHTS:
-        with _loading(model, "its weights"):  # says what is wrong
+        with _loading(model, "its weights"):  # raises a clear message
             raise
     if getattr(base, "_hf_peft_config_loaded", False):
         raise InputError(f"model.name_or_path={model.name_or_path}: {WITH_ADAPTER}")
@@ -385,16 +385,16 @@ def _pretrained(model: ModelConfig, quantization: Any, options: dict[str, Any], 
     bodies = [part for part in parts if part.partition(".")[0] == base.base_model_prefix]
     if 2 * sum(_own_size(base, part) for part in bodies) > sum(weight_count(p) for p in base.base_model.parameters()):
         raise InputError(
-            f"model.name_or_path={model.name_or_path}: the checkpoint is of another model; it lacks {names}"
+            f"model.name_or_path={model.name_or_path}: the checkpoint belongs to another model; it lacks {names}"
         )
     setattr(base, NEW_PARTS, parts)
     return cast(PreTrainedModel, base)
 
 
 def _check_layers(model: ModelConfig, base: PreTrainedModel, unexpected: Iterable[str]) -> None:
-    """Refuse a checkpoint with more layers than its configuration, of which transformers leaves out the last ones.
+    """Refuse a checkpoint with more layers than its configuration; transformers would leave out the last ones.
 
-    Layers that only predict further tokens (``num_nextn_predict_layers``) come after those of the model.
+    Layers that only predict further tokens (``num_nextn_predict_layers``) follow those of the model.
     """
     further = getattr(text_config(base), "num_nextn_predict_layers", None) or 0
     stacks = {name: len(module) for name, module in base.named_modules() if isinstance(module, nn.ModuleList)}
@@ -403,8 +403,8 @@ def _check_layers(model: ModelConfig, base: PreTrainedModel, unexpected: Iterabl
             stack, number = key[: found.start()], int(found[1])
             if number >= stacks.get(stack, math.inf) + further:
                 raise InputError(
-                    f"model.name_or_path={model.name_or_path}: the checkpoint has layer {number} of {stack}, of which "
-                    f"its config.json says that there are {stacks[stack]}"
+                    f"model.name_or_path={model.name_or_path}: the checkpoint has layer {number} of {stack}, but its "
+                    f"config.json has only {stacks[stack]} of these layers"
                 )
 
 
@@ -413,7 +413,7 @@ def _own_size(base: nn.Module, part: str) -> int:
 
 
 def new_parts(base: nn.Module) -> list[str]:
-    """The names of the modules whose weights the checkpoint of a classifier lacked, so that they were drawn anew."""
+    """The names of a classifier's modules that its checkpoint lacked, so that they were initialised anew."""
     parts: list[str] = getattr(base, NEW_PARTS, [])
     return parts
 
@@ -424,7 +424,7 @@ def _random(model: ModelConfig, quantization: Any, where: torch.device, options:
         base = CLASSES[model.task].from_config(**options)
     if quantization is None:
         return cast(PreTrainedModel, base)
-    # Quantisation happens while weights are loaded, so the random ones are handed over as a checkpoint.
+    # transformers quantises while it loads weights, so the random weights are passed as a checkpoint.
     weights = base.state_dict()
     return cast(
         PreTrainedModel,

@@ -1,4 +1,4 @@
-"""The parts of a loaded model by what they are: its text model, its heads, its parameters."""
+"""The parts of a loaded model: its text model, heads, experts and parameters."""
 
 from __future__ import annotations
 
@@ -17,36 +17,38 @@ from transformers import (
     PreTrainedModel,
 )
 
-ROUTER_LOSS = "peftsweep_router_loss"  # the attribute of a base that adds a loss of its routers in training
+ROUTER_LOSS = (
+    "peftsweep_router_loss"  # the attribute of a base whose training adds the loss of its routers: the loss's weight
+)
 Base = TypeVar("Base", bound=nn.Module)
 
 
 def text_config(model: Any) -> Any:
-    """The part of a configuration (or of a model's) that is about text; all of it, where the model reads only text."""
+    """The text part of a configuration or of a model's configuration; all of it for a model that reads only text."""
     config = getattr(model, "config", model)
     return config.get_text_config(decoder=True)
 
 
-# Layers that models of these types never call, as they multiply with the weights themselves: an adapter on one would do
-# nothing, and weights that are stored in another format cannot be multiplied with so.
+# Layers that models of these types never call: they use the weights directly. So an adapter there has no effect, and
+# the weights cannot be quantised.
 NEVER_CALLED = dict.fromkeys(("mamba", "falcon_mamba", "jamba"), ("dt_proj",))
-# Parts of layers in which an adapter would learn nothing: attention to what an encoder or a camera has seen, never
-# called with text alone, and indexers, which choose the tokens that are attended to and so have no gradient.
+# Parts of layers in which an adapter would learn nothing: attention to the output of an encoder, which is never called
+# for text alone, and indexers, which select tokens for attention and so have no gradient.
 UNTRAINED_PARTS = frozenset(("encoder_attn", "crossattention", "cross_attn", "indexer"))
 
 
 def never_called(model: Any) -> tuple[str, ...]:
-    """The last names of such layers, of a model or of its configuration."""
+    """The last part of the names of layers that the model never calls; a configuration may be given too."""
     return NEVER_CALLED.get(text_config(model).model_type, ())
 
 
 def base_of(model: Any) -> Any:
-    """The model that an adapter is attached to; without an adapter the model itself."""
+    """The base under an adapter; without an adapter the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def text_part(base: Any) -> nn.Module:
-    """The submodule that reads text, without the head: in models that also take images or sound, one of several."""
+    """The submodule that reads text, without the head, in models that also read images or sound; else the model."""
     config = text_config(base)
     if config is base.config:
         return cast(nn.Module, base)
@@ -55,13 +57,13 @@ def text_part(base: Any) -> nn.Module:
 
 
 def head_names(base: PreTrainedModel) -> list[str]:
-    """The names of the parts beside the model's body that hold weights: ``lm_head``, ``score``, ``classifier``."""
+    """The names of the heads, the parts with weights beside the body: ``lm_head``, ``score``, ``classifier``."""
     parts, body = dict(base.named_children()), body_name(base)
     return [name for name, part in parts.items() if name != body and any(True for _ in part.parameters())]
 
 
 def body_name(base: PreTrainedModel) -> str:
-    """The name of the part that is the model without its heads; the prefix of Llama 4's and Mllama's names none."""
+    """The name of the part without heads; for Llama 4 and Mllama ``base_model_prefix`` is not its name."""
     parts = dict(base.named_children())
     if base.base_model_prefix in parts:
         return base.base_model_prefix
@@ -69,7 +71,7 @@ def body_name(base: PreTrainedModel) -> str:
 
 
 def head_classes(config: transformers.PreTrainedConfig) -> list[str] | None:
-    """The names of the outputs of a checkpoint's head over classes; None where it has none, or only numbers them."""
+    """The class names of a checkpoint's classification head; None if it has no such head, or only numbered classes."""
     made_for = (getattr(config, "architectures", None) or [""])[0]
     names = [name for _, name in sorted((config.id2label or {}).items(), key=lambda item: int(item[0]))]
     numbered = all(re.fullmatch(r"(?i)(label|class)?_?\d+", str(name)) for name in names)
@@ -77,7 +79,7 @@ def head_classes(config: transformers.PreTrainedConfig) -> list[str] | None:
 
 
 def classifies(model: nn.Module) -> bool:
-    """Whether the model has a head over classes in place of one over the vocabulary."""
+    """Whether the model has a classification head in place of a language-model head."""
     return type(base_of(model)).__name__.endswith("ForSequenceClassification")
 
 
@@ -85,9 +87,9 @@ def classifies(model: nn.Module) -> bool:
 
 
 def router_loss_weight(config: Any) -> float:
-    """The factor of the routers' load-balancing loss that transformers adds in training; 0 where it adds none.
+    """The weight of the routers' load-balancing loss that transformers adds in training; 0 if it adds none.
 
-    transformers adds it where the configuration (a model's may be given) says ``output_router_logits``.
+    transformers adds it if the configuration (of ``config``, or of a model) sets ``output_router_logits``.
     """
     text = text_config(config)
     weights = (getattr(text, name, None) for name in ("router_aux_loss_coef", "aux_loss_coef"))
@@ -97,7 +99,7 @@ def router_loss_weight(config: Any) -> float:
 
 
 def defer_router_loss(base: Base) -> Base:
-    """``base``, whose configuration no longer asks each forward for the loss of the routers; training does.
+    """``base``, with the loss of the routers computed in training only, and not in every forward.
 
     In a forward after cached tokens transformers would compute it with a mask of another length, and fail.
     """
@@ -110,24 +112,24 @@ def defer_router_loss(base: Base) -> Base:
 
 @contextmanager
 def as_configured(base: Any) -> Iterator[None]:
-    """Inside, the configuration of ``base`` is that of its checkpoint, to be written with what is saved."""
-    asked = hasattr(base, ROUTER_LOSS)
-    if asked:
+    """In the body ``base`` has the configuration of its checkpoint, so that it is saved with it."""
+    has_router_loss = hasattr(base, ROUTER_LOSS)
+    if has_router_loss:
         text_config(base).output_router_logits = True
     try:
         yield
     finally:
-        if asked:
+        if has_router_loss:
             text_config(base).output_router_logits = False
 
 
 ROUTER = re.compile(r"router(_\w+)?")
-# What chooses among the experts that lie beside it, and what weighs the one that all tokens share.
+# The gate that chooses among experts beside it, and the gate that weighs the shared expert.
 GATE = re.compile(r"(shared_experts?_|experts?_)?gate|gating")
 
 
 def expert_parameters(base: nn.Module) -> list[str]:
-    """The weights of a mixture's experts that are one tensor, [experts, ...], as they are in transformers 5."""
+    """The weights of experts that are stored as one tensor, [experts, ...], as in transformers 5."""
     return [
         f"{name}.{own}"
         for name, module in base.named_modules()
@@ -137,10 +139,10 @@ def expert_parameters(base: nn.Module) -> list[str]:
 
 
 def router_modules(base: nn.Module) -> set[str]:
-    """The modules that choose among experts, with their parts: linear layers, or classes of their own.
+    """The routers, which choose among experts, with their parts: linear layers, or classes of their own.
 
-    An adapter there changes which experts a token is sent to, and in most families they are no linear layers, so that
-    the same words would mean other things from one family to the next.
+    They are not adapted: an adapter there changes which experts a token is sent to, and in most model families routers
+    are not linear layers, so the same keys would mean different modules in different families.
     """
     holders = {name.rpartition(".")[0] for name in expert_parameters(base)}
     holders |= {name for name, _ in base.named_modules() if name.rpartition(".")[2] == "experts"}
@@ -168,7 +170,7 @@ class Counts:
 
 
 def count(model: nn.Module) -> Counts:
-    """Count the parameters of ``model``; packed 4-bit weights by the shape they stand for."""
+    """Count the parameters of ``model``, packed 4-bit weights by their unpacked shape."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     return Counts(
         trainable=sum(p.numel() for p in trainable),
@@ -178,7 +180,7 @@ def count(model: nn.Module) -> Counts:
 
 
 def weight_count(parameter: nn.Parameter) -> int:
-    """How many numbers the parameter stands for; 4-bit ones are packed."""
+    """The number of weights in a parameter, unpacked for 4 bits."""
     packed = getattr(parameter, "quant_state", None)
     return parameter.numel() if packed is None else int(torch.Size(packed.shape).numel())
 
@@ -189,7 +191,7 @@ def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
 
 
 def adaptable_modules(base: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    """All modules without parts that text reaches, outside the head, which an adapter can wrap."""
+    """The innermost modules outside the head that process text and that an adapter can wrap."""
     heads, reached = head_names(base), {id(module) for module in text_part(base).modules()}
     return [
         (name, module)
@@ -204,7 +206,7 @@ def adaptable_modules(base: PreTrainedModel) -> list[tuple[str, nn.Module]]:
 
 @torch.no_grad()
 def _multiplies(module: Any) -> bool:
-    """Whether a module that is said to be linear is; routers that also choose, and products in groups, are not."""
+    """Whether transformers' subclass of nn.Linear is linear; routers that select and grouped products are not."""
     own = type(module).__module__.startswith("transformers.models.") and isinstance(module, nn.Linear)
     if not own or type(module).forward is nn.Linear.forward:
         return True

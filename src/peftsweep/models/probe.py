@@ -1,7 +1,7 @@
 """Probe a language model by a few small forwards: later tokens, padding, its cache and its output head.
 
-Architectures differ in this, and a wrong assumption gives wrong numbers without an error: recurrent layers may
-read padding as text, and not every cache can give up some of its rows.
+Architectures differ in these, and a wrong assumption gives wrong results without an error: recurrent layers may read
+padding as text, and some caches cannot select rows.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from peftsweep.models.shortcuts import SHORTCUTS, Shortcuts
 
 log = logging.getLogger(__name__)
 
-SHORT, LONG = 6, 11  # tokens of the two rows that are read
-ABILITIES = "peftsweep_abilities"  # the attribute of a base that holds them
-SMALL = 50e6  # parameters of a copy that is made to be tried; no known encoder has more in a layer
-# Largest mean difference of logits in standard deviations of the logits. In 32 bits rounding is below 1e-5 of them.
+SHORT, LONG = 6, 11  # tokens of the two test rows
+ABILITIES = "peftsweep_abilities"  # the attribute of a base that holds its abilities
+SMALL = 50e6  # the most parameters of a test copy; no known encoder has more in a layer
+# Largest mean difference of logits, in standard deviations of the logits. In 32 bits rounding is below 1e-5 of them.
 EXACT, NARROW, ROUNDED = 1e-3, 0.05, 0.2  # 32 bits; 16 bits or 4-bit storage; 8-bit layers, which round their inputs
 
 
@@ -43,7 +43,7 @@ SAME_LOSSES = 1e-4
 
 @dataclass(frozen=True)
 class Abilities:
-    """What the model supports; else rows are read one by one, by transformers' generation, with all logits."""
+    """What the model supports. Otherwise rows are read one by one, by transformers' generation, with all logits."""
 
     padded_batches: bool  # a row padded on the left, in a batch, gets the logits that it gets alone
     row_cache: bool  # generation can go on from a cache of which some rows were selected
@@ -55,7 +55,7 @@ class Abilities:
 
 
 def abilities(model: nn.Module, known: Abilities | None = None) -> Abilities:
-    """The abilities of the model's base, remembered with it; probed at the first call, unless they are ``known``."""
+    """The abilities of the model's base, stored with it; probed at the first call, unless they are ``known``."""
     base = base_of(model)
     found: Abilities | None = getattr(base, ABILITIES, None)
     if found is None:
@@ -67,10 +67,10 @@ def abilities(model: nn.Module, known: Abilities | None = None) -> Abilities:
 
 @torch.no_grad()
 def probe(base: Any) -> Abilities:
-    """Read two rows alone, in padded batches and with a cache, and compare the logits.
+    """Compare the logits of two rows alone, in padded batches and with a cache.
 
     Raises:
-        InputError: the model sees later tokens, padding on the right changes what it reads, or logits are not finite.
+        InputError: the model sees later tokens, padding on the right changes its output, or logits are not finite.
     """
     with _rows_rounded_alone(base):
         return _probe(base)
@@ -82,8 +82,8 @@ def _probe(base: Any) -> Abilities:
     alone = [reader.alone(short), reader.alone(long)]
     if not all(bool(logits.isfinite().all()) for logits in alone):
         raise InputError(
-            f"model: {type(base).__name__} gives NaN or infinite logits: its weights are damaged, or beyond "
-            f"{base.dtype} (model.dtype=float32)"
+            f"model: {type(base).__name__} gives NaN or infinite logits: its weights are damaged, or exceed "
+            f"{base.dtype} (then use model.dtype=float32)"
         )
     if not reader.same(reader.alone(reader.other_end(long))[:, :SHORT], alone[1][:, :SHORT], reader.tolerance / 5):
         raise InputError(
@@ -93,7 +93,7 @@ def _probe(base: Any) -> Abilities:
     right = reader.padded([short[:, :SHORT], long[:, :LONG]], left=False)
     if not reader.agree(right, alone, left=False):
         raise InputError(
-            f"model: {type(base).__name__} reads padding as text, so that it cannot be trained or evaluated in batches"
+            f"model: {type(base).__name__} reads padding as text, so it cannot be trained or evaluated in batches"
         )
     left = reader.padded([short[:, :SHORT], long[:, :LONG]], left=True)
     selects = reader.selects(left, [short, long], alone)
@@ -105,10 +105,10 @@ def _probe(base: Any) -> Abilities:
 
 @contextmanager
 def _rows_rounded_alone(base: nn.Module) -> Iterator[None]:
-    """Inside, what an 8-bit layer computes of a token does not depend on the other tokens.
+    """In the body the output of an 8-bit layer for a token does not depend on the other tokens.
 
     LLM.int8 (arXiv 2208.07339, section 3.2) multiplies a column in 16 bits where any token of the input exceeds
-    ``threshold`` in it, so that the rounding of a token depends on later ones. With a threshold of 0 there are no such
+    ``threshold`` in it, so the rounding of a token depends on later ones. With a threshold of 0 there are no such
     columns.
     """
     states = [module.state for module in base.modules() if isinstance(module, Linear8bitLt)]
@@ -123,7 +123,7 @@ def _rows_rounded_alone(base: nn.Module) -> Iterator[None]:
 
 
 class _Reader:
-    """Forwards of the rows, and how far apart logits may be."""
+    """Forward passes of test rows, and the tolerance between their logits."""
 
     def __init__(self, base: Any) -> None:
         self.base = base
@@ -168,7 +168,7 @@ class _Reader:
     def selects(
         self, batch: tuple[Any, torch.Tensor, torch.Tensor], rows: list[torch.Tensor], alone: list[torch.Tensor]
     ) -> bool:
-        """Whether the next tokens are read rightly after rows of the cache were selected."""
+        """Whether the next tokens get the right logits after rows of the cache were selected."""
         output, mask, positions = batch
         cache = getattr(output, "past_key_values", None)
         if not self.positioned or cache is None:
@@ -185,12 +185,12 @@ class _Reader:
                 use_cache=True,
             )
         except (AttributeError, NotImplementedError, RuntimeError, ValueError, IndexError):
-            log.info("%s: the cache cannot give up rows", type(self.base).__name__, exc_info=True)
+            log.info("%s: rows of the cache cannot be selected", type(self.base).__name__, exc_info=True)
             return False
         return all(self.same(after.logits[n, -1].float(), alone[int(m)][0, -1]) for n, m in enumerate(chosen))
 
     def shortcuts(self, rows: list[torch.Tensor]) -> Shortcuts:
-        """The likely shortcuts with which losses and gradients are the same."""
+        """The likely shortcuts that do not change losses and gradients."""
         batch = collate([Tokens(row[0].tolist(), len(row[0]) // 2) for row in rows], 0).to(self.base.device)
         found = Shortcuts()
         try:
@@ -204,7 +204,7 @@ class _Reader:
         return found
 
     def _losses(self, batch: Batch, short: Shortcuts) -> tuple[torch.Tensor, torch.Tensor]:
-        """The losses of the batch's answers, and their gradient at what the embeddings give."""
+        """The losses of the batch's answers, and their gradient at the output of the embeddings."""
         embedded: list[torch.Tensor] = []
 
         def as_leaf(_: nn.Module, __: Any, output: torch.Tensor) -> torch.Tensor:
@@ -227,18 +227,18 @@ class _Reader:
         return all(bool((a - b).norm() <= limit * b.norm()) for a, b in zip(found, plain, strict=True))
 
     def same(self, one: torch.Tensor, other: torch.Tensor, tolerance: float | None = None) -> bool:
-        """Whether logits are equal but for rounding."""
+        """Whether logits are equal up to rounding."""
         limit = self.tolerance if tolerance is None else tolerance
         return bool((one - other).abs().mean() <= limit * other.std())
 
 
-_LIKELY: dict[tuple[Any, ...], Shortcuts] = {}  # by what decides them
+_LIKELY: dict[tuple[Any, ...], Shortcuts] = {}  # by all that they depend on
 
 
 def known_shortcuts(base: Any) -> Shortcuts:
-    """``likely_shortcuts``, remembered by what decides them: a sweep's forecasts ask for each of its methods."""
+    """``likely_shortcuts``, cached: the forecasts of a sweep need them for each of its methods."""
     settings = base.config.to_dict()
-    settings.pop("quantization_config", None)  # how layers are stored changes nothing of what calls them
+    settings.pop("quantization_config", None)  # the storage of layers does not change the shortcuts
     stated = json.dumps(settings, sort_keys=True, default=str), text_config(base)._attn_implementation
     key = type(base), *stated, type(head := base.get_output_embeddings()), shortcuts.is_linear(head)
     if key not in _LIKELY:
@@ -248,7 +248,7 @@ def known_shortcuts(base: Any) -> Shortcuts:
 
 @torch.no_grad()
 def likely_shortcuts(base: Any) -> Shortcuts:
-    """What the structure of a causal model allows its losses to leave out."""
+    """The shortcuts that the structure of a causal model allows."""
     head = base.get_output_embeddings()
     ids = torch.zeros(1, 2, dtype=torch.int64, device=base.device)
     no_mask = _plainly_causal(base) and _runs_without_mask(base, ids)
@@ -263,7 +263,7 @@ def likely_shortcuts(base: Any) -> Shortcuts:
 
 
 def _runs_without_mask(base: Any, ids: torch.Tensor) -> bool:
-    """Whether the layers take no mask; Falcon's calculate with the one that they are given."""
+    """Whether the layers run without a mask; Falcon's need one."""
     try:
         with shortcuts.causal_only(text_config(base)):
             base(input_ids=ids, use_cache=False)
@@ -274,10 +274,10 @@ def _runs_without_mask(base: Any, ids: torch.Tensor) -> bool:
 
 
 def _plainly_causal(base: Any) -> bool:
-    """Whether each layer is attention to all tokens before, by torch's own kernels.
+    """Whether every layer attends to all earlier tokens, by torch's own kernels.
 
-    Layers with windows, chunks, convolutions or states keep their mask: a short probe would not see what it does. So
-    do models that look for padding in the tokens when they are given none, for which the host waits for the device.
+    Layers with windows, chunks, convolutions or states keep their mask: a short probe cannot show its effect. So do
+    models that search the tokens for padding if they get no mask, for which the host waits for the device.
     """
     config = text_config(base)
     limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
@@ -289,10 +289,10 @@ def _plainly_causal(base: Any) -> bool:
 
 
 def check_causal(shape: Any, make: Any) -> None:
-    """Refuse an encoder before its weights are loaded: a small copy of it, of random weights, must not look ahead.
+    """Refuse an encoder before its weights are loaded: a small copy with random weights must not see later tokens.
 
-    ``shape`` is the transformers configuration and ``make`` builds a model from one. Only configurations that can
-    be of an encoder (they say ``is_decoder``) are tried; ``probe`` looks at all, when they are loaded.
+    ``shape`` is the transformers configuration, and ``make`` builds a model from one. Only configurations that can be
+    of an encoder (with ``is_decoder``) are tested here; ``probe`` tests all models when they are loaded.
 
     Raises:
         InputError: it sees later tokens.

@@ -1,4 +1,4 @@
-"""Adapters and models on the disk: saved, read back, merged."""
+"""Save adapters and models, read them back, merge them."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ from peftsweep.study.store import RESIDUAL
 # PEFT reads the attribute by its old name whenever it puts an adapter on a model.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
-INITIAL = "initial"  # beside a saved adapter: as it began, where the base was changed by its initialisation
-STEMS = ("model", "pytorch_model")  # how the names of files of weights begin that transformers reads
-POINTER = b"version https://git-lfs"  # how what a clone without git-lfs leaves begins
-SHARED = ("vblora_vector_bank", "prompt_encoder")  # of an adapter's weights, saved once and under other names
+INITIAL = "initial"  # a folder in a saved adapter: the initial adapter, if its initialisation changed the base
+STEMS = ("model", "pytorch_model")  # the names of weight files that transformers reads begin so
+POINTER = b"version https://git-lfs"  # the first bytes of files that a clone without git-lfs leaves
+SHARED = ("vblora_vector_bank", "prompt_encoder")  # weights of an adapter that are saved once, under other names
 NOT_MERGEABLE = "what the method adds cannot be merged into the weights"
 
 
@@ -49,7 +49,7 @@ def check_files(model: ModelConfig) -> None:
     """Check that the folder of a model holds whole weight files and no adapter, without reading the weights.
 
     Raises:
-        InputError: it does not.
+        InputError: the folder does not.
     """
     if model.init is Init.random or not is_local(model):
         return
@@ -68,16 +68,16 @@ def check_files(model: ModelConfig) -> None:
             raise InputError(f"{key}: lacks {missing[0]} ({len(missing)} of {len(shards)} files of {index.name})")
     for name, file in found.items():
         if name.startswith(STEMS) and (problem := _problem(file, file.stat().st_size, file.stat().st_mtime_ns)):
-            raise InputError(f"{key}: {name} is no whole file of weights ({problem}); copy or download it again")
+            raise InputError(f"{key}: {name} is not a complete file of weights ({problem}); copy or download it again")
 
 
 @lru_cache(maxsize=10_000)
 def _problem(file: Path, size: int, modified: int) -> str | None:
-    """The fault of a file of weights, by its beginning and its ``size``; None if there is none."""
+    """What is wrong with a file of weights, by its first bytes and its ``size``; None if nothing is."""
     with file.open("rb") as stream:
         beginning = stream.read(len(POINTER))
     if beginning == POINTER:
-        return "a pointer of git-lfs, in whose place git lfs pull puts the file"
+        return "a pointer of git-lfs; git lfs pull downloads the file"
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, framework="pt"):
@@ -88,10 +88,10 @@ def _problem(file: Path, size: int, modified: int) -> str | None:
 
 
 def keep_dtype(adapted: PeftModel) -> None:
-    """Make adapters on quantised layers return the number format of their input.
+    """Make adapters on quantised layers return the dtype of their input.
 
-    Those of several methods (IA3, RoAd, RandLora, PVeRA, on 8 bits AdaLoRA) calculate in 32 bits and stay
-    there, so that on a 16-bit base attention meets queries, keys and values of two formats.
+    Adapters of several methods (IA3, RoAd, RandLora, PVeRA, AdaLoRA on 8 bits) return 32 bits, so on a 16-bit base
+    attention would get queries, keys and values of two dtypes.
     """
 
     def cast_back(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> Any:
@@ -110,13 +110,13 @@ def keep_dtype(adapted: PeftModel) -> None:
 
 
 def saved_bytes(model: PeftModel) -> int:
-    """The size of the safetensors file that ``save`` writes, to the byte, without writing it.
+    """The exact size in bytes of the safetensors file that ``save`` writes, without writing it.
 
-    Eight bytes of length, a JSON header of each tensor's type, shape and place, padded to a multiple of
-    eight, then the tensors, those of wide types first (github.com/huggingface/safetensors, its format). Of
-    AdaLoRA it is the file after training, with as many ranks in each layer, see ``shapes.at_target_rank``.
+    The format (github.com/huggingface/safetensors): eight bytes of length, a JSON header with each tensor's type,
+    shape and offsets, padded to a multiple of eight, then the tensors, wide types first. For AdaLoRA it is the file
+    after training with equal ranks in all layers, see ``shapes.at_target_rank``.
     """
-    if hasattr(model, "prompt_encoder"):  # what is saved is what it says, so that it must be there to be asked
+    if hasattr(model, "prompt_encoder"):  # PEFT saves the output of the prompt encoder, so it must be on a real device
         model.prompt_encoder.to_empty(device="cpu")
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     state = at_target_rank(state, model.active_peft_config)
@@ -133,22 +133,22 @@ def saved_bytes(model: PeftModel) -> int:
 
 
 def save(model: PreTrainedModel | PeftModel, folder: Path) -> int:
-    """Write the active adapter (or, after full fine-tuning, the model), to the disk, and return its size in bytes.
+    """Save the active adapter, or the model after full fine-tuning, and return the size of its weights in bytes.
 
-    Where its beginning was kept, what it has learned is written as a LoRA of twice the rank that
-    belongs to the untouched base.
+    If the initial adapter was kept (``INITIAL``), the change since then is saved, as a LoRA of twice the rank for the
+    untouched base.
     """
     if isinstance(model, PeftModel):
         initial = folder / INITIAL
         name = model.active_adapter
-        # "auto" would ask the hub whether the base's vocabulary changed; nothing here changes it.
+        # "auto" would query the hub whether the base's vocabulary changed; peftsweep never changes it.
         model.save_pretrained(
             str(folder),
             selected_adapters=[name],
             save_embedding_layers=False,
             path_initial_model_for_weight_conversion=str(initial) if initial.exists() else None,
         )
-        for file in (folder / name).glob("*"):  # where PEFT puts one of several
+        for file in (folder / name).glob("*"):  # PEFT saves one of several adapters in a folder of its name
             file.replace(folder / file.name)
         if name != "default":
             (folder / name).rmdir()
@@ -167,7 +167,7 @@ def restore(
     float32: bool = True,
     trainable: bool = False,
 ) -> PreTrainedModel | PeftModel:
-    """The trained model back from what ``save`` wrote, on the device of ``base``; the rest as for ``attach``.
+    """Read the trained model that ``save`` wrote, on the device of ``base``; other arguments as for ``attach``.
 
     Raises:
         InputError: the adapter does not fit the base.
@@ -182,24 +182,24 @@ def restore(
 
 
 def _with_adapter(base: PreTrainedModel, folder: Path, **options: Any) -> PeftModel:
-    """``PeftModel.from_pretrained``, which is silent about weights that it has no place for, as an error."""
+    """``PeftModel.from_pretrained``, with an InputError for missing and unexpected weights, which PEFT ignores."""
     with _load_results() as results, names_as_written() if _written_now(folder) else nullcontext():
-        where = str(base.device)  # PEFT would take the first GPU there is
+        where = str(base.device)  # PEFT would use the first GPU
         adapted = PeftModel.from_pretrained(base, str(folder), torch_device=where, **options)
     missing = [key for result in results for key in result.missing_keys if not any(name in key for name in SHARED)]
-    unknown = [key for result in results for key in result.unexpected_keys if "." in key]  # a prompt's have no dot
-    for what, keys in (("the model has no place for", unknown), ("the file lacks", missing)):
+    unknown = [key for result in results for key in result.unexpected_keys if "." in key]  # keys of prompts have no dot
+    for what, keys in (("the model has no such weights:", unknown), ("the file lacks", missing)):
         if keys:
             more = f" and {len(keys) - MAX_NAMED} more" if len(keys) > MAX_NAMED else ""
             raise InputError(
-                f"adapter {folder}: it is of another model than {type(base).__name__}: {what} "
+                f"adapter {folder}: it belongs to another model than {type(base).__name__}: {what} "
                 f"{', '.join(keys[:MAX_NAMED])}{more}"
             )
     return adapted
 
 
 def _written_now(folder: Path) -> bool:
-    """Whether no weight in the file is of a single expert, as transformers 4 named them."""
+    """Whether the file has no weights of single experts, which transformers 4 had."""
     file = folder / "adapter_model.safetensors"
     if not file.exists():
         return False
@@ -209,10 +209,10 @@ def _written_now(folder: Path) -> bool:
 
 @contextmanager
 def names_as_written() -> Iterator[None]:
-    """PEFT attaches LoRA to the modules that are named.
+    """In the body PEFT attaches LoRA to exactly the modules that are named.
 
-    Without this it takes ``gate_proj``, ``up_proj`` and ``down_proj`` of many mixtures of experts, those of dense
-    layers and of shared experts too, for the names of experts in transformers 4, and adapts the experts instead.
+    Otherwise, in many mixtures of experts, PEFT reads ``gate_proj``, ``up_proj`` and ``down_proj``, also of dense
+    layers and shared experts, as names of experts in transformers 4, and adapts the experts instead.
     """
     with patch.object(transformers_weight_conversion, "convert_peft_config_for_transformers", lambda *_, **__: None):
         yield
@@ -233,7 +233,7 @@ def _load_results() -> Iterator[list[Any]]:
 
 
 def _base_of(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The base that the adapter in ``folder`` belongs to: the one kept beside it, else ``base``."""
+    """The base of the adapter in ``folder``: the one saved beside it, else ``base``."""
     if not (folder / RESIDUAL).exists():
         return base
     residual = read(folder / RESIDUAL, base)
@@ -251,14 +251,16 @@ def dequantised(base: PreTrainedModel, folder: Path) -> PeftModel:
     base = _base_of(base, folder)
     if getattr(base, "is_quantized", False):
         base = dequantise(base)
-        vars(base)["_weight_conversions"] = None  # by which transformers would pack a saved base's weights again
-        vars(base).update(is_loaded_in_4bit=False, is_loaded_in_8bit=False)  # by which PEFT refuses to merge IA3
+        vars(base)["_weight_conversions"] = (
+            None  # else transformers would pack the weights again when the base is saved
+        )
+        vars(base).update(is_loaded_in_4bit=False, is_loaded_in_8bit=False)  # else PEFT refuses to merge IA3
         _as_made(base)
     return _with_adapter(base, folder).eval()
 
 
 def _as_made(base: Any) -> None:
-    """Give a dequantised model the layers back that are Conv1D in its class, with weights [in, out], not [out, in]."""
+    """Restore the Conv1D layers of a dequantised model, which have weights [in, out] in place of [out, in]."""
     with torch.device("meta"):
         made = type(base)(base.config)
     for name, module in made.named_modules():
@@ -270,14 +272,14 @@ def _as_made(base: Any) -> None:
 
 
 class NotMergeable(Exception):
-    """What the method adds, such as tokens of a prompt, has no place in the base's weights."""
+    """The method adds something, such as prompt tokens, that the base's weights cannot hold."""
 
     def __str__(self) -> str:
         return f"not mergeable: {NOT_MERGEABLE}"
 
 
 def mergeable(adapted: PeftModel) -> bool:
-    """Whether PEFT merges the method at all."""
+    """Whether PEFT can merge the method."""
     can = callable(getattr(adapted.base_model, "merge_and_unload", None))
     return can and not adapted.active_peft_config.is_prompt_learning
 
@@ -285,11 +287,11 @@ def mergeable(adapted: PeftModel) -> bool:
 def merge(adapted: PeftModel) -> PreTrainedModel:
     """The base of ``adapted`` with the adapter merged into its weights; both are consumed.
 
-    Where the method changes one of two tied weights (embeddings and head), they are untied.
+    If the method changes one of two tied weights (embeddings and head), they are untied.
 
     Raises:
-        NotMergeable: the method adds what cannot be merged into weights.
-        Exception: whatever PEFT raises for a method that it cannot merge.
+        NotMergeable: the method cannot be merged into weights.
+        Exception: any error of PEFT for a method that it cannot merge.
     """
     if not mergeable(adapted):
         raise NotMergeable
@@ -298,7 +300,7 @@ def merge(adapted: PeftModel) -> PreTrainedModel:
 
 
 def _untie(base: Any) -> None:
-    """Give the head a weight of its own, where it is the embeddings' and one of the two has an adapter."""
+    """Give the head its own weight if it shares that of the embeddings and one of the two has an adapter."""
     ends: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
     layers: list[Any] = [end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends]
     touched = any(isinstance(end, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for end in ends)

@@ -1,8 +1,8 @@
-"""Attaching a method to a base on the meta device, where PEFT would compute with the base's weights.
+"""Attach methods to a base on the meta device, also those for which PEFT computes with the base's weights.
 
-Some methods decompose, cluster or sample the weights of the base while they are attached, which takes minutes and
-gigabytes for a model of 3B parameters. Only the shapes of the results decide how many parameters there are and how
-large the file of the adapter is, so those computations are replaced by tensors of their shapes.
+Some methods decompose, cluster or sample the weights of the base on attaching, which takes minutes and gigabytes for a
+model of 3B parameters. The number of parameters and the size of the adapter's file depend only on the shapes of the
+results, so these computations are replaced by tensors of the right shapes.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ State = dict[str, torch.Tensor]
 def without_numbers() -> Iterator[None]:
     """Let any of PEFT's methods be created and attached to a base on the meta device.
 
-    FRoD's joint decomposition, AdaMSS's singular vectors and clusters and SHiRA's random mask are of their right
-    shapes and of no numbers. Of AdaMSS's clusters, whose sizes only the weights decide, all are of equal size: that
-    changes no count, and the header of the file by at most three digits a cluster.
+    FRoD's joint decomposition, AdaMSS's singular vectors and clusters and SHiRA's random mask have the right shapes and
+    no values. The sizes of AdaMSS's clusters depend on the weights; here all are equal, which changes no count, and the
+    header of the file by at most three digits for each cluster.
     """
     with ExitStack() as stack:
         stack.enter_context(patch.object(frod, "tqdm", _silent))
@@ -46,7 +46,7 @@ def without_numbers() -> Iterator[None]:
 
 
 class _StayOnMeta(TorchFunctionMode):
-    """A tensor without numbers stays on the meta device when it is asked to go to another."""
+    """Keep a meta tensor on the meta device when code moves it to another device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -65,7 +65,7 @@ def _silent(rows: Any, **_: Any) -> Any:
 
 
 def _square(matrices: list[torch.Tensor], _regularization: float) -> torch.Tensor:
-    """FRoD's projection that all layers of a kind share: [in, in]."""
+    """FRoD's projection, shared by all layers of a kind: [in, in]."""
     width = matrices[0].shape[1]
     return torch.empty(width, width, device="meta")
 
@@ -86,7 +86,7 @@ def _singular_vectors(
 
 
 def _equal_clusters(vectors: torch.Tensor, clusters: int, _iterations: int) -> tuple[torch.Tensor, int]:
-    """The cluster of each of the rows of ``vectors``, and how many clusters there are."""
+    """The cluster of each row of ``vectors``, and the number of clusters."""
     rows = vectors.shape[0]
     count = min(clusters, rows)
     return torch.arange(rows, device="cpu") % count, count
@@ -101,10 +101,10 @@ def _first_weights(base_layer: nn.Module, r: int, **_: Any) -> torch.Tensor:
 
 
 def at_target_rank(state: State, config: Any) -> State:
-    """What AdaLoRA saves of ``state`` after training, if each layer is left the same number of ranks.
+    """The part of ``state`` that AdaLoRA saves after training, if all layers keep the same number of ranks.
 
-    Training takes ranks from ``init_r`` down to ``target_r`` a layer on average and decides which layer keeps how
-    many, so that layers of other sizes than the average's make the real file smaller or larger.
+    Training reduces the ranks of a layer from ``init_r`` to ``target_r`` on average, and layers keep different numbers,
+    so the real file is smaller or larger if the sizes of layers differ.
     """
     if not isinstance(config, AdaLoraConfig):
         return state

@@ -1,18 +1,18 @@
-"""What a forward pass for losses can leave out: logits that are not scored, and an attention mask that masks nothing.
+"""The parts of a forward pass that a loss does not need: logits without a target, and masks without effect.
 
-With a large vocabulary the logits of a whole batch are most of a step's memory, and much of its time.
+With a large vocabulary the logits of a whole batch take most of a step's memory, and much of its time.
 
-The output head is given only the hidden states that predict an answer token (``gathered``). Where it is a frozen linear
+The output head gets only the hidden states that predict an answer token (``gathered``). If it is a frozen linear
 layer whose output is the model's logits, the product with its weight and the cross-entropy are computed together, a
-few rows at a time, with the gradient of the hidden states made in the forward (``linear_cross_entropy``).
+few rows at a time, and the forward also computes the gradient of the hidden states (``linear_cross_entropy``).
 
-Kernels that do the same were looked at. Liger's FusedLinearCrossEntropy and Apple's cut-cross-entropy are written in
-Triton, so that a CPU needs another way anyway. Under ``reduction="none"``, which the slots of a pack need for a loss
-of each, Liger's gave every token the gradient weight of the first until the middle of 2026
-(github.com/linkedin/Liger-Kernel, issues 338 and 968, pull request 1298). What they save beyond this is the chunk
-of logits, which is at most ``CHUNK`` numbers here.
+Existing kernels for this are not used. Liger's FusedLinearCrossEntropy and Apple's cut-cross-entropy need Triton, so a
+CPU needs another implementation anyway. With ``reduction="none"``, which the slots of a pack need for separate losses,
+Liger's gave every token the gradient weight of the first one until the middle of 2026
+(github.com/linkedin/Liger-Kernel, issues 338 and 968, pull request 1298). They would save only one chunk of logits,
+which is at most ``CHUNK`` numbers here.
 
-Under causal attention a token never sees the padding on its right, so that no mask is needed and attention takes its
+With causal attention a token never sees the padding on its right, so no mask is needed and attention can use its
 causal kernel (``causal_only``).
 """
 
@@ -32,21 +32,21 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from peftsweep.data.batches import Batch
 
-CHUNK = 2**26  # logits that are held at once: 512 rows of a vocabulary of 128 thousand
-# float16 is left out: gradients of single tokens, before the loss is scaled, would underflow in it.
+CHUNK = 2**26  # logits in memory at once: 512 rows with a vocabulary of 128 thousand
+# Not float16: gradients of single tokens would underflow in it before the loss is scaled.
 FORMATS = (torch.float32, torch.bfloat16)
 
 
-SHORTCUTS = "peftsweep_shortcuts"  # the attribute of a base that holds them
-CAUSAL_ONLY = "peftsweep_causal_only"  # an attention of transformers
+SHORTCUTS = "peftsweep_shortcuts"  # the attribute of a base that holds its shortcuts
+CAUSAL_ONLY = "peftsweep_causal_only"  # the name of an attention registered with transformers
 
 
 @dataclass(frozen=True)
 class Shortcuts:
-    """What a forward pass for losses may leave out with the same result but for rounding; found by probe.py."""
+    """The parts that a forward pass for losses may leave out with the same result up to rounding; see probe.py."""
 
-    answers_only: bool = False  # the output head is given the positions before answer tokens alone
-    bare_head: bool = False  # what the head returns are the model's logits: nothing scales, caps or casts them
+    answers_only: bool = False  # the output head needs only the positions before answer tokens
+    bare_head: bool = False  # the head's output is the model's logits: nothing scales, caps or casts it
     no_mask: bool = False  # padding on the right needs no attention mask, as attention is causal
 
 
@@ -59,25 +59,25 @@ class Gathered:
 
 
 def is_linear(head: Any) -> bool:
-    """Whether the head is a plain linear layer: not quantised, adapted, parametrised, offloaded or of a pack."""
+    """Whether the head is a plain linear layer: not quantised, adapted, parametrised, offloaded or in a pack."""
     return type(head) is nn.Linear and "forward" not in vars(head)
 
 
 def is_frozen(head: nn.Linear) -> bool:
-    """Whether nothing but the hidden states needs a gradient, and nothing looks at what the head returns."""
+    """Whether only the hidden states need a gradient, and no hook reads the output of the head."""
     return not any(p.requires_grad for p in head.parameters()) and not head._forward_hooks
 
 
 @contextmanager
 def gathered(head: nn.Linear, batch: Batch, *, skip: bool) -> Iterator[Gathered]:
-    """In the block the head is given, of each row of ``batch``, only the positions before an answer token.
+    """In the block the head computes only the positions before an answer token, for each row of ``batch``.
 
-    With ``skip`` it returns them as they are, where ``linear_cross_entropy`` can take its place. The hidden states
-    that the model gives it are [rows, n, hidden size], of which the last positions are those of the input: methods
-    that put virtual tokens before it make n larger.
+    With ``skip`` it returns these hidden states unchanged, if ``linear_cross_entropy`` can replace it. The model gives
+    the head hidden states [rows, n, hidden size], whose last positions are those of the input: with virtual tokens
+    before the input, n is larger.
     """
     found = Gathered(skip)
-    kept = batch.input_ids.shape[1] - batch.answer_start + 1  # the one before the first answer predicts it
+    kept = batch.input_ids.shape[1] - batch.answer_start + 1  # the position before the first answer token predicts it
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
         rows = hidden[:, -kept:-1].flatten(0, 1).index_select(0, batch.places)[None]
@@ -96,8 +96,8 @@ def gathered(head: nn.Linear, batch: Batch, *, skip: bool) -> Iterator[Gathered]
 def causal_only(config: Any) -> Iterator[None]:
     """In the block the model of this text configuration, whose attention is "sdpa", makes no masks.
 
-    Asked without a mask by the name "sdpa", transformers looks for packed sequences in the positions, for which the
-    host waits for the device in every step. It makes no mask for an attention that it knows nothing of, and then
+    For the attention "sdpa" without a mask, transformers searches the positions for packed sequences, for which the
+    host waits for the device in every step. For an attention that it does not know it makes no mask, and then
     ``sdpa_attention_forward`` is causal.
     """
     AttentionInterface.register(CAUSAL_ONLY, sdpa_attention_forward)
@@ -122,7 +122,7 @@ def linear_cross_entropy(hidden: torch.Tensor, head: nn.Linear, targets: torch.T
 
 
 def _computed_in(hidden: torch.Tensor, head: nn.Linear) -> torch.dtype:
-    """The format that the head computes in, autocast or not."""
+    """The dtype in which the head computes, with or without autocast."""
     return functional.linear(hidden[..., :0, :], head.weight[:1]).dtype
 
 

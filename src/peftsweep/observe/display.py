@@ -18,13 +18,13 @@ from peftsweep.observe.remaining import format_seconds, remaining, remaining_of_
 from peftsweep.study.record import HEADLINE, Result, Status
 from peftsweep.study.scores import TEXT_METRICS, baseline
 
-QUIET_SECONDS = 10.0  # at most a line this often from a running trial in a pipe
+QUIET_SECONDS = 10.0  # the least seconds between two lines of a running trial in a pipe
 
 
-VALIDATION = "validation_"  # with which the keys of a validation begin in a row of steps.jsonl
+VALIDATION = "validation_"  # keys of a validation in a row of steps.jsonl begin with it
 COLUMNS = ("state", "step", "loss", "score", "memory", "left")  # of the live table, after the trial
-NEEDED_WIDTH = {"memory": 80, "score": 100}  # characters of a terminal, below which these are left out
-WORDS = ("trial", "status", "model", "method", "quant")  # columns of a table that are no numbers
+NEEDED_WIDTH = {"memory": 80, "score": 100}  # these columns need a terminal of so many characters
+WORDS = ("trial", "status", "model", "method", "quant")  # columns of a table that hold text
 
 
 class Observer:
@@ -37,7 +37,7 @@ class Observer:
         """A line was added to steps.jsonl."""
 
     def expects(self, seconds: Mapping[str, float]) -> None:
-        """So many seconds the trial's kinds of work (load, train, evaluate, save) were predicted to take."""
+        """The predicted seconds of the trial's kinds of work: load, train, evaluate, save."""
 
 
 class Display:
@@ -68,7 +68,7 @@ class Display:
             self._board.stop()
 
     def say(self, text: str | Text) -> None:
-        """A line of its own."""
+        """Print a line."""
         if not self._quiet:
             self.console.print(text, markup=False)
 
@@ -78,11 +78,11 @@ class Display:
         return TrialView(self, f"[{self._number}/{self._total}] {name}")
 
     def uncount(self) -> None:
-        """A trial that had begun is put back, to begin again later."""
+        """A started trial is put back and starts again later."""
         self._number -= 1
 
     def count(self, result: Result, seconds: float) -> None:
-        """A trial has ended, so many seconds after it began."""
+        """A trial has ended, ``seconds`` after its start."""
         self._done, self._bad = self._done + 1, self._bad + (not result.status.good)
         self._took += [seconds] if result.status.good else []
 
@@ -109,7 +109,7 @@ class Display:
         return f"{self._done} of {self._total} trials done{failed}, {format_seconds(elapsed)}{until}"
 
     def _left(self) -> float | None:
-        """The seconds until all trials are done; those that are waiting take as long as the others on average."""
+        """The seconds until all trials are done; waiting trials count with the mean of the others."""
         running = list(self.running)
         waiting = max(0, self._total - self._done - len(running))
         ages, left = [one.age for one in running], [one.left() for one in running]
@@ -137,7 +137,7 @@ class TrialView(Observer):
         self._state, self._stage_began = name, self._display.clock()
 
     def expects(self, seconds: Mapping[str, float]) -> None:
-        """So many seconds its work was predicted to take, by kind."""
+        """The predicted seconds of its work, by kind."""
         self._expected = seconds
 
     def step(self, row: dict[str, Any]) -> None:
@@ -164,7 +164,7 @@ class TrialView(Observer):
         return self._display.clock() - self._began
 
     def left(self) -> float | None:
-        """The seconds that it has left, by what was predicted and by its own steps; None where neither says it."""
+        """Its remaining seconds, from the prediction and its own steps; None if neither is known."""
         row, stage = self._row, self._state or ("train" if self._row else "setup")
         in_stage = self._display.clock() - self._stage_began
         return remaining(self._expected, stage, in_stage, row.get("step", 0), row.get("steps"), row.get("seconds"))
@@ -185,12 +185,12 @@ class TrialView(Observer):
         }
 
     def drop(self) -> None:
-        """Remove the line: the trial is not run, or not here."""
+        """Remove the line: the trial is not run, or runs elsewhere."""
         if self in self._display.running:
             self._display.running.remove(self)
 
     def end(self, result: Result, *, named: bool = False) -> None:
-        """The trial has ended; ``named`` where others run beside it, so that its lines may be far from its first."""
+        """The trial has ended; with ``named`` its name is printed again, because other trials ran beside it."""
         self.drop()
         self._display.count(result, self.age)
         if self._display.live or named:
@@ -200,7 +200,7 @@ class TrialView(Observer):
 
 
 def _linked(line: str, result: Result) -> Text:
-    """The line, in which the path of the trial's log leads to its folder where a terminal knows links."""
+    """The line, with the path of the trial's log as a link to its folder."""
     text = Text(line)
     if result.folder is not None and (at := line.find(str(result.folder))) >= 0:
         text.stylize(Style(link=result.folder.absolute().as_uri()), at)
@@ -208,7 +208,7 @@ def _linked(line: str, result: Result) -> Text:
 
 
 def summary(result: Result) -> list[str]:
-    """One trial in a few lines: how it ended, what it scores, what it cost."""
+    """One trial in a few lines: its status, scores and costs."""
     if result.error:
         where = f" in {result.error['stage']}" if result.status is not Status.refused else ""
         message = (result.error["message"].splitlines() or [""])[0]
@@ -227,7 +227,7 @@ def summary(result: Result) -> list[str]:
     rss = max((m.get("rss_peak", 0) for m in result.memory.values()), default=0)
     device = result.memory.get("packed_train", result.memory.get("train", {})).get("allocated_peak")
     share = info["trainable_parameters"] / info["total_parameters"]
-    took = info.get("packed", info)  # what a pack took is not the trial's own
+    took = info.get("packed", info)  # the time of a pack is not that of the trial
     rate = f", {took['tokens_per_second']:,.0f} tokens/s" if took.get("tokens_per_second") else ""
     others = f" with {took['lanes'] - 1} others" if "packed" in info else ""
     lines.append(
@@ -240,7 +240,7 @@ def summary(result: Result) -> list[str]:
 
 
 def _validated(row: dict[str, Any]) -> str:
-    """``loss 2.243, gsm8k.accuracy 0.250``: a validation without losses of evaluations and what explains a score."""
+    """``loss 2.243, gsm8k.accuracy 0.250``: a validation, without evaluations' losses and valid fractions."""
     scores = {key.removeprefix(VALIDATION): row[key] for key in row if key.startswith(VALIDATION)}
     hidden = (".loss", ".valid_fraction")
     return ", ".join(f"{n} {v:.3f}" for n, v in scores.items() if v is not None and not n.endswith(hidden))
@@ -256,7 +256,7 @@ def _stop_line(stop: dict[str, Any]) -> str:
 def scores_line(scores: dict[str, Any]) -> str:
     """``accuracy 0.84 ± 0.03 (base 0.01, majority 0.50, chance 0.50)`` for each metric, the headline first."""
     parts = []
-    hidden = ("loss", *(TEXT_METRICS if HEADLINE in scores else ()))  # which explain another figure
+    hidden = ("loss", *(TEXT_METRICS if HEADLINE in scores else ()))  # figures that only explain another one
     for metric in sorted(scores, key=lambda metric: metric != scores.get(HEADLINE)):
         score = scores[metric]
         silent = metric.startswith("base_") or metric.endswith("valid_fraction") or metric in hidden
@@ -264,7 +264,7 @@ def scores_line(scores: dict[str, Any]) -> str:
             continue
         value, stderr = score["value"], score["stderr"]
         text = f"{metric} {value:.3f}" if value is not None else f"{metric} infinite"
-        if stderr is not None:  # of rows that all agree it is 0, which says less than their number
+        if stderr is not None:  # it is 0 if all rows agree; then the number of rows says more
             text += f" ± {stderr:.3f}" if stderr > 0 else f" over {score['n']:,} rows"
         beside = {
             "base": scores.get(f"base_{metric}", {}).get("value"),
@@ -281,7 +281,7 @@ def _is_score(score: Any) -> bool:
 
 
 def size(count: float | None) -> str:
-    """Bytes for a reader: ``3.2 MB``, in powers of 1000."""
+    """Bytes as text: ``3.2 MB``, in powers of 1000."""
     if count is None:
         return "?"
     for unit in ("B", "kB", "MB"):
@@ -292,7 +292,7 @@ def size(count: float | None) -> str:
 
 
 def show_table(title: str, rows: list[dict[str, str]]) -> None:
-    """Print rows as a table with a column a key."""
+    """Print rows as a table with one column for each key."""
     console = Console(highlight=False)
     shown = Table(title=title, title_justify="left", header_style="bold")
     columns = list(dict.fromkeys(column for row in rows for column in row))

@@ -1,4 +1,4 @@
-"""``model.dtype=auto``: the number format in which the device computes fast."""
+"""``model.dtype=auto``: the dtype in which the device computes fastest."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ log = logging.getLogger(__name__)
 
 ROWS, SIZE = 128, 1024  # tokens and width of the layer that is timed
 ROUNDS = 20
-FASTER = 1.1  # times as fast bfloat16 must be to be taken
+FASTER = 1.1  # bfloat16 must be this many times as fast as float32 to be chosen
 
 
 def resolve(device: str) -> Dtype:
-    """The format for ``device``, as the key of that name: on CUDA bfloat16, on a CPU what is faster there.
+    """The dtype for ``device``, a value of the key ``device``: bfloat16 on CUDA, the faster one on a CPU.
 
-    Of a CPU it is measured once and kept in the user's cache, for this processor and this version of torch, since
-    trials with another format are other trials. Where it cannot be kept it is float32. CUDA is not initialised.
+    For a CPU it is measured once and kept in the user's cache, by processor and version of torch, because trials with
+    another dtype are other trials. If it cannot be kept, it is float32. CUDA is not initialised.
     """
     import torch
 
@@ -44,14 +44,14 @@ def _of_cpu(key: str) -> Dtype:
             write_text(file, json.dumps(known, indent=1))
         found = Dtype[known[key]]
     except (OSError, ValueError, KeyError) as error:
-        log.warning("model.dtype=auto: what is fast on this CPU cannot be kept (%s): float32", error)
+        log.warning("model.dtype=auto: the measured dtype of this CPU cannot be stored (%s); float32 is used", error)
         return Dtype.float32
     log.info("model.dtype=auto: %s on %s", found.name, key)
     return found
 
 
 def _faster() -> Dtype:
-    """The number format in which forward and backward of a feed-forward layer are faster; the fastest round counts."""
+    """The dtype in which forward and backward of a feed-forward layer are faster; the fastest round counts."""
     rounds = [(_seconds("bfloat16"), _seconds("float32")) for _ in range(ROUNDS)]
     narrow, wide = (min(took) for took in zip(*rounds, strict=True))
     return Dtype.bfloat16 if wide > FASTER * narrow else Dtype.float32
@@ -70,7 +70,7 @@ def _seconds(dtype: str) -> float:
 
 
 def _processor() -> str:
-    """The processor's name and whether it has products of bfloat16, of which a virtual machine's name says nothing."""
+    """The processor's name and its bfloat16 features, which the name on a virtual machine does not show."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

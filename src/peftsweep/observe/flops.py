@@ -1,4 +1,4 @@
-"""Floating-point operations of a step, and the device's ceiling of them."""
+"""Floating-point operations of a step, and the device's peak rate."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def count_flops(run: Run, settle: int, active: int) -> Counter[torch.dtype]:
     """Floating-point operations of matrix products in the last ``active`` steps, by the dtype of the first factor.
 
     A product of [m, k] and [k, n] is 2 m n k; that of an 8-bit layer counts under the dtype of its input.
-    What checkpointing and fused attention compute again counts again.
+    Operations that checkpointing and fused attention repeat count again.
     A compiled model is run uncompiled, so that its fused kernels are counted too.
     """
     totals: Counter[torch.dtype] = Counter()
@@ -55,12 +55,12 @@ def count_flops(run: Run, settle: int, active: int) -> Counter[torch.dtype]:
 
 
 def flop_formulas() -> dict[Any, Callable[..., int]]:
-    """The FLOPs of each operator that multiplies matrices, of its arguments and its result as ``out_val``."""
+    """For each operator that multiplies matrices, its FLOPs from its arguments and its result ``out_val``."""
     return flop_registry | _more_formulas()
 
 
 def _more_formulas() -> dict[Any, Callable[..., int]]:
-    """What torch's counter lacks: attention on a CPU, and the products of bitsandbytes and quanto (where it is loaded).
+    """Formulas that torch's counter lacks: attention on a CPU, products of bitsandbytes and of quanto (if loaded).
 
     The backward of its quantised layers multiplies by dequantised weights, which torch counts.
     """
@@ -99,7 +99,7 @@ BITSANDBYTES: dict[str, Callable[..., int]] = {
 
 
 def uncounted(averages: Sequence[Any]) -> str:
-    """Names of the operators that look like a matrix product but have no formula; empty where all were counted."""
+    """The names of operators that look like a matrix product but have no formula; empty if all were counted."""
     known = {"quanto::qbytes_mm", *(f"bitsandbytes::{name}" for name in BITSANDBYTES)}
     return " ".join(sorted({e.key for e in averages if PRODUCT.fullmatch(e.key)} - known))
 

@@ -1,12 +1,12 @@
-"""The one clock and the one memory meter: every stage of a trial is measured here.
+"""The clock and the memory meter: every stage of a trial is measured here.
 
     meter = Meter(device)
     with meter.stage("train"):
         ...
     meter.stages["train"].seconds
 
-On a GPU the host runs ahead of the device, so the device is synchronised at both ends of a stage,
-and its peaks are reset at the start: the memory of one stage never counts as another's.
+On a GPU the host runs ahead of the device, so the device is synchronised at both ends of a stage, and its peaks are
+reset at the start: the memory of one stage never counts as that of another.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 import torch
 
-# How torch, the CUDA libraries and C++ say that an allocation failed, where it is no OutOfMemoryError.
+# Messages of torch, the CUDA libraries and C++ about a failed allocation that is not an OutOfMemoryError.
 NO_MEMORY = re.compile(
     r"can't allocate memory|CUDA error: out of memory|out of memory\. Tried to allocate|std::bad_alloc"
     r"|cudaErrorMemoryAllocation|CU[A-Z]+_STATUS_\w*ALLOC\w*"
@@ -34,7 +34,7 @@ STATUS = Path("/proc/self/status")
 
 @dataclass
 class Stage:
-    """What a stage took. Memory in bytes; device figures are None where the device is the CPU.
+    """The time and memory of a stage. Memory is in bytes; figures of the device are None on a CPU.
 
     Means and percentiles are over the samples of the stage: its two ends, and every step's end.
     """
@@ -59,7 +59,7 @@ class Stage:
         }
 
     def add(self, other: Stage) -> None:
-        """Count ``other`` in: seconds add up, the higher peak stays."""
+        """Add ``other``: seconds add up, the higher peak counts."""
         self.seconds += other.seconds
         self.allocated_peak = _higher(self.allocated_peak, other.allocated_peak)
         self.reserved_peak = _higher(self.reserved_peak, other.reserved_peak)
@@ -70,22 +70,22 @@ class Stage:
 class Meter:
     """Measures the stages of one trial on one device.
 
-    Stages may be nested: while an inner one runs the outer one stands still, so that no second and no
-    byte counts twice, and the seconds of all stages add up to those of the outermost.
+    Stages may be nested: while an inner stage runs, the outer one is paused, so that no second and no byte counts
+    twice, and the seconds of all stages add up to those of the outermost.
     """
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
         self.device = device
         self.stages: dict[str, Stage] = {}
-        self.current: str | None = None  # the stage a failure is recorded under
+        self.current: str | None = None  # the stage that a failure is recorded under
         self._clock = clock
         self._on_gpu = device.type == "cuda"
         self._open: list[tuple[str, Stage]] = []  # outermost first
-        self._since = 0.0  # when the innermost began or went on
+        self._since = 0.0  # when the innermost stage began or was resumed
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
-        """Measure the block as ``name``, and give what this block alone took.
+        """Measure the block as stage ``name``, and yield the figures of this block alone.
 
         A stage entered twice adds its seconds and keeps its highest peak.
         """
@@ -103,19 +103,19 @@ class Meter:
             self.stages.setdefault(name, Stage()).add(own)
             if self._open:
                 self._begin()
-        # Not after an exception: the failing stage keeps its name.
+        # Not reached after an exception, so that ``current`` still names the failed stage.
         self.current = self._open[-1][0] if self._open else None
 
     def sample(self) -> None:
-        """Note the memory in use now, for the mean of the current stage; cheap, and it does not wait for the device."""
+        """Sample the memory in use, for the mean of the current stage, without waiting for the device."""
         if self._on_gpu and self._open:
             now = torch.cuda.memory_allocated(self.device), torch.cuda.memory_reserved(self.device)
             self._open[-1][1].samples.append(now)
 
     def split(self) -> int | None:
-        """The highest memory since the stage began or was last split: allocated on a device, else resident.
+        """The highest memory since the stage began or was last split, allocated on the device or resident on a CPU.
 
-        None outside of every stage.
+        None outside of stages.
         """
         if not self._open:
             return None
@@ -128,14 +128,14 @@ class Meter:
         return part.rss_peak if part.allocated_peak is None else part.allocated_peak
 
     def so_far(self) -> dict[str, Stage]:
-        """The stages so far; open stages without the time since their last interruption."""
+        """The stages so far; for open stages without the time since they were last resumed."""
         found = {name: Stage() for name in (*self.stages, *(name for name, _ in self._open))}
         for name, stage in (*self.stages.items(), *self._open):
             found[name].add(stage)
         return found
 
     def start(self) -> dict[str, int | None]:
-        """Memory in use before the trial, in bytes: its process's, and on a device what it and others hold there."""
+        """Memory in use before the trial, in bytes: of the process, and on the device by this and other processes."""
         rss = int(psutil.Process().memory_info().rss)
         if not self._on_gpu:
             return {"rss": rss, "allocated": None, "others": None}
@@ -165,7 +165,7 @@ class Meter:
 class Laps:
     """Times repeated steps without making the host wait for the device.
 
-    On a GPU the marks are events in the device's own queue, read out when ``seconds`` is called.
+    On a GPU the times are events in the queue of the device, which ``seconds`` reads.
     """
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -173,7 +173,7 @@ class Laps:
         self._clock = clock
         self._times: list[float] = []
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._left_out: list[float] = []  # of each event
+        self._left_out: list[float] = []  # seconds left out of each lap
         self._start: float = 0.0
 
     def start(self) -> None:
@@ -209,7 +209,7 @@ class Laps:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host had no memory left, as ``error`` or what it was raised from says."""
+    """Whether ``error``, or its cause, says that a device or the host ran out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     by_message = isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)) is not None
@@ -235,7 +235,7 @@ def percentile(values: list[float], percent: float) -> float | None:
 
 
 def lower_quartile(seconds: Sequence[float]) -> float:
-    """The lower quartile of repeated measurements, which other processes disturb least; one of the values."""
+    """The lower quartile of repeated measurements, which other processes disturb least; it is one of the values."""
     return sorted(seconds)[len(seconds) // 4]
 
 
@@ -267,16 +267,16 @@ def cores() -> int:
 
 
 def threads_each(workers: int) -> int | None:
-    """CPU threads of each of so many workers, which share the cores; None of one: as many as torch takes.
+    """The CPU threads of each of several workers that share the cores; None for one worker: torch's default.
 
-    ``OMP_NUM_THREADS`` stays the upper bound, as it is of torch's own number.
+    ``OMP_NUM_THREADS`` stays an upper bound, as for torch's default.
     """
     return None if workers < 2 else max(1, min(torch.get_num_threads(), cores() // workers))
 
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """So many threads in the block, as workers that share a CPU have each."""
+    """Use ``count`` CPU threads in the block; None changes nothing."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

@@ -1,9 +1,9 @@
 """The profilers of ``conf/profiler``: a few further training steps are profiled after the trial.
 
-Profiled steps are slower, so they are steps of their own: ``run(steps, after_step)`` trains that many
-optimizer steps and calls ``after_step()`` after each. Every call of it should begin with the same
-batches, so that time and work of the same steps are compared. Its parts are named by
-``torch.profiler.record_function``: forward, backward, optimizer; each may occur several times a step.
+Profiled steps are slower, so they are further steps: ``run(steps, after_step)`` trains this number of optimizer steps
+and calls ``after_step()`` after each. Every call should begin with the same batches, so that time and work of the same
+steps are compared. ``torch.profiler.record_function`` names its parts: forward, backward, optimizer; each may occur
+several times in a step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from peftsweep.observe.timeline import Facts, Timeline, memory_table, operator_t
 from peftsweep.study.record import write_json
 
 log = logging.getLogger(__name__)
-TRACE = ".pt.trace.json"  # the ending that TensorBoard's profiler plugin looks for
+TRACE = ".pt.trace.json"  # the suffix that TensorBoard's profiler plugin searches for
 
 
 # ---- the two entry points --------------------------------------------------------------------------
@@ -47,16 +47,16 @@ def operators(
     flops: bool = True,
     sizes: Sequence[int] | None = None,
 ) -> Facts:
-    """Where a training step spends its time, and how much of the device's speed it uses.
+    """Measure where a training step spends its time, and how much of the device's peak rate it uses.
 
     The same ``wait + warmup + active`` steps are run three times: under the profiler, timed without it,
     and with their floating-point operations counted; the last ``active`` of them are reported, as means
-    a step (``step_seconds`` is the median). Writes the trace (Chrome, Perfetto, TensorBoard) and
+    for one step (``step_seconds`` is the median). Writes the trace (Chrome, Perfetto, TensorBoard) and
     operators.json into ``folder``.
 
     Seconds of a range are the host's; ``*_device_seconds`` (CUDA) sum up the kernels launched in it.
-    ``utilisation`` is the achieved FLOP/s over those of the fastest square matrix product of ``sizes``
-    in the dtype that most of the work is done in.
+    ``utilisation`` is the achieved FLOP/s divided by those of the fastest square matrix product of ``sizes``
+    in the dtype of most of the work.
 
     Raises:
         InputError: the schedule has no active step, or none before it.
@@ -105,12 +105,12 @@ def memory(
     stacks: str = "python",
     gzip_trace: bool = True,
 ) -> Facts:
-    """The memory that a training step allocates, and the moment of its peak.
+    """Measure the memory that a training step allocates, and the moment of its peak.
 
-    Writes memory.json (the operators that allocate most, net and as means a step) and a trace with the
+    Writes memory.json (the operators that allocate most, net and as means for one step) and a trace with the
     memory curve; on CUDA also memory_snapshot.pickle, the allocator's last ``max_entries`` actions with
-    their ``stacks``, to be dropped onto pytorch.org/memory_viz. ``peak_bytes_above_start`` counts from
-    the start of a step, when weights and optimizer states are there already.
+    their ``stacks``, for pytorch.org/memory_viz. ``peak_bytes_above_start`` counts from the start of a step,
+    when weights and optimizer states are allocated already.
 
     Raises:
         InputError: ``steps`` is below 1.
@@ -134,17 +134,17 @@ def memory(
 
 
 def check_schedule(wait: int, warmup: int, active: int, key: str = "active") -> None:
-    """Check the numbers of steps that are left out, dropped and reported.
+    """Check the numbers of steps that are waited for, dropped and reported.
 
     Raises:
-        InputError: one is too small.
+        InputError: a number is too small.
     """
     if active < 1:
-        raise InputError(f"profiler.{key}={active}: at least 1")
+        raise InputError(f"profiler.{key}={active}: must be at least 1")
     if wait < 0 or warmup < 0 or wait + warmup < 1:
         raise InputError(
-            f"profiler.wait={wait} profiler.warmup={warmup}: none below 0, and together at least 1, "
-            "as the first step also prepares"
+            f"profiler.wait={wait} profiler.warmup={warmup}: must be at least 0, and together at least 1, "
+            "because the first step also initialises"
         )
 
 
@@ -154,7 +154,7 @@ def check_schedule(wait: int, warmup: int, active: int, key: str = "active") -> 
 def _profile(
     run: Run, folder: Path, device: torch.device, name: str, plan: Any, steps: int, compressed: bool, **options: Any
 ) -> tuple[Any, Path]:
-    """Run ``steps`` steps under the profiler: the profiler and the trace that it wrote, in place of an earlier one."""
+    """Run ``steps`` steps under the profiler; returns the profiler and its trace, which replaces an earlier one."""
     for earlier in folder.glob(f"{name}.*{TRACE}*"):
         earlier.unlink()
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
@@ -177,7 +177,7 @@ def _profile(
 def _timed(
     run: Run, device: torch.device, settle: int, active: int, clock: Callable[[], float] = time.perf_counter
 ) -> list[float]:
-    """Seconds of each of the last ``active`` steps, nothing else going on."""
+    """The seconds of each of the last ``active`` steps, without a profiler."""
     laps = Laps(device, clock)
     done = 0
 
@@ -194,7 +194,7 @@ def _timed(
 
 
 def _utilisation(counted: Counter[torch.dtype], seconds: float, device: torch.device, sizes: Sequence[int]) -> Facts:
-    """Achieved over possible FLOP/s; the share of the work by dtype says what the one ceiling hides."""
+    """Achieved FLOP/s divided by the peak; the shares of dtypes show how far the peak of one dtype applies."""
     floating = Counter({dtype: n for dtype, n in counted.items() if dtype.is_floating_point})
     if not floating:
         return {}
@@ -218,7 +218,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _snapshot(run: Run, file: Path, device: torch.device, steps: int, max_entries: int, stacks: str) -> Facts:
-    """Record the allocator during ``steps`` steps; recording ends whatever happens."""
+    """Record the allocator during ``steps`` steps; recording ends also after an error."""
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     torch.cuda.memory._record_memory_history(max_entries=max_entries, stacks=stacks, device=device)

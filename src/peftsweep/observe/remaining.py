@@ -1,17 +1,17 @@
-"""The time that is left, of a trial and of a sweep: what was expected, corrected by what has happened. No torch."""
+"""The remaining time of a trial and of a sweep: the expected time, corrected by the time so far. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-ORDER = ("load", "train", "evaluate", "save")  # kinds of a trial's seconds, as they come
-KIND_OF_STAGE = {  # of the stages that a trial reports
+ORDER = ("load", "train", "evaluate", "save")  # kinds of work of a trial, in their order
+KIND_OF_STAGE = {  # the stages that a trial reports
     **dict.fromkeys(("setup", "load", "data", "attach"), "load"),
     **dict.fromkeys(("train", "validate", "checkpoint", "compile", "warm", "probe"), "train"),
     **dict.fromkeys(("baseline", "eval", "scales", "inference", "profile"), "evaluate"),
     **dict.fromkeys(("save", "reload", "merge"), "save"),
 }
-ENOUGH_STEPS = 5  # after which a trial's own steps say more than what was expected
+ENOUGH_STEPS = 5  # after so many steps the trial's own times weigh as much as the expected ones
 
 
 def remaining(
@@ -22,11 +22,11 @@ def remaining(
     steps: int | None = None,
     step_seconds: float | None = None,
 ) -> float | None:
-    """The seconds that a trial has left; None if they cannot be estimated.
+    """The remaining seconds of a trial; None if they cannot be estimated.
 
-    ``expected`` are its seconds by kind (``load``, ``train``, ``evaluate``, ``save``), ``in_stage`` those since its
-    ``stage`` began, ``step_seconds`` the sum of its steps so far. Its own steps correct what was expected: the more
-    of them there are, the more they count.
+    ``expected`` are its seconds by kind (``load``, ``train``, ``evaluate``, ``save``), ``in_stage`` the seconds since
+    its ``stage`` began, ``step_seconds`` the sum of its steps so far. Its own steps correct the expected seconds: the
+    more steps, the larger their weight.
     """
     known = {kind: seconds for kind, seconds in (expected or {}).items() if seconds is not None}
     now = KIND_OF_STAGE.get(stage, "load")
@@ -52,9 +52,9 @@ def _training(expected: float | None, step: int, steps: int | None, taken: float
 
 
 def remaining_of_sweep(running: Sequence[float | None], waiting: Sequence[float | None], workers: int) -> float | None:
-    """The seconds until a sweep is done: ``running`` trials have so much left, ``waiting`` ones will take so much.
+    """The seconds until a sweep is done, from the remaining seconds of running trials and the seconds of waiting ones.
 
-    A trial of which nothing is known counts as the mean of the others; None where nothing is known of any.
+    A trial with None counts as the mean of the others; the result is None if all are None.
     """
     known = [seconds for seconds in (*running, *waiting) if seconds is not None]
     if not known:

@@ -1,6 +1,6 @@
-"""Standard streams that are closed, lack characters, or whose reader goes away: none of it ends a command.
+"""Keep a command running if a standard stream is closed, lacks characters, or loses its reader.
 
-And lines of how far a long work has come, which a file and a pipe get as a terminal does.
+Also progress lines for long work, in terminals, files and pipes alike.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
-EVERY_SECONDS = 2.0  # between two lines of a progress
-FEW_LINES = 20  # items; no progress is shown of fewer
+EVERY_SECONDS = 2.0  # seconds between two progress lines
+FEW_LINES = 20  # progress is shown only for more items than this
 
 IN_ASCII = {"\N{MINUS SIGN}": "-", "\N{PLUS-MINUS SIGN}": "+/-", "\N{EN DASH}": "-", "\N{HORIZONTAL ELLIPSIS}": "..."}
 
 
 def _in_ascii(error: UnicodeError) -> tuple[str, int]:
-    """An error handler of ``codecs``: characters that an encoding lacks as signs that it has, or as their numbers."""
+    """An error handler of ``codecs``: replace characters that an encoding lacks by others, or by their numbers."""
     assert isinstance(error, UnicodeEncodeError)
     lacking = error.object[error.start : error.end]
     return "".join(IN_ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in lacking), error.end
@@ -34,7 +34,7 @@ codecs.register_error("peftsweep.ascii", _in_ascii)
 
 
 class _Lasting(io.FileIO):
-    """A descriptor to write to. What can no longer be written, as after ``| head -1``, is dropped from then on."""
+    """A descriptor to write to. After an error, as after ``| head -1``, all further output is dropped."""
 
     def write(self, content: Any, /) -> int:
         try:
@@ -47,10 +47,10 @@ class _Lasting(io.FileIO):
 
 
 def settle() -> None:
-    """Have standard output and error take whatever is written to them. To be called when a command begins.
+    """Make standard output and error accept all output. Call it when a command begins.
 
-    A closed descriptor is opened on nothing: the next file that is opened would else have its number, and be written
-    to by whatever prints. Streams that somebody has put in place of Python's own, such as a notebook, are left alone.
+    A closed descriptor is opened on the null device; otherwise the next opened file would get its number, and prints
+    would write to it. Streams that replace Python's own, as in a notebook, are left alone.
     """
     for number in (0, 1, 2):
         _open(number)
@@ -85,9 +85,10 @@ def _lasting(stream: io.TextIOWrapper | None, number: int) -> io.TextIOWrapper:
 
 
 def progress(items: Iterable[Item], done: str, total: int, *, quiet: bool) -> Iterator[Item]:
-    """``items``, with a line now and then of how many of ``total`` are done: ``checked 120 of 2,000 points``.
+    """``items``, with a progress line from time to time: ``checked 120 of 2,000 points``.
 
-    ``done`` is its text, with a place for the number. The first line comes after a second; of few items there is none.
+    ``done`` is the text of the line, with a place for the numbers. The first line comes after a second; for few items
+    there is none.
     """
     last = time.monotonic() - EVERY_SECONDS / 2
     for number, item in enumerate(items):
@@ -99,7 +100,7 @@ def progress(items: Iterable[Item], done: str, total: int, *, quiet: bool) -> It
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """Without warnings and log lines, which come again, and go to the trial's log, when it runs."""
+    """Suppress warnings and log lines in the body: they occur again, in the trial's log, when the trial runs."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         before = logging.root.manager.disable
@@ -107,4 +108,4 @@ def without_warnings() -> Iterator[None]:
         try:
             yield
         finally:
-            logging.disable(before)  # as it was: one of these may stand inside another
+            logging.disable(before)  # restore it: these contexts may be nested

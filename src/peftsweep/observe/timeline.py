@@ -1,4 +1,4 @@
-"""torch's trace as a timeline: which part of a step a kernel belongs to, how busy the device was."""
+"""Read torch's trace as a timeline: the part of a step that each kernel belongs to, and how busy the device was."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch._C._autograd import DeviceType
 
 RANGES = ("forward", "backward", "optimizer")
 STEP = "ProfilerStep#"
-LAUNCHES = ("cuda_runtime", "cuda_driver")  # categories of a trace
+LAUNCHES = ("cuda_runtime", "cuda_driver")  # categories of events that launch kernels
 DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 WAITS = re.compile(r"(cuda|hip)(Stream|Device|Event)Synchronize|(cuda|hip)Memcpy(_v\d+)?")  # calls that stop the host
 Facts = dict[str, Any]
@@ -47,19 +47,19 @@ class Span:
 
 @dataclass(frozen=True)
 class Timeline:
-    """The profiled steps as the trace shows them."""
+    """The profiled steps of a trace."""
 
     steps: list[Span]
-    ranges: list[Span]  # in order, none within another
-    work: list[tuple[str, Span]]  # of the device, with the range that launched it
-    calls: Counter[str]  # of operators and of the CUDA runtime
+    ranges: list[Span]  # in order, not nested
+    work: list[tuple[str, Span]]  # work of the device, with the range that launched it
+    calls: Counter[str]  # calls of operators and of the CUDA runtime
 
     @classmethod
     def of(cls, events: list[Event], active: int) -> Timeline:
         """Read a trace that must hold ``active`` steps.
 
-        A kernel belongs to the range during which it was launched: the device is behind the host, and a
-        backward pass is launched by a thread of autograd's, so neither its time nor its thread tells.
+        A kernel belongs to the range in which it was launched. Its own time is later, because the device runs behind
+        the host, and its thread may be one of autograd's.
 
         Raises:
             RuntimeError: there are more or fewer steps.

@@ -1,7 +1,7 @@
-"""Sends a running trial's numbers to an outside tool, through accelerate's trackers.
+"""Send a running trial's numbers to an external tool, through accelerate's trackers.
 
-A tracker is opt-in and no part of a trial's identity: nothing is read back from it, and what goes wrong
-with it never reaches the trial. What it writes lies in the study's folder, under ``tracker/``.
+A tracker is optional and not part of a trial's identity: nothing is read back from it, and its errors never reach the
+trial. Its files lie in the study's folder, under ``tracker/``.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ log = logging.getLogger(__name__)
 
 
 class Tracker(Observer):
-    """Sends the progress of a trial to ``observer`` and, where there is one, to a tool.
+    """Sends the progress of a trial to ``observer`` and, if there is one, to a tool.
 
-    The tool is dropped, with one warning in the log, at the first exception it raises.
+    At its first exception the tool is dropped, with one warning in the log.
     """
 
     def __init__(self, observer: Observer) -> None:
@@ -54,7 +54,7 @@ class Tracker(Observer):
         self._tell(lambda tool: tool.log(_numbers(row), step=row["step"]))
 
     def expects(self, seconds: Mapping[str, float]) -> None:
-        """So many seconds the trial's work was predicted to take, by kind."""
+        """The predicted seconds of the trial's work, by kind."""
         self._observer.expects(seconds)
 
     def end(self, metrics: Mapping[str, Any], status: str) -> None:
@@ -74,16 +74,16 @@ class Tracker(Observer):
             self._try(lambda: action(tool))
 
     def _try(self, action: Callable[[], None]) -> None:
-        printed = io.StringIO()  # some tools print, which would tear the display
+        printed = io.StringIO()  # some tools print, which would disturb the display
         try:
             with redirect_stdout(printed), redirect_stderr(printed):
                 action()
-        except Exception as error:  # whatever the tool raises
+        except Exception as error:  # a tool may raise anything
             log.warning("the tracker is dropped, the trial goes on: %s: %s", type(error).__name__, error)
             tool, self._tool = self._tool, None
             with suppress(Exception):
                 if tool is not None:
-                    _finish(tool)  # a run left open would be in the way of the next trial's
+                    _finish(tool)  # an open run would disturb that of the next trial
         if text := printed.getvalue().strip():
             log.info("%s", text)
 
@@ -101,7 +101,7 @@ def check(target: str) -> None:
         raise InputError(f"tracker={name}: needs the package {name}; pip install 'peftsweep[{name}]'")
 
 
-# ---- what conf/tracker names -----------------------------------------------------------------------
+# ---- the tools of conf/tracker ---------------------------------------------------------------------
 
 
 def tensorboard(*, folder: Path, name: str, study: str) -> GeneralTracker:
@@ -127,7 +127,7 @@ def mlflow(*, folder: Path, name: str, study: str, tracking_uri: str | None = No
     package = import_module("mlflow")
     package.set_tracking_uri(tracking_uri or f"sqlite:///{(folder / 'mlflow.db').resolve()}")
     artifacts = (folder / "mlflow").resolve().as_uri() if tracking_uri is None else None
-    # The first call makes the database's tables, which two workers must not do at once.
+    # The first call creates the database's tables, which two workers must not do at the same time.
     with FileLock(folder / "mlflow.lock"), suppress(package.MlflowException):  # the study has its experiment
         package.create_experiment(study, artifact_location=artifacts)
     return MLflowTracker(experiment_name=study, run_name=name)
@@ -147,7 +147,7 @@ def trackio(*, folder: Path, name: str, study: str, space: str | None = None) ->
     return TrackioTracker(study, name=name, space_id=space, embed=False, auto_log_gpu=False, auto_log_cpu=False)
 
 
-# ---- their parts -----------------------------------------------------------------------------------
+# ---- helpers ---------------------------------------------------------------------------------------
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
@@ -157,29 +157,29 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _simple(config: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
-    """Values of the types that every tool takes; None and lists as text."""
+    """Values of types that every tool accepts; None and lists as text."""
     return {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in config.items()}
 
 
 def _tell_status(tool: GeneralTracker, status: str, step: int) -> None:
-    if tool.name == "mlflow":  # which takes words as tags only
+    if tool.name == "mlflow":  # mlflow accepts text only as a tag
         import_module("mlflow").set_tag("status", status)
     else:
         tool.log({"status": status}, step=step)
 
 
 def _finish(tool: GeneralTracker) -> None:
-    if tool.name == "trackio":  # forgets the run with this one only; else it is finished again as the process ends
+    if tool.name == "trackio":  # otherwise trackio finishes the run again when the process ends
         import_module("trackio").finish()
     else:
         tool.finish()
 
 
 def _process_state() -> None:
-    """Make the process state that accelerate's trackers need, unless there is one.
+    """Create the process state that accelerate's trackers need, unless there is one.
 
-    It is that of one process on the CPU, so that no device is touched, and is made without the environment,
-    where a launcher's variables (LOCAL_RANK, WORLD_SIZE) would have it wait for other processes.
+    It is that of one process on the CPU, so that no device is used. It is created without the environment, because with
+    a launcher's variables (LOCAL_RANK, WORLD_SIZE) it would wait for other processes.
     """
     if not PartialState._shared_state:
         with clear_environment():

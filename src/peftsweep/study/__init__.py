@@ -1,3 +1,3 @@
-"""What lies on the disk? Records, the folder of a study, the names in it."""
+"""What lies on the disk? Records, the folder of a study and its files."""
 
 __all__ = ["atomic", "claims", "owner", "reading", "record", "rungs", "scores", "store", "sweep_record", "trust"]

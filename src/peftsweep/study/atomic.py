@@ -12,18 +12,23 @@ from pathlib import Path
 
 from peftsweep.study import owner
 
-PARTIAL = ".partial"  # how the names end that files have while they are written
+PARTIAL = ".partial"  # the suffix of files while they are written
 ABANDONED_SECONDS = 3600.0  # seconds without a change after which a temporary file counts as abandoned
 
-TRANSIENT = (errno.EIO, errno.ESTALE, errno.EBUSY, errno.ENOLCK)  # which a network's disk may get over
+TRANSIENT = (
+    errno.EIO,
+    errno.ESTALE,
+    errno.EBUSY,
+    errno.ENOLCK,
+)  # errors of a network file system that may be temporary
 PAUSES = (0.1, 1.0)  # seconds before another try
 
 
 def write_text(file: Path, text: str) -> None:
-    """Replace ``file``; it is on the disk when this returns.
+    """Replace ``file``; the content is on the disk when this returns.
 
     Raises:
-        OSError: it cannot be written, after ``TRANSIENT`` errors not at the third try either.
+        OSError: it cannot be written, or a ``TRANSIENT`` error occurs three times.
     """
 
     def write() -> None:
@@ -37,7 +42,7 @@ def persistently(write: Callable[[], None]) -> None:
     """Call ``write``, and call it again after an error that may be temporary.
 
     Raises:
-        OSError: after one of ``TRANSIENT`` at the third try, after any other at the first.
+        OSError: an error of ``TRANSIENT`` at the third try, any other at the first.
     """
     for pause in (*PAUSES, None):
         try:
@@ -50,10 +55,10 @@ def persistently(write: Callable[[], None]) -> None:
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A name of this writer's own, in the folder of ``file``, that becomes ``file`` at the end.
+    """A temporary file in the folder of ``file``, which replaces ``file`` at the end.
 
-    The content is on the disk before it has the name. After an error neither is changed. Who may read the file is for
-    the user's umask.
+    The content is on the disk before it gets the name. After an error ``file`` is unchanged. The user's umask decides
+    the permissions.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name[:100]}.{owner.tag()}.{uuid.uuid4().hex[:8]}{PARTIAL}")
@@ -67,10 +72,10 @@ def replacing(file: Path) -> Iterator[Path]:
 
 
 def remove_partials(folder: Path, *, own: bool = False) -> None:
-    """Delete below ``folder`` what writers that were killed have left.
+    """Delete the temporary files below ``folder`` that killed writers have left.
 
-    If it is this process's ``own`` that is all, else what processes have left that have ended; of those that cannot be
-    seen from here, what has not changed for ``ABANDONED_SECONDS`` seconds.
+    With ``own``, the folder belongs to this process and all of them are deleted. Otherwise those of processes that have
+    ended; of processes that cannot be seen from here, files unchanged for ``ABANDONED_SECONDS`` seconds.
     """
     for file in folder.rglob(f".*{PARTIAL}"):
         with suppress(OSError, IndexError):
@@ -80,16 +85,16 @@ def remove_partials(folder: Path, *, own: bool = False) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Have all that is in a folder on the disk when this returns."""
+    """Write all files of a folder to the disk before this returns."""
     for path in (*folder.rglob("*"), folder):
         if path.is_file() or path.is_dir():
             sync(path)
 
 
 def make_way(path: Path, *, folder: bool = False) -> None:
-    """Set aside what stands where a file of ours, or a ``folder``, is to be and is none, such as a link to itself.
+    """Move away whatever has the name of a file, or of a ``folder``, that is to be written, but is not one.
 
-    It is renamed and not deleted, as it may be the user's; of a link nothing is lost.
+    It is renamed and not deleted, because it may be the user's; a broken link is deleted.
     """
     if not os.path.lexists(path) or (path.is_dir() if folder else path.is_file()):
         return
@@ -100,7 +105,7 @@ def make_way(path: Path, *, folder: bool = False) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the content of a file, or the names in a folder, on the disk when this returns."""
+    """Write the content of a file, or the names in a folder, to the disk before this returns."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""What makes a trial's scores say less than they seem to, each as a line with its count."""
+"""Warnings about a trial's scores, each as one line with its count."""
 
 from __future__ import annotations
 
@@ -6,30 +6,28 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-LEAST_VALID = 0.5  # share of answers that can be read, below which a score means little
-# Counts of rows among the facts of a training or an evaluation, and what has happened to them.
+LEAST_VALID = 0.5  # a score means little if a smaller share of the answers can be read
+# Counts of rows in the figures of a training or an evaluation, and the sentence about these rows.
 CUT = {
     "truncated_prompts": "lost a part of the prompt, which is longer than max_length leaves room for",
     "truncated_answers": "lost the end of the answer, which is longer than max_length leaves room for",
-    "long_references": "have a reference answer of more tokens than max_new_tokens, which cannot be written in full",
+    "long_references": "have a reference answer of more tokens than max_new_tokens, so it is never generated in full",
     "empty_texts": "got an empty text",
     "cut_texts": "got a text that max_new_tokens cut off",
-    "unread_references": "have a reference without any of a to z and 0 to 9, all that ROUGE reads: take eval=chrf",
+    "unread_references": "have a reference without a to z and 0 to 9, which are all that ROUGE reads: use eval=chrf",
 }
 
 
 def cautions(
     train_info: Mapping[str, Any], eval_info: Mapping[str, Mapping[str, Any]], generation_info: Mapping[str, Any]
 ) -> list[str]:
-    """The lines that a record's sections give cause to; none where nothing is the matter."""
+    """The warnings for the sections of a record; an empty list if there are none."""
     lines = list(_cut("training", train_info, train_info.get("training_rows")))
     for name, facts in eval_info.items():
         lines += _evaluation_cautions(name, facts)
     for name, facts in generation_info.items():
         if isinstance(facts, Mapping) and facts.get("cut_prompts"):
-            lines.append(
-                f"inference {name}: {facts['cut_prompts']} prompts lost their beginning, to fit into the model"
-            )
+            lines.append(f"inference {name}: {facts['cut_prompts']} prompts lost their beginning to fit the model")
     return lines
 
 
@@ -43,7 +41,7 @@ def _evaluation_cautions(name: str, facts: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}: no answer could be read in {unread} of {score['n']} texts ({metric} {score['value']:.3f})"
     for flag, constant in facts.items():
         if constant is True and flag.endswith("degenerate") and not flag.startswith("base_"):
-            yield f"{name}: {_constant(flag.removesuffix('degenerate'), facts)}, whatever was asked"
+            yield f"{name}: {_constant(flag.removesuffix('degenerate'), facts)} for different prompts"
     if (worse := _worse_than_base(facts)) is not None:
         yield f"{name}: {worse}; the steps may be too large: lower train.learning_rate"
     if seen := facts.get("seen_in_training"):
@@ -51,7 +49,7 @@ def _evaluation_cautions(name: str, facts: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _worse_than_base(facts: Mapping[str, Any]) -> str | None:
-    """Whether training has raised the perplexity, by more than twice the standard error of the difference."""
+    """A sentence if training has raised the perplexity by more than twice the standard error of the difference."""
     after, before = facts.get("perplexity"), facts.get("base_perplexity")
     if not isinstance(after, Mapping) or not isinstance(before, Mapping) or None in (after["value"], before["value"]):
         return None
@@ -61,7 +59,7 @@ def _worse_than_base(facts: Mapping[str, Any]) -> str | None:
 
 
 def _constant(way: str, facts: Mapping[str, Any]) -> str:
-    """Which answer was given how often, by one way of judging."""
+    """The most frequent answer and its count, for one way of scoring."""
     histogram = facts.get(f"{way}histogram") or {"": 0}
     answer, times = max(histogram.items(), key=lambda entry: entry[1])
     how = f" by {way.strip('_').replace('_', ' ')}" if way else ""

@@ -1,4 +1,4 @@
-"""Who runs a trial: claims with a heartbeat, that hold between processes, containers and machines."""
+"""Claims of trials, with a heartbeat: which process runs a trial, across processes, containers and machines."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from peftsweep.study.record import (
 )
 from peftsweep.study.store import trial_folder
 
-HEARTBEAT_SECONDS = 15.0  # seconds between two signs of life of a running trial
-LEASE_SECONDS = 120.0  # seconds of silence after which a trial of another machine is taken for dead
-LOCK = 30.0  # seconds to wait for the lock of the claims, which is held for milliseconds
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a disk that has none
-SETTLE_SECONDS = 0.5  # seconds in which others may write the same claim, where there are no locks
+HEARTBEAT_SECONDS = 15.0  # seconds between two heartbeats of a running trial
+LEASE_SECONDS = 120.0  # seconds without a heartbeat after which a process on another machine counts as dead
+LOCK = 30.0  # the longest wait in seconds for the lock of the claims, which is held for milliseconds
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # errors of a disk without locks
+SETTLE_SECONDS = 0.5  # without locks, seconds to wait for other processes that write the same claim
 
 
 class Claimed(Exception):
@@ -35,18 +35,18 @@ class Claimed(Exception):
 
 
 class Claim(Enum):
-    """How a trial is claimed."""
+    """The state of a claim."""
 
-    held = auto()  # by a process that is alive, or may be
-    left = auto()  # by one that died
+    held = auto()  # its process is alive, or may be
+    left = auto()  # its process has died
 
 
-_tokens: dict[str, str] = {}  # of the trials that this process holds, by identity
-_watched: dict[Path, tuple[tuple[int, int], float]] = {}  # claims of others: as they were seen, and since when
+_tokens: dict[str, str] = {}  # tokens of the trials that this process holds, by identity
+_watched: dict[Path, tuple[tuple[int, int], float]] = {}  # claims of others: their last state, and when it was seen
 
 
 def claimed(study: Path, identity: str) -> Claim | None:
-    """Whether the trial is claimed by a process; None where it is by none."""
+    """The state of the trial's claim; None if there is none."""
     file = _claim(study, identity)
     if not file.exists():
         return None
@@ -55,13 +55,13 @@ def claimed(study: Path, identity: str) -> Claim | None:
 
 @contextmanager
 def claim(study: Path, identity: str) -> Iterator[None]:
-    """Hold the trial for this process during the block, so that no other one of any sweep runs it too.
+    """Claim the trial for this process during the block, so that no process of another sweep runs it too.
 
-    A claim ends with its process: that of a dead one of this machine is taken at once, one that is silent and whose
-    process cannot be seen from here (of another machine or container) after ``LEASE_SECONDS`` seconds.
+    A claim ends with its process. The claim of a dead process on this machine is taken at once; that of a process that
+    cannot be seen from here (on another machine or in a container) after ``LEASE_SECONDS`` seconds without a heartbeat.
 
     Raises:
-        Claimed: another process that is alive, or may be, holds it; it says which.
+        Claimed: another process that is alive, or may be, holds the claim; the message names it.
     """
     file, token = _claim(study, identity), uuid.uuid4().hex
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def claim(study: Path, identity: str) -> Iterator[None]:
         if holder := _holder(file):
             raise Claimed(holder)
         write_json(file, owner.me() | {"token": token})
-    if not _is_mine(file, token):  # there are no locks here, and another wrote at the same moment
+    if not _is_mine(file, token):  # without locks, another process wrote at the same moment
         raise Claimed("another process has just taken it")
     _tokens[identity] = token
     over = threading.Event()
@@ -82,23 +82,23 @@ def claim(study: Path, identity: str) -> Iterator[None]:
         pulse.join()
         _tokens.pop(identity, None)
         with suppress(OSError):
-            if _is_mine(file, token):  # else it lapsed, and is another's now
+            if _is_mine(file, token):  # else it expired, and another process has it now
                 file.unlink()
 
 
 def check_claim(study: Path, identity: str) -> None:
-    """To be called before something of a trial is written, by a process that claimed it.
+    """Check the claim of this process before it writes files of a trial.
 
     Raises:
-        Claimed: the claim lapsed while this process stood still, and the trial is another's.
+        Claimed: the claim expired while this process was suspended, and another process has the trial.
     """
     token = _tokens.get(identity)
     if token and not _is_mine(_claim(study, identity), token):
-        raise Claimed("another process has taken it, as this one was silent for too long")
+        raise Claimed("another process has taken it, because this one sent no heartbeat for too long")
 
 
 def running(study: Path) -> list[str]:
-    """What runs now: the trial's folder, the machine and the process that hold it."""
+    """The running trials: the folder of each, with the machine and process that run it."""
     found = []
     for file in sorted((study / ".claims").glob("*.json")):
         if _holder(file):
@@ -110,7 +110,7 @@ def running(study: Path) -> list[str]:
 
 
 def cut_off(study: Path) -> list[Path]:
-    """The folders of trials that began, left no record and do not run."""
+    """The folders of trials that were started, have no record and are not running."""
     begun = [file.parents[1] for file in study.glob("*/.hydra/config.yaml")]
     claims = study / ".claims"
     held = {file.stem for file in claims.glob("*.json") if _holder(file)}
@@ -124,7 +124,7 @@ def _claim(study: Path, identity: str) -> Path:
 
 @contextmanager
 def _deciding(file: Path) -> Iterator[None]:
-    """Have no other process decide in the block whose the trial is; without locks the last to write wins."""
+    """Lock out other processes while this one decides who gets the trial; without locks the last writer gets it."""
     lock = FileLock(file.with_name(".lock"), timeout=LOCK)
     try:
         lock.acquire()
@@ -141,7 +141,7 @@ def _deciding(file: Path) -> Iterator[None]:
 
 
 def _is_mine(file: Path, token: str) -> bool:
-    """Whether the claim is that of the process that wrote ``token`` into it."""
+    """Whether the claim still holds ``token``, which this process wrote."""
     try:
         return bool(read_json(file)["token"] == token)
     except (FileNotFoundError, NotADirectoryError, KeyError, TypeError):
@@ -158,7 +158,7 @@ def _holder(file: Path) -> str | None:
         text = f"run by process {holder['pid']} on {holder['host']}"
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    except OSError:  # such as of another user's; how old it is can be seen all the same
+    except OSError:  # for instance the file of another user; its age can still be read
         holder, alive, text = {}, None, "run by another process"
     if alive is not None:
         return text if alive else None
@@ -169,15 +169,15 @@ def _holder(file: Path) -> str | None:
     if left <= 0:
         return None
     dated = f", dated {-age:,.0f} s ahead of this disk's clock" if age < -1 else ""
-    return f"{text}{dated}; without a sign of life from there it is taken over in {left:.0f} s"
+    return f"{text}{dated}; it is taken over in {left:.0f} s if no heartbeat comes"
 
 
 def _silence_left(file: Path, holder: dict[str, Any]) -> tuple[float, float]:
-    """The seconds until a claim whose process cannot be seen lapses, and its age by the disk's clock.
+    """The seconds until a claim whose process cannot be seen expires, and its age by the clock of the disk.
 
-    A claim that is old lapses at once, unless one clock, which may have been set, is that of both processes. Any lapses
-    that does not change while this process watches it, whatever its date. One that lapsed is dated back, so that every
-    other process sees it.
+    An old claim expires at once, unless both processes share one clock, which may have been changed. A claim that does
+    not change while this process watches it expires too, whatever its date. An expired claim gets the time 0, so that
+    every other process sees it.
     """
     stat, now = file.stat(), time.monotonic()
     state, where = (stat.st_mtime_ns, stat.st_ino), file.absolute()
@@ -195,12 +195,12 @@ def _silence_left(file: Path, holder: dict[str, Any]) -> tuple[float, float]:
 
 
 def _now(file: Path) -> float:
-    """The time by the clock of the file system, which several machines share."""
+    """The time by the clock of the file system, which all machines share."""
     mark = file.with_name(".now")
     try:
         mark.touch()
         return mark.stat().st_mtime
-    except OSError:  # a study that may only be read
+    except OSError:  # a read-only study
         return time.time()
 
 

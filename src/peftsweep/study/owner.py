@@ -1,7 +1,7 @@
-"""Which process something on a shared disk belongs to, and whether that process still runs.
+"""The owner of a file on a shared disk: a process, and whether it still runs.
 
-A process number means something in one PID namespace of one boot of one kernel: two containers may have the same host
-name and the same numbers. When a process began is counted from the boot, as the clock on the wall may be set.
+A process number is unique only within one PID namespace of one boot of a kernel: two containers may have the same host
+name and the same numbers. The start of a process is counted from the boot, because the wall clock may be changed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import psutil
 
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 NAMESPACE = Path("/proc/self/ns/pid")
-MACHINE = ("host", "boot", "namespace")  # in which a process number means one process
+MACHINE = ("host", "boot", "namespace")  # together with these a process number is unique
 
 
 def host() -> str:
@@ -29,14 +29,14 @@ def host() -> str:
 
 
 def me() -> dict[str, Any]:
-    """What tells this process from all others, as JSON can hold it."""
+    """The identification of this process, as plain values for JSON."""
     return _machine() | {"pid": os.getpid(), "started": started(os.getpid())}
 
 
 def started(pid: int) -> float | None:
-    """When the process of this number began, in the system's own count; None where there is none, or a zombie."""
+    """The start of a process in the system's own units; None if it does not exist or is a zombie."""
     try:
-        # The name, in brackets, may hold anything. After it: the state, and as 20th the ticks from the boot on.
+        # The name, in brackets, may hold any character. After it come the state and, as 20th, the ticks since the boot.
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
         return None if fields[0] in "ZX" else float(fields[19])
     except OSError:
@@ -49,7 +49,7 @@ def started(pid: int) -> float | None:
 
 
 def alive(owner: Mapping[str, Any]) -> bool | None:
-    """Whether the process of which ``me`` was written runs; None where that cannot be seen from here.
+    """Whether the process ``owner``, as written by ``me``, still runs; None if that cannot be seen from here.
 
     Raises:
         KeyError, TypeError: ``me`` did not write it.
@@ -64,17 +64,17 @@ def alive(owner: Mapping[str, Any]) -> bool | None:
 
 
 def same_kernel(owner: Mapping[str, Any]) -> bool:
-    """Whether it is a process of the same kernel, perhaps in another container, so that one clock is set for both."""
+    """Whether it is a process of the same kernel, perhaps in another container, so both have the same clock."""
     return bool(owner.get("boot")) and owner.get("boot") == _machine()["boot"]
 
 
 def tag() -> str:
-    """A word for the names of files that are this process's own, by which ``gone`` recognises them."""
+    """A word for the names of files of this process, by which ``gone`` recognises them."""
     return f"{os.getpid()}-{started(os.getpid()) or 0:.0f}-{_machine_tag()}"
 
 
 def gone(tag: str) -> bool | None:
-    """Whether the process whose ``tag`` it is has ended; None where that cannot be seen from here."""
+    """Whether the process with this ``tag`` has ended; None if that cannot be seen from here."""
     pid, begun, machine = [*tag.split("-"), "", "", ""][:3]
     if machine != _machine_tag() or not pid.isdecimal():
         return None
@@ -102,4 +102,4 @@ def _alive_by_clock(owner: Mapping[str, Any]) -> bool:
 
 
 def left_to_parent(number: int, frame: FrameType | None) -> None:
-    """What a worker does on signals that the command hears too: the command interrupts the trial, once."""
+    """A signal handler for workers: do nothing, as the command gets the signal too and interrupts the trial once."""

@@ -1,6 +1,6 @@
-"""Reading the files that this project writes. A file of a study may be damaged, edited or of another origin.
+"""Read the files that peftsweep writes. A file of a study may be damaged, edited or written by another program.
 
-Every reader here gives what the file holds, checked against a shape, or raises one line that names the file.
+Every reader returns the content, checked against a shape, or raises an error of one line that names the file.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ import yaml
 
 from peftsweep.errors import first_line, printable
 
-LARGEST = 256 * 2**20  # bytes of a JSON file
-LONGEST = 32 * 2**20  # bytes of a line of a .jsonl file
-DEEPEST = 60  # objects and lists in one another
+LARGEST = 256 * 2**20  # the most bytes of a JSON file
+LONGEST = 32 * 2**20  # the most bytes of a line of a .jsonl file
+DEEPEST = 60  # the most nested objects and lists
 Found = TypeVar("Found")
-HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # of a pair in UTF-16, where it is alone
+HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # half of a surrogate pair in UTF-16
 
 # A shape is a type or a tuple of them, a frozenset of words, [shape] for a list, a mapping of keys to shapes, or a
-# function of a value and its key that says what is wrong. A key that ends in ? may be missing; * stands for all keys
-# that are not named.
+# function of a value and its key that returns what is wrong. A key that ends in ? may be missing; * stands for all keys
+# that are not listed.
 Shape = Any
 Check = Callable[[Any, str], str | None]
 NUMBER = (int, float, type(None))
@@ -37,32 +37,32 @@ KINDS = {dict: "an object", list: "a list", str: "a text", int: "an integer", fl
 
 
 class Unreadable(ValueError):
-    """A file that cannot be used: the line names it and says what is wrong."""
+    """A file that cannot be used; the message names it and says what is wrong."""
 
 
 def read_bytes(file: Path, most: int = LARGEST) -> bytes:
     """The content of a plain file.
 
     Raises:
-        Unreadable: there is none, it is something else than a file, larger than ``most`` bytes, or may not be read.
+        Unreadable: it does not exist, is not a file, is larger than ``most`` bytes, or must not be read.
     """
     with opened(file) as stream:
         if (size := os.fstat(stream.fileno()).st_size) > most:
-            raise Unreadable(f"{file}: {size:,} bytes; such a file has at most {most:,}")
+            raise Unreadable(f"{file}: {size:,} bytes; must be at most {most:,}")
         return stream.read()
 
 
 @contextmanager
 def opened(file: Path) -> Iterator[BinaryIO]:
-    """A plain file, to be read in the block.
+    """Open a plain file for reading in the block.
 
     Raises:
-        Unreadable: it is none, or an error of the system ends the block.
+        Unreadable: it is not a plain file, or an error of the system ends the block.
     """
     try:
         mode = file.stat().st_mode
         if not stat.S_ISREG(mode):  # reading a pipe or a device would never end
-            raise Unreadable(f"{file}: {'a folder' if stat.S_ISDIR(mode) else 'no plain file'}")
+            raise Unreadable(f"{file}: {'a folder' if stat.S_ISDIR(mode) else 'not a plain file'}")
         with file.open("rb") as stream:
             yield stream
     except OSError as error:
@@ -73,16 +73,16 @@ def read_text(file: Path) -> str:
     """A text file in UTF-8, with or without a byte order mark.
 
     Raises:
-        Unreadable: it cannot be read, or holds other bytes.
+        Unreadable: it cannot be read, or is not UTF-8.
     """
     return _decoded(file, read_bytes(file))
 
 
 def read_json(file: Path, shape: Shape = object, *, foreign: bool = False) -> Any:
-    """What ``record.write_json`` wrote, or a ``foreign`` program, whose NaN and infinity are read as null.
+    """Read a JSON file of ``record.write_json``, or of a ``foreign`` program, whose NaN and infinity become null.
 
     Raises:
-        Unreadable: it cannot be read, is no JSON, or has another shape.
+        Unreadable: it cannot be read, is not JSON, or has another shape.
     """
     content = _parsed(str(file), read_text(file), foreign=foreign)
     check(content, shape, str(file))
@@ -93,24 +93,24 @@ def read_yaml(file: Path, shape: Shape = object) -> Any:
     """The plain values of a YAML file.
 
     Raises:
-        Unreadable: it cannot be read, is no YAML, or has another shape.
+        Unreadable: it cannot be read, is not YAML, or has another shape.
     """
     text = read_text(file)
     try:
         content = yaml.load(text, yaml.CSafeLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise Unreadable(f"{file}: no YAML: {first_line(error)}") from None
+        raise Unreadable(f"{file}: not YAML: {first_line(error)}") from None
     check(content, shape, str(file))
     return content
 
 
 def read_lines(file: Path, shape: Shape = object, *, whole: bool = True) -> list[dict[str, Any]]:
-    """The rows of a .jsonl file, none if there is none.
+    """The rows of a .jsonl file; empty if there is no such file.
 
-    Unless it must be ``whole``, a last line without its end is left out: a writer was killed, or writes it now.
+    With ``whole`` false, an incomplete last line is left out: its writer was killed, or is still writing.
 
     Raises:
-        Unreadable: it cannot be read, or a line of it is no JSON object or has another shape.
+        Unreadable: it cannot be read, or a line is not a JSON object or has another shape.
     """
     if not os.path.lexists(file):
         return []
@@ -118,7 +118,7 @@ def read_lines(file: Path, shape: Shape = object, *, whole: bool = True) -> list
     with opened(file) as stream:
         if os.fstat(stream.fileno()).st_size <= LONGEST and (found := _whole_rows(stream.read(), right)) is not None:
             return found
-        stream.seek(0)  # to say in which line what is wrong
+        stream.seek(0)  # read line by line, to name the wrong line
         rows = []
         for number, line in enumerate(iter(lambda: stream.readline(LONGEST), b""), 1):
             if whole or line.endswith(b"\n") or b"\0" in line:
@@ -127,7 +127,7 @@ def read_lines(file: Path, shape: Shape = object, *, whole: bool = True) -> list
 
 
 def _whole_rows(content: bytes, wrong: Check) -> list[dict[str, Any]] | None:
-    """The rows of a file with an object of the right shape in every line, which is the quick case; None of another."""
+    """The rows of a file with an object of the right shape in every line, read fast; None for any other file."""
     rows, place = [], 0
     try:
         text = content.decode()
@@ -153,12 +153,12 @@ def _row(name: str, line: bytes, shape: Check) -> dict[str, Any]:
 
 
 def usable_lines(file: Path, shape: Shape = object, *, whole: bool = True) -> list[dict[str, Any]]:
-    """``read_lines``, none of a damaged file, which is named on stderr."""
+    """``read_lines``; empty for a damaged file, which is named on stderr."""
     return usable(lambda: read_lines(file, shape, whole=whole)) or []
 
 
 def usable(read: Callable[[], Found]) -> Found | None:
-    """The result of ``read``; None where the file cannot be used, with a line on stderr."""
+    """The result of ``read``; None if the file cannot be used, with a line on stderr."""
     try:
         return read()
     except Unreadable as error:
@@ -170,7 +170,7 @@ def _decoded(name: object, content: bytes) -> str:
     try:
         return content.removeprefix(BOM_UTF8).decode()
     except UnicodeDecodeError as error:
-        raise Unreadable(f"{name}: byte {error.start + 1} is no UTF-8") from None
+        raise Unreadable(f"{name}: byte {error.start + 1} is not UTF-8") from None
 
 
 def _parsed(name: str, text: str, *, foreign: bool = False) -> Any:
@@ -178,19 +178,19 @@ def _parsed(name: str, text: str, *, foreign: bool = False) -> Any:
         content = (FOREIGN if foreign else OURS).decode(text)
         if _brackets(text) > DEEPEST:
             _check_depth(content, DEEPEST)
-        if HALF_CHARACTER.search(text):  # half a character is no text, and can be written to no other file
+        if HALF_CHARACTER.search(text):  # half a surrogate pair cannot be written to another file
             whole = json.dumps(content, ensure_ascii=False).encode(errors="replace")
             content = json.loads(whole)
     except RecursionError:
         raise Unreadable(f"{name}: nested too deeply") from None
     except ValueError as error:
-        kind = "JSONDecodeError" if isinstance(error, json.JSONDecodeError) else "no JSON"
+        kind = "JSONDecodeError" if isinstance(error, json.JSONDecodeError) else "not JSON"
         raise Unreadable(f"{name}: {kind}: {first_line(error) if text.strip() else 'it is empty'}") from None
     return content
 
 
 def _no_number(word: str) -> float:
-    raise ValueError(f"{word} is no number")
+    raise ValueError(f"{word} is not a number")
 
 
 def _finite(digits: str) -> float:
@@ -203,7 +203,7 @@ FOREIGN = json.JSONDecoder(parse_constant=lambda _: None, parse_float=_finite)
 
 
 def _brackets(text: str, *between: int) -> int:
-    """How many objects and lists begin in a text, or between two places of it: no fewer than lie in one another."""
+    """The number of objects and lists that begin in a text, or between two places: an upper bound of the nesting."""
     return text.count("{", *between) + text.count("[", *between)
 
 
@@ -225,14 +225,14 @@ def check(value: Any, shape: Shape, name: str) -> None:
 
 
 def fault(value: Any, shape: Shape, key: str = "") -> str | None:
-    """What in ``value`` is not of the shape, with its dotted key; None: nothing."""
+    """The first part of ``value`` that does not fit the shape, with its dotted key; None if all fits."""
     return compiled(shape)(value, key)
 
 
 def compiled(shape: Shape) -> Check:
-    """The shape as a function of a value and its key, for shapes that thousands of values are checked against.
+    """The shape as a function of a value and its key, which checks thousands of values fast.
 
-    It is a shape too. Most values are plain and right, which is seen without a call or a key for each of them.
+    The function is a shape too. Most values are plain and right, which needs no call and no key for each of them.
     """
     if isinstance(shape, Mapping):
         return _check_of_object(shape)

@@ -1,4 +1,4 @@
-"""result.json: its schema, the stamp of the environment, written atomically and read back."""
+"""result.json: its schema, the environment in it, writing and reading."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ PACKAGES = (
     *("peftsweep", "torch", "transformers", "peft", "accelerate", "bitsandbytes"),
     *("datasets", "tokenizers", "hydra-core", "numpy"),
 )
-# Environment variables that choose the CPU's kernels, and so the order in which numbers are summed up.
+# Environment variables that choose the CPU's kernels, and so the order of summation.
 KERNEL_SWITCHES = (
     *("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "MKL_DEBUG_CPU_TYPE", "MKL_NUM_THREADS"),
     *("MKL_DYNAMIC", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE"),
     *("DNNL_DEFAULT_FPMATH_MODE", "OPENBLAS_CORETYPE", "OPENBLAS_NUM_THREADS"),
 )
-JUDGED = "judged"  # of run_info: the version of how answers are read; the first one is not written
-HEADLINE = "headline"  # of an evaluation's facts: the metric that trials are compared by
-# Readers whose rows' headline is acc, as in lm-evaluation-harness; of the last two acc_norm is no figure at all, as
-# what is scored is not the text of the choices. Records of earlier versions have it all the same.
+JUDGED = "judged"  # in run_info: the version of the reading of answers; version 1 is not written
+HEADLINE = "headline"  # in the figures of an evaluation: the metric that trials are compared by
+# Readers with the headline acc, as in lm-evaluation-harness. The last two have no acc_norm, because other texts than
+# those of the choices are scored; records of earlier versions have it nevertheless.
 BY_ACC = ("boolq", "social_i_qa", "winogrande", "commonsense_qa")
 WITHOUT_NORM = BY_ACC[2:]
-SECTIONS = ("run_info", "train_info", "memory", "eval_info", "generation_info")  # of a record, that were measured
+SECTIONS = ("run_info", "train_info", "memory", "eval_info", "generation_info")  # the sections with measurements
 
 
 class Status(Enum):
@@ -59,13 +59,13 @@ class Status(Enum):
     failed = "failed"
     oom = "oom"  # out of memory
     cancelled = "cancelled"  # interrupted by the user
-    refused = "refused"  # a combination that is known not to work
+    refused = "refused"  # a combination that is known to fail
     stopped = "stopped"  # ended early, on purpose
-    planned = "planned"  # not run, as dry_run=true says; never written
+    planned = "planned"  # not run, because of dry_run=true; never written to a record
 
     @property
     def done(self) -> bool:
-        """Whether a rerun takes the trial as done; the others are tried again."""
+        """Whether a rerun skips the trial as done; trials with other statuses are tried again."""
         return self not in (Status.failed, Status.cancelled, Status.planned)
 
     @property
@@ -82,7 +82,7 @@ class LaterVersion(RecordError):
     """A result.json of a later schema, which must not be overwritten."""
 
 
-# ---- what the files of a trial hold ----------------------------------------------------------------
+# ---- the shapes of a trial's files -----------------------------------------------------------------
 
 
 def _status(value: Any, key: str) -> str | None:
@@ -95,14 +95,14 @@ def _some_labels(value: Any, key: str) -> str | None:
 
 
 def _fact(value: Any, key: str) -> str | None:
-    """Of an evaluation: a score, or what else is known of it."""
+    """Check an entry of an evaluation: a score, or another figure."""
     if key.endswith("histogram"):
         return fault(value, {"*": int}, key)
     return (IS_SCORE if isinstance(value, dict) and not SCORE.keys().isdisjoint(value) else _figures)(value, key)
 
 
 def _figures(value: Any, key: str) -> str | None:
-    """Nested facts: what is called as numbers are is one, as a text would make a text of the whole column."""
+    """Check nested figures: names of numbers must hold numbers, because a text would turn a whole column into text."""
     if isinstance(value, dict):
         return IS_FIGURES(value, key)
     name = key.rpartition(".")[2]
@@ -111,13 +111,13 @@ def _figures(value: Any, key: str) -> str | None:
     return None if type(value) in NUMBER else fault(value, NUMBER, key)
 
 
-# Names of facts that tables and figures calculate with, and those that are read as names.
+# Names of figures that tables and plots compute with.
 NUMERIC = re.compile(
     r"(seconds|seconds_per_token|bytes|parameters|rows|steps?|tokens|loss|fraction|epochs|per_second|prompts|answers|"
     r"references|peak|mean|majority|random|seen_in_training|speed_up|difference|value|low|high|to_first_token|flops|mfu)(_p\d+)?$"
 )
 is_numeric = lru_cache(maxsize=10_000)(NUMERIC.search)
-NAMES = (HEADLINE, "base_predictions", "trained_by", "reload_error", "merge_error")
+NAMES = (HEADLINE, "base_predictions", "trained_by", "reload_error", "merge_error")  # entries that hold text
 SCORE = {"value": NUMBER, "stderr": NUMBER, "n": NUMBER}
 ERROR = {"type": str, "message": str, "stage": str, "traceback?": str}
 RUN_INFO = {
@@ -137,14 +137,14 @@ RUN_INFO = {
     "packed_with?": [str],
     "recognised?": {"identity": str, "training": str},
     "rung?": {"number": int, "step": int, "metric": str, "value": NUMBER},
-    "stopped?": {  # before its end, with the validation at ``step``
+    "stopped?": {  # stopped early, after the validation at ``step``
         **{"why": str, "step": int, "metric": str, "value": NUMBER},
         **{"best_step": (int, type(None)), "best_value": NUMBER},
     },
     "experiment?": {"taken?": {"*": str}, "not_taken?": {"*": str}},
 }
-NEEDED = compiled({"labels": list, "study": str, "created_at": str})  # of RUN_INFO, by tables and sweeps
-CONFIG = {  # of which the keys that are read again; all others are settings of any kind
+NEEDED = compiled({"labels": list, "study": str, "created_at": str})  # keys of RUN_INFO that tables and sweeps need
+CONFIG = {  # the keys that are read again; all others may hold anything
     **{f"{section}?": dict for section in ("model", "method", "dataset", "train", "quant", "targets", "inference")},
     "seed?": int,
     "eval?": {"*": dict},
@@ -162,7 +162,7 @@ RECORD = {
     "generation_info?": {"*": _figures},
     "meta_info?": dict,
 }
-SCORES = {"*": _fact}  # of a base, in its file
+SCORES = {"*": _fact}  # the file with the scores of a base
 STEP = compiled({"step": int, "*": NUMBER})  # a line of steps.jsonl
 PREDICTION = {  # a line of predictions
     "correct?": (bool, int, float),
@@ -203,7 +203,7 @@ class Result:
     generation_info: dict[str, Any] = field(default_factory=dict)
     meta_info: dict[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
-    folder: Path | None = None  # where it was read from; not written
+    folder: Path | None = None  # the folder that it was read from; not written
 
     @property
     def status(self) -> Status:
@@ -212,12 +212,12 @@ class Result:
 
     @property
     def trial(self) -> str:
-        """The trial's name, which is its folder's."""
+        """The name of the trial and of its folder."""
         return str(self.run_info["trial"])
 
     @property
     def error(self) -> dict[str, str] | None:
-        """``type``, ``message``, ``stage`` and ``traceback`` of what ended the trial, if anything did."""
+        """``type``, ``message``, ``stage`` and ``traceback`` of the error that ended the trial; else None."""
         return self.run_info.get("error")
 
     def cautions(self) -> list[str]:
@@ -226,10 +226,10 @@ class Result:
 
     @classmethod
     def read_whole(cls, folder: Path) -> Self:
-        """Read the record of a trial that is to be in a table, or to count as done.
+        """Read the record of a trial for a table, or to count it as done.
 
         Raises:
-            RecordError: as ``read``; or it lacks its labels, study or date.
+            RecordError: as ``read``, or it lacks its labels, study or date.
         """
         result = cls.read(folder)
         if wrong := fault(result.run_info, NEEDED, "run_info"):
@@ -265,7 +265,7 @@ class Result:
 
 
 def _complete(result: Result) -> None:
-    """Say of the evaluations of a record of an earlier version what they are judged by, and drop what says nothing."""
+    """Add the headline to the evaluations of an earlier version's record, and remove metrics without meaning."""
     for name, found in result.eval_info.items():
         node = result.config.get("eval", {}).get(name) or {}
         if HEADLINE in found or not str(node.get("_target_")).endswith(".multiple_choice"):
@@ -281,15 +281,15 @@ def _complete(result: Result) -> None:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write ``content`` so that ``file`` is at every moment the whole old or the whole new text."""
+    """Write ``content`` atomically: ``file`` always holds the complete old or the complete new text."""
     write_text(file, json.dumps(plain(content), indent=1) + "\n")
 
 
 def read_predictions(file: Path) -> list[dict[str, Any]]:
-    """The lines of an evaluation's predictions, none if there is no such file.
+    """The lines of an evaluation's predictions; empty if there is no such file.
 
     Raises:
-        Unreadable: it is damaged; or a line lacks a figure that another one has.
+        Unreadable: the file is damaged, or a line lacks a figure that another line has.
     """
     lines = read_lines(file, IS_PREDICTION)
     needed = {key for key in (name.removesuffix("?") for name in PREDICTION) if any(key in line for line in lines)}
@@ -300,7 +300,7 @@ def read_predictions(file: Path) -> list[dict[str, Any]]:
 
 
 def last_attempt_seconds(result: Result) -> float:
-    """How long the trial ran the last time; its total counts earlier times too, where it went on from a checkpoint."""
+    """The seconds of the last attempt of a trial; its total includes attempts before a checkpoint."""
     return float(result.run_info.get("sitting_seconds", result.run_info["total_seconds"]))
 
 
@@ -315,7 +315,7 @@ def write_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """``value`` as JSON can say it: dataclasses as dicts, enums by name, no NaN or infinity (they become None)."""
+    """``value`` as plain values for JSON: dataclasses as dicts, enums by name, None for NaN and infinity."""
     if isinstance(value, Enum):
         return value.name
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -350,7 +350,7 @@ def now() -> str:
 
 
 def failure(error: BaseException, stage: str | None) -> dict[str, str]:
-    """An exception as result.json holds it."""
+    """An exception as an entry of result.json."""
     return {
         "type": type(error).__name__,
         "message": message(error),
@@ -360,7 +360,7 @@ def failure(error: BaseException, stage: str | None) -> dict[str, str]:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's type and the first line of what it says."""
+    """An exception's type and the first line of its message."""
     return f"{type(error).__name__}: {message(error)}".splitlines()[0].removesuffix(": ")
 
 
@@ -387,7 +387,7 @@ def environment(*, gpus: bool = True) -> dict[str, Any]:
 
 
 def git() -> dict[str, Any]:
-    """Commit, branch and dirtiness of the checkout the command runs in; ``category`` is ``main`` or ``test``."""
+    """Commit and branch of the working directory, and whether it has changes; ``category`` is ``main`` or ``test``."""
     commit = _git("rev-parse", "HEAD")
     branch = _git("rev-parse", "--abbrev-ref", "HEAD")
     dirty = None if commit is None else bool(_git("status", "--porcelain", "--untracked-files=no"))
@@ -404,10 +404,10 @@ def _git(*words: str) -> str | None:
 
 @cache
 def package(name: str) -> dict[str, str | None] | None:
-    """An installed package's version, and its commit where it was installed from a checkout."""
+    """An installed package's version, and its commit if it was installed from a checkout."""
     try:
         installed = version(name)
-        origin = distribution(name).read_text("direct_url.json")  # of packages installed from a checkout
+        origin = distribution(name).read_text("direct_url.json")  # exists for packages installed from a checkout
     except PackageNotFoundError:
         return None
     commit = json.loads(origin).get("vcs_info", {}).get("commit_id") if origin else None
@@ -424,7 +424,7 @@ def processor() -> str:
 
 
 def packages() -> dict[str, dict[str, str | None] | None]:
-    """The versions of the packages that change numbers."""
+    """The versions of the packages that can change results."""
     return {name: package(name) for name in PACKAGES}
 
 
@@ -437,9 +437,9 @@ def _torch(gpus: bool) -> dict[str, Any]:
 
 
 def kernels() -> dict[str, Any]:
-    """The settings that decide the last bits of a sum on a CPU, beside its model and the versions of the packages.
+    """The settings that change the last bits of a sum on a CPU, beside its model and the versions of packages.
 
-    The instruction set that torch uses, its threads, and the environment variables that choose other kernels.
+    They are the instruction set of torch, its threads, and the environment variables that choose kernels.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""The rungs of a halving: the steps at which a trial is compared, and their facts in its record."""
+"""The rungs of halving: the steps at which trials are compared, and their entries in a record."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from peftsweep.study.record import Result, Status
 from peftsweep.study.scores import is_minimized
 
 TRAINED_STATUSES = (Status.stopped, Status.success)
-PATIENCE, PRUNED = "patience", "pruned"  # why a training ends before its last step, at no rung
-PREFIX = "validation_"  # before a metric's name, in the rows of steps.jsonl
+PATIENCE, PRUNED = "patience", "pruned"  # reasons to stop a trial early that are not a rung
+PREFIX = "validation_"  # before the name of a metric in the rows of steps.jsonl
 
 
 def rung_step(config: HalvingConfig, number: int) -> int:
-    """The optimizer steps until rung ``number``, from 1 on."""
+    """The optimizer steps up to rung ``number``, counted from 1."""
     assert config.min_steps is not None
     return int(config.min_steps * config.factor ** (number - 1))
 
 
 def stop_at(config: HalvingConfig, total: int) -> int | None:
-    """The step at which a trial of ``total`` steps stops for the rung it is sent to; None: not before its test rows."""
+    """The step at which a trial of ``total`` steps stops for its rung; None: it runs to its end, test rows included."""
     if config.rung is not None and config.resource is Resource.rows:
-        return total  # of so many rows it takes all steps, and judges no test rows
+        return total  # with its part of the rows it takes all steps, and skips the test rows
     if config.rung is not None and config.min_steps is not None:
         step = rung_step(config, config.rung)
         if step * config.factor <= total:
@@ -37,7 +37,7 @@ def stop_at(config: HalvingConfig, total: int) -> int | None:
 
 
 def reached(config: HalvingConfig, done: Result) -> bool:
-    """Whether the trial of the record ``done`` has come as far as it is sent now."""
+    """Whether the trial of the record ``done`` has reached the rung that is requested now."""
     if done.status is not Status.stopped:
         return True
     step = stop_at(config, course(done, config).total)
@@ -45,19 +45,19 @@ def reached(config: HalvingConfig, done: Result) -> bool:
 
 
 def begins(config: HalvingConfig) -> float | None:
-    """The steps, or the fraction of the rows, until the first rung; None where every trial runs to its end."""
+    """The steps, or the fraction of the rows, of the first rung; None if every trial runs to its end."""
     return config.min_fraction if config.resource is Resource.rows else config.min_steps
 
 
 def fraction(config: HalvingConfig, number: int) -> float:
-    """The fraction of the training rows at rung ``number``, from 1 on; 1 where it would be more than 1 / factor."""
+    """The fraction of the training rows at rung ``number``, counted from 1; 1 if it would exceed 1 / factor."""
     assert config.min_fraction is not None
     part = config.min_fraction * config.factor ** (number - 1)
     return part if part * config.factor <= 1 + 1e-9 else 1.0
 
 
 def stop(place: Path, why: str, step: int, metric: str) -> dict[str, Any]:
-    """What a record says of a trial in ``place`` that ended early with its validation at ``step``, and ``why``."""
+    """The record's entry for the trial in ``place`` that ended early at ``step``, for the reason ``why``."""
     key, known = f"{PREFIX}{metric}", _validations(place)
     values = {at: row[key] for at, row in known.items() if at <= step and row.get(key) is not None}
     sign = 1 if is_minimized(metric) else -1
@@ -67,7 +67,7 @@ def stop(place: Path, why: str, step: int, metric: str) -> dict[str, Any]:
 
 
 def rung(config: HalvingConfig, place: Path, step: int) -> dict[str, Any]:
-    """What a record says of the rung at which the trial in ``place`` stopped: its number, step, metric and value.
+    """The record's entry for the rung at which the trial in ``place`` stopped: its number, step, metric and value.
 
     Raises:
         InputError: the validation does not have that metric.
@@ -86,7 +86,7 @@ def validated(place: Path, step: int) -> dict[str, float]:
 
 
 def _validations(place: Path) -> dict[int, dict[str, Any]]:
-    """The rows of the validations of the trial in ``place``, by their steps."""
+    """The rows of the trial's validations in steps.jsonl, by step."""
     rows = record.usable_lines(place / record.STEPS, record.STEP, whole=False)
     return {row["step"]: row for row in rows if f"{PREFIX}loss" in row}
 

@@ -1,4 +1,4 @@
-"""The folder of a study: which trials it holds and which of them are done."""
+"""The folder of a study: its trials, their files, and which of them are done."""
 
 from __future__ import annotations
 
@@ -28,29 +28,34 @@ from peftsweep.study.record import (
 )
 
 ROOT = Path("multirun")
-NAME = re.compile(r"(?![. ])[^\x00-\x1f/\\:*?\"<>|]{1,100}(?<![. ])")  # of a study or an evaluation, which become paths
+NAME = re.compile(
+    r"(?![. ])[^\x00-\x1f/\\:*?\"<>|]{1,100}(?<![. ])"
+)  # a name of a study or an evaluation, which becomes a path
 PLAN = "plan.json"
-TUNE, LEAGUE = SEARCHES = ("tune.json", "league.json")  # in a study: what sweep=tune and sweep=league decided
+TUNE, LEAGUE = SEARCHES = (
+    "tune.json",
+    "league.json",
+)  # files of a study with the decisions of sweep=tune and sweep=league
 ADAPTER = "adapter"
-ADAPTER_CONFIGS = ("adapter_config.json", "config.json")  # PEFT's, and a whole model's
-BASE = "base"  # in a study: what the untouched base scores and answers, a folder a base
-RESIDUAL = "base"  # beside an adapter: the base that it belongs to, where that is not the trial's
+ADAPTER_CONFIGS = ("adapter_config.json", "config.json")  # of PEFT, and of a whole model
+BASE = "base"  # in a study: a folder for each untouched base, with its scores and answers
+RESIDUAL = "base"  # in an adapter's folder: its base, if that is not the base of the trial
 MERGED = "merged"
 CHECKPOINTS = "checkpoints"
 OWN_OPTIONS = "PEFTSWEEP_CONFIG_DIR"  # the environment variable that tells workers the folder of --config-dir
 OWN_EVALUATIONS = (
     "peftsweep.evaluation.evaluate.",
     "peftsweep.evaluate.",
-)  # evaluations, all of which write a line a row
+)  # evaluations that write a line for each row
 NO_SPACE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-# What files of a study may meet, on a network's disk above all.
+# Errors of files in a study, mostly on network file systems.
 UNWRITABLE_ERRNOS = (errno.EACCES, errno.EPERM, errno.EFBIG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, *TRANSIENT)
-# How writers that raise no OSError put it: safetensors in the system's words, torch in its own.
+# Messages of writers that raise no OSError: safetensors uses the words of the system, torch its own.
 NO_SPACE_MESSAGES = (*map(os.strerror, NO_SPACE_ERRNOS), "PytorchStreamWriter failed writing")
 
 
 def with_own_options(words: Sequence[str]) -> list[str]:
-    """The words of a command behind the folder of the user's own options, without which they are not understood."""
+    """The words of a command, with the folder of the user's own options before them."""
     own = os.environ.get(OWN_OPTIONS)
     return [f"--config-dir={own}", *words] if own else list(words)
 
@@ -61,10 +66,10 @@ def folder(study: str) -> Path:
 
 
 def adapter(path: str) -> Path:
-    """The folder of a saved adapter: ``path``, or that of the trial in ``path``.
+    """The folder of a saved adapter: ``path``, or the adapter of the trial in ``path``.
 
     Raises:
-        InputError: neither holds one.
+        InputError: there is no adapter.
     """
     given = Path(path).expanduser()
     for candidate in (given, given / ADAPTER):
@@ -72,17 +77,17 @@ def adapter(path: str) -> Path:
             return candidate
     text = f"adapter.path={path}: holds no adapter_config.json, and no trial with one"
     if not given.exists() and path.count("/") == 1:
-        text += f"; one of the hub: hf download {path} --local-dir FOLDER"
+        text += f"; to get an adapter from the hub: hf download {path} --local-dir FOLDER"
     raise InputError(text)
 
 
 def is_plain(name: str) -> bool:
-    """Whether a file or folder may be called so, on any system, without leaving the folder that it is made in."""
+    """Whether ``name`` is valid for a file or folder on any system, and does not lead to another folder."""
     return NAME.fullmatch(name) is not None
 
 
 def is_below(name: str, folder: str) -> bool:
-    """Whether the relative path ``name``, which a record holds, lies in ``folder`` of the same study."""
+    """Whether the relative path ``name``, from a record, lies in ``folder`` of the same study."""
     parts = Path(name).parts
     return len(parts) > 1 and parts[0] == folder and ".." not in parts and "\0" not in name
 
@@ -100,27 +105,27 @@ def find(study: str | Path) -> Path:
 
 
 def studies() -> list[Path]:
-    """Every folder under multirun/ that holds a trial, be it one that runs or was cut off."""
+    """Every folder under multirun/ that holds a trial, running and interrupted ones included."""
     begun = {file.parents[1] for file in ROOT.glob("*/.claims/*.json")}
     begun |= {file.parents[2] for file in ROOT.glob("*/*/.hydra/config.yaml")}
     return sorted(begun | {place for place in ROOT.glob("*") if place.is_dir() and recorded(place)})
 
 
 def recorded(study: Path) -> list[Path]:
-    """The folders of a study's trials that have a record, damaged ones among them (a glob misses links to nothing)."""
+    """The folders of a study's trials with a record, damaged ones included (a glob would miss broken links)."""
     return [place for place in study.iterdir() if os.path.lexists(place / RESULT)]
 
 
 def trial_folder(study: Path, slug: str, identity: str) -> Path:
-    """The folder of a trial: the one that ends in its identity, or ``<slug>-<identity>`` to be made.
+    """The folder of a trial: the one whose name ends in its identity, else the new name ``<slug>-<identity>``.
 
-    The same configuration said in other words has another slug, but the same identity and folder.
+    The same configuration from other words has another slug, but the same identity and folder.
     """
     return next(iter(sorted(study.glob(f"*-{identity}"))), study / f"{slug}-{identity}")
 
 
 def result(trial: Path) -> Result | None:
-    """The trial's record; None where it has none or a broken one, so that it is run again.
+    """The trial's record; None if it is missing or damaged, so that the trial is run again.
 
     Raises:
         InputError: it was written by a later version, and must not be overwritten.
@@ -128,17 +133,16 @@ def result(trial: Path) -> Result | None:
     try:
         return Result.read(trial)
     except LaterVersion as error:
-        raise InputError(f"{error}; take another study=") from None
+        raise InputError(f"{error}; use another study=") from None
     except RecordError:
         return None
 
 
 def result_of_adapter(folder: Path) -> Result | None:
-    """The record of the trial that the adapter in ``folder`` is of; None where it is of none.
+    """The record of the trial that trained the adapter in ``folder``; None if no trial did.
 
     Raises:
-        InputError: its files are damaged; or there is a record, which cannot be read, so that nobody knows what it was
-            trained on.
+        InputError: its files are damaged, or its record cannot be read, so that its training is unknown.
     """
     if reason := damage_of_weights(folder):
         raise InputError(f"adapter.path={folder}: {reason}")
@@ -147,13 +151,15 @@ def result_of_adapter(folder: Path) -> Result | None:
     try:
         return Result.read(folder.parent)
     except RecordError as error:
-        raise InputError(f"adapter.path={folder}: {error}; move the adapter's folder away from it to use it") from None
+        raise InputError(
+            f"adapter.path={folder}: {error}; to use the adapter, move its folder away from this record"
+        ) from None
 
 
 def damage(trial: Path) -> str | None:
-    """What is wrong with the files of a trial that has ended, so that it is to be run again; None: nothing.
+    """What is wrong with the files of a finished trial, so that it must be run again; None if nothing is.
 
-    Files that are not there, as they may have been deleted to save room, are not missed.
+    Missing files are ignored, because they may have been deleted to save space.
 
     Raises:
         InputError: its record was written by a later version.
@@ -187,7 +193,7 @@ def _damage(trial: Path, versions: tuple[tuple[str, int, int], ...]) -> str | No
             if wrong := damage_of_lines(file, done, file.stem):
                 return wrong
     except LaterVersion as error:
-        raise InputError(f"{error}; take another study=") from None
+        raise InputError(f"{error}; use another study=") from None
     except Unreadable as error:
         return str(error)
     for folder in (trial / ADAPTER, trial / MERGED):
@@ -200,7 +206,7 @@ def _damage(trial: Path, versions: tuple[tuple[str, int, int], ...]) -> str | No
 
 
 def damage_of_lines(predictions: Path, done: Result, evaluation: str) -> str | None:
-    """What is wrong with a file of predictions, of a trial or its base; None: nothing, or there is none."""
+    """What is wrong with a file of predictions, of a trial or its base; None if nothing is, or it does not exist."""
     try:
         held = not os.path.lexists(predictions) or read_predictions(predictions)
     except Unreadable as error:
@@ -210,14 +216,14 @@ def damage_of_lines(predictions: Path, done: Result, evaluation: str) -> str | N
 
 
 def damage_of_weights(folder: Path) -> str | None:
-    """What is wrong with the files of a saved adapter or model, as far as their headers and sizes tell; None: nothing.
+    """What is wrong with the files of a saved adapter or model, by their headers and sizes; None if nothing is.
 
-    Weights in torch's own format are not looked at.
+    Weights in torch's own format are not checked.
     """
     from safetensors import SafetensorError, safe_open
 
     if os.path.lexists(folder) and not folder.is_dir():
-        return f"{folder}: no folder"
+        return f"{folder}: not a folder"
     try:
         for name in ADAPTER_CONFIGS:
             if os.path.lexists(folder / name):
@@ -228,12 +234,12 @@ def damage_of_weights(folder: Path) -> str | None:
     except Unreadable as error:
         return str(error)
     except (OSError, SafetensorError) as error:
-        return f"{file}: no safetensors: {error}"
+        return f"{file}: not a safetensors file: {error}"
     return None
 
 
 def records(study: Path, most: int) -> list[Result]:
-    """The records of a study that can be read; none of one of more than ``most`` trials."""
+    """The readable records of a study; empty if it has more than ``most`` trials."""
     if not study.is_dir():
         return []
     places, found = recorded(study), []
@@ -244,13 +250,13 @@ def records(study: Path, most: int) -> list[Result]:
 
 
 def mark_trained(done: Result) -> None:
-    """Note the trial as the one whose adapter stands for its training."""
+    """Note the trial as the one whose adapter is used for its training."""
     if done.folder is not None:
         write_text(_mark(done.folder.parent, done.run_info["training"]), done.folder.name)
 
 
 def trained(study: Path, training: str) -> Result | None:
-    """A successful trial of this study with the same training whose adapter is still there."""
+    """A successful trial of this study with the same training and an intact adapter; None if there is none."""
     folder = _marked(study, _mark(study, training))
     if folder is None:
         return None
@@ -263,7 +269,7 @@ def trained(study: Path, training: str) -> Result | None:
 
 
 def mark_recognised(done: Result) -> None:
-    """Note whose record, made by an earlier version, this is by today's identity, and that of its training."""
+    """Note the present identities, of trial and training, of a record that an earlier version wrote."""
     if done.folder is None:
         return
     names, root = done.run_info["recognised"], done.folder.parent
@@ -273,12 +279,12 @@ def mark_recognised(done: Result) -> None:
 
 
 def recognised(study: Path, identity: str) -> Path | None:
-    """The folder of the trial that ``mark_recognised`` noted under this identity, if it is still there."""
+    """The folder of the trial that ``mark_recognised`` noted under this identity; None if it no longer exists."""
     return _marked(study, study / ".recognised" / identity)
 
 
 def _marked(study: Path, mark: Path) -> Path | None:
-    """The trial's folder that the file ``mark`` names; None where there is none, or the file says something else."""
+    """The trial's folder that the file ``mark`` names; None if there is none."""
     try:
         name = read_text(mark)
     except Unreadable:
@@ -287,7 +293,7 @@ def _marked(study: Path, mark: Path) -> Path | None:
 
 
 def _mark(study: Path, training: str) -> Path:
-    """The file that names the trial of a training; to read all records of a large study would take minutes."""
+    """The file that names the trial of a training; reading all records of a large study would take minutes."""
     return study / ".trained" / training
 
 
@@ -303,7 +309,7 @@ def unwritable(error: BaseException) -> Unwritable | None:
         )
     else:
         reason = next((pattern for pattern in NO_SPACE_MESSAGES if pattern in message(error)), None)
-        code = re.search(r"serializ.*\(os error (\d+)\)", message(error), re.DOTALL)  # as of safetensors
+        code = re.search(r"serializ.*\(os error (\d+)\)", message(error), re.DOTALL)  # a message of safetensors
         if code and int(code[1]) in UNWRITABLE_ERRNOS:
             reason = os.strerror(int(code[1]))
-    return Unwritable(f"{where}: {reason}; what is done is kept, the same command continues") if reason else None
+    return Unwritable(f"{where}: {reason}; finished trials are kept, the same command continues") if reason else None

@@ -1,6 +1,6 @@
-"""multirun/<study>/sweeps/: a file for each command that ran trials, with the seconds in which none was running.
+"""multirun/<study>/sweeps/: a file for each command that ran trials, with the seconds in which no trial ran.
 
-Those seconds are the cost of sweeping: imports, the check of all points, the start of workers, waiting, the end.
+These seconds are the overhead of a sweep: imports, checks of all points, the start of workers, waiting, the end.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from peftsweep.study.reading import usable
 from peftsweep.study.record import Result
 
 FOLDER = "sweeps"
-DURATION_FIELDS = {"seconds": (int, float), "seconds_outside_trials": (int, float)}  # what is read of such a file
+DURATION_FIELDS = {"seconds": (int, float), "seconds_outside_trials": (int, float)}  # the fields that are read again
 _began: list[float] = []
-_not_run: list[int] = []  # by each sweep of the command
-plans: list[Path] = []  # that the command has written, as dry_run=true says
+_not_run: list[int] = []  # the number of trials not run, for each sweep of the command
+plans: list[Path] = []  # the plans that the command has written with dry_run=true
 
 
 def command_begins() -> None:
@@ -32,7 +32,7 @@ def command_begins() -> None:
 
 
 def not_run() -> int:
-    """How many trials this command has left, because of a limit, a deadline or an interrupt."""
+    """The number of trials that this command did not run because of a limit, a deadline or an interrupt."""
     return sum(_not_run)
 
 
@@ -46,39 +46,39 @@ class SweepRecord:
             "command": list(words),
             "created_at": record.now(),
             "host": record.host(),
-            "workers": workers,  # of this machine; null: placed by another launcher
+            "workers": workers,  # on this machine; null: another launcher ran the trials
         }
-        self._spans: list[tuple[float, float]] = []  # of each trial, by time.perf_counter
+        self._spans: list[tuple[float, float]] = []  # begin and end of each trial, by time.perf_counter
         self._ended: Counter[str] = Counter()
         self._left = 0
 
     def add(self, result: Result) -> None:
-        """A trial has just ended."""
+        """Note a trial that has just ended."""
         now = time.perf_counter()
         self._spans.append((max(self._began, now - record.last_attempt_seconds(result)), now))
         self._ended[result.status.name] += 1
 
     def leave(self, count: int) -> None:
-        """Count trials that this command did not run to their end: a limit, a deadline, an interrupt."""
+        """Count trials that this command did not finish because of a limit, a deadline or an interrupt."""
         self._left += count
         _not_run.append(count)
 
     def write(self) -> None:
-        """Write what is known so far. Nothing is written where no trial has run."""
+        """Write the file with all that is known so far, if a trial has run."""
         if not self._spans:
             return
         seconds = time.perf_counter() - self._began
         trials = covered(self._spans)
         first, last = min(begin for begin, _ in self._spans), max(end for _, end in self._spans)
         times = {"seconds": seconds, "seconds_in_trials": trials, "seconds_outside_trials": seconds - trials}
-        # Of those outside: until the first trial, and from the end of trials to the next. The rest is after the last.
+        # Parts of the seconds outside: before the first trial, and between trials. The rest is after the last trial.
         times |= {"seconds_before_trials": first - self._began, "seconds_between_trials": last - first - trials}
         ended = {"trials": dict(self._ended), "not_run": self._left}
         record.write_json(self._file, self._facts | ended | times)
 
 
 def last(study: Path) -> dict[str, Any] | None:
-    """What the newest command that ran trials in this study wrote; files that cannot be read are named on stderr."""
+    """The file of the newest command that ran trials in this study; unreadable files are named on stderr."""
     for file in sorted((study / FOLDER).glob("*.json"), reverse=True):
         found: dict[str, Any] | None = usable(partial(record.read_json, file, DURATION_FIELDS))
         if found is not None:

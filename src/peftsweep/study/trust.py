@@ -1,8 +1,8 @@
-"""Limits for a record or another file from elsewhere: values are text, and only names of this project are called.
+"""Limits for records and other files that may come from somebody else: values are text, and only known code is called.
 
-A configuration may name code (``_target_``, an optimizer, a reader of rows), which is then imported and called. Who
-writes a yaml or a command line may name any; a record, an adapter's folder or an experiment's file may come from
-somebody else and may name only what is listed here.
+A configuration may name code (``_target_``, an optimizer, a reader of rows), which is imported and called. A yaml or a
+command line of the user may name any code; a record, an adapter's folder or an experiment's file may name only code
+that is listed here.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import yaml
 from peftsweep.errors import InputError
 
 CODE = ("_target_", "optimizer", "generator", "reader")  # keys whose values name code
-# Keys by which a library finds code, or a file that it writes, and whether a value does that.
+# Keys by which a library loads code or writes a file, with a test whether a value does so.
 LEADS_TO_CODE: dict[str, Callable[[Any], bool]] = {
     "attn_implementation": lambda given: "/" in str(given),  # a kernel of the hub, which is downloaded and run
     "trust_remote_code": bool,
     "megatron_core": lambda given: given != "megatron.core",  # a module that PEFT imports
-    "include_path": bool,  # the harness's own yamls, whose !function names a file beside them
+    "include_path": bool,  # yamls of the harness, whose !function names a file beside them
     "tasks": lambda given: (
         isinstance(given, list) and any(isinstance(one, Mapping) for one in given)
     ),  # the harness runs the templates of a task
@@ -32,12 +32,12 @@ LEADS_TO_CODE: dict[str, Callable[[Any], bool]] = {
 INTERPOLATION = re.compile(r"(\\*)\$\{")
 LONGEST = 100  # characters of a name, in a message
 PACKAGE = re.compile(r"# @package (\w+)")
-# By section, names of libraries whose classes take part in no more than what the section is for.
+# Optimizers of torch, bitsandbytes and PEFT.
 OPTIMIZERS = re.compile(r"\w+|torch\.optim\.\w+|bitsandbytes\.optim\.\w+|peft\.optimizers\.create_\w+_optimizer")
 
 
 def as_text(value: Any) -> Any:
-    """``value``, plain, so that OmegaConf reads every ``${`` of its texts as these characters."""
+    """``value`` with every ``${`` escaped, so that OmegaConf reads it as text."""
     if isinstance(value, Mapping):
         return {key: as_text(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -66,19 +66,19 @@ def _is_code(key: str, value: Any) -> bool:
 
 
 def check(tree: Mapping[str, Any], conf: Path, own: Container[str], source: str) -> None:
-    """Refuse a configuration that was read from ``source`` and names code that neither we nor the user's words name.
+    """Refuse a configuration, read from ``source``, with code that neither peftsweep offers nor the user has named.
 
-    ``conf`` is the folder of our own yamls, ``own`` the names in what the user has composed. Nothing is imported of
-    what the configuration names.
+    ``conf`` is the folder of our yamls, ``own`` the names in the user's own configuration. The named code is not
+    imported.
 
     Raises:
-        InputError: the line names the key and the name.
+        InputError: the message gives the key and the name.
     """
     for key, name in names(tree):
         if name not in own and not _is_offered(key, name, conf):
             raise InputError(
-                f"{source}: names {name[:LONGEST]} in {key}, which is no part of peftsweep and would be run; "
-                f"give {key}={name[:LONGEST]} yourself, or trust=true, if you know what it does"
+                f"{source}: names {name[:LONGEST]} in {key}, which is code outside of peftsweep and would be run; "
+                f"if you trust it, give {key}={name[:LONGEST]} on the command line, or trust=true"
             )
 
 
@@ -95,7 +95,7 @@ def _is_offered(key: str, name: str, conf: Path) -> bool:
 
 @functools.cache
 def _offered(conf: Path) -> frozenset[tuple[str, str, str]]:
-    """(section, key, name) of all code that our own yamls name."""
+    """(section, key, name) of all code that our yamls name."""
     found = set()
     for file in conf.rglob("*.yaml"):
         text = file.read_text(encoding="utf-8")

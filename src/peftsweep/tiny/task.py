@@ -122,8 +122,8 @@ def direction_rows(split: str, count: int, seed: int = 0) -> list[dict[str, str]
 
 
 # What may follow a story in pretraining. The first part is the prompt, the second what the model should say.
-# A sum or a difference is asked for by name and of any story: the sign of a change is known, and how to
-# calculate, but nothing ties the one to the other.
+# Sums and differences are requested by name, for any story: the model learns the sign of a change and how to
+# calculate, but not to combine the two.
 PROBES: dict[str, Callable[[Story], tuple[str, str]]] = {
     "first": lambda s: (f"How many {s.thing} at first?", f"{s.first}"),
     "change": lambda s: ("What change?", s.change),
@@ -138,7 +138,7 @@ PROBE_WEIGHTS = (2, 2, 1, 1, 2, 3, 4, 4)
 
 
 def equation_lines(rng: random.Random) -> str:
-    """A few equations, and now and then a number said twice: the only place where '#' occurs."""
+    """A few equations, and sometimes a number written twice: the only place where '#' occurs."""
     lines = []
     for _ in range(4):
         first, second = rng.randint(2, LARGEST), rng.randint(2, LARGEST)

@@ -52,7 +52,7 @@ def _said(example: templates.Example) -> list[chat.Message]:
 
 def _is_other_turn(message: chat.Message) -> bool:
     text = chat.content_text(message.get("content"))
-    return chat.says_something_else(message) or not text.strip() or END_OF_REASONING in text
+    return chat.has_calls_or_reasoning(message) or not text.strip() or END_OF_REASONING in text
 
 
 def takes_items_of_text(section: Values, source: Values) -> bool:

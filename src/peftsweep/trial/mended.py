@@ -122,9 +122,9 @@ def _writes_by_own_settings(config: Values, _: Values) -> bool:
     return bool(_base(config).own_settings if by_beams else _base(config).own_settings - BEAM_SETTINGS.keys())
 
 
-def _asks_otherwise(config: Values, _: Values) -> bool:
+def _generation_prompt_differs(config: Values, _: Values) -> bool:
     dataset = _section(config, "dataset")
-    if not dataset.get("chat") or not _base(config).asks_otherwise:
+    if not dataset.get("chat") or not _base(config).generation_prompt_differs:
         return False
     return affected_rows.has_other_turns(dataset, _evaluations(config))
 
@@ -186,7 +186,7 @@ MENDED = (
     ),
     Mended(
         5,
-        _asks_otherwise,
+        _generation_prompt_differs,
         "after a generation prompt that opens or closes the reasoning, turns that reason, call a tool or are empty "
         "were trained on from another place than their beginning",
     ),
@@ -220,14 +220,16 @@ class _Base:
     recurrent: bool = False
     balances: bool = False  # it adds a loss of its routers in training
     own_settings: frozenset[str] = frozenset()  # its generation settings that change what it writes
-    asks_otherwise: bool = False  # its chat template writes some turns otherwise than after its generation prompt
+    generation_prompt_differs: bool = False  # from the beginning of some written turns of the assistant
 
 
 def _base(config: Values) -> _Base:
-    said = {field.name: value for field in fields(ModelConfig) if (value := _section(config, "model").get(field.name))}
+    settings = {
+        field.name: value for field in fields(ModelConfig) if (value := _section(config, "model").get(field.name))
+    }
     kinds = {"task": Task, "init": Init, "dtype": Dtype}
     try:
-        base = ModelConfig(**said | {key: kind(said[key]) for key, kind in kinds.items() if key in said})
+        base = ModelConfig(**settings | {key: kind(settings[key]) for key, kind in kinds.items() if key in settings})
         key = fingerprint.of_values(model_identity(base))
         if key not in _BASES:
             _BASES[key] = _read(base)
@@ -263,7 +265,8 @@ def _read(base: ModelConfig) -> _Base:
         recurrent=bool(stateful) or bool(getattr(bare, "_is_stateful", False)),
         balances=hasattr(bare, parts.ROUTER_LOSS),
         own_settings=_own_settings(base) if base.init is Init.pretrained else frozenset(),
-        asks_otherwise=bool(marks.chat_template) and chat.asks_otherwise(chat.ChatTemplate(marks)),
+        generation_prompt_differs=bool(marks.chat_template)
+        and chat.generation_prompt_differs(chat.ChatTemplate(marks)),
     )
 
 

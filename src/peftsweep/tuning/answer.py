@@ -314,7 +314,7 @@ def _write(
     record.write_json(
         question.folder / TUNE,
         {
-            "asked": question.hash,
+            "search_hash": question.hash,
             "command": question.words,
             "metric": f"validation_{setting.plan.metric}",
             "budget": str(account.budget) if account.budget else None,
@@ -394,7 +394,7 @@ def league(question: Question, say: Callable[[str], None]) -> None:
     decided = decision.league_decision(column, scores, result, configurations, own.placebo, own.difference)
     record.write_json(
         question.folder / LEAGUE,
-        {"asked": question.hash, "command": question.words, "column": column, "lines": lines, "costs": costs}
+        {"search_hash": question.hash, "command": question.words, "column": column, "lines": lines, "costs": costs}
         | {"spent": {"seconds": trials.account.seconds}, "best": {name: asdict(p) for name, p in best.items()}}
         | {"scores": _values_by_seed(scores)}
         | {"result": record.plain(asdict(result)), "decision": decision.facts(decided)},

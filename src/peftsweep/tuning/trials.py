@@ -161,11 +161,16 @@ class Clock:
         return self._earlier + time.monotonic() - self._begun
 
 
-def earlier_seconds(file: Path, question: str) -> float:
-    """The seconds of earlier commands with the same question, from the file that they wrote."""
+def earlier_seconds(file: Path, search_hash: str) -> float:
+    """The seconds of earlier commands with this ``Question.hash``, from the file that they wrote.
+
+    Files of earlier versions have the hash under the key ``asked``.
+    """
     try:
         found = record.read_json(file, dict)
     except (Unreadable, OSError):  # the file is missing or damaged, and will be written anew
         return 0.0
-    spent = found.get("spent") if isinstance(found, dict) and found.get("asked") == question else None
+    if not isinstance(found, dict) or found.get("search_hash", found.get("asked")) != search_hash:
+        return 0.0
+    spent = found.get("spent")
     return float(spent.get("seconds", 0.0)) if isinstance(spent, dict) else 0.0

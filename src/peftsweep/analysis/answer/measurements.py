@@ -162,7 +162,7 @@ def _value_at(task: Task, n: Any, column: str) -> Any:
     return task.configurations.at[n, column] if column in task.configurations else None
 
 
-# ---- what was asked and read -------------------------------------------------------------------------
+# ---- prompts and predictions -------------------------------------------------------------------------
 
 
 def _answers(task: Task) -> Iterator[Table]:

@@ -303,8 +303,8 @@ CHOOSE = """(() => {
       table.className = "texts";
       ["row", "prompt", "answer", ...pair.map((m) => of.members[m].name)].forEach((name) => add(head, "th", name));
       written.forEach((row) => {
-        const line = add(table, "tr"), [prompt, answer, said] = of.texts[row];
-        [row + 1, prompt, answer, ...pair.map((m) => figure(of, m, row) + "\\n" + said[m])].forEach(
+        const line = add(table, "tr"), [prompt, answer, predictions] = of.texts[row];
+        [row + 1, prompt, answer, ...pair.map((m) => figure(of, m, row) + "\\n" + predictions[m])].forEach(
           (text) => add(line, "td", text));
       });
     }

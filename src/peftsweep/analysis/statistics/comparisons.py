@@ -54,7 +54,7 @@ COMPARED = (
 def with_bases(table: pd.DataFrame, column: str) -> tuple[pd.DataFrame, dict[int, int]]:
     """What ``measure`` needs of ``table``, with its untouched bases as configurations; the base of each configuration.
 
-    Bases have the numbers -1, -2 ... There are several where models are stored or asked in several ways. A base has
+    Bases have the numbers -1, -2 ... There are several bases if quantisations or prompts differ. A base has
     no seed, unless a new head was drawn from it; its name as a trial is the file of its answers, as far as that
     is known (records of earlier versions lack it).
     """

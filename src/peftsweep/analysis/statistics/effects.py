@@ -160,7 +160,7 @@ def effects(
     ``scale`` is ``ratio``), ``p``, ``p_adjusted``, ``verdict`` of the level, ``agreeing`` contexts (whose own
     difference has the same sign), ``chance``, and ``moved``, the settings that differ beside the factor.
 
-    In one context two levels are two configurations, and what is said of them is what `Tested` says; averages over
+    In one context two levels are two configurations, and `Tested` has their comparison; averages over
     several are adjusted for all pairs of levels of all factors. The interval is of these contexts; it does not say that
     the effect is the same in others. Factors of more than 30 levels are passed over. ``plan`` and ``known`` are the
     table's ``design`` and ``tested``, where they are known.

@@ -71,7 +71,7 @@ class Task:
         return found[found["factor"] == factor]
 
     def tested(self, column: str) -> comparisons.Tested | None:
-        """Every pair of configurations: all that is said of two of them is read from here."""
+        """Every pair of configurations: all sentences about two of them use these figures."""
         if column not in self._tested:
             predictions = self.predictions if column in self.scores else None
             self._tested[column] = comparisons.tested(self.table, column, predictions)

@@ -1,6 +1,6 @@
-"""Which test rows were won and lost between any two of the configurations and their untouched bases, and what was said.
+"""The test rows won and lost between any two of the configurations and their untouched bases, with their predictions.
 
-A row is won by what scores higher on it: more of its seeds were right, or the loss a token is smaller.
+A row is won by the one with the higher score on it: more of its seeds were right, or its loss for a token is smaller.
 """
 
 from __future__ import annotations

@@ -9,19 +9,19 @@ from peftsweep.data.conversations.template import PROBE, ChatTemplate, Span
 from peftsweep.data.conversations.turns import REASONING, Conversation, Message, is_trained
 
 ANOTHER_PROMPT = (
-    "the chat template's generation prompt is not how a written turn of the assistant begins (as with "
-    "templates that open the reasoning): the turn's content is trained on, and asked for after another prompt"
+    "the chat template's generation prompt differs from the beginning of a written turn of the assistant (as with "
+    "templates that open the reasoning): the content is trained on after another prompt than it is generated after"
 )
 
-SAID_BESIDE_CONTENT = ("tool_calls", *REASONING)  # keys of a message
-OPEN_TAG = re.compile(r"<[^<>\s]*\Z")  # which a template's tag goes on after
+BESIDE_CONTENT = ("tool_calls", *REASONING)  # keys of a message that a template may write beside its content
+OPEN_TAG = re.compile(r"<[^<>\s]*\Z")  # the beginning of a tag, without its end
 
 
 def of_turns(template: ChatTemplate, conversation: Conversation, text: str, *, only_last: bool) -> list[Span]:
-    """Where the turns of the assistant that are trained on are, each with its end mark.
+    """The spans of the assistant's turns that are trained on, each with its end mark.
 
     Raises:
-        ValueError: that cannot be told.
+        ValueError: the place of a turn cannot be determined.
     """
     marks = tuple(template.special.values())
     messages = conversation.messages
@@ -30,8 +30,8 @@ def of_turns(template: ChatTemplate, conversation: Conversation, text: str, *, o
         if not is_trained(messages[number]):
             continue
         start, end = turn(template, conversation, text, number)
-        if (said := text[start:end].rstrip()).endswith(marks):
-            end = start + len(said)  # the white space after an end mark is the template's, not the assistant's
+        if (stripped := text[start:end].rstrip()).endswith(marks):
+            end = start + len(stripped)  # the white space after an end mark is the template's, not the assistant's
         if not (found[-1][1] if found else 0) <= start < end:
             raise ValueError(_unknown(number))
         found.append((start, end))
@@ -48,20 +48,20 @@ def trained_parts(template: ChatTemplate, conversation: Conversation, text: str,
 
 
 def _unknown(number: int) -> str:
-    return f"where turn {number + 1} begins and ends cannot be told; {_LOCATORS}"
+    return f"the beginning and end of turn {number + 1} cannot be found in the rendered text; {_LOCATORS}"
 
 
-_LOCATORS = "dataset.turns=last trains the last turn alone, and a template with {% generation %} marks its turns itself"
+_LOCATORS = "dataset.turns=last trains on the last turn only; a template with {% generation %} marks its turns itself"
 
 
 def turn(template: ChatTemplate, conversation: Conversation, text: str, number: int) -> Span:
-    """Where the assistant's turn ``number`` is in ``text``: from where it would be generated to where it ends.
+    """The span of the assistant's turn ``number`` in ``text``: from where it would be generated to its end.
 
-    Both are known where the conversation up to there is rendered as it is within the whole. Templates that
-    write a turn otherwise once others follow it (without its reasoning, say) are asked by a probe.
+    Both ends are known if the conversation up to them is rendered as within the whole. If a template writes a turn
+    differently once others follow it (for instance without its reasoning), a probe finds them.
 
     Raises:
-        ValueError: neither way tells.
+        ValueError: neither way finds them.
     """
     before = conversation._replace(messages=conversation.messages[:number])
     so_far = conversation._replace(messages=conversation.messages[: number + 1])
@@ -78,25 +78,25 @@ def turn(template: ChatTemplate, conversation: Conversation, text: str, number: 
 
 
 def _begin(template: ChatTemplate, conversation: Conversation, text: str, number: int) -> int:
-    """Where a turn begins that the template writes otherwise than after its generation prompt, which may reason.
+    """The beginning of a turn that the template does not write after its generation prompt, which may open reasoning.
 
-    That is where the template would begin a plain text in its place. What is not written so, such as reasoning, begins
-    at its first difference to the generation prompt; if that is unknown, at its content.
+    It is where the template would begin a plain text in place of the turn. If the template writes the turn differently
+    from a plain text, as with reasoning, it is the first difference to the generation prompt; else the content.
     """
     before = conversation._replace(messages=conversation.messages[:number])
     if number:
         template.warn_once(ANOTHER_PROMPT)
-    plain = _replaced(conversation, number, _said_plainly(conversation.messages[number]))
+    plain = _replaced(conversation, number, _as_plain_text(conversation.messages[number]))
     start, found, _ = (text_of(template, plain) or "").partition(PROBE)
     if found and text.startswith(start):
         return len(start)
-    asked, closed = text_of(template, before, begun=True) or "", text_of(template, before)
-    if closed is not None and asked.startswith(closed) and found:  # turns before it are written otherwise by now
-        header = asked[len(closed) :]
+    prompted, closed = text_of(template, before, begun=True) or "", text_of(template, before)
+    if closed is not None and prompted.startswith(closed) and found:  # the template rewrites the turns before it
+        header = prompted[len(closed) :]
         after_header = start.rfind(header) + len(header)
         if header in start and header.strip() and after_header <= _shared(text, start):
             return after_header
-    if closed is not None and text.startswith(closed) and (shared := _shared(text, asked)) >= len(closed):
+    if closed is not None and text.startswith(closed) and (shared := _shared(text, prompted)) >= len(closed):
         cut_tag = OPEN_TAG.search(text, len(closed), shared)
         return cut_tag.start() if cut_tag else shared
     if not conversation.messages[number].get("content"):
@@ -104,10 +104,10 @@ def _begin(template: ChatTemplate, conversation: Conversation, text: str, number
     return _content_place(template, conversation, text, number)[0]
 
 
-def _said_plainly(message: Message) -> Message:
-    """A message with a probe for all that it says: its content, its calls and its reasoning."""
+def _as_plain_text(message: Message) -> Message:
+    """A message with a probe in place of its content, its calls and its reasoning."""
     content = [{"type": "text", "text": PROBE}] if isinstance(message.get("content"), list) else PROBE
-    kept = {key: value for key, value in message.items() if key not in SAID_BESIDE_CONTENT}
+    kept = {key: value for key, value in message.items() if key not in BESIDE_CONTENT}
     return kept | {"content": content}
 
 
@@ -124,10 +124,10 @@ def _shared(one: str, other: str) -> int:
 
 
 def text_of(template: ChatTemplate, part: Conversation, *, begun: bool = False) -> str | None:
-    """``part`` as text; None where the template refuses it."""
+    """``part`` as text; None if the template refuses it."""
     try:
         return template.text(part, begun=begun)
-    except Exception:  # a template may refuse a part of a conversation that it takes as a whole
+    except Exception:  # a template may accept a conversation and refuse a part of it
         return None
 
 
@@ -150,14 +150,14 @@ def _probed(template: ChatTemplate, conversation: Conversation, number: int) -> 
     before, found, after = probed.partition(PROBE)
     if not found:
         raise ValueError(_unknown(number))
-    if PROBE in after:  # with the result of a call some templates write its name again
+    if PROBE in after:  # some templates repeat the name of a call with its result
         function = message["tool_calls"][0]
         after = after.replace(PROBE, function.get("function", function)["name"])
     return before, after
 
 
 def with_probe(message: Message) -> Message:
-    """A message with a probe as its content; where it only calls tools, as the name of the first one."""
+    """A message with a probe as its content, or as the name of the first call if it only calls tools."""
     if message.get("content") or not message.get("tool_calls"):
         parts = isinstance(message.get("content"), list)
         return message | {"content": [{"type": "text", "text": PROBE}] if parts else PROBE}
@@ -171,10 +171,10 @@ def named(tool: dict[str, Any]) -> dict[str, Any]:
 
 
 def _end_mark(template: ChatTemplate, after: str, as_last: str, header: str | None) -> int:
-    """The length of a turn's end marks at the beginning of ``after``; ``as_last`` is what ends it as the last turn.
+    """The length of a turn's end marks at the beginning of ``after``; ``as_last`` is the text that ends a last turn.
 
-    Some templates end the last turn with a further mark; then the mark that both have in common is the end. Others end
-    it with another mark; then the end is what stands directly before the mark ``header``, which begins a turn.
+    Some templates end the last turn with a further mark; then the end is the mark that both have in common. Others end
+    it with another mark; then the end stands directly before the mark ``header``, which begins a turn.
     """
     if after.startswith(as_last):
         return len(as_last)
@@ -187,15 +187,15 @@ def _end_mark(template: ChatTemplate, after: str, as_last: str, header: str | No
         if mark == header and length:
             return length
         length += len(mark)
-    raise ValueError("where its turns end cannot be told; " + _LOCATORS)
+    raise ValueError("the ends of its turns cannot be found in the rendered text; " + _LOCATORS)
 
 
 def _header_mark(template: ChatTemplate, before: Conversation) -> str | None:
-    """The special token that begins a turn of the assistant after ``before``; None where none does."""
-    asked, closed = text_of(template, before, begun=True), text_of(template, before)
-    if asked is None or closed is None or not asked.startswith(closed):
+    """The special token that begins a turn of the assistant after ``before``; None if there is none."""
+    prompted, closed = text_of(template, before, begun=True), text_of(template, before)
+    if prompted is None or closed is None or not prompted.startswith(closed):
         return None
-    return _mark_at(template, asked, len(closed))
+    return _mark_at(template, prompted, len(closed))
 
 
 def _mark_at(template: ChatTemplate, text: str, place: int) -> str | None:

@@ -1,4 +1,4 @@
-"""A row that holds a conversation, in any of the layouts that people have -> the conversation."""
+"""A row that holds a conversation, in any of the common layouts -> the conversation."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from peftsweep.data.conversations.turns import UNTRAINED_KEYS, Conversation, Mes
 Row = dict[str, Any]
 
 READERS = ("peftsweep.data.tasks.messages", "peftsweep.data.tasks.sharegpt")  # their names in a configuration
-COLUMNS = ("messages", "conversations", "conversation")  # the first that holds something is read
-SYSTEM_COLUMNS = ("system", "system_prompt")  # of a system's turn that stands beside the turns
-CALL = "function_call"  # a role of ShareGPT's layout, and a key of OpenAI's former one
-CALLING = (CALL, "tool_call")  # roles of turns that are one call
+COLUMNS = ("messages", "conversations", "conversation")  # the first one with a value is read
+SYSTEM_COLUMNS = ("system", "system_prompt")  # hold a system turn that is not among the turns
+CALL = "function_call"  # a role in ShareGPT's layout, and a key in OpenAI's former layout
+CALLING = (CALL, "tool_call")  # roles of turns that hold one call
 ALIASES = {
     "user": ("human", "prompter"),
     "assistant": ("gpt", "chatgpt", "bing", "bard", "claude", "ai", "bot", "model", *CALLING),
     "tool": ("observation", "function_response", "tool_response"),
 }
-ARGUMENTS = ("arguments", "parameters", "input", "args")  # names of what a call hands over; the first that is there
-MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # columns of what is no text
-TOOL_ROLES = ("tool", "function", "ipython", "environment")  # whose content is often a value
+ARGUMENTS = ("arguments", "parameters", "input", "args")  # keys of a call's arguments; the first that is there
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")  # columns of images, audio and video
+TOOL_ROLES = ("tool", "function", "ipython", "environment")  # their content is often JSON
 ROLES = {name: role for role, names in ALIASES.items() for name in names}  # in files -> in chat templates
-# Those that chat templates know.
+# The roles that chat templates know.
 KNOWN_ROLES = (
     *("system", "developer", "user", "assistant", "tool", "function"),
     *("ipython", "environment", "document", "documents", "context"),
@@ -33,37 +33,38 @@ KNOWN_ROLES = (
 
 
 class NoAnswer(ValueError):
-    """A row has no turn of the assistant that could be trained on."""
+    """A row has no turn of the assistant to train on."""
 
 
 def messages(row: Row) -> Row:
-    """The row with its ``conversation``; the last turn is the ``answer``, all before it, as JSON, the ``prompt``.
+    """The row with its ``conversation``; ``answer`` is the last turn, ``prompt`` all turns before it as JSON.
 
-    Turns are OpenAI's (``messages`` of role and content), ShareGPT's (``conversations`` of from and value), two lists
-    ``prompt`` and ``completion``, or a tree of messages (``trees``); lists may be JSON text. ``tools`` or ``functions``
-    are what the assistant may call; ``system`` or ``system_prompt`` is a system's turn before the others. Content that
-    is a list holds text parts; what else is a list or dict is JSON. A turn of the assistant with the weight 0, or with
-    false under another name of that (``UNTRAINED_KEYS``), is not trained on, and one at the end is left out.
+    Turns have OpenAI's layout (``messages`` of role and content) or ShareGPT's (``conversations`` of from and value),
+    or are two lists ``prompt`` and ``completion``, or a tree of messages (``trees``); lists may be JSON text.
+    ``tools`` or ``functions`` are the tools that the assistant may call; ``system`` or ``system_prompt`` is a system
+    turn before the others. Content that is a list must hold text parts; any other list or dict becomes JSON. A turn of
+    the assistant with the weight 0, or with false under a key of ``UNTRAINED_KEYS``, is not trained on; at the end of
+    a conversation it is left out.
 
     Raises:
         NoAnswer: there is no conversation, it does not end with the assistant's turn, or its answer is not wanted.
-        ValueError: a turn, a tool or a call is none, has an unknown role, or has a part that is no text.
+        ValueError: a turn, tool or call is malformed, has an unknown role, or has a part that is not text.
     """
     if row.get("label") is False:
         raise NoAnswer("its label is false, which marks an answer that is not wanted")
     if media := next((column for column in MEDIA if row.get(column)), None):
-        raise ValueError(f"its column '{media}' holds what is no text")
-    said = [_numbered(number, turn) for number, turn in enumerate(_turns(row), start=1)]
-    if said:
-        said = [*_system(row, said[0]), *said]
-    if len(said) < 2 or said[-1]["role"] != "assistant":
+        raise ValueError(f"its column '{media}' holds something else than text")
+    found = [_numbered(number, turn) for number, turn in enumerate(_turns(row), start=1)]
+    if found:
+        found = [*_system(row, found[0]), *found]
+    if len(found) < 2 or found[-1]["role"] != "assistant":
         raise NoAnswer("a conversation must end with the assistant's turn, after another")
-    conversation = Conversation(_until_trained(said), _tools(row))
+    conversation = Conversation(_until_trained(found), _tools(row))
     return row | {"conversation": conversation, "prompt": conversation.prompt, "answer": conversation.answer}
 
 
 def sharegpt(row: Row) -> Row:
-    """``messages`` of a shared conversation: from the first turn of the user or the system to the last answer.
+    """As ``messages``, for a shared conversation: from the first turn of user or system to the last answer.
 
     Raises:
         NoAnswer, ValueError: as ``messages``.
@@ -77,18 +78,18 @@ def sharegpt(row: Row) -> Row:
 
 
 def _raw_role(turn: Any) -> str:
-    """The role of a turn as in the file; empty if it is no turn."""
+    """The role of a turn as in the file; empty if it is not a turn."""
     return str(turn.get("role") or turn.get("from")) if isinstance(turn, Mapping) else ""
 
 
 def _in_template(role: str) -> str:
-    """The name that chat templates have for a role of a file, known or unknown."""
+    """The name of a file's role in chat templates; an unknown role keeps its name."""
     plain = role.strip().lower()
     return ROLES.get(plain, plain)
 
 
 def version(row: Row) -> int:
-    """The first version of this reader that took the same turns from the row and trained on the same."""
+    """The first version of this reader that read the same turns from the row and trained on the same ones."""
     earlier = {"human": "user", "gpt": "assistant"}
     try:
         turns = _turns(row)
@@ -103,11 +104,11 @@ def version(row: Row) -> int:
         if any(isinstance(turn.get("content"), dict) and turn["content"].get("type") == "text" for turn in turns):
             return 3
         added = bool(_system(row, _message(turns[0]))) or (bool(row.get("functions")) and not row.get("tools"))
-        said = [turn.get("role") or turn.get("from") for turn in turns]
-        renamed = any(earlier.get(role, role) != _role(role) for role in said)
+        roles = [turn.get("role") or turn.get("from") for turn in turns]
+        renamed = any(earlier.get(role, role) != _role(role) for role in roles)
         return 2 if added or renamed or any(turn.get(CALL) or turn.get("weight") == 0 for turn in turns) else 1
     except (ValueError, IndexError, AttributeError):
-        return 1  # no version has read it
+        return 1  # no version could read it
 
 
 # ---- what a row holds ------------------------------------------------------------------------------
@@ -121,8 +122,8 @@ def _turns(row: Row) -> list[Any]:
         return trees.turns(row)
     parts = [row.get(column) for column in ("prompt", "completion")]
     if all(isinstance(part, list) or str(part).lstrip().startswith("[") for part in parts):
-        asked, said = (_listed(part, "prompt and completion") for part in parts)
-        return [*map(_untrained, asked), *said]
+        prompt, completion = (_listed(part, "prompt and completion") for part in parts)
+        return [*map(_untrained, prompt), *completion]
     there = [column for column in COLUMNS if column in row]
     if there:
         raise NoAnswer(f"it has no value for '{there[0]}' (null)")
@@ -139,7 +140,7 @@ def _listed(value: Any, name: str) -> list[Any]:
     try:
         found = json.loads(value) if isinstance(value, str) else value
     except ValueError as error:
-        raise ValueError(f"its {name} are text that is no JSON ({error})") from None
+        raise ValueError(f"its {name} are text, but not JSON ({error})") from None
     if not isinstance(found, list):
         raise ValueError(f"its {name} are not a list")
     return found
@@ -163,11 +164,11 @@ def _parsed(value: Any) -> Any:
 
 
 def _schema(tool: Any) -> Row:
-    """A tool as OpenAI has it: a function under this key, which others leave out."""
+    """A tool in OpenAI's layout, with the key ``function``, which other layouts leave out."""
     function = tool.get("function", tool) if isinstance(tool, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError("its tools are not JSON schemas of functions")
-    if "input_schema" in function and "parameters" not in function:  # Anthropic's name
+    if "input_schema" in function and "parameters" not in function:  # Anthropic's name of the key
         function = {"parameters" if key == "input_schema" else key: value for key, value in function.items()}
     return tool | {"function": function} if "function" in tool else {"type": "function", "function": function}
 
@@ -181,16 +182,16 @@ def _system(row: Row, first: Message) -> list[Message]:
         if first["role"] not in ("system", "developer"):
             return [{"role": "system", "content": text}]
         if first.get("content") != text:
-            raise ValueError(f"its column '{column}' and its first turn hold two different prompts of the system")
+            raise ValueError(f"its column '{column}' and its first turn hold two different system prompts")
     return []
 
 
-def _until_trained(said: list[Message]) -> list[Message]:
+def _until_trained(turns: list[Message]) -> list[Message]:
     """The turns up to the last one that is trained on; later turns have no effect."""
-    trained = [number for number, message in enumerate(said) if is_trained(message)]
+    trained = [number for number, message in enumerate(turns) if is_trained(message)]
     if not trained:
         raise NoAnswer("no turn of the assistant is trained on: all have the weight 0")
-    return said[: trained[-1] + 1]
+    return turns[: trained[-1] + 1]
 
 
 # ---- a turn ----------------------------------------------------------------------------------------
@@ -204,18 +205,18 @@ def _numbered(number: int, turn: Any) -> Message:
 
 
 def _message(turn: Any) -> Message:
-    """A turn as chat templates take it; what is null in it is absent."""
-    if not isinstance(turn, dict) or not isinstance(said := turn.get("role") or turn.get("from"), str):
+    """A turn in the form that chat templates read, without its null values."""
+    if not isinstance(turn, dict) or not isinstance(role := turn.get("role") or turn.get("from"), str):
         raise ValueError("a turn is not an object with a role")
     if media := next((key for key in MEDIA if turn.get(key)), None):
-        raise ValueError(f"its '{media}' are no text")
+        raise ValueError(f"its '{media}' are not text")
     content = turn["value"] if turn.get("content") is None and "value" in turn else turn.get("content")
     calls = _former_calls(turn.get(CALL)) or turn.get("tool_calls")
-    if said in CALLING:
+    if role in CALLING:
         content, calls = None, _former_calls(content)
     given: Message = {
-        "role": _role(said),
-        "content": None if content is None else _content(content, _role(said)),
+        "role": _role(role),
+        "content": None if content is None else _content(content, _role(role)),
         "tool_calls": [_call(call) for call in _listed(calls, "tool_calls")] if calls else None,
     }
     others = ("from", "value", CALL)
@@ -225,7 +226,7 @@ def _message(turn: Any) -> Message:
 
 
 def _weight(message: Message) -> Message:
-    """The weight 0 of a turn that one of its keys excludes from the training."""
+    """The weight 0, if a key of the turn excludes it from the training."""
     if (weight := message.get("weight", 1)) not in (0, 1):
         raise ValueError(f"a turn has the weight {weight!r}; must be 0 or 1")
     flags = {key: message[key] for key in UNTRAINED_KEYS if key in message}
@@ -233,7 +234,9 @@ def _weight(message: Message) -> Message:
         if value not in (0, 1):
             raise ValueError(f"a turn has {value!r} under '{key}'; must be true or false")
     if message["role"] == "assistant" and message.get("mask") is not None:
-        raise ValueError("a turn has the key 'mask', which some read as trained on and some as not; weight says it")
+        raise ValueError(
+            "a turn has the key 'mask', which has no common meaning; use weight: 1 for a trained turn, 0 for others"
+        )
     return {} if all(flags.values()) else {"weight": 0}
 
 
@@ -253,24 +256,24 @@ def _content(content: Any, role: str) -> Any:
         raise ValueError("its content is a list of texts; must be a text, or parts of type text")
     if isinstance(content, list) and all(isinstance(part, dict) and "type" in part for part in content):
         if other := [part["type"] for part in content if not isinstance(part.get("text"), str)]:
-            raise ValueError(f"a part of type '{other[0]}' is no text")
+            raise ValueError(f"a part of type '{other[0]}' is not text")
         return content
     return json.dumps(content, ensure_ascii=False)
 
 
 def _former_calls(given: Any) -> list[Any] | None:
-    """The calls of OpenAI's former layout, or of a turn of ShareGPT's: one, or a list of them, or JSON text of it."""
+    """The calls of OpenAI's former layout or of a ShareGPT turn: one call, a list of calls, or JSON text of these."""
     if not given:
         return None
     try:
         found = json.loads(given) if isinstance(given, str) else given
     except ValueError as error:
-        raise ValueError(f"a {CALL} is text that is no JSON ({error})") from None
+        raise ValueError(f"a {CALL} is text, but not JSON ({error})") from None
     return [{"type": "function", "function": call} for call in (found if isinstance(found, list) else [found])]
 
 
 def _call(call: Any) -> Row:
-    """A call; one without arguments has none, which is the empty object."""
+    """A call in OpenAI's layout; missing arguments become the empty object."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError("a tool call names no function")
@@ -278,8 +281,9 @@ def _call(call: Any) -> Row:
     given = function.get(name)
     if given is None or (isinstance(given, str) and not given.strip()):
         given = {}
-    said = _parsed(given)
-    if not isinstance(said, dict) and not (said is given and isinstance(said, str)):  # what is no JSON, chat.py says
+    parsed = _parsed(given)
+    # Text that is not JSON passes here; ``arguments_object`` refuses it.
+    if not isinstance(parsed, dict) and not (parsed is given and isinstance(parsed, str)):
         raise ValueError("the arguments of a tool call are neither an object nor JSON text of one")
     others = {key: value for key, value in function.items() if key != name}
     function = function | {name: given} if name == ARGUMENTS[0] else others | {ARGUMENTS[0]: given}

@@ -1,4 +1,4 @@
-"""A tokenizer's chat template, and what it can read."""
+"""A tokenizer's chat template, and the forms of messages that it accepts."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ log = logging.getLogger(__name__)
 
 Span = tuple[int, int]  # of characters, the end excluded
 
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
-PROBE = "\ue000\ue001"  # private characters, which no template strips, escapes or looks for
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers searches for it
+PROBE = "\ue000\ue001"  # private characters, which no template strips, escapes or searches for
 ARGUMENTS = {"probe_key": "probe_value"}
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """The tokenizer's chat template, or ``source``, with what it can read found out by probing it."""
+    """The tokenizer's chat template, or ``source``. Probes find out which forms of messages it accepts."""
 
     tokenizer: PreTrainedTokenizerBase
     source: str | None = None
     variables: dict[str, Any] = field(default_factory=dict)
-    complete: set[tuple[Any, ...]] = field(default_factory=set)  # shapes of conversations that it writes out wholly
-    warned: set[str] = field(default_factory=set)  # warnings that were logged
+    complete: set[tuple[Any, ...]] = field(default_factory=set)  # shapes of conversations that it writes completely
+    warned: set[str] = field(default_factory=set)  # warnings logged so far
 
     def warn_once(self, message: str) -> None:
         """Log a warning about this template, unless the same was logged before."""
@@ -40,7 +40,7 @@ class ChatTemplate:
             log.warning(message)
 
     def text(self, conversation: Conversation, *, begun: bool = False) -> str:
-        """The conversation as text; with ``begun``, up to where the assistant goes on."""
+        """The conversation as text; with ``begun``, the generation prompt of the assistant follows."""
         return str(
             self.tokenizer.apply_chat_template(
                 conversation.messages,
@@ -53,16 +53,16 @@ class ChatTemplate:
         )
 
     def generated(self, conversation: Conversation) -> list[Span] | None:
-        """What the template itself marks by ``{% generation %}``; None where it has no such mark."""
+        """The spans that the template marks by ``{% generation %}``; None if it has no such marks."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         source = self.tokenizer.get_chat_template(self.source, conversation.tools)
         if not GENERATION.search(source):
             return None
-        # apply_chat_template returns these as a mask of tokens, which goes on to the end of the row where a span
+        # apply_chat_template returns these spans as a mask of tokens. That mask extends to the end of the row if a span
         # ends in white space that the tokenizer's offsets leave out.
         present = [{key: value for key, value in m.items() if value is not None} for m in conversation.messages]
-        render: Any = render_jinja_template  # whose annotations are not those of what it returns
+        render: Any = render_jinja_template  # its annotation is not the type that it returns
         _, spans = render(
             conversations=[present],
             tools=conversation.tools,
@@ -73,7 +73,7 @@ class ChatTemplate:
         return [(start, end) for start, end in spans[0] if start < end]
 
     def readable(self, conversation: Conversation) -> Conversation:
-        """The same conversation, with contents and arguments in the form that the template writes out."""
+        """The same conversation, with contents and arguments in the form that the template writes completely."""
         return conversation._replace(messages=[self._readable(message) for message in conversation.messages])
 
     def _readable(self, message: Message) -> Message:
@@ -92,17 +92,17 @@ class ChatTemplate:
     def _readable_call(self, call: dict[str, Any]) -> dict[str, Any]:
         function = call.get("function", call)
         given = function.get("arguments")
-        said = arguments_object(given) if isinstance(given, str) else given
+        parsed = arguments_object(given) if isinstance(given, str) else given
         if isinstance(given, str) and self._takes_objects and not self._takes_json:
-            function = function | {"arguments": said}
+            function = function | {"arguments": parsed}
         elif isinstance(given, dict) and self._takes_json and not self._takes_objects:
             function = function | {"arguments": json.dumps(given, ensure_ascii=False)}
         return call | {"function": function} if "function" in call else function
 
     @cached_property
     def _takes_parts(self) -> bool:
-        said = self._probe([{"role": "user", "content": [{"type": "text", "text": PROBE}]}])
-        return PROBE in said and "'text'" not in said and '"text"' not in said
+        text = self._probe([{"role": "user", "content": [{"type": "text", "text": PROBE}]}])
+        return PROBE in text and "'text'" not in text and '"text"' not in text
 
     @cached_property
     def _parts_only(self) -> bool:
@@ -110,8 +110,8 @@ class ChatTemplate:
 
     @cached_property
     def _takes_objects(self) -> bool:
-        said = self._probe_arguments(ARGUMENTS)
-        return "probe_key" in said and str(ARGUMENTS) not in said
+        text = self._probe_arguments(ARGUMENTS)
+        return "probe_key" in text and str(ARGUMENTS) not in text
 
     @cached_property
     def _takes_json(self) -> bool:
@@ -134,11 +134,11 @@ class ChatTemplate:
     def _probe(self, messages: list[Message]) -> str:
         try:
             return self.text(Conversation(messages))
-        except Exception:  # a template may raise anything: then it does not take this
+        except Exception:  # a template may raise anything: it does not accept this form
             return ""
 
     @cached_property
     def special(self) -> dict[int, str]:
-        """The tokenizer's special tokens by id, ends of turns among them."""
+        """The tokenizer's special tokens by id, end-of-turn marks included."""
         added = self.tokenizer.added_tokens_decoder.items()
         return {number: str(token) for number, token in added if token.special}

@@ -1,6 +1,6 @@
-"""Trees of messages, in which people have written several replies to one -> the path of the replies ranked best.
+"""Trees of messages, in which a message has several replies -> the path of the best ranked replies.
 
-The layouts are those of OpenAssistant (arXiv 2304.07327): a row a message, or a row a tree.
+The layouts are those of OpenAssistant (arXiv 2304.07327): each row is a message, or each row is a tree.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Row = dict[str, Any]
-MESSAGE_COLUMNS = ("message_id", "parent_id", "text", "role")  # of a row a message
+MESSAGE_COLUMNS = ("message_id", "parent_id", "text", "role")  # of rows that are messages
 
 
 def are_messages(rows: Sequence[Row]) -> bool:
@@ -26,9 +26,9 @@ def is_tree(row: Row) -> bool:
 
 
 def joined(rows: Sequence[Row]) -> list[Row]:
-    """Rows that are messages as conversations, one a tree that has a reply; others as they are.
+    """Rows that are messages, joined to one conversation for each tree with a reply; other rows stay as they are.
 
-    A message whose ``parent_id`` is in none of the rows begins no conversation.
+    A message whose ``parent_id`` is in none of the rows starts no conversation.
     """
     if not are_messages(rows):
         return list(rows)
@@ -37,9 +37,9 @@ def joined(rows: Sequence[Row]) -> list[Row]:
         replies[row["parent_id"]].append(row)
     made = []
     for first in replies.pop(None, []):
-        said = _answered(_best([first], lambda message: replies.get(message["message_id"], ())))
-        if said:
-            made.append({"messages": said, "message_tree_id": first["message_id"], "lang": first.get("lang")})
+        path = _answered(_best([first], lambda message: replies.get(message["message_id"], ())))
+        if path:
+            made.append({"messages": path, "message_tree_id": first["message_id"], "lang": first.get("lang")})
     return made
 
 
@@ -49,7 +49,7 @@ def turns(row: Row) -> list[Row]:
 
 
 def _best(begun: list[Row], replies: Any) -> list[Row]:
-    """``begun`` and after it the best reply to each message: of the lowest rank, else the first."""
+    """``begun``, continued with the best reply to each message: that of the lowest rank, else the first."""
     while there := [reply for reply in replies(begun[-1]) if not reply.get("deleted")]:
         begun.append(min(there, key=_rank))
     return begun
@@ -62,7 +62,7 @@ def _rank(message: Row) -> float:
 
 def _answered(path: Iterable[Row]) -> list[Row]:
     """The messages as turns, up to the last reply of the assistant."""
-    said = [{"role": message["role"], "content": message["text"]} for message in path]
-    while said and said[-1]["role"] != "assistant":
-        said.pop()
-    return said
+    found = [{"role": message["role"], "content": message["text"]} for message in path]
+    while found and found[-1]["role"] != "assistant":
+        found.pop()
+    return found

@@ -6,8 +6,8 @@ import json
 from typing import Any, NamedTuple
 
 Message = dict[str, Any]
-REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of what a message reasons before its content
-# Keys of a turn beside its weight: false is the weight 0.
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of the reasoning before a message's content
+# Keys of a turn that files use in place of its weight: false means the weight 0.
 UNTRAINED_KEYS = ("train", "training", "trainable", "train_on_turn", "loss", "loss_mask")
 
 
@@ -22,31 +22,31 @@ class Conversation(NamedTuple):
 
     @property
     def prompt(self) -> str:
-        """All that stands before the last turn, as JSON."""
+        """All turns before the last one, with the tools, as JSON."""
         before: Any = {"messages": self.messages[:-1], "tools": self.tools} if self.tools else self.messages[:-1]
         return json.dumps(before, ensure_ascii=False)
 
     @property
     def written(self) -> tuple[str, str]:
-        """The prompt, and all of the last turn as JSON, without the keys that say which turns are trained on."""
+        """The prompt, and the whole last turn as JSON, without the keys that mark turns as trained on or not."""
         marks = ("weight", *UNTRAINED_KEYS)
-        said = [{key: value for key, value in message.items() if key not in marks} for message in self.messages]
-        return self._replace(messages=said).prompt, json.dumps(said[-1], ensure_ascii=False)
+        plain = [{key: value for key, value in message.items() if key not in marks} for message in self.messages]
+        return self._replace(messages=plain).prompt, json.dumps(plain[-1], ensure_ascii=False)
 
     @property
     def answer(self) -> str:
-        """What the last turn says; if it only calls tools, these calls as JSON."""
+        """The content of the last turn; if it only calls tools, the calls as JSON."""
         last = self.messages[-1]
         return content_text(last.get("content")) or json.dumps(last.get("tool_calls"), ensure_ascii=False)
 
 
-def says_something_else(message: Message) -> bool:
-    """Whether a message without content still says something: it calls tools, or reasons."""
+def has_calls_or_reasoning(message: Message) -> bool:
+    """Whether a message holds tool calls or reasoning, so that it may lack content."""
     return any(message.get(key) for key in ("tool_calls", *REASONING))
 
 
 def content_text(content: Any) -> str:
-    """Content as text: its text parts, a line each, where it is a list of parts."""
+    """Content as text; a list of parts becomes one line for each part."""
     if isinstance(content, list):
         return "\n".join(part["text"] for part in content)
     return content or ""
@@ -58,12 +58,12 @@ def is_trained(message: Message) -> bool:
 
 
 def arguments_object(arguments: str) -> Any:
-    """What the JSON text of a tool call's arguments says.
+    """The value of the JSON text of a tool call's arguments.
 
     Raises:
-        ValueError: it is no JSON.
+        ValueError: it is not JSON.
     """
     try:
         return json.loads(arguments)
     except ValueError as error:
-        raise ValueError(f"the arguments of a tool call are no JSON ({error}): {arguments[:80]!r}") from None
+        raise ValueError(f"the arguments of a tool call are not JSON ({error}): {arguments[:80]!r}") from None

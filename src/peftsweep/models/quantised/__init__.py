@@ -1,3 +1,3 @@
-"""The libraries that store a base in fewer bits: what each needs, and what its layers are made of."""
+"""The libraries that quantise a base: their requirements, and their layers."""
 
 __all__ = ["layers", "libraries"]

@@ -1,7 +1,7 @@
-"""Quantised layers of all libraries: their bits, their tensors, and how they become plain layers again.
+"""Quantised layers of all libraries: their bits and tensors, dequantisation, and layers on the meta device.
 
-bitsandbytes has layers of its own and keeps scales beside their weights. torchao and quanto have weights that are
-tensor subclasses around plain tensors (``__tensor_flatten__``), on nn.Linear or a subclass of it.
+bitsandbytes has its own layers and keeps scales beside their weights. The weights of torchao and quanto are tensor
+subclasses around plain tensors (``__tensor_flatten__``), on nn.Linear or a subclass of it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AutoHfQuantizer
 
-BITSANDBYTES = (Linear4bit, Linear8bitLt)  # for which PEFT has layers of its own, beside its usual ones
+BITSANDBYTES = (Linear4bit, Linear8bitLt)  # PEFT has special layers for these
 
 
 def bits(module: nn.Module) -> int | None:
-    """In how many bits a number of the layer's weight is stored; None where it is not quantised."""
+    """The number of bits that store a number of the layer's weight; None if it is not quantised."""
     if isinstance(module, BITSANDBYTES):
         return 4 if isinstance(module, Linear4bit) else 8
     weight = module._parameters.get("weight")
@@ -36,12 +36,12 @@ def bits(module: nn.Module) -> int | None:
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether the layer's weight is stored in fewer bits than it is calculated with."""
+    """Whether the layer's weight is stored in fewer bits than it is computed with."""
     return bits(module) is not None
 
 
 def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensors that a tensor subclass is made of; a plain tensor itself."""
+    """The plain tensors inside a tensor subclass; for a plain tensor, the tensor itself."""
     if not is_wrapper(tensor):
         yield tensor
         return
@@ -50,7 +50,7 @@ def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def kept_tensors(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
-    """All that is kept of a weight: the tensors that it is made of, and the scales that bitsandbytes keeps beside."""
+    """All tensors of a weight: its plain tensors, and the scales that bitsandbytes keeps beside it."""
     yield from plain_tensors(parameter)
     scales = getattr(parameter, "SCB", None)
     if scales is not None:
@@ -67,7 +67,7 @@ def footprint(model: nn.Module) -> int:
 
 
 def dequantise(base: Any) -> Any:
-    """``base`` with plain layers in place of all quantised ones; it is consumed."""
+    """``base`` with all quantised layers replaced by plain ones, in place."""
     layers = [(name, layer) for name, layer in base.named_modules() if is_wrapper(layer._parameters.get("weight"))]
     if not layers:
         return base.dequantize()
@@ -82,31 +82,31 @@ def dequantise(base: Any) -> Any:
 
 
 def is_wrapper(tensor: Any) -> bool:
-    """Whether it is a tensor subclass around others, as torchao's and quanto's weights are."""
+    """Whether ``tensor`` is a tensor subclass around others, like the weights of torchao and quanto."""
     return is_traceable_wrapper_subclass(tensor)
 
 
-# ---- without numbers -------------------------------------------------------------------------------
+# ---- on the meta device ----------------------------------------------------------------------------
 
 
 def quantise_skeleton(base: PreTrainedModel, quantization: Any) -> None:
-    """Give ``base``, which has no numbers, the layers and weights that loading it with ``quantization`` would give."""
+    """Give ``base``, on the meta device, the layers and weights of a base loaded with ``quantization``."""
     plain = dict(base.named_modules())
     quantizer: Any = AutoHfQuantizer.from_config(quantization)
     quantizer.preprocess_model(base, device_map=None)
     if quantization.quant_method == "bitsandbytes":
         stored: dict[Any, tuple[torch.Tensor, Any]] = {}
-        with patch.dict(bitsandbytes.functional.name2qmap):  # a cache that must not keep a tensor without numbers
+        with patch.dict(bitsandbytes.functional.name2qmap):  # a cache, which must not keep a meta tensor
             for name, module in base.named_modules():
                 if module is not plain.get(name):
                     _store(module, plain[name], stored)
     else:
-        vars(quantizer).setdefault("offload_to_cpu", False)  # of torchao's, which sets it when it looks at the machine
+        vars(quantizer).setdefault("offload_to_cpu", False)  # torchao sets it when it inspects the machine
         convert = quantizer.get_quantize_ops().convert
         for name, weight in [*base.named_parameters()]:
             if quantizer.param_needs_quantization(base, name):
                 convert({name: [weight.detach()]}, model=base, full_layer_name=name, missing_keys=set())
-    quantizer.postprocess_model(base)  # marks the model, by which PEFT knows it
+    quantizer.postprocess_model(base)  # marks the model as quantised for PEFT
 
 
 def _store(module: Any, plain: Any, stored: dict[Any, tuple[torch.Tensor, Any]]) -> None:
@@ -128,6 +128,6 @@ def _store(module: Any, plain: Any, stored: dict[Any, tuple[torch.Tensor, Any]])
     else:
         numbers, scales, _ = bitsandbytes.functional.int8_vectorwise_quant(weight.half())
         module.weight = Int8Params(numbers, requires_grad=False, CB=numbers, SCB=scales)
-        module.state.threshold = 0.0  # how many outliers there are only data says; they are few
+        module.state.threshold = 0.0  # the number of outliers depends on the data; they are few
     if plain.bias is not None:
         module.bias = nn.Parameter(plain.bias.detach(), requires_grad=False)

@@ -1,7 +1,7 @@
-"""Which libraries quantise a base, what each needs here, and which of them were tried.
+"""The libraries that quantise a base: what each needs, and the formats that were tested.
 
-The names are transformers' own: ``quant_method`` of its quantization configs, which stands in a checkpoint's config
-too. What a library asks of the machine is asked of transformers' quantizer, before anything is loaded.
+A library has the name that transformers uses as ``quant_method`` in quantization configs and in the configs of
+checkpoints. transformers' quantizer checks the requirements of a library, before anything is loaded.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class Library:
 
     name: str  # transformers' quant_method
     config: str  # transformers' class of its options
-    module: str  # that must be importable
+    module: str  # the module that must be importable
     install: str  # what pip installs
-    tried: tuple[str, ...] = ()  # formats on which training was tried; of others nothing is known, the memory neither
-    gpu: bool = False  # whether it needs one
+    tried: tuple[str, ...] = ()  # formats with which training was tested; for others the memory is not predicted
+    gpu: bool = False  # whether it needs a GPU
 
 
 FORMATS_OF_TORCHAO = ("Int8WeightOnlyConfig", "Float8WeightOnlyConfig")
@@ -37,24 +37,24 @@ LIBRARIES = (
     Library("hqq", "HqqConfig", "hqq", "hqq"),
     Library("fp8", "FineGrainedFP8Config", "kernels", "kernels", gpu=True),
 )
-INFERENCE_ONLY = "transformers and PEFT take such weights for inference alone"
+INFERENCE_ONLY = "transformers and PEFT support such weights for inference only"
 BY_NAME = {one.name: one for one in LIBRARIES}
 BY_CONFIG = {one.config: one for one in LIBRARIES}
 
 
 @dataclass(frozen=True)
 class Untested:
-    """In place of the quantization config of a checkpoint whose library was not tried: all that is known of it."""
+    """Stands for the quantization config of a checkpoint whose library was not tested."""
 
     library: str
 
     def to_dict(self) -> dict[str, Any]:
-        """As of transformers' configs."""
+        """The fields, as ``to_dict`` of transformers' configs."""
         return {"quant_method": self.library}
 
 
 def kind(config: Mapping[str, Any]) -> str:
-    """The kind of base that a quantization config makes, as ``compatibility`` names them."""
+    """The kind of base for a quantization config, one of ``compatibility.KINDS``."""
     if config.get("load_in_4bit") or config.get("load_in_8bit"):
         return "4bit" if config.get("load_in_4bit") else "8bit"
     method = config.get("quant_method")
@@ -73,12 +73,12 @@ def _at(tree: Any, *keys: str) -> Any:
 
 
 def is_tried(quantization: Any) -> bool:
-    """Whether training on what a quantization config makes was tried, so that its memory can be predicted."""
+    """Whether training with a quantization config was tested, so that its memory can be predicted."""
     return kind(quantization.to_dict()) != "untested"
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module can be imported, without importing it; its package may be missing too."""
+    """Whether a module can be imported, without importing it."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
@@ -86,9 +86,9 @@ def is_installed(module: str) -> bool:
 
 
 def problem(quant: Mapping[str, Any], gpus: int) -> str | None:
-    """Why a base cannot be trained on this machine as the keys of ``quant`` store it; None where it can.
+    """Why a base with the keys of ``quant`` cannot be trained on this machine; None if it can.
 
-    ``gpus`` is how many there are. Nothing is imported of the library.
+    ``gpus`` is the number of GPUs. The library is not imported.
     """
     library = BY_CONFIG.get(str(quant.get("_target_")).rpartition(".")[2])
     if library is None:
@@ -101,34 +101,33 @@ def problem(quant: Mapping[str, Any], gpus: int) -> str | None:
 
     quantizer: Any = AUTO_QUANTIZER_MAPPING.get(library.name)
     if quantizer is not None and quantizer.get_quantize_ops is HfQuantizer.get_quantize_ops:
-        return f"transformers {transformers.__version__} does not quantise by {library.name} while it loads a model"
+        return f"transformers {transformers.__version__} cannot quantise with {library.name} while it loads a model"
     if library.gpu and not gpus:
-        return "needs a GPU; without one take quant=fp8_torchao"
+        return "needs a GPU; without one use quant=fp8_torchao"
     if not is_installed(library.module):
         return f"needs the package {library.module}: pip install '{library.install}'"
     return None
 
 
 def check_config(quantization: Any, key: str, *, loaded: bool, on_cpu: bool) -> None:
-    """Refuse a quantization config that transformers' own quantizer refuses here, or with which nothing is trained.
+    """Refuse a quantization config that transformers' quantizer refuses here, or that does not support training.
 
-    ``loaded`` says that the weights are stored so in the checkpoint; ``key`` begins the line of an error. What a
-    quantizer asks of a GPU is left to the loading, as asking would initialise CUDA in a process that others are forked
-    from.
+    ``loaded``: the weights of the checkpoint are stored in this format. Messages begin with ``key``. Requirements for a
+    GPU are checked only on loading, because the check would initialise CUDA in a process that forks workers.
 
     Raises:
-        InputError: the line says why.
+        InputError: the message gives the reason.
     """
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    if quantization.quant_method == "bitsandbytes":  # what it needs is needed by all trials
+    if quantization.quant_method == "bitsandbytes":  # its requirements are those of every trial
         return
     try:
         quantizer: Any = AutoHfQuantizer.from_config(quantization, pre_quantized=loaded)
         if on_cpu:
             quantizer.validate_environment(device_map={"": "cpu"}, weights_only=True)
         trains = bool(quantizer.is_trainable)
-    except Exception as error:  # of any kind: of a missing package, a version, a device
+    except Exception as error:  # a missing package, a wrong version or device: many types
         raise InputError(f"{key}: {first_line(error)}") from error
     if not trains:
         raise InputError(f"{key}: {INFERENCE_ONLY}")
@@ -136,11 +135,11 @@ def check_config(quantization: Any, key: str, *, loaded: bool, on_cpu: bool) -> 
         log.warning("%s: untested; its memory is not predicted", key)
 
 
-def said_by_checkpoint(shape: Any, name: str) -> Mapping[str, Any] | None:
-    """The quantization config in the config.json of a checkpoint ``name``, or in that of its text part; None for none.
+def checkpoint_quantization(shape: Any, name: str) -> Mapping[str, Any] | None:
+    """The quantization config in the config.json of checkpoint ``name``, or of its text part; None if there is none.
 
     Raises:
-        InputError: it is empty or no object, which transformers refuses while it loads the weights.
+        InputError: it is empty or not an object, which transformers would refuse while it loads the weights.
     """
     configs = (shape, shape.get_text_config(decoder=True))
     held = next((one for config in configs if (one := getattr(config, "quantization_config", None)) is not None), None)
@@ -154,7 +153,7 @@ def said_by_checkpoint(shape: Any, name: str) -> Mapping[str, Any] | None:
 
 
 def of_checkpoint(config: Mapping[str, Any], name: str, *, on_cpu: bool) -> Any:
-    """The quantization config of a checkpoint ``name`` from that of its config.json; ``Untested`` of other libraries.
+    """The quantization config of a checkpoint ``name`` from its config.json; ``Untested`` for other libraries.
 
     Raises:
         InputError: as ``check_config``.
