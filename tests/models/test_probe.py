@@ -10,17 +10,19 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn.modules import Linear8bitLt
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from peftsweep import InputError
 from peftsweep.config.compose import Trial
-from peftsweep.evaluation import decoding, inference
+from peftsweep.data import batches, tokens
+from peftsweep.evaluation import decoding, inference, likelihood
 from peftsweep.forecast import forecast
+from peftsweep.models import losses as models_losses
 from peftsweep.models import model, probe
 from peftsweep.models.probe import Abilities
 from peftsweep.models.shortcuts import Shortcuts
 from peftsweep.schema import ModelConfig
-from tests.architectures import GENERATING, SIZES, make, write
+from tests.architectures import GENERATING, SIZES, make, small_config, write
 
 Compose = Callable[..., Trial]
 FAST = ("llama", "lfm2", "rwkv")
@@ -135,3 +137,21 @@ def test_forecasts_of_one_base_ask_once_what_its_losses_may_leave_out(monkeypatc
     bases[0].lm_head = torch.nn.Sequential(bases[0].lm_head)  # as a method may wrap it
     assert probe.known_shortcuts(bases[0]) == exact(bases[0])
     assert not probe.known_shortcuts(bases[0]).answers_only
+
+
+@pytest.mark.parametrize(("kind", "pads"), [("bert", True), ("fnet", False), ("convbert", False), ("xlnet", False)])
+def test_a_classifier_answers_in_a_batch_as_it_does_alone(kind: str, pads: bool) -> None:
+    config = small_config(kind, num_labels=3)
+    tokenizer = model.load_tokenizer(ModelConfig(name_or_path="tiny"))
+    config.pad_token_id = tokenizer.pad_token_id
+    torch.manual_seed(0)
+    base = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
+    ids = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+    with torch.no_grad():
+        alone = torch.cat([base(input_ids=torch.tensor([row])).logits for row in ids])
+    assert probe.classifier_pads(base, tokenizer) is pads
+    rows = [tokens.Tokens(row, len(row), label=1) for row in ids]
+    scores = likelihood.class_scores(base, rows, pad_id=0, batch_size=4)
+    assert torch.allclose(torch.tensor(scores), alone.log_softmax(-1), atol=1e-5)
+    losses = models_losses.answer_losses(base, batches.collate(rows, 0))
+    assert torch.allclose(losses, -alone.log_softmax(-1)[:, 1], atol=1e-5)

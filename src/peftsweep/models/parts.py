@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 import torch
 import transformers
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -153,6 +154,32 @@ def router_modules(base: nn.Module) -> set[str]:
         )
 
     return {name for name, _ in base.named_modules() if routes(name.split("."))}
+
+
+# ---- adapters --------------------------------------------------------------------------------------
+
+
+def layers_to_first_adapted(model: nn.Module) -> list[nn.Module]:
+    """The layers of the model's stack up to the first adapted one, included; empty if that is the first of all."""
+    adapted = {module for module in model.modules() if isinstance(module, LoraLayer)}
+    for stack in model.modules():
+        if isinstance(stack, nn.ModuleList) and adapted <= set(stack.modules()):
+            first = next(index for index, layer in enumerate(stack) if adapted & set(layer.modules()))
+            return list(stack)[: first + 1] if first else []
+    return []
+
+
+def beside_products(model: nn.Module, adapters: Sequence[str]) -> list[str]:
+    """The names of the parameters of LoRA ``adapters`` that are no weight [out, in] of an A or B.
+
+    Such as those of embeddings, biases, DoRA's magnitudes and modules that are saved whole.
+    """
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if not set(adapters).isdisjoint(name.split("."))
+        and not (re.search(r"\.lora_[AB]\.[^.]+\.weight$", name) and parameter.dim() == 2)
+    ]
 
 
 # ---- counting and saving ---------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from peftsweep.errors import InputError, first_line
-from peftsweep.models.losses import METHOD_INPUTS
+from peftsweep.models.losses import METHOD_INPUTS, READS_PADDING
 from peftsweep.models.model import MAX_NAMED, WEIGHTS, WITH_ADAPTER, is_local, keep_weights_unpacked, source
 from peftsweep.models.parts import as_configured, text_config
 from peftsweep.models.quantised.layers import dequantise, is_quantised
@@ -243,7 +243,9 @@ def _base_of(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 def read(folder: Path, like: PreTrainedModel) -> PreTrainedModel:
     """The model saved in ``folder``, of the class and dtype and on the device of ``like``."""
-    return type(like).from_pretrained(folder, dtype=like.dtype, device_map={"": like.device})
+    found = type(like).from_pretrained(folder, dtype=like.dtype, device_map={"": like.device})
+    setattr(found, READS_PADDING, getattr(like, READS_PADDING, False))
+    return found
 
 
 def dequantised(base: PreTrainedModel, folder: Path) -> PeftModel:
