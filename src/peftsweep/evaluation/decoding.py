@@ -181,6 +181,11 @@ class _Stops:
         return text
 
 
+def written_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]], stop: Sequence[str]) -> list[str]:
+    """The texts that ``generate`` gives where the model writes these tokens."""
+    return [*map(_Stops(tokenizer, stop).before, tokenizer.batch_decode([*map(list, ids)], skip_special_tokens=True))]
+
+
 class _Stopping(StoppingCriteria):
     """The same for transformers' own generation, after prompts of ``start`` tokens."""
 

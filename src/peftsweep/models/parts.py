@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -17,6 +17,8 @@ from torch import nn
 from transformers import (
     PreTrainedModel,
 )
+
+from peftsweep.errors import some
 
 ROUTER_LOSS = "peftsweep_router_loss"  # the attribute of a base that adds a loss of its routers in training
 Base = TypeVar("Base", bound=nn.Module)
@@ -75,6 +77,33 @@ def head_classes(config: transformers.PreTrainedConfig) -> list[str] | None:
     names = [name for _, name in sorted((config.id2label or {}).items(), key=lambda item: int(item[0]))]
     numbered = all(re.fullmatch(r"(?i)(label|class)?_?\d+", str(name)) for name in names)
     return None if numbered or not made_for.endswith("ForSequenceClassification") else [str(name) for name in names]
+
+
+def left_out(base: nn.Module, unexpected: Iterable[str]) -> str | None:
+    """What transformers left out of a checkpoint because its configuration makes ``base`` without it; None if nothing.
+
+    ``unexpected`` are the names for which ``base`` has no place. It is layers beyond those of ``base`` (but for those
+    that only predict further tokens, ``num_nextn_predict_layers``), or weights within its layers: a bias of a linear
+    layer without one, a norm of queries, an adapter's factors. What else a checkpoint may hold is no part of the
+    function that it was made for: buffers such as masks, other heads, parts beside the text.
+    """
+    further = getattr(text_config(base), "num_nextn_predict_layers", None) or 0
+    modules = dict(base.named_modules())
+    stacks = {name: len(module) for name, module in modules.items() if isinstance(module, nn.ModuleList)}
+    within = []
+    for key in sorted(unexpected):
+        found = ((key[: match.start()], int(match[1])) for match in re.finditer(r"\.(\d+)\.", key))
+        for stack, number in ((stack, number) for stack, number in found if stack in stacks):
+            if number >= stacks[stack] + further:
+                return (
+                    f"the checkpoint has layer {number} of {stack}, of which its config.json says that there are "
+                    f"{stacks[stack]}"
+                )
+            owner, _, own = key.rpartition(".")
+            whole = owner in modules and next(modules[owner].children(), None) is not None  # its bias would be a mask
+            if number < stacks[stack] and own in ("weight", "bias") and not whole and key not in within:
+                within.append(key)
+    return f"its config.json leaves out weights that the checkpoint's layers have: {some(within)}" if within else None
 
 
 def classifies(model: nn.Module) -> bool:

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 # Facts of an evaluation that do not depend on the model's answers.
 FACTS_OF_ROWS = (
     *("majority", "random", "f1_majority", "f1_random", record.HEADLINE),
-    *("truncated_prompts", "truncated_answers", "long_references"),
+    *("truncated_prompts", "truncated_answers", "long_references", "unwritable_references"),
 )
 TEXT_PACKAGES = ("rouge_score", "sacrebleu")  # whose versions decide the scores of written texts
 COST = ("seconds", "allocated_peak", "rss_peak")  # keys of the cost of an evaluation
