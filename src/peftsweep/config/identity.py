@@ -21,9 +21,9 @@ from peftsweep.study import store
 
 CONVERSATIONS = "peftsweep.data.tasks.messages"  # the first reader of datasets that hold them
 IDENTITY_LENGTH = 10  # hex digits: a study of 10,000 trials has a clash once in 20,000 studies
-# Its version, which a record keeps; a study's trials are recognised by earlier ones too. The third to the fifth
+# Its version, which a record keeps; a study's trials are recognised by earlier ones too. The third to the sixth
 # have the hashes of the second: they tell records whose numbers a fault has changed since, see trial/mended.py.
-IDENTITY_RULE = 5
+IDENTITY_RULE = 6
 # Former names of modules, classes and functions, and their names now. In an identity they keep the former ones.
 FORMER_NAMES = former_names.MODULES
 # Names that are not the shortest, under which identities of the first rule have what conf/ names.

@@ -21,6 +21,7 @@ from peftsweep.data import rows as data_rows
 from peftsweep.data.templates import Example
 from peftsweep.evaluation import evaluate
 from peftsweep.models import model, parts
+from peftsweep.models.losses import READS_PADDING
 from peftsweep.study import record, store
 from peftsweep.study.atomic import make_way
 from peftsweep.study.reading import Unreadable
@@ -100,6 +101,8 @@ def base_scores(
         "head": [config.seed, config.dataset.classes] if parts.classifies(base) else None,
         **_kernels(device),
     }
+    if getattr(base, READS_PADDING, False):
+        of_base["padding"] = False  # before, its scores depended on the batch
     of_rows = _of_rows(trial, name, test)
     called = re.sub(r"[^\w.-]+", "_", f"{trial.choices['model']}-{trial.choices['quant']}")
     folder = root / store.BASE / f"{called}-{identity.content_hash(of_base)}"
