@@ -30,7 +30,7 @@ GENERATION_SETTINGS: Mapping[str, Any] = BEAM_SETTINGS | {
     **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "max_time", "stop_strings")),
     "exponential_decay_length_penalty": None,
 }
-# Types of encoders that take padding for text, by convolutions, Fourier transforms, landmarks, pooling or the last place.
+# Types of encoders that take padding for text: by convolutions, Fourier transforms, landmarks, pooling, the last place.
 READING_PADDING = ("canine", "convbert", "fnet", "funnel", "nystromformer", "perceiver", "xlnet", "yoso")
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
