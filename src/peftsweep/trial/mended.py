@@ -177,6 +177,12 @@ def _packs_embeddings(config: Values, train_info: Values) -> bool:
     return pattern is not None and any(re.fullmatch(pattern, name) for name in _base(config).embeddings)
 
 
+def _deals_ranks_after_the_best(config: Values, train_info: Values) -> bool:
+    train, method = _section(config, "train"), _section(config, "method")
+    keeps = bool(train.get("keep_best")) and str(method.get("_target_")).endswith("AdaLoraConfig")
+    return keeps and (not train_info or train_info.get("reloads") is False)
+
+
 MENDED = (
     Mended(2, _accumulates, "with train.accumulation above 1 a step took other rows than one large batch would have"),
     Mended(
@@ -220,6 +226,11 @@ MENDED = (
         training=False,
     ),
     Mended(6, _classifies_padding, "the classifier took the padding of a batch for text"),
+    Mended(
+        6,
+        _deals_ranks_after_the_best,
+        "the best weights of AdaLoRA were saved with the ranks that were dealt out after them",
+    ),
     Mended(6, _packs_embeddings, "a pack neither trained nor used the adapters of embeddings"),
 )
 
