@@ -270,6 +270,24 @@ def test_a_record_of_a_pack_with_adapters_of_embeddings_is_run_again(
     assert mended.outdated(Result({"identity_rule": 6}, {}, config=config, train_info=info)) is None
 
 
+@pytest.mark.parametrize(
+    ("method", "reloads", "wrong", "retrained"),
+    [
+        ({"_target_": "peft.AdaLoraConfig"}, False, True, True),
+        ({"_target_": "peft.AdaLoraConfig"}, True, False, True),
+        ({"_target_": "peft.LoraConfig"}, False, False, False),
+        ({"_target_": "peft.LoraConfig", "alora_invocation_tokens": [7]}, True, True, False),
+    ],
+)
+def test_a_record_of_wrong_ranks_or_of_an_adapter_that_cached_tokens_switched_off_is_run_again(
+    method: dict[str, Any], reloads: bool, wrong: bool, retrained: bool
+) -> None:
+    config = {"model": {"name_or_path": "tiny"}, "method": method, "train": {"keep_best": True}}
+    info = {"steps": 4, "reloads": reloads}
+    assert bool(mended.outdated(Result({"identity_rule": 5}, {}, config=config, train_info=info))) == wrong
+    assert mended.right_since(config) == (6 if retrained else 1)
+
+
 @pytest.mark.parametrize(("kind", "wrong"), [("xlnet", True), ("bert", False)])
 def test_a_record_of_a_classifier_that_took_padding_for_text_is_run_again(
     kind: str, wrong: bool, tmp_path: Path

@@ -183,6 +183,10 @@ def _deals_ranks_after_the_best(config: Values, train_info: Values) -> bool:
     return keeps and (not train_info or train_info.get("reloads") is False)
 
 
+def _begins_behind_tokens(config: Values, _: Values) -> bool:
+    return bool(_section(config, "method").get("alora_invocation_tokens"))
+
+
 MENDED = (
     Mended(2, _accumulates, "with train.accumulation above 1 a step took other rows than one large batch would have"),
     Mended(
@@ -230,6 +234,12 @@ MENDED = (
         6,
         _deals_ranks_after_the_best,
         "the best weights of AdaLoRA were saved with the ranks that were dealt out after them",
+    ),
+    Mended(
+        6,
+        _begins_behind_tokens,
+        "of what was read after cached tokens, an adapter with alora_invocation_tokens took no part in it",
+        training=False,
     ),
     Mended(6, _packs_embeddings, "a pack neither trained nor used the adapters of embeddings"),
 )
