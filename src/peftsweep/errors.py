@@ -2,8 +2,9 @@
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+MAX_NAMED = 5  # of many names, so many are in a message
 SYNONYMS = {  # what other libraries and people call our keys and options, in small letters with _ for -
     "learning_rate": ("lr", "learningrate", "max_lr", "peak_lr"),
     "r": ("rank", "lora_r", "lora_rank", "lora_dim", "dim", "ranks"),
@@ -218,3 +219,9 @@ class SweepFailed(Exception):
 
 class NotRun(SweepFailed):
     """A trial of the command was not run, or not to its end, without a failure; exit code 3."""
+
+
+def some(names: Sequence[str]) -> str:
+    """The first ``MAX_NAMED`` of ``names``, and how many more there are."""
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[:MAX_NAMED]) + more

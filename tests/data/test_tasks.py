@@ -27,6 +27,7 @@ from peftsweep.evaluation import decoding, evaluate, harness, likelihood, metric
 from peftsweep.models import model as models_model
 from peftsweep.observe.measure import Meter
 from peftsweep.schema import ModelConfig
+from peftsweep.study.cautions import cautions
 from peftsweep.tiny import task
 from peftsweep.training import loop
 from tests import schemas
@@ -505,6 +506,25 @@ def test_prompts_that_are_cut_and_references_that_cannot_be_written_are_counted(
     assert (found["truncated_prompts"], found["truncated_answers"]) == (4, 4)
     found = evaluate.classification(base, tokenizer, rows, classes=["3+4=7 #7", "no"], max_length=tokens[1] + 9).facts
     assert (found["truncated_prompts"], found["truncated_answers"]) == (2, 0)
+
+
+def test_references_that_count_as_wrong_as_the_tokenizer_writes_them_are_counted(base: Any, tokenizer: Any) -> None:
+    """Even of a model that writes every token of every reference."""
+    answers = ["7", "7</s>", "<s>7", "3+4=7\n\n#7", " 7 ", "\U0001f600 7"]
+    ids = tokenizer(answers, add_special_tokens=False).input_ids
+    written = [text.partition("\n\n")[0] for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    wrong = sum(text.strip() != answer.strip() for text, answer in zip(written, answers, strict=True))
+    assert wrong >= 3
+    rows = [Example("Tom has", answer) for answer in answers]
+    found = evaluate.generation(base, tokenizer, rows, max_new_tokens=2, stop=["\n\n"])
+    assert found.facts["unwritable_references"] == wrong
+    label = partial(metrics.label_match, labels=["yes", "no"])
+    found = evaluate.generation(base, tokenizer, [Example("Tom has", "yes</s>")], metric=label, max_new_tokens=2)
+    assert found.facts["unwritable_references"] == 0
+    assert "tiny: 4 of 6 rows have a reference that counts as wrong" in cautions({}, {"tiny": UNWRITABLE}, {})[0]
+
+
+UNWRITABLE = {"accuracy": {"value": 0.0, "stderr": None, "n": 6}, "unwritable_references": 4}
 
 
 def test_pefts_reading_is_the_metric_of_its_comparison_with_ours_beside_it(

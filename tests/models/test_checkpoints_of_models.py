@@ -406,6 +406,22 @@ def test_a_checkpoint_of_more_layers_than_its_configuration_says_is_refused(tmp_
     model.load(config_of(folder), None, CPU)
 
 
+LAYER = "model.layers.1.self_attn"
+
+
+@pytest.mark.parametrize("name", ["q_proj.bias", "q_norm.weight", "q_proj.lora_A.default.weight"])
+def test_a_checkpoint_whose_configuration_leaves_out_a_part_of_its_layers_is_refused(name: str, tmp_path: Path) -> None:
+    folder = write("llama", tmp_path / "llama")
+    weights = load_file(folder / "model.safetensors")
+    beside = {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4), f"{LAYER}.bias": torch.ones(1, 1, 4, 4)}
+    beside |= {"mtp.layers.0.proj.weight": torch.ones(2), "visual.blocks.0.attn.weight": torch.ones(2)}
+    save_file(weights | beside, folder / "model.safetensors", metadata={"format": "pt"})
+    model.load(config_of(folder), None, CPU)  # buffers, and parts of another model
+    save_file(weights | {f"{LAYER}.{name}": torch.ones(32)}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"leaves out weights that the checkpoint's layers have: {LAYER}\.{name}$"):
+        model.load(config_of(folder), None, CPU)
+
+
 def test_weights_that_are_no_numbers_are_said_to_be_so(tmp_path: Path) -> None:
     folder = write("llama", tmp_path / "llama")
     change(folder, "model.norm.weight", torch.full((32,), math.nan))

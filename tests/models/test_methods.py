@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from peftsweep import InputError
@@ -17,9 +20,9 @@ from peftsweep.config.compose import Trial
 from peftsweep.config.fill import conf_dir
 from peftsweep.data import batches, templates, tokens
 from peftsweep.forecast import forecast
-from peftsweep.models import losses, model, parts
+from peftsweep.models import losses, model, parts, saved
 from peftsweep.observe.measure import Meter
-from peftsweep.schema import Task
+from peftsweep.schema import Schedule, Task
 from peftsweep.study.record import Result, Status
 from peftsweep.tiny import task
 from peftsweep.training import loop
@@ -162,6 +165,26 @@ def test_adalora_prunes_to_its_budget(compose: Compose, rows: list[tokens.Tokens
     loop.train(adapted, rows, one.config.train, pad_id=0, seed=0, meter=Meter(CPU), log=lambda row: None)
     values = torch.cat([p.flatten() for name, p in adapted.named_parameters() if "lora_E" in name])
     assert (values != 0).sum() == 4 * 8  # a budget of target_r a module, 8 modules
+
+
+def test_the_best_weights_of_adalora_are_saved_with_the_ranks_that_they_had(
+    compose: Compose, rows: list[tokens.Tokens], tmp_path: Path
+) -> None:
+    """Ranks go on being dealt out after the best validation; those of the end would cut other weights away."""
+    one = compose("method=adalora", "method.tinit=1", "method.tfinal=2", "method.target_r=1", "train.learning_rate=0.1")
+    config = replace(one.config.train, steps=12, eval_every="1", keep_best=True, schedule=Schedule.constant)
+    torch.manual_seed(0)
+    adapted: Any = build.attach_method(one, model.load(one.config.model, None, CPU), 12)
+    worse = itertools.chain([3.0, 2.0, 2.0, 1.0], itertools.repeat(9.0))  # the fourth is the best
+    options: dict[str, Any] = {"meter": Meter(CPU), "log": lambda row: None, "validate": lambda: {"loss": next(worse)}}
+    found = loop.train(adapted, rows, config, pad_id=0, seed=0, **options)
+    assert found.best_step == 4
+    batch = batches.collate(rows[:4], 0)
+    with torch.no_grad():
+        expected = losses.answer_losses(adapted, batch)
+        saved.save(adapted, tmp_path)
+        again = PeftModel.from_pretrained(model.load(one.config.model, None, CPU), str(tmp_path)).eval()
+        assert torch.allclose(losses.answer_losses(again, batch), expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["kasa", "adalora", "shadow"])

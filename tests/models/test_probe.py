@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,17 +11,20 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn.modules import Linear8bitLt
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from peft import LoraConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from peftsweep import InputError
 from peftsweep.config.compose import Trial
-from peftsweep.evaluation import decoding, inference
+from peftsweep.data import batches, tokens
+from peftsweep.evaluation import decoding, inference, likelihood
 from peftsweep.forecast import forecast
-from peftsweep.models import model, probe
+from peftsweep.models import attach, model, probe
+from peftsweep.models import losses as models_losses
 from peftsweep.models.probe import Abilities
 from peftsweep.models.shortcuts import Shortcuts
-from peftsweep.schema import ModelConfig
-from tests.architectures import GENERATING, SIZES, make, write
+from peftsweep.schema import ModelConfig, TargetsConfig
+from tests.architectures import GENERATING, SIZES, make, small_config, write
 
 Compose = Callable[..., Trial]
 FAST = ("llama", "lfm2", "rwkv")
@@ -47,6 +51,23 @@ def test_a_batch_writes_what_each_row_writes_alone(kind: str) -> None:
     base, tokenizer = make(kind), model.load_tokenizer(ModelConfig(name_or_path="tiny"))
     expected = [alone(base, tokenizer, prompt, 8) for prompt in PROMPTS]
     assert decoding.generate(base, tokenizer, PROMPTS, max_new_tokens=8, batch_size=4) == expected
+
+
+def test_an_adapter_that_begins_behind_a_token_stays_on_to_the_end_of_the_text() -> None:
+    """aLoRA looks for its tokens in what the model is given, where a token after a cache has none before it."""
+    base, tokenizer = make("llama"), model.load_tokenizer(ModelConfig(name_or_path="tiny"))
+    prompts = [f"{prompt}\n" for prompt in PROMPTS]
+    (begin,) = {tokenizer(prompt).input_ids[-1] for prompt in prompts}
+    method = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], alora_invocation_tokens=[begin])
+    method.init_lora_weights = False  # which is no untouched base
+    adapted: Any = attach.attach(base, method, TargetsConfig(), {}).eval()
+    expected = [alone(adapted, tokenizer, prompt, 8) for prompt in prompts]
+    assert decoding.generate(adapted, tokenizer, prompts, max_new_tokens=8, batch_size=4) == expected
+    choices = [[(prompt, " cat"), (prompt, "12 pens")] for prompt in prompts]
+    found, _ = likelihood.grouped_likelihoods(adapted, tokenizer, choices, batch_size=8, max_length=99, marked=False)
+    rows = tokens.tokenize_pairs(tokenizer, [pair for group in choices for pair in group], 99)
+    single = [likelihood.log_likelihoods(adapted, [row], pad_id=0)[0] for row in rows]
+    assert list(itertools.chain(*found)) == pytest.approx(single, abs=1e-4)
 
 
 ALL = Shortcuts(answers_only=True, bare_head=True, no_mask=True)
@@ -135,3 +156,21 @@ def test_forecasts_of_one_base_ask_once_what_its_losses_may_leave_out(monkeypatc
     bases[0].lm_head = torch.nn.Sequential(bases[0].lm_head)  # as a method may wrap it
     assert probe.known_shortcuts(bases[0]) == exact(bases[0])
     assert not probe.known_shortcuts(bases[0]).answers_only
+
+
+@pytest.mark.parametrize(("kind", "pads"), [("bert", True), ("fnet", False), ("convbert", False), ("xlnet", False)])
+def test_a_classifier_answers_in_a_batch_as_it_does_alone(kind: str, pads: bool) -> None:
+    config = small_config(kind, num_labels=3)
+    tokenizer = model.load_tokenizer(ModelConfig(name_or_path="tiny"))
+    config.pad_token_id = tokenizer.pad_token_id
+    torch.manual_seed(0)
+    base = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
+    ids = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+    with torch.no_grad():
+        alone = torch.cat([base(input_ids=torch.tensor([row])).logits for row in ids])
+    assert probe.classifier_pads(base, tokenizer) is pads
+    rows = [tokens.Tokens(row, len(row), label=1) for row in ids]
+    scores = likelihood.class_scores(base, rows, pad_id=0, batch_size=4)
+    assert torch.allclose(torch.tensor(scores), alone.log_softmax(-1), atol=1e-5)
+    losses = models_losses.answer_losses(base, batches.collate(rows, 0))
+    assert torch.allclose(losses, -alone.log_softmax(-1)[:, 1], atol=1e-5)

@@ -20,11 +20,12 @@ from peftsweep.data import fingerprint, hub
 from peftsweep.evaluation import metrics
 from peftsweep.forecast import forecast
 from peftsweep.models import model
+from peftsweep.schema import ModelConfig
 from peftsweep.study import record, store
 from peftsweep.study.record import Result
 from peftsweep.sweep import packing
 from peftsweep.trial import done, mended, scores, stages, task
-from tests.architectures import write
+from tests.architectures import small_config, write
 from tests.conftest import SMALL, records
 from tests.data.test_chat import CHATML, CLOSED
 
@@ -247,6 +248,55 @@ def test_a_record_whose_adapter_reached_routers_is_run_again(
     assert bool(reason) == wrong
     assert mended.right_since(config) == (3 if wrong else 2 if kind != "llama" and method else 1)
     assert mended.outdated(Result({"identity_rule": 3}, {}, config=config)) is None
+
+
+@pytest.mark.parametrize(
+    ("modules", "packed", "wrong"),
+    [
+        (["embed_tokens", "q_proj"], True, True),
+        (["embed_tokens", "q_proj"], False, False),
+        (["q_proj"], True, False),
+        (r".*\.embed_tokens", True, True),
+        ("all-linear", True, False),
+    ],
+)
+def test_a_record_of_a_pack_with_adapters_of_embeddings_is_run_again(
+    modules: Any, packed: bool, wrong: bool, tmp_path: Path
+) -> None:
+    config = {"model": {"name_or_path": str(write("llama", tmp_path))}, "method": {"target_modules": modules}}
+    info: dict[str, Any] = {"steps": 4} | ({"packed": {}} if packed else {})
+    held = Result({"identity_rule": 5}, {}, config=config, train_info=info)
+    assert bool(mended.outdated(held)) == wrong
+    assert mended.outdated(Result({"identity_rule": 6}, {}, config=config, train_info=info)) is None
+
+
+@pytest.mark.parametrize(
+    ("method", "reloads", "wrong", "retrained"),
+    [
+        ({"_target_": "peft.AdaLoraConfig"}, False, True, True),
+        ({"_target_": "peft.AdaLoraConfig"}, True, False, True),
+        ({"_target_": "peft.LoraConfig"}, False, False, False),
+        ({"_target_": "peft.LoraConfig", "alora_invocation_tokens": [7]}, True, True, False),
+    ],
+)
+def test_a_record_of_wrong_ranks_or_of_an_adapter_that_cached_tokens_switched_off_is_run_again(
+    method: dict[str, Any], reloads: bool, wrong: bool, retrained: bool
+) -> None:
+    config = {"model": {"name_or_path": "tiny"}, "method": method, "train": {"keep_best": True}}
+    info = {"steps": 4, "reloads": reloads}
+    assert bool(mended.outdated(Result({"identity_rule": 5}, {}, config=config, train_info=info))) == wrong
+    assert mended.right_since(config) == (6 if retrained else 1)
+
+
+@pytest.mark.parametrize(("kind", "wrong"), [("xlnet", True), ("bert", False)])
+def test_a_record_of_a_classifier_that_took_padding_for_text_is_run_again(
+    kind: str, wrong: bool, tmp_path: Path
+) -> None:
+    small_config(kind).save_pretrained(tmp_path)
+    model.load_tokenizer(ModelConfig(name_or_path="tiny")).save_pretrained(tmp_path)
+    config = {"model": {"name_or_path": str(tmp_path), "task": "seq_cls"}, "method": {"r": 2}}
+    assert bool(mended.outdated(Result({"identity_rule": 5}, {}, config=config))) == wrong
+    assert mended.right_since(config) == (6 if wrong else 1)
 
 
 @pytest.mark.parametrize(

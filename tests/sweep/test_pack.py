@@ -26,6 +26,7 @@ from peftsweep.training import packed
 from peftsweep.training.run import PACK_KEYS
 from peftsweep.trial import done, outcome, task
 from peftsweep.trial import session as trial_session
+from tests.architectures import ARCHITECTURES, write
 from tests.conftest import SAME_WEIGHTS, SMALL, apart, check_row, check_scores
 
 Compose = Callable[..., Trial]
@@ -430,3 +431,22 @@ def test_what_cannot_be_packed_stays_alone(compose: Compose, word: str) -> None:
 def test_a_base_with_dropout_of_its_own_stays_alone(compose: Compose) -> None:
     assert "dropout" in (packing.alone(compose("model=opt_350m", "model.init=random", "dataset=tiny_math")) or "")
     assert packing.alone(compose("model=llama3.2_1b", "model.init=random", "dataset=tiny_math")) is None
+
+
+def test_dropout_of_the_part_that_reads_text_and_noise_of_routers_stay_alone(compose: Compose, tmp_path: Path) -> None:
+    dropping = write(
+        "gemma3", tmp_path / "gemma3", text_config=ARCHITECTURES["gemma3"]["text_config"] | {"attention_dropout": 0.1}
+    )
+    noisy = write("mixtral", tmp_path / "mixtral", router_jitter_noise=0.1)
+    for folder in (dropping, noisy):
+        words = ["model=causal_lm", f"model.name_or_path={folder}", "model.dtype=float32", "dataset=tiny_math"]
+        assert "dropout" in (packing.alone(compose(*words)) or "")
+
+
+@pytest.mark.slow
+def test_adapters_of_embeddings_are_trained_alone(compose: Compose) -> None:
+    words = ["targets.modules=[embed_tokens,q_proj]", "train.log_every=1", "adapter.check=false"]
+    together = pack.run([compose(*SMALL, "study=packed", *words, f"method.r={rank}") for rank in (2, 4)])
+    single = task.run(compose(*SMALL, "study=alone", *words, "method.r=4"))
+    assert "packed_with" not in together[1].run_info
+    check_same(together[1], single)

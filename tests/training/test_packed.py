@@ -474,6 +474,22 @@ def test_a_layer_that_is_not_given_all_rows_is_refused(rows: list[tokens.Tokens]
         models_losses.answer_losses(adapted, batch)
 
 
+@pytest.mark.parametrize(
+    ("options", "left_out"),
+    [
+        ({"target_modules": ["embed_tokens", "q_proj"]}, "lora_embedding_A"),
+        ({"lora_bias": True}, "bias"),
+        ({"use_dora": True}, "lora_magnitude_vector"),
+        ({"modules_to_save": ["norm"]}, "modules_to_save"),
+    ],
+)
+def test_what_a_pack_would_not_train_is_refused(options: dict[str, Any], left_out: str) -> None:
+    method = LoraConfig(**{"target_modules": ["q_proj"]} | options)
+    adapted = attach.attach_slots(base(), {"slot0": (method, TargetsConfig())}, SEED, {})
+    with pytest.raises(ValueError, match=rf"cannot be packed: \S*{left_out}"):
+        Pack(adapted, ["slot0"], SEED)
+
+
 # ---- cut off, and going on -------------------------------------------------------------------------
 
 CUT = [

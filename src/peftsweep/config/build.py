@@ -56,7 +56,6 @@ TOKENS_FORMAT = 4  # version of the cache of tokens; it rises when the same rows
 MODEL_OPTIONS = ("num_layers", "num_attention_heads", "token_dim")  # options that PEFT reads from the model by itself
 MAX_CACHED_TOKENS = 4  # tokenised training sets: training and validation rows of two datasets
 
-
 Model = PreTrainedModel | PeftModel
 Evaluate = Callable[[Model, PreTrainedTokenizerBase, list[Example]], Evaluation]
 
@@ -183,6 +182,7 @@ def load_base(
         parts.text_config(base).pad_token_id = tokenizer.pad_token_id  # the head reads the token before the padding
         base.config.id2label = dict(enumerate(classes(trial)))
         base.config.label2id = {name: number for number, name in base.config.id2label.items()}
+        probe.classifier_pads(base, tokenizer)
     else:
         _PROBED[key] = probe.abilities(base, _PROBED.get(key))
     if not _KEEP_BASES:

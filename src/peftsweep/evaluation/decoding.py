@@ -181,6 +181,11 @@ class _Stops:
         return text
 
 
+def written_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]], stop: Sequence[str]) -> list[str]:
+    """The texts that ``generate`` gives where the model writes these tokens."""
+    return [*map(_Stops(tokenizer, stop).before, tokenizer.batch_decode([*map(list, ids)], skip_special_tokens=True))]
+
+
 class _Stopping(StoppingCriteria):
     """The same for transformers' own generation, after prompts of ``start`` tokens."""
 
@@ -298,12 +303,14 @@ def without_own_settings(model: nn.Module) -> Iterator[None]:
 def takes_a_cache(model: nn.Module) -> bool:
     """Whether the model can be called a token at a time, on a cache that gives up the rows that have ended.
 
-    Not with virtual tokens, nor if it reads each token twice, nor where the probe of its base has found otherwise.
+    Not with virtual tokens, nor if it reads each token twice, nor if its adapter begins behind tokens that it looks for
+    in what it is given (aLoRA), nor where the probe of its base has found otherwise.
     """
     config: Any = model.config
     if not getattr(config, "use_cache", True) or row_inputs(model, torch.zeros(1, 1)):
         return False
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+    method: Any = model.active_peft_config if isinstance(model, PeftModel) else None
+    if method is not None and (method.is_prompt_learning or getattr(method, "alora_invocation_tokens", None)):
         return False
     able = abilities(model)
     return able.padded_batches and able.row_cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, cast
 
 from torch import nn
@@ -18,7 +19,7 @@ from peftsweep.data.templates import Example
 from peftsweep.data.tokens import Tokens, prompt_ids, tokenize, tokenize_for_classes, truncations
 from peftsweep.errors import InputError
 from peftsweep.evaluation import metrics
-from peftsweep.evaluation.decoding import generate, padding_id
+from peftsweep.evaluation.decoding import generate, padding_id, written_texts
 from peftsweep.evaluation.likelihood import class_scores, grouped_likelihoods, log_likelihoods
 from peftsweep.evaluation.metrics import Judgement, Score
 from peftsweep.models.parts import classifies
@@ -105,6 +106,7 @@ def generation(
     facts = metrics.generation_baselines(judged, predictions, answers)
     shortest = metrics.shortest_text if getattr(metric, "func", metric) is metrics.contains else str.strip
     facts |= room(tokenizer, examples, max_new_tokens, max_length, shortest)
+    facts["unwritable_references"] = unwritable(tokenizer, answers, stop, partial(metrics.judgements, metric))
     return Evaluation(scores, lines, facts)
 
 
@@ -351,6 +353,26 @@ def room(
         "truncated_prompts": sum(len(ids) > limit for ids in prompt_ids(tokenizer, examples)),
         "long_references": sum(len(ids) > max_new_tokens for ids in references),
     }
+
+
+def unwritable(
+    tokenizer: PreTrainedTokenizerBase,
+    references: Sequence[str],
+    stop: Sequence[str],
+    judged: Callable[[Sequence[str], Sequence[str]], Sequence[Judgement]],
+) -> int:
+    """The number of ``references`` that count as wrong even where the model writes all of their tokens.
+
+    What is written holds no special tokens and ends before a text of ``stop``; some tokenizers write small letters
+    only, or have no token for a character.
+    """
+    ids = tokenizer(list(references), add_special_tokens=False).input_ids
+    pairs = zip(written_texts(tokenizer, ids, stop), references, strict=True)
+    changed = [(text, reference) for text, reference in pairs if text.strip() != reference.strip()]
+    if not changed:
+        return 0
+    texts, expected = zip(*changed, strict=True)
+    return sum(not judgement.correct for judgement in judged(texts, expected))
 
 
 def _by_texts(row: Example) -> Example:

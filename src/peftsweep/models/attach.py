@@ -435,23 +435,14 @@ def role_members(base: PreTrainedModel, roles: Roles) -> dict[str, list[str]]:
     return {role: found[role] for role in (*roles, EXPERTS) if role in found}
 
 
-<<<<<<< HEAD
 def _shortest(base: PreTrainedModel, adaptable: list[str], names: list[str], suffixes: list[str]) -> list[str]:
-    """``suffixes`` if they mean exactly the modules ``names`` of the ``adaptable`` ones, and no module with parts.
-=======
-def _shortest(base: PreTrainedModel, names: Sequence[str], suffixes: list[str]) -> list[str]:
-    """``suffixes`` if they match exactly the modules ``names``, and no module with children; else ``names``."""
-    meant = {name for suffix in suffixes for name in _matching(base, suffix)}
-    wholes = [name for name, module in base.named_modules() if next(module.children(), None) is not None]
-    meant |= {name for name in wholes if any(_ends(name, suffix) for suffix in suffixes)}  # 0 matches h.0
-    return suffixes if meant == set(names) else list(names)
->>>>>>> h1
+    """``suffixes`` if they match exactly the modules ``names`` of ``adaptable``, and no module with children.
 
-    Else the names themselves.
+    Else ``names``.
     """
     wholes = [name for name, module in base.named_modules() if next(module.children(), None) is not None]  # as h.0 by 0
-    meant = {name for name in (*adaptable, *wholes) if any(_ends(name, suffix) for suffix in suffixes)}
-    return suffixes if meant == set(names) else names
+    matched = {name for name in (*adaptable, *wholes) if any(_ends(name, suffix) for suffix in suffixes)}
+    return suffixes if matched == set(names) else names
 
 
 def _ends(name: str, suffix: str) -> bool:

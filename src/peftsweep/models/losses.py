@@ -19,6 +19,7 @@ from peftsweep.models.parts import ROUTER_LOSS, base_of, text_config, trainable_
 from peftsweep.models.shortcuts import SHORTCUTS, Shortcuts
 
 METHOD_INPUTS = "peftsweep_method_inputs"  # the attribute of an adapted model for further arguments of its forward
+READS_PADDING = "peftsweep_reads_padding"  # the attribute of a classifier whose logits padding on the right changes
 CALL_THE_BASE_ONCE = (BaseTuner.forward, AdaLoraModel.forward, PolyModel.forward)
 
 
@@ -122,9 +123,23 @@ def last_positions(count: int, device: torch.device) -> torch.Tensor:
 
 
 def class_logits(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """The logits of a classifier, in float32: shape [rows, classes]."""
-    inputs = row_inputs(model, batch.input_ids)
-    logits: torch.Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **inputs).logits
+    """The logits of a classifier, in float32: shape [rows, classes].
+
+    Where padding changes what the classifier reads, rows of one length are read together, without padding.
+    """
+    ids, mask = batch.input_ids, batch.attention_mask
+    if not getattr(base_of(model), READS_PADDING, False):
+        return _class_logits(model, ids, mask)
+    numbers: dict[int, list[int]] = {}  # of the rows of each length
+    for number, length in enumerate(mask.sum(1).tolist()):
+        numbers.setdefault(length, []).append(number)
+    parts = [_class_logits(model, ids[same, :length], mask[same, :length]) for length, same in numbers.items()]
+    order = torch.tensor([number for same in numbers.values() for number in same], device=ids.device)
+    return torch.cat(parts)[order.argsort()]
+
+
+def _class_logits(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = model(input_ids=ids, attention_mask=mask, **row_inputs(model, ids)).logits
     return logits.float()
 
 

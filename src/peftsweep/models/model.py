@@ -6,7 +6,7 @@ import copy
 import math
 import pickle
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -28,12 +28,13 @@ from transformers import (
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from peftsweep.data import files, hub
-from peftsweep.errors import InputError, suggest
+from peftsweep.errors import InputError, some, suggest
 from peftsweep.models.parts import (
     base_of,
     classifies,
     defer_router_loss,
     head_names,
+    left_out,
     never_called,
     text_config,
     text_part,
@@ -56,7 +57,6 @@ NATIVE = "must be an architecture of transformers"
 BROKEN_WEIGHTS = (OSError, EOFError, SafetensorError, pickle.UnpicklingError)  # errors of reading a file of weights
 # Keys of quantization configs for modules that are not quantised.
 SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
-MAX_NAMED = 5  # the most parameters that a message names
 CLASSES: dict[Task, Any] = {
     Task.causal_lm: AutoModelForCausalLM,
     Task.seq_cls: AutoModelForSequenceClassification,
@@ -369,13 +369,12 @@ def _pretrained(model: ModelConfig, quantization: Any, options: dict[str, Any], 
             raise
     if getattr(base, "_hf_peft_config_loaded", False):
         raise InputError(f"model.name_or_path={model.name_or_path}: {WITH_ADAPTER}")
-    _check_layers(model, base, info["unexpected_keys"])
+    if problem := left_out(base, info["unexpected_keys"]):
+        raise InputError(f"model.name_or_path={model.name_or_path}: {problem}")
     lacking = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if not lacking:
         return cast(PreTrainedModel, base)
-    names = ", ".join(lacking[:MAX_NAMED]) + (
-        f" and {len(lacking) - MAX_NAMED} more" if len(lacking) > MAX_NAMED else ""
-    )
+    names = some(lacking)
     if model.task is Task.causal_lm:
         raise InputError(
             f"model.name_or_path={model.name_or_path}: the checkpoint lacks weights of {type(base).__name__}, "
@@ -389,23 +388,6 @@ def _pretrained(model: ModelConfig, quantization: Any, options: dict[str, Any], 
         )
     setattr(base, NEW_PARTS, parts)
     return cast(PreTrainedModel, base)
-
-
-def _check_layers(model: ModelConfig, base: PreTrainedModel, unexpected: Iterable[str]) -> None:
-    """Refuse a checkpoint with more layers than its configuration; transformers would leave out the last ones.
-
-    Layers that only predict further tokens (``num_nextn_predict_layers``) follow those of the model.
-    """
-    further = getattr(text_config(base), "num_nextn_predict_layers", None) or 0
-    stacks = {name: len(module) for name, module in base.named_modules() if isinstance(module, nn.ModuleList)}
-    for key in sorted(unexpected):
-        for found in re.finditer(r"\.(\d+)\.", key):
-            stack, number = key[: found.start()], int(found[1])
-            if number >= stacks.get(stack, math.inf) + further:
-                raise InputError(
-                    f"model.name_or_path={model.name_or_path}: the checkpoint has layer {number} of {stack}, but its "
-                    f"config.json has only {stacks[stack]} of these layers"
-                )
 
 
 def _own_size(base: nn.Module, part: str) -> int:

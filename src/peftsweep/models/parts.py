@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -12,14 +12,16 @@ from typing import Any, TypeVar, cast
 import torch
 import transformers
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import (
     PreTrainedModel,
 )
 
-ROUTER_LOSS = (
-    "peftsweep_router_loss"  # the attribute of a base whose training adds the loss of its routers: the loss's weight
-)
+from peftsweep.errors import some
+
+# The attribute of a base whose training adds the loss of its routers: the weight of that loss.
+ROUTER_LOSS = "peftsweep_router_loss"
 Base = TypeVar("Base", bound=nn.Module)
 
 
@@ -76,6 +78,33 @@ def head_classes(config: transformers.PreTrainedConfig) -> list[str] | None:
     names = [name for _, name in sorted((config.id2label or {}).items(), key=lambda item: int(item[0]))]
     numbered = all(re.fullmatch(r"(?i)(label|class)?_?\d+", str(name)) for name in names)
     return None if numbered or not made_for.endswith("ForSequenceClassification") else [str(name) for name in names]
+
+
+def left_out(base: nn.Module, unexpected: Iterable[str]) -> str | None:
+    """What transformers left out of a checkpoint because its configuration makes ``base`` without it; None if nothing.
+
+    ``unexpected`` are the names for which ``base`` has no place. It is layers beyond those of ``base`` (but for those
+    that only predict further tokens, ``num_nextn_predict_layers``), or weights within its layers: a bias of a linear
+    layer without one, a norm of queries, an adapter's factors. What else a checkpoint may hold is no part of the
+    function that it was made for: buffers such as masks, other heads, parts beside the text.
+    """
+    further = getattr(text_config(base), "num_nextn_predict_layers", None) or 0
+    modules = dict(base.named_modules())
+    stacks = {name: len(module) for name, module in modules.items() if isinstance(module, nn.ModuleList)}
+    within = []
+    for key in sorted(unexpected):
+        found = ((key[: match.start()], int(match[1])) for match in re.finditer(r"\.(\d+)\.", key))
+        for stack, number in ((stack, number) for stack, number in found if stack in stacks):
+            if number >= stacks[stack] + further:
+                return (
+                    f"the checkpoint has layer {number} of {stack}, of which its config.json says that there are "
+                    f"{stacks[stack]}"
+                )
+            owner, _, own = key.rpartition(".")
+            whole = owner in modules and next(modules[owner].children(), None) is not None  # its bias would be a mask
+            if number < stacks[stack] and own in ("weight", "bias") and not whole and key not in within:
+                within.append(key)
+    return f"its config.json leaves out weights that the checkpoint's layers have: {some(within)}" if within else None
 
 
 def classifies(model: nn.Module) -> bool:
@@ -155,6 +184,32 @@ def router_modules(base: nn.Module) -> set[str]:
         )
 
     return {name for name, _ in base.named_modules() if routes(name.split("."))}
+
+
+# ---- adapters --------------------------------------------------------------------------------------
+
+
+def layers_to_first_adapted(model: nn.Module) -> list[nn.Module]:
+    """The layers of the model's stack up to the first adapted one, included; empty if that is the first of all."""
+    adapted = {module for module in model.modules() if isinstance(module, LoraLayer)}
+    for stack in model.modules():
+        if isinstance(stack, nn.ModuleList) and adapted <= set(stack.modules()):
+            first = next(index for index, layer in enumerate(stack) if adapted & set(layer.modules()))
+            return list(stack)[: first + 1] if first else []
+    return []
+
+
+def beside_products(model: nn.Module, adapters: Sequence[str]) -> list[str]:
+    """The names of the parameters of LoRA ``adapters`` that are no weight [out, in] of an A or B.
+
+    Such as those of embeddings, biases, DoRA's magnitudes and modules that are saved whole.
+    """
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if not set(adapters).isdisjoint(name.split("."))
+        and not (re.search(r"\.lora_[AB]\.[^.]+\.weight$", name) and parameter.dim() == 2)
+    ]
 
 
 # ---- counting and saving ---------------------------------------------------------------------------

@@ -12,18 +12,18 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from bitsandbytes.nn.modules import Linear8bitLt
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peftsweep.data.batches import Batch, collate
 from peftsweep.data.tokens import Tokens
 from peftsweep.errors import InputError
 from peftsweep.models import shortcuts
-from peftsweep.models.losses import answer_losses
+from peftsweep.models.losses import READS_PADDING, answer_losses, class_logits
 from peftsweep.models.parts import base_of, text_config, text_part
 from peftsweep.models.quantised.layers import is_quantised
 from peftsweep.models.shortcuts import SHORTCUTS, Shortcuts
@@ -31,6 +31,8 @@ from peftsweep.models.shortcuts import SHORTCUTS, Shortcuts
 log = logging.getLogger(__name__)
 
 SHORT, LONG = 6, 11  # tokens of the two test rows
+TEXTS = ("Is it?", "Two cats and one dog ran home in the rain.")  # test rows of a classifier, together and alone
+LONGEST_TEXT = 24  # tokens of one, with special tokens
 ABILITIES = "peftsweep_abilities"  # the attribute of a base that holds its abilities
 SMALL = 50e6  # the most parameters of a test copy; no known encoder has more in a layer
 # Largest mean difference of logits, in standard deviations of the logits. In 32 bits rounding is below 1e-5 of them.
@@ -120,6 +122,26 @@ def _rows_rounded_alone(base: nn.Module) -> Iterator[None]:
     finally:
         for state, threshold in zip(states, before, strict=True):
             state.threshold = threshold
+
+
+@torch.no_grad()
+def classifier_pads(base: Any, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a classifier gives a row in a padded batch the logits that it gives it alone; remembered with ``base``.
+
+    Convolutions, Fourier transforms, landmarks and pooling of neighbouring tokens take padding for text, and a head may
+    take the last position for that of the last token. ``class_logits`` then gives ``base`` no padding.
+    """
+    ids = [tokenizer(text, truncation=True, max_length=LONGEST_TEXT).input_ids for text in TEXTS]
+    rows, pad_id = [Tokens(row, len(row), label=0) for row in ids], int(cast(int, tokenizer.pad_token_id))
+    setattr(base, READS_PADDING, False)
+    with _rows_rounded_alone(base):
+        alone = torch.cat([class_logits(base, collate([row], pad_id).to(base.device)) for row in rows])
+        together = class_logits(base, collate(rows, pad_id).to(base.device))
+    pads = bool((together - alone).norm() <= _Reader(base).tolerance * alone.norm())
+    setattr(base, READS_PADDING, not pads)
+    if not pads:
+        log.warning("%s reads padding as text: it is given rows of one length at a time", type(base).__name__)
+    return pads
 
 
 class _Reader:

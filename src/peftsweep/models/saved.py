@@ -25,9 +25,9 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from peftsweep.errors import InputError, first_line
-from peftsweep.models.losses import METHOD_INPUTS
-from peftsweep.models.model import MAX_NAMED, WEIGHTS, WITH_ADAPTER, is_local, keep_weights_unpacked, source
+from peftsweep.errors import InputError, first_line, some
+from peftsweep.models.losses import METHOD_INPUTS, READS_PADDING
+from peftsweep.models.model import WEIGHTS, WITH_ADAPTER, is_local, keep_weights_unpacked, source
 from peftsweep.models.parts import as_configured, text_config
 from peftsweep.models.quantised.layers import dequantise, is_quantised
 from peftsweep.models.shapes import at_target_rank
@@ -190,11 +190,8 @@ def _with_adapter(base: PreTrainedModel, folder: Path, **options: Any) -> PeftMo
     unknown = [key for result in results for key in result.unexpected_keys if "." in key]  # keys of prompts have no dot
     for what, keys in (("the model has no such weights:", unknown), ("the file lacks", missing)):
         if keys:
-            more = f" and {len(keys) - MAX_NAMED} more" if len(keys) > MAX_NAMED else ""
-            raise InputError(
-                f"adapter {folder}: it belongs to another model than {type(base).__name__}: {what} "
-                f"{', '.join(keys[:MAX_NAMED])}{more}"
-            )
+            other = f"it belongs to another model than {type(base).__name__}"
+            raise InputError(f"adapter {folder}: {other}: {what} {some(keys)}")
     return adapted
 
 
@@ -243,7 +240,9 @@ def _base_of(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 def read(folder: Path, like: PreTrainedModel) -> PreTrainedModel:
     """The model saved in ``folder``, of the class and dtype and on the device of ``like``."""
-    return type(like).from_pretrained(folder, dtype=like.dtype, device_map={"": like.device})
+    found = type(like).from_pretrained(folder, dtype=like.dtype, device_map={"": like.device})
+    setattr(found, READS_PADDING, getattr(like, READS_PADDING, False))
+    return found
 
 
 def dequantised(base: PreTrainedModel, folder: Path) -> PeftModel:

@@ -192,6 +192,7 @@ COLUMNS = {  # pattern of a column -> what it is; the first that fits counts
     "eval_info.*.base_predictions": "the file of the untouched base's answers",
     "eval_info.*.truncated_*": "prompts and answers that were cut",
     "eval_info.*.long_references": "reference answers longer than max_new_tokens",
+    "eval_info.*.unwritable_references": "reference answers that count as wrong even as the tokenizer writes them",
     "eval_info.*.empty_texts": "texts that are empty",
     "eval_info.*.cut_texts": "texts that max_new_tokens cut off",
     "eval_info.*.unread_references": "references without a letter of a to z or a digit, which ROUGE cannot read",

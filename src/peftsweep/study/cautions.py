@@ -12,6 +12,8 @@ CUT = {
     "truncated_prompts": "lost a part of the prompt, which is longer than max_length leaves room for",
     "truncated_answers": "lost the end of the answer, which is longer than max_length leaves room for",
     "long_references": "have a reference answer of more tokens than max_new_tokens, so it is never generated in full",
+    "unwritable_references": "have a reference that counts as wrong even as the tokenizer writes it (special tokens, "
+    "capitals, characters without a token, a text of stop)",
     "empty_texts": "got an empty text",
     "cut_texts": "got a text that max_new_tokens cut off",
     "unread_references": "have a reference without a to z and 0 to 9, which are all that ROUGE reads: use eval=chrf",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from peft import LoraConfig
@@ -115,7 +116,7 @@ def _of_torch(config: TrainConfig) -> bool:
 
 
 class _BaseFacts(NamedTuple):
-    drops: bool  # it has dropout, whose random numbers would be drawn for all slots at once
+    drops: bool  # it has dropout or routers' noise, whose random numbers would be drawn for all slots at once
     balances: bool  # it adds a loss of its routers, a mean over the tokens of all slots
 
 
@@ -127,12 +128,21 @@ def _base_facts(trial: Trial) -> _BaseFacts:
             found = model.architecture(trial.config.model)
         except InputError:  # reported when the model is loaded
             return _BaseFacts(drops=True, balances=True)
-        drops = any("drop" in name and isinstance(p, float) and p > 0 for name, p in found.to_dict().items())
+        drops = any(p > 0 and re.search("drop|jitter", name) for name, p in _floats(found.to_dict()))
         _FACTS[key] = _BaseFacts(drops, balances=router_loss_weight(found) != 0)
     return _FACTS[key]
 
 
 _FACTS: dict[str, _BaseFacts] = {}  # by model
+
+
+def _floats(config: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """The names and values of a configuration, and of the configurations of its parts, that are floats."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _floats(value)
+        elif isinstance(value, float):
+            yield name, value
 
 
 def _length(trial: Trial) -> float:

@@ -8,6 +8,7 @@ A part of the training is whatever has torch's ``state_dict`` and ``load_state_d
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import shutil
@@ -47,6 +48,7 @@ CHANGING = {
     "BufferedMontecloraSampler": ("buffer", "index"),
     "PveraLayer": ("pvera_generator",),
 }
+DEALT = {"AdaLoraConfig": ("rank_pattern",)}  # what of it a model answers by, and what is saved of its adapter
 
 
 class Part(Protocol):
@@ -279,14 +281,30 @@ class Weights:
                 yield name, buffer
 
 
-def _attributes(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
-    """Every attribute of ``CHANGING`` in ``model``: a name, the object that has it, the attribute's name."""
+class Dealt:
+    """The ranks that a method has dealt out among its modules: no parameters, but the model answers by them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def state_dict(self) -> dict[str, Any]:
+        """The ranks by the names of their configurations; empty for other methods."""
+        return {name: copy.deepcopy(getattr(holder, key)) for name, holder, key in _attributes(self._model, DEALT)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Deal the ranks out as they were."""
+        for name, holder, key in list(_attributes(self._model, DEALT)):
+            setattr(holder, key, state[name])
+
+
+def _attributes(model: nn.Module, kinds: Mapping[str, Sequence[str]] = CHANGING) -> Iterator[tuple[str, Any, str]]:
+    """Every attribute of ``kinds`` in ``model``: a name, the object that has it, the attribute's name."""
     holders = [(f"peft_config.{name}", config) for name, config in getattr(model, "peft_config", {}).items()]
     for name, module in model.named_modules():
         holders += [(name, module), *((f"{name}.{key}", value) for key, value in vars(module).items())]
     for name, holder in holders:
         for kind in type(holder).__mro__:
-            for key in CHANGING.get(kind.__name__, ()):
+            for key in kinds.get(kind.__name__, ()):
                 yield f"{name}.{key}", holder, key
 
 

@@ -19,7 +19,7 @@ from peftsweep.models.parts import trainable_parameters
 from peftsweep.observe.measure import Laps, Meter
 from peftsweep.schema import TrainConfig
 from peftsweep.training.capture import Size, StaticSteps, sizes_of_run
-from peftsweep.training.checkpoint import Checkpoints, Interruption, OptimizerState, Randomness, Weights
+from peftsweep.training.checkpoint import Checkpoints, Dealt, Interruption, OptimizerState, Randomness, Weights
 from peftsweep.training.compiled import compiled
 from peftsweep.training.fused import as_trained
 from peftsweep.training.length import checkpoint_due, rows_per_step
@@ -62,7 +62,8 @@ def train(
         FloatingPointError: a loss is not finite, or at the end a weight is not.
     """
     laps, optimizer = Laps(meter.device), make_optimizer(model, config)
-    run = Run(config, len(rows), dict(trainable_parameters(model)), optimizer, laps, meter, log, validate, prune)
+    trained = dict(trainable_parameters(model))
+    run = Run(config, len(rows), trained, optimizer, laps, meter, log, validate, prune, Dealt(model))
     if checkpoints and checkpoints.trained is not None:
         checkpoints.restore({"weights": Weights(model)})
         model.eval()

@@ -27,6 +27,7 @@ PACK_KEYS = (
     *("seconds", "tokens_per_second", "memory_allocated"),
     *("epoch_seconds", "epoch_tokens_per_second", "epoch_memory_peak"),
 )
+DEALT_OUT = "dealt out"  # a key beside the names of parameters
 WARMUP_LAPS = 3  # the first steps allocate memory and choose kernels; percentiles of step times leave them out
 
 
@@ -71,7 +72,8 @@ class Run:
     """A running training on ``rows`` rows.
 
     ``trained`` are the parameters that ``optimizer`` steps, by their names in the model; ``validate`` returns the
-    scores of the model as it is now. The caller does forward and backward.
+    scores of the model as it is now. The caller does forward and backward. ``dealt`` is what the model answers by
+    beside its parameters.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Run:
         log: Callable[[Row], None],
         validate: Callable[[], dict[str, float]] | None,
         prune: Prune | None = None,
+        dealt: Part | None = None,
     ) -> None:
         self.config, self.meter, self.optimizer = config, meter, optimizer
         self._rows, self._laps, self._log, self._validate, self._prune = rows, laps, log, validate, prune
@@ -95,7 +98,7 @@ class Run:
         self.scaler = make_scaler(config, meter.device)
         self.progress = Progress(laps)
         self.epoch = Epoch(steps_per_epoch(config, rows), laps, meter)
-        self._best = Best(trained) if config.keep_best else None
+        self._best = Best(trained, dealt) if config.keep_best else None
         self._final_loss: float | None = None
         self._last: Batch | None = None  # micro-batch of the last step
 
@@ -341,19 +344,23 @@ def validations_without_gain(validations: Sequence[tuple[float, float, int]]) ->
 
 
 class Best:
-    """The trainable weights of the best validation so far, kept on the host."""
+    """The trainable weights of the best validation so far, kept on the host, and what was ``dealt`` out then."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
-        self._parameters = parameters
-        self._weights: dict[str, torch.Tensor] = {}
+    def __init__(self, parameters: dict[str, nn.Parameter], dealt: Part | None = None) -> None:
+        self._parameters, self._dealt = parameters, dealt
+        self._weights: dict[str, Any] = {}  # and what was dealt out
 
     def keep(self) -> None:
         self._weights = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
+        if self._dealt is not None and (state := self._dealt.state_dict()):
+            self._weights[DEALT_OUT] = state
 
     @torch.no_grad()
     def restore(self) -> None:
         for name, parameter in self._parameters.items():
             parameter.copy_(self._weights[name])
+        if self._dealt is not None and DEALT_OUT in self._weights:
+            self._dealt.load_state_dict(self._weights[DEALT_OUT])
 
     def state_dict(self) -> dict[str, Any]:
         return self._weights

@@ -34,6 +34,7 @@ from torch import nn
 from torch.nn import functional
 
 from peftsweep.data.batches import Batch
+from peftsweep.models.parts import beside_products, layers_to_first_adapted
 from peftsweep.models.quantised.layers import BITSANDBYTES
 from peftsweep.training.fused import with_lora
 
@@ -196,11 +197,16 @@ class Pack:
     A forward pass then takes a batch made by ``for_all``. ``seed`` is that of every slot's dropout; with None nothing
     is trained, and no memory is allocated for gradients. ``stacked``: the adapters are multiplied in one batched
     product (the default on CUDA), else each in a product of its own.
+
+    Raises:
+        ValueError: an adapter has other parameters than A and B of linear layers, such as those of embeddings.
     """
 
     def __init__(
         self, model: PeftModel, names: Sequence[str], seed: int | None = None, *, stacked: bool | None = None
     ) -> None:
+        if beside := beside_products(model, names):
+            raise ValueError(f"this model cannot be packed: {beside[0]} is no weight of an A or B of a linear layer")
         self.names = list(names)
         self.model = model
         self._trained = seed is not None
@@ -399,7 +405,7 @@ class Pack:
 
         Returns the handles of the hooks.
         """
-        layers = _layers_to_first_adapted(self.model)
+        layers = layers_to_first_adapted(self.model)
 
         def keep_one_slot(_: nn.Module, args: Any, kwargs: Any) -> Any:
             total = len(self.names) * self._rows
@@ -427,16 +433,6 @@ def _dropout_mask(x: torch.Tensor, dropout: Sequence[tuple[float, torch.Generato
         if p:
             slot_mask.bernoulli_(1 - p, generator=generator).div_(1 - p)
     return mask
-
-
-def _layers_to_first_adapted(model: nn.Module) -> list[nn.Module]:
-    """The layers of the model's stack up to the first adapted one, included; empty if that is the first of all."""
-    adapted = {module for module in model.modules() if isinstance(module, LoraLayer)}
-    for stack in model.modules():
-        if isinstance(stack, nn.ModuleList) and adapted <= set(stack.modules()):
-            first = next(index for index, layer in enumerate(stack) if adapted & set(layer.modules()))
-            return list(stack)[: first + 1] if first else []
-    return []
 
 
 def _map_tensors(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:

@@ -6,6 +6,7 @@ again. A wrong record is recognised by its configuration, the counts of its trai
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -29,6 +30,8 @@ GENERATION_SETTINGS: Mapping[str, Any] = BEAM_SETTINGS | {
     **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "max_time", "stop_strings")),
     "exponential_decay_length_penalty": None,
 }
+# Types of encoders that take padding for text: by convolutions, Fourier transforms, landmarks, pooling, the last place.
+READING_PADDING = ("canine", "convbert", "fnet", "funnel", "nystromformer", "perceiver", "xlnet", "yoso")
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -159,6 +162,31 @@ def _balances_experts(config: Values, _: Values) -> bool:
     return trains and _base(config).balances
 
 
+def _classifies_padding(config: Values, _: Values) -> bool:
+    return _base(config).classifies_padding
+
+
+def _packs_embeddings(config: Values, train_info: Values) -> bool:
+    """Whether an adapter of embeddings was trained in a pack, which only ``train_info`` says: without it, perhaps."""
+    method, targets = _section(config, "method"), _section(config, "targets")
+    named = targets.get("modules") or method.get("target_modules") or ()
+    if (train_info and "packed" not in train_info) or named == ALL_LINEAR:
+        return False
+    ends = rf"(.*\.)?({'|'.join(map(re.escape, named))})"
+    pattern = named if isinstance(named, str) else ends if named else None
+    return pattern is not None and any(re.fullmatch(pattern, name) for name in _base(config).embeddings)
+
+
+def _deals_ranks_after_the_best(config: Values, train_info: Values) -> bool:
+    train, method = _section(config, "train"), _section(config, "method")
+    keeps = bool(train.get("keep_best")) and str(method.get("_target_")).endswith("AdaLoraConfig")
+    return keeps and (not train_info or train_info.get("reloads") is False)
+
+
+def _begins_behind_tokens(config: Values, _: Values) -> bool:
+    return bool(_section(config, "method").get("alora_invocation_tokens"))
+
+
 MENDED = (
     Mended(2, _accumulates, "with train.accumulation above 1 a step took other rows than one large batch would have"),
     Mended(
@@ -201,6 +229,19 @@ MENDED = (
         "an item of a list that the test rows hold as JSON text, such as {answers[0]}, was one character of that text",
         training=False,
     ),
+    Mended(6, _classifies_padding, "the classifier took the padding of a batch for text"),
+    Mended(
+        6,
+        _deals_ranks_after_the_best,
+        "the best weights of AdaLoRA were saved with the ranks that were dealt out after them",
+    ),
+    Mended(
+        6,
+        _begins_behind_tokens,
+        "of what was read after cached tokens, an adapter with alora_invocation_tokens took no part in it",
+        training=False,
+    ),
+    Mended(6, _packs_embeddings, "a pack neither trained nor used the adapters of embeddings"),
 )
 
 
@@ -220,6 +261,8 @@ class _Base:
     recurrent: bool = False
     balances: bool = False  # it adds a loss of its routers in training
     own_settings: frozenset[str] = frozenset()  # its generation settings that change what it writes
+    classifies_padding: bool = False  # it is a classifier of a type that takes padding for text
+    embeddings: frozenset[str] = frozenset()  # the names of its embeddings
     generation_prompt_differs: bool = False  # from the beginning of some written turns of the assistant
 
 
@@ -265,6 +308,8 @@ def _read(base: ModelConfig) -> _Base:
         recurrent=bool(stateful) or bool(getattr(bare, "_is_stateful", False)),
         balances=hasattr(bare, parts.ROUTER_LOSS),
         own_settings=_own_settings(base) if base.init is Init.pretrained else frozenset(),
+        classifies_padding=base.task is Task.seq_cls and shape.model_type in READING_PADDING,
+        embeddings=frozenset(name for name, module in bare.named_modules() if isinstance(module, nn.Embedding)),
         generation_prompt_differs=bool(marks.chat_template)
         and chat.generation_prompt_differs(chat.ChatTemplate(marks)),
     )

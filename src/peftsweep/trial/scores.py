@@ -21,6 +21,7 @@ from peftsweep.data import rows as data_rows
 from peftsweep.data.templates import Example
 from peftsweep.evaluation import evaluate
 from peftsweep.models import model, parts
+from peftsweep.models.losses import READS_PADDING
 from peftsweep.study import record, store
 from peftsweep.study.atomic import make_way
 from peftsweep.study.reading import Unreadable
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 # Facts of an evaluation that do not depend on the model's answers.
 FACTS_OF_ROWS = (
     *("majority", "random", "f1_majority", "f1_random", record.HEADLINE),
-    *("truncated_prompts", "truncated_answers", "long_references"),
+    *("truncated_prompts", "truncated_answers", "long_references", "unwritable_references"),
 )
 TEXT_PACKAGES = ("rouge_score", "sacrebleu")  # whose versions decide the scores of written texts
 COST = ("seconds", "allocated_peak", "rss_peak")  # keys of the cost of an evaluation
@@ -100,6 +101,8 @@ def base_scores(
         "head": [config.seed, config.dataset.classes] if parts.classifies(base) else None,
         **_kernels(device),
     }
+    if getattr(base, READS_PADDING, False):
+        of_base["padding"] = False  # before, its scores depended on the batch
     of_rows = _of_rows(trial, name, test)
     called = re.sub(r"[^\w.-]+", "_", f"{trial.choices['model']}-{trial.choices['quant']}")
     folder = root / store.BASE / f"{called}-{identity.content_hash(of_base)}"

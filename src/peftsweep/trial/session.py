@@ -99,7 +99,9 @@ class Session:
             self.pad_id = int(self.tokenizer.pad_token_id)
         self.info["base_parameters"] = parts.count(self.base).total
         self.info["base_bytes"] = footprint(self.base)
-        if not parts.classifies(self.base):
+        if parts.classifies(self.base):
+            self.info["padded_batches"] = not getattr(self.base, losses.READS_PADDING)
+        else:
             self.info |= probe.abilities(self.base).facts()
 
     def read(self) -> None:

@@ -44,7 +44,10 @@ GENERATED: tuple[tuple[str, str, Unit], ...] = (
     ("seconds_per_token_overhead", "further token over the base", "change"),
     ("peak_bytes", "peak memory", "bytes"),
 )
-ROWS_OF = ("truncated_prompts", "truncated_answers", "long_references", "seen_in_training")  # of an evaluation
+ROWS_OF = (  # of an evaluation
+    *("truncated_prompts", "truncated_answers", "long_references", "unwritable_references"),
+    "seen_in_training",
+)
 ROWS_TRAINED = (
     *("training_rows", "truncated_rows", "truncated_prompts", "truncated_answers"),
     *("tested_rows", "duplicate_rows", "long_rows", "missing_rows", "padding_fraction"),
