@@ -61,9 +61,8 @@ def train(
     Raises:
         FloatingPointError: a loss is not finite, or at the end a weight is not.
     """
-    laps, optimizer = Laps(meter.device), make_optimizer(model, config)
-    trained = dict(trainable_parameters(model))
-    run = Run(config, len(rows), trained, optimizer, laps, meter, log, validate, prune, Dealt(model))
+    laps, optimizer, weights = Laps(meter.device), make_optimizer(model, config), dict(trainable_parameters(model))
+    run = Run(config, len(rows), weights, optimizer, laps, meter, log, validate, prune, Dealt(model))
     if checkpoints and checkpoints.trained is not None:
         checkpoints.restore({"weights": Weights(model)})
         model.eval()
