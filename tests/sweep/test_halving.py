@@ -103,7 +103,7 @@ def test_a_rung_lies_where_at_most_a_factor_th_is_done() -> None:
             "train.eval_every=6: must be steps that divide halving.min_steps=9",
         ),
         (["halving.min_steps=9", "train.eval_every=1epoch"], "train.eval_every=1epoch: must be steps that divide"),
-        (["halving.min_steps=9", "objective=train_info.steps"], "objective: is for hydra/sweeper=optuna_current"),
+        (["halving.min_steps=9", "objective=train_info.steps"], "objective: is only for hydra/sweeper=optuna_current"),
         (["halving.min_steps=9", "hydra/sweeper=basic"], "halving: works only with hydra/sweeper=grid, not with basic"),
         (
             ["halving.min_steps=9", "hydra.sweeper.max_batch_size=2", "seed=0,1,2"],

@@ -375,7 +375,7 @@ def test_options_of_sweep_that_share_a_point_have_it_once(command: Command) -> N
         (["sweep=glob(no*)"], "sweep=glob(no*): matches no option of sweep"),
         (["sweep=rank_ablation,no"], "sweep=no: no such option"),
         (["sweep=rank_ablation,experiments"], "experiments: must be given"),
-        (["sweep=rank_ablation,quant_study", "hydra/sweeper=basic"], "sweep=rank_ablation: is more than one trial"),
+        (["sweep=rank_ablation,quant_study", "hydra/sweeper=basic"], "sweep=rank_ablation: sweeps method.r, which"),
     ],
 )
 def test_a_sweep_that_would_not_be_what_was_asked_is_one_line(words: list[str], problem: str, command: Command) -> None:
