@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -249,10 +250,14 @@ def test_a_folder_that_cannot_write_is_one_line(chat: Chat) -> None:
     without = saved({}, "points")
     for file in (without / "adapter").iterdir():
         file.unlink()
+    bare = Path(shutil.copytree(place, "bare"))
+    (bare / "adapter" / "adapter_model.safetensors").unlink()
     for folder, said in {
         "nowhere": "nowhere: no such folder; must be a trial's folder",
         "empty": "empty: holds no result.json; must be a trial's folder",
         str(place.parent): "holds several trials",
+        str(place / "result.json"): "result.json: is a file; must be a trial's folder",
+        str(bare): "adapter: holds no weights",
         str(classifier): "its model is a classifier, which writes no text",
         str(without): "the trial has no saved adapter; adapter.save=true keeps one",
     }.items():
@@ -264,14 +269,17 @@ def test_a_folder_that_cannot_write_is_one_line(chat: Chat) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--temperature -1", "--temperature: must be a number, at least 0, not -1"),
+        ("--temperature -1", "--temperature: must be a number, 0 or at least 1e-30, not -1"),
+        ("--temperature 1e-320", "--temperature: must be a number, 0 or at least 1e-30, not 1e-320"),
         ("--temperature nan", "--temperature: must be a number"),
         ("--top-p 0", "--top-p: must be a number, above 0 and at most 1, not 0"),
         ("--top-p 1.1", "--top-p: must be a number, above 0 and at most 1"),
         ("--max-new-tokens 0", "--max-new-tokens: must be a whole number, at least 1"),
         ("--seed -1", "--seed: must be a whole number, at least 0"),
+        ("--seed 4294967296", "--seed: must be a whole number, at most 4294967295"),
+        ("--seed " + "9" * 5000, "--seed: must be a whole number, at most 4294967295"),
         ("--system s --prompt a", "--system: multirun/ranks"),
-        ("--max-new-tokens 99999 --prompt a", "max_new_tokens=99999: the model sees"),
+        ("--max-new-tokens 99999 --prompt a", "--max-new-tokens=99999: must be below 2048, which"),
         ("word", "word: must be KEY=VALUE"),
         ("device=tpu --prompt a", "device=tpu: must be auto, cpu, cuda"),
         ("method.r=3", "contradicts adapter.path="),
@@ -281,6 +289,27 @@ def test_a_wrong_option_is_one_line(chat: Chat, words: str, said: str) -> None:
     code, out, err = chat(trial(), *words.split())
     assert (code, out, err.count("\n")) == (2, "", 1), err
     assert said in err
+
+
+def test_advice_for_a_training_is_not_said_at_each_turn(chat: Chat) -> None:
+    no_end = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}"
+    place, _ = conversing(no_end + "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
+    code, out, err = chat(place, *SHORT, lines="a\nb\n")
+    assert (code, err) == (0, "")
+    assert out
+
+
+def test_without_a_trial_only_the_trial_is_asked_for(chat: Chat) -> None:
+    assert chat() == (2, "", "peftsweep: TRIAL_DIR: must be given\n")
+
+
+def test_a_prompt_that_is_cut_is_said_in_one_line_of_our_own(chat: Chat) -> None:
+    place = trial()
+    code, out, err = chat(place, "--prompt", "word," * 1000, *SHORT)
+    assert (code, err.count("\n")) == (0, 1), err
+    assert out
+    assert f"tokens the model saw the last {2048 - LENGTH:,}, as it sees 2,048 at once" in err
+    assert chat(place, "--prompt", "word", *SHORT)[2] == ""
 
 
 def test_an_empty_prompt_is_no_turn(chat: Chat) -> None:

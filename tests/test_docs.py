@@ -239,9 +239,52 @@ def test_a_key_is_explained_with_type_range_and_default() -> None:
     assert "qlora" in reference.explain("method").lower()
     with pytest.raises(errors.InputError, match=r"did you mean 'train\.batch_size'"):
         reference.explain("train.batchsize")
+    with pytest.raises(errors.InputError, match=r"did you mean 'eval\.gsm8k\.samples'"):
+        reference.explain("eval.gsm8k.sampels")
     with pytest.raises(errors.InputError, match=r"there are: study, .*dataset, eval, train,") as refused:
         reference.explain("nokey")
     assert "train." not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "begins", "holds"),
+    [
+        ("eval.perplexity", "eval=perplexity: Perplexity of the answers", "eval.perplexity.samples: int or null"),
+        ("perplexity", "eval=perplexity: Perplexity of the answers", "eval.perplexity.samples: int or null"),
+        ("lora", "method=lora: LoRA", "method.r: int, at least 1"),
+        ("method=ia3,lora", "method=ia3: (IA)^3", "method.init_ia3_weights: bool"),
+        ("4bit", "quant=4bit: NF4", "quant.load_in_4bit: ; default true"),
+        ("quick", "train=quick: A short run", "peftsweep --help train"),
+        ("tiny_math", "dataset=tiny_math: Stories", "\neval=tiny_math: Greedy generation"),
+        ("slurm", "hydra/launcher=slurm: One SLURM job", "hydra.launcher.partition"),
+        ("launcher", "hydra/launcher=local: Warm worker", "hydra.launcher.workers"),
+        ("sweep=tune", "sweep=tune: Which rate", ""),
+        ("train.steps=5", "train.steps: int, at least 0", ""),
+    ],
+)
+def test_an_option_is_explained_with_its_keys_however_it_is_named(word: str, begins: str, holds: str) -> None:
+    said = reference.explain(word)
+    assert said.startswith(begins)
+    assert holds in said
+    assert "method.peft_type" not in said  # which an option decides, not a user
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"), [("lroa", "lora"), ("perplexty", "perplexity"), ("method=lroa", "lora"), ("metod", "method")]
+)
+def test_a_word_that_is_misspelled_names_the_one_that_is_meant(word: str, meant: str) -> None:
+    with pytest.raises(errors.InputError, match=f"^{word}: no such .*; did you mean '{meant}'"):
+        reference.explain(word)
+
+
+def test_an_option_of_one_s_own_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    (tmp_path / "method").mkdir()
+    (tmp_path / "method" / "mine.yaml").write_text("# What I made.\ndefaults: [lora]\nmethod: {r: 3}\n")
+    for words in (["mine"], ["method=mine"], ["method.mine"]):
+        monkeypatch.setattr("sys.argv", ["peftsweep", "--config-dir", str(tmp_path), "--help", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert (ended.value.code, capsys.readouterr().out.splitlines()[0]) == (0, "method=mine: What I made.")
 
 
 def test_every_exit_code_has_a_sentence() -> None:
@@ -277,7 +320,7 @@ def test_every_column_of_a_record_with_all_that_can_be_measured_has_a_sentence(r
 def test_help_of_a_key_is_printed_and_of_no_key_is_one_line(command: Any) -> None:
     code, out, err = command("--help", "method.r", "method=ia3", "hydra.launcher.timeout")
     assert (code, out) == (2, "")
-    assert err.startswith("peftsweep: method.r: no such key or group; ")
+    assert err.startswith("peftsweep: method.r: no such key, group or option; ")
     assert err.count("\n") == 1
     code, out, err = command("--help", "hydra.launcher.timeout", "quant")
     assert (code, err) == (0, "")

@@ -123,18 +123,18 @@ def _completion() -> int:
 
 
 def _help() -> int:
-    """Print the help; of the keys and groups that are named beside ``--help`` what each is."""
+    """Print the help; of the keys, groups and options that are named beside ``--help`` what each is."""
     words = sys.argv[1:]
-    folders = {str(folder) for folder in command_line.own_folders(words)}
-    named = [word for word in words if not word.startswith("-") and "=" not in word and word not in folders]
-    if not named:
+    own = command_line.own_folders(words)
+    after = words[min(words.index(flag) for flag in ("--help", "-h") if flag in words) :]
+    if not (named := command_line.named_beside_help(words) or command_line.named_beside_help(after, values=True)):
         print(help_text(words))
         return 0
     from peftsweep.reference import keys  # which takes a while, and of some keys imports torch
 
     method = next((word.partition("=")[2] for word in words if word.startswith("method=")), "lora")
     for word in named:
-        print(keys.explain(word, method))
+        print(keys.explain(word, method, own))
     return 0
 
 

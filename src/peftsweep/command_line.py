@@ -77,13 +77,18 @@ class OneLineParser(argparse.ArgumentParser):
         return f"; {suggest(wrong, known)}" if message.endswith("no such option") else ""
 
 
-def whole_number(least: int) -> Callable[[str], int]:
-    """A type of argparse's: a whole number, at least ``least``."""
+def whole_number(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """A type of argparse's: a whole number from ``least`` to ``most``."""
 
     def read(text: str) -> int:
-        if text.isdecimal() and int(text) >= least:
-            return int(text)
-        raise argparse.ArgumentTypeError(f"must be a whole number, at least {least}, not {text}")
+        span = f"at least {least}"
+        if text.isdecimal():
+            # The length first: Python refuses to read a number of thousands of digits.
+            if len(text.lstrip("0")) > len(str(most)) or int(text) > most:
+                span = f"at most {most}"
+            elif int(text) >= least:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"must be a whole number, {span}, not {text}")
 
     return read
 
@@ -399,6 +404,12 @@ def import_from(folders: Iterable[Path]) -> None:
     for folder in map(str, (folder.resolve() for folder in folders)):
         if folder not in sys.path:
             sys.path.append(folder)
+
+
+def named_beside_help(words: Sequence[str], *, values: bool = False) -> list[str]:
+    """The words of ``--help`` that it is to explain; with ``values`` those that have one, such as method=lora."""
+    folders = {str(folder) for folder in own_folders(words)}
+    return [word for word in words if word[:1] not in ("-", "") and ("=" in word) == values and word not in folders]
 
 
 def own_folders(words: Sequence[str]) -> list[Path]:

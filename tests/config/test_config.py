@@ -137,10 +137,8 @@ BAD = {
     "a module the model lacks": (["targets.modules=[q_prj]"], "the model has no module 'q_prj'; it has: q_proj"),
     "a method's module": (["method.target_modules=[q_prj]"], "method.target_modules: the model has no module 'q_prj'"),
     "targets of full fine-tuning": (["method=full", "targets=qv"], "targets: full fine-tuning trains every module"),
-    "a missing file": (
-        ["dataset=file", "dataset.path=no.jsonl"],
-        "dataset.answer, dataset.prompt: must be given",
-    ),
+    "missing templates": (["dataset=file"], "dataset.answer, dataset.prompt: must be given, such as "),
+    "a missing file": (["dataset=file", "dataset.path=no.jsonl"], "dataset.path=no.jsonl: no such file"),
     "a missing data file": (["dataset.path=no.jsonl"], "dataset.path=no.jsonl: no such file"),
     "an unknown format": (["dataset.path=rows.xml"], "unknown format '.xml'; allowed: .json .jsonl"),
     "an unknown dtype": (["model.dtype=float8"], "model.dtype=float8: must be one of auto, float32, bfloat16, float16"),
@@ -307,3 +305,33 @@ def test_the_command_that_repeats_a_trial_names_the_folder_of_the_options_it_was
             (tmp_path / name).write_text(text)
         told = "'--config-dir=my options' " if flag else ""
         assert build.command(tmp_path) == f"peftsweep {told}device=cpu method.r=4"
+
+
+GERMAN = {"frage": "Was ist das?", "antwort": "Ein Haus"}
+
+
+@pytest.mark.parametrize(
+    ("row", "words", "said"),
+    [
+        (
+            {"frage": "Was ist das?", "antwort": "Ein Haus"},
+            [],
+            """'dataset.prompt="{frage}\\n"' 'dataset.answer="{antwort}"'""",
+        ),
+        (
+            {"frage": "Was ist das?", "antwort": "Ein Haus"},
+            ["dataset.prompt='{frage} '"],
+            """'dataset.answer="{antwort}"'""",
+        ),
+        ({"question": "What is it?", "answer": "A house"}, [], """such as 'dataset="my rows.jsonl"'"""),
+    ],
+)
+def test_templates_that_are_missing_are_shown_over_the_columns_of_the_file(
+    row: dict[str, str], words: list[str], said: str
+) -> None:
+    Path("my rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(InputError) as refused:
+        cli._trial("dataset=file", "dataset.path='my rows.jsonl'", *words)
+    assert "must be given, such as " in str(refused.value)
+    assert said in str(refused.value)
+    assert "{question}" not in str(refused.value)

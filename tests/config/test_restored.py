@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from peftsweep import InputError, cli
+from peftsweep.config import identity, restored
 from peftsweep.config.compose import Trial
+from peftsweep.data import fingerprint
 from peftsweep.models import model
 from peftsweep.study.record import Result
 
@@ -74,6 +76,28 @@ def test_a_key_wins_over_the_record_and_a_group_replaces_its_own(alpaca: Path, c
     assert (list(other.config.eval), other.config.method["r"]) == (["tiny_math", "perplexity"], 4)
     half = compose(f"adapter.path={alpaca}", "quant=4bit", "model.dtype=bfloat16")
     assert (half.choices["quant"], half.config.model.dtype.name) == ("4bit", "bfloat16")
+
+
+@pytest.mark.parametrize("rule", [5, 1])
+def test_a_base_whose_files_have_changed_is_said(
+    rule: int, compose: Compose, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(model.TINY, "base")
+    place = saved({"model.name_or_path": "base"}, run_info={"identity_rule": rule})
+    sha = fingerprint.of_values(identity.model_identity(compose(f"adapter.path={place}").config.model))
+    shutil.rmtree("multirun")
+    saved({"model.name_or_path": "base"}, run_info={"identity_rule": rule}, meta_info={"model_sha": sha})
+    restored._warn_once.cache_clear()
+    capfd.readouterr()
+    compose(f"adapter.path={place}")
+    Path("base/README.md").write_text("a file that no library reads")
+    compose(f"adapter.path={place}")
+    assert capfd.readouterr().err == ""
+    Path("base/model.safetensors").write_bytes(Path("base/model.safetensors").read_bytes()[:-1] + b"x")
+    compose(f"adapter.path={place}")
+    compose(f"adapter.path={place}")
+    said = "its files have changed since the trial of adapter.path="
+    assert capfd.readouterr().err.count(said) == (rule > 1)  # the first rule had other hashes, and once is enough
 
 
 def test_test_path_alone_scores_a_checkpoint_on_another_file(alpaca: Path, compose: Compose) -> None:

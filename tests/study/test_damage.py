@@ -525,6 +525,13 @@ def test_a_study_that_may_only_be_read_is_shown_and_written_elsewhere(
     assert collect_command("ranks")[0] == 2
 
 
+@pytest.mark.parametrize("option", [[], ["--status"], ["--prune"], ["--forecast-report"]])
+def test_the_folder_of_a_trial_is_no_study(option: list[str], ranks: list[Path], collect_command: Collect) -> None:
+    code, out, err = collect_command(*option, str(ranks[0]))
+    assert (code, out) == (2, "")
+    assert err == f"peftsweep: study={ranks[0]}: is the folder of a trial; that of its study is {ranks[0].parent}\n"
+
+
 def test_a_study_whose_first_trial_runs_is_shown(collect_command: Collect) -> None:
     with claims.claim(Path("multirun/new"), "0123456789"):
         assert "multirun/new: 0 trials, 1 running" in collect_command("--status")[1]

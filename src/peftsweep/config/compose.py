@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import re
+import shlex
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peftsweep import limits
+from peftsweep import limits, shorthand
 from peftsweep.config.calls import check_calls
 from peftsweep.config.checks import (
     check_complete,
@@ -34,7 +35,7 @@ from peftsweep.config.evaluations import check_evaluation_rows, check_metrics, c
 from peftsweep.config.fill import conf_dir, fill_from_files, read_newlines, use_current_names
 from peftsweep.config.identity import Identity, current_name, identity_of
 from peftsweep.config.restored import FROM_FILE
-from peftsweep.data import fingerprint, hub
+from peftsweep.data import files, fingerprint, hub, layouts
 from peftsweep.data import rows as data_rows
 from peftsweep.errors import InputError
 from peftsweep.observe import fast_dtype
@@ -179,9 +180,28 @@ def _resolved(cfg: DictConfig) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         problem = one_line(error)
     if missing := sorted(OmegaConf.missing_keys(cfg)):
-        shown = [word for key, word in EXAMPLES.items() if key in missing]
+        shown = _examples(cfg, missing)
         problem = f"{', '.join(missing)}: must be given" + (f", such as {' '.join(shown)}" if shown else "")
     raise InputError(problem)
+
+
+def _examples(cfg: DictConfig, missing: Sequence[str]) -> list[str]:
+    """Words that would give the missing keys; templates are over the columns of the dataset's file, if it names one.
+
+    Raises:
+        InputError: that file cannot be read.
+    """
+    own = cfg.dataset
+    templates = [key for key in shorthand.TEMPLATES if key in missing]
+    words = {key: word for key, word in EXAMPLES.items() if key in missing}
+    if templates and not OmegaConf.is_missing(own, "path") and own.path is not None:
+        rows = files.first_rows(own.path, "dataset.path", own.encoding)
+        if len(templates) == len(shorthand.TEMPLATES) and layouts.recognise(rows):
+            words = {key: word for key, word in words.items() if key not in templates}
+            return [shlex.quote(shorthand.override("dataset", own.path)), *words.values()]
+        shown = {f"dataset.{key}": value for key, value in layouts.example(rows).items()}
+        words |= {key: f"'{shorthand.override(key, shown[key])}'" for key in templates if key in shown}
+    return [*words.values()]
 
 
 def _holds_missing(value: Any) -> bool:

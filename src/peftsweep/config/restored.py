@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
 import pydoc
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from peftsweep.config import experiment, experiment_keys
 from peftsweep.data import fingerprint
-from peftsweep.errors import InputError
+from peftsweep.errors import InputError, printable
 from peftsweep.schema import ModelConfig
 from peftsweep.study.reading import fault
 from peftsweep.study.record import RESULT, Result
@@ -123,7 +125,10 @@ def _check_base_of_trial(cfg: DictConfig, path: str, held: Result, identify: Ide
     recorded = held.config["model"]
     how = {key: recorded[key] for key in COMPUTE_KEYS if key in recorded}
     given, trained = _model(cfg, how), _model(cfg, dict(_located("model", held)))
-    if given == trained or fingerprint.of_values(identify(given)) == held.meta_info.get("model_sha"):
+    if given == trained:
+        _say_if_changed(given, path, held, identify)
+        return
+    if fingerprint.of_values(identify(given)) == held.meta_info.get("model_sha"):
         return
     if not _same(given, trained, identify):
         given_key = next(
@@ -131,6 +136,26 @@ def _check_base_of_trial(cfg: DictConfig, path: str, held: Result, identify: Ide
         )
         key = f"model.{given_key or 'name_or_path'}"
         raise _contradicts(cfg, f"{key}={_plain(cfg, key)}", f"another base, {recorded['name_or_path']}")
+
+
+def _say_if_changed(base: ModelConfig, path: str, held: Result, identify: Identify) -> None:
+    """A warning if the files in the folder of the base are others than those that the trial was trained on."""
+    if held.run_info.get("identity_rule", 1) == 1:  # the hashes of the first rule have another form
+        return
+    try:
+        now = identify(base)
+    except InputError:  # it is not there any more, which its loading says
+        return
+    if "files" in now and fingerprint.of_values(now) != held.meta_info.get("model_sha"):
+        _warn_once(
+            f"model.name_or_path={base.name_or_path}: its files have changed since the trial of adapter.path={path} "
+            "was trained on them"
+        )
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    print(f"peftsweep: {printable(text)}", file=sys.stderr)
 
 
 def _same(given: ModelConfig, trained: ModelConfig, identify: Identify) -> bool:

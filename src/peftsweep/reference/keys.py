@@ -15,8 +15,9 @@ import pydoc
 import re
 import tokenize
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +99,14 @@ def sentence_of_option(file: Path) -> str:
     return " ".join(head)
 
 
-def options(group: str) -> dict[str, str]:
-    """The options of a group with their sentences."""
-    folder = Path(fill.conf_dir()) / group
-    return {file.stem: sentence_of_option(file) or _of_point(file) for file in sorted(folder.glob("*.yaml"))}
+def options(group: str, own: Sequence[Path] = ()) -> dict[str, str]:
+    """The options of a group with their sentences, those of the folders ``own`` included."""
+    files = [file for folder in _folders(own) for file in sorted((folder / group).glob("*.yaml"))]
+    return {file.stem: sentence_of_option(file) or _of_point(file) for file in files}
+
+
+def _folders(own: Sequence[Path]) -> list[Path]:
+    return [Path(fill.conf_dir()), *own]
 
 
 def _of_point(file: Path) -> str:
@@ -122,10 +127,10 @@ def _of_point(file: Path) -> str:
     return ", ".join([*groups, *filter(None, [kind]), *settings, *([f"learning rate {rate:g}"] if rate else [])])
 
 
-def groups() -> list[str]:
-    """The groups of conf/, those of Hydra's included, that have options."""
-    conf = Path(fill.conf_dir())
-    folders = {file.parent.relative_to(conf).as_posix() for file in conf.rglob("*.yaml")} - {"."}
+def groups(own: Sequence[Path] = ()) -> list[str]:
+    """The groups of conf/ and of the folders ``own``, those of Hydra's included, that have options."""
+    conf = _folders(own)
+    folders = {file.parent.relative_to(top).as_posix() for top in conf for file in top.rglob("*.yaml")} - {"."}
     return sorted(folder for folder in folders if not folder.endswith("/from"))
 
 
@@ -294,27 +299,88 @@ def all_keys(method: str = "lora") -> dict[str, Key]:
     return found | ({key.name: key for key in called_keys("method", target, {}, {})} if target else {})
 
 
-def explain(name: str, method: str = "lora") -> str:
-    """What ``peftsweep --help KEY`` prints: type, range, default and sentence; of a section or group what it holds.
+def explain(name: str, method: str = "lora", own: Sequence[Path] = ()) -> str:
+    """What ``peftsweep --help WORD`` prints.
+
+    Of a key it is type, range, default and sentence; of a section or group what it holds; of an option (``lora``,
+    ``method.lora`` or ``method=lora``) its sentence and the keys that it takes. ``own`` are folders such as conf/.
 
     Raises:
-        InputError: there is no such key.
+        InputError: there is no such key, group or option.
     """
-    if text := _explained(name, light_keys()):
+    name, _, value = name.partition("=")
+    if value and name.replace(".", "/") in groups(own):
+        return "\n".join(_option_explained(name.replace(".", "/"), one, own) for one in value.split(","))
+    if text := _explained(name, light_keys(), own):
         return text
     known = all_keys(method)
-    if text := _explained(name, known):
+    if text := _explained(name, known, own):
         return text
-    advice = suggest(name, list(known))
+    if found := _options_named(name, own):
+        alone = len([group for group, _ in found if not group.startswith("point/")]) == 1 or len(found) == 1
+        return "\n".join(_option_explained(*one, own, keys=alone and one == found[0]) for one in found)
+    general = _general(name)
+    advice = suggest(general, list(known))
     if not advice.startswith("did you mean"):  # all keys are too many for a line
-        sections = dict.fromkeys(key.partition(".")[0] for key in known)
-        advice = suggest(name, list(sections))
-    raise InputError(f"{name}: no such key or group; {advice}")
+        choices = [option for group in groups(own) for option in options(group, own)]
+        swapped = [option for option in choices if sorted(option) == sorted(name.lower())]
+        close = swapped or get_close_matches(name, choices, n=1, cutoff=0.75)
+        sections = [*dict.fromkeys(key.partition(".")[0] for key in known)]
+        advice = f"did you mean '{close[0]}'?" if close else suggest(name, sections)
+    if name != general:
+        advice = advice.replace("eval.<name>.", name[: len(name) - len(general) + len("eval.<name>.")])
+    raise InputError(f"{name}: no such key, group or option; {advice}")
 
 
-def _explained(name: str, known: Mapping[str, Key]) -> str:
-    general = re.sub(r"^eval\.[\w-]+\.", "eval.<name>.", name)
+def _general(name: str) -> str:
+    return re.sub(r"^eval\.[\w-]+\.", "eval.<name>.", name)
+
+
+def _explained(name: str, known: Mapping[str, Key], own: Sequence[Path]) -> str:
+    there = groups(own)
+    group = next((one for one in there if name.replace(".", "/") in (one, one.removeprefix("hydra/"))), None)
+    general = _general((group or name).replace("/", "."))
     below = [str(key) for key in known.values() if key.name.startswith(f"{general}.")]
-    if name in groups():
-        below = [f"{name}={option}: {meaning}" for option, meaning in options(name).items()] + below
+    if group:
+        below = [f"{group}={option}: {meaning}" for option, meaning in options(group, own).items()] + below
     return "\n".join(below) or (str(known[general]) if general in known else "")
+
+
+def _options_named(name: str, own: Sequence[Path]) -> list[tuple[str, str]]:
+    """The groups with the option that ``lora``, ``method.lora`` or ``method/lora`` names."""
+    above, _, option = name.replace("/", ".").rpartition(".")
+    return [
+        (group, option)
+        for group in groups(own)
+        if above in ("", group.replace("/", "."), group.rpartition("/")[2]) and option in options(group, own)
+    ]
+
+
+def _option_explained(group: str, option: str, own: Sequence[Path], *, keys: bool = True) -> str:
+    """The sentence of an option, and ``keys`` that it takes which the other options of its group may lack."""
+    known = options(group, own)
+    if option not in known:
+        raise InputError(f"{group}={option}: no such option; {suggest(option, list(known))}")
+    lines = [f"{group}={option}: {known[option]}", *(map(str, _keys_of_option(group, option, own)) if keys else ())]
+    if keys and len(lines) == 1 and any(key.startswith(f"{group}.") for key in light_keys()):
+        lines.append(f"  its keys: peftsweep --help {group}")
+    return "\n".join(lines)
+
+
+def _keys_of_option(group: str, option: str, own: Sequence[Path]) -> list[Key]:
+    if group.startswith("hydra/"):
+        return hydra_keys(group).get(option, [])
+    if group == "method":
+        values = _methods().get(option, {})
+        keys = called_keys("method", values["_target_"], {}, values) if "_target_" in values else []
+        return [key for key in keys if key.name.removeprefix("method.") not in ORIGIN]
+    if group not in (*CALLED, "eval"):
+        return []
+    file = next(path for folder in _folders(own) if (path := folder / group / f"{option}.yaml").is_file())
+    tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    if not (target := (tree if "_target_" in tree else tree.get(group) or {}).get("_target_")):
+        return []
+    if group != "eval":
+        return called_keys(group, target, _comments_of_yaml(file), tree.get(group) or tree)
+    keys = [*called_keys("eval.<name>", target, _comments_of_yaml(file), tree), *rows_keys()]
+    return [dataclasses.replace(key, name=key.name.replace("<name>", option)) for key in keys]

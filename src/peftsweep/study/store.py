@@ -96,9 +96,11 @@ def find(study: str | Path) -> Path:
     """An existing study by its name under multirun/ or its path.
 
     Raises:
-        InputError: there is no such folder.
+        InputError: there is no such folder, or it is that of a trial.
     """
     for candidate in (ROOT / study, Path(study)):
+        if (candidate / RESULT).is_file():
+            raise InputError(f"study={study}: is the folder of a trial; that of its study is {candidate.parent}")
         if candidate.is_dir():
             return candidate
     raise InputError(f"study={study}: no such folder; {suggest(str(study), [s.name for s in studies()])}")
@@ -144,7 +146,7 @@ def result_of_adapter(folder: Path) -> Result | None:
     Raises:
         InputError: its files are damaged, or its record cannot be read, so that its training is unknown.
     """
-    if reason := damage_of_weights(folder):
+    if reason := damage_of_weights(folder) or _lack_of_weights(folder):
         raise InputError(f"adapter.path={folder}: {reason}")
     if not os.path.lexists(folder.parent / RESULT):
         return None
@@ -199,10 +201,14 @@ def _damage(trial: Path, versions: tuple[tuple[str, int, int], ...]) -> str | No
     for folder in (trial / ADAPTER, trial / MERGED):
         if wrong := damage_of_weights(folder):
             return wrong
-        kept = {file.suffix for file in folder.glob("*")}
-        if kept and not kept & {".safetensors", ".bin"}:
-            return f"{folder}: holds no weights"
+        if any(folder.glob("*")) and (lack := _lack_of_weights(folder)):
+            return lack
     return None
+
+
+def _lack_of_weights(folder: Path) -> str | None:
+    held = any(file.suffix in (".safetensors", ".bin") for file in folder.glob("*"))
+    return None if held else f"{folder}: holds no weights"
 
 
 def damage_of_lines(predictions: Path, done: Result, evaluation: str) -> str | None:

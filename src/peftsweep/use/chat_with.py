@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftsweep import shorthand
+from peftsweep import limits, shorthand
 from peftsweep.command_line import OneLineParser, number, whole_number
 from peftsweep.data import layouts, templates
 from peftsweep.data.conversations.reader import READERS
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from peftsweep.evaluation.decoding import Sampling
 
 TRAINED, BASE = "trained", "base"
+COLDEST = 1e-30  # logits divided by a lower temperature may leave the range of float32
 ANSWER = "answer"  # in the place of the turn that is to be written, as a template renders whole conversations
 
 
@@ -42,7 +43,9 @@ def parser() -> argparse.ArgumentParser:
         "a chat template they are turns of a conversation, and an empty line begins a new one.",
     )
     made.add_argument("trial", metavar="TRIAL_DIR", help="a trial's folder, multirun/STUDY/TRIAL")
-    made.add_argument("words", nargs="*", metavar="KEY=VALUE", help="of the trial, such as device=cpu quant=none")
+    made.add_argument(
+        "words", nargs="*", default=[], metavar="KEY=VALUE", help="of the trial, such as device=cpu quant=none"
+    )
     made.add_argument("--prompt", metavar="TEXT", help="write one text after it, and end")
     made.add_argument(
         "--column",
@@ -56,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--base", action="store_true", help="the untouched base's text as well")
     made.add_argument(
         "--temperature",
-        type=number(lambda t: t >= 0, "at least 0"),
+        type=number(lambda t: t == 0 or t >= COLDEST, f"0 or at least {COLDEST:g}"),
         metavar="T",
         help="draw tokens at it, as transformers does (default: 0, the likeliest)",
     )
@@ -69,7 +72,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--max-new-tokens", type=whole_number(1), default=256, metavar="N", help="longest text (default: 256)"
     )
-    made.add_argument("--seed", type=whole_number(0), default=0, metavar="N", help="of the tokens drawn (default: 0)")
+    made.add_argument(
+        "--seed",
+        type=whole_number(0, limits.LARGEST_SEED),
+        default=0,
+        metavar="N",
+        help="of the tokens drawn (default: 0)",
+    )
     return made
 
 
@@ -109,7 +118,8 @@ def trained_language_model(folder: Path) -> Path:
         place = place.parent
     if not (place / RESULT).exists():
         study = any(place.glob(f"*/{RESULT}")) if place.is_dir() else False
-        what = "no such folder" if not place.exists() else "holds several trials" if study else f"holds no {RESULT}"
+        what = f"holds no {RESULT}" if place.is_dir() else "is a file" if place.exists() else "no such folder"
+        what = "holds several trials" if study else what
         raise InputError(f"{folder}: {what}; must be a trial's folder, multirun/STUDY/TRIAL")
     try:
         held = Result.read(place)
@@ -248,6 +258,10 @@ class Writer:
         transformers.utils.logging.disable_progress_bar()
         with without_warnings():
             tokenizer = build.load_tokenizer(trial)
+            if options.max_new_tokens >= (room := tokenizer.model_max_length):
+                raise InputError(
+                    f"--max-new-tokens={options.max_new_tokens}: must be below {room}, which the model sees at once"
+                )
             load = partial(build.load_base, trial, tokenizer, model.device(trial.config.device))
             # Loaded twice: the initialisation of some methods, such as PiSSA, changes the base that they are put on.
             models: dict[str, nn.Module] = {BASE: load()} if options.base else {}
@@ -270,22 +284,32 @@ class Writer:
         """
         import torch
 
+        from peftsweep.data.tokens import prompt_ids
         from peftsweep.evaluation import decoding
+        from peftsweep.observe.streams import without_warnings
 
         if _converses(self.trial) and not prompt.strip():
             raise InputError("--prompt: is empty, which is no user's turn")
         prompt = self.form.filled(prompt)
         for name, one in self.models.items():
             torch.manual_seed(self.seed + self.drawn)
-            model_input = self._in_training_form(name, prompt)
-            text = decoding.generate(
-                one,
-                self.tokenizer,
-                [model_input],
-                max_new_tokens=self.max_new_tokens,
-                max_length=sys.maxsize,
-                sampling=self.sampling,
-            )[0]
+            with without_warnings():  # those of a training, which would come with each turn
+                model_input = self._in_training_form(name, prompt)
+                length = len(prompt_ids(self.tokenizer, [model_input])[0])
+                text = decoding.generate(
+                    one,
+                    self.tokenizer,
+                    [model_input],
+                    max_new_tokens=self.max_new_tokens,
+                    max_length=sys.maxsize,
+                    sampling=self.sampling,
+                )[0]
+            if length > (room := self.tokenizer.model_max_length - self.max_new_tokens):
+                print(
+                    f"peftsweep: of the prompt's {length:,} tokens the model saw the last {room:,}, as it sees "
+                    f"{self.tokenizer.model_max_length:,} at once, those to be written included",
+                    file=sys.stderr,
+                )
             if _converses(self.trial):
                 self.histories[name] += [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
             yield name, text

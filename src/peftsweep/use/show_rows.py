@@ -38,7 +38,9 @@ def parser() -> argparse.ArgumentParser:
         description="Print rows as the model is trained on them, with what the loss is on [[in brackets]], or green.",
     )
     made.add_argument("data", metavar="ROWS", help="as dataset= takes it: a file of rows, a name or a hub id")
-    made.add_argument("words", nargs="*", metavar="KEY=VALUE", help="of a training, such as dataset.turns=last")
+    made.add_argument(
+        "words", nargs="*", default=[], metavar="KEY=VALUE", help="of a training, such as dataset.turns=last"
+    )
     made.add_argument("--model", default="tiny", metavar="DIR", help="as model= takes it (default: tiny)")
     made.add_argument("--rows", type=whole_number(1), default=3, metavar="N", help="the first N rows (default: 3)")
     made.add_argument("--tokens", action="store_true", help="also each token: place, 1 if trained on, id, text")
