@@ -19,18 +19,21 @@ LARGEST_SCALE = 1e18  # of options of a method: float32 holds it, and as a whole
 
 @dataclass(frozen=True)
 class Range:
-    """What a number may be, both ends included; ``above`` and ``below`` are not."""
+    """What a number may be, both ends included; ``above``, ``below`` and ``other_than`` are not."""
 
     least: float = -math.inf
     most: float = math.inf
     above: float = -math.inf
     below: float = math.inf
+    other_than: float = math.nan
 
     def __contains__(self, number: float) -> bool:
-        return self.least <= number <= self.most and self.above < number < self.below
+        inside = self.least <= number <= self.most and self.above < number < self.below
+        return inside and number != self.other_than
 
     def __str__(self) -> str:
         ends = {"at least": self.least, "at most": self.most, "above": self.above, "below": self.below}
+        ends["other than"] = self.other_than
         return " and ".join(f"{word} {end:.12g}" for word, end in ends.items() if math.isfinite(end))
 
 
@@ -56,6 +59,7 @@ PATTERNS: dict[Range, tuple[str, ...]] = {  # where several patterns fit a key, 
     ),
     Range(above=0, most=0.5): ("halving.min_fraction",),
     Range(above=0, most=LARGEST_FLOAT32): ("tune.rates.*",),
+    Range(least=-LARGEST, most=LARGEST, other_than=0): ("hydra.launcher.n_jobs",),  # of joblib: -1 is all cores
     Range(least=2, most=1000): ("tune.seeds", "league.seeds"),
     Range(least=2, most=LARGEST): ("dataset.max_length", "eval.*.max_length", "halving.factor"),
     Range(least=1, most=LARGEST_SCALE): ("method.lora_alpha", "method.eva_config.rho"),
@@ -103,7 +107,7 @@ PATTERNS: dict[Range, tuple[str, ...]] = {  # where several patterns fit a key, 
         *("inference.categories.*.new_tokens", "inference.categories.*.prompt_tokens"),
         *("profiler.steps", "profiler.active", "profiler.top", "profiler.max_entries", "profiler.sizes.*"),
         *("hydra.launcher.array_parallelism", "hydra.launcher.cpus_per_task", "hydra.launcher.nodes"),
-        *("hydra.launcher.tasks_per_node", "hydra.launcher.cpus_per_gpu", "hydra.launcher.n_jobs"),
+        *("hydra.launcher.tasks_per_node", "hydra.launcher.cpus_per_gpu"),
         *("hydra.sweeper.n_trials", "hydra.sweeper.n_jobs"),
     ),
 }

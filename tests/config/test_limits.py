@@ -106,6 +106,7 @@ def test_no_option_of_any_class_takes_a_number_that_is_none_or_beyond_all_use() 
         ("hydra.launcher.mem_gb", 0.0, 0.5),
         ("hydra.launcher.timeout_min", -1, 240),
         ("hydra.launcher.ray.remote.num_gpus", -1, 0.5),
+        ("hydra.launcher.n_jobs", 0, -1),
         ("hydra.sweeper.n_trials", 0, 20),
         ("hydra.sweeper.max_failure_rate", 2.0, 1.0),
         ("inference.batch_sizes.1", 0, 4),
@@ -114,6 +115,12 @@ def test_no_option_of_any_class_takes_a_number_that_is_none_or_beyond_all_use() 
 def test_numbers_have_the_range_of_what_they_are(key: str, wrong: float, right: float) -> None:
     assert refused(key, wrong)
     assert not refused(key, right)
+
+
+@pytest.mark.parametrize("name", ["local", "slurm", "basic", "joblib", "submitit_local", "submitit_slurm"])
+def test_the_defaults_of_a_launcher_are_allowed(name: str) -> None:
+    cfg = cli.compose([f"hydra/launcher={name}"])
+    limits.check({"hydra": {"launcher": OmegaConf.to_container(cfg.hydra.launcher, resolve=False)}}, {})
 
 
 @pytest.mark.parametrize(
