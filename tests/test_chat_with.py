@@ -257,7 +257,7 @@ def test_a_folder_that_cannot_write_is_one_line(chat: Chat) -> None:
         "empty": "empty: holds no result.json; must be a trial's folder",
         str(place.parent): "holds several trials",
         str(place / "result.json"): "result.json: is a file; must be a trial's folder",
-        str(bare): "adapter: holds no weights",
+        str(bare): "adapter: it holds no weights",
         str(classifier): "its model is a classifier, which writes no text",
         str(without): "the trial has no saved adapter; adapter.save=true keeps one",
     }.items():

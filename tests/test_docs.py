@@ -258,7 +258,7 @@ def test_a_key_is_explained_with_type_range_and_default() -> None:
         ("tiny_math", "dataset=tiny_math: Stories", "\neval=tiny_math: Greedy generation"),
         ("slurm", "hydra/launcher=slurm: One SLURM job", "hydra.launcher.partition"),
         ("launcher", "hydra/launcher=local: Warm worker", "hydra.launcher.workers"),
-        ("sweep=tune", "sweep=tune: Which rate", ""),
+        ("sweep=tune", "sweep=tune: Which learning rate", ""),
         ("train.steps=5", "train.steps: int, at least 0", ""),
     ],
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 from peftsweep.config import build, fill
 from peftsweep.config.compose import Trial
@@ -55,6 +56,7 @@ def record(compose: Compose, changes: dict[str, Any]) -> Path:
     Result(info | {"identity": "0123456789"}, dict(one.choices), config=tree).write(place)
     (place / "adapter").mkdir()
     (place / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    save_file({}, place / "adapter" / "adapter_model.safetensors")
     return place
 
 

@@ -97,8 +97,8 @@ def left_out(base: nn.Module, unexpected: Iterable[str]) -> str | None:
         for stack, number in ((stack, number) for stack, number in found if stack in stacks):
             if number >= stacks[stack] + further:
                 return (
-                    f"the checkpoint has layer {number} of {stack}, of which its config.json says that there are "
-                    f"{stacks[stack]}"
+                    f"the checkpoint has layer {number} of {stack}, but its config.json has only {stacks[stack]} of "
+                    "these layers"
                 )
             owner, _, own = key.rpartition(".")
             whole = owner in modules and next(modules[owner].children(), None) is not None  # its bias would be a mask

@@ -146,7 +146,7 @@ def result_of_adapter(folder: Path) -> Result | None:
     Raises:
         InputError: its files are damaged, or its record cannot be read, so that its training is unknown.
     """
-    if reason := damage_of_weights(folder) or _lack_of_weights(folder):
+    if reason := damage_of_weights(folder) or (None if _holds_weights(folder) else "it holds no weights"):
         raise InputError(f"adapter.path={folder}: {reason}")
     if not os.path.lexists(folder.parent / RESULT):
         return None
@@ -201,14 +201,13 @@ def _damage(trial: Path, versions: tuple[tuple[str, int, int], ...]) -> str | No
     for folder in (trial / ADAPTER, trial / MERGED):
         if wrong := damage_of_weights(folder):
             return wrong
-        if any(folder.glob("*")) and (lack := _lack_of_weights(folder)):
-            return lack
+        if any(folder.glob("*")) and not _holds_weights(folder):
+            return f"{folder}: holds no weights"
     return None
 
 
-def _lack_of_weights(folder: Path) -> str | None:
-    held = any(file.suffix in (".safetensors", ".bin") for file in folder.glob("*"))
-    return None if held else f"{folder}: holds no weights"
+def _holds_weights(folder: Path) -> bool:
+    return any(file.suffix in (".safetensors", ".bin") for file in folder.glob("*"))
 
 
 def damage_of_lines(predictions: Path, done: Result, evaluation: str) -> str | None:
