@@ -211,9 +211,8 @@ class Case:
     def memory(self) -> str:
         rows = self.rows() * 4
         config = self.trial.config
-        few = dataclasses.replace(
-            config.train, steps=2 * memory_prediction.STEPS
-        )  # the optimizer is there in the second half
+        # Twice the steps: the optimizer's state exists in the second half.
+        few = dataclasses.replace(config.train, steps=2 * memory_prediction.STEPS)
         short = dataclasses.replace(self.trial, config=dataclasses.replace(config, train=few))
         foreseen = memory_prediction.predicted(short, rows, "cpu").peak_bytes
         return f"{foreseen / memory_prediction.measured(short, rows, CPU)['measured'] - 1:+.1%}"

@@ -19,12 +19,8 @@ from peftsweep.schema import Config, DatasetConfig, Init, RowsConfig
 ROWS_KEYS = tuple(field.name for field in dataclasses.fields(RowsConfig))
 HUB_KEYS = ("hub_config", "hub_split", "hub_test_split", "revision")  # choose the rows of a dataset of the hub
 METRICS = "peftsweep.evaluation.metrics"
-REFUSE_ANSWERS = (
-    "number_match",
-    "peft_match",
-    "label_match",
-    "contains",
-)  # metrics that cannot judge by every reference answer
+# Metrics that cannot judge by every reference answer.
+REFUSE_ANSWERS = ("number_match", "peft_match", "label_match", "contains")
 HARNESS = "peftsweep.evaluation.harness.lm_eval"  # its tasks have their own rows
 
 

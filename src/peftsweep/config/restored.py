@@ -41,11 +41,8 @@ RECORD_FIELDS = {
     "eval": {"*": dict},
     "seed": int,
 }  # types of fields that are read from a record
-COMPUTE_KEYS = (
-    "dtype",
-    "attn_implementation",
-    "device_map",
-)  # keys of a model that say how it computes, not which one it is
+# Keys of a model that say how it computes, not which one it is.
+COMPUTE_KEYS = ("dtype", "attn_implementation", "device_map")
 FROM_FILE = "from/adapter_config"  # the option of method that reads adapter_config.json
 
 Identify = Callable[[ModelConfig], Mapping[str, Any]]  # see identity.model_identity

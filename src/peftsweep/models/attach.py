@@ -145,9 +145,7 @@ def attach(
         method.token_dim = config.hidden_size
         method.num_attention_heads = method.num_attention_heads or getattr(config, "num_attention_heads", None)
     if hasattr(method, "adapters"):  # X-LoRA runs each token twice, and its router reads the last hidden states
-        method.adapters = {
-            str(n): path for n, path in enumerate(method.adapters.values())
-        }  # X-LoRA needs numbers as names
+        method.adapters = {str(n): path for n, path in enumerate(method.adapters.values())}  # it needs numbers as names
         method.hidden_size = config.hidden_size
         base.config.use_cache = False
     put: Any = partial(get_peft_model, autocast_adapter_dtype=float32)

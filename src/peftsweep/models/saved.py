@@ -250,9 +250,7 @@ def dequantised(base: PreTrainedModel, folder: Path) -> PeftModel:
     base = _base_of(base, folder)
     if getattr(base, "is_quantized", False):
         base = dequantise(base)
-        vars(base)["_weight_conversions"] = (
-            None  # else transformers would pack the weights again when the base is saved
-        )
+        vars(base)["_weight_conversions"] = None  # else saving the base would pack its weights again
         vars(base).update(is_loaded_in_4bit=False, is_loaded_in_8bit=False)  # else PEFT refuses to merge IA3
         _as_made(base)
     return _with_adapter(base, folder).eval()

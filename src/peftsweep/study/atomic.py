@@ -15,12 +15,8 @@ from peftsweep.study import owner
 PARTIAL = ".partial"  # the suffix of files while they are written
 ABANDONED_SECONDS = 3600.0  # seconds without a change after which a temporary file counts as abandoned
 
-TRANSIENT = (
-    errno.EIO,
-    errno.ESTALE,
-    errno.EBUSY,
-    errno.ENOLCK,
-)  # errors of a network file system that may be temporary
+# Errors of a network file system that may be temporary.
+TRANSIENT = (errno.EIO, errno.ESTALE, errno.EBUSY, errno.ENOLCK)
 PAUSES = (0.1, 1.0)  # seconds before another try
 
 

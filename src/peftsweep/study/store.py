@@ -28,14 +28,11 @@ from peftsweep.study.record import (
 )
 
 ROOT = Path("multirun")
-NAME = re.compile(
-    r"(?![. ])[^\x00-\x1f/\\:*?\"<>|]{1,100}(?<![. ])"
-)  # a name of a study or an evaluation, which becomes a path
+# A name of a study or an evaluation, which becomes a path.
+NAME = re.compile(r"(?![. ])[^\x00-\x1f/\\:*?\"<>|]{1,100}(?<![. ])")
 PLAN = "plan.json"
-TUNE, LEAGUE = SEARCHES = (
-    "tune.json",
-    "league.json",
-)  # files of a study with the decisions of sweep=tune and sweep=league
+# Files of a study with the decisions of sweep=tune and sweep=league.
+TUNE, LEAGUE = SEARCHES = ("tune.json", "league.json")
 ADAPTER = "adapter"
 ADAPTER_CONFIGS = ("adapter_config.json", "config.json")  # of PEFT, and of a whole model
 BASE = "base"  # in a study: a folder for each untouched base, with its scores and answers
@@ -43,10 +40,8 @@ RESIDUAL = "base"  # in an adapter's folder: its base, if that is not the base o
 MERGED = "merged"
 CHECKPOINTS = "checkpoints"
 OWN_OPTIONS = "PEFTSWEEP_CONFIG_DIR"  # the environment variable that tells workers the folder of --config-dir
-OWN_EVALUATIONS = (
-    "peftsweep.evaluation.evaluate.",
-    "peftsweep.evaluate.",
-)  # evaluations that write a line for each row
+# Evaluations that write a line for each row.
+OWN_EVALUATIONS = ("peftsweep.evaluation.evaluate.", "peftsweep.evaluate.")
 NO_SPACE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 # Errors of files in a study, mostly on network file systems.
 UNWRITABLE_ERRNOS = (errno.EACCES, errno.EPERM, errno.EFBIG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, *TRANSIENT)

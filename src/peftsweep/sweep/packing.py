@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from peft import LoraConfig
 
+from peftsweep import limits
 from peftsweep.config import identity
 from peftsweep.config.compose import Trial
 from peftsweep.config.identity import content_hash
@@ -128,21 +129,15 @@ def _base_facts(trial: Trial) -> _BaseFacts:
             found = model.architecture(trial.config.model)
         except InputError:  # reported when the model is loaded
             return _BaseFacts(drops=True, balances=True)
-        drops = any(p > 0 and re.search("drop|jitter", name) for name, p in _floats(found.to_dict()))
+        drops = any(
+            isinstance(share, float) and share > 0 and re.search("drop|jitter", name.rpartition(".")[2])
+            for name, share in limits.numbers(found.to_dict())
+        )
         _FACTS[key] = _BaseFacts(drops, balances=router_loss_weight(found) != 0)
     return _FACTS[key]
 
 
 _FACTS: dict[str, _BaseFacts] = {}  # by model
-
-
-def _floats(config: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """The names and values of a configuration, and of the configurations of its parts, that are floats."""
-    for name, value in config.items():
-        if isinstance(value, dict):
-            yield from _floats(value)
-        elif isinstance(value, float):
-            yield name, value
 
 
 def _length(trial: Trial) -> float:

@@ -48,7 +48,7 @@ CHANGING = {
     "BufferedMontecloraSampler": ("buffer", "index"),
     "PveraLayer": ("pvera_generator",),
 }
-DEALT = {"AdaLoraConfig": ("rank_pattern",)}  # what of it a model answers by, and what is saved of its adapter
+ALLOCATED = {"AdaLoraConfig": ("rank_pattern",)}  # attributes by which the forward, and the saved adapter, choose ranks
 
 
 class Part(Protocol):
@@ -281,19 +281,19 @@ class Weights:
                 yield name, buffer
 
 
-class Dealt:
-    """The ranks that a method has dealt out among its modules: no parameters, but the model answers by them."""
+class AllocatedRanks:
+    """The ranks that a method has allocated to its modules. They are no parameters, but the forward depends on them."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
 
     def state_dict(self) -> dict[str, Any]:
         """The ranks by the names of their configurations; empty for other methods."""
-        return {name: copy.deepcopy(getattr(holder, key)) for name, holder, key in _attributes(self._model, DEALT)}
+        return {name: copy.deepcopy(getattr(holder, key)) for name, holder, key in _attributes(self._model, ALLOCATED)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Deal the ranks out as they were."""
-        for name, holder, key in list(_attributes(self._model, DEALT)):
+        for name, holder, key in list(_attributes(self._model, ALLOCATED)):
             setattr(holder, key, state[name])
 
 

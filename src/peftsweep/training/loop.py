@@ -19,7 +19,7 @@ from peftsweep.models.parts import trainable_parameters
 from peftsweep.observe.measure import Laps, Meter
 from peftsweep.schema import TrainConfig
 from peftsweep.training.capture import Size, StaticSteps, sizes_of_run
-from peftsweep.training.checkpoint import Checkpoints, Dealt, Interruption, OptimizerState, Randomness, Weights
+from peftsweep.training.checkpoint import AllocatedRanks, Checkpoints, Interruption, OptimizerState, Randomness, Weights
 from peftsweep.training.compiled import compiled
 from peftsweep.training.fused import as_trained
 from peftsweep.training.length import checkpoint_due, rows_per_step
@@ -62,7 +62,7 @@ def train(
         FloatingPointError: a loss is not finite, or at the end a weight is not.
     """
     laps, optimizer, weights = Laps(meter.device), make_optimizer(model, config), dict(trainable_parameters(model))
-    run = Run(config, len(rows), weights, optimizer, laps, meter, log, validate, prune, Dealt(model))
+    run = Run(config, len(rows), weights, optimizer, laps, meter, log, validate, prune, AllocatedRanks(model))
     if checkpoints and checkpoints.trained is not None:
         checkpoints.restore({"weights": Weights(model)})
         model.eval()
@@ -164,7 +164,7 @@ class _Step:
         with self._span("optimizer"):
             run.update()
             if self._allocate:
-                self._allocate(step)  # AdaLoRA, AdaMSS: ranks are dealt out anew from this step's gradients
+                self._allocate(step)  # AdaLoRA, AdaMSS: ranks are allocated anew from this step's gradients
             if static and not static.begun:  # the first step made the gradients to which graphs will add
                 gradients = [p.grad for p in run.parameters if p.requires_grad]
                 static.begin(gradients, regularised=bool(self._regularised))

@@ -27,7 +27,7 @@ PACK_KEYS = (
     *("seconds", "tokens_per_second", "memory_allocated"),
     *("epoch_seconds", "epoch_tokens_per_second", "epoch_memory_peak"),
 )
-DEALT_OUT = "dealt out"  # a key beside the names of parameters
+RANKS = "allocated ranks"  # a key beside the names of parameters
 WARMUP_LAPS = 3  # the first steps allocate memory and choose kernels; percentiles of step times leave them out
 
 
@@ -72,8 +72,8 @@ class Run:
     """A running training on ``rows`` rows.
 
     ``trained`` are the parameters that ``optimizer`` steps, by their names in the model; ``validate`` returns the
-    scores of the model as it is now. The caller does forward and backward. ``dealt`` is what the model answers by
-    beside its parameters.
+    scores of the model as it is now. The caller does forward and backward. ``ranks`` are those that the method
+    has allocated to its modules.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Run:
         log: Callable[[Row], None],
         validate: Callable[[], dict[str, float]] | None,
         prune: Prune | None = None,
-        dealt: Part | None = None,
+        ranks: Part | None = None,
     ) -> None:
         self.config, self.meter, self.optimizer = config, meter, optimizer
         self._rows, self._laps, self._log, self._validate, self._prune = rows, laps, log, validate, prune
@@ -98,7 +98,7 @@ class Run:
         self.scaler = make_scaler(config, meter.device)
         self.progress = Progress(laps)
         self.epoch = Epoch(steps_per_epoch(config, rows), laps, meter)
-        self._best = Best(trained, dealt) if config.keep_best else None
+        self._best = Best(trained, ranks) if config.keep_best else None
         self._final_loss: float | None = None
         self._last: Batch | None = None  # micro-batch of the last step
 
@@ -344,23 +344,23 @@ def validations_without_gain(validations: Sequence[tuple[float, float, int]]) ->
 
 
 class Best:
-    """The trainable weights of the best validation so far, kept on the host, and what was ``dealt`` out then."""
+    """The trainable weights of the best validation so far, kept on the host, and the ``ranks`` allocated then."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], dealt: Part | None = None) -> None:
-        self._parameters, self._dealt = parameters, dealt
-        self._weights: dict[str, Any] = {}  # and what was dealt out
+    def __init__(self, parameters: dict[str, nn.Parameter], ranks: Part | None = None) -> None:
+        self._parameters, self._ranks = parameters, ranks
+        self._weights: dict[str, Any] = {}  # and the allocated ranks
 
     def keep(self) -> None:
         self._weights = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
-        if self._dealt is not None and (state := self._dealt.state_dict()):
-            self._weights[DEALT_OUT] = state
+        if self._ranks is not None and (state := self._ranks.state_dict()):
+            self._weights[RANKS] = state
 
     @torch.no_grad()
     def restore(self) -> None:
         for name, parameter in self._parameters.items():
             parameter.copy_(self._weights[name])
-        if self._dealt is not None and DEALT_OUT in self._weights:
-            self._dealt.load_state_dict(self._weights[DEALT_OUT])
+        if self._ranks is not None and RANKS in self._weights:
+            self._ranks.load_state_dict(self._weights[RANKS])
 
     def state_dict(self) -> dict[str, Any]:
         return self._weights

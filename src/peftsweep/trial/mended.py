@@ -233,7 +233,7 @@ MENDED = (
     Mended(
         6,
         _deals_ranks_after_the_best,
-        "the best weights of AdaLoRA were saved with the ranks that were dealt out after them",
+        "the best weights of AdaLoRA were saved with the ranks that were allocated after them",
     ),
     Mended(
         6,
