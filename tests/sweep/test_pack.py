@@ -22,7 +22,7 @@ from peftsweep.observe.measure import Meter
 from peftsweep.study import claims, record, store
 from peftsweep.study.record import Result, Status
 from peftsweep.sweep import pack, packing
-from peftsweep.training import packed
+from peftsweep.training import checkpoint, packed
 from peftsweep.training.run import PACK_KEYS
 from peftsweep.trial import done, outcome, task
 from peftsweep.trial import session as trial_session
@@ -204,10 +204,12 @@ def test_an_interrupted_pack_goes_on_to_the_numbers_of_the_trials_alone(
         pack.run(trials(compose, "packed", *CUT, f"quant={quant}"))
     monkeypatch.setattr("peftsweep.trial.session.log_step", log_step)
     points = trials(compose, "packed", *CUT, f"quant={quant}")
-    assert [pack._step(one) for one in points] == [step, step, 2]  # the third was to have three steps
+    # The third was to have three steps: with three done it is trained, which another file keeps.
+    assert [pack._step(one) for one in points] == [step, step, 0 if signalled else 2]
+    assert (done.folder(points[2]) / store.CHECKPOINTS / checkpoint.TRAINED).exists() == signalled
     shutil.rmtree(done.folder(points[0]) / store.CHECKPOINTS)  # it begins anew, alone
     together = pack.run(points)
-    assert [result.run_info["resumed"] for result in together] == [0, step, 2]
+    assert [result.run_info["resumed"] for result in together] == [0, step, 3 if signalled else 2]
     packs = [len(result.run_info.get("packed_with", [])) for result in together]
     assert packs == [0, 0, 0] if signalled else [0, 1, 1]
     assert [result.train_info["packed"]["lanes"] for result in together[1:]] == [3, 3]
@@ -266,7 +268,7 @@ def test_auto_packs_only_what_is_faster_so_and_tries_it_out_once(
     for name in ("first", "second"):
         results = pack.run(trials(compose, name, "adapter.save=false"), probe=True)
         assert [result.status for result in results] == [Status.success] * 3
-        assert [result.train_info.get("packed", {}).get("slots", 0) for result in results] == [slots] * 3
+        assert [result.train_info.get("packed", {}).get("lanes", 0) for result in results] == [slots] * 3
     assert len(tried) == 1
 
 
