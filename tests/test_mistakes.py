@@ -17,7 +17,7 @@ from peftsweep.models import model
 from peftsweep.schema import TrainConfig
 from peftsweep.study.cautions import cautions
 from peftsweep.sweep import processes
-from peftsweep.training import finite
+from peftsweep.training import run as training_run
 
 from .config.test_wrong_input import checked
 
@@ -142,7 +142,7 @@ def test_too_high_a_rate_is_answered_by_one_that_may_do(rate: float, proposed: s
     import torch
 
     with pytest.raises(FloatingPointError, match=rf"lower train.learning_rate, such as {proposed}$"):
-        finite.check_finite(float("nan"), "at step 7", torch.nn.Linear(1, 1), TrainConfig(learning_rate=rate))
+        training_run.check_finite(float("nan"), "at step 7", torch.nn.Linear(1, 1), TrainConfig(learning_rate=rate))
 
 
 MEANT = {

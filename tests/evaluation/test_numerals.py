@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from peftsweep.evaluation.numerals import as_number, in_digits, same_number
+from peftsweep.evaluation.text.numerals import as_number, in_digits, same_number
 
 SAYS = {
     50: ["50\\%", "50 percent", "50 %"],

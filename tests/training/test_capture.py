@@ -7,10 +7,12 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ from peftsweep.models.shortcuts import SHORTCUTS, Shortcuts
 from peftsweep.observe.measure import Meter
 from peftsweep.schema import Capture, Dtype, TargetsConfig, TrainConfig
 from peftsweep.sweep import packing, workers
-from peftsweep.training import capture, checkpoint, loop, packed
+from peftsweep.training import capture, checkpoint, graphs, loop, packed
 from peftsweep.training.capture import StaticSteps, ladder, sizes
 from tests.architectures import make
 from tests.conftest import SAME_WEIGHTS, apart
@@ -41,7 +43,7 @@ KINDS = {  # log-normal ones are as long as the rows of GSM8K, of which those of
 
 @pytest.fixture(autouse=True)
 def on_a_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr(graphs, "DEVICES", ("cuda", "cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -231,8 +233,9 @@ class Pretended(StaticSteps):
     broken: Callable[[StaticSteps, Any], None] = staticmethod(lambda steps, static: None)
     replays = 0
 
-    def _stream_and_pool(self) -> tuple[Any, Any]:
-        return object(), None
+    def begin(self, gradients: Any, **options: Any) -> None:
+        super().begin(gradients, **options)
+        self._pool = object()
 
     def _eager_pass(self, static: Any) -> torch.Tensor:
         return self._pass(static)
@@ -249,7 +252,14 @@ class Pretended(StaticSteps):
             self.broken(self, static)
 
         if self.broken is out_of_memory:
-            self.broken(self, static)
+            nothing: Any = lambda *_, **__: nullcontext()  # noqa: E731
+            with (
+                patch.multiple(
+                    torch.cuda, CUDAGraph=nothing, graph=nothing, current_stream=nothing, set_stream=nothing
+                ),
+                patch.object(graphs, "_stream", nothing),
+            ):
+                graphs.record(partial(self.broken, self, static), CPU, None)
         return SimpleNamespace(replay=replay), loss
 
 
@@ -291,12 +301,12 @@ def test_a_graph_that_fails_or_gives_other_gradients_is_given_up(
     rows: list[Tokens], monkeypatch: pytest.MonkeyPatch, broken: Any, reason: str
 ) -> None:
     """After one that failed nothing is captured in the process any more, and a worker is replaced."""
-    monkeypatch.setattr(capture, "_FAILURES", [])
+    monkeypatch.setattr(graphs, "_FAILURES", [])
     plain, static = pretended(rows, monkeypatch, broken)
     assert static[1] == pytest.approx(plain[1], rel=1e-4)
     assert static[0].compilation == {"capture_off": reason}
     failed = broken is out_of_memory
-    assert (capture.has_failed(), workers._device_broken()) == (failed, failed)
+    assert (graphs.has_failed(), workers._device_broken()) == (failed, failed)
     after = run(rows, steps=3, capture=Capture.auto)[0].compilation
     assert after.get("capture_off") == ("a capture has failed in this process" if failed else None)
 
@@ -309,11 +319,11 @@ def test_a_pass_in_which_the_host_waits_is_not_captured(rows: list[Tokens], monk
         yield
         raise RuntimeError("called a synchronizing CUDA operation")
 
-    monkeypatch.setattr(capture, "_error_if_host_waits", waits)
+    monkeypatch.setattr(graphs, "error_if_host_waits", waits)
     plain, static = pretended(rows, monkeypatch)
     assert static[1] == pytest.approx(plain[1], rel=1e-4)
     assert static[0].compilation == {"capture_off": "the host waits for the device in a pass"}
-    assert not capture.has_failed()
+    assert not graphs.has_failed()
 
 
 def test_memory_that_runs_out_beside_graphs_ends_capturing_and_not_the_trial(

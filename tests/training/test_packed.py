@@ -27,7 +27,7 @@ from peftsweep.models import parts as models_parts
 from peftsweep.observe.measure import Meter
 from peftsweep.schema import Dtype, ModelConfig, Schedule, TargetsConfig, TrainConfig
 from peftsweep.tiny import task
-from peftsweep.training import capture, fused, loop, packed
+from peftsweep.training import fused, graphs, loop, packed
 from peftsweep.training.checkpoint import Checkpoints
 from peftsweep.training.run import Trained
 from peftsweep.training.slots import Pack
@@ -264,7 +264,7 @@ def test_steps_in_static_shapes_come_to_what_others_do(
     monkeypatch.setattr(packed, "Pack", partial(Pack, stacked=stacked))
     specs, shared = SLOTS[1:], {"steps": 9, "accumulation": 2, "batch_size": 3}
     usual = together(specs, rows, tokenizer, base(), **shared)
-    monkeypatch.setattr(capture, "DEVICES", ("cpu",))
+    monkeypatch.setattr(graphs, "DEVICES", ("cpu",))
     static = together(specs, rows, tokenizer, base(), **shared)
     check_same(static, usual, same=10 * SAME)
     assert static[0].trained.compilation["capture_lengths"]
@@ -274,7 +274,7 @@ def test_steps_in_static_shapes_come_to_what_others_do(
 def test_slots_that_drop_are_not_taken_in_static_shapes(
     rows: list[tokens.Tokens], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(capture, "DEVICES", ("cpu",))
+    monkeypatch.setattr(graphs, "DEVICES", ("cpu",))
     (one, _) = together([Spec(dropout=0.1), Spec(r=2)], rows, tokenizer, base(), steps=2)
     assert "dropout" in one.trained.compilation["capture_off"]
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from peft import PeftModel
@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 from peftsweep.data.templates import Example
 from peftsweep.data.tokens import prompt_ids
 from peftsweep.errors import InputError
+from peftsweep.evaluation.static_decoding import Unfit, static_decoder
 from peftsweep.models.losses import last_positions, row_inputs
 from peftsweep.models.probe import abilities
 from peftsweep.observe.measure import out_of_memory
@@ -128,6 +129,10 @@ def _generate(
     texts = [[Written("", 0, False)] * len(prompts) for _ in range(slots)]
     greedy = num_beams == 1 and sampling is None and takes_a_cache(model)
     batch_size = batch_size if abilities(model).padded_batches else 1
+    decoder: _Decoder = _GrowingCache(model)
+    if greedy and encoded:
+        length = max(map(len, encoded)) + max_new_tokens
+        decoder = static_decoder(model, slots, min(batch_size, len(encoded)), length, max_new_tokens) or decoder
 
     def ended(row: list[int], text: str) -> Written:
         kept = next((n for n, token in enumerate(row) if token in ends), len(row))
@@ -136,16 +141,24 @@ def _generate(
         before = stops.before(text)
         return Written(before, kept, kept == max_new_tokens and before == text)
 
+    def likeliest(ids: torch.Tensor, attention: torch.Tensor) -> list[list[int]]:
+        nonlocal decoder
+        try:
+            return _greedy(decoder, ids, attention, max_new_tokens, ends, stops, slots)
+        except Unfit as error:
+            log.info("generating without static shapes: %s", error)
+        decoder = _GrowingCache(model)
+        return _greedy(decoder, ids, attention, max_new_tokens, ends, stops, slots)
+
     def write_some(numbers: list[int]) -> None:
         # Padded on the left, as generation goes on at the right.
         ids, attention = padded_ids([encoded[n] for n in numbers * slots], padding_id(tokenizer), device, left=True)
-        made = (
-            _greedy(model, ids, attention, max_new_tokens, ends, stops, slots)
-            if greedy
-            else _generate_with_transformers(
+        if greedy:
+            made = likeliest(ids, attention)
+        else:
+            made = _generate_with_transformers(
                 model, tokenizer, ids, attention, max_new_tokens, num_beams, ends, stops, sampling
             )
-        )
         written = map(ended, made, tokenizer.batch_decode(made, skip_special_tokens=True))
         for mine in texts:
             for n in numbers:
@@ -196,53 +209,88 @@ class _Stopping(StoppingCriteria):
         return torch.tensor(self._stops.reached(input_ids[:, self._start :].tolist()), device=input_ids.device)
 
 
+class _Decoder(Protocol):
+    """Finds the likeliest next token of each row of a batch, again and again."""
+
+    def first(self, ids: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+        """The tokens after prompts ``ids``, padded on the left, [rows, length]; shape [rows]."""
+
+    def following(self) -> torch.Tensor:
+        """The tokens after those that were found last; shape [rows]."""
+
+    def keep(self, places: list[int]) -> bool:
+        """Go on with these rows alone; False if all rows stay."""
+
+
+class _GrowingCache:
+    """Decodes on a cache that grows by a token a step, and gives up the rows that have ended."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._cache = model, cast(Any, None)
+        self._chosen = self._attention = self._positions = torch.empty(0)
+
+    def first(self, ids: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+        """See ``_Decoder``."""
+        self._cache = None
+        self._attention, self._positions = attention, (attention.cumsum(-1) - 1).clamp(min=0)
+        return self._read(ids, last_positions(1, ids.device))
+
+    def following(self) -> torch.Tensor:
+        """See ``_Decoder``."""
+        self._attention = torch.cat([self._attention, self._attention.new_ones(len(self._attention), 1)], dim=1)
+        self._positions = self._positions[:, -1:] + 1
+        return self._read(self._chosen[:, None], 1)
+
+    def keep(self, places: list[int]) -> bool:
+        """See ``_Decoder``."""
+        kept = torch.tensor(places, device=self._chosen.device)
+        self._cache.batch_select_indices(kept)
+        self._chosen, self._attention = self._chosen[kept], self._attention[kept]
+        self._positions = self._positions[kept]
+        return True
+
+    def _read(self, ids: torch.Tensor, kept_logits: torch.Tensor | int) -> torch.Tensor:
+        output = self._model(
+            input_ids=ids,
+            attention_mask=self._attention,
+            position_ids=self._positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=kept_logits,
+        )
+        self._cache, self._chosen = output.past_key_values, output.logits[:, -1].argmax(-1)
+        return self._chosen
+
+
 def _greedy(
-    model: nn.Module,
+    decoder: _Decoder,
     ids: torch.Tensor,
     attention: torch.Tensor,
     max_new_tokens: int,
-    end: Sequence[int],
+    ends: Sequence[int],
     stops: _Stops,
     slots: int,
 ) -> list[list[int]]:
-    """The likeliest next token again and again; a row that has ended leaves the batch, and its cache with it.
+    """The likeliest next token again and again, until all rows have ended.
 
-    ``ids`` and ``attention`` are [slots * rows, length], padded on the left. Slots stay of one size: in one that
-    has ended more of its rows than another, some that have ended are read on, for nothing.
+    ``ids`` and ``attention`` are [slots * rows, length], padded on the left. Where rows leave the batch as they end,
+    slots stay of one size: in one that has ended more of its rows than another, some are read on, for nothing.
     """
     written: list[list[int]] = [[] for _ in ids]
     running = list(range(len(ids)))
     over = [False] * len(ids)  # of each that is running
-    ends = torch.tensor(end, device=ids.device)
-    positions = (attention.cumsum(-1) - 1).clamp(min=0)
-    cache: Any = None
     for step in range(max_new_tokens):
-        output = model(
-            input_ids=ids,
-            attention_mask=attention,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1 if step else last_positions(1, ids.device),
-        )
-        cache = output.past_key_values
-        chosen = output.logits[:, -1].argmax(-1)
-        over = [before or now for before, now in zip(over, torch.isin(chosen, ends).tolist(), strict=True)]
-        for row, token, ended in zip(running, chosen.tolist(), over, strict=True):
+        chosen = (decoder.following() if step else decoder.first(ids, attention)).tolist()
+        over = [before or token in ends for before, token in zip(over, chosen, strict=True)]
+        for row, token, ended in zip(running, chosen, over, strict=True):
             if not ended:
                 written[row].append(token)
         stopped = stops.reached([written[row] for row in running])
         over = [before or now for before, now in zip(over, stopped, strict=True)]
-        if all(over) or step == max_new_tokens - 1:
+        if all(over):
             break
-        if len(places := _unfinished(over, slots)) < len(running):
-            kept = torch.tensor(places, device=ids.device)
-            cache.batch_select_indices(kept)
+        if len(places := _unfinished(over, slots)) < len(running) and decoder.keep(places):
             running, over = [running[n] for n in places], [over[n] for n in places]
-            chosen, attention, positions = chosen[kept], attention[kept], positions[kept]
-        ids = chosen[:, None]
-        attention = torch.cat([attention, attention.new_ones(len(attention), 1)], dim=1)
-        positions = positions[:, -1:] + 1
     return written
 
 

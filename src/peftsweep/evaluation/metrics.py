@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from peftsweep.errors import InputError
-from peftsweep.evaluation.numerals import as_number as as_number
-from peftsweep.evaluation.numerals import in_digits, same_number, without_latex
+from peftsweep.evaluation.text.numerals import as_number as as_number
+from peftsweep.evaluation.text.numerals import in_digits, same_number, without_latex
 
 # What an answer stands behind, in the order in which PEFT's rule looks for them; the blanks at the end belong to that
 # rule, in which a text cut off at a new "####" keeps the answer before it.

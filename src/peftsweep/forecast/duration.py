@@ -33,7 +33,8 @@ from peftsweep.forecast.work import (
     trace,
 )
 from peftsweep.models import model as models_model
-from peftsweep.training.capture import WARMUP_PASSES, captures
+from peftsweep.training.capture import captures
+from peftsweep.training.graphs import WARMUP_PASSES
 
 # Standard deviation of the logarithm of a prediction without records. That of training was measured by
 # benchmarks/time_prediction.py; the others are larger, because their constants below are rough.

@@ -144,6 +144,11 @@ def classifier_pads(base: Any, tokenizer: PreTrainedTokenizerBase) -> bool:
     return pads
 
 
+def same_logits(base: Any, logits: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether logits of ``base`` are equal up to the rounding of its number format and of its quantisation."""
+    return _Reader(base).same(logits.float(), expected.float())
+
+
 class _Reader:
     """Forward passes of test rows, and the tolerance between their logits."""
 

@@ -33,7 +33,7 @@ from peftsweep.study import claims, store
 from peftsweep.study.record import Result, Status, last_attempt_seconds
 from peftsweep.sweep import pack as sweep_pack
 from peftsweep.sweep import packing, processes
-from peftsweep.training import capture
+from peftsweep.training import graphs
 from peftsweep.trial import done, task
 
 POLL_SECONDS = 1.0  # seconds between two polls of the workers, if none sends a message
@@ -430,7 +430,7 @@ def _device_broken() -> bool:
             torch.cuda.synchronize()
     except RuntimeError:
         return True
-    return capture.has_failed()
+    return graphs.has_failed()
 
 
 def _in_worker(job: Job, options: Options, channel: Channel, resources: Resources) -> tuple[str, str]:

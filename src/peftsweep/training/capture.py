@@ -7,13 +7,9 @@ the weights of their losses; positions that a batch does not use have a weight o
 freed, so that graphs add to them; gradient accumulation is one replay for each micro-batch. Clipping, optimizer and
 schedule stay outside of the graphs.
 
-As PyTorch requires, the first passes of a length run eagerly, on the stream that later captures it (they are steps of
-the training). Its graph is kept only if a replay gives the same loss as an eager pass, and gradients of the same norms.
-A model that cannot be captured is trained eagerly, and the record holds the reason. One such reason is that the host
-waits for the device in a pass (routing in some mixtures of experts, outliers in 8-bit layers); torch reports that
-before the capture starts. After a capture that fails, its process captures nothing more: before torch 2.12 the
-allocator believes that the capture still runs (pull requests 180395 and 190308 of github.com/pytorch/pytorch), and a
-sweep replaces the worker after the trial. docs/measured.md has the times of steps with and without graphs.
+The eager passes before a capture (graphs.py) are steps of the training. A graph is kept only if a replay gives the same
+loss as an eager pass, and gradients of the same norms. A model that cannot be captured is trained eagerly, and the
+record holds the reason. docs/measured.md has the times of steps with and without graphs.
 """
 
 from __future__ import annotations
@@ -22,10 +18,8 @@ import logging
 import time
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -39,15 +33,14 @@ from peftsweep.models.parts import ROUTER_LOSS, base_of, classifies, text_config
 from peftsweep.models.quantised.layers import is_wrapper
 from peftsweep.observe.measure import out_of_memory, synchronise
 from peftsweep.schema import Capture, Dtype, TrainConfig
+from peftsweep.training import graphs
 from peftsweep.training.length import steps_of
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
-DEVICES = ("cuda",)  # device types on which steps run in static shapes
 MAX_EXTRA_PADDING = 0.06  # padding that the ladder may add, as a share of the run's tokens
 MAX_GRADIENT_BYTES = 2**31  # larger gradients would take too much memory, as static steps keep them
-WARMUP_PASSES = 2  # eager passes of a length before its capture: they choose kernels and allocate workspaces
 MIN_BATCHES_TO_CAPTURE = 8  # remaining batches of a length, while the cost and the gain of a capture are unknown
 NORM_TOLERANCE = 0.02  # relative difference of a gradient's norm: a few roundings of bfloat16 in another order
 
@@ -115,15 +108,7 @@ def ladder(sizes: Sequence[Size], rows: int) -> list[int]:
 
 def captures(config: TrainConfig, device: torch.device) -> bool:
     """Whether steps on ``device`` run in static shapes, unless the model rules that out."""
-    return config.capture is Capture.auto and device.type in DEVICES and config.compile == "none"
-
-
-_FAILURES: list[str] = []  # why captures of this process have failed
-
-
-def has_failed() -> bool:
-    """Whether a capture has failed in this process; the allocator may then no longer free memory."""
-    return bool(_FAILURES)
+    return config.capture is Capture.auto and device.type in graphs.DEVICES and config.compile == "none"
 
 
 def unfit(model: Any, config: TrainConfig) -> str | None:
@@ -152,12 +137,6 @@ def drops(model: nn.Module) -> bool:
     """Whether a pass of the model in training draws random numbers for dropout."""
     attention_dropout = getattr(text_config(base_of(model)), "attention_dropout", 0)
     return bool(attention_dropout) or any(isinstance(m, _DropoutNd) and m.p > 0 for m in model.modules())
-
-
-@cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """The one stream of all graphs of a process: torch keeps 64 MiB of workspace for each stream with a product."""
-    return torch.cuda.Stream(device)
 
 
 # ---- the step --------------------------------------------------------------------------------------
@@ -202,7 +181,7 @@ class StaticSteps:
         reason: str | None = None,
     ) -> None:
         self.off = reason or ("no micro-batch has all its rows" if not sizes else unfit(model, config))
-        self.off = self.off or ("a capture has failed in this process" if has_failed() else None)
+        self.off = self.off or ("a capture has failed in this process" if graphs.has_failed() else None)
         self.rungs = ladder(sizes, config.batch_size) if not self.off else []
         self._rows, self._losses, self._device = config.batch_size, losses, device
         self._static_batches: dict[int, _StaticBatch] = {}  # by length
@@ -214,20 +193,13 @@ class StaticSteps:
         self._gradients: list[torch.Tensor] = []  # empty until ``begin``
         self._slots = 1
         self._random = drops(model)
-        self._stream: Any = None
-        self._pool: Any = None
+        self._pool: Any = None  # of the graphs; None on a CPU
         self._pool_bytes = self._longest = 0  # of the captured lengths
         self._capture_cost = 0.0  # seconds of the last capture
         self._replay_gain = 0.0  # seconds by which a replay of the last graph is shorter than an eager pass
         self._graphs, self._seconds, self._reported_seconds = 0, 0.0, 0.0
         if self.off:
             self.give_up(self.off)
-
-    def _stream_and_pool(self) -> tuple[Any, Any]:
-        """The stream on which graphs are captured, and the memory pool that they share."""
-        if self._device.type != "cuda" or self.off:
-            return None, None
-        return _stream(self._device), torch.cuda.graph_pool_handle()
 
     @property
     def begun(self) -> bool:
@@ -243,7 +215,8 @@ class StaticSteps:
         if self.off:
             return
         self._static_batches.clear()
-        self._stream, self._pool = self._stream_and_pool()  # the pool of dropped graphs cannot be used again
+        # The pool of dropped graphs cannot be used again.
+        self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
         self._pool_bytes = self._longest = 0
         if regularised:
             self.give_up("its method adds to the loss")
@@ -257,7 +230,7 @@ class StaticSteps:
         self.off = reason
         self._static_batches.clear()
         self._gradients = []
-        if self._stream is not None:
+        if self._pool is not None:
             torch.cuda.empty_cache()  # frees the memory of the graphs
         log.info("train.capture is off: %s", reason)
 
@@ -294,7 +267,12 @@ class StaticSteps:
             static.graph.replay()
             return static.losses
         try:
-            if self._stream is None or static.passes <= WARMUP_PASSES or not first or not self._pays_off(remaining):
+            if (
+                self._pool is None
+                or static.passes <= graphs.WARMUP_PASSES
+                or not first
+                or not self._pays_off(remaining)
+            ):
                 return self._eager_pass(static)
             start = time.perf_counter()
             losses = self._capture(static)
@@ -342,14 +320,8 @@ class StaticSteps:
 
     def _eager_pass(self, static: _StaticBatch) -> torch.Tensor:
         """A pass without a graph; on CUDA it runs on the stream of the graphs. The weighted losses, [slots]."""
-        if self._stream is None:
+        with graphs.on_stream(self._device):
             return self._pass(static)
-        current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            losses = self._pass(static)
-        current.wait_stream(self._stream)
-        return losses
 
     def _capture(self, static: _StaticBatch) -> torch.Tensor | None:
         """Run an eager pass, capture it and compare a replay with it; the losses, [slots].
@@ -357,10 +329,10 @@ class StaticSteps:
         Losses and gradients are the replay's if the graph is kept, else the eager pass's; None if the host waits.
         """
         try:
-            with _error_if_host_waits(self._device):
+            with graphs.error_if_host_waits(self._device):
                 eager_losses, eager_seconds = self._timed(lambda: self._eager_pass(static))
         except RuntimeError as error:
-            if "synchronizing" not in str(error):
+            if not graphs.is_wait(error):
                 raise
             torch._foreach_zero_(self._gradients)
             self.give_up("the host waits for the device in a pass")
@@ -368,9 +340,8 @@ class StaticSteps:
         eager_norms = [eager_losses.norm(), *torch._foreach_norm(self._gradients)]
         try:
             graph, losses = self._record_graph(static)
-        except Exception as error:  # any error: from an operation that a graph cannot hold, or for lack of memory
-            _FAILURES.append((str(error).splitlines() or [""])[0] or type(error).__name__)
-            self.give_up(_FAILURES[-1])
+        except RuntimeError as error:
+            self.give_up(str(error))
             return eager_losses
         if shortage := self._memory_shortage():
             self.give_up(shortage)
@@ -397,15 +368,10 @@ class StaticSteps:
         return result, time.perf_counter() - start
 
     def _record_graph(self, static: _StaticBatch) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        """The graph of a pass, in a memory pool apart from that of eager passes, and its losses, [slots]."""
+        """The graph of a pass, and its losses, [slots]."""
         torch.cuda.empty_cache()
         reserved = torch.cuda.memory_reserved(self._device)
-        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
-        try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-                losses = self._pass(static)
-        finally:
-            torch.cuda.set_stream(current)  # torch does not restore it if the capture fails
+        graph, losses = graphs.record(lambda: self._pass(static), self._device, self._pool)
         self._pool_bytes += torch.cuda.memory_reserved(self._device) - reserved
         self._longest = max(self._longest, static.batch.input_ids.shape[1])
         return graph, losses
@@ -428,20 +394,6 @@ class StaticSteps:
         if self.off:
             return {"capture_off": self.off}
         return {"capture_lengths": self.rungs, "capture_graphs": self._graphs, "capture_seconds": self._seconds}
-
-
-@contextmanager
-def _error_if_host_waits(device: torch.device) -> Iterator[None]:
-    """In the block torch raises a RuntimeError where the host would wait for a CUDA device."""
-    if device.type != "cuda":
-        yield
-        return
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 def _same_norms(replayed: Sequence[torch.Tensor], eager: Sequence[torch.Tensor]) -> bool:

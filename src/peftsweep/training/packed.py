@@ -24,9 +24,10 @@ from peftsweep.models.losses import answer_losses
 from peftsweep.observe.measure import Laps, Meter, out_of_memory
 from peftsweep.schema import TrainConfig
 from peftsweep.study.claims import Claimed
-from peftsweep.training.capture import MIN_BATCHES_TO_CAPTURE, WARMUP_PASSES, Size, StaticSteps, captures, sizes_of_run
+from peftsweep.training.capture import MIN_BATCHES_TO_CAPTURE, Size, StaticSteps, captures, sizes_of_run
 from peftsweep.training.checkpoint import Checkpoints, Interruption, OptimizerState
 from peftsweep.training.fused import as_trained
+from peftsweep.training.graphs import WARMUP_PASSES
 from peftsweep.training.length import checkpoint_due
 from peftsweep.training.loop import batches
 from peftsweep.training.optimizer import (

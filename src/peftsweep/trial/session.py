@@ -30,12 +30,12 @@ from peftsweep.models import saved as models_saved
 from peftsweep.models.quantised.layers import footprint
 from peftsweep.observe.display import Observer
 from peftsweep.observe.measure import Meter, Stage
-from peftsweep.schema import Role
+from peftsweep.schema import Capture, Role
 from peftsweep.search import pruning
 from peftsweep.study import claims, record, rungs, store
 from peftsweep.study.reading import Unreadable
 from peftsweep.study.record import Result
-from peftsweep.training import checkpoint, compiled, length, loop, optimizer, run
+from peftsweep.training import checkpoint, compiled, graphs, length, loop, optimizer, run
 from peftsweep.training.run import Trained
 from peftsweep.trial import foreseen, mended, seen
 from peftsweep.trial.done import Oversized, Refused, folder, trained
@@ -318,7 +318,7 @@ class Session:
 
     def _evaluate(self, name: str, test: list[Example]) -> dict[str, Any]:
         """Evaluate the model; results are written to the disk at once, so that a later attempt can use them."""
-        with self.stage("eval") as own:
+        with self.stage("eval") as own, graphs.allowed_if(self.config.train.capture is Capture.auto):
             evaluation = build.evaluator(self.trial, name)(self.adapted, self.tokenizer, test)
         self.check_claim()
         cost = {key: getattr(own, key) for key in COST}

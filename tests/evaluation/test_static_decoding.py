@@ -1,0 +1,227 @@
+"""Decoding in static shapes writes what decoding with the usual cache writes, and is given up where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from transformers.cache_utils import StaticLayer
+
+from peftsweep.evaluation import decoding, static_decoding
+from peftsweep.evaluation.static_decoding import StaticDecoder
+from peftsweep.models import attach, model, probe
+from peftsweep.schema import ModelConfig, TargetsConfig
+from peftsweep.training import graphs
+from peftsweep.training.slots import Pack
+from tests.architectures import GENERATING, make
+
+PROMPTS = ["Tom has 3 pens.", "One day a cat went out to see the big garden and it", "a", "What is 2 plus 2? It is"]
+PROMPTS += ["Two dogs", "She ran home as it was late, and then", "It"]  # the last batch of 3 has one row
+NEW_TOKENS = 20
+# Whose cache is attention only, with and without windows, and can give up rows.
+STATIC = [
+    "llama",
+    "qwen3",
+    "qwen3_moe",
+    "mixtral",
+    "gemma3_text",
+    "gemma3",
+    "phi3",
+    "gpt_neox",
+    "gpt2",
+    "opt",
+    "gpt_oss",
+]
+STATIC += ["qwen2_moe"]
+FAST = ("llama", "gemma3_text", "gpt2")
+
+
+class Used:
+    """Counts what the static decoders of a test do."""
+
+    def __init__(self) -> None:
+        self.prompts = self.steps = self.replays = self.unfit = 0
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> Used:
+    """Static shapes on a CPU; a captured step is a Python function that is called again."""
+    count = Used()
+    monkeypatch.setattr(graphs, "DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr(graphs, "_FAILURES", [])
+    first, following = StaticDecoder.first, StaticDecoder.following
+
+    def counted_first(self: Any, *given: Any) -> torch.Tensor:
+        count.prompts += 1
+        return unfit_counted(first, self, *given)
+
+    def counted_following(self: Any) -> torch.Tensor:
+        count.steps += 1
+        return unfit_counted(following, self)
+
+    def unfit_counted(work: Callable[..., torch.Tensor], *given: Any) -> torch.Tensor:
+        try:
+            return work(*given)
+        except static_decoding.Unfit:
+            count.unfit += 1
+            raise
+
+    monkeypatch.setattr(StaticDecoder, "first", counted_first)
+    monkeypatch.setattr(StaticDecoder, "following", counted_following)
+    return count
+
+
+def pretended_graph(count: Used, monkeypatch: pytest.MonkeyPatch, off_by: float = 0.0) -> None:
+    """A capture runs nothing; each replay runs the step and fills the logits that were returned."""
+
+    def record(work: Callable[[], torch.Tensor], *_: Any) -> tuple[Any, torch.Tensor]:
+        logits = torch.zeros(())
+
+        def replay() -> None:
+            count.replays += 1
+            found = work()
+            logits.set_(found + off_by * torch.arange(found.shape[-1]))  # type: ignore[call-overload]
+
+        return SimpleNamespace(replay=replay), logits
+
+    monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(StaticDecoder, "captures", property(lambda self: True, lambda self, value: None), raising=False)
+
+
+def write(written_by: Any, batch_size: int = 3, **options: Any) -> list[decoding.Written]:
+    tokenizer = model.load_tokenizer(ModelConfig(name_or_path="tiny"))
+    given = {"max_new_tokens": NEW_TOKENS, "batch_size": batch_size} | options
+    return decoding.write(written_by, tokenizer, PROMPTS, **given)
+
+
+def usual(written_by: Any, **options: Any) -> list[decoding.Written]:
+    with graphs.allowed_if(False):
+        return write(written_by, **options)
+
+
+def adapted(kind: str = "llama") -> PeftModel:
+    method = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    return attach.attach(make(kind), method, TargetsConfig(), {}).eval()
+
+
+@pytest.mark.parametrize("kind", [k if k in FAST else pytest.param(k, marks=pytest.mark.slow) for k in STATIC])
+def test_static_shapes_write_the_same(kind: str, used: Used) -> None:
+    base = make(kind)
+    expected = usual(base)
+    assert used.prompts == 0
+    assert write(base) == expected
+    assert (used.prompts, used.unfit) == (3, 0)
+    assert used.steps > NEW_TOKENS
+
+
+@pytest.mark.parametrize("kind", sorted({*GENERATING} - {*STATIC}))
+def test_other_caches_are_used_as_before(kind: str, used: Used) -> None:
+    base = make(kind)
+    assert write(base) == usual(base)
+    assert used.prompts in (0, 1)  # one that is found to give other logits
+    assert used.steps == 0
+
+
+def test_a_step_is_captured_once_and_replayed_in_all_batches(used: Used, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = adapted()
+    expected = usual(writer)
+    pretended_graph(used, monkeypatch)
+    assert write(writer) == expected
+    assert used.unfit == 0
+    assert used.replays == used.steps - graphs.WARMUP_PASSES + 1  # and one that is compared
+
+
+def test_a_replay_with_other_logits_is_given_up(used: Used, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = adapted()
+    expected = usual(writer)
+    pretended_graph(used, monkeypatch, off_by=1e-2)
+    assert write(writer) == expected
+    assert (used.prompts, used.replays, used.unfit) == (1, 1, 1)
+
+
+def test_a_static_cache_with_other_logits_is_given_up(used: Used, monkeypatch: pytest.MonkeyPatch) -> None:
+    update = StaticLayer.update
+
+    def shifted(self: Any, keys: torch.Tensor, *given: Any, **options: Any) -> Any:
+        return update(self, keys * 1.1, *given, **options)
+
+    writer = adapted()
+    expected = usual(writer)
+    monkeypatch.setattr(StaticLayer, "update", shifted)
+    assert write(writer) == expected
+    assert (used.prompts, used.steps, used.unfit) == (1, 0, 1)
+
+
+@pytest.mark.parametrize("where", ["first", "following"])
+def test_where_memory_runs_out_the_usual_cache_goes_on(where: str, used: Used, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    writer = adapted()
+    expected = usual(writer)
+    monkeypatch.setattr(StaticDecoder, {"first": "_read_prompts", "following": "_step"}[where], full)
+    assert write(writer) == expected
+    assert used.unfit == 1
+
+
+def test_texts_that_end_what_is_written_and_few_new_tokens(used: Used) -> None:
+    writer = adapted()
+    whole = usual(writer)
+    stop = [next(one.text for one in whole if len(one.text) > 3)[2:4]]
+    assert write(writer, stop=stop) == usual(writer, stop=stop)
+    assert used.prompts == 3
+    assert write(writer, max_new_tokens=static_decoding.MIN_NEW_TOKENS - 1) == [
+        *usual(writer, max_new_tokens=static_decoding.MIN_NEW_TOKENS - 1)
+    ]
+    assert used.prompts == 3
+
+
+def test_all_slots_of_a_pack_decode_together(used: Used, monkeypatch: pytest.MonkeyPatch) -> None:
+    methods = {
+        name: (LoraConfig(r=2 + n, target_modules="all-linear", init_lora_weights=False), TargetsConfig())
+        for n, name in enumerate(("one", "two"))
+    }
+    writer = attach.attach_slots(make("llama"), methods, 0, {}).eval()
+    probe.abilities(writer)
+    expected = {}
+    for name in methods:
+        writer.set_adapter(name)
+        expected[name] = usual(writer)
+    pretended_graph(used, monkeypatch)
+    pack = Pack(writer, [*methods])
+    try:
+        for name in methods:
+            with pack.evaluated_together(name):
+                assert write(writer) == expected[name]
+    finally:
+        pack.close()
+    assert (used.prompts, used.unfit) == (3, 0)  # for both
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quant", ["none", "4bit"])
+def test_a_graph_on_a_gpu_writes_the_same(quant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.models.test_model import QUANTS
+
+    device = torch.device("cuda")
+    base = model.load(ModelConfig(name_or_path="tiny", dtype="float32"), QUANTS[quant], device)
+    method = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, lora_alpha=1)
+    writer = attach.attach(base, method, TargetsConfig(), {}).eval()
+    kept: list[StaticDecoder] = []
+    made = StaticDecoder.__init__
+
+    def remember(self: StaticDecoder, *given: Any) -> None:
+        kept.append(self)
+        made(self, *given)
+
+    expected = usual(writer)
+    monkeypatch.setattr(StaticDecoder, "__init__", remember)
+    found = write(writer)
+    same = sum(one == other for one, other in zip(found, expected, strict=True))
+    assert same >= len(PROMPTS) - (quant == "4bit")  # where two tokens are about as likely, rounding decides
+    assert kept[0]._graph is not None
