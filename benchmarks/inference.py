@@ -1,12 +1,13 @@
 """Evaluation beside plain transformers: tokens a second written by `generate`, and read for their likelihood.
 
-    python benchmarks/inference.py [--batch 1,16,50] [--pairs 5] [--minutes 3.5] [--out FILE] [WORD ...]
+    python benchmarks/inference.py [--batch 1,16,50] [--prompts 100] [--pairs 5] [--minutes 3.5] [--out FILE] [WORD ...]
 
 The embedded model (or that of the words, as ``model=llama3.2_1b model.init=random model.dtype=bfloat16``) is trained
 for a while to answer at many lengths; the prompts are as long as GSM8K's. Both sides write and score the same texts
 with the same batch size, in turns. The plain side takes the rows in their order: it pads on the left and calls
 `generate`; for the likelihood it pads on the right and takes all logits. A ratio is the median of the pairs, plain
-seconds over ours. ``--cpu-seconds`` takes the clock of the process in place of the wall's, for a CPU that others use.
+seconds over ours. On CUDA ours is also timed once without CUDA graphs. ``--cpu-seconds`` takes the clock of the process
+in place of the wall's, for a CPU that others use.
 """
 
 from __future__ import annotations
@@ -34,16 +35,17 @@ from peftsweep.evaluation import decoding, likelihood
 from peftsweep.models import model
 from peftsweep.observe.measure import Meter, synchronise
 from peftsweep.tiny import task
+from peftsweep.training import graphs
 from peftsweep.training import loop as training_loop
 
-NEW_TOKENS, PROMPTS, TRAINED_ROWS, STEPS = 128, 100, 1500, 150
+NEW_TOKENS, TRAINED_ROWS, STEPS = 128, 1500, 150
 RELATIVE = 1e-3  # by which two sums of log-probabilities may differ in 32 bits
 
 
 class Bench:
     """A trained model, its prompts, and the rows whose answers are scored."""
 
-    def __init__(self, words: Sequence[str]) -> None:
+    def __init__(self, words: Sequence[str], prompts: int) -> None:
         words = [f"train.steps={STEPS}", "train.warmup=0", *words]
         cfg = compose(words)
         one = make_trial(cfg, cfg.hydra.runtime.choices, words)
@@ -65,9 +67,9 @@ class Bench:
             self.model, rows, one.config.train, pad_id=self.pad_id, seed=0, meter=meter, log=lambda row: None
         )
         self.model.eval()
-        self.rows = rows[:PROMPTS]
+        self.rows = rows[:prompts]
         self.prompts = []
-        for row in stories[:PROMPTS]:
+        for row in stories[:prompts]:
             before = [chance.choice(stories)["question"] for _ in range(min(int(chance.gauss(4, 2)), 9))]
             self.prompts.append(" ".join([*before, row["question"]]) + "\n")
 
@@ -146,7 +148,14 @@ def compare(bench: Bench, work: str, batch: int, pairs: int, end: float, clock: 
         if number:
             seconds.append([took[0], took[1]])
     ratios = sorted(plain / mine for mine, plain in seconds)
-    return {
+    without = {}
+    if bench.device.type == "cuda" and work == "write":
+        with graphs.allowed_if(False):
+            begun = clock()
+            sides[0](bench, batch)
+            synchronise(bench.device)
+            without = {"seconds_without_graphs_over_ours": (clock() - begun) / statistics.median(m for m, _ in seconds)}
+    return without | {
         "work": work,
         "batch_size": batch,
         "plain_seconds_over_ours": {"median": statistics.median(ratios), "least": ratios[0], "largest": ratios[-1]},
@@ -167,14 +176,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*")
     parser.add_argument("--batch", default="1,16,50")
+    parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--works", default=",".join(SIDES))
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=3.5)
     parser.add_argument("--cpu-seconds", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     begun, clock = time.perf_counter(), time.process_time if args.cpu_seconds else time.perf_counter
-    bench = Bench(args.words)
-    settings = [(work, int(batch)) for work in SIDES for batch in args.batch.split(",")]
+    bench = Bench(args.words, args.prompts)
+    settings = [(work, int(batch)) for work in args.works.split(",") for batch in args.batch.split(",")]
     rows = []
     for number, (work, batch) in enumerate(settings):
         now = time.perf_counter()
@@ -182,7 +193,7 @@ def main() -> None:
         rows.append(compare(bench, work, batch, args.pairs, now + share, clock))
         print(json.dumps(rows[-1]), flush=True)
     device = torch.cuda.get_device_name() if bench.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    facts = {"device": device, "words": args.words, "prompts": PROMPTS, "new_tokens": NEW_TOKENS}
+    facts = {"device": device, "words": args.words, "prompts": args.prompts, "new_tokens": NEW_TOKENS}
     facts |= {"clock": "cpu" if args.cpu_seconds else "wall"}
     facts |= {"versions": {name: version(name) for name in ("torch", "transformers", "peft")}}
     if args.out:

@@ -14,7 +14,7 @@ from transformers.cache_utils import StaticLayer
 from peftsweep.evaluation import decoding, static_decoding
 from peftsweep.evaluation.static_decoding import StaticDecoder
 from peftsweep.models import attach, model, probe
-from peftsweep.schema import ModelConfig, TargetsConfig
+from peftsweep.schema import Dtype, ModelConfig, TargetsConfig
 from peftsweep.training import graphs
 from peftsweep.training.slots import Pack
 from tests.architectures import GENERATING, make
@@ -23,20 +23,9 @@ PROMPTS = ["Tom has 3 pens.", "One day a cat went out to see the big garden and 
 PROMPTS += ["Two dogs", "She ran home as it was late, and then", "It"]  # the last batch of 3 has one row
 NEW_TOKENS = 20
 # Whose cache is attention only, with and without windows, and can give up rows.
-STATIC = [
-    "llama",
-    "qwen3",
-    "qwen3_moe",
-    "mixtral",
-    "gemma3_text",
-    "gemma3",
-    "phi3",
-    "gpt_neox",
-    "gpt2",
-    "opt",
-    "gpt_oss",
-]
-STATIC += ["qwen2_moe"]
+STATIC = ["llama", "qwen3", "qwen3_moe", "qwen2_moe", "mixtral", "gemma3_text", "gemma3", "phi3", "gpt_neox", "gpt2"]
+STATIC += ["opt", "gpt_oss"]
+TOKENIZER = model.load_tokenizer(ModelConfig(name_or_path="tiny"))
 FAST = ("llama", "gemma3_text", "gpt2")
 
 
@@ -94,9 +83,8 @@ def pretended_graph(count: Used, monkeypatch: pytest.MonkeyPatch, off_by: float 
 
 
 def write(written_by: Any, batch_size: int = 3, **options: Any) -> list[decoding.Written]:
-    tokenizer = model.load_tokenizer(ModelConfig(name_or_path="tiny"))
     given = {"max_new_tokens": NEW_TOKENS, "batch_size": batch_size} | options
-    return decoding.write(written_by, tokenizer, PROMPTS, **given)
+    return decoding.write(written_by, TOKENIZER, PROMPTS, **given)
 
 
 def usual(written_by: Any, **options: Any) -> list[decoding.Written]:
@@ -209,7 +197,7 @@ def test_a_graph_on_a_gpu_writes_the_same(quant: str, monkeypatch: pytest.Monkey
     from tests.models.test_model import QUANTS
 
     device = torch.device("cuda")
-    base = model.load(ModelConfig(name_or_path="tiny", dtype="float32"), QUANTS[quant], device)
+    base = model.load(ModelConfig(name_or_path="tiny", dtype=Dtype.float32), QUANTS[quant], device)
     method = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, lora_alpha=1)
     writer = attach.attach(base, method, TargetsConfig(), {}).eval()
     kept: list[StaticDecoder] = []
