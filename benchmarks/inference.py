@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from copy import copy
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,14 +40,15 @@ from peftsweep.tiny import task
 from peftsweep.training import graphs
 from peftsweep.training import loop as training_loop
 
-NEW_TOKENS, TRAINED_ROWS, STEPS = 128, 1500, 150
+TRAINED_ROWS, STEPS = 1500, 150
 RELATIVE = 1e-3  # by which two sums of log-probabilities may differ in 32 bits
 
 
 class Bench:
     """A trained model, its prompts, and the rows whose answers are scored."""
 
-    def __init__(self, words: Sequence[str], prompts: int) -> None:
+    def __init__(self, words: Sequence[str], prompts: int, new_tokens: int) -> None:
+        self.new_tokens = new_tokens
         words = [f"train.steps={STEPS}", "train.warmup=0", *words]
         cfg = compose(words)
         one = make_trial(cfg, cfg.hydra.runtime.choices, words)
@@ -73,12 +76,20 @@ class Bench:
             before = [chance.choice(stories)["question"] for _ in range(min(int(chance.gauss(4, 2)), 9))]
             self.prompts.append(" ".join([*before, row["question"]]) + "\n")
 
+    def first(self, count: int) -> Bench:
+        """The same with the first ``count`` prompts and rows."""
+        fewer = copy(self)
+        fewer.prompts, fewer.rows = self.prompts[:count], self.rows[:count]
+        return fewer
+
 
 # ---- the sides -------------------------------------------------------------------------------------
 
 
 def write(bench: Bench, batch: int) -> list[str]:
-    return decoding.generate(bench.model, bench.tokenizer, bench.prompts, max_new_tokens=NEW_TOKENS, batch_size=batch)
+    return decoding.generate(
+        bench.model, bench.tokenizer, bench.prompts, max_new_tokens=bench.new_tokens, batch_size=batch
+    )
 
 
 @torch.no_grad()
@@ -87,7 +98,9 @@ def plain_write(bench: Bench, batch: int) -> list[str]:
     tokenizer.padding_side = "left"
     for start in range(0, len(bench.prompts), batch):
         given = tokenizer(bench.prompts[start : start + batch], return_tensors="pt", padding=True).to(bench.device)
-        made = bench.model.generate(**given, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=bench.pad_id)
+        made = bench.model.generate(
+            **given, max_new_tokens=bench.new_tokens, do_sample=False, pad_token_id=bench.pad_id
+        )
         texts += tokenizer.batch_decode(made[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
     return texts
 
@@ -145,6 +158,7 @@ def compare(bench: Bench, work: str, batch: int, pairs: int, end: float, clock: 
             found[place] = sides[place](bench, batch)
             synchronise(bench.device)
             took[place] = clock() - begun
+            print(f"    {work} batch {batch}: {('ours', 'plain')[place]} {took[place]:.2f} s", flush=True)
         if number:
             seconds.append([took[0], took[1]])
     ratios = sorted(plain / mine for mine, plain in seconds)
@@ -177,23 +191,27 @@ def main() -> None:
     parser.add_argument("words", nargs="*")
     parser.add_argument("--batch", default="1,16,50")
     parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--batches", type=int, default=100, help="the most batches of each size")
+    parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--works", default=",".join(SIDES))
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=3.5)
     parser.add_argument("--cpu-seconds", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    logging.basicConfig()
+    logging.getLogger("peftsweep.evaluation").setLevel(logging.INFO)  # why there are no graphs
     begun, clock = time.perf_counter(), time.process_time if args.cpu_seconds else time.perf_counter
-    bench = Bench(args.words, args.prompts)
+    bench = Bench(args.words, args.prompts, args.new_tokens)
     settings = [(work, int(batch)) for work in args.works.split(",") for batch in args.batch.split(",")]
     rows = []
     for number, (work, batch) in enumerate(settings):
         now = time.perf_counter()
         share = (begun + 60 * args.minutes - now) / (len(settings) - number)
-        rows.append(compare(bench, work, batch, args.pairs, now + share, clock))
+        rows.append(compare(bench.first(batch * args.batches), work, batch, args.pairs, now + share, clock))
         print(json.dumps(rows[-1]), flush=True)
     device = torch.cuda.get_device_name() if bench.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    facts = {"device": device, "words": args.words, "prompts": args.prompts, "new_tokens": NEW_TOKENS}
+    facts = {"device": device, "words": args.words, "prompts": args.prompts, "new_tokens": args.new_tokens}
     facts |= {"clock": "cpu" if args.cpu_seconds else "wall"}
     facts |= {"versions": {name: version(name) for name in ("torch", "transformers", "peft")}}
     if args.out:

@@ -49,7 +49,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def compositions(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of what Hydra composes of conf/ as it is now, which processes share and later runs find again."""
-    cache = pytestconfig.cache
+    cache = getattr(pytestconfig, "cache", None)  # not there with -p no:cacheprovider
     kept = cache.mkdir("compositions") if cache else tmp_path_factory.mktemp("compositions")
     folder = kept / fingerprint()
     for other in folder.parent.glob("*"):

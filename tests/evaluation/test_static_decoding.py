@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.cache_utils import StaticLayer
 
 from peftsweep.evaluation import decoding, static_decoding
@@ -122,6 +123,33 @@ def test_a_step_is_captured_once_and_replayed_in_all_batches(used: Used, monkeyp
     assert write(writer) == expected
     assert used.unfit == 0
     assert used.replays == used.steps - graphs.WARMUP_PASSES + 1  # and one that is compared
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operators for which the host waits for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator._schema.name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal"):
+            self.found.append(operator._schema.name)
+        return operator(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("kind", [kind for kind in STATIC if "moe" not in kind and kind not in ("mixtral", "gpt_oss")])
+def test_the_host_waits_for_the_device_in_no_step(kind: str, used: Used, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, waits = StaticDecoder._step, Waits()
+
+    def watched(self: Any) -> torch.Tensor:
+        with waits:
+            return step(self)
+
+    monkeypatch.setattr(StaticDecoder, "_step", watched)
+    write(make(kind))
+    assert used.steps > 0
+    assert not waits.found
 
 
 def test_a_replay_with_other_logits_is_given_up(used: Used, monkeypatch: pytest.MonkeyPatch) -> None:
