@@ -94,7 +94,7 @@ class LossOn(Enum):
 
 
 class Capture(Enum):
-    """Whether on CUDA forward and backward run in a few static shapes and are captured as CUDA graphs."""
+    """Whether on CUDA steps of the training and of greedy generation run in static shapes, as CUDA graphs."""
 
     off = "off"
     auto = "auto"

@@ -6,6 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,21 @@ def test_saving_reads_the_base_back_for_the_check_and_for_the_merge_but_does_not
     assert 0.05 < checked < 0.2
     assert duration._loading(trial) > duration.SETUP_SECONDS + read
     assert saving("adapter.save=false", "adapter.check=false") == 0.0
+
+
+def test_decoding_steps_that_are_replayed_need_no_time_of_the_host(compose: Compose, device: speed.Device) -> None:
+    device._speed = replace(device.speed, host_seconds=1e-5)
+    *_, traced = duration.operations(compose(*SMALL), "cpu")
+    assert traced is not None
+    token = next(token for _, token in traced.evaluations.values() if token is not None)
+    eager, replay = (device.step(token, captured=graph)[0] for graph in (False, True))
+    assert replay < eager
+    assert duration._decoding(device, token, math.inf, 100, False) == pytest.approx(100 * eager)
+    first = duration.UNCAPTURED_STEPS
+    seconds = duration._decoding(device, token, math.inf, 100, True)
+    assert seconds == pytest.approx(first * eager + (100 - first) * replay)
+    assert duration._decoding(device, token, math.inf, first - 1, True) == pytest.approx((first - 1) * eager)
+    assert duration._decoding(device, None, math.inf, 100, True) == 0.0
 
 
 def test_validations_are_in_the_seconds_of_evaluations_as_often_as_they_come(

@@ -10,4 +10,5 @@ __all__ = [
     "likelihood",
     "metrics",
     "scaled",
+    "static_decoding",
 ]

@@ -22,6 +22,7 @@ from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 from peftsweep.models.losses import last_positions
 from peftsweep.models.parts import base_of
 from peftsweep.models.probe import same_logits
+from peftsweep.models.quantised.layers import is_wrapper
 from peftsweep.observe.measure import out_of_memory
 from peftsweep.training import graphs
 
@@ -37,10 +38,13 @@ class Unfit(Exception):
 def static_decoder(model: nn.Module, slots: int, rows: int, length: int, new_tokens: int) -> StaticDecoder | None:
     """A decoder for batches of up to ``rows`` rows of each slot, and up to ``length`` tokens with the ``new_tokens``.
 
-    None where it would not pay off or the model's cache has other layers than attention.
+    None where it would not pay off, was not tried (torchao's and quanto's weights, several devices), or where the
+    model's cache has other layers than attention.
     """
-    device = next(model.parameters()).device
-    if not graphs.allowed(device) or new_tokens < MIN_NEW_TOKENS:
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1 or not graphs.allowed(*devices) or new_tokens < MIN_NEW_TOKENS:
+        return None
+    if any(map(is_wrapper, model.parameters())):
         return None
     try:
         layers = StaticCache(config=base_of(model).config, max_cache_len=length).layers

@@ -18,8 +18,10 @@ from typing import Any
 from peftsweep.config import build, identity
 from peftsweep.config.compose import Trial
 from peftsweep.data.tokens import Tokens
+from peftsweep.evaluation.static_decoding import MIN_NEW_TOKENS
 from peftsweep.forecast import forecast
 from peftsweep.forecast.history import KINDS, NORMAL_90, History
+from peftsweep.forecast.operations import Ledger
 from peftsweep.forecast.speed import Device
 from peftsweep.forecast.work import (
     Batches,
@@ -48,6 +50,8 @@ LOAD_RATE, QUANTISE_RATE, SAVE_RATE = 1e9, 2e8, 5e8  # bytes/s that are read, qu
 # Micro-batches of a captured run that take as long as without graphs: for each of about 14 lengths, the passes before
 # the capture, and three more for the seconds of the capture.
 UNCAPTURED_BATCHES = 14 * (WARMUP_PASSES + 3)
+# The same of the decoding steps of an evaluation, with the passes that check the static cache.
+UNCAPTURED_STEPS = WARMUP_PASSES + 7
 NOT_WANTED = "its evaluations are left out"
 MOST_SECONDS = 10.0  # limit of timing operations in a process, without the first trials of models
 _SPENT = [0.0]
@@ -254,7 +258,8 @@ def _timed(
     if no_evaluations:
         unknown["evaluate"] = no_evaluations
     else:
-        spans["evaluate"], baseline = _evaluating(device, traced, work_by_name, until, corrected)
+        captured = captures(replace(config, compile="none"), device.device)
+        spans["evaluate"], baseline = _evaluating(device, traced, work_by_name, until, corrected, captured=captured)
         estimate = replace(estimate, baseline=baseline)
     if probe:
         _SPENT[0] += time.perf_counter() - begun
@@ -268,8 +273,12 @@ def _evaluating(
     work_by_name: Mapping[str, EvaluationWork],
     until: float,
     corrected: Callable[[str, float, float], Span],
+    *,
+    captured: bool,
 ) -> tuple[Span, Span]:
     """The seconds of all evaluations and validations, and the part of them for the untouched base.
+
+    ``captured``: decoding steps are captured as CUDA graphs.
 
     A trained model is assumed to end its text after as many tokens as the answers have, an untouched one to write
     ``max_new_tokens``.
@@ -278,8 +287,8 @@ def _evaluating(
     for work in work_by_name.values():
         read, token = traced.evaluations[work.key]
         forward = device.step(read, until)[0] * work.read.count * work.read.scale
-        decode = device.step(token, until)[0] * work.read.count if token else 0.0
-        least, most = (forward + decode * count for count in work.tokens)
+        graphs = captured and work.tokens[1] >= MIN_NEW_TOKENS
+        least, most = (forward + _decoding(device, token, until, work.read.count * n, graphs) for n in work.tokens)
         trained, base = trained + work.of_trained * least, base + work.of_base * most
         times = work.of_base + work.of_trained
         low, high = low + times * least, high + times * most
@@ -288,6 +297,15 @@ def _evaluating(
     factor = span.seconds / both if both else 1.0
     clipped = Span(span.seconds, min(span.low, low * factor), max(span.high, high * factor))
     return clipped, clipped.times(base / both if both else 0.0)
+
+
+def _decoding(device: Device, token: Ledger | None, until: float, steps: float, captured: bool) -> float:
+    """The seconds of decoding steps with the operations ``token``."""
+    if token is None:
+        return 0.0
+    replayed = max(steps - UNCAPTURED_STEPS, 0.0) if captured else 0.0
+    replay = device.step(token, until, captured=True)[0] if replayed else 0.0
+    return device.step(token, until)[0] * (steps - replayed) + replay * replayed
 
 
 def _weights(trial: Trial) -> tuple[int, int]:

@@ -1,3 +1,3 @@
 """Texts that a model writes, compared with references and described by themselves."""
 
-__all__ = ["overlap"]
+__all__ = ["numerals", "overlap"]
