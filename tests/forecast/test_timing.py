@@ -113,6 +113,28 @@ def test_forecast_records_of_an_empty_study_is_one_line(tmp_path: Path) -> None:
 # ---- a sweep -----------------------------------------------------------------------------------------
 
 
+def test_a_sweep_with_halving_is_shorter_by_what_is_not_trained(
+    compose: Compose, device: speed.Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "device_of", lambda *_: device)
+    monkeypatch.setattr(timing, "IMPORTED", 0.0)
+
+    def planned(*words: str) -> tuple[float, str, float]:
+        trials = [compose(*SMALL, "train.steps=90", f"train.learning_rate_scale={n}", *words) for n in range(1, 10)]
+        times = timing.Timing(trials)
+        end, _ = times.sweep([[one] for one in trials])
+        assert end is not None
+        train = sum(times.estimate(one).uncorrected["train"] for one in trials)
+        return end.seconds, times.lines([[one] for one in trials])[0], train
+
+    whole, line, all_trained = planned()
+    assert "halving" not in line
+    shorter, line, trained = planned("halving.min_steps=10")  # which sets validation rows aside
+    assert "for 9 jobs, 8 of which halving stops before their end, " in line
+    part = (9 * 1 / 9 + 3 * 2 / 9 + 1 * 6 / 9) / 9  # of the training of all nine
+    assert part * trained < shorter < part * trained + (whole - all_trained)
+
+
 def test_workers_take_jobs_as_they_become_free() -> None:
     jobs = [Span(seconds, seconds / 2, seconds * 2) for seconds in (5.0, 1.0, 1.0, 1.0, 4.0)]
     assert timing.finish(jobs, 1) == Span(12.0, 6.0, 24.0)

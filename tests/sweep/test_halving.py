@@ -158,6 +158,31 @@ def test_the_best_go_on_and_the_same_command_decides_the_same(command: Command) 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "trials", "steps", "expected"),
+    [
+        (HalvingConfig("loss", 3, 10), 21, 100, [(21, 0.0, 0.1), (7, 0.1, 0.3), (2, 0.3, 1.0)]),
+        (HalvingConfig("loss", 3, 30), 21, 90, [(21, 0.0, 1 / 3), (7, 1 / 3, 1.0)]),
+        (HalvingConfig("loss", 3, 1), 3, 100, [(3, 0.0, 0.01), (1, 0.01, 1.0)]),  # the last one runs to its end
+        (HalvingConfig("loss", 3, 50), 4, 100, [(4, 0.0, 1.0)]),
+        (HalvingConfig("loss", 2, 1), 2, 0, [(2, 0.0, 1.0)]),
+    ],
+)
+def test_the_stages_of_a_sweep_are_known_before_it_runs(
+    config: HalvingConfig, trials: int, steps: int, expected: list[tuple[int, float, float]]
+) -> None:
+    found = [(stage.trials, stage.begin, stage.end) for stage in rungs.stages(config, trials, steps)]
+    assert found == expected
+
+
+@pytest.mark.parametrize(("in_epochs", "shares"), [(True, [0.1, 0.3, 1.0]), (False, [1.0, 1.0, 1.0])])
+def test_stages_of_rows_train_anew(in_epochs: bool, shares: list[float]) -> None:
+    config = HalvingConfig("loss", 3, resource=Resource.rows, min_fraction=0.1)
+    found = rungs.stages(config, 9, 100, in_epochs=in_epochs)
+    assert [(stage.trials, stage.begin) for stage in found] == [(9, 0.0), (3, 0.0), (1, 0.0)]
+    assert [stage.end for stage in found] == pytest.approx(shares)
+
+
 def test_rungs_in_packs_are_those_of_the_trials_alone(command: Command) -> None:
     said = {}
     for name, pack in (("alone", "off"), ("packed", "4")):

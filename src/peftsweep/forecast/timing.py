@@ -16,11 +16,12 @@ from peftsweep.config.compose import Trial
 from peftsweep.errors import InputError
 from peftsweep.forecast import duration, forecast, history, speed
 from peftsweep.forecast.duration import NOTHING, Estimate, Span
+from peftsweep.forecast.work import number_of_steps
 from peftsweep.models import model
 from peftsweep.observe import measure, streams
 from peftsweep.observe.remaining import format_seconds
 from peftsweep.schema import Config, PriceConfig
-from peftsweep.study import record, store
+from peftsweep.study import record, rungs, store
 
 MOST_RECORDS = 300  # newest records of the sweep's own study that are read
 IMPORTED = time.time()  # the end of this process's imports, which each worker needs, too
@@ -110,19 +111,48 @@ class Timing:
         worker's imports are those of this process.
         """
         spans, unknown, loaded = list[Span](), dict[str, int](), set[str]()
+        estimates = list[Estimate]()
         for job in jobs:
             found = [self.estimate(one) for one in job]
             if why := next((one.why for one in found if one.total is None), None):
                 unknown[why] = unknown.get(why, 0) + len(job)
                 continue
             spans.append(self._job(job, found, loaded))
+            estimates += found
         if unknown:
             return None, "; ".join(f"{record.trials_in_words(count)}: {why}" for why, count in unknown.items())
         took = IMPORTED - psutil.Process().create_time()  # below 0 in a process that was forked after the imports
         imports = min(max(took, 0.0), MOST_IMPORT_SECONDS)
-        end = finish(spans, self.workers) + Span(imports, imports / 2, imports * 2)
+        stages = self._stages(jobs)
+        ends = [finish(spans, self.workers)] if stages is None else self._ends_of_stages(stages, estimates)
+        end = sum(ends, Span(imports, imports / 2, imports * 2))
         places = f"{self.workers} worker" + ("s" if self.workers != 1 else "")
         return end, f"{places} on {self.devices} device" + ("s" if self.devices != 1 else "")
+
+    def _stages(self, jobs: Sequence[Sequence[Trial]]) -> list[rungs.Stage] | None:
+        """The stages of a sweep with halving; None where every trial runs to its end."""
+        trials = [one for job in jobs for one in job]
+        config = trials[0].config if trials else None
+        if config is None or rungs.begins(config.halving) is None:
+            return None
+        run, *_ = duration.operations(trials[0], self.device.device.type)
+        steps = number_of_steps(trials[0], run)
+        in_epochs = config.train.epochs is not None
+        return None if steps is None else rungs.stages(config.halving, len(trials), steps, in_epochs=in_epochs)
+
+    def _ends_of_stages(self, stages: Sequence[rungs.Stage], estimates: Sequence[Estimate]) -> list[Span]:
+        """The seconds of each stage of halving; which trials go on is unknown, so each takes the mean of all."""
+        mean = {
+            kind: sum(((one.spans[kind] or NOTHING) for one in estimates), NOTHING).times(1 / len(estimates))
+            for kind in history.KINDS
+        }
+        ends = []
+        for stage in stages:
+            took = mean["load"].times(0.5) + mean["train"].times(stage.end - stage.begin)
+            if stage is stages[-1]:
+                took += mean["evaluate"] + mean["save"]
+            ends.append(finish([took] * stage.trials, self.workers))
+        return ends
 
     def _job(self, job: Sequence[Trial], found: Sequence[Estimate], loaded: set[str]) -> Span:
         parts = {kind: [one.spans[kind] or NOTHING for one in found] for kind in history.KINDS}
@@ -144,6 +174,8 @@ class Timing:
             return [f"time: not known of {where}"]
         packs = sum(len(job) > 1 for job in jobs)
         packed = f", {packs} of them packs" if packs else ""
+        if stages := self._stages(jobs):
+            packed += f", {stages[0].trials - stages[-1].trials} of which halving stops before their end"
         line = f"time: {in_words(end)} for {len(jobs)} job{'s' if len(jobs) != 1 else ''}{packed}, {where}"
         if self.price is None:
             return [line]

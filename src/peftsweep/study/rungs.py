@@ -56,6 +56,34 @@ def fraction(config: HalvingConfig, number: int) -> float:
     return part if part * config.factor <= 1 + 1e-9 else 1.0
 
 
+@dataclass(frozen=True)
+class Stage:
+    """The part of a sweep between two rungs: how many trials train which part of their whole training."""
+
+    trials: int
+    begin: float  # share of the training that they have behind them
+    end: float
+
+
+def stages(config: HalvingConfig, trials: int, steps: int, *, in_epochs: bool = False) -> list[Stage]:
+    """The stages of halving of ``trials`` trials of ``steps`` steps each, if all of them train.
+
+    With ``resource=rows`` each stage begins anew; its steps follow from its rows only where they are set by epochs.
+    """
+    found: list[Stage] = []
+    begin, left = 0.0, trials
+    for number in count(1):
+        rows = config.resource is Resource.rows
+        end = fraction(config, number) if rows else rung_step(config, number) / steps if steps else 1.0
+        if (left == 1 and number > 1) or end * config.factor > 1 + 1e-9:
+            end = 1.0
+        found.append(Stage(left, begin, 1.0 if rows and not in_epochs else end))
+        if end == 1.0:
+            return found
+        begin, left = 0.0 if rows else end, max(1, trials // config.factor**number)
+    raise AssertionError
+
+
 def stop(place: Path, why: str, step: int, metric: str) -> dict[str, Any]:
     """The record's entry for the trial in ``place`` that ended early at ``step``, for the reason ``why``."""
     key, known = f"{PREFIX}{metric}", _validations(place)
