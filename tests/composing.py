@@ -135,9 +135,9 @@ def _composed_once(loader: type[ConfigLoaderImpl], kept: Kept) -> Callable[..., 
         parsed = OverridesParser.create().parse_overrides(overrides)
         if validate_sweep_overrides:
             self.validate_sweep_overrides_legal(parsed, run_mode=run_mode, from_shell=from_shell)
-        is_group, said = self.repository.group_exists, [one for one in parsed if not one.is_sweep_override()]
-        values = [one for one in said if isinstance(one.value(), dict) or not is_group(one.key_or_group)]
-        groups = [str(one.input_line) for one in said if one not in values]
+        is_group, kept_overrides = self.repository.group_exists, [one for one in parsed if not one.is_sweep_override()]
+        values = [one for one in kept_overrides if isinstance(one.value(), dict) or not is_group(one.key_or_group)]
+        groups = [str(one.input_line) for one in kept_overrides if one not in values]
         launchers = sorted(ConfigStore.instance().repo["hydra"]["launcher"])
         # Not by the mode, which decides only whether a group of which none is chosen yet (???) is an error.
         key = repr((config_name, groups, launchers, JobRuntime.instance().conf))

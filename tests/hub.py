@@ -133,9 +133,9 @@ class _Answer(BaseHTTPRequestHandler):
             return self._refuse(404, "RevisionNotFound", f"Invalid rev id: {'/'.join(parts)}")
         files = found.commits[at[0]]
         if what == "revision":
-            said = {"id": name, "sha": at[0], "createdAt": CREATED, "lastModified": CREATED, "private": False}
-            said |= {"gated": "manual" if found.gated else False, "tags": [], "downloads": 0, "likes": 0}
-            return self._json(said | {"siblings": [{"rfilename": file} for file in files]})
+            info = {"id": name, "sha": at[0], "createdAt": CREATED, "lastModified": CREATED, "private": False}
+            info |= {"gated": "manual" if found.gated else False, "tags": [], "downloads": 0, "likes": 0}
+            return self._json(info | {"siblings": [{"rfilename": file} for file in files]})
         entries = [_entry(path, content) for path, content in files.items()]
         folders = {parent for path in files for parent in Path(path).parents} - {Path()}
         entries += [{"type": "directory", "path": str(folder), "oid": _oid(b"")} for folder in sorted(folders)]
@@ -173,12 +173,12 @@ class _Answer(BaseHTTPRequestHandler):
             status, content = 206, content[start:end]
         return self._send(status, content, headers, cut_off=fault == CUT_OFF)
 
-    def _json(self, said: Any) -> None:
-        self._send(200, json.dumps(said).encode(), {"Content-Type": "application/json"})
+    def _json(self, content: Any) -> None:
+        self._send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
     def _refuse(self, status: int, code: str, why: str, headers: dict[str, str] | None = None) -> None:
-        said = {"X-Error-Code": code, "X-Error-Message": why} if code else {}
-        self._send(status, json.dumps({"error": why}).encode(), (headers or {}) | said)
+        error_headers = {"X-Error-Code": code, "X-Error-Message": why} if code else {}
+        self._send(status, json.dumps({"error": why}).encode(), (headers or {}) | error_headers)
 
     def _send(
         self, status: int, content: bytes, headers: dict[str, str] | None = None, *, cut_off: bool = False

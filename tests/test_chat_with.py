@@ -88,15 +88,15 @@ def plain(text: str) -> list[int]:
     return list(AutoTokenizer.from_pretrained(model.TINY)(text).input_ids)
 
 
-def asked(prompt: str) -> list[int]:
+def prompt_ids(prompt: str) -> list[int]:
     """A prompt in the template of the fixture's dataset."""
     return plain(f"{prompt}\n")
 
 
 def test_the_text_is_that_of_the_adapter_and_beside_it_that_of_the_untouched_base(chat: Chat) -> None:
     place = trial()
-    theirs = expected(model.TINY, asked("Tom has 3"), place)
-    base = expected(model.TINY, asked("Tom has 3"))
+    theirs = expected(model.TINY, prompt_ids("Tom has 3"), place)
+    base = expected(model.TINY, prompt_ids("Tom has 3"))
     assert theirs != base
     assert chat(place, "--prompt", "Tom has 3", *SHORT) == (0, f"{theirs}\n", "")
     assert chat(place, "--prompt", "Tom has 3", "--base", *SHORT)[1] == f"base: {base}\ntrained: {theirs}\n"
@@ -105,7 +105,7 @@ def test_the_text_is_that_of_the_adapter_and_beside_it_that_of_the_untouched_bas
 
 def test_without_a_prompt_each_line_of_a_pipe_is_one(chat: Chat) -> None:
     place = trial()
-    texts = [expected(model.TINY, asked(line), place) for line in ("Tom has 3", "Ann")]
+    texts = [expected(model.TINY, prompt_ids(line), place) for line in ("Tom has 3", "Ann")]
     assert chat(place, *SHORT, lines="Tom has 3\n\nAnn")[:2] == (0, "".join(f"{text}\n" for text in texts))
 
 
@@ -149,7 +149,7 @@ def test_a_prompt_is_asked_in_the_form_of_the_training_rows(
 
 
 @pytest.mark.parametrize(
-    ("config", "words", "said"),
+    ("config", "words", "message"),
     [
         ({"prompt": "{a} {b}"}, [], "--column: the template has the columns a, b; give all but the one"),
         ({"prompt": "{a}"}, ["--column", "a=1"], "--column: the template has the columns a; give all but"),
@@ -166,11 +166,11 @@ def test_a_prompt_is_asked_in_the_form_of_the_training_rows(
     ],
 )
 def test_a_prompt_that_lacks_a_column_is_one_line_before_anything_is_loaded(
-    config: dict[str, Any], words: list[str], said: str
+    config: dict[str, Any], words: list[str], message: str
 ) -> None:
     with pytest.raises(InputError) as error:
         form(config, words).filled("hi")
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -184,12 +184,12 @@ def test_turns_go_through_the_chat_template_until_an_empty_line(chat: Chat) -> N
     place, base = conversing()
     made: Any = AutoTokenizer.from_pretrained(base)
 
-    def asked(*said: str) -> list[int]:
-        messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said)]
+    def conversation_ids(*texts: str) -> list[int]:
+        messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
         return list(made.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)["input_ids"])
 
-    first = expected(base, asked("Tom has 3"), place)
-    second = expected(base, asked("Tom has 3", first, "And 4?"), place)
+    first = expected(base, conversation_ids("Tom has 3"), place)
+    second = expected(base, conversation_ids("Tom has 3", first, "And 4?"), place)
     code, out, err = chat(place, *SHORT, lines="Tom has 3\nAnd 4?\n\nTom has 3\n")
     assert (code, out, err) == (0, f"{first}\n{second}\n{first}\n", "")
 
@@ -214,12 +214,12 @@ def test_tokens_are_drawn_as_transformers_draws_them(chat: Chat) -> None:
 
     def drawn(seed: int) -> str:
         how = {"do_sample": True, "temperature": 1.5, "top_p": 0.9, "top_k": 0}
-        return expected(model.TINY, asked("Tom has 3"), place, seed=seed, **how)
+        return expected(model.TINY, prompt_ids("Tom has 3"), place, seed=seed, **how)
 
     words = [place, "--prompt", "Tom has 3", *SHORT]
-    said = [chat(*words, "--temperature", "1.5", "--top-p", "0.9", "--seed", seed)[1] for seed in (0, 1)]
-    assert said == [f"{drawn(seed)}\n" for seed in (0, 1)]
-    assert said[0] != said[1]
+    outputs = [chat(*words, "--temperature", "1.5", "--top-p", "0.9", "--seed", seed)[1] for seed in (0, 1)]
+    assert outputs == [f"{drawn(seed)}\n" for seed in (0, 1)]
+    assert outputs[0] != outputs[1]
     likeliest = chat(*words)[1]
     for none in (["--temperature", "0"], ["--temperature", "0", "--top-p", "0.5"], ["--top-p", "0.0001"]):
         assert chat(*words, *none)[1] == likeliest
@@ -252,7 +252,7 @@ def test_a_folder_that_cannot_write_is_one_line(chat: Chat) -> None:
         file.unlink()
     bare = Path(shutil.copytree(place, "bare"))
     (bare / "adapter" / "adapter_model.safetensors").unlink()
-    for folder, said in {
+    for folder, message in {
         "nowhere": "nowhere: no such folder; must be a trial's folder",
         "empty": "empty: holds no result.json; must be a trial's folder",
         str(place.parent): "holds several trials",
@@ -263,11 +263,11 @@ def test_a_folder_that_cannot_write_is_one_line(chat: Chat) -> None:
     }.items():
         code, out, err = chat(folder, "--prompt", "a")
         assert (code, out, err.count("\n")) == (2, "", 1), err
-        assert said in err
+        assert message in err
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("--temperature -1", "--temperature: must be a number, 0 or at least 1e-30, not -1"),
         ("--temperature 1e-320", "--temperature: must be a number, 0 or at least 1e-30, not 1e-320"),
@@ -285,10 +285,10 @@ def test_a_folder_that_cannot_write_is_one_line(chat: Chat) -> None:
         ("method.r=3", "contradicts adapter.path="),
     ],
 )
-def test_a_wrong_option_is_one_line(chat: Chat, words: str, said: str) -> None:
+def test_a_wrong_option_is_one_line(chat: Chat, words: str, message: str) -> None:
     code, out, err = chat(trial(), *words.split())
     assert (code, out, err.count("\n")) == (2, "", 1), err
-    assert said in err
+    assert message in err
 
 
 def test_advice_for_a_training_is_not_said_at_each_turn(chat: Chat) -> None:

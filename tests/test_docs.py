@@ -222,18 +222,21 @@ def test_every_key_option_and_public_name_has_a_sentence() -> None:
     keys += [key for _, found in reference.method_keys().values() for key in found]
     assert [key.name for key in keys if not key.sentence] == []
     options = [
-        (group, name) for group in reference.groups() for name, said in reference.options(group).items() if not said
+        (group, name)
+        for group in reference.groups()
+        for name, meaning in reference.options(group).items()
+        if not meaning
     ]
     assert options == []
     names = {name: reference_pages.public_names(module) for name, module in reference_pages.public_modules().items()}
-    assert [(name, own) for name, found in names.items() for own, said in found.items() if not said] == []
+    assert [(name, own) for name, found in names.items() for own, meaning in found.items() if not meaning] == []
     assert all(getattr(peftsweep, name).__doc__ for name in peftsweep.__all__)
 
 
 def test_a_key_is_explained_with_type_range_and_default() -> None:
-    said = reference.explain("train.batch_size")
-    assert said.startswith("train.batch_size: int, at least 1 and at most 2147483647; default 16")
-    assert "rows of a micro-batch" in said
+    explanation = reference.explain("train.batch_size")
+    assert explanation.startswith("train.batch_size: int, at least 1 and at most 2147483647; default 16")
+    assert "rows of a micro-batch" in explanation
     assert "Lora attention dimension" in reference.explain("method.r", "lora")
     assert reference.explain("eval.gsm8k.samples").startswith("eval.<name>.samples: int or null, at least 1")
     assert "qlora" in reference.explain("method").lower()
@@ -263,10 +266,10 @@ def test_a_key_is_explained_with_type_range_and_default() -> None:
     ],
 )
 def test_an_option_is_explained_with_its_keys_however_it_is_named(word: str, begins: str, holds: str) -> None:
-    said = reference.explain(word)
-    assert said.startswith(begins)
-    assert holds in said
-    assert "method.peft_type" not in said  # which an option decides, not a user
+    explanation = reference.explain(word)
+    assert explanation.startswith(begins)
+    assert holds in explanation
+    assert "method.peft_type" not in explanation  # which an option decides, not a user
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_conclusion_a_classifier_learns_its_task_with_each_method() -> None:
 
 def test_conclusion_the_file_of_an_adapter_is_less_than_a_fiftieth_of_the_whole_classifier() -> None:
     found = results("encoder").assign(
-        label=lambda table: table["run_info.labels"].map(lambda said: json.loads(said)[0])
+        label=lambda table: table["run_info.labels"].map(lambda labels: json.loads(labels)[0])
     )
     size = found.groupby("label")["train_info.adapter_bytes"].first()
     assert size["lora"] * 50 < size["full"]
@@ -123,8 +123,8 @@ def test_the_first_table_of_the_readme_is_that_of_the_study_of_ranks() -> None:
 
 
 def test_a_question_of_commonsense_170k_is_the_question_of_the_hub() -> None:
-    asked = "Please choose the correct answer to the question: {}\n\nAnswer1: salt Answer2: a cup of tea\n\n"
-    row = {"instruction": asked.format("What dissolves?") + "Answer format: answer1/answer2", "answer": "answer1"}
+    prompt = "Please choose the correct answer to the question: {}\n\nAnswer1: salt Answer2: a cup of tea\n\n"
+    row = {"instruction": prompt.format("What dissolves?") + "Answer format: answer1/answer2", "answer": "answer1"}
     hub = {"question_stem": "What dissolves?", "choices": {"text": ["salt", "a cup of tea"], "label": ["A", "B"]}}
     mine, theirs = cloze.question(row), cloze.question(hub | {"answerKey": "A"})
     assert {key: theirs[key] for key in mine} == mine
@@ -132,8 +132,8 @@ def test_a_question_of_commonsense_170k_is_the_question_of_the_hub() -> None:
 
 
 def test_a_row_without_texts_of_choices_has_no_question() -> None:
-    said = "Please answer the following question with true or false, question: is it so?\n\nAnswer format: true/false"
-    assert cloze.question({"instruction": said, "answer": "true"})["question"] is None
+    prompt = "Please answer the following question with true or false, question: is it so?\n\nAnswer format: true/false"
+    assert cloze.question({"instruction": prompt, "answer": "true"})["question"] is None
 
 
 CALL = '<tool_call>{"name": "timer", "arguments": {"minutes": 5}}</tool_call>'

@@ -29,16 +29,16 @@ def rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "said"),
+    ("prompt", "message"),
     [
         ("{qestion} ", "no column 'qestion'; did you mean 'question', as in 'dataset.prompt=\"{question} \"'"),
         ("{text}\\n", "there are: question, reply, as in 'dataset.prompt=\"{question}\\n\"'"),
     ],
 )
-def test_a_wrong_column_is_answered_by_the_word_with_a_right_one(prompt: str, said: str) -> None:
+def test_a_wrong_column_is_answered_by_the_word_with_a_right_one(prompt: str, message: str) -> None:
     with pytest.raises(InputError) as refused:
         cli._trial("dataset=file", "dataset.path=rows.jsonl", f'dataset.prompt="{prompt}"', 'dataset.answer="{reply}"')
-    assert said in str(refused.value)
+    assert message in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -66,9 +66,9 @@ def test_the_example_for_a_file_of_one_text_has_no_prompt_and_trains() -> None:
     Path("rows.csv").write_text("\n".join(["tale", *(f"Once there were {n}." for n in range(30))]))
     with pytest.raises(InputError) as refused:
         cli._trial("dataset=rows.csv")
-    said = str(refused.value).partition("give it, such as: ")[2]
-    assert said == """dataset=text dataset.path=rows.csv 'dataset.answer="{tale}"'"""
-    assert cli._trial(*shlex.split(said)).config.dataset.answer == "{tale}"
+    command = str(refused.value).partition("give it, such as: ")[2]
+    assert command == """dataset=text dataset.path=rows.csv 'dataset.answer="{tale}"'"""
+    assert cli._trial(*shlex.split(command)).config.dataset.answer == "{tale}"
 
 
 def test_the_example_for_answers_that_a_label_judges_takes_the_answers_and_says_that_some_are_not_wanted() -> None:
@@ -132,9 +132,11 @@ def test_no_gpu_is_answered_by_how_to_do_without(monkeypatch: pytest.MonkeyPatch
 
 
 def test_too_little_memory_is_answered_by_keys_that_need_less() -> None:
-    said = forecast.oversized(cli._trial("device=cpu", "memory_limit=2MB", "train.batch_size=8"))
-    assert said is not None
-    assert "there are 2.0 MB; try train.batch_size=4 train.accumulation=2, train.checkpointing=true, quant=4bit" in said
+    advice = forecast.oversized(cli._trial("device=cpu", "memory_limit=2MB", "train.batch_size=8"))
+    assert advice is not None
+    assert (
+        "there are 2.0 MB; try train.batch_size=4 train.accumulation=2, train.checkpointing=true, quant=4bit" in advice
+    )
 
 
 @pytest.mark.parametrize(("rate", "proposed"), [(3.0, "0.001"), (0.01, "0.001"), (0.004, "0.0004")])
@@ -187,5 +189,5 @@ def test_an_option_by_another_name_is_suggested(group: str, wrong: str, meant: s
 @pytest.mark.parametrize(("after", "worse"), [(9.0, True), (5.2, False), (4.0, False)])
 def test_a_perplexity_that_training_has_raised_is_a_caution(after: float, worse: bool) -> None:
     scores = {"perplexity": {"value": after, "stderr": 0.1, "n": 9}, "base_perplexity": {"value": 5.0, "stderr": 0.1}}
-    said = [line for line in cautions({}, {"rows": scores}, {}) if "lower train.learning_rate" in line]
-    assert bool(said) is worse
+    found = [line for line in cautions({}, {"rows": scores}, {}) if "lower train.learning_rate" in line]
+    assert bool(found) is worse

@@ -30,7 +30,7 @@ def test_the_wheel_carries_conf_the_launcher_and_the_embedded_model(wheel: Path)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "line"),
     [
         (["method.r=16", "--cfg", "job"], "  r: 16\n"),
         pytest.param(
@@ -39,7 +39,7 @@ def test_the_wheel_carries_conf_the_launcher_and_the_embedded_model(wheel: Path)
     ],
 )
 def test_the_installed_wheel_composes_and_lists_a_sweep(
-    words: list[str], said: str, wheel: Path, tmp_path: Path
+    words: list[str], line: str, wheel: Path, tmp_path: Path
 ) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     # -S and -P keep the checkout out; the dependencies are those of this environment.
@@ -52,4 +52,4 @@ def test_the_installed_wheel_composes_and_lists_a_sweep(
     )
     done = subprocess.run([sys.executable, "-S", "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert said in done.stdout
+    assert line in done.stdout

@@ -203,9 +203,9 @@ ASKED: dict[str, tuple[dict[str, Any], str, str]] = {
 def test_unclear_columns_are_asked_for_in_a_line_with_a_command(name: str) -> None:
     row, prompt, answer = ASKED[name]
     file = write("rows.jsonl", [row] * 3)
-    with pytest.raises(InputError) as asked:
+    with pytest.raises(InputError) as raised:
         meaning(f"dataset={file}")
-    message = str(asked.value)
+    message = str(raised.value)
     assert "\n" not in message
     assert f"dataset={file} 'dataset.prompt=\"{prompt}" in message
     assert f"'dataset.answer=\"{answer}" in message
@@ -214,9 +214,9 @@ def test_unclear_columns_are_asked_for_in_a_line_with_a_command(name: str) -> No
 
 def test_the_command_that_is_asked_for_is_understood() -> None:
     file = write("rows.jsonl", [{"text": "a", "label": label} for label in ("good", "bad") * 3])
-    with pytest.raises(InputError) as asked:
+    with pytest.raises(InputError) as raised:
         meaning(f"dataset={file}")
-    words = [word.strip("'") for word in str(asked.value).partition("such as: ")[2].split()]
+    words = [word.strip("'") for word in str(raised.value).partition("such as: ")[2].split()]
     found = meaning(*words)
     assert found == {
         **{"dataset": "file", "dataset.path": "rows.jsonl", "dataset.prompt": "{text}\\n"},
@@ -272,22 +272,22 @@ def test_the_beginning_of_a_large_file_is_enough(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_dataset_of_the_hub_is_read_by_its_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
+    requested: list[Any] = []
 
     def first_rows(*words: Any) -> list[dict[str, Any]]:
-        asked.append(words)
+        requested.append(words)
         return PAIRS
 
     monkeypatch.setattr(rows, "first_hub_rows", first_rows)
     found = meaning("dataset=someone/rows:validation", "dataset.hub_config=en")
-    assert asked == [("someone/rows", "en", "validation", None)]
+    assert requested == [("someone/rows", "en", "validation", None)]
     assert {key: found[f"dataset.{key}"] for key in ("path", "hub", "hub_split", "prompt")} == {
         **{"path": None, "hub": "someone/rows", "hub_split": "validation", "prompt": "{prompt}\\n"}
     }
     assert meaning("dataset=openai/gsm8k") == {"dataset": "gsm8k"}
     own = meaning("dataset=some/rows:train[:9]", 'dataset.prompt="{a}"', 'dataset.answer="{b}"')
     assert own["dataset.hub_split"] == "train[:9]"
-    assert len(asked) == 1
+    assert len(requested) == 1
 
 
 WRONG = {

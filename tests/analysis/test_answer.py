@@ -75,7 +75,7 @@ def test_twenty_questions_are_read_off_the_files() -> None:
     failed = section(answer, "failures")["facts"]["causes"]
     rows = section(answer, "table")["tables"][0]["rows"]
     judged, by_level = sure["scores"][0], {one["level"]: one for one in choice["comparisons"]}
-    asked = {
+    lookups = {
         "which configuration is to be used?": (use["configuration"], "lora, r=16"),
         "how good is it?": (use["score"]["value"], pytest.approx(0.805)),
         "what is the score?": (use["score"]["name"], "task accuracy"),
@@ -109,8 +109,8 @@ def test_twenty_questions_are_read_off_the_files() -> None:
             {"lora, r=8": pytest.approx(0.405), "lora, r=16": pytest.approx(0.805), "lora, r=32": pytest.approx(0.815)},
         ),
     }
-    assert len(asked) == 20
-    for question, (found, wanted) in asked.items():
+    assert len(lookups) == 20
+    for question, (found, wanted) in lookups.items():
         assert found == wanted, question
     assert use["score"]["low"] < use["score"]["value"] < use["score"]["high"]
     assert "**Use `lora, r=16`**: 0.805" in text
@@ -125,7 +125,7 @@ def test_the_four_outputs_hold_the_same_sentences_in_the_same_order() -> None:
     opened = page.write(table, tables.steps(table), STUDY, predictions(STUDY), answer).read_text(encoding="utf-8")
     shown = re.sub(r"<[^>]+>", "", opened.partition("</head>")[2].partition('id="trial')[0])
     printed = "\n".join(render.lines(answer))
-    said = [sentence for part in held["sections"] for sentence in part["sentences"]]
+    sentences = [sentence for part in held["sections"] for sentence in part["sentences"]]
     assert [part["name"] for part in held["sections"]][:6] == [
         "use",
         "league",
@@ -135,16 +135,18 @@ def test_the_four_outputs_hold_the_same_sentences_in_the_same_order() -> None:
         "failures",
     ]
     for output in (printed, render.plain(text), html.unescape(shown)):
-        places = [output.find(sentence) for sentence in said]
+        places = [output.find(sentence) for sentence in sentences]
         assert -1 not in places
         assert places == sorted(places)
 
 
 def _meaning(schema: Any) -> Any:
-    """A schema without what versions of pydantic write or leave out, which is no rule or said already."""
+    """A schema without what versions of pydantic write or leave out, which is no rule or implied anyway."""
     if isinstance(schema, dict):
-        said = [("additionalProperties", True), ("enum", [schema.get("const", schema)])]
-        return {key: _meaning(part) for key, part in schema.items() if key != "description" and (key, part) not in said}
+        implied = [("additionalProperties", True), ("enum", [schema.get("const", schema)])]
+        return {
+            key: _meaning(part) for key, part in schema.items() if key != "description" and (key, part) not in implied
+        }
     return [_meaning(part) for part in schema] if isinstance(schema, list) else schema
 
 
@@ -177,15 +179,15 @@ def test_nothing_is_used_where_nothing_beats_the_base_and_one_trial_is_the_only_
 
 
 def test_the_command_is_the_same_in_every_output_whatever_its_words_hold() -> None:
-    said = ["dataset.prompt='{q}  **{a}** `x`'", "dataset.answer='é\n\tb'", "label=it's"]
+    overrides = ["dataset.prompt='{q}  **{a}** `x`'", "dataset.answer='é\n\tb'", "label=it's"]
     kept = STUDY / "t0" / ".hydra" / "overrides.yaml"
     kept.parent.mkdir(parents=True)
-    kept.write_text(json.dumps(said), encoding="utf-8")
+    kept.write_text(json.dumps(overrides), encoding="utf-8")
     command = build.command(STUDY / "t0")
     assert command is not None
     assert "\n" not in command
     shell = ["bash", "-c", f"printf '%s\\0' {command}"]
-    assert subprocess.run(shell, capture_output=True, text=True, check=True).stdout.split("\0")[1:-1] == said
+    assert subprocess.run(shell, capture_output=True, text=True, check=True).stdout.split("\0")[1:-1] == overrides
     sentence = f"{render.TRAIN}{words.code(command, exact=True)}"
     assert render.plain(sentence) == f"{render.TRAIN}{command}"
     assert html.unescape(render.inline(sentence)) == f"{render.TRAIN}<code>{command}</code>"
@@ -541,7 +543,7 @@ def test_what_a_tuning_decided_comes_first_and_nothing_contradicts_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "verdict", "said"),
+    ("first", "second", "verdict", "sentence"),
     [
         ("r16", "r8", "tie", "; it is a tie with r8; the untouched"),
         ("r8", "r16", "open", "; it is not told apart from r8; the untouched"),
@@ -550,14 +552,14 @@ def test_what_a_tuning_decided_comes_first_and_nothing_contradicts_it() -> None:
     ],
 )
 def test_what_a_tuning_chose_is_said_with_the_rivals_it_did_not_beat(
-    first: str, second: str, verdict: Any, said: str
+    first: str, second: str, verdict: Any, sentence: str
 ) -> None:
     rows = judged_on_rows((80, 81))
     decided = dataclasses.replace(
         tuned(rows), between=[structure.Between(first, second, 0.01, -0.02, 0.04, 3, verdict)]
     )
     record.write_json(STUDY / "tune.json", {"lines": ["Use x"], "decision": tuning_decision.facts(decided)})
-    assert said in section(answered(*rows)[0], "use")["sentences"][0]
+    assert sentence in section(answered(*rows)[0], "use")["sentences"][0]
 
 
 def test_where_a_tuning_shows_no_gain_nothing_is_recommended() -> None:
@@ -662,17 +664,17 @@ def test_what_was_kept_is_in_all_four_outputs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("words", "told"),
     [
         (["method.r=8", "train.eval_every=10", "halving.min_steps=10", "halving.rung=2", "force=false"], True),
         (["method.r=8", "halving.min_steps=10", "halving.rung=1"], True),
         (["method.r=8", "halving.resource=rows", "halving.min_fraction=0.1", "dataset.fraction=0.1"], False),
     ],
 )
-def test_the_command_of_a_trial_of_a_search_trains_it_without_the_search(said: list[str], told: bool) -> None:
+def test_the_command_of_a_trial_of_a_search_trains_it_without_the_search(words: list[str], told: bool) -> None:
     """A search validates at its rungs: with as many steps between validations the trial is the same one."""
     kept = STUDY / "t0" / ".hydra" / "overrides.yaml"
     kept.parent.mkdir(parents=True)
-    kept.write_text(json.dumps(said), encoding="utf-8")
+    kept.write_text(json.dumps(words), encoding="utf-8")
     command = build.command(STUDY / "t0")
-    assert command == ("peftsweep method.r=8 train.eval_every=10" if told else f"peftsweep {' '.join(said)}")
+    assert command == ("peftsweep method.r=8 train.eval_every=10" if told else f"peftsweep {' '.join(words)}")

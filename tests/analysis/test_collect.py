@@ -61,9 +61,9 @@ def write(name: str, rank: int, accuracy: float | None, place: str = "default", 
 def test_the_terminal_has_no_error_of_0_and_the_memory_that_the_answer_tells(collect_command: Collect) -> None:
     for rank, accuracy in ((8, 0.0), (16, 0.7)):
         record = write(f"r{rank}", rank, accuracy) / "result.json"
-        said = json.loads(record.read_text())
-        said["memory"]["predicted"] = {"peak_bytes": rank * 10**6}
-        record.write_text(json.dumps(said))
+        content = json.loads(record.read_text())
+        content["memory"]["predicted"] = {"peak_bytes": rank * 10**6}
+        record.write_text(json.dumps(content))
     _, out, _ = collect_command("--no-plots")
     assert "0.000 (200 rows)" in out
     assert "0.000 ± 0.000" not in out
@@ -285,10 +285,10 @@ def test_the_advice_is_of_the_trials_that_where_chooses(collect_command: Collect
     for rank, accuracy in ((8, 0.4), (16, 0.6), (32, 0.9)):
         write(f"r{rank}", rank, accuracy)
     _, out, _ = collect_command("--no-plots", "--where", "config.method.r < 20")
-    said = out.partition("wrote ")[0]
-    assert "2 trials: 2 success (3 in the study)" in said
-    assert "Use lora, r=16: 0.600" in said
-    assert "0.900" not in said
+    report = out.partition("wrote ")[0]
+    assert "2 trials: 2 success (3 in the study)" in report
+    assert "Use lora, r=16: 0.600" in report
+    assert "0.900" not in report
     assert "RESULTS.md, of all 3 trials" in out
     _, out, _ = collect_command("--no-plots", "--where", "config.method.r > 99")
     assert "multirun/default: --where chooses none of 3 trials" in out

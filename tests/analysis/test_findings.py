@@ -160,8 +160,8 @@ def _of_factor(score: str, scope: frozenset[str], body: str, line: str) -> Itera
         if smallest := re.match(rf" is the smallest that is not separable from the best, (\d+) \(.*?, {P}\)", rank[2]):
             best = smallest[1]
             yield claim(f"r={rank[1]}", f"r={best}", "tie", smallest[2])
-        for verdict, said in (("worse", "worse than the best"), ("tie", "no difference from the best is shown")):
-            for those in re.findall(rf"; {said}: ((?:\d+ \([^)]*\)(?:, )?)+)", rank[2]):
+        for verdict, phrase in (("worse", "worse than the best"), ("tie", "no difference from the best is shown")):
+            for those in re.findall(rf"; {phrase}: ((?:\d+ \([^)]*\)(?:, )?)+)", rank[2]):
                 for level, p in re.findall(rf"(\d+) \([^)]*?{P}\)", those):
                     yield claim(f"r={level}", f"r={best}", verdict, p)
         if step := re.search(rf"From rank (\d+) to (\d+) it went .*? {P}", rank[2]):
@@ -179,8 +179,8 @@ def _of_ranking(score: str, ranking: str) -> Iterator[Claim]:
         name, p, standing = row[1], row[5], row[6]
         verdict = "tie" if standing in ("tie", "worse than another") else standing
         text = " | ".join(row)
-        said = "< 0.001" if p == "<0.001" else f"= {float(p):.3f}" if p == "1" else f"= {p}"
-        yield Claim(score, frozenset(name.split(", ")), frozenset(first[1].split(", ")), verdict, said, text)
+        p_value = "< 0.001" if p == "<0.001" else f"= {float(p):.3f}" if p == "1" else f"= {p}"
+        yield Claim(score, frozenset(name.split(", ")), frozenset(first[1].split(", ")), verdict, p_value, text)
         assert (row[0] == first[0]) == (standing == "tie"), text
 
 
@@ -264,11 +264,11 @@ def test_an_interval_of_a_single_comparison_is_told_as_such_where_the_adjusted_p
 ) -> None:
     right = [np.arange(400) < 200 + 8 * (n == 7) for n in range(8)]  # 8 rows that none of the 7 others has
     text = study([{"config.method.r": 4 << n} for n in range(8)], right).report(tmp_path)
-    (said,) = re.findall(r"rank 4 is the smallest that is not separable from the best, 512 \((.*?)\)", text)[:1]
+    (parenthesis,) = re.findall(r"rank 4 is the smallest that is not separable from the best, 512 \((.*?)\)", text)[:1]
     p = holm({0: reference.binomtest(8, 8).pvalue} | dict.fromkeys(range(1, 28), 1.0))[0]
     assert reference.binomtest(8, 8).pvalue < 0.05 < p
-    assert said.startswith("−0.020 [−0.0")
-    assert said.endswith(f"] as a single comparison, not shown among all pairs, p {words.p_is(p)}")
+    assert parenthesis.startswith("−0.020 [−0.0")
+    assert parenthesis.endswith(f"] as a single comparison, not shown among all pairs, p {words.p_is(p)}")
     row = {"difference": -0.051, "low": -0.089, "high": -0.014, "scale": "difference"}
     assert (
         words.tested(row, 1.0) == "−0.051 [−0.089, −0.014] as a single comparison, not shown among all pairs, p = 1.000"
@@ -322,17 +322,17 @@ def sentences(text: str, *names: str) -> list[str]:
 def test_a_batch_size_that_moved_with_the_method_is_named_with_it(tmp_path: Path) -> None:
     batch, rate = "config.train.batch_size", "config.train.learning_rate"
     points = [{"choices.method": "full", batch: 8, rate: 1e-5}, {"choices.method": "lora", batch: 32, rate: 2e-4}]
-    said = sentences(study(points, right(0.5, 0.9)).report(tmp_path), "`full`", "`lora`")
-    assert len(said) == 3
-    assert all("batch_size" in line and "lr" in line and "8" in line and "32" in line for line in said)
+    lines = sentences(study(points, right(0.5, 0.9)).report(tmp_path), "`full`", "`lora`")
+    assert len(lines) == 3
+    assert all("batch_size" in line and "lr" in line and "8" in line and "32" in line for line in lines)
 
 
 def test_a_rate_that_falls_with_the_rank_is_named_with_it(tmp_path: Path) -> None:
     points = [{"config.method.r": r, "config.train.learning_rate": 0.01 / r} for r in (8, 16, 32)]
     text = study(points, right(0.3, 0.6, 0.9)).report(tmp_path)
-    said = sentences(text, "rank 32")
-    assert len(said) == 2
-    assert all("together with the rank (8, 16, 32) changed lr (0.00125, 0.000625, 0.0003125)" in line for line in said)
+    lines = sentences(text, "rank 32")
+    assert len(lines) == 2
+    assert all("together with the rank (8, 16, 32) changed lr (0.00125, 0.000625, 0.0003125)" in line for line in lines)
     assert "These settings differ too, and are not in the names: lr (0.0003125, 0.000625, 0.00125)." in text
 
 
@@ -351,9 +351,9 @@ def test_named_points_that_differ_in_four_settings_are_no_comparison_of_ranks(tm
         {"config.label": f"p{n}", "config.method.r": 8 << n} | {f"config.train.k{k}": n for k in range(9)}
         for n in (0, 1)
     ]
-    (said,) = set(sentences(study(many, right(0.3, 0.9)).report(tmp_path), "`r=8`", "`r=16`"))
-    assert "also differ in 9 other settings" in said
-    assert "no difference is attributed to the rank" in said
+    (sentence,) = set(sentences(study(many, right(0.3, 0.9)).report(tmp_path), "`r=8`", "`r=16`"))
+    assert "also differ in 9 other settings" in sentence
+    assert "no difference is attributed to the rank" in sentence
 
 
 @pytest.mark.parametrize(
@@ -370,11 +370,11 @@ def test_named_points_that_differ_in_four_settings_are_no_comparison_of_ranks(tm
 )
 def test_whatever_moves_with_the_method_is_named_with_it(key: str, values: tuple[Any, Any], tmp_path: Path) -> None:
     points = [{"choices.method": method, key: value} for method, value in zip(("lora", "dora"), values, strict=True)]
-    said = sentences(study(points, right(0.5, 0.9)).report(tmp_path), "`lora`", "than `dora`")
-    said += sentences(study(points, right(0.5, 0.9)).report(tmp_path), "`dora` is best")
-    assert len(said) >= 2
+    lines = sentences(study(points, right(0.5, 0.9)).report(tmp_path), "`lora`", "than `dora`")
+    lines += sentences(study(points, right(0.5, 0.9)).report(tmp_path), "`dora` is best")
+    assert len(lines) >= 2
     name = {"config.method.r": "r ("}.get(key, key.rpartition(".")[2])
-    assert all(name in line for line in said)
+    assert all(name in line for line in lines)
 
 
 def test_what_an_option_consists_of_did_not_move(tmp_path: Path) -> None:
@@ -399,8 +399,10 @@ def test_another_machine_is_named_where_times_are_compared(tmp_path: Path) -> No
         for quant, gpu, time in zip(quants, gpus, (100.0, 300.0), strict=True)
         for seed in range(3)
     ]
-    (said,) = sentences(study(points, right(0.5, 0.5, 0.5, 0.5, 0.5, 0.5)).report(tmp_path), "training time", "takes")
-    assert "gpus (" in said
+    (sentence,) = sentences(
+        study(points, right(0.5, 0.5, 0.5, 0.5, 0.5, 0.5)).report(tmp_path), "training time", "takes"
+    )
+    assert "gpus (" in sentence
 
 
 # ---- tables and sentences of levels ----------------------------------------------------------------
@@ -417,16 +419,16 @@ def test_a_level_is_divided_by_the_settings_that_it_shares_and_says_how_many(tmp
     change = paired / math.sqrt(1000 * 2000) - 1
     assert f"+{change:.1%}" in row
     assert "(2 settings)" in row
-    (said, *_) = sentences(text, "other perplexity", "`4bit`", "`unquantised`", "2 settings")
-    assert "lower is better" in said or "no difference" in said
+    (sentence, *_) = sentences(text, "other perplexity", "`4bit`", "`unquantised`", "2 settings")
+    assert "lower is better" in sentence or "no difference" in sentence
 
 
 def test_a_finding_of_three_levels_names_all_three_with_their_figures(tmp_path: Path) -> None:
     points = [{"choices.quant": quant} for quant in ("none", "8bit", "4bit")]
     text = study(points, right(0.9, 0.85, 0.2)).report(tmp_path)
-    said = [line for line in text.splitlines() if line.startswith("- task accuracy: `")]
-    assert len(said) == 2
-    for line in said:
+    lines = [line for line in text.splitlines() if line.startswith("- task accuracy: `")]
+    assert len(lines) == 2
+    for line in lines:
         assert re.search(
             r"`unquantised` has the best figure, 0\.900; no difference from it is shown: `8bit` \(0\.850, ", line
         )
@@ -436,13 +438,13 @@ def test_a_finding_of_three_levels_names_all_three_with_their_figures(tmp_path: 
 def test_a_step_of_ranks_says_from_what_to_what_and_what_is_better(tmp_path: Path) -> None:
     points = [{"config.method.r": r} for r in (8, 16, 32)]
     text = study(points, right(0.5, 0.5, 0.5), other=[3.0, 6.0, 38.22]).report(tmp_path)
-    (said, *_) = [line for line in text.splitlines() if line.startswith("- other perplexity: rank")]
+    (sentence, *_) = [line for line in text.splitlines() if line.startswith("- other perplexity: rank")]
     assert (
         "rank 8, the smallest tried, has the best figure; worse than the best: 16 (6.000, p < 0.001), 32 (38.22, "
-        in said
+        in sentence
     )
-    assert "From rank 16 to 32 it went from 6.000 to 38.22 (+537% [" in said
-    assert "lower is better" in said
+    assert "From rank 16 to 32 it went from 6.000 to 38.22 (+537% [" in sentence
+    assert "lower is better" in sentence
     assert "plus being" not in text
 
 
@@ -465,11 +467,11 @@ def test_speed_goes_before_quality_only_within_a_bound_that_is_told(
 def test_the_advice_names_a_score_by_which_another_is_shown_to_be_better(tmp_path: Path) -> None:
     points = [{"config.method.r": rank, "config.seed": seed} for rank in (8, 16) for seed in range(3)]
     right = [np.arange(ROWS) < count for count in (50, 51, 50, 20, 21, 20)]
-    for perplexities, said in (([9.0, 9.1, 9.2, 3.0, 3.1, 3.2], True), ([3.0, 3.1, 3.2, 9.0, 9.1, 9.2], False)):
+    for perplexities, contradicted in (([9.0, 9.1, 9.2, 3.0, 3.1, 3.2], True), ([3.0, 3.1, 3.2, 9.0, 9.1, 9.2], False)):
         text = study(points, right, other=perplexities).report(tmp_path)
         use = next(line for line in text.splitlines() if "**Use" in line)
         assert use.startswith("- **Use `lora, r=8`**")
-        assert ("; by other perplexity `lora, r=16` is better." in use) == said
+        assert ("; by other perplexity `lora, r=16` is better." in use) == contradicted
 
 
 def test_a_choice_that_the_first_score_does_not_show_is_told_by_one_that_does(tmp_path: Path) -> None:
@@ -516,10 +518,10 @@ def test_a_configuration_without_a_score_is_said_to_be_compared_with_none(tmp_pa
 
 
 def test_the_figure_of_the_best_of_many_is_said_to_be_partly_luck(tmp_path: Path) -> None:
-    said = "figures is partly luck: on other test rows expect a worse one."
-    assert f"- The best of 3 {said}" in study(ranks(4, 8, 16), alike(0.5, 0.6, 0.5)).report(tmp_path)
-    assert said not in study(ranks(4, 8, 16), alike(0.5, 0.5, 0.5)).report(tmp_path)  # none was chosen
-    assert said not in study(ranks(4, 8), alike(0.5, 0.6)).report(tmp_path)
+    caution = "figures is partly luck: on other test rows expect a worse one."
+    assert f"- The best of 3 {caution}" in study(ranks(4, 8, 16), alike(0.5, 0.6, 0.5)).report(tmp_path)
+    assert caution not in study(ranks(4, 8, 16), alike(0.5, 0.5, 0.5)).report(tmp_path)  # none was chosen
+    assert caution not in study(ranks(4, 8), alike(0.5, 0.6)).report(tmp_path)
 
 
 def test_an_average_that_hides_opposite_differences_says_so(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_their_results_become_a_study(collect_command: Collect) -> None:
     assert "multirun/peft_comparison: 3 trials: 3 success" in out
     rows = pd.read_parquet("multirun/peft_comparison/results.parquet").set_index("run_info.labels")
     row = rows.loc['["lora/example-rank8"]']
-    said = {
+    expected = {
         "choices.model": "llama3.2_3b",
         "choices.method": "dora",
         "choices.quant": "none",
@@ -152,7 +152,7 @@ def test_their_results_become_a_study(collect_command: Collect) -> None:
         "eval_info.forgetting.loss_increase.value": 0.02,
         "meta_info.packages.peft.version": "1.0",
     }
-    assert {key: row[key] for key in said} == said
+    assert {key: row[key] for key in expected} == expected
     assert row["eval_info.gsm8k.accuracy.stderr"] == pytest.approx(math.sqrt(0.25 / 1318), rel=1e-5)
     assert sorted(rows["choices.method"]) == ["dora", "full", "lora"]
     steps = pd.read_parquet("multirun/peft_comparison/steps.parquet")

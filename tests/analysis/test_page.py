@@ -123,9 +123,9 @@ def test_rows_of_any_two_of_base_and_configurations_can_be_compared() -> None:
         for second in range(3):
             won = [n for n in range(20) if of["figures"][first][n] > of["figures"][second][n]]
             assert sum(str(n) in of["texts"] for n in won) >= min(len(won), of["each"])
-    row, (prompt, _, said) = next(iter(of["texts"].items()))
+    row, (prompt, _, predictions) = next(iter(of["texts"].items()))
     assert prompt == f"{EVIL}{row}"
-    assert len(said) == 3
+    assert len(predictions) == 3
 
 
 def test_texts_of_rows_are_no_markup_of_the_page() -> None:

@@ -409,13 +409,13 @@ def test_no_gain_shown_is_not_called_no_gain(tmp_path: Path) -> None:
     high = statistics_intervals.paired_interval(np.array([5]), np.array([1]), 40)[1][0]
     assert f"40 test rows leave a gain of up to {high:.3f} possible" in first
     assert "learning rate" not in first  # as the records do not say which it was
-    for rates, said in (([1e-4], "all results are of one learning rate, 0.0001."), ([1e-4, 1e-3], "possible.")):
+    for rates, ending in (([1e-4], "all results are of one learning rate, 0.0001."), ([1e-4, 1e-3], "possible.")):
         rows = pd.concat([table] * len(rates), ignore_index=True)
         rows["config.train.learning_rate"] = rates
         rows["run_info.trial"] = [f"t{n}" for n in range(len(rates))]
         rows["config.method.r"] = [8 << n for n in range(len(rates))]
         _, answer = report.write(tmp_path, rows, pd.DataFrame(), (), predictions(tmp_path))
-        assert next(iter(render.lines(answer))).endswith(said)
+        assert next(iter(render.lines(answer))).endswith(ending)
 
 
 def test_a_study_without_the_base_s_rows_says_how_it_compares(tmp_path: Path) -> None:

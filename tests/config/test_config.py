@@ -311,7 +311,7 @@ GERMAN = {"frage": "Was ist das?", "antwort": "Ein Haus"}
 
 
 @pytest.mark.parametrize(
-    ("row", "words", "said"),
+    ("row", "words", "message"),
     [
         (
             {"frage": "Was ist das?", "antwort": "Ein Haus"},
@@ -327,11 +327,11 @@ GERMAN = {"frage": "Was ist das?", "antwort": "Ein Haus"}
     ],
 )
 def test_templates_that_are_missing_are_shown_over_the_columns_of_the_file(
-    row: dict[str, str], words: list[str], said: str
+    row: dict[str, str], words: list[str], message: str
 ) -> None:
     Path("my rows.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(InputError) as refused:
         cli._trial("dataset=file", "dataset.path='my rows.jsonl'", *words)
     assert "must be given, such as " in str(refused.value)
-    assert said in str(refused.value)
+    assert message in str(refused.value)
     assert "{question}" not in str(refused.value)

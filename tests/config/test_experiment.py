@@ -37,8 +37,8 @@ TEMPLATE = "Q: {query}\nA:"
 def folder(place: Path, **files: dict[str, Any]) -> list[str]:
     """Write an experiment, a file a keyword; the words that run it."""
     place.mkdir(parents=True, exist_ok=True)
-    for name, said in files.items():
-        (place / f"{name}.json").write_text(json.dumps(said))
+    for name, content in files.items():
+        (place / f"{name}.json").write_text(json.dumps(content))
     return ["method=from/adapter_config", f"method.path='{place}'"]
 
 
@@ -138,7 +138,7 @@ def test_both_names_of_the_training_parameters_are_read(name: str, compose: Comp
 
 
 @pytest.mark.parametrize(
-    ("said", "problem"),
+    ("params", "problem"),
     [
         ({"dtype": "float8"}, "dtype=float8: must be float32, float16, bfloat16, int8 or int4"),
         ({"eval_steps": 30, "max_steps": 20}, "eval_steps=30: must be a number of steps, at most max_steps=20"),
@@ -146,17 +146,17 @@ def test_both_names_of_the_training_parameters_are_read(name: str, compose: Comp
     ],
 )
 def test_impossible_parameters_are_refused(
-    said: dict[str, Any], problem: str, compose: Compose, tmp_path: Path
+    params: dict[str, Any], problem: str, compose: Compose, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError) as caught:
-        compose(*folder(tmp_path / "a", adapter_config=LORA, training_params=said), *SMALL)
+        compose(*folder(tmp_path / "a", adapter_config=LORA, training_params=params), *SMALL)
     assert problem in str(caught.value)
 
 
 def test_parameters_of_the_benchmark_time_inference(compose: Compose, tmp_path: Path) -> None:
-    said = {"max_new_tokens": 7, "category_generation_params": {"long": {"max_new_tokens": 9}}, "use_4bit": True}
-    said |= {"num_inference_runs": 3, "train_steps": 5, "use_8bit": False, "seed": 42}
-    one = compose(*folder(tmp_path / "a", adapter_config=LORA, benchmark_params=said), *SMALL)
+    params = {"max_new_tokens": 7, "category_generation_params": {"long": {"max_new_tokens": 9}}, "use_4bit": True}
+    params |= {"num_inference_runs": 3, "train_steps": 5, "use_8bit": False, "seed": 42}
+    one = compose(*folder(tmp_path / "a", adapter_config=LORA, benchmark_params=params), *SMALL)
     categories = {name: options["new_tokens"] for name, options in one.config.inference["categories"].items()}
     assert categories == {"short": 7, "medium": 7, "long": 9}
     assert (one.choices["inference"], one.config.inference["runs"], one.config.seed) == ("standard", 3, 42)
@@ -168,9 +168,9 @@ def test_limits_are_those_of_the_method(compose: Compose, tmp_path: Path) -> Non
     oft = {"peft_type": "OFT", "r": 0, "oft_block_size": 32, "task_type": "CAUSAL_LM"}  # the defaults of OFTConfig
     one = compose(*folder(tmp_path / "a", adapter_config=oft), *SMALL)
     assert (forecast.check(one).trainable_parameters or 0) > 0
-    for name, said, least in (("b", oft | {"r": -1}, 0), ("c", LORA | {"r": 0}, 1)):
-        with pytest.raises(InputError, match=f"method.r={said['r']}: must be at least {least}"):
-            compose(*folder(tmp_path / name, adapter_config=said), *SMALL)
+    for name, adapter_config, least in (("b", oft | {"r": -1}, 0), ("c", LORA | {"r": 0}, 1)):
+        with pytest.raises(InputError, match=f"method.r={adapter_config['r']}: must be at least {least}"):
+            compose(*folder(tmp_path / name, adapter_config=adapter_config), *SMALL)
 
 
 # ---- the comparison --------------------------------------------------------------------------------

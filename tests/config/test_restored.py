@@ -96,8 +96,8 @@ def test_a_base_whose_files_have_changed_is_said(
     Path("base/model.safetensors").write_bytes(Path("base/model.safetensors").read_bytes()[:-1] + b"x")
     compose(f"adapter.path={place}")
     compose(f"adapter.path={place}")
-    said = "its files have changed since the trial of adapter.path="
-    assert capfd.readouterr().err.count(said) == (rule > 1)  # the first rule had other hashes, and once is enough
+    warning = "its files have changed since the trial of adapter.path="
+    assert capfd.readouterr().err.count(warning) == (rule > 1)  # the first rule had other hashes, and once is enough
 
 
 def test_test_path_alone_scores_a_checkpoint_on_another_file(alpaca: Path, compose: Compose) -> None:
@@ -202,8 +202,8 @@ def elsewhere(tmp_path: Path) -> Path:
     folder = tmp_path / "downloads" / "adapter"
     shutil.copytree(saved({}) / "adapter", folder)
     file = folder / "adapter_config.json"
-    said = json.loads(file.read_text()) | {"target_modules": ["q_proj", "v_proj"]}
-    file.write_text(json.dumps(said | {"base_model_name_or_path": str(model.TINY)}))
+    adapter_config = json.loads(file.read_text()) | {"target_modules": ["q_proj", "v_proj"]}
+    file.write_text(json.dumps(adapter_config | {"base_model_name_or_path": str(model.TINY)}))
     return folder
 
 

@@ -66,8 +66,8 @@ PARTS = (
 TEMPLATES = {"chatml": CHATML, "llama": LLAMA, "generation": GENERATION, "reasoning": REASONING, "tools": TOOLS}
 
 
-def turns(*said: str) -> list[Row]:
-    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said)]
+def turns(*texts: str) -> list[Row]:
+    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
 
 
 TALK = turns("Tom has 3 pens.", "Three, then.", "And 4 more?", "\nSeven 😀 pens. ")
@@ -277,8 +277,8 @@ def test_a_turn_that_ends_with_another_mark_than_the_last_is_trained_to_it() -> 
     made = tokenizer(OTHER_END, OTHER_MARKS)
     every = ["<|say|>final<|message|>b<|end|>", "<|say|>final<|message|>d<|return|>"]
     assert trained(made, tokens(made, {"messages": turns("a", "b", "c", "d")})) == every
-    asked = {"messages": [*turns("a"), CALLS, {"role": "tool", "content": "7"}, THOUGHT]}
-    assert trained(made, tokens(made, asked)) == [
+    conversation = {"messages": [*turns("a"), CALLS, {"role": "tool", "content": "7"}, THOUGHT]}
+    assert trained(made, tokens(made, conversation)) == [
         ' to=add<|message|>{"a": 3}<|call|>',
         "<|say|>thinks<|message|>3+4<|end|><|start|>assistant<|say|>final<|message|>Seven.<|return|>",
     ]

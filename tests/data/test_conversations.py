@@ -405,17 +405,17 @@ def dataset(name: str, **keys: Any) -> DatasetConfig:
 def test_a_named_dataset_of_the_hub_has_the_examples_of_a_local_file(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[Any] = []
+    requested: list[Any] = []
 
     def load(*where: Any, **how: Any) -> Any:
-        asked.append((*where, how["split"], how["revision"]))
+        requested.append((*where, how["split"], how["revision"]))
         return datasets.Dataset.from_list(schemas.SCHEMAS[name])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(hub, "problem", lambda: None)
     own = dataset(name)
     rows = data_rows.hub_rows(own.hub or "", own.hub_config, own.hub_split, own.revision, "dataset.hub")
-    assert asked == [(own.hub, own.hub_config, own.hub_split, own.revision)]
+    assert requested == [(own.hub, own.hub_config, own.hub_split, own.revision)]
     file = schemas.write(name, tmp_path)
     local = templates.dataset_examples(dataset(name, path=str(file)), data_rows.read_rows(file))
     assert templates.dataset_examples(own, rows) == local

@@ -234,8 +234,8 @@ def test_a_missing_value_is_an_error_that_names_row_and_column(name: str, column
     assert [len(found.train) + len(found.test), found.left_out["missing_rows"]] == [2, 1]
     dataset.missing = OnMissing.empty
     found = data_rows.load_rows(dataset)
-    said = sorted(example.answer for example in templates.dataset_examples(dataset, found.train + found.test))
-    assert said == (["", "q0", "q2"] if column == "question" else ["", "0.5", "1.5"])
+    answers = sorted(example.answer for example in templates.dataset_examples(dataset, found.train + found.test))
+    assert answers == (["", "q0", "q2"] if column == "question" else ["", "0.5", "1.5"])
 
 
 def test_an_empty_string_is_a_value() -> None:
@@ -316,8 +316,8 @@ def test_a_column_that_only_other_rows_have_is_missing_in_this_one() -> None:
 
 
 def test_a_conversation_that_a_row_lacks_altogether_can_be_left_out() -> None:
-    said = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
-    rows: list[dict[str, Any]] = [{"conversations": said, "note": None}, {"note": "none here"}]
+    conversation = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    rows: list[dict[str, Any]] = [{"conversations": conversation, "note": None}, {"note": "none here"}]
     for reader in ("messages", "sharegpt"):
         how: dict[str, Any] = {"reader": f"peftsweep.data.tasks.{reader}", "missing": OnMissing.drop}
         (example,) = templates.examples(rows, "{prompt}", "{answer}", **how)
@@ -358,14 +358,14 @@ def test_marks_of_the_tokenizer_stand_before_the_prompt_and_never_between_it_and
     (row,) = tokens.tokenize(tokenizer, [Example("Is it so? ", "yes")], 64)
     assert tokenizer.decode(row.ids) == f"{begin}Is it so? yes</s>"
     assert tokenizer.decode(row.ids[row.answer_start :]) == "yes</s>"
-    (asked,) = tokens.prompt_ids(tokenizer, ["Is it so? "])
-    assert asked == row.ids[: row.answer_start]
+    (prompt_ids,) = tokens.prompt_ids(tokenizer, ["Is it so? "])
+    assert prompt_ids == row.ids[: row.answer_start]
     (pair,) = tokens.tokenize_pairs(tokenizer, [("Is it so?", " yes")], 64)
     assert tokenizer.decode(pair.ids) == f"{begin}Is it so? yes"
     (short,) = tokens.prompt_ids(tokenizer, ["Is it so? "], 4)
     (cut,) = tokens.tokenize_pairs(tokenizer, [("Is it so?" * 9, " yes")], 6)
     kept = len(begin) // 3
-    assert short == asked[:kept] + asked[kept - 4 :]
+    assert short == prompt_ids[:kept] + prompt_ids[kept - 4 :]
     assert tokenizer.decode(cut.ids[:kept]) == begin
     assert tokenizer.decode(cut.ids[cut.answer_start :]) == " yes"
 

@@ -94,8 +94,8 @@ def test_chatml_is_a_turn_and_its_answer(data_command: Data) -> None:
 
 
 def test_a_conversation_keeps_its_turns(data_command: Data) -> None:
-    said = [("system", "Be kind."), ("human", "Hi."), ("gpt", "Hello."), ("human", "How?"), ("gpt", "Well.")]
-    rows = [{"conversations": [{"from": who, "value": f"{text} {n}"} for who, text in said]} for n in range(4)]
+    conversation = [("system", "Be kind."), ("human", "Hi."), ("gpt", "Hello."), ("human", "How?"), ("gpt", "Well.")]
+    rows = [{"conversations": [{"from": who, "value": f"{text} {n}"} for who, text in conversation]} for n in range(4)]
     words = ("chat", "--path", write(rows), "--out", "out.jsonl", "--split", "0.5", "--format")
     assert data_command(*words, "chatml")[0] == 0
     assert [turn["role"] for turn in written()[0]["messages"]] == ["system", "user", "assistant", "user", "assistant"]
@@ -260,15 +260,15 @@ def test_the_hub_out_of_reach_is_one_line(data_command: Data, monkeypatch: pytes
 
 
 def test_the_hub_is_asked_for_what_the_yaml_names(data_command: Data, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    requested = []
 
     def rows(*words: object) -> list[Row]:
-        asked.append(words)
+        requested.append(words)
         return schemas.SCHEMAS["gsm8k"]
 
     monkeypatch.setattr(data_rows, "hub_rows", rows)
     assert data_command("gsm8k", "--out", "out.jsonl")[0] == 0
-    assert asked == [("openai/gsm8k", "main", "train", "740312a", "dataset.hub")]
+    assert requested == [("openai/gsm8k", "main", "train", "740312a", "dataset.hub")]
 
 
 def test_files_are_replaced_only_by_force(data_command: Data, questions: Path) -> None:

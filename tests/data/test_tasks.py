@@ -403,8 +403,8 @@ def test_a_constant_answer_is_flagged_in_every_way_of_judging(
     rows = [row for row in schemas.SCHEMAS["piqa"] for _ in range(20)]
     Path("piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     one = compose("eval=[piqa_170k]", "eval.piqa_170k.path=piqa.jsonl")
-    asked = evaluations.test_examples(one.config, "piqa_170k", rows)
-    found = evaluate.instruction(cast(Any, None), tokenizer, asked).facts
+    prompts = evaluations.test_examples(one.config, "piqa_170k", rows)
+    found = evaluate.instruction(cast(Any, None), tokenizer, prompts).facts
     for way in ("", "label_", "choice_"):
         assert found[f"{way}degenerate"] is True, way
         assert found[f"{way}histogram"] == {"solution2": 300}, way
@@ -421,8 +421,8 @@ def test_chance_is_that_of_each_questions_own_number_of_choices(
 ) -> None:
     """As in ARC, where one question has five choices and most have four."""
     constant(monkeypatch, "answer1")
-    asked = "Please choose. Answer1: a {}\n\nAnswer format: answer1/answer2{}"
-    more = [asked.format("Answer2: b Answer3: c Answer4: d", "/answer3/answer4"), asked.format("Answer2: b", "")]
+    prompt = "Please choose. Answer1: a {}\n\nAnswer format: answer1/answer2{}"
+    more = [prompt.format("Answer2: b Answer3: c Answer4: d", "/answer3/answer4"), prompt.format("Answer2: b", "")]
     rows = [{"instruction": text, "answer": "answer2"} for text in more * 10]
     made = templates.examples(rows, "{instruction}", "{answer}", reader="peftsweep.data.tasks.instruction")
     assert evaluate.instruction(cast(Any, None), tokenizer, made).facts["random"] == pytest.approx((1 / 4 + 1 / 2) / 2)
@@ -455,8 +455,10 @@ def test_what_is_written_ends_where_lm_evaluation_harness_ends_it(
 
     prompts = [row["question"][: 10 + n] for n, row in enumerate(task.rows("test", 8, 0))]
     wrapped = HFLM(pretrained=base, tokenizer=tokenizer, backend="causal", max_length=512, batch_size=4)
-    asked = {"until": stop, "max_gen_toks": 24, "do_sample": False, "temperature": 0.0}
-    requests = [Instance("generate_until", {}, (text, asked), n, (None, None, None)) for n, text in enumerate(prompts)]
+    settings = {"until": stop, "max_gen_toks": 24, "do_sample": False, "temperature": 0.0}
+    requests = [
+        Instance("generate_until", {}, (text, settings), n, (None, None, None)) for n, text in enumerate(prompts)
+    ]
     theirs = wrapped.generate_until(requests, disable_tqdm=True)
     options: dict[str, Any] = {"max_new_tokens": 24, "batch_size": 5, "stop": stop}
     assert decoding.generate(base, tokenizer, prompts, **options) == theirs
@@ -530,9 +532,13 @@ UNWRITABLE = {"accuracy": {"value": 0.0, "stderr": None, "n": 6}, "unwritable_re
 def test_pefts_reading_is_the_metric_of_its_comparison_with_ours_beside_it(
     compose: Compose, monkeypatch: pytest.MonkeyPatch, tokenizer: Any
 ) -> None:
-    said = ["#### 18 dollars", "#### 18\nQuestion: 2+3\n#### 5", "#### 18", "no idea"]
-    monkeypatch.setattr(evaluate, "generate", lambda model, tokenizer, rows, **how: said if not how["stop"] else [])
-    Path("test.jsonl").write_text("".join(json.dumps({"question": f"{n}", "answer": "#### 18"}) + "\n" for n in said))
+    generated = ["#### 18 dollars", "#### 18\nQuestion: 2+3\n#### 5", "#### 18", "no idea"]
+    monkeypatch.setattr(
+        evaluate, "generate", lambda model, tokenizer, rows, **how: generated if not how["stop"] else []
+    )
+    Path("test.jsonl").write_text(
+        "".join(json.dumps({"question": f"{n}", "answer": "#### 18"}) + "\n" for n in generated)
+    )
     one = compose("eval=[gsm8k_comparison]", "eval.gsm8k.path=test.jsonl")
     rows = evaluations.test_examples(one.config, "gsm8k", data_rows.read_rows("test.jsonl"))
     found = build.evaluator(one, "gsm8k")(cast(Any, None), tokenizer, rows)

@@ -446,12 +446,12 @@ def test_an_impossible_option_is_refused_in_one_line(options: dict[str, Any], li
 
 @pytest.mark.parametrize("name", ["standard", "long"])
 def test_a_yaml_names_every_option(name: str) -> None:
-    said = yaml.safe_load((Path(conf_dir()) / "inference" / f"{name}.yaml").read_text())
+    options = yaml.safe_load((Path(conf_dir()) / "inference" / f"{name}.yaml").read_text())
     provided = ("variants", "tokenizer", "saved", "clock")
-    check_call(said, "inference", provided=provided)
+    check_call(options, "inference", provided=provided)
     parameters = set(inference.benchmark.__annotations__) - {*provided, "return"}
-    assert set(said) - {"_target_"} == parameters
-    assert list(inference_plan.plan(**said)) == list(said["categories"])
+    assert set(options) - {"_target_"} == parameters
+    assert list(inference_plan.plan(**options)) == list(options["categories"])
 
 
 @pytest.mark.gpu

@@ -174,8 +174,8 @@ def peft_accuracy(prediction: str, answer: str) -> bool:
                 return Fraction(line.replace(" ", "")) if plain and not re.search(r"/\s*0+$", line) else line
         return None
 
-    said = read(prediction)
-    return said is not None and said == read(answer)
+    predicted = read(prediction)
+    return predicted is not None and predicted == read(answer)
 
 
 def test_peft_match_judges_as_pefts_comparison_does() -> None:
@@ -307,14 +307,14 @@ def test_baselines_are_those_of_the_references() -> None:
 
 
 def test_the_histogram_keeps_the_twenty_most_frequent() -> None:
-    said = [str(n) for n in range(30) for _ in range(n + 1)]
-    histogram = metrics.answer_baselines(said, ["1"])["histogram"]
+    predictions = [str(n) for n in range(30) for _ in range(n + 1)]
+    histogram = metrics.answer_baselines(predictions, ["1"])["histogram"]
     assert list(histogram.items())[:2] == [("29", 30), ("28", 29)]
     assert len(histogram) == 20
 
 
 @pytest.mark.parametrize(
-    ("said", "gold", "degenerate"),
+    ("predictions", "gold", "degenerate"),
     [
         (["a"] * 19 + ["b"], ["a", "b"] * 10, True),
         (["a"] * 18 + ["b"] * 2, ["a", "b"] * 10, False),  # 90% are not 95%
@@ -327,9 +327,9 @@ def test_the_histogram_keeps_the_twenty_most_frequent() -> None:
     ],
 )
 def test_answers_that_are_nearly_all_the_same_are_degenerate(
-    said: list[str | None], gold: list[str], degenerate: bool
+    predictions: list[str | None], gold: list[str], degenerate: bool
 ) -> None:
-    assert metrics.answer_baselines(said, gold)["degenerate"] is degenerate
+    assert metrics.answer_baselines(predictions, gold)["degenerate"] is degenerate
 
 
 def test_one_text_again_and_again_is_degenerate_though_nothing_can_be_read_in_it() -> None:
@@ -406,15 +406,15 @@ def test_the_perplexity_error_matches_resampling_rows() -> None:
 def test_f1_is_that_of_scikit_learn_and_its_error_that_of_a_bootstrap(classes: int) -> None:
     rng = random.Random(classes)
     gold = [rng.randrange(classes) for _ in range(400)]
-    said = [g if rng.random() < 0.7 else rng.randrange(classes) for g in gold]
-    found = metrics.classification(said, gold, classes)
+    predictions = [g if rng.random() < 0.7 else rng.randrange(classes) for g in gold]
+    found = metrics.classification(predictions, gold, classes)
     average = "binary" if classes == 2 else "macro"
-    assert found["f1"].value == pytest.approx(f1_score(gold, said, average=average))
-    assert found["accuracy"].value == pytest.approx(sum(s == g for s, g in zip(said, gold, strict=True)) / 400)
+    assert found["f1"].value == pytest.approx(f1_score(gold, predictions, average=average))
+    assert found["accuracy"].value == pytest.approx(sum(s == g for s, g in zip(predictions, gold, strict=True)) / 400)
     draws = []
     for _ in range(200):
         rows = [rng.randrange(400) for _ in range(400)]
-        draws.append(f1_score([gold[n] for n in rows], [said[n] for n in rows], average=average))
+        draws.append(f1_score([gold[n] for n in rows], [predictions[n] for n in rows], average=average))
     assert found["f1"].stderr == pytest.approx(statistics.stdev(draws), rel=0.15)
 
 
@@ -424,11 +424,11 @@ def test_a_class_that_is_never_said_nor_meant_has_f1_zero() -> None:
 
 def test_a_metric_of_one_s_own_gives_booleans_or_judgements() -> None:
     texts, answers = ["a", "b"], ["a", "c"]
-    plain = metrics.judgements(lambda said, answer: said == answer, texts, answers)
+    plain = metrics.judgements(lambda prediction, answer: prediction == answer, texts, answers)
     assert plain == [Judgement(True, "a"), Judgement(False, "b")]
     assert metrics.judgements(metrics.exact_match, texts, answers) == plain
-    of_numpy: Any = lambda said, answer: np.bool_(said == answer)  # noqa: E731
+    of_numpy: Any = lambda prediction, answer: np.bool_(prediction == answer)  # noqa: E731
     assert metrics.judgements(of_numpy, texts, answers) == plain
     share: Any = 0.5
     with pytest.raises(TypeError, match=r"must give a bool or a metrics\.Judgement, not float"):
-        metrics.judgements(lambda said, answer: share, texts, answers)
+        metrics.judgements(lambda prediction, answer: share, texts, answers)

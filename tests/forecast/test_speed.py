@@ -203,10 +203,10 @@ def test_a_damaged_cache_is_measured_again(device: Device, content: str) -> None
 
 def test_a_cache_that_holds_no_speed_of_a_product_is_none(device: Device) -> None:
     device.speed  # noqa: B018
-    said = json.loads(device._file.read_text())
+    kept = json.loads(device._file.read_text())
     wrong: dict[str, Any]
     for wrong in ({"ceilings": {}}, {"bandwidth": 0.0}, {"launch_seconds": "fast"}, {"operations": {"x": -1.0}}):
-        device._file.write_text(json.dumps(said | wrong))
+        device._file.write_text(json.dumps(kept | wrong))
         assert device.kept() is None, wrong
 
 

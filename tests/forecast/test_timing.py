@@ -181,10 +181,10 @@ def test_an_unknown_price_is_answered_by_a_number(command: Callable[..., tuple[i
 
 @pytest.mark.parametrize("word", ["price=abc", "price=-1", "price=nan", "price=[1]", "forecast.records=no_such"])
 def test_wrong_words_about_time_are_one_line(word: str, command: Callable[..., tuple[int, str, str]]) -> None:
-    code, _, said = command(word, "train.steps=1")
+    code, _, stderr = command(word, "train.steps=1")
     assert code == 2
-    assert len(said.strip().splitlines()) == 1
-    assert word.partition("=")[0] in said
+    assert len(stderr.strip().splitlines()) == 1
+    assert word.partition("=")[0] in stderr
 
 
 def test_price_and_records_leave_a_trial_the_same(compose: Compose) -> None:
@@ -276,9 +276,9 @@ def test_validations_are_in_the_seconds_of_evaluations_as_often_as_they_come(
 def test_virtual_tokens_are_read_with_the_prompt_and_not_again_with_each_token(compose: Compose, method: str) -> None:
     def token(*words: str) -> float:
         trial = compose(*SMALL, *words)
-        _, _, asked, _, traced = duration.operations(trial, "cpu")
+        _, _, requested, _, traced = duration.operations(trial, "cpu")
         assert traced is not None
-        ledger = traced.evaluations[asked["tiny_math"].key][1]
+        ledger = traced.evaluations[requested["tiny_math"].key][1]
         assert ledger is not None
         return ledger.flops
 
@@ -419,11 +419,11 @@ def test_a_sweep_ends_when_its_workers_have_taken_all_that_waits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"),
+    ("seconds", "text"),
     [(0.42, "0.4 s"), (14.2, "14 s"), (192.0, "3.2 min"), (5400.0, "1.5 h"), (200_000.0, "2.3 days")],
 )
-def test_seconds_in_words(seconds: float, said: str) -> None:
-    assert format_seconds(seconds) == said
+def test_seconds_in_words(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
 
 
 def test_what_is_told_of_the_time_left_is_what_was_predicted_by_kind() -> None:

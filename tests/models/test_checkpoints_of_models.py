@@ -226,8 +226,8 @@ def test_a_head_is_judged_by_its_own_order_of_the_classes(tmp_path: Path) -> Non
         weights[f"classifier.{part}"] = weights[f"classifier.{part}"].flip(0).contiguous()
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
     first, second = (classify(one, "train=none") for one in (folder, other))
-    said = [[row["prediction"] for row in rows(one)] for one in (first, second)]
-    assert said[0] == said[1]
+    predictions = [[row["prediction"] for row in rows(one)] for one in (first, second)]
+    assert predictions[0] == predictions[1]
     trained = [classify(one, "method=lora", "targets=qv").train_info["final_loss"] for one in (folder, other)]
     assert trained[0] == pytest.approx(trained[1], rel=1e-4)
 
@@ -260,9 +260,9 @@ def test_a_tokenizer_that_does_not_fit_is_refused_before_the_sweep(compose: Comp
     endless = write("llama", tmp_path / "endless")
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (file := endless / name).exists():
-            said = json.loads(file.read_text())
-            said.pop("eos_token", None)
-            file.write_text(json.dumps(said))
+            tokenizer_config = json.loads(file.read_text())
+            tokenizer_config.pop("eos_token", None)
+            file.write_text(json.dumps(tokenizer_config))
     with pytest.raises(InputError, match="its tokenizer has no eos_token to end an answer with"):
         check(endless)
 
@@ -398,11 +398,11 @@ def test_an_adapter_that_transformers_would_load_with_the_base_is_refused(tmp_pa
 
 def test_a_checkpoint_of_more_layers_than_its_configuration_says_is_refused(tmp_path: Path) -> None:
     folder = write("llama", tmp_path / "llama")
-    said = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 1}
-    (folder / "config.json").write_text(json.dumps(said))
+    model_config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (folder / "config.json").write_text(json.dumps(model_config))
     with pytest.raises(InputError, match=r"has layer 1 of model\.layers, but its config\.json has only 1"):
         model.load(config_of(folder), None, CPU)
-    (folder / "config.json").write_text(json.dumps(said | {"num_nextn_predict_layers": 1}))
+    (folder / "config.json").write_text(json.dumps(model_config | {"num_nextn_predict_layers": 1}))
     model.load(config_of(folder), None, CPU)
 
 
@@ -437,12 +437,14 @@ CONFIGURATIONS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changed", "said"), CONFIGURATIONS)
-def test_a_configuration_that_makes_no_decoder_is_one_line(changed: dict[str, Any], said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("changed", "message"), CONFIGURATIONS)
+def test_a_configuration_that_makes_no_decoder_is_one_line(
+    changed: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     folder = write("llama", tmp_path / "llama")
     described = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(described | changed))
-    with pytest.raises(InputError, match=rf"^model\.name_or_path=.*{said}"):
+    with pytest.raises(InputError, match=rf"^model\.name_or_path=.*{message}"):
         model.positions(config_of(folder))
 
 

@@ -133,8 +133,8 @@ def families() -> Iterator[tuple[str, dict[str, Any], str, dict[str, list[str]]]
 
 @pytest.mark.parametrize(("kind", "sizes", "file", "expected"), list(families()))
 def test_roles_of_every_family(kind: str, sizes: dict[str, Any], file: str, expected: dict[str, Any]) -> None:
-    said = yaml.safe_load((Path(conf_dir()) / "model" / f"{file}.yaml").read_text())
-    roles = said["roles"] if file == "causal_lm" else said["model"]["roles"]
+    options = yaml.safe_load((Path(conf_dir()) / "model" / f"{file}.yaml").read_text())
+    roles = options["roles"] if file == "causal_lm" else options["model"]["roles"]
     task = Task.causal_lm if file == "causal_lm" else Task.seq_cls
     sizes = {"num_hidden_layers": 2} | sizes
     config = ModelConfig(name_or_path=kind, architecture={"model_type": kind, **sizes}, task=task)

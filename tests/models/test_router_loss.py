@@ -32,15 +32,15 @@ KINDS = ["mixtral", "qwen2_moe", "gpt_oss"]  # windows or none, shared experts, 
 RATE = 1e-3
 
 
-def write(kind: str, folder: Path, *, asked: bool = True, weight: float = 1.0) -> ModelConfig:
+def write(kind: str, folder: Path, *, router_logits: bool = True, weight: float = 1.0) -> ModelConfig:
     torch.manual_seed(0)
-    config = small_config(kind, output_router_logits=asked, router_aux_loss_coef=weight)
+    config = small_config(kind, output_router_logits=router_logits, router_aux_loss_coef=weight)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return ModelConfig(name_or_path=str(folder))
 
 
-def load(said: ModelConfig) -> Any:
-    base = model.load(said, None, CPU)
+def load(config: ModelConfig) -> Any:
+    base = model.load(config, None, CPU)
     probe.abilities(base)
     return base
 
@@ -68,7 +68,7 @@ def trained(base: Any, *, steps: int = 5, size: int = 4, **options: Any) -> tupl
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_follows_the_loss_that_transformers_gives(kind: str, tmp_path: Path) -> None:
-    said = write(kind, tmp_path, weight=5.0)
+    config = write(kind, tmp_path, weight=5.0)
     made = adapted(AutoModelForCausalLM.from_pretrained(tmp_path).requires_grad_(False)).train()
     weights = [p for p in made.parameters() if p.requires_grad]
     optimizer, expected = torch.optim.AdamW(weights, lr=RATE, weight_decay=0.0), []
@@ -83,10 +83,10 @@ def test_training_follows_the_loss_that_transformers_gives(kind: str, tmp_path: 
         optimizer.step()
         optimizer.zero_grad()
         expected.append(output.loss.item() - 5.0 * output.aux_loss.item())  # what is reported is that of the answers
-    found = trained(load(said))
+    found = trained(load(config))
     assert found[0] == pytest.approx(expected, abs=1e-5)
     assert apart(found[1], dict(parts.trainable_parameters(made))) <= SAME_WEIGHTS
-    without = trained(load(write(kind, tmp_path, asked=False)))
+    without = trained(load(write(kind, tmp_path, router_logits=False)))
     assert apart(without[1], found[1]) > 20 * SAME_WEIGHTS
 
 
@@ -112,21 +112,21 @@ def test_the_fast_forward_gives_the_loss_over_all_tokens_but_padding(kind: str, 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_score_and_no_text_contains_it(kind: str, tmp_path: Path) -> None:
-    asked, plain = (load(write(kind, tmp_path / str(n), asked=n)) for n in (True, False))
-    assert probe.abilities(asked).facts() == probe.abilities(plain).facts()
-    assert probe.abilities(asked).row_cache
+    with_routers, plain = (load(write(kind, tmp_path / str(n), router_logits=n)) for n in (True, False))
+    assert probe.abilities(with_routers).facts() == probe.abilities(plain).facts()
+    assert probe.abilities(with_routers).row_cache
     batch = batches.collate(rows()[:4], 0)
     with torch.no_grad():
-        assert losses.forward_losses(asked.eval(), batch).routers is None
-        assert torch.equal(losses.answer_losses(asked, batch), losses.answer_losses(plain, batch))
+        assert losses.forward_losses(with_routers.eval(), batch).routers is None
+        assert torch.equal(losses.answer_losses(with_routers, batch), losses.answer_losses(plain, batch))
     tokenizer = model.load_tokenizer(ModelConfig(name_or_path="tiny"))
     groups = [[("what is it? ", "a b"), ("what is it? ", "c")], [("and of which kind? ", "d e f")]]
 
     def scores(base: Any) -> Any:
-        said = likelihood.grouped_likelihoods(base, tokenizer, groups, batch_size=2, max_length=64, marked=False)
-        return said, decoding.generate(base, tokenizer, ["one two", "three"], max_new_tokens=5)
+        likelihoods = likelihood.grouped_likelihoods(base, tokenizer, groups, batch_size=2, max_length=64, marked=False)
+        return likelihoods, decoding.generate(base, tokenizer, ["one two", "three"], max_new_tokens=5)
 
-    assert scores(asked) == scores(plain)
+    assert scores(with_routers) == scores(plain)
 
 
 def test_what_is_saved_asks_for_it_as_the_checkpoint_does(tmp_path: Path) -> None:
@@ -137,12 +137,12 @@ def test_what_is_saved_asks_for_it_as_the_checkpoint_does(tmp_path: Path) -> Non
 
 
 def test_such_a_model_is_neither_packed_nor_captured(tmp_path: Path, compose: Callable[..., Trial]) -> None:
-    for asked in (True, False):
-        said = write("mixtral", tmp_path / str(asked), asked=asked)
-        reason = capture.unfit(adapted(load(said)), TrainConfig())
-        assert (reason == "its routers add to the loss") == asked
-        trial = compose("model=causal_lm", f"model.name_or_path={said.name_or_path}", "dataset=tiny_math")
-        assert ("routers" in (packing.alone(trial) or "")) == asked
+    for router_logits in (True, False):
+        config = write("mixtral", tmp_path / str(router_logits), router_logits=router_logits)
+        reason = capture.unfit(adapted(load(config)), TrainConfig())
+        assert (reason == "its routers add to the loss") == router_logits
+        trial = compose("model=causal_lm", f"model.name_or_path={config.name_or_path}", "dataset=tiny_math")
+        assert ("routers" in (packing.alone(trial) or "")) == router_logits
 
 
 def test_a_weight_of_zero_adds_nothing(tmp_path: Path) -> None:

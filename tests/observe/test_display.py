@@ -72,8 +72,8 @@ def test_a_row_says_state_step_loss_score_memory_and_time_left() -> None:
 
 def test_a_validation_is_told_by_its_scores_and_each_loss_once() -> None:
     scores = {"loss": 1.5, "tiny.accuracy": 0.625, "tiny.valid_fraction": 1.0, "a.loss": 1.5, "a.perplexity": None}
-    said = _validated(ROW | {f"validation_{name}": value for name, value in scores.items()})
-    assert said == "loss 1.500, tiny.accuracy 0.625"
+    shown = _validated(ROW | {f"validation_{name}": value for name, value in scores.items()})
+    assert shown == "loss 1.500, tiny.accuracy 0.625"
     assert _validated(ROW) == ""
 
 

@@ -76,9 +76,9 @@ def test_the_timing_itself_runs() -> None:
 
 def test_the_identity_is_that_of_the_format_itself(compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds(monkeypatch, 0.5, 1.0)
-    found, said = (compose("quant=4bit", f"model.dtype={dtype}") for dtype in ("auto", "bfloat16"))
-    assert found.identity == said.identity
-    assert found.tree == said.tree
+    found, explicit = (compose("quant=4bit", f"model.dtype={dtype}") for dtype in ("auto", "bfloat16"))
+    assert found.identity == explicit.identity
+    assert found.tree == explicit.tree
     assert found.config.quant["bnb_4bit_compute_dtype"] == "bfloat16"
 
 

@@ -300,15 +300,15 @@ def test_a_record_of_a_classifier_that_took_padding_for_text_is_run_again(
 
 
 @pytest.mark.parametrize(
-    ("asked", "weight", "steps", "wrong"),
+    ("router_logits", "weight", "steps", "wrong"),
     [(True, 0.1, 4, True), (False, 0.1, 4, False), (True, 0.0, 4, False), (True, 0.1, None, False)],
 )
 def test_a_record_trained_without_the_loss_of_the_routers_is_run_again(
-    asked: bool, weight: float, steps: int | None, wrong: bool, tmp_path: Path
+    router_logits: bool, weight: float, steps: int | None, wrong: bool, tmp_path: Path
 ) -> None:
     base = write("mixtral", tmp_path)
     settings = json.loads((base / "config.json").read_text())
-    settings |= {"output_router_logits": asked, "router_aux_loss_coef": weight}
+    settings |= {"output_router_logits": router_logits, "router_aux_loss_coef": weight}
     (base / "config.json").write_text(json.dumps(settings))
     config = {"model": {"name_or_path": str(base)}, "method": {"r": 2}, "train": {"steps": steps}}
     assert mended.right_since(config) == (5 if wrong else 2)
@@ -400,20 +400,20 @@ def test_a_record_of_turns_that_the_generation_prompt_does_not_begin_is_run_agai
         ("{q}", '["x", "y"]', False),
     ],
 )
-@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("by_dataset", [False, True])
 def test_a_record_of_items_of_json_text_is_run_again_and_keeps_its_weights_if_only_the_evaluation_took_them(
-    template: str, column: Any, wrong: bool, asked: bool, scratch: Path
+    template: str, column: Any, wrong: bool, by_dataset: bool, scratch: Path
 ) -> None:
     (scratch / "rows.jsonl").write_text(json.dumps({"q": "q", "a": column}))
     own, plain = {"prompt": "{q}", "answer": template}, {"prompt": "{q}", "answer": "{q}"}
     config = {
-        "dataset": {"path": str(scratch / "rows.jsonl")} | (plain if asked else own),
-        "eval": {"written": own if asked else {}},
+        "dataset": {"path": str(scratch / "rows.jsonl")} | (plain if by_dataset else own),
+        "eval": {"written": own if by_dataset else {}},
     }
     held = Result({"identity_rule": 4}, {}, config=config)
     assert bool(mended.outdated(held)) == wrong
-    assert bool(mended.outdated(held, training=True)) == (wrong and not asked)
-    assert mended.right_since(config) == (5 if wrong and not asked else 1)
+    assert bool(mended.outdated(held, training=True)) == (wrong and not by_dataset)
+    assert mended.right_since(config) == (5 if wrong and not by_dataset else 1)
     assert mended.outdated(Result({"identity_rule": 5}, {}, config=config)) is None
 
 

@@ -367,7 +367,7 @@ def test_a_damaged_note_of_a_sweep_is_named_and_the_one_before_it_is_told(
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "it is empty"),
         (b"[1", "JSONDecodeError"),
@@ -379,12 +379,12 @@ def test_a_damaged_note_of_a_sweep_is_named_and_the_one_before_it_is_told(
         (b'{"a": 1, "c": [1, "x"]}', "c.1: a text, not an integer"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(content: bytes, said: str, scratch: Path) -> None:
+def test_what_is_wrong_is_said_in_one_line(content: bytes, message: str, scratch: Path) -> None:
     (scratch / "file.json").write_bytes(content)
     with pytest.raises(Unreadable, match=r"^[^\n]*$") as raised:
         reading.read_json(scratch / "file.json", {"a": int, "c?": [int]})
     assert str(raised.value).startswith(f"{scratch}/file.json: ")
-    assert said in str(raised.value)
+    assert message in str(raised.value)
 
 
 TWO_LINES = b'{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 1.0}\n'

@@ -215,12 +215,12 @@ def test_a_dry_run_is_one_list_whatever_the_launcher(command: Command) -> None:
 @pytest.mark.slow
 def test_a_failing_trial_is_told_in_the_same_words(command: Command) -> None:
     words = [*SMALL, "train.learning_rate=1e-3,1e30"]
-    said = {}
+    stdout = {}
     for place in ("hydra.launcher.workers=0", "hydra/launcher=basic"):
         code, out, err = command(*words, place, "force=true")
         assert (code, err) == (1, "")
-        said[place] = [line for line in out.splitlines() if "trained 4 steps" not in line]
-    assert said["hydra/launcher=basic"] == said["hydra.launcher.workers=0"]
+        stdout[place] = [line for line in out.splitlines() if "trained 4 steps" not in line]
+    assert stdout["hydra/launcher=basic"] == stdout["hydra.launcher.workers=0"]
 
 
 def test_a_sweep_that_is_to_stop_at_a_failure_wants_our_launcher(command: Command) -> None:
@@ -251,16 +251,16 @@ def test_what_slurm_is_asked_for(command: Command, scratch: Path, monkeypatch: p
     programs = scratch / "bin"
     programs.mkdir()
     (programs / "srun").write_text("#!/bin/sh\n")
-    (programs / "sbatch").write_text(f"#!/bin/sh\ncp $1 {scratch}/asked\necho no such partition >&2\nexit 1\n")
+    (programs / "sbatch").write_text(f"#!/bin/sh\ncp $1 {scratch}/sbatch_options\necho no such partition >&2\nexit 1\n")
     for program in programs.iterdir():
         program.chmod(0o755)
     monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
     code, _, err = command(*SMALL, "method.r=2,4,8", "hydra/launcher=slurm", "hydra.launcher.partition=gpu")
     assert (code, err.splitlines()[-1]) == (2, "peftsweep: hydra/launcher: FailedJobError: no such partition")
-    asked = {line.removeprefix("#SBATCH ") for line in (scratch / "asked").read_text().splitlines()}
-    assert {"--partition=gpu", "--time=240", "--gpus-per-node=1", "--requeue"} <= asked
-    assert "--signal=USR2@120" in asked
-    assert any(line.startswith("--array=0-2") for line in asked)
+    sbatch_options = {line.removeprefix("#SBATCH ") for line in (scratch / "sbatch_options").read_text().splitlines()}
+    assert {"--partition=gpu", "--time=240", "--gpus-per-node=1", "--requeue"} <= sbatch_options
+    assert "--signal=USR2@120" in sbatch_options
+    assert any(line.startswith("--array=0-2") for line in sbatch_options)
 
 
 # ---- the launchers themselves ----------------------------------------------------------------------

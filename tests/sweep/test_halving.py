@@ -184,16 +184,16 @@ def test_stages_of_rows_train_anew(in_epochs: bool, shares: list[float]) -> None
 
 
 def test_rungs_in_packs_are_those_of_the_trials_alone(command: Command) -> None:
-    said = {}
+    rung_lines = {}
     for name, pack in (("alone", "off"), ("packed", "4")):
         words = [*SWEEP, *HALVING, f"study={name}", f"hydra.launcher.pack={pack}", "hydra.launcher.workers=0"]
         code, out, err = command(*words)
         assert (code, err) == (0, "")
-        said[name] = [line for line in out.splitlines() if line.startswith(("rung", "halving"))]
+        rung_lines[name] = [line for line in out.splitlines() if line.startswith(("rung", "halving"))]
         code, again, _ = command(*words)  # decides the same, and runs nothing
         assert (code, [line for line in again.splitlines() if line.startswith("[")]) == (0, [])
-    assert [line.partition("their checkpoints hold")[0] for line in said["alone"]] == [
-        line.partition("their checkpoints hold")[0] for line in said["packed"]
+    assert [line.partition("their checkpoints hold")[0] for line in rung_lines["alone"]] == [
+        line.partition("their checkpoints hold")[0] for line in rung_lines["packed"]
     ]
     alone, packed = records("alone"), records("packed")
     assert alone.keys() == packed.keys()
@@ -314,8 +314,8 @@ def held(identity: str, values: list[float | None], status: Status = Status.stop
     ]
     record.write_lines(folder / record.STEPS, rows)
     info = {"identity": identity, "trial": identity, "status": status.value}
-    said = {"halving": {"metric": "loss", "factor": 3, "min_steps": 1}}
-    return Result(info, {}, said, train_info={"steps": (1, 3, 9)[len(values) - 1]}, folder=folder)
+    config = {"halving": {"metric": "loss", "factor": 3, "min_steps": 1}}
+    return Result(info, {}, config, train_info={"steps": (1, 3, 9)[len(values) - 1]}, folder=folder)
 
 
 def test_ties_and_what_is_no_number_are_ranked_the_same_every_time() -> None:
@@ -394,8 +394,14 @@ def test_the_report_pairs_what_a_point_came_to_on_its_rows() -> None:
             one = held(f"{point}-{part}", [loss], Status.success if part == 1 else Status.stopped)
             row = {"step": int(36 * part), "steps": int(36 * part), "validation_loss": loss}
             record.write_lines((one.folder or Path()) / record.STEPS, [row])
-            said = {"metric": "loss", "factor": 4, "min_steps": None, "resource": "rows", "min_fraction": 0.25}
-            one.config = {"halving": said, "dataset": {"fraction": part}, "seed": point}
+            halving_config = {
+                "metric": "loss",
+                "factor": 4,
+                "min_steps": None,
+                "resource": "rows",
+                "min_fraction": 0.25,
+            }
+            one.config = {"halving": halving_config, "dataset": {"fraction": part}, "seed": point}
             one.train_info["steps"] = row["steps"]
             results.append(one)
     lines = halving_notes.notes(results)
@@ -407,10 +413,12 @@ def test_the_report_pairs_what_a_point_came_to_on_its_rows() -> None:
 
 def test_a_halving_of_rows_of_which_nothing_went_on_yet_is_told() -> None:
     one = held("0-0.25", [3.0], Status.stopped)
-    said = {"metric": "loss", "factor": 4, "min_steps": None, "resource": "rows", "min_fraction": 0.25}
+    halving_config = {"metric": "loss", "factor": 4, "min_steps": None, "resource": "rows", "min_fraction": 0.25}
     records = []
     for point, part in ((0, 0.25), (1, 1.0)):  # the second one of another halving, whose first rung is not there
-        copy = dataclasses.replace(one, config={"halving": said, "dataset": {"fraction": part}, "seed": point})
+        copy = dataclasses.replace(
+            one, config={"halving": halving_config, "dataset": {"fraction": part}, "seed": point}
+        )
         copy.train_info["steps"] = 9
         records.append(copy)
     assert halving_notes.notes(records)[1:] == [

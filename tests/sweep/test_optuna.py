@@ -78,10 +78,10 @@ def test_a_chosen_value_is_a_word_that_says_it() -> None:
     found, _ = dimensions(
         *words, "train.clip=range(0.1,0.5,0.1)", "train.weight_decay=interval(0.0,1.0)", "seed=true,1"
     )
-    said = [[one.word(value) for value in getattr(one.distribution, "choices", [])] for one in [*found.values()][:3]]
-    assert said[0] == ["method.target_modules=[q_proj]", "method.target_modules=[q_proj,v_proj]"]
-    assert said[1] == ["label='a b'", "label=c"]
-    assert said[2] == ["+method.bias=none", "+method.bias='8'"]
+    choices = [[one.word(value) for value in getattr(one.distribution, "choices", [])] for one in [*found.values()][:3]]
+    assert choices[0] == ["method.target_modules=[q_proj]", "method.target_modules=[q_proj,v_proj]"]
+    assert choices[1] == ["label='a b'", "label=c"]
+    assert choices[2] == ["+method.bias=none", "+method.bias='8'"]
     assert found["train.clip"].word(0.3) == "train.clip=0.30000000000000004"  # as a grid has this number
     assert found["train.weight_decay"].word(1.25e-05) == "train.weight_decay=1.25e-05"
     assert [found["seed"].word(value) for value in (True, 1)] == ["seed=True", "seed=1"]
@@ -147,8 +147,8 @@ def options(**keys: Any) -> Options:
 
 def bowl(points: Sequence[Sequence[str]], _: int = 0) -> list[Job]:
     """A trial that has succeeded for each point: how far it is from the middle of the plane."""
-    said = [dict(word.split("=") for word in point) for point in points]
-    plane = [(math.log10(float(one["train.learning_rate"])), float(one["method.lora_dropout"])) for one in said]
+    suggested = [dict(word.split("=") for word in point) for point in points]
+    plane = [(math.log10(float(one["train.learning_rate"])), float(one["method.lora_dropout"])) for one in suggested]
     return [ended("success", (rate + 3) ** 2 + (dropout - 0.5) ** 2) for rate, dropout in plane]
 
 
@@ -237,15 +237,15 @@ def test_optuna_is_told_how_each_trial_has_ended() -> None:
 @pytest.mark.parametrize("job", [Job(None), ended("cancelled")], ids=["not run", "cancelled"])
 def test_a_trial_that_was_not_run_is_run_first_by_the_same_command(job: Job) -> None:
     found, _ = dimensions(*PLANE)
-    asked: list[Sequence[Sequence[str]]] = []
+    requested: list[Sequence[Sequence[str]]] = []
 
     def launch(points: Sequence[Sequence[str]], first: int) -> list[Job]:
-        asked.append(points)
-        return [job] if len(asked) == 1 else bowl(points)
+        requested.append(points)
+        return [job] if len(requested) == 1 else bowl(points)
 
     assert len(search.run(Search(options(n_trials=2), found), launch, [])) == 1  # and ends there
     search.run(Search(options(n_trials=2), found), launch, [])
-    assert asked[1] == asked[0]
+    assert requested[1] == requested[0]
     assert [one.state for one in told()] == [TrialState.COMPLETE] * 2
 
 
@@ -273,12 +273,16 @@ def test_a_sampler_that_has_been_through_its_space_ends_the_search() -> None:
 
 def test_another_space_objective_or_setting_is_another_search_by_name() -> None:
     one, other = dimensions("seed=1,2")[0], dimensions("seed=1,2,3")[0]
-    said = [["identity", space.described(one)], ["identity", space.described(other)], ["else", space.described(one)]]
+    identities = [
+        ["identity", space.described(one)],
+        ["identity", space.described(other)],
+        ["else", space.described(one)],
+    ]
     keys = {"n_trials": 1, "direction": "minimize", "sampler": TPE}
-    names = [search.options(keys, "train_info.steps", "default", searched, 1).study_name for searched in said]
-    names += [search.options(keys, "train_info.tokens", "default", said[0], 1).study_name]
+    names = [search.options(keys, "train_info.steps", "default", searched, 1).study_name for searched in identities]
+    names += [search.options(keys, "train_info.tokens", "default", identities[0], 1).study_name]
     assert len(set(names)) == 4
-    assert search.options(keys | {"n_trials": 5}, "train_info.steps", "x", said[0], 2).study_name == names[0]
+    assert search.options(keys | {"n_trials": 5}, "train_info.steps", "x", identities[0], 2).study_name == names[0]
 
 
 def test_what_a_storage_holds_of_another_search_is_one_line() -> None:
@@ -356,9 +360,9 @@ def test_a_trial_that_is_worse_than_the_median_is_pruned_whichever_way_is_better
     for values in ([1.0, 1.0], [2.0, 2.0], [worst, worst], [worst, 0.5 if metric == "loss" else 3.0]):
         trial = under_way.next()[0]
         sweeper = {"pruner": median, "storage": kept.storage}
-        asked = pruning.trial_pruning(sweeper, "default", kept.study_name, trial.number, metric)
-        assert asked is not None
-        prune = pruning.verdict(asked)
+        pruning_state = pruning.trial_pruning(sweeper, "default", kept.study_name, trial.number, metric)
+        assert pruning_state is not None
+        prune = pruning.verdict(pruning_state)
         verdicts.append([prune(step, {metric: value}) for step, value in zip((5, 15), values, strict=True)])
         under_way.tell(trial, ended("stopped" if verdicts[-1][-1] else "success", 1.0))
     assert verdicts == [[False, False], [False, False], [False, True], [False, False]]

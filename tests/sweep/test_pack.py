@@ -350,8 +350,8 @@ def test_the_words_of_the_launcher() -> None:
     assert checks.placement({"pack": 4}) == {"pack": 4, "probe": False, "measure": False} | dict.fromkeys(
         ("timeout", "deadline")
     )
-    for said in ("off", False, None):
-        assert checks.placement({"pack": said})["pack"] is None
+    for setting in ("off", False, None):
+        assert checks.placement({"pack": setting})["pack"] is None
 
 
 # ---- which -----------------------------------------------------------------------------------------

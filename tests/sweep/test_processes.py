@@ -168,7 +168,7 @@ def test_devices_are_dealt_out_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "devices", "asked", "line"),
+    ("count", "devices", "requested", "line"),
     [
         (1, [9], "auto", "no CUDA device 9; there are: 0"),
         (2, [0, "x"], "auto", "no CUDA device x; there are: 0, 1"),
@@ -177,11 +177,11 @@ def test_devices_are_dealt_out_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_device_that_is_not_there_is_refused(
-    count: int, devices: list[object], asked: str, line: str, monkeypatch: pytest.MonkeyPatch
+    count: int, devices: list[object], requested: str, line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: count)
     with pytest.raises(InputError, match=re.escape(f"hydra.launcher.devices: {line}")):
-        processes.places(None, devices, [asked])
+        processes.places(None, devices, [requested])
 
 
 # ---- what a trial has started ends with its worker ---------------------------------------------------

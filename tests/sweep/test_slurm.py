@@ -22,19 +22,19 @@ slurm = pytest.importorskip("peftsweep.sweep.slurm", reason="needs submitit")
 # ---- the queue, as squeue and sacct tell of it -----------------------------------------------------
 
 
-def answers(monkeypatch: pytest.MonkeyPatch, **said: str | Exception) -> list[str]:
-    """Have the programs of SLURM answer so; gives the names of those that are asked."""
-    asked = []
+def answers(monkeypatch: pytest.MonkeyPatch, **outputs: str | Exception) -> list[str]:
+    """Have the programs of SLURM answer so; gives the names of those that are run."""
+    programs = []
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        asked.append(command[0])
-        answer = said[command[0]]
+        programs.append(command[0])
+        answer = outputs[command[0]]
         if isinstance(answer, Exception):
             raise answer
         return subprocess.CompletedProcess(command, 0, answer)
 
     monkeypatch.setattr(subprocess, "run", run)
-    return asked
+    return programs
 
 
 NO_ACCOUNTING = subprocess.CalledProcessError(1, "sacct", stderr="Slurm accounting storage is disabled")

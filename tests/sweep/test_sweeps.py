@@ -49,7 +49,7 @@ def swept(point: str) -> str:
     return f"+point/{folder}={name}"
 
 
-def said(point: str) -> Any:
+def parsed(point: str) -> Any:
     return OmegaConf.to_container(OmegaConf.load(CONF / "point" / f"{point}.yaml"))
 
 
@@ -67,9 +67,9 @@ REFERENCE = Path(os.environ.get("PEFTSWEEP_DATA", "/no")).parent / "reference" /
 def experiment(folder: Path, adapter: dict[str, Any], training: dict[str, Any]) -> str:
     """Write an experiment as PEFT's comparison keeps it; what is empty has no file."""
     folder.mkdir(parents=True)
-    for name, said in (("adapter_config.json", adapter), ("training_params.json", training)):
-        if said:
-            (folder / name).write_text(json.dumps(said))
+    for name, content in (("adapter_config.json", adapter), ("training_params.json", training)):
+        if content:
+            (folder / name).write_text(json.dumps(content))
     return str(folder)
 
 
@@ -153,7 +153,7 @@ def test_an_experiment_that_cannot_be_read_is_one_line(words: list[str], problem
 
 @pytest.mark.skipif(not REFERENCE.is_file(), reason="the list of the experiments is not here")
 def test_the_files_of_the_comparison_say_what_its_points_say(compose: Compose, tmp_path: Path) -> None:
-    named = {said(point)["label"]: point for point in POINTS if point.startswith("peft_comparison/")}
+    named = {parsed(point)["label"]: point for point in POINTS if point.startswith("peft_comparison/")}
     lines = REFERENCE.read_text(encoding="utf-8").splitlines()[1:]
     assert len(lines) == len(named)
     for line in lines:
@@ -192,17 +192,17 @@ FAST = POINTS[::4]  # all of them take 13 s, in the slow tier
 def test_every_point_is_its_label_its_method_and_its_training(point: str, compose: Compose) -> None:
     long = [] if point.startswith("peft_comparison/") else ["train.epochs=100"]  # than its warm-up
     one = compose(*SMALL, *long, swept(point))
-    assert one.label == said(point)["label"]
-    assert one.tree["method"] == said(point).get("method", {})  # and no field of another method
+    assert one.label == parsed(point)["label"]
+    assert one.tree["method"] == parsed(point).get("method", {})  # and no field of another method
     recipe = COMPARISON if point.startswith("peft_comparison/") else {}
-    expected = recipe | said(point).get("train", {}) | ({"epochs": 100} if long else {})
+    expected = recipe | parsed(point).get("train", {}) | ({"epochs": 100} if long else {})
     assert {key: one.tree["train"][key] for key in expected} == expected
     assert one.config.train.optimizer_kwargs == expected.get("optimizer_kwargs", {})
 
 
 def test_the_points_of_the_comparison_carry_the_names_of_its_experiments() -> None:
     points = [point for point in POINTS if point.startswith("peft_comparison/")]
-    labels = [said(point)["label"] for point in points]
+    labels = [parsed(point)["label"] for point in points]
     assert len(set(labels)) == len(labels) == 71
     for point, label in zip(points, labels, strict=True):
         file = re.sub(r"[^a-z0-9_.-]+", "-", label.lower().replace("/", "--"))
@@ -306,7 +306,7 @@ UNEVEN_RANKS = 1_597_488
 @pytest.mark.parametrize("label", sorted(PUBLISHED))
 def test_counts_and_sizes_are_those_that_peft_published(label: str, compose: Compose) -> None:
     """Llama 3.2 3B in its shape alone."""
-    point = next(point for point in POINTS if said(point)["label"] == label)
+    point = next(point for point in POINTS if parsed(point)["label"] == label)
     one = compose("sweep=peft_comparison", "model.init=random", "dataset=tiny_math", swept(point))
     foreseen, (trainable, total, size) = forecast.check(one), PUBLISHED[label]
     print(

@@ -591,21 +591,21 @@ def test_rows_that_change_during_a_sweep_are_noticed(compose: Compose, questions
 
 
 def test_workers_end_at_the_same_time(compose: Callable[..., Trial], monkeypatch: pytest.MonkeyPatch) -> None:
-    said = []
+    events = []
 
     class Idle:
         def __init__(self, place: str, _: int | None) -> None:
             self.place = place
 
         def let_go(self) -> None:
-            said.append(f"{self.place} is let go")
+            events.append(f"{self.place} is let go")
 
         def end(self) -> None:
-            said.append(f"{self.place} is waited for")
+            events.append(f"{self.place} is waited for")
 
     monkeypatch.setattr(workers, "_Worker", Idle)
     monkeypatch.setattr(workers, "_in_pool", lambda *_: iter([]))
     monkeypatch.setattr(processes, "places", lambda *_: ["0", "1"])
     trials, options = [compose("seed=1"), compose("seed=2")], workers.Options()
     assert not list(workers.run(trials, options, workers.Budget(options), Display(2, quiet=True)))
-    assert said == ["0 is let go", "1 is let go", "0 is waited for", "1 is waited for"]
+    assert events == ["0 is let go", "1 is let go", "0 is waited for", "1 is waited for"]

@@ -600,9 +600,9 @@ def test_checkpoints_do_not_make_another_trial_of_it(compose: Compose) -> None:
 
 
 def test_a_checkpoint_is_due_by_steps_epochs_or_minutes() -> None:
-    def due_at(said: str | None, seconds_a_step: float = 1.0) -> list[int]:
+    def due_at(interval: str | None, seconds_a_step: float = 1.0) -> list[int]:
         now = 0.0
-        due = length.checkpoint_due(TrainConfig(checkpoint_every=said, batch_size=4), 48, lambda: now)
+        due = length.checkpoint_due(TrainConfig(checkpoint_every=interval, batch_size=4), 48, lambda: now)
         found = []
         for step in range(1, 26):
             now = step * seconds_a_step

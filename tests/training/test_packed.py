@@ -630,7 +630,7 @@ def differing(quant: str = "none", specs: Sequence[Spec] = SLOTS) -> Any:
 
 
 def questions(rows: int = 8) -> list[templates.Example]:
-    asked = templates.examples(task.rows("test", rows), "{question} ", "{answer}")
+    prompts = templates.examples(task.rows("test", rows), "{question} ", "{answer}")
     return [
         row._replace(
             choices=tuple(
@@ -638,7 +638,7 @@ def questions(rows: int = 8) -> list[templates.Example]:
             ),
             gold=0,
         )
-        for row, words in zip(asked, itertools.cycle([(" 4", " 12 apples"), (" 7", " 19", " 3 more")]), strict=False)
+        for row, words in zip(prompts, itertools.cycle([(" 4", " 12 apples"), (" 7", " 19", " 3 more")]), strict=False)
     ]
 
 
@@ -709,11 +709,11 @@ def test_what_fails_together_is_asked_of_each_slot(tokenizer: Any, monkeypatch: 
     single = evaluations(adapted, tokenizer, ["perplexity"], None)
     losses, rows = models_losses.answer_losses, []
 
-    def failing(asked: Any, batch: batches.Batch) -> torch.Tensor:
+    def failing(model: Any, batch: batches.Batch) -> torch.Tensor:
         rows.append(len(batch.input_ids))
         if rows[-1] > 5:
             raise RuntimeError("too many at once")
-        return losses(asked, batch)
+        return losses(model, batch)
 
     monkeypatch.setattr(likelihood, "answer_losses", failing)
     pack = Pack(adapted, [*adapted.peft_config])

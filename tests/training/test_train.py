@@ -212,15 +212,15 @@ def test_epochs_count_instead_of_steps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "steps"), [("100", 100), ("1epoch", 12), ("0.5epochs", 6), ("0.001epochs", 1), (None, None)]
+    ("interval", "steps"), [("100", 100), ("1epoch", 12), ("0.5epochs", 6), ("0.001epochs", 1), (None, None)]
 )
-def test_an_interval_is_steps_or_epochs(said: str | None, steps: int | None) -> None:
-    assert training_length.interval(TrainConfig(eval_every=said, batch_size=4), "eval_every", rows=48) == steps
+def test_an_interval_is_steps_or_epochs(interval: str | None, steps: int | None) -> None:
+    assert training_length.interval(TrainConfig(eval_every=interval, batch_size=4), "eval_every", rows=48) == steps
 
 
-@pytest.mark.parametrize("said", ["1.5", "0", "-1epochs", "epoch", "3 epochsies", "nan", "infepochs"])
-def test_other_intervals_are_refused(said: str) -> None:
-    config = TrainConfig(eval_every=said, checkpoint_every=said)
+@pytest.mark.parametrize("interval", ["1.5", "0", "-1epochs", "epoch", "3 epochsies", "nan", "infepochs"])
+def test_other_intervals_are_refused(interval: str) -> None:
+    config = TrainConfig(eval_every=interval, checkpoint_every=interval)
     for key in ("eval_every", "checkpoint_every"):
         with pytest.raises(InputError, match=rf"train.{key}="):
             training_length.interval(config, key, rows=48)
@@ -312,8 +312,8 @@ def test_log_likelihoods_do_not_depend_on_the_batch() -> None:
 
 def test_generation_scores_each_row(scratch: Path) -> None:
     base, tokenizer = model.load(TINY, None, CPU), model.load_tokenizer(TINY)
-    said = decoding.generate(base, tokenizer, ["47+38="], max_new_tokens=4)[0]
-    examples = [templates.Example("47+38=", said), templates.Example("47+38=", "wrong")]
+    generated = decoding.generate(base, tokenizer, ["47+38="], max_new_tokens=4)[0]
+    examples = [templates.Example("47+38=", generated), templates.Example("47+38=", "wrong")]
     found = evaluate.generation(base, tokenizer, examples, metric=exact_match, max_new_tokens=4)
     assert found.scores["accuracy"].value == 0.5
     assert [row["correct"] for row in found.predictions] == [True, False]

@@ -76,8 +76,8 @@ def test_a_scaled_adapter_is_the_base_plus_that_much_of_its_product(options: dic
     ],
 )
 def test_an_adapter_that_has_more_than_a_scale_is_not_scaled(options: dict[str, Any], reason: str) -> None:
-    said: dict[str, Any] = {"target_modules": ["first", "second"], "init_lora_weights": False} | options
-    assert reason in str(scaled.unscalable(get_peft_model(Two(), LoraConfig(**said))))
+    config: dict[str, Any] = {"target_modules": ["first", "second"], "init_lora_weights": False} | options
+    assert reason in str(scaled.unscalable(get_peft_model(Two(), LoraConfig(**config))))
     assert scaled.unscalable(adapted()) is None
     assert "no adapter" in str(scaled.unscalable(Two()))
 
@@ -101,8 +101,8 @@ def held(quality: list[float], loss: list[float]) -> Result:
     rows += [row(s, "old", "retention", "perplexity", v) for s, v in zip((0.25, 0.5, 0.75), loss[1:4], strict=True)]
 
     def ends(metric: str, values: list[float]) -> dict[str, Any]:
-        said = {f"base_{metric}": values[0], metric: values[4]}
-        return {key: {"value": value, "stderr": 0.01, "n": 100} for key, value in said.items()}
+        metrics = {f"base_{metric}": values[0], metric: values[4]}
+        return {key: {"value": value, "stderr": 0.01, "n": 100} for key, value in metrics.items()}
 
     scores = {"math": ends("accuracy", quality), "old": ends("perplexity", loss)}
     return Result({}, {}, {}, train_info={"scales": rows}, eval_info=scores)
@@ -216,9 +216,14 @@ HOPELESS = [*SMALL[1:], "train.steps=8", "train.eval_every=1", "dataset.validati
 def test_a_hopeless_trial_ends_as_stopped_and_goes_on_when_it_is_given_more_patience(run_small: RunSmall) -> None:
     stopped = run_small(*HOPELESS, "train.patience=2")
     assert (stopped.status, stopped.train_info["steps"]) == (Status.stopped, 3)
-    said = stopped.run_info["stopped"]
-    assert (said["why"], said["step"], said["best_step"], said["metric"]) == ("patience", 3, 1, "loss")
-    assert said["value"] == pytest.approx(said["best_value"])
+    stopped_info = stopped.run_info["stopped"]
+    assert (stopped_info["why"], stopped_info["step"], stopped_info["best_step"], stopped_info["metric"]) == (
+        "patience",
+        3,
+        1,
+        "loss",
+    )
+    assert stopped_info["value"] == pytest.approx(stopped_info["best_value"])
     assert not any(
         "perplexity" in one for one in stopped.eval_info.get("perplexity", {}) if not one.startswith("base_")
     )

@@ -162,7 +162,7 @@ TRIED = (
 
 
 @pytest.mark.parametrize(
-    ("said", "stage", "words", "line"),
+    ("error_text", "stage", "words", "line"),
     [
         (
             TRIED,
@@ -186,11 +186,13 @@ TRIED = (
     ],
 )
 def test_memory_that_ran_out_is_one_line_with_what_to_change(
-    said: str, stage: str, words: list[str], line: str, compose: Callable[..., Trial]
+    error_text: str, stage: str, words: list[str], line: str, compose: Callable[..., Trial]
 ) -> None:
-    failure = outcome.failure_of(torch.OutOfMemoryError(said), stage, compose("train.batch_size=16", *words).config)
+    failure = outcome.failure_of(
+        torch.OutOfMemoryError(error_text), stage, compose("train.batch_size=16", *words).config
+    )
     assert failure["message"] == line
-    assert said in failure["traceback"]  # what the allocator says of its state
+    assert error_text in failure["traceback"]  # what the allocator says of its state
 
 
 def fail_with(error: BaseException) -> Callable[..., Any]:

@@ -91,17 +91,17 @@ def test_a_table_that_cannot_be_replayed_is_one_line(text: str, problem: str, tm
 
 
 def test_the_ladder_grows_while_the_best_rate_lies_at_its_end() -> None:
-    ask = Simulated(lambda point: valley(point.rate, 3e-3))
-    (found,) = search.tune([LORA], ask)
+    objective = Simulated(lambda point: valley(point.rate, 3e-3))
+    (found,) = search.tune([LORA], objective)
     assert found.best is not None
     assert found.best.rate == pytest.approx(3.16e-3)
-    assert sorted({point.rate for point in ask.points}) == [3.16e-5, 1e-4, 3.16e-4, 9.99e-4, 3.16e-3, 9.99e-3]
+    assert sorted({point.rate for point in objective.points}) == [3.16e-5, 1e-4, 3.16e-4, 9.99e-4, 3.16e-3, 9.99e-3]
 
 
 def test_rates_of_the_user_are_all_that_is_tried() -> None:
-    ask = Simulated(lambda point: -point.rate)
-    (found,) = search.tune([Space("lora", (1e-4, 1e-3), extends=False)], ask)
-    assert {point.rate for point in ask.points} == {1e-4, 1e-3}
+    objective = Simulated(lambda point: -point.rate)
+    (found,) = search.tune([Space("lora", (1e-4, 1e-3), extends=False)], objective)
+    assert {point.rate for point in objective.points} == {1e-4, 1e-3}
     assert found.best is not None
     assert found.best.rate == 1e-3
 
@@ -110,23 +110,23 @@ def test_where_every_rate_diverges_lower_ones_are_tried() -> None:
     (found,) = search.tune([LORA], Simulated(lambda point: valley(point.rate) if point.rate < 1e-5 else None))
     assert found.best is not None
     assert found.best.rate < 1e-5
-    (found,) = search.tune([LORA], ask := Simulated(lambda _: None))
-    assert (found.best, len(ask.points)) == (None, search.MAX_RATES)
+    (found,) = search.tune([LORA], objective := Simulated(lambda _: None))
+    assert (found.best, len(objective.points)) == (None, search.MAX_RATES)
 
 
 def test_of_the_rates_only_the_best_go_from_the_rung_to_the_end() -> None:
-    ask = Simulated(lambda point: valley(point.rate))
-    search.tune([Space("lora", tuple(10.0**-place for place in range(1, 8)), extends=False)], ask)
-    went = [until for _, _, until in ask.requests]
+    objective = Simulated(lambda point: valley(point.rate))
+    search.tune([Space("lora", tuple(10.0**-place for place in range(1, 8)), extends=False)], objective)
+    went = [until for _, _, until in objective.requests]
     assert (went.count(Until.rung), went.count(Until.end)) == (7, 3)
 
 
 def test_size_and_targets_are_tried_at_the_best_rate() -> None:
     space = Space("lora", (1e-4, 1e-3), sizes=(4, 16), targets=(None, "qv"), extends=False)
-    ask = Simulated(lambda p: valley(p.rate, 1e-3) - (p.size or 0) / 100 - (p.targets == "qv"))
-    (found,) = search.tune([space], ask)
+    objective = Simulated(lambda p: valley(p.rate, 1e-3) - (p.size or 0) / 100 - (p.targets == "qv"))
+    (found,) = search.tune([space], objective)
     assert found.best == Point("lora", 1e-3, 16, "qv", 0)
-    assert len(ask.points) == 2 + 1 + 1 + 1  # rates, size, the other rate at the best size, targets
+    assert len(objective.points) == 2 + 1 + 1 + 1  # rates, size, the other rate at the best size, targets
 
 
 @pytest.mark.parametrize(("falls", "expected"), [(0.25, 2e-4), (0.0, 6e-4), (-0.25, 2e-3)])
@@ -139,23 +139,23 @@ def test_a_rate_beside_the_best_is_tried_at_the_best_size(falls: float, expected
         return valley(point.rate, lean * (size / 4) ** (-2 * falls)) - size
 
     space = Space("lora", (6e-5, 2e-4, 6e-4, 2e-3), sizes=(4, 8, 16), extends=False)
-    (found,) = search.tune([space], ask := Simulated(loss))
+    (found,) = search.tune([space], objective := Simulated(loss))
     assert found.best == Point("lora", expected, 16, None, 0)
-    assert len(ask.points) == 4 + 2 + 1
-    again = [(stage, point.rate) for stage, point, _ in ask.requests if stage == "rate again"]
+    assert len(objective.points) == 4 + 2 + 1
+    again = [(stage, point.rate) for stage, point, _ in objective.requests if stage == "rate again"]
     assert len(again) == 2  # what it is held against, which is known, and one more
 
 
 def test_no_rate_is_tried_again_where_the_smallest_size_is_the_best() -> None:
-    ask = Simulated(lambda point: valley(point.rate) + (point.size or 0))
-    search.tune([LORA], ask)
-    assert "rate again" not in {stage for stage, _, _ in ask.requests}
+    objective = Simulated(lambda point: valley(point.rate) + (point.size or 0))
+    search.tune([LORA], objective)
+    assert "rate again" not in {stage for stage, _, _ in objective.requests}
 
 
 def test_methods_have_rates_of_their_own_and_the_best_comes_first() -> None:
     best = {"lora": 1e-4, "dora": 1e-3}
-    ask = Simulated(lambda p: valley(p.rate, best[p.method]) + (p.method == "lora"))
-    found = search.tune([Space(name, search.ladder(3e-4), sizes=(8,)) for name in best], ask)
+    objective = Simulated(lambda p: valley(p.rate, best[p.method]) + (p.method == "lora"))
+    found = search.tune([Space(name, search.ladder(3e-4), sizes=(8,)) for name in best], objective)
     assert [one.method for one in found] == ["dora", "lora"]
     assert [one.best and round(math.log10(one.best.rate), 1) for one in found] == [-3.0, -4.0]
 
@@ -165,10 +165,10 @@ def test_methods_have_rates_of_their_own_and_the_best_comes_first() -> None:
 
 @pytest.mark.parametrize("trials", range(1, 14))
 def test_a_budget_of_trials_is_kept_and_treats_methods_alike(trials: int) -> None:
-    ask = Simulated(lambda p: valley(p.rate), Budget(trials, "trials"))
+    objective = Simulated(lambda p: valley(p.rate), Budget(trials, "trials"))
     spaces = [Space(name, LORA.rates, sizes=LORA.sizes) for name in ("lora", "dora")]
-    found = search.tune(spaces, ask)
-    counts = [sum(point.method == one for point in ask.points) for one in ("lora", "dora")]
+    found = search.tune(spaces, objective)
+    counts = [sum(point.method == one for point in objective.points) for one in ("lora", "dora")]
     assert sum(counts) == min(trials, 10)
     assert abs(counts[0] - counts[1]) <= 1
     assert found[0].best is not None
@@ -178,20 +178,20 @@ def test_a_budget_of_trials_is_kept_and_treats_methods_alike(trials: int) -> Non
 def test_a_larger_budget_goes_on_from_the_decisions_of_a_smaller_one() -> None:
     requests = []
     for trials in (3, 5, 9):
-        ask = Simulated(lambda p: valley(p.rate, 1e-3), Budget(trials, "trials"))
-        search.tune([LORA], ask)
-        requests.append(ask.requests)
+        objective = Simulated(lambda p: valley(p.rate, 1e-3), Budget(trials, "trials"))
+        search.tune([LORA], objective)
+        requests.append(objective.requests)
     for before, after in itertools.pairwise(requests):
         assert after[: len(before)] == before
 
 
 def test_a_budget_of_steps_counts_those_of_trials_that_stopped() -> None:
-    ask = Simulated(lambda p: valley(p.rate), Budget(70, "steps"))
-    search.tune([LORA], ask)
-    assert ask.account.steps == 3 * 10 + 2 * 20  # the budget is spent to its last step
-    ask = Simulated(lambda p: valley(p.rate), Budget(69, "steps"))
-    search.tune([LORA], ask)
-    assert ask.account.steps == 50
+    objective = Simulated(lambda p: valley(p.rate), Budget(70, "steps"))
+    search.tune([LORA], objective)
+    assert objective.account.steps == 3 * 10 + 2 * 20  # the budget is spent to its last step
+    objective = Simulated(lambda p: valley(p.rate), Budget(69, "steps"))
+    search.tune([LORA], objective)
+    assert objective.account.steps == 50
 
 
 def test_a_budget_of_time_starts_nothing_that_is_foreseen_to_end_later() -> None:
@@ -207,7 +207,7 @@ def test_a_budget_of_time_starts_nothing_that_is_foreseen_to_end_later() -> None
 
 
 @pytest.mark.parametrize(
-    ("said", "budget"),
+    ("text", "budget"),
     [
         ("40trials", Budget(40, "trials")),
         ("1trial", Budget(1, "trials")),
@@ -217,16 +217,16 @@ def test_a_budget_of_time_starts_nothing_that_is_foreseen_to_end_later() -> None
         (None, None),
     ],
 )
-def test_a_budget_is_trials_steps_or_time(said: str | None, budget: Budget | None) -> None:
-    assert parse(said) == budget
+def test_a_budget_is_trials_steps_or_time(text: str | None, budget: Budget | None) -> None:
+    assert parse(text) == budget
 
 
 @pytest.mark.parametrize(
-    "said", ["40", "0trials", "40runs", "2.5trials", "-2h", "h", "0h", "40 Trials", "nan h", "1e3steps", ""]
+    "text", ["40", "0trials", "40runs", "2.5trials", "-2h", "h", "0h", "40 Trials", "nan h", "1e3steps", ""]
 )
-def test_another_budget_is_refused(said: str) -> None:
+def test_another_budget_is_refused(text: str) -> None:
     with pytest.raises(InputError, match=r"^budget="):
-        parse(said)
+        parse(text)
 
 
 # ---- equal effort ----------------------------------------------------------------------------------
@@ -237,15 +237,15 @@ def test_every_contestant_of_a_league_has_the_same_number_of_trials(trials: int)
     spaces = [LORA, Space("ia3", search.ladder(5e-3)), Space("vera", search.ladder(1e-3), sizes=(64, 128))]
     spaces.append(Space("diverges", search.ladder(1e-1), sizes=(1, 2)))
     losses = {"lora": 1e-5, "ia3": 5e-3, "vera": 1.0}
-    ask = Simulated(lambda p: valley(p.rate, losses[p.method]) if p.method in losses else None)
+    objective = Simulated(lambda p: valley(p.rate, losses[p.method]) if p.method in losses else None)
     seeds = {space.method: number for number, space in enumerate(spaces)}
-    found = search.equally(spaces, ask, trials, seeds)
+    found = search.equally(spaces, objective, trials, seeds)
     for space, one in zip(spaces, found, strict=True):
-        own = [point for _, point, _ in ask.requests if point.method == space.method]
+        own = [point for _, point, _ in objective.requests if point.method == space.method]
         assert (len(own), len(set(own))) == (trials, trials)
         assert {point.seed for point in own} == {seeds[space.method]}
         assert (one.best is None) == (space.method == "diverges")
-    assert {until for _, _, until in ask.requests} == {Until.end}
+    assert {until for _, _, until in objective.requests} == {Until.end}
 
 
 def test_a_league_tries_a_rate_again_at_the_best_size_too() -> None:
@@ -253,14 +253,14 @@ def test_a_league_tries_a_rate_again_at_the_best_size_too() -> None:
         return valley(point.rate, 4.5e-4 / (point.size or 4) ** 0.5 * 2) - (point.size or 0)
 
     space = Space("lora", (6e-5, 2e-4, 6e-4, 2e-3), sizes=(4, 8, 16))
-    ask = Simulated(loss)
-    (found,) = search.equally([space], ask, 8, {"lora": 0})
+    objective = Simulated(loss)
+    (found,) = search.equally([space], objective, 8, {"lora": 0})
     assert found.best is not None
-    assert (found.best.size, found.best.rate < 4e-4, len(ask.points)) == (16, True, 8)
+    assert (found.best.size, found.best.rate < 4e-4, len(objective.points)) == (16, True, 8)
 
 
 def test_rates_that_the_best_lies_between_are_tried_closer_together() -> None:
-    ask = Simulated(lambda p: valley(p.rate, 1.6e-4))
-    search.equally([Space("ia3", search.ladder(1e-4))], ask, 5, {"ia3": 0})
-    rates = [point.rate for _, point, _ in ask.requests]
+    objective = Simulated(lambda p: valley(p.rate, 1.6e-4))
+    search.equally([Space("ia3", search.ladder(1e-4))], objective, 5, {"ia3": 0})
+    rates = [point.rate for _, point, _ in objective.requests]
     assert rates[3] == pytest.approx(math.sqrt(1e-4 * 3.16e-4), rel=1e-4)

@@ -24,13 +24,13 @@ from peftsweep.study import record, store
 from peftsweep.study.record import Result
 from peftsweep.tuning import answer, decision
 from peftsweep.tuning import command as tuning_command
-from peftsweep.tuning.answer import Question
+from peftsweep.tuning.answer import TuningCommand
 from peftsweep.tuning.trials import earlier_seconds
 from tests.conftest import SMALL, start, wait_for
 
 Command = Callable[..., tuple[int, str, str]]
 Loss = Callable[[dict[str, str]], float | None]
-Ask = Callable[..., "tuple[Question, MadeUp]"]
+MakeCommand = Callable[..., "tuple[TuningCommand, MadeUp]"]
 STEPS, ROWS = 30, 100
 
 
@@ -115,12 +115,12 @@ def composed() -> dict[str, Trial]:
 
 
 @pytest.fixture
-def ask(composed: dict[str, Trial], tmp_path: Path) -> Ask:
-    """A question about made-up trials, with these values of `tune`, `league` and `budget`, and its launcher."""
+def make_command(composed: dict[str, Trial], tmp_path: Path) -> MakeCommand:
+    """A command about made-up trials, with these values of `tune`, `league` and `budget`, and its launcher."""
 
     def made(
         *, methods: Sequence[str] = ("lora", "dora"), loss: Loss = loss_of, budget: str | None = None, **keys: Any
-    ) -> tuple[Question, MadeUp]:
+    ) -> tuple[TuningCommand, MadeUp]:
         trials = {}
         for name in methods:
             config = dataclasses.replace(composed[name].config, budget=budget)
@@ -130,7 +130,7 @@ def ask(composed: dict[str, Trial], tmp_path: Path) -> Ask:
                 config = dataclasses.replace(config, **{section: own})
             trials[name] = dataclasses.replace(composed[name], config=config)
         launch = MadeUp(tmp_path / "multirun" / "default", loss)
-        return Question([], [], trials, dict.fromkeys(trials, True), launch, launch.study), launch
+        return TuningCommand([], [], trials, dict.fromkeys(trials, True), launch, launch.study), launch
 
     return made
 
@@ -139,9 +139,9 @@ def written(launch: MadeUp, file: str = store.TUNE) -> Any:
     return json.loads((launch.study / file).read_text())
 
 
-def test_a_tuning_judges_only_its_finalists_on_the_test_rows(ask: Ask) -> None:
-    question, launch = ask(targets=["default"])
-    answer.tune(question, (lines := list[str]()).append)
+def test_a_tuning_judges_only_its_finalists_on_the_test_rows(make_command: MakeCommand) -> None:
+    command, launch = make_command(targets=["default"])
+    answer.tune(command, (lines := list[str]()).append)
     judged = [words for words in launch.launched if words["halving.test"] == "true"]
     assert {(words["method"], words["method.r"]) for words in judged} == {("lora", "32"), ("dora", "32")}
     assert {float(words["train.learning_rate"]) for words in judged if words["method"] == "lora"} == {6.32e-4}
@@ -159,63 +159,67 @@ def test_a_tuning_judges_only_its_finalists_on_the_test_rows(ask: Ask) -> None:
 
 
 def test_the_same_command_trains_nothing_again_and_decides_the_same(
-    ask: Ask,
+    make_command: MakeCommand,
 ) -> None:
-    question, launch = ask(budget="9trials")
-    answer.tune(question, (first := list[str]()).append)
+    command, launch = make_command(budget="9trials")
+    answer.tune(command, (first := list[str]()).append)
     done = len(launch.launched)
-    answer.tune(question, (again := list[str]()).append)
+    answer.tune(command, (again := list[str]()).append)
     assert (len(launch.launched), again[:-1]) == (done, first[:-1])  # the last line has the time
 
 
 @pytest.mark.parametrize("after", [1, 9, 13])
-def test_a_tuning_that_is_cut_off_goes_on_to_the_same_end(ask: Ask, after: int, tmp_path: Path) -> None:
-    question, launch = ask(seeds=2, targets=["default"])
+def test_a_tuning_that_is_cut_off_goes_on_to_the_same_end(
+    make_command: MakeCommand, after: int, tmp_path: Path
+) -> None:
+    command, launch = make_command(seeds=2, targets=["default"])
     launch.dies_after = after
     with pytest.raises(KeyboardInterrupt):
-        answer.tune(question, print)
+        answer.tune(command, print)
     launch.dies_after = math.inf
-    answer.tune(question, (lines := list[str]()).append)
+    answer.tune(command, (lines := list[str]()).append)
     whole = MadeUp(tmp_path / "whole", loss_of)
-    alone = Question(question.words, question.base_words, question.trials, question.with_rate, whole, whole.study)
+    alone = TuningCommand(command.words, command.base_words, command.trials, command.with_rate, whole, whole.study)
     answer.tune(alone, (expected := list[str]()).append)
     assert lines[:-1] == expected[:-1]
 
 
 @pytest.mark.parametrize("key", ["search_hash", "asked"])
-def test_the_seconds_of_earlier_commands_are_read_also_under_the_former_key(key: str, ask: Ask) -> None:
-    question, launch = ask(budget="3trials")
-    answer.tune(question, print)
+def test_the_seconds_of_earlier_commands_are_read_also_under_the_former_key(
+    key: str, make_command: MakeCommand
+) -> None:
+    command, launch = make_command(budget="3trials")
+    answer.tune(command, print)
     file = launch.study / store.TUNE
     held = record.read_json(file, dict)
     record.write_json(file, {key: held.pop("search_hash")} | held | {"spent": {"seconds": 12.5}})
-    assert earlier_seconds(file, question.hash) == 12.5
+    assert earlier_seconds(file, command.hash) == 12.5
     assert earlier_seconds(file, "another") == 0.0
 
 
 def test_a_larger_budget_goes_on_and_a_spent_one_says_what_was_not_tried(
-    ask: Ask,
+    make_command: MakeCommand,
 ) -> None:
-    question, launch = ask(budget="6trials")
-    answer.tune(question, (lines := list[str]()).append)
+    command, launch = make_command(budget="6trials")
+    answer.tune(command, (lines := list[str]()).append)
     assert "not tried of lora: r=16, r=32, targets=qv, targets=all_linear" in lines
     assert written(launch)["spent"]["trials"] == len(list(launch.study.glob("*/result.json"))) == 6
-    question, more = ask(budget="20trials")
-    answer.tune(question, (lines := list[str]()).append)
+    command, more = make_command(budget="20trials")
+    answer.tune(command, (lines := list[str]()).append)
     assert not any(words in launch.launched for words in more.launched)
     assert written(more)["spent"]["trials"] == len(list(launch.study.glob("*/result.json"))) <= 20
 
 
-def test_a_tuning_of_which_nothing_can_be_trained_fails(ask: Ask) -> None:
-    question, _ = ask(methods=["lora"], loss=lambda _: None)
+def test_a_tuning_of_which_nothing_can_be_trained_fails(make_command: MakeCommand) -> None:
+    command, _ = make_command(methods=["lora"], loss=lambda _: None)
     with pytest.raises(SweepFailed, match=r"no trial could be trained: .*failed"):
-        answer.tune(question, print)
+        answer.tune(command, print)
 
 
-def test_reports_repeat_what_was_decided(ask: Ask) -> None:
-    question, launch = ask(budget="3trials")
+def test_reports_repeat_what_was_decided(make_command: MakeCommand) -> None:
+    command, launch = make_command(budget="3trials")
     assert searches.decisions(launch.study) == []
-    answer.tune(question, (lines := list[str]()).append)
+    answer.tune(command, (lines := list[str]()).append)
     (found,) = searches.decisions(launch.study)
     assert (found.name, found.lines) == ("tune", lines)
     decided = found.decision
@@ -233,28 +237,30 @@ def test_a_score_is_named_once_where_evaluation_and_metric_have_one_name() -> No
 
 
 @pytest.mark.parametrize(
-    ("base", "said"), [(0.2, "Use lora"), (0.9, "No gain shown by lora"), (0.74, "No gain shown by")]
+    ("base", "verdict_line"), [(0.2, "Use lora"), (0.9, "No gain shown by lora"), (0.74, "No gain shown by")]
 )
-def test_use_is_said_where_a_gain_over_the_base_is_shown(ask: Ask, base: float, said: str) -> None:
-    question, launch = ask(methods=["lora"], budget="9trials")
+def test_use_is_said_where_a_gain_over_the_base_is_shown(
+    make_command: MakeCommand, base: float, verdict_line: str
+) -> None:
+    command, launch = make_command(methods=["lora"], budget="9trials")
     launch.base = base
-    answer.tune(question, (lines := list[str]()).append)
-    (line,) = [line for line in lines if line.startswith(said)]
+    answer.tune(command, (lines := list[str]()).append)
+    (line,) = [line for line in lines if line.startswith(verdict_line)]
     (search,) = searches.decisions(launch.study)
     gained = search.decision.base
     assert gained is not None
     assert gained.gain == pytest.approx(search.decision.finalists[0].value - base)
     assert f"; the untouched base has {base:g}, and against it this is " in line
-    assert search.decision.verdict == ("use" if said == "Use lora" else "none")
+    assert search.decision.verdict == ("use" if verdict_line == "Use lora" else "none")
 
 
-def test_trials_that_a_launcher_leaves_end_the_tuning_as_not_run(ask: Ask) -> None:
-    question, launch = ask(methods=["lora"])
-    limited = Question(
-        question.words,
-        question.base_words,
-        question.trials,
-        question.with_rate,
+def test_trials_that_a_launcher_leaves_end_the_tuning_as_not_run(make_command: MakeCommand) -> None:
+    command, launch = make_command(methods=["lora"])
+    limited = TuningCommand(
+        command.words,
+        command.base_words,
+        command.trials,
+        command.with_rate,
         lambda words: [None] * len(words),
         launch.study,
     )
@@ -262,9 +268,9 @@ def test_trials_that_a_launcher_leaves_end_the_tuning_as_not_run(ask: Ask) -> No
         answer.tune(limited, print)
 
 
-def test_a_league_gives_every_contestant_the_same_and_lora_twice(ask: Ask) -> None:
-    question, launch = ask(trials=5, seeds=3)
-    answer.league(question, (lines := list[str]()).append)
+def test_a_league_gives_every_contestant_the_same_and_lora_twice(make_command: MakeCommand) -> None:
+    command, launch = make_command(trials=5, seeds=3)
+    answer.league(command, (lines := list[str]()).append)
     found = written(launch, store.LEAGUE)
     assert set(found["costs"]) == {"lora", "dora", "lora (placebo)"}
     assert {one["trials"] for one in found["costs"].values()} == {8}

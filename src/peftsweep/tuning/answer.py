@@ -28,7 +28,7 @@ PLACEBO_SEED = 1000  # difference between the seeds of the placebo and those of 
 
 
 @dataclass(frozen=True)
-class Question:
+class TuningCommand:
     """A command of sweep=tune or sweep=league, parsed."""
 
     words: list[str]  # of the command line
@@ -46,32 +46,32 @@ class Question:
 
     @property
     def hash(self) -> str:
-        """A hash of the question without its budget."""
+        """A hash of the command without its budget."""
         return content_hash([sorted(self.base_words), sorted(self.trials), asdict(self.any.config.tune)])
 
 
 @dataclass
 class Setting:
-    """A checked question with its search spaces and its trials."""
+    """A checked command with its search spaces and its trials."""
 
     spaces: list[Space]
     plan: Plan
     trials: Trials
 
 
-def prepare(question: Question, file: str) -> Setting:
-    """Check the question; ``file`` of the study holds the results of earlier commands.
+def prepare(command: TuningCommand, file: str) -> Setting:
+    """Check the command; ``file`` of the study holds the results of earlier commands.
 
     Raises:
         InputError: a key does not fit such a search.
     """
-    config = question.any.config
+    config = command.any.config
     tune = asdict(config.tune)
     check_lists(tune)
-    budget, common = parse(config.budget), plan(question.any, config.tune.metric)
+    budget, common = parse(config.budget), plan(command.any, config.tune.metric)
     spaces, sizes = [], {}
-    for name, trial in question.trials.items():
-        method_space, sizes[name] = space(trial, tune, has_rate=question.with_rate[name])
+    for name, trial in command.trials.items():
+        method_space, sizes[name] = space(trial, tune, has_rate=command.with_rate[name])
         spaces.append(replace(method_space, method=name))
     if budget is not None and budget.unit == "steps" and budget.amount < (common.total or math.inf):
         least = (
@@ -80,12 +80,12 @@ def prepare(question: Question, file: str) -> Setting:
             else "trials or time: steps are not known"
         )
         raise InputError(f"budget={config.budget}: must be {least}")
-    total, earlier = common.total, earlier_seconds(question.folder / file, question.hash)
+    total, earlier = common.total, earlier_seconds(command.folder / file, command.hash)
     account = BudgetAccount(budget, (common.rung or total, total, total), Clock(earlier))
-    words = [*question.base_words, *(["skip_oversized=true"] if config.memory_limit is not None else [])]
+    words = [*command.base_words, *(["skip_oversized=true"] if config.memory_limit is not None else [])]
     named = config.tune.targets is not None
     return Setting(
-        spaces, common, Trials(question.launch, words, common, sizes, account, question.at_once, named_targets=named)
+        spaces, common, Trials(command.launch, words, common, sizes, account, command.at_once, named_targets=named)
     )
 
 
@@ -137,7 +137,7 @@ class Final:
         return sorted(means, key=lambda name: -sign * means[name])
 
 
-def tune(question: Question, say: Callable[[str], None]) -> None:
+def tune(command: TuningCommand, say: Callable[[str], None]) -> None:
     """Search, judge the finalists, print the decision, and write it to the study's tune.json.
 
     Raises:
@@ -145,28 +145,28 @@ def tune(question: Question, say: Callable[[str], None]) -> None:
         SweepFailed: no trial could be trained.
         NotRun: the launcher did not run all trials.
     """
-    setting = prepare(question, TUNE)
-    seed = question.any.config.seed
+    setting = prepare(command, TUNE)
+    seed = command.any.config.seed
     found: list[Tuned] = []
 
     def note() -> None:
-        _write(question, setting, found, None, [])
+        _write(command, setting, found, None, [])
 
     setting.trials.note = note
     found = search.tune(setting.spaces, setting.trials, seed)
     if all(one.best is None for one in found):
         reasons = sorted(set(setting.trials.refused.values()))
         raise SweepFailed("no trial could be trained: " + ("; ".join(reasons[:3]) or "the budget has room for none"))
-    final = _finals(setting, found, question.any, seed)
+    final = _finals(setting, found, command.any, seed)
     decided = _decision(setting, found, final)
     lines = [
         *_search_lines(setting, found),
-        *_decision_lines(decided, final, question.any.config.tune.tie),
+        *_decision_lines(decided, final, command.any.config.tune.tie),
         *(f"not tried of {line}" for line in decided.not_tried),
         *(f"could not be trained: {line}" for line in decided.not_trained),
         _spent_line(setting),
     ]
-    _write(question, setting, found, final, lines, decided)
+    _write(command, setting, found, final, lines, decided)
     for line in lines:
         say(line)
 
@@ -302,7 +302,7 @@ def _spent_line(setting: Setting) -> str:
 
 
 def _write(
-    question: Question,
+    command: TuningCommand,
     setting: Setting,
     found: Sequence[Tuned],
     final: Final | None,
@@ -312,10 +312,10 @@ def _write(
     account, sizes = setting.trials.account, setting.trials.sizes
     scores = {(p, until): setting.plan.sign * score for (p, until), score in setting.trials.scores.items()}
     record.write_json(
-        question.folder / TUNE,
+        command.folder / TUNE,
         {
-            "search_hash": question.hash,
-            "command": question.words,
+            "search_hash": command.hash,
+            "command": command.words,
             "metric": f"validation_{setting.plan.metric}",
             "budget": str(account.budget) if account.budget else None,
             "spent": {"trials": account.trials, "steps": account.steps, "seconds": account.seconds},
@@ -354,7 +354,7 @@ def _values_by_seed(scores: Finals) -> dict[str, dict[str, float]]:
 # ---- sweep=league ----------------------------------------------------------------------------------
 
 
-def league(question: Question, say: Callable[[str], None]) -> None:
+def league(command: TuningCommand, say: Callable[[str], None]) -> None:
     """Tune all methods with equally many trials, judge them on the test rows, and rank them; see league.json.
 
     Raises:
@@ -362,21 +362,21 @@ def league(question: Question, say: Callable[[str], None]) -> None:
         SweepFailed: a contestant could not be trained.
         NotRun: the launcher did not run all trials.
     """
-    config = question.any.config
+    config = command.any.config
     own = config.league
     placebo = f"{own.placebo} (placebo)"
-    question = replace(
-        question,
-        trials={**question.trials, placebo: question.trials[own.placebo]},
-        with_rate={**question.with_rate, placebo: True},
+    command = replace(
+        command,
+        trials={**command.trials, placebo: command.trials[own.placebo]},
+        with_rate={**command.with_rate, placebo: True},
     )
-    setting = prepare(question, LEAGUE)
+    setting = prepare(command, LEAGUE)
     trials = setting.trials
     trials.options = {placebo: own.placebo}
-    seeds = {name: _seed(config.seed, PLACEBO_SEED if name == placebo else 0) for name in question.trials}
+    seeds = {name: _seed(config.seed, PLACEBO_SEED if name == placebo else 0) for name in command.trials}
     tuned = search.equally(setting.spaces, trials, own.trials, seeds)
     best = {one.method: one.best for one in tuned if one.best is not None}
-    if lacking := [name for name in question.trials if name not in best]:
+    if lacking := [name for name in command.trials if name not in best]:
         raise SweepFailed(f"no trial of {', '.join(lacking)} could be trained")
     points = {name: [replace(p, seed=_seed(seeds[name], n + 1)) for n in range(own.seeds)] for name, p in best.items()}
     trials("finals", [point for group in zip(*points.values(), strict=True) for point in group], Until.test)
@@ -388,13 +388,13 @@ def league(question: Question, say: Callable[[str], None]) -> None:
         raise SweepFailed(f"fewer than two final trials of {', '.join(lacking)} came to their end")
     column = _value_column(*metric)
     result = statistics.league(column, scores, own.placebo, placebo, own.difference)
-    costs = {name: _costs(trials, name) for name in question.trials}
+    costs = {name: _costs(trials, name) for name in command.trials}
     configurations = {name: configuration(replace(p, method=name), trials.sizes[name]) for name, p in best.items()}
     lines = _ranking(configurations, result, costs, own.placebo, placebo, own.difference, score_name(column))
     decided = decision.league_decision(column, scores, result, configurations, own.placebo, own.difference)
     record.write_json(
-        question.folder / LEAGUE,
-        {"search_hash": question.hash, "command": question.words, "column": column, "lines": lines, "costs": costs}
+        command.folder / LEAGUE,
+        {"search_hash": command.hash, "command": command.words, "column": column, "lines": lines, "costs": costs}
         | {"spent": {"seconds": trials.account.seconds}, "best": {name: asdict(p) for name, p in best.items()}}
         | {"scores": _values_by_seed(scores)}
         | {"result": record.plain(asdict(result)), "decision": decision.facts(decided)},

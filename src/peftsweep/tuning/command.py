@@ -17,7 +17,7 @@ from peftsweep.study import store
 from peftsweep.sweep import processes
 from peftsweep.sweep.points import Points
 from peftsweep.tuning import answer, replay
-from peftsweep.tuning.answer import Question
+from peftsweep.tuning.answer import TuningCommand
 from peftsweep.tuning.space import SEARCHED, base_words
 
 METHOD, SWEEP = "method", "sweep"
@@ -38,14 +38,14 @@ def run(launcher: Any, config: DictConfig, loader: Any, points: Sequence[Sequenc
         raise InputError(f"{key}: is of sweep=tune; a league's budget is league.trials and league.seeds of each method")
     if (sweeper := config.hydra.runtime.choices["hydra/sweeper"]) != "grid":
         raise InputError(f"hydra/sweeper={sweeper}: sweep={'league' if league else 'tune'} brings its own")
-    question = _question(launcher, config, loader, points, league)
+    command = _parse(launcher, config, loader, points, league)
     if not config.quiet:
-        print(_study_line(question.folder, league), flush=True)
+        print(_study_line(command.folder, league), flush=True)
     if config.dry_run:
-        _dry_run(question, launcher, league)
+        _dry_run(command, launcher, league)
         return
     lines: list[str] = []
-    (answer.league if league else answer.tune)(question, lines.append)
+    (answer.league if league else answer.tune)(command, lines.append)
     for line in (
         [line for line in lines if line.startswith(("Use ", "No gain shown by ", "By "))] if config.quiet else lines
     ):
@@ -59,9 +59,9 @@ def _study_line(folder: Path, league: bool) -> str:
     return f"sweep={name}: {action} the study {folder} (study=NAME: another)"
 
 
-def _question(
+def _parse(
     launcher: Any, config: DictConfig, loader: Any, points: Sequence[Sequence[str]], league: bool
-) -> Question:
+) -> TuningCommand:
     words = [[word for word in point if not word.startswith(f"{SWEEP}=")] for point in points]
     if league and (placebo := f"{METHOD}={config.league.placebo}") and not any(placebo in point for point in words):
         words = [[*(word for word in words[0] if not word.startswith(f"{METHOD}=")), placebo], *words]
@@ -75,7 +75,7 @@ def _question(
         jobs = launcher.launch(batch, initial_job_idx=0)
         return [job._return_value if job.status in (JobStatus.COMPLETED, JobStatus.FAILED) else None for job in jobs]
 
-    return Question(
+    return TuningCommand(
         words=store.with_own_options(config.hydra.overrides.task),
         base_words=base_words(words[0]),
         trials=trials,
@@ -128,10 +128,10 @@ def check_axes(parsed: Sequence[Override], name: str) -> None:
             raise InputError(f"{word.input_line}: sweep={name} takes several values of method alone{way}")
 
 
-def _dry_run(question: Question, launcher: Any, league: bool) -> None:
+def _dry_run(command: TuningCommand, launcher: Any, league: bool) -> None:
     """List the first trials, and the values that the search may try after them."""
-    setting = answer.prepare(question, store.LEAGUE if league else store.TUNE)
-    first = answer.first_trials(setting, question.any.config.seed)
+    setting = answer.prepare(command, store.LEAGUE if league else store.TUNE)
+    first = answer.first_trials(setting, command.any.config.seed)
     launcher.launch([setting.trials.words_of(point, until) for point, until in first], initial_job_idx=0)
     for line in answer.planned_lines(setting):
         print(line)

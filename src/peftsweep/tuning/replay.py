@@ -111,12 +111,12 @@ def run(grid: Grid) -> Replay:
     """
     used, losses = set[Point](), grid.finite
 
-    def ask(stage: str, points: Sequence[Point], until: Until) -> Scores:
+    def objective(stage: str, points: Sequence[Point], until: Until) -> Scores:
         used.update(points)
         return {point: losses[cell] for point in points if (cell := (point.rate, point.size or 0)) in losses}
 
     space = Space(grid.name, tuple(grid.rates), extends=False, sizes=tuple(grid.ranks), again=False)
-    (tuned,) = tune([space], ask)
+    (tuned,) = tune([space], objective)
     cells = len(grid.rates) * len(grid.ranks)
     default = min(grid.rates, key=lambda rate: abs(math.log(rate / DEFAULT_RATE)))
     best = tuned.best

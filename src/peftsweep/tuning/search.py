@@ -5,8 +5,8 @@ neighbouring rate at the best size; the target modules at the best rate and size
 nearly the best at every rank, because the best rate of LoRA hardly depends on its rank (Schulman et al., "LoRA Without
 Regret", 2025). In short trainings it does depend on the rank, by up to one step of the ladder.
 
-This file trains nothing and reads no file: an ``Ask`` returns scores, from trials, a table or a simulation. The same
-scores give the same decisions, so that a command that was killed makes the same decisions again from its records.
+This file trains nothing and reads no file: an ``Objective`` returns scores, from trials, a table or a simulation. The
+same scores give the same decisions, so that a command that was killed makes the same decisions again from its records.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Point:
 Scores = Mapping[Point, float]  # validation scores, lower is better; a trial that failed or diverged has none
 
 
-class Ask(Protocol):
+class Objective(Protocol):
     """A source of scores: trials, a table or a simulation."""
 
     def __call__(self, stage: str, points: Sequence[Point], until: Until) -> Scores:
@@ -108,7 +108,7 @@ Request = tuple[Sequence[Point], Until]  # points to train, the most promising f
 Search = Generator[Request, Scores, Point | None]  # yields requests, is sent their scores, returns the best point
 
 
-def tune(spaces: Sequence[Space], ask: Ask, seed: int = 0) -> list[Tuned]:
+def tune(spaces: Sequence[Space], objective: Objective, seed: int = 0) -> list[Tuned]:
     """Search every space stage by stage, all methods in parallel; the result of each method, the best method first.
 
     The methods go through each stage together, so that all have had the same effort when the budget is spent.
@@ -116,10 +116,10 @@ def tune(spaces: Sequence[Space], ask: Ask, seed: int = 0) -> list[Tuned]:
     tuned = {space.method: Tuned(space.method) for space in spaces}
     best: dict[str, Point | None] = {}
     try:
-        best = _in_parallel("rate", {space.method: rates(space, seed) for space in spaces}, ask, tuned)
+        best = _in_parallel("rate", {space.method: rates(space, seed) for space in spaces}, objective, tuned)
         for stage, search in (("size", sizes), ("rate again", partial(rate_again, tuned=tuned)), ("targets", targets)):
             searches = {space.method: search(space, point) for space in spaces if (point := best[space.method])}
-            best |= _in_parallel(stage, searches, ask, tuned)
+            best |= _in_parallel(stage, searches, objective, tuned)
     except Spent:
         return sorted(tuned.values(), key=lambda result: result.score)
     for result in tuned.values():
@@ -128,7 +128,7 @@ def tune(spaces: Sequence[Space], ask: Ask, seed: int = 0) -> list[Tuned]:
 
 
 def _in_parallel(
-    stage: str, searches: Mapping[str, Search], ask: Ask, tuned: Mapping[str, Tuned]
+    stage: str, searches: Mapping[str, Search], objective: Objective, tuned: Mapping[str, Tuned]
 ) -> dict[str, Point | None]:
     """Run the searches of all methods so that their points are trained in one batch; the best point of each method."""
     best: dict[str, Point | None] = {}
@@ -148,7 +148,7 @@ def _in_parallel(
         batch = {method: points for method, (points, requested) in requests.items() if requested is until}
         rounds = itertools.zip_longest(*batch.values())  # the most promising point of each method first
         try:
-            scores = ask(stage, [point for points in rounds for point in points if point], until)
+            scores = objective(stage, [point for points in rounds for point in points if point], until)
         except Spent as spent:
             _add_scores(tuned, spent.scores, until)
             raise
@@ -227,14 +227,14 @@ def _variants(best: Point, points: Sequence[Point]) -> Search:
 # ---- equal effort ----------------------------------------------------------------------------------
 
 
-def equally(spaces: Sequence[Space], ask: Ask, trials: int, seeds: Mapping[str, int]) -> list[Tuned]:
+def equally(spaces: Sequence[Space], objective: Objective, trials: int, seeds: Mapping[str, int]) -> list[Tuned]:
     """Tune every method with exactly ``trials`` trials, each trained to its end; one result for each space, in order.
 
     ``seeds`` holds the seed of each method. A trial that fails counts as one of the ``trials``.
     """
     tuned = {space.method: Tuned(space.method, over=True) for space in spaces}
     searches = {space.method: _equal(space, trials, seeds[space.method]) for space in spaces}
-    _in_parallel("tuning", searches, ask, tuned)
+    _in_parallel("tuning", searches, objective, tuned)
     return list(tuned.values())
 
 

@@ -43,7 +43,7 @@ class Trials:
     _failed: set[tuple[Point, Until]] = field(default_factory=set)
 
     def __call__(self, stage: str, points: Sequence[Point], until: Until) -> Scores:
-        """See ``search.Ask``."""
+        """See ``search.Objective``."""
         new = [point for point in points if not self._is_known(point, until)]
         for batch in self.account.admit(new, until, self.at_once):
             self._run(stage, batch, until)
@@ -162,7 +162,7 @@ class Clock:
 
 
 def earlier_seconds(file: Path, search_hash: str) -> float:
-    """The seconds of earlier commands with this ``Question.hash``, from the file that they wrote.
+    """The seconds of earlier commands with this ``TuningCommand.hash``, from the file that they wrote.
 
     Files of earlier versions have the hash under the key ``asked``.
     """
