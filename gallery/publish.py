@@ -89,14 +89,15 @@ def scores(folder: Path) -> list[str]:
     }
     judged = parts["certainty"]["facts"]["scores"]
     names = [f"eval_info.{found['score']['evaluation']}.{found['score']['metric']}.value" for found in judged]
-    heads = ["configuration", *(found["score"]["name"] for found in judged), "trainable", "adapter", "training"]
+    heads = ["configuration", *(found["score"]["name"] for found in judged), "trainable", "adapter", "predicted memory"]
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "--:|" * (len(heads) - 1)]
     for row in sorted(parts["table"]["tables"][0]["rows"], key=lambda row: row[names[-1]]):
         cells = [
             f"{words.number(row[n])} [{words.number(row[f'{n}.low'])}, {words.number(row[f'{n}.high'])}]" for n in names
         ]
         cells += [f"{row['train_info.trainable_parameters']:,.0f}", f"{row['train_info.adapter_bytes'] / 1e6:.1f} MB"]
-        lines.append(f"| {row['configuration']} | {' | '.join(cells)} | {row['train_info.train_seconds']:.0f} s |")
+        cells += [f"{row['memory.predicted.peak_bytes'] / 1e9:.2f} GB"]
+        lines.append(f"| {row['configuration']} | {' | '.join(cells)} |")
     trials = pd.read_parquet(folder / "results.parquet")
     bases = [f"eval_info.{found['score']['evaluation']}.base_{found['score']['metric']}.value" for found in judged]
     beside = {
