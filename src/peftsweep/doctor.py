@@ -24,7 +24,7 @@ import yaml
 
 from peftsweep import __version__, command_line, options
 from peftsweep.data import hub
-from peftsweep.errors import InputError, first_line
+from peftsweep.errors import InputError, check_working_folder, first_line
 from peftsweep.observe import fast_dtype, streams
 from peftsweep.observe.display import size
 
@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="the same as one JSON object")
     try:
         words = parser.parse_args()
+        check_working_folder()
     except InputError as error:
         print(f"peftsweep: {error}", file=sys.stderr)
         sys.exit(2)
