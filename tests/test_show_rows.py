@@ -112,6 +112,12 @@ def test_instructions_are_shown_in_the_tokens_of_their_training(show: Show) -> N
     assert head == f"---- row 1: {len(row.ids)} tokens, {row.answer_tokens} trained on"
 
 
+def test_a_row_longer_than_the_model_is_told_by_its_cut_alone(show: Show) -> None:
+    code, out, err = show([{"prompt": "x " * 4000, "completion": "y"}])  # the model sees 2048 tokens
+    assert (code, "cut off at its beginning" in out) == (0, True)
+    assert "indexing errors" not in err
+
+
 def test_rows_are_those_of_the_file_in_its_order_and_cuts_are_told(show: Show) -> None:
     rows = [{"question": f"What is {n}?", "answer": str(n)} for n in range(6)]
     code, out, _ = show(rows, "--rows", "2", "dataset.max_length=10")
