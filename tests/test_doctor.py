@@ -102,3 +102,14 @@ def test_the_version_names_all_that_matter_and_the_cuda_that_torch_is_built_for(
     assert output.startswith("peftsweep 0.")
     assert f"torch {importlib.metadata.version('torch')}" in output
     assert output.endswith(f"CUDA {torch.version.cuda or 'none'}")
+
+
+def test_a_cache_that_cannot_be_written_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "/dev/null/hub")
+    found = doctor._disk()
+    assert (found.fatal, found.facts["cache_writable"]) == (False, False)
+    assert str(found.fix) == (
+        "the cache cannot be written (see /dev/null), so nothing can be downloaded: HF_HOME=FOLDER moves it"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "hub")  # of an empty HF_HOME, below the folder of the command
+    assert doctor._disk().facts["cache_writable"]

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shlex
 import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +26,8 @@ from peftsweep.sweep import processes
 from peftsweep.training import run as training_run
 
 from .config.test_wrong_input import checked
+
+Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(autouse=True)
@@ -191,3 +199,55 @@ def test_a_perplexity_that_training_has_raised_is_a_caution(after: float, worse:
     scores = {"perplexity": {"value": after, "stderr": 0.1, "n": 9}, "base_perplexity": {"value": 5.0, "stderr": 0.1}}
     found = [line for line in cautions({}, {"rows": scores}, {}) if "lower train.learning_rate" in line]
     assert bool(found) is worse
+
+
+@pytest.mark.parametrize(
+    ("entry_point", "words"),
+    [
+        ("doctor.main", []),
+        ("cli.collect", []),
+        ("cli.main", ["dry_run=true"]),
+        ("cli.data", ["show", "rows.jsonl"]),
+    ],
+)
+def test_a_working_folder_that_was_removed_is_one_line(entry_point: str, words: list[str], tmp_path: Path) -> None:
+    code = (
+        f"import os, shutil; from peftsweep import cli, doctor; "
+        f"os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone'); {entry_point}()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == (
+        "peftsweep: the working folder cannot be used (No such file or directory); cd to a folder that is there\n"
+    )
+
+
+def test_a_file_that_must_not_be_read_is_one_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.stat
+
+    def stat(path: Any, *more: Any, **options: Any) -> os.stat_result:
+        if str(path) == "/locked/rows.jsonl":  # as below a folder of another user; root may read all
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *more, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    assert command("dataset=/locked/rows.jsonl")[::2] == (
+        2,
+        "peftsweep: /locked/rows.jsonl: cannot be read (Permission denied)\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("/dev/null", "dataset=/dev/null: is a pipe or a device; must be a file"),
+        ("x" * 300 + ".jsonl", ".jsonl: cannot be read (File name too long)"),
+        ("lists.jsonl", "(recognised are prompt/completion, "),
+        ("lists.jsonl", ", as not all values of prompt are texts or numbers; give "),
+    ],
+)
+def test_a_file_that_holds_no_rows_for_training_says_why(name: str, problem: str, command: Command) -> None:
+    Path("lists.jsonl").write_text('{"prompt": ["a"], "completion": "b"}\n{"prompt": "a", "completion": "b"}\n')
+    code, _, err = command(f"dataset={name}")
+    assert (code, err.count("\n")) == (2, 1)
+    assert problem in err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,15 @@ def test_instructions_are_shown_in_the_tokens_of_their_training(show: Show) -> N
     assert [int(line[2]) for line in table] == row.ids
     assert [int(line[1]) for line in table] == [int(n >= row.answer_start) for n in range(len(row.ids))]
     assert head == f"---- row 1: {len(row.ids)} tokens, {row.answer_tokens} trained on"
+
+
+def test_a_row_longer_than_the_model_is_told_by_its_cut_alone(
+    show: Show, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    code, out, _ = show([{"prompt": "x " * 4000, "completion": "y"}])  # the model sees 2048 tokens
+    assert (code, "cut off at its beginning" in out) == (0, True)
+    assert "indexing errors" not in caplog.text
 
 
 def test_rows_are_those_of_the_file_in_its_order_and_cuts_are_told(show: Show) -> None:

@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from peftsweep import command_line, completion, doctor, options, shorthand
 from peftsweep.config import checks, experiment, fill
 from peftsweep.config import compose as configuration
-from peftsweep.errors import EXIT_CODES, InputError, Unwritable, check_platform, printable
+from peftsweep.errors import EXIT_CODES, InputError, Unwritable, check_platform, printable, unreadable
 from peftsweep.observe import streams
 from peftsweep.study import store, sweep_record
 from peftsweep.use import chat_with, show_rows
@@ -216,7 +216,7 @@ def _print_errors_in_one_line(command: Callable[[], Any]) -> int:
         own = command_line.own_folders(sys.argv[1:])
         problem = command_line.wrong_yaml(sys.argv[1:], only_chosen=True) or checks.one_line(error, own)
     except (OSError, Unwritable, ValueError, yaml.YAMLError) as error:
-        reason = store.unwritable(error) or command_line.wrong_yaml(sys.argv[1:])
+        reason = store.unwritable(error) or unreadable(error) or command_line.wrong_yaml(sys.argv[1:])
         if reason is None:
             raise
         problem = str(reason)
@@ -444,6 +444,7 @@ def data_parser(formats: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--encoding", metavar="NAME", help="of that file, such as cp1252 (default: UTF-8)")
     parser.add_argument("--prompt", metavar="TEMPLATE", help="instead of the dataset's, such as '{question}'")
     parser.add_argument("--answer", metavar="TEMPLATE", help="instead of the dataset's, such as '{answer}'")
+    parser.add_argument("--missing", choices=("drop", "empty"), help="what a row that lacks a value becomes")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sample and its parts (default: 0)")
     parser.add_argument("--force", action="store_true", help="replace files that exist")
     return parser

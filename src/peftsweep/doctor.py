@@ -24,7 +24,7 @@ import yaml
 
 from peftsweep import __version__, command_line, options
 from peftsweep.data import hub
-from peftsweep.errors import InputError, first_line
+from peftsweep.errors import InputError, check_working_folder, first_line
 from peftsweep.observe import fast_dtype, streams
 from peftsweep.observe.display import size
 
@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="the same as one JSON object")
     try:
         words = parser.parse_args()
+        check_working_folder()
     except InputError as error:
         print(f"peftsweep: {error}", file=sys.stderr)
         sys.exit(2)
@@ -245,14 +246,18 @@ def _disk() -> Finding:
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE)
-    there = next(place for place in (cache, *cache.parents) if place.exists())
+    there = next(place.absolute() for place in (cache, *cache.parents) if os.path.exists(place))
     here, kept = shutil.disk_usage(Path.cwd()).free, shutil.disk_usage(there).free
     writable = os.access(Path.cwd(), os.W_OK)
     text = f"{size(here)} free here for multirun/, {size(kept)} for the models' cache {cache}"
     fix = None if writable else "nothing can be written here: take another folder"
     if writable and min(here, kept) < LEAST_FREE_DISK:
         fix = "make room: peftsweep-collect --prune lists what can go; HF_HOME=FOLDER moves the cache"
+    cache_writable = there.is_dir() and os.access(there, os.W_OK)
+    if writable and not cache_writable:
+        fix = f"the cache cannot be written (see {there}), so nothing can be downloaded: HF_HOME=FOLDER moves it"
     facts = {"here": here, "cache": kept, "cache_folder": str(cache), "writable": writable}
+    facts["cache_writable"] = cache_writable
     return Finding("disk", text, fix, fatal=not writable, facts=facts)
 
 

@@ -1,5 +1,7 @@
 """Exit codes and errors of the commands."""
 
+import errno
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -123,6 +125,8 @@ SYNONYMS = {  # what other libraries and people call our keys and options, in sm
 }
 
 
+# Errors of a path that is given and cannot be read, such as one in a folder of another user, or on a lost disk.
+UNREADABLE_ERRNOS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO, errno.ENOTCONN)
 EXIT_CODES = {
     0: "the command has done all its work",
     1: "a trial failed or ran out of memory",
@@ -145,12 +149,34 @@ def check_platform() -> None:
     """Refuse systems on which peftsweep does not run, and warn of untested ones. Called before any heavy import.
 
     Raises:
-        InputError: peftsweep does not run here.
+        InputError: peftsweep does not run here, or the working folder was removed.
     """
+    check_working_folder()
     if sys.platform == "win32":
         raise InputError("Windows is not supported: workers need Unix processes and signals; use WSL")
     if sys.platform != "linux":
         print(f"peftsweep: not tested on {sys.platform}, only on Linux; trials run on the CPU", file=sys.stderr)
+
+
+def check_working_folder() -> None:
+    """Refuse a working folder that was removed or must not be entered, in which libraries end the process.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    try:
+        os.stat(os.getcwd())
+    except OSError as error:
+        raise InputError(
+            f"the working folder cannot be used ({error.strerror}); cd to a folder that is there"
+        ) from None
+
+
+def unreadable(error: BaseException) -> str | None:
+    """The line about a path that the system does not let us read; None for another error."""
+    if isinstance(error, OSError) and error.errno in UNREADABLE_ERRNOS and error.filename is not None:
+        return f"{error.filename}: cannot be read ({error.strerror})"
+    return None
 
 
 def suggest(wrong: str, known: list[str]) -> str:

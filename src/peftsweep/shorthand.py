@@ -196,7 +196,7 @@ def _path_or_hub_id(group: str, name: str, folders: tuple[Path, ...]) -> str | N
     """The path or hub id that a name stands for; None if it names an option, or nothing is found."""
     if not name.strip():
         return None
-    if not name.startswith((".", "/", "~")) and any((one / group / f"{name}.yaml").is_file() for one in folders):
+    if not name.startswith((".", "/", "~")) and any(_exists(one / group / f"{name}.yaml") for one in folders):
         return None
     if _looks_like_path(name) or (group == "dataset" and re.search(r"\.[A-Za-z]\w{0,7}$", name)):
         return name
@@ -211,7 +211,7 @@ def _expand_name(group: str, name: str, given: ReadingKeys, folders: tuple[Path,
     return _model(name, keys, folders[0]) if group == "model" else _dataset(name, keys, folders[0])
 
 
-def _exists(name: str) -> bool:
+def _exists(name: str | Path) -> bool:
     try:
         return Path(name).expanduser().exists()
     except (OSError, RuntimeError):  # the name is too long, or ~user does not exist
@@ -322,7 +322,7 @@ def _dataset(name: str, given: Mapping[str, str], conf: Path) -> Meaning:
     file = own["dataset.path"]
     if not Path(file).is_file():
         one_of_hub = "" if "." in Path(name).name[1:] else "; one of the hub is dataset=ORG/NAME:SPLIT"
-        raise InputError(f"dataset={name}: no such file{one_of_hub}{files.similar(path)}")
+        raise InputError(f"dataset={name}: {files.no_file(Path(file), one_of_hub)}")
     if files.format_of(file) not in files.FORMATS:
         raise InputError(f"dataset={name}: unknown format; must be a file of {' '.join(files.FORMATS)}, or .gz of them")
     if files.format_of(file) in files.PLAIN:
@@ -397,6 +397,8 @@ def _recognised(
         words = [shlex.quote(override(key, value)) for key, value in first.items()]
         words += [f"'{override(key, value)}'" for key, value in shown.items()]
         why = f"do not show which is the prompt and which the answer (recognised are {RECOGNISED})"
+        if uneven := layouts.not_text(rows):
+            why += f", as not all values of {uneven} are texts or numbers"
         if unwanted := layouts.unwanted(rows):
             why += f" and rows whose {unwanted} is false hold rejected answers; remove these rows from the file"
         if templates := [key for key in TEMPLATES if key in given]:

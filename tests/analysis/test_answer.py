@@ -18,9 +18,10 @@ import pandas as pd
 import pytest
 
 from peftsweep.analysis import terminal
-from peftsweep.analysis.answer import build, failures, measurements, render, structure
+from peftsweep.analysis.answer import build, failures, measurements, render, structure, warned
 from peftsweep.analysis.answer.structure import Decision
 from peftsweep.analysis.figures import page
+from peftsweep.analysis.statistics.task import study_tasks
 from peftsweep.analysis.table import columns
 from peftsweep.analysis.table.table import predictions
 from peftsweep.analysis.text import report, words
@@ -342,6 +343,20 @@ def test_several_tests_make_a_matrix_with_average_base_chance_and_readable_answe
     assert rows["guessing"]["average"] == pytest.approx(0.25)
     assert rows["answers that can be read"]["eval_info.boolq.accuracy.value"] == pytest.approx(0.95)
     assert "**Scores by test, accuracy**" in text
+
+
+@pytest.mark.parametrize(("what", "key"), [("dataset", "path"), ("model", "name_or_path")])
+def test_trials_of_rows_or_a_base_that_were_changed_since_are_named(what: str, key: str) -> None:
+    table = tables.trials({"config.method.r": [8, 16, 32]})
+    table[f"config.{what}.{key}"] = "here"
+    table[f"meta_info.{what}_sha"] = ["before", "after", "after"]
+    [found] = warned.section(study_tasks(table, None))
+    assert found.sentences[0].startswith(f"The {what} was changed after these trials had run: ")
+    facts: Any = found.facts
+    [warning] = facts["warnings"]
+    assert [name for name in ("8", "16", "32") if any(name in label for label in warning["configurations"])] == ["8"]
+    table[f"config.{what}.revision"] = ["a", "b", "b"]  # chosen, and no change behind the same name
+    assert [*warned.section(study_tasks(table, None))] == []
 
 
 def test_what_a_terminal_leaves_out_of_a_long_section_is_counted() -> None:

@@ -67,6 +67,17 @@ def test_what_did_not_succeed_is_marked_by_its_word() -> None:
     assert "\N{MULTIPLICATION SIGN} refused" in texts("quantisation_task", table)
 
 
+def test_equal_scores_have_the_middle_shade_of_a_heat_map() -> None:
+    from matplotlib.image import AxesImage
+
+    table = tables.trials({"choices.method": METHODS, "choices.quant": QUANTS})
+    for score in [str(c) for c in table if str(c).startswith("eval_info.task.") and str(c).endswith(".value")]:
+        table[score] = 0.5
+    figure: Any = dict(plot.figures(table, tables.steps(table)))["heatmap_task"]
+    [image] = figure.findobj(AxesImage)
+    assert image.norm(0.5) == 0.5  # 0 is the shade of the worst score, 1 that of the best
+
+
 def test_series_differ_in_more_than_colour_and_look_the_same_in_every_figure() -> None:
     assert axes.series_styles(METHODS, ["ia3", "dora", "lora"]) == axes.series_styles(METHODS)
     many = [str(n) for n in range(20)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 from functools import partial
 from pathlib import Path
@@ -132,6 +133,17 @@ def test_of_trials_done_twice_the_newest_counts(collect_command: Collect) -> Non
     assert "2 of 6 trials have the same configuration as another one" in out
     assert sorted(pd.read_parquet("all.parquet")["run_info.trial"]) == ["good", "nameless", "nameless", "new"]
     assert len(pd.read_parquet("multirun/first/results.parquet")) == 3  # a study keeps its own
+
+
+def test_a_copied_folder_of_a_trial_is_named_and_counts_once(collect_command: Collect) -> None:
+    identified("one", 8, 0.4, "first", "aaa", "2026-01-01T00:00:00+00:00")
+    identified("other", 16, 0.5, "first", "bbb", "2026-01-01T00:00:00+00:00")
+    shutil.copytree("multirun/first/one", "multirun/first/a copy of one")
+    code, out, err = collect_command("--no-plots")
+    assert code == 0
+    assert err == "skipped: multirun/first/a copy of one: the same trial as multirun/first/one\n"
+    assert pd.read_parquet("multirun/first/results.parquet")["run_info.trial"].tolist() == ["one", "other"]
+    assert "2 trials" in out
 
 
 def test_where_chooses_what_is_shown_and_handed_over_but_not_what_a_study_keeps(collect_command: Collect) -> None:

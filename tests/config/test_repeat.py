@@ -196,6 +196,9 @@ def test_a_trial_is_run_again_from_its_record_alone(run_small: Run, command: Com
     assert "not the same: with the same CPU, versions and threads the numbers should be equal to the bit" in out
     assert "changed: config.adapter.save: not recorded -> True" in out
     assert "changed: config.train.of_another_version: 1 -> not recorded" in out
+    code, out, err = command(f"repeat={before.folder}", "quiet=true")  # the exit code has its reason
+    assert (code, out.count("\n"), err.count("\n")) == (1, 1, 1)
+    assert "not the same: with the same CPU, versions and threads" in err
 
 
 @pytest.mark.slow

@@ -67,6 +67,19 @@ def test_a_saved_adapter_restores_the_whole_trial(alpaca: Path, compose: Compose
     assert one.rows.test[0].keys() == {"q", "a"}
 
 
+def test_what_is_asked_of_a_training_is_told_as_nothing_is_trained(
+    alpaca: Path, compose: Compose, capsys: pytest.CaptureFixture[str]
+) -> None:
+    restored.warn_once.cache_clear()
+    compose(f"adapter.path={alpaca}", "train.steps=0", "train.autocast_adapter_dtype=false")
+    assert capsys.readouterr().err == ""
+    one = compose(f"adapter.path={alpaca}", "train.steps=5", "train.learning_rate=1e-3", "adapter.save=true")
+    assert one.config.train.steps == 0
+    said = "peftsweep: train.learning_rate, train.steps, adapter.save: not used with adapter.path="
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "not used with" in line]
+    assert line.startswith(said)
+
+
 def test_a_key_wins_over_the_record_and_a_group_replaces_its_own(alpaca: Path, compose: Compose) -> None:
     one = compose(f"adapter.path={alpaca}", "dataset.max_length=50", "seed=1", "eval.perplexity.samples=2")
     assert (one.config.dataset.max_length, one.config.dataset.path, one.config.seed) == (50, "rows.jsonl", 1)
@@ -87,7 +100,7 @@ def test_a_base_whose_files_have_changed_is_said(
     sha = fingerprint.of_values(identity.model_identity(compose(f"adapter.path={place}").config.model))
     shutil.rmtree("multirun")
     saved({"model.name_or_path": "base"}, run_info={"identity_rule": rule}, meta_info={"model_sha": sha})
-    restored._warn_once.cache_clear()
+    restored.warn_once.cache_clear()
     capfd.readouterr()
     compose(f"adapter.path={place}")
     Path("base/README.md").write_text("a file that no library reads")

@@ -228,7 +228,9 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "a file as folder": (["gsm8k", "--out", "questions.jsonl/o.jsonl"], "must lie in a writable folder"),
     "no such file": (["gsm8k", "--path", "none.jsonl"], "--path=none.jsonl: no such file"),
     "no template": (["file"], "--prompt: dataset=file needs a template"),
-    "a missing column": (["alpaca"], "row 1 of questions.jsonl has no column 'output'"),
+    "a missing column": (["alpaca"], "--answer: row 1 of questions.jsonl has no column 'output'"),
+    "a folder": (["gsm8k", "--path", "."], "--path=.: is a folder; must be a file"),
+    "a device": (["gsm8k", "--path", "/dev/null"], "--path=/dev/null: is a pipe or a device; must be a file"),
 }
 
 
@@ -313,6 +315,21 @@ def test_a_written_file_trains(format: str, data_command: Data, questions: Path)
     assert result.status is Status.success, result.error
     assert result.train_info["training_rows"] == 18
     assert result.eval_info["perplexity"]["perplexity"]["n"] == 2
+
+
+def test_a_row_without_a_value_is_an_error_in_the_options_of_this_command_or_left_out(data_command: Data) -> None:
+    file = write([{"q": f"{n}?", "a": None if n == 3 else f"{n}."} for n in range(12)])
+    words = ["file", "--path", file, "--out", "out.jsonl", "--prompt", "{q} ", "--answer", "{a}"]
+    code, _, err = data_command(*words)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--answer: row 4 of source.jsonl has no value for 'a'" in err
+    assert "--missing=drop leaves such rows out" in err
+    assert "dataset." not in err
+    assert "left out: 1 without a value, 0 duplicates, 0 not sampled" in data_command(*words, "--missing", "drop")[1]
+    assert len(read("out.jsonl") + read("out.test.jsonl")) == 11
+    out = data_command(*words, "--missing", "empty", "--force")[1]
+    assert "dataset.missing=empty" in hint(out)
+    assert len(read("out.jsonl") + read("out.test.jsonl")) == 12
 
 
 def test_it_starts_without_torch() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -202,14 +203,22 @@ def test_ctrl_c_in_a_terminal_while_all_is_imported_is_one_line() -> None:
     assert (process.returncode, out, err) == (130, "", "interrupted; the same command continues\n")
 
 
+def full_for_safetensors(*_: Any) -> Any:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def full_for_torch(*_: Any) -> Any:
+    try:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:  # torch.save ends its file all the same
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 117824 vs 117712")  # noqa: B904
+
+
+@pytest.mark.parametrize("full", [full_for_safetensors, full_for_torch])
 def test_a_trial_that_finds_the_disk_full_ends_the_sweep_in_one_line(
-    command: Command, monkeypatch: pytest.MonkeyPatch
+    full: Callable[..., Any], command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = [*WITHOUT_WRITING, "method.r=2,4"]
-
-    def full(*_: Any) -> Any:
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
     with monkeypatch.context() as context:
         context.setattr(saved, "save", full)
         code, _, err = command(*words)
@@ -407,7 +416,50 @@ def test_a_worker_whose_gpu_has_failed_takes_no_other_trial(monkeypatch: pytest.
     monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
     monkeypatch.setattr("torch.cuda.synchronize", fails)
     workers.serve(Channel(), None)  # type: ignore[arg-type]
-    assert Channel.sent == [("end", "done", "")]
+    assert Channel.sent == [("last", "done", "")]  # and says so: its end alone would bring it the next trial
+
+
+LEAKY = """
+from peftsweep.evaluate import perplexity as plain
+
+held = []
+
+def leaks(model, tokenizer, examples, *, batch_size: int = 16, max_length: int = 768):
+    held.extend(open("/dev/null") for _ in range(100))
+    return plain(model, tokenizer, examples, batch_size=batch_size, max_length=max_length)
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_that_gives_itself_up_costs_the_next_trial_nothing(
+    scratch: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (scratch / "leaky_evaluations.py").write_text(LEAKY)
+    monkeypatch.syspath_prepend(str(scratch))
+    words = [*WITHOUT_WRITING, "eval.perplexity._target_=leaky_evaluations.leaks", "method.r=2,4"]
+    code, out, _ = command(*words, "hydra.launcher.workers=1")
+    assert (code, "2 trials: 2 success" in out) == (0, True)
+
+
+def test_a_spent_worker_is_replaced_before_it_is_given_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    def started_child(*_: Any) -> Any:
+        own, other = connection.Pipe()
+        process = SimpleNamespace(is_alive=lambda: True)
+        started.append(SimpleNamespace(process=process, connection=own, other=other, output=output, end=lambda: None))
+        return started[-1]
+
+    with open("output", "w") as file:
+        output = file.fileno()
+        monkeypatch.setattr(processes, "start", started_child)
+        worker = workers._Worker("0", None)
+        for kind, number in (("end", 1), ("last", 1), ("end", 2)):  # and how many processes have been started then
+            worker.give([], [], workers.Options())
+            assert len(started) == number
+            assert started[-1].other.recv()[0] == []  # the job is with the newest
+            started[-1].other.send((kind, "done", ""))
+            assert worker.news() == ("done", "")
 
 
 def test_a_limit_of_trials_and_of_time(command: Command) -> None:

@@ -316,8 +316,7 @@ def check_files(config: Config) -> None:
     named = {"path": own.path, "test_path": own.test_path, "validation.path": own.validation.path}
     for key, path in named.items():
         if path is not None and not Path(path).is_file():
-            wrong = "is a folder; must be a file" if Path(path).is_dir() else f"no such file{files.similar(Path(path))}"
-            raise InputError(f"dataset.{key}={path}: {wrong}")
+            raise InputError(f"dataset.{key}={path}: {files.no_file(Path(path))}")
     encodings = {"dataset.encoding": own.encoding, "dataset.validation.encoding": own.validation.encoding}
     encodings |= {f"eval.{name}.encoding": node.get("encoding") for name, node in config.eval.items()}
     for key, encoding in encodings.items():

@@ -30,6 +30,12 @@ OPEN = (  # sections whose keys are the arguments of a class or function
     *("method", "method_setup", "quant", "eval", "inference", "profiler", "tracker"),
     *("model.architecture", "train.optimizer_kwargs", "dataset.validation.columns"),
 )
+# Keys of the section train that change nothing where nothing is trained.
+TRAINING_KEYS = (
+    *("steps", "epochs", "learning_rate", "learning_rate_scale", "batch_size", "accumulation", "schedule", "warmup"),
+    *("weight_decay", "clip", "optimizer", "optimizer_kwargs", "checkpointing", "eval_every", "keep_best"),
+    *("best_metric", "patience", "checkpoint_every"),
+)
 NAMES = ("name_or_path", "hub", "path", "revision")  # keys that name a model or dataset
 TEMPLATE = re.compile(r"(dataset|eval\.\w+)\.(prompt|answer|stop)")  # keys of texts that may have several lines
 
@@ -234,8 +240,21 @@ def _fill_from_adapter(cfg: DictConfig, given: set[str], choices: Mapping[str, s
             made, base = restored.from_elsewhere(cfg, given, choices, folder, model_identity)
             if base is not None:
                 made["model"] = _use_base(cfg, base, given)
+    if unused := _unused_training_keys(cfg, given):
+        restored.warn_once(
+            f"{', '.join(unused)}: not used with adapter.path={cfg.adapter.path}, which is evaluated and not trained"
+        )
     cfg.train.steps, cfg.train.epochs, cfg.adapter.save, cfg.method_setup = 0, None, False, {}
     return made
+
+
+def _unused_training_keys(cfg: DictConfig, given: set[str]) -> list[str]:
+    """The keys of the command line that act on a training alone."""
+    unused = [
+        key for key in sorted(given) if key.partition(".")[0] == "train" and key.partition(".")[2] in TRAINING_KEYS
+    ]
+    unused += sorted(given & {"adapter.save"} if cfg.adapter.save else set())
+    return [key for key in unused if OmegaConf.select(cfg, key) not in (0, None)]
 
 
 def _use_base(cfg: DictConfig, base: str, given: set[str]) -> str:

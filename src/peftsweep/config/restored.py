@@ -144,14 +144,15 @@ def _say_if_changed(base: ModelConfig, path: str, held: Result, identify: Identi
     except InputError:  # it is not there any more, which its loading says
         return
     if "files" in now and fingerprint.of_values(now) != held.meta_info.get("model_sha"):
-        _warn_once(
+        warn_once(
             f"model.name_or_path={base.name_or_path}: its files have changed since the trial of adapter.path={path} "
             "was trained on them"
         )
 
 
 @functools.cache
-def _warn_once(text: str) -> None:
+def warn_once(text: str) -> None:
+    """Print a line on stderr, once in a process, as every point of a sweep is filled."""
     print(f"peftsweep: {printable(text)}", file=sys.stderr)
 
 

@@ -50,7 +50,7 @@ def read_rows(path: str | Path, key: str = "path", encoding: str | None = None) 
     """
     file = Path(path)
     if not file.is_file():
-        raise InputError(f"{key}={path}: no such file{similar(file)}")
+        raise InputError(f"{key}={path}: {no_file(file)}")
     option = f"{key.rpartition('.')[0]}.encoding" if "." in key else "--encoding"
     packed, suffix = file.suffix.lower() == ".gz", format_of(file)
     if suffix not in FORMATS:
@@ -103,6 +103,18 @@ def first_rows(path: str | Path, key: str = "path", encoding: str | None = None,
         return _READERS[suffix](_decoded(lines, encoding, key))[:count] or read_rows(path, key, encoding)[:count]
     except (ValueError, LookupError, OSError, EOFError, StopIteration, zlib.error):
         return read_rows(path, key, encoding)[:count]  # raises the error, or reads a row that is cut at BEGINNING
+
+
+def no_file(path: Path, hint: str = "") -> str:
+    """Why ``path`` is not a file of rows, with ``hint`` where nothing is there.
+
+    A pipe, such as ``<(command)`` of a shell, can be read once only, but each worker reads the rows.
+    """
+    if path.is_dir():
+        return "is a folder; must be a file"
+    if path.exists():
+        return "is a pipe or a device; must be a file"
+    return f"no such file{hint}{similar(path)}"
 
 
 def similar(path: Path) -> str:

@@ -152,6 +152,13 @@ def _left_out(rows: Sequence[Row], columns: Iterable[str], used: Sequence[str]) 
     return any(row.get(column) not in (None, "", [], {}) for row in rows for column in meaningful)
 
 
+def not_text(rows: Sequence[Row]) -> str | None:
+    """The column named as a prompt, answer or text whose values are not all texts or numbers; None if there is none."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    named = [c for c in columns if c.strip().lower() in (*PROMPTS, *ANSWERS, "text")]
+    return next((c for c in named if not _holds_text(rows, c)), None)
+
+
 def _holds_text(rows: Sequence[Row], column: str) -> bool:
     values = [row[column] for row in rows if row.get(column) is not None]
     return bool(values) and all(isinstance(value, str | int | float) for value in values)

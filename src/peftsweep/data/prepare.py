@@ -40,6 +40,7 @@ class Options:
     encoding: str | None = None
     prompt: str | None = None
     answer: str | None = None
+    missing: str | None = None  # drop or empty, of schema.OnMissing
     force: bool = False
 
     @property
@@ -64,15 +65,22 @@ def main(cfg: DictConfig, options: Options) -> int:
     check(options)
     dataset = dataset_config(cfg, options)
     rows = read(dataset, options)
-    made = templates.templates(dataset, options.path or "").each(rows)
-    pairs = unique([Pair(row, example) for row, example in zip(rows, made, strict=True) if example])
+    try:
+        made = [*templates.templates(dataset, options.path or "").each(rows)]
+    except InputError as error:
+        raise InputError(_in_options(str(error))) from None
+    whole = [Pair(row, example) for row, example in zip(rows, made, strict=True) if example]
+    pairs = unique(whole)
     train, test = split(pairs, options)
     shape, how = shaping(dataset, options, rows)
     files = {options.out: [shape(pair) for pair in train], options.test_out: [shape(pair) for pair in test]}
     _write(files, options)
     for file, written in files.items():
         print(f"{file}: {len(written)} rows")
-    print(f"left out: {len(rows) - len(pairs)} duplicates, {len(pairs) - len(train) - len(test)} not sampled")
+    incomplete = f"{len(rows) - len(whole)} without a value, " if len(whole) < len(rows) else ""
+    print(
+        f"left out: {incomplete}{len(whole) - len(pairs)} duplicates, {len(pairs) - len(train) - len(test)} not sampled"
+    )
     print("\nthe first of them:", *map(record.line, files[options.out][:SHOWN]), sep="\n")
     print("to train on them:\n" + shlex.join(["peftsweep", *how, *_paths(options)]))
     return 0
@@ -110,7 +118,7 @@ def dataset_config(cfg: DictConfig, options: Options) -> DatasetConfig:
     Raises:
         InputError: it has no source of rows or no template, and no option gives one.
     """
-    for key in ("path", "encoding", "prompt", "answer"):
+    for key in ("path", "encoding", "prompt", "answer", "missing"):
         if (value := getattr(options, key)) is not None:
             cfg.dataset[key] = value
     for key in ("prompt", "answer"):
@@ -136,6 +144,12 @@ def read(dataset: DatasetConfig, options: Options) -> list[Row]:
         return data_rows.hub_rows(dataset.hub, dataset.hub_config, dataset.hub_split, dataset.revision, "dataset.hub")
     except InputError as error:
         raise InputError(f"{error}, by --path=FILE") from error
+
+
+def _in_options(problem: str) -> str:
+    """A line about a key of ``dataset`` in the options of this command, which takes no such keys."""
+    quoted = re.sub(r"""'dataset\.(prompt|answer)="([^"]*)"'""", r"--\1 '\2'", problem)
+    return re.sub(r"\bdataset\.(prompt|answer|missing)\b", r"--\1", quoted)
 
 
 def unique(pairs: Sequence[Pair]) -> list[Pair]:
@@ -181,7 +195,8 @@ def shaping(
         return _chatml, ["dataset=chat"]
     if options.format == "raw":
         templates_given = {"dataset.prompt": options.prompt, "dataset.answer": options.answer}
-        words = [_word(key, value) for key, value in templates_given.items() if value is not None]
+        given = templates_given | ({"dataset.missing": options.missing} if options.missing == "empty" else {})
+        words = [_word(key, value) for key, value in given.items() if value is not None]
         return lambda pair: pair.row, [f"dataset={dataset.name}", *words]
     if all(row.keys() >= set(COLUMNS) for row in rows):
         return lambda pair: {column: pair.row[column] for column in COLUMNS}, ["dataset=alpaca"]

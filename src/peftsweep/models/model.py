@@ -49,6 +49,7 @@ NEW_PARTS = "peftsweep_new_parts"  # the attribute of a classifier that names th
 WEIGHTS = (".safetensors", ".bin")  # suffixes of files of weights
 ROTARY = ("rope_theta", "rope_scaling", "partial_rotary_factor")  # transformers moves them into rope_parameters
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")  # names of the longest sequence
+TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"  # a warning of transformers' tokenizers
 OWN_CODE = {"trust_remote_code": False}  # without it transformers asks on the terminal whether to run a model's code
 WITH_ADAPTER = (  # transformers would load it into the base
     "holds an adapter beside the model (adapter_config.json); move it, adapter.path=FOLDER evaluates it"
@@ -281,6 +282,8 @@ def load_tokenizer(model: ModelConfig, virtual_tokens: int = 0) -> PreTrainedTok
     with _loading(model, "its tokenizer"):
         found: Any = AutoTokenizer.from_pretrained(folder, revision=_revision(model), **OWN_CODE)
     tokenizer = cast(PreTrainedTokenizerBase, found)
+    if hasattr(found, "deprecation_warnings"):  # rows are cut, and the cuts counted, after they are in tokens
+        found.deprecation_warnings[TOO_LONG] = True
     limit = positions(model)
     if model.init is Init.random:
         tokenizer.model_max_length = limit or tokenizer.model_max_length

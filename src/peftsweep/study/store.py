@@ -6,7 +6,7 @@ import errno
 import functools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -298,9 +298,14 @@ def _mark(study: Path, training: str) -> Path:
 
 
 def unwritable(error: BaseException) -> Unwritable | None:
-    """``error`` as ``Unwritable`` if it says that the study cannot be written; else None."""
+    """``error`` as ``Unwritable`` if it says that the study cannot be written; else None.
+
+    On a full disk torch fails to end the file that it has begun, and says only that: the error of the disk is the one
+    before.
+    """
     if isinstance(error, Unwritable):
         return error
+    error = next((one for one in _raised(error) if getattr(one, "errno", None) in NO_SPACE_ERRNOS), error)
     where = Path(str(getattr(error, "filename", None) or ROOT))
     if isinstance(error, OSError):
         ours = ROOT.resolve() in (where.resolve(), *where.resolve().parents)
@@ -313,3 +318,11 @@ def unwritable(error: BaseException) -> Unwritable | None:
         if code and int(code[1]) in UNWRITABLE_ERRNOS:
             reason = os.strerror(int(code[1]))
     return Unwritable(f"{where}: {reason}; finished trials are kept, the same command continues") if reason else None
+
+
+def _raised(error: BaseException) -> Iterator[BaseException]:
+    """``error``, and the errors that it was raised from or while they were handled, the last one first."""
+    one: BaseException | None = error
+    while one is not None:
+        yield one
+        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 from peftsweep.analysis.table import naming
 from peftsweep.config import build, evaluations, experiment, repeat
 from peftsweep.config.compose import Trial
-from peftsweep.errors import InputError, NotRun, SweepFailed, suggest
+from peftsweep.errors import InputError, NotRun, SweepFailed, printable, suggest
 from peftsweep.forecast import forecast, timing, work
 from peftsweep.forecast.duration import Span
 from peftsweep.forecast.forecast import Forecast
@@ -157,6 +158,8 @@ def _compared(display: Display, one: Trial, result: Result | None) -> bool:
     display.say(f"repeat of {comparison.of}:")
     for line in comparison.lines():
         display.say(f"    {line}")
+    if one.config.quiet and not comparison.same:  # else the exit code 1 would have no reason
+        print(f"peftsweep: repeat of {comparison.of}: {printable(comparison.lines()[-1])}", file=sys.stderr)
     return comparison.same
 
 

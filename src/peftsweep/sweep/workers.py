@@ -67,9 +67,7 @@ def run(trials: Sequence[Trial], options: Options, budget: Budget, display: Disp
         Unwritable: the study cannot be written; running trials end as if they were killed.
     """
     budget.begin()
-    jobs: list[Job] = [[one] for one in trials]
-    if options.pack:
-        jobs = packing.plan(trials, options.pack, packing.fits_memory)
+    jobs = packing.plan(trials, options.pack, packing.fits_memory) if options.pack else [[one] for one in trials]
     if options.workers == 0:
         yield from _inline(deque(jobs), budget, display, options)
         return
@@ -187,7 +185,7 @@ class _Worker:
     """A worker process as its parent sees it."""
 
     def __init__(self, place: processes.Place, threads: int | None) -> None:
-        self._place, self._threads = place, threads
+        self._place, self._threads, self._spent = place, threads, False
         self.job: Job = []
         self._child = processes.start(place, threads)
 
@@ -200,7 +198,7 @@ class _Worker:
         return self._child.connection
 
     def give(self, job: Job, views: list[TrialView], options: Options) -> None:
-        if not self.process.is_alive():
+        if self._spent or not self.process.is_alive():
             self.replace()
         self.job, self.views, self.stage = job, views, "setup"
         self.since, self._oom_kills = time.monotonic(), processes.oom_kills()
@@ -217,7 +215,8 @@ class _Worker:
         try:
             while self.connection.poll():
                 kind, number, content = self.connection.recv()
-                if kind == "end":
+                if kind in ("end", "last"):
+                    self._spent = kind == "last"
                     return number, content
                 if kind == "stage":
                     self.stage = content
@@ -249,7 +248,7 @@ class _Worker:
 
     def replace(self) -> None:
         self._child.end()
-        self._child = processes.start(self._place, self._threads)
+        self._child, self._spent = processes.start(self._place, self._threads), False
 
     def let_go(self) -> None:
         self._child.let_go()
@@ -273,8 +272,7 @@ def _in_pool(
     def postpone(worker: _Worker, seconds: float) -> None:
         for view in worker.views:
             retract(view)
-        job = worker.take()
-        later.extend((time.monotonic() + seconds, [one]) for one in job)
+        later.extend((time.monotonic() + seconds, [one]) for one in worker.take())
 
     def wait_for(trial: Trial, worker: _Worker, reason: str) -> None:
         if trial.identity not in waiting:
@@ -416,11 +414,13 @@ def serve(channel: Channel, threads: int | None) -> None:
     while True:
         try:
             job, options = channel.recv()
-            channel.send(("end", *_in_worker(job, options, channel, resources)))
+            outcome = _in_worker(job, options, channel, resources)
+            spent = _device_broken() or resources.are_lost()
+            channel.send(("last" if spent else "end", *outcome))  # else the parent would give it the next trial
         except (EOFError, OSError, KeyboardInterrupt):
             return
-        if _device_broken() or resources.are_lost():
-            return  # the next trial gets a new process
+        if spent:
+            return
 
 
 def _device_broken() -> bool:

@@ -19,6 +19,15 @@ from peftsweep.study.record import Status
 FIGURE = re.compile(r"'[^']*'|\d[\d.,]*")  # the parts of a warning that differ between trials
 JUDGED = f"run_info.{record.JUDGED}"
 READ_OTHERWISE = "an earlier version read these answers by other rules; force=true evaluates them again"
+# What may change while its name stays the same: the hash of its content, and the keys that choose it.
+CONTENT = {
+    "The dataset": ("meta_info.dataset_sha", "config.dataset."),
+    "The model": ("meta_info.model_sha", "config.model."),
+}
+OTHER_CONTENT = (
+    "{} was changed after these trials had run: they are of other content than the newer ones, so that a difference "
+    "may be of the content; the same command in a study of its own (study=NAME) compares trials of the present content"
+)
 WARNED = 5  # configurations that a warning names
 
 
@@ -33,6 +42,9 @@ def section(tasks: Sequence[Task]) -> Iterator[Section]:
                 same += [task.labels[number]] if task.labels[number] not in same else []
         if earlier := _judged_before(task):
             found[task.name] = {READ_OTHERWISE: earlier}
+        for what in CONTENT:
+            if former := _of_former_content(task, what):
+                found[f"{task.name}, {what}"] = {OTHER_CONTENT.format(what): former}
     if not found:
         return
     sentences, facts = [], []
@@ -56,3 +68,17 @@ def _judged_before(task: Task) -> list[str]:
         return []
     before = good.loc[(versions < versions.max()) & good[read].notna().any(axis=1), "configuration"]
     return list(dict.fromkeys(task.labels[number] for number in before))
+
+
+def _of_former_content(task: Task, what: str) -> list[str]:
+    """The configurations whose trials had other content than a newer trial with the same keys of dataset or model."""
+    content, prefix = CONTENT[what]
+    good = task.table[task.table[trials.SUCCESS] == Status.success.name]
+    if content not in good or good[content].nunique() < 2:
+        return []
+    good = good[good[content].notna()].sort_values(trials.CREATED, kind="stable")
+    # The hashes of an earlier rule of identity have another form.
+    keys = [c for c in good.columns if c.startswith(prefix) or c == "run_info.identity_rule"]
+    shown = good[keys].astype("string").fillna("").agg("|".join, axis=1)
+    former = good[good[content].ne(good.groupby(shown)[content].transform("last"))]
+    return list(dict.fromkeys(task.labels[number] for number in former["configuration"].sort_index()))

@@ -360,7 +360,10 @@ def heatmap(merged: pd.DataFrame, score: str) -> Any:
     best = best.loc[order, quants]
     figure, (ax,) = new_figure(1, 2.2 + 1.0 * len(quants), 1.1 + 0.2 * len(order))
     dark_is_good = "cividis_r" if not columns.lower_is_better(score) else "cividis"
-    image = ax.imshow(np.ma.masked_invalid(best.astype(float)), cmap=dark_is_good, aspect="auto")
+    shown = np.ma.masked_invalid(best.astype(float))
+    image = ax.imshow(shown, cmap=dark_is_good, aspect="auto")
+    if shown.count() and shown.min() == shown.max():  # equal scores: neither the best nor the worst shade
+        image.set_clim(shown.min() - 1, shown.max() + 1)
     for (row, method), (column, quant) in itertools.product(enumerate(order), enumerate(quants)):
         value: Any = best.iat[row, column]
         text = str(why.get((method, quant), "n/a")) if pd.isna(value) else words.number(value)

@@ -58,15 +58,34 @@ SQLITE_INDEXES = {
 
 
 def read(folder: Path) -> list[Result]:
-    """The records of a study, oldest first; a broken one is named on stderr and skipped."""
-    results = []
+    """The records of a study, oldest first; a broken one, and a copy of another, is named on stderr and skipped."""
+    results = list[Result]()
     for place in recorded(folder):
         try:
             results.append(Result.read_whole(place))
         except RecordError as error:
             if os.path.lexists(place / RESULT):  # else a sweep has just begun that trial again
                 print(f"skipped: {printable(error)}", file=sys.stderr)
-    return sorted(results, key=lambda result: (result.run_info["created_at"], result.trial))
+    return sorted(_without_copies(results), key=lambda result: (result.run_info["created_at"], result.trial))
+
+
+def _without_copies(results: Iterable[Result]) -> list[Result]:
+    """Of several folders of one trial only that which is done, newest, and named as when it was made.
+
+    A folder that was copied for safety would else count as another seed, in every table and interval.
+    """
+    kept = dict[str, Result]()
+    for place, result in enumerate(sorted(results, key=_precedence, reverse=True)):
+        identity = result.run_info.get("identity")  # records of old had none
+        held = kept.setdefault(str(place) if identity is None else f"identity {identity}", result)
+        if held is not result:
+            print(f"skipped: {printable(result.folder)}: the same trial as {printable(held.folder)}", file=sys.stderr)
+    return [*kept.values()]
+
+
+def _precedence(result: Result) -> tuple[bool, str, bool, str]:
+    name = (result.folder or Path()).name
+    return result.status.done, result.run_info["created_at"], name == result.trial, name
 
 
 def trials(results: Iterable[Result]) -> pd.DataFrame:
