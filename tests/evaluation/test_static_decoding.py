@@ -115,7 +115,7 @@ def pretended_graph(count: Used, monkeypatch: pytest.MonkeyPatch, off_by: float 
         def replay() -> None:
             count.replays += 1
             found = recorded.replay(made)
-            logits.set_(found + off_by * torch.arange(found.shape[-1]))  # type: ignore[call-overload]
+            logits.set_(found + off_by * torch.arange(found.shape[-1]))
 
         return SimpleNamespace(replay=replay), logits
 
