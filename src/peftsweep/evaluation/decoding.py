@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
@@ -171,7 +171,9 @@ def _generate(
             for n in numbers:
                 mine[n] = next(written)
 
-    in_batches([len(ids) for ids in encoded], batch_size, write_some, groups)
+    unpadded = _reads_padding(model)
+    alike = [(group, len(ids) if unpadded else 0) for group, ids in zip(groups, encoded, strict=True)]
+    in_batches([len(ids) for ids in encoded], batch_size, write_some, alike)
     return texts
 
 
@@ -371,6 +373,17 @@ def takes_a_cache(model: nn.Module) -> bool:
     return able.padded_batches and able.row_cache
 
 
+def _reads_padding(model: nn.Module) -> bool:
+    """Whether a method puts virtual tokens before a row's padding, so that the padding moves the row's own positions.
+
+    PEFT's generate takes no positions with prompt tuning, p-tuning and their like; with prefixes it needs none.
+    """
+    method: Any = model.active_peft_config if isinstance(model, PeftModel) else None
+    if method is None or not method.is_prompt_learning:
+        return False
+    return method.peft_type not in (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
+
+
 def _end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The end marks of the tokenizer and of the model's generation config, such as the end of a turn."""
     known = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or []
@@ -384,7 +397,7 @@ def _turn_ends(prompts: Sequence[str | Example]) -> set[int]:
 
 
 def in_batches(
-    lengths: Sequence[int], batch_size: int, work: Callable[[list[int]], None], groups: Sequence[int] | None = None
+    lengths: Sequence[int], batch_size: int, work: Callable[[list[int]], None], groups: Sequence[Any] | None = None
 ) -> None:
     """Do ``work`` on the numbers of all rows in batches, longest first, so that too large a batch fails at once.
 
