@@ -28,7 +28,7 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_texts_are_those_of_each_prompt_alone(kind: str, method: str) -> None:
-    base = make(kind, initializer_range=0.2)
+    base = make(kind, initializer_range=0.2, num_key_value_heads=4)
     base.requires_grad_(False)
     adapted: Any = attach.attach(base, copy.deepcopy(METHODS[method]), TargetsConfig(), {}).eval()
     expected = []
