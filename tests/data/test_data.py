@@ -379,6 +379,28 @@ def test_an_empty_prompt_is_gone_on_from_by_the_mark_before_a_text() -> None:
     assert tokens.prompt_ids(tokenizer, [""]) == [[tokenizer.eos_token_id]]
 
 
+def test_a_continuation_that_joins_the_last_token_of_its_context_has_tokens_of_its_own() -> None:
+    tokenizer = marked("", "")
+    joined, last = (tokenizer(text, add_special_tokens=False).input_ids for text in ("plums", "plum"))
+    assert len(joined) <= len(last)
+    (pair,) = tokens.tokenize_pairs(tokenizer, [("One plum", "s")], 64)
+    assert tokenizer.decode(pair.ids) == "One plums"
+    assert tokenizer.decode(pair.ids[pair.answer_start :]) == "s"
+    assert pair.answer_tokens == 1
+    with pytest.raises(InputError, match="the answer '' has no tokens"):
+        tokens.tokenize_pairs(tokenizer, [("One", "")], 64)
+
+
+def test_a_row_with_an_empty_choice_is_refused_or_left_out() -> None:
+    rows = [{"goal": "Boil water", "sol1": text, "sol2": "on a stove", "label": 1} for text in ("", "in a pan")]
+    how: dict[str, Any] = {"key": "eval.piqa", "reader": "peftsweep.data.tasks.piqa"}
+    with pytest.raises(InputError, match=r"eval\.piqa\.answer: row 1 has an empty choice"):
+        templates.examples(rows, "{goal}:", "{answer}", **how)
+    assert len(templates.examples(rows, "{goal}:", "{answer}", **how, missing=OnMissing.drop)) == 1
+    spaced = templates.examples(rows, "{goal}:", " {answer}", **how)  # whose space is scored
+    assert [choice.answer for choice in spaced[0].choices] == [" ", " on a stove"]
+
+
 def test_collate_masks_padding_and_prompts() -> None:
     batch = batches.collate([Tokens([5, 6, 7, 8], 2), Tokens([9, 4], 1)], pad_id=0)
     assert batch.input_ids.tolist() == [[5, 6, 7, 8], [9, 4, 0, 0]]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers.cache_utils import StaticLayer
 
 from peftsweep.evaluation import decoding, static_decoding
@@ -65,16 +66,56 @@ def used(monkeypatch: pytest.MonkeyPatch) -> Used:
     return count
 
 
+class Recorded(TorchDispatchMode):
+    """The operators that ran in the block, and what they changed: what a CUDA graph keeps of a step.
+
+    As in a graph, numbers that Python computed are repeated as they were.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+        self._before: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for taken, given in zip(operator._schema.arguments, args, strict=False):
+            if taken.alias_info is not None and taken.alias_info.is_write:
+                self._before.append((given, given.clone()))
+        output = operator(*args, **(kwargs or {}))
+        self._calls.append((operator, args, kwargs or {}, output))
+        return output
+
+    def undo(self) -> None:
+        """What was changed is as before, as a capture runs nothing."""
+        for tensor, value in reversed(self._before):
+            tensor.copy_(value)
+
+    def replay(self, result: torch.Tensor) -> torch.Tensor:
+        """Run the operators again; what they now give for ``result``."""
+        now: dict[int, torch.Tensor] = {}
+
+        def current(given: Any) -> Any:
+            return now.get(id(given), given)
+
+        for operator, args, kwargs, before in self._calls:
+            found = operator(*tree_map(current, args), **tree_map(current, kwargs))
+            now |= {id(old): new for old, new in zip(tree_leaves(before), tree_leaves(found), strict=True)}
+        return current(result)  # type: ignore[no-any-return]
+
+
 def pretended_graph(count: Used, monkeypatch: pytest.MonkeyPatch, off_by: float = 0.0) -> None:
-    """A capture runs nothing; each replay runs the step and fills the logits that were returned."""
+    """A capture records the operators of a step; each replay runs them and fills the logits that were returned."""
 
     def record(work: Callable[[], torch.Tensor], *_: Any) -> tuple[Any, torch.Tensor]:
+        with Recorded() as recorded:
+            made = work()
+        recorded.undo()
         logits = torch.zeros(())
 
         def replay() -> None:
             count.replays += 1
-            found = work()
-            logits.set_(found + off_by * torch.arange(found.shape[-1]))  # type: ignore[call-overload]
+            found = recorded.replay(made)
+            logits.set_(found + off_by * torch.arange(found.shape[-1]))
 
         return SimpleNamespace(replay=replay), logits
 
@@ -122,7 +163,7 @@ def test_a_step_is_captured_once_and_replayed_in_all_batches(used: Used, monkeyp
     pretended_graph(used, monkeypatch)
     assert write(writer) == expected
     assert used.unfit == 0
-    assert used.replays == used.steps - graphs.WARMUP_PASSES + 1  # and one that is compared
+    assert used.replays == used.steps - graphs.WARMUP_PASSES + 2  # and two that are compared
 
 
 class Waits(TorchDispatchMode):
@@ -171,6 +212,50 @@ def test_a_static_cache_with_other_logits_is_given_up(used: Used, monkeypatch: p
     monkeypatch.setattr(StaticLayer, "update", shifted)
     assert write(writer) == expected
     assert (used.prompts, used.steps, used.unfit) == (1, 0, 1)
+
+
+def test_a_static_cache_with_other_logits_in_one_row_is_given_up(used: Used, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = adapted()
+    logits, expected = StaticDecoder._logits, usual(writer)
+
+    def one_row_is_another(self: Any, ids: torch.Tensor, mask: torch.Tensor, *given: Any) -> Any:
+        found, cache = logits(self, ids, mask, *given)
+        found[0] *= 1 + 2e-3 * (cache is self._cache)  # of 3 rows; their mean is within rounding
+        return found, cache
+
+    monkeypatch.setattr(StaticDecoder, "_logits", one_row_is_another)
+    assert write(writer) == expected
+    assert (used.prompts, used.steps, used.unfit) == (1, 0, 1)
+
+
+def test_a_step_that_computes_positions_in_python_is_given_up(used: Used, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = adapted()
+    expected = usual(writer)
+
+    def in_python(module: Any, args: Any, given: dict[str, Any]) -> Any:
+        return args, given | {"position_ids": torch.tensor(given["position_ids"].tolist())}
+
+    writer.get_base_model().register_forward_pre_hook(in_python, with_kwargs=True)
+    pretended_graph(used, monkeypatch)
+    assert write(writer) == expected
+    assert (used.prompts, used.replays, used.unfit) == (1, 2, 1)  # the first is right: it repeats its own position
+
+
+@pytest.mark.parametrize("where", ["_read_prompts", "_step", "_capture"])
+def test_where_the_model_raises_an_error_the_usual_cache_goes_on(
+    where: str, used: Used, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def odd(*_: Any) -> Any:
+        raise TypeError("get_usable_length() takes no argument\nof a static cache")
+
+    writer = adapted()
+    expected = usual(writer)
+    pretended_graph(used, monkeypatch)
+    monkeypatch.setattr(StaticDecoder, where, odd)
+    with caplog.at_level("INFO"):
+        assert write(writer) == expected
+    assert (used.prompts, used.unfit) == (1, 1)
+    assert "static shapes: TypeError: get_usable_length() takes no argument" in caplog.text
 
 
 @pytest.mark.parametrize("where", ["first", "following"])

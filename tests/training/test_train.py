@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
 from peftsweep import InputError
 from peftsweep.data import batches, templates
@@ -187,6 +187,22 @@ def test_an_optimizer_that_cannot_take_a_step_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=rf"train.optimizer\w*[=:].*{reason}"):
         run(rows, optimizer=optimizer)
+
+
+def test_weight_decay_acts_in_loraplus_and_is_refused_by_an_optimizer_without_any() -> None:
+    name = "peft.optimizers.create_loraplus_optimizer"
+    config = TrainConfig(learning_rate=0.1, weight_decay=0.5, optimizer=name, optimizer_kwargs={"loraplus_lr_ratio": 4})
+    adapted = get_peft_model(torch.nn.Sequential(torch.nn.Linear(3, 3)), LoraConfig(target_modules=["0"], r=2))
+    weights = {key: p for key, p in adapted.named_parameters() if p.requires_grad}
+    before = {key: torch.nn.init.ones_(p).detach().clone() for key, p in weights.items()}
+    for weight in weights.values():
+        weight.grad = torch.zeros_like(weight)
+    training_optimizer.make_optimizer(adapted, config).step()
+    for key, weight in weights.items():  # AdamW without a gradient: the weight times 1 - rate * decay
+        rate = 0.1 * (4 if "lora_B" in key else 1)
+        torch.testing.assert_close(weight.detach(), before[key] * (1 - rate * 0.5))
+    with pytest.raises(InputError, match=r"train\.weight_decay=0\.5: Rprop has no weight decay"):
+        training_optimizer.make_optimizer(adapted, TrainConfig(weight_decay=0.5, optimizer="Rprop"))
 
 
 def test_schedules() -> None:

@@ -123,6 +123,11 @@ class Templates:
             Choice(*self._fill(row | choice, number), choice["answer"], choice.get("text", choice["answer"]))
             for choice in row["choices"]
         )
+        if not all(choice.answer or choice.prompt[-1:].isspace() for choice in choices):
+            raise MissingValue(
+                f"{self.key}.answer: row {number} has an empty choice, which has no likelihood; "
+                "dataset.missing=drop leaves such rows out"
+            )
         return Example(prompt, answer, choices, row["gold"])
 
     def _fill(self, columns: Row, number: str) -> tuple[str, str]:

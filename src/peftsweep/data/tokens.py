@@ -194,16 +194,27 @@ def tokenize_pairs(
 ) -> list[Tokens]:
     """Tokenise each context and its continuation as one text, as lm-evaluation-harness does, without an end mark.
 
-    White space at the end of a context counts as part of the continuation. ``marked`` contexts hold their special
-    tokens as text, as those of a chat template do. A pair longer than ``max_length`` loses its beginning, except BOS.
+    White space at the end of a context counts as part of the continuation. A continuation that the tokenizer joins with
+    the last token of its context, as ``A`` with ``(``, would have no token of its own, and a likelihood of 1: the two
+    are tokenised apart. ``marked`` contexts hold their special tokens as text, as those of a chat template do. A pair
+    longer than ``max_length`` loses its beginning, except BOS.
+
+    Raises:
+        InputError: a continuation has no tokens.
     """
     limit = min(max_length, tokenizer.model_max_length)
     marks = [] if marked else list(leading_marks(tokenizer))
     contexts = [context.rstrip() for context, _ in pairs]
-    starts = [len(ids) for ids in tokenizer(contexts, add_special_tokens=False).input_ids]
+    starts = tokenizer(contexts, add_special_tokens=False).input_ids
     wholes = tokenizer([context + following for context, following in pairs], add_special_tokens=False).input_ids
     rows = []
-    for whole, length in zip(wholes, starts, strict=True):
+    for whole, begun, context, pair in zip(wholes, starts, contexts, pairs, strict=True):
+        length = len(begun)
+        if len(whole) <= length:
+            continuation = "".join(pair)[len(context) :]
+            whole = begun + tokenizer([continuation], add_special_tokens=False).input_ids[0]
+        if len(whole) == length:
+            raise InputError(f"the answer {continuation!r} has no tokens, so it has no likelihood; must be a text")
         before = marks or ([] if length else [_first(tokenizer)])
         ids, start = [*before, *whole], len(before) + length
         kept = _kept(ids, marks, tokenizer.bos_token_id)

@@ -6,10 +6,11 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import groupby
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
@@ -18,6 +19,7 @@ from peftsweep.data.tokens import prompt_ids
 from peftsweep.errors import InputError
 from peftsweep.evaluation.static_decoding import Unfit, static_decoder
 from peftsweep.models.losses import last_positions, row_inputs
+from peftsweep.models.parts import LONG_ROWS, SHORT_ROWS, forget_longer_rows, rows_by_rotation
 from peftsweep.models.probe import abilities
 from peftsweep.observe.measure import out_of_memory
 from peftsweep.training.slots import of_slot
@@ -128,6 +130,7 @@ def _generate(
     ends = sorted({*_end_ids(model, tokenizer), *_turn_ends(prompts)})
     texts = [[Written("", 0, False)] * len(prompts) for _ in range(slots)]
     greedy = num_beams == 1 and sampling is None and takes_a_cache(model)
+    groups = rows_by_rotation(model, [len(ids) for ids in encoded], max_new_tokens)
     batch_size = batch_size if abilities(model).padded_batches else 1
     decoder: _Decoder = _GrowingCache(model)
     if greedy and encoded:
@@ -153,7 +156,11 @@ def _generate(
     def write_some(numbers: list[int]) -> None:
         # Padded on the left, as generation goes on at the right.
         ids, attention = padded_ids([encoded[n] for n in numbers * slots], padding_id(tokenizer), device, left=True)
-        if greedy:
+        group = groups[numbers[0]]
+        if group != SHORT_ROWS:
+            forget_longer_rows(model)
+        # Some models read the whole row again where it grows beyond the original length (Phi-3), by their own generate.
+        if greedy and group in (SHORT_ROWS, LONG_ROWS):
             made = likeliest(ids, attention)
         else:
             made = _generate_with_transformers(
@@ -164,7 +171,9 @@ def _generate(
             for n in numbers:
                 mine[n] = next(written)
 
-    in_batches([len(ids) for ids in encoded], batch_size, write_some)
+    unpadded = _reads_padding(model)
+    alike = [(group, len(ids) if unpadded else 0) for group, ids in zip(groups, encoded, strict=True)]
+    in_batches([len(ids) for ids in encoded], batch_size, write_some, alike)
     return texts
 
 
@@ -364,6 +373,17 @@ def takes_a_cache(model: nn.Module) -> bool:
     return able.padded_batches and able.row_cache
 
 
+def _reads_padding(model: nn.Module) -> bool:
+    """Whether a method puts virtual tokens before a row's padding, so that the padding moves the row's own positions.
+
+    PEFT's generate takes no positions with prompt tuning, p-tuning and their like; with prefixes it needs none.
+    """
+    method: Any = model.active_peft_config if isinstance(model, PeftModel) else None
+    if method is None or not method.is_prompt_learning:
+        return False
+    return method.peft_type not in (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
+
+
 def _end_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The end marks of the tokenizer and of the model's generation config, such as the end of a turn."""
     known = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or []
@@ -376,14 +396,19 @@ def _turn_ends(prompts: Sequence[str | Example]) -> set[int]:
     return {row.end for row in rendered if row is not None and row.end is not None}
 
 
-def in_batches(lengths: Sequence[int], batch_size: int, work: Callable[[list[int]], None]) -> None:
+def in_batches(
+    lengths: Sequence[int], batch_size: int, work: Callable[[list[int]], None], groups: Sequence[Any] | None = None
+) -> None:
     """Do ``work`` on the numbers of all rows in batches, longest first, so that too large a batch fails at once.
 
-    Where memory runs out the batch is halved, and the rest goes on so.
+    A batch holds rows of one of the ``groups``. Where memory runs out the batch is halved, and the rest goes on so.
     """
     left = sorted(range(len(lengths)), key=lambda n: -lengths[n])
     while left:
         numbers = left[:batch_size]
+        if groups is not None:
+            numbers = next(list(same) for _, same in groupby(numbers, groups.__getitem__))
+        size = len(numbers)
         try:
             work(numbers)
         except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -391,9 +416,9 @@ def in_batches(lengths: Sequence[int], batch_size: int, work: Callable[[list[int
                 raise
             numbers = []
         if numbers:
-            left = left[batch_size:]
+            left = left[size:]
             continue
-        batch_size = max(1, min(batch_size, len(left)) // 2)
+        batch_size = max(1, size // 2)
         log.warning("out of memory in an evaluation; going on with batches of %d rows", batch_size)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

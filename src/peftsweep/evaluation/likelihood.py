@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from peftsweep.data.batches import collate
 from peftsweep.data.tokens import Tokens, tokenize_pairs, truncations
 from peftsweep.evaluation.decoding import in_batches, padded_ids, padding_id, takes_a_cache
 from peftsweep.models.losses import answer_losses, class_logits, last_positions
+from peftsweep.models.parts import SHORT_ROWS, forget_longer_rows, rows_by_rotation
 from peftsweep.training.slots import of_slot
 
 
@@ -35,7 +36,9 @@ def grouped_likelihoods(
     tokens = iter(tokenize_pairs(tokenizer, [pair for group in groups for pair in group], max_length, marked=marked))
     rows = [[next(tokens) for _ in group] for group in groups]
     cut = truncations([max(group, key=lambda row: (row.lost_answer, row.lost_prompt)) for group in rows])
-    if takes_a_cache(model) and all(_common_length(group) for group in rows):
+    lengths = [len(row.ids) for group in rows for row in group]
+    short = all(group == SHORT_ROWS for group in rows_by_rotation(model, lengths))
+    if short and takes_a_cache(model) and all(_common_length(group) for group in rows):
         return of_slot(partial(_shared_likelihoods, model, rows, pad_id=pad_id, batch_size=batch_size)), cut
     flat = [row for group in rows for row in group]
     sums = iter(log_likelihoods(model, flat, pad_id=pad_id, batch_size=batch_size))
@@ -107,7 +110,7 @@ def class_scores(model: nn.Module, rows: Sequence[Tokens], *, pad_id: int, batch
         for n, found in zip(numbers, class_logits(model, batch).log_softmax(-1).tolist(), strict=True):
             scores[n] = found
 
-    in_batches([len(row.ids) for row in rows], batch_size, score)
+    _in_batches(model, rows, batch_size, score)
     return scores
 
 
@@ -134,8 +137,20 @@ def _log_likelihoods(
             for n, total in zip(numbers, found, strict=True):
                 mine[n] = total
 
-    in_batches([len(row.ids) for row in rows], batch_size, score)
+    _in_batches(model, rows, batch_size, score)
     return sums
+
+
+def _in_batches(model: nn.Module, rows: Sequence[Tokens], batch_size: int, score: Callable[[list[int]], None]) -> None:
+    """``score`` the rows in batches in which no row changes what the model reads of another."""
+    groups = rows_by_rotation(model, [len(row.ids) for row in rows])
+
+    def alike(numbers: list[int]) -> None:
+        if groups[numbers[0]] != SHORT_ROWS:
+            forget_longer_rows(model)
+        score(numbers)
+
+    in_batches([len(row.ids) for row in rows], batch_size, alike, groups)
 
 
 def mean_loss(model: nn.Module, rows: Sequence[Tokens], *, pad_id: int, batch_size: int = 16) -> float:

@@ -5,13 +5,17 @@ the kernels of the next one. Here the cache has its final length from the beginn
 and tokens, positions and mask have fixed addresses, so that one graph serves all steps of all batches of an evaluation.
 
 Nothing is assumed about an architecture: the first two forward passes of the first batch are also made with the usual
-cache, and the first replay is compared with an eager step. Where logits differ by more than rounding, the host waits
-for the device in a step, or memory lacks, the batch is read again with the usual cache.
+cache, and the first two replays are compared with eager steps: two, as a graph repeats the Python numbers of the step
+that it was captured in, such as a position, which are right in that step. Where the logits of a row differ by more than
+rounding, the host waits for the device in a step, memory lacks or the model raises another error, the batch is read
+again with the usual cache.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +23,7 @@ from torch import nn
 from transformers import Cache, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
+from peftsweep.errors import first_line
 from peftsweep.models.losses import last_positions
 from peftsweep.models.parts import base_of
 from peftsweep.models.probe import same_logits
@@ -48,8 +53,8 @@ def static_decoder(model: nn.Module, slots: int, rows: int, length: int, new_tok
         return None
     try:
         layers = StaticCache(config=base_of(model).config, max_cache_len=length).layers
-    except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
-        log.info("decoding without graphs: no static cache: %s", error)
+    except Exception as error:  # whatever a configuration lacks
+        log.info("decoding without graphs: no static cache: %s", first_line(error))
         return None
     if any(type(layer) not in (StaticLayer, StaticSlidingWindowLayer) for layer in layers):
         return None
@@ -81,7 +86,7 @@ class StaticDecoder:
         """The tokens after prompts ``ids``, padded on the left, [slots * rows, length]; shape [slots * rows].
 
         Raises:
-            Unfit: the logits are not those of the usual cache, or memory lacks.
+            Unfit: the logits are not those of the usual cache, memory lacks, or the model raises an error.
         """
         self._used = len(ids) // self._slots
         if self._used < self._rows:
@@ -89,13 +94,8 @@ class StaticDecoder:
             ids, attention = (
                 part.view(self._slots, self._used, -1)[:, filled].flatten(0, 1) for part in (ids, attention)
             )
-        try:
-            with graphs.on_stream(self._device):
-                self._read_prompts(ids, attention)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            raise Unfit("memory ran out") from error
+        with unfit_for_errors(), graphs.on_stream(self._device):
+            self._read_prompts(ids, attention)
         return self._tokens()
 
     def keep(self, places: list[int]) -> bool:
@@ -120,19 +120,15 @@ class StaticDecoder:
         """The tokens after those that were found last; shape [slots * rows].
 
         Raises:
-            Unfit: the step cannot be captured, or memory lacks.
+            Unfit: the step cannot be captured, memory lacks, or the model raises an error.
         """
         if self._graph is None:
             self._passes += 1
-            try:
+            with unfit_for_errors():
                 with graphs.on_stream(self._device):
                     self._step()
                 if self._passes == graphs.WARMUP_PASSES and self.captures:
                     self._capture()
-            except RuntimeError as error:
-                if not (out_of_memory(error) or graphs.is_wait(error) or graphs.has_failed()):
-                    raise
-                raise Unfit(str(error).partition("\n")[0]) from error
         else:
             self._graph.replay()
         return self._tokens()
@@ -163,11 +159,10 @@ class StaticDecoder:
         expected, cache = self._logits(ids, attention, positions, None)
         longer = torch.cat([attention, attention.new_ones(len(attention), 1)], dim=1)
         expected_next, _ = self._logits(self._ids, longer, self._positions, cache)
-        before = [tensor.clone() for tensor in self._state()]
+        before = self._copied_state()
         found = self._step()
         self._restore(before)
-        base = base_of(self._model)
-        if not (same_logits(base, logits, expected) and same_logits(base, found, expected_next)):
+        if not (self._same(logits, expected) and self._same(found, expected_next)):
             raise Unfit("a static cache gives other logits")
         self._checked = True
 
@@ -175,19 +170,44 @@ class StaticDecoder:
         """What a step changes, beside the entries of the cache that it fills."""
         return [self._ids, self._positions, *(layer.cumulative_length for layer in self._layers)]
 
+    def _copied_state(self) -> list[torch.Tensor]:
+        return [tensor.clone() for tensor in self._state()]
+
     def _restore(self, before: list[torch.Tensor]) -> None:
         for tensor, value in zip(self._state(), before, strict=True):
             tensor.copy_(value)
 
+    def _same(self, logits: torch.Tensor, expected: torch.Tensor) -> bool:
+        """Whether each row's logits, [rows, vocabulary], are the expected ones: most rows may be right by chance."""
+        base = base_of(self._model)
+        return all(same_logits(base, one, other) for one, other in zip(logits, expected, strict=True))
+
     def _capture(self) -> None:
         """Capture a step; the state is as before."""
-        before = [tensor.clone() for tensor in self._state()]
-        with graphs.on_stream(self._device), graphs.error_if_host_waits(self._device):
-            expected = self._step()
+        before = self._copied_state()
+        with graphs.on_stream(self._device):
+            with graphs.error_if_host_waits(self._device):
+                expected = self._step()
+            between = self._copied_state()
+            expected_next = self._step()
         self._restore(before)
         graph, logits = graphs.record(self._step, self._device, torch.cuda.graph_pool_handle())
-        graph.replay()
-        if not same_logits(base_of(self._model), logits, expected):
-            raise Unfit("a replay gave other logits")
+        for state, right in ((before, expected), (between, expected_next)):
+            self._restore(state)
+            graph.replay()
+            if not self._same(logits, right):
+                raise Unfit("a replay gave other logits")
         self._restore(before)
         self._graph = graph
+
+
+@contextmanager
+def unfit_for_errors() -> Iterator[None]:
+    """Any error in the block is raised as ``Unfit``: what decodes with the usual cache goes on, or raises it again."""
+    try:
+        yield
+    except Unfit:
+        raise
+    except Exception as error:
+        reason = "memory ran out" if out_of_memory(error) else f"{type(error).__name__}: {first_line(error)}"
+        raise Unfit(reason) from error

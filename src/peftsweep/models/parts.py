@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import transformers
@@ -270,3 +270,64 @@ def _multiplies(module: Any) -> bool:
     except (RuntimeError, ValueError, TypeError):
         return False
     return isinstance(answer, torch.Tensor) and answer.shape == (1, 1, module.out_features)
+
+
+# ---- positions that depend on the batch ------------------------------------------------------------
+
+SHORT_ROWS, LONG_ROWS = -1, -2  # groups of ``rows_by_rotation``; the others are of rows that are read alone
+
+
+class _Rotation(NamedTuple):
+    """A rotary embedding (RoPE) of the model, at layers of type ``layers`` (None: of all layers)."""
+
+    module: Any
+    layers: str | None
+    limit: int  # the longest row that is read with the original frequencies
+    dynamic: bool  # beyond it each length has frequencies of its own (NTK); else there is one other set (LongRoPE)
+
+
+def _rotations(model: Any) -> list[_Rotation]:
+    """The rotary embeddings whose frequencies depend on the longest row of a batch, padding included."""
+    found = []
+    for module in base_of(model).modules():
+        kinds = getattr(module, "rope_type", None)
+        parameters = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
+        for layers, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
+            if kind == "longrope":
+                own = parameters if layers is None else parameters[layers]
+                found.append(_Rotation(module, layers, own["original_max_position_embeddings"], dynamic=False))
+            elif "dynamic" in str(kind):  # which keeps the frequencies of a longer row for one of just this length
+                found.append(_Rotation(module, layers, module.original_max_seq_len - 1, dynamic=True))
+    return found
+
+
+def rows_by_rotation(model: Any, lengths: Sequence[int], new_tokens: int = 0) -> list[int]:
+    """A group for each row of ``lengths`` tokens, to which ``new_tokens`` are written: a batch must be of one group.
+
+    With dynamic NTK and LongRoPE the frequencies of rotary positions depend on the longest row of a batch. Rows that
+    stay within the original length are a group (``SHORT_ROWS``), those beyond it another with LongRoPE
+    (``LONG_ROWS``). With dynamic NTK rows beyond it, and with both those that grow beyond it, are groups of their own,
+    by their length or, where tokens are written, by their number.
+    """
+    rotations, method = _rotations(model), model.active_peft_config if isinstance(model, PeftModel) else None
+    virtual = method.num_virtual_tokens if method is not None and method.is_prompt_learning else 0
+    groups = []
+    for number, length in enumerate(lengths):
+        start, end = length + virtual, length + virtual + new_tokens
+        if all(end <= rotation.limit for rotation in rotations):
+            groups.append(SHORT_ROWS)
+        elif all(end <= r.limit or (start > r.limit and not r.dynamic) for r in rotations):
+            groups.append(LONG_ROWS)
+        else:
+            groups.append(number if new_tokens else length)
+    return groups
+
+
+def forget_longer_rows(model: Any) -> None:
+    """Put back the first frequencies of dynamic rotary embeddings, which keep those of the longest row so far."""
+    for module, layers, _, dynamic in _rotations(model):
+        if dynamic:
+            prefix = "" if layers is None else f"{layers}_"
+            first, now = getattr(module, f"{prefix}original_inv_freq"), getattr(module, f"{prefix}inv_freq")
+            module.register_buffer(f"{prefix}inv_freq", first.to(now.device), persistent=False)
+            setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)

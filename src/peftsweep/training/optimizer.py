@@ -65,7 +65,7 @@ def make_optimizer(
     are made, as LoRA-FA does with the A matrices.
 
     Raises:
-        InputError: the optimizer does not accept ``train.optimizer_kwargs``.
+        InputError: the optimizer does not accept ``train.optimizer_kwargs``, or lacks the weight decay that is wanted.
     """
     make = find_optimizer(config.optimizer)
     known = inspect.signature(make).parameters
@@ -73,15 +73,22 @@ def make_optimizer(
     options: dict[str, Any] = {"lr": config.learning_rate * config.learning_rate_scale}
     if "weight_decay" in known or "optimizer_cls" in known:
         options["weight_decay"] = config.weight_decay
+    if "loraplus_lr_ratio" in known:  # whose groups of parameters override weight_decay
+        options["loraplus_weight_decay"] = config.weight_decay
     if "optimizer_cls" in known:
         options["optimizer_cls"] = torch.optim.AdamW
     if "fused" in known and all(p.dtype.is_floating_point and p.device.type in FUSED for p in parameters):
         options["fused"] = True
     try:
-        return make(model if "model" in known else parameters, **options | config.optimizer_kwargs)
+        made = make(model if "model" in known else parameters, **options | config.optimizer_kwargs)
     except REFUSALS as error:
         reason = f"{config.optimizer} does not take {config.optimizer_kwargs}"
         raise InputError(f"train.optimizer_kwargs: {reason} ({error})") from None
+    if config.weight_decay and not any(group.get("weight_decay") for group in made.param_groups):
+        raise InputError(
+            f"train.weight_decay={config.weight_decay:g}: {config.optimizer} has no weight decay; must be 0 with it"
+        )
+    return made
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, steps: int) -> Any:

@@ -136,6 +136,8 @@ def _of_rows(trial: Trial, name: str, test: list[Example]) -> dict[str, Any]:
         further["text"] = [record.package(one) for one in TEXT_PACKAGES]
     if (node.get("num_beams") or 1) > 1:
         further["own_settings"] = False  # before, a base's own generation settings acted on beams
+    if str(node.get("_target_")).endswith(".classification") or any(row.choices for row in test):
+        further["joined_tokens"] = "apart"  # before, an answer that the last token of its prompt took in always won
     return further | {
         "eval": evaluation_identity(trial.config.eval[name]),
         "judged": evaluate.JUDGING_VERSION,
