@@ -21,12 +21,16 @@ def names(table: pd.DataFrame) -> set[str]:
     return {name for name, _ in plot.figures(table, tables.steps(table))}
 
 
+def figure(name: str, table: pd.DataFrame) -> Any:
+    """The figure of that name; those that come after it are not drawn."""
+    return next(found for other, found in plot.figures(table, tables.steps(table)) if other == name)
+
+
 def texts(name: str, table: pd.DataFrame) -> str:
     """All that is written in a figure."""
     from matplotlib.text import Text
 
-    figure: Any = dict(plot.figures(table, tables.steps(table)))[name]
-    return "\n".join(text.get_text() for text in figure.findobj(Text))
+    return "\n".join(text.get_text() for text in figure(name, table).findobj(Text))
 
 
 def test_what_was_varied_chooses_the_figures() -> None:
@@ -141,7 +145,7 @@ def test_the_base_s_score_is_written_in_digits_where_it_is_far_from_what_is_comp
 def test_a_frontier_over_many_decades_has_a_few_ticks() -> None:
     table = tables.trials({"config.method.r": list(range(1, 9))})
     table["train_info.adapter_bytes"] = [10.0**n for n in range(2, 10)]
-    panel = dict(plot.figures(table, tables.steps(table)))["frontier_task"].axes[-1]
+    panel = figure("frontier_task", table).axes[-1]
     low, high = panel.get_xlim()
     assert panel.get_xscale() == "log"
     assert 2 <= sum(low <= tick <= high for tick in panel.get_xticks()) <= 10
@@ -175,8 +179,7 @@ def test_modules_of_a_decade_of_parameters_stand_on_a_logarithmic_axis() -> None
     table = tables.trials({"choices.targets": ["q", "qv", "mlp"]})
     for factor, scale in ((2, "linear"), (10, "log")):
         table["train_info.trainable_parameters"] = [1000 * factor**n for n in range(3)]
-        found = dict(plot.figures(table, tables.steps(table)))
-        assert [ax.get_yscale() for ax in found["modules_task"].axes] == ["linear", scale], factor
+        assert [ax.get_yscale() for ax in figure("modules_task", table).axes] == ["linear", scale], factor
 
 
 def test_overheads_of_few_runs_are_drawn_without_an_interval() -> None:
@@ -191,9 +194,9 @@ def test_shares_stand_on_a_linear_axis_however_far_their_intervals_reach(recwarn
     table = tables.trials({"config.method.r": [8, 16]}, seeds=1)
     table["eval_info.task.accuracy.value"], table["eval_info.task.accuracy.n"] = 0.05, 20
     table["eval_info.task.accuracy.stderr"], table["eval_info.task.base_accuracy.value"] = 0.05, 0.0
-    figure = dict(plot.figures(table, tables.steps(table)))["rank_task"]
-    figure.canvas.draw()
-    assert figure.axes[0].get_yscale() == "linear"
+    drawn = figure("rank_task", table)
+    drawn.canvas.draw()
+    assert drawn.axes[0].get_yscale() == "linear"
     assert not [one for one in recwarn if "constrained_layout" in str(one.message)]
 
 
@@ -202,7 +205,7 @@ def test_stages_stand_in_the_order_in_which_a_trial_runs_them() -> None:
     table = tables.trials({"config.method.r": [8, 16]})
     for stage in ("save", "merge", "eval", "load", "own"):
         table[f"memory.{stage}.allocated_peak"] = 1e9
-    panel = dict(plot.figures(table, tables.steps(table)))["memory_stages"].axes[0]
+    panel = figure("memory_stages", table).axes[0]
     shown = [text.get_text() for text in panel.get_xticklabels()]
     assert [name for name in shown if name in ("load", "train", "save", "eval", "merge", "own")] == [
         *("load", "train", "save", "eval", "merge", "own")
