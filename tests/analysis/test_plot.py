@@ -26,11 +26,11 @@ def figure(name: str, table: pd.DataFrame) -> Any:
     return next(found for other, found in plot.figures(table, tables.steps(table)) if other == name)
 
 
-def texts(name: str, table: pd.DataFrame) -> str:
+def texts(drawn: Any) -> str:
     """All that is written in a figure."""
     from matplotlib.text import Text
 
-    return "\n".join(text.get_text() for text in figure(name, table).findobj(Text))
+    return "\n".join(text.get_text() for text in drawn.findobj(Text))
 
 
 def test_what_was_varied_chooses_the_figures() -> None:
@@ -64,11 +64,12 @@ def test_a_study_without_a_score_still_shows_what_it_cost() -> None:
 def test_what_did_not_succeed_is_marked_by_its_word() -> None:
     factors = {"choices.method": METHODS, "choices.quant": QUANTS}
     table = tables.trials(factors, statuses={0: "oom", 3: "refused", 4: "failed"})
-    heat = texts("heatmap_task", table)
+    drawn = dict(plot.figures(table, tables.steps(table)))
+    heat = texts(drawn["heatmap_task"])
     assert {"oom", "refused", "failed"} <= set(heat.splitlines())
     assert "1 failed, 1 oom, 1 refused" in heat
-    assert "1 oom" in texts("training_time", table)
-    assert "\N{MULTIPLICATION SIGN} refused" in texts("quantisation_task", table)
+    assert "1 oom" in texts(drawn["training_time"])
+    assert "\N{MULTIPLICATION SIGN} refused" in texts(drawn["quantisation_task"])
 
 
 def test_series_differ_in_more_than_colour_and_look_the_same_in_every_figure() -> None:
@@ -79,10 +80,7 @@ def test_series_differ_in_more_than_colour_and_look_the_same_in_every_figure() -
     assert set(axes.series_styles(many, many[::-1])) == set(many[-axes.SERIES :])  # the best are told apart
 
 
-@pytest.mark.usefixtures("figures_as_published")
 def test_any_label_can_be_written_and_old_figures_go() -> None:
-    from PIL import Image
-
     folder = Path("plots")
     folder.mkdir()
     for file in ("rank_old.png", "mine.png"):
@@ -90,8 +88,18 @@ def test_any_label_can_be_written_and_old_figures_go() -> None:
     table = tables.trials({"choices.method": ["<b>$x_1$</b>\n\\alpha", "метод", "方法", "x" * 300]})
     written = plot.study(table, tables.steps(table), folder)
     assert {file.name for file in folder.iterdir()} == {file.name for file in written} | {"mine.png"}
-    with Image.open(folder / "frontier_task.png") as image:
-        assert image.info["dpi"] == pytest.approx((300, 300), abs=0.5)
+
+
+@pytest.mark.usefixtures("figures_as_published")
+def test_figures_have_300_dots_an_inch() -> None:
+    from PIL import Image
+
+    table = tables.trials({})  # which has few figures
+    written = plot.study(table, tables.steps(table), Path("plots"))
+    assert written
+    for file in written:
+        with Image.open(file) as image:
+            assert image.info["dpi"] == pytest.approx((300, 300), abs=0.5)
 
 
 def test_no_name_of_an_evaluation_leads_out_of_the_folder(tmp_path: Path) -> None:
@@ -139,7 +147,7 @@ def test_seconds_are_drawn_in_the_unit_that_the_axis_names(seconds: float, shown
 def test_the_base_s_score_is_written_in_digits_where_it_is_far_from_what_is_compared() -> None:
     table = tables.trials({"config.method.r": [8, 16, 32]})
     table["eval_info.task.base_accuracy.value"] = 2288.4
-    assert "untouched base: 2,288" in texts("rank_task", table)
+    assert "untouched base: 2,288" in texts(figure("rank_task", table))
 
 
 def test_a_frontier_over_many_decades_has_a_few_ticks() -> None:
