@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import peftsweep
@@ -78,8 +79,7 @@ def parsed(file: Path) -> ast.Module:
 def imports(file: Path, *, top_level_only: bool = False) -> frozenset[str]:
     """The modules that a file imports, in functions too; not those of its type checker alone."""
     tree = parsed(file)
-    for_types = {id(node) for one in ast.walk(tree) if _is_for_types(one) for node in ast.walk(one)}
-    nodes = [node for node in (tree.body if top_level_only else ast.walk(tree)) if id(node) not in for_types]
+    nodes = tree.body if top_level_only else statements(tree.body)
     found = set[str]()
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -89,8 +89,20 @@ def imports(file: Path, *, top_level_only: bool = False) -> frozenset[str]:
     return frozenset(found)
 
 
+def statements(body: Sequence[ast.AST]) -> Iterator[ast.AST]:
+    """These and those within them but under ``TYPE_CHECKING``; without expressions, which are most of a tree."""
+    for node in body:
+        if not _is_for_types(node):
+            yield node
+            for part in ("body", "orelse", "finalbody", "handlers", "cases"):
+                yield from statements(getattr(node, part, ()))
+
+
 def _is_for_types(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in (
+        getattr(node.test, "id", ""),  # its plain name
+        getattr(node.test, "attr", ""),  # and that of the module
+    )
 
 
 def own(file: Path, *, top_level_only: bool = False) -> set[str]:

@@ -114,7 +114,7 @@ def test_a_broken_record_is_named_and_skipped(collect_command: Collect) -> None:
     write("good", 8, 0.5)
     (write("broken", 16, 0.5) / "result.json").write_text("{")
     (write("odd", 32, 0.5) / "result.json").write_text('{"schema_version": 1}')
-    code, _, err = collect_command()
+    code, _, err = collect_command("--no-plots")
     assert code == 0
     assert sorted(line.split(":")[1].strip() for line in err.splitlines()) == [
         "multirun/default/broken/result.json",
@@ -173,7 +173,7 @@ def test_compiling_is_compared_with_the_same_trial_without_it(collect_command: C
             result.config["train"] = {"compile": backend, "compile_dynamic": None}
             result.train_info |= {"step_seconds_p50": seconds} | (facts if backend == "inductor" else {})
             result.write(folder)
-    _, out, _ = collect_command()
+    _, out, _ = collect_command("--no-plots")
     assert (
         "lora, r=8, compile=inductor: inductor steps are 2.00 times as fast as eager ones; pays from step 40 on" in out
     )
@@ -193,7 +193,7 @@ def test_the_predicted_memory_is_held_against_the_measured(collect_command: Coll
             "train": {"allocated_peak": allocated, "rss_peak": 1050},
         }
         result.write(folder)
-    _, out, _ = collect_command()
+    _, out, _ = collect_command("--no-plots")
     assert "predicted training memory: median error +5% (-10% to +20% over 2 trials)" in out
 
 
@@ -206,7 +206,7 @@ def test_generation_has_a_table_of_its_own(collect_command: Collect, monkeypatch
     batch = {"batch_16": {"tokens_per_second": 4321.0}, "batch_1": {"tokens_per_second": 123.0}}
     result.generation_info = {"overall": {"base": figures, "adapted": figures | batch | {"overhead": overhead}}}
     result.write(folder)
-    _, out, _ = collect_command()
+    _, out, _ = collect_command("--no-plots")
     generation = out[out.index("generation") :]
     assert "+25.0% [+20.0%, +31.0%]" in generation
     assert "20.1" in generation

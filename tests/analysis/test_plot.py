@@ -21,12 +21,16 @@ def names(table: pd.DataFrame) -> set[str]:
     return {name for name, _ in plot.figures(table, tables.steps(table))}
 
 
-def texts(name: str, table: pd.DataFrame) -> str:
+def figure(name: str, table: pd.DataFrame) -> Any:
+    """The figure of that name; those that come after it are not drawn."""
+    return next(found for other, found in plot.figures(table, tables.steps(table)) if other == name)
+
+
+def texts(drawn: Any) -> str:
     """All that is written in a figure."""
     from matplotlib.text import Text
 
-    figure: Any = dict(plot.figures(table, tables.steps(table)))[name]
-    return "\n".join(text.get_text() for text in figure.findobj(Text))
+    return "\n".join(text.get_text() for text in drawn.findobj(Text))
 
 
 def test_what_was_varied_chooses_the_figures() -> None:
@@ -60,11 +64,12 @@ def test_a_study_without_a_score_still_shows_what_it_cost() -> None:
 def test_what_did_not_succeed_is_marked_by_its_word() -> None:
     factors = {"choices.method": METHODS, "choices.quant": QUANTS}
     table = tables.trials(factors, statuses={0: "oom", 3: "refused", 4: "failed"})
-    heat = texts("heatmap_task", table)
+    drawn = dict(plot.figures(table, tables.steps(table)))
+    heat = texts(drawn["heatmap_task"])
     assert {"oom", "refused", "failed"} <= set(heat.splitlines())
     assert "1 failed, 1 oom, 1 refused" in heat
-    assert "1 oom" in texts("training_time", table)
-    assert "\N{MULTIPLICATION SIGN} refused" in texts("quantisation_task", table)
+    assert "1 oom" in texts(drawn["training_time"])
+    assert "\N{MULTIPLICATION SIGN} refused" in texts(drawn["quantisation_task"])
 
 
 def test_equal_scores_have_the_middle_shade_of_a_heat_map() -> None:
@@ -86,10 +91,7 @@ def test_series_differ_in_more_than_colour_and_look_the_same_in_every_figure() -
     assert set(axes.series_styles(many, many[::-1])) == set(many[-axes.SERIES :])  # the best are told apart
 
 
-@pytest.mark.usefixtures("figures_as_published")
 def test_any_label_can_be_written_and_old_figures_go() -> None:
-    from PIL import Image
-
     folder = Path("plots")
     folder.mkdir()
     for file in ("rank_old.png", "mine.png"):
@@ -97,8 +99,18 @@ def test_any_label_can_be_written_and_old_figures_go() -> None:
     table = tables.trials({"choices.method": ["<b>$x_1$</b>\n\\alpha", "метод", "方法", "x" * 300]})
     written = plot.study(table, tables.steps(table), folder)
     assert {file.name for file in folder.iterdir()} == {file.name for file in written} | {"mine.png"}
-    with Image.open(folder / "frontier_task.png") as image:
-        assert image.info["dpi"] == pytest.approx((300, 300), abs=0.5)
+
+
+@pytest.mark.usefixtures("figures_as_published")
+def test_figures_have_300_dots_an_inch() -> None:
+    from PIL import Image
+
+    table = tables.trials({})  # which has few figures
+    written = plot.study(table, tables.steps(table), Path("plots"))
+    assert written
+    for file in written:
+        with Image.open(file) as image:
+            assert image.info["dpi"] == pytest.approx((300, 300), abs=0.5)
 
 
 def test_no_name_of_an_evaluation_leads_out_of_the_folder(tmp_path: Path) -> None:
@@ -146,13 +158,13 @@ def test_seconds_are_drawn_in_the_unit_that_the_axis_names(seconds: float, shown
 def test_the_base_s_score_is_written_in_digits_where_it_is_far_from_what_is_compared() -> None:
     table = tables.trials({"config.method.r": [8, 16, 32]})
     table["eval_info.task.base_accuracy.value"] = 2288.4
-    assert "untouched base: 2,288" in texts("rank_task", table)
+    assert "untouched base: 2,288" in texts(figure("rank_task", table))
 
 
 def test_a_frontier_over_many_decades_has_a_few_ticks() -> None:
     table = tables.trials({"config.method.r": list(range(1, 9))})
     table["train_info.adapter_bytes"] = [10.0**n for n in range(2, 10)]
-    panel = dict(plot.figures(table, tables.steps(table)))["frontier_task"].axes[-1]
+    panel = figure("frontier_task", table).axes[-1]
     low, high = panel.get_xlim()
     assert panel.get_xscale() == "log"
     assert 2 <= sum(low <= tick <= high for tick in panel.get_xticks()) <= 10
@@ -186,8 +198,7 @@ def test_modules_of_a_decade_of_parameters_stand_on_a_logarithmic_axis() -> None
     table = tables.trials({"choices.targets": ["q", "qv", "mlp"]})
     for factor, scale in ((2, "linear"), (10, "log")):
         table["train_info.trainable_parameters"] = [1000 * factor**n for n in range(3)]
-        found = dict(plot.figures(table, tables.steps(table)))
-        assert [ax.get_yscale() for ax in found["modules_task"].axes] == ["linear", scale], factor
+        assert [ax.get_yscale() for ax in figure("modules_task", table).axes] == ["linear", scale], factor
 
 
 def test_overheads_of_few_runs_are_drawn_without_an_interval() -> None:
@@ -202,9 +213,9 @@ def test_shares_stand_on_a_linear_axis_however_far_their_intervals_reach(recwarn
     table = tables.trials({"config.method.r": [8, 16]}, seeds=1)
     table["eval_info.task.accuracy.value"], table["eval_info.task.accuracy.n"] = 0.05, 20
     table["eval_info.task.accuracy.stderr"], table["eval_info.task.base_accuracy.value"] = 0.05, 0.0
-    figure = dict(plot.figures(table, tables.steps(table)))["rank_task"]
-    figure.canvas.draw()
-    assert figure.axes[0].get_yscale() == "linear"
+    drawn = figure("rank_task", table)
+    drawn.canvas.draw()
+    assert drawn.axes[0].get_yscale() == "linear"
     assert not [one for one in recwarn if "constrained_layout" in str(one.message)]
 
 
@@ -213,7 +224,7 @@ def test_stages_stand_in_the_order_in_which_a_trial_runs_them() -> None:
     table = tables.trials({"config.method.r": [8, 16]})
     for stage in ("save", "merge", "eval", "load", "own"):
         table[f"memory.{stage}.allocated_peak"] = 1e9
-    panel = dict(plot.figures(table, tables.steps(table)))["memory_stages"].axes[0]
+    panel = figure("memory_stages", table).axes[0]
     shown = [text.get_text() for text in panel.get_xticklabels()]
     assert [name for name in shown if name in ("load", "train", "save", "eval", "merge", "own")] == [
         *("load", "train", "save", "eval", "merge", "own")

@@ -432,7 +432,7 @@ def test_what_is_not_better_than_the_base_is_not_chosen_for_its_cost(tmp_path: P
     assert "small adapter at that quality" not in text
 
 
-@pytest.mark.parametrize("studies", [6, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("studies", [4, pytest.param(60, marks=pytest.mark.slow)])
 def test_advice_and_sentences_about_the_base_follow_the_ranking(studies: int, tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     advised = []

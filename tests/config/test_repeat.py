@@ -168,6 +168,7 @@ def test_a_trial_is_run_again_from_its_record_alone(run_small: Run, command: Com
         "seed=3",
         "label=mine",
         "study=one",
+        "train.steps=2",
     ]
     before = run_small(
         *words, "eval=[tiny_math,perplexity]", "eval.tiny_math.samples=6", "dataset.prompt='Q {question}'"

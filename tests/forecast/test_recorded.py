@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from peftsweep.config.compose import Trial
 from peftsweep.forecast import duration, history, speed, timing
 from peftsweep.study import store
 from peftsweep.study.record import Result
@@ -54,25 +53,26 @@ def test_a_trial_records_what_was_predicted_and_what_it_took(run_small: RunSmall
 
 
 def test_what_the_plan_said_of_the_trial_on_this_device_stands_in_its_record(
-    run_small: RunSmall, compose: Callable[..., Trial], known: speed.Device, monkeypatch: pytest.MonkeyPatch
+    run_unwritten: RunSmall, known: speed.Device
 ) -> None:
-    rank_2, rank_4 = (run_small("train.steps=2", f"method.r={rank}", "study=first") for rank in (2, 4))
-    plan = [
-        {"trial": rank_2.run_info["trial"], "predicted_device": known.key, "predicted": PLANNED},
-        {"trial": rank_4.run_info["trial"], "predicted_device": "another", "predicted": PLANNED},
-    ]
-    (store.folder("second")).mkdir(parents=True)
-    (store.folder("second") / store.PLAN).write_text(json.dumps(plan), encoding="utf-8")
-    again = [run_small("train.steps=2", f"method.r={rank}", "study=second") for rank in (2, 4)]
-    assert again[0].train_info["predicted"] == PLANNED
-    assert again[1].train_info["predicted"]["train_seconds"] == rank_4.train_info["predicted"]["train_seconds"]
+    words = ["train.steps=2", "method.r=2"]
+    before = run_unwritten(*words, "study=unplanned")
+    for study, device in (("here", known.key), ("elsewhere", "another")):
+        row = {"trial": before.run_info["trial"], "predicted_device": device, "predicted": PLANNED}
+        store.folder(study).mkdir(parents=True)
+        (store.folder(study) / store.PLAN).write_text(json.dumps([row]), encoding="utf-8")
+    here, elsewhere = (
+        run_unwritten(*words, f"study={study}").train_info["predicted"] for study in ("here", "elsewhere")
+    )
+    assert here == PLANNED
+    assert elsewhere["train_seconds"] == before.train_info["predicted"]["train_seconds"]
 
 
 def test_without_a_speed_nothing_is_predicted_and_the_flops_are_counted_all_the_same(
-    run_small: RunSmall, known: speed.Device, monkeypatch: pytest.MonkeyPatch
+    run_unwritten: RunSmall, known: speed.Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(speed.Device, "kept", lambda self: None)
-    found = run_small("train.steps=2")
+    found = run_unwritten("train.steps=2")
     assert "predicted" not in found.train_info
     assert "mfu" not in found.train_info
     assert found.train_info["flops"] > 0
@@ -80,13 +80,13 @@ def test_without_a_speed_nothing_is_predicted_and_the_flops_are_counted_all_the_
 
 
 def test_what_fails_in_predicting_is_no_failure_of_the_trial(
-    run_small: RunSmall, known: speed.Device, monkeypatch: pytest.MonkeyPatch
+    run_unwritten: RunSmall, known: speed.Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no formula")
 
     monkeypatch.setattr(duration, "estimate", broken)
-    found = run_small("train.steps=2")
+    found = run_unwritten("train.steps=2")
     assert found.run_info["status"] == "success"
     assert not {"predicted", "flops", "mfu"} & set(found.train_info)
 

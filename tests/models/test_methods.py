@@ -346,9 +346,9 @@ def test_adalora_needs_steps_to_weigh_its_ranks(compose: Compose) -> None:
 @pytest.mark.parametrize("quant", ["4bit", "8bit"])
 @pytest.mark.parametrize("name", some(["ia3", "road", "randlora", "pvera", "adalora"], 5))
 def test_a_quantised_base_of_16_bits_trains_and_comes_back(
-    name: str, quant: str, run_small: Callable[..., Result]
+    name: str, quant: str, run_unwritten: Callable[..., Result]
 ) -> None:
-    result = run_small(f"method={name}", f"quant={quant}", "model.dtype=bfloat16", "adapter.check=true")
+    result = run_unwritten(f"method={name}", f"quant={quant}", "model.dtype=bfloat16", "adapter.check=true")
     assert result.status is Status.success, result.error
     assert result.train_info["reloads"], result.train_info
 

@@ -23,7 +23,7 @@ Command = Callable[..., tuple[int, str, str]]
 
 
 def test_a_sweep_trains_every_point_once_and_a_rerun_none(command: Command) -> None:
-    words = [*UNWRITTEN, "method.r=2,4", "quant=none,4bit", "-m"]
+    words = [*UNWRITTEN, "train.steps=2", "method.r=2,4", "quant=none,4bit", "-m"]
     code, out, _ = command(*words)
     assert code == 0
     assert "[4/4] lora, 4bit, r=4\n" in out
@@ -97,7 +97,7 @@ def test_refused_is_done_and_no_failure(command: Command) -> None:
 
 @pytest.mark.parametrize("launcher", ["basic"])
 def test_stock_launchers_run_and_resume_too(launcher: str, command: Command) -> None:
-    words = [*UNWRITTEN, "method.r=2,4", f"hydra/launcher={launcher}"]
+    words = [*UNWRITTEN, "train.steps=2", "method.r=2,4", f"hydra/launcher={launcher}"]
     assert command(*words, "hydra.job.chdir=true")[0] == 0  # paths are relative to where the command runs all the same
     assert len(records()) == 2
     assert not list(Path("multirun/.hydra").rglob("result.json"))

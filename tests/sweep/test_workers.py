@@ -35,11 +35,10 @@ from peftsweep.sweep import processes, workers
 from peftsweep.trial import done as trial_done
 from peftsweep.trial import outcome
 from peftsweep.trial import session as trial_session
-from tests.conftest import SMALL, records, scores, start, wait_for
+from tests.conftest import SMALL, UNWRITTEN, records, scores, start, wait_for
 
 Command = Callable[..., tuple[int, str, str]]
 Compose = Callable[..., Trial]
-WITHOUT_WRITING = [*(word for word in SMALL if "tiny_math" not in word), "eval=[perplexity]"]
 BAD = """
 import os, signal, time, resource
 from peftsweep.evaluate import perplexity as plain
@@ -106,7 +105,7 @@ def bad(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_four_ways_to_go_wrong_cost_one_trial_each(command: Command) -> None:
     targets = ",".join(f"bad_evaluations.{name}" for name in ("exits", "raises", "eats", "hangs"))
     code, out, _ = command(
-        *WITHOUT_WRITING,
+        *UNWRITTEN,
         f"eval.perplexity._target_={targets},peftsweep.evaluation.evaluate.perplexity",
         "hydra.launcher.timeout=10",
         "hydra.launcher.workers=2",
@@ -151,7 +150,7 @@ def kill_a_worker() -> None:
 
 
 def test_a_killed_worker_costs_its_trial_and_a_retry_saves_it(command: Command) -> None:
-    words = [*SMALL, "method.r=2,4"]
+    words = [*UNWRITTEN, "method.r=2,4"]
     for retries, statuses in ((0, ["failed", "success"]), (1, ["success", "success"])):
         killer = threading.Thread(target=kill_a_worker)
         killer.start()
@@ -166,8 +165,9 @@ def test_a_killed_worker_costs_its_trial_and_a_retry_saves_it(command: Command) 
                     file.unlink()
 
 
+@pytest.mark.slow  # starts a command; test_processes.py kills the parent of a guarded worker, which is cheap
 def test_workers_end_with_their_parent_however_it_ends() -> None:
-    process = start(*SMALL, "train.steps=2000")
+    process = start(*UNWRITTEN, "train.steps=2000")
     worker = worker_of(process)
     assert worker is not None
     family = [worker, *psutil.Process(process.pid).children(recursive=True)]
@@ -184,7 +184,7 @@ def test_a_second_interrupt_does_not_wait_for_a_trial_that_ignores_the_first() -
     endless = (
         "from peftsweep import cli; from peftsweep.sweep import workers; workers.CANCEL_GRACE_SECONDS = 1e6; cli.main()"
     )
-    process = start(*WITHOUT_WRITING, target, door=endless)
+    process = start(*UNWRITTEN, target, door=endless)
     assert wait_for(Path("reached").exists, process)
     process.send_signal(signal.SIGINT)
     assert wait_for(Path("interrupted").exists, process)
@@ -195,7 +195,7 @@ def test_a_second_interrupt_does_not_wait_for_a_trial_that_ignores_the_first() -
 
 
 def test_ctrl_c_in_a_terminal_while_all_is_imported_is_one_line() -> None:
-    process = start(*SMALL, terminal=True)
+    process = start(*UNWRITTEN, terminal=True)
     assert wait_for(psutil.Process(process.pid).children, process)
     time.sleep(1.0)
     os.killpg(process.pid, signal.SIGINT)
@@ -218,7 +218,7 @@ def full_for_torch(*_: Any) -> Any:
 def test_a_trial_that_finds_the_disk_full_ends_the_sweep_in_one_line(
     full: Callable[..., Any], command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = [*WITHOUT_WRITING, "method.r=2,4"]
+    words = [*UNWRITTEN, "method.r=2,4"]
     with monkeypatch.context() as context:
         context.setattr(saved, "save", full)
         code, _, err = command(*words)
@@ -297,7 +297,7 @@ def final(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("kills", [2, 50])
 def test_killed_at_random_a_sweep_ends_with_the_table_of_an_undisturbed_one(kills: int, command: Command) -> None:
     length = [f"train.steps={max(20, 4 * kills)}", "train.checkpoint_every=10"]  # enough to be killed so often
-    words = [*WITHOUT_WRITING, "method.r=1,2,3,4,5,6", "seed=0,1", *length]
+    words = [*UNWRITTEN, "method.r=1,2,3,4,5,6", "seed=0,1", *length]
     assert command(*words, "study=undisturbed")[0] == 0
     assert shoot(words, kills, random.Random(kills)) == kills
     assert final("default") == final("undisturbed")
@@ -387,14 +387,14 @@ def test_a_base_that_a_method_changed_is_loaded_again(compose: Compose, monkeypa
 
 
 def test_a_kept_base_is_gone_before_the_memory_of_loading_another_is_measured(
-    run_small: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    run_unwritten: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "_BASE_CACHE", [])
     monkeypatch.setattr(build, "_KEEP_BASES", [True])
     real, held = model.load_tokenizer, list[int]()  # the first that is done in the stage
     monkeypatch.setattr(model, "load_tokenizer", lambda *a: held.append(len(build._BASE_CACHE)) or real(*a))  # type: ignore[func-returns-value]
     for words in (["method.r=2"], ["method.r=4"], ["quant=8bit"]):
-        run_small("adapter.check=false", *words)
+        run_unwritten("train.steps=2", *words)
     assert held == [0, 1, 0]
 
 
@@ -436,7 +436,7 @@ def test_a_worker_that_gives_itself_up_costs_the_next_trial_nothing(
 ) -> None:
     (scratch / "leaky_evaluations.py").write_text(LEAKY)
     monkeypatch.syspath_prepend(str(scratch))
-    words = [*WITHOUT_WRITING, "eval.perplexity._target_=leaky_evaluations.leaks", "method.r=2,4"]
+    words = [*UNWRITTEN, "eval.perplexity._target_=leaky_evaluations.leaks", "method.r=2,4"]
     code, out, _ = command(*words, "hydra.launcher.workers=1")
     assert (code, "2 trials: 2 success" in out) == (0, True)
 
@@ -463,7 +463,7 @@ def test_a_spent_worker_is_replaced_before_it_is_given_a_trial(monkeypatch: pyte
 
 
 def test_a_limit_of_trials_and_of_time(command: Command) -> None:
-    words = [*SMALL, "method.r=2,4,8"]
+    words = [*UNWRITTEN, "method.r=2,4,8"]
     code, out, _ = command(*words, "hydra.launcher.workers=0", "hydra.launcher.limit=2")
     assert (code, len(records())) == (3, 2)
     assert out.splitlines()[-1] == "2 trials: 2 success, 1 not run  (multirun/default)"
@@ -477,7 +477,7 @@ def test_a_trial_that_failed_outweighs_those_that_a_limit_left(
     command: Command, fails_at_rank: Callable[[int], None]
 ) -> None:
     fails_at_rank(2)
-    code, out, _ = command(*SMALL, "method.r=2,4", "hydra.launcher.limit=1", "hydra.launcher.workers=0")
+    code, out, _ = command(*UNWRITTEN, "method.r=2,4", "hydra.launcher.limit=1", "hydra.launcher.workers=0")
     assert (code, out.splitlines()[-1]) == (1, "1 trial: 1 failed, 1 not run  (multirun/default)")
 
 
@@ -491,7 +491,7 @@ def test_an_interrupt_counts_what_was_done_and_what_was_not(command: Command, mo
         real(session)
 
     monkeypatch.setattr(trial_session.Session, "adapt", adapt)
-    code, out, err = command(*SMALL, "method.r=2,4,8")
+    code, out, err = command(*UNWRITTEN, "method.r=2,4,8")
     assert (code, err) == (130, "interrupted; the same command continues\n")
     assert out.splitlines()[-1] == "2 trials: 1 success, 1 cancelled, 1 not run  (multirun/default)"
 
@@ -501,7 +501,7 @@ def test_an_interrupt_counts_what_was_done_and_what_was_not(command: Command, mo
 @pytest.mark.parametrize("how", ["timeout", "kill", "group"])
 def test_what_a_metric_has_started_ends_with_its_trial(how: str) -> None:
     target = "eval.perplexity._target_=bad_evaluations.starts_and_holds"
-    words = [*WITHOUT_WRITING, target, *(["hydra.launcher.timeout=90"] if how == "timeout" else [])]
+    words = [*UNWRITTEN, target, *(["hydra.launcher.timeout=90"] if how == "timeout" else [])]
     process = start(*words, terminal=True)
     assert wait_for(Path("started").exists, process)
     if how != "timeout":
@@ -608,7 +608,7 @@ def took(seconds: float) -> Result:
 
 
 def test_what_a_limit_left_is_run_by_the_next_command(command: Command) -> None:
-    words = [*SMALL, "method.r=2,4"]
+    words = [*UNWRITTEN, "method.r=2,4"]
     assert command(*words, "hydra.launcher.workers=0", "hydra.launcher.limit=1")[0] == 3
     assert command(*words)[0] == 0
     assert len(records()) == 2

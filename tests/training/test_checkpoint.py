@@ -352,7 +352,7 @@ def place(result: Result) -> Path:
 
 
 @pytest.fixture
-def cut_trial(run_small: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
+def cut_trial(run_unwritten: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run a trial whose third step's row cannot be written any more."""
 
     def broken(lines: Any, observer: Any, row: dict[str, Any]) -> None:
@@ -365,20 +365,20 @@ def cut_trial(run_small: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     def run(*words: str) -> Result:
         with monkeypatch.context() as patch:
             patch.setattr("peftsweep.trial.session.log_step", broken)
-            return run_small(*words)
+            return run_unwritten(*words)
 
     return run
 
 
-def test_a_trial_goes_on_from_its_last_checkpoint(cut_trial: Run, run_small: Run) -> None:
+def test_a_trial_goes_on_from_its_last_checkpoint(cut_trial: Run, run_unwritten: Run) -> None:
     words = ["train.log_every=1", "method.lora_dropout=0.1"]
     first = cut_trial(*words, "train.checkpoint_every=2")
     assert (first.status, first.run_info["resumed"]) == (Status.failed, 0)
     assert [file.name for file in (place(first) / "checkpoints").iterdir()] == ["step-2.pt"]
-    second = run_small(*words)  # without new ones, and yet the same trial
+    second = run_unwritten(*words)  # without new ones, and yet the same trial
     assert (second.status, second.run_info["resumed"], place(second)) == (Status.success, 2, place(first))
     assert not (place(second) / "checkpoints").exists()
-    whole = run_small(*words, "study=other")
+    whole = run_unwritten(*words, "study=other")
     assert whole.run_info["resumed"] == 0
     assert without_cost(place(second) / "steps.jsonl") == without_cost(place(whole) / "steps.jsonl")
     for fact in ("final_loss", "tokens", "steps"):
@@ -389,7 +389,7 @@ def test_a_trial_goes_on_from_its_last_checkpoint(cut_trial: Run, run_small: Run
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGUSR2, marks=pytest.mark.slow)])
 def test_a_trial_that_is_interrupted_goes_on_from_the_end_of_its_step(
-    number: signal.Signals, run_small: Run, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals, run_unwritten: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def leave(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -405,16 +405,16 @@ def test_a_trial_that_is_interrupted_goes_on_from_the_end_of_its_step(
         with monkeypatch.context() as patch:
             patch.setattr(loop, "micro_batches", lambda order, size: real(interrupt(iter(order), 2), size))
             with pytest.raises(KeyboardInterrupt):
-                run_small("train.log_every=1")
+                run_unwritten("train.log_every=1")
         assert signal.getsignal(number) is leave
     finally:
         signal.signal(number, before)
     (cancelled,) = (Result.read(file.parent) for file in Path("multirun/default").glob("*/result.json"))
     assert (cancelled.status, (cancelled.error or {})["stage"]) == (Status.cancelled, "train")
     assert cancelled.train_info["steps"] == 3
-    second = run_small("train.log_every=1")
+    second = run_unwritten("train.log_every=1")
     assert (second.status, second.run_info["resumed"]) == (Status.success, 3)
-    whole = run_small("train.log_every=1", "study=other")
+    whole = run_unwritten("train.log_every=1", "study=other")
     assert without_cost(place(second) / "steps.jsonl") == without_cost(place(whole) / "steps.jsonl")
 
 
@@ -446,22 +446,22 @@ def test_a_signal_is_held_once_and_not_for_long(monkeypatch: pytest.MonkeyPatch)
         signal.signal(signal.SIGINT, before)
 
 
-def test_the_seconds_of_a_trial_are_those_of_all_its_sittings(cut_trial: Run, run_small: Run) -> None:
+def test_the_seconds_of_a_trial_are_those_of_all_its_sittings(cut_trial: Run, run_unwritten: Run) -> None:
     words = ["train.log_every=1", "train.checkpoint_every=2"]
     first = cut_trial(*words)
     assert isinstance(first.train_info["load_seconds"], float)
     first.run_info["total_seconds"], first.train_info["load_seconds"] = 1000.0, 500.0
     first.write(place(first))
-    second = run_small(*words)
+    second = run_unwritten(*words)
     assert second.run_info["resumed"] == 2
     assert 1000 < second.run_info["total_seconds"] < 1100
     assert 500 < second.train_info["load_seconds"] < 600
-    again = run_small(*words, "force=true")  # which does not go on from there
+    again = run_unwritten(*words, "force=true")  # which does not go on from there
     assert again.run_info["total_seconds"] < 100
 
 
 def test_the_seconds_of_a_sitting_that_was_killed_are_those_until_its_checkpoint(
-    cut_trial: Run, run_small: Run
+    cut_trial: Run, run_unwritten: Run
 ) -> None:
     words = ["train.log_every=1", "train.checkpoint_every=2"]
     first = cut_trial(*words)
@@ -471,7 +471,7 @@ def test_the_seconds_of_a_sitting_that_was_killed_are_those_until_its_checkpoint
     assert 0 < kept["seconds"]["total"] < first.run_info["total_seconds"]
     kept["seconds"]["total"] = 2000.0
     torch.save(kept, file)
-    assert 2000 < run_small(*words).run_info["total_seconds"] < 2100
+    assert 2000 < run_unwritten(*words).run_info["total_seconds"] < 2100
 
 
 class Evaluating:
@@ -537,18 +537,18 @@ def test_what_ends_an_evaluation_costs_that_evaluation_alone(
 
 
 def test_the_peak_of_a_stage_is_that_of_all_sittings(
-    evaluating: Evaluating, run_small: Run, monkeypatch: pytest.MonkeyPatch
+    evaluating: Evaluating, run_unwritten: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluating.victim = "perplexity"
     with pytest.raises(KeyboardInterrupt):
-        run_small()
+        run_unwritten()
     file = next(Path("multirun/default").glob("*/checkpoints/trained.pt"))
     kept = torch.load(file, weights_only=True)
     assert kept["memory"]["train"]["rss_peak"] > 0
     kept["memory"]["train"]["rss_peak"] = kept["memory"]["load"]["rss_peak"] = 2**50
     torch.save(kept, file)
     evaluating.victim = None
-    memory = run_small().memory
+    memory = run_unwritten().memory
     assert memory["train"]["rss_peak"] == memory["load"]["rss_peak"] == 2**50
 
 
@@ -578,17 +578,17 @@ def test_kept_evaluations_are_of_the_same_weights_and_rows(evaluating: Evaluatin
 
 
 @pytest.mark.slow
-def test_force_starts_anew(cut_trial: Run, run_small: Run) -> None:
+def test_force_starts_anew(cut_trial: Run, run_unwritten: Run) -> None:
     words = ["train.log_every=1", "train.checkpoint_every=2"]
     cut_trial(*words)
-    assert run_small(*words, "force=true").run_info["resumed"] == 0
+    assert run_unwritten(*words, "force=true").run_info["resumed"] == 0
 
 
 @pytest.mark.slow
-def test_a_trial_whose_checkpoint_is_broken_starts_anew(cut_trial: Run, run_small: Run) -> None:
+def test_a_trial_whose_checkpoint_is_broken_starts_anew(cut_trial: Run, run_unwritten: Run) -> None:
     words = ["train.log_every=1", "train.checkpoint_every=2"]
     (place(cut_trial(*words)) / "checkpoints" / "step-2.pt").write_bytes(b"broken")
-    result = run_small(*words)
+    result = run_unwritten(*words)
     assert (result.status, result.run_info["resumed"]) == (Status.success, 0)
     assert "the checkpoint step-2.pt is ignored" in (place(result) / "trial.log").read_text()
     assert [row["step"] for row in without_cost(place(result) / "steps.jsonl") if "loss" in row] == [1, 2, 3, 4]

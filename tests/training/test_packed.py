@@ -80,6 +80,7 @@ SLOTS = [
     Spec(r=16, alpha=16, rslora=True, targets=("k_proj", "down_proj"), train={"weight_decay": 0.1}),
     Spec(r=5, targets=ALL, train={"steps": 7, "schedule": Schedule.linear, "clip": 0.05}),
 ]
+BRIEF = replace(SLOTS[3], train=SLOTS[3].train | {"steps": 4})
 
 
 @dataclass
@@ -178,10 +179,11 @@ def check_same(packed: list[Found], single: list[Found], same: float = SAME) -> 
 
 @pytest.mark.parametrize("quant", ["4bit", *(pytest.param(q, marks=pytest.mark.slow) for q in QUANTS if q != "4bit")])
 def test_a_slot_is_the_trial_alone(rows: list[tokens.Tokens], tokenizer: Any, quant: str) -> None:
-    single = [alone(spec, rows, tokenizer, base(quant)) for spec in SLOTS]
-    many = together(SLOTS, rows, tokenizer, base(quant))
+    specs = [*SLOTS[:3], BRIEF]
+    single = [alone(spec, rows, tokenizer, base(quant), steps=6) for spec in specs]
+    many = together(specs, rows, tokenizer, base(quant), steps=6)
     check_same(many, single)
-    assert [one.trained.steps for one in many] == [10, 10, 10, 7]
+    assert [one.trained.steps for one in many] == [6, 6, 6, 4]
     with pytest.raises(AssertionError):  # the check can fail
         check_same([many[1], many[0], *many[2:]], single)
 
@@ -262,7 +264,7 @@ def test_steps_in_static_shapes_come_to_what_others_do(
 ) -> None:
     """As on CUDA, where they are captured; a slot ends before the others."""
     monkeypatch.setattr(packed, "Pack", partial(Pack, stacked=stacked))
-    specs, shared = SLOTS[1:], {"steps": 9, "accumulation": 2, "batch_size": 3}
+    specs, shared = [*SLOTS[1:3], BRIEF], {"steps": 6, "accumulation": 2, "batch_size": 3}
     usual = together(specs, rows, tokenizer, base(), **shared)
     monkeypatch.setattr(graphs, "DEVICES", ("cpu",))
     static = together(specs, rows, tokenizer, base(), **shared)
@@ -562,13 +564,22 @@ def losses(lines: list[dict[str, Any]]) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
+@pytest.fixture(scope="module")
+def uncut(
+    rows: list[tokens.Tokens], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Cut, list[dict[str, torch.Tensor]]]:
+    """Each of ``CUT`` trained alone and never cut off, and its weights."""
+    whole = Cut(tmp_path_factory.mktemp("whole"), rows)
+    return whole, [whole.alone(number) for number in range(len(CUT))]
+
+
 @pytest.mark.parametrize("parts", ["pa", "ap", *(pytest.param(p, marks=pytest.mark.slow) for p in ("pp", "ppa"))])
-def test_slots_go_on_from_checkpoints_together_or_alone(rows: list[tokens.Tokens], tmp_path: Path, parts: str) -> None:
+def test_slots_go_on_from_checkpoints_together_or_alone(
+    rows: list[tokens.Tokens], uncut: tuple[Cut, list[dict[str, torch.Tensor]]], tmp_path: Path, parts: str
+) -> None:
     """Parts in a (p)ack or (a)lone, cut after 3 and 5 steps."""
-    for folder in ("whole", "cut"):
-        (tmp_path / folder).mkdir()
-    whole, cut = Cut(tmp_path / "whole", rows), Cut(tmp_path / "cut", rows)
-    expected = [whole.alone(number) for number in range(len(CUT))]
+    whole, expected = uncut
+    cut = Cut(tmp_path, rows)
     for part, stop_at in zip(parts, [*(3, 5)[: len(parts) - 1], None], strict=True):
         found = cut.together((0, 1, 2), stop_at) if part == "p" else [cut.alone(n, stop_at) for n in range(3)]
     for mine, other in zip(found, expected, strict=True):

@@ -127,13 +127,13 @@ def test_two_runs_are_the_same_bit_for_bit(rows: list[data_tokens.Tokens]) -> No
 
 @pytest.mark.kernels
 def test_accumulation_changes_memory_and_not_results(rows: list[data_tokens.Tokens]) -> None:
-    some = rows[:43]  # of unlike lengths; an epoch ends with a step of 11 rows
-    whole, parts, single = (run(some, batch_size=size, accumulation=16 // size) for size in (16, 4, 1))
+    some = rows[:27]  # of unlike lengths; an epoch ends with a step of 11 rows
+    whole, parts, single = (run(some, steps=4, batch_size=size, accumulation=16 // size) for size in (16, 4, 1))
     for other in (parts, single):
         assert losses(other[1]) == pytest.approx(losses(whole[1]), rel=1e-4)
         assert other[0].tokens == whole[0].tokens
         assert other[0].epochs == whole[0].epochs == 2
-        assert [row["step"] for row in other[1] if "epoch_loss" in row] == [3, 6]
+        assert [row["step"] for row in other[1] if "epoch_loss" in row] == [2, 4]
 
 
 def test_a_step_takes_the_same_rows_however_they_are_accumulated(rows: list[data_tokens.Tokens]) -> None:

@@ -145,12 +145,12 @@ def test_a_profiled_trial_is_compiled_once(run_small: RunSmall, monkeypatch: pyt
     assert 0 < found["step_tokens"] == pytest.approx(found["trial_step_tokens"], rel=0.3)
 
 
-def test_a_profiler_that_fails_costs_no_trial(run_small: RunSmall, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_profiler_that_fails_costs_no_trial(run_unwritten: RunSmall, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(_: Trial) -> Any:
         raise RuntimeError("no profiler")
 
     monkeypatch.setattr(build, "profiler", broken)
-    result = run_small("profiler=torch")
+    result = run_unwritten("profiler=torch")
     assert result.status is Status.success
     assert result.train_info["profile"]["torch"] == {"error": "RuntimeError: no profiler"}
 
@@ -169,13 +169,13 @@ def test_a_tracker_is_told_the_losses_and_the_scores(run_small: RunSmall) -> Non
     assert trial_of("tracker=tensorboard").identity == trial_of().identity
 
 
-def test_what_is_predicted_not_to_fit_is_refused_until_the_limit_is_raised(run_small: RunSmall) -> None:
-    refused = run_small("memory_limit=1MB", "skip_oversized=true")
+def test_what_is_predicted_not_to_fit_is_refused_until_the_limit_is_raised(run_unwritten: RunSmall) -> None:
+    refused = run_unwritten("memory_limit=1MB", "skip_oversized=true")
     assert refused.status is Status.refused
     assert "predicted to need" in (refused.error or {})["message"]
     assert "there are 1.0 MB" in (refused.error or {})["message"]
-    assert run_small("memory_limit=1MB", "skip_oversized=true").run_info == refused.run_info
-    assert run_small("memory_limit=8GB", "skip_oversized=true").status is Status.success
+    assert run_unwritten("memory_limit=1MB", "skip_oversized=true").run_info == refused.run_info
+    assert run_unwritten("memory_limit=8GB", "skip_oversized=true").status is Status.success
 
 
 @pytest.mark.usefixtures("memory_foreseen")
@@ -196,7 +196,7 @@ def test_a_limit_is_a_size(words: list[str], compose: Compose) -> None:
 
 @pytest.mark.usefixtures("memory_foreseen")
 def test_a_trial_that_runs_out_of_memory_keeps_what_it_measured_and_holds_nothing(
-    run_small: RunSmall, monkeypatch: pytest.MonkeyPatch
+    run_unwritten: RunSmall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: list[weakref.ref[Any]] = []
     plain = losses.forward_losses
@@ -209,14 +209,14 @@ def test_a_trial_that_runs_out_of_memory_keeps_what_it_measured_and_holds_nothin
 
     with monkeypatch.context() as context:
         context.setattr(loop, "forward_losses", full)
-        result = run_small("train.log_every=1")
+        result = run_unwritten("train.log_every=1")
     assert (result.status, (result.error or {})["stage"]) == (Status.oom, "train")
     assert result.memory["train"]["rss_peak"] > 0
     assert result.memory["predicted"]["peak_bytes"] > 0
     assert [row["step"] for row in lines(place(result) / "steps.jsonl")] == [1, 2, 3]
     gc.collect()
     assert held[0]() is None  # the model is gone, and its memory with it
-    assert run_small("seed=1").status is Status.success
+    assert run_unwritten("seed=1").status is Status.success
 
 
 KNOBS = {
@@ -235,9 +235,8 @@ SLOW_KNOBS = ["compile", "8 bits with offload"]  # the first imports torch's com
 
 
 @pytest.mark.parametrize("knob", [pytest.param(k, marks=pytest.mark.slow) if k in SLOW_KNOBS else k for k in KNOBS])
-def test_every_knob_trains(knob: str, run_small: RunSmall) -> None:
-    few = ["eval.tiny_math.samples=1", "eval.perplexity.samples=1"]
-    result = run_small(*KNOBS[knob], *few)
+def test_every_knob_trains(knob: str, run_unwritten: RunSmall) -> None:
+    result = run_unwritten(*KNOBS[knob], "eval.perplexity.samples=1")
     assert result.status is Status.success, result.error
     assert result.train_info["final_loss"] < 4.5
 
@@ -255,12 +254,15 @@ def test_weights_have_the_dtype_asked_for(compose: Compose) -> None:
     assert narrow.adapter_bytes == plain.adapter_bytes  # 32 bits on a 16-bit base, unless it is told otherwise
 
 
-def test_adapters_of_the_base_s_dtype_are_foreseen_as_they_are_made(run_small: RunSmall) -> None:
+def test_adapters_of_the_base_s_dtype_are_foreseen_as_they_are_made(run_unwritten: RunSmall) -> None:
     words = ["model.dtype=bfloat16", "train.autocast_adapter_dtype=false"]
     foreseen = forecast.prediction(trial_of(*words))
     assert foreseen is not None
     assert foreseen.adapter_bytes == 163_840  # two bytes a weight
-    assert forecast.check(trial_of(*words)).adapter_bytes == run_small(*words).train_info["adapter_bytes"]
+    assert (
+        forecast.check(trial_of(*words)).adapter_bytes
+        == run_unwritten(*words, "train.steps=2").train_info["adapter_bytes"]
+    )
 
 
 def test_a_classifier_is_not_asked_to_write(compose: Compose) -> None:

@@ -134,8 +134,8 @@ def test_a_trained_adapter_is_used_again_when_only_evaluations_differ(
 
 
 @pytest.mark.parametrize("words", [["method=ia3"], ["method=ia3", "targets=qkvo"], ["method=full"], ["targets=mlp"]])
-def test_other_methods_train_save_and_report(words: list[str], run_small: RunSmall) -> None:
-    result = run_small(*words)
+def test_other_methods_train_save_and_report(words: list[str], run_unwritten: RunSmall) -> None:
+    result = run_unwritten(*words)
     assert result.status is Status.success, result.error
     assert result.train_info["trainable_parameters"] > 0
     assert (place(result) / "adapter").is_dir()
@@ -211,11 +211,11 @@ def fail_with(error: BaseException) -> Callable[..., Any]:
     ],
 )
 def test_a_failure_is_a_complete_record(
-    error: Exception, status: Status, run_small: RunSmall, monkeypatch: pytest.MonkeyPatch
+    error: Exception, status: Status, run_unwritten: RunSmall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as context:
         context.setattr(loop, "train", fail_with(error))
-        result = run_small()
+        result = run_unwritten()
     written = Result.read(place(result))
     assert written.status is status
     assert written.error is not None
@@ -223,7 +223,7 @@ def test_a_failure_is_a_complete_record(
     assert "Traceback" in written.error["traceback"]
     assert "Traceback" in (place(result) / "trial.log").read_text()
     assert written.train_info["load_seconds"] > 0
-    again = run_small()  # only what went wrong by chance is tried again
+    again = run_unwritten()  # only what went wrong by chance is tried again
     assert again.status is (Status.success if status is Status.failed else Status.oom)
 
 
@@ -237,15 +237,15 @@ def test_what_cannot_be_foreseen_is_tried_and_recorded(
 
 
 def test_an_interrupt_is_recorded_as_cancelled_and_passed_on(
-    run_small: RunSmall, monkeypatch: pytest.MonkeyPatch
+    run_unwritten: RunSmall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as context:
         context.setattr(loop, "train", fail_with(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
-            run_small()
+            run_unwritten()
     (file,) = Path("multirun/default").glob("*/result.json")
     assert Result.read(file.parent).status is Status.cancelled
-    assert run_small().status is Status.success
+    assert run_unwritten().status is Status.success
 
 
 def test_validation_rows_and_the_best_weights(run_small: RunSmall) -> None:
@@ -258,26 +258,28 @@ def test_validation_rows_and_the_best_weights(run_small: RunSmall) -> None:
     assert result.train_info["training_rows"] == 58
 
 
-def test_an_adapter_that_does_not_come_back_is_reported(run_small: RunSmall, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_that_does_not_come_back_is_reported(
+    run_unwritten: RunSmall, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as context:
         context.setattr(saved, "restore", fail_with(KeyError("router")))
-        result = run_small("adapter.check=true")
+        result = run_unwritten("adapter.check=true")
     assert result.status is Status.success
     assert result.train_info["reloads"] is False
     assert result.train_info["reload_error"] == "KeyError: 'router'"
     with monkeypatch.context() as context:
         context.setattr(saved, "restore", lambda base, *_, **__: base)  # the untouched base
-        result = run_small("adapter.check=true", "seed=1")
+        result = run_unwritten("adapter.check=true", "seed=1")
     assert result.train_info["reloads"] is False
     assert result.train_info["reload_difference"] > 0.01
 
 
 @pytest.mark.parametrize("method", ["lora", "vera", "boft", "prefix_tuning", "mica", "trainable_tokens"])
 def test_the_size_of_the_adapter_is_foreseen_to_the_byte(
-    method: str, run_small: RunSmall, compose: Callable[..., Trial]
+    method: str, run_unwritten: RunSmall, compose: Callable[..., Trial]
 ) -> None:
-    few = ["eval.tiny_math.samples=1", "eval.perplexity.samples=1"]
-    foreseen, found = forecast.check(compose(f"method={method}")), run_small(f"method={method}", *few).train_info
+    few = ["eval.perplexity.samples=1", "train.steps=2"]
+    foreseen, found = forecast.check(compose(f"method={method}")), run_unwritten(f"method={method}", *few).train_info
     assert foreseen.trainable_parameters == found["trainable_parameters"]
     assert foreseen.adapter_bytes == found["adapter_bytes"]
 
@@ -340,8 +342,8 @@ def test_ia3_merges_on_a_quantised_base(quant: str, run_small: RunSmall) -> None
     torch.testing.assert_close(ratio.detach(), learned, rtol=0.1, atol=0.01)
 
 
-def test_what_cannot_be_merged_says_so(run_small: RunSmall) -> None:
-    result = run_small("method=prompt_tuning", "adapter.check=true", "adapter.merge=true")
+def test_what_cannot_be_merged_says_so(run_unwritten: RunSmall) -> None:
+    result = run_unwritten("method=prompt_tuning", "adapter.check=true", "adapter.merge=true")
     assert result.status is Status.success
     assert result.train_info["merges"] is False
     expected = "not mergeable: what the method adds cannot be merged into the weights"
@@ -356,15 +358,15 @@ def test_a_residual_base_is_quantised_in_place_of_the_whole(run_small: RunSmall)
     assert (place(result) / "adapter" / "base").is_dir()
 
 
-def test_loftq_begins_closer_to_the_unquantised_base_than_lora(run_small: RunSmall) -> None:
+def test_loftq_begins_closer_to_the_unquantised_base_than_lora(run_unwritten: RunSmall) -> None:
     """The point of LoftQ (arXiv 2310.08659): quantised base and adapter together are nearer to the weights."""
     config = ModelConfig(name_or_path="tiny")
     whole: Any = model.load(config, None, torch.device("cpu"))
-    kept = run_small(
+    kept = run_unwritten(
         "method=loftq", "quant=4bit", "train=none", "adapter.check=true", "adapter.merge=true", "method.r=16"
     )
     merged: Any = AutoModelForCausalLM.from_pretrained(place(kept) / "merged")
-    plain = run_small(
+    plain = run_unwritten(
         "method=lora", "quant=4bit", "train=none", "adapter.check=true", "adapter.merge=true", "method.r=16"
     )
     rounded: Any = AutoModelForCausalLM.from_pretrained(place(plain) / "merged")
@@ -553,25 +555,25 @@ def test_rows_are_tokenised_once_for_all_trials_that_share_them(
 
 
 def test_tokenised_rows_that_took_long_are_read_back_from_the_study(
-    run_small: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    run_unwritten: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "MIN_CACHED_SECONDS", 0.0)
     monkeypatch.setattr(build, "_TOKENS", {})
-    first = run_small()
+    first = run_unwritten()
     assert len(list(Path("multirun/default/.tokens").glob("*.parquet"))) == 1
     monkeypatch.setattr(build, "_TOKENS", {})
     monkeypatch.setattr(build, "_tokenize", None)
-    again = run_small("force=true")
+    again = run_unwritten("force=true")
     assert again.train_info["final_loss"] == first.train_info["final_loss"]
 
 
 def test_a_merged_folder_that_answers_otherwise_is_taken_away(
-    run_small: RunSmall, monkeypatch: pytest.MonkeyPatch
+    run_unwritten: RunSmall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The record's word is about what was read back from the disk, not about the model in memory."""
     untouched = model.load(ModelConfig(name_or_path="tiny"), None, torch.device("cpu"))
     monkeypatch.setattr(saved, "read", lambda folder, like: untouched)
-    result = run_small("adapter.check=true", "adapter.merge=true", "train.learning_rate_scale=50")
+    result = run_unwritten("adapter.check=true", "adapter.merge=true", "train.learning_rate_scale=50")
     assert result.status is Status.success
     assert result.train_info["merges"] is False
     assert result.train_info["merge_difference"] > 0.01

@@ -145,8 +145,12 @@ def classifier_pads(base: Any, tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def same_logits(base: Any, logits: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether logits of ``base`` are equal up to the rounding of its number format and of its quantisation."""
-    return _Reader(base).same(logits.float(), expected.float())
+    """Whether logits of ``base``, [rows, vocabulary], are equal up to its number format's and quantisation's rounding.
+
+    Each row is compared by itself, as most rows may be right by chance.
+    """
+    difference, spread = (logits.float() - expected.float()).abs().mean(-1), expected.float().std(-1)
+    return bool((difference <= _Reader(base).tolerance * spread).all())
 
 
 class _Reader:
