@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from peftsweep.observe.display import Display, _validated, scores_line
+from peftsweep.observe.display import Display, _validated, scores_line, summary
 from peftsweep.study.record import Result
 
 ROW = {"step": 30, "steps": 120, "loss": 1.2345, "seconds": 60.0, "tokens_per_second": 1000.0}
@@ -169,6 +169,12 @@ def test_the_log_of_a_failed_trial_is_a_link_in_a_terminal_alone() -> None:
         address = Path("multirun/default/one").absolute().as_uri()
         assert (f";{address}\x1b\\" in seen.get()) is terminal
         assert "multirun/default/one/trial.log" in seen.get().replace("\x1b]8;;\x1b\\", "")
+
+
+def test_an_error_without_a_message_is_told_by_its_type_alone() -> None:
+    error = {"type": "KeyboardInterrupt", "message": "", "stage": "eval", "traceback": ""}
+    held = Result({"trial": "one", "status": "cancelled", "error": error}, {}, {})
+    assert summary(held) == ["cancelled in eval: KeyboardInterrupt"]
 
 
 def test_no_color_is_heeded() -> None:

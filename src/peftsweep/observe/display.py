@@ -212,8 +212,8 @@ def summary(result: Result) -> list[str]:
     if result.error:
         where = f" in {result.error['stage']}" if result.status is not Status.refused else ""
         message = (result.error["message"].splitlines() or [""])[0]
-        kind = "" if result.status is Status.refused else f"{result.error['type']}: "
-        lines = [f"{result.status.name}{where}: {kind}{message}"]
+        kind = "" if result.status is Status.refused else str(result.error["type"])
+        lines = [": ".join(filter(None, (f"{result.status.name}{where}", kind, message)))]
         if result.folder is not None and result.status in (Status.failed, Status.oom):
             lines.append(f"see {result.folder / 'trial.log'}")
         return lines
