@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 
 from peftsweep.data.tokens import prompt_ids
-from peftsweep.evaluation import decoding
+from peftsweep.evaluation import decoding, harness
 from peftsweep.models import attach, model
 from peftsweep.schema import ModelConfig, TargetsConfig
 from tests.architectures import make
@@ -45,3 +47,24 @@ def test_texts_are_those_of_each_prompt_alone(kind: str, method: str) -> None:
         expected.append(TOKENIZER.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
     for size in (1, 2, 5):
         assert decoding.generate(adapted, TOKENIZER, PROMPTS, max_new_tokens=16, batch_size=size) == expected
+
+
+def test_the_harness_writes_them_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval")
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text("".join(json.dumps({"question": text, "answer": "5"}) + "\n" for text in PROMPTS))
+    task = {
+        **{"task": "written", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": "rows.jsonl"}}},
+        **{"test_split": "test", "output_type": "generate_until", "doc_to_text": "{{question}}"},
+        **{"doc_to_target": "{{answer}}", "metric_list": [{"metric": "exact_match"}]},
+        "generation_kwargs": {"until": ["</s>"], "max_gen_toks": 16, "do_sample": False},
+    }
+    base = make("llama", initializer_range=0.2)
+    base.requires_grad_(False)
+    adapted: Any = attach.attach(base, copy.deepcopy(METHODS["prompt tuning"]), TargetsConfig(), {}).eval()
+    alone, together = (
+        harness.lm_eval(adapted, TOKENIZER, [], tasks=[task], batch_size=size, max_length=64).predictions
+        for size in (1, 4)
+    )
+    assert [line["prediction"] for line in together] == [line["prediction"] for line in alone]
+    assert len({str(line["prediction"]) for line in alone}) > 1

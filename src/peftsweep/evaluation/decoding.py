@@ -171,7 +171,7 @@ def _generate(
             for n in numbers:
                 mine[n] = next(written)
 
-    unpadded = _reads_padding(model)
+    unpadded = reads_padding(model)
     alike = [(group, len(ids) if unpadded else 0) for group, ids in zip(groups, encoded, strict=True)]
     in_batches([len(ids) for ids in encoded], batch_size, write_some, alike)
     return texts
@@ -373,7 +373,7 @@ def takes_a_cache(model: nn.Module) -> bool:
     return able.padded_batches and able.row_cache
 
 
-def _reads_padding(model: nn.Module) -> bool:
+def reads_padding(model: nn.Module) -> bool:
     """Whether a method puts virtual tokens before a row's padding, so that the padding moves the row's own positions.
 
     PEFT's generate takes no positions with prompt tuning, p-tuning and their like; with prefixes it needs none.

@@ -12,8 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from peftsweep.data import hub
 from peftsweep.data.templates import Example
 from peftsweep.errors import InputError, suggest
+from peftsweep.evaluation.decoding import reads_padding
 from peftsweep.evaluation.evaluate import Evaluation
 from peftsweep.evaluation.metrics import Score
+from peftsweep.models.parts import SHORT_ROWS, rows_by_rotation
 from peftsweep.models.probe import abilities
 
 if TYPE_CHECKING:
@@ -47,11 +49,13 @@ def lm_eval(
         raise InputError(f"eval.lm_eval: {error}; pip install 'peftsweep[lm_eval]'") from None
     hub.problem()  # before the harness asks it for each of its tasks
     manager = check_tasks(tasks, include_path)
+    longest = min(max_length or tokenizer.model_max_length, tokenizer.model_max_length)
+    alike = rows_by_rotation(model, [longest]) == [SHORT_ROWS] and not reads_padding(model)
     wrapped = HFLM(
         pretrained=model,
         tokenizer=tokenizer,
-        batch_size=batch_size if abilities(model).padded_batches else 1,
-        max_length=min(max_length or tokenizer.model_max_length, tokenizer.model_max_length),
+        batch_size=batch_size if alike and abilities(model).padded_batches else 1,
+        max_length=longest,
         backend="causal",
     )
     found: dict[str, Any] = simple_evaluate(

@@ -43,7 +43,7 @@ from peftsweep.evaluation.inference_plan import ADAPTER, OVERALL, Category, plan
 from peftsweep.models.losses import row_inputs
 from peftsweep.models.model import token_limit
 from peftsweep.models.quantised.layers import footprint
-from peftsweep.models.saved import NOT_MERGEABLE, mergeable
+from peftsweep.models.saved import NOT_MERGEABLE, mergeable, unwrap_heads
 from peftsweep.observe.measure import out_of_memory, synchronise
 from peftsweep.study import record
 
@@ -316,7 +316,9 @@ def merged(adapted: nn.Module) -> tuple[nn.Module | None, str | None]:
     if not mergeable(adapted):
         return None, NOT_MERGEABLE
     try:
-        joined = cast(Any, _copied(adapted, _layers(adapted))).merge_and_unload().eval()
+        joined: Any = _copied(adapted, _layers(adapted))
+        unwrap_heads(joined)
+        joined = joined.merge_and_unload().eval()
         with torch.no_grad():  # some methods merge into quantised layers what these cannot read
             joined(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=joined.device))
         return cast(nn.Module, joined), None

@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import transformers_weight_conversion
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -293,7 +293,21 @@ def merge(adapted: PeftModel) -> PreTrainedModel:
     if not mergeable(adapted):
         raise NotMergeable
     _untie(adapted.get_base_model())
+    unwrap_heads(adapted)
     return cast(PreTrainedModel, cast(Any, adapted).merge_and_unload(safe_merge=True).eval())
+
+
+def unwrap_heads(adapted: PeftModel) -> None:
+    """Put heads of several layers (a pooler, RoBERTa's classifier) in the place of PEFT's wrappers around them.
+
+    All methods but LoRA merge only wrappers around one layer: PEFT asks for the weight of what it unwraps.
+    """
+    base = adapted.get_base_model()
+    for name, module in [*base.named_modules()]:
+        if isinstance(module, ModulesToSaveWrapper) and module.active_adapters:
+            trained = module.modules_to_save[module.active_adapters[0]]
+            if not hasattr(trained, "weight"):
+                base.set_submodule(name, trained)
 
 
 def _untie(base: Any) -> None:
