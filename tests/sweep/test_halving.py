@@ -22,7 +22,7 @@ from peftsweep.study.record import Result, Status
 from peftsweep.sweep import halving
 from peftsweep.tiny import task
 from peftsweep.training import loop
-from tests.conftest import SMALL, check_row, check_scores, scores, start, wait_for
+from tests.conftest import UNWRITTEN, check_row, check_scores, scores, start, wait_for
 
 Command = Callable[..., tuple[int, str, str]]
 Compose = Callable[..., Trial]
@@ -39,20 +39,19 @@ def records(name: str = "default") -> dict[str, Result]:
 
 # ---- one trial -------------------------------------------------------------------------------------
 
-NINE = [*SMALL[1:], "train.steps=9", "dataset.validation_samples=8", "train.eval_every=1", "train.keep_best=true"]
-NINE += ["eval.tiny_math.samples=2"]
+NINE = [*UNWRITTEN[1:], "train.steps=9", "dataset.validation_samples=8", "train.eval_every=1", "train.keep_best=true"]
 
 
-def test_a_trial_that_stops_at_every_rung_ends_as_if_it_never_had(run_small: RunSmall) -> None:
+def test_a_trial_that_stops_at_every_rung_ends_as_if_it_never_had(run_unwritten: RunSmall) -> None:
     words = [*NINE, "method.lora_dropout=0.1"]
-    whole = run_small(*words, "study=whole")
-    first = run_small(*words, "halving.min_steps=1", "halving.rung=1")
+    whole = run_unwritten(*words, "study=whole")
+    first = run_unwritten(*words, "halving.min_steps=1", "halving.rung=1")
     assert (first.status, first.train_info["steps"]) == (Status.stopped, 1)
     assert first.run_info["rung"]["number"] == first.run_info["rung"]["step"] == 1
     assert (first.eval_info, "eval_seconds" in first.train_info) == ({}, False)  # the test rows are left alone
-    second = run_small(*words, "halving.min_steps=1", "halving.rung=2")
+    second = run_unwritten(*words, "halving.min_steps=1", "halving.rung=2")
     assert (second.status, second.run_info["resumed"], second.train_info["steps"]) == (Status.stopped, 1, 3)
-    last = run_small(*words, "halving.min_steps=1", "halving.rung=3")  # 9 steps: the third rung is the end
+    last = run_unwritten(*words, "halving.min_steps=1", "halving.rung=3")  # 9 steps: the third rung is the end
     assert (last.status, last.run_info["resumed"]) == (Status.success, 3)
     assert last.run_info["identity"] == whole.run_info["identity"]
     losses = [
@@ -70,15 +69,15 @@ def without_time(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if "second" not in key and "memory" not in key}
 
 
-def test_a_stopped_trial_is_done_for_its_rung_and_earlier_ones(run_small: RunSmall) -> None:
+def test_a_stopped_trial_is_done_for_its_rung_and_earlier_ones(run_unwritten: RunSmall) -> None:
     words = [*NINE, "halving.min_steps=1"]
-    there = run_small(*words, "halving.rung=2")
+    there = run_unwritten(*words, "halving.rung=2")
     for number in (1, 2):
-        assert run_small(*words, f"halving.rung={number}").run_info["created_at"] == there.run_info["created_at"]
+        assert run_unwritten(*words, f"halving.rung={number}").run_info["created_at"] == there.run_info["created_at"]
     (there.folder or Path()).joinpath(record.RESULT).unlink()  # killed on its way to a later rung
-    again = run_small(*words, "halving.rung=1")
+    again = run_unwritten(*words, "halving.rung=1")
     assert (again.run_info["resumed"], again.train_info["steps"], again.run_info["rung"]["step"]) == (3, 3, 1)
-    assert run_small(*words, "halving.rung=2").run_info["rung"]["value"] == there.run_info["rung"]["value"]
+    assert run_unwritten(*words, "halving.rung=2").run_info["rung"]["value"] == there.run_info["rung"]["value"]
 
 
 def test_a_rung_lies_where_at_most_a_factor_th_is_done() -> None:
@@ -121,8 +120,8 @@ def test_a_halving_that_cannot_be_is_one_line(words: list[str], problem: str, co
 
 # ---- a sweep of them -------------------------------------------------------------------------------
 
-SWEEP = [*SMALL[1:], "train.steps=9", "dataset.validation_samples=8", "eval=[perplexity]", "adapter.save=false"]
-SWEEP = [word for word in SWEEP if "tiny_math" not in word] + ["train.learning_rate=1e-6,1e-5,1e-4,1e-3"]
+SWEEP = [*UNWRITTEN[1:], "train.steps=9", "dataset.validation_samples=8", "adapter.save=false"]
+SWEEP += ["train.learning_rate=1e-6,1e-5,1e-4,1e-3"]
 HALVING = ["halving.min_steps=1", "method.r=2,4"]
 
 
@@ -428,7 +427,7 @@ def test_a_halving_of_rows_of_which_nothing_went_on_yet_is_told() -> None:
 
 @pytest.mark.slow
 def test_a_halving_of_rows_trains_the_best_on_all_of_them_and_decides_the_same_again(command: Command) -> None:
-    words = [*(word for word in SMALL if "steps" not in word and "samples" not in word), "eval=[perplexity]"]
+    words = [*(word for word in UNWRITTEN if "steps" not in word and "samples" not in word)]
     words += ["dataset.samples=180", "train.epochs=1", "eval.perplexity.samples=8", "adapter.save=false"]
     words += ["train.learning_rate=0,1e-5,3e-3", "halving.resource=rows", "halving.min_fraction=0.3"]
     code, out, err = command(*words)
