@@ -300,6 +300,26 @@ def test_a_record_of_a_classifier_that_took_padding_for_text_is_run_again(
 
 
 @pytest.mark.parametrize(
+    ("method", "train", "evaluation", "wrong"),
+    [
+        ("peft.PromptTuningConfig", {}, {"max_new_tokens": 8}, True),
+        ("peft.PromptTuningConfig", {}, {}, False),
+        ("peft.PrefixTuningConfig", {}, {"max_new_tokens": 8}, False),
+        ("peft.LoraConfig", {}, {"max_new_tokens": 8}, False),
+        ("peft.LoraConfig", {"optimizer": "peft.optimizers.create_loraplus_optimizer", "weight_decay": 0.1}, {}, True),
+        ("peft.LoraConfig", {"optimizer": "peft.optimizers.create_loraplus_optimizer", "weight_decay": 0.0}, {}, False),
+        ("peft.LoraConfig", {"optimizer": "AdamW", "weight_decay": 0.1}, {}, False),
+    ],
+)
+def test_texts_behind_virtual_tokens_and_weight_decay_of_lora_plus_were_wrong(
+    method: str, train: dict[str, Any], evaluation: dict[str, Any], wrong: bool
+) -> None:
+    config = {"method": {"_target_": method}, "train": train, "eval": {"one": evaluation}}
+    assert bool(mended.outdated(Result({"identity_rule": 6}, {}, config=config))) == wrong
+    assert mended.outdated(Result({"identity_rule": 7}, {}, config=config)) is None
+
+
+@pytest.mark.parametrize(
     ("router_logits", "weight", "steps", "wrong"),
     [(True, 0.1, 4, True), (False, 0.1, 4, False), (True, 0.0, 4, False), (True, 0.1, None, False)],
 )

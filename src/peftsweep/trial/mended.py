@@ -32,6 +32,7 @@ GENERATION_SETTINGS: Mapping[str, Any] = BEAM_SETTINGS | {
 }
 # Types of encoders that take padding for text: by convolutions, Fourier transforms, landmarks, pooling, the last place.
 READING_PADDING = ("canine", "convbert", "fnet", "funnel", "nystromformer", "perceiver", "xlnet", "yoso")
+PREFIXES = ("PrefixTuningConfig", "CartridgeConfig")
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -156,6 +157,19 @@ def _is_prompt_learning(method: Values) -> bool:
     return isinstance(kind, type) and issubclass(kind, peft.PromptLearningConfig)
 
 
+def _writes_behind_virtual_tokens(config: Values, _: Values) -> bool:
+    method = _section(config, "method")
+    if not any("max_new_tokens" in node for node in _section(config, "eval").values()):
+        return False
+    # Prefixes need no positions of their own.
+    return _is_prompt_learning(method) and not str(method["_target_"]).endswith(PREFIXES)
+
+
+def _decays_with_lora_plus(config: Values, _: Values) -> bool:
+    train = _section(config, "train")
+    return str(train.get("optimizer")).endswith("create_loraplus_optimizer") and bool(train.get("weight_decay"))
+
+
 def _balances_experts(config: Values, _: Values) -> bool:
     train, adapter = _section(config, "train"), _section(config, "adapter")
     trains = bool(train.get("steps") or train.get("epochs")) and not adapter.get("path")
@@ -242,6 +256,13 @@ MENDED = (
         training=False,
     ),
     Mended(6, _packs_embeddings, "a pack neither trained nor used the adapters of embeddings"),
+    Mended(7, _decays_with_lora_plus, "train.weight_decay had no effect with LoRA+"),
+    Mended(
+        7,
+        _writes_behind_virtual_tokens,
+        "texts depended on the padding of their batch, which moved the positions of the prompts",
+        training=False,
+    ),
 )
 
 
