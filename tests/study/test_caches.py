@@ -340,7 +340,7 @@ def test_a_record_trained_without_the_loss_of_the_routers_is_run_again(
     ("own", "beams", "method", "wrong"),
     [
         ({"repetition_penalty": 1.3}, 2, "peft.LoraConfig", True),
-        ({"no_repeat_ngram_size": 3}, 1, "peft.PromptTuningConfig", True),
+        ({"no_repeat_ngram_size": 3}, 1, "peft.PrefixTuningConfig", True),
         ({"min_new_tokens": 4}, 1, "peft.PrefixTuningConfig", True),
         ({"repetition_penalty": 1.3}, 1, "peft.LoraConfig", False),  # written token by token, without penalties
         ({"temperature": 0.6, "do_sample": True}, 2, "peft.LoraConfig", False),  # which was never heeded
@@ -349,8 +349,8 @@ def test_a_record_trained_without_the_loss_of_the_routers_is_run_again(
         ({"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0}, 2, "peft.LoraConfig", False),
         ({"length_penalty": 1.0, "early_stopping": False, "num_beam_groups": 1}, 2, "peft.LoraConfig", False),
         ({"length_penalty": 0.0}, 2, "peft.LoraConfig", True),
-        ({"length_penalty": 2.0, "early_stopping": True}, 1, "peft.PromptTuningConfig", False),  # of beams alone
-        ({"forced_eos_token_id": 0}, 1, "peft.PromptTuningConfig", True),
+        ({"length_penalty": 2.0, "early_stopping": True}, 1, "peft.PrefixTuningConfig", False),  # of beams alone
+        ({"forced_eos_token_id": 0}, 1, "peft.PrefixTuningConfig", True),
     ],
 )
 def test_a_record_whose_texts_the_bases_own_generation_settings_changed_is_run_again_with_its_weights_kept(
