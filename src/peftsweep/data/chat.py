@@ -130,6 +130,23 @@ def generation_prompt_differs(template: ChatTemplate) -> bool:
     return False
 
 
+def writes_beside_turns(template: ChatTemplate) -> bool:
+    """Whether the template writes more after the last turn of every conversation, with tools or without."""
+    tool = {"type": "function", "function": {"name": "probe", "description": "", "parameters": {}}}
+    return any(places.appended(template, Conversation([], tools)) for tools in (None, [tool]))
+
+
+def opens_contents(template: ChatTemplate) -> bool:
+    """Whether the template writes something between its generation prompt and the content of an answer."""
+    asked: list[Message] = [{"role": "user", "content": "a"}]
+    whole = template.readable(Conversation([*asked, {"role": "assistant", "content": PROBE}]))
+    prompted = places.text_of(template, whole._replace(messages=whole.messages[:1]), begun=True)
+    text = places.text_of(template, whole)
+    if prompted is None or text is None or not text.startswith(prompted):
+        return False
+    return bool(text[len(prompted) :].partition(PROBE)[0].strip())
+
+
 def _up_to_last_turn(template: ChatTemplate, conversation: Conversation) -> str:
     return template.text(conversation._replace(messages=conversation.messages[:-1]), begun=True)
 
