@@ -196,9 +196,7 @@ def _content_place(template: ChatTemplate, conversation: Conversation, text: str
     return len(before), len(text) - len(after)
 
 
-def _probed(
-    template: ChatTemplate, conversation: Conversation, number: int, *, begun: bool = False
-) -> tuple[str, str]:
+def _probed(template: ChatTemplate, conversation: Conversation, number: int, *, begun: bool = False) -> tuple[str, str]:
     """The text before and after the content of a turn, or after the tool name of a turn without content."""
     message = conversation.messages[number]
     probed = template.text(_replaced(conversation, number, with_probe(message)), begun=begun)
