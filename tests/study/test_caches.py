@@ -412,7 +412,8 @@ def test_a_record_of_turns_that_the_generation_prompt_does_not_begin_is_run_agai
 @pytest.mark.parametrize(
     ("template", "turn", "wrong"),
     [
-        (BEGUN, {"content": "b"}, True),
+        (BEGUN.replace("<|im_end|>", "</s>"), {"content": "b"}, True),
+        (CLOSED, {"content": "b", "reasoning_content": "c"}, False),
         (OTHER_END, {"content": "b", "thinking": "c"}, True),
         (OTHER_END, {"content": "b"}, False),
         (CHATML, {"content": "b", "thinking": "c"}, False),

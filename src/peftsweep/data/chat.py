@@ -136,15 +136,27 @@ def writes_beside_turns(template: ChatTemplate) -> bool:
     return any(places.appended(template, Conversation([], tools)) for tools in (None, [tool]))
 
 
-def opens_contents(template: ChatTemplate) -> bool:
-    """Whether the template writes something between its generation prompt and the content of an answer."""
-    asked: list[Message] = [{"role": "user", "content": "a"}]
-    whole = template.readable(Conversation([*asked, {"role": "assistant", "content": PROBE}]))
-    prompted = places.text_of(template, whole._replace(messages=whole.messages[:1]), begun=True)
-    text = places.text_of(template, whole)
-    if prompted is None or text is None or not text.startswith(prompted):
+def opens_after_calls(template: ChatTemplate) -> bool:
+    """Whether an answer after a call is opened by the template beyond its generation prompt, as with gpt-oss.
+
+    It is asked of a template that writes the call differently once the answer is there, as without its reasoning.
+    """
+    call = {"id": "probecall", "type": "function", "function": {"name": "probe", "arguments": {}}}
+    answer = "\ue002"  # another private character than those of the probe
+    user: Message = {"role": "user", "content": "a"}
+    calling: Message = {"role": "assistant", "content": "", "tool_calls": [call]} | dict.fromkeys(REASONING, "c")
+    result: Message = {"role": "tool", "tool_call_id": "probecall", "name": "probe", "content": "d"}
+    said: Message = {"role": "assistant", "content": answer}
+    conversation = template.readable(Conversation([user, calling, result, said, user, said]))
+    before = conversation._replace(messages=conversation.messages[:3])
+    prompted, text = places.text_of(template, before, begun=True), places.text_of(template, conversation)
+    if prompted is None or text is None or text.startswith(prompted):
         return False
-    return bool(text[len(prompted) :].partition(PROBE)[0].strip())
+    try:
+        start = places.beginning(template, conversation, text, 3)
+    except Exception:  # a template may refuse a part of it
+        return False
+    return bool(text[start : text.find(answer)].strip())
 
 
 def _up_to_last_turn(template: ChatTemplate, conversation: Conversation) -> str:

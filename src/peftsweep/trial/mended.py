@@ -139,7 +139,7 @@ def _trains_beside_turns(config: Values, _: Values) -> bool:
 
 def _leaves_out_openings(config: Values, _: Values) -> bool:
     dataset = _section(config, "dataset")
-    if not dataset.get("chat") or not _base(config).opens_contents:
+    if not dataset.get("chat") or not _base(config).opens_after_calls:
         return False
     return affected_rows.has_other_turns(dataset, _evaluations(config))
 
@@ -309,7 +309,7 @@ class _Base:
     embeddings: frozenset[str] = frozenset()  # the names of its embeddings
     generation_prompt_differs: bool = False  # from the beginning of some written turns of the assistant
     writes_beside_turns: bool = False  # its chat template, after the last one
-    opens_contents: bool = False  # its chat template, after the generation prompt
+    opens_after_calls: bool = False  # its chat template, the answer, beyond the generation prompt
 
 
 def _base(config: Values) -> _Base:
@@ -359,7 +359,7 @@ def _read(base: ModelConfig) -> _Base:
         embeddings=frozenset(name for name, module in bare.named_modules() if isinstance(module, nn.Embedding)),
         generation_prompt_differs=template is not None and chat.generation_prompt_differs(template),
         writes_beside_turns=template is not None and chat.writes_beside_turns(template),
-        opens_contents=template is not None and chat.opens_contents(template),
+        opens_after_calls=template is not None and chat.opens_after_calls(template),
     )
 
 

@@ -66,9 +66,7 @@ def turn(template: ChatTemplate, conversation: Conversation, text: str, number: 
     before = conversation._replace(messages=conversation.messages[:number])
     so_far = conversation._replace(messages=conversation.messages[: number + 1])
     last = number == len(conversation.messages) - 1
-    start = _length_within(text, text_of(template, before, begun=True))
-    if start is None:
-        start = _begin(template, conversation, text, number)
+    start = beginning(template, conversation, text, number)
     more = appended(template, conversation)
     as_last = text if last else text_of(template, so_far)
     end = _length_within(text, as_last and as_last.removesuffix(more))
@@ -77,6 +75,17 @@ def turn(template: ChatTemplate, conversation: Conversation, text: str, number: 
         as_last = _probed(template, so_far, number)[1].removesuffix(more)
         end += _end_mark(template, text[end:], as_last, _header_mark(template, before))
     return start, end
+
+
+def beginning(template: ChatTemplate, conversation: Conversation, text: str, number: int) -> int:
+    """The place in ``text`` where the assistant's turn ``number`` begins, that is, from where it would be generated.
+
+    Raises:
+        ValueError: it cannot be found.
+    """
+    before = conversation._replace(messages=conversation.messages[:number])
+    start = _length_within(text, text_of(template, before, begun=True))
+    return _begin(template, conversation, text, number) if start is None else start
 
 
 def appended(template: ChatTemplate, conversation: Conversation) -> str:
