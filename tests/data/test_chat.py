@@ -284,6 +284,60 @@ def test_a_turn_that_ends_with_another_mark_than_the_last_is_trained_to_it() -> 
     ]
 
 
+def test_what_opens_an_answer_is_trained_also_after_a_call_whose_reasoning_is_left_out_later() -> None:
+    made = tokenizer(OTHER_END, OTHER_MARKS)
+    called = [*turns("a"), CALLS, {"role": "tool", "content": "7"}]
+    assert trained(made, tokens(made, {"messages": [*called, *turns("x", "b", "c", "d")[1:]]})) == [
+        ' to=add<|message|>{"a": 3}<|call|>',
+        "<|say|>final<|message|>b<|end|>",
+        "<|say|>final<|message|>d<|return|>",
+    ]
+
+
+# Of Command-R7B: a next turn is begun after every conversation. Of Command-R+: an instruction stands there.
+BEGUN = CHATML.partition("{% if add_generation_prompt %}")[0] + "<|im_start|>assistant\n<think></think>"
+INSTRUCTED = CHATML.replace("{% if add", "<|im_start|>system\nAnswer well.<|im_end|>\n{% if add")
+INSTRUCTED_CALLS = TOOLS.replace(
+    "{% endfor %}<|im_end|>\n{% endfor %}",
+    "{% endfor %}{% if not m.tool_calls %}<|im_end|>{% endif %}\n{% endfor %}<|im_start|>system\nAct.<|im_end|>\n",
+)
+
+
+@pytest.mark.parametrize("template", [BEGUN, INSTRUCTED], ids=["begun", "instructed"])
+def test_what_a_template_writes_after_every_conversation_is_not_trained(template: str) -> None:
+    made = tokenizer(template)
+    made.eos_token = "<|im_end|>"
+    every = ["Three, then.<|im_end|>", "\nSeven 😀 pens. <|im_end|>"]
+    found = tokens(made, {"messages": TALK})
+    assert found.ids == made.apply_chat_template(TALK, tokenize=True)["input_ids"]
+    assert trained(made, found) == every
+    assert trained(made, tokens(made, {"messages": TALK}, turns=Turns.last)) == every[-1:]
+    (row,) = data_tokens.through_chat_template(made, read({"messages": TALK}))
+    assert row.rendered is not None
+    assert row.rendered.end == made.eos_token_id  # where generation stops
+    assert row.rendered.last_turn == "Seven 😀 pens."
+
+
+def test_an_instruction_after_a_call_without_an_end_mark_is_not_trained() -> None:
+    made = tokenizer(INSTRUCTED_CALLS)
+    made.eos_token = "<|im_end|>"
+    call = '<call>add{"a": 3}</call>'
+    row: Row = {"messages": [*turns("a"), CALLED_ADD], "tools": ADD_CALL}
+    assert trained(made, tokens(made, row)) == [call]
+    row["messages"] = [*row["messages"], {"role": "tool", "content": "7"}, *turns("", "b")[1:]]
+    assert trained(made, tokens(made, row)) == [call, "b<|im_end|>"]
+
+
+def test_a_template_that_writes_today_s_date_writes_the_same_day_in_all_trials() -> None:
+    dated = "{{ strftime_now('%d %b %Y') if strftime_now is defined else 'no day' }}\n" + CHATML
+    made = tokenizer(dated)
+    text = made.decode(tokens(made, {"messages": TALK}).ids)
+    assert text.startswith("26 Jul 2024\n<|im_start|>user\n")
+    marked = tokenizer(dated.partition("\n")[0] + GENERATION)
+    assert marked.decode(tokens(marked, {"messages": TALK}).ids).startswith("26 Jul 2024")
+    assert trained(marked, tokens(marked, {"messages": TALK})) == ["Three, then.</s>", "\nSeven 😀 pens. </s>"]
+
+
 # The generation prompt closes the reasoning; turns before the last question are written without any.
 CLOSED = (
     "{% set n = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set n.last = loop.index0 %}"

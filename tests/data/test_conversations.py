@@ -360,6 +360,7 @@ BAD_FILES: list[tuple[str, bytes, str]] = [
     ("cut.jsonl", BROKEN[:-8], "line 2: not JSON"),
     ("list.jsonl", BROKEN + b"[1]\n", "line 3: not a JSON object"),
     ("zeros.jsonl", LINES.encode("utf-16-le"), "zero bytes"),
+    ("deep.jsonl", BROKEN + b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "line 3: JSON with too many lists"),
     ("open.csv", AS_CSV.replace(']",1', "]").encode(), "line 3: unexpected end of data"),
 ]
 

@@ -155,6 +155,7 @@ def quoted(rows: list[dict[str, str]], delimiter: str = ",", end: str = "\r\n") 
         ("index.csv", pd.DataFrame(CELLS).to_csv().encode()),
         ("trailing.csv", quoted(CELLS, end=",\n").encode()),
         ("trailing_rows.csv", quoted(CELLS, end=",\n").replace(",\n", "\n", 1).encode()),
+        ("empty_rows.csv", (quoted(CELLS) + "," * (len(CELLS[0]) - 1) + "\r\n\r\n").encode()),
         ("bare.csv", ("\n" + pd.DataFrame(CELLS).to_csv(index=False)).encode()),
         ("lines.json", "\n".join(json.dumps(row) for row in CELLS).encode()),
         ("wrapped.json", json.dumps({"version": 1, "data": CELLS}).encode("utf-8-sig")),

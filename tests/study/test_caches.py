@@ -27,7 +27,7 @@ from peftsweep.sweep import packing
 from peftsweep.trial import done, mended, scores, stages, task
 from tests.architectures import small_config, write
 from tests.conftest import SMALL, records
-from tests.data.test_chat import CHATML, CLOSED
+from tests.data.test_chat import BEGUN, CHATML, CLOSED, OTHER_END
 
 Compose = Callable[..., Trial]
 CPU = torch.device("cpu")
@@ -407,6 +407,29 @@ def test_a_record_of_turns_that_the_generation_prompt_does_not_begin_is_run_agai
     assert mended.outdated(Result({"identity_rule": 4}, {}, config=tested)) is None
     rows.unlink()  # nobody knows any more
     assert bool(mended.outdated(held)) == (template is CLOSED)
+
+
+@pytest.mark.parametrize(
+    ("template", "turn", "wrong"),
+    [
+        (BEGUN.replace("<|im_end|>", "</s>"), {"content": "b"}, True),
+        (CLOSED, {"content": "b", "reasoning_content": "c"}, False),
+        (OTHER_END, {"content": "b", "thinking": "c"}, True),
+        (OTHER_END, {"content": "b"}, False),
+        (CHATML, {"content": "b", "thinking": "c"}, False),
+    ],
+)
+def test_a_record_whose_turns_ended_or_began_at_another_place_is_run_again(
+    template: str, turn: dict[str, Any], wrong: bool, folder: Path
+) -> None:
+    (folder / "chat_template.jinja").write_text(template)
+    rows = folder.with_name("rows.jsonl")
+    rows.write_text(json.dumps({"messages": [USER_TURN, {"role": "assistant"} | turn]}))
+    dataset = {"path": str(rows), "reader": identity.CONVERSATIONS, "prompt": "{prompt}", "answer": "{answer}"}
+    config: dict[str, Any] = {"model": {"name_or_path": str(folder)}, "dataset": dataset | {"chat": True}}
+    held = Result({"identity_rule": 7}, {}, config=config)
+    assert bool(mended.outdated(held)) == bool(mended.outdated(held, training=True)) == wrong
+    assert mended.outdated(Result({"identity_rule": 8}, {}, config=config)) is None
 
 
 @pytest.mark.parametrize(

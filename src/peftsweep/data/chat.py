@@ -130,6 +130,35 @@ def generation_prompt_differs(template: ChatTemplate) -> bool:
     return False
 
 
+def writes_beside_turns(template: ChatTemplate) -> bool:
+    """Whether the template writes more after the last turn of every conversation, with tools or without."""
+    tool = {"type": "function", "function": {"name": "probe", "description": "", "parameters": {}}}
+    return any(places.appended(template, Conversation([], tools)) for tools in (None, [tool]))
+
+
+def opens_after_calls(template: ChatTemplate) -> bool:
+    """Whether an answer after a call is opened by the template beyond its generation prompt, as with gpt-oss.
+
+    It is asked of a template that writes the call differently once the answer is there, as without its reasoning.
+    """
+    call = {"id": "probecall", "type": "function", "function": {"name": "probe", "arguments": {}}}
+    answer = "\ue002"  # another private character than those of the probe
+    user: Message = {"role": "user", "content": "a"}
+    calling: Message = {"role": "assistant", "content": "", "tool_calls": [call]} | dict.fromkeys(REASONING, "c")
+    result: Message = {"role": "tool", "tool_call_id": "probecall", "name": "probe", "content": "d"}
+    said: Message = {"role": "assistant", "content": answer}
+    conversation = template.readable(Conversation([user, calling, result, said, user, said]))
+    before = conversation._replace(messages=conversation.messages[:3])
+    prompted, text = places.text_of(template, before, begun=True), places.text_of(template, conversation)
+    if prompted is None or text is None or text.startswith(prompted):
+        return False
+    try:
+        start = places.beginning(template, conversation, text, 3)
+    except Exception:  # a template may refuse a part of it
+        return False
+    return bool(text[start : text.find(answer)].strip())
+
+
 def _up_to_last_turn(template: ChatTemplate, conversation: Conversation) -> str:
     return template.text(conversation._replace(messages=conversation.messages[:-1]), begun=True)
 

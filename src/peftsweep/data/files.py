@@ -219,6 +219,8 @@ def _parsed(text: str, line: int) -> Any:
         return json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
     except json.JSONDecodeError as error:
         raise _BrokenLine(line + error.lineno - 1, f"not JSON ({error.msg})") from None
+    except RecursionError:
+        raise _BrokenLine(line, "JSON with too many lists or objects within each other") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Row:
@@ -262,7 +264,7 @@ def _read_table(text: str, skipped: int, **options: Any) -> list[Row]:
     names: list[str] | None = None
     records = []
     try:
-        for record in filter(None, reader):
+        for record in filter(any, reader):  # spreadsheets write empty rows as separators alone
             if names is None:
                 names = record
             elif len(record) < len(names) or any(record[len(names) :]):

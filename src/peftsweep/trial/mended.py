@@ -133,6 +133,17 @@ def _generation_prompt_differs(config: Values, _: Values) -> bool:
     return affected_rows.has_other_turns(dataset, _evaluations(config))
 
 
+def _trains_beside_turns(config: Values, _: Values) -> bool:
+    return bool(_section(config, "dataset").get("chat")) and _base(config).writes_beside_turns
+
+
+def _leaves_out_openings(config: Values, _: Values) -> bool:
+    dataset = _section(config, "dataset")
+    if not dataset.get("chat") or not _base(config).opens_after_calls:
+        return False
+    return affected_rows.has_other_turns(dataset, _evaluations(config))
+
+
 def _trains_on_items_of_text(config: Values, _: Values) -> bool:
     dataset = _section(config, "dataset")
     return affected_rows.takes_items_of_text(dataset, dataset)
@@ -263,6 +274,18 @@ MENDED = (
         "texts depended on the padding of their batch, which moved the positions of the prompts",
         training=False,
     ),
+    Mended(
+        8,
+        _trains_beside_turns,
+        "what the chat template writes after the last turn of every conversation, such as the beginning of a next "
+        "turn, was trained on",
+    ),
+    Mended(
+        8,
+        _leaves_out_openings,
+        "in conversations that reason or call tools, what the chat template writes before the content of some answers "
+        "was not trained on",
+    ),
 )
 
 
@@ -285,6 +308,8 @@ class _Base:
     classifies_padding: bool = False  # it is a classifier of a type that takes padding for text
     embeddings: frozenset[str] = frozenset()  # the names of its embeddings
     generation_prompt_differs: bool = False  # from the beginning of some written turns of the assistant
+    writes_beside_turns: bool = False  # its chat template, after the last one
+    opens_after_calls: bool = False  # its chat template, the answer, beyond the generation prompt
 
 
 def _base(config: Values) -> _Base:
@@ -312,6 +337,7 @@ def _read(base: ModelConfig) -> _Base:
 
     shape, marks = model.architecture(base), model.load_tokenizer(base)
     bare = model.skeleton(base, classes=1)
+    template = chat.ChatTemplate(marks) if marks.chat_template else None
     ids, text = marks("a").input_ids, parts.text_config(shape)
     layers = getattr(text, "layer_types", None) or []
     stateful = [kind for kind in layers if not kind.endswith("attention") or kind == "linear_attention"]
@@ -331,8 +357,9 @@ def _read(base: ModelConfig) -> _Base:
         own_settings=_own_settings(base) if base.init is Init.pretrained else frozenset(),
         classifies_padding=base.task is Task.seq_cls and shape.model_type in READING_PADDING,
         embeddings=frozenset(name for name, module in bare.named_modules() if isinstance(module, nn.Embedding)),
-        generation_prompt_differs=bool(marks.chat_template)
-        and chat.generation_prompt_differs(chat.ChatTemplate(marks)),
+        generation_prompt_differs=template is not None and chat.generation_prompt_differs(template),
+        writes_beside_turns=template is not None and chat.writes_beside_turns(template),
+        opens_after_calls=template is not None and chat.opens_after_calls(template),
     )
 
 

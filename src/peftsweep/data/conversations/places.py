@@ -66,15 +66,57 @@ def turn(template: ChatTemplate, conversation: Conversation, text: str, number: 
     before = conversation._replace(messages=conversation.messages[:number])
     so_far = conversation._replace(messages=conversation.messages[: number + 1])
     last = number == len(conversation.messages) - 1
-    start = _length_within(text, text_of(template, before, begun=True))
-    if start is None:
-        start = _begin(template, conversation, text, number)
-    end = len(text) if last else _length_within(text, text_of(template, so_far))
+    start = beginning(template, conversation, text, number)
+    more = appended(template, conversation)
+    as_last = text if last else text_of(template, so_far)
+    end = _length_within(text, as_last and as_last.removesuffix(more))
     if end is None:
         _, end = _content_place(template, conversation, text, number)
-        _, as_last = _probed(template, so_far, number)
+        as_last = _probed(template, so_far, number)[1].removesuffix(more)
         end += _end_mark(template, text[end:], as_last, _header_mark(template, before))
     return start, end
+
+
+def beginning(template: ChatTemplate, conversation: Conversation, text: str, number: int) -> int:
+    """The place in ``text`` where the assistant's turn ``number`` begins, that is, from where it would be generated.
+
+    Raises:
+        ValueError: it cannot be found.
+    """
+    before = conversation._replace(messages=conversation.messages[:number])
+    start = _length_within(text, text_of(template, before, begun=True))
+    return _begin(template, conversation, text, number) if start is None else start
+
+
+def appended(template: ChatTemplate, conversation: Conversation) -> str:
+    """What the template writes after the last turn of every conversation without being asked to; mostly nothing.
+
+    It is the beginning of a next turn (Command-R7B) or an instruction (Command-R+), and no part of the last turn.
+    """
+    key = bool(conversation.tools)
+    if key not in template.appended:
+        template.appended[key] = _appended(template, conversation.tools)
+    return template.appended[key]
+
+
+def _appended(template: ChatTemplate, tools: list[Any] | None) -> str:
+    def after_probe(*turns: tuple[str, str], begun: bool = False) -> str | None:
+        messages: list[Message] = [{"role": role, "content": content} for role, content in turns]
+        text = text_of(template, template.readable(Conversation(messages, tools)), begun=begun)
+        return None if text is None else text.rpartition(PROBE)[2]
+
+    asks, asked = (after_probe(("user", PROBE), begun=begun) for begun in (False, True))
+    ended = after_probe(("user", "a"), ("assistant", PROBE))
+    within = after_probe(("user", "a"), ("assistant", PROBE), ("user", "b"))
+    if asks is None or asked is None or ended is None or within is None:
+        return ""
+    shared, end = _shared(ended, within), str(template.tokenizer.eos_token or PROBE)
+    own, only_last = ended[:shared], ended[shared:]
+    # The turn has ended already. A further mark that ends a text stands after a question too, but not before an answer.
+    if end not in own or only_last.strip() in ("", end) or not asked.startswith(asks) or not asks.endswith(only_last):
+        return ""
+    common = _shared(ended[::-1], asks[::-1])
+    return ended[len(ended) - common :].removeprefix(end)  # questions and answers end with the same mark
 
 
 def _begin(template: ChatTemplate, conversation: Conversation, text: str, number: int) -> int:
@@ -84,12 +126,16 @@ def _begin(template: ChatTemplate, conversation: Conversation, text: str, number
     from a plain text, as with reasoning, it is the first difference to the generation prompt; else the content.
     """
     before = conversation._replace(messages=conversation.messages[:number])
-    if number:
-        template.warn_once(ANOTHER_PROMPT)
     plain = _replaced(conversation, number, _as_plain_text(conversation.messages[number]))
     start, found, _ = (text_of(template, plain) or "").partition(PROBE)
     if found and text.startswith(start):
+        if (prompt_end := _prompt_end(template, conversation, text, number)) is not None and prompt_end <= len(start):
+            return prompt_end
+        if number:
+            template.warn_once(ANOTHER_PROMPT)
         return len(start)
+    if number:
+        template.warn_once(ANOTHER_PROMPT)
     prompted, closed = text_of(template, before, begun=True) or "", text_of(template, before)
     if closed is not None and prompted.startswith(closed) and found:  # the template rewrites the turns before it
         header = prompted[len(closed) :]
@@ -102,6 +148,22 @@ def _begin(template: ChatTemplate, conversation: Conversation, text: str, number
     if not conversation.messages[number].get("content"):
         raise ValueError(_unknown(number))
     return _content_place(template, conversation, text, number)[0]
+
+
+def _prompt_end(template: ChatTemplate, conversation: Conversation, text: str, number: int) -> int | None:
+    """Where the generation prompt of a turn ends in ``text``, if it is written there after the content before it.
+
+    It is, also if the template writes an earlier turn differently once the conversation goes on (gpt-oss).
+    """
+    if not number:
+        return None
+    before = conversation._replace(messages=conversation.messages[:number])
+    try:
+        _, place = _content_place(template, conversation, text, number - 1)
+        _, asked = _probed(template, before, number - 1, begun=True)
+    except Exception:  # a template may refuse the probe
+        return None
+    return place + len(asked) if asked.strip() and text.startswith(asked, place) else None
 
 
 def _as_plain_text(message: Message) -> Message:
@@ -143,14 +205,16 @@ def _content_place(template: ChatTemplate, conversation: Conversation, text: str
     return len(before), len(text) - len(after)
 
 
-def _probed(template: ChatTemplate, conversation: Conversation, number: int) -> tuple[str, str]:
+def _probed(template: ChatTemplate, conversation: Conversation, number: int, *, begun: bool = False) -> tuple[str, str]:
     """The text before and after the content of a turn, or after the tool name of a turn without content."""
     message = conversation.messages[number]
-    probed = template.text(_replaced(conversation, number, with_probe(message)))
+    probed = template.text(_replaced(conversation, number, with_probe(message)), begun=begun)
     before, found, after = probed.partition(PROBE)
     if not found:
         raise ValueError(_unknown(number))
     if PROBE in after:  # some templates repeat the name of a call with its result
+        if message.get("content") or not message.get("tool_calls"):
+            raise ValueError(_unknown(number))
         function = message["tool_calls"][0]
         after = after.replace(PROBE, function.get("function", function)["name"])
     return before, after

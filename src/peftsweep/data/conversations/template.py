@@ -6,7 +6,8 @@ import json
 import logging
 import re
 from dataclasses import dataclass, field
-from functools import cached_property
+from datetime import datetime
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from peftsweep.data.conversations.turns import Conversation, Message, arguments_object, content_text
@@ -21,6 +22,10 @@ Span = tuple[int, int]  # of characters, the end excluded
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers searches for it
 PROBE = "\ue000\ue001"  # private characters, which no template strips, escapes or searches for
 ARGUMENTS = {"probe_key": "probe_value"}
+# In place of the present day, which some templates write, and by which the same trial would have other prompts on
+# another day. Llama 3's template writes this one where it is told no day.
+DAY = datetime(2024, 7, 26)
+TODAY = re.compile(r"""\bstrftime_now\(\s*(["'])([^"']*)\1\s*\)""")
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class ChatTemplate:
     variables: dict[str, Any] = field(default_factory=dict)
     complete: set[tuple[Any, ...]] = field(default_factory=set)  # shapes of conversations that it writes completely
     warned: set[str] = field(default_factory=set)  # warnings logged so far
+    appended: dict[bool, str] = field(default_factory=dict)  # what ``places.appended`` found, with tools and without
 
     def warn_once(self, message: str) -> None:
         """Log a warning about this template, unless the same was logged before."""
@@ -45,18 +51,22 @@ class ChatTemplate:
             self.tokenizer.apply_chat_template(
                 conversation.messages,
                 tools=conversation.tools,
-                chat_template=self.source,
+                chat_template=self._source(conversation.tools),
                 add_generation_prompt=begun,
                 tokenize=False,
                 **self.variables,
             )
         )
 
+    def _source(self, tools: list[Any] | None) -> str:
+        """The template that writes a conversation with these tools, on ``DAY``."""
+        return _on_one_day(self.tokenizer.get_chat_template(self.source, tools))
+
     def generated(self, conversation: Conversation) -> list[Span] | None:
         """The spans that the template marks by ``{% generation %}``; None if it has no such marks."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        source = self.tokenizer.get_chat_template(self.source, conversation.tools)
+        source = self._source(conversation.tools)
         if not GENERATION.search(source):
             return None
         # apply_chat_template returns these spans as a mask of tokens. That mask extends to the end of the row if a span
@@ -142,3 +152,9 @@ class ChatTemplate:
         """The tokenizer's special tokens by id, end-of-turn marks included."""
         added = self.tokenizer.added_tokens_decoder.items()
         return {number: str(token) for number, token in added if token.special}
+
+
+@lru_cache(maxsize=16)
+def _on_one_day(source: str) -> str:
+    """A template that writes ``DAY`` in place of the present day."""
+    return TODAY.sub(lambda found: json.dumps(DAY.strftime(found[2])), source)
