@@ -356,7 +356,7 @@ def test_a_claim_of_another_machine_lapses_when_it_is_silent(scratch: Path) -> N
 
 @pytest.mark.parametrize("quant", ["none", pytest.param("4bit", marks=pytest.mark.slow)])
 def test_numbers_do_not_depend_on_the_place_or_on_what_ran_before(quant: str, command: Command) -> None:
-    words = [*SMALL, "method=pissa,lora", f"quant={quant}", "eval.perplexity.batch_size=8"]
+    words = [*UNWRITTEN, "method=pissa,lora", f"quant={quant}", "eval.perplexity.batch_size=8"]
     assert command(*words, "study=warm", "hydra.launcher.workers=1")[0] == 0
     assert command(*words, "study=here")[0] == 0
     assert command(*words, "study=basic", "hydra/launcher=basic")[0] == 0
