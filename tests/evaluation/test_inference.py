@@ -253,7 +253,7 @@ def test_an_error_that_is_not_about_memory_is_not_swallowed(monkeypatch: pytest.
 
 
 # Only where a layer has 8 bits does a use change anything; where it has none there is nothing that could be lost.
-BARE = [("8bit", False), ("8bit", True), ("4bit", True)]
+BARE: list[Any] = [("8bit", False), ("8bit", True), ("4bit", True)]
 BARE += [pytest.param(*one, marks=pytest.mark.slow) for one in (("4bit", False), ("none", False), ("none", True))]
 
 

@@ -62,7 +62,7 @@ def record(compose: Compose, changes: dict[str, Any]) -> Path:
 
 # Both ways read a record by the same function: the fast tier has each key in one of them, and some in the other.
 BOTH_WAYS = ("method", "method.eva_config", "eval.tiny_math.metric", "train.optimizer")
-READ = [("repeat", key) for key in HOSTILE]
+READ: list[Any] = [("repeat", key) for key in HOSTILE]
 READ += [
     ("adapter.path", key) if key in BOTH_WAYS else pytest.param("adapter.path", key, marks=pytest.mark.slow)
     for key in HOSTILE

@@ -134,7 +134,7 @@ def test_a_trained_adapter_is_used_again_when_only_evaluations_differ(
 
 
 # An adapter and a whole model; tests/models trains the others.
-OTHERS = [["method=ia3", "targets=qkvo"], ["method=full"]]
+OTHERS: list[Any] = [["method=ia3", "targets=qkvo"], ["method=full"]]
 OTHERS += [pytest.param(words, marks=pytest.mark.slow) for words in (["method=ia3"], ["targets=mlp"])]
 
 
@@ -280,7 +280,7 @@ def test_an_adapter_that_does_not_come_back_is_reported(
 
 
 # One whose weights are counted in layers, and one that has none there.
-SIZED = ["lora", "prefix_tuning"]
+SIZED: list[Any] = ["lora", "prefix_tuning"]
 SIZED += [pytest.param(name, marks=pytest.mark.slow) for name in ("vera", "boft", "mica", "trainable_tokens")]
 
 
@@ -295,12 +295,12 @@ def test_the_size_of_the_adapter_is_foreseen_to_the_byte(
 
 
 # In the fast tier one that leaves the base as it is, quantised, and one that changes the base.
-SAVED = [
-    (method, quant)
-    if (method, quant) in {("lora", "4bit"), ("pissa", "none")}
-    else pytest.param(method, quant, marks=pytest.mark.slow)
+SAVED: list[Any] = [("lora", "4bit"), ("pissa", "none")]
+SAVED += [
+    pytest.param(method, quant, marks=pytest.mark.slow)
     for method in ("lora", "pissa", "eva", "corda", "lora_ga", "loftq", "lora_pissa_niter_2")
     for quant in ("none", "4bit")
+    if (method, quant) not in SAVED
 ]
 
 
