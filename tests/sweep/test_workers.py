@@ -607,6 +607,7 @@ def took(seconds: float) -> Result:
     return Result(run_info={"total_seconds": seconds}, choices={}, config={})
 
 
+@pytest.mark.slow  # as what a failure left is run, in test_sweep.py, which the fast tier does
 def test_what_a_limit_left_is_run_by_the_next_command(command: Command) -> None:
     words = [*UNWRITTEN, "method.r=2,4"]
     assert command(*words, "hydra.launcher.workers=0", "hydra.launcher.limit=1")[0] == 3

@@ -88,6 +88,7 @@ def test_generation_is_timed_for_base_adapted_and_merged(run_small: RunSmall) ->
     assert result.train_info["inference_seconds"] > 0
 
 
+@pytest.mark.slow  # a model without an adapter is timed by tests/evaluation
 def test_full_fine_tuning_is_timed_as_a_base(run_small: RunSmall) -> None:
     assert set(run_small(*TIMED, "method=full").generation_info["overall"]) == {"base", "categories"}
 
