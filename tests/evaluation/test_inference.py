@@ -132,7 +132,12 @@ def test_the_variants_take_turns_after_the_warm_up() -> None:
     assert rows == [(name, number) for number in range(3) for name in ("base", "adapted")]
 
 
-@pytest.mark.parametrize(("method", "quant"), [("lora", "none"), ("ia3", "none"), ("prompt", "none"), ("lora", "4bit")])
+# With weights beside the base's and with virtual tokens in the fast tier.
+WRITING: list[Any] = [("lora", "none"), ("prompt", "none")]
+WRITING += [pytest.param(*one, marks=pytest.mark.slow) for one in (("ia3", "none"), ("lora", "4bit"))]
+
+
+@pytest.mark.parametrize(("method", "quant"), WRITING)
 def test_every_variant_writes_as_many_tokens_as_it_was_told(method: str, quant: str) -> None:
     base, adapted = pair(method, quant)
     categories: dict[str, dict[str, Any]] = {
