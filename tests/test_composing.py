@@ -31,7 +31,11 @@ def composed(words: list[str], mode: RunMode) -> str:
             return str(error)
 
 
-@pytest.mark.parametrize("kind", WORDS)
+# Groups with values are what nearly all tests compose.
+KINDS = [kind if kind == "groups and values" else pytest.param(kind, marks=pytest.mark.slow) for kind in WORDS]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_kept_composition_with_the_values_put_in_is_that_of_hydra(
     kind: str, composing: pytest.MonkeyPatch, compositions: Path, tmp_path: Path
 ) -> None:

@@ -30,6 +30,7 @@ def test_a_notebook_is_kept_without_output(file: Path) -> None:
     assert [cell for cell in cells if cell.outputs or cell.execution_count] == []
 
 
+@pytest.mark.slow  # the fast tier starts a kernel for the notebook's first cells, in the test below
 def test_the_results_are_read_and_drawn(collect_command: Collect, tmp_path: Path) -> None:
     for rank, accuracy in ((8, 0.4), (16, 0.6), (32, None)):
         write(f"r{rank}", rank, accuracy)

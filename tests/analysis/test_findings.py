@@ -370,8 +370,8 @@ def test_named_points_that_differ_in_four_settings_are_no_comparison_of_ranks(tm
 )
 def test_whatever_moves_with_the_method_is_named_with_it(key: str, values: tuple[Any, Any], tmp_path: Path) -> None:
     points = [{"choices.method": method, key: value} for method, value in zip(("lora", "dora"), values, strict=True)]
-    lines = sentences(study(points, right(0.5, 0.9)).report(tmp_path), "`lora`", "than `dora`")
-    lines += sentences(study(points, right(0.5, 0.9)).report(tmp_path), "`dora` is best")
+    text = study(points, right(0.5, 0.9)).report(tmp_path)
+    lines = sentences(text, "`lora`", "than `dora`") + sentences(text, "`dora` is best")
     assert len(lines) >= 2
     name = {"config.method.r": "r ("}.get(key, key.rpartition(".")[2])
     assert all(name in line for line in lines)

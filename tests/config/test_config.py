@@ -8,17 +8,20 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from peftsweep import InputError, cli
 from peftsweep.analysis.answer import build
 from peftsweep.config.calls import check_call
 from peftsweep.config.compose import Trial
+from peftsweep.config.evaluations import ROWS_KEYS
 from peftsweep.config.fill import conf_dir
 from peftsweep.forecast import forecast
 from peftsweep.models.quantised import libraries
@@ -62,7 +65,18 @@ def together() -> list[list[str]]:
     ]
 
 
-@pytest.mark.parametrize("options", together(), ids=" ".join)
+# One of each kind of option. Of the others the fast tier checks the calls in their yamls, in the test below.
+EVERY = 6
+KINDS = ("model=tiny", "model=distilbert", "model=gpt_neo_1.3b", "targets=qv", "quant=4bit", "quant=none")
+TOGETHER = [
+    options
+    if (n % EVERY == 0 and len(options) > 1) or {*options} & {*KINDS}
+    else pytest.param(options, marks=pytest.mark.slow)
+    for n, options in enumerate(together())
+]
+
+
+@pytest.mark.parametrize("options", TOGETHER, ids=" ".join)
 def test_every_yaml_composes_validates_and_attaches(options: list[str], compose: Compose, questions: Path) -> None:
     for name in schemas.SCHEMAS:
         if any(f"={name}.jsonl" in word for option in options for word in NEEDS.get(option, [])):
@@ -78,6 +92,24 @@ def test_every_yaml_composes_validates_and_attaches(options: list[str], compose:
     assert (foreseen.trainable_parameters or 0) > 0 or ("method=xlora" in options and foreseen.refused)
     for group, _, name in (option.partition("=") for option in options):
         assert one.choices[group] in (name, f"['{name}']")
+
+
+def test_the_calls_of_every_yaml_have_the_options_that_they_name() -> None:
+    checked = Counter[str]()
+    for group in ("method", "quant", "eval"):
+        for file in CONF.glob(f"{group}/*.yaml"):
+            read: Any = OmegaConf.to_container(OmegaConf.load(file))
+            call = read.get("method") if group == "method" else read
+            if not call or "_target_" not in call or (group == "quant" and libraries.problem(call, gpus=0)):
+                continue  # of another yaml's class, a list of others, or of a library that is not installed
+            own = {key: value for key, value in call.items() if "${" not in str(value) and value != "???"}
+            if group == "eval":
+                own = {key: value for key, value in own.items() if key not in ROWS_KEYS}
+            check_call(own, f"{group}={file.stem}", provided=("model", "tokenizer", "examples"))
+            checked[group] += 1
+    assert checked["method"] > 40
+    assert checked["eval"] > 20
+    assert checked["quant"] >= 2
 
 
 @pytest.mark.parametrize(
@@ -170,7 +202,23 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
+# What fails in a check that another case of ``BAD`` fails in too.
+CHECKED_ALIKE = {
+    *(
+        "a misspelt method key",
+        "a fraction for an integer",
+        "an infinite clip",
+        "an infinite option",
+        "a seed below zero",
+    ),
+    *("a rank beyond 32 bits", "all rows trained", "no rows judged", "no row at once", "a batch of none"),
+    *("nothing profiled", "another word for the batch", "an added section", "a method's module"),
+    *("a missing data file", "an impossible dropout", "one bad type in a sweep"),
+}
+CASES = [pytest.param(case, marks=pytest.mark.slow) if case in CHECKED_ALIKE else case for case in BAD]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_bad_input_is_one_line_with_exit_code_2_and_trains_nothing(case: str, command: Command) -> None:
     words, expected = BAD[case]
     Path("rows.xml").touch()
@@ -249,15 +297,20 @@ def test_a_call_is_checked_against_its_annotations() -> None:
             check_call({"_target_": "peft.LoraConfig", option: value}, "method")
 
 
-@pytest.mark.parametrize(
-    "words", [["--help"], ["--help", "train.warmup", "eval.x.samples", "method"], ["--version"], ["-sc", "query=bash"]]
-)
-def test_help_and_completion_never_import_torch(words: list[str]) -> None:
+def test_help_and_completion_never_import_torch() -> None:
+    commands = [
+        ["--help"],
+        ["--help", "train.warmup", "eval.x.samples", "method"],
+        ["--version"],
+        ["-sc", "query=bash"],
+    ]
     probe = (
         "import sys; from peftsweep import cli\n"
-        f"sys.argv = ['peftsweep'] + {words!r}\n"
-        "try: cli.main()\nexcept SystemExit: pass\n"
-        "assert not {'torch', 'transformers', 'peft', 'pandas'} & set(sys.modules), 'heavy import'"
+        f"for words in {commands!r}:\n"
+        "    sys.argv = ['peftsweep', *words]\n"
+        "    try: cli.main()\n"
+        "    except SystemExit: pass\n"
+        "    assert not {'torch', 'transformers', 'peft', 'pandas'} & set(sys.modules), ('heavy import', words)"
     )
     env = os.environ | {"COMP_LINE": "peftsweep method=", "COMP_POINT": "17"}
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=env, check=False)

@@ -248,7 +248,11 @@ def test_a_dry_run_prints_each_point_as_it_is_planned(
     assert seen == [0, 1, 1]  # lines since the trial before
 
 
-@pytest.mark.parametrize("method", ["frod", "adamss", "shira", "unilora"])
+# One that clusters the base's weights, and one that draws its indices.
+SHAPES = ["adamss", "shira", *(pytest.param(name, marks=pytest.mark.slow) for name in ("frod", "unilora"))]
+
+
+@pytest.mark.parametrize("method", SHAPES)
 def test_a_dry_run_counts_on_shapes(method: str, compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is counted without a weight of the base is what is attached to the base."""
     places: list[str] = []

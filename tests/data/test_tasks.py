@@ -63,7 +63,7 @@ def examples(name: str, compose: Compose) -> list[Example]:
     return evaluations.test_examples(one.config, name, data_rows.read_rows(rows))
 
 
-FAST = ("boolq", "winogrande")  # of two kinds; the others belong to the slow tier
+FAST = ("winogrande",)  # whose choices differ in what they begin with, too
 
 
 @pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in sorted(THEIRS)])
@@ -104,7 +104,12 @@ def test_rolling_perplexity_is_that_of_lm_evaluation_harness(base: Any, tokenize
     assert closer.predictions[0]["log_likelihood"] != found.predictions[0]["log_likelihood"]
 
 
-@pytest.mark.parametrize("name", ["boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "arc_easy", "openbookqa"])
+# One whose answers are words of its own, and one of those that number their choices.
+NUMBERED = [pytest.param(name, marks=pytest.mark.slow) for name in ("social_i_qa", "hellaswag", "winogrande")]
+NUMBERED += [pytest.param(name, marks=pytest.mark.slow) for name in ("arc_easy", "openbookqa")]
+
+
+@pytest.mark.parametrize("name", ["boolq", "piqa", *NUMBERED])
 def test_the_same_question_in_the_format_of_commonsense_170k(name: str, compose: Compose, tmp_path: Path) -> None:
     rows = schemas.write(name, tmp_path)
     one = compose(f"eval=[{name}_170k]", f"eval.{name}_170k.path={rows}")
@@ -238,7 +243,7 @@ def test_every_question_set_has_its_three_yamls() -> None:
             assert (conf / file).is_file(), file
 
 
-@pytest.mark.parametrize("quant", ["none", pytest.param("4bit", marks=pytest.mark.kernels)])
+@pytest.mark.parametrize("quant", ["none", pytest.param("4bit", marks=[pytest.mark.kernels, pytest.mark.slow])])
 def test_rows_that_have_ended_leave_the_batch_and_nothing_else_changes(
     quant: str, compose: Compose, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,9 +304,18 @@ def test_conversations_are_trained_on_through_the_template(tmp_path: Path) -> No
     assert (short.error or {})["type"] == "InputError"  # every row is too long
 
 
+# Choices after one beginning, and after one each, in the fast tier; weights in 4 bits are read in the same batches.
+CHOICES: list[Any] = [("arc_easy", "none"), ("winogrande", "none")]
+CHOICES += [
+    pytest.param(name, quant, marks=pytest.mark.slow)
+    for name in ("arc_easy", "winogrande", "boolq")
+    for quant in ("none", "4bit")
+    if (name, quant) not in CHOICES
+]
+
+
 @pytest.mark.kernels
-@pytest.mark.parametrize("quant", ["none", "4bit"])
-@pytest.mark.parametrize("name", ["arc_easy", "winogrande", "boolq"])
+@pytest.mark.parametrize(("name", "quant"), CHOICES)
 def test_what_choices_begin_with_is_read_once_and_the_scores_are_the_same(
     name: str, quant: str, compose: Compose, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

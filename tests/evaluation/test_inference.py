@@ -132,7 +132,12 @@ def test_the_variants_take_turns_after_the_warm_up() -> None:
     assert rows == [(name, number) for number in range(3) for name in ("base", "adapted")]
 
 
-@pytest.mark.parametrize(("method", "quant"), [("lora", "none"), ("ia3", "none"), ("prompt", "none"), ("lora", "4bit")])
+# With weights beside the base's and with virtual tokens in the fast tier.
+WRITING: list[Any] = [("lora", "none"), ("prompt", "none")]
+WRITING += [pytest.param(*one, marks=pytest.mark.slow) for one in (("ia3", "none"), ("lora", "4bit"))]
+
+
+@pytest.mark.parametrize(("method", "quant"), WRITING)
 def test_every_variant_writes_as_many_tokens_as_it_was_told(method: str, quant: str) -> None:
     base, adapted = pair(method, quant)
     categories: dict[str, dict[str, Any]] = {
@@ -252,8 +257,12 @@ def test_an_error_that_is_not_about_memory_is_not_swallowed(monkeypatch: pytest.
 # ---- the models ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quant", QUANTS)
-@pytest.mark.parametrize("used", [False, True])
+# Only where a layer has 8 bits does a use change anything; where it has none there is nothing that could be lost.
+BARE: list[Any] = [("8bit", False), ("8bit", True), ("4bit", True)]
+BARE += [pytest.param(*one, marks=pytest.mark.slow) for one in (("4bit", False), ("none", False), ("none", True))]
+
+
+@pytest.mark.parametrize(("quant", "used"), BARE)
 def test_the_bare_model_costs_nothing_and_stays_as_it_was(quant: str, used: bool) -> None:
     base = model.load(TINY, QUANTS[quant], CPU)
     if used:  # the first forward of an 8-bit layer moves its weights
@@ -274,7 +283,7 @@ def test_the_bare_model_costs_nothing_and_stays_as_it_was(quant: str, used: bool
     assert storages(untouched).items() <= storages(adapted).items(), "the base's weights are there twice"
 
 
-@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("quant", ["none", "4bit", pytest.param("8bit", marks=pytest.mark.slow)])
 def test_the_merged_model_is_plain_and_leaves_the_adapted_one_alone(quant: str) -> None:
     base, adapted = pair("lora", quant)
     before, state = logits(adapted), {name: t.clone() for name, t in adapted.state_dict().items()}
@@ -314,7 +323,7 @@ def test_what_cannot_be_merged_says_why(method: str | None, expected: str) -> No
     assert torch.equal(logits(adapted), before)
 
 
-@pytest.mark.parametrize("quant", ["none", "4bit"])
+@pytest.mark.parametrize("quant", ["none", pytest.param("4bit", marks=pytest.mark.slow)])
 def test_loading_and_switching_are_timed_and_leave_the_model_as_it_was(
     quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,7 +354,7 @@ def test_loading_and_switching_are_timed_and_leave_the_model_as_it_was(
     assert torch.equal(logits(adapted), before)
 
 
-@pytest.mark.parametrize("start", ["pissa", "olora"])
+@pytest.mark.parametrize("start", ["pissa", pytest.param("olora", marks=pytest.mark.slow)])
 def test_loading_an_adapter_that_takes_the_base_apart_leaves_the_base_whole(start: Any, tmp_path: Path) -> None:
     base = model.load(TINY, None, CPU)
     method = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=start)

@@ -352,7 +352,7 @@ def test_free_answers_have_a_majority_and_chance_only_where_they_are_a_set_to_ch
     assert (found["majority"], found["random"]) == (0.5, 1 / 3)
 
 
-@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("classes", [2, pytest.param(3, marks=pytest.mark.slow)])  # two have a positive class
 def test_the_baselines_of_f1_are_those_of_scikit_learn(classes: int) -> None:
     gold = [0] * 50 + [1] * 30 + ([2] * 20 if classes == 3 else [])
     average = "binary" if classes == 2 else "macro"
@@ -402,7 +402,7 @@ def test_the_perplexity_error_matches_resampling_rows() -> None:
     assert found == pytest.approx(spread, rel=0.15)
 
 
-@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("classes", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_f1_is_that_of_scikit_learn_and_its_error_that_of_a_bootstrap(classes: int) -> None:
     rng = random.Random(classes)
     gold = [rng.randrange(classes) for _ in range(400)]

@@ -48,7 +48,10 @@ def predicted(
     ("base", "words", "tolerance"),
     [
         pytest.param(LLAMA, "method=lora", 0.01, marks=pytest.mark.slow),
-        (LLAMA, "method=lora quant=4bit targets=all_linear method.lora_dropout=0.1", 0.01),
+        # The fast tier has the smallest of these models; the parts of a prediction have tests of their own below.
+        pytest.param(
+            LLAMA, "method=lora quant=4bit targets=all_linear method.lora_dropout=0.1", 0.01, marks=pytest.mark.slow
+        ),
         pytest.param(LLAMA, "method=lora quant=8bit", 0.05, marks=pytest.mark.slow),
         pytest.param(
             LLAMA, "method=lora model.attn_implementation=eager train.checkpointing=true", 0.01, marks=pytest.mark.slow

@@ -272,7 +272,7 @@ def test_validations_are_in_the_seconds_of_evaluations_as_often_as_they_come(
     assert history.measured({"eval_seconds": 3.0, "validate_seconds": 2.0})["evaluate"] == 5.0
 
 
-@pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
+@pytest.mark.parametrize("method", [pytest.param("prompt_tuning", marks=pytest.mark.slow), "prefix_tuning"])
 def test_virtual_tokens_are_read_with_the_prompt_and_not_again_with_each_token(compose: Compose, method: str) -> None:
     def token(*words: str) -> float:
         trial = compose(*SMALL, *words)

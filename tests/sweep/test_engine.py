@@ -28,7 +28,7 @@ from peftsweep.study import claims, record
 from peftsweep.study.record import Result, Status
 from peftsweep.sweep import engine
 from peftsweep.trial import done
-from tests.conftest import SMALL, records, scores, start, wait_for
+from tests.conftest import SMALL, UNWRITTEN, records, scores, start, wait_for
 
 Command = Callable[..., tuple[int, str, str]]
 Compose = Callable[..., Trial]
@@ -99,7 +99,7 @@ def run(trials: list[Trial], launch: engine.Launch) -> dict[str, Result]:
 
 @pytest.fixture
 def three(compose: Compose) -> list[Trial]:
-    return [compose(*SMALL, f"method.r={r}", f"label=r{r}") for r in (2, 4, 8)]
+    return [compose(*UNWRITTEN, f"method.r={r}", f"label=r{r}") for r in (2, 4, 8)]
 
 
 def test_a_launcher_that_gives_up_loses_no_trial(three: list[Trial]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
 from peftsweep.analysis.text import halving_notes
@@ -123,12 +126,29 @@ def test_a_halving_that_cannot_be_is_one_line(words: list[str], problem: str, co
 SWEEP = [*UNWRITTEN[1:], "train.steps=9", "dataset.validation_samples=8", "adapter.save=false"]
 SWEEP += ["train.learning_rate=1e-6,1e-5,1e-4,1e-3"]
 HALVING = ["halving.min_steps=1", "method.r=2,4"]
+SIX = [*SWEEP[:-1], "train.learning_rate=1e-6,1e-4,1e-3"]  # six trials have the same two rungs as eight
 
 
-def test_the_best_go_on_and_the_same_command_decides_the_same(command: Command) -> None:
-    words = [*SWEEP[:-1], "train.learning_rate=1e-6,1e-4,1e-3"]  # six trials have the same two rungs as eight
-    code, out, err = command(*words, *HALVING)
-    assert (code, err) == (0, "")
+@pytest.fixture
+def six_halved(command: Command, trained_studies: Path) -> str:
+    """What a command of ``SIX`` with ``HALVING`` prints, run once for all tests; its study is copied to this one's."""
+    folder = trained_studies / "six_halved"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            begun = folder.with_suffix(".begun")
+            shutil.rmtree(begun, ignore_errors=True)  # of a test that was interrupted
+            begun.mkdir()
+            with contextlib.chdir(begun):
+                code, out, err = command(*SIX, *HALVING)
+            assert (code, err) == (0, "")
+            (begun / "out.txt").write_text(out)
+            begun.rename(folder)
+    shutil.copytree(folder / "multirun", "multirun")
+    return (folder / "out.txt").read_text()
+
+
+def test_the_best_go_on_and_the_same_command_decides_the_same(six_halved: str, command: Command) -> None:
+    words, out = SIX, six_halved
     found = records()
     assert sorted(one.train_info["steps"] for one in found.values()) == [1] * 4 + [3] + [9]
     assert "rung 1: the best 2 of 6 by loss go on" in out
@@ -182,21 +202,22 @@ def test_stages_of_rows_train_anew(in_epochs: bool, shares: list[float]) -> None
     assert [stage.end for stage in found] == pytest.approx(shares)
 
 
-def test_rungs_in_packs_are_those_of_the_trials_alone(command: Command) -> None:
-    rung_lines = {}
-    for name, pack in (("alone", "off"), ("packed", "4")):
-        words = [*SWEEP, *HALVING, f"study={name}", f"hydra.launcher.pack={pack}", "hydra.launcher.workers=0"]
-        code, out, err = command(*words)
-        assert (code, err) == (0, "")
-        rung_lines[name] = [line for line in out.splitlines() if line.startswith(("rung", "halving"))]
-        code, again, _ = command(*words)  # decides the same, and runs nothing
-        assert (code, [line for line in again.splitlines() if line.startswith("[")]) == (0, [])
-    assert [line.partition("their checkpoints hold")[0] for line in rung_lines["alone"]] == [
-        line.partition("their checkpoints hold")[0] for line in rung_lines["packed"]
+def test_rungs_in_packs_are_those_of_the_trials_alone(six_halved: str, command: Command) -> None:
+    words = [*SIX, *HALVING, "study=packed", "hydra.launcher.pack=3", "hydra.launcher.workers=0"]
+    code, out, err = command(*words)
+    assert (code, err) == (0, "")
+    rung_lines = [
+        [line.partition("their checkpoints hold")[0] for line in text.splitlines() if line.startswith(("rung", "halv"))]
+        for text in (six_halved, out)
     ]
-    alone, packed = records("alone"), records("packed")
+    assert len(rung_lines[0]) >= 3
+    assert rung_lines[0] == rung_lines[1]
+    code, again, _ = command(*words)  # decides the same, and runs nothing
+    assert (code, [line for line in again.splitlines() if line.startswith("[")]) == (0, [])
+    alone, packed = records(), records("packed")
     assert alone.keys() == packed.keys()
-    assert sorted(len(one.run_info.get("packed_with", [])) for one in packed.values()) == [0] + [1] + [3] * 6
+    assert not any(one.run_info.get("packed_with") for one in alone.values())
+    assert sorted(len(one.run_info.get("packed_with", [])) for one in packed.values()) == [0] + [1] + [2] * 4
     for key, one in packed.items():
         other = alone[key]
         assert one.status == other.status

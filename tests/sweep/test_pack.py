@@ -411,10 +411,9 @@ def test_packs_are_planned_within_the_memory(compose: Compose) -> None:
 @pytest.mark.parametrize(
     "word",
     [
-        "method=dora",
-        "method=ia3",
+        # One each of another kind, of another option, and of another optimizer; these are found by the same checks.
+        *(pytest.param(f"method={name}", marks=pytest.mark.slow) for name in ("dora", "ia3", "pissa")),
         "method=full",
-        "method=pissa",
         "method=lora_plus",
         "method.bias=all",
         "train.compile=eager",

@@ -20,7 +20,7 @@ from peftsweep.forecast import duration, forecast, work
 from peftsweep.observe import streams
 
 METHODS = sorted(file.stem for file in Path(conf_dir(), "method").glob("*.yaml"))
-SAMPLE = ["loftq", "lora", "frod"]  # one that is refused, one whose memory cannot be traced, and what they may disturb
+SAMPLE = ["lora", "frod"]  # one whose memory cannot be traced, and one that it may disturb
 
 
 def planned(trials: Sequence[Trial]) -> list[tuple[Any, ...]]:
@@ -46,8 +46,9 @@ def test_a_plan_is_the_same_whatever_was_planned_before(
         cache.clear()  # of other tests
     trials = [compose(f"method={method}", f"quant={quant}", "eval=[perplexity]") for method in methods]
     before, after = apart(trials), apart(trials[::-1])[::-1]  # each pair of methods in both orders
-    for method, one, first, last in zip(methods, trials, before, after, strict=True):
-        assert apart([one]) == [first] == [last], method
+    assert before == after
+    for method, one, first in list(zip(methods, trials, before, strict=True))[1:-1]:  # the ends began an order: alone
+        assert apart([one]) == [first], method
 
 
 @pytest.fixture

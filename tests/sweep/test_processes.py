@@ -102,7 +102,7 @@ def on_gpu_host(scratch: Path, *words: str, **environment: str) -> tuple[subproc
 
 
 @pretended
-@pytest.mark.slow  # the test below it tells when workers are forked too
+@pytest.mark.slow  # starts a command
 def test_workers_are_forked_before_cuda_is_initialised(scratch: Path) -> None:
     done, lines = on_gpu_host(scratch, *TINY, "device=cpu")
     assert "forks" not in lines
@@ -110,7 +110,39 @@ def test_workers_are_forked_before_cuda_is_initialised(scratch: Path) -> None:
     assert done.returncode == 0
 
 
+# What workers are forked from, with a program in place of a sweep's that says what it and its imports see.
+WORKERS = """
+from peftsweep.sweep import processes
+
+processes.PRELOAD = "preloaded"
+processes.begin_to_import()
+for place in ("0", "1", ""):
+    worker = processes.start(place, 2)
+    print(worker.connection.recv(), flush=True)
+    worker.end()
+"""
+SEES = """
+import os, sys
+
+seen = os.environ.get("CUDA_VISIBLE_DEVICES"), "torch" in sys.modules
+
+class workers:
+    def serve(channel, threads):
+        channel.send((*seen, threads))
+"""
+
+
+def test_a_worker_has_its_gpu_named_before_it_imports_what_could_look_at_one(scratch: Path) -> None:
+    (scratch / "sees.py").write_text(SEES)
+    (scratch / "preloaded.py").write_text("from peftsweep.sweep import processes\n\nprocesses.PROGRAM = 'sees'\n")
+    path = os.pathsep.join(filter(None, [str(scratch), os.environ.get("PYTHONPATH")]))
+    words = [sys.executable, "-c", WORKERS]
+    done = subprocess.run(words, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["('0', False, 2)", "('1', False, 2)", "('', False, 2)"], done.stderr
+
+
 @pretended
+@pytest.mark.slow  # starts a command whose two workers import all; those of the test above import nothing
 def test_a_worker_names_its_gpu_before_anything_looks_at_one(scratch: Path) -> None:
     done, lines = on_gpu_host(scratch, *TINY)
     assert "forks" not in lines

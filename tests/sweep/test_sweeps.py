@@ -171,7 +171,14 @@ def test_every_sweep_is_known_here() -> None:
     assert {file.stem for file in (CONF / "sweep").glob("*.yaml")} == {*SWEEPS, "tune", "league"}  # which are no grids
 
 
-@pytest.mark.parametrize("name", [name for name in SWEEPS if name != "experiments"])
+# One over a key, one over named points, one over two axes. The others differ in their values.
+AXES = ("rank_ablation", "peft_comparison", "compile_study")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in AXES else pytest.param(n, marks=pytest.mark.slow) for n in SWEEPS if n != "experiments"],
+)
 def test_every_sweep_composes_validates_and_names_its_points(name: str, compose: Compose) -> None:
     compose(f"sweep={name}", *SMALL)
     params = cli.compose([f"sweep={name}", *SMALL]).hydra.sweeper.params
@@ -185,7 +192,7 @@ def test_every_sweep_composes_validates_and_names_its_points(name: str, compose:
         assert set(options) <= {file.stem for file in group.glob("*.yaml")}
 
 
-FAST = POINTS[::4]  # all of them take 13 s, in the slow tier
+FAST = POINTS[::12]  # of each folder some, and a plain yaml is like another; all of them are in the slow tier
 
 
 @pytest.mark.parametrize("point", [p if p in FAST else pytest.param(p, marks=pytest.mark.slow) for p in POINTS])
@@ -245,6 +252,10 @@ def test_the_command_line_replaces_the_values_of_a_grid(planned: Planned) -> Non
 def test_a_sweep_of_points_carries_their_labels(planned: Planned) -> None:
     trials = planned("sweep=hira_baselines", *SMALL, "train.epochs=100")
     assert [one.label for one in trials] == ["full", "hira", "ia3", "lora"]
+
+
+@pytest.mark.slow  # nine points; the one above has the labels of points, and others replace the axis of a sweep
+def test_points_that_a_pattern_chooses_carry_their_labels(planned: Planned) -> None:
     few = "+point/peft_comparison=glob([lora--*, full*], exclude=*rank64*)"  # the sweep's own key, so it replaces it
     trials = planned("sweep=peft_comparison", *SMALL, few)
     expected = {"lora/llama-3.2-3B-rank32", "full-finetuning/llama-3.2-3B-lr_0.00001"}
@@ -275,12 +286,13 @@ def test_the_hira_baselines_are_trained_as_their_recipes_say(
 @pytest.mark.parametrize(
     "name",
     [
-        "boft--llama-3.2-3b-default",
-        "ln_tuning--llama-3.2-3b-default",
-        "lora--llama-3.2-3b-rank14-target-mlp-bdlora",
-        "lora--llama-3.2-3b-rank32-kasa",
-        "prefixtuning--llama-3.2-3b-lr_0.001",
-        "vera--llama-3.2-3b-default",
+        "lora--llama-3.2-3b-rank14-target-mlp-bdlora",  # modules of its own and a configuration within it
+        "prefixtuning--llama-3.2-3b-lr_0.001",  # of no modules
+        # Their methods are attached by tests/models, too.
+        pytest.param("boft--llama-3.2-3b-default", marks=pytest.mark.slow),
+        pytest.param("ln_tuning--llama-3.2-3b-default", marks=pytest.mark.slow),
+        pytest.param("lora--llama-3.2-3b-rank32-kasa", marks=pytest.mark.slow),
+        pytest.param("vera--llama-3.2-3b-default", marks=pytest.mark.slow),
     ],
 )
 def test_a_point_attaches_to_any_model_with_its_modules(name: str, compose: Compose) -> None:
@@ -351,7 +363,11 @@ def own_sweep(name: str, text: str, seeds: str) -> None:
     Path(f"mine/sweep/{name}.yaml").write_text(f"# @package _global_\n{text}\n{axes}\n")
 
 
-@pytest.mark.parametrize("text", ["study: other", "halving: {min_steps: 5}", "hydra: {launcher: {workers: 2}}"])
+# A key of ours and one of Hydra's; halving is one of ours.
+WHOLE = ["study: other", "hydra: {launcher: {workers: 2}}"]
+
+
+@pytest.mark.parametrize("text", [*WHOLE, pytest.param("halving: {min_steps: 5}", marks=pytest.mark.slow)])
 def test_options_of_sweep_that_cannot_be_joined_are_one_line(text: str, command: Command) -> None:
     Path("mine/sweep").mkdir(parents=True)
     Path("mine/sweep/own.yaml").write_text(f"# @package _global_\n{text}\n")

@@ -356,7 +356,7 @@ def test_a_claim_of_another_machine_lapses_when_it_is_silent(scratch: Path) -> N
 
 @pytest.mark.parametrize("quant", ["none", pytest.param("4bit", marks=pytest.mark.slow)])
 def test_numbers_do_not_depend_on_the_place_or_on_what_ran_before(quant: str, command: Command) -> None:
-    words = [*SMALL, "method=pissa,lora", f"quant={quant}", "eval.perplexity.batch_size=8"]
+    words = [*UNWRITTEN, "method=pissa,lora", f"quant={quant}", "eval.perplexity.batch_size=8"]
     assert command(*words, "study=warm", "hydra.launcher.workers=1")[0] == 0
     assert command(*words, "study=here")[0] == 0
     assert command(*words, "study=basic", "hydra/launcher=basic")[0] == 0
@@ -607,6 +607,7 @@ def took(seconds: float) -> Result:
     return Result(run_info={"total_seconds": seconds}, choices={}, config={})
 
 
+@pytest.mark.slow  # as what a failure left is run, in test_sweep.py, which the fast tier does
 def test_what_a_limit_left_is_run_by_the_next_command(command: Command) -> None:
     words = [*UNWRITTEN, "method.r=2,4"]
     assert command(*words, "hydra.launcher.workers=0", "hydra.launcher.limit=1")[0] == 3

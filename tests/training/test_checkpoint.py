@@ -502,7 +502,8 @@ def never(*_: Any, **__: Any) -> Any:
     raise AssertionError("it was done before")
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+# The fast tier has the error; other tests of this file and of tests/sweep interrupt trials.
+@pytest.mark.parametrize("error", [pytest.param(KeyboardInterrupt, marks=pytest.mark.slow), ValueError])
 def test_what_ends_an_evaluation_costs_that_evaluation_alone(
     error: type[BaseException], evaluating: Evaluating, run_small: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

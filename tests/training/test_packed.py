@@ -179,13 +179,13 @@ def check_same(packed: list[Found], single: list[Found], same: float = SAME) -> 
 
 @pytest.mark.parametrize("quant", ["4bit", *(pytest.param(q, marks=pytest.mark.slow) for q in QUANTS if q != "4bit")])
 def test_a_slot_is_the_trial_alone(rows: list[tokens.Tokens], tokenizer: Any, quant: str) -> None:
-    specs = [*SLOTS[:3], BRIEF]
-    single = [alone(spec, rows, tokenizer, base(quant), steps=6) for spec in specs]
-    many = together(specs, rows, tokenizer, base(quant), steps=6)
+    specs = [SLOTS[2], BRIEF]  # eight of them are in the slow tier, below
+    single = [alone(spec, rows, tokenizer, base(quant), steps=5) for spec in specs]
+    many = together(specs, rows, tokenizer, base(quant), steps=5)
     check_same(many, single)
-    assert [one.trained.steps for one in many] == [6, 6, 6, 4]
+    assert [one.trained.steps for one in many] == [5, 4]
     with pytest.raises(AssertionError):  # the check can fail
-        check_same([many[1], many[0], *many[2:]], single)
+        check_same([many[0], replace(many[1], losses=many[0].losses[:4])], single)
 
 
 def test_adapters_multiplied_in_one_batch_come_near_the_trials_alone(
@@ -258,7 +258,8 @@ def test_eight_slots_are_the_trials_alone_after_100_steps(
         check_same([many[1], many[0], *many[2:]], single)
 
 
-@pytest.mark.parametrize("stacked", [False, True])
+# As on CUDA, where weights lie in one row, in the fast tier; `tests/training/test_capture.py` has steps of one adapter.
+@pytest.mark.parametrize("stacked", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_steps_in_static_shapes_come_to_what_others_do(
     rows: list[tokens.Tokens], tokenizer: Any, monkeypatch: pytest.MonkeyPatch, stacked: bool
 ) -> None:
@@ -289,13 +290,21 @@ def test_swapped_configurations_are_found_out(rows: list[tokens.Tokens], tokeniz
         check_same(together(specs[::-1], rows, tokenizer, base(), steps=5), single)
 
 
+# The fast tier takes several ways at once; if it fails, the slow tier says which of them does.
 @pytest.mark.parametrize(
     "shared",
     [
-        {"batch_size": 1, "steps": 20},  # so few rows that some kernels sum up a pack's in another order
-        {"accumulation": 2},
-        {"checkpointing": True},
-        {"optimizer": "SGD", "learning_rate": 0.1},
+        {"batch_size": 1, "steps": 8},  # so few rows that some kernels sum up a pack's in another order
+        {"accumulation": 2, "checkpointing": True, "optimizer": "SGD", "learning_rate": 0.1},
+        *(
+            pytest.param(way, marks=pytest.mark.slow)
+            for way in (
+                {"batch_size": 1, "steps": 20},
+                {"accumulation": 2},
+                {"checkpointing": True},
+                {"optimizer": "SGD", "learning_rate": 0.1},
+            )
+        ),
     ],
     ids=str,
 )
@@ -331,11 +340,11 @@ def test_16_bits_differ_as_much_as_two_layouts_of_the_trial_alone(
 
 def test_dropout_is_that_of_the_trial_alone_whatever_the_pack_mates(rows: list[tokens.Tokens], tokenizer: Any) -> None:
     slot = Spec(dropout=0.3, targets=ALL)
-    others = [Spec(dropout=0.5, r=4), Spec(), Spec(dropout=0.1, targets=("down_proj",), train={"steps": 2})]
-    single = alone(slot, rows, tokenizer, base(), steps=5)
-    check_same(together([slot, *others], rows, tokenizer, base(), steps=5)[:1], [single])
-    check_same(together([*others[1:], slot], rows, tokenizer, base(), steps=5)[-1:], [single])
-    without = alone(Spec(targets=ALL), rows, tokenizer, base(), steps=5)
+    others = [Spec(), Spec(dropout=0.1, targets=("down_proj",), train={"steps": 2})]
+    single = alone(slot, rows, tokenizer, base(), steps=4)
+    check_same(together([slot, *others], rows, tokenizer, base(), steps=4)[:1], [single])
+    check_same(together([others[1], slot], rows, tokenizer, base(), steps=4)[-1:], [single])
+    without = alone(Spec(targets=ALL), rows, tokenizer, base(), steps=4)
     assert worst_loss(single, without) > 1e-2
 
 
@@ -352,13 +361,13 @@ def test_layers_before_the_first_adapted_one_see_the_rows_once(rows: list[tokens
 
 def test_a_slot_that_diverges_leaves_the_others_unharmed(rows: list[tokens.Tokens], tokenizer: Any) -> None:
     bad = Spec(train={"learning_rate": 1e30, "clip": 0.0}, targets=ALL)
-    many = together([SLOTS[0], bad, SLOTS[1]], rows, tokenizer, base())
-    check_same([many[0], many[2]], [alone(spec, rows, tokenizer, base()) for spec in SLOTS[:2]])
+    many = together([SLOTS[0], bad, SLOTS[1]], rows, tokenizer, base(), steps=5)
+    check_same([many[0], many[2]], [alone(spec, rows, tokenizer, base(), steps=5) for spec in SLOTS[:2]])
     with pytest.raises(FloatingPointError) as ended:
-        alone(bad, rows, tokenizer, base())
+        alone(bad, rows, tokenizer, base(), steps=5)
     assert isinstance(many[1].error, FloatingPointError)
     assert str(many[1].error) == str(ended.value)  # which names the step
-    assert many[1].trained.steps < 10
+    assert many[1].trained.steps < 5
     assert [many[0].error, many[2].error] == [None, None]
 
 
@@ -596,9 +605,11 @@ def test_slots_go_on_from_checkpoints_together_or_alone(
         assert not any("seconds" in line for line in cut.lines[2])  # which would be the pack's too
 
 
+# One slot goes on alone in the fast tier, as what is written is then read where no row is.
+@pytest.mark.parametrize("parts", ["pa", pytest.param("ap", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("optimizer", ["AdamW", pytest.param("Adagrad", marks=pytest.mark.slow)])
 def test_slots_whose_weights_lie_in_one_row_keep_the_checkpoints_of_trials_alone(
-    rows: list[tokens.Tokens], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+    rows: list[tokens.Tokens], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, parts: str
 ) -> None:
     """As on CUDA. AdamW steps the row as one weight, Adagrad each weight; one slot ends before the others."""
     monkeypatch.setattr(packed, "Pack", partial(Pack, stacked=True))
@@ -608,14 +619,13 @@ def test_slots_whose_weights_lie_in_one_row_keep_the_checkpoints_of_trials_alone
     (tmp_path / "whole").mkdir()
     whole = Cut(tmp_path / "whole", rows)
     expected = [whole.alone(number) for number in range(3)]
-    for parts in ("pa", "ap"):
-        (tmp_path / parts).mkdir()
-        cut = Cut(tmp_path / parts, rows)
-        for part, stop_at in zip(parts, (4, None), strict=True):
-            found = cut.together((0, 1, 2), stop_at) if part == "p" else [cut.alone(n, stop_at) for n in range(3)]
-        for n, (mine, other) in enumerate(zip(found, expected, strict=True)):
-            assert apart(mine, other) <= 10 * SAME_WEIGHTS
-            assert losses(cut.lines[n]) == pytest.approx(losses(whole.lines[n]), rel=10 * SAME)
+    (tmp_path / parts).mkdir()
+    cut = Cut(tmp_path / parts, rows)
+    for part, stop_at in zip(parts, (4, None), strict=True):
+        found = cut.together((0, 1, 2), stop_at) if part == "p" else [cut.alone(n, stop_at) for n in range(3)]
+    for n, (mine, other) in enumerate(zip(found, expected, strict=True)):
+        assert apart(mine, other) <= 10 * SAME_WEIGHTS
+        assert losses(cut.lines[n]) == pytest.approx(losses(whole.lines[n]), rel=10 * SAME)
 
 
 @pytest.mark.slow
@@ -681,7 +691,7 @@ def check_evaluations(packed: list[list[Any]], single: list[list[Any]]) -> None:
             assert score.value == pytest.approx(other.scores[name].value, rel=SAME)
 
 
-@pytest.mark.parametrize("quant", ["4bit", *(pytest.param(q, marks=pytest.mark.slow) for q in QUANTS if q != "4bit")])
+@pytest.mark.parametrize("quant", ["none", *(pytest.param(q, marks=pytest.mark.slow) for q in QUANTS if q != "none")])
 def test_slots_evaluated_at_once_answer_as_each_does_alone(tokenizer: Any, quant: str) -> None:
     adapted, kinds = differing(quant), ["perplexity", "generation", "multiple_choice"]
     single = evaluations(adapted, tokenizer, kinds, None)

@@ -88,6 +88,7 @@ def test_generation_is_timed_for_base_adapted_and_merged(run_small: RunSmall) ->
     assert result.train_info["inference_seconds"] > 0
 
 
+@pytest.mark.slow  # a model without an adapter is timed by tests/evaluation
 def test_full_fine_tuning_is_timed_as_a_base(run_small: RunSmall) -> None:
     assert set(run_small(*TIMED, "method=full").generation_info["overall"]) == {"base", "categories"}
 
@@ -231,10 +232,12 @@ KNOBS = {
     "compile": ["train.compile=eager"],
     "8 bits with offload": ["quant=8bit_offload"],
 }
-SLOW_KNOBS = ["compile", "8 bits with offload"]  # the first imports torch's compiler; each takes 7 s
+# One each of the model's, of the step's, and of the optimizer's in the fast tier. Other tests train with checkpointing,
+# accumulation and other formats (tests/training); compiling imports torch's compiler.
+FAST_KNOBS = ["adapter dtype", "autocast", "paged optimizer"]
 
 
-@pytest.mark.parametrize("knob", [pytest.param(k, marks=pytest.mark.slow) if k in SLOW_KNOBS else k for k in KNOBS])
+@pytest.mark.parametrize("knob", [k if k in FAST_KNOBS else pytest.param(k, marks=pytest.mark.slow) for k in KNOBS])
 def test_every_knob_trains(knob: str, run_unwritten: RunSmall) -> None:
     result = run_unwritten(*KNOBS[knob], "eval.perplexity.samples=1")
     assert result.status is Status.success, result.error

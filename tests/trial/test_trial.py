@@ -133,7 +133,12 @@ def test_a_trained_adapter_is_used_again_when_only_evaluations_differ(
     assert second.eval_info["tiny_math"]["accuracy"]["n"] == 9
 
 
-@pytest.mark.parametrize("words", [["method=ia3"], ["method=ia3", "targets=qkvo"], ["method=full"], ["targets=mlp"]])
+# An adapter and a whole model; tests/models trains the others.
+OTHERS: list[Any] = [["method=ia3", "targets=qkvo"], ["method=full"]]
+OTHERS += [pytest.param(words, marks=pytest.mark.slow) for words in (["method=ia3"], ["targets=mlp"])]
+
+
+@pytest.mark.parametrize("words", OTHERS)
 def test_other_methods_train_save_and_report(words: list[str], run_unwritten: RunSmall) -> None:
     result = run_unwritten(*words)
     assert result.status is Status.success, result.error
@@ -207,7 +212,7 @@ def fail_with(error: BaseException) -> Callable[..., Any]:
     [
         (RuntimeError("broken"), Status.failed),
         (torch.OutOfMemoryError("CUDA out of memory"), Status.oom),
-        (MemoryError(), Status.oom),
+        pytest.param(MemoryError(), Status.oom, marks=pytest.mark.slow),  # as the one above
     ],
 )
 def test_a_failure_is_a_complete_record(
@@ -274,7 +279,12 @@ def test_an_adapter_that_does_not_come_back_is_reported(
     assert result.train_info["reload_difference"] > 0.01
 
 
-@pytest.mark.parametrize("method", ["lora", "vera", "boft", "prefix_tuning", "mica", "trainable_tokens"])
+# One whose weights are counted in layers, and one that has none there.
+SIZED: list[Any] = ["lora", "prefix_tuning"]
+SIZED += [pytest.param(name, marks=pytest.mark.slow) for name in ("vera", "boft", "mica", "trainable_tokens")]
+
+
+@pytest.mark.parametrize("method", SIZED)
 def test_the_size_of_the_adapter_is_foreseen_to_the_byte(
     method: str, run_unwritten: RunSmall, compose: Callable[..., Trial]
 ) -> None:
@@ -284,15 +294,17 @@ def test_the_size_of_the_adapter_is_foreseen_to_the_byte(
     assert foreseen.adapter_bytes == found["adapter_bytes"]
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        "lora",
-        "pissa",
-        *(pytest.param(m, marks=pytest.mark.slow) for m in ("eva", "corda", "lora_ga", "loftq", "lora_pissa_niter_2")),
-    ],
-)
-@pytest.mark.parametrize("quant", ["none", "4bit"])
+# In the fast tier one that leaves the base as it is, quantised, and one that changes the base.
+SAVED: list[Any] = [("lora", "4bit"), ("pissa", "none")]
+SAVED += [
+    pytest.param(method, quant, marks=pytest.mark.slow)
+    for method in ("lora", "pissa", "eva", "corda", "lora_ga", "loftq", "lora_pissa_niter_2")
+    for quant in ("none", "4bit")
+    if (method, quant) not in SAVED
+]
+
+
+@pytest.mark.parametrize(("method", "quant"), SAVED)
 def test_what_is_saved_comes_back_and_merges(run_small: RunSmall, method: str, quant: str) -> None:
     words = [
         f"method={method}",
@@ -412,22 +424,24 @@ def test_the_base_s_answers_are_kept_by_row_in_the_format_of_a_trial_s(trained: 
         assert mean == pytest.approx(whole.eval_info[name][f"base_{metric}"]["value"])
 
 
-def test_presets_run_at_small_size_without_their_weights(run_small: RunSmall) -> None:
-    few = ["eval.tiny_math.samples=1", "eval.perplexity.samples=1"]
-    sizes = {"hidden_size": 64, "num_attention_heads": 2, "vocab_size": 600}
-    presets = {
-        "llama3.2_1b": {"intermediate_size": 128, "num_hidden_layers": 1, "num_key_value_heads": 1, "head_dim": 32},
-        "llama3.2_3b": {"intermediate_size": 128, "num_hidden_layers": 1, "num_key_value_heads": 1, "head_dim": 32},
-        "opt_350m": {"ffn_dim": 128, "num_hidden_layers": 1, "word_embed_proj_dim": 64},
-        "phi2": {"intermediate_size": 128, "num_hidden_layers": 1, "num_key_value_heads": 2},
-    }
-    for name, own in presets.items():
-        words = [*few, *(f"model.architecture.{key}={value}" for key, value in (sizes | own).items())]
-        result = run_small(f"model={name}", "model.init=random", "quant=4bit", "targets=qkvo", *words)
-        assert result.status is Status.success, result.error
-    neo = ["hidden_size=64", "num_heads=2", "num_layers=1", "attention_types=[[[global],1]]", "vocab_size=600"]
-    words = [*few, *(f"model.architecture.{word}" for word in neo)]
-    result = run_small("model=gpt_neo_1.3b", "model.init=random", "quant=8bit", "targets=mlp", *words)
+PRESETS = {  # model.architecture of each at small size
+    "llama3.2_1b": "intermediate_size=128 num_hidden_layers=1 num_key_value_heads=1 head_dim=32",
+    "llama3.2_3b": "intermediate_size=128 num_hidden_layers=1 num_key_value_heads=1 head_dim=32",
+    "opt_350m": "ffn_dim=128 num_hidden_layers=1 word_embed_proj_dim=64",
+    "phi2": "intermediate_size=128 num_hidden_layers=1 num_key_value_heads=2",
+    "gpt_neo_1.3b": "num_heads=2 num_layers=1 attention_types=[[[global],1]]",
+}
+# One in the fast tier, which needs most of its own; the others take the same way.
+SMALL_PRESETS = [name if name == "opt_350m" else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS]
+
+
+@pytest.mark.parametrize("name", SMALL_PRESETS)
+def test_presets_run_at_small_size_without_their_weights(name: str, run_small: RunSmall) -> None:
+    neo = name == "gpt_neo_1.3b"
+    sizes = ["hidden_size=64", "vocab_size=600", *([] if neo else ["num_attention_heads=2"]), *PRESETS[name].split()]
+    words = ["eval.tiny_math.samples=1", "eval.perplexity.samples=1", *(f"model.architecture.{size}" for size in sizes)]
+    words += ["quant=8bit", "targets=mlp"] if neo else ["quant=4bit", "targets=qkvo"]
+    result = run_small(f"model={name}", "model.init=random", *words)
     assert result.status is Status.success, result.error
 
 
@@ -435,10 +449,15 @@ def test_presets_run_at_small_size_without_their_weights(run_small: RunSmall) ->
     ("preset", "parameters"),
     [
         ("llama3.2_1b", 1_235_814_400),
-        ("llama3.2_3b", 3_212_749_824),
-        ("opt_350m", 331_196_416),
-        ("phi2", 2_779_683_840),
-        ("gpt_neo_1.3b", 1_315_575_808),
+        *(
+            pytest.param(*sizes, marks=pytest.mark.slow)  # each builds the shape of billions of weights
+            for sizes in (
+                ("llama3.2_3b", 3_212_749_824),
+                ("opt_350m", 331_196_416),
+                ("phi2", 2_779_683_840),
+                ("gpt_neo_1.3b", 1_315_575_808),
+            )
+        ),
     ],
 )
 def test_presets_have_the_published_sizes(preset: str, parameters: int, compose: Callable[..., Trial]) -> None:
