@@ -174,6 +174,17 @@ def test_each_untouched_base_is_drawn_and_not_a_mean_of_several() -> None:
     assert "untouched bases" not in texts(one)
 
 
+def test_the_latency_of_each_untouched_base_is_drawn() -> None:
+    table = tables.trials({"choices.quant": ["none", "4bit"]}, generated=True)
+    column = "generation_info.short.base.seconds_p50"
+    drawn = figure("latency", table.assign(**{column: [0.2, 0.8]}))
+    assert "untouched base, 4bit" in texts(drawn)
+    heights = [float(height) for line in drawn.axes[0].lines for height in line.get_ydata()]
+    assert any(other == pytest.approx(4 * height) for height in heights for other in heights)
+    alike = table.assign(**{"choices.quant": "none", "config.method.r": [8, 16]})
+    assert "untouched base, " not in texts(figure("latency", alike))
+
+
 def test_a_frontier_over_many_decades_has_a_few_ticks() -> None:
     table = tables.trials({"config.method.r": list(range(1, 9))})
     table["train_info.adapter_bytes"] = [10.0**n for n in range(2, 10)]

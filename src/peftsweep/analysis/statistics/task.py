@@ -178,7 +178,7 @@ class Task:
     def places(self) -> pd.Series[str]:
         """The devices that the successful trials of each configuration ran on, joined by +; empty: none is known."""
         good = self.table[self.table[trials.SUCCESS] == Status.success.name]
-        ran = trials.devices(good).groupby(good["configuration"]).agg(lambda own: "+".join(sorted(set(own))))
+        ran = columns.devices(good).groupby(good["configuration"]).agg(lambda own: "+".join(sorted(set(own))))
         return ran.reindex(self.configurations.index).fillna("")
 
     def one_place(self, numbers: pd.Index[Any]) -> bool:

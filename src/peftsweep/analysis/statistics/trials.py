@@ -20,8 +20,6 @@ Predictions = Callable[[str, str], Sequence[dict[str, Any]]]
 
 ALPHA = intervals.ALPHA
 SUCCESS, CREATED, TRIAL, SEED = "run_info.status", "run_info.created_at", "run_info.trial", naming.SEED
-# The device that a trial ran on, and of a CPU the threads.
-GPUS, PROCESSOR, THREADS = "meta_info.torch.gpus", "meta_info.system.processor", "meta_info.torch.threads"
 PACKED, PERCENTILES = "run_info.packed_with", ("_p50", "_p95", "_p99")
 TASK = (
     *("choices.model", "config.model.name_or_path", "choices.dataset", "config.dataset.path", "config.dataset.name"),
@@ -84,20 +82,6 @@ def _own_costs(table: pd.DataFrame) -> pd.DataFrame:
     ends = ("seconds", "per_second", *PERCENTILES)
     costs += [c for c in table.columns if c.startswith("train_info.") and c.endswith(ends)]
     return table.assign(**{c: table[c].mask(shared) for c in costs})
-
-
-def devices(table: pd.DataFrame) -> pd.Series[str]:
-    """The device that each trial ran on, as far as it is recorded: the GPUs, or else the CPU and its threads.
-
-    Seconds can be compared on one device alone; hosts with the same device count as one.
-    """
-    gpus, processor, threads = (
-        table[c].astype("string").fillna("") if c in table else pd.Series("", table.index, dtype="string")
-        for c in (GPUS, PROCESSOR, THREADS)
-    )
-    on_cpu = processor.where(threads.eq("") | processor.eq(""), processor + ", " + threads + " threads")
-    found: pd.Series[str] = on_cpu.where(gpus.isin(["", "[]", "[null]"]), gpus.str.strip('[]"').str.replace('"', ""))
-    return found
 
 
 # ---- configurations --------------------------------------------------------------------------------
