@@ -531,11 +531,11 @@ def test_a_figure_of_the_seeds_that_survived_is_called_so_where_it_is_advised(
 ) -> None:
     points = [{"config.method.r": rank, "config.seed": seed} for rank in (8, 16) for seed in range(3)]
     made = study(points, alike(*[0.5] * 6), other=[5.0, 5.1, 5.2, perplexity, 2.0, perplexity])
-    made.table = made.table.drop(columns=[c for c in made.table if str(c).startswith("eval_info.task.")])
+    made.table = made.table.drop(columns=[c for c in map(str, made.table) if c.startswith("eval_info.task.")])
     lost = [3, 5]
     made.table.loc[lost, "run_info.status"] = status
     if status != "success":
-        made.table.loc[lost, [c for c in made.table if str(c).startswith("eval_info.")]] = None
+        made.table.loc[lost, [c for c in map(str, made.table) if c.startswith("eval_info.")]] = None
     file, answer = text_report.write(tmp_path, made.table, pd.DataFrame())
     use = next(line for line in file.read_text().splitlines() if "**Use" in line)
     assert use.startswith("- **Use `lora, r=16`**")
@@ -572,7 +572,7 @@ def test_a_configuration_with_one_seed_among_others_with_several_is_named(tmp_pa
 def test_a_perplexity_is_the_same_figure_wherever_it_is_told(tmp_path: Path) -> None:
     points = [{"config.method.r": rank, "config.seed": seed} for rank in (8, 16) for seed in range(2)]
     made = study(points, alike(*[0.5] * 4), other=[5.0, 50.0, 20.0, 20.2])
-    made.table = made.table.drop(columns=[c for c in made.table if str(c).startswith("eval_info.task.")])
+    made.table = made.table.drop(columns=[c for c in map(str, made.table) if c.startswith("eval_info.task.")])
     file, answer = text_report.write(tmp_path, made.table, pd.DataFrame())
     geometric = math.sqrt(5.0 * 50.0)  # which is the better one, as the arithmetic mean, 27.5, is not
     assert f"the best figure is that of `lora, r=8`, {geometric:.2f}" in file.read_text()
